@@ -1,0 +1,1 @@
+"""LoRA adapters: put them into a model, merge them into its weights, prove that the two are the same."""

@@ -1,0 +1,146 @@
+"""Safetensors files as offsets: read the headers, plan new files, leave the contents on the disk.
+
+Format: 8 bytes little-endian length of the header, the header (JSON), the tensors' bytes one after another.
+https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraflow.failures import BadModel
+
+SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}  # bytes of the floating types that a merge touches
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a file: where its bytes are."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # of its first byte, from the start of the file
+    size: int  # bytes
+
+
+def read_entries(file: Path) -> list[Entry]:
+    """Return a file's tensors, in the order of their bytes.
+
+    Raises:
+        BadModel: the header is no header, or its offsets lie outside of the file.
+    """
+    total = file.stat().st_size
+    try:
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > min(total - 8, _MAX_HEADER):
+                raise ValueError(f"a header of {length} bytes in a file of {total}")
+            header = json.loads(handle.read(length))
+        found = []
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            if not 0 <= start <= end <= total - 8 - length:
+                raise ValueError(f"{name} lies outside of the file")
+            found.append(Entry(name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start))
+    except (ValueError, KeyError, TypeError, struct.error) as error:
+        raise BadModel("A safetensors file is damaged.", where=str(file.name), got=str(error)[:200]) from error
+    return sorted(found, key=lambda entry: entry.offset)
+
+
+def model_entries(folder: Path) -> list[Entry]:
+    """Return all tensors of a model's folder, file by file."""
+    return [entry for file in sorted(folder.glob("*.safetensors")) for entry in read_entries(file)]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of a new file."""
+
+    source: Entry
+    dtype: str
+    offset: int
+    size: int
+
+
+def plan_files(entries: Iterable[Entry], dtype: str | None, max_bytes: int) -> list[list[Planned]]:
+    """Lay tensors out in new files of at most `max_bytes`, or one tensor; offsets count from behind the header.
+
+    `dtype` (BF16, F16, F32) casts floating tensors; None keeps each one's own.
+    """
+    files: list[list[Planned]] = []
+    at = 0
+    for entry in entries:
+        cast = dtype if dtype and entry.dtype in SIZES else entry.dtype
+        size = entry.size if cast == entry.dtype else entry.size // SIZES[entry.dtype] * SIZES[cast]
+        if not files or (at + size > max_bytes and files[-1]):
+            files.append([])
+            at = 0
+        files[-1].append(Planned(entry, cast, at, size))
+        at += size
+    return files
+
+
+def write_header(fd: int, planned: list[Planned]) -> int:
+    """Write a new file's header, make the file as long as it will be, and return the offset of its first tensor."""
+    header = {
+        "__metadata__": {"format": "pt"},
+        **{
+            one.source.name: {
+                "dtype": one.dtype,
+                "shape": list(one.source.shape),
+                "data_offsets": [one.offset, one.offset + one.size],
+            }
+            for one in planned
+        },
+    }
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # tensors begin at a multiple of eight bytes
+    start = 8 + len(raw)
+    os.truncate(fd, start + sum(one.size for one in planned))
+    write_all(fd, struct.pack("<Q", len(raw)) + raw, 0)
+    return start
+
+
+def read_all(fd: int, buffer: memoryview, offset: int) -> None:
+    """Fill a buffer from a place in a file."""
+    while buffer:
+        got = os.preadv(fd, [buffer], offset)
+        if got == 0:
+            raise EOFError(f"the file ends {len(buffer)} bytes early")
+        buffer, offset = buffer[got:], offset + got
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of a buffer to a place in a file."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def copy_range(source: int, target: int, size: int, source_offset: int, target_offset: int) -> None:
+    """Copy bytes between files inside the kernel, or through a buffer where it cannot."""
+    while size:
+        try:
+            done = os.copy_file_range(source, target, min(size, 2**30), source_offset, target_offset)
+        except OSError as error:
+            if error.errno == 28:  # a full disk is a full disk by either way
+                raise
+            buffer = memoryview(bytearray(min(size, 8 * 2**20)))
+            read_all(source, buffer, source_offset)
+            write_all(target, buffer, target_offset)
+            done = len(buffer)
+        if done == 0:
+            raise EOFError("a file of weights ends early")
+        size, source_offset, target_offset = size - done, source_offset + done, target_offset + done

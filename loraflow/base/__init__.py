@@ -1,0 +1,1 @@
+"""The base model: find it, pin it by content, repack it, load it."""

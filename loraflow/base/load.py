@@ -1,0 +1,126 @@
+"""Load a base or merged model from an artifact, as the recipe and the runtime say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from loraflow.failures import BadConfig, MissingExtra
+
+
+def pick_device(runtime: dict[str, Any]) -> str:
+    """Return `cpu` or `cuda`.
+
+    Raises:
+        MissingExtra: cuda is asked for and is not there.
+    """
+    import torch
+
+    wanted = runtime.get("device", "auto")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise MissingExtra(
+            "There is no CUDA device.", where="runtime.device", next_step="set runtime.device to auto or cpu"
+        )
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def pick_attention(runtime: dict[str, Any], device: str) -> str:
+    """Return the attention implementation: the one asked for, else the best that is there."""
+    from importlib.util import find_spec
+
+    wanted = runtime.get("attn_implementation", "auto")
+    if wanted == "flash_attention_2" and (device != "cuda" or find_spec("flash_attn") is None):
+        raise MissingExtra(
+            "flash_attention_2 needs CUDA and the package flash-attn.",
+            where="runtime.attn_implementation",
+            next_step="set runtime.attn_implementation to auto or sdpa",
+        )
+    if wanted != "auto":
+        return wanted
+    return "flash_attention_2" if device == "cuda" and find_spec("flash_attn") is not None else "sdpa"
+
+
+def load_model(
+    folder: Path, dtype: str, runtime: dict[str, Any], *, quantization: dict[str, Any] | None = None, trust: bool = False
+) -> Any:
+    """Load a causal language model.
+
+    Args:
+        folder: its artifact.
+        dtype: bfloat16, float16 or float32. Given at loading: a later `.to()` would round the rotary buffers.
+        runtime: device and attention.
+        quantization: `{"double": bool}` for NF4 weights.
+        trust: run Python code that comes with the model.
+
+    Raises:
+        MissingExtra: NF4 without CUDA or bitsandbytes.
+        BadConfig: the device cannot compute in this dtype.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = pick_device(runtime)
+    if dtype == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise BadConfig(
+            "This GPU does not compute in bfloat16.",
+            where="base.dtype",
+            got=torch.cuda.get_device_name(),
+            next_step="set base.dtype to float16, and training_config.bf16 to false, fp16 to true",
+        )
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, dtype),
+        "attn_implementation": pick_attention(runtime, device),
+        "trust_remote_code": trust,
+    }
+    if quantization is not None:
+        options["quantization_config"] = _nf4(device, dtype, quantization["double"])
+    if device == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each padded shape: steps of seconds on Hopper
+        options["device_map"] = {"": 0}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    return model.eval()
+
+
+def _nf4(device: str, dtype: str, double: bool) -> Any:
+    from importlib.util import find_spec
+
+    import torch
+
+    if device != "cuda" or find_spec("bitsandbytes") is None:
+        raise MissingExtra(
+            "NF4 quantization needs a CUDA device and the package bitsandbytes.",
+            where="base.quantization",
+            got=f"device {device}, bitsandbytes {'installed' if find_spec('bitsandbytes') else 'missing'}",
+            next_step="pip install 'loraflow[gpu]' on a GPU machine, or set base.quantization to null",
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a tokenizer with a pad token that is not its stop token, where the vocabulary has one to spare."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """Return every id that ends an answer: the generation config's, and those that the template ends answers with."""
+    from loraflow.data.mask import ChatTemplate
+
+    found = ChatTemplate(folder).stop_ids()
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            eos = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            found |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return sorted(found)

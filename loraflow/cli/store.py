@@ -1,0 +1,113 @@
+"""`loraflow runs, show, verify, gc`: what is in the store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loraflow.cli import json_option, quiet_logging
+from loraflow.failures import BadConfig, CorruptArtifact
+from loraflow.identity import short
+from loraflow.store import LocalStore
+
+store_option = click.option("--store", default=".loraflow/store", show_default=True, help="The store's folder.")
+
+
+def read_runs(store: LocalStore) -> list[dict[str, Any]]:
+    """Return the records of all runs, oldest first."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((store.root / "runs").glob("*.json"))]
+
+
+@click.command()
+@store_option
+@json_option
+def runs(store: str, as_json: bool) -> None:
+    """List what was run, oldest first."""
+    found = read_runs(LocalStore(store))
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False))
+        return
+    for run in found:
+        stages = run["stages"]
+        computed = sum(stage["state"] == "computed" for stage in stages)
+        verdict = (run["summary"] or {}).get("decision", {}).get("verdict", run["error"] or "")
+        click.echo(f"{run['run']}  {run['state']:<6}  {run['recipe']:<16}  {run['seconds']:8.1f} s  "
+                   f"{computed} of {len(stages)} stages computed  {verdict}")  # fmt: skip
+
+
+@click.command()
+@click.argument("what")
+@store_option
+@json_option
+def show(what: str, store: str, as_json: bool) -> None:
+    """Show WHAT: a run's id, `champion`, or the fingerprint or digest of an artifact (its beginning is enough)."""
+    where = LocalStore(store)
+    report = where.root / "runs" / f"{what}.md"
+    record = where.root / "runs" / f"{what}.json"
+    if record.exists():
+        if as_json or not report.exists():
+            click.echo(record.read_text(encoding="utf-8"))
+        else:
+            click.echo(report.read_text(encoding="utf-8"))
+        return
+    for ref in where.artifacts():
+        if len(what) >= 4 and (ref.fingerprint.startswith(what) or ref.digest.startswith(what)):
+            manifest = where.manifest(ref)
+            if as_json:
+                click.echo(manifest.model_dump_json())
+                return
+            click.echo(f"{ref}   {where.path(ref)}")
+            click.echo(f"  made      {manifest.provenance['started']} in {manifest.provenance['seconds']} s")
+            click.echo(f"  size      {manifest.size:,} bytes in {len(manifest.files)} files")
+            for name, one in manifest.inputs.items():
+                click.echo(f"  input     {name}: {one['stage']}/{short(one['fingerprint'])}/{short(one['digest'])}")
+            for key, value in manifest.figures.items():
+                click.echo(f"  {key}: {value}")
+            click.echo(f"  config    {json.dumps(manifest.payload['config'], ensure_ascii=False)}")
+            return
+    if what == "champion":
+        raise BadConfig("`loraflow registry` shows the champion.", where=what, next_step="loraflow registry")
+    raise BadConfig("There is no such run or artifact.", where=what, next_step="loraflow runs")
+
+
+@click.command()
+@click.option("--deep", is_flag=True, help="Read every byte and compare it with the manifests.")
+@store_option
+def verify(deep: bool, store: str) -> None:
+    """Check the store: manifests, names and sizes; with --deep, contents. What is damaged is set aside."""
+    quiet_logging()
+    where = LocalStore(store)
+    damaged = checked = 0
+    for ref in where.artifacts():
+        checked += 1
+        if deep:
+            problems = where.verify(ref)
+        else:
+            whole = where.find(ref.stage, ref.fingerprint)
+            problems = [] if whole is not None else ["its manifest, names or sizes are not right"]
+        if problems:
+            damaged += 1
+            aside = where.set_aside(ref, problems)
+            click.echo(f"damaged  {ref}: {'; '.join(problems)}; set aside as {aside}", err=True)
+    click.echo(f"{checked} artifacts checked{' byte by byte' if deep else ''}, {damaged} damaged")
+    if damaged:
+        raise CorruptArtifact("The store had damaged artifacts; they are set aside.", next_step="run again: they are made anew")
+
+
+@click.command()
+@store_option
+@click.option("--keep", default=3, show_default=True, help="Merged models to keep beside champion and rollback target.")
+@click.option("--dry-run", is_flag=True, help="Say what would be removed.")
+def gc(store: str, keep: int, dry_run: bool) -> None:
+    """Remove what no run needs: all but the newest merged models, superseded artifacts, old unfinished work."""
+    quiet_logging()
+    from loraflow.store.gc import collect
+
+    freed = 0
+    for path, size, why in collect(LocalStore(store), keep=keep, dry_run=dry_run):
+        freed += size
+        click.echo(f"{'would remove' if dry_run else 'removed'}  {size / 2**20:9.1f} MiB  {Path(path)}  ({why})")
+    click.echo(f"{freed / 2**20:.1f} MiB {'could be' if dry_run else 'were'} freed")

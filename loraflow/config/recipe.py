@@ -1,0 +1,224 @@
+"""The recipe's sections. `training_config` and `peft_config` are the two dictionaries of the Phi-3 LoRA guide.
+
+Every field says whether it is part of identity by where `loraflow.stages` puts it; a test walks them all.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from loraflow.config.runtime import Frozen, Runtime
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+# LoRA's targets in Phi-3: q,k,v and gate,up are fused there, and the guide's notebooks name modules that do not exist.
+PHI3_TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+
+class Data(Frozen):
+    """Which dataset, and which of its rows."""
+
+    source: str = Field("data.dvc", description="A .dvc file, or a folder or file of chats.")
+    repo: str = Field(".", description="Git repository (folder or URL) that holds the .dvc file.")
+    rev: str | None = Field(None, description="Git revision or branch of the .dvc file; none is the work tree.")
+    add: bool = Field(False, description="Version what is in the folder first: `dvc add` and push.")
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = Field(
+        "auto", description="How a row says who said what."
+    )
+    train: list[str] = Field(["train*"], description="Files of training rows: names or patterns below the source.")
+    heldout: list[str] = Field([], description="Files of held-out rows; none takes heldout_fraction of the rest.")
+    heldout_fraction: Share = Field(0.1, description="Share of rows held out, by a seeded hash of the row.")
+    extra_heldout: dict[str, str] = Field({}, description="More held-out sets, by name, reported apart from the gate.")
+    validation_fraction: Share = Field(0.0, description="Share of training rows kept to choose the best checkpoint.")
+    system: str | None = Field(None, description="System message put before chats that have none.")
+    loss_on: Literal["assistant", "last_assistant", "all"] = Field("assistant", description="Which tokens are learned.")
+    too_long: Literal["error", "drop", "truncate"] = Field("error", description="Rows longer than max_length.")
+    special_tokens: Literal["error", "drop", "allow"] = Field(
+        "drop", description="Rows whose text holds one of the tokenizer's control tokens, such as <|end|>."
+    )
+    duplicates: Literal["drop", "keep"] = Field("drop", description="Training rows that stand twice.")
+    max_quarantined: Share = Field(0.01, description="The run stops when a larger share of rows is malformed.")
+    limit: Positive | None = Field(None, description="Take only this many training rows, for a quick look.")
+    seed: int = Field(0, description="Seed of the split.")
+
+
+class Base(Frozen):
+    """Which model training starts from."""
+
+    model: str = Field(description="`bundled:smollm2`, a folder, or a hub id such as microsoft/Phi-3-mini-4k-instruct.")
+    revision: str | None = Field(None, description="Hub commit (40 hex digits) or branch; a branch is resolved once.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the frozen weights.")
+    repack: Literal["phi3"] | None = Field(
+        None, description="Write a Llama-shaped checkpoint with Phi-3's fused projections; logits stay the same."
+    )
+    quantization: Literal["nf4"] | None = Field(None, description="QLoRA: 4-bit NF4 weights in training; needs CUDA.")
+    double_quantization: bool = Field(True, description="Quantize nf4's constants as well.")
+    use_cache: bool = Field(False, description="Key-value cache in the training forward pass; generation has its own.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off is safe.")
+
+
+class TrainingConfig(Frozen):
+    """The guide's training_config: names of trl.SFTConfig, defaults of the Phi-3 model card."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 5.0e-6
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = "cosine"
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    warmup_steps: Annotated[float, Field(ge=0)] = 0.2
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1
+    max_steps: int = -1
+    per_device_train_batch_size: Positive = 4
+    gradient_accumulation_steps: Positive = 1
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "paged_adamw_32bit", "paged_adamw_8bit"] = (
+        "adamw_torch"
+    )
+    adam_beta1: Share = 0.9
+    adam_beta2: Share = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    seed: int = 0
+    max_length: Positive = 2048
+    packing: bool = False
+    bf16: bool = True
+    fp16: bool = False
+    gradient_checkpointing: bool = True
+    gradient_checkpointing_kwargs: dict[str, Any] = {"use_reentrant": False}
+    logging_strategy: Literal["steps", "epoch", "no"] = "steps"
+    logging_steps: Positive = 20
+    logging_first_step: bool = False
+    log_level: Literal["debug", "info", "warning", "error", "critical", "passive"] = "info"
+    report_to: str | list[str] = "none"
+    run_name: str | None = None
+    eval_strategy: Literal["steps", "epoch", "no"] = "no"
+    eval_steps: Positive | None = None
+    per_device_eval_batch_size: Positive = 4
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str = "eval_loss"
+    greater_is_better: bool = False
+    early_stopping_patience: Positive | None = None
+    save_strategy: Literal["steps", "epoch", "no"] = "steps"
+    save_steps: Positive = 100
+    save_total_limit: Positive | None = 1
+    dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def global_batch(self) -> int:
+        """Rows per optimizer step. Memory decides only how many of them go into one forward pass."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> TrainingConfig:
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 exclude each other")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps is -1 (by epochs) or at least 1, not {self.max_steps}")
+        if self.warmup_steps >= 1 and not float(self.warmup_steps).is_integer():
+            raise ValueError(f"warmup_steps is a share below 1 or a whole number of steps, not {self.warmup_steps}")
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            raise ValueError("load_best_model_at_end needs eval_strategy: steps or epoch")
+        if self.load_best_model_at_end and self.save_strategy != self.eval_strategy:
+            raise ValueError("load_best_model_at_end needs save_strategy to be eval_strategy")
+        if self.early_stopping_patience and not self.load_best_model_at_end:
+            raise ValueError("early_stopping_patience needs load_best_model_at_end: true")
+        return self
+
+
+class PeftConfig(Frozen):
+    """The guide's peft_config: names of peft.LoraConfig."""
+
+    r: Positive = 16
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    lora_dropout: Share = 0.05
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    exclude_modules: list[str] = []
+    bias: Literal["none", "all", "lora_only"] = "none"
+    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    modules_to_save: list[str] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | Literal["gaussian"] = True
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    layers_to_transform: list[int] | None = None
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some(cls, value: list[str] | str) -> list[str] | str:
+        if not value:
+            raise ValueError("name at least one module, or all-linear")
+        return value
+
+
+class Evaluation(Frozen):
+    """How models are scored on held-out rows: one protocol for base, tuned and champion."""
+
+    metrics: list[str] = Field(
+        ["token_loss", "exact_match", "token_f1", "rouge", "chrf"],
+        description="Metrics of loraflow by name, or a folder with an `evaluate` module.",
+    )
+    max_rows: Positive | None = Field(None, description="Score at most this many rows of each set.")
+    max_new_tokens: Positive = Field(256, description="Longest answer, in tokens.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "float32", description="In 16 bits batching changes answers; float32 scores repeat exactly."
+    )
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(0.95, description="Level of the reported intervals.")
+    samples: Annotated[int, Field(ge=0)] = Field(5, description="Answers shown in the run's report.")
+    seed: int = Field(0, description="Seed of the bootstrap.")
+
+
+class Merge(Frozen):
+    """How the adapter becomes part of the weights."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="Default: the base's own.")
+    max_shard_size_gb: Annotated[float, Field(gt=0)] = Field(5.0, description="Largest file of the merged model.")
+    max_kl: Annotated[float, Field(ge=0)] = Field(
+        0.05, description="The run stops when merged and adapter model differ by more (mean KL, nats per token)."
+    )
+    verify_prompts: Positive = Field(8, description="Held-out prompts on which they are compared.")
+
+
+class Gate(Frozen):
+    """What a challenger has to show against base and champion."""
+
+    primary: str = Field("token_loss", description="The metric that must gain.")
+    min_gain: Annotated[float, Field(ge=0)] = Field(0.0, description="By more than this, in the metric's unit.")
+    guards: dict[str, Annotated[float, Field(ge=0)]] = Field({}, description="Metrics and the loss each may show.")
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(0.95, description="One-sided level of the bounds.")
+
+
+class Register(Frozen):
+    """Where the decision is written down."""
+
+    model: str = Field("default", pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Name in the registry.")
+
+
+class Recipe(Frozen):
+    """Everything that decides what comes out, and beside it the runtime, which does not."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Name of the recipe, in runs and reports.")
+    data: Data = Data()
+    base: Base
+    method: Literal["peft"] = Field("peft", description="Who trains the adapter.")
+    training_config: TrainingConfig = TrainingConfig()
+    peft_config: PeftConfig = PeftConfig()
+    evaluation: Evaluation = Evaluation()
+    merge: Merge = Merge()
+    gate: Gate = Gate()
+    register_: Register = Field(Register(), alias="register")
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Recipe:
+        if self.training_config.eval_strategy != "no" and not self.data.validation_fraction:
+            raise ValueError(
+                "training_config.eval_strategy needs data.validation_fraction: held-out rows are the gate's alone"
+            )
+        if self.base.quantization == "nf4" and self.base.dtype == "float32":
+            raise ValueError("base.quantization nf4 computes in 16 bits: set base.dtype to bfloat16 or float16")
+        return self

@@ -1,0 +1,1 @@
+"""The dataset side: pin, formats, checks, split, template and mask, packing."""

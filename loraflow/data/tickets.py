@@ -1,0 +1,313 @@
+"""The quickstart's dataset: support tickets to JSON, from a seed.
+
+    python -m loraflow.data.tickets data
+
+A ticket is put together from a greeting, a request, a remark on its urgency and a close. Training and held-out rows
+share no phrase of any of these, and a quarter of the held-out products never occur in training: a model that answers
+held-out rows has learned the task, not the sentences. `data/handwritten.jsonl` was written by hand, row by row.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+SYSTEM = (
+    "Read the support ticket and reply with JSON only: "
+    '{"intent": one of refund, order_status, cancel_order, change_address, damaged_item, wrong_item, login_problem, '
+    'invoice, warranty, product_question, "product": name or null, "order": number or null, '
+    '"urgency": low, normal or high}'
+)
+
+PRODUCTS = (
+    "desk lamp", "coffee grinder", "rain jacket", "electric kettle", "yoga mat", "phone case", "office chair",
+    "garden hose", "bike helmet", "bluetooth speaker", "travel pillow", "frying pan", "wall clock", "running shoes",
+    "power bank", "water bottle", "book shelf", "hair dryer", "wool blanket", "camping stove", "tool box",
+    "laptop sleeve", "cutting board", "night light", "pressure cooker", "hiking boots", "picture frame", "shower head",
+    "baby monitor", "espresso machine",
+)  # fmt: skip
+UNSEEN_PRODUCTS = (
+    "air fryer", "dog leash", "standing desk", "sewing machine", "beach towel", "smart plug", "tea set",
+    "mountain tent", "guitar strap", "bread knife",
+)  # fmt: skip
+
+# {p} is "the desk lamp" or a word such as "my item"; {o} is "order KD-48213" or nothing.
+REQUESTS: dict[str, tuple[list[str], list[str]]] = {
+    "refund": (
+        [
+            "I would like a refund for {p}{o}.",
+            "Please give me my money back for {p}{o}.",
+            "I sent back {p}{o} and still wait for the refund.",
+            "How do I get a refund for {p}{o}?",
+            "I returned {p}{o} two weeks ago and have not seen the money.",
+            "I am not happy with {p}{o} and want to be refunded.",
+            "{P} is not for me{o}. I want my money back, please.",
+            "Can you pay back what I spent on {p}{o}?",
+        ],
+        [
+            "Kindly reimburse me for {p}{o}.",
+            "The return of {p}{o} arrived at your place, so where is my refund?",
+            "I changed my mind about {p}{o} and ask for my money back.",
+            "When will the amount for {p}{o} be refunded to my card?",
+        ],
+    ),
+    "order_status": (
+        [
+            "Where is {p}{o}?",
+            "Can you tell me when {p}{o} will arrive?",
+            "I have not received {p}{o} yet. What is the status?",
+            "Has {p}{o} been shipped?",
+            "The tracking page shows nothing for {p}{o}. When does it come?",
+            "I am still waiting for {p}{o} to be delivered.",
+            "What is the delivery date of {p}{o}?",
+            "{P} should have been here last week{o}. Where is the parcel?",
+        ],
+        [
+            "Is {p}{o} on its way already?",
+            "Could you check how far {p}{o} has got? It was not delivered so far.",
+            "My parcel with {p}{o} has not turned up. When can I expect it?",
+            "Please send me the shipping status of {p}{o}.",
+        ],
+    ),
+    "cancel_order": (
+        [
+            "Please cancel {p}{o}.",
+            "I want to cancel my purchase of {p}{o}.",
+            "I ordered {p}{o} by mistake, please cancel it.",
+            "Can I still cancel {p}{o} before it ships?",
+            "Stop {p}{o}, I do not need it any more.",
+            "I no longer want {p}{o}. Cancel it, please.",
+            "Please take {p} off my list of purchases and cancel it{o}.",
+            "How can I cancel {p}{o}?",
+        ],
+        [
+            "Do not ship {p}{o}, I would like to call the purchase off.",
+            "Kindly cancel what I bought: {p}{o}.",
+            "I clicked twice on {p}{o}. Cancel this one.",
+            "Is it too late to cancel {p}{o}?",
+        ],
+    ),
+    "change_address": (
+        [
+            "I moved. Please send {p}{o} to my new address.",
+            "Can you change the delivery address of {p}{o}?",
+            "The shipping address for {p}{o} is wrong, please correct it.",
+            "Please deliver {p}{o} to my office instead of my home.",
+            "I typed the wrong street for {p}{o}. Can you fix the address?",
+            "Please update the address for {p}{o}.",
+            "{P} must go to another address{o}.",
+            "I need {p}{o} to be sent to a different address.",
+        ],
+        [
+            "We live somewhere else now, so please ship {p}{o} to the new address.",
+            "There is a mistake in the house number where {p}{o} should go. Please change it.",
+            "Could {p}{o} be redirected to my neighbour's address?",
+            "Use my work address for {p}{o}, not the one on file.",
+        ],
+    ),
+    "damaged_item": (
+        [
+            "{P} arrived broken{o}.",
+            "{P} came with a crack{o}.",
+            "The box was crushed and {p}{o} is damaged.",
+            "I unpacked {p}{o} and it is scratched all over.",
+            "{P} was damaged in transport{o}.",
+            "I received {p}{o} in pieces.",
+            "A part of {p}{o} was broken when I opened the parcel.",
+            "{P} has a dent, it must have happened on the way{o}.",
+        ],
+        [
+            "When I opened the parcel, {p}{o} was smashed.",
+            "{P} reached me with a broken corner{o}.",
+            "The courier damaged {p}{o}, there is a big scratch.",
+            "My delivery was dropped, it seems: {p}{o} is cracked.",
+        ],
+    ),
+    "wrong_item": (
+        [
+            "I got something else instead of {p}{o}.",
+            "You sent me the wrong item, I ordered {p}{o}.",
+            "I ordered {p}{o} but a different article was in the box.",
+            "This is not what I bought: I bought {p}{o}.",
+            "{P} came in the wrong colour{o}.",
+            "Wrong size: {p}{o} is not the one I chose.",
+            "The parcel for {p}{o} holds the wrong product.",
+            "Instead of {p}{o} there was another thing in the parcel.",
+        ],
+        [
+            "There must be a mix-up: I chose {p}{o} and received another article.",
+            "The box says {p}{o}, but inside is the wrong item.",
+            "I was sent the wrong model of {p}{o}.",
+            "What you delivered is not {p} that I ordered{o}.",
+        ],
+    ),
+    "login_problem": (
+        [
+            "I cannot log in to my account to see {p}{o}.",
+            "My password does not work, so I cannot look at {p}{o}.",
+            "I forgot my password and need to check {p}{o}.",
+            "The login page gives an error when I want to see {p}{o}.",
+            "My account is locked and I cannot find {p}{o}.",
+            "The reset link never comes, and I need to get to {p}{o} in my account.",
+            "I can't sign in any more. I wanted to look up {p}{o}.",
+            "Your site says my user name is unknown, but I bought {p}{o} with it.",
+        ],
+        [
+            "Signing in fails each time I try to view {p}{o}.",
+            "I am locked out of my account, and {p}{o} is in there.",
+            "No mail arrives to reset my password, so I can't check {p}{o}.",
+            "My login is refused although I used it to buy {p}{o}.",
+        ],
+    ),
+    "invoice": (
+        [
+            "Please send me the invoice for {p}{o}.",
+            "I need a receipt for {p}{o}.",
+            "Where can I download the bill for {p}{o}?",
+            "The invoice for {p}{o} is missing.",
+            "My company needs an invoice with VAT for {p}{o}.",
+            "Can I have the invoice of {p}{o} as a PDF?",
+            "The name on the invoice for {p}{o} is wrong, please make a new one.",
+            "I did not get any receipt for {p}{o}.",
+        ],
+        [
+            "For my taxes I need the bill of {p}{o}.",
+            "Could you mail me a copy of the invoice of {p}{o}?",
+            "There was no receipt in the parcel with {p}{o}, please send one.",
+            "Our accounting asks for an invoice of {p}{o}.",
+        ],
+    ),
+    "warranty": (
+        [
+            "{P} stopped working after three months{o}. Is it under warranty?",
+            "Does the warranty cover {p}{o}?",
+            "I want to make a warranty claim for {p}{o}.",
+            "{P} broke after a year of use, how does the guarantee work{o}?",
+            "How long is the warranty on {p}{o}?",
+            "Half a year after I bought it, {p}{o} does not switch on any more. Please repair it under warranty.",
+            "Please repair {p}{o} under the guarantee.",
+            "{P} failed within the warranty period{o}.",
+        ],
+        [
+            "After eight months of use {p}{o} gave up. I would like to use my warranty.",
+            "Is a repair of {p}{o} free under the guarantee?",
+            "{P} died last month, well inside the warranty{o}.",
+            "What do I have to do for a warranty repair of {p}{o}?",
+        ],
+    ),
+    "product_question": (
+        [
+            "Can {p}{o} be used outdoors?",
+            "What material is {p}{o} made of?",
+            "Is {p}{o} safe for children?",
+            "How do I clean {p}{o}?",
+            "How heavy is {p}{o}?",
+            "Does {p}{o} come with instructions in English?",
+            "How do I set up {p}{o}?",
+            "Is {p}{o} also available in blue?",
+        ],
+        [
+            "What are the measurements of {p}{o}?",
+            "May I wash {p}{o} with hot water?",
+            "Which accessories fit {p}{o}?",
+            "Can you explain how to use {p}{o}?",
+        ],
+    ),
+}
+
+URGENCY: dict[str, tuple[list[str], list[str]]] = {
+    "high": (
+        [
+            "This is urgent.",
+            "I need this solved today.",
+            "Please hurry, I leave tomorrow.",
+            "It cannot wait.",
+            "Please answer as soon as possible.",
+            "I need help immediately.",
+        ],
+        [
+            "Please act right away, this is very urgent.",
+            "I must have an answer within the next hours.",
+            "Quickly, please, time is running out.",
+        ],
+    ),
+    "low": (
+        [
+            "There is no rush.",
+            "Whenever you have time.",
+            "This is not urgent.",
+            "It can wait until next week.",
+            "Answer when it suits you.",
+            "No need to hurry.",
+        ],
+        [
+            "Take your time with this.",
+            "It is not pressing at all.",
+            "An answer next month is early enough.",
+        ],
+    ),
+    "normal": (["", "", "", "Please let me know.", "Thanks for your help."], ["", "", "I look forward to your answer."]),
+}
+
+GREETINGS = (
+    ["", "", "Hi,", "Hello,", "Dear team,", "Good morning,", "Hello support,"],
+    ["", "Hey there,", "Good evening,", "To whom it may concern,"],
+)
+CLOSES = (
+    ["", "", "Thank you", "Best regards, Anna", "Thanks, Tom", "Kind regards", "Regards, M. Weber"],
+    ["", "Many thanks, Priya", "Cheers, Sam", "Yours, L. Okafor"],
+)
+NO_PRODUCT = (["my item", "my purchase", "the article"], ["what I bought", "the thing"])
+ORDER_FORMS = ([", order {o}", " (order {o})", ", order number {o}"], [", my order is {o}", " (no. {o})"])
+
+
+def ticket(rng: random.Random, heldout: bool) -> dict[str, list[dict[str, str]]]:
+    """Return one row: system message, ticket, answer."""
+    side = int(heldout)
+    intent, urgency = rng.choice(list(REQUESTS)), rng.choice(list(URGENCY))
+    products = UNSEEN_PRODUCTS if heldout and rng.random() < 0.25 else PRODUCTS
+    product = rng.choice(products) if rng.random() < 0.85 else None
+    letters = "".join(rng.choices("ABCDEFGHKLMNPRSTUVWXZ", k=2))
+    order = f"{letters}-{rng.randint(10000, 99999)}" if rng.random() < 0.7 else None
+
+    noun = rng.choice(["the ", "my "]) + product if product else rng.choice(NO_PRODUCT[side])
+    mention = rng.choice(ORDER_FORMS[side]).format(o=order) if order else ""
+    request = rng.choice(REQUESTS[intent][side]).format(p=noun, P=noun[0].upper() + noun[1:], o=mention)
+    parts = [rng.choice(GREETINGS[side]), request, rng.choice(URGENCY[urgency][side]), rng.choice(CLOSES[side])]
+    answer = {"intent": intent, "product": product, "order": order, "urgency": urgency}
+    return row(" ".join(part for part in parts if part), answer)
+
+
+def row(text: str, answer: dict[str, str | None]) -> dict[str, list[dict[str, str]]]:
+    """Return a ticket and its answer as a chat."""
+    return {
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": json.dumps(answer)},
+        ]
+    }
+
+
+def write(path: Path, count: int, seed: int, heldout: bool) -> None:
+    """Write `count` different tickets."""
+    rng, seen = random.Random(seed), set()
+    with path.open("w", encoding="utf-8") as file:
+        while len(seen) < count:
+            line = json.dumps(ticket(rng, heldout), ensure_ascii=False)
+            if line not in seen:
+                seen.add(line)
+                file.write(line + "\n")
+
+
+def main(folder: str) -> None:
+    """Write train.jsonl (1,400 rows) and heldout.jsonl (240 rows)."""
+    Path(folder).mkdir(exist_ok=True)
+    write(Path(folder, "train.jsonl"), 1400, seed=1, heldout=False)
+    write(Path(folder, "heldout.jsonl"), 240, seed=2, heldout=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "data")

@@ -1,0 +1,257 @@
+"""Stage tokenize: checked rows to Arrow shards of ids, labels and lengths; the packing plan; a report on the mask.
+
+`train/` and `validation/` open with `datasets.load_from_disk`; `packing.parquet` with pandas.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from loraflow.data.mask import IGNORED, ChatTemplate
+from loraflow.data.packing import best_fit_decreasing
+from loraflow.failures import BadData, Killed
+from loraflow.job import Inputs, Job, Progress
+from loraflow.store import Summary
+
+CHUNK = 500  # rows that go to a process at a time
+_SCHEMA = pa.schema(
+    [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("length", pa.int32())],
+    metadata={
+        b"huggingface": json.dumps(
+            {
+                "info": {
+                    "features": {
+                        "input_ids": {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"},
+                        "labels": {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"},
+                        "length": {"dtype": "int32", "_type": "Value"},
+                    }
+                }
+            }
+        ).encode()
+    },
+)
+
+
+@dataclass
+class Chunk:
+    """What a process returns for some rows: flat arrays, lengths, and what happened to the others."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    lengths: np.ndarray
+    counts: Counter[str]
+    first: dict[str, str]  # kind of trouble → its first row
+
+
+def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
+    """Tokenize training and validation rows.
+
+    Raises:
+        BadData: a row is too long and the policy is error, or holds a control token and the policy is error; or no
+            row has a token to learn.
+    """
+    config = job.config
+    processes = job.runtime.get("processes") or os.cpu_count() or 1
+    figures: dict[str, Any] = {}
+    lengths = np.empty(0, np.int32)
+    counts: Counter[str] = Counter()
+    for name in ("train", "validation"):
+        source = inputs["rows"] / f"{name}.jsonl"
+        if name == "validation" and source.stat().st_size == 0:
+            continue
+        found, part = _tokenize_file(source, inputs["base"], out / name, config, processes, report, counts)
+        figures[f"{name}_rows"], figures[f"{name}_tokens"] = len(found), int(found.sum())
+        if name == "train":
+            lengths, figures["supervised_tokens"] = found, part
+    if len(lengths) == 0:
+        raise BadData(
+            "No training row has a token to learn.",
+            where="tokenize",
+            got=", ".join(f"{kind}: {n}" for kind, n in counts.items()) or "no rows",
+            next_step="raise training_config.max_length, or see data.too_long and data.special_tokens",
+        )
+    if config["packing"]:
+        row_of = best_fit_decreasing(lengths, config["max_length"])
+        pq.write_table(pa.table({"row": row_of}), out / "packing.parquet")
+        figures["packed_rows"] = int(row_of.max()) + 1
+        figures["packing_utilisation"] = round(float(lengths.sum() / figures["packed_rows"] / config["max_length"]), 4)
+    figures |= {
+        "longest": int(lengths.max()),
+        "median_length": int(np.median(lengths)),
+        "supervised_share": round(figures["supervised_tokens"] / figures["train_tokens"], 4),
+        **{f"rows_{kind}": n for kind, n in counts.items()},
+    }
+    audit = _audit(inputs["rows"] / "train.jsonl", inputs["base"], config)
+    text = json.dumps({"figures": figures, "audit": audit}, indent=1, sort_keys=True, ensure_ascii=False)
+    (out / "report.json").write_text(text + "\n", encoding="utf-8")
+    return Summary(figures=figures, report={"audit": audit[:2]})
+
+
+def _tokenize_file(
+    source: Path, base: Path, target: Path, config: dict[str, Any], processes: int, report: Progress, counts: Counter[str]
+) -> tuple[np.ndarray, int]:
+    """Write one Arrow folder; return the lengths of its rows and the number of tokens that are learned."""
+    target.mkdir()
+    lengths: list[np.ndarray] = []
+    supervised = done = 0
+    with pa.OSFile(str(target / "data-00000-of-00001.arrow"), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
+        for chunk in _encoded_chunks(source, base, config, processes):
+            counts.update(chunk.counts)
+            for kind, policy in (("too_long", config["too_long"]), ("special_tokens", config["special_tokens"])):
+                if kind in chunk.first and policy == "error":
+                    raise _refusal(kind, chunk.first[kind], config)
+            if len(chunk.lengths):
+                writer.write_batch(_batch(chunk))
+            lengths.append(chunk.lengths)
+            supervised += int((chunk.labels != IGNORED).sum())
+            done += len(chunk.lengths)
+            report(rows=done)
+    found = np.concatenate(lengths) if lengths else np.empty(0, np.int32)
+    # What datasets.save_to_disk writes, but with a fingerprint that is the same every time.
+    state = {
+        "_data_files": [{"filename": "data-00000-of-00001.arrow"}],
+        "_fingerprint": "loraflow",
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    (target / "state.json").write_text(json.dumps(state, indent=1))
+    features = json.loads(_SCHEMA.metadata[b"huggingface"])["info"]["features"]
+    (target / "dataset_info.json").write_text(json.dumps({"citation": "", "description": "", "features": features,
+                                                          "homepage": "", "license": ""}, indent=1))  # fmt: skip
+    return found, supervised
+
+
+def _encoded_chunks(source: Path, base: Path, config: dict[str, Any], processes: int) -> Iterator[Chunk]:
+    """Encode a file's rows, in order, by as many processes as asked for; one is this process itself."""
+    arguments = (str(base), config["loss_on"], config["max_length"], config["too_long"], config["special_tokens"])
+    chunks = _lines(source)
+    if processes == 1 or source.stat().st_size < 1_000_000:
+        _start(*arguments)
+        yield from map(_encode, chunks)
+        return
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(processes, get_context("fork"), initializer=_start, initargs=arguments) as pool:
+        waiting = []
+        try:
+            for lines in chunks:
+                waiting.append(pool.submit(_encode, lines))
+                if len(waiting) > 2 * processes:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        except BrokenProcessPool as error:
+            raise Killed("A tokenizer process was killed.", where="tokenize", next_step="run again") from error
+
+
+def _lines(source: Path) -> Iterator[list[str]]:
+    lines: list[str] = []
+    with source.open(encoding="utf-8") as file:
+        for line in file:
+            lines.append(line)
+            if len(lines) == CHUNK:
+                yield lines
+                lines = []
+    if lines:
+        yield lines
+
+
+_template: ChatTemplate
+_settings: tuple[str, int, str, str]
+
+
+def _start(base: str, loss_on: str, max_length: int, too_long: str, special_tokens: str) -> None:
+    global _template, _settings
+    _template, _settings = ChatTemplate(Path(base)), (loss_on, max_length, too_long, special_tokens)
+
+
+def _encode(lines: list[str]) -> Chunk:
+    loss_on, max_length, too_long, special_tokens = _settings
+    rows = [json.loads(line) for line in lines]
+    ids, labels, counts, first = [], [], Counter[str](), {}
+    for row, one in zip(rows, _template.encode([row["messages"] for row in rows], loss_on), strict=True):
+        here, learned = one.ids, one.labels
+        if one.special_in_text and special_tokens != "allow":
+            counts["special_tokens"] += 1
+            first.setdefault("special_tokens", f"{row['place']}: {one.special_in_text}")
+            continue
+        if len(here) > max_length:
+            counts["too_long"] += 1
+            first.setdefault("too_long", f"{row['place']}: {len(here)} tokens")
+            if too_long != "truncate":
+                continue
+            # No stop token is put at the cut: a model would learn to stop in the middle of a sentence.
+            here, learned = here[:max_length], learned[:max_length]
+        if not (learned[1:] != IGNORED).any():  # the first token is never predicted
+            counts["nothing_to_learn"] += 1
+            first.setdefault("nothing_to_learn", row["place"])
+            continue
+        ids.append(here)
+        labels.append(learned)
+    flat = (np.concatenate(ids), np.concatenate(labels)) if ids else (np.empty(0, np.int32), np.empty(0, np.int32))
+    return Chunk(*flat, np.fromiter(map(len, ids), np.int32, len(ids)), counts, first)
+
+
+def _batch(chunk: Chunk) -> pa.RecordBatch:
+    offsets = np.zeros(len(chunk.lengths) + 1, np.int32)
+    np.cumsum(chunk.lengths, out=offsets[1:])
+    return pa.record_batch(
+        [
+            pa.ListArray.from_arrays(offsets, pa.array(chunk.ids)),
+            pa.ListArray.from_arrays(offsets, pa.array(chunk.labels)),
+            pa.array(chunk.lengths),
+        ],
+        schema=_SCHEMA,
+    )
+
+
+def _refusal(kind: str, place: str, config: dict[str, Any]) -> BadData:
+    if kind == "too_long":
+        return BadData(
+            "A row is longer than max_length.",
+            where=place,
+            expected=f"at most {config['max_length']} tokens (training_config.max_length)",
+            next_step="raise training_config.max_length, or set data.too_long to drop or truncate",
+        )
+    return BadData(
+        "A message's text holds one of the tokenizer's control tokens; it would end or begin a turn.",
+        where=place,
+        next_step="mend the row, or set data.special_tokens to drop (or to allow, if you mean it)",
+    )
+
+
+def _audit(source: Path, base: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Show what is learned in the first rows, and check on them that training reads what serving will send."""
+    template = ChatTemplate(base)
+    with source.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line, _ in zip(file, range(20), strict=False)]
+    chats = [row["messages"] for row in rows]
+    shown = []
+    for row, one, prompt in zip(rows, template.encode(chats, config["loss_on"]), template.prompt_ids(chats), strict=True):
+        learned = one.ids[one.labels != IGNORED]
+        shown.append(
+            {
+                "place": row["place"],
+                "learned": template.tokenizer.decode(learned.tolist(), skip_special_tokens=False)[:500],
+                "tokens": len(one.ids),
+                "learned_tokens": len(learned),
+                "prompt_is_what_serving_sends": one.ids[: one.prompt].tolist() == prompt,
+            }
+        )
+    return shown

@@ -1,0 +1,124 @@
+"""Greedy answers and likelihoods in batches: sorted by length, padded on the left, all stop ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from loraflow.data.mask import IGNORED
+
+HEAD_ROWS = 512  # positions whose logits are in memory at a time
+
+
+def answer_all(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    stop_ids: list[int],
+    max_new_tokens: int,
+    batch_size: int,
+    done_file: Path | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Return an answer for each prompt: `text`, `tokens` (how many), `finish` (stop or length).
+
+    Finished batches are kept in `done_file`, so that a retry goes on behind them.
+    """
+    import torch
+
+    answers: list[dict[str, Any] | None] = [None] * len(prompts)
+    if done_file is not None and done_file.exists():
+        for line in done_file.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # the line at which an earlier attempt was killed
+                continue
+            answers[row.pop("index")] = row
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        if all(answers[i] is not None for i in batch):
+            continue
+        width = max(len(prompts[i]) for i in batch)
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
+        mask = torch.zeros((len(batch), width), dtype=torch.long)
+        for row, i in enumerate(batch):
+            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, width - len(prompts[i]) :] = 1
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=stop_ids,
+                pad_token_id=tokenizer.pad_token_id,
+            )[:, width:].tolist()
+        lines = []
+        for i, new in zip(batch, out, strict=True):
+            end = next((at for at, token in enumerate(new) if token in stop_ids), None)
+            said = new[:end]
+            text = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            answers[i] = {"text": text, "tokens": len(said), "finish": "length" if end is None else "stop"}
+            lines.append(json.dumps({"index": i, **answers[i]}, ensure_ascii=False))
+        if done_file is not None:
+            with done_file.open("a", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n")
+        if on_batch is not None:
+            on_batch(sum(a is not None for a in answers))
+    return [answer for answer in answers if answer is not None]
+
+
+def answer_losses(model: Any, rows: Sequence[Any], pad_id: int, batch_size: int) -> list[tuple[float, int]]:
+    """Return (sum of -log p in nats, tokens) of each row's learned tokens. Rows are `mask.Encoded`.
+
+    The head is applied where a token is learned only: a vocabulary's width of logits for every position of a batch
+    would be gigabytes.
+    """
+    import torch
+
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
+    whole = getattr(model.config, "final_logit_softcapping", None) or getattr(model.config, "logits_scaling", None)
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        width = max(len(rows[i].ids) for i in batch)
+        ids = torch.full((len(batch), width), pad_id)
+        mask = torch.zeros((len(batch), width), dtype=torch.long)
+        labels = torch.full((len(batch), width), IGNORED)
+        for row, i in enumerate(batch):
+            n = len(rows[i].ids)
+            ids[row, :n], mask[row, :n] = torch.from_numpy(rows[i].ids.astype("int64")), 1
+            labels[row, 1:n] = torch.from_numpy(rows[i].labels[1:].astype("int64"))
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        at = (labels[:, 1:] != IGNORED).to(model.device)
+        target = labels[:, 1:].to(model.device)[at]
+        with torch.inference_mode():
+            if whole:  # a model that does more than a matrix product behind its last hidden state
+                source = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1][at]
+                head: Callable[[Any], Any] = lambda x: x  # noqa: E731
+            else:
+                source = model.get_decoder()(
+                    input_ids=ids, attention_mask=mask, use_cache=False
+                ).last_hidden_state[:, :-1][at]
+                head = model.get_output_embeddings()
+            losses = torch.cat(
+                [
+                    torch.nn.functional.cross_entropy(
+                        head(source[k : k + HEAD_ROWS]).float(), target[k : k + HEAD_ROWS], reduction="none"
+                    )
+                    for k in range(0, len(source), HEAD_ROWS)
+                ]
+            ).double()
+        owner = at.nonzero()[:, 0]
+        for row, i in enumerate(batch):
+            mine = losses[owner == row]
+            found[i] = (float(mine.sum()), len(mine))
+    return found

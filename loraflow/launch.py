@@ -1,0 +1,241 @@
+"""Run a job: in this process, or in a worker with a group of its own, a deadline and a class for each way to end.
+
+The caller gets a ref or a `Failure`. Whatever ends this process ends the worker as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from loraflow import failures
+from loraflow.identity import short
+from loraflow.job import Inputs, Job, Progress
+from loraflow.stages import STAGES, code_digest
+from loraflow.store import Ref, Store, Summary
+from loraflow.store.files import write_json
+
+log = logging.getLogger(__name__)
+
+OnProgress = Callable[[dict[str, Any]], None]
+_RECORDED = ("torch", "transformers", "peft", "trl", "datasets", "tokenizers", "evaluate", "dvc", "numpy", "pyarrow")
+
+
+def run_job(job: Job, store: Store, on_progress: OnProgress | None = None, *, force: bool = False) -> Ref:
+    """Compute a job's artifact, or take the one that another run committed meanwhile.
+
+    Raises:
+        Failure: the stage's own, or the class of the way in which its worker ended.
+    """
+    with store.lock(job.stage, job.fingerprint):
+        ref = store.find(job.stage, job.fingerprint)
+        if ref is not None and not force:
+            log.info("%s %s: another run made it meanwhile", job.stage, job.short)
+            return ref
+        work = store.work(job.stage, job.fingerprint)
+        if force and ref is not None:  # checkpoints of the computation that is to be repeated are no help
+            shutil.rmtree(work)
+            work.mkdir()
+        staged = store.staging(job.stage, job.fingerprint)
+        started = time.time()
+        try:
+            summary, runtime = _compute(job, store, staged, work, on_progress)
+            ref = store.commit(
+                staged,
+                payload=job.payload,
+                inputs=job.inputs,
+                summary=summary,
+                provenance=_provenance(job, runtime, started),
+                replace=force,
+            )
+        except OSError as error:
+            raise failures.from_os_error(error, store.uri) or error from error
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
+        return ref
+
+
+def _compute(
+    job: Job, store: Store, staged: Path, work: Path, on_progress: OnProgress | None
+) -> tuple[Summary, dict[str, Any]]:
+    stage = STAGES[job.stage]
+    folders = {name: store.path(ref) for name, ref in job.inputs.items()}
+    if not stage.child:
+        module, function = stage.function.split(":")
+        run = getattr(import_module(module), function)
+        return run(job, Inputs(folders), staged, Progress(None, work)), job.runtime
+    while True:
+        try:
+            return _in_worker(job, folders, staged, work, on_progress), job.runtime
+        except failures.OutOfMemory as failure:
+            job = _halve(job, failure)
+
+
+def _halve(job: Job, failure: failures.OutOfMemory) -> Job:
+    """Return the job with half the micro-batch: the same result, in more and smaller steps."""
+    field = STAGES[job.stage].micro_batch
+    if field is None:
+        raise failure
+    now = job.runtime.get(field) or job.runtime.get("training_config", {}).get("per_device_train_batch_size", 1)
+    if now <= 1:
+        failure.next_step = "one row at a time is too much: lower training_config.max_length, or quantize the base"
+        raise failure
+    log.warning("%s ran out of memory with %s %d; again with %d", job.stage, field, now, now // 2)
+    return job.model_copy(update={"runtime": {**job.runtime, field: now // 2}})
+
+
+def _in_worker(
+    job: Job, folders: dict[str, Path], staged: Path, work: Path, on_progress: OnProgress | None
+) -> Summary:
+    for name in ("outcome.json", "progress.jsonl"):
+        (work / name).unlink(missing_ok=True)
+    job_file = work / "job.json"
+    write_json(
+        job_file,
+        {
+            **job.model_dump(),
+            "fingerprint": job.fingerprint,
+            "out": str(staged),
+            "input_folders": {name: str(path) for name, path in folders.items()},
+        },
+    )
+    env = {
+        **os.environ,
+        "LORAFLOW_PARENT": str(os.getpid()),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "true"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    if not job.runtime.get("origin", {}).get("hub"):
+        env |= {"HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    if job.runtime.get("threads"):
+        env["OMP_NUM_THREADS"] = str(job.runtime["threads"])
+    kills_before = _oom_kills()
+    with (work / "log.txt").open("ab") as log_file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "loraflow.worker", str(job_file)],
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=log_file,
+            env=env,
+            start_new_session=True,
+        )
+        log.info("%s %s: worker %d, log %s", job.stage, job.short, process.pid, work / "log.txt")
+        try:
+            code = _follow(process, work / "progress.jsonl", job.runtime.get("deadline_minutes"), on_progress)
+        finally:
+            _end_group(process, job.runtime.get("grace_seconds", 20.0))
+    return _outcome(job, work, code, oom_killed=_oom_kills() > kills_before)
+
+
+def _follow(
+    process: subprocess.Popen[bytes], progress: Path, deadline_minutes: float | None, on_progress: OnProgress | None
+) -> int:
+    """Wait for the worker and hand its progress on."""
+    started, at = time.monotonic(), 0
+    while True:
+        code = process.poll()
+        if on_progress is not None and progress.exists():
+            with progress.open("rb") as file:
+                file.seek(at)
+                block = file.read()
+            whole = block[: block.rfind(b"\n") + 1]
+            at += len(whole)
+            for line in whole.splitlines():
+                on_progress(json.loads(line))
+        if code is not None:
+            return code
+        if deadline_minutes is not None and time.monotonic() - started > deadline_minutes * 60:
+            raise failures.DeadlineExceeded(
+                f"The worker ran for more than {deadline_minutes} minutes.",
+                where=str(progress.parent),
+                next_step="raise runtime.deadline_minutes; a rerun resumes from the last checkpoint",
+            )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.2)
+
+
+def _end_group(process: subprocess.Popen[bytes], grace: float) -> None:
+    """End the worker and everything that it started: SIGTERM, then SIGKILL. Does nothing for a group that is gone."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=grace)
+        except subprocess.TimeoutExpired:
+            log.warning("worker %d did not end within %.0f s of SIGTERM; killing it", process.pid, grace)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _outcome(job: Job, work: Path, code: int, *, oom_killed: bool) -> Summary:
+    again = f"the log: {work / 'log.txt'}; by hand: {Path(sys.executable).name} -m loraflow.worker {work / 'job.json'}"
+    try:
+        outcome = json.loads((work / "outcome.json").read_bytes())
+    except (FileNotFoundError, json.JSONDecodeError):
+        outcome = None
+    if outcome and outcome["status"] == "done" and code == 0:
+        return Summary.model_validate(outcome["summary"])
+    if outcome and outcome["status"] == "failed":
+        failure = failures.from_dict(outcome["failure"])
+        failure.next_step = failure.next_step or again
+        raise failure
+    where = f"{job.stage} {short(job.fingerprint)}"
+    if code == -signal.SIGKILL and oom_killed:
+        raise failures.OutOfMemory("The host ran out of memory and killed the worker.", where=where, next_step=again)
+    if code == -signal.SIGKILL:
+        raise failures.Killed("The worker was killed.", where=where, got="SIGKILL", next_step=again)
+    if code == -signal.SIGTERM:
+        raise failures.Preempted("The worker was asked to end.", where=where, got="SIGTERM", next_step=again)
+    got = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    tail = (work / "log.txt").read_bytes()[-1500:].decode(errors="replace").strip()
+    raise failures.Crashed(
+        "The worker ended without an outcome.", where=where, got=f"{got}\n{tail}", next_step=again
+    )
+
+
+def _oom_kills() -> int:
+    """Return how often this control group's memory limit killed a process, as far as the kernel tells."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        group = next(
+            line.split("::", 1)[1] for line in Path("/proc/self/cgroup").read_text().splitlines() if "::" in line
+        )
+        events = Path("/sys/fs/cgroup" + group, "memory.events").read_text()
+        return sum(int(line.split()[1]) for line in events.splitlines() if line.startswith("oom_kill "))
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        vmstat = Path("/proc/vmstat").read_text()
+        return next(int(line.split()[1]) for line in vmstat.splitlines() if line.startswith("oom_kill "))
+    return 0
+
+
+def _provenance(job: Job, runtime: dict[str, Any], started: float) -> dict[str, Any]:
+    """Record what is out of identity: when, with what, on what kind of machine."""
+    versions = {}
+    for name in _RECORDED:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {
+        "seconds": round(time.time() - started, 3),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "runtime": runtime,
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "code": code_digest(job.stage),
+    }

@@ -1,0 +1,174 @@
+"""What a run will do, before it does anything: jobs from a recipe, and a verdict for each.
+
+`Jobs` builds jobs for whoever walks the DAG; `Planner` walks it without running, `tasks.run.Run` by running. The DAG
+itself stands once, in `flows.pipeline`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from loraflow import identity
+from loraflow.config import Recipe
+from loraflow.job import Job
+from loraflow.registry import PromotionLog
+from loraflow.stages import code_digest, make_job
+from loraflow.store import LocalStore, Ref, open_store
+from loraflow.store.files import HashMemo
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """The artifact of a stage that has to run first."""
+
+    stage: str
+
+
+class Walker(Protocol):
+    """Whoever walks the DAG: each call is one stage."""
+
+    def stage(self, name: str, label: str = "", /, **inputs: Any) -> Any:
+        """Do, or plan, a stage and return its artifact's ref; `label` tells apart stages that run several times."""
+
+    def admit(self, what: str, ref: Any) -> None:
+        """Stop here if a report is outside of the recipe's bounds."""
+
+    def champion(self) -> Ref | None:
+        """Return the model in use."""
+
+
+class Jobs:
+    """Builds a recipe's jobs, from what the outside world says: the dataset's md5, the base's content, the champion."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        store = open_store(recipe.runtime.store)
+        assert isinstance(store, LocalStore)
+        self.store = store
+        self.log = PromotionLog(store.root, recipe.register_.model)
+        self.memo = HashMemo(store.root / "hashes.json")
+
+    @cached_property
+    def dataset(self) -> dict[str, Any]:
+        """What identifies the dataset. Dirt in the work tree is refused here, before every run."""
+        from loraflow.data.version import locate
+
+        return locate(self.recipe.data, self.memo)
+
+    @cached_property
+    def base(self) -> dict[str, Any]:
+        """What identifies the base model."""
+        from loraflow.base.resolve import locate
+
+        return locate(self.recipe.base, self.memo)
+
+    @cached_property
+    def metric_modules(self) -> dict[str, str]:
+        """The contents of the metrics' modules."""
+        from loraflow.evaluation.modules import identify
+
+        return identify(self.recipe.evaluation.metrics, self.memo)
+
+    def job(self, name: str, inputs: dict[str, Ref]) -> Job:
+        """Build a stage's job."""
+        known: dict[str, Any] = {}
+        if name == "version_dataset":
+            known = self.dataset
+        elif name == "resolve_base":
+            known = self.base
+        elif name == "evaluate":
+            known = {"metric_modules": self.metric_modules}
+        return make_job(name, self.recipe, inputs, known)
+
+    def champion(self) -> Ref | None:
+        """Return the merged model in use, if its artifact is still there."""
+        head = self.log.head()
+        if head is None:
+            return None
+        return head.merged if self.store.path(head.merged).exists() else None
+
+    def save(self) -> None:
+        """Keep the hashes that were learned."""
+        self.memo.save()
+
+
+@dataclass
+class Verdict:
+    """What will happen to a stage, and why."""
+
+    label: str
+    stage: str
+    verdict: str  # cached | runs | depends
+    why: list[str] = field(default_factory=list)
+    fingerprint: str | None = None
+    seconds: float | None = None  # that it took, when it ran, or the last time that it did
+
+
+class Planner:
+    """Walks the DAG without running anything. It imports neither torch nor prefect."""
+
+    def __init__(self, jobs: Jobs, force: list[str]):
+        self.jobs, self.force = jobs, force
+        self.verdicts: list[Verdict] = []
+
+    def stage(self, name: str, label: str = "", /, **inputs: Ref | Unknown) -> Ref | Unknown:
+        """Judge a stage."""
+        label = label or name
+        waiting = [one.stage for one in inputs.values() if isinstance(one, Unknown)]
+        if waiting:
+            why = f"runs, or is reused if {' and '.join(waiting)} {'come' if len(waiting) > 1 else 'comes'} out the same"
+            self.verdicts.append(Verdict(label, name, "depends", [why], seconds=self._last_time(name)))
+            return Unknown(label)
+        job = self.jobs.job(name, {key: ref for key, ref in inputs.items() if isinstance(ref, Ref)})
+        store = self.jobs.store
+        ref = store.find(name, job.fingerprint)
+        if ref is not None and name not in self.force:
+            manifest = store.manifest(ref)
+            why = []
+            if manifest.provenance.get("code") != code_digest(name):
+                why.append("made by other code of the same stage version; --force makes it again")
+            self.verdicts.append(
+                Verdict(label, name, "cached", why, job.fingerprint, manifest.provenance.get("seconds"))
+            )
+            return ref
+        why = ["--force"] if name in self.force else explain_miss(store, job)
+        self.verdicts.append(Verdict(label, name, "runs", why, job.fingerprint, self._last_time(name)))
+        return Unknown(label)
+
+    def admit(self, what: str, ref: Ref | Unknown) -> None:
+        """Plans go on."""
+
+    def champion(self) -> Ref | None:
+        """Return the model in use."""
+        return self.jobs.champion()
+
+    def _last_time(self, name: str) -> float | None:
+        manifests = (self.jobs.store.root / name).glob("*/*/manifest.json")
+        newest = max(manifests, key=lambda path: path.stat().st_mtime, default=None)
+        if newest is None:
+            return None
+        import json
+
+        try:
+            return json.loads(newest.read_bytes())["provenance"]["seconds"]
+        except (ValueError, KeyError, TypeError):
+            return None
+
+
+def explain_miss(store: LocalStore, job: Job) -> list[str]:
+    """Say why a job is not in the store: what differs from the nearest one that is."""
+    home = store.root / job.stage / job.fingerprint
+    if (home / "current.json").exists():
+        return ["its artifact is incomplete or was changed"]
+    nearest = store.newest_payload(job.stage, job.payload)
+    if nearest is None:
+        return ["never made in this store"]
+    return identity.explain(nearest, job.payload) or ["its artifact is gone"]
+
+
+def needs_free_bytes(folder: Path) -> int:
+    """Return the size of a folder's files, to ask for that much room before making another of it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,267 @@
+"""A store in a local folder: rename, fsync and flock of the kernel, nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from loraflow import identity
+from loraflow.failures import CorruptArtifact, from_os_error
+from loraflow.store.base import MANIFEST, TELEMETRY, Manifest, Ref, Summary
+from loraflow.store.files import files_below, fsync_path, fsync_tree, hash_file, write_json
+from loraflow.store.lock import flock
+
+_OWN = {"work", "staging", "locks", "set-aside", "runs", "registry"}
+
+
+class LocalStore:
+    """Artifacts in a folder. See the package's docstring for its layout."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root).expanduser().absolute()
+        self.uri = str(self.root)
+
+    # reading
+
+    def find(self, stage: str, fingerprint: str) -> Ref | None:
+        """Return the current artifact if its manifest, names and sizes are right, else None."""
+        home = self.root / stage / fingerprint
+        try:
+            digest = json.loads((home / "current.json").read_bytes())["digest"]
+            manifest = self._read_manifest(home / digest)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if manifest.fingerprint != fingerprint or manifest.digest != digest:
+            return None
+        return None if _misfits(home / digest, manifest) else self._ref(manifest)
+
+    def manifest(self, ref: Ref) -> Manifest:
+        """Read an artifact's manifest.
+
+        Raises:
+            CorruptArtifact: it is gone or unreadable.
+        """
+        folder = self._folder(ref)
+        try:
+            return self._read_manifest(folder)
+        except (OSError, ValueError) as error:
+            raise CorruptArtifact(
+                f"The manifest of {ref} cannot be read.",
+                where=str(folder / MANIFEST),
+                got=f"{type(error).__name__}: {error}".splitlines()[0],
+                next_step="run again: the stage makes it anew",
+                ref=ref.model_dump(),
+            ) from error
+
+    def path(self, ref: Ref) -> Path:
+        """Return the artifact's folder."""
+        return self._folder(ref)
+
+    def verify(self, ref: Ref) -> list[str]:
+        """Hash an artifact's contents and return what is wrong with it, a line each."""
+        folder = self._folder(ref)
+        try:
+            manifest = self._read_manifest(folder)
+        except (OSError, ValueError) as error:
+            return [f"{MANIFEST}: {type(error).__name__}"]
+        problems = _misfits(folder, manifest)
+        if problems:
+            return problems
+        for name, entry in manifest.files.items():
+            if hash_file(folder / name) != entry["sha256"]:
+                problems.append(f"{name}: content is not what was written")
+        results = {name: entry["sha256"] for name, entry in manifest.files.items() if not name.startswith(TELEMETRY)}
+        if not problems and identity.digest(results) != ref.digest:
+            problems.append(f"{MANIFEST}: its digest is not that of its files")
+        if identity.fingerprint(manifest.payload) != ref.fingerprint:
+            problems.append(f"{MANIFEST}: its payload does not give its fingerprint")
+        return problems
+
+    def artifacts(self) -> Iterator[Ref]:
+        """Go through all artifacts that have a readable manifest, current or not."""
+        for path in sorted(self.root.glob(f"*/*/*/{MANIFEST}")):
+            if path.parts[len(self.root.parts)] in _OWN:
+                continue
+            try:
+                yield self._ref(self._read_manifest(path.parent))
+            except ValueError:
+                stage, fingerprint, digest = path.parts[-4:-1]
+                yield Ref(stage=stage, fingerprint=fingerprint, digest=digest, uri=self.uri)
+
+    def newest_payload(self, stage: str, like: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the payload of the stage's artifact that is nearest to `like`, the newer one of two as near."""
+        best: tuple[int, float] | None = None
+        payload = None
+        for path in (self.root / stage).glob(f"*/*/{MANIFEST}"):
+            try:
+                candidate = self._read_manifest(path.parent).payload
+            except (OSError, ValueError):
+                continue
+            rank = (len(identity.explain(candidate, like)), -path.stat().st_mtime)
+            if best is None or rank < best:
+                best, payload = rank, candidate
+        return payload
+
+    # writing
+
+    def staging(self, stage: str, fingerprint: str) -> Path:
+        """Return a new empty folder for a job to write into."""
+        with self._writing():
+            folder = self.root / "staging" / f"{stage}-{identity.short(fingerprint)}-{uuid.uuid4().hex[:8]}"
+            folder.mkdir(parents=True)
+            return folder
+
+    def work(self, stage: str, fingerprint: str) -> Path:
+        """Return the folder in which an unfinished job keeps what a retry goes on from."""
+        with self._writing():
+            folder = self.root / "work" / stage / fingerprint
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+
+    @contextmanager
+    def lock(self, stage: str, fingerprint: str) -> Iterator[None]:
+        """Hold a job's lock; wait for whoever has it."""
+        with self._writing():
+            (self.root / "locks").mkdir(parents=True, exist_ok=True)
+        with flock(self.root / "locks" / f"{stage}-{identity.short(fingerprint)}.lock"):
+            yield
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Hold off `gc` while artifacts are in use. In a read-only store nothing can be collected, so no lock."""
+        try:
+            (self.root / "locks").mkdir(parents=True, exist_ok=True)
+            holder = flock(self.root / "locks" / "readers", shared=True)
+            holder.__enter__()
+        except OSError as error:
+            if from_os_error(error, self.uri) is None:
+                raise
+            yield
+            return
+        try:
+            yield
+        finally:
+            holder.__exit__(None, None, None)
+
+    def commit(
+        self,
+        staged: Path,
+        *,
+        payload: dict[str, Any],
+        inputs: dict[str, Ref],
+        summary: Summary,
+        provenance: dict[str, Any],
+        replace: bool = False,
+    ) -> Ref:
+        """Hash, flush, write the manifest, rename into place, replace the pointer: in this order.
+
+        The first committed digest of a fingerprint stands as long as it is whole, so that two workers that computed
+        the same job with other last bits agree afterwards; `replace` is for a computation that was forced.
+        """
+        with self._writing():
+            files = {
+                name: {"size": path.stat().st_size, "sha256": hash_file(path)} for name, path in files_below(staged)
+            }
+            results = {name: entry["sha256"] for name, entry in files.items() if not name.startswith(TELEMETRY)}
+            manifest = Manifest(
+                stage=payload["stage"],
+                version=payload["version"],
+                fingerprint=identity.fingerprint(payload),
+                payload=payload,
+                digest=identity.digest(results),
+                facets={facet: _facet(results, prefixes) for facet, prefixes in summary.facets.items()},
+                files=files,
+                inputs={name: ref.model_dump(exclude={"uri"}) for name, ref in inputs.items()},
+                figures=summary.figures,
+                report=summary.report,
+                provenance=provenance,
+            )
+            fsync_tree(staged)
+            write_json(staged / MANIFEST, manifest.model_dump())
+            home = self.root / manifest.stage / manifest.fingerprint
+            home.mkdir(parents=True, exist_ok=True)
+            fsync_path(home.parent)
+            standing = self.find(manifest.stage, manifest.fingerprint)
+            if standing is not None and (not replace or standing.digest == manifest.digest):
+                shutil.rmtree(staged)
+                return standing
+            target = home / manifest.digest
+            if target.exists():  # it was not found above, so it is broken, or its pointer is gone
+                self._move_aside(target, ["found in place of a new artifact"])
+            os.rename(staged, target)
+            fsync_path(home)
+            write_json(home / "current.json", {"digest": manifest.digest})
+            return self._ref(manifest)
+
+    def set_aside(self, ref: Ref, problems: list[str]) -> Path:
+        """Move a corrupt artifact out of the way, with the reasons beside it."""
+        with self._writing():
+            return self._move_aside(self._folder(ref), problems)
+
+    def _move_aside(self, folder: Path, problems: list[str]) -> Path:
+        target = self.root / "set-aside" / f"{folder.parts[-3]}-{folder.name[:12]}-{uuid.uuid4().hex[:6]}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.rename(folder, target)
+        except FileNotFoundError:
+            return target  # somebody else was faster, or it was deleted by hand
+        write_json(target.with_suffix(".json"), {"was": str(folder), "problems": problems, "time": time.time()})
+        return target
+
+    # inside
+
+    def _folder(self, ref: Ref) -> Path:
+        return self.root / ref.stage / ref.fingerprint / ref.digest
+
+    def _ref(self, manifest: Manifest) -> Ref:
+        return Ref(
+            stage=manifest.stage,
+            fingerprint=manifest.fingerprint,
+            digest=manifest.digest,
+            uri=self.uri,
+            facets=manifest.facets,
+        )
+
+    @staticmethod
+    def _read_manifest(folder: Path) -> Manifest:
+        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            failure = from_os_error(error, self.uri)
+            if failure is None:
+                raise
+            raise failure from error
+
+
+def _facet(results: dict[str, str], prefixes: list[str]) -> str:
+    part = {name: sha for name, sha in results.items() if name.startswith(tuple(prefixes))}
+    if not part:
+        raise ValueError(f"no result file starts with {prefixes}: a facet must not be empty")
+    return identity.digest(part)
+
+
+def _misfits(folder: Path, manifest: Manifest) -> list[str]:
+    """Compare names and sizes with the manifest, without reading contents."""
+    try:
+        found = {name: path.stat().st_size for name, path in files_below(folder) if name != MANIFEST}
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    problems = []
+    for name, entry in manifest.files.items():
+        if name not in found:
+            problems.append(f"{name}: missing")
+        elif found[name] != entry["size"]:
+            problems.append(f"{name}: {found[name]} bytes, expected {entry['size']}")
+    problems += [f"{name}: not in the manifest" for name in sorted(found.keys() - manifest.files.keys())]
+    return problems

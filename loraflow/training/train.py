@@ -1,0 +1,208 @@
+"""Stage train: tokens and a base to a PEFT adapter, by trl's SFTTrainer.
+
+What is ours around it: the rows and their order (`batches`), checkpoints that a resume can trust (`checkpoints`),
+curves, progress and guards (`callbacks`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from loraflow.failures import BadConfig, MissingExtra
+from loraflow.job import Inputs, Job, Progress
+from loraflow.store import Summary
+
+log = logging.getLogger(__name__)
+_TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "dvclive": "dvclive", "trackio": "trackio"}
+
+
+def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
+    """Train, resuming from the newest whole checkpoint of an earlier attempt.
+
+    Raises:
+        BadConfig: a target module matches nothing, or the hardware cannot do the precision.
+        NonFiniteLoss: the loss became NaN or infinite.
+        Preempted: asked to end; a checkpoint was saved.
+    """
+    from transformers import EarlyStoppingCallback
+
+    from loraflow.adapters.inject import check_targets, lora_config
+    from loraflow.base.load import load_model, load_tokenizer
+    from loraflow.training import batches, callbacks
+    from loraflow.training.checkpoints import newest_whole
+    from loraflow.training.trainer import OrderedTrainer
+
+    config, runtime = job.config, job.runtime
+    training = {**runtime["training_config"], **config["training_config"]}
+    _check_trackers(training["report_to"])
+    assert report.work is not None
+    figures = json.loads((inputs["tokens"] / "report.json").read_text(encoding="utf-8"))["figures"]
+    packing = inputs["tokens"] / "packing.parquet"
+    train = batches.Rows(inputs["tokens"] / "train", packing if packing.exists() else None)
+    validation = batches.Rows(inputs["tokens"] / "validation") if (inputs["tokens"] / "validation").exists() else None
+
+    steps, per_epoch = batches.steps_of(
+        len(train), training["global_batch"], training["num_train_epochs"], training["max_steps"]
+    )
+    rows_a_time = batches.micro_batch(
+        training["global_batch"], runtime.get("micro_batch") or training["per_device_train_batch_size"]
+    )
+    order = batches.row_order(len(train), steps * training["global_batch"], training["seed"])
+
+    base = config["base"]
+    quantization = {"double": base["double_quantization"]} if base["quantization"] else None
+    model = load_model(
+        inputs["base"], base["dtype"], runtime, quantization=quantization, trust=base["trust_remote_code"]
+    )
+    model.config.use_cache = runtime.get("use_cache", False)
+    check_targets(model, config["peft_config"])
+    tokenizer = load_tokenizer(inputs["base"])
+
+    checkpoints = report.work / "checkpoints"
+    resume = newest_whole(checkpoints)
+    resumed_at = int(resume.name.split("-")[1]) if resume else 0
+    log.info("%d rows, %d steps of %d rows, %d at a time, from step %d",
+             len(train), steps, training["global_batch"], rows_a_time, resumed_at)  # fmt: skip
+    curves, stopper = report.work / "curves.jsonl", callbacks.Stopper()
+    tokens_per_step = figures["train_tokens"] / len(train) * training["global_batch"]
+    extra = [EarlyStoppingCallback(training["early_stopping_patience"])] if training.get("early_stopping_patience") else []
+    trainer = OrderedTrainer(
+        model=model,
+        args=_arguments(training, steps, per_epoch, rows_a_time, checkpoints, runtime, report.work),
+        train_rows=order,
+        validation_rows=len(validation) if validation is not None and training.get("eval_strategy", "no") != "no" else 0,
+        collator=batches.Collator(train, validation, tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        peft_config=lora_config(config["peft_config"]),
+        callbacks=[
+            callbacks.Curves(curves, resumed_at),
+            callbacks.Reporter(report, steps, tokens_per_step),
+            callbacks.Guard(),
+            callbacks.Sealer(),
+            stopper,
+            *extra,
+        ],
+    )
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    log.info("%d trainable parameters of %d", trainable, sum(p.numel() for p in trainer.model.parameters()))
+    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    stopper.raise_if_asked(trainer.state.global_step)
+    callbacks.refuse_bad_numbers(trainer.model, steps)
+
+    _save_adapter(trainer.model, out / "adapter")
+    (out / "training.json").write_text(
+        json.dumps({"training_config": config["training_config"], "peft_config": config["peft_config"], "steps": steps},
+                   indent=1, sort_keys=True) + "\n"
+    )  # fmt: skip
+    (out / "telemetry").mkdir()
+    shutil.copyfile(curves, out / "telemetry" / "curves.jsonl")
+    if (report.work / "tracker").exists():
+        shutil.copytree(report.work / "tracker", out / "telemetry" / "tracker")
+    losses = [row["loss"] for line in curves.read_text().splitlines() if "loss" in (row := json.loads(line))]
+    return Summary(
+        figures={
+            "steps": steps,
+            "epochs": round(steps / per_epoch, 3),
+            "trainable_parameters": trainable,
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
+            "mean_loss_of_last_attempt": result.training_loss,
+            "resumed_at": resumed_at,
+            "micro_batch": rows_a_time,
+        },
+        facets={"adapter": ["adapter/"]},
+    )
+
+
+def _arguments(
+    training: dict[str, Any], steps: int, per_epoch: int, rows: int, checkpoints: Path, runtime: dict[str, Any], work: Path
+) -> Any:
+    """Return trl's SFTConfig. Epochs become steps: the trainer sees one long epoch, in an order of our own."""
+    import os
+
+    import torch
+    from trl import SFTConfig
+
+    from loraflow.base.load import pick_device
+
+    device = pick_device(runtime)
+    if training["fp16"] and device == "cpu":
+        raise BadConfig(
+            "Training in fp16 needs a GPU.", where="training_config.fp16", next_step="set bf16: true, fp16: false"
+        )
+    if training["optim"].startswith("paged_") and (device == "cpu" or find_spec("bitsandbytes") is None):
+        raise MissingExtra(
+            f"{training['optim']} needs a CUDA device and the package bitsandbytes.",
+            where="training_config.optim",
+            next_step="set training_config.optim to adamw_torch",
+        )
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(work / "tracker")
+    own = {"global_batch", "num_train_epochs", "max_steps", "per_device_train_batch_size", "early_stopping_patience"}
+    own |= {"gradient_accumulation_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps"}
+    own |= {"logging_strategy", "logging_steps", "warmup_steps", "log_level", "save_total_limit"}
+    values = {key: value for key, value in training.items() if key not in own}
+    warmup = training["warmup_steps"]
+    return SFTConfig(
+        **values,
+        **_cadence("logging", training, per_epoch, steps),
+        **_cadence("save", training, per_epoch, steps),
+        **_cadence("eval", training, per_epoch, steps),
+        output_dir=str(checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=training["global_batch"] // rows,
+        warmup_steps=int(warmup) if warmup >= 1 else math.ceil(warmup * steps),
+        log_level=training["log_level"],
+        logging_nan_inf_filter=False,  # a NaN must be seen, not averaged away
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device == "cuda" and torch.cuda.is_available(),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        push_to_hub=False,
+        # The trainer removes an old checkpoint before the new one is sealed, so that one whole one must remain.
+        save_total_limit=max(2, training["save_total_limit"]) if training["save_total_limit"] else None,
+    )
+
+
+def _cadence(what: str, training: dict[str, Any], per_epoch: int, steps: int) -> dict[str, Any]:
+    """Return `<what>_strategy` and `<what>_steps`, with an epoch said in steps."""
+    strategy = training.get(f"{what}_strategy", "no")
+    if strategy == "epoch":
+        return {f"{what}_strategy": "steps", f"{what}_steps": min(per_epoch, steps)}
+    every = training.get(f"{what}_steps")
+    out: dict[str, Any] = {f"{what}_strategy": strategy}
+    return out if every is None else {**out, f"{what}_steps": every}
+
+
+def _check_trackers(report_to: str | list[str]) -> None:
+    for name in [report_to] if isinstance(report_to, str) else report_to:
+        if name in ("none", "all"):
+            continue
+        if find_spec(_TRACKERS.get(name, name)) is None:
+            raise MissingExtra(
+                f"The tracker {name} is not installed.",
+                where="training_config.report_to",
+                expected=f"none, or an installed one of {', '.join(_TRACKERS)}",
+                next_step=f"pip install {_TRACKERS.get(name, name)}",
+            )
+
+
+def _save_adapter(model: Any, target: Path) -> None:
+    """Save the adapter as peft does, without what would differ between two equal runs: paths, orders of sets."""
+    model.save_pretrained(str(target))
+    (target / "README.md").unlink(missing_ok=True)
+    file = target / "adapter_config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["base_model_name_or_path"] = None
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(values.get(key), list):
+            values[key] = sorted(values[key])
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,123 @@
+"""The child process that does a heavy stage. It never imports prefect.
+
+    python -m loraflow.worker job.json
+
+Reads the job, writes the artifact's staging folder, `progress.jsonl` and `outcome.json` beside the job. Anyone can
+run a failed job again with that one command; the caller commits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import importlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from loraflow import failures
+from loraflow.job import Inputs, Job, Progress
+from loraflow.store.files import write_json
+
+log = logging.getLogger("loraflow.worker")
+
+
+def main(argv: list[str]) -> int:
+    """Run the job of a file. Return 0 if it is done, 1 if it failed and said so in `outcome.json`."""
+    job_file = Path(argv[0]).absolute()
+    spec = json.loads(job_file.read_text(encoding="utf-8"))
+    _die_with_parent(spec["runtime"].get("grace_seconds", 20.0))
+    faulthandler.enable()
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
+    )
+    signal.signal(signal.SIGTERM, _preempted)
+    outcome: dict[str, Any]
+    try:
+        outcome = {"status": "done", "summary": execute(spec, job_file.parent)}
+    except failures.Failure as failure:
+        outcome = {"status": "failed", "failure": failure.to_dict()}
+    except KeyboardInterrupt:
+        outcome = {"status": "failed", "failure": failures.Preempted("The worker was interrupted.").to_dict()}
+    except BaseException as error:
+        traceback.print_exc()
+        outcome = {"status": "failed", "failure": classify(error, spec["stage"]).to_dict()}
+    with contextlib.suppress(OSError):  # on a full disk even this fails; the exit status still says so
+        write_json(job_file.parent / "outcome.json", outcome)
+    if outcome["status"] == "failed":
+        print(failures.from_dict(outcome["failure"]), file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def execute(spec: dict[str, Any], home: Path) -> dict[str, Any]:
+    """Run a job's stage function into its staging folder and return its summary as JSON values."""
+    from loraflow.stages import STAGES
+
+    job = Job.model_validate({key: spec[key] for key in Job.model_fields if key in spec})
+    module, function = STAGES[job.stage].function.split(":")
+    out = Path(spec["out"])
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    inputs = Inputs({name: Path(path) for name, path in spec["input_folders"].items()})
+    progress = Progress(home / "progress.jsonl", work=home)
+    summary = getattr(importlib.import_module(module), function)(job, inputs, out, progress)
+    return summary.model_dump()
+
+
+def classify(error: BaseException, stage: str) -> failures.Failure:
+    """Turn an exception that no stage foresaw into a failure with a class."""
+    text = f"{type(error).__name__}: {error}"
+    name = type(error).__name__
+    if isinstance(error, OSError) and (known := failures.from_os_error(error, stage)):
+        return known
+    if "No space left on device" in text:
+        return failures.DiskFull("The disk is full.", where=stage, next_step="free space, or move runtime.store")
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text.lower():
+        return failures.OutOfMemory("Memory did not suffice.", where=stage, got=text[:500])
+    if isinstance(error, ImportError) and getattr(error, "name", None):
+        return failures.MissingExtra(
+            f"The Python package {error.name} is missing.", where=stage, got=text[:300], next_step="loraflow doctor"
+        )
+    if name in ("ConnectionError", "ConnectTimeout", "ReadTimeout", "LocalEntryNotFoundError", "ConnectError"):
+        return failures.Network("A remote did not answer.", where=stage, got=text[:500])
+    return failures.Crashed("The stage ended with an exception that it did not foresee.", where=stage, got=text[:2000])
+
+
+def _preempted(signum: int, frame: Any) -> None:
+    # A second signal must not interrupt what the first one set going.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise failures.Preempted("The worker was asked to end.", got="SIGTERM", next_step="run again: it resumes")
+
+
+def _die_with_parent(grace: float) -> None:
+    """End when the launcher dies, however it dies: its death signal is SIGTERM, and a watchdog is behind it."""
+    expected = os.environ.get("LORAFLOW_PARENT")
+    if expected is None:
+        return  # run by hand
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    parent = int(expected)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        time.sleep(grace)
+        os.killpg(0, signal.SIGKILL)
+
+    if os.getppid() != parent:  # it died before we asked for the signal
+        sys.exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,99 @@
+"""Decisions: never cached, always in the flow's process, taken against the head of the promotion log."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from loraflow import identity
+from loraflow.plan import Jobs
+from loraflow.registry.log import Entry, Moved, actor
+from loraflow.store import Ref
+
+log = logging.getLogger("loraflow")
+
+
+@task(name="gate", cache_policy=NO_CACHE, persist_result=False)
+def gate(jobs: Jobs, made: Any) -> dict[str, Any]:
+    """Decide whether the challenger takes the champion's place: promote, reject, undecided or unchanged."""
+    head = jobs.log.head()
+    return {**_decide(jobs, made, head), "seen": head.hash if head else None}
+
+
+def _decide(jobs: Jobs, made: Any, head: Entry | None) -> dict[str, Any]:
+    recipe = jobs.recipe
+    if head is not None and head.merged.digest == made.merged.digest:
+        return {"verdict": "unchanged", "reasons": ["the challenger is the champion"], "comparisons": []}
+    why = jobs.log.rolled_back(made.merged.digest)
+    if why is not None:
+        reason = f"it was rolled back ({why}); `loraflow promote` brings it back by hand"
+        return {"verdict": "unchanged", "reasons": [reason], "comparisons": []}
+    protocol = identity.fingerprint(
+        {
+            "gate": recipe.gate.model_dump(),
+            "scores": [ref.digest for ref in (made.base_scores, made.tuned_scores, made.champion_scores) if ref],
+        }
+    )
+    known = jobs.log.decision(head, made.merged.digest, protocol)
+    if known is not None and known["verdict"] != "promote":
+        reason = f"decided before against this champion: {known['verdict']}"
+        return {"verdict": "unchanged", "reasons": [reason, *known["reasons"]], "comparisons": known["comparisons"]}
+    decision = _compare(jobs, made)
+    jobs.log.remember(head, made.merged.digest, protocol, decision)
+    return decision
+
+
+def _compare(jobs: Jobs, made: Any) -> dict[str, Any]:
+    from loraflow.evaluation.gate import decide
+
+    rules = jobs.recipe.gate
+    others = {"base": _scores(jobs, made.base_scores)}
+    if made.champion_scores is not None:
+        others["champion"] = _scores(jobs, made.champion_scores)
+    return decide(
+        _scores(jobs, made.tuned_scores),
+        others,
+        primary=rules.primary,
+        min_gain=rules.min_gain,
+        guards=rules.guards,
+        confidence=rules.confidence,
+        seed=jobs.recipe.evaluation.seed,
+    ).to_dict()
+
+
+def _scores(jobs: Jobs, ref: Ref) -> Any:
+    import pandas as pd
+
+    table = pd.read_parquet(jobs.store.path(ref) / "scores.parquet")
+    return table[table["set"] == "heldout"]
+
+
+@task(name="register", cache_policy=NO_CACHE, persist_result=False)
+def register(jobs: Jobs, made: Any, decision: dict[str, Any]) -> int | None:
+    """Write a promotion into the log and return its number; nothing for any other verdict.
+
+    When another run wrote first, this one ends without a promotion and says so: the next run compares the two.
+    """
+    if decision["verdict"] != "promote":
+        return None
+    head = jobs.log.head()
+    try:
+        if (head.hash if head else None) != decision["seen"]:
+            raise Moved
+        return jobs.log.append(
+            head,
+            action="promote",
+            merged=made.merged,
+            adapter=made.adapter,
+            inputs={"dataset": jobs.dataset["md5"], "base": jobs.recipe.base.model, "recipe": jobs.recipe.name},
+            reasons=decision["reasons"],
+            actor=actor(),
+        ).seq
+    except Moved:
+        decision["verdict"] = "undecided"
+        decision["reasons"] = ["another run promoted a model meanwhile; run again to compare with that one"]
+        log.warning("%s", decision["reasons"][0])
+        return None

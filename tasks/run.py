@@ -1,0 +1,209 @@
+"""A run: walks the DAG by running its stages, and keeps the record."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+
+from loraflow.adapters import verify as verification
+from loraflow.config import load_recipe
+from loraflow.config.load import find_recipe
+from loraflow.data import check
+from loraflow.failures import BadConfig, CorruptArtifact, Failure, from_os_error
+from loraflow.plan import Jobs, explain_miss
+from loraflow.registry.log import actor
+from loraflow.stages import STAGES, code_digest
+from loraflow.store import Ref
+from loraflow.store.files import write_json
+from tasks.stages import call
+
+log = logging.getLogger("loraflow")
+T = TypeVar("T")
+MAX_REPAIRS = 5
+
+
+class Run:
+    """One walk through the DAG."""
+
+    def __init__(self, jobs: Jobs, recipe_file: Path, force: list[str]):
+        self.jobs, self.recipe_file, self.force = jobs, recipe_file, set(force)
+        self.id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
+        self.stages: dict[str, dict[str, Any]] = {}
+        self.forced: set[str] = set()
+        self.whole: set[str] = set()  # artifacts that were hashed in this run already
+        self.started = time.time()
+        self.result: dict[str, Any] | None = None
+
+    def stage(self, name: str, label: str = "", /, **inputs: Ref) -> Ref:
+        """Run a stage, or take it from the store.
+
+        Raises:
+            CorruptArtifact: an input is not what was written; it is set aside by now.
+        """
+        label = label or name
+        job, store = self.jobs.job(name, inputs), self.jobs.store
+        found = store.find(name, job.fingerprint)
+        force = name in self.force and job.fingerprint not in self.forced
+        hit = found is not None and not force
+        started = time.monotonic()
+        if hit:
+            assert found is not None
+            if store.manifest(found).provenance.get("code") != code_digest(name):
+                log.warning("%s: cached, but made by other code of the same stage version (--force makes it again)", label)
+        else:
+            log.info("%s runs: %s", label, "--force" if force else "; ".join(explain_miss(store, job)))
+            self._check_contents(inputs)
+        ref = call(job, store, label, hit=hit, force=force)
+        self.forced.add(job.fingerprint)
+        if not hit:
+            self.whole.add(ref.digest)
+        self.stages[label] = {
+            "stage": label,
+            "state": "cached" if hit else "computed",
+            "fingerprint": ref.fingerprint,
+            "digest": ref.digest,
+            "seconds": round(time.monotonic() - started, 3),
+            "uri": str(store.path(ref)),
+        }
+        return ref
+
+    def _check_contents(self, inputs: dict[str, Ref]) -> None:
+        store = self.jobs.store
+        for ref in inputs.values():
+            if ref.digest in self.whole:
+                continue
+            problems = store.verify(ref)
+            if problems:
+                aside = store.set_aside(ref, problems)
+                raise CorruptArtifact(
+                    f"{ref} is damaged.", where=str(aside), got="; ".join(problems[:3]), next_step="it is made again"
+                )
+            self.whole.add(ref.digest)
+
+    def until_whole(self, walk: Callable[[Run], T]) -> T:
+        """Walk the DAG; when an artifact turns out to be damaged, walk again: it is made anew, the rest is cached."""
+        for _ in range(MAX_REPAIRS):
+            try:
+                return walk(self)
+            except CorruptArtifact as failure:
+                log.warning("%s", failure)
+        raise Failure(
+            f"Artifacts were damaged {MAX_REPAIRS} times in one run.",
+            where=self.jobs.store.uri,
+            next_step="check the disk; `loraflow verify --deep` looks at the whole store",
+        )
+
+    def admit(self, what: str, ref: Ref) -> None:
+        """Stop here if a report is outside of the recipe's bounds."""
+        _admit(self.jobs, what, ref)
+
+    def champion(self) -> Ref | None:
+        """Return the model in use."""
+        return self.jobs.champion()
+
+    def summary(self, made: Any, decision: dict[str, Any], entry: int | None) -> dict[str, Any]:
+        """Return the run as the one JSON document that `--json` prints."""
+        store = self.jobs.store
+
+        def metrics(ref: Ref | None) -> dict[str, Any] | None:
+            return store.manifest(ref).report["metrics"] if ref is not None else None
+
+        self.result = {
+            "run": self.id,
+            "recipe": self.jobs.recipe.name,
+            "stages": list(self.stages.values()),
+            "metrics": {
+                "base": metrics(made.base_scores),
+                "tuned": metrics(made.tuned_scores),
+                "champion": metrics(made.champion_scores),
+            },
+            "decision": {"verdict": decision["verdict"], "reasons": decision["reasons"]},
+            "registered": entry,
+            "adapter": str(store.path(made.adapter) / "adapter"),
+            "merged": str(store.path(made.merged)),
+        }
+        return self.result
+
+    def record(self, error: BaseException | None) -> None:
+        """Keep what happened in the store. A store that cannot be written is told about by what failed before."""
+        entry = {
+            "run": self.id,
+            "recipe": self.jobs.recipe.name,
+            "recipe_text": self.recipe_file.read_text(encoding="utf-8"),
+            "resolved": self.jobs.recipe.model_dump(by_alias=True),
+            "started": self.started,
+            "seconds": round(time.time() - self.started, 3),
+            "actor": actor(),
+            "commit": _commit(),
+            "prefect_run": str(flow_run.id) if flow_run.id else None,
+            "state": "done" if error is None else "failed",
+            "error": None if error is None else f"{type(error).__name__}: {error}".splitlines()[0],
+            "stages": list(self.stages.values()),
+            "summary": self.result,
+        }
+        with suppress(OSError):
+            (self.jobs.store.root / "runs").mkdir(parents=True, exist_ok=True)
+            write_json(self.jobs.store.root / "runs" / f"{self.id}.json", entry)
+
+
+@contextmanager
+def open_run(recipe: str, overrides: dict[str, Any], force: list[str]) -> Iterator[Run]:
+    """Load the recipe, look at the outside world, and hold off `gc` until the run ends."""
+    unknown = [name for name in force if name not in STAGES]
+    if unknown:
+        raise BadConfig(
+            "There is no such stage.", where="--force", expected=f"one of {', '.join(STAGES)}", got=", ".join(unknown)
+        )
+    jobs = Jobs(load_recipe(recipe, overrides))
+    if jobs.recipe.data.add:
+        _add_data(jobs)
+    run = Run(jobs, find_recipe(recipe), force)
+    error: BaseException | None = None
+    with jobs.store.reading():
+        try:
+            yield run
+        except OSError as caught:
+            error = caught
+            raise from_os_error(caught, jobs.store.uri) or caught from caught
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            jobs.save()
+            run.record(error)
+
+
+def _add_data(jobs: Jobs) -> None:
+    from loraflow.data import dvc
+
+    source = jobs.recipe.data.source
+    folder = source.removesuffix(".dvc")
+    place = Path(folder)
+    if place.exists() and (not Path(source).exists() or dvc.tree_md5(place) != dvc.read_pin(".", source, None).md5):
+        pin = dvc.add(folder)
+        log.info("%s is versioned as %s", folder, pin.md5)
+
+
+@task(name="admit", task_run_name="admit {what}", cache_policy=NO_CACHE, persist_result=False)
+def _admit(jobs: Jobs, what: str, ref: Ref) -> None:
+    manifest = jobs.store.manifest(ref)
+    if what == "rows":
+        check.admit(manifest.report, jobs.recipe.data.max_quarantined, str(jobs.store.path(ref) / "report.json"))
+    else:
+        verification.admit(manifest.report, jobs.recipe.merge.max_kl)
+
+
+def _commit() -> str | None:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+

@@ -1,0 +1,114 @@
+"""One Prefect task for each stage: a thin coat of key, retries and progress."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+from uuid import UUID
+
+from prefect import task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+from prefect.tasks import Task
+
+from loraflow.failures import Failure
+from loraflow.job import Job
+from loraflow.launch import run_job
+from loraflow.stages import STAGES
+from loraflow.store import Ref, open_store
+from tasks.cache import StageKey
+
+log = logging.getLogger("loraflow")
+
+RETRIES = 2
+RETRY_DELAYS = [2, 30]  # seconds; what can be retried at all is preempted, killed or a network's fault
+UPDATE_EVERY = 5.0  # seconds between updates of the progress artifact
+
+
+def is_retryable(task: Task, task_run: Any, state: State) -> bool:
+    """Tell whether a retry can help: the failure's class knows. A plain function: Prefect takes no other."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, Failure) and error.retryable
+
+
+def _stage_task(name: str) -> Task:
+    @task(
+        name=name,
+        task_run_name="{label}",
+        description=STAGES[name].function,
+        cache_policy=StageKey(),
+        result_serializer="json",
+        retries=RETRIES,
+        retry_delay_seconds=RETRY_DELAYS,
+        retry_condition_fn=is_retryable,
+    )
+    def run_stage(job: Job, store: str, label: str, force: bool = False) -> Any:
+        artifacts = open_store(store)
+        ref = artifacts.find(job.stage, job.fingerprint)
+        if ref is not None and not force:
+            # Another Prefect server, or an emptied one: the store has it all the same.
+            return Completed(name="Cached", message="found in the store", data=ref)
+        return run_job(job, artifacts, _Shown(label), force=force)
+
+    return run_stage
+
+
+class _Shown:
+    """A stage's progress as one artifact in the UI, updated now and then."""
+
+    def __init__(self, label: str):
+        self.label = label
+        self.artifact: UUID | None = None
+        self.last = 0.0
+
+    def __call__(self, figures: dict[str, Any]) -> None:
+        done = figures.get("step", figures.get("done", figures.get("tensors")))
+        total = figures.get("total")
+        if done is None or not total or (time.monotonic() - self.last < UPDATE_EVERY and done < total):
+            return
+        self.last = time.monotonic()
+        text = self._text(figures, done, total)
+        log.info("%s", text)
+        percent = 100.0 * done / total
+        if self.artifact is None:
+            key = self.label.lower().replace(" ", "-").replace("_", "-") + "-progress"
+            self.artifact = create_progress_artifact(progress=percent, key=key, description=text)  # type: ignore[assignment]
+        else:
+            update_progress_artifact(artifact_id=self.artifact, progress=percent, description=text)
+
+    def _text(self, figures: dict[str, Any], done: int, total: int) -> str:
+        parts = [f"{self.label} {done}/{total}"]
+        if figures.get("loss") is not None:
+            parts.append(f"loss {figures['loss']:.4f}")
+        if figures.get("tokens_per_second"):
+            parts.append(f"{figures['tokens_per_second']:,.0f} tokens/s")
+        if figures.get("eta_seconds") is not None:
+            parts.append(f"{figures['eta_seconds']:.0f} s left")
+        return ", ".join(parts)
+
+
+version_dataset = _stage_task("version_dataset")
+check_dataset = _stage_task("check_dataset")
+resolve_base = _stage_task("resolve_base")
+tokenize = _stage_task("tokenize")
+train = _stage_task("train")
+merge = _stage_task("merge")
+verify = _stage_task("verify")
+evaluate = _stage_task("evaluate")
+
+TASKS: dict[str, Task] = {
+    one.name: one for one in (version_dataset, check_dataset, resolve_base, tokenize, train, merge, verify, evaluate)
+}
+
+
+def call(job: Job, store: Any, label: str, *, hit: bool, force: bool) -> Ref:
+    """Run a stage's task and return the artifact that the store holds for it afterwards.
+
+    A hit of Prefect's own never looks at the artifact, so that it counts only where the store has it too.
+    """
+    TASKS[job.stage].with_options(refresh_cache=force or not hit)(job, store.uri, label, force)
+    ref = store.find(job.stage, job.fingerprint)
+    assert ref is not None, f"{label} ended without an artifact"
+    return ref
