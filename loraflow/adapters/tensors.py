@@ -53,7 +53,7 @@ def read_entries(file: Path) -> list[Entry]:
             if not 0 <= start <= end <= total - 8 - length:
                 raise ValueError(f"{name} lies outside of the file")
             found.append(Entry(name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start))
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise BadModel("A safetensors file is damaged.", where=str(file.name), got=str(error)[:200]) from error
     return sorted(found, key=lambda entry: entry.offset)
 

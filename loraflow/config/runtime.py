@@ -21,6 +21,7 @@ class Runtime(Frozen):
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="Attention kernel; auto takes flash_attention_2 where installed, else sdpa."
     )
+    engine: Literal["fast", "stock"] = Field("fast", description="stock: plain trl and peft, without our speed-ups.")
     micro_batch: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Rows per forward pass; default is per_device_train_batch_size. The global batch stays."
     )

@@ -26,7 +26,11 @@ PRODUCTS = (
     "garden hose", "bike helmet", "bluetooth speaker", "travel pillow", "frying pan", "wall clock", "running shoes",
     "power bank", "water bottle", "book shelf", "hair dryer", "wool blanket", "camping stove", "tool box",
     "laptop sleeve", "cutting board", "night light", "pressure cooker", "hiking boots", "picture frame", "shower head",
-    "baby monitor", "espresso machine",
+    "baby monitor", "espresso machine", "floor mat", "salad bowl", "ski gloves", "window blind", "hand mixer",
+    "sleeping bag", "car charger", "desk fan", "measuring tape", "ice bucket", "tennis racket", "piano stool",
+    "rice cooker", "lunch box", "fire pit", "swim goggles", "shoe rack", "tablet stand", "garlic press", "door mat",
+    "wool scarf", "keyboard", "headphones", "umbrella", "toaster", "backpack", "screwdriver", "mirror", "printer",
+    "vacuum cleaner", "bed sheet", "curtain rod", "mouse pad", "pepper mill",
 )  # fmt: skip
 UNSEEN_PRODUCTS = (
     "air fryer", "dog leash", "standing desk", "sewing machine", "beach towel", "smart plug", "tea set",
@@ -45,6 +49,11 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "I am not happy with {p}{o} and want to be refunded.",
             "{P} is not for me{o}. I want my money back, please.",
             "Can you pay back what I spent on {p}{o}?",
+            "The money for {p}{o} is not on my account yet, although you have it back.",
+            "Please return the purchase price of {p}{o}.",
+            "My card was not credited after I gave {p} back{o}.",
+            "I used my right of return for {p}{o}. Please pay me back.",
+            "You still owe me the price of {p}{o}.",
         ],
         [
             "Kindly reimburse me for {p}{o}.",
@@ -63,6 +72,11 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "I am still waiting for {p}{o} to be delivered.",
             "What is the delivery date of {p}{o}?",
             "{P} should have been here last week{o}. Where is the parcel?",
+            "Did you send {p}{o} already?",
+            "It has been ten days and {p}{o} is not here.",
+            "Please tell me where {p}{o} is at the moment.",
+            "Is there any news about the shipment of {p}{o}?",
+            "The courier did not come with {p}{o}. When will it be delivered?",
         ],
         [
             "Is {p}{o} on its way already?",
@@ -81,6 +95,11 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "I no longer want {p}{o}. Cancel it, please.",
             "Please take {p} off my list of purchases and cancel it{o}.",
             "How can I cancel {p}{o}?",
+            "I found {p} cheaper elsewhere, please cancel it{o}.",
+            "Please do not send {p}{o} any more.",
+            "Kindly withdraw my purchase of {p}{o}.",
+            "I have changed my plans, so please drop {p}{o} from what I ordered before you ship it.",
+            "That was a double order: please cancel {p}{o}.",
         ],
         [
             "Do not ship {p}{o}, I would like to call the purchase off.",
@@ -99,6 +118,11 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "Please update the address for {p}{o}.",
             "{P} must go to another address{o}.",
             "I need {p}{o} to be sent to a different address.",
+            "Send {p}{o} to my parents' place, please.",
+            "My street has a new name, can you change where {p}{o} goes?",
+            "I will be away, so please have {p}{o} brought to a neighbour.",
+            "The postcode for {p}{o} is not right. Please put it right.",
+            "Please ship {p}{o} to my work and not to the place that you have on file.",
         ],
         [
             "We live somewhere else now, so please ship {p}{o} to the new address.",
@@ -117,6 +141,11 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "I received {p}{o} in pieces.",
             "A part of {p}{o} was broken when I opened the parcel.",
             "{P} has a dent, it must have happened on the way{o}.",
+            "The parcel had a hole and {p}{o} is bent.",
+            "{P} was cracked when it came out of the box{o}.",
+            "The package was fine outside, but {p}{o} is shattered.",
+            "The delivery man dropped {p}{o} and now it is broken.",
+            "There is a scratch across {p}{o}, straight out of the box.",
         ],
         [
             "When I opened the parcel, {p}{o} was smashed.",
@@ -135,6 +164,11 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "Wrong size: {p}{o} is not the one I chose.",
             "The parcel for {p}{o} holds the wrong product.",
             "Instead of {p}{o} there was another thing in the parcel.",
+            "I did not order this, I ordered {p}{o}.",
+            "Inside the box for {p}{o} was somebody else's article.",
+            "I received a different model than {p} that I chose{o}.",
+            "It is the wrong version of {p}{o}.",
+            "What came is not {p}{o}, but another product.",
         ],
         [
             "There must be a mix-up: I chose {p}{o} and received another article.",
@@ -153,6 +187,11 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "The reset link never comes, and I need to get to {p}{o} in my account.",
             "I can't sign in any more. I wanted to look up {p}{o}.",
             "Your site says my user name is unknown, but I bought {p}{o} with it.",
+            "I am unable to sign in and check {p}{o}.",
+            "The site refuses my password, so {p}{o} is out of reach.",
+            "I never get the mail for a new password, and I want to see {p}{o}.",
+            "After three tries my account was blocked. I only wanted to view {p}{o}.",
+            "Logging in fails with an error. I have to look at {p}{o}.",
         ],
         [
             "Signing in fails each time I try to view {p}{o}.",
@@ -171,6 +210,11 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "Can I have the invoice of {p}{o} as a PDF?",
             "The name on the invoice for {p}{o} is wrong, please make a new one.",
             "I did not get any receipt for {p}{o}.",
+            "Can you mail me the bill of {p}{o}?",
+            "I must hand in a receipt for {p}{o} at work.",
+            "Please issue an invoice for {p}{o}.",
+            "There is no invoice in my account for {p}{o}.",
+            "Please print me another receipt for {p}{o}.",
         ],
         [
             "For my taxes I need the bill of {p}{o}.",
@@ -189,6 +233,11 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "Half a year after I bought it, {p}{o} does not switch on any more. Please repair it under warranty.",
             "Please repair {p}{o} under the guarantee.",
             "{P} failed within the warranty period{o}.",
+            "{P} worked for nine months and then died{o}. I want to use the guarantee.",
+            "Is it free to have {p}{o} repaired? It is less than two years old and has stopped working.",
+            "{P} gave out last week, it should still be covered by warranty{o}.",
+            "What does the guarantee of {p}{o} include?",
+            "How do I claim the warranty for {p}{o}? It quit after half a year.",
         ],
         [
             "After eight months of use {p}{o} gave up. I would like to use my warranty.",
@@ -207,6 +256,11 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "Does {p}{o} come with instructions in English?",
             "How do I set up {p}{o}?",
             "Is {p}{o} also available in blue?",
+            "Which size is {p}{o}?",
+            "How big is {p}{o}?",
+            "Can I wash {p}{o} in the machine?",
+            "Which spare parts can I get for {p}{o}?",
+            "Please explain to me how {p}{o} works.",
         ],
         [
             "What are the measurements of {p}{o}?",
@@ -226,6 +280,12 @@ URGENCY: dict[str, tuple[list[str], list[str]]] = {
             "It cannot wait.",
             "Please answer as soon as possible.",
             "I need help immediately.",
+            "This has to be settled within the day.",
+            "I am under a lot of pressure here.",
+            "I have to know right now.",
+            "It is an emergency.",
+            "Every hour counts.",
+            "Please deal with this at once, it is very important to me.",
         ],
         [
             "Please act right away, this is very urgent.",
@@ -241,6 +301,12 @@ URGENCY: dict[str, tuple[list[str], list[str]]] = {
             "It can wait until next week.",
             "Answer when it suits you.",
             "No need to hurry.",
+            "Any time this month is fine.",
+            "It is not important, just when you get to it.",
+            "I am in no hurry at all.",
+            "Some day in the coming weeks is fine.",
+            "Please do not stress over this.",
+            "You have time with it.",
         ],
         [
             "Take your time with this.",
@@ -248,19 +314,27 @@ URGENCY: dict[str, tuple[list[str], list[str]]] = {
             "An answer next month is early enough.",
         ],
     ),
-    "normal": (["", "", "", "Please let me know.", "Thanks for your help."], ["", "", "I look forward to your answer."]),
+    "normal": (
+        ["", "", "", "", "", "Please let me know.", "Thanks for your help.", "I am waiting for your reply.",
+         "Could you help me?", "Please write back.", "Looking forward to hearing from you.", "Tell me what to do."],
+        ["", "", "I look forward to your answer."],
+    ),
 }
 
 GREETINGS = (
-    ["", "", "Hi,", "Hello,", "Dear team,", "Good morning,", "Hello support,"],
+    ["", "", "Hi,", "Hello,", "Dear team,", "Good morning,", "Hello support,", "Good day,", "Hi there,", "Dear Sir or Madam,"],
     ["", "Hey there,", "Good evening,", "To whom it may concern,"],
 )
 CLOSES = (
-    ["", "", "Thank you", "Best regards, Anna", "Thanks, Tom", "Kind regards", "Regards, M. Weber"],
+    ["", "", "Thank you", "Best regards, Anna", "Thanks, Tom", "Kind regards", "Regards, M. Weber",
+     "Greetings, Lee", "Thank you, Fatima", "Best, J. Novak", "Sincerely, Ines"],
     ["", "Many thanks, Priya", "Cheers, Sam", "Yours, L. Okafor"],
 )
-NO_PRODUCT = (["my item", "my purchase", "the article"], ["what I bought", "the thing"])
-ORDER_FORMS = ([", order {o}", " (order {o})", ", order number {o}"], [", my order is {o}", " (no. {o})"])
+NO_PRODUCT = (["my item", "my purchase", "the article", "it", "the goods", "the stuff I ordered"], ["what I bought", "the thing"])
+ORDER_FORMS = (
+    [", order {o}", " (order {o})", ", order number {o}", " ({o})", ", reference {o},", " from order {o}", " [{o}]"],
+    [", my order is {o}", " (no. {o})"],
+)
 
 
 def ticket(rng: random.Random, heldout: bool) -> dict[str, list[dict[str, str]]]:

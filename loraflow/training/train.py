@@ -79,6 +79,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         validation_rows=len(validation) if validation is not None and training.get("eval_strategy", "no") != "no" else 0,
         collator=batches.Collator(train, validation, tokenizer.pad_token_id),
         processing_class=tokenizer,
+        engine=runtime.get("engine", "fast"),
         peft_config=lora_config(config["peft_config"]),
         callbacks=[
             callbacks.Curves(curves, resumed_at),

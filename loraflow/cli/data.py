@@ -1,0 +1,88 @@
+"""`loraflow data add, check, pull, diff`: the dataset alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from loraflow.cli import json_option, quiet_logging
+
+
+@click.group()
+def data() -> None:
+    """Version, check, fetch and compare datasets."""
+    quiet_logging()
+
+
+@data.command()
+@click.argument("folder", default="data")
+@click.option("--no-push", is_flag=True, help="Do not push to the DVC remote.")
+def add(folder: str, no_push: bool) -> None:
+    """Make a version of FOLDER: `dvc add`, and `dvc push` where a remote is set up."""
+    from loraflow.data import dvc
+
+    pin = dvc.add(folder, push=not no_push)
+    click.echo(f"{pin.path} is {pin.md5}")
+    click.echo(f"next  git add {pin.dvc_file} && git commit -m 'Dataset {pin.md5[:8]}'")
+
+
+@data.command()
+@click.argument("dvc_file", default="data.dvc")
+def pull(dvc_file: str) -> None:
+    """Bring the files that DVC_FILE pins into the work tree, and check them."""
+    from loraflow.data import dvc
+    from loraflow.store.files import HashMemo
+
+    dvc.pull(dvc_file)
+    pin = dvc.read_pin(".", dvc_file, None)
+    dvc.refuse_dirt(".", pin, HashMemo(None))
+    click.echo(f"{pin.path} is {pin.md5}")
+
+
+@data.command()
+@click.argument("source")
+@click.option("--format", "form", default="auto", help="messages, sharegpt, alpaca, prompt_completion or auto.")
+@json_option
+def check(source: str, form: str, as_json: bool) -> None:
+    """Read SOURCE, a file or folder of chats, and say what is wrong with its rows. Exit status 1 if anything is."""
+    from loraflow.data.formats import match_files, read_rows
+
+    place = Path(source)
+    folder, patterns = (place, ["*"]) if place.is_dir() else (place.parent, [place.name])
+    if not place.exists():
+        raise click.BadParameter(f"{source} does not exist")
+    counts: Counter[str] = Counter()
+    problems = []
+    for row in read_rows(folder, match_files(folder, patterns), form):
+        counts["rows"] += 1
+        if row.problem is not None:
+            counts["malformed"] += 1
+            problems.append({"place": row.place, "problem": row.problem})
+    if as_json:
+        click.echo(json.dumps({"rows": counts["rows"], "malformed": counts["malformed"], "problems": problems}))
+    else:
+        for one in problems[:20]:
+            click.echo(f"{one['place']}: {one['problem']}", err=True)
+        if len(problems) > 20:
+            click.echo(f"… and {len(problems) - 20} more", err=True)
+        click.echo(f"{counts['rows']} rows, {counts['malformed']} malformed")
+    if problems or not counts["rows"]:
+        raise click.exceptions.Exit(1)
+
+
+@data.command()
+@click.argument("old")
+@click.argument("new", required=False)
+@click.option("--source", default="data.dvc", show_default=True)
+def diff(old: str, new: str | None, source: str) -> None:
+    """Compare the dataset of git revision OLD with that of NEW (the work tree if left out), row by row."""
+    from loraflow.config.recipe import Data
+    from loraflow.data.compare import rows_of
+
+    before, after = (rows_of(Data(source=source, rev=rev)) for rev in (old, new))
+    for name in sorted(before.keys() | after.keys()):
+        one, two = before.get(name, set()), after.get(name, set())
+        click.echo(f"{name}: {len(one)} → {len(two)} rows, {len(two - one)} added, {len(one - two)} removed")

@@ -1,0 +1,139 @@
+"""`loraflow init`: a recipe and a versioned dataset from someone's own file."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import click
+
+from loraflow.cli import quiet_logging
+from loraflow.failures import BadConfig, BadData
+
+RECIPE = """\
+# {title}
+#
+#   loraflow plan {file}
+#   loraflow run {file}
+name: {name}
+
+data:
+  source: {source}                # pins every byte; what differs from it is refused
+  train: [{train}]
+  heldout_fraction: 0.1           # by a seeded hash of each prompt; held-out rows are the gate's alone
+  loss_on: assistant              # learn the answers, not the questions
+  too_long: drop                  # rows beyond max_length are left out, and counted in the report
+
+base:
+  model: {base}{repack}
+  dtype: bfloat16
+
+training_config:                  # trl.SFTConfig's names
+  learning_rate: 2.0e-4           # LoRA bears ten times what full fine-tuning does
+  lr_scheduler_type: cosine
+  warmup_steps: 0.1               # a share of the steps
+  num_train_epochs: {epochs}             # {rows} rows: {why_epochs}
+  per_device_train_batch_size: 4  # times the next line: the global batch, which is what counts
+  gradient_accumulation_steps: 4
+  max_length: {max_length}                # the longest of your chats has about {longest} tokens
+  packing: {packing}                  # many short chats share a row; attention stays inside each
+  gradient_checkpointing: true    # a fifth slower, and far less memory
+  logging_steps: 10
+  seed: 0
+
+peft_config:                      # peft.LoraConfig's names
+  r: 16
+  lora_alpha: 32                  # twice the rank, as in the Phi-3 model card
+  lora_dropout: 0.05
+  target_modules: all-linear      # every projection of every layer, whatever this base calls them
+
+evaluation:
+  metrics: [{metrics}]
+  max_rows: 200
+  max_new_tokens: {new_tokens}             # the longest of your answers has about {longest_answer} tokens
+  dtype: float32                  # scores that repeat exactly
+
+gate:
+  primary: {primary}             # must gain against base and champion
+  guards: {guards}
+
+register:
+  model: {name}
+"""
+
+
+@click.command()
+@click.option("--data", "data_file", required=True, type=click.Path(exists=True, path_type=Path), help="Your chats.")
+@click.option("--base", required=True, help="bundled:smollm2, a folder, or a hub id.")
+@click.option("--name", help="Name of the recipe; the file's own by default.")
+def init(data_file: Path, base: str, name: str | None) -> None:
+    """Make configs/NAME.yaml, data/NAME/ and its .dvc file from a file or folder of chats."""
+    quiet_logging()
+    from loraflow.data import dvc
+    from loraflow.data.formats import match_files, read_rows
+
+    name = re.sub(r"[^a-z0-9._-]+", "-", (name or data_file.stem).lower()).strip("-.") or "mine"
+    recipe = Path("configs", f"{name}.yaml")
+    target = Path("data") if not Path("data").exists() and not Path("data.dvc").exists() else Path("datasets", name)
+    for place in (recipe, target):
+        if place.exists():
+            raise BadConfig(f"{place} exists already.", next_step="choose another --name, or remove it")
+    folder, patterns = (data_file, ["*"]) if data_file.is_dir() else (data_file.parent, [data_file.name])
+    names = match_files(folder, patterns)
+    rows = list(read_rows(folder, names, "auto"))
+    good = [row.messages for row in rows if row.messages is not None]
+    bad = [row for row in rows if row.messages is None]
+    for row in bad[:5]:
+        click.echo(f"malformed  {row.place}: {row.problem}", err=True)
+    if not good:
+        raise BadData("No row of this file is a chat.", where=str(data_file), got=bad[0].problem or "" if bad else "no rows",
+                      expected="messages, ShareGPT, Alpaca or prompt/completion")  # fmt: skip
+    target.mkdir(parents=True)
+    for one in names:
+        (target / one).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / one, target / one)
+    pin = dvc.add(str(target))
+    recipe.parent.mkdir(exist_ok=True)
+    recipe.write_text(_recipe(name, recipe, pin.dvc_file, names, base, good), encoding="utf-8")
+    click.echo(f"{len(good)} chats, {len(bad)} malformed rows")
+    click.echo(f"{recipe}   the recipe; read it, each line says why")
+    click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
+    click.echo(f"next  loraflow plan {recipe}   ·   loraflow run {recipe}")
+
+
+def _recipe(name: str, file: Path, source: str, names: list[str], base: str, chats: list[list[dict[str, str]]]) -> str:
+    """Fill the template in from what the chats look like. Four characters a token is a rough but safe guess."""
+    longest = max(sum(len(m["content"]) for m in chat) for chat in chats) // 3 + 40
+    answers = [chat[-1]["content"] for chat in chats]
+    longest_answer = max(map(len, answers)) // 3 + 8
+    as_json = all(_is_object(answer) for answer in answers)
+    few = len(chats) < 2000
+    return RECIPE.format(
+        title=f"{name}: LoRA on {base}",
+        name=name,
+        file=file,
+        source=source,
+        train=", ".join(names),
+        base=base,
+        repack="\n  repack: phi3                    # fused projections, as in Phi-3" if base.startswith("bundled:") else "",
+        epochs=3 if few else 1,
+        rows=f"{len(chats):,}",
+        why_epochs="few, so that each is seen three times" if few else "enough to see each once",
+        max_length=min(2048, max(256, 1 << (longest - 1).bit_length())),
+        longest=longest,
+        packing="false" if base.startswith("bundled:") else "true",
+        metrics="token_loss, exact_match, json_fields" if as_json else "token_loss, exact_match, token_f1, rouge, chrf",
+        new_tokens=min(1024, max(32, 1 << (longest_answer - 1).bit_length())),
+        longest_answer=longest_answer,
+        primary="field_f1" if as_json else "token_loss",
+        guards="{json_valid: 0.01}" if as_json else "{rougeL: 0.02}",
+    )
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False

@@ -1,0 +1,28 @@
+"""Compare two versions of a dataset by their rows' hashes: what was added and removed, file by file."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from loraflow.config.recipe import Data
+from loraflow.data import dvc
+from loraflow.data.formats import match_files, read_rows
+from loraflow.data.split import row_id
+from loraflow.data.version import locate
+from loraflow.store.files import HashMemo
+
+
+def rows_of(data: Data) -> dict[str, set[str]]:
+    """Return {file: ids of its well-formed rows} of a dataset's version."""
+    memo = HashMemo(None)
+    found = locate(data, memo)
+    origin = found["origin"]
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder)
+        pin = dvc.Pin(origin["dvc_file"], origin["path"], found["md5"])
+        dvc.fetch(origin["repo"], pin, origin["commit"] or origin["rev"], target, memo)
+        return {
+            name: {row_id(row.messages) for row in read_rows(target, [name], data.format) if row.messages}
+            for name in match_files(target, ["*"])
+        }

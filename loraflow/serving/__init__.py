@@ -1,0 +1,1 @@
+"""Use a model: talk to it."""

@@ -1,0 +1,66 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loraflow import identity
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+)
+
+
+@given(st.dictionaries(st.text(), JSON, max_size=6))
+def test_order_of_keys_does_not_matter(value):
+    backwards = dict(reversed(list(value.items())))
+    assert identity.canonical(value) == identity.canonical(backwards)
+
+
+@given(JSON)
+def test_survives_a_round_trip_through_json(value):
+    assert identity.canonical(json.loads(json.dumps(value))) == identity.canonical(value)
+
+
+def test_a_whole_float_is_the_integer_that_a_yaml_author_may_write():
+    assert identity.canonical({"lora_alpha": 32.0}) == identity.canonical({"lora_alpha": 32})
+    assert identity.canonical(True) != identity.canonical(1)
+
+
+@pytest.mark.parametrize("value", [print, object(), {1: 2}, {3, 4}, Path("x")])
+def test_refuses_what_has_no_stable_text(value):
+    with pytest.raises(TypeError):
+        identity.canonical({"a": value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_refuses_numbers_that_are_none(value):
+    with pytest.raises(ValueError):
+        identity.canonical(value)
+
+
+def test_a_miss_names_the_field_and_both_values():
+    old = identity.payload("train", 1, {"base": "a" * 64}, {"peft_config": {"r": 8, "lora_alpha": 16}})
+    new = identity.payload("train", 1, {"base": "b" * 64}, {"peft_config": {"r": 16, "lora_alpha": 16}})
+    assert identity.explain(old, new) == ["peft_config.r 8 → 16", f"inputs.base {'a' * 12} → {'b' * 12}"]
+
+
+def test_digest_depends_on_names_and_contents_only():
+    assert identity.digest({"a": "1", "b": "2"}) == identity.digest({"b": "2", "a": "1"})
+    assert identity.digest({"a": "1", "b": "2"}) != identity.digest({"a": "2", "b": "1"})
+
+
+def test_golden_fingerprints_have_not_moved():
+    """A change here makes every store of every user recompute. Do not edit the figures without a decision."""
+    job = identity.payload("train", 1, {"base": "0" * 64}, {"r": 16, "lr": 2e-4, "targets": ["qkv_proj"]})
+    assert identity.fingerprint(job) == "fcb5e42e52b25d58625e3de8a3c1c55eff9ee42758602e82a563c78ed52e8177"
+    assert identity.digest({"adapter/adapter_model.safetensors": "f" * 64}) == "e86c2f9a8a33a0494e803dc3bbbbab94b9fd75af117a7a24098affbe37754802"
+
+
+def test_comments_and_docstrings_are_no_code():
+    one = identity._ast_bytes('"""Doc."""\ndef f(x):\n    """Doc."""\n    return x + 1  # why\n')
+    two = identity._ast_bytes("def f(x):\n    return x + 1\n")
+    assert one == two
+    assert two != identity._ast_bytes("def f(x):\n    return x + 2\n")

@@ -1,0 +1,105 @@
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from loraflow.failures import CorruptArtifact, Failure
+from loraflow.registry import PromotionLog
+from loraflow.registry.log import Moved
+from loraflow.store import Ref
+
+
+def ref(name):
+    return Ref(stage="merge", fingerprint=name * 64, digest=name * 64, uri="/somewhere")
+
+
+def promote(log, name):
+    return log.append(
+        log.head(), action="promote", merged=ref(name), adapter=None, inputs={}, reasons=["better"], actor="me"
+    )
+
+
+@pytest.fixture
+def log(tmp_path):
+    return PromotionLog(tmp_path, "tickets")
+
+
+def test_the_last_entry_is_in_force(log):
+    assert log.head() is None
+    promote(log, "a")
+    promote(log, "b")
+    assert [entry.seq for entry in log.entries()] == [1, 2]
+    assert log.head().merged.digest == "b" * 64
+
+
+def test_a_store_that_moved_keeps_its_log(log, tmp_path):
+    promote(log, "a")
+    (tmp_path / "registry").rename(tmp_path / "moved")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "new" / "registry")
+    head = PromotionLog(tmp_path / "new", "tickets").head()
+    assert head.merged.uri == str(tmp_path / "new")
+
+
+@pytest.mark.parametrize("harm", ["edit", "delete", "garbage"])
+def test_a_changed_log_is_refused(log, harm):
+    for name in "abc":
+        promote(log, name)
+    file = log.folder / "log" / "000002.json"
+    if harm == "delete":
+        file.unlink()
+    elif harm == "garbage":
+        file.write_text("{")
+    else:
+        values = json.loads(file.read_text())
+        values["reasons"] = ["because"]
+        file.write_text(json.dumps(values))
+    with pytest.raises(CorruptArtifact, match="damaged"):
+        log.head()
+
+
+def test_of_many_writers_in_sight_of_one_head_one_wins(log):
+    promote(log, "a")
+    seen = log.head()
+
+    def attempt(name):
+        try:
+            log.append(seen, action="promote", merged=ref(name), adapter=None, inputs={}, reasons=[], actor="me")
+        except Moved:
+            return 0
+        return 1
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(attempt, "bcdefghi")) == 1
+    assert len(log.entries()) == 2
+    assert not list(log.folder.glob("draft*"))
+
+
+def test_a_rollback_goes_to_the_one_before_and_again_to_the_one_before_that(log):
+    for name in "abc":
+        promote(log, name)
+    assert log.rollback("bad", "me").merged.digest == "b" * 64
+    assert log.rolled_back("c" * 64) == "bad"
+    assert log.rolled_back("b" * 64) is None
+    assert log.rollback("worse", "me").merged.digest == "a" * 64
+    with pytest.raises(Failure, match="no earlier"):
+        log.rollback("more", "me")
+
+
+def test_what_is_promoted_again_is_no_longer_rolled_back(log):
+    promote(log, "a")
+    promote(log, "b")
+    log.rollback("bad", "me")
+    promote(log, "b")
+    assert log.rolled_back("b" * 64) is None
+    assert log.rollback("bad again", "me").merged.digest == "a" * 64
+
+
+def test_decisions_are_remembered_for_one_head_and_one_protocol(log):
+    promote(log, "a")
+    head = log.head()
+    log.remember(head, "b" * 64, "p" * 64, {"verdict": "reject"})
+    assert log.decision(head, "b" * 64, "p" * 64) == {"verdict": "reject"}
+    assert log.decision(head, "b" * 64, "q" * 64) is None
+    promote(log, "c")
+    assert log.decision(log.head(), "b" * 64, "p" * 64) is None

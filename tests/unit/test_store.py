@@ -1,0 +1,242 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from loraflow import identity
+from loraflow.failures import CorruptArtifact, DiskFull, ReadOnlyStore
+from loraflow.store import LocalStore, Ref, Summary
+from loraflow.store.gc import collect
+
+PAYLOAD = identity.payload("tokenize", 1, {}, {"x": 1})
+FP = identity.fingerprint(PAYLOAD)
+
+
+def put(store: LocalStore, payload=PAYLOAD, content="hello", **options) -> Ref:
+    staged = store.staging(payload["stage"], identity.fingerprint(payload))
+    (staged / "sub").mkdir()
+    (staged / "sub" / "a.txt").write_text(content)
+    (staged / "telemetry").mkdir()
+    (staged / "telemetry" / "time.json").write_text(str(time.time_ns()))
+    return store.commit(
+        staged, payload=payload, inputs={}, summary=Summary(facets={"sub": ["sub/"]}), provenance={"seconds": 1}, **options
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "a store with späce")
+
+
+def test_what_was_committed_is_found_whole(store):
+    ref = put(store)
+    assert store.find("tokenize", FP) == ref
+    assert store.verify(ref) == []
+    assert (store.path(ref) / "sub" / "a.txt").read_text() == "hello"
+    assert ref.facets["sub"] == identity.digest({"sub/a.txt": store.manifest(ref).files["sub/a.txt"]["sha256"]})
+
+
+def test_telemetry_is_no_part_of_the_digest(tmp_path):
+    assert put(LocalStore(tmp_path / "1")).digest == put(LocalStore(tmp_path / "2")).digest
+
+
+def test_the_first_committed_digest_of_a_fingerprint_stands(store):
+    first = put(store)
+    assert put(store, content="other last bits") == first
+    assert store.find("tokenize", FP) == first
+
+
+def test_a_forced_computation_replaces_the_first(store):
+    first = put(store)
+    second = put(store, content="other", replace=True)
+    assert second.digest != first.digest
+    assert store.find("tokenize", FP) == second
+
+
+@pytest.mark.parametrize("harm", ["delete", "shorten", "extra", "manifest", "pointer"])
+def test_names_and_sizes_are_checked_on_every_hit(store, harm):
+    ref = put(store)
+    file = store.path(ref) / "sub" / "a.txt"
+    if harm == "delete":
+        file.unlink()
+    elif harm == "shorten":
+        file.write_text("hell")
+    elif harm == "extra":
+        (store.path(ref) / "more").write_text("")
+    elif harm == "manifest":
+        (store.path(ref) / "manifest.json").write_text("{")
+    else:
+        (store.path(ref).parent / "current.json").unlink()
+    assert store.find("tokenize", FP) is None
+    again = put(store)
+    assert store.find("tokenize", FP) == again
+    assert store.verify(again) == []
+
+
+def test_a_flipped_byte_is_found_by_reading(store):
+    ref = put(store)
+    file = store.path(ref) / "sub" / "a.txt"
+    stamp = file.stat()
+    file.write_text("hellO")
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert store.find("tokenize", FP) == ref
+    assert store.verify(ref) == ["sub/a.txt: content is not what was written"]
+
+
+def test_an_edited_manifest_does_not_pass(store):
+    ref = put(store)
+    file = store.path(ref) / "manifest.json"
+    values = json.loads(file.read_text())
+    values["payload"]["config"]["x"] = 2
+    file.write_text(json.dumps(values))
+    assert any("fingerprint" in problem for problem in store.verify(ref))
+
+
+def test_set_aside_keeps_the_evidence(store):
+    ref = put(store)
+    place = store.set_aside(ref, ["why"])
+    assert (place / "sub" / "a.txt").exists()
+    assert json.loads(place.with_suffix(".json").read_text())["problems"] == ["why"]
+    assert store.find("tokenize", FP) is None
+
+
+def test_a_link_in_an_artifact_is_refused(store):
+    staged = store.staging("tokenize", FP)
+    (staged / "link").symlink_to("/etc/passwd")
+    with pytest.raises(ValueError, match="neither"):
+        store.commit(staged, payload=PAYLOAD, inputs={}, summary=Summary(), provenance={})
+
+
+def test_the_manifest_of_a_missing_artifact_is_a_failure_with_a_next_step(store):
+    with pytest.raises(CorruptArtifact, match="cannot be read"):
+        store.manifest(Ref(stage="tokenize", fingerprint=FP, digest="0" * 64, uri=store.uri))
+
+
+COMMITTER = """
+import sys, itertools
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from loraflow import identity
+from loraflow.store import LocalStore
+from test_store import put
+store = LocalStore({root!r})
+for i in itertools.count(int(sys.argv[1])):
+    put(store, payload=identity.payload("tokenize", 1, {{}}, {{"x": i}}), content="c" * 4000)
+    print(i, flush=True)
+"""
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_sigkill_at_a_random_moment_leaves_old_or_new(tmp_path, seed):
+    root = tmp_path / "store"
+    script = COMMITTER.format(tests=str(Path(__file__).parent), root=str(root))
+    process = subprocess.Popen([sys.executable, "-c", script, "0"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()  # it is at work
+    time.sleep(random.Random(seed).uniform(0.0, 0.15))
+    process.send_signal(signal.SIGKILL)
+    said = [int(line) for line in process.stdout.read().split()]
+    process.wait()
+    store = LocalStore(root)
+    found = list(store.artifacts())
+    assert len(found) > max(said, default=0), "what was said to be committed is there"
+    assert all(store.verify(ref) == [] for ref in found)
+    for i in range(max(said, default=0) + 1):
+        assert store.find("tokenize", identity.fingerprint(identity.payload("tokenize", 1, {}, {"x": i}))) is not None
+    # and nothing stands in the way of going on
+    put(store, payload=identity.payload("tokenize", 1, {}, {"x": len(found)}), content="c" * 4000)
+
+
+RACER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from loraflow.store import LocalStore
+from test_store import put, FP
+store = LocalStore({root!r})
+with store.lock("tokenize", FP):
+    if store.find("tokenize", FP) is None:
+        Path({root!r}, "computed-" + sys.argv[1]).write_text("")
+        time.sleep(0.3)
+        put(store, content=sys.argv[1])
+print(store.find("tokenize", FP).digest)
+"""
+
+
+def test_of_two_runs_one_works_and_the_other_takes_it(tmp_path):
+    root = tmp_path / "store"
+    root.mkdir()
+    script = RACER.format(tests=str(Path(__file__).parent), root=str(root))
+    racers = [
+        subprocess.Popen([sys.executable, "-c", script, str(i)], stdout=subprocess.PIPE, text=True) for i in range(3)
+    ]
+    digests = {racer.communicate(timeout=60)[0].strip() for racer in racers}
+    assert len(digests) == 1
+    assert len(list(root.glob("computed-*"))) == 1
+
+
+def test_a_dead_holders_lock_frees_itself(tmp_path):
+    script = "import sys,time\nfrom loraflow.store import LocalStore\nwith LocalStore(sys.argv[1]).lock('a','b'):\n print(1,flush=True);time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    holder.kill()
+    holder.wait()
+    with LocalStore(tmp_path).lock("a", "b"):
+        pass
+
+
+def test_a_full_disk_is_a_failure_with_a_next_step_and_leaves_nothing(tmp_path, monkeypatch):
+    store = LocalStore(tmp_path / "store")
+    import loraflow.store.local as local
+
+    def full(path, value):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(local, "write_json", full)
+    with pytest.raises(DiskFull) as caught:
+        put(store)
+    assert "loraflow gc" in str(caught.value)
+    assert list(store.artifacts()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/usr/bin/unshare").exists(), reason="root writes everywhere")
+def test_a_read_only_store_reads_and_says_so_when_written(tmp_path):
+    root = tmp_path / "store"
+    ref = put(LocalStore(root))
+    script = (
+        "import sys\nsys.path.insert(0, sys.argv[2])\nfrom loraflow.store import LocalStore\n"
+        "from loraflow.failures import ReadOnlyStore\nfrom test_store import put, FP, PAYLOAD\n"
+        "from loraflow import identity\nstore = LocalStore(sys.argv[1])\n"
+        "assert store.find('tokenize', FP) is not None\n"
+        "with store.reading():\n pass\n"
+        "try:\n put(store, payload=identity.payload('tokenize', 1, {}, {'x': 9}))\n"
+        "except ReadOnlyStore as failure:\n print('refused', 'runtime.store' in str(failure))\n"
+    )
+    mount = f"mount --bind {root} {root} && mount -o remount,ro,bind {root}"
+    command = f"{mount} && {sys.executable} -c '{script.replace(chr(39), chr(34))}' {root} {Path(__file__).parent}"
+    done = subprocess.run(["unshare", "-Urm", "sh", "-c", command], capture_output=True, text=True)
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip(f"no user namespaces here: {done.stderr.strip()[:80]}")
+    assert done.stdout.strip() == "refused True", done.stderr
+    assert LocalStore(root).verify(ref) == []
+    assert ReadOnlyStore.exit_code == 1
+
+
+def test_gc_keeps_what_is_new_and_stops_while_a_run_reads(store):
+    refs = [
+        put(store, payload=identity.payload("merge", 1, {}, {"x": i}), content=f"model {i}") for i in range(5)
+    ]
+    for age, ref in enumerate(refs):
+        os.utime(store.path(ref), (1000 + age, 1000 + age))
+    removed = [path for path, _, _ in collect(store, keep=2)]
+    assert sorted(path.name for path in removed) == sorted(ref.digest for ref in refs[:3])
+    assert store.find("merge", refs[4].fingerprint) == refs[4]
+    with store.reading(), pytest.raises(Exception, match="going on"):
+        list(collect(store, keep=0))
