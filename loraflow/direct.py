@@ -41,7 +41,7 @@ def find_model(store: LocalStore, model: str) -> tuple[Path, Ref | None]:
         BadConfig: there is no such model.
     """
     if model.split(":")[0] == "champion":
-        name = model.partition(":")[2] or _only_model(store)
+        name = model.partition(":")[2] or only_model(store)
         head = PromotionLog(store.root, name).head()
         if head is None:
             raise BadConfig(f"No champion of {name} yet.", next_step="loraflow registry --model NAME")
@@ -61,7 +61,12 @@ def find_model(store: LocalStore, model: str) -> tuple[Path, Ref | None]:
     raise BadConfig("There is no such model.", where=model, expected="champion, a run's id, or a model's folder")
 
 
-def _only_model(store: LocalStore) -> str:
+def only_model(store: LocalStore) -> str:
+    """Return the one name in the registry.
+
+    Raises:
+        BadConfig: there is none, or more than one.
+    """
     names = sorted(path.name for path in (store.root / "registry").glob("*"))
     if len(names) == 1:
         return names[0]

@@ -180,12 +180,22 @@ def from_dict(data: dict[str, Any]) -> Failure:
 
 
 def from_os_error(error: OSError, where: str) -> Failure | None:
-    """Translate a full disk or a read-only store; return None for any other OSError."""
+    """Translate a full disk, a read-only store or a file of somebody else's; return None for any other OSError.
+
+    `where` is the store's folder, or the stage where that is not known.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(
             "The disk is full.",
             where=str(error.filename or where),
             next_step="free space (`loraflow gc` removes what no run needs), or set runtime.store to another disk",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM) and error.filename and not str(error.filename).startswith(where):
+        return Failure(
+            "A file cannot be read or written.",
+            where=str(error.filename),
+            got=error.strerror or type(error).__name__,
+            next_step="mend its permissions",
         )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return ReadOnlyStore(

@@ -30,6 +30,7 @@ from loraflow.store.files import write_json
 
 log = logging.getLogger(__name__)
 
+WORKER = [sys.executable, "-m", "loraflow.worker"]
 OnProgress = Callable[[dict[str, Any]], None]
 _RECORDED = ("torch", "transformers", "peft", "trl", "datasets", "tokenizers", "evaluate", "dvc", "numpy", "pyarrow")
 
@@ -46,9 +47,9 @@ def run_job(job: Job, store: Store, on_progress: OnProgress | None = None, *, fo
             log.info("%s %s: another run made it meanwhile", job.stage, job.short)
             return ref
         work = store.work(job.stage, job.fingerprint)
-        if force and ref is not None:  # checkpoints of the computation that is to be repeated are no help
-            shutil.rmtree(work)
-            work.mkdir()
+        if force and ref is not None:
+            _forget_once(work, ref)
+        _refuse_without_room(job, store)
         staged = store.staging(job.stage, job.fingerprint)
         started = time.time()
         try:
@@ -67,6 +68,40 @@ def run_job(job: Job, store: Store, on_progress: OnProgress | None = None, *, fo
             shutil.rmtree(staged, ignore_errors=True)
         shutil.rmtree(work, ignore_errors=True)
         return ref
+
+
+def _forget_once(work: Path, ref: Ref) -> None:
+    """Drop what an earlier computation left, but not what an earlier attempt of this forced one did."""
+    mark = work / "forced"
+    if not (mark.exists() and mark.read_text() == ref.digest):
+        shutil.rmtree(work)
+        work.mkdir()
+        mark.write_text(ref.digest)
+
+
+def _refuse_without_room(job: Job, store: Store) -> None:
+    """Ask for room on the disk before beginning, where it is known how much there has to be.
+
+    Raises:
+        DiskFull: there is less.
+    """
+    source = {"merge": job.inputs.get("base"), "resolve_base": job.runtime.get("origin", {}).get("folder")}.get(job.stage)
+    if source is None:
+        return
+    need = store.manifest(source).size if isinstance(source, Ref) else _size(Path(source))
+    free = shutil.disk_usage(store.uri).free
+    if free < need * 1.05:
+        raise failures.DiskFull(
+            f"The {job.stage} stage needs more room than there is.",
+            where=store.uri,
+            expected=f"{need * 1.05 / 2**30:.1f} GiB free",
+            got=f"{free / 2**30:.1f} GiB",
+            next_step="`loraflow gc` removes what no run needs; or set runtime.store to another disk",
+        )
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def _compute(
@@ -128,7 +163,7 @@ def _in_worker(
     kills_before = _oom_kills()
     with (work / "log.txt").open("ab") as log_file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "loraflow.worker", str(job_file)],
+            [*WORKER, str(job_file)],
             stdin=subprocess.DEVNULL,
             stdout=log_file,
             stderr=log_file,
@@ -157,7 +192,10 @@ def _follow(
             whole = block[: block.rfind(b"\n") + 1]
             at += len(whole)
             for line in whole.splitlines():
-                on_progress(json.loads(line))
+                try:
+                    on_progress(json.loads(line))
+                except Exception as error:  # what people see must not end what is computed
+                    log.warning("progress is not shown: %s", error)
         if code is not None:
             return code
         if deadline_minutes is not None and time.monotonic() - started > deadline_minutes * 60:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 from loraflow import identity
 from loraflow.config import Recipe
 from loraflow.job import Job
-from loraflow.registry import PromotionLog
+from loraflow.failures import Failure
+from loraflow.registry import Entry, PromotionLog
 from loraflow.stages import code_digest, make_job
 from loraflow.store import LocalStore, Ref, open_store
 from loraflow.store.files import HashMemo
@@ -50,6 +50,7 @@ class Jobs:
         self.store = store
         self.log = PromotionLog(store.root, recipe.register_.model)
         self.memo = HashMemo(store.root / "hashes.json")
+        self.seen: Entry | None = None
 
     @cached_property
     def dataset(self) -> dict[str, Any]:
@@ -84,11 +85,21 @@ class Jobs:
         return make_job(name, self.recipe, inputs, known)
 
     def champion(self) -> Ref | None:
-        """Return the merged model in use, if its artifact is still there."""
-        head = self.log.head()
-        if head is None:
+        """Return the merged model in use, and remember the head of the log: the gate decides in sight of that one.
+
+        Raises:
+            Failure: its artifact is gone; nothing may be promoted without having been compared with it.
+        """
+        self.seen = self.log.head()
+        if self.seen is None:
             return None
-        return head.merged if self.store.path(head.merged).exists() else None
+        if self.store.find("merge", self.seen.merged.fingerprint) != self.seen.merged and self.store.check(self.seen.merged):
+            raise Failure(
+                "The champion's model is gone or damaged, so that nothing can be compared with it.",
+                where=str(self.store.path(self.seen.merged)),
+                next_step="run the recipe that made it (`loraflow registry` names it), or `loraflow rollback --reason …`",
+            )
+        return self.seen.merged
 
     def save(self) -> None:
         """Keep the hashes that were learned."""
@@ -143,7 +154,11 @@ class Planner:
 
     def champion(self) -> Ref | None:
         """Return the model in use."""
-        return self.jobs.champion()
+        try:
+            return self.jobs.champion()
+        except Failure as failure:
+            self.verdicts.append(Verdict("evaluate champion", "evaluate", "runs", [f"will fail: {failure.what}"]))
+            return None
 
     def _last_time(self, name: str) -> float | None:
         manifests = (self.jobs.store.root / name).glob("*/*/manifest.json")
@@ -162,13 +177,9 @@ def explain_miss(store: LocalStore, job: Job) -> list[str]:
     """Say why a job is not in the store: what differs from the nearest one that is."""
     home = store.root / job.stage / job.fingerprint
     if (home / "current.json").exists():
-        return ["its artifact is incomplete or was changed"]
+        return ["its artifact is incomplete or was changed" if any(home.glob("*/")) else "its artifact was removed"]
     nearest = store.newest_payload(job.stage, job.payload)
     if nearest is None:
         return ["never made in this store"]
     return identity.explain(nearest, job.payload) or ["its artifact is gone"]
 
-
-def needs_free_bytes(folder: Path) -> int:
-    """Return the size of a folder's files, to ask for that much room before making another of it."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -40,7 +40,8 @@ class Stage:
 
 
 def _version_dataset(recipe: Recipe, known: Mapping[str, Any]) -> dict[str, Any]:
-    return {"md5": known["md5"]}
+    # A folder's id holds its files' names; a single file's does not.
+    return {"md5": known["md5"]} | ({} if known["md5"].endswith(".dir") else {"name": known["name"]})
 
 
 def _check_dataset(recipe: Recipe, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +73,9 @@ def _tokenize(recipe: Recipe, known: Mapping[str, Any]) -> dict[str, Any]:
 def _train(recipe: Recipe, known: Mapping[str, Any]) -> dict[str, Any]:
     training = recipe.training_config
     leave = TRAINING_RUNTIME | {"max_length", "packing"}  # those two are in the tokens already
-    if not training.load_best_model_at_end:
+    if training.load_best_model_at_end:
+        leave -= {"save_steps"}  # the best checkpoint is one that was saved
+    else:
         leave |= _CHOOSING | {"load_best_model_at_end"}
     out = training.model_dump(exclude=leave)
     if training.load_best_model_at_end and training.eval_strategy == "steps" and training.eval_steps is None:
@@ -125,7 +128,7 @@ STAGES: dict[str, Stage] = {
             1,
             "loraflow.base.resolve:run",
             True,
-            ("loraflow.base.resolve", "loraflow.base.repack"),
+            ("loraflow.base.resolve", "loraflow.base.repack", "loraflow.data.mask"),
             _resolve_base,
         ),
         Stage(
@@ -142,8 +145,8 @@ STAGES: dict[str, Stage] = {
             1,
             "loraflow.training.train:run",
             True,
-            ("loraflow.training.train", "loraflow.training.batches", "loraflow.training.callbacks",
-             "loraflow.base.load", "loraflow.adapters.inject"),
+            ("loraflow.training.train", "loraflow.training.trainer", "loraflow.training.batches", "loraflow.data.packing",
+             "loraflow.data.mask", "loraflow.base.load", "loraflow.adapters.inject"),
             _train,
             micro_batch="micro_batch",
         ),
@@ -161,7 +164,7 @@ STAGES: dict[str, Stage] = {
             1,
             "loraflow.adapters.verify:run",
             True,
-            ("loraflow.adapters.verify",),
+            ("loraflow.adapters.verify", "loraflow.base.load", "loraflow.data.mask"),
             _verify,
             facets=(("adapter", "adapter"), ("rows", "heldout")),
         ),
@@ -170,7 +173,8 @@ STAGES: dict[str, Stage] = {
             1,
             "loraflow.evaluation.score:run",
             True,
-            ("loraflow.evaluation.score", "loraflow.evaluation.generation", "loraflow.evaluation.intervals"),
+            ("loraflow.evaluation.score", "loraflow.evaluation.generation", "loraflow.evaluation.intervals",
+             "loraflow.evaluation.modules", "loraflow.base.load", "loraflow.data.mask"),
             _evaluate,
             facets=(("rows", "heldout"),),
             micro_batch="eval_batch_size",

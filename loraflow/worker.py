@@ -27,6 +27,7 @@ from typing import Any
 from loraflow import failures
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store.files import write_json
+from loraflow.store.lock import flock
 
 log = logging.getLogger("loraflow.worker")
 
@@ -43,7 +44,9 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, _preempted)
     outcome: dict[str, Any]
     try:
-        outcome = {"status": "done", "summary": execute(spec, job_file.parent)}
+        # When a launcher is killed, its job lock is free at once, but its worker ends only after the step that it is in.
+        with flock(job_file.parent / "worker.lock"):
+            outcome = {"status": "done", "summary": execute(spec, job_file.parent)}
     except failures.Failure as failure:
         outcome = {"status": "failed", "failure": failure.to_dict()}
     except KeyboardInterrupt:
@@ -53,6 +56,8 @@ def main(argv: list[str]) -> int:
         outcome = {"status": "failed", "failure": classify(error, spec["stage"]).to_dict()}
     with contextlib.suppress(OSError):  # on a full disk even this fails; the exit status still says so
         write_json(job_file.parent / "outcome.json", outcome)
+    if _orphaned():  # nobody is left to end what we started
+        os.killpg(0, signal.SIGKILL)
     if outcome["status"] == "failed":
         print(failures.from_dict(outcome["failure"]), file=sys.stderr, flush=True)
         return 1
@@ -93,6 +98,11 @@ def classify(error: BaseException, stage: str) -> failures.Failure:
     return failures.Crashed("The stage ended with an exception that it did not foresee.", where=stage, got=text[:2000])
 
 
+def _orphaned() -> bool:
+    expected = os.environ.get("LORAFLOW_PARENT")
+    return expected is not None and os.getppid() != int(expected)
+
+
 def _preempted(signum: int, frame: Any) -> None:
     # A second signal must not interrupt what the first one set going.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -114,7 +124,7 @@ def _die_with_parent(grace: float) -> None:
         time.sleep(grace)
         os.killpg(0, signal.SIGKILL)
 
-    if os.getppid() != parent:  # it died before we asked for the signal
+    if _orphaned():  # it died before we asked for the signal
         sys.exit(1)
     threading.Thread(target=watch, daemon=True).start()
 

@@ -19,7 +19,7 @@ log = logging.getLogger("loraflow")
 @task(name="gate", cache_policy=NO_CACHE, persist_result=False)
 def gate(jobs: Jobs, made: Any) -> dict[str, Any]:
     """Decide whether the challenger takes the champion's place: promote, reject, undecided or unchanged."""
-    head = jobs.log.head()
+    head = jobs.seen  # the head that the walk saw, and whose champion it scored: it may be another one by now
     return {**_decide(jobs, made, head), "seen": head.hash if head else None}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.artifacts import create_markdown_artifact
 
 from loraflow.identity import short
+
+log = logging.getLogger("loraflow")
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -79,7 +82,10 @@ def _quote(text: str) -> str:
 def publish_report(run: Any, made: Any, summary: dict[str, Any]) -> None:
     """Publish the report in the UI and keep it beside the run's record."""
     text = markdown(run, made, summary)
-    create_markdown_artifact(markdown=text, key=f"{run.jobs.recipe.name}-report".replace("_", "-").replace(".", "-"))
-    folder = Path(run.jobs.store.root, "runs")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{run.id}.md").write_text(text, encoding="utf-8")
+    try:
+        folder = Path(run.jobs.store.root, "runs")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{run.id}.md").write_text(text, encoding="utf-8")
+        create_markdown_artifact(markdown=text, key=f"{run.jobs.recipe.name}-report".replace("_", "-").replace(".", "-"))
+    except Exception as error:  # the model is made and registered by now: a report that cannot be shown undoes nothing
+        log.warning("no report: %s", error)

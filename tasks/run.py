@@ -25,6 +25,7 @@ from loraflow.registry.log import actor
 from loraflow.stages import STAGES, code_digest
 from loraflow.store import Ref
 from loraflow.store.files import write_json
+from loraflow.store.gc import collect
 from tasks.stages import call
 
 log = logging.getLogger("loraflow")
@@ -181,6 +182,16 @@ def open_run(recipe: str, overrides: dict[str, Any], force: list[str]) -> Iterat
         finally:
             jobs.save()
             run.record(error)
+    _tidy(jobs)
+
+
+def _tidy(jobs: Jobs) -> None:
+    """Keep the store bounded: all but the newest merged models go, unless another run is at work."""
+    try:
+        for path, size, why in collect(jobs.store, keep=jobs.recipe.runtime.keep):
+            log.info("removed %s (%.0f MiB, %s)", path.parent.name[:12], size / 2**20, why)
+    except (Failure, OSError) as error:  # it is a courtesy; `loraflow gc` says what stands in its way
+        log.debug("not tidied: %s", error)
 
 
 def _add_data(jobs: Jobs) -> None:
@@ -204,6 +215,9 @@ def _admit(jobs: Jobs, what: str, ref: Ref) -> None:
 
 
 def _commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:  # no git here
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 

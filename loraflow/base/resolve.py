@@ -44,7 +44,7 @@ def locate(base: Base, memo: HashMemo) -> dict[str, Any]:
         return {"source": {"gguf": memo.hash(file)}, "origin": {"gguf": str(file)}}
     folder = Path(base.model).expanduser()
     if folder.is_dir():
-        names = _wanted(folder)
+        names = _wanted(folder, base.trust_remote_code)
         hashes = {name: memo.hash(folder / name) for name in names}
         return {"source": {"content": digest(hashes)}, "origin": {"folder": str(folder.absolute())}}
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", base.model):
@@ -68,7 +68,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     if "gguf" in origin:
         figures = _from_gguf(Path(origin["gguf"]), out, config)
     else:
-        folder = Path(origin["folder"]) if "folder" in origin else _download(origin["hub"], origin["commit"])
+        folder = Path(origin["folder"]) if "folder" in origin else _download(origin["hub"], origin["commit"], config["trust_remote_code"])
         if config["repack"]:
             figures = _from_llama(folder, out, config)
         else:
@@ -92,8 +92,13 @@ def _bundled(model: str) -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def _wanted(folder: Path) -> list[str]:
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and _WANTED.match(path.name))
+def _wanted(folder: Path, trust: bool) -> list[str]:
+    """Return the names of the files that make a model; with `trust`, the Python code that comes with it as well."""
+    names = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and (_WANTED.match(path.name) or (trust and path.suffix == ".py"))
+    )
     if "config.json" not in names:
         raise BadModel("The folder holds no model.", where=str(folder), expected="config.json", got="none")
     if not any(name.endswith(".safetensors") for name in names):
@@ -134,12 +139,12 @@ def _commit(model: str, revision: str) -> str:
     return commit  # type: ignore[return-value]
 
 
-def _download(model: str, commit: str) -> Path:
+def _download(model: str, commit: str, trust: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges*"]
+        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges*"] + (["*.py"] if trust else [])
         return Path(snapshot_download(model, revision=commit, allow_patterns=patterns))
     except (OSError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename:
@@ -154,7 +159,7 @@ def _download(model: str, commit: str) -> Path:
 
 def _take(folder: Path, out: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Take a model as it is: small files copied, weights linked where the disk allows it."""
-    for name in _wanted(folder):
+    for name in _wanted(folder, config["trust_remote_code"]):
         source, target = (folder / name).resolve(), out / name
         if name.endswith(".safetensors"):
             try:
@@ -190,7 +195,7 @@ def _from_llama(folder: Path, out: Path, config: dict[str, Any]) -> dict[str, An
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _wanted(folder)
+    _wanted(folder, False)
     trust = config["trust_remote_code"]
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust)

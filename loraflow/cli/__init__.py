@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 from typing import Any
 
@@ -73,6 +74,7 @@ def main() -> None:
     if sys.platform == "win32":
         sys.exit("loraflow runs on Linux and macOS; on Windows use WSL.")
     settle_environment()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what ends at exit ends: prefect's own server
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:

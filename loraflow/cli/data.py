@@ -81,6 +81,10 @@ def diff(old: str, new: str | None, source: str) -> None:
     """Compare the dataset of git revision OLD with that of NEW (the work tree if left out), row by row."""
     from loraflow.config.recipe import Data
     from loraflow.data.compare import rows_of
+    from loraflow.failures import BadConfig
+
+    if not source.endswith(".dvc"):
+        raise BadConfig("Only a dataset with a .dvc file has revisions.", where=f"--source {source}", expected="data.dvc")
 
     before, after = (rows_of(Data(source=source, rev=rev)) for rev in (old, new))
     for name in sorted(before.keys() | after.keys()):

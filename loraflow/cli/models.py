@@ -25,13 +25,14 @@ def evaluate(model: str, recipe: str, sets: tuple[str, ...], as_json: bool) -> N
     from loraflow.direct import Direct, find_model, open_path_as_base
 
     walk = Direct(load_recipe(recipe, parse_sets(sets)))
-    rows = walk.stage("check_dataset", dataset=walk.stage("version_dataset"))
-    folder, ref = find_model(walk.jobs.store, model)
-    if ref is None:
-        walk = Direct(Recipe.model_validate(open_path_as_base(walk.jobs.recipe, folder)))
-        ref = walk.stage("resolve_base")
-    scores = walk.stage("evaluate", model=ref, rows=rows)
-    walk.jobs.save()
+    with walk.jobs.store.reading():
+        rows = walk.stage("check_dataset", dataset=walk.stage("version_dataset"))
+        folder, ref = find_model(walk.jobs.store, model)
+        if ref is None:
+            walk = Direct(Recipe.model_validate(open_path_as_base(walk.jobs.recipe, folder)))
+            ref = walk.stage("resolve_base")
+        scores = walk.stage("evaluate", model=ref, rows=rows)
+        walk.jobs.save()
     metrics = walk.jobs.store.manifest(scores).report["metrics"]
     if as_json:
         click.echo(json.dumps({"model": str(folder), "metrics": metrics, "uri": str(walk.jobs.store.path(scores))}))

@@ -8,21 +8,23 @@ import click
 
 from loraflow.cli import json_option
 from loraflow.cli.store import read_runs, store_option
+from loraflow.direct import only_model
 from loraflow.failures import BadConfig, Failure
 from loraflow.identity import short
 from loraflow.registry.log import Moved, PromotionLog, actor
 from loraflow.store import LocalStore, Ref
 
-model_option = click.option("--model", default="default", show_default=True, help="Name in the registry (register.model).")
+model_option = click.option("--model", help="Name in the registry (register.model); the only one by default.")
 
 
 @click.command()
 @store_option
 @model_option
 @json_option
-def registry(store: str, model: str, as_json: bool) -> None:
+def registry(store: str, model: str | None, as_json: bool) -> None:
     """Show the promotion log; the last line is in force."""
     where = LocalStore(store)
+    model = model or only_model(where)
     entries = PromotionLog(where.root, model).entries()
     if as_json:
         click.echo(json.dumps([entry.model_dump() for entry in entries], ensure_ascii=False))
@@ -50,6 +52,7 @@ def promote(run: str, reason: str, store: str) -> None:
         raise BadConfig("There is no such finished run.", where=run, next_step="loraflow runs")
     model = record["resolved"]["register"]["model"]
     log = PromotionLog(where.root, model)
+    head = log.head()
     refs: dict[str, Ref] = {}
     for stage in record["stages"]:
         if stage["stage"] in ("merge", "train"):
@@ -57,9 +60,12 @@ def promote(run: str, reason: str, store: str) -> None:
             if found is None or found.digest != stage["digest"]:
                 raise Failure(f"The {stage['stage']} artifact of {run} is gone.", where=store, next_step="run it again")
             refs[stage["stage"]] = found
+    if head is not None and head.merged.digest == refs["merge"].digest:
+        click.echo(f"it is the champion of {model} already")
+        return
     try:
         entry = log.append(
-            log.head(),
+            head,
             action="promote",
             merged=refs["merge"],
             adapter=refs["train"],
@@ -76,10 +82,11 @@ def promote(run: str, reason: str, store: str) -> None:
 @click.option("--reason", required=True, help="Why, for whoever reads the log.")
 @store_option
 @model_option
-def rollback(reason: str, store: str, model: str) -> None:
+def rollback(reason: str, store: str, model: str | None) -> None:
     """Go back to the champion before this one. A rerun leaves it so."""
+    where = LocalStore(store)
     try:
-        entry = PromotionLog(LocalStore(store).root, model).rollback(reason, actor())
+        entry = PromotionLog(where.root, model or only_model(where)).rollback(reason, actor())
     except Moved:
         raise Failure("Another run promoted a model this moment.", next_step="look at `loraflow registry`, then again") from None
     click.echo(f"entry {entry.seq}: back to {short(entry.merged.digest)}")

@@ -31,6 +31,7 @@ def run(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: boo
     from flows.finetune import finetune
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("loraflow").setLevel(logging.WARNING if quiet else logging.INFO)
     summary = finetune(recipe=recipe, overrides=overrides, force=list(force))
     if as_json:
         click.echo(json.dumps(summary, ensure_ascii=False))

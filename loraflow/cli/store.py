@@ -81,17 +81,14 @@ def verify(deep: bool, store: str) -> None:
     quiet_logging()
     where = LocalStore(store)
     damaged = checked = 0
-    for ref in where.artifacts():
-        checked += 1
-        if deep:
-            problems = where.verify(ref)
-        else:
-            whole = where.find(ref.stage, ref.fingerprint)
-            problems = [] if whole is not None else ["its manifest, names or sizes are not right"]
-        if problems:
-            damaged += 1
-            aside = where.set_aside(ref, problems)
-            click.echo(f"damaged  {ref}: {'; '.join(problems)}; set aside as {aside}", err=True)
+    with where.reading():
+        for ref in where.artifacts():
+            checked += 1
+            problems = where.verify(ref) if deep else where.check(ref)
+            if problems:
+                damaged += 1
+                aside = where.set_aside(ref, problems)
+                click.echo(f"damaged  {ref}: {'; '.join(problems)}; set aside as {aside}", err=True)
     click.echo(f"{checked} artifacts checked{' byte by byte' if deep else ''}, {damaged} damaged")
     if damaged:
         raise CorruptArtifact("The store had damaged artifacts; they are set aside.", next_step="run again: they are made anew")

@@ -44,6 +44,13 @@ class Data(Frozen):
     limit: Positive | None = Field(None, description="Take only this many training rows, for a quick look.")
     seed: int = Field(0, description="Seed of the split.")
 
+    @field_validator("extra_heldout")
+    @classmethod
+    def _names(cls, value: dict[str, str]) -> dict[str, str]:
+        if taken := {"heldout", "train", "validation"} & value.keys():
+            raise ValueError(f"{', '.join(sorted(taken))} is the name of a set of its own; choose another")
+        return value
+
 
 class Base(Frozen):
     """Which model training starts from."""

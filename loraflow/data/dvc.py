@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from loraflow.failures import BadData, DirtyData, MissingData, Network
+from loraflow.failures import BadData, DirtyData, Failure, MissingData, Network
 from loraflow.store.files import HashMemo, files_below
 
 log = logging.getLogger(__name__)
@@ -86,9 +86,9 @@ def read_pin(repo: str, dvc_file: str, rev: str | None) -> Pin:
 def head_of(repo: str, rev: str) -> str:
     """Return the commit that a revision names, for provenance."""
     if is_url(repo):
-        line = _git(["ls-remote", repo, rev], None, repo).split()
+        line = _git(["ls-remote", "--", repo, rev], None, repo).split()
         return line[0] if line else rev
-    return _git(["rev-parse", "--verify", f"{rev}^{{commit}}"], repo, f"{rev} in {repo}").strip()
+    return _git(["rev-parse", "--verify", "--end-of-options", f"{rev}^{{commit}}"], repo, f"{rev} in {repo}").strip()
 
 
 def tree_md5(path: Path, memo: HashMemo | None = None) -> str:
@@ -161,19 +161,20 @@ def fetch(repo: str, pin: Pin, rev: str | None, target: Path, memo: HashMemo) ->
 def _fetch_through_dvc(repo: str, pin: Pin, rev: str | None, target: Path) -> None:
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     from dvc.api import DVCFileSystem
-    from dvc.exceptions import DvcException
 
     where = f"{pin.path}{f' at {rev}' if rev else ''} of {repo}"
     try:
         fs = DVCFileSystem(repo, rev=rev)
-        _refuse_escapes(fs, pin, where)
-        if pin.is_folder:
-            fs.get(pin.path, str(target), recursive=True)
-        else:
-            fs.get_file(pin.path, str(target / PurePosixPath(pin.path).name))
+        for name in fs.find(pin.path):
+            relative = PurePosixPath(name).relative_to(pin.path) if pin.is_folder else PurePosixPath(name).name
+            place = target / _safe(str(relative), where)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            fs.get_file(name, str(place))
+    except Failure:
+        raise
     except (ConnectionError, TimeoutError) as error:
         raise Network("The DVC remote did not answer.", where=where, got=str(error)) from error
-    except (DvcException, OSError) as error:
+    except Exception as error:  # DVC and its file systems raise dozens of kinds; all mean that the data is not to be had
         raise MissingData(
             "The pinned data is neither in the work tree nor in DVC's cache, and its remote does not have it.",
             where=where,
@@ -183,12 +184,11 @@ def _fetch_through_dvc(repo: str, pin: Pin, rev: str | None, target: Path) -> No
         ) from error
 
 
-def _refuse_escapes(fs: object, pin: Pin, where: str) -> None:
-    """Refuse names that would be written outside of the target; DVC does not check the list that it downloads."""
-    for name in fs.find(pin.path):  # type: ignore[attr-defined]
-        parts = PurePosixPath(name).parts
-        if ".." in parts or "\0" in name or name.startswith("/"):
-            raise BadData("The dataset's file list holds a name that leads out of its folder.", where=where, got=name)
+def _safe(name: str, where: str) -> str:
+    """Refuse a name that would be written outside of the target; DVC does not check the list that it downloads."""
+    if ".." in PurePosixPath(name).parts or "\0" in name or name.startswith("/"):
+        raise BadData("The dataset's file list holds a name that leads out of its folder.", where=where, got=name)
+    return name
 
 
 def add(folder: str, *, push: bool = True) -> Pin:
@@ -240,8 +240,8 @@ def _git_show(repo: str, rev: str, name: str, where: str) -> str:
 
         with tempfile.TemporaryDirectory() as folder:
             _git(["clone", "--quiet", "--bare", "--filter=blob:none", "--", repo, folder], None, where)
-            return _git(["show", f"{rev}:{name}"], folder, where)
-    return _git(["show", f"{rev}:{name}"], repo, where)
+            return _git(["show", "--end-of-options", f"{rev}:{name}"], folder, where)
+    return _git(["show", "--end-of-options", f"{rev}:{name}"], repo, where)
 
 
 def _git(arguments: list[str], cwd: str | None, where: str) -> str:

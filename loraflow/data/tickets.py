@@ -15,10 +15,9 @@ import sys
 from pathlib import Path
 
 SYSTEM = (
-    "Read the support ticket and reply with JSON only: "
-    '{"intent": one of refund, order_status, cancel_order, change_address, damaged_item, wrong_item, login_problem, '
-    'invoice, warranty, product_question, "product": name or null, "order": number or null, '
-    '"urgency": low, normal or high}'
+    'Reply to the ticket with JSON only: {"intent": refund|order_status|cancel_order|change_address|damaged_item|'
+    'wrong_item|login_problem|invoice|warranty|product_question, "product": name|null, "order": number|null, '
+    '"urgency": low|normal|high}'
 )
 
 PRODUCTS = (
@@ -54,6 +53,10 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "My card was not credited after I gave {p} back{o}.",
             "I used my right of return for {p}{o}. Please pay me back.",
             "You still owe me the price of {p}{o}.",
+            "Is my refund for {p}{o} on its way?",
+            "I sent {p} back to you and expect the money{o}.",
+            "Please credit my card for {p}{o}.",
+            "I do not like {p}{o}, so I would like my money back.",
         ],
         [
             "Kindly reimburse me for {p}{o}.",
@@ -77,6 +80,10 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "Please tell me where {p}{o} is at the moment.",
             "Is there any news about the shipment of {p}{o}?",
             "The courier did not come with {p}{o}. When will it be delivered?",
+            "My parcel has not come: {p}{o}. Where is it?",
+            "I expected {p}{o} on Monday and there is still no parcel.",
+            "Is {p}{o} with the courier already?",
+            "How long will it take until {p}{o} gets here?",
         ],
         [
             "Is {p}{o} on its way already?",
@@ -100,6 +107,10 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "Kindly withdraw my purchase of {p}{o}.",
             "I have changed my plans, so please drop {p}{o} from what I ordered before you ship it.",
             "That was a double order: please cancel {p}{o}.",
+            "Is it possible to call off {p}{o}?",
+            "I would like to undo my purchase of {p}{o} before it leaves your store.",
+            "By accident I bought {p} two times, cancel one{o}.",
+            "Do not deliver {p}{o}, I have no use for it now.",
         ],
         [
             "Do not ship {p}{o}, I would like to call the purchase off.",
@@ -123,6 +134,10 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "I will be away, so please have {p}{o} brought to a neighbour.",
             "The postcode for {p}{o} is not right. Please put it right.",
             "Please ship {p}{o} to my work and not to the place that you have on file.",
+            "Could you bring {p}{o} to my sister's house?",
+            "Please redirect {p}{o} to a pick-up shop.",
+            "{P} should go to my office address{o}.",
+            "The house number that I gave for {p}{o} is wrong.",
         ],
         [
             "We live somewhere else now, so please ship {p}{o} to the new address.",
@@ -146,6 +161,10 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "The package was fine outside, but {p}{o} is shattered.",
             "The delivery man dropped {p}{o} and now it is broken.",
             "There is a scratch across {p}{o}, straight out of the box.",
+            "The corner of {p}{o} was broken on arrival.",
+            "{P} got smashed during delivery{o}.",
+            "There are scratches on {p}{o}, which I just unpacked.",
+            "The courier threw the parcel, and {p}{o} is in bits.",
         ],
         [
             "When I opened the parcel, {p}{o} was smashed.",
@@ -169,6 +188,10 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "I received a different model than {p} that I chose{o}.",
             "It is the wrong version of {p}{o}.",
             "What came is not {p}{o}, but another product.",
+            "There was a mix of orders: this is not {p}{o}.",
+            "I opened the parcel and found another article, not {p}{o}.",
+            "You delivered the wrong thing, not {p}{o}.",
+            "The box is labelled {p}{o} but something else is in it.",
         ],
         [
             "There must be a mix-up: I chose {p}{o} and received another article.",
@@ -192,6 +215,10 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "I never get the mail for a new password, and I want to see {p}{o}.",
             "After three tries my account was blocked. I only wanted to view {p}{o}.",
             "Logging in fails with an error. I have to look at {p}{o}.",
+            "My sign-in is refused, so I cannot open {p}{o}.",
+            "I am locked out and cannot view {p}{o}.",
+            "Access to my account is denied, and I must check {p}{o}.",
+            "The password mail does not arrive and {p}{o} is in my account.",
         ],
         [
             "Signing in fails each time I try to view {p}{o}.",
@@ -215,6 +242,10 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "Please issue an invoice for {p}{o}.",
             "There is no invoice in my account for {p}{o}.",
             "Please print me another receipt for {p}{o}.",
+            "The tax office wants to see a bill for {p}{o}.",
+            "Please attach the invoice for {p}{o} to a mail.",
+            "I lost the receipt for {p}{o}, can I have it again?",
+            "No bill came along with {p}{o}.",
         ],
         [
             "For my taxes I need the bill of {p}{o}.",
@@ -238,6 +269,10 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "{P} gave out last week, it should still be covered by warranty{o}.",
             "What does the guarantee of {p}{o} include?",
             "How do I claim the warranty for {p}{o}? It quit after half a year.",
+            "Do I pay for the repair of {p}{o}, or does the guarantee?",
+            "{P} gave up after ten months, please fix it under guarantee{o}.",
+            "I would like to use the warranty for {p}{o}, it no longer works.",
+            "A year after I bought {p} it is dead{o}. Does the warranty help?",
         ],
         [
             "After eight months of use {p}{o} gave up. I would like to use my warranty.",
@@ -261,6 +296,12 @@ REQUESTS: dict[str, tuple[list[str], list[str]]] = {
             "Can I wash {p}{o} in the machine?",
             "Which spare parts can I get for {p}{o}?",
             "Please explain to me how {p}{o} works.",
+            "How do I use {p}{o}?",
+            "What can I put into {p}{o}?",
+            "Does {p}{o} fit a small room?",
+            "Can {p}{o} get wet?",
+            "How wide and how high is {p}{o}?",
+            "Are there accessories for {p}{o}?",
         ],
         [
             "What are the measurements of {p}{o}?",
@@ -286,6 +327,21 @@ URGENCY: dict[str, tuple[list[str], list[str]]] = {
             "It is an emergency.",
             "Every hour counts.",
             "Please deal with this at once, it is very important to me.",
+            "I need a reply before tonight.",
+            "Please treat this with priority.",
+            "I cannot wait any longer.",
+            "Help me fast, please.",
+            "It has to happen today.",
+            "Please react immediately.",
+            "There is no time to lose.",
+            "My deadline is tomorrow morning.",
+            "I expect an answer this afternoon.",
+            "ASAP, please!",
+            "Please be fast.",
+            "This is pressing.",
+            "We need it by tomorrow.",
+            "I am in a great hurry.",
+            "The party is tonight, so please rush.",
         ],
         [
             "Please act right away, this is very urgent.",
@@ -307,6 +363,26 @@ URGENCY: dict[str, tuple[list[str], list[str]]] = {
             "Some day in the coming weeks is fine.",
             "Please do not stress over this.",
             "You have time with it.",
+            "Please take all the time you need.",
+            "This is nothing urgent.",
+            "It is not a priority for me.",
+            "I can wait.",
+            "There is plenty of time.",
+            "An answer by the end of the year will do.",
+            "Do it at your leisure.",
+            "Some time later this season is okay.",
+            "Nothing about this is urgent.",
+            "Do not hurry on my account.",
+            "I do not need it soon.",
+            "It does not matter when.",
+            "Feel free to answer late.",
+            "Even a reply in three weeks is all right.",
+            "This has low priority.",
+            "No pressure from my side.",
+            "You may deal with more important things first.",
+            "In a month or two I will need to know.",
+            "As I said, there is lots of time.",
+            "Slowly, please, there is no deadline.",
         ],
         [
             "Take your time with this.",
@@ -315,8 +391,9 @@ URGENCY: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
     "normal": (
-        ["", "", "", "", "", "Please let me know.", "Thanks for your help.", "I am waiting for your reply.",
-         "Could you help me?", "Please write back.", "Looking forward to hearing from you.", "Tell me what to do."],
+        ["", "", "", "", "", "", "", "Please let me know.", "Thanks for your help.", "I am waiting for your reply.",
+         "Could you help me?", "Please write back.", "Looking forward to hearing from you.", "Tell me what to do.",
+         "I hope you can help.", "What do you suggest?", "I would be glad to hear from you.", "Please look into it."],
         ["", "", "I look forward to your answer."],
     ),
 }
@@ -377,9 +454,9 @@ def write(path: Path, count: int, seed: int, heldout: bool) -> None:
 
 
 def main(folder: str) -> None:
-    """Write train.jsonl (1,400 rows) and heldout.jsonl (240 rows)."""
+    """Write train.jsonl (2,000 rows) and heldout.jsonl (240 rows)."""
     Path(folder).mkdir(exist_ok=True)
-    write(Path(folder, "train.jsonl"), 1400, seed=1, heldout=False)
+    write(Path(folder, "train.jsonl"), 2000, seed=1, heldout=False)
     write(Path(folder, "heldout.jsonl"), 240, seed=2, heldout=True)
 
 

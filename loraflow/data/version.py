@@ -25,7 +25,8 @@ def locate(data: Data, memo: HashMemo) -> dict[str, Any]:
         if data.rev is None and not dvc.is_url(data.repo):
             dvc.refuse_dirt(data.repo, pin, memo)
         commit = dvc.head_of(data.repo, data.rev) if data.rev else None
-        return {"md5": pin.md5, "origin": {**pin.__dict__, "repo": data.repo, "rev": data.rev, "commit": commit}}
+        name = Path(pin.path).name
+        return {"md5": pin.md5, "name": name, "origin": {**pin.__dict__, "repo": data.repo, "rev": data.rev, "commit": commit}}
     place = Path(data.source)
     if not place.exists():
         raise BadData(
@@ -34,7 +35,7 @@ def locate(data: Data, memo: HashMemo) -> dict[str, Any]:
             expected="a .dvc file, or a folder or file of chats",
             next_step="mend data.source",
         )
-    return {"md5": dvc.tree_md5(place, memo), "origin": {"folder": str(place.absolute())}}
+    return {"md5": dvc.tree_md5(place, memo), "name": place.name, "origin": {"folder": str(place.absolute())}}
 
 
 def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:

@@ -144,7 +144,8 @@ class PromotionLog:
         stack: list[Entry] = []
         for entry in self.entries():
             if entry.action == "promote":
-                stack.append(entry)
+                if not stack or stack[-1].merged.digest != entry.merged.digest:
+                    stack.append(entry)
             else:
                 while stack and stack[-1].merged.digest != entry.merged.digest:
                     stack.pop()

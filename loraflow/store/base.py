@@ -85,6 +85,9 @@ class Store(Protocol):
     def path(self, ref: Ref) -> Path:
         """Return a local folder with the artifact's files."""
 
+    def check(self, ref: Ref) -> list[str]:
+        """Compare an artifact's names and sizes with its manifest and return what is wrong, a line each."""
+
     def verify(self, ref: Ref) -> list[str]:
         """Hash an artifact's contents and return what is wrong with it, a line each."""
 

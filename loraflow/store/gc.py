@@ -43,7 +43,8 @@ def _superfluous(store: LocalStore, keep: int) -> Iterator[tuple[Path, str]]:
     held: set[str] = set()
     for folder in (store.root / "registry").glob("*"):
         # the champion, and the model that a rollback goes back to
-        held |= {entry.merged.digest for entry in PromotionLog(store.root, folder.name).in_force()[-2:]}
+        for entry in PromotionLog(store.root, folder.name).in_force()[-2:]:
+            held |= {ref.digest for ref in (entry.merged, entry.adapter) if ref is not None}
     merged = []
     for ref in store.artifacts():
         path = store.path(ref)

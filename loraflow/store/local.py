@@ -64,16 +64,21 @@ class LocalStore:
         """Return the artifact's folder."""
         return self._folder(ref)
 
-    def verify(self, ref: Ref) -> list[str]:
-        """Hash an artifact's contents and return what is wrong with it, a line each."""
+    def check(self, ref: Ref) -> list[str]:
+        """Compare an artifact's names and sizes with its manifest and return what is wrong, a line each."""
         folder = self._folder(ref)
         try:
-            manifest = self._read_manifest(folder)
+            return _misfits(folder, self._read_manifest(folder))
         except (OSError, ValueError) as error:
             return [f"{MANIFEST}: {type(error).__name__}"]
-        problems = _misfits(folder, manifest)
+
+    def verify(self, ref: Ref) -> list[str]:
+        """Hash an artifact's contents and return what is wrong with it, a line each."""
+        problems = self.check(ref)
         if problems:
             return problems
+        folder = self._folder(ref)
+        manifest = self._read_manifest(folder)
         for name, entry in manifest.files.items():
             if hash_file(folder / name) != entry["sha256"]:
                 problems.append(f"{name}: content is not what was written")

@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,35 @@ def test_comments_and_docstrings_are_no_code():
     two = identity._ast_bytes("def f(x):\n    return x + 1\n")
     assert one == two
     assert two != identity._ast_bytes("def f(x):\n    return x + 2\n")
+
+
+def test_every_module_that_makes_a_result_is_watched():
+    """A stage's code is its modules and what those import of ours, but for the ground floor that all share."""
+    import ast
+    from importlib.util import find_spec
+
+    from loraflow.stages import STAGES
+
+    ground = {"loraflow.failures", "loraflow.job", "loraflow.store", "loraflow.store.files", "loraflow.identity",
+              "loraflow.config.recipe", "loraflow.training.callbacks", "loraflow.training.checkpoints",
+              "loraflow.adapters.verify"}  # fmt: skip
+    for stage in STAGES.values():
+        for module in stage.modules:
+            tree = ast.parse(Path(find_spec(module).origin).read_text())
+            imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+            imported |= {f"{node.module}.{name.name}" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+                         for name in node.names if node.module in ("loraflow.training", "loraflow.data", "loraflow.adapters")}  # fmt: skip
+            ours = {name for name in imported if name.startswith("loraflow.") and name.count(".") > 1}
+            missing = ours - set(stage.modules) - ground
+            assert not missing, f"{stage.name} is made by {missing} too: list it in loraflow/stages.py"
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the text of a syntax tree differs between Python versions")
+def test_golden_code_digests_ask_for_a_decision():
+    """A stage's code changed. If its result can change, raise its version in loraflow/stages.py; then run
+    `python tests/golden/write.py` either way."""
+    from loraflow.stages import STAGES, code_digest
+
+    golden = json.loads((Path(__file__).parent.parent / "golden" / "code.json").read_text())
+    now = {name: [stage.version, code_digest(name)] for name, stage in STAGES.items()}
+    assert now == golden

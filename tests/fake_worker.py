@@ -1,0 +1,65 @@
+"""A worker with small stages that end in every way there is. Run by tests in place of `python -m loraflow.worker`."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from loraflow import stages, worker  # noqa: E402
+from loraflow.failures import NonFiniteLoss, Preempted  # noqa: E402
+from loraflow.store import Summary  # noqa: E402
+
+
+def run(job, inputs, out, report):
+    """Do what the job's config says."""
+    how, work = job.config["how"], report.work
+    attempts = work / "attempts"
+    attempts.write_text(str(int(attempts.read_text() or 0) + 1 if attempts.exists() else 1))
+    (out / "result.txt").write_text("done")
+    report(step=1, total=2)
+    if how == "kill-once" and attempts.read_text() == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "term-once" and attempts.read_text() == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif how == "exit":
+        os._exit(7)
+    elif how == "nan":
+        raise NonFiniteLoss("loss became nan.", where="step 3")
+    elif how == "oom":
+        if job.runtime["eval_batch_size"] > 2:
+            raise MemoryError
+        (out / "result.txt").write_text(str(job.runtime["eval_batch_size"]))
+    elif how == "full":
+        raise OSError(28, "No space left on device", "/somewhere")
+    elif how == "import":
+        import no_such_package  # noqa: F401
+    elif how == "raise":
+        raise RuntimeError("something odd")
+    elif how == "sleep":
+        subprocess.Popen(["sleep", "120"])  # a grandchild
+        (work / "pid").write_text(str(os.getpid()))
+        time.sleep(120)
+    elif how == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (work / "pid").write_text(str(os.getpid()))
+        while True:
+            try:
+                time.sleep(120)
+            except Preempted:
+                pass
+    report(step=2, total=2)
+    assert "prefect" not in sys.modules
+    return Summary()
+
+
+stages.STAGES["evaluate"] = stages.Stage(
+    "evaluate", 1, "fake_worker:run", True, ("loraflow.identity",), lambda r, k: {}, micro_batch="eval_batch_size"
+)
+sys.modules["fake_worker"] = sys.modules["__main__"]
+
+if __name__ == "__main__":
+    sys.exit(worker.main(sys.argv[1:]))

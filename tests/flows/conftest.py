@@ -1,0 +1,77 @@
+"""A Prefect server for the session, and stores that a real run has filled."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import RECIPE, chat
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prefect_server(tmp_path_factory):
+    home = tmp_path_factory.mktemp("prefect")
+    os.environ["PREFECT_HOME"] = str(home)
+    os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
+    os.environ["PREFECT_LOCAL_STORAGE_PATH"] = str(home / "storage")
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+class Place:
+    """A dataset, a recipe and a store in one folder."""
+
+    def __init__(self, folder: Path, phi3: Path):
+        self.folder, self.recipe, self.store = folder, folder / "tiny.yaml", folder / "store"
+        self.phi3 = phi3
+        self.recipe.write_text(RECIPE.format(data=folder / "data", base=phi3, store=self.store))
+
+    def run(self, force: list[str] | None = None, **overrides: Any) -> dict[str, Any]:
+        from flows.finetune import finetune
+
+        return finetune(recipe=str(self.recipe), overrides=_dotted(overrides), force=force or [])
+
+    def plan(self, force: list[str] | None = None, **overrides: Any) -> dict[str, str]:
+        """Return {stage: verdict}."""
+        from flows.pipeline import pipeline
+        from loraflow.config import load_recipe
+        from loraflow.plan import Jobs, Planner
+
+        planner = Planner(Jobs(load_recipe(self.recipe, _dotted(overrides))), force or [])
+        pipeline(planner)
+        self.verdicts = planner.verdicts
+        return {verdict.label: verdict.verdict for verdict in planner.verdicts}
+
+
+def _dotted(overrides: dict[str, Any]) -> dict[str, Any]:
+    return {key.replace("__", "."): value for key, value in overrides.items()}
+
+
+def states(summary: dict[str, Any]) -> dict[str, str]:
+    return {stage["stage"]: stage["state"] for stage in summary["stages"]}
+
+
+@pytest.fixture(scope="session")
+def filled(tmp_path_factory, phi3) -> tuple[Place, dict[str, Any]]:
+    """A place in which the flow ran once."""
+    import json
+
+    folder = tmp_path_factory.mktemp("first run")
+    (folder / "data").mkdir()
+    for name, numbers in (("train.jsonl", range(80)), ("heldout.jsonl", range(1000, 1020))):
+        (folder / "data" / name).write_text("".join(json.dumps(chat(i)) + "\n" for i in numbers))
+    place = Place(folder, phi3)
+    return place, place.run()
+
+
+@pytest.fixture
+def place(filled, tmp_path) -> Place:
+    """A copy of the filled place, moved elsewhere: nothing in it may depend on where it lies."""
+    shutil.copytree(filled[0].folder, tmp_path / "copy")
+    return Place(tmp_path / "copy", filled[0].phi3)

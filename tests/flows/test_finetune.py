@@ -1,0 +1,348 @@
+"""The flow on small real parts, through a real Prefect server."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from loraflow.registry import PromotionLog
+from loraflow.store import LocalStore
+from tests.flows.conftest import states
+
+STAGES = ["version_dataset", "check_dataset", "resolve_base", "tokenize", "evaluate base", "train", "merge", "verify",
+          "evaluate tuned"]  # fmt: skip
+ALL_CACHED = dict.fromkeys(STAGES, "cached")
+
+
+def promote(place, merged: Path):
+    """Make a merged model the champion by hand."""
+    store = LocalStore(place.store)
+    ref = next(ref for ref in store.artifacts() if store.path(ref) == merged)
+    log = PromotionLog(store.root, "tiny")
+    log.append(log.head(), action="promote", merged=ref, adapter=None, inputs={}, reasons=["by hand"], actor="test")
+
+
+def task_states(run_name: str) -> dict[str, list[str]]:
+    """Ask Prefect's API for the newest flow run's task runs."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    with get_client(sync_client=True) as client:
+        runs = sorted(client.read_flow_runs(), key=lambda run: run.expected_start_time)
+        for _ in range(50):  # task runs reach the database a moment later
+            tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[runs[-1].id])), limit=200)
+            if all(task.state.is_final() for task in tasks) and len(tasks) >= 11:
+                break
+            time.sleep(0.2)
+    found: dict[str, list[str]] = {}
+    for task in tasks:
+        found.setdefault(task.name, []).append(task.state.name)
+    return found
+
+
+def test_a_first_run_makes_everything(filled):
+    place, summary = filled
+    assert states(summary) == dict.fromkeys(STAGES, "computed")
+    assert summary["decision"]["verdict"] in ("promote", "reject", "undecided")
+    assert set(summary["metrics"]["tuned"]["heldout"]["token_loss"]) == {"value", "low", "high", "n"}
+    assert summary["metrics"]["champion"] is None
+    store = LocalStore(place.store)
+    assert all(store.verify(ref) == [] for ref in store.artifacts())
+    assert not list((place.store / "staging").iterdir())
+    assert not list((place.store / "work").glob("*/*"))
+    assert (place.store / "runs" / f"{summary['run']}.md").read_text().startswith("# tiny: ")
+
+
+def test_a_second_run_makes_nothing_and_prefect_shows_each_stage_once_as_cached(filled):
+    place, _ = filled
+    assert place.plan() == ALL_CACHED | {k: v for k, v in place.plan().items() if k == "evaluate champion"}
+    summary = place.run()
+    assert set(states(summary).values()) == {"cached"}
+    shown = task_states("tiny")
+    for stage in states(summary):
+        assert shown[stage] == ["Cached"], shown
+
+
+def test_a_server_that_knows_nothing_shows_cached_too(place):
+    """The copy's store lies elsewhere, so that Prefect's own records do not count."""
+    summary = place.run()
+    assert set(states(summary).values()) == {"cached"}
+    assert all(task_states("tiny")[stage] == ["Cached"] for stage in states(summary))
+    assert all(stage["uri"].startswith(str(place.store)) for stage in summary["stages"])
+
+
+MATRIX = {
+    # a field → the stages that run first, and those that wait for them
+    "training_config__seed": {"train"},
+    "training_config__learning_rate": {"train"},
+    "peft_config__r": {"train"},
+    "training_config__per_device_train_batch_size": {"train"},
+    "training_config__max_length": {"tokenize"},
+    "data__loss_on": {"tokenize"},
+    "data__system": {"check_dataset"},
+    "evaluation__max_new_tokens": {"evaluate base", "evaluate tuned"},
+    "evaluation__metrics": {"evaluate base", "evaluate tuned"},
+    "merge__dtype": {"merge"},
+    "merge__verify_prompts": {"verify"},
+    "base__dtype": {"train"},
+}
+VALUES = {
+    "training_config__seed": 7, "training_config__learning_rate": 1e-3, "peft_config__r": 2, "merge__dtype": "float32",
+    "training_config__per_device_train_batch_size": 2, "training_config__max_length": 100, "data__loss_on": "all",
+    "data__system": "be brief", "evaluation__max_new_tokens": 9, "evaluation__metrics": ["token_loss"],
+    "merge__verify_prompts": 3, "base__dtype": "float32",
+}  # fmt: skip
+DOWN = {
+    "check_dataset": {"tokenize", "evaluate base", "train", "merge", "verify", "evaluate tuned"},
+    "tokenize": {"train", "merge", "verify", "evaluate tuned"},
+    "train": {"merge", "verify", "evaluate tuned"},
+    "merge": {"verify", "evaluate tuned"},
+}
+
+
+@pytest.mark.parametrize("field", MATRIX)
+def test_a_changed_field_runs_exactly_the_right_stages(place, field):
+    verdicts = place.plan(**{field: VALUES[field]})
+    verdicts.pop("evaluate champion", None)
+    waiting = set().union(*(DOWN.get(stage, set()) for stage in MATRIX[field]))
+    assert {k for k, v in verdicts.items() if v == "runs"} == MATRIX[field]
+    assert {k for k, v in verdicts.items() if v == "depends"} == waiting
+    why = next(v.why for v in place.verdicts if v.verdict == "runs")
+    assert field.split("__")[-1].split("per_device")[-1][-4:] in why[0] or "global_batch" in why[0] or "dtype" in why[0], why
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"runtime__micro_batch": 2}, {"runtime__threads": 2}, {"runtime__eval_batch_size": 3}, {"runtime__engine": "stock"},
+        {"training_config__logging_steps": 3}, {"training_config__save_steps": 5}, {"training_config__gradient_checkpointing": True},
+        {"training_config__per_device_train_batch_size": 2, "training_config__gradient_accumulation_steps": 2},
+        {"gate__primary": "exact_match"}, {"data__max_quarantined": 0.5}, {"name": "other"},
+    ],
+)  # fmt: skip
+def test_what_changes_no_result_runs_nothing(place, change):
+    verdicts = place.plan(**change)
+    verdicts.pop("evaluate champion", None)
+    assert verdicts == ALL_CACHED
+
+
+def test_new_times_and_another_base_path_run_nothing(place, tmp_path):
+    moved = tmp_path / "moved base"
+    shutil.copytree(place.phi3, moved)
+    for file in [*moved.iterdir(), *(place.folder / "data").iterdir()]:
+        os.utime(file, (1_000_000, 1_000_000))
+    verdicts = place.plan(base__model=str(moved))
+    verdicts.pop("evaluate champion", None)
+    assert verdicts == ALL_CACHED
+
+
+def test_a_mended_heldout_row_retrains_nothing(place):
+    file = place.folder / "data" / "heldout.jsonl"
+    file.write_text(file.read_text().replace('\\"a\\": \\"red\\"', '\\"a\\": \\"blue\\"'))
+    before = {stage["stage"]: stage["digest"] for stage in place_last(place)["stages"]}
+    assert place.plan()["version_dataset"] == "runs"
+    summary = place.run()
+    shown = states(summary)
+    assert shown["version_dataset"] == shown["check_dataset"] == "computed"
+    assert shown["evaluate base"] == shown["evaluate tuned"] == "computed"
+    assert shown["tokenize"] == shown["train"] == shown["merge"] == "cached"
+    after = {stage["stage"]: stage["digest"] for stage in summary["stages"]}
+    assert after["train"] == before["train"]
+
+
+def place_last(place) -> dict:
+    return json.loads(sorted((place.store / "runs").glob("*.json"))[-1].read_text())
+
+
+def test_what_is_deleted_or_damaged_is_made_again_and_comes_out_the_same(place):
+    before = {stage["stage"]: stage for stage in place_last(place)["stages"]}
+    store = LocalStore(place.store)
+    shards = store.find("tokenize", before["tokenize"]["fingerprint"])
+    file = store.path(shards) / "train" / "data-00000-of-00001.arrow"
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    shutil.rmtree(store.path(store.find("train", before["train"]["fingerprint"])))
+    assert place.plan()["train"] == "runs"
+    summary = place.run()
+    after = {stage["stage"]: stage for stage in summary["stages"]}
+    assert after["tokenize"]["state"] == after["train"]["state"] == "computed"
+    assert {k: v["digest"] for k, v in after.items() if k in before} == {
+        k: v["digest"] for k, v in before.items() if k in after
+    }
+    assert after["merge"]["state"] == "cached", "its input came out with the same digest"
+    assert all(store.verify(ref) == [] for ref in store.artifacts())
+    assert list((place.store / "set-aside").glob("tokenize-*.json"))
+
+
+def test_a_killed_training_is_retried_by_prefect_and_goes_on_from_its_checkpoint(place):
+    def kill() -> None:
+        for _ in range(1200):
+            for progress in (place.store / "work" / "train").glob("*/progress.jsonl"):
+                if any('"step": 4' in line for line in progress.read_text().splitlines()):
+                    pid = subprocess.run(["pgrep", "-f", str(progress.parent)], capture_output=True, text=True).stdout.split()
+                    os.kill(int(pid[0]), signal.SIGKILL)
+                    return
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    summary = place.run(training_config__max_steps=40, training_config__save_steps=2)
+    killer.join()
+    assert task_states("tiny")["train"] == ["Completed"]
+    train = next(stage for stage in summary["stages"] if stage["stage"] == "train")
+    manifest = LocalStore(place.store).find("train", train["fingerprint"])
+    figures = LocalStore(place.store).manifest(manifest).figures
+    assert figures["resumed_at"] >= 2 and figures["steps"] == 40
+    steps = [json.loads(line)["step"] for line in (Path(train["uri"]) / "telemetry" / "curves.jsonl").read_text().splitlines()
+             if "loss" in line and "train_loss" not in line]  # fmt: skip
+    assert steps == list(range(1, 41))
+
+
+def test_run_again_roll_back_run_again(place):
+    """A promoted model stays; what was rolled back stays so."""
+    first = place_last(place)["summary"]
+    log = PromotionLog(place.store, "tiny")
+    if log.head() is None:
+        promote(place, Path(first["merged"]))
+    assert place.run()["decision"]["verdict"] == "unchanged"
+    second = place.run(training_config__learning_rate=2e-2)
+    assert "evaluate champion" in states(second)
+    if second["decision"]["verdict"] != "promote":
+        assert place.run(training_config__learning_rate=2e-2)["decision"]["verdict"] == "unchanged"
+        promote(place, Path(second["merged"]))
+    log.rollback("answers were rude", "test")
+    again = place.run(training_config__learning_rate=2e-2)
+    assert again["decision"]["verdict"] == "unchanged"
+    assert "answers were rude" in again["decision"]["reasons"][0]
+    assert place.run()["decision"]["verdict"] == "unchanged"
+    assert log.head().merged.digest == next(s["digest"] for s in first["stages"] if s["stage"] == "merge")
+
+
+def test_everything_opens_without_loraflow(filled, tmp_path):
+    """In a process that cannot import loraflow: tokens, scores, adapter, merged model."""
+    _, summary = filled
+    uri = {stage["stage"]: stage["uri"] for stage in summary["stages"]}
+    script = f"""
+import sys
+sys.modules["loraflow"] = None
+import datasets, pandas, torch
+tokens = datasets.load_from_disk({uri["tokenize"] + "/train"!r})
+assert set(tokens.column_names) == {{"input_ids", "labels", "length"}} and len(tokens) == 80, tokens
+assert len(pandas.read_parquet({uri["evaluate tuned"] + "/scores.parquet"!r})) == 8
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import PeftModel
+tokenizer = AutoTokenizer.from_pretrained({uri["merge"]!r})
+merged = AutoModelForCausalLM.from_pretrained({uri["merge"]!r}, dtype=torch.float32)
+adapted = PeftModel.from_pretrained(
+    AutoModelForCausalLM.from_pretrained({uri["resolve_base"]!r}, dtype=torch.float32), {summary["adapter"]!r})
+ids = tokenizer.apply_chat_template([{{"role": "user", "content": "what is the red of dog"}}],
+                                    add_generation_prompt=True, return_tensors="pt", return_dict=True)
+with torch.no_grad():
+    difference = (merged(**ids).logits - adapted(**ids).logits).abs().max()
+assert difference < 0.05, difference
+print(tokenizer.decode(merged.generate(**ids, max_new_tokens=5)[0]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def cli(*arguments: str, env: dict | None = None, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "from loraflow.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, **options)
+
+
+def test_the_command_prints_one_json_document(place):
+    done = cli("run", str(place.recipe), "--json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads(done.stdout)
+    assert set(summary) >= {"run", "stages", "metrics", "decision", "adapter", "merged"}
+    strict = cli("run", str(place.recipe), "--json", "--strict-gate")
+    assert strict.returncode == (0 if json.loads(strict.stdout)["decision"]["verdict"] == "promote" else 3)
+
+
+def test_a_cached_run_and_a_plan_import_no_torch(place):
+    code = (
+        "import sys\nsys.argv = ['loraflow', *{arguments!r}]\nfrom loraflow.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
+        "bad = {{m for m in ('torch', 'transformers', 'trl', 'peft', 'datasets', 'dvc') if m in sys.modules}}\n"
+        "assert not bad, bad\n"
+    )
+    place.run()
+    for command in (["plan", str(place.recipe)], ["run", str(place.recipe), "-q"]):
+        done = subprocess.run([sys.executable, "-c", code.format(arguments=command)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    done = subprocess.run([sys.executable, "-c", code.format(arguments=["plan", str(place.recipe)]) + "assert 'prefect' not in sys.modules"],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "says"),
+    [
+        ({"peft_config.target_modules": "[q_proj]"}, 2, "name qkv_proj"),
+        ({"base.quantization": "nf4"}, 2, "NF4 quantization needs"),
+        ({"training_config.max_length": "5"}, 1, "longer than max_length"),
+        ({"data.source": "nowhere"}, 1, "no such dataset"),
+        ({"base.model": "not-a-model"}, 1, "no such base model"),
+        ({"training_config.learning_rte": "1"}, 2, "did you mean learning_rate"),
+        ({"evaluation.metrics": "[bleu]"}, 2, "no such metric"),
+    ],
+)
+def test_bad_input_has_one_message_a_next_step_and_the_right_status(place, change, code, says):
+    sets = [part for key, value in change.items() for part in ("--set", f"{key}={value}")]
+    done = cli("run", str(place.recipe), "-q", *sets)
+    assert done.returncode == code, done.stderr[-3000:]
+    tail = done.stderr[-3000:]
+    assert says in tail and "next:" in tail
+    store = LocalStore(place.store)
+    assert all(store.verify(ref) == [] for ref in store.artifacts())
+    assert not list((place.store / "staging").iterdir())
+
+
+def processes_with(text: str) -> list[str]:
+    rows = subprocess.run(["ps", "-eo", "pid,stat,args"], capture_output=True, text=True).stdout.splitlines()
+    return [row for row in rows if text in row and " Z" not in row and "ps -eo" not in row]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_whatever_ends_the_command_leaves_no_worker_and_a_whole_store(place, how):
+    command = [sys.executable, "-c", "from loraflow.cli import main; main()", "run", str(place.recipe),
+               "--set", "training_config.max_steps=2000", "--set", "training_config.save_steps=5"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for _ in range(1200):
+        if any('"step": 6' in p.read_text() for p in (place.store / "work" / "train").glob("*/progress.jsonl")):
+            break
+        time.sleep(0.05)
+    else:
+        process.kill()
+        raise AssertionError(process.communicate()[0])
+    process.send_signal(how)
+    said = process.communicate(timeout=60)[0]
+    for _ in range(200):
+        if not processes_with(str(place.store / "work")):
+            break
+        time.sleep(0.1)
+    assert processes_with(str(place.store / "work")) == []
+    if how == signal.SIGINT:
+        assert process.returncode == 130, said
+        assert re.search("interrupted; finished stages are kept", said)
+    store = LocalStore(place.store)
+    assert all(store.verify(ref) == [] for ref in store.artifacts())
+    assert list((place.store / "work" / "train").glob("*/checkpoints/checkpoint-*/complete.json")), "a resume has this"
+
+
+def test_scores_open_with_pandas_and_have_a_row_per_example(filled):
+    uri = next(stage["uri"] for stage in filled[1]["stages"] if stage["stage"] == "evaluate tuned")
+    table = pd.read_parquet(Path(uri) / "scores.parquet")
+    assert table["id"].is_unique and set(table["finish"]) <= {"stop", "length"}
+    assert {"token_loss", "exact_match", "json_valid", "field_f1"} <= set(table.columns)

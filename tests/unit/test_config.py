@@ -1,0 +1,264 @@
+import re
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from loraflow.config import parse_recipe
+from loraflow.config.load import _model_of
+from loraflow.config.recipe import Recipe
+from loraflow.failures import BadConfig
+from loraflow.stages import STAGES, make_job
+from loraflow.store import Ref
+
+MINIMAL = "name: x\nbase: {model: bundled:smollm2}\n"
+
+# The two dictionaries as they stand in the Phi-3 model card's sample_finetune.py.
+MODEL_CARD = """
+name: card
+base:
+  model: microsoft/Phi-3-mini-4k-instruct
+  revision: 0a67737cc96d2554230f90338b163bc6380a2a85
+  torch_dtype: bfloat16
+  use_cache: false
+  trust_remote_code: true
+  attn_implementation: sdpa
+training_config:
+  bf16: True
+  do_eval: False
+  learning_rate: 5.0e-06
+  log_level: info
+  logging_steps: 20
+  logging_strategy: steps
+  lr_scheduler_type: cosine
+  num_train_epochs: 1
+  max_steps: -1
+  output_dir: ./checkpoint_dir
+  overwrite_output_dir: True
+  per_device_eval_batch_size: 4
+  per_device_train_batch_size: 4
+  remove_unused_columns: True
+  save_steps: 100
+  save_total_limit: 1
+  seed: 0
+  gradient_checkpointing: True
+  gradient_checkpointing_kwargs: {use_reentrant: False}
+  gradient_accumulation_steps: 1
+  warmup_ratio: 0.2
+peft_config:
+  r: 16
+  lora_alpha: 32
+  lora_dropout: 0.05
+  bias: none
+  task_type: CAUSAL_LM
+  target_modules: all-linear
+  modules_to_save: null
+"""
+
+
+def problems(text: str) -> str:
+    with pytest.raises(BadConfig) as caught:
+        parse_recipe(text, "r.yaml")
+    return str(caught.value)
+
+
+def test_the_model_cards_two_dictionaries_paste_unchanged(caplog):
+    recipe = parse_recipe(MODEL_CARD)
+    assert recipe.training_config.learning_rate == 5e-6
+    assert recipe.training_config.warmup_steps == 0.2
+    assert recipe.runtime.attn_implementation == "sdpa"
+    assert recipe.base.dtype == "bfloat16"
+    assert "warmup_ratio is read as training_config.warmup_steps" in caplog.text
+    assert "output_dir has no effect" in caplog.text
+
+
+def test_the_defaults_are_the_model_cards():
+    card, ours = parse_recipe(MODEL_CARD), parse_recipe(MINIMAL)
+    assert ours.training_config == card.training_config
+    assert ours.peft_config == card.peft_config
+
+
+def test_every_problem_is_reported_at_once_with_its_line():
+    text = "name: x\nbase:\n  model: m\n  dtyp: y\ntraining_config:\n  learning_rte: 1\n  seed: a\n  tokenizer: t\nrank: 4\n"
+    said = problems(text)
+    for line, word in ((4, "did you mean dtype"), (6, "did you mean learning_rate"), (7, "seed"), (8, "tokenizer"), (9, "rank")):
+        assert re.search(rf"r\.yaml:{line}: .*{word}", said), (line, word, said)
+    assert "5 problems" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("training_config: {evaluation_strategy: 'no', eval_strategy: 'no'}", "leave evaluation_strategy out"),
+        ("training_config: {assistant_only_loss: true}", "data.loss_on"),
+        ("training_config: {dataset_text_field: text}", "data.format"),
+        ("training_config: {bf16: true, fp16: true}", "exclude each other"),
+        ("training_config: {warmup_steps: 1.5}", "whole number"),
+        ("training_config: {eval_strategy: steps}", "validation_fraction"),
+        ("training_config: {load_best_model_at_end: true}", "needs eval_strategy"),
+        ("training_config: {max_steps: 0}", "max_steps"),
+        ("training_config: {learning_rate: -1}", "greater than 0"),
+        ("training_config: {per_device_train_batch_size: true}", "valid integer"),
+        ("peft_config: {target_modules: []}", "at least one"),
+        ("peft_config: {lora_r: 8}", "no key"),
+        ("runtime: {device: gpu}", "'cpu'"),
+        ("base2: 1", "did you mean base"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_successor(line, says):
+    assert says in problems(MINIMAL + line)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "empty"),
+        ("- a", "no mapping"),
+        ("name: x\nname: y", "stands twice"),
+        ("a: &x [1]\nb: *x", "alias"),
+        ("a: !!python/object:os.system {}", "tag"),
+        ("a: [", "plain YAML"),
+        ("x" * 1_000_001, "at most"),
+    ],
+)
+def test_yaml_that_is_more_or_less_than_data_is_refused(text, says):
+    assert says in problems(text)
+
+
+def test_numbers_and_words_are_read_as_people_mean_them():
+    recipe = parse_recipe(MINIMAL + "training_config: {learning_rate: 5e-6, eval_strategy: no, logging_strategy: no}")
+    assert recipe.training_config.learning_rate == 5e-6
+    assert recipe.training_config.eval_strategy == "no"
+
+
+def test_overrides_win_and_are_checked():
+    assert parse_recipe(MINIMAL, overrides={"peft_config.r": 4}).peft_config.r == 4
+    with pytest.raises(BadConfig, match="peft_config.x"):
+        parse_recipe(MINIMAL, overrides={"peft_config.x": 4})
+    with pytest.raises(BadConfig, match="no section"):
+        parse_recipe(MINIMAL, overrides={"name.x": 4})
+
+
+# every key takes effect
+
+OTHER: dict[str, Any] = {
+    "data.format": "alpaca", "data.loss_on": "all", "data.too_long": "drop", "data.special_tokens": "error",
+    "data.duplicates": "keep", "data.system": "s", "data.limit": 7, "data.rev": "HEAD",
+    "base.dtype": "float32", "base.repack": "phi3", "base.quantization": "nf4", "base.revision": "f" * 40,
+    "training_config.lr_scheduler_type": "linear", "training_config.lr_scheduler_kwargs": {"num_cycles": 1},
+    "training_config.optim": "sgd", "training_config.neftune_noise_alpha": 5.0, "training_config.max_steps": 9,
+    "training_config.logging_strategy": "epoch", "training_config.log_level": "error", "training_config.report_to": "wandb",
+    "training_config.run_name": "n", "training_config.eval_strategy": "epoch", "training_config.eval_steps": 3,
+    "training_config.save_strategy": "epoch", "training_config.early_stopping_patience": 2,
+    "training_config.metric_for_best_model": "loss", "training_config.gradient_checkpointing_kwargs": {},
+    "training_config.bf16": False, "training_config.fp16": True,
+    "peft_config.target_modules": ["o_proj"], "peft_config.bias": "all", "peft_config.modules_to_save": ["lm_head"],
+    "peft_config.init_lora_weights": "gaussian", "peft_config.rank_pattern": {"o_proj": 2},
+    "peft_config.alpha_pattern": {"o_proj": 2.0}, "peft_config.layers_to_transform": [0], "peft_config.exclude_modules": ["o_proj"],
+    "evaluation.metrics": ["rouge"], "evaluation.confidence": 0.9, "evaluation.dtype": "bfloat16", "evaluation.max_rows": 3,
+    "merge.dtype": "float32", "runtime.device": "cpu", "runtime.attn_implementation": "eager", "runtime.engine": "stock",
+}  # fmt: skip
+
+# Read by the flow's process: by `locate`, the checks between stages, the gate, the registry, the report.
+BY_THE_FLOW = {
+    "name", "method", "data.source", "data.repo", "data.rev", "data.add", "data.max_quarantined", "base.model",
+    "base.revision", "evaluation.samples", "merge.max_kl", "register.model",
+    "gate.primary", "gate.min_gain", "gate.guards", "gate.confidence", "runtime.store", "runtime.keep",
+    "peft_config.task_type",
+}  # fmt: skip
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for name, field in model.model_fields.items():
+        path = prefix + (field.alias or name)
+        inner = _model_of(field.annotation)
+        found += leaves(inner, path + ".") if inner else [(path, field)]
+    return found
+
+
+def jobs_of(recipe: Recipe) -> dict[str, Any]:
+    ref = Ref(stage="s", fingerprint="f", digest="d", uri="", facets=dict.fromkeys(("train", "heldout", "tokenizer", "adapter"), "d"))
+    inputs = {
+        "check_dataset": ["dataset"], "tokenize": ["rows", "base"], "train": ["tokens", "base"], "merge": ["base", "adapter"],
+        "verify": ["base", "adapter", "merged", "rows"], "evaluate": ["model", "rows"],
+    }  # fmt: skip
+    known = {"md5": "0", "source": {}, "origin": {}, "metric_modules": {m: "0" for m in recipe.evaluation.metrics}}
+    return {
+        name: make_job(name, recipe, dict.fromkeys(inputs.get(name, []), ref), known).model_dump() for name in STAGES
+    }
+
+
+def another(path: str, value: Any) -> Any:
+    if path in OTHER:
+        return OTHER[path]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value / 2 if value else 0.25
+    if isinstance(value, list):
+        return ["other.jsonl"]
+    if isinstance(value, dict):
+        return {"extra": "x.jsonl"}
+    return {None: 3}.get(value, "other")
+
+
+@pytest.mark.parametrize("path", [path for path, _ in leaves(Recipe) if path not in BY_THE_FLOW])
+def test_every_key_reaches_a_stage(path):
+    base = {"data.validation_fraction": 0.1, "training_config.eval_strategy": "steps", "training_config.save_strategy": "steps",
+            "training_config.load_best_model_at_end": True, "base.quantization": "nf4"}  # fmt: skip
+    if path == "training_config.load_best_model_at_end":
+        base.pop(path)
+    if path == "base.quantization":
+        base.pop(path)
+    if path == "training_config.fp16":
+        base["training_config.bf16"] = False
+    if path == "base.dtype":
+        base.pop("base.quantization")
+    if path in ("training_config.eval_strategy", "training_config.save_strategy"):
+        base.pop("training_config.load_best_model_at_end")
+    one = parse_recipe(MINIMAL, overrides=base)
+    value = one.model_dump(by_alias=True)
+    for key in path.split("."):
+        value = value[key]
+    two = parse_recipe(MINIMAL, overrides={**base, path: another(path, value)})
+    assert jobs_of(one) != jobs_of(two), f"{path} is read by nobody"
+
+
+IDENTITY_FREE = {
+    "training_config.gradient_checkpointing", "training_config.gradient_checkpointing_kwargs", "training_config.logging_steps",
+    "training_config.logging_strategy", "training_config.logging_first_step", "training_config.log_level",
+    "training_config.report_to", "training_config.run_name", "training_config.save_strategy", "training_config.save_steps",
+    "training_config.save_total_limit", "training_config.per_device_eval_batch_size", "training_config.dataloader_num_workers",
+    "training_config.eval_strategy", "training_config.eval_steps", "training_config.metric_for_best_model",
+    "training_config.greater_is_better", "base.use_cache", "training_config.early_stopping_patience",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [p for p, _ in leaves(Recipe) if p not in BY_THE_FLOW])
+def test_what_is_identity_and_what_is_not(path):
+    base: dict[str, Any] = {"data.validation_fraction": 0.1}
+    if path == "training_config.fp16":
+        base["training_config.bf16"] = False
+    if path == "base.double_quantization":
+        base["base.quantization"] = "nf4"
+    if path in ("training_config.early_stopping_patience", "training_config.load_best_model_at_end"):
+        pytest.skip("not without the other settings that choose the best checkpoint")
+    one = parse_recipe(MINIMAL, overrides=base)
+    value = one.model_dump(by_alias=True)
+    for key in path.split("."):
+        value = value[key]
+    two = parse_recipe(MINIMAL, overrides={**base, path: another(path, value)})
+    strip = lambda jobs: {n: {k: v for k, v in j.items() if k != "runtime"} for n, j in jobs.items()}  # noqa: E731
+    same = strip(jobs_of(one)) == strip(jobs_of(two))
+    assert same == (path in IDENTITY_FREE or path.startswith("runtime.")), path
+
+
+def test_batch_and_accumulation_mean_their_product():
+    one = parse_recipe(MINIMAL + "training_config: {per_device_train_batch_size: 8, gradient_accumulation_steps: 2}")
+    two = parse_recipe(MINIMAL + "training_config: {per_device_train_batch_size: 2, gradient_accumulation_steps: 8}")
+    ref = Ref(stage="s", fingerprint="f", digest="d", uri="")
+    fingerprints = {make_job("train", r, {"tokens": ref, "base": ref}).fingerprint for r in (one, two)}
+    assert len(fingerprints) == 1

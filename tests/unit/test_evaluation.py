@@ -1,0 +1,180 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from loraflow.data.mask import ChatTemplate
+from loraflow.evaluation.generation import answer_all, answer_losses
+from loraflow.evaluation.modules import compute, find_module
+from loraflow.failures import BadConfig
+from tests.conftest import chat
+
+
+@pytest.fixture(autouse=True)
+def no_cache_of_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_EVALUATE_OFFLINE", "1")
+
+
+PAIRS = [
+    ("the cat sat", "the cat sat"),
+    ("a cat sits on the mat", "the cat sat on the mat"),
+    ("", "something"),
+    ("नमस्ते दुनिया", "नमस्ते दुनिया"),
+    ("你好世界", "你好朋友"),
+    ("Привет мир", "Привет, мир!"),
+    ("สวัสดี", "สวัสดี"),
+]
+PREDICTIONS, REFERENCES = map(list, zip(*PAIRS, strict=True))
+
+
+@pytest.mark.parametrize("name", ["exact_match", "token_f1", "rouge", "chrf"])
+def test_identical_texts_have_the_best_score_in_every_script(name):
+    texts = [reference for _, reference in PAIRS]
+    values, rows = compute(name, texts, texts)
+    best = 100.0 if name == "chrf" else 1.0
+    for key, value in values.items():
+        wanted = 1.0 if key not in ("rouge2",) else None
+        if wanted is not None:
+            assert value == pytest.approx(best), key
+            assert rows[key] == pytest.approx([best] * len(texts))
+
+
+def test_rouge_is_rouge_scores_on_latin_text():
+    from rouge_score import rouge_scorer
+
+    predictions, references = ["The cats were sitting quietly.", "no"], ["A cat sat there quietly", "yes"]
+    _, rows = compute("rouge", predictions, references)
+    oracle = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
+    for i, (p, r) in enumerate(zip(predictions, references, strict=True)):
+        for kind, score in oracle.score(r, p).items():
+            assert rows[kind][i] == pytest.approx(score.fmeasure), kind
+
+
+def test_token_f1_is_squads():
+    values, rows = compute("token_f1", PREDICTIONS, REFERENCES)
+    assert rows["token_f1"][:3] == [1.0, pytest.approx(2 * 4 / 12), 0.0]
+    assert rows["token_f1"][4] == pytest.approx(0.5)
+    assert values["token_f1"] == pytest.approx(np.mean(rows["token_f1"]))
+
+
+def test_chrf_is_sacrebleus():
+    import sacrebleu
+
+    _, rows = compute("chrf", PREDICTIONS, REFERENCES)
+    assert rows["chrf"][1] == pytest.approx(sacrebleu.sentence_chrf(PREDICTIONS[1], [REFERENCES[1]]).score)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "valid", "f1"),
+    [
+        ('{"a": 1, "b": {"c": [1, 2]}}', 1.0, 1.0),
+        (' {"b": {"c": [2, 1]}, "a": 1}\n', 1.0, 1.0),
+        ('{"a": 1}', 1.0, 0.5),
+        ('{"a": "1", "b": {"c": [1, 2]}}', 1.0, 2 / 3),
+        ('{"a": 1, "b": {"c": [1, 2]}', 0.0, 0.0),
+        ("[1]", 0.0, 0.0),
+        ('Sure! {"a": 1}', 0.0, 0.0),
+    ],
+)
+def test_json_fields(prediction, valid, f1):
+    _, rows = compute("json_fields", [prediction], ['{"a": 1, "b": {"c": [1, 2]}}'])
+    assert rows["json_valid"] == [valid]
+    assert rows["field_f1"] == [pytest.approx(f1)]
+
+
+def test_token_loss_is_weighted_by_tokens():
+    values, rows = compute("token_loss", [2.0, 30.0], [2, 10])
+    assert values["token_loss"] == pytest.approx(32 / 12)
+    assert values["perplexity"] == pytest.approx(math.exp(32 / 12))
+    assert rows["token_loss"] == [1.0, 3.0]
+
+
+def test_a_module_of_ones_own_is_scored_row_by_row(tmp_path):
+    folder = tmp_path / "same_length"
+    folder.mkdir()
+    (folder / "same_length.py").write_text(
+        "import datasets\nimport evaluate\n\n\nclass SameLength(evaluate.Metric):\n"
+        "    def _info(self):\n        return evaluate.MetricInfo(description='', citation='', inputs_description='',\n"
+        "            features=datasets.Features({'predictions': datasets.Value('string'), 'references': datasets.Value('string')}))\n\n"
+        "    def _compute(self, predictions, references):\n"
+        "        return {'same_length': sum(len(p) == len(r) for p, r in zip(predictions, references)) / len(predictions)}\n"
+    )
+    values, rows = compute(str(folder), ["ab", "c"], ["xy", "zz"])
+    assert values == {"same_length": 0.5} and rows == {"same_length": [1.0, 0.0]}
+
+
+def test_a_bare_name_is_never_looked_up_on_the_hub():
+    with pytest.raises(BadConfig, match="no such metric"):
+        find_module("bleu")
+
+
+@pytest.fixture(scope="module")
+def model(phi3):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(phi3, dtype=torch.float32).eval()
+
+
+def test_batched_answers_are_those_of_one_by_one(phi3, model):
+    from loraflow.base.load import load_tokenizer, stop_ids
+
+    template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
+    prompts = template.prompt_ids([chat(i)["messages"] for i in (1, 22, 333, 4444)] + [[{"role": "user", "content": "a " * 40}]])
+    options = {"stop_ids": stop_ids(phi3), "max_new_tokens": 12}
+    alone = [answer_all(model, tokenizer, [p], batch_size=1, **options)[0] for p in prompts]
+    assert answer_all(model, tokenizer, prompts, batch_size=3, **options) == alone
+    assert {a["finish"] for a in alone} <= {"stop", "length"}
+
+
+def test_every_stop_id_ends_an_answer(phi3, model):
+    from loraflow.base.load import load_tokenizer, stop_ids
+
+    assert len(stop_ids(phi3)) == 2
+    template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
+    (prompt,) = template.prompt_ids([chat(1)["messages"]])
+    (free,) = answer_all(model, tokenizer, [prompt], stop_ids=[], max_new_tokens=6, batch_size=1)
+    with torch.inference_mode():
+        first = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
+    (stopped,) = answer_all(model, tokenizer, [prompt], stop_ids=[first], max_new_tokens=6, batch_size=1)
+    assert free["finish"] == "length" and stopped == {"text": "", "tokens": 0, "finish": "stop"}
+
+
+def test_finished_batches_are_not_computed_again(phi3, model, tmp_path):
+    from loraflow.base.load import load_tokenizer
+
+    template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
+    prompts, file = template.prompt_ids([chat(i)["messages"] for i in range(6)]), tmp_path / "done.jsonl"
+    options = {"stop_ids": [], "max_new_tokens": 4, "batch_size": 2, "done_file": file}
+    whole = answer_all(model, tokenizer, prompts, **options)
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:3]) + "\n" + lines[3][:10])  # killed while it wrote
+    batches: list[int] = []
+    assert answer_all(model, tokenizer, prompts, on_batch=batches.append, **options) == whole
+    assert len(batches) == 2, "the first batch was there"
+
+
+def test_losses_are_those_of_the_whole_logits(phi3, model):
+    template = ChatTemplate(phi3)
+    rows = template.encode([chat(i)["messages"] for i in range(5)], "last_assistant")
+    found = answer_losses(model, rows, 0, batch_size=3)
+    for row, (total, count) in zip(rows, found, strict=True):
+        ids, labels = torch.tensor(row.ids[None].astype("int64")), torch.tensor(row.labels.astype("int64"))
+        with torch.inference_mode():
+            logits = model(ids).logits[0, :-1]
+        wanted = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
+        assert total == pytest.approx(wanted.item(), rel=1e-4)
+        assert count == int((labels[1:] != -100).sum())
+
+
+def test_answers_follow_from_the_rows_alone(phi3, model):
+    """The scores' table is a function of its inputs: the order in which batches are made must not show."""
+    from loraflow.base.load import load_tokenizer
+
+    template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
+    chats = [chat(i)["messages"] for i in range(7)]
+    one = answer_all(model, tokenizer, template.prompt_ids(chats), stop_ids=[], max_new_tokens=4, batch_size=2)
+    two = answer_all(model, tokenizer, template.prompt_ids(chats[::-1]), stop_ids=[], max_new_tokens=4, batch_size=5)
+    assert one == two[::-1]
+    assert json.dumps(one)

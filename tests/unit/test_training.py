@@ -1,0 +1,247 @@
+"""The train stage on a tiny Phi-3, in this process: against an independent loop, itself in pieces, and trl's own loss."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loraflow.config import parse_recipe
+from loraflow.data import tokens
+from loraflow.failures import BadConfig, NonFiniteLoss, Preempted
+from loraflow.job import Inputs, Progress
+from loraflow.stages import make_job
+from loraflow.store import Ref
+from loraflow.training import batches, train
+from loraflow.training.checkpoints import newest_whole
+from tests.conftest import build_phi3, chat
+
+REF = Ref(stage="s", fingerprint="f", digest="d", uri="", facets={"train": "d", "tokenizer": "d"})
+SETTINGS = {
+    "base.dtype": "float32", "training_config.bf16": False, "training_config.learning_rate": 1e-2,
+    "training_config.max_steps": 6, "training_config.per_device_train_batch_size": 4, "training_config.max_length": 128,
+    "training_config.gradient_checkpointing": False, "training_config.logging_steps": 1, "training_config.save_steps": 2,
+    "training_config.warmup_steps": 2.0, "peft_config.r": 4, "peft_config.lora_dropout": 0.0, "runtime.device": "cpu",
+    "peft_config.target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return build_phi3(tmp_path_factory.mktemp("b") / "phi3", dtype="float32")
+
+
+def recipe(**overrides):
+    settings = SETTINGS | {key.replace("__", "."): value for key, value in overrides.items()}
+    return parse_recipe("name: t\nbase: {model: x}\n", overrides=settings)
+
+
+def tokenize(base: Path, folder: Path, chats: int = 30, **overrides) -> Path:
+    rows, out = folder / "rows", folder / "tokens"
+    rows.mkdir(parents=True)
+    out.mkdir()
+    lines = [json.dumps({"id": str(i), "set": "train", "place": f"x:{i}", **chat(i)}) + "\n" for i in range(chats)]
+    (rows / "train.jsonl").write_text("".join(lines))
+    (rows / "validation.jsonl").write_text("".join(lines[:5]))
+    job = make_job("tokenize", recipe(**overrides), {"rows": REF, "base": REF})
+    tokens.run(job, Inputs({"rows": rows, "base": base}), out, Progress())
+    return out
+
+
+def run(base: Path, shards: Path, folder: Path, report=None, **overrides):
+    """Train; return the adapter's tensors and the logged losses."""
+    out, work = folder / "out", folder / "work"
+    out.mkdir(parents=True, exist_ok=True)
+    work.mkdir(exist_ok=True)
+    job = make_job("train", recipe(**overrides), {"tokens": REF, "base": REF})
+    train.run(job, Inputs({"tokens": shards, "base": base}), out, report or Progress(work / "progress.jsonl", work))
+    curve = [json.loads(line) for line in (out / "telemetry" / "curves.jsonl").read_text().splitlines()]
+    return load_file(out / "adapter" / "adapter_model.safetensors"), {r["step"]: r["loss"] for r in curve if "loss" in r}
+
+
+@pytest.fixture(scope="module")
+def straight(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    shards = tokenize(base, folder)
+    return shards, *run(base, shards, folder)
+
+
+def same(one, two, tolerance=0.0):
+    assert one.keys() == two.keys()
+    return all(torch.allclose(one[name], two[name], rtol=0, atol=tolerance) for name in one)
+
+
+def test_an_independent_loop_gives_the_same_losses(base, straight):
+    """peft's adapter, torch's AdamW, one padded batch after another, the loss from transformers' whole logits."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, get_scheduler, set_seed
+
+    shards, adapter, losses = straight
+    set_seed(0)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=4, lora_alpha=32, target_modules=SETTINGS["peft_config.target_modules"], task_type="CAUSAL_LM"),
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+    scheduler = get_scheduler("cosine", optimizer, 2, 6)
+    rows, order = batches.Rows(shards / "train"), batches.row_order(30, 24, 0)
+    model.train()
+    for step in range(6):
+        batch = batches.padded([rows[int(i)] for i in order[step * 4 : step * 4 + 4]], 0)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        assert losses[step + 1] == pytest.approx(loss.item(), abs=2e-4), step  # logged with four digits
+    ours = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+    theirs = {name.replace(".weight", ".default.weight"): tensor for name, tensor in adapter.items()}
+    assert same(ours, theirs, 1e-4)
+
+
+def test_the_micro_batch_changes_nothing(base, straight, tmp_path):
+    shards, adapter, losses = straight
+    for rows in (1, 2):
+        other, found = run(base, shards, tmp_path / str(rows), runtime__micro_batch=rows)
+        assert same(adapter, other, 2e-5)
+        assert losses == pytest.approx(found, abs=2e-4)
+
+
+def test_the_stock_engine_gives_the_same(base, straight, tmp_path):
+    shards, adapter, losses = straight
+    other, found = run(base, shards, tmp_path, runtime__engine="stock")
+    assert same(adapter, other, 2e-5)
+    assert losses == pytest.approx(found, abs=2e-4)
+
+
+def test_activation_checkpointing_changes_nothing(base, straight, tmp_path):
+    shards, adapter, _ = straight
+    other, _ = run(base, shards, tmp_path, training_config__gradient_checkpointing=True)
+    assert same(adapter, other, 2e-5)
+
+
+class StopAt(Progress):
+    """Ask the training to end at a step, as a preempted machine does."""
+
+    def __init__(self, step: int, work: Path):
+        work.mkdir(parents=True, exist_ok=True)
+        super().__init__(work / "progress.jsonl", work)
+        self.step = step
+
+    def __call__(self, **figures):
+        if figures.get("step") == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_resumed_run_is_the_run(base, straight, tmp_path, at):
+    shards, adapter, losses = straight
+    with pytest.raises(Preempted, match="asked to end"):
+        run(base, shards, tmp_path, StopAt(at, tmp_path / "work"))
+    assert newest_whole(tmp_path / "work" / "checkpoints").name == f"checkpoint-{at + (at == 0)}"
+    other, found = run(base, shards, tmp_path)
+    assert same(adapter, other), "bit for bit"
+    assert found == losses, "the curve has every step once"
+
+
+@pytest.mark.parametrize("harm", ["torn", "flipped", "unsealed"])
+def test_a_checkpoint_that_is_not_whole_is_not_used(base, straight, tmp_path, harm):
+    shards, adapter, _ = straight
+    with pytest.raises(Preempted):
+        run(base, shards, tmp_path, StopAt(4, tmp_path / "work"))
+    newest = tmp_path / "work" / "checkpoints" / "checkpoint-4"
+    file = newest / "adapter_model.safetensors"
+    if harm == "torn":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif harm == "flipped":
+        raw = bytearray(file.read_bytes())
+        raw[-5] ^= 1
+        file.write_bytes(raw)
+    else:
+        (newest / "complete.json").unlink()
+    assert newest_whole(tmp_path / "work" / "checkpoints").name == "checkpoint-2"
+    other, _ = run(base, shards, tmp_path)
+    assert same(adapter, other)
+
+
+def test_packed_rows_give_each_document_the_loss_that_it_has_alone(base, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    shards = tokenize(base, tmp_path, training_config__packing=True)
+    rows = batches.Rows(shards / "train", shards / "packing.parquet")
+    assert len(rows) < 30
+    assert sorted(d for i in range(len(rows)) for d in rows.documents[rows.offsets[i] : rows.offsets[i + 1]]) == list(range(30))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+    def losses(batch):
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+
+    with torch.no_grad():
+        for i in range(len(rows)):
+            together = losses(batches.packed([rows[i]], rows.row_length, 0))
+            alone = sum(losses(batches.padded([[document]], 0)) for document in rows[i])
+            assert together.item() == pytest.approx(alone.item(), rel=1e-5)
+    run(base, shards, tmp_path, training_config__packing=True)
+
+
+def test_validation_rows_choose_the_best_checkpoint(base, tmp_path):
+    settings = {
+        "data__validation_fraction": 0.1, "training_config__eval_strategy": "steps", "training_config__eval_steps": 2,
+        "training_config__load_best_model_at_end": True, "training_config__early_stopping_patience": 3,
+    }  # fmt: skip
+    run(base, tokenize(base, tmp_path), tmp_path, **settings)
+    curve = [json.loads(line) for line in (tmp_path / "out" / "telemetry" / "curves.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in curve if "eval_loss" in row] == [2, 4, 6]
+
+
+def test_a_loss_that_is_no_number_ends_training(base, straight, tmp_path):
+    with pytest.raises(NonFiniteLoss):
+        run(base, straight[0], tmp_path, training_config__learning_rate=1e30, training_config__max_grad_norm=0.0,
+            training_config__warmup_steps=0.0)  # fmt: skip
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_a_target_that_matches_nothing_is_an_error_with_the_right_name(base, straight, tmp_path):
+    with pytest.raises(BadConfig) as caught:
+        run(base, straight[0], tmp_path, peft_config__target_modules=["q_proj", "o_proj"])
+    assert "name qkv_proj" in str(caught.value)
+
+
+def test_nf4_without_cuda_says_what_is_missing(base, straight, tmp_path):
+    from loraflow.failures import MissingExtra
+
+    with pytest.raises(MissingExtra, match="NF4"):
+        run(base, straight[0], tmp_path, base__quantization="nf4", base__dtype="bfloat16")
+
+
+def test_equal_runs_have_equal_bytes(base, straight, tmp_path):
+    shards, _, _ = straight
+    names = []
+    for i in range(2):
+        run(base, shards, tmp_path / str(i))
+        folder = tmp_path / str(i) / "out"
+        names.append({p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*")
+                      if p.is_file() and "telemetry" not in p.parts})  # fmt: skip
+    assert names[0] == names[1]
+    assert not any(b"/" + str(tmp_path).encode() in content for content in names[0].values()), "no path of this machine"
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    order = batches.row_order(10, 25, seed=3)
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
+    assert order[:10].tolist() != order[10:20].tolist()
+    assert (batches.row_order(10, 15, seed=3) == order[:15]).all()
+    assert (batches.row_order(10, 25, seed=4) != order).any()
+    assert batches.steps_of(10, 4, 2.0, -1) == (5, 3)
+    assert batches.steps_of(10, 4, 2.0, 7) == (7, 3)
+    assert [batches.micro_batch(12, n) for n in (1, 5, 7, 12, 99)] == [1, 4, 6, 12, 12]
+    assert isinstance(order, np.ndarray)
