@@ -1,6 +1,6 @@
 """The flow: fine-tune, evaluate, merge, gate, register.
 
-    loraflow run configs/quickstart.yaml
+loraflow run configs/quickstart.yaml
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The DAG, once: `finetune` walks it by running, `loraflow plan` by asking.
 
-    version_dataset ─→ check_dataset ─→ tokenize ─→ train ─→ merge ─┬─→ verify(merged) ──────┐
-    resolve_base ─────────┴───────────────┴───────────┴─────────────┼─→ evaluate(tuned) ─────┼─→ gate ─→ register
-          └─→ evaluate(base)    champion ─→ evaluate(champion) ─────┴────────────────────────┘
+version_dataset ─→ check_dataset ─→ tokenize ─→ train ─→ merge ─┬─→ verify(merged) ──────┐
+resolve_base ─────────┴───────────────┴───────────┴─────────────┼─→ evaluate(tuned) ─────┼─→ gate ─→ register
+      └─→ evaluate(base)    champion ─→ evaluate(champion) ─────┴────────────────────────┘
 """
 
 from __future__ import annotations
@@ -44,6 +44,4 @@ def pipeline(walk: Walker) -> Made:
     tuned_scores = walk.stage("evaluate", "evaluate tuned", model=merged, rows=rows)
     champion = walk.champion()
     champion_scores = walk.stage("evaluate", "evaluate champion", model=champion, rows=rows) if champion else None
-    return Made(
-        dataset, rows, base, tokens, adapter, merged, verified, base_scores, tuned_scores, champion_scores
-    )
+    return Made(dataset, rows, base, tokens, adapter, merged, verified, base_scores, tuned_scores, champion_scores)

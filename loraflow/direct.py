@@ -30,7 +30,9 @@ class Direct:
             problems = store.verify(ref)
             if problems:
                 store.set_aside(ref, problems)
-                raise CorruptArtifact(f"{ref} was damaged.", got="; ".join(problems[:3]), next_step="run the command again")
+                raise CorruptArtifact(
+                    f"{ref} was damaged.", got="; ".join(problems[:3]), next_step="run the command again"
+                )
         return run_job(job, store)
 
 

@@ -85,7 +85,9 @@ def _refuse_without_room(job: Job, store: Store) -> None:
     Raises:
         DiskFull: there is less.
     """
-    source = {"merge": job.inputs.get("base"), "resolve_base": job.runtime.get("origin", {}).get("folder")}.get(job.stage)
+    source = {"merge": job.inputs.get("base"), "resolve_base": job.runtime.get("origin", {}).get("folder")}.get(
+        job.stage
+    )
     if source is None:
         return
     need = store.manifest(source).size if isinstance(source, Ref) else _size(Path(source))
@@ -133,9 +135,7 @@ def _halve(job: Job, failure: failures.OutOfMemory) -> Job:
     return job.model_copy(update={"runtime": {**job.runtime, field: now // 2}})
 
 
-def _in_worker(
-    job: Job, folders: dict[str, Path], staged: Path, work: Path, on_progress: OnProgress | None
-) -> Summary:
+def _in_worker(job: Job, folders: dict[str, Path], staged: Path, work: Path, on_progress: OnProgress | None) -> Summary:
     for name in ("outcome.json", "progress.jsonl"):
         (work / name).unlink(missing_ok=True)
     job_file = work / "job.json"
@@ -243,9 +243,7 @@ def _outcome(job: Job, work: Path, code: int, *, oom_killed: bool) -> Summary:
         raise failures.Preempted("The worker was asked to end.", where=where, got="SIGTERM", next_step=again)
     got = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     tail = (work / "log.txt").read_bytes()[-1500:].decode(errors="replace").strip()
-    raise failures.Crashed(
-        "The worker ended without an outcome.", where=where, got=f"{got}\n{tail}", next_step=again
-    )
+    raise failures.Crashed("The worker ended without an outcome.", where=where, got=f"{got}\n{tail}", next_step=again)
 
 
 def _oom_kills() -> int:

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from loraflow import identity
 from loraflow.config import Recipe
-from loraflow.job import Job
 from loraflow.failures import Failure
+from loraflow.job import Job
 from loraflow.registry import Entry, PromotionLog
 from loraflow.stages import code_digest, make_job
 from loraflow.store import LocalStore, Ref, open_store
@@ -93,7 +93,9 @@ class Jobs:
         self.seen = self.log.head()
         if self.seen is None:
             return None
-        if self.store.find("merge", self.seen.merged.fingerprint) != self.seen.merged and self.store.check(self.seen.merged):
+        if self.store.find("merge", self.seen.merged.fingerprint) != self.seen.merged and self.store.check(
+            self.seen.merged
+        ):
             raise Failure(
                 "The champion's model is gone or damaged, so that nothing can be compared with it.",
                 where=str(self.store.path(self.seen.merged)),
@@ -130,15 +132,16 @@ class Planner:
         label = label or name
         waiting = [one.stage for one in inputs.values() if isinstance(one, Unknown)]
         if waiting:
-            why = f"runs, or is reused if {' and '.join(waiting)} {'come' if len(waiting) > 1 else 'comes'} out the same"
-            self.verdicts.append(Verdict(label, name, "depends", [why], seconds=self._last_time(name)))
+            come = "come" if len(waiting) > 1 else "comes"
+            reused = f"runs, or is reused if {' and '.join(waiting)} {come} out the same"
+            self.verdicts.append(Verdict(label, name, "depends", [reused], seconds=self._last_time(name)))
             return Unknown(label)
         job = self.jobs.job(name, {key: ref for key, ref in inputs.items() if isinstance(ref, Ref)})
         store = self.jobs.store
         ref = store.find(name, job.fingerprint)
         if ref is not None and name not in self.force:
             manifest = store.manifest(ref)
-            why = []
+            why: list[str] = []
             if manifest.provenance.get("code") != code_digest(name):
                 why.append("made by other code of the same stage version; --force makes it again")
             self.verdicts.append(
@@ -182,4 +185,3 @@ def explain_miss(store: LocalStore, job: Job) -> list[str]:
     if nearest is None:
         return ["never made in this store"]
     return identity.explain(nearest, job.payload) or ["its artifact is gone"]
-

@@ -74,7 +74,7 @@ def _train(recipe: Recipe, known: Mapping[str, Any]) -> dict[str, Any]:
     training = recipe.training_config
     leave = TRAINING_RUNTIME | {"max_length", "packing"}  # those two are in the tokens already
     if training.load_best_model_at_end:
-        leave -= {"save_steps"}  # the best checkpoint is one that was saved
+        leave -= {"save_steps", "per_device_eval_batch_size"}  # the best checkpoint is one that was saved and measured
     else:
         leave |= _CHOOSING | {"load_best_model_at_end"}
     out = training.model_dump(exclude=leave)

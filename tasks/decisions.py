@@ -60,6 +60,7 @@ def _compare(jobs: Jobs, made: Any) -> dict[str, Any]:
         min_gain=rules.min_gain,
         guards=rules.guards,
         confidence=rules.confidence,
+        lower_is_better=rules.lower_is_better,
         seed=jobs.recipe.evaluation.seed,
     ).to_dict()
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
 
 from loraflow.identity import short
 
@@ -45,14 +45,28 @@ def markdown(run: Any, made: Any, summary: dict[str, Any]) -> str:
     lines = [f"# {recipe.name}: {verdict}", "", *[f"- {reason}" for reason in summary["decision"]["reasons"]], ""]
     for set_name, part in summary["metrics"]["tuned"].items():
         n = next(iter(part.values()))["n"]
-        lines += [f"## Scores on {set_name} ({n} rows)", "", "| metric | base | tuned | champion |", "|---|---|---|---|"]
-        lines += [f"| {name} | {' | '.join(map(show, cells))} |" for name, cells in metric_rows(summary["metrics"], set_name)]
+        lines += [
+            f"## Scores on {set_name} ({n} rows)",
+            "",
+            "| metric | base | tuned | champion |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {name} | {' | '.join(map(show, cells))} |" for name, cells in metric_rows(summary["metrics"], set_name)
+        ]
         lines.append("")
     curve = store.path(made.adapter) / "telemetry" / "curves.jsonl"
-    losses = [(row["step"], row["loss"]) for line in curve.read_text().splitlines() if "loss" in (row := json.loads(line))]
+    losses = [
+        (row["step"], row["loss"]) for line in curve.read_text().splitlines() if "loss" in (row := json.loads(line))
+    ]
     if losses:
         lines += ["## Training loss", "", f"`{sparkline([loss for _, loss in losses])}`", ""]
-        lines += ["| step | loss |", "|---:|---:|", *[f"| {step} | {loss:.4f} |" for step, loss in _thin(losses, 12)], ""]
+        lines += [
+            "| step | loss |",
+            "|---:|---:|",
+            *[f"| {step} | {loss:.4f} |" for step, loss in _thin(losses, 12)],
+            "",
+        ]
     samples = store.manifest(made.tuned_scores).report["samples"][: recipe.evaluation.samples]
     lines += ["## Answers", ""] if samples else []
     for sample in samples:
@@ -86,6 +100,8 @@ def publish_report(run: Any, made: Any, summary: dict[str, Any]) -> None:
         folder = Path(run.jobs.store.root, "runs")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{run.id}.md").write_text(text, encoding="utf-8")
-        create_markdown_artifact(markdown=text, key=f"{run.jobs.recipe.name}-report".replace("_", "-").replace(".", "-"))
+        create_markdown_artifact(
+            markdown=text, key=f"{run.jobs.recipe.name}-report".replace("_", "-").replace(".", "-")
+        )
     except Exception as error:  # the model is made and registered by now: a report that cannot be shown undoes nothing
         log.warning("no report: %s", error)

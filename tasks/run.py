@@ -60,7 +60,9 @@ class Run:
         if hit:
             assert found is not None
             if store.manifest(found).provenance.get("code") != code_digest(name):
-                log.warning("%s: cached, but made by other code of the same stage version (--force makes it again)", label)
+                log.warning(
+                    "%s: cached, but made by other code of the same stage version (--force makes it again)", label
+                )
         else:
             log.info("%s runs: %s", label, "--force" if force else "; ".join(explain_miss(store, job)))
             self._check_contents(inputs)
@@ -220,4 +222,3 @@ def _commit() -> str | None:
     except OSError:  # no git here
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-

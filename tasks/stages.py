@@ -23,7 +23,7 @@ from tasks.cache import StageKey
 log = logging.getLogger("loraflow")
 
 RETRIES = 2
-RETRY_DELAYS = [2, 30]  # seconds; what can be retried at all is preempted, killed or a network's fault
+RETRY_DELAYS: list[float] = [2, 30]  # seconds; what can be retried at all is preempted, killed or a network's fault
 UPDATE_EVERY = 5.0  # seconds between updates of the progress artifact
 
 
@@ -76,7 +76,7 @@ class _Shown:
             key = self.label.lower().replace(" ", "-").replace("_", "-") + "-progress"
             self.artifact = create_progress_artifact(progress=percent, key=key, description=text)  # type: ignore[assignment]
         else:
-            update_progress_artifact(artifact_id=self.artifact, progress=percent, description=text)
+            update_progress_artifact(self.artifact, progress=percent, description=text)  # type: ignore[unused-coroutine]
 
     def _text(self, figures: dict[str, Any], done: int, total: int) -> str:
         parts = [f"{self.label} {done}/{total}"]
@@ -108,7 +108,7 @@ def call(job: Job, store: Any, label: str, *, hit: bool, force: bool) -> Ref:
 
     A hit of Prefect's own never looks at the artifact, so that it counts only where the store has it too.
     """
-    TASKS[job.stage].with_options(refresh_cache=force or not hit)(job, store.uri, label, force)
+    TASKS[job.stage].with_options(refresh_cache=force or not hit)(job, store.uri, label, force)  # type: ignore[unused-coroutine]
     ref = store.find(job.stage, job.fingerprint)
     assert ref is not None, f"{label} ended without an artifact"
     return ref

@@ -22,7 +22,30 @@ PHI3_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 CONTROL = ["<unk>", "<s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
-WORDS = "red green blue one two three cat dog bird likes sees house tree please answer what is the of and yes no".split()
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "cat",
+    "dog",
+    "bird",
+    "likes",
+    "sees",
+    "house",
+    "tree",
+    "please",
+    "answer",
+    "what",
+    "is",
+    "the",
+    "of",
+    "and",
+    "yes",
+    "no",
+]
 
 
 def chat(i: int) -> dict:
@@ -43,7 +66,9 @@ def build_tokenizer(folder: Path, template: str = PHI3_TEMPLATE) -> None:
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     text = [json.dumps(chat(i)) for i in range(200)]
     tokenizer.train_from_iterator(text, trainer)
     tokenizer.add_special_tokens([AddedToken(t, rstrip=t != "<|endoftext|>", special=True) for t in CONTROL])

@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from loraflow import stages, worker  # noqa: E402
-from loraflow.failures import NonFiniteLoss, Preempted  # noqa: E402
-from loraflow.store import Summary  # noqa: E402
+from loraflow import stages, worker
+from loraflow.failures import NonFiniteLoss, Preempted
+from loraflow.store import Summary
 
 
 def run(job, inputs, out, report):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from loraflow.failures import BadConfig
@@ -40,6 +41,54 @@ def check_targets(model: Any, peft_config: dict[str, Any]) -> None:
                     got=target,
                     next_step=_hint(target, have),
                 )
+
+
+def check_reach(model: Any, peft_config: dict[str, Any]) -> None:
+    """Refuse what peft would ignore, or what cannot be trained or merged: before any token is trained.
+
+    Raises:
+        BadConfig: a target that carries no adapter, a pattern that matches nothing, a layer that is not there.
+    """
+    import torch
+
+    named = dict(model.named_modules())
+    targets = peft_config["target_modules"] if isinstance(peft_config["target_modules"], list) else []
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    for target in targets:
+        for name, module in named.items():
+            if name != target and not name.endswith(f".{target}"):
+                continue
+            is_head, is_embedding = module is model.get_output_embeddings(), module is model.get_input_embeddings()
+            if is_head or (is_embedding and tied) or not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+                why = "the loss is computed from the head's weight" if is_head else (
+                    "its weight is the head's too" if is_embedding else f"it is a {type(module).__name__}"
+                )  # fmt: skip
+                raise BadConfig(
+                    f"{target} cannot carry an adapter in this base: {why}.",
+                    where="peft_config.target_modules",
+                    next_step="leave it out; modules_to_save trains a whole module",
+                )
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in peft_config.get(field) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in named):
+                raise BadConfig(
+                    f"No module matches {pattern}.", where=f"peft_config.{field}", next_step="mend the name"
+                )
+    layers = peft_config.get("layers_to_transform")
+    count = model.config.get_text_config().num_hidden_layers
+    if layers and not targets:
+        raise BadConfig(
+            "layers_to_transform needs target_modules by name.",
+            where="peft_config.layers_to_transform",
+            next_step="name the modules instead of all-linear",
+        )
+    if layers and not all(0 <= layer < count for layer in layers):
+        raise BadConfig(
+            "There is no such layer.",
+            where="peft_config.layers_to_transform",
+            expected=f"0 to {count - 1}",
+            got=str(layers),
+        )
 
 
 def _hint(target: str, have: list[str]) -> str:

@@ -67,7 +67,8 @@ def merge(
         Figures: `adapted` matrices, `route` (streamed or peft), `seconds` of the merge alone.
     """
     refuse_pickles(adapter)
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    refuse_pickles(base)
+    config = _read_config(adapter)
     started = time.perf_counter()
     loras = _plain_loras(config, adapter)
     if loras is None:
@@ -91,11 +92,24 @@ def refuse_pickles(folder: Path) -> None:
     if not any(name.endswith(".safetensors") for name in names):
         pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
         raise BadModel(
-            "The adapter has no safetensors." + (" A pickle can run code when it is opened, so it is refused." if pickles else ""),
+            "The folder has no safetensors."
+            + (" A pickle can run code when it is opened, so it is refused." if pickles else ""),
             where=str(folder),
-            expected="adapter_model.safetensors and adapter_config.json",
+            expected="*.safetensors",
             got=", ".join(pickles or names[:5]) or "nothing",
         )
+
+
+def _read_config(adapter: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise BadModel(
+            "The adapter's configuration cannot be read.",
+            where=str(adapter / "adapter_config.json"),
+            expected="the JSON that peft writes beside adapter_model.safetensors",
+            got=f"{type(error).__name__}: {error}".splitlines()[0][:200],
+        ) from error
 
 
 class Lora:
@@ -108,8 +122,13 @@ class Lora:
 def _plain_loras(config: dict[str, Any], adapter: Path) -> dict[str, Lora] | None:
     """Return {name of the weight: its LoRA}, or None if the adapter is more than sums of products."""
     if config.get("peft_type", "LORA") != "LORA":
-        raise BadModel("This is no LoRA adapter.", where=str(adapter), expected="LORA", got=str(config.get("peft_type")))
-    entries = {entry.name: entry for entry in tensors.read_entries(adapter / "adapter_model.safetensors")}
+        raise BadModel(
+            "This is no LoRA adapter.", where=str(adapter), expected="LORA", got=str(config.get("peft_type"))
+        )
+    file = adapter / "adapter_model.safetensors"
+    if not file.exists():
+        raise BadModel("The adapter's weights are missing.", where=str(adapter), expected=file.name)
+    entries = {entry.name: entry for entry in tensors.read_entries(file)}
     pairs = {name.removesuffix(".lora_A.weight") for name in entries if name.endswith(".lora_A.weight")}
     expected = {f"{stem}.lora_{side}.weight" for stem in pairs for side in "AB"}
     special = ("use_dora", "modules_to_save", "lora_bias", "fan_in_fan_out", "trainable_token_indices", "use_qalora",
@@ -123,7 +142,7 @@ def _plain_loras(config: dict[str, Any], adapter: Path) -> dict[str, Lora] | Non
         rank = down.shape[0]
         if len(down.shape) != 2 or len(up.shape) != 2 or up.shape[1] != rank:
             return None  # a convolution
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+        alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
         loras[f"{name}.weight"] = Lora(down, up, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
     return loras
 
@@ -137,7 +156,13 @@ def _by_pattern(patterns: dict[str, float], name: str, default: float) -> float:
 
 
 def _merge_streaming(
-    base: Path, loras: dict[str, Lora], out: Path, dtype: str | None, max_bytes: int, threads: int | None, report: Progress
+    base: Path,
+    loras: dict[str, Lora],
+    out: Path,
+    dtype: str | None,
+    max_bytes: int,
+    threads: int | None,
+    report: Progress,
 ) -> int:
     import torch
 
@@ -172,7 +197,9 @@ def _merge_streaming(
     if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(one.size for planned in files for one in planned)},
-            "weight_map": {one.source.name: name for name, planned in zip(names, files, strict=True) for one in planned},
+            "weight_map": {
+                one.source.name: name for name, planned in zip(names, files, strict=True) for one in planned
+            },
         }
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return len(loras)
@@ -210,8 +237,10 @@ class _Worker:
             if planned.dtype == source.dtype:
                 tensors.write_all(target, raw, offset + first * columns * tensors.SIZES[source.dtype])
             else:
-                cast = block.to(kinds[planned.dtype]).contiguous().view(torch.uint8).numpy()
-                tensors.write_all(target, memoryview(cast).cast("B"), offset + first * columns * tensors.SIZES[planned.dtype])
+                cast: Any = block.to(kinds[planned.dtype]).contiguous().view(torch.uint8).numpy()
+                tensors.write_all(
+                    target, memoryview(cast).cast("B"), offset + first * columns * tensors.SIZES[planned.dtype]
+                )
 
     def _buffer(self, size: int) -> memoryview:
         if len(getattr(self.local, "buffer", b"")) < size:
@@ -240,7 +269,7 @@ def _check_fit(entries: list[Entry], loras: dict[str, Lora]) -> None:
             raise BadModel(
                 "The adapter adapts a matrix that the base does not have.",
                 where=name,
-                expected=", ".join(near) or f"one of {len(shapes)} tensors such as {next(iter(shapes))}",
+                expected=", ".join(near) or f"one of {len(shapes)} tensors such as {next(iter(shapes), None)}",
                 next_step="merge it into the base that it was trained on",
             )
         if (lora.up.shape[0], lora.down.shape[1]) != entry.shape or entry.dtype not in tensors.SIZES:
@@ -259,8 +288,9 @@ def _merge_through_peft(base: Path, adapter: Path, out: Path, dtype: str | None,
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
     wrapped = PeftModel.from_pretrained(model, str(adapter))
+    _check_used(wrapped, adapter)
     adapted = sum(isinstance(module, BaseTunerLayer) for module in wrapped.modules())
     if adapted == 0:
         raise BadModel("The adapter adapts nothing in this base.", where=str(adapter))
@@ -269,6 +299,26 @@ def _merge_through_peft(base: Path, adapter: Path, out: Path, dtype: str | None,
         merged = merged.to(getattr(torch, dtype))
     merged.save_pretrained(out, max_shard_size=max_bytes)
     return adapted
+
+
+def _check_used(wrapped: Any, adapter: Path) -> None:
+    """Every tensor of the adapter must have found its place: peft leaves those that do not at their initial values.
+
+    Raises:
+        BadModel: one did not.
+    """
+    from peft import get_peft_model_state_dict, load_peft_weights
+
+    theirs = {name.replace(".default.", ".") for name in load_peft_weights(str(adapter), device="cpu")}
+    ours = {name.replace(".default.", ".") for name in get_peft_model_state_dict(wrapped)}
+    lost = sorted(name for name in theirs - ours if "lora_" in name) + sorted(n for n in ours - theirs if "lora_" in n)
+    if lost:
+        raise BadModel(
+            "The adapter's tensors do not fit the base.",
+            where=str(adapter),
+            got=f"{len(lost)} without a partner, such as {lost[0]}",
+            next_step="merge it into the base that it was trained on",
+        )
 
 
 def _copy_the_rest(base: Path, out: Path, dtype: str | None) -> None:

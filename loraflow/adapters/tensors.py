@@ -59,8 +59,22 @@ def read_entries(file: Path) -> list[Entry]:
 
 
 def model_entries(folder: Path) -> list[Entry]:
-    """Return all tensors of a model's folder, file by file."""
-    return [entry for file in sorted(folder.glob("*.safetensors")) for entry in read_entries(file)]
+    """Return all tensors of a model's folder, file by file: of the files that transformers would load.
+
+    Raises:
+        BadModel: there are none.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        files = [single]
+    elif index.exists():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [folder / name for name in sorted(set(names))]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise BadModel("The base has no safetensors.", where=str(folder), expected="model.safetensors")
+    return [entry for file in files for entry in read_entries(file)]
 
 
 @dataclass(frozen=True)

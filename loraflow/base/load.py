@@ -25,8 +25,11 @@ def pick_device(runtime: dict[str, Any]) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
-def pick_attention(runtime: dict[str, Any], device: str) -> str:
-    """Return the attention implementation: the one asked for, else the best that is there."""
+def pick_attention(runtime: dict[str, Any], device: str, dtype: str = "bfloat16") -> str:
+    """Return the attention implementation: the one asked for, else the best that is there.
+
+    Flash attention has no float32: what computes in it takes sdpa.
+    """
     from importlib.util import find_spec
 
     wanted = runtime.get("attn_implementation", "auto")
@@ -36,13 +39,20 @@ def pick_attention(runtime: dict[str, Any], device: str) -> str:
             where="runtime.attn_implementation",
             next_step="set runtime.attn_implementation to auto or sdpa",
         )
+    if dtype == "float32":
+        return "sdpa" if wanted in ("auto", "flash_attention_2") else wanted
     if wanted != "auto":
         return wanted
     return "flash_attention_2" if device == "cuda" and find_spec("flash_attn") is not None else "sdpa"
 
 
 def load_model(
-    folder: Path, dtype: str, runtime: dict[str, Any], *, quantization: dict[str, Any] | None = None, trust: bool = False
+    folder: Path,
+    dtype: str,
+    runtime: dict[str, Any],
+    *,
+    quantization: dict[str, Any] | None = None,
+    trust: bool = False,
 ) -> Any:
     """Load a causal language model.
 
@@ -70,7 +80,7 @@ def load_model(
         )
     options: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
-        "attn_implementation": pick_attention(runtime, device),
+        "attn_implementation": pick_attention(runtime, device, dtype),
         "trust_remote_code": trust,
     }
     if quantization is not None:
@@ -102,6 +112,17 @@ def _nf4(device: str, dtype: str, double: bool) -> Any:
         bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
+
+
+# What models call a factor between their head's product and their logits.
+_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier")
+
+
+def head_is_plain(model: Any) -> bool:
+    """Tell whether a model's logits are its head times its last hidden state, and nothing more."""
+    config = model.config.get_text_config()
+    scaled = any(getattr(config, key, None) not in (None, 1, 1.0) for key in _SCALES)
+    return not scaled and model.get_output_embeddings() is not None and model.get_decoder() is not None
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -76,7 +76,9 @@ def as_phi3(model: Any, bos: int | None, eos: int | None, pad: int | None) -> An
     out.model.rotary_emb = type(out.model.rotary_emb)(config=out.config)
     missing, unexpected = out.load_state_dict(fused, strict=False)
     if unexpected or [key for key in missing if key != "lm_head.weight"]:
-        raise BadModel("Repacking lost weights.", where="base.repack", got=f"missing {missing}, unexpected {unexpected}")
+        raise BadModel(
+            "Repacking lost weights.", where="base.repack", got=f"missing {missing}, unexpected {unexpected}"
+        )
     out.tie_weights()
     return out.eval()
 

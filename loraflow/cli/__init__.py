@@ -132,6 +132,10 @@ def parse_sets(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 
 set_option = click.option(
-    "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe, such as training_config.seed=1."
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a key of the recipe, such as training_config.seed=1.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document; logs go to stderr.")

@@ -84,7 +84,9 @@ def diff(old: str, new: str | None, source: str) -> None:
     from loraflow.failures import BadConfig
 
     if not source.endswith(".dvc"):
-        raise BadConfig("Only a dataset with a .dvc file has revisions.", where=f"--source {source}", expected="data.dvc")
+        raise BadConfig(
+            "Only a dataset with a .dvc file has revisions.", where=f"--source {source}", expected="data.dvc"
+        )
 
     before, after = (rows_of(Data(source=source, rev=rev)) for rev in (old, new))
     for name in sorted(before.keys() | after.keys()):

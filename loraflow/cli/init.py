@@ -117,7 +117,9 @@ def _recipe(name: str, file: Path, source: str, names: list[str], base: str, cha
         source=source,
         train=", ".join(names),
         base=base,
-        repack="\n  repack: phi3                    # fused projections, as in Phi-3" if base.startswith("bundled:") else "",
+        repack="\n  repack: phi3                    # fused projections, as in Phi-3"
+        if base.startswith("bundled:")
+        else "",
         epochs=3 if few else 1,
         rows=f"{len(chats):,}",
         why_epochs="few, so that each is seen three times" if few else "enough to see each once",

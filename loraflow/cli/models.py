@@ -39,7 +39,9 @@ def evaluate(model: str, recipe: str, sets: tuple[str, ...], as_json: bool) -> N
         return
     for name, part in metrics.items():
         for metric, one in part.items():
-            click.echo(f"{name:<14} {metric:<14} {one['value']:8.4f}  {one['low']:.4f}–{one['high']:.4f}  ({one['n']} rows)")
+            click.echo(
+                f"{name:<14} {metric:<14} {one['value']:8.4f}  {one['low']:.4f}–{one['high']:.4f}  ({one['n']} rows)"
+            )
     click.echo(f"row by row: {walk.jobs.store.path(scores) / 'scores.parquet'}")
 
 
@@ -50,7 +52,9 @@ def evaluate(model: str, recipe: str, sets: tuple[str, ...], as_json: bool) -> N
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Default: the base's own.")
 @click.option("--max-shard-size-gb", default=5.0, show_default=True)
 @click.option("--threads", type=int, help="Default: all cores.")
-def merge(adapter: Path, base: Path, out: Path, dtype: str | None, max_shard_size_gb: float, threads: int | None) -> None:
+def merge(
+    adapter: Path, base: Path, out: Path, dtype: str | None, max_shard_size_gb: float, threads: int | None
+) -> None:
     """Merge ADAPTER (a PEFT folder) into BASE (a model's folder) and write the model to OUT."""
     from loraflow.adapters.merge import merge as merge_folders
 

@@ -31,7 +31,9 @@ def registry(store: str, model: str | None, as_json: bool) -> None:
         return
     for entry in entries:
         inputs = ", ".join(f"{k} {v}" for k, v in entry.inputs.items())
-        click.echo(f"{entry.seq:>4}  {entry.time}  {entry.action:<8}  {short(entry.merged.digest)}  {entry.actor}  ({inputs})")
+        click.echo(
+            f"{entry.seq:>4}  {entry.time}  {entry.action:<8}  {short(entry.merged.digest)}  {entry.actor}  ({inputs})"
+        )
         for reason in entry.reasons:
             click.echo(f"      {reason}")
     if entries:
@@ -74,7 +76,9 @@ def promote(run: str, reason: str, store: str) -> None:
             actor=actor(),
         )
     except Moved:
-        raise Failure("Another run promoted a model this moment.", next_step="look at `loraflow registry`, then again") from None
+        raise Failure(
+            "Another run promoted a model this moment.", next_step="look at `loraflow registry`, then again"
+        ) from None
     click.echo(f"entry {entry.seq}: {short(entry.merged.digest)} is the champion of {model}")
 
 
@@ -88,5 +92,7 @@ def rollback(reason: str, store: str, model: str | None) -> None:
     try:
         entry = PromotionLog(where.root, model or only_model(where)).rollback(reason, actor())
     except Moved:
-        raise Failure("Another run promoted a model this moment.", next_step="look at `loraflow registry`, then again") from None
+        raise Failure(
+            "Another run promoted a model this moment.", next_step="look at `loraflow registry`, then again"
+        ) from None
     click.echo(f"entry {entry.seq}: back to {short(entry.merged.digest)}")

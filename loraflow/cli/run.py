@@ -20,7 +20,9 @@ from loraflow.cli import json_option, parse_sets, set_option
 @json_option
 @click.option("--strict-gate", is_flag=True, help="Exit with 3 when nothing was promoted.")
 @click.option("--quiet", "-q", is_flag=True, help="Print warnings and the closing table only.")
-def run(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bool, strict_gate: bool, quiet: bool) -> None:
+def run(
+    recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bool, strict_gate: bool, quiet: bool
+) -> None:
     """Run RECIPE: dataset, tokens, adapter, merged model, scores, gate, registry."""
     overrides = parse_sets(sets)
     if quiet:
@@ -64,7 +66,9 @@ def show(summary: dict[str, Any]) -> None:
         stages.add_row(one["stage"], one["state"], f"{one['seconds']:.1f}", one["fingerprint"][:12])
     console.print(stages)
     verdict = summary["decision"]["verdict"]
-    console.print(f"[bold]gate: {verdict}[/bold]" + (f" (entry {summary['registered']})" if summary["registered"] else ""))
+    console.print(
+        f"[bold]gate: {verdict}[/bold]" + (f" (entry {summary['registered']})" if summary["registered"] else "")
+    )
     for reason in summary["decision"]["reasons"]:
         console.print(f"  {reason}")
     console.print(f"adapter       {_near(summary['adapter'])}", soft_wrap=True)

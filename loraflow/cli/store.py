@@ -91,7 +91,9 @@ def verify(deep: bool, store: str) -> None:
                 click.echo(f"damaged  {ref}: {'; '.join(problems)}; set aside as {aside}", err=True)
     click.echo(f"{checked} artifacts checked{' byte by byte' if deep else ''}, {damaged} damaged")
     if damaged:
-        raise CorruptArtifact("The store had damaged artifacts; they are set aside.", next_step="run again: they are made anew")
+        raise CorruptArtifact(
+            "The store had damaged artifacts; they are set aside.", next_step="run again: they are made anew"
+        )
 
 
 @click.command()

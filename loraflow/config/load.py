@@ -74,13 +74,11 @@ def parse_recipe(text: str, name: str = "recipe", overrides: dict[str, Any] | No
         document["runtime"].setdefault("attn_implementation", base.pop("attn_implementation"))
     for section, values in document.items():
         if isinstance(values, dict):
-            document[section], warnings = translate(
-                section,
-                values,
-                lambda key, message, section=section: problems.append(
-                    (lines.get((section, key), 0), f"{section}.{key} {message}")
-                ),
-            )
+
+            def refuse(key: str, message: str, section: str = section) -> None:
+                problems.append((lines.get((section, key), 0), f"{section}.{key} {message}"))
+
+            document[section], warnings = translate(section, values, refuse)
             for warning in warnings:
                 log.warning("%s: %s", name, warning)
     try:

@@ -14,8 +14,15 @@ from loraflow.config.runtime import Frozen, Runtime
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 
-# LoRA's targets in Phi-3: q,k,v and gate,up are fused there, and the guide's notebooks name modules that do not exist.
-PHI3_TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+# What each metric of ours scores, so that a gate that names another is refused before anything runs.
+SCORES = {
+    "token_loss": {"token_loss"},
+    "exact_match": {"exact_match"},
+    "token_f1": {"token_f1"},
+    "chrf": {"chrf"},
+    "rouge": {"rouge1", "rouge2", "rougeL", "rougeLsum"},
+    "json_fields": {"json_valid", "field_f1"},
+}
 
 
 class Data(Frozen):
@@ -131,6 +138,12 @@ class TrainingConfig(Frozen):
             raise ValueError("load_best_model_at_end needs eval_strategy: steps or epoch")
         if self.load_best_model_at_end and self.save_strategy != self.eval_strategy:
             raise ValueError("load_best_model_at_end needs save_strategy to be eval_strategy")
+        if self.load_best_model_at_end and self.eval_strategy == "steps":
+            every = self.eval_steps or self.logging_steps
+            if self.save_steps % every:
+                raise ValueError(f"load_best_model_at_end needs save_steps to be a multiple of eval_steps ({every})")
+        if self.load_best_model_at_end and self.metric_for_best_model not in ("eval_loss", "loss"):
+            raise ValueError("metric_for_best_model is eval_loss: nothing else is measured on validation rows")
         if self.early_stopping_patience and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end: true")
         return self
@@ -196,6 +209,7 @@ class Gate(Frozen):
     primary: str = Field("token_loss", description="The metric that must gain.")
     min_gain: Annotated[float, Field(ge=0)] = Field(0.0, description="By more than this, in the metric's unit.")
     guards: dict[str, Annotated[float, Field(ge=0)]] = Field({}, description="Metrics and the loss each may show.")
+    lower_is_better: list[str] = Field([], description="Metrics of your own modules of which less is better.")
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(0.95, description="One-sided level of the bounds.")
 
 
@@ -226,6 +240,14 @@ class Recipe(Frozen):
             raise ValueError(
                 "training_config.eval_strategy needs data.validation_fraction: held-out rows are the gate's alone"
             )
+        if all(name in SCORES for name in self.evaluation.metrics):
+            scored = set().union(*(SCORES[name] for name in self.evaluation.metrics))
+            for name in (self.gate.primary, *self.gate.guards):
+                if name not in scored:
+                    raise ValueError(
+                        f"the gate names {name}, which evaluation.metrics does not score; it scores "
+                        f"{', '.join(sorted(scored))}"
+                    )
         if self.base.quantization == "nf4" and self.base.dtype == "float32":
             raise ValueError("base.quantization nf4 computes in 16 bits: set base.dtype to bfloat16 or float16")
         return self

@@ -57,7 +57,10 @@ REFUSED: dict[str, dict[str, str]] = {
         "load_in_8bit": "set base.quantization: nf4",
         "low_cpu_mem_usage": "weights are always loaded that way",
     },
-    "peft_config": {"peft_type": "this is always LORA; leave it out", "inference_mode": "training decides; leave it out"},
+    "peft_config": {
+        "peft_type": "this is always LORA; leave it out",
+        "inference_mode": "training decides; leave it out",
+    },
 }
 
 

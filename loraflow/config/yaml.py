@@ -47,10 +47,11 @@ def parse(text: str) -> tuple[Any, dict[Path, int]]:
         raise Syntax(1, f"a recipe has at most {MAX_BYTES:,} characters, this one {len(text):,}")
     try:
         for event in yaml.parse(text, Loader=_Loader):
+            line = event.start_mark.line + 1 if event.start_mark else 1
             if isinstance(event, yaml.AliasEvent):
-                raise Syntax(event.start_mark.line + 1, f"alias *{event.anchor}: write the value out instead")
-            if getattr(event, "tag", None):
-                raise Syntax(event.start_mark.line + 1, f"tag {event.tag}: a recipe holds plain values only")
+                raise Syntax(line, f"alias *{event.anchor}: write the value out instead")
+            if tag := getattr(event, "tag", None):
+                raise Syntax(line, f"tag {tag}: a recipe holds plain values only")
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

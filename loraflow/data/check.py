@@ -49,7 +49,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     for name, found in rows.items():
         _write(out / f"{name}.jsonl", found)
     _write(out / "quarantine.jsonl", quarantine)
-    summary = {
+    summary: dict[str, Any] = {
         "rows": {name: len(found) for name, found in rows.items()},
         "sets": dict(Counter(row["set"] for row in rows["heldout"])),
         "counts": dict(counts),
@@ -96,8 +96,15 @@ def _assign_files(files: Path, config: dict[str, Any]) -> dict[str, list[str]]:
     """Return {set name: files}; a file belongs to the first set that names it, held-out sets before training."""
     names: dict[str, list[str]] = {}
     taken: set[str] = set()
-    for set_name, patterns in ((GATE_SET, config["heldout"]), *((n, [f]) for n, f in config["extra_heldout"].items())):
+    for set_name, patterns in (*((n, [f]) for n, f in config["extra_heldout"].items()), (GATE_SET, config["heldout"])):
         found = [name for name in match_files(files, patterns) if name not in taken] if patterns else []
+        if patterns and not found:
+            raise BadData(
+                "All files of a held-out set belong to another one.",
+                where=set_name,
+                got=", ".join(patterns),
+                next_step="mend data.heldout or data.extra_heldout",
+            )
         taken.update(found)
         names[set_name] = found
     everything = match_files(files, ["*"])
@@ -144,16 +151,16 @@ def _drop_duplicates(
             key = (row["id"], row["set"])
             if key in seen and (policy == "drop" or name == "heldout"):
                 counts["duplicate"] += 1
-                quarantine.append({"place": row["place"], "set": row["set"], "problem": f"same as {seen[key]}", "row": ""})
+                quarantine.append(
+                    {"place": row["place"], "set": row["set"], "problem": f"same as {seen[key]}", "row": ""}
+                )
                 continue
             seen.setdefault(key, row["place"])
             kept.append(row)
         rows[name] = kept
 
 
-def _drop_leaks(
-    rows: dict[str, list[dict[str, Any]]], quarantine: list[dict[str, str]], counts: Counter[str]
-) -> None:
+def _drop_leaks(rows: dict[str, list[dict[str, Any]]], quarantine: list[dict[str, str]], counts: Counter[str]) -> None:
     """Drop training rows whose prompt is held out: a score on rows that were learned says nothing."""
     held = {prompt_key(row["messages"]): row["place"] for row in rows["heldout"]}
     for name in ("train", "validation"):
@@ -164,7 +171,9 @@ def _drop_leaks(
                 kept.append(row)
                 continue
             counts["leak"] += 1
-            quarantine.append({"place": row["place"], "set": name, "problem": f"its prompt is held out ({place})", "row": ""})
+            quarantine.append(
+                {"place": row["place"], "set": name, "problem": f"its prompt is held out ({place})", "row": ""}
+            )
         rows[name] = kept
 
 

@@ -103,7 +103,9 @@ def tree_md5(path: Path, memo: HashMemo | None = None) -> str:
     try:
         rows = [{"md5": memo.hash(file, "md5"), "relpath": name} for name, file in files_below(path)]
     except ValueError as error:
-        raise BadData("A dataset holds regular files only.", where=str(error), next_step="copy the file there") from error
+        raise BadData(
+            "A dataset holds regular files only.", where=str(error), next_step="copy the file there"
+        ) from error
     rows = [row for row in rows if not row["relpath"].endswith(".gitignore")]
     rows.sort(key=lambda row: row["relpath"])
     return hashlib.md5(json.dumps(rows).encode(), usedforsecurity=False).hexdigest() + ".dir"
@@ -174,7 +176,9 @@ def _fetch_through_dvc(repo: str, pin: Pin, rev: str | None, target: Path) -> No
         raise
     except (ConnectionError, TimeoutError) as error:
         raise Network("The DVC remote did not answer.", where=where, got=str(error)) from error
-    except Exception as error:  # DVC and its file systems raise dozens of kinds; all mean that the data is not to be had
+    except (
+        Exception
+    ) as error:  # DVC and its file systems raise dozens of kinds; all mean that the data is not to be had
         raise MissingData(
             "The pinned data is neither in the work tree nor in DVC's cache, and its remote does not have it.",
             where=where,
@@ -231,6 +235,7 @@ def _dvc(arguments: list[str]) -> str:
 
 
 def is_url(repo: str) -> bool:
+    """Tell whether a repository is named by URL."""
     return "://" in repo or (repo.startswith("git@") and ":" in repo)
 
 
@@ -254,4 +259,3 @@ def _git(arguments: list[str], cwd: str | None, where: str) -> str:
             next_step="`git log --oneline --all -- data.dvc` lists the revisions that have one",
         )
     return done.stdout
-

@@ -6,6 +6,7 @@ A row comes out as `{"messages": [{"role", "content"}, …]}` or as the reason w
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -135,7 +136,10 @@ def _json(path: Path, name: str) -> Iterator[tuple[str, Any, str]]:
         rows = _strict_json(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise BadData(
-            "The file is no JSON.", where=f"{name}:{error.lineno}:{error.colno}", got=error.msg, expected="a list of rows"
+            "The file is no JSON.",
+            where=f"{name}:{error.lineno}:{error.colno}",
+            got=error.msg,
+            expected="a list of rows",
         ) from error
     except (UnicodeDecodeError, RecursionError, ValueError) as error:
         raise BadData("The file is no JSON.", where=name, got=str(error), expected="a list of rows") from error
@@ -150,7 +154,11 @@ def _csv(path: Path, name: str) -> Iterator[tuple[str, Any, str]]:
 
     try:
         table = pd.read_csv(
-            path, dtype=str, keep_default_na=False, sep="\t" if path.suffix == ".tsv" else ",", encoding="utf-8-sig"
+            path,
+            dtype=str,
+            keep_default_na=False,
+            sep="\t" if path.suffix.lower() == ".tsv" else ",",
+            encoding="utf-8-sig",
         )
     except (ValueError, UnicodeDecodeError, csv.Error) as error:
         raise BadData("The table cannot be read.", where=name, got=str(error)[:300], expected="UTF-8 CSV") from error
@@ -163,7 +171,9 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any, str]]:
     try:
         table = Dataset.from_parquet(str(path), keep_in_memory=True)
     except Exception as error:  # pyarrow and datasets raise many kinds; all mean the same to a person
-        raise BadData("The Parquet file cannot be read.", where=name, got=f"{type(error).__name__}: {error}"[:300]) from error
+        raise BadData(
+            "The Parquet file cannot be read.", where=name, got=f"{type(error).__name__}: {error}"[:300]
+        ) from error
     yield from _table(table, name)
 
 
@@ -237,6 +247,8 @@ def _messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     messages = _field(row, "messages")
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise BadRow("messages: expected a list of {role, content}")
+    if any(m.get("tool_calls") for m in messages):
+        raise BadRow("messages: tool_calls are not read")
     return [{"role": m.get("role"), "content": m.get("content")} for m in messages]
 
 
@@ -249,7 +261,7 @@ def _sharegpt(row: dict[str, Any]) -> list[dict[str, Any]]:
         out.append({"role": "system", "content": row["system"]})
     for number, turn in enumerate(turns, 1):
         who = turn.get("from", turn.get("role"))
-        if who not in _SHAREGPT_ROLES:
+        if not isinstance(who, str) or who not in _SHAREGPT_ROLES:
             raise BadRow(f"turn {number}: unknown role {who!r}; expected one of {', '.join(sorted(_SHAREGPT_ROLES))}")
         out.append({"role": _SHAREGPT_ROLES[who], "content": turn.get("value", turn.get("content"))})
     return out
@@ -257,6 +269,8 @@ def _sharegpt(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
     instruction, given = _field(row, "instruction"), row.get("input")
+    if not isinstance(instruction, str):
+        raise BadRow(f"instruction is {type(instruction).__name__}; expected text")
     user = f"{instruction}\n\n{given}" if isinstance(given, str) and given.strip() else instruction
     out = [{"role": "user", "content": user}, {"role": "assistant", "content": _field(row, "output", "response")}]
     if isinstance(row.get("system"), str) and row["system"].strip():
@@ -290,7 +304,7 @@ def _checked(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
         raise BadRow("a chat starts with a user message")
     if messages[-1]["role"] != "assistant":
         raise BadRow(f"the last message is of {messages[-1]['role']}; expected assistant")
-    for number, (one, two) in enumerate(zip(turns, turns[1:], strict=False), 1):
+    for number, (one, two) in enumerate(itertools.pairwise(turns), 1):
         if one == two == "user":
             raise BadRow(f"two user messages in a row (turns {number} and {number + 1})")
     return [{"role": m["role"], "content": m["content"]} for m in messages]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +44,13 @@ class ChatTemplate:
         self.tokenizer.no_padding()
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         self.template = read_template(folder, config)
-        self.variables = {
+        self.variables: dict[str, Any] = {
             key: token if isinstance(token, str) else token["content"]
             for key in ("bos_token", "eos_token", "unk_token", "pad_token")
             if (token := config.get(key))
         }
+        # Some templates write today's date into each prompt: equal runs would differ from day to day.
+        self.variables["strftime_now"] = lambda form: time.strftime(form, time.gmtime(1_721_952_000))
         self.special = sorted(
             (token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special),
             key=len,
@@ -65,7 +68,7 @@ class ChatTemplate:
             texts, _ = render_jinja_template(
                 list(chats), chat_template=self.template, add_generation_prompt=prompt, **self.variables
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise BadModel(
                 "The chat template refuses a chat.",
                 where="chat_template",
@@ -81,6 +84,15 @@ class ChatTemplate:
             BadModel: the template does not show where an answer begins, or ends it with no stop token.
         """
         texts = self.render(chats)
+        for chat, text in zip(chats, texts, strict=True):
+            for message in chat:
+                if message["role"] in ("system", "tool") and message["content"].strip() not in text:
+                    raise BadModel(
+                        f"The chat template leaves {message['role']} messages out.",
+                        where="chat_template",
+                        got=message["content"][:80],
+                        next_step=f"remove {message['role']} messages from the dataset, or mend the template",
+                    )
         spans = self._marked_spans(chats) if _MARKERS.search(self.template) else self._prefix_spans(chats, texts)
         encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         return [
@@ -99,13 +111,20 @@ class ChatTemplate:
         (encoded,) = self.encode([probe], "assistant")
         learned = encoded.ids[encoded.labels != IGNORED].tolist()
         control = {i for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
-        return {i for i in learned if i in control}
+        found = {i for i in learned if i in control}
+        if not found:
+            raise BadModel(
+                "What the chat template marks as an answer holds no stop token, so a model could not learn to stop.",
+                where="chat_template",
+                next_step="move {% endgeneration %} behind the token that ends an answer",
+            )
+        return found
 
-    def _masked(
-        self, chat: list[dict[str, str]], encoding: Any, spans: list[tuple[int, int]], loss_on: str
-    ) -> Encoded:
+    def _masked(self, chat: list[dict[str, str]], encoding: Any, spans: list[tuple[int, int]], loss_on: str) -> Encoded:
         ids = np.fromiter(encoding.ids, np.int32, len(encoding.ids))
         labels = np.full(len(ids), IGNORED, np.int32)
+        if not spans:
+            raise BadModel("The chat template marks no answer in a chat that has one.", where="chat_template")
         tokens = [_token_span(encoding, start, end) for start, end in spans]
         if loss_on == "all":
             labels[:] = ids
@@ -197,4 +216,7 @@ def _token_span(encoding: Any, start: int, end: int) -> tuple[int, int]:
     # "<|assistant|>" swallows the white space behind it, the answer's own included: that token is the prompt's.
     while first <= last and encoding.token_to_chars(first)[0] < start:
         first += 1
+    # One character can be several tokens (an emoji in bytes): all of them stand at its place.
+    while last + 1 < len(encoding.ids) and encoding.token_to_chars(last + 1) == encoding.token_to_chars(last):
+        last += 1
     return first, last + 1

@@ -342,6 +342,10 @@ URGENCY: dict[str, tuple[list[str], list[str]]] = {
             "We need it by tomorrow.",
             "I am in a great hurry.",
             "The party is tonight, so please rush.",
+            "An answer this minute would be great.",
+            "I need to know before the shop closes today.",
+            "Drop everything else, please.",
+            "Tomorrow is too late.",
         ],
         [
             "Please act right away, this is very urgent.",
@@ -383,6 +387,18 @@ URGENCY: dict[str, tuple[list[str], list[str]]] = {
             "In a month or two I will need to know.",
             "As I said, there is lots of time.",
             "Slowly, please, there is no deadline.",
+            "Next week is fine.",
+            "It is for a birthday in half a year.",
+            "A reply within two weeks is good.",
+            "We only need it in spring.",
+            "The event is five months away.",
+            "I am on holiday for three weeks anyway.",
+            "Any day of the coming month will do.",
+            "An answer in ten days would be quick enough.",
+            "Let me know by the end of the month, that leaves time.",
+            "I can live without it until winter.",
+            "Later this year would be fine too.",
+            "A late answer is no problem.",
         ],
         [
             "Take your time with this.",
@@ -391,23 +407,65 @@ URGENCY: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
     "normal": (
-        ["", "", "", "", "", "", "", "Please let me know.", "Thanks for your help.", "I am waiting for your reply.",
-         "Could you help me?", "Please write back.", "Looking forward to hearing from you.", "Tell me what to do.",
-         "I hope you can help.", "What do you suggest?", "I would be glad to hear from you.", "Please look into it."],
+        [
+            "",
+            "",
+            "",
+            "",
+            "",
+            "",
+            "",
+            "Please let me know.",
+            "Thanks for your help.",
+            "I am waiting for your reply.",
+            "Could you help me?",
+            "Please write back.",
+            "Looking forward to hearing from you.",
+            "Tell me what to do.",
+            "I hope you can help.",
+            "What do you suggest?",
+            "I would be glad to hear from you.",
+            "Please look into it.",
+        ],
         ["", "", "I look forward to your answer."],
     ),
 }
 
 GREETINGS = (
-    ["", "", "Hi,", "Hello,", "Dear team,", "Good morning,", "Hello support,", "Good day,", "Hi there,", "Dear Sir or Madam,"],
+    [
+        "",
+        "",
+        "Hi,",
+        "Hello,",
+        "Dear team,",
+        "Good morning,",
+        "Hello support,",
+        "Good day,",
+        "Hi there,",
+        "Dear Sir or Madam,",
+    ],
     ["", "Hey there,", "Good evening,", "To whom it may concern,"],
 )
 CLOSES = (
-    ["", "", "Thank you", "Best regards, Anna", "Thanks, Tom", "Kind regards", "Regards, M. Weber",
-     "Greetings, Lee", "Thank you, Fatima", "Best, J. Novak", "Sincerely, Ines"],
+    [
+        "",
+        "",
+        "Thank you",
+        "Best regards, Anna",
+        "Thanks, Tom",
+        "Kind regards",
+        "Regards, M. Weber",
+        "Greetings, Lee",
+        "Thank you, Fatima",
+        "Best, J. Novak",
+        "Sincerely, Ines",
+    ],
     ["", "Many thanks, Priya", "Cheers, Sam", "Yours, L. Okafor"],
 )
-NO_PRODUCT = (["my item", "my purchase", "the article", "it", "the goods", "the stuff I ordered"], ["what I bought", "the thing"])
+NO_PRODUCT = (
+    ["my item", "my purchase", "the article", "it", "the goods", "the stuff I ordered"],
+    ["what I bought", "the thing"],
+)
 ORDER_FORMS = (
     [", order {o}", " (order {o})", ", order number {o}", " ({o})", ", reference {o},", " from order {o}", " [{o}]"],
     [", my order is {o}", " (no. {o})"],
@@ -444,7 +502,7 @@ def row(text: str, answer: dict[str, str | None]) -> dict[str, list[dict[str, st
 
 def write(path: Path, count: int, seed: int, heldout: bool) -> None:
     """Write `count` different tickets."""
-    rng, seen = random.Random(seed), set()
+    rng, seen = random.Random(seed), set[str]()
     with path.open("w", encoding="utf-8") as file:
         while len(seen) < count:
             line = json.dumps(ticket(rng, heldout), ensure_ascii=False)

@@ -101,7 +101,13 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
 
 
 def _tokenize_file(
-    source: Path, base: Path, target: Path, config: dict[str, Any], processes: int, report: Progress, counts: Counter[str]
+    source: Path,
+    base: Path,
+    target: Path,
+    config: dict[str, Any],
+    processes: int,
+    report: Progress,
+    counts: Counter[str],
 ) -> tuple[np.ndarray, int]:
     """Write one Arrow folder; return the lengths of its rows and the number of tokens that are learned."""
     target.mkdir()
@@ -121,7 +127,7 @@ def _tokenize_file(
             report(rows=done)
     found = np.concatenate(lengths) if lengths else np.empty(0, np.int32)
     # What datasets.save_to_disk writes, but with a fingerprint that is the same every time.
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": "data-00000-of-00001.arrow"}],
         "_fingerprint": "loraflow",
         "_format_columns": None,
@@ -184,7 +190,9 @@ def _start(base: str, loss_on: str, max_length: int, too_long: str, special_toke
 def _encode(lines: list[str]) -> Chunk:
     loss_on, max_length, too_long, special_tokens = _settings
     rows = [json.loads(line) for line in lines]
-    ids, labels, counts, first = [], [], Counter[str](), {}
+    ids: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    counts, first = Counter[str](), dict[str, str]()
     for row, one in zip(rows, _template.encode([row["messages"] for row in rows], loss_on), strict=True):
         here, learned = one.ids, one.labels
         if one.special_in_text and special_tokens != "allow":
@@ -204,8 +212,9 @@ def _encode(lines: list[str]) -> Chunk:
             continue
         ids.append(here)
         labels.append(learned)
-    flat = (np.concatenate(ids), np.concatenate(labels)) if ids else (np.empty(0, np.int32), np.empty(0, np.int32))
-    return Chunk(*flat, np.fromiter(map(len, ids), np.int32, len(ids)), counts, first)
+    none = np.empty(0, np.int32)
+    lengths = np.fromiter(map(len, ids), np.int32, len(ids))
+    return Chunk(np.concatenate([none, *ids]), np.concatenate([none, *labels]), lengths, counts, first)
 
 
 def _batch(chunk: Chunk) -> pa.RecordBatch:
@@ -243,7 +252,9 @@ def _audit(source: Path, base: Path, config: dict[str, Any]) -> list[dict[str, A
         rows = [json.loads(line) for line, _ in zip(file, range(20), strict=False)]
     chats = [row["messages"] for row in rows]
     shown = []
-    for row, one, prompt in zip(rows, template.encode(chats, config["loss_on"]), template.prompt_ids(chats), strict=True):
+    for row, one, prompt in zip(
+        rows, template.encode(chats, config["loss_on"]), template.prompt_ids(chats), strict=True
+    ):
         learned = one.ids[one.labels != IGNORED]
         shown.append(
             {

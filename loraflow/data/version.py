@@ -26,7 +26,11 @@ def locate(data: Data, memo: HashMemo) -> dict[str, Any]:
             dvc.refuse_dirt(data.repo, pin, memo)
         commit = dvc.head_of(data.repo, data.rev) if data.rev else None
         name = Path(pin.path).name
-        return {"md5": pin.md5, "name": name, "origin": {**pin.__dict__, "repo": data.repo, "rev": data.rev, "commit": commit}}
+        return {
+            "md5": pin.md5,
+            "name": name,
+            "origin": {**pin.__dict__, "repo": data.repo, "rev": data.rev, "commit": commit},
+        }
     place = Path(data.source)
     if not place.exists():
         raise BadData(

@@ -40,6 +40,7 @@ def decide(
     guards: dict[str, float],
     confidence: float,
     seed: int = 0,
+    lower_is_better: list[str] | None = None,
 ) -> Decision:
     """Compare score tables of one set, row by row.
 
@@ -50,6 +51,7 @@ def decide(
         guards: {metric: the loss it may show}.
         confidence: one-sided level of the bounds.
         seed: of the bootstrap.
+        lower_is_better: metrics, beside ours, of which less is better.
 
     Raises:
         BadData: rows are missing, stand twice, or a score is no number: nothing is decided on a part.
@@ -58,8 +60,13 @@ def decide(
     rows, states = [], []
     for name, other in others.items():
         pairs = _join(challenger, other, name)
-        for metric, bound, kind in [(primary, min_gain, "gain"), *((m, -margin, "guard") for m, margin in guards.items())]:
-            row = _compare(pairs, metric, bound, kind, name, confidence, seed)
+        for metric, bound, kind in [
+            (primary, min_gain, "gain"),
+            *((m, -margin, "guard") for m, margin in guards.items()),
+        ]:
+            row = _compare(
+                pairs, metric, bound, kind, name, confidence, seed, LOWER_IS_BETTER | set(lower_is_better or [])
+            )
             rows.append(row)
             states.append(row["state"])
     reasons = [row["reason"] for row in rows if row["state"] != "passed"] or [row["reason"] for row in rows]
@@ -86,7 +93,7 @@ def _join(challenger: Any, other: Any, name: str) -> Any:
 
 
 def _compare(
-    pairs: Any, metric: str, bound: float, kind: str, name: str, confidence: float, seed: int
+    pairs: Any, metric: str, bound: float, kind: str, name: str, confidence: float, seed: int, lower_is_better: set[str]
 ) -> dict[str, Any]:
     if metric not in pairs or f"{metric}_other" not in pairs:
         raise BadConfig(
@@ -96,7 +103,7 @@ def _compare(
             got=metric,
             next_step="add its module to evaluation.metrics",
         )
-    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+    sign = -1.0 if metric in lower_is_better else 1.0
     differences = sign * (pairs[metric].to_numpy(dtype=float) - pairs[f"{metric}_other"].to_numpy(dtype=float))
     if not np.isfinite(differences).all():
         raise BadData("A score is no number.", where=f"{metric} of {name}")

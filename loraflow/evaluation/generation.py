@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from loraflow.base.load import head_is_plain
 from loraflow.data.mask import IGNORED
 
 HEAD_ROWS = 512  # positions whose logits are in memory at a time
@@ -66,8 +67,9 @@ def answer_all(
             end = next((at for at, token in enumerate(new) if token in stop_ids), None)
             said = new[:end]
             text = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            answers[i] = {"text": text, "tokens": len(said), "finish": "length" if end is None else "stop"}
-            lines.append(json.dumps({"index": i, **answers[i]}, ensure_ascii=False))
+            answer = {"text": text, "tokens": len(said), "finish": "length" if end is None else "stop"}
+            answers[i] = answer
+            lines.append(json.dumps({"index": i, **answer}, ensure_ascii=False))
         if done_file is not None:
             with done_file.open("a", encoding="utf-8") as file:
                 file.write("\n".join(lines) + "\n")
@@ -86,7 +88,7 @@ def answer_losses(model: Any, rows: Sequence[Any], pad_id: int, batch_size: int)
 
     found: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
-    whole = getattr(model.config, "final_logit_softcapping", None) or getattr(model.config, "logits_scaling", None)
+    plain = head_is_plain(model)
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         width = max(len(rows[i].ids) for i in batch)
@@ -100,14 +102,16 @@ def answer_losses(model: Any, rows: Sequence[Any], pad_id: int, batch_size: int)
         ids, mask = ids.to(model.device), mask.to(model.device)
         at = (labels[:, 1:] != IGNORED).to(model.device)
         target = labels[:, 1:].to(model.device)[at]
+        if not len(target):
+            continue
         with torch.inference_mode():
-            if whole:  # a model that does more than a matrix product behind its last hidden state
+            if not plain:
                 source = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1][at]
                 head: Callable[[Any], Any] = lambda x: x  # noqa: E731
             else:
-                source = model.get_decoder()(
-                    input_ids=ids, attention_mask=mask, use_cache=False
-                ).last_hidden_state[:, :-1][at]
+                source = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[
+                    :, :-1
+                ][at]
                 head = model.get_output_embeddings()
             losses = torch.cat(
                 [

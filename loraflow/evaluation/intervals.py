@@ -25,14 +25,25 @@ def mean_interval(
         interval = stats.binomtest(int(scores.sum()), len(scores)).proportion_ci(confidence, method="wilson")
         return float(scores.mean()), float(interval.low), float(interval.high)
     weights = np.ones(len(scores)) if weights is None else weights
-    value = float(np.average(scores, weights=weights))
-    if len(scores) < 2 or np.ptp(scores) == 0:
-        return value, value, value
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(scores), (RESAMPLES, len(scores)))
-    means = (scores * weights)[picks].sum(1) / weights[picks].sum(1)
+    value, n = float(np.average(scores, weights=weights)), len(scores)
+    if n < 2:
+        return value, -np.inf, np.inf
+    means = _resampled(scores * weights, weights, seed)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return value, float(low), float(high)
+    error = np.sqrt(((weights * (scores - value)) ** 2).sum() * n / (n - 1)) / weights.sum()
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * error)
+    return value, min(float(low), value - half), max(float(high), value + half)
+
+
+def _resampled(values: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:
+    """Return the weighted means of bootstrap resamples, some at a time: all at once would be gigabytes."""
+    rng, n = np.random.default_rng(seed), len(values)
+    at_a_time = max(1, 4_000_000 // n)
+    means = []
+    for first in range(0, RESAMPLES, at_a_time):
+        picks = rng.integers(0, n, (min(at_a_time, RESAMPLES - first), n))
+        means.append(values[picks].sum(1) / weights[picks].sum(1))
+    return np.concatenate(means)
 
 
 def difference_bounds(differences: np.ndarray, confidence: float, seed: int) -> tuple[float, float, float]:
@@ -45,11 +56,10 @@ def difference_bounds(differences: np.ndarray, confidence: float, seed: int) -> 
         wins, losses = int((differences == 1).sum()), int((differences == -1).sum())
         return mean, tango_bound(wins, losses, n, confidence), -tango_bound(losses, wins, n, confidence)
     spread = float(differences.std(ddof=1))
-    if spread == 0:
-        return mean, mean, mean
+    if spread == 0 and mean == 0:
+        return mean, mean, mean  # the same model, row by row
     half = float(stats.t.ppf(confidence, n - 1)) * spread / np.sqrt(n)
-    rng = np.random.default_rng(seed)
-    means = differences[rng.integers(0, n, (RESAMPLES, n))].mean(1)
+    means = _resampled(differences, np.ones(n), seed)
     low, high = np.quantile(means, [1 - confidence, confidence])
     return mean, min(mean - half, float(low)), max(mean + half, float(high))
 

@@ -43,7 +43,9 @@ def identify(names: list[str], memo: HashMemo) -> dict[str, str]:
     return {name: memo.hash(find_module(name)) for name in names}
 
 
-def compute(name: str, predictions: list[Any], references: list[Any]) -> tuple[dict[str, float], dict[str, list[float]]]:
+def compute(
+    name: str, predictions: list[Any], references: list[Any]
+) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Return a module's values, and its scores row by row.
 
     A foreign module that gives no scores for rows is asked again row by row, so that models can be compared in pairs.
@@ -55,6 +57,8 @@ def compute(name: str, predictions: list[Any], references: list[Any]) -> tuple[d
     values = {key: float(value) for key, value in result.items() if isinstance(value, int | float)}
     rows = {key: [float(x) for x in result[f"{key}_scores"]] for key in values if f"{key}_scores" in result}
     if not rows:
-        singles = [module.compute(predictions=[p], references=[r]) for p, r in zip(predictions, references, strict=True)]
+        singles = [
+            module.compute(predictions=[p], references=[r]) for p, r in zip(predictions, references, strict=True)
+        ]
         rows = {key: [float(one[key]) for one in singles] for key in values}
     return values, rows

@@ -130,6 +130,11 @@ def _figures(metrics: dict[str, Any]) -> dict[str, Any]:
 def _samples(table: Any, count: int) -> list[dict[str, str]]:
     """Return the first answers of the gate's set, for the run's report."""
     return [
-        {"id": row.id, "prompt": json.loads(row.prompt)[-1]["content"], "reference": row.reference, "answer": row.answer}
+        {
+            "id": row.id,
+            "prompt": json.loads(row.prompt)[-1]["content"],
+            "reference": row.reference,
+            "answer": row.answer,
+        }
         for row in table[table["set"] == "heldout"].head(count).itertuples()
     ]

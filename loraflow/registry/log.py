@@ -88,7 +88,9 @@ class PromotionLog:
                 raise self._broken(path, "its content is not what was written")
             if entry.seq != number or entry.before != (found[-1].hash if found else None):
                 raise self._broken(path, "an entry before it is missing or was changed")
-            found.append(entry.model_copy(update={"merged": self._here(entry.merged), "adapter": self._here(entry.adapter)}))
+            found.append(
+                entry.model_copy(update={"merged": self._here(entry.merged), "adapter": self._here(entry.adapter)})
+            )
         return found
 
     def _here(self, ref: Ref | None) -> Ref | None:

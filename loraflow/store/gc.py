@@ -33,7 +33,9 @@ def collect(store: LocalStore, *, keep: int, dry_run: bool = False) -> Iterator[
                 yield path, size, why
     except Held:
         raise Failure(
-            "A run is going on; its artifacts must stay.", where=store.uri, next_step="run `loraflow gc` when it has ended"
+            "A run is going on; its artifacts must stay.",
+            where=store.uri,
+            next_step="run `loraflow gc` when it has ended",
         ) from None
 
 

@@ -171,7 +171,7 @@ class LocalStore:
         the same job with other last bits agree afterwards; `replace` is for a computation that was forced.
         """
         with self._writing():
-            files = {
+            files: dict[str, dict[str, Any]] = {
                 name: {"size": path.stat().st_size, "sha256": hash_file(path)} for name, path in files_below(staged)
             }
             results = {name: entry["sha256"] for name, entry in files.items() if not name.startswith(TELEMETRY)}

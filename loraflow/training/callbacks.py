@@ -20,9 +20,14 @@ class Curves(TrainerCallback):
     """Every logged value with its step. The trainer forgets its own on resume, so these go on from the file."""
 
     def __init__(self, path: Path, resumed_at: int):
-        kept = []
+        kept: list[str] = []
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= resumed_at]
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= resumed_at:
+                        kept.append(line)
+                except ValueError:  # the line at which an earlier attempt was cut off
+                    continue
         path.write_text("".join(f"{line}\n" for line in kept))
         self.path = path
 

@@ -19,7 +19,13 @@ from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 
 log = logging.getLogger(__name__)
-_TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "dvclive": "dvclive", "trackio": "trackio"}
+_TRACKERS = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "dvclive": "dvclive",
+    "trackio": "trackio",
+}
 
 
 def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
@@ -32,8 +38,8 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     """
     from transformers import EarlyStoppingCallback
 
-    from loraflow.adapters.inject import check_targets, lora_config
-    from loraflow.base.load import load_model, load_tokenizer
+    from loraflow.adapters.inject import check_reach, check_targets, lora_config
+    from loraflow.base.load import load_model, load_tokenizer, pick_attention, pick_device
     from loraflow.training import batches, callbacks
     from loraflow.training.checkpoints import newest_whole
     from loraflow.training.trainer import OrderedTrainer
@@ -57,11 +63,15 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
 
     base = config["base"]
     quantization = {"double": base["double_quantization"]} if base["quantization"] else None
+    if train.row_length and pick_attention(runtime, pick_device(runtime), base["dtype"]) == "flash_attention_2":
+        # transformers sees the borders of packed documents in one row at a time only; sdpa gets a mask for all.
+        runtime = {**runtime, "attn_implementation": "sdpa"}
     model = load_model(
         inputs["base"], base["dtype"], runtime, quantization=quantization, trust=base["trust_remote_code"]
     )
     model.config.use_cache = runtime.get("use_cache", False)
     check_targets(model, config["peft_config"])
+    check_reach(model, config["peft_config"])
     tokenizer = load_tokenizer(inputs["base"])
 
     checkpoints = report.work / "checkpoints"
@@ -71,12 +81,18 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
              len(train), steps, training["global_batch"], rows_a_time, resumed_at)  # fmt: skip
     curves, stopper = report.work / "curves.jsonl", callbacks.Stopper()
     tokens_per_step = figures["train_tokens"] / len(train) * training["global_batch"]
-    extra = [EarlyStoppingCallback(training["early_stopping_patience"])] if training.get("early_stopping_patience") else []
+    extra = (
+        [EarlyStoppingCallback(training["early_stopping_patience"])] if training.get("early_stopping_patience") else []
+    )
+    if extra and resume:
+        _restore_patience(extra[0], resume)
     trainer = OrderedTrainer(
         model=model,
         args=_arguments(training, steps, per_epoch, rows_a_time, checkpoints, runtime, report.work),
         train_rows=order,
-        validation_rows=len(validation) if validation is not None and training.get("eval_strategy", "no") != "no" else 0,
+        validation_rows=len(validation)
+        if validation is not None and training.get("eval_strategy", "no") != "no"
+        else 0,
         collator=batches.Collator(train, validation, tokenizer.pad_token_id),
         processing_class=tokenizer,
         engine=runtime.get("engine", "fast"),
@@ -121,8 +137,22 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     )
 
 
+def _restore_patience(callback: Any, checkpoint: Path) -> None:
+    """Give early stopping back what it had counted: the trainer forgets it on resume."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    saved = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+    saved = saved[0] if isinstance(saved, list) else saved
+    callback.early_stopping_patience_counter = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
+
+
 def _arguments(
-    training: dict[str, Any], steps: int, per_epoch: int, rows: int, checkpoints: Path, runtime: dict[str, Any], work: Path
+    training: dict[str, Any],
+    steps: int,
+    per_epoch: int,
+    rows: int,
+    checkpoints: Path,
+    runtime: dict[str, Any],
+    work: Path,
 ) -> Any:
     """Return trl's SFTConfig. Epochs become steps: the trainer sees one long epoch, in an order of our own."""
     import os

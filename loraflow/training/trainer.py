@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import SequentialSampler
 from trl import SFTTrainer
 
+from loraflow.base.load import head_is_plain
 from loraflow.data.mask import IGNORED
 from loraflow.training.batches import Collator
 
@@ -30,17 +31,18 @@ class OrderedTrainer(SFTTrainer):
 
         validation = None
         if validation_rows:
-            validation = Dataset.from_dict({"row": list(range(validation_rows)), "validation": [True] * validation_rows})
+            validation = Dataset.from_dict(
+                {"row": list(range(validation_rows)), "validation": [True] * validation_rows}
+            )
         super().__init__(
             train_dataset=Dataset.from_dict({"row": train_rows.tolist()}),
             eval_dataset=validation,
             data_collator=collator,
             **options,
         )
-        base = self.model.get_base_model()
-        # A model that does more than a matrix product behind its last hidden state keeps trl's loss.
-        plain = not any(getattr(base.config, key, None) for key in ("final_logit_softcapping", "logits_scaling"))
-        self.engine = engine if plain and base.get_output_embeddings() is not None else "stock"
+        # A model whose logits are more than the head's product, or that has a router's loss beside, keeps trl's.
+        plain = head_is_plain(self.model.get_base_model()) and not self.aux_loss_enabled
+        self.engine = engine if plain else "stock"
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)

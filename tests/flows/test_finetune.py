@@ -39,7 +39,9 @@ def task_states(run_name: str) -> dict[str, list[str]]:
     with get_client(sync_client=True) as client:
         runs = sorted(client.read_flow_runs(), key=lambda run: run.expected_start_time)
         for _ in range(50):  # task runs reach the database a moment later
-            tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[runs[-1].id])), limit=200)
+            tasks = client.read_task_runs(
+                flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[runs[-1].id])), limit=200
+            )
             if all(task.state.is_final() for task in tasks) and len(tasks) >= 11:
                 break
             time.sleep(0.2)
@@ -117,7 +119,9 @@ def test_a_changed_field_runs_exactly_the_right_stages(place, field):
     assert {k for k, v in verdicts.items() if v == "runs"} == MATRIX[field]
     assert {k for k, v in verdicts.items() if v == "depends"} == waiting
     why = next(v.why for v in place.verdicts if v.verdict == "runs")
-    assert field.split("__")[-1].split("per_device")[-1][-4:] in why[0] or "global_batch" in why[0] or "dtype" in why[0], why
+    assert (
+        field.split("__")[-1].split("per_device")[-1][-4:] in why[0] or "global_batch" in why[0] or "dtype" in why[0]
+    ), why
 
 
 @pytest.mark.parametrize(
@@ -189,7 +193,9 @@ def test_a_killed_training_is_retried_by_prefect_and_goes_on_from_its_checkpoint
         for _ in range(1200):
             for progress in (place.store / "work" / "train").glob("*/progress.jsonl"):
                 if any('"step": 4' in line for line in progress.read_text().splitlines()):
-                    pid = subprocess.run(["pgrep", "-f", str(progress.parent)], capture_output=True, text=True).stdout.split()
+                    pid = subprocess.run(
+                        ["pgrep", "-f", str(progress.parent)], capture_output=True, text=True
+                    ).stdout.split()
                     os.kill(int(pid[0]), signal.SIGKILL)
                     return
             time.sleep(0.02)

@@ -1,6 +1,6 @@
 """Write down the code digests of all stages, after the decision whether their versions go up.
 
-    python tests/golden/write.py
+python tests/golden/write.py
 """
 
 import json

@@ -81,7 +81,13 @@ def test_the_defaults_are_the_model_cards():
 def test_every_problem_is_reported_at_once_with_its_line():
     text = "name: x\nbase:\n  model: m\n  dtyp: y\ntraining_config:\n  learning_rte: 1\n  seed: a\n  tokenizer: t\nrank: 4\n"
     said = problems(text)
-    for line, word in ((4, "did you mean dtype"), (6, "did you mean learning_rate"), (7, "seed"), (8, "tokenizer"), (9, "rank")):
+    for line, word in (
+        (4, "did you mean dtype"),
+        (6, "did you mean learning_rate"),
+        (7, "seed"),
+        (8, "tokenizer"),
+        (9, "rank"),
+    ):
         assert re.search(rf"r\.yaml:{line}: .*{word}", said), (line, word, said)
     assert "5 problems" in said
 
@@ -148,14 +154,14 @@ OTHER: dict[str, Any] = {
     "training_config.lr_scheduler_type": "linear", "training_config.lr_scheduler_kwargs": {"num_cycles": 1},
     "training_config.optim": "sgd", "training_config.neftune_noise_alpha": 5.0, "training_config.max_steps": 9,
     "training_config.logging_strategy": "epoch", "training_config.log_level": "error", "training_config.report_to": "wandb",
-    "training_config.run_name": "n", "training_config.eval_strategy": "epoch", "training_config.eval_steps": 3,
+    "training_config.run_name": "n", "training_config.eval_strategy": "epoch", "training_config.eval_steps": 50, "training_config.logging_steps": 25,
     "training_config.save_strategy": "epoch", "training_config.early_stopping_patience": 2,
-    "training_config.metric_for_best_model": "loss", "training_config.gradient_checkpointing_kwargs": {},
+    "training_config.metric_for_best_model": "loss", "training_config.save_steps": 200, "training_config.gradient_checkpointing_kwargs": {},
     "training_config.bf16": False, "training_config.fp16": True,
     "peft_config.target_modules": ["o_proj"], "peft_config.bias": "all", "peft_config.modules_to_save": ["lm_head"],
     "peft_config.init_lora_weights": "gaussian", "peft_config.rank_pattern": {"o_proj": 2},
     "peft_config.alpha_pattern": {"o_proj": 2.0}, "peft_config.layers_to_transform": [0], "peft_config.exclude_modules": ["o_proj"],
-    "evaluation.metrics": ["rouge"], "evaluation.confidence": 0.9, "evaluation.dtype": "bfloat16", "evaluation.max_rows": 3,
+    "evaluation.metrics": ["token_loss"], "evaluation.confidence": 0.9, "evaluation.dtype": "bfloat16", "evaluation.max_rows": 3,
     "merge.dtype": "float32", "runtime.device": "cpu", "runtime.attn_implementation": "eager", "runtime.engine": "stock",
 }  # fmt: skip
 
@@ -163,6 +169,7 @@ OTHER: dict[str, Any] = {
 BY_THE_FLOW = {
     "name", "method", "data.source", "data.repo", "data.rev", "data.add", "data.max_quarantined", "base.model",
     "base.revision", "evaluation.samples", "merge.max_kl", "register.model",
+    "gate.lower_is_better",
     "gate.primary", "gate.min_gain", "gate.guards", "gate.confidence", "runtime.store", "runtime.keep",
     "peft_config.task_type",
 }  # fmt: skip
@@ -178,12 +185,23 @@ def leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def jobs_of(recipe: Recipe) -> dict[str, Any]:
-    ref = Ref(stage="s", fingerprint="f", digest="d", uri="", facets=dict.fromkeys(("train", "heldout", "tokenizer", "adapter"), "d"))
+    ref = Ref(
+        stage="s",
+        fingerprint="f",
+        digest="d",
+        uri="",
+        facets=dict.fromkeys(("train", "heldout", "tokenizer", "adapter"), "d"),
+    )
     inputs = {
         "check_dataset": ["dataset"], "tokenize": ["rows", "base"], "train": ["tokens", "base"], "merge": ["base", "adapter"],
         "verify": ["base", "adapter", "merged", "rows"], "evaluate": ["model", "rows"],
     }  # fmt: skip
-    known = {"md5": "0", "source": {}, "origin": {}, "metric_modules": {m: "0" for m in recipe.evaluation.metrics}}
+    known = {
+        "md5": "0.dir",
+        "source": {},
+        "origin": {},
+        "metric_modules": dict.fromkeys(recipe.evaluation.metrics, "0"),
+    }
     return {
         name: make_job(name, recipe, dict.fromkeys(inputs.get(name, []), ref), known).model_dump() for name in STAGES
     }

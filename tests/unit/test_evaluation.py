@@ -121,7 +121,9 @@ def test_batched_answers_are_those_of_one_by_one(phi3, model):
     from loraflow.base.load import load_tokenizer, stop_ids
 
     template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
-    prompts = template.prompt_ids([chat(i)["messages"] for i in (1, 22, 333, 4444)] + [[{"role": "user", "content": "a " * 40}]])
+    prompts = template.prompt_ids(
+        [chat(i)["messages"] for i in (1, 22, 333, 4444)] + [[{"role": "user", "content": "a " * 40}]]
+    )
     options = {"stop_ids": stop_ids(phi3), "max_new_tokens": 12}
     alone = [answer_all(model, tokenizer, [p], batch_size=1, **options)[0] for p in prompts]
     assert answer_all(model, tokenizer, prompts, batch_size=3, **options) == alone

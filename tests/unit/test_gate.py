@@ -38,7 +38,10 @@ def test_the_same_scores_are_no_gain():
 
 
 def test_a_small_gain_on_few_rows_is_undecided():
-    assert gate(table(exact_match=np.array([1.0, 1, 0, 1])), table(exact_match=np.array([1.0, 0, 0, 1]))).verdict == "undecided"
+    assert (
+        gate(table(exact_match=np.array([1.0, 1, 0, 1])), table(exact_match=np.array([1.0, 0, 0, 1]))).verdict
+        == "undecided"
+    )
 
 
 def test_better_than_base_but_worse_than_champion_is_rejected():
@@ -80,10 +83,15 @@ def test_rows_are_joined_by_id_not_by_order():
     rng = np.random.default_rng(0)
     scores = rng.integers(0, 2, 100).astype(float)
     ours, theirs = table(exact_match=scores), table(exact_match=scores)
-    assert gate(ours, theirs.sample(frac=1, random_state=0)).comparisons[0]["lower"] == gate(ours, theirs).comparisons[0]["lower"]
+    assert (
+        gate(ours, theirs.sample(frac=1, random_state=0)).comparisons[0]["lower"]
+        == gate(ours, theirs).comparisons[0]["lower"]
+    )
 
 
-@pytest.mark.parametrize(("wins", "losses", "n"), [(0, 0, 30), (5, 5, 50), (9, 1, 40), (1, 9, 40), (40, 0, 40), (0, 1, 100)])
+@pytest.mark.parametrize(
+    ("wins", "losses", "n"), [(0, 0, 30), (5, 5, 50), (9, 1, 40), (1, 9, 40), (40, 0, 40), (0, 1, 100)]
+)
 def test_tangos_bound_is_where_the_score_test_turns(wins, losses, n):
     """Against a slow, obvious version: walk along the differences and maximise the likelihood on a grid."""
 
@@ -91,7 +99,9 @@ def test_tangos_bound_is_where_the_score_test_turns(wins, losses, n):
         rates = np.linspace(1e-9, (1 - abs(d0)) / 2, 40001)  # the smaller of the two rates of disagreement
         p_win, p_loss = (rates + max(d0, 0), rates + max(-d0, 0))
         rest = np.clip(1 - p_win - p_loss, 1e-300, None)
-        likelihood = wins * np.log(p_win + 1e-300) + losses * np.log(p_loss + 1e-300) + (n - wins - losses) * np.log(rest)
+        likelihood = (
+            wins * np.log(p_win + 1e-300) + losses * np.log(p_loss + 1e-300) + (n - wins - losses) * np.log(rest)
+        )
         best = likelihood.argmax()
         variance = (p_win[best] + p_loss[best] - d0 * d0) / n
         return ((wins - losses) / n - d0) / np.sqrt(variance)
@@ -104,7 +114,10 @@ def test_tangos_bound_is_where_the_score_test_turns(wins, losses, n):
 def test_an_equal_model_is_promoted_in_five_percent_of_cases(n, discordance):
     rng = np.random.default_rng(1)
     promoted = sum(
-        difference_bounds(rng.choice([-1.0, 0.0, 1.0], n, p=[discordance / 2, 1 - discordance, discordance / 2]), 0.95, 0)[1] > 0
+        difference_bounds(
+            rng.choice([-1.0, 0.0, 1.0], n, p=[discordance / 2, 1 - discordance, discordance / 2]), 0.95, 0
+        )[1]
+        > 0
         for _ in range(2000)
     )
     assert promoted / 2000 <= 0.065

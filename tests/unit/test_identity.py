@@ -57,7 +57,10 @@ def test_golden_fingerprints_have_not_moved():
     """A change here makes every store of every user recompute. Do not edit the figures without a decision."""
     job = identity.payload("train", 1, {"base": "0" * 64}, {"r": 16, "lr": 2e-4, "targets": ["qkv_proj"]})
     assert identity.fingerprint(job) == "fcb5e42e52b25d58625e3de8a3c1c55eff9ee42758602e82a563c78ed52e8177"
-    assert identity.digest({"adapter/adapter_model.safetensors": "f" * 64}) == "e86c2f9a8a33a0494e803dc3bbbbab94b9fd75af117a7a24098affbe37754802"
+    assert (
+        identity.digest({"adapter/adapter_model.safetensors": "f" * 64})
+        == "e86c2f9a8a33a0494e803dc3bbbbab94b9fd75af117a7a24098affbe37754802"
+    )
 
 
 def test_comments_and_docstrings_are_no_code():

@@ -151,7 +151,9 @@ launch.run_job(job("sleep"), LocalStore({str(root)!r}))
 
 def test_two_runs_of_one_job_compute_it_once(store):
     one, found = job("fine"), []
-    threads = [threading.Thread(target=lambda: found.append(launch.run_job(one, LocalStore(store.root)))) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda: found.append(launch.run_job(one, LocalStore(store.root)))) for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -87,7 +87,10 @@ def test_marks_of_a_template_are_taken(tmp_path):
     build_tokenizer(tmp_path, marked)
     template = ChatTemplate(tmp_path)
     (one,) = template.encode([CHATS[0]], "assistant")
-    assert template.tokenizer.decode(one.labels[one.labels != IGNORED].tolist(), skip_special_tokens=False) == "a color<|end|>"
+    assert (
+        template.tokenizer.decode(one.labels[one.labels != IGNORED].tolist(), skip_special_tokens=False)
+        == "a color<|end|>"
+    )
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def test_every_document_stands_in_one_row(lengths):
 
 
 def test_as_many_rows_as_trl():
-    from trl.data_utils import _pack_bfd
     import pyarrow as pa
+    from trl.data_utils import _pack_bfd
 
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(60), 0.7, 3000), 1, 256).astype(np.int32)

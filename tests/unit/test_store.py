@@ -25,7 +25,12 @@ def put(store: LocalStore, payload=PAYLOAD, content="hello", **options) -> Ref:
     (staged / "telemetry").mkdir()
     (staged / "telemetry" / "time.json").write_text(str(time.time_ns()))
     return store.commit(
-        staged, payload=payload, inputs={}, summary=Summary(facets={"sub": ["sub/"]}), provenance={"seconds": 1}, **options
+        staged,
+        payload=payload,
+        inputs={},
+        summary=Summary(facets={"sub": ["sub/"]}),
+        provenance={"seconds": 1},
+        **options,
     )
 
 
@@ -230,9 +235,7 @@ def test_a_read_only_store_reads_and_says_so_when_written(tmp_path):
 
 
 def test_gc_keeps_what_is_new_and_stops_while_a_run_reads(store):
-    refs = [
-        put(store, payload=identity.payload("merge", 1, {}, {"x": i}), content=f"model {i}") for i in range(5)
-    ]
+    refs = [put(store, payload=identity.payload("merge", 1, {}, {"x": i}), content=f"model {i}") for i in range(5)]
     for age, ref in enumerate(refs):
         os.utime(store.path(ref), (1000 + age, 1000 + age))
     removed = [path for path, _, _ in collect(store, keep=2)]

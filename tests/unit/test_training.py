@@ -60,7 +60,9 @@ def run(base: Path, shards: Path, folder: Path, report=None, **overrides):
     job = make_job("train", recipe(**overrides), {"tokens": REF, "base": REF})
     train.run(job, Inputs({"tokens": shards, "base": base}), out, report or Progress(work / "progress.jsonl", work))
     curve = [json.loads(line) for line in (out / "telemetry" / "curves.jsonl").read_text().splitlines()]
-    return load_file(out / "adapter" / "adapter_model.safetensors"), {r["step"]: r["loss"] for r in curve if "loss" in r}
+    return load_file(out / "adapter" / "adapter_model.safetensors"), {
+        r["step"]: r["loss"] for r in curve if "loss" in r
+    }
 
 
 @pytest.fixture(scope="module")
@@ -177,13 +179,17 @@ def test_packed_rows_give_each_document_the_loss_that_it_has_alone(base, tmp_pat
     shards = tokenize(base, tmp_path, training_config__packing=True)
     rows = batches.Rows(shards / "train", shards / "packing.parquet")
     assert len(rows) < 30
-    assert sorted(d for i in range(len(rows)) for d in rows.documents[rows.offsets[i] : rows.offsets[i + 1]]) == list(range(30))
+    assert sorted(d for i in range(len(rows)) for d in rows.documents[rows.offsets[i] : rows.offsets[i + 1]]) == list(
+        range(30)
+    )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
 
     def losses(batch):
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         logits = model(**inputs, use_cache=False).logits[:, :-1]
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+        )
 
     with torch.no_grad():
         for i in range(len(rows)):

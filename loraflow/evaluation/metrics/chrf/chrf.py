@@ -16,7 +16,9 @@ class Chrf(evaluate.Metric):
             description="Mean sentence-level chrF, 0 to 100.",
             citation="",
             inputs_description="predictions and references: texts",
-            features=datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")}),
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
         )
 
     def _compute(self, predictions, references):

@@ -19,7 +19,9 @@ class ExactMatch(evaluate.Metric):
             description="Share of answers that equal the reference.",
             citation="",
             inputs_description="predictions and references: texts",
-            features=datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")}),
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
         )
 
     def _compute(self, predictions, references):

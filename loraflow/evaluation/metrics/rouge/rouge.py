@@ -36,7 +36,9 @@ class Rouge(evaluate.Metric):
             description="ROUGE-1/2/L/Lsum F-measures.",
             citation="",
             inputs_description="predictions and references: texts",
-            features=datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")}),
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
         )
 
     def _compute(self, predictions, references):

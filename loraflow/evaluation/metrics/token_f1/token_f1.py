@@ -23,7 +23,7 @@ def score_one(prediction, reference):
     """Return the harmonic mean of precision and recall over words; two texts without words are equal."""
     ours, theirs = words(prediction), words(reference)
     if not ours or not theirs:
-        return float(prediction.strip() == reference.strip() or not ours and not theirs and prediction == reference)
+        return float(prediction.strip() == reference.strip() or (not ours and not theirs and prediction == reference))
     shared = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
     return 2 * shared / (len(ours) + len(theirs))
 
@@ -36,7 +36,9 @@ class TokenF1(evaluate.Metric):
             description="Mean F1 of shared words.",
             citation="",
             inputs_description="predictions and references: texts",
-            features=datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")}),
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
         )
 
     def _compute(self, predictions, references):

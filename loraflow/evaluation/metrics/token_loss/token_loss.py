@@ -14,7 +14,9 @@ class TokenLoss(evaluate.Metric):
             description="Token-weighted negative log-likelihood (nats) and perplexity.",
             citation="",
             inputs_description="predictions: sums of -log p; references: numbers of tokens",
-            features=datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}),
+            features=datasets.Features(
+                {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
+            ),
         )
 
     def _compute(self, predictions, references):

@@ -1,0 +1,118 @@
+"""Merge a Phi-3-mini-shaped checkpoint (7.6 GB): ours, peft and `cp -r` in one run; then every bit compared.
+
+python benchmarks/merge.py [FOLDER]      about 25 GB of disk, 10 GB of memory
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from measure import once, row, several
+
+OURS = """
+import sys; from pathlib import Path; from loraflow.adapters.merge import merge
+print(merge(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])), file=sys.stderr)
+Path(sys.argv[3] + '.json').write_text(__import__('json').dumps(merge.__name__))
+"""
+PEFT = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3], max_shard_size='5GB')
+"""
+
+
+def build(base: Path, adapter: Path) -> None:
+    """Write random weights in Phi-3 mini's shape, in four files, and an adapter of rank 16 on all four projections."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import Phi3Config
+
+    base.mkdir()
+    adapter.mkdir()
+    config = Phi3Config(architectures=["Phi3ForCausalLM"], dtype="bfloat16", tie_word_embeddings=False, pad_token_id=0)
+    config.save_pretrained(base)
+    shapes = {"qkv_proj": ("self_attn", 9216, 3072), "o_proj": ("self_attn", 3072, 3072),
+              "gate_up_proj": ("mlp", 16384, 3072), "down_proj": ("mlp", 3072, 8192)}  # fmt: skip
+    random, lora, index = torch.Generator().manual_seed(0), {}, {}
+    for part in range(4):
+        tensors = {}
+        for layer in range(8 * part, 8 * part + 8):
+            stem = f"model.layers.{layer}"
+            for name, (block, rows, columns) in shapes.items():
+                tensors[f"{stem}.{block}.{name}.weight"] = (
+                    torch.randn(rows, columns, generator=random) * 0.02
+                ).bfloat16()
+                key = f"base_model.model.{stem}.{block}.{name}"
+                lora[f"{key}.lora_A.weight"] = torch.randn(16, columns, generator=random) * 0.02
+                lora[f"{key}.lora_B.weight"] = torch.randn(rows, 16, generator=random) * 0.02
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"{stem}.{norm}.weight"] = torch.ones(3072, dtype=torch.bfloat16)
+        if part == 0:
+            tensors["model.embed_tokens.weight"] = (torch.randn(32064, 3072, generator=random) * 0.02).bfloat16()
+        if part == 3:
+            tensors["lm_head.weight"] = (torch.randn(32064, 3072, generator=random) * 0.02).bfloat16()
+            tensors["model.norm.weight"] = torch.ones(3072, dtype=torch.bfloat16)
+        name = f"model-{part + 1:05d}-of-00004.safetensors"
+        save_file(tensors, base / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, name)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    save_file(lora, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32, "target_modules": sorted(shapes),
+                "bias": "none", "inference_mode": True, "base_model_name_or_path": None}  # fmt: skip
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def compare(ours: Path, theirs: Path) -> tuple[int, int]:
+    """Return (tensors, tensors that differ in a bit), one tensor in memory at a time."""
+    from safetensors import safe_open
+
+    def where(folder: Path) -> dict[str, Path]:
+        found = {}
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                found |= dict.fromkeys(tensors.keys(), file)
+        return found
+
+    one, two = where(ours), where(theirs)
+    assert one.keys() == two.keys(), one.keys() ^ two.keys()
+    different = 0
+    for name in one:
+        with safe_open(one[name], "pt") as a, safe_open(two[name], "pt") as b:
+            different += not a.get_tensor(name).equal(b.get_tensor(name))
+    return len(one), different
+
+
+def main() -> None:
+    """Print the table."""
+    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
+        place = Path(folder)
+        base, adapter = place / "base", place / "adapter"
+        build(base, adapter)
+        row("what", "seconds", "peak MiB", "× cp")
+        outs = [place / f"ours{i}" for i in range(3)]
+        copies, merges = [], []
+        for out in outs:  # in turn, so that both see the same disk
+            copies.append(once(["cp", "-r", str(base), str(place / "copy")])[0])
+            shutil.rmtree(place / "copy")
+            out.mkdir()
+            merges.append(once([sys.executable, "-c", OURS, str(base), str(adapter), str(out)]))
+            if out is not outs[-1]:
+                shutil.rmtree(out)
+        copy, (ours, memory) = sorted(copies)[1], sorted(merges)[1]
+        row("cp -r", copy, 0, 1.0)
+        row("ours, whole process", ours, memory, ours / copy)
+        peft, peft_memory = several([sys.executable, "-c", PEFT, str(base), str(adapter), str(place / "peft")], 1)
+        row("peft merge_and_unload + save_pretrained, whole process", peft, peft_memory, peft / copy)
+        row("peft / ours", peft / ours)
+        tensors, different = compare(outs[-1], place / "peft")
+        print(f"{tensors} tensors compared bit for bit, {different} differ")
+
+
+if __name__ == "__main__":
+    main()
