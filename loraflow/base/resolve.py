@@ -53,6 +53,7 @@ def locate(base: Base, memo: HashMemo) -> dict[str, Any]:
             where="base.model",
             expected="bundled:smollm2, a folder, or a hub id such as microsoft/Phi-3-mini-4k-instruct",
             got=base.model,
+            next_step="mend base.model",
         )
     commit = _commit(base.model, base.revision or "main")
     return {"source": {"hub": base.model, "commit": commit}, "origin": {"hub": base.model, "commit": commit}}

@@ -76,7 +76,8 @@ def main() -> None:
     settle_environment()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what ends at exit ends: prefect's own server
     try:
-        cli.main(standalone_mode=False)
+        code = cli.main(standalone_mode=False)  # a command's own exit status comes back as a value
+        sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

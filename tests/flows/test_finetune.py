@@ -1,5 +1,6 @@
 """The flow on small real parts, through a real Prefect server."""
 
+import contextlib
 import json
 import os
 import re
@@ -35,12 +36,15 @@ def task_states(run_name: str) -> dict[str, list[str]]:
     """Ask Prefect's API for the newest flow run's task runs."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+    from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
 
     with get_client(sync_client=True) as client:
-        runs = sorted(client.read_flow_runs(), key=lambda run: run.expected_start_time)
+        runs = client.read_flow_runs(limit=1, sort=FlowRunSort.EXPECTED_START_TIME_DESC)
         for _ in range(50):  # task runs reach the database a moment later
             tasks = client.read_task_runs(
-                flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[runs[-1].id])), limit=200
+                flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[runs[0].id])),
+                sort=TaskRunSort.EXPECTED_START_TIME_DESC,
+                limit=200,
             )
             if all(task.state.is_final() for task in tasks) and len(tasks) >= 11:
                 break
@@ -320,25 +324,37 @@ def processes_with(text: str) -> list[str]:
     return [row for row in rows if text in row and " Z" not in row and "ps -eo" not in row]
 
 
+def in_session(session: int) -> list[str]:
+    rows = subprocess.run(["ps", "-eo", "sid,stat,args"], capture_output=True, text=True).stdout.splitlines()
+    return [row for row in rows if row.split()[0] == str(session) and not row.split()[1].startswith("Z")]
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_whatever_ends_the_command_leaves_no_worker_and_a_whole_store(place, how):
     command = [sys.executable, "-c", "from loraflow.cli import main; main()", "run", str(place.recipe),
                "--set", "training_config.max_steps=2000", "--set", "training_config.save_steps=5"]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = place.folder / "said.txt"
+    process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
     for _ in range(1200):
         if any('"step": 6' in p.read_text() for p in (place.store / "work" / "train").glob("*/progress.jsonl")):
             break
         time.sleep(0.05)
     else:
         process.kill()
-        raise AssertionError(process.communicate()[0])
+        raise AssertionError(log.read_text())
     process.send_signal(how)
-    said = process.communicate(timeout=60)[0]
+    process.wait(timeout=60)
+    said = log.read_text()
     for _ in range(200):
         if not processes_with(str(place.store / "work")):
             break
         time.sleep(0.1)
     assert processes_with(str(place.store / "work")) == []
+    if how == signal.SIGKILL:  # the server that prefect started for the command has nobody left to end it
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        assert not in_session(process.pid), "not even prefect's server"
     if how == signal.SIGINT:
         assert process.returncode == 130, said
         assert re.search("interrupted; finished stages are kept", said)
