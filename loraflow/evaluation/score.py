@@ -29,9 +29,10 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     chats = [row["messages"] for row in rows]
     template, tokenizer = ChatTemplate(folder), load_tokenizer(folder)
     model = load_model(folder, config["dtype"], job.runtime, trust=config["trust_remote_code"])
-    losses = answer_losses(
-        model, template.encode(chats, "last_assistant"), tokenizer.pad_token_id, job.runtime["eval_batch_size"]
-    )
+    losses = [(0.0, 0)] * len(rows)
+    if "token_loss" in config["metrics"]:  # a forward pass of its own over all rows
+        encoded = template.encode(chats, "last_assistant")
+        losses = answer_losses(model, encoded, tokenizer.pad_token_id, job.runtime["eval_batch_size"])
     report(done=0, total=len(rows))
     answers = answer_all(
         model,

@@ -173,3 +173,33 @@ def test_failures_survive_the_border_between_processes():
     failure = failures.BadData("what", where="w", expected="e", got="g", next_step="n", row=3)
     for copy in (failures.from_dict(failure.to_dict()), pickle.loads(pickle.dumps(failure))):
         assert type(copy) is failures.BadData and str(copy) == str(failure) and copy.details == {"row": 3}
+
+
+def test_a_forced_computation_resumes_as_well(store):
+    one = job("kill-once")
+    with pytest.raises(failures.Killed):
+        launch.run_job(one, store)
+    first = launch.run_job(one, store)
+    with pytest.raises(failures.Killed):  # forced: it begins anew, as if nothing had been computed
+        launch.run_job(one, store, force=True)
+    assert (work_of(store, one) / "attempts").read_text() == "1"
+    assert launch.run_job(one, store, force=True) == first, "its retry goes on with what the forced attempt left"
+
+
+def test_what_watches_cannot_end_what_computes(store):
+    def broken(figures):
+        raise ConnectionError("the server is away")
+
+    assert launch.run_job(job("fine"), store, broken)
+
+
+def test_no_room_on_the_disk_is_said_before_it_begins(store, monkeypatch, tmp_path):
+    import shutil
+    from types import SimpleNamespace
+
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"0" * 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    values = Runtime().model_dump() | {"origin": {"folder": str(tmp_path / "base")}}
+    with pytest.raises(failures.DiskFull, match="more room"):
+        launch.run_job(Job(stage="resolve_base", version=1, config={}, runtime=values), store)

@@ -1,0 +1,92 @@
+"""The command line by hand: exit statuses, and a recipe from somebody's own file."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import chat
+
+
+def loraflow(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "from loraflow.cli import main; main()", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+FOREIGN = {
+    "sharegpt.jsonl": "".join(
+        json.dumps({"conversations": [{"from": "human", "value": f"q {i}"}, {"from": "gpt", "value": f"a {i}"}]}) + "\n"
+        for i in range(60)
+    ),
+    "alpaca.csv": "instruction,input,output\n" + "".join(f'"say, {i}",,answer {i}\n' for i in range(60)),
+    "tickets.jsonl": "".join(json.dumps(chat(i)) + "\n" for i in range(60)) + "{broken\n",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_init_makes_a_recipe_that_plans(tmp_path, phi3, name):
+    mine = tmp_path / "my files"
+    mine.mkdir()
+    (mine / name).write_text(FOREIGN[name])
+    work = tmp_path / "work"
+    work.mkdir()
+    done = loraflow("init", "--data", str(mine / name), "--base", str(phi3), cwd=work)
+    assert done.returncode == 0, done.stderr
+    recipe = f"configs/{Path(name).stem}.yaml"
+    assert (work / "data.dvc").exists() and (work / "data" / name).exists()
+    assert "60 chats" in done.stdout and recipe in done.stdout
+    if name == "tickets.jsonl":
+        assert "tickets.jsonl:61: column 2" in done.stderr
+        assert "primary: field_f1" in (work / recipe).read_text(), "its answers are JSON"
+    plan = loraflow("plan", recipe, "--json", cwd=work)
+    assert plan.returncode == 0, plan.stderr
+    assert [stage["verdict"] for stage in json.loads(plan.stdout)["stages"]].count("runs") == 2
+    again = loraflow("init", "--data", str(mine / name), "--base", str(phi3), cwd=work)
+    assert again.returncode == 2 and "exists already" in again.stderr
+
+
+def test_data_check_names_places_and_fails(tmp_path):
+    (tmp_path / "x.jsonl").write_text(FOREIGN["tickets.jsonl"])
+    done = loraflow("data", "check", "x.jsonl", cwd=tmp_path)
+    assert done.returncode == 1 and "x.jsonl:61" in done.stderr and "61 rows, 1 malformed" in done.stdout
+    (tmp_path / "x.jsonl").write_text(json.dumps(chat(1)) + "\n")
+    assert loraflow("data", "check", "x.jsonl", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["run", "nowhere.yaml"], 2, "no such recipe"),
+        (["plan"], 2, "Missing argument"),
+        (["nonsense"], 2, "No such command"),
+        (["run", "x", "--set", "novalue"], 2, "key=value"),
+        (["show", "abcdef"], 2, "no such run"),
+        (["chat", "champion"], 2, "registry is empty"),
+        (["rollback", "--reason", "x"], 2, "registry is empty"),
+        (["--help"], 0, ""),
+        (["--version"], 0, ""),
+        (["runs"], 0, ""),
+        (["verify", "--deep"], 0, ""),
+    ],
+)
+def test_exit_statuses(tmp_path, arguments, code, says):
+    done = loraflow(*arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_verify_sets_a_damaged_artifact_aside_and_says_so(tmp_path):
+    from loraflow.store import LocalStore
+    from tests.unit.test_store import put
+
+    store = LocalStore(tmp_path / ".loraflow" / "store")
+    old = put(store)
+    new = put(store, content="forced", replace=True)
+    (store.path(new) / "sub" / "a.txt").write_text("FORCED")
+    assert loraflow("verify", cwd=tmp_path).returncode == 0, "sizes are right"
+    done = loraflow("verify", "--deep", cwd=tmp_path)
+    assert done.returncode == 1 and "2 artifacts checked byte by byte, 1 damaged" in done.stdout
+    assert store.verify(old) == [], "what is whole stays"
