@@ -27,6 +27,7 @@ def test_a_short_quickstart_learns_merges_and_answers(tmp_path):
         "evaluation.max_rows=3",
         "evaluation.max_new_tokens=16",
         "merge.verify_prompts=2",
+        "evaluation.metrics=[token_loss, exact_match, json_fields]",
     ]
     sets = [part for one in (*short, f"runtime.store={store}") for part in ("--set", one)]
     done = loraflow("run", "configs/quickstart.yaml", "--json", *sets, home=tmp_path / "prefect")
