@@ -5,9 +5,11 @@ loraflow run configs/quickstart.yaml
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.runtime import flow_run
 
 from flows.pipeline import pipeline
 from tasks.decisions import gate, register
@@ -15,7 +17,11 @@ from tasks.report import publish_report
 from tasks.run import open_run
 
 
-@flow(name="finetune", flow_run_name="{recipe}", validate_parameters=True)
+def _run_name() -> str:
+    return Path(flow_run.parameters["recipe"]).stem
+
+
+@flow(name="finetune", flow_run_name=_run_name, validate_parameters=True)
 def finetune(
     recipe: str = "configs/quickstart.yaml",
     overrides: dict[str, Any] | None = None,

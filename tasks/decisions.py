@@ -16,7 +16,7 @@ from loraflow.store import Ref
 log = logging.getLogger("loraflow")
 
 
-@task(name="gate", cache_policy=NO_CACHE, persist_result=False)
+@task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, persist_result=False)
 def gate(jobs: Jobs, made: Any) -> dict[str, Any]:
     """Decide whether the challenger takes the champion's place: promote, reject, undecided or unchanged."""
     head = jobs.seen  # the head that the walk saw, and whose champion it scored: it may be another one by now
@@ -72,7 +72,7 @@ def _scores(jobs: Jobs, ref: Ref) -> Any:
     return table[table["set"] == "heldout"]
 
 
-@task(name="register", cache_policy=NO_CACHE, persist_result=False)
+@task(name="register", task_run_name="register", cache_policy=NO_CACHE, persist_result=False)
 def register(jobs: Jobs, made: Any, decision: dict[str, Any]) -> int | None:
     """Write a promotion into the log and return its number; nothing for any other verdict.
 

