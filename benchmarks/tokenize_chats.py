@@ -86,11 +86,12 @@ def ours(folder: Path, processes: int, out: Path) -> float:
 def trl(folder: Path, processes: int) -> float:
     """Run trl's preparation of the same rows, without its load. Return its seconds."""
     from accelerate import PartialState
-    from datasets import load_dataset
+    from datasets import disable_caching, load_dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     PartialState()
+    disable_caching()
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     tokenizer.chat_template = MARKED
     data = load_dataset("json", data_files=str(folder / "train.jsonl"), split="train").select_columns(["messages"])
@@ -144,16 +145,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = build(Path(name), rows)
         rates = {}
-        row("what", "processes", "rows/s", "peak MiB")
+        row("what", "processes", "rows/s")
         for what, processes in (("bare", 2), ("ours", 1), ("ours", 2), ("trl", 1), ("trl", 2)):
             found = []
             for _ in range(1 if what == "trl" else 3):
-                _, memory = once([sys.executable, __file__, str(rows), what, str(folder), str(processes)],
+                once([sys.executable, __file__, str(rows), what, str(folder), str(processes)],
                                  {"TOKENIZERS_PARALLELISM": "true" if what == "bare" else "false",
                                   "RAYON_NUM_THREADS": "2" if what == "bare" else "1"})  # fmt: skip
                 found.append(rows / float((folder / "seconds").read_text()))
             rates[what, processes] = sorted(found)[len(found) // 2]
-            row(what, processes, rates[what, processes], memory)
+            row(what, processes, rates[what, processes])
         row("ours / trl, 2 processes", rates["ours", 2] / rates["trl", 2])
         row("ours / bare", rates["ours", 2] / rates["bare", 2])
         same_labels(folder, next(iter(sorted(folder.glob("ours2-*")))))
