@@ -148,8 +148,8 @@ def copy_range(source: int, target: int, size: int, source_offset: int, target_o
     while size:
         try:
             done = os.copy_file_range(source, target, min(size, 2**30), source_offset, target_offset)
-        except OSError as error:
-            if error.errno == 28:  # a full disk is a full disk by either way
+        except (OSError, AttributeError) as error:  # AttributeError: macOS has no such call
+            if getattr(error, "errno", None) == 28:  # a full disk is a full disk by either way
                 raise
             buffer = memoryview(bytearray(min(size, 8 * 2**20)))
             read_all(source, buffer, source_offset)
