@@ -123,8 +123,12 @@ def _compute(
 
 
 def _halve(job: Job, failure: failures.OutOfMemory) -> Job:
-    """Return the job with half the micro-batch: the same result, in more and smaller steps."""
-    field = STAGES[job.stage].micro_batch
+    """Return the job with what the stage proposes instead, or half the micro-batch: the same result in smaller steps."""
+    instead = failure.details.get("instead")
+    if instead:
+        log.warning("%s ran out of memory; again with %s", job.stage, instead)
+        return job.model_copy(update={"runtime": {**job.runtime, **instead}})
+    field = STAGES[job.stage].micro_batch if instead is None else None
     if field is None:
         raise failure
     now = job.runtime.get(field) or job.runtime.get("training_config", {}).get("per_device_train_batch_size", 1)

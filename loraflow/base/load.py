@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def pick_attention(runtime: dict[str, Any], device: str, dtype: str = "bfloat16"
     from importlib.util import find_spec
 
     wanted = runtime.get("attn_implementation", "auto")
+    if wanted in ("varlen", "fa3", "fa4"):  # kernels of training, for documents end to end
+        wanted = "auto"
     if wanted == "flash_attention_2" and (device != "cuda" or find_spec("flash_attn") is None):
         raise MissingExtra(
             "flash_attention_2 needs CUDA and the package flash-attn.",
@@ -53,6 +56,7 @@ def load_model(
     *,
     quantization: dict[str, Any] | None = None,
     trust: bool = False,
+    attention: str | None = None,
 ) -> Any:
     """Load a causal language model.
 
@@ -62,6 +66,7 @@ def load_model(
         runtime: device and attention.
         quantization: `{"double": bool}` for NF4 weights.
         trust: run Python code that comes with the model.
+        attention: transformers' name of it; default is what the runtime says.
 
     Raises:
         MissingExtra: NF4 without CUDA or bitsandbytes.
@@ -80,14 +85,14 @@ def load_model(
         )
     options: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
-        "attn_implementation": pick_attention(runtime, device, dtype),
+        "attn_implementation": attention or pick_attention(runtime, device, dtype),
         "trust_remote_code": trust,
     }
     if quantization is not None:
         options["quantization_config"] = _nf4(device, dtype, quantization["double"])
     if device == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each padded shape: steps of seconds on Hopper
-        options["device_map"] = {"": 0}
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     return model.eval()
 

@@ -3,11 +3,18 @@
 A row is one document, or, packed, several. The order is one permutation of all rows for each epoch, drawn from seed
 and epoch alone; every optimizer step takes the next `global_batch` rows of it. So a resumed run, another micro-batch
 or another number of devices sees the same rows in the same steps.
+
+A step's rows reach the model as micro-batches, in one of two layouts:
+
+- flat: one line of tokens, documents end to end, of a few fixed lengths, so that compiled code never compiles again.
+  Attention is told where documents begin (`cu_seq_lens`). What fits into the token budget goes in at once.
+- grid: a row each, padded to the longest, for attention that needs a mask.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +23,54 @@ import numpy as np
 from loraflow.data.mask import IGNORED
 from loraflow.data.packing import documents_of_rows
 
+Document = tuple[np.ndarray, np.ndarray]  # ids, labels
+ROUND = 64  # tokens; lengths of flat micro-batches are multiples of it
+SHAPES = 4  # fixed lengths of flat micro-batches where rows are not packed
+
 
 class Rows:
-    """The rows of a tokenized set."""
+    """The rows of a tokenized set, read where they lie on disk."""
 
     def __init__(self, folder: Path, packing: Path | None = None):
-        from datasets import load_from_disk
+        import pyarrow as pa
 
-        self.data = load_from_disk(str(folder)).with_format("numpy")
+        files = sorted(folder.glob("*.arrow"))
+        columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for file in files:
+            for batch in pa.ipc.open_stream(pa.memory_map(str(file))):
+                ids, labels = batch.column("input_ids"), batch.column("labels")
+                columns.append(
+                    (ids.flatten().to_numpy(), labels.flatten().to_numpy(), np.diff(ids.offsets.to_numpy()))
+                )
+        self._ids, self._labels = [one[0] for one in columns], [one[1] for one in columns]
+        self.lengths = np.concatenate([one[2] for one in columns]) if columns else np.empty(0, np.int32)
+        counts = [len(one[2]) for one in columns]
+        self._batch = np.repeat(np.arange(len(counts)), counts)
+        self._start = np.concatenate([np.cumsum(one[2]) - one[2] for one in columns]) if columns else np.empty(0, int)
         self.row_length: int | None = None  # packed rows are all padded to the longest, so that shapes never change
         if packing is not None:
             import pyarrow.parquet as pq
 
             plan = pq.read_table(packing)["row"].to_numpy()
             self.documents, self.offsets = documents_of_rows(plan)
-            self.row_length = int(np.bincount(plan, weights=self.data["length"][:]).max())
+            self.row_length = int(np.bincount(plan, weights=self.lengths).max())
         else:
-            self.documents, self.offsets = np.arange(len(self.data)), np.arange(len(self.data) + 1)
+            self.documents, self.offsets = np.arange(len(self.lengths)), np.arange(len(self.lengths) + 1)
+        #: tokens of each row
+        self.tokens = np.add.reduceat(self.lengths[self.documents], self.offsets[:-1]) if len(self) else self.lengths
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def __getitem__(self, row: int) -> list[Document]:
         """Return a row's documents as (ids, labels)."""
-        documents = self.documents[self.offsets[row] : self.offsets[row + 1]]
-        found = self.data[documents.tolist()]
-        return [
-            (np.asarray(ids), np.asarray(labels))
-            for ids, labels in zip(found["input_ids"], found["labels"], strict=True)
-        ]
+        return [self.document(int(one)) for one in self.documents[self.offsets[row] : self.offsets[row + 1]]]
+
+    def document(self, number: int) -> Document:
+        """Return a document as (ids, labels), views of the file."""
+        start, batch = self._start[number], self._batch[number]
+        end = start + self.lengths[number]
+        return self._ids[batch][start:end], self._labels[batch][start:end]
 
 
 def steps_of(rows: int, global_batch: int, epochs: float, max_steps: int) -> tuple[int, int]:
@@ -64,8 +90,203 @@ def micro_batch(global_batch: int, wanted: int) -> int:
     return max(n for n in range(1, min(wanted, global_batch) + 1) if global_batch % n == 0)
 
 
+@dataclass(frozen=True)
+class Flat:
+    """Fixed lengths of flat micro-batches, ascending, with the number of documents that each leaves room for."""
+
+    shapes: tuple[int, ...]
+    longest: int  # tokens of the longest document; a constant, or compiled code would compile again
+
+    def fit(self, tokens: int) -> int:
+        """Return the smallest length that holds so many tokens."""
+        return next(shape for shape in self.shapes if shape >= tokens)
+
+
+def flat_layout(rows: Rows, steps: np.ndarray, budget: int, devices: int = 1) -> Flat:
+    """Choose the lengths of flat micro-batches.
+
+    Args:
+        rows: the set.
+        steps: rows of each optimizer step, [steps, global batch].
+        budget: tokens that memory has room for at a time.
+        devices: among which the micro-batches of a step are dealt out.
+    """
+    longest = int(rows.lengths.max())
+    most = int(rows.tokens[steps].sum(1).max())
+    if rows.row_length is not None:
+        at_once = max(1, min(budget // rows.row_length, math.ceil(steps.shape[1] / devices)))
+        count = math.ceil(steps.shape[1] / at_once / devices) * devices
+        return Flat((_up(math.ceil(steps.shape[1] / count) * rows.row_length),), longest)
+    count = math.ceil(most / max(budget, longest) / devices) * devices
+    # A twentieth of room: documents are dealt into micro-batches whole.
+    full = _up(max(int(rows.tokens[steps].max()), math.ceil(most / count * (1.05 if count > 1 else 1.0))))
+    return Flat(tuple(sorted({_up(math.ceil(full * k / SHAPES)) for k in range(1, SHAPES + 1)})), longest)
+
+
+def _up(tokens: int) -> int:
+    return -(-tokens // ROUND) * ROUND
+
+
+def deal(tokens: np.ndarray, capacity: int) -> list[list[int]]:
+    """Deal rows of so many tokens into as few micro-batches as first-fit-decreasing finds; return their places."""
+    bins: list[tuple[int, list[int]]] = []
+    for place in np.argsort(-tokens, kind="stable").tolist():
+        size = int(tokens[place])
+        for at, (room, places) in enumerate(bins):
+            if size <= room:
+                bins[at] = (room - size, [*places, place])
+                break
+        else:
+            bins.append((capacity - size, [place]))
+    return [sorted(places) for _, places in bins]
+
+
+class Steps:
+    """The optimizer steps of a run as a dataset: item i is what one device needs for step i.
+
+    An item holds `micro`, the device's micro-batches; `learned`, the number of learned tokens of the whole step, on
+    all devices; `tokens`, those of the step without padding.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        steps: np.ndarray,
+        layout: Flat | int,
+        pad_id: int,
+        *,
+        seed: int = 0,
+        dropout: bool = False,
+        rank: int = 0,
+        devices: int = 1,
+    ):
+        self.rows, self.steps, self.layout, self.pad_id = rows, steps, layout, pad_id
+        self.seed, self.dropout, self.rank, self.devices = seed, dropout, rank, devices
+        self.entries: dict[int, int] = {}  # length of a micro-batch → room for documents, whatever step it is of
+        if isinstance(layout, Flat):
+            self._reserve(layout)
+
+    def _reserve(self, layout: Flat) -> None:
+        documents = np.diff(self.rows.offsets)
+        for step in range(len(self.steps)):
+            for places in self._dealt(step):
+                chosen = self.steps[step][places]
+                used = int(self.rows.tokens[chosen].sum())
+                shape = layout.fit(used)
+                here = int(documents[chosen].sum()) + math.ceil((shape - used) / layout.longest)
+                self.entries[shape] = max(self.entries.get(shape, 0), here)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def _dealt(self, step: int) -> list[list[int]]:
+        """Return the places of a step's micro-batches, for all devices, in an order that is the same everywhere."""
+        if isinstance(self.layout, Flat):
+            return deal(self.rows.tokens[self.steps[step]], self.layout.shapes[-1])
+        width = len(self.steps[step])
+        return [list(range(at, min(at + self.layout, width))) for at in range(0, width, self.layout)]
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        """Return a step's item."""
+        chosen = self.steps[step]
+        micro = []
+        for places in self._dealt(step)[self.rank :: self.devices]:
+            documents = [self.rows[int(chosen[place])] for place in places]
+            keys = [self._keys(step, place, int(self.rows.tokens[chosen[place]])) for place in places]
+            micro.append(self._batch(documents, keys if self.dropout else None))
+        learned = sum(
+            int((labels[1:] != IGNORED).sum()) for row in chosen.tolist() for _, labels in self.rows[int(row)]
+        )
+        return {"micro": micro, "learned": learned, "tokens": int(self.rows.tokens[chosen].sum())}
+
+    def _batch(self, rows: list[list[Document]], keys: list[np.ndarray] | None) -> dict[str, Any]:
+        if isinstance(self.layout, Flat):
+            tokens = self.layout.fit(sum(len(ids) for row in rows for ids, _ in row))
+            batch = flat(rows, tokens, self.entries[tokens] + 1, self.layout.longest, self.pad_id)
+            where = [slice(0, sum(map(len, keys)))] if keys is not None else []
+            flat_keys = [np.concatenate(keys)] if keys is not None else []
+        else:
+            length = self.rows.row_length
+            batch = with_targets(packed(rows, length, self.pad_id) if length else padded(rows, self.pad_id))
+            width = batch["input_ids"].shape[1]
+            where = [slice(i * width, i * width + len(one)) for i, one in enumerate(keys or [])]
+            flat_keys = keys or []
+        if keys is not None:
+            import torch
+
+            whole = np.zeros(batch["input_ids"].numel(), np.int32)
+            for place, one in zip(where, flat_keys, strict=True):
+                whole[place] = one
+            batch["token_keys"] = torch.from_numpy(whole)
+        return batch
+
+    def _keys(self, step: int, place: int, tokens: int) -> np.ndarray:
+        """Return a number for each token of a row, from seed, step, the row's place and the token's place in it."""
+        at = np.arange(tokens, dtype=np.uint64) + np.uint64(place << 32)
+        return (mixed(at ^ mixed(np.array([(self.seed << 32) ^ step], np.uint64))) >> np.uint64(32)).astype(np.int32)
+
+
+def mixed(values: np.ndarray) -> np.ndarray:
+    """Mix 64-bit numbers so that neighbours have nothing in common (the finalizer of splitmix64, Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        values = values + np.uint64(0x9E3779B97F4A7C15)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))
+
+
+def flat(rows: list[list[Document]], tokens: int, entries: int, longest: int, pad_id: int) -> dict[str, Any]:
+    """Return documents end to end, padded to `tokens` by documents of padding that nothing learns from.
+
+    Returns:
+        input_ids and position_ids [1, tokens]; cu_seq_lens_q and _k [entries], where documents begin, the rest of it
+        `tokens`; max_length_q and _k, the longest; loss_index and targets [learned], the positions that predict a
+        learned token, and that token.
+    """
+    import torch
+
+    ids, positions = np.full(tokens, pad_id, np.int64), np.zeros(tokens, np.int64)
+    begins, index, targets = [0], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    at = 0
+    for document, labels in (one for row in rows for one in row):
+        end = at + len(document)
+        ids[at:end], positions[at:end] = document, np.arange(len(document))
+        learned = np.flatnonzero(labels[1:] != IGNORED)
+        index.append(learned + at)
+        targets.append(labels[1:][learned].astype(np.int64))
+        begins.append(end)
+        at = end
+    while at < tokens:
+        end = min(at + longest, tokens)
+        positions[at:end] = np.arange(end - at)
+        begins.append(end)
+        at = end
+    borders = torch.from_numpy(np.array(begins + [tokens] * (entries - len(begins)), np.int32))
+    return {
+        "input_ids": torch.from_numpy(ids)[None],
+        "position_ids": torch.from_numpy(positions)[None],
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "loss_index": torch.from_numpy(np.concatenate(index)),
+        "targets": torch.from_numpy(np.concatenate(targets)),
+    }
+
+
+def with_targets(batch: dict[str, Any]) -> dict[str, Any]:
+    """Replace a grid's labels by the positions, in its flattened form, that predict a learned token, and that token."""
+    import torch
+
+    labels = batch.pop("labels")
+    shifted = torch.full_like(labels, IGNORED)
+    shifted[:, :-1] = labels[:, 1:]
+    index = (shifted.flatten() != IGNORED).nonzero()[:, 0]
+    return {**batch, "loss_index": index, "targets": shifted.flatten()[index]}
+
+
 class Collator:
-    """Rows to tensors. Validation rows are marked, and never packed."""
+    """Rows to padded or packed grids with labels, as trl's own trainer wants them. Validation rows are never packed."""
 
     def __init__(self, train: Rows, validation: Rows | None, pad_id: int):
         self.train, self.validation, self.pad_id = train, validation, pad_id
@@ -78,7 +299,7 @@ class Collator:
         return packed(rows, source.row_length, self.pad_id) if source.row_length else padded(rows, self.pad_id)
 
 
-def padded(rows: list[list[tuple[np.ndarray, np.ndarray]]], pad_id: int) -> dict[str, Any]:
+def padded(rows: list[list[Document]], pad_id: int) -> dict[str, Any]:
     """Return one document a row, padded on the right to the longest."""
     import torch
 
@@ -95,7 +316,7 @@ def padded(rows: list[list[tuple[np.ndarray, np.ndarray]]], pad_id: int) -> dict
     }
 
 
-def packed(rows: list[list[tuple[np.ndarray, np.ndarray]]], row_length: int, pad_id: int) -> dict[str, Any]:
+def packed(rows: list[list[Document]], row_length: int, pad_id: int) -> dict[str, Any]:
     """Return several documents a row, all rows of one length; position ids start anew at each document.
 
     Attention stays inside a document: transformers reads the borders from the position ids where there is no mask.

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from loraflow.failures import NonFiniteLoss, Preempted
 from loraflow.job import Progress
 from loraflow.training.checkpoints import seal
+from loraflow.training.devices import Group
 
 
 class Curves(TrainerCallback):
@@ -80,12 +81,18 @@ class Guard(TrainerCallback):
 
 
 class Sealer(TrainerCallback):
-    """Make each checkpoint trustworthy once it is written."""
+    """Make each checkpoint trustworthy once it is written, by all devices."""
+
+    def __init__(self, group: Group):
+        self.group = group
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Check the adapter for bad numbers, then write the list of hashes."""
         refuse_bad_numbers(model, state.global_step)
-        seal(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+        self.group.wait()
+        if self.group.first:
+            seal(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+        self.group.wait()
 
 
 class Stopper(TrainerCallback):

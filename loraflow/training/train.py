@@ -17,6 +17,7 @@ from typing import Any
 from loraflow.failures import BadConfig, MissingExtra
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
+from loraflow.training.engine import Engine, answers_to_out_of_memory
 
 log = logging.getLogger(__name__)
 _TRACKERS = {
@@ -34,15 +35,12 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     Raises:
         BadConfig: a target module matches nothing, or the hardware cannot do the precision.
         NonFiniteLoss: the loss became NaN or infinite.
+        OutOfMemory: it says what to try instead.
         Preempted: asked to end; a checkpoint was saved.
     """
-    from transformers import EarlyStoppingCallback
-
-    from loraflow.adapters.inject import check_reach, check_targets, lora_config
-    from loraflow.base.load import load_model, load_tokenizer, pick_attention, pick_device
-    from loraflow.training import batches, callbacks
+    from loraflow.base.load import load_tokenizer
+    from loraflow.training import batches, callbacks, devices
     from loraflow.training.checkpoints import newest_whole
-    from loraflow.training.trainer import OrderedTrainer
 
     config, runtime = job.config, job.runtime
     training = {**runtime["training_config"], **config["training_config"]}
@@ -51,66 +49,50 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     figures = json.loads((inputs["tokens"] / "report.json").read_text(encoding="utf-8"))["figures"]
     packing = inputs["tokens"] / "packing.parquet"
     train = batches.Rows(inputs["tokens"] / "train", packing if packing.exists() else None)
-    validation = batches.Rows(inputs["tokens"] / "validation") if (inputs["tokens"] / "validation").exists() else None
-
+    validation = None
+    if (inputs["tokens"] / "validation").exists() and training.get("eval_strategy", "no") != "no":
+        validation = batches.Rows(inputs["tokens"] / "validation")
     steps, per_epoch = batches.steps_of(
         len(train), training["global_batch"], training["num_train_epochs"], training["max_steps"]
     )
-    rows_a_time = batches.micro_batch(
-        training["global_batch"], runtime.get("micro_batch") or training["per_device_train_batch_size"]
-    )
-    order = batches.row_order(len(train), steps * training["global_batch"], training["seed"])
-
-    base = config["base"]
-    quantization = {"double": base["double_quantization"]} if base["quantization"] else None
-    if train.row_length and pick_attention(runtime, pick_device(runtime), base["dtype"]) == "flash_attention_2":
-        # transformers sees the borders of packed documents in one row at a time only; sdpa gets a mask for all.
-        runtime = {**runtime, "attn_implementation": "sdpa"}
-    model = load_model(
-        inputs["base"], base["dtype"], runtime, quantization=quantization, trust=base["trust_remote_code"]
-    )
-    model.config.use_cache = runtime.get("use_cache", False)
-    check_targets(model, config["peft_config"])
-    check_reach(model, config["peft_config"])
-    tokenizer = load_tokenizer(inputs["base"])
-
+    group = devices.join()
     checkpoints = report.work / "checkpoints"
-    resume = newest_whole(checkpoints)
-    resumed_at = int(resume.name.split("-")[1]) if resume else 0
-    log.info("%d rows, %d steps of %d rows, %d at a time, from step %d",
-             len(train), steps, training["global_batch"], rows_a_time, resumed_at)  # fmt: skip
+    found = group.agree(newest_whole(checkpoints) if group.first else None)
+    resumed_at = int(found.name.split("-")[1]) if found else 0
     curves, stopper = report.work / "curves.jsonl", callbacks.Stopper()
     tokens_per_step = figures["train_tokens"] / len(train) * training["global_batch"]
-    extra = (
-        [EarlyStoppingCallback(training["early_stopping_patience"])] if training.get("early_stopping_patience") else []
+    watching: list[Any] = []
+    if group.first:
+        watching += [callbacks.Curves(curves, resumed_at), callbacks.Reporter(report, steps, tokens_per_step)]
+    watching += [callbacks.Guard(), callbacks.Sealer(group), stopper]
+    if training.get("early_stopping_patience"):
+        watching.append(_early_stopping(training["early_stopping_patience"], found))
+    run = Engine(
+        base=inputs["base"],
+        config=config,
+        training=training,
+        runtime=runtime,
+        rows=train,
+        validation=validation,
+        order=batches.row_order(len(train), steps * training["global_batch"], training["seed"]),
+        group=group,
+        stopper=stopper,
+        callbacks=watching,
+        tokenizer=load_tokenizer(inputs["base"]),
+        arguments=lambda **own: _arguments(training, steps, per_epoch, checkpoints, runtime, report.work, **own),
     )
-    if extra and resume:
-        _restore_patience(extra[0], resume)
-    trainer = OrderedTrainer(
-        model=model,
-        args=_arguments(training, steps, per_epoch, rows_a_time, checkpoints, runtime, report.work),
-        train_rows=order,
-        validation_rows=len(validation)
-        if validation is not None and training.get("eval_strategy", "no") != "no"
-        else 0,
-        collator=batches.Collator(train, validation, tokenizer.pad_token_id),
-        processing_class=tokenizer,
-        engine=runtime.get("engine", "fast"),
-        peft_config=lora_config(config["peft_config"]),
-        callbacks=[
-            callbacks.Curves(curves, resumed_at),
-            callbacks.Reporter(report, steps, tokens_per_step),
-            callbacks.Guard(),
-            callbacks.Sealer(),
-            stopper,
-            *extra,
-        ],
-    )
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    log.info("%d trainable parameters of %d", trainable, sum(p.numel() for p in trainer.model.parameters()))
-    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with answers_to_out_of_memory(run):
+        trainer = run.trainer()
+        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        log.info("%d rows, %d steps of %d, from step %d; %d trainable parameters of %d; %s",
+                 len(train), steps, training["global_batch"], resumed_at, trainable,
+                 sum(p.numel() for p in trainer.model.parameters()), run.said)  # fmt: skip
+        result = trainer.train(resume_from_checkpoint=str(found) if found else None)
     stopper.raise_if_asked(trainer.state.global_step)
     callbacks.refuse_bad_numbers(trainer.model, steps)
+    group.wait()
+    if not group.first:
+        return Summary()
 
     _save_adapter(trainer.model, out / "adapter")
     (out / "training.json").write_text(
@@ -119,6 +101,8 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     )  # fmt: skip
     (out / "telemetry").mkdir()
     shutil.copyfile(curves, out / "telemetry" / "curves.jsonl")
+    engine = {**run.said, "devices": group.size, "peak_gib": _peak_gib()}
+    (out / "telemetry" / "engine.json").write_text(json.dumps(engine, indent=1) + "\n")
     if (report.work / "tracker").exists():
         shutil.copytree(report.work / "tracker", out / "telemetry" / "tracker")
     losses = [row["loss"] for line in curves.read_text().splitlines() if "loss" in (row := json.loads(line))]
@@ -131,10 +115,25 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
             "last_loss": losses[-1] if losses else None,
             "mean_loss_of_last_attempt": result.training_loss,
             "resumed_at": resumed_at,
-            "micro_batch": rows_a_time,
         },
         facets={"adapter": ["adapter/"]},
     )
+
+
+def _peak_gib() -> float | None:
+    import torch
+
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None
+
+
+def _early_stopping(patience: int, checkpoint: Path | None) -> Any:
+    """Return transformers' callback, with what it had counted given back: the trainer forgets it on resume."""
+    from transformers import EarlyStoppingCallback
+
+    callback = EarlyStoppingCallback(patience)
+    if checkpoint is not None:
+        _restore_patience(callback, checkpoint)
+    return callback
 
 
 def _restore_patience(callback: Any, checkpoint: Path) -> None:
@@ -149,10 +148,10 @@ def _arguments(
     training: dict[str, Any],
     steps: int,
     per_epoch: int,
-    rows: int,
     checkpoints: Path,
     runtime: dict[str, Any],
     work: Path,
+    **own: Any,
 ) -> Any:
     """Return trl's SFTConfig. Epochs become steps: the trainer sees one long epoch, in an order of our own."""
     import os
@@ -174,10 +173,13 @@ def _arguments(
             next_step="set training_config.optim to adamw_torch",
         )
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(work / "tracker")
-    own = {"global_batch", "num_train_epochs", "max_steps", "per_device_train_batch_size", "early_stopping_patience"}
-    own |= {"gradient_accumulation_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps"}
-    own |= {"logging_strategy", "logging_steps", "warmup_steps", "log_level", "save_total_limit"}
-    values = {key: value for key, value in training.items() if key not in own}
+    ours = {"global_batch", "num_train_epochs", "max_steps", "per_device_train_batch_size", "early_stopping_patience"}
+    ours |= {"gradient_accumulation_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps"}
+    ours |= {"logging_strategy", "logging_steps", "warmup_steps", "log_level", "save_total_limit"}
+    ours |= {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
+    values = {key: value for key, value in training.items() if key not in ours}
+    if values["optim"] == "adamw_torch" and device == "cuda" and runtime.get("engine", "fast") == "fast":
+        values["optim"] = "adamw_torch_fused"  # the same sums in one kernel
     warmup = training["warmup_steps"]
     return SFTConfig(
         **values,
@@ -186,8 +188,6 @@ def _arguments(
         **_cadence("eval", training, per_epoch, steps),
         output_dir=str(checkpoints),
         max_steps=steps,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=training["global_batch"] // rows,
         warmup_steps=int(warmup) if warmup >= 1 else math.ceil(warmup * steps),
         log_level=training["log_level"],
         logging_nan_inf_filter=False,  # a NaN must be seen, not averaged away
@@ -200,6 +200,7 @@ def _arguments(
         push_to_hub=False,
         # The trainer removes an old checkpoint before the new one is sealed, so that one whole one must remain.
         save_total_limit=max(2, training["save_total_limit"]) if training["save_total_limit"] else None,
+        **own,
     )
 
 

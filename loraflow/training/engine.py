@@ -1,0 +1,287 @@
+"""How a training runs on this machine: attention, precision, what goes into memory at a time, what is compiled.
+
+Every choice is said once, with its reason, and kept in the artifact's telemetry. None of it is part of identity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loraflow.failures import BadConfig, OutOfMemory
+from loraflow.training import batches, memory
+from loraflow.training.attention import Attention, choose
+from loraflow.training.devices import Group
+
+log = logging.getLogger(__name__)
+
+# Compiling took 10 s with a warm cache and 30 s without; a token then takes 15 µs less (one H100, Phi-3 mini).
+WORTH_COMPILING = 2_000_000  # tokens of a run
+
+
+@dataclass
+class Engine:
+    """One training on one machine. `trainer` builds it."""
+
+    base: Path
+    config: dict[str, Any]  # the job's
+    training: dict[str, Any]  # training_config, its runtime part included
+    runtime: dict[str, Any]
+    rows: batches.Rows
+    validation: batches.Rows | None
+    order: np.ndarray
+    group: Group
+    stopper: Any
+    callbacks: list[Any]
+    tokenizer: Any
+    arguments: Callable[..., Any]  # the trainer's, given what the engine decides
+    said: dict[str, Any] = field(default_factory=dict)
+
+    def trainer(self) -> Any:
+        """Load the base, put the adapter in, and return the trainer."""
+        from transformers import AutoConfig
+
+        from loraflow.base.load import pick_device
+
+        base, device = self.config["base"], pick_device(self.runtime)
+        model_config = AutoConfig.from_pretrained(self.base, trust_remote_code=base["trust_remote_code"])
+        fast = self.runtime.get("engine", "fast") == "fast"
+        attention = choose(self.runtime, device, self._computes_in(), model_config)
+        if attention.flat and not fast:  # trl's collator pads, or packs behind position ids: sdpa gets a mask for both
+            attention = Attention("sdpa", False, "sdpa", "the stock engine's rows are padded")
+        model = self._load(attention, device)
+        if fast and not self._head_is_plain(model):
+            log.info("the loss is left to trl: this model's logits are more than its head's product")
+            fast = False
+        self.said |= {"engine": "fast" if fast else "stock", "attention": attention.kernel, "attention_why": attention.why}
+        self.said |= {"device": _device_name(device), "dtype": self._computes_in()}
+        return self._fast(model, attention, device) if fast else self._stock(model)
+
+    def _load(self, attention: Attention, device: str) -> Any:
+        from loraflow.adapters.inject import check_reach, check_targets
+        from loraflow.base.load import load_model
+
+        base = self.config["base"]
+        nf4 = {"double": base["double_quantization"]} if base["quantization"] == "nf4" else None
+        if base["quantization"] == "fp8":
+            _refuse_fp8(device, self._computes_in(), self.runtime.get("engine", "fast"))
+        model = load_model(
+            self.base, base["dtype"], self.runtime, quantization=nf4, trust=base["trust_remote_code"],
+            attention=attention.implementation,
+        )  # fmt: skip
+        model.config.use_cache = self.runtime.get("use_cache", False)
+        check_targets(model, self.config["peft_config"])
+        check_reach(model, self.config["peft_config"])
+        return model
+
+    @staticmethod
+    def _head_is_plain(model: Any) -> bool:
+        from loraflow.base.load import head_is_plain
+
+        text = model.config.get_text_config()
+        routed = getattr(text, "output_router_logits", False) or getattr(text, "num_local_experts", 0)
+        return head_is_plain(model) and not routed
+
+    def _computes_in(self) -> str:
+        """Return the dtype of products: the base's, or autocast's where that is another one."""
+        if self.training["bf16"]:
+            return "bfloat16"
+        return "float16" if self.training["fp16"] else str(self.config["base"]["dtype"])
+
+    # -- stock -------------------------------------------------------------------------------------------------------
+
+    def _stock(self, model: Any) -> Any:
+        from loraflow.adapters.inject import lora_config
+        from loraflow.training.trainer import StockTrainer
+
+        wanted = self.runtime.get("micro_batch") or self.training["per_device_train_batch_size"]
+        share = max(1, self.training["global_batch"] // self.group.size)
+        if share * self.group.size != self.training["global_batch"]:
+            raise BadConfig(
+                "The stock engine needs a global batch that its devices divide.", where="runtime.devices",
+                expected=f"a divisor of {self.training['global_batch']}", got=str(self.group.size),
+                next_step="set runtime.engine to fast",
+            )  # fmt: skip
+        rows = batches.micro_batch(share, wanted)
+        self.said |= {"rows_at_once": rows}
+        return StockTrainer(
+            model=model,
+            args=self.arguments(
+                per_device_train_batch_size=rows,
+                gradient_accumulation_steps=share // rows,
+                gradient_checkpointing=self.training["gradient_checkpointing"] is not False,
+                gradient_checkpointing_kwargs=self.training["gradient_checkpointing_kwargs"],
+            ),
+            train_rows=self.order,
+            validation_rows=len(self.validation) if self.validation is not None else 0,
+            collator=batches.Collator(self.rows, self.validation, self.tokenizer.pad_token_id),
+            processing_class=self.tokenizer,
+            peft_config=lora_config(self.config["peft_config"]),
+            callbacks=self.callbacks,
+        )
+
+    # -- fast --------------------------------------------------------------------------------------------------------
+
+    def _fast(self, model: Any, attention: Attention, device: str) -> Any:
+        import torch
+
+        from loraflow.adapters.inject import lora_config
+        from loraflow.training.lora import accelerate_loras, to_fp8
+        from loraflow.training.trainer import FastTrainer, compile_layers
+
+        steps = self.order.reshape(-1, self.training["global_batch"])
+        fit = self._fit(model, attention, device, steps)
+        base_dtype, computes = getattr(torch, self.config["base"]["dtype"]), getattr(torch, self._computes_in())
+        trainer = FastTrainer(
+            model=model,
+            args=self.arguments(
+                per_device_train_batch_size=1,
+                gradient_accumulation_steps=1,
+                gradient_checkpointing=False,
+                activation_offloading=fit.recompute == "offload",
+            ),
+            steps=self._steps(self.rows, steps, self._layout(self.rows, steps, attention, fit), trains=True),
+            validation=self._validation(attention, fit),
+            group=self.group,
+            stopper=self.stopper,
+            autocast=computes if computes != base_dtype else None,
+            processing_class=self.tokenizer,
+            peft_config=lora_config(self.config["peft_config"]),
+            callbacks=self.callbacks,
+        )
+        for parameter in trainer.trained:  # trl casts a quantized base's adapter to 16 bits, where small steps are lost
+            parameter.data = parameter.data.float()
+        if trainer.autocast_dtype is None:
+            trainer.loras = accelerate_loras(trainer.model, base_dtype)
+        if self.config["base"]["quantization"] == "fp8":
+            to_fp8(trainer.loras)
+        self._recompute(trainer, fit)
+        compiled = compile_layers(trainer) if self._compiles(device, attention) else 0
+        self.said |= {"tokens_at_once": fit.tokens, "recompute": fit.recompute, "recompute_why": fit.why,
+                      "layers_recomputed": fit.share, "fast_loras": len(trainer.loras), "compiled_layers": compiled}  # fmt: skip
+        return trainer
+
+    def _steps(self, rows: batches.Rows, steps: np.ndarray, layout: Any, *, trains: bool) -> batches.Steps:
+        drops = trains and self.config["peft_config"]["lora_dropout"] > 0
+        return batches.Steps(
+            rows, steps, layout, self.tokenizer.pad_token_id, seed=self.training["seed"], dropout=drops,
+            rank=self.group.rank, devices=self.group.size,
+        )  # fmt: skip
+
+    def _validation(self, attention: Attention, fit: memory.Fit) -> batches.Steps | None:
+        if self.validation is None:
+            return None
+        whole = np.arange(len(self.validation))[None]
+        if attention.flat:
+            layout: Any = batches.flat_layout(self.validation, whole, fit.tokens, self.group.size)
+        else:
+            layout = self.training["per_device_eval_batch_size"]
+        return self._steps(self.validation, whole, layout, trains=False)
+
+    def _layout(self, rows: batches.Rows, steps: np.ndarray, attention: Attention, fit: memory.Fit) -> Any:
+        if attention.flat:
+            return batches.flat_layout(rows, steps, fit.tokens, self.group.size)
+        share = math.ceil(steps.shape[1] / self.group.size)
+        wanted = self.runtime.get("micro_batch") or self.training["per_device_train_batch_size"]
+        rows_at_once = min(wanted, share)
+        self.said |= {"rows_at_once": rows_at_once}
+        return rows_at_once
+
+    def _fit(self, model: Any, attention: Attention, device: str, steps: np.ndarray) -> memory.Fit:
+        """Decide how many tokens go in at a time, and what is recomputed."""
+        told = self.runtime.get("checkpointing", "auto")
+        recompute: memory.Recompute | None = None if told == "auto" else told
+        if recompute is None and self.training["gradient_checkpointing"] is not None:
+            recompute = "full" if self.training["gradient_checkpointing"] else "none"
+        least = self.rows.row_length or int(self.rows.lengths.max())
+        wanted = math.ceil(int(self.rows.tokens[steps].sum(1).max()) / self.group.size)
+        tokens = self.runtime.get("micro_tokens") or (self.runtime.get("micro_batch") or 0) * least
+        shape = memory.shape_of(json.loads((self.base / "config.json").read_text(encoding="utf-8")))
+        if device == "cpu" or shape is None or not attention.flat:
+            return memory.Fit(tokens or max(least, 4096), recompute or "none", 0.0 if recompute in (None, "none") else 1.0,
+                              "as told" if recompute else "not asked for")  # fmt: skip
+        import torch
+
+        quantization = self.config["base"]["quantization"] or self.config["base"]["dtype"]
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
+        found = memory.fit(shape, free, quantization, self.config["peft_config"]["r"], least=least,
+                           wanted=tokens or wanted, told=recompute)  # fmt: skip
+        return memory.Fit(max(least, tokens), found.recompute, found.share, found.why) if tokens else found
+
+    def _recompute(self, trainer: Any, fit: memory.Fit) -> None:
+        if fit.recompute in ("none", "offload"):
+            return
+        trainer.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={**self.training["gradient_checkpointing_kwargs"], "use_reentrant": False}
+        )
+        layers = list(getattr(trainer.decoder, "layers", []))
+        # Spread over the depth: which layers they are makes no difference to memory or time.
+        for i, layer in enumerate(layers):
+            layer.gradient_checkpointing = math.floor((i + 1) * fit.share) > math.floor(i * fit.share)
+
+    def _compiles(self, device: str, attention: Attention) -> bool:
+        told = self.runtime.get("compile", "auto")
+        if told != "auto":
+            return told == "on"
+        tokens = int(self.rows.tokens[self.order].sum()) / self.group.size
+        return device == "cuda" and attention.flat and tokens >= WORTH_COMPILING
+
+
+def _refuse_fp8(device: str, computes_in: str, engine: str) -> None:
+    import torch
+
+    if device != "cuda" or torch.cuda.get_device_capability() < (8, 9):
+        raise BadConfig(
+            "The products of an fp8 base need a GPU that computes in fp8.",
+            where="base.quantization",
+            expected="compute capability 8.9 or newer (Ada, Hopper, Blackwell)",
+            got=_device_name(device),
+            next_step="set base.quantization to null (bfloat16), or nf4 to save memory",
+        )
+    if computes_in != "bfloat16" or engine != "fast":
+        raise BadConfig(
+            "An fp8 base goes with bfloat16 and the fast engine.",
+            where="base.quantization",
+            got=f"{computes_in}, engine {engine}",
+            next_step="set training_config.bf16: true, base.dtype: bfloat16 and runtime.engine: fast",
+        )
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+@contextlib.contextmanager
+def answers_to_out_of_memory(engine: Engine) -> Iterator[None]:
+    """Turn the GPU's out-of-memory error into a failure that says what to try instead."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = engine.said
+        least = engine.rows.row_length or int(engine.rows.lengths.max())
+        instead: dict[str, Any] = {}
+        if (rows := said.get("rows_at_once", 1)) > 1:
+            instead = {"micro_batch": rows // 2}
+        elif said.get("tokens_at_once", 0) > least and "rows_at_once" not in said:
+            instead = {"micro_tokens": max(least, said["tokens_at_once"] // 2)}
+        elif said.get("recompute") not in (None, "full"):
+            instead = {"checkpointing": "full"}
+        raise OutOfMemory(
+            "The GPU's memory did not suffice.",
+            where=f"train, {json.dumps(said)}"[:600],
+            got=str(error)[:300],
+            next_step="lower training_config.max_length, or quantize the base (base.quantization: nf4)",
+            instead=instead,
+        ) from error

@@ -1,0 +1,172 @@
+"""The frozen weight of a LoRA linear, and its two products: in the base's dtype, in 8 bits, or in 4.
+
+- dense: W [out, in] as it is.
+- fp8: W in e4m3 with a scale for each row, and again transposed, with a scale for each of its rows: the backward pass
+  multiplies along the other side. Activations and gradients get a scale for each token as they come. Together as
+  large as W in bfloat16; the products run at twice its rate.
+- nf4: bitsandbytes' packed weight, unpacked for each product and forgotten.
+
+Every product accumulates onto the LoRA update, which is written first: adding it afterwards is another pass over the
+output. They are operators of their own, since Inductor would copy what they accumulate onto.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A frozen weight: kind, its tensors, the dtype that it computes in, a bias."""
+
+    kind: str
+    tensors: tuple[Tensor, ...]
+    dtype: torch.dtype
+    bias: Tensor | None = None
+
+    @staticmethod
+    def forward_onto(kind: str, tensors: Sequence[Tensor], x: Tensor, h: Tensor, up: Tensor) -> Tensor:
+        """Return h @ up + x Wᵀ [tokens, out]."""
+        if kind == "fp8":
+            codes, scales = rowwise(x)
+            return fp8_mm_add(codes, tensors[0].t(), scales, tensors[1], h, up)
+        if kind.startswith("nf4"):
+            return nf4_mm_add(x, list(tensors), kind, True, h, up)
+        return mm_add(x, tensors[0].t(), h, up)
+
+    @staticmethod
+    def backward_onto(kind: str, tensors: Sequence[Tensor], dy: Tensor, dh: Tensor, down: Tensor) -> Tensor:
+        """Return dh @ down + dy W [tokens, in]."""
+        if kind == "fp8":
+            codes, scales = rowwise(dy)
+            return fp8_mm_add(codes, tensors[2].t(), scales, tensors[3], dh, down)
+        if kind.startswith("nf4"):
+            return nf4_mm_add(dy, list(tensors), kind, False, dh, down)
+        return mm_add(dy, tensors[0], dh, down)
+
+    @staticmethod
+    def backward_added(kind: str, tensors: Sequence[Tensor], dy: Tensor, update: Tensor) -> Tensor:
+        """Return update + dy W [tokens, in]; `update` is written over."""
+        if kind == "fp8":
+            codes, scales = rowwise(dy)
+            return update + fp8_mm(codes, tensors[2].t(), scales, tensors[3])
+        if kind.startswith("nf4"):
+            mm_onto(update, dy, nf4_weight(list(tensors), kind))
+        else:
+            mm_onto(update, dy, tensors[0])
+        return update
+
+
+def dense(linear: torch.nn.Linear) -> Frozen:
+    """Return a linear's weight as it is."""
+    return Frozen("dense", (linear.weight.detach(),), linear.weight.dtype, linear.bias)
+
+
+def fp8(linear: torch.nn.Linear) -> Frozen:
+    """Return a linear's weight in e4m3, both ways round."""
+    weight = linear.weight.detach()
+    (codes, scales), (codes_t, scales_t) = rowwise(weight), rowwise(weight.t().contiguous())
+    tensors = (codes, scales.t().contiguous(), codes_t, scales_t.t().contiguous())
+    return Frozen("fp8", tensors, weight.dtype, linear.bias)
+
+
+def nf4(linear: Any, dtype: torch.dtype) -> Frozen | None:
+    """Return a weight that bitsandbytes packed; None if it is packed otherwise."""
+    state = getattr(linear.weight, "quant_state", None)
+    if state is None or state.quant_type != "nf4" or state.dtype != dtype:
+        return None
+    tensors: list[Tensor] = [linear.weight.detach(), state.absmax]
+    kind = f"nf4:{state.shape[0]}:{state.shape[1]}:{state.blocksize}:{str(dtype).removeprefix('torch.')}"
+    if state.nested:
+        tensors += [state.state2.absmax, state.state2.code, state.offset]
+        kind += f":{state.state2.blocksize}"
+    return Frozen(kind, tuple(tensors), dtype, linear.bias)
+
+
+def nf4_weight(tensors: list[Tensor], kind: str) -> Tensor:
+    """Unpack a weight to [out, in]."""
+    _, out, into, block, dtype, *nested = kind.split(":")
+    absmax = tensors[1]
+    if nested:
+        ops = torch.ops.bitsandbytes
+        absmax = ops.dequantize_blockwise(absmax, tensors[2], tensors[3], int(nested[0]), torch.float32) + tensors[4]
+    shape = [int(out), int(into)]
+    return torch.ops.bitsandbytes.dequantize_4bit(
+        tensors[0], absmax.float(), int(block), "nf4", shape, getattr(torch, dtype)
+    )
+
+
+def rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x in e4m3 and its scales [rows, 1], by which the codes are to be multiplied."""
+    scales = (x.abs().amax(-1, keepdim=True).float() / E4M3_MAX).clamp(min=1e-12)
+    return (x.float() / scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scales
+
+
+@torch.library.custom_op("loraflow::mm_add", mutates_args=())
+def mm_add(a: Tensor, b: Tensor, h: Tensor, m: Tensor) -> Tensor:
+    """Return h @ m + a @ b, the second accumulated onto the first."""
+    return (h @ m).addmm_(a, b)
+
+
+@mm_add.register_fake
+def _(a: Tensor, b: Tensor, h: Tensor, m: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+@torch.library.custom_op("loraflow::mm_onto", mutates_args=("onto",))
+def mm_onto(onto: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to a tensor."""
+    onto.addmm_(a, b)
+
+
+@mm_onto.register_fake
+def _(onto: Tensor, a: Tensor, b: Tensor) -> None:
+    return None
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    if a.is_cuda:
+        return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=True)
+    return ((a.float() * scale_a) @ (b.float() * scale_b)).to(dtype)  # for tests: the same numbers, slowly
+
+
+@torch.library.custom_op("loraflow::fp8_mm_add", mutates_args=())
+def fp8_mm_add(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, h: Tensor, m: Tensor) -> Tensor:
+    """Return a @ b of e4m3 codes with row-wise scales, and h @ m accumulated onto it."""
+    return _scaled_product(a, b, scale_a, scale_b, h.dtype).addmm_(h, m)
+
+
+@fp8_mm_add.register_fake
+def _(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, h: Tensor, m: Tensor) -> Tensor:
+    return h.new_empty(a.shape[0], b.shape[1])
+
+
+@torch.library.custom_op("loraflow::fp8_mm", mutates_args=())
+def fp8_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+    """Return a @ b of e4m3 codes with row-wise scales, in bfloat16."""
+    return _scaled_product(a, b, scale_a, scale_b, torch.bfloat16)
+
+
+@fp8_mm.register_fake
+def _(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1], dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("loraflow::nf4_mm_add", mutates_args=())
+def nf4_mm_add(a: Tensor, packed: list[Tensor], kind: str, transposed: bool, h: Tensor, m: Tensor) -> Tensor:
+    """Return h @ m + a Wᵀ (or a W) with W unpacked for this product alone."""
+    weight = nf4_weight(packed, kind)
+    return (h @ m).addmm_(a, weight.t() if transposed else weight)
+
+
+@nf4_mm_add.register_fake
+def _(a: Tensor, packed: list[Tensor], kind: str, transposed: bool, h: Tensor, m: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], m.shape[1])
