@@ -13,6 +13,7 @@ the optimizer's step, after warm-up. The ceiling is the measured rate of an 8192
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -146,9 +147,9 @@ def build_tokens(folder: Path, rows: int) -> None:
         np.concatenate([ids for ids, _ in docs]), np.concatenate([labels for _, labels in docs]), lengths, {}, {}
     )
     (folder / "train").mkdir(parents=True)
-    with pa.OSFile(str(folder / "train" / "data-00000-of-00001.arrow"), "wb") as file:
-        with pa.ipc.new_stream(file, tokens._SCHEMA) as writer:
-            writer.write_batch(tokens._batch(chunk))
+    shard = str(folder / "train" / "data-00000-of-00001.arrow")
+    with pa.OSFile(shard, "wb") as file, pa.ipc.new_stream(file, tokens._SCHEMA) as writer:
+        writer.write_batch(tokens._batch(chunk))
     row_of = best_fit_decreasing(lengths, LENGTH)
     pq.write_table(pa.table({"row": row_of}), folder / "packing.parquet")
     (folder / "report.json").write_text(json.dumps({"figures": {"train_tokens": int(lengths.sum())}}))
@@ -258,9 +259,9 @@ def run_peer(case: Case, work: Path) -> None:
     packing = options.get("packing", False)
     attention = "sdpa"
     if packing and not TINY:
-        from loraflow.training.attention import VARLEN, _register
+        from loraflow.training.attention import VARLEN, register
 
-        _register()  # torch's varlen FA2, so that no package is needed; trl's collator gives it the borders
+        register()  # torch's varlen FA2, so that no package is needed; trl's collator gives it the borders
         attention = VARLEN
     options.setdefault("per_device_train_batch_size", case.rows)
     steps, warm = WARM + case.timed, WARM
@@ -315,7 +316,9 @@ def table(results: dict[str, dict[str, Any]], work: Path, rate: float) -> None:
     print(f"\nceiling {limit:,.0f} tokens/s: {rate / 1e12:.0f} TFLOP/s over "
           f"{flops_per_token(rows.lengths.astype(float), float(learned)) / 1e9:.2f} GFLOP a token")  # fmt: skip
     best, card = (results.get(name, {}).get("tokens_per_second") for name in ("trl-best", "card"))
-    print(f"{'case':14s} {'tok/s':>8s} {'ms/step':>8s} {'GiB':>6s} {'% ceil':>6s} {'x trl':>6s} {'x card':>6s} {'1st s':>6s}")
+    print(
+        f"{'case':14s} {'tok/s':>8s} {'ms/step':>8s} {'GiB':>6s} {'% ceil':>6s} {'x trl':>6s} {'x card':>6s} {'1st s':>6s}"
+    )
     for case in CASES:
         if (one := results.get(case.name)) is None:
             continue
@@ -384,7 +387,9 @@ def check(work: Path, names: list[str]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
     def gather(model: Any) -> dict[str, Any]:
-        return {n.replace(".default", ""): p.grad.float().cpu() for n, p in model.named_parameters() if p.grad is not None}
+        return {
+            n.replace(".default", ""): p.grad.float().cpu() for n, p in model.named_parameters() if p.grad is not None
+        }
 
     def eager(dtype: Any, item: dict[str, Any]) -> tuple[float, dict[str, Any]]:
         model = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.bfloat16, attn_implementation="eager")
@@ -401,14 +406,16 @@ def check(work: Path, names: list[str]) -> None:
             borders = sorted(set(micro["cu_seq_lens_q"].tolist()))
             target = torch.full((micro["input_ids"].numel(),), -100)
             target[micro["loss_index"]] = micro["targets"]
-            for start, end in zip(borders[:-1], borders[1:], strict=True):
+            for start, end in itertools.pairwise(borders):
                 wanted = target[start:end]
                 if not (wanted != -100).any():
                     continue
                 hidden = model.get_base_model().model(micro["input_ids"][:, start:end].to(device), use_cache=False)
                 at = (wanted != -100).nonzero()[:, 0]
                 logits = model.get_base_model().lm_head(hidden.last_hidden_state[0, at.to(device)]).float()
-                loss = torch.nn.functional.cross_entropy(logits, wanted[at].to(device), reduction="sum") / item["learned"]
+                loss = (
+                    torch.nn.functional.cross_entropy(logits, wanted[at].to(device), reduction="sum") / item["learned"]
+                )
                 loss.backward()
                 total += float(loss)
         found = gather(model)

@@ -43,10 +43,15 @@ def main(argv: list[str]) -> int:
     )
     signal.signal(signal.SIGTERM, _preempted)
     outcome: dict[str, Any]
+    rank = os.environ.get("RANK")
     try:
-        # When a launcher is killed, its job lock is free at once, but its worker ends only after the step that it is in.
-        with flock(job_file.parent / "worker.lock"):
+        if rank is not None:
             outcome = {"status": "done", "summary": execute(spec, job_file.parent)}
+        else:
+            # When a launcher is killed, its job lock is free at once, but its worker ends only after its step.
+            with flock(job_file.parent / "worker.lock"):
+                run = run_on_devices if several_devices(spec) else execute
+                outcome = {"status": "done", "summary": run(spec, job_file.parent)}
     except failures.Failure as failure:
         outcome = {"status": "failed", "failure": failure.to_dict()}
     except KeyboardInterrupt:
@@ -55,7 +60,7 @@ def main(argv: list[str]) -> int:
         traceback.print_exc()
         outcome = {"status": "failed", "failure": classify(error, spec["stage"]).to_dict()}
     with contextlib.suppress(OSError):  # on a full disk even this fails; the exit status still says so
-        write_json(job_file.parent / "outcome.json", outcome)
+        write_json(job_file.parent / ("outcome.json" if rank is None else f"outcome-{rank}.json"), outcome)
     if _orphaned():  # nobody is left to end what we started
         os.killpg(0, signal.SIGKILL)
     if outcome["status"] == "failed":
@@ -71,12 +76,82 @@ def execute(spec: dict[str, Any], home: Path) -> dict[str, Any]:
     job = Job.model_validate({key: spec[key] for key in Job.model_fields if key in spec})
     module, function = STAGES[job.stage].function.split(":")
     out = Path(spec["out"])
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    if os.environ.get("RANK", "0") == "0":  # of several devices, the first one writes
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
     inputs = Inputs({name: Path(path) for name, path in spec["input_folders"].items()})
     progress = Progress(home / "progress.jsonl", work=home)
     summary = getattr(importlib.import_module(module), function)(job, inputs, out, progress)
     return summary.model_dump()
+
+
+def several_devices(spec: dict[str, Any]) -> bool:
+    """Tell whether a job is one that devices share, and has more than one."""
+    runtime = spec["runtime"]
+    return spec["stage"] in ("train", "evaluate") and (
+        runtime.get("devices", 1) > 1 or (runtime.get("rendezvous") or {}).get("nodes", 1) > 1
+    )
+
+
+def run_on_devices(spec: dict[str, Any], home: Path) -> dict[str, Any]:
+    """Start a process for each device, by torch's elastic launcher, and return the first one's summary.
+
+    Raises:
+        Failure: the one that ended the group. The others are ended with it.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    devices, meeting = spec["runtime"].get("devices", 1), spec["runtime"].get("rendezvous") or {}
+    for old in home.glob("outcome-*.json"):
+        old.unlink()
+    # The ranks get sessions of their own, out of reach of a signal to our group: each watches this process instead.
+    launcher = os.environ.get("LORAFLOW_PARENT")
+    os.environ["LORAFLOW_PARENT"] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+    config = LaunchConfig(
+        min_nodes=meeting.get("nodes", 1),
+        max_nodes=meeting.get("nodes", 1),
+        nproc_per_node=devices,
+        run_id=meeting.get("id") or spec["fingerprint"][:16],
+        rdzv_backend="c10d",
+        rdzv_endpoint=meeting.get("endpoint") or "localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    log.info("%s on %d devices", spec["stage"], devices)
+    codes: dict[int, int] = {}
+    try:
+        elastic_launch(config, sys.executable)("-m", "loraflow.worker", str(home / "job.json"))
+    except ChildFailedError as error:
+        codes = {rank: one.exitcode for rank, one in error.failures.items()}
+    except SignalException as error:
+        raise failures.Preempted("The worker was asked to end.", got=str(error), next_step="run again") from error
+    finally:
+        os.environ.pop("LORAFLOW_PARENT")
+        if launcher is not None:
+            os.environ["LORAFLOW_PARENT"] = launcher
+    return _of_all(home, codes)
+
+
+def _of_all(home: Path, codes: dict[int, int]) -> dict[str, Any]:
+    """Return the first rank's summary, or raise what ended the group: not that the others were ended for it."""
+    said = {int(path.stem.split("-")[1]): json.loads(path.read_bytes()) for path in home.glob("outcome-*.json")}
+    failed = [failures.from_dict(one["failure"]) for _, one in sorted(said.items()) if one["status"] == "failed"]
+    for failure in failed:
+        if not isinstance(failure, failures.Preempted):
+            raise failure
+    silent = {rank: code for rank, code in codes.items() if rank not in said}
+    if silent:
+        got = ", ".join(f"rank {rank}: {code}" for rank, code in sorted(silent.items()))
+        kind = failures.Killed if -signal.SIGKILL in silent.values() else failures.Crashed
+        raise kind("A device's process ended without an outcome.", got=got, next_step="run again: it resumes")
+    if failed:
+        raise failed[0]
+    if not said:
+        raise failures.Crashed("No device's process gave an outcome.", got=str(codes))
+    return dict(said[min(said)]["summary"])
 
 
 def classify(error: BaseException, stage: str) -> failures.Failure:

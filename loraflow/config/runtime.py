@@ -18,19 +18,25 @@ class Runtime(Frozen):
 
     store: str = Field(".loraflow/store", description="Folder that holds artifacts, unfinished work and the registry.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where heavy stages compute.")
-    devices: Annotated[int, Field(ge=1)] = Field(1, description="GPUs (or CPU processes) that train and evaluate together.")
+    devices: Annotated[int, Field(ge=1)] = Field(
+        1, description="GPUs (or CPU processes) that train and evaluate together."
+    )
     attn_implementation: Literal[
         "auto", "varlen", "fa3", "fa4", "flash_attention_2", "sdpa", "flex_attention", "eager"
     ] = Field("auto", description="Attention kernel in training; auto takes the fastest that is there, and says which.")
     engine: Literal["fast", "stock"] = Field("fast", description="stock: plain trl and peft, without our speed-ups.")
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="Compile each layer; auto leaves it out on short runs, where it would take longer than it saves."
+        "auto",
+        description="Compile each layer; auto leaves it out on short runs, where it would take longer than it saves.",
     )
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] = Field(
-        "auto", description="Which layers' activations are computed twice instead of kept; auto: gradient_checkpointing, else as memory needs."
+        "auto",
+        description="Which layers' activations are computed twice instead of kept; auto is what gradient_checkpointing "
+        "says, else what memory needs.",
     )
     micro_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Tokens per forward pass on a GPU; default is what memory has room for. The global batch stays."
+        None,
+        description="Tokens per forward pass on a GPU; default is what memory has room for. The global batch stays.",
     )
     micro_batch: Annotated[int, Field(ge=1)] | None = Field(
         None, description="The same in rows. Default on a CPU is per_device_train_batch_size."

@@ -1,7 +1,7 @@
 """Attention over documents that lie end to end, by torch's own variable-length flash attention.
 
 `choose` probes once what the machine has, and says what it took and why. No package is needed: torch has
-FlashAttention 2 for this; where flash-attn 3 or 4 is installed, torch hands its calls on to it.
+FlashAttention 2 for this; where flash-attn 3 or 4 is installed, it is taken once it has given the same on this card.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from loraflow.failures import BadConfig, MissingExtra
@@ -18,7 +20,6 @@ log = logging.getLogger(__name__)
 
 VARLEN = "loraflow_varlen"  # the name under which transformers finds it
 MAX_HEAD = 256  # widest head of flash attention
-_FLASH_4, _FLASH_3 = "flash_attn.cute", "flash_attn_interface"
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ def choose(runtime: dict[str, Any], device: str, dtype: str, config: Any) -> Att
         return Attention(wanted, False, wanted, "asked for")
     if obstacle:
         return Attention("sdpa", False, "sdpa", obstacle)
-    kernel, why = _activate(wanted, device)
-    _register()
-    return Attention(VARLEN, True, kernel, why)
+    kernel, name, why = _fastest(wanted)
+    register(kernel)
+    return Attention(VARLEN, True, name, why)
 
 
 def _obstacle(device: str, dtype: str, text: Any) -> str:
@@ -83,35 +84,78 @@ def _obstacle(device: str, dtype: str, text: Any) -> str:
     return ""
 
 
-def _activate(wanted: str, device: str) -> tuple[str, str]:
-    """Switch torch's flash attention to the newest that is installed; return (kernel, why)."""
+def _fastest(wanted: str) -> tuple[Callable[..., Any], str, str]:
+    """Return (kernel, its name, why): the newest that is installed and gives on this card what torch's own gives."""
     import torch
 
-    if device != "cuda" or wanted == "varlen":
-        return "torch varlen (FA2)", "asked for"
+    if wanted == "varlen":
+        return _varlen, "torch varlen (FA2)", "asked for"
     major = torch.cuda.get_device_capability()[0]
-    newer = [("fa4", "FA4", _FLASH_4, major in (9, 10)), ("fa3", "FA3", _FLASH_3, major == 9)]
-    for name, impl, package, fits in newer:
-        if wanted == name and not fits:
-            raise BadConfig(
-                f"{impl} does not run on this GPU.", where="runtime.attn_implementation", got=torch.cuda.get_device_name(),
-                next_step="set runtime.attn_implementation to auto",
-            )  # fmt: skip
+    why = "no newer flash attention is installed"
+    for name, package, cards in (("fa4", "flash_attn.cute", (9, 10)), ("fa3", "flash_attn_interface", (9,))):
         if wanted == name:
-            _require(package, wanted, device)
-        if (wanted in ("auto", name)) and fits and _there(package):
-            try:
-                from torch.nn.attention import activate_flash_attention_impl
+            _require(package, wanted, "cuda")
+        if wanted not in ("auto", name) or major not in cards or not _there(package):
+            continue
+        try:
+            return _probed(name), f"{name.upper()} ({package})", "installed, and agrees with torch's own on this card"
+        except Exception as error:  # whatever a package of another version raises: torch's own is always there
+            said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            if wanted == name:
+                raise BadConfig(
+                    f"{name.upper()} does not work here.", where="runtime.attn_implementation", got=said,
+                    next_step="set runtime.attn_implementation to auto",
+                ) from error  # fmt: skip
+            log.warning("%s is installed, but does not work here: %s", package, said)
+            why = f"{package} is installed, but does not work here: {said}"
+    if wanted in ("fa3", "fa4"):
+        raise BadConfig(
+            f"{wanted.upper()} does not run on this GPU.", where="runtime.attn_implementation",
+            got=torch.cuda.get_device_name(), next_step="set runtime.attn_implementation to auto",
+        )  # fmt: skip
+    return _varlen, "torch varlen (FA2)", why
 
-                activate_flash_attention_impl(impl)
-                return f"torch varlen ({impl})", f"{package} is installed"
-            except Exception as error:  # a package of another version: say so, and take what torch has
-                if wanted == name:
-                    raise BadConfig(
-                        f"{impl} could not be switched on.", where="runtime.attn_implementation", got=str(error)[:300]
-                    ) from error
-                log.warning("%s is installed, but could not be switched on: %s", package, str(error)[:300])
-    return "torch varlen (FA2)", "no newer flash attention is installed"
+
+def _probed(name: str) -> Callable[..., Any]:
+    """Return a kernel once it has given, forward and backward, what torch's own gives."""
+    wanted = _probe(_varlen)
+    if name == "fa3":
+        from torch.nn.attention import activate_flash_attention_impl
+
+        activate_flash_attention_impl("FA3")  # torch hands its calls on to it from here
+        _compare(_probe(_varlen), wanted)
+        return _varlen
+    from loraflow.training import flash4
+
+    try:
+        _compare(_probe(flash4.attend), wanted)
+        return flash4.attend
+    except Exception:
+        _compare(_probe(flash4.attend_contiguous), wanted)
+        return flash4.attend_contiguous
+
+
+def _probe(kernel: Callable[..., Any]) -> list[Any]:
+    """Run a kernel on small documents, laid out as a model lays them out; return output and gradients."""
+    import torch
+
+    draw = torch.Generator("cuda").manual_seed(0)
+    tokens, heads, width = 384, 4, 96
+    q, k, v = (
+        torch.randn(heads, tokens, width, device="cuda", dtype=torch.bfloat16, generator=draw).requires_grad_()
+        for _ in range(3)
+    )
+    begins = torch.tensor([0, 100, 101, 300, tokens, tokens], dtype=torch.int32, device="cuda")
+    out = kernel(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), begins, 256, width**-0.5, (-1, 0))
+    out.backward(torch.randn(out.shape, device="cuda", dtype=out.dtype, generator=draw))
+    return [out, q.grad, k.grad, v.grad]
+
+
+def _compare(got: list[Any], wanted: list[Any]) -> None:
+    for name, one, other in zip(("output", "dq", "dk", "dv"), got, wanted, strict=True):
+        error = float((one.float() - other.float()).norm() / other.float().norm())
+        if not error < 0.02:  # two kernels in bfloat16 differ by 0.001 to 0.003
+            raise ValueError(f"{name} differs from torch's own by {error:.3g}")
 
 
 def _there(package: str) -> bool:
@@ -130,9 +174,15 @@ def _require(package: str, wanted: str, device: str) -> None:
         )
 
 
-def _register() -> None:
+_kernel: Callable[..., Any] | None = None
+
+
+def register(kernel: Callable[..., Any] | None = None) -> None:
+    """Make `attend` known to transformers, with a kernel; none takes torch's own."""
+    global _kernel
     from transformers import AttentionInterface
 
+    _kernel = kernel
     # No mask function is registered under this name, so that transformers builds no mask.
     AttentionInterface.register(VARLEN, attend)
 
@@ -169,7 +219,7 @@ def attend(
     q, k, v = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))
     # A window that no document reaches masks nothing, and is told as none: kernels are faster without.
     window = (-1, 0) if sliding_window is None or sliding_window >= max_length_q else (sliding_window - 1, 0)
-    kernel = _varlen if query.is_cuda else _by_document
+    kernel = (_kernel or _varlen) if query.is_cuda else _by_document
     return kernel(q, k, v, cu_seq_lens_q, max_length_q, scaling, window).unsqueeze(0), None
 
 
@@ -193,7 +243,7 @@ def _by_document(
 
     borders = begins.tolist()
     parts = []
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
+    for start, end in pairwise(borders):
         if start == end:
             continue
         distance = torch.arange(end - start)[:, None] - torch.arange(end - start)[None]

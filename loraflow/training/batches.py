@@ -39,9 +39,7 @@ class Rows:
         for file in files:
             for batch in pa.ipc.open_stream(pa.memory_map(str(file))):
                 ids, labels = batch.column("input_ids"), batch.column("labels")
-                columns.append(
-                    (ids.flatten().to_numpy(), labels.flatten().to_numpy(), np.diff(ids.offsets.to_numpy()))
-                )
+                columns.append((ids.flatten().to_numpy(), labels.flatten().to_numpy(), np.diff(ids.offsets.to_numpy())))
         self._ids, self._labels = [one[0] for one in columns], [one[1] for one in columns]
         self.lengths = np.concatenate([one[2] for one in columns]) if columns else np.empty(0, np.int32)
         counts = [len(one[2]) for one in columns]

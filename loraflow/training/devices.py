@@ -64,12 +64,12 @@ class Group:
         return list(line[at:])
 
 
-def join() -> Group:
-    """Return this process's place: alone, or as torchrun's environment says."""
+def join(device: str) -> Group:
+    """Return this process's place on a kind of device: alone, or as torchrun's environment says."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return Group()
     from accelerate import PartialState
 
-    state = PartialState()  # the process group that the trainer will use
+    state = PartialState(cpu=device == "cpu")  # the process group that the trainer will use
     return Group(state.process_index, state.num_processes)

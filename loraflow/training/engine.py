@@ -61,7 +61,11 @@ class Engine:
         if fast and not self._head_is_plain(model):
             log.info("the loss is left to trl: this model's logits are more than its head's product")
             fast = False
-        self.said |= {"engine": "fast" if fast else "stock", "attention": attention.kernel, "attention_why": attention.why}
+        self.said |= {
+            "engine": "fast" if fast else "stock",
+            "attention": attention.kernel,
+            "attention_why": attention.why,
+        }
         self.said |= {"device": _device_name(device), "dtype": self._computes_in()}
         return self._fast(model, attention, device) if fast else self._stock(model)
 
@@ -165,8 +169,8 @@ class Engine:
             to_fp8(trainer.loras)
         self._recompute(trainer, fit)
         compiled = compile_layers(trainer) if self._compiles(device, attention) else 0
-        self.said |= {"tokens_at_once": fit.tokens, "recompute": fit.recompute, "recompute_why": fit.why,
-                      "layers_recomputed": fit.share, "fast_loras": len(trainer.loras), "compiled_layers": compiled}  # fmt: skip
+        self.said |= {"tokens_at_once": fit.tokens, "recompute": fit.recompute, "recompute_why": fit.why}
+        self.said |= {"layers_recomputed": fit.share, "fast_loras": len(trainer.loras), "compiled_layers": compiled}
         return trainer
 
     def _steps(self, rows: batches.Rows, steps: np.ndarray, layout: Any, *, trains: bool) -> batches.Steps:
@@ -202,7 +206,9 @@ class Engine:
         if recompute is None and self.training["gradient_checkpointing"] is not None:
             recompute = "full" if self.training["gradient_checkpointing"] else "none"
         least = self.rows.row_length or int(self.rows.lengths.max())
-        wanted = math.ceil(int(self.rows.tokens[steps].sum(1).max()) / self.group.size)
+        share = math.ceil(steps.shape[1] / self.group.size)
+        packed = share * self.rows.row_length if self.rows.row_length else 0
+        wanted = packed or math.ceil(int(self.rows.tokens[steps].sum(1).max()) / self.group.size)
         tokens = self.runtime.get("micro_tokens") or (self.runtime.get("micro_batch") or 0) * least
         shape = memory.shape_of(json.loads((self.base / "config.json").read_text(encoding="utf-8")))
         if device == "cpu" or shape is None or not attention.flat:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import zlib
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -25,6 +25,12 @@ from loraflow.training.frozen import Frozen, dense, fp8, nf4
 class FastForward:
     """The forward pass of this module, put before the class of one of peft's LoRA linears by `accelerate_loras`."""
 
+    disable_adapters: bool  # peft's own, down to `training`
+    merged: bool
+    lora_A: Any
+    lora_B: Any
+    scaling: dict[str, float]
+    training: bool
     frozen: Frozen
     adapter: str
     keep_from: int  # dropout: 16-bit numbers below this are dropped
@@ -55,7 +61,9 @@ class LoraProduct(torch.autograd.Function):
         keep_from: int, kind: str, *frozen: Tensor,
     ) -> Tensor:  # fmt: skip
         """Return the product [tokens, out]."""
-        dropped = x if token_keys is None else dropout(x, keep_mask(token_keys, module_key, x.shape[1], keep_from), keep_from)
+        dropped = x
+        if token_keys is not None:
+            dropped = dropout(x, keep_mask(token_keys, module_key, x.shape[1], keep_from), keep_from)
         h = dropped @ down.t()
         ctx.save_for_backward(x, h, down, up, token_keys, module_key, *frozen)
         ctx.keep_from, ctx.kind = keep_from, kind
@@ -111,7 +119,7 @@ def accelerate_loras(model: Any, dtype: torch.dtype) -> list[FastForward]:
             continue
         adapter = module.active_adapters[0]
         rate = getattr(module.lora_dropout[adapter], "p", 0.0)
-        module.__class__ = _fast_class(type(module))
+        module.__class__ = _fast_class(cast(Any, type(module)))
         module.frozen, module.adapter, module.keep_from = frozen, adapter, round(rate * 65536)
         device = next(module.lora_A.parameters()).device
         # A tensor, not a number: compiled code is shared by all layers.
@@ -123,7 +131,7 @@ def accelerate_loras(model: Any, dtype: torch.dtype) -> list[FastForward]:
 
 
 @cache
-def _fast_class(cls: type) -> type:
+def _fast_class(cls: Any) -> type:
     return type(f"Fast{cls.__name__}", (FastForward, cls), {})
 
 

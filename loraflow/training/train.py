@@ -38,14 +38,15 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         OutOfMemory: it says what to try instead.
         Preempted: asked to end; a checkpoint was saved.
     """
-    from loraflow.base.load import load_tokenizer
+    from loraflow.base.load import load_tokenizer, pick_device
     from loraflow.training import batches, callbacks, devices
     from loraflow.training.checkpoints import newest_whole
 
     config, runtime = job.config, job.runtime
     training = {**runtime["training_config"], **config["training_config"]}
     _check_trackers(training["report_to"])
-    assert report.work is not None
+    work = report.work
+    assert work is not None
     figures = json.loads((inputs["tokens"] / "report.json").read_text(encoding="utf-8"))["figures"]
     packing = inputs["tokens"] / "packing.parquet"
     train = batches.Rows(inputs["tokens"] / "train", packing if packing.exists() else None)
@@ -55,11 +56,11 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     steps, per_epoch = batches.steps_of(
         len(train), training["global_batch"], training["num_train_epochs"], training["max_steps"]
     )
-    group = devices.join()
-    checkpoints = report.work / "checkpoints"
+    group = devices.join(pick_device(runtime))
+    checkpoints = work / "checkpoints"
     found = group.agree(newest_whole(checkpoints) if group.first else None)
     resumed_at = int(found.name.split("-")[1]) if found else 0
-    curves, stopper = report.work / "curves.jsonl", callbacks.Stopper()
+    curves, stopper = work / "curves.jsonl", callbacks.Stopper()
     tokens_per_step = figures["train_tokens"] / len(train) * training["global_batch"]
     watching: list[Any] = []
     if group.first:
@@ -79,7 +80,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         stopper=stopper,
         callbacks=watching,
         tokenizer=load_tokenizer(inputs["base"]),
-        arguments=lambda **own: _arguments(training, steps, per_epoch, checkpoints, runtime, report.work, **own),
+        arguments=lambda **own: _arguments(training, steps, per_epoch, checkpoints, runtime, work, **own),
     )
     with answers_to_out_of_memory(run):
         trainer = run.trainer()
@@ -103,8 +104,8 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     shutil.copyfile(curves, out / "telemetry" / "curves.jsonl")
     engine = {**run.said, "devices": group.size, "peak_gib": _peak_gib()}
     (out / "telemetry" / "engine.json").write_text(json.dumps(engine, indent=1) + "\n")
-    if (report.work / "tracker").exists():
-        shutil.copytree(report.work / "tracker", out / "telemetry" / "tracker")
+    if (work / "tracker").exists():
+        shutil.copytree(work / "tracker", out / "telemetry" / "tracker")
     losses = [row["loss"] for line in curves.read_text().splitlines() if "loss" in (row := json.loads(line))]
     return Summary(
         figures={

@@ -33,7 +33,9 @@ class StockTrainer(SFTTrainer):
     def __init__(self, *, train_rows: np.ndarray, validation_rows: int, collator: Collator, **options: Any):
         super().__init__(
             train_dataset=_numbers(len(train_rows), row=train_rows.tolist()),
-            eval_dataset=_numbers(validation_rows, row=list(range(validation_rows)), validation=[True] * validation_rows),
+            eval_dataset=_numbers(
+                validation_rows, row=list(range(validation_rows)), validation=[True] * validation_rows
+            ),
             data_collator=collator,
             **options,
         )

@@ -1,5 +1,6 @@
 """What makes training fast, against slow obvious versions: LoRA's passes, attention, the loss, batches, memory."""
 
+import itertools
 import math
 
 import numpy as np
@@ -22,7 +23,8 @@ def lora(rate=0.0, bias=False, dtype=torch.float32, **options):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=bias, dtype=dtype))
     model = get_peft_model(
-        model, LoraConfig(r=4, lora_alpha=8, lora_dropout=rate, target_modules=["0"], init_lora_weights=False, **options)
+        model,
+        LoraConfig(r=4, lora_alpha=8, lora_dropout=rate, target_modules=["0"], init_lora_weights=False, **options),
     )
     return model.train()
 
@@ -178,7 +180,7 @@ def test_attention_stays_inside_a_document_and_its_window(lengths, window, group
         None, q, k, v, scaling=0.3, sliding_window=window, cu_seq_lens_q=begins, max_length_q=max(lengths)
     )
     wanted = torch.zeros(tokens, heads, width)
-    for start, end in zip(begins[:-1], begins[1:], strict=True):
+    for start, end in itertools.pairwise(begins.tolist()):
         for i in range(int(start), int(end)):
             for h in range(heads):
                 first = max(int(start), i - window + 1) if window else int(start)
@@ -227,7 +229,7 @@ def test_a_flat_batch_says_what_the_grid_says(base, tmp_path):  # noqa: F811
 
 def force_flat(monkeypatch):
     """Documents end to end on a CPU, as a GPU has them."""
-    attention._register()
+    attention.register()
     chosen = attention.Attention(attention.VARLEN, True, "by document", "test")
     monkeypatch.setattr(engine, "choose", lambda *a: chosen)
 
@@ -256,6 +258,7 @@ def test_dropout_does_not_depend_on_the_micro_batch(base, straight, tmp_path):  
     assert not same(results[0][0], straight[1], 1e-3), "it does drop"
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_same(base, straight, tmp_path, monkeypatch):  # noqa: F811
     from torch._dynamo.utils import counters
 
@@ -300,9 +303,11 @@ def test_the_estimate_is_near_what_was_measured():
 
 def test_what_goes_in_follows_the_memory():
     def fit(gib, **options):
-        return memory.fit(PHI3, gib * memory.GIB, options.pop("weights", "bfloat16"), 16, least=512, wanted=40_000, **options)
+        return memory.fit(
+            PHI3, gib * memory.GIB, options.pop("weights", "bfloat16"), 16, least=512, wanted=40_000, **options
+        )
 
-    big, small, tiny = fit(78), fit(24), fit(12)
+    big, small, tiny = fit(78), fit(20), fit(12)
     assert (big.recompute, big.tokens) == ("none", 16384)
     assert small.recompute == "selective" and 0 < small.share < 1 and small.tokens >= 4096
     assert tiny.recompute == "full" and tiny.tokens >= 512

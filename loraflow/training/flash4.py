@@ -1,0 +1,95 @@
+"""FlashAttention 4 (package flash-attn-4) over documents end to end, as operators that compiled code can hold.
+
+torch has a switch of its own for it, but what that expects of the package's functions changed with the package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PACKAGE = "flash_attn.cute.interface"
+
+
+def _package() -> Any:
+    return importlib.import_module(PACKAGE)
+
+
+@torch.library.custom_op("loraflow::flash4", mutates_args=())
+def flash4(
+    q: Tensor, k: Tensor, v: Tensor, begins: Tensor, longest: int, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    """Return attention [tokens, heads, width] and its log-sum-exp [heads, tokens].
+
+    Args:
+        q: [tokens, heads, width]; k and v with as many or fewer heads.
+        k: see q.
+        v: see q.
+        begins: where documents begin, int32; the last entry is the number of tokens.
+        longest: tokens of the longest document.
+        scale: of the products.
+        window: tokens before it that a token sees; -1 is all of its document.
+    """
+    out, lse, *_ = _package()._flash_attn_fwd(
+        q, k, v, cu_seqlens_q=begins, cu_seqlens_k=begins, max_seqlen_q=longest, max_seqlen_k=longest,
+        softmax_scale=scale, causal=True, window_size_left=None if window < 0 else window, return_lse=True,
+    )  # fmt: skip
+    return out, lse
+
+
+@flash4.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, begins: Tensor, longest: int, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("loraflow::flash4_backward", mutates_args=())
+def flash4_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, begins: Tensor, longest: int,
+    scale: float, window: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of q, k and v."""
+    dq, dk, dv, *_ = _package()._flash_attn_bwd(
+        q, k, v, out, d_out.contiguous(), lse, scale, True, cu_seqlens_q=begins, cu_seqlens_k=begins,
+        max_seqlen_q=longest, max_seqlen_k=longest, window_size_left=None if window < 0 else window,
+    )  # fmt: skip
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@flash4_backward.register_fake
+def _(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, begins: Tensor, longest: int,
+    scale: float, window: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, begins, ctx.longest, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(q, k, v, begins, *output)
+
+
+def _backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+    q, k, v, begins, out, lse = ctx.saved_tensors
+    grads = flash4_backward(d_out, q, k, v, out, lse, begins, ctx.longest, ctx.scale, ctx.window)
+    return (*grads, None, None, None, None)
+
+
+flash4.register_autograd(_backward, setup_context=_keep)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, begins: Tensor, longest: int, scaling: float | None, window: tuple[int, int]
+) -> Tensor:
+    """Attend within each document; see `loraflow.training.attention.attend`."""
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    return flash4(q, k, v, begins, longest, scale, window[0])[0]
+
+
+def attend_contiguous(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    """Attend with copies of q, k and v, for a package that takes no other strides."""
+    return attend(q.contiguous(), k.contiguous(), v.contiguous(), *rest)

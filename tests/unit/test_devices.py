@@ -1,0 +1,164 @@
+"""Several devices, as processes on a CPU with gloo: the same losses and adapter as one, and one end for all."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from loraflow import launch
+from loraflow.failures import Failure, Killed, OutOfMemory, Preempted
+from loraflow.stages import make_job
+from loraflow.store import LocalStore
+from loraflow.worker import _of_all
+from tests.unit.test_training import base, recipe, same, tokenize  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def shards(base, tmp_path_factory):  # noqa: F811
+    return tokenize(base, tmp_path_factory.mktemp("shards"))
+
+
+class Folders(LocalStore):
+    """A store whose inputs are folders of this test."""
+
+    folders: dict[str, Path] = {}
+
+    def path(self, ref):
+        return self.folders.get(ref.stage) or super().path(ref)
+
+
+def store_of(tmp_path, base, shards):  # noqa: F811
+    store = Folders(str(tmp_path / "store"))
+    store.folders = {"tokens": shards, "base": base}
+    return store
+
+
+def job_of(**overrides):
+    from loraflow.store import Ref
+
+    inputs = {
+        name: Ref(stage=name, fingerprint="f", digest="d", uri="", facets={"train": "d"}) for name in ("tokens", "base")
+    }
+    return make_job("train", recipe(**overrides), inputs)
+
+
+def result(store, ref):
+    folder = LocalStore.path(store, ref)
+    curve = [json.loads(line) for line in (folder / "telemetry" / "curves.jsonl").read_text().splitlines()]
+    engine = json.loads((folder / "telemetry" / "engine.json").read_text())
+    losses = {row["step"]: row["loss"] for row in curve if "loss" in row}
+    return load_file(folder / "adapter" / "adapter_model.safetensors"), losses, engine
+
+
+def test_two_processes_give_what_one_gives(base, shards, tmp_path):  # noqa: F811
+    options = {"peft_config__lora_dropout": 0.1}
+    one, two = (store_of(tmp_path / str(n), base, shards) for n in (1, 2))
+    alone = result(one, launch.run_job(job_of(**options), one))
+    pair_job = job_of(**options, runtime__devices=2, runtime__micro_batch=1)
+    pair = result(two, launch.run_job(pair_job, two))
+    assert pair_job.fingerprint == job_of(**options).fingerprint, "devices are no part of identity"
+    assert pair[2]["devices"] == 2
+    assert same(alone[0], pair[0], 5e-5)
+    assert alone[1] == pytest.approx(pair[1], abs=2e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_group_and_the_rest_goes_on_with_another_number(base, shards, tmp_path):  # noqa: F811
+    store = store_of(tmp_path, base, shards)
+    long = {"training_config__max_steps": 40, "training_config__save_steps": 4}
+    job = job_of(**long, runtime__devices=2)
+    killed = []
+
+    def kill_second():
+        work = store.work(job.stage, job.fingerprint)
+        while not list(work.glob("checkpoints/checkpoint-*/complete.json")):
+            time.sleep(0.1)
+        ranks = [p for p in psutil.process_iter() if _rank(p) == "1"]
+        for process in ranks:
+            process.send_signal(signal.SIGKILL)
+        killed.append(time.monotonic())
+
+    thread = threading.Thread(target=kill_second)
+    thread.start()
+    with pytest.raises(Killed):
+        launch.run_job(job, store)
+    thread.join()
+    assert time.monotonic() - killed[0] < 30
+    assert not [p for p in psutil.process_iter() if _rank(p) is not None and str(tmp_path) in " ".join(p.cmdline())]
+    resumed = store.manifest(launch.run_job(job_of(**long), store)).figures["resumed_at"]
+    assert resumed >= 4
+
+
+def _rank(process):
+    try:
+        env = process.environ()
+    except psutil.Error:
+        return None
+    return env.get("RANK") if "loraflow.worker" in " ".join(process.cmdline()) else None
+
+
+def outcome(folder, rank, failure=None):
+    said = (
+        {"status": "failed", "failure": failure.to_dict()}
+        if failure
+        else {"status": "done", "summary": {"figures": {"rank": rank}}}
+    )
+    (folder / f"outcome-{rank}.json").write_text(json.dumps(said))
+
+
+def test_what_ended_the_group_is_what_is_said(tmp_path):
+    outcome(tmp_path, 0)
+    outcome(tmp_path, 1)
+    assert _of_all(tmp_path, {})["figures"]["rank"] == 0
+    outcome(tmp_path, 0, Preempted("ended with the others"))
+    outcome(tmp_path, 1, OutOfMemory("too much", instead={"micro_tokens": 5}))
+    with pytest.raises(OutOfMemory) as caught:
+        _of_all(tmp_path, {1: 1})
+    assert caught.value.details["instead"] == {"micro_tokens": 5}
+    (tmp_path / "outcome-1.json").unlink()
+    with pytest.raises(Killed, match="without an outcome"):
+        _of_all(tmp_path, {1: -9})
+    with pytest.raises(Preempted):
+        _of_all(tmp_path, {0: 1})
+    (tmp_path / "outcome-0.json").unlink()
+    with pytest.raises(Failure):
+        _of_all(tmp_path, {0: 7})
+
+
+@pytest.mark.slow
+def test_ending_the_launcher_ends_every_rank(base, shards, tmp_path):  # noqa: F811
+    import subprocess
+    import sys
+
+    script = f"""
+from pathlib import Path
+from tests.unit.test_devices import *
+store = store_of(Path({str(tmp_path)!r}), Path({str(base)!r}), Path({str(shards)!r}))
+launch.run_job(job_of(training_config__max_steps=100000, runtime__devices=2), store)
+"""
+    root = Path(__file__).parent.parent.parent
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    work = store_of(tmp_path, base, shards).work("train", job_of(training_config__max_steps=100000).fingerprint)
+    started = time.monotonic()
+    while not (work / "checkpoints").exists() and time.monotonic() - started < 120:
+        time.sleep(0.2)
+    process.kill()
+    process.wait()
+    while time.monotonic() - started < 200:
+        if not [p for p in psutil.process_iter() if "loraflow.worker" in _line(p) and str(tmp_path) in _line(p)]:
+            return
+        time.sleep(0.5)
+    pytest.fail("a process was left")
+
+
+def _line(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
