@@ -435,8 +435,9 @@ def check(work: Path, names: list[str]) -> None:
     def against(name: str, found_loss: float, found: dict[str, Any]) -> None:
         a = torch.cat([found[n].flatten() for n in sorted(exact)]).double()
         b = torch.cat([exact[n].flatten() for n in sorted(exact)]).double()
-        print(f"{name:16s} gradient error {float((a - b).norm() / b.norm()):.4f}, cosine "
-              f"{float(a @ b / a.norm() / b.norm()):.5f}, loss error {abs(found_loss - loss) / loss:.1e}", flush=True)  # fmt: skip
+        error, cosine = float((a - b).norm() / b.norm()), float(a @ b / a.norm() / b.norm())
+        off = abs(found_loss - loss) / loss
+        print(f"{name:16s} gradient error {error:.4f}, cosine {cosine:.5f}, loss error {off:.1e}", flush=True)
 
     against("eager bf16", *eager(torch.bfloat16, item))
     for one in CASES:
