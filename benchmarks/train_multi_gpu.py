@@ -81,9 +81,7 @@ def main() -> None:
                 settings={"runtime.devices": most} | ({"runtime.compile": "off"} if TINY else {}))  # fmt: skip
     together = ours(same, work)
     base = results[min(counts)]["tokens_per_second"] / min(counts)
-    print(
-        f"\n{'GPUs':>4s} {'tok/s':>9s} {'× one':>6s} {'efficiency':>10s} {'ms/step':>8s} {'GiB each':>8s} {'all-reduce ms':>13s}"
-    )
+    print("\nGPUs     tok/s  × one efficiency  ms/step    GiB  all-reduce ms")
     for gpus, one in results.items():
         reduce = all_reduce_ms(gpus) if gpus > 1 and torch.cuda.is_available() else 0.0
         ratio = one["tokens_per_second"] / base

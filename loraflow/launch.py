@@ -162,8 +162,6 @@ def _in_worker(job: Job, folders: dict[str, Path], staged: Path, work: Path, on_
     }
     if not job.runtime.get("origin", {}).get("hub"):
         env |= {"HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    if job.runtime.get("devices", 1) == 1:  # transformers would spread one process over all that it sees
-        env["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if job.runtime.get("threads"):
         env["OMP_NUM_THREADS"] = str(job.runtime["threads"])
     kills_before = _oom_kills()

@@ -42,6 +42,8 @@ def main(argv: list[str]) -> int:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
     )
     signal.signal(signal.SIGTERM, _preempted)
+    if spec["runtime"].get("devices", 1) == 1:  # transformers would spread one process over all GPUs that it sees
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     outcome: dict[str, Any]
     rank = os.environ.get("RANK")
     try:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import math
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,10 @@ class Engine:
             "attention_why": attention.why,
         }
         self.said |= {"device": _device_name(device), "dtype": self._computes_in()}
+        if device == "cpu" and self._computes_in() == "bfloat16" and not _cpu_has_bfloat16():
+            log.warning(
+                "this CPU has no bfloat16 units: base.dtype: float32 with training_config.bf16: false is far faster"
+            )
         return self._fast(model, attention, device) if fast else self._stock(model)
 
     def _load(self, attention: Attention, device: str) -> Any:
@@ -139,7 +144,7 @@ class Engine:
 
         from loraflow.adapters.inject import lora_config
         from loraflow.training.lora import accelerate_loras, to_fp8
-        from loraflow.training.trainer import FastTrainer, compile_layers
+        from loraflow.training.trainer import FastTrainer, prepare_layers
 
         steps = self.order.reshape(-1, self.training["global_batch"])
         fit = self._fit(model, attention, device, steps)
@@ -167,8 +172,8 @@ class Engine:
             trainer.loras = accelerate_loras(trainer.model, base_dtype)
         if self.config["base"]["quantization"] == "fp8":
             to_fp8(trainer.loras)
-        self._recompute(trainer, fit)
-        compiled = compile_layers(trainer) if self._compiles(device, attention) else 0
+        share = {"none": 0.0, "offload": 0.0}.get(fit.recompute, fit.share)
+        compiled = prepare_layers(trainer, compiled=self._compiles(device, attention), recomputed=share)
         self.said |= {"tokens_at_once": fit.tokens, "recompute": fit.recompute, "recompute_why": fit.why}
         self.said |= {"layers_recomputed": fit.share, "fast_loras": len(trainer.loras), "compiled_layers": compiled}
         return trainer
@@ -212,8 +217,9 @@ class Engine:
         tokens = self.runtime.get("micro_tokens") or (self.runtime.get("micro_batch") or 0) * least
         shape = memory.shape_of(json.loads((self.base / "config.json").read_text(encoding="utf-8")))
         if device == "cpu" or shape is None or not attention.flat:
-            return memory.Fit(tokens or max(least, 4096), recompute or "none", 0.0 if recompute in (None, "none") else 1.0,
-                              "as told" if recompute else "not asked for")  # fmt: skip
+            share = {"full": 1.0, "selective": 0.5}.get(recompute or "none", 0.0)
+            why = "as told" if recompute else "not asked for"
+            return memory.Fit(tokens or max(least, 4096), recompute or "none", share, why)
         import torch
 
         quantization = self.config["base"]["quantization"] or self.config["base"]["dtype"]
@@ -221,17 +227,6 @@ class Engine:
         found = memory.fit(shape, free, quantization, self.config["peft_config"]["r"], least=least,
                            wanted=tokens or wanted, told=recompute)  # fmt: skip
         return memory.Fit(max(least, tokens), found.recompute, found.share, found.why) if tokens else found
-
-    def _recompute(self, trainer: Any, fit: memory.Fit) -> None:
-        if fit.recompute in ("none", "offload"):
-            return
-        trainer.model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={**self.training["gradient_checkpointing_kwargs"], "use_reentrant": False}
-        )
-        layers = list(getattr(trainer.decoder, "layers", []))
-        # Spread over the depth: which layers they are makes no difference to memory or time.
-        for i, layer in enumerate(layers):
-            layer.gradient_checkpointing = math.floor((i + 1) * fit.share) > math.floor(i * fit.share)
 
     def _compiles(self, device: str, attention: Attention) -> bool:
         told = self.runtime.get("compile", "auto")
@@ -259,6 +254,13 @@ def _refuse_fp8(device: str, computes_in: str, engine: str) -> None:
             got=f"{computes_in}, engine {engine}",
             next_step="set training_config.bf16: true, base.dtype: bfloat16 and runtime.engine: fast",
         )
+
+
+def _cpu_has_bfloat16() -> bool:
+    import torch
+
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return platform.machine() not in ("x86_64", "AMD64") or any(probe() for probe in probes if probe is not None)
 
 
 def _device_name(device: str) -> str:

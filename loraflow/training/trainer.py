@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
@@ -86,7 +87,7 @@ class FastTrainer(SFTTrainer):
         self.embed = causal.get_input_embeddings()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.loras: list[Any] = []  # modules that want to know which tokens come next
-        self.compiled: list[Any] = []  # layers
+        self.compiled: list[tuple[Any, Any]] = []  # layers, with their forward as it was
         self._asked: torch.Tensor | None = None  # how many devices were asked to end, one step ago
 
     def get_train_dataloader(self) -> DataLoader:
@@ -107,7 +108,7 @@ class FastTrainer(SFTTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run a step's micro-batches forward and backward; return its loss, the mean -log p over learned tokens."""
-        if not self.model.training:
+        if not self.decoder.training:  # it was loaded for evaluation; peft's wrapper around it says nothing of that
             self.model.train()
         total = torch.zeros((), device=self.args.device)
         with self.maybe_activation_offload_context:
@@ -133,8 +134,9 @@ class FastTrainer(SFTTrainer):
             if not self.compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             log.warning("compiling failed, and is left out: %s: %s", type(error).__name__, str(error)[:500])
-            for layer in self.compiled:
-                layer._compiled_call_impl = None
+            for layer, plain in self.compiled:
+                again = layer.forward.__closure__ is not None and layer.forward.__name__ == "recomputed"
+                layer.forward = _twice(layer, plain, True) if again else plain
             self.compiled = []
             return self.nll(micro)
 
@@ -149,7 +151,7 @@ class FastTrainer(SFTTrainer):
         index, targets = batch.pop("loss_index"), batch.pop("targets")
         with self._precision():
             embedded = self.embed(batch.pop("input_ids"))
-            if self.compiled and self.model.training and not embedded.requires_grad:
+            if self.compiled and self.decoder.training and not embedded.requires_grad:
                 embedded.requires_grad_()  # the first layer then needs the same code as the others
             hidden = self.decoder(inputs_embeds=embedded, **{"attention_mask": None, **batch}, use_cache=False)
             states = hidden.last_hidden_state.flatten(0, 1).index_select(0, index)
@@ -192,11 +194,34 @@ def _only(items: list[Any]) -> Any:
     return item
 
 
-def compile_layers(trainer: FastTrainer) -> int:
-    """Compile each decoder layer by itself, with fixed shapes: one graph serves them all. Return how many there are."""
+def prepare_layers(trainer: FastTrainer, *, compiled: bool, recomputed: float) -> int:
+    """Compile each decoder layer by itself, and let a share of them compute their activations twice.
+
+    With fixed shapes one graph serves all layers. Recomputing stands around the compiled code: inside of it, what our
+    own passes keep would be kept all the same.
+
+    Returns:
+        how many layers are compiled.
+    """
     layers = list(getattr(trainer.decoder, "layers", []))
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    for layer in layers:
-        layer.compile(fullgraph=True, dynamic=False)
-    trainer.compiled = layers
-    return len(layers)
+    draws = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in trainer.decoder.modules())
+    for i, layer in enumerate(layers):
+        plain = layer.forward
+        forward = torch.compile(plain, fullgraph=True, dynamic=False) if compiled else plain
+        if compiled:
+            trainer.compiled.append((layer, plain))
+        # Spread over the depth: which layers they are makes no difference to memory or time.
+        if int((i + 1) * recomputed) > int(i * recomputed):
+            forward = _twice(layer, forward, draws)
+        layer.forward = forward
+    return len(trainer.compiled)
+
+
+def _twice(layer: Any, forward: Any, draws: bool) -> Any:
+    def recomputed(*args: Any, **options: Any) -> Any:
+        if not (layer.training and torch.is_grad_enabled()):
+            return forward(*args, **options)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=draws, **options)
+
+    return recomputed

@@ -240,13 +240,19 @@ def test_documents_end_to_end_give_what_rows_give(base, tmp_path, monkeypatch, p
     shards = tokenize(base, tmp_path, **options)
     adapter, losses = run(base, shards, tmp_path / "grid", **options)
     force_flat(monkeypatch)
+    calls, counted, by_document = [], {}, attention._by_document
+    monkeypatch.setattr(attention, "_by_document", lambda *a: calls.append(1) or by_document(*a))
     for name, how in {
         "one": {}, "small": {"runtime__micro_tokens": 150}, "full": {"runtime__checkpointing": "full"},
         "half": {"runtime__checkpointing": "selective"},
     }.items():  # fmt: skip
+        calls.clear()
         other, found = run(base, shards, tmp_path / name, **options, **how)
+        counted[name] = len(calls)
         assert same(adapter, other, 5e-5), name
         assert losses == pytest.approx(found, abs=2e-4)
+    assert counted["full"] == 2 * counted["one"], "each of the two layers is computed twice"
+    assert counted["half"] == 1.5 * counted["one"]
 
 
 def test_dropout_does_not_depend_on_the_micro_batch(base, straight, tmp_path):  # noqa: F811
