@@ -38,23 +38,23 @@ def show(cell: dict[str, float] | None) -> str:
     return "" if cell is None else f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
 
 
+def comparison_table(metrics: dict[str, Any]) -> list[str]:
+    """Return the scores of base, tuned and champion as markdown, a table for each set of rows."""
+    lines = []
+    for set_name, part in metrics["tuned"].items():
+        n = next(iter(part.values()))["n"]
+        lines += [f"## Scores on {set_name} ({n} rows)", "", "| metric | base | tuned | champion |", "|---|---|---|---|"]
+        lines += [f"| {name} | {' | '.join(map(show, cells))} |" for name, cells in metric_rows(metrics, set_name)]
+        lines.append("")
+    return lines
+
+
 def markdown(run: Any, made: Any, summary: dict[str, Any]) -> str:
     """Write the report."""
     store, recipe = run.jobs.store, run.jobs.recipe
     verdict = summary["decision"]["verdict"]
     lines = [f"# {recipe.name}: {verdict}", "", *[f"- {reason}" for reason in summary["decision"]["reasons"]], ""]
-    for set_name, part in summary["metrics"]["tuned"].items():
-        n = next(iter(part.values()))["n"]
-        lines += [
-            f"## Scores on {set_name} ({n} rows)",
-            "",
-            "| metric | base | tuned | champion |",
-            "|---|---|---|---|",
-        ]
-        lines += [
-            f"| {name} | {' | '.join(map(show, cells))} |" for name, cells in metric_rows(summary["metrics"], set_name)
-        ]
-        lines.append("")
+    lines += comparison_table(summary["metrics"])
     curve = store.path(made.adapter) / "telemetry" / "curves.jsonl"
     losses = [
         (row["step"], row["loss"]) for line in curve.read_text().splitlines() if "loss" in (row := json.loads(line))
