@@ -13,6 +13,7 @@ from flows.form import AS_THE_RECIPE_SAYS, NO_SETTINGS, NO_STAGES, Overrides, Re
 from flows.pipeline import pipeline
 from tasks.approval import ask_for_approval, refuse_without_deployment
 from tasks.decisions import gate, register
+from tasks.events import announce_decision
 from tasks.name import run_name
 from tasks.report import publish_report
 from tasks.run import Run, open_run
@@ -48,6 +49,7 @@ def make_model(run: Run, approval: bool) -> dict[str, Any]:
     if approval:
         ask_for_approval(run, made, decision)
     entry = register(run.jobs, made, decision)
+    announce_decision(run.jobs.recipe.register_.model, decision, entry)
     summary = run.summary(made, decision, entry)
     publish_report(run, made, summary)
     return summary

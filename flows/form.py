@@ -41,6 +41,11 @@ class _Empty:
         return shown
 
 
+MaybeFloat = Annotated[float | None, _Empty()]
+MaybeInt = Annotated[int | None, _Empty()]
+MaybeText = Annotated[str | None, _Empty()]
+
+
 def _field(title: str, description: str, position: int, **bounds: Any) -> Any:
     def extra(schema: dict[str, Any]) -> None:
         schema.pop("default", None)  # null, which an empty box is not
@@ -54,20 +59,20 @@ class Overrides(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="Changes to the recipe")
 
-    epochs: Annotated[float | None, _Empty()] = _field(
+    epochs: MaybeFloat = _field(
         "Epochs", "How often training reads every row. Takes the place of max_steps, too.", 0, ge=0.01, le=1000
     )
-    learning_rate: Annotated[float | None, _Empty()] = _field("Learning rate", "Its peak; LoRA bears 1e-5 to 1e-3.", 1, ge=1e-8, le=1.0)
-    rank: Annotated[int | None, _Empty()] = _field("LoRA rank", "Columns of the adapter's matrices: more learn more, and cost more.", 2,
+    learning_rate: MaybeFloat = _field("Learning rate", "Its peak; LoRA bears 1e-5 to 1e-3.", 1, ge=1e-8, le=1.0)
+    rank: MaybeInt = _field("LoRA rank", "Columns of the adapter's matrices: more learn more, and cost more.", 2,
                               ge=1, le=1024)  # fmt: skip
-    alpha: Annotated[float | None, _Empty()] = _field("LoRA alpha", "The adapter's scale is alpha / rank.", 3, ge=0.01, le=4096)
-    max_length: Annotated[int | None, _Empty()] = _field("Longest row, in tokens", "Longer ones are treated by data.too_long.", 4,
+    alpha: MaybeFloat = _field("LoRA alpha", "The adapter's scale is alpha / rank.", 3, ge=0.01, le=4096)
+    max_length: MaybeInt = _field("Longest row, in tokens", "Longer ones are treated by data.too_long.", 4,
                                     ge=8, le=1_048_576)  # fmt: skip
-    dataset_rev: Annotated[str | None, _Empty()] = _field(
+    dataset_rev: MaybeText = _field(
         "Dataset revision", "Git revision or branch of the .dvc file; by default the files that are there.", 5,
         min_length=1,
     )  # fmt: skip
-    seed: Annotated[int | None, _Empty()] = _field("Seed", "Of the adapter's start and the order of rows.", 6, ge=0, le=2**32 - 1)
+    seed: MaybeInt = _field("Seed", "Of the adapter's start and the order of rows.", 6, ge=0, le=2**32 - 1)
     loss_on: Annotated[Literal["assistant", "last_assistant", "all"] | None, _Empty()] = _field(
         "Learn from", "Which tokens are learned: every answer, the last one of each chat, or all text.", 7
     )

@@ -12,6 +12,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from loraflow.identity import short
+from loraflow.store import Ref
 
 log = logging.getLogger("loraflow")
 
@@ -43,7 +44,12 @@ def comparison_table(metrics: dict[str, Any]) -> list[str]:
     lines = []
     for set_name, part in metrics["tuned"].items():
         n = next(iter(part.values()))["n"]
-        lines += [f"## Scores on {set_name} ({n} rows)", "", "| metric | base | tuned | champion |", "|---|---|---|---|"]
+        lines += [
+            f"## Scores on {set_name} ({n} rows)",
+            "",
+            "| metric | base | tuned | champion |",
+            "|---|---|---|---|",
+        ]
         lines += [f"| {name} | {' | '.join(map(show, cells))} |" for name, cells in metric_rows(metrics, set_name)]
         lines.append("")
     return lines
@@ -95,13 +101,30 @@ def _quote(text: str) -> str:
 @task(name="report", task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
 def publish_report(run: Any, made: Any, summary: dict[str, Any]) -> None:
     """Publish the report in the UI and keep it beside the run's record."""
-    text = markdown(run, made, summary)
+    _publish(run, markdown(run, made, summary), "report")
+
+
+@task(name="report", task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
+def publish_scores(run: Any, model: str, folder: Path, scores: Ref) -> dict[str, Any]:
+    """Publish the scores of one model, and return them."""
+    metrics = run.jobs.store.manifest(scores).report["metrics"]
+    table = run.jobs.store.path(scores) / "scores.parquet"
+    lines = [f"# {model} by {run.jobs.recipe.name}", ""]
+    for set_name, part in metrics.items():
+        n = next(iter(part.values()))["n"]
+        lines += [f"## {set_name} ({n} rows)", "", "| metric | value |", "|---|---|"]
+        lines += [*[f"| {name} | {show(cell)} |" for name, cell in part.items()], ""]
+    _publish(run, "\n".join([*lines, f"Model: `{folder}`", "", f"Row by row: `{table}`", ""]), "scores")
+    return {"model": str(folder), "metrics": metrics, "uri": str(table.parent)}
+
+
+def _publish(run: Any, text: str, what: str) -> None:
     try:
         folder = Path(run.jobs.store.root, "runs")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{run.id}.md").write_text(text, encoding="utf-8")
         create_markdown_artifact(
-            markdown=text, key=f"{run.jobs.recipe.name}-report".replace("_", "-").replace(".", "-")
+            markdown=text, key=f"{run.jobs.recipe.name}-{what}".replace("_", "-").replace(".", "-")
         )
     except Exception as error:  # the model is made and registered by now: a report that cannot be shown undoes nothing
         log.warning("no report: %s", error)

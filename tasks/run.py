@@ -138,6 +138,7 @@ class Run:
 
     def record(self, error: BaseException | None) -> None:
         """Keep what happened in the store. A store that cannot be written is told about by what failed before."""
+        waits = isinstance(error, Pause)  # for a person's approval
         entry = {
             "run": self.id,
             "recipe": self.jobs.recipe.name,
@@ -148,8 +149,10 @@ class Run:
             "actor": actor(),
             "commit": _commit(),
             "prefect_run": str(flow_run.id) if flow_run.id else None,
-            "state": "done" if error is None else "waiting" if isinstance(error, Pause) else "failed",
-            "error": None if error is None or isinstance(error, Pause) else f"{type(error).__name__}: {error}".splitlines()[0],
+            "state": "done" if error is None else "waiting" if waits else "failed",
+            "error": None
+            if error is None or isinstance(error, Pause)
+            else f"{type(error).__name__}: {error}".splitlines()[0],
             "stages": list(self.stages.values()),
             "summary": self.result,
         }
