@@ -5,7 +5,6 @@ python -m flows.child PARENT_PID server start --port 4242
 
 from __future__ import annotations
 
-import ctypes
 import os
 import runpy
 import signal
@@ -13,19 +12,19 @@ import sys
 import threading
 import time
 
+from loraflow.tether import end_with_parent
+
 GRACE = 25.0  # seconds; a training that is asked to end saves a checkpoint in up to 20
 
 
 def main() -> None:
     """Tie this process to its parent, then become the command `prefect`."""
     parent = int(sys.argv[1])
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    end_with_parent()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        os.killpg(0, signal.SIGTERM)  # what it started, flow runs that is, gets no death signal of its own
         time.sleep(GRACE)
         os.killpg(0, signal.SIGKILL)
 

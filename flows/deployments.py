@@ -66,6 +66,7 @@ class Spec:
             "parameter_openapi_schema": parameter_schema(self.flow).model_dump(exclude_unset=True),
             "enforce_parameter_schema": True,
             "work_pool_name": self.pool,
+            "job_variables": self.values["work_pool"].get("job_variables", {}),
             "pull_steps": self.pull_steps,
             "concurrency_limit": limit.get("limit"),
             "concurrency_options": {k: v for k, v in limit.items() if k != "limit"} or None,

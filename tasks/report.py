@@ -13,6 +13,7 @@ from prefect.cache_policies import NO_CACHE
 
 from loraflow.identity import short
 from loraflow.store import Ref
+from tasks import chart
 
 log = logging.getLogger("loraflow")
 
@@ -55,8 +56,8 @@ def comparison_table(metrics: dict[str, Any]) -> list[str]:
     return lines
 
 
-def markdown(run: Any, made: Any, summary: dict[str, Any]) -> str:
-    """Write the report."""
+def markdown(run: Any, made: Any, summary: dict[str, Any], *, image: bool = False) -> str:
+    """Write the report; with `image` the loss curve is one, else a line of bars that a terminal shows too."""
     store, recipe = run.jobs.store, run.jobs.recipe
     verdict = summary["decision"]["verdict"]
     lines = [f"# {recipe.name}: {verdict}", "", *[f"- {reason}" for reason in summary["decision"]["reasons"]], ""]
@@ -66,7 +67,8 @@ def markdown(run: Any, made: Any, summary: dict[str, Any]) -> str:
         (row["step"], row["loss"]) for line in curve.read_text().splitlines() if "loss" in (row := json.loads(line))
     ]
     if losses:
-        lines += ["## Training loss", "", f"`{sparkline([loss for _, loss in losses])}`", ""]
+        bars = f"`{sparkline([loss for _, loss in losses])}`"
+        lines += ["## Training loss", "", chart.image(losses, "training loss") if image else bars, ""]
         lines += [
             "| step | loss |",
             "|---:|---:|",
@@ -78,12 +80,20 @@ def markdown(run: Any, made: Any, summary: dict[str, Any]) -> str:
     for sample in samples:
         lines += [f"**{_quote(sample['prompt'])}**", "", f"- expected: `{_quote(sample['reference'])}`",
                   f"- tuned: `{_quote(sample['answer'])}`", ""]  # fmt: skip
-    lines += ["## Lineage", "", "| stage | state | fingerprint | digest | seconds |", "|---|---|---|---|---:|"]
+    lines += ["## Lineage", "", "| stage | state | fingerprint | seconds | artifact |", "|---|---|---|---:|---|"]
     lines += [
-        f"| {s['stage']} | {s['state']} | `{short(s['fingerprint'])}` | `{short(s['digest'])}` | {s['seconds']:.1f} |"
+        f"| {s['stage']} | {s['state']} | `{short(s['fingerprint'])}` | {s['seconds']:.1f} | `{s['uri']}` |"
         for s in summary["stages"]
     ]
-    lines += ["", f"Adapter: `{summary['adapter']}`", "", f"Merged model: `{summary['merged']}`", ""]
+    lines += [
+        "",
+        f"Adapter: `{summary['adapter']}`",
+        "",
+        f"Merged model: `{summary['merged']}`",
+        "",
+        f"Talk to it: `loraflow chat {summary['run']}`",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -101,7 +111,8 @@ def _quote(text: str) -> str:
 @task(name="report", task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
 def publish_report(run: Any, made: Any, summary: dict[str, Any]) -> None:
     """Publish the report in the UI and keep it beside the run's record."""
-    _publish(run, markdown(run, made, summary), "report")
+    text, shown = (markdown(run, made, summary, image=image) for image in (False, True))
+    _publish(run, text, shown, "report")
 
 
 @task(name="report", task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
@@ -114,17 +125,18 @@ def publish_scores(run: Any, model: str, folder: Path, scores: Ref) -> dict[str,
         n = next(iter(part.values()))["n"]
         lines += [f"## {set_name} ({n} rows)", "", "| metric | value |", "|---|---|"]
         lines += [*[f"| {name} | {show(cell)} |" for name, cell in part.items()], ""]
-    _publish(run, "\n".join([*lines, f"Model: `{folder}`", "", f"Row by row: `{table}`", ""]), "scores")
+    text = "\n".join([*lines, f"Model: `{folder}`", "", f"Row by row: `{table}`", ""])
+    _publish(run, text, text, "scores")
     return {"model": str(folder), "metrics": metrics, "uri": str(table.parent)}
 
 
-def _publish(run: Any, text: str, what: str) -> None:
+def _publish(run: Any, text: str, shown: str, what: str) -> None:
     try:
         folder = Path(run.jobs.store.root, "runs")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{run.id}.md").write_text(text, encoding="utf-8")
         create_markdown_artifact(
-            markdown=text, key=f"{run.jobs.recipe.name}-{what}".replace("_", "-").replace(".", "-")
+            markdown=shown, key=f"{run.jobs.recipe.name}-{what}".replace("_", "-").replace(".", "-")
         )
     except Exception as error:  # the model is made and registered by now: a report that cannot be shown undoes nothing
         log.warning("no report: %s", error)

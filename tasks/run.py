@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import Pause
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 
 from loraflow.adapters import verify as verification
 from loraflow.config import load_recipe
@@ -27,6 +27,7 @@ from loraflow.stages import STAGES, code_digest
 from loraflow.store import Ref
 from loraflow.store.files import write_json
 from loraflow.store.gc import collect
+from loraflow.tether import end_with_parent
 from tasks.name import show_name
 from tasks.stages import call
 
@@ -169,6 +170,8 @@ def open_run(recipe: str, overrides: dict[str, Any], force: list[str]) -> Iterat
         raise BadConfig(
             "There is no such stage.", where="--force", expected=f"one of {', '.join(STAGES)}", got=", ".join(unknown)
         )
+    if deployment.id:  # in a process of its own, which a worker of Prefect would leave behind when it is killed
+        end_with_parent()
     jobs = Jobs(load_recipe(recipe, overrides))
     if jobs.recipe.data.add:
         _add_data(jobs)

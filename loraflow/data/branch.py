@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraflow.data.dvc import is_url
+from loraflow.data.dvc import Pin, is_url
 from loraflow.failures import BadConfig, Network
 from loraflow.store.lock import flock
 
@@ -64,6 +64,33 @@ def newest(repo: str, branch: str, remote: str = "origin") -> Newest:
     assert commit is not None
     log.info("newest of %s is %s, of %s", branch, commit[:12], "this repository" if ahead else remote)
     return Newest(_carried(repo, commit), commit)
+
+
+def commit(pin: Pin) -> None:
+    """Commit a `.dvc` file, and nothing else that may be staged.
+
+    Raises:
+        BadConfig: git says no.
+    """
+    if committed(pin) is not None:
+        return
+    ignore = Path(pin.dvc_file).parent / ".gitignore"  # `dvc add` writes the folder's name into it
+    names = [pin.dvc_file, *([str(ignore)] if ignore.exists() else [])]
+    _git(["add", "--", *names], ".")
+    _git(["commit", "--quiet", "-m", f"Dataset {pin.md5[:8]}", "--", *names], ".")
+
+
+def committed(pin: Pin) -> str | None:
+    """Return the commit that is checked out, if it pins this very dataset."""
+    head = _ask(["rev-parse", "--verify", "--quiet", "HEAD"], ".")
+    text = _ask(["show", f"HEAD:./{pin.dvc_file}"], ".")
+    return head if text is not None and f"md5: {pin.md5}" in text else None
+
+
+def is_unpushed(made: str) -> bool:
+    """Tell whether the branch follows one of a remote that does not have the commit yet."""
+    upstream = _ask(["rev-parse", "--verify", "--quiet", "@{upstream}"], ".")
+    return upstream is not None and _ask(["merge-base", "--is-ancestor", made, upstream], ".") is None
 
 
 def _carried(repo: str, commit: str) -> str:
