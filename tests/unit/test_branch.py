@@ -62,7 +62,7 @@ def test_a_branch_that_is_ahead_here_counts_and_one_that_parted_does_not(repos):
 
 
 def test_failures_name_the_branch_the_folder_and_the_remote(repos, tmp_path):
-    _, mine, worker = repos
+    _, _, worker = repos
     with pytest.raises(BadConfig, match="no such branch"):
         branch.newest(str(worker), "nowhere")
     (tmp_path / "bare").mkdir()
