@@ -41,7 +41,14 @@ class _Empty:
         return shown
 
 
-MaybeFloat = Annotated[float | None, _Empty()]
+class _Decimal:
+    """Shows a number as text: the new UI's number box takes whole numbers only (its step is 1), and nobody types 2e-4."""
+
+    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Return the schema: above zero and at most one, as a decimal or with an exponent."""
+        return {"type": "string", "pattern": r"^(?![0.]*$)(0?\.\d+|[1-9](\.\d+)?[eE]-0?[1-9]\d?|1(\.0*)?)$"}
+
+
 MaybeInt = Annotated[int | None, _Empty()]
 MaybeText = Annotated[str | None, _Empty()]
 
@@ -59,13 +66,15 @@ class Overrides(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="Changes to the recipe")
 
-    epochs: MaybeFloat = _field(
-        "Epochs", "How often training reads every row. Takes the place of max_steps, too.", 0, ge=0.01, le=1000
+    epochs: MaybeInt = _field(
+        "Epochs", "How often training reads every row. Takes the place of max_steps, too.", 0, ge=1, le=1000
     )
-    learning_rate: MaybeFloat = _field("Learning rate", "Its peak; LoRA bears 1e-5 to 1e-3.", 1, ge=1e-8, le=1.0)
+    learning_rate: Annotated[float | None, _Decimal()] = _field(
+        "Learning rate", "Its peak, such as 2e-4 or 0.0002; LoRA bears 1e-5 to 1e-3.", 1, gt=0, le=1
+    )
     rank: MaybeInt = _field("LoRA rank", "Columns of the adapter's matrices: more learn more, and cost more.", 2,
                               ge=1, le=1024)  # fmt: skip
-    alpha: MaybeFloat = _field("LoRA alpha", "The adapter's scale is alpha / rank.", 3, ge=0.01, le=4096)
+    alpha: MaybeInt = _field("LoRA alpha", "The adapter's scale is alpha / rank.", 3, ge=1, le=4096)
     max_length: MaybeInt = _field("Longest row, in tokens", "Longer ones are treated by data.too_long.", 4,
                                     ge=8, le=1_048_576)  # fmt: skip
     dataset_rev: MaybeText = _field(

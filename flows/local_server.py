@@ -140,8 +140,31 @@ class Processes:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         workers = [process for name, process in self.running.items() if name != "server"]
-        _end(workers)  # first: runs that end tell the server how
+        _end_runs(
+            [process.pid for process in workers]
+        )  # first: what is running can still tell the server that it ended
+        _end(workers)
         _end([process for name, process in self.running.items() if name == "server"])
+
+
+def _end_runs(workers: list[int]) -> None:
+    """End the flow runs of workers, each a process in a session of its own, and wait until they are gone."""
+    rows = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.splitlines()
+    runs = [int(pid) for pid, parent in map(str.split, rows) if int(parent) in workers]
+    for pid in runs:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    until = time.monotonic() + GRACE
+    while any(map(_lives, runs)) and time.monotonic() < until:
+        time.sleep(0.1)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:

@@ -172,6 +172,7 @@ def open_run(recipe: str, overrides: dict[str, Any], force: list[str]) -> Iterat
         )
     if deployment.id:  # in a process of its own, which a worker of Prefect would leave behind when it is killed
         end_with_parent()
+        log.setLevel(logging.INFO)
     jobs = Jobs(load_recipe(recipe, overrides))
     if jobs.recipe.data.add:
         _add_data(jobs)

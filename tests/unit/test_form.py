@@ -1,6 +1,7 @@
 """The run form: its schema as both UIs get it, and what becomes of its values."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_every_field_of_the_form_has_a_title_a_description_a_place_and_bounds():
     assert sorted(field["position"] for field in fields.values()) == list(range(len(fields)))
     for name, field in fields.items():
         assert field["title"][0].isupper() and field["description"].endswith("."), name
-        assert "enum" in field or "minLength" in field or {"minimum", "maximum"} <= field.keys(), name
+        assert field.keys() & {"enum", "minLength", "pattern"} or {"minimum", "maximum"} <= field.keys(), name
         assert "default" not in field and "anyOf" not in field, "an empty box, not two tabs"
 
 
@@ -77,7 +78,7 @@ def test_the_form_changes_what_it_says(recipe):
     assert (peft.r, peft.lora_alpha, loaded.data.rev, loaded.data.loss_on) == (2, 4, "main", "all")
 
 
-@pytest.mark.parametrize("wrong", [{"rank": 0}, {"learning_rate": 2}, {"epochs": 0}, {"loss_on": "some"}, {"rnk": 4},
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"learning_rate": "2"}, {"learning_rate": "0.0"}, {"learning_rate": "much"}, {"epochs": 0}, {"loss_on": "some"}, {"rnk": 4},
                                    {"seed": -1}, {"max_length": "long"}])  # fmt: skip
 def test_a_wrong_value_is_refused_by_the_schema_and_by_the_model(wrong):
     from prefect.utilities.schema_tools.validation import ValidationError as Refused
@@ -92,6 +93,14 @@ def test_a_wrong_value_is_refused_by_the_schema_and_by_the_model(wrong):
 def test_a_right_value_passes_the_schema():
     from prefect.utilities.schema_tools.validation import validate
 
-    values = {"recipe": "some/file.yaml", "overrides": {"rank": 8}, "force": ["train"], "approval": True,
+    values = {"recipe": "some/file.yaml", "overrides": {"rank": 8, "learning_rate": "2e-4"}, "force": ["train"], "approval": True,
               "settings": {"data.limit": 5}}  # fmt: skip
     assert validate(values, schema(), raise_on_error=True) == []
+
+
+@pytest.mark.parametrize("text", ["2e-4", "0.0002", ".5", "1", "1.0", "9.5E-6", "1e-05"])
+def test_a_learning_rate_is_typed_as_people_write_it(text):
+    assert Overrides.model_validate({"learning_rate": text}).settings() == {
+        "training_config.learning_rate": float(text)
+    }
+    assert re.search(schema()["definitions"]["Overrides"]["properties"]["learning_rate"]["pattern"], text)
