@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-all test-gpu check lint data clean
+.PHONY: help demo test test-all test-gpu test-ui check lint data clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,13 +22,17 @@ demo: $(STAMP) ## run the quickstart: tickets to JSON, on this machine, in minut
 	$(BIN)/loraflow run configs/quickstart.yaml
 
 test: $(STAMP) ## all tests but the long ones
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not ui"
 
 test-all: $(STAMP) ## the long ones as well
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not ui"
 
 test-gpu: ## tests for a machine with an NVIDIA GPU, under its own python
 	$(PYTHON) -m pytest -m gpu tests/gpu
+
+test-ui: $(STAMP) ## Prefect's UI in a browser (Debian: apt-get install chromium; another one: CHROMIUM=path)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,ui]'
+	$(BIN)/python -m pytest -m ui tests/browser
 
 check: $(STAMP) ## style, types, and the direction of imports
 	$(BIN)/ruff check .

@@ -5,39 +5,51 @@ loraflow run configs/quickstart.yaml
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.runtime import flow_run
 
+from flows.form import AS_THE_RECIPE_SAYS, NO_SETTINGS, NO_STAGES, Overrides, RecipeName, StageName
 from flows.pipeline import pipeline
+from tasks.approval import ask_for_approval, refuse_without_deployment
 from tasks.decisions import gate, register
+from tasks.events import announce_decision
+from tasks.name import run_name
 from tasks.report import publish_report
-from tasks.run import open_run
+from tasks.run import Run, open_run
 
 
-def _run_name() -> str:
-    return Path(flow_run.parameters["recipe"]).stem
-
-
-@flow(name="finetune", flow_run_name=_run_name, validate_parameters=True)
+@flow(name="finetune", flow_run_name=run_name, validate_parameters=True)
 def finetune(
-    recipe: str = "configs/quickstart.yaml",
-    overrides: dict[str, Any] | None = None,
-    force: list[str] | None = None,
+    recipe: RecipeName = "quickstart",
+    overrides: Overrides = AS_THE_RECIPE_SAYS,
+    force: list[StageName] = NO_STAGES,
+    approval: bool = False,
+    settings: dict[str, Any] = NO_SETTINGS,
 ) -> dict[str, Any]:
     """Fine-tune a model by a recipe, and promote it if it is better than base and champion.
 
     Args:
-        recipe: Path of a recipe, or the name of one in configs/.
-        overrides: Recipe keys to change, such as {"training_config.learning_rate": 1e-4}.
-        force: Stages to compute again although they are cached.
+        recipe: One of configs/, or a path.
+        overrides: What this run does differently.
+        force: Stages to compute although they are cached.
+        approval: Wait for a person's yes before a model becomes the champion.
+        settings: Any other key of the recipe, such as {"evaluation.max_rows": 50}.
     """
-    with open_run(recipe, overrides or {}, force or []) as run:
-        made = run.until_whole(pipeline)
-        decision = gate(run.jobs, made)
-        entry = register(run.jobs, made, decision)
-        summary = run.summary(made, decision, entry)
-        publish_report(run, made, summary)
-        return summary
+    if approval:
+        refuse_without_deployment()
+    with open_run(recipe, {**settings, **overrides.settings()}, list(force)) as run:
+        return make_model(run, approval)
+
+
+def make_model(run: Run, approval: bool) -> dict[str, Any]:
+    """Walk the DAG, decide, register, report."""
+    made = run.until_whole(pipeline)
+    decision = gate(run.jobs, made)
+    if approval:
+        ask_for_approval(run, made, decision)
+    entry = register(run.jobs, made, decision)
+    announce_decision(run.jobs.recipe.register_.model, decision, entry)
+    summary = run.summary(made, decision, entry)
+    publish_report(run, made, summary)
+    return summary

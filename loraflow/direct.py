@@ -63,6 +63,19 @@ def find_model(store: LocalStore, model: str) -> tuple[Path, Ref | None]:
     raise BadConfig("There is no such model.", where=model, expected="champion, a run's id, or a model's folder")
 
 
+def score_model(walk: Any, model: str) -> tuple[Path, Ref]:
+    """Score a model (see `find_model`) on the held-out rows of a walk's recipe; return its folder and the scores.
+
+    `walk` runs stages, through Prefect or without; its `jobs` become those of another base where the model is a folder.
+    """
+    folder, ref = find_model(walk.jobs.store, model)
+    rows = walk.stage("check_dataset", dataset=walk.stage("version_dataset"))
+    if ref is None:
+        walk.jobs = Jobs(Recipe.model_validate(open_path_as_base(walk.jobs.recipe, folder)))
+        ref = walk.stage("resolve_base")
+    return folder, walk.stage("evaluate", model=ref, rows=rows)
+
+
 def only_model(store: LocalStore) -> str:
     """Return the one name in the registry.
 

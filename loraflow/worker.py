@@ -9,7 +9,6 @@ run a failed job again with that one command; the caller commits.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import importlib
 import json
@@ -28,6 +27,7 @@ from loraflow import failures
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store.files import write_json
 from loraflow.store.lock import flock
+from loraflow.tether import end_with_parent
 
 log = logging.getLogger("loraflow.worker")
 
@@ -191,8 +191,7 @@ def _die_with_parent(grace: float) -> None:
     expected = os.environ.get("LORAFLOW_PARENT")
     if expected is None:
         return  # run by hand
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    end_with_parent()
     parent = int(expected)
 
     def watch() -> None:

@@ -24,19 +24,13 @@ def gate(jobs: Jobs, made: Any) -> dict[str, Any]:
 
 
 def _decide(jobs: Jobs, made: Any, head: Entry | None) -> dict[str, Any]:
-    recipe = jobs.recipe
     if head is not None and head.merged.digest == made.merged.digest:
         return {"verdict": "unchanged", "reasons": ["the challenger is the champion"], "comparisons": []}
     why = jobs.log.rolled_back(made.merged.digest)
     if why is not None:
         reason = f"it was rolled back ({why}); `loraflow promote` brings it back by hand"
         return {"verdict": "unchanged", "reasons": [reason], "comparisons": []}
-    protocol = identity.fingerprint(
-        {
-            "gate": recipe.gate.model_dump(),
-            "scores": [ref.digest for ref in (made.base_scores, made.tuned_scores, made.champion_scores) if ref],
-        }
-    )
+    protocol = _protocol(jobs, made)
     known = jobs.log.decision(head, made.merged.digest, protocol)
     if known is not None and known["verdict"] != "promote":
         reason = f"decided before against this champion: {known['verdict']}"
@@ -44,6 +38,17 @@ def _decide(jobs: Jobs, made: Any, head: Entry | None) -> dict[str, Any]:
     decision = _compare(jobs, made)
     jobs.log.remember(head, made.merged.digest, protocol, decision)
     return decision
+
+
+def _protocol(jobs: Jobs, made: Any) -> str:
+    """Return the identity of the rules and scores that a decision is taken by."""
+    scores = [ref.digest for ref in (made.base_scores, made.tuned_scores, made.champion_scores) if ref]
+    return identity.fingerprint({"gate": jobs.recipe.gate.model_dump(), "scores": scores})
+
+
+def overrule(jobs: Jobs, made: Any, decision: dict[str, Any]) -> None:
+    """Keep a person's decision in the place of the gate's, so that a rerun finds it."""
+    jobs.log.remember(jobs.seen, made.merged.digest, _protocol(jobs, made), decision)
 
 
 def _compare(jobs: Jobs, made: Any) -> dict[str, Any]:

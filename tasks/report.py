@@ -12,6 +12,8 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from loraflow.identity import short
+from loraflow.store import Ref
+from tasks import chart
 
 log = logging.getLogger("loraflow")
 
@@ -38,12 +40,10 @@ def show(cell: dict[str, float] | None) -> str:
     return "" if cell is None else f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
 
 
-def markdown(run: Any, made: Any, summary: dict[str, Any]) -> str:
-    """Write the report."""
-    store, recipe = run.jobs.store, run.jobs.recipe
-    verdict = summary["decision"]["verdict"]
-    lines = [f"# {recipe.name}: {verdict}", "", *[f"- {reason}" for reason in summary["decision"]["reasons"]], ""]
-    for set_name, part in summary["metrics"]["tuned"].items():
+def comparison_table(metrics: dict[str, Any]) -> list[str]:
+    """Return the scores of base, tuned and champion as markdown, a table for each set of rows."""
+    lines = []
+    for set_name, part in metrics["tuned"].items():
         n = next(iter(part.values()))["n"]
         lines += [
             f"## Scores on {set_name} ({n} rows)",
@@ -51,16 +51,24 @@ def markdown(run: Any, made: Any, summary: dict[str, Any]) -> str:
             "| metric | base | tuned | champion |",
             "|---|---|---|---|",
         ]
-        lines += [
-            f"| {name} | {' | '.join(map(show, cells))} |" for name, cells in metric_rows(summary["metrics"], set_name)
-        ]
+        lines += [f"| {name} | {' | '.join(map(show, cells))} |" for name, cells in metric_rows(metrics, set_name)]
         lines.append("")
+    return lines
+
+
+def markdown(run: Any, made: Any, summary: dict[str, Any], *, image: bool = False) -> str:
+    """Write the report; with `image` the loss curve is one, else a line of bars that a terminal shows too."""
+    store, recipe = run.jobs.store, run.jobs.recipe
+    verdict = summary["decision"]["verdict"]
+    lines = [f"# {recipe.name}: {verdict}", "", *[f"- {reason}" for reason in summary["decision"]["reasons"]], ""]
+    lines += comparison_table(summary["metrics"])
     curve = store.path(made.adapter) / "telemetry" / "curves.jsonl"
     losses = [
         (row["step"], row["loss"]) for line in curve.read_text().splitlines() if "loss" in (row := json.loads(line))
     ]
     if losses:
-        lines += ["## Training loss", "", f"`{sparkline([loss for _, loss in losses])}`", ""]
+        bars = f"`{sparkline([loss for _, loss in losses])}`"
+        lines += ["## Training loss", "", chart.image(losses, "training loss") if image else bars, ""]
         lines += [
             "| step | loss |",
             "|---:|---:|",
@@ -72,12 +80,20 @@ def markdown(run: Any, made: Any, summary: dict[str, Any]) -> str:
     for sample in samples:
         lines += [f"**{_quote(sample['prompt'])}**", "", f"- expected: `{_quote(sample['reference'])}`",
                   f"- tuned: `{_quote(sample['answer'])}`", ""]  # fmt: skip
-    lines += ["## Lineage", "", "| stage | state | fingerprint | digest | seconds |", "|---|---|---|---|---:|"]
+    lines += ["## Lineage", "", "| stage | state | fingerprint | seconds | artifact |", "|---|---|---|---:|---|"]
     lines += [
-        f"| {s['stage']} | {s['state']} | `{short(s['fingerprint'])}` | `{short(s['digest'])}` | {s['seconds']:.1f} |"
+        f"| {s['stage']} | {s['state']} | `{short(s['fingerprint'])}` | {s['seconds']:.1f} | `{s['uri']}` |"
         for s in summary["stages"]
     ]
-    lines += ["", f"Adapter: `{summary['adapter']}`", "", f"Merged model: `{summary['merged']}`", ""]
+    lines += [
+        "",
+        f"Adapter: `{summary['adapter']}`",
+        "",
+        f"Merged model: `{summary['merged']}`",
+        "",
+        f"Talk to it: `loraflow chat {summary['run']}`",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -95,13 +111,32 @@ def _quote(text: str) -> str:
 @task(name="report", task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
 def publish_report(run: Any, made: Any, summary: dict[str, Any]) -> None:
     """Publish the report in the UI and keep it beside the run's record."""
-    text = markdown(run, made, summary)
+    text, shown = (markdown(run, made, summary, image=image) for image in (False, True))
+    _publish(run, text, shown, "report")
+
+
+@task(name="report", task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
+def publish_scores(run: Any, model: str, folder: Path, scores: Ref) -> dict[str, Any]:
+    """Publish the scores of one model, and return them."""
+    metrics = run.jobs.store.manifest(scores).report["metrics"]
+    table = run.jobs.store.path(scores) / "scores.parquet"
+    lines = [f"# {model} by {run.jobs.recipe.name}", ""]
+    for set_name, part in metrics.items():
+        n = next(iter(part.values()))["n"]
+        lines += [f"## {set_name} ({n} rows)", "", "| metric | value |", "|---|---|"]
+        lines += [*[f"| {name} | {show(cell)} |" for name, cell in part.items()], ""]
+    text = "\n".join([*lines, f"Model: `{folder}`", "", f"Row by row: `{table}`", ""])
+    _publish(run, text, text, "scores")
+    return {"model": str(folder), "metrics": metrics, "uri": str(table.parent)}
+
+
+def _publish(run: Any, text: str, shown: str, what: str) -> None:
     try:
         folder = Path(run.jobs.store.root, "runs")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{run.id}.md").write_text(text, encoding="utf-8")
         create_markdown_artifact(
-            markdown=text, key=f"{run.jobs.recipe.name}-report".replace("_", "-").replace(".", "-")
+            markdown=shown, key=f"{run.jobs.recipe.name}-{what}".replace("_", "-").replace(".", "-")
         )
     except Exception as error:  # the model is made and registered by now: a report that cannot be shown undoes nothing
         log.warning("no report: %s", error)

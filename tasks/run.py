@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.runtime import flow_run
+from prefect.exceptions import Pause
+from prefect.runtime import deployment, flow_run
 
 from loraflow.adapters import verify as verification
 from loraflow.config import load_recipe
@@ -26,6 +27,8 @@ from loraflow.stages import STAGES, code_digest
 from loraflow.store import Ref
 from loraflow.store.files import write_json
 from loraflow.store.gc import collect
+from loraflow.tether import end_with_parent
+from tasks.name import show_name
 from tasks.stages import call
 
 log = logging.getLogger("loraflow")
@@ -114,22 +117,19 @@ class Run:
         """Return the model in use."""
         return self.jobs.champion()
 
+    def metrics(self, made: Any) -> dict[str, Any]:
+        """Return the scores of base, tuned and champion."""
+        sides = {"base": made.base_scores, "tuned": made.tuned_scores, "champion": made.champion_scores}
+        return {side: self.jobs.store.manifest(ref).report["metrics"] if ref else None for side, ref in sides.items()}
+
     def summary(self, made: Any, decision: dict[str, Any], entry: int | None) -> dict[str, Any]:
         """Return the run as the one JSON document that `--json` prints."""
         store = self.jobs.store
-
-        def metrics(ref: Ref | None) -> dict[str, Any] | None:
-            return store.manifest(ref).report["metrics"] if ref is not None else None
-
         self.result = {
             "run": self.id,
             "recipe": self.jobs.recipe.name,
             "stages": list(self.stages.values()),
-            "metrics": {
-                "base": metrics(made.base_scores),
-                "tuned": metrics(made.tuned_scores),
-                "champion": metrics(made.champion_scores),
-            },
+            "metrics": self.metrics(made),
             "decision": {"verdict": decision["verdict"], "reasons": decision["reasons"]},
             "registered": entry,
             "adapter": str(store.path(made.adapter) / "adapter"),
@@ -139,6 +139,7 @@ class Run:
 
     def record(self, error: BaseException | None) -> None:
         """Keep what happened in the store. A store that cannot be written is told about by what failed before."""
+        waits = isinstance(error, Pause)  # for a person's approval
         entry = {
             "run": self.id,
             "recipe": self.jobs.recipe.name,
@@ -149,8 +150,10 @@ class Run:
             "actor": actor(),
             "commit": _commit(),
             "prefect_run": str(flow_run.id) if flow_run.id else None,
-            "state": "done" if error is None else "failed",
-            "error": None if error is None else f"{type(error).__name__}: {error}".splitlines()[0],
+            "state": "done" if error is None else "waiting" if waits else "failed",
+            "error": None
+            if error is None or isinstance(error, Pause)
+            else f"{type(error).__name__}: {error}".splitlines()[0],
             "stages": list(self.stages.values()),
             "summary": self.result,
         }
@@ -167,6 +170,9 @@ def open_run(recipe: str, overrides: dict[str, Any], force: list[str]) -> Iterat
         raise BadConfig(
             "There is no such stage.", where="--force", expected=f"one of {', '.join(STAGES)}", got=", ".join(unknown)
         )
+    if deployment.id:  # in a process of its own, which a worker of Prefect would leave behind when it is killed
+        end_with_parent()
+        log.setLevel(logging.INFO)
     jobs = Jobs(load_recipe(recipe, overrides))
     if jobs.recipe.data.add:
         _add_data(jobs)
@@ -174,6 +180,7 @@ def open_run(recipe: str, overrides: dict[str, Any], force: list[str]) -> Iterat
     error: BaseException | None = None
     with jobs.store.reading():
         try:
+            show_name(jobs)
             yield run
         except OSError as caught:
             error = caught

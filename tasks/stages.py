@@ -14,11 +14,13 @@ from prefect.states import Completed
 from prefect.tasks import Task
 
 from loraflow.failures import Failure
+from loraflow.identity import short
 from loraflow.job import Job
 from loraflow.launch import run_job
 from loraflow.stages import STAGES
 from loraflow.store import Ref, open_store
 from tasks.cache import StageKey
+from tasks.lease import gpu_lease
 
 log = logging.getLogger("loraflow")
 
@@ -48,11 +50,18 @@ def _stage_task(name: str) -> Task:
         artifacts = open_store(store)
         ref = artifacts.find(job.stage, job.fingerprint)
         if ref is not None and not force:
-            # Another Prefect server, or an emptied one: the store has it all the same.
-            return Completed(name="Cached", message="found in the store", data=ref)
-        return run_job(job, artifacts, _Shown(label), force=force)
+            return Completed(name="Cached", message=_why_cached(artifacts, ref), data=ref)
+        with gpu_lease(job):
+            return run_job(job, artifacts, _Shown(label), force=force)
 
     return run_stage
+
+
+def _why_cached(store: Any, ref: Ref) -> str:
+    made = store.manifest(ref).provenance.get("started", "earlier")
+    return (
+        f"same inputs, settings and stage version as {short(ref.fingerprint)}, made {made} (digest {short(ref.digest)})"
+    )
 
 
 class _Shown:
@@ -106,9 +115,10 @@ TASKS: dict[str, Task] = {
 def call(job: Job, store: Any, label: str, *, hit: bool, force: bool) -> Ref:
     """Run a stage's task and return the artifact that the store holds for it afterwards.
 
-    A hit of Prefect's own never looks at the artifact, so that it counts only where the store has it too.
+    The task looks into the store itself, and says why it is cached. A hit of Prefect's own would say nothing, never looks
+    at the artifact, and another server has none.
     """
-    TASKS[job.stage].with_options(refresh_cache=force or not hit)(job, store.uri, label, force)  # type: ignore[unused-coroutine]
+    TASKS[job.stage].with_options(refresh_cache=True)(job, store.uri, label, force)  # type: ignore[unused-coroutine]
     ref = store.find(job.stage, job.fingerprint)
     assert ref is not None, f"{label} ended without an artifact"
     return ref

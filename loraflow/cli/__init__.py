@@ -34,6 +34,8 @@ COMMANDS = {
     "registry": ("loraflow.cli.registry", "Show the promotion log."),
     "promote": ("loraflow.cli.registry", "Make a run's model the champion by hand."),
     "rollback": ("loraflow.cli.registry", "Go back to the champion before this one."),
+    "up": ("loraflow.cli.deploy", "Start Prefect's server, a worker and all deployments here."),
+    "deploy": ("loraflow.cli.deploy", "Put the deployments onto the server at PREFECT_API_URL."),
     "doctor": ("loraflow.cli.doctor", "Say what this machine can do, and what is missing."),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -20,13 +21,28 @@ def data() -> None:
 @data.command()
 @click.argument("folder", default="data")
 @click.option("--no-push", is_flag=True, help="Do not push to the DVC remote.")
-def add(folder: str, no_push: bool) -> None:
-    """Make a version of FOLDER: `dvc add`, and `dvc push` where a remote is set up."""
-    from loraflow.data import dvc
+@click.option("--commit", is_flag=True, help="Commit the .dvc file to git.")
+def add(folder: str, no_push: bool, commit: bool) -> None:
+    """Make a version of FOLDER: `dvc add`, and `dvc push` where a remote is set up.
+
+    Once the version is committed, the Prefect server at PREFECT_API_URL is told, so that it can retrain.
+    """
+    from loraflow.data import branch, dvc
 
     pin = dvc.add(folder, push=not no_push)
     click.echo(f"{pin.path} is {pin.md5}")
-    click.echo(f"next  git add {pin.dvc_file} && git commit -m 'Dataset {pin.md5[:8]}'")
+    if commit:
+        branch.commit(pin)
+    made = branch.committed(pin)
+    if made is None:
+        click.echo(f"next  git add {pin.dvc_file} && git commit -m 'Dataset {pin.md5[:8]}', or --commit does it")
+        return
+    if branch.is_unpushed(made):
+        click.echo("next  git push   (machines that retrain from the remote's branch do not see it before)")
+    if os.environ.get("PREFECT_API_URL"):
+        from tasks.events import announce_dataset
+
+        click.echo(f"told  {announce_dataset(pin.path, pin.md5, made)}")
 
 
 @data.command()

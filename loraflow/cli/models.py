@@ -21,17 +21,12 @@ from loraflow.failures import BadConfig
 def evaluate(model: str, recipe: str, sets: tuple[str, ...], as_json: bool) -> None:
     """Score MODEL (champion, a run's id, or a folder) on the held-out rows of RECIPE, by its protocol."""
     quiet_logging(logging.INFO)
-    from loraflow.config import Recipe, load_recipe
-    from loraflow.direct import Direct, find_model, open_path_as_base
+    from loraflow.config import load_recipe
+    from loraflow.direct import Direct, score_model
 
     walk = Direct(load_recipe(recipe, parse_sets(sets)))
     with walk.jobs.store.reading():
-        rows = walk.stage("check_dataset", dataset=walk.stage("version_dataset"))
-        folder, ref = find_model(walk.jobs.store, model)
-        if ref is None:
-            walk = Direct(Recipe.model_validate(open_path_as_base(walk.jobs.recipe, folder)))
-            ref = walk.stage("resolve_base")
-        scores = walk.stage("evaluate", model=ref, rows=rows)
+        folder, scores = score_model(walk, model)
         walk.jobs.save()
     metrics = walk.jobs.store.manifest(scores).report["metrics"]
     if as_json:

@@ -34,7 +34,7 @@ def run(
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("loraflow").setLevel(logging.WARNING if quiet else logging.INFO)
-    summary = finetune(recipe=recipe, overrides=overrides, force=list(force))
+    summary = finetune(recipe=recipe, settings=overrides, force=list(force))  # type: ignore[arg-type]
     if as_json:
         click.echo(json.dumps(summary, ensure_ascii=False))
     else:

@@ -35,7 +35,7 @@ class Place:
     def run(self, force: list[str] | None = None, **overrides: Any) -> dict[str, Any]:
         from flows.finetune import finetune
 
-        return finetune(recipe=str(self.recipe), overrides=_dotted(overrides), force=force or [])
+        return finetune(recipe=str(self.recipe), settings=_dotted(overrides), force=force or [])
 
     def plan(self, force: list[str] | None = None, **overrides: Any) -> dict[str, str]:
         """Return {stage: verdict}."""

@@ -1,0 +1,54 @@
+"""Events that automations listen to: a new dataset, a new champion, a challenger that was rejected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.events import Event, Resource, emit_event
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import get_current_settings
+
+from loraflow.failures import Network
+
+DATASET = "loraflow.dataset.updated"
+CHAMPION = "loraflow.champion.promoted"
+REJECTED = "loraflow.challenger.rejected"
+
+
+def announce_decision(model: str, decision: dict[str, Any], entry: int | None) -> None:
+    """Emit what became of a challenger."""
+    resource = {"prefect.resource.id": f"loraflow.model.{model}", "prefect.resource.name": model}
+    payload = {"model": model, "reasons": "; ".join(decision["reasons"])}
+    if entry is not None:
+        emit_event(CHAMPION, resource, payload={**payload, "entry": entry})
+    elif decision["verdict"] == "reject":
+        emit_event(REJECTED, resource, payload=payload)
+
+
+def announce_dataset(name: str, md5: str, commit: str) -> str | None:
+    """Tell the configured server of a new dataset, and return its address; None where no server is configured.
+
+    Raises:
+        Network: the server does not take it.
+    """
+    url = get_current_settings().api.url
+    if not url:
+        return None
+    event = Event(
+        event=DATASET,
+        resource=Resource({"prefect.resource.id": f"loraflow.dataset.{name}", "prefect.resource.name": name}),
+        payload={"md5": md5, "commit": commit},
+    )
+    try:
+        with get_client(sync_client=True) as client:
+            client.request("POST", "/events", json=[event.model_dump(mode="json")]).raise_for_status()
+    except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+        raise Network(
+            "The dataset is versioned, but Prefect's server was not told.",
+            where=str(url),
+            got=f"{type(error).__name__}: {error}".splitlines()[0],
+            next_step="start the server, then the same command again; or run retrain from the UI",
+        ) from error
+    return str(url)

@@ -1,0 +1,61 @@
+"""One heavy stage at a time on a host's GPU: a limit of the server's that people see and may raise, or a lock here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.settings import get_current_settings
+
+from loraflow.job import Job
+from loraflow.store.lock import flock
+
+log = logging.getLogger("loraflow")
+ON_GPU = {"train", "evaluate", "verify"}
+
+
+def limit_name() -> str:
+    """Return the limit's name: the host's, and that of its devices where only some of them are to be used."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(",", "-")
+    return f"gpu-{socket.gethostname()}{f'-{devices}' if devices else ''}"
+
+
+def create_limit(client: SyncPrefectClient) -> bool:
+    """Create this host's limit, of one, where there is none; return whether it was missing."""
+    try:
+        client.read_global_concurrency_limit_by_name(limit_name())
+        return False
+    except ObjectNotFound:
+        with suppress(ObjectAlreadyExists):  # somebody was quicker
+            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=limit_name(), limit=1))
+        return True
+
+
+def has_gpu() -> bool:
+    """Tell whether the kernel shows an NVIDIA device; torch, which knows for sure, takes seconds to import."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+@contextmanager
+def gpu_lease(job: Job) -> Iterator[None]:
+    """Hold the GPU while a job computes, if it computes there."""
+    if job.stage not in ON_GPU or job.runtime.get("device") == "cpu" or not has_gpu():
+        yield
+    elif get_current_settings().api.url:
+        with get_client(sync_client=True) as client:
+            create_limit(client)
+        # Strict alone would end a training when the server hiccups and the lease is not renewed in time.
+        with concurrency(limit_name(), occupy=1, strict=True, raise_on_lease_renewal_failure=False):
+            yield
+    else:  # the server that Prefect starts for this run would keep the slot if the run is killed; the kernel does not
+        with flock(Path(tempfile.gettempdir(), f"loraflow-{limit_name()}-{os.getuid()}.lock")):
+            yield

@@ -1,0 +1,118 @@
+"""Deployments on a real server: twice changes nothing, and what people did in the UI stays."""
+
+from pathlib import Path
+
+import pytest
+
+from loraflow.failures import BadConfig, Network
+
+ONLY = ["finetune/local", "finetune/gpu", "retrain/nightly", "retrain/on-dataset-update", "evaluate/local"]
+FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
+
+
+@pytest.fixture
+def client():
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        yield client
+
+
+@pytest.fixture
+def put(client):
+    from flows.automations import Notifications
+    from flows.deployments import Setup, read_specs
+
+    def put(change=lambda specs: None, **notifications) -> list[str]:
+        specs = read_specs(FILE, ONLY)
+        change(specs)
+        return Setup(client).everything(specs, Notifications(**notifications))
+
+    return put
+
+
+def test_twice_changes_nothing_and_what_differs_is_said(put, client):
+    put()
+    assert put() == []
+
+    def change(specs):
+        specs[0].values["parameters"] = {"recipe": "phi3-mini"}
+
+    assert put(change) == ["deployment finetune/local updated: parameters"]
+    assert client.read_deployment_by_name("finetune/local").parameters == {"recipe": "phi3-mini"}
+    assert put() == ["deployment finetune/local updated: parameters"]
+
+
+def test_a_paused_schedule_and_a_disabled_trigger_stay_so_when_they_change(put, client):
+    put()
+    nightly = client.read_deployment_by_name("retrain/nightly")
+    client.update_deployment_schedule(nightly.id, nightly.schedules[0].id, active=False)
+    trigger = client.read_automations_by_name("retrain on a new dataset")[0]
+    client.pause_automation(trigger.id)
+
+    def change(specs):
+        spec = next(spec for spec in specs if spec.full_name == "retrain/nightly")
+        spec.values["schedules"][0]["cron"] = "30 3 * * *"
+        other = next(spec for spec in specs if spec.full_name == "retrain/on-dataset-update")
+        other.values["triggers"][0]["expect"] = ["another.event"]
+
+    assert put() == [], "a pause is no difference"
+    assert put(change) == [
+        "deployment retrain/nightly updated: schedule nightly",
+        "automation 'retrain on a new dataset' updated",
+    ]
+    schedule = client.read_deployment_by_name("retrain/nightly").schedules[0]
+    assert (schedule.active, schedule.schedule.cron) == (False, "30 3 * * *")
+    trigger = client.read_automations_by_name("retrain on a new dataset")[0]
+    assert not trigger.enabled and trigger.trigger.expect == {"another.event"}
+
+
+def test_a_retraining_has_one_run_at_a_time_and_the_second_waits(put, client):
+    put()
+    deployment = client.read_deployment_by_name("retrain/nightly")
+    assert deployment.global_concurrency_limit.limit == 1
+    assert deployment.concurrency_options.collision_strategy.value == "ENQUEUE"
+
+
+def test_a_wrong_value_is_refused_before_anything_runs(put, client):
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    put()
+    deployment = client.read_deployment_by_name("finetune/local")
+    with pytest.raises(PrefectHTTPStatusError, match="0 is less than the minimum of 1"):
+        client.create_flow_run_from_deployment(deployment.id, parameters={"overrides": {"rank": 0}})
+
+
+def test_notices_go_to_blocks_that_exist(put, client, caplog):
+    from prefect.blocks.webhook import Webhook
+
+    Webhook(url="http://127.0.0.1:1/hook").save("ops", overwrite=True)
+    put()
+    made = put(blocks=["webhook/ops", "slack-webhook/nobody"])
+    assert [line.split(": ")[1].split(" →")[0] for line in made] == [
+        "retraining failed", "challenger rejected", "old champion",
+    ]  # fmt: skip
+    assert "no notices to slack-webhook/nobody" in caplog.text
+    assert put(blocks=["webhook/ops"]) == []
+    with pytest.raises(BadConfig, match="named by type and name"):
+        put(blocks=["ops"])
+
+
+def test_a_run_that_vanished_is_marked_by_an_automation(put, client):
+    put()
+    zombies = client.read_automations_by_name("loraflow: crashed runs")[0]
+    assert zombies.trigger.within.total_seconds() == 540 and zombies.actions[0].state.value == "CRASHED"
+
+
+def test_no_server_and_no_such_deployment_have_a_next_step(monkeypatch):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.deployments import reach, read_specs
+
+    reach()
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), pytest.raises(Network) as error:
+        reach()
+    assert "loraflow up" in error.value.next_step
+    with pytest.raises(BadConfig, match="no such deployment") as error:
+        read_specs(FILE, ["finetune/nowhere"])
+    assert "finetune/local" in error.value.expected

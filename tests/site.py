@@ -1,0 +1,114 @@
+"""A small project under `loraflow up`: for tests that need all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import RECIPE, chat
+
+ROOT = Path(__file__).parent.parent
+ONLY = ["finetune/local", "retrain/nightly", "retrain/on-dataset-update", "evaluate/local"]
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+def build_project(folder: Path, base: Path) -> Path:
+    """Make a git repository with a recipe, a versioned dataset and our `prefect.yaml` for that recipe."""
+    for name in ("data", "configs"):
+        (folder / name).mkdir(parents=True)
+    for name, numbers in (("train.jsonl", range(80)), ("heldout.jsonl", range(1000, 1020))):
+        (folder / "data" / name).write_text("".join(json.dumps(chat(i)) + "\n" for i in numbers))
+    text = RECIPE.format(data="data.dvc", base=base, store=".loraflow/store")
+    (folder / "configs" / "tiny.yaml").write_text(text)
+    deployments = (ROOT / "prefect.yaml").read_text()
+    for name in ("quickstart", "phi3-mini"):
+        deployments = deployments.replace(f"recipe: {name}", "recipe: tiny")
+    (folder / "prefect.yaml").write_text(deployments)
+    (folder / ".gitignore").write_text("/.loraflow/\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["git", "init", "-q", "-b", "main"], [sys.executable, "-m", "dvc", "init", "-q"],
+                    [sys.executable, "-m", "dvc", "add", "-q", "data"], ["git", "add", "-A"],
+                    [*git, "commit", "-qm", "first"]):  # fmt: skip
+        subprocess.run(command, cwd=folder, check=True)
+    return folder
+
+
+class Site:
+    """A running `loraflow up`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / "up.log"
+        only = [part for name in ONLY for part in ("--only", name)]
+        command = [sys.executable, "-c", "from loraflow.cli import main; main()", "up", "--port", str(self.port), *only]
+        env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+        env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        with self.log.open("wb") as file:
+            self.process = subprocess.Popen(
+                command, cwd=folder, stdout=file, stderr=file, env=env, start_new_session=True
+            )
+        for _ in range(600):
+            if "Ctrl-C stops" in self.log.read_text():
+                return
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.5)
+        raise AssertionError(self.log.read_text())
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(90)
+
+    def api(self, method: str, path: str, body: Any = None) -> Any:
+        data = json.dumps(body if body is not None else {}).encode() if method != "GET" else None
+        request = urllib.request.Request(
+            f"{self.url}/api{path}", data=data, headers={"content-type": "application/json"}, method=method
+        )
+        return json.loads(urllib.request.urlopen(request, timeout=60).read() or "null")
+
+    def deployment(self, name: str) -> dict[str, Any]:
+        return self.api("GET", f"/deployments/name/{name}")
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Return the runs that people and events asked for, newest first."""
+        found = self.api("POST", "/flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 50})
+        return [run for run in found if not run["auto_scheduled"]]
+
+    def start(self, name: str, **parameters: Any) -> str:
+        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+        return self.api("POST", f"/deployments/{self.deployment(name)['id']}/create_flow_run", body)["id"]
+
+    def wait(self, run: str, *states: str, seconds: float = 240) -> dict[str, Any]:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            found = self.api("GET", f"/flow_runs/{run}")
+            if found["state"]["type"] in (states or ENDED):
+                return found
+            assert states or found["state"]["type"] not in ENDED
+            time.sleep(0.3)
+        raise AssertionError(found["state"])
+
+    def wait_for_step(self, step: int) -> None:
+        work = self.folder / ".loraflow" / "store" / "work" / "train"
+        for _ in range(1800):
+            if any(f'"step": {step}' in file.read_text() for file in work.glob("*/progress.jsonl")):
+                return
+            time.sleep(0.1)
+        raise AssertionError("training did not come so far")
+
+    def workers(self) -> list[int]:
+        """Return the processes that compute a stage."""
+        rows = subprocess.run(["ps", "-eo", "pid=,stat=,args="], capture_output=True, text=True).stdout.splitlines()
+        mine = [row.split() for row in rows if "loraflow.worker" in row and str(self.folder) in row]
+        return [int(row[0]) for row in mine if not row[1].startswith("Z")]

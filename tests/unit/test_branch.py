@@ -1,0 +1,108 @@
+"""The newest dataset of a branch, of real repositories."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loraflow.data import branch, dvc
+from loraflow.failures import BadConfig, Network
+from loraflow.store.files import HashMemo
+
+
+def git(where: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    return subprocess.run(
+        ["git", *identity, *arguments], cwd=where, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+@pytest.fixture
+def repos(tmp_path) -> tuple[Path, Path, Path]:
+    """A remote, the clone of somebody who adds data, and that of a worker."""
+    git(tmp_path, "init", "-q", "--bare", "-b", "main", "remote.git")
+    git(tmp_path, "clone", "-q", "remote.git", "mine")
+    git(tmp_path / "mine", "checkout", "-q", "-b", "main")
+    (tmp_path / "mine" / "x").write_text("1")
+    git(tmp_path / "mine", "add", "-A")
+    git(tmp_path / "mine", "commit", "-qm", "one")
+    git(tmp_path / "mine", "push", "-q", "-u", "origin", "main")
+    git(tmp_path, "clone", "-q", "remote.git", "worker")
+    return tmp_path / "remote.git", tmp_path / "mine", tmp_path / "worker"
+
+
+def commit(where: Path, text: str) -> str:
+    (where / "x").write_text(text)
+    git(where, "commit", "-qam", text)
+    return git(where, "rev-parse", "HEAD")
+
+
+def test_the_remote_counts_and_nothing_is_checked_out(repos):
+    _, mine, worker = repos
+    new = commit(mine, "2")
+    git(mine, "push", "-q")
+    before = git(worker, "rev-parse", "HEAD")
+    assert branch.newest(str(worker), "main") == branch.Newest(str(worker), new)
+    assert git(worker, "rev-parse", "HEAD") == before and (worker / "x").read_text() == "1"
+    assert branch.newest(str(repos[0].as_uri()), "main").commit == new, "a repository by URL"
+
+
+def test_a_branch_that_is_ahead_here_counts_and_one_that_parted_does_not(repos):
+    _, mine, worker = repos
+    local = commit(worker, "mine alone")
+    assert branch.newest(str(worker), "main").commit == local
+    remote = commit(mine, "2")
+    git(mine, "push", "-q")
+    assert branch.newest(str(worker), "main").commit == remote
+    only_here = commit(worker, "more")
+    git(worker, "branch", "-q", "aside")
+    assert branch.newest(str(worker), "aside").commit == only_here, "the remote has no such branch"
+
+
+def test_failures_name_the_branch_the_folder_and_the_remote(repos, tmp_path):
+    _, _, worker = repos
+    with pytest.raises(BadConfig, match="no such branch"):
+        branch.newest(str(worker), "nowhere")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(BadConfig, match="no git repository"):
+        branch.newest(str(tmp_path / "bare"), "main")
+    git(worker, "remote", "set-url", "origin", str(tmp_path / "gone.git"))
+    with pytest.raises(Network, match="cannot look at the branch"):
+        branch.newest(str(worker), "main")
+
+
+def add_data(where: Path, rows: int) -> dvc.Pin:
+    (where / "data").mkdir(exist_ok=True)
+    (where / "data" / "train.jsonl").write_text("".join(json.dumps({"i": i}) + "\n" for i in range(rows)))
+    return dvc.add("data")
+
+
+def test_a_commit_holds_the_pin_alone_and_a_dataset_in_git_comes_without_a_pull(repos, monkeypatch, tmp_path):
+    """The repository carries its own DVC remote, as the quickstart's does."""
+    _, mine, worker = repos
+    for key, value in (("user.name", "a"), ("user.email", "a@b.c")):
+        git(mine, "config", key, value)
+    monkeypatch.chdir(mine)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "remote", "add", "-q", "-d", "here", ".dvc/remote"], check=True)
+    pin = add_data(mine, 3)
+    (mine / "x").write_text("not to be committed")
+    assert branch.committed(pin) is None
+    branch.commit(pin)
+    made = branch.committed(pin)
+    assert made and git(mine, "status", "--short", "x") == "M x", "what else has changed is left alone"
+    assert branch.is_unpushed(made)
+    git(mine, "add", "-f", ".dvc")
+    git(mine, "commit", "-qm", "remote")
+    git(mine, "push", "-q")
+    assert not branch.is_unpushed(made)
+
+    found = branch.newest(str(worker), "main")
+    assert found == branch.newest(str(worker), "main"), "a second look finds the checkout"
+    assert dvc.read_pin(found.repo, "data.dvc", found.commit).md5 == pin.md5
+    (tmp_path / "out").mkdir()
+    dvc.fetch(found.repo, pin, found.commit, tmp_path / "out", HashMemo(None))
+    assert (tmp_path / "out" / "train.jsonl").read_text().count("\n") == 3
+    assert not (worker / "data.dvc").exists()

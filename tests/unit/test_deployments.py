@@ -1,0 +1,119 @@
+"""prefect.yaml against the flows that it deploys, and what `loraflow up` refuses."""
+
+import os
+import re
+import socket
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows import project
+from flows.local_server import environment, refuse_taken
+from loraflow.failures import BadConfig
+
+FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
+ENTRIES = yaml.safe_load(FILE.read_text())["deployments"]
+NAMES = [f"{one['entrypoint'].rpartition('.')[2]}/{one['name']}" for one in ENTRIES]
+STAGE = [pytest.mark.skipif(find_spec("flows.stage") is None, reason="flows/stage.py is not there yet")]
+
+
+def entries() -> list:
+    return [pytest.param(one, id=name, marks=STAGE if name.startswith("stage/") else [])
+            for one, name in zip(ENTRIES, NAMES, strict=True)]  # fmt: skip
+
+
+def test_all_deployments_are_there():
+    assert set(NAMES) == {"finetune/local", "finetune/gpu", "retrain/nightly", "retrain/on-dataset-update",
+                          "stage/cpu", "stage/gpu", "evaluate/local"}  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", entries())
+def test_parameters_of_deployments_schedules_and_triggers_fit_the_flow(entry):
+    from prefect.utilities.callables import parameter_schema
+    from prefect.utilities.importtools import import_object
+    from prefect.utilities.schema_tools.validation import validate
+
+    schema = parameter_schema(import_object(entry["entrypoint"])).model_dump()
+    defaults = entry.get("parameters", {})
+    for more in (*entry.get("schedules", []), *entry.get("triggers", []), {}):
+        assert (
+            validate({**defaults, **(more.get("parameters") or {})}, schema, raise_on_error=True, ignore_required=True)
+            == []
+        )
+
+
+@pytest.mark.parametrize("entry", entries())
+def test_recipes_of_deployments_load(entry):
+    from loraflow.config import load_recipe
+
+    for more in (*entry.get("schedules", []), {}):
+        name = {**entry.get("parameters", {}), **more.get("parameters", {})}.get("recipe")
+        assert name is None or load_recipe(name).name
+
+
+def test_schedules_keep_their_pause_and_entrypoints_are_modules():
+    for entry in ENTRIES:
+        assert re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", entry["entrypoint"]), "a file entrypoint puts flows/ on sys.path"
+        for schedule in entry.get("schedules", []):
+            assert schedule["slug"] and isinstance(schedule["active"], bool)
+        if entry["entrypoint"].endswith(".retrain"):
+            assert entry["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
+
+
+def test_no_path_of_a_machine_stands_in_the_file():
+    assert not re.search(r"/(home|work|root|tmp|Users)/", FILE.read_text())
+    assert yaml.safe_load(FILE.read_text())["pull"] == [{"flows.project.enter": {}}]
+
+
+def test_a_run_goes_into_the_project_that_its_worker_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "configs").mkdir(parents=True)
+    monkeypatch.setenv("LORAFLOW_HOME", str(tmp_path / "mine"))
+    assert project.enter() == {"directory": str(tmp_path / "mine")} and Path.cwd() == tmp_path / "mine"
+    monkeypatch.setenv("LORAFLOW_HOME", str(tmp_path))
+    with pytest.raises(BadConfig, match="does not know the project's folder") as error:
+        project.enter()
+    assert "LORAFLOW_HOME=" in error.value.next_step
+
+
+def test_a_server_without_a_password_listens_to_this_machine_only(tmp_path, monkeypatch):
+    monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING", raising=False)
+    with pytest.raises(BadConfig) as error:
+        environment(tmp_path, "0.0.0.0", 4242)
+    assert "PREFECT_SERVER_API_AUTH_STRING" in error.value.next_step
+    settings = environment(tmp_path, "127.0.0.1", 4242)
+    assert settings["PREFECT_SERVER_UI_API_URL"] == settings["PREFECT_API_URL"] == "http://127.0.0.1:4242/api"
+    assert settings["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false" and settings["PREFECT_HOME"] == str(tmp_path)
+    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "a:b")
+    assert environment(tmp_path, "0.0.0.0", 4242)["PREFECT_API_AUTH_STRING"] == "a:b"
+
+
+def test_a_port_in_use_is_refused_with_another_one():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(BadConfig, match=f"cannot listen on port {port}") as error:
+            refuse_taken("127.0.0.1", port)
+        assert f"--port {port + 1}" in error.value.next_step
+    refuse_taken("127.0.0.1", port)
+
+
+def test_a_stage_holds_the_gpu_only_where_there_is_one(monkeypatch, tmp_path):
+    from loraflow.job import Job
+    from loraflow.store.lock import Held, flock
+    from tasks import lease
+
+    monkeypatch.setattr(lease.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(lease, "has_gpu", lambda: True)
+    monkeypatch.setattr(lease, "get_current_settings", lambda: type("S", (), {"api": type("A", (), {"url": None})}))
+    lock = tmp_path / f"loraflow-{lease.limit_name()}-{os.getuid()}.lock"
+    for stage, device, held in (("train", "auto", True), ("merge", "auto", False), ("train", "cpu", False)):
+        lock.unlink(missing_ok=True)
+        with lease.gpu_lease(Job(stage=stage, version=1, runtime={"device": device})):
+            if held:
+                with pytest.raises(Held), flock(lock, wait=False):
+                    pass
+            assert lock.exists() is held

@@ -1,0 +1,106 @@
+"""The run form: its schema as both UIs get it, and what becomes of its values."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from flows.form import _KEYS, Overrides
+from loraflow.config import load_recipe
+from loraflow.config.load import _all_paths
+from loraflow.config.recipe import Recipe
+from loraflow.stages import STAGES
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "form.json"
+
+
+def schema() -> dict:
+    from prefect.utilities.callables import parameter_schema
+
+    from flows.finetune import finetune
+
+    return parameter_schema(finetune).model_dump()
+
+
+@pytest.fixture
+def two_recipes(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "configs" / f"{name}.yaml").write_text("name: x")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_form_is_the_one_that_people_know(two_recipes):
+    """A change here is a change of what people see: look at it in the UI, then `python tests/golden/write.py`."""
+    assert schema() == json.loads(GOLDEN.read_text())
+
+
+def test_recipes_are_a_choice_or_a_path_and_a_folder_without_recipes_has_the_path(two_recipes, tmp_path, monkeypatch):
+    choice, path = schema()["properties"]["recipe"]["anyOf"]
+    assert choice["enum"] == ["one", "two"] and path["type"] == "string"
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert schema()["properties"]["recipe"]["type"] == "string"
+
+
+def test_stages_that_can_be_forced_are_the_stages():
+    assert schema()["properties"]["force"]["items"]["enum"] == list(STAGES)
+
+
+def test_every_field_of_the_form_has_a_title_a_description_a_place_and_bounds():
+    fields = schema()["definitions"]["Overrides"]["properties"]
+    assert sorted(field["position"] for field in fields.values()) == list(range(len(fields)))
+    for name, field in fields.items():
+        assert field["title"][0].isupper() and field["description"].endswith("."), name
+        assert field.keys() & {"enum", "minLength", "pattern"} or {"minimum", "maximum"} <= field.keys(), name
+        assert "default" not in field and "anyOf" not in field, "an empty box, not two tabs"
+
+
+def test_every_field_of_the_form_is_a_key_of_the_recipe():
+    assert set(_KEYS) == set(Overrides.model_fields)
+    assert set(_KEYS.values()) <= {".".join(path) for path in _all_paths(Recipe)}
+
+
+def test_what_is_left_empty_stays_as_the_recipe_says(recipe):
+    assert Overrides().settings() == {} and Overrides().model_dump() == {}
+    assert load_recipe(recipe, Overrides().settings()) == load_recipe(recipe)
+
+
+def test_the_form_changes_what_it_says(recipe):
+    form = Overrides(epochs=2, learning_rate=1e-4, rank=2, alpha=4, max_length=64, dataset_rev="main", seed=7,
+                     loss_on="all")  # fmt: skip
+    loaded = load_recipe(recipe, form.settings())
+    training, peft = loaded.training_config, loaded.peft_config
+    assert (training.num_train_epochs, training.max_steps) == (2, -1), "max_steps would win over the epochs"
+    assert (training.learning_rate, training.max_length, training.seed) == (1e-4, 64, 7)
+    assert (peft.r, peft.lora_alpha, loaded.data.rev, loaded.data.loss_on) == (2, 4, "main", "all")
+
+
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"learning_rate": "2"}, {"learning_rate": "0.0"}, {"learning_rate": "much"}, {"epochs": 0}, {"loss_on": "some"}, {"rnk": 4},
+                                   {"seed": -1}, {"max_length": "long"}])  # fmt: skip
+def test_a_wrong_value_is_refused_by_the_schema_and_by_the_model(wrong):
+    from prefect.utilities.schema_tools.validation import ValidationError as Refused
+    from prefect.utilities.schema_tools.validation import validate
+
+    with pytest.raises(Refused):
+        validate({"overrides": wrong}, schema(), raise_on_error=True)
+    with pytest.raises(ValidationError):
+        Overrides.model_validate(wrong)
+
+
+def test_a_right_value_passes_the_schema():
+    from prefect.utilities.schema_tools.validation import validate
+
+    values = {"recipe": "some/file.yaml", "overrides": {"rank": 8, "learning_rate": "2e-4"}, "force": ["train"], "approval": True,
+              "settings": {"data.limit": 5}}  # fmt: skip
+    assert validate(values, schema(), raise_on_error=True) == []
+
+
+@pytest.mark.parametrize("text", ["2e-4", "0.0002", ".5", "1", "1.0", "9.5E-6", "1e-05"])
+def test_a_learning_rate_is_typed_as_people_write_it(text):
+    assert Overrides.model_validate({"learning_rate": text}).settings() == {
+        "training_config.learning_rate": float(text)
+    }
+    assert re.search(schema()["definitions"]["Overrides"]["properties"]["learning_rate"]["pattern"], text)
