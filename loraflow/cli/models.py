@@ -1,4 +1,4 @@
-"""`loraflow evaluate, merge, chat`: with a run's model, the champion, or a folder."""
+"""`loraflow evaluate, merge`: with a run's model, the champion, or a folder."""
 
 from __future__ import annotations
 
@@ -22,20 +22,23 @@ def evaluate(model: str, recipe: str, sets: tuple[str, ...], as_json: bool) -> N
     """Score MODEL (champion, a run's id, or a folder) on the held-out rows of RECIPE, by its protocol."""
     quiet_logging(logging.INFO)
     from loraflow.config import Recipe, load_recipe
-    from loraflow.direct import Direct, find_model, open_path_as_base
+    from loraflow.direct import Direct, open_path_as_base
+    from loraflow.serving.models import find_model
 
     walk = Direct(load_recipe(recipe, parse_sets(sets)))
     with walk.jobs.store.reading():
         rows = walk.stage("check_dataset", dataset=walk.stage("version_dataset"))
-        folder, ref = find_model(walk.jobs.store, model)
+        found = find_model(walk.jobs.store, model)
+        found.refuse_unmerged("Evaluation")
+        ref = found.ref
         if ref is None:
-            walk = Direct(Recipe.model_validate(open_path_as_base(walk.jobs.recipe, folder)))
+            walk = Direct(Recipe.model_validate(open_path_as_base(walk.jobs.recipe, found.folder)))
             ref = walk.stage("resolve_base")
         scores = walk.stage("evaluate", model=ref, rows=rows)
         walk.jobs.save()
     metrics = walk.jobs.store.manifest(scores).report["metrics"]
     if as_json:
-        click.echo(json.dumps({"model": str(folder), "metrics": metrics, "uri": str(walk.jobs.store.path(scores))}))
+        click.echo(json.dumps({"model": str(found.folder), "metrics": metrics, "uri": str(walk.jobs.store.path(scores))}))
         return
     for name, part in metrics.items():
         for metric, one in part.items():
@@ -72,36 +75,3 @@ def merge(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     click.echo(f"{figures['adapted']} matrices merged in {figures['seconds']} s ({figures['route']}): {out}")
-
-
-@click.command()
-@click.argument("model", default="champion")
-@click.option("--prompt", help="Ask this one question and end.")
-@click.option("--system", help="The system message.")
-@click.option("--max-new-tokens", default=256, show_default=True)
-@click.option("--store", default=".loraflow/store", show_default=True)
-def chat(model: str, prompt: str | None, system: str | None, max_new_tokens: int, store: str) -> None:
-    """Talk to MODEL: champion, a run's id, or a model's folder. /reset forgets, /system TEXT sets the system message."""
-    from loraflow.direct import find_model
-    from loraflow.serving.chat import Chat
-    from loraflow.store import LocalStore
-
-    folder, _ = find_model(LocalStore(store), model)
-    talk = Chat(folder, system, max_new_tokens)
-    if prompt is not None:
-        talk.answer(prompt)
-        return
-    click.echo(f"{folder}\n/reset forgets what was said, /system TEXT sets the system message, Ctrl-D ends")
-    while True:
-        try:
-            said = input("› ").strip()
-        except EOFError:
-            click.echo()
-            return
-        if said == "/reset":
-            talk.reset()
-        elif said.startswith("/system"):
-            talk.system = said.removeprefix("/system").strip() or None
-            talk.reset()
-        elif said:
-            talk.answer(said)
