@@ -12,7 +12,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.pipeline import pipeline
-from tasks.decisions import gate, register
+from tasks.decisions import gate, publish, register
 from tasks.report import publish_report
 from tasks.run import open_run
 
@@ -39,5 +39,6 @@ def finetune(
         decision = gate(run.jobs, made)
         entry = register(run.jobs, made, decision)
         summary = run.summary(made, decision, entry)
+        summary["published"] = publish(run.jobs, made, summary)
         publish_report(run, made, summary)
         return summary

@@ -27,7 +27,7 @@ class Sampling(BaseModel):
     def arguments(self) -> dict[str, Any]:
         """Return what `generate` is given; what a model's own generation config says of sampling is set aside."""
         if self.temperature == 0:
-            choice = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         else:
             choice = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return {**choice, "num_beams": 1, "max_new_tokens": self.max_new_tokens}
