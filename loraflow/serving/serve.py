@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -30,14 +31,16 @@ class Server:
     """A command that is ready to run."""
 
     command: list[str]
-    folder: Path  # where it runs: transformers knows the model by its name below it
+    cache: Path  # a hub cache that holds the model under its name, and nothing else
     greeting: str
 
     def start(self) -> None:
         """Become the server. Does not return."""
         sys.stdout.flush()
-        os.chdir(self.folder)
-        os.execvpe(self.command[0], self.command, {**os.environ, "HF_HUB_OFFLINE": "1"})
+        os.chdir(self.cache)  # where no folder has the model's name: it would be taken for the model
+        os.execvpe(
+            self.command[0], self.command, {**os.environ, "HF_HUB_CACHE": str(self.cache), "HF_HUB_OFFLINE": "1"}
+        )
 
 
 def plan_server(
@@ -56,14 +59,15 @@ def plan_server(
         MissingExtra: the engine is not installed.
     """
     model.refuse_unmerged("A server")
-    name = name or model.name
-    if not name or "@" in name or "/" in name:
-        raise BadConfig("The model needs a plain name.", where="--name", got=name, expected="no @ and no /")
+    name = name or re.sub(r"[^\w.]+", "-", model.name).strip("-.") or "model"
+    if not re.fullmatch(r"\w(?:[.-]?\w)*", name, re.ASCII):
+        raise BadConfig("This cannot be the model's name.", where="--name", got=name, expected="a name as tickets-v2")
     engine = _pick_engine(engine)
     _refuse_taken(host, port)
     place = _view(model.folder, name)
     if engine == "vllm":
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", name,
+        weights = str(next(place.glob("*/snapshots/*")))
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", weights,
                    "--served-model-name", name, "--host", host, "--port", str(port)]  # fmt: skip
     else:
         command = [sys.executable, "-m", "transformers.cli.transformers", "serve", name,
@@ -117,28 +121,31 @@ def _refuse_taken(host: str, port: int) -> None:
 
 
 def _view(folder: Path, name: str) -> Path:
-    """Return a folder in which the model lies under its name, as links, with all stop ids in its generation config.
+    """Return a hub cache with one model in it: this one under its name, as links, with all its stop ids.
 
-    A server stops at what generation_config.json names, and at nothing else; a base whose template ends answers with
-    another token would talk on.
+    A server stops at what generation_config.json names and at nothing else; a base whose template ends answers with
+    another token would talk on. A cache, because `transformers serve` lists that, and no folder, in /v1/models.
     """
     from loraflow.base.load import stop_ids
 
-    stops = stop_ids(folder)
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST]
     file = folder / "generation_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    settings["eos_token_id"] = stops
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = short(fingerprint({"files": [str(path) for path in files], "settings": settings, "name": name}))
-    home = cache / "loraflow" / "serve" / key
+    settings["eos_token_id"] = stop_ids(folder)
+    key = fingerprint({"files": [str(path) for path in files], "settings": settings, "name": name})
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraflow" / "serve" / short(key)
     if not home.exists():
         aside = home.with_name(f".{uuid.uuid4().hex}")
-        (aside / name).mkdir(parents=True)
+        repo, commit = aside / f"models--{name}", key[:40]
+        snapshot = repo / "snapshots" / commit
+        snapshot.mkdir(parents=True)
         for path in files:
             if path != file:
-                (aside / name / path.name).symlink_to(path)
-        (aside / name / file.name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+                (snapshot / path.name).symlink_to(path)
+        (snapshot / file.name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (repo / "blobs").mkdir()
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text(commit)
         try:
             aside.rename(home)
         except OSError:  # another server of the same model was faster

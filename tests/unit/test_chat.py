@@ -26,7 +26,9 @@ def loaded(phi3):
 
 def greedy(loaded, messages, n):
     """Answer without anything of ours but the prompt: generate, then decode."""
-    ids = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = loaded.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     out = loaded.model.generate(**ids, max_new_tokens=n, do_sample=False)
     return loaded.tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -133,7 +135,7 @@ def session(loaded, **options):
 
 
 def test_commands_change_what_they_say(loaded):
-    talk, said, notes = session(loaded)
+    talk, _, notes = session(loaded)
     (chat,) = talk.chats.values()
     lines = iter(["/set temperature 0.7", "/set top_p 2", "/set colour red", "/set seed 4", "/set seed none", "hello",
                   "/system be kind", "/nonsense", "/help", "//slash", "", "/quit", "never read"])  # fmt: skip
@@ -160,7 +162,10 @@ def test_base_and_tuned_answer_the_same_questions_each_with_its_own_history(load
     from tests.conftest import build_phi3
 
     other = load(Model("other", build_phi3(tmp_path / "other", seed=5)), "float32")
-    chats = {"base": Chat(loaded, None, Sampling(max_new_tokens=5)), "tuned": Chat(other, None, Sampling(max_new_tokens=5))}
+    chats = {
+        "base": Chat(loaded, None, Sampling(max_new_tokens=5)),
+        "tuned": Chat(other, None, Sampling(max_new_tokens=5)),
+    }
     talk, said, _ = session(loaded, chats=chats)
     talk.take("red")
     talk.take("green")
@@ -208,9 +213,9 @@ def test_ctrl_c_at_a_terminal_ends_the_answer_and_not_the_program(phi3, tmp_path
 
     threading.Thread(target=read, daemon=True).start()
 
-    def wait_for(count, mark="› ".encode()):
+    def wait_for(prompts):
         limit = time.monotonic() + 60
-        while seen.count(mark) < count:
+        while seen.count("› ".encode()) < prompts:
             assert time.monotonic() < limit and process.poll() is None, seen.decode(errors="replace")
             time.sleep(0.02)
 
@@ -234,7 +239,13 @@ def test_ctrl_c_at_a_terminal_ends_the_answer_and_not_the_program(phi3, tmp_path
 
 
 def test_prompts_are_those_of_evaluation_and_of_transformers(loaded):
-    chats = [[{"role": "system", "content": "s"}, {"role": "user", "content": " red \n"}], [{"role": "user", "content": "x"}]]
+    chats = [
+        [{"role": "system", "content": "s"}, {"role": "user", "content": " red \n"}],
+        [{"role": "user", "content": "x"}],
+    ]
     ours = loaded.template.prompt_ids(chats)
-    theirs = [loaded.tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
+    theirs = [
+        loaded.tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for c in chats
+    ]
     assert ours == theirs, json.dumps([ours, theirs])

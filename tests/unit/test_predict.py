@@ -20,7 +20,13 @@ from loraflow.serving.tables import read_questions
 from tests.conftest import chat
 
 SHORT = Sampling(max_new_tokens=6)
-QUESTIONS = ["what is red", "please answer the bird of the tree and the house", "no", "what is the cat of dog", "one two"]
+QUESTIONS = [
+    "what is red",
+    "please answer the bird of the tree and the house",
+    "no",
+    "what is the cat of dog",
+    "one two",
+]
 
 
 @pytest.fixture
@@ -48,7 +54,10 @@ def test_each_row_gets_what_generate_says_to_it_alone(phi3, rows, tmp_path):
     loaded = load(Model("tiny", phi3), "float32")
     for row in out[:6]:
         ids = loaded.tokenizer.apply_chat_template(
-            [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            [{"role": "user", "content": row["prompt"]}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
         )
         new = loaded.model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert row["prediction"] == loaded.tokenizer.decode(new, skip_special_tokens=True)
@@ -56,7 +65,9 @@ def test_each_row_gets_what_generate_says_to_it_alone(phi3, rows, tmp_path):
     assert not (tmp_path / "out.jsonl.partial").exists()
 
 
-@pytest.mark.parametrize("sampling", [SHORT, Sampling(temperature=1.0, seed=3, max_new_tokens=6)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling", [SHORT, Sampling(temperature=1.0, seed=3, max_new_tokens=6)], ids=["greedy", "sampled"]
+)
 def test_a_run_that_ended_in_the_middle_goes_on_to_the_same_bytes(phi3, rows, tmp_path, sampling):
     run(phi3, rows, tmp_path / "whole.jsonl", sampling)
 
@@ -146,7 +157,9 @@ def test_a_bad_row_has_an_error_and_the_others_their_answers(phi3, tmp_path, mon
 @pytest.mark.parametrize("given", [".jsonl", ".csv", ".parquet"])
 @pytest.mark.parametrize("wanted", [".jsonl", ".csv", ".parquet"])
 def test_every_format_goes_to_every_format_with_the_same_answers(phi3, tmp_path, given, wanted):
-    table = pd.DataFrame({"n": [3, 1, 2], "prompt": ["what is red", 'say "x", please\nnow', "नमस्ते"], "weight": [0.5, 1.5, 2.5]})
+    table = pd.DataFrame(
+        {"n": [3, 1, 2], "prompt": ["what is red", 'say "x", please\nnow', "नमस्ते"], "weight": [0.5, 1.5, 2.5]}
+    )
     source = tmp_path / f"in{given}"
     if given == ".jsonl":
         table.to_json(source, orient="records", lines=True, force_ascii=False)
@@ -196,7 +209,9 @@ def test_a_question_is_read_with_and_without_its_answer(row, asks):
     assert to_prompt(row) == asks
 
 
-@pytest.mark.parametrize("row", [{}, {"messages": []}, {"prompt": ""}, {"prompt": None}, {"messages": "q"}, 3, {"text": "q"}])
+@pytest.mark.parametrize(
+    "row", [{}, {"messages": []}, {"prompt": ""}, {"prompt": None}, {"messages": "q"}, 3, {"text": "q"}]
+)
 def test_what_asks_nothing_is_refused(row):
     with pytest.raises(BadRow):
         to_prompt(row)
