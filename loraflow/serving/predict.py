@@ -233,6 +233,9 @@ class _Sampler:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._model(*arguments, **named)
+
     def generate(self, **arguments: Any) -> Any:
         """Sample, whatever is asked for."""
         import torch

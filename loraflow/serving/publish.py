@@ -72,8 +72,8 @@ def publish(
     api = HfApi(token=token)
     huggingface_hub.utils.disable_progress_bars()
     try:
-        source = gather(_as(store, model, what), "").base if licence is None else None
-        licence = licence or (_licence(api, source) if source else None)
+        known = gather(_as(store, model, what), "", licence)
+        licence = known.licence or (_licence(api, known.base) if known.base else None)
         with package(store, model, repo, what, licence) as (folder, facts):
             api.create_repo(repo, private=private, exist_ok=True)
             if private and not api.model_info(repo).private:
