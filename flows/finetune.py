@@ -12,7 +12,7 @@ from prefect import flow
 from flows.form import AS_THE_RECIPE_SAYS, NO_SETTINGS, NO_STAGES, Overrides, RecipeName, StageName
 from flows.pipeline import pipeline
 from tasks.approval import ask_for_approval, refuse_without_deployment
-from tasks.decisions import gate, register
+from tasks.decisions import gate, publish, register
 from tasks.events import announce_decision
 from tasks.name import run_name
 from tasks.report import publish_report
@@ -51,5 +51,6 @@ def make_model(run: Run, approval: bool) -> dict[str, Any]:
     entry = register(run.jobs, made, decision)
     announce_decision(run.jobs.recipe.register_.model, decision, entry)
     summary = run.summary(made, decision, entry)
+    summary["published"] = publish(run.jobs, made, summary)
     publish_report(run, made, summary)
     return summary

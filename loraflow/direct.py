@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from loraflow.config import Recipe
-from loraflow.failures import BadConfig, CorruptArtifact
+from loraflow.failures import CorruptArtifact
 from loraflow.launch import run_job
 from loraflow.plan import Jobs
-from loraflow.registry import PromotionLog
-from loraflow.store import LocalStore, Ref
+from loraflow.store import Ref
 
 
 class Direct:
@@ -36,60 +34,21 @@ class Direct:
         return run_job(job, store)
 
 
-def find_model(store: LocalStore, model: str) -> tuple[Path, Ref | None]:
-    """Return the folder of a model: `champion`, `champion:NAME`, a run's id, or a path; and its ref, if it has one.
-
-    Raises:
-        BadConfig: there is no such model.
-    """
-    if model.split(":")[0] == "champion":
-        name = model.partition(":")[2] or only_model(store)
-        head = PromotionLog(store.root, name).head()
-        if head is None:
-            raise BadConfig(f"No champion of {name} yet.", next_step="loraflow registry --model NAME")
-        return store.path(head.merged), head.merged
-    if re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{6}", model):
-        import json
-
-        record = store.root / "runs" / f"{model}.json"
-        if record.exists():
-            for stage in json.loads(record.read_text(encoding="utf-8"))["stages"]:
-                if stage["stage"] == "merge" and (ref := store.find("merge", stage["fingerprint"])):
-                    return store.path(ref), ref
-        raise BadConfig("This run has no merged model in the store.", where=model, next_step="loraflow runs")
-    folder = Path(model)
-    if (folder / "config.json").exists():
-        return folder, None
-    raise BadConfig("There is no such model.", where=model, expected="champion, a run's id, or a model's folder")
-
-
 def score_model(walk: Any, model: str) -> tuple[Path, Ref]:
-    """Score a model (see `find_model`) on the held-out rows of a walk's recipe; return its folder and the scores.
+    """Score a model (see `loraflow.serving.models`) on the held-out rows of a walk's recipe; return its folder and scores.
 
     `walk` runs stages, through Prefect or without; its `jobs` become those of another base where the model is a folder.
     """
-    folder, ref = find_model(walk.jobs.store, model)
+    from loraflow.serving.models import find_model
+
+    found = find_model(walk.jobs.store, model)
+    found.refuse_unmerged("Evaluation")
     rows = walk.stage("check_dataset", dataset=walk.stage("version_dataset"))
+    ref = found.ref
     if ref is None:
-        walk.jobs = Jobs(Recipe.model_validate(open_path_as_base(walk.jobs.recipe, folder)))
+        walk.jobs = Jobs(Recipe.model_validate(open_path_as_base(walk.jobs.recipe, found.folder)))
         ref = walk.stage("resolve_base")
-    return folder, walk.stage("evaluate", model=ref, rows=rows)
-
-
-def only_model(store: LocalStore) -> str:
-    """Return the one name in the registry.
-
-    Raises:
-        BadConfig: there is none, or more than one.
-    """
-    names = sorted(path.name for path in (store.root / "registry").glob("*"))
-    if len(names) == 1:
-        return names[0]
-    raise BadConfig(
-        "Which champion?" if names else "The registry is empty.",
-        expected=" or ".join(f"champion:{name}" for name in names) or "a promoted model",
-        next_step="loraflow run configs/quickstart.yaml" if not names else f"loraflow chat champion:{names[0]}",
-    )
+    return found.folder, walk.stage("evaluate", model=ref, rows=rows)
 
 
 def open_path_as_base(recipe: Recipe, folder: Path) -> dict[str, Any]:

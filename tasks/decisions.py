@@ -9,6 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from loraflow import identity
+from loraflow.failures import Failure
 from loraflow.plan import Jobs
 from loraflow.registry.log import Entry, Moved, actor
 from loraflow.store import Ref
@@ -103,3 +104,37 @@ def register(jobs: Jobs, made: Any, decision: dict[str, Any]) -> int | None:
         decision["reasons"] = ["another run promoted a model meanwhile; run again to compare with that one"]
         log.warning("%s", decision["reasons"][0])
         return None
+
+
+@task(name="publish", task_run_name="publish", cache_policy=NO_CACHE, persist_result=False)
+def publish(jobs: Jobs, made: Any, summary: dict[str, Any]) -> dict[str, Any] | None:
+    """Put the model on the hub if the recipe asks for it and it is the champion, once.
+
+    A promotion stands whatever the hub says: what goes wrong is said, and the next run tries again.
+    """
+    from loraflow.serving import publish as publishing
+    from loraflow.serving.models import Model
+
+    rules, head = jobs.recipe.publish, jobs.log.head()
+    if rules.repo is None or head is None or head.merged.digest != made.merged.digest:
+        return None
+    record = {"resolved": jobs.recipe.model_dump(by_alias=True), "summary": summary}
+    store = jobs.store
+    model = Model(
+        jobs.log.model,
+        store.path(made.merged),
+        ref=made.merged,
+        tuned=made.adapter,
+        base=store.path(made.base),
+        run=record,
+    )
+    done = publishing.published(store, model, rules.repo, rules.what)
+    if done is not None:
+        return done
+    try:
+        done = publishing.publish(store, model, rules.repo, what=rules.what, private=rules.private)
+        log.info("published: %s", done["url"])
+        return done
+    except Failure as failure:
+        log.warning("%s is promoted, but not published. %s", jobs.log.model, failure)
+        return {"repo": rules.repo, "problem": failure.what}

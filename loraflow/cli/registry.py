@@ -8,10 +8,10 @@ import click
 
 from loraflow.cli import json_option
 from loraflow.cli.store import read_runs, store_option
-from loraflow.direct import only_model
 from loraflow.failures import BadConfig, Failure
 from loraflow.identity import short
 from loraflow.registry.log import Moved, PromotionLog, actor
+from loraflow.serving.models import only_model
 from loraflow.store import LocalStore, Ref
 
 model_option = click.option("--model", help="Name in the registry (register.model); the only one by default.")

@@ -73,6 +73,8 @@ def show(summary: dict[str, Any]) -> None:
         console.print(f"  {reason}")
     console.print(f"adapter       {_near(summary['adapter'])}", soft_wrap=True)
     console.print(f"merged model  {_near(summary['merged'])}", soft_wrap=True)
+    if published := summary["published"]:
+        console.print(f"published     {published.get('url') or 'not: ' + published['problem']}", soft_wrap=True)
     console.print(f"next          loraflow chat {'champion' if verdict == 'promote' else summary['run']}   ·   "
                   f"loraflow show {summary['run']}", soft_wrap=True)  # fmt: skip
 

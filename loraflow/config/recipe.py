@@ -223,6 +223,16 @@ class Register(Frozen):
     model: str = Field("default", pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Name in the registry.")
 
 
+class Publish(Frozen):
+    """Whether a promoted model goes to the hub, and where. Off as long as no repository is named."""
+
+    repo: str | None = Field(
+        None, pattern=r"^[\w.-]+/[\w.-]+$", description="ORG/NAME on the hub; none: not published."
+    )
+    what: Literal["merged", "adapter"] = Field("merged", description="Weights as a whole, or the adapter alone.")
+    private: bool = Field(True, description="A repository that is made is private.")
+
+
 class Recipe(Frozen):
     """Everything that decides what comes out, and beside it the runtime, which does not."""
 
@@ -236,6 +246,7 @@ class Recipe(Frozen):
     merge: Merge = Merge()
     gate: Gate = Gate()
     register_: Register = Field(Register(), alias="register")
+    publish: Publish = Publish()
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")

@@ -55,20 +55,7 @@ def read_rows(folder: Path, names: list[str], form: str) -> Iterator[Row]:
         BadData: a file that cannot be read at all, or of an unknown kind.
     """
     for name in names:
-        path = folder / name
-        reader = {
-            ".jsonl": _jsonl,
-            ".ndjson": _jsonl,
-            ".json": _json,
-            ".csv": _csv,
-            ".tsv": _csv,
-            ".parquet": _parquet,
-        }.get(path.suffix.lower())
-        if reader is None:
-            raise BadData(
-                "This kind of file is not read.", where=name, expected=", ".join(sorted(_SUFFIXES)), got=path.suffix
-            )
-        for place, value, raw in reader(path, name):
+        for place, value, raw in read_values(folder / name, name):
             if isinstance(value, BadRow):
                 yield Row(place, None, str(value), raw)
                 continue
@@ -76,6 +63,27 @@ def read_rows(folder: Path, names: list[str], form: str) -> Iterator[Row]:
                 yield Row(place, to_messages(value, form), None, raw)
             except BadRow as problem:
                 yield Row(place, None, str(problem), raw)
+
+
+def read_values(path: Path, name: str) -> Iterator[tuple[str, Any, str]]:
+    """Read a file's rows as they are, whatever they hold: (place, value or the reason why there is none, raw text).
+
+    Raises:
+        BadData: the file cannot be read at all, or is of an unknown kind.
+    """
+    reader = {
+        ".jsonl": _jsonl,
+        ".ndjson": _jsonl,
+        ".json": _json,
+        ".csv": _csv,
+        ".tsv": _csv,
+        ".parquet": _parquet,
+    }.get(path.suffix.lower())
+    if reader is None:
+        raise BadData(
+            "This kind of file is not read.", where=name, expected=", ".join(sorted(_SUFFIXES)), got=path.suffix
+        )
+    yield from reader(path, name)
 
 
 def match_files(folder: Path, patterns: list[str]) -> list[str]:
@@ -219,6 +227,32 @@ def to_messages(row: Any, form: str = "auto") -> list[dict[str, str]]:
         form = _guess(row)
     return _checked({"messages": _messages, "sharegpt": _sharegpt, "alpaca": _alpaca,
                      "prompt_completion": _prompt_completion}[form](row))  # fmt: skip
+
+
+def to_prompt(row: Any, form: str = "auto") -> list[dict[str, str]]:
+    """Return what a row asks a model: its chat without the last answer, whether there is one or not.
+
+    Raises:
+        BadRow: it asks nothing; the message says what was expected.
+    """
+    return to_messages(_answered(row) if isinstance(row, dict) else row, form)[:-1]
+
+
+def _answered(row: dict[str, Any]) -> dict[str, Any]:
+    """Put an answer where one belongs, so that a question passes the checks of a whole chat."""
+    out = dict(row)
+    for key, role, said in (("messages", "role", "content"), ("conversations", "from", "value")):
+        turns = out.get(key)
+        if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
+            last = turns[-1].get(role)
+            answered = (_SHAREGPT_ROLES.get(last) if isinstance(last, str) else None) == "assistant"
+            out[key] = [*(turns[:-1] if answered else turns), {role: "assistant", said: "."}]
+    if "instruction" in out:
+        out["output"] = "."
+    if "prompt" in out:
+        chat = isinstance(out["prompt"], list)
+        out["completion"] = [{"role": "assistant", "content": "."}] if chat else "."
+    return out
 
 
 def _guess(row: dict[str, Any]) -> str:

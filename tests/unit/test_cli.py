@@ -64,6 +64,8 @@ def test_data_check_names_places_and_fails(tmp_path):
         (["run", "x", "--set", "novalue"], 2, "key=value"),
         (["show", "abcdef"], 2, "no such run"),
         (["chat", "champion"], 2, "registry is empty"),
+        (["predict", "champion", "x.jsonl", "y.jsonl"], 2, "registry is empty"),
+        (["publish", "nothing", "--repo", "a/b"], 2, "no such model"),
         (["rollback", "--reason", "x"], 2, "registry is empty"),
         (["--help"], 0, ""),
         (["--version"], 0, ""),

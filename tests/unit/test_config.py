@@ -171,7 +171,7 @@ BY_THE_FLOW = {
     "base.revision", "evaluation.samples", "merge.max_kl", "register.model",
     "gate.lower_is_better",
     "gate.primary", "gate.min_gain", "gate.guards", "gate.confidence", "runtime.store", "runtime.keep",
-    "peft_config.task_type",
+    "peft_config.task_type", "publish.repo", "publish.what", "publish.private",
 }  # fmt: skip
 
 

@@ -1,0 +1,36 @@
+"""The flow: answer a file of chats with a model.
+
+python -c "from flows.predict import predict; predict(source='tickets.jsonl', target='answers.jsonl')"
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from tasks.predict import predict_file
+
+
+@flow(name="predict", flow_run_name="{model} → {target}", validate_parameters=True)
+def predict(
+    source: str,
+    target: str,
+    model: str = "champion",
+    store: str = ".loraflow/store",
+    column: str | None = None,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+) -> dict[str, Any]:
+    """Answer the chats of a file and write them, with their answers, to another. A run that was killed goes on.
+
+    Args:
+        source: JSONL, JSON, CSV, TSV or Parquet.
+        target: JSONL, CSV, TSV or Parquet; it must not exist.
+        model: champion, a run's id, or a model's folder.
+        store: Where champions and runs are looked up.
+        column: The column that holds the question, where a row is no chat.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Rows in memory at a time.
+    """
+    return predict_file(model, source, target, store, column, max_new_tokens, batch_size)

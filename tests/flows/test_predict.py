@@ -1,0 +1,116 @@
+"""Batch prediction as a flow, and by the names that models have in a store."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from loraflow.cli import cli
+from loraflow.failures import BadConfig, BadModel, CorruptArtifact
+from loraflow.serving.models import find_model, load
+from loraflow.store import LocalStore
+from tests.conftest import build_phi3, chat
+from tests.flows.test_finetune import promote
+
+
+def test_the_flow_answers_a_file_with_the_champion_as_evaluation_did(filled, place, tmp_path):
+    from flows.predict import predict
+
+    summary = filled[1]
+    promote(place, place.store / Path(summary["merged"]).relative_to(filled[0].store))
+    scores = pd.read_parquet(
+        next(Path(s["uri"]) for s in summary["stages"] if s["stage"] == "evaluate tuned") / "scores.parquet"
+    )
+    rows = [{"id": row.id, "messages": json.loads(row.prompt)} for row in scores.itertuples()]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = predict(source=str(tmp_path / "in.jsonl"), target=str(tmp_path / "out.parquet"), store=str(place.store),
+                   max_new_tokens=8, batch_size=8)  # fmt: skip
+    assert (done["rows"], done["errors"]) == (8, 0)
+    out = pd.read_parquet(tmp_path / "out.parquet")
+    assert out["id"].tolist() == scores["id"].tolist()
+    assert (
+        out["prediction"].tolist() == scores["answer"].tolist() and out["finish"].tolist() == scores["finish"].tolist()
+    )
+
+
+def test_a_model_is_found_by_champion_run_and_path_and_knows_its_base(filled, place):
+    store, summary = LocalStore(place.store), filled[1]
+    merged = place.store / Path(summary["merged"]).relative_to(filled[0].store)
+    adapter = place.store / Path(summary["adapter"]).relative_to(filled[0].store)
+    base = place.store / Path(next(s["uri"] for s in summary["stages"] if s["stage"] == "resolve_base")).relative_to(
+        filled[0].store
+    )
+    shutil.rmtree(store.root / "registry", ignore_errors=True)
+    with pytest.raises(BadConfig, match=r"registry is empty"):
+        find_model(store, "champion")
+    promote(place, merged)
+    for name in ("champion", "champion:tiny", summary["run"], str(merged)):
+        found = find_model(store, name)
+        assert (found.folder, found.base, found.adapter) == (merged, base, None), name
+        assert found.run["run"] == summary["run"] and found.ref.digest == merged.name
+    for name in (adapter, adapter.parent):
+        found = find_model(store, str(name))
+        assert (found.folder, found.adapter) == (base, adapter)
+    elsewhere = find_model(LocalStore(place.folder / "other"), str(merged))
+    assert elsewhere.ref is None and elsewhere.base == base
+    with pytest.raises(BadConfig, match="no such model"):
+        find_model(store, "nothing")
+    with pytest.raises(BadConfig, match="no merged model"):
+        find_model(store, "20200101-000000-abcdef")
+    (merged / "config.json").unlink()
+    with pytest.raises(CorruptArtifact, match="gone or incomplete"):
+        find_model(store, "champion")
+
+
+def test_an_adapter_on_its_base_answers_as_the_merged_model(filled, place, tmp_path):
+    import torch
+
+    store, summary = LocalStore(place.store), filled[1]
+    adapter = tmp_path / "adapter"
+    shutil.copytree(summary["adapter"], adapter)
+    with pytest.raises(BadConfig, match="which folder holds its base"):
+        find_model(store, str(adapter))
+    on_top = load(find_model(store, str(adapter), str(place.phi3)), "float32")
+    merged = load(find_model(store, summary["run"]), "float32")
+    ids = torch.tensor([merged.template.prompt_ids([chat(3)["messages"]])[0]])
+    with torch.inference_mode():
+        ours, theirs = on_top.model(ids).logits, merged.model(ids).logits
+        base = load(find_model(store, str(place.phi3)), "float32").model(ids).logits
+    assert (ours - theirs).abs().max() < (ours - base).abs().max() / 20, "merging rounds to bf16, and no more"
+    wider = build_phi3(tmp_path / "wider", hidden_size=128)
+    with pytest.raises(BadModel, match="does not fit"):
+        load(find_model(store, str(adapter), str(wider)), "float32")
+    deeper = build_phi3(tmp_path / "shallow", layers=1)
+    with pytest.raises(BadModel, match="does not fit"):
+        load(find_model(store, str(adapter), str(deeper)), "float32")
+
+
+def test_a_pickle_is_refused_and_never_opened(tmp_path, phi3):
+    folder = tmp_path / "pickled"
+    shutil.copytree(phi3, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(BadModel, match="pickle"):
+        find_model(LocalStore(tmp_path / "store"), str(folder))
+
+
+def test_evaluate_takes_the_same_names_and_the_system_message_of_the_recipe_is_used(filled, place, monkeypatch):
+    summary = filled[1]
+    adapter = place.store / Path(summary["adapter"]).relative_to(filled[0].store)
+    done = CliRunner().invoke(cli, ["evaluate", str(adapter), str(place.recipe)])
+    assert isinstance(done.exception, BadConfig) and "loraflow merge" in done.exception.next_step
+    record = place.store / "runs" / f"{summary['run']}.json"
+    values = json.loads(record.read_text())
+    values["resolved"]["data"]["system"] = "be brief"
+    record.write_text(json.dumps(values))
+    assert find_model(LocalStore(place.store), summary["run"]).system == "be brief"
+    (place.folder / "in.csv").write_text("prompt\nwhat is red\n")
+    seen = []
+    monkeypatch.setattr(
+        "loraflow.serving.predict._prompts", lambda loaded, questions, n: seen.extend(questions) or ([[1]], [None])
+    )
+    CliRunner().invoke(cli, ["predict", summary["run"], str(place.folder / "in.csv"), str(place.folder / "out.csv"),
+                             "--store", str(place.store), "--max-new-tokens", "1"], catch_exceptions=False)  # fmt: skip
+    assert seen[0].messages[0] == {"role": "system", "content": "be brief"}

@@ -1,0 +1,238 @@
+"""Batch prediction: order, formats, errors by the row, and a run that was killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from loraflow.cli import cli
+from loraflow.data.formats import BadRow, to_prompt
+from loraflow.failures import BadConfig, BadData
+from loraflow.serving.chat import Sampling
+from loraflow.serving.models import Model, load
+from loraflow.serving.predict import predict
+from loraflow.serving.tables import read_questions
+from tests.conftest import chat
+
+SHORT = Sampling(max_new_tokens=6)
+QUESTIONS = [
+    "what is red",
+    "please answer the bird of the tree and the house",
+    "no",
+    "what is the cat of dog",
+    "one two",
+]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A file of questions, long and short ones mixed."""
+    file = tmp_path / "in.jsonl"
+    rows = [{"id": i, "prompt": " ".join([QUESTIONS[i % 5]] * (1 + i % 3))} for i in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def run(phi3, source, target, sampling=SHORT, **options):
+    return predict(Model("tiny", phi3), source, target, sampling=sampling, **{"batch_size": 4, **options})
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_each_row_gets_what_generate_says_to_it_alone(phi3, rows, tmp_path):
+    done = run(phi3, rows, tmp_path / "out.jsonl")
+    assert done == {"rows": 20, "errors": 0, "resumed": 0, "out": str(tmp_path / "out.jsonl")}
+    out = read(tmp_path / "out.jsonl")
+    assert [row["id"] for row in out] == list(range(20)), "order is kept although work is by length"
+    loaded = load(Model("tiny", phi3), "float32")
+    for row in out[:6]:
+        ids = loaded.tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        new = loaded.model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert row["prediction"] == loaded.tokenizer.decode(new, skip_special_tokens=True)
+        assert row["finish"] == ("stop" if new[-1] in loaded.stops else "length") and row["error"] is None
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "sampling", [SHORT, Sampling(temperature=1.0, seed=3, max_new_tokens=6)], ids=["greedy", "sampled"]
+)
+def test_a_run_that_ended_in_the_middle_goes_on_to_the_same_bytes(phi3, rows, tmp_path, sampling):
+    run(phi3, rows, tmp_path / "whole.jsonl", sampling)
+
+    def stop(done, total):
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(phi3, rows, tmp_path / "out.jsonl", sampling, on_batch=stop)
+    assert not (tmp_path / "out.jsonl").exists()
+    answers = tmp_path / "out.jsonl.partial" / "answers.jsonl"
+    with answers.open("a") as file:
+        file.write('{"index": 3, "te')  # the line in which a power cut fell
+    seen = []
+    done = run(phi3, rows, tmp_path / "out.jsonl", sampling, on_batch=lambda n, total: seen.append(n))
+    assert done["resumed"] == 8 and seen == [12, 16, 20], "the first two batches are not answered again"
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from loraflow.serving.chat import Sampling
+from loraflow.serving.models import Model
+from loraflow.serving.predict import predict
+def kill(done, total):
+    if done >= 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+base, source, target = map(Path, sys.argv[1:])
+predict(Model("tiny", base), source, target, sampling=Sampling(max_new_tokens=6), batch_size=4, on_batch=kill)
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(phi3, rows, tmp_path):
+    target = tmp_path / "out.jsonl"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(phi3), str(rows), str(target)], capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == -signal.SIGKILL and not target.exists()
+    assert run(phi3, rows, target)["resumed"] == 8
+    run(phi3, rows, tmp_path / "whole.jsonl")
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_rows_of_two_models_or_inputs_are_never_mixed(phi3, rows, tmp_path):
+    from tests.conftest import build_phi3
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    target = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(phi3, rows, target, on_batch=stop)
+    other = build_phi3(tmp_path / "other", seed=7)
+    with pytest.raises(BadConfig, match="begun") as caught:
+        run(other, rows, target)
+    assert "another model" in caught.value.got
+    with pytest.raises(BadConfig) as caught:
+        run(phi3, rows, target, Sampling(max_new_tokens=7))
+    assert "max_new_tokens 6 → 7" in caught.value.got
+    rows.write_text(rows.read_text() + '{"prompt": "more"}\n')
+    with pytest.raises(BadConfig) as caught:
+        run(phi3, rows, target)
+    assert "another input" in caught.value.got
+
+
+BAD = [
+    json.dumps(chat(1)), "{broken", '{"prompt": 3}', '{"nothing": "here"}', '{"prompt": "say <|end|> please"}',
+    json.dumps({"prompt": "tree " * 600}), '{"messages": [{"role": "system", "content": "s"}]}', '"text"', json.dumps(chat(2)),
+]  # fmt: skip
+
+
+def test_a_bad_row_has_an_error_and_the_others_their_answers(phi3, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text("\n".join(BAD) + "\n")
+    command = ["predict", str(phi3), "in.jsonl", "out.jsonl", "--max-new-tokens", "4", "--json"]
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 1 and "7 of 9 rows have no answer" in str(result.exception)
+    out = read(tmp_path / "out.jsonl")
+    assert len(out) == 9
+    assert [row["error"] is None for row in out] == [True, *[False] * 7, True]
+    for row, says in zip(out[1:8], ("in.jsonl:2: column 2", "content is int", "nothing", "<|end|>", "at most 512",
+                                    "starts with a user", "expected an object"), strict=True):  # fmt: skip
+        assert says in row["error"] and row["prediction"] is None
+    assert isinstance(out[0]["prediction"], str) and out[0]["messages"] == chat(1)["messages"]
+
+
+@pytest.mark.parametrize("given", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("wanted", [".jsonl", ".csv", ".parquet"])
+def test_every_format_goes_to_every_format_with_the_same_answers(phi3, tmp_path, given, wanted):
+    table = pd.DataFrame(
+        {"n": [3, 1, 2], "prompt": ["what is red", 'say "x", please\nnow', "नमस्ते"], "weight": [0.5, 1.5, 2.5]}
+    )
+    source = tmp_path / f"in{given}"
+    if given == ".jsonl":
+        table.to_json(source, orient="records", lines=True, force_ascii=False)
+    elif given == ".csv":
+        table.to_csv(source, index=False)
+    else:
+        table.to_parquet(source)
+    run(phi3, source, tmp_path / f"out{wanted}")
+    readers = {".jsonl": lambda f: pd.read_json(f, lines=True), ".csv": pd.read_csv, ".parquet": pd.read_parquet}
+    out = readers[wanted](tmp_path / f"out{wanted}")
+    assert list(out.columns) == ["n", "prompt", "weight", "prediction", "tokens", "finish", "error"]
+    assert out["n"].astype(int).tolist() == [3, 1, 2] and out["prompt"].tolist() == table["prompt"].tolist()
+    assert out["weight"].astype(float).tolist() == [0.5, 1.5, 2.5]
+    run(phi3, source, tmp_path / "plain.jsonl")
+    assert out["prediction"].tolist() == [row["prediction"] for row in read(tmp_path / "plain.jsonl")]
+    if (given, wanted) == (".parquet", ".parquet"):
+        assert out["n"].dtype == table["n"].dtype and out["weight"].dtype == table["weight"].dtype
+
+
+def test_chats_in_a_csv_can_be_read_again(phi3, tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(chat(i)) + "\n" for i in range(3)))
+    run(phi3, tmp_path / "in.jsonl", tmp_path / "out.csv")
+    again = pd.read_csv(tmp_path / "out.csv").drop(columns=["prediction", "tokens", "finish", "error"])
+    again.to_csv(tmp_path / "again.csv", index=False)
+    asked = [one.messages for one in read_questions(tmp_path / "again.csv", "auto", None, None)]
+    assert asked == [chat(i)["messages"][:1] for i in range(3)]
+
+
+USER = [{"role": "user", "content": "q"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "asks"),
+    [
+        ({"messages": USER}, USER),
+        ({"messages": [*USER, {"role": "assistant", "content": ""}]}, USER),
+        ({"conversations": [{"from": "human", "value": "q"}]}, USER),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, USER),
+        ({"instruction": "q"}, USER),
+        ({"instruction": "q", "input": "i", "output": "a"}, [{"role": "user", "content": "q\n\ni"}]),
+        ({"prompt": "q"}, USER),
+        ({"prompt": USER}, USER),
+        ({"prompt": "q", "completion": ""}, USER),
+    ],
+)
+def test_a_question_is_read_with_and_without_its_answer(row, asks):
+    assert to_prompt(row) == asks
+
+
+@pytest.mark.parametrize(
+    "row", [{}, {"messages": []}, {"prompt": ""}, {"prompt": None}, {"messages": "q"}, 3, {"text": "q"}]
+)
+def test_what_asks_nothing_is_refused(row):
+    with pytest.raises(BadRow):
+        to_prompt(row)
+
+
+def test_a_column_and_a_system_message_can_be_given(tmp_path):
+    (tmp_path / "x.csv").write_text("text,label\nhello,a\n")
+    (question,) = read_questions(tmp_path / "x.csv", "auto", "text", "be brief")
+    assert question.messages == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    with pytest.raises(BadConfig, match="no such column"):
+        read_questions(tmp_path / "x.csv", "auto", "txt", None)
+    (tmp_path / "y.csv").write_text("prompt,prediction\nhello,a\n")
+    with pytest.raises(BadConfig, match="columns"):
+        read_questions(tmp_path / "y.csv", "auto", None, None)
+
+
+def test_what_cannot_be_written_shows_before_the_work(phi3, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a", "x": 1}\n{"prompt": "b", "x": {"y": 2}}\n')
+    with pytest.raises(BadData, match="different types"):
+        run(phi3, tmp_path / "in.jsonl", tmp_path / "out.parquet", on_batch=lambda *_: pytest.fail("it was answered"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"], "nothing is left behind"
+    for target, says in (("out.txt", "not written"), ("no/out.csv", "no such folder"), ("in.jsonl", "exists already")):
+        with pytest.raises(BadConfig, match=says):
+            run(phi3, tmp_path / "in.jsonl", tmp_path / target)

@@ -1,0 +1,127 @@
+"""The server is somebody else's; asked through the openai client, it says what generate says."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from loraflow.failures import BadConfig, MissingExtra
+from loraflow.serving.models import Model
+from loraflow.serving.serve import plan_server
+from tests.conftest import build_phi3
+
+pytest.importorskip("openai")
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.slow
+def test_the_openai_client_gets_what_generate_says(tmp_path):
+    import openai
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = build_phi3(tmp_path / "odd @ name", dtype="float32")
+    port = free_port()
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "from loraflow.cli import main; main()", "serve", str(folder), "--port", str(port),
+               "--name", "tickets"]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        limit = time.monotonic() + 120
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert time.monotonic() < limit and process.poll() is None, process.stdout.read()
+            time.sleep(0.2)
+        assert [one.id for one in client.models.list()] == ["tickets"]
+        for text in ("what is red", "please answer the bird of the tree"):
+            messages = [{"role": "user", "content": text}]
+            ids = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            new = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+            expected = tokenizer.decode(new, skip_special_tokens=True)
+            said = client.chat.completions.create(model="tickets", messages=messages, max_tokens=12, temperature=0)
+            assert said.choices[0].message.content == expected
+            stream = client.chat.completions.create(
+                model="tickets", messages=messages, max_tokens=12, temperature=0, stream=True
+            )
+            parts = "".join(part.choices[0].delta.content or "" for part in stream if part.choices)
+            assert parts.rstrip("\ufffd") == expected.rstrip("\ufffd"), "(half a character at the cut may be left out)"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) in (0, -signal.SIGTERM, 143), "the signal reached the server itself"
+        greeting = process.stdout.read()
+        assert f"http://127.0.0.1:{port}/v1" in greeting and '"model": "tickets"' in greeting
+    finally:
+        process.kill()
+
+
+def test_a_taken_port_is_refused_before_anything_loads(phi3, cache):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(BadConfig, match="cannot listen") as caught:
+            plan_server(Model("tiny", phi3), "transformers", "127.0.0.1", port, None, None)
+    assert str(port) in caught.value.where and "--port" in caught.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("engine", "module", "install"), [("transformers", "openai", "loraflow[serve]"), ("vllm", "vllm", "vllm")]
+)
+def test_a_missing_package_is_named_with_the_way_to_install_it(phi3, cache, monkeypatch, engine, module, install):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtra) as caught:
+        plan_server(Model("tiny", phi3), engine, "127.0.0.1", free_port(), None, None)
+    assert module in caught.value.got and install in caught.value.next_step
+
+
+def test_the_server_sees_the_model_under_its_name_with_every_stop_id(tmp_path, cache):
+    folder = build_phi3(tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 502, "temperature": 0.5}')
+    server = plan_server(
+        Model("tickets", folder), "transformers", "0.0.0.0", free_port(), None, "bfloat16", ("--compile",)
+    )
+    (view,) = server.cache.glob("models--tickets/snapshots/*")
+    settings = json.loads((view / "generation_config.json").read_text())
+    assert settings == {"eos_token_id": [502, 505], "temperature": 0.5}, "what else it says is kept"
+    assert (view / "model.safetensors").resolve() == folder / "model.safetensors"
+    assert server.command[3:5] == ["serve", "tickets"] and server.command[-3:] == ["--dtype", "bfloat16", "--compile"]
+    assert "caution" in server.greeting and "http://127.0.0.1:" in server.greeting
+    again = plan_server(Model("tickets", folder), "transformers", "127.0.0.1", free_port(), None, None)
+    assert again.cache == server.cache and "caution" not in again.greeting
+
+
+def test_a_name_is_one_that_the_api_can_have(tmp_path, cache):
+    folder = build_phi3(tmp_path / "my model @ home.")
+    plain = plan_server(Model(folder.name, folder), "transformers", "127.0.0.1", free_port(), None, None)
+    assert plain.command[4] == "my-model-home"
+    with pytest.raises(BadConfig, match="name"):
+        plan_server(Model("x", folder), "transformers", "127.0.0.1", free_port(), "a/b@c", None)
+
+
+def test_an_adapter_is_to_be_merged_first(phi3, cache):
+    with pytest.raises(BadConfig, match="merged") as caught:
+        plan_server(Model("a", phi3, adapter=Path("/adapter")), "auto", "127.0.0.1", free_port(), None, None)
+    assert "loraflow merge /adapter" in caught.value.next_step
