@@ -172,11 +172,11 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "evaluate",
-            1,
+            2,  # 2: what all prompts begin with is computed once; the last bits of a loss may differ
             "loraflow.evaluation.score:run",
             True,
-            ("loraflow.evaluation.score", "loraflow.evaluation.generation", "loraflow.evaluation.intervals",
-             "loraflow.evaluation.modules", "loraflow.base.load", *_MASK),
+            ("loraflow.evaluation.score", "loraflow.evaluation.generation", "loraflow.evaluation.prefix",
+             "loraflow.evaluation.intervals", "loraflow.evaluation.modules", "loraflow.base.load", *_MASK),
             _evaluate,
             facets=(("rows", "heldout"),),
             micro_batch="eval_batch_size",
