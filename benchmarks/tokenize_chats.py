@@ -1,6 +1,8 @@
 """Tokenize chats with a loss mask and pack them: ours, trl's own preparation, and the bare tokenizer, on the same rows.
 
-python benchmarks/tokenize_chats.py [ROWS]
+python benchmarks/tokenize_chats.py [ROWS [ROUNDS]]
+
+The sides take turns; a ratio is the median of the rounds' own ratios, so that a noisy neighbour weighs less.
 """
 
 from __future__ import annotations
@@ -8,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -24,6 +28,24 @@ MARKED = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 PLAIN = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+Times = tuple[float, float]  # wall, CPU: seconds
+
+
+class Clock:
+    """Wall and CPU seconds from here on, with those of processes that have ended."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), self._cpu()
+
+    def _cpu(self) -> float:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(one.ru_utime + one.ru_stime for one in used)
+
+    def read(self) -> Times:
+        """Return what has passed."""
+        return time.perf_counter() - self.wall, self._cpu() - self.cpu
 
 
 def build(folder: Path, rows: int) -> Path:
@@ -64,8 +86,8 @@ def build(folder: Path, rows: int) -> Path:
     return folder
 
 
-def ours(folder: Path, processes: int, out: Path) -> float:
-    """Run the tokenize stage: parse, render, encode, mask, write, pack. Return its seconds."""
+def ours(folder: Path, processes: int, out: Path) -> Times:
+    """Run the tokenize stage: parse, render, encode, mask, write, pack. Return its times."""
     from loraflow.data import tokens
     from loraflow.job import Inputs, Job, Progress
 
@@ -78,13 +100,13 @@ def ours(folder: Path, processes: int, out: Path) -> float:
     }
     job = Job(stage="tokenize", version=1, config=config, runtime={"processes": processes})
     out.mkdir()
-    started = time.perf_counter()
+    clock = Clock()
     tokens.run(job, Inputs({"rows": folder, "base": folder / "base"}), out, Progress())
-    return time.perf_counter() - started
+    return clock.read()
 
 
-def trl(folder: Path, processes: int) -> float:
-    """Run trl's preparation of the same rows, without its load. Return its seconds."""
+def trl(folder: Path, processes: int) -> Times:
+    """Run trl's preparation of the same rows, without its load. Return its times."""
     from accelerate import PartialState
     from datasets import disable_caching, load_dataset
     from transformers import AutoTokenizer
@@ -100,22 +122,22 @@ def trl(folder: Path, processes: int) -> float:
     trainer = SFTTrainer.__new__(SFTTrainer)
     trainer.chat_template, trainer._tokenizer, trainer._is_vlm = None, tokenizer, False
     trainer.completion_only_loss, trainer._is_vision_dataset, trainer.padding_free = False, False, True
-    started = time.perf_counter()
+    clock = Clock()
     trainer._prepare_dataset(data, tokenizer, config, True, None, "train")
-    return time.perf_counter() - started
+    return clock.read()
 
 
-def bare(folder: Path) -> float:
-    """Encode the rendered texts and do nothing with them, two threads. Return the seconds of the encoding alone."""
+def bare(folder: Path) -> Times:
+    """Encode the rendered texts and do nothing with them, two threads. Return the times of the encoding alone."""
     from loraflow.data.mask import ChatTemplate
 
     template = ChatTemplate(folder / "base")
     chats = [json.loads(line)["messages"] for line in (folder / "train.jsonl").open()]
     texts = [template.render(chats[i : i + 1000]) for i in range(0, len(chats), 1000)]
-    started = time.perf_counter()
+    clock = Clock()
     for batch in texts:
         template.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-    return time.perf_counter() - started
+    return clock.read()
 
 
 def same_labels(folder: Path, out: Path) -> None:
@@ -133,30 +155,36 @@ def same_labels(folder: Path, out: Path) -> None:
         assert mask == found["assistant_masks"][:2048], number
 
 
+SIDES = (("bare", 2), ("ours", 1), ("ours", 2), ("trl", 1), ("trl", 2))
+
+
 def main() -> None:
     """Print the table; each side in a process of its own."""
-    if len(sys.argv) > 2:
-        folder, what, processes = Path(sys.argv[3]), sys.argv[2], int(sys.argv[4])
-        seconds = {"ours": lambda: ours(folder, processes, folder / f"ours{processes}-{time.time_ns()}"),
-                   "trl": lambda: trl(folder, processes), "bare": lambda: bare(folder)}[what]()  # fmt: skip
-        (folder / "seconds").write_text(str(seconds))
+    rows, rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000, int(sys.argv[2]) if len(sys.argv) > 2 else 3
+    if len(sys.argv) > 3:
+        what, processes, folder = sys.argv[3], int(sys.argv[4]), Path(sys.argv[5])
+        times = {"ours": lambda: ours(folder, processes, folder / f"ours{processes}-{time.time_ns()}"),
+                 "trl": lambda: trl(folder, processes), "bare": lambda: bare(folder)}[what]()  # fmt: skip
+        (folder / "times").write_text(json.dumps(times))
         return
-    rows = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
     with tempfile.TemporaryDirectory() as name:
         folder = build(Path(name), rows)
-        rates = {}
-        row("what", "processes", "rows/s")
-        for what, processes in (("bare", 2), ("ours", 1), ("ours", 2), ("trl", 1), ("trl", 2)):
-            found = []
-            for _ in range(1 if what == "trl" else 3):
-                once([sys.executable, __file__, str(rows), what, str(folder), str(processes)],
-                                 {"TOKENIZERS_PARALLELISM": "true" if what == "bare" else "false",
-                                  "RAYON_NUM_THREADS": "2" if what == "bare" else "1"})  # fmt: skip
-                found.append(rows / float((folder / "seconds").read_text()))
-            rates[what, processes] = sorted(found)[len(found) // 2]
-            row(what, processes, rates[what, processes])
-        row("ours / trl, 2 processes", rates["ours", 2] / rates["trl", 2])
-        row("ours / bare", rates["ours", 2] / rates["bare", 2])
+        found: dict[tuple[str, int], list[Times]] = {side: [] for side in SIDES}
+        for _ in range(rounds):
+            for what, processes in SIDES:
+                once([sys.executable, __file__, str(rows), str(rounds), what, str(processes), str(folder)],
+                     {"TOKENIZERS_PARALLELISM": "true" if what == "bare" else "false",
+                      "RAYON_NUM_THREADS": "2" if what == "bare" else "1"})  # fmt: skip
+                found[what, processes].append(tuple(json.loads((folder / "times").read_text())))
+        row("what", "processes", "rows/s", "CPU ms a row", "rows/s of each round")
+        for (what, processes), times in found.items():
+            rates = [rows / wall for wall, _ in times]
+            cpu = statistics.median(cpu for _, cpu in times) / rows * 1000
+            row(what, processes, statistics.median(rates), cpu, " ".join(f"{rate:.0f}" for rate in rates))
+        for one, other in ((("ours", 1), ("trl", 1)), (("ours", 2), ("trl", 2)), (("ours", 2), ("bare", 2))):
+            wall, cpu = ([b[k] / a[k] for a, b in zip(found[one], found[other], strict=True)] for k in (0, 1))
+            row(f"{one[0]} / {other[0]}", other[1], statistics.median(wall), f"by CPU {statistics.median(cpu):.2f}",
+                " ".join(f"{ratio:.2f}" for ratio in wall))  # fmt: skip
         same_labels(folder, next(iter(sorted(folder.glob("ours2-*")))))
         print("300 rows have transformers' own ids and mask")
 

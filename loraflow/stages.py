@@ -21,6 +21,8 @@ _BATCHING = {"per_device_train_batch_size", "gradient_accumulation_steps", "per_
 _LOADING = {"dataloader_num_workers"}
 _CHOOSING = {"eval_strategy", "eval_steps", "metric_for_best_model", "greater_is_better", "early_stopping_patience"}
 
+_MASK = ("loraflow.data.mask", "loraflow.data.alignment", "loraflow.data.template")
+
 # training_config fields that are runtime in nature: they reach the trainer, but not identity.
 TRAINING_RUNTIME = _CHECKPOINTING | _LOGGING | _SAVING | _BATCHING | _LOADING
 
@@ -128,7 +130,7 @@ STAGES: dict[str, Stage] = {
             1,
             "loraflow.base.resolve:run",
             True,
-            ("loraflow.base.resolve", "loraflow.base.repack", "loraflow.data.mask"),
+            ("loraflow.base.resolve", "loraflow.base.repack", *_MASK),
             _resolve_base,
         ),
         Stage(
@@ -136,7 +138,7 @@ STAGES: dict[str, Stage] = {
             1,
             "loraflow.data.tokens:run",
             True,
-            ("loraflow.data.tokens", "loraflow.data.mask", "loraflow.data.packing"),
+            ("loraflow.data.tokens", *_MASK, "loraflow.data.packing"),
             _tokenize,
             facets=(("rows", "train"), ("base", "tokenizer")),
         ),
@@ -146,7 +148,7 @@ STAGES: dict[str, Stage] = {
             "loraflow.training.train:run",
             True,
             ("loraflow.training.train", "loraflow.training.trainer", "loraflow.training.batches", "loraflow.data.packing",
-             "loraflow.data.mask", "loraflow.base.load", "loraflow.adapters.inject"),
+             *_MASK, "loraflow.base.load", "loraflow.adapters.inject"),
             _train,
             micro_batch="micro_batch",
         ),
@@ -164,17 +166,17 @@ STAGES: dict[str, Stage] = {
             1,
             "loraflow.adapters.verify:run",
             True,
-            ("loraflow.adapters.verify", "loraflow.base.load", "loraflow.data.mask"),
+            ("loraflow.adapters.verify", "loraflow.base.load", *_MASK),
             _verify,
             facets=(("adapter", "adapter"), ("rows", "heldout")),
         ),
         Stage(
             "evaluate",
-            1,
+            2,  # 2: what all prompts begin with is computed once; the last bits of a loss may differ
             "loraflow.evaluation.score:run",
             True,
-            ("loraflow.evaluation.score", "loraflow.evaluation.generation", "loraflow.evaluation.intervals",
-             "loraflow.evaluation.modules", "loraflow.base.load", "loraflow.data.mask"),
+            ("loraflow.evaluation.score", "loraflow.evaluation.generation", "loraflow.evaluation.prefix",
+             "loraflow.evaluation.intervals", "loraflow.evaluation.modules", "loraflow.base.load", *_MASK),
             _evaluate,
             facets=(("rows", "heldout"),),
             micro_batch="eval_batch_size",

@@ -210,7 +210,7 @@ def _add_data(jobs: Jobs) -> None:
     folder = source.removesuffix(".dvc")
     place = Path(folder)
     if place.exists() and (not Path(source).exists() or dvc.tree_md5(place) != dvc.read_pin(".", source, None).md5):
-        pin = dvc.add(folder)
+        pin = dvc.add(folder, remote=jobs.recipe.data.remote)
         log.info("%s is versioned as %s", folder, pin.md5)
 
 

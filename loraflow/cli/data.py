@@ -22,14 +22,18 @@ def data() -> None:
 @click.argument("folder", default="data")
 @click.option("--no-push", is_flag=True, help="Do not push to the DVC remote.")
 @click.option("--commit", is_flag=True, help="Commit the .dvc file to git.")
-def add(folder: str, no_push: bool, commit: bool) -> None:
+@click.option("--remote", metavar="NAME", help="Push to this DVC remote, not to the default one.")
+def add(folder: str, no_push: bool, commit: bool, remote: str | None) -> None:
     """Make a version of FOLDER: `dvc add`, and `dvc push` where a remote is set up.
 
     Once the version is committed, the Prefect server at PREFECT_API_URL is told, so that it can retrain.
     """
     from loraflow.data import branch, dvc
+    from loraflow.failures import BadConfig
 
-    pin = dvc.add(folder, push=not no_push)
+    if no_push and remote:
+        raise BadConfig("--remote says where to push, --no-push not to.", where="data add", next_step="leave one out")
+    pin = dvc.add(folder, push=not no_push, remote=remote)
     click.echo(f"{pin.path} is {pin.md5}")
     if commit:
         branch.commit(pin)
@@ -47,12 +51,13 @@ def add(folder: str, no_push: bool, commit: bool) -> None:
 
 @data.command()
 @click.argument("dvc_file", default="data.dvc")
-def pull(dvc_file: str) -> None:
+@click.option("--remote", metavar="NAME", help="Pull from this DVC remote, not from the default one.")
+def pull(dvc_file: str, remote: str | None) -> None:
     """Bring the files that DVC_FILE pins into the work tree, and check them."""
     from loraflow.data import dvc
     from loraflow.store.files import HashMemo
 
-    dvc.pull(dvc_file)
+    dvc.pull(dvc_file, remote=remote)
     pin = dvc.read_pin(".", dvc_file, None)
     dvc.refuse_dirt(".", pin, HashMemo(None))
     click.echo(f"{pin.path} is {pin.md5}")

@@ -30,9 +30,7 @@ def evaluate(model: str, recipe: str, sets: tuple[str, ...], as_json: bool) -> N
         walk.jobs.save()
     metrics = walk.jobs.store.manifest(scores).report["metrics"]
     if as_json:
-        click.echo(
-            json.dumps({"model": str(folder), "metrics": metrics, "uri": str(walk.jobs.store.path(scores))})
-        )
+        click.echo(json.dumps({"model": str(folder), "metrics": metrics, "uri": str(walk.jobs.store.path(scores))}))
         return
     for name, part in metrics.items():
         for metric, one in part.items():

@@ -31,9 +31,11 @@ def run(
 
     load_recipe(recipe, overrides)  # before prefect starts: a typing error should not cost its start
     from flows.finetune import finetune
+    from tasks.server import start_temporary_server
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("loraflow").setLevel(logging.WARNING if quiet else logging.INFO)
+    start_temporary_server()
     summary = finetune(recipe=recipe, settings=overrides, force=list(force))  # type: ignore[arg-type]
     if as_json:
         click.echo(json.dumps(summary, ensure_ascii=False))

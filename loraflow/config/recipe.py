@@ -32,6 +32,7 @@ class Data(Frozen):
     repo: str = Field(".", description="Git repository (folder or URL) that holds the .dvc file.")
     rev: str | None = Field(None, description="Git revision or branch of the .dvc file; none is the work tree.")
     add: bool = Field(False, description="Version what is in the folder first: `dvc add` and push.")
+    remote: str | None = Field(None, description="DVC remote to push to and to fetch from; none is the default one.")
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = Field(
         "auto", description="How a row says who said what."
     )

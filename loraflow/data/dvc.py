@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from loraflow.failures import BadData, DirtyData, Failure, MissingData, Network
+from loraflow.failures import BadConfig, BadData, DirtyData, Failure, MissingData, Network
 from loraflow.store.files import HashMemo, files_below
 
 log = logging.getLogger(__name__)
@@ -132,11 +133,12 @@ def refuse_dirt(repo: str, pin: Pin, memo: HashMemo) -> bool:
     return True
 
 
-def fetch(repo: str, pin: Pin, rev: str | None, target: Path, memo: HashMemo) -> None:
+def fetch(repo: str, pin: Pin, rev: str | None, target: Path, memo: HashMemo, remote: str | None = None) -> None:
     """Write the pinned files below `target`: from the clean work tree, else from DVC's cache or remote, verified.
 
     Raises:
         MissingData: no cache or remote has them.
+        BadConfig: there is no such remote.
         BadData: what came is not what is pinned.
     """
     place = Path(repo, pin.path)
@@ -148,7 +150,7 @@ def fetch(repo: str, pin: Pin, rev: str | None, target: Path, memo: HashMemo) ->
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target / name)
     else:
-        _fetch_through_dvc(repo, pin, rev, target)
+        _fetch_through_dvc(repo, pin, rev, target, remote)
     got = tree_md5(target if pin.is_folder else target / PurePosixPath(pin.path).name)
     if got != pin.md5:
         raise BadData(
@@ -160,13 +162,13 @@ def fetch(repo: str, pin: Pin, rev: str | None, target: Path, memo: HashMemo) ->
         )
 
 
-def _fetch_through_dvc(repo: str, pin: Pin, rev: str | None, target: Path) -> None:
+def _fetch_through_dvc(repo: str, pin: Pin, rev: str | None, target: Path, remote: str | None) -> None:
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     from dvc.api import DVCFileSystem
 
     where = f"{pin.path}{f' at {rev}' if rev else ''} of {repo}"
     try:
-        fs = DVCFileSystem(repo, rev=rev)
+        fs = DVCFileSystem(repo, rev=rev, remote=remote)
         for name in fs.find(pin.path):
             relative = PurePosixPath(name).relative_to(pin.path) if pin.is_folder else PurePosixPath(name).name
             place = target / _safe(str(relative), where)
@@ -179,6 +181,8 @@ def _fetch_through_dvc(repo: str, pin: Pin, rev: str | None, target: Path) -> No
     except (
         Exception
     ) as error:  # DVC and its file systems raise dozens of kinds; all mean that the data is not to be had
+        if remote is not None and not is_url(repo):
+            _check_remote(remote, repo)
         raise MissingData(
             "The pinned data is neither in the work tree nor in DVC's cache, and its remote does not have it.",
             where=where,
@@ -195,10 +199,16 @@ def _safe(name: str, where: str) -> str:
     return name
 
 
-def add(folder: str, *, push: bool = True) -> Pin:
+def add(folder: str, *, push: bool = True, remote: str | None = None) -> Pin:
     """Version a folder or file: `dvc add`, and `dvc push` if there is a remote. Return the new pin.
 
+    Args:
+        folder: what to version.
+        push: whether to push it.
+        remote: to which remote, if not to the default one.
+
     Raises:
+        BadConfig: there is no such remote; nothing was added.
         BadData: DVC says no.
     """
     place = Path(folder)
@@ -206,31 +216,63 @@ def add(folder: str, *, push: bool = True) -> Pin:
         raise BadData("There is nothing to add.", where=folder, next_step="name a folder or file of chats")
     tree_md5(place)  # refuses links before DVC follows them
     repo = Path.cwd()
+    if push and remote is not None:
+        _check_remote(remote, ".")
     if not (repo / ".dvc").exists():
         _dvc(["init", *([] if (repo / ".git").exists() else ["--no-scm"])])
     _dvc(["add", folder])
     pin = read_pin(".", f"{folder.rstrip('/')}.dvc", None)
-    if push and _dvc(["remote", "list"]).strip():
-        _dvc(["push", pin.dvc_file])
+    if push and _remotes("."):
+        _dvc(["push", *(["--remote", remote] if remote else []), pin.dvc_file])
     elif push:
         log.warning("no DVC remote is set up: the data is versioned here only (`dvc remote add -d NAME URL`)")
     return pin
 
 
-def pull(dvc_file: str) -> None:
-    """Bring pinned files into the work tree."""
-    _dvc(["pull", dvc_file])
+def pull(dvc_file: str, *, remote: str | None = None) -> None:
+    """Bring pinned files into the work tree, from a remote if not from the default one.
+
+    Raises:
+        BadConfig: there is no such remote.
+        BadData: DVC says no.
+    """
+    if remote is not None:
+        _check_remote(remote, ".")
+    _dvc(["pull", *(["--remote", remote] if remote else []), dvc_file])
 
 
-def _dvc(arguments: list[str]) -> str:
+def _remotes(repo: str) -> list[str]:
+    """Return the names of a repository's remotes, those of the user's and the machine's configuration among them."""
+    if not Path(repo, ".dvc").exists():
+        return []
+    found = _dvc(["config", "--list"], repo)  # `remote list` breaks its lines to fit a terminal
+    return re.findall(r"^remote\.(.+?)\.url=", found, re.MULTILINE)
+
+
+def _check_remote(remote: str, repo: str) -> None:
+    have = _remotes(repo)
+    if remote not in have:
+        raise BadConfig(
+            "There is no such DVC remote.",
+            where=str(Path(repo).absolute()),
+            expected=f"one of {', '.join(have)}" if have else "a remote; this repository has none",
+            got=remote,
+            next_step=f"`dvc remote add {remote} URL` makes it",
+        )
+
+
+def _dvc(arguments: list[str], repo: str = ".") -> str:
     done = subprocess.run(
         [sys.executable, "-m", "dvc", *arguments],
+        cwd=repo,
         capture_output=True,
         text=True,
         env={**os.environ, "DVC_NO_ANALYTICS": "1"},
     )
     if done.returncode:
-        raise BadData(f"dvc {' '.join(arguments)} failed.", where=str(Path.cwd()), got=done.stderr.strip()[-800:])
+        raise BadData(
+            f"dvc {' '.join(arguments)} failed.", where=str(Path(repo).absolute()), got=done.stderr.strip()[-800:]
+        )
     return done.stdout
 
 

@@ -1,22 +1,27 @@
 """Chats to token ids and a loss mask, both from one tokenization of one rendered text.
 
-Where an answer begins and ends is found in the text, by rendering what stands before it, and carried to ids by the
-tokenizer's own alignment: special tokens swallow white space, so that lengths of texts are not lengths of ids, and
-a mask from special ids alone is wrong as soon as a message talks about them.
+Where an answer begins and ends is found in the text, by rendering what stands before it, and carried to ids by an
+alignment of both: special tokens swallow white space, so that lengths of texts are not lengths of ids, and a mask from
+special ids alone is wrong as soon as a message talks about them. The alignment is the tokenizer's own, or, where it
+is proved to be the same, the one that `alignment` reads off the ids.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2.exceptions import TemplateError
 
+from loraflow.data.alignment import ByteAlignment, Span
+from loraflow.data.template import CompiledTemplate
 from loraflow.failures import BadModel
 
 IGNORED = -100  # torch's ignore_index: a label that is not learned
@@ -44,30 +49,34 @@ class ChatTemplate:
         self.tokenizer.no_padding()
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         self.template = read_template(folder, config)
-        self.variables: dict[str, Any] = {
+        variables = {
             key: token if isinstance(token, str) else token["content"]
             for key in ("bos_token", "eos_token", "unk_token", "pad_token")
             if (token := config.get(key))
         }
-        # Some templates write today's date into each prompt: equal runs would differ from day to day.
-        self.variables["strftime_now"] = lambda form: time.strftime(form, time.gmtime(1_721_952_000))
+        try:
+            self._compiled = CompiledTemplate(self.template, variables)
+        except TemplateError as error:
+            raise BadModel("The chat template is no template.", where="chat_template", got=str(error)[:300]) from error
+        self.alignment: ByteAlignment | None  # None: the tokenizer's own, for every row
+        try:
+            self.alignment = ByteAlignment(self.tokenizer)
+        except ValueError:
+            self.alignment = None
         self.special = sorted(
             (token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special),
             key=len,
             reverse=True,
         )
         self._any_special = re.compile("|".join(map(re.escape, self.special))) if self.special else None
+        # A search for what they all begin with is far faster than the pattern's.
+        self._special_start = os.path.commonprefix(self.special)  # noqa: RUF071 (letters, not folders)
         self._stop = re.compile(r"\s*(?:" + "|".join(map(re.escape, self.special)) + ")") if self.special else None
 
     def render(self, chats: Sequence[list[dict[str, str]]], *, prompt: bool = False) -> list[str]:
         """Return chats as the model reads them; `prompt` ends each with the head of an answer."""
-        from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         try:
-            texts, _ = render_jinja_template(
-                list(chats), chat_template=self.template, add_generation_prompt=prompt, **self.variables
-            )
+            return [self._compiled.render(chat, prompt=prompt) for chat in chats]
         except (TemplateError, TypeError, ValueError) as error:
             raise BadModel(
                 "The chat template refuses a chat.",
@@ -75,7 +84,6 @@ class ChatTemplate:
                 got=str(error)[:300],
                 next_step="mend the rows (a template may know no system message), or choose another base",
             ) from error
-        return texts
 
     def encode(self, chats: Sequence[list[dict[str, str]]], loss_on: str) -> list[Encoded]:
         """Encode chats. `loss_on` is assistant (every answer), last_assistant or all.
@@ -94,10 +102,11 @@ class ChatTemplate:
                         next_step=f"remove {message['role']} messages from the dataset, or mend the template",
                     )
         spans = self._marked_spans(chats) if _MARKERS.search(self.template) else self._prefix_spans(chats, texts)
-        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        if not all(spans):
+            raise BadModel("The chat template marks no answer in a chat that has one.", where="chat_template")
         return [
-            self._masked(chat, encoding, found, loss_on)
-            for chat, encoding, found in zip(chats, encodings, spans, strict=True)
+            Encoded(ids, _labels(ids, tokens, loss_on), tokens[-1][0], self._special_in(chat))
+            for chat, (ids, tokens) in zip(chats, self._aligned(texts, spans), strict=True)
         ]
 
     def prompt_ids(self, chats: Sequence[list[dict[str, str]]]) -> list[list[int]]:
@@ -120,37 +129,50 @@ class ChatTemplate:
             )
         return found
 
-    def _masked(self, chat: list[dict[str, str]], encoding: Any, spans: list[tuple[int, int]], loss_on: str) -> Encoded:
-        ids = np.fromiter(encoding.ids, np.int32, len(encoding.ids))
-        labels = np.full(len(ids), IGNORED, np.int32)
-        if not spans:
-            raise BadModel("The chat template marks no answer in a chat that has one.", where="chat_template")
-        tokens = [_token_span(encoding, start, end) for start, end in spans]
-        if loss_on == "all":
-            labels[:] = ids
-        else:
-            for first, last in tokens[-1:] if loss_on == "last_assistant" else tokens:
-                labels[first:last] = ids[first:last]
-        found = None
-        if self._any_special is not None:
-            for message in chat:
-                if hit := self._any_special.search(message["content"]):
-                    found = hit.group()
-                    break
-        return Encoded(ids, labels, tokens[-1][0], found)
+    def _aligned(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[tuple[np.ndarray, list[Span]]]:
+        """Return each text's ids, and its spans of characters as spans of tokens."""
+        if self.alignment is None:
+            return self._aligned_by_tokenizer(texts, spans)
+        lists = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+        ids = np.fromiter(chain.from_iterable(lists), np.int32, int(lengths.sum()))
+        found = self.alignment.spans(texts, ids, lengths, spans)
+        rows = np.split(ids, np.cumsum(lengths)[:-1])
+        unproved = [n for n, tokens in enumerate(found) if tokens is None]
+        slow = self._aligned_by_tokenizer([texts[n] for n in unproved], [spans[n] for n in unproved])
+        out = dict(zip(unproved, slow, strict=True))
+        return [out[n] if tokens is None else (rows[n], tokens) for n, tokens in enumerate(found)]
 
-    def _prefix_spans(self, chats: Sequence[list[dict[str, str]]], texts: list[str]) -> list[list[tuple[int, int]]]:
+    def _aligned_by_tokenizer(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+    ) -> list[tuple[np.ndarray, list[Span]]]:
+        return [
+            (np.array(encoding.ids, np.int32), [_token_span(encoding, start, end) for start, end in found])
+            for encoding, found in zip(self.tokenizer.encode_batch(texts, add_special_tokens=False), spans, strict=True)
+        ]
+
+    def _special_in(self, chat: list[dict[str, str]]) -> str | None:
+        """Return the first control token in a chat's messages."""
+        if self._any_special is None:
+            return None
+        for message in chat:
+            content = message["content"]
+            if self._special_start in content and (hit := self._any_special.search(content)):
+                return hit.group()
+        return None
+
+    def _prefix_spans(self, chats: Sequence[list[dict[str, str]]], texts: list[str]) -> list[list[Span]]:
         """Find answers by rendering what stands before each: what follows is the answer and its stop token."""
         turns = [(n, i) for n, chat in enumerate(chats) for i, m in enumerate(chat) if m["role"] == "assistant"]
         heads = self.render([chats[n][:i] for n, i in turns], prompt=True)
-        spans: list[list[tuple[int, int]]] = [[] for _ in chats]
+        spans: list[list[Span]] = [[] for _ in chats]
         for (n, i), head in zip(turns, heads, strict=True):
             text, content = texts[n], chats[n][i]["content"]
             last = i == len(chats[n]) - 1
             spans[n].append(self._answer(text, head, content, last))
         return spans
 
-    def _answer(self, text: str, head: str, content: str, last: bool) -> tuple[int, int]:
+    def _answer(self, text: str, head: str, content: str, last: bool) -> Span:
         start = len(head)
         said = next((c for c in (content, content.strip()) if text.startswith(c, start)), None)
         if not text.startswith(head) or said is None:
@@ -175,14 +197,18 @@ class ChatTemplate:
                 end = more.end()
         return start, end
 
-    def _marked_spans(self, chats: Sequence[list[dict[str, str]]]) -> list[list[tuple[int, int]]]:
+    def _marked_spans(self, chats: Sequence[list[dict[str, str]]]) -> list[list[Span]]:
         """Take answers from the template's own {% generation %} marks."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        return [self._compiled.marked(chat) for chat in chats]
 
-        _, spans = render_jinja_template(
-            list(chats), chat_template=self.template, return_assistant_tokens_mask=True, **self.variables
-        )
-        return [[(start, end) for start, end in found] for found in spans]
+
+def _labels(ids: np.ndarray, tokens: list[Span], loss_on: str) -> np.ndarray:
+    if loss_on == "all":
+        return ids.copy()
+    labels = np.full(len(ids), IGNORED, np.int32)
+    for first, last in tokens[-1:] if loss_on == "last_assistant" else tokens:
+        labels[first:last] = ids[first:last]
+    return labels
 
 
 def read_template(folder: Path, tokenizer_config: dict[str, Any]) -> str:
@@ -207,7 +233,7 @@ def read_template(folder: Path, tokenizer_config: dict[str, Any]) -> str:
     return template
 
 
-def _token_span(encoding: Any, start: int, end: int) -> tuple[int, int]:
+def _token_span(encoding: Any, start: int, end: int) -> Span:
     """Carry a span of characters to tokens: those that begin inside it."""
     first = next((t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None)
     last = next((t for c in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(c)) is not None), None)

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -63,7 +64,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         BadData: a row is too long and the policy is error, or holds a control token and the policy is error; or no
             row has a token to learn.
     """
-    config = job.config
+    config, template = job.config, ChatTemplate(inputs["base"])
     processes = job.runtime.get("processes") or os.cpu_count() or 1
     figures: dict[str, Any] = {}
     lengths = np.empty(0, np.int32)
@@ -72,7 +73,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         source = inputs["rows"] / f"{name}.jsonl"
         if name == "validation" and source.stat().st_size == 0:
             continue
-        found, part = _tokenize_file(source, inputs["base"], out / name, config, processes, report, counts)
+        found, part = _tokenize_file(source, template, out / name, config, processes, report, counts)
         figures[f"{name}_rows"], figures[f"{name}_tokens"] = len(found), int(found.sum())
         if name == "train":
             lengths, figures["supervised_tokens"] = found, part
@@ -85,7 +86,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         )
     if config["packing"]:
         row_of = best_fit_decreasing(lengths, config["max_length"])
-        pq.write_table(pa.table({"row": row_of}), out / "packing.parquet")
+        pq.write_table(pa.table({"row": _arrow(row_of)}), out / "packing.parquet")
         figures["packed_rows"] = int(row_of.max()) + 1
         figures["packing_utilisation"] = round(float(lengths.sum() / figures["packed_rows"] / config["max_length"]), 4)
     figures |= {
@@ -94,7 +95,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         "supervised_share": round(figures["supervised_tokens"] / figures["train_tokens"], 4),
         **{f"rows_{kind}": n for kind, n in counts.items()},
     }
-    audit = _audit(inputs["rows"] / "train.jsonl", inputs["base"], config)
+    audit = _audit(inputs["rows"] / "train.jsonl", template, config)
     text = json.dumps({"figures": figures, "audit": audit}, indent=1, sort_keys=True, ensure_ascii=False)
     (out / "report.json").write_text(text + "\n", encoding="utf-8")
     return Summary(figures=figures, report={"audit": audit[:2]})
@@ -102,7 +103,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
 
 def _tokenize_file(
     source: Path,
-    base: Path,
+    template: ChatTemplate,
     target: Path,
     config: dict[str, Any],
     processes: int,
@@ -114,7 +115,7 @@ def _tokenize_file(
     lengths: list[np.ndarray] = []
     supervised = done = 0
     with pa.OSFile(str(target / "data-00000-of-00001.arrow"), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
-        for chunk in _encoded_chunks(source, base, config, processes):
+        for chunk in _encoded_chunks(source, template, config, processes):
             counts.update(chunk.counts)
             for kind, policy in (("too_long", config["too_long"]), ("special_tokens", config["special_tokens"])):
                 if kind in chunk.first and policy == "error":
@@ -143,25 +144,25 @@ def _tokenize_file(
     return found, supervised
 
 
-def _encoded_chunks(source: Path, base: Path, config: dict[str, Any], processes: int) -> Iterator[Chunk]:
+def _encoded_chunks(source: Path, template: ChatTemplate, config: dict[str, Any], processes: int) -> Iterator[Chunk]:
     """Encode a file's rows, in order, by as many processes as asked for; one is this process itself."""
-    arguments = (str(base), config["loss_on"], config["max_length"], config["too_long"], config["special_tokens"])
+    _start(template, config)
     chunks = _lines(source)
     if processes == 1 or source.stat().st_size < 1_000_000:
-        _start(*arguments)
         yield from map(_encode, chunks)
         return
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(processes, get_context("fork"), initializer=_start, initargs=arguments) as pool:
-        waiting = []
+    # A fork has the tokenizer already; frozen objects are not walked through, and copied, by its garbage collector.
+    with ProcessPoolExecutor(processes, get_context("fork"), initializer=gc.freeze) as pool:
+        waiting: deque[Future[Chunk]] = deque()
         try:
             for lines in chunks:
                 waiting.append(pool.submit(_encode, lines))
-                if len(waiting) > 2 * processes:
-                    yield waiting.pop(0).result()
+                if len(waiting) > 4 * processes:
+                    yield waiting.popleft().result()
             while waiting:
-                yield waiting.pop(0).result()
+                yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise Killed("A tokenizer process was killed.", where="tokenize", next_step="run again") from error
 
@@ -179,21 +180,21 @@ def _lines(source: Path) -> Iterator[list[str]]:
 
 
 _template: ChatTemplate
-_settings: tuple[str, int, str, str]
+_config: dict[str, Any]
 
 
-def _start(base: str, loss_on: str, max_length: int, too_long: str, special_tokens: str) -> None:
-    global _template, _settings
-    _template, _settings = ChatTemplate(Path(base)), (loss_on, max_length, too_long, special_tokens)
+def _start(template: ChatTemplate, config: dict[str, Any]) -> None:
+    global _template, _config
+    _template, _config = template, config
 
 
 def _encode(lines: list[str]) -> Chunk:
-    loss_on, max_length, too_long, special_tokens = _settings
+    max_length, too_long, special_tokens = (_config[key] for key in ("max_length", "too_long", "special_tokens"))
     rows = [json.loads(line) for line in lines]
     ids: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     counts, first = Counter[str](), dict[str, str]()
-    for row, one in zip(rows, _template.encode([row["messages"] for row in rows], loss_on), strict=True):
+    for row, one in zip(rows, _template.encode([row["messages"] for row in rows], _config["loss_on"]), strict=True):
         here, learned = one.ids, one.labels
         if one.special_in_text and special_tokens != "allow":
             counts["special_tokens"] += 1
@@ -222,12 +223,17 @@ def _batch(chunk: Chunk) -> pa.RecordBatch:
     np.cumsum(chunk.lengths, out=offsets[1:])
     return pa.record_batch(
         [
-            pa.ListArray.from_arrays(offsets, pa.array(chunk.ids)),
-            pa.ListArray.from_arrays(offsets, pa.array(chunk.labels)),
-            pa.array(chunk.lengths),
+            pa.ListArray.from_arrays(_arrow(offsets), _arrow(chunk.ids)),
+            pa.ListArray.from_arrays(_arrow(offsets), _arrow(chunk.labels)),
+            _arrow(chunk.lengths),
         ],
         schema=_SCHEMA,
     )
+
+
+def _arrow(values: np.ndarray) -> pa.Array:
+    """Return int32 values as an Arrow array; `pa.array` would import pandas first."""
+    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
 
 
 def _refusal(kind: str, place: str, config: dict[str, Any]) -> BadData:
@@ -245,9 +251,8 @@ def _refusal(kind: str, place: str, config: dict[str, Any]) -> BadData:
     )
 
 
-def _audit(source: Path, base: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
+def _audit(source: Path, template: ChatTemplate, config: dict[str, Any]) -> list[dict[str, Any]]:
     """Show what is learned in the first rows, and check on them that training reads what serving will send."""
-    template = ChatTemplate(base)
     with source.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line, _ in zip(file, range(20), strict=False)]
     chats = [row["messages"] for row in rows]

@@ -29,7 +29,7 @@ def locate(data: Data, memo: HashMemo) -> dict[str, Any]:
         return {
             "md5": pin.md5,
             "name": name,
-            "origin": {**pin.__dict__, "repo": data.repo, "rev": data.rev, "commit": commit},
+            "origin": {**pin.__dict__, "repo": data.repo, "rev": data.rev, "commit": commit, "remote": data.remote},
         }
     place = Path(data.source)
     if not place.exists():
@@ -54,7 +54,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         dvc.fetch(str(place.parent), pin, None, files, memo)
     else:
         pin = dvc.Pin(origin["dvc_file"], origin["path"], md5)
-        dvc.fetch(origin["repo"], pin, origin["commit"] or origin["rev"], files, memo)
+        dvc.fetch(origin["repo"], pin, origin["commit"] or origin["rev"], files, memo, origin.get("remote"))
     names = sorted(path.relative_to(files).as_posix() for path in files.rglob("*") if path.is_file())
     size = sum((files / name).stat().st_size for name in names)
     return Summary(figures={"md5": md5, "files": len(names), "bytes": size})

@@ -1,4 +1,4 @@
-"""Greedy answers and likelihoods in batches: sorted by length, padded on the left, all stop ids."""
+"""Greedy answers and likelihoods in batches: sorted by length, padded, all stop ids, what they share computed once."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from loraflow.base.load import head_is_plain
 from loraflow.data.mask import IGNORED
+from loraflow.evaluation.prefix import shared_prefix
 
 HEAD_ROWS = 512  # positions whose logits are in memory at a time
 
@@ -39,6 +42,10 @@ def answer_all(
                 continue
             answers[row.pop("index")] = row
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    # At least one id of each row is left for its batch, whose logits begin the answer.
+    lengths = [len(prompt) for prompt in prompts]
+    prefix = shared_prefix(model, prompts, min(lengths) - 1, max(lengths) + max_new_tokens) if prompts else None
+    shared = len(prefix.ids) if prefix else 0
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         if all(answers[i] is not None for i in batch):
@@ -47,12 +54,16 @@ def answer_all(
         ids = torch.full((len(batch), width), tokenizer.pad_token_id)
         mask = torch.zeros((len(batch), width), dtype=torch.long)
         for row, i in enumerate(batch):
-            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[row, width - len(prompts[i]) :] = 1
+            rest = prompts[i][shared:]
+            ids[row, width - len(rest) :] = torch.tensor(rest)
+            mask[row, width - len(rest) :] = 1
+        if prefix:
+            ids[:, :shared], mask[:, :shared] = torch.tensor(prefix.ids), 1
         with torch.inference_mode():
             out = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
+                **({"past_key_values": prefix.cache(len(batch))} if prefix else {}),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,
@@ -89,29 +100,34 @@ def answer_losses(model: Any, rows: Sequence[Any], pad_id: int, batch_size: int)
     found: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
     plain = head_is_plain(model)
+    # The hidden state before the first learned token must be one of the batch's own.
+    learned = [np.flatnonzero(row.labels[1:] != IGNORED) for row in rows]
+    own = min((int(at[0]) for at in learned if len(at)), default=0)
+    prefix = shared_prefix(model, [row.ids for row in rows], own, max((len(row.ids) for row in rows), default=0))
+    shared = len(prefix.ids) if prefix else 0
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
-        width = max(len(rows[i].ids) for i in batch)
+        width = max(len(rows[i].ids) for i in batch) - shared
         ids = torch.full((len(batch), width), pad_id)
-        mask = torch.zeros((len(batch), width), dtype=torch.long)
+        mask = torch.zeros((len(batch), shared + width), dtype=torch.long)
         labels = torch.full((len(batch), width), IGNORED)
         for row, i in enumerate(batch):
-            n = len(rows[i].ids)
-            ids[row, :n], mask[row, :n] = torch.from_numpy(rows[i].ids.astype("int64")), 1
-            labels[row, 1:n] = torch.from_numpy(rows[i].labels[1:].astype("int64"))
+            n = len(rows[i].ids) - shared
+            ids[row, :n], mask[row, : shared + n] = torch.from_numpy(rows[i].ids[shared:].astype("int64")), 1
+            labels[row, 1:n] = torch.from_numpy(rows[i].labels[shared + 1 :].astype("int64"))
         ids, mask = ids.to(model.device), mask.to(model.device)
         at = (labels[:, 1:] != IGNORED).to(model.device)
         target = labels[:, 1:].to(model.device)[at]
         if not len(target):
             continue
+        cached = {"past_key_values": prefix.cache(len(batch))} if prefix else {}
+        values = {"input_ids": ids, "attention_mask": mask, "use_cache": bool(prefix), **cached}
         with torch.inference_mode():
             if not plain:
-                source = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1][at]
+                source = model(**values).logits[:, :-1][at]
                 head: Callable[[Any], Any] = lambda x: x  # noqa: E731
             else:
-                source = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[
-                    :, :-1
-                ][at]
+                source = model.get_decoder()(**values).last_hidden_state[:, :-1][at]
                 head = model.get_output_embeddings()
             losses = torch.cat(
                 [

@@ -167,7 +167,7 @@ OTHER: dict[str, Any] = {
 
 # Read by the flow's process: by `locate`, the checks between stages, the gate, the registry, the report.
 BY_THE_FLOW = {
-    "name", "method", "data.source", "data.repo", "data.rev", "data.add", "data.max_quarantined", "base.model",
+    "name", "method", "data.source", "data.repo", "data.rev", "data.add", "data.remote", "data.max_quarantined", "base.model",
     "base.revision", "evaluation.samples", "merge.max_kl", "register.model",
     "gate.lower_is_better",
     "gate.primary", "gate.min_gain", "gate.guards", "gate.confidence", "runtime.store", "runtime.keep",

@@ -11,7 +11,7 @@ import pytest
 
 from loraflow.config.recipe import Data
 from loraflow.data import check, dvc, version
-from loraflow.failures import BadData, DirtyData, Inadmissible, MissingData
+from loraflow.failures import BadConfig, BadData, DirtyData, Inadmissible, MissingData
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store.files import HashMemo
 from tests.conftest import chat
@@ -246,3 +246,27 @@ def test_the_quickstarts_sides_share_no_phrase():
         assert not (set(train) & set(heldout)) - {""}
     assert not set(tickets.PRODUCTS) & set(tickets.UNSEEN_PRODUCTS)
     assert len(tickets.REQUESTS) >= 8
+
+
+def test_a_remote_that_is_named_gets_the_data_and_gives_it(clone, tmp_path, monkeypatch):
+    monkeypatch.chdir(clone)
+    run_dvc("remote", "add", "second", str(tmp_path / "second"), cwd=clone)
+    write_rows(clone / "data" / "train.jsonl", range(44))
+    with pytest.raises(BadConfig) as caught:
+        dvc.add("data", remote="third")
+    assert "one of inside, second" in str(caught.value) and "third" in str(caught.value)
+    assert "data.dvc" not in sh("git", "status", "--short", cwd=clone), "nothing was added"
+    before = sorted((clone / ".dvc" / "remote").rglob("*"))
+    pin = dvc.add("data", remote="second")
+    assert sorted((clone / ".dvc" / "remote").rglob("*")) == before, "the default remote has nothing of it"
+    assert list((tmp_path / "second").rglob("*.dir"))
+
+    shutil.rmtree(clone / "data")
+    shutil.rmtree(clone / ".dvc" / "cache")
+    with pytest.raises(MissingData):
+        fetch(Data(source="data.dvc", repo=str(clone)), tmp_path / "without")
+    files = fetch(Data(source="data.dvc", repo=str(clone), remote="second"), tmp_path / "out")
+    assert dvc.tree_md5(files) == pin.md5
+    shutil.rmtree(clone / ".dvc" / "cache", ignore_errors=True)
+    with pytest.raises(BadConfig, match="no such DVC remote"):
+        fetch(Data(source="data.dvc", repo=str(clone), remote="third"), tmp_path / "none")

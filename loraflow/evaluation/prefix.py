@@ -1,0 +1,92 @@
+"""What all prompts of a set begin with, computed once: its keys and values, from which every batch goes on.
+
+Padding then stands between the prefix and the rest of a row, where the attention mask hides it; positions count what
+is not hidden, so that each token has the one that it has without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+# An own forward pass for the prefix, and a copy of its keys for each batch, have to pay.
+MIN_TOKENS = 16
+MIN_ROWS = 4
+# Their angles depend on the length of what is read, which is another one behind a cache.
+_ROPE_BY_LENGTH = ("dynamic", "longrope")
+# A window counts places, so padding behind the prefix would push the prefix out of it.
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
+
+
+class SharedPrefix:
+    """Ids that all rows begin with, and a model's keys and values for them."""
+
+    def __init__(self, ids: list[int], layers: list[tuple[Any, Any]]):
+        self.ids = ids
+        self.layers = layers
+
+    def cache(self, rows: int) -> Any:
+        """Return a fresh cache that holds the prefix for that many rows."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for index, (keys, values) in enumerate(self.layers):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
+        return cache
+
+
+def shared_prefix(model: Any, rows: Sequence[Sequence[int]], longest: int, places: int) -> SharedPrefix | None:
+    """Return what all rows begin with, at most `longest` ids of it; None where it would not pay, or not be exact.
+
+    It is exact for models whose cache is keys and values of every position and nothing else: no recurrent state, no
+    angles that depend on the length, no window shorter than the most `places` a row takes, padding and answer included.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    length = common_length(rows, longest)
+    if len(rows) < MIN_ROWS or length < MIN_TOKENS or not _plain(model, places):
+        return None
+    ids = [int(i) for i in rows[0][:length]]
+    cache = DynamicCache()
+    with torch.inference_mode():
+        model.get_decoder()(
+            input_ids=torch.tensor([ids], device=model.device),
+            attention_mask=torch.ones((1, length), dtype=torch.long, device=model.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    whole = len(layers) == model.config.num_hidden_layers
+    if not whole or any(keys is None or keys.shape[-2] != length for keys, _ in layers):
+        return None
+    return SharedPrefix(ids, layers)
+
+
+def common_length(rows: Sequence[Sequence[int]], longest: int) -> int:
+    """Return how many ids all rows begin with, at most `longest`."""
+    if not len(rows):
+        return 0
+    first = rows[0]
+    longest = max(0, min(longest, *map(len, rows)))
+    return next((k for k in range(longest) if any(row[k] != first[k] for row in rows)), longest)
+
+
+def _plain(model: Any, places: int) -> bool:
+    config = model.config
+    if config is not config.get_text_config() or getattr(model, "_is_stateful", False) or model.get_decoder() is None:
+        return False
+    if not type(model).__module__.startswith("transformers."):  # a model's own code may keep a cache of its own
+        return False
+    generation = model.generation_config
+    if generation.cache_implementation is not None or generation.use_cache is False:
+        return False
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windows = [getattr(config, name, None) for name in _WINDOWS]
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return (
+        kinds <= {"full_attention", "sliding_attention"}
+        and all(window is None or window >= places for window in windows)
+        and rope.get("rope_type", rope.get("type", "default")) not in _ROPE_BY_LENGTH
+        and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+    )

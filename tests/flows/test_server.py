@@ -1,0 +1,91 @@
+"""Prefect's temporary server ends with the command that it was started for."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+WATCHDOG = Path(__file__).parent.parent.parent / "tasks" / "watchdog.py"
+COMMAND = [sys.executable, "-c", "from loraflow.cli import settle_environment; settle_environment();"
+           "from tasks.server import start_temporary_server; start_temporary_server(); print('up', flush=True); input()"]  # fmt: skip
+
+
+def wait_for(condition, seconds: float):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"not within {seconds} s")
+
+
+def child_with(process: subprocess.Popen, word: str) -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process(process.pid).children():
+        try:
+            if any(word in part for part in child.cmdline()):
+                found.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def gone(*processes: psutil.Process) -> bool:
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+@pytest.fixture
+def command(tmp_path):
+    env = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"} | {
+        "PREFECT_HOME": str(tmp_path)
+    }
+    process = subprocess.Popen(COMMAND, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_sigkill_to_the_command_ends_a_server_that_only_starts(command):
+    """What ends a server that is up is tested with whole runs, in test_finetune."""
+    (server,) = wait_for(lambda: child_with(command, "uvicorn"), 120)
+    (watchdog,) = wait_for(lambda: child_with(command, "watchdog.py"), 10)
+    time.sleep(0.3)
+    os.kill(command.pid, signal.SIGKILL)
+    command.wait()
+    wait_for(lambda: gone(server, watchdog), 20)
+
+
+def test_a_command_that_ends_leaves_neither_server_nor_watchdog(command):
+    assert command.stdout.readline() == "up\n"
+    children = [*child_with(command, "uvicorn"), *child_with(command, "watchdog.py")]
+    assert len(children) == 2
+    command.communicate("\n", timeout=60)
+    assert command.returncode == 0
+    wait_for(lambda: gone(*children), 10)
+
+
+def test_no_server_is_started_where_one_is_configured():
+    from tasks.server import start_temporary_server
+
+    before = psutil.Process().children()
+    start_temporary_server()  # the fixture of all flow tests configures one
+    assert psutil.Process().children() == before
+
+
+def test_the_watchdog_kills_what_does_not_listen():
+    deaf = subprocess.Popen(
+        [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True);"
+         "time.sleep(60)"], stdout=subprocess.PIPE)  # fmt: skip
+    deaf.stdout.readline()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-IS", str(WATCHDOG)], input=f"{ended.pid}\n{deaf.pid}\n", text=True)
+    assert done.returncode == 0
+    assert deaf.wait(timeout=5) == -signal.SIGKILL
+    assert time.monotonic() - started > 4

