@@ -50,8 +50,10 @@ def check_reach(model: Any, peft_config: dict[str, Any]) -> None:
         BadConfig: a target that carries no adapter, a pattern that matches nothing, a layer that is not there.
     """
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     named = dict(model.named_modules())
+    kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv2d, Conv1D)
     targets = peft_config["target_modules"] if isinstance(peft_config["target_modules"], list) else []
     tied = getattr(model.config, "tie_word_embeddings", False)
     for target in targets:
@@ -59,7 +61,7 @@ def check_reach(model: Any, peft_config: dict[str, Any]) -> None:
             if name != target and not name.endswith(f".{target}"):
                 continue
             is_head, is_embedding = module is model.get_output_embeddings(), module is model.get_input_embeddings()
-            if is_head or (is_embedding and tied) or not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            if is_head or (is_embedding and tied) or not isinstance(module, kinds):
                 why = "the loss is computed from the head's weight" if is_head else (
                     "its weight is the head's too" if is_embedding else f"it is a {type(module).__name__}"
                 )  # fmt: skip

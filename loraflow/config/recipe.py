@@ -175,6 +175,17 @@ class PeftConfig(Frozen):
         return value
 
 
+class LoralibConfig(Frozen):
+    """What loralib has beside peft_config, whose r, lora_alpha, lora_dropout, bias and names of modules it shares."""
+
+    enable_lora: dict[str, list[Literal["q", "k", "v", "gate", "up"] | bool]] = Field(
+        {},
+        description="Fused module → its blocks that get an update of rank r each (q, k, v; gate, up; or true and false "
+        "for each of equal blocks), such as {qkv_proj: [q, v]}. A module that is not named gets one update as a whole.",
+    )
+    merge_weights: bool = Field(False, description="Merge for evaluation during training, and back after it.")
+
+
 class Evaluation(Frozen):
     """How models are scored on held-out rows: one protocol for base, tuned and champion."""
 
@@ -225,9 +236,10 @@ class Recipe(Frozen):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Name of the recipe, in runs and reports.")
     data: Data = Data()
     base: Base
-    method: Literal["peft"] = Field("peft", description="Who trains the adapter.")
+    method: Literal["peft", "loralib"] = Field("peft", description="Whose layers the adapter is trained with.")
     training_config: TrainingConfig = TrainingConfig()
     peft_config: PeftConfig = PeftConfig()
+    loralib_config: LoralibConfig = LoralibConfig()
     evaluation: Evaluation = Evaluation()
     merge: Merge = Merge()
     gate: Gate = Gate()
@@ -250,4 +262,18 @@ class Recipe(Frozen):
                     )
         if self.base.quantization == "nf4" and self.base.dtype == "float32":
             raise ValueError("base.quantization nf4 computes in 16 bits: set base.dtype to bfloat16 or float16")
+        self._check_method()
         return self
+
+    def _check_method(self) -> None:
+        if self.method == "peft":
+            if self.loralib_config != LoralibConfig():
+                raise ValueError("loralib_config needs method: loralib; peft has one update for a whole fused module")
+            return
+        if self.base.quantization:
+            raise ValueError("method loralib adds to plain weights: leave base.quantization out, or set method: peft")
+        shared = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "bias"}
+        own = self.peft_config.model_dump(exclude=shared)
+        alone = [key for key, value in PeftConfig().model_dump(exclude=shared).items() if own[key] != value]
+        if alone:
+            raise ValueError(f"peft_config.{alone[0]} is peft's alone: leave it out with method: loralib")

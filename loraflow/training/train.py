@@ -72,6 +72,16 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     model.config.use_cache = runtime.get("use_cache", False)
     check_targets(model, config["peft_config"])
     check_reach(model, config["peft_config"])
+    if config["method"] == "loralib":
+        from loraflow.adapters.loralib.model import prepare
+        from loraflow.adapters.loralib.swap import Settings
+
+        model = prepare(
+            model,
+            Settings.of(config["peft_config"], config["loralib_config"]),
+            training["seed"],
+            checkpointing=training["gradient_checkpointing"],
+        )
     tokenizer = load_tokenizer(inputs["base"])
 
     checkpoints = report.work / "checkpoints"
@@ -96,7 +106,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         collator=batches.Collator(train, validation, tokenizer.pad_token_id),
         processing_class=tokenizer,
         engine=runtime.get("engine", "fast"),
-        peft_config=lora_config(config["peft_config"]),
+        peft_config=lora_config(config["peft_config"]) if config["method"] == "peft" else None,
         callbacks=[
             callbacks.Curves(curves, resumed_at),
             callbacks.Reporter(report, steps, tokens_per_step),
@@ -112,7 +122,12 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     stopper.raise_if_asked(trainer.state.global_step)
     callbacks.refuse_bad_numbers(trainer.model, steps)
 
-    _save_adapter(trainer.model, out / "adapter")
+    if config["method"] == "loralib":
+        from loraflow.adapters.loralib.export import save_run
+
+        save_run(trainer.model, out)
+    else:
+        _save_adapter(trainer.model, out / "adapter")
     (out / "training.json").write_text(
         json.dumps({"training_config": config["training_config"], "peft_config": config["peft_config"], "steps": steps},
                    indent=1, sort_keys=True) + "\n"

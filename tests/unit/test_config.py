@@ -158,6 +158,7 @@ OTHER: dict[str, Any] = {
     "training_config.save_strategy": "epoch", "training_config.early_stopping_patience": 2,
     "training_config.metric_for_best_model": "loss", "training_config.save_steps": 200, "training_config.gradient_checkpointing_kwargs": {},
     "training_config.bf16": False, "training_config.fp16": True,
+    "method": "loralib", "loralib_config.enable_lora": {"qkv_proj": ["q"]},
     "peft_config.target_modules": ["o_proj"], "peft_config.bias": "all", "peft_config.modules_to_save": ["lm_head"],
     "peft_config.init_lora_weights": "gaussian", "peft_config.rank_pattern": {"o_proj": 2},
     "peft_config.alpha_pattern": {"o_proj": 2.0}, "peft_config.layers_to_transform": [0], "peft_config.exclude_modules": ["o_proj"],
@@ -167,7 +168,7 @@ OTHER: dict[str, Any] = {
 
 # Read by the flow's process: by `locate`, the checks between stages, the gate, the registry, the report.
 BY_THE_FLOW = {
-    "name", "method", "data.source", "data.repo", "data.rev", "data.add", "data.max_quarantined", "base.model",
+    "name", "data.source", "data.repo", "data.rev", "data.add", "data.max_quarantined", "base.model",
     "base.revision", "evaluation.samples", "merge.max_kl", "register.model",
     "gate.lower_is_better",
     "gate.primary", "gate.min_gain", "gate.guards", "gate.confidence", "runtime.store", "runtime.keep",
@@ -237,6 +238,10 @@ def test_every_key_reaches_a_stage(path):
         base.pop("base.quantization")
     if path in ("training_config.eval_strategy", "training_config.save_strategy"):
         base.pop("training_config.load_best_model_at_end")
+    if path == "method" or path.startswith("loralib_config."):
+        base.pop("base.quantization")
+    if path.startswith("loralib_config."):
+        base["method"] = "loralib"
     one = parse_recipe(MINIMAL, overrides=base)
     value = one.model_dump(by_alias=True)
     for key in path.split("."):
@@ -266,6 +271,8 @@ def test_what_is_identity_and_what_is_not(path):
         base["training_config.bf16"] = False
     if path == "base.double_quantization":
         base["base.quantization"] = "nf4"
+    if path.startswith("loralib_config."):
+        base["method"] = "loralib"
     one = parse_recipe(MINIMAL, overrides=base)
     value = one.model_dump(by_alias=True)
     for key in path.split("."):
