@@ -216,6 +216,7 @@ def write_peft(adapter: Adapter, folder: Path) -> None:
         inside = ".base_layer.bias" if stem in adapter.updates else ".bias"
         tensors[f"{PREFIX}{stem}{inside}"] = tensor.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # parts that were split share their A
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n", "utf-8")
 

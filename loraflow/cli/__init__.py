@@ -26,6 +26,7 @@ COMMANDS = {
     "data": ("loraflow.cli.data", "The dataset alone: add, check, pull, diff."),
     "evaluate": ("loraflow.cli.models", "Score a model on a recipe's held-out rows."),
     "merge": ("loraflow.cli.models", "Merge an adapter into a base."),
+    "adapters": ("loraflow.cli.adapters", "Adapters from elsewhere: convert, split, fuse."),
     "chat": ("loraflow.cli.models", "Talk to a model."),
     "runs": ("loraflow.cli.store", "List what was run."),
     "show": ("loraflow.cli.store", "Show a run, an artifact or the champion, with its lineage."),
