@@ -10,9 +10,14 @@ from loraflow.failures import BadConfig
 
 def lora_config(peft_config: dict[str, Any]) -> Any:
     """Return peft's LoraConfig."""
-    from peft import LoraConfig
+    from peft import EvaConfig, LoraConfig
 
-    values = {key: value for key, value in peft_config.items() if value not in (None, [], {})}
+    ours = {"loraplus_lr_ratio", "loraplus_lr_embedding", "eva_config"}
+    values = {key: value for key, value in peft_config.items() if value not in (None, [], {}) and key not in ours}
+    if values["init_lora_weights"] == "eva":
+        values["eva_config"] = EvaConfig(**peft_config["eva_config"])
+    elif values["init_lora_weights"] == "loftq":
+        values["init_lora_weights"] = True  # drawn first; `variants.begin` replaces A and B
     return LoraConfig(**values)
 
 

@@ -101,6 +101,11 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def read_config(adapter: Path) -> dict[str, Any]:
+    """Return an adapter's adapter_config.json.
+
+    Raises:
+        BadModel: it is missing, or no JSON.
+    """
     try:
         return dict(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:

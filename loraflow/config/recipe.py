@@ -149,8 +149,15 @@ class TrainingConfig(Frozen):
         return self
 
 
+class EvaConfig(Frozen):
+    """Names of peft.EvaConfig."""
+
+    rho: Annotated[float, Field(ge=1)] = Field(2.0, description="Ranks are handed out again, up to rho·r; 1 keeps r.")
+    tau: Annotated[float, Field(gt=0, le=1)] = Field(0.99, description="How still singular vectors must stand.")
+
+
 class PeftConfig(Frozen):
-    """The guide's peft_config: names of peft.LoraConfig."""
+    """The guide's peft_config: names of peft.LoraConfig, and LoRA+'s two learning rates."""
 
     r: Positive = 16
     lora_alpha: Annotated[float, Field(gt=0)] = 32
@@ -162,7 +169,17 @@ class PeftConfig(Frozen):
     modules_to_save: list[str] | None = None
     use_rslora: bool = False
     use_dora: bool = False
-    init_lora_weights: bool | Literal["gaussian"] = True
+    init_lora_weights: (
+        bool | Annotated[str, Field(pattern=r"^(gaussian|orthogonal|pissa(_niter_[1-9]\d*)?|olora|eva|loftq)$")]
+    ) = True
+    eva_config: EvaConfig = EvaConfig()
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="LoRA+: learning rate of B over that of A; its authors take 16."
+    )
+    loraplus_lr_embedding: Annotated[float, Field(gt=0)] = Field(
+        1e-6, description="LoRA+: learning rate of adapters on embeddings."
+    )
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     layers_to_transform: list[int] | None = None
@@ -173,6 +190,17 @@ class PeftConfig(Frozen):
         if not value:
             raise ValueError("name at least one module, or all-linear")
         return value
+
+    @model_validator(mode="after")
+    def _initialisation(self) -> PeftConfig:
+        how = str(self.init_lora_weights)
+        if how.startswith(("pissa", "olora")) and self.use_dora:
+            raise ValueError(f"init_lora_weights {how} and use_dora have no adapter that the base can take: choose one")
+        if how == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
+            raise ValueError("init_lora_weights orthogonal needs even ranks")
+        if self.eva_config != EvaConfig() and how != "eva":
+            raise ValueError("eva_config needs init_lora_weights: eva")
+        return self
 
 
 class LoralibConfig(Frozen):
@@ -266,6 +294,13 @@ class Recipe(Frozen):
         return self
 
     def _check_method(self) -> None:
+        how = str(self.peft_config.init_lora_weights)
+        if self.base.quantization and how.startswith(("pissa", "olora")):
+            raise ValueError(
+                f"peft_config.init_lora_weights {how} changes the weights, which nf4 has fixed; take loftq"
+            )
+        if how == "loftq" and not self.base.quantization:
+            raise ValueError("peft_config.init_lora_weights loftq makes up for quantization: set base.quantization")
         if self.method == "peft":
             if self.loralib_config != LoralibConfig():
                 raise ValueError("loralib_config needs method: loralib; peft has one update for a whole fused module")

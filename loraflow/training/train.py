@@ -38,6 +38,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     """
     from transformers import EarlyStoppingCallback
 
+    from loraflow.adapters import variants
     from loraflow.adapters.inject import check_reach, check_targets, lora_config
     from loraflow.base.load import load_model, load_tokenizer, pick_attention, pick_device
     from loraflow.training import batches, callbacks
@@ -72,6 +73,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     model.config.use_cache = runtime.get("use_cache", False)
     check_targets(model, config["peft_config"])
     check_reach(model, config["peft_config"])
+    variants.check(model, config["peft_config"])
     if config["method"] == "loralib":
         from loraflow.adapters.loralib.model import prepare
         from loraflow.adapters.loralib.swap import Settings
@@ -107,6 +109,9 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         processing_class=tokenizer,
         engine=runtime.get("engine", "fast"),
         peft_config=lora_config(config["peft_config"]) if config["method"] == "peft" else None,
+        loraplus=(config["peft_config"]["loraplus_lr_ratio"], config["peft_config"]["loraplus_lr_embedding"])
+        if config["peft_config"]["loraplus_lr_ratio"]
+        else None,
         callbacks=[
             callbacks.Curves(curves, resumed_at),
             callbacks.Reporter(report, steps, tokens_per_step),
@@ -116,6 +121,8 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
             *extra,
         ],
     )
+    first = variants.batches_of((train[int(i)] for i in order[: variants.EVA_ROWS]), tokenizer.pad_token_id)
+    initial = variants.begin(trainer.model, config["peft_config"], inputs["base"], report.work, first)
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     log.info("%d trainable parameters of %d", trainable, sum(p.numel() for p in trainer.model.parameters()))
     result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -128,6 +135,8 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         save_run(trainer.model, out)
     else:
         _save_adapter(trainer.model, out / "adapter")
+        if initial:
+            variants.as_lora(out / "adapter", initial)
     (out / "training.json").write_text(
         json.dumps({"training_config": config["training_config"], "peft_config": config["peft_config"], "steps": steps},
                    indent=1, sort_keys=True) + "\n"

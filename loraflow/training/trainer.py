@@ -25,7 +25,14 @@ class OrderedTrainer(SFTTrainer):
     """SFTTrainer over row numbers: the collator fetches the tokens, the sampler keeps the order that it is given."""
 
     def __init__(
-        self, *, train_rows: np.ndarray, validation_rows: int, collator: Collator, engine: str = "fast", **options: Any
+        self,
+        *,
+        train_rows: np.ndarray,
+        validation_rows: int,
+        collator: Collator,
+        engine: str = "fast",
+        loraplus: tuple[float, float] | None = None,
+        **options: Any,
     ):
         from datasets import Dataset
 
@@ -43,6 +50,17 @@ class OrderedTrainer(SFTTrainer):
         # A model whose logits are more than the head's product, or that has a router's loss beside, keeps trl's.
         plain = head_is_plain(self.model.get_base_model()) and not self.aux_loss_enabled
         self.engine = engine if plain else "stock"
+        self.loraplus = loraplus
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return the optimizer, with LoRA+'s learning rates where the recipe has them."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.loraplus is not None:
+            from loraflow.adapters.variants import loraplus
+
+            loraplus(optimizer, self.model if model is None else model, *self.loraplus)
+        return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
