@@ -355,7 +355,7 @@ def in_engine(work: Path, case: Case, **more: Any) -> Any:
     engine = Engine(
         base=work / "base", config=job.config, training=training, runtime=job.runtime, rows=rows, validation=None,
         order=batches.row_order(len(rows), steps * case.rows, 0), group=devices.Group(), stopper=callbacks.Stopper(),
-        callbacks=[], tokenizer=load_tokenizer(work / "base"),
+        callbacks=[], work=home, tokenizer=load_tokenizer(work / "base"),
         arguments=lambda **own: _arguments(training, steps, steps, home, job.runtime, home, **own),
     )  # fmt: skip
     return engine.trainer()

@@ -86,6 +86,7 @@ def _train(recipe: Recipe, known: Mapping[str, Any]) -> dict[str, Any]:
         "method": recipe.method,
         "training_config": {**out, "global_batch": training.global_batch},
         "peft_config": recipe.peft_config.model_dump(),
+        **({"loralib_config": recipe.loralib_config.model_dump()} if recipe.method == "loralib" else {}),
         "base": recipe.base.model_dump(
             include={"dtype", "quantization", "trust_remote_code"}
             | ({"double_quantization"} if recipe.base.quantization else set())
@@ -144,11 +145,15 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "train",
-            1,
+            2,
             "loraflow.training.train:run",
             True,
             ("loraflow.training.train", "loraflow.training.trainer", "loraflow.training.batches", "loraflow.data.packing",
-             *_MASK, "loraflow.base.load", "loraflow.adapters.inject"),
+             "loraflow.training.engine", "loraflow.training.lora", "loraflow.training.frozen", "loraflow.training.head",
+             *_MASK, "loraflow.base.load", "loraflow.adapters.inject", "loraflow.adapters.fused",
+             "loraflow.adapters.formats", "loraflow.adapters.variants", "loraflow.adapters.loralib.layers",
+             "loraflow.adapters.loralib.swap",
+             "loraflow.adapters.loralib.model", "loraflow.adapters.loralib.export"),
             _train,
             micro_batch="micro_batch",
         ),

@@ -10,9 +10,14 @@ from loraflow.failures import BadConfig
 
 def lora_config(peft_config: dict[str, Any]) -> Any:
     """Return peft's LoraConfig."""
-    from peft import LoraConfig
+    from peft import EvaConfig, LoraConfig
 
-    values = {key: value for key, value in peft_config.items() if value not in (None, [], {})}
+    ours = {"loraplus_lr_ratio", "loraplus_lr_embedding", "eva_config"}
+    values = {key: value for key, value in peft_config.items() if value not in (None, [], {}) and key not in ours}
+    if values["init_lora_weights"] == "eva":
+        values["eva_config"] = EvaConfig(**peft_config["eva_config"])
+    elif values["init_lora_weights"] == "loftq":
+        values["init_lora_weights"] = True  # drawn first; `variants.begin` replaces A and B
     return LoraConfig(**values)
 
 
@@ -50,8 +55,10 @@ def check_reach(model: Any, peft_config: dict[str, Any]) -> None:
         BadConfig: a target that carries no adapter, a pattern that matches nothing, a layer that is not there.
     """
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     named = dict(model.named_modules())
+    kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv2d, Conv1D)
     targets = peft_config["target_modules"] if isinstance(peft_config["target_modules"], list) else []
     tied = getattr(model.config, "tie_word_embeddings", False)
     for target in targets:
@@ -59,7 +66,7 @@ def check_reach(model: Any, peft_config: dict[str, Any]) -> None:
             if name != target and not name.endswith(f".{target}"):
                 continue
             is_head, is_embedding = module is model.get_output_embeddings(), module is model.get_input_embeddings()
-            if is_head or (is_embedding and tied) or not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            if is_head or (is_embedding and tied) or not isinstance(module, kinds):
                 why = "the loss is computed from the head's weight" if is_head else (
                     "its weight is the head's too" if is_embedding else f"it is a {type(module).__name__}"
                 )  # fmt: skip

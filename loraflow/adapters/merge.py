@@ -68,7 +68,7 @@ def merge(
     """
     refuse_pickles(adapter)
     refuse_pickles(base)
-    config = _read_config(adapter)
+    config = read_config(adapter)
     started = time.perf_counter()
     loras = _plain_loras(config, adapter)
     if loras is None:
@@ -100,7 +100,12 @@ def refuse_pickles(folder: Path) -> None:
         )
 
 
-def _read_config(adapter: Path) -> dict[str, Any]:
+def read_config(adapter: Path) -> dict[str, Any]:
+    """Return an adapter's adapter_config.json.
+
+    Raises:
+        BadModel: it is missing, or no JSON.
+    """
     try:
         return dict(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -142,12 +147,12 @@ def _plain_loras(config: dict[str, Any], adapter: Path) -> dict[str, Lora] | Non
         rank = down.shape[0]
         if len(down.shape) != 2 or len(up.shape) != 2 or up.shape[1] != rank:
             return None  # a convolution
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
+        alpha = by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
         loras[f"{name}.weight"] = Lora(down, up, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
     return loras
 
 
-def _by_pattern(patterns: dict[str, float], name: str, default: float) -> float:
+def by_pattern(patterns: dict[str, float], name: str, default: float) -> float:
     """Look a module up in peft's alpha_pattern: keys are the ends of names, or regular expressions for them."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):

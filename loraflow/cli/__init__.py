@@ -26,6 +26,7 @@ COMMANDS = {
     "data": ("loraflow.cli.data", "The dataset alone: add, check, pull, diff."),
     "evaluate": ("loraflow.cli.models", "Score a model on a recipe's held-out rows."),
     "merge": ("loraflow.cli.models", "Merge an adapter into a base."),
+    "adapters": ("loraflow.cli.adapters", "Adapters from elsewhere: convert, split, fuse."),
     "chat": ("loraflow.cli.serving", "Talk to a model."),
     "predict": ("loraflow.cli.serving", "Answer a file of chats."),
     "serve": ("loraflow.cli.serving", "Serve a model with an OpenAI-compatible server."),

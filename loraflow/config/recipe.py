@@ -154,8 +154,15 @@ class TrainingConfig(Frozen):
         return self
 
 
+class EvaConfig(Frozen):
+    """Names of peft.EvaConfig."""
+
+    rho: Annotated[float, Field(ge=1)] = Field(2.0, description="Ranks are handed out again, up to rho·r; 1 keeps r.")
+    tau: Annotated[float, Field(gt=0, le=1)] = Field(0.99, description="How still singular vectors must stand.")
+
+
 class PeftConfig(Frozen):
-    """The guide's peft_config: names of peft.LoraConfig."""
+    """The guide's peft_config: names of peft.LoraConfig, and LoRA+'s two learning rates."""
 
     r: Positive = 16
     lora_alpha: Annotated[float, Field(gt=0)] = 32
@@ -167,7 +174,17 @@ class PeftConfig(Frozen):
     modules_to_save: list[str] | None = None
     use_rslora: bool = False
     use_dora: bool = False
-    init_lora_weights: bool | Literal["gaussian"] = True
+    init_lora_weights: (
+        bool | Annotated[str, Field(pattern=r"^(gaussian|orthogonal|pissa(_niter_[1-9]\d*)?|olora|eva|loftq)$")]
+    ) = True
+    eva_config: EvaConfig = EvaConfig()
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="LoRA+: learning rate of B over that of A; its authors take 16."
+    )
+    loraplus_lr_embedding: Annotated[float, Field(gt=0)] = Field(
+        1e-6, description="LoRA+: learning rate of adapters on embeddings."
+    )
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     layers_to_transform: list[int] | None = None
@@ -178,6 +195,28 @@ class PeftConfig(Frozen):
         if not value:
             raise ValueError("name at least one module, or all-linear")
         return value
+
+    @model_validator(mode="after")
+    def _initialisation(self) -> PeftConfig:
+        how = str(self.init_lora_weights)
+        if how.startswith(("pissa", "olora")) and self.use_dora:
+            raise ValueError(f"init_lora_weights {how} and use_dora have no adapter that the base can take: choose one")
+        if how == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
+            raise ValueError("init_lora_weights orthogonal needs even ranks")
+        if self.eva_config != EvaConfig() and how != "eva":
+            raise ValueError("eva_config needs init_lora_weights: eva")
+        return self
+
+
+class LoralibConfig(Frozen):
+    """What loralib has beside peft_config, whose r, lora_alpha, lora_dropout, bias and names of modules it shares."""
+
+    enable_lora: dict[str, list[Literal["q", "k", "v", "gate", "up"] | bool]] = Field(
+        {},
+        description="Fused module → its blocks that get an update of rank r each (q, k, v; gate, up; or true and false "
+        "for each of equal blocks), such as {qkv_proj: [q, v]}. A module that is not named gets one update as a whole.",
+    )
+    merge_weights: bool = Field(False, description="Merge for evaluation during training, and back after it.")
 
 
 class Evaluation(Frozen):
@@ -240,9 +279,10 @@ class Recipe(Frozen):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Name of the recipe, in runs and reports.")
     data: Data = Data()
     base: Base
-    method: Literal["peft"] = Field("peft", description="Who trains the adapter.")
+    method: Literal["peft", "loralib"] = Field("peft", description="Whose layers the adapter is trained with.")
     training_config: TrainingConfig = TrainingConfig()
     peft_config: PeftConfig = PeftConfig()
+    loralib_config: LoralibConfig = LoralibConfig()
     evaluation: Evaluation = Evaluation()
     merge: Merge = Merge()
     gate: Gate = Gate()
@@ -266,4 +306,25 @@ class Recipe(Frozen):
                     )
         if self.base.quantization == "nf4" and self.base.dtype == "float32":
             raise ValueError("base.quantization nf4 computes in 16 bits: set base.dtype to bfloat16 or float16")
+        self._check_method()
         return self
+
+    def _check_method(self) -> None:
+        how = str(self.peft_config.init_lora_weights)
+        if self.base.quantization and how.startswith(("pissa", "olora")):
+            raise ValueError(
+                f"peft_config.init_lora_weights {how} changes the weights, which nf4 has fixed; take loftq"
+            )
+        if how == "loftq" and not self.base.quantization:
+            raise ValueError("peft_config.init_lora_weights loftq makes up for quantization: set base.quantization")
+        if self.method == "peft":
+            if self.loralib_config != LoralibConfig():
+                raise ValueError("loralib_config needs method: loralib; peft has one update for a whole fused module")
+            return
+        if self.base.quantization:
+            raise ValueError("method loralib adds to plain weights: leave base.quantization out, or set method: peft")
+        shared = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "bias"}
+        own = self.peft_config.model_dump(exclude=shared)
+        alone = [key for key, value in PeftConfig().model_dump(exclude=shared).items() if own[key] != value]
+        if alone:
+            raise ValueError(f"peft_config.{alone[0]} is peft's alone: leave it out with method: loralib")

@@ -44,6 +44,8 @@ class Engine:
     callbacks: list[Any]
     tokenizer: Any
     arguments: Callable[..., Any]  # the trainer's, given what the engine decides
+    work: Path  # a folder that a resumed run finds again
+    initial: dict[str, Any] = field(default_factory=dict)  # of PiSSA and OLoRA, to write the adapter on the base itself
     said: dict[str, Any] = field(default_factory=dict)
 
     def trainer(self) -> Any:
@@ -58,6 +60,8 @@ class Engine:
         attention = choose(self.runtime, device, self._computes_in(), model_config)
         if attention.flat and not fast:  # trl's collator pads, or packs behind position ids: sdpa gets a mask for both
             attention = Attention("sdpa", False, "sdpa", "the stock engine's rows are padded")
+        if attention.flat and self.config["peft_config"]["init_lora_weights"] == "eva":
+            attention = Attention("sdpa", False, "sdpa", "EVA looks at padded rows first")
         model = self._load(attention, device)
         if fast and not self._head_is_plain(model):
             log.info("the loss is left to trl: this model's logits are more than its head's product")
@@ -75,6 +79,7 @@ class Engine:
         return self._fast(model, attention, device) if fast else self._stock(model)
 
     def _load(self, attention: Attention, device: str) -> Any:
+        from loraflow.adapters import variants
         from loraflow.adapters.inject import check_reach, check_targets
         from loraflow.base.load import load_model
 
@@ -89,7 +94,34 @@ class Engine:
         model.config.use_cache = self.runtime.get("use_cache", False)
         check_targets(model, self.config["peft_config"])
         check_reach(model, self.config["peft_config"])
+        variants.check(model, self.config["peft_config"])
+        if self.config["method"] == "loralib":
+            from loraflow.adapters.loralib.model import prepare
+            from loraflow.adapters.loralib.swap import Settings
+
+            settings = Settings.of(self.config["peft_config"], self.config["loralib_config"])
+            model = prepare(model, settings, self.training["seed"], checkpointing=self._stock_recomputes())
         return model
+
+    def _stock_recomputes(self) -> bool:
+        return self.runtime.get("engine", "fast") == "stock" and self.training["gradient_checkpointing"] is not False
+
+    def _begin(self, trainer: Any) -> Any:
+        """Initialise what needs data or the base's weights, and set LoRA+'s rates; return the trainer."""
+        from loraflow.adapters import variants
+
+        peft_config = self.config["peft_config"]
+        rows = (self.rows[int(row)] for row in self.order[: variants.EVA_ROWS])
+        first = variants.batches_of(rows, self.tokenizer.pad_token_id)
+        self.initial = variants.begin(trainer.model, peft_config, self.base, self.work, first)
+        if peft_config["loraplus_lr_ratio"]:
+            trainer.loraplus = (peft_config["loraplus_lr_ratio"], peft_config["loraplus_lr_embedding"])
+        return trainer
+
+    def _lora_config(self) -> Any:
+        from loraflow.adapters.inject import lora_config
+
+        return lora_config(self.config["peft_config"]) if self.config["method"] == "peft" else None
 
     @staticmethod
     def _head_is_plain(model: Any) -> bool:
@@ -108,7 +140,6 @@ class Engine:
     # -- stock -------------------------------------------------------------------------------------------------------
 
     def _stock(self, model: Any) -> Any:
-        from loraflow.adapters.inject import lora_config
         from loraflow.training.trainer import StockTrainer
 
         wanted = self.runtime.get("micro_batch") or self.training["per_device_train_batch_size"]
@@ -121,28 +152,28 @@ class Engine:
             )  # fmt: skip
         rows = batches.micro_batch(share, wanted)
         self.said |= {"rows_at_once": rows}
-        return StockTrainer(
+        trainer = StockTrainer(
             model=model,
             args=self.arguments(
                 per_device_train_batch_size=rows,
                 gradient_accumulation_steps=share // rows,
-                gradient_checkpointing=self.training["gradient_checkpointing"] is not False,
+                gradient_checkpointing=self._stock_recomputes(),
                 gradient_checkpointing_kwargs=self.training["gradient_checkpointing_kwargs"],
             ),
             train_rows=self.order,
             validation_rows=len(self.validation) if self.validation is not None else 0,
             collator=batches.Collator(self.rows, self.validation, self.tokenizer.pad_token_id),
             processing_class=self.tokenizer,
-            peft_config=lora_config(self.config["peft_config"]),
+            peft_config=self._lora_config(),
             callbacks=self.callbacks,
         )
+        return self._begin(trainer)
 
     # -- fast --------------------------------------------------------------------------------------------------------
 
     def _fast(self, model: Any, attention: Attention, device: str) -> Any:
         import torch
 
-        from loraflow.adapters.inject import lora_config
         from loraflow.training.lora import accelerate_loras, to_fp8
         from loraflow.training.trainer import FastTrainer, prepare_layers
 
@@ -163,13 +194,18 @@ class Engine:
             stopper=self.stopper,
             autocast=computes if computes != base_dtype else None,
             processing_class=self.tokenizer,
-            peft_config=lora_config(self.config["peft_config"]),
+            peft_config=self._lora_config(),
             callbacks=self.callbacks,
         )
+        self._begin(trainer)
         for parameter in trainer.trained:  # trl casts a quantized base's adapter to 16 bits, where small steps are lost
             parameter.data = parameter.data.float()
         if trainer.autocast_dtype is None:
             trainer.loras = accelerate_loras(trainer.model, base_dtype)
+            ours = {id(parameter) for module in trainer.loras for parameter in module.parameters()}
+            # What else is trained (a whole module, DoRA, loralib's layers) is fp32 among 16 bits: autocast's matter.
+            if computes != torch.float32 and any(id(parameter) not in ours for parameter in trainer.trained):
+                trainer.autocast_dtype = computes
         if self.config["base"]["quantization"] == "fp8":
             to_fp8(trainer.loras)
         share = {"none": 0.0, "offload": 0.0}.get(fit.recompute, fit.share)

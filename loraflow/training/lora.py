@@ -31,6 +31,7 @@ class FastForward:
     lora_B: Any
     scaling: dict[str, float]
     training: bool
+    parameters: Any
     frozen: Frozen
     adapter: str
     keep_from: int  # dropout: 16-bit numbers below this are dropped

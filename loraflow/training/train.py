@@ -80,6 +80,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         stopper=stopper,
         callbacks=watching,
         tokenizer=load_tokenizer(inputs["base"]),
+        work=work,
         arguments=lambda **own: _arguments(training, steps, per_epoch, checkpoints, runtime, work, **own),
     )
     with answers_to_out_of_memory(run):
@@ -95,7 +96,16 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     if not group.first:
         return Summary()
 
-    _save_adapter(trainer.model, out / "adapter")
+    if config["method"] == "loralib":
+        from loraflow.adapters.loralib.export import save_run
+
+        save_run(trainer.model, out)
+    else:
+        _save_adapter(trainer.model, out / "adapter")
+        if run.initial:
+            from loraflow.adapters.variants import as_lora
+
+            as_lora(out / "adapter", run.initial)
     (out / "training.json").write_text(
         json.dumps({"training_config": config["training_config"], "peft_config": config["peft_config"], "steps": steps},
                    indent=1, sort_keys=True) + "\n"

@@ -28,7 +28,23 @@ from loraflow.training.lora import set_token_keys
 log = logging.getLogger(__name__)
 
 
-class StockTrainer(SFTTrainer):
+class RatedTrainer(SFTTrainer):
+    """SFTTrainer with LoRA+'s learning rates where the recipe has them: (ratio of B's to A's, embeddings' own)."""
+
+    loraplus: tuple[float, float] | None = None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.loraplus is not None:
+            from loraflow.adapters.variants import loraplus
+
+            loraplus(optimizer, self.model if model is None else model, *self.loraplus)
+        return optimizer
+
+
+class StockTrainer(RatedTrainer):
     """SFTTrainer over row numbers: the collator fetches the tokens, the sampler keeps the order that it is given."""
 
     def __init__(self, *, train_rows: np.ndarray, validation_rows: int, collator: Collator, **options: Any):
@@ -51,7 +67,7 @@ def _numbers(count: int, **columns: list[Any]) -> Any:
     return Dataset.from_dict(columns) if count else None
 
 
-class FastTrainer(SFTTrainer):
+class FastTrainer(RatedTrainer):
     """SFTTrainer that takes a whole optimizer step at a time.
 
     Args:

@@ -107,6 +107,12 @@ def test_every_problem_is_reported_at_once_with_its_line():
         ("training_config: {per_device_train_batch_size: true}", "valid integer"),
         ("peft_config: {target_modules: []}", "at least one"),
         ("peft_config: {lora_r: 8}", "no key"),
+        ("peft_config: {init_lora_weights: pissa, use_dora: true}", "choose one"),
+        ("peft_config: {init_lora_weights: orthogonal, r: 3}", "even ranks"),
+        ("peft_config: {init_lora_weights: loftq}", "set base.quantization"),
+        ("peft_config: {init_lora_weights: pizza}", "pattern"),
+        ("peft_config: {eva_config: {rho: 1.0}}", "init_lora_weights: eva"),
+        ("peft_config: {loraplus_lr_ratio: 0.5}", "greater than or equal to 1"),
         ("runtime: {device: gpu}", "'cpu'"),
         ("base2: 1", "did you mean base"),
     ],
@@ -158,8 +164,10 @@ OTHER: dict[str, Any] = {
     "training_config.save_strategy": "epoch", "training_config.early_stopping_patience": 2,
     "training_config.metric_for_best_model": "loss", "training_config.save_steps": 200, "training_config.gradient_checkpointing_kwargs": {},
     "training_config.bf16": False, "training_config.fp16": True,
+    "method": "loralib", "loralib_config.enable_lora": {"qkv_proj": ["q"]},
     "peft_config.target_modules": ["o_proj"], "peft_config.bias": "all", "peft_config.modules_to_save": ["lm_head"],
-    "peft_config.init_lora_weights": "gaussian", "peft_config.rank_pattern": {"o_proj": 2},
+    "peft_config.init_lora_weights": "gaussian", "peft_config.trainable_token_indices": [5],
+    "peft_config.loraplus_lr_ratio": 16.0, "peft_config.eva_config.tau": 0.5, "peft_config.rank_pattern": {"o_proj": 2},
     "peft_config.alpha_pattern": {"o_proj": 2.0}, "peft_config.layers_to_transform": [0], "peft_config.exclude_modules": ["o_proj"],
     "evaluation.metrics": ["token_loss"], "evaluation.confidence": 0.9, "evaluation.dtype": "bfloat16", "evaluation.max_rows": 3,
     "merge.dtype": "float32", "runtime.device": "cpu", "runtime.attn_implementation": "eager", "runtime.engine": "stock",
@@ -167,7 +175,7 @@ OTHER: dict[str, Any] = {
 
 # Read by the flow's process: by `locate`, the checks between stages, the gate, the registry, the report.
 BY_THE_FLOW = {
-    "name", "method", "data.source", "data.repo", "data.rev", "data.add", "data.remote", "data.max_quarantined", "base.model",
+    "name", "data.source", "data.repo", "data.rev", "data.add", "data.remote", "data.max_quarantined", "base.model",
     "base.revision", "evaluation.samples", "merge.max_kl", "register.model",
     "gate.lower_is_better",
     "gate.primary", "gate.min_gain", "gate.guards", "gate.confidence", "runtime.store", "runtime.keep",
@@ -237,6 +245,12 @@ def test_every_key_reaches_a_stage(path):
         base.pop("base.quantization")
     if path in ("training_config.eval_strategy", "training_config.save_strategy"):
         base.pop("training_config.load_best_model_at_end")
+    if path == "method" or path.startswith("loralib_config."):
+        base.pop("base.quantization")
+    if path.startswith("loralib_config."):
+        base["method"] = "loralib"
+    if path.startswith("peft_config.eva_config"):
+        base["peft_config.init_lora_weights"] = "eva"
     one = parse_recipe(MINIMAL, overrides=base)
     value = one.model_dump(by_alias=True)
     for key in path.split("."):
@@ -266,6 +280,10 @@ def test_what_is_identity_and_what_is_not(path):
         base["training_config.bf16"] = False
     if path == "base.double_quantization":
         base["base.quantization"] = "nf4"
+    if path.startswith("loralib_config."):
+        base["method"] = "loralib"
+    if path.startswith("peft_config.eva_config"):
+        base["peft_config.init_lora_weights"] = "eva"
     one = parse_recipe(MINIMAL, overrides=base)
     value = one.model_dump(by_alias=True)
     for key in path.split("."):

@@ -1,0 +1,53 @@
+"""`loraflow adapters`: adapters that come from elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+
+from loraflow.failures import BadConfig
+
+
+@click.group()
+def adapters() -> None:
+    """Adapters from elsewhere, for other tools, for split or fused bases."""
+
+
+@adapters.command()
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.argument("base", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--alpha", type=float, help="lora_alpha of a loralib checkpoint, which does not say it.")
+@click.option(
+    "--enable-lora",
+    multiple=True,
+    metavar="MODULE=BLOCKS",
+    help="Adapted blocks of a loralib checkpoint's fused module, such as qkv_proj=q,v. Default: all.",
+)
+def convert(source: Path, base: Path, out: Path, alpha: float | None, enable_lora: tuple[str, ...]) -> None:
+    """Write SOURCE as a PEFT adapter that fits BASE (a model's folder) to OUT.
+
+    SOURCE is a PEFT adapter's folder, or a checkpoint of loralib's lora_state_dict (safetensors, or a file of torch.save,
+    of which only tensors are read). Modules are split or fused as the base has them: q_proj, k_proj, v_proj and qkv_proj;
+    gate_proj, up_proj and gate_up_proj.
+    """
+    from loraflow.adapters.convert import convert as convert_adapter
+    from loraflow.adapters.convert import parse_enabled
+
+    if out.exists():
+        raise BadConfig("The target exists already.", where=str(out), next_step="name a folder that does not exist")
+    if source.is_dir() and (alpha is not None or enable_lora):
+        raise BadConfig("--alpha and --enable-lora belong to a loralib checkpoint.", where=str(source))
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        figures = convert_adapter(source, base, part, lora_alpha=alpha, enable_lora=parse_enabled(enable_lora))
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    click.echo(
+        f"{figures['kept']} modules kept, {figures['split']} split, {figures['fused']} fused; "
+        f"ranks {', '.join(map(str, figures['ranks']))}: {out}"
+    )

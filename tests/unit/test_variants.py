@@ -1,0 +1,104 @@
+"""PEFT's variants through the train stage, and their conversions against PEFT's own."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loraflow.adapters import variants
+from loraflow.adapters.inject import lora_config
+from loraflow.failures import BadConfig
+from tests.conftest import build_phi3
+from tests.unit.test_loralib import IDS, pretrained, stir
+from tests.unit.test_training import recipe, tokenize
+from tests.variants import ALL, VARIANTS, exercise
+
+QUICK = {"PiSSA", "EVA"}  # the rest takes minutes; docs/adapters.md has the figures of all
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    base = build_phi3(folder / "phi3")
+    return base, tokenize(base, folder)
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS])
+def test_a_variant_is_trained_killed_resumed_and_merged(parts, tmp_path, name):
+    base, shards = parts
+    seen = exercise(VARIANTS[name], base, shards, tmp_path)
+    assert seen["last_loss"] < seen["first_loss"] - 0.1
+    assert seen["resumed"] == 0.0, "bit for bit"
+    assert seen["merge_ulps"] <= 1
+    assert seen["kl"] < seen["moved"] / 1000
+    assert seen["adapter"]["base_model_name_or_path"] is None
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"use_rslora": True}, {"rank_pattern": {"qkv_proj": 2}, "alpha_pattern": {"o_proj": 3}},
+], ids=["plain", "rslora", "patterns"])  # fmt: skip
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_a_residual_base_becomes_lora_on_the_base_itself(tmp_path, how, options):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = build_phi3(tmp_path / "base", dtype="float32")
+    config = {"init_lora_weights": how}
+    model = get_peft_model(
+        pretrained(base), LoraConfig(r=4, lora_alpha=8, target_modules=ALL, task_type="CAUSAL_LM", **config, **options)
+    )
+    initial = variants.begin(model, config, base, tmp_path, [])
+    model.peft_config["default"].init_lora_weights = True  # what peft asks for in the first of its two savings
+    model.save_pretrained(tmp_path / "first")
+    model.peft_config["default"].init_lora_weights = how
+    stir(model, 0.05)
+    with torch.no_grad():
+        wanted = model.eval()(IDS).logits
+    model.save_pretrained(tmp_path / "ours")
+    variants.as_lora(tmp_path / "ours", initial)
+    loaded = PeftModel.from_pretrained(pretrained(base), str(tmp_path / "ours")).eval()
+    with torch.no_grad():
+        assert torch.allclose(loaded(IDS).logits, wanted, atol=1e-4)
+        assert not torch.allclose(pretrained(base).eval()(IDS).logits, wanted, atol=1e-2)
+    if not (options.get("use_rslora") and options.get("rank_pattern")):
+        model.save_pretrained(tmp_path / "theirs", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
+        ours, theirs = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        one, two = (json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs"))
+        assert one["r"] == two["r"] and one["lora_alpha"] == pytest.approx(two["lora_alpha"])
+
+
+def test_lora_plus_has_the_rates_of_pefts_optimizer(phi3):
+    from peft import get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+
+    values = recipe(peft_config__target_modules=[*ALL, "embed_tokens"]).peft_config.model_dump()
+    model = get_peft_model(pretrained(phi3), lora_config(values))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ours = torch.optim.AdamW([{"params": parameters[:9], "weight_decay": 0.1}, {"params": parameters[9:]}], lr=1e-3)
+    variants.loraplus(ours, model, 16.0, 1e-6)
+    theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
+    rates = [{id(p): g["lr"] for g in one.param_groups for p in g["params"]} for one in (ours, theirs)]
+    assert rates[0] == rates[1]
+    assert sorted(set(rates[0].values())) == [1e-6, 1e-3, 16e-3]
+    assert {g["weight_decay"] for g in ours.param_groups} == {0.1, 0.01}
+
+
+def test_what_could_not_be_merged_is_refused_before_training(tmp_path, phi3):
+    tied = pretrained(build_phi3(tmp_path / "tied", tie_word_embeddings=True))
+    plain = pretrained(phi3)
+    for model, options, says in (
+        (tied, {"peft_config__modules_to_save": ["lm_head"]}, "one weight"),
+        (tied, {"peft_config__modules_to_save": ["embed_tokens"]}, "one weight"),
+        (
+            plain,
+            {"peft_config__init_lora_weights": "pissa", "peft_config__target_modules": ["embed_tokens"]},
+            "embeddings",
+        ),
+        (plain, {"peft_config__trainable_token_indices": [10**6]}, "no such token"),
+    ):
+        with pytest.raises(BadConfig) as caught:
+            variants.check(model, recipe(**options).peft_config.model_dump())
+        assert says in str(caught.value)
+    variants.check(plain, recipe(peft_config__modules_to_save=["lm_head"]).peft_config.model_dump())

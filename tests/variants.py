@@ -1,0 +1,127 @@
+"""Every way to train an adapter, run on a tiny Phi-3: trained, killed and resumed, evaluated, merged, exported.
+
+`exercise` is what the tests call for some of them, and `benchmarks/adapters.py` for all, to write docs/adapters.md.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraflow.adapters.merge import merge
+from loraflow.adapters.verify import compare
+from loraflow.job import Progress
+
+ALL = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+# name → what the recipe says beside the tiny recipe of tests/unit/test_training.py
+VARIANTS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "rank and alpha patterns": {"peft_config__rank_pattern": {"qkv_proj": 8}, "peft_config__alpha_pattern": {"down_proj": 5.0}},
+    "rsLoRA": {"peft_config__use_rslora": True},
+    "DoRA": {"peft_config__use_dora": True},
+    "gaussian": {"peft_config__init_lora_weights": "gaussian"},
+    "orthogonal": {"peft_config__init_lora_weights": "orthogonal"},
+    "PiSSA": {"peft_config__init_lora_weights": "pissa"},
+    "PiSSA, fast SVD": {"peft_config__init_lora_weights": "pissa_niter_4"},
+    "OLoRA": {"peft_config__init_lora_weights": "olora"},
+    "EVA": {"peft_config__init_lora_weights": "eva"},
+    "LoRA+": {"peft_config__loraplus_lr_ratio": 16.0},
+    "modules_to_save": {"peft_config__modules_to_save": ["lm_head"]},
+    "trainable tokens": {"peft_config__trainable_token_indices": [502, 505]},
+    "layers to transform": {"peft_config__layers_to_transform": [1]},
+    "embeddings": {"peft_config__target_modules": [*ALL, "embed_tokens"]},
+    "bias": {"peft_config__bias": "all"},
+    "loralib, q and v": {"method": "loralib", "peft_config__target_modules": ["qkv_proj"],
+                         "loralib_config__enable_lora": {"qkv_proj": ["q", "v"]}},
+    "loralib, all": {"method": "loralib", "peft_config__target_modules": [*ALL, "embed_tokens"],
+                     "loralib_config__enable_lora": {"qkv_proj": ["q", "k", "v"], "gate_up_proj": ["gate", "up"]}},
+}  # fmt: skip
+
+
+class KillAt(Progress):
+    """Kill this process at a step, as the system does: nothing can be caught."""
+
+    def __init__(self, step: int, work: Path):
+        work.mkdir(parents=True, exist_ok=True)
+        super().__init__(work / "progress.jsonl", work)
+        self.step = step
+
+    def __call__(self, **figures):
+        if figures.get("step") == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _killed(base: Path, shards: Path, folder: Path, settings: dict[str, Any]) -> None:
+    from tests.unit.test_training import run
+
+    run(base, shards, folder, KillAt(3, folder / "work"), **settings)
+
+
+def exercise(settings: dict[str, Any], base: Path, shards: Path, folder: Path) -> dict[str, Any]:
+    """Return what was seen.
+
+    `first_loss`, `last_loss`; `resumed`: largest difference of the adapter's tensors between a run that was killed by SIGKILL
+    at step 3 of 6 and resumed, and one that was not; `route`, `merge_ulps`: largest difference to peft's own merge in units
+    in the last place of the weights' dtype; `kl` between the adapter in PEFT and the merged model, `moved` between base and
+    adapter, nats per token on four chats.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from tests.unit.test_training import run
+
+    adapter, losses = run(base, shards, folder / "straight", **settings)
+    child = multiprocessing.get_context("fork").Process(
+        target=_killed, args=(base, shards, folder / "killed", settings)
+    )
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL, child.exitcode
+    assert not (folder / "killed" / "out" / "adapter").exists()
+    again, found = run(base, shards, folder / "killed", **settings)
+    assert adapter.keys() == again.keys() and losses.keys() == found.keys()
+    resumed = max(float((adapter[name].float() - again[name].float()).abs().max()) for name in adapter)
+
+    place = folder / "straight" / "out" / "adapter"
+    (folder / "merged").mkdir()
+    figures = merge(base, place, folder / "merged")
+    load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()  # noqa: E731
+    theirs = PeftModel.from_pretrained(load(base), str(place)).merge_and_unload().state_dict()
+    merged = load(folder / "merged")
+    ulps = max(_ulps(tensor, theirs[name]) for name, tensor in merged.state_dict().items())
+
+    rows = _chats(shards)
+    wide = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()  # noqa: E731
+    loaded = PeftModel.from_pretrained(wide(base), str(place)).eval()
+    with torch.inference_mode():
+        ours = [loaded(input_ids=row).logits[0] for row in rows]
+        after = [wide(folder / "merged")(input_ids=row).logits[0] for row in rows]
+        before = [wide(base)(input_ids=row).logits[0] for row in rows]
+    return {
+        "first_loss": losses[1], "last_loss": losses[6], "resumed": resumed, "route": figures["route"], "merge_ulps": ulps,
+        "kl": compare(ours, after)["mean_kl"], "moved": compare(before, ours)["mean_kl"],
+        "adapter": json.loads((place / "adapter_config.json").read_text()),
+    }  # fmt: skip
+
+
+def _chats(shards: Path) -> list[torch.Tensor]:
+    from loraflow.training.batches import Rows
+
+    rows = Rows(shards / "train")
+    return [torch.tensor(rows[i][0][0].tolist())[None] for i in range(4)]
+
+
+def _ulps(one: torch.Tensor, two: torch.Tensor) -> float:
+    """Return the largest difference in units in the last place of the larger one's exponent."""
+    assert one.dtype == two.dtype
+    if torch.equal(one, two):
+        return 0.0
+    size = torch.maximum(one.float().abs(), two.float().abs()).clamp(min=torch.finfo(one.dtype).tiny)
+    unit = torch.exp2(torch.floor(torch.log2(size))) * torch.finfo(one.dtype).eps
+    return float(((one.float() - two.float()).abs() / unit).max())
