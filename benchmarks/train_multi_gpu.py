@@ -76,10 +76,6 @@ def main() -> None:
                     settings={"runtime.devices": gpus} | ({"runtime.compile": "off"} if TINY else {}))  # fmt: skip
         results[gpus] = ours(case, work)
         print(gpus, json.dumps({k: v for k, v in results[gpus].items() if k != "losses"}), flush=True)
-    most = max(counts)
-    same = Case("same-batch", "", rows=PER_GPU, timed=TIMED,
-                settings={"runtime.devices": most} | ({"runtime.compile": "off"} if TINY else {}))  # fmt: skip
-    together = ours(same, work)
     base = results[min(counts)]["tokens_per_second"] / min(counts)
     print("\nGPUs     tok/s  × one efficiency  ms/step    GiB  all-reduce ms")
     for gpus, one in results.items():
@@ -87,6 +83,10 @@ def main() -> None:
         ratio = one["tokens_per_second"] / base
         print(f"{gpus:4d} {one['tokens_per_second']:9,.0f} {ratio:6.2f} {ratio / gpus:10.1%} {one['step_ms']:8.1f} "
               f"{one['peak_gib'] or 0:6.1f} {reduce:6.2f}")  # fmt: skip
+    most = max(counts)
+    same = Case("same-batch", "", rows=PER_GPU, timed=TIMED,
+                settings={"runtime.devices": most} | ({"runtime.compile": "off"} if TINY else {}))  # fmt: skip
+    together = ours(same, work)
     print(f"losses with the global batch of one GPU, on 1 and on {most}:")
     for label, one in (("1", results[min(counts)]), (str(most), together)):
         print(f"  {label}: {[round(x, 4) for x in one['losses']]}")

@@ -149,7 +149,7 @@ STAGES: dict[str, Stage] = {
             "loraflow.training.train:run",
             True,
             ("loraflow.training.train", "loraflow.training.trainer", "loraflow.training.batches", "loraflow.data.packing",
-             "loraflow.training.engine", "loraflow.training.lora", "loraflow.training.frozen", "loraflow.training.head",
+             "loraflow.training.engine", "loraflow.training.devices", "loraflow.training.lora", "loraflow.training.frozen", "loraflow.training.head",
              *_MASK, "loraflow.base.load", "loraflow.adapters.inject", "loraflow.adapters.fused",
              "loraflow.adapters.formats", "loraflow.adapters.variants", "loraflow.adapters.loralib.layers",
              "loraflow.adapters.loralib.swap",

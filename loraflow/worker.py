@@ -110,13 +110,12 @@ def run_on_devices(spec: dict[str, Any], home: Path) -> dict[str, Any]:
         old.unlink()
     # The ranks get sessions of their own, out of reach of a signal to our group: each watches this process instead.
     launcher = os.environ.get("LORAFLOW_PARENT")
-    os.environ["LORAFLOW_PARENT"] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
     config = LaunchConfig(
         min_nodes=meeting.get("nodes", 1),
         max_nodes=meeting.get("nodes", 1),
         nproc_per_node=devices,
-        run_id=meeting.get("id") or spec["fingerprint"][:16],
+        run_id=meeting.get("id") or home.name[:32],
         rdzv_backend="c10d",
         rdzv_endpoint=meeting.get("endpoint") or "localhost:0",
         max_restarts=0,
@@ -125,13 +124,14 @@ def run_on_devices(spec: dict[str, Any], home: Path) -> dict[str, Any]:
     log.info("%s on %d devices", spec["stage"], devices)
     codes: dict[int, int] = {}
     try:
+        os.environ["LORAFLOW_PARENT"] = str(os.getpid())
         elastic_launch(config, sys.executable)("-m", "loraflow.worker", str(home / "job.json"))
     except ChildFailedError as error:
         codes = {rank: one.exitcode for rank, one in error.failures.items()}
     except SignalException as error:
         raise failures.Preempted("The worker was asked to end.", got=str(error), next_step="run again") from error
     finally:
-        os.environ.pop("LORAFLOW_PARENT")
+        os.environ.pop("LORAFLOW_PARENT", None)
         if launcher is not None:
             os.environ["LORAFLOW_PARENT"] = launcher
     return _of_all(home, codes)

@@ -21,9 +21,9 @@ class Runtime(Frozen):
     devices: Annotated[int, Field(ge=1)] = Field(
         1, description="GPUs (or CPU processes) that train and evaluate together."
     )
-    attn_implementation: Literal[
-        "auto", "varlen", "fa3", "fa4", "flash_attention_2", "sdpa", "flex_attention", "eager"
-    ] = Field("auto", description="Attention kernel in training; auto takes the fastest that is there, and says which.")
+    attn_implementation: Literal["auto", "varlen", "fa3", "fa4", "flash_attention_2", "sdpa", "eager"] = Field(
+        "auto", description="Attention kernel in training; auto takes the fastest that is there, and says which."
+    )
     engine: Literal["fast", "stock"] = Field("fast", description="stock: plain trl and peft, without our speed-ups.")
     compile: Literal["auto", "on", "off"] = Field(
         "auto",

@@ -56,7 +56,7 @@ def choose(runtime: dict[str, Any], device: str, dtype: str, config: Any) -> Att
     if wanted == "flash_attention_2":
         _require("flash_attn", wanted, device)
         return Attention(wanted, True, "flash-attn 2", "asked for")
-    if wanted in ("sdpa", "eager", "flex_attention"):
+    if wanted in ("sdpa", "eager"):
         return Attention(wanted, False, wanted, "asked for")
     if obstacle:
         return Attention("sdpa", False, "sdpa", obstacle)
@@ -216,7 +216,8 @@ def attend(
         [1, tokens, heads, width], and no weights.
     """
     assert cu_seq_lens_q is not None and max_length_q is not None, "documents end to end need their borders"
-    q, k, v = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))
+    # Under autocast rotary embeddings leave q and k in float32: the kernels want what the projections gave.
+    q, k, v = (one.squeeze(0).transpose(0, 1).to(value.dtype) for one in (query, key, value))
     # A window that no document reaches masks nothing, and is told as none: kernels are faster without.
     window = (-1, 0) if sliding_window is None or sliding_window >= max_length_q else (sliding_window - 1, 0)
     kernel = (_kernel or _varlen) if query.is_cuda else _by_document

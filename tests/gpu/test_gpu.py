@@ -181,7 +181,7 @@ def plain(tiny, shards, tmp_path_factory):
         {"runtime.compile": "on"}, {"runtime.micro_tokens": 256}, {"runtime.checkpointing": "full"},
         {"runtime.checkpointing": "selective", "runtime.compile": "on"}, {"runtime.checkpointing": "offload"},
         {"runtime.attn_implementation": "varlen"}, {"runtime.attn_implementation": "sdpa"},
-        {"runtime.attn_implementation": "flex_attention"}, {"runtime.engine": "stock"}, {"base.dtype": "float32"},
+        {"runtime.engine": "stock"}, {"base.dtype": "float32"},
     ],
     ids=str,
 )  # fmt: skip

@@ -74,7 +74,11 @@ def test_the_model_cards_two_dictionaries_paste_unchanged(caplog):
 
 def test_the_defaults_are_the_model_cards():
     card, ours = parse_recipe(MODEL_CARD), parse_recipe(MINIMAL)
-    assert ours.training_config == card.training_config
+    assert card.training_config.gradient_checkpointing is True and ours.training_config.gradient_checkpointing is None
+    same = {
+        "gradient_checkpointing": None
+    }  # left open, it is as memory needs; the card's own value is taken at its word
+    assert ours.training_config == card.training_config.model_copy(update=same)
     assert ours.peft_config == card.peft_config
 
 
@@ -171,6 +175,7 @@ OTHER: dict[str, Any] = {
     "peft_config.alpha_pattern": {"o_proj": 2.0}, "peft_config.layers_to_transform": [0], "peft_config.exclude_modules": ["o_proj"],
     "evaluation.metrics": ["token_loss"], "evaluation.confidence": 0.9, "evaluation.dtype": "bfloat16", "evaluation.max_rows": 3,
     "merge.dtype": "float32", "runtime.device": "cpu", "runtime.attn_implementation": "eager", "runtime.engine": "stock",
+    "training_config.gradient_checkpointing": False, "runtime.compile": "on", "runtime.checkpointing": "selective",
 }  # fmt: skip
 
 # Read by the flow's process: by `locate`, the checks between stages, the gate, the registry, the report.
