@@ -94,7 +94,7 @@ def exercise(settings: dict[str, Any], base: Path, shards: Path, folder: Path) -
     load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()  # noqa: E731
     theirs = PeftModel.from_pretrained(load(base), str(place)).merge_and_unload().state_dict()
     merged = load(folder / "merged")
-    ulps = max(_ulps(tensor, theirs[name]) for name, tensor in merged.state_dict().items())
+    ulps = max(ulps(tensor, theirs[name]) for name, tensor in merged.state_dict().items())
 
     rows = _chats(shards)
     wide = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()  # noqa: E731
@@ -117,7 +117,7 @@ def _chats(shards: Path) -> list[torch.Tensor]:
     return [torch.tensor(rows[i][0][0].tolist())[None] for i in range(4)]
 
 
-def _ulps(one: torch.Tensor, two: torch.Tensor) -> float:
+def ulps(one: torch.Tensor, two: torch.Tensor) -> float:
     """Return the largest difference in units in the last place of the larger one's exponent."""
     assert one.dtype == two.dtype
     if torch.equal(one, two):

@@ -39,6 +39,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     from transformers import EarlyStoppingCallback
 
     from loraflow.adapters import variants
+    from loraflow.adapters.accept import write_origin
     from loraflow.adapters.inject import check_reach, check_targets, lora_config
     from loraflow.base.load import load_model, load_tokenizer, pick_attention, pick_device
     from loraflow.training import batches, callbacks
@@ -137,6 +138,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         _save_adapter(trainer.model, out / "adapter")
         if initial:
             variants.as_lora(out / "adapter", initial)
+    write_origin(out / "adapter", inputs["base"], job.inputs["base"].digest)
     (out / "training.json").write_text(
         json.dumps({"training_config": config["training_config"], "peft_config": config["peft_config"], "steps": steps},
                    indent=1, sort_keys=True) + "\n"
