@@ -94,7 +94,7 @@ def exercise(settings: dict[str, Any], base: Path, shards: Path, folder: Path) -
     load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()  # noqa: E731
     theirs = PeftModel.from_pretrained(load(base), str(place)).merge_and_unload().state_dict()
     merged = load(folder / "merged")
-    ulps = max(ulps(tensor, theirs[name]) for name, tensor in merged.state_dict().items())
+    distance = max(ulps(tensor, theirs[name]) for name, tensor in merged.state_dict().items())
 
     rows = _chats(shards)
     wide = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()  # noqa: E731
@@ -104,7 +104,7 @@ def exercise(settings: dict[str, Any], base: Path, shards: Path, folder: Path) -
         after = [wide(folder / "merged")(input_ids=row).logits[0] for row in rows]
         before = [wide(base)(input_ids=row).logits[0] for row in rows]
     return {
-        "first_loss": losses[1], "last_loss": losses[6], "resumed": resumed, "route": figures["route"], "merge_ulps": ulps,
+        "first_loss": losses[1], "last_loss": losses[6], "resumed": resumed, "route": figures["route"], "merge_ulps": distance,
         "kl": compare(ours, after)["mean_kl"], "moved": compare(before, ours)["mean_kl"],
         "adapter": json.loads((place / "adapter_config.json").read_text()),
     }  # fmt: skip
