@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loraflow.adapters.accept import read_config, refuse_bad_numbers, refuse_pickles
 from loraflow.adapters.formats import PREFIX, Adapter, Update, from_loralib, write_peft
 from loraflow.adapters.fused import SPLIT, block_sizes
-from loraflow.adapters.merge import by_pattern, read_config, refuse_pickles
+from loraflow.adapters.stream import by_pattern
 from loraflow.failures import BadModel
 
 
@@ -125,24 +126,8 @@ def read_tensors(file: Path) -> dict[str, Any]:
         state = state["model_state_dict"]
     if not isinstance(state, dict) or not all(isinstance(one, torch.Tensor) for one in state.values()):
         raise BadModel("The checkpoint is no dictionary of tensors.", where=str(file), got=type(state).__name__)
-    refuse_bad_numbers(state, file)
+    refuse_bad_numbers(state.items(), file)
     return {name: tensor.float() for name, tensor in state.items()}
-
-
-def refuse_bad_numbers(tensors: Mapping[str, Any], where: Path) -> None:
-    """Refuse an adapter with NaN or infinity.
-
-    Raises:
-        BadModel: it has one; merged, it would spread to every answer.
-    """
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise BadModel(
-                "The adapter holds numbers that are not finite.",
-                where=f"{where}: {name}",
-                got=f"{int((~tensor.isfinite()).sum())} of {tensor.numel()}",
-                next_step="train again, or take an earlier checkpoint",
-            )
 
 
 def read_peft(folder: Path) -> Adapter:
@@ -165,7 +150,7 @@ def read_peft(folder: Path) -> Adapter:
             next_step="merge it into its own base instead: loraflow merge",
         )
     tensors = load_file(folder / "adapter_model.safetensors")
-    refuse_bad_numbers(tensors, folder)
+    refuse_bad_numbers(tensors.items(), folder)
     updates, used = {}, set()
     for name in sorted(tensors):
         if not name.endswith(".lora_A.weight"):

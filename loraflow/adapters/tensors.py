@@ -68,13 +68,48 @@ def model_entries(folder: Path) -> list[Entry]:
     if single.exists():
         files = [single]
     elif index.exists():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = [folder / name for name in sorted(set(names))]
+        weight_map = _weight_map(index)
+        files = [folder / name for name in sorted(set(weight_map.values()))]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise BadModel("The base has no safetensors.", where=str(folder), expected="model.safetensors")
-    return [entry for file in files for entry in read_entries(file)]
+    entries = [entry for file in files for entry in read_entries(file)]
+    if index.exists() and not single.exists():
+        held = {entry.name: entry.file.name for entry in entries}
+        if held != weight_map or len(held) < len(entries):
+            wrong = sorted(name for name in held.keys() | weight_map.keys() if held.get(name) != weight_map.get(name))
+            raise BadModel(
+                "The index does not say what the files hold.",
+                where=str(index),
+                got=f"{len(wrong)} tensors, such as {wrong[0]}" if wrong else "a tensor in two files",
+                next_step="fetch the base again",
+            )
+    return entries
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Read which file holds which tensor; a name that leads out of the folder is refused before anything is opened.
+
+    Raises:
+        BadModel: the index is damaged, names a file that is missing, or one elsewhere.
+    """
+    try:
+        weight_map = {str(name): str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadModel("The index of the weights is damaged.", where=str(index), got=str(error)[:200]) from error
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise BadModel(
+                "The index of the weights names a file outside of its folder.",
+                where=str(index),
+                expected="the name of a .safetensors file beside it",
+                got=file[:200],
+                next_step="do not use this checkpoint",
+            )
+        if not (index.parent / file).exists():
+            raise BadModel("A file of weights is missing.", where=str(index), expected=file, next_step="fetch it again")
+    return weight_map
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def find_run(store: LocalStore, merged: Ref) -> dict[str, Any] | None:
 
 
 def _of_folder(store: LocalStore, folder: Path, given: Path | None) -> Model:
-    from loraflow.adapters.merge import refuse_pickles
+    from loraflow.adapters.accept import refuse_pickles
 
     found = _artifact_at(folder)
     if found is None:
@@ -164,7 +164,7 @@ def _of_artifact(store: LocalStore, ref: Ref, name: str, given: Path | None, tun
 
 
 def _of_adapter(adapter: Path, asked: Path, given: Path | None) -> Model:
-    from loraflow.adapters.merge import refuse_pickles
+    from loraflow.adapters.accept import refuse_pickles
 
     refuse_pickles(adapter)
     base, tuned = given, None

@@ -38,6 +38,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         OutOfMemory: it says what to try instead.
         Preempted: asked to end; a checkpoint was saved.
     """
+    from loraflow.adapters.accept import write_origin
     from loraflow.base.load import load_tokenizer, pick_device
     from loraflow.training import batches, callbacks, devices
     from loraflow.training.checkpoints import newest_whole
@@ -106,6 +107,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
             from loraflow.adapters.variants import as_lora
 
             as_lora(out / "adapter", run.initial)
+    write_origin(out / "adapter", inputs["base"], job.inputs["base"].digest)
     (out / "training.json").write_text(
         json.dumps({"training_config": config["training_config"], "peft_config": config["peft_config"], "steps": steps},
                    indent=1, sort_keys=True) + "\n"

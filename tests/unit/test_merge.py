@@ -1,12 +1,19 @@
 import json
+import multiprocessing
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from loraflow.adapters import accept, tensors
 from loraflow.adapters.merge import merge
 from loraflow.failures import BadModel
+from loraflow.job import Progress
 from tests.conftest import build_phi3
+from tests.variants import ulps
 
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
@@ -74,13 +81,215 @@ def test_streamed_merge_is_pefts_bit_for_bit(tmp_path, options, dtype):
     assert_same(read(tmp_path / "out"), by_peft(base, adapter))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("options", MORE.values(), ids=MORE)
-def test_what_is_more_than_a_sum_goes_through_peft(tmp_path, options):
-    base = build_phi3(tmp_path / "base")
+def test_more_than_a_sum_is_streamed_in_pefts_order(tmp_path, options, dtype):
+    base = build_phi3(tmp_path / "base", dtype=dtype)
     adapter = make_adapter(base, tmp_path / "adapter", **options)
     (tmp_path / "out").mkdir()
-    assert merge(base, adapter, tmp_path / "out")["route"] == "peft"
-    assert_same(read(tmp_path / "out"), by_peft(base, adapter))
+    assert merge(base, adapter, tmp_path / "out")["route"] == "streamed"
+    ours, theirs = read(tmp_path / "out"), by_peft(base, adapter)
+    assert ours.keys() == theirs.keys()
+    assert max(ulps(ours[name], theirs[name]) for name in ours) <= 1
+    assert any(not torch.equal(ours[name], tensor) for name, tensor in read(base).items())
+
+
+def test_what_is_not_a_sum_goes_through_peft(tmp_path, phi3):
+    adapter = make_adapter(phi3, tmp_path / "adapter", trainable_token_indices=[3, 5])
+    (tmp_path / "out").mkdir()
+    assert merge(phi3, adapter, tmp_path / "out")["route"] == "peft"
+    assert_same(read(tmp_path / "out"), by_peft(phi3, adapter))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_models_and_adapters_merge_as_pefts(tmp_path, seed):
+    """Any heads, tied or not, any widths, any of the variants, any dtype, shards of any size: one unit in the last place."""
+    import random
+
+    dice = random.Random(seed)
+    heads = dice.choice([2, 4])
+    shape = dict(
+        hidden_size=16 * heads * dice.choice([1, 2]), intermediate_size=dice.choice([40, 96, 264]), layers=dice.choice([1, 2]),
+        num_attention_heads=heads, num_key_value_heads=dice.choice([1, heads]), tie_word_embeddings=dice.random() < 0.5,
+        dtype=dice.choice(["bfloat16", "float16", "float32"]),
+    )  # fmt: skip
+    base = build_phi3(tmp_path / "base", seed=seed, **shape)
+    options = dict(r=dice.choice([1, 3, 8]), lora_alpha=dice.choice([1, 5, 16]))
+    options["target_modules"] = dice.sample(TARGETS, dice.choice([1, 2, 4]))
+    more = dice.choice(["use_dora", "use_rslora", "modules_to_save", "embed", "none"])
+    if more == "embed" and not shape["tie_word_embeddings"]:
+        options["target_modules"].append("embed_tokens")
+    elif more == "modules_to_save" and not shape["tie_word_embeddings"]:
+        options["modules_to_save"] = ["lm_head"]
+    elif more in ("use_dora", "use_rslora"):
+        options[more] = True
+    adapter = make_adapter(base, tmp_path / "adapter", seed, **options)
+    (tmp_path / "out").mkdir()
+    merge(base, adapter, tmp_path / "out", max_shard_bytes=dice.choice([20_000, 10**9]))
+    ours, theirs = read(tmp_path / "out"), by_peft(base, adapter)
+    assert ours.keys() == theirs.keys()
+    assert max(ulps(ours[name], theirs[name]) for name in ours) <= 1, (shape, options)
+
+
+class KillAt(Progress):
+    """Kill this process when so many shards are done."""
+
+    shards = 0
+
+    def __call__(self, **figures):
+        if self.shards and figures.get("shards") == self.shards:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_merge_goes_on_from_its_finished_shards(tmp_path, phi3):
+    adapter = make_adapter(phi3, tmp_path / "adapter")
+    (tmp_path / "work").mkdir()
+
+    def attempt(shards: int, name: str):
+        (tmp_path / name).mkdir()
+        report = KillAt(None, tmp_path / "work")
+        report.shards = shards
+        merge(phi3, adapter, tmp_path / name, max_shard_bytes=60_000, report=report)
+
+    child = multiprocessing.get_context("fork").Process(target=attempt, args=(3, "killed"))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert not list((tmp_path / "killed").glob("*.safetensors")), "no partial model is visible"
+    kept = sorted((tmp_path / "work" / "shards").glob("*.safetensors"))
+    assert len(kept) == 3
+    raw = bytearray(kept[1].read_bytes())
+    raw[-1] ^= 1
+    kept[1].write_bytes(raw)
+    inodes = [file.stat().st_mtime_ns for file in kept]
+    attempt(0, "out")
+    done = [(tmp_path / "out" / file.name).stat().st_mtime_ns for file in kept]
+    assert [a == b for a, b in zip(inodes, done, strict=True)] == [True, False, True], "the damaged one was made again"
+    assert_same(read(tmp_path / "out"), by_peft(phi3, adapter))
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "x.bin", "gone.safetensors"]
+)
+def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path, phi3, name):
+    base = tmp_path / "base"
+    shutil.copytree(phi3, base)
+    index = {"weight_map": dict.fromkeys((e.name for e in tensors.model_entries(base)), name)}
+    (base / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (base / "other.safetensors").write_bytes(b"")
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadModel, match="outside of its folder|is missing"):
+        merge(base, make_adapter(phi3, tmp_path / "adapter"), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_index_that_does_not_say_what_the_files_hold_is_refused(tmp_path, phi3):
+    (tmp_path / "base").mkdir()
+    adapter = make_adapter(phi3, tmp_path / "adapter")
+    merge(phi3, adapter, tmp_path / "base", max_shard_bytes=60_000)
+    file = tmp_path / "base" / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"].pop("model.norm.weight")
+    file.write_text(json.dumps(index))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadModel, match="index does not say"):
+        merge(tmp_path / "base", adapter, tmp_path / "out")
+
+
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path, phi3):
+    from safetensors.torch import load_file, save_file
+
+    adapter = make_adapter(phi3, tmp_path / "adapter")
+    state = load_file(adapter / "adapter_model.safetensors")
+    state[sorted(state)[2]][0, 0] = float("inf")
+    save_file(state, adapter / "adapter_model.safetensors")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadModel, match="not finite"):
+        merge(phi3, adapter, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_adapter_of_another_base_or_template_is_refused(tmp_path, phi3):
+    adapter = make_adapter(phi3, tmp_path / "adapter")
+    accept.write_origin(adapter, phi3, "digest-a")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadModel, match="another base"):
+        merge(phi3, adapter, tmp_path / "out", base_digest="digest-b")
+    other = tmp_path / "other"
+    shutil.copytree(phi3, other)
+    (other / "chat_template.jinja").write_text((phi3 / "chat_template.jinja").read_text() + " ")
+    with pytest.raises(BadModel, match="another chat template"):
+        merge(other, adapter, tmp_path / "out", base_digest="digest-a")
+    assert not list((tmp_path / "out").iterdir())
+    merge(phi3, adapter, tmp_path / "out", base_digest="digest-a")
+    told = json.loads((tmp_path / "out" / accept.ORIGIN).read_text())
+    assert told == {"base": "digest-a", "chat_template_sha256": accept.template_hash(phi3)}
+
+
+def grow(folder: Path, *tokens: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.save_pretrained(folder)
+
+
+def test_a_vocabulary_that_grew_without_its_embeddings_is_refused(tmp_path, phi3):
+    adapter, base = make_adapter(phi3, tmp_path / "adapter"), tmp_path / "base"
+    shutil.copytree(phi3, base)
+    grow(base, "<|new|>")
+    (tmp_path / "out").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # the adapter brings it
+        shutil.copyfile(base / name, adapter / name)
+    with pytest.raises(BadModel, match="no row for"):
+        merge(phi3, adapter, tmp_path / "out")
+    template = base / "chat_template.jinja"
+    template.write_text("<|new|>" + template.read_text())  # or each chat does
+    with pytest.raises(BadModel, match="no row for"):
+        merge(base, adapter, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_token_of_the_bases_that_no_chat_has_needs_no_row(tmp_path, phi3, caplog):
+    """As published: gemma-3-1b's tokenizer has <image_soft_token> behind the last row of its embeddings."""
+    base = tmp_path / "base"
+    shutil.copytree(phi3, base)
+    grow(base, "<image_soft_token>")
+    (tmp_path / "out").mkdir()
+    merge(base, make_adapter(phi3, tmp_path / "adapter"), tmp_path / "out")
+    assert "<image_soft_token>" in caplog.text
+
+
+def test_a_template_that_no_training_takes_does_not_stop_a_merge(tmp_path, phi3, caplog):
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(phi3, base)
+    (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    out.mkdir()
+    merge(base, make_adapter(phi3, tmp_path / "adapter"), out)
+    assert "generation_config.json stays as it is" in caplog.text
+    assert (out / "generation_config.json").read_bytes() == (phi3 / "generation_config.json").read_bytes()
+
+
+def test_what_ends_an_answer_ends_generation(tmp_path, phi3):
+    from loraflow.data.mask import ChatTemplate
+
+    adapter, needed = make_adapter(phi3, tmp_path / "adapter"), ChatTemplate(phi3).stop_ids()
+    for text in (None, "{}", '{"eos_token_id": 1, "top_k": 5}'):
+        base, out = tmp_path / f"base{text}", tmp_path / f"out{text}"
+        shutil.copytree(phi3, base)
+        (base / "generation_config.json").unlink()
+        if text is not None:
+            (base / "generation_config.json").write_text(text)
+        out.mkdir()
+        merge(base, adapter, out)
+        values = json.loads((out / "generation_config.json").read_text())
+        assert needed <= set(values["eos_token_id"]) and values.get("top_k") == (
+            5 if text and "top_k" in text else None
+        )
 
 
 def test_wide_matrices_are_pefts_too(tmp_path):
