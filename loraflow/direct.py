@@ -11,7 +11,8 @@ from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.launch import run_job
 from loraflow.plan import Jobs
 from loraflow.registry import PromotionLog
-from loraflow.store import LocalStore, Ref
+from loraflow.registry.log import models
+from loraflow.store import Ref, Store
 
 
 class Direct:
@@ -27,7 +28,7 @@ class Direct:
         if found is not None:
             return found
         for ref in inputs.values():
-            problems = store.verify(ref)
+            problems = store.fetch(ref)
             if problems:
                 store.set_aside(ref, problems)
                 raise CorruptArtifact(
@@ -36,7 +37,7 @@ class Direct:
         return run_job(job, store)
 
 
-def find_model(store: LocalStore, model: str) -> tuple[Path, Ref | None]:
+def find_model(store: Store, model: str) -> tuple[Path, Ref | None]:
     """Return the folder of a model: `champion`, `champion:NAME`, a run's id, or a path; and its ref, if it has one.
 
     Raises:
@@ -44,16 +45,16 @@ def find_model(store: LocalStore, model: str) -> tuple[Path, Ref | None]:
     """
     if model.split(":")[0] == "champion":
         name = model.partition(":")[2] or only_model(store)
-        head = PromotionLog(store.root, name).head()
+        head = PromotionLog(store, name).head()
         if head is None:
             raise BadConfig(f"No champion of {name} yet.", next_step="loraflow registry --model NAME")
         return store.path(head.merged), head.merged
     if re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{6}", model):
         import json
 
-        record = store.root / "runs" / f"{model}.json"
-        if record.exists():
-            for stage in json.loads(record.read_text(encoding="utf-8"))["stages"]:
+        record = store.read_document(f"runs/{model}.json")
+        if record is not None:
+            for stage in json.loads(record)["stages"]:
                 if stage["stage"] == "merge" and (ref := store.find("merge", stage["fingerprint"])):
                     return store.path(ref), ref
         raise BadConfig("This run has no merged model in the store.", where=model, next_step="loraflow runs")
@@ -63,13 +64,13 @@ def find_model(store: LocalStore, model: str) -> tuple[Path, Ref | None]:
     raise BadConfig("There is no such model.", where=model, expected="champion, a run's id, or a model's folder")
 
 
-def only_model(store: LocalStore) -> str:
+def only_model(store: Store) -> str:
     """Return the one name in the registry.
 
     Raises:
         BadConfig: there is none, or more than one.
     """
-    names = sorted(path.name for path in (store.root / "registry").glob("*"))
+    names = models(store)
     if len(names) == 1:
         return names[0]
     raise BadConfig(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 from prefect import task
@@ -55,9 +54,9 @@ def markdown(run: Any, made: Any, summary: dict[str, Any]) -> str:
             f"| {name} | {' | '.join(map(show, cells))} |" for name, cells in metric_rows(summary["metrics"], set_name)
         ]
         lines.append("")
-    curve = store.path(made.adapter) / "telemetry" / "curves.jsonl"
+    curve = store.read(made.adapter, "telemetry/curves.jsonl").decode()
     losses = [
-        (row["step"], row["loss"]) for line in curve.read_text().splitlines() if "loss" in (row := json.loads(line))
+        (row["step"], row["loss"]) for line in curve.splitlines() if "loss" in (row := json.loads(line))
     ]
     if losses:
         lines += ["## Training loss", "", f"`{sparkline([loss for _, loss in losses])}`", ""]
@@ -97,9 +96,7 @@ def publish_report(run: Any, made: Any, summary: dict[str, Any]) -> None:
     """Publish the report in the UI and keep it beside the run's record."""
     text = markdown(run, made, summary)
     try:
-        folder = Path(run.jobs.store.root, "runs")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{run.id}.md").write_text(text, encoding="utf-8")
+        run.jobs.store.write_document(f"runs/{run.id}.md", text.encode())
         create_markdown_artifact(
             markdown=text, key=f"{run.jobs.recipe.name}-report".replace("_", "-").replace(".", "-")
         )

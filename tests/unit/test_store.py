@@ -105,7 +105,7 @@ def test_an_edited_manifest_does_not_pass(store):
 
 def test_set_aside_keeps_the_evidence(store):
     ref = put(store)
-    place = store.set_aside(ref, ["why"])
+    place = Path(store.set_aside(ref, ["why"]))
     assert (place / "sub" / "a.txt").exists()
     assert json.loads(place.with_suffix(".json").read_text())["problems"] == ["why"]
     assert store.find("tokenize", FP) is None
