@@ -55,9 +55,7 @@ def markdown(run: Any, made: Any, summary: dict[str, Any]) -> str:
         ]
         lines.append("")
     curve = store.read(made.adapter, "telemetry/curves.jsonl").decode()
-    losses = [
-        (row["step"], row["loss"]) for line in curve.splitlines() if "loss" in (row := json.loads(line))
-    ]
+    losses = [(row["step"], row["loss"]) for line in curve.splitlines() if "loss" in (row := json.loads(line))]
     if losses:
         lines += ["## Training loss", "", f"`{sparkline([loss for _, loss in losses])}`", ""]
         lines += [

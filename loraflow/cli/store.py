@@ -12,7 +12,9 @@ from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.identity import short
 from loraflow.store import Store, open_store
 
-store_option = click.option("--store", default=".loraflow/store", show_default=True, help="The store: a folder, or s3://bucket/prefix.")
+store_option = click.option(
+    "--store", default=".loraflow/store", show_default=True, help="The store: a folder, or s3://bucket/prefix."
+)
 
 
 def read_runs(store: Store) -> list[dict[str, Any]]:

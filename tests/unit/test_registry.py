@@ -6,7 +6,7 @@ import pytest
 from loraflow.failures import CorruptArtifact, Failure
 from loraflow.registry import PromotionLog
 from loraflow.registry.log import Moved
-from loraflow.store import Ref
+from loraflow.store import LocalStore, Ref, open_store
 
 
 def ref(name):
@@ -19,9 +19,10 @@ def promote(log, name):
     )
 
 
-@pytest.fixture
-def log(tmp_path):
-    return PromotionLog(tmp_path, "tickets")
+@pytest.fixture(params=["folder", "bucket"])
+def log(request, tmp_path):
+    place = tmp_path if request.param == "folder" else open_store(request.getfixturevalue("bucket_uri"))
+    return PromotionLog(place, "tickets")
 
 
 def test_the_last_entry_is_in_force(log):
@@ -32,8 +33,8 @@ def test_the_last_entry_is_in_force(log):
     assert log.head().merged.digest == "b" * 64
 
 
-def test_a_store_that_moved_keeps_its_log(log, tmp_path):
-    promote(log, "a")
+def test_a_store_that_moved_keeps_its_log(tmp_path):
+    promote(PromotionLog(tmp_path, "tickets"), "a")
     (tmp_path / "registry").rename(tmp_path / "moved")
     (tmp_path / "new").mkdir()
     (tmp_path / "moved").rename(tmp_path / "new" / "registry")
@@ -42,18 +43,20 @@ def test_a_store_that_moved_keeps_its_log(log, tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["edit", "delete", "garbage"])
-def test_a_changed_log_is_refused(log, tmp_path, harm):
+def test_a_changed_log_is_refused(log, harm):
     for name in "abc":
         promote(log, name)
-    file = tmp_path / "registry" / "tickets" / "log" / "000002.json"
-    if harm == "delete":
-        file.unlink()
+    name = "registry/tickets/log/000002.json"
+    if harm == "delete" and isinstance(log.store, LocalStore):
+        (log.store.root / name).unlink()
+    elif harm == "delete":
+        log.store.bucket.delete([name])
     elif harm == "garbage":
-        file.write_text("{")
+        log.store.write_document(name, b"{")
     else:
-        values = json.loads(file.read_text())
+        values = json.loads(log.store.read_document(name))
         values["reasons"] = ["because"]
-        file.write_text(json.dumps(values))
+        log.store.write_document(name, json.dumps(values).encode())
     with pytest.raises(CorruptArtifact, match="damaged"):
         log.head()
 
