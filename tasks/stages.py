@@ -17,8 +17,9 @@ from loraflow.failures import Failure
 from loraflow.job import Job
 from loraflow.launch import run_job
 from loraflow.stages import STAGES
-from loraflow.store import Ref, open_store
+from loraflow.store import Ref, Store, open_store
 from tasks.cache import StageKey
+from tasks.place import place
 
 log = logging.getLogger("loraflow")
 
@@ -50,9 +51,17 @@ def _stage_task(name: str) -> Task:
         if ref is not None and not force:
             # Another Prefect server, or an emptied one: the store has it all the same.
             return Completed(name="Cached", message="found in the store", data=ref)
-        return run_job(job, artifacts, _Shown(label), force=force)
+        elsewhere = job.runtime.get("placement", {}).get(name)
+        if elsewhere:
+            return place(job, artifacts, label, elsewhere, force=force)
+        return run_here(job, artifacts, label, force=force)
 
     return run_stage
+
+
+def run_here(job: Job, store: Store, label: str, *, force: bool = False) -> Ref:
+    """Run a stage on this machine, and show how far it is."""
+    return run_job(job, store, _Shown(label), force=force)
 
 
 class _Shown:
