@@ -44,7 +44,7 @@ def place(job: Job, store: Store, label: str, name: str, *, force: bool) -> Ref:
             raise BadConfig(
                 f"There is no deployment stage/{name}, which runtime.placement names.",
                 where=f"runtime.placement.{job.stage}",
-                next_step="`loraflow deploy` makes it; or take the stage out of runtime.placement",
+                next_step=f"prefect deploy flows/stage.py:stage --name {name} --pool <its pool>",
             ) from None
         parameters = {"job": job.model_dump(mode="json"), "store": store.uri, "label": label, "force": force}
         run: FlowRun = run_deployment(deployment.id, parameters=parameters, timeout=0)  # type: ignore[assignment]

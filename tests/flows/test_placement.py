@@ -103,7 +103,7 @@ def test_a_pool_without_a_worker_is_said_with_the_command_that_starts_one(begun,
 def test_a_placement_without_a_deployment_is_said(begun):
     with pytest.raises(BadConfig) as caught:
         part(str(begun.recipe), {"training_config.max_length": 64, "runtime.placement": {"tokenize": "moon"}})
-    assert "stage/moon" in str(caught.value) and "loraflow deploy" in str(caught.value)
+    assert "stage/moon" in str(caught.value) and "prefect deploy flows/stage.py:stage --name moon" in str(caught.value)
 
 
 def test_a_worker_with_other_code_refuses_the_job(begun):
