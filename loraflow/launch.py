@@ -46,6 +46,9 @@ def run_job(job: Job, store: Store, on_progress: OnProgress | None = None, *, fo
         if ref is not None and not force:
             log.info("%s %s: another run made it meanwhile", job.stage, job.short)
             return ref
+        if not force and (ref := store.finish(job.stage, job.fingerprint)) is not None:
+            log.info("%s %s: computed before; its commit was cut off and is finished now", job.stage, job.short)
+            return ref
         work = store.work(job.stage, job.fingerprint)
         if force and ref is not None:
             _forget_once(work, ref)
@@ -91,11 +94,11 @@ def _refuse_without_room(job: Job, store: Store) -> None:
     if source is None:
         return
     need = store.manifest(source).size if isinstance(source, Ref) else _size(Path(source))
-    free = shutil.disk_usage(store.uri).free
+    free = shutil.disk_usage(store.scratch).free
     if free < need * 1.05:
         raise failures.DiskFull(
             f"The {job.stage} stage needs more room than there is.",
-            where=store.uri,
+            where=str(store.scratch),
             expected=f"{need * 1.05 / 2**30:.1f} GiB free",
             got=f"{free / 2**30:.1f} GiB",
             next_step="`loraflow gc` removes what no run needs; or set runtime.store to another disk",

@@ -16,7 +16,7 @@ from loraflow.failures import Failure
 from loraflow.job import Job
 from loraflow.registry import Entry, PromotionLog
 from loraflow.stages import code_digest, make_job
-from loraflow.store import LocalStore, Ref, open_store
+from loraflow.store import Ref, Store, open_store
 from loraflow.store.files import HashMemo
 
 
@@ -45,11 +45,9 @@ class Jobs:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        store = open_store(recipe.runtime.store)
-        assert isinstance(store, LocalStore)
-        self.store = store
-        self.log = PromotionLog(store.root, recipe.register_.model)
-        self.memo = HashMemo(store.root / "hashes.json")
+        self.store = open_store(recipe.runtime.store)
+        self.log = PromotionLog(self.store, recipe.register_.model)
+        self.memo = HashMemo(self.store.scratch / "hashes.json")
         self.seen: Entry | None = None
 
     @cached_property
@@ -98,7 +96,7 @@ class Jobs:
         ):
             raise Failure(
                 "The champion's model is gone or damaged, so that nothing can be compared with it.",
-                where=str(self.store.path(self.seen.merged)),
+                where=self.store.where(self.seen.merged),
                 next_step="run the recipe that made it (`loraflow registry` names it), or `loraflow rollback --reason …`",
             )
         return self.seen.merged
@@ -164,23 +162,15 @@ class Planner:
             return None
 
     def _last_time(self, name: str) -> float | None:
-        manifests = (self.jobs.store.root / name).glob("*/*/manifest.json")
-        newest = max(manifests, key=lambda path: path.stat().st_mtime, default=None)
-        if newest is None:
-            return None
-        import json
-
-        try:
-            return json.loads(newest.read_bytes())["provenance"]["seconds"]
-        except (ValueError, KeyError, TypeError):
-            return None
+        newest = self.jobs.store.newest(name)
+        return newest.provenance.get("seconds") if newest else None
 
 
-def explain_miss(store: LocalStore, job: Job) -> list[str]:
+def explain_miss(store: Store, job: Job) -> list[str]:
     """Say why a job is not in the store: what differs from the nearest one that is."""
-    home = store.root / job.stage / job.fingerprint
-    if (home / "current.json").exists():
-        return ["its artifact is incomplete or was changed" if any(home.glob("*/")) else "its artifact was removed"]
+    remains = store.remains(job.stage, job.fingerprint)
+    if remains is not None:
+        return ["its artifact is incomplete or was changed" if remains == "damaged" else "its artifact was removed"]
     nearest = store.newest_payload(job.stage, job.payload)
     if nearest is None:
         return ["never made in this store"]

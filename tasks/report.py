@@ -62,10 +62,8 @@ def markdown(run: Any, made: Any, summary: dict[str, Any], *, image: bool = Fals
     verdict = summary["decision"]["verdict"]
     lines = [f"# {recipe.name}: {verdict}", "", *[f"- {reason}" for reason in summary["decision"]["reasons"]], ""]
     lines += comparison_table(summary["metrics"])
-    curve = store.path(made.adapter) / "telemetry" / "curves.jsonl"
-    losses = [
-        (row["step"], row["loss"]) for line in curve.read_text().splitlines() if "loss" in (row := json.loads(line))
-    ]
+    curve = store.read(made.adapter, "telemetry/curves.jsonl").decode()
+    losses = [(row["step"], row["loss"]) for line in curve.splitlines() if "loss" in (row := json.loads(line))]
     if losses:
         bars = f"`{sparkline([loss for _, loss in losses])}`"
         lines += ["## Training loss", "", chart.image(losses, "training loss") if image else bars, ""]
@@ -132,9 +130,7 @@ def publish_scores(run: Any, model: str, folder: Path, scores: Ref) -> dict[str,
 
 def _publish(run: Any, text: str, shown: str, what: str) -> None:
     try:
-        folder = Path(run.jobs.store.root, "runs")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{run.id}.md").write_text(text, encoding="utf-8")
+        run.jobs.store.write_document(f"runs/{run.id}.md", text.encode())
         create_markdown_artifact(
             markdown=shown, key=f"{run.jobs.recipe.name}-{what}".replace("_", "-").replace(".", "-")
         )

@@ -18,9 +18,10 @@ from loraflow.identity import short
 from loraflow.job import Job
 from loraflow.launch import run_job
 from loraflow.stages import STAGES
-from loraflow.store import Ref, open_store
+from loraflow.store import Ref, Store, open_store
 from tasks.cache import StageKey
 from tasks.lease import gpu_lease
+from tasks.place import place
 
 log = logging.getLogger("loraflow")
 
@@ -51,8 +52,10 @@ def _stage_task(name: str) -> Task:
         ref = artifacts.find(job.stage, job.fingerprint)
         if ref is not None and not force:
             return Completed(name="Cached", message=_why_cached(artifacts, ref), data=ref)
-        with gpu_lease(job):
-            return run_job(job, artifacts, _Shown(label), force=force)
+        elsewhere = job.runtime.get("placement", {}).get(name)
+        if elsewhere:
+            return place(job, artifacts, label, elsewhere, force=force)
+        return run_here(job, artifacts, label, force=force)
 
     return run_stage
 
@@ -62,6 +65,12 @@ def _why_cached(store: Any, ref: Ref) -> str:
     return (
         f"same inputs, settings and stage version as {short(ref.fingerprint)}, made {made} (digest {short(ref.digest)})"
     )
+
+
+def run_here(job: Job, store: Store, label: str, *, force: bool = False) -> Ref:
+    """Run a stage on this machine, and show how far it is."""
+    with gpu_lease(job):
+        return run_job(job, store, _Shown(label), force=force)
 
 
 class _Shown:

@@ -109,6 +109,27 @@ def build_phi3(folder: Path, *, layers: int = 2, dtype: str = "bfloat16", seed: 
 
 
 @pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory):
+    """A real S3 server; its settings are in the environment."""
+    from importlib.util import find_spec
+
+    from tests.object_server import program, running
+
+    if find_spec("boto3") is None or program() is None:
+        pytest.skip("`make test-s3` installs boto3 and a real S3 server")
+
+    with running(tmp_path_factory.mktemp("s3") / "server") as server:
+        yield server
+
+
+@pytest.fixture
+def bucket_uri(s3_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Room for a store in a bucket, and a cache of this machine that is empty."""
+    monkeypatch.setenv("LORAFLOW_CACHE", str(tmp_path / "cache"))
+    return s3_server.place()
+
+
+@pytest.fixture(scope="session")
 def phi3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Phi-3 of two layers, bf16, with grouped-query attention."""
     return build_phi3(tmp_path_factory.mktemp("base") / "tiny-phi3")

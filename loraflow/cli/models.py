@@ -30,14 +30,14 @@ def evaluate(model: str, recipe: str, sets: tuple[str, ...], as_json: bool) -> N
         walk.jobs.save()
     metrics = walk.jobs.store.manifest(scores).report["metrics"]
     if as_json:
-        click.echo(json.dumps({"model": str(folder), "metrics": metrics, "uri": str(walk.jobs.store.path(scores))}))
+        click.echo(json.dumps({"model": str(folder), "metrics": metrics, "uri": walk.jobs.store.where(scores)}))
         return
     for name, part in metrics.items():
         for metric, one in part.items():
             click.echo(
                 f"{name:<14} {metric:<14} {one['value']:8.4f}  {one['low']:.4f}–{one['high']:.4f}  ({one['n']} rows)"
             )
-    click.echo(f"row by row: {walk.jobs.store.path(scores) / 'scores.parquet'}")
+    click.echo(f"row by row: {walk.jobs.store.where(scores)}/scores.parquet")
 
 
 @click.command()

@@ -12,7 +12,7 @@ from loraflow.failures import BadConfig, Failure
 from loraflow.identity import short
 from loraflow.registry.log import Moved, PromotionLog, actor
 from loraflow.serving.models import only_model
-from loraflow.store import LocalStore, Ref
+from loraflow.store import Ref, open_store
 
 model_option = click.option("--model", help="Name in the registry (register.model); the only one by default.")
 
@@ -23,9 +23,9 @@ model_option = click.option("--model", help="Name in the registry (register.mode
 @json_option
 def registry(store: str, model: str | None, as_json: bool) -> None:
     """Show the promotion log; the last line is in force."""
-    where = LocalStore(store)
+    where = open_store(store)
     model = model or only_model(where)
-    entries = PromotionLog(where.root, model).entries()
+    entries = PromotionLog(where, model).entries()
     if as_json:
         click.echo(json.dumps([entry.model_dump() for entry in entries], ensure_ascii=False))
         return
@@ -37,7 +37,7 @@ def registry(store: str, model: str | None, as_json: bool) -> None:
         for reason in entry.reasons:
             click.echo(f"      {reason}")
     if entries:
-        click.echo(f"\nchampion  {where.path(entries[-1].merged)}")
+        click.echo(f"\nchampion  {where.where(entries[-1].merged)}")
     else:
         click.echo(f"no model of the name {model} was promoted yet")
 
@@ -48,12 +48,12 @@ def registry(store: str, model: str | None, as_json: bool) -> None:
 @store_option
 def promote(run: str, reason: str, store: str) -> None:
     """Make the model of RUN (an id of `loraflow runs`) the champion, whatever the gate said."""
-    where = LocalStore(store)
+    where = open_store(store)
     record = next((one for one in read_runs(where) if one["run"] == run and one["summary"]), None)
     if record is None:
         raise BadConfig("There is no such finished run.", where=run, next_step="loraflow runs")
     model = record["resolved"]["register"]["model"]
-    log = PromotionLog(where.root, model)
+    log = PromotionLog(where, model)
     head = log.head()
     refs: dict[str, Ref] = {}
     for stage in record["stages"]:
@@ -88,9 +88,9 @@ def promote(run: str, reason: str, store: str) -> None:
 @model_option
 def rollback(reason: str, store: str, model: str | None) -> None:
     """Go back to the champion before this one. A rerun leaves it so."""
-    where = LocalStore(store)
+    where = open_store(store)
     try:
-        entry = PromotionLog(where.root, model or only_model(where)).rollback(reason, actor())
+        entry = PromotionLog(where, model or only_model(where)).rollback(reason, actor())
     except Moved:
         raise Failure(
             "Another run promoted a model this moment.", next_step="look at `loraflow registry`, then again"

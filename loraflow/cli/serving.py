@@ -53,9 +53,9 @@ def chat(
     from loraflow.serving.chat import Chat, Sampling
     from loraflow.serving.models import Model, find_model, load
     from loraflow.serving.session import Session
-    from loraflow.store import LocalStore
+    from loraflow.store import open_store
 
-    place = LocalStore(store)
+    place = open_store(store)
     with place.reading():
         found = find_model(place, model, base)
         both = {"base": Model("base", found.base), "tuned": found} if compare and found.base else {found.name: found}
@@ -123,11 +123,11 @@ def predict(
     from loraflow.serving.chat import Sampling
     from loraflow.serving.models import find_model
     from loraflow.serving.predict import predict as answer_file
-    from loraflow.store import LocalStore
+    from loraflow.store import open_store
     from loraflow.store.files import HashMemo
 
-    place = LocalStore(store)
-    memo = HashMemo(place.root / "hashes.json" if place.root.exists() else None)
+    place = open_store(store)
+    memo = HashMemo(place.scratch / "hashes.json" if place.scratch.exists() else None)
     started = time.monotonic()
     with place.reading():
         found = find_model(place, model, base)
@@ -187,9 +187,9 @@ def serve(
     quiet_logging()
     from loraflow.serving.models import find_model
     from loraflow.serving.serve import plan_server
-    from loraflow.store import LocalStore
+    from loraflow.store import open_store
 
-    place = LocalStore(store)
+    place = open_store(store)
     with place.reading():
         server = plan_server(find_model(place, model, base), engine, host, port, name, dtype, engine_options)
     click.echo(server.greeting)
@@ -212,9 +212,9 @@ def publish(
     quiet_logging()
     from loraflow.serving import publish as publishing
     from loraflow.serving.models import find_model
-    from loraflow.store import LocalStore
+    from loraflow.store import open_store
 
-    place, what = LocalStore(store), "merged" if merged else "adapter"
+    place, what = open_store(store), "merged" if merged else "adapter"
     with place.reading():
         found = find_model(place, model, base)
         if dry_run:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,14 +10,17 @@ import click
 from loraflow.cli import json_option, quiet_logging
 from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.identity import short
-from loraflow.store import LocalStore
+from loraflow.store import Store, open_store
 
-store_option = click.option("--store", default=".loraflow/store", show_default=True, help="The store's folder.")
+store_option = click.option(
+    "--store", default=".loraflow/store", show_default=True, help="The store: a folder, or s3://bucket/prefix."
+)
 
 
-def read_runs(store: LocalStore) -> list[dict[str, Any]]:
+def read_runs(store: Store) -> list[dict[str, Any]]:
     """Return the records of all runs, oldest first."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((store.root / "runs").glob("*.json"))]
+    names = [name for name in store.documents("runs/") if name.endswith(".json")]
+    return [json.loads(text) for name in names if (text := store.read_document(name)) is not None]
 
 
 @click.command()
@@ -26,7 +28,7 @@ def read_runs(store: LocalStore) -> list[dict[str, Any]]:
 @json_option
 def runs(store: str, as_json: bool) -> None:
     """List what was run, oldest first."""
-    found = read_runs(LocalStore(store))
+    found = read_runs(open_store(store))
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False))
         return
@@ -44,14 +46,11 @@ def runs(store: str, as_json: bool) -> None:
 @json_option
 def show(what: str, store: str, as_json: bool) -> None:
     """Show WHAT: a run's id, `champion`, or the fingerprint or digest of an artifact (its beginning is enough)."""
-    where = LocalStore(store)
-    report = where.root / "runs" / f"{what}.md"
-    record = where.root / "runs" / f"{what}.json"
-    if record.exists():
-        if as_json or not report.exists():
-            click.echo(record.read_text(encoding="utf-8"))
-        else:
-            click.echo(report.read_text(encoding="utf-8"))
+    where = open_store(store)
+    record = where.read_document(f"runs/{what}.json")
+    if record is not None:
+        report = None if as_json else where.read_document(f"runs/{what}.md")
+        click.echo((report or record).decode())
         return
     for ref in where.artifacts():
         if len(what) >= 4 and (ref.fingerprint.startswith(what) or ref.digest.startswith(what)):
@@ -59,7 +58,7 @@ def show(what: str, store: str, as_json: bool) -> None:
             if as_json:
                 click.echo(manifest.model_dump_json())
                 return
-            click.echo(f"{ref}   {where.path(ref)}")
+            click.echo(f"{ref}   {where.where(ref)}")
             click.echo(f"  made      {manifest.provenance['started']} in {manifest.provenance['seconds']} s")
             click.echo(f"  size      {manifest.size:,} bytes in {len(manifest.files)} files")
             for name, one in manifest.inputs.items():
@@ -79,7 +78,7 @@ def show(what: str, store: str, as_json: bool) -> None:
 def verify(deep: bool, store: str) -> None:
     """Check the store: manifests, names and sizes; with --deep, contents. What is damaged is set aside."""
     quiet_logging()
-    where = LocalStore(store)
+    where = open_store(store)
     damaged = checked = 0
     with where.reading():
         for ref in where.artifacts():
@@ -106,7 +105,7 @@ def gc(store: str, keep: int, dry_run: bool) -> None:
     from loraflow.store.gc import collect
 
     freed = 0
-    for path, size, why in collect(LocalStore(store), keep=keep, dry_run=dry_run):
+    for path, size, why in collect(open_store(store), keep=keep, dry_run=dry_run):
         freed += size
-        click.echo(f"{'would remove' if dry_run else 'removed'}  {size / 2**20:9.1f} MiB  {Path(path)}  ({why})")
+        click.echo(f"{'would remove' if dry_run else 'removed'}  {size / 2**20:9.1f} MiB  {path}  ({why})")
     click.echo(f"{freed / 2**20:.1f} MiB {'could be' if dry_run else 'were'} freed")

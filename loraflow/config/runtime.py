@@ -16,7 +16,12 @@ class Frozen(BaseModel):
 class Runtime(Frozen):
     """Where and how: out of identity, recorded in the manifest."""
 
-    store: str = Field(".loraflow/store", description="Folder that holds artifacts, unfinished work and the registry.")
+    store: str = Field(
+        ".loraflow/store", description="Folder, or s3://bucket/prefix, that holds artifacts, records and the registry."
+    )
+    placement: dict[Literal["tokenize", "train", "evaluate", "merge", "verify"], str] = Field(
+        {}, description="Deployments of other work pools for heavy stages, such as train: gpu for stage/gpu."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where heavy stages compute.")
     devices: Annotated[int, Field(ge=1)] = Field(
         1, description="GPUs (or CPU processes) that train and evaluate together."

@@ -1,6 +1,6 @@
 """The promotion log of one model: numbered files, each with the hash of the one before it.
 
-An entry is created under its number or not at all (a hard link, which fails if the number is taken), so that of two
+An entry is created under its number or not at all (`create_document` fails if the number is taken), so that of two
 writers one wins, and the other reads the new head and decides again.
 """
 
@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from loraflow.failures import CorruptArtifact, Failure
 from loraflow.identity import canonical, short
-from loraflow.store import Ref
-from loraflow.store.files import fsync_path, write_json
+from loraflow.store import LocalStore, Ref, Store
 
 
 def actor() -> str:
@@ -30,6 +28,10 @@ def actor() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return str(os.getuid())
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 class Moved(Exception):
@@ -62,13 +64,18 @@ class Entry(BaseModel):
         return hashlib.sha256(canonical(plain)).hexdigest()
 
 
-class PromotionLog:
-    """The log of one model in a store's folder."""
+def models(store: Store) -> list[str]:
+    """Return the names in the registry, sorted."""
+    return sorted({name.split("/")[1] for name in store.documents("registry/")})
 
-    def __init__(self, root: Path, model: str):
-        self.folder = root / "registry" / model
+
+class PromotionLog:
+    """The log of one model in a store; `store` may be the folder of a local one."""
+
+    def __init__(self, store: Store | Path, model: str):
+        self.store: Store = LocalStore(store) if isinstance(store, Path) else store
+        self.folder = f"registry/{model}"
         self.model = model
-        self.root = root
 
     def entries(self) -> list[Entry]:
         """Return all entries, oldest first, their chain verified.
@@ -77,9 +84,9 @@ class PromotionLog:
             CorruptArtifact: an entry is missing or was changed.
         """
         found: list[Entry] = []
-        for number, path in enumerate(sorted(self.folder.glob("log/[0-9]*.json")), 1):
+        for number, path in enumerate(self.store.documents(f"{self.folder}/log/"), 1):
             try:
-                stored = json.loads(path.read_bytes())
+                stored = json.loads(self.store.read_document(path) or b"")
                 claimed = stored.pop("hash")
                 entry = Entry.model_validate(stored)
             except (ValueError, KeyError, AttributeError) as error:
@@ -94,12 +101,12 @@ class PromotionLog:
         return found
 
     def _here(self, ref: Ref | None) -> Ref | None:
-        return ref.model_copy(update={"uri": str(self.root)}) if ref else None
+        return ref.model_copy(update={"uri": self.store.uri}) if ref else None
 
-    def _broken(self, path: Path, why: str) -> CorruptArtifact:
+    def _broken(self, name: str, why: str) -> CorruptArtifact:
         return CorruptArtifact(
             "The promotion log is damaged.",
-            where=str(path),
+            where=f"{self.store.uri}/{name}",
             got=why,
             next_step="restore the file from a backup; nothing is promoted meanwhile",
         )
@@ -125,17 +132,9 @@ class PromotionLog:
             time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **values,
         )
-        log = self.folder / "log"
-        log.mkdir(parents=True, exist_ok=True)
-        draft = self.folder / f"draft-{uuid.uuid4().hex[:8]}.json"
-        write_json(draft, {**entry.model_dump(), "hash": entry.hash})
-        try:
-            os.link(draft, log / f"{entry.seq:06d}.json")
-            fsync_path(log)
-        except FileExistsError:
-            raise Moved from None
-        finally:
-            draft.unlink()
+        document = _json({**entry.model_dump(), "hash": entry.hash})
+        if not self.store.create_document(f"{self.folder}/log/{entry.seq:06d}.json", document):
+            raise Moved
         return entry
 
     def in_force(self) -> list[Entry]:
@@ -193,16 +192,14 @@ class PromotionLog:
 
     def decision(self, head: Entry | None, digest: str, protocol: str) -> dict[str, Any] | None:
         """Return what was decided about a model in sight of this head, by these rules, if anything was."""
-        with suppress(FileNotFoundError, ValueError):
-            return json.loads(self._decision_file(head, digest, protocol).read_bytes())
+        with suppress(ValueError):
+            return json.loads(self.store.read_document(self._decision(head, digest, protocol)) or b"")
         return None
 
     def remember(self, head: Entry | None, digest: str, protocol: str, decision: dict[str, Any]) -> None:
         """Keep a decision."""
-        file = self._decision_file(head, digest, protocol)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, decision)
+        self.store.write_document(self._decision(head, digest, protocol), _json(decision))
 
-    def _decision_file(self, head: Entry | None, digest: str, protocol: str) -> Path:
+    def _decision(self, head: Entry | None, digest: str, protocol: str) -> str:
         seen = short(head.hash) if head else "none"
-        return self.folder / "decisions" / f"{seen}-{short(digest)}-{short(protocol)}.json"
+        return f"{self.folder}/decisions/{seen}-{short(digest)}-{short(protocol)}.json"

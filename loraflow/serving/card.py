@@ -10,7 +10,7 @@ from loraflow import __version__
 from loraflow.identity import short
 from loraflow.serving.models import Model
 from loraflow.stages import TRAINING_RUNTIME
-from loraflow.store import LocalStore, Manifest, Ref
+from loraflow.store import Manifest, Ref, open_store
 
 # What a digest of the bundled file stands for: the package's own metadata.
 BUNDLED = {
@@ -87,7 +87,7 @@ def _lineage(tuned: Ref | None) -> dict[str, Manifest]:
     todo = [tuned] if tuned else []
     while todo:
         ref = todo.pop()
-        store = LocalStore(ref.uri)
+        store = open_store(ref.uri)
         if ref.stage in found or store.check(ref):
             continue
         found[ref.stage] = store.manifest(ref)

@@ -15,8 +15,8 @@ from typing import Any
 
 from loraflow import identity
 from loraflow.failures import BadConfig, BadModel, CorruptArtifact
-from loraflow.registry import PromotionLog
-from loraflow.store import LocalStore, Manifest, Ref
+from loraflow.registry.log import PromotionLog, models
+from loraflow.store import LocalStore, Manifest, Ref, Store
 from loraflow.store.base import MANIFEST
 from loraflow.store.files import HashMemo
 
@@ -66,7 +66,7 @@ class Model:
             )
 
 
-def find_model(store: LocalStore, model: str, base: str | None = None) -> Model:
+def find_model(store: Store, model: str, base: str | None = None) -> Model:
     """Return the model that somebody means by `champion`, `champion:NAME`, a run's id or a path.
 
     Args:
@@ -83,13 +83,13 @@ def find_model(store: LocalStore, model: str, base: str | None = None) -> Model:
         raise BadConfig("The base is no model's folder.", where=f"--base {base}", expected="a folder with config.json")
     if model.split(":")[0] == "champion":
         name = model.partition(":")[2] or only_model(store)
-        head = PromotionLog(store.root, name).head()
+        head = PromotionLog(store, name).head()
         if head is None:
             raise BadConfig(f"No champion of {name} yet.", next_step="loraflow registry --model NAME")
         return _of_artifact(store, head.merged, name, given, tuned=head.adapter)
     if RUN_ID.fullmatch(model):
-        record = store.root / "runs" / f"{model}.json"
-        for stage in json.loads(record.read_text(encoding="utf-8"))["stages"] if record.exists() else []:
+        record = store.read_document(f"runs/{model}.json")
+        for stage in json.loads(record)["stages"] if record is not None else []:
             if stage["stage"] == "merge":
                 ref = Ref(stage="merge", fingerprint=stage["fingerprint"], digest=stage["digest"], uri=store.uri)
                 return _of_artifact(store, ref, model, given)
@@ -108,13 +108,13 @@ def find_model(store: LocalStore, model: str, base: str | None = None) -> Model:
     )
 
 
-def only_model(store: LocalStore) -> str:
+def only_model(store: Store) -> str:
     """Return the one name in the registry.
 
     Raises:
         BadConfig: there is none, or more than one.
     """
-    names = sorted(path.name for path in (store.root / "registry").glob("*"))
+    names = models(store)
     if len(names) == 1:
         return names[0]
     raise BadConfig(
@@ -124,17 +124,21 @@ def only_model(store: LocalStore) -> str:
     )
 
 
-def find_run(store: LocalStore, merged: Ref) -> dict[str, Any] | None:
+def find_run(store: Store, merged: Ref) -> dict[str, Any] | None:
     """Return the record of the run that made a merged model: of several the newest that has a summary."""
-    for path in sorted((store.root / "runs").glob("*.json"), reverse=True):
-        record = json.loads(path.read_text(encoding="utf-8"))
+    for name in sorted(store.documents("runs/"), reverse=True):
+        if not RUN_ID.fullmatch(name.removeprefix("runs/").removesuffix(".json")):
+            continue
+        record = json.loads(store.read_document(name) or b"{}")
+        if not record:
+            continue
         digests = {stage["digest"] for stage in record["stages"] if stage["stage"] == "merge"}
         if record["summary"] and merged.digest in digests:
             return record
     return None
 
 
-def _of_folder(store: LocalStore, folder: Path, given: Path | None) -> Model:
+def _of_folder(store: Store, folder: Path, given: Path | None) -> Model:
     from loraflow.adapters.accept import refuse_pickles
 
     found = _artifact_at(folder)
@@ -143,10 +147,10 @@ def _of_folder(store: LocalStore, folder: Path, given: Path | None) -> Model:
         return Model(folder.name, folder, base=given)
     home, ref = found
     whole = _of_artifact(home, ref, identity.short(ref.digest), given)
-    return whole if home.root == store.root else replace(whole, ref=None)  # of another store, to this one a folder
+    return whole if home.uri == store.uri else replace(whole, ref=None)  # of another store, to this one a folder
 
 
-def _of_artifact(store: LocalStore, ref: Ref, name: str, given: Path | None, tuned: Ref | None = None) -> Model:
+def _of_artifact(store: Store, ref: Ref, name: str, given: Path | None, tuned: Ref | None = None) -> Model:
     problems = store.check(ref)
     if problems:
         raise CorruptArtifact(

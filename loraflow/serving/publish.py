@@ -19,8 +19,8 @@ from loraflow.failures import BadConfig, BadModel, Failure, Network
 from loraflow.identity import short
 from loraflow.serving.card import Facts, gather, hub_files, write_card
 from loraflow.serving.models import Model
-from loraflow.store import LocalStore
-from loraflow.store.files import HashMemo, write_json
+from loraflow.store import Store, open_store
+from loraflow.store.files import HashMemo
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 STALE = (".safetensors", ".safetensors.index.json")
@@ -28,7 +28,7 @@ _PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "base
 
 
 @contextmanager
-def package(store: LocalStore, model: Model, repo: str, what: str, licence: str | None) -> Iterator[tuple[Path, Facts]]:
+def package(store: Store, model: Model, repo: str, what: str, licence: str | None) -> Iterator[tuple[Path, Facts]]:
     """Lay out what will be uploaded: links to the weights, copies of what has to lose a local path, and the card.
 
     Raises:
@@ -47,12 +47,12 @@ def package(store: LocalStore, model: Model, repo: str, what: str, licence: str 
             else:
                 (folder / target).symlink_to(file)
         (folder / "README.md").write_text(write_card(facts, what, repo), encoding="utf-8")
-        _refuse_leaks(folder, [str(store.root), str(Path.home()), _token() or ""])
+        _refuse_leaks(folder, [store.uri, str(Path.home()), _token() or ""])
         yield folder, facts
 
 
 def publish(
-    store: LocalStore, model: Model, repo: str, *, what: str, private: bool, licence: str | None = None
+    store: Store, model: Model, repo: str, *, what: str, private: bool, licence: str | None = None
 ) -> dict[str, Any]:
     """Upload a model in one commit and return `repo`, `url` and `commit`. What the repository has already is not sent.
 
@@ -112,31 +112,30 @@ def _operations(api: Any, repo: str, folder: Path) -> list[Any]:
     ]
 
 
-def published(store: LocalStore, model: Model, repo: str, what: str) -> dict[str, Any] | None:
+def published(store: Store, model: Model, repo: str, what: str) -> dict[str, Any] | None:
     """Return what was published of this very model to a repository, if it was."""
-    file = _record(store, model, repo, what)
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    data = store.read_document(_record(model, repo, what))
+    return json.loads(data) if data is not None else None
 
 
-def _remember(store: LocalStore, model: Model, result: dict[str, Any]) -> None:
-    file = _record(store, model, result["repo"], result["what"])
+def _remember(store: Store, model: Model, result: dict[str, Any]) -> None:
     if model.ref is not None:  # a folder of somebody's own leaves no trace in the store
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {**result, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        said = {**result, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        store.write_document(_record(model, result["repo"], result["what"]), json.dumps(said, indent=1).encode())
 
 
-def _record(store: LocalStore, model: Model, repo: str, what: str) -> Path:
+def _record(model: Model, repo: str, what: str) -> str:
     digest = short(model.ref.digest) if model.ref else "folder"
-    return store.root / "runs" / "published" / f"{digest}-{what}-{repo.replace('/', '--')}.json"
+    return f"runs/published/{digest}-{what}-{repo.replace('/', '--')}.json"
 
 
-def _as(store: LocalStore, model: Model, what: str) -> Model:
+def _as(store: Store, model: Model, what: str) -> Model:
     """Return the model as what shall be published: the adapter of a merged one is in the store."""
     if what == "merged":
         model.refuse_unmerged("Publishing")
         return model
     if model.adapter is None and model.tuned is not None and model.base is not None:
-        folder = LocalStore(model.tuned.uri).path(model.tuned) / "adapter"
+        folder = open_store(model.tuned.uri).path(model.tuned) / "adapter"
         if (folder / "adapter_config.json").exists():
             return replace(model, adapter=folder, folder=model.base, ref=None)
     if model.adapter is None:

@@ -1,4 +1,4 @@
-"""Where artifacts live. `Store` is what the rest of loraflow knows; `LocalStore` is a plain folder.
+"""Where artifacts live. `Store` is what the rest of loraflow knows; `LocalStore` is a plain folder, `S3Store` a bucket.
 
 Layout of a store:
 
@@ -7,6 +7,9 @@ Layout of a store:
     work/<stage>/<fingerprint>/         what an unfinished job keeps: job.json, log, checkpoints
     set-aside/                          what turned out to be corrupt
     staging/  locks/  runs/  registry/  the rest
+
+A bucket has the same layout, but for `work/` and `staging/`, which each machine keeps in its cache folder
+(`LORAFLOW_CACHE`), beside the artifacts that it downloaded and what it has still to upload (`pending/`).
 """
 
 from loraflow.store.base import Manifest, Ref, Store, Summary
@@ -16,18 +19,22 @@ __all__ = ["LocalStore", "Manifest", "Ref", "Store", "Summary", "open_store"]
 
 
 def open_store(uri: str) -> Store:
-    """Open the store at a folder.
+    """Open the store at a folder, or at `s3://bucket/prefix`.
 
     Raises:
-        BadConfig: the uri names a kind of store that this version does not have.
+        BadConfig: the uri names a kind of store that there is not, or the bucket cannot be reached as it is set up.
     """
+    if uri.startswith("s3://"):
+        from loraflow.store.s3 import S3Store
+
+        return S3Store(uri)
     if "://" in uri and not uri.startswith("file://"):
         from loraflow.failures import BadConfig
 
         raise BadConfig(
-            "This version keeps artifacts in a local folder only.",
+            "There is no such kind of store.",
             where="runtime.store",
-            expected="a folder",
+            expected="a folder, or s3://bucket/prefix",
             got=uri,
             next_step="set runtime.store to a folder, for example .loraflow/store",
         )

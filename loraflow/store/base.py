@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any, Protocol
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from loraflow import identity
 from loraflow.identity import short
+from loraflow.store.files import files_below, hash_file
 
 MANIFEST = "manifest.json"
 TELEMETRY = "telemetry/"  # files below it are kept and hashed, but stay out of the digest
+OWN = {"work", "staging", "locks", "set-aside", "runs", "registry"}  # folders of a store that are no stages
 
 
 class Ref(BaseModel):
@@ -71,10 +74,70 @@ class Manifest(BaseModel):
         return sum(entry["size"] for entry in self.files.values())
 
 
+def describe(
+    staged: Path, payload: dict[str, Any], inputs: dict[str, Ref], summary: Summary, provenance: dict[str, Any]
+) -> Manifest:
+    """Hash the files of a staging folder and return the manifest that they get."""
+    files: dict[str, dict[str, Any]] = {
+        name: {"size": path.stat().st_size, "sha256": hash_file(path)}
+        for name, path in files_below(staged)
+        if name != MANIFEST
+    }
+    results = _results(files)
+    return Manifest(
+        stage=payload["stage"],
+        version=payload["version"],
+        fingerprint=identity.fingerprint(payload),
+        payload=payload,
+        digest=identity.digest(results),
+        facets={facet: _facet(results, prefixes) for facet, prefixes in summary.facets.items()},
+        files=files,
+        inputs={name: ref.model_dump(exclude={"uri"}) for name, ref in inputs.items()},
+        figures=summary.figures,
+        report=summary.report,
+        provenance=provenance,
+    )
+
+
+def misfits(found: dict[str, int], manifest: Manifest) -> list[str]:
+    """Compare names and sizes of an artifact's files with its manifest and return what is wrong, a line each."""
+    problems = []
+    for name, entry in manifest.files.items():
+        if name not in found:
+            problems.append(f"{name}: missing")
+        elif found[name] != entry["size"]:
+            problems.append(f"{name}: {found[name]} bytes, expected {entry['size']}")
+    return problems + [f"{name}: not in the manifest" for name in sorted(found.keys() - manifest.files.keys())]
+
+
+def contradictions(manifest: Manifest, ref: Ref) -> list[str]:
+    """Return where a manifest does not agree with itself, or with the ref that led to it, a line each."""
+    problems = []
+    if identity.digest(_results(manifest.files)) != ref.digest:
+        problems.append(f"{MANIFEST}: its digest is not that of its files")
+    if identity.fingerprint(manifest.payload) != ref.fingerprint:
+        problems.append(f"{MANIFEST}: its payload does not give its fingerprint")
+    return problems
+
+
+def _results(files: dict[str, dict[str, Any]]) -> dict[str, str]:
+    return {name: entry["sha256"] for name, entry in files.items() if not name.startswith(TELEMETRY)}
+
+
+def _facet(results: dict[str, str], prefixes: list[str]) -> str:
+    part = {name: sha for name, sha in results.items() if name.startswith(tuple(prefixes))}
+    if not part:
+        raise ValueError(f"no result file starts with {prefixes}: a facet must not be empty")
+    return identity.digest(part)
+
+
 class Store(Protocol):
     """What stages, flows and the command line need of a store."""
 
     uri: str
+    scratch: Path  # a local folder for what is of this machine alone; staging folders lie on its disk
+
+    # artifacts
 
     def find(self, stage: str, fingerprint: str) -> Ref | None:
         """Return the current artifact if its manifest, names and sizes are right, else None."""
@@ -82,20 +145,29 @@ class Store(Protocol):
     def manifest(self, ref: Ref) -> Manifest:
         """Read an artifact's manifest."""
 
+    def where(self, ref: Ref) -> str:
+        """Say where an artifact lies, for people; nothing is fetched."""
+
     def path(self, ref: Ref) -> Path:
-        """Return a local folder with the artifact's files."""
+        """Return a local folder with the artifact's files. What had to be fetched was hashed on arrival."""
+
+    def read(self, ref: Ref, name: str) -> bytes:
+        """Return the content of one file of an artifact."""
 
     def check(self, ref: Ref) -> list[str]:
         """Compare an artifact's names and sizes with its manifest and return what is wrong, a line each."""
 
     def verify(self, ref: Ref) -> list[str]:
-        """Hash an artifact's contents and return what is wrong with it, a line each."""
+        """Hash an artifact's contents where they are kept and return what is wrong with them, a line each."""
 
-    def set_aside(self, ref: Ref, problems: list[str]) -> Path:
-        """Move a corrupt artifact out of the way, with the reasons beside it."""
+    def fetch(self, ref: Ref) -> list[str]:
+        """Hash the contents that `path` gives, after getting them here if need be; return what is wrong, a line each."""
+
+    def set_aside(self, ref: Ref, problems: list[str]) -> str:
+        """Move a corrupt artifact out of the way, with the reasons beside it, and say where it went."""
 
     def staging(self, stage: str, fingerprint: str) -> Path:
-        """Return a new empty folder for a job to write into."""
+        """Return a new empty local folder for a job to write into."""
 
     def commit(
         self,
@@ -109,14 +181,54 @@ class Store(Protocol):
     ) -> Ref:
         """Turn a staging folder into an artifact: after a crash at any instant the old state or the new is there."""
 
+    def finish(self, stage: str, fingerprint: str) -> Ref | None:
+        """Finish a commit that was cut off, if all of what it had to write still lies here."""
+
     def lock(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
         """Hold a job's lock; wait for whoever has it. A dead holder's lock frees itself."""
 
     def work(self, stage: str, fingerprint: str) -> Path:
-        """Return the folder in which an unfinished job keeps what a retry goes on from."""
+        """Return the local folder in which an unfinished job keeps what a retry goes on from."""
 
     def artifacts(self) -> Iterator[Ref]:
         """Go through all artifacts, current or not."""
 
+    def newest(self, stage: str) -> Manifest | None:
+        """Return the manifest of the stage's newest artifact."""
+
     def newest_payload(self, stage: str, like: dict[str, Any]) -> dict[str, Any] | None:
         """Return the payload of the stage's artifact that is nearest to `like`, to explain a miss."""
+
+    def remains(self, stage: str, fingerprint: str) -> Literal["damaged", "removed"] | None:
+        """Say what is left of an artifact that was there and is not found; None if there was none."""
+
+    # small documents: records of runs, the promotion log. Names are relative, such as `runs/x.json`
+
+    def read_document(self, name: str) -> bytes | None:
+        """Return a document, None if there is none."""
+
+    def create_document(self, name: str, data: bytes) -> bool:
+        """Write a document that is not there yet; of several writers one succeeds. Return False if it is there."""
+
+    def write_document(self, name: str, data: bytes) -> None:
+        """Write or replace a document: a reader, or a crash, sees the old content or the new."""
+
+    def documents(self, prefix: str) -> list[str]:
+        """Return the names of all documents below a prefix that ends with a slash, sorted."""
+
+    # keeping the store small
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Hold off `gc` while artifacts are in use."""
+
+    def collecting(self) -> AbstractContextManager[None]:
+        """Keep readers out while something is removed. Raises `Held` if there are any."""
+
+    def made(self, ref: Ref) -> float:
+        """Return when an artifact was committed, in seconds since 1970."""
+
+    def remove(self, ref: Ref) -> None:
+        """Delete an artifact: nobody finds half of it."""
+
+    def leftovers(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
+        """Yield, and remove, (name, bytes) of unfinished work and cut-off writes from before a time."""

@@ -9,16 +9,14 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 from loraflow import identity
 from loraflow.failures import CorruptArtifact, from_os_error
-from loraflow.store.base import MANIFEST, TELEMETRY, Manifest, Ref, Summary
-from loraflow.store.files import files_below, fsync_path, fsync_tree, hash_file, write_json
+from loraflow.store.base import MANIFEST, OWN, Manifest, Ref, Summary, contradictions, describe, misfits
+from loraflow.store.files import files_below, fsync_path, fsync_tree, hash_file, write_atomic, write_json
 from loraflow.store.lock import flock
-
-_OWN = {"work", "staging", "locks", "set-aside", "runs", "registry"}
 
 
 class LocalStore:
@@ -27,6 +25,7 @@ class LocalStore:
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser().absolute()
         self.uri = str(self.root)
+        self.scratch = self.root
 
     # reading
 
@@ -64,6 +63,14 @@ class LocalStore:
         """Return the artifact's folder."""
         return self._folder(ref)
 
+    def where(self, ref: Ref) -> str:
+        """Return the artifact's folder."""
+        return str(self._folder(ref))
+
+    def read(self, ref: Ref, name: str) -> bytes:
+        """Return the content of one file of an artifact."""
+        return (self._folder(ref) / name).read_bytes()
+
     def check(self, ref: Ref) -> list[str]:
         """Compare an artifact's names and sizes with its manifest and return what is wrong, a line each."""
         folder = self._folder(ref)
@@ -82,17 +89,16 @@ class LocalStore:
         for name, entry in manifest.files.items():
             if hash_file(folder / name) != entry["sha256"]:
                 problems.append(f"{name}: content is not what was written")
-        results = {name: entry["sha256"] for name, entry in manifest.files.items() if not name.startswith(TELEMETRY)}
-        if not problems and identity.digest(results) != ref.digest:
-            problems.append(f"{MANIFEST}: its digest is not that of its files")
-        if identity.fingerprint(manifest.payload) != ref.fingerprint:
-            problems.append(f"{MANIFEST}: its payload does not give its fingerprint")
-        return problems
+        return problems or contradictions(manifest, ref)
+
+    def fetch(self, ref: Ref) -> list[str]:
+        """Hash an artifact's contents: they are here already."""
+        return self.verify(ref)
 
     def artifacts(self) -> Iterator[Ref]:
         """Go through all artifacts that have a readable manifest, current or not."""
         for path in sorted(self.root.glob(f"*/*/*/{MANIFEST}")):
-            if path.parts[len(self.root.parts)] in _OWN:
+            if path.parts[len(self.root.parts)] in OWN:
                 continue
             try:
                 yield self._ref(self._read_manifest(path.parent))
@@ -113,6 +119,60 @@ class LocalStore:
             if best is None or rank < best:
                 best, payload = rank, candidate
         return payload
+
+    def newest(self, stage: str) -> Manifest | None:
+        """Return the manifest of the stage's newest artifact."""
+        paths = (self.root / stage).glob(f"*/*/{MANIFEST}")
+        path = max(paths, key=lambda path: path.stat().st_mtime, default=None)
+        try:
+            return self._read_manifest(path.parent) if path else None
+        except (OSError, ValueError):
+            return None
+
+    def remains(self, stage: str, fingerprint: str) -> Literal["damaged", "removed"] | None:
+        """Say what is left of an artifact that was there and is not found; None if there was none."""
+        home = self.root / stage / fingerprint
+        if not (home / "current.json").exists():
+            return None
+        return "damaged" if any(home.glob("*/")) else "removed"
+
+    # documents
+
+    def read_document(self, name: str) -> bytes | None:
+        """Return a document, None if there is none."""
+        try:
+            return (self.root / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def create_document(self, name: str, data: bytes) -> bool:
+        """Write a document that is not there yet: a hard link, which fails if the name is taken."""
+        with self._writing():
+            path = self.root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_name(f".draft-{uuid.uuid4().hex[:8]}")
+            write_atomic(draft, data)
+            try:
+                os.link(draft, path)
+            except FileExistsError:
+                return False
+            finally:
+                draft.unlink()
+            fsync_path(path.parent)
+            return True
+
+    def write_document(self, name: str, data: bytes) -> None:
+        """Write or replace a document."""
+        with self._writing():
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.root / name, data)
+
+    def documents(self, prefix: str) -> list[str]:
+        """Return the names of all documents below a prefix, sorted."""
+        found = (self.root / prefix).rglob("*")
+        return sorted(
+            path.relative_to(self.root).as_posix() for path in found if path.is_file() and path.name[0] != "."
+        )
 
     # writing
 
@@ -171,23 +231,7 @@ class LocalStore:
         the same job with other last bits agree afterwards; `replace` is for a computation that was forced.
         """
         with self._writing():
-            files: dict[str, dict[str, Any]] = {
-                name: {"size": path.stat().st_size, "sha256": hash_file(path)} for name, path in files_below(staged)
-            }
-            results = {name: entry["sha256"] for name, entry in files.items() if not name.startswith(TELEMETRY)}
-            manifest = Manifest(
-                stage=payload["stage"],
-                version=payload["version"],
-                fingerprint=identity.fingerprint(payload),
-                payload=payload,
-                digest=identity.digest(results),
-                facets={facet: _facet(results, prefixes) for facet, prefixes in summary.facets.items()},
-                files=files,
-                inputs={name: ref.model_dump(exclude={"uri"}) for name, ref in inputs.items()},
-                figures=summary.figures,
-                report=summary.report,
-                provenance=provenance,
-            )
+            manifest = describe(staged, payload, inputs, summary, provenance)
             fsync_tree(staged)
             write_json(staged / MANIFEST, manifest.model_dump())
             home = self.root / manifest.stage / manifest.fingerprint
@@ -205,10 +249,14 @@ class LocalStore:
             write_json(home / "current.json", {"digest": manifest.digest})
             return self._ref(manifest)
 
-    def set_aside(self, ref: Ref, problems: list[str]) -> Path:
-        """Move a corrupt artifact out of the way, with the reasons beside it."""
+    def finish(self, stage: str, fingerprint: str) -> Ref | None:
+        """Return nothing: a commit here is a rename, of which nothing is left to finish."""
+        return None
+
+    def set_aside(self, ref: Ref, problems: list[str]) -> str:
+        """Move a corrupt artifact out of the way, with the reasons beside it, and return where it went."""
         with self._writing():
-            return self._move_aside(self._folder(ref), problems)
+            return str(self._move_aside(self._folder(ref), problems))
 
     def _move_aside(self, folder: Path, problems: list[str]) -> Path:
         target = self.root / "set-aside" / f"{folder.parts[-3]}-{folder.name[:12]}-{uuid.uuid4().hex[:6]}"
@@ -219,6 +267,42 @@ class LocalStore:
             return target  # somebody else was faster, or it was deleted by hand
         write_json(target.with_suffix(".json"), {"was": str(folder), "problems": problems, "time": time.time()})
         return target
+
+    # keeping it small
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Keep readers out while something is removed.
+
+        Raises:
+            Held: there are some.
+        """
+        with flock(self.root / "locks" / "readers", wait=False):
+            yield
+
+    def made(self, ref: Ref) -> float:
+        """Return when an artifact was committed, in seconds since 1970."""
+        return self._folder(ref).stat().st_mtime
+
+    def remove(self, ref: Ref) -> None:
+        """Delete an artifact: renamed first, so that nobody finds half of it."""
+        self._remove(self._folder(ref))
+
+    def leftovers(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
+        """Yield, and remove, (name, bytes) of folders of unfinished work that nobody wrote to since a time."""
+        for pattern in ("work/*/*", "staging/*", "set-aside/*"):
+            for path in self.root.glob(pattern):
+                if path.is_dir() and path.stat().st_mtime < before:
+                    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+                    if remove:
+                        self._remove(path)
+                    yield PurePosixPath(path.relative_to(self.root).as_posix()), size
+
+    def _remove(self, folder: Path) -> None:
+        gone = self.root / "staging" / f"gone-{folder.name[:12]}-{time.time_ns()}"
+        gone.parent.mkdir(exist_ok=True)
+        folder.rename(gone)
+        shutil.rmtree(gone)
 
     # inside
 
@@ -249,24 +333,10 @@ class LocalStore:
             raise failure from error
 
 
-def _facet(results: dict[str, str], prefixes: list[str]) -> str:
-    part = {name: sha for name, sha in results.items() if name.startswith(tuple(prefixes))}
-    if not part:
-        raise ValueError(f"no result file starts with {prefixes}: a facet must not be empty")
-    return identity.digest(part)
-
-
 def _misfits(folder: Path, manifest: Manifest) -> list[str]:
     """Compare names and sizes with the manifest, without reading contents."""
     try:
         found = {name: path.stat().st_size for name, path in files_below(folder) if name != MANIFEST}
     except (OSError, ValueError) as error:
         return [str(error)]
-    problems = []
-    for name, entry in manifest.files.items():
-        if name not in found:
-            problems.append(f"{name}: missing")
-        elif found[name] != entry["size"]:
-            problems.append(f"{name}: {found[name]} bytes, expected {entry['size']}")
-    problems += [f"{name}: not in the manifest" for name in sorted(found.keys() - manifest.files.keys())]
-    return problems
+    return misfits(found, manifest)

@@ -6,7 +6,7 @@ import pytest
 from loraflow.failures import CorruptArtifact, Failure
 from loraflow.registry import PromotionLog
 from loraflow.registry.log import Moved
-from loraflow.store import Ref
+from loraflow.store import LocalStore, Ref, open_store
 
 
 def ref(name):
@@ -19,9 +19,10 @@ def promote(log, name):
     )
 
 
-@pytest.fixture
-def log(tmp_path):
-    return PromotionLog(tmp_path, "tickets")
+@pytest.fixture(params=["folder", "bucket"])
+def log(request, tmp_path):
+    place = tmp_path if request.param == "folder" else open_store(request.getfixturevalue("bucket_uri"))
+    return PromotionLog(place, "tickets")
 
 
 def test_the_last_entry_is_in_force(log):
@@ -32,8 +33,8 @@ def test_the_last_entry_is_in_force(log):
     assert log.head().merged.digest == "b" * 64
 
 
-def test_a_store_that_moved_keeps_its_log(log, tmp_path):
-    promote(log, "a")
+def test_a_store_that_moved_keeps_its_log(tmp_path):
+    promote(PromotionLog(tmp_path, "tickets"), "a")
     (tmp_path / "registry").rename(tmp_path / "moved")
     (tmp_path / "new").mkdir()
     (tmp_path / "moved").rename(tmp_path / "new" / "registry")
@@ -45,15 +46,17 @@ def test_a_store_that_moved_keeps_its_log(log, tmp_path):
 def test_a_changed_log_is_refused(log, harm):
     for name in "abc":
         promote(log, name)
-    file = log.folder / "log" / "000002.json"
-    if harm == "delete":
-        file.unlink()
+    name = "registry/tickets/log/000002.json"
+    if harm == "delete" and isinstance(log.store, LocalStore):
+        (log.store.root / name).unlink()
+    elif harm == "delete":
+        log.store.bucket.delete([name])
     elif harm == "garbage":
-        file.write_text("{")
+        log.store.write_document(name, b"{")
     else:
-        values = json.loads(file.read_text())
+        values = json.loads(log.store.read_document(name))
         values["reasons"] = ["because"]
-        file.write_text(json.dumps(values))
+        log.store.write_document(name, json.dumps(values).encode())
     with pytest.raises(CorruptArtifact, match="damaged"):
         log.head()
 
@@ -72,7 +75,7 @@ def test_of_many_writers_in_sight_of_one_head_one_wins(log):
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(attempt, "bcdefghi")) == 1
     assert len(log.entries()) == 2
-    assert not list(log.folder.glob("draft*"))
+    assert len(log.store.documents("registry/")) == 2, "no draft is left"
 
 
 def test_a_rollback_goes_to_the_one_before_and_again_to_the_one_before_that(log):

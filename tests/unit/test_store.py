@@ -11,7 +11,7 @@ import pytest
 
 from loraflow import identity
 from loraflow.failures import CorruptArtifact, DiskFull, ReadOnlyStore
-from loraflow.store import LocalStore, Ref, Summary
+from loraflow.store import LocalStore, Ref, Summary, open_store
 from loraflow.store.gc import collect
 
 PAYLOAD = identity.payload("tokenize", 1, {}, {"x": 1})
@@ -34,9 +34,22 @@ def put(store: LocalStore, payload=PAYLOAD, content="hello", **options) -> Ref:
     )
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> LocalStore:
-    return LocalStore(tmp_path / "a store with späce")
+@pytest.fixture(params=["folder", "bucket"])
+def store(request, tmp_path: Path):
+    """What is true of the interface is true of each store."""
+    if request.param == "folder":
+        return LocalStore(tmp_path / "a store with späce")
+    return open_store(request.getfixturevalue("bucket_uri"))
+
+
+def rewrite(store, ref: Ref, name: str, content: str | None) -> None:
+    """Change a file of an artifact behind the store's back; None deletes it."""
+    if isinstance(store, LocalStore):
+        path = store.path(ref) / name
+        path.write_text(content) if content is not None else path.unlink()
+    else:
+        key = f"{ref.stage}/{ref.fingerprint}/{ref.digest}/{name}"
+        store.bucket.put(key, content.encode()) if content is not None else store.bucket.delete([key])
 
 
 def test_what_was_committed_is_found_whole(store):
@@ -67,17 +80,17 @@ def test_a_forced_computation_replaces_the_first(store):
 @pytest.mark.parametrize("harm", ["delete", "shorten", "extra", "manifest", "pointer"])
 def test_names_and_sizes_are_checked_on_every_hit(store, harm):
     ref = put(store)
-    file = store.path(ref) / "sub" / "a.txt"
-    if harm == "delete":
-        file.unlink()
-    elif harm == "shorten":
-        file.write_text("hell")
-    elif harm == "extra":
-        (store.path(ref) / "more").write_text("")
-    elif harm == "manifest":
-        (store.path(ref) / "manifest.json").write_text("{")
+    name, content = {
+        "delete": ("sub/a.txt", None),
+        "shorten": ("sub/a.txt", "hell"),
+        "extra": ("more", "x"),
+        "manifest": ("manifest.json", "{"),
+        "pointer": ("../current.json", None),
+    }[harm]
+    if harm == "pointer" and not isinstance(store, LocalStore):
+        store.bucket.delete([f"{ref.stage}/{ref.fingerprint}/current.json"])
     else:
-        (store.path(ref).parent / "current.json").unlink()
+        rewrite(store, ref, name, content)
     assert store.find("tokenize", FP) is None
     again = put(store)
     assert store.find("tokenize", FP) == again
@@ -86,28 +99,24 @@ def test_names_and_sizes_are_checked_on_every_hit(store, harm):
 
 def test_a_flipped_byte_is_found_by_reading(store):
     ref = put(store)
-    file = store.path(ref) / "sub" / "a.txt"
-    stamp = file.stat()
-    file.write_text("hellO")
-    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    rewrite(store, ref, "sub/a.txt", "hellO")
     assert store.find("tokenize", FP) == ref
     assert store.verify(ref) == ["sub/a.txt: content is not what was written"]
 
 
 def test_an_edited_manifest_does_not_pass(store):
     ref = put(store)
-    file = store.path(ref) / "manifest.json"
-    values = json.loads(file.read_text())
+    values = store.manifest(ref).model_dump()
     values["payload"]["config"]["x"] = 2
-    file.write_text(json.dumps(values))
+    rewrite(store, ref, "manifest.json", json.dumps(values))
     assert any("fingerprint" in problem for problem in store.verify(ref))
 
 
 def test_set_aside_keeps_the_evidence(store):
     ref = put(store)
-    place = store.set_aside(ref, ["why"])
-    assert (place / "sub" / "a.txt").exists()
-    assert json.loads(place.with_suffix(".json").read_text())["problems"] == ["why"]
+    place = store.set_aside(ref, ["why"]).removeprefix(store.uri + "/")
+    assert store.read_document(f"{place}/sub/a.txt") == b"hello"
+    assert json.loads(store.read_document(f"{place}.json"))["problems"] == ["why"]
     assert store.find("tokenize", FP) is None
 
 
@@ -116,6 +125,34 @@ def test_a_link_in_an_artifact_is_refused(store):
     (staged / "link").symlink_to("/etc/passwd")
     with pytest.raises(ValueError, match="neither"):
         store.commit(staged, payload=PAYLOAD, inputs={}, summary=Summary(), provenance={})
+
+
+def test_documents_are_created_once_and_listed_in_order(store):
+    assert store.read_document("runs/1.json") is None
+    assert store.create_document("runs/2.json", b"2") and not store.create_document("runs/2.json", b"3")
+    store.write_document("runs/1.json", b"1")
+    store.write_document("runs/1.json", b"one")
+    assert store.documents("runs/") == ["runs/1.json", "runs/2.json"]
+    assert (store.read_document("runs/1.json"), store.read_document("runs/2.json")) == (b"one", b"2")
+    assert list(store.artifacts()) == []
+
+
+def test_a_miss_is_explained_by_what_is_left_and_by_the_nearest(store):
+    assert store.remains("tokenize", FP) is None and store.newest("tokenize") is None
+    refs = [put(store, payload=identity.payload("tokenize", 1, {}, {"x": x, "y": x})) for x in (1, 2, 3)]
+    assert store.newest("tokenize").stage == "tokenize"
+    assert store.newest_payload("tokenize", identity.payload("tokenize", 1, {}, {"x": 2, "y": 9}))["config"]["x"] == 2
+    rewrite(store, refs[0], "sub/a.txt", None)
+    assert store.remains("tokenize", refs[0].fingerprint) == "damaged"
+    store.remove(refs[1])
+    assert store.remains("tokenize", refs[1].fingerprint) == "removed"
+    assert store.find("tokenize", refs[2].fingerprint) == refs[2]
+
+
+def test_one_file_is_read_by_itself(store):
+    ref = put(store)
+    assert store.read(ref, "sub/a.txt") == b"hello"
+    assert store.read(ref, "telemetry/time.json").isdigit()
 
 
 def test_the_manifest_of_a_missing_artifact_is_a_failure_with_a_next_step(store):
@@ -234,10 +271,9 @@ def test_a_read_only_store_reads_and_says_so_when_written(tmp_path):
     assert ReadOnlyStore.exit_code == 1
 
 
-def test_gc_keeps_what_is_new_and_stops_while_a_run_reads(store):
+def test_gc_keeps_what_is_new_and_stops_while_a_run_reads(store, monkeypatch):
     refs = [put(store, payload=identity.payload("merge", 1, {}, {"x": i}), content=f"model {i}") for i in range(5)]
-    for age, ref in enumerate(refs):
-        os.utime(store.path(ref), (1000 + age, 1000 + age))
+    monkeypatch.setattr(store, "made", lambda ref: refs.index(ref))
     removed = [path for path, _, _ in collect(store, keep=2)]
     assert sorted(path.name for path in removed) == sorted(ref.digest for ref in refs[:3])
     assert store.find("merge", refs[4].fingerprint) == refs[4]

@@ -1,0 +1,33 @@
+"""One stage of another run, on this worker: what `runtime.placement` sends here. Refs travel, and the store is shared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+from prefect.states import Failed, State
+
+from loraflow.failures import Failure
+from loraflow.tether import end_with_parent
+from tasks.place import accept, say
+from tasks.stages import run_here
+
+
+@flow(name="stage", flow_run_name="{label}", persist_result=False)
+def stage(job: dict[str, Any], store: str, label: str, force: bool = False) -> State | None:
+    """Compute one stage of another run and put its artifact into the shared store.
+
+    Args:
+        job: The stage's job, as the run that wants it has built it.
+        store: The store that both reach.
+        label: What people call the stage.
+        force: Compute it although it is in the store.
+    """
+    end_with_parent()
+    try:
+        accepted, artifacts = accept(job, store)
+        with artifacts.reading():
+            run_here(accepted, artifacts, label, force=force)
+    except Failure as failure:
+        return Failed(message=say(failure))
+    return None

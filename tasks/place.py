@@ -1,0 +1,183 @@
+"""Stages that another pool's worker computes: sent through the deployment `stage/<name>`, watched, and ended with us.
+
+`runtime.placement` names the deployment of a stage. Parameters and states go through Prefect's server, artifacts
+through the store that both sides reach. A failure comes back as the one that it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from typing import Any
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import DeploymentStatus, FlowRun, StateType, WorkerStatus
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelled, Cancelling
+from pydantic import ValidationError
+
+from loraflow.failures import BadConfig, Crashed, Failure, Killed, Network, from_dict
+from loraflow.job import Job
+from loraflow.stages import STAGES
+from loraflow.store import LocalStore, Ref, Store, open_store
+
+log = logging.getLogger("loraflow")
+
+POLL = 2.0  # seconds between two looks at a sub-run
+PATIENCE = 120.0  # seconds that a stage waits for a first worker of its pool; busy workers are waited for without end
+_MARK = "failure: "
+
+
+def place(job: Job, store: Store, label: str, name: str, *, force: bool) -> Ref:
+    """Have a stage computed through the deployment `stage/<name>` and return the artifact that is in the store then.
+
+    Raises:
+        Failure: the stage's own; or there is no such deployment, no worker, or the run was cancelled.
+    """
+    with get_client(sync_client=True) as client:
+        try:
+            deployment = client.read_deployment_by_name(f"stage/{name}")
+        except ObjectNotFound:
+            raise BadConfig(
+                f"There is no deployment stage/{name}, which runtime.placement names.",
+                where=f"runtime.placement.{job.stage}",
+                next_step="loraflow deploy makes stage/cpu and stage/gpu; or add another to prefect.yaml",
+            ) from None
+        parameters = {"job": job.model_dump(mode="json"), "store": store.uri, "label": label, "force": force}
+        run: FlowRun = run_deployment(deployment.id, parameters=parameters, timeout=0)  # type: ignore[assignment]
+        log.info("%s goes to stage/%s (pool %s): sub-run %s", label, name, deployment.work_pool_name, run.id)
+        try:
+            done = _watch(client, run, deployment.work_pool_name, label)
+        except BaseException:
+            _cancel(client, run, label)
+            raise
+    _raise_failure(done, label, name)
+    ref = store.find(job.stage, job.fingerprint)
+    if ref is None:
+        raise _other_store(store, f"{label} ended there, and its artifact is not here")
+    return ref
+
+
+def _watch(client: SyncPrefectClient, run: FlowRun, pool: str | None, label: str) -> FlowRun:
+    """Wait for a sub-run's end."""
+    waiting_since, shown = time.monotonic(), None
+    while True:
+        run = client.read_flow_run(run.id)
+        assert run.state is not None
+        if run.state.is_final():
+            return run
+        if run.state.name != shown:
+            log.info("%s: %s", label, run.state.name)
+            shown = run.state.name
+        if run.state.is_running():
+            waiting_since = time.monotonic()
+        elif time.monotonic() - waiting_since > PATIENCE and not _has_worker(client, run, pool):
+            raise BadConfig(
+                f"No worker took {label} within {PATIENCE:.0f} s.",
+                where=f"work pool {pool}" if pool else f"deployment of sub-run {run.id}",
+                got="no worker is online",
+                next_step=f"prefect worker start --pool {pool}" if pool else "start the process that serves it",
+            )
+        time.sleep(POLL)
+
+
+def _has_worker(client: SyncPrefectClient, run: FlowRun, pool: str | None) -> bool:
+    if pool is None:
+        assert run.deployment_id is not None
+        return client.read_deployment(run.deployment_id).status == DeploymentStatus.READY
+    workers = client.request(
+        "POST", "/work_pools/{work_pool_name}/workers/filter", path_params={"work_pool_name": pool}, json={}
+    )
+    return any(one["status"] == WorkerStatus.ONLINE.value for one in workers.json())
+
+
+def _cancel(client: SyncPrefectClient, run: FlowRun, label: str) -> None:
+    """End the sub-run: whatever ended us must not leave it computing. Its checkpoints stay with its worker."""
+    try:
+        now = client.read_flow_run(run.id).state
+        if now is None or now.is_final():
+            return
+        started = now.is_running() or now.is_cancelling() or run.infrastructure_pid is not None
+        client.set_flow_run_state(run.id, Cancelling() if started or now.is_pending() else Cancelled(), force=True)
+        log.info("%s: its sub-run %s is cancelled too", label, run.id)
+    except Exception as error:  # we are on our way out for another reason, which is the one to tell
+        log.warning("%s: its sub-run %s could not be cancelled (%s): prefect flow-run cancel %s", label, run.id, error,
+                    run.id)  # fmt: skip
+
+
+def _raise_failure(run: FlowRun, label: str, name: str) -> None:
+    state = run.state
+    assert state is not None
+    if state.type == StateType.COMPLETED:
+        return
+    message = state.message or ""
+    where = f"stage/{name}, sub-run {run.id}"
+    if _MARK in message:
+        raise from_dict(json.loads(message.rpartition(_MARK)[2]))
+    if state.type == StateType.CANCELLED:
+        raise Failure(f"{label} was cancelled.", where=where, got=message, next_step="run again: it resumes")
+    if state.type == StateType.CRASHED:
+        raise Killed(f"The process that ran {label} died.", where=where, got=message, next_step="run again: it resumes")
+    raise Crashed(f"{label} ended in a way that it did not foresee.", where=where, got=message,
+                  next_step=f"prefect flow-run logs {run.id}")  # fmt: skip
+
+
+# on the other side
+
+
+def accept(job: dict[str, Any], store: str) -> tuple[Job, Store]:
+    """Check that this worker can do a job as it is meant, and return it with the store.
+
+    Raises:
+        BadConfig: this worker has other code, or does not see the run's artifacts.
+        Network: the store does not answer.
+    """
+    here = f"worker on {platform.node()}"
+    stage = STAGES.get(job.get("stage", ""))
+    if stage is None or stage.version != job.get("version"):
+        raise BadConfig(
+            "The worker has other code than the run.",
+            where=here,
+            expected=f"stage {job.get('stage')} version {job.get('version')}",
+            got=f"version {stage.version}" if stage else "no such stage",
+            next_step="bring both to the same version of loraflow and start the worker again",
+        )
+    try:
+        accepted = Job.model_validate(job)
+    except ValidationError as error:
+        raise BadConfig(
+            "The worker does not understand the job: it has other code than the run.",
+            where=here,
+            got=str(error.errors()[0]["msg"]),
+            next_step="bring both to the same version of loraflow and start the worker again",
+        ) from error
+    try:
+        artifacts = open_store(store)
+    except (BadConfig, Network) as failure:
+        failure.where = f"{failure.where} ({here})"
+        raise
+    missing = [str(ref) for ref in accepted.inputs.values() if MISSING in artifacts.check(ref)]
+    if missing:
+        raise _other_store(artifacts, f"{', '.join(missing)} not found on the {here}")
+    return accepted, artifacts
+
+
+MISSING = "manifest.json: FileNotFoundError"
+
+
+def _other_store(store: Store, got: str) -> BadConfig:
+    advice = "set runtime.store to s3://bucket/prefix, or to a folder that both sides mount at the same path"
+    return BadConfig(
+        "The run and the worker do not share a store.",
+        where=store.uri,
+        got=got,
+        next_step=advice if isinstance(store, LocalStore) else "give both the same bucket and AWS_ENDPOINT_URL_S3",
+    )
+
+
+def say(failure: Failure) -> str:
+    """Return a failure as a state's message: readable, and with a last line that `place` raises it from."""
+    return f"{failure}\n{_MARK}{json.dumps(failure.to_dict(), default=str)}"

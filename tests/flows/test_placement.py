@@ -1,0 +1,142 @@
+"""Stages on another pool, through a real server and a real process worker."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from prefect import flow
+
+from loraflow.config import load_recipe
+from loraflow.direct import Direct
+from loraflow.failures import BadConfig, BadData, Crashed, Failure, Killed, OutOfMemory
+from loraflow.store import LocalStore
+from tasks import place as placing
+from tasks.run import open_run
+from tests.conftest import chat
+from tests.flows.conftest import Place
+from tests.flows.pools import deploy_stage, sub_runs, wait_for, worker
+from tests.flows.test_finetune import processes_with
+
+
+@flow(name="part", persist_result=False)
+def part(recipe: str, overrides: dict):
+    """The DAG as far as its first heavy stages."""
+    with open_run(recipe, overrides, []) as run:
+        rows = run.stage("check_dataset", dataset=run.stage("version_dataset"))
+        return run.stage("tokenize", rows=rows, base=run.stage("resolve_base")), run.stages
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, phi3):
+    """A recipe whose first stages are in the store."""
+    folder = tmp_path_factory.mktemp("begun")
+    (folder / "data").mkdir()
+    for name, numbers in (("train.jsonl", range(40)), ("heldout.jsonl", range(1000, 1010))):
+        (folder / "data" / name).write_text("".join(json.dumps(chat(i)) + "\n" for i in numbers))
+    place = Place(folder, phi3)
+    walk = Direct(load_recipe(place.recipe, {}))
+    walk.stage("check_dataset", dataset=walk.stage("version_dataset"))
+    walk.stage("resolve_base")
+    return place
+
+
+@pytest.fixture(scope="module")
+def gpu_pool(tmp_path_factory):
+    deploy_stage("gpu", "gpu-pool")
+    with worker("gpu-pool", tmp_path_factory.mktemp("gpu worker")) as process:
+        yield process
+
+
+def job_of(begun, **overrides):
+    walk = Direct(load_recipe(begun.recipe, overrides))
+    rows = walk.stage("check_dataset", dataset=walk.stage("version_dataset"))
+    return walk.jobs.job("tokenize", {"rows": rows, "base": walk.stage("resolve_base")})
+
+
+def test_a_placed_stage_runs_on_the_other_pool_and_keeps_its_fingerprint(begun, gpu_pool):
+    expected = job_of(begun).fingerprint
+    ref, stages = part(str(begun.recipe), {"runtime.placement": {"tokenize": "gpu"}})
+    assert ref.fingerprint == expected and stages["tokenize"]["state"] == "computed"
+    [run] = sub_runs()
+    assert run.name == "tokenize" and run.state.is_completed() and run.parent_task_run_id is not None
+    assert run.work_pool_name == "gpu-pool"
+    assert LocalStore(begun.store).verify(ref) == []
+    again, stages = part(str(begun.recipe), {})
+    assert again == ref and stages["tokenize"]["state"] == "cached", "placed or not, it is the same stage"
+
+
+def test_a_failure_elsewhere_comes_back_as_what_it_is(begun, gpu_pool):
+    with pytest.raises(BadData, match="longer than max_length"):
+        part(str(begun.recipe), {"training_config.max_length": 5, "runtime.placement": {"tokenize": "gpu"}})
+    assert "max_length" in sub_runs()[0].state.message, "and the sub-run itself says it to people"
+
+
+@pytest.mark.slow
+def test_whoever_cancels_the_run_cancels_its_sub_run(place, gpu_pool):
+    from prefect.settings import PREFECT_API_URL
+
+    command = [sys.executable, "-c", "from loraflow.cli import main; main()", "run", str(place.recipe),
+               "--set", "training_config.max_steps=3000", "--set", "runtime.placement.train=gpu"]  # fmt: skip
+    env = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value()}
+    log = place.folder / "said.txt"
+    process = subprocess.Popen(command, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    wait_for(lambda: list((place.store / "work" / "train").glob("*/progress.jsonl")), 120, log.read_text)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130, log.read_text()
+    wait_for(lambda: sub_runs()[0].state.is_final(), 60)
+    assert sub_runs()[0].state.is_cancelled()
+    wait_for(lambda: not processes_with(str(place.store / "work")), 60)
+
+
+def test_a_pool_without_a_worker_is_said_with_the_command_that_starts_one(begun, monkeypatch):
+    deploy_stage("idle", "idle-pool")
+    monkeypatch.setattr(placing, "PATIENCE", 2.0)
+    with pytest.raises(BadConfig) as caught:
+        part(str(begun.recipe), {"training_config.max_length": 64, "runtime.placement": {"tokenize": "idle"}})
+    assert "prefect worker start --pool idle-pool" in str(caught.value)
+    assert sub_runs()[0].state.is_cancelled(), "a worker that starts later does not find it"
+
+
+def test_a_placement_without_a_deployment_is_said(begun):
+    with pytest.raises(BadConfig) as caught:
+        part(str(begun.recipe), {"training_config.max_length": 64, "runtime.placement": {"tokenize": "moon"}})
+    assert "stage/moon" in str(caught.value) and "loraflow deploy" in str(caught.value)
+
+
+def test_a_worker_with_other_code_refuses_the_job(begun):
+    sent = job_of(begun).model_dump(mode="json")
+    job, store = placing.accept(sent, str(begun.store))
+    assert job == job_of(begun) and isinstance(store, LocalStore)
+    for change in ({"version": 99}, {"stage": "distil"}, {"something": "new"}):
+        with pytest.raises(BadConfig, match="other code") as caught:
+            placing.accept({**sent, **change}, str(begun.store))
+        assert "same version of loraflow" in str(caught.value)
+
+
+def test_a_worker_that_does_not_see_the_store_says_so(begun, tmp_path):
+    with pytest.raises(BadConfig, match="do not share a store") as caught:
+        placing.accept(job_of(begun).model_dump(mode="json"), str(tmp_path / "elsewhere"))
+    assert "s3://" in str(caught.value)
+
+
+def test_states_of_sub_runs_become_failures_and_those_survive_the_way():
+    from prefect.client.schemas.objects import FlowRun
+    from prefect.states import Cancelled, Completed, Failed
+    from prefect.states import Crashed as CrashedState
+
+    def outcome(state):
+        run = FlowRun(flow_id="00000000-0000-0000-0000-000000000000", state=state)
+        placing._raise_failure(run, "train", "gpu")
+
+    outcome(Completed())
+    sent = OutOfMemory("Memory did not suffice.", where="train", next_step="less", needed=3)
+    with pytest.raises(OutOfMemory) as caught:
+        outcome(Failed(message=placing.say(sent)))
+    assert caught.value.to_dict() == sent.to_dict()
+    for state, kind in ((CrashedState(), Killed), (Failed(message="odd"), Crashed), (Cancelled(), Failure)):
+        with pytest.raises(kind) as caught:
+            outcome(state)
+        assert caught.value.retryable == (kind is Killed) and "sub-run" in str(caught.value)

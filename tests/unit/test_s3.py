@@ -1,0 +1,322 @@
+"""What only a store in a bucket can do wrong, on a real S3 server."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from loraflow import identity
+from loraflow.failures import BadConfig, CorruptArtifact, Failure, MissingExtra, Network, ReadOnlyStore
+from loraflow.store import LocalStore, Summary, bucket, open_store
+from loraflow.store.gc import collect
+from loraflow.store.lease import lease
+from loraflow.store.s3 import S3Store
+from tests.unit.test_store import FP, PAYLOAD, put, rewrite
+
+ROOT = Path(__file__).parent.parent.parent
+MIB = 2**20
+
+
+def machine(tmp_path: Path, name: str, script: str, *arguments: str) -> subprocess.Popen:
+    """Run a script as another machine would: with a cache of its own."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "LORAFLOW_CACHE": str(tmp_path / f"cache of {name}")}
+    head = "import sys, time\nfrom loraflow.store.s3 import S3Store\nfrom tests.unit.test_store import FP, put\n"
+    return subprocess.Popen(
+        [sys.executable, "-c", head + script, *arguments], env=env, stdout=subprocess.PIPE, text=True
+    )
+
+
+def big(store, content: bytes):
+    """Stage one large file."""
+    staged = store.staging("tokenize", FP)
+    (staged / "large.bin").write_bytes(content)
+    return lambda: store.commit(staged, payload=PAYLOAD, inputs={}, summary=Summary(), provenance={})
+
+
+def test_equal_results_have_equal_digests_in_a_folder_and_in_a_bucket(tmp_path, bucket_uri):
+    assert put(LocalStore(tmp_path / "store")).digest == put(open_store(bucket_uri)).digest
+
+
+COMMITTER = """
+import itertools
+from loraflow import identity
+store = S3Store(sys.argv[1])
+for i in itertools.count():
+    put(store, payload=identity.payload("tokenize", 1, {}, {"x": i}), content="c" * 4000)
+    print(i, flush=True)
+"""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sigkill_at_a_random_moment_of_a_commit_leaves_old_or_new(tmp_path, bucket_uri, seed):
+    process = machine(tmp_path, "killed", COMMITTER, bucket_uri)
+    process.stdout.readline()
+    time.sleep(random.Random(seed).uniform(0.0, 0.2))
+    process.kill()
+    said = max([int(line) for line in process.stdout.read().split()], default=0)
+    process.wait()
+    store = open_store(bucket_uri)
+    assert all(store.verify(ref) == [] for ref in store.artifacts())
+    for i in range(said + 1):
+        assert store.find("tokenize", identity.fingerprint(identity.payload("tokenize", 1, {}, {"x": i}))) is not None
+    for i in range(said + 3):  # what was cut off stands in nobody's way
+        ref = put(store, payload=identity.payload("tokenize", 1, {}, {"x": i}), content="c" * 4000)
+        assert store.verify(ref) == []
+
+
+RACER = """
+store = S3Store(sys.argv[1], lease_seconds=4)
+with store.lock("tokenize", FP):
+    if store.find("tokenize", FP) is None:
+        print("computed")
+        time.sleep(0.5)
+        put(store, content=sys.argv[2])
+print(store.find("tokenize", FP).digest)
+"""
+
+
+def test_of_machines_that_want_one_artifact_one_works_and_the_others_take_it(tmp_path, bucket_uri):
+    racers = [machine(tmp_path, str(i), RACER, bucket_uri, str(i)) for i in range(3)]
+    said = [racer.communicate(timeout=60)[0].split() for racer in racers]
+    assert sum("computed" in lines for lines in said) == 1
+    assert len({lines[-1] for lines in said}) == 1
+
+
+def test_machines_that_commit_at_the_same_time_agree_afterwards(tmp_path, bucket_uri):
+    script = "store = S3Store(sys.argv[1])\nprint(put(store, content=sys.argv[2]).digest)"
+    racers = [
+        machine(tmp_path, str(i), script, bucket_uri, str(i // 2)) for i in range(4)
+    ]  # two pairs of equal results
+    assert len({racer.communicate(timeout=60)[0] for racer in racers}) == 1
+    store = open_store(bucket_uri)
+    assert all(store.verify(ref) == [] for ref in store.artifacts()), "equal results with other telemetry as well"
+
+
+HOLDER = """
+store = S3Store(sys.argv[1], lease_seconds=3)
+with store.lock("tokenize", FP):
+    print("has it", flush=True)
+    sys.stdin.readline() if sys.argv[2] == "hang" else time.sleep(5)
+    ref = put(store, content="late")
+    print(ref.digest, flush=True)
+"""
+
+
+def test_a_dead_workers_lease_ends_by_itself_and_a_living_ones_does_not(tmp_path, bucket_uri):
+    store = S3Store(bucket_uri, lease_seconds=3)
+    living = machine(tmp_path, "living", HOLDER, bucket_uri, "work")
+    living.stdout.readline()
+    with store.lock("tokenize", FP):
+        assert store.find("tokenize", FP) is not None, "it was waited for longer than a lease lasts"
+    living.wait()
+    dead = machine(tmp_path, "dead", HOLDER, bucket_uri, "work")
+    dead.stdout.readline()
+    dead.kill()
+    dead.wait()
+    started = time.monotonic()
+    with store.lock("tokenize", FP):
+        assert 1 < time.monotonic() - started < 20
+
+
+def test_a_worker_that_slept_through_its_lease_takes_the_result_that_stands(tmp_path, bucket_uri):
+    sleeper = machine(tmp_path, "sleeper", HOLDER, bucket_uri, "work")
+    sleeper.stdout.readline()
+    sleeper.send_signal(signal.SIGSTOP)
+    store = S3Store(bucket_uri, lease_seconds=3)
+    with store.lock("tokenize", FP):
+        first = put(store, content="in time")
+    sleeper.send_signal(signal.SIGCONT)
+    assert sleeper.communicate(timeout=60)[0].split()[-1] == first.digest
+    assert store.find("tokenize", FP) == first and store.verify(first) == []
+
+
+def test_a_flipped_byte_in_the_bucket_is_found_on_arrival_and_set_aside(bucket_uri):
+    store = open_store(bucket_uri)
+    ref = put(store)
+    store._forget(ref)  # as on another machine
+    rewrite(store, ref, "sub/a.txt", "hellO")
+    assert store.find("tokenize", FP) == ref, "names and sizes are right"
+    with pytest.raises(CorruptArtifact) as caught:
+        store.path(ref)
+    assert "sub/a.txt: content is not what was written" in str(caught.value) and "set-aside" in caught.value.where
+    assert store.find("tokenize", FP) is None
+    again = put(store)
+    store._forget(again)
+    assert store.verify(again) == [] and (store.path(again) / "sub" / "a.txt").read_text() == "hello"
+
+
+def test_a_flipped_byte_in_the_cache_is_no_fault_of_the_stores(bucket_uri):
+    store = open_store(bucket_uri)
+    ref = put(store)
+    (store.path(ref) / "sub" / "a.txt").write_text("hellO")
+    assert store.fetch(ref) == []
+    assert (store.path(ref) / "sub" / "a.txt").read_text() == "hello"
+    assert store.find("tokenize", FP) == ref
+
+
+def test_a_manifest_that_names_a_file_outside_of_its_folder_is_refused(tmp_path, bucket_uri):
+    store = open_store(bucket_uri)
+    ref = put(store)
+    store._forget(ref)
+    values = store.manifest(ref).model_dump()
+    values["files"]["telemetry/../../../../../../../escaped"] = {"size": 1, "sha256": "0" * 64}
+    rewrite(store, ref, "manifest.json", __import__("json").dumps(values))
+    with pytest.raises(CorruptArtifact):
+        store.path(ref)
+    assert not list(tmp_path.rglob("escaped"))
+
+
+UPLOADER = """
+import pathlib
+from loraflow.store import Summary, bucket
+from tests.unit.test_store import PAYLOAD
+bucket.PART = 5 * 2**20
+whole = bucket.Bucket._upload_part
+def told(self, key, upload, number, data):
+    print(number, flush=True)
+    return whole(self, key, upload, number, data)
+bucket.Bucket._upload_part = told
+store = S3Store(sys.argv[1])
+if sys.argv[2] == "first":
+    staged = store.staging("tokenize", FP)
+    (staged / "large.bin").write_bytes(bytes(range(256)) * 4096 * 40)
+    store.commit(staged, payload=PAYLOAD, inputs={}, summary=Summary(), provenance={})
+else:
+    print("done", store.finish("tokenize", FP).digest)
+"""
+
+
+def test_an_upload_that_was_killed_goes_on_where_it_stopped(tmp_path, bucket_uri):
+    first = machine(tmp_path, "one", UPLOADER, bucket_uri, "first")
+    for line in first.stdout:
+        if line.strip() == "4":
+            break
+    first.kill()
+    first.wait()
+    store = open_store(bucket_uri)
+    assert store.find("tokenize", FP) is None and len(store.bucket.uploads()) == 1
+    said = machine(tmp_path, "one", UPLOADER, bucket_uri, "again").communicate(timeout=120)[0].split()
+    assert 4 <= int(said[0]) <= 5 and said[-2] == "done", "parts 1 to 3 were not sent again"
+    ref = store.find("tokenize", FP)
+    assert ref.digest == said[-1] and store.verify(ref) == [] and store.bucket.uploads() == []
+
+
+def test_a_store_that_goes_away_in_the_middle_of_an_upload_is_waited_for(s3_server, bucket_uri, monkeypatch):
+    monkeypatch.setattr(bucket, "PART", 5 * MIB)
+    store = open_store(bucket_uri)
+    plain, stopped = bucket.Bucket._upload_part, []
+
+    def part(self, key, upload, number, data):
+        if number == 2 and not stopped:
+            s3_server.stop()
+            stopped.append(threading.Thread(target=lambda: (time.sleep(1), s3_server.start())))
+            stopped[0].start()
+        return plain(self, key, upload, number, data)
+
+    monkeypatch.setattr(bucket.Bucket, "_upload_part", part)
+    ref = big(store, os.urandom(12 * MIB))()
+    stopped[0].join()
+    assert store.verify(ref) == []
+
+
+def test_a_store_that_stays_away_is_a_network_failure_and_the_result_is_kept(bucket_uri, monkeypatch):
+    store = open_store(bucket_uri)
+    monkeypatch.setattr(bucket, "PATIENCE", 0.0)
+    endpoint = store.bucket.client
+    commit = big(store, b"what took hours")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    store.bucket.client = bucket._client()
+    with pytest.raises(Network) as caught:
+        commit()
+    assert caught.value.retryable and "AWS_ENDPOINT_URL_S3" in str(caught.value)
+    store.bucket.client = endpoint
+    assert store.finish("tokenize", FP) == store.find("tokenize", FP) is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "uri", "what", "next_step"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, None, "refuses the credentials", "AWS_SECRET_ACCESS_KEY"),
+        ({"AWS_ACCESS_KEY_ID": "nobody"}, None, "refuses the credentials", "AWS_PROFILE"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, None, "no credentials", "AWS_PROFILE"),
+        ({"AWS_PROFILE": "nobody"}, None, "settings of the S3 client", "aws s3 ls"),
+        ({"AWS_ENDPOINT_URL_S3": "no url"}, None, "settings of the S3 client", "aws s3 ls"),
+        ({}, "s3://no-such-bucket-of-ours", "bucket does not exist", "aws s3 mb s3://no-such-bucket-of-ours"),
+        ({}, "s3://", "names no bucket", ""),
+        ({}, "gs://bucket", "no such kind of store", "runtime.store"),
+    ],
+)
+def test_a_store_that_is_set_up_wrongly_has_one_clear_message(bucket_uri, monkeypatch, settings, uri, what, next_step):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    with pytest.raises(BadConfig) as caught:
+        open_store(uri or bucket_uri)
+    assert what in str(caught.value) and next_step in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_without_the_extra_the_message_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(MissingExtra, match="boto3") as caught:
+        open_store("s3://bucket")
+    assert "pip install 'loraflow[s3]'" in str(caught.value)
+
+
+def test_who_may_only_read_reads_and_is_told_so_when_writing(bucket_uri, monkeypatch):
+    ref = put(open_store(bucket_uri))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
+    store = open_store(bucket_uri)
+    with store.reading():
+        assert store.find("tokenize", FP) == ref
+    with pytest.raises(ReadOnlyStore) as caught:
+        put(store, payload=identity.payload("tokenize", 1, {}, {"x": 9}))
+    assert "PutObject" in str(caught.value)
+
+
+def test_gc_gives_up_stale_uploads_and_files_without_a_manifest(bucket_uri, monkeypatch):
+    store = open_store(bucket_uri)
+    ref = put(store)
+    store.bucket._call(
+        store.bucket.client.create_multipart_upload, "", Key=f"{store.bucket.prefix}tokenize/a/b/large.bin"
+    )
+    store.bucket.put("tokenize/a/b/small.bin", b"1")
+    assert [str(name) for name, _, _ in collect(store, keep=1)] == []
+    monkeypatch.setattr("loraflow.store.gc.OLD_WORK", -60)
+    gone = {str(name) for name, _, why in collect(store, keep=1) if "two weeks" in why}
+    assert {"uploads/tokenize/a/b/large.bin", "tokenize/a/b"} <= gone
+    assert store.bucket.uploads() == [] and not list(store.bucket.listing("tokenize/a/"))
+    assert store.find("tokenize", FP) == ref and store.verify(ref) == []
+
+
+def test_gc_waits_for_no_reader_of_another_machine(tmp_path, bucket_uri):
+    script = "with S3Store(sys.argv[1]).reading():\n    print('reads', flush=True)\n    time.sleep(60)"
+    reader = machine(tmp_path, "reader", script, bucket_uri)
+    reader.stdout.readline()
+    with pytest.raises(Failure, match="going on"):
+        list(collect(open_store(bucket_uri), keep=0))
+    reader.kill()
+    reader.wait()
+    time.sleep(3)
+    list(collect(S3Store(bucket_uri, lease_seconds=2), keep=0))
+
+
+def test_a_lease_whose_reply_was_lost_is_ones_own(bucket_uri):
+    store = open_store(bucket_uri)
+    send, lost = store.bucket.client.put_object, []
+
+    def lossy(**arguments):
+        reply = send(**arguments)
+        if not lost:  # the client sends again, and meets its own first write
+            lost.append(reply)
+            return send(**arguments)
+        return reply
+
+    store.bucket.client.put_object = lossy
+    with lease(store.bucket, "locks/x.json", wait=False) as held:
+        assert lost and held.etag == lost[0]["ETag"]
