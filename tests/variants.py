@@ -77,7 +77,8 @@ def exercise(settings: dict[str, Any], base: Path, shards: Path, folder: Path) -
     from tests.unit.test_training import run
 
     adapter, losses = run(base, shards, folder / "straight", **settings)
-    child = multiprocessing.get_context("fork").Process(
+    # A forked child would wait forever for torch's threads, which fork leaves behind.
+    child = multiprocessing.get_context("spawn").Process(
         target=_killed, args=(base, shards, folder / "killed", settings)
     )
     child.start()

@@ -88,11 +88,12 @@ def find_model(store: Store, model: str, base: str | None = None) -> Model:
             raise BadConfig(f"No champion of {name} yet.", next_step="loraflow registry --model NAME")
         return _of_artifact(store, head.merged, name, given, tuned=head.adapter)
     if RUN_ID.fullmatch(model):
-        record = store.read_document(f"runs/{model}.json")
-        for stage in json.loads(record)["stages"] if record is not None else []:
+        record = json.loads(store.read_document(f"runs/{model}.json") or b'{"stages": []}')
+        for stage in record["stages"]:
             if stage["stage"] == "merge":
                 ref = Ref(stage="merge", fingerprint=stage["fingerprint"], digest=stage["digest"], uri=store.uri)
-                return _of_artifact(store, ref, model, given)
+                # Other runs may have made the same model, by another recipe: this one is meant.
+                return replace(_of_artifact(store, ref, model, given), run=record)
         raise BadConfig("This run made no merged model.", where=model, next_step="loraflow runs")
     folder = Path(model).expanduser()
     for adapter in (folder, folder / "adapter"):
@@ -125,17 +126,20 @@ def only_model(store: Store) -> str:
 
 
 def find_run(store: Store, merged: Ref) -> dict[str, Any] | None:
-    """Return the record of the run that made a merged model: of several the newest that has a summary."""
+    """Return the record of the run that made a merged model: where that one is gone, the newest that took it from the store."""
+    taken = None
     for name in sorted(store.documents("runs/"), reverse=True):
         if not RUN_ID.fullmatch(name.removeprefix("runs/").removesuffix(".json")):
             continue
         record = json.loads(store.read_document(name) or b"{}")
-        if not record:
+        if not record or not record["summary"]:
             continue
-        digests = {stage["digest"] for stage in record["stages"] if stage["stage"] == "merge"}
-        if record["summary"] and merged.digest in digests:
+        states = {stage["digest"]: stage["state"] for stage in record["stages"] if stage["stage"] == "merge"}
+        if states.get(merged.digest) == "computed":
             return record
-    return None
+        if merged.digest in states:
+            taken = taken or record
+    return taken
 
 
 def _of_folder(store: Store, folder: Path, given: Path | None) -> Model:

@@ -141,17 +141,20 @@ class KillAt(Progress):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _attempt(base: Path, adapter: Path, out: Path, shards: int) -> None:
+    out.mkdir()
+    report = KillAt(None, out.parent / "work")
+    report.shards = shards
+    merge(base, adapter, out, max_shard_bytes=60_000, report=report)
+
+
 def test_a_killed_merge_goes_on_from_its_finished_shards(tmp_path, phi3):
     adapter = make_adapter(phi3, tmp_path / "adapter")
     (tmp_path / "work").mkdir()
-
-    def attempt(shards: int, name: str):
-        (tmp_path / name).mkdir()
-        report = KillAt(None, tmp_path / "work")
-        report.shards = shards
-        merge(phi3, adapter, tmp_path / name, max_shard_bytes=60_000, report=report)
-
-    child = multiprocessing.get_context("fork").Process(target=attempt, args=(3, "killed"))
+    # A forked child would wait forever for torch's threads, which fork leaves behind.
+    child = multiprocessing.get_context("spawn").Process(
+        target=_attempt, args=(phi3, adapter, tmp_path / "killed", 3)
+    )
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
@@ -162,7 +165,7 @@ def test_a_killed_merge_goes_on_from_its_finished_shards(tmp_path, phi3):
     raw[-1] ^= 1
     kept[1].write_bytes(raw)
     inodes = [file.stat().st_mtime_ns for file in kept]
-    attempt(0, "out")
+    _attempt(phi3, adapter, tmp_path / "out", 0)
     done = [(tmp_path / "out" / file.name).stat().st_mtime_ns for file in kept]
     assert [a == b for a, b in zip(inodes, done, strict=True)] == [True, False, True], "the damaged one was made again"
     assert_same(read(tmp_path / "out"), by_peft(phi3, adapter))
