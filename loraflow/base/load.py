@@ -130,6 +130,26 @@ def head_is_plain(model: Any) -> bool:
     return not scaled and model.get_output_embeddings() is not None and model.get_decoder() is not None
 
 
+# A window counts places: what lies between a token and the beginning of its row can push that out of it.
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
+
+
+def sees_all_before(model: Any, places: int) -> bool:
+    """Tell whether a token of a row of so many places attends to all before it, and nothing else reaches it.
+
+    Not so in models with a recurrent state, with a window that is shorter, or with code of their own.
+    """
+    config = model.config
+    own = getattr(model, "get_base_model", lambda: model)()
+    if config is not config.get_text_config() or getattr(own, "_is_stateful", False) or own.get_decoder() is None:
+        return False
+    if not type(own).__module__.startswith("transformers."):
+        return False
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windows = [getattr(config, name, None) for name in _WINDOWS]
+    return kinds <= {"full_attention", "sliding_attention"} and all(w is None or w >= places for w in windows)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Load a tokenizer with a pad token that is not its stop token, where the vocabulary has one to spare."""
     from transformers import AutoTokenizer

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from loraflow.base.load import sees_all_before
+
 # An own forward pass for the prefix, and a copy of its keys for each batch, have to pay.
 MIN_TOKENS = 16
 MIN_ROWS = 4
 # Their angles depend on the length of what is read, which is another one behind a cache.
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
-# A window counts places, so padding behind the prefix would push the prefix out of it.
-_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
 
 
 class SharedPrefix:
@@ -73,20 +73,12 @@ def common_length(rows: Sequence[Sequence[int]], longest: int) -> int:
 
 
 def _plain(model: Any, places: int) -> bool:
-    config = model.config
-    if config is not config.get_text_config() or getattr(model, "_is_stateful", False) or model.get_decoder() is None:
-        return False
-    if not type(model).__module__.startswith("transformers."):  # a model's own code may keep a cache of its own
-        return False
     generation = model.generation_config
     if generation.cache_implementation is not None or generation.use_cache is False:
         return False
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windows = [getattr(config, name, None) for name in _WINDOWS]
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rope = getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None) or {}
     return (
-        kinds <= {"full_attention", "sliding_attention"}
-        and all(window is None or window >= places for window in windows)
+        sees_all_before(model, places)
         and rope.get("rope_type", rope.get("type", "default")) not in _ROPE_BY_LENGTH
-        and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+        and getattr(model.config, "_attn_implementation", None) in ("sdpa", "eager")
     )

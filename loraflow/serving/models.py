@@ -126,7 +126,7 @@ def only_model(store: Store) -> str:
 
 
 def find_run(store: Store, merged: Ref) -> dict[str, Any] | None:
-    """Return the record of the run that made a merged model: where that one is gone, the newest that took it from the store."""
+    """Return the record of the run that made a merged model; where that is gone, of the newest that found it made."""
     taken = None
     for name in sorted(store.documents("runs/"), reverse=True):
         if not RUN_ID.fullmatch(name.removeprefix("runs/").removesuffix(".json")):

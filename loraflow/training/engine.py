@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from loraflow.failures import BadConfig, OutOfMemory
-from loraflow.training import batches, memory
+from loraflow.training import batches, memory, shared
 from loraflow.training.attention import Attention, choose
 from loraflow.training.devices import Group
 
@@ -45,6 +45,7 @@ class Engine:
     tokenizer: Any
     arguments: Callable[..., Any]  # the trainer's, given what the engine decides
     work: Path  # a folder that a resumed run finds again
+    sharing: shared.Sharing | None = None  # of what the rows of a grid begin with
     initial: dict[str, Any] = field(default_factory=dict)  # of PiSSA and OLoRA, to write the adapter on the base itself
     said: dict[str, Any] = field(default_factory=dict)
 
@@ -179,6 +180,7 @@ class Engine:
 
         steps = self.order.reshape(-1, self.training["global_batch"])
         fit = self._fit(model, attention, device, steps)
+        self._share(model, attention)
         base_dtype, computes = getattr(torch, self.config["base"]["dtype"]), getattr(torch, self._computes_in())
         trainer = FastTrainer(
             model=model,
@@ -218,8 +220,19 @@ class Engine:
         drops = trains and self.config["peft_config"]["lora_dropout"] > 0
         return batches.Steps(
             rows, steps, layout, self.tokenizer.pad_token_id, seed=self.training["seed"], dropout=drops,
-            rank=self.group.rank, devices=self.group.size,
+            rank=self.group.rank, devices=self.group.size, sharing=self.sharing,
         )  # fmt: skip
+
+    def _share(self, model: Any, attention: Attention) -> None:
+        """Let the rows of a grid share what they begin with, where that is exact."""
+        shape = memory.shape_of(json.loads((self.base / "config.json").read_text(encoding="utf-8")))
+        if attention.flat or self.rows.row_length or shape is None:
+            return
+        drops = self.config["peft_config"]["lora_dropout"] > 0
+        longest = max(int(one.lengths.max(initial=0)) for one in (self.rows, self.validation) if one is not None)
+        why_not = "dropout differs from row to row" if drops else shared.obstacle(model, longest)
+        self.sharing = None if why_not else shared.Sharing.of(shape)
+        self.said |= {"shared_prefix": why_not or "computed once where rows begin with the same"}
 
     def _validation(self, attention: Attention, fit: memory.Fit) -> batches.Steps | None:
         if self.validation is None:

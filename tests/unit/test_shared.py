@@ -1,0 +1,110 @@
+"""What documents begin with, computed once: against the same documents a row each."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from loraflow.training import shared
+from loraflow.training.batches import padded
+from loraflow.training.memory import shape_of
+from tests.conftest import build_phi3
+from tests.unit.test_training import base, recipe, run, same, tokenize  # noqa: F401
+
+SYSTEM = "please answer what is the red of the house and the tree of the cat " * 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = build_phi3(tmp_path_factory.mktemp("m") / "phi3", dtype="float32")
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").train()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_loss_and_gradients_are_those_of_whole_documents(model, data):
+    prefix = data.draw(st.integers(1, 9))
+    head = data.draw(st.lists(st.integers(0, 499), min_size=prefix, max_size=prefix))
+    documents = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        ids = np.array(head + data.draw(st.lists(st.integers(0, 499), min_size=0, max_size=7)))
+        learned = np.array(data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))))
+        documents.append((ids, np.where(learned, ids, -100)))
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return {
+            name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+        }
+
+    grid = padded([[document] for document in documents], 0)
+    labels = grid.pop("labels")
+    logits = model(**grid).logits
+    rows = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    wanted = gradients(rows + 0 * logits.sum())
+    line = shared.shared(documents, prefix)
+    assert line["input_ids"].shape[1] == prefix + sum(len(ids) - prefix for ids, _ in documents)
+    index, targets = line.pop("loss_index"), line.pop("targets")
+    logits = model(**line).logits
+    once = cross_entropy(logits[0, index], targets, reduction="sum")
+    torch.testing.assert_close(once, rows, rtol=1e-5, atol=1e-5)
+    found = gradients(once + 0 * logits.sum())
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=2e-5)
+
+
+def test_only_what_saves_arithmetic_is_shared():
+    costs = shared.Sharing(token=12 * 64**2, pair=128)
+    same_head = [np.arange(50), np.concatenate([np.arange(40), np.arange(9)])]
+    assert costs.prefix(same_head) == 40
+    assert costs.prefix([np.arange(50), np.arange(50) + 1]) == 0, "nothing in common"
+    assert costs.prefix([np.arange(50), np.concatenate([[0], np.arange(100, 149)])]) == 0, "one token saves nothing"
+    assert costs.prefix([np.arange(50)]) == 0, "alone"
+    long = [np.concatenate([np.arange(500), np.full(9000, i)]) for i in range(8)]
+    assert costs.prefix(long) == 0, "a dense mask over all of it costs more than the prefix saves"
+
+
+def test_a_run_with_a_system_prompt_is_that_of_the_stock_engine_in_fewer_tokens(base, tmp_path, monkeypatch):  # noqa: F811
+    shards = tokenize(base, tmp_path, system=SYSTEM)
+    seen = []
+    real = shared.shared
+    monkeypatch.setattr("loraflow.training.batches.shared", lambda *a: seen.append(a[1]) or real(*a))
+    adapter, losses = run(base, shards, tmp_path / "fast")
+    assert len(seen) >= 6 and min(seen) > 20
+    said = json.loads((tmp_path / "fast" / "out" / "telemetry" / "engine.json").read_text())
+    assert said["shared_prefix"].startswith("computed once")
+    stock, wanted = run(base, shards, tmp_path / "stock", runtime__engine="stock")
+    assert losses.keys() == wanted.keys()
+    assert max(abs(losses[step] - wanted[step]) for step in wanted) < 2e-4
+    assert same(adapter, stock, 2e-3)
+    seen.clear()
+    run(base, shards, tmp_path / "one", runtime__micro_batch=1)
+    assert seen == [], "a document alone shares with nobody"
+
+
+@pytest.mark.parametrize(
+    ("why", "change", "settings"),
+    [
+        ("dropout", {}, {"peft_config__lora_dropout": 0.1}),
+        ("not see all", {"sliding_window": 16}, {}),
+        ("no mask of ours", {}, {"runtime__attn_implementation": "eager"}),
+    ],
+)
+def test_where_it_is_not_exact_it_is_left_out_and_said(tmp_path, monkeypatch, why, change, settings):
+    folder = build_phi3(tmp_path / "phi3", dtype="float32", **change)
+    shards = tokenize(folder, tmp_path, system=SYSTEM)
+    monkeypatch.setattr("loraflow.training.batches.shared", lambda *_: pytest.fail("shared"))
+    run(folder, shards, tmp_path / "run", training_config__max_steps=1, **settings)
+    said = json.loads((tmp_path / "run" / "out" / "telemetry" / "engine.json").read_text())
+    assert why in said["shared_prefix"]
+
+
+def test_costs_are_read_off_the_configuration(base):  # noqa: F811
+    shape = shape_of(json.loads((base / "config.json").read_text()))
+    assert shared.Sharing.of(shape) == shared.Sharing(64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96, 128)
