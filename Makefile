@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Tests by files, in two processes; the flow's come first, as they take longest.
+TWICE  := -n 2 --dist loadgroup --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help demo test test-all test-gpu test-ui test-s3 check lint data clean
@@ -22,10 +24,10 @@ demo: $(STAMP) ## run the quickstart: tickets to JSON, on this machine, in minut
 	$(BIN)/loraflow run configs/quickstart.yaml
 
 test: $(STAMP) ## all tests but the long ones
-	$(BIN)/python -m pytest -m "not slow and not gpu and not ui"
+	$(BIN)/python -m pytest $(TWICE) -m "not slow and not gpu and not ui"
 
 test-all: $(STAMP) ## the long ones as well
-	$(BIN)/python -m pytest -m "not gpu and not ui"
+	$(BIN)/python -m pytest $(TWICE) -m "not gpu and not ui"
 
 test-gpu: ## tests for a machine with an NVIDIA GPU, under its own python
 	$(PYTHON) -m pytest -m gpu tests/gpu

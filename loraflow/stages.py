@@ -49,7 +49,8 @@ def _version_dataset(recipe: Recipe, known: Mapping[str, Any]) -> dict[str, Any]
 def _check_dataset(recipe: Recipe, known: Mapping[str, Any]) -> dict[str, Any]:
     data = recipe.data
     return data.model_dump(
-        include={"format", "train", "heldout", "extra_heldout", "validation_fraction", "system", "duplicates", "limit"}
+        include={"format", "columns", "train", "heldout", "extra_heldout", "validation_fraction", "system"}
+        | {"duplicates", "limit"}
         | ({"heldout_fraction"} if not data.heldout else set())
         | ({"seed"} if not data.heldout or data.validation_fraction else set())
     )
@@ -120,7 +121,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "check_dataset",
-            1,
+            2,
             "loraflow.data.check:run",
             False,
             ("loraflow.data.check", "loraflow.data.formats", "loraflow.data.split"),
@@ -148,7 +149,8 @@ STAGES: dict[str, Stage] = {
             2,
             "loraflow.training.train:run",
             True,
-            ("loraflow.training.train", "loraflow.training.trainer", "loraflow.training.batches", "loraflow.data.packing",
+            ("loraflow.training.train", "loraflow.training.trainer", "loraflow.training.batches", "loraflow.training.shared",
+             "loraflow.data.packing",
              "loraflow.training.engine", "loraflow.training.devices", "loraflow.training.attention",
              "loraflow.training.flash4", "loraflow.training.lora",
              "loraflow.training.frozen", "loraflow.training.head", *_MASK, "loraflow.base.load",

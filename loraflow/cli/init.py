@@ -21,14 +21,14 @@ name: {name}
 
 data:
   source: {source}                # pins every byte; what differs from it is refused
-  train: [{train}]
+  train: [{train}]{columns}
   heldout_fraction: 0.1           # by a seeded hash of each prompt; held-out rows are the gate's alone
   loss_on: assistant              # learn the answers, not the questions
   too_long: drop                  # rows beyond max_length are left out, and counted in the report
 
 base:
   model: {base}{repack}
-  dtype: bfloat16
+  dtype: {dtype}
 
 training_config:                  # trl.SFTConfig's names
   learning_rate: 2.0e-4           # LoRA bears ten times what full fine-tuning does
@@ -38,8 +38,9 @@ training_config:                  # trl.SFTConfig's names
   per_device_train_batch_size: 4  # times the next line: the global batch, which is what counts
   gradient_accumulation_steps: 4
   max_length: {max_length}                # the longest of your chats has about {longest} tokens
+  bf16: {bf16}
   packing: {packing}                  # many short chats share a row; attention stays inside each
-  gradient_checkpointing: true    # a fifth slower, and far less memory
+  gradient_checkpointing: null    # activations are computed twice where memory needs it: a fifth slower
   logging_steps: 10
   seed: 0
 
@@ -82,40 +83,64 @@ def init(data_file: Path, base: str, name: str | None) -> None:
             raise BadConfig(f"{place} exists already.", next_step="choose another --name, or remove it")
     folder, patterns = (data_file, ["*"]) if data_file.is_dir() else (data_file.parent, [data_file.name])
     names = match_files(folder, patterns)
-    rows = list(read_rows(folder, names, "auto"))
+    columns = _columns_of(folder / names[0], names[0])
+    rows = list(read_rows(folder, names, "auto", columns))
     good = [row.messages for row in rows if row.messages is not None]
     bad = [row for row in rows if row.messages is None]
     for row in bad[:5]:
         click.echo(f"malformed  {row.place}: {row.problem}", err=True)
     if not good:
         raise BadData("No row of this file is a chat.", where=str(data_file), got=bad[0].problem or "" if bad else "no rows",
-                      expected="messages, ShareGPT, Alpaca or prompt/completion")  # fmt: skip
+                      expected="messages, ShareGPT, Alpaca or prompt/completion",
+                      next_step="columns of other names: rename them, or say data.columns in a recipe")  # fmt: skip
     target.mkdir(parents=True)
     for one in names:
         (target / one).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / one, target / one)
     pin = dvc.add(str(target))
     recipe.parent.mkdir(exist_ok=True)
-    recipe.write_text(_recipe(name, recipe, pin.dvc_file, names, base, good), encoding="utf-8")
+    recipe.write_text(_recipe(name, recipe, pin.dvc_file, names, base, good, columns), encoding="utf-8")
     click.echo(f"{len(good)} chats, {len(bad)} malformed rows")
     click.echo(f"{recipe}   the recipe; read it, each line says why")
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
     click.echo(f"next  loraflow plan {recipe}   ·   loraflow run {recipe}")
 
 
-def _recipe(name: str, file: Path, source: str, names: list[str], base: str, chats: list[list[dict[str, str]]]) -> str:
+def _columns_of(file: Path, name: str) -> dict[str, str]:
+    """Guess the columns from the first row, where that is no chat by itself."""
+    from loraflow.data.formats import BadRow, guess_columns, read_values, to_messages
+
+    for _, value, _ in read_values(file, name):
+        try:
+            to_messages(value)
+        except BadRow:
+            return guess_columns(value)
+        return {}
+    return {}
+
+
+def _recipe(
+    name: str,
+    file: Path,
+    source: str,
+    names: list[str],
+    base: str,
+    chats: list[list[dict[str, str]]],
+    columns: dict[str, str],
+) -> str:
     """Fill the template in from what the chats look like. Four characters a token is a rough but safe guess."""
     longest = max(sum(len(m["content"]) for m in chat) for chat in chats) // 3 + 40
     answers = [chat[-1]["content"] for chat in chats]
     longest_answer = max(map(len, answers)) // 3 + 8
     as_json = all(_is_object(answer) for answer in answers)
-    few = len(chats) < 2000
+    few, small = len(chats) < 2000, base.startswith("bundled:")
     return RECIPE.format(
         title=f"{name}: LoRA on {base}",
         name=name,
         file=file,
         source=source,
         train=", ".join(names),
+        columns=f"\n  columns: {json.dumps(columns)}  # guessed from the first row" if columns else "",
         base=base,
         repack="\n  repack: phi3                    # fused projections, as in Phi-3"
         if base.startswith("bundled:")
@@ -125,6 +150,8 @@ def _recipe(name: str, file: Path, source: str, names: list[str], base: str, cha
         why_epochs="few, so that each is seen three times" if few else "enough to see each once",
         max_length=min(2048, max(256, 1 << (longest - 1).bit_length())),
         longest=longest,
+        dtype="float32                  # any CPU computes in it" if small else "bfloat16",
+        bf16="false                     # as the base" if small else "true                      # as the base",
         packing="false" if base.startswith("bundled:") else "true",
         metrics="token_loss, exact_match, json_fields" if as_json else "token_loss, exact_match, token_f1, rouge, chrf",
         new_tokens=min(1024, max(32, 1 << (longest_answer - 1).bit_length())),

@@ -25,6 +25,9 @@ SCORES = {
 }
 
 
+COLUMNS = ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "system")
+
+
 class Data(Frozen):
     """Which dataset, and which of its rows."""
 
@@ -36,6 +39,7 @@ class Data(Frozen):
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = Field(
         "auto", description="How a row says who said what."
     )
+    columns: dict[str, str] = Field({}, description="Columns of other names: {prompt: question, completion: answer}.")
     train: list[str] = Field(["train*"], description="Files of training rows: names or patterns below the source.")
     heldout: list[str] = Field([], description="Files of held-out rows; none takes heldout_fraction of the rest.")
     heldout_fraction: Share = Field(0.1, description="Share of rows held out, by a seeded hash of the row.")
@@ -51,6 +55,15 @@ class Data(Frozen):
     max_quarantined: Share = Field(0.01, description="The run stops when a larger share of rows is malformed.")
     limit: Positive | None = Field(None, description="Take only this many training rows, for a quick look.")
     seed: int = Field(0, description="Seed of the split.")
+
+    @field_validator("columns")
+    @classmethod
+    def _columns(cls, value: dict[str, str]) -> dict[str, str]:
+        if unknown := value.keys() - set(COLUMNS):
+            raise ValueError(
+                f"{', '.join(sorted(unknown))}: a row has {', '.join(COLUMNS)}; yours stands behind the colon"
+            )
+        return value
 
     @field_validator("extra_heldout")
     @classmethod

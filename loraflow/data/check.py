@@ -32,7 +32,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     counts: Counter[str] = Counter()
 
     for set_name, set_files in names.items():
-        for row in read_rows(files, set_files, config["format"]):
+        for row in read_rows(files, set_files, config["format"], config["columns"]):
             counts["read"] += 1
             if row.messages is None:
                 counts["malformed"] += 1

@@ -23,6 +23,6 @@ def rows_of(data: Data) -> dict[str, set[str]]:
         pin = dvc.Pin(origin["dvc_file"], origin["path"], found["md5"])
         dvc.fetch(origin["repo"], pin, origin["commit"] or origin["rev"], target, memo)
         return {
-            name: {row_id(row.messages) for row in read_rows(target, [name], data.format) if row.messages}
+            name: {row_id(row.messages) for row in read_rows(target, [name], data.format, data.columns) if row.messages}
             for name in match_files(target, ["*"])
         }

@@ -8,9 +8,10 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from loraflow.failures import BadData
@@ -31,6 +32,8 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "function": "tool",
 }
+_PAIRS = (("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer"), ("input", "output"),
+          ("prompt", "answer"), ("prompt", "output"), ("problem", "solution"), ("user", "assistant"))  # fmt: skip
 _SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"}
 
 
@@ -48,8 +51,16 @@ class Row:
     raw: str = ""
 
 
-def read_rows(folder: Path, names: list[str], form: str) -> Iterator[Row]:
+def read_rows(
+    folder: Path, names: list[str], form: str, columns: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Row]:
     """Read files below a folder, row by row; malformed rows come out with their problem.
+
+    Args:
+        folder: of the dataset.
+        names: of its files.
+        form: how a row says who said what, or auto.
+        columns: {name here: name in the files}, for columns of other names.
 
     Raises:
         BadData: a file that cannot be read at all, or of an unknown kind.
@@ -60,9 +71,18 @@ def read_rows(folder: Path, names: list[str], form: str) -> Iterator[Row]:
                 yield Row(place, None, str(value), raw)
                 continue
             try:
-                yield Row(place, to_messages(value, form), None, raw)
+                yield Row(place, to_messages(_renamed(value, columns), form), None, raw)
             except BadRow as problem:
                 yield Row(place, None, str(problem), raw)
+
+
+def _renamed(row: Any, columns: Mapping[str, str]) -> Any:
+    if not columns or not isinstance(row, dict):
+        return row
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            raise BadRow(f"expected the column {theirs} ({ours}); got {', '.join(map(str, list(row)[:8]))}")
+    return {**row, **{ours: row[theirs] for ours, theirs in columns.items()}}
 
 
 def read_values(path: Path, name: str) -> Iterator[tuple[str, Any, str]]:
@@ -270,6 +290,16 @@ def _guess(row: dict[str, Any]) -> str:
     )
 
 
+def guess_columns(row: Any) -> dict[str, str]:
+    """Return what `data.columns` should say for a row of one of the usual pairs of names; empty if it is none."""
+    if not isinstance(row, dict):
+        return {}
+    for prompt, completion in _PAIRS:
+        if isinstance(row.get(prompt), str) and isinstance(row.get(completion), str):
+            return {"prompt": prompt, "completion": completion}
+    return {}
+
+
 def _field(row: dict[str, Any], *names: str) -> Any:
     for name in names:
         if name in row:
@@ -283,7 +313,19 @@ def _messages(row: dict[str, Any]) -> list[dict[str, Any]]:
         raise BadRow("messages: expected a list of {role, content}")
     if any(m.get("tool_calls") for m in messages):
         raise BadRow("messages: tool_calls are not read")
-    return [{"role": m.get("role"), "content": m.get("content")} for m in messages]
+    return [{"role": m.get("role"), "content": _text(m.get("content"), i)} for i, m in enumerate(messages, 1)]
+
+
+def _text(content: Any, number: int) -> Any:
+    """Join a message's parts, where it has parts: [{"type": "text", "text": …}]."""
+    if not isinstance(content, list):
+        return content
+    if not all(isinstance(part, dict) for part in content):
+        raise BadRow(f"message {number}: content is a list; expected text, or parts of type text")
+    for part in content:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise BadRow(f"message {number}: a part of type {part.get('type')}; only text is read")
+    return "".join(part["text"] for part in content)
 
 
 def _sharegpt(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -302,7 +344,7 @@ def _sharegpt(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
-    instruction, given = _field(row, "instruction"), row.get("input")
+    instruction, given = _field(row, "instruction"), row.get("input", row.get("context"))  # Dolly says context
     if not isinstance(instruction, str):
         raise BadRow(f"instruction is {type(instruction).__name__}; expected text")
     user = f"{instruction}\n\n{given}" if isinstance(given, str) and given.strip() else instruction
@@ -316,7 +358,10 @@ def _prompt_completion(row: dict[str, Any]) -> list[dict[str, Any]]:
     prompt, completion = _field(row, "prompt"), _field(row, "completion", "response")
     if isinstance(prompt, list) and isinstance(completion, list):  # trl's conversational form
         return _messages({"messages": [*prompt, *completion]})
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    out = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    if isinstance(row.get("system"), str) and row["system"].strip():
+        out.insert(0, {"role": "system", "content": row["system"]})
+    return out
 
 
 def _checked(messages: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -21,6 +21,7 @@ FOREIGN = {
         for i in range(60)
     ),
     "alpaca.csv": "instruction,input,output\n" + "".join(f'"say, {i}",,answer {i}\n' for i in range(60)),
+    "questions.jsonl": "".join(json.dumps({"question": f"q {i}", "answer": f"a {i}"}) + "\n" for i in range(60)),
     "tickets.jsonl": "".join(json.dumps(chat(i)) + "\n" for i in range(60)) + "{broken\n",
 }
 

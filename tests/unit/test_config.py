@@ -158,7 +158,7 @@ def test_overrides_win_and_are_checked():
 # every key takes effect
 
 OTHER: dict[str, Any] = {
-    "data.format": "alpaca", "data.loss_on": "all", "data.too_long": "drop", "data.special_tokens": "error",
+    "data.format": "alpaca", "data.columns": {"prompt": "question"}, "data.loss_on": "all", "data.too_long": "drop", "data.special_tokens": "error",
     "data.duplicates": "keep", "data.system": "s", "data.limit": 7, "data.rev": "HEAD",
     "base.dtype": "float32", "base.repack": "phi3", "base.quantization": "nf4", "base.revision": "f" * 40,
     "training_config.lr_scheduler_type": "linear", "training_config.lr_scheduler_kwargs": {"num_cycles": 1},

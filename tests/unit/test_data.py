@@ -167,7 +167,7 @@ def run_check(folder: Path, out: Path, **settings) -> dict:
     (folder.parent / "artifact").mkdir(exist_ok=True)
     shutil.copytree(folder, folder.parent / "artifact" / "files", dirs_exist_ok=True)
     data = Data(**settings)
-    config = data.model_dump(include={"format", "train", "heldout", "extra_heldout", "validation_fraction", "system",
+    config = data.model_dump(include={"format", "columns", "train", "heldout", "extra_heldout", "validation_fraction", "system",
                                       "duplicates", "limit", "heldout_fraction", "seed"})  # fmt: skip
     job = Job(stage="check_dataset", version=1, config=config)
     return check.run(job, Inputs({"dataset": folder.parent / "artifact"}), out, Progress()).report

@@ -4,7 +4,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from loraflow.data.formats import BadRow, match_files, read_rows, to_messages
+from loraflow.data.formats import BadRow, guess_columns, match_files, read_rows, to_messages
 from loraflow.failures import BadData
 
 WANTED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -19,10 +19,37 @@ WANTED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"
         {"instruction": "q", "input": "", "output": "a"},
         {"prompt": "q", "completion": "a"},
         {"prompt": WANTED[:1], "completion": WANTED[1:]},
+        {
+            "messages": [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in WANTED],
+            "tools": [],
+        },
     ],
 )
 def test_every_form_gives_the_same_chat(row):
     assert to_messages(row) == WANTED
+
+
+def test_columns_of_other_names(tmp_path):
+    (tmp_path / "x.csv").write_text("id,question,answer\n1,q,a\n")
+    columns = {"prompt": "question", "completion": "answer"}
+    (row,) = read_rows(tmp_path, ["x.csv"], "auto", columns)
+    assert row.messages == WANTED
+    (row,) = read_rows(tmp_path, ["x.csv"], "auto", {"prompt": "ask", "completion": "answer"})
+    assert row.problem == "expected the column ask (prompt); got id, question, answer"
+    assert guess_columns({"id": "1", "question": "q", "answer": "a"}) == columns
+    assert guess_columns({"text": "q"}) == guess_columns([]) == guess_columns({"question": 1, "answer": "a"}) == {}
+
+
+def test_dollys_context_is_part_of_the_question():
+    row = {"instruction": "Who?", "context": "Ann ran.", "response": "Ann"}
+    assert to_messages(row)[0]["content"] == "Who?\n\nAnn ran."
+
+
+def test_a_system_column_comes_first():
+    assert to_messages({"system": "s", "prompt": "q", "completion": "a"}) == [
+        {"role": "system", "content": "s"},
+        *WANTED,
+    ]
 
 
 def test_alpacas_input_follows_the_instruction():
@@ -34,6 +61,10 @@ def test_alpacas_input_follows_the_instruction():
     ("row", "says"),
     [
         ([], "expected an object"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "a part of type image_url; only text is read",
+        ),
         ({"text": "x"}, "got the keys text"),
         ({"messages": []}, "without messages"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "unknown role 'bot'"),
