@@ -11,7 +11,7 @@ import numpy as np
 
 from loraflow.base.load import head_is_plain
 from loraflow.data.mask import IGNORED
-from loraflow.evaluation.prefix import shared_prefix
+from loraflow.evaluation.prefix import plain_cache, shared_prefix
 
 HEAD_ROWS = 512  # positions whose logits are in memory at a time
 
@@ -46,6 +46,7 @@ def answer_all(
     lengths = [len(prompt) for prompt in prompts]
     prefix = shared_prefix(model, prompts, min(lengths) - 1, max(lengths) + max_new_tokens) if prompts else None
     shared = len(prefix.ids) if prefix else 0
+    plain = bool(prompts) and plain_cache(model, max(lengths) + max_new_tokens)
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         if all(answers[i] is not None for i in batch):
@@ -59,11 +60,17 @@ def answer_all(
             mask[row, width - len(rest) :] = 1
         if prefix:
             ids[:, :shared], mask[:, :shared] = torch.tensor(prefix.ids), 1
+        room = width + max_new_tokens
+        cache = prefix.cache(len(batch), room) if prefix else None
+        if plain and not prefix:
+            from loraflow.evaluation.cache import roomy_cache
+
+            cache = roomy_cache(model.config.num_hidden_layers, room)
         with torch.inference_mode():
             out = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                **({"past_key_values": prefix.cache(len(batch))} if prefix else {}),
+                **({"past_key_values": cache} if cache is not None else {}),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,
@@ -120,7 +127,7 @@ def answer_losses(model: Any, rows: Sequence[Any], pad_id: int, batch_size: int)
         target = labels[:, 1:].to(model.device)[at]
         if not len(target):
             continue
-        cached = {"past_key_values": prefix.cache(len(batch))} if prefix else {}
+        cached = {"past_key_values": prefix.cache(len(batch), shared + width)} if prefix else {}
         values = {"input_ids": ids, "attention_mask": mask, "use_cache": bool(prefix), **cached}
         with torch.inference_mode():
             if not plain:

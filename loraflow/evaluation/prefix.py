@@ -25,11 +25,11 @@ class SharedPrefix:
         self.ids = ids
         self.layers = layers
 
-    def cache(self, rows: int) -> Any:
-        """Return a fresh cache that holds the prefix for that many rows."""
-        from transformers import DynamicCache
+    def cache(self, rows: int, room: int) -> Any:
+        """Return a fresh cache that holds the prefix for that many rows, with room for so many tokens in each."""
+        from loraflow.evaluation.cache import roomy_cache
 
-        cache = DynamicCache()
+        cache = roomy_cache(len(self.layers), room)
         for index, (keys, values) in enumerate(self.layers):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
         return cache
@@ -45,7 +45,7 @@ def shared_prefix(model: Any, rows: Sequence[Sequence[int]], longest: int, place
     from transformers import DynamicCache
 
     length = common_length(rows, longest)
-    if len(rows) < MIN_ROWS or length < MIN_TOKENS or not _plain(model, places):
+    if len(rows) < MIN_ROWS or length < MIN_TOKENS or not plain_cache(model, places):
         return None
     ids = [int(i) for i in rows[0][:length]]
     cache = DynamicCache()
@@ -72,7 +72,8 @@ def common_length(rows: Sequence[Sequence[int]], longest: int) -> int:
     return next((k for k in range(longest) if any(row[k] != first[k] for row in rows)), longest)
 
 
-def _plain(model: Any, places: int) -> bool:
+def plain_cache(model: Any, places: int) -> bool:
+    """Tell whether a model's cache is keys and values of every position and nothing else, for rows of so many places."""
     generation = model.generation_config
     if generation.cache_implementation is not None or generation.use_cache is False:
         return False

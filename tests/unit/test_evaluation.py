@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from loraflow.data.mask import ChatTemplate
+from loraflow.evaluation import cache
+from loraflow.evaluation.cache import roomy_cache
 from loraflow.evaluation.generation import answer_all, answer_losses
 from loraflow.evaluation.modules import compute, find_module
 from loraflow.evaluation.prefix import common_length, shared_prefix
@@ -181,6 +183,45 @@ def test_answers_follow_from_the_rows_alone(phi3, model):
     two = answer_all(model, tokenizer, template.prompt_ids(chats[::-1]), stop_ids=[], max_new_tokens=4, batch_size=5)
     assert one == two[::-1]
     assert json.dumps(one)
+
+
+def test_a_roomy_cache_is_transformers_own_without_the_copies():
+    from transformers import DynamicCache
+
+    draw = torch.Generator().manual_seed(0)
+    ours, theirs, places = roomy_cache(2, 9), DynamicCache(), set()
+    for tokens in (4, 1, 3):
+        for layer in range(2):
+            new = [torch.randn(3, 2, tokens, 5, generator=draw) for _ in range(2)]
+            for one, other in zip(ours.update(*new, layer), theirs.update(*new, layer), strict=True):
+                assert torch.equal(one, other)
+            places.add(ours.layers[layer].keys.data_ptr())
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        assert ours.get_mask_sizes(2, 0) == theirs.get_mask_sizes(2, 0)
+    assert len(places) == 2, "written in place"
+    with pytest.raises(ValueError, match="10 tokens in a cache for 9"):
+        ours.update(*(torch.zeros(3, 2, 2, 5),) * 2, 0)
+
+
+@pytest.mark.parametrize(
+    "system", [None, "please answer what is the house of the red bird and one green cat likes the tree"]
+)
+def test_answers_are_those_with_transformers_own_cache(phi3, model, monkeypatch, system):
+    from loraflow.base.load import load_tokenizer
+    from loraflow.evaluation import generation
+
+    template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
+    chats = spoken(range(6), system) if system else [chat(i)["messages"] for i in range(6)]
+    prompts, options = template.prompt_ids(chats), {"stop_ids": [], "max_new_tokens": 12, "batch_size": 3}
+    made = []
+    real = cache.roomy_cache
+    monkeypatch.setattr(cache, "roomy_cache", lambda *a: made.append(a) or real(*a))
+    ours = answer_all(model, tokenizer, prompts, **options)
+    assert len(made) == 2
+    monkeypatch.setattr(generation, "plain_cache", lambda *_: False)
+    without_prefix(monkeypatch)
+    assert ours == answer_all(model, tokenizer, prompts, **options)
+    assert len(made) == 2
 
 
 def spoken(numbers, system="please answer what is the house of the red bird and one green cat likes the tree"):
