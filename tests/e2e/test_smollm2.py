@@ -19,6 +19,7 @@ def loraflow(*arguments: str, home: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**env, "PREFECT_HOME": str(home)})
 
 
+@pytest.mark.timeout(1800)
 @needs_model
 def test_a_short_quickstart_learns_merges_and_answers(tmp_path):
     store = tmp_path / "store"
