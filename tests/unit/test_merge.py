@@ -152,9 +152,7 @@ def test_a_killed_merge_goes_on_from_its_finished_shards(tmp_path, phi3):
     adapter = make_adapter(phi3, tmp_path / "adapter")
     (tmp_path / "work").mkdir()
     # A forked child would wait forever for torch's threads, which fork leaves behind.
-    child = multiprocessing.get_context("spawn").Process(
-        target=_attempt, args=(phi3, adapter, tmp_path / "killed", 3)
-    )
+    child = multiprocessing.get_context("spawn").Process(target=_attempt, args=(phi3, adapter, tmp_path / "killed", 3))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL

@@ -30,6 +30,8 @@ def test_a_variant_is_trained_killed_resumed_and_merged(parts, tmp_path, name):
     seen = exercise(VARIANTS[name], base, shards, tmp_path)
     assert seen["last_loss"] < seen["first_loss"] - 0.1
     assert seen["resumed"] == 0.0, "bit for bit"
+    assert seen["exported"] < 1e-5
+    assert seen["evaluated"] < seen["first_loss"]
     assert seen["merge_ulps"] <= 1
     assert seen["kl"] < seen["moved"] / 1000
     assert seen["adapter"]["base_model_name_or_path"] is None
