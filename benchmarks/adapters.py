@@ -15,8 +15,8 @@ from typing import Any
 
 PAGE = Path(__file__).parent.parent / "docs" / "adapters.md"
 BEGIN, END = "<!-- table: benchmarks/adapters.py -->\n", "<!-- end of the table -->\n"
-HEAD = ("variant", "recipe", "loss, step 1 → 6", "killed at 3, resumed", "exported", "evaluated", "merged", "to peft's merge",
-        "KL merged", "KL base")  # fmt: skip
+HEAD = ("variant", "recipe", "loss, step 1 → 6", "killed at 3, resumed", "exported", "evaluated", "merged",
+        "to peft's merge", "KL merged", "KL base")  # fmt: skip
 
 
 def recipe_of(settings: dict[str, Any]) -> str:
