@@ -38,7 +38,8 @@ def pipeline(walk: Walker) -> Made:
     tokens = walk.stage("tokenize", rows=rows, base=base)
     base_scores = walk.stage("evaluate", "evaluate base", model=base, rows=rows)
     adapter = walk.stage("train", tokens=tokens, base=base)
-    merged = walk.stage("merge", base=base, adapter=adapter)
+    probes = {"tokens": tokens} if walk.jobs.recipe.compares_merges else {}
+    merged = walk.stage("merge", base=base, adapter=adapter, **probes)
     verified = walk.stage("verify", base=base, adapter=adapter, merged=merged, rows=rows)
     walk.admit("merged", verified)
     tuned_scores = walk.stage("evaluate", "evaluate tuned", model=merged, rows=rows)

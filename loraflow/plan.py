@@ -30,6 +30,8 @@ class Unknown:
 class Walker(Protocol):
     """Whoever walks the DAG: each call is one stage."""
 
+    jobs: Jobs
+
     def stage(self, name: str, label: str = "", /, **inputs: Any) -> Any:
         """Do, or plan, a stage and return its artifact's ref; `label` tells apart stages that run several times."""
 

@@ -101,11 +101,19 @@ def _evaluate(recipe: Recipe, known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merge(recipe: Recipe, known: Mapping[str, Any]) -> dict[str, Any]:
-    return recipe.merge.model_dump(include={"dtype", "max_shard_size_gb"})
+    out = recipe.merge.model_dump(include={"dtype", "max_shard_size_gb"})
+    if recipe.base.quantization != "nf4":
+        return out
+    return {**out, "nf4": {**_nf4(recipe), "onto": recipe.merge.onto, "trust": recipe.base.trust_remote_code}}
 
 
 def _verify(recipe: Recipe, known: Mapping[str, Any]) -> dict[str, Any]:
-    return {"prompts": recipe.merge.verify_prompts, "trust_remote_code": recipe.base.trust_remote_code}
+    out = {"prompts": recipe.merge.verify_prompts, "trust_remote_code": recipe.base.trust_remote_code}
+    return {**out, "nf4": _nf4(recipe)} if recipe.base.quantization == "nf4" else out
+
+
+def _nf4(recipe: Recipe) -> dict[str, Any]:
+    return {"dtype": recipe.base.dtype, "double": recipe.base.double_quantization}
 
 
 STAGES: dict[str, Stage] = {
@@ -167,7 +175,9 @@ STAGES: dict[str, Stage] = {
             "loraflow.adapters.merge:run",
             True,
             ("loraflow.adapters.merge", "loraflow.adapters.stream", "loraflow.adapters.accept", "loraflow.adapters.tensors",
-             "loraflow.adapters.formats", "loraflow.adapters.fused", *_MASK),
+             "loraflow.adapters.formats", "loraflow.adapters.fused", "loraflow.adapters.onto", "loraflow.adapters.nf4",
+             "loraflow.adapters.verify", "loraflow.base.load", "loraflow.training.batches", "loraflow.data.packing",
+             *_MASK),
             _merge,
             facets=(("adapter", "adapter"),),
         ),
@@ -176,7 +186,7 @@ STAGES: dict[str, Stage] = {
             1,
             "loraflow.adapters.verify:run",
             True,
-            ("loraflow.adapters.verify", "loraflow.base.load", *_MASK),
+            ("loraflow.adapters.verify", "loraflow.adapters.nf4", "loraflow.base.load", *_MASK),
             _verify,
             facets=(("adapter", "adapter"), ("rows", "heldout")),
         ),

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -17,7 +16,15 @@ import torch
 from loraflow.adapters.merge import merge
 from loraflow.adapters.verify import compare
 from loraflow.job import Progress
+from tests.children import exit_code
+from tests.conftest import chat
 
+# A validation loss after the last step, to compare the saved adapter with.
+WATCHED = {
+    "data__validation_fraction": 0.1,
+    "training_config__eval_strategy": "steps",
+    "training_config__eval_steps": 6,
+}
 ALL = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 # name → what the recipe says beside the tiny recipe of tests/unit/test_training.py
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -64,26 +71,23 @@ def _killed(base: Path, shards: Path, folder: Path, settings: dict[str, Any]) ->
 
 
 def exercise(settings: dict[str, Any], base: Path, shards: Path, folder: Path) -> dict[str, Any]:
-    """Return what was seen.
+    """Return what was seen. Training computes in float32, from a base that is stored in 16 bits and merged in them.
 
     `first_loss`, `last_loss`; `resumed`: largest difference of the adapter's tensors between a run that was killed by SIGKILL
-    at step 3 of 6 and resumed, and one that was not; `route`, `merge_ulps`: largest difference to peft's own merge in units
+    at step 3 of 6 and resumed, and one that was not; `exported`: difference between the validation loss that training saw
+    last and that of the saved adapter, opened by peft; `route`, `merge_ulps`: largest difference to peft's own merge in units
     in the last place of the weights' dtype; `kl` between the adapter in PEFT and the merged model, `moved` between base and
-    adapter, nats per token on four chats.
+    adapter, nats per token on four chats; `evaluated`: the merged model's token loss on them, by the evaluate stage.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     from tests.unit.test_training import run
 
+    settings = {**WATCHED, **settings}
     adapter, losses = run(base, shards, folder / "straight", **settings)
-    # A forked child would wait forever for torch's threads, which fork leaves behind.
-    child = multiprocessing.get_context("spawn").Process(
-        target=_killed, args=(base, shards, folder / "killed", settings)
-    )
-    child.start()
-    child.join(120)
-    assert child.exitcode == -signal.SIGKILL, child.exitcode
+    code = exit_code(_killed, base, shards, folder / "killed", settings)
+    assert code == -signal.SIGKILL, code
     assert not (folder / "killed" / "out" / "adapter").exists()
     again, found = run(base, shards, folder / "killed", **settings)
     assert adapter.keys() == again.keys() and losses.keys() == found.keys()
@@ -106,25 +110,63 @@ def exercise(settings: dict[str, Any], base: Path, shards: Path, folder: Path) -
     }
     distance = max(ulps(tensor, theirs[name]) for name, tensor in merged.state_dict().items())
 
-    rows = _chats(shards)
     wide = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()  # noqa: E731
-    loaded = PeftModel.from_pretrained(wide(base), str(place)).eval()
+    before, after, loaded = (
+        wide(base),
+        wide(folder / "merged"),
+        PeftModel.from_pretrained(wide(base), str(place)).eval(),
+    )
+    rows = [torch.tensor(row.tolist())[None] for row, _ in _documents(shards / "train", 4)]
     with torch.inference_mode():
-        ours = [loaded(input_ids=row).logits[0] for row in rows]
-        after = [wide(folder / "merged")(input_ids=row).logits[0] for row in rows]
-        before = [wide(base)(input_ids=row).logits[0] for row in rows]
+        one, two, three = ([model(input_ids=row).logits[0] for row in rows] for model in (before, loaded, after))
     return {
-        "first_loss": losses[1], "last_loss": losses[6], "resumed": resumed, "route": figures["route"], "merge_ulps": distance,
-        "kl": compare(ours, after)["mean_kl"], "moved": compare(before, ours)["mean_kl"],
-        "adapter": json.loads((place / "adapter_config.json").read_text()),
+        "first_loss": losses[1], "last_loss": losses[6], "resumed": resumed,
+        "exported": abs(_validation_loss(folder / "straight") - _loss(loaded, _documents(shards / "validation", 5))),
+        "route": figures["route"], "merge_ulps": distance, "kl": compare(two, three)["mean_kl"],
+        "moved": compare(one, two)["mean_kl"], "evaluated": _evaluate(folder),
+        "adapter": json.loads((place / "adapter_config.json").read_text()), "folder": place,
     }  # fmt: skip
 
 
-def _chats(shards: Path) -> list[torch.Tensor]:
+def _documents(shards: Path, count: int) -> list[Any]:
     from loraflow.training.batches import Rows
 
-    rows = Rows(shards / "train")
-    return [torch.tensor(rows[i][0][0].tolist())[None] for i in range(4)]
+    rows = Rows(shards)
+    return [rows.document(number) for number in range(count)]
+
+
+def _validation_loss(folder: Path) -> float:
+    """Return what training measured after its last step."""
+    lines = (folder / "out" / "telemetry" / "curves.jsonl").read_text().splitlines()
+    return [row["eval_loss"] for line in lines if "eval_loss" in (row := json.loads(line))][-1]
+
+
+def _loss(model: Any, documents: list[Any]) -> float:
+    total = count = 0.0
+    for ids, labels in documents:
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor(ids.tolist())[None]).logits[0, :-1]
+        wanted = torch.tensor(labels[1:].tolist())
+        total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+        count += int((wanted != -100).sum())
+    return total / count
+
+
+def _evaluate(folder: Path) -> float:
+    from loraflow.evaluation import score
+    from loraflow.job import Inputs
+    from loraflow.stages import make_job
+    from tests.unit.test_training import REF, recipe
+
+    rows, out = folder / "rows", folder / "scores"
+    rows.mkdir()
+    out.mkdir()
+    lines = [json.dumps({"id": str(i), "set": "heldout", **chat(i)}) + "\n" for i in range(4)]
+    (rows / "heldout.jsonl").write_text("".join(lines))
+    asked = recipe(evaluation__metrics=["token_loss"], evaluation__max_new_tokens=4, runtime__eval_batch_size=4)
+    job = make_job("evaluate", asked, {"model": REF, "rows": REF})
+    figures = score.run(job, Inputs({"model": folder / "merged", "rows": rows}), out, Progress()).figures
+    return float(figures["heldout.token_loss"])
 
 
 def ulps(one: torch.Tensor, two: torch.Tensor) -> float:

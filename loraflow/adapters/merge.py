@@ -10,10 +10,12 @@ import json
 import logging
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loraflow.adapters import accept, tensors
+from loraflow.adapters.nf4 import Nf4, packed_names
 from loraflow.adapters.stream import merge_streaming, plan_of
 from loraflow.failures import BadModel
 from loraflow.job import Inputs, Job, Progress
@@ -28,16 +30,22 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     Raises:
         BadModel: an adapter tensor fits nothing in the base, or its shape is wrong; see `merge`.
     """
-    figures = merge(
-        inputs["base"],
-        inputs["adapter"] / "adapter",
-        out,
-        dtype=job.config["dtype"],
-        max_shard_bytes=int(job.config["max_shard_size_gb"] * 1e9),
-        threads=job.runtime.get("threads"),
-        report=report,
-        base_digest=job.inputs["base"].digest,
-    )
+    options = {
+        "dtype": job.config["dtype"],
+        "max_shard_bytes": int(job.config["max_shard_size_gb"] * 1e9),
+        "threads": job.runtime.get("threads"),
+        "base_digest": job.inputs["base"].digest,
+    }
+    base, adapter = inputs["base"], inputs["adapter"] / "adapter"
+    if "nf4" in job.config:
+        from loraflow.adapters.onto import merge_trained_in_nf4
+
+        shards = inputs["tokens"] / "train" if "tokens" in inputs else None
+        figures = merge_trained_in_nf4(
+            base, adapter, out, shards, report, job.runtime, **job.config["nf4"], options=options
+        )
+    else:
+        figures = merge(base, adapter, out, report=report, **options)
     seconds = figures.pop("seconds")
     (out / "telemetry").mkdir()
     (out / "telemetry" / "timing.json").write_text(json.dumps({"merge_seconds": seconds}))
@@ -54,6 +62,8 @@ def merge(
     threads: int | None = None,
     report: Progress | None = None,
     base_digest: str | None = None,
+    nf4: Nf4 | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Merge an adapter's folder into a base's folder; `out` must be empty.
 
@@ -66,6 +76,8 @@ def merge(
         threads: at work; None is all cores.
         report: progress; finished shards survive a kill in its `work` folder.
         base_digest: the artifact's, compared with what the adapter says that it was trained on.
+        nf4: take the base's weights as training saw them, packed and unpacked.
+        trust: run code that comes with the base, to know which of its weights are packed.
 
     Returns:
         Figures: `adapted` matrices, `route` (streamed or peft), `seconds` of the merge alone.
@@ -83,8 +95,11 @@ def merge(
     _check_vocabulary(base, adapter, entries)
     started = time.perf_counter()
     plan = plan_of(config, adapter)
+    if plan is not None and nf4 is not None:
+        names = packed_names(base, trust=trust)
+        plan = None if names is None else replace(plan, nf4=nf4, packed=names - plan.replaced.keys())
     if plan is None:
-        adapted = _merge_through_peft(base, adapter, out, dtype, max_shard_bytes)
+        adapted = _merge_through_peft(base, adapter, out, dtype, max_shard_bytes, nf4)
     else:
         adapted = len(plan.loras)
         merge_streaming(base, plan, out, dtype, max_shard_bytes, threads, report or Progress())
@@ -101,13 +116,17 @@ def _check_vocabulary(base: Path, adapter: Path, entries: list[tensors.Entry]) -
         accept.check_vocabulary(base, adapter, rows[0])
 
 
-def _merge_through_peft(base: Path, adapter: Path, out: Path, dtype: str | None, max_bytes: int) -> int:
+def _merge_through_peft(
+    base: Path, adapter: Path, out: Path, dtype: str | None, max_bytes: int, nf4: Nf4 | None
+) -> int:
     import torch
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
+    if nf4 is not None:
+        nf4.apply(model)
     try:
         wrapped = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError, KeyError) as error:

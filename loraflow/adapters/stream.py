@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 from loraflow.adapters import tensors
 from loraflow.adapters.formats import PREFIX
+from loraflow.adapters.nf4 import Nf4
 from loraflow.adapters.tensors import Entry, Planned
 from loraflow.failures import BadModel
 from loraflow.job import Progress
@@ -49,6 +51,8 @@ class Plan:
 
     loras: dict[str, Lora]
     replaced: dict[str, Entry]
+    nf4: Nf4 | None = None  # how the tensors of these names were packed in training: they are merged as it saw them
+    packed: frozenset[str] = frozenset()
 
 
 def plan_of(config: dict[str, Any], adapter: Path) -> Plan | None:
@@ -203,7 +207,8 @@ class Worker:
     def write(self, planned: Planned, plan: Plan, target: int, offset: int) -> None:
         """Write a tensor to its place: merged, replaced, cast or copied."""
         source, lora = plan.replaced.get(planned.source.name, planned.source), plan.loras.get(planned.source.name)
-        if lora is None and planned.dtype == source.dtype:
+        nf4 = plan.nf4 if planned.source.name in plan.packed else None
+        if lora is None and nf4 is None and planned.dtype == source.dtype:
             tensors.copy_range(self.fds[source.file], target, source.size, source.offset, offset)
             return
         import torch
@@ -212,11 +217,15 @@ class Worker:
         rows, columns = (source.shape[0], math.prod(source.shape[1:])) if source.shape else (1, 1)
         parts = self._parts(lora, kinds) if lora else None
         size, wide = tensors.SIZES[source.dtype], tensors.SIZES[planned.dtype]
+        unpacked = None if nf4 is None else nf4.there_and_back(self._blocks(source, kinds))
         for first in range(0, rows, ROWS):
             count = min(ROWS, rows - first)
             raw = memoryview(self._buffer(count * columns * size))
-            tensors.read_all(self.fds[source.file], raw, source.offset + first * columns * size)
             block = torch.frombuffer(raw, dtype=kinds[source.dtype]).view(count, columns)
+            if unpacked is None:
+                tensors.read_all(self.fds[source.file], raw, source.offset + first * columns * size)
+            else:
+                block.copy_(next(unpacked))
             if planned.source.dtype != source.dtype:  # what was trained as a whole has first the dtype of its base
                 block = block.to(kinds[planned.source.dtype])
             if parts is not None:
@@ -229,6 +238,16 @@ class Worker:
             else:
                 cast: Any = block.to(kinds[planned.dtype]).contiguous().view(torch.uint8).numpy()
                 tensors.write_all(target, memoryview(cast).cast("B"), offset + first * columns * wide)
+
+    def _blocks(self, source: Entry, kinds: dict[str, Any]) -> Iterator[Any]:
+        import torch
+
+        rows, columns = source.shape
+        row = columns * tensors.SIZES[source.dtype]
+        for first in range(0, rows, ROWS):
+            raw = bytearray(min(ROWS, rows - first) * row)
+            tensors.read_all(self.fds[source.file], memoryview(raw), source.offset + first * row)
+            yield torch.frombuffer(raw, dtype=kinds[source.dtype]).view(-1, columns)
 
     def _parts(self, lora: Lora, kinds: dict[str, Any]) -> tuple[Any, Any, float, Any, bool]:
         magnitude = self._read(lora.magnitude, kinds) if lora.magnitude else None

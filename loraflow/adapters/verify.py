@@ -1,7 +1,8 @@
 """Stage verify: does the merged model say what base and adapter say? Logits on held-out chats, computed in fp32.
 
-Merging rounds W + ΔW to the weights' dtype, so that the two differ a little. The report says how much; `admit`
-compares it with the recipe's bound.
+Merging rounds W + ΔW to the weights' dtype, so that the two differ a little. A base that training had packed in NF4 is
+packed and unpacked first: what was trained is the measure. The report says how much; `admit` compares it with the
+recipe's bound.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import gc
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loraflow.failures import Inadmissible
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
+
+if TYPE_CHECKING:
+    from loraflow.adapters.nf4 import Nf4
 
 MAX_TOKENS = 512  # of a chat; the rest is left out
 
@@ -21,9 +25,8 @@ MAX_TOKENS = 512  # of a chat; the rest is left out
 def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     """Write report.json: largest logit difference, mean and largest KL (nats per token), agreement of the best token."""
     import torch
-    from peft import PeftModel
 
-    from loraflow.base.load import load_model
+    from loraflow.adapters.nf4 import Nf4
     from loraflow.data.mask import ChatTemplate
 
     trust = job.config["trust_remote_code"]
@@ -32,17 +35,41 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     encoded = ChatTemplate(inputs["base"]).encode([row["messages"] for row in rows], "all")
     batches = [torch.tensor(one.ids[:MAX_TOKENS].tolist())[None] for one in encoded]
 
-    # One model at a time: two of Phi-3 mini in fp32 are more than most hosts have.
-    model = load_model(inputs["base"], "float32", job.runtime, trust=trust)
-    wanted = _logits(PeftModel.from_pretrained(model, str(inputs["adapter"] / "adapter")).eval(), batches)
+    nf4 = Nf4(**job.config["nf4"]) if "nf4" in job.config else None
+    wanted = trained_logits(inputs["base"], inputs["adapter"] / "adapter", nf4, batches, job.runtime, trust=trust)
     report(done=1, total=2)
-    del model
-    gc.collect()
-    got = _logits(load_model(inputs["merged"], "float32", job.runtime, trust=trust), batches)
-    figures = compare(wanted, got)
+    figures = compare(wanted, logits_at(inputs["merged"], batches, job.runtime, trust=trust))
     (out / "report.json").write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
     report(done=2, total=2)
     return Summary(figures=figures, report=figures)
+
+
+def trained_logits(
+    base: Path, adapter: Path, nf4: Nf4 | None, batches: list[Any], runtime: dict[str, Any], *, trust: bool
+) -> list[Any]:
+    """Return the logits of what was trained, a tensor [tokens, vocabulary] for each batch of one row, in fp32."""
+    from peft import PeftModel
+
+    from loraflow.base.load import load_model
+
+    model = load_model(base, "float32", runtime, trust=trust)
+    if nf4 is not None:
+        nf4.apply(model)
+    logits = _logits(PeftModel.from_pretrained(model, str(adapter)).eval(), batches)
+    del model
+    gc.collect()  # one model at a time: two of Phi-3 mini in fp32 are more than most hosts have
+    return logits
+
+
+def logits_at(folder: Path, batches: list[Any], runtime: dict[str, Any], *, trust: bool) -> list[Any]:
+    """Return the logits of a model in a folder, a tensor [tokens, vocabulary] for each batch of one row, in fp32."""
+    from loraflow.base.load import load_model
+
+    model = load_model(folder, "float32", runtime, trust=trust)
+    logits = _logits(model, batches)
+    del model
+    gc.collect()
+    return logits
 
 
 def _logits(model: Any, batches: list[Any]) -> list[Any]:

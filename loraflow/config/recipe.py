@@ -253,6 +253,11 @@ class Merge(Frozen):
     """How the adapter becomes part of the weights."""
 
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="Default: the base's own.")
+    onto: Literal["auto", "base", "dequantized"] = Field(
+        "auto",
+        description="After base.quantization nf4: onto the base's own weights, or onto those that training saw, unpacked; "
+        "auto takes the one whose answers are nearer to the trained model's (KL on training rows).",
+    )
     max_shard_size_gb: Annotated[float, Field(gt=0)] = Field(5.0, description="Largest file of the merged model.")
     max_kl: Annotated[float, Field(ge=0)] = Field(
         0.05, description="The run stops when merged and adapter model differ by more (mean KL, nats per token)."
@@ -319,8 +324,15 @@ class Recipe(Frozen):
                     )
         if self.base.quantization == "nf4" and self.base.dtype == "float32":
             raise ValueError("base.quantization nf4 computes in 16 bits: set base.dtype to bfloat16 or float16")
+        if self.merge.onto == "dequantized" and self.base.quantization != "nf4":
+            raise ValueError("merge.onto dequantized needs base.quantization: nf4; nothing else was packed")
         self._check_method()
         return self
+
+    @property
+    def compares_merges(self) -> bool:
+        """Whether the merge tries two bases, and needs rows to compare them on."""
+        return self.base.quantization == "nf4" and self.merge.onto == "auto"
 
     def _check_method(self) -> None:
         how = str(self.peft_config.init_lora_weights)

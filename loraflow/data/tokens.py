@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -23,10 +24,11 @@ import pyarrow.parquet as pq
 
 from loraflow.data.mask import IGNORED, ChatTemplate
 from loraflow.data.packing import best_fit_decreasing
-from loraflow.failures import BadData, Killed
+from loraflow.failures import BadData, BadModel, Killed
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 
+log = logging.getLogger(__name__)
 CHUNK = 500  # rows that go to a process at a time
 _SCHEMA = pa.schema(
     [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("length", pa.int32())],
@@ -63,6 +65,8 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     Raises:
         BadData: a row is too long and the policy is error, or holds a control token and the policy is error; or no
             row has a token to learn.
+        BadModel: a row has a token without a row in the base's embeddings; or the template renders each prompt otherwise
+            than it stands in the chats that are learned.
     """
     config, template = job.config, ChatTemplate(inputs["base"])
     processes = job.runtime.get("processes") or os.cpu_count() or 1
@@ -73,7 +77,8 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         source = inputs["rows"] / f"{name}.jsonl"
         if name == "validation" and source.stat().st_size == 0:
             continue
-        found, part = _tokenize_file(source, template, out / name, config, processes, report, counts)
+        found, part, largest = _tokenize_file(source, template, out / name, config, processes, report, counts)
+        refuse_ids_beyond(largest, vocabulary_of(inputs["base"]), template)
         figures[f"{name}_rows"], figures[f"{name}_tokens"] = len(found), int(found.sum())
         if name == "train":
             lengths, figures["supervised_tokens"] = found, part
@@ -96,6 +101,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         **{f"rows_{kind}": n for kind, n in counts.items()},
     }
     audit = _audit(inputs["rows"] / "train.jsonl", template, config)
+    _check_prompts(audit)
     text = json.dumps({"figures": figures, "audit": audit}, indent=1, sort_keys=True, ensure_ascii=False)
     (out / "report.json").write_text(text + "\n", encoding="utf-8")
     return Summary(figures=figures, report={"audit": audit[:2]})
@@ -109,11 +115,11 @@ def _tokenize_file(
     processes: int,
     report: Progress,
     counts: Counter[str],
-) -> tuple[np.ndarray, int]:
-    """Write one Arrow folder; return the lengths of its rows and the number of tokens that are learned."""
+) -> tuple[np.ndarray, int, int]:
+    """Write one Arrow folder; return the lengths of its rows, the number of tokens that are learned, and the largest id."""
     target.mkdir()
     lengths: list[np.ndarray] = []
-    supervised = done = 0
+    supervised = done = largest = 0
     with pa.OSFile(str(target / "data-00000-of-00001.arrow"), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
         for chunk in _encoded_chunks(source, template, config, processes):
             counts.update(chunk.counts)
@@ -122,6 +128,7 @@ def _tokenize_file(
                     raise _refusal(kind, chunk.first[kind], config)
             if len(chunk.lengths):
                 writer.write_batch(_batch(chunk))
+                largest = max(largest, int(chunk.ids.max()))
             lengths.append(chunk.lengths)
             supervised += int((chunk.labels != IGNORED).sum())
             done += len(chunk.lengths)
@@ -141,7 +148,31 @@ def _tokenize_file(
     features = json.loads(_SCHEMA.metadata[b"huggingface"])["info"]["features"]
     (target / "dataset_info.json").write_text(json.dumps({"citation": "", "description": "", "features": features,
                                                           "homepage": "", "license": ""}, indent=1))  # fmt: skip
-    return found, supervised
+    return found, supervised, largest
+
+
+def vocabulary_of(base: Path) -> int | None:
+    """Return how many rows a base's embeddings have, by its configuration; None where it does not say."""
+    file = base / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return None if found is None else int(found)
+
+
+def refuse_ids_beyond(largest: int, rows: int | None, template: ChatTemplate) -> None:
+    """Refuse tokens that the embeddings have no row for, before anything is trained.
+
+    Raises:
+        BadModel: the vocabulary grew without its embeddings.
+    """
+    if rows is not None and largest >= rows:
+        raise BadModel(
+            "The tokenizer has tokens that the embeddings have no row for, and the chats use them.",
+            where="tokenize",
+            expected=f"ids below {rows}",
+            got=f"{template.tokenizer.id_to_token(largest)}, id {largest}",
+            next_step="resize and save the base's embeddings first, then train on that base",
+        )
 
 
 def _encoded_chunks(source: Path, template: ChatTemplate, config: dict[str, Any], processes: int) -> Iterator[Chunk]:
@@ -271,3 +302,27 @@ def _audit(source: Path, template: ChatTemplate, config: dict[str, Any]) -> list
             }
         )
     return shown
+
+
+def _check_prompts(audit: list[dict[str, Any]]) -> None:
+    """Compare what is learned with what will be asked.
+
+    A row can differ by itself: an answer that begins with a new line makes one token with the one before it. Where all do,
+    it is the template.
+
+    Raises:
+        BadModel: no row's prompt is what serving would send for it.
+    """
+    unlike = [one["place"] for one in audit if not one["prompt_is_what_serving_sends"]]
+    if unlike and len(unlike) == len(audit):
+        raise BadModel(
+            "The chat template renders a prompt otherwise than it stands in a whole chat: the model would be asked in other "
+            "tokens than it learned.",
+            where="chat_template",
+            expected="the same ids before the answer with add_generation_prompt and without",
+            got=f"{len(unlike)} of the first {len(audit)} rows differ, such as {unlike[0]}",
+            next_step="make what add_generation_prompt adds the head of an answer, and put {% generation %} behind it",
+        )
+    if unlike:
+        log.warning("%d of the first %d rows' prompts are other tokens than serving will send, such as %s.",
+                    len(unlike), len(audit), unlike[0])  # fmt: skip

@@ -15,6 +15,8 @@ from transformers.cache_utils import DynamicLayer
 class RoomyLayer(DynamicLayer):
     """A layer's keys and values [rows, heads, tokens, width], written in place; `keys` and `values` are what is filled."""
 
+    is_initialized: bool
+
     def __init__(self, room: int):
         super().__init__()
         self.room = room

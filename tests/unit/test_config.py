@@ -115,6 +115,7 @@ def test_every_problem_is_reported_at_once_with_its_line():
         ("peft_config: {init_lora_weights: orthogonal, r: 3}", "even ranks"),
         ("peft_config: {init_lora_weights: loftq}", "set base.quantization"),
         ("peft_config: {init_lora_weights: pizza}", "pattern"),
+        ("merge: {onto: dequantized}", "needs base.quantization: nf4"),
         ("peft_config: {eva_config: {rho: 1.0}}", "init_lora_weights: eva"),
         ("peft_config: {loraplus_lr_ratio: 0.5}", "greater than or equal to 1"),
         ("runtime: {device: gpu}", "'cpu'"),
@@ -174,7 +175,7 @@ OTHER: dict[str, Any] = {
     "peft_config.loraplus_lr_ratio": 16.0, "peft_config.eva_config.tau": 0.5, "peft_config.rank_pattern": {"o_proj": 2},
     "peft_config.alpha_pattern": {"o_proj": 2.0}, "peft_config.layers_to_transform": [0], "peft_config.exclude_modules": ["o_proj"],
     "evaluation.metrics": ["token_loss"], "evaluation.confidence": 0.9, "evaluation.dtype": "bfloat16", "evaluation.max_rows": 3,
-    "merge.dtype": "float32", "runtime.device": "cpu", "runtime.attn_implementation": "eager", "runtime.engine": "stock",
+    "merge.dtype": "float32", "merge.onto": "base", "runtime.device": "cpu", "runtime.attn_implementation": "eager", "runtime.engine": "stock",
     "training_config.gradient_checkpointing": False, "runtime.compile": "on", "runtime.checkpointing": "selective",
 }  # fmt: skip
 
@@ -283,7 +284,7 @@ def test_what_is_identity_and_what_is_not(path):
     base: dict[str, Any] = {"data.validation_fraction": 0.1}
     if path == "training_config.fp16":
         base["training_config.bf16"] = False
-    if path == "base.double_quantization":
+    if path in ("base.double_quantization", "merge.onto"):
         base["base.quantization"] = "nf4"
     if path.startswith("loralib_config."):
         base["method"] = "loralib"

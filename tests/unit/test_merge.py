@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -12,6 +11,7 @@ from loraflow.adapters import accept, tensors
 from loraflow.adapters.merge import merge
 from loraflow.failures import BadModel
 from loraflow.job import Progress
+from tests.children import exit_code
 from tests.conftest import build_phi3
 from tests.variants import ulps
 
@@ -151,11 +151,7 @@ def _attempt(base: Path, adapter: Path, out: Path, shards: int) -> None:
 def test_a_killed_merge_goes_on_from_its_finished_shards(tmp_path, phi3):
     adapter = make_adapter(phi3, tmp_path / "adapter")
     (tmp_path / "work").mkdir()
-    # A forked child would wait forever for torch's threads, which fork leaves behind.
-    child = multiprocessing.get_context("spawn").Process(target=_attempt, args=(phi3, adapter, tmp_path / "killed", 3))
-    child.start()
-    child.join(60)
-    assert child.exitcode == -signal.SIGKILL
+    assert exit_code(_attempt, phi3, adapter, tmp_path / "killed", 3) == -signal.SIGKILL
     assert not list((tmp_path / "killed").glob("*.safetensors")), "no partial model is visible"
     kept = sorted((tmp_path / "work" / "shards").glob("*.safetensors"))
     assert len(kept) == 3

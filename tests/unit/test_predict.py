@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
@@ -17,6 +15,7 @@ from loraflow.serving.chat import Sampling
 from loraflow.serving.models import Model, load
 from loraflow.serving.predict import predict
 from loraflow.serving.tables import read_questions
+from tests.children import exit_code
 from tests.conftest import chat
 
 SHORT = Sampling(max_new_tokens=6)
@@ -87,25 +86,17 @@ def test_a_run_that_ended_in_the_middle_goes_on_to_the_same_bytes(phi3, rows, tm
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from loraflow.serving.chat import Sampling
-from loraflow.serving.models import Model
-from loraflow.serving.predict import predict
-def kill(done, total):
-    if done >= 8:
-        os.kill(os.getpid(), signal.SIGKILL)
-base, source, target = map(Path, sys.argv[1:])
-predict(Model("tiny", base), source, target, sampling=Sampling(max_new_tokens=6), batch_size=4, on_batch=kill)
-"""
+def _killed(base, source, target):
+    def kill(done, total):
+        if done >= 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(base, source, target, on_batch=kill)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(phi3, rows, tmp_path):
     target = tmp_path / "out.jsonl"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(phi3), str(rows), str(target)], capture_output=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == -signal.SIGKILL and not target.exists()
+    assert exit_code(_killed, phi3, rows, target) == -signal.SIGKILL and not target.exists()
     assert run(phi3, rows, target)["resumed"] == 8
     run(phi3, rows, tmp_path / "whole.jsonl")
     assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

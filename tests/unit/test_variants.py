@@ -1,6 +1,8 @@
 """PEFT's variants through the train stage, and their conversions against PEFT's own."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,9 +32,22 @@ def test_a_variant_is_trained_killed_resumed_and_merged(parts, tmp_path, name):
     seen = exercise(VARIANTS[name], base, shards, tmp_path)
     assert seen["last_loss"] < seen["first_loss"] - 0.1
     assert seen["resumed"] == 0.0, "bit for bit"
+    assert seen["exported"] < 1e-5
+    assert seen["evaluated"] < seen["first_loss"]
     assert seen["merge_ulps"] <= 1
     assert seen["kl"] < seen["moved"] / 1000
     assert seen["adapter"]["base_model_name_or_path"] is None
+
+
+def test_the_page_has_exactly_the_variants_that_there_are():
+    page = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "adapters.py"))
+    rows = page["rows_of"](page["PAGE"].read_text(encoding="utf-8"))
+    assert [*rows] == [*VARIANTS, "LoftQ"]
+    for name, settings in VARIANTS.items():
+        assert rows[name].split("|")[2].strip() == page["recipe_of"](settings), (
+            f"python benchmarks/adapters.py '{name}'"
+        )
+    assert rows["LoftQ"] == f"| {' | '.join(page['refused']())} |"
 
 
 @pytest.mark.parametrize("options", [

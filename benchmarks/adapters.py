@@ -1,0 +1,123 @@
+"""Fill the table of docs/adapters.md: every variant trained, killed, resumed, evaluated, exported and merged.
+
+PYTHONPATH=. python benchmarks/adapters.py [VARIANT …]      ten seconds each; rows that are not asked for stay as they are
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parent.parent / "docs" / "adapters.md"
+BEGIN, END = "<!-- table: benchmarks/adapters.py -->\n", "<!-- end of the table -->\n"
+HEAD = ("variant", "recipe", "loss, step 1 → 6", "killed at 3, resumed", "exported", "evaluated", "merged",
+        "to peft's merge", "KL merged", "KL base")  # fmt: skip
+
+
+def recipe_of(settings: dict[str, Any]) -> str:
+    """Return what a variant says in a recipe, without what all of them share."""
+    from tests.variants import ALL
+
+    said = []
+    for key, value in settings.items():
+        value = ["all four", *value[len(ALL) :]] if isinstance(value, list) and value[: len(ALL)] == ALL else value
+        said.append(f"{key.replace('__', '.').removeprefix('peft_config.')}: {json.dumps(value).replace(chr(34), '')}")
+    return "; ".join(said)
+
+
+def order_of(adapter: Path) -> str:
+    """Return how an adapter's matrices are merged: in which order, and where a sum is rounded."""
+    from loraflow.adapters.stream import plan_of
+
+    plan = plan_of(json.loads((adapter / "adapter_config.json").read_text()), adapter)
+    if plan is None:
+        return "in memory, by peft"
+    loras = plan.loras.values()
+    found = {
+        "W + s·BA in fp32, rounded once": any(lora.magnitude is None and not lora.embedding for lora in loras),
+        "m/‖W + s·BA‖ · (W + s·BA) in fp32, rounded once": any(lora.magnitude is not None for lora in loras),
+        "embedding: fp32, rounded once": any(lora.embedding for lora in loras),
+        "whole module: its own values, cast": bool(plan.replaced),
+    }
+    return "streamed: " + "; ".join(text for text, there in found.items() if there)
+
+
+def line_of(name: str, settings: dict[str, Any], base: Path, shards: Path, folder: Path) -> tuple[str, ...]:
+    """Exercise a variant and return its cells."""
+    from tests.variants import exercise
+
+    seen = exercise(settings, base, shards, folder)
+    assert seen["last_loss"] < seen["first_loss"], "it does not learn"
+    assert seen["exported"] < 1e-5, "the saved adapter is not what was trained"
+    same, distance = "same bits", seen["merge_ulps"]
+    return (
+        name,
+        recipe_of(settings),
+        f"{seen['first_loss']:.2f} → {seen['last_loss']:.2f}",
+        same if seen["resumed"] == 0 else f"{seen['resumed']:.1e}",
+        f"loss {seen['exported']:.0e} off" if seen["exported"] else "same loss",
+        f"{seen['evaluated']:.2f}",
+        order_of(seen["folder"]),
+        same if distance == 0 else f"{distance:g} ulp",
+        f"{seen['kl']:.1e}" if seen["kl"] >= 1e-7 else "< 1e-7",  # below, fp32's own noise
+        f"{seen['moved']:.1e}",
+    )
+
+
+def refused() -> tuple[str, ...]:
+    """Return LoftQ's row: what a recipe that asks for it on a plain base is told."""
+    from loraflow.failures import BadConfig
+    from tests.unit.test_training import recipe
+
+    settings = {"peft_config__init_lora_weights": "loftq"}
+    try:
+        recipe(**settings)
+    except BadConfig as failure:
+        told = str(failure).split("loftq ", 1)[1].splitlines()[0].strip()
+        return ("LoftQ", recipe_of(settings), f"refused: {told}", *["needs nf4, CUDA"] * 2, *["–"] * 5)
+    raise AssertionError("LoftQ was taken on a plain base")
+
+
+def rows_of(page: str) -> dict[str, str]:
+    """Return a page's lines by variant."""
+    lines = page.split(BEGIN)[1].split(END)[0].splitlines()[2:]
+    return {line.split("|")[1].strip(): line for line in lines if line.startswith("|")}
+
+
+def main() -> None:
+    """Write the rows that are asked for, all by default."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from tests.conftest import build_phi3
+    from tests.unit.test_training import tokenize
+    from tests.variants import VARIANTS
+
+    asked = sys.argv[1:] or list(VARIANTS)
+    page = PAGE.read_text(encoding="utf-8")
+    rows = rows_of(page)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        with contextlib.redirect_stdout(sys.stderr):  # trl's own log
+            base = build_phi3(folder / "phi3")
+            shards = tokenize(base, folder)
+        for number, name in enumerate(asked):
+            with contextlib.redirect_stdout(sys.stderr):
+                cells = line_of(name, VARIANTS[name], base, shards, folder / str(number))
+            rows[name] = f"| {' | '.join(cells)} |"
+            print(rows[name], flush=True)
+    rows["LoftQ"] = f"| {' | '.join(refused())} |"
+    table = [
+        f"| {' | '.join(HEAD)} |",
+        "|---" * len(HEAD) + "|",
+        *(rows[name] for name in (*VARIANTS, "LoftQ") if name in rows),
+    ]
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    PAGE.write_text(before + BEGIN + "\n".join(table) + "\n" + END + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Verify: a merged model that is not what was trained does not pass, whatever made it so."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loraflow.adapters import verify
+from loraflow.adapters.merge import merge
+from loraflow.failures import Inadmissible
+from loraflow.job import Inputs, Progress
+from loraflow.stages import STAGES, make_job
+from tests.conftest import build_phi3, chat
+from tests.unit.test_merge import make_adapter
+from tests.unit.test_training import REF, recipe
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A base, an adapter in its artifact's folder, held-out rows, and the model merged from them."""
+    folder = tmp_path_factory.mktemp("parts")
+    base = build_phi3(folder / "base")
+    adapter = make_adapter(base, folder / "artifact" / "adapter")
+    for name in ("merged", "rows"):
+        (folder / name).mkdir()
+    merge(base, adapter, folder / "merged")
+    rows = [json.dumps({"id": str(i), "set": "heldout", **chat(i)}) + "\n" for i in range(1000, 1006)]
+    (folder / "rows" / "heldout.jsonl").write_text("".join(rows))
+    return {"base": base, "adapter": adapter.parent, "rows": folder / "rows", "merged": folder / "merged"}
+
+
+def report_on(parts, out, **overrides):
+    facets = REF.model_copy(update={"facets": {"adapter": "d", "heldout": "d"}})
+    job = make_job("verify", recipe(merge__verify_prompts=4, **overrides), dict.fromkeys(parts, facets))
+    out.mkdir()
+    report = verify.run(job, Inputs(parts), out, Progress()).report
+    assert report == json.loads((out / "report.json").read_text())
+    return report
+
+
+def test_the_distance_is_that_of_logits_computed_by_hand(parts, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    report = report_on(parts, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(parts["base"])
+    wide = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # noqa: E731
+    one, two = PeftModel.from_pretrained(wide(parts["base"]), str(parts["adapter"] / "adapter")), wide(parts["merged"])
+    rows = [json.loads(line)["messages"] for line in (parts["rows"] / "heldout.jsonl").read_text().splitlines()[:4]]
+    kl, largest = [], 0.0
+    for messages in rows:
+        ids = torch.tensor([tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]])
+        with torch.no_grad():
+            p, q = one(input_ids=ids).logits[0].double(), two(input_ids=ids).logits[0].double()
+        kl += torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x) for x in (p, q))).tolist()
+        largest = max(largest, float((p - q).abs().max()))
+    assert report["tokens"] == len(kl)
+    assert report["max_logit_difference"] == pytest.approx(largest, abs=2e-6)
+    assert report["mean_kl"] == pytest.approx(sum(kl) / len(kl), abs=2e-8) and 0 < report["mean_kl"] < 1e-4
+
+
+def test_a_merged_model_past_the_bound_stops_the_run(parts, tmp_path):
+    good = report_on(parts, tmp_path / "good")
+    verify.admit(good, good["mean_kl"])
+    with pytest.raises(Inadmissible, match="does not say") as caught:
+        verify.admit(good, good["mean_kl"] / 2)
+    assert "merge.max_kl" in str(caught.value)
+    broken = shutil.copytree(parts["merged"], tmp_path / "broken")  # the update of one matrix was lost
+    state, plain = load_file(broken / "model.safetensors"), load_file(parts["base"] / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({**state, name: plain[name]}, broken / "model.safetensors", metadata={"format": "pt"})
+    bad = report_on({**parts, "merged": broken}, tmp_path / "bad")
+    assert bad["mean_kl"] > 100 * good["mean_kl"]
+    with pytest.raises(Inadmissible):
+        verify.admit(bad, 10 * good["mean_kl"])
+    with pytest.raises(Inadmissible):  # what is no number is no proof
+        verify.admit({**good, "mean_kl": float("nan")}, 1.0)
+
+
+def test_merge_and_verify_are_processes_of_their_own():
+    assert STAGES["merge"].child and STAGES["verify"].child, "what a merge left in memory is not what is compared"
