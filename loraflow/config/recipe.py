@@ -340,8 +340,12 @@ class Recipe(Frozen):
             raise ValueError(
                 f"peft_config.init_lora_weights {how} changes the weights, which nf4 has fixed; take loftq"
             )
-        if how == "loftq" and not self.base.quantization:
-            raise ValueError("peft_config.init_lora_weights loftq makes up for quantization: set base.quantization")
+        if how == "loftq" and self.base.quantization != "nf4":
+            raise ValueError(
+                "peft_config.init_lora_weights loftq makes up for quantization: set base.quantization: nf4"
+            )
+        if how == "loftq" and self.merge.onto == "base":
+            raise ValueError("merge.onto base would count twice what loftq makes up for: set it to auto or dequantized")
         if self.method == "peft":
             if self.loralib_config != LoralibConfig():
                 raise ValueError("loralib_config needs method: loralib; peft has one update for a whole fused module")

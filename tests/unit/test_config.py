@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,7 +114,7 @@ def test_every_problem_is_reported_at_once_with_its_line():
         ("peft_config: {lora_r: 8}", "no key"),
         ("peft_config: {init_lora_weights: pissa, use_dora: true}", "choose one"),
         ("peft_config: {init_lora_weights: orthogonal, r: 3}", "even ranks"),
-        ("peft_config: {init_lora_weights: loftq}", "set base.quantization"),
+        ("peft_config: {init_lora_weights: loftq}", "set base.quantization: nf4"),
         ("peft_config: {init_lora_weights: pizza}", "pattern"),
         ("merge: {onto: dequantized}", "needs base.quantization: nf4"),
         ("peft_config: {eva_config: {rho: 1.0}}", "init_lora_weights: eva"),
@@ -154,6 +155,26 @@ def test_overrides_win_and_are_checked():
         parse_recipe(MINIMAL, overrides={"peft_config.x": 4})
     with pytest.raises(BadConfig, match="no section"):
         parse_recipe(MINIMAL, overrides={"name.x": 4})
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_every_recipe_of_ours_loads_without_a_word(file, caplog):
+    recipe = parse_recipe(file.read_text(encoding="utf-8"), file.name)
+    assert recipe.name == file.stem and not caplog.records
+    targets = recipe.peft_config.target_modules
+    assert targets == "all-linear" or set(targets) <= {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}, (
+        "Phi-3's names"
+    )
+
+
+def test_loftq_goes_with_what_it_makes_up_for_and_is_never_counted_twice():
+    loftq = {"peft_config.init_lora_weights": "loftq", "base.quantization": "nf4"}
+    parse_recipe(MINIMAL, overrides=loftq)
+    for more, says in (({"base.quantization": "fp8"}, "set base.quantization: nf4"), ({"merge.onto": "base"}, "twice")):
+        with pytest.raises(BadConfig, match=says):
+            parse_recipe(MINIMAL, overrides={**loftq, **more})
 
 
 # every key takes effect

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraflow.adapters import variants
+from loraflow.adapters import accept, variants
 from loraflow.adapters.inject import lora_config
 from loraflow.failures import BadConfig
 from tests.conftest import build_phi3
@@ -37,6 +37,8 @@ def test_a_variant_is_trained_killed_resumed_and_merged(parts, tmp_path, name):
     assert seen["merge_ulps"] <= 1
     assert seen["kl"] < seen["moved"] / 1000
     assert seen["adapter"]["base_model_name_or_path"] is None
+    told = json.loads((seen["folder"] / accept.ORIGIN).read_text())
+    assert told["chat_template_sha256"] == accept.template_hash(base)
 
 
 def test_the_page_has_exactly_the_variants_that_there_are():
