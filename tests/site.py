@@ -41,6 +41,29 @@ def build_project(folder: Path, base: Path) -> Path:
     return folder
 
 
+def git(where: Path, *arguments: str) -> str:
+    """Run git under a name of its own."""
+    command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
+    return subprocess.run(command, cwd=where, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def build_clones(folder: Path, base: Path) -> tuple[Path, Path]:
+    """Make the clone of somebody who adds data and that of a worker, which share a git remote and a DVC remote."""
+    mine = build_project(folder / "mine", base)
+    subprocess.run(
+        [sys.executable, "-m", "dvc", "remote", "add", "-q", "-d", "shared", str(folder / "dvc")], cwd=mine, check=True
+    )
+    subprocess.run([sys.executable, "-m", "dvc", "push", "-q"], cwd=mine, check=True)
+    git(mine, "commit", "-qam", "remote")
+    git(folder, "init", "-q", "--bare", "-b", "main", "remote.git")
+    git(mine, "remote", "add", "origin", str(folder / "remote.git"))
+    git(mine, "push", "-q", "-u", "origin", "main")
+    git(folder, "clone", "-q", "remote.git", "worker")
+    git(mine, "config", "user.name", "a")
+    git(mine, "config", "user.email", "a@b.c")
+    return mine, folder / "worker"
+
+
 class Site:
     """A running `loraflow up`."""
 
@@ -53,8 +76,9 @@ class Site:
         self.log = folder / "up.log"
         only = [part for name in ONLY for part in ("--only", name)]
         command = [sys.executable, "-c", "from loraflow.cli import main; main()", "up", "--port", str(self.port), *only]
+        paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
         env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
-        env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *paths]), "OMP_NUM_THREADS": "1"}
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(
                 command, cwd=folder, stdout=file, stderr=file, env=env, start_new_session=True
@@ -89,7 +113,7 @@ class Site:
         body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
         return self.api("POST", f"/deployments/{self.deployment(name)['id']}/create_flow_run", body)["id"]
 
-    def wait(self, run: str, *states: str, seconds: float = 240) -> dict[str, Any]:
+    def wait(self, run: str, *states: str, seconds: float = 600) -> dict[str, Any]:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             found = self.api("GET", f"/flow_runs/{run}")
@@ -100,15 +124,20 @@ class Site:
         raise AssertionError(found["state"])
 
     def wait_for_step(self, step: int) -> None:
+        """Wait until a training that runs now has come to a step; what earlier ones left behind does not count."""
+        now = time.time()
         work = self.folder / ".loraflow" / "store" / "work" / "train"
         for _ in range(1800):
-            if any(f'"step": {step}' in file.read_text() for file in work.glob("*/progress.jsonl")):
+            running = [file for file in work.glob("*/progress.jsonl") if file.stat().st_mtime > now]
+            if any(f'"step": {step}' in file.read_text() for file in running):
                 return
             time.sleep(0.1)
         raise AssertionError("training did not come so far")
 
     def workers(self) -> list[int]:
         """Return the processes that compute a stage."""
-        rows = subprocess.run(["ps", "-eo", "pid=,stat=,args="], capture_output=True, text=True).stdout.splitlines()
+        rows = subprocess.run(
+            ["ps", "-ww", "-eo", "pid=,stat=,args="], capture_output=True, text=True
+        ).stdout.splitlines()
         mine = [row.split() for row in rows if "loraflow.worker" in row and str(self.folder) in row]
         return [int(row[0]) for row in mine if not row[1].startswith("Z")]

@@ -22,8 +22,9 @@ def data() -> None:
 @click.argument("folder", default="data")
 @click.option("--no-push", is_flag=True, help="Do not push to the DVC remote.")
 @click.option("--commit", is_flag=True, help="Commit the .dvc file to git.")
+@click.option("--git-push", is_flag=True, help="Push the branch too, before the server is told.")
 @click.option("--remote", metavar="NAME", help="Push to this DVC remote, not to the default one.")
-def add(folder: str, no_push: bool, commit: bool, remote: str | None) -> None:
+def add(folder: str, no_push: bool, commit: bool, git_push: bool, remote: str | None) -> None:
     """Make a version of FOLDER: `dvc add`, and `dvc push` where a remote is set up.
 
     Once the version is committed, the Prefect server at PREFECT_API_URL is told, so that it can retrain.
@@ -41,8 +42,10 @@ def add(folder: str, no_push: bool, commit: bool, remote: str | None) -> None:
     if made is None:
         click.echo(f"next  git add {pin.dvc_file} && git commit -m 'Dataset {pin.md5[:8]}', or --commit does it")
         return
-    if branch.is_unpushed(made):
-        click.echo("next  git push   (machines that retrain from the remote's branch do not see it before)")
+    if git_push:
+        branch.push()
+    elif branch.is_unpushed(made):
+        click.echo("next  the same with --git-push: machines that retrain from the remote do not see it before")
     if os.environ.get("PREFECT_API_URL"):
         from tasks.events import announce_dataset
 

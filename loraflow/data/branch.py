@@ -87,6 +87,15 @@ def committed(pin: Pin) -> str | None:
     return head if text is not None and f"md5: {pin.md5}" in text else None
 
 
+def push() -> None:
+    """Push the branch that is checked out to where it follows.
+
+    Raises:
+        Network: the remote does not take it.
+    """
+    _git(["push", "--quiet"], ".")
+
+
 def is_unpushed(made: str) -> bool:
     """Tell whether the branch follows one of a remote that does not have the commit yet."""
     upstream = _ask(["rev-parse", "--verify", "--quiet", "@{upstream}"], ".")
@@ -124,9 +133,9 @@ def _git(arguments: list[str], repo: str | None) -> str:
     if done.returncode == 0:
         return done.stdout
     said = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-    kind = Network if arguments[0] in ("fetch", "ls-remote") else BadConfig
+    kind = Network if arguments[0] in ("fetch", "ls-remote", "push") else BadConfig
     raise kind(
-        "Git cannot look at the branch.",
+        "Git cannot push the branch." if arguments[0] == "push" else "Git cannot look at the branch.",
         where=f"git {' '.join(arguments)}",
         got=said[0],
         next_step="the same command by hand, on the machine of the worker",

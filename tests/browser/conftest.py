@@ -14,8 +14,8 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dis
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory, phi3):
-    place = Site(build_project(tmp_path_factory.mktemp("site") / "project", phi3))
+def site(tmp_path_factory, quick_phi3):
+    place = Site(build_project(tmp_path_factory.mktemp("site") / "project", quick_phi3))
     yield place
     assert place.stop() == 0, place.log.read_text()
     assert place.workers() == []

@@ -1,4 +1,4 @@
-"""What a person does in Prefect's UI: fill the form, run, watch, open the report, pause a schedule.
+"""What a person does in Prefect's UI: fill the form, run, watch, open the report, cancel, pause a schedule.
 
 make test-ui      with LORAFLOW_SCREENSHOTS=folder it also keeps pictures
 """
@@ -22,6 +22,12 @@ def picture(page, name: str, **options) -> None:
 def open_form(page, site, name: str = "finetune/local") -> None:
     page.goto(f"{site.url}/v2/deployments/deployment/{site.deployment(name)['id']}/run")
     page.get_by_text("What this run does differently.").wait_for()
+
+
+def menu(page, site, run: str, item: str) -> None:
+    page.goto(f"{site.url}/v2/runs/flow-run/{run}")
+    page.locator("button:has(svg.lucide-ellipsis-vertical)").first.click()
+    page.get_by_role("menuitem", name=item, exact=True).click()
 
 
 def test_a_person_fills_the_form_watches_the_run_and_opens_the_report(page, site):
@@ -61,6 +67,20 @@ def test_a_person_fills_the_form_watches_the_run_and_opens_the_report(page, site
         curve.wait_for()
         assert curve.evaluate("image => image.naturalWidth") == 640
         picture(page, f"report{ui.replace('/', '-')}", full_page=True)
+
+
+def test_a_run_that_is_cancelled_leaves_no_process(page, site):
+    run = site.start("finetune/local", settings={"training_config.max_steps": 4000, "training_config.seed": 5})
+    site.wait_for_step(3)
+    assert site.workers() != []
+    menu(page, site, run, "Cancel")
+    page.get_by_role("button", name="Cancel").last.click()
+    site.wait(run, "CANCELLED", seconds=90)
+    for _ in range(300):
+        if not site.workers():
+            break
+        time.sleep(0.1)
+    assert site.workers() == []
 
 
 def test_a_schedule_is_paused_by_its_switch(page, site):

@@ -1,8 +1,13 @@
 """Deployments on a real server: twice changes nothing, and what people did in the UI stays."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.settings import PREFECT_API_URL
 
 from loraflow.failures import BadConfig, Network
 
@@ -74,6 +79,18 @@ def test_a_retraining_has_one_run_at_a_time_and_the_second_waits(put, client):
     assert deployment.concurrency_options.collision_strategy.value == "ENQUEUE"
 
 
+def test_the_server_can_schedule_the_nightly_run(put, client):
+    """Prefect 3.8 with SQLAlchemy 2.1 cannot: no schedule ever fires, and only the server's log has the error."""
+    put()
+    nightly = client.read_deployment_by_name("retrain/nightly")
+    client.update_deployment_schedule(nightly.id, nightly.schedules[0].id, active=True)
+    client.request("POST", "/deployments/{id}/schedule", path_params={"id": nightly.id}, json={}).raise_for_status()
+    ahead = client.request(
+        "POST", "/flow_runs/filter", json={"deployments": {"id": {"any_": [str(nightly.id)]}}}
+    ).json()
+    assert [run["expected_start_time"][11:16] for run in ahead if run["auto_scheduled"]][:1] in (["02:00"], ["03:30"])
+
+
 def test_a_wrong_value_is_refused_before_anything_runs(put, client):
     from prefect.exceptions import PrefectHTTPStatusError
 
@@ -116,3 +133,19 @@ def test_no_server_and_no_such_deployment_have_a_next_step(monkeypatch):
     with pytest.raises(BadConfig, match="no such deployment") as error:
         read_specs(FILE, ["finetune/nowhere"])
     assert "finetune/local" in error.value.expected
+
+
+@pytest.mark.slow
+def test_prefects_own_command_deploys_the_same_file(put, client):
+    for name in ("local", "cpu", "gpu"):
+        client.create_work_pool(WorkPoolCreate(name=name, type="process"), overwrite=True)
+    env = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value(), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    done = subprocess.run(command, cwd=FILE.parent, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in [*ONLY, "stage/cpu", "stage/gpu"]:
+        assert client.read_deployment_by_name(name).entrypoint.startswith("flows."), name
+    assert client.read_deployment_by_name("retrain/nightly").schedules[0].slug == "nightly"
+    assert client.read_automations_by_name("retrain on a new dataset")
+    put()
+    assert put() == [], "and loraflow deploy goes on from there"

@@ -3,6 +3,8 @@
 import os
 import re
 import socket
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -117,3 +119,41 @@ def test_a_stage_holds_the_gpu_only_where_there_is_one(monkeypatch, tmp_path):
                 with pytest.raises(Held), flock(lock, wait=False):
                     pass
             assert lock.exists() is held
+
+
+RACE = """
+import asyncio, sys
+import sqlalchemy as sa
+from flows.child import lock_before_reading
+from prefect.server.database.configurations import AioSqliteConfiguration
+
+async def race():
+    config = AioSqliteConfiguration(f"sqlite+aiosqlite:///{sys.argv[1]}")
+    engine = await config.engine()
+    async with engine.begin() as connection:
+        await connection.execute(sa.text("create table counts (n integer)"))
+    async def write():
+        async with await config.session(engine) as session, config.begin_transaction(session):
+            count = (await session.execute(sa.text("select count(*) from counts"))).scalar()
+            await asyncio.sleep(0.2)
+            await session.execute(sa.text(f"insert into counts values ({count})"))
+    await asyncio.gather(*[write() for _ in range(3)])
+    async with engine.connect() as connection:
+        print([row[0] for row in await connection.execute(sa.text("select n from counts order by n"))])
+
+if sys.argv[2] == "ours":
+    lock_before_reading()
+asyncio.run(race())
+"""
+
+
+@pytest.mark.parametrize("whose", ["prefect's", "ours"])
+def test_writers_that_read_first_wait_for_each_other_in_our_server_only(tmp_path, whose):
+    """If Prefect's own way passes one day, `lock_before_reading` can go."""
+    command = [sys.executable, "-c", RACE, str(tmp_path / "race.db"), whose]
+    env = {**os.environ, "PREFECT_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=FILE.parent, env=env, capture_output=True, text=True, timeout=90)
+    if whose == "ours":
+        assert done.stdout == "[0, 1, 2]\n", done.stderr
+    else:
+        assert "database is locked" in done.stderr
