@@ -28,6 +28,7 @@ def repository(place, monkeypatch):
     return place
 
 
+@pytest.mark.slow
 def test_a_new_dataset_is_news_and_the_same_again_is_up_to_date(repository):
     source = {"data.source": "data.dvc"}
     first = retrain(str(repository.recipe), settings=source, return_state=True)
