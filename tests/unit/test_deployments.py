@@ -147,7 +147,7 @@ asyncio.run(race())
 """
 
 
-@pytest.mark.parametrize("whose", ["prefect's", "ours"])
+@pytest.mark.parametrize("whose", [pytest.param("prefect's", marks=pytest.mark.slow), "ours"])
 def test_writers_that_read_first_wait_for_each_other_in_our_server_only(tmp_path, whose):
     """If Prefect's own way passes one day, `lock_before_reading` can go."""
     command = [sys.executable, "-c", RACE, str(tmp_path / "race.db"), whose]
