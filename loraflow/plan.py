@@ -6,8 +6,10 @@ itself stands once, in `flows.pipeline`.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 from loraflow import identity
@@ -16,7 +18,7 @@ from loraflow.failures import Failure
 from loraflow.job import Job
 from loraflow.registry import Entry, PromotionLog
 from loraflow.stages import code_digest, make_job
-from loraflow.store import Ref, Store, open_store
+from loraflow.store import LocalStore, Ref, Store, open_store
 from loraflow.store.files import HashMemo
 
 
@@ -162,6 +164,28 @@ class Planner:
         except Failure as failure:
             self.verdicts.append(Verdict("evaluate champion", "evaluate", "runs", [f"will fail: {failure.what}"]))
             return None
+
+    def memory(self) -> tuple[float, float] | None:
+        """Return the bytes that training takes at least and at full speed; None where the base's shape is not at hand."""
+        from loraflow.training import memory
+
+        recipe, config = self.jobs.recipe, self._base_config()
+        shape = memory.shape_of(json.loads(config.read_text(encoding="utf-8"))) if config else None
+        if shape is None:
+            return None
+        training = recipe.training_config
+        width = 2 if training.bf16 or training.fp16 else {"float32": 4}.get(recipe.base.dtype, 2)
+        weights = recipe.base.quantization or recipe.base.dtype
+        return memory.needed(shape, weights, recipe.peft_config.r, training.max_length, width)
+
+    def _base_config(self) -> Path | None:
+        """Return the base's config.json: of its artifact in a local store, or of the folder that it is taken from."""
+        store, known = self.jobs.store, self.jobs.base
+        ref = store.find("resolve_base", self.jobs.job("resolve_base", {}).fingerprint)
+        places = [store.path(ref)] if ref is not None and isinstance(store, LocalStore) else []
+        if "folder" in known["origin"]:
+            places.append(Path(known["origin"]["folder"]))
+        return next((place / "config.json" for place in places if (place / "config.json").exists()), None)
 
     def _last_time(self, name: str) -> float | None:
         newest = self.jobs.store.newest(name)

@@ -128,7 +128,7 @@ def _commit(model: str, revision: str) -> str:
     if key in locked:
         return locked[key]
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     try:
         commit = HfApi().model_info(model, revision=revision).sha
@@ -136,7 +136,7 @@ def _commit(model: str, revision: str) -> str:
         raise BadModel(
             "The hub has no such model.", where="base.model", got=model, next_step="mend base.model"
         ) from error
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, RuntimeError) as error:
+    except (OSError, HTTPError, HfHubHTTPError, OfflineModeIsEnabled, RuntimeError) as error:
         raise Network(
             "The hub did not say which commit the branch is at.",
             where=key,
@@ -149,14 +149,14 @@ def _commit(model: str, revision: str) -> str:
 
 def _download(model: str, commit: str, trust: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges*"] + (
             ["*.py"] if trust else []
         )
         return Path(snapshot_download(model, revision=commit, allow_patterns=patterns))
-    except (OSError, LocalEntryNotFoundError, HfHubHTTPError) as error:
+    except (OSError, HTTPError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename:
             raise
         raise Network(

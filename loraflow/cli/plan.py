@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -25,8 +26,13 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     planner = Planner(jobs, list(force))
     pipeline(planner)
     jobs.save()
+    trains = any(verdict.stage == "train" and verdict.verdict != "cached" for verdict in planner.verdicts)
+    memory = planner.memory() if trains else None
     if as_json:
-        click.echo(json.dumps({"stages": [verdict.__dict__ for verdict in planner.verdicts]}, ensure_ascii=False))
+        said: dict[str, Any] = {"stages": [verdict.__dict__ for verdict in planner.verdicts]}
+        if memory:
+            said["memory_bytes"] = {"least": round(memory[0]), "full_speed": round(memory[1])}
+        click.echo(json.dumps(said, ensure_ascii=False))
         return
     colours = {"cached": "green", "runs": "yellow", "depends": "cyan"}
     width = max(len(verdict.label) for verdict in planner.verdicts)
@@ -37,5 +43,11 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
             f"{seconds}  {(verdict.fingerprint or '')[:12]:<12}  {'; '.join(verdict.why)}".rstrip()
         )
     todo = [v.seconds for v in planner.verdicts if v.verdict != "cached"]
+    if memory:
+        least, fast = (size / 2**30 for size in memory)
+        click.echo(
+            f"\ntraining takes about {least:.1f} GiB of a GPU at least, with activations computed twice, "
+            f"and {fast:.1f} at full speed"
+        )
     if todo and all(seconds is not None for seconds in todo):
         click.echo(f"\nthe stages to run took {sum(s for s in todo if s is not None):.0f} s the last time")

@@ -14,6 +14,8 @@ GIB = 2**30
 RESERVE = 2.5 * GIB  # kernels' workspaces, the head's logits, fragments
 SHARE = 0.92  # of the free memory that is planned with
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 2.0, "nf4": 0.57}
+# Tokens at a time that fill the chip: recomputing costs a third of the speed, fewer tokens far less.
+GOOD = 4096
 MOST = 16384  # tokens at a time: more of them were no faster
 
 
@@ -108,6 +110,21 @@ def token_bytes(shape: Shape, recompute: Recompute, width: int = 2, recomputed: 
     return (layers + working) * width
 
 
+def needed(shape: Shape, weights: str, rank: int, longest: int, width: int = 2) -> tuple[float, float]:
+    """Return the bytes that training takes at least, and those with which it goes at full speed.
+
+    Args:
+        shape: the model's.
+        weights: see `fixed_bytes`.
+        rank: of the adapters.
+        longest: tokens of the longest row; at least that many go in at a time, all layers recomputed.
+        width: bytes of a number.
+    """
+    fixed = fixed_bytes(shape, weights, rank)
+    fast = max(longest, GOOD) * token_bytes(shape, "none", width)
+    return (fixed + longest * token_bytes(shape, "full", width)) / SHARE, (fixed + fast) / SHARE
+
+
 @dataclass(frozen=True)
 class Fit:
     """What goes into memory at a time."""
@@ -150,8 +167,7 @@ def fit(
     if told is not None:
         tokens = max(least, min(enough, most(told)))
         return Fit(tokens, told, {"none": 0.0, "selective": 0.5}.get(told, 1.0), "as told")
-    # A few thousand tokens fill the chip; recomputing costs a third of the speed, fewer tokens at a time far less.
-    good = max(least, min(enough, 4096))
+    good = max(least, min(enough, GOOD))
     if most("none") >= good:
         return Fit(max(least, min(enough, most("none"))), "none", 0.0, "activations fit")
     for eighth in range(1, 8):

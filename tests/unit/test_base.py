@@ -1,7 +1,10 @@
 """Base models: pinned, taken, repacked, refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,6 +142,23 @@ def test_a_branch_is_resolved_once_into_the_lock(tmp_path, monkeypatch):
     assert "40 hex digits" in str(caught.value)
     (tmp_path / "loraflow.lock").write_text(json.dumps({"microsoft/Phi-3-mini-4k-instruct@main": commit}))
     assert resolve.locate(branch, HashMemo(None)) == pinned
+
+
+def test_a_hub_that_cannot_be_reached_is_the_network(tmp_path):
+    """In a process of its own: the hub's library reads its address once. Its own errors are no OSError."""
+    code = """
+from loraflow.base import resolve
+from loraflow.config.recipe import Base
+from loraflow.failures import Network
+from loraflow.store.files import HashMemo
+try:
+    resolve.locate(Base(model="a/b", revision="main"), HashMemo(None))
+except Network as failure:
+    print(failure.got)
+"""
+    env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "ConnectError" in done.stdout, done.stderr
 
 
 def test_names_that_are_no_model(tmp_path, monkeypatch):

@@ -43,6 +43,8 @@ def test_init_makes_a_recipe_that_plans(tmp_path, phi3, name):
         assert "primary: field_f1" in (work / recipe).read_text(), "its answers are JSON"
     plan = loraflow("plan", recipe, "--json", cwd=work)
     assert plan.returncode == 0, plan.stderr
+    memory = json.loads(plan.stdout)["memory_bytes"]
+    assert 2.5 * 2**30 < memory["least"] < memory["full_speed"] < 3.5 * 2**30, "kernels' room, and a tiny model"
     assert [stage["verdict"] for stage in json.loads(plan.stdout)["stages"]].count("runs") == 2
     again = loraflow("init", "--data", str(mine / name), "--base", str(phi3), cwd=work)
     assert again.returncode == 2 and "exists already" in again.stderr

@@ -305,6 +305,8 @@ def test_the_estimate_is_near_what_was_measured():
     for tokens, how, measured in ((8192, "none", 35.1), (16384, "none", 56.8), (32768, "full", 17.5)):
         estimate = (memory.fixed_bytes(PHI3, "bfloat16", 16) + tokens * memory.token_bytes(PHI3, how)) / memory.GIB
         assert measured * 0.9 < estimate < measured * 1.35
+    least, fast = (size / memory.GIB for size in memory.needed(PHI3, "bfloat16", 16, 2048))
+    assert 10 < least < 12.5 and 22 < fast < 26
 
 
 def test_what_goes_in_follows_the_memory():
