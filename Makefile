@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # Tests by files, in two processes; the flow's come first, as they take longest.
-TWICE  := -n 2 --dist loadgroup --no-loadscope-reorder --durations 12
+TWICE  := -n 2 --dist loadscope --no-loadscope-reorder --durations 12
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help demo test test-all test-gpu test-ui test-s3 check lint data clean
