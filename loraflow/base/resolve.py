@@ -128,7 +128,7 @@ def _commit(model: str, revision: str) -> str:
     if key in locked:
         return locked[key]
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
     try:
         commit = HfApi().model_info(model, revision=revision).sha
@@ -136,7 +136,7 @@ def _commit(model: str, revision: str) -> str:
         raise BadModel(
             "The hub has no such model.", where="base.model", got=model, next_step="mend base.model"
         ) from error
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, RuntimeError) as error:
+    except (OSError, OfflineModeIsEnabled, RuntimeError, *_no_answer()) as error:
         raise Network(
             "The hub did not say which commit the branch is at.",
             where=key,
@@ -147,16 +147,28 @@ def _commit(model: str, revision: str) -> str:
     return commit  # type: ignore[return-value]
 
 
+def _no_answer() -> tuple[type[Exception], ...]:
+    """Return what the hub's client raises where the hub does not answer: its transport's own errors, which are no OSError.
+
+    The transport is another package from one major version of the client to the next, so its class is the base of the
+    client's own: requests' RequestException, httpx's or httpx2's HTTPError.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    foreign = (cls for cls in HfHubHTTPError.__mro__ if cls.__module__.split(".")[0] in ("requests", "httpx", "httpx2"))
+    return (HfHubHTTPError, *(cls for cls in foreign if issubclass(cls, Exception)))
+
+
 def _download(model: str, commit: str, trust: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges*"] + (
             ["*.py"] if trust else []
         )
         return Path(snapshot_download(model, revision=commit, allow_patterns=patterns))
-    except (OSError, LocalEntryNotFoundError, HfHubHTTPError) as error:
+    except (OSError, LocalEntryNotFoundError, *_no_answer()) as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename:
             raise
         raise Network(

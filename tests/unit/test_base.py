@@ -1,7 +1,11 @@
 """Base models: pinned, taken, repacked, refused."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,6 +143,33 @@ def test_a_branch_is_resolved_once_into_the_lock(tmp_path, monkeypatch):
     assert "40 hex digits" in str(caught.value)
     (tmp_path / "loraflow.lock").write_text(json.dumps({"microsoft/Phi-3-mini-4k-instruct@main": commit}))
     assert resolve.locate(branch, HashMemo(None)) == pinned
+
+
+def test_a_hub_that_refuses_the_connection_is_a_failure_that_a_retry_may_mend(tmp_path):
+    with socket.socket() as taken:  # bound and not listening: whoever connects is refused
+        taken.bind(("127.0.0.1", 0))
+        env = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{taken.getsockname()[1]}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path),
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        script = """
+from loraflow.base.resolve import locate
+from loraflow.config.recipe import Base
+from loraflow.failures import Network
+from loraflow.store.files import HashMemo
+try:
+    locate(Base(model="a/b", revision="main"), HashMemo(None))
+except Network as failure:
+    print(failure.retryable, failure.got)
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+        )
+    assert done.stdout.startswith("True ConnectError") or done.stdout.startswith("True ConnectionError"), done.stderr
+    assert not (tmp_path / "loraflow.lock").exists()
 
 
 def test_names_that_are_no_model(tmp_path, monkeypatch):
