@@ -88,9 +88,9 @@ def execute(spec: dict[str, Any], home: Path) -> dict[str, Any]:
 
 
 def several_devices(spec: dict[str, Any]) -> bool:
-    """Tell whether a job is one that devices share, and has more than one."""
+    """Tell whether a job is one that devices share, and has more than one of them."""
     runtime = spec["runtime"]
-    return spec["stage"] == "train" and (
+    return spec["stage"] in ("train", "evaluate") and (
         runtime.get("devices", 1) > 1 or (runtime.get("rendezvous") or {}).get("nodes", 1) > 1
     )
 

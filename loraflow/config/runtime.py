@@ -23,7 +23,9 @@ class Runtime(Frozen):
         {}, description="Deployments of other work pools for heavy stages, such as train: gpu for stage/gpu."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where heavy stages compute.")
-    devices: Annotated[int, Field(ge=1)] = Field(1, description="GPUs (or CPU processes) that train together.")
+    devices: Annotated[int, Field(ge=1)] = Field(
+        1, description="GPUs (or CPU processes) that train, and evaluate, together."
+    )
     attn_implementation: Literal["auto", "varlen", "fa3", "fa4", "flash_attention_2", "sdpa", "eager"] = Field(
         "auto", description="Attention kernel in training; auto takes the fastest that is there, and says which."
     )

@@ -12,7 +12,9 @@ import numpy as np
 from loraflow.base.load import head_is_plain
 from loraflow.data.mask import IGNORED
 from loraflow.evaluation.prefix import plain_cache, shared_prefix
+from loraflow.training.devices import Group
 
+ALONE = Group()
 HEAD_ROWS = 512  # positions whose logits are in memory at a time
 
 
@@ -26,21 +28,19 @@ def answer_all(
     batch_size: int,
     done_file: Path | None = None,
     on_batch: Callable[[int], None] | None = None,
+    group: Group = ALONE,
 ) -> list[dict[str, Any]]:
     """Return an answer for each prompt: `text`, `tokens` (how many), `finish` (stop or length).
 
-    Finished batches are kept in `done_file`, so that a retry goes on behind them.
+    Finished batches are kept in `done_file`, so that a retry goes on behind them. A group's devices get whole batches:
+    the numbers of a row depend on what it is batched with, so that they are the ones of a single device. Each keeps a
+    file of its own, and all of them are read.
     """
     import torch
 
-    answers: list[dict[str, Any] | None] = [None] * len(prompts)
-    if done_file is not None and done_file.exists():
-        for line in done_file.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # the line at which an earlier attempt was killed
-                continue
-            answers[row.pop("index")] = row
+    answers = _kept(done_file, len(prompts))
+    if done_file is not None and not group.first:
+        done_file = done_file.with_stem(f"{done_file.stem}-{group.rank}")
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     # At least one id of each row is left for its batch, whose logits begin the answer.
     lengths = [len(prompt) for prompt in prompts]
@@ -49,7 +49,7 @@ def answer_all(
     plain = bool(prompts) and plain_cache(model, max(lengths) + max_new_tokens)
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
-        if all(answers[i] is not None for i in batch):
+        if not group.takes(first // batch_size) or all(answers[i] is not None for i in batch):
             continue
         width = max(len(prompts[i]) for i in batch)
         ids = torch.full((len(batch), width), tokenizer.pad_token_id)
@@ -92,11 +92,29 @@ def answer_all(
             with done_file.open("a", encoding="utf-8") as file:
                 file.write("\n".join(lines) + "\n")
         if on_batch is not None:
-            on_batch(sum(a is not None for a in answers))
-    return [answer for answer in answers if answer is not None]
+            # The others are about as far in the order as this one.
+            on_batch(sum(a is not None for a in answers) if group.size == 1 else first + len(batch))
+    return [answer for answer in group.merge(answers) if answer is not None]
 
 
-def answer_losses(model: Any, rows: Sequence[Any], pad_id: int, batch_size: int) -> list[tuple[float, int]]:
+def _kept(done_file: Path | None, rows: int) -> list[dict[str, Any] | None]:
+    """Return the answers that earlier attempts kept, on however many devices."""
+    answers: list[dict[str, Any] | None] = [None] * rows
+    if done_file is None:
+        return answers
+    for file in (done_file, *sorted(done_file.parent.glob(f"{done_file.stem}-*{done_file.suffix}"))):
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # the line at which an earlier attempt was killed
+                continue
+            answers[row.pop("index")] = row
+    return answers
+
+
+def answer_losses(
+    model: Any, rows: Sequence[Any], pad_id: int, batch_size: int, group: Group = ALONE
+) -> list[tuple[float, int]]:
     """Return (sum of -log p in nats, tokens) of each row's learned tokens. Rows are `mask.Encoded`.
 
     The head is applied where a token is learned only: a vocabulary's width of logits for every position of a batch
@@ -104,7 +122,7 @@ def answer_losses(model: Any, rows: Sequence[Any], pad_id: int, batch_size: int)
     """
     import torch
 
-    found: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
+    found: list[tuple[float, int] | None] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
     plain = head_is_plain(model)
     # The hidden state before the first learned token must be one of the batch's own.
@@ -114,6 +132,8 @@ def answer_losses(model: Any, rows: Sequence[Any], pad_id: int, batch_size: int)
     shared = len(prefix.ids) if prefix else 0
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
+        if not group.takes(first // batch_size):
+            continue
         width = max(len(rows[i].ids) for i in batch) - shared
         ids = torch.full((len(batch), width), pad_id)
         mask = torch.zeros((len(batch), shared + width), dtype=torch.long)
@@ -148,4 +168,4 @@ def answer_losses(model: Any, rows: Sequence[Any], pad_id: int, batch_size: int)
         for row, i in enumerate(batch):
             mine = losses[owner == row]
             found[i] = (float(mine.sum()), len(mine))
-    return found
+    return [one or (0.0, 0) for one in group.merge(found)]

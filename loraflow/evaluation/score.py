@@ -14,17 +14,18 @@ import numpy as np
 from loraflow.failures import BadData
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
+from loraflow.training import devices
 
 
 def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     """Answer, score, write. The same rows, template and settings for whatever model it is."""
     import pandas as pd
 
-    from loraflow.base.load import load_model, load_tokenizer, stop_ids
+    from loraflow.base.load import load_model, load_tokenizer, pick_device, stop_ids
     from loraflow.data.mask import ChatTemplate
     from loraflow.evaluation.generation import answer_all, answer_losses
 
-    config, folder = job.config, inputs["model"]
+    config, folder, group = job.config, inputs["model"], devices.join(pick_device(job.runtime))
     rows = _rows(inputs["rows"] / "heldout.jsonl", config["max_rows"])
     chats = [row["messages"] for row in rows]
     template, tokenizer = ChatTemplate(folder), load_tokenizer(folder)
@@ -32,8 +33,9 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     losses = [(0.0, 0)] * len(rows)
     if "token_loss" in config["metrics"]:  # a forward pass of its own over all rows
         encoded = template.encode(chats, "last_assistant")
-        losses = answer_losses(model, encoded, tokenizer.pad_token_id, job.runtime["eval_batch_size"])
-    report(done=0, total=len(rows))
+        losses = answer_losses(model, encoded, tokenizer.pad_token_id, job.runtime["eval_batch_size"], group)
+    if group.first:
+        report(done=0, total=len(rows))
     answers = answer_all(
         model,
         tokenizer,
@@ -42,8 +44,11 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         max_new_tokens=config["max_new_tokens"],
         batch_size=job.runtime["eval_batch_size"],
         done_file=report.work / "answers.jsonl" if report.work else None,
-        on_batch=lambda done: report(done=done, total=len(rows)),
+        on_batch=(lambda done: report(done=done, total=len(rows))) if group.first else None,
+        group=group,
     )
+    if not group.first:  # of several devices, the first one scores and writes
+        return Summary()
     table = pd.DataFrame(
         {
             "id": [row["id"] for row in rows],

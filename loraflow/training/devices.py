@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Group:
-    """This process among those that train together."""
+    """This process among those that train, or evaluate, together."""
 
     rank: int = 0
     size: int = 1
@@ -40,6 +40,20 @@ class Group:
         said = [value]
         dist.broadcast_object_list(said, src=0)
         return said[0]
+
+    def takes(self, index: int) -> bool:
+        """Tell whether a batch is this one's: they are dealt out in turn."""
+        return index % self.size == self.rank
+
+    def merge(self, found: list[Any]) -> list[Any]:
+        """Return what all have found together, to all. Each holds the whole list, with None where it has nothing."""
+        if self.size == 1:
+            return found
+        import torch.distributed as dist
+
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, found)
+        return [next((one for one in row if one is not None), None) for row in zip(*parts, strict=True)]
 
     def sum_up(self, parameters: Iterable[Any], *extra: Any) -> list[Any]:
         """Add up the gradients of all devices in place, and scalars beside; return the sums of the scalars.

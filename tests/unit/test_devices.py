@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import pandas
 import psutil
 import pytest
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from loraflow.failures import Failure, Killed, OutOfMemory, Preempted
 from loraflow.stages import make_job
 from loraflow.store import LocalStore
 from loraflow.worker import _of_all
+from tests.conftest import chat
 from tests.unit.test_training import base, recipe, same, tokenize  # noqa: F401
 
 
@@ -93,6 +95,80 @@ def test_a_killed_rank_ends_the_group_and_the_rest_goes_on_with_another_number(b
     assert not [p for p in psutil.process_iter() if _rank(p) is not None and str(tmp_path) in " ".join(p.cmdline())]
     resumed = store.manifest(launch.run_job(job_of(**long), store)).figures["resumed_at"]
     assert resumed >= 4
+
+
+def evaluation_of(model, folder, **overrides):
+    """Return a store whose inputs are a model and 33 rows in order of no length, and the job that scores them."""
+    from loraflow.store import Ref
+
+    folder.mkdir()
+    rows = [
+        {"id": str(i), "set": "heldout", "messages": chat(7**i % 10007 ** (1 + i % 3))["messages"]} for i in range(33)
+    ]
+    (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = Folders(str(folder / "store"))
+    store.folders = {"model": model, "rows": folder}
+    options = {
+        "evaluation__metrics": ["exact_match", "token_loss"],
+        "evaluation__dtype": "float32",
+        "evaluation__max_new_tokens": 24,
+        "runtime__threads": 1,
+        "runtime__eval_batch_size": 4,
+    }
+    inputs = {
+        name: Ref(stage=name, fingerprint="f", digest="d", uri="", facets={"heldout": "d"})
+        for name in ("model", "rows")
+    }
+    return store, make_job("evaluate", recipe(**{**options, **overrides}), inputs)
+
+
+@pytest.fixture(scope="module")
+def scores(base, tmp_path_factory):  # noqa: F811
+    store, job = evaluation_of(base, tmp_path_factory.mktemp("scores") / "one")
+    return job, launch.run_job(job, store), store
+
+
+def test_two_processes_score_what_one_scores_row_for_row(base, scores, tmp_path):  # noqa: F811
+    alone, one, store = scores
+    other, job = evaluation_of(base, tmp_path / "two", runtime__devices=2)
+    assert job.fingerprint == alone.fingerprint, "devices are no part of identity"
+    lines = []
+    two = launch.run_job(job, other, lines.append)
+    tables = [
+        pandas.read_parquet(LocalStore.path(s, ref) / "scores.parquet") for s, ref in ((store, one), (other, two))
+    ]
+    pandas.testing.assert_frame_equal(*tables)
+    assert tables[0]["id"].tolist() == [str(i) for i in range(33)] and (tables[0]["nll"] > 0).all()
+    assert two.digest == one.digest
+    assert lines[-1]["done"] <= 33 and {line["total"] for line in lines} == {33}
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_an_evaluation_and_another_number_goes_on(base, scores, tmp_path):  # noqa: F811
+    store, job = evaluation_of(base, tmp_path / "two", runtime__devices=2)
+    work = store.work(job.stage, job.fingerprint)
+    killed = []
+
+    def kill_second():
+        while not (work / "answers-1.jsonl").exists():
+            time.sleep(0.01)
+        for process in psutil.process_iter():
+            if _rank(process) == "1" and str(tmp_path) in _line(process):
+                process.kill()
+                killed.append(time.monotonic())
+
+    thread = threading.Thread(target=kill_second)
+    thread.start()
+    with pytest.raises(Killed) as caught:
+        launch.run_job(job, store)
+    thread.join()
+    assert caught.value.retryable and time.monotonic() - killed[0] < 30
+    assert not [p for p in psutil.process_iter() if _rank(p) is not None and str(tmp_path) in _line(p)]
+    _, alone = evaluation_of(base, tmp_path / "one")
+    lines = []
+    assert launch.run_job(alone, store, lines.append).digest == scores[1].digest
+    # A batch of four is one line of progress: those that the killed group had answered are not answered again.
+    assert len([line for line in lines if line["done"]]) < 9
 
 
 def _rank(process):
