@@ -32,13 +32,24 @@ def promote(place, merged: Path):
 
 
 def task_states(run_name: str) -> dict[str, list[str]]:
-    """Ask Prefect's API for the newest flow run's task runs."""
+    """Ask Prefect's API for the task runs of the newest flow run that has begun; nightly ones lie in the future."""
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterId,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+    )
     from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
+    from prefect.states import StateType
 
     with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(limit=1, sort=FlowRunSort.EXPECTED_START_TIME_DESC)
+        begun = FlowRunFilterStateType(any_=[StateType.COMPLETED, StateType.FAILED, StateType.RUNNING])
+        runs = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=begun)),
+            limit=1,
+            sort=FlowRunSort.START_TIME_DESC,
+        )
         for _ in range(300):  # task runs reach the database a moment later, on a loaded machine half a minute
             tasks = client.read_task_runs(
                 flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[runs[0].id])),
