@@ -18,13 +18,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep a file's tests in one process, and the flow's all together: what they share is built once."""
+    """Keep a file's tests in one process, and the flow's in two parts: what a part shares is built once."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "flows" if "/flows/" in file else file
+            return "the other flows" if "/flows/" in file and "finetune" not in file else file
 
     return ByFile(config, log)
 
