@@ -196,7 +196,7 @@ STAGES: dict[str, Stage] = {
             "loraflow.evaluation.score:run",
             True,
             ("loraflow.evaluation.score", "loraflow.evaluation.generation", "loraflow.evaluation.prefix",
-             "loraflow.evaluation.cache",
+             "loraflow.evaluation.cache", "loraflow.evaluation.decode",
              "loraflow.evaluation.intervals", "loraflow.evaluation.modules", "loraflow.training.devices",
              "loraflow.base.load", *_MASK),
             _evaluate,

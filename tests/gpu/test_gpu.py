@@ -52,6 +52,7 @@ def walk(folder: Path, base: Path, steps: int, checkpointing: bool = False, **ov
         started = time.perf_counter()
         refs[name] = direct.stage(name, **inputs)
         seconds[name] = round(time.perf_counter() - started, 1)
+        print(f"{name}: {seconds[name]} s", flush=True)
         return refs[name]
 
     rows = stage("check_dataset", dataset=stage("version_dataset"))
@@ -215,9 +216,63 @@ def test_nf4_trains_with_masters_in_fp32(tiny, shards, tmp_path, compiled):
     assert fast == pytest.approx(stock, rel=0.05), "stock keeps the adapter in 16 bits"
 
 
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+def test_a_cpu_packs_nf4_as_the_gpu_does(tmp_path, double):
+    """QLoRA's merge may run where no GPU is: it must see the base that training saw.
+
+    A GPU adds up the mean of the constants in another order, so that a constant in a thousand is packed to the next code.
+    """
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from transformers import AutoModelForCausalLM
+
+    from loraflow.adapters.nf4 import Nf4, packed_modules
+    from loraflow.base.load import load_model
+    from tests.conftest import build_phi3
+
+    base = build_phi3(tmp_path / "base", hidden_size=384, intermediate_size=1024)
+    trained_on = load_model(base, "bfloat16", {"device": "cuda"}, quantization={"double": double})
+    seen = {
+        name: dequantize_4bit(module.weight.data, module.weight.quant_state).cpu()
+        for name, module in trained_on.named_modules()
+        if isinstance(module, Linear4bit)
+    }
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    Nf4("bfloat16", double).apply(model)
+    ours = {name: module.weight.data for name, module in packed_modules(model).items()}
+    assert ours.keys() == seen.keys()
+    differing = sum(int((ours[name] != seen[name]).sum()) for name in ours) / sum(one.numel() for one in ours.values())
+    assert differing <= (0.002 if double else 0)
+    for name, one in ours.items():
+        torch.testing.assert_close(one, seen[name], rtol=0.02, atol=0)
+
+
 def test_fp16_trains_with_a_loss_scale(tiny, shards, plain, tmp_path):
     half = {"base.dtype": "float16", "training_config.bf16": False, "training_config.fp16": True}
     assert train(tiny, shards, tmp_path, **half) == pytest.approx(plain, rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recorded_decoding_gives_the_answers_of_generate(tiny, monkeypatch, dtype):
+    from loraflow.base.load import load_model, load_tokenizer
+    from loraflow.data.mask import ChatTemplate
+    from loraflow.evaluation import decode
+    from loraflow.evaluation.generation import answer_all
+    from tests.conftest import chat
+
+    model, tokenizer = load_model(tiny, dtype, {"device": "cuda"}), load_tokenizer(tiny)
+    prompts = ChatTemplate(tiny).prompt_ids([chat(10**i)["messages"] for i in range(12)])
+    options = {"stop_ids": [], "max_new_tokens": 60, "batch_size": 5}
+    graphs, real = [], decode.recorded
+    monkeypatch.setattr(decode, "recorded", lambda step: graphs.append(real(step)) or graphs[-1])
+    assert decode.decodes(model)
+    ours = answer_all(model, tokenizer, prompts, **options)
+    assert len(graphs) == 3 and all(graph.__name__ == "replay" for graph in graphs), "each batch was recorded"
+    monkeypatch.setattr(decode, "decodes", lambda _: False)
+    theirs = answer_all(model, tokenizer, prompts, **options)
+    same = sum(one == other for one, other in zip(ours, theirs, strict=True))
+    assert same == 12 if dtype == "float32" else same >= 6, "bf16 rounds differently in other kernels"
 
 
 def test_out_of_memory_is_answered_with_less_at_a_time(tmp_path, tiny):
@@ -248,6 +303,7 @@ def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
         recipe = load_recipe(
             root / "configs" / "quickstart.yaml",
             {"data.source": str(root / "data"), "runtime.store": str(tmp_path / "store"), "runtime.device": "cuda",
+             "base.dtype": "bfloat16", "training_config.bf16": True, "evaluation.dtype": "bfloat16",
              "evaluation.metrics": ["token_loss", "exact_match", "json_fields"], "evaluation.max_rows": None,
              "base.quantization": None if name == "bf16" else "fp8", "runtime.eval_batch_size": 64},
         )  # fmt: skip
@@ -255,6 +311,7 @@ def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
         rows = direct.stage("check_dataset", dataset=direct.stage("version_dataset"))
         base = direct.stage("resolve_base")
         adapter = direct.stage("train", tokens=direct.stage("tokenize", rows=rows, base=base), base=base)
+        print(name, direct.jobs.store.manifest(adapter).figures, flush=True)
         scores = direct.stage("evaluate", model=direct.stage("merge", base=base, adapter=adapter), rows=rows)
         found[name] = direct.jobs.store.manifest(scores).figures
     with capsys.disabled():
