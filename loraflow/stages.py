@@ -158,6 +158,7 @@ STAGES: dict[str, Stage] = {
             "loraflow.training.train:run",
             True,
             ("loraflow.training.train", "loraflow.training.trainer", "loraflow.training.batches", "loraflow.training.shared",
+             "loraflow.training.sharding",
              "loraflow.data.packing",
              "loraflow.training.engine", "loraflow.training.devices", "loraflow.training.attention",
              "loraflow.training.flash4", "loraflow.training.lora",

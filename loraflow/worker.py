@@ -142,15 +142,16 @@ def _of_all(home: Path, codes: dict[int, int]) -> dict[str, Any]:
     said = {int(path.stem.split("-")[1]): json.loads(path.read_bytes()) for path in home.glob("outcome-*.json")}
     failed = [failures.from_dict(one["failure"]) for _, one in sorted(said.items()) if one["status"] == "failed"]
     for failure in failed:
-        if not isinstance(failure, failures.Preempted):
+        if not isinstance(failure, failures.Preempted | failures.Crashed):
             raise failure
     silent = {rank: code for rank, code in codes.items() if rank not in said}
     if silent:
         got = ", ".join(f"rank {rank}: {code}" for rank, code in sorted(silent.items()))
         kind = failures.Killed if -signal.SIGKILL in silent.values() else failures.Crashed
+        # The others then crash over a connection that is gone.
         raise kind("A device's process ended without an outcome.", got=got, next_step="run again: it resumes")
     if failed:
-        raise failed[0]
+        raise next((one for one in failed if isinstance(one, failures.Crashed)), failed[0])
     if not said:
         raise failures.Crashed("No device's process gave an outcome.", got=str(codes))
     return dict(said[min(said)]["summary"])

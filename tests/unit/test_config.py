@@ -198,6 +198,7 @@ OTHER: dict[str, Any] = {
     "evaluation.metrics": ["token_loss"], "evaluation.confidence": 0.9, "evaluation.dtype": "bfloat16", "evaluation.max_rows": 3,
     "merge.dtype": "float32", "merge.onto": "base", "runtime.device": "cpu", "runtime.attn_implementation": "eager", "runtime.engine": "stock",
     "training_config.gradient_checkpointing": False, "runtime.compile": "on", "runtime.checkpointing": "selective",
+    "runtime.shard_base": "on",
 }  # fmt: skip
 
 # Read by the flow's process: by `locate`, the checks between stages, the gate, the registry, the report.
