@@ -84,17 +84,21 @@ def test_a_person_fills_the_form_watches_the_run_and_opens_the_report(page, site
         picture(page, f"report{ui.replace('/', '-')}", full_page=True)
 
 
-def test_a_run_with_nothing_new_is_up_to_date_and_says_why(page, site):
+def test_a_run_with_nothing_new_is_up_to_date_and_stages_are_cached(page, site):
     site.wait(site.start("finetune/local"))
-    run = site.start("retrain/nightly")
-    found = site.wait(run)
-    assert found["state"]["name"] == "UpToDate" and "Every stage is cached" in found["state"]["message"]
-    assert {row["state"]["name"] for name, row in stages(site, run).items() if name in ("train", "merge")} == {"Cached"}
-    page.goto(f"{site.url}/v2/runs/flow-run/{run}")
+    retrained = site.wait(site.start("retrain/nightly"))
+    assert retrained["state"]["name"] == "UpToDate" and "Every stage is cached" in retrained["state"]["message"]
+    page.goto(f"{site.url}/v2/runs/flow-run/{retrained['id']}")
     page.get_by_text("UpToDate").first.wait_for()
+    picture(page, "up-to-date")
+    again = site.wait(site.start("finetune/local"))["id"]
+    assert {row["state"]["name"] for name, row in stages(site, again).items() if name in ("train", "merge")} == {
+        "Cached"
+    }
+    page.goto(f"{site.url}/v2/runs/flow-run/{again}")
     page.get_by_role("tab", name="Task Runs").click()
     page.get_by_text("Cached").first.wait_for()
-    picture(page, "up-to-date")
+    picture(page, "cached")
 
 
 def test_a_run_that_is_cancelled_leaves_no_process(page, site):
@@ -138,9 +142,10 @@ def test_a_person_approves_a_promotion_in_the_form(page, site):
     page.get_by_role("button", name="Resume").first.click()
     page.get_by_text("promote?").wait_for()
     picture(page, "approval")
-    page.get_by_label("Promote").last.click()
-    page.get_by_label("Reason").fill("answers are better")
-    page.get_by_role("button", name="Submit").or_(page.get_by_role("button", name="Resume")).last.click()
+    page.get_by_role("switch").last.click()
+    page.locator("textarea").last.fill("answers are better")
+    picture(page, "approval-filled")
+    page.get_by_role("button", name="Submit").last.click()
     site.wait(run, "SCHEDULED", "PENDING", "RUNNING", seconds=60)
     site.wait(run, "COMPLETED")
     log = sorted((site.folder / ".loraflow" / "store" / "registry" / "asked" / "log").glob("*.json"))[-1]

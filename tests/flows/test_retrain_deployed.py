@@ -81,7 +81,7 @@ def test_data_from_another_clone_retrains_here_without_a_pull_and_bad_data_is_no
 
 
 def test_a_second_run_waits_for_the_first_and_finds_everything_cached(team):
-    mine, site = team
+    _, site = team
     new = {"settings": {"training_config.max_steps": 9}}
     first, second = (site.start("retrain/nightly", **new) for _ in range(2))
     ended = sorted((site.wait(first), site.wait(second)), key=lambda run: run["end_time"])
