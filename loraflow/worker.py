@@ -171,6 +171,8 @@ def run_on_devices(spec: dict[str, Any], home: Path) -> dict[str, Any]:
         os.environ.pop("LORAFLOW_PARENT", None)
         if launcher is not None:
             os.environ["LORAFLOW_PARENT"] = launcher
+    if node() > 0 and not codes:  # the first node may have committed, and removed the job's folder, by now
+        return {}
     return _of_all(home, codes)
 
 
