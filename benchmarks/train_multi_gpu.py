@@ -4,7 +4,7 @@
     python benchmarks/train_multi_gpu.py 1 2
 
 Each GPU gets the same tokens in a step: twice the GPUs, twice the global batch. A run with the global batch of one GPU
-on all of them shows that the losses are the same.
+on all of them shows that the losses are the same; `--sharded` adds a run in which they hold the base together.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from train_gpu import TINY, WARM, Case, build_base, build_tokens, ours
 
@@ -52,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gpus", nargs="*", type=int)
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--sharded", action="store_true")
     chosen = parser.parse_args()
     there = torch.cuda.device_count() or (os.cpu_count() or 1)
     counts = chosen.gpus or [n for n in (1, 2, 4, 8) if n <= there]
@@ -70,25 +72,30 @@ def main() -> None:
         (work / "tokens").symlink_to(f"tokens-{rows}")
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"{name} × {there}, torch {torch.__version__}")
-    results = {}
-    for gpus in counts:
-        case = Case(f"gpus-{gpus}", f"{gpus} GPUs", rows=PER_GPU * gpus, timed=TIMED,
-                    settings={"runtime.devices": gpus} | ({"runtime.compile": "off"} if TINY else {}))  # fmt: skip
-        results[gpus] = ours(case, work)
-        print(gpus, json.dumps({k: v for k, v in results[gpus].items() if k != "losses"}), flush=True)
-    base = results[min(counts)]["tokens_per_second"] / min(counts)
+    results: dict[str, dict[str, Any]] = {}
+    most = max(counts)
+    runs = [(str(gpus), gpus, {}) for gpus in counts]
+    if chosen.sharded:
+        runs.append((f"{most}, base sharded", most, {"runtime.shard_base": "on"}))
+    for what, gpus, more in runs:
+        case = Case(f"gpus-{what.replace(', ', '-').replace(' ', '-')}", what, rows=PER_GPU * gpus, timed=TIMED,
+                    settings={"runtime.devices": gpus, **more} | ({"runtime.compile": "off"} if TINY else {}))  # fmt: skip
+        results[what] = ours(case, work) | {"gpus": gpus}
+        print(what, json.dumps({k: v for k, v in results[what].items() if k != "losses"}), flush=True)
+    fewest = str(min(counts))
+    base = results[fewest]["tokens_per_second"] / min(counts)
     print("\nGPUs     tok/s  × one efficiency  ms/step    GiB  all-reduce ms")
-    for gpus, one in results.items():
+    for what, one in results.items():
+        gpus = one["gpus"]
         reduce = all_reduce_ms(gpus) if gpus > 1 and torch.cuda.is_available() else 0.0
         ratio = one["tokens_per_second"] / base
-        print(f"{gpus:4d} {one['tokens_per_second']:9,.0f} {ratio:6.2f} {ratio / gpus:10.1%} {one['step_ms']:8.1f} "
+        print(f"{what:>4s} {one['tokens_per_second']:9,.0f} {ratio:6.2f} {ratio / gpus:10.1%} {one['step_ms']:8.1f} "
               f"{one['peak_gib'] or 0:6.1f} {reduce:6.2f}")  # fmt: skip
-    most = max(counts)
     same = Case("same-batch", "", rows=PER_GPU, timed=TIMED,
                 settings={"runtime.devices": most} | ({"runtime.compile": "off"} if TINY else {}))  # fmt: skip
     together = ours(same, work)
     print(f"losses with the global batch of one GPU, on 1 and on {most}:")
-    for label, one in (("1", results[min(counts)]), (str(most), together)):
+    for label, one in ((fewest, results[fewest]), (str(most), together)):
         print(f"  {label}: {[round(x, 4) for x in one['losses']]}")
 
 

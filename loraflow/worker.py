@@ -213,6 +213,7 @@ def _of_all(home: Path, codes: dict[int, int]) -> dict[str, Any]:
     if silent:
         got = ", ".join(f"rank {rank}: {code}" for rank, code in sorted(silent.items()))
         kind = failures.Killed if -signal.SIGKILL in silent.values() else failures.Crashed
+        # The others then crash over a connection that is gone.
         raise kind("A device's process ended without an outcome.", got=got, next_step="run again: it resumes")
     if failed:
         raise next((one for one in failed if isinstance(one, failures.Crashed)), failed[0])

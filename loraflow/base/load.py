@@ -57,6 +57,7 @@ def load_model(
     quantization: dict[str, Any] | None = None,
     trust: bool = False,
     attention: str | None = None,
+    place: str | None = None,
 ) -> Any:
     """Load a causal language model.
 
@@ -67,6 +68,7 @@ def load_model(
         quantization: `{"double": bool}` for NF4 weights.
         trust: run Python code that comes with the model.
         attention: transformers' name of it; default is what the runtime says.
+        place: where the weights go, if not where they compute.
 
     Raises:
         MissingExtra: NF4 without CUDA or bitsandbytes.
@@ -92,7 +94,7 @@ def load_model(
         options["quantization_config"] = _nf4(device, dtype, quantization["double"])
     if device == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each padded shape: steps of seconds on Hopper
-        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+        options["device_map"] = {"": place or int(os.environ.get("LOCAL_RANK", "0"))}
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     return model.eval()
 

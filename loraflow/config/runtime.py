@@ -52,6 +52,9 @@ class Runtime(Frozen):
         1, description="GPUs (or CPU processes) that train, and evaluate, together; of each node."
     )
     rendezvous: Rendezvous = Field(Rendezvous(), description="Several machines that train together.")
+    shard_base: Literal["auto", "on", "off"] = Field(
+        "auto", description="Whether several devices hold the frozen weights together; auto: if one cannot hold them."
+    )
     attn_implementation: Literal["auto", "varlen", "fa3", "fa4", "flash_attention_2", "sdpa", "eager"] = Field(
         "auto", description="Attention kernel in training; auto takes the fastest that is there, and says which."
     )

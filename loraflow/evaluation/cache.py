@@ -34,6 +34,13 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = self._keys[..., :filled, :], self._values[..., :filled, :]
         return self.keys, self.values
 
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values [rows, heads, room, width], zero where nothing is filled in yet."""
+        held = self.get_seq_length()
+        self._keys[..., held:, :].zero_()
+        self._values[..., held:, :].zero_()
+        return self._keys, self._values
+
     def _allocate(self, like: Tensor) -> Tensor:
         rows, heads, _, width = like.shape
         return like.new_empty((rows, heads, self.room, width))

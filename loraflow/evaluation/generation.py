@@ -38,6 +38,8 @@ def answer_all(
     """
     import torch
 
+    from loraflow.evaluation.decode import ALIGNED, decodes, greedy
+
     answers = _kept(done_file, len(prompts))
     if done_file is not None and not group.first:
         done_file = done_file.with_stem(f"{done_file.stem}-{group.rank}")
@@ -47,6 +49,7 @@ def answer_all(
     prefix = shared_prefix(model, prompts, min(lengths) - 1, max(lengths) + max_new_tokens) if prompts else None
     shared = len(prefix.ids) if prefix else 0
     plain = bool(prompts) and plain_cache(model, max(lengths) + max_new_tokens)
+    recording = decodes(model)
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         if not group.takes(first // batch_size) or all(answers[i] is not None for i in batch):
@@ -60,28 +63,34 @@ def answer_all(
             mask[row, width - len(rest) :] = 1
         if prefix:
             ids[:, :shared], mask[:, :shared] = torch.tensor(prefix.ids), 1
-        room = width + max_new_tokens
+        room = -(-(width + max_new_tokens) // ALIGNED) * ALIGNED if recording else width + max_new_tokens
         cache = prefix.cache(len(batch), room) if prefix else None
         if plain and not prefix:
             from loraflow.evaluation.cache import roomy_cache
 
             cache = roomy_cache(model.config.num_hidden_layers, room)
-        with torch.inference_mode():
-            out = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                **({"past_key_values": cache} if cache is not None else {}),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                eos_token_id=stop_ids,
-                pad_token_id=tokenizer.pad_token_id,
-            )[:, width:].tolist()
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        if recording and cache is not None:
+            new_ids = greedy(
+                model, ids, mask, cache, stop_ids=stop_ids, max_new_tokens=max_new_tokens, pad_id=tokenizer.pad_token_id
+            )
+        else:
+            with torch.inference_mode():
+                new_ids = model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    **({"past_key_values": cache} if cache is not None else {}),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    eos_token_id=stop_ids,
+                    pad_token_id=tokenizer.pad_token_id,
+                )[:, width:]
         lines = []
-        for i, new in zip(batch, out, strict=True):
+        for i, new in zip(batch, new_ids.tolist(), strict=True):
             end = next((at for at, token in enumerate(new) if token in stop_ids), None)
             said = new[:end]
             text = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)

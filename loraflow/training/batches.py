@@ -144,6 +144,9 @@ def deal(tokens: np.ndarray, capacity: int) -> list[list[int]]:
 class Steps:
     """The optimizer steps of a run as a dataset: item i is what one device needs for step i.
 
+    With `even` all devices get as many micro-batches: those of the last round that have none compute one that nothing
+    is learned from.
+
     An item holds `micro`, the device's micro-batches; `learned`, the number of learned tokens of the whole step, on
     all devices; `tokens`, those of the step without padding.
     """
@@ -160,10 +163,12 @@ class Steps:
         rank: int = 0,
         devices: int = 1,
         sharing: Sharing | None = None,
+        even: bool = False,
     ):
         self.rows, self.steps, self.layout, self.pad_id = rows, steps, layout, pad_id
         self.sharing = None if dropout or rows.row_length else sharing
         self.seed, self.dropout, self.rank, self.devices = seed, dropout, rank, devices
+        self.even = even
         self.entries: dict[int, int] = {}  # length of a micro-batch → room for documents, whatever step it is of
         if isinstance(layout, Flat):
             self._reserve(layout)
@@ -192,10 +197,15 @@ class Steps:
         """Return a step's item."""
         chosen = self.steps[step]
         micro = []
-        for places in self._dealt(step)[self.rank :: self.devices]:
+        dealt = self._dealt(step)
+        mine = dealt[self.rank :: self.devices]
+        idle = math.ceil(len(dealt) / self.devices) - len(mine) if self.even else 0
+        for places in [*mine, *dealt[:idle]]:
             documents = [self.rows[int(chosen[place])] for place in places]
             keys = [self._keys(step, place, int(self.rows.tokens[chosen[place]])) for place in places]
             micro.append(self._batch(documents, keys if self.dropout else None))
+        for batch in micro[len(mine) :]:
+            batch["loss_index"], batch["targets"] = batch["loss_index"][:0], batch["targets"][:0]
         learned = sum(
             int((labels[1:] != IGNORED).sum()) for row in chosen.tolist() for _, labels in self.rows[int(row)]
         )

@@ -41,6 +41,16 @@ class Group:
         dist.broadcast_object_list(said, src=0)
         return said[0]
 
+    def all_say(self, value: Any) -> list[Any]:
+        """Return what each of them says, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        said: list[Any] = [None] * self.size
+        dist.all_gather_object(said, value)
+        return said
+
     def takes(self, index: int) -> bool:
         """Tell whether a batch is this one's: they are dealt out in turn."""
         return index % self.size == self.rank
@@ -49,10 +59,7 @@ class Group:
         """Return what all have found together, to all. Each holds the whole list, with None where it has nothing."""
         if self.size == 1:
             return found
-        import torch.distributed as dist
-
-        parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, found)
+        parts = self.all_say(found)
         return [next((one for one in row if one is not None), None) for row in zip(*parts, strict=True)]
 
     def sum_up(self, parameters: Iterable[Any], *extra: Any) -> list[Any]:

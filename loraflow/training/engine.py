@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from loraflow.failures import BadConfig, OutOfMemory
-from loraflow.training import batches, memory, shared
+from loraflow.training import batches, memory, sharding, shared
 from loraflow.training.attention import Attention, choose
 from loraflow.training.devices import Group
 
@@ -46,6 +46,7 @@ class Engine:
     arguments: Callable[..., Any]  # the trainer's, given what the engine decides
     work: Path  # a folder that a resumed run finds again
     sharing: shared.Sharing | None = None  # of what the rows of a grid begin with
+    sharded: bool = False  # the devices hold the base together
     initial: dict[str, Any] = field(default_factory=dict)  # of PiSSA and OLoRA, to write the adapter on the base itself
     said: dict[str, Any] = field(default_factory=dict)
 
@@ -63,6 +64,8 @@ class Engine:
             attention = Attention("sdpa", False, "sdpa", "the stock engine's rows are padded")
         if attention.flat and self.config["peft_config"]["init_lora_weights"] == "eva":
             attention = Attention("sdpa", False, "sdpa", "EVA looks at padded rows first")
+        self._look_at_devices(device)
+        self._shard_or_not(device, attention, fast)
         model = self._load(attention, device)
         if fast and not self._head_is_plain(model):
             log.info("the loss is left to trl: this model's logits are more than its head's product")
@@ -90,7 +93,7 @@ class Engine:
             _refuse_fp8(device, self._computes_in(), self.runtime.get("engine", "fast"))
         model = load_model(
             self.base, base["dtype"], self.runtime, quantization=nf4, trust=base["trust_remote_code"],
-            attention=attention.implementation,
+            attention=attention.implementation, place="cpu" if self.sharded else None,
         )  # fmt: skip
         model.config.use_cache = self.runtime.get("use_cache", False)
         check_targets(model, self.config["peft_config"])
@@ -102,7 +105,48 @@ class Engine:
 
             settings = Settings.of(self.config["peft_config"], self.config["loralib_config"])
             model = prepare(model, settings, self.training["seed"], checkpointing=self._stock_recomputes())
-        return model
+        return sharding.shard(model, device, self.group.size) if self.sharded else model
+
+    def _look_at_devices(self, device: str) -> None:
+        """Refuse unlike GPUs: a step is as fast as the slowest, and as large as the smallest has room for."""
+        names = self.group.all_say(_device_name(device))
+        if len(set(names)) > 1:
+            raise BadConfig(
+                "The devices that train together are of several types.", where="runtime.devices",
+                expected="one type of GPU", got=", ".join(sorted(set(names))),
+                next_step="choose like ones by CUDA_VISIBLE_DEVICES, and set runtime.devices to their number",
+            )  # fmt: skip
+
+    def _shard_or_not(self, device: str, attention: Attention, fast: bool) -> None:
+        """Decide whether the devices hold the base together."""
+        told = self.runtime.get("shard_base", "auto")
+        if self.group.size == 1 or told == "off":
+            why = "told so" if told == "off" else "there is one device"
+        elif told == "on":
+            self.sharded, why = True, "told so"
+        elif device == "cpu" or (shape := self._shape()) is None:
+            why = "not asked for"
+        else:
+            longest = self.rows.row_length or int(self.rows.lengths.max())
+            least, _ = memory.needed(shape, self._weights(), self.config["peft_config"]["r"], longest)
+            free = self._free()
+            self.sharded = least > free
+            why = f"one needs {least / memory.GIB:.1f} GiB, and has {free / memory.GIB:.1f}"
+        if self.sharded:
+            sharding.refuse(self.config, "fast" if fast else "stock")
+        self.said |= {"base_sharded": self.sharded, "base_sharded_why": why}
+
+    def _shape(self) -> memory.Shape | None:
+        return memory.shape_of(json.loads((self.base / "config.json").read_text(encoding="utf-8")))
+
+    def _weights(self) -> str:
+        return str(self.config["base"]["quantization"] or self.config["base"]["dtype"])
+
+    def _free(self) -> float:
+        """Return the bytes of GPU memory that every device has, what this process holds included."""
+        import torch
+
+        return min(self.group.all_say(torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()))
 
     def _stock_recomputes(self) -> bool:
         return self.runtime.get("engine", "fast") == "stock" and self.training["gradient_checkpointing"] is not False
@@ -213,6 +257,7 @@ class Engine:
         share = {"none": 0.0, "offload": 0.0}.get(fit.recompute, fit.share)
         compiled = prepare_layers(trainer, compiled=self._compiles(device, attention), recomputed=share)
         self.said |= {"tokens_at_once": fit.tokens, "recompute": fit.recompute, "recompute_why": fit.why}
+        self.said |= sharding.held(trainer.model)
         self.said |= {"layers_recomputed": fit.share, "fast_loras": len(trainer.loras), "compiled_layers": compiled}
         return trainer
 
@@ -220,12 +265,12 @@ class Engine:
         drops = trains and self.config["peft_config"]["lora_dropout"] > 0
         return batches.Steps(
             rows, steps, layout, self.tokenizer.pad_token_id, seed=self.training["seed"], dropout=drops,
-            rank=self.group.rank, devices=self.group.size, sharing=self.sharing,
+            rank=self.group.rank, devices=self.group.size, sharing=self.sharing, even=self.sharded,
         )  # fmt: skip
 
     def _share(self, model: Any, attention: Attention) -> None:
         """Let the rows of a grid share what they begin with, where that is exact."""
-        shape = memory.shape_of(json.loads((self.base / "config.json").read_text(encoding="utf-8")))
+        shape = self._shape()
         if attention.flat or self.rows.row_length or shape is None:
             return
         drops = self.config["peft_config"]["lora_dropout"] > 0
@@ -264,17 +309,14 @@ class Engine:
         packed = share * self.rows.row_length if self.rows.row_length else 0
         wanted = packed or math.ceil(int(self.rows.tokens[steps].sum(1).max()) / self.group.size)
         tokens = self.runtime.get("micro_tokens") or (self.runtime.get("micro_batch") or 0) * least
-        shape = memory.shape_of(json.loads((self.base / "config.json").read_text(encoding="utf-8")))
+        shape = self._shape()
         if device == "cpu" or shape is None or not attention.flat:
             share = {"full": 1.0, "selective": 0.5}.get(recompute or "none", 0.0)
             why = "as told" if recompute else "not asked for"
             return memory.Fit(tokens or max(least, 4096), recompute or "none", share, why)
-        import torch
-
-        quantization = self.config["base"]["quantization"] or self.config["base"]["dtype"]
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
-        found = memory.fit(shape, free, quantization, self.config["peft_config"]["r"], least=least,
-                           wanted=tokens or wanted, told=recompute)  # fmt: skip
+        found = memory.fit(shape, self._free(), self._weights(), self.config["peft_config"]["r"], least=least,
+                           wanted=tokens or wanted, told=recompute,
+                           devices=self.group.size if self.sharded else 1)  # fmt: skip
         return memory.Fit(max(least, tokens), found.recompute, found.share, found.why) if tokens else found
 
     def _compiles(self, device: str, attention: Attention) -> bool:

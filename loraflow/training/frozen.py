@@ -25,7 +25,10 @@ E4M3_MAX = 448.0
 
 @dataclass(frozen=True)
 class Frozen:
-    """A frozen weight: kind, its tensors, the dtype that it computes in, a bias."""
+    """A frozen weight: kind, its tensors, the dtype that it computes in, a bias.
+
+    Those of a dense one are looked up in its module for each product: a sharded base puts them there when it computes.
+    """
 
     kind: str
     tensors: tuple[Tensor, ...]
@@ -66,8 +69,8 @@ class Frozen:
 
 
 def dense(linear: torch.nn.Linear) -> Frozen:
-    """Return a linear's weight as it is."""
-    return Frozen("dense", (linear.weight.detach(),), linear.weight.dtype, linear.bias)
+    """Return that a linear's weight is taken as it is."""
+    return Frozen("dense", (), linear.weight.dtype, linear.bias)
 
 
 def fp8(linear: torch.nn.Linear) -> Frozen:

@@ -27,6 +27,7 @@ class FastForward:
 
     disable_adapters: bool  # peft's own, down to `training`
     merged: bool
+    base_layer: Any
     lora_A: Any
     lora_B: Any
     scaling: dict[str, float]
@@ -47,7 +48,8 @@ class FastForward:
         up = (self.lora_B[self.adapter].weight * self.scaling[self.adapter]).to(dtype)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         keys = (self.token_keys, self.module_key) if self.keep_from and self.training else (None, None)
-        y = LoraProduct.apply(rows, down, up, *keys, self.keep_from, self.frozen.kind, *self.frozen.tensors)
+        tensors = (self.base_layer.weight,) if self.frozen.kind == "dense" else self.frozen.tensors
+        y = LoraProduct.apply(rows, down, up, *keys, self.keep_from, self.frozen.kind, *tensors)
         if self.frozen.bias is not None:
             y = y + self.frozen.bias
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -91,6 +91,8 @@ def fixed_bytes(shape: Shape, weights: str, rank: int, devices: int = 1) -> floa
         devices: that hold the frozen weights together; 1 if each holds all.
     """
     base = shape.linear_weights * WEIGHT_BYTES[weights] / devices
+    if devices > 1:  # the layer that computes is whole, and so is the next one
+        base += 2 * shape.linear_weights * WEIGHT_BYTES[weights] / shape.layers
     rest = shape.embedding_weights * WEIGHT_BYTES["bfloat16" if weights in ("nf4", "fp8") else weights]
     return base + rest + lora_weights(shape, rank) * 16 + RESERVE
 
@@ -145,6 +147,7 @@ def fit(
     wanted: int,
     told: Recompute | None = None,
     width: int = 2,
+    devices: int = 1,
 ) -> Fit:
     """Choose how many tokens go in at a time, and which layers are recomputed.
 
@@ -157,8 +160,9 @@ def fit(
         wanted: tokens of an optimizer step; more are of no use.
         told: what to recompute, if the recipe or the runtime says it.
         width: bytes of a number.
+        devices: see `fixed_bytes`.
     """
-    room = max(0.0, free * SHARE - fixed_bytes(shape, weights, rank))
+    room = max(0.0, free * SHARE - fixed_bytes(shape, weights, rank, devices))
     enough = max(least, min(wanted, MOST))
 
     def most(recompute: Recompute, share: float | None = None) -> int:

@@ -1,11 +1,13 @@
-"""What a person does in Prefect's UI: fill the form, run, watch, open the report, cancel, pause a schedule.
+"""What a person does in Prefect's UI: fill the form, run, watch, open the report, cancel, retry, approve, pause a schedule.
 
 make test-ui      with LORAFLOW_SCREENSHOTS=folder it also keeps pictures
 """
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -28,6 +30,19 @@ def menu(page, site, run: str, item: str) -> None:
     page.goto(f"{site.url}/v2/runs/flow-run/{run}")
     page.locator("button:has(svg.lucide-ellipsis-vertical)").first.click()
     page.get_by_role("menuitem", name=item, exact=True).click()
+
+
+def stages(site, run: str) -> dict[str, dict]:
+    """Return the newest task run of each stage."""
+    rows = site.api(
+        "POST", "/task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    )
+    return {row["name"]: row for row in rows}
+
+
+def figures(site, fingerprint_glob: str = "*") -> list[dict]:
+    files = (site.folder / ".loraflow" / "store" / "train").glob(f"{fingerprint_glob}/*/manifest.json")
+    return [json.loads(file.read_text())["figures"] for file in sorted(files, key=lambda file: file.stat().st_mtime)]
 
 
 def test_a_person_fills_the_form_watches_the_run_and_opens_the_report(page, site):
@@ -69,6 +84,19 @@ def test_a_person_fills_the_form_watches_the_run_and_opens_the_report(page, site
         picture(page, f"report{ui.replace('/', '-')}", full_page=True)
 
 
+def test_a_run_with_nothing_new_is_up_to_date_and_says_why(page, site):
+    site.wait(site.start("finetune/local"))
+    run = site.start("retrain/nightly")
+    found = site.wait(run)
+    assert found["state"]["name"] == "UpToDate" and "Every stage is cached" in found["state"]["message"]
+    assert {row["state"]["name"] for name, row in stages(site, run).items() if name in ("train", "merge")} == {"Cached"}
+    page.goto(f"{site.url}/v2/runs/flow-run/{run}")
+    page.get_by_text("UpToDate").first.wait_for()
+    page.get_by_role("tab", name="Task Runs").click()
+    page.get_by_text("Cached").first.wait_for()
+    picture(page, "up-to-date")
+
+
 def test_a_run_that_is_cancelled_leaves_no_process(page, site):
     run = site.start("finetune/local", settings={"training_config.max_steps": 4000, "training_config.seed": 5})
     site.wait_for_step(3)
@@ -81,6 +109,42 @@ def test_a_run_that_is_cancelled_leaves_no_process(page, site):
             break
         time.sleep(0.1)
     assert site.workers() == []
+
+
+def test_retry_goes_on_from_the_failed_stage_and_its_checkpoint(page, site):
+    more = {"training_config.max_steps": 120, "training_config.save_steps": 5, "training_config.seed": 6}
+    run = site.start("finetune/local", settings=more)
+    site.wait_for_step(8)
+    os.kill(site.workers()[0], signal.SIGABRT)  # what a crash in native code looks like; Prefect does not retry that
+    failed = site.wait(run, "FAILED")
+    assert "worker ended without an outcome" in failed["state"]["message"]
+    menu(page, site, run, "Retry")
+    page.get_by_role("button", name="Retry").last.click()
+    site.wait(run, "SCHEDULED", "PENDING", "RUNNING", seconds=60)
+    site.wait(run, "COMPLETED")
+    assert stages(site, run)["tokenize"]["state"]["name"] == "Cached"
+    assert figures(site)[-1]["resumed_at"] >= 5 and figures(site)[-1]["steps"] == 120
+
+
+def test_a_person_approves_a_promotion_in_the_form(page, site):
+    run = site.start(
+        "finetune/local", approval=True, settings={"training_config.max_steps": 9, "register.model": "asked"}
+    )
+    found = site.wait(run, "PAUSED", "COMPLETED")
+    if found["state"]["type"] == "COMPLETED":
+        pytest.fail(f"the gate did not promote: {found['state']}")
+    assert found["state"]["name"] == "Suspended" and site.workers() == []
+    page.goto(f"{site.url}/runs/flow-run/{run}")
+    page.get_by_role("button", name="Resume").first.click()
+    page.get_by_text("promote?").wait_for()
+    picture(page, "approval")
+    page.get_by_label("Promote").last.click()
+    page.get_by_label("Reason").fill("answers are better")
+    page.get_by_role("button", name="Submit").or_(page.get_by_role("button", name="Resume")).last.click()
+    site.wait(run, "SCHEDULED", "PENDING", "RUNNING", seconds=60)
+    site.wait(run, "COMPLETED")
+    log = sorted((site.folder / ".loraflow" / "store" / "registry" / "asked" / "log").glob("*.json"))[-1]
+    assert "approved by hand: answers are better" in json.loads(log.read_text())["reasons"]
 
 
 def test_a_schedule_is_paused_by_its_switch(page, site):

@@ -78,3 +78,15 @@ def test_data_from_another_clone_retrains_here_without_a_pull_and_bad_data_is_no
 
     again = site.wait(push_data(mine, site, [chat(i) for i in range(100)]))
     assert again["state"]["name"] == "UpToDate", "data that was there before is computed already"
+
+
+def test_a_second_run_waits_for_the_first_and_finds_everything_cached(team):
+    mine, site = team
+    new = {"settings": {"training_config.max_steps": 9}}
+    first, second = (site.start("retrain/nightly", **new) for _ in range(2))
+    ended = sorted((site.wait(first), site.wait(second)), key=lambda run: run["end_time"])
+    assert [run["state"]["name"] for run in ended] == ["Completed", "UpToDate"]
+    assert ended[1]["start_time"] >= ended[0]["end_time"], "one at a time"
+    third = site.wait(site.start("retrain/nightly", **new))
+    assert third["state"]["name"] == "UpToDate" and "Every stage is cached" in third["state"]["message"]
+    assert third["total_run_time"] < 60

@@ -209,6 +209,7 @@ OTHER: dict[str, Any] = {
     "merge.dtype": "float32", "merge.onto": "base", "runtime.device": "cpu", "runtime.attn_implementation": "eager", "runtime.engine": "stock",
     "training_config.gradient_checkpointing": False, "runtime.compile": "on", "runtime.checkpointing": "selective",
     "runtime.rendezvous.endpoint": "other:29500", "runtime.rendezvous.id": "other",
+    "runtime.shard_base": "on",
 }  # fmt: skip
 
 # Read by the flow's process: by `locate`, the checks between stages, the gate, the registry, the report.

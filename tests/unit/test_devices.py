@@ -19,6 +19,9 @@ from loraflow import launch
 from loraflow.failures import BadConfig, Crashed, Failure, Killed, Network, OutOfMemory, Preempted
 from loraflow.stages import make_job
 from loraflow.store import LocalStore
+from loraflow.training import sharding
+from loraflow.training.devices import Group
+from loraflow.training.engine import Engine
 from loraflow.worker import _address, _of_all, several_devices
 from tests.conftest import chat
 from tests.unit.test_training import base, recipe, same, tokenize  # noqa: F401
@@ -61,13 +64,21 @@ def result(store, ref):
     return load_file(folder / "adapter" / "adapter_model.safetensors"), losses, engine
 
 
-def test_two_processes_give_what_one_gives(base, shards, tmp_path):  # noqa: F811
-    options = {"peft_config__lora_dropout": 0.1}
-    one, two = (store_of(tmp_path / str(n), base, shards) for n in (1, 2))
-    alone = result(one, launch.run_job(job_of(**options), one))
-    pair_job = job_of(**options, runtime__devices=2, runtime__micro_batch=1)
-    pair = result(two, launch.run_job(pair_job, two))
-    assert pair_job.fingerprint == job_of(**options).fingerprint, "devices are no part of identity"
+# Of three rows to a step one process gets two and the other one.
+UNEVEN = {"peft_config__lora_dropout": 0.1, "training_config__per_device_train_batch_size": 3}
+
+
+@pytest.fixture(scope="module")
+def alone(base, shards, tmp_path_factory):  # noqa: F811
+    store = store_of(tmp_path_factory.mktemp("alone"), base, shards)
+    return result(store, launch.run_job(job_of(**UNEVEN), store))
+
+
+def test_two_processes_give_what_one_gives(base, shards, alone, tmp_path):  # noqa: F811
+    store = store_of(tmp_path, base, shards)
+    pair_job = job_of(**UNEVEN, runtime__devices=2, runtime__micro_batch=1)
+    pair = result(store, launch.run_job(pair_job, store))
+    assert pair_job.fingerprint == job_of(**UNEVEN).fingerprint, "devices are no part of identity"
     assert pair[2]["devices"] == 2
     assert same(alone[0], pair[0], 5e-5)
     assert alone[1] == pytest.approx(pair[1], abs=2e-4)
@@ -133,12 +144,49 @@ def test_a_node_too_many_is_refused(monkeypatch):
     assert not several_devices({**spec, "stage": "evaluate"}), "nodes share training alone"
 
 
+def test_two_processes_that_hold_the_base_together_give_what_one_gives(base, shards, alone, tmp_path):  # noqa: F811
+    """Both must ask for each layer as often, the one with a row less as well."""
+    store = store_of(tmp_path, base, shards)
+    together = job_of(**UNEVEN, runtime__devices=2, runtime__micro_batch=1, runtime__shard_base="on")
+    pair = result(store, launch.run_job(together, store))
+    assert together.fingerprint == job_of(**UNEVEN).fingerprint, "who holds the base is no part of identity"
+    assert pair[2]["base_sharded"] and not alone[2]["base_sharded"]
+    layers = alone[2]["frozen_bytes"] - pair[2]["whole_bytes"]
+    assert pair[2]["frozen_bytes"] == pytest.approx(pair[2]["whole_bytes"] + layers / 2, rel=0.01)
+    assert alone[0].keys() == pair[0].keys()
+    assert same(alone[0], pair[0], 5e-5)
+    assert alone[1] == pytest.approx(pair[1], abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"base__quantization": "nf4", "base__dtype": "bfloat16"}, {"method": "loralib"}, {"peft_config__use_dora": True}, {"runtime__engine": "stock"},
+     {"peft_config__init_lora_weights": "pissa"}, {"peft_config__modules_to_save": ["lm_head"]}],
+    ids=str,
+)  # fmt: skip
+def test_what_does_not_go_with_a_sharded_base_is_refused(change):
+    job = job_of(**change)
+    with pytest.raises(BadConfig) as caught:
+        sharding.refuse(job.config, job.runtime["engine"])
+    assert caught.value.where == "runtime.shard_base" and "shard_base to off" in caught.value.next_step
+
+
+def test_gpus_of_several_types_are_refused(monkeypatch):
+    engine = Engine.__new__(Engine)
+    engine.group = Group(0, 2)
+    monkeypatch.setattr(Group, "all_say", lambda self, said: ["NVIDIA L4", "NVIDIA H100"])
+    with pytest.raises(BadConfig, match="several types"):
+        engine._look_at_devices("cpu")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("again", [1, 2])
-def test_a_killed_rank_ends_the_group_and_a_retry_goes_on(base, shards, tmp_path, again):  # noqa: F811
+@pytest.mark.parametrize(
+    "again", [{}, {"runtime__devices": 2}, {"runtime__devices": 2, "runtime__shard_base": "on"}], ids=str
+)
+def test_a_killed_rank_ends_the_group_and_the_rest_goes_on_with_any_number(base, shards, tmp_path, again):  # noqa: F811
     store = store_of(tmp_path, base, shards)
     long = {"training_config__max_steps": 40, "training_config__save_steps": 4}
-    job = job_of(**long, runtime__devices=2)
+    job = job_of(**long, runtime__devices=2, runtime__shard_base="on" if not again else "off")
     killed = []
 
     def kill_second():
@@ -157,10 +205,12 @@ def test_a_killed_rank_ends_the_group_and_a_retry_goes_on(base, shards, tmp_path
     thread.join()
     assert time.monotonic() - killed[0] < 30
     assert not [p for p in psutil.process_iter() if _rank(p) is not None and str(tmp_path) in " ".join(p.cmdline())]
-    ref = launch.run_job(job_of(**long, runtime__devices=again), store)
+    ref = launch.run_job(job_of(**long, **again), store)
     assert store.manifest(ref).figures["resumed_at"] >= 4
     _, losses, engine = result(store, ref)
-    assert engine["devices"] == again and sorted(losses) == list(range(1, 41)), "each step once, over both attempts"
+    assert engine["devices"] == again.get("runtime__devices", 1) and sorted(losses) == list(range(1, 41)), (
+        "each step once, over both attempts"
+    )
 
 
 def evaluation_of(model, folder, **overrides):

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 
@@ -222,6 +223,52 @@ def test_answers_are_those_with_transformers_own_cache(phi3, model, monkeypatch,
     without_prefix(monkeypatch)
     assert ours == answer_all(model, tokenizer, prompts, **options)
     assert len(made) == 2
+
+
+@pytest.mark.parametrize(
+    "system", [None, "please answer what is the house of the red bird and one green cat likes the tree"]
+)
+@pytest.mark.parametrize("stops", ["none", "early"])
+def test_decoding_step_by_step_gives_the_answers_of_generate(phi3, model, monkeypatch, system, stops):
+    """What a GPU records and replays, on a CPU: rows of several lengths, that end at several steps."""
+    from loraflow.base.load import load_tokenizer
+    from loraflow.evaluation import decode
+
+    template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
+    chats = spoken(range(7), system) if system else [chat(10**i)["messages"] for i in range(7)]
+    prompts = template.prompt_ids(chats)
+    options = {"stop_ids": [], "max_new_tokens": 40, "batch_size": 3}
+    if stops == "early":  # ids that this random model says somewhere in the middle
+        said = [answer_ids(model, prompt, 40) for prompt in prompts]
+        ends = {token: len({ids.index(token) if token in ids else 40 for ids in said}) for token in set().union(*said)}
+        options["stop_ids"] = [max(ends, key=ends.__getitem__)]
+    theirs = answer_all(model, tokenizer, prompts, **options)
+    calls = []
+    monkeypatch.setattr(decode, "decodes", lambda _: True)
+    monkeypatch.setattr(decode, "recorded", lambda step: calls.append(step) or step)
+    real = decode.greedy
+    monkeypatch.setattr(decode, "greedy", lambda *a, **k: calls.append(a) or real(*a, **k))
+    assert answer_all(model, tokenizer, prompts, **options) == theirs
+    assert len(calls) == 3
+    if stops == "early":
+        assert len({answer["tokens"] for answer in theirs}) > 1
+
+
+def answer_ids(model, prompt, tokens):
+    out = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, eos_token_id=None)
+    return out[0, len(prompt) :].tolist()
+
+
+def test_a_repetition_penalty_of_the_model_is_left_to_generate(model, monkeypatch):
+    from loraflow.evaluation import decode
+
+    class OnGpu:
+        device, config, forward = torch.device("cuda"), model.config, model.forward
+        generation_config = copy.deepcopy(model.generation_config)
+
+    assert decode.decodes(OnGpu)
+    OnGpu.generation_config.repetition_penalty = 1.3
+    assert not decode.decodes(OnGpu)
 
 
 def spoken(numbers, system="please answer what is the house of the red bird and one green cat likes the tree"):

