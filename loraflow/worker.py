@@ -3,7 +3,8 @@
     python -m loraflow.worker job.json
 
 Reads the job, writes the artifact's staging folder, `progress.jsonl` and `outcome.json` beside the job. Anyone can
-run a failed job again with that one command; the caller commits.
+run a failed job again with that one command; the caller commits. With LORAFLOW_NODE=1, 2, … in the environment it is
+another node of the same training.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> int:
             outcome = {"status": "done", "summary": execute(spec, job_file.parent)}
         else:
             # When a launcher is killed, its job lock is free at once, but its worker ends only after its step.
-            with flock(job_file.parent / "worker.lock"):
+            with flock(job_file.parent / ("worker.lock" if node() == 0 else f"worker-node-{node()}.lock")):
                 run = run_on_devices if several_devices(spec) else execute
                 outcome = {"status": "done", "summary": run(spec, job_file.parent)}
     except failures.Failure as failure:
@@ -61,8 +63,12 @@ def main(argv: list[str]) -> int:
     except BaseException as error:
         traceback.print_exc()
         outcome = {"status": "failed", "failure": classify(error, spec["stage"]).to_dict()}
+    if rank is not None:
+        name = f"outcome-{rank}.json"
+    else:
+        name = "outcome.json" if node() == 0 else f"node-{node()}.json"
     with contextlib.suppress(OSError):  # on a full disk even this fails; the exit status still says so
-        write_json(job_file.parent / ("outcome.json" if rank is None else f"outcome-{rank}.json"), outcome)
+        write_json(job_file.parent / name, outcome)
     if _orphaned():  # nobody is left to end what we started
         os.killpg(0, signal.SIGKILL)
     if outcome["status"] == "failed":
@@ -87,58 +93,117 @@ def execute(spec: dict[str, Any], home: Path) -> dict[str, Any]:
     return summary.model_dump()
 
 
+def node() -> int:
+    """Return which of a training's nodes this is. The first one runs the flow and hosts the meeting."""
+    return int(os.environ.get("LORAFLOW_NODE", "0"))
+
+
+def nodes_of(spec: dict[str, Any]) -> int:
+    """Return how many machines share a job: only training has more than one."""
+    return int(spec["runtime"].get("rendezvous", {}).get("nodes", 1)) if spec["stage"] == "train" else 1
+
+
 def several_devices(spec: dict[str, Any]) -> bool:
-    """Tell whether a job is one that devices share, and has more than one of them."""
-    runtime = spec["runtime"]
-    return spec["stage"] in ("train", "evaluate") and (
-        runtime.get("devices", 1) > 1 or (runtime.get("rendezvous") or {}).get("nodes", 1) > 1
-    )
+    """Tell whether a job is one that devices share, and has more than one of them.
+
+    Raises:
+        BadConfig: this is a further node, and the job has no place for it.
+    """
+    if node() >= nodes_of(spec):
+        raise failures.BadConfig(
+            "The job has no place for this node.", where="LORAFLOW_NODE", expected=f"less than {nodes_of(spec)}",
+            got=str(node()), next_step="set runtime.rendezvous.nodes to the number of nodes",
+        )  # fmt: skip
+    return spec["stage"] in ("train", "evaluate") and (spec["runtime"].get("devices", 1) > 1 or nodes_of(spec) > 1)
 
 
 def run_on_devices(spec: dict[str, Any], home: Path) -> dict[str, Any]:
-    """Start a process for each device, by torch's elastic launcher, and return the first one's summary.
+    """Start a process for each device of this node, by torch's elastic launcher, and return the first one's summary.
+
+    Which node gets rank 0 is the launcher's matter: it writes into the store that all nodes see, and the first node's
+    caller commits what it finds there.
 
     Raises:
         Failure: the one that ended the group. The others are ended with it.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousTimeoutError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    devices, meeting = spec["runtime"].get("devices", 1), spec["runtime"].get("rendezvous") or {}
-    for old in home.glob("outcome-*.json"):
-        old.unlink()
+    devices, nodes, meeting = spec["runtime"].get("devices", 1), nodes_of(spec), spec["runtime"].get("rendezvous", {})
+    if node() == 0:  # no rank starts before this node has come to the meeting
+        for old in home.glob("outcome-*.json"):
+            old.unlink()
     # The ranks get sessions of their own, out of reach of a signal to our group: each watches this process instead.
     launcher = os.environ.get("LORAFLOW_PARENT")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
     config = LaunchConfig(
-        min_nodes=meeting.get("nodes", 1),
-        max_nodes=meeting.get("nodes", 1),
+        min_nodes=nodes,
+        max_nodes=nodes,
         nproc_per_node=devices,
         run_id=meeting.get("id") or home.name[:32],
         rdzv_backend="c10d",
-        rdzv_endpoint=meeting.get("endpoint") or "localhost:0",
+        rdzv_endpoint=meeting["endpoint"] if nodes > 1 else "localhost:0",
+        rdzv_configs=_waits(meeting["wait_minutes"]) if nodes > 1 else {},
+        local_addr=_address(meeting["endpoint"]) if nodes > 1 else None,
         max_restarts=0,
         monitor_interval=0.2,
     )
-    log.info("%s on %d devices", spec["stage"], devices)
+    log.info("%s on %d devices of node %d of %d", spec["stage"], devices, node(), nodes)
+    if node() == 0 and nodes > 1:
+        log.info("the other nodes: LORAFLOW_NODE=1 python -m loraflow.worker %s", home / "job.json")
     codes: dict[int, int] = {}
     try:
         os.environ["LORAFLOW_PARENT"] = str(os.getpid())
         elastic_launch(config, sys.executable)("-m", "loraflow.worker", str(home / "job.json"))
     except ChildFailedError as error:
         codes = {rank: one.exitcode for rank, one in error.failures.items()}
+    except (RendezvousTimeoutError, RendezvousConnectionError) as error:
+        raise failures.Network(
+            "The nodes of the training did not meet.", where=f"{meeting.get('endpoint')}, node {node()}",
+            expected=f"{nodes} nodes within {meeting.get('wait_minutes')} minutes", got=str(error),
+            next_step="start the others (the log has the command); check that the endpoint is reached from each",
+        ) from error  # fmt: skip
     except SignalException as error:
         raise failures.Preempted("The worker was asked to end.", got=str(error), next_step="run again") from error
     finally:
         os.environ.pop("LORAFLOW_PARENT", None)
         if launcher is not None:
             os.environ["LORAFLOW_PARENT"] = launcher
+    if node() > 0 and not codes:  # the first node may have committed, and removed the job's folder, by now
+        return {}
     return _of_all(home, codes)
 
 
+def _waits(minutes: float) -> dict[str, Any]:
+    seconds = max(1, round(minutes * 60))
+    return {"is_host": node() == 0, "join_timeout": seconds, "read_timeout": seconds}
+
+
+def _address(endpoint: str) -> str:
+    """Return the address from which this node reaches the endpoint: its own name may be unknown to the others.
+
+    Raises:
+        Network: the endpoint's name has no address.
+    """
+    host, _, port = endpoint.rpartition(":")
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+            one.connect((host, int(port)))  # nothing is sent
+            return str(one.getsockname()[0])
+    except OSError as error:
+        raise failures.Network(
+            "The first node's address is not known here.", where=f"runtime.rendezvous.endpoint, node {node()}",
+            got=f"{endpoint}: {error}", next_step="set it to a host:port of the first node that every node resolves",
+        ) from error  # fmt: skip
+
+
 def _of_all(home: Path, codes: dict[int, int]) -> dict[str, Any]:
-    """Return the first rank's summary, or raise what ended the group: not that the others were ended for it."""
+    """Return the first rank's summary, or raise what ended the group: not that the others were ended for it.
+
+    A rank that lost another one crashes with a closed connection, so that what is known, or killed, comes before.
+    """
     said = {int(path.stem.split("-")[1]): json.loads(path.read_bytes()) for path in home.glob("outcome-*.json")}
     failed = [failures.from_dict(one["failure"]) for _, one in sorted(said.items()) if one["status"] == "failed"]
     for failure in failed:

@@ -4,13 +4,38 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Frozen(BaseModel):
     """The base of everything that a person writes: frozen, strict, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Rendezvous(Frozen):
+    """Where the nodes of one training meet: torchrun's c10d rendezvous. The first node, which runs the flow, is host."""
+
+    nodes: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="Machines that train together.")
+    endpoint: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+:[1-9][0-9]{0,4}$")] | None = Field(
+        None, description="host:port of the first node, as the others reach it."
+    )
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = Field(
+        None, description="What tells this meeting from others at the endpoint; default is the job's fingerprint."
+    )
+    wait_minutes: Annotated[float, Field(gt=0, le=1440)] = Field(
+        10.0, description="How long a node waits for the others."
+    )
+
+    @model_validator(mode="after")
+    def _has_a_place(self) -> Rendezvous:
+        if self.nodes > 1 and self.endpoint is None:
+            raise ValueError(
+                "several nodes need an endpoint: set runtime.rendezvous.endpoint to host:port of the first"
+            )
+        if self.endpoint is not None and int(self.endpoint.rpartition(":")[2]) > 65535:
+            raise ValueError(f"a port is at most 65535: {self.endpoint}")
+        return self
 
 
 class Runtime(Frozen):
@@ -24,8 +49,9 @@ class Runtime(Frozen):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where heavy stages compute.")
     devices: Annotated[int, Field(ge=1)] = Field(
-        1, description="GPUs (or CPU processes) that train, and evaluate, together."
+        1, description="GPUs (or CPU processes) that train, and evaluate, together; of each node."
     )
+    rendezvous: Rendezvous = Field(Rendezvous(), description="Several machines that train together.")
     shard_base: Literal["auto", "on", "off"] = Field(
         "auto", description="Whether several devices hold the frozen weights together; auto: if one cannot hold them."
     )
@@ -61,3 +87,12 @@ class Runtime(Frozen):
     keep: Annotated[int, Field(ge=1)] = Field(
         3, description="`gc` keeps this many merged models beside the champion and its rollback target."
     )
+
+    @model_validator(mode="after")
+    def _nodes_share_the_store(self) -> Runtime:
+        if self.rendezvous.nodes > 1 and "://" in self.store.removeprefix("file://"):
+            raise ValueError(
+                "several nodes need runtime.store to be a folder that all of them mount at the same path: "
+                f"what is unfinished in {self.store} lies on one machine"
+            )
+        return self

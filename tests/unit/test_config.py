@@ -120,6 +120,16 @@ def test_every_problem_is_reported_at_once_with_its_line():
         ("peft_config: {eva_config: {rho: 1.0}}", "init_lora_weights: eva"),
         ("peft_config: {loraplus_lr_ratio: 0.5}", "greater than or equal to 1"),
         ("runtime: {device: gpu}", "'cpu'"),
+        ("runtime: {rendezvous: {nodes: 2}}", "runtime.rendezvous.endpoint to host:port"),
+        ("runtime: {rendezvous: {nodes: 0}}", "greater than or equal to 1"),
+        ("runtime: {rendezvous: {nodes: 2, endpoint: first}}", "pattern"),
+        ("runtime: {rendezvous: {nodes: 2, endpoint: 'first:70000'}}", "at most 65535"),
+        ("runtime: {rendezvous: {id: a b}}", "pattern"),
+        ("runtime: {rendezvous: {wait_minutes: 0}}", "greater than 0"),
+        (
+            "runtime: {store: 's3://b', rendezvous: {nodes: 2, endpoint: 'first:29400'}}",
+            "a folder that all of them mount",
+        ),
         ("base2: 1", "did you mean base"),
     ],
 )
@@ -198,6 +208,7 @@ OTHER: dict[str, Any] = {
     "evaluation.metrics": ["token_loss"], "evaluation.confidence": 0.9, "evaluation.dtype": "bfloat16", "evaluation.max_rows": 3,
     "merge.dtype": "float32", "merge.onto": "base", "runtime.device": "cpu", "runtime.attn_implementation": "eager", "runtime.engine": "stock",
     "training_config.gradient_checkpointing": False, "runtime.compile": "on", "runtime.checkpointing": "selective",
+    "runtime.rendezvous.endpoint": "other:29500", "runtime.rendezvous.id": "other",
     "runtime.shard_base": "on",
 }  # fmt: skip
 
@@ -279,6 +290,8 @@ def test_every_key_reaches_a_stage(path):
         base["method"] = "loralib"
     if path.startswith("peft_config.eva_config"):
         base["peft_config.init_lora_weights"] = "eva"
+    if path.startswith("runtime.rendezvous."):
+        base["runtime.rendezvous.endpoint"] = "first:29400"
     one = parse_recipe(MINIMAL, overrides=base)
     value = one.model_dump(by_alias=True)
     for key in path.split("."):
@@ -312,6 +325,8 @@ def test_what_is_identity_and_what_is_not(path):
         base["method"] = "loralib"
     if path.startswith("peft_config.eva_config"):
         base["peft_config.init_lora_weights"] = "eva"
+    if path.startswith("runtime.rendezvous."):
+        base["runtime.rendezvous.endpoint"] = "first:29400"
     one = parse_recipe(MINIMAL, overrides=base)
     value = one.model_dump(by_alias=True)
     for key in path.split("."):

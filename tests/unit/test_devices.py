@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,13 +16,13 @@ import pytest
 from safetensors.torch import load_file
 
 from loraflow import launch
-from loraflow.failures import BadConfig, Failure, Killed, OutOfMemory, Preempted
+from loraflow.failures import BadConfig, Crashed, Failure, Killed, Network, OutOfMemory, Preempted
 from loraflow.stages import make_job
 from loraflow.store import LocalStore
 from loraflow.training import sharding
 from loraflow.training.devices import Group
 from loraflow.training.engine import Engine
-from loraflow.worker import _of_all
+from loraflow.worker import _address, _of_all, several_devices
 from tests.conftest import chat
 from tests.unit.test_training import base, recipe, same, tokenize  # noqa: F401
 
@@ -81,6 +84,66 @@ def test_two_processes_give_what_one_gives(base, shards, alone, tmp_path):  # no
     assert alone[1] == pytest.approx(pair[1], abs=2e-4)
 
 
+def free_port():
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_nodes_give_what_one_process_gives_and_the_first_one_commits(base, shards, tmp_path):  # noqa: F811
+    one, two = (store_of(tmp_path / str(n), base, shards) for n in (1, 2))
+    alone = result(one, launch.run_job(job_of(), one))
+    place = {"runtime__rendezvous__nodes": 2, "runtime__rendezvous__endpoint": f"localhost:{free_port()}"}
+    job = job_of(**place, runtime__rendezvous__wait_minutes=1.5, runtime__micro_batch=1)
+    assert job.fingerprint == job_of().fingerprint, "nodes are no part of identity"
+    job_file = two.work(job.stage, job.fingerprint) / "job.json"
+    codes = []
+
+    def other_node():
+        while not job_file.exists():
+            time.sleep(0.05)
+        command = [sys.executable, "-m", "loraflow.worker", str(job_file)]
+        codes.append(subprocess.run(command, env={**os.environ, "LORAFLOW_NODE": "1"}, timeout=150).returncode)
+
+    thread = threading.Thread(target=other_node)
+    thread.start()
+    pair = result(two, launch.run_job(job, two))
+    thread.join()
+    assert codes == [0] and pair[2]["devices"] == 2
+    assert same(alone[0], pair[0], 5e-5)
+    assert alone[1] == pytest.approx(pair[1], abs=2e-4)
+
+
+@pytest.mark.slow
+def test_a_node_that_nobody_joins_says_how_to_start_the_others(base, shards, tmp_path):  # noqa: F811
+    store = store_of(tmp_path, base, shards)
+    place = {"runtime__rendezvous__nodes": 2, "runtime__rendezvous__endpoint": f"localhost:{free_port()}"}
+    job = job_of(**place, runtime__rendezvous__wait_minutes=0.05)
+    with pytest.raises(Network, match="did not meet") as caught:
+        launch.run_job(job, store)
+    assert caught.value.retryable and "2 nodes within 0.05 minutes" in str(caught.value)
+    assert "LORAFLOW_NODE=1 python -m loraflow.worker" in (store.work("train", job.fingerprint) / "log.txt").read_text()
+
+
+def test_a_node_is_known_by_the_address_from_which_it_reaches_the_first():
+    assert _address("127.0.0.1:29400") == "127.0.0.1"
+    with pytest.raises(Network, match="not known here") as caught:
+        _address("no-such-node.invalid:29400")
+    assert "no-such-node.invalid:29400" in caught.value.got
+
+
+def test_a_node_too_many_is_refused(monkeypatch):
+    monkeypatch.setenv("LORAFLOW_NODE", "2")
+    spec = {"stage": "train", "runtime": {"devices": 1, "rendezvous": {"nodes": 2, "endpoint": "a:1"}}}
+    with pytest.raises(BadConfig, match="no place for this node"):
+        several_devices(spec)
+    monkeypatch.setenv("LORAFLOW_NODE", "1")
+    assert several_devices(spec)
+    monkeypatch.setenv("LORAFLOW_NODE", "0")
+    assert not several_devices({**spec, "stage": "evaluate"}), "nodes share training alone"
+
+
 def test_two_processes_that_hold_the_base_together_give_what_one_gives(base, shards, alone, tmp_path):  # noqa: F811
     """Both must ask for each layer as often, the one with a row less as well."""
     store = store_of(tmp_path, base, shards)
@@ -130,7 +193,7 @@ def test_a_killed_rank_ends_the_group_and_the_rest_goes_on_with_any_number(base,
         work = store.work(job.stage, job.fingerprint)
         while not list(work.glob("checkpoints/checkpoint-*/complete.json")):
             time.sleep(0.1)
-        ranks = [p for p in psutil.process_iter() if _rank(p) == "1"]
+        ranks = [p for p in psutil.process_iter() if _rank(p) == "1" and str(tmp_path) in _line(p)]
         for process in ranks:
             process.send_signal(signal.SIGKILL)
         killed.append(time.monotonic())
@@ -142,8 +205,12 @@ def test_a_killed_rank_ends_the_group_and_the_rest_goes_on_with_any_number(base,
     thread.join()
     assert time.monotonic() - killed[0] < 30
     assert not [p for p in psutil.process_iter() if _rank(p) is not None and str(tmp_path) in " ".join(p.cmdline())]
-    resumed = store.manifest(launch.run_job(job_of(**long, **again), store)).figures["resumed_at"]
-    assert resumed >= 4
+    ref = launch.run_job(job_of(**long, **again), store)
+    assert store.manifest(ref).figures["resumed_at"] >= 4
+    _, losses, engine = result(store, ref)
+    assert engine["devices"] == again.get("runtime__devices", 1) and sorted(losses) == list(range(1, 41)), (
+        "each step once, over both attempts"
+    )
 
 
 def evaluation_of(model, folder, **overrides):
@@ -246,6 +313,16 @@ def test_what_ended_the_group_is_what_is_said(tmp_path):
     with pytest.raises(OutOfMemory) as caught:
         _of_all(tmp_path, {1: 1})
     assert caught.value.details["instead"] == {"micro_tokens": 5}
+    outcome(tmp_path, 0, Crashed("connection closed by peer"))
+    with pytest.raises(OutOfMemory):
+        _of_all(tmp_path, {1: 1})
+    (tmp_path / "outcome-1.json").unlink()
+    with pytest.raises(Killed, match="without an outcome"):
+        _of_all(tmp_path, {0: 1, 1: -9})
+    outcome(tmp_path, 1, Preempted("ended with the others"))
+    with pytest.raises(Crashed, match="closed by peer"):
+        _of_all(tmp_path, {0: 1})
+    outcome(tmp_path, 0, Preempted("ended with the others"))
     (tmp_path / "outcome-1.json").unlink()
     with pytest.raises(Killed, match="without an outcome"):
         _of_all(tmp_path, {1: -9})
@@ -258,9 +335,6 @@ def test_what_ended_the_group_is_what_is_said(tmp_path):
 
 @pytest.mark.slow
 def test_ending_the_launcher_ends_every_rank(base, shards, tmp_path):  # noqa: F811
-    import subprocess
-    import sys
-
     script = f"""
 from pathlib import Path
 from tests.unit.test_devices import *
