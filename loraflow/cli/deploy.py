@@ -53,13 +53,17 @@ def _run(processes: Any, port: int, host: str, pools: tuple[str, ...], limit: in
     click.echo(f"starting Prefect's server (the first time takes a minute); log {processes.home / 'server.log'}")
     processes.start("server", "server", "start", "--host", host, "--port", str(port))
     processes.wait_for_server(port, host)
+    from flows.abandoned import end_abandoned, worker_name
     from flows.deployments import deploy, idle_pools
 
     _quiet_prefect()
     specs, changes = deploy(list(only))
     _say(changes)
+    for line in end_abandoned(list(pools)):
+        click.echo(line)
     for pool in pools:
-        processes.start(f"worker-{pool}", "worker", "start", "--pool", pool, "--limit", str(limit))
+        options = ("--name", worker_name(), "--limit", str(limit))
+        processes.start(f"worker-{pool}", "worker", "start", "--pool", pool, *options)
     idle = idle_pools(specs, wait=60, expected=set(pools), look=processes.check)
     near = os.environ["PREFECT_API_URL"].removesuffix("/api")
     click.echo(f"\nUI       {click.style(near, bold=True)}")

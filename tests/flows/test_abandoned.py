@@ -1,0 +1,100 @@
+"""Runs that a killed `loraflow up` left under way: ended by the next one, unless another worker may have them."""
+
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.states import Cancelling, Pending, Running
+
+from tests.site import Site, build_project
+
+FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
+
+
+@pytest.fixture
+def client():
+    with get_client(sync_client=True) as client:
+        yield client
+
+
+@pytest.fixture
+def nightly(client):
+    """A deployment with a limit of one, in a pool of its own."""
+    from flows.automations import Notifications
+    from flows.deployments import Setup, read_specs
+
+    specs = read_specs(FILE, ["retrain/nightly"])
+    specs[0].values["work_pool"]["name"] = "abandoned"
+    specs[0].values["name"] = "abandoned"
+    Setup(client).everything(specs, Notifications())
+    found = client.read_deployment_by_name(specs[0].full_name)
+    yield found
+    client.delete_deployment(found.id)
+    client.delete_work_pool("abandoned")
+
+
+def under_way(client, deployment, *states):
+    """Make a run that has gone through states."""
+    run = client.create_flow_run_from_deployment(deployment.id)
+    for state in states:
+        client.set_flow_run_state(run.id, state)
+    return run.id
+
+
+@pytest.mark.parametrize(
+    ("states", "wanted"),
+    [
+        ([Pending(name="Submitting")], StateType.CRASHED),
+        ([Pending(), Running()], StateType.CRASHED),
+        ([Pending(), Running(), Cancelling()], StateType.CANCELLED),
+    ],
+    ids=["submitting", "running", "cancelling"],
+)
+def test_what_was_left_ends_and_frees_its_slot(client, nightly, states, wanted):
+    from flows.abandoned import end_abandoned
+
+    left = under_way(client, nightly, *states)
+    held = client.read_flow_run(under_way(client, nightly, Pending()))
+    assert held.state.name == "AwaitingConcurrencySlot", "it holds the only slot"
+    [said] = end_abandoned(["abandoned"])
+    assert f"was left {states[-1].name}" in said
+    assert client.read_flow_run(left).state.type == wanted
+    assert client.read_flow_run(under_way(client, nightly, Pending())).state.type == StateType.PENDING
+    assert len(end_abandoned(["abandoned"])) == 1 and end_abandoned(["abandoned"]) == []
+
+
+def test_a_run_that_another_worker_may_have_is_left_to_it(client, nightly):
+    from flows.abandoned import end_abandoned, worker_name
+
+    left = under_way(client, nightly, Pending(), Running())
+    for name in (worker_name(), "elsewhere"):
+        client.send_worker_heartbeat("abandoned", name, 30)
+    assert end_abandoned(["abandoned"]) == []
+    assert client.read_flow_run(left).state.type == StateType.RUNNING
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_after_sigkill_the_next_up_ends_the_run_and_the_next_retraining_starts(tmp_path, quick_phi3):
+    site = Site(build_project(tmp_path / "project", quick_phi3))
+    run = site.start("retrain/nightly", settings={"training_config.max_steps": 4000})
+    site.wait_for_step(3)
+    site.process.send_signal(signal.SIGKILL)
+    site.process.wait()
+    for _ in range(300):  # server and worker end with it, in seconds
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", site.port)):
+                break
+        time.sleep(0.1)
+    site = Site(site.folder)
+    try:
+        assert site.api("GET", f"/flow_runs/{run}")["state"]["type"] == "CRASHED"
+        assert "was left Running: now Crashed" in site.log.read_text()
+        again = site.wait(site.start("retrain/nightly", settings={"training_config.max_steps": 2}), seconds=200)
+        assert again["state"]["type"] == "COMPLETED", again["state"]
+    finally:
+        assert site.stop() == 0
