@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -19,7 +18,6 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed
 
-log = logging.getLogger("loraflow")
 HEARTBEATS = timedelta(seconds=90)  # three of a worker's
 UNDER_WAY = FlowRunFilter(
     state=FlowRunFilterState(

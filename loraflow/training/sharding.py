@@ -26,6 +26,8 @@ def refuse(config: dict[str, Any], engine: str) -> None:
         got, step = f"init_lora_weights: {config['peft_config']['init_lora_weights']}", "set it to true"
     elif config["peft_config"]["modules_to_save"]:
         got, step = "peft_config.modules_to_save", "leave it out"
+    elif config["peft_config"]["bias"] != "none" or config["peft_config"]["trainable_token_indices"]:
+        got, step = "trained biases, or tokens", "set peft_config.bias to none, and leave trainable_token_indices out"
     elif engine != "fast":
         got, step = "runtime.engine: stock", "set runtime.engine to fast"
     else:

@@ -161,7 +161,8 @@ def test_two_processes_that_hold_the_base_together_give_what_one_gives(base, sha
 @pytest.mark.parametrize(
     "change",
     [{"base__quantization": "nf4", "base__dtype": "bfloat16"}, {"method": "loralib"}, {"peft_config__use_dora": True}, {"runtime__engine": "stock"},
-     {"peft_config__init_lora_weights": "pissa"}, {"peft_config__modules_to_save": ["lm_head"]}],
+     {"peft_config__init_lora_weights": "pissa"}, {"peft_config__modules_to_save": ["lm_head"]},
+     {"peft_config__bias": "all"}, {"peft_config__trainable_token_indices": [5]}],
     ids=str,
 )  # fmt: skip
 def test_what_does_not_go_with_a_sharded_base_is_refused(change):

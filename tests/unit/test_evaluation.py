@@ -245,7 +245,6 @@ def test_decoding_step_by_step_gives_the_answers_of_generate(phi3, model, monkey
     theirs = answer_all(model, tokenizer, prompts, **options)
     calls = []
     monkeypatch.setattr(decode, "decodes", lambda _: True)
-    monkeypatch.setattr(decode, "recorded", lambda step: calls.append(step) or step)
     real = decode.greedy
     monkeypatch.setattr(decode, "greedy", lambda *a, **k: calls.append(a) or real(*a, **k))
     assert answer_all(model, tokenizer, prompts, **options) == theirs
