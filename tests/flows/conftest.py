@@ -75,3 +75,11 @@ def place(filled, tmp_path) -> Place:
     """A copy of the filled place, moved elsewhere: nothing in it may depend on where it lies."""
     shutil.copytree(filled[0].folder, tmp_path / "copy")
     return Place(tmp_path / "copy", filled[0].phi3)
+
+
+@pytest.fixture
+def client():
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        yield client

@@ -6,19 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.states import Cancelling, Pending, Running
 
 from tests.site import Site, build_project
 
 FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
-
-
-@pytest.fixture
-def client():
-    with get_client(sync_client=True) as client:
-        yield client
 
 
 @pytest.fixture

@@ -16,14 +16,6 @@ FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
 
 
 @pytest.fixture
-def client():
-    from prefect.client.orchestration import get_client
-
-    with get_client(sync_client=True) as client:
-        yield client
-
-
-@pytest.fixture
 def put(client):
     from flows.automations import Notifications
     from flows.deployments import Setup, read_specs
