@@ -1,10 +1,12 @@
-"""From a click to a running worker, a retraining with nothing to do, many in a row and many at once, on SQLite.
+"""From a click to a running worker, a retraining with nothing to do, many in a row and many at once.
 
-python benchmarks/prefect_latency.py [ROW] [AT_ONCE]      starts `loraflow up` in a folder of its own
+python benchmarks/prefect_latency.py [ROW] [AT_ONCE]           under `loraflow up`, in a folder of its own, on SQLite
+python benchmarks/prefect_latency.py [ROW] [AT_ONCE] --team    Postgres, a store in a bucket, two workers
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -16,7 +18,10 @@ from measure import row
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.conftest import build_phi3
-from tests.site import Site, build_project
+from tests.site import Api, Site, build_project
+from tests.team import Team
+
+TROUBLE = ("database is locked", "deadlock", "TimeoutError", "Traceback")
 
 
 def seconds(later: str, earlier: str) -> float:
@@ -25,28 +30,38 @@ def seconds(later: str, earlier: str) -> float:
 
 def main() -> None:
     """Print the table. Times are the server's own."""
-    in_a_row, at_once = (int(number) for number in (sys.argv[1:] + ["50", "20"][len(sys.argv) - 1 :]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("in_a_row", nargs="?", type=int, default=50)
+    parser.add_argument("at_once", nargs="?", type=int, default=20)
+    parser.add_argument("--team", action="store_true")
+    asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
-        site = Site(build_project(Path(folder, "project"), build_phi3(Path(folder, "base"), dtype="float32")))
+        base = build_phi3(Path(folder, "base"), dtype="float32")
+        site: Team | Site = Team(Path(folder), base) if asked.team else Site(build_project(Path(folder, "mine"), base))
+        log = site.log("server") if isinstance(site, Team) else site.folder / ".loraflow" / "prefect" / "server.log"
         try:
             row("what", "median s", "max s", "runs")
             up = time.monotonic() - started
-            row("loraflow up, a new database, until the worker is there", up, up, 1)
+            row("a new database, server, deployments, until the workers are there", up, up, 1)
             site.wait(site.start("finetune/local"))
             site.wait(site.start("retrain/nightly"))
-            show(site, "one after the other", [one(site) for _ in range(in_a_row)])
-            ids = [site.start("finetune/local") for _ in range(at_once)]
-            show(site, f"{at_once} at once, 4 of them at a time", [site.wait(id_, seconds=1800) for id_ in ids])
+            show(site, "one after the other", [one(site) for _ in range(asked.in_a_row)])
+            ids = [site.start("finetune/local") for _ in range(asked.at_once)]
+            runs = [site.wait(id_, seconds=1800) for id_ in ids]
+            show(site, f"{asked.at_once} at once, 4 of them at a time", runs)
+            text = log.read_text(errors="replace")
+            for words in TROUBLE:
+                row(f"lines of the server's log with {words!r}", "", "", text.count(words))
         finally:
             site.stop()
 
 
-def one(site: Site) -> dict:
+def one(site: Api) -> dict:
     return site.wait(site.start("retrain/nightly"))
 
 
-def show(site: Site, what: str, runs: list[dict]) -> None:
+def show(site: Api, what: str, runs: list[dict]) -> None:
     bad = [run["state"] for run in runs if run["state"]["name"] not in ("UpToDate", "Completed")]
     for name, times in {
         f"{what}: click to running": [seconds(run["start_time"], run["created"]) for run in runs],

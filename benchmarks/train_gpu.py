@@ -201,6 +201,7 @@ def ours(case: Case, work: Path) -> dict[str, Any]:
     ref = Ref(stage="s", fingerprint="f", digest="d", uri="")
     job = make_job("train", recipe(case), {"tokens": ref, "base": ref})
     home = work / case.name
+    shutil.rmtree(home, ignore_errors=True)  # of an earlier call: its compiled code is kept, beside it
     home.mkdir()
     folders = {"tokens": str(work / "tokens"), "base": str(work / "base")}
     (home / "job.json").write_text(json.dumps({**job.model_dump(), "out": str(home / "out"), "input_folders": folders}))

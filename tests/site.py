@@ -20,13 +20,16 @@ ONLY = ["finetune/local", "retrain/nightly", "retrain/on-dataset-update", "evalu
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
-def build_project(folder: Path, base: Path) -> Path:
-    """Make a git repository with a recipe, a versioned dataset and our `prefect.yaml` for that recipe."""
+def build_project(folder: Path, base: Path, store: str = ".loraflow/store", more: str = "") -> Path:
+    """Make a git repository with a recipe, a versioned dataset and our `prefect.yaml` for that recipe.
+
+    `more` is what the recipe's `runtime` says besides.
+    """
     for name in ("data", "configs"):
         (folder / name).mkdir(parents=True)
     for name, numbers in (("train.jsonl", range(80)), ("heldout.jsonl", range(1000, 1020))):
         (folder / "data" / name).write_text("".join(json.dumps(chat(i)) + "\n" for i in numbers))
-    text = RECIPE.format(data="data.dvc", base=base, store=".loraflow/store")
+    text = RECIPE.format(data="data.dvc", base=base, store=store) + more
     (folder / "configs" / "tiny.yaml").write_text(text)
     deployments = (ROOT / "prefect.yaml").read_text()
     for name in ("quickstart", "phi3-mini"):
@@ -47,9 +50,9 @@ def git(where: Path, *arguments: str) -> str:
     return subprocess.run(command, cwd=where, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def build_clones(folder: Path, base: Path) -> tuple[Path, Path]:
+def build_clones(folder: Path, base: Path, *more: str) -> tuple[Path, Path]:
     """Make the clone of somebody who adds data and that of a worker, which share a git remote and a DVC remote."""
-    mine = build_project(folder / "mine", base)
+    mine = build_project(folder / "mine", base, *more)
     subprocess.run(
         [sys.executable, "-m", "dvc", "remote", "add", "-q", "-d", "shared", str(folder / "dvc")], cwd=mine, check=True
     )
@@ -64,35 +67,24 @@ def build_clones(folder: Path, base: Path) -> tuple[Path, Path]:
     return mine, folder / "worker"
 
 
-class Site:
-    """A running `loraflow up`."""
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = folder / "up.log"
-        only = [part for name in ONLY for part in ("--only", name)]
-        command = [sys.executable, "-c", "from loraflow.cli import main; main()", "up", "--port", str(self.port), *only]
-        paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-        env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
-        env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *paths]), "OMP_NUM_THREADS": "1"}
-        with self.log.open("wb") as file:
-            self.process = subprocess.Popen(
-                command, cwd=folder, stdout=file, stderr=file, env=env, start_new_session=True
-            )
-        for _ in range(600):
-            if "Ctrl-C stops" in self.log.read_text():
-                return
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.5)
-        raise AssertionError(self.log.read_text())
 
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGINT)
-        return self.process.wait(90)
+def environment(**more: str) -> dict[str, str]:
+    """Return this process's environment without its own Prefect server, for processes of a server beside it."""
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    return env | {"PYTHONPATH": os.pathsep.join([str(ROOT), *paths]), "OMP_NUM_THREADS": "1", **more}
+
+
+class Api:
+    """A Prefect server, as a script talks to it."""
+
+    url: str
 
     def api(self, method: str, path: str, body: Any = None) -> Any:
         data = json.dumps(body if body is not None else {}).encode() if method != "GET" else None
@@ -122,6 +114,33 @@ class Site:
             assert states or found["state"]["type"] not in ENDED
             time.sleep(0.3)
         raise AssertionError(found["state"])
+
+
+class Site(Api):
+    """A running `loraflow up`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / "up.log"
+        only = [part for name in ONLY for part in ("--only", name)]
+        command = [sys.executable, "-c", "from loraflow.cli import main; main()", "up", "--port", str(self.port), *only]
+        env = environment()
+        with self.log.open("wb") as file:
+            self.process = subprocess.Popen(
+                command, cwd=folder, stdout=file, stderr=file, env=env, start_new_session=True
+            )
+        for _ in range(600):
+            if "Ctrl-C stops" in self.log.read_text():
+                return
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.5)
+        raise AssertionError(self.log.read_text())
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(90)
 
     def wait_for_step(self, step: int) -> None:
         """Wait until a training that runs now has come to a step; what earlier ones left behind does not count."""

@@ -32,6 +32,8 @@ def runs(store: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False))
         return
+    if not found:
+        click.echo(f"no runs in {store}; a recipe's runtime.store may name another: --store", err=True)
     for run in found:
         stages = run["stages"]
         computed = sum(stage["state"] == "computed" for stage in stages)

@@ -12,6 +12,15 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
+
+@pytest.fixture(scope="module", autouse=True)
+def one_gpu():
+    """Show this process one GPU, as a worker has it: transformers would spread the model over all of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        yield
+
+
 RECIPE = """\
 name: gpu
 data: {{source: {data}, train: [train.jsonl], heldout: [heldout.jsonl]}}
@@ -349,6 +358,7 @@ def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
         json.dumps({"id": str(i), "set": "train", "place": f"t:{i}", "messages": one}) + "\n"
         for i, one in enumerate(chats["train"])
     ))  # fmt: skip
+    (rows / "validation.jsonl").touch()
     (file,) = Path(next(iter(package.submodule_search_locations))).glob("*.gguf")
     resolve.run(make_job("resolve_base", recipe(None), {}, {"source": {}, "origin": {"gguf": str(file)}}), Inputs({}), base,
                 Progress())  # fmt: skip

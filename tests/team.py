@@ -1,0 +1,145 @@
+"""A team's set-up without containers: Postgres, an S3 server, Prefect's server, and two workers of different pools.
+
+Each worker has a clone, a cache and a home of its own; what they share is Prefect's server, the bucket and two remotes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from tests import site
+from tests.object_server import Server
+from tests.object_server import program as object_server
+from tests.site import Api, build_clones, free_port, git
+
+PLACED = "  placement: {train: gpu, evaluate: gpu}\n"
+ONLY = ["finetune/local", "retrain/nightly", "retrain/on-dataset-update", "stage/gpu"]
+
+
+def postgres() -> Path | None:
+    """Return the folder of Postgres's programs, as Debian installs them or as they are on the path."""
+    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    found = debian[-1] if debian else Path(shutil.which("initdb") or "")
+    return found.parent if found.name and shutil.which("runuser") else None
+
+
+def missing() -> str | None:
+    """Return what this machine lacks for a team."""
+    from importlib.util import find_spec
+
+    lacks = {"Postgres": postgres(), "SeaweedFS": object_server(), "boto3": find_spec("boto3")}
+    return ", ".join(name for name, there in lacks.items() if not there) or None
+
+
+class Postgres:
+    """A server with a database `prefect`, as a user other than root, whom it refuses."""
+
+    def __init__(self) -> None:
+        found = postgres()
+        assert found
+        self.folder, self.port = Path(tempfile.mkdtemp(prefix="loraflow-postgres-")), free_port()
+        self.user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+        if self.user:
+            shutil.chown(self.folder, "postgres")
+        self._run(found / "initdb", "-D", "data", "-U", "prefect", "-A", "trust", "--no-sync")
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1"
+        self._run(found / "pg_ctl", "-D", "data", "-w", "-l", "log", "-o", options, "start")
+        self._run(found / "createdb", "-h", "127.0.0.1", "-p", self.port, "-U", "prefect", "prefect")
+        self.control = found / "pg_ctl"
+        self.url = f"postgresql+asyncpg://prefect@127.0.0.1:{self.port}/prefect"
+
+    def _run(self, *command: Any) -> None:
+        subprocess.run([*self.user, *map(str, command)], cwd=self.folder, check=True, stdout=subprocess.DEVNULL)
+
+    def stop(self) -> None:
+        """End it, and remove what it wrote."""
+        self._run(self.control, "-D", "data", "-m", "immediate", "stop")
+        shutil.rmtree(self.folder)
+
+
+class Team(Api):
+    """The set-up, for as long as a test needs it."""
+
+    def __init__(self, folder: Path, base: Path):
+        self.folder = folder
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.bucket = Server(folder / "bucket")
+        self.store = self.bucket.place()
+        self.mine, first = build_clones(folder, base, self.store, PLACED)
+        git(folder, "clone", "-q", "remote.git", "second")
+        self.workers = {"local": first, "gpu": folder / "second"}
+        self.database = Postgres()
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        server = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": self.database.url}
+        self._start("server", folder, ["server", "start", "--port", str(port)], **server)
+        self._wait(self._answers, "server")
+        only = [part for name in ONLY for part in ("--only", name)]
+        command = [sys.executable, "-c", "from loraflow.cli import main; main()", "deploy", "--wait", "0", *only]
+        subprocess.run(command, cwd=self.mine, env=self.environment("me"), check=True, stdout=subprocess.DEVNULL)
+        for pool, clone in self.workers.items():
+            options = ["--pool", pool, "--type", "process", "--name", pool, "--limit", "4"]
+            self._start(pool, clone, ["worker", "start", *options], LORAFLOW_HOME=str(clone))
+        for pool in self.workers:
+            self._wait(lambda pool=pool: self._online(pool), pool)
+
+    def environment(self, who: str, **more: str) -> dict[str, str]:
+        home = self.folder / f"home of {who}"
+        own = {"PREFECT_HOME": str(home / "prefect"), "LORAFLOW_CACHE": str(home / "cache"), "DO_NOT_TRACK": "1"}
+        quick = {"PREFECT_WORKER_QUERY_SECONDS": "2", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+        return site.environment(PREFECT_API_URL=f"{self.url}/api", **self.bucket.settings, **own, **quick, **more)
+
+    def _start(self, name: str, cwd: Path, arguments: list[str], **more: str) -> None:
+        with self.log(name).open("wb") as log:
+            self.running[name] = subprocess.Popen(
+                [sys.executable, "-m", "prefect", *arguments], cwd=cwd, env=self.environment(name, **more),
+                stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def log(self, name: str) -> Path:
+        """Return the log of the server or of a pool's worker."""
+        return self.folder / f"{name}.log"
+
+    def cache(self, pool: str) -> Path:
+        """Return where a pool's worker keeps what it downloaded."""
+        return self.folder / f"home of {pool}" / "cache"
+
+    def _wait(self, condition: Any, name: str) -> None:
+        for _ in range(600):
+            if condition():
+                return
+            assert self.running[name].poll() is None, self.log(name).read_text()
+            time.sleep(0.5)
+        raise AssertionError(self.log(name).read_text())
+
+    def _answers(self) -> bool:
+        try:
+            urllib.request.urlopen(f"{self.url}/api/health", timeout=5).close()
+        except (OSError, urllib.error.HTTPError):
+            return False
+        return True
+
+    def _online(self, pool: str) -> bool:
+        return any(one["status"] == "ONLINE" for one in self.api("POST", f"/work_pools/{pool}/workers/filter"))
+
+    def stop(self) -> None:
+        """End all of it, the workers first."""
+        for process in reversed(self.running.values()):
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        self.database.stop()
+        self.bucket.stop()
