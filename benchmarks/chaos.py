@@ -210,7 +210,8 @@ class Chaos:
         ref = self.store.find("train", train["fingerprint"])
         assert ref is not None
         resumed = self.store.manifest(ref).figures["resumed_at"]
-        if resumed < step:
+        # A training that the kill did not reach comes to its end, and its own checkpoints are no one's to go on from.
+        if resumed < step and (one.victim == "train" or train["state"] == "computed"):
             one.lost.append(f"a checkpoint of step {step} was there, and training went on from step {resumed}")
         one.went_on = f"next: {len(cached)} of {len(stages)} stages cached; training resumed at step {resumed}"
 
