@@ -117,11 +117,11 @@ class Api:
 
 
 class Site(Api):
-    """A running `loraflow up`."""
+    """A running `loraflow up`, on a port of its own unless it is told one."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, port: int = 0):
         self.folder = folder
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "up.log"
         only = [part for name in ONLY for part in ("--only", name)]
