@@ -232,11 +232,20 @@ class Setup:
 def _core(automation: Any, ignored: set[str]) -> dict[str, Any]:
     out = automation.model_dump(mode="json", exclude=ignored)
     out["trigger"].pop("id", None)
-    return out
+    return _in_order(out)
+
+
+def _in_order(value: Any) -> Any:
+    """Sort lists of names: they were sets, which come in another order in each process."""
+    if isinstance(value, dict):
+        return {key: _in_order(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return sorted(value) if all(isinstance(one, str) for one in value) else [_in_order(one) for one in value]
+    return value
 
 
 def _same(wanted: Any, there: Any) -> bool:
-    """Compare as JSON, where a list may stand for a set and what nobody wants counts for nothing."""
+    """Compare as JSON, where what nobody wants counts for nothing."""
     if isinstance(wanted, dict) and isinstance(there, dict):
         return all(_same(value, there.get(key)) for key, value in wanted.items())
     if isinstance(wanted, list) and isinstance(there, list):

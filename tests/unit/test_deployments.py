@@ -80,6 +80,21 @@ def test_a_run_goes_into_the_project_that_its_worker_names(tmp_path, monkeypatch
     assert "LORAFLOW_HOME=" in error.value.next_step
 
 
+def test_automations_are_the_same_whatever_order_their_sets_come_in():
+    """`expect` is a set: two equal ones may come in two orders, and the automation was then updated each time."""
+    from flows.deployments import _core
+
+    class Automation:
+        def __init__(self, *names):
+            self.names = names
+
+        def model_dump(self, **_):
+            return {"trigger": {"id": 1, "triggers": [{"expect": list(self.names), "within": 3}]}, "actions": []}
+
+    assert _core(Automation("failed", "crashed"), set()) == _core(Automation("crashed", "failed"), set())
+    assert _core(Automation("failed"), set()) != _core(Automation("crashed"), set())
+
+
 def test_a_server_without_a_password_listens_to_this_machine_only(tmp_path, monkeypatch):
     monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING", raising=False)
     with pytest.raises(BadConfig) as error:
