@@ -30,7 +30,7 @@ def postgres() -> Path | None:
     """Return the folder of Postgres's programs, as Debian installs them or as they are on the path."""
     debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     found = debian[-1] if debian else Path(shutil.which("initdb") or "")
-    return found.parent if found.name and shutil.which("runuser") else None
+    return found.parent if found.name and (os.getuid() or shutil.which("runuser")) else None
 
 
 def missing() -> str | None:

@@ -1,6 +1,7 @@
 """A deployment that was made from other code than the worker has."""
 
 import pytest
+from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.utilities.callables import parameter_schema
 
 from flows import project
@@ -49,13 +50,21 @@ def test_an_old_deployment_goes_on_as_long_as_its_parameters_fit(deployed):
     project.refuse_outdated(deployed(renamed, recipe="quickstart").id)
 
 
-def test_a_wrong_value_is_no_old_deployment(deployed):
+def test_bounds_that_changed_are_said(deployed):
     def unbounded(schema):
         schema["definitions"]["Overrides"]["properties"]["rank"] = {"type": "integer"}
 
     run = deployed(unbounded, recipe="quickstart", overrides={"rank": 0})
     with pytest.raises(BadConfig, match=r"changed: Overrides\.rank"):
         project.refuse_outdated(run.id)
+
+
+def test_a_wrong_value_of_the_same_version_is_left_to_the_flow(deployed, client):
+    """The server refuses it where it checks; where it does not, nobody is told to deploy again."""
+    run = deployed(lambda schema: None, recipe="quickstart")
+    client.update_deployment(run.deployment_id, DeploymentUpdate(enforce_parameter_schema=False))
+    wrong = client.create_flow_run_from_deployment(run.deployment_id, parameters={"overrides": {"rank": 0}})
+    project.refuse_outdated(wrong.id)
 
 
 @pytest.mark.slow

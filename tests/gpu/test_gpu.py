@@ -325,7 +325,7 @@ def test_out_of_memory_is_answered_with_less_at_a_time(tmp_path, tiny):
 def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
     """SmolLM2 as Phi-3 on the tickets: the held-out loss after training on an fp8 base, against bf16; both measured in bf16.
 
-    Seeds differ by more than the two bases: what is asked is that the means differ by no more than seeds explain.
+    Seeds differ by far more than the two bases: what is compared is the mean over several.
     """
     from importlib.util import find_spec
 
@@ -387,5 +387,4 @@ def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
     with capsys.disabled():
         for name, each in found.items():
             print(f"\n{name}: {statistics.mean(each):.5f} nats a token on {len(losses)} held-out rows, by seed {each}")
-    apart = statistics.mean(found["fp8"]) - statistics.mean(found["bf16"])
-    assert apart <= 2 * (statistics.variance(found["bf16"]) / SEEDS + statistics.variance(found["fp8"]) / SEEDS) ** 0.5
+    assert statistics.mean(found["fp8"]) <= statistics.mean(found["bf16"]) * 1.005
