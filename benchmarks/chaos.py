@@ -27,7 +27,7 @@ from measure import row
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from flows.automations import SILENT
 from loraflow.store import LocalStore
-from loraflow.training.checkpoints import is_whole
+from loraflow.store.checkpoints import is_whole
 from tests.conftest import build_phi3
 from tests.site import ENDED, Site, build_project
 

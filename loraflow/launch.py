@@ -49,14 +49,13 @@ def run_job(job: Job, store: Store, on_progress: OnProgress | None = None, *, fo
         if not force and (ref := store.finish(job.stage, job.fingerprint)) is not None:
             log.info("%s %s: computed before; its commit was cut off and is finished now", job.stage, job.short)
             return ref
-        work = store.work(job.stage, job.fingerprint)
-        if force and ref is not None:
-            _forget_once(work, ref)
+        work = store.work(job.stage, job.fingerprint, ref if force else None)
         _refuse_without_room(job, store)
         staged = store.staging(job.stage, job.fingerprint)
         started = time.time()
         try:
-            summary, runtime = _compute(job, store, staged, work, on_progress)
+            with store.keeping(job.stage, job.fingerprint):
+                summary, runtime = _compute(job, store, staged, work, on_progress)
             ref = store.commit(
                 staged,
                 payload=job.payload,
@@ -69,17 +68,8 @@ def run_job(job: Job, store: Store, on_progress: OnProgress | None = None, *, fo
             raise failures.from_os_error(error, store.uri) or error from error
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-        shutil.rmtree(work, ignore_errors=True)
+        store.forget_work(job.stage, job.fingerprint)
         return ref
-
-
-def _forget_once(work: Path, ref: Ref) -> None:
-    """Drop what an earlier computation left, but not what an earlier attempt of this forced one did."""
-    mark = work / "forced"
-    if not (mark.exists() and mark.read_text() == ref.digest):
-        shutil.rmtree(work)
-        work.mkdir()
-        mark.write_text(ref.digest)
 
 
 def _refuse_without_room(job: Job, store: Store) -> None:

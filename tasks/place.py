@@ -95,7 +95,7 @@ def _has_worker(client: SyncPrefectClient, run: FlowRun, pool: str | None) -> bo
 
 
 def _cancel(client: SyncPrefectClient, run: FlowRun, label: str) -> None:
-    """End the sub-run: whatever ended us must not leave it computing. Its checkpoints stay with its worker."""
+    """End the sub-run: whatever ended us must not leave it computing. Its checkpoint stays."""
     try:
         now = client.read_flow_run(run.id).state
         if now is None or now.is_final():

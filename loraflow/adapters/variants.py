@@ -14,6 +14,7 @@ from typing import Any
 
 from loraflow.failures import BadConfig
 
+EVA_FILE = "eva.safetensors"  # in the work folder, and with each checkpoint
 EVA_ROWS = 256  # rows whose activations EVA decomposes; it goes over them again until the vectors stand still
 EVA_BATCH = 16  # documents a time: it needs more learned tokens than ranks in each batch
 
@@ -79,7 +80,7 @@ def begin(
         from peft import initialize_lora_eva_weights
 
         # Its ranks are part of the result, and a second computation differs in the last bits: a resumed run reads it.
-        initialize_lora_eva_weights(model, eva_state_dict=_eva_state(model, work / "eva.safetensors", batches))
+        initialize_lora_eva_weights(model, eva_state_dict=_eva_state(model, work / EVA_FILE, batches))
     elif how == "loftq":
         from peft import replace_lora_weights_loftq
 

@@ -9,7 +9,8 @@ Layout of a store:
     staging/  locks/  runs/  registry/  the rest
 
 A bucket has the same layout, but for `work/` and `staging/`, which each machine keeps in its cache folder
-(`LORAFLOW_CACHE`), beside the artifacts that it downloaded and what it has still to upload (`pending/`).
+(`LORAFLOW_CACHE`), beside the artifacts that it downloaded and what it has still to upload (`pending/`). Of `work/` the
+bucket has the newest checkpoint, from which another machine goes on.
 """
 
 from loraflow.store.base import Manifest, Ref, Store, Summary

@@ -187,8 +187,17 @@ class Store(Protocol):
     def lock(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
         """Hold a job's lock; wait for whoever has it. A dead holder's lock frees itself."""
 
-    def work(self, stage: str, fingerprint: str) -> Path:
-        """Return the local folder in which an unfinished job keeps what a retry goes on from."""
+    def work(self, stage: str, fingerprint: str, instead_of: Ref | None = None) -> Path:
+        """Return the local folder in which an unfinished job keeps what a retry goes on from.
+
+        With `instead_of`, an artifact that is to be computed anew, it holds what an attempt at that left, and nothing older.
+        """
+
+    def keeping(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
+        """Keep a job's newest checkpoint where an attempt on another machine finds it, while the job is computed."""
+
+    def forget_work(self, stage: str, fingerprint: str) -> None:
+        """Remove what was kept: the job is done."""
 
     def artifacts(self) -> Iterator[Ref]:
         """Go through all artifacts, current or not."""

@@ -8,7 +8,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 BLOCK = 4 * 2**20
@@ -36,6 +36,12 @@ def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
             if not stat.S_ISREG(mode):
                 raise ValueError(f"{path} is neither a folder nor a regular file")
             yield path.relative_to(folder).as_posix(), path
+
+
+def is_inside(name: str) -> bool:
+    """Tell whether a relative name from elsewhere stays inside of the folder that it is put into."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name and bool(path.parts)
 
 
 def fsync_path(path: Path) -> None:

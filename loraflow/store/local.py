@@ -8,13 +8,14 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from loraflow import identity
 from loraflow.failures import CorruptArtifact, from_os_error
 from loraflow.store.base import MANIFEST, OWN, Manifest, Ref, Summary, contradictions, describe, misfits
+from loraflow.store.checkpoints import begin_anew, forced_over
 from loraflow.store.files import files_below, fsync_path, fsync_tree, hash_file, write_atomic, write_json
 from loraflow.store.lock import flock
 
@@ -183,12 +184,22 @@ class LocalStore:
             folder.mkdir(parents=True)
             return folder
 
-    def work(self, stage: str, fingerprint: str) -> Path:
+    def work(self, stage: str, fingerprint: str, instead_of: Ref | None = None) -> Path:
         """Return the folder in which an unfinished job keeps what a retry goes on from."""
         with self._writing():
             folder = self.root / "work" / stage / fingerprint
             folder.mkdir(parents=True, exist_ok=True)
+            if instead_of is not None and forced_over(folder) != instead_of.digest:
+                begin_anew(folder, instead_of.digest)
             return folder
+
+    def keeping(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
+        """Do nothing: whoever sees the store sees the work folder."""
+        return nullcontext()
+
+    def forget_work(self, stage: str, fingerprint: str) -> None:
+        """Remove what was kept."""
+        shutil.rmtree(self.root / "work" / stage / fingerprint, ignore_errors=True)
 
     @contextmanager
     def lock(self, stage: str, fingerprint: str) -> Iterator[None]:

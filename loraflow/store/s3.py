@@ -11,24 +11,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from loraflow import identity
-from loraflow.failures import CorruptArtifact, Network, ReadOnlyStore, from_os_error
+from loraflow.failures import CorruptArtifact, Failure, Network, ReadOnlyStore, from_os_error
 from loraflow.store import lease as leases
 from loraflow.store.base import MANIFEST, OWN, TELEMETRY, Manifest, Ref, Summary, contradictions, describe, misfits
 from loraflow.store.bucket import Bucket, patiently
-from loraflow.store.files import files_below, fsync_tree, hash_file, write_json
+from loraflow.store.files import files_below, fsync_tree, hash_file, is_inside, write_json
+from loraflow.store.kept import Kept
 from loraflow.store.lock import Held, flock
 from loraflow.store.sweep import sweep
+
+log = logging.getLogger(__name__)
 
 _AT_ONCE = 8  # files that are moved at the same time
 _GC = "locks/gc.json"
@@ -228,9 +232,27 @@ class S3Store:
         name = f"{stage}-{identity.short(fingerprint)}-{uuid.uuid4().hex[:8]}"
         return self._local_folder("staging", name)
 
-    def work(self, stage: str, fingerprint: str) -> Path:
-        """Return the folder of this machine in which an unfinished job keeps what a retry goes on from."""
-        return self._local_folder("work", stage, fingerprint)
+    def work(self, stage: str, fingerprint: str, instead_of: Ref | None = None) -> Path:
+        """Return a folder of this machine, with the newest checkpoint that an attempt on any machine left."""
+        folder = self._local_folder("work", stage, fingerprint)
+        with self._writing():
+            self._kept(stage, fingerprint).fetch(instead_of.digest if instead_of else None)
+        return folder
+
+    def keeping(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
+        """Keep a job's newest checkpoint in the bucket, while the job is computed."""
+        return self._kept(stage, fingerprint).keeping()
+
+    def forget_work(self, stage: str, fingerprint: str) -> None:
+        """Remove what was kept, here and in the bucket."""
+        shutil.rmtree(self.scratch / "work" / stage / fingerprint, ignore_errors=True)
+        try:
+            self._kept(stage, fingerprint).forget()
+        except Failure as failure:  # the job is done all the same; `gc` takes it in two weeks
+            log.warning("what was kept of %s %s stays: %s", stage, identity.short(fingerprint), failure)
+
+    def _kept(self, stage: str, fingerprint: str) -> Kept:
+        return Kept(self.bucket, f"work/{stage}/{fingerprint}", self.scratch / "work" / stage / fingerprint)
 
     @contextmanager
     def lock(self, stage: str, fingerprint: str) -> Iterator[None]:
@@ -403,7 +425,7 @@ class S3Store:
                 return problems
             manifest = self._read_manifest(ref)
             problems = contradictions(manifest, ref) + [
-                f"{name}: no name for a file" for name in manifest.files if not _is_inside(name)
+                f"{name}: no name for a file" for name in manifest.files if not is_inside(name)
             ]
             if problems:
                 return problems
@@ -513,12 +535,6 @@ def _key(ref: Ref, manifest: Manifest, name: str) -> str:
 
 def _is_telemetry(ref: Ref, key: str) -> bool:
     return key.startswith(f"{_home(ref)}/telemetry-")
-
-
-def _is_inside(name: str) -> bool:
-    """Tell whether a name from a bucket, where others write, stays inside the folder that it is put into."""
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and "\0" not in name and bool(path.parts)
 
 
 def _differing(folder: Path, manifest: Manifest) -> list[str]:

@@ -33,13 +33,13 @@ def sweep(bucket: Bucket, scratch: Path, before: float, *, remove: bool) -> Iter
 
 
 def _leftovers(bucket: Bucket) -> Iterator[tuple[str, list[Listed]]]:
-    """Yield (name, objects) of what was set aside, of leases, and of files without a manifest."""
+    """Yield (name, objects) of what was set aside, of leases, of unfinished work, and of files without a manifest."""
     groups: dict[str, list[Listed]] = defaultdict(list)
     for one in bucket.listing():
         parts = one.key.split("/")
         if parts[0] in ("set-aside", "locks"):
             groups["/".join(parts[:2]).removesuffix(".json")].append(one)
-        elif parts[0] not in OWN and len(parts) > 3:
+        elif parts[0] == "work" or (parts[0] not in OWN and len(parts) > 3):
             groups["/".join(parts[:3])].append(one)
     for name, group in groups.items():
         if name.split("/")[0] in OWN or f"{name}/{MANIFEST}" not in {one.key for one in group}:

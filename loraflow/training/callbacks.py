@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,23 +14,14 @@ from transformers import TrainerCallback
 
 from loraflow.failures import NonFiniteLoss, Preempted
 from loraflow.job import Progress
-from loraflow.training.checkpoints import seal
+from loraflow.store.checkpoints import seal, seal_of
 from loraflow.training.devices import Group
 
 
 class Curves(TrainerCallback):
-    """Every logged value with its step. The trainer forgets its own on resume, so these go on from the file."""
+    """Every logged value with its step. The trainer forgets its own on resume: the file goes on from the checkpoint's."""
 
-    def __init__(self, path: Path, resumed_at: int):
-        kept: list[str] = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= resumed_at:
-                        kept.append(line)
-                except ValueError:  # the line at which an earlier attempt was cut off
-                    continue
-        path.write_text("".join(f"{line}\n" for line in kept))
+    def __init__(self, path: Path):
         self.path = path
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -81,17 +73,29 @@ class Guard(TrainerCallback):
 
 
 class Sealer(TrainerCallback):
-    """Make each checkpoint trustworthy once it is written, by all devices."""
+    """Make each checkpoint trustworthy once it is written, by all devices, with the files that a resume needs besides."""
 
-    def __init__(self, group: Group):
-        self.group = group
+    def __init__(self, group: Group, carried: list[Path], resumed_from: Path | None):
+        self.group, self.carried = group, carried
+        self.best = None if resumed_from is None else (seal_of(resumed_from) or {}).get("needs")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Say where the best checkpoint is: the state that was saved names a folder, of another machine perhaps.
+
+        transformers drops a folder that is not there, and a training that saves no more would end with its last weights.
+        """
+        state.best_model_checkpoint = self.best and str(Path(args.output_dir, self.best))
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Check the adapter for bad numbers, then write the list of hashes."""
+        """Check the adapter for bad numbers, add what is carried, then write the list of hashes."""
         refuse_bad_numbers(model, state.global_step)
         self.group.wait()
         if self.group.first:
-            seal(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+            checkpoint, best = Path(args.output_dir, f"checkpoint-{state.global_step}"), state.best_model_checkpoint
+            for file in self.carried:
+                if file.exists():
+                    shutil.copyfile(file, checkpoint / file.name)
+            seal(checkpoint, Path(best).name if best else None)
         self.group.wait()
 
 

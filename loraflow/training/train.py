@@ -1,6 +1,6 @@
 """Stage train: tokens and a base to a PEFT adapter, by trl's SFTTrainer.
 
-What is ours around it: the rows and their order (`batches`), checkpoints that a resume can trust (`checkpoints`),
+What is ours around it: the rows and their order (`batches`), checkpoints that a resume can trust,
 curves, progress and guards (`callbacks`).
 """
 
@@ -39,9 +39,10 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         Preempted: asked to end; a checkpoint was saved.
     """
     from loraflow.adapters.accept import write_origin
+    from loraflow.adapters.variants import EVA_FILE
     from loraflow.base.load import load_tokenizer, pick_device
+    from loraflow.store.checkpoints import FOLDER, newest_whole, step_of
     from loraflow.training import batches, callbacks, devices
-    from loraflow.training.checkpoints import newest_whole
 
     config, runtime = job.config, job.runtime
     training = {**runtime["training_config"], **config["training_config"]}
@@ -58,15 +59,22 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         len(train), training["global_batch"], training["num_train_epochs"], training["max_steps"]
     )
     group = devices.join(pick_device(runtime))
-    checkpoints = work / "checkpoints"
+    checkpoints = work / FOLDER
     found = group.agree(newest_whole(checkpoints) if group.first else None)
-    resumed_at = int(found.name.split("-")[1]) if found else 0
+    resumed_at = (found and step_of(found.name)) or 0
     curves, stopper = work / "curves.jsonl", callbacks.Stopper()
+    carried = [curves, work / EVA_FILE]  # with each checkpoint: it may be resumed from in another folder
+    if group.first:
+        curves.write_text("")
+        for file in carried:
+            if found and (found / file.name).exists():
+                shutil.copyfile(found / file.name, file)
+    group.wait()
     tokens_per_step = figures["train_tokens"] / len(train) * training["global_batch"]
     watching: list[Any] = []
     if group.first:
-        watching += [callbacks.Curves(curves, resumed_at), callbacks.Reporter(report, steps, tokens_per_step)]
-    watching += [callbacks.Guard(), callbacks.Sealer(group), stopper]
+        watching += [callbacks.Curves(curves), callbacks.Reporter(report, steps, tokens_per_step)]
+    watching += [callbacks.Guard(), callbacks.Sealer(group, carried, found), stopper]
     if training.get("early_stopping_patience"):
         watching.append(_early_stopping(training["early_stopping_patience"], found))
     run = Engine(

@@ -57,7 +57,7 @@ def job_of(**overrides):
 
 
 def result(store, ref):
-    folder = LocalStore.path(store, ref)
+    folder = store.path(ref)
     curve = [json.loads(line) for line in (folder / "telemetry" / "curves.jsonl").read_text().splitlines()]
     engine = json.loads((folder / "telemetry" / "engine.json").read_text())
     losses = {row["step"]: row["loss"] for row in curve if "loss" in row}

@@ -16,8 +16,8 @@ from loraflow.failures import BadConfig, NonFiniteLoss, Preempted
 from loraflow.job import Inputs, Progress
 from loraflow.stages import make_job
 from loraflow.store import Ref
+from loraflow.store.checkpoints import newest_whole
 from loraflow.training import batches, train
-from loraflow.training.checkpoints import newest_whole
 from tests.conftest import build_phi3, chat
 
 REF = Ref(stage="s", fingerprint="f", digest="d", uri="", facets={"train": "d", "tokenizer": "d"})
@@ -211,6 +211,43 @@ def test_validation_rows_choose_the_best_checkpoint(base, tmp_path):
     run(base, tokenize(base, tmp_path), tmp_path, **settings)
     curve = [json.loads(line) for line in (tmp_path / "out" / "telemetry" / "curves.jsonl").read_text().splitlines()]
     assert [row["step"] for row in curve if "eval_loss" in row] == [2, 4, 6]
+
+
+BEST = {
+    "data__validation_fraction": 0.1, "training_config__eval_strategy": "steps", "training_config__eval_steps": 2,
+    "training_config__load_best_model_at_end": True, "training_config__learning_rate": 3.0,
+}  # fmt: skip
+
+
+def test_the_best_checkpoint_is_found_in_a_folder_that_moved(base, straight, tmp_path):
+    """transformers keeps its absolute path, and where that is gone finds it again only when it saves once more."""
+    wanted, _ = run(base, straight[0], tmp_path / "whole", **BEST)
+    curve = [json.loads(line) for line in (tmp_path / "whole" / "work" / "curves.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["eval_loss"] for row in curve if "eval_loss" in row}
+    assert min(losses, key=losses.get) == 2, losses
+    with pytest.raises(Preempted):
+        run(base, straight[0], tmp_path / "here", StopAt(6, tmp_path / "here" / "work"), **BEST)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert same(wanted, run(base, straight[0], tmp_path / "there", **BEST)[0])
+
+
+def test_what_eva_found_comes_with_the_checkpoint(base, straight, tmp_path):
+    """Its ranks are part of the result, and a second computation differs in the last bits."""
+    eva, file = {"peft_config__init_lora_weights": "eva"}, tmp_path / "work" / "eva.safetensors"
+    with pytest.raises(Preempted):
+        run(base, straight[0], tmp_path, StopAt(4, tmp_path / "work"), **eva)
+    found = file.read_bytes()
+    file.write_bytes(b"another attempt's")
+    run(base, straight[0], tmp_path, **eva)
+    assert file.read_bytes() == found
+
+
+def test_a_checkpoint_whose_best_one_is_not_whole_is_not_used(base, straight, tmp_path):
+    with pytest.raises(Preempted):
+        run(base, straight[0], tmp_path, StopAt(4, tmp_path / "work"), **BEST)
+    checkpoints = tmp_path / "work" / "checkpoints"
+    (checkpoints / "checkpoint-2" / "adapter_model.safetensors").write_bytes(b"torn")
+    assert newest_whole(checkpoints) is None, "step 4 would end with a best one that is not there"
 
 
 def test_a_loss_that_is_no_number_ends_training(base, straight, tmp_path):

@@ -1,0 +1,250 @@
+"""An unfinished job's newest checkpoint in the bucket: another machine goes on from it, and is never led astray."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from loraflow import launch
+from loraflow.failures import ReadOnlyStore
+from loraflow.store import Ref, kept
+from loraflow.store.checkpoints import FOLDER, seal
+from loraflow.store.gc import collect
+from loraflow.store.s3 import S3Store
+from tests.unit.test_devices import base, job_of, result, shards, store_of  # noqa: F401
+from tests.unit.test_training import same
+
+ROOT = Path(__file__).parent.parent.parent
+JOB = ("train", "f" * 64)
+PREFIX = f"work/train/{'f' * 64}"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(kept, "LOOK", 0.05)
+
+
+@pytest.fixture
+def machine(bucket_uri, tmp_path, monkeypatch):
+    """Open the store as a machine of some name does, each with a cache of its own."""
+
+    def machine(name: str, kind=S3Store):
+        monkeypatch.setenv("LORAFLOW_CACHE", str(tmp_path / f"cache of {name}"))
+        return kind(bucket_uri)
+
+    return machine
+
+
+def save(work: Path, step: int, content: str = "", needs: int | None = None) -> Path:
+    """Do what the trainer does at a checkpoint."""
+    folder = work / FOLDER / f"checkpoint-{step}"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "weights").write_text(content or f"of step {step}")
+    (folder / "sub" / "more").write_text("more")
+    seal(folder, f"checkpoint-{needs}" if needs else None)
+    return folder
+
+
+def names(work: Path) -> list[str]:
+    return sorted(path.name for path in (work / FOLDER).glob("*"))
+
+
+def in_bucket(store) -> set[str]:
+    """Return the checkpoints of which the bucket has a file."""
+    below = f"{PREFIX}/{FOLDER}/"
+    return {one.key.removeprefix(below).split("/")[0] for one in store.bucket.listing(below)}
+
+
+def wait_until(condition) -> None:
+    for _ in range(400):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it never came")
+
+
+def attempt(store, *steps, instead_of: Ref | None = None, **options) -> Path:
+    """Go through an attempt that saves checkpoints and fails."""
+    work = store.work(*JOB, instead_of)
+    with pytest.raises(RuntimeError), store.keeping(*JOB):
+        for step in steps:
+            save(work, step, **options)
+        raise RuntimeError
+    return work
+
+
+def test_each_new_checkpoint_comes_to_the_bucket_and_the_older_one_goes(machine):
+    store = machine("one")
+    work = store.work(*JOB)
+    with store.keeping(*JOB):
+        for step in (2, 4):
+            save(work, step)
+            wait_until(lambda step=step: in_bucket(store) == {f"checkpoint-{step}"})
+    two = machine("two").work(*JOB)
+    assert names(two) == ["checkpoint-4"]
+    assert (two / FOLDER / "checkpoint-4" / "weights").read_text() == "of step 4"
+    store.forget_work(*JOB)
+    assert not work.exists() and list(store.bucket.listing("work/")) == []
+
+
+def test_the_last_checkpoint_of_an_attempt_that_fails_is_kept_and_that_of_one_that_is_done_is_not(machine, monkeypatch):
+    monkeypatch.setattr(kept, "LOOK", 60.0)
+    attempt(machine("one"), 2)
+    assert in_bucket(machine("one")) == {"checkpoint-2"}
+    store = machine("two")
+    with store.keeping(*JOB):
+        save(store.work(*JOB), 4)
+    assert in_bucket(store) == {"checkpoint-2"}
+
+
+def test_what_a_resume_needs_comes_along(machine):
+    """The best checkpoint so far, with load_best_model_at_end; what that one needed in its time is not asked for."""
+    work = attempt(machine("one"), 2)
+    best = save(work, 4, needs=2)
+    shutil.rmtree(work / FOLDER / "checkpoint-2")
+    attempt(machine("one"), 6, needs=4)
+    two = machine("two").work(*JOB)
+    assert names(two) == ["checkpoint-4", "checkpoint-6"]
+    assert (two / FOLDER / "checkpoint-4" / "weights").read_text() == (best / "weights").read_text()
+
+
+def test_a_newer_checkpoint_here_stays_and_an_older_one_does_not(machine):
+    attempt(machine("one"), 4)
+    two = machine("two")
+    save(two.scratch / PREFIX, 6, "mine")
+    assert names(two.work(*JOB)) == ["checkpoint-6"], "nothing was fetched"
+    three = machine("three")
+    save(three.scratch / PREFIX, 2, "mine")
+    assert "checkpoint-4" in names(three.work(*JOB))
+
+
+@pytest.mark.parametrize("harm", ["flipped", "missing", "unsealed", "outside", "no seal"])
+def test_what_is_not_whole_in_the_bucket_is_not_used(machine, harm, caplog, tmp_path):
+    store = machine("one")
+    attempt(store, 4)
+    place = f"{PREFIX}/{FOLDER}/checkpoint-4"
+    if harm == "flipped":
+        store.bucket.put(f"{place}/weights", b"of step 5")
+    elif harm == "missing":
+        store.bucket.delete([f"{place}/sub/more"])
+    elif harm == "unsealed":
+        store.bucket.delete([f"{place}/complete.json"])
+    elif harm == "outside":
+        seals = {"files": {"../../../../stray": "0" * 64}, "needs": None}
+        store.bucket.put(f"{place}/complete.json", json.dumps(seals).encode())
+        store.bucket.put(f"{PREFIX}/stray", b"stray")
+    else:
+        store.bucket.put(f"{place}/complete.json", b"[]")
+    two = machine("two").work(*JOB)
+    assert names(two) == [] and [path.name for path in two.iterdir() if path.name != FOLDER] == []
+    assert ("not whole" in caplog.text) == (harm != "unsealed")
+    assert list(tmp_path.rglob("stray")) == []
+
+
+def test_attempts_that_are_forced_over_the_same_artifact_go_on_from_each_other_alone(machine):
+    first, second = (Ref(stage="train", fingerprint=JOB[1], digest=digest * 64, uri="") for digest in "ab")
+    attempt(machine("one"), 2, content="not forced")
+    one = attempt(machine("one"), 4, instead_of=first)
+    assert names(one) == ["checkpoint-4"], "what was there before is not what was asked for"
+    assert names(machine("two").work(*JOB, first)) == ["checkpoint-4"]
+    assert names(machine("two").work(*JOB, second)) == []
+    two = attempt(machine("two"), 3, instead_of=second, content="over the second")
+    assert names(two) == ["checkpoint-3"]
+    again = machine("one").work(*JOB, second)
+    assert names(again) == ["checkpoint-3"], "its own, of step 4, is of an older computation"
+
+
+def test_a_bucket_that_takes_nothing_ends_no_training(machine, monkeypatch, caplog):
+    store = machine("one")
+
+    def refuse(*_):
+        raise ReadOnlyStore("The credentials may not do this in the store.")
+
+    monkeypatch.setattr(type(store.bucket), "upload", refuse)
+    work = store.work(*JOB)
+    with store.keeping(*JOB):
+        save(work, 2)
+        wait_until(lambda: "not kept" in caplog.text)
+    assert caplog.text.count("not kept") == 1
+
+
+def test_a_checkpoint_that_the_trainer_removes_meanwhile_is_let_go(machine, monkeypatch, caplog):
+    store = machine("one")
+    upload, work = store.bucket.upload, store.work(*JOB)
+
+    def slow(bucket, path, key, sha256):
+        if "checkpoint-2" in key:
+            shutil.rmtree(work / FOLDER / "checkpoint-2", ignore_errors=True)
+        upload(path, key, sha256)
+
+    monkeypatch.setattr(type(store.bucket), "upload", slow)
+    with store.keeping(*JOB):
+        save(work, 2)
+        wait_until(lambda: not names(work))
+        save(work, 4)
+        wait_until(lambda: in_bucket(store) == {"checkpoint-4"})
+    assert "not kept" not in caplog.text
+
+
+def test_gc_gives_up_what_nobody_went_on_from(machine, monkeypatch):
+    store = machine("one")
+    attempt(store, 2)
+    assert list(collect(store, keep=3)) == []
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 15 * 86400)
+    assert {str(name) for name, _, _ in collect(store, keep=3)} >= {PREFIX}
+    assert list(store.bucket.listing("work/")) == []
+
+
+# with a training
+
+LONG = {"training_config__max_steps": 20, "training_config__save_steps": 2}
+
+
+class Inputs(S3Store):
+    """A store whose inputs are folders of this test."""
+
+    def path(self, ref):
+        folder = os.environ.get(f"TEST_{ref.stage.upper()}")
+        return Path(folder) if folder else super().path(ref)
+
+
+def train(uri: str) -> None:
+    """What the machine that dies runs."""
+    kept.LOOK = 0.05
+    launch.run_job(job_of(**LONG), Inputs(uri))
+
+
+def test_a_machine_dies_and_another_one_ends_the_training_bit_for_bit(
+    machine, base, shards, tmp_path, monkeypatch  # noqa: F811
+):  # fmt: skip
+    alone, job = store_of(tmp_path, base, shards), job_of(**LONG)
+    wanted = result(alone, launch.run_job(job, alone))
+
+    for name, folder in {"TOKENS": shards, "BASE": base}.items():
+        monkeypatch.setenv(f"TEST_{name}", str(folder))
+    one = machine("one", Inputs)
+    script = f"from tests.unit.test_kept import train; train({one.uri!r})"
+    with (tmp_path / "log").open("wb") as log:
+        dying = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=log, start_new_session=True)
+    place = f"work/train/{job.fingerprint}/{FOLDER}/"
+    wait_until(lambda: dying.poll() is not None or any("complete.json" in k.key for k in one.bucket.listing(place)))
+    children = subprocess.run(["pgrep", "-P", str(dying.pid), "-f", "loraflow.worker"], capture_output=True, text=True)
+    for group in (*map(int, children.stdout.split()), dying.pid):
+        os.killpg(group, signal.SIGKILL)
+    dying.wait()
+
+    two = machine("two", Inputs)
+    two.lease_seconds = 2.0  # the dead machine's lease ends by itself
+    ref = launch.run_job(job, two)
+    assert 2 <= two.manifest(ref).figures["resumed_at"] < 20, (tmp_path / "log").read_text()
+    found = result(two, ref)
+    assert same(wanted[0], found[0]), "bit for bit"
+    assert wanted[1] == found[1], "the curve has every step once"
+    assert list(two.bucket.listing("work/")) == []
