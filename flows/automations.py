@@ -22,6 +22,8 @@ from tasks.events import CHAMPION, REJECTED
 
 log = logging.getLogger("loraflow")
 SILENT = timedelta(seconds=540)  # three heartbeats, of one in 180 s
+STARTING = timedelta(hours=1)  # in which an image is pulled and a node comes up
+TAG = "loraflow"  # of all deployments in prefect.yaml
 
 
 class Notifications(BaseModel):
@@ -33,23 +35,40 @@ class Notifications(BaseModel):
     champion_older_than_days: float = Field(30, gt=0)
 
 
-def zombies() -> AutomationCore:
-    """Mark a run as crashed when its heartbeats stop. Self-hosted servers have no such automation of their own."""
-    return AutomationCore(
-        name="loraflow: crashed runs",
-        description="A run whose process sent no heartbeat for nine minutes is marked as crashed; Retry goes on from its"
-        " last finished stage.",
-        trigger=EventTrigger(
-            after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.*"},  # whatever state a run goes to, custom names included, is a sign of life
-            match={"prefect.resource.id": ["prefect.flow-run.*"]},
-            for_each={"prefect.resource.id"},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=SILENT,
-        ),
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="no heartbeat for nine minutes")],
-    )
+def silent() -> Iterator[AutomationCore]:
+    """Yield what ends runs whose machine or process vanished. Self-hosted servers have no such automation of their own.
+
+    A trigger of Prefect's counts what comes after an event, and gives up once it was enough: a state in which nothing
+    more comes needs a trigger that begins with it. Only our own deployments are known to send heartbeats at all.
+    """
+    runs = {"prefect.resource.id": ["prefect.flow-run.*"]}
+    ours = {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"}
+
+    def end(what: str, after: set[str], within: timedelta, state: StateType, why: str, **more: Any) -> AutomationCore:
+        return AutomationCore(
+            name=f"loraflow: {what}",
+            description=f"A run is marked {state.value.capitalize()}: {why}. Retry goes on from its last finished stage.",
+            trigger=EventTrigger(
+                after={f"prefect.flow-run.{name}" for name in after},
+                expect={"prefect.flow-run.*"},  # whatever state a run goes to, custom names included, is a sign of life
+                match=runs,  # type: ignore[arg-type]
+                for_each={"prefect.resource.id"},
+                posture=Posture.Proactive,
+                threshold=1,
+                within=within,
+                **more,
+            ),
+            actions=[ChangeFlowRunState(state=state, message=why)],
+        )
+
+    minutes, hour = (f"{within.total_seconds() / 60:g} minutes" for within in (SILENT, STARTING))
+    yield end("crashed runs", {"heartbeat"}, SILENT, StateType.CRASHED, f"no heartbeat for {minutes}")
+    yield end("runs that died at once", {"Running"}, SILENT, StateType.CRASHED, f"no first heartbeat for {minutes}",
+              match_related=ours)  # fmt: skip
+    yield end("runs that did not start", {"Pending", "Submitting", "InfrastructurePending"}, STARTING, StateType.CRASHED,
+              f"not started {hour} after a worker took it", match_related=ours)  # fmt: skip
+    yield end("runs that nobody cancels", {"Cancelling"}, SILENT, StateType.CANCELLED,
+              f"no worker cancelled it within {minutes}", match_related=ours)  # fmt: skip
 
 
 def notices(wanted: Notifications, block: str, action: Any) -> Iterator[AutomationCore]:
@@ -91,7 +110,7 @@ def automations(client: SyncPrefectClient, wanted: Notifications) -> Iterator[Au
     Raises:
         BadConfig: a block is not named as TYPE/NAME.
     """
-    yield zombies()
+    yield from silent()
     for block in wanted.blocks:
         kind, slash, name = block.partition("/")
         if not slash or not name:

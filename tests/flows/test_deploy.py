@@ -107,10 +107,17 @@ def test_notices_go_to_blocks_that_exist(put, client, caplog):
         put(blocks=["ops"])
 
 
-def test_a_run_that_vanished_is_marked_by_an_automation(put, client):
+@pytest.mark.parametrize(
+    ("name", "after", "seconds", "state"),
+    [("crashed runs", {"heartbeat"}, 540, "CRASHED"), ("runs that died at once", {"Running"}, 540, "CRASHED"),
+     ("runs that did not start", {"Pending", "Submitting", "InfrastructurePending"}, 3600, "CRASHED"),
+     ("runs that nobody cancels", {"Cancelling"}, 540, "CANCELLED")],
+)  # fmt: skip
+def test_runs_of_which_nothing_is_heard_are_ended_by_automations(put, client, name, after, seconds, state):
     put()
-    zombies = client.read_automations_by_name("loraflow: crashed runs")[0]
-    assert zombies.trigger.within.total_seconds() == 540 and zombies.actions[0].state.value == "CRASHED"
+    one = client.read_automations_by_name(f"loraflow: {name}")[0]
+    assert one.trigger.after == {f"prefect.flow-run.{event}" for event in after}
+    assert one.trigger.within.total_seconds() == seconds and one.actions[0].state.value == state
 
 
 def test_no_server_and_no_such_deployment_have_a_next_step(monkeypatch):
