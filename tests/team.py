@@ -1,4 +1,4 @@
-"""A team's set-up without containers: Postgres, an S3 server, Prefect's server, and two workers of different pools.
+"""A team's set-up without containers: Postgres, an S3 server, Prefect's server, and workers of different pools.
 
 Each worker has a clone, a cache and a home of its own; what they share is Prefect's server, the bucket and two remotes.
 """
@@ -76,8 +76,7 @@ class Team(Api):
         self.bucket = Server(folder / "bucket")
         self.store = self.bucket.place()
         self.mine, first = build_clones(folder, base, self.store, PLACED)
-        git(folder, "clone", "-q", "remote.git", "second")
-        self.workers = {"local": first, "gpu": folder / "second"}
+        self.clones = {"local": first}
         self.database = Postgres()
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -87,11 +86,33 @@ class Team(Api):
         only = [part for name in ONLY for part in ("--only", name)]
         command = [sys.executable, "-c", "from loraflow.cli import main; main()", "deploy", "--wait", "0", *only]
         subprocess.run(command, cwd=self.mine, env=self.environment("me"), check=True, stdout=subprocess.DEVNULL)
-        for pool, clone in self.workers.items():
-            options = ["--pool", pool, "--type", "process", "--name", pool, "--limit", "4"]
-            self._start(pool, clone, ["worker", "start", *options], LORAFLOW_HOME=str(clone))
-        for pool in self.workers:
-            self._wait(lambda pool=pool: self._online(pool), pool)
+        self.add_worker("local", "local")
+        self.add_worker("gpu", "gpu")
+
+    def add_worker(self, pool: str, name: str) -> None:
+        """Start a worker of a pool, as on a machine of its own, and wait until the server has heard of it."""
+        if name not in self.clones:
+            git(self.folder, "clone", "-q", "remote.git", f"clone of {name}")
+            self.clones[name] = self.folder / f"clone of {name}"
+        options = ["--pool", pool, "--type", "process", "--name", name, "--limit", "4"]
+        self._start(name, self.clones[name], ["worker", "start", *options], LORAFLOW_HOME=str(self.clones[name]))
+        self._wait(lambda: self._online(pool, name), name)
+
+    def kill_machine(self, name: str) -> list[str]:
+        """Kill a worker and all that it started, at once, as a power cut does; return what they were."""
+        mark, killed = f"LORAFLOW_HOME={self.clones[name]}".encode(), []
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark in (place / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(place.name), signal.SIGSTOP)  # nobody is to see another one die
+                    killed.append(place)
+            except OSError:  # it ended meanwhile, or is another user's
+                continue
+        lines = [(place / "cmdline").read_bytes().replace(b"\0", b" ").decode() for place in killed]
+        for place in killed:
+            os.kill(int(place.name), signal.SIGKILL)
+        self.running.pop(name).wait()
+        return lines
 
     def environment(self, who: str, **more: str) -> dict[str, str]:
         home = self.folder / f"home of {who}"
@@ -107,12 +128,12 @@ class Team(Api):
             )  # fmt: skip
 
     def log(self, name: str) -> Path:
-        """Return the log of the server or of a pool's worker."""
+        """Return the log of the server or of a worker."""
         return self.folder / f"{name}.log"
 
-    def cache(self, pool: str) -> Path:
-        """Return where a pool's worker keeps what it downloaded."""
-        return self.folder / f"home of {pool}" / "cache"
+    def cache(self, name: str) -> Path:
+        """Return where a worker keeps what it downloaded."""
+        return self.folder / f"home of {name}" / "cache"
 
     def _wait(self, condition: Any, name: str) -> None:
         for _ in range(600):
@@ -129,8 +150,9 @@ class Team(Api):
             return False
         return True
 
-    def _online(self, pool: str) -> bool:
-        return any(one["status"] == "ONLINE" for one in self.api("POST", f"/work_pools/{pool}/workers/filter"))
+    def _online(self, pool: str, name: str) -> bool:
+        workers = self.api("POST", f"/work_pools/{pool}/workers/filter")
+        return any(one["status"] == "ONLINE" and one["name"] == name for one in workers)
 
     def stop(self) -> None:
         """End all of it, the workers first."""

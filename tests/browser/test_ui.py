@@ -130,25 +130,28 @@ def test_retry_goes_on_from_the_failed_stage_and_its_checkpoint(page, site):
     assert figures(site)[-1]["resumed_at"] >= 5 and figures(site)[-1]["steps"] == 120
 
 
-def test_a_person_approves_a_promotion_in_the_form(page, site):
-    run = site.start(
-        "finetune/local", approval=True, settings={"training_config.max_steps": 9, "register.model": "asked"}
-    )
+@pytest.mark.parametrize("ui", ["new", "classic"])
+def test_a_person_approves_a_promotion_in_the_form(page, site, ui):
+    settings = {"training_config.max_steps": 9, "register.model": f"asked-{ui}"}
+    run = site.start("finetune/local", approval=True, settings=settings)
     found = site.wait(run, "PAUSED", "COMPLETED")
     if found["state"]["type"] == "COMPLETED":
         pytest.fail(f"the gate did not promote: {found['state']}")
     assert found["state"]["name"] == "Suspended" and site.workers() == []
-    page.goto(f"{site.url}/runs/flow-run/{run}")
-    page.get_by_role("button", name="Resume").first.click()
+    if ui == "new":
+        menu(page, site, run, "Resume")
+    else:
+        page.goto(f"{site.url}/runs/flow-run/{run}")
+        page.get_by_role("button", name="Resume").first.click()
     page.get_by_text("promote?").wait_for()
-    picture(page, "approval")
+    picture(page, f"approval-{ui}")
     page.get_by_role("switch").last.click()
     page.locator("textarea").last.fill("answers are better")
-    picture(page, "approval-filled")
-    page.get_by_role("button", name="Submit").last.click()
+    picture(page, f"approval-{ui}-filled")
+    page.get_by_role("button", name="Resume" if ui == "new" else "Submit").last.click()
     site.wait(run, "SCHEDULED", "PENDING", "RUNNING", seconds=60)
     site.wait(run, "COMPLETED")
-    log = sorted((site.folder / ".loraflow" / "store" / "registry" / "asked" / "log").glob("*.json"))[-1]
+    log = sorted((site.folder / ".loraflow" / "store" / "registry" / f"asked-{ui}" / "log").glob("*.json"))[-1]
     assert "approved by hand: answers are better" in json.loads(log.read_text())["reasons"]
 
 

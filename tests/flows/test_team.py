@@ -1,4 +1,4 @@
-"""A team's set-up: Prefect's database in Postgres, the store in a bucket, two workers of different pools and folders."""
+"""A team's set-up: Prefect's database in Postgres, the store in a bucket, workers of different pools and folders."""
 
 import json
 import subprocess
@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from loraflow.store import open_store
 from tests.conftest import chat
 from tests.team import Team, missing
 
@@ -57,7 +58,7 @@ def test_stages_go_to_the_other_worker_and_everything_lies_in_the_bucket(team):
     assert "no runs in .loraflow/store" in command(team, "runs").stderr
     trained = list(team.cache("gpu").rglob("adapter_model.safetensors"))
     assert trained, "the second worker trained, in its own cache"
-    for clone in (team.mine, *team.workers.values()):
+    for clone in (team.mine, *team.clones.values()):
         assert not (clone / ".loraflow" / "store").exists(), "nothing is kept beside the bucket"
 
 
@@ -78,3 +79,37 @@ def test_new_data_retrains_and_a_night_without_any_is_up_to_date(team):
     assert team.wait(run["id"])["state"]["type"] == "COMPLETED"
     night = team.wait(team.start("retrain/nightly"))
     assert night["state"]["name"] == "UpToDate", night["state"]
+
+
+def test_a_gpu_machine_dies_and_another_one_goes_on_from_its_checkpoint(team):
+    """Ten minutes: the server waits for three heartbeats before it believes it."""
+    settings = {"training_config.max_steps": 600, "training_config.save_steps": 5, "training_config.seed": 77}
+    run = team.start("finetune/local", settings=settings)
+    seals = [f"checkpoint-{step}/complete.json" for step in range(10, 600, 5)]
+
+    def kept() -> bool:
+        found = team.bucket.client().list_objects_v2(
+            Bucket="tests", Prefix=f"{team.store.split('/', 3)[3]}/work/train/"
+        )
+        return any(one["Key"].endswith(tuple(seals)) for one in found.get("Contents", []))
+
+    for _ in range(600):
+        if kept():
+            break
+        time.sleep(0.2)
+    killed = " ".join(team.kill_machine("gpu"))
+    assert "worker start" in killed and "prefect.engine" in killed and "loraflow.worker" in killed, killed
+    started = time.monotonic()
+    team.add_worker("gpu", "spare")
+    ended = team.wait(run, seconds=1000)
+    assert ended["state"]["name"] == "Completed", ended["state"]
+    placed = team.api("POST", "/flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}})
+    trained = sorted((one for one in placed if one["name"].startswith("train")), key=lambda one: one["created"])
+    assert [one["state"]["type"] for one in trained] == ["CRASHED", "COMPLETED"], trained
+    assert "no heartbeat for 9 minutes" in trained[0]["state"]["message"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**team.bucket.settings, "LORAFLOW_CACHE": str(team.cache("me"))}.items():
+            patch.setenv(name, value)
+        resumed = open_store(team.store).newest("train").figures["resumed_at"]
+    assert resumed >= 10, "it went on from what the dead machine had kept in the bucket"
+    print(f"the run ended {time.monotonic() - started:.0f} s after the machine; training went on from step {resumed}")
