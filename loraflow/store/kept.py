@@ -42,6 +42,7 @@ class Kept:
     def __init__(self, bucket: Bucket, prefix: str, work: Path):
         self.bucket, self.prefix, self.work = bucket, prefix, work
         self._done_with: str | None = None  # the newest checkpoint that was looked at
+        self._needless = threading.Event()  # the job is done, and nobody will go on from here
 
     def fetch(self, instead_of: str | None) -> None:
         """Bring the work folder to what the last attempt left, whichever machine it was on."""
@@ -66,21 +67,18 @@ class Kept:
     @contextmanager
     def keeping(self) -> Iterator[None]:
         """Upload each new checkpoint, or the newest where they come faster, and the last one if the job is not done."""
-        ended, unfinished = threading.Event(), threading.Event()
+        ended = threading.Event()
 
         def follow() -> None:
             while not ended.wait(LOOK):
                 self._keep_newest()
-            if unfinished.is_set():
-                self._keep_newest()
+            self._keep_newest()
 
         thread = threading.Thread(target=follow, name=f"checkpoints of {self.prefix}", daemon=True)
         thread.start()
         try:
             yield
-        except BaseException:
-            unfinished.set()
-            raise
+            self._needless.set()
         finally:
             ended.set()
             thread.join()
@@ -97,7 +95,7 @@ class Kept:
 
     def _keep_newest(self) -> None:
         newest = next(iter(sealed(self.work / FOLDER)), None)
-        if newest is None or newest.name == self._done_with:
+        if newest is None or newest.name == self._done_with or self._needless.is_set():
             return
         try:
             self._upload(newest)
@@ -115,6 +113,8 @@ class Kept:
             if seal is None:
                 raise FileNotFoundError(folder / COMPLETE)
             for file, sha256 in seal["files"].items():
+                if self._needless.is_set():  # the result must not wait for it
+                    return
                 self.bucket.upload(folder / file, self._key(name, file), sha256)
             self.bucket.put(self._key(name, COMPLETE), sealed_files)
         keys = [one.key for one in self.bucket.listing(f"{self.prefix}/{FOLDER}/")]

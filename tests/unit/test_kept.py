@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -101,6 +102,23 @@ def test_the_last_checkpoint_of_an_attempt_that_fails_is_kept_and_that_of_one_th
     with store.keeping(*JOB):
         save(store.work(*JOB), 4)
     assert in_bucket(store) == {"checkpoint-2"}
+
+
+def test_a_job_that_is_done_does_not_wait_for_the_rest_of_an_upload(machine, monkeypatch):
+    store = machine("one")
+    uploads, begun, done = [], threading.Event(), threading.Event()
+
+    def slow(bucket, path, key, sha256):
+        begun.set()
+        assert done.wait(20)
+        uploads.append(key)
+
+    monkeypatch.setattr(type(store.bucket), "upload", slow)
+    with store.keeping(*JOB):
+        save(store.work(*JOB), 2)
+        assert begun.wait(20)
+        threading.Timer(0.5, done.set).start()
+    assert len(uploads) == 1, "a checkpoint has two files"
 
 
 def test_what_a_resume_needs_comes_along(machine):
