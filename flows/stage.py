@@ -8,6 +8,7 @@ from prefect import flow
 from prefect.states import Failed, State
 
 from loraflow.failures import Failure
+from loraflow.store import refuse_damaged
 from loraflow.tether import end_with_parent
 from tasks.place import accept, say
 from tasks.stages import run_here
@@ -27,6 +28,8 @@ def stage(job: dict[str, Any], store: str, label: str, force: bool = False) -> S
     try:
         accepted, artifacts = accept(job, store)
         with artifacts.reading():
+            for ref in accepted.inputs.values():
+                refuse_damaged(artifacts, ref)
             run_here(accepted, artifacts, label, force=force)
     except Failure as failure:
         return Failed(message=say(failure))

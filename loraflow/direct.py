@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from loraflow.config import Recipe
-from loraflow.failures import CorruptArtifact
 from loraflow.launch import run_job
 from loraflow.plan import Jobs
-from loraflow.store import Ref
+from loraflow.store import Ref, refuse_damaged
 
 
 class Direct:
@@ -25,12 +24,7 @@ class Direct:
         if found is not None:
             return found
         for ref in inputs.values():
-            problems = store.fetch(ref)
-            if problems:
-                store.set_aside(ref, problems)
-                raise CorruptArtifact(
-                    f"{ref} was damaged.", got="; ".join(problems[:3]), next_step="run the command again"
-                )
+            refuse_damaged(store, ref)
         return run_job(job, store)
 
 

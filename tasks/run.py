@@ -25,7 +25,7 @@ from loraflow.failures import BadConfig, CorruptArtifact, Failure, from_os_error
 from loraflow.plan import Jobs, explain_miss
 from loraflow.registry.log import actor
 from loraflow.stages import STAGES, code_digest
-from loraflow.store import Ref
+from loraflow.store import Ref, refuse_damaged
 from loraflow.store.gc import collect
 from loraflow.tether import end_with_parent
 from tasks.name import show_name
@@ -68,7 +68,7 @@ class Run:
                 )
         else:
             log.info("%s runs: %s", label, "--force" if force else "; ".join(explain_miss(store, job)))
-            if name not in self.jobs.recipe.runtime.placement:  # a worker elsewhere fetches and hashes its own copy
+            if name not in self.jobs.recipe.runtime.placement:  # a worker elsewhere hashes what it reads
                 self._check_contents(inputs)
         ref = call(job, store, label, hit=hit, force=force)
         self.forced.add(job.fingerprint)
@@ -85,17 +85,10 @@ class Run:
         return ref
 
     def _check_contents(self, inputs: dict[str, Ref]) -> None:
-        store = self.jobs.store
         for ref in inputs.values():
-            if ref.digest in self.whole:
-                continue
-            problems = store.fetch(ref)
-            if problems:
-                aside = store.set_aside(ref, problems)
-                raise CorruptArtifact(
-                    f"{ref} is damaged.", where=aside, got="; ".join(problems[:3]), next_step="it is made again"
-                )
-            self.whole.add(ref.digest)
+            if ref.digest not in self.whole:
+                refuse_damaged(self.jobs.store, ref)
+                self.whole.add(ref.digest)
 
     def until_whole(self, walk: Callable[[Run], T]) -> T:
         """Walk the DAG; when an artifact turns out to be damaged, walk again: it is made anew, the rest is cached."""

@@ -13,10 +13,10 @@ A bucket has the same layout, but for `work/` and `staging/`, which each machine
 bucket has the newest checkpoint, from which another machine goes on.
 """
 
-from loraflow.store.base import Manifest, Ref, Store, Summary
+from loraflow.store.base import Manifest, Ref, Store, Summary, refuse_damaged
 from loraflow.store.local import LocalStore
 
-__all__ = ["LocalStore", "Manifest", "Ref", "Store", "Summary", "open_store"]
+__all__ = ["LocalStore", "Manifest", "Ref", "Store", "Summary", "open_store", "refuse_damaged"]
 
 
 def open_store(uri: str) -> Store:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict
 
 from loraflow import identity
+from loraflow.failures import CorruptArtifact
 from loraflow.identity import short
 from loraflow.store.files import files_below, hash_file
 
@@ -241,3 +242,17 @@ class Store(Protocol):
 
     def leftovers(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
         """Yield, and remove, (name, bytes) of unfinished work and cut-off writes from before a time."""
+
+
+def refuse_damaged(store: Store, ref: Ref) -> None:
+    """Get an artifact here and hash its contents; one that is damaged is set aside.
+
+    Raises:
+        CorruptArtifact: it was, so that whoever made it has to make it again.
+    """
+    problems = store.fetch(ref)
+    if problems:
+        aside = store.set_aside(ref, problems)
+        raise CorruptArtifact(
+            f"{ref} is damaged.", where=aside, got="; ".join(problems[:3]), next_step="run again: it is made anew"
+        )

@@ -29,6 +29,18 @@ def part(recipe: str, overrides: dict):
         return run.stage("tokenize", rows=rows, base=run.stage("resolve_base")), run.stages
 
 
+@flow(name="whole", persist_result=False)
+def whole(recipe: str, overrides: dict):
+    """The same, again when something turns out to be damaged."""
+
+    def walk(run):
+        rows = run.stage("check_dataset", dataset=run.stage("version_dataset"))
+        return run.stage("tokenize", rows=rows, base=run.stage("resolve_base")), run.stages
+
+    with open_run(recipe, overrides, []) as run:
+        return run.until_whole(walk)
+
+
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory, phi3):
     """A recipe whose first stages are in the store."""
@@ -66,6 +78,20 @@ def test_a_placed_stage_runs_on_the_other_pool_and_keeps_its_fingerprint(begun, 
     assert LocalStore(begun.store).verify(ref) == []
     again, stages = part(str(begun.recipe), {})
     assert again == ref and stages["tokenize"]["state"] == "cached", "placed or not, it is the same stage"
+
+
+def test_an_input_that_is_damaged_is_found_where_it_is_read_and_made_again(begun, gpu_pool):
+    """The two share a folder, in which nothing is hashed on the way."""
+    store = LocalStore(begun.store)
+    rows = job_of(begun).inputs["rows"]
+    file = store.path(rows) / "train.jsonl"
+    file.write_bytes(file.read_bytes()[:-9] + b"#" + file.read_bytes()[-8:])
+    damaged = {"training_config.max_length": 200, "runtime.placement": {"tokenize": "gpu"}}
+    ref, stages = whole(str(begun.recipe), damaged)
+    assert stages["tokenize"]["state"] == "computed" and store.verify(ref) == [] and store.verify(rows) == []
+    [aside] = (store.root / "set-aside").glob("*.json")
+    assert "train.jsonl" in aside.read_text()
+    assert sorted(run.state.type.value for run in sub_runs()[:2]) == ["COMPLETED", "FAILED"]
 
 
 def test_a_failure_elsewhere_comes_back_as_what_it_is(begun, gpu_pool):
