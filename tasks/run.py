@@ -70,7 +70,7 @@ class Run:
             log.info("%s runs: %s", label, "--force" if force else "; ".join(explain_miss(store, job)))
             if name not in self.jobs.recipe.runtime.placement:  # a worker elsewhere hashes what it reads
                 self._check_contents(inputs)
-        ref = call(job, store, label, hit=hit, force=force)
+        ref = call(job, store, label, found, force=force)
         self.forced.add(job.fingerprint)
         if not hit:
             self.whole.add(ref.digest)
@@ -185,7 +185,8 @@ def open_run(recipe: str, overrides: dict[str, Any], force: list[str]) -> Iterat
         finally:
             jobs.save()
             run.record(error)
-    _tidy(jobs)
+    if any(stage["state"] == "computed" for stage in run.stages.values()):
+        _tidy(jobs)
 
 
 def _tidy(jobs: Jobs) -> None:

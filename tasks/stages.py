@@ -121,13 +121,13 @@ TASKS: dict[str, Task] = {
 }
 
 
-def call(job: Job, store: Any, label: str, *, hit: bool, force: bool) -> Ref:
-    """Run a stage's task and return the artifact that the store holds for it afterwards.
+def call(job: Job, store: Store, label: str, found: Ref | None, *, force: bool) -> Ref:
+    """Run a stage's task and return the artifact; `found` is what the store had for it just now.
 
     The task looks into the store itself, and says why it is cached. A hit of Prefect's own would say nothing, never looks
     at the artifact, and another server has none.
     """
-    TASKS[job.stage].with_options(refresh_cache=True)(job, store.uri, label, force)  # type: ignore[unused-coroutine]
-    ref = store.find(job.stage, job.fingerprint)
+    made = TASKS[job.stage].with_options(refresh_cache=True)(job, store.uri, label, force)
+    ref = made if isinstance(made, Ref) else found or store.find(job.stage, job.fingerprint)  # a hit gives a state
     assert ref is not None, f"{label} ended without an artifact"
     return ref

@@ -19,8 +19,7 @@ store_option = click.option(
 
 def read_runs(store: Store) -> list[dict[str, Any]]:
     """Return the records of all runs, oldest first."""
-    names = [name for name in store.documents("runs/") if name.endswith(".json")]
-    return [json.loads(text) for name in names if (text := store.read_document(name)) is not None]
+    return [json.loads(text) for text in store.read_documents("runs/", ".json").values()]
 
 
 @click.command()

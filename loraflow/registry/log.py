@@ -84,9 +84,9 @@ class PromotionLog:
             CorruptArtifact: an entry is missing or was changed.
         """
         found: list[Entry] = []
-        for number, path in enumerate(self.store.documents(f"{self.folder}/log/"), 1):
+        for number, (path, content) in enumerate(self.store.read_documents(f"{self.folder}/log/").items(), 1):
             try:
-                stored = json.loads(self.store.read_document(path) or b"")
+                stored = json.loads(content)
                 claimed = stored.pop("hash")
                 entry = Entry.model_validate(stored)
             except (ValueError, KeyError, AttributeError) as error:

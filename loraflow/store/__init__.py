@@ -13,6 +13,9 @@ A bucket has the same layout, but for `work/` and `staging/`, which each machine
 bucket has the newest checkpoint, from which another machine goes on.
 """
 
+import os
+from functools import cache
+
 from loraflow.store.base import Manifest, Ref, Store, Summary, refuse_damaged
 from loraflow.store.local import LocalStore
 
@@ -26,9 +29,7 @@ def open_store(uri: str) -> Store:
         BadConfig: the uri names a kind of store that there is not, or the bucket cannot be reached as it is set up.
     """
     if uri.startswith("s3://"):
-        from loraflow.store.s3 import S3Store
-
-        return S3Store(uri)
+        return _open_bucket(uri, tuple(sorted(item for item in os.environ.items() if _concerns_buckets(item[0]))))
     if "://" in uri and not uri.startswith("file://"):
         from loraflow.failures import BadConfig
 
@@ -40,3 +41,15 @@ def open_store(uri: str) -> Store:
             next_step="set runtime.store to a folder, for example .loraflow/store",
         )
     return LocalStore(uri.removeprefix("file://"))
+
+
+def _concerns_buckets(variable: str) -> bool:
+    return variable.startswith("AWS_") or variable in ("LORAFLOW_CACHE", "XDG_CACHE_HOME", "HOME")
+
+
+@cache
+def _open_bucket(uri: str, settings: tuple[tuple[str, str], ...]) -> Store:
+    """Open a bucket once in a process, for each of its settings: a client takes longer to make than most of its calls."""
+    from loraflow.store.s3 import S3Store
+
+    return S3Store(uri)

@@ -201,7 +201,7 @@ class Store(Protocol):
         """Remove what was kept: the job is done."""
 
     def artifacts(self) -> Iterator[Ref]:
-        """Go through all artifacts, current or not."""
+        """Go through all artifacts, current or not. Their facets are not read."""
 
     def newest(self, stage: str) -> Manifest | None:
         """Return the manifest of the stage's newest artifact."""
@@ -225,6 +225,9 @@ class Store(Protocol):
 
     def documents(self, prefix: str) -> list[str]:
         """Return the names of all documents below a prefix that ends with a slash, sorted."""
+
+    def read_documents(self, prefix: str, suffix: str = "") -> dict[str, bytes]:
+        """Return all documents below such a prefix whose names end so, sorted by name."""
 
     # keeping the store small
 

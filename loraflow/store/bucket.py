@@ -12,7 +12,8 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -24,6 +25,7 @@ from loraflow.store.files import BLOCK
 log = logging.getLogger(__name__)
 
 PART = 64 * 2**20  # bytes; S3 takes 10,000 parts, so that a file may have 640 GB
+AT_ONCE = 8  # requests at the same time
 PATIENCE = 300.0  # seconds for which an unreachable store is tried again in the middle of an upload
 _SHA = "loraflow-sha256"
 _WRITER = "loraflow-writer"
@@ -48,6 +50,7 @@ class Listed:
     key: str
     size: int
     modified: float
+    etag: str
 
 
 class Bucket:
@@ -60,6 +63,7 @@ class Bucket:
             raise BadConfig("The store names no bucket.", where="runtime.store", expected="s3://bucket/prefix", got=uri)
         self.name, self.prefix = name, prefix + "/" if prefix else ""
         self.client = _client()
+        self._known: dict[str, tuple[str, bytes]] = {}  # small objects that were read: {key: (etag, content)}
         # A missing bucket and wrong keys are told here, once, not as an odd error of the first write.
         self._call(self.client.list_objects_v2, "", Prefix=self.prefix, MaxKeys=1)
 
@@ -86,6 +90,20 @@ class Bucket:
         while block := self._read(reply["Body"], key, BLOCK):
             yield block
 
+    def read(self, listed: Iterable[Listed]) -> dict[str, bytes]:
+        """Return {key: content} of small objects as they were listed; those that are gone since are left out.
+
+        One that was read before and has the same ETag still is not asked for again: requests are what takes time.
+        """
+        objects = list(listed)
+        wanted = [one for one in objects if self._known.get(one.key, ("",))[0] != one.etag]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for found, one in zip(pool.map(lambda one: self.get(one.key), wanted), wanted, strict=True):
+                self._known.pop(one.key, None)
+                if found is not None:
+                    self._known[one.key] = (found.etag, found.data)
+        return {one.key: self._known[one.key][1] for one in objects if one.key in self._known}
+
     def _read(self, body: Any, key: str, size: int | None = None) -> bytes:
         from botocore.exceptions import HTTPClientError, IncompleteReadError, ResponseStreamingError
 
@@ -100,7 +118,9 @@ class Bucket:
         while True:
             page = self._call(self.client.list_objects_v2, below, Prefix=self.prefix + below, **token)
             for one in page.get("Contents", []):
-                yield Listed(one["Key"].removeprefix(self.prefix), one["Size"], one["LastModified"].timestamp())
+                yield Listed(
+                    one["Key"].removeprefix(self.prefix), one["Size"], one["LastModified"].timestamp(), one["ETag"]
+                )
             if not page.get("IsTruncated"):
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
@@ -52,13 +53,17 @@ def _superfluous(store: Store, keep: int) -> Iterator[tuple[Ref, str]]:
         # the champion, and the model that a rollback goes back to
         for entry in PromotionLog(store, model).in_force()[-2:]:
             held |= {ref.digest for ref in (entry.merged, entry.adapter) if ref is not None}
-    merged = []
+    computed: dict[tuple[str, str], list[Ref]] = defaultdict(list)
     for ref in store.artifacts():
-        current = store.find(ref.stage, ref.fingerprint)
-        if current is not None and current.digest != ref.digest and ref.digest not in held:
-            yield ref, "superseded"
-        elif ref.stage == "merge" and ref.digest not in held:
-            merged.append(ref)
+        computed[ref.stage, ref.fingerprint].append(ref)
+    merged = []
+    for (stage, fingerprint), refs in computed.items():
+        current = store.find(stage, fingerprint) if len(refs) > 1 else None
+        for ref in refs:
+            if current is not None and current.digest != ref.digest and ref.digest not in held:
+                yield ref, "superseded"
+            elif stage == "merge" and ref.digest not in held:
+                merged.append(ref)
     merged.sort(key=store.made, reverse=True)
     for ref in merged[keep:]:
         yield ref, f"older than the newest {keep} merged models"

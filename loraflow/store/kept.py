@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loraflow.failures import Failure
-from loraflow.store.bucket import Bucket, patiently
+from loraflow.store.bucket import AT_ONCE, Bucket, patiently
 from loraflow.store.checkpoints import (
     COMPLETE,
     FOLDER,
@@ -33,7 +33,6 @@ from loraflow.store.files import write_atomic
 
 log = logging.getLogger(__name__)
 LOOK = 2.0  # seconds between two looks for a new checkpoint
-_AT_ONCE = 8  # files that are moved at the same time
 
 
 class Kept:
@@ -153,7 +152,7 @@ class Kept:
                     target.write(block)
 
         try:
-            with ThreadPoolExecutor(_AT_ONCE) as pool:
+            with ThreadPoolExecutor(AT_ONCE) as pool:
                 list(pool.map(lambda file: patiently(lambda: get(file)), seal["files"]))
         except FileNotFoundError:
             return False

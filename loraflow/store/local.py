@@ -97,14 +97,10 @@ class LocalStore:
         return self.verify(ref)
 
     def artifacts(self) -> Iterator[Ref]:
-        """Go through all artifacts that have a readable manifest, current or not."""
+        """Go through all artifacts that have a manifest, current or not. Their facets are not read."""
         for path in sorted(self.root.glob(f"*/*/*/{MANIFEST}")):
-            if path.parts[len(self.root.parts)] in OWN:
-                continue
-            try:
-                yield self._ref(self._read_manifest(path.parent))
-            except ValueError:
-                stage, fingerprint, digest = path.parts[-4:-1]
+            stage, fingerprint, digest = path.parts[-4:-1]
+            if stage not in OWN:
                 yield Ref(stage=stage, fingerprint=fingerprint, digest=digest, uri=self.uri)
 
     def newest_payload(self, stage: str, like: dict[str, Any]) -> dict[str, Any] | None:
@@ -174,6 +170,11 @@ class LocalStore:
         return sorted(
             path.relative_to(self.root).as_posix() for path in found if path.is_file() and path.name[0] != "."
         )
+
+    def read_documents(self, prefix: str, suffix: str = "") -> dict[str, bytes]:
+        """Return all documents below a prefix whose names end so, sorted by name."""
+        found = ((name, self.read_document(name)) for name in self.documents(prefix) if name.endswith(suffix))
+        return {name: data for name, data in found if data is not None}
 
     # writing
 

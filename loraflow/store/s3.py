@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from loraflow import identity
 from loraflow.failures import CorruptArtifact, Failure, Network, ReadOnlyStore, from_os_error
 from loraflow.store import lease as leases
 from loraflow.store.base import MANIFEST, OWN, TELEMETRY, Manifest, Ref, Summary, contradictions, describe, misfits
-from loraflow.store.bucket import Bucket, patiently
+from loraflow.store.bucket import AT_ONCE, Bucket, Listed, patiently
 from loraflow.store.files import files_below, fsync_tree, hash_file, is_inside, write_json
 from loraflow.store.kept import Kept
 from loraflow.store.lock import Held, flock
@@ -34,7 +34,6 @@ from loraflow.store.sweep import sweep
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 8  # files that are moved at the same time
 _GC = "locks/gc.json"
 
 
@@ -53,6 +52,7 @@ class S3Store:
         self.uri = self.bucket.uri
         self.scratch = cache_folder(self.uri)
         self.lease_seconds = lease_seconds
+        self._seen: dict[str, Manifest] = {}  # of artifacts that were found here; none changes but for telemetry
 
     # reading
 
@@ -63,12 +63,13 @@ class S3Store:
             if pointer is None:
                 return None
             ref = Ref(stage=stage, fingerprint=fingerprint, digest=json.loads(pointer.data)["digest"], uri=self.uri)
-            manifest = self._read_manifest(ref)
+            listed = list(self.bucket.listing(f"{_home(ref)}/"))
+            manifest = self._listed_manifest(ref, listed)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
         if manifest.fingerprint != fingerprint or manifest.digest != ref.digest:
             return None
-        return None if misfits(self._sizes(ref, manifest), manifest) else self._ref(manifest)
+        return None if misfits(_sizes(ref, manifest, listed), manifest) else self._ref(manifest)
 
     def manifest(self, ref: Ref) -> Manifest:
         """Read an artifact's manifest.
@@ -76,6 +77,9 @@ class S3Store:
         Raises:
             CorruptArtifact: it is gone or unreadable.
         """
+        known = self._seen.get(_home(ref))
+        if known is not None:
+            return known
         try:
             return self._read_manifest(ref)
         except (FileNotFoundError, ValueError) as error:
@@ -126,11 +130,12 @@ class S3Store:
 
     def check(self, ref: Ref) -> list[str]:
         """Compare an artifact's names and sizes with its manifest and return what is wrong, a line each."""
+        listed = list(self.bucket.listing(f"{_home(ref)}/"))
         try:
-            manifest = self._read_manifest(ref)
+            manifest = self._listed_manifest(ref, listed)
         except (FileNotFoundError, ValueError) as error:
             return [f"{MANIFEST}: {type(error).__name__}"]
-        return misfits(self._sizes(ref, manifest), manifest)
+        return misfits(_sizes(ref, manifest, listed), manifest)
 
     def verify(self, ref: Ref) -> list[str]:
         """Read all of an artifact from the bucket and return what is wrong with it, a line each."""
@@ -145,7 +150,7 @@ class S3Store:
                 total.update(block)
             return total.hexdigest() != manifest.files[name]["sha256"]
 
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             wrong = pool.map(lambda name: patiently(lambda: differs(name)), manifest.files)
             problems = [
                 f"{name}: content is not what was written"
@@ -169,33 +174,23 @@ class S3Store:
         return self._download(ref)
 
     def artifacts(self) -> Iterator[Ref]:
-        """Go through all artifacts that have a manifest, current or not."""
+        """Go through all artifacts that have a manifest, current or not. Their facets are not read."""
         for one in self.bucket.listing():
-            parts = one.key.split("/")
-            if len(parts) != 4 or parts[3] != MANIFEST or parts[0] in OWN:
-                continue
-            ref = Ref(stage=parts[0], fingerprint=parts[1], digest=parts[2], uri=self.uri)
-            try:
-                yield self._ref(self._read_manifest(ref))
-            except ValueError:
+            if (ref := self._named(one.key)) is not None:
                 yield ref
-            except FileNotFoundError:  # removed since it was listed
-                continue
 
     def newest(self, stage: str) -> Manifest | None:
         """Return the manifest of the stage's newest artifact."""
-        found = max(self._manifests(stage), key=lambda one: one[1], default=None)
-        return self._try_manifest(found[0]) if found else None
+        found = max(self._manifests(stage), key=lambda one: one.modified, default=None)
+        return next(iter(self._parse([found]).values()), None) if found else None
 
     def newest_payload(self, stage: str, like: dict[str, Any]) -> dict[str, Any] | None:
         """Return the payload of the stage's artifact that is nearest to `like`, the newer one of two as near."""
         found = self._manifests(stage)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            read = list(pool.map(lambda one: self._try_manifest(one[0]), found))
+        made = {one.key: one.modified for one in found}
         ranked = [
-            (len(identity.explain(manifest.payload, like)), -made, manifest.payload)
-            for (_, made), manifest in zip(found, read, strict=True)
-            if manifest is not None
+            (len(identity.explain(manifest.payload, like)), -made[key], manifest.payload)
+            for key, manifest in self._parse(found).items()
         ]
         return min(ranked, key=lambda one: one[:2])[2] if ranked else None
 
@@ -224,6 +219,11 @@ class S3Store:
     def documents(self, prefix: str) -> list[str]:
         """Return the names of all documents below a prefix, sorted."""
         return sorted(one.key for one in self.bucket.listing(prefix))
+
+    def read_documents(self, prefix: str, suffix: str = "") -> dict[str, bytes]:
+        """Return all documents below a prefix whose names end so, sorted by name."""
+        found = (one for one in self.bucket.listing(prefix) if one.key.endswith(suffix))
+        return dict(sorted(self.bucket.read(found).items()))
 
     # writing
 
@@ -330,7 +330,7 @@ class S3Store:
         def one(key: str) -> None:
             self.bucket.upload(folder / keys[key], key, manifest.files[keys[key]]["sha256"])
 
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(one, keys))
 
     def _place_manifest(self, ref: Ref, manifest: Manifest) -> bool:
@@ -431,7 +431,7 @@ class S3Store:
                 return problems
             folder = self.staging(f"fetch-{ref.stage}", ref.fingerprint)
             try:
-                with ThreadPoolExecutor(_AT_ONCE) as pool:
+                with ThreadPoolExecutor(AT_ONCE) as pool:
                     list(
                         pool.map(lambda name: patiently(lambda: self._get(ref, manifest, name, folder)), manifest.files)
                     )
@@ -459,7 +459,8 @@ class S3Store:
         folder.rename(place)
 
     def _forget(self, ref: Ref) -> None:
-        """Drop the copy in the cache."""
+        """Drop the copy in the cache, and what is known of it."""
+        self._seen.pop(_home(ref), None)
         place = self._cached(ref)
         if place.exists():
             gone = self._local_folder("staging") / f"gone-{uuid.uuid4().hex[:12]}"
@@ -475,34 +476,38 @@ class S3Store:
             folder.mkdir(parents=True, exist_ok=True)
             return folder
 
-    def _sizes(self, ref: Ref, manifest: Manifest) -> dict[str, int]:
-        """Return {name: bytes} of an artifact's objects, without telemetry of which another manifest would speak."""
-        names = {_key(ref, manifest, name): name for name in manifest.files}
-        return {
-            names.get(one.key, one.key.removeprefix(f"{_home(ref)}/")): one.size
-            for one in self.bucket.listing(f"{_home(ref)}/")
-            if one.key in names or not (one.key == f"{_home(ref)}/{MANIFEST}" or _is_telemetry(ref, one.key))
-        }
+    def _manifests(self, stage: str) -> list[Listed]:
+        return [one for one in self.bucket.listing(f"{stage}/") if self._named(one.key) is not None]
 
-    def _manifests(self, stage: str) -> list[tuple[Ref, float]]:
-        found = []
-        for one in self.bucket.listing(f"{stage}/"):
-            parts = one.key.split("/")
-            if len(parts) == 4 and parts[3] == MANIFEST:
-                found.append((Ref(stage=stage, fingerprint=parts[1], digest=parts[2], uri=self.uri), one.modified))
+    def _named(self, key: str) -> Ref | None:
+        """Return the artifact whose manifest a key is."""
+        parts = key.split("/")
+        if len(parts) != 4 or parts[3] != MANIFEST or parts[0] in OWN:
+            return None
+        return Ref(stage=parts[0], fingerprint=parts[1], digest=parts[2], uri=self.uri)
+
+    def _parse(self, listed: list[Listed]) -> dict[str, Manifest]:
+        """Read manifests; those that are gone or unreadable are left out."""
+        found = {}
+        for key, data in self.bucket.read(listed).items():
+            with suppress(ValueError):
+                found[key] = Manifest.model_validate_json(data)
         return found
+
+    def _listed_manifest(self, ref: Ref, listed: list[Listed]) -> Manifest:
+        """Return the manifest that is among an artifact's objects."""
+        key = f"{_home(ref)}/{MANIFEST}"
+        content = self.bucket.read(one for one in listed if one.key == key)
+        if key not in content:
+            raise FileNotFoundError(f"{self.where(ref)}/{MANIFEST}")
+        manifest = self._seen[_home(ref)] = Manifest.model_validate_json(content[key])
+        return manifest
 
     def _read_manifest(self, ref: Ref) -> Manifest:
         found = self.bucket.get(f"{_home(ref)}/{MANIFEST}")
         if found is None:
             raise FileNotFoundError(f"{self.where(ref)}/{MANIFEST}")
         return Manifest.model_validate_json(found.data)
-
-    def _try_manifest(self, ref: Ref) -> Manifest | None:
-        try:
-            return self._read_manifest(ref)
-        except (FileNotFoundError, ValueError):
-            return None
 
     def _ref(self, manifest: Manifest) -> Ref:
         return Ref(
@@ -531,6 +536,16 @@ def _key(ref: Ref, manifest: Manifest, name: str) -> str:
         return f"{_home(ref)}/{name}"
     telemetry = {one: entry["sha256"] for one, entry in manifest.files.items() if one.startswith(TELEMETRY)}
     return f"{_home(ref)}/telemetry-{identity.short(identity.digest(telemetry))}/{name.removeprefix(TELEMETRY)}"
+
+
+def _sizes(ref: Ref, manifest: Manifest, listed: list[Listed]) -> dict[str, int]:
+    """Return {name: bytes} of an artifact's objects, without telemetry of which another manifest would speak."""
+    names = {_key(ref, manifest, name): name for name in manifest.files}
+    return {
+        names.get(one.key, one.key.removeprefix(f"{_home(ref)}/")): one.size
+        for one in listed
+        if one.key in names or not (one.key == f"{_home(ref)}/{MANIFEST}" or _is_telemetry(ref, one.key))
+    }
 
 
 def _is_telemetry(ref: Ref, key: str) -> bool:

@@ -13,6 +13,7 @@ import pytest
 
 from loraflow import identity
 from loraflow.failures import BadConfig, CorruptArtifact, Failure, MissingExtra, Network, ReadOnlyStore
+from loraflow.registry import PromotionLog
 from loraflow.store import LocalStore, Summary, bucket, open_store
 from loraflow.store.gc import collect
 from loraflow.store.lease import lease
@@ -320,3 +321,65 @@ def test_a_lease_whose_reply_was_lost_is_ones_own(bucket_uri):
     store.bucket.client.put_object = lossy
     with lease(store.bucket, "locks/x.json", wait=False) as held:
         assert lost and held.etag == lost[0]["ETag"]
+
+
+@pytest.fixture
+def requests(monkeypatch):
+    """The requests since it was last emptied, by what they ask."""
+    asked, call = [], bucket.Bucket._call
+
+    def count(self, do, *arguments, **more):
+        asked.append(do.__name__)
+        return call(self, do, *arguments, **more)
+
+    monkeypatch.setattr(bucket.Bucket, "_call", count)
+    return asked
+
+
+def test_an_artifact_that_is_known_costs_two_requests_and_its_manifest_none(bucket_uri, requests):
+    ref = put(open_store(bucket_uri))
+    store = S3Store(bucket_uri)
+    assert store.find("tokenize", FP) == ref
+    requests.clear()
+    assert store.find("tokenize", FP) == ref and store.manifest(ref).digest == ref.digest
+    assert requests == ["get_object", "list_objects_v2"], "the pointer, and names, sizes and the manifest's ETag"
+
+
+def test_a_manifest_that_was_changed_since_it_was_read_is_read_again(bucket_uri):
+    store = open_store(bucket_uri)
+    ref = put(store)
+    assert store.find("tokenize", FP) == ref
+    rewrite(store, ref, "manifest.json", "{}")
+    assert store.find("tokenize", FP) is None and store.check(ref) == ["manifest.json: ValidationError"]
+
+
+def test_gc_asks_no_more_of_a_store_with_more_artifacts(bucket_uri, requests):
+    asked, payloads = [], [identity.payload("tokenize", 1, {}, {"x": i}) for i in range(9)]
+    store = open_store(bucket_uri)
+    for some in (payloads[:2], payloads[2:]):
+        for payload in some:
+            put(store, payload=payload)
+        requests.clear()
+        assert list(collect(store, keep=3)) == []
+        asked.append(len(requests))
+    assert asked[0] == asked[1], "a listing has a thousand keys"
+
+
+def test_the_promotion_log_is_read_once(bucket_uri, requests):
+    store = open_store(bucket_uri)
+    log, ref = PromotionLog(store, "m"), put(store)
+    for number in range(3):
+        log.append(log.head(), action="promote", merged=ref, adapter=None, inputs={}, reasons=[str(number)], actor="a")
+    again, head = PromotionLog(S3Store(bucket_uri), "m"), log.head()
+    requests.clear()
+    assert [entry.reasons for entry in again.entries()] == [["0"], ["1"], ["2"]]
+    assert again.head() == head and len(again.in_force()) == 1
+    assert requests.count("get_object") == 3 and requests.count("list_objects_v2") == 3
+
+
+def test_a_bucket_is_opened_once_for_each_of_its_settings(bucket_uri, monkeypatch, requests):
+    store = open_store(bucket_uri)
+    requests.clear()
+    assert open_store(bucket_uri) is store and requests == []
+    monkeypatch.setenv("LORAFLOW_CACHE", "/somewhere/else")
+    assert open_store(bucket_uri).scratch != store.scratch

@@ -273,7 +273,8 @@ def test_a_read_only_store_reads_and_says_so_when_written(tmp_path):
 
 def test_gc_keeps_what_is_new_and_stops_while_a_run_reads(store, monkeypatch):
     refs = [put(store, payload=identity.payload("merge", 1, {}, {"x": i}), content=f"model {i}") for i in range(5)]
-    monkeypatch.setattr(store, "made", lambda ref: refs.index(ref))
+    digests = [ref.digest for ref in refs]
+    monkeypatch.setattr(store, "made", lambda ref: digests.index(ref.digest))
     removed = [path for path, _, _ in collect(store, keep=2)]
     assert sorted(path.name for path in removed) == sorted(ref.digest for ref in refs[:3])
     assert store.find("merge", refs[4].fingerprint) == refs[4]
