@@ -64,7 +64,7 @@ def in_bucket(store) -> set[str]:
 
 
 def wait_until(condition) -> None:
-    for _ in range(400):
+    for _ in range(2400):  # a busy machine takes half a minute to begin a training
         if condition():
             return
         time.sleep(0.05)
