@@ -18,12 +18,13 @@ from prefect.states import StateType
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraflow.failures import BadConfig
-from tasks.events import CHAMPION, REJECTED
+from tasks.events import CHAMPION, REJECTED, WAITS
 
 log = logging.getLogger("loraflow")
 SILENT = timedelta(seconds=540)  # three heartbeats, of one in 180 s
 STARTING = timedelta(hours=1)  # in which an image is pulled and a node comes up
-TAG = "loraflow"  # of all deployments in prefect.yaml
+OURS = "loraflow"  # a tag of all deployments in prefect.yaml
+BEATS = "heartbeat"  # a tag of those whose runs send them: they have PREFECT_FLOWS_HEARTBEAT_FREQUENCY
 
 
 class Notifications(BaseModel):
@@ -39,24 +40,28 @@ def silent() -> Iterator[AutomationCore]:
     """Yield what ends runs whose machine or process vanished. Self-hosted servers have no such automation of their own.
 
     A trigger of Prefect's counts what comes after an event, and gives up once it was enough: a state in which nothing
-    more comes needs a trigger that begins with it. Only our own deployments are known to send heartbeats at all.
+    more comes needs a trigger that begins with it. Deployments of an older version, which one that is named in `deploy
+    --only` leaves on the server, send no heartbeats.
     """
     runs = {"prefect.resource.id": ["prefect.flow-run.*"]}
-    ours = {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"}
 
-    def end(what: str, after: set[str], within: timedelta, state: StateType, why: str, **more: Any) -> AutomationCore:
+    def end(
+        what: str, after: set[str], within: timedelta, state: StateType, why: str, tag: str | None = None
+    ) -> AutomationCore:
+        tagged = {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{tag}"} if tag else {}
         return AutomationCore(
             name=f"loraflow: {what}",
             description=f"A run is marked {state.value.capitalize()}: {why}. Retry goes on from its last finished stage.",
             trigger=EventTrigger(
                 after={f"prefect.flow-run.{name}" for name in after},
-                expect={"prefect.flow-run.*"},  # whatever state a run goes to, custom names included, is a sign of life
+                # Whatever state a run goes to, custom names included, is a sign of life.
+                expect={"prefect.flow-run.*", WAITS},
                 match=runs,  # type: ignore[arg-type]
+                match_related=tagged,  # type: ignore[arg-type]
                 for_each={"prefect.resource.id"},
                 posture=Posture.Proactive,
                 threshold=1,
                 within=within,
-                **more,
             ),
             actions=[ChangeFlowRunState(state=state, message=why)],
         )
@@ -64,11 +69,11 @@ def silent() -> Iterator[AutomationCore]:
     minutes, hour = (f"{within.total_seconds() / 60:g} minutes" for within in (SILENT, STARTING))
     yield end("crashed runs", {"heartbeat"}, SILENT, StateType.CRASHED, f"no heartbeat for {minutes}")
     yield end("runs that died at once", {"Running"}, SILENT, StateType.CRASHED, f"no first heartbeat for {minutes}",
-              match_related=ours)  # fmt: skip
+              BEATS)  # fmt: skip
     yield end("runs that did not start", {"Pending", "Submitting", "InfrastructurePending"}, STARTING, StateType.CRASHED,
-              f"not started {hour} after a worker took it", match_related=ours)  # fmt: skip
+              f"not started {hour} after a worker took it", OURS)  # fmt: skip
     yield end("runs that nobody cancels", {"Cancelling"}, SILENT, StateType.CANCELLED,
-              f"no worker cancelled it within {minutes}", match_related=ours)  # fmt: skip
+              f"no worker cancelled it within {minutes}", OURS)  # fmt: skip
 
 
 def notices(wanted: Notifications, block: str, action: Any) -> Iterator[AutomationCore]:

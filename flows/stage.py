@@ -7,7 +7,7 @@ from typing import Any
 from prefect import flow
 from prefect.states import Failed, State
 
-from loraflow.failures import Failure
+from loraflow.failures import Failure, from_os_error
 from loraflow.store import refuse_damaged
 from loraflow.tether import end_with_parent
 from tasks.place import accept, say
@@ -31,6 +31,9 @@ def stage(job: dict[str, Any], store: str, label: str, force: bool = False) -> S
             for ref in accepted.inputs.values():
                 refuse_damaged(artifacts, ref)
             run_here(accepted, artifacts, label, force=force)
-    except Failure as failure:
+    except (Failure, OSError) as error:
+        failure = error if isinstance(error, Failure) else from_os_error(error, store)
+        if failure is None:
+            raise
         return Failed(message=say(failure))
     return None

@@ -15,6 +15,16 @@ from loraflow.failures import Network
 DATASET = "loraflow.dataset.updated"
 CHAMPION = "loraflow.champion.promoted"
 REJECTED = "loraflow.challenger.rejected"
+WAITS = "loraflow.run.waits"
+
+
+def announce_waiting(run: Any) -> None:
+    """Say of a run that suspended itself that nothing more will be heard of it, and that it shall not be ended for that.
+
+    Heartbeats go on until the flow's function ends, and come to the server later than a state does. This event takes the
+    same way, so that it comes after them.
+    """
+    emit_event(WAITS, {"prefect.resource.id": f"prefect.flow-run.{run}"})
 
 
 def announce_decision(model: str, decision: dict[str, Any], entry: int | None) -> None:

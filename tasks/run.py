@@ -28,6 +28,7 @@ from loraflow.stages import STAGES, code_digest
 from loraflow.store import Ref, refuse_damaged
 from loraflow.store.gc import collect
 from loraflow.tether import end_with_parent
+from tasks.events import announce_waiting
 from tasks.name import show_name
 from tasks.stages import call
 
@@ -172,7 +173,7 @@ def open_run(recipe: str, overrides: dict[str, Any], force: list[str]) -> Iterat
         _add_data(jobs)
     run = Run(jobs, find_recipe(recipe), force)
     error: BaseException | None = None
-    with jobs.store.reading():
+    with _told_if_it_waits(), jobs.store.reading():
         try:
             show_name(jobs)
             yield run
@@ -187,6 +188,15 @@ def open_run(recipe: str, overrides: dict[str, Any], force: list[str]) -> Iterat
             run.record(error)
     if any(stage["state"] == "computed" for stage in run.stages.values()):
         _tidy(jobs)
+
+
+@contextmanager
+def _told_if_it_waits() -> Iterator[None]:
+    try:
+        yield
+    except Pause:
+        announce_waiting(flow_run.id)
+        raise
 
 
 def _tidy(jobs: Jobs) -> None:

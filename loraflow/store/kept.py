@@ -6,15 +6,17 @@ A checkpoint counts once its seal is there, which is written last; what arrives 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from loraflow.failures import Failure
+from loraflow.failures import Failure, Network
 from loraflow.store.bucket import AT_ONCE, Bucket, patiently
 from loraflow.store.checkpoints import (
     COMPLETE,
@@ -45,9 +47,11 @@ class Kept:
 
     def fetch(self, instead_of: str | None) -> None:
         """Bring the work folder to what the last attempt left, whichever machine it was on."""
+        for left in (*self.work.glob(".fetch-*"), *self.work.glob(".upload-*")):  # by an attempt that was killed
+            shutil.rmtree(left, ignore_errors=True)
         mark = self.bucket.get(f"{self.prefix}/{FORCED}")
         theirs, names = mark.data.decode() if mark else None, self._sealed()
-        if (mark or names) and theirs != forced_over(self.work):  # what is here is of an older computation
+        if theirs != forced_over(self.work):  # what is here is of an older computation, or was ended elsewhere
             begin_anew(self.work, theirs)
         if instead_of is not None and forced_over(self.work) != instead_of:
             self.forget()
@@ -98,24 +102,31 @@ class Kept:
             return
         try:
             self._upload(newest)
-        except FileNotFoundError:  # the trainer removed it meanwhile, for a newer one
+        except FileNotFoundError:  # the trainer was just removing it, for a newer one
+            return
+        except Network as failure:  # it may come back, and the next checkpoint may be hours away
+            log.warning("%s is not in the bucket yet: %s", newest.name, failure)
             return
         except (Failure, OSError) as error:  # the training goes on; only another machine could not go on from here
             log.warning("%s is not kept in the bucket: %s", newest.name, error)
         self._done_with = newest.name
 
     def _upload(self, newest: Path) -> None:
-        wanted = {name: newest.parent / name for name in _with_needed(newest)}
-        for name, folder in wanted.items():
-            sealed_files = (folder / COMPLETE).read_bytes()
-            seal = read_seal(sealed_files)
-            if seal is None:
-                raise FileNotFoundError(folder / COMPLETE)
-            for file, sha256 in seal["files"].items():
-                if self._needless.is_set():  # the result must not wait for it
-                    return
-                self.bucket.upload(folder / file, self._key(name, file), sha256)
-            self.bucket.put(self._key(name, COMPLETE), sealed_files)
+        wanted, held = _with_needed(newest), self.work / f".upload-{uuid.uuid4().hex[:8]}"
+        try:
+            place = _hold(newest.parent, wanted, held)
+            for name in wanted:
+                sealed_files = (place / name / COMPLETE).read_bytes()
+                seal = read_seal(sealed_files)
+                if seal is None:
+                    raise FileNotFoundError(place / name / COMPLETE)
+                for file, sha256 in seal["files"].items():
+                    if self._needless.is_set():  # the result must not wait for it
+                        return
+                    self.bucket.upload(place / name / file, self._key(name, file), sha256)
+                self.bucket.put(self._key(name, COMPLETE), sealed_files)
+        finally:
+            shutil.rmtree(held, ignore_errors=True)
         keys = [one.key for one in self.bucket.listing(f"{self.prefix}/{FOLDER}/")]
         self.bucket.delete(
             [key for key in keys if key.removeprefix(f"{self.prefix}/{FOLDER}/").split("/")[0] not in wanted]
@@ -131,9 +142,11 @@ class Kept:
             if not all(self._get(one, staged / one) for one in names if one != name):
                 return False
             (self.work / FOLDER).mkdir(exist_ok=True)
-            for one in names:  # the newest last, since it is what is looked for
+            now = time.time()
+            for age, one in reversed(list(enumerate(reversed(names)))):  # the newest last: it is what is looked for
                 shutil.rmtree(self.work / FOLDER / one, ignore_errors=True)
                 (staged / one).rename(self.work / FOLDER / one)
+                os.utime(self.work / FOLDER / one, (now - age, now - age))  # the trainer removes the oldest first
             return True
         finally:
             shutil.rmtree(staged, ignore_errors=True)
@@ -161,6 +174,21 @@ class Kept:
 
     def _key(self, checkpoint: str, file: str) -> str:
         return f"{self.prefix}/{FOLDER}/{checkpoint}/{file}"
+
+
+def _hold(folder: Path, names: list[str], held: Path) -> Path:
+    """Give checkpoints' files a second name each, and return where: the trainer may remove them before they are up."""
+    try:
+        for name in names:
+            for file in (COMPLETE, *(seal_of(folder / name) or {"files": ()})["files"]):
+                (held / name / file).parent.mkdir(parents=True, exist_ok=True)
+                os.link(folder / name / file, held / name / file)
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # a file system without hard links
+        log.debug("%s is uploaded from where it is: %s", names[-1], error)
+        return folder
+    return held
 
 
 def _with_needed(checkpoint: Path) -> list[str]:

@@ -120,6 +120,15 @@ def test_runs_of_which_nothing_is_heard_are_ended_by_automations(put, client, na
     assert one.trigger.within.total_seconds() == seconds and one.actions[0].state.value == state
 
 
+def test_who_is_taken_for_dead_without_a_heartbeat_sends_them():
+    from flows.automations import BEATS
+    from flows.deployments import read_specs
+
+    for spec in read_specs(FILE):
+        environment = spec.values["work_pool"]["job_variables"]["env"]
+        assert ("PREFECT_FLOWS_HEARTBEAT_FREQUENCY" in environment) == (BEATS in spec.values["tags"]), spec.full_name
+
+
 def test_no_server_and_no_such_deployment_have_a_next_step(monkeypatch):
     from prefect.settings import PREFECT_API_URL, temporary_settings
 

@@ -9,9 +9,10 @@ import sys
 import pytest
 from prefect import flow
 
+from flows import stage as stage_module
 from loraflow.config import load_recipe
 from loraflow.direct import Direct
-from loraflow.failures import BadConfig, BadData, Crashed, Failure, Killed, OutOfMemory
+from loraflow.failures import BadConfig, BadData, Crashed, Failure, Killed, OutOfMemory, from_dict
 from loraflow.store import LocalStore
 from tasks import place as placing
 from tasks.run import open_run
@@ -92,6 +93,18 @@ def test_an_input_that_is_damaged_is_found_where_it_is_read_and_made_again(begun
     [aside] = (store.root / "set-aside").glob("*.json")
     assert "train.jsonl" in aside.read_text()
     assert sorted(run.state.type.value for run in sub_runs()[:2]) == ["COMPLETED", "FAILED"]
+
+
+def test_an_input_that_the_worker_may_not_read_comes_back_as_that(begun, monkeypatch):
+    def refuse(store, ref):
+        raise PermissionError(13, "Permission denied", "/of/somebody/else")
+
+    monkeypatch.setattr(stage_module, "refuse_damaged", refuse)
+    monkeypatch.setattr(stage_module, "end_with_parent", lambda: None)
+    job = job_of(begun, **{"training_config.max_length": 201}).model_dump(mode="json")
+    state = stage_module.stage(job, str(begun.store), "tokenize", return_state=True)
+    failure = from_dict(json.loads(state.message.rpartition("failure: ")[2]))
+    assert failure.what == "A file cannot be read or written." and failure.where == "/of/somebody/else"
 
 
 def test_a_failure_elsewhere_comes_back_as_what_it_is(begun, gpu_pool):

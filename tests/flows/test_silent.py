@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 from prefect.client.schemas.objects import StateType
 from prefect.events import emit_event
-from prefect.states import Cancelling, Completed, Pending, Running
+from prefect.exceptions import Pause
+from prefect.states import Cancelling, Completed, Pending, Running, Suspended
+
+from loraflow.store import LocalStore
+from tasks import run as run_module
+from tasks.events import announce_waiting
+from tests.flows.conftest import Place
 
 WITHIN = 25  # seconds; heartbeats go through a queue, and a busy machine lets them wait
 FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
@@ -29,26 +35,36 @@ def deployments(client, monkeypatch):
     setup.everything(specs, Notifications())
     ours = client.read_deployment_by_name(specs[0].full_name)
     theirs = client.create_deployment(ours.flow_id, "theirs")
-    yield ours.id, theirs
+    older = client.create_deployment(ours.flow_id, "older", tags=["loraflow"])  # of a version that sent no heartbeats
+    yield ours.id, theirs, older
     for one in client.read_automations():
         client.delete_automation(one.id)
-    for id_ in (ours.id, theirs):
+    for id_ in (ours.id, theirs, older):
         client.delete_deployment(id_)
     client.delete_work_pool("silent")
 
 
 @pytest.mark.slow
 def test_runs_of_which_nothing_is_heard_end_and_others_do_not(client, deployments):
-    ours, theirs = deployments
+    ours, theirs, older = deployments
+    tags = {id_: client.read_deployment(id_).tags for id_ in deployments}
+
+    def beat(id_, deployment):
+        """Send what Prefect's engine sends, tags included."""
+        related = [
+            {"prefect.resource.id": f"prefect.tag.{tag}", "prefect.resource.role": "tag"} for tag in tags[deployment]
+        ]
+        emit_event("prefect.flow-run.heartbeat", {"prefect.resource.id": f"prefect.flow-run.{id_}"}, related=related)
 
     def run(deployment, *states, heartbeat=False):
         id_ = client.create_flow_run_from_deployment(deployment).id
         for state in states:
             client.set_flow_run_state(id_, state)
         if heartbeat:
-            emit_event("prefect.flow-run.heartbeat", {"prefect.resource.id": f"prefect.flow-run.{id_}"})
+            beat(id_, deployment)
         return id_
 
+    alive = run(ours, Pending(), Running(), heartbeat=True)
     ended = {
         run(ours, Pending(name="Submitting")): StateType.CRASHED,
         run(ours, Pending(), Running()): StateType.CRASHED,
@@ -57,16 +73,34 @@ def test_runs_of_which_nothing_is_heard_end_and_others_do_not(client, deployment
         run(theirs, Pending(), Running(), heartbeat=True): StateType.CRASHED,
     }
     left = {
+        alive: StateType.RUNNING,
         run(theirs, Pending(), Running()): StateType.RUNNING,  # it may be of those that send no heartbeats
+        run(older, Pending(), Running()): StateType.RUNNING,
         run(ours, Pending(), Running(), Completed()): StateType.COMPLETED,
         run(ours): StateType.SCHEDULED,
+        (
+            waits := run(ours, Pending(), Running(), Suspended(), heartbeat=True)
+        ): StateType.PAUSED,  # the state was faster
     }
-    alive = run(ours, Pending(), Running(), heartbeat=True)
-    until, found = time.monotonic() + 4 * WITHIN, {}
-    while time.monotonic() < until and found != ended:
-        emit_event("prefect.flow-run.heartbeat", {"prefect.resource.id": f"prefect.flow-run.{alive}"})
+    announce_waiting(waits)
+    begun, found = time.monotonic(), {}
+    while time.monotonic() < begun + 6 * WITHIN and (found != ended or time.monotonic() < begun + 2 * WITHIN):
+        beat(alive, ours)
         time.sleep(2)
         found = {id_: client.read_flow_run(id_).state.type for id_ in ended}
     assert found == ended
     assert {id_: client.read_flow_run(id_).state.type for id_ in left} == left
-    assert client.read_flow_run(alive).state.type == StateType.RUNNING
+
+
+def test_a_run_that_suspends_itself_says_so_when_it_has_nothing_more_to_do(tmp_path, dataset, quick_phi3, monkeypatch):
+    """Its heartbeats go on until then."""
+    place, said = Place(tmp_path, quick_phi3), []
+
+    def announce(run):
+        with LocalStore(place.store).collecting():
+            said.append(run)
+
+    monkeypatch.setattr(run_module, "announce_waiting", announce)
+    with pytest.raises(Pause), run_module.open_run(str(place.recipe), {}, []):
+        raise Pause
+    assert len(said) == 1

@@ -78,7 +78,7 @@ def test_every_module_that_makes_a_result_is_watched():
     from loraflow.stages import STAGES
 
     ground = {"loraflow.failures", "loraflow.job", "loraflow.store", "loraflow.store.files", "loraflow.identity",
-              "loraflow.config.recipe", "loraflow.training.callbacks", "loraflow.training.checkpoints", "loraflow.training.memory",
+              "loraflow.config.recipe", "loraflow.training.callbacks", "loraflow.store.checkpoints", "loraflow.training.memory",
               "loraflow.adapters.verify"}  # fmt: skip
     for stage in STAGES.values():
         for module in stage.modules:

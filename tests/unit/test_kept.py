@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from loraflow import launch
-from loraflow.failures import ReadOnlyStore
+from loraflow.failures import Network, ReadOnlyStore
 from loraflow.store import Ref, kept
+from loraflow.store import bucket as buckets
 from loraflow.store.checkpoints import FOLDER, seal
 from loraflow.store.gc import collect
 from loraflow.store.s3 import S3Store
@@ -63,7 +64,7 @@ def in_bucket(store) -> set[str]:
 
 
 def wait_until(condition) -> None:
-    for _ in range(400):
+    for _ in range(2400):  # a busy machine takes half a minute to begin a training
         if condition():
             return
         time.sleep(0.05)
@@ -130,6 +131,8 @@ def test_what_a_resume_needs_comes_along(machine):
     two = machine("two").work(*JOB)
     assert names(two) == ["checkpoint-4", "checkpoint-6"]
     assert (two / FOLDER / "checkpoint-4" / "weights").read_text() == (best / "weights").read_text()
+    by_age = sorted((two / FOLDER).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert [path.name for path in by_age] == ["checkpoint-4", "checkpoint-6"], "the trainer removes the older one first"
 
 
 def test_a_newer_checkpoint_here_stays_and_an_older_one_does_not(machine):
@@ -178,6 +181,16 @@ def test_attempts_that_are_forced_over_the_same_artifact_go_on_from_each_other_a
     assert names(again) == ["checkpoint-3"], "its own, of step 4, is of an older computation"
 
 
+def test_what_a_computation_left_that_was_ended_on_another_machine_is_not_gone_on_from(machine):
+    """The second machine's result has the digest of the first one's: a third force is over the same artifact again."""
+    ref = Ref(stage="train", fingerprint=JOB[1], digest="a" * 64, uri="")
+    attempt(machine("one"), 4, instead_of=ref)
+    two = machine("two")
+    assert names(two.work(*JOB, ref)) == ["checkpoint-4"]
+    two.forget_work(*JOB)
+    assert names(machine("one").work(*JOB, ref)) == []
+
+
 def test_a_bucket_that_takes_nothing_ends_no_training(machine, monkeypatch, caplog):
     store = machine("one")
 
@@ -192,22 +205,94 @@ def test_a_bucket_that_takes_nothing_ends_no_training(machine, monkeypatch, capl
     assert caplog.text.count("not kept") == 1
 
 
-def test_a_checkpoint_that_the_trainer_removes_meanwhile_is_let_go(machine, monkeypatch, caplog):
+def rotating(work: Path, steps: range, every: float) -> list[str]:
+    """Save checkpoints and remove older ones, as the trainer does with a save_total_limit of 2; return all names."""
+    saved: list[Path] = []
+    for step in steps:
+        saved.append(save(work, step))
+        for old in saved[-3:-2]:
+            shutil.rmtree(old)
+        time.sleep(every)
+    return [one.name for one in saved]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_checkpoints_that_come_and_go_faster_than_an_upload_are_kept_too(machine, monkeypatch, caplog, links):
+    """Each is removed before it is up: of none of them would all files come there."""
     store = machine("one")
-    upload, work = store.bucket.upload, store.work(*JOB)
+    bucket = type(store.bucket)
+    upload, put, whole, work = bucket.upload, bucket.put, [], store.work(*JOB)
 
-    def slow(bucket, path, key, sha256):
-        if "checkpoint-2" in key:
-            shutil.rmtree(work / FOLDER / "checkpoint-2", ignore_errors=True)
-        upload(path, key, sha256)
+    def slow(self, path, key, sha256):
+        until = time.monotonic() + 0.8
+        while (work / key.removeprefix(PREFIX).strip("/")).exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        upload(self, path, key, sha256)
 
-    monkeypatch.setattr(type(store.bucket), "upload", slow)
+    def counted(self, key, data):
+        whole.append(key)
+        put(self, key, data)
+
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(bucket, "upload", slow)
+    monkeypatch.setattr(bucket, "put", counted)
+    if not links:  # then at least the last one
+        monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(RuntimeError), store.keeping(*JOB):
+        last = rotating(work, range(2, 18, 2), 0.15)[-1]
+        during = len(whole)
+        raise RuntimeError
+    assert (during > 0) == links, "it was not only the last one, which stays"
+    assert in_bucket(store) == {last} and names(machine("two").work(*JOB)) == [last]
+    assert list(work.glob(".upload-*")) == [] and "not kept" not in caplog.text
+
+
+def test_what_a_killed_attempt_was_moving_is_removed(machine):
+    store = machine("one")
+    for name in (".fetch-1", ".upload-1"):
+        (store.work(*JOB) / name / "checkpoint-2").mkdir(parents=True)
+    assert list(store.work(*JOB).glob(".*")) == []
+
+
+def test_a_bucket_that_comes_back_gets_the_checkpoint_that_it_did_not_take(machine, monkeypatch, caplog):
+    """The next checkpoint may be hours away."""
+    monkeypatch.setattr(buckets, "PATIENCE", 0.0)
+    store = machine("one")
+    upload, away = type(store.bucket).upload, threading.Event()
+
+    def sometimes(self, path, key, sha256):
+        if not away.is_set():
+            raise Network("The store did not answer.")
+        upload(self, path, key, sha256)
+
+    monkeypatch.setattr(type(store.bucket), "upload", sometimes)
     with store.keeping(*JOB):
-        save(work, 2)
-        wait_until(lambda: not names(work))
-        save(work, 4)
-        wait_until(lambda: in_bucket(store) == {"checkpoint-4"})
-    assert "not kept" not in caplog.text
+        save(store.work(*JOB), 2)
+        wait_until(lambda: "not in the bucket yet" in caplog.text)
+        away.set()
+        wait_until(lambda: in_bucket(store) == {"checkpoint-2"})
+
+
+def test_a_cut_off_upload_is_not_gone_on_with_for_other_bits(machine, monkeypatch, caplog):
+    """The upload carries the hash of the dead machine's file, and other bits of the same step would never arrive."""
+    monkeypatch.setattr(buckets, "PART", 5 * 2**20)
+    part = buckets.Bucket._upload_part
+
+    def cut_off(self, key, upload, number, data):
+        if number == 2:
+            raise OSError("the machine is gone")
+        return part(self, key, upload, number, data)
+
+    monkeypatch.setattr(buckets.Bucket, "_upload_part", cut_off)
+    attempt(machine("one"), 2, content="a" * (6 * 2**20))
+    assert len(machine("one").bucket.uploads(f"{PREFIX}/")) == 1
+    monkeypatch.setattr(buckets.Bucket, "_upload_part", part)
+    caplog.clear()
+    attempt(machine("two"), 2, content="b" * (6 * 2**20))
+    three = machine("three").work(*JOB)
+    assert (three / FOLDER / "checkpoint-2" / "weights").read_text()[:1] == "b" and "not kept" not in caplog.text
 
 
 def test_gc_gives_up_what_nobody_went_on_from(machine, monkeypatch):
