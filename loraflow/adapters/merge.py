@@ -132,9 +132,8 @@ def _check_tied(base: Path, entries: list[tensors.Entry], plan: Plan) -> None:
     if not (told if told is not None else not any(_module(entry.name) in _HEADS for entry in entries)):
         return
     for name, entry in plan.replaced.items():
-        if (
-            _module(name) in _EMBEDDINGS + _HEADS and ".base_layer." not in entry.name
-        ):  # what lies below a LoRA is the base's
+        # What lies below a LoRA, as peft saves it with one on the embeddings, is the base's own.
+        if _module(name) in _EMBEDDINGS + _HEADS and ".base_layer." not in entry.name:
             raise BadModel(
                 "The adapter holds embeddings or a head of its own, and the base has one weight for both.",
                 where=name,

@@ -50,6 +50,23 @@ def test_init_makes_a_recipe_that_plans(tmp_path, phi3, name):
     assert again.returncode == 2 and "exists already" in again.stderr
 
 
+def test_init_takes_a_file_of_any_name_and_says_what_it_does_not_read(tmp_path, phi3):
+    from loraflow.config import load_recipe
+
+    name = "meine Fragen, Teil 1: [neu] #2 (Ü).csv"
+    table = "\ufeffFrage;question;answer\r\n" + "".join(f"{i};q {i};a {i}\r\n" for i in range(60))
+    (tmp_path / name).write_text(table, encoding="utf-8", newline="")
+    done = loraflow("init", "--data", name, "--base", str(phi3), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not read  Frage (60 rows)" in done.stderr
+    (file,) = (tmp_path / "configs").iterdir()
+    recipe = load_recipe(str(file))
+    assert recipe.data.train == [name] and recipe.data.columns == {"prompt": "question", "completion": "answer"}
+    done = loraflow("data", "check", name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not read  Frage (60 rows)" in done.stderr and '"prompt": "question"' in done.stderr
+
+
 def test_data_check_names_places_and_fails(tmp_path):
     (tmp_path / "x.jsonl").write_text(FOREIGN["tickets.jsonl"])
     done = loraflow("data", "check", "x.jsonl", cwd=tmp_path)
