@@ -23,7 +23,7 @@ name: {name}
 data:
   source: {source}                # pins every byte; what differs from it is refused
   train: [{train}]{columns}
-  heldout_fraction: 0.1           # by a seeded hash of each prompt; held-out rows are the gate's alone
+  {heldout}
   loss_on: assistant              # learn the answers, not the questions
   too_long: drop                  # rows beyond max_length are left out, and counted in the report
 
@@ -104,6 +104,11 @@ def init(data_file: Path, base: str, name: str | None) -> None:
     recipe.parent.mkdir(exist_ok=True)
     recipe.write_text(_recipe(name, recipe, pin.dvc_file, names, base, good, columns), encoding="utf-8")
     click.echo(f"{len(good)} chats, {len(bad)} malformed rows")
+    _, heldout, left = _sides(names)
+    if heldout:
+        click.echo(f"held out, by their names: {', '.join(heldout)}")
+    if left:
+        click.echo(f"neither trained on nor held out: {', '.join(left)}")
     click.echo(f"{recipe}   the recipe; read it, each line says why")
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
     click.echo(f"next  loraflow plan {recipe}   ·   loraflow run {recipe}")
@@ -123,13 +128,17 @@ def _recipe(
     answers = [chat[-1]["content"] for chat in chats]
     longest_answer = max(map(len, answers)) // 3 + 8
     as_json = all(_is_object(answer) for answer in answers)
+    train, heldout, _ = _sides(names)
     few, small = len(chats) < 2000, base.startswith("bundled:")
     return RECIPE.format(
         title=f"{name}: LoRA on {base}",
         name=name,
         file=file,
         source=source,
-        train=", ".join(map(_plain, names)),
+        train=", ".join(map(_plain, train)),
+        heldout=f"heldout: [{', '.join(map(_plain, heldout))}]   # by their names; the gate's alone"
+        if heldout
+        else "heldout_fraction: 0.1           # by a seeded hash of each prompt; held-out rows are the gate's alone",
         columns=f"\n  columns: {json.dumps(columns)}  # guessed from the first row" if columns else "",
         base=base if re.fullmatch(r"[\w./:-]+", base) else json.dumps(base, ensure_ascii=False),
         repack="\n  repack: phi3                    # fused projections, as in Phi-3"
@@ -149,6 +158,21 @@ def _recipe(
         primary="field_f1" if as_json else "token_loss",
         guards="{json_valid: 0.01}" if as_json else "{rougeL: 0.02}",
     )
+
+
+def _sides(names: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Sort a folder's files by the names that published datasets give their splits: training, held-out, neither.
+
+    What is called test is not trained on; what is called validation is held out where there is no test.
+    """
+    sides: dict[str, list[str]] = {"train": [], "test": [], "validation": []}
+    for name in names:
+        found = re.match(r"(test|held-?out)|(valid(?:ation)?|val|dev|eval)(?![a-z])", Path(name).stem.lower())
+        sides["train" if found is None else "test" if found[1] else "validation"].append(name)
+    train, test, validation = sides.values()
+    if not train:
+        return names, [], []
+    return (train, test, validation) if test else (train, validation, [])
 
 
 def _plain(text: str) -> str:
