@@ -129,10 +129,11 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "check_dataset",
-            2,
+            3,
             "loraflow.data.check:run",
             False,
-            ("loraflow.data.check", "loraflow.data.formats", "loraflow.data.split"),
+            ("loraflow.data.check", "loraflow.data.formats", "loraflow.data.forms", "loraflow.data.delimited",
+             "loraflow.data.split"),
             _check_dataset,
         ),
         Stage(

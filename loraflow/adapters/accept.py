@@ -30,7 +30,70 @@ def refuse_pickles(folder: Path) -> None:
             where=str(folder),
             expected="*.safetensors",
             got=", ".join(pickles or names[:5]) or "nothing",
+            next_step=_instead(folder, names, pickles),
         )
+
+
+def _instead(folder: Path, names: list[str], pickles: list[str]) -> str:
+    inner = sorted(name for name in names if (folder / name / "adapter_config.json").exists())
+    if inner:  # peft saves each adapter but the one called default in a folder of its name
+        return f"name one adapter: {', '.join(str(folder / name) for name in inner[:4])}"
+    if "adapter_model.bin" in pickles:
+        return "load it with peft where you trust it, and save_pretrained() it again: that writes safetensors"
+    return ""
+
+
+# Initialisations that change the base's weights. peft does so again when it loads the adapter: from the weights alone for
+# the first two; for the others it needs what the adapter does not bring (data, gradients, a random state).
+REDONE = ("pissa", "olora")
+_LOST = ("pissa_niter", "corda", "loftq", "lora_ga")
+
+
+def changed_base(config: Mapping[str, Any]) -> bool:
+    """Tell whether an adapter belongs to a base whose weights its initialisation changed."""
+    return str(config.get("init_lora_weights")).lower().startswith((*REDONE, *_LOST))
+
+
+def check_config(config: Mapping[str, Any], adapter: Path) -> None:
+    """Refuse an adapter that no merge into one checkpoint can do justice to, by its configuration alone.
+
+    Raises:
+        BadModel: its base's weights cannot be told, it has no place in a checkpoint, or a value is no number.
+    """
+    where = str(adapter / "adapter_config.json")
+    if (how := str(config.get("init_lora_weights")).lower()).startswith(_LOST):
+        raise BadModel(
+            "The adapter was trained on weights that its initialisation changed, and it does not say to which.",
+            where=where,
+            expected="init_lora_weights: true",
+            got=how,
+            next_step="merge it where it was trained"
+            if how == "loftq"
+            else "save it again where it was trained, with peft's path_initial_model_for_weight_conversion: that makes it "
+            "LoRA on the base itself",
+        )
+    for key, why in (
+        ("layer_replication", "it makes more layers than the base has"),
+        ("alora_invocation_tokens", "it acts behind certain tokens only"),
+    ):
+        if config.get(key):
+            raise BadModel(
+                f"This adapter cannot be merged: {why}.",
+                where=f"{where}: {key}",
+                got=str(config[key])[:200],
+                next_step="serve base and adapter together, with peft",
+            )
+    numbers = {key: config[key] for key in ("r", "lora_alpha") if key in config}
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        numbers |= (
+            {f"{key}.{name}": v for name, v in patterns.items()} if isinstance(patterns, dict) else {key: patterns}
+        )
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise BadModel(
+                "The adapter's configuration is damaged.", where=where, expected=f"a number at {key}", got=repr(value)
+            )
 
 
 def read_config(adapter: Path) -> dict[str, Any]:
@@ -57,7 +120,14 @@ def refuse_bad_numbers(tensors: Iterable[tuple[str, Any]], where: Path) -> None:
         BadModel: it has one.
     """
     for name, tensor in tensors:
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.itemsize < 2 or not tensor.is_floating_point():
+            raise BadModel(
+                "The adapter holds numbers of a type that is not merged.",
+                where=f"{where}: {name}",
+                expected="bfloat16, float16, float32 or float64",
+                got=str(tensor.dtype).removeprefix("torch."),
+            )
+        if not tensor.isfinite().all():
             raise BadModel(
                 "The adapter holds numbers that are not finite.",
                 where=f"{where}: {name}",
@@ -81,7 +151,9 @@ def check_adapter(adapter: Path) -> None:
         with safe_open(file, framework="pt") as opened:
             refuse_bad_numbers(((name, opened.get_tensor(name)) for name in opened.keys()), adapter)  # noqa: SIM118
     except SafetensorError as error:
-        raise BadModel("A safetensors file is damaged.", where=file.name, got=str(error)[:200]) from error
+        raise BadModel(
+            "A safetensors file is damaged.", where=str(file), got=str(error)[:200], next_step="fetch it again"
+        ) from error
 
 
 def _template(folder: Path) -> str | None:

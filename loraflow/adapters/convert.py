@@ -11,10 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraflow.adapters.accept import read_config, refuse_bad_numbers, refuse_pickles
+from loraflow.adapters.accept import (
+    changed_base,
+    check_adapter,
+    check_config,
+    read_config,
+    refuse_bad_numbers,
+    refuse_pickles,
+)
 from loraflow.adapters.formats import PREFIX, Adapter, Update, from_loralib, write_peft
 from loraflow.adapters.fused import SPLIT, block_sizes
-from loraflow.adapters.stream import by_pattern
+from loraflow.adapters.stream import by_pattern, check_rank
 from loraflow.failures import BadModel
 
 
@@ -149,8 +156,17 @@ def read_peft(folder: Path) -> Adapter:
             got=", ".join(more) or f"{config.get('peft_type')}, bias {config.get('bias')}",
             next_step="merge it into its own base instead: loraflow merge",
         )
+    if changed_base(config):
+        raise BadModel(
+            "The adapter was trained on weights that its initialisation changed.",
+            where=str(folder / "adapter_config.json"),
+            expected="init_lora_weights: true",
+            got=str(config["init_lora_weights"]),
+            next_step="save it again where it was trained, with peft's path_initial_model_for_weight_conversion",
+        )
+    check_config(config, folder)
+    check_adapter(folder)
     tensors = load_file(folder / "adapter_model.safetensors")
-    refuse_bad_numbers(tensors.items(), folder)
     updates, used = {}, set()
     for name in sorted(tensors):
         if not name.endswith(".lora_A.weight"):
@@ -163,6 +179,7 @@ def read_peft(folder: Path) -> Adapter:
         if up is None or up.ndim != 2 or up.shape[1] != tensors[name].shape[0]:
             raise BadModel("A has no B that fits it.", where=f"{folder}: {stem}")
         module, rank = stem.removeprefix(PREFIX), up.shape[1]
+        check_rank(config, module, rank)
         alpha = by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         updates[module] = Update(tensors[name].float(), up.float(), scale, magnitude=magnitude)

@@ -16,12 +16,14 @@ from typing import Any
 
 from loraflow.adapters import accept, tensors
 from loraflow.adapters.nf4 import Nf4, packed_names
-from loraflow.adapters.stream import merge_streaming, plan_of
+from loraflow.adapters.stream import Plan, merge_streaming, plan_of
 from loraflow.failures import BadModel
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 
 log = logging.getLogger(__name__)
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
+_HEADS = ("lm_head", "embed_out")
 
 
 def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
@@ -89,12 +91,15 @@ def merge(
     accept.refuse_pickles(adapter)
     accept.refuse_pickles(base)
     config = accept.read_config(adapter)
+    accept.check_config(config, adapter)
     accept.check_adapter(adapter)
     accept.check_origin(adapter, base, base_digest)
     entries = tensors.model_entries(base)
     _check_vocabulary(base, adapter, entries)
     started = time.perf_counter()
     plan = plan_of(config, adapter)
+    if plan is not None:
+        _check_tied(base, entries, plan)
     if plan is not None and nf4 is not None:
         names = packed_names(base, trust=trust)
         plan = None if names is None else replace(plan, nf4=nf4, packed=names - plan.replaced.keys())
@@ -110,10 +115,34 @@ def merge(
     return {"adapted": adapted, "route": "peft" if plan is None else "streamed", "seconds": round(seconds, 2)}
 
 
+def _module(name: str) -> str:
+    return name.rpartition(".")[0].rpartition(".")[2]
+
+
 def _check_vocabulary(base: Path, adapter: Path, entries: list[tensors.Entry]) -> None:
-    rows = [e.shape[0] for e in entries if e.name.rsplit(".", 2)[-2:-1] in (["embed_tokens"], ["wte"], ["embed_in"])]
+    rows = [entry.shape[0] for entry in entries if _module(entry.name) in _EMBEDDINGS]
     if rows:
         accept.check_vocabulary(base, adapter, rows[0])
+
+
+def _check_tied(base: Path, entries: list[tensors.Entry], plan: Plan) -> None:
+    """Refuse embeddings or a head that were trained as a whole where the base has one weight for both."""
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    told = config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings"))
+    if not (told if told is not None else not any(_module(entry.name) in _HEADS for entry in entries)):
+        return
+    for name, entry in plan.replaced.items():
+        # What lies below a LoRA, as peft saves it with one on the embeddings, is the base's own.
+        if _module(name) in _EMBEDDINGS + _HEADS and ".base_layer." not in entry.name:
+            raise BadModel(
+                "The adapter holds embeddings or a head of its own, and the base has one weight for both.",
+                where=name,
+                got="tie_word_embeddings",
+                next_step="serve base and adapter together, with peft; or train single tokens: trainable_token_indices",
+            )
+    for name, lora in plan.loras.items():
+        if lora.embedding and _module(name) in _EMBEDDINGS:
+            log.warning("%s is the head's weight too: the merge changes both, where training changed one.", name)
 
 
 def _merge_through_peft(
@@ -140,7 +169,15 @@ def _merge_through_peft(
     adapted = sum(isinstance(module, BaseTunerLayer) for module in wrapped.modules())
     if adapted == 0:
         raise BadModel("The adapter adapts nothing in this base.", where=str(adapter))
-    merged = wrapped.merge_and_unload(safe_merge=False)
+    try:
+        merged = wrapped.merge_and_unload(safe_merge=False)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise BadModel(
+            "peft cannot merge this adapter.",
+            where=str(adapter),
+            got=str(error).strip()[:300],
+            next_step="serve base and adapter together, with peft",
+        ) from error
     if dtype is not None:
         merged = merged.to(getattr(torch, dtype))
     merged.save_pretrained(out, max_shard_size=max_bytes)

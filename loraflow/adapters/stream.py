@@ -14,14 +14,15 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraflow.adapters import tensors
+from loraflow.adapters import accept, tensors
 from loraflow.adapters.formats import PREFIX
+from loraflow.adapters.fused import SPLIT
 from loraflow.adapters.nf4 import Nf4
 from loraflow.adapters.tensors import Entry, Planned
 from loraflow.failures import BadModel
@@ -66,7 +67,7 @@ def plan_of(config: dict[str, Any], adapter: Path) -> Plan | None:
             "This is no LoRA adapter.", where=str(adapter), expected="LORA", got=str(config.get("peft_type"))
         )
     entries = {entry.name: entry for entry in tensors.read_entries(adapter / "adapter_model.safetensors")}
-    if any(config.get(key) for key in _MORE):
+    if any(config.get(key) for key in _MORE) or accept.changed_base(config):
         return None
     loras: dict[str, Lora] = {}
     used: set[str] = set()
@@ -83,6 +84,7 @@ def plan_of(config: dict[str, Any], adapter: Path) -> Plan | None:
                 return None
             name, rank = stem.removeprefix(PREFIX), down.shape[0]
             alpha = by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
+            check_rank(config, name, rank)
             scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
             loras[f"{name}.weight"] = Lora(down, up, scale, magnitude, embedding)
             used |= {entry.name for entry in (down, up, magnitude) if entry is not None}
@@ -101,6 +103,23 @@ def by_pattern(patterns: dict[str, float], name: str, default: float) -> float:
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
+
+
+def check_rank(config: dict[str, Any], name: str, rank: int) -> None:
+    """Refuse a configuration whose rank is not the matrices': its alpha is of another adapter too.
+
+    Raises:
+        BadModel: it is not.
+    """
+    told = by_pattern(config.get("rank_pattern") or {}, name, config.get("r", rank))
+    if told != rank:
+        raise BadModel(
+            "The adapter's configuration is not of its weights.",
+            where=name,
+            expected=f"rank {told}, by adapter_config.json",
+            got=f"rank {rank}, in adapter_model.safetensors",
+            next_step="bring the two files that were saved together",
+        )
 
 
 def merge_streaming(
@@ -309,11 +328,14 @@ def check_fit(entries: list[Entry], plan: Plan) -> None:
         entry = shapes.get(name)
         if entry is None:
             near = [other for other in shapes if other.split(".")[-2:-1] == name.split(".")[-2:-1]][:2]
+            other = _other_form(name, shapes)
             raise BadModel(
                 "The adapter adapts a matrix that the base does not have.",
                 where=name,
-                expected=", ".join(near) or f"one of {len(shapes)} tensors such as {next(iter(shapes), None)}",
-                next_step="merge it into the base that it was trained on",
+                expected=other or ", ".join(near) or f"one of {len(shapes)} tensors such as {next(iter(shapes), None)}",
+                next_step="loraflow adapters convert ADAPTER BASE OUT makes it fit this base's projections; merge OUT"
+                if other
+                else "merge it into the base that it was trained on",
             )
         if shape != entry.shape or entry.dtype not in tensors.SIZES:
             raise BadModel(
@@ -323,6 +345,16 @@ def check_fit(entries: list[Entry], plan: Plan) -> None:
                 got=str(list(shape)),
                 next_step="merge it into the base that it was trained on",
             )
+
+
+def _other_form(name: str, shapes: Iterable[str]) -> str | None:
+    """Return what holds a projection in a base that fuses it, or splits it, where this one does not have it as named."""
+    parent, own, rest = ["", *name.rsplit(".", 2)][-3:]
+    wholes = {part: whole for whole, parts in SPLIT.items() for part in parts}
+    for form in (*SPLIT.get(own, ())[:1], wholes.get(own)):
+        if form and f"{parent}.{form}.{rest}" in shapes:
+            return f"{parent}.{form}.{rest}"
+    return None
 
 
 def _shape(lora: Lora) -> tuple[int, ...]:

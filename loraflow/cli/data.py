@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from loraflow.cli import json_option, quiet_logging
+
+if TYPE_CHECKING:
+    from loraflow.data.formats import Row
 
 
 @click.group()
@@ -72,7 +77,7 @@ def pull(dvc_file: str, remote: str | None) -> None:
 @json_option
 def check(source: str, form: str, as_json: bool) -> None:
     """Read SOURCE, a file or folder of chats, and say what is wrong with its rows. Exit status 1 if anything is."""
-    from loraflow.data.formats import match_files, read_rows
+    from loraflow.data.formats import columns_of, match_files, read_rows
 
     place = Path(source)
     folder, patterns = (place, ["*"]) if place.is_dir() else (place.parent, [place.name])
@@ -80,21 +85,40 @@ def check(source: str, form: str, as_json: bool) -> None:
         raise click.BadParameter(f"{source} does not exist")
     counts: Counter[str] = Counter()
     problems = []
-    for row in read_rows(folder, match_files(folder, patterns), form):
+    names = match_files(folder, patterns)
+    columns = columns_of(folder / names[0], names[0]) if names and form == "auto" else {}
+    unread: Counter[str] = Counter()
+    for row in read_rows(folder, names, form, columns):
+        unread.update(row.unread)
         counts["rows"] += 1
         if row.problem is not None:
             counts["malformed"] += 1
             problems.append({"place": row.place, "problem": row.problem})
     if as_json:
-        click.echo(json.dumps({"rows": counts["rows"], "malformed": counts["malformed"], "problems": problems}))
+        found = {"columns": columns, "unread": dict(unread), "problems": problems}
+        click.echo(json.dumps({"rows": counts["rows"], "malformed": counts["malformed"], **found}))
     else:
         for one in problems[:20]:
             click.echo(f"{one['place']}: {one['problem']}", err=True)
         if len(problems) > 20:
             click.echo(f"… and {len(problems) - 20} more", err=True)
+        if columns:
+            click.echo(f"read with data.columns: {json.dumps(columns, ensure_ascii=False)}", err=True)
+        if unread:
+            click.echo(_unread(unread), err=True)
         click.echo(f"{counts['rows']} rows, {counts['malformed']} malformed")
     if problems or not counts["rows"]:
         raise click.exceptions.Exit(1)
+
+
+def said_unread(rows: Iterable[Row]) -> str:
+    """Return a line that says which keys of the rows hold something that is not read; empty if none does."""
+    counts = Counter(key for row in rows for key in row.unread)
+    return _unread(counts) if counts else ""
+
+
+def _unread(counts: Counter[str]) -> str:
+    return "not read  " + ", ".join(f"{key} ({count} rows)" for key, count in counts.most_common(20))
 
 
 @data.command()

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from loraflow.cli import quiet_logging
+from loraflow.cli.data import said_unread
 from loraflow.failures import BadConfig, BadData
 
 RECIPE = """\
@@ -22,7 +23,7 @@ name: {name}
 data:
   source: {source}                # pins every byte; what differs from it is refused
   train: [{train}]{columns}
-  heldout_fraction: 0.1           # by a seeded hash of each prompt; held-out rows are the gate's alone
+  {heldout}
   loss_on: assistant              # learn the answers, not the questions
   too_long: drop                  # rows beyond max_length are left out, and counted in the report
 
@@ -73,7 +74,7 @@ def init(data_file: Path, base: str, name: str | None) -> None:
     """Make configs/NAME.yaml, data/NAME/ and its .dvc file from a file or folder of chats."""
     quiet_logging()
     from loraflow.data import dvc
-    from loraflow.data.formats import match_files, read_rows
+    from loraflow.data.formats import columns_of, match_files, read_rows
 
     name = re.sub(r"[^a-z0-9._-]+", "-", (name or data_file.stem).lower()).strip("-.") or "mine"
     recipe = Path("configs", f"{name}.yaml")
@@ -83,12 +84,14 @@ def init(data_file: Path, base: str, name: str | None) -> None:
             raise BadConfig(f"{place} exists already.", next_step="choose another --name, or remove it")
     folder, patterns = (data_file, ["*"]) if data_file.is_dir() else (data_file.parent, [data_file.name])
     names = match_files(folder, patterns)
-    columns = _columns_of(folder / names[0], names[0])
+    columns = columns_of(folder / names[0], names[0])
     rows = list(read_rows(folder, names, "auto", columns))
     good = [row.messages for row in rows if row.messages is not None]
     bad = [row for row in rows if row.messages is None]
     for row in bad[:5]:
         click.echo(f"malformed  {row.place}: {row.problem}", err=True)
+    if unread := said_unread(rows):
+        click.echo(unread, err=True)
     if not good:
         raise BadData("No row of this file is a chat.", where=str(data_file), got=bad[0].problem or "" if bad else "no rows",
                       expected="messages, ShareGPT, Alpaca or prompt/completion",
@@ -101,22 +104,14 @@ def init(data_file: Path, base: str, name: str | None) -> None:
     recipe.parent.mkdir(exist_ok=True)
     recipe.write_text(_recipe(name, recipe, pin.dvc_file, names, base, good, columns), encoding="utf-8")
     click.echo(f"{len(good)} chats, {len(bad)} malformed rows")
+    _, heldout, left = _sides(names)
+    if heldout:
+        click.echo(f"held out, by their names: {', '.join(heldout)}")
+    if left:
+        click.echo(f"neither trained on nor held out: {', '.join(left)}")
     click.echo(f"{recipe}   the recipe; read it, each line says why")
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
     click.echo(f"next  loraflow plan {recipe}   ·   loraflow run {recipe}")
-
-
-def _columns_of(file: Path, name: str) -> dict[str, str]:
-    """Guess the columns from the first row, where that is no chat by itself."""
-    from loraflow.data.formats import BadRow, guess_columns, read_values, to_messages
-
-    for _, value, _ in read_values(file, name):
-        try:
-            to_messages(value)
-        except BadRow:
-            return guess_columns(value)
-        return {}
-    return {}
 
 
 def _recipe(
@@ -133,15 +128,19 @@ def _recipe(
     answers = [chat[-1]["content"] for chat in chats]
     longest_answer = max(map(len, answers)) // 3 + 8
     as_json = all(_is_object(answer) for answer in answers)
+    train, heldout, _ = _sides(names)
     few, small = len(chats) < 2000, base.startswith("bundled:")
     return RECIPE.format(
         title=f"{name}: LoRA on {base}",
         name=name,
         file=file,
         source=source,
-        train=", ".join(names),
+        train=", ".join(map(_plain, train)),
+        heldout=f"heldout: [{', '.join(map(_plain, heldout))}]   # by their names; the gate's alone"
+        if heldout
+        else "heldout_fraction: 0.1           # by a seeded hash of each prompt; held-out rows are the gate's alone",
         columns=f"\n  columns: {json.dumps(columns)}  # guessed from the first row" if columns else "",
-        base=base,
+        base=base if re.fullmatch(r"[\w./:-]+", base) else json.dumps(base, ensure_ascii=False),
         repack="\n  repack: phi3                    # fused projections, as in Phi-3"
         if base.startswith("bundled:")
         else "",
@@ -159,6 +158,26 @@ def _recipe(
         primary="field_f1" if as_json else "token_loss",
         guards="{json_valid: 0.01}" if as_json else "{rougeL: 0.02}",
     )
+
+
+def _sides(names: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Sort a folder's files by the names that published datasets give their splits: training, held-out, neither.
+
+    What is called test is not trained on; what is called validation is held out where there is no test.
+    """
+    sides: dict[str, list[str]] = {"train": [], "test": [], "validation": []}
+    for name in names:
+        found = re.match(r"(test|held-?out)|(valid(?:ation)?|val|dev|eval)(?![a-z])", Path(name).stem.lower())
+        sides["train" if found is None else "test" if found[1] else "validation"].append(name)
+    train, test, validation = sides.values()
+    if not train:
+        return names, [], []
+    return (train, test, validation) if test else (train, validation, [])
+
+
+def _plain(text: str) -> str:
+    """Quote what YAML would read as something else than this text."""
+    return text if re.fullmatch(r"[A-Za-z_/.][\w./-]*", text) else json.dumps(text, ensure_ascii=False)
 
 
 def _is_object(text: str) -> bool:

@@ -1,44 +1,25 @@
-"""From people's files to chats: JSONL, JSON, CSV and Parquet; messages, ShareGPT, Alpaca, prompt/completion.
+"""From people's files to chats: JSONL, JSON, CSV, TSV and Parquet.
 
 A row comes out as `{"messages": [{"role", "content"}, …]}` or as the reason why it does not, with its place.
 """
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from loraflow.data.delimited import read_table
+from loraflow.data.forms import BadRow, guess_columns, has_form, to_messages, unread
 from loraflow.failures import BadData
 
 MAX_ROW_BYTES = 50_000_000
-ROLES = ("system", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "bing": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-}
-_PAIRS = (("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer"), ("input", "output"),
-          ("prompt", "answer"), ("prompt", "output"), ("problem", "solution"), ("user", "assistant"))  # fmt: skip
 _SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"}
-
-
-class BadRow(Exception):
-    """A row that is no chat. The message says what was expected."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +30,7 @@ class Row:
     messages: list[dict[str, str]] | None
     problem: str | None = None
     raw: str = ""
+    unread: tuple[str, ...] = ()  # keys that hold something, and that no form reads
 
 
 def read_rows(
@@ -71,7 +53,8 @@ def read_rows(
                 yield Row(place, None, str(value), raw)
                 continue
             try:
-                yield Row(place, to_messages(_renamed(value, columns), form), None, raw)
+                messages = to_messages(_renamed(value, columns), form)
+                yield Row(place, messages, None, raw, unread(value, form, columns))
             except BadRow as problem:
                 yield Row(place, None, str(problem), raw)
 
@@ -91,6 +74,15 @@ def read_values(path: Path, name: str) -> Iterator[tuple[str, Any, str]]:
     Raises:
         BadData: the file cannot be read at all, or is of an unknown kind.
     """
+    try:
+        with path.open("rb") as file:
+            begin = file.read(2)
+    except PermissionError as error:
+        raise BadData(
+            "The file cannot be opened.", where=str(path), got=str(error.strerror), next_step="mend its permissions"
+        ) from error
+    if begin in (b"\xff\xfe", b"\xfe\xff") and path.suffix.lower() != ".parquet":
+        raise _no_utf8(name, "UTF-16", "UTF-16")
     reader = {
         ".jsonl": _jsonl,
         ".ndjson": _jsonl,
@@ -100,10 +92,52 @@ def read_values(path: Path, name: str) -> Iterator[tuple[str, Any, str]]:
         ".parquet": _parquet,
     }.get(path.suffix.lower())
     if reader is None:
-        raise BadData(
-            "This kind of file is not read.", where=name, expected=", ".join(sorted(_SUFFIXES)), got=path.suffix
-        )
-    yield from reader(path, name)
+        raise _unknown_kind(name)
+    try:
+        yield from reader(path, name)
+    except UnicodeDecodeError:
+        raise _where_no_utf8(path, name) from None
+
+
+def _unknown_kind(name: str) -> BadData:
+    suffix = Path(name).suffix.lower()
+    packed = {".gz": "gunzip --keep", ".zst": "unzstd", ".bz2": "bunzip2 --keep", ".xz": "unxz --keep", ".zip": "unzip"}
+    next_step = "save it as one of these"
+    if suffix in packed:
+        next_step = f"{packed[suffix]} {shlex.quote(name)}"
+    elif suffix in ("", ".txt"):
+        next_step = "if it holds one JSON object a line, give it the suffix .jsonl"
+    return BadData(
+        "This kind of file is not read.",
+        where=name,
+        expected=", ".join(sorted(_SUFFIXES)),
+        got=suffix or "no suffix",
+        next_step=next_step,
+    )
+
+
+def _no_utf8(place: str, got: str, encoding: str) -> BadData:
+    name = place.split(":", 1)[0] if encoding != "UTF-16" else place
+    new = f"utf8-{Path(name).name}"
+    return BadData(
+        "The file is not UTF-8.",
+        where=place,
+        expected="UTF-8 (from Excel: save as CSV UTF-8)" if name.lower().endswith(".csv") else "UTF-8",
+        got=got,
+        next_step=f"iconv -f {encoding} -t UTF-8 {shlex.quote(name)} > {shlex.quote(new)}",
+    )
+
+
+def _where_no_utf8(path: Path, name: str) -> BadData:
+    """Say in which line of a file the first byte stands that is no UTF-8; Windows' code page is the usual reason."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                got = f"byte {error.start + 1} of the line is 0x{line[error.start]:02x}"
+                return _no_utf8(f"{name}:{number}", got, "WINDOWS-1252")
+    return _no_utf8(name, "bytes that are none", "WINDOWS-1252")
 
 
 def match_files(folder: Path, patterns: list[str]) -> list[str]:
@@ -117,7 +151,10 @@ def match_files(folder: Path, patterns: list[str]) -> list[str]:
     )
     found: list[str] = []
     for pattern in patterns:
-        hits = [name for name in have if name == pattern or Path(name).match(pattern)]
+        # A file's own name is that file: not another one of this name further down, nor what its brackets would match.
+        hits = [pattern] if pattern in have else [name for name in have if Path(name).match(pattern)]
+        if not hits and (folder / pattern).is_file():
+            raise _unknown_kind(pattern)
         if not hits:
             raise BadData(
                 "No file of the dataset has this name.",
@@ -149,7 +186,10 @@ def _jsonl(path: Path, name: str) -> Iterator[tuple[str, Any, str]]:
                 yield place, BadRow(f"byte {error.start + 1} is no UTF-8 (0x{line[error.start]:02x})"), repr(line[:200])
                 continue
             try:
-                yield place, _strict_json(text), text.rstrip("\n")
+                value = _strict_json(text)
+                if isinstance(value, list):
+                    value = BadRow("a list; expected one JSON object a line (a file that is one list is called .json)")
+                yield place, value, text.rstrip("\n")
             except json.JSONDecodeError as error:
                 problem = f"column {error.pos + 1}: {error.msg}; expected one JSON object a line"
                 yield place, BadRow(problem), text.rstrip("\n")[:2000]
@@ -161,62 +201,92 @@ def _jsonl(path: Path, name: str) -> Iterator[tuple[str, Any, str]]:
 
 def _json(path: Path, name: str) -> Iterator[tuple[str, Any, str]]:
     try:
-        rows = _strict_json(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        rows = _strict_json(text)
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and error.lineno > 1 and _is_json(text.split("\n", 1)[0]):
+            yield from _jsonl(path, name)  # one object a line, which many tools call .json
+            return
         raise BadData(
             "The file is no JSON.",
             where=f"{name}:{error.lineno}:{error.colno}",
-            got=error.msg,
+            got=error.msg if text.strip() else "an empty file",
             expected="a list of rows",
         ) from error
-    except (UnicodeDecodeError, RecursionError, ValueError) as error:
+    except UnicodeDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:
         raise BadData("The file is no JSON.", where=name, got=str(error), expected="a list of rows") from error
     if not isinstance(rows, list):
-        raise BadData("The file holds no list.", where=name, expected="a JSON list of rows", got=type(rows).__name__)
+        raise _no_list(rows, name)
     for number, row in enumerate(rows, 1):
         yield f"{name}:row {number}", row, json.dumps(row, ensure_ascii=False)[:2000]
 
 
-def _csv(path: Path, name: str) -> Iterator[tuple[str, Any, str]]:
-    import pandas as pd
-
+def _is_json(text: str) -> bool:
     try:
-        table = pd.read_csv(
-            path,
-            dtype=str,
-            keep_default_na=False,
-            sep="\t" if path.suffix.lower() == ".tsv" else ",",
-            encoding="utf-8-sig",
-        )
-    except (ValueError, UnicodeDecodeError, csv.Error) as error:
-        raise BadData("The table cannot be read.", where=name, got=str(error)[:300], expected="UTF-8 CSV") from error
-    yield from _table(table.to_dict("records"), name)
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _no_list(value: Any, name: str) -> BadData:
+    """Say which of an object's keys holds the rows, if one does; else the file may be a description beside the data."""
+    lists = (
+        [k for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        if isinstance(value, dict)
+        else []
+    )
+    new = shlex.quote(f"{Path(name).stem}.jsonl")
+    return BadData(
+        "The file holds no list.",
+        where=name,
+        expected="a JSON list of rows",
+        got=f"an object with the keys {', '.join(list(value)[:8])}"
+        if isinstance(value, dict)
+        else type(value).__name__,
+        next_step=f"jq -c {shlex.quote(f'.[{json.dumps(lists[0])}][]')} {shlex.quote(name)} > {new}"
+        if lists
+        else "name the files of chats, or take this one out of their folder",
+    )
+
+
+def _csv(path: Path, name: str) -> Iterator[tuple[str, Any, str]]:
+    for number, (row, text) in enumerate(read_table(path, name), 1):
+        if isinstance(row, str):
+            yield f"{name}:row {number}", BadRow(row), text[:2000]
+        else:
+            yield _unpacked(row, f"{name}:row {number}")
 
 
 def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any, str]]:
-    from datasets import Dataset
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
-        table = Dataset.from_parquet(str(path), keep_in_memory=True)
-    except Exception as error:  # pyarrow and datasets raise many kinds; all mean the same to a person
+        with pq.ParquetFile(path) as file:
+            records = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(1000))
+            for number, record in enumerate(records, 1):
+                yield _unpacked(record, f"{name}:row {number}")
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadData(
-            "The Parquet file cannot be read.", where=name, got=f"{type(error).__name__}: {error}"[:300]
+            "The Parquet file cannot be read.",
+            where=name,
+            got=f"{type(error).__name__}: {error}"[:300],
+            next_step="fetch or write it again",
         ) from error
-    yield from _table(table, name)
 
 
-def _table(records: Any, name: str) -> Iterator[tuple[str, Any, str]]:
-    for number, record in enumerate(records, 1):
-        row = dict(record)
-        for key in ("messages", "conversations"):
-            if isinstance(row.get(key), str):
-                try:
-                    row[key] = _strict_json(row[key])
-                except ValueError as error:
-                    yield f"{name}:row {number}", BadRow(f"column {key} is no JSON: {error}"), str(row)[:2000]
-                    break
-        else:
-            yield f"{name}:row {number}", row, json.dumps(row, ensure_ascii=False, default=str)[:2000]
+def _unpacked(row: dict[str, Any], place: str) -> tuple[str, Any, str]:
+    """Return a table's row; a cell of turns may be JSON, since CSV has nothing for lists."""
+    for key in ("messages", "conversations"):
+        if isinstance(row.get(key), str):
+            try:
+                row[key] = _strict_json(row[key])
+            except ValueError as error:
+                return place, BadRow(f"column {key} is no JSON: {error}"), str(row)[:2000]
+    return place, row, json.dumps(row, ensure_ascii=False, default=str)[:2000]
 
 
 def _strict_json(text: str) -> Any:
@@ -232,158 +302,16 @@ def _strict_json(text: str) -> Any:
     return value
 
 
-# from a row to messages
-
-
-def to_messages(row: Any, form: str = "auto") -> list[dict[str, str]]:
-    """Return a row's chat.
+def columns_of(path: Path, name: str) -> dict[str, str]:
+    """Guess what `data.columns` should say from a file's first row, where that is no chat by itself.
 
     Raises:
-        BadRow: it is none; the message says what was expected.
+        BadData: the file cannot be read.
     """
-    if not isinstance(row, dict):
-        raise BadRow(f"expected an object, got {type(row).__name__}")
-    if form == "auto":
-        form = _guess(row)
-    return _checked({"messages": _messages, "sharegpt": _sharegpt, "alpaca": _alpaca,
-                     "prompt_completion": _prompt_completion}[form](row))  # fmt: skip
-
-
-def to_prompt(row: Any, form: str = "auto") -> list[dict[str, str]]:
-    """Return what a row asks a model: its chat without the last answer, whether there is one or not.
-
-    Raises:
-        BadRow: it asks nothing; the message says what was expected.
-    """
-    return to_messages(_answered(row) if isinstance(row, dict) else row, form)[:-1]
-
-
-def _answered(row: dict[str, Any]) -> dict[str, Any]:
-    """Put an answer where one belongs, so that a question passes the checks of a whole chat."""
-    out = dict(row)
-    for key, role, said in (("messages", "role", "content"), ("conversations", "from", "value")):
-        turns = out.get(key)
-        if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
-            last = turns[-1].get(role)
-            answered = (_SHAREGPT_ROLES.get(last) if isinstance(last, str) else None) == "assistant"
-            out[key] = [*(turns[:-1] if answered else turns), {role: "assistant", said: "."}]
-    if "instruction" in out:
-        out["output"] = "."
-    if "prompt" in out:
-        chat = isinstance(out["prompt"], list)
-        out["completion"] = [{"role": "assistant", "content": "."}] if chat else "."
-    return out
-
-
-def _guess(row: dict[str, Any]) -> str:
-    if "messages" in row:
-        return "messages"
-    if "conversations" in row:
-        return "sharegpt"
-    if "instruction" in row and ("output" in row or "response" in row):
-        return "alpaca"
-    if "prompt" in row and ("completion" in row or "response" in row):
-        return "prompt_completion"
-    raise BadRow(
-        "expected messages, conversations, instruction/output or prompt/completion; "
-        f"got the keys {', '.join(map(str, list(row)[:8])) or '(none)'}"
-    )
-
-
-def guess_columns(row: Any) -> dict[str, str]:
-    """Return what `data.columns` should say for a row of one of the usual pairs of names; empty if it is none."""
-    if not isinstance(row, dict):
+    for _, value, _ in read_values(path, name):
+        try:
+            to_messages(value)
+        except BadRow:
+            return guess_columns(value) if not isinstance(value, dict) or not has_form(value) else {}
         return {}
-    for prompt, completion in _PAIRS:
-        if isinstance(row.get(prompt), str) and isinstance(row.get(completion), str):
-            return {"prompt": prompt, "completion": completion}
     return {}
-
-
-def _field(row: dict[str, Any], *names: str) -> Any:
-    for name in names:
-        if name in row:
-            return row[name]
-    raise BadRow(f"expected the key {' or '.join(names)}; got {', '.join(map(str, list(row)[:8]))}")
-
-
-def _messages(row: dict[str, Any]) -> list[dict[str, Any]]:
-    messages = _field(row, "messages")
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise BadRow("messages: expected a list of {role, content}")
-    if any(m.get("tool_calls") for m in messages):
-        raise BadRow("messages: tool_calls are not read")
-    return [{"role": m.get("role"), "content": _text(m.get("content"), i)} for i, m in enumerate(messages, 1)]
-
-
-def _text(content: Any, number: int) -> Any:
-    """Join a message's parts, where it has parts: [{"type": "text", "text": …}]."""
-    if not isinstance(content, list):
-        return content
-    if not all(isinstance(part, dict) for part in content):
-        raise BadRow(f"message {number}: content is a list; expected text, or parts of type text")
-    for part in content:
-        if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise BadRow(f"message {number}: a part of type {part.get('type')}; only text is read")
-    return "".join(part["text"] for part in content)
-
-
-def _sharegpt(row: dict[str, Any]) -> list[dict[str, Any]]:
-    turns = _field(row, "conversations")
-    if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
-        raise BadRow("conversations: expected a list of {from, value}")
-    out: list[dict[str, Any]] = []
-    if isinstance(row.get("system"), str) and row["system"].strip():
-        out.append({"role": "system", "content": row["system"]})
-    for number, turn in enumerate(turns, 1):
-        who = turn.get("from", turn.get("role"))
-        if not isinstance(who, str) or who not in _SHAREGPT_ROLES:
-            raise BadRow(f"turn {number}: unknown role {who!r}; expected one of {', '.join(sorted(_SHAREGPT_ROLES))}")
-        out.append({"role": _SHAREGPT_ROLES[who], "content": turn.get("value", turn.get("content"))})
-    return out
-
-
-def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
-    instruction, given = _field(row, "instruction"), row.get("input", row.get("context"))  # Dolly says context
-    if not isinstance(instruction, str):
-        raise BadRow(f"instruction is {type(instruction).__name__}; expected text")
-    user = f"{instruction}\n\n{given}" if isinstance(given, str) and given.strip() else instruction
-    out = [{"role": "user", "content": user}, {"role": "assistant", "content": _field(row, "output", "response")}]
-    if isinstance(row.get("system"), str) and row["system"].strip():
-        out.insert(0, {"role": "system", "content": row["system"]})
-    return out
-
-
-def _prompt_completion(row: dict[str, Any]) -> list[dict[str, Any]]:
-    prompt, completion = _field(row, "prompt"), _field(row, "completion", "response")
-    if isinstance(prompt, list) and isinstance(completion, list):  # trl's conversational form
-        return _messages({"messages": [*prompt, *completion]})
-    out = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    if isinstance(row.get("system"), str) and row["system"].strip():
-        out.insert(0, {"role": "system", "content": row["system"]})
-    return out
-
-
-def _checked(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Check roles, their order and contents: system first if at all, then user and assistant in turn, assistant last."""
-    if not messages:
-        raise BadRow("a chat without messages")
-    for number, message in enumerate(messages, 1):
-        role, content = message["role"], message["content"]
-        if role not in ROLES:
-            raise BadRow(f"message {number}: unknown role {role!r}; expected one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise BadRow(f"message {number}: content is {type(content).__name__}; expected text")
-        if not content.strip() and role != "system":
-            raise BadRow(f"message {number}: an empty {role} message")
-        if role == "system" and number != 1:
-            raise BadRow(f"message {number}: a system message comes first or not at all")
-    turns = [m["role"] for m in messages if m["role"] not in ("system", "tool")]
-    if not turns or turns[0] != "user":
-        raise BadRow("a chat starts with a user message")
-    if messages[-1]["role"] != "assistant":
-        raise BadRow(f"the last message is of {messages[-1]['role']}; expected assistant")
-    for number, (one, two) in enumerate(itertools.pairwise(turns), 1):
-        if one == two == "user":
-            raise BadRow(f"two user messages in a row (turns {number} and {number + 1})")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]

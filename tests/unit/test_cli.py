@@ -50,6 +50,42 @@ def test_init_makes_a_recipe_that_plans(tmp_path, phi3, name):
     assert again.returncode == 2 and "exists already" in again.stderr
 
 
+def test_init_takes_a_file_of_any_name_and_says_what_it_does_not_read(tmp_path, phi3):
+    from loraflow.config import load_recipe
+
+    name = "meine Fragen, Teil 1: [neu] #2 (Ü).csv"
+    table = "\ufeffFrage;question;answer\r\n" + "".join(f"{i};q {i};a {i}\r\n" for i in range(60))
+    (tmp_path / name).write_text(table, encoding="utf-8", newline="")
+    done = loraflow("init", "--data", name, "--base", str(phi3), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not read  Frage (60 rows)" in done.stderr
+    (file,) = (tmp_path / "configs").iterdir()
+    recipe = load_recipe(str(file))
+    assert recipe.data.train == [name] and recipe.data.columns == {"prompt": "question", "completion": "answer"}
+    done = loraflow("data", "check", name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not read  Frage (60 rows)" in done.stderr and '"prompt": "question"' in done.stderr
+
+
+def test_init_does_not_train_on_what_is_called_test(tmp_path, phi3):
+    from loraflow.cli.init import _sides
+    from loraflow.config import load_recipe
+
+    folder = tmp_path / "splits"
+    (folder / "data").mkdir(parents=True)
+    for number, name in enumerate(("train-00000-of-00001", "test-00000-of-00001", "validation-00000-of-00001")):
+        rows = (json.dumps(chat(i)) + "\n" for i in range(30 * number, 30 * number + 30))
+        (folder / "data" / f"{name}.jsonl").write_text("".join(rows))
+    done = loraflow("init", "--data", "splits", "--base", str(phi3), "--name", "mine", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "held out, by their names: data/test-00000-of-00001.jsonl" in done.stdout
+    assert "neither trained on nor held out: data/validation-00000-of-00001.jsonl" in done.stdout
+    data = load_recipe(str(tmp_path / "configs/mine.yaml")).data
+    assert data.train == ["data/train-00000-of-00001.jsonl"] and data.heldout == ["data/test-00000-of-00001.jsonl"]
+    assert _sides(["test.jsonl"]) == (["test.jsonl"], [], []), "a file alone is what there is"
+    assert _sides(["a.json", "dev.json", "devices.json"]) == (["a.json", "devices.json"], ["dev.json"], [])
+
+
 def test_data_check_names_places_and_fails(tmp_path):
     (tmp_path / "x.jsonl").write_text(FOREIGN["tickets.jsonl"])
     done = loraflow("data", "check", "x.jsonl", cwd=tmp_path)

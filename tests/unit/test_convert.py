@@ -124,6 +124,18 @@ def test_a_loralib_checkpoint_becomes_a_peft_adapter(twins, tmp_path, suffix):
         assert torch.allclose(wanted, logits(split, tmp_path / "d"), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("values", "says"), [({"init_lora_weights": "pissa"}, "weight_conversion"), ({"r": 99}, "rank 99")]
+)
+def test_an_adapter_that_is_no_update_of_the_base_itself_is_refused(twins, tmp_path, values, says):
+    adapter = make(twins[1], tmp_path / "a", target_modules=ALL)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    with pytest.raises(BadModel) as caught:
+        convert(adapter, twins[0], tmp_path / "b")
+    assert says in str(caught.value)
+
+
 def test_equal_adapters_have_equal_bytes(twins, tmp_path):
     adapter = make(twins[1], tmp_path / "a", target_modules=ALL)
     for name in "bc":

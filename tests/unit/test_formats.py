@@ -4,7 +4,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from loraflow.data.formats import BadRow, guess_columns, match_files, read_rows, to_messages
+from loraflow.data.formats import columns_of, match_files, read_rows
+from loraflow.data.forms import BadRow, guess_columns, to_messages, to_prompt
 from loraflow.failures import BadData
 
 WANTED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -38,6 +39,71 @@ def test_columns_of_other_names(tmp_path):
     assert row.problem == "expected the column ask (prompt); got id, question, answer"
     assert guess_columns({"id": "1", "question": "q", "answer": "a"}) == columns
     assert guess_columns({"text": "q"}) == guess_columns([]) == guess_columns({"question": 1, "answer": "a"}) == {}
+
+
+def test_what_a_question_is_about_and_the_system_prompt_are_not_lost():
+    """Columns that stand beside question and answer in many published sets, and change what is asked."""
+    row = {"question": "Who?", "context": "Ann ran.", "answer": "Ann"}
+    assert guess_columns(row) == {"instruction": "question", "output": "answer"}
+    assert to_messages({**row, "instruction": "Who?", "output": "Ann"})[0]["content"] == "Who?\n\nAnn ran."
+    system = {"role": "system", "content": "s"}
+    assert to_messages({"system_prompt": "s", "prompt": "q", "completion": "a"}) == [system, *WANTED]
+    assert to_messages({"system": "s", "messages": WANTED}) == [system, *WANTED], "Anthropic's"
+    assert to_messages({"system": [{"type": "text", "text": "s"}], "messages": WANTED}) == [system, *WANTED]
+    assert to_messages({"system": "s", "messages": [system, *WANTED]}) == [system, *WANTED]
+    with pytest.raises(BadRow, match="another one in the column"):
+        to_messages({"system": "t", "messages": [system, *WANTED]})
+
+
+def test_llama_factorys_history_comes_before_the_question():
+    row = {"instruction": "q", "input": "", "output": "a", "history": [["q1", "a1"]]}
+    assert [m["content"] for m in to_messages(row)] == ["q1", "a1", "q", "a"]
+    with pytest.raises(BadRow, match=r"a list of \[question, answer\]"):
+        to_messages({**row, "history": ["q1"]})
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"messages": [WANTED[0], {**WANTED[1], "weight": 0}, *WANTED]}, "message 2: weight 0"),
+        ({"messages": [WANTED[0], {**WANTED[1], "train": False}]}, "message 2: train false"),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]}, "weight 0"),
+        ({"prompt": "q", "completion": "a", "label": False}, "label is false"),
+    ],
+)
+def test_an_answer_that_is_marked_as_not_to_be_learned_is_not_learned(row, says):
+    with pytest.raises(BadRow, match=says):
+        to_messages(row)
+    assert to_prompt(row)[-1]["role"] == "user", "it may still be asked"
+
+
+def test_marks_that_say_yes_are_no_matter():
+    assert to_messages({"messages": [{**WANTED[0], "weight": 0}, {**WANTED[1], "weight": 1}]}) == WANTED
+    assert to_messages({"messages": [WANTED[0], {**WANTED[1], "weight": None}]}) == WANTED
+    assert to_messages({"prompt": "q", "completion": "a", "label": True}) == WANTED
+
+
+def test_keys_that_are_not_read_are_named(tmp_path):
+    turns = [WANTED[0], {**WANTED[1], "reasoning_content": "hm", "tool_calls": None}]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"id": 1, "messages": turns, "tools": [], "score": 0.5}))
+    (row,) = read_rows(tmp_path, ["x.jsonl"], "auto")
+    assert row.messages == WANTED
+    assert row.unread == ("id", "score", "messages.reasoning_content")
+    (tmp_path / "y.jsonl").write_text(json.dumps({"n": 1, "Question": "q", "Answer": "a"}))
+    columns = columns_of(tmp_path / "y.jsonl", "y.jsonl")
+    assert columns == {"prompt": "Question", "completion": "Answer"}
+    (row,) = read_rows(tmp_path, ["y.jsonl"], "auto", columns)
+    assert row.messages == WANTED and row.unread == ("n",)
+
+
+@pytest.mark.parametrize(
+    ("name", "turns"),
+    [("messages", WANTED), ("conversations", [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])],
+)
+def test_a_column_of_chats_is_found_by_what_it_holds(name, turns):
+    assert guess_columns({"id": 1, "dialog": turns}) == {name: "dialog"}
+    assert guess_columns({"chosen": turns, "rejected": turns}) == {}, "which of them is meant, nobody said"
+    assert guess_columns({"dialog": turns[1:]}) == {}
 
 
 def test_dollys_context_is_part_of_the_question():
@@ -77,6 +143,9 @@ def test_alpacas_input_follows_the_instruction():
         ({"messages": [WANTED[0], {"role": "system", "content": "x"}, WANTED[1]]}, "comes first"),
         ({"prompt": "q", "completion": ""}, "empty"),
         ({"messages": "x"}, "expected a list"),
+        ({"messages": [WANTED[0], {**WANTED[1], "function_call": {"name": "f"}}]}, "function_call is not read"),
+        ({"instruction": "q", "input": {"x": 1}, "output": "a"}, "input is dict"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "completion: chosen"),
     ],
 )
 def test_what_is_no_chat_says_what_was_expected(row, says):
@@ -128,13 +197,80 @@ def test_tables_are_read(tmp_path):
     [
         ("x.json", b"{", "no JSON"),
         ("x.json", b"{}", "no list"),
+        ("x.json", b"", "an empty file"),
+        ("x y.json", b'{"data": [{}]}', "jq -c '.[\"data\"][]' 'x y.json' > 'x y.jsonl'"),
         ("x.parquet", b"PAR1garbage", "Parquet"),
         ("x.xlsx", b"", "not read"),
+        ("x.jsonl.gz", b"", "gunzip --keep x.jsonl.gz"),
+        ("x.txt", b"", "suffix .jsonl"),
+        ("x.csv", b"", "a first line"),
+        ("x.csv", b"prompt,prompt\na,b\n", "stands twice"),
+        ("x.csv", b'prompt,completion\nq,a\n"q,a\nq,a\n', "the row that begins at line 3"),
+        ("x.tsv", b'prompt\tcompletion\n"q\ta\nb" q\ta\n', "in pairs"),
+        ("x.csv", "prompt,completion\nq,a\nGröße,ü\n".encode("cp1252"), "iconv -f WINDOWS-1252 -t UTF-8 x.csv"),
+        ("x.csv", "prompt,completion\nq,a\nGröße,ü\n".encode("cp1252"), "x.csv:3"),
+        ("x.jsonl", '{"prompt": "q", "completion": "a"}'.encode("utf-16"), "iconv -f UTF-16 -t UTF-8 x.jsonl"),
     ],
 )
 def test_files_that_cannot_be_read_at_all(tmp_path, name, content, says):
-    with pytest.raises(BadData, match=says):
+    with pytest.raises(BadData) as caught:
         write(tmp_path, name, content)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"prompt;completion\r\nq;a\r\n",
+        b'\xef\xbb\xbfprompt;completion\r\n"q";a\r\n',
+        b"sep=;\r\nprompt;completion\r\nq;a\r\n",
+        b"prompt\tcompletion\nq\ta\n",
+        b"prompt, completion\nq,a\n",
+        b"prompt,completion\nq,a,\n\n",
+        b",prompt,completion\n0,q,a\n",
+    ],
+)
+def test_a_table_of_excels_or_pandas_is_read(tmp_path, content):
+    (row,) = write(tmp_path, "x.csv", content)
+    assert row.messages == WANTED
+
+
+def test_a_row_with_other_cells_than_the_header_is_named_and_never_moved(tmp_path):
+    """With the same number too many in each row, pandas takes the first column as index: all others move by one."""
+    rows = write(tmp_path, "x.csv", b"prompt,completion\nwell, what,then\nonly\nq,a\n")
+    assert [row.messages for row in rows] == [None, None, WANTED]
+    assert rows[0].place == "x.csv:row 1" and "3 cells, and the header has 2" in rows[0].problem
+    assert "1 cells" in rows[1].problem
+    long = "x" * 200_000
+    (row,) = write(tmp_path, "x.csv", f'prompt,completion\n"{long}\r\n""two""",a\n'.encode())
+    assert row.messages[0]["content"] == long + '\r\n"two"'
+
+
+def test_json_lines_are_read_whatever_the_suffix_says(tmp_path):
+    line = json.dumps({"messages": WANTED}).encode()
+    assert [row.messages for row in write(tmp_path, "x.json", line + b"\n" + line + b"\n")] == [WANTED, WANTED]
+    (row,) = write(tmp_path, "x.jsonl", b"[" + line + b"]")
+    assert "called .json" in row.problem
+
+
+def test_a_file_without_permission_is_a_failure(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_text("{}")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read anything
+    with pytest.raises(BadData, match="cannot be opened"):
+        list(read_rows(tmp_path, ["x.jsonl"], "auto"))
+
+
+def test_a_files_own_name_is_that_file_alone(tmp_path):
+    (tmp_path / "old").mkdir()
+    for name in ("train.jsonl", "old/train.jsonl", "[ab].jsonl", "a.jsonl"):
+        (tmp_path / name).write_text("")
+    assert match_files(tmp_path, ["train.jsonl"]) == ["train.jsonl"]
+    assert match_files(tmp_path, ["[ab].jsonl"]) == ["[ab].jsonl"]
+    assert match_files(tmp_path, ["train*"]) == ["old/train.jsonl", "train.jsonl"]
 
 
 def test_a_name_that_matches_nothing_lists_what_is_there(tmp_path):

@@ -101,6 +101,95 @@ def test_what_is_not_a_sum_goes_through_peft(tmp_path, phi3):
     assert_same(read(tmp_path / "out"), by_peft(phi3, adapter))
 
 
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_an_adapter_of_a_residual_base_merges_as_pefts(tmp_path, quick_phi3, how):
+    """Its base is W - s·B₀A₀: added to W, its product would count twice what the initialisation took out."""
+    adapter = make_adapter(quick_phi3, tmp_path / "adapter", init_lora_weights=how, target_modules=["o_proj"])
+    (tmp_path / "out").mkdir()
+    assert merge(quick_phi3, adapter, tmp_path / "out")["route"] == "peft"
+    assert_same(read(tmp_path / "out"), by_peft(quick_phi3, adapter))
+
+
+def configured(adapter: Path, **values) -> Path:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    return adapter
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "lora_ga"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "loftq"}, "merge it where it was trained"),
+        ({"alora_invocation_tokens": [5, 6]}, "serve base and adapter together"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "more layers than the base has"),
+        ({"lora_bias": True}, "peft cannot merge"),
+        ({"lora_alpha": None}, "a number at lora_alpha"),
+        ({"alpha_pattern": {"o_proj": "8"}}, "a number at alpha_pattern.o_proj"),
+        ({"r": 8}, "rank 8, by adapter_config.json"),
+        ({"rank_pattern": {r"layers\.1\..*": 2}}, "rank 2, by adapter_config.json"),
+    ],
+)
+def test_a_configuration_that_no_merge_can_follow_is_refused(tmp_path, quick_phi3, values, says):
+    options = {"lora_bias": True} if "lora_bias" in values else {}
+    adapter = configured(make_adapter(quick_phi3, tmp_path / "adapter", **options), **values)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadModel) as caught:
+        merge(quick_phi3, adapter, tmp_path / "out")
+    assert says in str(caught.value)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_numbers_of_a_type_that_is_not_merged_are_refused(tmp_path, quick_phi3, dtype):
+    from safetensors.torch import load_file, save_file
+
+    file = make_adapter(quick_phi3, tmp_path / "adapter") / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadModel, match="of a type that is not merged"):
+        merge(quick_phi3, file.parent, tmp_path / "out")
+
+
+@pytest.mark.parametrize("told", [True, None])
+def test_whole_embeddings_for_a_base_of_tied_ones_are_refused(tmp_path, told, caplog):
+    """peft unties them in memory; in a checkpoint that stays tied the head would become what nobody trained."""
+    base = build_phi3(tmp_path / "base", dtype="float32", tie_word_embeddings=True)
+    adapter = make_adapter(base, tmp_path / "adapter", modules_to_save=["embed_tokens"])
+    one = make_adapter(base, tmp_path / "one", target_modules=["embed_tokens"])
+    if told is None:  # left out where it is the class's default; then the head is not among the weights
+        config = json.loads((base / "config.json").read_text())
+        del config["tie_word_embeddings"]
+        (base / "config.json").write_text(json.dumps(config))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadModel, match="one weight for both"):
+        merge(base, adapter, tmp_path / "out")
+    merge(base, one, tmp_path / "out")
+    assert "changes both" in caplog.text
+
+
+def test_a_refused_adapter_says_which_command_would_take_it(tmp_path, quick_phi3):
+    """Split projections for a fused base, and the folder around several adapters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llama = LlamaConfig(
+        vocab_size=json.loads((quick_phi3 / "config.json").read_text())["vocab_size"], hidden_size=64,
+        intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
+    adapter = make_adapter(tmp_path / "llama", tmp_path / "several" / "second", target_modules=["q_proj", "v_proj"])
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadModel) as caught:
+        merge(quick_phi3, adapter, tmp_path / "out")
+    assert "expected: model.layers.0.self_attn.qkv_proj.weight" in str(caught.value)
+    assert "loraflow adapters convert" in caught.value.next_step
+    with pytest.raises(BadModel) as caught:
+        merge(quick_phi3, tmp_path / "several", tmp_path / "out")
+    assert str(adapter) in caught.value.next_step
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_random_models_and_adapters_merge_as_pefts(tmp_path, seed):
     """Any heads, tied or not, any widths, any of the variants, any dtype, shards of any size: one unit in the last place."""

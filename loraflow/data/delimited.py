@@ -1,0 +1,86 @@
+"""CSV and TSV as people's tools write them: Excel's semicolons and `sep=` line, cells of several lines, ragged rows.
+
+A row with too few or too many cells is named, not guessed: an unquoted comma would move every cell behind it.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from loraflow.failures import BadData
+
+MAX_CELL = 50_000_000  # characters; Python's own limit is 131,072
+
+
+def read_table(path: Path, name: str) -> Iterator[tuple[dict[str, str] | str, str]]:
+    """Read a table's rows, blank lines left out: (the row, or what is wrong with it; its text).
+
+    Args:
+        path: the file, in UTF-8.
+        name: by which messages call it.
+
+    Raises:
+        BadData: no header, a column twice, or quotes that do not end.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    csv.field_size_limit(MAX_CELL)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        separator = _separator(file, "\t" if path.suffix.lower() == ".tsv" else ",")
+        reader = csv.reader(file, delimiter=separator, strict=True)
+        header: list[str] | None = None
+        begin = 1
+        while True:
+            try:
+                cells = next(reader)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                raise BadData(
+                    "The table cannot be read.",
+                    where=f"{name}, the row that begins at line {begin}",
+                    got=str(error),
+                    expected='quotes around a cell in pairs, and "" for a quote inside',
+                    next_step="mend that row",
+                ) from error
+            begin = reader.line_num + 1
+            if not cells:
+                continue
+            if header is None:
+                header = _header(cells, name)
+            else:
+                yield _row(header, cells, separator), separator.join(cells)
+    if header is None:
+        raise BadData("The table is empty.", where=name, expected="a first line with the columns' names", got="no line")
+
+
+def _separator(file: IO[str], usual: str) -> str:
+    """Find what separates cells in the first line, and leave the file where the header begins.
+
+    Excel writes semicolons where the comma is the decimal point, and reads a first line `sep=;`.
+    """
+    first = file.readline()
+    if told := re.fullmatch(r"sep=(.)\r?\n?", first):
+        return told[1]
+    file.seek(0)
+    return usual if usual in first else next((other for other in (";", "\t", ",") if other in first), usual)
+
+
+def _header(cells: list[str], name: str) -> list[str]:
+    names = [cell.strip() or f"Unnamed: {number}" for number, cell in enumerate(cells)]
+    if twice := [one for one, count in Counter(names).items() if count > 1]:
+        raise BadData(
+            "A column stands twice.", where=name, got=", ".join(twice), next_step="rename or remove one of them"
+        )
+    return names
+
+
+def _row(header: list[str], cells: list[str], separator: str) -> dict[str, str] | str:
+    if len(cells) < len(header) or any(cells[len(header) :]):
+        hint = "" if len(cells) < len(header) else f"; a cell that holds {separator!r} stands in quotes"
+        return f"{len(cells)} cells, and the header has {len(header)} columns{hint}"
+    return dict(zip(header, cells, strict=False))  # more cells than columns, but empty: separators at the end of a line
