@@ -167,7 +167,7 @@ def _sides(names: list[str]) -> tuple[list[str], list[str], list[str]]:
     """
     sides: dict[str, list[str]] = {"train": [], "test": [], "validation": []}
     for name in names:
-        found = re.match(r"(test|held-?out)|(valid(?:ation)?|val|dev|eval)(?![a-z])", Path(name).stem.lower())
+        found = re.match(r"(?:(tests?|held-?out)|(valid(?:ation)?|val|dev|eval))(?![a-z])", Path(name).stem.lower())
         sides["train" if found is None else "test" if found[1] else "validation"].append(name)
     train, test, validation = sides.values()
     if not train:
