@@ -145,6 +145,11 @@ def _check_tied(base: Path, entries: list[tensors.Entry], plan: Plan) -> None:
             log.warning("%s is the head's weight too: the merge changes both, where training changed one.", name)
 
 
+def _wants_memory(error: Exception) -> bool:
+    """Tell whether memory did not suffice, which torch says by a RuntimeError too: the adapter is not to blame."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error).lower()
+
+
 def _merge_through_peft(
     base: Path, adapter: Path, out: Path, dtype: str | None, max_bytes: int, nf4: Nf4 | None
 ) -> int:
@@ -159,6 +164,8 @@ def _merge_through_peft(
     try:
         wrapped = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError, KeyError) as error:
+        if _wants_memory(error):
+            raise
         raise BadModel(
             "The adapter does not fit the base.",
             where=str(adapter),
@@ -172,6 +179,8 @@ def _merge_through_peft(
     try:
         merged = wrapped.merge_and_unload(safe_merge=False)
     except (RuntimeError, ValueError, NotImplementedError) as error:
+        if _wants_memory(error):
+            raise
         raise BadModel(
             "peft cannot merge this adapter.",
             where=str(adapter),

@@ -450,3 +450,15 @@ def test_a_damaged_header_is_refused(tmp_path, phi3, raw):
     (tmp_path / "out").mkdir()
     with pytest.raises(BadModel, match="damaged"):
         merge(phi3, adapter, tmp_path / "out")
+
+
+def test_memory_that_does_not_suffice_is_not_the_adapters_fault(tmp_path, monkeypatch):
+    base = build_phi3(tmp_path / "base", dtype="float32")
+    adapter = make_adapter(base, tmp_path / "adapter", init_lora_weights="olora")
+
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("peft.tuners.tuners_utils.BaseTuner.merge_and_unload", full)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        merge(base, adapter, tmp_path / "out")
