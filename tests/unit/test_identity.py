@@ -63,6 +63,14 @@ def test_golden_fingerprints_have_not_moved():
     )
 
 
+def test_payloads_of_every_recipe_and_variant_are_what_they_were_before_the_code_was_reorganised():
+    """A payload that changes makes every user's store recompute. Do not record it again: bump a stage's version."""
+    from tests.golden.payloads import payloads
+
+    golden = json.loads((Path(__file__).parent.parent / "golden" / "payloads.json").read_text())
+    assert payloads() == golden
+
+
 def test_comments_and_docstrings_are_no_code():
     one = identity._ast_bytes('"""Doc."""\ndef f(x):\n    """Doc."""\n    return x + 1  # why\n')
     two = identity._ast_bytes("def f(x):\n    return x + 1\n")
