@@ -51,7 +51,7 @@ lint: $(STAMP) ## mend what can be mended by itself
 	$(BIN)/ruff format .
 
 data: $(STAMP) ## write the quickstart's generated dataset anew, and version it
-	$(BIN)/python -m loraflow.data.tickets data
+	$(BIN)/python -m examples.tickets data
 	$(BIN)/loraflow data add data
 
 clean: ## remove the store and caches, not the virtual environment

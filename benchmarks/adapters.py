@@ -32,7 +32,7 @@ def recipe_of(settings: dict[str, Any]) -> str:
 
 def order_of(adapter: Path) -> str:
     """Return how an adapter's matrices are merged: in which order, and where a sum is rounded."""
-    from loraflow.adapters.stream import plan_of
+    from loraflow.adapters.streaming_merge import plan_of
 
     plan = plan_of(json.loads((adapter / "adapter_config.json").read_text()), adapter)
     if plan is None:

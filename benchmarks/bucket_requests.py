@@ -44,7 +44,7 @@ def main() -> None:
     base = build_phi3(here / "base", dtype="float32")
     from prefect.testing.utilities import prefect_test_harness
 
-    from flows.finetune import finetune
+    from loraflow.flows.finetune import finetune
     from loraflow.store import s3
 
     s3.Bucket = Far  # type: ignore[misc]

@@ -25,7 +25,7 @@ from typing import Any
 from measure import row
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from flows.automations import SILENT
+from loraflow.flows.server.automations import SILENT
 from loraflow.store import LocalStore
 from loraflow.store.checkpoints import is_whole
 from tests.conftest import build_phi3
@@ -257,8 +257,10 @@ class Chaos:
 
 
 def _kind(words: list[str]) -> str:
-    for kind, marks in {"train": ["loraflow.worker"], "flow": ["prefect.engine"], "worker": ["flows.child", "worker"],
-                        "server": ["flows.child", "server"]}.items():  # fmt: skip
+    child = "loraflow.flows.server.child"
+    kinds = {"train": ["loraflow.execution.worker"], "flow": ["prefect.engine"],
+             "worker": [child, "worker"], "server": [child, "server"]}  # fmt: skip
+    for kind, marks in kinds.items():
         if all(mark in words for mark in marks):
             return kind
     return " ".join(words)[:200]

@@ -16,7 +16,7 @@ from typing import Any
 from measure import row
 
 from loraflow.base.load import load_model, load_tokenizer, stop_ids
-from loraflow.data.mask import ChatTemplate
+from loraflow.data.loss_mask import ChatTemplate
 from loraflow.evaluation import generation
 from loraflow.evaluation.prefix import common_length, shared_prefix
 

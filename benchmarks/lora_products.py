@@ -2,7 +2,7 @@
 
 python benchmarks/lora_products.py [TOKENS]        default 16,384
 
-now       the update first, the frozen product accumulated onto it: what loraflow/training/lora.py does
+now       the update first, the frozen product accumulated onto it: what loraflow/training/lora_kernels.py does
 wider     the update as further columns of one product: [x h] [W B]ᵀ, and [dy dh] [W A] for the input's gradient
 once      dy read once for dh and B's gradient, by a Triton kernel, against two products
 Each with its error against the plain products. Clocks follow the card's power limit: differences of a few percent are noise.

@@ -88,7 +88,7 @@ def build(folder: Path, rows: int) -> Path:
 
 def ours(folder: Path, processes: int, out: Path) -> Times:
     """Run the tokenize stage: parse, render, encode, mask, write, pack. Return its times."""
-    from loraflow.data import tokens
+    from loraflow.data import tokenization as tokens
     from loraflow.job import Inputs, Job, Progress
 
     config = {
@@ -129,7 +129,7 @@ def trl(folder: Path, processes: int) -> Times:
 
 def bare(folder: Path) -> Times:
     """Encode the rendered texts and do nothing with them, two threads. Return the times of the encoding alone."""
-    from loraflow.data.mask import ChatTemplate
+    from loraflow.data.loss_mask import ChatTemplate
 
     template = ChatTemplate(folder / "base")
     chats = [json.loads(line)["messages"] for line in (folder / "train.jsonl").open()]

@@ -65,7 +65,7 @@ def recipe_of(precision: str, side: str, steps: int) -> Any:
 def prepare(folder: Path, precision: str) -> None:
     """Write the base and the tokens, by the stages that a run has for it."""
     from loraflow.base import resolve
-    from loraflow.data import tokens
+    from loraflow.data import tokenization as tokens
     from loraflow.store.files import HashMemo
 
     recipe = recipe_of(precision, "fast", 1)

@@ -138,7 +138,7 @@ def build_tokens(folder: Path, rows: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from loraflow.data import tokens
+    from loraflow.data import tokenization as tokens
     from loraflow.data.packing import best_fit_decreasing
 
     docs = documents(int(rows * LENGTH / (50 if TINY else 400)))
@@ -208,8 +208,8 @@ def ours(case: Case, work: Path) -> dict[str, Any]:
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(work / "compiled")}
     started = time.time()
     with (home / "log.txt").open("w") as log:
-        code = subprocess.run([sys.executable, "-m", "loraflow.worker", str(home / "job.json")], cwd=ROOT, stdout=log,
-                              stderr=log, env=env).returncode  # fmt: skip
+        command = [sys.executable, "-m", "loraflow.execution.worker", str(home / "job.json")]
+        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=env).returncode
     if code:
         raise RuntimeError((home / "log.txt").read_text()[-3000:])
     engine = json.loads((home / "out" / "telemetry" / "engine.json").read_text())
@@ -339,7 +339,8 @@ def in_engine(work: Path, case: Case, **more: Any) -> Any:
     import logging
 
     from loraflow.base.load import load_tokenizer
-    from loraflow.training import batches, callbacks, devices
+    from loraflow.hardware import group as devices
+    from loraflow.training import batches, callbacks
     from loraflow.training.engine import Engine
     from loraflow.training.train import _arguments
 

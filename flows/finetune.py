@@ -9,14 +9,14 @@ from typing import Any
 
 from prefect import flow
 
-from flows.form import AS_THE_RECIPE_SAYS, NO_SETTINGS, NO_STAGES, Overrides, RecipeName, StageName
-from flows.pipeline import pipeline
-from tasks.approval import ask_for_approval, refuse_without_deployment
-from tasks.decisions import gate, publish, register
-from tasks.events import announce_decision
-from tasks.name import run_name
-from tasks.report import publish_report
-from tasks.run import Run, open_run
+from loraflow.flows.parameters import AS_THE_RECIPE_SAYS, NO_SETTINGS, NO_STAGES, Overrides, RecipeName, StageName
+from loraflow.flows.pipeline import pipeline
+from loraflow.tasks.approval import ask_for_approval, refuse_without_deployment
+from loraflow.tasks.decisions import gate, publish, register
+from loraflow.tasks.events import announce_decision
+from loraflow.tasks.report import publish_report
+from loraflow.tasks.run import Run, open_run
+from loraflow.tasks.run_name import run_name
 
 
 @flow(name="finetune", flow_run_name=run_name, validate_parameters=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from loraflow.plan import Walker
+from loraflow.execution.plan import Walker
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The flow: answer a file of chats with a model.
 
-python -c "from flows.predict import predict; predict(source='tickets.jsonl', target='answers.jsonl')"
+python -c "from loraflow.flows.predict import predict; predict(source='tickets.jsonl', target='answers.jsonl')"
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from prefect import flow
 
-from tasks.predict import predict_file
+from loraflow.tasks.predict import predict_file
 
 
 @flow(name="predict", flow_run_name="{model} → {target}", validate_parameters=True)

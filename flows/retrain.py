@@ -11,13 +11,13 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flows.finetune import make_model
-from flows.form import NO_SETTINGS, RecipeName
 from loraflow.config import load_recipe
-from loraflow.data.branch import newest
-from tasks.approval import refuse_without_deployment
-from tasks.name import run_name
-from tasks.run import open_run
+from loraflow.data.git_branch import newest
+from loraflow.flows.finetune import make_model
+from loraflow.flows.parameters import NO_SETTINGS, RecipeName
+from loraflow.tasks.approval import refuse_without_deployment
+from loraflow.tasks.run import open_run
+from loraflow.tasks.run_name import run_name
 
 
 @flow(name="retrain", flow_run_name=run_name, validate_parameters=True)

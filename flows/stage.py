@@ -7,11 +7,11 @@ from typing import Any
 from prefect import flow
 from prefect.states import Failed, State
 
+from loraflow.execution.parent_death import end_with_parent
 from loraflow.failures import Failure, from_os_error
-from loraflow.store import refuse_damaged
-from loraflow.tether import end_with_parent
-from tasks.place import accept, say
-from tasks.stages import run_here
+from loraflow.store import require_intact
+from loraflow.tasks.placement import accept, say
+from loraflow.tasks.stages import run_here
 
 
 @flow(name="stage", flow_run_name="{label}", persist_result=False)
@@ -27,9 +27,9 @@ def stage(job: dict[str, Any], store: str, label: str, force: bool = False) -> S
     end_with_parent()
     try:
         accepted, artifacts = accept(job, store)
-        with artifacts.reading():
+        with artifacts.reader_lock():
             for ref in accepted.inputs.values():
-                refuse_damaged(artifacts, ref)
+                require_intact(artifacts, ref)
             run_here(accepted, artifacts, label, force=force)
     except (Failure, OSError) as error:
         failure = error if isinstance(error, Failure) else from_os_error(error, store)

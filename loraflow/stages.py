@@ -21,7 +21,7 @@ _BATCHING = {"per_device_train_batch_size", "gradient_accumulation_steps", "per_
 _LOADING = {"dataloader_num_workers"}
 _CHOOSING = {"eval_strategy", "eval_steps", "metric_for_best_model", "greater_is_better", "early_stopping_patience"}
 
-_MASK = ("loraflow.data.mask", "loraflow.data.alignment", "loraflow.data.template")
+_MASK = ("loraflow.data.loss_mask", "loraflow.data.alignment", "loraflow.data.template")
 
 # training_config fields that are runtime in nature: they reach the trainer, but not identity.
 TRAINING_RUNTIME = _CHECKPOINTING | _LOGGING | _SAVING | _BATCHING | _LOADING
@@ -132,7 +132,7 @@ STAGES: dict[str, Stage] = {
             3,
             "loraflow.data.check:run",
             False,
-            ("loraflow.data.check", "loraflow.data.formats", "loraflow.data.forms", "loraflow.data.delimited",
+            ("loraflow.data.check", "loraflow.data.readers", "loraflow.data.chat_formats", "loraflow.data.csv_reader",
              "loraflow.data.split"),
             _check_dataset,
         ),
@@ -147,9 +147,9 @@ STAGES: dict[str, Stage] = {
         Stage(
             "tokenize",
             1,
-            "loraflow.data.tokens:run",
+            "loraflow.data.tokenization:run",
             True,
-            ("loraflow.data.tokens", *_MASK, "loraflow.data.packing"),
+            ("loraflow.data.tokenization", *_MASK, "loraflow.data.packing"),
             _tokenize,
             facets=(("rows", "train"), ("base", "tokenizer")),
         ),
@@ -158,14 +158,14 @@ STAGES: dict[str, Stage] = {
             2,
             "loraflow.training.train:run",
             True,
-            ("loraflow.training.train", "loraflow.training.trainer", "loraflow.training.batches", "loraflow.training.shared",
-             "loraflow.training.sharding",
+            ("loraflow.training.train", "loraflow.training.trainer", "loraflow.training.batches",
+             "loraflow.training.prefix_sharing", "loraflow.training.sharding",
              "loraflow.data.packing",
-             "loraflow.training.engine", "loraflow.training.devices", "loraflow.training.attention",
-             "loraflow.training.flash4", "loraflow.training.lora",
-             "loraflow.training.frozen", "loraflow.training.head", *_MASK, "loraflow.base.load",
-             "loraflow.adapters.accept", "loraflow.adapters.inject", "loraflow.adapters.fused",
-             "loraflow.adapters.formats", "loraflow.adapters.variants", "loraflow.adapters.loralib",
+             "loraflow.training.engine", "loraflow.hardware.group", "loraflow.training.attention",
+             "loraflow.training.flash4", "loraflow.training.lora_kernels",
+             "loraflow.training.frozen_linear", "loraflow.training.loss_head", *_MASK, "loraflow.base.load",
+             "loraflow.adapters.validation", "loraflow.adapters.lora_config", "loraflow.adapters.fused_projections",
+             "loraflow.adapters.lora_updates", "loraflow.adapters.variants", "loraflow.adapters.loralib",
              "loraflow.adapters.loralib.layers", "loraflow.adapters.loralib.swap",
              "loraflow.adapters.loralib.model", "loraflow.adapters.loralib.export"),
             _train,
@@ -176,9 +176,12 @@ STAGES: dict[str, Stage] = {
             2,
             "loraflow.adapters.merge:run",
             True,
-            ("loraflow.adapters.merge", "loraflow.adapters.stream", "loraflow.adapters.accept", "loraflow.adapters.tensors",
-             "loraflow.adapters.formats", "loraflow.adapters.fused", "loraflow.adapters.onto", "loraflow.adapters.nf4",
-             "loraflow.adapters.verify", "loraflow.base.load", "loraflow.training.batches", "loraflow.training.shared",
+            ("loraflow.adapters.merge", "loraflow.adapters.streaming_merge", "loraflow.adapters.validation",
+             "loraflow.adapters.safetensors_files",
+             "loraflow.adapters.lora_updates", "loraflow.adapters.fused_projections", "loraflow.adapters.merge_nf4",
+             "loraflow.adapters.nf4",
+             "loraflow.adapters.verify", "loraflow.base.load", "loraflow.training.batches",
+             "loraflow.training.prefix_sharing",
              "loraflow.data.packing", *_MASK),
             _merge,
             facets=(("adapter", "adapter"),),
@@ -198,8 +201,8 @@ STAGES: dict[str, Stage] = {
             "loraflow.evaluation.score:run",
             True,
             ("loraflow.evaluation.score", "loraflow.evaluation.generation", "loraflow.evaluation.prefix",
-             "loraflow.evaluation.cache", "loraflow.evaluation.decode",
-             "loraflow.evaluation.intervals", "loraflow.evaluation.modules", "loraflow.training.devices",
+             "loraflow.evaluation.kv_cache", "loraflow.evaluation.greedy_decoding",
+             "loraflow.evaluation.intervals", "loraflow.evaluation.metric_modules", "loraflow.hardware.group",
              "loraflow.base.load", *_MASK),
             _evaluate,
             facets=(("rows", "heldout"),),

@@ -11,8 +11,8 @@ from prefect.runtime import deployment
 from pydantic import Field
 
 from loraflow.failures import BadConfig
-from tasks.decisions import overrule
-from tasks.report import comparison_table
+from loraflow.tasks.decisions import overrule
+from loraflow.tasks.report import comparison_table
 
 log = logging.getLogger("loraflow")
 WAIT = 7 * 24 * 3600  # seconds; a run that nobody answers within a week fails

@@ -9,8 +9,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from loraflow import identity
+from loraflow.execution.plan import Jobs
 from loraflow.failures import Failure
-from loraflow.plan import Jobs
 from loraflow.registry.log import Entry, Moved, actor
 from loraflow.store import Ref
 

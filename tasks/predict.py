@@ -16,7 +16,7 @@ from loraflow.serving.models import find_model
 from loraflow.serving.predict import predict
 from loraflow.store import open_store
 from loraflow.store.files import HashMemo
-from tasks.stages import RETRIES, RETRY_DELAYS, UPDATE_EVERY, is_retryable
+from loraflow.tasks.stages import RETRIES, RETRY_DELAYS, UPDATE_EVERY, is_retryable
 
 log = logging.getLogger("loraflow")
 
@@ -36,7 +36,7 @@ def predict_file(
     """Answer a file's rows; return how many there were, and how many have an error in place of an answer."""
     place = open_store(store)
     memo = HashMemo(place.scratch / "hashes.json")
-    with place.reading():
+    with place.reader_lock():
         found = find_model(place, model)
         done = predict(
             found,

@@ -12,8 +12,8 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from loraflow.identity import short
+from loraflow.reporting import chart
 from loraflow.store import Ref
-from tasks import chart
 
 log = logging.getLogger("loraflow")
 

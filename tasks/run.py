@@ -21,16 +21,16 @@ from loraflow.adapters import verify as verification
 from loraflow.config import load_recipe
 from loraflow.config.load import find_recipe
 from loraflow.data import check
+from loraflow.execution.parent_death import end_with_parent
+from loraflow.execution.plan import Jobs, explain_miss
 from loraflow.failures import BadConfig, CorruptArtifact, Failure, from_os_error
-from loraflow.plan import Jobs, explain_miss
 from loraflow.registry.log import actor
 from loraflow.stages import STAGES, code_digest
-from loraflow.store import Ref, refuse_damaged
+from loraflow.store import Ref, require_intact
 from loraflow.store.gc import collect
-from loraflow.tether import end_with_parent
-from tasks.events import announce_waiting
-from tasks.name import show_name
-from tasks.stages import call
+from loraflow.tasks.events import announce_waiting
+from loraflow.tasks.run_name import show_name
+from loraflow.tasks.stages import call
 
 log = logging.getLogger("loraflow")
 T = TypeVar("T")
@@ -81,14 +81,14 @@ class Run:
             "fingerprint": ref.fingerprint,
             "digest": ref.digest,
             "seconds": round(time.monotonic() - started, 3),
-            "uri": store.where(ref),
+            "uri": store.location(ref),
         }
         return ref
 
     def _check_contents(self, inputs: dict[str, Ref]) -> None:
         for ref in inputs.values():
             if ref.digest not in self.whole:
-                refuse_damaged(self.jobs.store, ref)
+                require_intact(self.jobs.store, ref)
                 self.whole.add(ref.digest)
 
     def until_whole(self, walk: Callable[[Run], T]) -> T:
@@ -127,8 +127,8 @@ class Run:
             "metrics": self.metrics(made),
             "decision": {"verdict": decision["verdict"], "reasons": decision["reasons"]},
             "registered": entry,
-            "adapter": f"{store.where(made.adapter)}/adapter",
-            "merged": store.where(made.merged),
+            "adapter": f"{store.location(made.adapter)}/adapter",
+            "merged": store.location(made.merged),
         }
         return self.result
 
@@ -173,7 +173,7 @@ def open_run(recipe: str, overrides: dict[str, Any], force: list[str]) -> Iterat
         _add_data(jobs)
     run = Run(jobs, find_recipe(recipe), force)
     error: BaseException | None = None
-    with _told_if_it_waits(), jobs.store.reading():
+    with _told_if_it_waits(), jobs.store.reader_lock():
         try:
             show_name(jobs)
             yield run
@@ -223,7 +223,7 @@ def _add_data(jobs: Jobs) -> None:
 def _admit(jobs: Jobs, what: str, ref: Ref) -> None:
     manifest = jobs.store.manifest(ref)
     if what == "rows":
-        check.admit(manifest.report, jobs.recipe.data.max_quarantined, f"{jobs.store.where(ref)}/report.json")
+        check.admit(manifest.report, jobs.recipe.data.max_quarantined, f"{jobs.store.location(ref)}/report.json")
     else:
         verification.admit(manifest.report, jobs.recipe.merge.max_kl)
 

@@ -13,15 +13,15 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from prefect.tasks import Task
 
+from loraflow.execution.launcher import run_job
 from loraflow.failures import Failure
 from loraflow.identity import short
 from loraflow.job import Job
-from loraflow.launch import run_job
 from loraflow.stages import STAGES
 from loraflow.store import Ref, Store, open_store
-from tasks.cache import StageKey
-from tasks.lease import gpu_lease
-from tasks.place import place
+from loraflow.tasks.cache import StageKey
+from loraflow.tasks.gpu_lease import gpu_lease
+from loraflow.tasks.placement import place
 
 log = logging.getLogger("loraflow")
 

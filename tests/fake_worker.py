@@ -1,4 +1,4 @@
-"""A worker with small stages that end in every way there is. Run by tests in place of `python -m loraflow.worker`."""
+"""A worker with small stages that end in every way there is. Run by tests in place of `python -m loraflow.execution.worker`."""
 
 import os
 import signal
@@ -9,7 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from loraflow import stages, worker
+from loraflow import stages
+from loraflow.execution import worker
 from loraflow.failures import NonFiniteLoss, Preempted
 from loraflow.store import Summary
 

@@ -158,5 +158,5 @@ class Site(Api):
         rows = subprocess.run(
             ["ps", "-ww", "-eo", "pid=,stat=,args="], capture_output=True, text=True
         ).stdout.splitlines()
-        mine = [row.split() for row in rows if "loraflow.worker" in row and str(self.folder) in row]
+        mine = [row.split() for row in rows if "loraflow.execution.worker" in row and str(self.folder) in row]
         return [int(row[0]) for row in mine if not row[1].startswith("Z")]

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraflow.adapters.accept import (
+from loraflow.adapters.fused_projections import SPLIT, block_sizes
+from loraflow.adapters.lora_updates import PREFIX, Adapter, Update, from_loralib, write_peft
+from loraflow.adapters.streaming_merge import by_pattern, check_rank
+from loraflow.adapters.validation import (
     changed_base,
     check_adapter,
     check_config,
@@ -19,9 +22,6 @@ from loraflow.adapters.accept import (
     refuse_bad_numbers,
     refuse_pickles,
 )
-from loraflow.adapters.formats import PREFIX, Adapter, Update, from_loralib, write_peft
-from loraflow.adapters.fused import SPLIT, block_sizes
-from loraflow.adapters.stream import by_pattern, check_rank
 from loraflow.failures import BadModel
 
 

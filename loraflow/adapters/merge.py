@@ -14,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loraflow.adapters import accept, tensors
+from loraflow.adapters import safetensors_files as tensors
+from loraflow.adapters import validation as accept
 from loraflow.adapters.nf4 import Nf4, packed_names
-from loraflow.adapters.stream import Plan, merge_streaming, plan_of
+from loraflow.adapters.streaming_merge import Plan, merge_streaming, plan_of
 from loraflow.failures import BadModel
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
@@ -40,7 +41,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     }
     base, adapter = inputs["base"], inputs["adapter"] / "adapter"
     if "nf4" in job.config:
-        from loraflow.adapters.onto import merge_trained_in_nf4
+        from loraflow.adapters.merge_nf4 import merge_trained_in_nf4
 
         shards = inputs["tokens"] / "train" if "tokens" in inputs else None
         figures = merge_trained_in_nf4(
@@ -230,7 +231,7 @@ def _write_stop_ids(out: Path) -> None:
     """Make what ends an answer in the template end generation too: a model that is not told so never stops."""
     if accept.template_hash(out) is None or not (out / "tokenizer.json").exists():
         return
-    from loraflow.data.mask import ChatTemplate
+    from loraflow.data.loss_mask import ChatTemplate
 
     try:
         needed = ChatTemplate(out).stop_ids()

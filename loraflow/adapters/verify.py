@@ -27,7 +27,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     import torch
 
     from loraflow.adapters.nf4 import Nf4
-    from loraflow.data.mask import ChatTemplate
+    from loraflow.data.loss_mask import ChatTemplate
 
     trust = job.config["trust_remote_code"]
     with (inputs["rows"] / "heldout.jsonl").open(encoding="utf-8") as file:

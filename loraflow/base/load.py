@@ -164,7 +164,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def stop_ids(folder: Path) -> list[int]:
     """Return every id that ends an answer: the generation config's, and those that the template ends answers with."""
-    from loraflow.data.mask import ChatTemplate
+    from loraflow.data.loss_mask import ChatTemplate
 
     found = ChatTemplate(folder).stop_ids()
     for name in ("generation_config.json", "config.json"):

@@ -259,7 +259,7 @@ def _check(out: Path, config: dict[str, Any]) -> None:
     from safetensors import SafetensorError, safe_open
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from loraflow.data.mask import ChatTemplate
+    from loraflow.data.loss_mask import ChatTemplate
 
     try:
         kind = json.loads((out / "config.json").read_text(encoding="utf-8")).get("model_type")

@@ -14,7 +14,7 @@ import click
 from loraflow.cli import json_option, quiet_logging
 
 if TYPE_CHECKING:
-    from loraflow.data.formats import Row
+    from loraflow.data.readers import Row
 
 
 @click.group()
@@ -34,7 +34,8 @@ def add(folder: str, no_push: bool, commit: bool, git_push: bool, remote: str | 
 
     Once the version is committed, the Prefect server at PREFECT_API_URL is told, so that it can retrain.
     """
-    from loraflow.data import branch, dvc
+    from loraflow.data import dvc
+    from loraflow.data import git_branch as branch
     from loraflow.failures import BadConfig
 
     if no_push and remote:
@@ -52,7 +53,7 @@ def add(folder: str, no_push: bool, commit: bool, git_push: bool, remote: str | 
     elif branch.is_unpushed(made):
         click.echo("next  the same with --git-push: machines that retrain from the remote do not see it before")
     if os.environ.get("PREFECT_API_URL"):
-        from tasks.events import announce_dataset
+        from loraflow.tasks.events import announce_dataset
 
         click.echo(f"told  {announce_dataset(pin.path, pin.md5, made)}")
 
@@ -77,7 +78,7 @@ def pull(dvc_file: str, remote: str | None) -> None:
 @json_option
 def check(source: str, form: str, as_json: bool) -> None:
     """Read SOURCE, a file or folder of chats, and say what is wrong with its rows. Exit status 1 if anything is."""
-    from loraflow.data.formats import columns_of, match_files, read_rows
+    from loraflow.data.readers import columns_of, match_files, read_rows
 
     place = Path(source)
     folder, patterns = (place, ["*"]) if place.is_dir() else (place.parent, [place.name])

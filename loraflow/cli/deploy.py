@@ -31,7 +31,7 @@ only_option = click.option(
 def up(port: int, host: str, pools: tuple[str, ...], limit: int, home: Path, only: tuple[str, ...]) -> None:
     """Start Prefect's server and a worker here, with all deployments. Ctrl-C stops everything."""
     quiet_logging()
-    from flows.local_server import Processes, environment, refuse_taken
+    from loraflow.flows.server.local_server import Processes, environment, refuse_taken
     from loraflow.store.lock import Held, flock
 
     os.environ.update(environment(home, host, port))
@@ -53,8 +53,8 @@ def _run(processes: Any, port: int, host: str, pools: tuple[str, ...], limit: in
     click.echo(f"starting Prefect's server (the first time takes a minute); log {processes.home / 'server.log'}")
     processes.start("server", "server", "start", "--host", host, "--port", str(port))
     processes.wait_for_server(port, host)
-    from flows.abandoned import end_abandoned, worker_name
-    from flows.deployments import deploy, idle_pools
+    from loraflow.flows.server.abandoned_runs import end_abandoned, worker_name
+    from loraflow.flows.server.deployments import deploy, idle_pools
 
     _quiet_prefect()
     specs, changes = deploy(list(only))
@@ -81,8 +81,8 @@ def _run(processes: Any, port: int, host: str, pools: tuple[str, ...], limit: in
 def deploy(wait: float, only: tuple[str, ...]) -> None:
     """Put pools, deployments, schedules and automations onto the server at PREFECT_API_URL. Twice changes nothing."""
     quiet_logging()
-    from flows.deployments import deploy as put
-    from flows.deployments import idle_pools
+    from loraflow.flows.server.deployments import deploy as put
+    from loraflow.flows.server.deployments import idle_pools
 
     _quiet_prefect()
     specs, changes = put(list(only))

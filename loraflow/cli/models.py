@@ -22,22 +22,22 @@ def evaluate(model: str, recipe: str, sets: tuple[str, ...], as_json: bool) -> N
     """Score MODEL (champion, a run's id, or a folder) on the held-out rows of RECIPE, by its protocol."""
     quiet_logging(logging.INFO)
     from loraflow.config import load_recipe
-    from loraflow.direct import Direct, score_model
+    from loraflow.execution.direct import Direct, score_model
 
     walk = Direct(load_recipe(recipe, parse_sets(sets)))
-    with walk.jobs.store.reading():
+    with walk.jobs.store.reader_lock():
         folder, scores = score_model(walk, model)
         walk.jobs.save()
     metrics = walk.jobs.store.manifest(scores).report["metrics"]
     if as_json:
-        click.echo(json.dumps({"model": str(folder), "metrics": metrics, "uri": walk.jobs.store.where(scores)}))
+        click.echo(json.dumps({"model": str(folder), "metrics": metrics, "uri": walk.jobs.store.location(scores)}))
         return
     for name, part in metrics.items():
         for metric, one in part.items():
             click.echo(
                 f"{name:<14} {metric:<14} {one['value']:8.4f}  {one['low']:.4f}–{one['high']:.4f}  ({one['n']} rows)"
             )
-    click.echo(f"row by row: {walk.jobs.store.where(scores)}/scores.parquet")
+    click.echo(f"row by row: {walk.jobs.store.location(scores)}/scores.parquet")
 
 
 @click.command()

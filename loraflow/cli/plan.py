@@ -18,9 +18,9 @@ from loraflow.cli import json_option, parse_sets, quiet_logging, set_option
 def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bool) -> None:
     """Say for each stage of RECIPE whether it is cached or will run, and why."""
     quiet_logging()
-    from flows.pipeline import pipeline
     from loraflow.config import load_recipe
-    from loraflow.plan import Jobs, Planner
+    from loraflow.execution.plan import Jobs, Planner
+    from loraflow.flows.pipeline import pipeline
 
     jobs = Jobs(load_recipe(recipe, parse_sets(sets)))
     planner = Planner(jobs, list(force))

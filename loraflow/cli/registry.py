@@ -37,7 +37,7 @@ def registry(store: str, model: str | None, as_json: bool) -> None:
         for reason in entry.reasons:
             click.echo(f"      {reason}")
     if entries:
-        click.echo(f"\nchampion  {where.where(entries[-1].merged)}")
+        click.echo(f"\nchampion  {where.location(entries[-1].merged)}")
     else:
         click.echo(f"no model of the name {model} was promoted yet")
 

@@ -30,8 +30,8 @@ def run(
     from loraflow.config import load_recipe
 
     load_recipe(recipe, overrides)  # before prefect starts: a typing error should not cost its start
-    from flows.finetune import finetune
-    from tasks.server import start_temporary_server
+    from loraflow.flows.finetune import finetune
+    from loraflow.flows.server.temporary_server import start_temporary_server
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("loraflow").setLevel(logging.WARNING if quiet else logging.INFO)

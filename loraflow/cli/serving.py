@@ -56,7 +56,7 @@ def chat(
     from loraflow.store import open_store
 
     place = open_store(store)
-    with place.reading():
+    with place.reader_lock():
         found = find_model(place, model, base)
         both = {"base": Model("base", found.base), "tuned": found} if compare and found.base else {found.name: found}
         if compare and not found.base:
@@ -129,7 +129,7 @@ def predict(
     place = open_store(store)
     memo = HashMemo(place.scratch / "hashes.json" if place.scratch.exists() else None)
     started = time.monotonic()
-    with place.reading():
+    with place.reader_lock():
         found = find_model(place, model, base)
         _quiet_transformers()
         done = answer_file(
@@ -190,7 +190,7 @@ def serve(
     from loraflow.store import open_store
 
     place = open_store(store)
-    with place.reading():
+    with place.reader_lock():
         server = plan_server(find_model(place, model, base), engine, host, port, name, dtype, engine_options)
     click.echo(server.greeting)
     server.start()
@@ -215,7 +215,7 @@ def publish(
     from loraflow.store import open_store
 
     place, what = open_store(store), "merged" if merged else "adapter"
-    with place.reading():
+    with place.reader_lock():
         found = find_model(place, model, base)
         if dry_run:
             with publishing.package(place, found, repo, what, licence) as (folder, facts):

@@ -59,7 +59,7 @@ def show(what: str, store: str, as_json: bool) -> None:
             if as_json:
                 click.echo(manifest.model_dump_json())
                 return
-            click.echo(f"{ref}   {where.where(ref)}")
+            click.echo(f"{ref}   {where.location(ref)}")
             click.echo(f"  made      {manifest.provenance['started']} in {manifest.provenance['seconds']} s")
             click.echo(f"  size      {manifest.size:,} bytes in {len(manifest.files)} files")
             for name, one in manifest.inputs.items():
@@ -81,13 +81,13 @@ def verify(deep: bool, store: str) -> None:
     quiet_logging()
     where = open_store(store)
     damaged = checked = 0
-    with where.reading():
+    with where.reader_lock():
         for ref in where.artifacts():
             checked += 1
             problems = where.verify(ref) if deep else where.check(ref)
             if problems:
                 damaged += 1
-                aside = where.set_aside(ref, problems)
+                aside = where.quarantine(ref, problems)
                 click.echo(f"damaged  {ref}: {'; '.join(problems)}; set aside as {aside}", err=True)
     click.echo(f"{checked} artifacts checked{' byte by byte' if deep else ''}, {damaged} damaged")
     if damaged:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from loraflow.config import yaml
 from loraflow.config.recipe import Recipe
-from loraflow.config.renamed import translate
+from loraflow.config.renamed_keys import translate
 from loraflow.failures import BadConfig
 
 log = logging.getLogger(__name__)

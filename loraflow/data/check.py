@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from loraflow.data.formats import Row, match_files, read_rows
+from loraflow.data.readers import Row, match_files, read_rows
 from loraflow.data.split import falls_in, prompt_key, row_id
 from loraflow.failures import BadData, Inadmissible
 from loraflow.job import Inputs, Job, Progress

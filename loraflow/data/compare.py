@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loraflow.config.recipe import Data
 from loraflow.data import dvc
-from loraflow.data.formats import match_files, read_rows
+from loraflow.data.readers import match_files, read_rows
 from loraflow.data.split import row_id
 from loraflow.data.version import locate
 from loraflow.store.files import HashMemo

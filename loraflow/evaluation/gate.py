@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from loraflow.evaluation.intervals import difference_bounds
-from loraflow.evaluation.modules import LOWER_IS_BETTER
+from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.failures import BadConfig, BadData
 
 Verdict = Literal["promote", "reject", "undecided", "unchanged"]

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from loraflow.base.load import head_is_plain
-from loraflow.data.mask import IGNORED
+from loraflow.data.loss_mask import IGNORED
 from loraflow.evaluation.prefix import plain_cache, shared_prefix
-from loraflow.training.devices import Group
+from loraflow.hardware.group import Group
 
 ALONE = Group()
 HEAD_ROWS = 512  # positions whose logits are in memory at a time
@@ -38,7 +38,7 @@ def answer_all(
     """
     import torch
 
-    from loraflow.evaluation.decode import ALIGNED, decodes, greedy
+    from loraflow.evaluation.greedy_decoding import ALIGNED, decodes, greedy
 
     answers = _kept(done_file, len(prompts))
     if done_file is not None and not group.first:
@@ -66,7 +66,7 @@ def answer_all(
         room = -(-(width + max_new_tokens) // ALIGNED) * ALIGNED if recording else width + max_new_tokens
         cache = prefix.cache(len(batch), room) if prefix else None
         if plain and not prefix:
-            from loraflow.evaluation.cache import roomy_cache
+            from loraflow.evaluation.kv_cache import roomy_cache
 
             cache = roomy_cache(model.config.num_hidden_layers, room)
         ids, mask = ids.to(model.device), mask.to(model.device)

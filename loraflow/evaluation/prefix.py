@@ -27,7 +27,7 @@ class SharedPrefix:
 
     def cache(self, rows: int, room: int) -> Any:
         """Return a fresh cache that holds the prefix for that many rows, with room for so many tokens in each."""
-        from loraflow.evaluation.cache import roomy_cache
+        from loraflow.evaluation.kv_cache import roomy_cache
 
         cache = roomy_cache(len(self.layers), room)
         for index, (keys, values) in enumerate(self.layers):

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from loraflow.failures import BadData
+from loraflow.hardware import group as devices
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
-from loraflow.training import devices
 
 
 def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
@@ -22,7 +22,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     import pandas as pd
 
     from loraflow.base.load import load_model, load_tokenizer, pick_device, stop_ids
-    from loraflow.data.mask import ChatTemplate
+    from loraflow.data.loss_mask import ChatTemplate
     from loraflow.evaluation.generation import answer_all, answer_losses
 
     config, folder, group = job.config, inputs["model"], devices.join(pick_device(job.runtime))
@@ -86,7 +86,7 @@ def _rows(file: Path, max_rows: int | None) -> list[dict[str, Any]]:
 
 
 def _score(table: Any, names: list[str]) -> dict[str, list[float]]:
-    from loraflow.evaluation.modules import compute
+    from loraflow.evaluation.metric_modules import compute
 
     columns: dict[str, list[float]] = {}
     for name in names:

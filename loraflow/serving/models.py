@@ -143,7 +143,7 @@ def find_run(store: Store, merged: Ref) -> dict[str, Any] | None:
 
 
 def _of_folder(store: Store, folder: Path, given: Path | None) -> Model:
-    from loraflow.adapters.accept import refuse_pickles
+    from loraflow.adapters.validation import refuse_pickles
 
     found = _artifact_at(folder)
     if found is None:
@@ -172,7 +172,7 @@ def _of_artifact(store: Store, ref: Ref, name: str, given: Path | None, tuned: R
 
 
 def _of_adapter(adapter: Path, asked: Path, given: Path | None) -> Model:
-    from loraflow.adapters.accept import refuse_pickles
+    from loraflow.adapters.validation import refuse_pickles
 
     refuse_pickles(adapter)
     base, tuned = given, None
@@ -232,7 +232,7 @@ def load(model: Model, dtype: str, device: str = "auto") -> Loaded:
         BadModel: the adapter does not fit the base.
     """
     from loraflow.base.load import load_model, load_tokenizer, stop_ids
-    from loraflow.data.mask import ChatTemplate
+    from loraflow.data.loss_mask import ChatTemplate
 
     net = load_model(model.folder, dtype, {"device": device})
     positions = getattr(net.config.get_text_config(), "max_position_embeddings", None)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraflow.data.formats import read_values
-from loraflow.data.forms import BadRow, to_prompt
+from loraflow.data.chat_formats import BadRow, to_prompt
+from loraflow.data.readers import read_values
 from loraflow.failures import BadConfig, BadData
 from loraflow.store.files import fsync_path
 

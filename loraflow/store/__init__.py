@@ -16,10 +16,10 @@ bucket has the newest checkpoint, from which another machine goes on.
 import os
 from functools import cache
 
-from loraflow.store.base import Manifest, Ref, Store, Summary, refuse_damaged
+from loraflow.store.base import Manifest, Ref, Store, Summary, require_intact
 from loraflow.store.local import LocalStore
 
-__all__ = ["LocalStore", "Manifest", "Ref", "Store", "Summary", "open_store", "refuse_damaged"]
+__all__ = ["LocalStore", "Manifest", "Ref", "Store", "Summary", "open_store", "require_intact"]
 
 
 def open_store(uri: str) -> Store:

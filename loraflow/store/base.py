@@ -146,7 +146,7 @@ class Store(Protocol):
     def manifest(self, ref: Ref) -> Manifest:
         """Read an artifact's manifest."""
 
-    def where(self, ref: Ref) -> str:
+    def location(self, ref: Ref) -> str:
         """Say where an artifact lies, for people; nothing is fetched."""
 
     def path(self, ref: Ref) -> Path:
@@ -164,7 +164,7 @@ class Store(Protocol):
     def fetch(self, ref: Ref) -> list[str]:
         """Hash the contents that `path` gives, after getting them here if need be; return what is wrong, a line each."""
 
-    def set_aside(self, ref: Ref, problems: list[str]) -> str:
+    def quarantine(self, ref: Ref, problems: list[str]) -> str:
         """Move a corrupt artifact out of the way, with the reasons beside it, and say where it went."""
 
     def staging(self, stage: str, fingerprint: str) -> Path:
@@ -182,22 +182,22 @@ class Store(Protocol):
     ) -> Ref:
         """Turn a staging folder into an artifact: after a crash at any instant the old state or the new is there."""
 
-    def finish(self, stage: str, fingerprint: str) -> Ref | None:
+    def resume_commit(self, stage: str, fingerprint: str) -> Ref | None:
         """Finish a commit that was cut off, if all of what it had to write still lies here."""
 
     def lock(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
         """Hold a job's lock; wait for whoever has it. A dead holder's lock frees itself."""
 
-    def work(self, stage: str, fingerprint: str, instead_of: Ref | None = None) -> Path:
+    def work_folder(self, stage: str, fingerprint: str, instead_of: Ref | None = None) -> Path:
         """Return the local folder in which an unfinished job keeps what a retry goes on from.
 
         With `instead_of`, an artifact that is to be computed anew, it holds what an attempt at that left, and nothing older.
         """
 
-    def keeping(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
+    def mirror_checkpoints(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
         """Keep a job's newest checkpoint where an attempt on another machine finds it, while the job is computed."""
 
-    def forget_work(self, stage: str, fingerprint: str) -> None:
+    def remove_work_folder(self, stage: str, fingerprint: str) -> None:
         """Remove what was kept: the job is done."""
 
     def artifacts(self) -> Iterator[Ref]:
@@ -209,7 +209,7 @@ class Store(Protocol):
     def newest_payload(self, stage: str, like: dict[str, Any]) -> dict[str, Any] | None:
         """Return the payload of the stage's artifact that is nearest to `like`, to explain a miss."""
 
-    def remains(self, stage: str, fingerprint: str) -> Literal["damaged", "removed"] | None:
+    def previous_state(self, stage: str, fingerprint: str) -> Literal["damaged", "removed"] | None:
         """Say what is left of an artifact that was there and is not found; None if there was none."""
 
     # small documents: records of runs, the promotion log. Names are relative, such as `runs/x.json`
@@ -231,13 +231,13 @@ class Store(Protocol):
 
     # keeping the store small
 
-    def reading(self) -> AbstractContextManager[None]:
+    def reader_lock(self) -> AbstractContextManager[None]:
         """Hold off `gc` while artifacts are in use."""
 
-    def collecting(self) -> AbstractContextManager[None]:
+    def cleanup_lock(self) -> AbstractContextManager[None]:
         """Keep readers out while something is removed. Raises `Held` if there are any."""
 
-    def made(self, ref: Ref) -> float:
+    def committed_at(self, ref: Ref) -> float:
         """Return when an artifact was committed, in seconds since 1970."""
 
     def remove(self, ref: Ref) -> None:
@@ -247,7 +247,7 @@ class Store(Protocol):
         """Yield, and remove, (name, bytes) of unfinished work and cut-off writes from before a time."""
 
 
-def refuse_damaged(store: Store, ref: Ref) -> None:
+def require_intact(store: Store, ref: Ref) -> None:
     """Get an artifact here and hash its contents; one that is damaged is set aside.
 
     Raises:
@@ -255,7 +255,7 @@ def refuse_damaged(store: Store, ref: Ref) -> None:
     """
     problems = store.fetch(ref)
     if problems:
-        aside = store.set_aside(ref, problems)
+        aside = store.quarantine(ref, problems)
         raise CorruptArtifact(
             f"{ref} is damaged.", where=aside, got="; ".join(problems[:3]), next_step="run again: it is made anew"
         )

@@ -21,7 +21,7 @@ def collect(store: Store, *, keep: int, dry_run: bool = False) -> Iterator[tuple
         Failure: a run is going on.
     """
     try:
-        with store.collecting():
+        with store.cleanup_lock():
             for ref, why in _superfluous(store, keep):
                 size = _size(store, ref)
                 if not dry_run:
@@ -64,6 +64,6 @@ def _superfluous(store: Store, keep: int) -> Iterator[tuple[Ref, str]]:
                 yield ref, "superseded"
             elif stage == "merge" and ref.digest not in held:
                 merged.append(ref)
-    merged.sort(key=store.made, reverse=True)
+    merged.sort(key=store.committed_at, reverse=True)
     for ref in merged[keep:]:
         yield ref, f"older than the newest {keep} merged models"

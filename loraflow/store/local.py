@@ -64,7 +64,7 @@ class LocalStore:
         """Return the artifact's folder."""
         return self._folder(ref)
 
-    def where(self, ref: Ref) -> str:
+    def location(self, ref: Ref) -> str:
         """Return the artifact's folder."""
         return str(self._folder(ref))
 
@@ -126,7 +126,7 @@ class LocalStore:
         except (OSError, ValueError):
             return None
 
-    def remains(self, stage: str, fingerprint: str) -> Literal["damaged", "removed"] | None:
+    def previous_state(self, stage: str, fingerprint: str) -> Literal["damaged", "removed"] | None:
         """Say what is left of an artifact that was there and is not found; None if there was none."""
         home = self.root / stage / fingerprint
         if not (home / "current.json").exists():
@@ -185,7 +185,7 @@ class LocalStore:
             folder.mkdir(parents=True)
             return folder
 
-    def work(self, stage: str, fingerprint: str, instead_of: Ref | None = None) -> Path:
+    def work_folder(self, stage: str, fingerprint: str, instead_of: Ref | None = None) -> Path:
         """Return the folder in which an unfinished job keeps what a retry goes on from."""
         with self._writing():
             folder = self.root / "work" / stage / fingerprint
@@ -194,11 +194,11 @@ class LocalStore:
                 begin_anew(folder, instead_of.digest)
             return folder
 
-    def keeping(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
+    def mirror_checkpoints(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
         """Do nothing: whoever sees the store sees the work folder."""
         return nullcontext()
 
-    def forget_work(self, stage: str, fingerprint: str) -> None:
+    def remove_work_folder(self, stage: str, fingerprint: str) -> None:
         """Remove what was kept."""
         shutil.rmtree(self.root / "work" / stage / fingerprint, ignore_errors=True)
 
@@ -211,7 +211,7 @@ class LocalStore:
             yield
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
+    def reader_lock(self) -> Iterator[None]:
         """Hold off `gc` while artifacts are in use. In a read-only store nothing can be collected, so no lock."""
         try:
             (self.root / "locks").mkdir(parents=True, exist_ok=True)
@@ -261,11 +261,11 @@ class LocalStore:
             write_json(home / "current.json", {"digest": manifest.digest})
             return self._ref(manifest)
 
-    def finish(self, stage: str, fingerprint: str) -> Ref | None:
+    def resume_commit(self, stage: str, fingerprint: str) -> Ref | None:
         """Return nothing: a commit here is a rename, of which nothing is left to finish."""
         return None
 
-    def set_aside(self, ref: Ref, problems: list[str]) -> str:
+    def quarantine(self, ref: Ref, problems: list[str]) -> str:
         """Move a corrupt artifact out of the way, with the reasons beside it, and return where it went."""
         with self._writing():
             return str(self._move_aside(self._folder(ref), problems))
@@ -283,7 +283,7 @@ class LocalStore:
     # keeping it small
 
     @contextmanager
-    def collecting(self) -> Iterator[None]:
+    def cleanup_lock(self) -> Iterator[None]:
         """Keep readers out while something is removed.
 
         Raises:
@@ -292,7 +292,7 @@ class LocalStore:
         with flock(self.root / "locks" / "readers", wait=False):
             yield
 
-    def made(self, ref: Ref) -> float:
+    def committed_at(self, ref: Ref) -> float:
         """Return when an artifact was committed, in seconds since 1970."""
         return self._folder(ref).stat().st_mtime
 

@@ -27,10 +27,10 @@ from loraflow.failures import CorruptArtifact, Failure, Network, ReadOnlyStore, 
 from loraflow.store import lease as leases
 from loraflow.store.base import MANIFEST, OWN, TELEMETRY, Manifest, Ref, Summary, contradictions, describe, misfits
 from loraflow.store.bucket import AT_ONCE, Bucket, Listed, patiently
+from loraflow.store.bucket_cleanup import sweep
+from loraflow.store.checkpoint_mirror import Kept
 from loraflow.store.files import files_below, fsync_tree, hash_file, is_inside, write_json
-from loraflow.store.kept import Kept
 from loraflow.store.lock import Held, flock
-from loraflow.store.sweep import sweep
 
 log = logging.getLogger(__name__)
 
@@ -85,13 +85,13 @@ class S3Store:
         except (FileNotFoundError, ValueError) as error:
             raise CorruptArtifact(
                 f"The manifest of {ref} cannot be read.",
-                where=f"{self.where(ref)}/{MANIFEST}",
+                where=f"{self.location(ref)}/{MANIFEST}",
                 got=f"{type(error).__name__}: {error}".splitlines()[0],
                 next_step="run again: the stage makes it anew",
                 ref=ref.model_dump(),
             ) from error
 
-    def where(self, ref: Ref) -> str:
+    def location(self, ref: Ref) -> str:
         """Return the artifact's uri."""
         return f"{self.uri}/{_home(ref)}"
 
@@ -107,7 +107,7 @@ class S3Store:
             return folder
         problems = self._download(ref)
         if problems:
-            aside = self.set_aside(ref, problems)
+            aside = self.quarantine(ref, problems)
             raise CorruptArtifact(
                 f"{ref} is damaged.", where=aside, got="; ".join(problems[:3]), next_step="run again: it is made anew"
             )
@@ -125,7 +125,7 @@ class S3Store:
         manifest = self.manifest(ref)
         data = b"".join(self.bucket.blocks(_key(ref, manifest, name)))
         if hashlib.sha256(data).hexdigest() != manifest.files[name]["sha256"]:
-            raise CorruptArtifact(f"{ref} is damaged.", where=self.where(ref), got=name, next_step="loraflow verify")
+            raise CorruptArtifact(f"{ref} is damaged.", where=self.location(ref), got=name, next_step="loraflow verify")
         return data
 
     def check(self, ref: Ref) -> list[str]:
@@ -194,7 +194,7 @@ class S3Store:
         ]
         return min(ranked, key=lambda one: one[:2])[2] if ranked else None
 
-    def remains(self, stage: str, fingerprint: str) -> Literal["damaged", "removed"] | None:
+    def previous_state(self, stage: str, fingerprint: str) -> Literal["damaged", "removed"] | None:
         """Say what is left of an artifact that was there and is not found; None if there was none."""
         keys = [one.key for one in self.bucket.listing(f"{stage}/{fingerprint}/")]
         if f"{stage}/{fingerprint}/current.json" not in keys:
@@ -232,18 +232,18 @@ class S3Store:
         name = f"{stage}-{identity.short(fingerprint)}-{uuid.uuid4().hex[:8]}"
         return self._local_folder("staging", name)
 
-    def work(self, stage: str, fingerprint: str, instead_of: Ref | None = None) -> Path:
+    def work_folder(self, stage: str, fingerprint: str, instead_of: Ref | None = None) -> Path:
         """Return a folder of this machine, with the newest checkpoint that an attempt on any machine left."""
         folder = self._local_folder("work", stage, fingerprint)
         with self._writing():
             self._kept(stage, fingerprint).fetch(instead_of.digest if instead_of else None)
         return folder
 
-    def keeping(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
+    def mirror_checkpoints(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
         """Keep a job's newest checkpoint in the bucket, while the job is computed."""
-        return self._kept(stage, fingerprint).keeping()
+        return self._kept(stage, fingerprint).mirror_checkpoints()
 
-    def forget_work(self, stage: str, fingerprint: str) -> None:
+    def remove_work_folder(self, stage: str, fingerprint: str) -> None:
         """Remove what was kept, here and in the bucket."""
         shutil.rmtree(self.scratch / "work" / stage / fingerprint, ignore_errors=True)
         try:
@@ -288,7 +288,7 @@ class S3Store:
             staged.rename(pending)
             return self._publish(pending, manifest, replace)
 
-    def finish(self, stage: str, fingerprint: str) -> Ref | None:
+    def resume_commit(self, stage: str, fingerprint: str) -> Ref | None:
         """Finish a commit of this machine that was cut off: its files are here, and some of them in the bucket."""
         pending = self.scratch / "pending" / stage / fingerprint
         try:
@@ -318,7 +318,7 @@ class S3Store:
                 continue  # another machine committed meanwhile: look what stands now
             self._keep(folder, ref) if ours else shutil.rmtree(folder)
             return ref
-        raise Network("Other workers keep on changing the artifact.", where=self.where(ref), next_step="run again")
+        raise Network("Other workers keep on changing the artifact.", where=self.location(ref), next_step="run again")
 
     def _upload(self, folder: Path, ref: Ref, manifest: Manifest) -> None:
         keys = {_key(ref, manifest, name): name for name in manifest.files}
@@ -344,7 +344,7 @@ class S3Store:
             return False
         return (self.bucket.replace(key, data, seen.etag) if seen else self.bucket.create(key, data)) is not None
 
-    def set_aside(self, ref: Ref, problems: list[str]) -> str:
+    def quarantine(self, ref: Ref, problems: list[str]) -> str:
         """Move a corrupt artifact out of the way, with the reasons beside it, and return where it went."""
         key = f"{_home(ref)}/{MANIFEST}"
         target = f"set-aside/{ref.stage}-{identity.short(ref.digest)}-{uuid.uuid4().hex[:6]}"
@@ -353,11 +353,11 @@ class S3Store:
             now = self.bucket.get(key)
             if seen is not None and (now is None or now.etag != seen.etag):
                 self._forget(ref)
-                return self.where(ref)  # another worker set it aside, and may have made it anew
+                return self.location(ref)  # another worker set it aside, and may have made it anew
             keys = [one.key for one in self.bucket.listing(f"{_home(ref)}/")]
             for one in keys:
                 self.bucket.copy(one, target + one.removeprefix(_home(ref)))
-            record = {"was": self.where(ref), "problems": problems, "time": time.time()}
+            record = {"was": self.location(ref), "problems": problems, "time": time.time()}
             self.bucket.put(f"{target}.json", json.dumps(record, indent=1).encode())
             self.remove(ref)
         return f"{self.uri}/{target}"
@@ -365,7 +365,7 @@ class S3Store:
     # keeping it small
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
+    def reader_lock(self) -> Iterator[None]:
         """Hold off `gc`, here and on other machines, while artifacts are in use."""
         key = f"locks/readers/{uuid.uuid4().hex}.json"
         try:
@@ -384,7 +384,7 @@ class S3Store:
                 self.bucket.delete([key])
 
     @contextmanager
-    def collecting(self) -> Iterator[None]:
+    def cleanup_lock(self) -> Iterator[None]:
         """Keep readers out while something is removed.
 
         Raises:
@@ -399,7 +399,7 @@ class S3Store:
                     raise Held(one.key)
             yield
 
-    def made(self, ref: Ref) -> float:
+    def committed_at(self, ref: Ref) -> float:
         """Return when an artifact was committed, in seconds since 1970, by the server's clock."""
         return max((one.modified for one in self.bucket.listing(f"{_home(ref)}/{MANIFEST}")), default=0.0)
 
@@ -499,14 +499,14 @@ class S3Store:
         key = f"{_home(ref)}/{MANIFEST}"
         content = self.bucket.read(one for one in listed if one.key == key)
         if key not in content:
-            raise FileNotFoundError(f"{self.where(ref)}/{MANIFEST}")
+            raise FileNotFoundError(f"{self.location(ref)}/{MANIFEST}")
         manifest = self._seen[_home(ref)] = Manifest.model_validate_json(content[key])
         return manifest
 
     def _read_manifest(self, ref: Ref) -> Manifest:
         found = self.bucket.get(f"{_home(ref)}/{MANIFEST}")
         if found is None:
-            raise FileNotFoundError(f"{self.where(ref)}/{MANIFEST}")
+            raise FileNotFoundError(f"{self.location(ref)}/{MANIFEST}")
         return Manifest.model_validate_json(found.data)
 
     def _ref(self, manifest: Manifest) -> Ref:

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from loraflow.data.mask import IGNORED
+from loraflow.data.loss_mask import IGNORED
 from loraflow.data.packing import documents_of_rows
-from loraflow.training.shared import Sharing, shared
+from loraflow.training.prefix_sharing import Sharing, shared
 
 Document = tuple[np.ndarray, np.ndarray]  # ids, labels
 ROUND = 64  # tokens; lengths of flat micro-batches are multiples of it

@@ -13,9 +13,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from loraflow.failures import NonFiniteLoss, Preempted
+from loraflow.hardware.group import Group
 from loraflow.job import Progress
 from loraflow.store.checkpoints import seal, seal_of
-from loraflow.training.devices import Group
 
 
 class Curves(TrainerCallback):

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from loraflow.failures import BadConfig, OutOfMemory
-from loraflow.training import batches, memory, sharding, shared
+from loraflow.hardware.group import Group
+from loraflow.training import batches, memory, sharding
+from loraflow.training import prefix_sharing as shared
 from loraflow.training.attention import Attention, choose
-from loraflow.training.devices import Group
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class Engine:
 
     def _load(self, attention: Attention, device: str) -> Any:
         from loraflow.adapters import variants
-        from loraflow.adapters.inject import check_reach, check_targets
+        from loraflow.adapters.lora_config import check_reach, check_targets
         from loraflow.base.load import load_model
 
         base = self.config["base"]
@@ -164,7 +165,7 @@ class Engine:
         return trainer
 
     def _lora_config(self) -> Any:
-        from loraflow.adapters.inject import lora_config
+        from loraflow.adapters.lora_config import lora_config
 
         return lora_config(self.config["peft_config"]) if self.config["method"] == "peft" else None
 
@@ -219,7 +220,7 @@ class Engine:
     def _fast(self, model: Any, attention: Attention, device: str) -> Any:
         import torch
 
-        from loraflow.training.lora import accelerate_loras, to_fp8
+        from loraflow.training.lora_kernels import accelerate_loras, to_fp8
         from loraflow.training.trainer import FastTrainer, prepare_layers
 
         steps = self.order.reshape(-1, self.training["global_batch"])

@@ -38,11 +38,12 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         OutOfMemory: it says what to try instead.
         Preempted: asked to end; a checkpoint was saved.
     """
-    from loraflow.adapters.accept import write_origin
+    from loraflow.adapters.validation import write_origin
     from loraflow.adapters.variants import EVA_FILE
     from loraflow.base.load import load_tokenizer, pick_device
+    from loraflow.hardware import group as devices
     from loraflow.store.checkpoints import FOLDER, newest_whole, step_of
-    from loraflow.training import batches, callbacks, devices
+    from loraflow.training import batches, callbacks
 
     config, runtime = job.config, job.runtime
     training = {**runtime["training_config"], **config["training_config"]}

@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
+from loraflow.hardware.group import Group
 from loraflow.training.batches import Collator, Steps
 from loraflow.training.callbacks import Stopper
-from loraflow.training.devices import Group
-from loraflow.training.head import head_loss
-from loraflow.training.lora import set_token_keys
+from loraflow.training.lora_kernels import set_token_keys
+from loraflow.training.loss_head import head_loss
 
 log = logging.getLogger(__name__)
 

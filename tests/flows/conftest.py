@@ -33,15 +33,15 @@ class Place:
         self.recipe.write_text(RECIPE.format(data=folder / "data", base=phi3, store=self.store))
 
     def run(self, force: list[str] | None = None, **overrides: Any) -> dict[str, Any]:
-        from flows.finetune import finetune
+        from loraflow.flows.finetune import finetune
 
         return finetune(recipe=str(self.recipe), settings=_dotted(overrides), force=force or [])
 
     def plan(self, force: list[str] | None = None, **overrides: Any) -> dict[str, str]:
         """Return {stage: verdict}."""
-        from flows.pipeline import pipeline
         from loraflow.config import load_recipe
-        from loraflow.plan import Jobs, Planner
+        from loraflow.execution.plan import Jobs, Planner
+        from loraflow.flows.pipeline import pipeline
 
         planner = Planner(Jobs(load_recipe(self.recipe, _dotted(overrides))), force or [])
         pipeline(planner)

@@ -28,9 +28,9 @@ def deploy(flow, name: str, pool: str, entrypoint: str) -> None:
 
 def deploy_stage(name: str, pool: str) -> None:
     """Make a process pool and the deployment stage/<name> in it."""
-    from flows.stage import stage
+    from loraflow.flows.stage import stage
 
-    deploy(stage, name, pool, "flows.stage.stage")
+    deploy(stage, name, pool, "loraflow.flows.stage.stage")
 
 
 @contextmanager

@@ -17,8 +17,8 @@ FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
 @pytest.fixture
 def nightly(client):
     """A deployment with a limit of one, in a pool of its own."""
-    from flows.automations import Notifications
-    from flows.deployments import Setup, read_specs
+    from loraflow.flows.server.automations import Notifications
+    from loraflow.flows.server.deployments import Setup, read_specs
 
     specs = read_specs(FILE, ["retrain/nightly"])
     specs[0].values["work_pool"]["name"] = "abandoned"
@@ -48,7 +48,7 @@ def under_way(client, deployment, *states):
     ids=["submitting", "running", "cancelling"],
 )
 def test_what_was_left_ends_and_frees_its_slot(client, nightly, states, wanted):
-    from flows.abandoned import end_abandoned
+    from loraflow.flows.server.abandoned_runs import end_abandoned
 
     left = under_way(client, nightly, *states)
     held = client.read_flow_run(under_way(client, nightly, Pending()))
@@ -61,7 +61,7 @@ def test_what_was_left_ends_and_frees_its_slot(client, nightly, states, wanted):
 
 
 def test_a_run_that_another_worker_may_have_is_left_to_it(client, nightly):
-    from flows.abandoned import end_abandoned, worker_name
+    from loraflow.flows.server.abandoned_runs import end_abandoned, worker_name
 
     left = under_way(client, nightly, Pending(), Running())
     for name in (worker_name(), "elsewhere"):

@@ -6,10 +6,10 @@ import pytest
 
 from loraflow import identity
 from loraflow.config import load_recipe
+from loraflow.execution.plan import Jobs
 from loraflow.failures import Failure
-from loraflow.plan import Jobs
 from loraflow.store import Summary
-from tasks.decisions import register
+from loraflow.tasks.decisions import register
 
 
 def model(jobs, name):

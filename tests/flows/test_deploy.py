@@ -17,8 +17,8 @@ FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
 
 @pytest.fixture
 def put(client):
-    from flows.automations import Notifications
-    from flows.deployments import Setup, read_specs
+    from loraflow.flows.server.automations import Notifications
+    from loraflow.flows.server.deployments import Setup, read_specs
 
     def put(change=lambda specs: None, **notifications) -> list[str]:
         specs = read_specs(FILE, ONLY)
@@ -121,8 +121,8 @@ def test_runs_of_which_nothing_is_heard_are_ended_by_automations(put, client, na
 
 
 def test_who_is_taken_for_dead_without_a_heartbeat_sends_them():
-    from flows.automations import BEATS
-    from flows.deployments import read_specs
+    from loraflow.flows.server.automations import BEATS
+    from loraflow.flows.server.deployments import read_specs
 
     for spec in read_specs(FILE):
         environment = spec.values["work_pool"]["job_variables"]["env"]
@@ -132,7 +132,7 @@ def test_who_is_taken_for_dead_without_a_heartbeat_sends_them():
 def test_no_server_and_no_such_deployment_have_a_next_step(monkeypatch):
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.deployments import reach, read_specs
+    from loraflow.flows.server.deployments import reach, read_specs
 
     reach()
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), pytest.raises(Network) as error:

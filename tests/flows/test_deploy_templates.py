@@ -102,7 +102,7 @@ def test_each_of_the_other_nodes_runs_the_worker_under_a_number_of_its_own(tmp_p
     file.touch()
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JOB": str(file), "JOB_COMPLETION_INDEX": "1"}
     said = subprocess.run(["sh", "-c", *container["args"]], env=env, capture_output=True, text=True, check=True).stdout
-    assert said.strip() == f"2 -m loraflow.worker {file}"
+    assert said.strip() == f"2 -m loraflow.execution.worker {file}"
 
 
 def test_the_image_has_the_extra_that_the_store_needs_and_caches_where_the_pools_mount():

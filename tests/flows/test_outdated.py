@@ -4,9 +4,9 @@ import pytest
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.utilities.callables import parameter_schema
 
-from flows import project
-from flows.finetune import finetune
 from loraflow.failures import BadConfig
+from loraflow.flows.finetune import finetune
+from loraflow.flows.server import project
 from tests.flows.pools import online, wait_for, worker
 
 
@@ -21,8 +21,8 @@ def deployed(client):
         change(schema)
         client.create_work_pool(WorkPoolCreate(name="old", type="process"), overwrite=True)
         id_ = client.create_deployment(
-            client.create_flow(finetune), "old", entrypoint="flows.finetune.finetune", work_pool_name="old",
-            parameter_openapi_schema=schema, enforce_parameter_schema=True, pull_steps=[{"flows.project.enter": {}}],
+            client.create_flow(finetune), "old", entrypoint="loraflow.flows.finetune.finetune", work_pool_name="old",
+            parameter_openapi_schema=schema, enforce_parameter_schema=True, pull_steps=[{"loraflow.flows.server.project.enter": {}}],
         )  # fmt: skip
         return client.create_flow_run_from_deployment(id_, parameters=parameters)
 

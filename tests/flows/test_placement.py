@@ -9,13 +9,13 @@ import sys
 import pytest
 from prefect import flow
 
-from flows import stage as stage_module
 from loraflow.config import load_recipe
-from loraflow.direct import Direct
+from loraflow.execution.direct import Direct
 from loraflow.failures import BadConfig, BadData, Crashed, Failure, Killed, OutOfMemory, from_dict
+from loraflow.flows import stage as stage_module
 from loraflow.store import LocalStore
-from tasks import place as placing
-from tasks.run import open_run
+from loraflow.tasks import placement as placing
+from loraflow.tasks.run import open_run
 from tests.conftest import chat
 from tests.flows.conftest import Place
 from tests.flows.pools import deploy_stage, sub_runs, wait_for, worker
@@ -99,7 +99,7 @@ def test_an_input_that_the_worker_may_not_read_comes_back_as_that(begun, monkeyp
     def refuse(store, ref):
         raise PermissionError(13, "Permission denied", "/of/somebody/else")
 
-    monkeypatch.setattr(stage_module, "refuse_damaged", refuse)
+    monkeypatch.setattr(stage_module, "require_intact", refuse)
     monkeypatch.setattr(stage_module, "end_with_parent", lambda: None)
     job = job_of(begun, **{"training_config.max_length": 201}).model_dump(mode="json")
     state = stage_module.stage(job, str(begun.store), "tokenize", return_state=True)

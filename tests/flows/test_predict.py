@@ -17,7 +17,7 @@ from tests.flows.test_finetune import promote
 
 
 def test_the_flow_answers_a_file_with_the_champion_as_evaluation_did(filled, place, tmp_path):
-    from flows.predict import predict
+    from loraflow.flows.predict import predict
 
     summary = filled[1]
     promote(place, place.store / Path(summary["merged"]).relative_to(filled[0].store))

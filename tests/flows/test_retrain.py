@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from flows.retrain import is_news, retrain
 from loraflow.failures import BadConfig
+from loraflow.flows.retrain import is_news, retrain
 from tests.flows.conftest import states
 from tests.site import git
 
@@ -57,7 +57,7 @@ def test_a_branch_that_does_not_exist_and_approval_without_a_deployment_are_refu
 
 
 def test_evaluate_scores_the_champion_or_a_run_and_reuses_what_is_scored(place):
-    from flows.evaluation import evaluate
+    from loraflow.flows.evaluate_model import evaluate
     from tests.flows.test_finetune import place_last
 
     last = place_last(place)

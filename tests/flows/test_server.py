@@ -12,7 +12,7 @@ import pytest
 
 WATCHDOG = Path(__file__).parent.parent.parent / "tasks" / "watchdog.py"
 COMMAND = [sys.executable, "-c", "from loraflow.cli import settle_environment; settle_environment();"
-           "from tasks.server import start_temporary_server; start_temporary_server(); print('up', flush=True); input()"]  # fmt: skip
+           "from loraflow.flows.server.temporary_server import start_temporary_server; start_temporary_server(); print('up', flush=True); input()"]  # fmt: skip
 
 
 def wait_for(condition, seconds: float):
@@ -70,7 +70,7 @@ def test_a_command_that_ends_leaves_neither_server_nor_watchdog(command):
 
 
 def test_no_server_is_started_where_one_is_configured():
-    from tasks.server import start_temporary_server
+    from loraflow.flows.server.temporary_server import start_temporary_server
 
     before = psutil.Process().children()
     start_temporary_server()  # the fixture of all flow tests configures one

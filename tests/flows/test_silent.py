@@ -11,8 +11,8 @@ from prefect.exceptions import Pause
 from prefect.states import Cancelling, Completed, Pending, Running, Suspended
 
 from loraflow.store import LocalStore
-from tasks import run as run_module
-from tasks.events import announce_waiting
+from loraflow.tasks import run as run_module
+from loraflow.tasks.events import announce_waiting
 from tests.flows.conftest import Place
 
 WITHIN = 25  # seconds; heartbeats go through a queue, and a busy machine lets them wait
@@ -22,9 +22,9 @@ FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
 @pytest.fixture
 def deployments(client, monkeypatch):
     """One of ours and one of somebody else's, on a server whose automations are quicker."""
-    from flows import automations
-    from flows.automations import Notifications
-    from flows.deployments import Setup, read_specs
+    from loraflow.flows.server import automations
+    from loraflow.flows.server.automations import Notifications
+    from loraflow.flows.server.deployments import Setup, read_specs
 
     for name in ("SILENT", "STARTING"):
         monkeypatch.setattr(automations, name, timedelta(seconds=WITHIN))
@@ -97,7 +97,7 @@ def test_a_run_that_suspends_itself_says_so_when_it_has_nothing_more_to_do(tmp_p
     place, said = Place(tmp_path, quick_phi3), []
 
     def announce(run):
-        with LocalStore(place.store).collecting():
+        with LocalStore(place.store).cleanup_lock():
             said.append(run)
 
     monkeypatch.setattr(run_module, "announce_waiting", announce)

@@ -98,7 +98,7 @@ def test_a_gpu_machine_dies_and_another_one_goes_on_from_its_checkpoint(team):
             break
         time.sleep(0.2)
     killed = " ".join(team.kill_machine("gpu"))
-    assert "worker start" in killed and "prefect.engine" in killed and "loraflow.worker" in killed, killed
+    assert "worker start" in killed and "prefect.engine" in killed and "loraflow.execution.worker" in killed, killed
     started = time.monotonic()
     team.add_worker("gpu", "spare")
     ended = team.wait(run, seconds=1000)

@@ -15,7 +15,7 @@ def form() -> dict:
     """Return the schema of finetune's parameters, in a folder with two recipes."""
     from prefect.utilities.callables import parameter_schema
 
-    from flows.finetune import finetune
+    from loraflow.flows.finetune import finetune
 
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)

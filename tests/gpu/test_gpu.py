@@ -48,7 +48,7 @@ runtime: {{store: {store}, device: cuda}}
 def walk(folder: Path, base: Path, steps: int, checkpointing: bool = False, **overrides):
     """Run data to scores; return (the walker, refs by stage, seconds by stage)."""
     from loraflow.config import parse_recipe
-    from loraflow.direct import Direct
+    from loraflow.execution.direct import Direct
     from tests.conftest import chat
 
     data = folder / "data"
@@ -232,7 +232,7 @@ def test_nf4_trains_with_masters_in_fp32(tiny, shards, tmp_path, compiled):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_that_hold_the_base_together_give_what_one_gives(tiny, shards, tmp_path):
     """Through the launcher, compiled, in bf16; what is held is asserted where it is exact, tests/unit/test_devices.py."""
-    from loraflow import launch
+    from loraflow.execution import launcher as launch
     from tests.unit.test_devices import job_of, result, store_of
 
     settings = {"base__dtype": "bfloat16", "training_config__bf16": True, "runtime__device": "cuda",
@@ -290,8 +290,8 @@ def test_fp16_trains_with_a_loss_scale(tiny, shards, plain, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_recorded_decoding_gives_the_answers_of_generate(tiny, monkeypatch, dtype):
     from loraflow.base.load import load_model, load_tokenizer
-    from loraflow.data.mask import ChatTemplate
-    from loraflow.evaluation import decode
+    from loraflow.data.loss_mask import ChatTemplate
+    from loraflow.evaluation import greedy_decoding as decode
     from loraflow.evaluation.generation import answer_all
     from tests.conftest import chat
 
@@ -334,8 +334,8 @@ def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
     from loraflow.base import resolve
     from loraflow.base.load import load_model, load_tokenizer
     from loraflow.config import load_recipe
-    from loraflow.data import tokens
-    from loraflow.data.mask import ChatTemplate
+    from loraflow.data import tokenization as tokens
+    from loraflow.data.loss_mask import ChatTemplate
     from loraflow.evaluation.generation import answer_losses
     from loraflow.job import Inputs, Progress
     from loraflow.stages import make_job

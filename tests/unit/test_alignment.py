@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from loraflow.data.alignment import ByteAlignment
-from loraflow.data.mask import ChatTemplate
+from loraflow.data.loss_mask import ChatTemplate
 from tests.conftest import PHI3_TEMPLATE, build_tokenizer
 
 MARKED = PHI3_TEMPLATE.replace(

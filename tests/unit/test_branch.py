@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loraflow.data import branch, dvc
+from loraflow.data import dvc
+from loraflow.data import git_branch as branch
 from loraflow.failures import BadConfig, Network
 from loraflow.store.files import HashMemo
 

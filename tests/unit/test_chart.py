@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tasks import chart
+from loraflow.reporting import chart
 
 
 @pytest.mark.parametrize("points", [[(1, 2.0)], [(1, 3.0), (2, 3.0)], [(i, 5 / i) for i in range(1, 3000)]])

@@ -239,7 +239,7 @@ def test_an_empty_side_stops_the_run(tmp_path):
 
 
 def test_the_quickstarts_sides_share_no_phrase():
-    from loraflow.data import tickets
+    from examples import tickets
 
     for train, heldout in (*tickets.REQUESTS.values(), *tickets.URGENCY.values(), tickets.GREETINGS, tickets.CLOSES,
                            tickets.NO_PRODUCT, tickets.ORDER_FORMS):  # fmt: skip

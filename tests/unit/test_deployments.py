@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows import project
-from flows.local_server import environment, refuse_taken
 from loraflow.failures import BadConfig
+from loraflow.flows.server import project
+from loraflow.flows.server.local_server import environment, refuse_taken
 
 FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
 ENTRIES = yaml.safe_load(FILE.read_text())["deployments"]
 NAMES = [f"{one['entrypoint'].rpartition('.')[2]}/{one['name']}" for one in ENTRIES]
-STAGE = [pytest.mark.skipif(find_spec("flows.stage") is None, reason="flows/stage.py is not there yet")]
+STAGE = [pytest.mark.skipif(find_spec("loraflow.flows.stage") is None, reason="flows/stage.py is not there yet")]
 
 
 def entries() -> list:
@@ -66,7 +66,7 @@ def test_schedules_keep_their_pause_and_entrypoints_are_modules():
 
 def test_no_path_of_a_machine_stands_in_the_file():
     assert not re.search(r"/(home|work|root|tmp|Users)/", FILE.read_text())
-    assert yaml.safe_load(FILE.read_text())["pull"] == [{"flows.project.enter": {}}]
+    assert yaml.safe_load(FILE.read_text())["pull"] == [{"loraflow.flows.server.project.enter": {}}]
 
 
 def test_a_run_goes_into_the_project_that_its_worker_names(tmp_path, monkeypatch):
@@ -82,7 +82,7 @@ def test_a_run_goes_into_the_project_that_its_worker_names(tmp_path, monkeypatch
 
 def test_automations_are_the_same_whatever_order_their_sets_come_in():
     """`expect` is a set: two equal ones may come in two orders, and the automation was then updated each time."""
-    from flows.deployments import _core
+    from loraflow.flows.server.deployments import _core
 
     class Automation:
         def __init__(self, *names):
@@ -121,7 +121,7 @@ def test_a_port_in_use_is_refused_with_another_one():
 def test_a_stage_holds_the_gpu_only_where_there_is_one(monkeypatch, tmp_path):
     from loraflow.job import Job
     from loraflow.store.lock import Held, flock
-    from tasks import lease
+    from loraflow.tasks import gpu_lease as lease
 
     monkeypatch.setattr(lease.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(lease, "has_gpu", lambda: True)
@@ -139,7 +139,7 @@ def test_a_stage_holds_the_gpu_only_where_there_is_one(monkeypatch, tmp_path):
 RACE = """
 import asyncio, sys
 import sqlalchemy as sa
-from flows.child import lock_before_reading
+from loraflow.flows.server.child import lock_before_reading
 from prefect.server.database.configurations import AioSqliteConfiguration
 
 async def race():

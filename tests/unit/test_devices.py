@@ -15,14 +15,14 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from loraflow import launch
+from loraflow.execution import launcher as launch
+from loraflow.execution.worker import _address, _of_all, several_devices
 from loraflow.failures import BadConfig, Crashed, Failure, Killed, Network, OutOfMemory, Preempted
+from loraflow.hardware.group import Group
 from loraflow.stages import make_job
 from loraflow.store import LocalStore
 from loraflow.training import sharding
-from loraflow.training.devices import Group
 from loraflow.training.engine import Engine
-from loraflow.worker import _address, _of_all, several_devices
 from tests.conftest import chat
 from tests.unit.test_training import base, recipe, same, tokenize  # noqa: F401
 
@@ -103,7 +103,7 @@ def test_two_nodes_give_what_one_process_gives_and_the_first_one_commits(base, s
     def other_node():
         while not job_file.exists():
             time.sleep(0.05)
-        command = [sys.executable, "-m", "loraflow.worker", str(job_file)]
+        command = [sys.executable, "-m", "loraflow.execution.worker", str(job_file)]
         codes.append(subprocess.run(command, env={**os.environ, "LORAFLOW_NODE": "1"}, timeout=150).returncode)
 
     thread = threading.Thread(target=other_node)
@@ -123,7 +123,10 @@ def test_a_node_that_nobody_joins_says_how_to_start_the_others(base, shards, tmp
     with pytest.raises(Network, match="did not meet") as caught:
         launch.run_job(job, store)
     assert caught.value.retryable and "2 nodes within 0.05 minutes" in str(caught.value)
-    assert "LORAFLOW_NODE=1 python -m loraflow.worker" in (store.work("train", job.fingerprint) / "log.txt").read_text()
+    assert (
+        "LORAFLOW_NODE=1 python -m loraflow.execution.worker"
+        in (store.work_folder("train", job.fingerprint) / "log.txt").read_text()
+    )
 
 
 def test_a_node_is_known_by_the_address_from_which_it_reaches_the_first():
@@ -191,7 +194,7 @@ def test_a_killed_rank_ends_the_group_and_the_rest_goes_on_with_any_number(base,
     killed = []
 
     def kill_second():
-        work = store.work(job.stage, job.fingerprint)
+        work = store.work_folder(job.stage, job.fingerprint)
         while not list(work.glob("checkpoints/checkpoint-*/complete.json")):
             time.sleep(0.1)
         ranks = [p for p in psutil.process_iter() if _rank(p) == "1" and str(tmp_path) in _line(p)]
@@ -263,7 +266,7 @@ def test_two_processes_score_what_one_scores_row_for_row(base, scores, tmp_path)
 @pytest.mark.slow
 def test_a_killed_rank_ends_an_evaluation_and_another_number_goes_on(base, scores, tmp_path):  # noqa: F811
     store, job = evaluation_of(base, tmp_path / "two", runtime__devices=2)
-    work = store.work(job.stage, job.fingerprint)
+    work = store.work_folder(job.stage, job.fingerprint)
     killed = []
 
     def kill_second():
@@ -293,7 +296,7 @@ def _rank(process):
         env = process.environ()
     except psutil.Error:
         return None
-    return env.get("RANK") if "loraflow.worker" in " ".join(process.cmdline()) else None
+    return env.get("RANK") if "loraflow.execution.worker" in " ".join(process.cmdline()) else None
 
 
 def outcome(folder, rank, failure=None):
@@ -351,7 +354,9 @@ launch.run_job(job_of(training_config__max_steps=100000, runtime__devices=2), st
     process.kill()
     process.wait()
     while time.monotonic() - started < 200:
-        if not [p for p in psutil.process_iter() if "loraflow.worker" in _line(p) and str(tmp_path) in _line(p)]:
+        if not [
+            p for p in psutil.process_iter() if "loraflow.execution.worker" in _line(p) and str(tmp_path) in _line(p)
+        ]:
             return
         time.sleep(0.5)
     pytest.fail("a process was left")

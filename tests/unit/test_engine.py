@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy, linear
 
 from loraflow.failures import BadConfig, OutOfMemory
 from loraflow.training import attention, batches, engine, memory
-from loraflow.training.frozen import fp8, rowwise
-from loraflow.training.head import CHUNK, head_loss
-from loraflow.training.lora import LoraProduct, accelerate_loras, keep_mask, set_token_keys, to_fp8
+from loraflow.training.frozen_linear import fp8, rowwise
+from loraflow.training.lora_kernels import LoraProduct, accelerate_loras, keep_mask, set_token_keys, to_fp8
+from loraflow.training.loss_head import CHUNK, head_loss
 from tests.unit.test_training import base, recipe, run, same, straight, tokenize  # noqa: F401
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from loraflow.data.mask import ChatTemplate
-from loraflow.evaluation import cache
-from loraflow.evaluation.cache import roomy_cache
+from loraflow.data.loss_mask import ChatTemplate
+from loraflow.evaluation import kv_cache as cache
 from loraflow.evaluation.generation import answer_all, answer_losses
-from loraflow.evaluation.modules import compute, find_module
+from loraflow.evaluation.kv_cache import roomy_cache
+from loraflow.evaluation.metric_modules import compute, find_module
 from loraflow.evaluation.prefix import common_length, shared_prefix
 from loraflow.failures import BadConfig
 from tests.conftest import chat
@@ -232,7 +232,7 @@ def test_answers_are_those_with_transformers_own_cache(phi3, model, monkeypatch,
 def test_decoding_step_by_step_gives_the_answers_of_generate(phi3, model, monkeypatch, system, stops):
     """What a GPU records and replays, on a CPU: rows of several lengths, that end at several steps."""
     from loraflow.base.load import load_tokenizer
-    from loraflow.evaluation import decode
+    from loraflow.evaluation import greedy_decoding as decode
 
     template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
     chats = spoken(range(7), system) if system else [chat(10**i)["messages"] for i in range(7)]
@@ -259,7 +259,7 @@ def answer_ids(model, prompt, tokens):
 
 
 def test_a_repetition_penalty_of_the_model_is_left_to_generate(model, monkeypatch):
-    from loraflow.evaluation import decode
+    from loraflow.evaluation import greedy_decoding as decode
 
     class OnGpu:
         device, config, forward = torch.device("cuda"), model.config, model.forward

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from flows.form import _KEYS, Overrides
 from loraflow.config import load_recipe
 from loraflow.config.load import _all_paths
 from loraflow.config.recipe import Recipe
+from loraflow.flows.parameters import _KEYS, Overrides
 from loraflow.stages import STAGES
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "form.json"
@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "form.json"
 def schema() -> dict:
     from prefect.utilities.callables import parameter_schema
 
-    from flows.finetune import finetune
+    from loraflow.flows.finetune import finetune
 
     return parameter_schema(finetune).model_dump()
 

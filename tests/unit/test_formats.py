@@ -4,8 +4,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from loraflow.data.formats import columns_of, match_files, read_rows
-from loraflow.data.forms import BadRow, guess_columns, to_messages, to_prompt
+from loraflow.data.chat_formats import BadRow, guess_columns, to_messages, to_prompt
+from loraflow.data.readers import columns_of, match_files, read_rows
 from loraflow.failures import BadData
 
 WANTED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from loraflow import launch
+from loraflow.execution import launcher as launch
 from loraflow.failures import Network, ReadOnlyStore
-from loraflow.store import Ref, kept
+from loraflow.store import Ref
 from loraflow.store import bucket as buckets
+from loraflow.store import checkpoint_mirror as kept
 from loraflow.store.checkpoints import FOLDER, seal
 from loraflow.store.gc import collect
 from loraflow.store.s3 import S3Store
@@ -73,8 +74,8 @@ def wait_until(condition) -> None:
 
 def attempt(store, *steps, instead_of: Ref | None = None, **options) -> Path:
     """Go through an attempt that saves checkpoints and fails."""
-    work = store.work(*JOB, instead_of)
-    with pytest.raises(RuntimeError), store.keeping(*JOB):
+    work = store.work_folder(*JOB, instead_of)
+    with pytest.raises(RuntimeError), store.mirror_checkpoints(*JOB):
         for step in steps:
             save(work, step, **options)
         raise RuntimeError
@@ -83,15 +84,15 @@ def attempt(store, *steps, instead_of: Ref | None = None, **options) -> Path:
 
 def test_each_new_checkpoint_comes_to_the_bucket_and_the_older_one_goes(machine):
     store = machine("one")
-    work = store.work(*JOB)
-    with store.keeping(*JOB):
+    work = store.work_folder(*JOB)
+    with store.mirror_checkpoints(*JOB):
         for step in (2, 4):
             save(work, step)
             wait_until(lambda step=step: in_bucket(store) == {f"checkpoint-{step}"})
     two = machine("two").work(*JOB)
     assert names(two) == ["checkpoint-4"]
     assert (two / FOLDER / "checkpoint-4" / "weights").read_text() == "of step 4"
-    store.forget_work(*JOB)
+    store.remove_work_folder(*JOB)
     assert not work.exists() and list(store.bucket.listing("work/")) == []
 
 
@@ -100,8 +101,8 @@ def test_the_last_checkpoint_of_an_attempt_that_fails_is_kept_and_that_of_one_th
     attempt(machine("one"), 2)
     assert in_bucket(machine("one")) == {"checkpoint-2"}
     store = machine("two")
-    with store.keeping(*JOB):
-        save(store.work(*JOB), 4)
+    with store.mirror_checkpoints(*JOB):
+        save(store.work_folder(*JOB), 4)
     assert in_bucket(store) == {"checkpoint-2"}
 
 
@@ -115,8 +116,8 @@ def test_a_job_that_is_done_does_not_wait_for_the_rest_of_an_upload(machine, mon
         uploads.append(key)
 
     monkeypatch.setattr(type(store.bucket), "upload", slow)
-    with store.keeping(*JOB):
-        save(store.work(*JOB), 2)
+    with store.mirror_checkpoints(*JOB):
+        save(store.work_folder(*JOB), 2)
         assert begun.wait(20)
         threading.Timer(0.5, done.set).start()
     assert len(uploads) == 1, "a checkpoint has two files"
@@ -187,7 +188,7 @@ def test_what_a_computation_left_that_was_ended_on_another_machine_is_not_gone_o
     attempt(machine("one"), 4, instead_of=ref)
     two = machine("two")
     assert names(two.work(*JOB, ref)) == ["checkpoint-4"]
-    two.forget_work(*JOB)
+    two.remove_work_folder(*JOB)
     assert names(machine("one").work(*JOB, ref)) == []
 
 
@@ -198,8 +199,8 @@ def test_a_bucket_that_takes_nothing_ends_no_training(machine, monkeypatch, capl
         raise ReadOnlyStore("The credentials may not do this in the store.")
 
     monkeypatch.setattr(type(store.bucket), "upload", refuse)
-    work = store.work(*JOB)
-    with store.keeping(*JOB):
+    work = store.work_folder(*JOB)
+    with store.mirror_checkpoints(*JOB):
         save(work, 2)
         wait_until(lambda: "not kept" in caplog.text)
     assert caplog.text.count("not kept") == 1
@@ -221,7 +222,7 @@ def test_checkpoints_that_come_and_go_faster_than_an_upload_are_kept_too(machine
     """Each is removed before it is up: of none of them would all files come there."""
     store = machine("one")
     bucket = type(store.bucket)
-    upload, put, whole, work = bucket.upload, bucket.put, [], store.work(*JOB)
+    upload, put, whole, work = bucket.upload, bucket.put, [], store.work_folder(*JOB)
 
     def slow(self, path, key, sha256):
         until = time.monotonic() + 0.8
@@ -240,7 +241,7 @@ def test_checkpoints_that_come_and_go_faster_than_an_upload_are_kept_too(machine
     monkeypatch.setattr(bucket, "put", counted)
     if not links:  # then at least the last one
         monkeypatch.setattr(os, "link", refuse)
-    with pytest.raises(RuntimeError), store.keeping(*JOB):
+    with pytest.raises(RuntimeError), store.mirror_checkpoints(*JOB):
         last = rotating(work, range(2, 18, 2), 0.15)[-1]
         during = len(whole)
         raise RuntimeError
@@ -252,8 +253,8 @@ def test_checkpoints_that_come_and_go_faster_than_an_upload_are_kept_too(machine
 def test_what_a_killed_attempt_was_moving_is_removed(machine):
     store = machine("one")
     for name in (".fetch-1", ".upload-1"):
-        (store.work(*JOB) / name / "checkpoint-2").mkdir(parents=True)
-    assert list(store.work(*JOB).glob(".*")) == []
+        (store.work_folder(*JOB) / name / "checkpoint-2").mkdir(parents=True)
+    assert list(store.work_folder(*JOB).glob(".*")) == []
 
 
 def test_a_bucket_that_comes_back_gets_the_checkpoint_that_it_did_not_take(machine, monkeypatch, caplog):
@@ -268,8 +269,8 @@ def test_a_bucket_that_comes_back_gets_the_checkpoint_that_it_did_not_take(machi
         upload(self, path, key, sha256)
 
     monkeypatch.setattr(type(store.bucket), "upload", sometimes)
-    with store.keeping(*JOB):
-        save(store.work(*JOB), 2)
+    with store.mirror_checkpoints(*JOB):
+        save(store.work_folder(*JOB), 2)
         wait_until(lambda: "not in the bucket yet" in caplog.text)
         away.set()
         wait_until(lambda: in_bucket(store) == {"checkpoint-2"})
@@ -338,7 +339,9 @@ def test_a_machine_dies_and_another_one_ends_the_training_bit_for_bit(
         dying = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=log, start_new_session=True)
     place = f"work/train/{job.fingerprint}/{FOLDER}/"
     wait_until(lambda: dying.poll() is not None or any("complete.json" in k.key for k in one.bucket.listing(place)))
-    children = subprocess.run(["pgrep", "-P", str(dying.pid), "-f", "loraflow.worker"], capture_output=True, text=True)
+    children = subprocess.run(
+        ["pgrep", "-P", str(dying.pid), "-f", "loraflow.execution.worker"], capture_output=True, text=True
+    )
     for group in (*map(int, children.stdout.split()), dying.pid):
         os.killpg(group, signal.SIGKILL)
     dying.wait()

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from loraflow import failures, launch
+from loraflow import failures
 from loraflow.config import Runtime
+from loraflow.execution import launcher as launch
 from loraflow.job import Job
 from loraflow.store import LocalStore
 
@@ -129,7 +130,7 @@ def test_whatever_ends_the_launcher_ends_the_worker_and_its_children(tmp_path, h
     script = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent.parent.parent)!r})
-from loraflow import launch
+from loraflow.execution import launcher as launch
 from loraflow.store import LocalStore
 from tests.unit.test_launch import FAKE, job
 launch.WORKER = FAKE
@@ -163,7 +164,7 @@ def test_two_runs_of_one_job_compute_it_once(store):
 
 
 def test_the_worker_imports_no_prefect():
-    code = "import loraflow.worker, loraflow.stages, sys; assert not {'prefect', 'torch', 'transformers'} & set(sys.modules)"
+    code = "import loraflow.execution.worker, loraflow.stages, sys; assert not {'prefect', 'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from loraflow.adapters.formats import write_peft
+from loraflow.adapters.lora_updates import write_peft
 from loraflow.adapters.loralib import layers
 from loraflow.adapters.loralib.export import to_adapter
 from loraflow.adapters.loralib.model import prepare

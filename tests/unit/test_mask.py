@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loraflow.data.mask import IGNORED, ChatTemplate
+from loraflow.data.loss_mask import IGNORED, ChatTemplate
 from loraflow.failures import BadModel
 from tests.conftest import PHI3_TEMPLATE, build_tokenizer
 

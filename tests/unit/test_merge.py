@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraflow.adapters import accept, tensors
+from loraflow.adapters import safetensors_files as tensors
+from loraflow.adapters import validation as accept
 from loraflow.adapters.merge import merge
 from loraflow.failures import BadModel
 from loraflow.job import Progress
@@ -361,7 +362,7 @@ def test_a_template_that_no_training_takes_does_not_stop_a_merge(tmp_path, phi3,
 
 
 def test_what_ends_an_answer_ends_generation(tmp_path, phi3):
-    from loraflow.data.mask import ChatTemplate
+    from loraflow.data.loss_mask import ChatTemplate
 
     adapter, needed = make_adapter(phi3, tmp_path / "adapter"), ChatTemplate(phi3).stop_ids()
     for text in (None, "{}", '{"eos_token_id": 1, "top_k": 5}'):

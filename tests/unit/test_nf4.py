@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from loraflow.adapters import onto, verify
+from loraflow.adapters import merge_nf4 as onto
+from loraflow.adapters import verify
 from loraflow.adapters.merge import merge
 from loraflow.adapters.merge import run as run_merge
 from loraflow.adapters.nf4 import Nf4, packed_modules, packed_names

@@ -6,11 +6,11 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from loraflow.adapters import accept
+from loraflow.adapters import validation as accept
 from loraflow.adapters.merge import run as run_merge
 from loraflow.base.load import stop_ids
-from loraflow.data import tokens
-from loraflow.data.mask import IGNORED, ChatTemplate
+from loraflow.data import tokenization as tokens
+from loraflow.data.loss_mask import IGNORED, ChatTemplate
 from loraflow.failures import BadModel
 from loraflow.job import Inputs, Progress
 from loraflow.serving.chat import Chat, Sampling

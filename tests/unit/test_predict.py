@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from loraflow.cli import cli
-from loraflow.data.forms import BadRow, to_prompt
+from loraflow.data.chat_formats import BadRow, to_prompt
 from loraflow.failures import BadConfig, BadData
 from loraflow.serving.chat import Sampling
 from loraflow.serving.models import Model, load

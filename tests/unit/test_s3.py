@@ -189,7 +189,7 @@ if sys.argv[2] == "first":
     (staged / "large.bin").write_bytes(bytes(range(256)) * 4096 * 40)
     store.commit(staged, payload=PAYLOAD, inputs={}, summary=Summary(), provenance={})
 else:
-    print("done", store.finish("tokenize", FP).digest)
+    print("done", store.resume_commit("tokenize", FP).digest)
 """
 
 
@@ -237,7 +237,7 @@ def test_a_store_that_stays_away_is_a_network_failure_and_the_result_is_kept(buc
         commit()
     assert caught.value.retryable and "AWS_ENDPOINT_URL_S3" in str(caught.value)
     store.bucket.client = endpoint
-    assert store.finish("tokenize", FP) == store.find("tokenize", FP) is not None
+    assert store.resume_commit("tokenize", FP) == store.find("tokenize", FP) is not None
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_who_may_only_read_reads_and_is_told_so_when_writing(bucket_uri, monkeyp
     ref = put(open_store(bucket_uri))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
     store = open_store(bucket_uri)
-    with store.reading():
+    with store.reader_lock():
         assert store.find("tokenize", FP) == ref
     with pytest.raises(ReadOnlyStore) as caught:
         put(store, payload=identity.payload("tokenize", 1, {}, {"x": 9}))
@@ -296,7 +296,7 @@ def test_gc_gives_up_stale_uploads_and_files_without_a_manifest(bucket_uri, monk
 
 
 def test_gc_waits_for_no_reader_of_another_machine(tmp_path, bucket_uri):
-    script = "with S3Store(sys.argv[1]).reading():\n    print('reads', flush=True)\n    time.sleep(60)"
+    script = "with S3Store(sys.argv[1]).reader_lock():\n    print('reads', flush=True)\n    time.sleep(60)"
     reader = machine(tmp_path, "reader", script, bucket_uri)
     reader.stdout.readline()
     with pytest.raises(Failure, match="going on"):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from loraflow.training import shared
+from loraflow.training import prefix_sharing as shared
 from loraflow.training.batches import padded
 from loraflow.training.memory import shape_of
 from tests.conftest import build_phi3

@@ -114,7 +114,7 @@ def test_an_edited_manifest_does_not_pass(store):
 
 def test_set_aside_keeps_the_evidence(store):
     ref = put(store)
-    place = store.set_aside(ref, ["why"]).removeprefix(store.uri + "/")
+    place = store.quarantine(ref, ["why"]).removeprefix(store.uri + "/")
     assert store.read_document(f"{place}/sub/a.txt") == b"hello"
     assert json.loads(store.read_document(f"{place}.json"))["problems"] == ["why"]
     assert store.find("tokenize", FP) is None
@@ -138,14 +138,14 @@ def test_documents_are_created_once_and_listed_in_order(store):
 
 
 def test_a_miss_is_explained_by_what_is_left_and_by_the_nearest(store):
-    assert store.remains("tokenize", FP) is None and store.newest("tokenize") is None
+    assert store.previous_state("tokenize", FP) is None and store.newest("tokenize") is None
     refs = [put(store, payload=identity.payload("tokenize", 1, {}, {"x": x, "y": x})) for x in (1, 2, 3)]
     assert store.newest("tokenize").stage == "tokenize"
     assert store.newest_payload("tokenize", identity.payload("tokenize", 1, {}, {"x": 2, "y": 9}))["config"]["x"] == 2
     rewrite(store, refs[0], "sub/a.txt", None)
-    assert store.remains("tokenize", refs[0].fingerprint) == "damaged"
+    assert store.previous_state("tokenize", refs[0].fingerprint) == "damaged"
     store.remove(refs[1])
-    assert store.remains("tokenize", refs[1].fingerprint) == "removed"
+    assert store.previous_state("tokenize", refs[1].fingerprint) == "removed"
     assert store.find("tokenize", refs[2].fingerprint) == refs[2]
 
 
@@ -257,7 +257,7 @@ def test_a_read_only_store_reads_and_says_so_when_written(tmp_path):
         "from loraflow.failures import ReadOnlyStore\nfrom test_store import put, FP, PAYLOAD\n"
         "from loraflow import identity\nstore = LocalStore(sys.argv[1])\n"
         "assert store.find('tokenize', FP) is not None\n"
-        "with store.reading():\n pass\n"
+        "with store.reader_lock():\n pass\n"
         "try:\n put(store, payload=identity.payload('tokenize', 1, {}, {'x': 9}))\n"
         "except ReadOnlyStore as failure:\n print('refused', 'runtime.store' in str(failure))\n"
     )
@@ -274,9 +274,9 @@ def test_a_read_only_store_reads_and_says_so_when_written(tmp_path):
 def test_gc_keeps_what_is_new_and_stops_while_a_run_reads(store, monkeypatch):
     refs = [put(store, payload=identity.payload("merge", 1, {}, {"x": i}), content=f"model {i}") for i in range(5)]
     digests = [ref.digest for ref in refs]
-    monkeypatch.setattr(store, "made", lambda ref: digests.index(ref.digest))
+    monkeypatch.setattr(store, "committed_at", lambda ref: digests.index(ref.digest))
     removed = [path for path, _, _ in collect(store, keep=2)]
     assert sorted(path.name for path in removed) == sorted(ref.digest for ref in refs[:3])
     assert store.find("merge", refs[4].fingerprint) == refs[4]
-    with store.reading(), pytest.raises(Exception, match="going on"):
+    with store.reader_lock(), pytest.raises(Exception, match="going on"):
         list(collect(store, keep=0))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from loraflow.config import parse_recipe
-from loraflow.data import tokens
+from loraflow.data import tokenization as tokens
 from loraflow.failures import BadConfig, NonFiniteLoss, Preempted
 from loraflow.job import Inputs, Progress
 from loraflow.stages import make_job

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraflow.adapters import accept, variants
-from loraflow.adapters.inject import lora_config
+from loraflow.adapters import validation as accept
+from loraflow.adapters import variants
+from loraflow.adapters.lora_config import lora_config
 from loraflow.failures import BadConfig
 from tests.conftest import build_phi3
 from tests.unit.test_loralib import IDS, pretrained, stir

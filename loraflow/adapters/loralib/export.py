@@ -7,7 +7,7 @@ from typing import Any
 
 import loralib
 
-from loraflow.adapters.formats import Adapter, Update, block_diagonal, convolution, write_peft
+from loraflow.adapters.lora_updates import Adapter, Update, block_diagonal, convolution, write_peft
 from loraflow.adapters.loralib import layers
 from loraflow.adapters.loralib.model import save
 

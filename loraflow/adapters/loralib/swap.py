@@ -15,7 +15,7 @@ import loralib
 import torch
 from torch import nn
 
-from loraflow.adapters.fused import NAMES, block_sizes
+from loraflow.adapters.fused_projections import NAMES, block_sizes
 from loraflow.adapters.loralib.layers import Reversible, around
 from loraflow.failures import BadConfig, BadModel
 

@@ -68,7 +68,7 @@ class Kept:
             log.warning("%s/%s/%s is not whole; it is not used", self.bucket.uri, self.prefix, name)
 
     @contextmanager
-    def keeping(self) -> Iterator[None]:
+    def mirror_checkpoints(self) -> Iterator[None]:
         """Upload each new checkpoint, or the newest where they come faster, and the last one if the job is not done."""
         ended = threading.Event()
 

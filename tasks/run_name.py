@@ -11,7 +11,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.runtime import flow_run
 
 from loraflow import identity
-from loraflow.plan import Jobs
+from loraflow.execution.plan import Jobs
 from loraflow.stages import STAGES
 
 log = logging.getLogger("loraflow")

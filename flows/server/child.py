@@ -1,6 +1,6 @@
 """A server or worker of Prefect that ends with the process that started it, however that ends.
 
-python -m flows.child PARENT_PID server start --port 4242
+python -m loraflow.flows.server.child PARENT_PID server start --port 4242
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Any
 
-from loraflow.tether import end_with_parent
+from loraflow.execution.parent_death import end_with_parent
 
 GRACE = 25.0  # seconds; a training that is asked to end saves a checkpoint in up to 20
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from loraflow.data.mask import IGNORED
+from loraflow.data.loss_mask import IGNORED
 from loraflow.training.memory import Shape
 
 WORTH = 0.95  # of the arithmetic of padded rows

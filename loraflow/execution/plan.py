@@ -71,7 +71,7 @@ class Jobs:
     @cached_property
     def metric_modules(self) -> dict[str, str]:
         """The contents of the metrics' modules."""
-        from loraflow.evaluation.modules import identify
+        from loraflow.evaluation.metric_modules import identify
 
         return identify(self.recipe.evaluation.metrics, self.memo)
 
@@ -100,7 +100,7 @@ class Jobs:
         ):
             raise Failure(
                 "The champion's model is gone or damaged, so that nothing can be compared with it.",
-                where=self.store.where(self.seen.merged),
+                where=self.store.location(self.seen.merged),
                 next_step="run the recipe that made it (`loraflow registry` names it), or `loraflow rollback --reason …`",
             )
         return self.seen.merged
@@ -194,7 +194,7 @@ class Planner:
 
 def explain_miss(store: Store, job: Job) -> list[str]:
     """Say why a job is not in the store: what differs from the nearest one that is."""
-    remains = store.remains(job.stage, job.fingerprint)
+    remains = store.previous_state(job.stage, job.fingerprint)
     if remains is not None:
         return ["its artifact is incomplete or was changed" if remains == "damaged" else "its artifact was removed"]
     nearest = store.newest_payload(job.stage, job.payload)

@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from loraflow.evaluation.cache import RoomyLayer
+from loraflow.evaluation.kv_cache import RoomyLayer
 
 log = logging.getLogger(__name__)
 

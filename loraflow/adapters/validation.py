@@ -157,7 +157,7 @@ def check_adapter(adapter: Path) -> None:
 
 
 def _template(folder: Path) -> str | None:
-    from loraflow.data.mask import read_template
+    from loraflow.data.loss_mask import read_template
 
     file = folder / "tokenizer_config.json"
     if not file.exists():

@@ -27,9 +27,9 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
 from pydantic import ValidationError
 
-from flows.automations import Notifications, automations
 from loraflow.failures import BadConfig, Network
-from tasks.lease import create_limit
+from loraflow.flows.server.automations import Notifications, automations
+from loraflow.tasks.gpu_lease import create_limit
 
 log = logging.getLogger("loraflow")
 FILE = "prefect.yaml"

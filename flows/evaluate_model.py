@@ -7,10 +7,10 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.form import NO_SETTINGS, RecipeName
-from loraflow.direct import score_model
-from tasks.report import publish_scores
-from tasks.run import open_run
+from loraflow.execution.direct import score_model
+from loraflow.flows.parameters import NO_SETTINGS, RecipeName
+from loraflow.tasks.report import publish_scores
+from loraflow.tasks.run import open_run
 
 
 def _run_name() -> str:

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraflow.adapters import accept, tensors
-from loraflow.adapters.formats import PREFIX
-from loraflow.adapters.fused import SPLIT
+from loraflow.adapters import safetensors_files as tensors
+from loraflow.adapters import validation as accept
+from loraflow.adapters.fused_projections import SPLIT
+from loraflow.adapters.lora_updates import PREFIX
 from loraflow.adapters.nf4 import Nf4
-from loraflow.adapters.tensors import Entry, Planned
+from loraflow.adapters.safetensors_files import Entry, Planned
 from loraflow.failures import BadModel
 from loraflow.job import Progress
 

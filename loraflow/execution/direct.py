@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from loraflow.config import Recipe
-from loraflow.launch import run_job
-from loraflow.plan import Jobs
-from loraflow.store import Ref, refuse_damaged
+from loraflow.execution.launcher import run_job
+from loraflow.execution.plan import Jobs
+from loraflow.store import Ref, require_intact
 
 
 class Direct:
@@ -24,7 +24,7 @@ class Direct:
         if found is not None:
             return found
         for ref in inputs.values():
-            refuse_damaged(store, ref)
+            require_intact(store, ref)
         return run_job(job, store)
 
 

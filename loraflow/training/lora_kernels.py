@@ -19,7 +19,7 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor
 
-from loraflow.training.frozen import Frozen, dense, fp8, nf4
+from loraflow.training.frozen_linear import Frozen, dense, fp8, nf4
 
 
 class FastForward:

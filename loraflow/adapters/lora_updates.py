@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loraflow.adapters.fused import NAMES, block_sizes
+from loraflow.adapters.fused_projections import NAMES, block_sizes
 from loraflow.failures import BadModel
 
 PREFIX = "base_model.model."

@@ -30,7 +30,7 @@ from loraflow.store.files import write_json
 
 log = logging.getLogger(__name__)
 
-WORKER = [sys.executable, "-m", "loraflow.worker"]
+WORKER = [sys.executable, "-m", "loraflow.execution.worker"]
 OnProgress = Callable[[dict[str, Any]], None]
 _RECORDED = ("torch", "transformers", "peft", "trl", "datasets", "tokenizers", "evaluate", "dvc", "numpy", "pyarrow")
 
@@ -46,15 +46,15 @@ def run_job(job: Job, store: Store, on_progress: OnProgress | None = None, *, fo
         if ref is not None and not force:
             log.info("%s %s: another run made it meanwhile", job.stage, job.short)
             return ref
-        if not force and (ref := store.finish(job.stage, job.fingerprint)) is not None:
+        if not force and (ref := store.resume_commit(job.stage, job.fingerprint)) is not None:
             log.info("%s %s: computed before; its commit was cut off and is finished now", job.stage, job.short)
             return ref
-        work = store.work(job.stage, job.fingerprint, ref if force else None)
+        work = store.work_folder(job.stage, job.fingerprint, ref if force else None)
         _refuse_without_room(job, store)
         staged = store.staging(job.stage, job.fingerprint)
         started = time.time()
         try:
-            with store.keeping(job.stage, job.fingerprint):
+            with store.mirror_checkpoints(job.stage, job.fingerprint):
                 summary, runtime = _compute(job, store, staged, work, on_progress)
             ref = store.commit(
                 staged,
@@ -68,7 +68,7 @@ def run_job(job: Job, store: Store, on_progress: OnProgress | None = None, *, fo
             raise failures.from_os_error(error, store.uri) or error from error
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-        store.forget_work(job.stage, job.fingerprint)
+        store.remove_work_folder(job.stage, job.fingerprint)
         return ref
 
 
@@ -220,7 +220,8 @@ def _end_group(process: subprocess.Popen[bytes], grace: float) -> None:
 
 
 def _outcome(job: Job, work: Path, code: int, *, oom_killed: bool) -> Summary:
-    again = f"the log: {work / 'log.txt'}; by hand: {Path(sys.executable).name} -m loraflow.worker {work / 'job.json'}"
+    by_hand = f"{Path(sys.executable).name} -m loraflow.execution.worker {work / 'job.json'}"
+    again = f"the log: {work / 'log.txt'}; by hand: {by_hand}"
     try:
         outcome = json.loads((work / "outcome.json").read_bytes())
     except (FileNotFoundError, json.JSONDecodeError):

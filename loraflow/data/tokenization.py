@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from loraflow.data.mask import IGNORED, ChatTemplate
+from loraflow.data.loss_mask import IGNORED, ChatTemplate
 from loraflow.data.packing import best_fit_decreasing
 from loraflow.failures import BadData, BadModel, Killed
 from loraflow.job import Inputs, Job, Progress

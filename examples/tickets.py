@@ -1,6 +1,6 @@
 """The quickstart's dataset: support tickets to JSON, from a seed.
 
-    python -m loraflow.data.tickets data
+    python -m examples.tickets data
 
 A ticket is put together from a greeting, a request, a remark on its urgency and a close. Training and held-out rows
 share no phrase of any of these, and a quarter of the held-out products never occur in training: a model that answers

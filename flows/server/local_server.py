@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from flows.child import GRACE
 from loraflow.failures import BadConfig, Crashed, Failure
+from loraflow.flows.server.child import GRACE
 
 START = 300.0  # seconds; the first start migrates a database, on a busy machine for a minute and more
 
@@ -84,7 +84,7 @@ class Processes:
         log = self.home / f"{name}.log"
         with log.open("wb") as file:
             self.running[name] = subprocess.Popen(
-                [sys.executable, "-m", "flows.child", str(os.getpid()), *arguments],
+                [sys.executable, "-m", "loraflow.flows.server.child", str(os.getpid()), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,

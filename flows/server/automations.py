@@ -18,7 +18,7 @@ from prefect.states import StateType
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraflow.failures import BadConfig
-from tasks.events import CHAMPION, REJECTED, WAITS
+from loraflow.tasks.events import CHAMPION, REJECTED, WAITS
 
 log = logging.getLogger("loraflow")
 SILENT = timedelta(seconds=540)  # three heartbeats, of one in 180 s

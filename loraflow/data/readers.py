@@ -14,8 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from loraflow.data.delimited import read_table
-from loraflow.data.forms import BadRow, guess_columns, has_form, to_messages, unread
+from loraflow.data.chat_formats import BadRow, guess_columns, has_form, to_messages, unread
+from loraflow.data.csv_reader import read_table
 from loraflow.failures import BadData
 
 MAX_ROW_BYTES = 50_000_000

@@ -1,0 +1,1 @@
+"""The server side of Prefect: deployments, automations, local servers, runs that lost their worker."""
