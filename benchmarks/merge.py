@@ -15,7 +15,7 @@ from pathlib import Path
 from measure import once, row, several
 
 OURS = """
-import sys; from pathlib import Path; from loraflow.adapters.merge import merge
+import sys; from pathlib import Path; from loraflow.adapters.merge_folders import merge
 figures = merge(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
 Path(sys.argv[3] + '.seconds').write_text(str(figures['seconds']))
 """

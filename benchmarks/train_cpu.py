@@ -22,8 +22,8 @@ from measure import row
 
 from loraflow.config import load_recipe
 from loraflow.job import Inputs, Progress
-from loraflow.stages import make_job
 from loraflow.store import Ref
+from tests.jobs import Outside, make_job
 
 SIDES = ("fast", "stock", "trl")
 WARM_UP = 2
@@ -75,8 +75,8 @@ def prepare(folder: Path, precision: str) -> None:
     rows = [{"id": str(i), "set": "train", "place": str(i), **json.loads(line)} for i, line in enumerate(lines)]
     (folder / "rows" / "train.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     (folder / "rows" / "validation.jsonl").write_text("")
-    known = resolve.locate(recipe.base, HashMemo(folder / "hashes.json"))
-    resolve.run(make_job("resolve_base", recipe, {}, known), Inputs({}), folder / "base", Progress())
+    outside = Outside(base=resolve.locate(recipe.base, HashMemo(folder / "hashes.json")))
+    resolve.run(make_job("resolve_base", recipe, {}, outside), Inputs({}), folder / "base", Progress())
     job = make_job("tokenize", recipe, {"rows": REF, "base": REF})
     tokens.run(job, Inputs({"rows": folder / "rows", "base": folder / "base"}), folder / "tokens", Progress())
 

@@ -195,8 +195,8 @@ def recipe(case: Case, **more: Any) -> Any:
 
 def ours(case: Case, work: Path) -> dict[str, Any]:
     """Run the train stage by its worker, as the flow does."""
-    from loraflow.stages import make_job
     from loraflow.store import Ref
+    from tests.jobs import make_job
 
     ref = Ref(stage="s", fingerprint="f", digest="d", uri="")
     job = make_job("train", recipe(case), {"tokens": ref, "base": ref})
@@ -232,9 +232,10 @@ def ours(case: Case, work: Path) -> dict[str, Any]:
 
 
 def step_tokens(work: Path, case: Case) -> np.ndarray:
+    from loraflow.data.token_rows import TokenRows
     from loraflow.training import batches
 
-    rows = batches.Rows(work / "tokens" / "train", work / "tokens" / "packing.parquet")
+    rows = TokenRows(work / "tokens" / "train", work / "tokens" / "packing.parquet")
     order = batches.row_order(len(rows), (WARM + case.timed) * case.rows, 0)
     return rows.tokens[order].reshape(-1, case.rows).sum(1)
 
@@ -309,9 +310,10 @@ def run_peer(case: Case, work: Path) -> None:
 
 
 def table(results: dict[str, dict[str, Any]], work: Path, rate: float) -> None:
-    from loraflow.training import batches
 
-    rows = batches.Rows(work / "tokens" / "train")
+    from loraflow.data.token_rows import TokenRows
+
+    rows = TokenRows(work / "tokens" / "train")
     learned = sum(int((rows.document(i)[1][1:] != -100).sum()) for i in range(len(rows))) / rows.lengths.sum()
     limit = rate / flops_per_token(rows.lengths.astype(float), float(learned))
     print(f"\nceiling {limit:,.0f} tokens/s: {rate / 1e12:.0f} TFLOP/s over "
@@ -339,26 +341,27 @@ def in_engine(work: Path, case: Case, **more: Any) -> Any:
     import logging
 
     from loraflow.base.load import load_tokenizer
+    from loraflow.data.token_rows import TokenRows
     from loraflow.hardware import group as devices
     from loraflow.training import batches, callbacks
     from loraflow.training.engine import Engine
     from loraflow.training.train import _arguments
 
     logging.basicConfig(level=logging.WARNING)
-    from loraflow.stages import make_job
     from loraflow.store import Ref
+    from tests.jobs import make_job
 
     ref = Ref(stage="s", fingerprint="f", digest="d", uri="")
     job = make_job("train", recipe(case, **more), {"tokens": ref, "base": ref})
-    training = {**job.runtime["training_config"], **job.config["training_config"]}
-    rows = batches.Rows(work / "tokens" / "train", work / "tokens" / "packing.parquet")
+    settings = job.config.trainer_settings(job.runtime)
+    rows = TokenRows(work / "tokens" / "train", work / "tokens" / "packing.parquet")
     home = Path(tempfile.mkdtemp(dir=work))
     steps = WARM + case.timed
     engine = Engine(
-        base=work / "base", config=job.config, training=training, runtime=job.runtime, rows=rows, validation=None,
+        base=work / "base", config=job.config, settings=settings, runtime=job.runtime, rows=rows, validation=None,
         order=batches.row_order(len(rows), steps * case.rows, 0), group=devices.Group(), stopper=callbacks.Stopper(),
         callbacks=[], work=home, tokenizer=load_tokenizer(work / "base"),
-        arguments=lambda **own: _arguments(training, steps, steps, home, job.runtime, home, **own),
+        arguments=lambda **own: _arguments(settings, steps, steps, home, job.runtime, home, **own),
     )  # fmt: skip
     return engine.trainer()
 
@@ -427,9 +430,10 @@ def check(work: Path, names: list[str]) -> None:
         return total, found
 
     case = Case("check", "", rows=2)
+    from loraflow.data.token_rows import TokenRows
     from loraflow.training import batches
 
-    rows = batches.Rows(work / "tokens" / "train", work / "tokens" / "packing.parquet")
+    rows = TokenRows(work / "tokens" / "train", work / "tokens" / "packing.parquet")
     steps = batches.row_order(len(rows), 2, 0).reshape(1, 2)
     item = batches.Steps(rows, steps, batches.flat_layout(rows, steps, 2 * LENGTH), 0)[0]
     loss, exact = eager(torch.float32, item)

@@ -8,15 +8,11 @@ Identity is *what*, never *where*: no path, device, time or host may reach a pay
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import math
 import unicodedata
 from collections.abc import Iterable, Mapping
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 SHORT = 12  # characters of a fingerprint or digest that people are shown
@@ -96,34 +92,3 @@ def _show(key: str, value: Any) -> str:
     if key.startswith("inputs."):
         return short(text)
     return text if len(text) <= 60 else text[:57] + "…"
-
-
-@cache
-def code_digest(modules: tuple[str, ...]) -> str:
-    """Return a digest of modules' code without comments and docstrings.
-
-    A changed digest at an equal stage version makes a golden test fail and a hit warn; it is not part of identity.
-    """
-    total = hashlib.sha256()
-    for name in modules:
-        spec = find_spec(name)
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(name)
-        total.update(name.encode())
-        total.update(_ast_bytes(Path(spec.origin).read_text(encoding="utf-8")))
-    return total.hexdigest()
-
-
-def _ast_bytes(source: str) -> bytes:
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-            and isinstance(body[0].value.value, str)
-        ):
-            node.body = body[1:] or [ast.Pass()]
-    return ast.unparse(tree).encode()  # unparse, not dump: dump's text changes between Python versions

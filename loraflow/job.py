@@ -1,23 +1,28 @@
-"""A job: one stage to run, as a value and as a JSON file that a worker runs by hand."""
+"""A job: one stage to run, as a value and as a JSON file that a worker process reads."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue, SerializeAsAny, field_serializer, model_validator
 
 from loraflow import identity
+from loraflow.config.stage_configs import JobRuntime, StageConfig
+from loraflow.stages import STAGES
 from loraflow.store import Ref
 
+C = TypeVar("C", bound=StageConfig, covariant=True)  # a job is frozen
 
-class Job(BaseModel):
-    """Stage, version, inputs, config slice; apart from those, and out of identity, runtime.
 
-    `inputs` are refs; `facets` says on which part of an input the stage depends, where that is not the whole.
+class Job(BaseModel, Generic[C]):
+    """A stage, its inputs and its config, which make up the fingerprint; and its runtime, which does not.
+
+    `inputs` are refs; `facets` names the part of an input that the stage depends on, where that is not the whole.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,14 +31,27 @@ class Job(BaseModel):
     version: int
     inputs: dict[str, Ref] = {}
     facets: dict[str, str] = {}
-    config: dict[str, Any] = {}
-    runtime: dict[str, Any] = {}
+    config: SerializeAsAny[C]
+    runtime: JobRuntime = JobRuntime()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _config_of_the_stage(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Validate the config by the stage's own class: a job may come from a file or from another machine."""
+        config, stage = values.get("config", {}), STAGES.get(values.get("stage", ""))
+        if stage is not None and isinstance(config, Mapping):
+            return {**values, "config": stage.config.model_validate(dict(config))}
+        return values
+
+    @field_serializer("config")
+    def _only_set_fields(self, config: StageConfig) -> dict[str, JsonValue]:
+        return config.identity()
 
     @property
-    def payload(self) -> dict[str, Any]:
+    def payload(self) -> dict[str, JsonValue]:
         """What the fingerprint is taken over."""
         digests = {name: ref.identity(self.facets.get(name)) for name, ref in self.inputs.items()}
-        return identity.payload(self.stage, self.version, digests, self.config)
+        return identity.payload(self.stage, self.version, digests, self.config.identity())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -42,14 +60,18 @@ class Job(BaseModel):
 
     @property
     def short(self) -> str:
-        """The part of the fingerprint that people are shown."""
+        """The first characters of the fingerprint, for messages."""
         return identity.short(self.fingerprint)
+
+    def with_runtime(self, **changes: JsonValue) -> Job[C]:
+        """Return the same job with other runtime settings. Its fingerprint stays."""
+        return self.model_copy(update={"runtime": self.runtime.model_copy(update=changes)})
 
 
 class Inputs:
-    """A stage's input artifacts as folders."""
+    """A stage's input artifacts as folders, by the names that the stage table gives them."""
 
-    def __init__(self, folders: dict[str, Path]):
+    def __init__(self, folders: Mapping[str, Path]):
         self._folders = folders
 
     def __getitem__(self, name: str) -> Path:
@@ -60,13 +82,18 @@ class Inputs:
 
 
 class Progress:
-    """Where a stage says how far it is: a line of JSON each, in a file that the launcher follows."""
+    """Reports how far a stage is: a line of JSON each, in a file that the launcher follows.
+
+    Args:
+        path: the file; None reports nothing.
+        work: a folder that outlives the attempt, for checkpoints and finished parts.
+    """
 
     def __init__(self, path: Path | None = None, work: Path | None = None):
         self.path = path
-        self.work = work  # a folder that outlives the attempt: checkpoints, finished parts
+        self.work = work
 
-    def __call__(self, **figures: Any) -> None:
+    def __call__(self, **figures: JsonValue) -> None:
         """Report figures, such as `step=3, total=50, loss=1.2`."""
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:

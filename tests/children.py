@@ -12,7 +12,7 @@ from typing import Any
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.unit.test_training", "loraflow.training.trainer", "loraflow.adapters.loralib.model",
-                               "loraflow.adapters.variants", "loraflow.adapters.merge", "loraflow.serving.predict", "peft"])  # fmt: skip
+                               "loraflow.adapters.variants", "loraflow.adapters.merge_folders", "loraflow.serving.predict", "peft"])  # fmt: skip
 
 
 def exit_code(target: Callable[..., Any], *args: Any, seconds: float = 120) -> int | None:

@@ -9,15 +9,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from loraflow import stages
+from loraflow.config.stage_configs import StageConfig
 from loraflow.execution import worker
 from loraflow.failures import NonFiniteLoss, Preempted
+from loraflow.stages import STAGES, Stage
 from loraflow.store import Summary
+
+
+class FakeConfig(StageConfig):
+    """Which way to end."""
+
+    how: str
 
 
 def run(job, inputs, out, report):
     """Do what the job's config says."""
-    how, work = job.config["how"], report.work
+    how, work = job.config.how, report.work
     attempts = work / "attempts"
     attempts.write_text(str(int(attempts.read_text() or 0) + 1 if attempts.exists() else 1))
     (out / "result.txt").write_text("done")
@@ -31,9 +38,9 @@ def run(job, inputs, out, report):
     elif how == "nan":
         raise NonFiniteLoss("loss became nan.", where="step 3")
     elif how == "oom":
-        if job.runtime["eval_batch_size"] > 2:
+        if job.runtime.eval_batch_size > 2:
             raise MemoryError
-        (out / "result.txt").write_text(str(job.runtime["eval_batch_size"]))
+        (out / "result.txt").write_text(str(job.runtime.eval_batch_size))
     elif how == "full":
         raise OSError(28, "No space left on device", "/somewhere")
     elif how == "import":
@@ -57,10 +64,15 @@ def run(job, inputs, out, report):
     return Summary()
 
 
-stages.STAGES["evaluate"] = stages.Stage(
-    "evaluate", 1, "fake_worker:run", True, ("loraflow.identity",), lambda r, k: {}, micro_batch="eval_batch_size"
+FAKE_STAGE = Stage(
+    name="evaluate",
+    version=1,
+    module="tests.fake_worker",
+    config=FakeConfig,
+    code=("loraflow.identity",),
+    halved="eval_batch_size",
 )
-sys.modules["fake_worker"] = sys.modules["__main__"]
 
 if __name__ == "__main__":
+    STAGES[FAKE_STAGE.name] = FAKE_STAGE
     sys.exit(worker.main(sys.argv[1:]))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from loraflow.adapters.merge import merge
+from loraflow.adapters.merge_folders import merge
 from loraflow.adapters.verify import compare
 from loraflow.job import Progress
 from tests.children import exit_code
@@ -129,9 +129,9 @@ def exercise(settings: dict[str, Any], base: Path, shards: Path, folder: Path) -
 
 
 def _documents(shards: Path, count: int) -> list[Any]:
-    from loraflow.training.batches import Rows
+    from loraflow.data.token_rows import TokenRows
 
-    rows = Rows(shards)
+    rows = TokenRows(shards)
     return [rows.document(number) for number in range(count)]
 
 
@@ -155,7 +155,7 @@ def _loss(model: Any, documents: list[Any]) -> float:
 def _evaluate(folder: Path) -> float:
     from loraflow.evaluation import score
     from loraflow.job import Inputs
-    from loraflow.stages import make_job
+    from tests.jobs import make_job
     from tests.unit.test_training import REF, recipe
 
     rows, out = folder / "rows", folder / "scores"

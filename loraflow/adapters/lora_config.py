@@ -5,23 +5,26 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from loraflow.config.recipe import PeftConfig
 from loraflow.failures import BadConfig
 
 
-def lora_config(peft_config: dict[str, Any]) -> Any:
+def lora_config(peft_config: PeftConfig) -> Any:
     """Return peft's LoraConfig."""
     from peft import EvaConfig, LoraConfig
 
     ours = {"loraplus_lr_ratio", "loraplus_lr_embedding", "eva_config"}
-    values = {key: value for key, value in peft_config.items() if value not in (None, [], {}) and key not in ours}
+    values = {
+        key: value for key, value in peft_config.model_dump().items() if value not in (None, [], {}) and key not in ours
+    }
     if values["init_lora_weights"] == "eva":
-        values["eva_config"] = EvaConfig(**peft_config["eva_config"])
+        values["eva_config"] = EvaConfig(**peft_config.eva_config.model_dump())
     elif values["init_lora_weights"] == "loftq":
         values["init_lora_weights"] = True  # drawn first; `variants.begin` replaces A and B
     return LoraConfig(**values)
 
 
-def check_targets(model: Any, peft_config: dict[str, Any]) -> None:
+def check_targets(model: Any, peft_config: PeftConfig) -> None:
     """Refuse names that match no module: peft says nothing as long as one of them matches.
 
     The guide's notebooks ask Phi-3 for q_proj, k_proj, …; it has qkv_proj, and so they trained half of what they meant.
@@ -33,7 +36,7 @@ def check_targets(model: Any, peft_config: dict[str, Any]) -> None:
 
     named = dict(model.named_modules())
     for field in ("target_modules", "modules_to_save", "exclude_modules"):
-        wanted = peft_config.get(field)
+        wanted = getattr(peft_config, field)
         if not isinstance(wanted, list):
             continue
         for target in wanted:
@@ -48,7 +51,7 @@ def check_targets(model: Any, peft_config: dict[str, Any]) -> None:
                 )
 
 
-def check_reach(model: Any, peft_config: dict[str, Any]) -> None:
+def check_reach(model: Any, peft_config: PeftConfig) -> None:
     """Refuse what peft would ignore, or what cannot be trained or merged: before any token is trained.
 
     Raises:
@@ -59,7 +62,7 @@ def check_reach(model: Any, peft_config: dict[str, Any]) -> None:
 
     named = dict(model.named_modules())
     kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv2d, Conv1D)
-    targets = peft_config["target_modules"] if isinstance(peft_config["target_modules"], list) else []
+    targets = peft_config.target_modules if isinstance(peft_config.target_modules, list) else []
     tied = getattr(model.config, "tie_word_embeddings", False)
     for target in targets:
         for name, module in named.items():
@@ -76,12 +79,12 @@ def check_reach(model: Any, peft_config: dict[str, Any]) -> None:
                     next_step="leave it out; modules_to_save trains a whole module",
                 )
     for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in peft_config.get(field) or {}:
+        for pattern in getattr(peft_config, field) or {}:
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in named):
                 raise BadConfig(
                     f"No module matches {pattern}.", where=f"peft_config.{field}", next_step="mend the name"
                 )
-    layers = peft_config.get("layers_to_transform")
+    layers = peft_config.layers_to_transform
     count = model.config.get_text_config().num_hidden_layers
     if layers and not targets:
         raise BadConfig(

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from loraflow.config.recipe import PeftConfig
 from loraflow.failures import BadConfig
 
 EVA_FILE = "eva.safetensors"  # in the work folder, and with each checkpoint
 EVA_ROWS = 256  # rows whose activations EVA decomposes; it goes over them again until the vectors stand still
-EVA_BATCH = 16  # documents a time: it needs more learned tokens than ranks in each batch
 
 
-def changes_base(peft_config: dict[str, Any]) -> bool:
+def changes_base(peft_config: PeftConfig) -> bool:
     """Tell whether an initialisation takes its product out of the base's weights."""
-    return str(peft_config["init_lora_weights"]).startswith(("pissa", "olora"))
+    return str(peft_config.init_lora_weights).startswith(("pissa", "olora"))
 
 
-def check(model: Any, peft_config: dict[str, Any]) -> None:
+def check(model: Any, peft_config: PeftConfig) -> None:
     """Refuse what could be trained, but not merged into one checkpoint, before any token is trained.
 
     Raises:
@@ -34,7 +34,7 @@ def check(model: Any, peft_config: dict[str, Any]) -> None:
 
     tied = getattr(model.config, "tie_word_embeddings", False)
     ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-    for name in peft_config.get("modules_to_save") or []:
+    for name in peft_config.modules_to_save or []:
         if tied and any(id(m) in ends and (n == name or n.endswith(f".{name}")) for n, m in model.named_modules()):
             raise BadConfig(
                 f"{name} cannot be trained as a whole in this base: embedding and head are one weight, and the merged "
@@ -42,17 +42,17 @@ def check(model: Any, peft_config: dict[str, Any]) -> None:
                 where="peft_config.modules_to_save",
                 next_step="leave it out, or train single tokens: peft_config.trainable_token_indices",
             )
-    targets = peft_config["target_modules"]
+    targets = peft_config.target_modules
     for name, module in model.named_modules() if changes_base(peft_config) and isinstance(targets, list) else ():
         if isinstance(module, torch.nn.Embedding) and any(name == t or name.endswith(f".{t}") for t in targets):
             raise BadConfig(
-                f"{peft_config['init_lora_weights']} does not decompose embeddings.",
+                f"{peft_config.init_lora_weights} does not decompose embeddings.",
                 where="peft_config.target_modules",
                 got=name,
                 next_step="leave it out, or set peft_config.init_lora_weights to true",
             )
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens = peft_config.get("trainable_token_indices") or []
+    tokens = peft_config.trainable_token_indices or []
     for index in tokens if isinstance(tokens, list) else [one for ids in tokens.values() for one in ids]:
         if not 0 <= index < vocabulary:
             raise BadConfig(
@@ -64,7 +64,7 @@ def check(model: Any, peft_config: dict[str, Any]) -> None:
 
 
 def begin(
-    model: Any, peft_config: dict[str, Any], base: Path, work: Path, batches: Iterable[dict[str, Any]]
+    model: Any, peft_config: PeftConfig, base: Path, work: Path, batches: Iterable[dict[str, Any]]
 ) -> dict[str, Any]:
     """Initialise what needs data or the base's own weights, and return the state that `as_lora` needs.
 
@@ -75,7 +75,7 @@ def begin(
         work: folder that a resumed run finds again.
         batches: of training rows, for EVA: inputs of the model by name.
     """
-    how = str(peft_config["init_lora_weights"])
+    how = str(peft_config.init_lora_weights)
     if how == "eva":
         from peft import initialize_lora_eva_weights
 
@@ -103,15 +103,6 @@ def _eva_state(model: Any, file: Path, batches: Iterable[dict[str, Any]]) -> dic
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
     return load_file(file, device=str(model.device))
-
-
-def batches_of(rows: Iterable[Any], pad_id: int) -> Iterator[dict[str, Any]]:
-    """Yield batches of training rows' documents, one a row and padded, as a model's inputs."""
-    from loraflow.training.batches import padded
-
-    documents = [[document] for row in rows for document in row]
-    for first in range(0, max(1, len(documents) - EVA_BATCH + 1), EVA_BATCH):
-        yield padded(documents[first : first + EVA_BATCH], pad_id)
 
 
 def _one_file(base: Path) -> str | None:

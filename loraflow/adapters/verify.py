@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraflow.config import Runtime
+from loraflow.config.stage_configs import VerifyConfig
 from loraflow.failures import Inadmissible
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
@@ -22,30 +24,31 @@ if TYPE_CHECKING:
 MAX_TOKENS = 512  # of a chat; the rest is left out
 
 
-def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
+def run(job: Job[VerifyConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
     """Write report.json: largest logit difference, mean and largest KL (nats per token), agreement of the best token."""
     import torch
 
     from loraflow.adapters.nf4 import Nf4
     from loraflow.data.loss_mask import ChatTemplate
 
-    trust = job.config["trust_remote_code"]
+    trust = job.config.trust_remote_code
     with (inputs["rows"] / "heldout.jsonl").open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line, _ in zip(file, range(job.config["prompts"]), strict=False)]
+        rows = [json.loads(line) for line, _ in zip(file, range(job.config.prompts), strict=False)]
     encoded = ChatTemplate(inputs["base"]).encode([row["messages"] for row in rows], "all")
     batches = [torch.tensor(one.ids[:MAX_TOKENS].tolist())[None] for one in encoded]
 
-    nf4 = Nf4(**job.config["nf4"]) if "nf4" in job.config else None
+    packed = job.config.nf4
+    nf4 = Nf4(packed.dtype, packed.double) if packed is not None else None
     wanted = trained_logits(inputs["base"], inputs["adapter"] / "adapter", nf4, batches, job.runtime, trust=trust)
-    report(done=1, total=2)
+    progress(done=1, total=2)
     figures = compare(wanted, logits_at(inputs["merged"], batches, job.runtime, trust=trust))
     (out / "report.json").write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
-    report(done=2, total=2)
+    progress(done=2, total=2)
     return Summary(figures=figures, report=figures)
 
 
 def trained_logits(
-    base: Path, adapter: Path, nf4: Nf4 | None, batches: list[Any], runtime: dict[str, Any], *, trust: bool
+    base: Path, adapter: Path, nf4: Nf4 | None, batches: list[Any], runtime: Runtime, *, trust: bool
 ) -> list[Any]:
     """Return the logits of what was trained, a tensor [tokens, vocabulary] for each batch of one row, in fp32."""
     from peft import PeftModel
@@ -61,7 +64,7 @@ def trained_logits(
     return logits
 
 
-def logits_at(folder: Path, batches: list[Any], runtime: dict[str, Any], *, trust: bool) -> list[Any]:
+def logits_at(folder: Path, batches: list[Any], runtime: Runtime, *, trust: bool) -> list[Any]:
     """Return the logits of a model in a folder, a tensor [tokens, vocabulary] for each batch of one row, in fp32."""
     from loraflow.base.load import load_model
 

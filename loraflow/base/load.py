@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from loraflow.config import Runtime
 from loraflow.failures import BadConfig, MissingExtra
 
 
-def pick_device(runtime: dict[str, Any]) -> str:
+def pick_device(runtime: Runtime) -> str:
     """Return `cpu` or `cuda`.
 
     Raises:
@@ -18,7 +19,7 @@ def pick_device(runtime: dict[str, Any]) -> str:
     """
     import torch
 
-    wanted = runtime.get("device", "auto")
+    wanted = runtime.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise MissingExtra(
             "There is no CUDA device.", where="runtime.device", next_step="set runtime.device to auto or cpu"
@@ -26,14 +27,14 @@ def pick_device(runtime: dict[str, Any]) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
-def pick_attention(runtime: dict[str, Any], device: str, dtype: str = "bfloat16") -> str:
+def pick_attention(runtime: Runtime, device: str, dtype: str = "bfloat16") -> str:
     """Return the attention implementation: the one asked for, else the best that is there.
 
     Flash attention has no float32: what computes in it takes sdpa.
     """
     from importlib.util import find_spec
 
-    wanted = runtime.get("attn_implementation", "auto")
+    wanted = runtime.attn_implementation
     if wanted in ("varlen", "fa3", "fa4"):  # kernels of training, for documents end to end
         wanted = "auto"
     if wanted == "flash_attention_2" and (device != "cuda" or find_spec("flash_attn") is None):
@@ -52,9 +53,9 @@ def pick_attention(runtime: dict[str, Any], device: str, dtype: str = "bfloat16"
 def load_model(
     folder: Path,
     dtype: str,
-    runtime: dict[str, Any],
+    runtime: Runtime,
     *,
-    quantization: dict[str, Any] | None = None,
+    double_quantization: bool | None = None,
     trust: bool = False,
     attention: str | None = None,
     place: str | None = None,
@@ -65,7 +66,7 @@ def load_model(
         folder: its artifact.
         dtype: bfloat16, float16 or float32. Given at loading: a later `.to()` would round the rotary buffers.
         runtime: device and attention.
-        quantization: `{"double": bool}` for NF4 weights.
+        double_quantization: packs the weights in NF4, with or without its constants; None leaves them as they are.
         trust: run Python code that comes with the model.
         attention: transformers' name of it; default is what the runtime says.
         place: where the weights go, if not where they compute.
@@ -90,8 +91,8 @@ def load_model(
         "attn_implementation": attention or pick_attention(runtime, device, dtype),
         "trust_remote_code": trust,
     }
-    if quantization is not None:
-        options["quantization_config"] = _nf4(device, dtype, quantization["double"])
+    if double_quantization is not None:
+        options["quantization_config"] = _nf4(device, dtype, double_quantization)
     if device == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each padded shape: steps of seconds on Hopper
         options["device_map"] = {"": place or int(os.environ.get("LOCAL_RANK", "0"))}

@@ -15,6 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from loraflow.config.recipe import Base
+from loraflow.config.stage_configs import (
+    BaseLocation,
+    FolderOrigin,
+    GgufOrigin,
+    HubOrigin,
+    ResolveBaseConfig,
+)
 from loraflow.failures import BadModel, MissingExtra, Network
 from loraflow.identity import digest
 from loraflow.job import Inputs, Job, Progress
@@ -31,8 +38,8 @@ _WANTED = re.compile(
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
-def locate(base: Base, memo: HashMemo) -> dict[str, Any]:
-    """Return what identifies a base model, and where its files come from.
+def locate(base: Base, memo: HashMemo) -> BaseLocation:
+    """Return which base model a recipe names, and where its files are read from.
 
     Raises:
         MissingExtra: the bundled model's package is not installed.
@@ -41,12 +48,12 @@ def locate(base: Base, memo: HashMemo) -> dict[str, Any]:
     """
     if base.model.startswith("bundled:"):
         file = _bundled(base.model)
-        return {"source": {"gguf": memo.hash(file)}, "origin": {"gguf": str(file)}}
+        return BaseLocation(source={"gguf": memo.hash(file)}, origin=GgufOrigin(gguf=str(file)))
     folder = Path(base.model).expanduser()
     if folder.is_dir():
         names = _wanted(folder, base.trust_remote_code)
         hashes = {name: memo.hash(folder / name) for name in names}
-        return {"source": {"content": digest(hashes)}, "origin": {"folder": str(folder.absolute())}}
+        return BaseLocation(source={"content": digest(hashes)}, origin=FolderOrigin(folder=str(folder.absolute())))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", base.model):
         raise BadModel(
             "There is no such base model.",
@@ -56,31 +63,31 @@ def locate(base: Base, memo: HashMemo) -> dict[str, Any]:
             next_step="mend base.model",
         )
     commit = _commit(base.model, base.revision or "main")
-    return {"source": {"hub": base.model, "commit": commit}, "origin": {"hub": base.model, "commit": commit}}
+    source = {"hub": base.model, "commit": commit}
+    return BaseLocation(source=source, origin=HubOrigin(hub=base.model, commit=commit))
 
 
-def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
+def run(job: Job[ResolveBaseConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
     """Write config, tokenizer, template and weights to `out/`.
 
     Raises:
         BadModel: no causal language model, no safetensors, no chat template, or a pickle in place of weights.
     """
-    origin, config = job.runtime["origin"], job.config
-    if "gguf" in origin:
-        figures = _from_gguf(Path(origin["gguf"]), out, config)
+    origin, config = job.runtime.origin, job.config
+    if isinstance(origin, GgufOrigin):
+        figures = _from_gguf(Path(origin.gguf), out, config)
+    elif isinstance(origin, FolderOrigin | HubOrigin):
+        folder = _folder_of(origin, config.trust_remote_code)
+        figures = _from_llama(folder, out, config) if config.repack else _take(folder, out, config)
     else:
-        folder = (
-            Path(origin["folder"])
-            if "folder" in origin
-            else _download(origin["hub"], origin["commit"], config["trust_remote_code"])
-        )
-        if config["repack"]:
-            figures = _from_llama(folder, out, config)
-        else:
-            figures = _take(folder, out, config)
+        raise TypeError(f"a base model has no origin such as {origin!r}")
     _check(out, config)
-    report(done=1)
+    progress(done=1)
     return Summary(figures=figures, facets={"tokenizer": [n for n in TOKENIZER_FILES if list(out.glob(f"{n}*"))]})
+
+
+def _folder_of(origin: FolderOrigin | HubOrigin, trust: bool) -> Path:
+    return Path(origin.folder) if isinstance(origin, FolderOrigin) else _download(origin.hub, origin.commit, trust)
 
 
 def _bundled(model: str) -> Path:
@@ -167,16 +174,16 @@ def _download(model: str, commit: str, trust: bool) -> Path:
         ) from error
 
 
-def _take(folder: Path, out: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _take(folder: Path, out: Path, config: ResolveBaseConfig) -> dict[str, Any]:
     """Take a model as it is: small files copied, weights linked where the disk allows it."""
-    for name in _wanted(folder, config["trust_remote_code"]):
+    for name in _wanted(folder, config.trust_remote_code):
         source, target = (folder / name).resolve(), out / name
         if name.endswith(".safetensors"):
             try:
                 os.link(source, target)  # the store hashes what it reads, so an edit in place would be noticed
             except OSError:
                 shutil.copyfile(source, target)
-        elif name in ("config.json", "tokenizer_config.json") and not config["trust_remote_code"]:
+        elif name in ("config.json", "tokenizer_config.json") and not config.trust_remote_code:
             # Classes of the hub's own code would be asked for by whoever opens the merged model.
             try:
                 values = json.loads(source.read_text(encoding="utf-8"))
@@ -192,7 +199,7 @@ def _take(folder: Path, out: Path, config: dict[str, Any]) -> dict[str, Any]:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config["trust_remote_code"])
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         except (ValueError, OSError) as error:
             raise BadModel(
                 "The base has no tokenizer that can be read.",
@@ -204,7 +211,7 @@ def _take(folder: Path, out: Path, config: dict[str, Any]) -> dict[str, Any]:
     return {"files": len(list(out.iterdir()))}
 
 
-def _from_gguf(file: Path, out: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _from_gguf(file: Path, out: Path, config: ResolveBaseConfig) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -215,18 +222,18 @@ def _from_gguf(file: Path, out: Path, config: dict[str, Any]) -> dict[str, Any]:
     return _save(model.eval(), tokenizer, out, config)
 
 
-def _from_llama(folder: Path, out: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _from_llama(folder: Path, out: Path, config: ResolveBaseConfig) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _wanted(folder, False)
-    trust = config["trust_remote_code"]
+    trust = config.trust_remote_code
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust)
     return _save(model.eval(), tokenizer, out, config)
 
 
-def _save(model: Any, tokenizer: Any, out: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _save(model: Any, tokenizer: Any, out: Path, config: ResolveBaseConfig) -> dict[str, Any]:
     import torch
     from transformers import GenerationConfig
 
@@ -234,7 +241,7 @@ def _save(model: Any, tokenizer: Any, out: Path, config: dict[str, Any]) -> dict
 
     figures: dict[str, Any] = {"model_type": model.config.model_type, "parameters": model.num_parameters()}
     generation = model.generation_config
-    if config["repack"]:
+    if config.repack:
         phi3 = as_phi3(model, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
         ids = tokenizer("The capital of France is Paris.", add_special_tokens=False)["input_ids"]
         difference = largest_difference(model, phi3, ids)
@@ -244,7 +251,7 @@ def _save(model: Any, tokenizer: Any, out: Path, config: dict[str, Any]) -> dict
             )
         figures |= {"model_type": "phi3", "repacked_from": model.config.model_type, "logits_differ_by": difference}
         model = phi3
-    model = model.to(getattr(torch, config.get("dtype", "float32")))
+    model = model.to(getattr(torch, config.dtype or "float32"))
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id,
@@ -255,7 +262,7 @@ def _save(model: Any, tokenizer: Any, out: Path, config: dict[str, Any]) -> dict
     return figures
 
 
-def _check(out: Path, config: dict[str, Any]) -> None:
+def _check(out: Path, config: ResolveBaseConfig) -> None:
     from safetensors import SafetensorError, safe_open
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -265,7 +272,7 @@ def _check(out: Path, config: dict[str, Any]) -> None:
         kind = json.loads((out / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise BadModel("The base's config.json is no JSON object.", where="base.model", got=str(error)[:200]) from error
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config["trust_remote_code"]:
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.trust_remote_code:
         raise BadModel(
             "The base is no causal language model that transformers knows.",
             where="base.model",

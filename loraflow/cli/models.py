@@ -51,7 +51,7 @@ def merge(
     adapter: Path, base: Path, out: Path, dtype: str | None, max_shard_size_gb: float, threads: int | None
 ) -> None:
     """Merge ADAPTER (a PEFT folder) into BASE (a model's folder) and write the model to OUT."""
-    from loraflow.adapters.merge import merge as merge_folders
+    from loraflow.adapters.merge_folders import merge as merge_folders
 
     if out.exists():
         raise BadConfig("The target exists already.", where=str(out), next_step="name a folder that does not exist")

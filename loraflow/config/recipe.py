@@ -5,11 +5,11 @@ Every field says whether it is part of identity by where `loraflow.stages` puts 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
-from loraflow.config.runtime import Frozen, Runtime
+from loraflow.config.runtime import FrozenModel, Runtime
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -28,7 +28,7 @@ SCORES = {
 COLUMNS = ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "system")
 
 
-class Data(Frozen):
+class Data(FrozenModel):
     """Which dataset, and which of its rows."""
 
     source: str = Field("data.dvc", description="A .dvc file, or a folder or file of chats.")
@@ -73,7 +73,7 @@ class Data(Frozen):
         return value
 
 
-class Base(Frozen):
+class Base(FrozenModel):
     """Which model training starts from."""
 
     model: str = Field(description="`bundled:smollm2`, a folder, or a hub id such as microsoft/Phi-3-mini-4k-instruct.")
@@ -92,19 +92,17 @@ class Base(Frozen):
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off is safe.")
 
 
-class TrainingConfig(Frozen):
-    """The guide's training_config: names of trl.SFTConfig, defaults of the Phi-3 model card."""
+class TrainingMath(FrozenModel):
+    """The settings that decide which adapter training finds: always part of the fingerprint."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 5.0e-6
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
     ] = "cosine"
-    lr_scheduler_kwargs: dict[str, Any] = {}
+    lr_scheduler_kwargs: dict[str, JsonValue] = {}
     warmup_steps: Annotated[float, Field(ge=0)] = 0.2
     num_train_epochs: Annotated[float, Field(gt=0)] = 1
     max_steps: int = -1
-    per_device_train_batch_size: Positive = 4
-    gradient_accumulation_steps: Positive = 1
     optim: Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "paged_adamw_32bit", "paged_adamw_8bit"] = (
         "adamw_torch"
     )
@@ -115,37 +113,46 @@ class TrainingConfig(Frozen):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
     seed: int = 0
-    max_length: Positive = 2048
-    packing: bool = False
     bf16: bool = True
     fp16: bool = False
-    gradient_checkpointing: bool | None = None  # none: as memory needs (runtime.checkpointing)
-    gradient_checkpointing_kwargs: dict[str, Any] = {"use_reentrant": False}
+
+
+class BestCheckpoint(FrozenModel):
+    """How the best checkpoint is chosen: part of the fingerprint only if `load_best_model_at_end` is set."""
+
+    eval_strategy: Literal["steps", "epoch", "no"] = "no"
+    eval_steps: Positive | None = None
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str = "eval_loss"
+    greater_is_better: bool = False
+    early_stopping_patience: Positive | None = None
+
+
+class TrainingRuntime(FrozenModel):
+    """How training runs, logs and saves: not part of the fingerprint."""
+
+    per_device_train_batch_size: Positive = 4
+    gradient_accumulation_steps: Positive = 1
+    per_device_eval_batch_size: Positive = 4
+    gradient_checkpointing: bool | None = None  # None: as much as memory needs (runtime.checkpointing)
+    gradient_checkpointing_kwargs: dict[str, JsonValue] = {"use_reentrant": False}
     logging_strategy: Literal["steps", "epoch", "no"] = "steps"
     logging_steps: Positive = 20
     logging_first_step: bool = False
     log_level: Literal["debug", "info", "warning", "error", "critical", "passive"] = "info"
     report_to: str | list[str] = "none"
     run_name: str | None = None
-    eval_strategy: Literal["steps", "epoch", "no"] = "no"
-    eval_steps: Positive | None = None
-    per_device_eval_batch_size: Positive = 4
-    load_best_model_at_end: bool = False
-    metric_for_best_model: str = "eval_loss"
-    greater_is_better: bool = False
-    early_stopping_patience: Positive | None = None
     save_strategy: Literal["steps", "epoch", "no"] = "steps"
     save_steps: Positive = 100
     save_total_limit: Positive | None = 1
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
 
-    @property
-    def global_batch(self) -> int:
-        """Rows per optimizer step. Memory decides only how many of them go into one forward pass."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+class TrainerSettings(TrainingRuntime, BestCheckpoint, TrainingMath):
+    """Everything that the trainer is configured with. The train stage puts it together from its config and runtime."""
 
     @model_validator(mode="after")
-    def _fit_together(self) -> TrainingConfig:
+    def _check_combinations(self) -> Self:
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 exclude each other")
         if self.max_steps == 0 or self.max_steps < -1:
@@ -167,14 +174,26 @@ class TrainingConfig(Frozen):
         return self
 
 
-class EvaConfig(Frozen):
+class TrainingConfig(TrainerSettings):
+    """The guide's training_config: names of trl.SFTConfig, defaults of the Phi-3 model card."""
+
+    max_length: Positive = 2048
+    packing: bool = False
+
+    @property
+    def global_batch(self) -> int:
+        """Rows per optimizer step. Memory decides only how many of them go into one forward pass."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+class EvaConfig(FrozenModel):
     """Names of peft.EvaConfig."""
 
     rho: Annotated[float, Field(ge=1)] = Field(2.0, description="Ranks are handed out again, up to rho·r; 1 keeps r.")
     tau: Annotated[float, Field(gt=0, le=1)] = Field(0.99, description="How still singular vectors must stand.")
 
 
-class PeftConfig(Frozen):
+class PeftConfig(FrozenModel):
     """The guide's peft_config: names of peft.LoraConfig, and LoRA+'s two learning rates."""
 
     r: Positive = 16
@@ -221,7 +240,7 @@ class PeftConfig(Frozen):
         return self
 
 
-class LoralibConfig(Frozen):
+class LoralibConfig(FrozenModel):
     """What loralib has beside peft_config, whose r, lora_alpha, lora_dropout, bias and names of modules it shares."""
 
     enable_lora: dict[str, list[Literal["q", "k", "v", "gate", "up"] | bool]] = Field(
@@ -232,7 +251,7 @@ class LoralibConfig(Frozen):
     merge_weights: bool = Field(False, description="Merge for evaluation during training, and back after it.")
 
 
-class Evaluation(Frozen):
+class Evaluation(FrozenModel):
     """How models are scored on held-out rows: one protocol for base, tuned and champion."""
 
     metrics: list[str] = Field(
@@ -249,7 +268,7 @@ class Evaluation(Frozen):
     seed: int = Field(0, description="Seed of the bootstrap.")
 
 
-class Merge(Frozen):
+class Merge(FrozenModel):
     """How the adapter becomes part of the weights."""
 
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="Default: the base's own.")
@@ -265,7 +284,7 @@ class Merge(Frozen):
     verify_prompts: Positive = Field(8, description="Held-out prompts on which they are compared.")
 
 
-class Gate(Frozen):
+class Gate(FrozenModel):
     """What a challenger has to show against base and champion."""
 
     primary: str = Field("token_loss", description="The metric that must gain.")
@@ -275,13 +294,13 @@ class Gate(Frozen):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(0.95, description="One-sided level of the bounds.")
 
 
-class Register(Frozen):
+class Register(FrozenModel):
     """Where the decision is written down."""
 
     model: str = Field("default", pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Name in the registry.")
 
 
-class Publish(Frozen):
+class Publish(FrozenModel):
     """Whether a promoted model goes to the hub, and where. Off as long as no repository is named."""
 
     repo: str | None = Field(
@@ -291,7 +310,7 @@ class Publish(Frozen):
     private: bool = Field(True, description="A repository that is made is private.")
 
 
-class Recipe(Frozen):
+class Recipe(FrozenModel):
     """Everything that decides what comes out, and beside it the runtime, which does not."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Name of the recipe, in runs and reports.")

@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class Frozen(BaseModel):
+class FrozenModel(BaseModel):
     """The base of everything that a person writes: frozen, strict, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Rendezvous(Frozen):
+class Rendezvous(FrozenModel):
     """Where the nodes of one training meet: torchrun's c10d rendezvous. The first node, which runs the flow, is host."""
 
     nodes: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="Machines that train together.")
@@ -38,7 +38,7 @@ class Rendezvous(Frozen):
         return self
 
 
-class Runtime(Frozen):
+class Runtime(FrozenModel):
     """Where and how: out of identity, recorded in the manifest."""
 
     store: str = Field(

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.readers import Row, match_files, read_rows
 from loraflow.data.split import falls_in, prompt_key, row_id
 from loraflow.failures import BadData, Inadmissible
@@ -19,7 +20,7 @@ from loraflow.store import Summary
 GATE_SET = "heldout"  # the set that the gate looks at; extra sets are reported beside it
 
 
-def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
+def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
     """Write train.jsonl, validation.jsonl, heldout.jsonl, quarantine.jsonl and report.json.
 
     Raises:
@@ -32,7 +33,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     counts: Counter[str] = Counter()
 
     for set_name, set_files in names.items():
-        for row in read_rows(files, set_files, config["format"], config["columns"]):
+        for row in read_rows(files, set_files, config.format, config.columns):
             counts["read"] += 1
             if row.messages is None:
                 counts["malformed"] += 1
@@ -42,10 +43,10 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
             name = side if side != "heldout" else GATE_SET if set_name == "train" else set_name
             rows[side].append(_record(row, name, config))
 
-    _drop_duplicates(rows, quarantine, counts, config["duplicates"])
+    _drop_duplicates(rows, quarantine, counts, config.duplicates)
     _drop_leaks(rows, quarantine, counts)
-    if config["limit"]:
-        rows["train"] = rows["train"][: config["limit"]]
+    if config.limit:
+        rows["train"] = rows["train"][: config.limit]
     for name, found in rows.items():
         _write(out / f"{name}.jsonl", found)
     _write(out / "quarantine.jsonl", quarantine)
@@ -92,11 +93,11 @@ def admit(report: dict[str, Any], max_quarantined: float, where: str) -> None:
             )
 
 
-def _assign_files(files: Path, config: dict[str, Any]) -> dict[str, list[str]]:
+def _assign_files(files: Path, config: CheckDatasetConfig) -> dict[str, list[str]]:
     """Return {set name: files}; a file belongs to the first set that names it, held-out sets before training."""
     names: dict[str, list[str]] = {}
     taken: set[str] = set()
-    for set_name, patterns in (*((n, [f]) for n, f in config["extra_heldout"].items()), (GATE_SET, config["heldout"])):
+    for set_name, patterns in (*((n, [f]) for n, f in config.extra_heldout.items()), (GATE_SET, config.heldout)):
         found = [name for name in match_files(files, patterns) if name not in taken] if patterns else []
         if patterns and not found:
             raise BadData(
@@ -108,30 +109,30 @@ def _assign_files(files: Path, config: dict[str, Any]) -> dict[str, list[str]]:
         taken.update(found)
         names[set_name] = found
     everything = match_files(files, ["*"])
-    patterns = config["train"]
+    patterns = config.train
     if len(everything) == 1 and patterns == ["train*"]:
         patterns = everything  # a single file of any name
     names["train"] = [name for name in match_files(files, patterns) if name not in taken]
     return names
 
 
-def _side(row: Row, set_name: str, config: dict[str, Any]) -> str:
+def _side(row: Row, set_name: str, config: CheckDatasetConfig) -> str:
     if set_name != "train":
         return "heldout"
     assert row.messages is not None
     key = prompt_key(row.messages)
-    if not config["heldout"] and falls_in(key, config["heldout_fraction"], config["seed"], "heldout"):
+    if not config.heldout and falls_in(key, config.heldout_fraction, config.seed, "heldout"):
         return "heldout"
-    if config["validation_fraction"] and falls_in(key, config["validation_fraction"], config["seed"], "validation"):
+    if config.validation_fraction and falls_in(key, config.validation_fraction, config.seed, "validation"):
         return "validation"
     return "train"
 
 
-def _record(row: Row, set_name: str, config: dict[str, Any]) -> dict[str, Any]:
+def _record(row: Row, set_name: str, config: CheckDatasetConfig) -> dict[str, Any]:
     assert row.messages is not None
     messages = row.messages
-    if config["system"] and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": config["system"]}, *messages]
+    if config.system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": config.system}, *messages]
     return {
         "id": row_id(messages),
         "set": set_name,

@@ -6,10 +6,12 @@ import tempfile
 from pathlib import Path
 
 from loraflow.config.recipe import Data
+from loraflow.config.stage_configs import DvcOrigin
 from loraflow.data import dvc
 from loraflow.data.readers import match_files, read_rows
 from loraflow.data.split import row_id
 from loraflow.data.version import locate
+from loraflow.failures import BadData
 from loraflow.store.files import HashMemo
 
 
@@ -17,11 +19,15 @@ def rows_of(data: Data) -> dict[str, set[str]]:
     """Return {file: ids of its well-formed rows} of a dataset's version."""
     memo = HashMemo(None)
     found = locate(data, memo)
-    origin = found["origin"]
+    origin = found.origin
+    if not isinstance(origin, DvcOrigin):
+        raise BadData(
+            "Only versions of a dataset that DVC pins can be compared.", where=data.source, expected="a .dvc file"
+        )
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder)
-        pin = dvc.Pin(origin["dvc_file"], origin["path"], found["md5"])
-        dvc.fetch(origin["repo"], pin, origin["commit"] or origin["rev"], target, memo)
+        pin = dvc.Pin(origin.dvc_file, origin.path, found.md5)
+        dvc.fetch(origin.repo, pin, origin.commit or origin.rev, target, memo)
         return {
             name: {row_id(row.messages) for row in read_rows(target, [name], data.format, data.columns) if row.messages}
             for name in match_files(target, ["*"])

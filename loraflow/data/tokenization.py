@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.loss_mask import IGNORED, ChatTemplate
 from loraflow.data.packing import best_fit_decreasing
 from loraflow.failures import BadData, BadModel, Killed
@@ -59,7 +60,7 @@ class Chunk:
     first: dict[str, str]  # kind of trouble → its first row
 
 
-def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
+def run(job: Job[TokenizeConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
     """Tokenize training and validation rows.
 
     Raises:
@@ -69,7 +70,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
             than it stands in the chats that are learned.
     """
     config, template = job.config, ChatTemplate(inputs["base"])
-    processes = job.runtime.get("processes") or os.cpu_count() or 1
+    processes = job.runtime.processes or os.cpu_count() or 1
     figures: dict[str, Any] = {}
     lengths = np.empty(0, np.int32)
     counts: Counter[str] = Counter()
@@ -77,7 +78,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
         source = inputs["rows"] / f"{name}.jsonl"
         if name == "validation" and source.stat().st_size == 0:
             continue
-        found, part, largest = _tokenize_file(source, template, out / name, config, processes, report, counts)
+        found, part, largest = _tokenize_file(source, template, out / name, config, processes, progress, counts)
         refuse_ids_beyond(largest, vocabulary_of(inputs["base"]), template)
         figures[f"{name}_rows"], figures[f"{name}_tokens"] = len(found), int(found.sum())
         if name == "train":
@@ -89,11 +90,11 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
             got=", ".join(f"{kind}: {n}" for kind, n in counts.items()) or "no rows",
             next_step="raise training_config.max_length, or see data.too_long and data.special_tokens",
         )
-    if config["packing"]:
-        row_of = best_fit_decreasing(lengths, config["max_length"])
+    if config.packing:
+        row_of = best_fit_decreasing(lengths, config.max_length)
         pq.write_table(pa.table({"row": _arrow(row_of)}), out / "packing.parquet")
         figures["packed_rows"] = int(row_of.max()) + 1
-        figures["packing_utilisation"] = round(float(lengths.sum() / figures["packed_rows"] / config["max_length"]), 4)
+        figures["packing_utilisation"] = round(float(lengths.sum() / figures["packed_rows"] / config.max_length), 4)
     figures |= {
         "longest": int(lengths.max()),
         "median_length": int(np.median(lengths)),
@@ -111,9 +112,9 @@ def _tokenize_file(
     source: Path,
     template: ChatTemplate,
     target: Path,
-    config: dict[str, Any],
+    config: TokenizeConfig,
     processes: int,
-    report: Progress,
+    progress: Progress,
     counts: Counter[str],
 ) -> tuple[np.ndarray, int, int]:
     """Write one Arrow folder; return the lengths of its rows, the number of tokens that are learned, and the largest id."""
@@ -123,7 +124,7 @@ def _tokenize_file(
     with pa.OSFile(str(target / "data-00000-of-00001.arrow"), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
         for chunk in _encoded_chunks(source, template, config, processes):
             counts.update(chunk.counts)
-            for kind, policy in (("too_long", config["too_long"]), ("special_tokens", config["special_tokens"])):
+            for kind, policy in (("too_long", config.too_long), ("special_tokens", config.special_tokens)):
                 if kind in chunk.first and policy == "error":
                     raise _refusal(kind, chunk.first[kind], config)
             if len(chunk.lengths):
@@ -132,7 +133,7 @@ def _tokenize_file(
             lengths.append(chunk.lengths)
             supervised += int((chunk.labels != IGNORED).sum())
             done += len(chunk.lengths)
-            report(rows=done)
+            progress(rows=done)
     found = np.concatenate(lengths) if lengths else np.empty(0, np.int32)
     # What datasets.save_to_disk writes, but with a fingerprint that is the same every time.
     state: dict[str, Any] = {
@@ -175,7 +176,7 @@ def refuse_ids_beyond(largest: int, rows: int | None, template: ChatTemplate) ->
         )
 
 
-def _encoded_chunks(source: Path, template: ChatTemplate, config: dict[str, Any], processes: int) -> Iterator[Chunk]:
+def _encoded_chunks(source: Path, template: ChatTemplate, config: TokenizeConfig, processes: int) -> Iterator[Chunk]:
     """Encode a file's rows, in order, by as many processes as asked for; one is this process itself."""
     _start(template, config)
     chunks = _lines(source)
@@ -211,21 +212,25 @@ def _lines(source: Path) -> Iterator[list[str]]:
 
 
 _template: ChatTemplate
-_config: dict[str, Any]
+_config: TokenizeConfig
 
 
-def _start(template: ChatTemplate, config: dict[str, Any]) -> None:
+def _start(template: ChatTemplate, config: TokenizeConfig) -> None:
     global _template, _config
     _template, _config = template, config
 
 
 def _encode(lines: list[str]) -> Chunk:
-    max_length, too_long, special_tokens = (_config[key] for key in ("max_length", "too_long", "special_tokens"))
+    max_length, too_long, special_tokens = (
+        _config.max_length,
+        _config.too_long,
+        _config.special_tokens,
+    )
     rows = [json.loads(line) for line in lines]
     ids: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     counts, first = Counter[str](), dict[str, str]()
-    for row, one in zip(rows, _template.encode([row["messages"] for row in rows], _config["loss_on"]), strict=True):
+    for row, one in zip(rows, _template.encode([row["messages"] for row in rows], _config.loss_on), strict=True):
         here, learned = one.ids, one.labels
         if one.special_in_text and special_tokens != "allow":
             counts["special_tokens"] += 1
@@ -267,12 +272,12 @@ def _arrow(values: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
 
 
-def _refusal(kind: str, place: str, config: dict[str, Any]) -> BadData:
+def _refusal(kind: str, place: str, config: TokenizeConfig) -> BadData:
     if kind == "too_long":
         return BadData(
             "A row is longer than max_length.",
             where=place,
-            expected=f"at most {config['max_length']} tokens (training_config.max_length)",
+            expected=f"at most {config.max_length} tokens (training_config.max_length)",
             next_step="raise training_config.max_length, or set data.too_long to drop or truncate",
         )
     return BadData(
@@ -282,15 +287,13 @@ def _refusal(kind: str, place: str, config: dict[str, Any]) -> BadData:
     )
 
 
-def _audit(source: Path, template: ChatTemplate, config: dict[str, Any]) -> list[dict[str, Any]]:
+def _audit(source: Path, template: ChatTemplate, config: TokenizeConfig) -> list[dict[str, Any]]:
     """Show what is learned in the first rows, and check on them that training reads what serving will send."""
     with source.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line, _ in zip(file, range(20), strict=False)]
     chats = [row["messages"] for row in rows]
     shown = []
-    for row, one, prompt in zip(
-        rows, template.encode(chats, config["loss_on"]), template.prompt_ids(chats), strict=True
-    ):
+    for row, one, prompt in zip(rows, template.encode(chats, config.loss_on), template.prompt_ids(chats), strict=True):
         learned = one.ids[one.labels != IGNORED]
         shown.append(
             {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from loraflow.config.recipe import Data
+from loraflow.config.stage_configs import DatasetLocation, DvcOrigin, FolderOrigin, VersionDatasetConfig
 from loraflow.data import dvc
 from loraflow.failures import BadData
 from loraflow.job import Inputs, Job, Progress
@@ -13,8 +13,8 @@ from loraflow.store import Summary
 from loraflow.store.files import HashMemo
 
 
-def locate(data: Data, memo: HashMemo) -> dict[str, Any]:
-    """Return what the outside world says of a dataset: its md5, and where it comes from.
+def locate(data: Data, memo: HashMemo) -> DatasetLocation:
+    """Return which dataset a recipe names: its md5, and where its files are read from.
 
     Raises:
         DirtyData: files in the work tree differ from the pin.
@@ -26,35 +26,42 @@ def locate(data: Data, memo: HashMemo) -> dict[str, Any]:
             dvc.refuse_dirt(data.repo, pin, memo)
         commit = dvc.head_of(data.repo, data.rev) if data.rev else None
         name = Path(pin.path).name
-        return {
-            "md5": pin.md5,
-            "name": name,
-            "origin": {**pin.__dict__, "repo": data.repo, "rev": data.rev, "commit": commit, "remote": data.remote},
-        }
-    place = Path(data.source)
-    if not place.exists():
+        origin = DvcOrigin(
+            dvc_file=pin.dvc_file,
+            path=pin.path,
+            md5=pin.md5,
+            repo=data.repo,
+            rev=data.rev,
+            commit=commit,
+            remote=data.remote,
+        )
+        return DatasetLocation(md5=pin.md5, name=name, origin=origin)
+    source = Path(data.source)
+    if not source.exists():
         raise BadData(
-            "There is no such dataset.",
+            "The dataset does not exist.",
             where=data.source,
             expected="a .dvc file, or a folder or file of chats",
-            next_step="mend data.source",
+            next_step="correct data.source",
         )
-    return {"md5": dvc.tree_md5(place, memo), "name": place.name, "origin": {"folder": str(place.absolute())}}
+    origin_folder = FolderOrigin(folder=str(source.absolute()))
+    return DatasetLocation(md5=dvc.tree_md5(source, memo), name=source.name, origin=origin_folder)
 
 
-def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
+def run(job: Job[VersionDatasetConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
     """Write the pinned files to `out/files/`."""
-    origin, md5 = job.runtime["origin"], job.config["md5"]
+    origin, md5 = job.runtime.origin, job.config.md5
     files = out / "files"
     files.mkdir()
     memo = HashMemo(None)
-    if "folder" in origin:
-        place = Path(origin["folder"])
-        pin = dvc.Pin("", place.name, md5)
-        dvc.fetch(str(place.parent), pin, None, files, memo)
+    if isinstance(origin, FolderOrigin):
+        source = Path(origin.folder)
+        dvc.fetch(str(source.parent), dvc.Pin("", source.name, md5), None, files, memo)
+    elif isinstance(origin, DvcOrigin):
+        pin = dvc.Pin(origin.dvc_file, origin.path, md5)
+        dvc.fetch(origin.repo, pin, origin.commit or origin.rev, files, memo, origin.remote)
     else:
-        pin = dvc.Pin(origin["dvc_file"], origin["path"], md5)
-        dvc.fetch(origin["repo"], pin, origin["commit"] or origin["rev"], files, memo, origin.get("remote"))
+        raise TypeError(f"a dataset has no origin such as {origin!r}")
     names = sorted(path.relative_to(files).as_posix() for path in files.rglob("*") if path.is_file())
     size = sum((files / name).stat().st_size for name in names)
     return Summary(figures={"md5": md5, "files": len(names), "bytes": size})

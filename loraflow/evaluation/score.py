@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from loraflow.config.stage_configs import EvaluateConfig
 from loraflow.failures import BadData
 from loraflow.hardware import group as devices
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 
 
-def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
+def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
     """Answer, score, write. The same rows, template and settings for whatever model it is."""
     import pandas as pd
 
@@ -26,25 +27,25 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     from loraflow.evaluation.generation import answer_all, answer_losses
 
     config, folder, group = job.config, inputs["model"], devices.join(pick_device(job.runtime))
-    rows = _rows(inputs["rows"] / "heldout.jsonl", config["max_rows"])
+    rows = _rows(inputs["rows"] / "heldout.jsonl", config.max_rows)
     chats = [row["messages"] for row in rows]
     template, tokenizer = ChatTemplate(folder), load_tokenizer(folder)
-    model = load_model(folder, config["dtype"], job.runtime, trust=config["trust_remote_code"])
+    model = load_model(folder, config.dtype, job.runtime, trust=config.trust_remote_code)
     losses = [(0.0, 0)] * len(rows)
-    if "token_loss" in config["metrics"]:  # a forward pass of its own over all rows
+    if "token_loss" in config.metrics:  # a forward pass of its own over all rows
         encoded = template.encode(chats, "last_assistant")
-        losses = answer_losses(model, encoded, tokenizer.pad_token_id, job.runtime["eval_batch_size"], group)
+        losses = answer_losses(model, encoded, tokenizer.pad_token_id, job.runtime.eval_batch_size, group)
     if group.first:
-        report(done=0, total=len(rows))
+        progress(done=0, total=len(rows))
     answers = answer_all(
         model,
         tokenizer,
         template.prompt_ids(chats),
         stop_ids=stop_ids(folder),
-        max_new_tokens=config["max_new_tokens"],
-        batch_size=job.runtime["eval_batch_size"],
-        done_file=report.work / "answers.jsonl" if report.work else None,
-        on_batch=(lambda done: report(done=done, total=len(rows))) if group.first else None,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=job.runtime.eval_batch_size,
+        done_file=progress.work / "answers.jsonl" if progress.work else None,
+        on_batch=(lambda done: progress(done=done, total=len(rows))) if group.first else None,
         group=group,
     )
     if not group.first:  # of several devices, the first one scores and writes
@@ -62,10 +63,10 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
             "reference_tokens": [tokens for _, tokens in losses],
         }
     )
-    table = table.assign(**_score(table, config["metrics"]))
+    table = table.assign(**_score(table, config.metrics))
     _refuse_holes(table)
     table.to_parquet(out / "scores.parquet", index=False)
-    metrics = {name: summarise(part, config["confidence"], config["seed"]) for name, part in table.groupby("set")}
+    metrics = {name: summarise(part, config.confidence, config.seed) for name, part in table.groupby("set")}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return Summary(figures=_figures(metrics), report={"metrics": metrics, "samples": _samples(table, 20)})
 

@@ -16,35 +16,41 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+
+from pydantic import JsonValue
 
 from loraflow import failures
+from loraflow.config.stage_configs import FolderOrigin, HubOrigin, JobRuntime, StageConfig
+from loraflow.execution.cache import look_up
+from loraflow.execution.code_digest import code_digest
+from loraflow.execution.device_group import PARENT
+from loraflow.execution.job_file import JobFile
+from loraflow.execution.stage_function import stage_function
 from loraflow.identity import short
 from loraflow.job import Inputs, Job, Progress
-from loraflow.stages import STAGES, code_digest
+from loraflow.stages import STAGES
 from loraflow.store import Ref, Store, Summary
-from loraflow.store.files import write_json
 
 log = logging.getLogger(__name__)
 
 WORKER = [sys.executable, "-m", "loraflow.execution.worker"]
-OnProgress = Callable[[dict[str, Any]], None]
+Figures = dict[str, JsonValue]
+OnProgress = Callable[[Figures], None]
 _RECORDED = ("torch", "transformers", "peft", "trl", "datasets", "tokenizers", "evaluate", "dvc", "numpy", "pyarrow")
 
 
-def run_job(job: Job, store: Store, on_progress: OnProgress | None = None, *, force: bool = False) -> Ref:
+def run_job(job: Job[StageConfig], store: Store, on_progress: OnProgress | None = None, *, force: bool = False) -> Ref:
     """Compute a job's artifact, or take the one that another run committed meanwhile.
 
     Raises:
         Failure: the stage's own, or the class of the way in which its worker ended.
     """
     with store.lock(job.stage, job.fingerprint):
-        ref = store.find(job.stage, job.fingerprint)
+        ref = look_up(store, job).ref
         if ref is not None and not force:
-            log.info("%s %s: another run made it meanwhile", job.stage, job.short)
+            log.info("%s %s: another run computed it meanwhile", job.stage, job.short)
             return ref
         if not force and (ref := store.resume_commit(job.stage, job.fingerprint)) is not None:
             log.info("%s %s: computed before; its commit was cut off and is finished now", job.stage, job.short)
@@ -72,22 +78,23 @@ def run_job(job: Job, store: Store, on_progress: OnProgress | None = None, *, fo
         return ref
 
 
-def _refuse_without_room(job: Job, store: Store) -> None:
-    """Ask for room on the disk before beginning, where it is known how much there has to be.
+def _refuse_without_room(job: Job[StageConfig], store: Store) -> None:
+    """Check the free disk space of a stage whose result is about as large as something that is known.
 
     Raises:
-        DiskFull: there is less.
+        DiskFull: there is too little.
     """
-    source = {"merge": job.inputs.get("base"), "resolve_base": job.runtime.get("origin", {}).get("folder")}.get(
-        job.stage
-    )
-    if source is None:
+    source, origin = STAGES[job.stage].needs_room_of, job.runtime.origin
+    if source == "base":
+        need = store.manifest(job.inputs["base"]).size
+    elif source == "origin" and isinstance(origin, FolderOrigin):
+        need = sum(path.stat().st_size for path in Path(origin.folder).iterdir() if path.is_file())
+    else:
         return
-    need = store.manifest(source).size if isinstance(source, Ref) else _size(Path(source))
     free = shutil.disk_usage(store.scratch).free
     if free < need * 1.05:
         raise failures.DiskFull(
-            f"The {job.stage} stage needs more room than there is.",
+            f"The {job.stage} stage needs more disk space than is free.",
             where=str(store.scratch),
             expected=f"{need * 1.05 / 2**30:.1f} GiB free",
             got=f"{free / 2**30:.1f} GiB",
@@ -95,68 +102,61 @@ def _refuse_without_room(job: Job, store: Store) -> None:
         )
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-
-
 def _compute(
-    job: Job, store: Store, staged: Path, work: Path, on_progress: OnProgress | None
-) -> tuple[Summary, dict[str, Any]]:
+    job: Job[StageConfig], store: Store, staged: Path, work: Path, on_progress: OnProgress | None
+) -> tuple[Summary, JobRuntime]:
+    """Run a job's stage into its staging folder; return its summary, and the runtime that it succeeded with."""
     stage = STAGES[job.stage]
     folders = {name: store.path(ref) for name, ref in job.inputs.items()}
-    if not stage.child:
-        module, function = stage.function.split(":")
-        run = getattr(import_module(module), function)
-        return run(job, Inputs(folders), staged, Progress(None, work)), job.runtime
+    if not stage.in_worker:
+        return stage_function(stage)(job, Inputs(folders), staged, Progress(None, work)), job.runtime
     while True:
         try:
             return _in_worker(job, folders, staged, work, on_progress), job.runtime
         except failures.OutOfMemory as failure:
-            job = _halve(job, failure)
+            job = _with_less_memory(job, failure)
 
 
-def _halve(job: Job, failure: failures.OutOfMemory) -> Job:
-    """Return the job with what the stage proposes instead, or half the micro-batch: the same result in smaller steps."""
+def _with_less_memory(job: Job[StageConfig], failure: failures.OutOfMemory) -> Job[StageConfig]:
+    """Return the job with what the stage proposes, or with half the micro-batch: the same result in smaller steps.
+
+    Raises:
+        OutOfMemory: nothing is left to halve.
+    """
     instead = failure.details.get("instead")
     if instead:
-        log.warning("%s ran out of memory; again with %s", job.stage, instead)
-        return job.model_copy(update={"runtime": {**job.runtime, **instead}})
-    field = STAGES[job.stage].micro_batch if instead is None else None
+        log.warning("%s ran out of memory; trying again with %s", job.stage, instead)
+        return job.with_runtime(**instead)
+    field = STAGES[job.stage].halved if instead is None else None
     if field is None:
         raise failure
-    now = job.runtime.get(field) or job.runtime.get("training_config", {}).get("per_device_train_batch_size", 1)
+    training = job.runtime.training_config
+    now = getattr(job.runtime, field) or (training.per_device_train_batch_size if training else 1)
     if now <= 1:
-        failure.next_step = "one row at a time is too much: lower training_config.max_length, or quantize the base"
+        failure.next_step = "a single row does not fit: lower training_config.max_length, or quantize the base"
         raise failure
-    log.warning("%s ran out of memory with %s %d; again with %d", job.stage, field, now, now // 2)
-    return job.model_copy(update={"runtime": {**job.runtime, field: now // 2}})
+    log.warning("%s ran out of memory with %s %d; trying again with %d", job.stage, field, now, now // 2)
+    return job.with_runtime(**{field: now // 2})
 
 
-def _in_worker(job: Job, folders: dict[str, Path], staged: Path, work: Path, on_progress: OnProgress | None) -> Summary:
+def _in_worker(
+    job: Job[StageConfig], folders: dict[str, Path], staged: Path, work: Path, on_progress: OnProgress | None
+) -> Summary:
     for name in ("outcome.json", "progress.jsonl"):
         (work / name).unlink(missing_ok=True)
-    job_file = work / "job.json"
-    write_json(
-        job_file,
-        {
-            **job.model_dump(),
-            "fingerprint": job.fingerprint,
-            "out": str(staged),
-            "input_folders": {name: str(path) for name, path in folders.items()},
-        },
-    )
+    job_file = JobFile(job, staged, folders, work).write()
     env = {
         **os.environ,
-        "LORAFLOW_PARENT": str(os.getpid()),
+        PARENT: str(os.getpid()),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "true"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
     }
-    if not job.runtime.get("origin", {}).get("hub"):
+    if not isinstance(job.runtime.origin, HubOrigin):
         env |= {"HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    if job.runtime.get("threads"):
-        env["OMP_NUM_THREADS"] = str(job.runtime["threads"])
+    if job.runtime.threads:
+        env["OMP_NUM_THREADS"] = str(job.runtime.threads)
     kills_before = _oom_kills()
     with (work / "log.txt").open("ab") as log_file:
         process = subprocess.Popen(
@@ -169,9 +169,9 @@ def _in_worker(job: Job, folders: dict[str, Path], staged: Path, work: Path, on_
         )
         log.info("%s %s: worker %d, log %s", job.stage, job.short, process.pid, work / "log.txt")
         try:
-            code = _follow(process, work / "progress.jsonl", job.runtime.get("deadline_minutes"), on_progress)
+            code = _follow(process, work / "progress.jsonl", job.runtime.deadline_minutes, on_progress)
         finally:
-            _end_group(process, job.runtime.get("grace_seconds", 20.0))
+            _end_group(process, job.runtime.grace_seconds)
     return _outcome(job, work, code, oom_killed=_oom_kills() > kills_before)
 
 
@@ -219,7 +219,7 @@ def _end_group(process: subprocess.Popen[bytes], grace: float) -> None:
     process.wait()
 
 
-def _outcome(job: Job, work: Path, code: int, *, oom_killed: bool) -> Summary:
+def _outcome(job: Job[StageConfig], work: Path, code: int, *, oom_killed: bool) -> Summary:
     by_hand = f"{Path(sys.executable).name} -m loraflow.execution.worker {work / 'job.json'}"
     again = f"the log: {work / 'log.txt'}; by hand: {by_hand}"
     try:
@@ -258,18 +258,18 @@ def _oom_kills() -> int:
     return 0
 
 
-def _provenance(job: Job, runtime: dict[str, Any], started: float) -> dict[str, Any]:
+def _provenance(job: Job[StageConfig], runtime: JobRuntime, started: float) -> dict[str, JsonValue]:
     """Record what is out of identity: when, with what, on what kind of machine."""
-    versions = {}
+    versions: dict[str, JsonValue] = {}
     for name in _RECORDED:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     return {
         "seconds": round(time.time() - started, 3),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "runtime": runtime,
+        "runtime": runtime.model_dump(mode="json"),
         "versions": versions,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "code": code_digest(job.stage),
+        "code": code_digest(STAGES[job.stage]),
     }

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from loraflow import __version__
+from loraflow.config.recipe import TrainingRuntime
 from loraflow.identity import short
 from loraflow.serving.models import Model
-from loraflow.stages import TRAINING_RUNTIME
 from loraflow.store import Manifest, Ref, open_store
 
 # What a digest of the bundled file stands for: the package's own metadata.
@@ -103,7 +103,7 @@ def _source(lineage: dict[str, Manifest]) -> tuple[dict[str, str], bool]:
 def _recipe(resolved: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a recipe that says how the model was made: no paths, sources, trackers or machines."""
     training = resolved["training_config"]
-    leave = TRAINING_RUNTIME - {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    leave = set(TrainingRuntime.model_fields) - {"per_device_train_batch_size", "gradient_accumulation_steps"}
     leave |= set() if training["load_best_model_at_end"] else _BEST | {"load_best_model_at_end"}
     sections = {
         "base": {key: resolved["base"][key] for key in ("dtype", "quantization", "repack")},

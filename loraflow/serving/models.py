@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loraflow import identity
+from loraflow.config import Runtime
 from loraflow.failures import BadConfig, BadModel, CorruptArtifact
 from loraflow.registry.log import PromotionLog, models
 from loraflow.store import LocalStore, Manifest, Ref, Store
@@ -234,7 +235,7 @@ def load(model: Model, dtype: str, device: str = "auto") -> Loaded:
     from loraflow.base.load import load_model, load_tokenizer, stop_ids
     from loraflow.data.loss_mask import ChatTemplate
 
-    net = load_model(model.folder, dtype, {"device": device})
+    net = load_model(model.folder, dtype, Runtime.model_validate({"device": device}))
     positions = getattr(net.config.get_text_config(), "max_position_embeddings", None)
     if model.adapter is not None:
         net = _with_adapter(net, model.adapter)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from loraflow.config import Runtime
 from loraflow.failures import BadConfig, MissingExtra
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class Attention:
     why: str
 
 
-def choose(runtime: dict[str, Any], device: str, dtype: str, config: Any) -> Attention:
+def choose(runtime: Runtime, device: str, dtype: str, config: Any) -> Attention:
     """Choose the attention for training.
 
     Args:
@@ -45,7 +46,7 @@ def choose(runtime: dict[str, Any], device: str, dtype: str, config: Any) -> Att
         MissingExtra: what is asked for is not there.
         BadConfig: what is asked for cannot compute this model.
     """
-    wanted = runtime.get("attn_implementation", "auto")
+    wanted = runtime.attn_implementation
     text = config.get_text_config()
     obstacle = _obstacle(device, dtype, text)
     if wanted in ("varlen", "fa3", "fa4") and obstacle:

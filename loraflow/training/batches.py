@@ -15,62 +15,18 @@ A step's rows reach the model as micro-batches, in one of two layouts:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from loraflow.data.loss_mask import IGNORED
-from loraflow.data.packing import documents_of_rows
+from loraflow.data.token_rows import Document, TokenRows
 from loraflow.training.prefix_sharing import Sharing, shared
 
-Document = tuple[np.ndarray, np.ndarray]  # ids, labels
 ROUND = 64  # tokens; lengths of flat micro-batches are multiples of it
 SHAPES = 4  # fixed lengths of flat micro-batches where rows are not packed
-
-
-class Rows:
-    """The rows of a tokenized set, read where they lie on disk."""
-
-    def __init__(self, folder: Path, packing: Path | None = None):
-        import pyarrow as pa
-
-        files = sorted(folder.glob("*.arrow"))
-        columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        for file in files:
-            for batch in pa.ipc.open_stream(pa.memory_map(str(file))):
-                ids, labels = batch.column("input_ids"), batch.column("labels")
-                columns.append((ids.flatten().to_numpy(), labels.flatten().to_numpy(), np.diff(ids.offsets.to_numpy())))
-        self._ids, self._labels = [one[0] for one in columns], [one[1] for one in columns]
-        self.lengths = np.concatenate([one[2] for one in columns]) if columns else np.empty(0, np.int32)
-        counts = [len(one[2]) for one in columns]
-        self._batch = np.repeat(np.arange(len(counts)), counts)
-        self._start = np.concatenate([np.cumsum(one[2]) - one[2] for one in columns]) if columns else np.empty(0, int)
-        self.row_length: int | None = None  # packed rows are all padded to the longest, so that shapes never change
-        if packing is not None:
-            import pyarrow.parquet as pq
-
-            plan = pq.read_table(packing)["row"].to_numpy()
-            self.documents, self.offsets = documents_of_rows(plan)
-            self.row_length = int(np.bincount(plan, weights=self.lengths).max())
-        else:
-            self.documents, self.offsets = np.arange(len(self.lengths)), np.arange(len(self.lengths) + 1)
-        #: tokens of each row
-        self.tokens = np.add.reduceat(self.lengths[self.documents], self.offsets[:-1]) if len(self) else self.lengths
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, row: int) -> list[Document]:
-        """Return a row's documents as (ids, labels)."""
-        return [self.document(int(one)) for one in self.documents[self.offsets[row] : self.offsets[row + 1]]]
-
-    def document(self, number: int) -> Document:
-        """Return a document as (ids, labels), views of the file."""
-        start, batch = self._start[number], self._batch[number]
-        end = start + self.lengths[number]
-        return self._ids[batch][start:end], self._labels[batch][start:end]
 
 
 def steps_of(rows: int, global_batch: int, epochs: float, max_steps: int) -> tuple[int, int]:
@@ -102,7 +58,7 @@ class Flat:
         return next(shape for shape in self.shapes if shape >= tokens)
 
 
-def flat_layout(rows: Rows, steps: np.ndarray, budget: int, devices: int = 1) -> Flat:
+def flat_layout(rows: TokenRows, steps: np.ndarray, budget: int, devices: int = 1) -> Flat:
     """Choose the lengths of flat micro-batches.
 
     Args:
@@ -153,7 +109,7 @@ class Steps:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: TokenRows,
         steps: np.ndarray,
         layout: Flat | int,
         pad_id: int,
@@ -303,9 +259,9 @@ def with_targets(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 class Collator:
-    """Rows to padded or packed grids with labels, as trl's own trainer wants them. Validation rows are never packed."""
+    """TokenRows to padded or packed grids with labels, as trl's own trainer wants them. Validation rows are never packed."""
 
-    def __init__(self, train: Rows, validation: Rows | None, pad_id: int):
+    def __init__(self, train: TokenRows, validation: TokenRows | None, pad_id: int):
         self.train, self.validation, self.pad_id = train, validation, pad_id
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -331,6 +287,16 @@ def padded(rows: list[list[Document]], pad_id: int) -> dict[str, Any]:
         "labels": torch.from_numpy(labels),
         "attention_mask": torch.from_numpy(attention),
     }
+
+
+EVA_BATCH = 16  # documents at a time: EVA needs more learned tokens than ranks in each batch
+
+
+def batches_of(rows: Iterable[list[Document]], pad_id: int) -> Iterator[dict[str, Any]]:
+    """Yield batches of training rows' documents, each document padded to a row of its own, as a model's inputs."""
+    documents = [[document] for row in rows for document in row]
+    for first in range(0, max(1, len(documents) - EVA_BATCH + 1), EVA_BATCH):
+        yield padded(documents[first : first + EVA_BATCH], pad_id)
 
 
 def packed(rows: list[list[Document]], row_length: int, pad_id: int) -> dict[str, Any]:

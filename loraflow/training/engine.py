@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from loraflow.config.recipe import TrainerSettings
+from loraflow.config.stage_configs import JobRuntime, TrainConfig
+from loraflow.data.token_rows import TokenRows
 from loraflow.failures import BadConfig, OutOfMemory
 from loraflow.hardware.group import Group
 from loraflow.training import batches, memory, sharding
@@ -34,11 +37,11 @@ class Engine:
     """One training on one machine. `trainer` builds it."""
 
     base: Path
-    config: dict[str, Any]  # the job's
-    training: dict[str, Any]  # training_config, its runtime part included
-    runtime: dict[str, Any]
-    rows: batches.Rows
-    validation: batches.Rows | None
+    config: TrainConfig
+    settings: TrainerSettings
+    runtime: JobRuntime
+    rows: TokenRows
+    validation: TokenRows | None
     order: np.ndarray
     group: Group
     stopper: Any
@@ -57,13 +60,13 @@ class Engine:
 
         from loraflow.base.load import pick_device
 
-        base, device = self.config["base"], pick_device(self.runtime)
-        model_config = AutoConfig.from_pretrained(self.base, trust_remote_code=base["trust_remote_code"])
-        fast = self.runtime.get("engine", "fast") == "fast"
+        base, device = self.config.base, pick_device(self.runtime)
+        model_config = AutoConfig.from_pretrained(self.base, trust_remote_code=base.trust_remote_code)
+        fast = self.runtime.engine == "fast"
         attention = choose(self.runtime, device, self._computes_in(), model_config)
         if attention.flat and not fast:  # trl's collator pads, or packs behind position ids: sdpa gets a mask for both
             attention = Attention("sdpa", False, "sdpa", "the stock engine's rows are padded")
-        if attention.flat and self.config["peft_config"]["init_lora_weights"] == "eva":
+        if attention.flat and self.config.peft_config.init_lora_weights == "eva":
             attention = Attention("sdpa", False, "sdpa", "EVA looks at padded rows first")
         self._look_at_devices(device)
         self._shard_or_not(device, attention, fast)
@@ -88,24 +91,24 @@ class Engine:
         from loraflow.adapters.lora_config import check_reach, check_targets
         from loraflow.base.load import load_model
 
-        base = self.config["base"]
-        nf4 = {"double": base["double_quantization"]} if base["quantization"] == "nf4" else None
-        if base["quantization"] == "fp8":
-            _refuse_fp8(device, self._computes_in(), self.runtime.get("engine", "fast"))
+        base = self.config.base
+        double = base.double_quantization if base.quantization == "nf4" else None
+        if base.quantization == "fp8":
+            _refuse_fp8(device, self._computes_in(), self.runtime.engine)
         model = load_model(
-            self.base, base["dtype"], self.runtime, quantization=nf4, trust=base["trust_remote_code"],
+            self.base, base.dtype, self.runtime, double_quantization=double, trust=base.trust_remote_code,
             attention=attention.implementation, place="cpu" if self.sharded else None,
         )  # fmt: skip
-        model.config.use_cache = self.runtime.get("use_cache", False)
-        check_targets(model, self.config["peft_config"])
-        check_reach(model, self.config["peft_config"])
-        variants.check(model, self.config["peft_config"])
-        if self.config["method"] == "loralib":
+        model.config.use_cache = self.runtime.use_cache
+        check_targets(model, self.config.peft_config)
+        check_reach(model, self.config.peft_config)
+        variants.check(model, self.config.peft_config)
+        if self.config.method == "loralib":
             from loraflow.adapters.loralib.model import prepare
             from loraflow.adapters.loralib.swap import Settings
 
-            settings = Settings.of(self.config["peft_config"], self.config["loralib_config"])
-            model = prepare(model, settings, self.training["seed"], checkpointing=self._stock_recomputes())
+            settings = Settings.of(self.config.peft_config, self.config.loralib_config)
+            model = prepare(model, settings, self.settings.seed, checkpointing=self._stock_recomputes())
         return sharding.shard(model, device, self.group.size) if self.sharded else model
 
     def _look_at_devices(self, device: str) -> None:
@@ -120,7 +123,7 @@ class Engine:
 
     def _shard_or_not(self, device: str, attention: Attention, fast: bool) -> None:
         """Decide whether the devices hold the base together."""
-        told = self.runtime.get("shard_base", "auto")
+        told = self.runtime.shard_base
         if self.group.size == 1 or told == "off":
             why = "told so" if told == "off" else "there is one device"
         elif told == "on":
@@ -129,7 +132,7 @@ class Engine:
             why = "not asked for"
         else:
             longest = self.rows.row_length or int(self.rows.lengths.max())
-            least, _ = memory.needed(shape, self._weights(), self.config["peft_config"]["r"], longest)
+            least, _ = memory.needed(shape, self._weights(), self.config.peft_config.r, longest)
             free = self._free()
             self.sharded = least > free
             why = f"one needs {least / memory.GIB:.1f} GiB, and has {free / memory.GIB:.1f}"
@@ -141,7 +144,7 @@ class Engine:
         return memory.shape_of(json.loads((self.base / "config.json").read_text(encoding="utf-8")))
 
     def _weights(self) -> str:
-        return str(self.config["base"]["quantization"] or self.config["base"]["dtype"])
+        return str(self.config.base.quantization or self.config.base.dtype)
 
     def _free(self) -> float:
         """Return the bytes of GPU memory that every device has, what this process holds included."""
@@ -150,24 +153,24 @@ class Engine:
         return min(self.group.all_say(torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()))
 
     def _stock_recomputes(self) -> bool:
-        return self.runtime.get("engine", "fast") == "stock" and self.training["gradient_checkpointing"] is not False
+        return self.runtime.engine == "stock" and self.settings.gradient_checkpointing is not False
 
     def _begin(self, trainer: Any) -> Any:
         """Initialise what needs data or the base's weights, and set LoRA+'s rates; return the trainer."""
         from loraflow.adapters import variants
 
-        peft_config = self.config["peft_config"]
+        peft_config = self.config.peft_config
         rows = (self.rows[int(row)] for row in self.order[: variants.EVA_ROWS])
-        first = variants.batches_of(rows, self.tokenizer.pad_token_id)
+        first = batches.batches_of(rows, self.tokenizer.pad_token_id)
         self.initial = variants.begin(trainer.model, peft_config, self.base, self.work, first)
-        if peft_config["loraplus_lr_ratio"]:
-            trainer.loraplus = (peft_config["loraplus_lr_ratio"], peft_config["loraplus_lr_embedding"])
+        if peft_config.loraplus_lr_ratio:
+            trainer.loraplus = (peft_config.loraplus_lr_ratio, peft_config.loraplus_lr_embedding)
         return trainer
 
     def _lora_config(self) -> Any:
         from loraflow.adapters.lora_config import lora_config
 
-        return lora_config(self.config["peft_config"]) if self.config["method"] == "peft" else None
+        return lora_config(self.config.peft_config) if self.config.method == "peft" else None
 
     @staticmethod
     def _head_is_plain(model: Any) -> bool:
@@ -179,21 +182,21 @@ class Engine:
 
     def _computes_in(self) -> str:
         """Return the dtype of products: the base's, or autocast's where that is another one."""
-        if self.training["bf16"]:
+        if self.settings.bf16:
             return "bfloat16"
-        return "float16" if self.training["fp16"] else str(self.config["base"]["dtype"])
+        return "float16" if self.settings.fp16 else str(self.config.base.dtype)
 
     # -- stock -------------------------------------------------------------------------------------------------------
 
     def _stock(self, model: Any) -> Any:
         from loraflow.training.trainer import StockTrainer
 
-        wanted = self.runtime.get("micro_batch") or self.training["per_device_train_batch_size"]
-        share = max(1, self.training["global_batch"] // self.group.size)
-        if share * self.group.size != self.training["global_batch"]:
+        wanted = self.runtime.micro_batch or self.settings.per_device_train_batch_size
+        share = max(1, self.config.training_config.global_batch // self.group.size)
+        if share * self.group.size != self.config.training_config.global_batch:
             raise BadConfig(
                 "The stock engine needs a global batch that its devices divide.", where="runtime.devices",
-                expected=f"a divisor of {self.training['global_batch']}", got=str(self.group.size),
+                expected=f"a divisor of {self.config.training_config.global_batch}", got=str(self.group.size),
                 next_step="set runtime.engine to fast",
             )  # fmt: skip
         rows = batches.micro_batch(share, wanted)
@@ -204,7 +207,7 @@ class Engine:
                 per_device_train_batch_size=rows,
                 gradient_accumulation_steps=share // rows,
                 gradient_checkpointing=self._stock_recomputes(),
-                gradient_checkpointing_kwargs=self.training["gradient_checkpointing_kwargs"],
+                gradient_checkpointing_kwargs=self.settings.gradient_checkpointing_kwargs,
             ),
             train_rows=self.order,
             validation_rows=len(self.validation) if self.validation is not None else 0,
@@ -223,10 +226,10 @@ class Engine:
         from loraflow.training.lora_kernels import accelerate_loras, to_fp8
         from loraflow.training.trainer import FastTrainer, prepare_layers
 
-        steps = self.order.reshape(-1, self.training["global_batch"])
+        steps = self.order.reshape(-1, self.config.training_config.global_batch)
         fit = self._fit(model, attention, device, steps)
         self._share(model, attention)
-        base_dtype, computes = getattr(torch, self.config["base"]["dtype"]), getattr(torch, self._computes_in())
+        base_dtype, computes = getattr(torch, self.config.base.dtype), getattr(torch, self._computes_in())
         trainer = FastTrainer(
             model=model,
             args=self.arguments(
@@ -253,7 +256,7 @@ class Engine:
             # What else is trained (a whole module, DoRA, loralib's layers) is fp32 among 16 bits: autocast's matter.
             if computes != torch.float32 and any(id(parameter) not in ours for parameter in trainer.trained):
                 trainer.autocast_dtype = computes
-        if self.config["base"]["quantization"] == "fp8":
+        if self.config.base.quantization == "fp8":
             to_fp8(trainer.loras)
         share = {"none": 0.0, "offload": 0.0}.get(fit.recompute, fit.share)
         compiled = prepare_layers(trainer, compiled=self._compiles(device, attention), recomputed=share)
@@ -262,10 +265,10 @@ class Engine:
         self.said |= {"layers_recomputed": fit.share, "fast_loras": len(trainer.loras), "compiled_layers": compiled}
         return trainer
 
-    def _steps(self, rows: batches.Rows, steps: np.ndarray, layout: Any, *, trains: bool) -> batches.Steps:
-        drops = trains and self.config["peft_config"]["lora_dropout"] > 0
+    def _steps(self, rows: TokenRows, steps: np.ndarray, layout: Any, *, trains: bool) -> batches.Steps:
+        drops = trains and self.config.peft_config.lora_dropout > 0
         return batches.Steps(
-            rows, steps, layout, self.tokenizer.pad_token_id, seed=self.training["seed"], dropout=drops,
+            rows, steps, layout, self.tokenizer.pad_token_id, seed=self.settings.seed, dropout=drops,
             rank=self.group.rank, devices=self.group.size, sharing=self.sharing, even=self.sharded,
         )  # fmt: skip
 
@@ -274,7 +277,7 @@ class Engine:
         shape = self._shape()
         if attention.flat or self.rows.row_length or shape is None:
             return
-        drops = self.config["peft_config"]["lora_dropout"] > 0
+        drops = self.config.peft_config.lora_dropout > 0
         longest = max(int(one.lengths.max(initial=0)) for one in (self.rows, self.validation) if one is not None)
         why_not = "dropout differs from row to row" if drops else shared.obstacle(model, longest)
         self.sharing = None if why_not else shared.Sharing.of(shape)
@@ -287,41 +290,41 @@ class Engine:
         if attention.flat:
             layout: Any = batches.flat_layout(self.validation, whole, fit.tokens, self.group.size)
         else:
-            layout = self.training["per_device_eval_batch_size"]
+            layout = self.settings.per_device_eval_batch_size
         return self._steps(self.validation, whole, layout, trains=False)
 
-    def _layout(self, rows: batches.Rows, steps: np.ndarray, attention: Attention, fit: memory.Fit) -> Any:
+    def _layout(self, rows: TokenRows, steps: np.ndarray, attention: Attention, fit: memory.Fit) -> Any:
         if attention.flat:
             return batches.flat_layout(rows, steps, fit.tokens, self.group.size)
         share = math.ceil(steps.shape[1] / self.group.size)
-        wanted = self.runtime.get("micro_batch") or self.training["per_device_train_batch_size"]
+        wanted = self.runtime.micro_batch or self.settings.per_device_train_batch_size
         rows_at_once = min(wanted, share)
         self.said |= {"rows_at_once": rows_at_once}
         return rows_at_once
 
     def _fit(self, model: Any, attention: Attention, device: str, steps: np.ndarray) -> memory.Fit:
         """Decide how many tokens go in at a time, and what is recomputed."""
-        told = self.runtime.get("checkpointing", "auto")
+        told = self.runtime.checkpointing
         recompute: memory.Recompute | None = None if told == "auto" else told
-        if recompute is None and self.training["gradient_checkpointing"] is not None:
-            recompute = "full" if self.training["gradient_checkpointing"] else "none"
+        if recompute is None and self.settings.gradient_checkpointing is not None:
+            recompute = "full" if self.settings.gradient_checkpointing else "none"
         least = self.rows.row_length or int(self.rows.lengths.max())
         share = math.ceil(steps.shape[1] / self.group.size)
         packed = share * self.rows.row_length if self.rows.row_length else 0
         wanted = packed or math.ceil(int(self.rows.tokens[steps].sum(1).max()) / self.group.size)
-        tokens = self.runtime.get("micro_tokens") or (self.runtime.get("micro_batch") or 0) * least
+        tokens = self.runtime.micro_tokens or (self.runtime.micro_batch or 0) * least
         shape = self._shape()
         if device == "cpu" or shape is None or not attention.flat:
             share = {"full": 1.0, "selective": 0.5}.get(recompute or "none", 0.0)
             why = "as told" if recompute else "not asked for"
             return memory.Fit(tokens or max(least, 4096), recompute or "none", share, why)
-        found = memory.fit(shape, self._free(), self._weights(), self.config["peft_config"]["r"], least=least,
+        found = memory.fit(shape, self._free(), self._weights(), self.config.peft_config.r, least=least,
                            wanted=tokens or wanted, told=recompute,
                            devices=self.group.size if self.sharded else 1)  # fmt: skip
         return memory.Fit(max(least, tokens), found.recompute, found.share, found.why) if tokens else found
 
     def _compiles(self, device: str, attention: Attention) -> bool:
-        told = self.runtime.get("compile", "auto")
+        told = self.runtime.compile
         if told != "auto":
             return told == "on"
         tokens = int(self.rows.tokens[self.order].sum()) / self.group.size

@@ -9,24 +9,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from loraflow.config.stage_configs import TrainConfig
 from loraflow.failures import BadConfig
 
 
-def refuse(config: dict[str, Any], engine: str) -> None:
+def refuse(config: TrainConfig, engine: str) -> None:
     """Refuse what does not go with a sharded base.
 
     Raises:
         BadConfig: packed weights, layers that are not peft's plain ones, or the stock engine.
     """
-    if config["base"]["quantization"]:
-        got, step = f"base.quantization: {config['base']['quantization']}", "set base.quantization to null"
-    elif config["method"] != "peft" or config["peft_config"]["use_dora"]:
+    if config.base.quantization:
+        got, step = f"base.quantization: {config.base.quantization}", "set base.quantization to null"
+    elif config.method != "peft" or config.peft_config.use_dora:
         got, step = "loralib's layers, or DoRA", "set method to peft, and peft_config.use_dora to false"
-    elif isinstance(config["peft_config"]["init_lora_weights"], str):
-        got, step = f"init_lora_weights: {config['peft_config']['init_lora_weights']}", "set it to true"
-    elif config["peft_config"]["modules_to_save"]:
+    elif isinstance(config.peft_config.init_lora_weights, str):
+        got, step = f"init_lora_weights: {config.peft_config.init_lora_weights}", "set it to true"
+    elif config.peft_config.modules_to_save:
         got, step = "peft_config.modules_to_save", "leave it out"
-    elif config["peft_config"]["bias"] != "none" or config["peft_config"]["trainable_token_indices"]:
+    elif config.peft_config.bias != "none" or config.peft_config.trainable_token_indices:
         got, step = "trained biases, or tokens", "set peft_config.bias to none, and leave trainable_token_indices out"
     elif engine != "fast":
         got, step = "runtime.engine: stock", "set runtime.engine to fast"

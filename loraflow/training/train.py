@@ -14,6 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from loraflow.config.recipe import TrainerSettings
+from loraflow.config.stage_configs import JobRuntime, TrainConfig
+from loraflow.data.token_rows import TokenRows
 from loraflow.failures import BadConfig, MissingExtra
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
@@ -29,7 +32,7 @@ _TRACKERS = {
 }
 
 
-def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
+def run(job: Job[TrainConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
     """Train, resuming from the newest whole checkpoint of an earlier attempt.
 
     Raises:
@@ -46,19 +49,17 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     from loraflow.training import batches, callbacks
 
     config, runtime = job.config, job.runtime
-    training = {**runtime["training_config"], **config["training_config"]}
-    _check_trackers(training["report_to"])
-    work = report.work
+    settings, global_batch = config.trainer_settings(runtime), config.training_config.global_batch
+    _check_trackers(settings.report_to)
+    work = progress.work
     assert work is not None
     figures = json.loads((inputs["tokens"] / "report.json").read_text(encoding="utf-8"))["figures"]
     packing = inputs["tokens"] / "packing.parquet"
-    train = batches.Rows(inputs["tokens"] / "train", packing if packing.exists() else None)
+    train = TokenRows(inputs["tokens"] / "train", packing if packing.exists() else None)
     validation = None
-    if (inputs["tokens"] / "validation").exists() and training.get("eval_strategy", "no") != "no":
-        validation = batches.Rows(inputs["tokens"] / "validation")
-    steps, per_epoch = batches.steps_of(
-        len(train), training["global_batch"], training["num_train_epochs"], training["max_steps"]
-    )
+    if (inputs["tokens"] / "validation").exists() and settings.eval_strategy != "no":
+        validation = TokenRows(inputs["tokens"] / "validation")
+    steps, per_epoch = batches.steps_of(len(train), global_batch, settings.num_train_epochs, settings.max_steps)
     group = devices.join(pick_device(runtime))
     checkpoints = work / FOLDER
     found = group.agree(newest_whole(checkpoints) if group.first else None)
@@ -71,33 +72,33 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
             if found and (found / file.name).exists():
                 shutil.copyfile(found / file.name, file)
     group.wait()
-    tokens_per_step = figures["train_tokens"] / len(train) * training["global_batch"]
+    tokens_per_step = figures["train_tokens"] / len(train) * global_batch
     watching: list[Any] = []
     if group.first:
-        watching += [callbacks.Curves(curves), callbacks.Reporter(report, steps, tokens_per_step)]
+        watching += [callbacks.Curves(curves), callbacks.Reporter(progress, steps, tokens_per_step)]
     watching += [callbacks.Guard(), callbacks.Sealer(group, carried, found), stopper]
-    if training.get("early_stopping_patience"):
-        watching.append(_early_stopping(training["early_stopping_patience"], found))
+    if settings.early_stopping_patience:
+        watching.append(_early_stopping(settings.early_stopping_patience, found))
     run = Engine(
         base=inputs["base"],
         config=config,
-        training=training,
+        settings=settings,
         runtime=runtime,
         rows=train,
         validation=validation,
-        order=batches.row_order(len(train), steps * training["global_batch"], training["seed"]),
+        order=batches.row_order(len(train), steps * global_batch, settings.seed),
         group=group,
         stopper=stopper,
         callbacks=watching,
         tokenizer=load_tokenizer(inputs["base"]),
         work=work,
-        arguments=lambda **own: _arguments(training, steps, per_epoch, checkpoints, runtime, work, **own),
+        arguments=lambda **own: _arguments(settings, steps, per_epoch, checkpoints, runtime, work, **own),
     )
     with answers_to_out_of_memory(run):
         trainer = run.trainer()
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         log.info("%d rows, %d steps of %d, from step %d; %d trainable parameters of %d; %s",
-                 len(train), steps, training["global_batch"], resumed_at, trainable,
+                 len(train), steps, global_batch, resumed_at, trainable,
                  sum(p.numel() for p in trainer.model.parameters()), run.said)  # fmt: skip
         result = trainer.train(resume_from_checkpoint=str(found) if found else None)
     stopper.raise_if_asked(trainer.state.global_step)
@@ -106,7 +107,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
     if not group.first:
         return Summary()
 
-    if config["method"] == "loralib":
+    if config.method == "loralib":
         from loraflow.adapters.loralib.export import save_run
 
         save_run(trainer.model, out)
@@ -118,7 +119,7 @@ def run(job: Job, inputs: Inputs, out: Path, report: Progress) -> Summary:
             as_lora(out / "adapter", run.initial)
     write_origin(out / "adapter", inputs["base"], job.inputs["base"].digest)
     (out / "training.json").write_text(
-        json.dumps({"training_config": config["training_config"], "peft_config": config["peft_config"], "steps": steps},
+        json.dumps({**{key: config.identity()[key] for key in ("training_config", "peft_config")}, "steps": steps},
                    indent=1, sort_keys=True) + "\n"
     )  # fmt: skip
     (out / "telemetry").mkdir()
@@ -167,11 +168,11 @@ def _restore_patience(callback: Any, checkpoint: Path) -> None:
 
 
 def _arguments(
-    training: dict[str, Any],
+    settings: TrainerSettings,
     steps: int,
     per_epoch: int,
     checkpoints: Path,
-    runtime: dict[str, Any],
+    runtime: JobRuntime,
     work: Path,
     **own: Any,
 ) -> Any:
@@ -184,34 +185,34 @@ def _arguments(
     from loraflow.base.load import pick_device
 
     device = pick_device(runtime)
-    if training["fp16"] and device == "cpu":
+    if settings.fp16 and device == "cpu":
         raise BadConfig(
             "Training in fp16 needs a GPU.", where="training_config.fp16", next_step="set bf16: true, fp16: false"
         )
-    if training["optim"].startswith("paged_") and (device == "cpu" or find_spec("bitsandbytes") is None):
+    if settings.optim.startswith("paged_") and (device == "cpu" or find_spec("bitsandbytes") is None):
         raise MissingExtra(
-            f"{training['optim']} needs a CUDA device and the package bitsandbytes.",
+            f"{settings.optim} needs a CUDA device and the package bitsandbytes.",
             where="training_config.optim",
             next_step="set training_config.optim to adamw_torch",
         )
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(work / "tracker")
-    ours = {"global_batch", "num_train_epochs", "max_steps", "per_device_train_batch_size", "early_stopping_patience"}
+    ours = {"num_train_epochs", "max_steps", "per_device_train_batch_size", "early_stopping_patience"}
     ours |= {"gradient_accumulation_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps"}
     ours |= {"logging_strategy", "logging_steps", "warmup_steps", "log_level", "save_total_limit"}
     ours |= {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
-    values = {key: value for key, value in training.items() if key not in ours}
-    if values["optim"] == "adamw_torch" and device == "cuda" and runtime.get("engine", "fast") == "fast":
+    values = settings.model_dump(exclude=ours)
+    if values["optim"] == "adamw_torch" and device == "cuda" and runtime.engine == "fast":
         values["optim"] = "adamw_torch_fused"  # the same sums in one kernel
-    warmup = training["warmup_steps"]
+    warmup = settings.warmup_steps
     return SFTConfig(
         **values,
-        **_cadence("logging", training, per_epoch, steps),
-        **_cadence("save", training, per_epoch, steps),
-        **_cadence("eval", training, per_epoch, steps),
+        **_cadence("logging", settings, per_epoch, steps),
+        **_cadence("save", settings, per_epoch, steps),
+        **_cadence("eval", settings, per_epoch, steps),
         output_dir=str(checkpoints),
         max_steps=steps,
         warmup_steps=int(warmup) if warmup >= 1 else math.ceil(warmup * steps),
-        log_level=training["log_level"],
+        log_level=settings.log_level,
         logging_nan_inf_filter=False,  # a NaN must be seen, not averaged away
         use_cpu=device == "cpu",
         dataloader_pin_memory=device == "cuda" and torch.cuda.is_available(),
@@ -221,17 +222,17 @@ def _arguments(
         disable_tqdm=True,
         push_to_hub=False,
         # The trainer removes an old checkpoint before the new one is sealed, so that one whole one must remain.
-        save_total_limit=max(2, training["save_total_limit"]) if training["save_total_limit"] else None,
+        save_total_limit=max(2, settings.save_total_limit) if settings.save_total_limit else None,
         **own,
     )
 
 
-def _cadence(what: str, training: dict[str, Any], per_epoch: int, steps: int) -> dict[str, Any]:
+def _cadence(what: str, settings: TrainerSettings, per_epoch: int, steps: int) -> dict[str, Any]:
     """Return `<what>_strategy` and `<what>_steps`, with an epoch said in steps."""
-    strategy = training.get(f"{what}_strategy", "no")
+    strategy = getattr(settings, f"{what}_strategy")
     if strategy == "epoch":
         return {f"{what}_strategy": "steps", f"{what}_steps": min(per_epoch, steps)}
-    every = training.get(f"{what}_steps")
+    every = getattr(settings, f"{what}_steps")
     out: dict[str, Any] = {f"{what}_strategy": strategy}
     return out if every is None else {**out, f"{what}_steps": every}
 

@@ -6,13 +6,16 @@ with payloads.json, which was recorded before the code was reorganised in Novemb
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loraflow import identity
 from loraflow.config import Recipe, load_recipe
-from loraflow.stages import STAGES, make_job
+from loraflow.config.stage_configs import BaseLocation, DatasetLocation, FolderOrigin, HubOrigin
+from loraflow.stages import STAGES
 from loraflow.store import Ref
+from tests.jobs import Outside, make_job
 
 REPOSITORY = Path(__file__).parent.parent.parent
 BEST = {
@@ -92,11 +95,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-OUTSIDE: dict[str, dict[str, Any]] = {  # what the world outside a recipe says
-    "version_dataset": {"md5": "1" * 32 + ".dir", "name": "data", "origin": {"path": "data"}},
-    "resolve_base": {"source": {"kind": "hub", "model": "a/b", "commit": "2" * 40}, "origin": {"hub": "a/b"}},
-    "evaluate": {"metric_modules": {"exact_match": "3" * 64, "rouge": "4" * 64}},
-}
+
+
+OUTSIDE = Outside(
+    DatasetLocation(md5="1" * 32 + ".dir", name="data", origin=FolderOrigin(folder="data")),
+    BaseLocation(
+        source={"kind": "hub", "model": "a/b", "commit": "2" * 40}, origin=HubOrigin(hub="a/b", commit="2" * 40)
+    ),
+    {"exact_match": "3" * 64, "rouge": "4" * 64},
+)
 
 
 def _ref(stage: str, digit: str, **facets: str) -> Ref:
@@ -128,13 +135,11 @@ def payloads() -> dict[str, dict[str, str]]:
     for name, (recipe_name, overrides) in {**recipes, **VARIANTS}.items():
         recipe = load_recipe(REPOSITORY / "configs" / f"{recipe_name}.yaml", overrides)
         found[name] = {
-            stage: identity.canonical(
-                make_job(stage, recipe, inputs_of(stage, recipe), OUTSIDE.get(stage, {})).payload
-            ).decode()
-            for stage in STAGES
+            name: identity.canonical(make_job(name, recipe, inputs_of(name, recipe), OUTSIDE).payload).decode()
+            for name in STAGES
         }
-    one_file = {"md5": "9" * 32, "name": "chats.jsonl", "origin": {}}
+    file = DatasetLocation(md5="9" * 32, name="chats.jsonl", origin=FolderOrigin(folder="chats.jsonl"))
     quickstart = load_recipe(REPOSITORY / "configs" / "quickstart.yaml")
-    job = make_job("version_dataset", quickstart, {}, one_file)
+    job = make_job("version_dataset", quickstart, {}, replace(OUTSIDE, dataset=file))
     found["one-file"] = {"version_dataset": identity.canonical(job.payload).decode()}
     return found

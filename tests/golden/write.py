@@ -1,4 +1,4 @@
-"""Write down the code digests of all stages, after the decision whether their versions go up, and the run form.
+"""Record the code digests of all stages, after the decision whether their versions go up, and the run form.
 
 python tests/golden/write.py
 """
@@ -8,7 +8,27 @@ import os
 import tempfile
 from pathlib import Path
 
-from loraflow.stages import STAGES, code_digest
+from loraflow.execution.code_digest import parsed_digest, recorded, source_hash
+from loraflow.stages import STAGES
+
+REPOSITORY = Path(__file__).absolute().parent.parent.parent
+
+
+def code_digests() -> dict:
+    """Return the record of all stages' code.
+
+    A stage whose version did not go up gives the same results as before, by the decision that running this script is:
+    its digest of before joins the equivalent ones.
+    """
+    found = {}
+    for name, stage in STAGES.items():
+        digest, before = parsed_digest(stage.code), recorded().get(name)
+        equivalent = []
+        if before is not None and before.version == stage.version:
+            equivalent = [old for old in dict.fromkeys([*before.equivalent, before.digest]) if old != digest]
+        record = {"version": stage.version, "digest": digest, "sources": source_hash(stage.code)}
+        found[name] = {**record, "equivalent": equivalent}
+    return found
 
 
 def form() -> dict:
@@ -27,6 +47,5 @@ def form() -> dict:
 
 if __name__ == "__main__":
     here = Path(__file__).absolute().parent
-    found = {name: [stage.version, code_digest(name)] for name, stage in STAGES.items()}
-    (here / "code.json").write_text(json.dumps(found, indent=1) + "\n")
+    (REPOSITORY / "loraflow" / "code_digests.json").write_text(json.dumps(code_digests(), indent=1) + "\n")
     (here / "form.json").write_text(json.dumps(form(), indent=1) + "\n")

@@ -47,8 +47,9 @@ runtime: {{store: {store}, device: cuda}}
 
 def walk(folder: Path, base: Path, steps: int, checkpointing: bool = False, **overrides):
     """Run data to scores; return (the walker, refs by stage, seconds by stage)."""
-    from loraflow.config import parse_recipe
     from loraflow.execution.direct import Direct
+
+    from loraflow.config import parse_recipe
     from tests.conftest import chat
 
     data = folder / "data"
@@ -338,8 +339,8 @@ def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
     from loraflow.data.loss_mask import ChatTemplate
     from loraflow.evaluation.generation import answer_losses
     from loraflow.job import Inputs, Progress
-    from loraflow.stages import make_job
     from loraflow.training import train
+    from tests.jobs import from_gguf, make_job
     from tests.unit.test_training import REF
 
     root = Path(__file__).parent.parent.parent
@@ -367,7 +368,7 @@ def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
     ))  # fmt: skip
     (rows / "validation.jsonl").touch()
     (file,) = Path(next(iter(package.submodule_search_locations))).glob("*.gguf")
-    resolve.run(make_job("resolve_base", recipe(None), {}, {"source": {}, "origin": {"gguf": str(file)}}), Inputs({}), base,
+    resolve.run(make_job("resolve_base", recipe(None), {}, from_gguf(str(file))), Inputs({}), base,
                 Progress())  # fmt: skip
     tokens.run(make_job("tokenize", recipe(None), {"rows": REF, "base": REF}), Inputs({"rows": rows, "base": base}), shards,
                Progress())  # fmt: skip

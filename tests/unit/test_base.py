@@ -23,10 +23,9 @@ def take(folder: Path, out: Path, **base):
     out.mkdir()
     settings = Base(model=str(folder), **base)
     found = resolve.locate(settings, HashMemo(None))
-    config = {"source": found["source"], "repack": settings.repack, "trust_remote_code": settings.trust_remote_code}
-    job = Job(
-        stage="resolve_base", version=1, config={**config, "dtype": settings.dtype}, runtime={"origin": found["origin"]}
-    )
+    config = {"source": found.source, "repack": settings.repack, "trust_remote_code": settings.trust_remote_code}
+    runtime = {"origin": found.origin.model_dump()}
+    job = Job(stage="resolve_base", version=1, config={**config, "dtype": settings.dtype}, runtime=runtime)
     return resolve.run(job, Inputs({}), out, Progress())
 
 
@@ -78,12 +77,12 @@ def test_what_phi3_cannot_say_is_not_repacked(tmp_path, config, says):
 def test_a_base_is_its_content_wherever_it_lies(tmp_path, phi3):
     shutil.copytree(phi3, tmp_path / "copy")
     one, two = (resolve.locate(Base(model=str(f)), HashMemo(None)) for f in (phi3, tmp_path / "copy"))
-    assert one["source"] == two["source"] and one["origin"] != two["origin"]
+    assert one.source == two.source and one.origin != two.origin
     file = tmp_path / "copy" / "model.safetensors"
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
-    assert resolve.locate(Base(model=str(tmp_path / "copy")), HashMemo(None))["source"] != one["source"]
+    assert resolve.locate(Base(model=str(tmp_path / "copy")), HashMemo(None)).source != one.source
 
 
 def harm(folder: Path, what: str) -> None:
@@ -135,7 +134,7 @@ def test_a_branch_is_resolved_once_into_the_lock(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     commit = "a" * 40
     pinned = resolve.locate(Base(model="microsoft/Phi-3-mini-4k-instruct", revision=commit), HashMemo(None))
-    assert pinned["source"] == {"hub": "microsoft/Phi-3-mini-4k-instruct", "commit": commit}
+    assert pinned.source == {"hub": "microsoft/Phi-3-mini-4k-instruct", "commit": commit}
     branch = Base(model="microsoft/Phi-3-mini-4k-instruct", revision="main")
     with pytest.raises(Network, match="which commit") as caught:  # HF_HUB_OFFLINE is set for all tests
         resolve.locate(branch, HashMemo(None))

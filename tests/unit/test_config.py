@@ -8,9 +8,11 @@ from pydantic import BaseModel
 from loraflow.config import parse_recipe
 from loraflow.config.load import _model_of
 from loraflow.config.recipe import Recipe
+from loraflow.config.stage_configs import DatasetLocation, FolderOrigin
 from loraflow.failures import BadConfig
-from loraflow.stages import STAGES, make_job
+from loraflow.stages import STAGES
 from loraflow.store import Ref
+from tests.jobs import Outside, make_job
 
 MINIMAL = "name: x\nbase: {model: bundled:smollm2}\n"
 
@@ -243,14 +245,10 @@ def jobs_of(recipe: Recipe) -> dict[str, Any]:
         "check_dataset": ["dataset"], "tokenize": ["rows", "base"], "train": ["tokens", "base"], "merge": ["base", "adapter"],
         "verify": ["base", "adapter", "merged", "rows"], "evaluate": ["model", "rows"],
     }  # fmt: skip
-    known = {
-        "md5": "0.dir",
-        "source": {},
-        "origin": {},
-        "metric_modules": dict.fromkeys(recipe.evaluation.metrics, "0"),
-    }
+    dataset = DatasetLocation(md5="0.dir", name="data", origin=FolderOrigin(folder="data"))
+    outside = Outside(dataset=dataset, metric_modules=dict.fromkeys(recipe.evaluation.metrics, "0"))
     return {
-        name: make_job(name, recipe, dict.fromkeys(inputs.get(name, []), ref), known).model_dump() for name in STAGES
+        name: make_job(name, recipe, dict.fromkeys(inputs.get(name, []), ref), outside).model_dump() for name in STAGES
     }
 
 

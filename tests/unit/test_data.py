@@ -61,7 +61,8 @@ def clone(repository, tmp_path) -> Path:
 def fetch(data: Data, out: Path) -> Path:
     out.mkdir(parents=True)
     found = version.locate(data, HashMemo(None))
-    job = Job(stage="version_dataset", version=1, config={"md5": found["md5"]}, runtime={"origin": found["origin"]})
+    runtime = {"origin": found.origin.model_dump()}
+    job = Job(stage="version_dataset", version=1, config={"md5": found.md5}, runtime=runtime)
     version.run(job, Inputs({}), out, Progress())
     return out / "files"
 
@@ -85,7 +86,7 @@ def test_any_revision_is_read_without_touching_the_work_tree(repository, tmp_pat
     assert len((files / "train.jsonl").read_text().splitlines()) == 20
     assert dvc.tree_md5(repository / "data") == before
     found = version.locate(Data(source="data.dvc", repo=str(repository), rev="v1"), HashMemo(None))
-    assert found["origin"]["commit"] == sh("git", "rev-parse", "v1", cwd=repository).strip()
+    assert found.origin.commit == sh("git", "rev-parse", "v1", cwd=repository).strip()
 
 
 def test_one_changed_byte_is_refused_with_the_command_to_run(clone, repository):

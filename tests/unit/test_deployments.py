@@ -14,10 +14,13 @@ import yaml
 from loraflow.failures import BadConfig
 from loraflow.flows.server import project
 from loraflow.flows.server.local_server import environment, refuse_taken
+from loraflow.store import Ref
+from tests.jobs import make_job
 
 FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
 ENTRIES = yaml.safe_load(FILE.read_text())["deployments"]
 NAMES = [f"{one['entrypoint'].rpartition('.')[2]}/{one['name']}" for one in ENTRIES]
+REF = Ref(stage="s", fingerprint="f", digest="d", uri="", facets=dict.fromkeys(("adapter", "tokenizer", "train"), "d"))
 STAGE = [pytest.mark.skipif(find_spec("loraflow.flows.stage") is None, reason="flows/stage.py is not there yet")]
 
 
@@ -119,7 +122,8 @@ def test_a_port_in_use_is_refused_with_another_one():
 
 
 def test_a_stage_holds_the_gpu_only_where_there_is_one(monkeypatch, tmp_path):
-    from loraflow.job import Job
+    from loraflow.config import parse_recipe
+    from loraflow.stages import STAGES
     from loraflow.store.lock import Held, flock
     from loraflow.tasks import gpu_lease as lease
 
@@ -129,7 +133,9 @@ def test_a_stage_holds_the_gpu_only_where_there_is_one(monkeypatch, tmp_path):
     lock = tmp_path / f"loraflow-{lease.limit_name()}-{os.getuid()}.lock"
     for stage, device, held in (("train", "auto", True), ("merge", "auto", False), ("train", "cpu", False)):
         lock.unlink(missing_ok=True)
-        with lease.gpu_lease(Job(stage=stage, version=1, runtime={"device": device})):
+        recipe = parse_recipe("name: x\nbase: {model: a}", overrides={"runtime.device": device})
+        inputs = {name: REF for name, one in STAGES[stage].inputs.items() if not one.optional}
+        with lease.gpu_lease(make_job(stage, recipe, inputs)):
             if held:
                 with pytest.raises(Held), flock(lock, wait=False):
                     pass

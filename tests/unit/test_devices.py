@@ -16,14 +16,15 @@ import pytest
 from safetensors.torch import load_file
 
 from loraflow.execution import launcher as launch
-from loraflow.execution.worker import _address, _of_all, several_devices
+from loraflow.execution.device_group import _first_summary, _own_address, needs_group
+from loraflow.execution.job_file import JobFile
 from loraflow.failures import BadConfig, Crashed, Failure, Killed, Network, OutOfMemory, Preempted
 from loraflow.hardware.group import Group
-from loraflow.stages import make_job
-from loraflow.store import LocalStore
+from loraflow.store import LocalStore, Ref
 from loraflow.training import sharding
 from loraflow.training.engine import Engine
 from tests.conftest import chat
+from tests.jobs import make_job
 from tests.unit.test_training import base, recipe, same, tokenize  # noqa: F401
 
 
@@ -130,21 +131,26 @@ def test_a_node_that_nobody_joins_says_how_to_start_the_others(base, shards, tmp
 
 
 def test_a_node_is_known_by_the_address_from_which_it_reaches_the_first():
-    assert _address("127.0.0.1:29400") == "127.0.0.1"
-    with pytest.raises(Network, match="not known here") as caught:
-        _address("no-such-node.invalid:29400")
+    assert _own_address("127.0.0.1:29400") == "127.0.0.1"
+    with pytest.raises(Network, match="cannot be resolved here") as caught:
+        _own_address("no-such-node.invalid:29400")
     assert "no-such-node.invalid:29400" in caught.value.got
 
 
-def test_a_node_too_many_is_refused(monkeypatch):
+def test_a_node_too_many_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("LORAFLOW_NODE", "2")
-    spec = {"stage": "train", "runtime": {"devices": 1, "rendezvous": {"nodes": 2, "endpoint": "a:1"}}}
+    job = job_of(runtime__rendezvous={"nodes": 2, "endpoint": "a:1"})
+    file = JobFile(job, tmp_path, {}, tmp_path)
     with pytest.raises(BadConfig, match="no place for this node"):
-        several_devices(spec)
+        needs_group(file)
     monkeypatch.setenv("LORAFLOW_NODE", "1")
-    assert several_devices(spec)
+    assert needs_group(file)
     monkeypatch.setenv("LORAFLOW_NODE", "0")
-    assert not several_devices({**spec, "stage": "evaluate"}), "nodes share training alone"
+    refs = {
+        name: Ref(stage="s", fingerprint="f", digest="d", uri="", facets={"heldout": "d"}) for name in ("model", "rows")
+    }
+    scoring = make_job("evaluate", recipe(runtime__rendezvous={"nodes": 2, "endpoint": "a:1"}), refs)
+    assert not needs_group(JobFile(scoring, tmp_path, {}, tmp_path)), "nodes share training alone"
 
 
 def test_two_processes_that_hold_the_base_together_give_what_one_gives(base, shards, alone, tmp_path):  # noqa: F811
@@ -311,30 +317,30 @@ def outcome(folder, rank, failure=None):
 def test_what_ended_the_group_is_what_is_said(tmp_path):
     outcome(tmp_path, 0)
     outcome(tmp_path, 1)
-    assert _of_all(tmp_path, {})["figures"]["rank"] == 0
+    assert _first_summary(tmp_path, {}).figures["rank"] == 0
     outcome(tmp_path, 0, Preempted("ended with the others"))
     outcome(tmp_path, 1, OutOfMemory("too much", instead={"micro_tokens": 5}))
     with pytest.raises(OutOfMemory) as caught:
-        _of_all(tmp_path, {1: 1})
+        _first_summary(tmp_path, {1: 1})
     assert caught.value.details["instead"] == {"micro_tokens": 5}
     outcome(tmp_path, 0, Crashed("connection closed by peer"))
     with pytest.raises(OutOfMemory):
-        _of_all(tmp_path, {1: 1})
+        _first_summary(tmp_path, {1: 1})
     (tmp_path / "outcome-1.json").unlink()
     with pytest.raises(Killed, match="without an outcome"):
-        _of_all(tmp_path, {0: 1, 1: -9})
+        _first_summary(tmp_path, {0: 1, 1: -9})
     outcome(tmp_path, 1, Preempted("ended with the others"))
     with pytest.raises(Crashed, match="closed by peer"):
-        _of_all(tmp_path, {0: 1})
+        _first_summary(tmp_path, {0: 1})
     outcome(tmp_path, 0, Preempted("ended with the others"))
     (tmp_path / "outcome-1.json").unlink()
     with pytest.raises(Killed, match="without an outcome"):
-        _of_all(tmp_path, {1: -9})
+        _first_summary(tmp_path, {1: -9})
     with pytest.raises(Preempted):
-        _of_all(tmp_path, {0: 1})
+        _first_summary(tmp_path, {0: 1})
     (tmp_path / "outcome-0.json").unlink()
     with pytest.raises(Failure):
-        _of_all(tmp_path, {0: 7})
+        _first_summary(tmp_path, {0: 7})
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy, linear
 
+from loraflow.data.token_rows import TokenRows
 from loraflow.failures import BadConfig, OutOfMemory
 from loraflow.training import attention, batches, engine, memory
 from loraflow.training.frozen_linear import fp8, rowwise
@@ -192,7 +193,7 @@ def test_attention_stays_inside_a_document_and_its_window(lengths, window, group
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=8, max_size=40), st.integers(1, 8), st.integers(1, 200), st.integers(1, 4))
 def test_every_row_of_a_step_is_in_one_micro_batch_of_one_device(lengths, width, budget, devices):
-    rows = batches.Rows.__new__(batches.Rows)
+    rows = TokenRows.__new__(TokenRows)
     rows.lengths, rows.row_length = np.array(lengths), None
     rows.offsets, rows.tokens = np.arange(len(lengths) + 1), np.array(lengths)
     steps = np.arange(len(lengths) // width * width).reshape(-1, width)
@@ -208,7 +209,7 @@ def test_every_row_of_a_step_is_in_one_micro_batch_of_one_device(lengths, width,
 
 def test_a_flat_batch_says_what_the_grid_says(base, tmp_path):  # noqa: F811
     shards = tokenize(base, tmp_path)
-    rows = batches.Rows(shards / "train")
+    rows = TokenRows(shards / "train")
     steps = np.arange(24).reshape(3, 8)
     flat = batches.Steps(rows, steps, batches.flat_layout(rows, steps, 200), 0, dropout=True)
     grid = batches.Steps(rows, steps, 3, 0, dropout=True)
@@ -326,7 +327,7 @@ def test_what_goes_in_follows_the_memory():
 
 def test_out_of_memory_proposes_less_until_nothing_is_left():
     one = engine.Engine.__new__(engine.Engine)
-    one.rows = batches.Rows.__new__(batches.Rows)
+    one.rows = TokenRows.__new__(TokenRows)
     one.rows.row_length = 512
     proposed = []
     for said in ({"tokens_at_once": 4096}, {"tokens_at_once": 512, "recompute": "none"}, {"rows_at_once": 3},

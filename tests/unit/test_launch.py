@@ -12,7 +12,9 @@ from loraflow import failures
 from loraflow.config import Runtime
 from loraflow.execution import launcher as launch
 from loraflow.job import Job
+from loraflow.stages import STAGES
 from loraflow.store import LocalStore
+from tests.fake_worker import FAKE_STAGE
 
 FAKE = [sys.executable, str(Path(__file__).parent.parent / "fake_worker.py")]
 
@@ -20,11 +22,12 @@ FAKE = [sys.executable, str(Path(__file__).parent.parent / "fake_worker.py")]
 @pytest.fixture(autouse=True)
 def fake_worker(monkeypatch):
     monkeypatch.setattr(launch, "WORKER", FAKE)
+    monkeypatch.setitem(STAGES, FAKE_STAGE.name, FAKE_STAGE)
 
 
 def job(how: str, **runtime) -> Job:
     values = Runtime().model_dump() | {"grace_seconds": 1.0} | runtime
-    return Job(stage="evaluate", version=1, config={"how": how}, runtime=values)
+    return Job(stage=FAKE_STAGE.name, version=1, config={"how": how}, runtime=values)
 
 
 def work_of(store: LocalStore, one: Job) -> Path:
@@ -132,7 +135,10 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent.parent.parent)!r})
 from loraflow.execution import launcher as launch
 from loraflow.store import LocalStore
+from loraflow.stages import STAGES
+from tests.fake_worker import FAKE_STAGE
 from tests.unit.test_launch import FAKE, job
+STAGES[FAKE_STAGE.name] = FAKE_STAGE
 launch.WORKER = FAKE
 import signal
 signal.signal(signal.SIGTERM, lambda *a: sys.exit(143))
@@ -202,5 +208,6 @@ def test_no_room_on_the_disk_is_said_before_it_begins(store, monkeypatch, tmp_pa
     (tmp_path / "base" / "model.safetensors").write_bytes(b"0" * 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     values = Runtime().model_dump() | {"origin": {"folder": str(tmp_path / "base")}}
-    with pytest.raises(failures.DiskFull, match="more room"):
-        launch.run_job(Job(stage="resolve_base", version=1, config={}, runtime=values), store)
+    config = {"source": {}, "repack": None, "trust_remote_code": False}
+    with pytest.raises(failures.DiskFull, match="more disk space"):
+        launch.run_job(Job(stage="resolve_base", version=1, config=config, runtime=values), store)

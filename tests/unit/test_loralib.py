@@ -16,11 +16,12 @@ from loraflow.adapters.loralib import layers
 from loraflow.adapters.loralib.export import to_adapter
 from loraflow.adapters.loralib.model import prepare
 from loraflow.adapters.loralib.swap import Settings, load, load_pretrained, state_of, swap
+from loraflow.data.token_rows import TokenRows
 from loraflow.failures import BadConfig, BadModel, Preempted
 from loraflow.job import Inputs, Progress
-from loraflow.stages import make_job
 from loraflow.training import batches
 from tests.conftest import build_phi3
+from tests.jobs import from_gguf, make_job
 from tests.unit.test_training import StopAt, recipe, run, same, tokenize
 
 QV = {"qkv_proj": ["q", "v"]}
@@ -84,7 +85,7 @@ def test_training_by_loralib_is_an_independent_loralib_loop(mha, tmp_path):
     from transformers import get_scheduler
 
     scheduler = get_scheduler("cosine", optimizer, 2, steps)
-    rows, order = batches.Rows(shards / "train"), batches.row_order(30, steps * 4, 0)
+    rows, order = TokenRows(shards / "train"), batches.row_order(30, steps * 4, 0)
     model.train()
     differences = []
     for step in range(steps):
@@ -115,7 +116,7 @@ def test_smollm2s_fused_q_and_v_learn_as_loralibs_own_layers_on_the_split_model(
     base = tmp_path / "base"
     base.mkdir()
     asked = recipe(base__model="bundled:smollm2", base__repack="phi3")
-    job = make_job("resolve_base", asked, {}, {"source": {}, "origin": {"gguf": str(file)}})
+    job = make_job("resolve_base", asked, {}, from_gguf(str(file)))
     resolve.run(job, Inputs({}), base, Progress())
     shards = tokenize(base, tmp_path / "tokens", chats=40)
     run(base, shards, tmp_path, training_config__max_steps=steps, training_config__per_device_train_batch_size=2,
@@ -140,7 +141,7 @@ def test_smollm2s_fused_q_and_v_learn_as_loralibs_own_layers_on_the_split_model(
     assert len(parameters) == 4 * len(model.model.layers)
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     scheduler = get_scheduler("cosine", optimizer, 2, steps)
-    rows, order = batches.Rows(shards / "train"), batches.row_order(40, steps * 2, 0)
+    rows, order = TokenRows(shards / "train"), batches.row_order(40, steps * 2, 0)
     losses = []
     for step in range(steps):
         batch = batches.padded([rows[int(i)] for i in order[step * 2 : step * 2 + 2]], 0)

@@ -9,7 +9,7 @@ import torch
 
 from loraflow.adapters import safetensors_files as tensors
 from loraflow.adapters import validation as accept
-from loraflow.adapters.merge import merge
+from loraflow.adapters.merge_folders import merge
 from loraflow.failures import BadModel
 from loraflow.job import Progress
 from tests.children import exit_code
@@ -235,7 +235,7 @@ def _attempt(base: Path, adapter: Path, out: Path, shards: int) -> None:
     out.mkdir()
     report = KillAt(None, out.parent / "work")
     report.shards = shards
-    merge(base, adapter, out, max_shard_bytes=60_000, report=report)
+    merge(base, adapter, out, max_shard_bytes=60_000, progress=report)
 
 
 def test_a_killed_merge_goes_on_from_its_finished_shards(tmp_path, phi3):

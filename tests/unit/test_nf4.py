@@ -7,13 +7,13 @@ import torch
 
 from loraflow.adapters import merge_nf4 as onto
 from loraflow.adapters import verify
-from loraflow.adapters.merge import merge
 from loraflow.adapters.merge import run as run_merge
+from loraflow.adapters.merge_folders import merge
 from loraflow.adapters.nf4 import Nf4, packed_modules, packed_names
 from loraflow.failures import MissingExtra
 from loraflow.job import Inputs, Progress
-from loraflow.stages import make_job
 from tests.conftest import build_phi3, chat
+from tests.jobs import make_job
 from tests.unit.test_merge import assert_same, make_adapter, read
 from tests.unit.test_training import REF, recipe, tokenize
 

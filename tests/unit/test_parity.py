@@ -11,13 +11,13 @@ from loraflow.adapters.merge import run as run_merge
 from loraflow.base.load import stop_ids
 from loraflow.data import tokenization as tokens
 from loraflow.data.loss_mask import IGNORED, ChatTemplate
+from loraflow.data.token_rows import TokenRows
 from loraflow.failures import BadModel
 from loraflow.job import Inputs, Progress
 from loraflow.serving.chat import Chat, Sampling
 from loraflow.serving.models import Model, load
-from loraflow.stages import make_job
-from loraflow.training.batches import Rows
 from tests.conftest import PHI3_TEMPLATE, build_phi3, build_tokenizer
+from tests.jobs import make_job
 from tests.unit.test_merge import make_adapter
 from tests.unit.test_training import REF, recipe
 
@@ -54,7 +54,7 @@ def tokenized(base, folder, chats):
     (folder / "rows" / "validation.jsonl").touch()
     job = make_job("tokenize", recipe(), {"rows": REF, "base": REF})
     tokens.run(job, Inputs({"rows": folder / "rows", "base": base}), folder / "tokens", Progress())
-    return Rows(folder / "tokens" / "train")
+    return TokenRows(folder / "tokens" / "train")
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)

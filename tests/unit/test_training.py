@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 
 from loraflow.config import parse_recipe
 from loraflow.data import tokenization as tokens
+from loraflow.data.token_rows import TokenRows
 from loraflow.failures import BadConfig, NonFiniteLoss, Preempted
 from loraflow.job import Inputs, Progress
-from loraflow.stages import make_job
 from loraflow.store import Ref
 from loraflow.store.checkpoints import newest_whole
 from loraflow.training import batches, train
 from tests.conftest import build_phi3, chat
+from tests.jobs import make_job
 
 REF = Ref(stage="s", fingerprint="f", digest="d", uri="", facets={"train": "d", "tokenizer": "d"})
 SETTINGS = {
@@ -95,7 +96,7 @@ def test_an_independent_loop_gives_the_same_losses(base, straight):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
     scheduler = get_scheduler("cosine", optimizer, 2, 6)
-    rows, order = batches.Rows(shards / "train"), batches.row_order(30, 24, 0)
+    rows, order = TokenRows(shards / "train"), batches.row_order(30, 24, 0)
     model.train()
     for step in range(6):
         batch = batches.padded([rows[int(i)] for i in order[step * 4 : step * 4 + 4]], 0)
@@ -181,7 +182,7 @@ def test_packed_rows_give_each_document_the_loss_that_it_has_alone(base, tmp_pat
     from transformers import AutoModelForCausalLM
 
     shards = tokenize(base, tmp_path, training_config__packing=True)
-    rows = batches.Rows(shards / "train", shards / "packing.parquet")
+    rows = TokenRows(shards / "train", shards / "packing.parquet")
     assert len(rows) < 30
     assert sorted(d for i in range(len(rows)) for d in rows.documents[rows.offsets[i] : rows.offsets[i + 1]]) == list(
         range(30)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from loraflow.adapters import validation as accept
 from loraflow.adapters import variants
 from loraflow.adapters.lora_config import lora_config
+from loraflow.config.recipe import PeftConfig
 from loraflow.failures import BadConfig
 from tests.conftest import build_phi3
 from tests.unit.test_loralib import IDS, pretrained, stir
@@ -65,7 +66,7 @@ def test_a_residual_base_becomes_lora_on_the_base_itself(tmp_path, how, options)
     model = get_peft_model(
         pretrained(base), LoraConfig(r=4, lora_alpha=8, target_modules=ALL, task_type="CAUSAL_LM", **config, **options)
     )
-    initial = variants.begin(model, config, base, tmp_path, [])
+    initial = variants.begin(model, PeftConfig(init_lora_weights=how), base, tmp_path, [])
     model.peft_config["default"].init_lora_weights = True  # what peft asks for in the first of its two savings
     model.save_pretrained(tmp_path / "first")
     model.peft_config["default"].init_lora_weights = how
@@ -91,7 +92,7 @@ def test_lora_plus_has_the_rates_of_pefts_optimizer(phi3):
     from peft import get_peft_model
     from peft.optimizers import create_loraplus_optimizer
 
-    values = recipe(peft_config__target_modules=[*ALL, "embed_tokens"]).peft_config.model_dump()
+    values = recipe(peft_config__target_modules=[*ALL, "embed_tokens"]).peft_config
     model = get_peft_model(pretrained(phi3), lora_config(values))
     parameters = [p for p in model.parameters() if p.requires_grad]
     ours = torch.optim.AdamW([{"params": parameters[:9], "weight_decay": 0.1}, {"params": parameters[9:]}], lr=1e-3)
@@ -117,6 +118,6 @@ def test_what_could_not_be_merged_is_refused_before_training(tmp_path, phi3):
         (plain, {"peft_config__trainable_token_indices": [10**6]}, "no such token"),
     ):
         with pytest.raises(BadConfig) as caught:
-            variants.check(model, recipe(**options).peft_config.model_dump())
+            variants.check(model, recipe(**options).peft_config)
         assert says in str(caught.value)
-    variants.check(plain, recipe(peft_config__modules_to_save=["lm_head"]).peft_config.model_dump())
+    variants.check(plain, recipe(peft_config__modules_to_save=["lm_head"]).peft_config)

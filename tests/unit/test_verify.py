@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraflow.adapters import verify
-from loraflow.adapters.merge import merge
+from loraflow.adapters.merge_folders import merge
 from loraflow.failures import Inadmissible
 from loraflow.job import Inputs, Progress
-from loraflow.stages import STAGES, make_job
+from loraflow.stages import STAGES
 from tests.conftest import build_phi3, chat
+from tests.jobs import make_job
 from tests.unit.test_merge import make_adapter
 from tests.unit.test_training import REF, recipe
 
@@ -80,4 +81,6 @@ def test_a_merged_model_past_the_bound_stops_the_run(parts, tmp_path):
 
 
 def test_merge_and_verify_are_processes_of_their_own():
-    assert STAGES["merge"].child and STAGES["verify"].child, "what a merge left in memory is not what is compared"
+    assert STAGES["merge"].in_worker and STAGES["verify"].in_worker, (
+        "what a merge left in memory is not what is compared"
+    )

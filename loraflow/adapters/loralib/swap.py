@@ -7,9 +7,8 @@ load(model, safetensors.torch.load_file("lora.safetensors"))   # second step: A 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import loralib
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 
 from loraflow.adapters.fused_projections import NAMES, block_sizes
 from loraflow.adapters.loralib.layers import Reversible, around
+from loraflow.config.recipe import LoralibConfig, PeftConfig
 from loraflow.failures import BadConfig, BadModel
 
 
@@ -31,22 +31,22 @@ class Settings:
     exclude: list[str] = field(default_factory=list)
     layers: list[int] | None = None
     bias: str = "none"
-    enable_lora: Mapping[str, list[str | bool]] = field(default_factory=dict)
+    enable_lora: Mapping[str, Sequence[str | bool]] = field(default_factory=dict)
     merge_weights: bool = False
 
     @classmethod
-    def of(cls, peft_config: Mapping[str, Any], loralib_config: Mapping[str, Any]) -> Settings:
+    def of(cls, peft_config: PeftConfig, loralib_config: LoralibConfig) -> Settings:
         """Return the settings of a recipe's two sections."""
         return cls(
-            r=peft_config["r"],
-            lora_alpha=peft_config["lora_alpha"],
-            lora_dropout=peft_config["lora_dropout"],
-            targets=peft_config["target_modules"],
-            exclude=peft_config["exclude_modules"],
-            layers=peft_config["layers_to_transform"],
-            bias=peft_config["bias"],
-            enable_lora=loralib_config["enable_lora"],
-            merge_weights=loralib_config["merge_weights"],
+            r=peft_config.r,
+            lora_alpha=peft_config.lora_alpha,
+            lora_dropout=peft_config.lora_dropout,
+            targets=peft_config.target_modules,
+            exclude=peft_config.exclude_modules,
+            layers=peft_config.layers_to_transform,
+            bias=peft_config.bias,
+            enable_lora=loralib_config.enable_lora,
+            merge_weights=loralib_config.merge_weights,
         )
 
 

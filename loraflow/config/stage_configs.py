@@ -1,0 +1,377 @@
+"""What each stage is configured with: one frozen value per stage, made once from the recipe.
+
+A stage's config is the part of the recipe that decides its result, so it goes into the fingerprint as it is. A field that
+is not part of the fingerprint of this job is left unset, not null: a payload must not change because a field was added.
+What only decides where and how a stage runs is in `JobRuntime`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Protocol, Self
+
+from pydantic import Field, JsonValue
+
+from loraflow.config.recipe import (
+    BestCheckpoint,
+    LoralibConfig,
+    PeftConfig,
+    Positive,
+    Recipe,
+    Share,
+    TrainerSettings,
+    TrainingMath,
+    TrainingRuntime,
+)
+from loraflow.config.runtime import FrozenModel, Runtime
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+# -- what the world outside a recipe says ---------------------------------------------------------------------------
+
+
+class FolderOrigin(FrozenModel):
+    """A folder or file on this machine."""
+
+    folder: str
+
+
+class DvcOrigin(FrozenModel):
+    """The output of a `.dvc` file in a git repository."""
+
+    dvc_file: str = Field(description="Relative to the repository.")
+    path: str = Field(description="Of the output, relative to the repository.")
+    md5: str
+    repo: str = Field(description="Folder or URL of the git repository.")
+    rev: str | None = Field(description="Git revision or branch; None is the work tree.")
+    commit: str | None = Field(description="The commit that `rev` named when the run began.")
+    remote: str | None = Field(None, description="DVC remote to fetch from; None is the default remote.")
+
+
+class HubOrigin(FrozenModel):
+    """A commit of a model on the Hugging Face hub."""
+
+    hub: str
+    commit: str
+
+
+class GgufOrigin(FrozenModel):
+    """A GGUF file on this machine."""
+
+    gguf: str
+
+
+Origin = FolderOrigin | DvcOrigin | HubOrigin | GgufOrigin
+
+
+class DatasetLocation(FrozenModel):
+    """Which dataset a recipe names, and where its files are read from."""
+
+    md5: str
+    name: str
+    origin: FolderOrigin | DvcOrigin
+
+
+class BaseLocation(FrozenModel):
+    """Which base model a recipe names, by content or commit, and where its files are read from."""
+
+    source: dict[str, str]
+    origin: FolderOrigin | HubOrigin | GgufOrigin
+
+
+class Surroundings(Protocol):
+    """What a config needs to know beyond the recipe. Each property is computed when it is first asked for."""
+
+    @property
+    def dataset(self) -> DatasetLocation:
+        """The dataset."""
+
+    @property
+    def base(self) -> BaseLocation:
+        """The base model."""
+
+    @property
+    def metric_modules(self) -> dict[str, str]:
+        """The hash of each metric's module, by name."""
+
+
+# -- the configs ----------------------------------------------------------------------------------------------------
+
+
+class StageConfig(FrozenModel):
+    """The base of all stage configs."""
+
+    def identity(self) -> dict[str, JsonValue]:
+        """Return the fields that were set, as JSON values: the config's part of a fingerprint's payload."""
+        values: dict[str, JsonValue] = self.model_dump(mode="json", exclude_unset=True)
+        return values
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        """Validate plain values, each of which becomes part of the fingerprint."""
+        return cls.model_validate(values)
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+        """Return the config of a recipe's run. This one is of a stage that takes nothing from the recipe."""
+        return cls.of({})
+
+
+class VersionDatasetConfig(StageConfig):
+    """Config of version_dataset."""
+
+    md5: str
+    name: str | None = None  # a folder's md5 covers its files' names; a single file's does not
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+        """See `StageConfig.from_recipe`."""
+        dataset = outside.dataset
+        return cls.of({"md5": dataset.md5} | ({} if dataset.md5.endswith(".dir") else {"name": dataset.name}))
+
+
+class CheckDatasetConfig(StageConfig):
+    """Config of check_dataset."""
+
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"]
+    columns: dict[str, str]
+    train: list[str]
+    heldout: list[str]
+    extra_heldout: dict[str, str]
+    validation_fraction: Share
+    system: str | None
+    duplicates: Literal["drop", "keep"]
+    limit: Positive | None
+    heldout_fraction: Share = 0.0  # set only where no file is held out
+    seed: int = 0  # set only where rows are split by their hash
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+        """See `StageConfig.from_recipe`."""
+        data = recipe.data
+        fields = {"format", "columns", "train", "heldout", "extra_heldout", "validation_fraction", "system"}
+        fields |= {"duplicates", "limit"}
+        if not data.heldout:
+            fields.add("heldout_fraction")
+        if not data.heldout or data.validation_fraction:
+            fields.add("seed")
+        return cls.of(data.model_dump(include=fields))
+
+
+class ResolveBaseConfig(StageConfig):
+    """Config of resolve_base."""
+
+    source: dict[str, str]
+    repack: Literal["phi3"] | None
+    trust_remote_code: bool
+    dtype: Dtype | None = None  # set only where the weights are repacked, and so written again
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+        """See `StageConfig.from_recipe`."""
+        base = recipe.base
+        values = {
+            "source": outside.base.source,
+            "repack": base.repack,
+            "trust_remote_code": base.trust_remote_code,
+        }
+        return cls.of({**values, "dtype": base.dtype} if base.repack else values)
+
+
+class TokenizeConfig(StageConfig):
+    """Config of tokenize."""
+
+    loss_on: Literal["assistant", "last_assistant", "all"]
+    too_long: Literal["error", "drop", "truncate"]
+    special_tokens: Literal["error", "drop", "allow"]
+    max_length: Positive
+    packing: bool
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+        """See `StageConfig.from_recipe`."""
+        data, training = recipe.data, recipe.training_config
+        return cls.of(
+            {
+                "loss_on": data.loss_on,
+                "too_long": data.too_long,
+                "special_tokens": data.special_tokens,
+                "max_length": training.max_length,
+                "packing": training.packing,
+            }
+        )
+
+
+class TrainingIdentity(TrainingMath, BestCheckpoint):
+    """The part of training_config that decides which adapter comes out."""
+
+    global_batch: Positive
+    # A recipe's default is the integer 1. It stays an integer, since training.json is part of the adapter's digest.
+    num_train_epochs: Annotated[int | float, Field(gt=0)] = 1
+    # Set only with load_best_model_at_end: the best checkpoint is a checkpoint that was saved and measured.
+    save_steps: Positive | None = None
+    per_device_eval_batch_size: Positive | None = None
+
+
+class TrainedBaseConfig(FrozenModel):
+    """The part of `base` that decides what training computes."""
+
+    dtype: Dtype
+    quantization: Literal["nf4", "fp8"] | None
+    trust_remote_code: bool
+    double_quantization: bool = False  # set only with quantization
+
+
+class TrainedPeftConfig(PeftConfig):
+    """The recipe's peft_config, with integers left as they are: adapter_config.json is part of the adapter's digest."""
+
+    lora_alpha: Annotated[int | float, Field(gt=0)] = 32
+
+
+class TrainConfig(StageConfig):
+    """Config of train."""
+
+    method: Literal["peft", "loralib"]
+    training_config: TrainingIdentity
+    peft_config: TrainedPeftConfig
+    loralib_config: LoralibConfig = LoralibConfig()  # set only with method: loralib
+    base: TrainedBaseConfig
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+        """See `StageConfig.from_recipe`."""
+        training, base = recipe.training_config, recipe.base
+        fields = set(TrainingMath.model_fields)
+        if training.load_best_model_at_end:
+            fields |= {*BestCheckpoint.model_fields, "save_steps", "per_device_eval_batch_size"}
+        identity = training.model_dump(include=fields)
+        if training.load_best_model_at_end and training.eval_strategy == "steps" and training.eval_steps is None:
+            identity["eval_steps"] = training.logging_steps  # what transformers falls back to
+        base_fields = {"dtype", "quantization", "trust_remote_code"}
+        values = {
+            "method": recipe.method,
+            "training_config": {**identity, "global_batch": training.global_batch},
+            "peft_config": recipe.peft_config.model_dump(),
+            "base": base.model_dump(include=base_fields | ({"double_quantization"} if base.quantization else set())),
+        }
+        if recipe.method == "loralib":
+            values["loralib_config"] = recipe.loralib_config.model_dump()
+        return cls.of(values)
+
+    def trainer_settings(self, runtime: JobRuntime) -> TrainerSettings:
+        """Return what the trainer is configured with: this config's settings and the runtime's.
+
+        Raises:
+            ValueError: the job's runtime is not that of a training.
+        """
+        if runtime.training_config is None:
+            raise ValueError("a train job needs runtime.training_config")
+        identity = self.training_config.model_dump(exclude_unset=True, exclude={"global_batch"})
+        return TrainerSettings.model_validate({**runtime.training_config.model_dump(exclude_unset=True), **identity})
+
+
+class Nf4Config(FrozenModel):
+    """How NF4 weights were packed."""
+
+    dtype: Dtype
+    double: bool
+
+
+class MergeNf4Config(Nf4Config):
+    """How an adapter that was trained on NF4 weights is merged."""
+
+    onto: Literal["auto", "base", "dequantized"]
+    trust: bool
+
+
+class MergeConfig(StageConfig):
+    """Config of merge."""
+
+    dtype: Dtype | None
+    max_shard_size_gb: float
+    nf4: MergeNf4Config | None = None  # set only with base.quantization: nf4
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+        """See `StageConfig.from_recipe`."""
+        values = recipe.merge.model_dump(include={"dtype", "max_shard_size_gb"})
+        if recipe.base.quantization == "nf4":
+            values["nf4"] = {**_nf4(recipe), "onto": recipe.merge.onto, "trust": recipe.base.trust_remote_code}
+        return cls.of(values)
+
+
+class VerifyConfig(StageConfig):
+    """Config of verify."""
+
+    prompts: Positive
+    trust_remote_code: bool
+    nf4: Nf4Config | None = None  # set only with base.quantization: nf4
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+        """See `StageConfig.from_recipe`."""
+        values = {"prompts": recipe.merge.verify_prompts, "trust_remote_code": recipe.base.trust_remote_code}
+        return cls.of({**values, "nf4": _nf4(recipe)} if recipe.base.quantization == "nf4" else values)
+
+
+class EvaluateConfig(StageConfig):
+    """Config of evaluate."""
+
+    metrics: list[str]
+    max_rows: Positive | None
+    max_new_tokens: Positive
+    dtype: Dtype
+    confidence: float
+    seed: int
+    trust_remote_code: bool
+    modules: dict[str, str]  # the hash of each metric's module
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+        """See `StageConfig.from_recipe`."""
+        values = recipe.evaluation.model_dump(exclude={"samples"})
+        trust = recipe.base.trust_remote_code
+        return cls.of({**values, "trust_remote_code": trust, "modules": outside.metric_modules})
+
+
+def _nf4(recipe: Recipe) -> dict[str, str | bool]:
+    return {"dtype": recipe.base.dtype, "double": recipe.base.double_quantization}
+
+
+# -- the runtime of a job -------------------------------------------------------------------------------------------
+
+
+class JobTrainingRuntime(TrainingRuntime, BestCheckpoint):
+    """The part of training_config that is not in a train job's fingerprint."""
+
+
+class JobRuntime(Runtime):
+    """Where and how a job runs: the recipe's runtime, and what single stages need beside it."""
+
+    training_config: JobTrainingRuntime | None = None  # train only
+    use_cache: bool = False  # train only: base.use_cache
+    origin: Origin | None = None  # version_dataset and resolve_base: where files are read from
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+        """Return the runtime of a stage that needs nothing but the recipe's runtime."""
+        return cls.model_validate(recipe.runtime.model_dump())
+
+    @classmethod
+    def of_training(cls, recipe: Recipe, outside: Surroundings) -> Self:
+        """Return the runtime of the train stage."""
+        training = recipe.training_config
+        fields = set(TrainingRuntime.model_fields)
+        if not training.load_best_model_at_end:
+            fields |= set(BestCheckpoint.model_fields)
+        values = {"training_config": training.model_dump(include=fields), "use_cache": recipe.base.use_cache}
+        return cls.model_validate({**recipe.runtime.model_dump(), **values})
+
+    @classmethod
+    def of_dataset(cls, recipe: Recipe, outside: Surroundings) -> Self:
+        """Return the runtime of the stage that reads the dataset's files."""
+        return cls.model_validate({**recipe.runtime.model_dump(), "origin": outside.dataset.origin.model_dump()})
+
+    @classmethod
+    def of_base(cls, recipe: Recipe, outside: Surroundings) -> Self:
+        """Return the runtime of the stage that reads the base model's files."""
+        return cls.model_validate({**recipe.runtime.model_dump(), "origin": outside.base.origin.model_dump()})

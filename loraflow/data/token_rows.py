@@ -1,0 +1,54 @@
+"""The rows of a tokenized set, read from the Arrow files of the tokenize stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from loraflow.data.packing import documents_of_rows
+
+Document = tuple[np.ndarray, np.ndarray]  # ids, labels
+
+
+class TokenRows:
+    """Rows as memory maps of the files. A row is one document, or, packed, several."""
+
+    def __init__(self, folder: Path, packing: Path | None = None):
+        import pyarrow as pa
+
+        files = sorted(folder.glob("*.arrow"))
+        columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for file in files:
+            for batch in pa.ipc.open_stream(pa.memory_map(str(file))):
+                ids, labels = batch.column("input_ids"), batch.column("labels")
+                columns.append((ids.flatten().to_numpy(), labels.flatten().to_numpy(), np.diff(ids.offsets.to_numpy())))
+        self._ids, self._labels = [one[0] for one in columns], [one[1] for one in columns]
+        self.lengths = np.concatenate([one[2] for one in columns]) if columns else np.empty(0, np.int32)
+        counts = [len(one[2]) for one in columns]
+        self._batch = np.repeat(np.arange(len(counts)), counts)
+        self._start = np.concatenate([np.cumsum(one[2]) - one[2] for one in columns]) if columns else np.empty(0, int)
+        self.row_length: int | None = None  # packed rows are all padded to the longest, so that shapes never change
+        if packing is not None:
+            import pyarrow.parquet as pq
+
+            plan = pq.read_table(packing)["row"].to_numpy()
+            self.documents, self.offsets = documents_of_rows(plan)
+            self.row_length = int(np.bincount(plan, weights=self.lengths).max())
+        else:
+            self.documents, self.offsets = np.arange(len(self.lengths)), np.arange(len(self.lengths) + 1)
+        #: tokens of each row
+        self.tokens = np.add.reduceat(self.lengths[self.documents], self.offsets[:-1]) if len(self) else self.lengths
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> list[Document]:
+        """Return a row's documents as (ids, labels)."""
+        return [self.document(int(one)) for one in self.documents[self.offsets[row] : self.offsets[row + 1]]]
+
+    def document(self, number: int) -> Document:
+        """Return a document as (ids, labels), views of the file."""
+        start, batch = self._start[number], self._batch[number]
+        end = start + self.lengths[number]
+        return self._ids[batch][start:end], self._labels[batch][start:end]

@@ -1,0 +1,106 @@
+"""A digest of each stage's code. It is not part of identity: a cache hit by other code only warns.
+
+`loraflow/code_digests.json` records, for each stage, its version, the digest of its code without comments and docstrings,
+a hash of the same source files as they are, and earlier digests that give the same results. As long as the source files
+are those that were recorded, nothing is parsed. `python tests/golden/write.py` records them.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import threading
+from functools import cache
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from loraflow.stages import Stage
+
+# CPython before 3.11.8 fails in ast.parse when two threads parse at once (bug 106905); Prefect has threads.
+_PARSING = threading.Lock()
+
+
+class RecordedCode(BaseModel):
+    """What was recorded of a stage's code."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int
+    digest: str
+    sources: str  # sha256 over the source files
+    equivalent: list[str] = []  # digests of earlier code whose results are the same
+
+
+@cache
+def recorded() -> dict[str, RecordedCode]:
+    """Return what was recorded, by stage."""
+    text = files("loraflow").joinpath("code_digests.json").read_bytes()
+    return TypeAdapter(dict[str, RecordedCode]).validate_json(text)
+
+
+def is_current(stage: Stage, digest: str) -> bool:
+    """Tell whether an artifact's code digest is that of today's code, or of earlier code with the same results."""
+    known = recorded().get(stage.name)
+    if digest == code_digest(stage):
+        return True
+    return known is not None and known.version == stage.version and digest in known.equivalent
+
+
+def code_digest(stage: Stage) -> str:
+    """Return the digest of a stage's code."""
+    return _code_digest(stage.name, stage.code)
+
+
+@cache
+def _code_digest(stage: str, modules: tuple[str, ...]) -> str:
+    known = recorded().get(stage)
+    if known is not None and known.sources == source_hash(modules):
+        return known.digest
+    return parsed_digest(modules)
+
+
+def source_hash(modules: tuple[str, ...]) -> str:
+    """Return the sha256 of modules' names and source files."""
+    total = hashlib.sha256()
+    for name in modules:
+        total.update(name.encode())
+        total.update(_source(name))
+    return total.hexdigest()
+
+
+def parsed_digest(modules: tuple[str, ...]) -> str:
+    """Return a digest of modules' names and code, without comments and docstrings."""
+    total = hashlib.sha256()
+    with _PARSING:
+        for name in modules:
+            total.update(name.encode())
+            total.update(normalized(_source(name).decode()))
+    return total.hexdigest()
+
+
+def normalized(source: str) -> bytes:
+    """Return a module's code without comments and docstrings, in the interpreter's own layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+            and isinstance(body[0].value.value, str)
+        ):
+            node.body = body[1:] or [ast.Pass()]
+    return ast.unparse(tree).encode()  # unparse, not dump: dump's text changes between Python versions
+
+
+@cache
+def _source(module: str) -> bytes:
+    """Return a module's source. Only its parent package is imported."""
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(module)
+    return Path(spec.origin).read_bytes()

@@ -1,0 +1,70 @@
+"""The file that a launcher hands to a worker process: the job, where its inputs lie, and where its result goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraflow.config.stage_configs import StageConfig
+from loraflow.job import Inputs, Job
+from loraflow.stages import STAGES, Stage
+from loraflow.store.files import write_json
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """A job as a worker process sees it.
+
+    Attributes:
+        job: the job, its config validated by the stage's class.
+        out: the staging folder for the artifact's files.
+        input_folders: the input artifacts, by input name.
+        home: the folder of the file itself: log, progress, outcome and checkpoints lie in it.
+    """
+
+    job: Job[StageConfig]
+    out: Path
+    input_folders: Mapping[str, Path]
+    home: Path
+
+    @property
+    def stage(self) -> Stage:
+        """The job's stage."""
+        return STAGES[self.job.stage]
+
+    @property
+    def inputs(self) -> Inputs:
+        """The input artifacts' folders."""
+        return Inputs(self.input_folders)
+
+    @property
+    def nodes(self) -> int:
+        """How many machines share the job."""
+        return self.job.runtime.rendezvous.nodes if self.stage.several_nodes else 1
+
+    def write(self) -> Path:
+        """Write the file and return its path."""
+        path = self.home / "job.json"
+        write_json(
+            path,
+            {
+                **self.job.model_dump(mode="json"),
+                "fingerprint": self.job.fingerprint,
+                "out": str(self.out),
+                "input_folders": {name: str(folder) for name, folder in self.input_folders.items()},
+            },
+        )
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> JobFile:
+        """Read a file that `write` wrote."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return cls(
+            Job[StageConfig].model_validate({key: values[key] for key in Job.model_fields if key in values}),
+            Path(values["out"]),
+            {name: Path(folder) for name, folder in values["input_folders"].items()},
+            path.parent,
+        )

@@ -1,0 +1,92 @@
+"""A recipe together with what it runs on: the store, the promotion log, the dataset and the base model that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+from loraflow.config import Recipe
+from loraflow.config.stage_configs import BaseLocation, DatasetLocation, StageConfig, Surroundings
+from loraflow.failures import Failure
+from loraflow.job import Job
+from loraflow.registry import Entry, PromotionLog
+from loraflow.stages import MERGE, Stage
+from loraflow.store import Ref, open_store
+from loraflow.store.files import HashMemo
+
+
+class Workspace:
+    """Builds a recipe's jobs. What lies outside the recipe is looked up once, when it is first needed."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.store = open_store(recipe.runtime.store)
+        self.log = PromotionLog(self.store, recipe.register_.model)
+        self.memo = HashMemo(self.store.scratch / "hashes.json")
+        self.seen_head: Entry | None = None  # the promotion log's head when the champion was last asked for
+
+    @cached_property
+    def dataset(self) -> DatasetLocation:
+        """The dataset. Uncommitted changes in the work tree are refused here, before every run."""
+        from loraflow.data.version import locate
+
+        return locate(self.recipe.data, self.memo)
+
+    @cached_property
+    def base(self) -> BaseLocation:
+        """The base model."""
+        from loraflow.base.resolve import locate
+
+        return locate(self.recipe.base, self.memo)
+
+    @cached_property
+    def metric_modules(self) -> dict[str, str]:
+        """The hash of each metric's module, by name."""
+        from loraflow.evaluation.metric_modules import identify
+
+        return identify(self.recipe.evaluation.metrics, self.memo)
+
+    def job(self, stage: Stage, inputs: Mapping[str, Ref]) -> Job[StageConfig]:
+        """Return the job of a stage."""
+        return make_job(stage, self.recipe, self, inputs)
+
+    def champion(self) -> Ref | None:
+        """Return the champion's merged model, and remember the log's head: the gate decides against that champion.
+
+        Raises:
+            Failure: its artifact is gone. Nothing may be promoted without having been compared with it.
+        """
+        self.seen_head = self.log.head()
+        if self.seen_head is None:
+            return None
+        merged = self.seen_head.merged
+        if self.store.find(MERGE.name, merged.fingerprint) != merged and self.store.check(merged):
+            raise Failure(
+                "The champion's model is missing or damaged, so nothing can be compared with it.",
+                where=self.store.location(merged),
+                next_step="run the recipe that made it (`loraflow registry` names it), or `loraflow rollback --reason …`",
+            )
+        return merged
+
+    def save(self) -> None:
+        """Save the file hashes that were computed, for the next run."""
+        self.memo.save()
+
+
+def make_job(stage: Stage, recipe: Recipe, outside: Surroundings, inputs: Mapping[str, Ref]) -> Job[StageConfig]:
+    """Return the job of a stage for a recipe.
+
+    Raises:
+        TypeError: the inputs are not those of the stage table.
+    """
+    required = {name for name, one in stage.inputs.items() if not one.optional}
+    if not required <= inputs.keys() <= stage.inputs.keys():
+        raise TypeError(f"{stage.name} takes {sorted(stage.inputs)}, got {sorted(inputs)}")
+    return Job[StageConfig](
+        stage=stage.name,
+        version=stage.version,
+        inputs=dict(inputs),
+        facets={name: one.part for name, one in stage.inputs.items() if one.part is not None and name in inputs},
+        config=stage.config.from_recipe(recipe, outside),
+        runtime=stage.runtime(recipe, outside),
+    )

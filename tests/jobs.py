@@ -1,0 +1,50 @@
+"""Jobs for tests and benchmarks that run one stage: the table's job, with the world outside a recipe made up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from loraflow.config import Recipe
+from loraflow.config.stage_configs import (
+    BaseLocation,
+    DatasetLocation,
+    FolderOrigin,
+    GgufOrigin,
+    HubOrigin,
+    StageConfig,
+)
+from loraflow.execution import workspace
+from loraflow.job import Job
+from loraflow.stages import STAGES
+from loraflow.store import Ref
+
+DATASET = DatasetLocation(md5="1" * 32, name="data", origin=FolderOrigin(folder="data"))
+BASE = BaseLocation(source={}, origin=FolderOrigin(folder="base"))
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What the world outside a recipe says."""
+
+    dataset: DatasetLocation = DATASET
+    base: BaseLocation = BASE
+    metric_modules: dict[str, str] = field(default_factory=dict)
+
+
+def from_gguf(file: str) -> Outside:
+    """Return a world in which the base model is a GGUF file."""
+    return Outside(base=BaseLocation(source={}, origin=GgufOrigin(gguf=file)))
+
+
+def from_hub(model: str, commit: str) -> Outside:
+    """Return a world in which the base model is a commit on the hub."""
+    source = {"hub": model, "commit": commit}
+    return Outside(base=BaseLocation(source=source, origin=HubOrigin(hub=model, commit=commit)))
+
+
+def make_job(
+    stage: str, recipe: Recipe, inputs: Mapping[str, Ref] | None = None, outside: Outside | None = None
+) -> Job[StageConfig]:
+    """Return a stage's job, by the stage's name."""
+    return workspace.make_job(STAGES[stage], recipe, outside or Outside(), inputs or {})
