@@ -1,48 +1,55 @@
-"""The DAG, once: `finetune` walks it by running, `loraflow plan` by asking.
+"""The pipeline: from a pinned dataset and a base model to a merged model, scored beside the base and the champion.
 
 version_dataset ─→ check_dataset ─→ tokenize ─→ train ─→ merge ─┬─→ verify(merged) ──────┐
 resolve_base ─────────┴───────────────┴───────────┴─────────────┼─→ evaluate(tuned) ─────┼─→ gate ─→ register
       └─→ evaluate(base)    champion ─→ evaluate(champion) ─────┴────────────────────────┘
+
+`loraflow.execution.plan.STEPS` lists the same steps for `loraflow plan`, which does not import prefect; a test compares
+the two.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-from loraflow.execution.plan import Walker
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a walk made: refs of artifacts."""
-
-    dataset: Any
-    rows: Any
-    base: Any
-    tokens: Any
-    adapter: Any
-    merged: Any
-    verified: Any
-    base_scores: Any
-    tuned_scores: Any
-    champion_scores: Any | None
+from loraflow.execution.results import PipelineResult
+from loraflow.tasks.admission import admit_merged, admit_rows
+from loraflow.tasks.run import Run
+from loraflow.tasks.stages import (
+    check_dataset,
+    evaluate,
+    merge,
+    resolve_base,
+    tokenize,
+    train,
+    verify,
+    version_dataset,
+)
 
 
-def pipeline(walk: Walker) -> Made:
-    """From a pinned dataset and a base model to a merged model with its scores beside those of base and champion."""
-    dataset = walk.stage("version_dataset")
-    rows = walk.stage("check_dataset", dataset=dataset)
-    walk.admit("rows", rows)
-    base = walk.stage("resolve_base")
-    tokens = walk.stage("tokenize", rows=rows, base=base)
-    base_scores = walk.stage("evaluate", "evaluate base", model=base, rows=rows)
-    adapter = walk.stage("train", tokens=tokens, base=base)
-    probes = {"tokens": tokens} if walk.jobs.recipe.compares_merges else {}
-    merged = walk.stage("merge", base=base, adapter=adapter, **probes)
-    verified = walk.stage("verify", base=base, adapter=adapter, merged=merged, rows=rows)
-    walk.admit("merged", verified)
-    tuned_scores = walk.stage("evaluate", "evaluate tuned", model=merged, rows=rows)
-    champion = walk.champion()
-    champion_scores = walk.stage("evaluate", "evaluate champion", model=champion, rows=rows) if champion else None
-    return Made(dataset, rows, base, tokens, adapter, merged, verified, base_scores, tuned_scores, champion_scores)
+def pipeline(run: Run) -> PipelineResult:
+    """Run all stages, one after another. A stage whose artifact is in the store is a cache hit."""
+    dataset = version_dataset(run)
+    rows = check_dataset(run, dataset=dataset)
+    admit_rows(run.workspace, rows)
+    base = resolve_base(run)
+    tokens = tokenize(run, rows=rows, base=base)
+    base_scores = evaluate(run, model=base, rows=rows, label="evaluate base")
+    adapter = train(run, tokens=tokens, base=base)
+    probes = tokens if run.workspace.recipe.compares_merges else None
+    merged = merge(run, base=base, adapter=adapter, tokens=probes)
+    verified = verify(run, base=base, adapter=adapter, merged=merged, rows=rows)
+    admit_merged(run.workspace, verified)
+    tuned_scores = evaluate(run, model=merged, rows=rows, label="evaluate tuned")
+    champion = run.workspace.champion()
+    champion_scores = evaluate(run, model=champion, rows=rows, label="evaluate champion") if champion else None
+    return PipelineResult(
+        dataset=dataset,
+        rows=rows,
+        base=base,
+        tokens=tokens,
+        adapter=adapter,
+        merged=merged,
+        verified=verified,
+        base_scores=base_scores,
+        tuned_scores=tuned_scores,
+        champion_scores=champion_scores,
+    )

@@ -1,133 +1,88 @@
-"""One Prefect task for each stage: a thin coat of key, retries and progress."""
+"""The eight stages as Prefect tasks. Each is a thin wrapper: the work is in the module that its docstring names.
+
+`Run.compute` looks the artifact up in the store first. If it is there, the task ends as Cached; otherwise the stage runs
+in a worker process, here or on another work pool (`runtime.placement`).
+"""
 
 from __future__ import annotations
 
-import logging
-import time
-from typing import Any
-from uuid import UUID
-
-from prefect import task
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.client.schemas.objects import State
-from prefect.states import Completed
-from prefect.tasks import Task
-
-from loraflow.execution.launcher import run_job
-from loraflow.failures import Failure
-from loraflow.identity import short
-from loraflow.job import Job
-from loraflow.stages import STAGES
-from loraflow.store import Ref, Store, open_store
-from loraflow.tasks.cache import StageKey
-from loraflow.tasks.gpu_lease import gpu_lease
-from loraflow.tasks.placement import place
-
-log = logging.getLogger("loraflow")
-
-RETRIES = 2
-RETRY_DELAYS: list[float] = [2, 30]  # seconds; what can be retried at all is preempted, killed or a network's fault
-UPDATE_EVERY = 5.0  # seconds between updates of the progress artifact
+from loraflow import stages
+from loraflow.store import Ref
+from loraflow.tasks.run import Run
+from loraflow.tasks.stage_task import stage_task
 
 
-def is_retryable(task: Task, task_run: Any, state: State) -> bool:
-    """Tell whether a retry can help: the failure's class knows. A plain function: Prefect takes no other."""
-    error = state.result(raise_on_failure=False)
-    return isinstance(error, Failure) and error.retryable
+@stage_task
+def version_dataset(run: Run) -> Ref:
+    """Copy the files that data.dvc pins into the store, verified against their md5.
 
-
-def _stage_task(name: str) -> Task:
-    @task(
-        name=name,
-        task_run_name="{label}",
-        description=STAGES[name].function,
-        cache_policy=StageKey(),
-        result_serializer="json",
-        retries=RETRIES,
-        retry_delay_seconds=RETRY_DELAYS,
-        retry_condition_fn=is_retryable,
-    )
-    def run_stage(job: Job, store: str, label: str, force: bool = False) -> Any:
-        artifacts = open_store(store)
-        ref = artifacts.find(job.stage, job.fingerprint)
-        if ref is not None and not force:
-            return Completed(name="Cached", message=_why_cached(artifacts, ref), data=ref)
-        elsewhere = job.runtime.get("placement", {}).get(name)
-        if elsewhere:
-            return place(job, artifacts, label, elsewhere, force=force)
-        return run_here(job, artifacts, label, force=force)
-
-    return run_stage
-
-
-def _why_cached(store: Any, ref: Ref) -> str:
-    made = store.manifest(ref).provenance.get("started", "earlier")
-    return (
-        f"same inputs, settings and stage version as {short(ref.fingerprint)}, made {made} (digest {short(ref.digest)})"
-    )
-
-
-def run_here(job: Job, store: Store, label: str, *, force: bool = False) -> Ref:
-    """Run a stage on this machine, and show how far it is."""
-    with gpu_lease(job):
-        return run_job(job, store, _Shown(label), force=force)
-
-
-class _Shown:
-    """A stage's progress as one artifact in the UI, updated now and then."""
-
-    def __init__(self, label: str):
-        self.label = label
-        self.artifact: UUID | None = None
-        self.last = 0.0
-
-    def __call__(self, figures: dict[str, Any]) -> None:
-        done = figures.get("step", figures.get("done", figures.get("tensors")))
-        total = figures.get("total")
-        if done is None or not total or (time.monotonic() - self.last < UPDATE_EVERY and done < total):
-            return
-        self.last = time.monotonic()
-        text = self._text(figures, done, total)
-        log.info("%s", text)
-        percent = 100.0 * done / total
-        if self.artifact is None:
-            key = self.label.lower().replace(" ", "-").replace("_", "-") + "-progress"
-            self.artifact = create_progress_artifact(progress=percent, key=key, description=text)  # type: ignore[assignment]
-        else:
-            update_progress_artifact(self.artifact, progress=percent, description=text)  # type: ignore[unused-coroutine]
-
-    def _text(self, figures: dict[str, Any], done: int, total: int) -> str:
-        parts = [f"{self.label} {done}/{total}"]
-        if figures.get("loss") is not None:
-            parts.append(f"loss {figures['loss']:.4f}")
-        if figures.get("tokens_per_second"):
-            parts.append(f"{figures['tokens_per_second']:,.0f} tokens/s")
-        if figures.get("eta_seconds") is not None:
-            parts.append(f"{figures['eta_seconds']:.0f} s left")
-        return ", ".join(parts)
-
-
-version_dataset = _stage_task("version_dataset")
-check_dataset = _stage_task("check_dataset")
-resolve_base = _stage_task("resolve_base")
-tokenize = _stage_task("tokenize")
-train = _stage_task("train")
-merge = _stage_task("merge")
-verify = _stage_task("verify")
-evaluate = _stage_task("evaluate")
-
-TASKS: dict[str, Task] = {
-    one.name: one for one in (version_dataset, check_dataset, resolve_base, tokenize, train, merge, verify, evaluate)
-}
-
-
-def call(job: Job, store: Store, label: str, found: Ref | None, *, force: bool) -> Ref:
-    """Run a stage's task and return the artifact; `found` is what the store had for it just now.
-
-    The task looks into the store itself, and says why it is cached. A hit of Prefect's own would say nothing, never looks
-    at the artifact, and another server has none.
+    Output: `files/`. Work: `loraflow/data/version.py`.
     """
-    made = TASKS[job.stage].with_options(refresh_cache=True)(job, store.uri, label, force)
-    ref = made if isinstance(made, Ref) else found or store.find(job.stage, job.fingerprint)  # a hit gives a state
-    assert ref is not None, f"{label} ended without an artifact"
-    return ref
+    return run.compute(stages.VERSION_DATASET)
+
+
+@stage_task
+def check_dataset(run: Run, *, dataset: Ref) -> Ref:
+    """Read the chats, check every row, and split them into training, validation and held-out rows.
+
+    Input: the dataset's files. Output: `train.jsonl`, `validation.jsonl`, `heldout.jsonl`, and `quarantine.jsonl` with
+    the malformed rows and their reasons. Work: `loraflow/data/check.py`.
+    """
+    return run.compute(stages.CHECK_DATASET, dataset=dataset)
+
+
+@stage_task
+def resolve_base(run: Run) -> Ref:
+    """Fetch the base model: safetensors, tokenizer and chat template, pinned by content or commit.
+
+    Output: a folder for `from_pretrained`. Work: `loraflow/base/resolve.py`.
+    """
+    return run.compute(stages.RESOLVE_BASE)
+
+
+@stage_task
+def tokenize(run: Run, *, rows: Ref, base: Ref) -> Ref:
+    """Render the training rows with the base's chat template and turn them into token ids with a loss mask.
+
+    Input: checked rows, and the base's tokenizer. Output: Arrow files of ids and labels, and the packing plan.
+    Work: `loraflow/data/tokenization.py`.
+    """
+    return run.compute(stages.TOKENIZE, rows=rows, base=base)
+
+
+@stage_task
+def train(run: Run, *, tokens: Ref, base: Ref) -> Ref:
+    """Train a LoRA adapter on the tokens. A run that was interrupted resumes from its last checkpoint.
+
+    Input: tokens, and the base model. Output: `adapter/` in PEFT's format. Work: `loraflow/training/train.py`.
+    """
+    return run.compute(stages.TRAIN, tokens=tokens, base=base)
+
+
+@stage_task
+def merge(run: Run, *, base: Ref, adapter: Ref, tokens: Ref | None = None) -> Ref:
+    """Merge the adapter into the base's weights, bit for bit as PEFT does.
+
+    Input: base and adapter; also tokens where two ways of merging are compared (QLoRA). Output: a folder for
+    `from_pretrained`. Work: `loraflow/adapters/merge.py`.
+    """
+    return run.compute(stages.MERGE, base=base, adapter=adapter, **({} if tokens is None else {"tokens": tokens}))
+
+
+@stage_task
+def verify(run: Run, *, base: Ref, adapter: Ref, merged: Ref, rows: Ref) -> Ref:
+    """Compare the merged model's logits with those of base and adapter, on held-out chats.
+
+    Output: `report.json` with the KL divergence in nats per token. Work: `loraflow/adapters/verify.py`.
+    """
+    return run.compute(stages.VERIFY, base=base, adapter=adapter, merged=merged, rows=rows)
+
+
+@stage_task
+def evaluate(run: Run, *, model: Ref, rows: Ref, label: str = "evaluate") -> Ref:
+    """Answer the held-out rows with a model and score every answer.
+
+    Input: a base or merged model, and the held-out rows. Output: `scores.parquet` with a row per example, and
+    `metrics.json` with intervals. Work: `loraflow/evaluation/score.py`.
+    """
+    return run.compute(stages.EVALUATE, label, model=model, rows=rows)

@@ -6,30 +6,14 @@ counts when its one-sided bound says so: "not proven worse" is no reason to prom
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from loraflow.evaluation.intervals import difference_bounds
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
+from loraflow.evaluation.values import Decision
 from loraflow.failures import BadConfig, BadData
-
-Verdict = Literal["promote", "reject", "undecided", "unchanged"]
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A verdict with its reasons, and the figures behind it."""
-
-    verdict: Verdict
-    reasons: list[str]
-    comparisons: list[dict[str, Any]] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {"verdict": self.verdict, "reasons": self.reasons, "comparisons": self.comparisons}
-
 
 def decide(
     challenger: Any,

@@ -1,0 +1,25 @@
+"""Stop a run whose reports are outside the recipe's bounds. These checks are cheap and never cached."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from loraflow.adapters import verify
+from loraflow.data import check
+from loraflow.execution.workspace import Workspace
+from loraflow.store import Ref
+
+
+@task(name="admit", task_run_name="admit rows", cache_policy=NO_CACHE, persist_result=False)
+def admit_rows(workspace: Workspace, rows: Ref) -> None:
+    """Stop the run if too many rows are malformed (data.max_quarantined), or no row is left."""
+    report = workspace.store.manifest(rows).report
+    where = f"{workspace.store.location(rows)}/report.json"
+    check.admit(report, workspace.recipe.data.max_quarantined, where)
+
+
+@task(name="admit", task_run_name="admit merged", cache_policy=NO_CACHE, persist_result=False)
+def admit_merged(workspace: Workspace, verified: Ref) -> None:
+    """Stop the run if the merged model differs too much from base and adapter (merge.max_kl)."""
+    verify.admit(workspace.store.manifest(verified).report, workspace.recipe.merge.max_kl)

@@ -1,0 +1,16 @@
+"""Compute a stage on this machine, for a run here or for a run elsewhere."""
+
+from __future__ import annotations
+
+from loraflow.config.stage_configs import StageConfig
+from loraflow.execution.launcher import run_job
+from loraflow.job import Job
+from loraflow.store import Ref, Store
+from loraflow.tasks.gpu_lease import gpu_lease
+from loraflow.tasks.progress import ProgressArtifact
+
+
+def compute_here(job: Job[StageConfig], store: Store, label: str, *, force: bool = False) -> Ref:
+    """Run a job in a worker process of this machine, with its progress in the UI."""
+    with gpu_lease(job):
+        return run_job(job, store, ProgressArtifact(label).show_figures, force=force)

@@ -1,0 +1,76 @@
+"""The gate: never cached, always in the flow's process, decided against the champion that the run has scored."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from loraflow import identity
+from loraflow.evaluation.values import Decision
+from loraflow.execution.results import PipelineResult
+from loraflow.execution.workspace import Workspace
+from loraflow.store import Ref
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, persist_result=False)
+def gate(workspace: Workspace, result: PipelineResult) -> Decision:
+    """Decide whether the challenger replaces the champion: promote, reject, undecided or unchanged."""
+    head, merged = workspace.seen_head, result.merged.digest  # the log's head may have moved since; `register` checks
+    if head is not None and head.merged.digest == merged:
+        return Decision("unchanged", ["the challenger is the champion"])
+    why = workspace.log.rolled_back(merged)
+    if why is not None:
+        reason = f"it was rolled back ({why}); `loraflow promote` promotes it again by hand"
+        return Decision("unchanged", [reason])
+    protocol = _protocol(workspace, result)
+    earlier = workspace.log.decision(head, merged, protocol)
+    if earlier is not None and earlier["verdict"] != "promote":
+        known = Decision.from_dict(earlier)
+        reason = f"decided before against this champion: {known.verdict}"
+        return Decision("unchanged", [reason, *known.reasons], known.comparisons)
+    decision = _compare(workspace, result)
+    workspace.log.remember(head, merged, protocol, decision.to_dict())
+    return decision
+
+
+def remember(workspace: Workspace, result: PipelineResult, decision: Decision) -> None:
+    """Keep a person's decision in place of the gate's, so that a rerun finds it."""
+    protocol = _protocol(workspace, result)
+    workspace.log.remember(workspace.seen_head, result.merged.digest, protocol, decision.to_dict())
+
+
+def _protocol(workspace: Workspace, result: PipelineResult) -> str:
+    """Return the identity of the rules and scores that a decision is taken by."""
+    scores = [ref.digest for ref in (result.base_scores, result.tuned_scores, result.champion_scores) if ref]
+    return identity.fingerprint({"gate": workspace.recipe.gate.model_dump(), "scores": scores})
+
+
+def _compare(workspace: Workspace, result: PipelineResult) -> Decision:
+    from loraflow.evaluation.gate import decide
+
+    rules = workspace.recipe.gate
+    others = {"base": _heldout_scores(workspace, result.base_scores)}
+    if result.champion_scores is not None:
+        others["champion"] = _heldout_scores(workspace, result.champion_scores)
+    return decide(
+        _heldout_scores(workspace, result.tuned_scores),
+        others,
+        primary=rules.primary,
+        min_gain=rules.min_gain,
+        guards=rules.guards,
+        confidence=rules.confidence,
+        lower_is_better=rules.lower_is_better,
+        seed=workspace.recipe.evaluation.seed,
+    )
+
+
+def _heldout_scores(workspace: Workspace, ref: Ref) -> pd.DataFrame:
+    import pandas as pd
+
+    table = pd.read_parquet(workspace.store.path(ref) / "scores.parquet")
+    return table[table["set"] == "heldout"]

@@ -1,0 +1,47 @@
+"""Upload the champion to the Hugging Face hub, if the recipe asks for it."""
+
+from __future__ import annotations
+
+import logging
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from loraflow.execution.results import PipelineResult
+from loraflow.failures import Failure
+from loraflow.registry.runs import Publication
+from loraflow.serving import publish as hub
+from loraflow.serving.models import Model
+from loraflow.tasks.run import Run
+
+log = logging.getLogger("loraflow")
+
+
+@task(name="publish", task_run_name="publish", cache_policy=NO_CACHE, persist_result=False)
+def publish(run: Run, result: PipelineResult) -> Publication | None:
+    """Upload the model once, if the recipe names a repository and the model is the champion.
+
+    A promotion stands whatever the hub answers: a failure is logged, and the next run tries again.
+    """
+    workspace = run.workspace
+    rules, head, store = workspace.recipe.publish, workspace.log.head(), workspace.store
+    if rules.repo is None or head is None or head.merged.digest != result.merged.digest:
+        return None
+    model = Model(
+        workspace.log.model,
+        store.path(result.merged),
+        ref=result.merged,
+        tuned=result.adapter,
+        base=store.path(result.base),
+        run=run.as_record(),
+    )
+    earlier = hub.published(store, model, rules.repo, rules.what)
+    if earlier is not None:
+        return earlier
+    try:
+        publication = hub.publish(store, model, rules.repo, what=rules.what, private=rules.private)
+        log.info("published: %s", publication.url)
+        return publication
+    except Failure as failure:
+        log.warning("%s is promoted, but not published. %s", workspace.log.model, failure)
+        return Publication(repo=rules.repo, problem=failure.what)

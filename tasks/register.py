@@ -1,0 +1,54 @@
+"""Write a promotion into the log, unless another run was faster."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from loraflow.evaluation.values import Decision
+from loraflow.execution.results import PipelineResult
+from loraflow.execution.workspace import Workspace
+from loraflow.registry.log import Moved, actor
+
+log = logging.getLogger("loraflow")
+MOVED = "another run promoted a model in the meantime; run again to compare with that model"
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What became of a decision: the decision itself, and the number of the log's entry if a model was promoted."""
+
+    decision: Decision
+    entry: int | None = None
+
+
+@task(name="register", task_run_name="register", cache_policy=NO_CACHE, persist_result=False)
+def register(workspace: Workspace, result: PipelineResult, decision: Decision) -> Registration:
+    """Write a promotion into the log. Other verdicts write nothing.
+
+    If another run promoted a model first, this run ends undecided: the next run compares with that model.
+    """
+    if decision.verdict != "promote":
+        return Registration(decision)
+    seen = workspace.seen_head
+    try:
+        entry = workspace.log.append(
+            seen,
+            action="promote",
+            merged=result.merged,
+            adapter=result.adapter,
+            inputs={
+                "dataset": workspace.dataset.md5,
+                "base": workspace.recipe.base.model,
+                "recipe": workspace.recipe.name,
+            },
+            reasons=decision.reasons,
+            actor=actor(),
+        )
+        return Registration(decision, entry.seq)
+    except Moved:
+        log.warning("%s", MOVED)
+        return Registration(Decision("undecided", [MOVED], decision.comparisons))

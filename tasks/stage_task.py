@@ -1,0 +1,70 @@
+"""The Prefect task of a stage: named after it, retried where a retry can help, and shown as Cached on a cache hit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
+
+from prefect import Task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.runtime import task_run
+from prefect.states import Completed
+
+from loraflow.failures import Failure
+from loraflow.store import Ref
+from loraflow.tasks.run import Run
+
+P = ParamSpec("P")
+
+RETRIES = 2
+RETRY_DELAYS: list[float] = [2, 30]  # seconds; only preemption, kills and network failures are retried at all
+
+
+def is_retryable(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Tell whether a retry can help, by the failure's class. A plain function: Prefect ignores partials here."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, Failure) and error.retryable
+
+
+class StageTask(Task[P, Ref]):
+    """A task whose call returns the artifact.
+
+    A cache hit ends as a state with the name Cached, a reason and the artifact as data. Prefect returns such a state as
+    it is; callers get its data.
+    """
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Ref:  # type: ignore[override]
+        """Run the task and return its artifact."""
+        result: Ref | State[Ref] = super().__call__(*args, **kwargs)
+        return result.result() if isinstance(result, State) else result
+
+
+def stage_task(function: Callable[Concatenate[Run, P], Ref]) -> StageTask[Concatenate[Run, P]]:
+    """Make a stage's function a Prefect task.
+
+    Prefect's own cache is off. A hit of it would not look at the artifact, and another server would have none.
+    """
+
+    @wraps(function)
+    def compute(run: Run, *args: P.args, **kwargs: P.kwargs) -> Ref | State[Ref]:
+        ref = function(run, *args, **kwargs)
+        hit = run.hits.get(ref.fingerprint)
+        return ref if hit is None else Completed(name="Cached", message="; ".join(hit.why()), data=ref)
+
+    return StageTask(
+        compute,
+        name=function.__name__,
+        task_run_name=_label,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retries=RETRIES,
+        retry_delay_seconds=RETRY_DELAYS,
+        retry_condition_fn=is_retryable,
+    )
+
+
+def _label() -> str:
+    """Return the name of a task run: its label, where a stage runs several times in a flow."""
+    return str(task_run.parameters.get("label") or task_run.task_name)
