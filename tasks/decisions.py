@@ -112,13 +112,20 @@ def publish(jobs: Jobs, made: Any, summary: dict[str, Any]) -> dict[str, Any] | 
 
     A promotion stands whatever the hub says: what goes wrong is said, and the next run tries again.
     """
+    from loraflow.registry.runs import RunRecord, RunSummary
     from loraflow.serving import publish as publishing
     from loraflow.serving.models import Model
 
     rules, head = jobs.recipe.publish, jobs.log.head()
     if rules.repo is None or head is None or head.merged.digest != made.merged.digest:
         return None
-    record = {"resolved": jobs.recipe.model_dump(by_alias=True), "summary": summary}
+    record = RunRecord(
+        run=summary["run"],
+        recipe=jobs.recipe.name,
+        state="running",
+        resolved=jobs.recipe.model_dump(by_alias=True),
+        summary=RunSummary.model_validate(summary),
+    )
     store = jobs.store
     model = Model(
         jobs.log.model,
@@ -130,11 +137,11 @@ def publish(jobs: Jobs, made: Any, summary: dict[str, Any]) -> dict[str, Any] | 
     )
     done = publishing.published(store, model, rules.repo, rules.what)
     if done is not None:
-        return done
+        return done.model_dump()
     try:
         done = publishing.publish(store, model, rules.repo, what=rules.what, private=rules.private)
-        log.info("published: %s", done["url"])
-        return done
+        log.info("published: %s", done.url)
+        return done.model_dump()
     except Failure as failure:
         log.warning("%s is promoted, but not published. %s", jobs.log.model, failure)
         return {"repo": rules.repo, "problem": failure.what}

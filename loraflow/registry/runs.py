@@ -1,0 +1,211 @@
+"""Run records: what each run did, one JSON document `runs/<id>.json` in the store.
+
+A run writes its record when it ends, whether it succeeded or not. Keys that this version does not know are ignored, and
+all but the names of run and recipe may be missing, so that records of other versions stay readable.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue, SerializerFunctionWrapHandler, ValidationError, model_serializer
+
+from loraflow.failures import CorruptArtifact
+from loraflow.store import Ref, Store
+
+log = logging.getLogger("loraflow")
+
+RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+FOLDER = "runs/"
+
+
+class _Recorded(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Score(_Recorded):
+    """A metric's value over the rows of a set, with its two-sided interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int  # rows
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+Scores = dict[str, dict[str, Score]]  # set of rows → metric → score
+
+
+class StageRun(_Recorded):
+    """A stage as one run saw it."""
+
+    stage: str  # the label: evaluate runs several times, as `evaluate base` and so on
+    state: Literal["cached", "computed"]
+    fingerprint: str
+    digest: str
+    seconds: float = 0.0
+    uri: str = ""
+
+
+class Decision(_Recorded):
+    """The gate's decision: promote, reject, undecided or unchanged."""
+
+    verdict: str
+    reasons: list[str] = []
+
+
+class Publication(_Recorded):
+    """A model's upload to the hub: its commit, or the `problem` that prevented it."""
+
+    repo: str
+    what: Literal["merged", "adapter"] | None = None
+    url: str | None = None
+    commit: str | None = None
+    time: str | None = None
+    problem: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, str]:
+        return {key: value for key, value in handler(self).items() if value is not None}
+
+
+class RunSummary(_Recorded):
+    """The outcome of a run that reached its decision; `loraflow run --json` prints it."""
+
+    run: str
+    recipe: str
+    stages: list[StageRun] = []
+    metrics: dict[str, Scores | None] = {}  # base, tuned and champion → scores
+    decision: Decision | None = None
+    registered: int | None = None  # number of the entry in the promotion log
+    adapter: str = ""
+    merged: str = ""
+    published: Publication | None = None
+
+
+class RunRecord(_Recorded):
+    """The record of a run."""
+
+    run: str
+    recipe: str  # its name
+    state: Literal["running", "done", "waiting", "failed"] = "done"
+    error: str | None = None
+    started: float = 0.0  # seconds since 1970
+    seconds: float = 0.0
+    actor: str | None = None
+    commit: str | None = None  # HEAD of the project's git repository when the run ended
+    prefect_run: str | None = None
+    recipe_text: str = ""
+    resolved: dict[str, JsonValue] = {}  # the recipe with all its defaults
+    stages: list[StageRun] = []
+    summary: RunSummary | None = None
+
+    @property
+    def document(self) -> bytes:
+        """The record as the bytes of its file."""
+        return (json.dumps(self.model_dump(), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+    @property
+    def model(self) -> str | None:
+        """The name in the registry that the recipe asks for."""
+        return _text(self.section("register").get("model"))
+
+    @property
+    def system_message(self) -> str | None:
+        """The system message that the run put before chats that had none."""
+        return _text(self.section("data").get("system"))
+
+    @property
+    def confidence(self) -> float:
+        """The level of the scores' intervals."""
+        level = self.section("evaluation").get("confidence")
+        return level if isinstance(level, float) else 0.95
+
+    def section(self, name: str) -> dict[str, JsonValue]:
+        """Return a section of the resolved recipe; empty if the record does not have it."""
+        found = self.resolved.get(name)
+        return found if isinstance(found, dict) else {}
+
+    def stage(self, label: str) -> StageRun | None:
+        """Return a stage of the run."""
+        return next((stage for stage in self.stages if stage.stage == label), None)
+
+
+def _text(value: JsonValue) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def run_ids(store: Store) -> list[str]:
+    """Return the ids of all recorded runs, oldest first."""
+    names = (name.removeprefix(FOLDER).removesuffix(".json") for name in store.documents(FOLDER))
+    return sorted(filter(RUN_ID.fullmatch, names))
+
+
+def read_run(store: Store, run: str) -> RunRecord | None:
+    """Return the record of a run; None if there is none.
+
+    Raises:
+        CorruptArtifact: it cannot be read.
+    """
+    name = f"{FOLDER}{run}.json"
+    data = store.read_document(name)
+    return None if data is None else _parse(store, name, data)
+
+
+def read_runs(store: Store) -> list[RunRecord]:
+    """Return the records of all runs, oldest first. One that cannot be read is logged and left out."""
+    found = []
+    for name, data in store.read_documents(FOLDER, ".json").items():
+        if RUN_ID.fullmatch(name.removeprefix(FOLDER).removesuffix(".json")):
+            try:
+                found.append(_parse(store, name, data))
+            except CorruptArtifact as failure:
+                log.warning("%s", failure)
+    return found
+
+
+def find_run(store: Store, merged: Ref) -> RunRecord | None:
+    """Return the record of the finished run that computed a merged model, else of the newest that found it cached."""
+    newest = None
+    for run in reversed(run_ids(store)):
+        try:
+            record = read_run(store, run)
+        except CorruptArtifact as failure:
+            log.warning("%s", failure)
+            continue
+        if record is None or record.summary is None or not has_model(record, merged):
+            continue
+        if computed(record, "merge"):
+            return record
+        newest = newest or record
+    return newest
+
+
+def has_model(record: RunRecord, merged: Ref) -> bool:
+    """Tell whether a run computed a merged model, or found it in the cache."""
+    stage = record.stage("merge")
+    return stage is not None and stage.digest == merged.digest
+
+
+def computed(record: RunRecord, label: str) -> bool:
+    """Tell whether a run computed a stage, rather than finding it in the cache."""
+    stage = record.stage(label)
+    return stage is not None and stage.state == "computed"
+
+
+def _parse(store: Store, name: str, data: bytes) -> RunRecord:
+    try:
+        return RunRecord.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CorruptArtifact(
+            "A run's record cannot be read.",
+            where=f"{store.uri}/{name}",
+            got=f"{'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}",
+            next_step="restore the file from a backup, or remove it; artifacts and promotion log do not depend on it",
+        ) from error
