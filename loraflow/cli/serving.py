@@ -178,12 +178,11 @@ def predict(
             on_batch=_progress(started),
         )
     memo.save()
-    rows, errors, seconds = report["rows"], report["errors"], time.monotonic() - started
-    click.echo(
-        json.dumps(report, ensure_ascii=False)
-        if as_json
-        else f"{rows} rows in {seconds:.1f} s, {errors} with an error: {target}"
-    )
+    rows, errors = report["rows"], report["errors"]
+    if as_json:
+        click.echo(json.dumps(report, ensure_ascii=False))
+    else:
+        click.echo(f"{rows} rows in {time.monotonic() - started:.1f} s, {errors} with an error: {target}")
     if errors:
         raise Failure(
             f"{errors} of {rows} rows have no answer.",

@@ -164,7 +164,8 @@ def _recipe_parts(champion: Champion) -> list[str]:
 
 def _data_parts(champion: Champion) -> list[str]:
     data = champion.dataset
-    rows = ", ".join(f"{count} {name} rows" for name, count in data.rows.items())
+    names = {"train": "training", "heldout": "held-out"}
+    rows = ", ".join(f"{count} {names.get(name, name)} rows" for name, count in data.rows.items())
     lines = [f"md5 {data.md5 or 'not recorded'}" + (f", {rows}" if rows else "")]
     if data.source:
         repo = f" of {data.repo}" if data.repo not in (None, ".") else ""
