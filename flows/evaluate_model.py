@@ -1,16 +1,17 @@
-"""Scores of a model on a recipe's held-out rows. (A file named evaluate.py would shadow the library of that name.)"""
+"""Score a model on a recipe's held-out rows. (A file named evaluate.py would shadow the library of that name.)"""
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import flow
 from prefect.runtime import flow_run
+from pydantic import JsonValue
 
-from loraflow.execution.direct import score_model
-from loraflow.flows.parameters import NO_SETTINGS, RecipeName
+from loraflow.execution.runner import find_scorable_model, with_model
+from loraflow.flows.parameters import NO_SETTINGS, RecipeName, Settings
 from loraflow.tasks.report import publish_scores
 from loraflow.tasks.run import open_run
+from loraflow.tasks.stages import check_dataset, resolve_base, version_dataset
+from loraflow.tasks.stages import evaluate as task_evaluate
 
 
 def _run_name() -> str:
@@ -19,8 +20,8 @@ def _run_name() -> str:
 
 @flow(name="evaluate", flow_run_name=_run_name, validate_parameters=True)
 def evaluate(
-    model: str = "champion", recipe: RecipeName = "quickstart", settings: dict[str, Any] = NO_SETTINGS
-) -> dict[str, Any]:
+    model: str = "champion", recipe: RecipeName = "quickstart", settings: Settings = NO_SETTINGS
+) -> dict[str, JsonValue]:
     """Score a model on the held-out rows of a recipe, by its protocol.
 
     Args:
@@ -29,5 +30,8 @@ def evaluate(
         settings: Any other key of the recipe, such as {"evaluation.max_rows": 50}.
     """
     with open_run(recipe, settings, []) as run:
-        folder, scores = score_model(run, model)
-        return publish_scores(run, model, folder, scores)
+        found = find_scorable_model(run.workspace, model)
+        rows = check_dataset(run, dataset=version_dataset(run))
+        run.workspace, ref = with_model(run.workspace, found)
+        scores = task_evaluate(run, model=ref or resolve_base(run), rows=rows)
+        return publish_scores(run, model, found.folder, scores)

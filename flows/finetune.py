@@ -5,15 +5,17 @@ loraflow run configs/quickstart.yaml
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import flow
+from pydantic import JsonValue
 
-from loraflow.flows.parameters import AS_THE_RECIPE_SAYS, NO_SETTINGS, NO_STAGES, Overrides, RecipeName, StageName
+from loraflow.flows.parameters import NO_OVERRIDES, NO_SETTINGS, NO_STAGES, Overrides, RecipeName, Settings, StageName
 from loraflow.flows.pipeline import pipeline
+from loraflow.registry.runs import RunSummary
 from loraflow.tasks.approval import ask_for_approval, refuse_without_deployment
-from loraflow.tasks.decisions import gate, publish, register
 from loraflow.tasks.events import announce_decision
+from loraflow.tasks.gate import gate
+from loraflow.tasks.publish import publish
+from loraflow.tasks.register import register
 from loraflow.tasks.report import publish_report
 from loraflow.tasks.run import Run, open_run
 from loraflow.tasks.run_name import run_name
@@ -22,11 +24,11 @@ from loraflow.tasks.run_name import run_name
 @flow(name="finetune", flow_run_name=run_name, validate_parameters=True)
 def finetune(
     recipe: RecipeName = "quickstart",
-    overrides: Overrides = AS_THE_RECIPE_SAYS,
+    overrides: Overrides = NO_OVERRIDES,
     force: list[StageName] = NO_STAGES,
     approval: bool = False,
-    settings: dict[str, Any] = NO_SETTINGS,
-) -> dict[str, Any]:
+    settings: Settings = NO_SETTINGS,
+) -> dict[str, JsonValue]:
     """Fine-tune a model by a recipe, and promote it if it is better than base and champion.
 
     Args:
@@ -39,18 +41,19 @@ def finetune(
     if approval:
         refuse_without_deployment()
     with open_run(recipe, {**settings, **overrides.settings()}, list(force)) as run:
-        return make_model(run, approval)
+        return make_model(run, approval).model_dump(mode="json")
 
 
-def make_model(run: Run, approval: bool) -> dict[str, Any]:
-    """Walk the DAG, decide, register, report."""
-    made = run.until_whole(pipeline)
-    decision = gate(run.jobs, made)
+def make_model(run: Run, approval: bool) -> RunSummary:
+    """Run the pipeline, decide, register, publish, report."""
+    result = run.until_intact(pipeline)
+    decision = gate(run.workspace, result)
     if approval:
-        ask_for_approval(run, made, decision)
-    entry = register(run.jobs, made, decision)
-    announce_decision(run.jobs.recipe.register_.model, decision, entry)
-    summary = run.summary(made, decision, entry)
-    summary["published"] = publish(run.jobs, made, summary)
-    publish_report(run, made, summary)
+        decision = ask_for_approval(run, result, decision)
+    registration = register(run.workspace, result, decision)
+    announce_decision(run.workspace.recipe.register_.model, registration)
+    run.summarize(result, registration)
+    published = publish(run, result)
+    summary = run.keep_summary(published)
+    publish_report(run, result, summary)
     return summary

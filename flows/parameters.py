@@ -29,7 +29,8 @@ class RecipeChoice:
 
 RecipeName = Annotated[str, RecipeChoice()]
 NO_STAGES: list[StageName] = []
-NO_SETTINGS: dict[str, Any] = {}
+Settings = dict[str, Any]  # dotted keys of the recipe and their values; JsonValue would show no form in the UI
+NO_SETTINGS: Settings = {}
 
 
 class _Empty:
@@ -98,7 +99,7 @@ class Overrides(BaseModel):
         return out
 
 
-AS_THE_RECIPE_SAYS = Overrides()
+NO_OVERRIDES = Overrides()
 _KEYS = {
     "epochs": "training_config.num_train_epochs",
     "learning_rate": "training_config.learning_rate",

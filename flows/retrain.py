@@ -1,20 +1,20 @@
-"""Retraining, by schedule or when a dataset changes: the newest dataset of a branch through the whole flow.
+"""Retrain by schedule, or when a dataset changes: run a recipe on the newest dataset of a branch.
 
-Nothing new is said in seconds, by a state of the name UpToDate.
+A run that finds nothing new ends within seconds, in a state named UpToDate.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
+from pydantic import JsonValue
 
 from loraflow.config import load_recipe
 from loraflow.data.git_branch import newest
 from loraflow.flows.finetune import make_model
-from loraflow.flows.parameters import NO_SETTINGS, RecipeName
+from loraflow.flows.parameters import NO_SETTINGS, RecipeName, Settings
+from loraflow.registry.runs import RunSummary
 from loraflow.tasks.approval import refuse_without_deployment
 from loraflow.tasks.run import open_run
 from loraflow.tasks.run_name import run_name
@@ -25,8 +25,8 @@ def retrain(
     recipe: RecipeName = "quickstart",
     branch: str = "main",
     approval: bool = False,
-    settings: dict[str, Any] = NO_SETTINGS,
-) -> dict[str, Any] | State:
+    settings: Settings = NO_SETTINGS,
+) -> dict[str, JsonValue] | State[dict[str, JsonValue]]:
     """Run a recipe on the newest dataset of a branch, and promote the model if it beats the champion.
 
     Args:
@@ -40,14 +40,19 @@ def retrain(
     found = newest(load_recipe(recipe, settings).data.repo, branch)
     with open_run(recipe, {**settings, **found.settings()}, []) as run:
         summary = make_model(run, approval)
-    return summary if is_news(summary) else Completed(name="UpToDate", message=why_not(summary), data=summary)
+    document = summary.model_dump(mode="json")
+    if is_news(summary):
+        return document
+    return Completed(name="UpToDate", message=why_up_to_date(summary), data=document)
 
 
-def is_news(summary: dict[str, Any]) -> bool:
+def is_news(summary: RunSummary) -> bool:
     """Tell whether a run computed or decided anything."""
-    return summary["decision"]["verdict"] != "unchanged" or any(one["state"] != "cached" for one in summary["stages"])
+    decided = summary.decision is not None and summary.decision.verdict != "unchanged"
+    return decided or any(stage.state != "cached" for stage in summary.stages)
 
 
-def why_not(summary: dict[str, Any]) -> str:
-    """Say why there was nothing to do."""
-    return f"Every stage is cached, and {'; '.join(summary['decision']['reasons'])}."
+def why_up_to_date(summary: RunSummary) -> str:
+    """Return why there was nothing to do."""
+    reasons = summary.decision.reasons if summary.decision else []
+    return f"Every stage is cached, and {'; '.join(reasons)}."

@@ -1,4 +1,4 @@
-"""One stage of another run, on this worker: what `runtime.placement` sends here. Refs travel, and the store is shared."""
+"""Compute one stage of another run on this worker, as its `runtime.placement` asks. Both share the artifact store."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from prefect.states import Failed, State
 from loraflow.execution.parent_death import end_with_parent
 from loraflow.failures import Failure, from_os_error
 from loraflow.store import require_intact
-from loraflow.tasks.placement import accept, say
-from loraflow.tasks.stages import run_here
+from loraflow.tasks.compute import compute_here
+from loraflow.tasks.placement import accept, failure_message
 
 
 @flow(name="stage", flow_run_name="{label}", persist_result=False)
-def stage(job: dict[str, Any], store: str, label: str, force: bool = False) -> State | None:
+def stage(job: dict[str, Any], store: str, label: str, force: bool = False) -> State[None] | None:
     """Compute one stage of another run and put its artifact into the shared store.
 
     Args:
-        job: The stage's job, as the run that wants it has built it.
-        store: The store that both reach.
-        label: What people call the stage.
-        force: Compute it although it is in the store.
+        job: The stage's job, as the other run has built it.
+        store: The artifact store that both runs share.
+        label: The stage's name in the UI.
+        force: Compute the stage although its artifact is in the store.
     """
     end_with_parent()
     try:
@@ -30,10 +30,10 @@ def stage(job: dict[str, Any], store: str, label: str, force: bool = False) -> S
         with artifacts.reader_lock():
             for ref in accepted.inputs.values():
                 require_intact(artifacts, ref)
-            run_here(accepted, artifacts, label, force=force)
+            compute_here(accepted, artifacts, label, force=force)
     except (Failure, OSError) as error:
         failure = error if isinstance(error, Failure) else from_os_error(error, store)
         if failure is None:
             raise
-        return Failed(message=say(failure))
+        return Failed(message=failure_message(failure))
     return None

@@ -63,6 +63,11 @@ class Job(BaseModel, Generic[C]):
         """The first characters of the fingerprint, for messages."""
         return identity.short(self.fingerprint)
 
+    @property
+    def pool(self) -> str | None:
+        """The deployment `stage/<pool>` that computes the job; None is this machine."""
+        return next((pool for stage, pool in self.runtime.placement.items() if stage == self.stage), None)
+
     def with_runtime(self, **changes: JsonValue) -> Job[C]:
         """Return the same job with other runtime settings. Its fingerprint stays."""
         return self.model_copy(update={"runtime": self.runtime.model_copy(update=changes)})

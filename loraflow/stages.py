@@ -8,13 +8,14 @@ A change to a stage that can change its result raises its version; a golden test
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from loraflow.config import Recipe
 from loraflow.config import stage_configs as configs
 from loraflow.config.stage_configs import JobRuntime, StageConfig, Surroundings
+from loraflow.failures import BadConfig
 
 _TEMPLATE = ("loraflow.data.loss_mask", "loraflow.data.alignment", "loraflow.data.template")
 
@@ -217,3 +218,16 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (VERSION_DATASET, CHECK_DATASET, RESOLVE_BASE, TOKENIZE, TRAIN, MERGE, VERIFY, EVALUATE)
 }
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """Refuse names that are not stages.
+
+    Raises:
+        BadConfig: there is no such stage.
+    """
+    unknown = [name for name in names if name not in STAGES]
+    if unknown:
+        raise BadConfig(
+            "There is no such stage.", where=where, expected=f"one of {', '.join(STAGES)}", got=", ".join(unknown)
+        )

@@ -1,18 +1,21 @@
-"""A person's word before a promotion: the run leaves its worker meanwhile, and goes on, all cached, with the answer."""
+"""Ask a person before a promotion. The run leaves its worker, and resumes with the answer; its stages are cached then."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from dataclasses import replace
 
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from prefect.runtime import deployment
 from pydantic import Field
 
+from loraflow.evaluation.values import Decision
+from loraflow.execution.results import PipelineResult
 from loraflow.failures import BadConfig
-from loraflow.tasks.decisions import overrule
+from loraflow.tasks.gate import remember
 from loraflow.tasks.report import comparison_table
+from loraflow.tasks.run import Run
 
 log = logging.getLogger("loraflow")
 WAIT = 7 * 24 * 3600  # seconds; a run that nobody answers within a week fails
@@ -30,41 +33,44 @@ class Promotion(RunInput):
 
 
 def refuse_without_deployment() -> None:
-    """Refuse approval where the run could not be taken up again.
+    """Refuse approval for a run that could not be resumed.
 
     Raises:
-        BadConfig: nobody could answer: the run belongs to no deployment.
+        BadConfig: the run belongs to no deployment.
     """
     if not deployment.id:
         raise BadConfig(
-            "Approval needs a run of a deployment: only such a run can be left and taken up again.",
+            "Approval needs a run of a deployment: only such a run can be suspended and resumed.",
             where="approval",
             expected="a run from Prefect's UI",
             next_step="`loraflow up`, then run finetune from its page; or `loraflow promote RUN --reason …` afterwards",
         )
 
 
-def ask_for_approval(run: Any, made: Any, decision: dict[str, Any]) -> None:
-    """Before a promotion, leave the run until a person has answered; a no is a decision that reruns respect."""
-    if decision["verdict"] != "promote":
-        return
+def ask_for_approval(run: Run, result: PipelineResult, decision: Decision) -> Decision:
+    """Before a promotion, leave the run until a person has answered. A no is a decision that reruns respect."""
+    if decision.verdict != "promote":
+        return decision
+    workspace = run.workspace
     text = "\n".join(
         [
-            f"# {run.jobs.recipe.name}: promote?",
+            f"# {workspace.recipe.name}: promote?",
             "",
-            *[f"- {reason}" for reason in decision["reasons"]],
+            *[f"- {reason}" for reason in decision.reasons],
             "",
-            *comparison_table(run.metrics(made)),
+            *comparison_table(run.scores(result)),
         ]
     )
     form = Promotion.with_initial_data(description=text, promote=False, reason="")
-    # The key is the head of the log: a run that resumes to find another champion asks anew.
-    answer = suspend_flow_run(wait_for_input=form, timeout=WAIT, key=f"promotion-{(decision['seen'] or 'none')[:12]}")
+    # The key is the head of the log: a run that resumes and finds another champion asks again.
+    head = workspace.seen_head
+    key = f"promotion-{(head.hash if head else 'none')[:12]}"
+    answer = suspend_flow_run(wait_for_input=form, timeout=WAIT, key=key)
     assert answer is not None
     words = f": {answer.reason}" if answer.reason else ""
     if answer.promote:
-        decision["reasons"] = [*decision["reasons"], f"approved by hand{words}"]
-        return
-    decision |= {"verdict": "reject", "reasons": [f"declined by hand{words}"]}
-    overrule(run.jobs, made, decision)
-    log.warning("not promoted: %s", decision["reasons"][0])
+        return replace(decision, reasons=[*decision.reasons, f"approved by hand{words}"])
+    declined = replace(decision, verdict="reject", reasons=[f"declined by hand{words}"])
+    remember(workspace, result, declined)
+    log.warning("not promoted: %s", declined.reasons[0])
+    return declined

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import httpx
 from prefect.client.orchestration import get_client
 from prefect.events import Event, Resource, emit_event
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import get_current_settings
 
+from loraflow.execution.results import Registration
 from loraflow.failures import Network
 
 DATASET = "loraflow.dataset.updated"
@@ -18,27 +17,28 @@ REJECTED = "loraflow.challenger.rejected"
 WAITS = "loraflow.run.waits"
 
 
-def announce_waiting(run: Any) -> None:
-    """Say of a run that suspended itself that nothing more will be heard of it, and that it shall not be ended for that.
+def announce_waiting(run_id: str) -> None:
+    """Tell the server that a run suspended itself, so that the automation for missing heartbeats leaves it alone.
 
-    Heartbeats go on until the flow's function ends, and come to the server later than a state does. This event takes the
-    same way, so that it comes after them.
+    Heartbeats go on until the flow's function ends, and reach the server later than a state does. This event takes the
+    same way, so it arrives after them.
     """
-    emit_event(WAITS, {"prefect.resource.id": f"prefect.flow-run.{run}"})
+    emit_event(WAITS, {"prefect.resource.id": f"prefect.flow-run.{run_id}"})
 
 
-def announce_decision(model: str, decision: dict[str, Any], entry: int | None) -> None:
-    """Emit what became of a challenger."""
+def announce_decision(model: str, registration: Registration) -> None:
+    """Emit an event for a promotion, or for a rejection."""
+    decision, entry = registration.decision, registration.entry
     resource = {"prefect.resource.id": f"loraflow.model.{model}", "prefect.resource.name": model}
-    payload = {"model": model, "reasons": "; ".join(decision["reasons"])}
+    payload = {"model": model, "reasons": "; ".join(decision.reasons)}
     if entry is not None:
         emit_event(CHAMPION, resource, payload={**payload, "entry": entry})
-    elif decision["verdict"] == "reject":
+    elif decision.verdict == "reject":
         emit_event(REJECTED, resource, payload=payload)
 
 
 def announce_dataset(name: str, md5: str, commit: str) -> str | None:
-    """Tell the configured server of a new dataset, and return its address; None where no server is configured.
+    """Notify the configured server of a new dataset, and return its address; None where no server is configured.
 
     Raises:
         Network: the server does not take it.
@@ -56,7 +56,7 @@ def announce_dataset(name: str, md5: str, commit: str) -> str | None:
             client.request("POST", "/events", json=[event.model_dump(mode="json")]).raise_for_status()
     except (httpx.HTTPError, PrefectHTTPStatusError) as error:
         raise Network(
-            "The dataset is versioned, but Prefect's server was not told.",
+            "The dataset is versioned, but Prefect's server was not notified.",
             where=str(url),
             got=f"{type(error).__name__}: {error}".splitlines()[0],
             next_step="start the server, then the same command again; or run retrain from the UI",

@@ -1,4 +1,4 @@
-"""One heavy stage at a time on a host's GPU: a limit of the server's that people see and may raise, or a lock here."""
+"""Let one stage at a time use a host's GPU: by a limit on the server, which people can see and raise, or by a lock."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import get_current_settings
 
+from loraflow.config.stage_configs import StageConfig
 from loraflow.job import Job
+from loraflow.stages import STAGES
 from loraflow.store.lock import flock
 
 log = logging.getLogger("loraflow")
-ON_GPU = {"train", "evaluate", "verify"}
 
 
 def limit_name() -> str:
@@ -46,9 +47,9 @@ def has_gpu() -> bool:
 
 
 @contextmanager
-def gpu_lease(job: Job) -> Iterator[None]:
+def gpu_lease(job: Job[StageConfig]) -> Iterator[None]:
     """Hold the GPU while a job computes, if it computes there."""
-    if job.stage not in ON_GPU or job.runtime.get("device") == "cpu" or not has_gpu():
+    if not STAGES[job.stage].uses_gpu or job.runtime.device == "cpu" or not has_gpu():
         yield
     elif get_current_settings().api.url:
         with get_client(sync_client=True) as client:

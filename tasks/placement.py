@@ -1,7 +1,7 @@
-"""Stages that another pool's worker computes: sent through the deployment `stage/<name>`, watched, and ended with us.
+"""Stages on other work pools: started through the deployment `stage/<name>`, watched, and cancelled with this run.
 
-`runtime.placement` names the deployment of a stage. Parameters and states go through Prefect's server, artifacts
-through the store that both sides reach. A failure comes back as the one that it was.
+`runtime.placement` names the deployment of a stage. Parameters and states go through Prefect's server, artifacts through
+the store that both sides share. A failure on the other side is raised here as the same failure.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import json
 import logging
 import platform
 import time
-from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import DeploymentStatus, FlowRun, StateType, WorkerStatus
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Cancelling
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
+from loraflow.config.stage_configs import StageConfig
 from loraflow.failures import BadConfig, Crashed, Failure, Killed, Network, from_dict
 from loraflow.job import Job
 from loraflow.stages import STAGES
@@ -31,8 +31,8 @@ PATIENCE = 120.0  # seconds that a stage waits for a first worker of its pool; b
 _MARK = "failure: "
 
 
-def place(job: Job, store: Store, label: str, name: str, *, force: bool) -> Ref:
-    """Have a stage computed through the deployment `stage/<name>` and return the artifact that is in the store then.
+def compute_on_pool(job: Job[StageConfig], store: Store, label: str, name: str, *, force: bool) -> Ref:
+    """Compute a stage through the deployment `stage/<name>` and return the artifact from the shared store.
 
     Raises:
         Failure: the stage's own; or there is no such deployment, no worker, or the run was cancelled.
@@ -128,7 +128,7 @@ def _raise_failure(run: FlowRun, label: str, name: str) -> None:
 # on the other side
 
 
-def accept(job: dict[str, Any], store: str) -> tuple[Job, Store]:
+def accept(job: dict[str, JsonValue], store: str) -> tuple[Job[StageConfig], Store]:
     """Check that this worker can do a job as it is meant, and return it with the store.
 
     Raises:
@@ -136,7 +136,7 @@ def accept(job: dict[str, Any], store: str) -> tuple[Job, Store]:
         Network: the store does not answer.
     """
     here = f"worker on {platform.node()}"
-    stage = STAGES.get(job.get("stage", ""))
+    stage = STAGES.get(str(job.get("stage", "")))
     if stage is None or stage.version != job.get("version"):
         raise BadConfig(
             "The worker has other code than the run.",
@@ -146,7 +146,7 @@ def accept(job: dict[str, Any], store: str) -> tuple[Job, Store]:
             next_step="bring both to the same version of loraflow and start the worker again",
         )
     try:
-        accepted = Job.model_validate(job)
+        accepted = Job[StageConfig].model_validate(job)
     except ValidationError as error:
         raise BadConfig(
             "The worker does not understand the job: it has other code than the run.",
@@ -178,6 +178,6 @@ def _other_store(store: Store, got: str) -> BadConfig:
     )
 
 
-def say(failure: Failure) -> str:
-    """Return a failure as a state's message: readable, and with a last line that `place` raises it from."""
+def failure_message(failure: Failure) -> str:
+    """Return a failure as a state's message. `compute_on_pool` raises the failure again from its last line."""
     return f"{failure}\n{_MARK}{json.dumps(failure.to_dict(), default=str)}"

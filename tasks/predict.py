@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
-from typing import Any
 
 from prefect import task
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 
 from loraflow.serving.chat import Sampling
 from loraflow.serving.models import find_model
-from loraflow.serving.predict import predict
+from loraflow.serving.predict import PredictionReport, predict
 from loraflow.store import open_store
 from loraflow.store.files import HashMemo
-from loraflow.tasks.stages import RETRIES, RETRY_DELAYS, UPDATE_EVERY, is_retryable
+from loraflow.tasks.progress import ProgressArtifact
+from loraflow.tasks.stage_task import RETRIES, RETRY_DELAYS, is_retryable
 
 log = logging.getLogger("loraflow")
 
@@ -32,12 +30,12 @@ log = logging.getLogger("loraflow")
 )
 def predict_file(
     model: str, source: str, target: str, store: str, column: str | None, max_new_tokens: int, batch_size: int
-) -> dict[str, Any]:
+) -> PredictionReport:
     """Answer a file's rows; return how many there were, and how many have an error in place of an answer."""
-    place = open_store(store)
-    memo = HashMemo(place.scratch / "hashes.json")
-    with place.reader_lock():
-        found = find_model(place, model)
+    artifacts = open_store(store)
+    memo = HashMemo(artifacts.scratch / "hashes.json")
+    with artifacts.reader_lock():
+        found = find_model(artifacts, model)
         done = predict(
             found,
             Path(source),
@@ -47,30 +45,9 @@ def predict_file(
             system=found.system,
             batch_size=batch_size,
             memo=memo,
-            on_batch=_Shown(),
+            on_batch=ProgressArtifact("predict").show,
         )
     memo.save()
     if done["errors"]:
         log.warning("%d of %d rows have no answer; the column `error` says why", done["errors"], done["rows"])
     return done
-
-
-class _Shown:
-    """Progress as one artifact in the UI, updated now and then."""
-
-    def __init__(self) -> None:
-        self.artifact: Any = None
-        self.last = 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self.last < UPDATE_EVERY and done < total:
-            return
-        self.last = time.monotonic()
-        text = f"predict {done}/{total}"
-        log.info("%s", text)
-        if self.artifact is None:
-            self.artifact = create_progress_artifact(
-                progress=100 * done / total, key="predict-progress", description=text
-            )
-        else:
-            update_progress_artifact(self.artifact, progress=100 * done / total, description=text)  # type: ignore[unused-coroutine]

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from loraflow.evaluation.values import Decision
-from loraflow.execution.results import PipelineResult
+from loraflow.execution.results import PipelineResult, Registration
 from loraflow.execution.workspace import Workspace
 from loraflow.registry.log import Moved, actor
 
 log = logging.getLogger("loraflow")
 MOVED = "another run promoted a model in the meantime; run again to compare with that model"
-
-
-@dataclass(frozen=True)
-class Registration:
-    """What became of a decision: the decision itself, and the number of the log's entry if a model was promoted."""
-
-    decision: Decision
-    entry: int | None = None
 
 
 @task(name="register", task_run_name="register", cache_policy=NO_CACHE, persist_result=False)

@@ -21,12 +21,14 @@ from loraflow.data import dvc
 from loraflow.data.git import head_commit
 from loraflow.execution.cache import OTHER_CODE, Lookup, look_up
 from loraflow.execution.parent_death import end_with_parent
+from loraflow.execution.results import PipelineResult, Registration
 from loraflow.execution.workspace import Workspace
-from loraflow.failures import BadConfig, CorruptArtifact, Failure, from_os_error
+from loraflow.failures import CorruptArtifact, Failure, from_os_error
 from loraflow.job import Job
 from loraflow.registry.log import actor
-from loraflow.registry.runs import RunRecord, RunSummary, StageRun
-from loraflow.stages import STAGES, Stage
+from loraflow.registry.runs import Decision as RecordedDecision
+from loraflow.registry.runs import Publication, RunRecord, RunState, RunSummary, Scores, StageRun, read_scores
+from loraflow.stages import Stage, check_names
 from loraflow.store import Ref, require_intact
 from loraflow.store.gc import collect
 from loraflow.tasks.compute import compute_here
@@ -86,7 +88,7 @@ class Run:
         return ref
 
     def _compute(self, job: Job[StageConfig], label: str, *, force: bool) -> Ref:
-        store, pool = self.workspace.store, self.workspace.recipe.runtime.placement.get(job.stage)
+        store, pool = self.workspace.store, job.pool
         if pool is not None:  # the worker there hashes the inputs that it reads
             return compute_on_pool(job, store, label, pool, force=force)
         for ref in job.inputs.values():
@@ -108,10 +110,35 @@ class Run:
             next_step="check the disk; `loraflow verify --deep` checks the whole store",
         )
 
-    def record(self, error: BaseException | None) -> None:
-        """Write the run's record. A store that cannot be written to is reported by the failure that came before."""
-        waiting = isinstance(error, Pause)  # for a person's approval
-        record = RunRecord(
+    def scores(self, result: PipelineResult) -> dict[str, Scores | None]:
+        """Return the scores of base, tuned and champion."""
+        sides = {"base": result.base_scores, "tuned": result.tuned_scores, "champion": result.champion_scores}
+        return {side: read_scores(self.workspace.store, ref) if ref else None for side, ref in sides.items()}
+
+    def summarize(self, result: PipelineResult, registration: Registration) -> RunSummary:
+        """Return the run as the one JSON document that `--json` prints, and keep it for the record."""
+        store, decision = self.workspace.store, registration.decision
+        self.summary = RunSummary(
+            run=self.id,
+            recipe=self.workspace.recipe.name,
+            stages=list(self.stages.values()),
+            metrics=self.scores(result),
+            decision=RecordedDecision(verdict=decision.verdict, reasons=decision.reasons),
+            registered=registration.entry,
+            adapter=f"{store.location(result.adapter)}/adapter",
+            merged=store.location(result.merged),
+        )
+        return self.summary
+
+    def keep_summary(self, published: Publication | None) -> RunSummary:
+        """Return the summary with the upload to the hub in it, and keep it for the record."""
+        assert self.summary is not None
+        self.summary = self.summary.model_copy(update={"published": published})
+        return self.summary
+
+    def as_record(self, state: RunState = "running", error: str | None = None) -> RunRecord:
+        """Return the run's record as it is now."""
+        return RunRecord(
             run=self.id,
             recipe=self.workspace.recipe.name,
             recipe_text=self.recipe_text,
@@ -121,11 +148,20 @@ class Run:
             actor=actor(),
             commit=head_commit(Path.cwd()),
             prefect_run=str(flow_run.id) if flow_run.id else None,
-            state="done" if error is None else "waiting" if waiting else "failed",
-            error=None if error is None or waiting else f"{type(error).__name__}: {error}".splitlines()[0],
+            state=state,
+            error=error,
             stages=list(self.stages.values()),
             summary=self.summary,
         )
+
+    def write_record(self, error: BaseException | None) -> None:
+        """Write the run's record. A store that cannot be written to is reported by the failure that came before."""
+        if error is None:
+            record = self.as_record("done")
+        elif isinstance(error, Pause):  # for a person's approval
+            record = self.as_record("waiting")
+        else:
+            record = self.as_record("failed", f"{type(error).__name__}: {error}".splitlines()[0])
         with suppress(OSError, Failure):
             self.workspace.store.write_document(f"runs/{self.id}.json", record.document)
 
@@ -133,11 +169,7 @@ class Run:
 @contextmanager
 def open_run(recipe: str, overrides: dict[str, JsonValue], force: list[str]) -> Iterator[Run]:
     """Load the recipe, look at dataset and base, and keep `gc` from removing anything until the run ends."""
-    unknown = [name for name in force if name not in STAGES]
-    if unknown:
-        raise BadConfig(
-            "There is no such stage.", where="--force", expected=f"one of {', '.join(STAGES)}", got=", ".join(unknown)
-        )
+    check_names(force, "--force")
     if deployment.id:  # a process of its own, which a killed Prefect worker would leave behind
         end_with_parent()
         log.setLevel(logging.INFO)
@@ -158,7 +190,7 @@ def open_run(recipe: str, overrides: dict[str, JsonValue], force: list[str]) -> 
             raise
         finally:
             workspace.save()
-            run.record(error)
+            run.write_record(error)
     if any(stage.state == "computed" for stage in run.stages.values()):
         _clean_up(workspace)
 

@@ -11,7 +11,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.runtime import flow_run
 
 from loraflow import identity
-from loraflow.execution.plan import Jobs
+from loraflow.execution.workspace import Workspace
 from loraflow.stages import STAGES
 
 log = logging.getLogger("loraflow")
@@ -23,17 +23,18 @@ def run_name() -> str:
     return Path(flow_run.parameters["recipe"]).stem
 
 
-def full_name(jobs: Jobs) -> str:
+def full_name(workspace: Workspace) -> str:
     """Return recipe, md5 of the dataset, and a fingerprint over what every stage takes from the recipe."""
-    known = {**jobs.dataset, **jobs.base, "metric_modules": jobs.metric_modules}
-    slices = {name: stage.slice(jobs.recipe, known) for name, stage in STAGES.items()}
-    whole = identity.fingerprint({"dataset": jobs.dataset["md5"], "stages": slices})
-    return f"{jobs.recipe.name} {jobs.dataset['md5'][:SHOWN]} {whole[:SHOWN]}"
+    configs = {name: stage.config.from_recipe(workspace.recipe, workspace) for name, stage in STAGES.items()}
+    slices = {name: config.identity() for name, config in configs.items()}
+    md5 = workspace.dataset.md5
+    whole = identity.fingerprint({"dataset": md5, "stages": slices})
+    return f"{workspace.recipe.name} {md5[:SHOWN]} {whole[:SHOWN]}"
 
 
-def show_name(jobs: Jobs) -> None:
-    """Give the run its full name. A server that does not take it stops nothing."""
-    name = full_name(jobs)
+def show_name(workspace: Workspace) -> None:
+    """Give the run its full name. The run goes on if the server refuses it."""
+    name = full_name(workspace)
     if not flow_run.id:
         return
     try:

@@ -28,7 +28,7 @@ def is_retryable(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     return isinstance(error, Failure) and error.retryable
 
 
-class StageTask(Task[P, Ref]):
+class StageTask(Task[P, Ref | State[Ref]]):
     """A task whose call returns the artifact.
 
     A cache hit ends as a state with the name Cached, a reason and the artifact as data. Prefect returns such a state as
@@ -37,7 +37,7 @@ class StageTask(Task[P, Ref]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Ref:  # type: ignore[override]
         """Run the task and return its artifact."""
-        result: Ref | State[Ref] = super().__call__(*args, **kwargs)
+        result = super().__call__(*args, **kwargs)
         return result.result() if isinstance(result, State) else result
 
 

@@ -5,15 +5,11 @@ python -m loraflow.flows.server.child PARENT_PID server start --port 4242
 
 from __future__ import annotations
 
-import os
 import runpy
-import signal
 import sys
-import threading
-import time
 from typing import Any
 
-from loraflow.execution.parent_death import end_with_parent
+from loraflow.execution.parent_death import end_group_with_parent
 
 GRACE = 25.0  # seconds; a training that is asked to end saves a checkpoint in up to 20
 
@@ -37,16 +33,7 @@ def lock_before_reading() -> None:
 
 def main() -> None:
     """Tie this process to its parent, then become the command `prefect`."""
-    parent = int(sys.argv[1])
-    end_with_parent()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        time.sleep(GRACE)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_group_with_parent(int(sys.argv[1]), GRACE)
     sys.argv = ["prefect", *sys.argv[2:]]
     if sys.argv[1:3] == ["server", "start"]:
         lock_before_reading()

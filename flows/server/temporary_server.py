@@ -8,7 +8,6 @@ import threading
 from pathlib import Path
 
 from prefect.client.base import ServerType, determine_server_type
-from prefect.server.api.server import SubprocessASGIServer
 
 _watchdogs: list[subprocess.Popen[bytes]] = []  # the pipes to them close with this process, and not before
 
@@ -20,6 +19,8 @@ def start_temporary_server() -> None:
     """
     if determine_server_type() is not ServerType.EPHEMERAL:
         return
+    from prefect.server.api.server import SubprocessASGIServer  # a second and a half, which PREFECT_API_URL saves
+
     server = SubprocessASGIServer()
     if server.running:
         return

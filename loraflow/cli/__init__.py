@@ -1,7 +1,7 @@
-"""The command `loraflow`. Each command's code is imported when it is called, so that `--help` is quick.
+"""The command `loraflow`. Each command's module is imported when it is called, so that `--help` is fast.
 
-Exit status: 0 done, whatever the gate decided · 1 a stage failed · 2 wrong usage or recipe · 3 with --strict-gate, when
-nothing was promoted · 130 interrupted.
+Exit status: 0 success, whatever the gate decided · 1 failure · 2 wrong usage or recipe · 3 nothing was promoted, with
+--strict-gate · 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,36 +11,39 @@ import logging
 import os
 import signal
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from loraflow import __version__
 from loraflow.failures import Failure
 
-# command → (module, what `--help` says)
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+# command → (module, its line in `--help`)
 COMMANDS = {
     "init": ("loraflow.cli.init", "Make a recipe and a versioned dataset from your own file."),
-    "run": ("loraflow.cli.run", "Run a recipe here: data to registered model."),
-    "plan": ("loraflow.cli.plan", "Say what a run will do, and why."),
-    "data": ("loraflow.cli.data", "The dataset alone: add, check, pull, diff."),
+    "run": ("loraflow.cli.run", "Run a recipe on this machine, from dataset to registered model."),
+    "plan": ("loraflow.cli.plan", "Show which stages of a recipe will run, and why."),
+    "data": ("loraflow.cli.data", "Version, check, pull and compare datasets."),
     "evaluate": ("loraflow.cli.models", "Score a model on a recipe's held-out rows."),
     "merge": ("loraflow.cli.models", "Merge an adapter into a base."),
-    "adapters": ("loraflow.cli.adapters", "Adapters from elsewhere: convert, split, fuse."),
+    "adapters": ("loraflow.cli.adapters", "Convert adapters from other tools."),
     "chat": ("loraflow.cli.serving", "Talk to a model."),
     "predict": ("loraflow.cli.serving", "Answer a file of chats."),
     "serve": ("loraflow.cli.serving", "Serve a model with an OpenAI-compatible server."),
-    "publish": ("loraflow.cli.serving", "Put a model on the hub, with a card."),
-    "runs": ("loraflow.cli.store", "List what was run."),
-    "show": ("loraflow.cli.store", "Show a run, an artifact or the champion, with its lineage."),
-    "verify": ("loraflow.cli.store", "Check the store; --deep reads every byte."),
-    "gc": ("loraflow.cli.store", "Remove what no run needs."),
+    "publish": ("loraflow.cli.serving", "Publish a model on the hub, with a card."),
+    "runs": ("loraflow.cli.store", "List all runs."),
+    "show": ("loraflow.cli.show", "Show a run, an artifact, or the champion and its lineage."),
+    "verify": ("loraflow.cli.store", "Check the artifacts in the store; --deep reads every byte."),
+    "gc": ("loraflow.cli.store", "Remove old models and abandoned work from the store."),
     "registry": ("loraflow.cli.registry", "Show the promotion log."),
     "promote": ("loraflow.cli.registry", "Make a run's model the champion by hand."),
-    "rollback": ("loraflow.cli.registry", "Go back to the champion before this one."),
-    "up": ("loraflow.cli.deploy", "Start Prefect's server, a worker and all deployments here."),
-    "deploy": ("loraflow.cli.deploy", "Put the deployments onto the server at PREFECT_API_URL."),
-    "doctor": ("loraflow.cli.doctor", "Say what this machine can do, and what is missing."),
+    "rollback": ("loraflow.cli.registry", "Return to the champion before this one."),
+    "up": ("loraflow.cli.deploy", "Start a Prefect server, a worker and all deployments on this machine."),
+    "deploy": ("loraflow.cli.deploy", "Create or update the deployments on the server at PREFECT_API_URL."),
+    "doctor": ("loraflow.cli.doctor", "Show what this machine supports and what is missing."),
 }
 
 
@@ -48,14 +51,15 @@ class Lazy(click.Group):
     """A group whose commands are imported when they are called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the commands, in the order in which they are used."""
+        """Return the names of the commands, in the order of use."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """Import a command."""
         if name not in COMMANDS:
             return None
-        return getattr(importlib.import_module(COMMANDS[name][0]), name)
+        command: click.Command = getattr(importlib.import_module(COMMANDS[name][0]), name)
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
@@ -76,13 +80,13 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command, and turn failures into a message and an exit status."""
+    """Run the command. Turn a failure into a message and an exit status."""
     if sys.platform == "win32":
         sys.exit("loraflow runs on Linux and macOS; on Windows use WSL.")
     settle_environment()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what ends at exit ends: prefect's own server
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit handlers run: they stop a temporary Prefect server
     try:
-        code = cli.main(standalone_mode=False)  # a command's own exit status comes back as a value
+        code = cli.main(standalone_mode=False)  # returns the exit status of click.exceptions.Exit
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
         error.show()
@@ -101,7 +105,7 @@ def main() -> None:
 
 
 def settle_environment() -> None:
-    """Set what libraries read at import: quiet, private, patient with a first start."""
+    """Set the variables that libraries read at import: less output, no telemetry, time for a first start."""
     for name, value in {
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # the first start migrates a database
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -117,25 +121,31 @@ def settle_environment() -> None:
 
 
 def quiet_logging(level: int = logging.WARNING) -> None:
-    """Send our own log to stderr, where prefect does not take care of it."""
+    """Log to stderr, for commands that do not start Prefect, which sets up its own logging."""
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr)
 
 
-def parse_sets(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """Read `--set key=value` options, values as in a recipe."""
+def parse_sets(pairs: tuple[str, ...]) -> dict[str, JsonValue]:
+    """Parse `--set key=value` options. Values are written as in a recipe.
+
+    Raises:
+        BadConfig: an option is not key=value, or its value is not a plain YAML value.
+    """
     from loraflow.config import yaml
     from loraflow.failures import BadConfig
 
-    out: dict[str, Any] = {}
+    overrides: dict[str, JsonValue] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            raise BadConfig("--set wants key=value.", where=f"--set {pair}", expected="training_config.seed=1")
+            raise BadConfig("--set needs key=value.", where=f"--set {pair}", expected="training_config.seed=1")
         try:
-            out[key.strip()] = yaml.scalar(text) if text.strip() else ""
+            overrides[key.strip()] = yaml.scalar(text) if text.strip() else ""
         except yaml.Syntax as error:
-            raise BadConfig("--set has no plain value.", where=f"--set {pair}", got=str(error)) from error
-    return out
+            raise BadConfig(
+                "The value of --set is not a plain value.", where=f"--set {pair}", got=str(error)
+            ) from error
+    return overrides
 
 
 set_option = click.option(
@@ -143,6 +153,10 @@ set_option = click.option(
     "sets",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change a key of the recipe, such as training_config.seed=1.",
+    help="Override a key of the recipe, such as training_config.seed=1.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document; logs go to stderr.")
+store_option = click.option(
+    "--store", default=".loraflow/store", show_default=True, help="The store: a folder, or s3://bucket/prefix."
+)
+model_option = click.option("--model", help="Name in the registry (register.model); needed if there are several.")

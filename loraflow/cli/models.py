@@ -22,22 +22,19 @@ def evaluate(model: str, recipe: str, sets: tuple[str, ...], as_json: bool) -> N
     """Score MODEL (champion, a run's id, or a folder) on the held-out rows of RECIPE, by its protocol."""
     quiet_logging(logging.INFO)
     from loraflow.config import load_recipe
-    from loraflow.execution.direct import Direct, score_model
+    from loraflow.execution.runner import score_model
+    from loraflow.registry.runs import dump_scores, read_scores
 
-    walk = Direct(load_recipe(recipe, parse_sets(sets)))
-    with walk.jobs.store.reader_lock():
-        folder, scores = score_model(walk, model)
-        walk.jobs.save()
-    metrics = walk.jobs.store.manifest(scores).report["metrics"]
+    workspace, found, ref = score_model(load_recipe(recipe, parse_sets(sets)), model)
+    scores, location = read_scores(workspace.store, ref), workspace.store.location(ref)
     if as_json:
-        click.echo(json.dumps({"model": str(folder), "metrics": metrics, "uri": walk.jobs.store.location(scores)}))
+        click.echo(json.dumps({"model": str(found.folder), "metrics": dump_scores(scores), "uri": location}))
         return
-    for name, part in metrics.items():
-        for metric, one in part.items():
-            click.echo(
-                f"{name:<14} {metric:<14} {one['value']:8.4f}  {one['low']:.4f}–{one['high']:.4f}  ({one['n']} rows)"
-            )
-    click.echo(f"row by row: {walk.jobs.store.location(scores)}/scores.parquet")
+    for name, part in scores.items():
+        for metric, score in part.items():
+            interval = f"{score.low:.4f}–{score.high:.4f}"
+            click.echo(f"{name:<14} {metric:<14} {score.value:8.4f}  {interval}  ({score.n} rows)")
+    click.echo(f"row by row: {location}/scores.parquet")
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""`loraflow registry, promote, rollback`: the champion by hand."""
+"""`loraflow registry, promote, rollback`: show the promotion log, and change the champion by hand."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import json
 
 import click
 
-from loraflow.cli import json_option
-from loraflow.cli.store import read_runs, store_option
-from loraflow.failures import BadConfig, Failure
+from loraflow.cli import json_option, model_option, store_option
+from loraflow.failures import BadConfig, CorruptArtifact, Failure
 from loraflow.identity import short
 from loraflow.registry.log import Moved, PromotionLog, actor
+from loraflow.registry.runs import RunRecord, read_run
 from loraflow.serving.models import only_model
-from loraflow.store import Ref, open_store
+from loraflow.store import Ref, Store, open_store
 
-model_option = click.option("--model", help="Name in the registry (register.model); the only one by default.")
+reason_option = click.option("--reason", required=True, help="The reason, for readers of the promotion log.")
 
 
 @click.command()
@@ -22,77 +22,88 @@ model_option = click.option("--model", help="Name in the registry (register.mode
 @model_option
 @json_option
 def registry(store: str, model: str | None, as_json: bool) -> None:
-    """Show the promotion log; the last line is in force."""
-    where = open_store(store)
-    model = model or only_model(where)
-    entries = PromotionLog(where, model).entries()
+    """Show the promotion log of a model, oldest entry first. The last entry is in force."""
+    opened = open_store(store)
+    model = model or only_model(opened)
+    entries = PromotionLog(opened, model).entries()
     if as_json:
         click.echo(json.dumps([entry.model_dump() for entry in entries], ensure_ascii=False))
         return
     for entry in entries:
-        inputs = ", ".join(f"{k} {v}" for k, v in entry.inputs.items())
+        inputs = ", ".join(f"{name} {value}" for name, value in entry.inputs.items())
         click.echo(
             f"{entry.seq:>4}  {entry.time}  {entry.action:<8}  {short(entry.merged.digest)}  {entry.actor}  ({inputs})"
         )
         for reason in entry.reasons:
             click.echo(f"      {reason}")
     if entries:
-        click.echo(f"\nchampion  {where.location(entries[-1].merged)}")
+        click.echo(f"\nchampion  {opened.location(entries[-1].merged)}")
     else:
-        click.echo(f"no model of the name {model} was promoted yet")
+        click.echo(f"no model named {model} was promoted yet")
 
 
 @click.command()
 @click.argument("run")
-@click.option("--reason", required=True, help="Why, for whoever reads the log.")
+@reason_option
 @store_option
 def promote(run: str, reason: str, store: str) -> None:
-    """Make the model of RUN (an id of `loraflow runs`) the champion, whatever the gate said."""
-    where = open_store(store)
-    record = next((one for one in read_runs(where) if one["run"] == run and one["summary"]), None)
-    if record is None:
+    """Make the model of RUN (an id of `loraflow runs`) the champion, whatever the gate decided."""
+    opened = open_store(store)
+    record = read_run(opened, run)
+    if record is None or record.summary is None or record.model is None:
         raise BadConfig("There is no such finished run.", where=run, next_step="loraflow runs")
-    model = record["resolved"]["register"]["model"]
-    log = PromotionLog(where, model)
+    log = PromotionLog(opened, record.model)
     head = log.head()
-    refs: dict[str, Ref] = {}
-    for stage in record["stages"]:
-        if stage["stage"] in ("merge", "train"):
-            found = where.find(stage["stage"], stage["fingerprint"])
-            if found is None or found.digest != stage["digest"]:
-                raise Failure(f"The {stage['stage']} artifact of {run} is gone.", where=store, next_step="run it again")
-            refs[stage["stage"]] = found
-    if head is not None and head.merged.digest == refs["merge"].digest:
-        click.echo(f"it is the champion of {model} already")
+    merged, adapter = (_artifact(opened, record, stage) for stage in ("merge", "train"))
+    if head is not None and head.merged.digest == merged.digest:
+        click.echo(f"this model is the champion of {log.model} already")
         return
     try:
         entry = log.append(
             head,
             action="promote",
-            merged=refs["merge"],
-            adapter=refs["train"],
-            inputs={"recipe": record["recipe"], "run": run},
+            merged=merged,
+            adapter=adapter,
+            inputs={"recipe": record.recipe, "run": run},
             reasons=[reason],
             actor=actor(),
         )
     except Moved:
-        raise Failure(
-            "Another run promoted a model this moment.", next_step="look at `loraflow registry`, then again"
-        ) from None
-    click.echo(f"entry {entry.seq}: {short(entry.merged.digest)} is the champion of {model}")
+        raise _changed_meanwhile() from None
+    click.echo(f"entry {entry.seq}: {short(entry.merged.digest)} is the champion of {log.model}")
+
+
+def _artifact(store: Store, record: RunRecord, stage: str) -> Ref:
+    """Return the artifact of a run's stage.
+
+    Raises:
+        CorruptArtifact: it is gone.
+    """
+    done = record.stage(stage)
+    found = store.find(stage, done.fingerprint) if done else None
+    if done is None or found is None or found.digest != done.digest:
+        raise CorruptArtifact(
+            f"The {stage} artifact of {record.run} is gone.", where=store.uri, next_step="run its recipe again"
+        )
+    return found
 
 
 @click.command()
-@click.option("--reason", required=True, help="Why, for whoever reads the log.")
+@reason_option
 @store_option
 @model_option
 def rollback(reason: str, store: str, model: str | None) -> None:
-    """Go back to the champion before this one. A rerun leaves it so."""
-    where = open_store(store)
+    """Return to the champion before this one. Later runs do not promote the same model again."""
+    opened = open_store(store)
     try:
-        entry = PromotionLog(where, model or only_model(where)).rollback(reason, actor())
+        entry = PromotionLog(opened, model or only_model(opened)).rollback(reason, actor())
     except Moved:
-        raise Failure(
-            "Another run promoted a model this moment.", next_step="look at `loraflow registry`, then again"
-        ) from None
+        raise _changed_meanwhile() from None
     click.echo(f"entry {entry.seq}: back to {short(entry.merged.digest)}")
+
+
+def _changed_meanwhile() -> Failure:
+    return Failure(
+        "Another process changed the champion at the same time.",
+        next_step="look at `loraflow registry`, then run the command again",
+    )

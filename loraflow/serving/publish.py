@@ -1,6 +1,6 @@
-"""Put a model on the hub: one commit of weights, tokenizer and card. Opt-in; nothing else of loraflow uploads anything.
+"""Publish a model on the hub: one commit of weights, tokenizer and card. Nothing else in loraflow uploads anything.
 
-The token comes from the environment (HF_TOKEN, or the login of `hf auth login`), and goes into requests only.
+The token comes from the environment (HF_TOKEN, or the login of `hf auth login`) and is sent in requests only.
 """
 
 from __future__ import annotations
@@ -13,35 +13,43 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from loraflow.failures import BadConfig, BadModel, Failure, Network
 from loraflow.identity import short
-from loraflow.serving.card import Facts, gather, hub_files, write_card
+from loraflow.registry.runs import Publication
+from loraflow.serving.card import Facts, What, gather, write_card
 from loraflow.serving.models import Model
 from loraflow.store import Store, open_store
+from loraflow.store.base import MANIFEST
 from loraflow.store.files import HashMemo
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 STALE = (".safetensors", ".safetensors.index.json")
+_MERGED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 _PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "base_model_name_or_path")
 
 
 @contextmanager
-def package(store: Store, model: Model, repo: str, what: str, licence: str | None) -> Iterator[tuple[Path, Facts]]:
-    """Lay out what will be uploaded: links to the weights, copies of what has to lose a local path, and the card.
+def package(store: Store, model: Model, repo: str, what: What, licence: str | None) -> Iterator[tuple[Path, Facts]]:
+    """Prepare the upload in a temporary folder: links to the weights, edited copies of configurations, and the card.
 
     Raises:
-        BadConfig: the repository's name, or an adapter where a merged model is wanted, or the other way round.
+        BadConfig: the repository's name is wrong, or the model is an adapter where a merged model is wanted, or the
+            other way round.
         BadModel: a file still holds a path of this machine.
     """
     if not REPO.fullmatch(repo):
-        raise BadConfig("A repository is ORG/NAME.", where="--repo", got=repo)
-    model = _as(store, model, what)
+        raise BadConfig("The repository's name is not ORG/NAME.", where="--repo", got=repo)
+    model = _select(store, model, what)
     facts = gather(model, model.digest(HashMemo(None)), licence)
     with tempfile.TemporaryDirectory(prefix="loraflow-publish-") as name:
         folder = Path(name)
-        for target, file in hub_files(model, what).items():
+        for target, file in _hub_files(model, what).items():
             if target in ("config.json", "tokenizer_config.json", "adapter_config.json"):
                 (folder / target).write_text(_without_paths(file, facts), encoding="utf-8")
             else:
@@ -52,9 +60,9 @@ def package(store: Store, model: Model, repo: str, what: str, licence: str | Non
 
 
 def publish(
-    store: Store, model: Model, repo: str, *, what: str, private: bool, licence: str | None = None
-) -> dict[str, Any]:
-    """Upload a model in one commit and return `repo`, `url` and `commit`. What the repository has already is not sent.
+    store: Store, model: Model, repo: str, *, what: What, private: bool, licence: str | None = None
+) -> Publication:
+    """Upload a model in one commit. Files that the repository already has are not sent again.
 
     Raises:
         BadConfig: there is no token, the hub refuses it, or the repository is public and should be private.
@@ -67,40 +75,40 @@ def publish(
     token = _token()
     if token is None:
         raise BadConfig(
-            "There is no token for the hub.", where="HF_TOKEN", next_step="set HF_TOKEN to one that may write"
+            "There is no token for the hub.", where="HF_TOKEN", next_step="set HF_TOKEN to a token with write access"
         )
     api = HfApi(token=token)
     huggingface_hub.utils.disable_progress_bars()
     try:
-        known = gather(_as(store, model, what), "", licence)
+        known = gather(_select(store, model, what), "", licence)
         licence = known.licence or (_licence(api, known.base) if known.base else None)
         with package(store, model, repo, what, licence) as (folder, facts):
             api.create_repo(repo, private=private, exist_ok=True)
             if private and not api.model_info(repo).private:
                 raise BadConfig(
-                    "The repository is public, and this should be private.",
+                    "The repository is public, and this model should be private.",
                     where=repo,
                     next_step="name another repository, or publish with --public",
                 )
-            done = api.create_commit(repo, _operations(api, repo, folder), commit_message=facts.subject)
+            commit = api.create_commit(repo, _operations(api, repo, folder), commit_message=facts.subject)
     except HfHubHTTPError as error:
         raise _refusal(error, repo, token) from None
     except (HTTPError, OSError) as error:
         raise Network(
             "The hub did not answer.",
             where=repo,
-            got=_said(error, token),
-            next_step="run it again: nothing is sent twice",
+            got=_first_line(error, token),
+            next_step="run the command again: files that arrived are not sent again",
         ) from None
-    result = {"repo": repo, "what": what, "url": str(done.commit_url), "commit": done.oid}
-    _remember(store, model, result)
-    return result
+    publication = Publication(repo=repo, what=what, url=str(commit.commit_url), commit=commit.oid)
+    _remember(store, model, publication)
+    return publication
 
 
-def _operations(api: Any, repo: str, folder: Path) -> list[Any]:
-    """Return all that one commit does: a folder's upload by the hub's library may come in several, and be seen half done.
+def _operations(api: HfApi, repo: str, folder: Path) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """Return all operations of one commit. (The library's own upload of a folder may make several commits.)
 
-    Weights of an earlier commit that are not among these go: other shards would lie beside them.
+    Weights of an earlier commit that are not uploaded now are deleted, or its other shards would stay in the repository.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -112,25 +120,27 @@ def _operations(api: Any, repo: str, folder: Path) -> list[Any]:
     ]
 
 
-def published(store: Store, model: Model, repo: str, what: str) -> dict[str, Any] | None:
-    """Return what was published of this very model to a repository, if it was."""
-    data = store.read_document(_record(model, repo, what))
-    return json.loads(data) if data is not None else None
+def published(store: Store, model: Model, repo: str, what: What) -> Publication | None:
+    """Return the earlier upload of this very model to a repository; None if there was none."""
+    data = store.read_document(_record_name(model, repo, what))
+    return Publication.model_validate_json(data) if data is not None else None
 
 
-def _remember(store: Store, model: Model, result: dict[str, Any]) -> None:
-    if model.ref is not None:  # a folder of somebody's own leaves no trace in the store
-        said = {**result, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        store.write_document(_record(model, result["repo"], result["what"]), json.dumps(said, indent=1).encode())
+def _remember(store: Store, model: Model, publication: Publication) -> None:
+    if model.ref is None or publication.what is None:  # a folder outside the store leaves no record in it
+        return
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    document = publication.model_copy(update={"time": now}).model_dump_json(indent=1)
+    store.write_document(_record_name(model, publication.repo, publication.what), document.encode())
 
 
-def _record(model: Model, repo: str, what: str) -> str:
+def _record_name(model: Model, repo: str, what: What) -> str:
     digest = short(model.ref.digest) if model.ref else "folder"
     return f"runs/published/{digest}-{what}-{repo.replace('/', '--')}.json"
 
 
-def _as(store: Store, model: Model, what: str) -> Model:
-    """Return the model as what shall be published: the adapter of a merged one is in the store."""
+def _select(store: Store, model: Model, what: What) -> Model:
+    """Return the model in the form to publish. The adapter of a merged model is in the store."""
     if what == "merged":
         model.refuse_unmerged("Publishing")
         return model
@@ -145,8 +155,20 @@ def _as(store: Store, model: Model, what: str) -> Model:
     return replace(model, base=model.base or model.folder)
 
 
+def _hub_files(model: Model, what: What) -> dict[str, Path]:
+    """Return {name in the repository: file}: weights, configuration, tokenizer and template, and nothing else."""
+    from loraflow.base.resolve import TOKENIZER_FILES
+
+    if what == "merged":
+        paths = [path for path in sorted(model.folder.iterdir()) if path.is_file() and path.name != MANIFEST]
+        return {path.name: path for path in paths if path.suffix in _MERGED_SUFFIXES}
+    assert model.adapter is not None and model.base is not None
+    files = {name: model.adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")}
+    return files | {path.name: path for path in sorted(model.base.iterdir()) if path.name.startswith(TOKENIZER_FILES)}
+
+
 def _without_paths(file: Path, facts: Facts) -> str:
-    """Return a configuration without the names of local folders; an adapter's names its base on the hub."""
+    """Return a configuration without the names of local folders. An adapter's configuration names its base on the hub."""
     values = json.loads(file.read_text(encoding="utf-8"))
     for key in _PATHS:
         if isinstance(values.get(key), str):
@@ -165,28 +187,30 @@ def _refuse_leaks(folder: Path, secrets: list[str]) -> None:
             raise BadModel(
                 "A file holds a path of this machine, or the token; nothing was sent.",
                 where=path.name,
-                next_step="remove it from the model's file, and run again",
+                next_step="remove it from the model's file, then run the command again",
             )
 
 
 def _token() -> str | None:
     from huggingface_hub import get_token
 
-    return get_token()
+    token: str | None = get_token()
+    return token
 
 
-def _licence(api: Any, base: str) -> str | None:
-    """Ask the hub for the licence of a base. A base that it does not know has none on the card."""
+def _licence(api: HfApi, base: str) -> str | None:
+    """Ask the hub for the licence of a base; None if it does not know the base."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         card = api.model_info(base).card_data
     except HfHubHTTPError:
         return None
-    return card.get("license") if card else None
+    licence: str | None = card.get("license") if card else None
+    return licence
 
 
-def _refusal(error: Any, repo: str, token: str) -> Failure:
+def _refusal(error: HfHubHTTPError, repo: str, token: str) -> Failure:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     status = error.response.status_code if error.response is not None else None
@@ -194,11 +218,13 @@ def _refusal(error: Any, repo: str, token: str) -> Failure:
         return BadConfig(
             "The hub refuses the token for this repository.",
             where=repo,
-            got=_said(error, token),
-            next_step="set HF_TOKEN to one that may write there",
+            got=_first_line(error, token),
+            next_step="set HF_TOKEN to a token that may write there",
         )
-    return Network("The hub answered with an error.", where=repo, got=_said(error, token), next_step="run it again")
+    return Network(
+        "The hub answered with an error.", where=repo, got=_first_line(error, token), next_step="run the command again"
+    )
 
 
-def _said(error: BaseException, token: str) -> str:
+def _first_line(error: BaseException, token: str) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200].replace(token, "…")

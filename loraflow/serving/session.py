@@ -1,9 +1,8 @@
-"""`loraflow chat` at the keyboard or from a pipe: a line is a message, unless it begins with a slash."""
+"""The session of `loraflow chat`, interactive or from a pipe: each line is a message, or a command such as /reset."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -11,52 +10,61 @@ from loraflow.failures import Failure
 from loraflow.serving.chat import Chat, Sampling
 
 HELP = """\
-/reset                 forget what was said
-/system TEXT           set the system message and begin anew; /system alone takes it away
+/reset                 forget the conversation
+/system TEXT           set the system message and start again; without TEXT, remove it
 /set                   show temperature, top_p, max_new_tokens and seed
-/set temperature 0.7   change one of them (seed none: another answer each time)
-/help                  this text
+/set temperature 0.7   change one of them (seed none: a different answer each time)
+/help                  show this text
 /quit                  end; so does Ctrl-D. Ctrl-C ends an answer, not the program
-//text                 a message that begins with a slash"""
+//text                 send a message that begins with a slash"""
 
 
 class Quit(Exception):
-    """The person asked to end."""
+    """The user entered /quit."""
 
 
 class Session:
-    """One model, or base and tuned side by side: each has a conversation of its own, with the same questions."""
+    """One model, or base and tuned side by side: each has its own conversation, with the same questions.
+
+    Args:
+        chats: name shown before the answers → conversation.
+        write: takes the text of answers.
+        note: takes all other text, one line at a time.
+        interactive: after Ctrl-C or an error ask for the next line; a pipe ends instead.
+    """
 
     def __init__(
-        self, chats: dict[str, Chat], write: Callable[[str], Any], note: Callable[[str], Any], *, person: bool = True
+        self,
+        chats: dict[str, Chat],
+        write: Callable[[str], None],
+        note: Callable[[str], None],
+        *,
+        interactive: bool = True,
     ):
-        self.chats = chats
-        self.write = write  # answers
-        self.note = note  # all else, a line each
-        self.person = person  # somebody is there to go on after Ctrl-C or an error; a pipe's reader wants it to end
+        self.chats, self.write, self.note, self.interactive = chats, write, note, interactive
 
     def run(self, read: Callable[[], str]) -> None:
-        """Read and answer until the lines end (EOFError) or somebody says /quit."""
+        """Read and answer lines until `read` raises EOFError or a line is /quit."""
         while True:
             try:
                 self.take(read().strip())
             except (EOFError, Quit):
                 return
-            except KeyboardInterrupt:  # at the prompt it drops the line that was begun
-                if not self.person:
+            except KeyboardInterrupt:  # at the prompt, drop the line that was typed so far
+                if not self.interactive:
                     raise
                 self.note("")
             except Failure as failure:
-                if not self.person:
+                if not self.interactive:
                     raise
                 self.note(str(failure))
 
     def take(self, line: str) -> None:
-        """Do what a line says.
+        """Answer a message, or run a command.
 
         Raises:
-            Quit: it says /quit.
-            Failure: it cannot be answered.
+            Quit: the line is /quit.
+            Failure: the message cannot be answered.
         """
         if not line:
             return
@@ -66,7 +74,7 @@ class Session:
             self.ask(line.removeprefix("/") if line.startswith("//") else line)
 
     def ask(self, text: str) -> None:
-        """Have each model answer."""
+        """Let each model answer a message."""
         for name, chat in self.chats.items():
             if token := chat.loaded.control_token_in(text):
                 self.note(f"(the model reads {token} as a control token, not as text)")
@@ -79,10 +87,10 @@ class Session:
             if answer.finish == "length":
                 self.note(f"(cut at {answer.tokens} tokens; /set max_new_tokens allows more)")
             if answer.finish == "interrupted":
-                if not self.person:
+                if not self.interactive:
                     raise KeyboardInterrupt
                 self.note("(interrupted)")
-                return  # the other model is not asked
+                return  # do not ask the other model
 
     def _command(self, name: str, rest: str) -> None:
         if name in ("/quit", "/exit"):
@@ -90,24 +98,24 @@ class Session:
         if name == "/help":
             self.note(HELP)
         elif name == "/reset":
-            self._begin_anew()
+            self._restart()
         elif name == "/system":
             for chat in self.chats.values():
                 chat.system = rest or None
-            self._begin_anew()
+            self._restart()
         elif name == "/set":
             self._set(*_split(rest))
         else:
-            self.note(f"there is no {name}; /help lists what there is, //… sends a message that begins with a slash")
+            self.note(f"there is no {name}; /help lists the commands, //… sends a message that begins with a slash")
 
-    def _begin_anew(self) -> None:
+    def _restart(self) -> None:
         for chat in self.chats.values():
             chat.reset()
 
     def _set(self, key: str, value: str) -> None:
         sampling = next(iter(self.chats.values())).sampling
         if key and key not in Sampling.model_fields:
-            self.note(f"there is no {key}; there are {', '.join(Sampling.model_fields)}")
+            self.note(f"there is no {key}; settings are {', '.join(Sampling.model_fields)}")
             return
         if key:
             try:
@@ -118,7 +126,7 @@ class Session:
                 return
             for chat in self.chats.values():
                 chat.sampling = sampling
-        self.note(", ".join(f"{name} {held}" for name, held in sampling.model_dump().items()))
+        self.note(", ".join(f"{name} {value}" for name, value in sampling.model_dump().items()))
 
 
 def _split(text: str) -> tuple[str, str]:

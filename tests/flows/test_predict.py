@@ -50,7 +50,7 @@ def test_a_model_is_found_by_champion_run_and_path_and_knows_its_base(filled, pl
     for name in ("champion", "champion:tiny", summary["run"], str(merged)):
         found = find_model(store, name)
         assert (found.folder, found.base, found.adapter) == (merged, base, None), name
-        assert found.run["run"] == summary["run"] and found.ref.digest == merged.name
+        assert found.run.run == summary["run"] and found.ref.digest == merged.name
     for name in (adapter, adapter.parent):
         found = find_model(store, str(name))
         assert (found.folder, found.adapter) == (base, adapter)

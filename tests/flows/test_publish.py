@@ -129,6 +129,17 @@ def test_publishing_again_sends_nothing_and_old_shards_go(hub, place, run):
     assert hub.repos["acme/tickets"]["commits"][1]["changed"] == ["model-00001-of-00002.safetensors"]
 
 
+def test_the_record_of_a_publication_is_not_taken_for_a_run(hub, place, run):
+    assert loraflow(place, "publish", run["run"], "--repo", "acme/tickets").exit_code == 0
+    assert list((place.store / "runs" / "published").iterdir())
+    listed = loraflow(place, "runs", "--json")
+    assert listed.exit_code == 0, listed.exception
+    assert [one["run"] for one in json.loads(listed.stdout)] == [run["run"]]
+    shutil.rmtree(place.store / "registry", ignore_errors=True)
+    promoted = loraflow(place, "promote", run["run"], "--reason", "better answers")
+    assert promoted.exit_code == 0 and "is the champion of tiny" in promoted.stdout, promoted.exception
+
+
 def test_a_dry_run_shows_the_card_and_asks_nobody(hub, place, run):
     done = loraflow(place, "publish", run["run"], "--repo", "acme/tickets", "--dry-run")
     assert done.exit_code == 0 and "# tickets" in done.stdout and "model.safetensors" in done.stdout

@@ -39,7 +39,7 @@ def push_data(mine, site, train: list[dict]) -> str:
         "--git-push",
     ]
     done = subprocess.run(command, cwd=mine, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and f"told  {site.url}/api" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and f"notified  {site.url}/api" in done.stdout, done.stdout + done.stderr
     for _ in range(300):
         if new := [run["id"] for run in site.runs() if run["id"] not in before]:
             return new[0]

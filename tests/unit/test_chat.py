@@ -81,7 +81,7 @@ def test_every_stop_id_ends_an_answer_and_none_is_shown(loaded):
 def test_the_history_is_in_the_prompt_and_reset_forgets_it(loaded):
     chat = Chat(loaded, "be brief", Sampling(max_new_tokens=6))
     first = chat.answer("one")
-    assert [m["role"] for m in chat.said] == ["system", "user", "assistant"]
+    assert [m["role"] for m in chat.messages] == ["system", "user", "assistant"]
     second = chat.answer("two")
     history = [
         {"role": "system", "content": "be brief"}, {"role": "user", "content": "one"},
@@ -89,20 +89,20 @@ def test_the_history_is_in_the_prompt_and_reset_forgets_it(loaded):
     ]  # fmt: skip
     assert second.text == greedy(loaded, history, 6)
     chat.reset()
-    assert chat.said == history[:1]
+    assert chat.messages == history[:1]
 
 
 def test_the_oldest_turns_are_forgotten_and_the_system_message_stays(loaded):
     chat = Chat(loaded, "be brief", Sampling(max_new_tokens=100))
     forgotten = [chat.answer(f"what is the tree of {n} and the bird of {n} please").forgotten for n in range(8)]
     assert forgotten[0] == 0 and sum(forgotten) > 0 and all(n % 2 == 0 for n in forgotten)
-    assert chat.said[0]["content"] == "be brief" and chat.said[1]["role"] == "user"
-    (ids,) = loaded.template.prompt_ids([chat.said])
+    assert chat.messages[0]["content"] == "be brief" and chat.messages[1]["role"] == "user"
+    (ids,) = loaded.template.prompt_ids([chat.messages])
     assert len(ids) <= loaded.positions
-    before = list(chat.said)
+    before = list(chat.messages)
     with pytest.raises(Failure, match="does not fit"):
         chat.answer("tree " * 600)
-    assert chat.said == before, "a message that cannot be answered is not remembered"
+    assert chat.messages == before, "a message that cannot be answered is not remembered"
 
 
 def test_sampling_repeats_with_its_seed_only(loaded):
@@ -124,7 +124,7 @@ def test_an_interrupt_ends_the_answer_and_what_was_said_stays(loaded):
 
     answer = chat.answer("red", write)
     assert answer.finish == "interrupted" and 0 < answer.tokens < 450
-    assert chat.said[-1]["content"].startswith("".join(pieces[:3]))
+    assert chat.messages[-1]["content"].startswith("".join(pieces[:3]))
     assert chat.answer("green").finish in ("length", "stop")
 
 
@@ -142,7 +142,7 @@ def test_commands_change_what_they_say(loaded):
     talk.run(lambda: next(lines))
     assert chat.sampling == Sampling(temperature=0.7, max_new_tokens=5)
     assert "less than or equal to 1" in notes[1] and "there is no colour" in notes[2]
-    assert chat.system == "be kind" and [m["content"] for m in chat.said[:2]] == ["be kind", "/slash"]
+    assert chat.system == "be kind" and [m["content"] for m in chat.messages[:2]] == ["be kind", "/slash"]
     assert "there is no /nonsense" in "\n".join(notes) and "/reset" in "\n".join(notes)
     assert next(lines) == "never read"
 
@@ -153,7 +153,7 @@ def test_a_person_goes_on_after_an_error_and_a_pipe_ends(loaded):
     todo = iter(lines)
     talk.run(lambda: next(todo, "/quit"))
     assert "does not fit" in notes[0] and said
-    talk, said, notes = session(loaded, person=False)
+    talk, said, notes = session(loaded, interactive=False)
     with pytest.raises(Failure):
         talk.run(lambda: lines[0])
 
@@ -172,7 +172,7 @@ def test_base_and_tuned_answer_the_same_questions_each_with_its_own_history(load
     alone = Chat(other, None, Sampling(max_new_tokens=5))
     expected = [alone.answer("red").text, alone.answer("green").text]
     assert "".join(said).count("base: ") == 2 and f"tuned: {expected[1]}" in "".join(said)
-    assert [m["content"] for m in chats["tuned"].said if m["role"] == "assistant"] == expected
+    assert [m["content"] for m in chats["tuned"].messages if m["role"] == "assistant"] == expected
 
 
 def test_a_control_token_in_a_message_is_pointed_out(loaded):

@@ -68,7 +68,7 @@ def test_init_takes_a_file_of_any_name_and_says_what_it_does_not_read(tmp_path, 
 
 
 def test_init_does_not_train_on_what_is_called_test(tmp_path, phi3):
-    from loraflow.cli.init import _sides
+    from loraflow.cli.init import _split_by_name
     from loraflow.config import load_recipe
 
     folder = tmp_path / "splits"
@@ -82,8 +82,8 @@ def test_init_does_not_train_on_what_is_called_test(tmp_path, phi3):
     assert "neither trained on nor held out: data/validation-00000-of-00001.jsonl" in done.stdout
     data = load_recipe(str(tmp_path / "configs/mine.yaml")).data
     assert data.train == ["data/train-00000-of-00001.jsonl"] and data.heldout == ["data/test-00000-of-00001.jsonl"]
-    assert _sides(["test.jsonl"]) == (["test.jsonl"], [], []), "a file alone is what there is"
-    assert _sides(["a.json", "dev.json", "devices.json"]) == (["a.json", "devices.json"], ["dev.json"], [])
+    assert _split_by_name(["test.jsonl"]) == (["test.jsonl"], [], []), "a file alone is what there is"
+    assert _split_by_name(["a.json", "dev.json", "devices.json"]) == (["a.json", "devices.json"], ["dev.json"], [])
 
 
 def test_data_check_names_places_and_fails(tmp_path):

@@ -77,7 +77,7 @@ def test_what_was_learned_is_what_is_asked_and_where_it_stops(tmp_path, template
         asked = served.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
         assert ids[:last] == asked
         chat = Chat(loaded, sampling=Sampling(max_new_tokens=1))
-        chat.said = messages[:-1]
+        chat.messages = messages[:-1]
         assert chat._fit()[0] == asked
         learned = {i for i, label in zip(ids, labels, strict=True) if label != IGNORED} & control
         eos = json.loads((out / "generation_config.json").read_text())["eos_token_id"]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -122,6 +123,20 @@ def test_rows_of_two_models_or_inputs_are_never_mixed(phi3, rows, tmp_path):
     with pytest.raises(BadConfig) as caught:
         run(phi3, rows, target)
     assert "another input" in caught.value.got
+
+
+def test_sampled_answers_never_come_from_the_greedy_decoding_of_evaluation(phi3):
+    from loraflow.evaluation.greedy_decoding import decodes
+    from loraflow.serving.predict import _Sampler
+
+    model = load(Model("tiny", phi3), "float32").model
+    on_gpu = SimpleNamespace(
+        device=SimpleNamespace(type="cuda"),
+        config=SimpleNamespace(_attn_implementation="sdpa"),
+        forward=model.forward,
+        generation_config=model.generation_config,
+    )
+    assert decodes(on_gpu) and not decodes(_Sampler(on_gpu, Sampling(temperature=1.0)))
 
 
 BAD = [

@@ -1,0 +1,201 @@
+"""`loraflow show`: a run's report, an artifact's manifest, or the facts about the champion."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from loraflow.cli import json_option, model_option, quiet_logging, store_option
+from loraflow.failures import BadConfig, CorruptArtifact
+from loraflow.identity import short
+from loraflow.store import Manifest, Ref, Store, open_store
+
+if TYPE_CHECKING:
+    from loraflow.serving.champion import Champion, Files, PromotionEntry, RunScores
+
+LABEL = 10  # width of the first column
+MIN_PREFIX = 4  # shortest beginning of a fingerprint or digest that is looked up
+
+
+@click.command()
+@click.argument("what")
+@model_option
+@store_option
+@json_option
+def show(what: str, model: str | None, store: str, as_json: bool) -> None:
+    """Show WHAT: a run's id, `champion` or `champion:NAME`, or the fingerprint or digest of an artifact.
+
+    The first characters of a fingerprint or digest are enough, from four. For the champion: who promoted it and why, and
+    the run, data, base, recipe, scores and files behind it. Exit status 1 if the champion's files are gone or incomplete.
+    """
+    quiet_logging()
+    opened = open_store(store)
+    if what.split(":")[0] == "champion":
+        _show_champion(opened, what.partition(":")[2] or None, model, as_json)
+        return
+    if model is not None:
+        raise BadConfig("--model belongs to `loraflow show champion`.", where=what, next_step="leave --model out")
+    record = opened.read_document(f"runs/{what}.json")
+    if record is not None:
+        report = None if as_json else opened.read_document(f"runs/{what}.md")
+        click.echo((report or record).decode())
+        return
+    ref = _find_artifact(opened, what)
+    if ref is None:
+        raise BadConfig("There is no such run or artifact.", where=what, next_step="loraflow runs")
+    manifest = opened.manifest(ref)
+    if as_json:
+        click.echo(manifest.model_dump_json())
+        return
+    for line in _artifact_lines(opened, ref, manifest):
+        click.echo(line)
+
+
+def _find_artifact(store: Store, prefix: str) -> Ref | None:
+    if len(prefix) < MIN_PREFIX:
+        return None
+    found = (ref for ref in store.artifacts() if ref.fingerprint.startswith(prefix) or ref.digest.startswith(prefix))
+    return next(found, None)
+
+
+def _artifact_lines(store: Store, ref: Ref, manifest: Manifest) -> Iterator[str]:
+    from loraflow.serving.lineage import input_refs
+
+    yield f"{ref}   {store.location(ref)}"
+    yield f"  made      {manifest.provenance['started']} in {manifest.provenance['seconds']} s"
+    yield f"  size      {manifest.size:,} bytes in {len(manifest.files)} files"
+    for name, used in input_refs(store, manifest).items():
+        yield f"  input     {name}: {used}"
+    for key, value in manifest.figures.items():
+        yield f"  {key}: {value}"
+    yield f"  config    {json.dumps(manifest.payload['config'], ensure_ascii=False)}"
+
+
+def _show_champion(store: Store, named: str | None, model: str | None, as_json: bool) -> None:
+    from loraflow.serving.champion import describe_champion
+    from loraflow.serving.models import only_model
+
+    if named and model and named != model:
+        raise BadConfig("Two models are named.", where=f"champion:{named} --model {model}", next_step="leave one out")
+    champion = describe_champion(store, named or model or only_model(store))
+    if as_json:
+        click.echo(json.dumps(champion.model_dump(), ensure_ascii=False))
+    else:
+        for line in _champion_lines(champion):
+            click.echo(line)
+    if champion.merged.problems:
+        raise CorruptArtifact(
+            "The champion's merged model is gone or incomplete.",
+            where=champion.merged.uri,
+            got="; ".join(champion.merged.problems[:3]),
+            next_step="run its recipe again, or go back to the model before it: loraflow rollback --reason …",
+        )
+
+
+def _champion_lines(champion: Champion) -> Iterator[str]:
+    yield f"champion of {champion.model}: merge {short(champion.merged.digest)}"
+    yield ""
+    if champion.in_force.action == "rollback":
+        yield from _entry_lines("rollback", champion.in_force)
+    yield from _entry_lines("promoted", champion.promoted)
+    yield from _run_lines(champion)
+    yield from _rows("recipe", *_recipe_parts(champion))
+    yield from _rows("data", *_data_parts(champion))
+    yield from _rows("base", *_base_parts(champion))
+    if champion.scores is None:
+        yield from _rows("scores", "not recorded: no run with this model has a summary in the store")
+    else:
+        yield from _score_lines(champion.scores)
+    yield from _rows("merged", *_file_parts(champion.merged))
+    if champion.adapter is None:
+        yield from _rows("adapter", "not recorded")
+    else:
+        yield from _rows("adapter", *_file_parts(champion.adapter))
+
+
+def _rows(label: str, *values: str) -> Iterator[str]:
+    """Yield a labelled value; further values are indented below it."""
+    for number, value in enumerate(values):
+        yield f"{label if number == 0 else '':<{LABEL}}{value}"
+
+
+def _entry_lines(label: str, entry: PromotionEntry) -> Iterator[str]:
+    yield from _rows(label, f"{entry.time} by {entry.actor}, entry {entry.entry} of the promotion log", *entry.reasons)
+
+
+def _run_lines(champion: Champion) -> Iterator[str]:
+    run, promoted_by = champion.run, champion.promoted_by_run
+    if run is None:
+        missing = "not recorded: the store has no record of a run with this model"
+        yield from _rows("run", missing, *([f"promoted with run {promoted_by}"] if promoted_by else []))
+        return
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.started))
+    lines = [f"{run.run}, started {started} by {run.actor or 'unknown'}, {run.seconds:.0f} s"]
+    if not run.computed:
+        lines.append("it found the model in the cache; the record of the run that computed it is gone")
+    if promoted_by and promoted_by != run.run:
+        lines.append(f"promoted with run {promoted_by}, which found the model in the cache")
+    lines.append(f"git commit {run.commit}" if run.commit else "not in a git repository")
+    yield from _rows("run", *lines)
+
+
+def _recipe_parts(champion: Champion) -> list[str]:
+    recipe = champion.recipe
+    adapter, training = recipe.settings.get("peft_config", {}), recipe.settings.get("training_config", {})
+    shown = {"r": adapter.get("r"), "lora_alpha": adapter.get("lora_alpha")}
+    shown |= {key: training.get(key) for key in ("learning_rate", "max_steps", "num_train_epochs", "seed")}
+    if training.get("max_steps", -1) == -1:
+        del shown["max_steps"]
+    else:
+        del shown["num_train_epochs"]  # max_steps overrides it
+    texts = {
+        key: f"{value:g}" if isinstance(value, float) else str(value)
+        for key, value in shown.items()
+        if value is not None
+    }
+    settings = ", ".join(f"{key} {text}" for key, text in texts.items())
+    lines = [f"{recipe.name or 'not recorded'}" + (f" ({recipe.method})" if recipe.method else "")]
+    return lines + ([settings] if settings else [])
+
+
+def _data_parts(champion: Champion) -> list[str]:
+    data = champion.dataset
+    names = {"train": "training", "heldout": "held-out"}
+    rows = ", ".join(f"{count} {names.get(name, name)} rows" for name, count in data.rows.items())
+    lines = [f"md5 {data.md5 or 'not recorded'}" + (f", {rows}" if rows else "")]
+    if data.source:
+        repo = f" of {data.repo}" if data.repo not in (None, ".") else ""
+        lines.append(data.source + repo + (f" at revision {data.revision}" if data.revision else ""))
+    if data.commit:
+        lines.append(f"git commit {data.commit}" + ("" if data.revision else ", HEAD at the end of the run"))
+    return lines
+
+
+def _base_parts(champion: Champion) -> list[str]:
+    base = champion.base
+    lines = [base.model or "not recorded"]
+    lines += [f"hub commit {base.commit}"] if base.commit else []
+    lines += [f"content {base.content}"] if base.content else []
+    return [*lines, f"artifact {base.digest}" if base.digest else "artifact not recorded"]
+
+
+def _score_lines(scores: RunScores) -> Iterator[str]:
+    sides = [side for side in ("base", "tuned", "champion") if scores.metrics.get(side)]
+    yield from _rows("scores", f"of run {scores.run}, with {scores.confidence:.0%} intervals")
+    for rows, tuned in (scores.metrics.get("tuned") or {}).items():
+        table = [[f"{rows}, {next(iter(tuned.values())).n} rows", *sides]]
+        for metric in tuned:
+            cells = [(scores.metrics.get(side) or {}).get(rows, {}).get(metric) for side in sides]
+            table.append([f"  {metric}", *(str(score) if score else "" for score in cells)])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
+            line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+            yield f"{'':<{LABEL}}{line}".rstrip()
+
+
+def _file_parts(files: Files) -> list[str]:
+    return [files.uri] + ([f"gone or incomplete: {'; '.join(files.problems[:3])}"] if files.problems else [])

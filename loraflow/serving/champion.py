@@ -1,0 +1,223 @@
+"""Describe the champion: who promoted it and why, and the run, data, base, recipe, scores and files behind it.
+
+The promotion log names the model. The rest comes from the record of its run and from the manifests of its artifacts; each
+of them may be gone, and the other parts are still described. Nothing is downloaded from a bucket but these documents.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from loraflow.registry.log import Entry, PromotionLog
+from loraflow.registry.runs import RunRecord, Scores, computed, has_model, read_runs
+from loraflow.serving.card import Settings, training_settings
+from loraflow.serving.lineage import Lineage, input_refs, read_lineage
+from loraflow.serving.models import champion_entry
+from loraflow.store import Ref, Store
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PromotionEntry(_Part):
+    """An entry of the promotion log."""
+
+    entry: int
+    action: str  # promote or rollback
+    time: str
+    actor: str
+    reasons: list[str]
+
+
+class ModelRun(_Part):
+    """The run that made the model."""
+
+    run: str
+    computed: bool  # False: every run on record found the model in the cache, and this is the newest of them
+    state: str
+    started: float  # seconds since 1970
+    seconds: float
+    actor: str | None
+    commit: str | None  # HEAD of the project's git repository
+
+
+class Dataset(_Part):
+    """The dataset.
+
+    `commit` is the git commit of the revision that the recipe names. Without a revision, the .dvc file came from the work
+    tree of the project, and `commit` is its HEAD at the end of the run.
+    """
+
+    md5: str | None
+    source: str | None
+    repo: str | None
+    revision: str | None
+    commit: str | None
+    rows: dict[str, int]
+
+
+class BaseModelSource(_Part):
+    """The base model: its name in the recipe, what identifies its files, and the digest of its artifact."""
+
+    model: str | None
+    commit: str | None  # of the hub
+    content: str | None  # sha256 over the files of a folder, or of the bundled GGUF file
+    digest: str | None
+
+
+class RecipeFacts(_Part):
+    """The recipe, and the settings that say how the model was made."""
+
+    name: str | None
+    method: str | None
+    settings: Settings
+
+
+class RunScores(_Part):
+    """The scores of a run: base, tuned (this model), and the champion at that time."""
+
+    run: str
+    confidence: float  # of the intervals
+    metrics: dict[str, Scores | None]
+
+
+class Files(_Part):
+    """An artifact's place in the store, and what is wrong with its files."""
+
+    digest: str
+    uri: str
+    problems: list[str]
+
+
+class Champion(_Part):
+    """The facts about a registered model in use. None: the store does not know (any more)."""
+
+    model: str
+    in_force: PromotionEntry
+    promoted: PromotionEntry  # the same entry, unless a rollback returned to this model
+    promoted_by_run: str | None
+    run: ModelRun | None
+    dataset: Dataset
+    base: BaseModelSource
+    recipe: RecipeFacts
+    scores: RunScores | None
+    merged: Files
+    adapter: Files | None
+
+
+def describe_champion(store: Store, model: str) -> Champion:
+    """Collect the facts about the champion of a registered model.
+
+    Raises:
+        BadConfig: the model has no champion.
+        CorruptArtifact: the promotion log is damaged.
+    """
+    head = champion_entry(store, model)
+    promoted = _promotion(PromotionLog(store, model), head)
+    runs = [run for run in reversed(read_runs(store)) if has_model(run, head.merged)]
+    made_by = next((run for run in runs if computed(run, "merge")), runs[0] if runs else None)
+    promoted_by = next((run for run in runs if _promoted(run, promoted)), None)
+    scored = next((run for run in (promoted_by, made_by, *runs) if run is not None and run.summary is not None), None)
+    adapter = _adapter(store, head)
+    lineage = read_lineage(adapter)
+    return Champion(
+        model=model,
+        in_force=_entry(head),
+        promoted=_entry(promoted),
+        promoted_by_run=promoted_by.run if promoted_by else promoted.inputs.get("run"),
+        run=_run(made_by) if made_by else None,
+        dataset=_dataset(lineage, made_by, promoted),
+        base=_base(lineage, made_by, promoted),
+        recipe=_recipe(made_by, promoted),
+        scores=_scores(scored) if scored else None,
+        merged=_files(store, head.merged),
+        adapter=_files(store, adapter, "/adapter") if adapter else None,
+    )
+
+
+def _promotion(log: PromotionLog, head: Entry) -> Entry:
+    """Return the newest promotion of the model in force: a rollback returns to an earlier one."""
+    promotions = [
+        entry for entry in log.entries() if entry.action == "promote" and entry.merged.digest == head.merged.digest
+    ]
+    return promotions[-1] if promotions else head
+
+
+def _promoted(run: RunRecord, entry: Entry) -> bool:
+    """Tell whether a run wrote an entry, or a person promoted its model with this entry."""
+    if entry.inputs.get("run") == run.run:
+        return True
+    return run.model == entry.model and run.summary is not None and run.summary.registered == entry.seq
+
+
+def _adapter(store: Store, head: Entry) -> Ref | None:
+    if head.adapter is not None or store.check(head.merged):
+        return head.adapter
+    return input_refs(store, store.manifest(head.merged)).get("adapter")
+
+
+def _entry(entry: Entry) -> PromotionEntry:
+    return PromotionEntry(
+        entry=entry.seq, action=entry.action, time=entry.time, actor=entry.actor, reasons=entry.reasons
+    )
+
+
+def _run(record: RunRecord) -> ModelRun:
+    return ModelRun(
+        run=record.run,
+        computed=computed(record, "merge"),
+        state=record.state,
+        started=record.started,
+        seconds=record.seconds,
+        actor=record.actor,
+        commit=record.commit,
+    )
+
+
+def _dataset(lineage: Lineage, record: RunRecord | None, promoted: Entry) -> Dataset:
+    source, repo, revision = (_setting(record, "data", key) for key in ("source", "repo", "rev"))
+    commit = lineage.dataset_commit
+    if record and source and source.endswith(".dvc") and repo == "." and revision is None:
+        commit = record.commit
+    return Dataset(
+        md5=lineage.dataset or promoted.inputs.get("dataset"),
+        source=source,
+        repo=repo,
+        revision=revision,
+        commit=commit,
+        rows=lineage.rows,
+    )
+
+
+def _base(lineage: Lineage, record: RunRecord | None, promoted: Entry) -> BaseModelSource:
+    stage = record.stage("resolve_base") if record else None
+    return BaseModelSource(
+        model=_setting(record, "base", "model") or promoted.inputs.get("base") or lineage.base.hub,
+        commit=lineage.base.commit,
+        content=lineage.base.content or lineage.base.gguf,
+        digest=lineage.base_digest or (stage.digest if stage else None),
+    )
+
+
+def _recipe(record: RunRecord | None, promoted: Entry) -> RecipeFacts:
+    method = record.resolved.get("method") if record else None
+    return RecipeFacts(
+        name=record.recipe if record else promoted.inputs.get("recipe"),
+        method=method if isinstance(method, str) else None,
+        settings=training_settings(record) if record and record.resolved else {},
+    )
+
+
+def _scores(record: RunRecord) -> RunScores:
+    metrics = record.summary.metrics if record.summary else {}
+    return RunScores(run=record.run, confidence=record.confidence, metrics=metrics)
+
+
+def _files(store: Store, ref: Ref, folder: str = "") -> Files:
+    return Files(digest=ref.digest, uri=store.location(ref) + folder, problems=store.check(ref))
+
+
+def _setting(record: RunRecord | None, section: str, key: str) -> str | None:
+    value = record.section(section).get(key) if record else None
+    return value if isinstance(value, str) else None

@@ -1,0 +1,99 @@
+"""What a model was made from, as far as the artifacts are still in the store: dataset, rows, base, libraries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pydantic import BaseModel, ConfigDict
+
+from loraflow.store import Manifest, Ref, Store, open_store
+
+_LIBRARIES = ("torch", "transformers", "peft", "trl")
+
+
+class _Read(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class BaseSource(_Read):
+    """What identifies a base model's files: a commit of the hub, the hash of a GGUF file, or of a folder's content."""
+
+    hub: str | None = None
+    commit: str | None = None
+    gguf: str | None = None
+    content: str | None = None
+
+
+class _BaseConfig(_Read):
+    source: BaseSource = BaseSource()
+    repack: str | None = None
+
+
+class _DatasetConfig(_Read):
+    md5: str
+
+
+class _DatasetOrigin(_Read):
+    commit: str | None = None  # where the recipe names a revision
+
+
+class _Runtime(_Read):
+    origin: _DatasetOrigin = _DatasetOrigin()
+
+
+class _Provenance(_Read):
+    versions: dict[str, str] = {}
+    runtime: _Runtime = _Runtime()
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What an adapter was made from. None and empty: the artifact that knew it is gone."""
+
+    dataset: str | None = None  # the md5 that DVC pins
+    dataset_commit: str | None = None  # git commit of the revision that the recipe names
+    rows: dict[str, int] = field(default_factory=dict)  # train and heldout → rows
+    base: BaseSource = field(default_factory=BaseSource)
+    base_digest: str | None = None  # of the base's artifact
+    repacked: bool = False  # the base's projections were fused: its adapter does not fit the model on the hub
+    versions: dict[str, str] = field(default_factory=dict)  # library → version that trained
+
+
+def input_refs(store: Store, manifest: Manifest) -> dict[str, Ref]:
+    """Return the refs of an artifact's inputs. A manifest does not hold the store's address: stores move."""
+    return {name: Ref.model_validate({**ref, "uri": store.uri}) for name, ref in manifest.inputs.items()}
+
+
+def read_lineage(adapter: Ref | None) -> Lineage:
+    """Follow the manifests from an adapter to all that it was made from."""
+    manifests = _manifests(adapter)
+    version, check, base, train = (
+        manifests.get(name) for name in ("version_dataset", "check_dataset", "resolve_base", "train")
+    )
+    config = _BaseConfig.model_validate(base.payload["config"]) if base else _BaseConfig()
+    versions = _Provenance.model_validate(train.provenance).versions if train else {}
+    return Lineage(
+        dataset=_DatasetConfig.model_validate(version.payload["config"]).md5 if version else None,
+        dataset_commit=_Provenance.model_validate(version.provenance).runtime.origin.commit if version else None,
+        rows={name: int(check.figures[name]) for name in ("train", "heldout") if name in check.figures}
+        if check
+        else {},
+        base=config.source,
+        base_digest=base.digest if base else None,
+        repacked=config.repack is not None,
+        versions={name: versions[name] for name in _LIBRARIES if name in versions},
+    )
+
+
+def _manifests(adapter: Ref | None) -> dict[str, Manifest]:
+    """Return the manifests of an adapter and of all that it was made from, by stage."""
+    found: dict[str, Manifest] = {}
+    todo = [adapter] if adapter else []
+    while todo:
+        ref = todo.pop()
+        store = open_store(ref.uri)
+        if ref.stage in found or store.check(ref):
+            continue
+        found[ref.stage] = store.manifest(ref)
+        todo += input_refs(store, found[ref.stage]).values()
+    return found

@@ -1,0 +1,95 @@
+"""Records of runs: what a run wrote is read back, old records stay readable, and a damaged one does not hide the others."""
+
+import json
+import logging
+import math
+
+import pytest
+
+from loraflow.failures import CorruptArtifact
+from loraflow.registry.runs import Publication, RunRecord, RunSummary, find_run, read_run, read_runs
+from loraflow.store import LocalStore, Ref
+
+FIRST, SECOND, THIRD = "20260101-000000-aaaaaa", "20260102-000000-bbbbbb", "20260103-000000-cccccc"
+MERGED = Ref(stage="merge", fingerprint="f" * 64, digest="d" * 64, uri="/somewhere")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return LocalStore(tmp_path / "store")
+
+
+def merge(state):
+    return {"stage": "merge", "state": state, "fingerprint": MERGED.fingerprint, "digest": MERGED.digest}
+
+
+def write(store, run, **values):
+    record = RunRecord.model_validate({"run": run, "recipe": "tiny", **values})
+    store.write_document(f"runs/{run}.json", record.document)
+    return record
+
+
+def test_a_record_is_read_as_it_was_written_even_with_infinite_bounds(store):
+    score = {"value": 0.5, "low": -math.inf, "high": math.inf, "n": 1}
+    summary = {
+        "run": FIRST,
+        "recipe": "tiny",
+        "metrics": {"base": None, "tuned": {"heldout": {"exact_match": score}}},
+        "decision": {"verdict": "reject", "reasons": ["worse"]},
+        "published": {"repo": "acme/x", "problem": "no network"},
+    }
+    written = write(
+        store, FIRST, stages=[merge("computed")], resolved={"data": {"system": "be brief"}}, summary=summary
+    )
+    assert read_run(store, FIRST) == written
+    assert read_run(store, FIRST).document == store.read_document(f"runs/{FIRST}.json")
+    assert written.system_message == "be brief" and written.summary.metrics["base"] is None
+
+
+def test_old_records_with_unknown_and_missing_keys_are_readable(store):
+    old = {
+        "run": FIRST,
+        "recipe": "tiny",
+        "colour": "red",
+        "stages": [{**merge("cached"), "host": "a"}],
+        "summary": None,
+    }
+    store.write_document(f"runs/{FIRST}.json", json.dumps(old).encode())
+    record = read_run(store, FIRST)
+    assert (record.state, record.model, record.system_message, record.confidence) == ("done", None, None, 0.95)
+    assert record.stage("merge").digest == MERGED.digest and record.section("peft_config") == {}
+
+
+def test_a_damaged_record_is_named_and_the_others_are_listed(store, caplog):
+    write(store, FIRST)
+    store.write_document(f"runs/{SECOND}.json", b'{"run": 3')
+    with caplog.at_level(logging.WARNING, logger="loraflow"):
+        assert [record.run for record in read_runs(store)] == [FIRST]
+    assert f"runs/{SECOND}.json" in caplog.text
+    with pytest.raises(CorruptArtifact, match="record cannot be read") as caught:
+        read_run(store, SECOND)
+    assert caught.value.where.endswith(f"runs/{SECOND}.json")
+    assert read_run(store, THIRD) is None
+
+
+def test_only_records_of_runs_are_read(store):
+    write(store, FIRST)
+    store.write_document(f"runs/{FIRST}.md", b"# tiny")
+    store.write_document("runs/published/abc-merged-acme--x.json", b'{"repo": "acme/x"}')
+    assert [record.run for record in read_runs(store)] == [FIRST]
+
+
+def test_the_run_of_a_model_is_the_one_that_computed_it_else_the_newest_that_found_it(store):
+    summary = RunSummary(run="x", recipe="tiny").model_dump()
+    write(store, FIRST, stages=[merge("cached")], summary=summary)
+    write(store, SECOND, stages=[merge("cached")], summary=summary)
+    write(store, THIRD, stages=[merge("computed")])
+    assert find_run(store, MERGED).run == SECOND, "the third did not finish"
+    write(store, THIRD, stages=[merge("cached")], summary=summary)
+    write(store, FIRST, stages=[merge("computed")], summary=summary)
+    assert find_run(store, MERGED).run == FIRST
+    assert find_run(store, MERGED.model_copy(update={"digest": "e" * 64})) is None
+
+
+def test_a_publication_is_written_without_the_keys_that_it_lacks():
+    assert Publication(repo="acme/x", problem="no network").model_dump() == {"repo": "acme/x", "problem": "no network"}
