@@ -23,6 +23,9 @@ from measure import row
 from loraflow.config import load_recipe
 from loraflow.job import Inputs, Progress
 from loraflow.store import Ref
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from tests.jobs import Outside, make_job
 
 SIDES = ("fast", "stock", "trl")

@@ -40,13 +40,11 @@ class Place:
     def plan(self, force: list[str] | None = None, **overrides: Any) -> dict[str, str]:
         """Return {stage: verdict}."""
         from loraflow.config import load_recipe
-        from loraflow.execution.plan import Jobs, Planner
-        from loraflow.flows.pipeline import pipeline
+        from loraflow.execution.plan import plan
+        from loraflow.execution.workspace import Workspace
 
-        planner = Planner(Jobs(load_recipe(self.recipe, _dotted(overrides))), force or [])
-        pipeline(planner)
-        self.verdicts = planner.verdicts
-        return {verdict.label: verdict.verdict for verdict in planner.verdicts}
+        self.verdicts = plan(Workspace(load_recipe(self.recipe, _dotted(overrides))), force or [])
+        return {verdict.label: verdict.verdict for verdict in self.verdicts}
 
 
 def _dotted(overrides: dict[str, Any]) -> dict[str, Any]:

@@ -10,36 +10,38 @@ import pytest
 from prefect import flow
 
 from loraflow.config import load_recipe
-from loraflow.execution.direct import Direct
+from loraflow.execution.runner import run_stage
+from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, BadData, Crashed, Failure, Killed, OutOfMemory, from_dict
 from loraflow.flows import stage as stage_module
+from loraflow.stages import CHECK_DATASET, RESOLVE_BASE, TOKENIZE, VERSION_DATASET
 from loraflow.store import LocalStore
 from loraflow.tasks import placement as placing
 from loraflow.tasks.run import open_run
+from loraflow.tasks.stages import check_dataset, resolve_base, tokenize, version_dataset
 from tests.conftest import chat
 from tests.flows.conftest import Place
 from tests.flows.pools import deploy_stage, sub_runs, wait_for, worker
 from tests.flows.test_finetune import processes_with
 
 
+def first_stages(run):
+    """The pipeline as far as its first heavy stages."""
+    rows = check_dataset(run, dataset=version_dataset(run))
+    return tokenize(run, rows=rows, base=resolve_base(run)), run.stages
+
+
 @flow(name="part", persist_result=False)
 def part(recipe: str, overrides: dict):
-    """The DAG as far as its first heavy stages."""
     with open_run(recipe, overrides, []) as run:
-        rows = run.stage("check_dataset", dataset=run.stage("version_dataset"))
-        return run.stage("tokenize", rows=rows, base=run.stage("resolve_base")), run.stages
+        return first_stages(run)
 
 
 @flow(name="whole", persist_result=False)
 def whole(recipe: str, overrides: dict):
     """The same, again when something turns out to be damaged."""
-
-    def walk(run):
-        rows = run.stage("check_dataset", dataset=run.stage("version_dataset"))
-        return run.stage("tokenize", rows=rows, base=run.stage("resolve_base")), run.stages
-
     with open_run(recipe, overrides, []) as run:
-        return run.until_whole(walk)
+        return run.until_intact(first_stages)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +52,9 @@ def begun(tmp_path_factory, phi3):
     for name, numbers in (("train.jsonl", range(40)), ("heldout.jsonl", range(1000, 1010))):
         (folder / "data" / name).write_text("".join(json.dumps(chat(i)) + "\n" for i in numbers))
     place = Place(folder, phi3)
-    walk = Direct(load_recipe(place.recipe, {}))
-    walk.stage("check_dataset", dataset=walk.stage("version_dataset"))
-    walk.stage("resolve_base")
+    workspace = Workspace(load_recipe(place.recipe, {}))
+    run_stage(workspace, CHECK_DATASET, dataset=run_stage(workspace, VERSION_DATASET))
+    run_stage(workspace, RESOLVE_BASE)
     return place
 
 
@@ -64,21 +66,21 @@ def gpu_pool(tmp_path_factory):
 
 
 def job_of(begun, **overrides):
-    walk = Direct(load_recipe(begun.recipe, overrides))
-    rows = walk.stage("check_dataset", dataset=walk.stage("version_dataset"))
-    return walk.jobs.job("tokenize", {"rows": rows, "base": walk.stage("resolve_base")})
+    workspace = Workspace(load_recipe(begun.recipe, overrides))
+    rows = run_stage(workspace, CHECK_DATASET, dataset=run_stage(workspace, VERSION_DATASET))
+    return workspace.job(TOKENIZE, {"rows": rows, "base": run_stage(workspace, RESOLVE_BASE)})
 
 
 def test_a_placed_stage_runs_on_the_other_pool_and_keeps_its_fingerprint(begun, gpu_pool):
     expected = job_of(begun).fingerprint
     ref, stages = part(str(begun.recipe), {"runtime.placement": {"tokenize": "gpu"}})
-    assert ref.fingerprint == expected and stages["tokenize"]["state"] == "computed"
+    assert ref.fingerprint == expected and stages["tokenize"].state == "computed"
     [run] = sub_runs()
     assert run.name == "tokenize" and run.state.is_completed() and run.parent_task_run_id is not None
     assert run.work_pool_name == "gpu-pool"
     assert LocalStore(begun.store).verify(ref) == []
     again, stages = part(str(begun.recipe), {})
-    assert again == ref and stages["tokenize"]["state"] == "cached", "placed or not, it is the same stage"
+    assert again == ref and stages["tokenize"].state == "cached", "placed or not, it is the same stage"
 
 
 def test_an_input_that_is_damaged_is_found_where_it_is_read_and_made_again(begun, gpu_pool):
@@ -89,7 +91,7 @@ def test_an_input_that_is_damaged_is_found_where_it_is_read_and_made_again(begun
     file.write_bytes(file.read_bytes()[:-9] + b"#" + file.read_bytes()[-8:])
     damaged = {"training_config.max_length": 200, "runtime.placement": {"tokenize": "gpu"}}
     ref, stages = whole(str(begun.recipe), damaged)
-    assert stages["tokenize"]["state"] == "computed" and store.verify(ref) == [] and store.verify(rows) == []
+    assert stages["tokenize"].state == "computed" and store.verify(ref) == [] and store.verify(rows) == []
     [aside] = (store.root / "set-aside").glob("*.json")
     assert "train.jsonl" in aside.read_text()
     assert sorted(run.state.type.value for run in sub_runs()[:2]) == ["COMPLETED", "FAILED"]
@@ -173,7 +175,7 @@ def test_states_of_sub_runs_become_failures_and_those_survive_the_way():
     outcome(Completed())
     sent = OutOfMemory("Memory did not suffice.", where="train", next_step="less", needed=3)
     with pytest.raises(OutOfMemory) as caught:
-        outcome(Failed(message=placing.say(sent)))
+        outcome(Failed(message=placing.failure_message(sent)))
     assert caught.value.to_dict() == sent.to_dict()
     for state, kind in ((CrashedState(), Killed), (Failed(message="odd"), Crashed), (Cancelled(), Failure)):
         with pytest.raises(kind) as caught:

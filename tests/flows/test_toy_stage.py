@@ -1,0 +1,29 @@
+"""A stage is its module, its config, its row and its task: nothing else has to know it."""
+
+import json
+
+from prefect import flow
+
+from loraflow.stages import STAGES
+from loraflow.tasks.run import open_run
+from loraflow.tasks.stages import check_dataset, version_dataset
+from tests.toy_stage import COUNT_WORDS, count_words
+
+
+@flow(name="words", persist_result=False)
+def words(recipe: str, name: str):
+    with open_run(recipe, {"name": name}, []) as run:
+        rows = check_dataset(run, dataset=version_dataset(run))
+        ref = count_words(run, rows=rows)
+        counts = json.loads(run.workspace.store.read(ref, "words.json"))
+        return counts, run.stages["count_words"].state, run.hits.get(ref.fingerprint)
+
+
+def test_a_stage_that_is_added_is_computed_cached_and_keyed_by_its_config(place, monkeypatch):
+    monkeypatch.setitem(STAGES, COUNT_WORDS.name, COUNT_WORDS)
+    counts, state, _ = words(str(place.recipe), "tiny")
+    assert counts["what"] == 40 and state == "computed"
+    again, state, hit = words(str(place.recipe), "tiny")
+    assert again == counts and state == "cached" and "same inputs, settings and stage version" in hit.why()[0]
+    _, state, _ = words(str(place.recipe), "tiny-lower")
+    assert state == "computed", "another config is another fingerprint"

@@ -1,0 +1,66 @@
+"""The pipeline as it runs, as `plan` lists it, and as the stage table connects it."""
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+
+from loraflow.execution.plan import CHAMPION, STEPS, inputs_of
+from loraflow.flows import pipeline as module
+from loraflow.stages import STAGES
+from loraflow.store import Ref
+from loraflow.tasks import stages as tasks
+
+
+def ref(label: str) -> Ref:
+    """Return an artifact that says which step it is of."""
+    return Ref(stage="s", fingerprint=label, digest=label, uri="")
+
+
+class RecordingRun:
+    """Stands in for a run: records which steps the pipeline asks for, and computes nothing."""
+
+    def __init__(self, compares_merges: bool, champion: bool):
+        self.steps: list[tuple[str, str, dict[str, str]]] = []
+        self.hits: dict[str, str] = {}
+        self.champion = ref(CHAMPION) if champion else None
+        recipe = SimpleNamespace(compares_merges=compares_merges)
+        self.workspace = SimpleNamespace(recipe=recipe, champion=lambda: self.champion)
+
+    def compute(self, stage, label="", /, **inputs):
+        label = label or stage.name
+        self.steps.append((label, stage.name, {name: given.fingerprint for name, given in inputs.items()}))
+        return ref(label)
+
+
+@pytest.mark.parametrize("compares_merges", [False, True])
+@pytest.mark.parametrize("champion", [False, True])
+def test_plan_lists_the_steps_of_the_pipeline(monkeypatch, compares_merges, champion):
+    run = RecordingRun(compares_merges, champion)
+    for name in STAGES:
+        monkeypatch.setattr(module, name, getattr(tasks, name).fn)
+    for name in ("admit_rows", "admit_merged"):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    module.pipeline(run)
+    planned = [(step.label, step.stage.name, inputs_of(step, compares_merges=compares_merges)) for step in STEPS]
+    assert run.steps == [step for step in planned if champion or CHAMPION not in step[2].values()]
+
+
+def test_every_step_takes_its_inputs_from_stages_that_the_table_allows():
+    by_label = {step.label: step for step in STEPS}
+    for step in STEPS:
+        for name, source in step.inputs.items():
+            if source != CHAMPION:
+                assert by_label[source].stage.name in step.stage.inputs[name].source, (step.label, name)
+
+
+def test_every_stage_has_a_task_of_its_name_with_its_inputs_and_a_docstring():
+    for stage in STAGES.values():
+        task = getattr(tasks, stage.name)
+        parameters = dict(inspect.signature(task.fn).parameters)
+        del parameters["run"]
+        parameters.pop("label", None)
+        assert parameters.keys() == stage.inputs.keys()
+        optional = {name for name, one in stage.inputs.items() if one.optional}
+        assert {name for name, one in parameters.items() if one.default is None} == optional
+        assert stage.module.replace(".", "/") + ".py" in task.description, "the docstring names the stage's module"
