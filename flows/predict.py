@@ -5,10 +5,9 @@ python -c "from loraflow.flows.predict import predict; predict(source='tickets.j
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import flow
 
+from loraflow.serving.predict import PredictionReport
 from loraflow.tasks.predict import predict_file
 
 
@@ -21,7 +20,7 @@ def predict(
     column: str | None = None,
     max_new_tokens: int = 256,
     batch_size: int = 16,
-) -> dict[str, Any]:
+) -> PredictionReport:
     """Answer the chats of a file and write them, with their answers, to another. A run that was killed goes on.
 
     Args:

@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 
 from loraflow.serving.chat import Sampling
 from loraflow.serving.models import find_model
-from loraflow.serving.predict import predict
+from loraflow.serving.predict import PredictionReport, predict
 from loraflow.store import open_store
 from loraflow.store.files import HashMemo
 from loraflow.tasks.stages import RETRIES, RETRY_DELAYS, UPDATE_EVERY, is_retryable
@@ -32,7 +32,7 @@ log = logging.getLogger("loraflow")
 )
 def predict_file(
     model: str, source: str, target: str, store: str, column: str | None, max_new_tokens: int, batch_size: int
-) -> dict[str, Any]:
+) -> PredictionReport:
     """Answer a file's rows; return how many there were, and how many have an error in place of an answer."""
     place = open_store(store)
     memo = HashMemo(place.scratch / "hashes.json")
