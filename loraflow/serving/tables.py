@@ -60,16 +60,16 @@ def read_questions(path: Path, form: str, column: str | None, system: str | None
         BadConfig: it lacks `column`, or has a column with the name of one that is added.
     """
     questions: list[Question] = []
-    for place, value, raw in read_values(path, path.name):
+    for location, value, raw in read_values(path, path.name):
         if isinstance(value, BadRow):
-            questions.append(Question({"row": raw}, None, f"{place}: {value}"))
+            questions.append(Question({"row": raw}, None, f"{location}: {value}"))
             continue
         columns: dict[str, Cell] = dict(value) if isinstance(value, dict) else {"row": raw}
         try:
             row = {"prompt": value.get(column)} if column and isinstance(value, dict) else value
             messages = to_prompt(row, "prompt_completion" if column else form)
         except BadRow as problem:
-            questions.append(Question(columns, None, f"{place}: {problem}"))
+            questions.append(Question(columns, None, f"{location}: {problem}"))
             continue
         if system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})

@@ -1,4 +1,4 @@
-"""Talking to a model: what is streamed is what is said, and nothing ends the conversation but the person."""
+"""Chat: the streamed text is the answer, and only the user ends the conversation."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The command line by hand: exit statuses, and a recipe from somebody's own file."""
+"""The command line: exit statuses, fast help, and `init` with a user's own file."""
 
 import json
 import subprocess
@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from loraflow.cli import COMMANDS, cli
 from tests.conftest import chat
 
 
@@ -102,6 +104,8 @@ def test_data_check_names_places_and_fails(tmp_path):
         (["nonsense"], 2, "No such command"),
         (["run", "x", "--set", "novalue"], 2, "key=value"),
         (["show", "abcdef"], 2, "no such run"),
+        (["show", "champion"], 2, "registry is empty"),
+        (["show", "champion:tiny"], 2, "no champion of tiny yet"),
         (["chat", "champion"], 2, "registry is empty"),
         (["predict", "champion", "x.jsonl", "y.jsonl"], 2, "registry is empty"),
         (["publish", "nothing", "--repo", "a/b"], 2, "no such model"),
@@ -131,3 +135,28 @@ def test_verify_sets_a_damaged_artifact_aside_and_says_so(tmp_path):
     done = loraflow("verify", "--deep", cwd=tmp_path)
     assert done.returncode == 1 and "2 artifacts checked byte by byte, 1 damaged" in done.stdout
     assert store.verify(old) == [], "what is whole stays"
+
+
+HEAVY = {"torch", "transformers", "prefect", "pandas", "pydantic", "dvc", "loraflow.store"}
+
+
+def test_help_imports_no_library_but_click(tmp_path):
+    script = "import sys; from loraflow.cli import cli; cli(['--help'], standalone_mode=False); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "Commands:" in done.stdout
+    assert HEAVY.isdisjoint(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name):
+    done = CliRunner().invoke(cli, [name, "--help"])
+    assert done.exit_code == 0 and COMMANDS[name][1].endswith("."), done.exception
+    assert len(done.output.splitlines()) > 4 and "--help" in done.output
+
+
+def test_doctor_does_not_look_for_a_bucket_on_the_disk(tmp_path):
+    done = loraflow("doctor", "--store", "s3://team/store", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "boto3 for the store s3://team/store" in done.stdout and "free at the store" not in done.stdout
+    here = loraflow("doctor", cwd=tmp_path)
+    assert "store .loraflow/store is writable" in here.stdout and "free at the store" in here.stdout

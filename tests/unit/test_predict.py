@@ -1,4 +1,4 @@
-"""Batch prediction: order, formats, errors by the row, and a run that was killed."""
+"""Batch prediction: the order of rows, file formats, errors of single rows, and resuming a killed run."""
 
 import json
 import os

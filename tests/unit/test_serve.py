@@ -1,4 +1,4 @@
-"""The server is somebody else's; asked through the openai client, it says what generate says."""
+"""Serving: answers through the openai client are those of `generate`, and mistakes show before the model is loaded."""
 
 import json
 import os
