@@ -313,7 +313,7 @@ def test_a_cached_run_and_a_plan_import_no_torch(place):
         ({"peft_config.target_modules": "[q_proj]"}, 2, "name qkv_proj"),
         ({"base.quantization": "nf4"}, 2, "NF4 quantization needs"),
         ({"training_config.max_length": "5"}, 1, "longer than max_length"),
-        ({"data.source": "nowhere"}, 1, "no such dataset"),
+        ({"data.source": "nowhere"}, 1, "dataset does not exist"),
         ({"base.model": "not-a-model"}, 1, "no such base model"),
         ({"training_config.learning_rte": "1"}, 2, "did you mean learning_rate"),
         ({"evaluation.metrics": "[bleu]"}, 2, "no such metric"),

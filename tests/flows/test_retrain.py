@@ -7,6 +7,7 @@ import pytest
 
 from loraflow.failures import BadConfig
 from loraflow.flows.retrain import is_news, retrain
+from loraflow.registry.runs import RunSummary
 from tests.flows.conftest import states
 from tests.site import git
 
@@ -44,7 +45,7 @@ def test_a_new_dataset_is_news_and_the_same_again_is_up_to_date(repository):
     version(repository.folder, "second")
     file.write_text("dirt that nobody committed")  # the branch counts, not the work tree
     second = retrain(str(repository.recipe), settings=source)
-    assert isinstance(second, dict) and is_news(second)
+    assert isinstance(second, dict) and is_news(RunSummary.model_validate(second))
     assert states(second)["check_dataset"] == "computed" and states(second)["train"] == "cached"
     assert retrain(str(repository.recipe), settings=source, return_state=True).name == "UpToDate"
 
