@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from loraflow.execution import launcher as launch
-from loraflow.failures import Network, ReadOnlyStore
 from loraflow.store import Ref
 from loraflow.store import bucket as buckets
 from loraflow.store import checkpoint_mirror as kept
 from loraflow.store.checkpoints import FOLDER, seal
 from loraflow.store.gc import collect
 from loraflow.store.s3 import S3Store
+from tests.s3_proxy import Answer, Proxy, Request, s3_proxy  # noqa: F401
 from tests.unit.test_devices import base, job_of, result, shards, store_of  # noqa: F401
 from tests.unit.test_training import same
 
@@ -89,7 +89,7 @@ def test_each_new_checkpoint_comes_to_the_bucket_and_the_older_one_goes(machine)
         for step in (2, 4):
             save(work, step)
             wait_until(lambda step=step: in_bucket(store) == {f"checkpoint-{step}"})
-    two = machine("two").work(*JOB)
+    two = machine("two").work_folder(*JOB)
     assert names(two) == ["checkpoint-4"]
     assert (two / FOLDER / "checkpoint-4" / "weights").read_text() == "of step 4"
     store.remove_work_folder(*JOB)
@@ -106,21 +106,27 @@ def test_the_last_checkpoint_of_an_attempt_that_fails_is_kept_and_that_of_one_th
     assert in_bucket(store) == {"checkpoint-2"}
 
 
-def test_a_job_that_is_done_does_not_wait_for_the_rest_of_an_upload(machine, monkeypatch):
+def puts(proxy: Proxy) -> list[str]:
+    """Return the keys of the files that were written below the job's prefix, relative to it."""
+    written = (request.key.partition(f"{PREFIX}/") for request in proxy.requests if request.operation == "PutObject")
+    return [name for _, found, name in written if found]
+
+
+def test_a_job_that_is_done_does_not_wait_for_the_rest_of_an_upload(machine, proxy):
+    begun, done = threading.Event(), threading.Event()
+
+    def slow(request: Request) -> None:
+        if request.operation == "PutObject":
+            begun.set()
+            assert done.wait(20)
+
+    proxy.fault = slow
     store = machine("one")
-    uploads, begun, done = [], threading.Event(), threading.Event()
-
-    def slow(bucket, path, key, sha256):
-        begun.set()
-        assert done.wait(20)
-        uploads.append(key)
-
-    monkeypatch.setattr(type(store.bucket), "upload", slow)
     with store.mirror_checkpoints(*JOB):
         save(store.work_folder(*JOB), 2)
         assert begun.wait(20)
         threading.Timer(0.5, done.set).start()
-    assert len(uploads) == 1, "a checkpoint has two files"
+    assert len(puts(proxy)) == 1, "a checkpoint has two files"
 
 
 def test_what_a_resume_needs_comes_along(machine):
@@ -129,7 +135,7 @@ def test_what_a_resume_needs_comes_along(machine):
     best = save(work, 4, needs=2)
     shutil.rmtree(work / FOLDER / "checkpoint-2")
     attempt(machine("one"), 6, needs=4)
-    two = machine("two").work(*JOB)
+    two = machine("two").work_folder(*JOB)
     assert names(two) == ["checkpoint-4", "checkpoint-6"]
     assert (two / FOLDER / "checkpoint-4" / "weights").read_text() == (best / "weights").read_text()
     by_age = sorted((two / FOLDER).iterdir(), key=lambda path: path.stat().st_mtime_ns)
@@ -140,10 +146,10 @@ def test_a_newer_checkpoint_here_stays_and_an_older_one_does_not(machine):
     attempt(machine("one"), 4)
     two = machine("two")
     save(two.scratch / PREFIX, 6, "mine")
-    assert names(two.work(*JOB)) == ["checkpoint-6"], "nothing was fetched"
+    assert names(two.work_folder(*JOB)) == ["checkpoint-6"], "nothing was fetched"
     three = machine("three")
     save(three.scratch / PREFIX, 2, "mine")
-    assert "checkpoint-4" in names(three.work(*JOB))
+    assert "checkpoint-4" in names(three.work_folder(*JOB))
 
 
 @pytest.mark.parametrize("harm", ["flipped", "missing", "unsealed", "outside", "no seal"])
@@ -163,7 +169,7 @@ def test_what_is_not_whole_in_the_bucket_is_not_used(machine, harm, caplog, tmp_
         store.bucket.put(f"{PREFIX}/stray", b"stray")
     else:
         store.bucket.put(f"{place}/complete.json", b"[]")
-    two = machine("two").work(*JOB)
+    two = machine("two").work_folder(*JOB)
     assert names(two) == [] and [path.name for path in two.iterdir() if path.name != FOLDER] == []
     assert ("not whole" in caplog.text) == (harm != "unsealed")
     assert list(tmp_path.rglob("stray")) == []
@@ -174,11 +180,11 @@ def test_attempts_that_are_forced_over_the_same_artifact_go_on_from_each_other_a
     attempt(machine("one"), 2, content="not forced")
     one = attempt(machine("one"), 4, instead_of=first)
     assert names(one) == ["checkpoint-4"], "what was there before is not what was asked for"
-    assert names(machine("two").work(*JOB, first)) == ["checkpoint-4"]
-    assert names(machine("two").work(*JOB, second)) == []
+    assert names(machine("two").work_folder(*JOB, first)) == ["checkpoint-4"]
+    assert names(machine("two").work_folder(*JOB, second)) == []
     two = attempt(machine("two"), 3, instead_of=second, content="over the second")
     assert names(two) == ["checkpoint-3"]
-    again = machine("one").work(*JOB, second)
+    again = machine("one").work_folder(*JOB, second)
     assert names(again) == ["checkpoint-3"], "its own, of step 4, is of an older computation"
 
 
@@ -187,18 +193,14 @@ def test_what_a_computation_left_that_was_ended_on_another_machine_is_not_gone_o
     ref = Ref(stage="train", fingerprint=JOB[1], digest="a" * 64, uri="")
     attempt(machine("one"), 4, instead_of=ref)
     two = machine("two")
-    assert names(two.work(*JOB, ref)) == ["checkpoint-4"]
+    assert names(two.work_folder(*JOB, ref)) == ["checkpoint-4"]
     two.remove_work_folder(*JOB)
-    assert names(machine("one").work(*JOB, ref)) == []
+    assert names(machine("one").work_folder(*JOB, ref)) == []
 
 
-def test_a_bucket_that_takes_nothing_ends_no_training(machine, monkeypatch, caplog):
+def test_a_bucket_that_takes_nothing_ends_no_training(machine, proxy, caplog):
+    proxy.fault = lambda request: Answer(403, "AccessDenied") if request.operation == "PutObject" else None
     store = machine("one")
-
-    def refuse(*_):
-        raise ReadOnlyStore("The credentials may not do this in the store.")
-
-    monkeypatch.setattr(type(store.bucket), "upload", refuse)
     work = store.work_folder(*JOB)
     with store.mirror_checkpoints(*JOB):
         save(work, 2)
@@ -218,35 +220,29 @@ def rotating(work: Path, steps: range, every: float) -> list[str]:
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_checkpoints_that_come_and_go_faster_than_an_upload_are_kept_too(machine, monkeypatch, caplog, links):
+def test_checkpoints_that_come_and_go_faster_than_an_upload_are_kept_too(machine, proxy, monkeypatch, caplog, links):
     """Each is removed before it is up: of none of them would all files come there."""
     store = machine("one")
-    bucket = type(store.bucket)
-    upload, put, whole, work = bucket.upload, bucket.put, [], store.work_folder(*JOB)
+    work = store.work_folder(*JOB)
 
-    def slow(self, path, key, sha256):
+    def slow(request: Request) -> None:
+        _, found, name = request.key.partition(f"{PREFIX}/")
         until = time.monotonic() + 0.8
-        while (work / key.removeprefix(PREFIX).strip("/")).exists() and time.monotonic() < until:
+        while found and request.operation == "PutObject" and (work / name).exists() and time.monotonic() < until:
             time.sleep(0.02)
-        upload(self, path, key, sha256)
-
-    def counted(self, key, data):
-        whole.append(key)
-        put(self, key, data)
 
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(bucket, "upload", slow)
-    monkeypatch.setattr(bucket, "put", counted)
+    proxy.fault = slow
     if not links:  # then at least the last one
         monkeypatch.setattr(os, "link", refuse)
     with pytest.raises(RuntimeError), store.mirror_checkpoints(*JOB):
         last = rotating(work, range(2, 18, 2), 0.15)[-1]
-        during = len(whole)
+        during = sum(name.endswith("/complete.json") for name in puts(proxy))
         raise RuntimeError
     assert (during > 0) == links, "it was not only the last one, which stays"
-    assert in_bucket(store) == {last} and names(machine("two").work(*JOB)) == [last]
+    assert in_bucket(store) == {last} and names(machine("two").work_folder(*JOB)) == [last]
     assert list(work.glob(".upload-*")) == [] and "not kept" not in caplog.text
 
 
@@ -257,42 +253,32 @@ def test_what_a_killed_attempt_was_moving_is_removed(machine):
     assert list(store.work_folder(*JOB).glob(".*")) == []
 
 
-def test_a_bucket_that_comes_back_gets_the_checkpoint_that_it_did_not_take(machine, monkeypatch, caplog):
+def test_a_bucket_that_comes_back_gets_the_checkpoint_that_it_did_not_take(machine, proxy, monkeypatch, caplog):
     """The next checkpoint may be hours away."""
     monkeypatch.setattr(buckets, "PATIENCE", 0.0)
+    away = threading.Event()
+    away.set()
+    proxy.fault = lambda request: (
+        Answer(503, "SlowDown") if away.is_set() and request.operation == "PutObject" else None
+    )
     store = machine("one")
-    upload, away = type(store.bucket).upload, threading.Event()
-
-    def sometimes(self, path, key, sha256):
-        if not away.is_set():
-            raise Network("The store did not answer.")
-        upload(self, path, key, sha256)
-
-    monkeypatch.setattr(type(store.bucket), "upload", sometimes)
     with store.mirror_checkpoints(*JOB):
         save(store.work_folder(*JOB), 2)
         wait_until(lambda: "not in the bucket yet" in caplog.text)
-        away.set()
+        away.clear()
         wait_until(lambda: in_bucket(store) == {"checkpoint-2"})
 
 
-def test_a_cut_off_upload_is_not_gone_on_with_for_other_bits(machine, monkeypatch, caplog):
+def test_a_cut_off_upload_is_not_gone_on_with_for_other_bits(machine, proxy, monkeypatch, caplog):
     """The upload carries the hash of the dead machine's file, and other bits of the same step would never arrive."""
     monkeypatch.setattr(buckets, "PART", 5 * 2**20)
-    part = buckets.Bucket._upload_part
-
-    def cut_off(self, key, upload, number, data):
-        if number == 2:
-            raise OSError("the machine is gone")
-        return part(self, key, upload, number, data)
-
-    monkeypatch.setattr(buckets.Bucket, "_upload_part", cut_off)
+    proxy.fault = lambda request: Answer(400, "InvalidRequest") if request.part == 2 else None
     attempt(machine("one"), 2, content="a" * (6 * 2**20))
     assert len(machine("one").bucket.uploads(f"{PREFIX}/")) == 1
-    monkeypatch.setattr(buckets.Bucket, "_upload_part", part)
+    proxy.fault = lambda request: None
     caplog.clear()
     attempt(machine("two"), 2, content="b" * (6 * 2**20))
-    three = machine("three").work(*JOB)
+    three = machine("three").work_folder(*JOB)
     assert (three / FOLDER / "checkpoint-2" / "weights").read_text()[:1] == "b" and "not kept" not in caplog.text
 
 
@@ -334,7 +320,7 @@ def test_a_machine_dies_and_another_one_ends_the_training_bit_for_bit(
     for name, folder in {"TOKENS": shards, "BASE": base}.items():
         monkeypatch.setenv(f"TEST_{name}", str(folder))
     one = machine("one", Inputs)
-    script = f"from tests.unit.test_kept import train; train({one.uri!r})"
+    script = f"from tests.unit.test_checkpoint_mirror import train; train({one.uri!r})"
     with (tmp_path / "log").open("wb") as log:
         dying = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=log, start_new_session=True)
     place = f"work/train/{job.fingerprint}/{FOLDER}/"
