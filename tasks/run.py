@@ -24,10 +24,10 @@ from loraflow.data import check
 from loraflow.execution.parent_death import end_with_parent
 from loraflow.execution.plan import Jobs, explain_miss
 from loraflow.failures import BadConfig, CorruptArtifact, Failure, from_os_error
+from loraflow.registry.cleanup import remove_unused
 from loraflow.registry.log import actor
 from loraflow.stages import STAGES, code_digest
 from loraflow.store import Ref, require_intact
-from loraflow.store.gc import collect
 from loraflow.tasks.events import announce_waiting
 from loraflow.tasks.run_name import show_name
 from loraflow.tasks.stages import call
@@ -202,7 +202,7 @@ def _told_if_it_waits() -> Iterator[None]:
 def _tidy(jobs: Jobs) -> None:
     """Keep the store bounded: all but the newest merged models go, unless another run is at work."""
     try:
-        for path, size, why in collect(jobs.store, keep=jobs.recipe.runtime.keep):
+        for path, size, why in remove_unused(jobs.store, keep=jobs.recipe.runtime.keep):
             log.info("removed %s (%.0f MiB, %s)", path.parent.name[:12], size / 2**20, why)
     except (Failure, OSError) as error:  # it is a courtesy; `loraflow gc` says what stands in its way
         log.debug("not tidied: %s", error)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import (
+    Annotated,
+    Literal,
+    NotRequired,  # pydantic needs this one before Python 3.12
+)
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue
-from typing_extensions import NotRequired, TypedDict  # pydantic needs this one before Python 3.12
+from typing_extensions import TypedDict
 
 from loraflow import identity
 from loraflow.failures import CorruptArtifact
@@ -110,9 +114,7 @@ class Manifest(BaseModel):
 
     def ref(self, uri: str) -> Ref:
         """Return the ref of this artifact in the store at `uri`."""
-        return Ref(
-            stage=self.stage, fingerprint=self.fingerprint, digest=self.digest, uri=uri, facets=self.facets
-        )
+        return Ref(stage=self.stage, fingerprint=self.fingerprint, digest=self.digest, uri=uri, facets=self.facets)
 
     def input_refs(self, uri: str) -> dict[str, Ref]:
         """Return the refs of the inputs in the store at `uri`, by name."""
@@ -180,11 +182,7 @@ def check_folder(folder: Path, manifest: Manifest, *, contents: bool) -> list[st
     problems = compare_sizes(found, manifest)
     if problems or not contents:
         return problems
-    return [
-        content_problem(name)
-        for name, entry in manifest.files.items()
-        if hash_file(folder / name) != entry.sha256
-    ]
+    return [content_problem(name) for name, entry in manifest.files.items() if hash_file(folder / name) != entry.sha256]
 
 
 def content_problem(name: str) -> str:

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from loraflow.execution import launcher as launch
-from loraflow.store import Ref
+from loraflow.registry.cleanup import remove_unused
+from loraflow.store import Ref, uploads
 from loraflow.store import bucket as buckets
-from loraflow.store import checkpoint_mirror as kept
+from loraflow.store import checkpoint_mirror as mirror
 from loraflow.store.checkpoints import FOLDER, seal
-from loraflow.store.gc import collect
 from loraflow.store.s3 import S3Store
 from tests.s3_proxy import Answer, Proxy, Request, s3_proxy  # noqa: F401
 from tests.unit.test_devices import base, job_of, result, shards, store_of  # noqa: F401
@@ -30,7 +30,7 @@ PREFIX = f"work/train/{'f' * 64}"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(kept, "LOOK", 0.05)
+    monkeypatch.setattr(mirror, "POLL_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_each_new_checkpoint_comes_to_the_bucket_and_the_older_one_goes(machine)
 
 
 def test_the_last_checkpoint_of_an_attempt_that_fails_is_kept_and_that_of_one_that_is_done_is_not(machine, monkeypatch):
-    monkeypatch.setattr(kept, "LOOK", 60.0)
+    monkeypatch.setattr(mirror, "POLL_SECONDS", 60.0)
     attempt(machine("one"), 2)
     assert in_bucket(machine("one")) == {"checkpoint-2"}
     store = machine("two")
@@ -171,7 +171,7 @@ def test_what_is_not_whole_in_the_bucket_is_not_used(machine, harm, caplog, tmp_
         store.bucket.put(f"{place}/complete.json", b"[]")
     two = machine("two").work_folder(*JOB)
     assert names(two) == [] and [path.name for path in two.iterdir() if path.name != FOLDER] == []
-    assert ("not whole" in caplog.text) == (harm != "unsealed")
+    assert ("is incomplete and not used" in caplog.text) == (harm != "unsealed")
     assert list(tmp_path.rglob("stray")) == []
 
 
@@ -204,8 +204,8 @@ def test_a_bucket_that_takes_nothing_ends_no_training(machine, proxy, caplog):
     work = store.work_folder(*JOB)
     with store.mirror_checkpoints(*JOB):
         save(work, 2)
-        wait_until(lambda: "not kept" in caplog.text)
-    assert caplog.text.count("not kept") == 1
+        wait_until(lambda: "not uploaded" in caplog.text)
+    assert caplog.text.count("not uploaded") == 1
 
 
 def rotating(work: Path, steps: range, every: float) -> list[str]:
@@ -243,7 +243,7 @@ def test_checkpoints_that_come_and_go_faster_than_an_upload_are_kept_too(machine
         raise RuntimeError
     assert (during > 0) == links, "it was not only the last one, which stays"
     assert in_bucket(store) == {last} and names(machine("two").work_folder(*JOB)) == [last]
-    assert list(work.glob(".upload-*")) == [] and "not kept" not in caplog.text
+    assert list(work.glob(".upload-*")) == [] and "not uploaded" not in caplog.text
 
 
 def test_what_a_killed_attempt_was_moving_is_removed(machine):
@@ -255,7 +255,7 @@ def test_what_a_killed_attempt_was_moving_is_removed(machine):
 
 def test_a_bucket_that_comes_back_gets_the_checkpoint_that_it_did_not_take(machine, proxy, monkeypatch, caplog):
     """The next checkpoint may be hours away."""
-    monkeypatch.setattr(buckets, "PATIENCE", 0.0)
+    monkeypatch.setattr(buckets, "RETRY_SECONDS", 0.0)
     away = threading.Event()
     away.set()
     proxy.fault = lambda request: (
@@ -271,24 +271,24 @@ def test_a_bucket_that_comes_back_gets_the_checkpoint_that_it_did_not_take(machi
 
 def test_a_cut_off_upload_is_not_gone_on_with_for_other_bits(machine, proxy, monkeypatch, caplog):
     """The upload carries the hash of the dead machine's file, and other bits of the same step would never arrive."""
-    monkeypatch.setattr(buckets, "PART", 5 * 2**20)
+    monkeypatch.setattr(uploads, "PART_SIZE", 5 * 2**20)
     proxy.fault = lambda request: Answer(400, "InvalidRequest") if request.part == 2 else None
     attempt(machine("one"), 2, content="a" * (6 * 2**20))
-    assert len(machine("one").bucket.uploads(f"{PREFIX}/")) == 1
+    assert len(uploads.unfinished_uploads(machine("one").bucket, f"{PREFIX}/")) == 1
     proxy.fault = lambda request: None
     caplog.clear()
     attempt(machine("two"), 2, content="b" * (6 * 2**20))
     three = machine("three").work_folder(*JOB)
-    assert (three / FOLDER / "checkpoint-2" / "weights").read_text()[:1] == "b" and "not kept" not in caplog.text
+    assert (three / FOLDER / "checkpoint-2" / "weights").read_text()[:1] == "b" and "not uploaded" not in caplog.text
 
 
 def test_gc_gives_up_what_nobody_went_on_from(machine, monkeypatch):
     store = machine("one")
     attempt(store, 2)
-    assert list(collect(store, keep=3)) == []
+    assert list(remove_unused(store, keep=3)) == []
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 15 * 86400)
-    assert {str(name) for name, _, _ in collect(store, keep=3)} >= {PREFIX}
+    assert {str(name) for name, _, _ in remove_unused(store, keep=3)} >= {PREFIX}
     assert list(store.bucket.listing("work/")) == []
 
 
@@ -307,7 +307,7 @@ class Inputs(S3Store):
 
 def train(uri: str) -> None:
     """What the machine that dies runs."""
-    kept.LOOK = 0.05
+    mirror.POLL_SECONDS = 0.05
     launch.run_job(job_of(**LONG), Inputs(uri))
 
 

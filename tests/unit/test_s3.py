@@ -14,10 +14,10 @@ import pytest
 from loraflow import identity
 from loraflow.failures import BadConfig, CorruptArtifact, Failure, MissingExtra, Network, ReadOnlyStore
 from loraflow.registry import PromotionLog
-from loraflow.store import LocalStore, Summary, bucket, open_store
-from loraflow.store.gc import collect
+from loraflow.registry.cleanup import remove_unused
+from loraflow.store import LocalStore, Summary, bucket, open_store, uploads
 from loraflow.store.lease import lease
-from loraflow.store.lock import Held
+from loraflow.store.lock import LockHeld
 from loraflow.store.s3 import S3Store
 from tests.s3_proxy import Answer, DropConnection, LoseReply, Request, s3_proxy  # noqa: F401
 from tests.unit.test_store import FP, PAYLOAD, put, rewrite
@@ -132,7 +132,7 @@ def test_a_lease_is_judged_by_the_servers_clock_not_by_this_machines(bucket_uri,
     with lease(store.bucket, "locks/x.json", seconds=60):
         now = time.time
         monkeypatch.setattr(time, "time", lambda: now() + 300)
-        with pytest.raises(Held), lease(store.bucket, "locks/x.json", seconds=60, wait=False):
+        with pytest.raises(LockHeld), lease(store.bucket, "locks/x.json", seconds=60, wait=False):
             pass
 
 
@@ -148,10 +148,10 @@ def test_a_worker_that_slept_through_its_lease_takes_the_result_that_stands(tmp_
     assert store.find("tokenize", FP) == first and store.verify(first) == []
 
 
-def test_a_flipped_byte_in_the_bucket_is_found_on_arrival_and_set_aside(bucket_uri):
+def test_a_flipped_byte_in_the_bucket_is_found_on_arrival_and_quarantined(bucket_uri):
     store = open_store(bucket_uri)
     ref = put(store)
-    store._forget(ref)  # as on another machine
+    store.cache.drop(ref)  # as on another machine
     rewrite(store, ref, "sub/a.txt", "hellO")
     assert store.find("tokenize", FP) == ref, "names and sizes are right"
     with pytest.raises(CorruptArtifact) as caught:
@@ -159,7 +159,7 @@ def test_a_flipped_byte_in_the_bucket_is_found_on_arrival_and_set_aside(bucket_u
     assert "sub/a.txt: content is not what was written" in str(caught.value) and "set-aside" in caught.value.where
     assert store.find("tokenize", FP) is None
     again = put(store)
-    store._forget(again)
+    store.cache.drop(again)
     assert store.verify(again) == [] and (store.path(again) / "sub" / "a.txt").read_text() == "hello"
 
 
@@ -175,7 +175,7 @@ def test_a_flipped_byte_in_the_cache_is_no_fault_of_the_stores(bucket_uri):
 def test_a_manifest_that_names_a_file_outside_of_its_folder_is_refused(tmp_path, bucket_uri):
     store = open_store(bucket_uri)
     ref = put(store)
-    store._forget(ref)
+    store.cache.drop(ref)
     values = store.manifest(ref).model_dump()
     values["files"]["telemetry/../../../../../../../escaped"] = {"size": 1, "sha256": "0" * 64}
     rewrite(store, ref, "manifest.json", __import__("json").dumps(values))
@@ -185,9 +185,9 @@ def test_a_manifest_that_names_a_file_outside_of_its_folder_is_refused(tmp_path,
 
 
 UPLOADER = """
-from loraflow.store import Summary, bucket
+from loraflow.store import Summary, uploads
 from tests.unit.test_store import PAYLOAD
-bucket.PART = 5 * 2**20
+uploads.PART_SIZE = 5 * 2**20
 store = S3Store(sys.argv[1])
 if sys.argv[2] == "first":
     staged = store.staging("tokenize", FP)
@@ -233,7 +233,7 @@ def test_an_upload_that_was_killed_goes_on_where_it_stopped(tmp_path, s3_server,
 
 
 def test_a_store_that_goes_away_in_the_middle_of_an_upload_is_waited_for(s3_server, bucket_uri, proxy, monkeypatch):
-    monkeypatch.setattr(bucket, "PART", 5 * MIB)
+    monkeypatch.setattr(uploads, "PART_SIZE", 5 * MIB)
     stopped: list[threading.Thread] = []
 
     def stop_at_the_second_part(request: Request) -> None:
@@ -253,7 +253,7 @@ def test_a_store_that_stays_away_is_a_network_failure_and_the_result_is_kept(buc
     def away(request: Request) -> Answer | None:
         raise DropConnection
 
-    monkeypatch.setattr(bucket, "PATIENCE", 0.0)
+    monkeypatch.setattr(bucket, "RETRY_SECONDS", 0.0)
     store = open_store(bucket_uri)
     commit = big(store, b"what took hours")
     proxy.fault = away
@@ -289,7 +289,7 @@ def test_a_busy_server_is_asked_again_by_the_client(bucket_uri, proxy, status, c
         ({"AWS_ENDPOINT_URL_S3": "no url"}, None, "settings of the S3 client", "aws s3 ls"),
         ({}, "s3://no-such-bucket-of-ours", "bucket does not exist", "aws s3 mb s3://no-such-bucket-of-ours"),
         ({}, "s3://", "names no bucket", ""),
-        ({}, "gs://bucket", "no such kind of store", "runtime.store"),
+        ({}, "gs://bucket", "kind of store is not supported", "runtime.store"),
     ],
 )
 def test_a_store_that_is_set_up_wrongly_has_one_clear_message(bucket_uri, monkeypatch, settings, uri, what, next_step):
@@ -326,9 +326,9 @@ def test_gc_gives_up_stale_uploads_and_files_without_a_manifest(s3_server, bucke
         Bucket="tests", Key=f"{bucket_uri.removeprefix('s3://tests/')}/tokenize/a/b/large.bin"
     )
     store.bucket.put("tokenize/a/b/small.bin", b"1")
-    assert [str(name) for name, _, _ in collect(store, keep=1)] == []
-    monkeypatch.setattr("loraflow.store.gc.OLD_WORK", -60)
-    gone = {str(name) for name, _, why in collect(store, keep=1) if "two weeks" in why}
+    assert [str(name) for name, _, _ in remove_unused(store, keep=1)] == []
+    monkeypatch.setattr("loraflow.registry.cleanup.STALE_SECONDS", -60)
+    gone = {str(name) for name, _, why in remove_unused(store, keep=1) if "two weeks" in why}
     assert {"uploads/tokenize/a/b/large.bin", "tokenize/a/b"} <= gone
     assert unfinished_uploads(s3_server, bucket_uri) == [] and not list(store.bucket.listing("tokenize/a/"))
     assert store.find("tokenize", FP) == ref and store.verify(ref) == []
@@ -339,11 +339,11 @@ def test_gc_waits_for_no_reader_of_another_machine(tmp_path, bucket_uri):
     reader = machine(tmp_path, "reader", script, bucket_uri)
     reader.stdout.readline()
     with pytest.raises(Failure, match="going on"):
-        list(collect(open_store(bucket_uri), keep=0))
+        list(remove_unused(open_store(bucket_uri), keep=0))
     reader.kill()
     reader.wait()
     time.sleep(3)
-    list(collect(S3Store(bucket_uri, lease_seconds=2), keep=0))
+    list(remove_unused(S3Store(bucket_uri, lease_seconds=2), keep=0))
 
 
 def test_a_lease_whose_reply_was_lost_is_ones_own(bucket_uri, proxy):
@@ -385,7 +385,7 @@ def test_gc_asks_no_more_of_a_store_with_more_artifacts(bucket_uri, proxy):
         for payload in some:
             put(store, payload=payload)
         proxy.requests.clear()
-        assert list(collect(store, keep=3)) == []
+        assert list(remove_unused(store, keep=3)) == []
         asked.append(len(proxy.requests))
     assert asked[0] == asked[1], "a listing has a thousand keys"
 

@@ -11,8 +11,8 @@ import pytest
 
 from loraflow import identity
 from loraflow.failures import CorruptArtifact, DiskFull, ReadOnlyStore
+from loraflow.registry.cleanup import remove_unused
 from loraflow.store import LocalStore, Ref, Summary, open_store
-from loraflow.store.gc import collect
 
 PAYLOAD = identity.payload("tokenize", 1, {}, {"x": 1})
 FP = identity.fingerprint(PAYLOAD)
@@ -57,7 +57,7 @@ def test_what_was_committed_is_found_whole(store):
     assert store.find("tokenize", FP) == ref
     assert store.verify(ref) == []
     assert (store.path(ref) / "sub" / "a.txt").read_text() == "hello"
-    assert ref.facets["sub"] == identity.digest({"sub/a.txt": store.manifest(ref).files["sub/a.txt"]["sha256"]})
+    assert ref.facets["sub"] == identity.digest({"sub/a.txt": store.manifest(ref).files["sub/a.txt"].sha256})
 
 
 def test_telemetry_is_no_part_of_the_digest(tmp_path):
@@ -112,7 +112,7 @@ def test_an_edited_manifest_does_not_pass(store):
     assert any("fingerprint" in problem for problem in store.verify(ref))
 
 
-def test_set_aside_keeps_the_evidence(store):
+def test_quarantine_keeps_the_evidence(store):
     ref = put(store)
     place = store.quarantine(ref, ["why"]).removeprefix(store.uri + "/")
     assert store.read_document(f"{place}/sub/a.txt") == b"hello"
@@ -275,8 +275,8 @@ def test_gc_keeps_what_is_new_and_stops_while_a_run_reads(store, monkeypatch):
     refs = [put(store, payload=identity.payload("merge", 1, {}, {"x": i}), content=f"model {i}") for i in range(5)]
     digests = [ref.digest for ref in refs]
     monkeypatch.setattr(store, "committed_at", lambda ref: digests.index(ref.digest))
-    removed = [path for path, _, _ in collect(store, keep=2)]
+    removed = [path for path, _, _ in remove_unused(store, keep=2)]
     assert sorted(path.name for path in removed) == sorted(ref.digest for ref in refs[:3])
     assert store.find("merge", refs[4].fingerprint) == refs[4]
     with store.reader_lock(), pytest.raises(Exception, match="going on"):
-        list(collect(store, keep=0))
+        list(remove_unused(store, keep=0))
