@@ -7,12 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from loraflow import identity
 from loraflow.failures import CorruptArtifact, DiskFull, ReadOnlyStore
 from loraflow.registry.cleanup import remove_unused
-from loraflow.store import LocalStore, Ref, Summary, open_store
+from loraflow.store import LocalStore, Manifest, Ref, Summary, open_store
+from loraflow.store.files import json_bytes
 
 PAYLOAD = identity.payload("tokenize", 1, {}, {"x": 1})
 FP = identity.fingerprint(PAYLOAD)
@@ -280,3 +282,122 @@ def test_gc_keeps_what_is_new_and_stops_while_a_run_reads(store, monkeypatch):
     assert store.find("merge", refs[4].fingerprint) == refs[4]
     with store.reader_lock(), pytest.raises(Exception, match="going on"):
         list(remove_unused(store, keep=0))
+
+
+# A manifest as it is in stores since the first release: its bytes must not change, and it must stay readable.
+MANIFEST_ON_DISK = """{
+ "digest": "64688d47f8e0e95040d2b078a9a331a56e61236d6b2365d2cb38ca6b23105023",
+ "facets": {
+  "adapter": "64688d47f8e0e95040d2b078a9a331a56e61236d6b2365d2cb38ca6b23105023"
+ },
+ "figures": {
+  "first_loss": null,
+  "mean": 0.5,
+  "steps": 20
+ },
+ "files": {
+  "adapter/weights.bin": {
+   "sha256": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c",
+   "size": 7
+  },
+  "telemetry/curve.jsonl": {
+   "sha256": "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356",
+   "size": 3
+  }
+ },
+ "fingerprint": "d789dee5d1b861d4456054b82fb5d579462641bd7180f2359ad1dbbc130eefce",
+ "inputs": {
+  "base": {
+   "digest": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+   "facets": {
+    "tokenizer": "cccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc"
+   },
+   "fingerprint": "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
+   "stage": "resolve_base"
+  }
+ },
+ "payload": {
+  "config": {
+   "lr": 0.0002,
+   "note": null,
+   "packing": true,
+   "seed": 7,
+   "targets": [
+    "qkv_proj"
+   ]
+  },
+  "inputs": {
+   "base": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
+  },
+  "stage": "train",
+  "version": 3
+ },
+ "provenance": {
+  "name": "späce",
+  "seconds": 12.5,
+  "started": "2026-11-26T10:00:00Z",
+  "versions": {
+   "torch": "2.13.0"
+  }
+ },
+ "report": {
+  "samples": [
+   {
+    "id": "1",
+    "ok": true
+   }
+  ]
+ },
+ "schema_version": 1,
+ "stage": "train",
+ "version": 3
+}
+"""
+
+
+def test_a_manifest_has_the_bytes_that_stores_have(tmp_path):
+    store = LocalStore(tmp_path)
+    payload = identity.payload(
+        "train",
+        3,
+        {"base": "a" * 64},
+        {"seed": 7, "lr": 2e-4, "targets": ["qkv_proj"], "note": None, "packing": True},
+    )
+    base = Ref(stage="resolve_base", fingerprint="b" * 64, digest="a" * 64, uri="/x", facets={"tokenizer": "c" * 64})
+    staged = store.staging("train", identity.fingerprint(payload))
+    for name, content in {"adapter/weights.bin": "weights", "telemetry/curve.jsonl": "{}\n"}.items():
+        (staged / name).parent.mkdir()
+        (staged / name).write_text(content)
+    ref = store.commit(
+        staged,
+        payload=payload,
+        inputs={"base": base},
+        summary=Summary(
+            figures={"steps": 20, "mean": 0.5, "first_loss": None},
+            facets={"adapter": ["adapter/"]},
+            report={"samples": [{"id": "1", "ok": True}]},
+        ),
+        provenance={
+            "started": "2026-11-26T10:00:00Z",
+            "seconds": 12.5,
+            "versions": {"torch": "2.13.0"},
+            "name": "späce",
+        },
+    )
+    assert (store.path(ref) / "manifest.json").read_text() == MANIFEST_ON_DISK
+    assert store.manifest(ref).input_refs(store.uri) == {"base": base.model_copy(update={"uri": store.uri})}
+
+
+def test_a_manifest_of_an_older_release_is_read_and_written_unchanged():
+    manifest = Manifest.model_validate_json(MANIFEST_ON_DISK)
+    assert manifest.size == 10 and manifest.files["adapter/weights.bin"].size == 7
+    assert manifest.payload["config"]["lr"] == 2e-4 and manifest.provenance["versions"] == {"torch": "2.13.0"}
+    assert json_bytes(manifest.model_dump()).decode() == MANIFEST_ON_DISK
+
+
+def test_a_summary_may_hold_what_json_can_write():
+    """Stages report tuples and counts by number; in the manifest they are lists and strings."""
+    summary = Summary(report={"by_length": {1: (2, 3)}, "share": np.float64(0.5)})
+    assert summary.report == {"by_length": {"1": [2, 3]}, "share": 0.5}
+    with pytest.raises(ValueError, match="JSON"):
+        Summary(report={"folder": Path("x")})
