@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import (
-    Annotated,
-    Literal,
-    NotRequired,  # pydantic needs this one before Python 3.12
-)
+from typing import Annotated, Literal, NotRequired, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # before Python 3.12, pydantic refuses that of typing
 
 from loraflow import identity
 from loraflow.failures import CorruptArtifact
@@ -65,7 +61,10 @@ class FileEntry(BaseModel):
     sha256: str
 
 
-def _as_json(value: object) -> object:
+_Reported: TypeAlias = "Mapping[str | int, _Reported] | Sequence[_Reported] | str | int | float | bool | None"
+
+
+def _as_json(value: _Reported) -> _Reported:
     """Write tuples as lists and integer keys as strings, as `json.dumps` does, so that stages may report either."""
     if isinstance(value, Mapping):
         return {str(key) if type(key) is int else key: _as_json(item) for key, item in value.items()}
@@ -85,7 +84,7 @@ class Summary(BaseModel):
     figures: JsonMapping = {}
     # {facet: prefixes of the relative paths of its files}
     facets: dict[str, list[str]] = {}
-    # Small results that the flow reads without opening files, such as the verdicts of checks.
+    # Small results that the flow reads without opening the files, such as the verdicts of checks.
     report: JsonMapping = {}
 
 

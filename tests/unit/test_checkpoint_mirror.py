@@ -1,4 +1,4 @@
-"""An unfinished job's newest checkpoint in the bucket: another machine goes on from it, and is never led astray."""
+"""The newest checkpoint of an unfinished job in the bucket: another machine resumes from it, and only from a valid one."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def machine(bucket_uri, tmp_path, monkeypatch):
-    """Open the store as a machine of some name does, each with a cache of its own."""
+    """Open the store as the machine of some name: each has its own cache."""
 
     def machine(name: str, kind=S3Store):
         monkeypatch.setenv("LORAFLOW_CACHE", str(tmp_path / f"cache of {name}"))
@@ -45,7 +45,7 @@ def machine(bucket_uri, tmp_path, monkeypatch):
 
 
 def save(work: Path, step: int, content: str = "", needs: int | None = None) -> Path:
-    """Do what the trainer does at a checkpoint."""
+    """Save and seal a checkpoint as the trainer does."""
     folder = work / FOLDER / f"checkpoint-{step}"
     (folder / "sub").mkdir(parents=True)
     (folder / "weights").write_text(content or f"of step {step}")
@@ -59,7 +59,7 @@ def names(work: Path) -> list[str]:
 
 
 def in_bucket(store) -> set[str]:
-    """Return the checkpoints of which the bucket has a file."""
+    """Return the names of checkpoints that have a file in the bucket."""
     below = f"{PREFIX}/{FOLDER}/"
     return {one.key.removeprefix(below).split("/")[0] for one in store.bucket.listing(below)}
 
@@ -69,11 +69,11 @@ def wait_until(condition) -> None:
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("it never came")
+    raise AssertionError("the condition never became true")
 
 
 def attempt(store, *steps, instead_of: Ref | None = None, **options) -> Path:
-    """Go through an attempt that saves checkpoints and fails."""
+    """Run an attempt that saves checkpoints and fails."""
     work = store.work_folder(*JOB, instead_of)
     with pytest.raises(RuntimeError), store.mirror_checkpoints(*JOB):
         for step in steps:
@@ -82,7 +82,7 @@ def attempt(store, *steps, instead_of: Ref | None = None, **options) -> Path:
     return work
 
 
-def test_each_new_checkpoint_comes_to_the_bucket_and_the_older_one_goes(machine):
+def test_each_new_checkpoint_replaces_the_older_one_in_the_bucket(machine):
     store = machine("one")
     work = store.work_folder(*JOB)
     with store.mirror_checkpoints(*JOB):
@@ -96,7 +96,7 @@ def test_each_new_checkpoint_comes_to_the_bucket_and_the_older_one_goes(machine)
     assert not work.exists() and list(store.bucket.listing("work/")) == []
 
 
-def test_the_last_checkpoint_of_an_attempt_that_fails_is_kept_and_that_of_one_that_is_done_is_not(machine, monkeypatch):
+def test_the_last_checkpoint_is_uploaded_if_the_attempt_fails_and_not_if_it_succeeds(machine, monkeypatch):
     monkeypatch.setattr(mirror, "POLL_SECONDS", 60.0)
     attempt(machine("one"), 2)
     assert in_bucket(machine("one")) == {"checkpoint-2"}
@@ -112,7 +112,7 @@ def puts(proxy: Proxy) -> list[str]:
     return [name for _, found, name in written if found]
 
 
-def test_a_job_that_is_done_does_not_wait_for_the_rest_of_an_upload(machine, proxy):
+def test_a_finished_job_does_not_wait_for_the_rest_of_an_upload(machine, proxy):
     begun, done = threading.Event(), threading.Event()
 
     def slow(request: Request) -> None:
@@ -129,7 +129,7 @@ def test_a_job_that_is_done_does_not_wait_for_the_rest_of_an_upload(machine, pro
     assert len(puts(proxy)) == 1, "a checkpoint has two files"
 
 
-def test_what_a_resume_needs_comes_along(machine):
+def test_the_checkpoint_that_a_resume_needs_is_downloaded_too(machine):
     """The best checkpoint so far, with load_best_model_at_end; what that one needed in its time is not asked for."""
     work = attempt(machine("one"), 2)
     best = save(work, 4, needs=2)
@@ -142,7 +142,7 @@ def test_what_a_resume_needs_comes_along(machine):
     assert [path.name for path in by_age] == ["checkpoint-4", "checkpoint-6"], "the trainer removes the older one first"
 
 
-def test_a_newer_checkpoint_here_stays_and_an_older_one_does_not(machine):
+def test_a_newer_local_checkpoint_is_used_and_an_older_one_is_not(machine):
     attempt(machine("one"), 4)
     two = machine("two")
     save(two.scratch / PREFIX, 6, "mine")
@@ -153,7 +153,7 @@ def test_a_newer_checkpoint_here_stays_and_an_older_one_does_not(machine):
 
 
 @pytest.mark.parametrize("harm", ["flipped", "missing", "unsealed", "outside", "no seal"])
-def test_what_is_not_whole_in_the_bucket_is_not_used(machine, harm, caplog, tmp_path):
+def test_an_incomplete_checkpoint_in_the_bucket_is_not_used(machine, harm, caplog, tmp_path):
     store = machine("one")
     attempt(store, 4)
     place = f"{PREFIX}/{FOLDER}/checkpoint-4"
@@ -175,20 +175,20 @@ def test_what_is_not_whole_in_the_bucket_is_not_used(machine, harm, caplog, tmp_
     assert list(tmp_path.rglob("stray")) == []
 
 
-def test_attempts_that_are_forced_over_the_same_artifact_go_on_from_each_other_alone(machine):
+def test_only_attempts_that_recompute_the_same_artifact_resume_from_each_other(machine):
     first, second = (Ref(stage="train", fingerprint=JOB[1], digest=digest * 64, uri="") for digest in "ab")
     attempt(machine("one"), 2, content="not forced")
     one = attempt(machine("one"), 4, instead_of=first)
-    assert names(one) == ["checkpoint-4"], "what was there before is not what was asked for"
+    assert names(one) == ["checkpoint-4"], "the earlier checkpoints are of another computation"
     assert names(machine("two").work_folder(*JOB, first)) == ["checkpoint-4"]
     assert names(machine("two").work_folder(*JOB, second)) == []
     two = attempt(machine("two"), 3, instead_of=second, content="over the second")
     assert names(two) == ["checkpoint-3"]
     again = machine("one").work_folder(*JOB, second)
-    assert names(again) == ["checkpoint-3"], "its own, of step 4, is of an older computation"
+    assert names(again) == ["checkpoint-3"], "its own checkpoint of step 4 is of an older computation"
 
 
-def test_what_a_computation_left_that_was_ended_on_another_machine_is_not_gone_on_from(machine):
+def test_nothing_resumes_from_a_computation_that_was_finished_on_another_machine(machine):
     """The second machine's result has the digest of the first one's: a third force is over the same artifact again."""
     ref = Ref(stage="train", fingerprint=JOB[1], digest="a" * 64, uri="")
     attempt(machine("one"), 4, instead_of=ref)
@@ -198,7 +198,7 @@ def test_what_a_computation_left_that_was_ended_on_another_machine_is_not_gone_o
     assert names(machine("one").work_folder(*JOB, ref)) == []
 
 
-def test_a_bucket_that_takes_nothing_ends_no_training(machine, proxy, caplog):
+def test_training_goes_on_if_the_bucket_refuses_checkpoints(machine, proxy, caplog):
     proxy.fault = lambda request: Answer(403, "AccessDenied") if request.operation == "PutObject" else None
     store = machine("one")
     work = store.work_folder(*JOB)
@@ -220,8 +220,10 @@ def rotating(work: Path, steps: range, every: float) -> list[str]:
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_checkpoints_that_come_and_go_faster_than_an_upload_are_kept_too(machine, proxy, monkeypatch, caplog, links):
-    """Each is removed before it is up: of none of them would all files come there."""
+def test_checkpoints_that_are_removed_faster_than_an_upload_are_uploaded_too(
+    machine, proxy, monkeypatch, caplog, links
+):
+    """Each is removed before its upload ends, so without links no upload would be complete."""
     store = machine("one")
     work = store.work_folder(*JOB)
 
@@ -241,19 +243,19 @@ def test_checkpoints_that_come_and_go_faster_than_an_upload_are_kept_too(machine
         last = rotating(work, range(2, 18, 2), 0.15)[-1]
         during = sum(name.endswith("/complete.json") for name in puts(proxy))
         raise RuntimeError
-    assert (during > 0) == links, "it was not only the last one, which stays"
+    assert (during > 0) == links, "not only the last one was uploaded"
     assert in_bucket(store) == {last} and names(machine("two").work_folder(*JOB)) == [last]
     assert list(work.glob(".upload-*")) == [] and "not uploaded" not in caplog.text
 
 
-def test_what_a_killed_attempt_was_moving_is_removed(machine):
+def test_temporary_folders_of_a_killed_attempt_are_removed(machine):
     store = machine("one")
     for name in (".fetch-1", ".upload-1"):
         (store.work_folder(*JOB) / name / "checkpoint-2").mkdir(parents=True)
     assert list(store.work_folder(*JOB).glob(".*")) == []
 
 
-def test_a_bucket_that_comes_back_gets_the_checkpoint_that_it_did_not_take(machine, proxy, monkeypatch, caplog):
+def test_a_checkpoint_is_uploaded_once_the_bucket_is_back(machine, proxy, monkeypatch, caplog):
     """The next checkpoint may be hours away."""
     monkeypatch.setattr(buckets, "RETRY_SECONDS", 0.0)
     away = threading.Event()
@@ -269,7 +271,7 @@ def test_a_bucket_that_comes_back_gets_the_checkpoint_that_it_did_not_take(machi
         wait_until(lambda: in_bucket(store) == {"checkpoint-2"})
 
 
-def test_a_cut_off_upload_is_not_gone_on_with_for_other_bits(machine, proxy, monkeypatch, caplog):
+def test_an_interrupted_upload_is_not_resumed_with_other_content(machine, proxy, monkeypatch, caplog):
     """The upload carries the hash of the dead machine's file, and other bits of the same step would never arrive."""
     monkeypatch.setattr(uploads, "PART_SIZE", 5 * 2**20)
     proxy.fault = lambda request: Answer(400, "InvalidRequest") if request.part == 2 else None
@@ -282,7 +284,7 @@ def test_a_cut_off_upload_is_not_gone_on_with_for_other_bits(machine, proxy, mon
     assert (three / FOLDER / "checkpoint-2" / "weights").read_text()[:1] == "b" and "not uploaded" not in caplog.text
 
 
-def test_gc_gives_up_what_nobody_went_on_from(machine, monkeypatch):
+def test_cleanup_removes_stale_checkpoints(machine, monkeypatch):
     store = machine("one")
     attempt(store, 2)
     assert list(remove_unused(store, keep=3)) == []
@@ -306,12 +308,12 @@ class Inputs(S3Store):
 
 
 def train(uri: str) -> None:
-    """What the machine that dies runs."""
+    """Run the training on the machine that dies."""
     mirror.POLL_SECONDS = 0.05
     launch.run_job(job_of(**LONG), Inputs(uri))
 
 
-def test_a_machine_dies_and_another_one_ends_the_training_bit_for_bit(
+def test_another_machine_finishes_the_training_of_a_dead_one_bit_for_bit(
     machine, base, shards, tmp_path, monkeypatch  # noqa: F811
 ):  # fmt: skip
     alone, job = store_of(tmp_path, base, shards), job_of(**LONG)

@@ -62,7 +62,7 @@ def test_a_changed_log_is_refused(log, harm):
         log.head()
 
 
-def test_of_many_writers_in_sight_of_one_head_one_wins(log):
+def test_of_many_writers_that_saw_the_same_head_one_wins(log):
     promote(log, "a")
     seen = log.head()
 
@@ -79,7 +79,7 @@ def test_of_many_writers_in_sight_of_one_head_one_wins(log):
     assert len(log.store.documents("registry/")) == 2, "no draft is left"
 
 
-def test_a_rollback_goes_to_the_one_before_and_again_to_the_one_before_that(log):
+def test_each_rollback_goes_one_model_further_back(log):
     for name in "abc":
         promote(log, name)
     assert log.rollback("bad", "me").merged.digest == "b" * 64
@@ -90,7 +90,7 @@ def test_a_rollback_goes_to_the_one_before_and_again_to_the_one_before_that(log)
         log.rollback("more", "me")
 
 
-def test_what_is_promoted_again_is_no_longer_rolled_back(log):
+def test_a_model_that_is_promoted_again_is_no_longer_rolled_back(log):
     promote(log, "a")
     promote(log, "b")
     log.rollback("bad", "me")

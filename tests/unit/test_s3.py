@@ -1,4 +1,4 @@
-"""What only a store in a bucket can do wrong, on a real S3 server."""
+"""Failures that only a bucket store can have, against a real S3 server."""
 
 import os
 import random
@@ -27,7 +27,7 @@ MIB = 2**20
 
 
 def machine(tmp_path: Path, name: str, script: str, *arguments: str) -> subprocess.Popen:
-    """Run a script as another machine would: with a cache of its own."""
+    """Run a script as on another machine: with its own cache."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "LORAFLOW_CACHE": str(tmp_path / f"cache of {name}")}
     head = "import sys, time\nfrom loraflow.store.s3 import S3Store\nfrom tests.unit.test_store import FP, put\n"
     return subprocess.Popen(
@@ -68,7 +68,7 @@ def test_sigkill_at_a_random_moment_of_a_commit_leaves_old_or_new(tmp_path, buck
     assert all(store.verify(ref) == [] for ref in store.artifacts())
     for i in range(said + 1):
         assert store.find("tokenize", identity.fingerprint(identity.payload("tokenize", 1, {}, {"x": i}))) is not None
-    for i in range(said + 3):  # what was cut off stands in nobody's way
+    for i in range(said + 3):  # an interrupted commit can be repeated
         ref = put(store, payload=identity.payload("tokenize", 1, {}, {"x": i}), content="c" * 4000)
         assert store.verify(ref) == []
 
@@ -84,7 +84,7 @@ print(store.find("tokenize", FP).digest)
 """
 
 
-def test_of_machines_that_want_one_artifact_one_works_and_the_others_take_it(tmp_path, bucket_uri):
+def test_machines_that_need_the_same_artifact_compute_it_once(tmp_path, bucket_uri):
     racers = [machine(tmp_path, str(i), RACER, bucket_uri, str(i)) for i in range(3)]
     said = [racer.communicate(timeout=60)[0].split() for racer in racers]
     assert sum("computed" in lines for lines in said) == 1
@@ -98,7 +98,7 @@ def test_machines_that_commit_at_the_same_time_agree_afterwards(tmp_path, bucket
     ]  # two pairs of equal results
     assert len({racer.communicate(timeout=60)[0] for racer in racers}) == 1
     store = open_store(bucket_uri)
-    assert all(store.verify(ref) == [] for ref in store.artifacts()), "equal results with other telemetry as well"
+    assert all(store.verify(ref) == [] for ref in store.artifacts()), "also of equal results with different telemetry"
 
 
 HOLDER = """
@@ -111,12 +111,12 @@ with store.lock("tokenize", FP):
 """
 
 
-def test_a_dead_workers_lease_ends_by_itself_and_a_living_ones_does_not(tmp_path, bucket_uri):
+def test_the_lease_of_a_dead_worker_expires_and_that_of_a_live_one_does_not(tmp_path, bucket_uri):
     store = S3Store(bucket_uri, lease_seconds=3)
     living = machine(tmp_path, "living", HOLDER, bucket_uri, "work")
     living.stdout.readline()
     with store.lock("tokenize", FP):
-        assert store.find("tokenize", FP) is not None, "it was waited for longer than a lease lasts"
+        assert store.find("tokenize", FP) is not None, "the wait was longer than a lease"
     living.wait()
     dead = machine(tmp_path, "dead", HOLDER, bucket_uri, "work")
     dead.stdout.readline()
@@ -127,7 +127,7 @@ def test_a_dead_workers_lease_ends_by_itself_and_a_living_ones_does_not(tmp_path
         assert 1 < time.monotonic() - started < 20
 
 
-def test_a_lease_is_judged_by_the_servers_clock_not_by_this_machines(bucket_uri, monkeypatch):
+def test_the_age_of_a_lease_is_measured_by_the_servers_clock(bucket_uri, monkeypatch):
     store = open_store(bucket_uri)
     with lease(store.bucket, "locks/x.json", seconds=60):
         now = time.time
@@ -136,7 +136,7 @@ def test_a_lease_is_judged_by_the_servers_clock_not_by_this_machines(bucket_uri,
             pass
 
 
-def test_a_worker_that_slept_through_its_lease_takes_the_result_that_stands(tmp_path, bucket_uri):
+def test_a_worker_that_slept_through_its_lease_returns_the_current_artifact(tmp_path, bucket_uri):
     sleeper = machine(tmp_path, "sleeper", HOLDER, bucket_uri, "work")
     sleeper.stdout.readline()
     sleeper.send_signal(signal.SIGSTOP)
@@ -148,7 +148,7 @@ def test_a_worker_that_slept_through_its_lease_takes_the_result_that_stands(tmp_
     assert store.find("tokenize", FP) == first and store.verify(first) == []
 
 
-def test_a_flipped_byte_in_the_bucket_is_found_on_arrival_and_quarantined(bucket_uri):
+def test_a_flipped_byte_in_the_bucket_is_detected_on_download_and_quarantined(bucket_uri):
     store = open_store(bucket_uri)
     ref = put(store)
     store.cache.drop(ref)  # as on another machine
@@ -163,7 +163,7 @@ def test_a_flipped_byte_in_the_bucket_is_found_on_arrival_and_quarantined(bucket
     assert store.verify(again) == [] and (store.path(again) / "sub" / "a.txt").read_text() == "hello"
 
 
-def test_a_flipped_byte_in_the_cache_is_no_fault_of_the_stores(bucket_uri):
+def test_a_flipped_byte_in_the_cache_is_repaired_from_the_bucket(bucket_uri):
     store = open_store(bucket_uri)
     ref = put(store)
     (store.path(ref) / "sub" / "a.txt").write_text("hellO")
@@ -172,7 +172,7 @@ def test_a_flipped_byte_in_the_cache_is_no_fault_of_the_stores(bucket_uri):
     assert store.find("tokenize", FP) == ref
 
 
-def test_a_manifest_that_names_a_file_outside_of_its_folder_is_refused(tmp_path, bucket_uri):
+def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(tmp_path, bucket_uri):
     store = open_store(bucket_uri)
     ref = put(store)
     store.cache.drop(ref)
@@ -205,7 +205,7 @@ def unfinished_uploads(s3_server, bucket_uri) -> list[str]:
     return [upload["Key"].removeprefix(prefix) for upload in found]
 
 
-def test_an_upload_that_was_killed_goes_on_where_it_stopped(tmp_path, s3_server, bucket_uri, proxy):
+def test_a_killed_upload_resumes_at_the_part_where_it_stopped(tmp_path, s3_server, bucket_uri, proxy):
     arrived, killed = threading.Event(), threading.Event()
 
     def hang_at_the_fourth_part(request: Request) -> None:
@@ -232,7 +232,7 @@ def test_an_upload_that_was_killed_goes_on_where_it_stopped(tmp_path, s3_server,
     assert unfinished_uploads(s3_server, bucket_uri) == []
 
 
-def test_a_store_that_goes_away_in_the_middle_of_an_upload_is_waited_for(s3_server, bucket_uri, proxy, monkeypatch):
+def test_an_upload_waits_for_a_store_that_is_down_for_a_moment(s3_server, bucket_uri, proxy, monkeypatch):
     monkeypatch.setattr(uploads, "PART_SIZE", 5 * MIB)
     stopped: list[threading.Thread] = []
 
@@ -249,7 +249,7 @@ def test_a_store_that_goes_away_in_the_middle_of_an_upload_is_waited_for(s3_serv
     assert store.verify(ref) == []
 
 
-def test_a_store_that_stays_away_is_a_network_failure_and_the_result_is_kept(bucket_uri, proxy, monkeypatch):
+def test_a_store_that_stays_down_is_a_network_failure_and_the_commit_can_be_resumed(bucket_uri, proxy, monkeypatch):
     def away(request: Request) -> Answer | None:
         raise DropConnection
 
@@ -265,7 +265,7 @@ def test_a_store_that_stays_away_is_a_network_failure_and_the_result_is_kept(buc
 
 
 @pytest.mark.parametrize(("status", "code"), [(503, "SlowDown"), (500, "InternalError")])
-def test_a_busy_server_is_asked_again_by_the_client(bucket_uri, proxy, status, code):
+def test_requests_to_a_busy_server_are_repeated(bucket_uri, proxy, status, code):
     refused: list[Request] = []
 
     def busy_once_for_each_key(request: Request) -> Answer | None:
@@ -292,7 +292,7 @@ def test_a_busy_server_is_asked_again_by_the_client(bucket_uri, proxy, status, c
         ({}, "gs://bucket", "kind of store is not supported", "runtime.store"),
     ],
 )
-def test_a_store_that_is_set_up_wrongly_has_one_clear_message(bucket_uri, monkeypatch, settings, uri, what, next_step):
+def test_wrong_settings_have_one_clear_message(bucket_uri, monkeypatch, settings, uri, what, next_step):
     for name, value in settings.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
@@ -301,14 +301,14 @@ def test_a_store_that_is_set_up_wrongly_has_one_clear_message(bucket_uri, monkey
     assert what in str(caught.value) and next_step in str(caught.value) and caught.value.exit_code == 2
 
 
-def test_without_the_extra_the_message_says_how_to_get_it(monkeypatch):
+def test_without_boto3_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "boto3", None)
     with pytest.raises(MissingExtra, match="boto3") as caught:
         open_store("s3://bucket")
     assert "pip install 'loraflow[s3]'" in str(caught.value)
 
 
-def test_who_may_only_read_reads_and_is_told_so_when_writing(bucket_uri, monkeypatch):
+def test_credentials_that_only_read_can_read_and_a_write_says_what_to_allow(bucket_uri, monkeypatch):
     ref = put(open_store(bucket_uri))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
     store = open_store(bucket_uri)
@@ -319,7 +319,7 @@ def test_who_may_only_read_reads_and_is_told_so_when_writing(bucket_uri, monkeyp
     assert "PutObject" in str(caught.value)
 
 
-def test_gc_gives_up_stale_uploads_and_files_without_a_manifest(s3_server, bucket_uri, monkeypatch):
+def test_cleanup_removes_stale_uploads_and_files_without_a_manifest(s3_server, bucket_uri, monkeypatch):
     store = open_store(bucket_uri)
     ref = put(store)
     s3_server.client().create_multipart_upload(
@@ -334,7 +334,7 @@ def test_gc_gives_up_stale_uploads_and_files_without_a_manifest(s3_server, bucke
     assert store.find("tokenize", FP) == ref and store.verify(ref) == []
 
 
-def test_gc_waits_for_no_reader_of_another_machine(tmp_path, bucket_uri):
+def test_cleanup_stops_while_another_machine_reads_and_not_for_a_dead_reader(tmp_path, bucket_uri):
     script = "with S3Store(sys.argv[1]).reader_lock():\n    print('reads', flush=True)\n    time.sleep(60)"
     reader = machine(tmp_path, "reader", script, bucket_uri)
     reader.stdout.readline()
@@ -346,7 +346,7 @@ def test_gc_waits_for_no_reader_of_another_machine(tmp_path, bucket_uri):
     list(remove_unused(S3Store(bucket_uri, lease_seconds=2), keep=0))
 
 
-def test_a_lease_whose_reply_was_lost_is_ones_own(bucket_uri, proxy):
+def test_a_lease_is_held_although_the_reply_to_its_write_was_lost(bucket_uri, proxy):
     lost: list[Request] = []
 
     def lose_the_first_reply(request: Request) -> None:
@@ -361,7 +361,7 @@ def test_a_lease_whose_reply_was_lost_is_ones_own(bucket_uri, proxy):
         assert proxy.operations().count("PutObject") == 2
 
 
-def test_an_artifact_that_is_known_costs_two_requests_and_its_manifest_none(bucket_uri, proxy):
+def test_a_cache_hit_costs_two_requests_and_its_manifest_none(bucket_uri, proxy):
     ref = put(open_store(bucket_uri))
     store = S3Store(bucket_uri)
     assert store.find("tokenize", FP) == ref
@@ -370,7 +370,7 @@ def test_an_artifact_that_is_known_costs_two_requests_and_its_manifest_none(buck
     assert proxy.operations() == ["GetObject", "ListObjectsV2"], "the pointer, and names, sizes and the manifest's ETag"
 
 
-def test_a_manifest_that_was_changed_since_it_was_read_is_read_again(bucket_uri):
+def test_a_manifest_that_has_changed_is_read_again(bucket_uri):
     store = open_store(bucket_uri)
     ref = put(store)
     assert store.find("tokenize", FP) == ref
@@ -378,7 +378,7 @@ def test_a_manifest_that_was_changed_since_it_was_read_is_read_again(bucket_uri)
     assert store.find("tokenize", FP) is None and store.check(ref) == ["manifest.json: ValidationError"]
 
 
-def test_gc_asks_no_more_of_a_store_with_more_artifacts(bucket_uri, proxy):
+def test_cleanup_needs_as_many_requests_for_many_artifacts_as_for_few(bucket_uri, proxy):
     asked, payloads = [], [identity.payload("tokenize", 1, {}, {"x": i}) for i in range(9)]
     store = open_store(bucket_uri)
     for some in (payloads[:2], payloads[2:]):
@@ -390,7 +390,7 @@ def test_gc_asks_no_more_of_a_store_with_more_artifacts(bucket_uri, proxy):
     assert asked[0] == asked[1], "a listing has a thousand keys"
 
 
-def test_the_promotion_log_is_read_once(bucket_uri, proxy):
+def test_entries_of_the_promotion_log_are_downloaded_once(bucket_uri, proxy):
     store = open_store(bucket_uri)
     log, ref = PromotionLog(store, "m"), put(store)
     for number in range(3):
@@ -402,7 +402,7 @@ def test_the_promotion_log_is_read_once(bucket_uri, proxy):
     assert proxy.operations().count("GetObject") == 3 and proxy.operations().count("ListObjectsV2") == 3
 
 
-def test_a_bucket_is_opened_once_for_each_of_its_settings(bucket_uri, monkeypatch, proxy):
+def test_a_bucket_is_opened_once_for_the_same_settings(bucket_uri, monkeypatch, proxy):
     store = open_store(bucket_uri)
     proxy.requests.clear()
     assert open_store(bucket_uri) is store and proxy.requests == []

@@ -38,7 +38,7 @@ def put(store: LocalStore, payload=PAYLOAD, content="hello", **options) -> Ref:
 
 @pytest.fixture(params=["folder", "bucket"])
 def store(request, tmp_path: Path):
-    """What is true of the interface is true of each store."""
+    """Each kind of store: tests of the interface run with both."""
     if request.param == "folder":
         return LocalStore(tmp_path / "a store with späce")
     return open_store(request.getfixturevalue("bucket_uri"))
@@ -54,7 +54,7 @@ def rewrite(store, ref: Ref, name: str, content: str | None) -> None:
         store.bucket.put(key, content.encode()) if content is not None else store.bucket.delete([key])
 
 
-def test_what_was_committed_is_found_whole(store):
+def test_a_committed_artifact_is_found_and_intact(store):
     ref = put(store)
     assert store.find("tokenize", FP) == ref
     assert store.verify(ref) == []
@@ -62,11 +62,11 @@ def test_what_was_committed_is_found_whole(store):
     assert ref.facets["sub"] == identity.digest({"sub/a.txt": store.manifest(ref).files["sub/a.txt"].sha256})
 
 
-def test_telemetry_is_no_part_of_the_digest(tmp_path):
+def test_telemetry_is_not_part_of_the_digest(tmp_path):
     assert put(LocalStore(tmp_path / "1")).digest == put(LocalStore(tmp_path / "2")).digest
 
 
-def test_the_first_committed_digest_of_a_fingerprint_stands(store):
+def test_the_first_committed_digest_of_a_fingerprint_stays_current(store):
     first = put(store)
     assert put(store, content="other last bits") == first
     assert store.find("tokenize", FP) == first
@@ -99,14 +99,14 @@ def test_names_and_sizes_are_checked_on_every_hit(store, harm):
     assert store.verify(again) == []
 
 
-def test_a_flipped_byte_is_found_by_reading(store):
+def test_a_flipped_byte_is_detected_by_verify(store):
     ref = put(store)
     rewrite(store, ref, "sub/a.txt", "hellO")
     assert store.find("tokenize", FP) == ref
     assert store.verify(ref) == ["sub/a.txt: content is not what was written"]
 
 
-def test_an_edited_manifest_does_not_pass(store):
+def test_an_edited_manifest_is_detected_by_verify(store):
     ref = put(store)
     values = store.manifest(ref).model_dump()
     values["payload"]["config"]["x"] = 2
@@ -114,7 +114,7 @@ def test_an_edited_manifest_does_not_pass(store):
     assert any("fingerprint" in problem for problem in store.verify(ref))
 
 
-def test_quarantine_keeps_the_evidence(store):
+def test_quarantine_keeps_the_files_and_the_problems(store):
     ref = put(store)
     place = store.quarantine(ref, ["why"]).removeprefix(store.uri + "/")
     assert store.read_document(f"{place}/sub/a.txt") == b"hello"
@@ -139,7 +139,7 @@ def test_documents_are_created_once_and_listed_in_order(store):
     assert list(store.artifacts()) == []
 
 
-def test_a_miss_is_explained_by_what_is_left_and_by_the_nearest(store):
+def test_a_cache_miss_is_explained_by_what_is_left_and_by_the_nearest_payload(store):
     assert store.previous_state("tokenize", FP) is None and store.newest("tokenize") is None
     refs = [put(store, payload=identity.payload("tokenize", 1, {}, {"x": x, "y": x})) for x in (1, 2, 3)]
     assert store.newest("tokenize").stage == "tokenize"
@@ -151,7 +151,7 @@ def test_a_miss_is_explained_by_what_is_left_and_by_the_nearest(store):
     assert store.find("tokenize", refs[2].fingerprint) == refs[2]
 
 
-def test_one_file_is_read_by_itself(store):
+def test_a_single_file_can_be_read(store):
     ref = put(store)
     assert store.read(ref, "sub/a.txt") == b"hello"
     assert store.read(ref, "telemetry/time.json").isdigit()
@@ -182,18 +182,18 @@ def test_sigkill_at_a_random_moment_leaves_old_or_new(tmp_path, seed):
     script = COMMITTER.format(tests=str(Path(__file__).parent), root=str(root))
     process = subprocess.Popen([sys.executable, "-c", script, "0"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    process.stdout.readline()  # it is at work
+    process.stdout.readline()
     time.sleep(random.Random(seed).uniform(0.0, 0.15))
     process.send_signal(signal.SIGKILL)
     said = [int(line) for line in process.stdout.read().split()]
     process.wait()
     store = LocalStore(root)
     found = list(store.artifacts())
-    assert len(found) > max(said, default=0), "what was said to be committed is there"
+    assert len(found) > max(said, default=0), "every commit that was reported is there"
     assert all(store.verify(ref) == [] for ref in found)
     for i in range(max(said, default=0) + 1):
         assert store.find("tokenize", identity.fingerprint(identity.payload("tokenize", 1, {}, {"x": i}))) is not None
-    # and nothing stands in the way of going on
+    # and the next commit succeeds
     put(store, payload=identity.payload("tokenize", 1, {}, {"x": len(found)}), content="c" * 4000)
 
 
@@ -213,7 +213,7 @@ print(store.find("tokenize", FP).digest)
 """
 
 
-def test_of_two_runs_one_works_and_the_other_takes_it(tmp_path):
+def test_processes_that_need_the_same_artifact_compute_it_once(tmp_path):
     root = tmp_path / "store"
     root.mkdir()
     script = RACER.format(tests=str(Path(__file__).parent), root=str(root))
@@ -225,7 +225,7 @@ def test_of_two_runs_one_works_and_the_other_takes_it(tmp_path):
     assert len(list(root.glob("computed-*"))) == 1
 
 
-def test_a_dead_holders_lock_frees_itself(tmp_path):
+def test_the_lock_of_a_dead_process_is_free(tmp_path):
     script = "import sys,time\nfrom loraflow.store import LocalStore\nwith LocalStore(sys.argv[1]).lock('a','b'):\n print(1,flush=True);time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
     assert holder.stdout is not None
@@ -273,7 +273,7 @@ def test_a_read_only_store_reads_and_says_so_when_written(tmp_path):
     assert ReadOnlyStore.exit_code == 1
 
 
-def test_gc_keeps_what_is_new_and_stops_while_a_run_reads(store, monkeypatch):
+def test_cleanup_keeps_the_newest_and_stops_while_a_run_reads(store, monkeypatch):
     refs = [put(store, payload=identity.payload("merge", 1, {}, {"x": i}), content=f"model {i}") for i in range(5)]
     digests = [ref.digest for ref in refs]
     monkeypatch.setattr(store, "committed_at", lambda ref: digests.index(ref.digest))
