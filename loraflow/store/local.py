@@ -8,7 +8,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
 
 from pydantic import JsonValue
@@ -227,19 +227,14 @@ class LocalStore:
 
         In a read-only store there is no cleanup, and so no lock.
         """
-        try:
-            (self.root / "locks").mkdir(parents=True, exist_ok=True)
-            holder = flock(self.root / "locks" / "readers", shared=True)
-            holder.__enter__()
-        except OSError as error:
-            if from_os_error(error, self.uri) is None:
-                raise
+        with ExitStack() as locks:
+            try:
+                (self.root / "locks").mkdir(parents=True, exist_ok=True)
+                locks.enter_context(flock(self.root / "locks" / "readers", shared=True))
+            except OSError as error:
+                if from_os_error(error, self.uri) is None:
+                    raise
             yield
-            return
-        try:
-            yield
-        finally:
-            holder.__exit__(None, None, None)
 
     def commit(
         self,
@@ -268,7 +263,7 @@ class LocalStore:
                 shutil.rmtree(staged)
                 return current
             target = home / manifest.digest
-            if target.exists():  # `find` did not return it, so it is damaged, or its pointer is missing
+            if target.exists():  # it is damaged, or the pointer does not name it
                 self._quarantine(target, ["found in place of a new artifact"])
             os.rename(staged, target)
             fsync_path(home)
