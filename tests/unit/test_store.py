@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from loraflow import identity
 from loraflow.failures import CorruptArtifact, DiskFull, ReadOnlyStore
 from loraflow.registry.cleanup import remove_unused
 from loraflow.store import LocalStore, Manifest, Ref, Summary, open_store
-from loraflow.store.files import json_bytes
+from loraflow.store.files import HashMemo, json_bytes
 
 PAYLOAD = identity.payload("tokenize", 1, {}, {"x": 1})
 FP = identity.fingerprint(PAYLOAD)
@@ -401,3 +402,26 @@ def test_a_summary_may_hold_what_json_can_write():
     assert summary.report == {"by_length": {"1": [2, 3]}, "share": 0.5}
     with pytest.raises(ValueError, match="JSON"):
         Summary(report={"folder": Path("x")})
+
+
+def test_remembered_hashes_are_read_from_the_file_of_an_older_release(tmp_path):
+    file, memo = tmp_path / "file", tmp_path / "hashes.json"
+    file.write_text("content")
+    os.utime(file, (1_000_000_000, 1_000_000_000))
+    inode = file.stat().st_ino
+    memo.write_text(f'{{"sha256:{file}": [7, 1000000000000000000, {inode}, "remembered"]}}')
+    assert HashMemo(memo).hash(file) == "remembered"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"sha256:/file": [1]}'])
+def test_a_damaged_file_of_remembered_hashes_is_like_none_and_written_again(tmp_path, content):
+    file, memo = tmp_path / "file", tmp_path / "hashes.json"
+    file.write_text("content")
+    os.utime(file, (1_000_000_000, 1_000_000_000))
+    memo.write_text(content)
+    hashes = HashMemo(memo)
+    expected = hashlib.sha256(b"content").hexdigest()
+    assert hashes.hash(file) == expected
+    hashes.save()
+    stamp = [7, 1_000_000_000_000_000_000, file.stat().st_ino, expected]
+    assert json.loads(memo.read_text()) == {f"sha256:{file}": stamp}
