@@ -1,4 +1,4 @@
-"""What a run with nothing to do asks of a bucket: how often, and how long that takes where an answer takes its time.
+"""Count what a run in which every stage is cached asks of a bucket, and measure it for slow answers.
 
 python benchmarks/bucket_requests.py [MILLISECONDS ...]      delays of an answer; 0 and 30 by default. Needs SeaweedFS.
 """
@@ -11,29 +11,39 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from measure import row
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from loraflow.store import bucket
+from tests import object_server, s3_proxy
 from tests.conftest import build_phi3
-from tests.object_server import running
 from tests.site import build_project
 
 RECIPE = "configs/tiny.yaml"
+COLUMNS = ("store", "requests", "seconds of a run in which every stage is cached", "of these in requests, by the delay")
 
 
-class Far(bucket.Bucket):
-    """A bucket whose answers come later, and are counted."""
+def measure(store: str, project: Path, proxy: s3_proxy.Proxy, delays: list[float]) -> None:
+    """Run once to fill the store, then print a row for each delay in milliseconds."""
+    from loraflow.flows.finetune import finetune
 
-    asked: Counter[str] = Counter()
-    delay = 0.0
-
-    def _call(self, do: Any, key: str, **arguments: Any) -> Any:
-        self.asked[do.__name__] += 1
-        time.sleep(self.delay)
-        return super()._call(do, key, **arguments)
+    os.chdir(project)
+    finetune(recipe=RECIPE)
+    for delay in delays:
+        proxy.requests.clear()
+        proxy.fault = lambda request, seconds=delay / 1000: time.sleep(seconds)
+        started = time.perf_counter()
+        finetune(recipe=RECIPE)
+        seconds = time.perf_counter() - started
+        proxy.fault = lambda request: None
+        operations = Counter(proxy.operations())
+        total = operations.total()
+        row(
+            f"bucket, {delay:g} ms" if store.startswith("s3://") else "folder",
+            f"{total} ({', '.join(f'{count} {name}' for name, count in operations.most_common())})",
+            f"{seconds:.1f}",
+            f"{total * delay / 1000:.1f}",
+        )
 
 
 def main() -> None:
@@ -44,27 +54,16 @@ def main() -> None:
     base = build_phi3(here / "base", dtype="float32")
     from prefect.testing.utilities import prefect_test_harness
 
-    from loraflow.flows.finetune import finetune
-    from loraflow.store import s3
-
-    s3.Bucket = Far  # type: ignore[misc]
-    with running(here / "server") as server, prefect_test_harness(server_startup_timeout=300):
-        row(
-            "store", "requests", "seconds of a run in which every stage is cached", "of these in requests, by the delay"
-        )
-        for store, all_delays in ((".loraflow/store", [0.0]), (server.place(), delays)):
-            os.chdir(build_project(here / f"project {len(store)}", base, store))
-            finetune(recipe=RECIPE)
-            for delay in all_delays:
-                Far.asked.clear()
-                Far.delay = delay / 1000
-                started = time.perf_counter()
-                finetune(recipe=RECIPE)
-                seconds, asked = time.perf_counter() - started, sum(Far.asked.values())
-                Far.delay = 0.0
-                name = f"bucket, {delay:g} ms" if asked else "folder"
-                row(name, f"{asked} ({', '.join(f'{n} {what}' for what, n in Far.asked.most_common())})", f"{seconds:.1f}",
-                    f"{asked * delay / 1000:.1f}")  # fmt: skip
+    with (
+        object_server.running(here / "server") as server,
+        s3_proxy.running(server.url) as proxy,
+        prefect_test_harness(server_startup_timeout=300),
+    ):
+        os.environ["AWS_ENDPOINT_URL_S3"] = proxy.url
+        row(*COLUMNS)
+        for store, store_delays in ((".loraflow/store", [0.0]), (server.place(), delays)):
+            project = build_project(here / f"project {len(store)}", base, store)
+            measure(store, project, proxy, store_delays)
 
 
 if __name__ == "__main__":

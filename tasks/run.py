@@ -25,12 +25,12 @@ from loraflow.execution.results import PipelineResult, Registration
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import CorruptArtifact, Failure, from_os_error
 from loraflow.job import Job
+from loraflow.registry.cleanup import remove_unused
 from loraflow.registry.log import actor
 from loraflow.registry.runs import Decision as RecordedDecision
 from loraflow.registry.runs import Publication, RunRecord, RunState, RunSummary, Scores, StageRun, read_scores
 from loraflow.stages import Stage, check_names
 from loraflow.store import Ref, require_intact
-from loraflow.store.gc import collect
 from loraflow.tasks.compute import compute_here
 from loraflow.tasks.events import announce_waiting
 from loraflow.tasks.placement import compute_on_pool
@@ -207,7 +207,7 @@ def _announced_if_waiting() -> Iterator[None]:
 def _clean_up(workspace: Workspace) -> None:
     """Remove all but the newest merged models, unless another run is reading the store."""
     try:
-        for path, size, why in collect(workspace.store, keep=workspace.recipe.runtime.keep):
+        for path, size, why in remove_unused(workspace.store, keep=workspace.recipe.runtime.keep):
             log.info("removed %s (%.0f MiB, %s)", path.parent.name[:12], size / 2**20, why)
     except (Failure, OSError) as error:  # the run is done; `loraflow gc` shows what is in the way
         log.debug("not cleaned up: %s", error)

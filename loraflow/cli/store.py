@@ -72,10 +72,10 @@ def verify(deep: bool, store: str) -> None:
 def gc(store: str, keep: int, dry_run: bool) -> None:
     """Remove old merged models, superseded artifacts and abandoned work. Champion and rollback target always stay."""
     quiet_logging()
-    from loraflow.store.gc import collect
+    from loraflow.registry.cleanup import remove_unused
 
     freed = 0
-    for path, size, reason in collect(open_store(store), keep=keep, dry_run=dry_run):
+    for path, size, reason in remove_unused(open_store(store), keep=keep, dry_run=dry_run):
         freed += size
         click.echo(f"{'would remove' if dry_run else 'removed'}  {size / 2**20:9.1f} MiB  {path}  ({reason})")
     click.echo(f"{freed / 2**20:.1f} MiB {'could be' if dry_run else 'were'} freed")

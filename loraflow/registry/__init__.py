@@ -1,4 +1,4 @@
-"""The promotion log: which model is in use, since when, and why. Append-only; a rollback is an entry like another."""
+"""The promotion log: which model is in use, since when, and why. It is append-only; a rollback adds an entry."""
 
 from loraflow.registry.log import Entry, PromotionLog
 

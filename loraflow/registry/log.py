@@ -1,62 +1,63 @@
 """The promotion log of one model: numbered files, each with the hash of the one before it.
 
-An entry is created under its number or not at all (`create_document` fails if the number is taken), so that of two
-writers one wins, and the other reads the new head and decides again.
+An entry is created under its number or not at all: `create_document` fails if the number is taken. Of two writers one
+wins; the other reads the new head and decides again.
 """
 
 from __future__ import annotations
 
 import getpass
 import hashlib
-import json
 import os
 import time
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from loraflow.failures import CorruptArtifact, Failure
 from loraflow.identity import canonical, short
 from loraflow.store import LocalStore, Ref, Store
+from loraflow.store.files import json_bytes
+
+Action: TypeAlias = Literal["promote", "rollback"]
+Lineage: TypeAlias = dict[str, str]  # where a model comes from, for people: dataset md5, base, recipe or run
+
+_JSON_OBJECT = TypeAdapter(dict[str, JsonValue])
 
 
 def actor() -> str:
-    """Return who acts: the login name, or the uid where there is none."""
+    """Return the login name of the user who runs this, or the uid if there is no name."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
         return str(os.getuid())
 
 
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
 class Moved(Exception):
-    """Somebody else wrote an entry first: the head is another one now."""
+    """Another writer appended an entry first, so the head has changed."""
 
 
 class Entry(BaseModel):
-    """A line of the log."""
+    """A line of the log: a promotion or a rollback."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seq: int
     before: str | None  # hash of the entry before this one
-    action: Literal["promote", "rollback"]
+    action: Action
     model: str
     merged: Ref
     adapter: Ref | None
-    inputs: dict[str, str]  # lineage in short: dataset md5, base, recipe
+    inputs: Lineage
     reasons: list[str]
     actor: str
     time: str
 
     @property
     def hash(self) -> str:
-        """What the next entry is chained to. Where the store lies is no part of it: stores move."""
+        """The hash that the next entry is chained to. The store's uri is not part of it: stores move."""
         plain = self.model_dump()
         for name in ("merged", "adapter"):
             if plain[name]:
@@ -70,7 +71,7 @@ def models(store: Store) -> list[str]:
 
 
 class PromotionLog:
-    """The log of one model in a store; `store` may be the folder of a local one."""
+    """The log of one model in a store; `store` may be the folder of a local store."""
 
     def __init__(self, store: Store | Path, model: str):
         self.store: Store = LocalStore(store) if isinstance(store, Path) else store
@@ -86,41 +87,53 @@ class PromotionLog:
         found: list[Entry] = []
         for number, (path, content) in enumerate(self.store.read_documents(f"{self.folder}/log/").items(), 1):
             try:
-                stored = json.loads(content)
+                stored = _JSON_OBJECT.validate_json(content)
                 claimed = stored.pop("hash")
                 entry = Entry.model_validate(stored)
-            except (ValueError, KeyError, AttributeError) as error:
-                raise self._broken(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+            except (ValueError, KeyError) as error:
+                raise self._damaged(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
             if claimed != entry.hash:
-                raise self._broken(path, "its content is not what was written")
+                raise self._damaged(path, "its content is not what was written")
             if entry.seq != number or entry.before != (found[-1].hash if found else None):
-                raise self._broken(path, "an entry before it is missing or was changed")
+                raise self._damaged(path, "an entry before it is missing or was changed")
             found.append(
-                entry.model_copy(update={"merged": self._here(entry.merged), "adapter": self._here(entry.adapter)})
+                entry.model_copy(
+                    update={"merged": self._in_store(entry.merged), "adapter": self._in_store(entry.adapter)}
+                )
             )
         return found
 
-    def _here(self, ref: Ref | None) -> Ref | None:
+    def _in_store(self, ref: Ref | None) -> Ref | None:
         return ref.model_copy(update={"uri": self.store.uri}) if ref else None
 
-    def _broken(self, name: str, why: str) -> CorruptArtifact:
+    def _damaged(self, name: str, why: str) -> CorruptArtifact:
         return CorruptArtifact(
             "The promotion log is damaged.",
             where=f"{self.store.uri}/{name}",
             got=why,
-            next_step="restore the file from a backup; nothing is promoted meanwhile",
+            next_step="restore the file from a backup; until then nothing is promoted",
         )
 
     def head(self) -> Entry | None:
-        """Return the entry in force: the champion."""
+        """Return the last entry, whose model is the champion; None if there is none."""
         entries = self.entries()
         return entries[-1] if entries else None
 
-    def append(self, seen: Entry | None, **values: Any) -> Entry:
-        """Write the next entry, decided in sight of the head `seen`.
+    def append(
+        self,
+        seen: Entry | None,
+        *,
+        action: Action,
+        merged: Ref,
+        adapter: Ref | None,
+        inputs: Mapping[str, str],
+        reasons: Sequence[str],
+        actor: str,
+    ) -> Entry:
+        """Write the next entry; `seen` is the head at the time of the decision.
 
         Raises:
-            Moved: the head is another one by now.
+            Moved: the head has changed since.
         """
         head = self.head()
         if (head.hash if head else None) != (seen.hash if seen else None):
@@ -128,19 +141,24 @@ class PromotionLog:
         entry = Entry(
             seq=(head.seq if head else 0) + 1,
             before=head.hash if head else None,
+            action=action,
             model=self.model,
+            merged=merged,
+            adapter=adapter,
+            inputs=dict(inputs),
+            reasons=list(reasons),
+            actor=actor,
             time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            **values,
         )
-        document = _json({**entry.model_dump(), "hash": entry.hash})
+        document = json_bytes({**entry.model_dump(), "hash": entry.hash})
         if not self.store.create_document(f"{self.folder}/log/{entry.seq:06d}.json", document):
             raise Moved
         return entry
 
     def in_force(self) -> list[Entry]:
-        """Return the promotions that stand, oldest first: the last is the champion, the one before it the rollback target.
+        """Return the promotions in force, oldest first: the last is the champion, the one before it the rollback target.
 
-        A rollback takes promotions off the end until the one that it names is the last.
+        A rollback removes promotions from the end until the model that it names is the last.
         """
         stack: list[Entry] = []
         for entry in self.entries():
@@ -153,7 +171,7 @@ class PromotionLog:
         return stack
 
     def rolled_back(self, digest: str) -> str | None:
-        """Return why a model was rolled back, if it was and was not promoted again since."""
+        """Return why a model was rolled back; None if it was not, or was promoted again since."""
         entries = self.entries()
         for number in range(len(entries) - 1, 0, -1):
             if entries[number].action == "rollback" and entries[number - 1].merged.digest == digest:
@@ -163,10 +181,11 @@ class PromotionLog:
         return None
 
     def rollback(self, reason: str, actor: str) -> Entry:
-        """Go back to the model before the champion: to another one than any that was rolled back since.
+        """Make the model before the champion the champion again; models that were rolled back are skipped.
 
         Raises:
-            Failure: there is none.
+            Failure: there is no earlier model.
+            Moved: another writer appended an entry at the same time.
         """
         entries = self.entries()
         stack = self.in_force()
@@ -175,7 +194,7 @@ class PromotionLog:
                 "There is no earlier model to go back to.",
                 where=f"registry of {self.model}",
                 got=f"{len(entries)} entries",
-                next_step="loraflow registry",
+                next_step="look at `loraflow registry`",
             )
         target = stack[-2]
         return self.append(
@@ -188,18 +207,20 @@ class PromotionLog:
             actor=actor,
         )
 
-    # decisions that led to no entry are remembered too: the same challenger against the same head is not news
+    # Decisions without an entry are remembered too: the same challenger is not compared again with the same head.
 
-    def decision(self, head: Entry | None, digest: str, protocol: str) -> dict[str, Any] | None:
-        """Return what was decided about a model in sight of this head, by these rules, if anything was."""
-        with suppress(ValueError):
-            return json.loads(self.store.read_document(self._decision(head, digest, protocol)) or b"")
-        return None
+    def decision(self, head: Entry | None, digest: str, protocol: str) -> dict[str, JsonValue] | None:
+        """Return the decision about a model against this head by these rules; None if there is none."""
+        document = self.store.read_document(self._decision_name(head, digest, protocol))
+        try:
+            return _JSON_OBJECT.validate_json(document) if document is not None else None
+        except ValidationError:  # a damaged document is like none: the models are compared again
+            return None
 
-    def remember(self, head: Entry | None, digest: str, protocol: str, decision: dict[str, Any]) -> None:
-        """Keep a decision."""
-        self.store.write_document(self._decision(head, digest, protocol), _json(decision))
+    def remember(self, head: Entry | None, digest: str, protocol: str, decision: Mapping[str, JsonValue]) -> None:
+        """Write down a decision about a model against this head."""
+        self.store.write_document(self._decision_name(head, digest, protocol), json_bytes(decision))
 
-    def _decision(self, head: Entry | None, digest: str, protocol: str) -> str:
+    def _decision_name(self, head: Entry | None, digest: str, protocol: str) -> str:
         seen = short(head.hash) if head else "none"
         return f"{self.folder}/decisions/{seen}-{short(digest)}-{short(protocol)}.json"

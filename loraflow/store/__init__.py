@@ -1,22 +1,24 @@
-"""Where artifacts live. `Store` is what the rest of loraflow knows; `LocalStore` is a plain folder, `S3Store` a bucket.
+"""Where artifacts are stored. `Store` is the interface; `LocalStore` is a plain folder, `S3Store` a bucket.
 
 Layout of a store:
 
     <stage>/<fingerprint>/<digest>/     an artifact: result files, `telemetry/`, and `manifest.json`, written last
-    <stage>/<fingerprint>/current.json  the pointer that says which digest is current; replaced atomically
-    work/<stage>/<fingerprint>/         what an unfinished job keeps: job.json, log, checkpoints
-    set-aside/                          what turned out to be corrupt
-    staging/  locks/  runs/  registry/  the rest
+    <stage>/<fingerprint>/current.json  the pointer to the current digest; replaced atomically
+    work/<stage>/<fingerprint>/         files of an unfinished job: job.json, log, checkpoints
+    set-aside/                          the quarantine: artifacts that turned out to be corrupt
+    staging/  locks/  runs/  registry/  artifacts being written, locks, records of runs, promotion logs
 
-A bucket has the same layout, but for `work/` and `staging/`, which each machine keeps in its cache folder
-(`LORAFLOW_CACHE`), beside the artifacts that it downloaded and what it has still to upload (`pending/`). Of `work/` the
-bucket has the newest checkpoint, from which another machine goes on.
+A bucket has the same layout, except that each machine has `work/` and `staging/` in its cache folder (`LORAFLOW_CACHE`),
+beside copies of the artifacts that it read and of those that it has still to upload (`pending/`). The bucket's `work/`
+has only the newest checkpoint, from which another machine can resume.
 """
 
 import os
 from functools import cache
 
-from loraflow.store.base import Manifest, Ref, Store, Summary, require_intact
+from loraflow.failures import BadConfig
+from loraflow.store.artifact import Manifest, Ref, Summary
+from loraflow.store.base import Store, require_intact
 from loraflow.store.local import LocalStore
 
 __all__ = ["LocalStore", "Manifest", "Ref", "Store", "Summary", "open_store", "require_intact"]
@@ -26,15 +28,13 @@ def open_store(uri: str) -> Store:
     """Open the store at a folder, or at `s3://bucket/prefix`.
 
     Raises:
-        BadConfig: the uri names a kind of store that there is not, or the bucket cannot be reached as it is set up.
+        BadConfig: the uri has an unknown scheme, or the settings of the bucket are wrong.
     """
     if uri.startswith("s3://"):
-        return _open_bucket(uri, tuple(sorted(item for item in os.environ.items() if _concerns_buckets(item[0]))))
+        return _open_bucket(uri, tuple(sorted(item for item in os.environ.items() if _is_bucket_setting(item[0]))))
     if "://" in uri and not uri.startswith("file://"):
-        from loraflow.failures import BadConfig
-
         raise BadConfig(
-            "There is no such kind of store.",
+            "This kind of store is not supported.",
             where="runtime.store",
             expected="a folder, or s3://bucket/prefix",
             got=uri,
@@ -43,13 +43,13 @@ def open_store(uri: str) -> Store:
     return LocalStore(uri.removeprefix("file://"))
 
 
-def _concerns_buckets(variable: str) -> bool:
+def _is_bucket_setting(variable: str) -> bool:
     return variable.startswith("AWS_") or variable in ("LORAFLOW_CACHE", "XDG_CACHE_HOME", "HOME")
 
 
 @cache
 def _open_bucket(uri: str, settings: tuple[tuple[str, str], ...]) -> Store:
-    """Open a bucket once in a process, for each of its settings: a client takes longer to make than most of its calls."""
+    """Open a bucket once in a process for the same settings: making a client takes longer than most of its requests."""
     from loraflow.store.s3 import S3Store
 
     return S3Store(uri)

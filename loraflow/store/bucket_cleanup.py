@@ -1,4 +1,4 @@
-"""What cut-off work leaves in a bucket and on this machine's disk."""
+"""Find and remove what interrupted work left in a bucket and on this machine's disk."""
 
 from __future__ import annotations
 
@@ -7,40 +7,41 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from loraflow.store.base import MANIFEST, OWN
+from loraflow.store.artifact import MANIFEST, QUARANTINE, RESERVED_FOLDERS
 from loraflow.store.bucket import Bucket, Listed
+from loraflow.store.files import stale_folders
+from loraflow.store.uploads import abort_upload, unfinished_uploads
+
+_LOCAL_PATTERNS = ("work/*/*", "pending/*/*", "staging/*", "artifacts/*/*/*")
 
 
-def sweep(bucket: Bucket, scratch: Path, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
-    """Yield, and remove, (name, bytes) of what nobody touched since a time, in seconds since 1970."""
-    for upload in bucket.uploads():
+def stale_items(bucket: Bucket, scratch: Path, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
+    """Yield, and remove if asked, (name, bytes) of what was last changed before a time in seconds since 1970."""
+    for upload in unfinished_uploads(bucket):
         if upload["Initiated"].timestamp() < before:
             if remove:
-                bucket.abort(upload)
+                abort_upload(bucket, upload)
             yield PurePosixPath("uploads", upload["Key"].removeprefix(bucket.prefix)), 0
-    for name, group in _leftovers(bucket):
-        if max(one.modified for one in group) < before:
+    for name, objects in _incomplete(bucket):
+        if max(item.modified for item in objects) < before:
             if remove:
-                bucket.delete([one.key for one in group])
-            yield PurePosixPath(name), sum(one.size for one in group)
-    for pattern in ("work/*/*", "pending/*/*", "staging/*", "artifacts/*/*/*"):
-        for path in scratch.glob(pattern):
-            if path.is_dir() and path.stat().st_mtime < before:
-                size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-                if remove:
-                    shutil.rmtree(path)
-                yield PurePosixPath("cache", path.relative_to(scratch).as_posix()), size
+                bucket.delete([item.key for item in objects])
+            yield PurePosixPath(name), sum(item.size for item in objects)
+    for folder, size in stale_folders(scratch, _LOCAL_PATTERNS, before):
+        if remove:
+            shutil.rmtree(scratch / folder)
+        yield PurePosixPath("cache", folder), size
 
 
-def _leftovers(bucket: Bucket) -> Iterator[tuple[str, list[Listed]]]:
-    """Yield (name, objects) of what was set aside, of leases, of unfinished work, and of files without a manifest."""
+def _incomplete(bucket: Bucket) -> Iterator[tuple[str, list[Listed]]]:
+    """Yield (name, objects) of quarantined artifacts, leases, unfinished work, and files without a manifest."""
     groups: dict[str, list[Listed]] = defaultdict(list)
-    for one in bucket.listing():
-        parts = one.key.split("/")
-        if parts[0] in ("set-aside", "locks"):
-            groups["/".join(parts[:2]).removesuffix(".json")].append(one)
-        elif parts[0] == "work" or (parts[0] not in OWN and len(parts) > 3):
-            groups["/".join(parts[:3])].append(one)
-    for name, group in groups.items():
-        if name.split("/")[0] in OWN or f"{name}/{MANIFEST}" not in {one.key for one in group}:
-            yield name, group
+    for item in bucket.listing():
+        parts = item.key.split("/")
+        if parts[0] in (QUARANTINE, "locks"):
+            groups["/".join(parts[:2]).removesuffix(".json")].append(item)
+        elif parts[0] == "work" or (parts[0] not in RESERVED_FOLDERS and len(parts) > 3):
+            groups["/".join(parts[:3])].append(item)
+    for name, objects in groups.items():
+        if name.split("/")[0] in RESERVED_FOLDERS or f"{name}/{MANIFEST}" not in {item.key for item in objects}:
+            yield name, objects

@@ -1,6 +1,6 @@
-"""The newest checkpoint of an unfinished job, kept in the bucket: an attempt on another machine goes on from it.
+"""Mirror an unfinished job's newest checkpoint in the bucket, so that an attempt on another machine resumes from it.
 
-A checkpoint counts once its seal is there, which is written last; what arrives is hashed against it.
+A checkpoint in the bucket is valid once its seal is there, which is written last; downloads are hashed against it.
 """
 
 from __future__ import annotations
@@ -17,156 +17,168 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loraflow.failures import Failure, Network
-from loraflow.store.bucket import AT_ONCE, Bucket, patiently
+from loraflow.store.bucket import CONCURRENCY, Bucket, retry_network
 from loraflow.store.checkpoints import (
     COMPLETE,
     FOLDER,
     FORCED,
-    begin_anew,
-    forced_over,
+    forced_digest,
+    intact_checkpoints,
     is_whole,
+    needed_names,
     read_seal,
+    required_step,
+    reset_work_folder,
     seal_of,
-    sealed,
+    sealed_checkpoints,
     step_of,
-    whole,
 )
 from loraflow.store.files import write_atomic
+from loraflow.store.uploads import upload_file
 
 log = logging.getLogger(__name__)
-LOOK = 2.0  # seconds between two looks for a new checkpoint
+POLL_SECONDS = 2.0  # between two looks for a new checkpoint
 
 
-class Kept:
-    """The part of an unfinished job's work that its bucket has, below a prefix."""
+class CheckpointMirror:
+    """The checkpoints of one job: `work` is its folder on this machine, `prefix` the place in the bucket."""
 
     def __init__(self, bucket: Bucket, prefix: str, work: Path):
         self.bucket, self.prefix, self.work = bucket, prefix, work
-        self._done_with: str | None = None  # the newest checkpoint that was looked at
-        self._needless = threading.Event()  # the job is done, and nobody will go on from here
+        self._last_handled: str | None = None  # the newest checkpoint that was uploaded, or cannot be
+        self._is_job_done = threading.Event()  # the job has its result: no other attempt will resume
 
     def fetch(self, instead_of: str | None) -> None:
-        """Bring the work folder to what the last attempt left, whichever machine it was on."""
-        for left in (*self.work.glob(".fetch-*"), *self.work.glob(".upload-*")):  # by an attempt that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        """Bring the work folder to the state that the last attempt left, on whichever machine.
+
+        With `instead_of`, the digest of an artifact that is recomputed, only attempts that recompute it count.
+        """
+        for folder in (*self.work.glob(".fetch-*"), *self.work.glob(".upload-*")):  # of an attempt that was killed
+            shutil.rmtree(folder, ignore_errors=True)
         mark = self.bucket.get(f"{self.prefix}/{FORCED}")
-        theirs, names = mark.data.decode() if mark else None, self._sealed()
-        if theirs != forced_over(self.work):  # what is here is of an older computation, or was ended elsewhere
-            begin_anew(self.work, theirs)
-        if instead_of is not None and forced_over(self.work) != instead_of:
-            self.forget()
+        digest_in_bucket, names = mark.data.decode() if mark else None, self._sealed_names()
+        if digest_in_bucket != forced_digest(self.work):
+            # The local files are of an older computation, or the computation was finished on another machine.
+            reset_work_folder(self.work, digest_in_bucket)
+        if instead_of is not None and forced_digest(self.work) != instead_of:
+            self.remove()
             self.bucket.put(f"{self.prefix}/{FORCED}", instead_of.encode())
-            begin_anew(self.work, instead_of)
+            reset_work_folder(self.work, instead_of)
             return
-        ours = next(whole(self.work / FOLDER), None) if names else None
+        local = next(intact_checkpoints(self.work / FOLDER), None) if names else None
         for name in names:
-            if ours is not None and _step(name) <= _step(ours.name):
+            if local is not None and required_step(name) <= required_step(local.name):
                 return
             if self._download(name):
-                log.info("%s came from %s: an attempt on another machine left it", name, self.bucket.uri)
+                log.info("%s was downloaded from %s: an attempt on another machine saved it", name, self.bucket.uri)
                 return
-            log.warning("%s/%s/%s is not whole; it is not used", self.bucket.uri, self.prefix, name)
+            log.warning("%s/%s/%s is incomplete and not used", self.bucket.uri, self.prefix, name)
 
     @contextmanager
     def mirror_checkpoints(self) -> Iterator[None]:
-        """Upload each new checkpoint, or the newest where they come faster, and the last one if the job is not done."""
+        """Upload new checkpoints while the block runs.
+
+        If they are saved faster than they are uploaded, only the newest is. The last one is uploaded if the job fails.
+        """
         ended = threading.Event()
 
         def follow() -> None:
-            while not ended.wait(LOOK):
-                self._keep_newest()
-            self._keep_newest()
+            while not ended.wait(POLL_SECONDS):
+                self._mirror_newest()
+            self._mirror_newest()
 
         thread = threading.Thread(target=follow, name=f"checkpoints of {self.prefix}", daemon=True)
         thread.start()
         try:
             yield
-            self._needless.set()
+            self._is_job_done.set()
         finally:
             ended.set()
             thread.join()
 
-    def forget(self) -> None:
-        """Remove what the bucket has."""
-        self.bucket.delete([one.key for one in self.bucket.listing(f"{self.prefix}/")])
+    def remove(self) -> None:
+        """Remove the job's checkpoints from the bucket."""
+        self.bucket.delete([item.key for item in self.bucket.listing(f"{self.prefix}/")])
 
-    def _sealed(self) -> list[str]:
-        """Return the names of the bucket's checkpoints that have a seal, the newest first."""
-        parts = [one.key.removeprefix(f"{self.prefix}/").split("/") for one in self.bucket.listing(f"{self.prefix}/")]
-        names = {part[1] for part in parts if len(part) == 3 and part[0] == FOLDER and part[2] == COMPLETE}
-        return sorted((name for name in names if step_of(name) is not None), key=_step, reverse=True)
+    def _sealed_names(self) -> list[str]:
+        """Return the names of the bucket's checkpoints that have a seal, newest first."""
+        prefix = f"{self.prefix}/"
+        paths = [item.key.removeprefix(prefix).split("/") for item in self.bucket.listing(prefix)]
+        names = {path[1] for path in paths if len(path) == 3 and path[0] == FOLDER and path[2] == COMPLETE}
+        return sorted((name for name in names if step_of(name) is not None), key=required_step, reverse=True)
 
-    def _keep_newest(self) -> None:
-        newest = next(iter(sealed(self.work / FOLDER)), None)
-        if newest is None or newest.name == self._done_with or self._needless.is_set():
+    def _mirror_newest(self) -> None:
+        newest = next(iter(sealed_checkpoints(self.work / FOLDER)), None)
+        if newest is None or newest.name == self._last_handled or self._is_job_done.is_set():
             return
         try:
             self._upload(newest)
-        except FileNotFoundError:  # the trainer was just removing it, for a newer one
+        except FileNotFoundError:  # the trainer is removing it, because there is a newer one
             return
-        except Network as failure:  # it may come back, and the next checkpoint may be hours away
+        except Network as failure:  # the network may come back, and the next checkpoint may be hours away
             log.warning("%s is not in the bucket yet: %s", newest.name, failure)
             return
-        except (Failure, OSError) as error:  # the training goes on; only another machine could not go on from here
-            log.warning("%s is not kept in the bucket: %s", newest.name, error)
-        self._done_with = newest.name
+        except (Failure, OSError) as error:  # the training goes on; only other machines cannot resume from it
+            log.warning("%s is not uploaded to the bucket: %s", newest.name, error)
+        self._last_handled = newest.name
 
     def _upload(self, newest: Path) -> None:
-        wanted, held = _with_needed(newest), self.work / f".upload-{uuid.uuid4().hex[:8]}"
+        names, links = needed_names(newest), self.work / f".upload-{uuid.uuid4().hex[:8]}"
         try:
-            place = _hold(newest.parent, wanted, held)
-            for name in wanted:
-                sealed_files = (place / name / COMPLETE).read_bytes()
-                seal = read_seal(sealed_files)
+            folder = _hard_link(newest.parent, names, links)
+            for name in names:
+                content = (folder / name / COMPLETE).read_bytes()
+                seal = read_seal(content)
                 if seal is None:
-                    raise FileNotFoundError(place / name / COMPLETE)
+                    raise FileNotFoundError(folder / name / COMPLETE)
                 for file, sha256 in seal["files"].items():
-                    if self._needless.is_set():  # the result must not wait for it
+                    if self._is_job_done.is_set():  # the result must not wait for this upload
                         return
-                    self.bucket.upload(place / name / file, self._key(name, file), sha256)
-                self.bucket.put(self._key(name, COMPLETE), sealed_files)
+                    upload_file(self.bucket, folder / name / file, self._key(name, file), sha256)
+                self.bucket.put(self._key(name, COMPLETE), content)
         finally:
-            shutil.rmtree(held, ignore_errors=True)
-        keys = [one.key for one in self.bucket.listing(f"{self.prefix}/{FOLDER}/")]
-        self.bucket.delete(
-            [key for key in keys if key.removeprefix(f"{self.prefix}/{FOLDER}/").split("/")[0] not in wanted]
-        )
+            shutil.rmtree(links, ignore_errors=True)
+        prefix = f"{self.prefix}/{FOLDER}/"
+        keys = [item.key for item in self.bucket.listing(prefix)]
+        self.bucket.delete([key for key in keys if key.removeprefix(prefix).split("/")[0] not in names])
 
     def _download(self, name: str) -> bool:
-        """Get a checkpoint, and the one that it needs, if both are whole."""
+        """Download a checkpoint and the one that it needs; return whether both are intact."""
         staged = self.work / f".fetch-{uuid.uuid4().hex[:8]}"
         try:
-            if not self._get(name, staged / name):
+            if not self._download_files(name, staged / name):
                 return False
-            names = _with_needed(staged / name)
-            if not all(self._get(one, staged / one) for one in names if one != name):
+            names = needed_names(staged / name)
+            if not all(self._download_files(needed, staged / needed) for needed in names if needed != name):
                 return False
             (self.work / FOLDER).mkdir(exist_ok=True)
             now = time.time()
-            for age, one in reversed(list(enumerate(reversed(names)))):  # the newest last: it is what is looked for
-                shutil.rmtree(self.work / FOLDER / one, ignore_errors=True)
-                (staged / one).rename(self.work / FOLDER / one)
-                os.utime(self.work / FOLDER / one, (now - age, now - age))  # the trainer removes the oldest first
+            for number, moved in enumerate(names):  # the newest last: it is the one that a reader looks for
+                target = self.work / FOLDER / moved
+                shutil.rmtree(target, ignore_errors=True)
+                (staged / moved).rename(target)
+                age = len(names) - 1 - number
+                os.utime(target, (now - age, now - age))  # the trainer removes the oldest first
             return True
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
-    def _get(self, name: str, folder: Path) -> bool:
+    def _download_files(self, name: str, folder: Path) -> bool:
         found = self.bucket.get(self._key(name, COMPLETE))
         seal = read_seal(found.data) if found else None
         if found is None or seal is None:
             return False
 
-        def get(file: str) -> None:
-            place = folder / file
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with place.open("wb") as target:
+        def download(file: str) -> None:
+            target = folder / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as opened:
                 for block in self.bucket.blocks(self._key(name, file)):
-                    target.write(block)
+                    opened.write(block)
 
         try:
-            with ThreadPoolExecutor(AT_ONCE) as pool:
-                list(pool.map(lambda file: patiently(lambda: get(file)), seal["files"]))
+            with ThreadPoolExecutor(CONCURRENCY) as pool:
+                list(pool.map(lambda file: retry_network(lambda: download(file)), seal["files"]))
         except FileNotFoundError:
             return False
         write_atomic(folder / COMPLETE, found.data)
@@ -176,28 +188,20 @@ class Kept:
         return f"{self.prefix}/{FOLDER}/{checkpoint}/{file}"
 
 
-def _hold(folder: Path, names: list[str], held: Path) -> Path:
-    """Give checkpoints' files a second name each, and return where: the trainer may remove them before they are up."""
+def _hard_link(folder: Path, names: list[str], links: Path) -> Path:
+    """Link checkpoints' files below `links`, since the trainer may remove them before they are uploaded.
+
+    Return the folder to upload from: `folder` itself on a file system without hard links.
+    """
     try:
         for name in names:
-            for file in (COMPLETE, *(seal_of(folder / name) or {"files": ()})["files"]):
-                (held / name / file).parent.mkdir(parents=True, exist_ok=True)
-                os.link(folder / name / file, held / name / file)
+            seal = seal_of(folder / name)
+            for file in (COMPLETE, *(seal["files"] if seal else ())):
+                (links / name / file).parent.mkdir(parents=True, exist_ok=True)
+                os.link(folder / name / file, links / name / file)
     except FileNotFoundError:
         raise
-    except OSError as error:  # a file system without hard links
-        log.debug("%s is uploaded from where it is: %s", names[-1], error)
+    except OSError as error:
+        log.debug("%s is uploaded without hard links: %s", names[-1], error)
         return folder
-    return held
-
-
-def _with_needed(checkpoint: Path) -> list[str]:
-    """Return a checkpoint's name and that of the one that a resume from it needs; the needed one comes first."""
-    needs = (seal_of(checkpoint) or {}).get("needs")
-    return [checkpoint.name] if needs in (None, checkpoint.name) else [needs, checkpoint.name]
-
-
-def _step(name: str) -> int:
-    step = step_of(name)
-    assert step is not None
-    return step
+    return links

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TypeAlias
 
-BLOCK = 4 * 2**20
+from pydantic import TypeAdapter
+
+from loraflow.failures import from_os_error
+
+log = logging.getLogger(__name__)
+
+BLOCK = 4 * 2**20  # bytes that are read or written at a time
+# What `json.dumps` writes. Unlike pydantic's JsonValue, read-only: a dict[str, str] is one too.
+Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | int | float | bool | None"
+
+_Stamp: TypeAlias = tuple[int, int, int, str]  # size, mtime in nanoseconds, inode, hash
+_MEMO = TypeAdapter(dict[str, _Stamp])
 
 
 def hash_file(path: Path, algorithm: str = "sha256") -> str:
@@ -39,7 +53,7 @@ def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def is_inside(name: str) -> bool:
-    """Tell whether a relative name from elsewhere stays inside of the folder that it is put into."""
+    """Tell whether a relative name that was read from a file or the network stays inside the folder it is joined to."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and "\0" not in name and bool(path.parts)
 
@@ -62,7 +76,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file so that a reader, or a crash, sees the old content or the new, never a part."""
+    """Replace a file atomically: after a crash, as for a reader, it has the old content or the new."""
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(fd, "wb") as file:
@@ -77,47 +91,76 @@ def write_atomic(path: Path, data: bytes) -> None:
     fsync_path(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically, keys sorted, readable."""
-    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+def json_bytes(value: Json) -> bytes:
+    """Return a value as readable JSON with sorted keys."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def write_json(path: Path, value: Json) -> None:
+    """Write a JSON file atomically, readable and with sorted keys."""
+    write_atomic(path, json_bytes(value))
+
+
+@contextmanager
+def translate_os_errors(where: str) -> Iterator[None]:
+    """Turn a full disk or missing permissions into a failure with a next step.
+
+    Raises:
+        Failure: for those errors; every other OSError passes unchanged.
+    """
+    try:
+        yield
+    except OSError as error:
+        failure = from_os_error(error, where)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def stale_folders(root: Path, patterns: tuple[str, ...], before: float) -> Iterator[tuple[PurePosixPath, int]]:
+    """Yield (relative path, bytes) of folders that match a pattern and were last changed before a time."""
+    for pattern in patterns:
+        for path in root.glob(pattern):
+            if path.is_dir() and path.stat().st_mtime < before:
+                size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+                yield PurePosixPath(path.relative_to(root).as_posix()), size
 
 
 class HashMemo:
-    """Hashes of files, remembered by path, size, mtime and inode, so that a second look costs one stat.
+    """Remember hashes of files by path, size, mtime and inode, so that a second look costs one stat.
 
-    A file whose mtime is younger than two seconds is not remembered: it could be written again within the same tick.
+    The hash of a file whose mtime is younger than two seconds is not remembered: the file could be written again within
+    the same clock tick.
     """
 
     def __init__(self, path: Path | None):
         self.path = path
         self.changed = False
         try:
-            self.known: dict[str, list[Any]] = json.loads(path.read_bytes()) if path else {}
-        except (FileNotFoundError, json.JSONDecodeError):
+            self.known = _MEMO.validate_json(path.read_bytes()) if path else {}
+        except (FileNotFoundError, ValueError):
             self.known = {}
 
     def hash(self, path: Path, algorithm: str = "sha256") -> str:
-        """Return a file's hash, from memory if the file is the one that was hashed."""
+        """Return a file's hash, from memory if the file has not changed since it was hashed."""
         before = path.stat()
         key = f"{algorithm}:{path.resolve()}"
-        stamp = [before.st_size, before.st_mtime_ns, before.st_ino]
+        stamp = (before.st_size, before.st_mtime_ns, before.st_ino)
         known = self.known.get(key)
         if known is not None and known[:3] == stamp:
             return known[3]
         value = hash_file(path, algorithm)
-        import time
-
         if time.time_ns() - before.st_mtime_ns > 2_000_000_000:
-            self.known[key] = [*stamp, value]
+            self.known[key] = (*stamp, value)
             self.changed = True
         return value
 
     def save(self) -> None:
-        """Keep what was learned. A memo that cannot be written costs time, not truth, so it is let go."""
+        """Write the memo to its file. A memo that cannot be written costs time only, so the error is only logged."""
         if self.changed and self.path is not None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(self.path, json.dumps(self.known).encode())
                 self.changed = False
-            except OSError:
-                return
+            except OSError as error:
+                log.debug("hashes are not remembered: %s", error)

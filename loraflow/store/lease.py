@@ -1,7 +1,8 @@
-"""Locks between machines: a lease in the bucket, renewed while its holder lives. A dead holder's lease ends by itself.
+"""Locks between machines: a lease is an object in the bucket that its holder renews; a dead holder's lease expires.
 
-Ages are told by the server's clock alone. Who loses a lease while it computes (a host that slept, a network that was
-away) is not stopped: commits are idempotent and the first committed digest stands, so that time is lost, not truth.
+A lease's age is measured by the server's clock alone. A worker that loses its lease while it computes (its host slept, or
+the network was down) is not stopped: commits are idempotent and the first committed digest stays current, so that only
+time is lost.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from loraflow.failures import Failure, Network
+from loraflow.failures import Failure, Network, ReadOnlyStore
 from loraflow.store.bucket import Bucket, Object
-from loraflow.store.lock import Held
+from loraflow.store.lock import LockHeld
 
 log = logging.getLogger(__name__)
 
-SECONDS = 60.0  # after which a lease that nobody renewed is free
+SECONDS = 60.0  # after which a lease that was not renewed is free
+_CLEANUP = "locks/gc.json"
+_READERS = "locks/readers/"
+_FREE = b'{"holder": null}'
 
 
 class Lease:
@@ -47,12 +51,15 @@ class Lease:
                 return
             if etag is None:
                 self.lost = True
-                log.warning("the lease %s was lost: another worker may do the same; the first result stands", self.key)
+                log.warning(
+                    "the lease %s was lost: another worker may compute the same; the first result stays current",
+                    self.key,
+                )
                 return
             self.etag = etag
 
     def release(self) -> None:
-        """Let it go: at once for whoever waits. A store that does not answer frees it later by itself."""
+        """Free the lease at once. If the store does not answer, the lease expires later."""
         self._ended.set()
         self._thread.join()
         if not self.lost:
@@ -60,24 +67,21 @@ class Lease:
                 self.bucket.replace(self.key, _FREE, self.etag)
 
 
-_FREE = b'{"holder": null}'
-
-
 @contextmanager
 def lease(bucket: Bucket, key: str, *, seconds: float = SECONDS, wait: bool = True) -> Iterator[Lease]:
     """Hold a lease.
 
     Raises:
-        Held: with `wait=False`, if somebody else has it.
+        LockHeld: with `wait=False`, if another worker has it.
     """
     body = json.dumps({"holder": uuid.uuid4().hex, "host": platform.node(), "pid": os.getpid()}).encode()
-    etag, said = None, False
+    is_logged = False
     while (etag := _take(bucket, key, body, seconds)) is None:
         if not wait:
-            raise Held(key)
-        if not said:
+            raise LockHeld(key)
+        if not is_logged:
             log.info("waiting for %s, held by %s", key, _holder(bucket.get(key)))
-            said = True
+            is_logged = True
         time.sleep(min(2.0, seconds / 8))
     held = Lease(bucket, key, body, etag, seconds)
     try:
@@ -86,23 +90,56 @@ def lease(bucket: Bucket, key: str, *, seconds: float = SECONDS, wait: bool = Tr
         held.release()
 
 
+@contextmanager
+def reader_lease(bucket: Bucket, seconds: float) -> Iterator[None]:
+    """Make cleanups on other machines wait; start once none is under way."""
+    key = f"{_READERS}{uuid.uuid4().hex}.json"
+    try:
+        etag = bucket.create(key, b"{}")
+    except ReadOnlyStore:  # credentials that only read cannot hold off a cleanup
+        etag = None
+    held = Lease(bucket, key, b"{}", etag, seconds) if etag else None
+    try:
+        while _is_held(bucket.get(_CLEANUP), seconds):
+            time.sleep(0.5)
+        yield
+    finally:
+        if held is not None:
+            held.release()
+            bucket.delete([key])
+
+
+@contextmanager
+def cleanup_lease(bucket: Bucket, seconds: float) -> Iterator[None]:
+    """Make readers on other machines wait.
+
+    Raises:
+        LockHeld: there are readers, or another cleanup is under way.
+    """
+    with lease(bucket, _CLEANUP, seconds=seconds, wait=False):
+        for item in bucket.listing(_READERS):
+            if _is_held(bucket.get(item.key), seconds):
+                raise LockHeld(item.key)
+        yield
+
+
 def _take(bucket: Bucket, key: str, body: bytes, seconds: float) -> str | None:
     seen = bucket.get(key)
     if seen is None:
         return bucket.create(key, body)
-    if seen.data == _FREE or seen.age > seconds:
-        return bucket.replace(key, body, seen.etag)
-    return None
+    if _is_held(seen, seconds):
+        return None
+    return bucket.replace(key, body, seen.etag)
 
 
-def is_held(seen: Object | None, seconds: float) -> bool:
-    """Tell whether a lease is held by a living holder."""
+def _is_held(seen: Object | None, seconds: float) -> bool:
+    """Tell whether a lease has a holder that renews it."""
     return seen is not None and seen.data != _FREE and seen.age <= seconds
 
 
 def _holder(seen: Object | None) -> str:
     try:
-        who = json.loads(seen.data if seen else b"")
-        return f"process {who['pid']} on {who['host']}"
+        holder = json.loads(seen.data if seen else b"")
+        return f"process {holder['pid']} on {holder['host']}"
     except (ValueError, KeyError):
         return "another worker"

@@ -1,4 +1,4 @@
-"""A store in a local folder: rename, fsync and flock of the kernel, nothing else."""
+"""A store in a local folder, built on rename, fsync and flock."""
 
 from __future__ import annotations
 
@@ -7,16 +7,36 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+
+from pydantic import JsonValue
 
 from loraflow import identity
-from loraflow.failures import CorruptArtifact, from_os_error
-from loraflow.store.base import MANIFEST, OWN, Manifest, Ref, Summary, contradictions, describe, misfits
-from loraflow.store.checkpoints import begin_anew, forced_over
-from loraflow.store.files import files_below, fsync_path, fsync_tree, hash_file, write_atomic, write_json
+from loraflow.failures import from_os_error
+from loraflow.store.artifact import (
+    MANIFEST,
+    QUARANTINE,
+    RESERVED_FOLDERS,
+    Manifest,
+    PreviousState,
+    Ref,
+    Summary,
+    build_manifest,
+    check_consistency,
+    check_folder,
+    unreadable_manifest,
+)
+from loraflow.store.checkpoints import forced_digest, reset_work_folder
+from loraflow.store.files import (
+    fsync_path,
+    fsync_tree,
+    stale_folders,
+    translate_os_errors,
+    write_atomic,
+    write_json,
+)
 from loraflow.store.lock import flock
 
 
@@ -40,25 +60,19 @@ class LocalStore:
             return None
         if manifest.fingerprint != fingerprint or manifest.digest != digest:
             return None
-        return None if _misfits(home / digest, manifest) else self._ref(manifest)
+        return None if _check(home / digest, manifest) else manifest.ref(self.uri)
 
     def manifest(self, ref: Ref) -> Manifest:
-        """Read an artifact's manifest.
+        """Return an artifact's manifest.
 
         Raises:
-            CorruptArtifact: it is gone or unreadable.
+            CorruptArtifact: it is missing or unreadable.
         """
         folder = self._folder(ref)
         try:
             return self._read_manifest(folder)
         except (OSError, ValueError) as error:
-            raise CorruptArtifact(
-                f"The manifest of {ref} cannot be read.",
-                where=str(folder / MANIFEST),
-                got=f"{type(error).__name__}: {error}".splitlines()[0],
-                next_step="run again: the stage makes it anew",
-                ref=ref.model_dump(),
-            ) from error
+            raise unreadable_manifest(ref, str(folder / MANIFEST), error) from error
 
     def path(self, ref: Ref) -> Path:
         """Return the artifact's folder."""
@@ -73,38 +87,35 @@ class LocalStore:
         return (self._folder(ref) / name).read_bytes()
 
     def check(self, ref: Ref) -> list[str]:
-        """Compare an artifact's names and sizes with its manifest and return what is wrong, a line each."""
+        """Compare an artifact's names and sizes with its manifest; return the problems, a line each."""
         folder = self._folder(ref)
         try:
-            return _misfits(folder, self._read_manifest(folder))
+            return _check(folder, self._read_manifest(folder))
         except (OSError, ValueError) as error:
             return [f"{MANIFEST}: {type(error).__name__}"]
 
     def verify(self, ref: Ref) -> list[str]:
-        """Hash an artifact's contents and return what is wrong with it, a line each."""
+        """Hash an artifact's contents; return the problems, a line each."""
         problems = self.check(ref)
         if problems:
             return problems
         folder = self._folder(ref)
         manifest = self._read_manifest(folder)
-        for name, entry in manifest.files.items():
-            if hash_file(folder / name) != entry["sha256"]:
-                problems.append(f"{name}: content is not what was written")
-        return problems or contradictions(manifest, ref)
+        return check_folder(folder, manifest, contents=True) or check_consistency(manifest, ref)
 
     def fetch(self, ref: Ref) -> list[str]:
-        """Hash an artifact's contents: they are here already."""
+        """Hash an artifact's contents, which are on this machine already; return the problems, a line each."""
         return self.verify(ref)
 
     def artifacts(self) -> Iterator[Ref]:
-        """Go through all artifacts that have a manifest, current or not. Their facets are not read."""
+        """Yield all artifacts that have a manifest, current or not, without their facets."""
         for path in sorted(self.root.glob(f"*/*/*/{MANIFEST}")):
             stage, fingerprint, digest = path.parts[-4:-1]
-            if stage not in OWN:
+            if stage not in RESERVED_FOLDERS:
                 yield Ref(stage=stage, fingerprint=fingerprint, digest=digest, uri=self.uri)
 
-    def newest_payload(self, stage: str, like: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the payload of the stage's artifact that is nearest to `like`, the newer one of two as near."""
+    def newest_payload(self, stage: str, like: Mapping[str, JsonValue]) -> dict[str, JsonValue] | None:
+        """Return the payload of the stage that differs least from `like`; of equal ones, the newest."""
         best: tuple[int, float] | None = None
         payload = None
         for path in (self.root / stage).glob(f"*/*/{MANIFEST}"):
@@ -126,8 +137,8 @@ class LocalStore:
         except (OSError, ValueError):
             return None
 
-    def previous_state(self, stage: str, fingerprint: str) -> Literal["damaged", "removed"] | None:
-        """Say what is left of an artifact that was there and is not found; None if there was none."""
+    def previous_state(self, stage: str, fingerprint: str) -> PreviousState | None:
+        """Return what is left of an artifact that existed and is not found; None if there was none."""
         home = self.root / stage / fingerprint
         if not (home / "current.json").exists():
             return None
@@ -136,15 +147,15 @@ class LocalStore:
     # documents
 
     def read_document(self, name: str) -> bytes | None:
-        """Return a document, None if there is none."""
+        """Return a document, None if it does not exist."""
         try:
             return (self.root / name).read_bytes()
         except FileNotFoundError:
             return None
 
     def create_document(self, name: str, data: bytes) -> bool:
-        """Write a document that is not there yet: a hard link, which fails if the name is taken."""
-        with self._writing():
+        """Write a document that does not exist, by a hard link, which fails if it exists. Return False then."""
+        with translate_os_errors(self.uri):
             path = self.root / name
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_name(f".draft-{uuid.uuid4().hex[:8]}")
@@ -159,8 +170,8 @@ class LocalStore:
             return True
 
     def write_document(self, name: str, data: bytes) -> None:
-        """Write or replace a document."""
-        with self._writing():
+        """Write or replace a document atomically."""
+        with translate_os_errors(self.uri):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self.root / name, data)
 
@@ -172,7 +183,7 @@ class LocalStore:
         )
 
     def read_documents(self, prefix: str, suffix: str = "") -> dict[str, bytes]:
-        """Return all documents below a prefix whose names end so, sorted by name."""
+        """Return all documents below a prefix whose names end with `suffix`, sorted by name."""
         found = ((name, self.read_document(name)) for name in self.documents(prefix) if name.endswith(suffix))
         return {name: data for name, data in found if data is not None}
 
@@ -180,114 +191,112 @@ class LocalStore:
 
     def staging(self, stage: str, fingerprint: str) -> Path:
         """Return a new empty folder for a job to write into."""
-        with self._writing():
+        with translate_os_errors(self.uri):
             folder = self.root / "staging" / f"{stage}-{identity.short(fingerprint)}-{uuid.uuid4().hex[:8]}"
             folder.mkdir(parents=True)
             return folder
 
     def work_folder(self, stage: str, fingerprint: str, instead_of: Ref | None = None) -> Path:
-        """Return the folder in which an unfinished job keeps what a retry goes on from."""
-        with self._writing():
+        """Return the folder in which an unfinished job stores what a retry resumes from."""
+        with translate_os_errors(self.uri):
             folder = self.root / "work" / stage / fingerprint
             folder.mkdir(parents=True, exist_ok=True)
-            if instead_of is not None and forced_over(folder) != instead_of.digest:
-                begin_anew(folder, instead_of.digest)
+            if instead_of is not None and forced_digest(folder) != instead_of.digest:
+                reset_work_folder(folder, instead_of.digest)
             return folder
 
     def mirror_checkpoints(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
-        """Do nothing: whoever sees the store sees the work folder."""
+        """Do nothing: every machine that has the store has the work folder."""
         return nullcontext()
 
     def remove_work_folder(self, stage: str, fingerprint: str) -> None:
-        """Remove what was kept."""
+        """Remove a finished job's work folder."""
         shutil.rmtree(self.root / "work" / stage / fingerprint, ignore_errors=True)
 
     @contextmanager
     def lock(self, stage: str, fingerprint: str) -> Iterator[None]:
-        """Hold a job's lock; wait for whoever has it."""
-        with self._writing():
+        """Hold a job's lock; wait until it is free."""
+        with translate_os_errors(self.uri):
             (self.root / "locks").mkdir(parents=True, exist_ok=True)
         with flock(self.root / "locks" / f"{stage}-{identity.short(fingerprint)}.lock"):
             yield
 
     @contextmanager
     def reader_lock(self) -> Iterator[None]:
-        """Hold off `gc` while artifacts are in use. In a read-only store nothing can be collected, so no lock."""
-        try:
-            (self.root / "locks").mkdir(parents=True, exist_ok=True)
-            holder = flock(self.root / "locks" / "readers", shared=True)
-            holder.__enter__()
-        except OSError as error:
-            if from_os_error(error, self.uri) is None:
-                raise
+        """Make cleanups wait while artifacts are in use.
+
+        In a read-only store there is no cleanup, and so no lock.
+        """
+        with ExitStack() as locks:
+            try:
+                (self.root / "locks").mkdir(parents=True, exist_ok=True)
+                locks.enter_context(flock(self.root / "locks" / "readers", shared=True))
+            except OSError as error:
+                if from_os_error(error, self.uri) is None:
+                    raise
             yield
-            return
-        try:
-            yield
-        finally:
-            holder.__exit__(None, None, None)
 
     def commit(
         self,
         staged: Path,
         *,
-        payload: dict[str, Any],
-        inputs: dict[str, Ref],
+        payload: Mapping[str, JsonValue],
+        inputs: Mapping[str, Ref],
         summary: Summary,
-        provenance: dict[str, Any],
+        provenance: Mapping[str, JsonValue],
         replace: bool = False,
     ) -> Ref:
-        """Hash, flush, write the manifest, rename into place, replace the pointer: in this order.
+        """Hash and flush the files, write the manifest, rename the folder into place, replace the pointer.
 
-        The first committed digest of a fingerprint stands as long as it is whole, so that two workers that computed
-        the same job with other last bits agree afterwards; `replace` is for a computation that was forced.
+        The first committed digest of a fingerprint stays current while it is intact: two workers that computed the same
+        job with different last bits agree afterwards. `replace` is for a computation that was forced.
         """
-        with self._writing():
-            manifest = describe(staged, payload, inputs, summary, provenance)
+        with translate_os_errors(self.uri):
+            manifest = build_manifest(staged, payload, inputs, summary, provenance)
             fsync_tree(staged)
             write_json(staged / MANIFEST, manifest.model_dump())
             home = self.root / manifest.stage / manifest.fingerprint
             home.mkdir(parents=True, exist_ok=True)
             fsync_path(home.parent)
-            standing = self.find(manifest.stage, manifest.fingerprint)
-            if standing is not None and (not replace or standing.digest == manifest.digest):
+            current = self.find(manifest.stage, manifest.fingerprint)
+            if current is not None and (not replace or current.digest == manifest.digest):
                 shutil.rmtree(staged)
-                return standing
+                return current
             target = home / manifest.digest
-            if target.exists():  # it was not found above, so it is broken, or its pointer is gone
-                self._move_aside(target, ["found in place of a new artifact"])
+            if target.exists():  # it is damaged, or the pointer does not name it
+                self._quarantine(target, ["found in place of a new artifact"])
             os.rename(staged, target)
             fsync_path(home)
             write_json(home / "current.json", {"digest": manifest.digest})
-            return self._ref(manifest)
+            return manifest.ref(self.uri)
 
     def resume_commit(self, stage: str, fingerprint: str) -> Ref | None:
-        """Return nothing: a commit here is a rename, of which nothing is left to finish."""
+        """Return None: a commit in a folder is a rename, which leaves nothing to finish."""
         return None
 
     def quarantine(self, ref: Ref, problems: list[str]) -> str:
-        """Move a corrupt artifact out of the way, with the reasons beside it, and return where it went."""
-        with self._writing():
-            return str(self._move_aside(self._folder(ref), problems))
+        """Move a corrupt artifact to the quarantine, with the problems beside it; return where it is now."""
+        with translate_os_errors(self.uri):
+            return str(self._quarantine(self._folder(ref), problems))
 
-    def _move_aside(self, folder: Path, problems: list[str]) -> Path:
-        target = self.root / "set-aside" / f"{folder.parts[-3]}-{folder.name[:12]}-{uuid.uuid4().hex[:6]}"
+    def _quarantine(self, folder: Path, problems: list[str]) -> Path:
+        target = self.root / QUARANTINE / f"{folder.parts[-3]}-{folder.name[:12]}-{uuid.uuid4().hex[:6]}"
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(folder, target)
         except FileNotFoundError:
-            return target  # somebody else was faster, or it was deleted by hand
+            return target  # another process was faster, or it was deleted by hand
         write_json(target.with_suffix(".json"), {"was": str(folder), "problems": problems, "time": time.time()})
         return target
 
-    # keeping it small
+    # cleanup
 
     @contextmanager
     def cleanup_lock(self) -> Iterator[None]:
-        """Keep readers out while something is removed.
+        """Make readers wait while artifacts are removed.
 
         Raises:
-            Held: there are some.
+            LockHeld: there are readers.
         """
         with flock(self.root / "locks" / "readers", wait=False):
             yield
@@ -297,58 +306,33 @@ class LocalStore:
         return self._folder(ref).stat().st_mtime
 
     def remove(self, ref: Ref) -> None:
-        """Delete an artifact: renamed first, so that nobody finds half of it."""
+        """Delete an artifact, renamed first, so that no reader finds a part of it."""
         self._remove(self._folder(ref))
 
     def leftovers(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
-        """Yield, and remove, (name, bytes) of folders of unfinished work that nobody wrote to since a time."""
-        for pattern in ("work/*/*", "staging/*", "set-aside/*"):
-            for path in self.root.glob(pattern):
-                if path.is_dir() and path.stat().st_mtime < before:
-                    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-                    if remove:
-                        self._remove(path)
-                    yield PurePosixPath(path.relative_to(self.root).as_posix()), size
+        """Yield (name, bytes) of unfinished work and quarantined artifacts that were last changed before a time."""
+        for name, size in stale_folders(self.root, ("work/*/*", "staging/*", f"{QUARANTINE}/*"), before):
+            if remove:
+                self._remove(self.root / name)
+            yield name, size
 
     def _remove(self, folder: Path) -> None:
-        gone = self.root / "staging" / f"gone-{folder.name[:12]}-{time.time_ns()}"
-        gone.parent.mkdir(exist_ok=True)
-        folder.rename(gone)
-        shutil.rmtree(gone)
-
-    # inside
+        removed = self.root / "staging" / f"gone-{folder.name[:12]}-{time.time_ns()}"
+        removed.parent.mkdir(exist_ok=True)
+        folder.rename(removed)
+        shutil.rmtree(removed)
 
     def _folder(self, ref: Ref) -> Path:
         return self.root / ref.stage / ref.fingerprint / ref.digest
-
-    def _ref(self, manifest: Manifest) -> Ref:
-        return Ref(
-            stage=manifest.stage,
-            fingerprint=manifest.fingerprint,
-            digest=manifest.digest,
-            uri=self.uri,
-            facets=manifest.facets,
-        )
 
     @staticmethod
     def _read_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            failure = from_os_error(error, self.uri)
-            if failure is None:
-                raise
-            raise failure from error
 
-
-def _misfits(folder: Path, manifest: Manifest) -> list[str]:
+def _check(folder: Path, manifest: Manifest) -> list[str]:
     """Compare names and sizes with the manifest, without reading contents."""
     try:
-        found = {name: path.stat().st_size for name, path in files_below(folder) if name != MANIFEST}
+        return check_folder(folder, manifest, contents=False)
     except (OSError, ValueError) as error:
         return [str(error)]
-    return misfits(found, manifest)

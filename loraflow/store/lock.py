@@ -1,4 +1,4 @@
-"""Locks between processes of one host: `flock`, which the kernel frees when its holder dies."""
+"""Locks between processes of one host: `flock`, which the kernel releases when its holder dies."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 
-class Held(Exception):
-    """Somebody else holds the lock, and we were told not to wait."""
+class LockHeld(Exception):
+    """Another process holds the lock, and the caller asked not to wait."""
+
+
+Held = LockHeld  # the name that cli/deploy.py and serving/predict.py import
 
 
 @contextmanager
@@ -22,7 +25,7 @@ def flock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[No
     """Hold a lock on a file.
 
     Raises:
-        Held: with `wait=False`, if somebody else has it.
+        LockHeld: with `wait=False`, if another process has it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -31,7 +34,7 @@ def flock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[No
             fcntl.flock(file, mode | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
-                raise Held(str(path)) from None
+                raise LockHeld(str(path)) from None
             log.info("waiting for %s, held by %s", path.name, _holder(path))
             fcntl.flock(file, mode)
         if not shared:

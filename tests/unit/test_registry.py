@@ -1,4 +1,5 @@
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -61,7 +62,7 @@ def test_a_changed_log_is_refused(log, harm):
         log.head()
 
 
-def test_of_many_writers_in_sight_of_one_head_one_wins(log):
+def test_of_many_writers_that_saw_the_same_head_one_wins(log):
     promote(log, "a")
     seen = log.head()
 
@@ -78,7 +79,7 @@ def test_of_many_writers_in_sight_of_one_head_one_wins(log):
     assert len(log.store.documents("registry/")) == 2, "no draft is left"
 
 
-def test_a_rollback_goes_to_the_one_before_and_again_to_the_one_before_that(log):
+def test_each_rollback_goes_one_model_further_back(log):
     for name in "abc":
         promote(log, name)
     assert log.rollback("bad", "me").merged.digest == "b" * 64
@@ -89,7 +90,7 @@ def test_a_rollback_goes_to_the_one_before_and_again_to_the_one_before_that(log)
         log.rollback("more", "me")
 
 
-def test_what_is_promoted_again_is_no_longer_rolled_back(log):
+def test_a_model_that_is_promoted_again_is_no_longer_rolled_back(log):
     promote(log, "a")
     promote(log, "b")
     log.rollback("bad", "me")
@@ -105,4 +106,76 @@ def test_decisions_are_remembered_for_one_head_and_one_protocol(log):
     assert log.decision(head, "b" * 64, "p" * 64) == {"verdict": "reject"}
     assert log.decision(head, "b" * 64, "q" * 64) is None
     promote(log, "c")
+    assert log.decision(log.head(), "b" * 64, "p" * 64) is None
+
+
+# An entry as it is in logs since the first release: its bytes must not change, and it must stay readable.
+ENTRY_ON_DISK = """{
+ "action": "promote",
+ "actor": "me",
+ "adapter": {
+  "digest": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+  "facets": {
+   "tokenizer": "cccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc"
+  },
+  "fingerprint": "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
+  "stage": "resolve_base",
+  "uri": "/x"
+ },
+ "before": null,
+ "hash": "252d188269f59a3af44bf05a4ba9c2a7529424be89675c9158cec42db5199947",
+ "inputs": {
+  "base": "phi",
+  "dataset": "md5",
+  "recipe": "tiny"
+ },
+ "merged": {
+  "digest": "eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee",
+  "facets": {},
+  "fingerprint": "dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd",
+  "stage": "merge",
+  "uri": "/somewhere"
+ },
+ "model": "tickets",
+ "reasons": [
+  "better: +0.1 ≥ 0"
+ ],
+ "seq": 1,
+ "time": "2026-11-26T10:00:00Z"
+}
+"""
+
+
+def test_an_entry_has_the_bytes_that_logs_have(tmp_path, monkeypatch):
+    log = PromotionLog(tmp_path, "tickets")
+    monkeypatch.setattr(time, "strftime", lambda *_: "2026-11-26T10:00:00Z")
+    adapter = Ref(stage="resolve_base", fingerprint="b" * 64, digest="a" * 64, uri="/x", facets={"tokenizer": "c" * 64})
+    log.append(
+        None,
+        action="promote",
+        merged=Ref(stage="merge", fingerprint="d" * 64, digest="e" * 64, uri="/somewhere"),
+        adapter=adapter,
+        inputs={"dataset": "md5", "base": "phi", "recipe": "tiny"},
+        reasons=["better: +0.1 ≥ 0"],
+        actor="me",
+    )
+    assert log.store.read_document("registry/tickets/log/000001.json").decode() == ENTRY_ON_DISK
+
+
+def test_a_log_of_an_older_release_is_read_and_continued(log):
+    log.store.write_document("registry/tickets/log/000001.json", ENTRY_ON_DISK.encode())
+    assert log.head().inputs == {"base": "phi", "dataset": "md5", "recipe": "tiny"}
+    promote(log, "b")
+    assert [entry.before for entry in log.entries()] == [
+        None,
+        "252d188269f59a3af44bf05a4ba9c2a7529424be89675c9158cec42db5199947",
+    ]
+
+
+def test_a_decision_document_has_the_bytes_that_stores_have_and_a_damaged_one_is_none(log):
+    promote(log, "a")
+    log.remember(log.head(), "b" * 64, "p" * 64, {"verdict": "reject", "reasons": ["worse"]})
+    [name] = log.store.documents("registry/tickets/decisions/")
+    assert log.store.read_document(name) == b'{\n "reasons": [\n  "worse"\n ],\n "verdict": "reject"\n}\n'
+    log.store.write_document(name, b"{")
     assert log.decision(log.head(), "b" * 64, "p" * 64) is None

@@ -1,4 +1,4 @@
-"""What only a store in a bucket can do wrong, on a real S3 server."""
+"""Failures that only a bucket store can have, against a real S3 server."""
 
 import os
 import random
@@ -14,10 +14,12 @@ import pytest
 from loraflow import identity
 from loraflow.failures import BadConfig, CorruptArtifact, Failure, MissingExtra, Network, ReadOnlyStore
 from loraflow.registry import PromotionLog
-from loraflow.store import LocalStore, Summary, bucket, open_store
-from loraflow.store.gc import collect
+from loraflow.registry.cleanup import remove_unused
+from loraflow.store import LocalStore, Summary, bucket, open_store, uploads
 from loraflow.store.lease import lease
+from loraflow.store.lock import LockHeld
 from loraflow.store.s3 import S3Store
+from tests.s3_proxy import Answer, DropConnection, LoseReply, Request, s3_proxy  # noqa: F401
 from tests.unit.test_store import FP, PAYLOAD, put, rewrite
 
 ROOT = Path(__file__).parent.parent.parent
@@ -25,7 +27,7 @@ MIB = 2**20
 
 
 def machine(tmp_path: Path, name: str, script: str, *arguments: str) -> subprocess.Popen:
-    """Run a script as another machine would: with a cache of its own."""
+    """Run a script as on another machine: with its own cache."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "LORAFLOW_CACHE": str(tmp_path / f"cache of {name}")}
     head = "import sys, time\nfrom loraflow.store.s3 import S3Store\nfrom tests.unit.test_store import FP, put\n"
     return subprocess.Popen(
@@ -66,7 +68,7 @@ def test_sigkill_at_a_random_moment_of_a_commit_leaves_old_or_new(tmp_path, buck
     assert all(store.verify(ref) == [] for ref in store.artifacts())
     for i in range(said + 1):
         assert store.find("tokenize", identity.fingerprint(identity.payload("tokenize", 1, {}, {"x": i}))) is not None
-    for i in range(said + 3):  # what was cut off stands in nobody's way
+    for i in range(said + 3):  # an interrupted commit can be repeated
         ref = put(store, payload=identity.payload("tokenize", 1, {}, {"x": i}), content="c" * 4000)
         assert store.verify(ref) == []
 
@@ -82,7 +84,7 @@ print(store.find("tokenize", FP).digest)
 """
 
 
-def test_of_machines_that_want_one_artifact_one_works_and_the_others_take_it(tmp_path, bucket_uri):
+def test_machines_that_need_the_same_artifact_compute_it_once(tmp_path, bucket_uri):
     racers = [machine(tmp_path, str(i), RACER, bucket_uri, str(i)) for i in range(3)]
     said = [racer.communicate(timeout=60)[0].split() for racer in racers]
     assert sum("computed" in lines for lines in said) == 1
@@ -96,7 +98,7 @@ def test_machines_that_commit_at_the_same_time_agree_afterwards(tmp_path, bucket
     ]  # two pairs of equal results
     assert len({racer.communicate(timeout=60)[0] for racer in racers}) == 1
     store = open_store(bucket_uri)
-    assert all(store.verify(ref) == [] for ref in store.artifacts()), "equal results with other telemetry as well"
+    assert all(store.verify(ref) == [] for ref in store.artifacts()), "also of equal results with different telemetry"
 
 
 HOLDER = """
@@ -109,12 +111,12 @@ with store.lock("tokenize", FP):
 """
 
 
-def test_a_dead_workers_lease_ends_by_itself_and_a_living_ones_does_not(tmp_path, bucket_uri):
+def test_the_lease_of_a_dead_worker_expires_and_that_of_a_live_one_does_not(tmp_path, bucket_uri):
     store = S3Store(bucket_uri, lease_seconds=3)
     living = machine(tmp_path, "living", HOLDER, bucket_uri, "work")
     living.stdout.readline()
     with store.lock("tokenize", FP):
-        assert store.find("tokenize", FP) is not None, "it was waited for longer than a lease lasts"
+        assert store.find("tokenize", FP) is not None, "the wait was longer than a lease"
     living.wait()
     dead = machine(tmp_path, "dead", HOLDER, bucket_uri, "work")
     dead.stdout.readline()
@@ -125,7 +127,16 @@ def test_a_dead_workers_lease_ends_by_itself_and_a_living_ones_does_not(tmp_path
         assert 1 < time.monotonic() - started < 20
 
 
-def test_a_worker_that_slept_through_its_lease_takes_the_result_that_stands(tmp_path, bucket_uri):
+def test_the_age_of_a_lease_is_measured_by_the_servers_clock(bucket_uri, monkeypatch):
+    store = open_store(bucket_uri)
+    with lease(store.bucket, "locks/x.json", seconds=60):
+        now = time.time
+        monkeypatch.setattr(time, "time", lambda: now() + 300)
+        with pytest.raises(LockHeld), lease(store.bucket, "locks/x.json", seconds=60, wait=False):
+            pass
+
+
+def test_a_worker_that_slept_through_its_lease_returns_the_current_artifact(tmp_path, bucket_uri):
     sleeper = machine(tmp_path, "sleeper", HOLDER, bucket_uri, "work")
     sleeper.stdout.readline()
     sleeper.send_signal(signal.SIGSTOP)
@@ -137,10 +148,10 @@ def test_a_worker_that_slept_through_its_lease_takes_the_result_that_stands(tmp_
     assert store.find("tokenize", FP) == first and store.verify(first) == []
 
 
-def test_a_flipped_byte_in_the_bucket_is_found_on_arrival_and_set_aside(bucket_uri):
+def test_a_flipped_byte_in_the_bucket_is_detected_on_download_and_quarantined(bucket_uri):
     store = open_store(bucket_uri)
     ref = put(store)
-    store._forget(ref)  # as on another machine
+    store.cache.drop(ref)  # as on another machine
     rewrite(store, ref, "sub/a.txt", "hellO")
     assert store.find("tokenize", FP) == ref, "names and sizes are right"
     with pytest.raises(CorruptArtifact) as caught:
@@ -148,11 +159,11 @@ def test_a_flipped_byte_in_the_bucket_is_found_on_arrival_and_set_aside(bucket_u
     assert "sub/a.txt: content is not what was written" in str(caught.value) and "set-aside" in caught.value.where
     assert store.find("tokenize", FP) is None
     again = put(store)
-    store._forget(again)
+    store.cache.drop(again)
     assert store.verify(again) == [] and (store.path(again) / "sub" / "a.txt").read_text() == "hello"
 
 
-def test_a_flipped_byte_in_the_cache_is_no_fault_of_the_stores(bucket_uri):
+def test_a_flipped_byte_in_the_cache_is_repaired_from_the_bucket(bucket_uri):
     store = open_store(bucket_uri)
     ref = put(store)
     (store.path(ref) / "sub" / "a.txt").write_text("hellO")
@@ -161,10 +172,10 @@ def test_a_flipped_byte_in_the_cache_is_no_fault_of_the_stores(bucket_uri):
     assert store.find("tokenize", FP) == ref
 
 
-def test_a_manifest_that_names_a_file_outside_of_its_folder_is_refused(tmp_path, bucket_uri):
+def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(tmp_path, bucket_uri):
     store = open_store(bucket_uri)
     ref = put(store)
-    store._forget(ref)
+    store.cache.drop(ref)
     values = store.manifest(ref).model_dump()
     values["files"]["telemetry/../../../../../../../escaped"] = {"size": 1, "sha256": "0" * 64}
     rewrite(store, ref, "manifest.json", __import__("json").dumps(values))
@@ -174,15 +185,9 @@ def test_a_manifest_that_names_a_file_outside_of_its_folder_is_refused(tmp_path,
 
 
 UPLOADER = """
-import pathlib
-from loraflow.store import Summary, bucket
+from loraflow.store import Summary, uploads
 from tests.unit.test_store import PAYLOAD
-bucket.PART = 5 * 2**20
-whole = bucket.Bucket._upload_part
-def told(self, key, upload, number, data):
-    print(number, flush=True)
-    return whole(self, key, upload, number, data)
-bucket.Bucket._upload_part = told
+uploads.PART_SIZE = 5 * 2**20
 store = S3Store(sys.argv[1])
 if sys.argv[2] == "first":
     staged = store.staging("tokenize", FP)
@@ -193,51 +198,85 @@ else:
 """
 
 
-def test_an_upload_that_was_killed_goes_on_where_it_stopped(tmp_path, bucket_uri):
+def unfinished_uploads(s3_server, bucket_uri) -> list[str]:
+    """Return the keys of multipart uploads that were begun and not completed, relative to the store's prefix."""
+    prefix = bucket_uri.removeprefix("s3://tests/") + "/"
+    found = s3_server.client().list_multipart_uploads(Bucket="tests", Prefix=prefix).get("Uploads", [])
+    return [upload["Key"].removeprefix(prefix) for upload in found]
+
+
+def test_a_killed_upload_resumes_at_the_part_where_it_stopped(tmp_path, s3_server, bucket_uri, proxy):
+    arrived, killed = threading.Event(), threading.Event()
+
+    def hang_at_the_fourth_part(request: Request) -> None:
+        if request.part == 4:
+            arrived.set()
+            killed.wait(60)
+            raise DropConnection
+
+    proxy.fault = hang_at_the_fourth_part
     first = machine(tmp_path, "one", UPLOADER, bucket_uri, "first")
-    for line in first.stdout:
-        if line.strip() == "4":
-            break
+    assert arrived.wait(60)
     first.kill()
     first.wait()
+    killed.set()
+    proxy.fault = lambda request: None
     store = open_store(bucket_uri)
-    assert store.find("tokenize", FP) is None and len(store.bucket.uploads()) == 1
+    assert store.find("tokenize", FP) is None and len(unfinished_uploads(s3_server, bucket_uri)) == 1
+    proxy.requests.clear()
     said = machine(tmp_path, "one", UPLOADER, bucket_uri, "again").communicate(timeout=120)[0].split()
-    assert 4 <= int(said[0]) <= 5 and said[-2] == "done", "parts 1 to 3 were not sent again"
+    parts = [request.part for request in proxy.requests if request.part is not None]
+    assert min(parts) == 4 and said[0] == "done", "parts 1 to 3 were not sent again"
     ref = store.find("tokenize", FP)
-    assert ref.digest == said[-1] and store.verify(ref) == [] and store.bucket.uploads() == []
+    assert ref.digest == said[-1] and store.verify(ref) == []
+    assert unfinished_uploads(s3_server, bucket_uri) == []
 
 
-def test_a_store_that_goes_away_in_the_middle_of_an_upload_is_waited_for(s3_server, bucket_uri, monkeypatch):
-    monkeypatch.setattr(bucket, "PART", 5 * MIB)
-    store = open_store(bucket_uri)
-    plain, stopped = bucket.Bucket._upload_part, []
+def test_an_upload_waits_for_a_store_that_is_down_for_a_moment(s3_server, bucket_uri, proxy, monkeypatch):
+    monkeypatch.setattr(uploads, "PART_SIZE", 5 * MIB)
+    stopped: list[threading.Thread] = []
 
-    def part(self, key, upload, number, data):
-        if number == 2 and not stopped:
+    def stop_at_the_second_part(request: Request) -> None:
+        if request.part == 2 and not stopped:
             s3_server.stop()
             stopped.append(threading.Thread(target=lambda: (time.sleep(1), s3_server.start())))
             stopped[0].start()
-        return plain(self, key, upload, number, data)
 
-    monkeypatch.setattr(bucket.Bucket, "_upload_part", part)
+    proxy.fault = stop_at_the_second_part
+    store = open_store(bucket_uri)
     ref = big(store, os.urandom(12 * MIB))()
     stopped[0].join()
     assert store.verify(ref) == []
 
 
-def test_a_store_that_stays_away_is_a_network_failure_and_the_result_is_kept(bucket_uri, monkeypatch):
+def test_a_store_that_stays_down_is_a_network_failure_and_the_commit_can_be_resumed(bucket_uri, proxy, monkeypatch):
+    def away(request: Request) -> Answer | None:
+        raise DropConnection
+
+    monkeypatch.setattr(bucket, "RETRY_SECONDS", 0.0)
     store = open_store(bucket_uri)
-    monkeypatch.setattr(bucket, "PATIENCE", 0.0)
-    endpoint = store.bucket.client
     commit = big(store, b"what took hours")
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
-    store.bucket.client = bucket._client()
+    proxy.fault = away
     with pytest.raises(Network) as caught:
         commit()
     assert caught.value.retryable and "AWS_ENDPOINT_URL_S3" in str(caught.value)
-    store.bucket.client = endpoint
+    proxy.fault = lambda request: None
     assert store.resume_commit("tokenize", FP) == store.find("tokenize", FP) is not None
+
+
+@pytest.mark.parametrize(("status", "code"), [(503, "SlowDown"), (500, "InternalError")])
+def test_requests_to_a_busy_server_are_repeated(bucket_uri, proxy, status, code):
+    refused: list[Request] = []
+
+    def busy_once_for_each_key(request: Request) -> Answer | None:
+        if request.operation != "PutObject" or request.key in [one.key for one in refused]:
+            return None
+        refused.append(request)
+        return Answer(status, code)
+
+    proxy.fault = busy_once_for_each_key
+    store = open_store(bucket_uri)
+    assert store.verify(put(store)) == [] and len(refused) == 4, "two files, the manifest, the pointer"
 
 
 @pytest.mark.parametrize(
@@ -250,10 +289,10 @@ def test_a_store_that_stays_away_is_a_network_failure_and_the_result_is_kept(buc
         ({"AWS_ENDPOINT_URL_S3": "no url"}, None, "settings of the S3 client", "aws s3 ls"),
         ({}, "s3://no-such-bucket-of-ours", "bucket does not exist", "aws s3 mb s3://no-such-bucket-of-ours"),
         ({}, "s3://", "names no bucket", ""),
-        ({}, "gs://bucket", "no such kind of store", "runtime.store"),
+        ({}, "gs://bucket", "kind of store is not supported", "runtime.store"),
     ],
 )
-def test_a_store_that_is_set_up_wrongly_has_one_clear_message(bucket_uri, monkeypatch, settings, uri, what, next_step):
+def test_wrong_settings_have_one_clear_message(bucket_uri, monkeypatch, settings, uri, what, next_step):
     for name, value in settings.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
@@ -262,14 +301,14 @@ def test_a_store_that_is_set_up_wrongly_has_one_clear_message(bucket_uri, monkey
     assert what in str(caught.value) and next_step in str(caught.value) and caught.value.exit_code == 2
 
 
-def test_without_the_extra_the_message_says_how_to_get_it(monkeypatch):
+def test_without_boto3_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "boto3", None)
     with pytest.raises(MissingExtra, match="boto3") as caught:
         open_store("s3://bucket")
     assert "pip install 'loraflow[s3]'" in str(caught.value)
 
 
-def test_who_may_only_read_reads_and_is_told_so_when_writing(bucket_uri, monkeypatch):
+def test_credentials_that_only_read_can_read_and_a_write_says_what_to_allow(bucket_uri, monkeypatch):
     ref = put(open_store(bucket_uri))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
     store = open_store(bucket_uri)
@@ -280,72 +319,58 @@ def test_who_may_only_read_reads_and_is_told_so_when_writing(bucket_uri, monkeyp
     assert "PutObject" in str(caught.value)
 
 
-def test_gc_gives_up_stale_uploads_and_files_without_a_manifest(bucket_uri, monkeypatch):
+def test_cleanup_removes_stale_uploads_and_files_without_a_manifest(s3_server, bucket_uri, monkeypatch):
     store = open_store(bucket_uri)
     ref = put(store)
-    store.bucket._call(
-        store.bucket.client.create_multipart_upload, "", Key=f"{store.bucket.prefix}tokenize/a/b/large.bin"
+    s3_server.client().create_multipart_upload(
+        Bucket="tests", Key=f"{bucket_uri.removeprefix('s3://tests/')}/tokenize/a/b/large.bin"
     )
     store.bucket.put("tokenize/a/b/small.bin", b"1")
-    assert [str(name) for name, _, _ in collect(store, keep=1)] == []
-    monkeypatch.setattr("loraflow.store.gc.OLD_WORK", -60)
-    gone = {str(name) for name, _, why in collect(store, keep=1) if "two weeks" in why}
+    assert [str(name) for name, _, _ in remove_unused(store, keep=1)] == []
+    monkeypatch.setattr("loraflow.registry.cleanup.STALE_SECONDS", -60)
+    gone = {str(name) for name, _, why in remove_unused(store, keep=1) if "two weeks" in why}
     assert {"uploads/tokenize/a/b/large.bin", "tokenize/a/b"} <= gone
-    assert store.bucket.uploads() == [] and not list(store.bucket.listing("tokenize/a/"))
+    assert unfinished_uploads(s3_server, bucket_uri) == [] and not list(store.bucket.listing("tokenize/a/"))
     assert store.find("tokenize", FP) == ref and store.verify(ref) == []
 
 
-def test_gc_waits_for_no_reader_of_another_machine(tmp_path, bucket_uri):
+def test_cleanup_stops_while_another_machine_reads_and_not_for_a_dead_reader(tmp_path, bucket_uri):
     script = "with S3Store(sys.argv[1]).reader_lock():\n    print('reads', flush=True)\n    time.sleep(60)"
     reader = machine(tmp_path, "reader", script, bucket_uri)
     reader.stdout.readline()
     with pytest.raises(Failure, match="going on"):
-        list(collect(open_store(bucket_uri), keep=0))
+        list(remove_unused(open_store(bucket_uri), keep=0))
     reader.kill()
     reader.wait()
     time.sleep(3)
-    list(collect(S3Store(bucket_uri, lease_seconds=2), keep=0))
+    list(remove_unused(S3Store(bucket_uri, lease_seconds=2), keep=0))
 
 
-def test_a_lease_whose_reply_was_lost_is_ones_own(bucket_uri):
+def test_a_lease_is_held_although_the_reply_to_its_write_was_lost(bucket_uri, proxy):
+    lost: list[Request] = []
+
+    def lose_the_first_reply(request: Request) -> None:
+        if request.operation == "PutObject" and not lost:  # the client sends again, and meets its own first write
+            lost.append(request)
+            raise LoseReply
+
+    proxy.fault = lose_the_first_reply
     store = open_store(bucket_uri)
-    send, lost = store.bucket.client.put_object, []
-
-    def lossy(**arguments):
-        reply = send(**arguments)
-        if not lost:  # the client sends again, and meets its own first write
-            lost.append(reply)
-            return send(**arguments)
-        return reply
-
-    store.bucket.client.put_object = lossy
     with lease(store.bucket, "locks/x.json", wait=False) as held:
-        assert lost and held.etag == lost[0]["ETag"]
+        assert lost and held.etag == store.bucket.get("locks/x.json").etag
+        assert proxy.operations().count("PutObject") == 2
 
 
-@pytest.fixture
-def requests(monkeypatch):
-    """The requests since it was last emptied, by what they ask."""
-    asked, call = [], bucket.Bucket._call
-
-    def count(self, do, *arguments, **more):
-        asked.append(do.__name__)
-        return call(self, do, *arguments, **more)
-
-    monkeypatch.setattr(bucket.Bucket, "_call", count)
-    return asked
-
-
-def test_an_artifact_that_is_known_costs_two_requests_and_its_manifest_none(bucket_uri, requests):
+def test_a_cache_hit_costs_two_requests_and_its_manifest_none(bucket_uri, proxy):
     ref = put(open_store(bucket_uri))
     store = S3Store(bucket_uri)
     assert store.find("tokenize", FP) == ref
-    requests.clear()
+    proxy.requests.clear()
     assert store.find("tokenize", FP) == ref and store.manifest(ref).digest == ref.digest
-    assert requests == ["get_object", "list_objects_v2"], "the pointer, and names, sizes and the manifest's ETag"
+    assert proxy.operations() == ["GetObject", "ListObjectsV2"], "the pointer, and names, sizes and the manifest's ETag"
 
 
-def test_a_manifest_that_was_changed_since_it_was_read_is_read_again(bucket_uri):
+def test_a_manifest_that_has_changed_is_read_again(bucket_uri):
     store = open_store(bucket_uri)
     ref = put(store)
     assert store.find("tokenize", FP) == ref
@@ -353,33 +378,33 @@ def test_a_manifest_that_was_changed_since_it_was_read_is_read_again(bucket_uri)
     assert store.find("tokenize", FP) is None and store.check(ref) == ["manifest.json: ValidationError"]
 
 
-def test_gc_asks_no_more_of_a_store_with_more_artifacts(bucket_uri, requests):
+def test_cleanup_needs_as_many_requests_for_many_artifacts_as_for_few(bucket_uri, proxy):
     asked, payloads = [], [identity.payload("tokenize", 1, {}, {"x": i}) for i in range(9)]
     store = open_store(bucket_uri)
     for some in (payloads[:2], payloads[2:]):
         for payload in some:
             put(store, payload=payload)
-        requests.clear()
-        assert list(collect(store, keep=3)) == []
-        asked.append(len(requests))
+        proxy.requests.clear()
+        assert list(remove_unused(store, keep=3)) == []
+        asked.append(len(proxy.requests))
     assert asked[0] == asked[1], "a listing has a thousand keys"
 
 
-def test_the_promotion_log_is_read_once(bucket_uri, requests):
+def test_entries_of_the_promotion_log_are_downloaded_once(bucket_uri, proxy):
     store = open_store(bucket_uri)
     log, ref = PromotionLog(store, "m"), put(store)
     for number in range(3):
         log.append(log.head(), action="promote", merged=ref, adapter=None, inputs={}, reasons=[str(number)], actor="a")
     again, head = PromotionLog(S3Store(bucket_uri), "m"), log.head()
-    requests.clear()
+    proxy.requests.clear()
     assert [entry.reasons for entry in again.entries()] == [["0"], ["1"], ["2"]]
     assert again.head() == head and len(again.in_force()) == 1
-    assert requests.count("get_object") == 3 and requests.count("list_objects_v2") == 3
+    assert proxy.operations().count("GetObject") == 3 and proxy.operations().count("ListObjectsV2") == 3
 
 
-def test_a_bucket_is_opened_once_for_each_of_its_settings(bucket_uri, monkeypatch, requests):
+def test_a_bucket_is_opened_once_for_the_same_settings(bucket_uri, monkeypatch, proxy):
     store = open_store(bucket_uri)
-    requests.clear()
-    assert open_store(bucket_uri) is store and requests == []
+    proxy.requests.clear()
+    assert open_store(bucket_uri) is store and proxy.requests == []
     monkeypatch.setenv("LORAFLOW_CACHE", "/somewhere/else")
     assert open_store(bucket_uri).scratch != store.scratch

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import random
@@ -7,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from loraflow import identity
 from loraflow.failures import CorruptArtifact, DiskFull, ReadOnlyStore
-from loraflow.store import LocalStore, Ref, Summary, open_store
-from loraflow.store.gc import collect
+from loraflow.registry.cleanup import remove_unused
+from loraflow.store import LocalStore, Manifest, Ref, Summary, open_store
+from loraflow.store.files import HashMemo, json_bytes
 
 PAYLOAD = identity.payload("tokenize", 1, {}, {"x": 1})
 FP = identity.fingerprint(PAYLOAD)
@@ -36,7 +39,7 @@ def put(store: LocalStore, payload=PAYLOAD, content="hello", **options) -> Ref:
 
 @pytest.fixture(params=["folder", "bucket"])
 def store(request, tmp_path: Path):
-    """What is true of the interface is true of each store."""
+    """Each kind of store: tests of the interface run with both."""
     if request.param == "folder":
         return LocalStore(tmp_path / "a store with späce")
     return open_store(request.getfixturevalue("bucket_uri"))
@@ -52,19 +55,19 @@ def rewrite(store, ref: Ref, name: str, content: str | None) -> None:
         store.bucket.put(key, content.encode()) if content is not None else store.bucket.delete([key])
 
 
-def test_what_was_committed_is_found_whole(store):
+def test_a_committed_artifact_is_found_and_intact(store):
     ref = put(store)
     assert store.find("tokenize", FP) == ref
     assert store.verify(ref) == []
     assert (store.path(ref) / "sub" / "a.txt").read_text() == "hello"
-    assert ref.facets["sub"] == identity.digest({"sub/a.txt": store.manifest(ref).files["sub/a.txt"]["sha256"]})
+    assert ref.facets["sub"] == identity.digest({"sub/a.txt": store.manifest(ref).files["sub/a.txt"].sha256})
 
 
-def test_telemetry_is_no_part_of_the_digest(tmp_path):
+def test_telemetry_is_not_part_of_the_digest(tmp_path):
     assert put(LocalStore(tmp_path / "1")).digest == put(LocalStore(tmp_path / "2")).digest
 
 
-def test_the_first_committed_digest_of_a_fingerprint_stands(store):
+def test_the_first_committed_digest_of_a_fingerprint_stays_current(store):
     first = put(store)
     assert put(store, content="other last bits") == first
     assert store.find("tokenize", FP) == first
@@ -97,14 +100,14 @@ def test_names_and_sizes_are_checked_on_every_hit(store, harm):
     assert store.verify(again) == []
 
 
-def test_a_flipped_byte_is_found_by_reading(store):
+def test_a_flipped_byte_is_detected_by_verify(store):
     ref = put(store)
     rewrite(store, ref, "sub/a.txt", "hellO")
     assert store.find("tokenize", FP) == ref
     assert store.verify(ref) == ["sub/a.txt: content is not what was written"]
 
 
-def test_an_edited_manifest_does_not_pass(store):
+def test_an_edited_manifest_is_detected_by_verify(store):
     ref = put(store)
     values = store.manifest(ref).model_dump()
     values["payload"]["config"]["x"] = 2
@@ -112,7 +115,7 @@ def test_an_edited_manifest_does_not_pass(store):
     assert any("fingerprint" in problem for problem in store.verify(ref))
 
 
-def test_set_aside_keeps_the_evidence(store):
+def test_quarantine_keeps_the_files_and_the_problems(store):
     ref = put(store)
     place = store.quarantine(ref, ["why"]).removeprefix(store.uri + "/")
     assert store.read_document(f"{place}/sub/a.txt") == b"hello"
@@ -137,7 +140,7 @@ def test_documents_are_created_once_and_listed_in_order(store):
     assert list(store.artifacts()) == []
 
 
-def test_a_miss_is_explained_by_what_is_left_and_by_the_nearest(store):
+def test_a_cache_miss_is_explained_by_what_is_left_and_by_the_nearest_payload(store):
     assert store.previous_state("tokenize", FP) is None and store.newest("tokenize") is None
     refs = [put(store, payload=identity.payload("tokenize", 1, {}, {"x": x, "y": x})) for x in (1, 2, 3)]
     assert store.newest("tokenize").stage == "tokenize"
@@ -149,7 +152,7 @@ def test_a_miss_is_explained_by_what_is_left_and_by_the_nearest(store):
     assert store.find("tokenize", refs[2].fingerprint) == refs[2]
 
 
-def test_one_file_is_read_by_itself(store):
+def test_a_single_file_can_be_read(store):
     ref = put(store)
     assert store.read(ref, "sub/a.txt") == b"hello"
     assert store.read(ref, "telemetry/time.json").isdigit()
@@ -180,18 +183,18 @@ def test_sigkill_at_a_random_moment_leaves_old_or_new(tmp_path, seed):
     script = COMMITTER.format(tests=str(Path(__file__).parent), root=str(root))
     process = subprocess.Popen([sys.executable, "-c", script, "0"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    process.stdout.readline()  # it is at work
+    process.stdout.readline()
     time.sleep(random.Random(seed).uniform(0.0, 0.15))
     process.send_signal(signal.SIGKILL)
     said = [int(line) for line in process.stdout.read().split()]
     process.wait()
     store = LocalStore(root)
     found = list(store.artifacts())
-    assert len(found) > max(said, default=0), "what was said to be committed is there"
+    assert len(found) > max(said, default=0), "every commit that was reported is there"
     assert all(store.verify(ref) == [] for ref in found)
     for i in range(max(said, default=0) + 1):
         assert store.find("tokenize", identity.fingerprint(identity.payload("tokenize", 1, {}, {"x": i}))) is not None
-    # and nothing stands in the way of going on
+    # and the next commit succeeds
     put(store, payload=identity.payload("tokenize", 1, {}, {"x": len(found)}), content="c" * 4000)
 
 
@@ -211,7 +214,7 @@ print(store.find("tokenize", FP).digest)
 """
 
 
-def test_of_two_runs_one_works_and_the_other_takes_it(tmp_path):
+def test_processes_that_need_the_same_artifact_compute_it_once(tmp_path):
     root = tmp_path / "store"
     root.mkdir()
     script = RACER.format(tests=str(Path(__file__).parent), root=str(root))
@@ -223,7 +226,7 @@ def test_of_two_runs_one_works_and_the_other_takes_it(tmp_path):
     assert len(list(root.glob("computed-*"))) == 1
 
 
-def test_a_dead_holders_lock_frees_itself(tmp_path):
+def test_the_lock_of_a_dead_process_is_free(tmp_path):
     script = "import sys,time\nfrom loraflow.store import LocalStore\nwith LocalStore(sys.argv[1]).lock('a','b'):\n print(1,flush=True);time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
     assert holder.stdout is not None
@@ -271,12 +274,154 @@ def test_a_read_only_store_reads_and_says_so_when_written(tmp_path):
     assert ReadOnlyStore.exit_code == 1
 
 
-def test_gc_keeps_what_is_new_and_stops_while_a_run_reads(store, monkeypatch):
+def test_cleanup_keeps_the_newest_and_stops_while_a_run_reads(store, monkeypatch):
     refs = [put(store, payload=identity.payload("merge", 1, {}, {"x": i}), content=f"model {i}") for i in range(5)]
     digests = [ref.digest for ref in refs]
     monkeypatch.setattr(store, "committed_at", lambda ref: digests.index(ref.digest))
-    removed = [path for path, _, _ in collect(store, keep=2)]
+    removed = [path for path, _, _ in remove_unused(store, keep=2)]
     assert sorted(path.name for path in removed) == sorted(ref.digest for ref in refs[:3])
     assert store.find("merge", refs[4].fingerprint) == refs[4]
     with store.reader_lock(), pytest.raises(Exception, match="going on"):
-        list(collect(store, keep=0))
+        list(remove_unused(store, keep=0))
+
+
+# A manifest as it is in stores since the first release: its bytes must not change, and it must stay readable.
+MANIFEST_ON_DISK = """{
+ "digest": "64688d47f8e0e95040d2b078a9a331a56e61236d6b2365d2cb38ca6b23105023",
+ "facets": {
+  "adapter": "64688d47f8e0e95040d2b078a9a331a56e61236d6b2365d2cb38ca6b23105023"
+ },
+ "figures": {
+  "first_loss": null,
+  "mean": 0.5,
+  "steps": 20
+ },
+ "files": {
+  "adapter/weights.bin": {
+   "sha256": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c",
+   "size": 7
+  },
+  "telemetry/curve.jsonl": {
+   "sha256": "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356",
+   "size": 3
+  }
+ },
+ "fingerprint": "d789dee5d1b861d4456054b82fb5d579462641bd7180f2359ad1dbbc130eefce",
+ "inputs": {
+  "base": {
+   "digest": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+   "facets": {
+    "tokenizer": "cccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc"
+   },
+   "fingerprint": "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
+   "stage": "resolve_base"
+  }
+ },
+ "payload": {
+  "config": {
+   "lr": 0.0002,
+   "note": null,
+   "packing": true,
+   "seed": 7,
+   "targets": [
+    "qkv_proj"
+   ]
+  },
+  "inputs": {
+   "base": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
+  },
+  "stage": "train",
+  "version": 3
+ },
+ "provenance": {
+  "name": "späce",
+  "seconds": 12.5,
+  "started": "2026-11-26T10:00:00Z",
+  "versions": {
+   "torch": "2.13.0"
+  }
+ },
+ "report": {
+  "samples": [
+   {
+    "id": "1",
+    "ok": true
+   }
+  ]
+ },
+ "schema_version": 1,
+ "stage": "train",
+ "version": 3
+}
+"""
+
+
+def test_a_manifest_has_the_bytes_that_stores_have(tmp_path):
+    store = LocalStore(tmp_path)
+    payload = identity.payload(
+        "train",
+        3,
+        {"base": "a" * 64},
+        {"seed": 7, "lr": 2e-4, "targets": ["qkv_proj"], "note": None, "packing": True},
+    )
+    base = Ref(stage="resolve_base", fingerprint="b" * 64, digest="a" * 64, uri="/x", facets={"tokenizer": "c" * 64})
+    staged = store.staging("train", identity.fingerprint(payload))
+    for name, content in {"adapter/weights.bin": "weights", "telemetry/curve.jsonl": "{}\n"}.items():
+        (staged / name).parent.mkdir()
+        (staged / name).write_text(content)
+    ref = store.commit(
+        staged,
+        payload=payload,
+        inputs={"base": base},
+        summary=Summary(
+            figures={"steps": 20, "mean": 0.5, "first_loss": None},
+            facets={"adapter": ["adapter/"]},
+            report={"samples": [{"id": "1", "ok": True}]},
+        ),
+        provenance={
+            "started": "2026-11-26T10:00:00Z",
+            "seconds": 12.5,
+            "versions": {"torch": "2.13.0"},
+            "name": "späce",
+        },
+    )
+    assert (store.path(ref) / "manifest.json").read_text() == MANIFEST_ON_DISK
+    assert store.manifest(ref).input_refs(store.uri) == {"base": base.model_copy(update={"uri": store.uri})}
+
+
+def test_a_manifest_of_an_older_release_is_read_and_written_unchanged():
+    manifest = Manifest.model_validate_json(MANIFEST_ON_DISK)
+    assert manifest.size == 10 and manifest.files["adapter/weights.bin"].size == 7
+    assert manifest.payload["config"]["lr"] == 2e-4 and manifest.provenance["versions"] == {"torch": "2.13.0"}
+    assert json_bytes(manifest.model_dump()).decode() == MANIFEST_ON_DISK
+
+
+def test_a_summary_may_hold_what_json_can_write():
+    """Stages report tuples and counts by number; in the manifest they are lists and strings."""
+    summary = Summary(report={"by_length": {1: (2, 3)}, "share": np.float64(0.5)})
+    assert summary.report == {"by_length": {"1": [2, 3]}, "share": 0.5}
+    with pytest.raises(ValueError, match="JSON"):
+        Summary(report={"folder": Path("x")})
+
+
+def test_remembered_hashes_are_read_from_the_file_of_an_older_release(tmp_path):
+    file, memo = tmp_path / "file", tmp_path / "hashes.json"
+    file.write_text("content")
+    os.utime(file, (1_000_000_000, 1_000_000_000))
+    inode = file.stat().st_ino
+    memo.write_text(f'{{"sha256:{file}": [7, 1000000000000000000, {inode}, "remembered"]}}')
+    assert HashMemo(memo).hash(file) == "remembered"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"sha256:/file": [1]}'])
+def test_a_damaged_file_of_remembered_hashes_is_like_none_and_written_again(tmp_path, content):
+    file, memo = tmp_path / "file", tmp_path / "hashes.json"
+    file.write_text("content")
+    os.utime(file, (1_000_000_000, 1_000_000_000))
+    memo.write_text(content)
+    hashes = HashMemo(memo)
+    expected = hashlib.sha256(b"content").hexdigest()
+    assert hashes.hash(file) == expected
+    hashes.save()
+    stamp = [7, 1_000_000_000_000_000_000, file.stat().st_ino, expected]
+    assert json.loads(memo.read_text()) == {f"sha256:{file}": stamp}

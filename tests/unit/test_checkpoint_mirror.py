@@ -1,4 +1,4 @@
-"""An unfinished job's newest checkpoint in the bucket: another machine goes on from it, and is never led astray."""
+"""The newest checkpoint of an unfinished job in the bucket: another machine resumes from it, and only from a valid one."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from loraflow.execution import launcher as launch
-from loraflow.failures import Network, ReadOnlyStore
-from loraflow.store import Ref
+from loraflow.registry.cleanup import remove_unused
+from loraflow.store import Ref, uploads
 from loraflow.store import bucket as buckets
-from loraflow.store import checkpoint_mirror as kept
+from loraflow.store import checkpoint_mirror as mirror
 from loraflow.store.checkpoints import FOLDER, seal
-from loraflow.store.gc import collect
 from loraflow.store.s3 import S3Store
+from tests.s3_proxy import Answer, Proxy, Request, s3_proxy  # noqa: F401
 from tests.unit.test_devices import base, job_of, result, shards, store_of  # noqa: F401
 from tests.unit.test_training import same
 
@@ -30,12 +30,12 @@ PREFIX = f"work/train/{'f' * 64}"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(kept, "LOOK", 0.05)
+    monkeypatch.setattr(mirror, "POLL_SECONDS", 0.05)
 
 
 @pytest.fixture
 def machine(bucket_uri, tmp_path, monkeypatch):
-    """Open the store as a machine of some name does, each with a cache of its own."""
+    """Open the store as the machine of some name: each has its own cache."""
 
     def machine(name: str, kind=S3Store):
         monkeypatch.setenv("LORAFLOW_CACHE", str(tmp_path / f"cache of {name}"))
@@ -45,7 +45,7 @@ def machine(bucket_uri, tmp_path, monkeypatch):
 
 
 def save(work: Path, step: int, content: str = "", needs: int | None = None) -> Path:
-    """Do what the trainer does at a checkpoint."""
+    """Save and seal a checkpoint as the trainer does."""
     folder = work / FOLDER / f"checkpoint-{step}"
     (folder / "sub").mkdir(parents=True)
     (folder / "weights").write_text(content or f"of step {step}")
@@ -59,7 +59,7 @@ def names(work: Path) -> list[str]:
 
 
 def in_bucket(store) -> set[str]:
-    """Return the checkpoints of which the bucket has a file."""
+    """Return the names of checkpoints that have a file in the bucket."""
     below = f"{PREFIX}/{FOLDER}/"
     return {one.key.removeprefix(below).split("/")[0] for one in store.bucket.listing(below)}
 
@@ -69,11 +69,11 @@ def wait_until(condition) -> None:
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("it never came")
+    raise AssertionError("the condition never became true")
 
 
 def attempt(store, *steps, instead_of: Ref | None = None, **options) -> Path:
-    """Go through an attempt that saves checkpoints and fails."""
+    """Run an attempt that saves checkpoints and fails."""
     work = store.work_folder(*JOB, instead_of)
     with pytest.raises(RuntimeError), store.mirror_checkpoints(*JOB):
         for step in steps:
@@ -82,22 +82,22 @@ def attempt(store, *steps, instead_of: Ref | None = None, **options) -> Path:
     return work
 
 
-def test_each_new_checkpoint_comes_to_the_bucket_and_the_older_one_goes(machine):
+def test_each_new_checkpoint_replaces_the_older_one_in_the_bucket(machine):
     store = machine("one")
     work = store.work_folder(*JOB)
     with store.mirror_checkpoints(*JOB):
         for step in (2, 4):
             save(work, step)
             wait_until(lambda step=step: in_bucket(store) == {f"checkpoint-{step}"})
-    two = machine("two").work(*JOB)
+    two = machine("two").work_folder(*JOB)
     assert names(two) == ["checkpoint-4"]
     assert (two / FOLDER / "checkpoint-4" / "weights").read_text() == "of step 4"
     store.remove_work_folder(*JOB)
     assert not work.exists() and list(store.bucket.listing("work/")) == []
 
 
-def test_the_last_checkpoint_of_an_attempt_that_fails_is_kept_and_that_of_one_that_is_done_is_not(machine, monkeypatch):
-    monkeypatch.setattr(kept, "LOOK", 60.0)
+def test_the_last_checkpoint_is_uploaded_if_the_attempt_fails_and_not_if_it_succeeds(machine, monkeypatch):
+    monkeypatch.setattr(mirror, "POLL_SECONDS", 60.0)
     attempt(machine("one"), 2)
     assert in_bucket(machine("one")) == {"checkpoint-2"}
     store = machine("two")
@@ -106,48 +106,54 @@ def test_the_last_checkpoint_of_an_attempt_that_fails_is_kept_and_that_of_one_th
     assert in_bucket(store) == {"checkpoint-2"}
 
 
-def test_a_job_that_is_done_does_not_wait_for_the_rest_of_an_upload(machine, monkeypatch):
+def puts(proxy: Proxy) -> list[str]:
+    """Return the keys of the files that were written below the job's prefix, relative to it."""
+    written = (request.key.partition(f"{PREFIX}/") for request in proxy.requests if request.operation == "PutObject")
+    return [name for _, found, name in written if found]
+
+
+def test_a_finished_job_does_not_wait_for_the_rest_of_an_upload(machine, proxy):
+    begun, done = threading.Event(), threading.Event()
+
+    def slow(request: Request) -> None:
+        if request.operation == "PutObject":
+            begun.set()
+            assert done.wait(20)
+
+    proxy.fault = slow
     store = machine("one")
-    uploads, begun, done = [], threading.Event(), threading.Event()
-
-    def slow(bucket, path, key, sha256):
-        begun.set()
-        assert done.wait(20)
-        uploads.append(key)
-
-    monkeypatch.setattr(type(store.bucket), "upload", slow)
     with store.mirror_checkpoints(*JOB):
         save(store.work_folder(*JOB), 2)
         assert begun.wait(20)
         threading.Timer(0.5, done.set).start()
-    assert len(uploads) == 1, "a checkpoint has two files"
+    assert len(puts(proxy)) == 1, "a checkpoint has two files"
 
 
-def test_what_a_resume_needs_comes_along(machine):
+def test_the_checkpoint_that_a_resume_needs_is_downloaded_too(machine):
     """The best checkpoint so far, with load_best_model_at_end; what that one needed in its time is not asked for."""
     work = attempt(machine("one"), 2)
     best = save(work, 4, needs=2)
     shutil.rmtree(work / FOLDER / "checkpoint-2")
     attempt(machine("one"), 6, needs=4)
-    two = machine("two").work(*JOB)
+    two = machine("two").work_folder(*JOB)
     assert names(two) == ["checkpoint-4", "checkpoint-6"]
     assert (two / FOLDER / "checkpoint-4" / "weights").read_text() == (best / "weights").read_text()
     by_age = sorted((two / FOLDER).iterdir(), key=lambda path: path.stat().st_mtime_ns)
     assert [path.name for path in by_age] == ["checkpoint-4", "checkpoint-6"], "the trainer removes the older one first"
 
 
-def test_a_newer_checkpoint_here_stays_and_an_older_one_does_not(machine):
+def test_a_newer_local_checkpoint_is_used_and_an_older_one_is_not(machine):
     attempt(machine("one"), 4)
     two = machine("two")
     save(two.scratch / PREFIX, 6, "mine")
-    assert names(two.work(*JOB)) == ["checkpoint-6"], "nothing was fetched"
+    assert names(two.work_folder(*JOB)) == ["checkpoint-6"], "nothing was fetched"
     three = machine("three")
     save(three.scratch / PREFIX, 2, "mine")
-    assert "checkpoint-4" in names(three.work(*JOB))
+    assert "checkpoint-4" in names(three.work_folder(*JOB))
 
 
 @pytest.mark.parametrize("harm", ["flipped", "missing", "unsealed", "outside", "no seal"])
-def test_what_is_not_whole_in_the_bucket_is_not_used(machine, harm, caplog, tmp_path):
+def test_an_incomplete_checkpoint_in_the_bucket_is_not_used(machine, harm, caplog, tmp_path):
     store = machine("one")
     attempt(store, 4)
     place = f"{PREFIX}/{FOLDER}/checkpoint-4"
@@ -163,47 +169,43 @@ def test_what_is_not_whole_in_the_bucket_is_not_used(machine, harm, caplog, tmp_
         store.bucket.put(f"{PREFIX}/stray", b"stray")
     else:
         store.bucket.put(f"{place}/complete.json", b"[]")
-    two = machine("two").work(*JOB)
+    two = machine("two").work_folder(*JOB)
     assert names(two) == [] and [path.name for path in two.iterdir() if path.name != FOLDER] == []
-    assert ("not whole" in caplog.text) == (harm != "unsealed")
+    assert ("is incomplete and not used" in caplog.text) == (harm != "unsealed")
     assert list(tmp_path.rglob("stray")) == []
 
 
-def test_attempts_that_are_forced_over_the_same_artifact_go_on_from_each_other_alone(machine):
+def test_only_attempts_that_recompute_the_same_artifact_resume_from_each_other(machine):
     first, second = (Ref(stage="train", fingerprint=JOB[1], digest=digest * 64, uri="") for digest in "ab")
     attempt(machine("one"), 2, content="not forced")
     one = attempt(machine("one"), 4, instead_of=first)
-    assert names(one) == ["checkpoint-4"], "what was there before is not what was asked for"
-    assert names(machine("two").work(*JOB, first)) == ["checkpoint-4"]
-    assert names(machine("two").work(*JOB, second)) == []
+    assert names(one) == ["checkpoint-4"], "the earlier checkpoints are of another computation"
+    assert names(machine("two").work_folder(*JOB, first)) == ["checkpoint-4"]
+    assert names(machine("two").work_folder(*JOB, second)) == []
     two = attempt(machine("two"), 3, instead_of=second, content="over the second")
     assert names(two) == ["checkpoint-3"]
-    again = machine("one").work(*JOB, second)
-    assert names(again) == ["checkpoint-3"], "its own, of step 4, is of an older computation"
+    again = machine("one").work_folder(*JOB, second)
+    assert names(again) == ["checkpoint-3"], "its own checkpoint of step 4 is of an older computation"
 
 
-def test_what_a_computation_left_that_was_ended_on_another_machine_is_not_gone_on_from(machine):
+def test_nothing_resumes_from_a_computation_that_was_finished_on_another_machine(machine):
     """The second machine's result has the digest of the first one's: a third force is over the same artifact again."""
     ref = Ref(stage="train", fingerprint=JOB[1], digest="a" * 64, uri="")
     attempt(machine("one"), 4, instead_of=ref)
     two = machine("two")
-    assert names(two.work(*JOB, ref)) == ["checkpoint-4"]
+    assert names(two.work_folder(*JOB, ref)) == ["checkpoint-4"]
     two.remove_work_folder(*JOB)
-    assert names(machine("one").work(*JOB, ref)) == []
+    assert names(machine("one").work_folder(*JOB, ref)) == []
 
 
-def test_a_bucket_that_takes_nothing_ends_no_training(machine, monkeypatch, caplog):
+def test_training_goes_on_if_the_bucket_refuses_checkpoints(machine, proxy, caplog):
+    proxy.fault = lambda request: Answer(403, "AccessDenied") if request.operation == "PutObject" else None
     store = machine("one")
-
-    def refuse(*_):
-        raise ReadOnlyStore("The credentials may not do this in the store.")
-
-    monkeypatch.setattr(type(store.bucket), "upload", refuse)
     work = store.work_folder(*JOB)
     with store.mirror_checkpoints(*JOB):
         save(work, 2)
-        wait_until(lambda: "not kept" in caplog.text)
-    assert caplog.text.count("not kept") == 1
+        wait_until(lambda: "not uploaded" in caplog.text)
+    assert caplog.text.count("not uploaded") == 1
 
 
 def rotating(work: Path, steps: range, every: float) -> list[str]:
@@ -218,91 +220,77 @@ def rotating(work: Path, steps: range, every: float) -> list[str]:
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_checkpoints_that_come_and_go_faster_than_an_upload_are_kept_too(machine, monkeypatch, caplog, links):
-    """Each is removed before it is up: of none of them would all files come there."""
+def test_checkpoints_that_are_removed_faster_than_an_upload_are_uploaded_too(
+    machine, proxy, monkeypatch, caplog, links
+):
+    """Each is removed before its upload ends, so without links no upload would be complete."""
     store = machine("one")
-    bucket = type(store.bucket)
-    upload, put, whole, work = bucket.upload, bucket.put, [], store.work_folder(*JOB)
+    work = store.work_folder(*JOB)
 
-    def slow(self, path, key, sha256):
+    def slow(request: Request) -> None:
+        _, found, name = request.key.partition(f"{PREFIX}/")
         until = time.monotonic() + 0.8
-        while (work / key.removeprefix(PREFIX).strip("/")).exists() and time.monotonic() < until:
+        while found and request.operation == "PutObject" and (work / name).exists() and time.monotonic() < until:
             time.sleep(0.02)
-        upload(self, path, key, sha256)
-
-    def counted(self, key, data):
-        whole.append(key)
-        put(self, key, data)
 
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(bucket, "upload", slow)
-    monkeypatch.setattr(bucket, "put", counted)
+    proxy.fault = slow
     if not links:  # then at least the last one
         monkeypatch.setattr(os, "link", refuse)
     with pytest.raises(RuntimeError), store.mirror_checkpoints(*JOB):
         last = rotating(work, range(2, 18, 2), 0.15)[-1]
-        during = len(whole)
+        during = sum(name.endswith("/complete.json") for name in puts(proxy))
         raise RuntimeError
-    assert (during > 0) == links, "it was not only the last one, which stays"
-    assert in_bucket(store) == {last} and names(machine("two").work(*JOB)) == [last]
-    assert list(work.glob(".upload-*")) == [] and "not kept" not in caplog.text
+    assert (during > 0) == links, "not only the last one was uploaded"
+    assert in_bucket(store) == {last} and names(machine("two").work_folder(*JOB)) == [last]
+    assert list(work.glob(".upload-*")) == [] and "not uploaded" not in caplog.text
 
 
-def test_what_a_killed_attempt_was_moving_is_removed(machine):
+def test_temporary_folders_of_a_killed_attempt_are_removed(machine):
     store = machine("one")
     for name in (".fetch-1", ".upload-1"):
         (store.work_folder(*JOB) / name / "checkpoint-2").mkdir(parents=True)
     assert list(store.work_folder(*JOB).glob(".*")) == []
 
 
-def test_a_bucket_that_comes_back_gets_the_checkpoint_that_it_did_not_take(machine, monkeypatch, caplog):
+def test_a_checkpoint_is_uploaded_once_the_bucket_is_back(machine, proxy, monkeypatch, caplog):
     """The next checkpoint may be hours away."""
-    monkeypatch.setattr(buckets, "PATIENCE", 0.0)
+    monkeypatch.setattr(buckets, "RETRY_SECONDS", 0.0)
+    away = threading.Event()
+    away.set()
+    proxy.fault = lambda request: (
+        Answer(503, "SlowDown") if away.is_set() and request.operation == "PutObject" else None
+    )
     store = machine("one")
-    upload, away = type(store.bucket).upload, threading.Event()
-
-    def sometimes(self, path, key, sha256):
-        if not away.is_set():
-            raise Network("The store did not answer.")
-        upload(self, path, key, sha256)
-
-    monkeypatch.setattr(type(store.bucket), "upload", sometimes)
     with store.mirror_checkpoints(*JOB):
         save(store.work_folder(*JOB), 2)
         wait_until(lambda: "not in the bucket yet" in caplog.text)
-        away.set()
+        away.clear()
         wait_until(lambda: in_bucket(store) == {"checkpoint-2"})
 
 
-def test_a_cut_off_upload_is_not_gone_on_with_for_other_bits(machine, monkeypatch, caplog):
+def test_an_interrupted_upload_is_not_resumed_with_other_content(machine, proxy, monkeypatch, caplog):
     """The upload carries the hash of the dead machine's file, and other bits of the same step would never arrive."""
-    monkeypatch.setattr(buckets, "PART", 5 * 2**20)
-    part = buckets.Bucket._upload_part
-
-    def cut_off(self, key, upload, number, data):
-        if number == 2:
-            raise OSError("the machine is gone")
-        return part(self, key, upload, number, data)
-
-    monkeypatch.setattr(buckets.Bucket, "_upload_part", cut_off)
+    monkeypatch.setattr(uploads, "PART_SIZE", 5 * 2**20)
+    proxy.fault = lambda request: Answer(400, "InvalidRequest") if request.part == 2 else None
     attempt(machine("one"), 2, content="a" * (6 * 2**20))
-    assert len(machine("one").bucket.uploads(f"{PREFIX}/")) == 1
-    monkeypatch.setattr(buckets.Bucket, "_upload_part", part)
+    assert len(uploads.unfinished_uploads(machine("one").bucket, f"{PREFIX}/")) == 1
+    proxy.fault = lambda request: None
     caplog.clear()
     attempt(machine("two"), 2, content="b" * (6 * 2**20))
-    three = machine("three").work(*JOB)
-    assert (three / FOLDER / "checkpoint-2" / "weights").read_text()[:1] == "b" and "not kept" not in caplog.text
+    three = machine("three").work_folder(*JOB)
+    assert (three / FOLDER / "checkpoint-2" / "weights").read_text()[:1] == "b" and "not uploaded" not in caplog.text
 
 
-def test_gc_gives_up_what_nobody_went_on_from(machine, monkeypatch):
+def test_cleanup_removes_stale_checkpoints(machine, monkeypatch):
     store = machine("one")
     attempt(store, 2)
-    assert list(collect(store, keep=3)) == []
+    assert list(remove_unused(store, keep=3)) == []
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 15 * 86400)
-    assert {str(name) for name, _, _ in collect(store, keep=3)} >= {PREFIX}
+    assert {str(name) for name, _, _ in remove_unused(store, keep=3)} >= {PREFIX}
     assert list(store.bucket.listing("work/")) == []
 
 
@@ -320,12 +308,12 @@ class Inputs(S3Store):
 
 
 def train(uri: str) -> None:
-    """What the machine that dies runs."""
-    kept.LOOK = 0.05
+    """Run the training on the machine that dies."""
+    mirror.POLL_SECONDS = 0.05
     launch.run_job(job_of(**LONG), Inputs(uri))
 
 
-def test_a_machine_dies_and_another_one_ends_the_training_bit_for_bit(
+def test_another_machine_finishes_the_training_of_a_dead_one_bit_for_bit(
     machine, base, shards, tmp_path, monkeypatch  # noqa: F811
 ):  # fmt: skip
     alone, job = store_of(tmp_path, base, shards), job_of(**LONG)
@@ -334,7 +322,7 @@ def test_a_machine_dies_and_another_one_ends_the_training_bit_for_bit(
     for name, folder in {"TOKENS": shards, "BASE": base}.items():
         monkeypatch.setenv(f"TEST_{name}", str(folder))
     one = machine("one", Inputs)
-    script = f"from tests.unit.test_kept import train; train({one.uri!r})"
+    script = f"from tests.unit.test_checkpoint_mirror import train; train({one.uri!r})"
     with (tmp_path / "log").open("wb") as log:
         dying = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=log, start_new_session=True)
     place = f"work/train/{job.fingerprint}/{FOLDER}/"

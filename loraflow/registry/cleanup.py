@@ -1,0 +1,87 @@
+"""Remove artifacts that no run needs. A champion and its rollback target stay, whatever their age."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from loraflow.failures import Failure
+from loraflow.registry.log import PromotionLog, models
+from loraflow.store import Ref, Store
+from loraflow.store.lock import LockHeld
+
+STALE_SECONDS = 14 * 86400  # after which unfinished work and interrupted writes are removed
+
+
+class Removed(NamedTuple):
+    """An item that the cleanup removed: its name in the store, its size in bytes, and why."""
+
+    name: PurePosixPath
+    size: int
+    reason: str
+
+
+def remove_unused(store: Store, *, keep: int, dry_run: bool = False) -> Iterator[Removed]:
+    """Remove superseded artifacts, all but the newest `keep` merged models, and stale work; yield each item.
+
+    With `dry_run`, yield what would be removed.
+
+    Raises:
+        Failure: a run reads from the store.
+    """
+    try:
+        with store.cleanup_lock():
+            for ref, reason in _unused(store, keep):
+                size = _size(store, ref)
+                if not dry_run:
+                    store.remove(ref)
+                yield Removed(PurePosixPath(ref.stage, ref.fingerprint, ref.digest), size, reason)
+            for name, size in store.leftovers(time.time() - STALE_SECONDS, remove=not dry_run):
+                yield Removed(name, size, "left behind for two weeks")
+    except LockHeld:
+        raise Failure(
+            "A run is going on; its artifacts must stay.",
+            where=store.uri,
+            next_step="run `loraflow gc` when it has ended",
+        ) from None
+
+
+def _size(store: Store, ref: Ref) -> int:
+    try:
+        return store.manifest(ref).size
+    except Failure:  # its manifest is unreadable; it is removed all the same
+        return 0
+
+
+def _registered_digests(store: Store) -> set[str]:
+    """Return the digests of every model's champion and rollback target: its merged model and its adapter."""
+    return {
+        ref.digest
+        for model in models(store)
+        for entry in PromotionLog(store, model).in_force()[-2:]
+        for ref in (entry.merged, entry.adapter)
+        if ref is not None
+    }
+
+
+def _unused(store: Store, keep: int) -> Iterator[tuple[Ref, str]]:
+    registered = _registered_digests(store)
+    by_fingerprint: dict[tuple[str, str], list[Ref]] = defaultdict(list)
+    for ref in store.artifacts():
+        by_fingerprint[ref.stage, ref.fingerprint].append(ref)
+    merged = []
+    for (stage, fingerprint), refs in by_fingerprint.items():
+        current = store.find(stage, fingerprint) if len(refs) > 1 else None
+        for ref in refs:
+            if ref.digest in registered:
+                continue
+            if current is not None and current.digest != ref.digest:
+                yield ref, "superseded"
+            elif stage == "merge":
+                merged.append(ref)
+    merged.sort(key=store.committed_at, reverse=True)
+    for ref in merged[keep:]:
+        yield ref, f"older than the newest {keep} merged models"

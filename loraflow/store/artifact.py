@@ -1,0 +1,228 @@
+"""An artifact's values: the ref that names it, what its stage reports, and the manifest that describes its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NotRequired, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue
+from typing_extensions import TypedDict  # before Python 3.12, pydantic refuses that of typing
+
+from loraflow import identity
+from loraflow.failures import CorruptArtifact
+from loraflow.identity import short
+from loraflow.store.files import files_below, hash_file
+
+MANIFEST = "manifest.json"
+TELEMETRY = "telemetry/"  # files below it are stored and hashed, but stay out of the digest
+# Top-level folders of a store that are not stages.
+RESERVED_FOLDERS = {"work", "staging", "locks", "set-aside", "runs", "registry"}
+QUARANTINE = "set-aside"  # the folder of quarantined artifacts; stores on disk have this name
+
+PreviousState = Literal["damaged", "removed"]
+
+
+class Ref(BaseModel):
+    """Name an artifact: the small value that stages pass to each other."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: str
+    fingerprint: str
+    digest: str
+    uri: str
+    # Digests of parts, so that a stage can depend on less than the whole: rows for training, the tokenizer alone.
+    facets: dict[str, str] = {}
+
+    def identity(self, facet: str | None = None) -> str:
+        """Return the digest that goes into a consumer's fingerprint."""
+        return self.digest if facet is None else self.facets[facet]
+
+    def __str__(self) -> str:
+        return f"{self.stage}/{short(self.fingerprint)}/{short(self.digest)}"
+
+
+class InputRef(TypedDict):
+    """Name an input in a manifest: a `Ref` without the store's uri, since stores move."""
+
+    stage: str
+    fingerprint: str
+    digest: str
+    facets: NotRequired[dict[str, str]]
+
+
+class FileEntry(BaseModel):
+    """Describe a file in a manifest: its size in bytes and the hex sha256 of its content."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int
+    sha256: str
+
+
+_Reported: TypeAlias = "Mapping[str | int, _Reported] | Sequence[_Reported] | str | int | float | bool | None"
+
+
+def _as_json(value: _Reported) -> _Reported:
+    """Write tuples as lists and integer keys as strings, as `json.dumps` does, so that stages may report either."""
+    if isinstance(value, Mapping):
+        return {str(key) if type(key) is int else key: _as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    return value
+
+
+JsonMapping = Annotated[Mapping[str, JsonValue], BeforeValidator(_as_json)]
+
+
+class Summary(BaseModel):
+    """Report what a stage computed: small figures for people and decisions, and the names of its parts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    figures: JsonMapping = {}
+    # {facet: prefixes of the relative paths of its files}
+    facets: dict[str, list[str]] = {}
+    # Small results that the flow reads without opening the files, such as the verdicts of checks.
+    report: JsonMapping = {}
+
+
+class Manifest(BaseModel):
+    """Describe an artifact. It is written last: a folder without a manifest is not an artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    stage: str
+    version: int
+    fingerprint: str
+    payload: dict[str, JsonValue]
+    digest: str
+    facets: dict[str, str]
+    files: dict[str, FileEntry]  # by relative posix path
+    inputs: dict[str, InputRef]  # for lineage
+    figures: dict[str, JsonValue]
+    report: dict[str, JsonValue]
+    provenance: dict[str, JsonValue]
+
+    @property
+    def size(self) -> int:
+        """Return the artifact's size in bytes."""
+        return sum(entry.size for entry in self.files.values())
+
+    def ref(self, uri: str) -> Ref:
+        """Return the ref of this artifact in the store at `uri`."""
+        return Ref(stage=self.stage, fingerprint=self.fingerprint, digest=self.digest, uri=uri, facets=self.facets)
+
+    def input_refs(self, uri: str) -> dict[str, Ref]:
+        """Return the refs of the inputs in the store at `uri`, by name."""
+        return {name: Ref.model_validate({**stored, "uri": uri}) for name, stored in self.inputs.items()}
+
+
+class _PayloadHead(BaseModel):
+    """The part of a payload that a manifest repeats."""
+
+    stage: str
+    version: int
+
+
+def build_manifest(
+    staged: Path,
+    payload: Mapping[str, JsonValue],
+    inputs: Mapping[str, Ref],
+    summary: Summary,
+    provenance: Mapping[str, JsonValue],
+) -> Manifest:
+    """Hash the files of a staging folder and return their manifest."""
+    files = {
+        name: FileEntry(size=path.stat().st_size, sha256=hash_file(path))
+        for name, path in files_below(staged)
+        if name != MANIFEST
+    }
+    hashes = _result_hashes(files)
+    head = _PayloadHead.model_validate(payload)
+    return Manifest(
+        stage=head.stage,
+        version=head.version,
+        fingerprint=identity.fingerprint(payload),
+        payload=dict(payload),
+        digest=identity.digest(hashes),
+        facets={facet: _facet_digest(hashes, prefixes) for facet, prefixes in summary.facets.items()},
+        files=files,
+        inputs={
+            name: InputRef(stage=ref.stage, fingerprint=ref.fingerprint, digest=ref.digest, facets=ref.facets)
+            for name, ref in inputs.items()
+        },
+        figures=dict(summary.figures),
+        report=dict(summary.report),
+        provenance=dict(provenance),
+    )
+
+
+def compare_sizes(found: Mapping[str, int], manifest: Manifest) -> list[str]:
+    """Compare the names and sizes of an artifact's files with its manifest; return the problems, a line each."""
+    problems = []
+    for name, entry in manifest.files.items():
+        if name not in found:
+            problems.append(f"{name}: missing")
+        elif found[name] != entry.size:
+            problems.append(f"{name}: {found[name]} bytes, expected {entry.size}")
+    return problems + [f"{name}: not in the manifest" for name in sorted(found.keys() - manifest.files.keys())]
+
+
+def check_folder(folder: Path, manifest: Manifest, *, contents: bool) -> list[str]:
+    """Compare a folder's names and sizes, and with `contents` its hashes, with a manifest; return the problems.
+
+    Raises:
+        ValueError: the folder holds something other than folders and regular files.
+    """
+    found = {name: path.stat().st_size for name, path in files_below(folder) if name != MANIFEST}
+    problems = compare_sizes(found, manifest)
+    if problems or not contents:
+        return problems
+    return [content_problem(name) for name, entry in manifest.files.items() if hash_file(folder / name) != entry.sha256]
+
+
+def content_problem(name: str) -> str:
+    """Return the line that reports a file whose hash is wrong."""
+    return f"{name}: content is not what was written"
+
+
+def check_consistency(manifest: Manifest, ref: Ref) -> list[str]:
+    """Return where a manifest contradicts its own hashes or the ref that led to it, a line each."""
+    problems = []
+    if identity.digest(_result_hashes(manifest.files)) != ref.digest:
+        problems.append(f"{MANIFEST}: its digest is not that of its files")
+    if identity.fingerprint(manifest.payload) != ref.fingerprint:
+        problems.append(f"{MANIFEST}: its payload does not give its fingerprint")
+    return problems
+
+
+def unreadable_manifest(ref: Ref, where: str, error: Exception) -> CorruptArtifact:
+    """Return the failure for a manifest that is missing or cannot be parsed."""
+    return CorruptArtifact(
+        f"The manifest of {ref} cannot be read.",
+        where=where,
+        got=f"{type(error).__name__}: {error}".splitlines()[0],
+        next_step="run again: the stage recomputes it",
+        ref=ref.model_dump(),
+    )
+
+
+def damaged_artifact(ref: Ref, where: str, problems: list[str]) -> CorruptArtifact:
+    """Return the failure for an artifact whose files are not what its manifest says."""
+    return CorruptArtifact(
+        f"{ref} is damaged.", where=where, got="; ".join(problems[:3]), next_step="run again: the stage recomputes it"
+    )
+
+
+def _result_hashes(files: Mapping[str, FileEntry]) -> dict[str, str]:
+    return {name: entry.sha256 for name, entry in files.items() if not name.startswith(TELEMETRY)}
+
+
+def _facet_digest(hashes: Mapping[str, str], prefixes: list[str]) -> str:
+    part = {name: sha256 for name, sha256 in hashes.items() if name.startswith(tuple(prefixes))}
+    if not part:
+        raise ValueError(f"no result file starts with {prefixes}: a facet must not be empty")
+    return identity.digest(part)

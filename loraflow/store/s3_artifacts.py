@@ -1,0 +1,172 @@
+"""Read and check the artifacts of a bucket."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from pydantic import JsonValue
+
+from loraflow import identity
+from loraflow.store.artifact import (
+    MANIFEST,
+    Manifest,
+    PreviousState,
+    Ref,
+    check_consistency,
+    compare_sizes,
+    content_problem,
+    unreadable_manifest,
+)
+from loraflow.store.bucket import CONCURRENCY, Bucket, Listed, retry_network
+from loraflow.store.s3_layout import (
+    artifact_prefix,
+    file_key,
+    file_sizes,
+    manifest_key,
+    parse_manifest_key,
+    pointer_key,
+)
+
+
+class S3Artifacts:
+    """The artifacts of a bucket. Manifests that were found are remembered: artifacts do not change."""
+
+    def __init__(self, bucket: Bucket):
+        self.bucket = bucket
+        self.uri = bucket.uri
+        self._manifests: dict[str, Manifest] = {}
+
+    def find(self, stage: str, fingerprint: str) -> Ref | None:
+        """Return the current artifact if its manifest, names and sizes are right, else None."""
+        try:
+            pointer = self.bucket.get(pointer_key(stage, fingerprint))
+            if pointer is None:
+                return None
+            ref = Ref(stage=stage, fingerprint=fingerprint, digest=json.loads(pointer.data)["digest"], uri=self.uri)
+            listed = self._objects(ref)
+            manifest = self._listed_manifest(ref, listed)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        if manifest.fingerprint != fingerprint or manifest.digest != ref.digest:
+            return None
+        return None if compare_sizes(file_sizes(ref, manifest, listed), manifest) else manifest.ref(self.uri)
+
+    def manifest(self, ref: Ref) -> Manifest:
+        """Return an artifact's manifest, from memory if it was found before.
+
+        Raises:
+            CorruptArtifact: it is missing or unreadable.
+        """
+        known = self._manifests.get(artifact_prefix(ref))
+        if known is not None:
+            return known
+        try:
+            return self.read_manifest(ref)
+        except (FileNotFoundError, ValueError) as error:
+            raise unreadable_manifest(ref, f"{self.location(ref)}/{MANIFEST}", error) from error
+
+    def read_manifest(self, ref: Ref) -> Manifest:
+        """Read an artifact's manifest from the bucket.
+
+        Raises:
+            FileNotFoundError: it is missing.
+            ValueError: it is unreadable.
+        """
+        found = self.bucket.get(manifest_key(ref))
+        if found is None:
+            raise FileNotFoundError(f"{self.location(ref)}/{MANIFEST}")
+        return Manifest.model_validate_json(found.data)
+
+    def forget(self, ref: Ref) -> None:
+        """Forget an artifact's manifest, because it is removed or written again."""
+        self._manifests.pop(artifact_prefix(ref), None)
+
+    def location(self, ref: Ref) -> str:
+        """Return the artifact's uri."""
+        return f"{self.uri}/{artifact_prefix(ref)}"
+
+    def check(self, ref: Ref) -> list[str]:
+        """Compare an artifact's names and sizes with its manifest; return the problems, a line each."""
+        listed = self._objects(ref)
+        try:
+            manifest = self._listed_manifest(ref, listed)
+        except (FileNotFoundError, ValueError) as error:
+            return [f"{MANIFEST}: {type(error).__name__}"]
+        return compare_sizes(file_sizes(ref, manifest, listed), manifest)
+
+    def verify(self, ref: Ref) -> list[str]:
+        """Read and hash all of an artifact; return the problems, a line each."""
+        problems = self.check(ref)
+        if problems:
+            return problems
+        manifest = self.read_manifest(ref)
+
+        def is_damaged(name: str) -> bool:
+            total = hashlib.sha256()
+            for block in self.bucket.blocks(file_key(ref, manifest, name)):
+                total.update(block)
+            return total.hexdigest() != manifest.files[name].sha256
+
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
+            damaged = pool.map(lambda name: retry_network(lambda: is_damaged(name)), manifest.files)
+            problems = [content_problem(name) for name, bad in zip(manifest.files, damaged, strict=True) if bad]
+        return problems or check_consistency(manifest, ref)
+
+    def all(self) -> Iterator[Ref]:
+        """Yield all artifacts that have a manifest, current or not, without their facets."""
+        for item in self.bucket.listing():
+            if (ref := parse_manifest_key(item.key, self.uri)) is not None:
+                yield ref
+
+    def newest(self, stage: str) -> Manifest | None:
+        """Return the manifest of the stage's newest artifact."""
+        found = max(self._stage_manifests(stage), key=lambda item: item.modified, default=None)
+        return next(iter(self._parse([found]).values()), None) if found else None
+
+    def newest_payload(self, stage: str, like: Mapping[str, JsonValue]) -> dict[str, JsonValue] | None:
+        """Return the payload of the stage that differs least from `like`; of equal ones, the newest."""
+        found = self._stage_manifests(stage)
+        modified = {item.key: item.modified for item in found}
+        ranked = [
+            (len(identity.explain(manifest.payload, like)), -modified[key], manifest.payload)
+            for key, manifest in self._parse(found).items()
+        ]
+        return min(ranked, key=lambda rank: rank[:2])[2] if ranked else None
+
+    def previous_state(self, stage: str, fingerprint: str) -> PreviousState | None:
+        """Return what is left of an artifact that existed and is not found; None if there was none."""
+        keys = [item.key for item in self.bucket.listing(f"{stage}/{fingerprint}/")]
+        if pointer_key(stage, fingerprint) not in keys:
+            return None
+        return "damaged" if len(keys) > 1 else "removed"
+
+    def keys(self, ref: Ref) -> list[str]:
+        """Return the keys of all objects of an artifact."""
+        return [item.key for item in self._objects(ref)]
+
+    def _objects(self, ref: Ref) -> list[Listed]:
+        return list(self.bucket.listing(f"{artifact_prefix(ref)}/"))
+
+    def _stage_manifests(self, stage: str) -> list[Listed]:
+        return [item for item in self.bucket.listing(f"{stage}/") if parse_manifest_key(item.key, self.uri) is not None]
+
+    def _parse(self, listed: list[Listed]) -> dict[str, Manifest]:
+        """Read manifests; those that are gone or unreadable are left out."""
+        found = {}
+        for key, data in self.bucket.read(listed).items():
+            with suppress(ValueError):
+                found[key] = Manifest.model_validate_json(data)
+        return found
+
+    def _listed_manifest(self, ref: Ref, listed: list[Listed]) -> Manifest:
+        """Read the manifest that is among an artifact's objects, and remember it."""
+        key = manifest_key(ref)
+        content = self.bucket.read(item for item in listed if item.key == key)
+        if key not in content:
+            raise FileNotFoundError(f"{self.location(ref)}/{MANIFEST}")
+        manifest = self._manifests[artifact_prefix(ref)] = Manifest.model_validate_json(content[key])
+        return manifest

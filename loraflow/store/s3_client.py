@@ -1,0 +1,309 @@
+"""The S3 client: how it is made, the calls that the store makes, and what its errors mean.
+
+boto3 reads credentials, region and endpoint from the usual sources: AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL_S3,
+~/.aws. It has no types of its own, so `S3Client` names the calls and replies that are used here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, NotRequired, Protocol, TypedDict
+
+from loraflow.failures import BadConfig, Failure, MissingExtra, Network, ReadOnlyStore
+
+if TYPE_CHECKING:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+GONE = frozenset({"NoSuchKey", "404", "NotFound", "NoSuchUpload"})
+CONFLICT = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
+_REFUSED = {"AccessDenied", "403", "Forbidden", "UnauthorizedAccess"}
+_WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
+_BUSY = {"SlowDown", "RequestTimeout", "Throttling", "RequestTimeTooSkewed", "BadDigest"}
+
+
+class Body(Protocol):
+    """The content of an object, read from the network."""
+
+    def read(self, amt: int | None = None) -> bytes:
+        """Return the next `amt` bytes, all of the rest by default."""
+
+
+class ReplyMetadata(TypedDict):
+    """What every reply carries."""
+
+    HTTPHeaders: Mapping[str, str]
+
+
+class GetObjectReply(TypedDict):
+    """The reply to GetObject."""
+
+    Body: Body
+    ETag: str
+    LastModified: datetime
+    ResponseMetadata: ReplyMetadata
+
+
+class HeadObjectReply(TypedDict):
+    """The reply to HeadObject."""
+
+    ContentLength: int
+    ETag: str
+    Metadata: Mapping[str, str]
+
+
+class PutReply(TypedDict):
+    """The reply to PutObject and UploadPart."""
+
+    ETag: str
+
+
+class ObjectLine(TypedDict):
+    """A line of a listing."""
+
+    Key: str
+    Size: int
+    LastModified: datetime
+    ETag: str
+
+
+class ListReply(TypedDict):
+    """A page of ListObjectsV2."""
+
+    Contents: NotRequired[Sequence[ObjectLine]]
+    IsTruncated: NotRequired[bool]
+    NextContinuationToken: NotRequired[str]
+
+
+class DeleteError(TypedDict):
+    """An object that DeleteObjects did not delete."""
+
+    Key: str
+    Message: NotRequired[str]
+
+
+class DeleteReply(TypedDict):
+    """The reply to DeleteObjects."""
+
+    Errors: NotRequired[Sequence[DeleteError]]
+
+
+class UploadLine(TypedDict):
+    """A multipart upload that was begun and neither completed nor aborted."""
+
+    Key: str
+    UploadId: str
+    Initiated: datetime
+
+
+class UploadsReply(TypedDict):
+    """The reply to ListMultipartUploads."""
+
+    Uploads: NotRequired[Sequence[UploadLine]]
+
+
+class Part(TypedDict):
+    """A part of a multipart upload."""
+
+    PartNumber: int
+    ETag: str
+
+
+class PartsReply(TypedDict):
+    """A page of ListParts."""
+
+    Parts: NotRequired[Sequence[Part]]
+    IsTruncated: NotRequired[bool]
+    NextPartNumberMarker: NotRequired[int]
+
+
+class NewUploadReply(TypedDict):
+    """The reply to CreateMultipartUpload."""
+
+    UploadId: str
+
+
+class ObjectName(TypedDict):
+    """An object's key, as DeleteObjects takes it."""
+
+    Key: str
+
+
+class DeleteRequest(TypedDict):
+    """The objects that DeleteObjects deletes."""
+
+    Objects: Sequence[ObjectName]
+    Quiet: bool
+
+
+class CopySource(TypedDict):
+    """The object that is copied."""
+
+    Bucket: str
+    Key: str
+
+
+class CompletedUpload(TypedDict):
+    """The parts that make up an object, in order."""
+
+    Parts: Sequence[Part]
+
+
+class ClientMeta(Protocol):
+    """What a client says about itself."""
+
+    endpoint_url: str
+
+
+class S3Client(Protocol):
+    """The calls of boto3's client that the store makes, with the arguments that it passes."""
+
+    meta: ClientMeta
+
+    def get_object(self, *, Bucket: str, Key: str) -> GetObjectReply: ...  # noqa: D102
+
+    def head_object(self, *, Bucket: str, Key: str) -> HeadObjectReply: ...  # noqa: D102
+
+    def put_object(  # noqa: D102
+        self,
+        *,
+        Bucket: str,
+        Key: str,
+        Body: bytes,
+        Metadata: Mapping[str, str] = ...,
+        IfNoneMatch: str = ...,
+        IfMatch: str = ...,
+        ChecksumSHA256: str = ...,
+    ) -> PutReply: ...
+
+    def copy(self, *, Bucket: str, Key: str, CopySource: CopySource) -> None: ...  # noqa: D102
+
+    def delete_objects(self, *, Bucket: str, Delete: DeleteRequest) -> DeleteReply: ...  # noqa: D102
+
+    def list_objects_v2(  # noqa: D102
+        self, *, Bucket: str, Prefix: str, MaxKeys: int = ..., ContinuationToken: str = ...
+    ) -> ListReply: ...
+
+    def create_multipart_upload(  # noqa: D102
+        self, *, Bucket: str, Key: str, Metadata: Mapping[str, str]
+    ) -> NewUploadReply: ...
+
+    def upload_part(  # noqa: D102
+        self, *, Bucket: str, Key: str, UploadId: str, PartNumber: int, Body: bytes
+    ) -> PutReply: ...
+
+    def list_parts(  # noqa: D102
+        self, *, Bucket: str, Key: str, UploadId: str, PartNumberMarker: int = ...
+    ) -> PartsReply: ...
+
+    def complete_multipart_upload(  # noqa: D102
+        self, *, Bucket: str, Key: str, UploadId: str, MultipartUpload: CompletedUpload
+    ) -> PutReply: ...
+
+    def abort_multipart_upload(self, *, Bucket: str, Key: str, UploadId: str) -> None: ...  # noqa: D102
+
+    def list_multipart_uploads(self, *, Bucket: str, Prefix: str) -> UploadsReply: ...  # noqa: D102
+
+
+def make_client() -> S3Client:
+    """Make a client from the environment's settings.
+
+    Raises:
+        MissingExtra: boto3 is not installed.
+        BadConfig: the settings are wrong.
+    """
+    try:
+        import boto3
+        from botocore.config import Config
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            "A store on S3 needs the package boto3.",
+            where="runtime.store",
+            got=str(error),
+            next_step="pip install 'loraflow[s3]'",
+        ) from error
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        retries = {"mode": "standard", "max_attempts": 5}
+        config = Config(retries=retries, connect_timeout=10, read_timeout=60, max_pool_connections=32)
+        # boto3's default session keeps the first credentials that it saw, and is not safe among threads.
+        session = boto3.session.Session()
+        client: S3Client = session.client("s3", config=config)
+        if "amazonaws.com" not in client.meta.endpoint_url:  # other servers have no host name for each bucket
+            client = session.client("s3", config=config.merge(Config(s3={"addressing_style": "path"})))
+    except (BotoCoreError, ValueError) as error:
+        raise BadConfig(
+            "The settings of the S3 client are wrong.",
+            where="AWS_* of the environment, ~/.aws/config",
+            got=str(error),
+            next_step="correct them; `aws s3 ls` reads the same settings",
+        ) from error
+    return client
+
+
+def error_code(error: ClientError) -> str:
+    """Return the error code of S3, such as `NoSuchKey`."""
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def refused(error: ClientError, where: str, bucket: str) -> Failure:
+    """Return the failure for a request that the server answered with an error."""
+    code = error_code(error)
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    got = f"{code}: {error.response.get('Error', {}).get('Message', '')}".strip(": ")
+    if code == "NoSuchBucket":
+        return BadConfig(
+            "The store's bucket does not exist.",
+            where=where,
+            got=got,
+            next_step=f"create it with `aws s3 mb s3://{bucket}`, or set runtime.store to another bucket",
+        )
+    if code in _WRONG_KEYS:
+        return BadConfig(
+            "The store refuses the credentials.",
+            where=where,
+            got=got,
+            next_step="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+        )
+    if code in _REFUSED:
+        return ReadOnlyStore(
+            "The credentials do not allow this request to the store.",
+            where=where,
+            got=f"{error.operation_name}: {got}",
+            next_step="allow s3:ListBucket, GetObject, PutObject, DeleteObject, AbortMultipartUpload on the prefix",
+        )
+    if status >= 500 or code in _BUSY:
+        return Network("The store did not answer.", where=where, got=got, next_step="run again: uploads resume")
+    return Failure("The store refused a request.", where=where, got=f"{error.operation_name}: {got}")
+
+
+def not_sent(error: BotoCoreError, where: str) -> Failure:
+    """Return the failure for a request that got no answer, or that the client did not send."""
+    from botocore.exceptions import NoCredentialsError, ParamValidationError, PartialCredentialsError
+
+    if isinstance(error, ParamValidationError):
+        return BadConfig(
+            "The store's address is not valid.",
+            where="runtime.store",
+            expected="s3://bucket/prefix",
+            got=str(error)[:200],
+        )
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return BadConfig(
+            "There are no credentials for the store.",
+            where=where,
+            got=str(error),
+            next_step="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+        )
+    return unreachable(where, error)
+
+
+def unreachable(where: str, error: Exception | str) -> Network:
+    """Return the failure for a store that cannot be reached."""
+    return Network(
+        "The store did not answer.",
+        where=where,
+        got=str(error),
+        next_step="check the network and AWS_ENDPOINT_URL_S3, then run again: uploads resume",
+    )
