@@ -18,7 +18,7 @@ from measure import row
 from loraflow.base.load import load_model, load_tokenizer, stop_ids
 from loraflow.data.loss_mask import ChatTemplate
 from loraflow.evaluation import generation
-from loraflow.evaluation.prefix import common_length, shared_prefix
+from loraflow.evaluation.prefix_cache import common_length, shared_prefix
 
 BATCH = 20
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from loraflow.data.loss_mask import ChatTemplate
-from loraflow.evaluation import kv_cache as cache
+from loraflow.evaluation import kv_cache
 from loraflow.evaluation.generation import answer_all, answer_losses
-from loraflow.evaluation.kv_cache import roomy_cache
+from loraflow.evaluation.kv_cache import preallocated_cache
 from loraflow.evaluation.metric_modules import compute, find_module
-from loraflow.evaluation.prefix import common_length, shared_prefix
+from loraflow.evaluation.prefix_cache import common_length, shared_prefix
 from loraflow.failures import BadConfig
 from tests.conftest import chat
 
@@ -186,20 +186,20 @@ def test_answers_follow_from_the_rows_alone(phi3, model):
     assert json.dumps(one)
 
 
-def test_a_roomy_cache_is_transformers_own_without_the_copies():
+def test_a_preallocated_cache_holds_what_transformers_own_holds_without_copying_it():
     from transformers import DynamicCache
 
     draw = torch.Generator().manual_seed(0)
-    ours, theirs, places = roomy_cache(2, 9), DynamicCache(), set()
+    ours, theirs, addresses = preallocated_cache(2, 9), DynamicCache(), set()
     for tokens in (4, 1, 3):
         for layer in range(2):
             new = [torch.randn(3, 2, tokens, 5, generator=draw) for _ in range(2)]
             for one, other in zip(ours.update(*new, layer), theirs.update(*new, layer), strict=True):
                 assert torch.equal(one, other)
-            places.add(ours.layers[layer].keys.data_ptr())
+            addresses.add(ours.layers[layer].keys.data_ptr())
         assert ours.get_seq_length() == theirs.get_seq_length()
         assert ours.get_mask_sizes(2, 0) == theirs.get_mask_sizes(2, 0)
-    assert len(places) == 2, "written in place"
+    assert len(addresses) == 2, "written in place"
     with pytest.raises(ValueError, match="10 tokens in a cache for 9"):
         ours.update(*(torch.zeros(3, 2, 2, 5),) * 2, 0)
 
@@ -215,11 +215,11 @@ def test_answers_are_those_with_transformers_own_cache(phi3, model, monkeypatch,
     chats = spoken(range(6), system) if system else [chat(i)["messages"] for i in range(6)]
     prompts, options = template.prompt_ids(chats), {"stop_ids": [], "max_new_tokens": 12, "batch_size": 3}
     made = []
-    real = cache.roomy_cache
-    monkeypatch.setattr(cache, "roomy_cache", lambda *a: made.append(a) or real(*a))
+    real = kv_cache.preallocated_cache
+    monkeypatch.setattr(kv_cache, "preallocated_cache", lambda *a: made.append(a) or real(*a))
     ours = answer_all(model, tokenizer, prompts, **options)
     assert len(made) == 2
-    monkeypatch.setattr(generation, "plain_cache", lambda *_: False)
+    monkeypatch.setattr(generation, "has_plain_cache", lambda *_: False)
     without_prefix(monkeypatch)
     assert ours == answer_all(model, tokenizer, prompts, **options)
     assert len(made) == 2
@@ -232,7 +232,7 @@ def test_answers_are_those_with_transformers_own_cache(phi3, model, monkeypatch,
 def test_decoding_step_by_step_gives_the_answers_of_generate(phi3, model, monkeypatch, system, stops):
     """What a GPU records and replays, on a CPU: rows of several lengths, that end at several steps."""
     from loraflow.base.load import load_tokenizer
-    from loraflow.evaluation import greedy_decoding as decode
+    from loraflow.evaluation import greedy_decoding
 
     template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
     chats = spoken(range(7), system) if system else [chat(10**i)["messages"] for i in range(7)]
@@ -244,9 +244,9 @@ def test_decoding_step_by_step_gives_the_answers_of_generate(phi3, model, monkey
         options["stop_ids"] = [max(ends, key=ends.__getitem__)]
     theirs = answer_all(model, tokenizer, prompts, **options)
     calls = []
-    monkeypatch.setattr(decode, "decodes", lambda _: True)
-    real = decode.greedy
-    monkeypatch.setattr(decode, "greedy", lambda *a, **k: calls.append(a) or real(*a, **k))
+    monkeypatch.setattr(greedy_decoding, "is_supported", lambda _: True)
+    real = greedy_decoding.decode
+    monkeypatch.setattr(greedy_decoding, "decode", lambda *a, **k: calls.append(a) or real(*a, **k))
     assert answer_all(model, tokenizer, prompts, **options) == theirs
     assert len(calls) == 3
     if stops == "early":
@@ -259,15 +259,15 @@ def answer_ids(model, prompt, tokens):
 
 
 def test_a_repetition_penalty_of_the_model_is_left_to_generate(model, monkeypatch):
-    from loraflow.evaluation import greedy_decoding as decode
+    from loraflow.evaluation import greedy_decoding
 
     class OnGpu:
         device, config, forward = torch.device("cuda"), model.config, model.forward
         generation_config = copy.deepcopy(model.generation_config)
 
-    assert decode.decodes(OnGpu)
+    assert greedy_decoding.is_supported(OnGpu)
     OnGpu.generation_config.repetition_penalty = 1.3
-    assert not decode.decodes(OnGpu)
+    assert not greedy_decoding.is_supported(OnGpu)
 
 
 def spoken(numbers, system="please answer what is the house of the red bird and one green cat likes the tree"):

@@ -1,0 +1,144 @@
+"""Values that other packages read: scores, samples of answers, and the gate's decision. No numpy or pandas here.
+
+Each value is frozen. Reading ignores keys that this version does not know, so that documents of other versions stay
+readable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Self, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+Verdict = Literal["promote", "reject", "undecided", "unchanged"]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class MetricValue(_Value):
+    """A metric's value on a set of rows, with its two-sided interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int  # rows
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+SetScores: TypeAlias = Mapping[str, MetricValue]  # metric → value
+Scores: TypeAlias = Mapping[str, SetScores]  # set of rows → metric → value
+
+
+def scores_to_dict(scores: Scores) -> dict[str, JsonValue]:
+    """Return scores as JSON values, as in `metrics.json`."""
+    return {rows: {name: value.model_dump() for name, value in part.items()} for rows, part in scores.items()}
+
+
+class Sample(_Value):
+    """A held-out question with its reference and the model's answer, for reports."""
+
+    id: str
+    prompt: str
+    reference: str
+    answer: str
+
+
+class EvaluationReport(_Value):
+    """The report in the manifest of an evaluate artifact."""
+
+    metrics: Scores
+    samples: tuple[Sample, ...] = ()
+
+    @classmethod
+    def from_dict(cls, report: Mapping[str, JsonValue]) -> Self:
+        """Read `manifest.report`.
+
+        Raises:
+            pydantic.ValidationError: it is not the report of an evaluation.
+        """
+        return cls.model_validate(report)
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        """Return the report as JSON values."""
+        return {"metrics": scores_to_dict(self.metrics), "samples": [sample.model_dump() for sample in self.samples]}
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """The scores of the three models that a run compares."""
+
+    base: Scores
+    tuned: Scores
+    champion: Scores | None = None
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        """Return the scores as JSON values, as in a run's summary."""
+        return {
+            "base": scores_to_dict(self.base),
+            "tuned": scores_to_dict(self.tuned),
+            "champion": None if self.champion is None else scores_to_dict(self.champion),
+        }
+
+
+class Comparison(_Value):
+    """The challenger against another model by one metric.
+
+    `difference`, `lower` and `upper` are the mean of the paired differences and its one-sided bounds. They are positive
+    where the challenger is better, for metrics where lower is better, too.
+    """
+
+    against: str  # base or champion
+    metric: str
+    kind: Literal["gain", "guard"]
+    difference: float
+    lower: float
+    upper: float
+    n: int  # rows
+    state: Literal["passed", "failed", "open"]
+    reason: str
+
+
+class Decision(_Value):
+    """A verdict with its reasons, and the comparisons behind it."""
+
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    comparisons: tuple[Comparison, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, JsonValue]) -> Self:
+        """Read a decision from JSON values.
+
+        Raises:
+            pydantic.ValidationError: they are not a decision.
+        """
+        return cls.model_validate(values)
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        """Return the decision as JSON values."""
+        return {
+            "verdict": self.verdict,
+            "reasons": [*self.reasons],
+            "comparisons": [comparison.model_dump() for comparison in self.comparisons],
+        }
+
+    @classmethod
+    def unchanged(cls, reason: str, known: Decision | None = None) -> Decision:
+        """Return the decision to keep the champion. `known` is an earlier decision whose reasons and comparisons hold."""
+        if known is None:
+            return cls(verdict="unchanged", reasons=(reason,))
+        return cls(verdict="unchanged", reasons=(reason, *known.reasons), comparisons=known.comparisons)
+
+    def with_reason(self, reason: str) -> Decision:
+        """Return the same decision with one more reason."""
+        return self.model_copy(update={"reasons": (*self.reasons, reason)})
+
+    def overruled(self, verdict: Verdict, reason: str) -> Decision:
+        """Return another verdict with a single reason. The comparisons stay."""
+        return self.model_copy(update={"verdict": verdict, "reasons": (reason,)})
