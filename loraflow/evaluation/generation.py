@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
 
@@ -16,11 +16,8 @@ from loraflow.evaluation.prefix_cache import SharedPrefix, has_plain_cache, shar
 from loraflow.hardware.group import Group
 
 if TYPE_CHECKING:
-    from peft import PeftModelForCausalLM
     from torch import Tensor
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-
-    CausalModel: TypeAlias = PreTrainedModel | PeftModelForCausalLM
 
 ALONE = Group()
 HEAD_ROWS = 512  # positions whose logits are in memory at a time
@@ -35,7 +32,7 @@ class Answer(TypedDict):
 
 
 def answer_all(
-    model: CausalModel,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     *,
@@ -115,7 +112,7 @@ def _read_answers(done_file: Path | None, rows: int) -> list[Answer | None]:
 class _Generator:
     """A model, and what all batches of prompts have in common."""
 
-    model: CausalModel
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     stop_ids: list[int]
     max_new_tokens: int
@@ -126,7 +123,7 @@ class _Generator:
     @classmethod
     def prepare(
         cls,
-        model: CausalModel,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[list[int]],
         stop_ids: list[int],
@@ -195,7 +192,7 @@ class _Generator:
                 pad_id=self.tokenizer.pad_token_id,
             )
         with torch.inference_mode():
-            output: Tensor = self.model.generate(
+            output: Tensor = self.model.generate(  # type: ignore[operator]  # hidden by __getattr__ of nn.Module
                 input_ids=ids,
                 attention_mask=mask,
                 **({"past_key_values": cache} if cache is not None else {}),
@@ -214,12 +211,13 @@ class _Generator:
         """Return the answer up to its stop id."""
         end = next((at for at, token in enumerate(new_ids) if token in self.stop_ids), None)
         answer = new_ids[:end]
-        text: str = self.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # a list of texts is for a list of lists
         return {"text": text, "tokens": len(answer), "finish": "length" if end is None else "stop"}
 
 
 def answer_losses(
-    model: CausalModel, rows: Sequence[Encoded], pad_id: int, batch_size: int, group: Group = ALONE
+    model: PreTrainedModel, rows: Sequence[Encoded], pad_id: int, batch_size: int, group: Group = ALONE
 ) -> list[tuple[float, int]]:
     """Return (sum of -log p in nats, number of tokens) over each row's learned tokens."""
     found: list[tuple[float, int] | None] = [None] * len(rows)
@@ -228,7 +226,7 @@ def answer_losses(
     learned = [np.flatnonzero(row.labels[1:] != IGNORED) for row in rows]
     longest = min((int(at[0]) for at in learned if len(at)), default=0)
     lengths = [len(row.ids) for row in rows]
-    prefix = shared_prefix(model, [row.ids for row in rows], longest, max(lengths, default=0))
+    prefix = shared_prefix(model, [row.ids.tolist() for row in rows], longest, max(lengths, default=0))
     for number, batch in enumerate(_batches(lengths, batch_size)):
         if not group.takes(number):
             continue
@@ -238,7 +236,7 @@ def answer_losses(
 
 
 def _batch_losses(
-    model: CausalModel, rows: Sequence[Encoded], pad_id: int, prefix: SharedPrefix | None, plain: bool
+    model: PreTrainedModel, rows: Sequence[Encoded], pad_id: int, prefix: SharedPrefix | None, plain: bool
 ) -> list[tuple[float, int]]:
     """Return (sum of -log p, number of tokens) of each row of a batch; `plain`: the head gives the logits unchanged."""
     shared = len(prefix.ids) if prefix else 0
@@ -271,7 +269,13 @@ def _pad_learned(rows: Sequence[Encoded], pad_id: int, shared: int) -> tuple[Ten
 
 
 def _token_losses(
-    model: CausalModel, ids: Tensor, mask: Tensor, cache: DynamicCache | None, at: Tensor, target: Tensor, plain: bool
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    cache: DynamicCache | None,
+    at: Tensor,
+    target: Tensor,
+    plain: bool,
 ) -> Tensor:
     """Return -log p of each learned token, in double precision.
 

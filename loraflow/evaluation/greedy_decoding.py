@@ -46,7 +46,7 @@ def is_supported(model: PreTrainedModel) -> bool:
     )
 
 
-class _FixedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers does not annotate it
+class _FixedLayer(DynamicLayer):
     """Keys and values of fixed shape [rows, heads, capacity, width]; `slot` [1] is the index of the next token."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, slot: torch.Tensor):

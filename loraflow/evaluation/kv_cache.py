@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
-class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers does not annotate it
+class PreallocatedLayer(DynamicLayer):
     """A layer's keys and values [rows, heads, tokens, width], written in place.
 
     `keys` and `values` are views of the tokens so far; `capacity` is the largest number of tokens.
