@@ -291,12 +291,13 @@ def test_fp16_trains_with_a_loss_scale(tiny, shards, plain, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_recorded_decoding_gives_the_answers_of_generate(tiny, monkeypatch, dtype):
     from loraflow.base.load import load_model, load_tokenizer
+    from loraflow.config import Runtime
     from loraflow.data.loss_mask import ChatTemplate
     from loraflow.evaluation import greedy_decoding
     from loraflow.evaluation.generation import answer_all
     from tests.conftest import chat
 
-    model, tokenizer = load_model(tiny, dtype, {"device": "cuda"}), load_tokenizer(tiny)
+    model, tokenizer = load_model(tiny, dtype, Runtime(device="cuda")), load_tokenizer(tiny)
     prompts = ChatTemplate(tiny).prompt_ids([chat(10**i)["messages"] for i in range(12)])
     options = {"stop_ids": [], "max_new_tokens": 60, "batch_size": 5}
     graphs, real = [], greedy_decoding.record
