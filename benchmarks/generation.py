@@ -21,7 +21,7 @@ from measure import row
 from loraflow.base.load import load_model, load_tokenizer, stop_ids
 from loraflow.config import Runtime
 from loraflow.data.loss_mask import ChatTemplate
-from loraflow.evaluation import generation
+from loraflow.evaluation import generation, likelihood
 from loraflow.evaluation.generation import Answer
 from loraflow.evaluation.prefix_cache import common_length, shared_prefix
 
@@ -79,7 +79,7 @@ def compare_losses(model: PreTrainedModel, rows: list[Encoded], pad_id: int) -> 
 
     def losses(*, shared: bool) -> Timed[list[tuple[float, int]]]:
         share_prefixes(shared)
-        return timed(lambda: generation.answer_losses(model, rows, pad_id, BATCH))
+        return timed(lambda: likelihood.answer_losses(model, rows, pad_id, BATCH))
 
     apart = losses(shared=False)
     row("losses", len(rows), apart.wall, apart.cpu, "")
@@ -108,7 +108,8 @@ def time_answers(
 
 
 def share_prefixes(shared: bool) -> None:
-    generation.shared_prefix = shared_prefix if shared else lambda *_: None
+    for module in (generation, likelihood):
+        module.shared_prefix = shared_prefix if shared else lambda *_: None
 
 
 def speed(answers: Timed[list[Answer]]) -> float:

@@ -198,6 +198,7 @@ EVALUATE = Stage(
     code=(
         "loraflow.evaluation.score",
         "loraflow.evaluation.generation",
+        "loraflow.evaluation.likelihood",
         "loraflow.evaluation.prefix_cache",
         "loraflow.evaluation.kv_cache",
         "loraflow.evaluation.greedy_decoding",

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from loraflow.failures import BadConfig
 from loraflow.store.files import HashMemo
 
-OURS = Path(__file__).parent / "metrics"
+BUILT_IN = Path(__file__).parent / "metrics"
 LOWER_IS_BETTER = frozenset({"token_loss", "perplexity"})
 
 
@@ -30,14 +30,14 @@ def find_module(name: str) -> Path:
     Raises:
         BadConfig: there is no metric of this name.
     """
-    own = OURS / name / f"{name}.py"
+    own = BUILT_IN / name / f"{name}.py"
     if own.exists() and "/" not in name:
         return own
     folder = Path(name)
     script = folder if folder.suffix == ".py" else folder / f"{folder.name}.py"
     if "/" in name and script.is_file():
         return script
-    names = sorted(path.name for path in OURS.iterdir() if (path / f"{path.name}.py").exists())
+    names = sorted(path.name for path in BUILT_IN.iterdir() if (path / f"{path.name}.py").exists())
     raise BadConfig(
         "There is no such metric.",
         where="evaluation.metrics",

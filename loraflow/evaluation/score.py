@@ -95,7 +95,8 @@ def _ask_model(
     """Compute the model's answers, and its likelihoods of the references if a metric needs them."""
     from loraflow.base.load import load_model, load_tokenizer, stop_ids
     from loraflow.data.loss_mask import ChatTemplate
-    from loraflow.evaluation.generation import answer_all, answer_losses
+    from loraflow.evaluation.generation import answer_all
+    from loraflow.evaluation.likelihood import answer_losses
 
     config, batch_size = job.config, job.runtime.eval_batch_size
     chats = [row.messages for row in rows]

@@ -338,7 +338,7 @@ def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
     from loraflow.config import load_recipe
     from loraflow.data import tokenization as tokens
     from loraflow.data.loss_mask import ChatTemplate
-    from loraflow.evaluation.generation import answer_losses
+    from loraflow.evaluation.likelihood import answer_losses
     from loraflow.job import Inputs, Progress
     from loraflow.training import train
     from tests.jobs import from_gguf, make_job

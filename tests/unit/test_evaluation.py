@@ -8,8 +8,9 @@ import torch
 
 from loraflow.data.loss_mask import ChatTemplate
 from loraflow.evaluation import kv_cache
-from loraflow.evaluation.generation import answer_all, answer_losses
+from loraflow.evaluation.generation import answer_all
 from loraflow.evaluation.kv_cache import preallocated_cache
+from loraflow.evaluation.likelihood import answer_losses
 from loraflow.evaluation.metric_modules import compute, find_module
 from loraflow.evaluation.prefix_cache import common_length, shared_prefix
 from loraflow.failures import BadConfig
@@ -275,7 +276,8 @@ def spoken(numbers, system="please answer what is the house of the red bird and 
 
 
 def without_prefix(monkeypatch):
-    monkeypatch.setattr("loraflow.evaluation.generation.shared_prefix", lambda *_: None)
+    for module in ("generation", "likelihood"):
+        monkeypatch.setattr(f"loraflow.evaluation.{module}.shared_prefix", lambda *_: None)
 
 
 def test_a_shared_system_prompt_is_computed_once_and_changes_no_answer(phi3, model, monkeypatch):
