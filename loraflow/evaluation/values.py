@@ -6,11 +6,12 @@ readable.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter
+from pydantic.dataclasses import dataclass
 
 Verdict = Literal["promote", "reject", "undecided", "unchanged"]
 
@@ -69,7 +70,7 @@ class EvaluationReport(_Value):
         return {"metrics": scores_to_dict(self.metrics), "samples": [sample.model_dump() for sample in self.samples]}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ModelScores:
     """The scores of the three models that a run compares."""
 
@@ -86,7 +87,8 @@ class ModelScores:
         }
 
 
-class Comparison(_Value):
+@dataclass(frozen=True)
+class Comparison:
     """The challenger against another model by one metric.
 
     `difference`, `lower` and `upper` are the mean of the paired differences and its one-sided bounds. They are positive
@@ -104,41 +106,42 @@ class Comparison(_Value):
     reason: str
 
 
-class Decision(_Value):
-    """A verdict with its reasons, and the comparisons behind it."""
+@dataclass(frozen=True)
+class Decision:
+    """A verdict with its reasons, and the comparisons behind it. Changes return a new value."""
 
     verdict: Verdict
     reasons: tuple[str, ...]
     comparisons: tuple[Comparison, ...] = ()
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, JsonValue]) -> Self:
+    def from_dict(cls, values: Mapping[str, JsonValue]) -> Decision:
         """Read a decision from JSON values.
 
         Raises:
             pydantic.ValidationError: they are not a decision.
         """
-        return cls.model_validate(values)
+        return TypeAdapter(Decision).validate_python(values)
 
     def to_dict(self) -> dict[str, JsonValue]:
         """Return the decision as JSON values."""
         return {
             "verdict": self.verdict,
             "reasons": [*self.reasons],
-            "comparisons": [comparison.model_dump() for comparison in self.comparisons],
+            "comparisons": [dataclasses.asdict(comparison) for comparison in self.comparisons],
         }
 
     @classmethod
     def unchanged(cls, reason: str, known: Decision | None = None) -> Decision:
-        """Return the decision to keep the champion. `known` is an earlier decision whose reasons and comparisons hold."""
+        """Return the decision that nothing changes; `known` is an earlier decision that still holds."""
         if known is None:
-            return cls(verdict="unchanged", reasons=(reason,))
-        return cls(verdict="unchanged", reasons=(reason, *known.reasons), comparisons=known.comparisons)
+            return cls("unchanged", (reason,))
+        return cls("unchanged", (reason, *known.reasons), known.comparisons)
 
     def with_reason(self, reason: str) -> Decision:
         """Return the same decision with one more reason."""
-        return self.model_copy(update={"reasons": (*self.reasons, reason)})
+        return dataclasses.replace(self, reasons=(*self.reasons, reason))
 
     def overruled(self, verdict: Verdict, reason: str) -> Decision:
         """Return another verdict with a single reason. The comparisons stay."""
-        return self.model_copy(update={"verdict": verdict, "reasons": (reason,)})
+        return dataclasses.replace(self, verdict=verdict, reasons=(reason,))
