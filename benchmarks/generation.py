@@ -1,8 +1,8 @@
-"""Answers for evaluation on the CPU: batches against one by one, and a shared system prompt computed once against anew.
+"""Answers for evaluation on the CPU: batches against single prompts, and a shared system prompt computed once.
 
 python benchmarks/generation.py MODEL_FOLDER [DTYPE [ROWS [NEW_TOKENS]]]
 
-Says whether the answers are the same. Of both sides it gives wall and CPU seconds: the latter bear a noisy machine.
+Says whether the answers are the same. Gives wall and CPU seconds of both sides: CPU seconds are reliable on a noisy machine.
 """
 
 from __future__ import annotations
@@ -10,17 +10,37 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from measure import row
 
 from loraflow.base.load import load_model, load_tokenizer, stop_ids
+from loraflow.config import Runtime
 from loraflow.data.loss_mask import ChatTemplate
-from loraflow.evaluation import generation
-from loraflow.evaluation.prefix import common_length, shared_prefix
+from loraflow.evaluation import generation, likelihood
+from loraflow.evaluation.generation import Answer
+from loraflow.evaluation.prefix_cache import common_length, shared_prefix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from loraflow.data.loss_mask import Encoded
 
 BATCH = 20
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Timed(Generic[T]):
+    """A result with the seconds that it took."""
+
+    result: T
+    wall: float
+    cpu: float
 
 
 def main() -> None:
@@ -29,49 +49,81 @@ def main() -> None:
     rows, new = (int(sys.argv[k]) if len(sys.argv) > k else default for k, default in ((3, 64), (4, 64)))
     chats = [json.loads(line)["messages"] for line in Path("data/heldout.jsonl").open()][:rows]
     template, tokenizer = ChatTemplate(folder), load_tokenizer(folder)
-    prompts, model = template.prompt_ids(chats), load_model(folder, dtype, {"device": "cpu"})
-    encoded = template.encode(chats, "last_assistant")
-    stops = stop_ids(folder)
-
-    def answers(prompts: list[list[int]], size: int, shared: bool, tokens: int = new) -> tuple[Any, float, float]:
-        generation.shared_prefix = shared_prefix if shared else lambda *_: None
-        return timed(lambda: generation.answer_all(model, tokenizer, prompts, batch_size=size, stop_ids=stops,
-                                                   max_new_tokens=tokens))  # fmt: skip
-
-    def losses(shared: bool) -> tuple[Any, float, float]:
-        generation.shared_prefix = shared_prefix if shared else lambda *_: None
-        return timed(lambda: generation.answer_losses(model, encoded, tokenizer.pad_token_id, BATCH))
+    model = load_model(folder, dtype, Runtime(device="cpu"))
+    prompts = template.prompt_ids(chats)
+    answers = partial(time_answers, model, tokenizer, stop_ids(folder))
 
     shared, total = common_length(prompts, 10**6), sum(map(len, prompts))
     saved = shared * (rows - 1) / total
     print(f"{dtype}, {rows} prompts of {total / rows:.0f} tokens, of which {shared} are shared: {saved:.0%} of all")
-    answers(prompts[:4], 4, True, 2)  # warm up
+    answers(prompts[:4], 4, 2, shared=True)  # warm up
     row("what", "rows", "wall s", "CPU s", "tokens/s")
-    anew, wall, cpu_anew = answers(prompts, BATCH, False)
-    row(f"{BATCH} at a time", rows, wall, cpu_anew, sum(a["tokens"] for a in anew) / wall)
-    once, wall, cpu_once = answers(prompts, BATCH, True)
-    row(f"{BATCH} at a time, shared prefix", rows, wall, cpu_once, sum(a["tokens"] for a in once) / wall)
-    _, _, cpu_prompts = answers(prompts, BATCH, False, 1)
-    row("the prompts alone", rows, "", cpu_prompts, "")
-    print(f"shared prefix: {cpu_anew / cpu_once:.2f} × by CPU; predicted, from the prompts' share, "
-          f"{cpu_anew / (cpu_anew - saved * cpu_prompts):.2f} ×")  # fmt: skip
-    print(f"{sum(a != b for a, b in zip(anew, once, strict=True))} of {rows} answers differ from those without it")
-    one, wall, cpu_anew = losses(False)
-    row("losses", rows, wall, cpu_anew, "")
-    other, wall, cpu_once = losses(True)
-    row("losses, shared prefix", rows, wall, cpu_once, "")
-    apart = max(abs(a - b) / max(1, n) for (a, n), (b, _) in zip(one, other, strict=True))
-    print(f"shared prefix: {cpu_anew / cpu_once:.2f} × by CPU; losses differ by at most {apart:.1e} nats per token")
+    apart = answers(prompts, BATCH, new, shared=False)
+    row(f"{BATCH} at a time", rows, apart.wall, apart.cpu, speed(apart))
+    once = answers(prompts, BATCH, new, shared=True)
+    row(f"{BATCH} at a time, shared prefix", rows, once.wall, once.cpu, speed(once))
+    reading = answers(prompts, BATCH, 1, shared=False)
+    row("the prompts alone", rows, "", reading.cpu, "")
+    predicted = apart.cpu / (apart.cpu - saved * reading.cpu)
+    print(f"shared prefix: {apart.cpu / once.cpu:.2f} × by CPU; predicted, from the prompts' share, {predicted:.2f} ×")
+    print(f"{differences(apart.result, once.result)} of {rows} answers differ from those without it")
+    compare_losses(model, template.encode(chats, "last_assistant"), tokenizer.pad_token_id)
     some = min(16, rows)
-    alone, wall, cpu = answers(prompts[:some], 1, False)
-    row("one by one", some, wall, cpu, sum(a["tokens"] for a in alone) / wall)
-    print(f"{sum(a['text'] != b['text'] for a, b in zip(alone, anew, strict=False))} of {some} differ from one by one")
+    single = answers(prompts[:some], 1, new, shared=False)
+    row("single prompts", some, single.wall, single.cpu, speed(single))
+    print(f"{differences(single.result, apart.result[:some])} of {some} differ from single prompts")
 
 
-def timed(work: Any) -> tuple[Any, float, float]:
+def compare_losses(model: PreTrainedModel, rows: list[Encoded], pad_id: int) -> None:
+    """Print the time of likelihoods without and with a shared prefix, and how far they differ."""
+
+    def losses(*, shared: bool) -> Timed[list[tuple[float, int]]]:
+        share_prefixes(shared)
+        return timed(lambda: likelihood.answer_losses(model, rows, pad_id, BATCH))
+
+    apart = losses(shared=False)
+    row("losses", len(rows), apart.wall, apart.cpu, "")
+    once = losses(shared=True)
+    row("losses, shared prefix", len(rows), once.wall, once.cpu, "")
+    far = max(abs(a - b) / max(1, n) for (a, n), (b, _) in zip(apart.result, once.result, strict=True))
+    print(f"shared prefix: {apart.cpu / once.cpu:.2f} × by CPU; losses differ by at most {far:.1e} nats per token")
+
+
+def time_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: list[int],
+    prompts: list[list[int]],
+    batch: int,
+    tokens: int,
+    *,
+    shared: bool,
+) -> Timed[list[Answer]]:
+    share_prefixes(shared)
+    return timed(
+        lambda: generation.answer_all(
+            model, tokenizer, prompts, batch_size=batch, stop_ids=stops, max_new_tokens=tokens
+        )
+    )
+
+
+def share_prefixes(shared: bool) -> None:
+    for module in (generation, likelihood):
+        module.shared_prefix = shared_prefix if shared else lambda *_: None
+
+
+def speed(answers: Timed[list[Answer]]) -> float:
+    return sum(answer["tokens"] for answer in answers.result) / answers.wall
+
+
+def differences(answers: list[Answer], others: list[Answer]) -> int:
+    return sum(answer != other for answer, other in zip(answers, others, strict=True))
+
+
+def timed(work: Callable[[], T]) -> Timed[T]:
     wall, cpu = time.perf_counter(), time.process_time()
-    out = work()
-    return out, time.perf_counter() - wall, time.process_time() - cpu
+    result = work()
+    return Timed(result, time.perf_counter() - wall, time.process_time() - cpu)
 
 
 if __name__ == "__main__":

@@ -55,5 +55,5 @@ def make_model(run: Run, approval: bool) -> RunSummary:
     run.summarize(result, registration)
     published = publish(run, result)
     summary = run.keep_summary(published)
-    publish_report(run, result, summary)
+    publish_report(run, result, registration.decision, summary)
     return summary

@@ -199,7 +199,8 @@ EVALUATE = Stage(
     code=(
         "loraflow.evaluation.score",
         "loraflow.evaluation.generation",
-        "loraflow.evaluation.prefix",
+        "loraflow.evaluation.likelihood",
+        "loraflow.evaluation.prefix_cache",
         "loraflow.evaluation.kv_cache",
         "loraflow.evaluation.greedy_decoding",
         "loraflow.evaluation.intervals",

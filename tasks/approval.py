@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
@@ -13,8 +12,8 @@ from pydantic import Field
 from loraflow.evaluation.values import Decision
 from loraflow.execution.results import PipelineResult
 from loraflow.failures import BadConfig
+from loraflow.reporting.markdown import approval_request
 from loraflow.tasks.gate import remember
-from loraflow.tasks.report import comparison_table
 from loraflow.tasks.run import Run
 
 log = logging.getLogger("loraflow")
@@ -52,15 +51,7 @@ def ask_for_approval(run: Run, result: PipelineResult, decision: Decision) -> De
     if decision.verdict != "promote":
         return decision
     workspace = run.workspace
-    text = "\n".join(
-        [
-            f"# {workspace.recipe.name}: promote?",
-            "",
-            *[f"- {reason}" for reason in decision.reasons],
-            "",
-            *comparison_table(run.scores(result)),
-        ]
-    )
+    text = approval_request(workspace.recipe.name, decision, run.scores(result))
     form = Promotion.with_initial_data(description=text, promote=False, reason="")
     # The key is the head of the log: a run that resumes and finds another champion asks again.
     head = workspace.seen_head
@@ -69,8 +60,8 @@ def ask_for_approval(run: Run, result: PipelineResult, decision: Decision) -> De
     assert answer is not None
     words = f": {answer.reason}" if answer.reason else ""
     if answer.promote:
-        return replace(decision, reasons=[*decision.reasons, f"approved by hand{words}"])
-    declined = replace(decision, verdict="reject", reasons=[f"declined by hand{words}"])
+        return decision.with_reason(f"approved by hand{words}")
+    declined = decision.overruled("reject", f"declined by hand{words}")
     remember(workspace, result, declined)
     log.warning("not promoted: %s", declined.reasons[0])
     return declined

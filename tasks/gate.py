@@ -22,17 +22,15 @@ def gate(workspace: Workspace, result: PipelineResult) -> Decision:
     """Decide whether the challenger replaces the champion: promote, reject, undecided or unchanged."""
     head, merged = workspace.seen_head, result.merged.digest  # the log's head may have moved since; `register` checks
     if head is not None and head.merged.digest == merged:
-        return Decision("unchanged", ["the challenger is the champion"])
+        return Decision.unchanged("the challenger is the champion")
     why = workspace.log.rolled_back(merged)
     if why is not None:
-        reason = f"it was rolled back ({why}); `loraflow promote` promotes it again by hand"
-        return Decision("unchanged", [reason])
+        return Decision.unchanged(f"it was rolled back ({why}); `loraflow promote` promotes it again by hand")
     protocol = _protocol(workspace, result)
     earlier = workspace.log.decision(head, merged, protocol)
     if earlier is not None and earlier["verdict"] != "promote":
         known = Decision.from_dict(earlier)
-        reason = f"decided before against this champion: {known.verdict}"
-        return Decision("unchanged", [reason, *known.reasons], known.comparisons)
+        return Decision.unchanged(f"decided before against this champion: {known.verdict}", known)
     decision = _compare(workspace, result)
     workspace.log.remember(head, merged, protocol, decision.to_dict())
     return decision

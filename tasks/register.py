@@ -36,10 +36,10 @@ def register(workspace: Workspace, result: PipelineResult, decision: Decision) -
                 "base": workspace.recipe.base.model,
                 "recipe": workspace.recipe.name,
             },
-            reasons=decision.reasons,
+            reasons=list(decision.reasons),
             actor=actor(),
         )
         return Registration(decision, entry.seq)
     except Moved:
         log.warning("%s", MOVED)
-        return Registration(Decision("undecided", [MOVED], decision.comparisons))
+        return Registration(decision.overruled("undecided", MOVED))

@@ -19,6 +19,7 @@ from loraflow.config.load import find_recipe
 from loraflow.config.stage_configs import StageConfig
 from loraflow.data import dvc
 from loraflow.data.git import head_commit
+from loraflow.evaluation.values import EvaluationReport, ModelScores
 from loraflow.execution.cache import OTHER_CODE, Lookup, look_up
 from loraflow.execution.parent_death import end_with_parent
 from loraflow.execution.results import PipelineResult, Registration
@@ -27,8 +28,7 @@ from loraflow.failures import CorruptArtifact, Failure, from_os_error
 from loraflow.job import Job
 from loraflow.registry.cleanup import remove_unused
 from loraflow.registry.log import actor
-from loraflow.registry.runs import Decision as RecordedDecision
-from loraflow.registry.runs import Publication, RunRecord, RunState, RunSummary, Scores, StageRun, read_scores
+from loraflow.registry.runs import Publication, RecordedDecision, RunRecord, RunState, RunSummary, StageRun
 from loraflow.stages import Stage, check_names
 from loraflow.store import Ref, require_intact
 from loraflow.tasks.compute import compute_here
@@ -110,10 +110,18 @@ class Run:
             next_step="check the disk; `loraflow verify --deep` checks the whole store",
         )
 
-    def scores(self, result: PipelineResult) -> dict[str, Scores | None]:
+    def scores(self, result: PipelineResult) -> ModelScores:
         """Return the scores of base, tuned and champion."""
-        sides = {"base": result.base_scores, "tuned": result.tuned_scores, "champion": result.champion_scores}
-        return {side: read_scores(self.workspace.store, ref) if ref else None for side, ref in sides.items()}
+        champion = result.champion_scores
+        return ModelScores(
+            self.evaluation(result.base_scores).metrics,
+            self.evaluation(result.tuned_scores).metrics,
+            self.evaluation(champion).metrics if champion else None,
+        )
+
+    def evaluation(self, scores: Ref) -> EvaluationReport:
+        """Return the report of an evaluation."""
+        return EvaluationReport.from_dict(self.workspace.store.manifest(scores).report)
 
     def summarize(self, result: PipelineResult, registration: Registration) -> RunSummary:
         """Return the run as the one JSON document that `--json` prints, and keep it for the record."""
@@ -122,8 +130,8 @@ class Run:
             run=self.id,
             recipe=self.workspace.recipe.name,
             stages=list(self.stages.values()),
-            metrics=self.scores(result),
-            decision=RecordedDecision(verdict=decision.verdict, reasons=decision.reasons),
+            metrics=dict(vars(self.scores(result))),
+            decision=RecordedDecision(verdict=decision.verdict, reasons=list(decision.reasons)),
             registered=registration.entry,
             adapter=f"{store.location(result.adapter)}/adapter",
             merged=store.location(result.merged),

@@ -22,13 +22,14 @@ def evaluate(model: str, recipe: str, sets: tuple[str, ...], as_json: bool) -> N
     """Score MODEL (champion, a run's id, or a folder) on the held-out rows of RECIPE, by its protocol."""
     quiet_logging(logging.INFO)
     from loraflow.config import load_recipe
+    from loraflow.evaluation.values import EvaluationReport, scores_to_dict
     from loraflow.execution.runner import score_model
-    from loraflow.registry.runs import dump_scores, read_scores
 
     workspace, found, ref = score_model(load_recipe(recipe, parse_sets(sets)), model)
-    scores, location = read_scores(workspace.store, ref), workspace.store.location(ref)
+    scores = EvaluationReport.from_dict(workspace.store.manifest(ref).report).metrics
+    location = workspace.store.location(ref)
     if as_json:
-        click.echo(json.dumps({"model": str(found.folder), "metrics": dump_scores(scores), "uri": location}))
+        click.echo(json.dumps({"model": str(found.folder), "metrics": scores_to_dict(scores), "uri": location}))
         return
     for name, part in scores.items():
         for metric, score in part.items():

@@ -15,7 +15,8 @@ from loraflow.cli import json_option, parse_sets, set_option
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from loraflow.registry.runs import RunSummary, Score
+    from loraflow.evaluation.values import SetScores
+    from loraflow.registry.runs import RunSummary
 
 
 @click.command()
@@ -84,7 +85,7 @@ def show(summary: RunSummary) -> None:
     console.print(f"next          loraflow chat {model}   ·   loraflow show {summary.run}", soft_wrap=True)
 
 
-def _score_table(summary: RunSummary, set_name: str, tuned: dict[str, Score]) -> Table:
+def _score_table(summary: RunSummary, set_name: str, tuned: SetScores) -> Table:
     from rich.table import Table
 
     rows = next(iter(tuned.values())).n

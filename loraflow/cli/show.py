@@ -63,12 +63,11 @@ def _find_artifact(store: Store, prefix: str) -> Ref | None:
 
 
 def _artifact_lines(store: Store, ref: Ref, manifest: Manifest) -> Iterator[str]:
-    from loraflow.serving.lineage import input_refs
 
     yield f"{ref}   {store.location(ref)}"
     yield f"  made      {manifest.provenance['started']} in {manifest.provenance['seconds']} s"
     yield f"  size      {manifest.size:,} bytes in {len(manifest.files)} files"
-    for name, used in input_refs(store, manifest).items():
+    for name, used in manifest.input_refs(store.uri).items():
         yield f"  input     {name}: {used}"
     for key, value in manifest.figures.items():
         yield f"  {key}: {value}"

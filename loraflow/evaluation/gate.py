@@ -6,26 +6,53 @@ counts when its one-sided bound says so: "not proven worse" is no reason to prom
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from loraflow.evaluation.intervals import difference_bounds
+from loraflow.evaluation.intervals import Bounds, difference_bounds
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
-from loraflow.evaluation.values import Decision
+from loraflow.evaluation.values import Comparison, Decision
 from loraflow.failures import BadConfig, BadData
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A claim about the paired differences of one metric: a gain above `bound`, or a loss within it (a guard)."""
+
+    metric: str
+    bound: float
+    kind: Literal["gain", "guard"]
+
+    def state(self, found: Bounds) -> Literal["passed", "failed", "open"]:
+        # A guard passes when its loss is surely within the margin, the primary when its gain is surely above the bound.
+        if found.lower > self.bound or (
+            self.kind == "guard" and found.lower >= self.bound and self.bound == found.mean
+        ):
+            return "passed"
+        if found.upper < self.bound or (self.kind == "gain" and found.upper <= self.bound):
+            return "failed"
+        return "open"
+
+    def __str__(self) -> str:
+        return f"gain over {self.bound:g}" if self.kind == "gain" else f"loss within {-self.bound:g}"
 
 
 def decide(
-    challenger: Any,
-    others: dict[str, Any],
+    challenger: pd.DataFrame,
+    others: Mapping[str, pd.DataFrame],
     *,
     primary: str,
     min_gain: float,
-    guards: dict[str, float],
+    guards: Mapping[str, float],
     confidence: float,
     seed: int = 0,
-    lower_is_better: list[str] | None = None,
+    lower_is_better: Collection[str] | None = None,
 ) -> Decision:
     """Compare score tables of one set, row by row.
 
@@ -33,53 +60,52 @@ def decide(
         challenger: a table with columns id and metrics.
         others: {"base": table, "champion": table}; a champion may be missing.
         primary: the metric that must gain by more than `min_gain`.
-        guards: {metric: the loss it may show}.
+        guards: {metric: the largest loss that is accepted}.
         confidence: one-sided level of the bounds.
         seed: of the bootstrap.
-        lower_is_better: metrics, beside ours, of which less is better.
+        lower_is_better: metrics, in addition to loraflow's own, where lower is better.
 
     Raises:
-        BadData: rows are missing, stand twice, or a score is no number: nothing is decided on a part.
+        BadData: rows are missing or duplicated, or a score is not finite: a part of the rows decides nothing.
         BadConfig: a metric was not scored.
     """
-    rows, states = [], []
+    rules = [_Rule(primary, min_gain, "gain"), *(_Rule(metric, -margin, "guard") for metric, margin in guards.items())]
+    inverted = LOWER_IS_BETTER | set(lower_is_better or ())
+    comparisons = []
     for name, other in others.items():
         pairs = _join(challenger, other, name)
-        for metric, bound, kind in [
-            (primary, min_gain, "gain"),
-            *((m, -margin, "guard") for m, margin in guards.items()),
-        ]:
-            row = _compare(
-                pairs, metric, bound, kind, name, confidence, seed, LOWER_IS_BETTER | set(lower_is_better or [])
-            )
-            rows.append(row)
-            states.append(row["state"])
-    reasons = [row["reason"] for row in rows if row["state"] != "passed"] or [row["reason"] for row in rows]
-    if "failed" in states:
-        return Decision("reject", reasons, rows)
-    return Decision("undecided" if "open" in states else "promote", reasons, rows)
+        for rule in rules:
+            differences = _differences(pairs, rule.metric, name, inverted)
+            comparisons.append(_compare(rule, name, difference_bounds(differences, confidence, seed), len(pairs)))
+    states = {comparison.state for comparison in comparisons}
+    decisive = [comparison for comparison in comparisons if comparison.state != "passed"] or comparisons
+    return Decision(
+        verdict="reject" if "failed" in states else "undecided" if "open" in states else "promote",
+        reasons=tuple(comparison.reason for comparison in decisive),
+        comparisons=tuple(comparisons),
+    )
 
 
-def _join(challenger: Any, other: Any, name: str) -> Any:
+def _join(challenger: pd.DataFrame, other: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Return a table with a row per example; the other model's columns end in `_other`."""
     for label, table in (("challenger", challenger), (name, other)):
         if table["id"].duplicated().any():
-            raise BadData("An example stands twice in a score table.", where=label)
+            raise BadData("An example is duplicated in a score table.", where=label)
     pairs = challenger.merge(other, on="id", how="outer", suffixes=("", "_other"), indicator=True)
-    lost = pairs[pairs["_merge"] != "both"]
-    if len(lost) or not len(pairs):
+    unmatched = pairs[pairs["_merge"] != "both"]
+    if len(unmatched) or not len(pairs):
         raise BadData(
             "Challenger and other were not scored on the same examples.",
             where=name,
             expected=f"{len(challenger)} examples in common",
-            got=f"{len(pairs) - len(lost)}",
+            got=f"{len(pairs) - len(unmatched)}",
             next_step="score them again with one protocol: `loraflow run --force evaluate`",
         )
     return pairs
 
 
-def _compare(
-    pairs: Any, metric: str, bound: float, kind: str, name: str, confidence: float, seed: int, lower_is_better: set[str]
-) -> dict[str, Any]:
+def _differences(pairs: pd.DataFrame, metric: str, name: str, inverted: Collection[str]) -> np.ndarray:
+    """Return the paired differences [rows], positive where the challenger is better."""
     if metric not in pairs or f"{metric}_other" not in pairs:
         raise BadConfig(
             "The gate names a metric that was not scored.",
@@ -88,24 +114,27 @@ def _compare(
             got=metric,
             next_step="add its module to evaluation.metrics",
         )
-    sign = -1.0 if metric in lower_is_better else 1.0
-    differences = sign * (pairs[metric].to_numpy(dtype=float) - pairs[f"{metric}_other"].to_numpy(dtype=float))
+    sign = -1.0 if metric in inverted else 1.0
+    differences: np.ndarray = sign * (
+        pairs[metric].to_numpy(dtype=float) - pairs[f"{metric}_other"].to_numpy(dtype=float)
+    )
     if not np.isfinite(differences).all():
-        raise BadData("A score is no number.", where=f"{metric} of {name}")
-    mean, lower, upper = difference_bounds(differences, confidence, seed)
-    # A guard passes when its loss is surely within the margin, the primary when its gain is surely above the bound.
-    passed = lower > bound or (kind == "guard" and lower >= bound and bound == mean)
-    state = "passed" if passed else "failed" if upper < bound or (kind == "gain" and upper <= bound) else "open"
-    what = f"gain over {bound:g}" if kind == "gain" else f"loss within {-bound:g}"
-    said = {"passed": "shown", "failed": "ruled out", "open": f"not shown with {len(pairs)} rows"}[state]
-    return {
-        "against": name,
-        "metric": metric,
-        "kind": kind,
-        "difference": mean,
-        "lower": lower,
-        "upper": upper,
-        "n": len(pairs),
-        "state": state,
-        "reason": f"{metric} against {name}: {mean:+.4f} [{lower:+.4f}, {upper:+.4f}], {what} {said}",
-    }
+        raise BadData("A score is not a finite number.", where=f"{metric} of {name}")
+    return differences
+
+
+def _compare(rule: _Rule, name: str, found: Bounds, rows: int) -> Comparison:
+    state = rule.state(found)
+    outcome = {"passed": "shown", "failed": "ruled out", "open": f"not shown with {rows} rows"}[state]
+    return Comparison(
+        against=name,
+        metric=rule.metric,
+        kind=rule.kind,
+        difference=found.mean,
+        lower=found.lower,
+        upper=found.upper,
+        n=rows,
+        state=state,
+        reason=f"{rule.metric} against {name}: {found.mean:+.4f} [{found.lower:+.4f}, {found.upper:+.4f}], "
+        f"{rule} {outcome}",
+    )

@@ -1,7 +1,7 @@
-"""Greedy decoding on a GPU: one step of a batch, recorded once as a CUDA graph, replayed for every token.
+"""Greedy decoding on a GPU: the decoding step of a batch is recorded once as a CUDA graph and replayed for every token.
 
 Launching a step's thousand small kernels takes longer than computing them: 30 ms against 7 for 8 rows of Phi-3 mini on
-an H100. transformers' own way, a compiled static cache, is as fast, but compiles for a minute, anew for each shape.
+an H100. A compiled static cache of transformers is as fast, but compiles for a minute, again for each shape.
 """
 
 from __future__ import annotations
@@ -9,20 +9,26 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from loraflow.evaluation.kv_cache import RoomyLayer
+from loraflow.evaluation.kv_cache import PreallocatedLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
 log = logging.getLogger(__name__)
 
-EAGER_STEPS = 2  # before recording: they let libraries allocate what a recording may not
-ALIGNED = 16  # places: attention with a mask copies it for every layer otherwise
-LOOK_EVERY = 16  # steps between two looks at whether all rows have ended: a look waits for the GPU
-# What a generation config may say without changing a greedy answer, or that the arguments say anyway.
+EAGER_STEPS = 2  # before recording: libraries may allocate in them, but not while a graph is recorded
+ALIGNED = (
+    16  # the capacity of a cache is a multiple of it: otherwise attention with a mask copies the mask in every layer
+)
+CHECK_EVERY = 16  # steps between two checks whether all rows have ended: a check waits for the GPU
+# Fields of a generation config that do not change a greedy answer, or that the arguments set anyway.
 _HARMLESS = {
     "bos_token_id", "decoder_start_token_id", "do_sample", "eos_token_id", "max_length", "max_new_tokens", "min_p",
     "pad_token_id", "temperature", "top_k", "top_p", "transformers_version", "typical_p", "use_cache",
@@ -30,8 +36,8 @@ _HARMLESS = {
 }  # fmt: skip
 
 
-def decodes(model: Any) -> bool:
-    """Tell whether `greedy` gives this model's answers: on a GPU, with nothing in the way of the best token."""
+def is_supported(model: PreTrainedModel) -> bool:
+    """Tell whether `decode` gives this model's greedy answers: on a GPU, and nothing changes the model's logits."""
     return (
         model.device.type == "cuda"
         and model.config._attn_implementation == "sdpa"
@@ -40,94 +46,131 @@ def decodes(model: Any) -> bool:
     )
 
 
-class StepLayer(DynamicLayer):
-    """Keys and values of fixed shape [rows, heads, room, width]; the next token's go to `place`, a tensor of one."""
+class _FixedLayer(DynamicLayer):
+    """Keys and values of fixed shape [rows, heads, capacity, width]; `slot` [1] is the index of the next token."""
 
-    def __init__(self, filled: RoomyLayer, place: torch.Tensor):
-        super().__init__()
-        self.keys, self.values = filled.whole()
-        self.place, self.is_initialized = place, True
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, slot: torch.Tensor):
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers does not annotate it
+        self._keys, self._values = keys, values
+        self.keys, self.values = keys, values
+        self.slot, self.is_initialized = slot, True
 
-    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Put a token at its place; return all places, those not filled yet too: the mask hides them."""
-        self.keys.index_copy_(2, self.place, key_states)
-        self.values.index_copy_(2, self.place, value_states)
-        return self.keys, self.values
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: torch.Tensor, **kwargs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write a token at the slot; return the whole capacity: the mask hides what is not filled yet."""
+        self._keys.index_copy_(2, self.slot, key_states)
+        self._values.index_copy_(2, self.slot, value_states)
+        return self._keys, self._values
+
+
+class _Answers:
+    """The answers so far of a batch: ids [rows, max_new_tokens], pads behind a row's stop id."""
+
+    def __init__(self, rows: int, max_new_tokens: int, stop_ids: list[int], pad_id: int, device: torch.device):
+        self.ids = torch.full((rows, max_new_tokens), pad_id, device=device)
+        self.ended = torch.zeros((rows, 1), dtype=torch.bool, device=device)
+        self._stops, self._pad_id = torch.tensor(stop_ids, device=device), pad_id
+
+    def choose(self, output: CausalLMOutputWithPast) -> torch.Tensor:
+        """Return the next token [rows, 1] of each row, and note which rows end with it."""
+        assert output.logits is not None
+        chosen = output.logits[:, -1:].argmax(-1).masked_fill(self.ended, self._pad_id)
+        self.ended.logical_or_(torch.isin(chosen, self._stops))
+        return chosen
 
 
 @torch.inference_mode()
-def greedy(
-    model: Any,
+def decode(
+    model: PreTrainedModel,
     ids: torch.Tensor,
     mask: torch.Tensor,
-    cache: Any,
+    cache: DynamicCache,
     *,
     stop_ids: list[int],
     max_new_tokens: int,
     pad_id: int,
 ) -> torch.Tensor:
-    """Return the answers' ids [rows, up to max_new_tokens]; behind a row's stop id there are pads.
+    """Return the answers' ids [rows, max_new_tokens]; pads follow a row's stop id.
 
     Args:
+        model: for which `is_supported` holds.
         ids: prompts [rows, width], padded on the left.
         mask: 1 where an id counts.
-        cache: of `RoomyLayer`s with room for `width + max_new_tokens`, best a multiple of ALIGNED; it may hold what the
-            rows begin with.
+        cache: of `PreallocatedLayer`s with a capacity of at least `width + max_new_tokens`, best a multiple of ALIGNED.
+            It may already hold the first tokens of each row.
+        stop_ids: ids that end an answer.
+        max_new_tokens: of each answer.
+        pad_id: the id of padding.
     """
     rows, width = ids.shape
-    held, room = int(cache.get_seq_length()), cache.layers[0].room
+    held = int(cache.get_seq_length())
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    said = torch.full((rows, max_new_tokens), pad_id, device=ids.device)
-    stops = torch.tensor(stop_ids, device=ids.device)
-    ended = torch.zeros((rows, 1), dtype=torch.bool, device=ids.device)
+    answers = _Answers(rows, max_new_tokens, stop_ids, pad_id, ids.device)
+    output = model(
+        input_ids=ids[:, held:],
+        attention_mask=mask,
+        position_ids=positions[:, held:],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    token = answers.choose(output)
+    answers.ids[:, :1] = token
 
-    def best(out: Any) -> torch.Tensor:
-        chosen = out.logits[:, -1:].argmax(-1).masked_fill(ended, pad_id)
-        ended.logical_or_(torch.isin(chosen, stops))
-        return chosen
-
-    out = model(
-        input_ids=ids[:, held:], attention_mask=mask, position_ids=positions[:, held:], past_key_values=cache,
-        use_cache=True, logits_to_keep=1,
-    )  # fmt: skip
-    token = best(out)
-    said[:, :1] = token
-    place = torch.tensor([width], device=ids.device)
-    steps = DynamicCache()
-    steps.layers = [StepLayer(layer, place) for layer in cache.layers]
+    # A recorded step reads and writes these tensors at their addresses, so they are changed in place only.
+    slot = torch.tensor([width], device=ids.device)
+    layers = _preallocated_layers(cache)
+    fixed = DynamicCache()
+    fixed.layers = [_FixedLayer(*layer.padded(), slot) for layer in layers]
     position = positions[:, -1:] + 1
-    hidden = torch.full((rows, 1, 1, room), float("-inf"), dtype=model.dtype, device=ids.device)
+    hidden = torch.full((rows, 1, 1, layers[0].capacity), float("-inf"), dtype=model.dtype, device=ids.device)
     hidden[:, 0, 0, :width].masked_fill_(mask.bool(), 0)
 
     def step() -> None:
-        hidden.index_fill_(-1, place, 0)
-        out = model(
-            input_ids=token, attention_mask=hidden, position_ids=position, past_key_values=steps, use_cache=True
+        hidden.index_fill_(-1, slot, 0)
+        output = model(
+            input_ids=token, attention_mask=hidden, position_ids=position, past_key_values=fixed, use_cache=True
         )
-        token.copy_(best(out))
-        place.add_(1)
+        token.copy_(answers.choose(output))
+        slot.add_(1)
         position.add_(1)
-        said.index_copy_(1, place - width, token)
+        answers.ids.index_copy_(1, slot - width, token)
 
+    _repeat(step, max_new_tokens - 1, answers)
+    return answers.ids
+
+
+def _preallocated_layers(cache: DynamicCache) -> list[PreallocatedLayer]:
+    layers = [layer for layer in cache.layers if isinstance(layer, PreallocatedLayer)]
+    if len(layers) != len(cache.layers):
+        raise ValueError("decoding needs a preallocated cache")
+    return layers
+
+
+def _repeat(step: Callable[[], None], times: int, answers: _Answers) -> None:
+    """Run a step until all rows have ended, at most so many times; on a GPU, replay it once it can be recorded."""
     run = step
-    for done in range(1, max_new_tokens):
-        if done % LOOK_EVERY == 0 and bool(ended.all()):
+    for done in range(1, times + 1):
+        if done % CHECK_EVERY == 0 and bool(answers.ended.all()):
             break
         if done == 1 + EAGER_STEPS:
-            run = recorded(step) if ids.is_cuda else step
+            run = record(step) if answers.ids.is_cuda else step
         run()
-    return said
 
 
-def recorded(step: Callable[[], None]) -> Callable[[], None]:
-    """Record a step that reads and writes the same tensors each time; what cannot be recorded is returned as it is."""
+def record(step: Callable[[], None]) -> Callable[[], None]:
+    """Record a step that reads and writes the same tensors each time. Returns the step itself if that fails."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     try:
         with torch.cuda.graph(graph):  # records, computes nothing
             step()
     except RuntimeError as error:
-        log.warning("decoding goes on step by step, this model's cannot be recorded: %s", str(error).splitlines()[0])
+        log.warning(
+            "a CUDA graph of this model cannot be recorded, so decoding is slower: %s", str(error).splitlines()[0]
+        )
         torch.cuda.synchronize()
         return step
-    return graph.replay
+    replay: Callable[[], None] = graph.replay
+    return replay

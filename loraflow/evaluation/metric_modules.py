@@ -1,54 +1,61 @@
-"""Metrics as modules of HF `evaluate`: ours, loaded by path, and any folder that a recipe names. All offline.
+"""Metrics as modules of HF `evaluate`: loraflow's own, loaded by path, and any folder that a recipe names. All offline.
 
-A bare name would make `evaluate` look for a script on the hub and run it, so that a name is always one of ours.
+`evaluate` would look up a bare name on the hub and run the script it finds, so a bare name always means a module of
+loraflow.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from loraflow.failures import BadConfig
 from loraflow.store.files import HashMemo
 
-OURS = Path(__file__).parent / "metrics"
-LOWER_IS_BETTER = {"token_loss", "perplexity"}
+BUILT_IN = Path(__file__).parent / "metrics"
+LOWER_IS_BETTER = frozenset({"token_loss", "perplexity"})
+
+
+class ModuleScores(NamedTuple):
+    """The scores of a metric's module, by name: over all rows, and of each row."""
+
+    values: dict[str, float]
+    rows: dict[str, list[float]]
 
 
 def find_module(name: str) -> Path:
     """Return a metric's script.
 
     Raises:
-        BadConfig: there is none of this name.
+        BadConfig: there is no metric of this name.
     """
-    ours = OURS / name / f"{name}.py"
-    if ours.exists() and "/" not in name:
-        return ours
+    own = BUILT_IN / name / f"{name}.py"
+    if own.exists() and "/" not in name:
+        return own
     folder = Path(name)
     script = folder if folder.suffix == ".py" else folder / f"{folder.name}.py"
     if "/" in name and script.is_file():
         return script
-    have = sorted(path.name for path in OURS.iterdir() if (path / f"{path.name}.py").exists())
+    names = sorted(path.name for path in BUILT_IN.iterdir() if (path / f"{path.name}.py").exists())
     raise BadConfig(
         "There is no such metric.",
         where="evaluation.metrics",
-        expected=f"one of {', '.join(have)}, or the path of a folder with an `evaluate` module",
+        expected=f"one of {', '.join(names)}, or the path of a folder with an `evaluate` module",
         got=name,
-        next_step="a hub module: copy its folder beside the recipe and name its path, such as ./metrics/bleu",
+        next_step="for a module of the hub, copy its folder next to the recipe and name its path, such as ./metrics/bleu",
     )
 
 
-def identify(names: list[str], memo: HashMemo) -> dict[str, str]:
-    """Return the content hashes of modules, part of an evaluation's identity."""
+def identify(names: Sequence[str], memo: HashMemo) -> dict[str, str]:
+    """Return the content hashes of modules, which are part of an evaluation's fingerprint."""
     return {name: memo.hash(find_module(name)) for name in names}
 
 
-def compute(
-    name: str, predictions: list[Any], references: list[Any]
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Return a module's values, and its scores row by row.
+def compute(name: str, predictions: Sequence[str | float], references: Sequence[str | int]) -> ModuleScores:
+    """Return a module's scores.
 
-    A foreign module that gives no scores for rows is asked again row by row, so that models can be compared in pairs.
+    A module that gives no scores for rows is called again for each row, so that models can be compared in pairs.
     """
     import evaluate
 
@@ -60,5 +67,5 @@ def compute(
         singles = [
             module.compute(predictions=[p], references=[r]) for p, r in zip(predictions, references, strict=True)
         ]
-        rows = {key: [float(one[key]) for one in singles] for key in values}
-    return values, rows
+        rows = {key: [float(single[key]) for single in singles] for key in values}
+    return ModuleScores(values, rows)

@@ -6,35 +6,106 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from loraflow.config.stage_configs import EvaluateConfig
+from loraflow.evaluation.intervals import Interval, mean_interval
+from loraflow.evaluation.values import EvaluationReport, MetricValue, Sample, Scores, SetScores, scores_to_dict
 from loraflow.failures import BadData
 from loraflow.hardware import group as devices
+from loraflow.hardware.group import Group
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 
-
-def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
-    """Answer, score, write. The same rows, template and settings for whatever model it is."""
+if TYPE_CHECKING:
     import pandas as pd
 
-    from loraflow.base.load import load_model, load_tokenizer, pick_device, stop_ids
-    from loraflow.data.loss_mask import ChatTemplate
-    from loraflow.evaluation.generation import answer_all, answer_losses
+    from loraflow.evaluation.generation import Answer
 
-    config, folder, group = job.config, inputs["model"], devices.join(pick_device(job.runtime))
-    rows = _rows(inputs["rows"] / "heldout.jsonl", config.max_rows)
-    chats = [row["messages"] for row in rows]
+SAMPLES = 20  # answers in the report
+# Columns of scores.parquet that are not metrics.
+_ROW_COLUMNS = {"id", "set", "prompt", "reference", "answer", "answer_tokens", "finish", "nll", "reference_tokens"}
+
+
+@dataclass(frozen=True)
+class HeldoutRow:
+    """A held-out chat: its last message is the reference answer."""
+
+    id: str
+    set: str
+    messages: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """What the model computed for each row."""
+
+    answers: list[Answer]
+    losses: list[tuple[float, int]]  # sum of -log p of the reference in nats, its number of tokens
+
+
+def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
+    """Answer, score, write. Rows, template and settings are the same for every model."""
+    from loraflow.base.load import pick_device
+
+    config, group = job.config, devices.join(pick_device(job.runtime))
+    rows = read_rows(inputs["rows"] / "heldout.jsonl", config.max_rows)
+    computed = _ask_model(job, inputs["model"], rows, progress, group)
+    if not group.first:  # of several devices, the first one scores and writes
+        return Summary()
+    table = _table(rows, computed)
+    table = table.assign(**_row_scores(table, config.metrics))
+    _require_finite(table)
+    table.to_parquet(out / "scores.parquet", index=False)
+    scores = {str(name): summarise(part, config.confidence, config.seed) for name, part in table.groupby("set")}
+    text = json.dumps(scores_to_dict(scores), indent=1, sort_keys=True) + "\n"
+    (out / "metrics.json").write_text(text, encoding="utf-8")
+    report = EvaluationReport(metrics=scores, samples=_samples(table))
+    return Summary(figures=_figures(scores), report=report.to_dict())
+
+
+def read_rows(file: Path, max_rows: int | None) -> list[HeldoutRow]:
+    """Return the held-out rows, at most `max_rows` of each set.
+
+    Raises:
+        BadData: there are none.
+    """
+    taken: dict[str, int] = {}
+    rows = []
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            values = json.loads(line)
+            row = HeldoutRow(values["id"], values["set"], values["messages"])
+            taken[row.set] = taken.get(row.set, 0) + 1
+            if max_rows is None or taken[row.set] <= max_rows:
+                rows.append(row)
+    if not rows:
+        raise BadData("There are no held-out rows.", where="evaluate", next_step="see data.heldout")
+    return rows
+
+
+def _ask_model(
+    job: Job[EvaluateConfig], folder: Path, rows: list[HeldoutRow], progress: Progress, group: Group
+) -> _Computed:
+    """Compute the model's answers, and its likelihoods of the references if a metric needs them."""
+    from loraflow.base.load import load_model, load_tokenizer, stop_ids
+    from loraflow.data.loss_mask import ChatTemplate
+    from loraflow.evaluation.generation import answer_all
+    from loraflow.evaluation.likelihood import answer_losses
+
+    config, batch_size = job.config, job.runtime.eval_batch_size
+    chats = [row.messages for row in rows]
     template, tokenizer = ChatTemplate(folder), load_tokenizer(folder)
     model = load_model(folder, config.dtype, job.runtime, trust=config.trust_remote_code)
     losses = [(0.0, 0)] * len(rows)
     if "token_loss" in config.metrics:  # a forward pass of its own over all rows
         encoded = template.encode(chats, "last_assistant")
-        losses = answer_losses(model, encoded, tokenizer.pad_token_id, job.runtime.eval_batch_size, group)
+        losses = answer_losses(model, encoded, tokenizer.pad_token_id, batch_size, group)
     if group.first:
         progress(done=0, total=len(rows))
     answers = answer_all(
@@ -43,105 +114,83 @@ def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress)
         template.prompt_ids(chats),
         stop_ids=stop_ids(folder),
         max_new_tokens=config.max_new_tokens,
-        batch_size=job.runtime.eval_batch_size,
+        batch_size=batch_size,
         done_file=progress.work / "answers.jsonl" if progress.work else None,
         on_batch=(lambda done: progress(done=done, total=len(rows))) if group.first else None,
         group=group,
     )
-    if not group.first:  # of several devices, the first one scores and writes
-        return Summary()
-    table = pd.DataFrame(
+    return _Computed(answers, losses)
+
+
+def _table(rows: Sequence[HeldoutRow], computed: _Computed) -> pd.DataFrame:
+    """Return the columns of scores.parquet that are not metrics."""
+    import pandas as pd
+
+    return pd.DataFrame(
         {
-            "id": [row["id"] for row in rows],
-            "set": [row["set"] for row in rows],
-            "prompt": [json.dumps(chat[:-1], ensure_ascii=False) for chat in chats],
-            "reference": [chat[-1]["content"] for chat in chats],
-            "answer": [answer["text"] for answer in answers],
-            "answer_tokens": [answer["tokens"] for answer in answers],
-            "finish": [answer["finish"] for answer in answers],
-            "nll": [loss for loss, _ in losses],
-            "reference_tokens": [tokens for _, tokens in losses],
+            "id": [row.id for row in rows],
+            "set": [row.set for row in rows],
+            "prompt": [json.dumps(row.messages[:-1], ensure_ascii=False) for row in rows],
+            "reference": [row.messages[-1]["content"] for row in rows],
+            "answer": [answer["text"] for answer in computed.answers],
+            "answer_tokens": [answer["tokens"] for answer in computed.answers],
+            "finish": [answer["finish"] for answer in computed.answers],
+            "nll": [loss for loss, _ in computed.losses],
+            "reference_tokens": [tokens for _, tokens in computed.losses],
         }
     )
-    table = table.assign(**_score(table, config.metrics))
-    _refuse_holes(table)
-    table.to_parquet(out / "scores.parquet", index=False)
-    metrics = {name: summarise(part, config.confidence, config.seed) for name, part in table.groupby("set")}
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return Summary(figures=_figures(metrics), report={"metrics": metrics, "samples": _samples(table, 20)})
 
 
-def _rows(file: Path, max_rows: int | None) -> list[dict[str, Any]]:
-    """Return the held-out rows, at most `max_rows` of each set."""
-    taken: dict[str, int] = {}
-    rows = []
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            taken[row["set"]] = taken.get(row["set"], 0) + 1
-            if max_rows is None or taken[row["set"]] <= max_rows:
-                rows.append(row)
-    if not rows:
-        raise BadData("There are no held-out rows.", where="evaluate", next_step="see data.heldout")
-    return rows
-
-
-def _score(table: Any, names: list[str]) -> dict[str, list[float]]:
+def _row_scores(table: pd.DataFrame, metrics: Sequence[str]) -> dict[str, list[float]]:
+    """Return the scores of each row, by the names that the metrics' modules give them."""
     from loraflow.evaluation.metric_modules import compute
 
     columns: dict[str, list[float]] = {}
-    for name in names:
-        if name == "token_loss":
-            _, rows = compute(name, table["nll"].tolist(), table["reference_tokens"].tolist())
-        else:
-            _, rows = compute(name, table["answer"].tolist(), table["reference"].tolist())
-        columns |= rows
+    for name in metrics:
+        prediction, reference = ("nll", "reference_tokens") if name == "token_loss" else ("answer", "reference")
+        columns |= compute(name, table[prediction].tolist(), table[reference].tolist()).rows
     return columns
 
 
-def _refuse_holes(table: Any) -> None:
+def _require_finite(table: pd.DataFrame) -> None:
     numbers = table.select_dtypes("number")
-    bad = [name for name in numbers if not np.isfinite(numbers[name].to_numpy(dtype=float)).all()]
+    bad = [str(name) for name in numbers if not np.isfinite(numbers[name].to_numpy(dtype=float)).all()]
     if bad:
-        raise BadData("A score is no number.", where="evaluate", got=", ".join(bad), next_step="mend the metric")
+        raise BadData(
+            "A score is not a finite number.", where="evaluate", got=", ".join(bad), next_step="fix the metric"
+        )
 
 
-def score_columns(table: Any) -> list[str]:
+def score_columns(table: pd.DataFrame) -> list[str]:
     """Return the names of a score table's metrics."""
-    fixed = {"id", "set", "prompt", "reference", "answer", "answer_tokens", "finish", "nll", "reference_tokens"}
-    return [name for name in table.columns if name not in fixed]
+    return [name for name in table.columns if name not in _ROW_COLUMNS]
 
 
-def summarise(table: Any, confidence: float, seed: int) -> dict[str, dict[str, float]]:
-    """Return {metric: {value, low, high, n}} of one set's rows."""
-    from loraflow.evaluation.intervals import mean_interval
-
-    out = {}
+def summarise(table: pd.DataFrame, confidence: float, seed: int) -> SetScores:
+    """Return the value of each metric on one set's rows."""
+    scores = {}
     for name in score_columns(table):
         weights = table["reference_tokens"].to_numpy(dtype=float) if name == "token_loss" else None
-        value, low, high = mean_interval(table[name].to_numpy(dtype=float), confidence, seed, weights)
-        out[name] = {"value": value, "low": low, "high": high, "n": len(table)}
+        interval = mean_interval(table[name].to_numpy(dtype=float), confidence, seed, weights)
+        scores[name] = _metric_value(interval, table)
         if name == "token_loss":
-            out["perplexity"] = {"value": float(np.exp(value)), "low": float(np.exp(low)), "high": float(np.exp(high)),
-                                 "n": len(table)}  # fmt: skip
+            scores["perplexity"] = _metric_value(Interval(*(float(np.exp(bound)) for bound in interval)), table)
     stops = (table["finish"] == "stop").to_numpy(dtype=float)
-    value, low, high = mean_interval(stops, confidence, seed)
-    out["stops"] = {"value": value, "low": low, "high": high, "n": len(table)}
-    return out
+    scores["stops"] = _metric_value(mean_interval(stops, confidence, seed), table)
+    return scores
 
 
-def _figures(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {f"{name}.{key}": round(one["value"], 6) for name, part in metrics.items() for key, one in part.items()}
+def _metric_value(interval: Interval, table: pd.DataFrame) -> MetricValue:
+    return MetricValue(value=interval.value, low=interval.low, high=interval.high, n=len(table))
 
 
-def _samples(table: Any, count: int) -> list[dict[str, str]]:
+def _figures(scores: Scores) -> dict[str, float]:
+    return {f"{rows}.{name}": round(value.value, 6) for rows, part in scores.items() for name, value in part.items()}
+
+
+def _samples(table: pd.DataFrame) -> tuple[Sample, ...]:
     """Return the first answers of the gate's set, for the run's report."""
-    return [
-        {
-            "id": row.id,
-            "prompt": json.loads(row.prompt)[-1]["content"],
-            "reference": row.reference,
-            "answer": row.answer,
-        }
-        for row in table[table["set"] == "heldout"].head(count).itertuples()
-    ]
+    return tuple(
+        Sample(id=row.id, prompt=json.loads(row.prompt)[-1]["content"], reference=row.reference, answer=row.answer)
+        for row in table[table["set"] == "heldout"].head(SAMPLES).itertuples()
+    )

@@ -1,27 +1,147 @@
-"""Values that an evaluation and the gate produce. Imports neither numpy nor pandas."""
+"""Values that other packages read: scores, samples of answers, and the gate's decision. No numpy or pandas here.
+
+Each value is frozen. Reading ignores keys that this version does not know, so that documents of other versions stay
+readable.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, Self, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter
+from pydantic.dataclasses import dataclass
 
 Verdict = Literal["promote", "reject", "undecided", "unchanged"]
 
 
-@dataclass(frozen=True)
-class Decision:
-    """A verdict with its reasons, and the comparisons behind it."""
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
-    verdict: Verdict
-    reasons: list[str]
-    comparisons: list[dict[str, Any]] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {"verdict": self.verdict, "reasons": self.reasons, "comparisons": self.comparisons}
+class MetricValue(_Value):
+    """A metric's value on a set of rows, with its two-sided interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int  # rows
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+SetScores: TypeAlias = Mapping[str, MetricValue]  # metric → value
+Scores: TypeAlias = Mapping[str, SetScores]  # set of rows → metric → value
+
+
+def scores_to_dict(scores: Scores) -> dict[str, JsonValue]:
+    """Return scores as JSON values, as in `metrics.json`."""
+    return {rows: {name: value.model_dump() for name, value in part.items()} for rows, part in scores.items()}
+
+
+class Sample(_Value):
+    """A held-out question with its reference and the model's answer, for reports."""
+
+    id: str
+    prompt: str
+    reference: str
+    answer: str
+
+
+class EvaluationReport(_Value):
+    """The report in the manifest of an evaluate artifact."""
+
+    metrics: Scores
+    samples: tuple[Sample, ...] = ()
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Decision:
-        """Return the decision that `to_dict` gave."""
-        return cls(values["verdict"], list(values["reasons"]), list(values["comparisons"]))
+    def from_dict(cls, report: Mapping[str, JsonValue]) -> Self:
+        """Read `manifest.report`.
+
+        Raises:
+            pydantic.ValidationError: it is not the report of an evaluation.
+        """
+        return cls.model_validate(report)
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        """Return the report as JSON values."""
+        return {"metrics": scores_to_dict(self.metrics), "samples": [sample.model_dump() for sample in self.samples]}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelScores:
+    """The scores of the three models that a run compares."""
+
+    base: Scores
+    tuned: Scores
+    champion: Scores | None = None
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        """Return the scores as JSON values, as in a run's summary."""
+        return {
+            "base": scores_to_dict(self.base),
+            "tuned": scores_to_dict(self.tuned),
+            "champion": None if self.champion is None else scores_to_dict(self.champion),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The challenger against another model by one metric.
+
+    `difference`, `lower` and `upper` are the mean of the paired differences and its one-sided bounds. They are positive
+    where the challenger is better, for metrics where lower is better, too.
+    """
+
+    against: str  # base or champion
+    metric: str
+    kind: Literal["gain", "guard"]
+    difference: float
+    lower: float
+    upper: float
+    n: int  # rows
+    state: Literal["passed", "failed", "open"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A verdict with its reasons, and the comparisons behind it. Changes return a new value."""
+
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    comparisons: tuple[Comparison, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, JsonValue]) -> Decision:
+        """Read a decision from JSON values.
+
+        Raises:
+            pydantic.ValidationError: they are not a decision.
+        """
+        return TypeAdapter(Decision).validate_python(values)
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        """Return the decision as JSON values."""
+        return {
+            "verdict": self.verdict,
+            "reasons": [*self.reasons],
+            "comparisons": [dataclasses.asdict(comparison) for comparison in self.comparisons],
+        }
+
+    @classmethod
+    def unchanged(cls, reason: str, known: Decision | None = None) -> Decision:
+        """Return the decision that nothing changes; `known` is an earlier decision that still holds."""
+        if known is None:
+            return cls("unchanged", (reason,))
+        return cls("unchanged", (reason, *known.reasons), known.comparisons)
+
+    def with_reason(self, reason: str) -> Decision:
+        """Return the same decision with one more reason."""
+        return dataclasses.replace(self, reasons=(*self.reasons, reason))
+
+    def overruled(self, verdict: Verdict, reason: str) -> Decision:
+        """Return another verdict with a single reason. The comparisons stay."""
+        return dataclasses.replace(self, verdict=verdict, reasons=(reason,))

@@ -105,14 +105,14 @@ def _judge(
     if found.ref is None:
         seconds = _seconds_last_time(workspace, name)
         return Verdict(step.label, name, "runs", found.why(), job.fingerprint, seconds), None
-    seconds = workspace.store.manifest(found.ref).provenance.get("seconds")
+    seconds = workspace.store.manifest(found.ref).seconds
     why = [OTHER_CODE] if found.by_other_code() else []
     return Verdict(step.label, name, "cached", why, job.fingerprint, seconds), found.ref
 
 
 def _seconds_last_time(workspace: Workspace, stage: str) -> float | None:
     newest = workspace.store.newest(stage)
-    return newest.provenance.get("seconds") if newest else None
+    return newest.seconds if newest else None
 
 
 def training_memory(workspace: Workspace) -> tuple[float, float] | None:

@@ -16,11 +16,11 @@ from pydantic import (
     ConfigDict,
     JsonValue,
     SerializerFunctionWrapHandler,
-    TypeAdapter,
     ValidationError,
     model_serializer,
 )
 
+from loraflow.evaluation.values import Scores
 from loraflow.failures import CorruptArtifact
 from loraflow.store import Ref, Store
 
@@ -35,21 +35,6 @@ class _Recorded(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Score(_Recorded):
-    """A metric's value over the rows of a set, with its two-sided interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int  # rows
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-Scores = dict[str, dict[str, Score]]  # set of rows → metric → score
-
-
 class StageRun(_Recorded):
     """A stage as one run saw it."""
 
@@ -61,8 +46,8 @@ class StageRun(_Recorded):
     uri: str = ""
 
 
-class Decision(_Recorded):
-    """The gate's decision: promote, reject, undecided or unchanged."""
+class RecordedDecision(_Recorded):
+    """The verdict and the reasons of the gate's decision: promote, reject, undecided or unchanged."""
 
     verdict: str
     reasons: list[str] = []
@@ -89,8 +74,8 @@ class RunSummary(_Recorded):
     run: str
     recipe: str
     stages: list[StageRun] = []
-    metrics: dict[str, Scores | None] = {}  # base, tuned and champion → scores
-    decision: Decision | None = None
+    metrics: dict[str, Scores | None] = {}  # of base, tuned and champion
+    decision: RecordedDecision | None = None
     registered: int | None = None  # number of the entry in the promotion log
     adapter: str = ""
     merged: str = ""
@@ -147,17 +132,6 @@ class RunRecord(_Recorded):
 
 def _text(value: JsonValue) -> str | None:
     return value if isinstance(value, str) else None
-
-
-def read_scores(store: Store, ref: Ref) -> Scores:
-    """Return the scores in an evaluation's artifact."""
-    return TypeAdapter(Scores).validate_python(store.manifest(ref).report["metrics"])
-
-
-def dump_scores(scores: Scores) -> dict[str, JsonValue]:
-    """Return scores as JSON values."""
-    values: dict[str, JsonValue] = TypeAdapter(Scores).dump_python(scores, mode="json")
-    return values
 
 
 def run_ids(store: Store) -> list[str]:

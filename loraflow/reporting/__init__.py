@@ -1,1 +1,1 @@
-"""Text and pictures of reports, without Prefect."""
+"""Text and charts of reports, without Prefect."""

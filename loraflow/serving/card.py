@@ -9,8 +9,9 @@ from pydantic import JsonValue
 
 from loraflow import __version__
 from loraflow.config.recipe import TrainingRuntime
+from loraflow.evaluation.values import Scores
 from loraflow.identity import short
-from loraflow.registry.runs import RunRecord, Scores
+from loraflow.registry.runs import RunRecord
 from loraflow.serving.lineage import read_lineage
 from loraflow.serving.models import Model
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from loraflow.evaluation.values import Scores
 from loraflow.registry.log import Entry, PromotionLog
-from loraflow.registry.runs import RunRecord, Scores, computed, has_model, read_runs
+from loraflow.registry.runs import RunRecord, computed, has_model, read_runs
 from loraflow.serving.card import Settings, training_settings
-from loraflow.serving.lineage import Lineage, input_refs, read_lineage
+from loraflow.serving.lineage import Lineage, read_lineage
 from loraflow.serving.models import champion_entry
 from loraflow.store import Ref, Store
 
@@ -154,7 +155,7 @@ def _promoted(run: RunRecord, entry: Entry) -> bool:
 def _adapter(store: Store, head: Entry) -> Ref | None:
     if head.adapter is not None or store.check(head.merged):
         return head.adapter
-    return input_refs(store, store.manifest(head.merged)).get("adapter")
+    return store.manifest(head.merged).input_refs(store.uri).get("adapter")
 
 
 def _entry(entry: Entry) -> PromotionEntry:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict
 
-from loraflow.store import Manifest, Ref, Store, open_store
+from loraflow.store import Manifest, Ref, open_store
 
 _LIBRARIES = ("torch", "transformers", "peft", "trl")
 
@@ -59,11 +59,6 @@ class Lineage:
     versions: dict[str, str] = field(default_factory=dict)  # library → version that trained
 
 
-def input_refs(store: Store, manifest: Manifest) -> dict[str, Ref]:
-    """Return the refs of an artifact's inputs. A manifest does not hold the store's address: stores move."""
-    return {name: Ref.model_validate({**ref, "uri": store.uri}) for name, ref in manifest.inputs.items()}
-
-
 def read_lineage(adapter: Ref | None) -> Lineage:
     """Follow the manifests from an adapter to all that it was made from."""
     manifests = _manifests(adapter)
@@ -75,14 +70,17 @@ def read_lineage(adapter: Ref | None) -> Lineage:
     return Lineage(
         dataset=_DatasetConfig.model_validate(version.payload["config"]).md5 if version else None,
         dataset_commit=_Provenance.model_validate(version.provenance).runtime.origin.commit if version else None,
-        rows={name: int(check.figures[name]) for name in ("train", "heldout") if name in check.figures}
-        if check
-        else {},
+        rows=_rows(check) if check else {},
         base=config.source,
         base_digest=base.digest if base else None,
         repacked=config.repack is not None,
         versions={name: versions[name] for name in _LIBRARIES if name in versions},
     )
+
+
+def _rows(check: Manifest) -> dict[str, int]:
+    counts = {name: check.figures.get(name) for name in ("train", "heldout")}
+    return {name: count for name, count in counts.items() if isinstance(count, int)}
 
 
 def _manifests(adapter: Ref | None) -> dict[str, Manifest]:
@@ -95,5 +93,5 @@ def _manifests(adapter: Ref | None) -> dict[str, Manifest]:
         if ref.stage in found or store.check(ref):
             continue
         found[ref.stage] = store.manifest(ref)
-        todo += input_refs(store, found[ref.stage]).values()
+        todo += found[ref.stage].input_refs(store.uri).values()
     return found

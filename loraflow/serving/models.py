@@ -17,7 +17,6 @@ from loraflow.config import Runtime
 from loraflow.failures import BadConfig, BadModel, CorruptArtifact
 from loraflow.registry.log import Entry, PromotionLog, models
 from loraflow.registry.runs import RUN_ID, RunRecord, find_run, read_run
-from loraflow.serving.lineage import input_refs
 from loraflow.store import LocalStore, Manifest, Ref, Store
 from loraflow.store.base import MANIFEST
 from loraflow.store.files import HashMemo
@@ -178,7 +177,7 @@ def _of_artifact(store: Store, ref: Ref, name: str, given: Path | None, tuned: R
             got="; ".join(problems[:3]),
             next_step="run the recipe that made it again (`loraflow show champion` and `loraflow runs` name it)",
         )
-    inputs = input_refs(store, store.manifest(ref))
+    inputs = store.manifest(ref).input_refs(store.uri)
     base = given
     if base is None and "base" in inputs and not store.check(inputs["base"]):
         base = store.path(inputs["base"])
@@ -194,7 +193,7 @@ def _of_adapter(adapter: Path, named_folder: Path, given: Path | None) -> Model:
     found = _artifact_at(adapter.parent)
     if found is not None:
         store, tuned = found
-        trained_on = input_refs(store, store.manifest(tuned)).get("base")
+        trained_on = store.manifest(tuned).input_refs(store.uri).get("base")
         if base is None and trained_on is not None and not store.check(trained_on):
             base = store.path(trained_on)
     if base is None:

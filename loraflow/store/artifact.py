@@ -111,6 +111,12 @@ class Manifest(BaseModel):
         """Return the artifact's size in bytes."""
         return sum(entry.size for entry in self.files.values())
 
+    @property
+    def seconds(self) -> float | None:
+        """Return how long the stage took, if that was recorded."""
+        seconds = self.provenance.get("seconds")
+        return float(seconds) if isinstance(seconds, int | float) else None
+
     def ref(self, uri: str) -> Ref:
         """Return the ref of this artifact in the store at `uri`."""
         return Ref(stage=self.stage, fingerprint=self.fingerprint, digest=self.digest, uri=uri, facets=self.facets)

@@ -11,7 +11,6 @@ from loraflow.cli import cli
 from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.registry import PromotionLog
 from loraflow.registry.runs import RunRecord, read_run
-from loraflow.serving.lineage import input_refs
 from loraflow.store import LocalStore, Summary, open_store
 
 
@@ -197,7 +196,7 @@ def test_a_champion_in_a_bucket_is_shown_without_fetching_its_model(champion, bu
         copied = bucket.commit(
             staged,
             payload=manifest.payload,
-            inputs=input_refs(bucket, manifest),
+            inputs=manifest.input_refs(bucket.uri),
             summary=Summary(figures=manifest.figures, report=manifest.report),
             provenance=manifest.provenance,
         )

@@ -291,20 +291,21 @@ def test_fp16_trains_with_a_loss_scale(tiny, shards, plain, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_recorded_decoding_gives_the_answers_of_generate(tiny, monkeypatch, dtype):
     from loraflow.base.load import load_model, load_tokenizer
+    from loraflow.config import Runtime
     from loraflow.data.loss_mask import ChatTemplate
-    from loraflow.evaluation import greedy_decoding as decode
+    from loraflow.evaluation import greedy_decoding
     from loraflow.evaluation.generation import answer_all
     from tests.conftest import chat
 
-    model, tokenizer = load_model(tiny, dtype, {"device": "cuda"}), load_tokenizer(tiny)
+    model, tokenizer = load_model(tiny, dtype, Runtime(device="cuda")), load_tokenizer(tiny)
     prompts = ChatTemplate(tiny).prompt_ids([chat(10**i)["messages"] for i in range(12)])
     options = {"stop_ids": [], "max_new_tokens": 60, "batch_size": 5}
-    graphs, real = [], decode.recorded
-    monkeypatch.setattr(decode, "recorded", lambda step: graphs.append(real(step)) or graphs[-1])
-    assert decode.decodes(model)
+    graphs, real = [], greedy_decoding.record
+    monkeypatch.setattr(greedy_decoding, "record", lambda step: graphs.append(real(step)) or graphs[-1])
+    assert greedy_decoding.is_supported(model)
     ours = answer_all(model, tokenizer, prompts, **options)
     assert len(graphs) == 3 and all(graph.__name__ == "replay" for graph in graphs), "each batch was recorded"
-    monkeypatch.setattr(decode, "decodes", lambda _: False)
+    monkeypatch.setattr(greedy_decoding, "is_supported", lambda _: False)
     theirs = answer_all(model, tokenizer, prompts, **options)
     same = sum(one == other for one, other in zip(ours, theirs, strict=True))
     assert same == 12 if dtype == "float32" else same >= 6, "bf16 rounds differently in other kernels"
@@ -337,7 +338,7 @@ def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
     from loraflow.config import load_recipe
     from loraflow.data import tokenization as tokens
     from loraflow.data.loss_mask import ChatTemplate
-    from loraflow.evaluation.generation import answer_losses
+    from loraflow.evaluation.likelihood import answer_losses
     from loraflow.job import Inputs, Progress
     from loraflow.training import train
     from tests.jobs import from_gguf, make_job

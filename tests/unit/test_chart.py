@@ -10,12 +10,12 @@ from loraflow.reporting import chart
 
 
 @pytest.mark.parametrize("points", [[(1, 2.0)], [(1, 3.0), (2, 3.0)], [(i, 5 / i) for i in range(1, 3000)]])
-def test_the_curve_is_well_formed_and_inside_of_its_image(points):
+def test_the_curve_is_well_formed_and_inside_its_image(points):
     text = chart.image(points, "training loss")
     assert text.startswith("![training loss](data:image/svg+xml;base64,") and "\n" not in text
     root = ElementTree.fromstring(base64.b64decode(re.search(r"base64,([^)]*)", text)[1]))
     line = root.find("{http://www.w3.org/2000/svg}polyline").attrib["points"].split()
-    assert len(line) == min(len(points), chart.MOST)
+    assert len(line) == min(len(points), chart.MAX_POINTS)
     for pair in line:
         x, y = map(float, pair.split(","))
         assert chart.LEFT <= x <= chart.WIDTH and 0 <= y <= chart.HEIGHT - chart.BOTTOM + 0.1

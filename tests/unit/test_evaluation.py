@@ -3,21 +3,28 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from loraflow.data.loss_mask import ChatTemplate
-from loraflow.evaluation import kv_cache as cache
-from loraflow.evaluation.generation import answer_all, answer_losses
-from loraflow.evaluation.kv_cache import roomy_cache
-from loraflow.evaluation.metric_modules import compute, find_module
-from loraflow.evaluation.prefix import common_length, shared_prefix
-from loraflow.failures import BadConfig
+from loraflow.evaluation import kv_cache, metric_modules, score
+from loraflow.evaluation.generation import answer_all
+from loraflow.evaluation.kv_cache import preallocated_cache
+from loraflow.evaluation.likelihood import answer_losses
+from loraflow.evaluation.metric_modules import ModuleScores, compute, find_module
+from loraflow.evaluation.prefix_cache import common_length, shared_prefix
+from loraflow.evaluation.values import EvaluationReport, scores_to_dict
+from loraflow.failures import BadConfig, BadData
+from loraflow.hardware.group import Group
+from loraflow.job import Inputs, Progress
 from tests.conftest import chat
+from tests.jobs import make_job
+from tests.unit.test_training import REF, recipe
 
 
 @pytest.fixture(autouse=True)
-def no_cache_of_others(tmp_path, monkeypatch):
+def offline(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_EVALUATE_OFFLINE", "1")
 
 
@@ -45,25 +52,25 @@ def test_identical_texts_have_the_best_score_in_every_script(name):
             assert rows[key] == pytest.approx([best] * len(texts))
 
 
-def test_rouge_is_rouge_scores_on_latin_text():
+def test_rouge_equals_that_of_rouge_score_on_latin_text():
     from rouge_score import rouge_scorer
 
     predictions, references = ["The cats were sitting quietly.", "no"], ["A cat sat there quietly", "yes"]
     _, rows = compute("rouge", predictions, references)
     oracle = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
     for i, (p, r) in enumerate(zip(predictions, references, strict=True)):
-        for kind, score in oracle.score(r, p).items():
-            assert rows[kind][i] == pytest.approx(score.fmeasure), kind
+        for kind, expected in oracle.score(r, p).items():
+            assert rows[kind][i] == pytest.approx(expected.fmeasure), kind
 
 
-def test_token_f1_is_squads():
+def test_token_f1_is_that_of_squad():
     values, rows = compute("token_f1", PREDICTIONS, REFERENCES)
     assert rows["token_f1"][:3] == [1.0, pytest.approx(2 * 4 / 12), 0.0]
     assert rows["token_f1"][4] == pytest.approx(0.5)
     assert values["token_f1"] == pytest.approx(np.mean(rows["token_f1"]))
 
 
-def test_chrf_is_sacrebleus():
+def test_chrf_is_that_of_sacrebleu():
     import sacrebleu
 
     _, rows = compute("chrf", PREDICTIONS, REFERENCES)
@@ -95,7 +102,7 @@ def test_token_loss_is_weighted_by_tokens():
     assert rows["token_loss"] == [1.0, 3.0]
 
 
-def test_a_module_of_ones_own_is_scored_row_by_row(tmp_path):
+def test_a_metric_module_of_the_user_is_scored_row_by_row(tmp_path):
     folder = tmp_path / "same_length"
     folder.mkdir()
     (folder / "same_length.py").write_text(
@@ -121,7 +128,7 @@ def model(phi3):
     return AutoModelForCausalLM.from_pretrained(phi3, dtype=torch.float32).eval()
 
 
-def test_batched_answers_are_those_of_one_by_one(phi3, model):
+def test_batched_answers_equal_answers_to_single_prompts(phi3, model):
     from loraflow.base.load import load_tokenizer, stop_ids
 
     template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
@@ -147,7 +154,7 @@ def test_every_stop_id_ends_an_answer(phi3, model):
     assert free["finish"] == "length" and stopped == {"text": "", "tokens": 0, "finish": "stop"}
 
 
-def test_finished_batches_are_not_computed_again(phi3, model, tmp_path):
+def test_finished_batches_are_not_recomputed(phi3, model, tmp_path):
     from loraflow.base.load import load_tokenizer
 
     template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
@@ -158,10 +165,10 @@ def test_finished_batches_are_not_computed_again(phi3, model, tmp_path):
     file.write_text("\n".join(lines[:3]) + "\n" + lines[3][:10])  # killed while it wrote
     batches: list[int] = []
     assert answer_all(model, tokenizer, prompts, on_batch=batches.append, **options) == whole
-    assert len(batches) == 2, "the first batch was there"
+    assert len(batches) == 2, "the first batch was read from the file"
 
 
-def test_losses_are_those_of_the_whole_logits(phi3, model):
+def test_losses_equal_those_from_all_logits(phi3, model):
     template = ChatTemplate(phi3)
     rows = template.encode([chat(i)["messages"] for i in range(5)], "last_assistant")
     found = answer_losses(model, rows, 0, batch_size=3)
@@ -174,32 +181,33 @@ def test_losses_are_those_of_the_whole_logits(phi3, model):
         assert count == int((labels[1:] != -100).sum())
 
 
-def test_answers_follow_from_the_rows_alone(phi3, model):
-    """The scores' table is a function of its inputs: the order in which batches are made must not show."""
+def test_the_order_of_batches_changes_no_answer(phi3, model):
     from loraflow.base.load import load_tokenizer
 
     template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
     chats = [chat(i)["messages"] for i in range(7)]
-    one = answer_all(model, tokenizer, template.prompt_ids(chats), stop_ids=[], max_new_tokens=4, batch_size=2)
-    two = answer_all(model, tokenizer, template.prompt_ids(chats[::-1]), stop_ids=[], max_new_tokens=4, batch_size=5)
-    assert one == two[::-1]
-    assert json.dumps(one)
+    forwards = answer_all(model, tokenizer, template.prompt_ids(chats), stop_ids=[], max_new_tokens=4, batch_size=2)
+    backwards = answer_all(
+        model, tokenizer, template.prompt_ids(chats[::-1]), stop_ids=[], max_new_tokens=4, batch_size=5
+    )
+    assert forwards == backwards[::-1]
+    assert json.dumps(forwards)
 
 
-def test_a_roomy_cache_is_transformers_own_without_the_copies():
+def test_a_preallocated_cache_holds_what_transformers_own_holds_without_copying_it():
     from transformers import DynamicCache
 
     draw = torch.Generator().manual_seed(0)
-    ours, theirs, places = roomy_cache(2, 9), DynamicCache(), set()
+    ours, expected, addresses = preallocated_cache(2, 9), DynamicCache(), set()
     for tokens in (4, 1, 3):
         for layer in range(2):
             new = [torch.randn(3, 2, tokens, 5, generator=draw) for _ in range(2)]
-            for one, other in zip(ours.update(*new, layer), theirs.update(*new, layer), strict=True):
-                assert torch.equal(one, other)
-            places.add(ours.layers[layer].keys.data_ptr())
-        assert ours.get_seq_length() == theirs.get_seq_length()
-        assert ours.get_mask_sizes(2, 0) == theirs.get_mask_sizes(2, 0)
-    assert len(places) == 2, "written in place"
+            for tensor, other in zip(ours.update(*new, layer), expected.update(*new, layer), strict=True):
+                assert torch.equal(tensor, other)
+            addresses.add(ours.layers[layer].keys.data_ptr())
+        assert ours.get_seq_length() == expected.get_seq_length()
+        assert ours.get_mask_sizes(2, 0) == expected.get_mask_sizes(2, 0)
+    assert len(addresses) == 2, "written in place"
     with pytest.raises(ValueError, match="10 tokens in a cache for 9"):
         ours.update(*(torch.zeros(3, 2, 2, 5),) * 2, 0)
 
@@ -207,7 +215,7 @@ def test_a_roomy_cache_is_transformers_own_without_the_copies():
 @pytest.mark.parametrize(
     "system", [None, "please answer what is the house of the red bird and one green cat likes the tree"]
 )
-def test_answers_are_those_with_transformers_own_cache(phi3, model, monkeypatch, system):
+def test_answers_equal_those_with_the_cache_of_transformers(phi3, model, monkeypatch, system):
     from loraflow.base.load import load_tokenizer
     from loraflow.evaluation import generation
 
@@ -215,11 +223,11 @@ def test_answers_are_those_with_transformers_own_cache(phi3, model, monkeypatch,
     chats = spoken(range(6), system) if system else [chat(i)["messages"] for i in range(6)]
     prompts, options = template.prompt_ids(chats), {"stop_ids": [], "max_new_tokens": 12, "batch_size": 3}
     made = []
-    real = cache.roomy_cache
-    monkeypatch.setattr(cache, "roomy_cache", lambda *a: made.append(a) or real(*a))
+    real = kv_cache.preallocated_cache
+    monkeypatch.setattr(kv_cache, "preallocated_cache", lambda *a: made.append(a) or real(*a))
     ours = answer_all(model, tokenizer, prompts, **options)
     assert len(made) == 2
-    monkeypatch.setattr(generation, "plain_cache", lambda *_: False)
+    monkeypatch.setattr(generation, "has_plain_cache", lambda *_: False)
     without_prefix(monkeypatch)
     assert ours == answer_all(model, tokenizer, prompts, **options)
     assert len(made) == 2
@@ -230,27 +238,27 @@ def test_answers_are_those_with_transformers_own_cache(phi3, model, monkeypatch,
 )
 @pytest.mark.parametrize("stops", ["none", "early"])
 def test_decoding_step_by_step_gives_the_answers_of_generate(phi3, model, monkeypatch, system, stops):
-    """What a GPU records and replays, on a CPU: rows of several lengths, that end at several steps."""
+    """The step that a GPU records and replays, on a CPU, for rows of several lengths that end at several steps."""
     from loraflow.base.load import load_tokenizer
-    from loraflow.evaluation import greedy_decoding as decode
+    from loraflow.evaluation import greedy_decoding
 
     template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
     chats = spoken(range(7), system) if system else [chat(10**i)["messages"] for i in range(7)]
     prompts = template.prompt_ids(chats)
     options = {"stop_ids": [], "max_new_tokens": 40, "batch_size": 3}
-    if stops == "early":  # ids that this random model says somewhere in the middle
-        said = [answer_ids(model, prompt, 40) for prompt in prompts]
-        ends = {token: len({ids.index(token) if token in ids else 40 for ids in said}) for token in set().union(*said)}
+    if stops == "early":  # an id that this random model gives in the middle of its answers
+        free = [answer_ids(model, prompt, 40) for prompt in prompts]
+        ends = {token: len({ids.index(token) if token in ids else 40 for ids in free}) for token in set().union(*free)}
         options["stop_ids"] = [max(ends, key=ends.__getitem__)]
-    theirs = answer_all(model, tokenizer, prompts, **options)
+    expected = answer_all(model, tokenizer, prompts, **options)
     calls = []
-    monkeypatch.setattr(decode, "decodes", lambda _: True)
-    real = decode.greedy
-    monkeypatch.setattr(decode, "greedy", lambda *a, **k: calls.append(a) or real(*a, **k))
-    assert answer_all(model, tokenizer, prompts, **options) == theirs
+    monkeypatch.setattr(greedy_decoding, "is_supported", lambda _: True)
+    real = greedy_decoding.decode
+    monkeypatch.setattr(greedy_decoding, "decode", lambda *a, **k: calls.append(a) or real(*a, **k))
+    assert answer_all(model, tokenizer, prompts, **options) == expected
     assert len(calls) == 3
     if stops == "early":
-        assert len({answer["tokens"] for answer in theirs}) > 1
+        assert len({answer["tokens"] for answer in expected}) > 1
 
 
 def answer_ids(model, prompt, tokens):
@@ -258,16 +266,16 @@ def answer_ids(model, prompt, tokens):
     return out[0, len(prompt) :].tolist()
 
 
-def test_a_repetition_penalty_of_the_model_is_left_to_generate(model, monkeypatch):
-    from loraflow.evaluation import greedy_decoding as decode
+def test_a_model_with_a_repetition_penalty_is_left_to_generate(model, monkeypatch):
+    from loraflow.evaluation import greedy_decoding
 
     class OnGpu:
         device, config, forward = torch.device("cuda"), model.config, model.forward
         generation_config = copy.deepcopy(model.generation_config)
 
-    assert decode.decodes(OnGpu)
+    assert greedy_decoding.is_supported(OnGpu)
     OnGpu.generation_config.repetition_penalty = 1.3
-    assert not decode.decodes(OnGpu)
+    assert not greedy_decoding.is_supported(OnGpu)
 
 
 def spoken(numbers, system="please answer what is the house of the red bird and one green cat likes the tree"):
@@ -275,7 +283,8 @@ def spoken(numbers, system="please answer what is the house of the red bird and 
 
 
 def without_prefix(monkeypatch):
-    monkeypatch.setattr("loraflow.evaluation.generation.shared_prefix", lambda *_: None)
+    for module in ("generation", "likelihood"):
+        monkeypatch.setattr(f"loraflow.evaluation.{module}.shared_prefix", lambda *_: None)
 
 
 def test_a_shared_system_prompt_is_computed_once_and_changes_no_answer(phi3, model, monkeypatch):
@@ -305,21 +314,21 @@ def test_a_shared_system_prompt_changes_no_loss(phi3, model, monkeypatch):
     hook = model.model.embed_tokens.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
     shared = answer_losses(model, rows, 0, batch_size=2)
     hook.remove()
-    assert max(seen[1:]) < min(len(row.ids) for row in rows), "the batches hold what is not shared"
+    assert max(seen[1:]) < min(len(row.ids) for row in rows), "the batches hold only what is not shared"
     without_prefix(monkeypatch)
-    for one, other in zip(shared, answer_losses(model, rows, 0, batch_size=2), strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
+    for loss, expected in zip(shared, answer_losses(model, rows, 0, batch_size=2), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_first_learned_token_is_predicted_from_the_batch_itself(phi3, model, monkeypatch):
-    """All rows are the same up to the middle of their answers: the shared part must end before the first label."""
+    """All rows are equal up to the middle of their answers: the shared prefix must end before the first label."""
     same = [[{"role": "user", "content": "what is the cat of the house of the bird"}, {"role": "assistant", "content": text}]
             for text in ("yes one", "yes two", "yes three", "yes")]  # fmt: skip
     rows = ChatTemplate(phi3).encode(same, "last_assistant")
     shared = answer_losses(model, rows, 0, batch_size=3)
     without_prefix(monkeypatch)
-    for one, other in zip(shared, answer_losses(model, rows, 0, batch_size=3), strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
+    for loss, expected in zip(shared, answer_losses(model, rows, 0, batch_size=3), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +343,7 @@ def test_the_first_learned_token_is_predicted_from_the_batch_itself(phi3, model,
     ],
     ids=str,
 )
-def test_no_prefix_is_shared_where_it_may_not_be_exact(model, monkeypatch, change):
+def test_no_prefix_is_shared_if_it_may_not_be_exact(model, monkeypatch, change):
     rows = [[5] * 40 + [i] for i in range(6)]
     assert shared_prefix(model, rows, 40, 60) is not None
     for key, value in change.items():
@@ -343,7 +352,7 @@ def test_no_prefix_is_shared_where_it_may_not_be_exact(model, monkeypatch, chang
 
 
 @pytest.mark.parametrize("change", [{"cache_implementation": "static"}, {"use_cache": False}], ids=str)
-def test_no_prefix_is_shared_where_the_model_has_another_cache(model, monkeypatch, change):
+def test_no_prefix_is_shared_if_the_model_has_another_cache(model, monkeypatch, change):
     for key, value in change.items():
         monkeypatch.setattr(model.generation_config, key, value)
     assert shared_prefix(model, [[5] * 40 + [i] for i in range(6)], 40, 60) is None
@@ -364,9 +373,75 @@ def test_a_sliding_window_changes_no_answer(phi3, model, monkeypatch, window, sh
     assert together == answer_all(model, tokenizer, prompts, batch_size=3, **options)
 
 
-def test_no_prefix_is_shared_where_it_does_not_pay(model):
+def test_no_prefix_is_shared_if_it_does_not_pay(model):
     assert shared_prefix(model, [[5] * 40, [5] * 41], 40, 60) is None
     assert shared_prefix(model, [[5] * 4 + [i] * 40 for i in range(6)], 44, 60) is None
     assert common_length([[1, 2, 3], [1, 2, 4], [1, 2]], 9) == 2
     assert common_length([[1, 2], [1, 2]], 1) == 1
     assert common_length([], 5) == 0
+
+
+@pytest.fixture
+def evaluate(phi3, tmp_path):
+    """Run the evaluate stage on seven rows of two sets; return its folder and its summary."""
+
+    def run(**settings):
+        out, rows = tmp_path / "out", tmp_path / "rows"
+        out.mkdir()
+        rows.mkdir()
+        lines = [json.dumps({"id": f"r{i}", "set": "hard" if i % 3 == 2 else "heldout", **chat(i)}) for i in range(7)]
+        (rows / "heldout.jsonl").write_text("\n".join(lines) + "\n")
+        metrics = ["exact_match", "token_loss"]
+        asked = recipe(
+            evaluation__metrics=metrics, evaluation__max_new_tokens=4, gate__primary="exact_match", **settings
+        )
+        ref = REF.model_copy(update={"facets": {"heldout": "d"}})
+        job = make_job("evaluate", asked, {"model": REF, "rows": ref})
+        return out, score.run(job, Inputs({"model": phi3, "rows": rows}), out, Progress())
+
+    return run
+
+
+def test_the_stages_report_holds_the_scores_and_the_first_answers(evaluate):
+    out, summary = evaluate()
+    table, report = pd.read_parquet(out / "scores.parquet"), EvaluationReport.from_dict(summary.report)
+    assert json.loads((out / "metrics.json").read_text()) == scores_to_dict(report.metrics) == summary.report["metrics"]
+    assert {rows: part["exact_match"].n for rows, part in report.metrics.items()} == {"heldout": 5, "hard": 2}
+    part = table[table["set"] == "heldout"]
+    loss = report.metrics["heldout"]["token_loss"]
+    assert loss.value == pytest.approx(part["nll"].sum() / part["reference_tokens"].sum())
+    assert report.metrics["heldout"]["perplexity"].low == pytest.approx(math.exp(loss.low))
+    assert summary.figures["heldout.token_loss"] == round(loss.value, 6)
+    assert [sample.id for sample in report.samples] == ["r0", "r1", "r3", "r4", "r6"]
+    assert report.samples[0].prompt == chat(0)["messages"][0]["content"]
+    assert report.samples[0].answer == part["answer"].iloc[0]
+
+
+def test_max_rows_is_the_most_of_each_set(evaluate):
+    out, _ = evaluate(evaluation__max_rows=2)
+    assert pd.read_parquet(out / "scores.parquet")["id"].tolist() == ["r0", "r1", "r2", "r5"]
+
+
+def test_without_heldout_rows_nothing_is_scored(tmp_path):
+    (tmp_path / "heldout.jsonl").write_text("")
+    with pytest.raises(BadData, match="no held-out rows"):
+        score.read_rows(tmp_path / "heldout.jsonl", None)
+
+
+def test_of_several_devices_only_the_first_scores(evaluate, monkeypatch):
+    monkeypatch.setattr(score.devices, "join", lambda _: Second(rank=1, size=2))
+    out, summary = evaluate()
+    assert summary.report == {} and not list(out.iterdir())
+
+
+class Second(Group):
+    """The second of two devices, in one process."""
+
+    def all_say(self, value):
+        return [value, value]
+
+
+def test_a_score_that_is_not_finite_ends_the_stage(evaluate, monkeypatch):
+    monkeypatch.setattr(metric_modules, "compute", lambda name, *_: ModuleScores({}, {name: [math.nan] * 7}))
+    with pytest.raises(BadData, match="not a finite number"):
+        evaluate()

@@ -1,0 +1,106 @@
+"""Likelihoods of reference answers in batches: sorted by length, padded, a shared prefix computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loraflow.base.load import head_is_plain
+from loraflow.data.loss_mask import IGNORED, Encoded
+from loraflow.evaluation.generation import ALONE, batches
+from loraflow.evaluation.prefix_cache import SharedPrefix, shared_prefix
+from loraflow.hardware.group import Group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import DynamicCache, PreTrainedModel
+
+HEAD_ROWS = 512  # positions whose logits are in memory at a time
+
+
+def answer_losses(
+    model: PreTrainedModel, rows: Sequence[Encoded], pad_id: int, batch_size: int, group: Group = ALONE
+) -> list[tuple[float, int]]:
+    """Return (sum of -log p in nats, number of tokens) over each row's learned tokens."""
+    found: list[tuple[float, int] | None] = [None] * len(rows)
+    plain = head_is_plain(model)
+    # The hidden state before the first learned token must be computed in the batch itself.
+    learned = [np.flatnonzero(row.labels[1:] != IGNORED) for row in rows]
+    longest = min((int(at[0]) for at in learned if len(at)), default=0)
+    lengths = [len(row.ids) for row in rows]
+    prefix = shared_prefix(model, [row.ids.tolist() for row in rows], longest, max(lengths, default=0))
+    for number, batch in enumerate(batches(lengths, batch_size)):
+        if not group.takes(number):
+            continue
+        for i, loss in zip(batch, _batch_losses(model, [rows[i] for i in batch], pad_id, prefix, plain), strict=True):
+            found[i] = loss
+    return [loss or (0.0, 0) for loss in group.merge(found)]
+
+
+def _batch_losses(
+    model: PreTrainedModel, rows: Sequence[Encoded], pad_id: int, prefix: SharedPrefix | None, plain: bool
+) -> list[tuple[float, int]]:
+    """Return (sum of -log p, number of tokens) of each row of a batch; `plain`: the head gives the logits unchanged."""
+    shared = len(prefix.ids) if prefix else 0
+    ids, mask, labels = _pad_learned(rows, pad_id, shared)
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    at = (labels[:, 1:] != IGNORED).to(model.device)
+    target = labels[:, 1:].to(model.device)[at]
+    if not len(target):
+        return [(0.0, 0)] * len(rows)
+    cache = prefix.cache(len(rows), shared + ids.shape[1]) if prefix else None
+    losses = _token_losses(model, ids, mask, cache, at, target, plain)
+    owner = at.nonzero()[:, 0]
+    parts = [losses[owner == row] for row in range(len(rows))]
+    return [(float(part.sum()), len(part)) for part in parts]
+
+
+def _pad_learned(rows: Sequence[Encoded], pad_id: int, shared: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids, mask and labels, padded on the right; without the shared prefix, except in the mask."""
+    import torch
+
+    width = max(len(row.ids) for row in rows) - shared
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros((len(rows), shared + width), dtype=torch.long)
+    labels = torch.full((len(rows), width), IGNORED)
+    for number, row in enumerate(rows):
+        n = len(row.ids) - shared
+        ids[number, :n], mask[number, : shared + n] = torch.from_numpy(row.ids[shared:].astype("int64")), 1
+        labels[number, 1:n] = torch.from_numpy(row.labels[shared + 1 :].astype("int64"))
+    return ids, mask, labels
+
+
+def _token_losses(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    cache: DynamicCache | None,
+    at: Tensor,
+    target: Tensor,
+    plain: bool,
+) -> Tensor:
+    """Return -log p of each learned token, in double precision.
+
+    The head is applied only where a token is learned: a vocabulary's width of logits for every position of a batch
+    would be gigabytes.
+    """
+    import torch
+
+    cached = {} if cache is None else {"past_key_values": cache}
+    values = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None, **cached}
+    with torch.inference_mode():
+        if plain:
+            source = model.get_decoder()(**values).last_hidden_state[:, :-1][at]
+            head = model.get_output_embeddings()
+        else:
+            source = model(**values).logits[:, :-1][at]
+            head = torch.nn.Identity()
+        losses = [
+            torch.nn.functional.cross_entropy(
+                head(source[k : k + HEAD_ROWS]).float(), target[k : k + HEAD_ROWS], reduction="none"
+            )
+            for k in range(0, len(source), HEAD_ROWS)
+        ]
+        return torch.cat(losses).double()

@@ -1,0 +1,94 @@
+"""Prefix sharing: compute the keys and values of the prefix that all prompts have in common once, for every batch.
+
+Padding is between the prefix and the rest of a row. The attention mask hides it, and positions count only what is not
+hidden, so that each token has the position that it has without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from loraflow.base.load import sees_all_before
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import DynamicCache, PreTrainedModel
+
+# A forward pass for the prefix alone, and a copy of its keys for each batch, must cost less than they save.
+MIN_TOKENS = 16
+MIN_ROWS = 4
+# The rotary angles of these depend on the number of tokens read at once, which a cache changes.
+_ROPE_BY_LENGTH = ("dynamic", "longrope")
+
+
+class SharedPrefix:
+    """The ids that all rows begin with, and a model's keys and values for them."""
+
+    def __init__(self, ids: list[int], layers: list[tuple[Tensor, Tensor]]):
+        self.ids = ids
+        self.layers = layers
+
+    def cache(self, rows: int, capacity: int) -> DynamicCache:
+        """Return a new cache that holds the prefix in each of `rows` rows, with memory for `capacity` tokens per row."""
+        from loraflow.evaluation.kv_cache import preallocated_cache
+
+        cache = preallocated_cache(len(self.layers), capacity)
+        for index, (keys, values) in enumerate(self.layers):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
+        return cache
+
+
+def shared_prefix(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], longest: int, length: int
+) -> SharedPrefix | None:
+    """Return the common prefix of all rows, at most `longest` ids; None if it would not pay, or not be exact.
+
+    It is exact for models whose cache is the keys and values of every position and nothing else: no recurrent state, no
+    angles that depend on the length, no window shorter than `length`, the most positions of a row with its padding and
+    answer.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    shared = common_length(rows, longest)
+    if len(rows) < MIN_ROWS or shared < MIN_TOKENS or not has_plain_cache(model, length):
+        return None
+    ids = [int(i) for i in rows[0][:shared]]
+    cache = DynamicCache()
+    with torch.inference_mode():
+        model.get_decoder()(
+            input_ids=torch.tensor([ids], device=model.device),
+            attention_mask=torch.ones((1, shared), dtype=torch.long, device=model.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    layers = [
+        (keys, values)
+        for keys, values in ((getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers)
+        if keys is not None and keys.shape[-2] == shared and values is not None
+    ]
+    # Fewer if a layer caches something else, or not every position.
+    return SharedPrefix(ids, layers) if len(layers) == len(cache.layers) == model.config.num_hidden_layers else None
+
+
+def common_length(rows: Sequence[Sequence[int]], longest: int) -> int:
+    """Return how many ids all rows begin with, at most `longest`."""
+    if not len(rows):
+        return 0
+    first = rows[0]
+    longest = max(0, min(longest, *map(len, rows)))
+    return next((k for k in range(longest) if any(row[k] != first[k] for row in rows)), longest)
+
+
+def has_plain_cache(model: PreTrainedModel, length: int) -> bool:
+    """Tell whether a model's cache is the keys and values of every position and nothing else, in rows of this length."""
+    generation = model.generation_config
+    if generation.cache_implementation is not None or generation.use_cache is False:
+        return False
+    rope = getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None) or {}
+    return (
+        sees_all_before(model, length)
+        and rope.get("rope_type", rope.get("type", "default")) not in _ROPE_BY_LENGTH
+        and getattr(model.config, "_attn_implementation", None) in ("sdpa", "eager")
+    )

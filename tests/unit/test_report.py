@@ -1,0 +1,236 @@
+"""Reports as markdown, and the values that they show."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, dataclass
+
+import pytest
+from pydantic import ValidationError
+
+from loraflow.evaluation.values import (
+    Comparison,
+    Decision,
+    EvaluationReport,
+    MetricValue,
+    ModelScores,
+    Sample,
+    scores_to_dict,
+)
+from loraflow.reporting import markdown
+
+
+@dataclass(frozen=True)
+class Stage:
+    stage: str = "train"
+    state: str = "computed"
+    fingerprint: str = "0123456789abcdef"
+    seconds: float = 12.345
+    uri: str = "store/train/0123/4567"
+
+
+def value(number, n=3):
+    return MetricValue(value=number, low=number - 0.1, high=number + 0.1, n=n)
+
+
+BASE = {"heldout": {"exact_match": value(0.25)}}
+TUNED = {"heldout": {"exact_match": value(0.75), "stops": value(1.0)}, "handwritten": {"exact_match": value(0.5, 2)}}
+DECISION = Decision(verdict="promote", reasons=("better than base", "better than champion"))
+SAMPLE = Sample(id="a", prompt="what\n is `this`?", reference='{"a": 1}', answer="no | idea")
+
+
+def report(**changes):
+    content = {
+        "run": "20260101-000000-abcdef",
+        "recipe": "quickstart",
+        "decision": DECISION,
+        "scores": ModelScores(base=BASE, tuned=TUNED),
+        "losses": [(1, 2.0), (2, 1.0)],
+        "samples": [SAMPLE],
+        "stages": [Stage(), Stage("evaluate base", "cached", "f" * 64, 0.04, "store/evaluate/ffff")],
+        "adapter": "store/train/0123/4567/adapter",
+        "merged": "store/merge/89ab",
+    }
+    return markdown.RunReport(**content | changes)
+
+
+RUN = """\
+# quickstart: promote
+
+- better than base
+- better than champion
+
+## Scores on heldout (3 rows)
+
+| metric | base | tuned | champion |
+|---|---|---|---|
+| exact_match | 0.250 [0.150, 0.350] | 0.750 [0.650, 0.850] |  |
+| stops |  | 1.000 [0.900, 1.100] |  |
+
+## Scores on handwritten (2 rows)
+
+| metric | base | tuned | champion |
+|---|---|---|---|
+| exact_match |  | 0.500 [0.400, 0.600] |  |
+
+## Training loss
+
+`█▁`
+
+| step | loss |
+|---:|---:|
+| 1 | 2.0000 |
+| 2 | 1.0000 |
+
+## Answers
+
+**what is 'this'?**
+
+- expected: `{"a": 1}`
+- tuned: `no \\| idea`
+
+## Lineage
+
+| stage | state | fingerprint | seconds | artifact |
+|---|---|---|---:|---|
+| train | computed | `0123456789ab` | 12.3 | `store/train/0123/4567` |
+| evaluate base | cached | `ffffffffffff` | 0.0 | `store/evaluate/ffff` |
+
+Adapter: `store/train/0123/4567/adapter`
+
+Merged model: `store/merge/89ab`
+
+Chat with it: `loraflow chat 20260101-000000-abcdef`
+"""
+
+
+def test_a_run_is_reported_with_its_decision_scores_losses_answers_and_lineage():
+    assert markdown.run_report(report()) == RUN
+
+
+def test_the_loss_curve_is_an_image_where_images_are_shown():
+    terminal, page = markdown.run_report(report()), markdown.run_report(report(), image=True)
+    assert "`█▁`" in terminal and "![training loss]" not in terminal
+    assert "![training loss](data:image/svg+xml;base64," in page and "█" not in page
+    assert [line for line in page.splitlines() if "![" not in line] == [
+        line for line in terminal.splitlines() if "█" not in line
+    ]
+
+
+def test_sections_without_content_are_left_out():
+    text = markdown.run_report(report(losses=[], samples=[]))
+    assert "## Training loss" not in text and "## Answers" not in text
+    assert text.index("## Scores") < text.index("## Lineage")
+
+
+def test_the_champion_has_a_column_of_its_own():
+    text = markdown.comparison_table(ModelScores(base=BASE, tuned=TUNED, champion=BASE))
+    assert "| exact_match | 0.250 [0.150, 0.350] | 0.750 [0.650, 0.850] | 0.250 [0.150, 0.350] |" in text
+
+
+def test_a_person_who_approves_sees_reasons_and_scores():
+    scores = ModelScores(base=BASE, tuned=TUNED)
+    text = markdown.approval_request("quickstart", DECISION, scores)
+    assert text.startswith(
+        "# quickstart: promote?\n\n- better than base\n- better than champion\n\n## Scores on heldout"
+    )
+    assert text.endswith(markdown.comparison_table(scores))
+
+
+def test_the_scores_of_one_model_are_reported():
+    text = markdown.scores_report("champion", "quickstart", TUNED, folder="store/merge", table="store/scores.parquet")
+    assert text == (
+        "# champion by quickstart\n\n## heldout (3 rows)\n\n| metric | value |\n|---|---|\n"
+        "| exact_match | 0.750 [0.650, 0.850] |\n| stops | 1.000 [0.900, 1.100] |\n\n"
+        "## handwritten (2 rows)\n\n| metric | value |\n|---|---|\n| exact_match | 0.500 [0.400, 0.600] |\n\n"
+        "Model: `store/merge`\n\nRow by row: `store/scores.parquet`\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "bars"), [([], ""), ([3.0], "▁"), ([2.0, 2.0], "▁▁"), ([0, 1, 2, 3, 4, 5, 6, 7], "▁▂▃▄▅▆▇█")]
+)
+def test_a_sparkline_reaches_from_the_lowest_to_the_highest_value(values, bars):
+    assert markdown.sparkline(values) == bars
+
+
+def test_thinned_rows_hold_the_first_and_the_last():
+    rows = list(range(1000))
+    found = markdown.thin(rows, 12)
+    assert len(found) == 12 and found[0] == 0 and found[-1] == 999
+    assert max(b - a for a, b in itertools.pairwise(found)) <= 92
+    assert markdown.thin(rows[:12], 12) == rows[:12]
+
+
+def test_a_quoted_text_cannot_leave_its_line_or_its_backticks():
+    assert markdown.quote("a\n\tb `c` | d") == "a b 'c' \\| d"
+    assert markdown.quote("x" * 300) == "x" * 300
+    assert markdown.quote("x" * 301) == "x" * 299 + "…"
+
+
+COMPARISON = {
+    "against": "base", "metric": "chrf", "kind": "guard", "difference": 0.0, "lower": -math.inf, "upper": math.inf, "n": 1,
+    "state": "open", "reason": "chrf against base: too few rows",
+}  # fmt: skip
+
+
+def test_a_decision_is_the_same_json_after_reading():
+    values = {"verdict": "undecided", "reasons": ["too few rows"], "comparisons": [COMPARISON]}
+    decision = Decision.from_dict(values)
+    assert decision.comparisons == (Comparison(**COMPARISON),)
+    assert json.dumps(decision.to_dict()) == json.dumps(values)
+    assert Decision.from_dict(json.loads(json.dumps(values))) == decision
+
+
+def test_a_decision_with_keys_of_another_version_is_readable():
+    stored = {"verdict": "reject", "reasons": ["declined by hand"], "comparisons": [], "seen": "0" * 64}
+    assert Decision.from_dict(stored) == Decision(verdict="reject", reasons=("declined by hand",))
+
+
+@pytest.mark.parametrize("values", [{}, {"verdict": "maybe", "reasons": []}, {"verdict": "promote", "reasons": "x"}])
+def test_what_is_no_decision_is_refused(values):
+    with pytest.raises(ValidationError):
+        Decision.from_dict(values)
+
+
+def test_a_decision_never_changes():
+    decision = Decision.from_dict({"verdict": "promote", "reasons": ["better"], "comparisons": [COMPARISON]})
+    with pytest.raises(FrozenInstanceError):
+        decision.verdict = "reject"
+    approved = decision.with_reason("approved by hand")
+    assert (approved.verdict, approved.reasons) == ("promote", ("better", "approved by hand"))
+    declined = decision.overruled("reject", "declined by hand")
+    assert (declined.verdict, declined.reasons) == ("reject", ("declined by hand",))
+    known = Decision.unchanged("decided before", declined)
+    assert (known.verdict, known.reasons) == ("unchanged", ("decided before", "declined by hand"))
+    assert approved.comparisons == declined.comparisons == known.comparisons == decision.comparisons
+    assert Decision.unchanged("the challenger is the champion").comparisons == ()
+    reasons = ["better"]
+    assert Decision("promote", reasons).reasons == ("better",), "a list of the caller is copied"
+    assert decision.to_dict()["reasons"] == ["better"]
+
+
+def test_an_evaluation_report_is_the_same_json_after_reading():
+    part = {"value": 0.5, "low": -math.inf, "high": math.inf, "n": 1}
+    sample = {"id": "a", "prompt": "p", "reference": "r", "answer": "s"}
+    values = {"metrics": {"heldout": {"chrf": part}, "extra": {"chrf": part}}, "samples": [sample]}
+    report = EvaluationReport.from_dict(values)
+    assert report.metrics["heldout"]["chrf"] == MetricValue(**part)
+    assert json.dumps(report.to_dict()) == json.dumps(values)
+
+
+def test_a_runs_scores_are_json_by_model():
+    scores = ModelScores(base=BASE, tuned=TUNED)
+    assert scores.to_dict() == {"base": scores_to_dict(BASE), "tuned": scores_to_dict(TUNED), "champion": None}
+    assert scores_to_dict(BASE) == {"heldout": {"exact_match": {"value": 0.25, "low": 0.15, "high": 0.35, "n": 3}}}
+
+
+def test_values_and_reports_load_neither_numpy_nor_pandas():
+    code = (
+        "import sys; import loraflow.evaluation.values, loraflow.reporting.markdown; "
+        "sys.exit(', '.join({'numpy', 'pandas', 'torch', 'prefect'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
