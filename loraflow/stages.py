@@ -205,6 +205,7 @@ EVALUATE = Stage(
         "loraflow.evaluation.greedy_decoding",
         "loraflow.evaluation.intervals",
         "loraflow.evaluation.metric_modules",
+        "loraflow.evaluation.values",
         "loraflow.hardware.group",
         "loraflow.base.load",
         *_TEMPLATE,

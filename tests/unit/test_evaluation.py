@@ -435,10 +435,10 @@ def test_of_several_devices_only_the_first_scores(evaluate, monkeypatch):
 
 
 class Second(Group):
-    """The second of two devices, in one process."""
+    """The second of two devices, without the first: nothing is exchanged."""
 
-    def all_say(self, value):
-        return [value, value]
+    def merge(self, found):
+        return found
 
 
 def test_a_score_that_is_not_finite_ends_the_stage(evaluate, monkeypatch):
