@@ -12,9 +12,9 @@ import numpy as np
 from loraflow.base.load import head_is_plain
 from loraflow.data.loss_mask import IGNORED
 from loraflow.evaluation.prefix import plain_cache, shared_prefix
-from loraflow.hardware.group import Group
+from loraflow.hardware.process_group import ProcessGroup
 
-ALONE = Group()
+ALONE = ProcessGroup()
 HEAD_ROWS = 512  # positions whose logits are in memory at a time
 
 
@@ -28,7 +28,7 @@ def answer_all(
     batch_size: int,
     done_file: Path | None = None,
     on_batch: Callable[[int], None] | None = None,
-    group: Group = ALONE,
+    group: ProcessGroup = ALONE,
 ) -> list[dict[str, Any]]:
     """Return an answer for each prompt: `text`, `tokens` (how many), `finish` (stop or length).
 
@@ -41,7 +41,7 @@ def answer_all(
     from loraflow.evaluation.greedy_decoding import ALIGNED, decodes, greedy
 
     answers = _kept(done_file, len(prompts))
-    if done_file is not None and not group.first:
+    if done_file is not None and not group.is_main:
         done_file = done_file.with_stem(f"{done_file.stem}-{group.rank}")
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     # At least one id of each row is left for its batch, whose logits begin the answer.
@@ -52,7 +52,7 @@ def answer_all(
     recording = decodes(model)
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
-        if not group.takes(first // batch_size) or all(answers[i] is not None for i in batch):
+        if not group.owns(first // batch_size) or all(answers[i] is not None for i in batch):
             continue
         width = max(len(prompts[i]) for i in batch)
         ids = torch.full((len(batch), width), tokenizer.pad_token_id)
@@ -122,7 +122,7 @@ def _kept(done_file: Path | None, rows: int) -> list[dict[str, Any] | None]:
 
 
 def answer_losses(
-    model: Any, rows: Sequence[Any], pad_id: int, batch_size: int, group: Group = ALONE
+    model: Any, rows: Sequence[Any], pad_id: int, batch_size: int, group: ProcessGroup = ALONE
 ) -> list[tuple[float, int]]:
     """Return (sum of -log p in nats, tokens) of each row's learned tokens. Rows are `mask.Encoded`.
 
@@ -141,7 +141,7 @@ def answer_losses(
     shared = len(prefix.ids) if prefix else 0
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
-        if not group.takes(first // batch_size):
+        if not group.owns(first // batch_size):
             continue
         width = max(len(rows[i].ids) for i in batch) - shared
         ids = torch.full((len(batch), width), pad_id)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from loraflow.base.load import sees_all_before
+from loraflow.data.common_prefix import common_prefix_length
 
 # An own forward pass for the prefix, and a copy of its keys for each batch, have to pay.
 MIN_TOKENS = 16
@@ -44,7 +45,7 @@ def shared_prefix(model: Any, rows: Sequence[Sequence[int]], longest: int, place
     import torch
     from transformers import DynamicCache
 
-    length = common_length(rows, longest)
+    length = common_prefix_length(rows, longest)
     if len(rows) < MIN_ROWS or length < MIN_TOKENS or not plain_cache(model, places):
         return None
     ids = [int(i) for i in rows[0][:length]]
@@ -61,15 +62,6 @@ def shared_prefix(model: Any, rows: Sequence[Sequence[int]], longest: int, place
     if not whole or any(keys is None or keys.shape[-2] != length for keys, _ in layers):
         return None
     return SharedPrefix(ids, layers)
-
-
-def common_length(rows: Sequence[Sequence[int]], longest: int) -> int:
-    """Return how many ids all rows begin with, at most `longest`."""
-    if not len(rows):
-        return 0
-    first = rows[0]
-    longest = max(0, min(longest, *map(len, rows)))
-    return next((k for k in range(longest) if any(row[k] != first[k] for row in rows)), longest)
 
 
 def plain_cache(model: Any, places: int) -> bool:

@@ -13,7 +13,8 @@ import numpy as np
 
 from loraflow.config.stage_configs import EvaluateConfig
 from loraflow.failures import BadData
-from loraflow.hardware import group as devices
+from loraflow.hardware.device import pick_device
+from loraflow.hardware.process_group import join
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 
@@ -22,11 +23,11 @@ def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress)
     """Answer, score, write. The same rows, template and settings for whatever model it is."""
     import pandas as pd
 
-    from loraflow.base.load import load_model, load_tokenizer, pick_device, stop_ids
+    from loraflow.base.load import load_model, load_tokenizer, stop_ids
     from loraflow.data.loss_mask import ChatTemplate
     from loraflow.evaluation.generation import answer_all, answer_losses
 
-    config, folder, group = job.config, inputs["model"], devices.join(pick_device(job.runtime))
+    config, folder, group = job.config, inputs["model"], join(pick_device(job.runtime))
     rows = _rows(inputs["rows"] / "heldout.jsonl", config.max_rows)
     chats = [row["messages"] for row in rows]
     template, tokenizer = ChatTemplate(folder), load_tokenizer(folder)
@@ -35,7 +36,7 @@ def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress)
     if "token_loss" in config.metrics:  # a forward pass of its own over all rows
         encoded = template.encode(chats, "last_assistant")
         losses = answer_losses(model, encoded, tokenizer.pad_token_id, job.runtime.eval_batch_size, group)
-    if group.first:
+    if group.is_main:
         progress(done=0, total=len(rows))
     answers = answer_all(
         model,
@@ -45,10 +46,10 @@ def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress)
         max_new_tokens=config.max_new_tokens,
         batch_size=job.runtime.eval_batch_size,
         done_file=progress.work / "answers.jsonl" if progress.work else None,
-        on_batch=(lambda done: progress(done=done, total=len(rows))) if group.first else None,
+        on_batch=(lambda done: progress(done=done, total=len(rows))) if group.is_main else None,
         group=group,
     )
-    if not group.first:  # of several devices, the first one scores and writes
+    if not group.is_main:  # of several devices, the first one scores and writes
         return Summary()
     table = pd.DataFrame(
         {

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from loraflow.data.common_prefix import common_prefix_length
 from loraflow.data.loss_mask import ChatTemplate
 from loraflow.evaluation import kv_cache as cache
 from loraflow.evaluation.generation import answer_all, answer_losses
 from loraflow.evaluation.kv_cache import roomy_cache
 from loraflow.evaluation.metric_modules import compute, find_module
-from loraflow.evaluation.prefix import common_length, shared_prefix
+from loraflow.evaluation.prefix import shared_prefix
 from loraflow.failures import BadConfig
 from tests.conftest import chat
 
@@ -367,6 +368,6 @@ def test_a_sliding_window_changes_no_answer(phi3, model, monkeypatch, window, sh
 def test_no_prefix_is_shared_where_it_does_not_pay(model):
     assert shared_prefix(model, [[5] * 40, [5] * 41], 40, 60) is None
     assert shared_prefix(model, [[5] * 4 + [i] * 40 for i in range(6)], 44, 60) is None
-    assert common_length([[1, 2, 3], [1, 2, 4], [1, 2]], 9) == 2
-    assert common_length([[1, 2], [1, 2]], 1) == 1
-    assert common_length([], 5) == 0
+    assert common_prefix_length([[1, 2, 3], [1, 2, 4], [1, 2]], 9) == 2
+    assert common_prefix_length([[1, 2], [1, 2]], 1) == 1
+    assert common_prefix_length([], 5) == 0
