@@ -74,7 +74,9 @@ def test_only_what_saves_arithmetic_is_shared():
     same_head = [np.arange(50), np.concatenate([np.arange(40), np.arange(9)])]
     assert costs.shared_length(same_head) == 40
     assert costs.shared_length([np.arange(50), np.arange(50) + 1]) == 0, "nothing in common"
-    assert costs.shared_length([np.arange(50), np.concatenate([[0], np.arange(100, 149)])]) == 0, "one token saves nothing"
+    assert costs.shared_length([np.arange(50), np.concatenate([[0], np.arange(100, 149)])]) == 0, (
+        "one token saves nothing"
+    )
     assert costs.shared_length([np.arange(50)]) == 0, "alone"
     long = [np.concatenate([np.arange(500), np.full(9000, i)]) for i in range(8)]
     assert costs.shared_length(long) == 0, "a dense mask over all of it costs more than the prefix saves"
@@ -106,7 +108,9 @@ def test_a_run_with_a_system_prompt_is_that_of_the_stock_engine_in_fewer_tokens(
         ("no mask of ours", {}, {"runtime__attn_implementation": "eager"}),
     ],
 )
-def test_sharing_is_left_out_where_it_is_not_exact_and_the_telemetry_says_why(tmp_path, monkeypatch, why, change, settings):
+def test_sharing_is_left_out_where_it_is_not_exact_and_the_telemetry_says_why(
+    tmp_path, monkeypatch, why, change, settings
+):
     folder = build_phi3(tmp_path / "phi3", dtype="float32", **change)
     shards = tokenize(folder, tmp_path, system=SYSTEM)
     monkeypatch.setattr("loraflow.training.batches.share_prefix", lambda *_: pytest.fail("shared"))
@@ -117,4 +121,6 @@ def test_sharing_is_left_out_where_it_is_not_exact_and_the_telemetry_says_why(tm
 
 def test_the_costs_come_from_the_models_configuration(base):  # noqa: F811
     shape = shape_of(json.loads((base / "config.json").read_text()))
-    assert prefix_sharing.PrefixSharing.of(shape) == prefix_sharing.PrefixSharing(64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96, 128)
+    assert prefix_sharing.PrefixSharing.of(shape) == prefix_sharing.PrefixSharing(
+        64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96, 128
+    )
