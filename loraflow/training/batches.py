@@ -147,8 +147,8 @@ class StepDataset(Dataset[StepItem]):
         entries: dict[int, int] = {}
         documents = np.diff(self.rows.offsets)
         for step in range(len(self.steps)):
-            for places in self.dealt(step):
-                chosen = self.steps[step][places]
+            for indices in self.dealt(step):
+                chosen = self.steps[step][indices]
                 used = int(self.rows.tokens[chosen].sum())
                 length = layout.fit(used)
                 needed = int(documents[chosen].sum()) + math.ceil((length - used) / layout.longest)
@@ -162,7 +162,7 @@ class StepDataset(Dataset[StepItem]):
         return (self[step] for step in range(len(self)))
 
     def dealt(self, step: int) -> list[list[int]]:
-        """Return the places, in the step's rows, of each micro-batch of all devices. They are the same everywhere."""
+        """Return the rows of each micro-batch of all devices, as indices into the step's rows. All devices agree on them."""
         if isinstance(self.layout, EndToEnd):
             return deal(self.rows.tokens[self.steps[step]], self.layout.lengths[-1])
         width, at_once = len(self.steps[step]), self.layout.rows
@@ -175,9 +175,9 @@ class StepDataset(Dataset[StepItem]):
         dealt = self.dealt(step)
         mine = dealt[self.group.rank :: self.group.size]
         idle = math.ceil(len(dealt) / self.group.size) - len(mine) if self.even else 0
-        for places in [*mine, *dealt[:idle]]:
-            documents = [self.rows[int(chosen[place])] for place in places]
-            keys = [self._token_keys(step, place, int(self.rows.tokens[chosen[place]])) for place in places]
+        for indices in [*mine, *dealt[:idle]]:
+            documents = [self.rows[int(chosen[index])] for index in indices]
+            keys = [self._token_keys(step, index, int(self.rows.tokens[chosen[index]])) for index in indices]
             micro.append(self._micro_batch(documents, keys if self.dropout else None))
         for batch in micro[len(mine) :]:
             batch["loss_index"], batch["targets"] = batch["loss_index"][:0], batch["targets"][:0]
@@ -202,9 +202,9 @@ class StepDataset(Dataset[StepItem]):
             batch["token_keys"] = _spread(keys, row_width, batch["input_ids"].numel())
         return batch
 
-    def _token_keys(self, step: int, place: int, tokens: int) -> NDArray[np.int32]:
-        """Return a number for each token of a row, from seed, step, the row's place and the token's place in it."""
-        token = np.arange(tokens, dtype=np.uint64) + np.uint64(place << 32)
+    def _token_keys(self, step: int, index: int, tokens: int) -> NDArray[np.int32]:
+        """Return a number for each token of a row, from seed, step, the row's index in the step and the token's in it."""
+        token = np.arange(tokens, dtype=np.uint64) + np.uint64(index << 32)
         return (mix(token ^ mix(np.array([(self.seed << 32) ^ step], np.uint64))) >> np.uint64(32)).astype(np.int32)
 
 

@@ -66,8 +66,8 @@ def obstacle(model: PreTrainedModel, longest: int) -> str:
     if getattr(model.config, "rope_parameters", None) is None or getattr(model.config, "alibi", False):
         return "positions are not given by rotary embeddings"
     if getattr(model.config, "_attn_implementation", None) != "sdpa":
-        return "attention takes no mask of ours"
-    return "" if sees_all_before(model, longest) else "the model does not see all tokens before one, and only these"
+        return "the attention kernel takes no custom mask"
+    return "" if sees_all_before(model, longest) else "a token does not see exactly the tokens before it"
 
 
 def share_prefix(documents: Sequence[Document], prefix: int) -> MicroBatch:

@@ -336,7 +336,14 @@ def test_out_of_memory_proposes_less_until_nothing_is_left():
         with pytest.raises(OutOfMemory) as caught, explain_out_of_memory("a test", size.reduced()):
             raise torch.OutOfMemoryError("CUDA out of memory")
         proposed.append(caught.value.details["instead"])
-    assert proposed == [{"micro_tokens": 2048}, {"checkpointing": "full"}, {"micro_batch": 1}, {}, {"checkpointing": "full"}, {}]
+    assert proposed == [
+        {"micro_tokens": 2048},
+        {"checkpointing": "full"},
+        {"micro_batch": 1},
+        {},
+        {"checkpointing": "full"},
+        {},
+    ]
 
 
 def test_what_this_machine_cannot_do_is_refused_with_what_it_can(base, straight, tmp_path):  # noqa: F811

@@ -104,8 +104,8 @@ def test_a_run_with_a_system_prompt_is_that_of_the_stock_engine_in_fewer_tokens(
     ("why", "change", "settings"),
     [
         ("dropout", {}, {"peft_config__lora_dropout": 0.1}),
-        ("not see all", {"sliding_window": 16}, {}),
-        ("no mask of ours", {}, {"runtime__attn_implementation": "eager"}),
+        ("does not see exactly the tokens before it", {"sliding_window": 16}, {}),
+        ("takes no custom mask", {}, {"runtime__attn_implementation": "eager"}),
     ],
 )
 def test_sharing_is_left_out_where_it_is_not_exact_and_the_telemetry_says_why(
