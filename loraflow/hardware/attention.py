@@ -59,7 +59,7 @@ class Attention:
     """The attention of a training."""
 
     implementation: str  # transformers' name
-    packed: bool  # documents lie end to end, with their borders; otherwise padded rows, with a mask
+    end_to_end: bool  # documents lie end to end, with their borders; otherwise in padded rows, with a mask
     kernel: str  # for the log and the artifact's telemetry
     why: str
 

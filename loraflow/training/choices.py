@@ -66,9 +66,9 @@ def choose_attention(setup: TrainingSetup, config: PreTrainedConfig) -> Attentio
     """Choose the attention; padded rows with a mask where documents cannot lie end to end."""
     attention = choose(setup.runtime, setup.device, setup.compute_dtype, config)
     # trl's collator pads, or packs behind position ids: sdpa gets a mask for both.
-    if attention.packed and setup.runtime.engine == "stock":
+    if attention.end_to_end and setup.runtime.engine == "stock":
         return Attention("sdpa", False, "sdpa", "the stock engine's rows are padded")
-    if attention.packed and setup.config.peft_config.init_lora_weights == "eva":
+    if attention.end_to_end and setup.config.peft_config.init_lora_weights == "eva":
         return Attention("sdpa", False, "sdpa", "EVA reads padded rows first")
     return attention
 

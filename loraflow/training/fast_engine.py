@@ -39,7 +39,7 @@ def build_fast_trainer(
     sharded = choices.base_sharded
     fit = choose_memory_fit(setup, attention, sharded=sharded)
     sharing, sharing_note = choose_prefix_sharing(setup, model, attention)
-    rows_at_once = None if attention.packed else _rows_at_once(setup)
+    rows_at_once = None if attention.end_to_end else _rows_at_once(setup)
     base_dtype: torch.dtype = getattr(torch, setup.config.base.dtype)
     compute_dtype: torch.dtype = getattr(torch, setup.compute_dtype)
     # The dataset's items are whole optimizer steps.
@@ -92,7 +92,7 @@ def choose_memory_fit(setup: TrainingSetup, attention: Attention, *, sharded: bo
         recompute = "full" if setup.settings.gradient_checkpointing else "none"
     least = setup.longest_row
     tokens = setup.runtime.micro_tokens or (setup.runtime.micro_batch or 0) * least
-    if setup.device == "cpu" or setup.shape is None or not attention.packed:
+    if setup.device == "cpu" or setup.shape is None or not attention.end_to_end:
         share = {"full": 1.0, "selective": 0.5}.get(recompute or "none", 0.0)
         why = "asked for" if recompute else "not asked for"
         return MemoryFit(tokens or max(least, 4096), recompute or "none", share, why)
@@ -117,7 +117,7 @@ def choose_prefix_sharing(
     setup: TrainingSetup, model: PreTrainedModel, attention: Attention
 ) -> tuple[PrefixSharing | None, str | None]:
     """Choose whether the rows of a grid share what they begin with, where that is exact; return it with a note."""
-    if attention.packed or setup.rows.row_length or setup.shape is None:
+    if attention.end_to_end or setup.rows.row_length or setup.shape is None:
         return None, None
     if setup.config.peft_config.lora_dropout > 0:
         return None, "dropout differs from row to row"
@@ -154,7 +154,7 @@ def _validation_steps(
     step = np.arange(len(setup.validation))[None]
     layout: Layout = (
         end_to_end_layout(setup.validation, step, fit.tokens, setup.group.size)
-        if attention.packed
+        if attention.end_to_end
         else GridRows(setup.settings.per_device_eval_batch_size)
     )
     return _step_dataset(setup, setup.validation, step, layout, sharing, dropout=False, even=sharded)
@@ -187,7 +187,7 @@ def _is_compiled(setup: TrainingSetup, attention: Attention) -> bool:
     if setup.runtime.compile != "auto":
         return setup.runtime.compile == "on"
     tokens = int(setup.rows.tokens[setup.order].sum()) / setup.group.size
-    return setup.device == "cuda" and attention.packed and tokens >= WORTH_COMPILING
+    return setup.device == "cuda" and attention.end_to_end and tokens >= WORTH_COMPILING
 
 
 def _prepare_adapter(
