@@ -29,4 +29,6 @@ def share(report: Path) -> tuple[int, int]:
 
 if __name__ == "__main__":
     untyped, expressions = share(Path(sys.argv[1]))
-    print(f"Any in the source: {named()}; expressions of type Any: {untyped / expressions:.1%} ({untyped} of {expressions})")
+    print(
+        f"Any in the source: {named()}; expressions of type Any: {untyped / expressions:.1%} ({untyped} of {expressions})"
+    )

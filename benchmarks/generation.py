@@ -23,7 +23,7 @@ from loraflow.config import Runtime
 from loraflow.data.loss_mask import ChatTemplate
 from loraflow.evaluation import generation, likelihood
 from loraflow.evaluation.generation import Answer
-from loraflow.evaluation.prefix_cache import common_length, shared_prefix
+from loraflow.evaluation.prefix_cache import common_prefix_length, shared_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ def main() -> None:
     prompts = template.prompt_ids(chats)
     answers = partial(time_answers, model, tokenizer, stop_ids(folder))
 
-    shared, total = common_length(prompts, 10**6), sum(map(len, prompts))
+    shared, total = common_prefix_length(prompts, 10**6), sum(map(len, prompts))
     saved = shared * (rows - 1) / total
     print(f"{dtype}, {rows} prompts of {total / rows:.0f} tokens, of which {shared} are shared: {saved:.0%} of all")
     answers(prompts[:4], 4, 2, shared=True)  # warm up

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from measure import row
+from pydantic import JsonValue
 
-from loraflow.config import load_recipe
+from loraflow.config import Recipe, load_recipe
 from loraflow.job import Inputs, Progress
 from loraflow.store import Ref
 
@@ -53,13 +54,13 @@ class Turns(Progress):
         sys.stdin.readline()
         self.started = time.perf_counter()
 
-    def __call__(self, **figures: Any) -> None:
+    def __call__(self, **figures: JsonValue) -> None:
         super().__call__(**figures)
         if "step" in figures:
             self.wait(figures.get("loss"))
 
 
-def recipe_of(precision: str, side: str, steps: int) -> Any:
+def recipe_of(precision: str, side: str, steps: int) -> Recipe:
     overrides = {"training_config.max_steps": steps, "training_config.logging_steps": 1, "runtime.device": "cpu"}
     overrides |= {"training_config.save_strategy": "no", "runtime.engine": "stock" if side == "stock" else "fast"}
     return load_recipe("configs/quickstart.yaml", {**overrides, **PRECISIONS[precision]})
@@ -101,17 +102,24 @@ def plain(folder: Path, precision: str, steps: int, turns: Turns) -> list[float]
     import torch
     from datasets import load_from_disk
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
     from trl import SFTConfig, SFTTrainer
 
-    from loraflow.training.batches import row_order
+    from loraflow.training.schedule import row_order
 
     recipe = recipe_of(precision, "trl", steps)
     training, adapter = recipe.training_config, recipe.peft_config
     data = load_from_disk(str(folder / "tokens" / "train")).select_columns(["input_ids", "labels"])
 
     class Turn(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
             turns.wait(next((one["loss"] for one in reversed(state.log_history) if "loss" in one), None))
 
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=getattr(torch, recipe.base.dtype))

@@ -25,9 +25,16 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from loraflow.config import Recipe
+    from loraflow.training.batches import StepItem
+    from loraflow.training.trainer import FastTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -42,6 +49,9 @@ VOCABULARY = 507 if TINY else 32064
 WARM, TIMED = (5, 11) if TINY else (10, 26)
 
 
+Setting = str | float | bool | list[str] | None
+
+
 @dataclass
 class Case:
     """One line of the table."""
@@ -49,8 +59,8 @@ class Case:
     name: str
     what: str
     rows: int = 8  # of 2,048 tokens in an optimizer step
-    settings: dict[str, Any] = field(default_factory=dict)
-    peer: dict[str, Any] | None = None  # for trl's own trainer
+    settings: dict[str, Setting] = field(default_factory=dict)
+    peer: dict[str, Setting] | None = None  # for trl's own trainer
     timed: int = TIMED
 
 
@@ -185,7 +195,7 @@ def ceiling() -> float:
 # -- cases -----------------------------------------------------------------------------------------------------------
 
 
-def recipe(case: Case, **more: Any) -> Any:
+def recipe(case: Case, **more: Setting) -> Recipe:
     from loraflow.config import parse_recipe
 
     steps = WARM + case.timed
@@ -195,6 +205,7 @@ def recipe(case: Case, **more: Any) -> Any:
 
 def ours(case: Case, work: Path) -> dict[str, Any]:
     """Run the train stage by its worker, as the flow does."""
+    from loraflow.execution.job_file import JobFile
     from loraflow.store import Ref
     from tests.jobs import make_job
 
@@ -203,12 +214,12 @@ def ours(case: Case, work: Path) -> dict[str, Any]:
     home = work / case.name
     shutil.rmtree(home, ignore_errors=True)  # of an earlier call: its compiled code is kept, beside it
     home.mkdir()
-    folders = {"tokens": str(work / "tokens"), "base": str(work / "base")}
-    (home / "job.json").write_text(json.dumps({**job.model_dump(), "out": str(home / "out"), "input_folders": folders}))
+    folders = {"tokens": work / "tokens", "base": work / "base"}
+    job_file = JobFile(job, home / "out", folders, home).write()
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(work / "compiled")}
     started = time.time()
     with (home / "log.txt").open("w") as log:
-        command = [sys.executable, "-m", "loraflow.execution.worker", str(home / "job.json")]
+        command = [sys.executable, "-m", "loraflow.execution.worker", str(job_file)]
         code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=env).returncode
     if code:
         raise RuntimeError((home / "log.txt").read_text()[-3000:])
@@ -233,10 +244,10 @@ def ours(case: Case, work: Path) -> dict[str, Any]:
 
 def step_tokens(work: Path, case: Case) -> np.ndarray:
     from loraflow.data.token_rows import TokenRows
-    from loraflow.training import batches
+    from loraflow.training.schedule import row_order
 
     rows = TokenRows(work / "tokens" / "train", work / "tokens" / "packing.parquet")
-    order = batches.row_order(len(rows), (WARM + case.timed) * case.rows, 0)
+    order = row_order(len(rows), (WARM + case.timed) * case.rows, 0)
     return rows.tokens[order].reshape(-1, case.rows).sum(1)
 
 
@@ -261,10 +272,11 @@ def run_peer(case: Case, work: Path) -> None:
     packing = options.get("packing", False)
     attention = "sdpa"
     if packing and not TINY:
-        from loraflow.training.attention import VARLEN, register
+        from loraflow.hardware.attention import DOCUMENTS
+        from loraflow.training.attention import register
 
         register()  # torch's varlen FA2, so that no package is needed; trl's collator gives it the borders
-        attention = VARLEN
+        attention = DOCUMENTS
     options.setdefault("per_device_train_batch_size", case.rows)
     steps, warm = WARM + case.timed, WARM
     batch = options["per_device_train_batch_size"]
@@ -336,37 +348,26 @@ def table(results: dict[str, dict[str, Any]], work: Path, rate: float) -> None:
 # -- gradients against eager fp32, and profiles ------------------------------------------------------------------------
 
 
-def in_engine(work: Path, case: Case, **more: Any) -> Any:
+def build(work: Path, case: Case, **more: Setting) -> FastTrainer:
     """Return the trainer that the stage builds, in this process."""
     import logging
 
-    from loraflow.base.load import load_tokenizer
-    from loraflow.data.token_rows import TokenRows
-    from loraflow.hardware import group as devices
-    from loraflow.training import batches, callbacks
-    from loraflow.training.engine import Engine
-    from loraflow.training.train import _arguments
+    from loraflow.job import Inputs, Progress
+    from loraflow.store import Ref
+    from loraflow.training.engine import build_trainer
+    from loraflow.training.setup import gather
+    from tests.jobs import make_job
 
     logging.basicConfig(level=logging.WARNING)
-    from loraflow.store import Ref
-    from tests.jobs import make_job
 
     ref = Ref(stage="s", fingerprint="f", digest="d", uri="")
     job = make_job("train", recipe(case, **more), {"tokens": ref, "base": ref})
-    settings = job.config.trainer_settings(job.runtime)
-    rows = TokenRows(work / "tokens" / "train", work / "tokens" / "packing.parquet")
-    home = Path(tempfile.mkdtemp(dir=work))
-    steps = WARM + case.timed
-    engine = Engine(
-        base=work / "base", config=job.config, settings=settings, runtime=job.runtime, rows=rows, validation=None,
-        order=batches.row_order(len(rows), steps * case.rows, 0), group=devices.Group(), stopper=callbacks.Stopper(),
-        callbacks=[], work=home, tokenizer=load_tokenizer(work / "base"),
-        arguments=lambda **own: _arguments(settings, steps, steps, home, job.runtime, home, **own),
-    )  # fmt: skip
-    return engine.trainer()
+    inputs = Inputs({"tokens": work / "tokens", "base": work / "base"})
+    setup = gather(job, inputs, Progress(work=Path(tempfile.mkdtemp(dir=work))))
+    return build_trainer(setup).trainer
 
 
-def set_up_projections(model: Any) -> None:
+def set_up_projections(model: torch.nn.Module) -> None:
     """Give LoRA's B values, the same in every model: at zero, A would have no gradient."""
     import zlib
 
@@ -391,12 +392,12 @@ def check(work: Path, names: list[str]) -> None:
     device = "cpu" if TINY else "cuda"
     torch.backends.cuda.matmul.allow_tf32 = False
 
-    def gather(model: Any) -> dict[str, Any]:
+    def gather(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         return {
             n.replace(".default", ""): p.grad.float().cpu() for n, p in model.named_parameters() if p.grad is not None
         }
 
-    def eager(dtype: Any, item: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    def eager(dtype: torch.dtype, item: StepItem) -> tuple[float, dict[str, torch.Tensor]]:
         model = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.bfloat16, attn_implementation="eager")
         # The rotary frequencies stay fp32: .to(bfloat16) would round them.
         model = model.to(dtype).to(device) if dtype == torch.float32 else model.to(device)
@@ -431,14 +432,15 @@ def check(work: Path, names: list[str]) -> None:
 
     case = Case("check", "", rows=2)
     from loraflow.data.token_rows import TokenRows
-    from loraflow.training import batches
+    from loraflow.training.batches import StepDataset, end_to_end_layout
+    from loraflow.training.schedule import row_order
 
     rows = TokenRows(work / "tokens" / "train", work / "tokens" / "packing.parquet")
-    steps = batches.row_order(len(rows), 2, 0).reshape(1, 2)
-    item = batches.Steps(rows, steps, batches.flat_layout(rows, steps, 2 * LENGTH), 0)[0]
+    steps = row_order(len(rows), 2, 0).reshape(1, 2)
+    item = StepDataset(rows, steps, end_to_end_layout(rows, steps, 2 * LENGTH), 0)[0]
     loss, exact = eager(torch.float32, item)
 
-    def against(name: str, found_loss: float, found: dict[str, Any]) -> None:
+    def against(name: str, found_loss: float, found: dict[str, torch.Tensor]) -> None:
         a = torch.cat([found[n].flatten() for n in sorted(exact)]).double()
         b = torch.cat([exact[n].flatten() for n in sorted(exact)]).double()
         error, cosine = float((a - b).norm() / b.norm()), float(a @ b / a.norm() / b.norm())
@@ -450,12 +452,12 @@ def check(work: Path, names: list[str]) -> None:
         if one.name not in names or one.peer is not None:
             continue
         case.settings = {**one.settings, "peft_config.lora_dropout": 0.0, "runtime.compile": "off" if TINY else "on"}
-        trainer = in_engine(work, case)
+        trainer = build(work, case)
         set_up_projections(trainer.model)
         trainer.model.train()
         total = 0.0
         for micro in item["micro"]:
-            part = trainer._compiled_or_not(dict(micro)) / item["learned"]
+            part = trainer.micro_batch_loss(micro) / item["learned"]
             part.backward()
             total += float(part)
         against(one.name, total, gather(trainer.model))
@@ -480,7 +482,7 @@ def profile(work: Path, case: Case) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    trainer = in_engine(work, case)
+    trainer = build(work, case)
     trainer.model.train()
     trainer.create_optimizer()
     parameters = trainer.trained
@@ -488,7 +490,7 @@ def profile(work: Path, case: Case) -> None:
     def step(number: int) -> None:
         item = trainer.steps[number]
         for micro in item["micro"]:
-            (trainer._compiled_or_not(micro) / item["learned"]).backward()
+            (trainer.micro_batch_loss(micro) / item["learned"]).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()

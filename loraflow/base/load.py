@@ -9,45 +9,8 @@ from typing import Any
 
 from loraflow.config import Runtime
 from loraflow.failures import BadConfig, MissingExtra
-
-
-def pick_device(runtime: Runtime) -> str:
-    """Return `cpu` or `cuda`.
-
-    Raises:
-        MissingExtra: cuda is asked for and is not there.
-    """
-    import torch
-
-    wanted = runtime.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise MissingExtra(
-            "There is no CUDA device.", where="runtime.device", next_step="set runtime.device to auto or cpu"
-        )
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-
-
-def pick_attention(runtime: Runtime, device: str, dtype: str = "bfloat16") -> str:
-    """Return the attention implementation: the one asked for, else the best that is there.
-
-    Flash attention has no float32: what computes in it takes sdpa.
-    """
-    from importlib.util import find_spec
-
-    wanted = runtime.attn_implementation
-    if wanted in ("varlen", "fa3", "fa4"):  # kernels of training, for documents end to end
-        wanted = "auto"
-    if wanted == "flash_attention_2" and (device != "cuda" or find_spec("flash_attn") is None):
-        raise MissingExtra(
-            "flash_attention_2 needs CUDA and the package flash-attn.",
-            where="runtime.attn_implementation",
-            next_step="set runtime.attn_implementation to auto or sdpa",
-        )
-    if dtype == "float32":
-        return "sdpa" if wanted in ("auto", "flash_attention_2") else wanted
-    if wanted != "auto":
-        return wanted
-    return "flash_attention_2" if device == "cuda" and find_spec("flash_attn") is not None else "sdpa"
+from loraflow.hardware.attention import choose_for_loading
+from loraflow.hardware.device import pick_device
 
 
 def load_model(
@@ -88,7 +51,7 @@ def load_model(
         )
     options: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
-        "attn_implementation": attention or pick_attention(runtime, device, dtype),
+        "attn_implementation": attention or choose_for_loading(runtime, device, dtype),
         "trust_remote_code": trust,
     }
     if double_quantization is not None:

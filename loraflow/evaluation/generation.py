@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from loraflow.evaluation.prefix_cache import SharedPrefix, has_plain_cache, shared_prefix
-from loraflow.hardware.group import Group
+from loraflow.hardware.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-ALONE = Group()
+ALONE = ProcessGroup()
 
 
 class Answer(TypedDict):
@@ -36,7 +36,7 @@ def answer_all(
     batch_size: int,
     done_file: Path | None = None,
     on_batch: Callable[[int], None] | None = None,
-    group: Group = ALONE,
+    group: ProcessGroup = ALONE,
 ) -> list[Answer]:
     """Return an answer for each prompt, given as token ids.
 
@@ -56,12 +56,12 @@ def answer_all(
         group: the devices that share the work.
     """
     answers = _read_answers(done_file, len(prompts))
-    if done_file is not None and not group.first:
+    if done_file is not None and not group.is_main:
         done_file = done_file.with_stem(f"{done_file.stem}-{group.rank}")
     lengths = [len(prompt) for prompt in prompts]
     generator = _Generator.prepare(model, tokenizer, prompts, stop_ids, max_new_tokens)
     for number, batch in enumerate(batches(lengths, batch_size)):
-        if not group.takes(number) or all(answers[i] is not None for i in batch):
+        if not group.owns(number) or all(answers[i] is not None for i in batch):
             continue
         found = dict(zip(batch, generator.answer([prompts[i] for i in batch]), strict=True))
         for i, answer in found.items():

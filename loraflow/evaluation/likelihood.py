@@ -11,7 +11,7 @@ from loraflow.base.load import head_is_plain
 from loraflow.data.loss_mask import IGNORED, Encoded
 from loraflow.evaluation.generation import ALONE, batches
 from loraflow.evaluation.prefix_cache import SharedPrefix, shared_prefix
-from loraflow.hardware.group import Group
+from loraflow.hardware.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ HEAD_ROWS = 512  # positions whose logits are in memory at a time
 
 
 def answer_losses(
-    model: PreTrainedModel, rows: Sequence[Encoded], pad_id: int, batch_size: int, group: Group = ALONE
+    model: PreTrainedModel, rows: Sequence[Encoded], pad_id: int, batch_size: int, group: ProcessGroup = ALONE
 ) -> list[tuple[float, int]]:
     """Return (sum of -log p in nats, number of tokens) over each row's learned tokens."""
     found: list[tuple[float, int] | None] = [None] * len(rows)
@@ -32,7 +32,7 @@ def answer_losses(
     lengths = [len(row.ids) for row in rows]
     prefix = shared_prefix(model, [row.ids.tolist() for row in rows], longest, max(lengths, default=0))
     for number, batch in enumerate(batches(lengths, batch_size)):
-        if not group.takes(number):
+        if not group.owns(number):
             continue
         for i, loss in zip(batch, _batch_losses(model, [rows[i] for i in batch], pad_id, prefix, plain), strict=True):
             found[i] = loss

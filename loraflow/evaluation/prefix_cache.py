@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loraflow.base.load import sees_all_before
+from loraflow.data.common_prefix import common_prefix_length
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,7 @@ def shared_prefix(
     import torch
     from transformers import DynamicCache
 
-    shared = common_length(rows, longest)
+    shared = common_prefix_length(rows, longest)
     if len(rows) < MIN_ROWS or shared < MIN_TOKENS or not has_plain_cache(model, length):
         return None
     ids = [int(i) for i in rows[0][:shared]]
@@ -70,15 +71,6 @@ def shared_prefix(
     ]
     # Fewer if a layer caches something else, or not every position.
     return SharedPrefix(ids, layers) if len(layers) == len(cache.layers) == model.config.num_hidden_layers else None
-
-
-def common_length(rows: Sequence[Sequence[int]], longest: int) -> int:
-    """Return how many ids all rows begin with, at most `longest`."""
-    if not len(rows):
-        return 0
-    first = rows[0]
-    longest = max(0, min(longest, *map(len, rows)))
-    return next((k for k in range(longest) if any(row[k] != first[k] for row in rows)), longest)
 
 
 def has_plain_cache(model: PreTrainedModel, length: int) -> bool:

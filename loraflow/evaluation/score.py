@@ -17,8 +17,8 @@ from loraflow.config.stage_configs import EvaluateConfig
 from loraflow.evaluation.intervals import Interval, mean_interval
 from loraflow.evaluation.values import EvaluationReport, MetricValue, Sample, Scores, SetScores, scores_to_dict
 from loraflow.failures import BadData
-from loraflow.hardware import group as devices
-from loraflow.hardware.group import Group
+from loraflow.hardware.device import pick_device
+from loraflow.hardware.process_group import ProcessGroup, join
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 
@@ -51,12 +51,10 @@ class _Computed:
 
 def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
     """Answer, score, write. Rows, template and settings are the same for every model."""
-    from loraflow.base.load import pick_device
-
-    config, group = job.config, devices.join(pick_device(job.runtime))
+    config, group = job.config, join(pick_device(job.runtime))
     rows = read_rows(inputs["rows"] / "heldout.jsonl", config.max_rows)
     computed = _ask_model(job, inputs["model"], rows, progress, group)
-    if not group.first:  # of several devices, the first one scores and writes
+    if not group.is_main:  # of several devices, the first one scores and writes
         return Summary()
     table = _table(rows, computed)
     table = table.assign(**_row_scores(table, config.metrics))
@@ -90,7 +88,7 @@ def read_rows(file: Path, max_rows: int | None) -> list[HeldoutRow]:
 
 
 def _ask_model(
-    job: Job[EvaluateConfig], folder: Path, rows: list[HeldoutRow], progress: Progress, group: Group
+    job: Job[EvaluateConfig], folder: Path, rows: list[HeldoutRow], progress: Progress, group: ProcessGroup
 ) -> _Computed:
     """Compute the model's answers, and its likelihoods of the references if a metric needs them."""
     from loraflow.base.load import load_model, load_tokenizer, stop_ids
@@ -106,7 +104,7 @@ def _ask_model(
     if "token_loss" in config.metrics:  # a forward pass of its own over all rows
         encoded = template.encode(chats, "last_assistant")
         losses = answer_losses(model, encoded, tokenizer.pad_token_id, batch_size, group)
-    if group.first:
+    if group.is_main:
         progress(done=0, total=len(rows))
     answers = answer_all(
         model,
@@ -116,7 +114,7 @@ def _ask_model(
         max_new_tokens=config.max_new_tokens,
         batch_size=batch_size,
         done_file=progress.work / "answers.jsonl" if progress.work else None,
-        on_batch=(lambda done: progress(done=done, total=len(rows))) if group.first else None,
+        on_batch=(lambda done: progress(done=done, total=len(rows))) if group.is_main else None,
         group=group,
     )
     return _Computed(answers, losses)

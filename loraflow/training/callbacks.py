@@ -1,4 +1,4 @@
-"""What we hang onto the trainer: curves of our own, progress, sealed checkpoints, a stop on bad numbers or a signal."""
+"""Callbacks of the trainer: curves, progress, sealed checkpoints, and a stop on bad numbers or on a signal."""
 
 from __future__ import annotations
 
@@ -8,60 +8,88 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraflow.failures import NonFiniteLoss, Preempted
-from loraflow.hardware.group import Group
+from loraflow.hardware.process_group import ProcessGroup
 from loraflow.job import Progress
 from loraflow.store.checkpoints import seal, seal_of
 
+Logs = dict[str, float]
 
-class Curves(TrainerCallback):
-    """Every logged value with its step. The trainer forgets its own on resume: the file goes on from the checkpoint's."""
+
+class CurveWriter(TrainerCallback):
+    """Write every logged value with its step.
+
+    The trainer forgets its own log on resume. This file goes on from the checkpoint's copy.
+    """
 
     def __init__(self, path: Path):
         self.path = path
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Logs | None = None,
+        **_: Any,
+    ) -> None:
         """Append a line."""
         with self.path.open("a") as file:
             file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 
 
-class Reporter(TrainerCallback):
-    """Steps, speed and the time that is left, for whoever watches."""
+class ProgressReporter(TrainerCallback):
+    """Report steps, speed and the remaining time."""
 
     def __init__(self, report: Progress, total: int, tokens_per_step: float):
-        self.report, self.total, self.tokens = report, total, tokens_per_step
+        self.report, self.total, self.tokens_per_step = report, total, tokens_per_step
         self.loss: float | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock."""
-        self.started, self.first = time.monotonic(), state.global_step
+        self.started, self.first_step = time.monotonic(), state.global_step
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Logs | None = None,
+        **_: Any,
+    ) -> None:
         """Remember the loss."""
         self.loss = (logs or {}).get("loss", self.loss)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Report a step."""
-        per_step = (time.monotonic() - self.started) / max(1, state.global_step - self.first)
+        per_step = (time.monotonic() - self.started) / max(1, state.global_step - self.first_step)
         self.report(
             step=state.global_step,
             total=self.total,
             loss=self.loss,
-            tokens_per_second=round(self.tokens / per_step, 1),
+            tokens_per_second=round(self.tokens_per_step / per_step, 1),
             eta_seconds=round((self.total - state.global_step) * per_step, 1),
         )
 
 
-class Guard(TrainerCallback):
-    """End on a loss or gradient that is no number, before it reaches a checkpoint."""
+class NonFiniteGuard(TrainerCallback):
+    """Stop on a loss or gradient that is NaN or infinite, before it reaches a checkpoint."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Look at what was logged."""
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Logs | None = None,
+        **_: Any,
+    ) -> None:
+        """Check the logged values."""
         for key in ("loss", "grad_norm", "eval_loss"):
             value = (logs or {}).get(key)
             if value is not None and not math.isfinite(value):
@@ -72,63 +100,89 @@ class Guard(TrainerCallback):
                 )
 
 
-class Sealer(TrainerCallback):
-    """Make each checkpoint trustworthy once it is written, by all devices, with the files that a resume needs besides."""
+class CheckpointSealer(TrainerCallback):
+    """Seal each checkpoint once all processes have written it, with the other files that a resume needs.
 
-    def __init__(self, group: Group, carried: list[Path], resumed_from: Path | None):
+    Args:
+        group: the processes that train.
+        carried: files that are copied into each checkpoint.
+        resumed_from: the checkpoint that this training starts from.
+    """
+
+    def __init__(self, group: ProcessGroup, carried: list[Path], resumed_from: Path | None):
         self.group, self.carried = group, carried
-        self.best = None if resumed_from is None else (seal_of(resumed_from) or {}).get("needs")
+        self.best: str | None = None if resumed_from is None else (seal_of(resumed_from) or {}).get("needs")
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Say where the best checkpoint is: the state that was saved names a folder, of another machine perhaps.
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Set the best checkpoint's path. The saved state has an absolute path, perhaps of another machine.
 
-        transformers drops a folder that is not there, and a training that saves no more would end with its last weights.
+        transformers drops a folder that does not exist. A training that saves no more would end with its last weights.
         """
-        state.best_model_checkpoint = self.best and str(Path(args.output_dir, self.best))
+        state.best_model_checkpoint = self.best and str(Path(str(args.output_dir), self.best))
 
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Check the adapter for bad numbers, add what is carried, then write the list of hashes."""
-        refuse_bad_numbers(model, state.global_step)
-        self.group.wait()
-        if self.group.first:
-            checkpoint, best = Path(args.output_dir, f"checkpoint-{state.global_step}"), state.best_model_checkpoint
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Check the adapter for bad numbers, copy the carried files, then write the list of hashes."""
+        assert model is not None
+        refuse_non_finite(model, state.global_step)
+        self.group.barrier()
+        if self.group.is_main:
+            checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+            best = state.best_model_checkpoint
             for file in self.carried:
                 if file.exists():
                     shutil.copyfile(file, checkpoint / file.name)
             seal(checkpoint, Path(best).name if best else None)
-        self.group.wait()
+        self.group.barrier()
 
 
-class Stopper(TrainerCallback):
-    """On SIGTERM: finish the step, save, stop. The stage then says that it was preempted, and a retry goes on."""
+class PreemptionHandler(TrainerCallback):
+    """On SIGTERM, finish the step, save a checkpoint and stop. The stage then fails as preempted, and a retry resumes."""
 
     def __init__(self) -> None:
-        self.asked = False
-        signal.signal(signal.SIGTERM, self._ask)
+        self.is_requested = False
+        signal.signal(signal.SIGTERM, self._request)
 
-    def _ask(self, signum: int, frame: Any) -> None:
-        self.asked = True
+    def _request(self, signum: int, frame: FrameType | None) -> None:
+        self.is_requested = True
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save and stop, if asked."""
-        if self.asked:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save and stop, if requested."""
+        if self.is_requested:
             control.should_save = control.should_training_stop = True
 
-    def raise_if_asked(self, step: int) -> None:
-        """Say that training did not come to its end.
+    def raise_if_requested(self, step: int) -> None:
+        """Fail if training was stopped before its end.
 
         Raises:
             Preempted: a signal came.
         """
-        if self.asked:
+        if self.is_requested:
             raise Preempted("Training was asked to end.", where=f"step {step}", next_step="run again: it resumes")
 
 
-def refuse_bad_numbers(model: Any, step: int) -> None:
-    """Look through the trained tensors.
+def early_stopping(patience: int, checkpoint: Path | None) -> EarlyStoppingCallback:
+    """Return transformers' callback, with the counter of the checkpoint: the trainer forgets it on resume."""
+    callback = EarlyStoppingCallback(patience)
+    if checkpoint is not None:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        saved = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+        saved = saved[0] if isinstance(saved, list) else saved
+        callback.early_stopping_patience_counter = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    return callback
+
+
+def refuse_non_finite(model: torch.nn.Module, step: int) -> None:
+    """Check the trained tensors.
 
     Raises:
-        NonFiniteLoss: one holds NaN or an infinity.
+        NonFiniteLoss: a tensor holds a NaN or an infinity.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(parameter.detach().isfinite().all()):

@@ -1,21 +1,66 @@
-"""FlashAttention 4 (package flash-attn-4) over documents end to end, as operators that compiled code can hold.
+"""FlashAttention 4 (package flash-attn-4) over documents end to end, as operators that torch.compile can include.
 
-torch has a switch of its own for it, but what that expects of the package's functions changed with the package.
+torch can switch to it by itself, but the functions that torch expects in the package changed with the package's version.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 PACKAGE = "flash_attn.cute.interface"
 
 
-def _package() -> Any:
-    return importlib.import_module(PACKAGE)
+class _Forward(Protocol):
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        softmax_scale: float,
+        causal: bool,
+        window_size_left: int | None,
+        return_lse: bool,
+    ) -> tuple[Tensor, ...]: ...
+
+
+class _Backward(Protocol):
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        d_out: Tensor,
+        lse: Tensor,
+        softmax_scale: float,
+        causal: bool,
+        *,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        window_size_left: int | None,
+    ) -> tuple[Tensor, ...]: ...
+
+
+def _forward_kernel() -> _Forward:
+    kernel: _Forward = importlib.import_module(PACKAGE)._flash_attn_fwd
+    return kernel
+
+
+def _backward_kernel() -> _Backward:
+    kernel: _Backward = importlib.import_module(PACKAGE)._flash_attn_bwd
+    return kernel
 
 
 @torch.library.custom_op("loraflow::flash4", mutates_args=())
@@ -31,9 +76,9 @@ def flash4(
         begins: where documents begin, int32; the last entry is the number of tokens.
         longest: tokens of the longest document.
         scale: of the products.
-        window: tokens before it that a token sees; -1 is all of its document.
+        window: how many tokens before it a token sees; -1 is all of its document.
     """
-    out, lse, *_ = _package()._flash_attn_fwd(
+    out, lse, *_ = _forward_kernel()(
         q, k, v, cu_seqlens_q=begins, cu_seqlens_k=begins, max_seqlen_q=longest, max_seqlen_k=longest,
         softmax_scale=scale, causal=True, window_size_left=None if window < 0 else window, return_lse=True,
     )  # fmt: skip
@@ -53,7 +98,7 @@ def flash4_backward(
     scale: float, window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of q, k and v."""
-    dq, dk, dv, *_ = _package()._flash_attn_bwd(
+    dq, dk, dv, *_ = _backward_kernel()(
         q, k, v, out, d_out.contiguous(), lse, scale, True, cu_seqlens_q=begins, cu_seqlens_k=begins,
         max_seqlen_q=longest, max_seqlen_k=longest, window_size_left=None if window < 0 else window,
     )  # fmt: skip
@@ -68,18 +113,29 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+class _Context(FunctionCtx):
+    longest: int
+    scale: float
+    window: int
+    saved_tensors: tuple[Tensor, ...]
+
+
+def _save(
+    ctx: _Context,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, int, float, int],
+    output: tuple[Tensor, Tensor],
+) -> None:
     q, k, v, begins, ctx.longest, ctx.scale, ctx.window = inputs
     ctx.save_for_backward(q, k, v, begins, *output)
 
 
-def _backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: _Context, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, begins, out, lse = ctx.saved_tensors
     grads = flash4_backward(d_out, q, k, v, out, lse, begins, ctx.longest, ctx.scale, ctx.window)
     return (*grads, None, None, None, None)
 
 
-flash4.register_autograd(_backward, setup_context=_keep)
+flash4.register_autograd(_backward, setup_context=_save)
 
 
 def attend(
@@ -87,9 +143,12 @@ def attend(
 ) -> Tensor:
     """Attend within each document; see `loraflow.training.attention.attend`."""
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    return flash4(q, k, v, begins, longest, scale, window[0])[0]
+    out: Tensor = flash4(q, k, v, begins, longest, scale, window[0])[0]
+    return out
 
 
-def attend_contiguous(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-    """Attend with copies of q, k and v, for a package that takes no other strides."""
-    return attend(q.contiguous(), k.contiguous(), v.contiguous(), *rest)
+def attend_contiguous(
+    q: Tensor, k: Tensor, v: Tensor, begins: Tensor, longest: int, scaling: float | None, window: tuple[int, int]
+) -> Tensor:
+    """Attend with copies of q, k and v, for a version of the package that takes no other strides."""
+    return attend(q.contiguous(), k.contiguous(), v.contiguous(), begins, longest, scaling, window)

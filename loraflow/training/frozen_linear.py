@@ -1,20 +1,19 @@
 """The frozen weight of a LoRA linear, and its two products: in the base's dtype, in 8 bits, or in 4.
 
-- dense: W [out, in] as it is.
-- fp8: W in e4m3 with a scale for each row, and again transposed, with a scale for each of its rows: the backward pass
-  multiplies along the other side. Activations and gradients get a scale for each token as they come. Together as
-  large as W in bfloat16; the products run at twice its rate.
-- nf4: bitsandbytes' packed weight, unpacked for each product and forgotten.
+- dense: W [out, in], unchanged.
+- fp8: W in e4m3 with a scale for each row, and transposed once more, with a scale for each row of that: the backward
+  pass multiplies along the other side. Activations and gradients get a scale for each token as they come. Both copies
+  together are as large as W in bfloat16. The products run at twice its rate.
+- nf4: bitsandbytes' packed weight, unpacked for each product and then dropped.
 
-Every product accumulates onto the LoRA update, which is written first: adding it afterwards is another pass over the
-output. They are operators of their own, since Inductor would copy what they accumulate onto.
+The LoRA update is written first, and every product accumulates onto it. Adding the update afterwards would take another
+pass over the output. The products are custom operators, because Inductor would copy the tensor that they accumulate onto.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,65 +23,71 @@ E4M3_MAX = 448.0
 
 
 @dataclass(frozen=True)
-class Frozen:
-    """A frozen weight: kind, its tensors, the dtype that it computes in, a bias.
+class FrozenWeight:
+    """A frozen weight of a linear layer.
 
-    Those of a dense one are looked up in its module for each product: a sharded base puts them there when it computes.
+    A dense weight has no tensors here. It is looked up in its module for each product, because a sharded base puts it
+    there only while the layer computes.
     """
 
-    kind: str
+    kind: str  # dense, fp8, or nf4 with its packing
     tensors: tuple[Tensor, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype  # in which it computes
     bias: Tensor | None = None
 
-    @staticmethod
-    def forward_onto(kind: str, tensors: Sequence[Tensor], x: Tensor, h: Tensor, up: Tensor) -> Tensor:
-        """Return h @ up + x Wᵀ [tokens, out]."""
-        if kind == "fp8":
-            codes, scales = rowwise(x)
-            return fp8_mm_add(codes, tensors[0].t(), scales, tensors[1], h, up)
-        if kind.startswith("nf4"):
-            return nf4_mm_add(x, list(tensors), kind, True, h, up)
-        return mm_add(x, tensors[0].t(), h, up)
 
-    @staticmethod
-    def backward_onto(kind: str, tensors: Sequence[Tensor], dy: Tensor, dh: Tensor, down: Tensor) -> Tensor:
-        """Return dh @ down + dy W [tokens, in]."""
-        if kind == "fp8":
-            codes, scales = rowwise(dy)
-            return fp8_mm_add(codes, tensors[2].t(), scales, tensors[3], dh, down)
-        if kind.startswith("nf4"):
-            return nf4_mm_add(dy, list(tensors), kind, False, dh, down)
-        return mm_add(dy, tensors[0], dh, down)
-
-    @staticmethod
-    def backward_added(kind: str, tensors: Sequence[Tensor], dy: Tensor, update: Tensor) -> Tensor:
-        """Return update + dy W [tokens, in]; `update` is written over."""
-        if kind == "fp8":
-            codes, scales = rowwise(dy)
-            return update + fp8_mm(codes, tensors[2].t(), scales, tensors[3])
-        if kind.startswith("nf4"):
-            mm_onto(update, dy, nf4_weight(list(tensors), kind))
-        else:
-            mm_onto(update, dy, tensors[0])
-        return update
+def forward_product(kind: str, tensors: Sequence[Tensor], x: Tensor, h: Tensor, up: Tensor) -> Tensor:
+    """Return h @ up + x Wᵀ [tokens, out]."""
+    if kind == "fp8":
+        codes, scales = rowwise(x)
+        y: Tensor = fp8_mm_add(codes, tensors[0].t(), scales, tensors[1], h, up)
+    elif kind.startswith("nf4"):
+        y = nf4_mm_add(x, list(tensors), kind, True, h, up)
+    else:
+        y = mm_add(x, tensors[0].t(), h, up)
+    return y
 
 
-def dense(linear: torch.nn.Linear) -> Frozen:
-    """Return that a linear's weight is taken as it is."""
-    return Frozen("dense", (), linear.weight.dtype, linear.bias)
+def backward_product(kind: str, tensors: Sequence[Tensor], dy: Tensor, dh: Tensor, down: Tensor) -> Tensor:
+    """Return dh @ down + dy W [tokens, in]."""
+    if kind == "fp8":
+        codes, scales = rowwise(dy)
+        dx: Tensor = fp8_mm_add(codes, tensors[2].t(), scales, tensors[3], dh, down)
+    elif kind.startswith("nf4"):
+        dx = nf4_mm_add(dy, list(tensors), kind, False, dh, down)
+    else:
+        dx = mm_add(dy, tensors[0], dh, down)
+    return dx
 
 
-def fp8(linear: torch.nn.Linear) -> Frozen:
-    """Return a linear's weight in e4m3, both ways round."""
+def backward_product_onto(update: Tensor, kind: str, tensors: Sequence[Tensor], dy: Tensor) -> Tensor:
+    """Return update + dy W [tokens, in]. `update` is overwritten."""
+    if kind == "fp8":
+        codes, scales = rowwise(dy)
+        product: Tensor = fp8_mm(codes, tensors[2].t(), scales, tensors[3])
+        return update + product
+    if kind.startswith("nf4"):
+        mm_onto(update, dy, nf4_weight(list(tensors), kind))
+    else:
+        mm_onto(update, dy, tensors[0])
+    return update
+
+
+def dense(linear: torch.nn.Linear) -> FrozenWeight:
+    """Use the linear layer's weight unchanged."""
+    return FrozenWeight("dense", (), linear.weight.dtype, linear.bias)
+
+
+def fp8(linear: torch.nn.Linear) -> FrozenWeight:
+    """Return the linear layer's weight in e4m3, as it is and transposed."""
     weight = linear.weight.detach()
     (codes, scales), (codes_t, scales_t) = rowwise(weight), rowwise(weight.t().contiguous())
     tensors = (codes, scales.t().contiguous(), codes_t, scales_t.t().contiguous())
-    return Frozen("fp8", tensors, weight.dtype, linear.bias)
+    return FrozenWeight("fp8", tensors, weight.dtype, linear.bias)
 
 
-def nf4(linear: Any, dtype: torch.dtype) -> Frozen | None:
-    """Return a weight that bitsandbytes packed; None if it is packed otherwise."""
+def nf4(linear: torch.nn.Linear, dtype: torch.dtype) -> FrozenWeight | None:
+    """Return the weight that bitsandbytes packed in NF4; None if it is packed in another way."""
     state = getattr(linear.weight, "quant_state", None)
     if state is None or state.quant_type != "nf4" or state.dtype != dtype:
         return None
@@ -91,31 +96,30 @@ def nf4(linear: Any, dtype: torch.dtype) -> Frozen | None:
     if state.nested:
         tensors += [state.state2.absmax, state.state2.code, state.offset]
         kind += f":{state.state2.blocksize}"
-    return Frozen(kind, tuple(tensors), dtype, linear.bias)
+    return FrozenWeight(kind, tuple(tensors), dtype, linear.bias)
 
 
 def nf4_weight(tensors: list[Tensor], kind: str) -> Tensor:
     """Unpack a weight to [out, in]."""
     _, out, into, block, dtype, *nested = kind.split(":")
     absmax = tensors[1]
+    ops = torch.ops.bitsandbytes
     if nested:
-        ops = torch.ops.bitsandbytes
         absmax = ops.dequantize_blockwise(absmax, tensors[2], tensors[3], int(nested[0]), torch.float32) + tensors[4]
     shape = [int(out), int(into)]
-    return torch.ops.bitsandbytes.dequantize_4bit(
-        tensors[0], absmax.float(), int(block), "nf4", shape, getattr(torch, dtype)
-    )
+    weight: Tensor = ops.dequantize_4bit(tensors[0], absmax.float(), int(block), "nf4", shape, getattr(torch, dtype))
+    return weight
 
 
 def rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x in e4m3 and its scales [rows, 1], by which the codes are to be multiplied."""
+    """Return x in e4m3, and the scales [rows, 1] by which the codes have to be multiplied."""
     scales = (x.abs().amax(-1, keepdim=True).float() / E4M3_MAX).clamp(min=1e-12)
     return (x.float() / scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scales
 
 
 @torch.library.custom_op("loraflow::mm_add", mutates_args=())
 def mm_add(a: Tensor, b: Tensor, h: Tensor, m: Tensor) -> Tensor:
-    """Return h @ m + a @ b, the second accumulated onto the first."""
+    """Return h @ m + a @ b. The second product accumulates onto the first."""
     return (h @ m).addmm_(a, b)
 
 
@@ -126,7 +130,7 @@ def _(a: Tensor, b: Tensor, h: Tensor, m: Tensor) -> Tensor:
 
 @torch.library.custom_op("loraflow::mm_onto", mutates_args=("onto",))
 def mm_onto(onto: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to a tensor."""
+    """Add a @ b to a tensor in place."""
     onto.addmm_(a, b)
 
 
@@ -138,12 +142,12 @@ def _(onto: Tensor, a: Tensor, b: Tensor) -> None:
 def _scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.is_cuda:
         return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=True)
-    return ((a.float() * scale_a) @ (b.float() * scale_b)).to(dtype)  # for tests: the same numbers, slowly
+    return ((a.float() * scale_a) @ (b.float() * scale_b)).to(dtype)  # for tests: slow, the same numbers
 
 
 @torch.library.custom_op("loraflow::fp8_mm_add", mutates_args=())
 def fp8_mm_add(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, h: Tensor, m: Tensor) -> Tensor:
-    """Return a @ b of e4m3 codes with row-wise scales, and h @ m accumulated onto it."""
+    """Return a @ b of e4m3 codes with row-wise scales, plus h @ m."""
     return _scaled_product(a, b, scale_a, scale_b, h.dtype).addmm_(h, m)
 
 
@@ -165,7 +169,7 @@ def _(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
 
 @torch.library.custom_op("loraflow::nf4_mm_add", mutates_args=())
 def nf4_mm_add(a: Tensor, packed: list[Tensor], kind: str, transposed: bool, h: Tensor, m: Tensor) -> Tensor:
-    """Return h @ m + a Wᵀ (or a W) with W unpacked for this product alone."""
+    """Return h @ m + a Wᵀ (or a W), with W unpacked for this product only."""
     weight = nf4_weight(packed, kind)
     return (h @ m).addmm_(a, weight.t() if transposed else weight)
 

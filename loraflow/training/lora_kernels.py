@@ -1,58 +1,77 @@
-"""The forward and backward pass of a LoRA linear, for peft's own modules: less memory traffic, the same function.
+"""The forward and backward pass of a LoRA linear layer, for peft's own modules: less memory traffic, the same function.
 
 LoRA is one percent of a step's arithmetic and was a quarter of its time: casts of the fp32 adapter, a pass over the
-output to add the update, another over the input for dropout. Here the update is written first and the frozen
-product accumulates onto it; x, the rank-r product and nothing else is kept for the backward pass; the adapter stays
-fp32 and is used in the base's dtype.
+output to add the update, another over the input for dropout. Here the update is written first and the frozen product
+accumulates onto it. Only x and the rank-r product are kept for the backward pass. The adapter stays fp32 and is used in
+the base's dtype.
 
 Dropout masks are a function of (seed, step, token, module, feature), so that neither the micro-batch nor the number of
-devices changes them. Only peft's plain LoRA is replaced: the modules keep their class's parameters, names and files.
+devices changes them. Only peft's plain LoRA is replaced. The modules keep their class's parameters, names and files.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from loraflow.training.frozen_linear import Frozen, dense, fp8, nf4
+from loraflow.training import frozen_linear
+from loraflow.training.frozen_linear import FrozenWeight
+
+# The mixin stands before one of peft's LoRA layers, whose attributes it uses.
+if TYPE_CHECKING:
+    _Layer = torch.nn.Module
+else:
+    _Layer = object
 
 
-class FastForward:
-    """The forward pass of this module, put before the class of one of peft's LoRA linears by `accelerate_loras`."""
+class FastLora(_Layer):
+    """The forward pass that `accelerate_loras` puts before the class of one of peft's LoRA linear layers."""
 
-    disable_adapters: bool  # peft's own, down to `training`
+    disable_adapters: bool  # peft's own, down to `scaling`
     merged: bool
-    base_layer: Any
-    lora_A: Any
-    lora_B: Any
+    base_layer: torch.nn.Linear
+    lora_A: Mapping[str, torch.nn.Linear]
+    lora_B: Mapping[str, torch.nn.Linear]
+    lora_dropout: Mapping[str, torch.nn.Module]
+    active_adapters: list[str]
     scaling: dict[str, float]
-    training: bool
-    parameters: Any
-    frozen: Frozen
+    frozen: FrozenWeight
     adapter: str
     keep_from: int  # dropout: 16-bit numbers below this are dropped
-    token_keys: Tensor
+    token_keys: Tensor | None
     module_key: Tensor
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return W x + s B A dropout(x) [..., out]."""
         if args or kwargs or self.disable_adapters or self.merged:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            plain: Tensor = super().forward(x, *args, **kwargs)
+            return plain
         dtype = self.frozen.dtype
         down = self.lora_A[self.adapter].weight.to(dtype)
         up = (self.lora_B[self.adapter].weight * self.scaling[self.adapter]).to(dtype)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         keys = (self.token_keys, self.module_key) if self.keep_from and self.training else (None, None)
         tensors = (self.base_layer.weight,) if self.frozen.kind == "dense" else self.frozen.tensors
-        y = LoraProduct.apply(rows, down, up, *keys, self.keep_from, self.frozen.kind, *tensors)
+        y: Tensor = LoraProduct.apply(  # type: ignore[no-untyped-call]
+            rows, down, up, *keys, self.keep_from, self.frozen.kind, *tensors
+        )
         if self.frozen.bias is not None:
             y = y + self.frozen.bias
         return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _Context(FunctionCtx):
+    keep_from: int
+    kind: str
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
 
 
 class LoraProduct(torch.autograd.Function):
@@ -60,32 +79,40 @@ class LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, down: Tensor, up: Tensor, token_keys: Tensor | None, module_key: Tensor | None,
-        keep_from: int, kind: str, *frozen: Tensor,
-    ) -> Tensor:  # fmt: skip
+        ctx: _Context,
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        token_keys: Tensor | None,
+        module_key: Tensor | None,
+        keep_from: int,
+        kind: str,
+        *frozen: Tensor,
+    ) -> Tensor:
         """Return the product [tokens, out]."""
         dropped = x
         if token_keys is not None:
             dropped = dropout(x, keep_mask(token_keys, module_key, x.shape[1], keep_from), keep_from)
         h = dropped @ down.t()
-        ctx.save_for_backward(x, h, down, up, token_keys, module_key, *frozen)
+        ctx.save_for_backward(x, h, down, up, token_keys, module_key, *frozen)  # type: ignore[arg-type]
         ctx.keep_from, ctx.kind = keep_from, kind
-        return Frozen.forward_onto(kind, frozen, x, h, up.t())
+        return frozen_linear.forward_product(kind, frozen, x, h, up.t())
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, A and B."""
         x, h, down, up, token_keys, module_key, *frozen = ctx.saved_tensors
         dh, dx = dy @ up, None
         if token_keys is None:
             dropped = x
             if ctx.needs_input_grad[0]:
-                dx = Frozen.backward_onto(ctx.kind, frozen, dy, dh, down)
+                dx = frozen_linear.backward_product(ctx.kind, frozen, dy, dh, down)
         else:
             keep = keep_mask(token_keys, module_key, x.shape[1], ctx.keep_from)
             dropped = dropout(x, keep, ctx.keep_from)
             if ctx.needs_input_grad[0]:
-                dx = Frozen.backward_added(ctx.kind, frozen, dy, dropout(dh @ down, keep, ctx.keep_from))
+                update = dropout(dh @ down, keep, ctx.keep_from)
+                dx = frozen_linear.backward_product_onto(update, ctx.kind, frozen, dy)
         return (dx, dh.t() @ dropped, dy.t() @ h, None, None, None, None, *[None] * len(frozen))
 
 
@@ -108,24 +135,28 @@ def dropout(x: Tensor, keep: Tensor, keep_from: int) -> Tensor:
     return torch.where(keep, x * (65536 / (65536 - keep_from)), 0).to(x.dtype)
 
 
-def accelerate_loras(model: Any, dtype: torch.dtype) -> list[FastForward]:
-    """Give peft's plain LoRA linears of a model the fast passes; the rest stays as it is.
+def accelerate_loras(model: torch.nn.Module, dtype: torch.dtype) -> list[FastLora]:
+    """Give peft's plain LoRA linear layers of a model the fast passes, and leave all other modules unchanged.
 
     Args:
         model: peft's model.
-        dtype: in which the base computes. A base in another dtype is autocast's matter, and left alone.
+        dtype: in which the base computes. A base in another dtype needs autocast, and is left alone.
+
+    Returns:
+        the layers that were changed.
     """
-    changed: list[FastForward] = []
+    changed: list[FastLora] = []
     for name, module in model.named_modules():
-        frozen = _plain(module, dtype)
+        frozen = _frozen_weight(module, dtype)
         if frozen is None:
             continue
-        adapter = module.active_adapters[0]
-        rate = getattr(module.lora_dropout[adapter], "p", 0.0)
-        module.__class__ = _fast_class(cast(Any, type(module)))
-        module.frozen, module.adapter, module.keep_from = frozen, adapter, round(rate * 65536)
-        device = next(module.lora_A.parameters()).device
-        # A tensor, not a number: compiled code is shared by all layers.
+        peft_class: type[torch.nn.Module] = type(module)
+        module.__class__ = _fast_class(peft_class)  # type: ignore[arg-type]
+        assert isinstance(module, FastLora)
+        module.adapter, module.frozen = module.active_adapters[0], frozen
+        module.keep_from = round(getattr(module.lora_dropout[module.adapter], "p", 0.0) * 65536)
+        device = module.lora_A[module.adapter].weight.device
+        # A tensor, not a number, because all layers share the compiled code.
         key = torch.tensor(zlib.crc32(name.encode()) - 2**31, dtype=torch.int32, device=device)
         module.register_buffer("module_key", key, persistent=False)
         module.register_buffer("token_keys", None, persistent=False)
@@ -134,21 +165,21 @@ def accelerate_loras(model: Any, dtype: torch.dtype) -> list[FastForward]:
 
 
 @cache
-def _fast_class(cls: Any) -> type:
-    return type(f"Fast{cls.__name__}", (FastForward, cls), {})
+def _fast_class(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    return type(f"Fast{cls.__name__}", (FastLora, cls), {})
 
 
-def to_fp8(loras: list[Any]) -> None:
-    """Put the frozen weights of dense modules into e4m3, and let go of the originals one by one."""
+def to_fp8(loras: Sequence[FastLora]) -> None:
+    """Put the frozen weights of dense layers into e4m3, and free the originals one by one."""
     for module in loras:
         if module.frozen.kind == "dense":
-            module.frozen = fp8(module.base_layer)
+            module.frozen = frozen_linear.fp8(module.base_layer)
             shape = module.base_layer.weight.shape
             module.base_layer.weight = torch.nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
 
 
-def _plain(module: Any, dtype: torch.dtype) -> Frozen | None:
-    """Return a module's frozen weight if it is peft's plain LoRA over it, and None if it is anything else."""
+def _frozen_weight(module: torch.nn.Module, dtype: torch.dtype) -> FrozenWeight | None:
+    """Return a module's frozen weight if it is peft's plain LoRA layer, and None if it is anything else."""
     from peft.tuners.lora.layer import LoraLayer
 
     if not isinstance(module, LoraLayer) or len(getattr(module, "active_adapters", [])) != 1:
@@ -159,12 +190,12 @@ def _plain(module: Any, dtype: torch.dtype) -> Frozen | None:
     if type(module) is PeftLinear and not module.fan_in_fan_out:
         base = module.base_layer
         if type(base) is torch.nn.Linear and not base.weight.requires_grad and base.weight.dtype == dtype:
-            return dense(base)
+            return frozen_linear.dense(base)
         return None
-    return nf4(module.base_layer, dtype) if type(module).__name__ == "Linear4bit" else None
+    return frozen_linear.nf4(module.base_layer, dtype) if type(module).__name__ == "Linear4bit" else None
 
 
-def set_token_keys(loras: list[FastForward], keys: Tensor | None) -> None:
-    """Tell every module which tokens come next."""
+def set_token_keys(loras: Sequence[FastLora], keys: Tensor | None) -> None:
+    """Give every layer the keys of the tokens that come next, for its dropout masks."""
     for module in loras:
-        module.token_keys = keys  # type: ignore[assignment]
+        module.token_keys = keys

@@ -1,27 +1,30 @@
-"""The loss at learned positions alone: the head is applied to a chunk of them at a time, and its gradient made on the way.
+"""The loss at the learned positions only. The head is applied to a chunk of them at a time, with its gradient.
 
-A vocabulary's width of logits for every position would be gigabytes; trl's own loss computes entropy and best token
-beside -log p, which takes as long again.
+Logits of the whole vocabulary for every position would take gigabytes. trl's own loss also computes the entropy and the
+best token, which takes as long again.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 1024  # positions whose logits are in memory at a time
 
 
+class _Context(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]
+
+
 class FrozenHeadLoss(torch.autograd.Function):
     """Sum of -log p of the targets under a head that is not trained. Hidden states [n, width], targets [n]."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        """Return the sum in fp32, and keep the gradient of the hidden states."""
+    def forward(ctx: _Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        """Return the sum in fp32, and save the gradient of the hidden states."""
         gradient = torch.empty_like(hidden)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for at in range(0, len(hidden), CHUNK):
@@ -34,14 +37,15 @@ class FrozenHeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, up: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: _Context, up: Tensor) -> tuple[Tensor, None, None, None]:
         """Return the gradient of the hidden states."""
         (gradient,) = ctx.saved_tensors
-        return (gradient.float() * up).to(gradient.dtype), None, None, None  # fp16's loss scale does not fit fp16
+        # In float, because fp16's loss scale does not fit into fp16.
+        return (gradient.float() * up).to(gradient.dtype), None, None, None
 
 
 def nll_and_slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of -log p in fp32, and its derivative by the logits in their dtype."""
+    """Return the sum of -log p in fp32, and its derivative with respect to the logits in their dtype."""
     wide = logits.float()
     log_p = wide - wide.logsumexp(-1, keepdim=True)
     chosen = targets[:, None]
@@ -51,12 +55,12 @@ def nll_and_slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, slope.to(logits.dtype)
 
 
-def head_loss(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+def head_loss(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """Return the sum of -log p of targets [n] given hidden states [n, width], in fp32."""
-    plain = type(head) is torch.nn.Linear and not head.weight.requires_grad and head.weight.dtype == hidden.dtype
     learning = torch.is_grad_enabled() and hidden.requires_grad
-    if plain and learning and not torch.is_autocast_enabled(hidden.device.type):
-        return FrozenHeadLoss.apply(hidden, head.weight, head.bias, targets)
+    if learning and _is_frozen_linear(head, hidden.dtype) and not torch.is_autocast_enabled(hidden.device.type):
+        loss: Tensor = FrozenHeadLoss.apply(hidden, head.weight, head.bias, targets)  # type: ignore[no-untyped-call]
+        return loss
 
     def part(states: Tensor, wanted: Tensor) -> Tensor:
         return cross_entropy(head(states).float(), wanted, reduction="sum")
@@ -66,5 +70,9 @@ def head_loss(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     chunks = [(hidden[i : i + CHUNK], targets[i : i + CHUNK]) for i in range(0, len(hidden), CHUNK)]
     if not learning:
         return torch.stack([part(*chunk) for chunk in chunks]).sum()
-    # The head is trained, or another module: compute the logits twice rather than keep them.
+    # The head is trained, or is another kind of module: compute the logits twice rather than keep them.
     return torch.stack([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+
+def _is_frozen_linear(head: torch.nn.Module, dtype: torch.dtype) -> bool:
+    return type(head) is torch.nn.Linear and not head.weight.requires_grad and head.weight.dtype == dtype

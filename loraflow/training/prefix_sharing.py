@@ -1,101 +1,101 @@
-"""What the documents of a micro-batch begin with, computed once: a system prompt that all chats share, most often.
+"""Compute what the documents of a micro-batch begin with only once: a system prompt that all chats share, most often.
 
-The prefix and the rests of the documents lie end to end in one row; a token of a rest sees the prefix and its own rest
-before it. Without dropout every document's prefix is the same numbers, so that loss and gradients are those of whole
-documents, and there is no padding. The mask is dense, therefore it has to pay.
+The prefix and the rests of the documents lie end to end in one row. A token of a rest sees the prefix and what is before
+it in its own rest. Without dropout, the prefix has the same activations in every document, so loss and gradients are
+those of whole documents, and there is no padding. The mask is dense, so sharing is used only where it saves arithmetic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
+from loraflow.data.common_prefix import common_prefix_length
 from loraflow.data.loss_mask import IGNORED
-from loraflow.training.memory import Shape
+from loraflow.data.token_rows import Document
+from loraflow.training.collation import MicroBatch
+from loraflow.training.memory import ModelShape
 
-WORTH = 0.95  # of the arithmetic of padded rows
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MAX_COST = 0.95  # of the arithmetic of padded rows
 
 
 @dataclass(frozen=True)
-class Sharing:
-    """What arithmetic costs in a layer."""
+class PrefixSharing:
+    """The arithmetic of one layer of a model, by which sharing is weighed against padding."""
 
-    token: int  # a token: weights of the layer's projections
-    pair: int  # a token that looks at a token: numbers of queries and of what they take up
+    per_token: int  # weights of the layer's projections
+    per_pair: int  # for a token that looks at a token: numbers of the queries and of the values
 
     @classmethod
-    def of(cls, shape: Shape) -> Sharing:
+    def of(cls, shape: ModelShape) -> PrefixSharing:
         """Return the costs of a model."""
         return cls(shape.linear_weights // shape.layers, 2 * shape.heads * shape.head_dim)
 
-    def prefix(self, documents: list[np.ndarray]) -> int:
+    def shared_length(self, documents: Sequence[NDArray[np.integer]]) -> int:
         """Return how many ids the documents should share, 0 where padded rows are as cheap."""
         lengths = [len(ids) for ids in documents]
-        most = min(lengths)
-        head = np.stack([ids[:most] for ids in documents])
-        apart = np.flatnonzero((head != head[0]).any(0))
-        prefix = int(apart[0]) if len(apart) else most
+        prefix = common_prefix_length(documents)
         line = prefix + sum(lengths) - prefix * len(lengths)
         grid = len(lengths) * max(lengths)
-        cheap = self._cost(line, line * line) < WORTH * self._cost(grid, grid * max(lengths))
-        return prefix if prefix and cheap else 0
+        is_cheaper = self._cost(line, line * line) < MAX_COST * self._cost(grid, grid * max(lengths))
+        return prefix if prefix and is_cheaper else 0
 
     def _cost(self, tokens: int, pairs: int) -> int:
-        return tokens * self.token + pairs * self.pair
+        return tokens * self.per_token + pairs * self.per_pair
 
 
-def obstacle(model: Any, longest: int) -> str:
+def obstacle(model: PreTrainedModel, longest: int) -> str:
     """Return why documents of a model cannot share what they begin with; empty if they can.
 
     Args:
         model: with its adapter.
         longest: tokens of the longest document.
     """
-    import torch
-
     from loraflow.base.load import sees_all_before
 
     if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
         return "dropout differs from row to row"
     if getattr(model.config, "rope_parameters", None) is None or getattr(model.config, "alibi", False):
-        return "positions are not told by rotary angles"
+        return "positions are not given by rotary embeddings"
     if getattr(model.config, "_attn_implementation", None) != "sdpa":
-        return "attention takes no mask of ours"
-    return "" if sees_all_before(model, longest) else "the model does not see all tokens before one, and only these"
+        return "the attention kernel takes no custom mask"
+    return "" if sees_all_before(model, longest) else "a token does not see exactly the tokens before it"
 
 
-def shared(documents: list[tuple[np.ndarray, np.ndarray]], prefix: int) -> dict[str, Any]:
+def share_prefix(documents: Sequence[Document], prefix: int) -> MicroBatch:
     """Return a prefix and the rests of documents in one row.
+
+    The attention mask is bool [1, 1, tokens, tokens], what each token sees. A position that predicts a learned token in
+    several documents is in `loss_index` as often.
 
     Args:
         documents: ids and labels of each; all begin with the same ids.
         prefix: how many these are.
-
-    Returns:
-        input_ids and position_ids [1, tokens]; attention_mask bool [1, 1, tokens, tokens], what each token sees;
-        loss_index and targets [learned], the positions that predict a learned token, and that token. A position that
-        predicts one in several documents is there as often.
     """
-    import torch
-
     rests = [len(ids) - prefix for ids, _ in documents]
     begins = prefix + np.cumsum([0, *rests])[:-1]
     ids = np.concatenate([documents[0][0][:prefix], *(ids[prefix:] for ids, _ in documents)]).astype(np.int64)
     positions = np.concatenate([np.arange(prefix), *(np.arange(prefix, prefix + rest) for rest in rests)])
-    owner = np.repeat(np.arange(len(documents) + 1), [prefix, *rests])
+    owner = torch.from_numpy(np.repeat(np.arange(len(documents) + 1), [prefix, *rests]))
     index, targets = [], []
     for begin, (_, labels) in zip(begins, documents, strict=True):
         learned = np.flatnonzero(labels[1:] != IGNORED)
         index.append(np.where(learned < prefix, learned, learned - prefix + begin))
         targets.append(labels[1:][learned].astype(np.int64))
-    of, at = torch.from_numpy(owner), torch.arange(len(ids))
-    sees = (at[:, None] >= at) & ((of[:, None] == of) | (of == 0))
+    position = torch.arange(len(ids))
+    visible = (position[:, None] >= position) & ((owner[:, None] == owner) | (owner == 0))
     return {
         "input_ids": torch.from_numpy(ids)[None],
         "position_ids": torch.from_numpy(positions)[None],
-        "attention_mask": sees[None, None],
+        "attention_mask": visible[None, None],
         "loss_index": torch.from_numpy(np.concatenate(index)),
         "targets": torch.from_numpy(np.concatenate(targets)),
     }

@@ -1,23 +1,29 @@
-"""A frozen base that several devices hold together: each has a part of every layer's weights, and asks for the rest.
+"""A frozen base that is sharded over several devices: each holds a part of every layer's weights and gathers the rest.
 
-What is trained stays whole on each device: an adapter is a hundredth of its base, and its files, checkpoints and
-optimizer are those of one device. Frozen weights have no gradients, so that gathering a layer before it computes is
-all there is to do. By torch's FSDP2 (`fully_shard`), https://arxiv.org/abs/2304.11277.
+What is trained stays whole on each device. An adapter is a hundredth of its base, and its files, checkpoints and
+optimizer stay those of a single device. Frozen weights have no gradients, so gathering a layer before it computes is all
+there is to do. Uses torch's FSDP2 (`fully_shard`), https://arxiv.org/abs/2304.11277.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+import torch
 
 from loraflow.config.stage_configs import TrainConfig
 from loraflow.failures import BadConfig
+from loraflow.hardware.device import Device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def refuse(config: TrainConfig, engine: str) -> None:
-    """Refuse what does not go with a sharded base.
+def refuse_unshardable(config: TrainConfig, engine: str) -> None:
+    """Refuse what cannot be combined with a sharded base.
 
     Raises:
-        BadConfig: packed weights, layers that are not peft's plain ones, or the stock engine.
+        BadConfig: packed weights, layers other than peft's plain ones, or the stock engine.
     """
     if config.base.quantization:
         got, step = f"base.quantization: {config.base.quantization}", "set base.quantization to null"
@@ -34,39 +40,47 @@ def refuse(config: TrainConfig, engine: str) -> None:
     else:
         return
     raise BadConfig(
-        "A base that devices hold together goes with plain LoRA on 16- or 32-bit weights, and the fast engine.",
-        where="runtime.shard_base", got=got, next_step=f"{step}, or runtime.shard_base to off",
-    )  # fmt: skip
+        "A sharded base works only with plain LoRA on 16- or 32-bit weights, and with the fast engine.",
+        where="runtime.shard_base",
+        got=got,
+        next_step=f"{step}, or set runtime.shard_base to off",
+    )
 
 
-def shard(model: Any, device: str, devices: int) -> Any:
-    """Spread the weights of a model's layers over all devices, layer by layer, and put the rest on this one.
+def shard(model: PreTrainedModel, device: Device, devices: int) -> PreTrainedModel:
+    """Shard the weights of a model's layers over all devices, layer by layer, and copy the rest to this one.
 
     Args:
-        model: without adapters, in the main memory; nothing of it is trained.
-        device: cpu or cuda, this process's being current.
+        model: without adapters, in main memory; nothing of it is trained.
+        device: cpu or cuda, the current device of this process.
         devices: how many there are.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    decoder = model.get_decoder()
+    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
     mesh = init_device_mesh(device, (devices,))
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     # The root shares streams among the layers, so that the next one is gathered while this one computes.
-    spread = {id(parameter) for layer in decoder.layers for parameter in layer.parameters()}
-    whole = {parameter for parameter in decoder.parameters() if id(parameter) not in spread}
+    sharded = {id(parameter) for layer in decoder.layers for parameter in layer.parameters()}
+    whole = {parameter for parameter in decoder.parameters() if id(parameter) not in sharded}
     fully_shard(decoder, mesh=mesh, ignored_params=whole)
-    return model.to(device)
+    placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+    return placed
 
 
-def held(model: Any) -> dict[str, int]:
-    """Return the bytes of a model's frozen weights on this device, `frozen_bytes`; `whole_bytes`: those all devices have."""
+def frozen_bytes(model: torch.nn.Module) -> tuple[int, int]:
+    """Return the bytes of a model's frozen weights on this device, and of those among them that every device holds."""
     from torch.distributed.tensor import DTensor
 
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.device.type != "meta"]
-    parts = [(p.to_local() if (shared := isinstance(p, DTensor)) else p, shared) for p in frozen]
-    sizes = [(one.numel() * one.element_size(), shared) for one, shared in parts]
-    return {"frozen_bytes": sum(n for n, _ in sizes), "whole_bytes": sum(n for n, shared in sizes if not shared)}
+    total = unsharded = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad or parameter.device.type == "meta":
+            continue
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        size = local.numel() * local.element_size()
+        total += size
+        unsharded += 0 if isinstance(parameter, DTensor) else size
+    return total, unsharded

@@ -1,116 +1,170 @@
 """trl's SFTTrainer, given rows in our order. `runtime.engine` chooses between two:
 
-- stock: plain trl and peft, a padded or packed grid at a time, trl's own loss.
-- fast: an optimizer step is one item of the dataset; its micro-batches, the loss at learned positions alone, LoRA's
-  passes, compiled layers and the sum over devices are ours. A test keeps the two equal.
+- stock: plain trl and peft, one padded or packed grid at a time, with trl's own loss.
+- fast: one optimizer step is one item of the dataset. Its micro-batches, the loss at learned positions only, LoRA's
+  passes, compiled layers and the sum over devices are ours. A test checks that both give the same results.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from loraflow.hardware.group import Group
-from loraflow.training.batches import Collator, Steps
-from loraflow.training.callbacks import Stopper
-from loraflow.training.lora_kernels import set_token_keys
+from loraflow.hardware.process_group import ProcessGroup
+from loraflow.training.batches import StepDataset, StepItem
+from loraflow.training.callbacks import PreemptionHandler
+from loraflow.training.collation import MicroBatch, RowCollator
+from loraflow.training.layers import CompiledLayer
+from loraflow.training.lora_kernels import FastLora, set_token_keys
 from loraflow.training.loss_head import head_loss
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from trl import SFTConfig
+
+    from loraflow.training.choices import EngineChoices
+    from loraflow.training.out_of_memory import MicroBatchSize
+
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
-class RatedTrainer(SFTTrainer):
-    """SFTTrainer with LoRA+'s learning rates where the recipe has them: (ratio of B's to A's, embeddings' own)."""
+class LoraPlusTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer with LoRA+'s learning rates, if they are set: (ratio of B's to A's, rate of embeddings)."""
 
     loraplus: tuple[float, float] | None = None
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Return the optimizer."""
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if fresh and self.loraplus is not None:
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the optimizer, and set LoRA+'s learning rates when it is first created."""
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if is_new and self.loraplus is not None:
             from loraflow.adapters.variants import loraplus
 
             loraplus(optimizer, self.model if model is None else model, *self.loraplus)
         return optimizer
 
 
-class StockTrainer(RatedTrainer):
-    """SFTTrainer over row numbers: the collator fetches the tokens, the sampler keeps the order that it is given."""
-
-    def __init__(self, *, train_rows: np.ndarray, validation_rows: int, collator: Collator, **options: Any):
-        super().__init__(
-            train_dataset=_numbers(len(train_rows), row=train_rows.tolist()),
-            eval_dataset=_numbers(
-                validation_rows, row=list(range(validation_rows)), validation=[True] * validation_rows
-            ),
-            data_collator=collator,
-            **options,
-        )
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
-
-
-def _numbers(count: int, **columns: list[Any]) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_dict(columns) if count else None
-
-
-class FastTrainer(RatedTrainer):
-    """SFTTrainer that takes a whole optimizer step at a time.
+class StockTrainer(LoraPlusTrainer):
+    """SFTTrainer over row numbers: the collator fetches the tokens, and the sampler keeps the given order.
 
     Args:
-        steps: what to train on.
-        validation: what to measure on, in the same form; none measures nothing.
-        group: the devices that train together.
-        stopper: knows whether this process was asked to end.
-        autocast: dtype of autocast, where the base's own is not the one to compute in.
-        options: SFTTrainer's.
+        train_rows: row numbers in the order of training.
+        validation_rows: how many validation rows there are.
+        collator: returns the tokens of row numbers.
+        model: transformers' or loralib's, without peft's adapter.
+        args: see SFTTrainer, down to `callbacks`.
+        processing_class: the tokenizer.
+        peft_config: of the adapter; None if the model has its own.
+        callbacks: of the trainer.
     """
 
     def __init__(
         self,
         *,
-        steps: Steps,
-        validation: Steps | None,
-        group: Group,
-        stopper: Stopper,
-        autocast: torch.dtype | None = None,
-        **options: Any,
+        train_rows: NDArray[np.int64],
+        validation_rows: int,
+        collator: RowCollator,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        processing_class: PreTrainedTokenizerBase,
+        peft_config: LoraConfig | None,
+        callbacks: list[TrainerCallback],
+    ):
+        validation = list(range(validation_rows))
+        super().__init__(
+            train_dataset=_dataset({"row": train_rows.tolist()}),
+            eval_dataset=_dataset({"row": validation, "validation": [True] * validation_rows}),
+            data_collator=collator,
+            model=model,
+            args=args,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+        )
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+
+def _dataset(columns: Mapping[str, Sequence[int]]) -> Dataset | None:
+    """Return the columns as a dataset; None if they are empty."""
+    from datasets import Dataset
+
+    return Dataset.from_dict(columns) if len(columns["row"]) else None
+
+
+class FastTrainer(LoraPlusTrainer):
+    """SFTTrainer that takes a whole optimizer step at a time.
+
+    Args:
+        steps: what to train on.
+        validation: what to measure, in the same form; None measures nothing.
+        group: the processes that train together.
+        preemption: knows whether this process was asked to stop.
+        autocast: dtype of autocast, if the base's own is not the one to compute in.
+        model: see StockTrainer, down to `callbacks`.
+        args: of the trainer.
+        processing_class: the tokenizer.
+        peft_config: of the adapter.
+        callbacks: of the trainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: StepDataset,
+        validation: StepDataset | None,
+        group: ProcessGroup,
+        preemption: PreemptionHandler,
+        autocast: torch.dtype | None,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        processing_class: PreTrainedTokenizerBase,
+        peft_config: LoraConfig | None,
+        callbacks: list[TrainerCallback],
     ):
         super().__init__(
-            train_dataset=_numbers(len(steps), row=list(range(len(steps)))),
-            eval_dataset=_numbers(len(validation or ()), row=list(range(len(validation or ())))),
+            train_dataset=_dataset({"row": list(range(len(steps)))}),
+            eval_dataset=_dataset({"row": list(range(len(validation) if validation is not None else 0))}),
             data_collator=_only,
-            **options,
+            model=model,
+            args=args,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
         )
-        self.steps, self.validation, self.group, self.stopper = steps, validation, group, stopper
+        self.steps, self.validation, self.group, self.preemption = steps, validation, group, preemption
         self.autocast_dtype = autocast
-        peft = getattr(self.model, "get_base_model", None)
-        causal = peft() if peft is not None else self.model
-        self.decoder, self.head = causal.get_decoder(), causal.get_output_embeddings()
-        self.embed = causal.get_input_embeddings()
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.loras: list[Any] = []  # modules that want to know which tokens come next
-        self.compiled: list[tuple[Any, Any]] = []  # layers, with their forward as it was
-        self._asked: torch.Tensor | None = None  # how many devices were asked to end, one step ago
+        get_base_model = getattr(self.model, "get_base_model", None)
+        causal: PreTrainedModel = self.model if get_base_model is None else get_base_model()
+        self.decoder: PreTrainedModel = causal.get_decoder()  # type: ignore[no-untyped-call]
+        self.head: torch.nn.Module = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.embed: torch.nn.Module = causal.get_input_embeddings()
+        self.trained: list[torch.nn.Parameter] = [p for p in self.model.parameters() if p.requires_grad]
+        self.loras: list[FastLora] = []  # layers that need the keys of the tokens that come next
+        self.compiled_layers: list[CompiledLayer] = []
+        self._stop_requests: Tensor | None = None  # how many processes were asked to stop, one step ago
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[StepItem]:
         """Return the steps, in their order, the same number on every device."""
         workers = self.args.dataloader_num_workers
         return DataLoader(
-            self.steps,  # type: ignore[arg-type]
+            self.steps,
             batch_size=1,
             collate_fn=_only,
             num_workers=workers,
@@ -118,126 +172,112 @@ class FastTrainer(RatedTrainer):
             pin_memory=self.args.device.type == "cuda",
         )
 
-    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+    def _wrap_model(
+        self, model: torch.nn.Module, training: bool = True, dataloader: DataLoader[StepItem] | None = None
+    ) -> torch.nn.Module:
         # Anything but the model itself keeps accelerate from wrapping it: no DDP, no autocast around the whole.
-        return _Bare(model) if training and model is self.model else model
+        return _Unwrapped(model) if training and model is self.model else model
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(
+        self, model: torch.nn.Module, inputs: StepItem, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Run a step's micro-batches forward and backward; return its loss, the mean -log p over learned tokens."""
-        if not self.decoder.training:  # it was loaded for evaluation; peft's wrapper around it says nothing of that
+        if not self.decoder.training:  # the base was loaded for evaluation; peft's wrapper does not show it
             self.model.train()
         total = torch.zeros((), device=self.args.device)
         with self.maybe_activation_offload_context:
             for micro in inputs["micro"]:
-                loss = self._compiled_or_not(micro) / max(1, inputs["learned"])
+                loss = self.micro_batch_loss(micro) / max(1, inputs["learned"])
                 self.accelerator.backward(loss)
                 total += loss.detach()
         if self.group.size > 1:
-            asked = torch.tensor(float(self.stopper.asked), device=total.device)
-            total, asked = self.group.sum_up(self.trained, total, asked)
-            # Read a step late: the device is done with it, so that nothing waits, and all devices end at the same step.
-            self.stopper.asked = self._asked is not None and float(self._asked) > 0
-            self._asked = asked
+            stop_requests = torch.tensor(float(self.preemption.is_requested), device=total.device)
+            total, stop_requests = self.group.all_reduce_gradients(self.trained, total, stop_requests)
+            # Read one step late. The device is done with it by then, so nothing waits, and all stop at the same step.
+            self.preemption.is_requested = self._stop_requests is not None and float(self._stop_requests) > 0
+            self._stop_requests = stop_requests
         self._total_train_tokens += inputs["tokens"]
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return total
 
-    def _compiled_or_not(self, micro: dict[str, Any]) -> torch.Tensor:
-        """Return a micro-batch's loss; when the compiler fails, say so and go on without it."""
+    def micro_batch_loss(self, micro: MicroBatch) -> Tensor:
+        """Return a micro-batch's `nll`. If the compiler fails, log it and continue without compiled layers."""
         try:
             return self.nll(micro)
         except Exception as error:
-            if not self.compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            if not self.compiled_layers or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
-            log.warning("compiling failed, and is left out: %s: %s", type(error).__name__, str(error)[:500])
-            for layer, plain in self.compiled:
-                again = layer.forward.__closure__ is not None and layer.forward.__name__ == "recomputed"
-                layer.forward = _twice(layer, plain, True) if again else plain
-            self.compiled = []
+            log.warning(
+                "compiling failed; training continues without it: %s: %s", type(error).__name__, str(error)[:500]
+            )
+            for compiled in self.compiled_layers:
+                compiled.undo()
+            self.compiled_layers = []
             return self.nll(micro)
 
-    def nll(self, micro: dict[str, Any]) -> torch.Tensor:
+    def nll(self, micro: MicroBatch) -> Tensor:
         """Return the sum of -log p over a micro-batch's learned tokens."""
         device = self.args.device
-        batch = {
-            key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-            for key, value in micro.items()
+        tensors = {
+            key: value.to(device, non_blocking=True) for key, value in micro.items() if isinstance(value, Tensor)
         }
-        set_token_keys(self.loras, batch.pop("token_keys", None))
-        index, targets = batch.pop("loss_index"), batch.pop("targets")
-        with self._precision():
-            embedded = self.embed(batch.pop("input_ids"))
-            if self.compiled and self.decoder.training and not embedded.requires_grad:
+        lengths = {key: value for key, value in micro.items() if isinstance(value, int)}
+        set_token_keys(self.loras, tensors.pop("token_keys", None))
+        index, targets = tensors.pop("loss_index"), tensors.pop("targets")
+        with self._autocast():
+            embedded = self.embed(tensors.pop("input_ids"))
+            if self.compiled_layers and self.decoder.training and not embedded.requires_grad:
                 embedded.requires_grad_()  # the first layer then needs the same code as the others
-            hidden = self.decoder(inputs_embeds=embedded, **{"attention_mask": None, **batch}, use_cache=False)
+            inputs = {"attention_mask": None, **tensors, **lengths}
+            hidden = self.decoder(inputs_embeds=embedded, **inputs, use_cache=False)
             states = hidden.last_hidden_state.flatten(0, 1).index_select(0, index)
             return head_loss(self.head, states, targets)
 
-    def _precision(self) -> Any:
+    def _autocast(self) -> torch.autocast | contextlib.nullcontext[None]:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.args.device.type, self.autocast_dtype)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[StepItem],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """Measure the mean -log p over the learned tokens of the validation rows."""
         assert self.validation is not None
         self.model.eval()
         total, learned = torch.zeros((), device=self.args.device), 0
         with torch.no_grad():
-            for item in self._validation_items():
-                total += sum(self.nll(micro) for micro in item["micro"])
+            for item in self.validation:
+                total += sum((self.nll(micro) for micro in item["micro"]), torch.zeros_like(total))
                 learned += item["learned"]
         if self.group.size > 1:
-            (total,) = self.group.sum_up([], total)
+            (total,) = self.group.all_reduce_gradients([], total)
         metrics = {f"{metric_key_prefix}_loss": float(total) / max(1, learned)}
         return EvalLoopOutput(None, None, metrics, len(self.validation.rows))  # type: ignore[arg-type]
 
-    def _validation_items(self) -> Iterator[dict[str, Any]]:
-        assert self.validation is not None
-        return (self.validation[i] for i in range(len(self.validation)))
+
+@dataclass(frozen=True)
+class BuiltTrainer:
+    """A trainer that is ready to train, and what the end of the stage needs to know of it."""
+
+    trainer: FastTrainer | StockTrainer
+    choices: EngineChoices
+    micro_batch: MicroBatchSize
+    initial: dict[str, Tensor]  # see `initialise_adapter`
 
 
-class _Bare(torch.nn.Module):
-    """A model as it is, under a name of its own."""
+class _Unwrapped(torch.nn.Module):
+    """A model, in a module of its own."""
 
-    def __init__(self, module: Any):
+    def __init__(self, module: torch.nn.Module):
         super().__init__()
         self.module = module
 
 
-def _only(items: list[Any]) -> Any:
+def _only(items: list[T]) -> T:
     (item,) = items
     return item
-
-
-def prepare_layers(trainer: FastTrainer, *, compiled: bool, recomputed: float) -> int:
-    """Compile each decoder layer by itself, and let a share of them compute their activations twice.
-
-    With fixed shapes one graph serves all layers. Recomputing stands around the compiled code: inside of it, what our
-    own passes keep would be kept all the same.
-
-    Returns:
-        how many layers are compiled.
-    """
-    layers = list(getattr(trainer.decoder, "layers", []))
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    draws = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in trainer.decoder.modules())
-    for i, layer in enumerate(layers):
-        plain = layer.forward
-        forward = torch.compile(plain, fullgraph=True, dynamic=False) if compiled else plain
-        if compiled:
-            trainer.compiled.append((layer, plain))
-        # Spread over the depth: which layers they are makes no difference to memory or time.
-        if int((i + 1) * recomputed) > int(i * recomputed):
-            forward = _twice(layer, forward, draws)
-        layer.forward = forward
-    return len(trainer.compiled)
-
-
-def _twice(layer: Any, forward: Any, draws: bool) -> Any:
-    def recomputed(*args: Any, **options: Any) -> Any:
-        if not (layer.training and torch.is_grad_enabled()):
-            return forward(*args, **options)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=draws, **options)
-
-    return recomputed

@@ -46,10 +46,11 @@ runtime: {{store: {store}, device: cuda}}
 
 
 def walk(folder: Path, base: Path, steps: int, checkpointing: bool = False, **overrides):
-    """Run data to scores; return (the walker, refs by stage, seconds by stage)."""
-    from loraflow.execution.direct import Direct
-
+    """Run all stages up to the scores; return (the store, refs by stage, seconds by stage)."""
     from loraflow.config import parse_recipe
+    from loraflow.execution.runner import run_stage
+    from loraflow.execution.workspace import Workspace
+    from loraflow.stages import STAGES
     from tests.conftest import chat
 
     data = folder / "data"
@@ -59,12 +60,12 @@ def walk(folder: Path, base: Path, steps: int, checkpointing: bool = False, **ov
     text = RECIPE.format(
         data=data, base=base, store=folder / "store", steps=steps, checkpointing=str(checkpointing).lower()
     )
-    direct = Direct(parse_recipe(text, overrides=overrides))
+    workspace = Workspace(parse_recipe(text, overrides=overrides))
     refs, seconds = {}, {}
 
     def stage(name, **inputs):
         started = time.perf_counter()
-        refs[name] = direct.stage(name, **inputs)
+        refs[name] = run_stage(workspace, STAGES[name], **inputs)
         seconds[name] = round(time.perf_counter() - started, 1)
         print(f"{name}: {seconds[name]} s", flush=True)
         return refs[name]
@@ -75,11 +76,11 @@ def walk(folder: Path, base: Path, steps: int, checkpointing: bool = False, **ov
     merged = stage("merge", base=resolved, adapter=adapter)
     stage("verify", base=resolved, adapter=adapter, merged=merged, rows=rows)
     stage("evaluate", model=merged, rows=rows)
-    return direct, refs, seconds
+    return workspace.store, refs, seconds
 
 
-def losses(direct, refs) -> list[float]:
-    curve = direct.jobs.store.path(refs["train"]) / "telemetry" / "curves.jsonl"
+def losses(store, refs) -> list[float]:
+    curve = store.path(refs["train"]) / "telemetry" / "curves.jsonl"
     return [row["loss"] for line in curve.read_text().splitlines() if "loss" in (row := json.loads(line))]
 
 
@@ -91,14 +92,14 @@ def tiny(tmp_path_factory):
 
 
 def test_all_heavy_stages_run_on_the_gpu_and_agree_with_the_stock_engine(tmp_path, tiny):
-    direct, refs, _ = walk(tmp_path / "fast", tiny, 12)
-    fast = losses(direct, refs)
+    store, refs, _ = walk(tmp_path / "fast", tiny, 12)
+    fast = losses(store, refs)
     stock = losses(*walk(tmp_path / "stock", tiny, 12, **{"runtime.engine": "stock"})[:2])
     assert fast == pytest.approx(stock, rel=0.02), "bf16 on both sides"
     assert fast[-1] < fast[0]
-    figures = direct.jobs.store.manifest(refs["verify"]).figures
+    figures = store.manifest(refs["verify"]).figures
     assert figures["mean_kl"] < 0.05
-    assert 0 <= direct.jobs.store.manifest(refs["evaluate"]).figures["heldout.exact_match"] <= 1
+    assert 0 <= store.manifest(refs["evaluate"]).figures["heldout.exact_match"] <= 1
 
 
 def test_the_gpu_gives_what_the_cpu_gives(tmp_path, tiny):
@@ -127,14 +128,14 @@ def test_phi3_mini_in_its_own_size_trains_merges_and_answers(tmp_path, capsys):
     model.save_pretrained(base)
     del model
     torch.cuda.empty_cache()
-    direct, refs, seconds = walk(tmp_path, base, 20, checkpointing=True, **{"training_config.learning_rate": 1e-4})
-    manifest = direct.jobs.store.manifest(refs["train"])
+    store, refs, seconds = walk(tmp_path, base, 20, checkpointing=True, **{"training_config.learning_rate": 1e-4})
+    manifest = store.manifest(refs["train"])
     assert manifest.figures["trainable_parameters"] == 25_165_824
-    assert len(losses(direct, refs)) == 20
+    assert len(losses(store, refs)) == 20
     with capsys.disabled():
         print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, {manifest.provenance['versions']}")
-        print(f"seconds by stage: {seconds}; losses {losses(direct, refs)[0]} → {losses(direct, refs)[-1]}")
-        print(f"verify: {direct.jobs.store.manifest(refs['verify']).figures}")
+        print(f"seconds by stage: {seconds}; losses {losses(store, refs)[0]} → {losses(store, refs)[-1]}")
+        print(f"verify: {store.manifest(refs['verify']).figures}")
 
 
 @pytest.mark.parametrize("window", [None, 100])
@@ -143,11 +144,12 @@ def test_phi3_mini_in_its_own_size_trains_merges_and_answers(tmp_path, capsys):
 def test_attention_is_that_of_each_document_alone_in_fp32(wanted, kv_heads, window):
     from transformers import Phi3Config
 
+    from loraflow.config import Runtime
     from loraflow.training import attention
 
     config = Phi3Config(hidden_size=384, num_attention_heads=4, num_key_value_heads=kv_heads, pad_token_id=0)
-    chosen = attention.choose({"attn_implementation": wanted}, "cuda", "bfloat16", config)
-    assert chosen.flat
+    chosen = attention.choose(Runtime(attn_implementation=wanted), "cuda", "bfloat16", config)
+    assert chosen.end_to_end
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, 700, 96, device="cuda") for heads in (4, kv_heads, kv_heads))
     begins = torch.tensor([0, 300, 301, 550, 700, 700], dtype=torch.int32, device="cuda")
@@ -264,10 +266,11 @@ def test_a_cpu_packs_nf4_as_the_gpu_does(tmp_path, double):
 
     from loraflow.adapters.nf4 import Nf4, packed_modules
     from loraflow.base.load import load_model
+    from loraflow.config import Runtime
     from tests.conftest import build_phi3
 
     base = build_phi3(tmp_path / "base", hidden_size=384, intermediate_size=1024)
-    trained_on = load_model(base, "bfloat16", {"device": "cuda"}, quantization={"double": double})
+    trained_on = load_model(base, "bfloat16", Runtime(device="cuda"), double_quantization=double)
     seen = {
         name: dequantize_4bit(module.weight.data, module.weight.quant_state).cpu()
         for name, module in trained_on.named_modules()
@@ -315,13 +318,13 @@ def test_out_of_memory_is_answered_with_less_at_a_time(tmp_path, tiny):
     free = torch.cuda.mem_get_info()[0]
     hog = torch.empty(int(free - 1.3 * 2**30), dtype=torch.uint8, device="cuda")
     try:
-        direct, refs, _ = walk(
+        store, refs, _ = walk(
             tmp_path, tiny, 3, **{"runtime.micro_tokens": 200_000, "training_config.per_device_train_batch_size": 400}
         )
     finally:
         del hog
         torch.cuda.empty_cache()
-    assert len(losses(direct, refs)) == 3
+    assert len(losses(store, refs)) == 3
 
 
 def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
@@ -335,7 +338,7 @@ def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
 
     from loraflow.base import resolve
     from loraflow.base.load import load_model, load_tokenizer
-    from loraflow.config import load_recipe
+    from loraflow.config import Runtime, load_recipe
     from loraflow.data import tokenization as tokens
     from loraflow.data.loss_mask import ChatTemplate
     from loraflow.evaluation.likelihood import answer_losses
@@ -382,7 +385,7 @@ def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
         torch._dynamo.reset()
         job = make_job("train", recipe("fp8" if name == "fp8" else None, seed), {"tokens": REF, "base": REF})
         train.run(job, Inputs({"tokens": shards, "base": base}), out, Progress(work / "progress.jsonl", work))
-        plain = load_model(base, "bfloat16", {"device": "cuda"})
+        plain = load_model(base, "bfloat16", Runtime(device="cuda"))
         tuned = PeftModel.from_pretrained(plain, str(out / "adapter")).merge_and_unload()
         losses = answer_losses(tuned, heldout, load_tokenizer(base).pad_token_id, 64)
         found[name].append(sum(nll for nll, _ in losses) / sum(count for _, count in losses))

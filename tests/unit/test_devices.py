@@ -19,10 +19,9 @@ from loraflow.execution import launcher as launch
 from loraflow.execution.device_group import _first_summary, _own_address, needs_group
 from loraflow.execution.job_file import JobFile
 from loraflow.failures import BadConfig, Crashed, Failure, Killed, Network, OutOfMemory, Preempted
-from loraflow.hardware.group import Group
+from loraflow.hardware.process_group import ProcessGroup
 from loraflow.store import LocalStore, Ref
-from loraflow.training import sharding
-from loraflow.training.engine import Engine
+from loraflow.training import choices, sharding
 from tests.conftest import chat
 from tests.jobs import make_job
 from tests.unit.test_training import base, recipe, same, tokenize  # noqa: F401
@@ -98,7 +97,7 @@ def test_two_nodes_give_what_one_process_gives_and_the_first_one_commits(base, s
     place = {"runtime__rendezvous__nodes": 2, "runtime__rendezvous__endpoint": f"localhost:{free_port()}"}
     job = job_of(**place, runtime__rendezvous__wait_minutes=1.5, runtime__micro_batch=1)
     assert job.fingerprint == job_of().fingerprint, "nodes are no part of identity"
-    job_file = two.work(job.stage, job.fingerprint) / "job.json"
+    job_file = two.work_folder(job.stage, job.fingerprint) / "job.json"
     codes = []
 
     def other_node():
@@ -177,16 +176,14 @@ def test_two_processes_that_hold_the_base_together_give_what_one_gives(base, sha
 def test_what_does_not_go_with_a_sharded_base_is_refused(change):
     job = job_of(**change)
     with pytest.raises(BadConfig) as caught:
-        sharding.refuse(job.config, job.runtime["engine"])
-    assert caught.value.where == "runtime.shard_base" and "shard_base to off" in caught.value.next_step
+        sharding.refuse_unshardable(job.config, job.runtime.engine)
+    assert caught.value.where == "runtime.shard_base" and "runtime.shard_base to off" in caught.value.next_step
 
 
 def test_gpus_of_several_types_are_refused(monkeypatch):
-    engine = Engine.__new__(Engine)
-    engine.group = Group(0, 2)
-    monkeypatch.setattr(Group, "all_say", lambda self, said: ["NVIDIA L4", "NVIDIA H100"])
+    monkeypatch.setattr(ProcessGroup, "all_gather", lambda self, name: ["NVIDIA L4", "NVIDIA H100"])
     with pytest.raises(BadConfig, match="several types"):
-        engine._look_at_devices("cpu")
+        choices.refuse_mixed_devices(ProcessGroup(0, 2), "cpu")
 
 
 @pytest.mark.slow
@@ -353,7 +350,7 @@ launch.run_job(job_of(training_config__max_steps=100000, runtime__devices=2), st
 """
     root = Path(__file__).parent.parent.parent
     process = subprocess.Popen([sys.executable, "-c", script], cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
-    work = store_of(tmp_path, base, shards).work("train", job_of(training_config__max_steps=100000).fingerprint)
+    work = store_of(tmp_path, base, shards).work_folder("train", job_of(training_config__max_steps=100000).fingerprint)
     started = time.monotonic()
     while not (work / "checkpoints").exists() and time.monotonic() - started < 120:
         time.sleep(0.2)

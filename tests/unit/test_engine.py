@@ -1,4 +1,4 @@
-"""What makes training fast, against slow obvious versions: LoRA's passes, attention, the loss, batches, memory."""
+"""The parts that make training fast, against slow and obvious versions: LoRA's passes, attention, loss, batches, memory."""
 
 import itertools
 import math
@@ -13,10 +13,13 @@ from torch.nn.functional import cross_entropy, linear
 
 from loraflow.data.token_rows import TokenRows
 from loraflow.failures import BadConfig, OutOfMemory
-from loraflow.training import attention, batches, engine, memory
+from loraflow.hardware.attention import DOCUMENTS, Attention
+from loraflow.hardware.process_group import ProcessGroup
+from loraflow.training import attention, batches, choices, memory
 from loraflow.training.frozen_linear import fp8, rowwise
 from loraflow.training.lora_kernels import LoraProduct, accelerate_loras, keep_mask, set_token_keys, to_fp8
 from loraflow.training.loss_head import CHUNK, head_loss
+from loraflow.training.out_of_memory import MicroBatchSize, explain_out_of_memory
 from tests.unit.test_training import base, recipe, run, same, straight, tokenize  # noqa: F401
 
 
@@ -105,7 +108,7 @@ def test_dropout_is_the_mask_and_its_gradient():
 
 
 def test_masks_are_fair_and_independent():
-    keys = torch.from_numpy(batches.mixed(np.arange(4000, dtype=np.uint64)).astype(np.int32))
+    keys = torch.from_numpy(batches.mix(np.arange(4000, dtype=np.uint64)).astype(np.int32))
     one = keep_mask(keys, torch.tensor(1, dtype=torch.int32), 256, round(0.05 * 65536)).float()
     two = keep_mask(keys, torch.tensor(2, dtype=torch.int32), 256, round(0.05 * 65536)).float()
     deviation = math.sqrt(0.05 * 0.95 / one.numel())
@@ -197,22 +200,22 @@ def test_every_row_of_a_step_is_in_one_micro_batch_of_one_device(lengths, width,
     rows.lengths, rows.row_length = np.array(lengths), None
     rows.offsets, rows.tokens = np.arange(len(lengths) + 1), np.array(lengths)
     steps = np.arange(len(lengths) // width * width).reshape(-1, width)
-    layout = batches.flat_layout(rows, steps, budget, devices)
-    assert all(shape % batches.ROUND == 0 for shape in layout.shapes)
-    assert layout.shapes[-1] <= max(budget * 1.05, max(lengths)) + batches.ROUND
-    shards = [batches.Steps(rows, steps, layout, 0, rank=r, devices=devices) for r in range(devices)]
+    layout = batches.end_to_end_layout(rows, steps, budget, devices)
+    assert all(length % batches.ROUND == 0 for length in layout.lengths)
+    assert layout.lengths[-1] <= max(budget * 1.05, max(lengths)) + batches.ROUND
+    shards = [batches.StepDataset(rows, steps, layout, 0, group=ProcessGroup(r, devices)) for r in range(devices)]
     for step in range(len(steps)):
-        dealt = shards[0]._dealt(step)
+        dealt = shards[0].dealt(step)
         assert sorted(place for places in dealt for place in places) == list(range(width))
-        assert all(rows.tokens[steps[step]][places].sum() <= layout.shapes[-1] for places in dealt)
+        assert all(rows.tokens[steps[step]][places].sum() <= layout.lengths[-1] for places in dealt)
 
 
-def test_a_flat_batch_says_what_the_grid_says(base, tmp_path):  # noqa: F811
+def test_documents_end_to_end_hold_what_the_grid_holds(base, tmp_path):  # noqa: F811
     shards = tokenize(base, tmp_path)
     rows = TokenRows(shards / "train")
     steps = np.arange(24).reshape(3, 8)
-    flat = batches.Steps(rows, steps, batches.flat_layout(rows, steps, 200), 0, dropout=True)
-    grid = batches.Steps(rows, steps, 3, 0, dropout=True)
+    flat = batches.StepDataset(rows, steps, batches.end_to_end_layout(rows, steps, 200), 0, dropout=True)
+    grid = batches.StepDataset(rows, steps, batches.GridRows(3), 0, dropout=True)
     for step in range(3):
         seen = []
         for item in (flat[step], grid[step]):
@@ -228,11 +231,11 @@ def test_a_flat_batch_says_what_the_grid_says(base, tmp_path):  # noqa: F811
         assert len(seen[0][0]) == seen[0][1], "every learned token has a key of its own"
 
 
-def force_flat(monkeypatch):
-    """Documents end to end on a CPU, as a GPU has them."""
+def force_end_to_end(monkeypatch):
+    """Put documents end to end on a CPU too, as on a GPU."""
     attention.register()
-    chosen = attention.Attention(attention.VARLEN, True, "by document", "test")
-    monkeypatch.setattr(engine, "choose", lambda *a: chosen)
+    chosen = Attention(DOCUMENTS, True, "by document", "test")
+    monkeypatch.setattr(choices, "choose", lambda *a: chosen)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -240,9 +243,9 @@ def test_documents_end_to_end_give_what_rows_give(base, tmp_path, monkeypatch, p
     options = {"peft_config__lora_dropout": 0.1, "training_config__packing": packing}
     shards = tokenize(base, tmp_path, **options)
     adapter, losses = run(base, shards, tmp_path / "grid", **options)
-    force_flat(monkeypatch)
-    calls, counted, by_document = [], {}, attention._by_document
-    monkeypatch.setattr(attention, "_by_document", lambda *a: calls.append(1) or by_document(*a))
+    force_end_to_end(monkeypatch)
+    calls, counted, by_document = [], {}, attention.by_document
+    monkeypatch.setattr(attention, "by_document", lambda *a: calls.append(1) or by_document(*a))
     for name, how in {
         "one": {}, "small": {"runtime__micro_tokens": 150}, "full": {"runtime__checkpointing": "full"},
         "half": {"runtime__checkpointing": "selective"},
@@ -269,8 +272,8 @@ def test_dropout_does_not_depend_on_the_micro_batch(base, straight, tmp_path):  
 def test_compiled_layers_give_the_same(base, straight, tmp_path, monkeypatch):  # noqa: F811
     from torch._dynamo.utils import counters
 
-    force_flat(monkeypatch)
-    monkeypatch.setattr(attention, "_by_document", _compilable)
+    force_end_to_end(monkeypatch)
+    monkeypatch.setattr(attention, "by_document", _compilable)
     counters.clear()
     other, found = run(base, straight[0], tmp_path, runtime__compile="on", peft_config__lora_dropout=0.1)
     assert counters["stats"]["unique_graphs"] <= 2 * batches.SHAPES, "all layers share a graph"
@@ -290,13 +293,13 @@ def _compilable(q, k, v, begins, longest, scaling, window):
 
 
 def test_a_compiler_that_fails_is_left_out(base, straight, tmp_path, monkeypatch, caplog):  # noqa: F811
-    force_flat(monkeypatch)  # its loop over documents cannot be one graph
+    force_end_to_end(monkeypatch)  # its loop over documents cannot be one graph
     _, found = run(base, straight[0], tmp_path, runtime__compile="on")
-    assert "compiling failed, and is left out" in caplog.text
+    assert "compiling failed; training continues without it" in caplog.text
     assert found == pytest.approx(straight[2], abs=2e-4)
 
 
-PHI3 = memory.Shape(3072, 8192, 32, 32, 32, 96, 32064, False)
+PHI3 = memory.ModelShape(3072, 8192, 32, 32, 32, 96, 32064, False)
 
 
 def test_the_estimate_is_near_what_was_measured():
@@ -312,7 +315,7 @@ def test_the_estimate_is_near_what_was_measured():
 
 def test_what_goes_in_follows_the_memory():
     def fit(gib, **options):
-        return memory.fit(
+        return memory.fit_memory(
             PHI3, gib * memory.GIB, options.pop("weights", "bfloat16"), 16, least=512, wanted=40_000, **options
         )
 
@@ -321,22 +324,26 @@ def test_what_goes_in_follows_the_memory():
     assert small.recompute == "selective" and 0 < small.share < 1 and small.tokens >= 4096
     assert tiny.recompute == "full" and tiny.tokens >= 512
     assert fit(12, weights="nf4").tokens > tiny.tokens
-    assert fit(78, told="full").recompute == "full"
+    assert fit(78, recompute="full").recompute == "full"
     assert fit(1).tokens == 512, "never less than the longest document"
 
 
 def test_out_of_memory_proposes_less_until_nothing_is_left():
-    one = engine.Engine.__new__(engine.Engine)
-    one.rows = TokenRows.__new__(TokenRows)
-    one.rows.row_length = 512
     proposed = []
-    for said in ({"tokens_at_once": 4096}, {"tokens_at_once": 512, "recompute": "none"}, {"rows_at_once": 3},
-                 {"tokens_at_once": 512, "recompute": "full"}):  # fmt: skip
-        one.said = said
-        with pytest.raises(OutOfMemory) as caught, engine.answers_to_out_of_memory(one):
+    for size in (MicroBatchSize(512, tokens=4096), MicroBatchSize(512, tokens=512, recompute="none"),
+                 MicroBatchSize(512, rows=3), MicroBatchSize(512, tokens=512, recompute="full"),
+                 MicroBatchSize(512, rows=1, tokens=4096, recompute="none"), MicroBatchSize(512, rows=1)):  # fmt: skip
+        with pytest.raises(OutOfMemory) as caught, explain_out_of_memory("a test", size.reduced()):
             raise torch.OutOfMemoryError("CUDA out of memory")
         proposed.append(caught.value.details["instead"])
-    assert proposed == [{"micro_tokens": 2048}, {"checkpointing": "full"}, {"micro_batch": 1}, {}]
+    assert proposed == [
+        {"micro_tokens": 2048},
+        {"checkpointing": "full"},
+        {"micro_batch": 1},
+        {},
+        {"checkpointing": "full"},
+        {},
+    ]
 
 
 def test_what_this_machine_cannot_do_is_refused_with_what_it_can(base, straight, tmp_path):  # noqa: F811

@@ -7,16 +7,17 @@ import pandas as pd
 import pytest
 import torch
 
+from loraflow.data.common_prefix import common_prefix_length
 from loraflow.data.loss_mask import ChatTemplate
 from loraflow.evaluation import kv_cache, metric_modules, score
 from loraflow.evaluation.generation import answer_all
 from loraflow.evaluation.kv_cache import preallocated_cache
 from loraflow.evaluation.likelihood import answer_losses
 from loraflow.evaluation.metric_modules import ModuleScores, compute, find_module
-from loraflow.evaluation.prefix_cache import common_length, shared_prefix
+from loraflow.evaluation.prefix_cache import shared_prefix
 from loraflow.evaluation.values import EvaluationReport, scores_to_dict
 from loraflow.failures import BadConfig, BadData
-from loraflow.hardware.group import Group
+from loraflow.hardware.process_group import ProcessGroup
 from loraflow.job import Inputs, Progress
 from tests.conftest import chat
 from tests.jobs import make_job
@@ -376,9 +377,9 @@ def test_a_sliding_window_changes_no_answer(phi3, model, monkeypatch, window, sh
 def test_no_prefix_is_shared_if_it_does_not_pay(model):
     assert shared_prefix(model, [[5] * 40, [5] * 41], 40, 60) is None
     assert shared_prefix(model, [[5] * 4 + [i] * 40 for i in range(6)], 44, 60) is None
-    assert common_length([[1, 2, 3], [1, 2, 4], [1, 2]], 9) == 2
-    assert common_length([[1, 2], [1, 2]], 1) == 1
-    assert common_length([], 5) == 0
+    assert common_prefix_length([[1, 2, 3], [1, 2, 4], [1, 2]], 9) == 2
+    assert common_prefix_length([[1, 2], [1, 2]], 1) == 1
+    assert common_prefix_length([], 5) == 0
 
 
 @pytest.fixture
@@ -429,12 +430,12 @@ def test_without_heldout_rows_nothing_is_scored(tmp_path):
 
 
 def test_of_several_devices_only_the_first_scores(evaluate, monkeypatch):
-    monkeypatch.setattr(score.devices, "join", lambda _: Second(rank=1, size=2))
+    monkeypatch.setattr(score, "join", lambda _: Second(rank=1, size=2))
     out, summary = evaluate()
     assert summary.report == {} and not list(out.iterdir())
 
 
-class Second(Group):
+class Second(ProcessGroup):
     """The second of two devices, without the first: nothing is exchanged."""
 
     def merge(self, found):

@@ -19,7 +19,8 @@ from loraflow.adapters.loralib.swap import Settings, load, load_pretrained, stat
 from loraflow.data.token_rows import TokenRows
 from loraflow.failures import BadConfig, BadModel, Preempted
 from loraflow.job import Inputs, Progress
-from loraflow.training import batches
+from loraflow.training.collation import padded
+from loraflow.training.schedule import row_order
 from tests.conftest import build_phi3
 from tests.jobs import from_gguf, make_job
 from tests.unit.test_training import StopAt, recipe, run, same, tokenize
@@ -85,11 +86,11 @@ def test_training_by_loralib_is_an_independent_loralib_loop(mha, tmp_path):
     from transformers import get_scheduler
 
     scheduler = get_scheduler("cosine", optimizer, 2, steps)
-    rows, order = TokenRows(shards / "train"), batches.row_order(30, steps * 4, 0)
+    rows, order = TokenRows(shards / "train"), row_order(30, steps * 4, 0)
     model.train()
     differences = []
     for step in range(steps):
-        batch = batches.padded([rows[int(i)] for i in order[step * 4 : step * 4 + 4]], 0)
+        batch = padded([rows[int(i)] for i in order[step * 4 : step * 4 + 4]], 0)
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
         loss.backward()
@@ -141,10 +142,10 @@ def test_smollm2s_fused_q_and_v_learn_as_loralibs_own_layers_on_the_split_model(
     assert len(parameters) == 4 * len(model.model.layers)
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     scheduler = get_scheduler("cosine", optimizer, 2, steps)
-    rows, order = TokenRows(shards / "train"), batches.row_order(40, steps * 2, 0)
+    rows, order = TokenRows(shards / "train"), row_order(40, steps * 2, 0)
     losses = []
     for step in range(steps):
-        batch = batches.padded([rows[int(i)] for i in order[step * 2 : step * 2 + 2]], 0)
+        batch = padded([rows[int(i)] for i in order[step * 2 : step * 2 + 2]], 0)
         logits = model.train()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         # Of 49,152 terms torch's fp32 log_softmax loses 2e-5 in sum: the sum alone is in fp64, the model in fp32.
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), batch["labels"][:, 1:].flatten())

@@ -17,7 +17,8 @@ from loraflow.failures import BadConfig, NonFiniteLoss, Preempted
 from loraflow.job import Inputs, Progress
 from loraflow.store import Ref
 from loraflow.store.checkpoints import newest_whole
-from loraflow.training import batches, train
+from loraflow.training import collation, train
+from loraflow.training.schedule import count_steps, micro_batch_rows, row_order
 from tests.conftest import build_phi3, chat
 from tests.jobs import make_job
 
@@ -96,10 +97,10 @@ def test_an_independent_loop_gives_the_same_losses(base, straight):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
     scheduler = get_scheduler("cosine", optimizer, 2, 6)
-    rows, order = TokenRows(shards / "train"), batches.row_order(30, 24, 0)
+    rows, order = TokenRows(shards / "train"), row_order(30, 24, 0)
     model.train()
     for step in range(6):
-        batch = batches.padded([rows[int(i)] for i in order[step * 4 : step * 4 + 4]], 0)
+        batch = collation.padded([rows[int(i)] for i in order[step * 4 : step * 4 + 4]], 0)
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
         loss.backward()
@@ -198,8 +199,8 @@ def test_packed_rows_give_each_document_the_loss_that_it_has_alone(base, tmp_pat
 
     with torch.no_grad():
         for i in range(len(rows)):
-            together = losses(batches.packed([rows[i]], rows.row_length, 0))
-            alone = sum(losses(batches.padded([[document]], 0)) for document in rows[i])
+            together = losses(collation.packed([rows[i]], rows.row_length, 0))
+            alone = sum(losses(collation.padded([[document]], 0)) for document in rows[i])
             assert together.item() == pytest.approx(alone.item(), rel=1e-5)
     run(base, shards, tmp_path, training_config__packing=True)
 
@@ -284,12 +285,12 @@ def test_equal_runs_have_equal_bytes(base, straight, tmp_path):
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    order = batches.row_order(10, 25, seed=3)
+    order = row_order(10, 25, seed=3)
     assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
     assert order[:10].tolist() != order[10:20].tolist()
-    assert (batches.row_order(10, 15, seed=3) == order[:15]).all()
-    assert (batches.row_order(10, 25, seed=4) != order).any()
-    assert batches.steps_of(10, 4, 2.0, -1) == (5, 3)
-    assert batches.steps_of(10, 4, 2.0, 7) == (7, 3)
-    assert [batches.micro_batch(12, n) for n in (1, 5, 7, 12, 99)] == [1, 4, 6, 12, 12]
+    assert (row_order(10, 15, seed=3) == order[:15]).all()
+    assert (row_order(10, 25, seed=4) != order).any()
+    assert count_steps(10, 4, 2.0, -1) == (5, 3)
+    assert count_steps(10, 4, 2.0, 7) == (7, 3)
+    assert [micro_batch_rows(12, n) for n in (1, 5, 7, 12, 99)] == [1, 4, 6, 12, 12]
     assert isinstance(order, np.ndarray)

@@ -1,4 +1,4 @@
-"""What documents begin with, computed once: against the same documents a row each."""
+"""A prefix that documents share is computed once: against the same documents as rows of their own."""
 
 import json
 
@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from loraflow.training import prefix_sharing as shared
-from loraflow.training.batches import padded
+from loraflow.data.common_prefix import common_prefix_length
+from loraflow.training import prefix_sharing
+from loraflow.training.collation import padded
 from loraflow.training.memory import shape_of
 from tests.conftest import build_phi3
 from tests.unit.test_training import base, recipe, run, same, tokenize  # noqa: F401
@@ -48,7 +49,7 @@ def test_loss_and_gradients_are_those_of_whole_documents(model, data):
     logits = model(**grid).logits
     rows = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
     wanted = gradients(rows + 0 * logits.sum())
-    line = shared.shared(documents, prefix)
+    line = prefix_sharing.share_prefix(documents, prefix)
     assert line["input_ids"].shape[1] == prefix + sum(len(ids) - prefix for ids, _ in documents)
     index, targets = line.pop("loss_index"), line.pop("targets")
     logits = model(**line).logits
@@ -59,52 +60,67 @@ def test_loss_and_gradients_are_those_of_whole_documents(model, data):
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=2e-5)
 
 
+@given(st.lists(st.lists(st.integers(0, 2), max_size=6), max_size=4), st.none() | st.integers(-1, 8))
+def test_the_common_prefix_is_the_longest_that_all_rows_begin_with(rows, longest):
+    most = min(map(len, rows), default=0)
+    most = most if longest is None else max(0, min(most, longest))
+    expected = max(n for n in range(most + 1) if all(row[:n] == rows[0][:n] for row in rows))
+    assert common_prefix_length(rows, longest) == expected
+    assert common_prefix_length([np.array(row, np.int32) for row in rows], longest) == expected
+
+
 def test_only_what_saves_arithmetic_is_shared():
-    costs = shared.Sharing(token=12 * 64**2, pair=128)
+    costs = prefix_sharing.PrefixSharing(per_token=12 * 64**2, per_pair=128)
     same_head = [np.arange(50), np.concatenate([np.arange(40), np.arange(9)])]
-    assert costs.prefix(same_head) == 40
-    assert costs.prefix([np.arange(50), np.arange(50) + 1]) == 0, "nothing in common"
-    assert costs.prefix([np.arange(50), np.concatenate([[0], np.arange(100, 149)])]) == 0, "one token saves nothing"
-    assert costs.prefix([np.arange(50)]) == 0, "alone"
+    assert costs.shared_length(same_head) == 40
+    assert costs.shared_length([np.arange(50), np.arange(50) + 1]) == 0, "nothing in common"
+    assert costs.shared_length([np.arange(50), np.concatenate([[0], np.arange(100, 149)])]) == 0, (
+        "one token saves nothing"
+    )
+    assert costs.shared_length([np.arange(50)]) == 0, "alone"
     long = [np.concatenate([np.arange(500), np.full(9000, i)]) for i in range(8)]
-    assert costs.prefix(long) == 0, "a dense mask over all of it costs more than the prefix saves"
+    assert costs.shared_length(long) == 0, "a dense mask over all of it costs more than the prefix saves"
 
 
 def test_a_run_with_a_system_prompt_is_that_of_the_stock_engine_in_fewer_tokens(base, tmp_path, monkeypatch):  # noqa: F811
     shards = tokenize(base, tmp_path, system=SYSTEM)
     seen = []
-    real = shared.shared
-    monkeypatch.setattr("loraflow.training.batches.shared", lambda *a: seen.append(a[1]) or real(*a))
+    real = prefix_sharing.share_prefix
+    monkeypatch.setattr("loraflow.training.batches.share_prefix", lambda *a: seen.append(a[1]) or real(*a))
     adapter, losses = run(base, shards, tmp_path / "fast")
     assert len(seen) >= 6 and min(seen) > 20
-    said = json.loads((tmp_path / "fast" / "out" / "telemetry" / "engine.json").read_text())
-    assert said["shared_prefix"].startswith("computed once")
+    choices = json.loads((tmp_path / "fast" / "out" / "telemetry" / "engine.json").read_text())
+    assert choices["shared_prefix"].startswith("computed once")
     stock, wanted = run(base, shards, tmp_path / "stock", runtime__engine="stock")
     assert losses.keys() == wanted.keys()
     assert max(abs(losses[step] - wanted[step]) for step in wanted) < 2e-4
     assert same(adapter, stock, 2e-3)
     seen.clear()
     run(base, shards, tmp_path / "one", runtime__micro_batch=1)
-    assert seen == [], "a document alone shares with nobody"
+    assert seen == [], "a single document has nothing to share"
 
 
 @pytest.mark.parametrize(
     ("why", "change", "settings"),
     [
         ("dropout", {}, {"peft_config__lora_dropout": 0.1}),
-        ("not see all", {"sliding_window": 16}, {}),
-        ("no mask of ours", {}, {"runtime__attn_implementation": "eager"}),
+        ("does not see exactly the tokens before it", {"sliding_window": 16}, {}),
+        ("takes no custom mask", {}, {"runtime__attn_implementation": "eager"}),
     ],
 )
-def test_where_it_is_not_exact_it_is_left_out_and_said(tmp_path, monkeypatch, why, change, settings):
+def test_sharing_is_left_out_where_it_is_not_exact_and_the_telemetry_says_why(
+    tmp_path, monkeypatch, why, change, settings
+):
     folder = build_phi3(tmp_path / "phi3", dtype="float32", **change)
     shards = tokenize(folder, tmp_path, system=SYSTEM)
-    monkeypatch.setattr("loraflow.training.batches.shared", lambda *_: pytest.fail("shared"))
+    monkeypatch.setattr("loraflow.training.batches.share_prefix", lambda *_: pytest.fail("shared"))
     run(folder, shards, tmp_path / "run", training_config__max_steps=1, **settings)
-    said = json.loads((tmp_path / "run" / "out" / "telemetry" / "engine.json").read_text())
-    assert why in said["shared_prefix"]
+    choices = json.loads((tmp_path / "run" / "out" / "telemetry" / "engine.json").read_text())
+    assert why in choices["shared_prefix"]
 
 
-def test_costs_are_read_off_the_configuration(base):  # noqa: F811
+def test_the_costs_come_from_the_models_configuration(base):  # noqa: F811
     shape = shape_of(json.loads((base / "config.json").read_text()))
-    assert shared.Sharing.of(shape) == shared.Sharing(64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96, 128)
+    assert prefix_sharing.PrefixSharing.of(shape) == prefix_sharing.PrefixSharing(
+        64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96, 128
+    )

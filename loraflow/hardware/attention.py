@@ -1,0 +1,187 @@
+"""Choose the attention kernel: for training on packed documents, and for a model that only reads.
+
+A setting that cannot be satisfied is refused. `auto` takes the fastest kernel that is available and says why.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from loraflow.config import Runtime
+from loraflow.failures import BadConfig, MissingExtra
+from loraflow.hardware.device import Device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+log = logging.getLogger(__name__)
+
+DocumentKernelName = Literal["varlen", "fa3", "fa4"]
+K = TypeVar("K")
+
+DOCUMENTS = "loraflow_varlen"  # transformers' name for the document kernels; see `loraflow.training.attention`
+MAX_HEAD_DIM = 256  # widest head of flash attention
+_AUTO = "set runtime.attn_implementation to auto"
+
+
+@dataclass(frozen=True)
+class KernelPackage:
+    """An attention kernel that comes with a Python package."""
+
+    title: str  # for the log and the artifact's telemetry
+    module: str  # imported to use it
+    package: str  # installed to get it
+    capabilities: tuple[int, ...] = ()  # major compute capabilities of the GPUs that it runs on; () is all
+
+    @property
+    def is_installed(self) -> bool:
+        """Tell whether the module can be imported."""
+        try:
+            return importlib.util.find_spec(self.module) is not None
+        except ModuleNotFoundError:  # its parent package is missing
+            return False
+
+
+# Kernels of packages. torch has three of its own: varlen (FlashAttention 2 over documents), sdpa and eager.
+FLASH_ATTENTION_2 = KernelPackage("flash-attn 2", "flash_attn", "flash-attn")
+DOCUMENT_KERNEL_PACKAGES: dict[DocumentKernelName, KernelPackage] = {  # fastest first
+    "fa4": KernelPackage("FA4 (flash_attn.cute)", "flash_attn.cute", "flash-attn-4", (9, 10)),
+    "fa3": KernelPackage("FA3 (flash_attn_interface)", "flash_attn_interface", "flash_attn_interface", (9,)),
+}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of a training."""
+
+    implementation: str  # transformers' name
+    end_to_end: bool  # documents lie end to end, with their borders; otherwise in padded rows, with a mask
+    kernel: str  # for the log and the artifact's telemetry
+    why: str
+
+
+def choose_for_loading(runtime: Runtime, device: Device, dtype: str = "bfloat16") -> str:
+    """Choose the attention of a model that is loaded to generate or to score; return transformers' name.
+
+    Flash attention has no float32, so a model that computes in float32 takes sdpa instead.
+
+    Raises:
+        MissingExtra: flash_attention_2 is asked for and is not available.
+    """
+    wanted = runtime.attn_implementation
+    if wanted == "varlen" or wanted in DOCUMENT_KERNEL_PACKAGES:  # kernels of training
+        wanted = "auto"
+    if wanted == "flash_attention_2":
+        _require(FLASH_ATTENTION_2, wanted, device)
+    if wanted == "auto":
+        return "flash_attention_2" if dtype != "float32" and _is_usable(FLASH_ATTENTION_2, device) else "sdpa"
+    return "sdpa" if wanted == "flash_attention_2" and dtype == "float32" else wanted
+
+
+def choose_for_training(
+    runtime: Runtime, device: Device, dtype: str, config: PreTrainedConfig, load: Callable[[DocumentKernelName], K]
+) -> tuple[Attention, K | None]:
+    """Choose the attention of a training; return it with its document kernel, if it has one.
+
+    Args:
+        runtime: its `attn_implementation`.
+        device: where the model computes.
+        dtype: in which the model computes.
+        config: the model's.
+        load: returns a document kernel, or raises if the kernel does not work on this GPU.
+
+    Raises:
+        MissingExtra: the kernel that is asked for is not available.
+        BadConfig: the kernel that is asked for cannot compute this model, or does not work on this GPU.
+    """
+    wanted = runtime.attn_implementation
+    obstacle = _obstacle(device, dtype, config.get_text_config())
+    if (wanted == "varlen" or wanted in DOCUMENT_KERNEL_PACKAGES) and obstacle:
+        raise BadConfig(
+            f"Attention {wanted} is not available here.",
+            where="runtime.attn_implementation",
+            got=obstacle,
+            next_step=_AUTO,
+        )
+    if wanted == "flash_attention_2":
+        _require(FLASH_ATTENTION_2, wanted, device)
+        return Attention(wanted, True, FLASH_ATTENTION_2.title, "asked for"), None
+    if wanted in ("sdpa", "eager"):
+        return Attention(wanted, False, wanted, "asked for"), None
+    if obstacle:
+        return Attention("sdpa", False, "sdpa", obstacle), None
+    kernel, title, why = _fastest(wanted, load)
+    return Attention(DOCUMENTS, True, title, why), kernel
+
+
+def _obstacle(device: Device, dtype: str, config: PreTrainedConfig) -> str:
+    """Return why flash attention cannot compute a model; empty if it can."""
+    import torch
+
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if device != "cuda":
+        return "no GPU"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} is older than Ampere"
+    if dtype == "float32":
+        return "flash attention has no float32"
+    if head_dim > MAX_HEAD_DIM:
+        return f"heads are {head_dim} wide, flash attention's at most {MAX_HEAD_DIM}"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "the model caps its attention logits"
+    if getattr(config, "attention_dropout", 0.0):
+        return "the model drops attention weights"
+    return ""
+
+
+def _fastest(wanted: str, load: Callable[[DocumentKernelName], K]) -> tuple[K, str, str]:
+    """Return (kernel, its title, why): the newest that is installed and works on this GPU, else torch's own."""
+    import torch
+
+    if wanted == "varlen":
+        return load("varlen"), "torch varlen (FA2)", "asked for"
+    capability = torch.cuda.get_device_capability()[0]
+    why = "no newer flash attention is installed"
+    for name, kernel in DOCUMENT_KERNEL_PACKAGES.items():
+        if wanted == name:
+            _require(kernel, wanted, "cuda")
+        if wanted not in ("auto", name) or capability not in kernel.capabilities or not kernel.is_installed:
+            continue
+        try:
+            return load(name), kernel.title, "installed, and agrees with torch's own kernel on this GPU"
+        except Exception as error:  # whatever a package of another version raises; torch's own kernel remains
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            if wanted == name:
+                raise BadConfig(
+                    f"{name.upper()} does not work here.",
+                    where="runtime.attn_implementation",
+                    got=reason,
+                    next_step=_AUTO,
+                ) from error
+            log.warning("%s is installed, but does not work here: %s", kernel.module, reason)
+            why = f"{kernel.module} is installed, but does not work here: {reason}"
+    if wanted in DOCUMENT_KERNEL_PACKAGES:
+        raise BadConfig(
+            f"{wanted.upper()} does not run on this GPU.",
+            where="runtime.attn_implementation",
+            got=torch.cuda.get_device_name(),
+            next_step=_AUTO,
+        )
+    return load("varlen"), "torch varlen (FA2)", why
+
+
+def _is_usable(kernel: KernelPackage, device: Device) -> bool:
+    return device == "cuda" and kernel.is_installed
+
+
+def _require(kernel: KernelPackage, setting: str, device: Device) -> None:
+    if not _is_usable(kernel, device):
+        raise MissingExtra(
+            f"{setting} needs a CUDA device and the package {kernel.package}.",
+            where="runtime.attn_implementation",
+            next_step=_AUTO,
+        )

@@ -1,0 +1,65 @@
+"""The device that a stage computes on, and what it is able to do."""
+
+from __future__ import annotations
+
+import platform
+from typing import Literal
+
+from loraflow.config import Runtime
+from loraflow.failures import MissingExtra
+
+Device = Literal["cpu", "cuda"]
+
+
+def pick_device(runtime: Runtime) -> Device:
+    """Return the device that the runtime asks for.
+
+    Raises:
+        MissingExtra: cuda is asked for and there is no CUDA device.
+    """
+    import torch
+
+    wanted, has_cuda = runtime.device, torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        raise MissingExtra(
+            "There is no CUDA device.", where="runtime.device", next_step="set runtime.device to auto or cpu"
+        )
+    if wanted == "auto":
+        return "cuda" if has_cuda else "cpu"
+    return wanted
+
+
+def device_name(device: Device) -> str:
+    """Return the GPU's product name, or `cpu`."""
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Tell whether the CPU has instructions for bfloat16. Other architectures than x86 are taken to have them."""
+    import torch
+
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return platform.machine() not in ("x86_64", "AMD64") or any(probe() for probe in probes if probe is not None)
+
+
+def gpu_has_fp8() -> bool:
+    """Tell whether the current GPU multiplies in fp8: Ada, Hopper and Blackwell do."""
+    import torch
+
+    return torch.cuda.get_device_capability() >= (8, 9)
+
+
+def free_gpu_bytes() -> int:
+    """Return the bytes of GPU memory that this process can use, including what it holds already."""
+    import torch
+
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
+
+
+def peak_gpu_gib() -> float | None:
+    """Return the most GPU memory that this process has held at once, in GiB; None without a GPU."""
+    import torch
+
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None

@@ -1,0 +1,155 @@
+"""The settings of a training as trl's SFTConfig."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import JsonValue
+
+from loraflow.config.recipe import TrainerSettings
+from loraflow.failures import BadConfig, MissingExtra
+from loraflow.hardware.device import Device
+from loraflow.training.schedule import StepCount
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+_TRACKERS = {  # name in `report_to` → package
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "dvclive": "dvclive",
+    "trackio": "trackio",
+}
+# Fields of TrainerSettings that are not passed on as they are.
+_TRANSLATED = {
+    "num_train_epochs",
+    "max_steps",
+    "warmup_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "early_stopping_patience",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "logging_strategy",
+    "logging_steps",
+}
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """What an engine decides about the trainer's forward passes."""
+
+    rows: int  # of a micro-batch; for the fast engine, items of its dataset
+    accumulation: int  # micro-batches of an optimizer step
+    gradient_checkpointing: bool
+    activation_offloading: bool = False
+    gradient_checkpointing_kwargs: dict[str, JsonValue] | None = None
+
+
+def trainer_arguments(
+    settings: TrainerSettings,
+    steps: StepCount,
+    forward_pass: ForwardPass,
+    device: Device,
+    engine: Literal["fast", "stock"],
+    work: Path,
+    checkpoints: Path,
+) -> SFTConfig:
+    """Return trl's SFTConfig. The trainer sees one long epoch in our own order, so epochs are translated into steps.
+
+    Args:
+        settings: the recipe's, and the runtime's.
+        steps: of the training.
+        forward_pass: decided by the engine.
+        device: where the trainer computes.
+        engine: as the runtime asks for it.
+        work: folder for the trackers' files.
+        checkpoints: folder for checkpoints.
+
+    Raises:
+        BadConfig: fp16 on a CPU.
+        MissingExtra: the optimizer needs bitsandbytes.
+    """
+    import torch
+    from trl import SFTConfig
+
+    _check_device(settings, device)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(work / "tracker")
+    values = settings.model_dump(exclude=_TRANSLATED)
+    if values["optim"] == "adamw_torch" and device == "cuda" and engine == "fast":
+        values["optim"] = "adamw_torch_fused"  # the same sums in one kernel
+    warmup = settings.warmup_steps
+    checkpointing = forward_pass.gradient_checkpointing_kwargs
+    return SFTConfig(
+        **values,
+        **_cadence("logging", settings.logging_strategy, settings.logging_steps, steps),
+        **_cadence("save", settings.save_strategy, settings.save_steps, steps),
+        **_cadence("eval", settings.eval_strategy, settings.eval_steps, steps),
+        **({} if checkpointing is None else {"gradient_checkpointing_kwargs": checkpointing}),
+        per_device_train_batch_size=forward_pass.rows,
+        gradient_accumulation_steps=forward_pass.accumulation,
+        gradient_checkpointing=forward_pass.gradient_checkpointing,
+        activation_offloading=forward_pass.activation_offloading,
+        output_dir=str(checkpoints),
+        max_steps=steps.total,
+        warmup_steps=int(warmup) if warmup >= 1 else math.ceil(warmup * steps.total),
+        logging_nan_inf_filter=False,  # a NaN must be seen, not averaged away
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device == "cuda" and torch.cuda.is_available(),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        push_to_hub=False,
+        # The trainer removes an old checkpoint before the new one is sealed, so two have to stay.
+        save_total_limit=max(2, settings.save_total_limit) if settings.save_total_limit else None,
+    )
+
+
+def _check_device(settings: TrainerSettings, device: Device) -> None:
+    if settings.fp16 and device == "cpu":
+        raise BadConfig(
+            "Training in fp16 needs a GPU.", where="training_config.fp16", next_step="set bf16: true, fp16: false"
+        )
+    if settings.optim.startswith("paged_") and (device == "cpu" or find_spec("bitsandbytes") is None):
+        raise MissingExtra(
+            f"{settings.optim} needs a CUDA device and the package bitsandbytes.",
+            where="training_config.optim",
+            next_step="set training_config.optim to adamw_torch",
+        )
+
+
+def _cadence(event: str, strategy: str, every: int | None, steps: StepCount) -> dict[str, str | int]:
+    """Return `<event>_strategy` and `<event>_steps`, with an epoch translated into steps."""
+    if strategy == "epoch":
+        strategy, every = "steps", min(steps.per_epoch, steps.total)
+    values: dict[str, str | int] = {f"{event}_strategy": strategy}
+    return values if every is None else {**values, f"{event}_steps": every}
+
+
+def check_trackers(report_to: str | list[str]) -> None:
+    """Check that the packages of the experiment trackers are installed.
+
+    Raises:
+        MissingExtra: a package is missing.
+    """
+    for name in [report_to] if isinstance(report_to, str) else report_to:
+        package = _TRACKERS.get(name, name)
+        if name not in ("none", "all") and find_spec(package) is None:
+            raise MissingExtra(
+                f"The tracker {name} is not installed.",
+                where="training_config.report_to",
+                expected=f"none, or an installed one of {', '.join(_TRACKERS)}",
+                next_step=f"pip install {package}",
+            )

@@ -1,0 +1,73 @@
+"""Load the base for training, and initialise its adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loraflow.adapters import variants
+from loraflow.adapters.lora_config import check_reach, check_targets, lora_config
+from loraflow.base.load import load_model
+from loraflow.hardware.attention import Attention
+from loraflow.training import sharding
+from loraflow.training.choices import refuse_fp8
+from loraflow.training.collation import padded_documents
+from loraflow.training.setup import TrainingSetup
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from loraflow.training.trainer import LoraPlusTrainer
+
+
+def load_base(setup: TrainingSetup, attention: Attention, *, sharded: bool) -> PreTrainedModel:
+    """Load the base with the chosen attention, with loralib's layers if the recipe's method is loralib.
+
+    Raises:
+        BadConfig: a target module matches nothing, or the device cannot compute in the base's format.
+        MissingExtra: NF4 without CUDA or bitsandbytes.
+    """
+    base, peft_config = setup.config.base, setup.config.peft_config
+    if base.quantization == "fp8":
+        refuse_fp8(setup)
+    model: PreTrainedModel = load_model(
+        setup.base,
+        base.dtype,
+        setup.runtime,
+        double_quantization=base.double_quantization if base.quantization == "nf4" else None,
+        trust=base.trust_remote_code,
+        attention=attention.implementation,
+        place="cpu" if sharded else None,
+    )
+    model.config.use_cache = setup.runtime.use_cache
+    check_targets(model, peft_config)
+    check_reach(model, peft_config)
+    variants.check(model, peft_config)
+    if setup.config.method == "loralib":
+        from loraflow.adapters.loralib.model import prepare
+        from loraflow.adapters.loralib.swap import Settings
+
+        settings = Settings.of(peft_config, setup.config.loralib_config)
+        model = prepare(model, settings, setup.settings.seed, checkpointing=setup.stock_recomputes)
+    return sharding.shard(model, setup.device, setup.group.size) if sharded else model
+
+
+def adapter_config(setup: TrainingSetup) -> LoraConfig | None:
+    """Return peft's config; None for loralib, whose layers are in the model already."""
+    return lora_config(setup.config.peft_config) if setup.config.method == "peft" else None
+
+
+def initialise_adapter(setup: TrainingSetup, trainer: LoraPlusTrainer) -> dict[str, Tensor]:
+    """Initialise what needs data or the base's weights, and set LoRA+'s learning rates.
+
+    Returns:
+        the initial state of PiSSA and OLoRA, which is subtracted when the adapter is saved; empty for all others.
+    """
+    peft_config = setup.config.peft_config
+    rows = (setup.rows[int(row)] for row in setup.order[: variants.EVA_ROWS])
+    batches = padded_documents(rows, setup.tokenizer.pad_token_id)
+    initial: dict[str, Tensor] = variants.begin(trainer.model, peft_config, setup.base, setup.work, batches)
+    if peft_config.loraplus_lr_ratio:
+        trainer.loraplus = (peft_config.loraplus_lr_ratio, peft_config.loraplus_lr_embedding)
+    return initial

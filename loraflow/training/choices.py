@@ -1,0 +1,161 @@
+"""How a training runs on this machine: the choices between attention, sharding and engine, and the record of all choices.
+
+The record goes into the artifact's telemetry. None of the choices is part of a fingerprint.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import JsonValue
+
+from loraflow.failures import BadConfig
+from loraflow.hardware.attention import Attention
+from loraflow.hardware.device import Device, cpu_has_bfloat16, device_name, gpu_has_fp8
+from loraflow.hardware.process_group import ProcessGroup
+from loraflow.training import memory, sharding
+from loraflow.training.attention import choose
+from loraflow.training.memory import Recompute
+from loraflow.training.setup import TrainingSetup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+log = logging.getLogger(__name__)
+EngineName = Literal["fast", "stock"]
+
+
+@dataclass(frozen=True)
+class EngineChoices:
+    """What was chosen for a training, and why: the artifact's telemetry/engine.json. Nothing is controlled by it."""
+
+    base_sharded: bool
+    base_sharded_why: str
+    engine: EngineName
+    attention: str
+    attention_why: str
+    device: str
+    dtype: str
+    rows_at_once: int | None = None
+    tokens_at_once: int | None = None
+    recompute: Recompute | None = None
+    recompute_why: str | None = None
+    layers_recomputed: float | None = None
+    shared_prefix: str | None = None
+    frozen_bytes: int | None = None
+    whole_bytes: int | None = None
+    fast_loras: int | None = None
+    compiled_layers: int | None = None
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """Return the choices that apply, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class ShardingChoice:
+    """Whether the devices hold the frozen base together."""
+
+    is_sharded: bool
+    why: str
+
+
+def choose_attention(setup: TrainingSetup, config: PreTrainedConfig) -> Attention:
+    """Choose the attention; padded rows with a mask where documents cannot lie end to end."""
+    attention = choose(setup.runtime, setup.device, setup.compute_dtype, config)
+    # trl's collator pads, or packs behind position ids: sdpa gets a mask for both.
+    if attention.end_to_end and setup.runtime.engine == "stock":
+        return Attention("sdpa", False, "sdpa", "the stock engine's rows are padded")
+    if attention.end_to_end and setup.config.peft_config.init_lora_weights == "eva":
+        return Attention("sdpa", False, "sdpa", "EVA reads padded rows first")
+    return attention
+
+
+def choose_sharding(setup: TrainingSetup) -> ShardingChoice:
+    """Choose whether the devices hold the base together.
+
+    Raises:
+        BadConfig: the recipe cannot be combined with a sharded base.
+    """
+    choice = _sharding(setup)
+    if choice.is_sharded:
+        sharding.refuse_unshardable(setup.config, setup.runtime.engine)
+    return choice
+
+
+def _sharding(setup: TrainingSetup) -> ShardingChoice:
+    if setup.group.size == 1 or setup.runtime.shard_base == "off":
+        return ShardingChoice(False, "turned off" if setup.runtime.shard_base == "off" else "there is one device")
+    if setup.runtime.shard_base == "on":
+        return ShardingChoice(True, "asked for")
+    if setup.device == "cpu" or setup.shape is None:
+        return ShardingChoice(False, "not asked for")
+    least, _ = memory.needed(setup.shape, setup.weight_format, setup.config.peft_config.r, setup.longest_row)
+    free = setup.free_bytes()
+    return ShardingChoice(
+        least > free, f"one device needs {least / memory.GIB:.1f} GiB, and has {free / memory.GIB:.1f}"
+    )
+
+
+def choose_engine(setup: TrainingSetup, model: PreTrainedModel) -> EngineName:
+    """Choose the engine: the fast one computes the loss itself, which needs logits that are the head's product."""
+    from loraflow.base.load import head_is_plain
+
+    if setup.runtime.engine == "stock":
+        return "stock"
+    text = model.config.get_text_config()
+    is_routed = getattr(text, "output_router_logits", False) or getattr(text, "num_local_experts", 0)
+    if head_is_plain(model) and not is_routed:
+        return "fast"
+    log.info("trl computes the loss: this model's logits are more than its head's product")
+    return "stock"
+
+
+def refuse_mixed_devices(group: ProcessGroup, device: Device) -> None:
+    """Refuse GPUs of several types: a step is as slow as the slowest, and as large as the smallest has room for.
+
+    Raises:
+        BadConfig: the GPUs differ.
+    """
+    names = sorted(set(group.all_gather(device_name(device))))
+    if len(names) > 1:
+        raise BadConfig(
+            "The devices that train together are of several types.",
+            where="runtime.devices",
+            expected="one type of GPU",
+            got=", ".join(names),
+            next_step="choose GPUs of one type by CUDA_VISIBLE_DEVICES, and set runtime.devices to their number",
+        )
+
+
+def refuse_fp8(setup: TrainingSetup) -> None:
+    """Refuse an fp8 base where it cannot be trained.
+
+    Raises:
+        BadConfig: the GPU has no fp8, or the recipe does not train in bfloat16 with the fast engine.
+    """
+    if setup.device != "cuda" or not gpu_has_fp8():
+        raise BadConfig(
+            "The products of an fp8 base need a GPU that computes in fp8.",
+            where="base.quantization",
+            expected="compute capability 8.9 or newer (Ada, Hopper, Blackwell)",
+            got=device_name(setup.device),
+            next_step="set base.quantization to null (bfloat16), or nf4 to save memory",
+        )
+    if setup.compute_dtype != "bfloat16" or setup.runtime.engine != "fast":
+        raise BadConfig(
+            "An fp8 base needs bfloat16 and the fast engine.",
+            where="base.quantization",
+            got=f"{setup.compute_dtype}, engine {setup.runtime.engine}",
+            next_step="set training_config.bf16: true, base.dtype: bfloat16 and runtime.engine: fast",
+        )
+
+
+def warn_of_slow_bfloat16(setup: TrainingSetup) -> None:
+    """Log a warning if the CPU only emulates the dtype."""
+    if setup.device == "cpu" and setup.compute_dtype == "bfloat16" and not cpu_has_bfloat16():
+        log.warning(
+            "this CPU has no bfloat16 units: base.dtype: float32 with training_config.bf16: false is far faster"
+        )

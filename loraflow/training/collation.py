@@ -1,0 +1,169 @@
+"""Rows of token ids to a model's inputs, in the layouts that training uses.
+
+- end to end: one line of tokens with all documents, and where each begins.
+- grid: one row of tokens for each row of the set, padded to the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NotRequired, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraflow.data.loss_mask import IGNORED
+from loraflow.data.token_rows import Document, TokenRows
+
+
+class Grid(TypedDict):
+    """Inputs of a model and labels, [rows, tokens] each. Padded rows have a mask, packed rows have position ids."""
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: NotRequired[Tensor]
+    position_ids: NotRequired[Tensor]
+
+
+class MicroBatch(TypedDict):
+    """Inputs of a model, the positions in their flattened form that predict a learned token, and that token."""
+
+    input_ids: Tensor  # [rows, tokens]
+    loss_index: Tensor  # [learned]
+    targets: Tensor  # [learned]
+    token_keys: NotRequired[Tensor]  # [rows · tokens] int32, for dropout
+    attention_mask: NotRequired[Tensor]
+    position_ids: NotRequired[Tensor]
+    cu_seq_lens_q: NotRequired[Tensor]  # where documents begin, [entries] int32
+    cu_seq_lens_k: NotRequired[Tensor]
+    max_length_q: NotRequired[int]
+    max_length_k: NotRequired[int]
+
+
+class RowNumber(TypedDict):
+    """What the stock trainer's dataset holds: which row to fetch, of which set."""
+
+    row: int
+    validation: NotRequired[bool]
+
+
+def padded(rows: Sequence[list[Document]], pad_id: int) -> Grid:
+    """Return one document a row, padded on the right to the longest."""
+    longest = max(len(ids) for ((ids, _),) in rows)
+    shape = (len(rows), longest)
+    input_ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORED, np.int64)
+    attention = np.zeros(shape, np.int64)
+    for i, ((ids, learned),) in enumerate(rows):
+        input_ids[i, : len(ids)], labels[i, 1 : len(ids)], attention[i, : len(ids)] = ids, learned[1:], 1
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "labels": torch.from_numpy(labels),
+        "attention_mask": torch.from_numpy(attention),
+    }
+
+
+def packed(rows: Sequence[list[Document]], row_length: int, pad_id: int) -> Grid:
+    """Return several documents a row, all rows of one length. Position ids start at 0 in each document.
+
+    Attention stays inside a document: without a mask, transformers reads the borders from the position ids. The first
+    token of a document has no label, because the token before it belongs to another document.
+    """
+    shape = (len(rows), row_length)
+    input_ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORED, np.int64)
+    positions = np.zeros(shape, np.int64)
+    for i, documents in enumerate(rows):
+        start = 0
+        for ids, learned in documents:
+            end = start + len(ids)
+            input_ids[i, start:end], labels[i, start + 1 : end] = ids, learned[1:]
+            positions[i, start:end] = np.arange(len(ids))
+            start = end
+        positions[i, start:] = np.arange(row_length - start)
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "labels": torch.from_numpy(labels),
+        "position_ids": torch.from_numpy(positions),
+    }
+
+
+def with_targets(grid: Grid) -> MicroBatch:
+    """Return a grid with the positions that predict a learned token, and these tokens, in place of its labels."""
+    labels = grid["labels"]
+    shifted = torch.full_like(labels, IGNORED)
+    shifted[:, :-1] = labels[:, 1:]
+    index = (shifted.flatten() != IGNORED).nonzero()[:, 0]
+    batch: MicroBatch = {
+        "input_ids": grid["input_ids"],
+        "loss_index": index,
+        "targets": shifted.flatten()[index],
+    }
+    if "attention_mask" in grid:
+        batch["attention_mask"] = grid["attention_mask"]
+    if "position_ids" in grid:
+        batch["position_ids"] = grid["position_ids"]
+    return batch
+
+
+def end_to_end(rows: Sequence[list[Document]], tokens: int, entries: int, longest: int, pad_id: int) -> MicroBatch:
+    """Return documents end to end, padded to `tokens` by documents of padding that nothing learns from.
+
+    Args:
+        rows: the documents of each row.
+        tokens: length of the result.
+        entries: length of `cu_seq_lens_q`; entries that are left over are `tokens`.
+        longest: tokens of the set's longest document, the constant `max_length_q`.
+        pad_id: of the padding.
+    """
+    ids, positions = np.full(tokens, pad_id, np.int64), np.zeros(tokens, np.int64)
+    begins, index, targets = [0], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    start = 0
+    for document, labels in (document for row in rows for document in row):
+        end = start + len(document)
+        ids[start:end], positions[start:end] = document, np.arange(len(document))
+        learned = np.flatnonzero(labels[1:] != IGNORED)
+        index.append(learned + start)
+        targets.append(labels[1:][learned].astype(np.int64))
+        begins.append(end)
+        start = end
+    while start < tokens:
+        end = min(start + longest, tokens)
+        positions[start:end] = np.arange(end - start)
+        begins.append(end)
+        start = end
+    borders = torch.from_numpy(np.array(begins + [tokens] * (entries - len(begins)), np.int32))
+    return {
+        "input_ids": torch.from_numpy(ids)[None],
+        "position_ids": torch.from_numpy(positions)[None],
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "loss_index": torch.from_numpy(np.concatenate(index)),
+        "targets": torch.from_numpy(np.concatenate(targets)),
+    }
+
+
+class RowCollator:
+    """Data collator of the stock trainer: row numbers to padded or packed grids. Validation rows are never packed."""
+
+    def __init__(self, train: TokenRows, validation: TokenRows | None, pad_id: int):
+        self.train, self.validation, self.pad_id = train, validation, pad_id
+
+    def __call__(self, examples: list[RowNumber]) -> Grid:
+        """Return the grid of the rows."""
+        source = self.validation if examples[0].get("validation") else self.train
+        assert source is not None
+        rows = [source[int(example["row"])] for example in examples]
+        return packed(rows, source.row_length, self.pad_id) if source.row_length else padded(rows, self.pad_id)
+
+
+EVA_BATCH = 16  # documents at a time: EVA needs more learned tokens than ranks in each batch
+
+
+def padded_documents(rows: Iterable[list[Document]], pad_id: int) -> Iterator[dict[str, Tensor]]:
+    """Yield inputs of a model, by name, with the rows' documents, one document a row."""
+    documents = [[document] for row in rows for document in row]
+    for first in range(0, max(1, len(documents) - EVA_BATCH + 1), EVA_BATCH):
+        grid = padded(documents[first : first + EVA_BATCH], pad_id)
+        yield {name: grid[name] for name in ("input_ids", "labels", "attention_mask")}

@@ -1,0 +1,73 @@
+"""Compile a model's layers one by one, and recompute the activations of a share of them in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Forward = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class CompiledLayer:
+    """A layer whose forward pass was replaced by its compiled code."""
+
+    layer: torch.nn.Module
+    plain: Forward  # as it was
+    is_recomputed: bool
+
+    def undo(self) -> None:
+        """Give the layer its plain forward pass back. It is still recomputed if it was before."""
+        forward = recomputing(self.layer, self.plain, True) if self.is_recomputed else self.plain
+        self.layer.forward = forward
+
+
+def prepare_layers(decoder: torch.nn.Module, *, compiled: bool, recomputed: float) -> list[CompiledLayer]:
+    """Compile each layer of a decoder by itself, and let a share of them recompute their activations.
+
+    With fixed shapes, one graph serves all layers. Recomputation is put around the compiled code: inside of it,
+    everything that our own backward passes save would be kept as well.
+
+    Args:
+        decoder: its `layers` are changed in place.
+        compiled: compile them.
+        recomputed: share of the layers that recompute their activations.
+
+    Returns:
+        the layers that are compiled.
+    """
+    layers = list(getattr(decoder, "layers", []))
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    draws = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in decoder.modules())
+    changed = []
+    for i, layer in enumerate(layers):
+        plain = layer.forward
+        forward = torch.compile(plain, fullgraph=True, dynamic=False) if compiled else plain
+        # Spread over the depth. Which layers they are makes no difference to memory or time.
+        is_recomputed = int((i + 1) * recomputed) > int(i * recomputed)
+        layer.forward = recomputing(layer, forward, draws) if is_recomputed else forward
+        if compiled:
+            changed.append(CompiledLayer(layer, plain, is_recomputed))
+    return changed
+
+
+def recomputing(layer: torch.nn.Module, forward: Forward, draws: bool) -> Forward:
+    """Return a forward pass that keeps no activations in training and computes them again in the backward pass.
+
+    Args:
+        layer: tells whether it is in training.
+        forward: the forward pass.
+        draws: it draws random numbers, which have to be the same the second time.
+    """
+
+    def recomputed(*args: Tensor, **options: Tensor) -> Tensor:
+        if not (layer.training and torch.is_grad_enabled()):
+            return forward(*args, **options)
+        out: Tensor = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=draws, **options)  # type: ignore[arg-type]
+        return out
+
+    return recomputed

@@ -1,0 +1,178 @@
+"""Gather what a training needs: settings, rows in their order, devices, tokenizer, callbacks, and where it resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraflow.adapters.variants import EVA_FILE
+from loraflow.base.load import load_tokenizer
+from loraflow.config.recipe import TrainerSettings
+from loraflow.config.stage_configs import JobRuntime, TrainConfig
+from loraflow.data.token_rows import TokenRows
+from loraflow.hardware.device import Device, free_gpu_bytes, pick_device
+from loraflow.hardware.process_group import ProcessGroup, join
+from loraflow.job import Inputs, Job, Progress
+from loraflow.store.checkpoints import FOLDER, newest_whole, step_of
+from loraflow.training import callbacks
+from loraflow.training.arguments import check_trackers
+from loraflow.training.memory import ModelShape, shape_of
+from loraflow.training.schedule import StepCount, count_steps, row_order
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """A training on this machine, before anything is loaded onto a device."""
+
+    base: Path
+    work: Path  # a folder that outlives this attempt
+    config: TrainConfig
+    settings: TrainerSettings
+    runtime: JobRuntime
+    rows: TokenRows
+    validation: TokenRows | None
+    steps: StepCount
+    order: NDArray[np.int64]  # row numbers, one after another over all steps
+    device: Device
+    group: ProcessGroup
+    tokenizer: PreTrainedTokenizerBase
+    preemption: callbacks.PreemptionHandler
+    callbacks: list[TrainerCallback]
+    resumed_from: Path | None  # a checkpoint
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.work / FOLDER
+
+    @property
+    def resumed_step(self) -> int:
+        """The step of the checkpoint that training resumes from; 0 without one."""
+        return (self.resumed_from and step_of(self.resumed_from.name)) or 0
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype of products: the base's, or autocast's if that is another one."""
+        if self.settings.bf16:
+            return "bfloat16"
+        return "float16" if self.settings.fp16 else self.config.base.dtype
+
+    @property
+    def weight_format(self) -> str:
+        """The format of the frozen weights: a dtype, fp8 or nf4."""
+        return self.config.base.quantization or self.config.base.dtype
+
+    @property
+    def stock_recomputes(self) -> bool:
+        """Whether the stock engine recomputes activations."""
+        return self.runtime.engine == "stock" and self.settings.gradient_checkpointing is not False
+
+    @property
+    def rows_per_device(self) -> int:
+        """Rows of an optimizer step that a device gets at most."""
+        return math.ceil(self.config.training_config.global_batch / self.group.size)
+
+    @cached_property
+    def longest_row(self) -> int:
+        """Tokens of the longest row: fewer cannot go in at a time."""
+        return self.rows.row_length or int(self.rows.lengths.max())
+
+    @cached_property
+    def step_rows(self) -> NDArray[np.int64]:
+        """Row numbers of each optimizer step, [steps, global batch]."""
+        return self.order.reshape(-1, self.config.training_config.global_batch)
+
+    @cached_property
+    def shape(self) -> ModelShape | None:
+        """The base's shape; None if it is not a decoder-only transformer."""
+        return shape_of(json.loads((self.base / "config.json").read_text(encoding="utf-8")))
+
+    def free_bytes(self) -> int:
+        """Return the bytes of GPU memory that every device of the group can use."""
+        return min(self.group.all_gather(free_gpu_bytes()))
+
+
+def gather(job: Job[TrainConfig], inputs: Inputs, progress: Progress) -> TrainingSetup:
+    """Gather what a training needs, and prepare its work folder.
+
+    Raises:
+        MissingExtra: an experiment tracker, or the device, is not available.
+    """
+    config, work = job.config, progress.work
+    assert work is not None
+    settings = config.trainer_settings(job.runtime)
+    check_trackers(settings.report_to)
+    rows, validation = _read_rows(inputs["tokens"], with_validation=settings.eval_strategy != "no")
+    global_batch = config.training_config.global_batch
+    steps = count_steps(len(rows), global_batch, settings.num_train_epochs, settings.max_steps)
+    device = pick_device(job.runtime)
+    group = join(device)
+    carried = [curves_file(work), work / EVA_FILE]  # with each checkpoint: it may be resumed from in another folder
+    resumed_from = _resume(group, work, carried)
+    preemption = callbacks.PreemptionHandler()
+    watchers: list[TrainerCallback] = []
+    if group.is_main:
+        tokens_per_step = _train_tokens(inputs["tokens"]) / len(rows) * global_batch
+        watchers += [
+            callbacks.CurveWriter(curves_file(work)),
+            callbacks.ProgressReporter(progress, steps.total, tokens_per_step),
+        ]
+    watchers += [callbacks.NonFiniteGuard(), callbacks.CheckpointSealer(group, carried, resumed_from), preemption]
+    if settings.early_stopping_patience:
+        watchers.append(callbacks.early_stopping(settings.early_stopping_patience, resumed_from))
+    return TrainingSetup(
+        base=inputs["base"],
+        work=work,
+        config=config,
+        settings=settings,
+        runtime=job.runtime,
+        rows=rows,
+        validation=validation,
+        steps=steps,
+        order=row_order(len(rows), steps.total * global_batch, settings.seed),
+        device=device,
+        group=group,
+        tokenizer=load_tokenizer(inputs["base"]),
+        preemption=preemption,
+        callbacks=watchers,
+        resumed_from=resumed_from,
+    )
+
+
+def curves_file(work: Path) -> Path:
+    """Return the file of the logged values."""
+    return work / "curves.jsonl"
+
+
+def _read_rows(tokens: Path, *, with_validation: bool) -> tuple[TokenRows, TokenRows | None]:
+    packing, validation = tokens / "packing.parquet", tokens / "validation"
+    rows = TokenRows(tokens / "train", packing if packing.exists() else None)
+    return rows, TokenRows(validation) if with_validation and validation.exists() else None
+
+
+def _train_tokens(tokens: Path) -> int:
+    report = json.loads((tokens / "report.json").read_text(encoding="utf-8"))
+    return int(report["figures"]["train_tokens"])
+
+
+def _resume(group: ProcessGroup, work: Path, carried: list[Path]) -> Path | None:
+    """Return the newest whole checkpoint of an earlier attempt, and copy its carried files into the work folder."""
+    found = group.broadcast(newest_whole(work / FOLDER) if group.is_main else None)
+    if group.is_main:
+        curves_file(work).write_text("")
+        for file in carried:
+            if found and (found / file.name).exists():
+                shutil.copyfile(found / file.name, file)
+    group.barrier()
+    return found

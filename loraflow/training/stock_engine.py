@@ -1,0 +1,62 @@
+"""Build the stock trainer: plain trl and peft, one padded or packed grid at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from loraflow.failures import BadConfig
+from loraflow.training.arguments import ForwardPass, trainer_arguments
+from loraflow.training.base_model import adapter_config, initialise_adapter
+from loraflow.training.choices import EngineChoices
+from loraflow.training.collation import RowCollator
+from loraflow.training.out_of_memory import MicroBatchSize
+from loraflow.training.schedule import micro_batch_rows
+from loraflow.training.setup import TrainingSetup
+from loraflow.training.trainer import BuiltTrainer, StockTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def build_stock_trainer(setup: TrainingSetup, model: PreTrainedModel, choices: EngineChoices) -> BuiltTrainer:
+    """Build the trainer.
+
+    Raises:
+        BadConfig: the devices do not divide the global batch.
+    """
+    global_batch, devices = setup.config.training_config.global_batch, setup.group.size
+    share = max(1, global_batch // devices)
+    if share * devices != global_batch:
+        raise BadConfig(
+            "The stock engine needs a global batch that its devices divide.",
+            where="runtime.devices",
+            expected=f"a divisor of {global_batch}",
+            got=str(devices),
+            next_step="set runtime.engine to fast",
+        )
+    rows = micro_batch_rows(share, setup.runtime.micro_batch or setup.settings.per_device_train_batch_size)
+    forward_pass = ForwardPass(
+        rows=rows,
+        accumulation=share // rows,
+        gradient_checkpointing=setup.stock_recomputes,
+        gradient_checkpointing_kwargs=setup.settings.gradient_checkpointing_kwargs,
+    )
+    trainer = StockTrainer(
+        model=model,
+        args=trainer_arguments(
+            setup.settings, setup.steps, forward_pass, setup.device, setup.runtime.engine, setup.work, setup.checkpoints
+        ),
+        train_rows=setup.order,
+        validation_rows=len(setup.validation) if setup.validation is not None else 0,
+        collator=RowCollator(setup.rows, setup.validation, setup.tokenizer.pad_token_id),
+        processing_class=setup.tokenizer,
+        peft_config=adapter_config(setup),
+        callbacks=setup.callbacks,
+    )
+    return BuiltTrainer(
+        trainer,
+        replace(choices, rows_at_once=rows),
+        MicroBatchSize(setup.longest_row, rows=rows),
+        initialise_adapter(setup, trainer),
+    )

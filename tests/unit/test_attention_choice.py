@@ -1,0 +1,140 @@
+"""Which attention kernel is chosen, for training and for loading, on GPUs that are made up."""
+
+import pytest
+import torch
+from transformers import Phi3Config
+
+from loraflow.config import Runtime
+from loraflow.failures import BadConfig, MissingExtra
+from loraflow.hardware import attention
+from loraflow.hardware.attention import DOCUMENTS, KernelPackage, choose_for_loading, choose_for_training
+
+CONFIG = Phi3Config(hidden_size=384, num_attention_heads=4, pad_token_id=0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Return a function that makes up a GPU, by its compute capability, and the packages that are installed."""
+
+    def make_up(capability, *installed):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: f"sm{capability[0]}{capability[1]}")
+        monkeypatch.setattr(KernelPackage, "is_installed", property(lambda package: package.module in installed))
+
+    return make_up
+
+
+def choose(wanted="auto", device="cuda", dtype="bfloat16", config=CONFIG, load=lambda name: name):
+    return choose_for_training(Runtime(attn_implementation=wanted), device, dtype, config, load)
+
+
+FA4, FA3, FA2 = "flash_attn.cute", "flash_attn_interface", "flash_attn"
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "expected"),
+    [
+        ((9, 0), (FA4, FA3), "fa4"), ((10, 0), (FA4, FA3), "fa4"), ((9, 0), (FA3,), "fa3"), ((9, 0), (), "varlen"),
+        ((8, 0), (FA4, FA3), "varlen"), ((10, 0), (FA3,), "varlen"), ((9, 0), (FA2,), "varlen"),
+    ],
+)  # fmt: skip
+def test_training_takes_the_fastest_kernel_that_the_gpu_runs(gpu, capability, installed, expected):
+    gpu(capability, *installed)
+    chosen, kernel = choose()
+    assert kernel == expected
+    assert (chosen.implementation, chosen.end_to_end) == (DOCUMENTS, True)
+    assert chosen.why == (
+        "no newer flash attention is installed"
+        if expected == "varlen"
+        else "installed, and agrees with torch's own kernel on this GPU"
+    )
+
+
+def test_a_kernel_that_does_not_work_is_left_out_unless_it_is_asked_for(gpu, caplog):
+    gpu((9, 0), FA4, FA3)
+
+    def load(name):
+        if name != "varlen":
+            raise ImportError(f"{name} is of another version")
+        return name
+
+    chosen, kernel = choose(load=load)
+    assert kernel == "varlen"
+    assert chosen.why == f"{FA3} is installed, but does not work here: ImportError: fa3 is of another version"
+    assert f"{FA4} is installed, but does not work here" in caplog.text
+    with pytest.raises(BadConfig, match="FA4 does not work here") as caught:
+        choose("fa4", load=load)
+    assert caught.value.got == "ImportError: fa4 is of another version"
+
+
+def test_a_kernel_that_is_asked_for_and_is_not_available_is_an_error(gpu):
+    gpu((9, 0))
+    for wanted, package in (("fa4", "flash-attn-4"), ("fa3", FA3), ("flash_attention_2", "flash-attn")):
+        with pytest.raises(MissingExtra, match=f"{wanted} needs a CUDA device and the package {package}"):
+            choose(wanted)
+    gpu((8, 0), FA4)
+    with pytest.raises(BadConfig, match="FA4 does not run on this GPU") as caught:
+        choose("fa4")
+    assert caught.value.got == "sm80"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"device": "cpu"}, "no GPU"),
+        ({"dtype": "float32"}, "flash attention has no float32"),
+        ({"config": Phi3Config(hidden_size=2048, num_attention_heads=4, pad_token_id=0)}, "heads are 512 wide"),
+        ({"config": Phi3Config(attention_dropout=0.1, pad_token_id=0)}, "the model drops attention weights"),
+    ],
+    ids=["device", "dtype", "width", "dropout"],
+)
+def test_what_flash_attention_cannot_compute_takes_sdpa_or_is_refused(gpu, settings, reason):
+    gpu((9, 0), FA4)
+    chosen, kernel = choose(**settings)
+    assert (chosen.implementation, chosen.end_to_end, kernel) == ("sdpa", False, None)
+    assert chosen.why.startswith(reason)
+    for wanted in ("varlen", "fa3", "fa4"):
+        with pytest.raises(BadConfig, match="is not available here") as caught:
+            choose(wanted, **settings)
+        assert caught.value.got.startswith(reason)
+
+
+def test_older_gpus_take_sdpa(gpu):
+    gpu((7, 5))
+    assert choose()[0].why == "sm75 is older than Ampere"
+
+
+def test_what_is_asked_for_is_taken(gpu):
+    gpu((9, 0), FA4, FA2)
+    for wanted in ("sdpa", "eager", "flash_attention_2"):
+        chosen, kernel = choose(wanted)
+        assert (chosen.implementation, chosen.why, kernel) == (wanted, "asked for", None)
+        assert chosen.end_to_end == (wanted == "flash_attention_2")
+    assert choose("varlen")[1] == "varlen"
+
+
+@pytest.mark.parametrize("wanted", ["auto", "varlen", "fa3", "fa4"])
+def test_a_loaded_model_takes_flash_attention_2_if_it_is_installed(gpu, wanted):
+    runtime = Runtime(attn_implementation=wanted)
+    gpu((9, 0), FA2)
+    assert choose_for_loading(runtime, "cuda") == "flash_attention_2"
+    assert choose_for_loading(runtime, "cuda", "float32") == "sdpa"
+    assert choose_for_loading(runtime, "cpu") == "sdpa"
+    gpu((9, 0))
+    assert choose_for_loading(runtime, "cuda") == "sdpa"
+
+
+def test_a_loaded_model_takes_what_is_asked_for(gpu):
+    gpu((9, 0), FA2)
+    assert choose_for_loading(Runtime(attn_implementation="eager"), "cuda", "float32") == "eager"
+    flash = Runtime(attn_implementation="flash_attention_2")
+    assert choose_for_loading(flash, "cuda") == "flash_attention_2"
+    assert choose_for_loading(flash, "cuda", "float32") == "sdpa"
+    with pytest.raises(MissingExtra, match="flash_attention_2 needs a CUDA device and the package flash-attn"):
+        choose_for_loading(flash, "cpu")
+
+
+def test_a_package_whose_parent_is_missing_is_not_installed():
+    assert not KernelPackage("x", "no_such_parent.child", "x").is_installed
+    assert KernelPackage("x", "torch.nn", "x").is_installed
+    assert list(attention.DOCUMENT_KERNEL_PACKAGES) == ["fa4", "fa3"], "the fastest is tried first"
