@@ -16,7 +16,7 @@ from loraflow.config import Recipe
 from loraflow.config import stage_configs as configs
 from loraflow.config.stage_configs import JobRuntime, StageConfig, Surroundings
 
-_TEMPLATE = ("loraflow.data.loss_mask", "loraflow.data.alignment", "loraflow.data.template")
+_TEMPLATE = ("loraflow.data.loss_mask", "loraflow.data.alignment", "loraflow.data.template", "loraflow.data.chats")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ VERSION_DATASET = Stage(
     module="loraflow.data.version",
     config=configs.VersionDatasetConfig,
     runtime=JobRuntime.of_dataset,
-    code=("loraflow.data.version", "loraflow.data.dvc"),
+    code=("loraflow.data.version", "loraflow.data.dvc", "loraflow.data.git"),
     in_worker=False,
 )
 
@@ -73,9 +73,12 @@ CHECK_DATASET = Stage(
     inputs={"dataset": _from(VERSION_DATASET)},
     code=(
         "loraflow.data.check",
+        "loraflow.data.check_report",
         "loraflow.data.readers",
         "loraflow.data.chat_formats",
+        "loraflow.data.chats",
         "loraflow.data.csv_reader",
+        "loraflow.data.json_reader",
         "loraflow.data.split",
     ),
     in_worker=False,
@@ -97,7 +100,14 @@ TOKENIZE = Stage(
     module="loraflow.data.tokenization",
     config=configs.TokenizeConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train"), "base": _from(RESOLVE_BASE, part="tokenizer")},
-    code=("loraflow.data.tokenization", *_TEMPLATE, "loraflow.data.packing"),
+    code=(
+        "loraflow.data.tokenization",
+        "loraflow.data.chunk_encoder",
+        "loraflow.data.token_files",
+        "loraflow.data.prompt_audit",
+        *_TEMPLATE,
+        "loraflow.data.packing",
+    ),
     placeable=True,
 )
 

@@ -78,7 +78,8 @@ def pull(dvc_file: str, remote: str | None) -> None:
 @json_option
 def check(source: str, form: str, as_json: bool) -> None:
     """Read SOURCE, a file or folder of chats, and say what is wrong with its rows. Exit status 1 if anything is."""
-    from loraflow.data.readers import columns_of, match_files, read_rows
+    from loraflow.data.guess_columns import columns_of
+    from loraflow.data.readers import match_files, read_rows
 
     place = Path(source)
     folder, patterns = (place, ["*"]) if place.is_dir() else (place.parent, [place.name])

@@ -74,7 +74,8 @@ def init(data_file: Path, base: str, name: str | None) -> None:
     """Make configs/NAME.yaml, data/NAME/ and its .dvc file from a file or folder of chats."""
     quiet_logging()
     from loraflow.data import dvc
-    from loraflow.data.readers import columns_of, match_files, read_rows
+    from loraflow.data.guess_columns import columns_of
+    from loraflow.data.readers import match_files, read_rows
 
     name = re.sub(r"[^a-z0-9._-]+", "-", (name or data_file.stem).lower()).strip("-.") or "mine"
     recipe = Path("configs", f"{name}.yaml")
