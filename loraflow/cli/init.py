@@ -6,12 +6,16 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from loraflow.cli import quiet_logging
 from loraflow.cli.data import said_unread
 from loraflow.failures import BadConfig, BadData
+
+if TYPE_CHECKING:
+    from loraflow.data.chats import Message
 
 RECIPE = """\
 # {title}
@@ -121,7 +125,7 @@ def _recipe(
     source: str,
     names: list[str],
     base: str,
-    chats: list[list[dict[str, str]]],
+    chats: list[list[Message]],
     columns: dict[str, str],
 ) -> str:
     """Fill the template in from what the chats look like. Four characters a token is a rough but safe guess."""

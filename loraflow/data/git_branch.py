@@ -47,7 +47,7 @@ def newest(repo: str, branch: str, remote: str = "origin") -> Newest:
         return Newest(repo, found[0])
     if git_or_none(["rev-parse", "--git-dir"], repo) is None:
         raise BadConfig(
-            "Retraining needs a git repository, and this folder is none.",
+            "Retraining reads a git branch, but this folder is no git repository.",
             where=str(Path(repo).absolute()),
             next_step="git init, or set data.repo to the repository that holds the .dvc file",
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loraflow.data.chat_formats import BadRow, to_prompt
+from loraflow.data.chats import Message
 from loraflow.data.readers import read_values
 from loraflow.failures import BadConfig, BadData
 from loraflow.store.files import fsync_path
@@ -25,7 +26,7 @@ class Question:
     """A row of the input: its columns, and its prompt or the reason why there is none."""
 
     columns: dict[str, Any]
-    messages: list[dict[str, str]] | None
+    messages: list[Message] | None
     error: str | None = None
 
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel
 
 from loraflow.config import parse_recipe
-from loraflow.config.load import _model_of
+from loraflow.config.load import section_model
 from loraflow.config.recipe import Recipe
 from loraflow.config.stage_configs import DatasetLocation, FolderOrigin
 from loraflow.failures import BadConfig
@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_refused_with_the_successor(line, says):
     [
         ("", "empty"),
         ("- a", "no mapping"),
-        ("name: x\nname: y", "stands twice"),
+        ("name: x\nname: y", "is duplicated"),
         ("a: &x [1]\nb: *x", "alias"),
         ("a: !!python/object:os.system {}", "tag"),
         ("a: [", "plain YAML"),
@@ -228,7 +228,7 @@ def leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
     found = []
     for name, field in model.model_fields.items():
         path = prefix + (field.alias or name)
-        inner = _model_of(field.annotation)
+        inner = section_model(field)
         found += leaves(inner, path + ".") if inner else [(path, field)]
     return found
 
