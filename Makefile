@@ -46,12 +46,12 @@ check: $(STAMP) ## style, types, and the direction of imports
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
 
-lint: $(STAMP) ## mend what can be mended by itself
+lint: $(STAMP) ## fix style problems automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-data: $(STAMP) ## write the quickstart's generated dataset anew, and version it
-	$(BIN)/python -m examples.tickets data
+data: $(STAMP) ## regenerate the quickstart's dataset, and version it
+	$(BIN)/python examples/tickets.py data
 	$(BIN)/loraflow data add data
 
 clean: ## remove the store and caches, not the virtual environment
