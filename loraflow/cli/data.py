@@ -68,7 +68,7 @@ def pull(dvc_file: str, remote: str | None) -> None:
 
     dvc.pull(dvc_file, remote=remote)
     pin = dvc.read_pin(".", dvc_file, None)
-    dvc.refuse_dirt(".", pin, HashMemo(None))
+    dvc.require_clean(".", pin, HashMemo(None))
     click.echo(f"{pin.path} is {pin.md5}")
 
 
@@ -130,7 +130,7 @@ def _unread(counts: Counter[str]) -> str:
 def diff(old: str, new: str | None, source: str) -> None:
     """Compare the dataset of git revision OLD with that of NEW (the work tree if left out), row by row."""
     from loraflow.config.recipe import Data
-    from loraflow.data.compare import rows_of
+    from loraflow.data.compare import row_ids
     from loraflow.failures import BadConfig
 
     if not source.endswith(".dvc"):
@@ -138,7 +138,7 @@ def diff(old: str, new: str | None, source: str) -> None:
             "Only a dataset with a .dvc file has revisions.", where=f"--source {source}", expected="data.dvc"
         )
 
-    before, after = (rows_of(Data(source=source, rev=rev)) for rev in (old, new))
+    before, after = (row_ids(Data(source=source, rev=rev)) for rev in (old, new))
     for name in sorted(before.keys() | after.keys()):
         one, two = before.get(name, set()), after.get(name, set())
         click.echo(f"{name}: {len(one)} → {len(two)} rows, {len(two - one)} added, {len(one - two)} removed")

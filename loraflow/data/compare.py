@@ -15,7 +15,7 @@ from loraflow.failures import BadData
 from loraflow.store.files import HashMemo
 
 
-def rows_of(data: Data) -> dict[str, set[str]]:
+def row_ids(data: Data) -> dict[str, set[str]]:
     """Return {file: ids of its valid rows} of a dataset's version.
 
     Raises:

@@ -120,7 +120,7 @@ def tree_md5(path: Path, memo: HashMemo | None = None) -> str:
     return hashlib.md5(json.dumps(rows).encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
-def refuse_dirt(repo: str, pin: Pin, memo: HashMemo) -> bool:
+def require_clean(repo: str, pin: Pin, memo: HashMemo) -> bool:
     """Return whether the work tree has the pinned files.
 
     Raises:

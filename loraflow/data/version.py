@@ -27,7 +27,7 @@ def locate(data: Data, memo: HashMemo) -> DatasetLocation:
     if data.source.endswith(".dvc"):
         pin = dvc.read_pin(data.repo, data.source, data.rev)
         if data.rev is None and not is_url(data.repo):
-            dvc.refuse_dirt(data.repo, pin, memo)
+            dvc.require_clean(data.repo, pin, memo)
         commit = dvc.head_of(data.repo, data.rev) if data.rev else None
         name = Path(pin.path).name
         origin = DvcOrigin(
