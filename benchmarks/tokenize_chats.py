@@ -1,8 +1,8 @@
-"""Tokenize chats with a loss mask and pack them: ours, trl's own preparation, and the bare tokenizer, on the same rows.
+"""Tokenize chats with a loss mask and pack them: loraflow, trl's own preparation, and the bare tokenizer, on equal rows.
 
 python benchmarks/tokenize_chats.py [ROWS [ROUNDS]]
 
-The sides take turns; a ratio is the median of the rounds' own ratios, so that a noisy neighbour weighs less.
+The sides take turns. A ratio is the median of the ratios of the rounds, so that other load on the machine weighs less.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from measure import once, row
 
-# SmolLM2's template with the marks that trl wants: it ships no training template for this one.
+# SmolLM2's template with the marks that trl needs; trl has no training template for this model.
 MARKED = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}"
@@ -34,22 +34,22 @@ Times = tuple[float, float]  # wall, CPU: seconds
 
 
 class Clock:
-    """Wall and CPU seconds from here on, with those of processes that have ended."""
+    """Wall and CPU seconds since the start, including those of child processes that have ended."""
 
     def __init__(self) -> None:
         self.wall, self.cpu = time.perf_counter(), self._cpu()
 
     def _cpu(self) -> float:
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        return sum(one.ru_utime + one.ru_stime for one in used)
+        return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
     def read(self) -> Times:
-        """Return what has passed."""
+        """Return the times since the start."""
         return time.perf_counter() - self.wall, self._cpu() - self.cpu
 
 
 def build(folder: Path, rows: int) -> Path:
-    """Write chats of one to six turns from the sentences of this installation's docstrings, and a tokenizer's folder."""
+    """Write chats of one to three questions, in the words of the standard library's files, and SmolLM2's tokenizer."""
     from importlib.util import find_spec
 
     from transformers import AutoTokenizer
@@ -88,20 +88,17 @@ def build(folder: Path, rows: int) -> Path:
 
 def ours(folder: Path, processes: int, out: Path) -> Times:
     """Run the tokenize stage: parse, render, encode, mask, write, pack. Return its times."""
-    from loraflow.data import tokenization as tokens
+    from loraflow.config.stage_configs import JobRuntime, TokenizeConfig
+    from loraflow.data import tokenization
     from loraflow.job import Inputs, Job, Progress
 
-    config = {
-        "loss_on": "assistant",
-        "too_long": "truncate",
-        "special_tokens": "drop",
-        "max_length": 2048,
-        "packing": True,
-    }
-    job = Job(stage="tokenize", version=1, config=config, runtime={"processes": processes})
+    config = TokenizeConfig(
+        loss_on="assistant", too_long="truncate", special_tokens="drop", max_length=2048, packing=True
+    )
+    job = Job[TokenizeConfig](stage="tokenize", version=1, config=config, runtime=JobRuntime(processes=processes))
     out.mkdir()
     clock = Clock()
-    tokens.run(job, Inputs({"rows": folder, "base": folder / "base"}), out, Progress())
+    tokenization.run(job, Inputs({"rows": folder, "base": folder / "base"}), out, Progress())
     return clock.read()
 
 
@@ -128,7 +125,7 @@ def trl(folder: Path, processes: int) -> Times:
 
 
 def bare(folder: Path) -> Times:
-    """Encode the rendered texts and do nothing with them, two threads. Return the times of the encoding alone."""
+    """Encode the rendered texts with two threads, and discard the ids. Return the times of the encoding only."""
     from loraflow.data.loss_mask import ChatTemplate
 
     template = ChatTemplate(folder / "base")
@@ -141,7 +138,7 @@ def bare(folder: Path) -> Times:
 
 
 def same_labels(folder: Path, out: Path) -> None:
-    """Check a sample of our rows against transformers' own mask."""
+    """Compare the first 300 rows with the ids and the mask of transformers."""
     from datasets import load_from_disk
     from transformers import AutoTokenizer
 
@@ -159,34 +156,54 @@ SIDES = (("bare", 2), ("ours", 1), ("ours", 2), ("trl", 1), ("trl", 2))
 
 
 def main() -> None:
-    """Print the table; each side in a process of its own."""
+    """Print the table. Each side runs in its own process."""
     rows, rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000, int(sys.argv[2]) if len(sys.argv) > 2 else 3
     if len(sys.argv) > 3:
-        what, processes, folder = sys.argv[3], int(sys.argv[4]), Path(sys.argv[5])
-        times = {"ours": lambda: ours(folder, processes, folder / f"ours{processes}-{time.time_ns()}"),
-                 "trl": lambda: trl(folder, processes), "bare": lambda: bare(folder)}[what]()  # fmt: skip
-        (folder / "times").write_text(json.dumps(times))
+        measure_side(sys.argv[3], int(sys.argv[4]), Path(sys.argv[5]))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = build(Path(name), rows)
         found: dict[tuple[str, int], list[Times]] = {side: [] for side in SIDES}
         for _ in range(rounds):
-            for what, processes in SIDES:
-                once([sys.executable, __file__, str(rows), str(rounds), what, str(processes), str(folder)],
-                     {"TOKENIZERS_PARALLELISM": "true" if what == "bare" else "false",
-                      "RAYON_NUM_THREADS": "2" if what == "bare" else "1"})  # fmt: skip
-                found[what, processes].append(tuple(json.loads((folder / "times").read_text())))
-        row("what", "processes", "rows/s", "CPU ms a row", "rows/s of each round")
-        for (what, processes), times in found.items():
-            rates = [rows / wall for wall, _ in times]
-            cpu = statistics.median(cpu for _, cpu in times) / rows * 1000
-            row(what, processes, statistics.median(rates), cpu, " ".join(f"{rate:.0f}" for rate in rates))
-        for one, other in ((("ours", 1), ("trl", 1)), (("ours", 2), ("trl", 2)), (("ours", 2), ("bare", 2))):
-            wall, cpu = ([b[k] / a[k] for a, b in zip(found[one], found[other], strict=True)] for k in (0, 1))
-            row(f"{one[0]} / {other[0]}", other[1], statistics.median(wall), f"by CPU {statistics.median(cpu):.2f}",
-                " ".join(f"{ratio:.2f}" for ratio in wall))  # fmt: skip
+            for side, processes in SIDES:
+                once(
+                    [sys.executable, __file__, str(rows), str(rounds), side, str(processes), str(folder)],
+                    {
+                        "TOKENIZERS_PARALLELISM": "true" if side == "bare" else "false",
+                        "RAYON_NUM_THREADS": "2" if side == "bare" else "1",
+                    },
+                )
+                wall, cpu = json.loads((folder / "times").read_text())
+                found[side, processes].append((wall, cpu))
+        print_table(found, rows)
         same_labels(folder, next(iter(sorted(folder.glob("ours2-*")))))
         print("300 rows have transformers' own ids and mask")
+
+
+def measure_side(side: str, processes: int, folder: Path) -> None:
+    """Run one side, and write its times to a file."""
+    if side == "ours":
+        times = ours(folder, processes, folder / f"ours{processes}-{time.time_ns()}")
+    elif side == "trl":
+        times = trl(folder, processes)
+    else:
+        times = bare(folder)
+    (folder / "times").write_text(json.dumps(times))
+
+
+def print_table(found: dict[tuple[str, int], list[Times]], rows: int) -> None:
+    """Print rows per second and CPU time of each side, and the ratios between sides."""
+    row("what", "processes", "rows/s", "CPU ms a row", "rows/s of each round")
+    for (side, processes), times in found.items():
+        rates = [rows / wall for wall, _ in times]
+        cpu = statistics.median(cpu for _, cpu in times) / rows * 1000
+        row(side, processes, statistics.median(rates), cpu, " ".join(f"{rate:.0f}" for rate in rates))
+    for side, other in ((("ours", 1), ("trl", 1)), (("ours", 2), ("trl", 2)), (("ours", 2), ("bare", 2))):
+        pairs = list(zip(found[side], found[other], strict=True))
+        wall_ratios, cpu_ratios = ([theirs[k] / own[k] for own, theirs in pairs] for k in (0, 1))
+        by_cpu = f"by CPU {statistics.median(cpu_ratios):.2f}"
+        ratios = " ".join(f"{ratio:.2f}" for ratio in wall_ratios)
+        row(f"{side[0]} / {other[0]}", other[1], statistics.median(wall_ratios), by_cpu, ratios)
 
 
 if __name__ == "__main__":

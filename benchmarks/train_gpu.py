@@ -145,23 +145,19 @@ def documents(count: int, seed: int = 1234) -> list[tuple[np.ndarray, np.ndarray
 
 def build_tokens(folder: Path, rows: int) -> None:
     """Write documents as the tokenize stage does."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from loraflow.data import tokenization as tokens
     from loraflow.data.packing import best_fit_decreasing
+    from loraflow.data.token_files import TokenBatch, open_shard, write_packing
 
     docs = documents(int(rows * LENGTH / (50 if TINY else 400)))
     lengths = np.array([len(ids) for ids, _ in docs], np.int32)
-    chunk = tokens.Chunk(
-        np.concatenate([ids for ids, _ in docs]), np.concatenate([labels for _, labels in docs]), lengths, {}, {}
-    )
-    (folder / "train").mkdir(parents=True)
-    shard = str(folder / "train" / "data-00000-of-00001.arrow")
-    with pa.OSFile(shard, "wb") as file, pa.ipc.new_stream(file, tokens._SCHEMA) as writer:
-        writer.write_batch(tokens._batch(chunk))
-    row_of = best_fit_decreasing(lengths, LENGTH)
-    pq.write_table(pa.table({"row": row_of}), folder / "packing.parquet")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_shard(folder / "train") as append:
+        append(
+            TokenBatch(
+                np.concatenate([ids for ids, _ in docs]), np.concatenate([labels for _, labels in docs]), lengths
+            )
+        )
+    write_packing(folder / "packing.parquet", best_fit_decreasing(lengths, LENGTH))
     (folder / "report.json").write_text(json.dumps({"figures": {"train_tokens": int(lengths.sum())}}))
 
 

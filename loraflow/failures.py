@@ -1,24 +1,44 @@
-"""The ways a stage can fail. Each says what happened, where, what was expected, and what to do next.
+"""The ways in which a stage can fail. A failure says what happened and where, what was expected, and what to do next.
 
-A failure crosses a process border as JSON (`to_dict`, `from_dict`): the worker writes it, the launcher raises
-it again. Whether a retry can help belongs to the class, not to the place that catches it.
+A failure crosses process borders as JSON (`to_dict`, `from_dict`): the worker writes it, and the launcher raises it
+again. Whether a retry can help is a property of the class, not a decision of the code that catches the failure.
 """
 
 from __future__ import annotations
 
 import errno
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
 
 
 class Failure(Exception):
-    """A failure with a next step. `retryable` failures are repeated by Prefect and resume where they stopped."""
+    """A failure with a next step. Prefect retries `retryable` failures; the stage then resumes where it stopped.
+
+    Args:
+        what: what is wrong, in one sentence.
+        where: the file, key or stage that is concerned.
+        expected: what would be right.
+        got: what was found instead.
+        next_step: what to do next, preferably a command.
+        details: further JSON values for the code that handles the failure.
+    """
 
     kind: ClassVar[str] = "failure"
     retryable: ClassVar[bool] = False
     exit_code: ClassVar[int] = 1
 
     def __init__(
-        self, what: str, *, where: str = "", expected: str = "", got: str = "", next_step: str = "", **details: Any
+        self,
+        what: str,
+        *,
+        where: str = "",
+        expected: str = "",
+        got: str = "",
+        next_step: str = "",
+        **details: JsonValue,
     ):
         self.what, self.where, self.expected, self.got, self.next_step = what, where, expected, got, next_step
         self.details = details
@@ -36,11 +56,11 @@ class Failure(Exception):
             lines.append(f"  next:     {self.next_step}")
         return "\n".join(lines)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[Mapping[str, JsonValue]], Failure], tuple[dict[str, JsonValue]]]:
         return (from_dict, (self.to_dict(),))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the failure as plain JSON values."""
+    def to_dict(self) -> dict[str, JsonValue]:
+        """Return the failure as JSON values."""
         return {
             "kind": self.kind,
             "what": self.what,
@@ -59,19 +79,19 @@ class BadConfig(Failure):
 
 
 class BadData(Failure):
-    """The dataset is wrong: unreadable, malformed, or nothing is left to train on."""
+    """The dataset cannot be used: it is unreadable or malformed, or no row is left to train on."""
 
     kind = "bad_data"
 
 
 class DirtyData(BadData):
-    """The files in the work tree are not the ones that the `.dvc` file pins."""
+    """The files in the work tree differ from the version that the `.dvc` file pins."""
 
     kind = "dirty_data"
 
 
 class MissingData(BadData):
-    """A pinned file is neither in the work tree nor in the DVC cache nor in its remote."""
+    """A pinned file is not in the work tree, in the DVC cache, or in the DVC remote."""
 
     kind = "missing_data"
 
@@ -83,25 +103,25 @@ class BadModel(Failure):
 
 
 class MissingExtra(Failure):
-    """An optional dependency, or the hardware that it needs, is not there."""
+    """An optional dependency, or the hardware that it needs, is missing."""
 
     kind, exit_code = "missing_extra", 2
 
 
 class CorruptArtifact(Failure):
-    """An artifact's content is not what its manifest says. It was set aside and will be made again."""
+    """An artifact's content differs from its manifest. The artifact was moved to `set-aside/` and will be recomputed."""
 
     kind = "corrupt_artifact"
 
 
 class Inadmissible(Failure):
-    """A report is outside the bounds that the recipe sets, so the run does not go on."""
+    """A report is outside the recipe's bounds, so the run stops."""
 
     kind = "inadmissible"
 
 
 class DiskFull(Failure):
-    """The store's disk is full, or would be."""
+    """The store's disk is full, or has too little space for the result."""
 
     kind = "disk_full"
 
@@ -113,7 +133,7 @@ class ReadOnlyStore(Failure):
 
 
 class OutOfMemory(Failure):
-    """The device's or the host's memory did not suffice. The launcher answers it with half the micro-batch."""
+    """The device or the host ran out of memory. The launcher tries again with half the micro-batch."""
 
     kind = "out_of_memory"
 
@@ -125,19 +145,19 @@ class NonFiniteLoss(Failure):
 
 
 class DeadlineExceeded(Failure):
-    """The stage ran past its deadline."""
+    """The stage ran longer than its deadline."""
 
     kind = "deadline"
 
 
 class Crashed(Failure):
-    """The worker ended in a way that we do not know."""
+    """The worker ended for an unknown reason."""
 
     kind = "crashed"
 
 
 class Preempted(Failure):
-    """The worker was asked to end (SIGTERM). A retry resumes from the last checkpoint."""
+    """The worker was asked to stop (SIGTERM). A retry resumes from the last checkpoint."""
 
     kind, retryable = "preempted", True
 
@@ -149,7 +169,7 @@ class Killed(Failure):
 
 
 class Network(Failure):
-    """A remote did not answer."""
+    """A remote service did not answer."""
 
     kind, retryable = "network", True
 
@@ -166,23 +186,21 @@ def _collect(cls: type[Failure]) -> None:
 _collect(Failure)
 
 
-def from_dict(data: dict[str, Any]) -> Failure:
-    """Rebuild a failure that `to_dict` wrote. An unknown kind becomes a plain `Failure`."""
-    cls = _CLASSES.get(data.get("kind", ""), Failure)
-    return cls(
-        data["what"],
-        where=data.get("where", ""),
-        expected=data.get("expected", ""),
-        got=data.get("got", ""),
-        next_step=data.get("next_step", ""),
-        **data.get("details", {}),
-    )
+def from_dict(data: Mapping[str, JsonValue]) -> Failure:
+    """Rebuild a failure from the values of `to_dict`. An unknown kind becomes a plain `Failure`."""
+    cls = _CLASSES.get(str(data.get("kind", "")), Failure)
+    texts = {key: str(data.get(key, "")) for key in ("where", "expected", "got", "next_step")}
+    failure = cls(str(data["what"]), **texts)
+    details = data.get("details")
+    if isinstance(details, dict):
+        failure.details.update(details)
+    return failure
 
 
 def from_os_error(error: OSError, where: str) -> Failure | None:
-    """Translate a full disk, a read-only store or a file of somebody else's; return None for any other OSError.
+    """Return the failure for a full disk, a read-only store or a file without permission; None for any other OSError.
 
-    `where` is the store's folder, or the stage where that is not known.
+    `where` is the store's folder, or the stage if the folder is unknown.
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(
@@ -195,13 +213,13 @@ def from_os_error(error: OSError, where: str) -> Failure | None:
             "A file cannot be read or written.",
             where=str(error.filename),
             got=error.strerror or type(error).__name__,
-            next_step="mend its permissions",
+            next_step="correct its permissions",
         )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return ReadOnlyStore(
             "The store cannot be written.",
             where=str(error.filename or where),
             got=error.strerror or type(error).__name__,
-            next_step="set runtime.store to a folder that you may write, or mend its permissions",
+            next_step="set runtime.store to a folder that you may write to, or correct its permissions",
         )
     return None

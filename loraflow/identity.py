@@ -1,9 +1,9 @@
-"""What makes two jobs the same: one function computes identity, and a miss can be explained.
+"""Fingerprints and digests: when two jobs, or two artifacts, are the same, and why a job misses the cache.
 
-- fingerprint: sha256 over a job's payload: stage, stage version, input digests, config slice
-- digest: sha256 over the names and contents of an artifact's result files
+- fingerprint: sha256 of a job's payload, which is the stage, its version, the input digests and the stage's config
+- digest: sha256 of the names and contents of an artifact's result files
 
-Identity is *what*, never *where*: no path, device, time or host may reach a payload.
+Identity is *what* is computed, never *where*: no path, device, time or host may enter a payload.
 """
 
 from __future__ import annotations
@@ -12,47 +12,54 @@ import hashlib
 import json
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
-SHORT = 12  # characters of a fingerprint or digest that people are shown
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+SHORT = 12  # characters of a fingerprint or digest in messages
+
+# JSON values, with tuples for lists and any mapping for an object.
+Plain: TypeAlias = "Mapping[str, Plain] | Sequence[Plain] | str | int | float | bool | None"
 
 
-def canonical(value: Any) -> bytes:
+def canonical(value: Plain) -> bytes:
     """Serialise JSON values so that equal values give equal bytes.
 
     Raises:
-        TypeError: for anything but None, bool, int, float, str, list, tuple and mappings with string keys; an
-            object's default repr would put its memory address into identity.
-        ValueError: for NaN and infinities, which JSON cannot say.
+        TypeError: the value contains anything but None, bool, int, float, str, list, tuple and mappings with string keys.
+            The default repr of an object would put its memory address into the fingerprint.
+        ValueError: the value contains NaN or an infinity, which JSON does not have.
     """
     return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Plain) -> JsonValue:
+    """Return a value as JSON has it, with whole floats as integers."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"identity cannot hold {value}")
-        # 1.0 and 1 are the same setting; a YAML author writes either.
+            raise ValueError(f"a fingerprint cannot contain {value}")
+        # 1.0 and 1 are the same setting: people write either in YAML.
         return int(value) if value.is_integer() and abs(value) < 2**53 else value
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise TypeError(f"identity wants string keys, got {key!r}")
+                raise TypeError(f"the keys of a fingerprint's payload must be strings, got {key!r}")
         return {key: _plain(item) for key, item in value.items()}
-    raise TypeError(f"identity cannot hold a {type(value).__name__}: {value!r}")
+    raise TypeError(f"a fingerprint cannot contain a {type(value).__name__}: {value!r}")
 
 
-def payload(stage: str, version: int, inputs: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a fingerprint is taken over. It is kept in the manifest, so that a miss can be explained."""
-    return _plain({"stage": stage, "version": version, "inputs": dict(inputs), "config": dict(config)})
+def payload(stage: str, version: int, inputs: Mapping[str, str], config: Mapping[str, Plain]) -> dict[str, JsonValue]:
+    """Return the values that a fingerprint hashes. The manifest records them, so that a cache miss can be explained."""
+    return {"stage": stage, "version": version, "inputs": {**inputs}, "config": _plain(config)}
 
 
-def fingerprint(job_payload: Mapping[str, Any]) -> str:
+def fingerprint(job_payload: Mapping[str, Plain]) -> str:
     """Return the sha256 of a payload, 64 hex digits."""
     return hashlib.sha256(canonical(job_payload)).hexdigest()
 
@@ -64,12 +71,12 @@ def digest(files: Mapping[str, str]) -> str:
 
 
 def short(value: str) -> str:
-    """Return the part of a fingerprint or digest that people are shown."""
+    """Return the first characters of a fingerprint or digest, for messages."""
     return value[:SHORT]
 
 
-def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Say what differs between two payloads, a line each: `peft_config.r 8 → 16`."""
+def explain(old: Mapping[str, Plain], new: Mapping[str, Plain]) -> list[str]:
+    """Return the differences between two payloads, one line each, such as `peft_config.r 8 → 16`."""
     before, after = dict(_leaves("", old)), dict(_leaves("", new))
     lines = []
     for key in sorted(before.keys() | after.keys()):
@@ -79,7 +86,7 @@ def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _leaves(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
+def _leaves(prefix: str, value: Plain) -> Iterable[tuple[str, Plain]]:
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
             yield from _leaves(f"{prefix}.{key}" if prefix else key, item)
@@ -87,7 +94,7 @@ def _leaves(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
         yield prefix, value
 
 
-def _show(key: str, value: Any) -> str:
+def _show(key: str, value: Plain) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if key.startswith("inputs."):
         return short(text)

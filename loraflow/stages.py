@@ -17,8 +17,8 @@ from loraflow.config import stage_configs as configs
 from loraflow.config.stage_configs import JobRuntime, StageConfig, Surroundings
 from loraflow.failures import BadConfig
 
-_TEMPLATE = ("loraflow.data.loss_mask", "loraflow.data.alignment", "loraflow.data.template")
 _HARDWARE = ("loraflow.hardware.device", "loraflow.hardware.attention")
+_TEMPLATE = ("loraflow.data.loss_mask", "loraflow.data.alignment", "loraflow.data.template", "loraflow.data.chats")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ VERSION_DATASET = Stage(
     module="loraflow.data.version",
     config=configs.VersionDatasetConfig,
     runtime=JobRuntime.of_dataset,
-    code=("loraflow.data.version", "loraflow.data.dvc"),
+    code=("loraflow.data.version", "loraflow.data.dvc", "loraflow.data.git"),
     in_worker=False,
 )
 
@@ -75,9 +75,12 @@ CHECK_DATASET = Stage(
     inputs={"dataset": _from(VERSION_DATASET)},
     code=(
         "loraflow.data.check",
+        "loraflow.data.check_report",
         "loraflow.data.readers",
         "loraflow.data.chat_formats",
+        "loraflow.data.chats",
         "loraflow.data.csv_reader",
+        "loraflow.data.json_reader",
         "loraflow.data.split",
     ),
     in_worker=False,
@@ -99,7 +102,14 @@ TOKENIZE = Stage(
     module="loraflow.data.tokenization",
     config=configs.TokenizeConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train"), "base": _from(RESOLVE_BASE, part="tokenizer")},
-    code=("loraflow.data.tokenization", *_TEMPLATE, "loraflow.data.packing"),
+    code=(
+        "loraflow.data.tokenization",
+        "loraflow.data.chunk_encoder",
+        "loraflow.data.token_files",
+        "loraflow.data.prompt_audit",
+        *_TEMPLATE,
+        "loraflow.data.packing",
+    ),
     placeable=True,
 )
 

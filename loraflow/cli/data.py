@@ -72,7 +72,7 @@ def pull(dvc_file: str, remote: str | None) -> None:
 
     dvc.pull(dvc_file, remote=remote)
     pin = dvc.read_pin(".", dvc_file, None)
-    dvc.refuse_dirt(".", pin, HashMemo(None))
+    dvc.require_clean(".", pin, HashMemo(None))
     click.echo(f"{pin.path} is version {pin.md5}")
 
 
@@ -82,7 +82,8 @@ def pull(dvc_file: str, remote: str | None) -> None:
 @json_option
 def check(source: str, form: str, as_json: bool) -> None:
     """Check the rows of SOURCE, a file or folder of chats. Exit status 1 if a row is malformed or there are no rows."""
-    from loraflow.data.readers import columns_of, match_files, read_rows
+    from loraflow.data.guess_columns import columns_of
+    from loraflow.data.readers import match_files, read_rows
 
     path = Path(source)
     folder, patterns = (path, ["*"]) if path.is_dir() else (path.parent, [path.name])
@@ -136,14 +137,14 @@ def _unread_line(counts: Counter[str]) -> str:
 def diff(old: str, new: str | None, source: str) -> None:
     """Compare the rows of the dataset at git revision OLD with those at NEW. Default of NEW: the work tree."""
     from loraflow.config.recipe import Data
-    from loraflow.data.compare import rows_of
+    from loraflow.data.compare import row_ids
     from loraflow.failures import BadConfig
 
     if not source.endswith(".dvc"):
         raise BadConfig(
             "Only a dataset with a .dvc file has revisions.", where=f"--source {source}", expected="data.dvc"
         )
-    before, after = (rows_of(Data(source=source, rev=revision)) for revision in (old, new))
+    before, after = (row_ids(Data(source=source, rev=revision)) for revision in (old, new))
     for name in sorted(before.keys() | after.keys()):
         was, is_now = before.get(name, set()), after.get(name, set())
         added, removed = len(is_now - was), len(was - is_now)

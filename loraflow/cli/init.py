@@ -15,9 +15,9 @@ from loraflow.cli.data import unread_keys
 from loraflow.failures import BadConfig, BadData
 
 if TYPE_CHECKING:
+    from loraflow.data.chats import Message
     from loraflow.data.readers import Row
 
-Chat = list[dict[str, str]]
 
 RECIPE = """\
 # {title}
@@ -80,7 +80,8 @@ def init(data_file: Path, base: str, name: str | None) -> None:
     """Write configs/NAME.yaml, a data folder and its .dvc file from a file or folder of chats."""
     quiet_logging()
     from loraflow.data import dvc
-    from loraflow.data.readers import columns_of, match_files, read_rows
+    from loraflow.data.guess_columns import columns_of
+    from loraflow.data.readers import match_files, read_rows
 
     name = re.sub(r"[^a-z0-9._-]+", "-", (name or data_file.stem).lower()).strip("-.") or "mine"
     recipe = Path("configs", f"{name}.yaml")
@@ -111,7 +112,7 @@ def init(data_file: Path, base: str, name: str | None) -> None:
     click.echo(f"next  loraflow plan {recipe}   ·   loraflow run {recipe}")
 
 
-def _chats(rows: list[Row], data_file: Path) -> list[Chat]:
+def _chats(rows: list[Row], data_file: Path) -> list[list[Message]]:
     """Return the well-formed rows; print the first malformed ones and the keys that are not read.
 
     Raises:
@@ -140,7 +141,7 @@ def _recipe(
     source: str,
     names: list[str],
     base: str,
-    chats: list[Chat],
+    chats: list[list[Message]],
     columns: dict[str, str],
 ) -> str:
     """Fill in the template from the lengths and formats of the chats, at about three characters a token: a safe guess."""

@@ -1,4 +1,4 @@
-"""The recipe: what a run computes, as frozen values, with every problem of a YAML file reported at once."""
+"""The recipe: what a run computes, as frozen values. All problems of a YAML file are reported at once."""
 
 from loraflow.config.load import load_recipe, parse_recipe
 from loraflow.config.recipe import Recipe

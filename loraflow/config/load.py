@@ -1,4 +1,4 @@
-"""From a YAML file to a recipe, with every problem at once, each with its line."""
+"""Load a recipe from YAML, and report all its problems at once, each with its line."""
 
 from __future__ import annotations
 
@@ -7,26 +7,34 @@ import difflib
 import logging
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
+from pydantic.fields import FieldInfo
 
 from loraflow.config import yaml
 from loraflow.config.recipe import Recipe
 from loraflow.config.renamed_keys import translate
 from loraflow.failures import BadConfig
 
+if typing.TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 log = logging.getLogger(__name__)
 
+Problem = tuple[int, str]  # line, 0 if unknown; message
 
-def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read a recipe. `overrides` maps dotted keys to values and wins over the file.
 
-    A path without a folder that does not exist is looked up in `configs/`, with `.yaml` added.
+def load_recipe(path: str | Path, overrides: Mapping[str, JsonValue] | None = None) -> Recipe:
+    """Load a recipe.
+
+    Args:
+        path: the file, or the name of a recipe in `configs/`.
+        overrides: {dotted key: value}, which replace the file's values.
 
     Raises:
-        BadConfig: the file is missing, or has problems: all of them are in the message, each with its line.
+        BadConfig: the file does not exist, or has problems. The message lists all problems, each with its line.
     """
     file = find_recipe(path)
     try:
@@ -37,7 +45,11 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
 
 
 def find_recipe(path: str | Path) -> Path:
-    """Return a recipe's file, from a path or from the name of one in `configs/`."""
+    """Return a recipe's file, given its path or the name of a recipe in `configs/`.
+
+    Raises:
+        BadConfig: there is no such recipe.
+    """
     file = Path(path)
     if file.is_file():
         return file
@@ -49,29 +61,61 @@ def find_recipe(path: str | Path) -> Path:
     raise BadConfig(
         "There is no such recipe.",
         where=str(path),
-        expected="a YAML file, or the name of one in configs/",
+        expected="a YAML file, or the name of a recipe in configs/",
         next_step=f"loraflow run {near[0]}" if near else "loraflow init --data FILE --base MODEL",
     )
 
 
-def parse_recipe(text: str, name: str = "recipe", overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read a recipe from text. See `load_recipe`."""
+def parse_recipe(text: str, name: str = "recipe", overrides: Mapping[str, JsonValue] | None = None) -> Recipe:
+    """Parse a recipe. `name` is the file's name in messages. See `load_recipe`."""
     try:
-        document, lines = yaml.parse(text)
+        parsed, lines = yaml.parse(text)
     except yaml.Syntax as error:
-        raise BadConfig("The recipe is no plain YAML.", where=f"{name}:{error.line}", got=str(error)) from error
-    if not isinstance(document, dict):
-        raise BadConfig("The recipe is empty or no mapping.", where=f"{name}:1", expected="keys such as name, base")
-    problems: list[tuple[int, str]] = []
-
-    document = copy.deepcopy(document)
+        raise BadConfig("The recipe is not plain YAML.", where=f"{name}:{error.line}", got=str(error)) from error
+    if not isinstance(parsed, dict):
+        raise BadConfig("The recipe is empty, or no mapping.", where=f"{name}:1", expected="keys such as name and base")
+    document = copy.deepcopy(parsed)
+    problems: list[Problem] = []
     for dotted, value in (overrides or {}).items():
         _override(document, dotted, value, problems)
+    _move_attention_to_runtime(document)
+    problems += _translate_keys(document, name, lines)
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        problems += [(_line(lines, problem["loc"]), _message(problem)) for problem in error.errors()]
+    if problems:
+        listing = "\n".join(f"    {name}{f':{line}' if line else ''}: {message}" for line, message in sorted(problems))
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise BadConfig(f"The recipe has {count}:\n{listing}", next_step=f"correct {name}, then `loraflow plan {name}`")
+    return recipe
+
+
+def _override(document: dict[str, JsonValue], dotted: str, value: JsonValue, problems: list[Problem]) -> None:
+    *parents, last = dotted.split(".")
+    section = document
+    for key in parents:
+        inner = section.setdefault(key, {})
+        if not isinstance(inner, dict):
+            problems.append((0, f"--set {dotted}: {key} is no section"))
+            return
+        section = inner
+    section[last] = value
+
+
+def _move_attention_to_runtime(document: dict[str, JsonValue]) -> None:
+    """Move base.attn_implementation to the runtime: the Phi-3 guide has it beside the model, but it is a kernel."""
     base = document.get("base")
-    if isinstance(base, dict) and "attn_implementation" in base:  # the guide has it beside the model; it is a kernel
-        if not isinstance(document.setdefault("runtime", {}), dict):
-            document["runtime"] = {}
-        document["runtime"].setdefault("attn_implementation", base.pop("attn_implementation"))
+    if isinstance(base, dict) and "attn_implementation" in base:
+        runtime = document.get("runtime")
+        if not isinstance(runtime, dict):
+            runtime = document["runtime"] = {}
+        runtime.setdefault("attn_implementation", base.pop("attn_implementation"))
+
+
+def _translate_keys(document: dict[str, JsonValue], name: str, lines: dict[yaml.Path, int]) -> list[Problem]:
+    """Give the keys of all sections their current names, log the warnings, and return the problems."""
+    problems: list[Problem] = []
     for section, values in document.items():
         if isinstance(values, dict):
 
@@ -81,39 +125,19 @@ def parse_recipe(text: str, name: str = "recipe", overrides: dict[str, Any] | No
             document[section], warnings = translate(section, values, refuse)
             for warning in warnings:
                 log.warning("%s: %s", name, warning)
-    try:
-        recipe = Recipe.model_validate(document)
-    except ValidationError as error:
-        for one in error.errors():
-            problems.append((_line(lines, one["loc"]), _say(one)))
-    if problems:
-        problems.sort()
-        listing = "\n".join(f"    {name}{f':{line}' if line else ''}: {what}" for line, what in problems)
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise BadConfig(f"The recipe has {count}:\n{listing}", next_step=f"mend {name}, then `loraflow plan {name}`")
-    return recipe
-
-
-def _override(document: dict[str, Any], dotted: str, value: Any, problems: list[tuple[int, str]]) -> None:
-    *parents, last = dotted.split(".")
-    place: Any = document
-    for key in parents:
-        place = place.setdefault(key, {})
-        if not isinstance(place, dict):
-            problems.append((0, f"--set {dotted}: {key} is no section"))
-            return
-    place[last] = value
+    return problems
 
 
 def _line(lines: dict[yaml.Path, int], loc: tuple[str | int, ...]) -> int:
-    """Return the line of a place in the document, or of the nearest place around it."""
+    """Return the line of a key or item, or of the nearest section around it; 0 if there is none."""
     for end in range(len(loc), 0, -1):
         if loc[:end] in lines:
             return lines[loc[:end]]
     return 0
 
 
-def _say(error: Any) -> str:
+def _message(error: ErrorDetails) -> str:
+    """Return the message for a validation error, with the key that was probably meant."""
     loc = [part for part in error["loc"] if not _is_branch(part)]
     dotted = ".".join(str(part) for part in loc) or "recipe"
     if error["type"] == "extra_forbidden":
@@ -127,32 +151,37 @@ def _say(error: Any) -> str:
 
 
 def _is_branch(part: str | int) -> bool:
-    """Tell pydantic's names of union branches (`list[str]`, `literal['all-linear']`) from keys."""
+    """Return whether a part of a location is pydantic's name for a branch of a union, such as `list[str]`."""
     return isinstance(part, str) and (
         "[" in part or part in ("bool", "int", "float", "str", "constrained-int", "constrained-float")
     )
 
 
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        return next((m for a in typing.get_args(annotation) if (m := _model_of(a))), None)
-    return None
+def section_model(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the model of a section, or of an optional section; None if the field is a plain value."""
+    annotation = field.annotation
+    branches = (
+        typing.get_args(annotation)
+        if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+        else (annotation,)
+    )
+    return next((kind for kind in branches if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _names(loc: list[str | int]) -> list[str]:
+    """Return the keys of a section."""
     model: type[BaseModel] | None = Recipe
     for part in loc:
         field = next((f for n, f in (model.model_fields if model else {}).items() if (f.alias or n) == part), None)
-        model = _model_of(field.annotation) if field else None
+        model = section_model(field) if field else None
     return [field.alias or name for name, field in model.model_fields.items()] if model else []
 
 
 def _all_paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    paths = []
+    """Return the path of every key below a model."""
+    paths: list[tuple[str, ...]] = []
     for name, field in model.model_fields.items():
         path = (*prefix, field.alias or name)
-        inner = _model_of(field.annotation)
+        inner = section_model(field)
         paths += _all_paths(inner, path) if inner else [path]
     return paths

@@ -1,11 +1,12 @@
-"""Names that newer transformers, trl and peft dropped: translated with a warning, or refused with their successor."""
+"""Keys that newer transformers, trl and peft renamed or removed: translated with a warning, or refused with a hint."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-# section → old name → new name; the value is carried over as it is.
+from pydantic import JsonValue
+
+# section → old name → new name. The value is unchanged.
 TRANSLATED: dict[str, dict[str, str]] = {
     "training_config": {
         "evaluation_strategy": "eval_strategy",
@@ -18,17 +19,17 @@ TRANSLATED: dict[str, dict[str, str]] = {
     "peft_config": {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
 }
 
-# Keys of the model card's script that say nothing about a run of ours: accepted, and said.
+# Keys of the model card's script that have no effect here: accepted with a warning. section → key → reason
 IGNORED: dict[str, dict[str, str]] = {
     "training_config": {
-        "output_dir": "the store decides where artifacts lie (runtime.store)",
-        "overwrite_output_dir": "artifacts are immutable; `--force train` computes one again",
-        "do_eval": "evaluation is a stage of its own",
+        "output_dir": "artifacts are in the store (runtime.store)",
+        "overwrite_output_dir": "artifacts are immutable; `--force train` recomputes the adapter",
+        "do_eval": "evaluation is a separate stage",
         "remove_unused_columns": "the tokenize stage keeps only what training reads",
     },
 }
 
-# Keys that would change what is trained, if we guessed: refused, with where the setting lives now.
+# Keys whose translation would be a guess that changes the training: refused. section → key → what to set instead
 REFUSED: dict[str, dict[str, str]] = {
     "training_config": {
         "tokenizer": "the tokenizer is the base model's (base.model)",
@@ -40,10 +41,10 @@ REFUSED: dict[str, dict[str, str]] = {
         "attn_implementation": "set runtime.attn_implementation",
         "torch_dtype": "set base.dtype",
         "model_init_kwargs": "set base.dtype, base.quantization, runtime.attn_implementation",
-        "packing_strategy": "packing is best-fit-decreasing over the whole set; set packing: true",
+        "packing_strategy": "packing is always best-fit-decreasing over the whole set; set packing: true",
         "padding_free": "packed rows have no padding; set packing: true",
-        "push_to_hub": "registering is a step of its own; see `register`",
-        "resume_from_checkpoint": "unfinished training resumes by itself",
+        "push_to_hub": "registering is a separate step; see `register` and `publish`",
+        "resume_from_checkpoint": "unfinished training resumes automatically",
         "per_gpu_train_batch_size": "set per_device_train_batch_size",
         "no_cuda": "set runtime.device: cpu",
         "use_cpu": "set runtime.device: cpu",
@@ -55,34 +56,36 @@ REFUSED: dict[str, dict[str, str]] = {
         "device_map": "set runtime.device",
         "load_in_4bit": "set base.quantization: nf4",
         "load_in_8bit": "set base.quantization: nf4",
-        "low_cpu_mem_usage": "weights are always loaded that way",
+        "low_cpu_mem_usage": "weights are always loaded this way",
     },
     "peft_config": {
-        "peft_type": "this is always LORA; leave it out",
-        "inference_mode": "training decides; leave it out",
+        "peft_type": "it is always LORA; leave it out",
+        "inference_mode": "it is set automatically; leave it out",
     },
 }
 
 
-def translate(section: str, values: dict[str, Any], problem: Callable[[str, str], None]) -> tuple[dict, list[str]]:
-    """Return a section's values under today's names, and a warning for each that was changed.
+def translate(
+    section: str, values: dict[str, JsonValue], problem: Callable[[str, str], None]
+) -> tuple[dict[str, JsonValue], list[str]]:
+    """Return a section's values with current names, and a warning for each key that was renamed or has no effect.
 
     `problem(key, message)` is called for each key that is refused.
     """
-    out: dict[str, Any] = {}
-    warnings = []
+    out: dict[str, JsonValue] = {}
+    warnings: list[str] = []
     for key, value in values.items():
         if key in TRANSLATED.get(section, {}):
             new = TRANSLATED[section][key]
             if new in values:
-                problem(key, f"was renamed to {new}, which stands here too; leave {key} out")
+                problem(key, f"was renamed to {new}, which is set too; leave {key} out")
                 continue
             warnings.append(f"{section}.{key} is read as {section}.{new}")
             out[new] = value
         elif key in IGNORED.get(section, {}):
             warnings.append(f"{section}.{key} has no effect: {IGNORED[section][key]}")
         elif key in REFUSED.get(section, {}):
-            problem(key, f"is no setting here: {REFUSED[section][key]}")
+            problem(key, f"is not supported: {REFUSED[section][key]}")
         else:
             out[key] = value
     return out, warnings

@@ -1,1 +1,1 @@
-"""The dataset side: pin, formats, checks, split, template and mask, packing."""
+"""Datasets: DVC pins, file and chat formats, checks and the split, chat template and loss mask, tokenization, packing."""

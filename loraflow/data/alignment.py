@@ -1,9 +1,9 @@
-"""Where text and token ids meet, from the ids alone.
+"""Align text and token ids from the ids alone.
 
-A byte-level BPE loses nothing: each token stands for a fixed number of bytes, so a running sum over the ids says
-where every token begins. It is as exact as the tokenizer's own alignment, which costs as much again as
-the ids. Every row is proved by its sum, and by tokens that end exactly where its spans do; a row that
-fails, and every other kind of tokenizer, is left to the tokenizer's alignment.
+A byte-level BPE is lossless: each token stands for a fixed number of bytes, so a running sum over the ids gives the
+byte where each token begins. This is as exact as the tokenizer's own alignment, which takes as long as computing the ids.
+Each row is verified: the sum must equal the text's length, and tokens must end exactly where the spans end. Rows that
+fail, and all other kinds of tokenizers, use the tokenizer's own alignment.
 """
 
 from __future__ import annotations
@@ -11,27 +11,63 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
+from pydantic import JsonValue
 
-Span = tuple[int, int]
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
-_NEVER = 1 << 40  # bytes of a token that no text gives: a sum with it is wrong
-# White space as Rust's regex crate has it, with which control tokens swallow it. Python's \s holds four characters more.
+Span = tuple[int, int]  # start and end, end excluded
+
+_UNUSED = 1 << 40  # bytes of an id that no text produces: any sum with it is wrong
+# White space that control tokens swallow, as Rust's regex crate defines it. Python's \s has four more characters.
 _SPACE = "[\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]*"
 
 
+class AddedToken(TypedDict):
+    """An item of added_tokens in tokenizer.json."""
+
+    id: int
+    content: str
+    single_word: bool
+    lstrip: bool
+    rstrip: bool
+    normalized: bool
+
+
+class TokenizerParts(TypedDict):
+    """The keys of tokenizer.json that are read."""
+
+    normalizer: dict[str, JsonValue] | None
+    pre_tokenizer: JsonValue
+    post_processor: JsonValue
+    model: BpeModel
+    added_tokens: list[AddedToken]
+
+
+class BpeModel(TypedDict, total=False):
+    """The keys of tokenizer.json's model that are read."""
+
+    type: str
+    dropout: float | None
+    byte_fallback: bool
+    continuing_subword_prefix: str | None
+    end_of_word_suffix: str | None
+    unk_token: str | None
+    vocab: dict[str, int]
+
+
 class ByteAlignment:
-    """The bytes of every token of a byte-level BPE."""
+    """The number of bytes of each token of a byte-level BPE.
 
-    def __init__(self, tokenizer: Any):
-        """Take a `tokenizers.Tokenizer`.
+    Raises:
+        ValueError: the tokenizer may lose text, so that its tokens do not add up to the text.
+    """
 
-        Raises:
-            ValueError: its tokens do not add up to its text.
-        """
-        parts = json.loads(tokenizer.to_str())
+    def __init__(self, tokenizer: Tokenizer):
+        parts: TokenizerParts = json.loads(tokenizer.to_str())
         self._ascii_only = _normalizer(parts["normalizer"])
         if _byte_levels(parts["pre_tokenizer"]) != 1:
             raise ValueError("not byte-level")
@@ -39,10 +75,10 @@ class ByteAlignment:
         vocabulary = _vocabulary(parts["model"])
         added = parts["added_tokens"]
         if any(token["single_word"] for token in added):
-            raise ValueError("a control token looks at its neighbours")
-        self._bytes = np.full(max([*vocabulary.values(), *(t["id"] for t in added)]) + 1, _NEVER, np.int64)
+            raise ValueError("matching a control token depends on its neighbours")
+        self._bytes = np.full(max([*vocabulary.values(), *(t["id"] for t in added)]) + 1, _UNUSED, np.int64)
         letters = set(_alphabet())
-        if not letters.issuperset("".join(vocabulary)):  # a control token may stand in the vocabulary too
+        if not letters.issuperset("".join(vocabulary)):  # control tokens may be in the vocabulary too
             vocabulary = {token: number for token, number in vocabulary.items() if letters.issuperset(token)}
         self._bytes[list(vocabulary.values())] = np.fromiter(map(len, vocabulary), np.int64, len(vocabulary))
         for token in added:
@@ -50,14 +86,14 @@ class ByteAlignment:
         self._greedy = self._swallowing(added)
 
     @staticmethod
-    def _swallowing(added: list[dict[str, Any]]) -> re.Pattern[str] | None:
-        """Return what matches control tokens and the white space behind that they swallow; None where none does."""
+    def _swallowing(added: list[AddedToken]) -> re.Pattern[str] | None:
+        """Return the pattern of control tokens and the white space after them that they swallow; None if none does."""
         if any(token["lstrip"] for token in added):
-            raise ValueError("a control token swallows what stands before it")
+            raise ValueError("a control token swallows white space before it")
         if not any(token["rstrip"] for token in added):
             return None
         if any(token["normalized"] or token["content"] != token["content"].strip() for token in added):
-            raise ValueError("which control token is matched depends on more than their length")
+            raise ValueError("which control token matches depends on more than its length")
         longest_first = sorted(((t["content"], t["rstrip"]) for t in added), key=lambda pair: -len(pair[0]))
         parts = [f"({re.escape(content)}){_SPACE if rstrip else ''}" for content, rstrip in longest_first]
         return re.compile("|".join(parts))
@@ -65,47 +101,47 @@ class ByteAlignment:
     def spans(
         self, texts: Sequence[str], ids: np.ndarray, lengths: np.ndarray, spans: Sequence[Sequence[Span]]
     ) -> list[list[Span] | None]:
-        """Carry spans of characters to spans of tokens, or None for a row where that is not proved.
+        """Map each text's spans of characters to spans of tokens; None for a text that cannot be verified.
 
         Args:
-            texts: what was encoded.
-            ids: the ids of all texts, one behind another.
-            lengths: how many ids each text has.
-            spans: of each text, in characters.
+            texts: the texts that were encoded.
+            ids: the ids of all texts, one text after another.
+            lengths: the number of ids of each text.
+            spans: the spans of each text, in characters.
         """
         ends = np.zeros(len(ids) + 1, np.int64)  # ends[k]: bytes before token k
         np.cumsum(self._bytes[ids], out=ends[1:])
         rows = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=rows[1:])
         bases = ends[rows]
-        wanted: list[int] = []
-        places: list[list[Span] | None] = []
+        boundaries: list[int] = []  # bytes where the spans of all texts start and end
+        byte_spans: list[list[Span] | None] = []
         for text, base, total, found in zip(texts, bases[:-1].tolist(), np.diff(bases).tolist(), spans, strict=True):
-            places.append(self._places(text, total, found))
-            for start, end in places[-1] or ():
-                wanted += (base + start, base + end)
-        bytes_wanted = np.array(wanted, np.int64)
+            byte_spans.append(self._byte_spans(text, total, found))
+            for start, end in byte_spans[-1] or ():
+                boundaries += (base + start, base + end)
+        bytes_wanted = np.array(boundaries, np.int64)
         at = np.searchsorted(ends, bytes_wanted)
         exact = (ends[np.minimum(at, len(ids))] == bytes_wanted).tolist()
         tokens = at.tolist()
         out: list[list[Span] | None] = []
         k = 0
-        for row, here in zip(rows[:-1].tolist(), places, strict=True):
-            if here is None:
+        for row, in_bytes in zip(rows[:-1].tolist(), byte_spans, strict=True):
+            if in_bytes is None:
                 out.append(None)
                 continue
-            upto = k + 2 * len(here)
-            proved = all(exact[k:upto])
-            out.append([(tokens[j] - row, tokens[j + 1] - row) for j in range(k, upto, 2)] if proved else None)
+            upto = k + 2 * len(in_bytes)
+            verified = all(exact[k:upto])
+            out.append([(tokens[j] - row, tokens[j + 1] - row) for j in range(k, upto, 2)] if verified else None)
             k = upto
         return out
 
-    def _places(self, text: str, total: int, spans: Sequence[Span]) -> list[Span] | None:
-        """Return spans in the bytes that the ids stand for; None where the ids do not add up to the text."""
+    def _byte_spans(self, text: str, total: int, spans: Sequence[Span]) -> list[Span] | None:
+        """Return spans in the bytes that the ids stand for; None if the ids do not add up to the text."""
         plain = text.isascii()
         if not plain and self._ascii_only:
             return None
-        # Of a letter in several tokens, a span's last one, only an alignment can say which of them count.
+        # If the last character of a span is split into several tokens, only the tokenizer knows which of them count.
         for start, end in spans:
             if start >= end or text[end - 1] > "\x7f":
                 return None
@@ -123,26 +159,30 @@ class ByteAlignment:
 
 
 def _without_swallowed(greedy: re.Pattern[str], text: str, spans: Sequence[Span]) -> tuple[str, list[Span]]:
-    """Return a text without the white space that control tokens swallow, and where its spans are then."""
+    """Return a text without the white space that control tokens swallow, and its spans in the shorter text."""
     cuts: list[Span] = []
     for match in greedy.finditer(text):
         end = match.end(match.lastindex or 0)
         if end < match.end():
             cuts.append((end, match.end()))
-    kept, at = [], 0
+    pieces, at = [], 0
     for start, end in cuts:
-        kept.append(text[at:start])
+        pieces.append(text[at:start])
         at = end
-    kept.append(text[at:])
+    pieces.append(text[at:])
 
-    def moved(place: int) -> int:
-        return place - sum(min(place, end) - start for start, end in cuts if start < place)
+    def moved(position: int) -> int:
+        return position - sum(min(position, end) - start for start, end in cuts if start < position)
 
-    return "".join(kept), [(moved(start), moved(end)) for start, end in spans]
+    return "".join(pieces), [(moved(start), moved(end)) for start, end in spans]
 
 
-def _normalizer(part: dict[str, Any] | None) -> bool:
-    """Return whether a normalizer leaves ASCII alone only (NFC), not everything (none)."""
+def _normalizer(part: dict[str, JsonValue] | None) -> bool:
+    """Return whether only ASCII text is safe from the normalizer (NFC); without a normalizer, all text is.
+
+    Raises:
+        ValueError: the normalizer may change ASCII text.
+    """
     if part is None:
         return False
     if part["type"] == "NFC":
@@ -150,8 +190,12 @@ def _normalizer(part: dict[str, Any] | None) -> bool:
     raise ValueError("a normalizer rewrites the text")
 
 
-def _byte_levels(part: dict[str, Any] | None) -> int:
-    """Return how often a pre-tokenizer turns text into bytes."""
+def _byte_levels(part: JsonValue) -> int:
+    """Return how often a pre-tokenizer converts text to bytes.
+
+    Raises:
+        ValueError: the pre-tokenizer may lose text.
+    """
     match part:
         case {"type": "Sequence", "pretokenizers": list(inner)}:
             return sum(map(_byte_levels, inner))
@@ -164,8 +208,12 @@ def _byte_levels(part: dict[str, Any] | None) -> int:
     raise ValueError("a pre-tokenizer may lose text")
 
 
-def _trims(part: dict[str, Any] | None) -> bool:
-    """Return whether a post-processor takes white space out of the offsets."""
+def _trims(part: JsonValue) -> bool:
+    """Return whether a post-processor excludes white space from the offsets.
+
+    Raises:
+        ValueError: the post-processor is unknown.
+    """
     match part:
         case None | {"type": "TemplateProcessing"}:
             return False
@@ -173,16 +221,21 @@ def _trims(part: dict[str, Any] | None) -> bool:
             return trims
         case {"type": "Sequence", "processors": list(inner)}:
             return any(map(_trims, inner))
-    raise ValueError("a post-processor that is not known")
+    raise ValueError("an unknown post-processor")
 
 
-def _vocabulary(model: dict[str, Any]) -> dict[str, int]:
+def _vocabulary(model: BpeModel) -> dict[str, int]:
+    """Return {token: id}.
+
+    Raises:
+        ValueError: the model is no plain BPE.
+    """
     if model["type"] != "BPE" or model.get("dropout") or model.get("byte_fallback"):
-        raise ValueError("no plain BPE")
+        raise ValueError("not a plain BPE")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise ValueError("tokens hold more than their text")
-    vocabulary: dict[str, int] = model["vocab"]
-    # A byte without a token is dropped, which the sum shows; an unknown token in its place could hide it.
+        raise ValueError("tokens contain more than their text")
+    vocabulary = model["vocab"]
+    # A byte without a token is dropped, which the sum reveals. The unknown token in its place could hide that.
     if model.get("unk_token") is not None and not all(letter in vocabulary for letter in _alphabet()):
         raise ValueError("bytes may become the unknown token")
     return vocabulary

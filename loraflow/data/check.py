@@ -1,126 +1,164 @@
-"""Stage check_dataset: rows that passed, split into train, validation and held-out; the rest in quarantine, with reasons.
+"""Stage check_dataset: split valid rows into train, validation and held-out; put the others in quarantine, with reasons.
 
-Nothing is decided here: the report says what was found, and `admit` compares it with the recipe's bounds.
+The stage decides nothing. Its report says what was found, and `admit` compares the report with the recipe's bounds.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
+
+from pydantic import JsonValue
 
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.readers import Row, match_files, read_rows
+from loraflow.data.chats import ChatRecord, Message
+from loraflow.data.check_report import CheckReport, Profile, SideCounts
+from loraflow.data.readers import match_files, read_rows
 from loraflow.data.split import falls_in, prompt_key, row_id
 from loraflow.failures import BadData, Inadmissible
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 
-GATE_SET = "heldout"  # the set that the gate looks at; extra sets are reported beside it
+GATE_SET = "heldout"  # the held-out set that the gate uses; extra sets are only reported
+
+Side = Literal["train", "validation", "heldout"]
+Sides = dict[Side, list[ChatRecord]]
+
+
+class Quarantined(TypedDict):
+    """A line of quarantine.jsonl."""
+
+    place: str  # file:line, or file:row
+    set: str
+    problem: str
+    row: str  # the row's text; empty if the row is valid but was dropped
 
 
 def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
     """Write train.jsonl, validation.jsonl, heldout.jsonl, quarantine.jsonl and report.json.
 
     Raises:
-        BadData: a file is missing or unreadable, or nothing is left to train on or to hold out.
+        BadData: a file is missing or cannot be read.
     """
     config, files = job.config, inputs["dataset"] / "files"
-    names = _assign_files(files, config)
-    rows: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "heldout": []}
-    quarantine: list[dict[str, str]] = []
+    quarantine: list[Quarantined] = []
     counts: Counter[str] = Counter()
+    sides = _read(files, config, quarantine, counts)
+    _drop_duplicates(sides, quarantine, counts, config.duplicates)
+    _drop_leaks(sides, quarantine, counts)
+    if config.limit:
+        sides["train"] = sides["train"][: config.limit]
+    for side, records in sides.items():
+        _write(out / f"{side}.jsonl", records)
+    _write(out / "quarantine.jsonl", quarantine)
+    rows = SideCounts(**{side: len(records) for side, records in sides.items()})
+    report = CheckReport(
+        rows=rows,
+        sets=dict(Counter(record["set"] for record in sides["heldout"])),
+        counts=dict(counts),
+        malformed_share=counts["malformed"] / max(counts["read"], 1),
+        first_problems=[f"{row['place']}: {row['problem']}" for row in quarantine[:5]],
+        profile=Profile.of(sides["train"]),
+    ).as_json()
+    text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)
+    (out / "report.json").write_text(text + "\n", encoding="utf-8")
+    return Summary(
+        figures={
+            **rows.model_dump(),
+            "malformed": counts["malformed"],
+            "dropped": counts["duplicate"] + counts["leak"],
+        },
+        report=report,
+        facets={"train": ["train.jsonl", "validation.jsonl"], "heldout": ["heldout.jsonl"]},
+    )
 
-    for set_name, set_files in names.items():
+
+def admit(report: Mapping[str, JsonValue], max_quarantined: float, where: str) -> None:
+    """Compare a report of check_dataset with the recipe's bounds.
+
+    Args:
+        report: the report in the artifact's manifest.
+        max_quarantined: largest share of malformed rows (data.max_quarantined).
+        where: location of the report, for messages.
+
+    Raises:
+        Inadmissible: too many rows are malformed.
+        BadData: no row is left to train on, or to hold out.
+    """
+    found = CheckReport.model_validate(report)
+    problems = "\n            ".join(found.first_problems)
+    if found.malformed_share > max_quarantined:
+        raise Inadmissible(
+            f"{found.counts.get('malformed', 0)} of {found.counts['read']} rows are malformed.",
+            where=where,
+            expected=f"at most {max_quarantined:.2%} (data.max_quarantined)",
+            got=f"{found.malformed_share:.2%}; the first:\n            {problems}",
+            next_step="fix these rows, then run `loraflow data add`, or raise data.max_quarantined",
+        )
+    for name, count, key in (
+        ("train", found.rows.train, "data.train"),
+        ("heldout", found.rows.heldout, "data.heldout or data.heldout_fraction"),
+    ):
+        if not count:
+            raise BadData(
+                f"No {name} row is left.",
+                where=where,
+                got=problems or "an empty set",
+                next_step=f"correct the dataset or {key}",
+            )
+
+
+def _read(files: Path, config: CheckDatasetConfig, quarantine: list[Quarantined], counts: Counter[str]) -> Sides:
+    """Read all files and split their rows; malformed rows go into the quarantine."""
+    sides: Sides = {"train": [], "validation": [], "heldout": []}
+    for set_name, set_files in _assign_files(files, config).items():
         for row in read_rows(files, set_files, config.format, config.columns):
             counts["read"] += 1
             if row.messages is None:
                 counts["malformed"] += 1
                 quarantine.append({"place": row.place, "set": set_name, "problem": row.problem or "", "row": row.raw})
                 continue
-            side = _side(row, set_name, config)
+            side = _side(row.messages, set_name, config)
             name = side if side != "heldout" else GATE_SET if set_name == "train" else set_name
-            rows[side].append(_record(row, name, config))
-
-    _drop_duplicates(rows, quarantine, counts, config.duplicates)
-    _drop_leaks(rows, quarantine, counts)
-    if config.limit:
-        rows["train"] = rows["train"][: config.limit]
-    for name, found in rows.items():
-        _write(out / f"{name}.jsonl", found)
-    _write(out / "quarantine.jsonl", quarantine)
-    summary: dict[str, Any] = {
-        "rows": {name: len(found) for name, found in rows.items()},
-        "sets": dict(Counter(row["set"] for row in rows["heldout"])),
-        "counts": dict(counts),
-        "malformed_share": counts["malformed"] / max(counts["read"], 1),
-        "first_problems": [f"{q['place']}: {q['problem']}" for q in quarantine[:5]],
-        "profile": _profile(rows),
-    }
-    (out / "report.json").write_text(json.dumps(summary, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-    figures = {**summary["rows"], "malformed": counts["malformed"], "dropped": counts["duplicate"] + counts["leak"]}
-    return Summary(
-        figures=figures,
-        report=summary,
-        facets={"train": ["train.jsonl", "validation.jsonl"], "heldout": ["heldout.jsonl"]},
-    )
-
-
-def admit(report: dict[str, Any], max_quarantined: float, where: str) -> None:
-    """Decide whether a run goes on with what check_dataset found.
-
-    Raises:
-        Inadmissible: too many rows are malformed.
-        BadData: no row is left to train on, or to hold out.
-    """
-    problems = "\n            ".join(report["first_problems"])
-    if report["malformed_share"] > max_quarantined:
-        raise Inadmissible(
-            f"{report['counts'].get('malformed', 0)} of {report['counts']['read']} rows are malformed.",
-            where=where,
-            expected=f"at most {max_quarantined:.2%} (data.max_quarantined)",
-            got=f"{report['malformed_share']:.2%}; the first:\n            {problems}",
-            next_step="mend the rows and version them again, or raise data.max_quarantined",
-        )
-    for name, key in (("train", "data.train"), ("heldout", "data.heldout or data.heldout_fraction")):
-        if not report["rows"][name]:
-            raise BadData(
-                f"No {name} row is left.",
-                where=where,
-                got=problems or "an empty set",
-                next_step=f"mend the dataset or {key}",
-            )
+            sides[side].append(_record(row.messages, row.place, name, config.system))
+    return sides
 
 
 def _assign_files(files: Path, config: CheckDatasetConfig) -> dict[str, list[str]]:
-    """Return {set name: files}; a file belongs to the first set that names it, held-out sets before training."""
+    """Return {set: files}. A file belongs to the first set that names it; held-out sets come before training.
+
+    Raises:
+        BadData: no file is left for a held-out set, or a pattern matches none.
+    """
     names: dict[str, list[str]] = {}
-    taken: set[str] = set()
+    set_of: dict[str, str] = {}
     for set_name, patterns in (*((n, [f]) for n, f in config.extra_heldout.items()), (GATE_SET, config.heldout)):
-        found = [name for name in match_files(files, patterns) if name not in taken] if patterns else []
+        matches = match_files(files, patterns)
+        found = [name for name in matches if name not in set_of]
         if patterns and not found:
             raise BadData(
-                "All files of a held-out set belong to another one.",
+                f'Every file of the held-out set "{set_name}" already belongs to the set "{set_of[matches[0]]}".',
                 where=set_name,
                 got=", ".join(patterns),
-                next_step="mend data.heldout or data.extra_heldout",
+                next_step="correct data.heldout or data.extra_heldout",
             )
-        taken.update(found)
+        set_of |= dict.fromkeys(found, set_name)
         names[set_name] = found
     everything = match_files(files, ["*"])
     patterns = config.train
     if len(everything) == 1 and patterns == ["train*"]:
         patterns = everything  # a single file of any name
-    names["train"] = [name for name in match_files(files, patterns) if name not in taken]
+    names["train"] = [name for name in match_files(files, patterns) if name not in set_of]
     return names
 
 
-def _side(row: Row, set_name: str, config: CheckDatasetConfig) -> str:
+def _side(messages: list[Message], set_name: str, config: CheckDatasetConfig) -> Side:
     if set_name != "train":
         return "heldout"
-    assert row.messages is not None
-    key = prompt_key(row.messages)
+    key = prompt_key(messages)
     if not config.heldout and falls_in(key, config.heldout_fraction, config.seed, "heldout"):
         return "heldout"
     if config.validation_fraction and falls_in(key, config.validation_fraction, config.seed, "validation"):
@@ -128,71 +166,49 @@ def _side(row: Row, set_name: str, config: CheckDatasetConfig) -> str:
     return "train"
 
 
-def _record(row: Row, set_name: str, config: CheckDatasetConfig) -> dict[str, Any]:
-    assert row.messages is not None
-    messages = row.messages
-    if config.system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": config.system}, *messages]
-    return {
-        "id": row_id(messages),
-        "set": set_name,
-        "place": row.place,
-        "messages": messages,
-    }
+def _record(messages: list[Message], place: str, set_name: str, system: str | None) -> ChatRecord:
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return {"id": row_id(messages), "set": set_name, "place": place, "messages": messages}
 
 
 def _drop_duplicates(
-    rows: dict[str, list[dict[str, Any]]], quarantine: list[dict[str, str]], counts: Counter[str], policy: str
+    sides: Sides, quarantine: list[Quarantined], counts: Counter[str], policy: Literal["drop", "keep"]
 ) -> None:
-    """Drop rows that stand twice within a side; held-out rows always, since ids join the scores of two models."""
-    for name, found in rows.items():
+    """Drop duplicates within a side. Held-out duplicates are always dropped: ids join the scores of two models."""
+    for side, records in sides.items():
         seen: dict[tuple[str, str], str] = {}
-        kept = []
-        for row in found:
-            key = (row["id"], row["set"])
-            if key in seen and (policy == "drop" or name == "heldout"):
+        unique: list[ChatRecord] = []
+        for record in records:
+            key = (record["id"], record["set"])
+            if key in seen and (policy == "drop" or side == "heldout"):
                 counts["duplicate"] += 1
-                quarantine.append(
-                    {"place": row["place"], "set": row["set"], "problem": f"same as {seen[key]}", "row": ""}
-                )
+                quarantine.append(_dropped(record, record["set"], f"same as {seen[key]}"))
                 continue
-            seen.setdefault(key, row["place"])
-            kept.append(row)
-        rows[name] = kept
+            seen.setdefault(key, record["place"])
+            unique.append(record)
+        sides[side] = unique
 
 
-def _drop_leaks(rows: dict[str, list[dict[str, Any]]], quarantine: list[dict[str, str]], counts: Counter[str]) -> None:
-    """Drop training rows whose prompt is held out: a score on rows that were learned says nothing."""
-    held = {prompt_key(row["messages"]): row["place"] for row in rows["heldout"]}
-    for name in ("train", "validation"):
-        kept = []
-        for row in rows[name]:
-            place = held.get(prompt_key(row["messages"]))
+def _drop_leaks(sides: Sides, quarantine: list[Quarantined], counts: Counter[str]) -> None:
+    """Drop training and validation rows whose prompt is held out: scores must not come from rows that were learned."""
+    heldout = {prompt_key(record["messages"]): record["place"] for record in sides["heldout"]}
+    for side in ("train", "validation"):
+        remaining: list[ChatRecord] = []
+        for record in sides[side]:
+            place = heldout.get(prompt_key(record["messages"]))
             if place is None:
-                kept.append(row)
+                remaining.append(record)
                 continue
             counts["leak"] += 1
-            quarantine.append(
-                {"place": row["place"], "set": name, "problem": f"its prompt is held out ({place})", "row": ""}
-            )
-        rows[name] = kept
+            quarantine.append(_dropped(record, side, f"its prompt is held out ({place})"))
+        sides[side] = remaining
 
 
-def _profile(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Describe training rows, for people and for comparing two versions of a dataset."""
-    train = rows["train"]
-    if not train:
-        return {}
-    answers = sorted(len(row["messages"][-1]["content"]) for row in train)
-    prompts = sorted(sum(len(m["content"]) for m in row["messages"][:-1]) for row in train)
-    return {
-        "turns": dict(sorted(Counter(str(len(row["messages"])) for row in train).items())),
-        "with_system": sum(row["messages"][0]["role"] == "system" for row in train) / len(train),
-        "prompt_characters": {"median": prompts[len(prompts) // 2], "max": prompts[-1]},
-        "answer_characters": {"median": answers[len(answers) // 2], "max": answers[-1]},
-    }
+def _dropped(record: ChatRecord, set_name: str, problem: str) -> Quarantined:
+    return {"place": record["place"], "set": set_name, "problem": problem, "row": ""}
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write(path: Path, rows: Iterable[ChatRecord] | Iterable[Quarantined]) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,4 +1,4 @@
-"""Compare two versions of a dataset by their rows' hashes: what was added and removed, file by file."""
+"""Read the row ids of a dataset's version, to compare two versions file by file."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ from loraflow.failures import BadData
 from loraflow.store.files import HashMemo
 
 
-def rows_of(data: Data) -> dict[str, set[str]]:
-    """Return {file: ids of its well-formed rows} of a dataset's version."""
+def row_ids(data: Data) -> dict[str, set[str]]:
+    """Return {file: ids of its valid rows} of a dataset's version.
+
+    Raises:
+        BadData: the dataset has no `.dvc` file, or cannot be read.
+    """
     memo = HashMemo(None)
-    found = locate(data, memo)
-    origin = found.origin
+    location = locate(data, memo)
+    origin = location.origin
     if not isinstance(origin, DvcOrigin):
         raise BadData(
-            "Only versions of a dataset that DVC pins can be compared.", where=data.source, expected="a .dvc file"
+            "Only datasets with a .dvc file have versions to compare.", where=data.source, expected="a .dvc file"
         )
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder)
-        pin = dvc.Pin(origin.dvc_file, origin.path, found.md5)
+        pin = dvc.Pin(origin.dvc_file, origin.path, location.md5)
         dvc.fetch(origin.repo, pin, origin.commit or origin.rev, target, memo)
         return {
             name: {row_id(row.messages) for row in read_rows(target, [name], data.format, data.columns) if row.messages}

@@ -1,6 +1,6 @@
-"""CSV and TSV as people's tools write them: Excel's semicolons and `sep=` line, cells of several lines, ragged rows.
+"""Read CSV and TSV as common tools write them: Excel's semicolons and `sep=` line, multi-line cells, ragged rows.
 
-A row with too few or too many cells is named, not guessed: an unquoted comma would move every cell behind it.
+A row with too few or too many cells is malformed, never realigned: an unquoted comma shifts every cell after it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ MAX_CELL = 50_000_000  # characters; Python's own limit is 131,072
 
 
 def read_table(path: Path, name: str) -> Iterator[tuple[dict[str, str] | str, str]]:
-    """Read a table's rows, blank lines left out: (the row, or what is wrong with it; its text).
+    """Yield (row, text) for each row of a table. The row of a malformed line is its problem, a string.
+
+    Blank lines are skipped.
 
     Args:
         path: the file, in UTF-8.
-        name: by which messages call it.
+        name: the file's name in messages.
 
     Raises:
-        BadData: no header, a column twice, or quotes that do not end.
-        UnicodeDecodeError: it is not UTF-8.
+        BadData: the table has no header, a duplicated column, or an unclosed quote.
+        UnicodeDecodeError: the file is not UTF-8.
     """
     csv.field_size_limit(MAX_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -45,7 +47,7 @@ def read_table(path: Path, name: str) -> Iterator[tuple[dict[str, str] | str, st
                     where=f"{name}, the row that begins at line {begin}",
                     got=str(error),
                     expected='quotes around a cell in pairs, and "" for a quote inside',
-                    next_step="mend that row",
+                    next_step="correct that row",
                 ) from error
             begin = reader.line_num + 1
             if not cells:
@@ -55,26 +57,26 @@ def read_table(path: Path, name: str) -> Iterator[tuple[dict[str, str] | str, st
             else:
                 yield _row(header, cells, separator), separator.join(cells)
     if header is None:
-        raise BadData("The table is empty.", where=name, expected="a first line with the columns' names", got="no line")
+        raise BadData("The table is empty.", where=name, expected="a first line with the column names", got="no line")
 
 
 def _separator(file: IO[str], usual: str) -> str:
-    """Find what separates cells in the first line, and leave the file where the header begins.
+    """Find the cells' separator in the first line, and leave the file's position at the header.
 
-    Excel writes semicolons where the comma is the decimal point, and reads a first line `sep=;`.
+    Excel writes semicolons in locales with a decimal comma. It also writes and reads a first line such as `sep=;`.
     """
     first = file.readline()
-    if told := re.fullmatch(r"sep=(.)\r?\n?", first):
-        return told[1]
+    if declared := re.fullmatch(r"sep=(.)\r?\n?", first):
+        return declared[1]
     file.seek(0)
     return usual if usual in first else next((other for other in (";", "\t", ",") if other in first), usual)
 
 
 def _header(cells: list[str], name: str) -> list[str]:
     names = [cell.strip() or f"Unnamed: {number}" for number, cell in enumerate(cells)]
-    if twice := [one for one, count in Counter(names).items() if count > 1]:
+    if duplicated := [column for column, count in Counter(names).items() if count > 1]:
         raise BadData(
-            "A column stands twice.", where=name, got=", ".join(twice), next_step="rename or remove one of them"
+            "A column is duplicated.", where=name, got=", ".join(duplicated), next_step="rename or remove one of them"
         )
     return names
 
@@ -83,4 +85,4 @@ def _row(header: list[str], cells: list[str], separator: str) -> dict[str, str] 
     if len(cells) < len(header) or any(cells[len(header) :]):
         hint = "" if len(cells) < len(header) else f"; a cell that holds {separator!r} stands in quotes"
         return f"{len(cells)} cells, and the header has {len(header)} columns{hint}"
-    return dict(zip(header, cells, strict=False))  # more cells than columns, but empty: separators at the end of a line
+    return dict(zip(header, cells, strict=False))  # surplus cells are empty: separators at the line's end

@@ -1,7 +1,7 @@
-"""What a `.dvc` file pins, checked without DVC; and the few calls of DVC that we make.
+"""Read what a `.dvc` file pins and verify it without DVC; call DVC to add, push, pull and fetch.
 
-DVC's id of a folder is the md5 of a JSON list of its files' md5s, so that data can be verified, and dirt found,
-in-process: `dvc data status` alone costs most of a second. DVC itself is used to fetch, add and push.
+DVC's id of a folder is the md5 of a JSON list of its files' md5s. Computing it here takes milliseconds, where
+`dvc data status` takes most of a second.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import yaml
 
+from loraflow.data.git import GitError, git, is_url
 from loraflow.failures import BadConfig, BadData, DirtyData, Failure, MissingData, Network
 from loraflow.store.files import HashMemo, files_below
 
@@ -27,23 +29,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pin:
-    """What a `.dvc` file says: the md5 of its one output, and where that lies."""
+    """What a `.dvc` file pins: one output, by path and md5."""
 
-    dvc_file: str  # relative to the repository
-    path: str  # of the output, relative to the repository
-    md5: str
+    dvc_file: str  # path of the .dvc file, relative to the repository
+    path: str  # path of the output, relative to the repository
+    md5: str  # ends in ".dir" for a folder
 
     @property
     def is_folder(self) -> bool:
-        """Whether the output is a folder of files."""
+        """Whether the output is a folder."""
         return self.md5.endswith(".dir")
 
 
 def read_pin(repo: str, dvc_file: str, rev: str | None) -> Pin:
-    """Read a `.dvc` file from the work tree, or from a git revision of a repository.
+    """Read a `.dvc` file from the work tree, or from a git revision.
 
     Raises:
-        BadData: the file or the revision is missing, or it pins something that cannot be verified.
+        BadData: the file or the revision is missing, or the pin cannot be verified.
     """
     where = f"{dvc_file}{f' at {rev}' if rev else ''} in {repo}"
     if rev is None and not is_url(repo):
@@ -58,6 +60,10 @@ def read_pin(repo: str, dvc_file: str, rev: str | None) -> Pin:
             ) from error
     else:
         text = _git_show(repo, rev or "HEAD", dvc_file, where)
+    return _parse_pin(text, dvc_file, where)
+
+
+def _parse_pin(text: str, dvc_file: str, where: str) -> Pin:
     try:
         outs = yaml.safe_load(text)["outs"]
         (out,) = outs
@@ -72,23 +78,23 @@ def read_pin(repo: str, dvc_file: str, rev: str | None) -> Pin:
         ) from error
     if algorithm != "md5":
         raise BadData(
-            "The .dvc file is of DVC 2 or older, whose md5 is not that of the bytes.",
+            "The .dvc file was written by DVC 2 or older, whose md5 is not the md5 of the bytes.",
             where=where,
             expected="hash: md5",
             got=f"hash: {algorithm}",
             next_step=f"dvc add {path}   (rewrites the .dvc file)",
         )
-    place = PurePosixPath(dvc_file).parent / path
-    if place.is_absolute() or ".." in place.parts:
-        raise BadData("The .dvc file points out of its repository.", where=where, got=str(place))
-    return Pin(dvc_file, place.as_posix(), md5)
+    output = PurePosixPath(dvc_file).parent / path
+    if output.is_absolute() or ".." in output.parts:
+        raise BadData("The .dvc file points out of its repository.", where=where, got=str(output))
+    return Pin(dvc_file, output.as_posix(), md5)
 
 
 def head_of(repo: str, rev: str) -> str:
     """Return the commit that a revision names, for provenance."""
     if is_url(repo):
-        line = _git(["ls-remote", "--", repo, rev], None, repo).split()
-        return line[0] if line else rev
+        found = _git(["ls-remote", "--", repo, rev], None, repo).split()
+        return found[0] if found else rev
     return _git(["rev-parse", "--verify", "--end-of-options", f"{rev}^{{commit}}"], repo, f"{rev} in {repo}").strip()
 
 
@@ -96,7 +102,7 @@ def tree_md5(path: Path, memo: HashMemo | None = None) -> str:
     """Return DVC's id of a folder (`….dir`) or of a file.
 
     Raises:
-        BadData: a link, pipe or socket below the folder; DVC follows the first silently and loses others.
+        BadData: the folder holds a link, pipe or socket. DVC silently follows links to files and drops the others.
     """
     memo = memo or HashMemo(None)
     if path.is_file() and not path.is_symlink():
@@ -105,48 +111,52 @@ def tree_md5(path: Path, memo: HashMemo | None = None) -> str:
         rows = [{"md5": memo.hash(file, "md5"), "relpath": name} for name, file in files_below(path)]
     except ValueError as error:
         raise BadData(
-            "A dataset holds regular files only.", where=str(error), next_step="copy the file there"
+            "A dataset may hold regular files only.",
+            where=str(error),
+            next_step="replace it by a copy of the file, or remove it",
         ) from error
     rows = [row for row in rows if not row["relpath"].endswith(".gitignore")]
     rows.sort(key=lambda row: row["relpath"])
     return hashlib.md5(json.dumps(rows).encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
-def refuse_dirt(repo: str, pin: Pin, memo: HashMemo) -> bool:
-    """Return whether the pinned files are in the work tree.
+def require_clean(repo: str, pin: Pin, memo: HashMemo) -> bool:
+    """Return whether the work tree has the pinned files.
 
     Raises:
-        DirtyData: they are there with other content: training on it would be training on no version.
+        DirtyData: the work tree has other content, which belongs to no version.
     """
-    place = Path(repo, pin.path)
-    if not place.exists():
+    output = Path(repo, pin.path)
+    if not output.exists():
         return False
-    got = tree_md5(place, memo)
+    got = tree_md5(output, memo)
     if got != pin.md5:
         raise DirtyData(
-            f"{pin.path} is not what {pin.dvc_file} pins.",
-            where=str(place),
+            f"{pin.path} differs from the version that {pin.dvc_file} pins.",
+            where=str(output),
             expected=f"md5 {pin.md5}",
             got=f"md5 {got}",
-            next_step=f"`dvc add {pin.path}` to make a version of it, or `dvc checkout --force {pin.dvc_file}` to go back",
+            next_step=f"`dvc add {pin.path}` to version the change, or `dvc checkout --force {pin.dvc_file}` to discard it",
         )
     return True
 
 
 def fetch(repo: str, pin: Pin, rev: str | None, target: Path, memo: HashMemo, remote: str | None = None) -> None:
-    """Write the pinned files below `target`: from the clean work tree, else from DVC's cache or remote, verified.
+    """Write the pinned files below `target` and verify them.
+
+    They come from the work tree if it is clean, else from DVC's cache or remote.
 
     Raises:
-        MissingData: no cache or remote has them.
-        BadConfig: there is no such remote.
-        BadData: what came is not what is pinned.
+        MissingData: neither the cache nor a remote has the files.
+        BadConfig: the remote does not exist.
+        BadData: the files differ from the pin.
     """
-    place = Path(repo, pin.path)
-    if not is_url(repo) and place.exists() and tree_md5(place, memo) == pin.md5:
-        if place.is_file():
-            shutil.copyfile(place, target / place.name)
+    output = Path(repo, pin.path)
+    if not is_url(repo) and output.exists() and tree_md5(output, memo) == pin.md5:
+        if output.is_file():
+            shutil.copyfile(output, target / output.name)
         else:
-            for name, file in files_below(place):
+            for name, file in files_below(output):
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target / name)
     else:
@@ -154,7 +164,7 @@ def fetch(repo: str, pin: Pin, rev: str | None, target: Path, memo: HashMemo, re
     got = tree_md5(target if pin.is_folder else target / PurePosixPath(pin.path).name)
     if got != pin.md5:
         raise BadData(
-            "What DVC delivered is not what is pinned: an object in its cache or remote is damaged.",
+            "DVC delivered other bytes than the pin names: an object in its cache or remote is damaged.",
             where=f"{pin.path} of {repo}",
             expected=f"md5 {pin.md5}",
             got=f"md5 {got}",
@@ -171,16 +181,14 @@ def _fetch_through_dvc(repo: str, pin: Pin, rev: str | None, target: Path, remot
         fs = DVCFileSystem(repo, rev=rev, remote=remote)
         for name in fs.find(pin.path):
             relative = PurePosixPath(name).relative_to(pin.path) if pin.is_folder else PurePosixPath(name).name
-            place = target / _safe(str(relative), where)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            fs.get_file(name, str(place))
+            file = target / _safe(str(relative), where)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fs.get_file(name, str(file))
     except Failure:
         raise
     except (ConnectionError, TimeoutError) as error:
         raise Network("The DVC remote did not answer.", where=where, got=str(error)) from error
-    except (
-        Exception
-    ) as error:  # DVC and its file systems raise dozens of kinds; all mean that the data is not to be had
+    except Exception as error:  # DVC and its file systems raise dozens of types; all mean that the data is unavailable
         if remote is not None and not is_url(repo):
             _check_remote(remote, repo)
         raise MissingData(
@@ -193,7 +201,11 @@ def _fetch_through_dvc(repo: str, pin: Pin, rev: str | None, target: Path, remot
 
 
 def _safe(name: str, where: str) -> str:
-    """Refuse a name that would be written outside of the target; DVC does not check the list that it downloads."""
+    """Return a file's name if it stays inside the target folder; DVC does not check the list that it downloads.
+
+    Raises:
+        BadData: the name leads out of the folder.
+    """
     if ".." in PurePosixPath(name).parts or "\0" in name or name.startswith("/"):
         raise BadData("The dataset's file list holds a name that leads out of its folder.", where=where, got=name)
     return name
@@ -203,18 +215,18 @@ def add(folder: str, *, push: bool = True, remote: str | None = None) -> Pin:
     """Version a folder or file: `dvc add`, and `dvc push` if there is a remote. Return the new pin.
 
     Args:
-        folder: what to version.
+        folder: the folder or file to version.
         push: whether to push it.
-        remote: to which remote, if not to the default one.
+        remote: the DVC remote to push to; None is the default remote.
 
     Raises:
-        BadConfig: there is no such remote; nothing was added.
-        BadData: DVC says no.
+        BadConfig: the remote does not exist; nothing was added.
+        BadData: the folder does not exist, or DVC failed.
     """
-    place = Path(folder)
-    if not place.exists():
-        raise BadData("There is nothing to add.", where=folder, next_step="name a folder or file of chats")
-    tree_md5(place)  # refuses links before DVC follows them
+    source = Path(folder)
+    if not source.exists():
+        raise BadData("There is nothing to add.", where=folder, next_step="pass an existing folder or file of chats")
+    tree_md5(source)  # refuses links before DVC follows them
     repo = Path.cwd()
     if push and remote is not None:
         _check_remote(remote, ".")
@@ -225,16 +237,22 @@ def add(folder: str, *, push: bool = True, remote: str | None = None) -> Pin:
     if push and _remotes("."):
         _dvc(["push", *(["--remote", remote] if remote else []), pin.dvc_file])
     elif push:
-        log.warning("no DVC remote is set up: the data is versioned here only (`dvc remote add -d NAME URL`)")
+        log.warning(
+            "no DVC remote is set up: the data is versioned on this machine only (`dvc remote add -d NAME URL`)"
+        )
     return pin
 
 
 def pull(dvc_file: str, *, remote: str | None = None) -> None:
-    """Bring pinned files into the work tree, from a remote if not from the default one.
+    """Pull pinned files into the work tree.
+
+    Args:
+        dvc_file: the `.dvc` file that pins them.
+        remote: the DVC remote to pull from; None is the default remote.
 
     Raises:
-        BadConfig: there is no such remote.
-        BadData: DVC says no.
+        BadConfig: the remote does not exist.
+        BadData: DVC failed.
     """
     if remote is not None:
         _check_remote(remote, ".")
@@ -242,11 +260,11 @@ def pull(dvc_file: str, *, remote: str | None = None) -> None:
 
 
 def _remotes(repo: str) -> list[str]:
-    """Return the names of a repository's remotes, those of the user's and the machine's configuration among them."""
+    """Return the names of a repository's DVC remotes, including those of the user's and the system's configuration."""
     if not Path(repo, ".dvc").exists():
         return []
-    found = _dvc(["config", "--list"], repo)  # `remote list` breaks its lines to fit a terminal
-    return re.findall(r"^remote\.(.+?)\.url=", found, re.MULTILINE)
+    settings = _dvc(["config", "--list"], repo)  # `dvc remote list` wraps its lines to fit the terminal
+    return [match[1] for match in re.finditer(r"^remote\.(.+?)\.url=", settings, re.MULTILINE)]
 
 
 def _check_remote(remote: str, repo: str) -> None:
@@ -257,7 +275,7 @@ def _check_remote(remote: str, repo: str) -> None:
             where=str(Path(repo).absolute()),
             expected=f"one of {', '.join(have)}" if have else "a remote; this repository has none",
             got=remote,
-            next_step=f"`dvc remote add {remote} URL` makes it",
+            next_step=f"`dvc remote add {remote} URL` creates it",
         )
 
 
@@ -276,28 +294,22 @@ def _dvc(arguments: list[str], repo: str = ".") -> str:
     return done.stdout
 
 
-def is_url(repo: str) -> bool:
-    """Tell whether a repository is named by URL."""
-    return "://" in repo or (repo.startswith("git@") and ":" in repo)
-
-
 def _git_show(repo: str, rev: str, name: str, where: str) -> str:
+    """Return a file's text at a revision. A repository given by URL is cloned without its files first."""
     if is_url(repo):
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             _git(["clone", "--quiet", "--bare", "--filter=blob:none", "--", repo, folder], None, where)
             return _git(["show", "--end-of-options", f"{rev}:{name}"], folder, where)
     return _git(["show", "--end-of-options", f"{rev}:{name}"], repo, where)
 
 
-def _git(arguments: list[str], cwd: str | None, where: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True)
-    if done.returncode:
+def _git(arguments: list[str], folder: str | None, where: str) -> str:
+    try:
+        return git(arguments, folder)
+    except GitError as error:
         raise BadData(
             "Git cannot show the dataset's .dvc file.",
             where=where,
-            got=done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}",
+            got=str(error),
             next_step="`git log --oneline --all -- data.dvc` lists the revisions that have one",
-        )
-    return done.stdout
+        ) from error

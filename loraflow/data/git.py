@@ -3,13 +3,53 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 
-def head_commit(folder: Path) -> str | None:
-    """Return the commit of a folder's HEAD; None without git or a repository."""
+class GitError(Exception):
+    """A git command failed. The message is the last line of git's error output."""
+
+    def __init__(self, arguments: Sequence[str], message: str):
+        self.command = f"git {' '.join(arguments)}"
+        super().__init__(message)
+
+
+def git(arguments: Sequence[str], folder: str | Path | None = None) -> str:
+    """Run a git command and return its standard output.
+
+    Args:
+        arguments: the command and its arguments, such as `["rev-parse", "HEAD"]`.
+        folder: a folder inside the repository; None is the current folder.
+
+    Raises:
+        GitError: git exits with an error, or is not installed.
+    """
+    # core.askPass and an empty standard input: a remote that asks for a password fails at once instead of waiting.
+    command = ["git", "-c", "core.askPass=true", *arguments]
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
-    except OSError:  # git is not installed
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    except OSError as error:
+        raise GitError(arguments, str(error)) from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise GitError(arguments, lines[-1] if lines else f"exit status {done.returncode}")
+    return done.stdout
+
+
+def git_or_none(arguments: Sequence[str], folder: str | Path | None = None) -> str | None:
+    """Run a git command and return its output without surrounding white space, or None if it fails."""
+    try:
+        return git(arguments, folder).strip()
+    except GitError:
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def head_commit(folder: str | Path) -> str | None:
+    """Return the commit that is checked out; None outside a repository, before the first commit, or without git."""
+    return git_or_none(["rev-parse", "--verify", "--quiet", "HEAD"], folder)
+
+
+def is_url(repo: str) -> bool:
+    """Return whether a repository is given as a URL, not as a folder."""
+    return "://" in repo or (repo.startswith("git@") and ":" in repo)

@@ -1,7 +1,7 @@
-"""Best-fit-decreasing packing over the whole set, by classes of length.
+"""Best-fit-decreasing packing over the whole set.
 
-Documents are taken longest first; each goes into the fullest row that it fits into. Rows with the same room are the
-same, so that a class of equal lengths is placed at once: a million documents take a tenth of a second.
+Documents are taken longest first, and each goes into the fullest row that has room for it. Rows with equal room are
+interchangeable, so all documents of one length are packed at once: a million documents take a tenth of a second.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     order = np.argsort(-lengths, kind="stable")
     sizes, starts, counts = np.unique(-lengths[order], return_index=True, return_counts=True)
     row_of = np.empty(len(lengths), np.int32)
-    rooms: list[int] = []  # rooms that some open row has, ascending
-    open_rows: dict[int, list[np.ndarray]] = {}  # room → rows that have it
+    rooms: list[int] = []  # the different rooms (free tokens) of open rows, ascending
+    open_rows: dict[int, list[np.ndarray]] = {}  # room → the open rows with that room
     total = 0
 
     for size, start, count in zip((-sizes).tolist(), starts.tolist(), counts.tolist(), strict=True):
@@ -59,6 +59,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def _open(rooms: list[int], open_rows: dict[int, list[np.ndarray]], room: int, rows: np.ndarray) -> None:
+    """Add rows to the open rows, unless they are full."""
     if room == 0 or len(rows) == 0:
         return
     if room in open_rows:
@@ -69,7 +70,7 @@ def _open(rooms: list[int], open_rows: dict[int, list[np.ndarray]], room: int, r
 
 
 def documents_of_rows(row_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (documents, offsets): row i holds documents[offsets[i]:offsets[i+1]], in their own order."""
+    """Return (documents, offsets): row i holds documents[offsets[i]:offsets[i+1]], in ascending order."""
     documents = np.argsort(row_of, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(row_of))])
     return documents, offsets

@@ -1,25 +1,27 @@
-"""A split that a row keeps whatever happens to the others: by a seeded hash of its content."""
+"""Split rows by a seeded hash of their content: a row stays on its side when other rows come or go."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 
+from loraflow.data.chats import Chat
 
-def row_id(messages: list[dict[str, str]]) -> str:
-    """Return a chat's id: a hash of its content, the same wherever and whenever it is read."""
+
+def row_id(messages: Chat) -> str:
+    """Return a chat's id: 16 hex digits of a hash of its content."""
     return hashlib.sha256(json.dumps(messages, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
-def prompt_key(messages: list[dict[str, str]]) -> str:
-    """Return a hash of everything but the last answer: rows with one prompt must not fall on both sides of a split."""
+def prompt_key(messages: Chat) -> str:
+    """Return a hash of the prompt, which is all but the last message. Rows with equal prompts stay on one side."""
     return row_id(messages[:-1])
 
 
 def falls_in(key: str, share: float, seed: int, purpose: str) -> bool:
-    """Tell whether a row is in a share of all rows.
+    """Return whether a row belongs to a share of all rows.
 
-    The same seed gives each purpose its own draw, so that validation is not the complement of held-out.
+    Each purpose has its own draw, so that validation rows are not drawn from the complement of held-out rows.
     """
     draw = hashlib.sha256(f"{purpose}:{seed}:{key}".encode()).digest()
     return int.from_bytes(draw[:8], "big") < share * 2**64

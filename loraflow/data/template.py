@@ -1,53 +1,61 @@
-"""A chat template, compiled once, in the environment that transformers gives it: the same sandbox, filters and marks.
+"""Compile and render chat templates in the same Jinja environment as transformers: sandbox, filters, `{% generation %}`.
 
-transformers' own function would do, but importing it takes longer than tokenizing a small dataset, and its wrapper
-turns `strftime_now` into a string. Tests compare the two environments, and what they render, name by name.
+Importing transformers' own function takes longer than tokenizing a small dataset, and today's date would change the
+output from day to day. Tests compare the two environments and the texts that they render.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from jinja2 import nodes
+from jinja2 import Environment, nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from pydantic import JsonValue
 
-Chat = Sequence[Mapping[str, str]]
-_TODAY = time.gmtime(1_721_952_000)  # some templates write today's date: equal runs would differ from day to day
+from loraflow.data.chats import Chat, Message
+
+_TODAY = time.gmtime(1_721_952_000)  # a constant date, because some templates write today's
 
 
 class CompiledTemplate:
-    """A template and the variables that it may read, such as `bos_token`."""
+    """A template and the variables that it reads, such as `bos_token`.
 
-    def __init__(self, source: str, variables: Mapping[str, Any]):
+    Raises:
+        TemplateError: the source is not a valid template.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, str]):
         self._environment = _environment()
+        self._marks = _Generation.of(self._environment)
         self._template = self._environment.from_string(source)
-        self._variables = {"tools": None, "documents": None, **variables}
+        self._variables: dict[str, str | None] = {"tools": None, "documents": None, **variables}
 
     def render(self, chat: Chat, *, prompt: bool = False) -> str:
-        """Return a chat as the model reads it; `prompt` ends it with the head of an answer."""
+        """Return a chat as the model reads it. `prompt` adds the head of an answer (add_generation_prompt)."""
         return self._template.render(messages=_copy(chat), add_generation_prompt=prompt, **self._variables)
 
     def marked(self, chat: Chat) -> list[tuple[int, int]]:
-        """Return the spans of characters that `{% generation %}` marks."""
-        with self._environment.loraflow_marks() as marks:  # type: ignore[attr-defined]
+        """Return the spans of characters that are inside `{% generation %}` blocks."""
+        with self._marks.collect() as marks:
             for block in self._template.generate(messages=_copy(chat), add_generation_prompt=False, **self._variables):
                 marks.at += len(block)
         return marks.spans
 
 
-def _copy(chat: Chat) -> list[dict[str, str]]:
-    return [{**message} for message in chat]
+def _copy(chat: Chat) -> list[Message]:
+    return [message.copy() for message in chat]
 
 
 class _Marks:
-    """Where the output has got to, and the spans that were marked on the way."""
+    """The length of the output so far, and the spans that were marked in it."""
 
     def __init__(self) -> None:
         self.at = 0
@@ -55,28 +63,35 @@ class _Marks:
 
 
 class _Generation(Extension):
-    """The block `{% generation %} … {% endgeneration %}`: its text, unchanged, and its place if somebody asks."""
+    """The block `{% generation %} … {% endgeneration %}`: renders its text unchanged and can record its span."""
 
     tags = {"generation"}
 
-    def __init__(self, environment: Any):
+    def __init__(self, environment: Environment):
         super().__init__(environment)
         self._marks: _Marks | None = None
-        environment.extend(loraflow_marks=self._collect)
 
-    def parse(self, parser: Any) -> nodes.Node:
+    @classmethod
+    def of(cls, environment: Environment) -> _Generation:
+        """Return the environment's instance of this extension."""
+        extension = environment.extensions[cls.identifier]
+        assert isinstance(extension, cls)
+        return extension
+
+    def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
-    def _mark(self, caller: Any) -> str:
-        text: str = caller()
+    def _mark(self, caller: Callable[[], str]) -> str:
+        text = caller()
         if self._marks is not None:
             self._marks.spans.append((self._marks.at, self._marks.at + len(text)))
         return text
 
     @contextmanager
-    def _collect(self) -> Any:
+    def collect(self) -> Iterator[_Marks]:
+        """Record the spans of blocks that are rendered meanwhile."""
         self._marks = _Marks()
         try:
             yield self._marks
@@ -85,7 +100,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """`dict` for templates, without the attributes of the class."""
+    """`dict` for templates, without the class's other attributes. Arguments and values are whatever a template passes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -95,7 +110,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """`namespace` for templates: no name may begin with an underscore, for those lead out of the sandbox."""
+    """`namespace` for templates. Names that begin with an underscore are refused: they could lead out of the sandbox."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, values = args[0], dict(*args[1:], **kwargs)
@@ -108,8 +123,8 @@ class _Namespace(Namespace):
         super().__setitem__(name, value)
 
 
-def _refuse_private(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
+def _refuse_private(name: str) -> None:
+    if isinstance(name, str) and name.startswith("_"):  # a template may pass anything as a name
         raise SecurityError(f"a namespace of a chat template cannot hold {name!r}")
 
 
@@ -118,9 +133,13 @@ def _refuse(message: str) -> None:
 
 
 def _json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    value: JsonValue,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
 ) -> str:
-    """`tojson` without the escapes that jinja puts in for HTML."""
+    """Return JSON without the HTML escapes of Jinja's own `tojson`."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

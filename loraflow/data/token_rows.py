@@ -1,4 +1,4 @@
-"""The rows of a tokenized set, read from the Arrow files of the tokenize stage."""
+"""Read tokenized rows from the Arrow files of the tokenize stage."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ import numpy as np
 
 from loraflow.data.packing import documents_of_rows
 
-Document = tuple[np.ndarray, np.ndarray]  # ids, labels
+Document = tuple[np.ndarray, np.ndarray]  # ids and labels, int32
 
 
 class TokenRows:
-    """Rows as memory maps of the files. A row is one document, or, packed, several."""
+    """Rows as memory maps of the files. A row is one document, or several if they are packed.
+
+    Args:
+        folder: the folder of the Arrow files.
+        packing: the packing plan; None if rows are not packed.
+    """
 
     def __init__(self, folder: Path, packing: Path | None = None):
         import pyarrow as pa
@@ -23,12 +28,13 @@ class TokenRows:
             for batch in pa.ipc.open_stream(pa.memory_map(str(file))):
                 ids, labels = batch.column("input_ids"), batch.column("labels")
                 columns.append((ids.flatten().to_numpy(), labels.flatten().to_numpy(), np.diff(ids.offsets.to_numpy())))
-        self._ids, self._labels = [one[0] for one in columns], [one[1] for one in columns]
-        self.lengths = np.concatenate([one[2] for one in columns]) if columns else np.empty(0, np.int32)
-        counts = [len(one[2]) for one in columns]
+        self._ids, self._labels = [ids for ids, _, _ in columns], [labels for _, labels, _ in columns]
+        lengths = [batch_lengths for _, _, batch_lengths in columns]
+        self.lengths = np.concatenate(lengths) if lengths else np.empty(0, np.int32)
+        counts = [len(batch_lengths) for batch_lengths in lengths]
         self._batch = np.repeat(np.arange(len(counts)), counts)
-        self._start = np.concatenate([np.cumsum(one[2]) - one[2] for one in columns]) if columns else np.empty(0, int)
-        self.row_length: int | None = None  # packed rows are all padded to the longest, so that shapes never change
+        self._start = np.concatenate([np.cumsum(n) - n for n in lengths]) if lengths else np.empty(0, int)
+        self.row_length: int | None = None  # packed rows are padded to the longest of them, so that shapes never change
         if packing is not None:
             import pyarrow.parquet as pq
 
@@ -45,10 +51,10 @@ class TokenRows:
 
     def __getitem__(self, row: int) -> list[Document]:
         """Return a row's documents as (ids, labels)."""
-        return [self.document(int(one)) for one in self.documents[self.offsets[row] : self.offsets[row + 1]]]
+        return [self.document(int(n)) for n in self.documents[self.offsets[row] : self.offsets[row + 1]]]
 
     def document(self, number: int) -> Document:
-        """Return a document as (ids, labels), views of the file."""
+        """Return a document as (ids, labels), which are views of the file."""
         start, batch = self._start[number], self._batch[number]
         end = start + self.lengths[number]
         return self._ids[batch][start:end], self._labels[batch][start:end]

@@ -1,4 +1,7 @@
-"""Stage version_dataset: the pinned files, verified, as an artifact. Identity is their md5; the revision is provenance."""
+"""Stage version_dataset: store the pinned files, verified, as an artifact.
+
+The md5 of the files is their identity. The git revision is provenance.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pathlib import Path
 from loraflow.config.recipe import Data
 from loraflow.config.stage_configs import DatasetLocation, DvcOrigin, FolderOrigin, VersionDatasetConfig
 from loraflow.data import dvc
+from loraflow.data.git import is_url
 from loraflow.failures import BadData
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
@@ -14,16 +18,16 @@ from loraflow.store.files import HashMemo
 
 
 def locate(data: Data, memo: HashMemo) -> DatasetLocation:
-    """Return which dataset a recipe names: its md5, and where its files are read from.
+    """Return the dataset that a recipe names: its md5, and where to read its files.
 
     Raises:
-        DirtyData: files in the work tree differ from the pin.
-        BadData: there is no dataset.
+        DirtyData: the files in the work tree differ from the pin.
+        BadData: the dataset does not exist, or its `.dvc` file cannot be read.
     """
     if data.source.endswith(".dvc"):
         pin = dvc.read_pin(data.repo, data.source, data.rev)
-        if data.rev is None and not dvc.is_url(data.repo):
-            dvc.refuse_dirt(data.repo, pin, memo)
+        if data.rev is None and not is_url(data.repo):
+            dvc.require_clean(data.repo, pin, memo)
         commit = dvc.head_of(data.repo, data.rev) if data.rev else None
         name = Path(pin.path).name
         origin = DvcOrigin(
@@ -49,7 +53,12 @@ def locate(data: Data, memo: HashMemo) -> DatasetLocation:
 
 
 def run(job: Job[VersionDatasetConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
-    """Write the pinned files to `out/files/`."""
+    """Write the pinned files to `out/files/`.
+
+    Raises:
+        MissingData: neither DVC's cache nor a remote has the files.
+        BadData: the files differ from the pin.
+    """
     origin, md5 = job.runtime.origin, job.config.md5
     files = out / "files"
     files.mkdir()
@@ -61,7 +70,7 @@ def run(job: Job[VersionDatasetConfig], inputs: Inputs, out: Path, progress: Pro
         pin = dvc.Pin(origin.dvc_file, origin.path, md5)
         dvc.fetch(origin.repo, pin, origin.commit or origin.rev, files, memo, origin.remote)
     else:
-        raise TypeError(f"a dataset has no origin such as {origin!r}")
+        raise TypeError(f"not the origin of a dataset: {origin!r}")
     names = sorted(path.relative_to(files).as_posix() for path in files.rglob("*") if path.is_file())
     size = sum((files / name).stat().st_size for name in names)
     return Summary(figures={"md5": md5, "files": len(names), "bytes": size})

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loraflow.config.stage_configs import EvaluateConfig
+from loraflow.data.chats import Message
 from loraflow.evaluation.intervals import Interval, mean_interval
 from loraflow.evaluation.values import EvaluationReport, MetricValue, Sample, Scores, SetScores, scores_to_dict
 from loraflow.failures import BadData
@@ -38,7 +39,7 @@ class HeldoutRow:
 
     id: str
     set: str
-    messages: list[dict[str, str]]
+    messages: list[Message]
 
 
 @dataclass(frozen=True)

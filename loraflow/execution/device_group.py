@@ -61,16 +61,17 @@ def run_in_group(file: JobFile) -> Summary:
         for old in file.home.glob("outcome-*.json"):
             old.unlink()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
-    several = _several_nodes(meeting) if nodes > 1 else {}
     config = LaunchConfig(
         min_nodes=nodes,
         max_nodes=nodes,
         nproc_per_node=devices,
         run_id=meeting.id or file.home.name[:32],
         rdzv_backend="c10d",
+        rdzv_endpoint=meeting.endpoint if nodes > 1 and meeting.endpoint else "localhost:0",
+        rdzv_configs=_timeouts(meeting) if nodes > 1 else {},
+        local_addr=_own_address(meeting.endpoint) if nodes > 1 and meeting.endpoint else None,
         max_restarts=0,
         monitor_interval=0.2,
-        **(several or {"rdzv_endpoint": "localhost:0"}),
     )
     log.info("%s on %d devices of node %d of %d", file.job.stage, devices, node(), nodes)
     if node() == 0 and nodes > 1:
@@ -102,14 +103,9 @@ def run_in_group(file: JobFile) -> Summary:
     return _first_summary(file.home, codes)
 
 
-def _several_nodes(meeting: Rendezvous) -> dict[str, str | dict[str, bool | int]]:
-    assert meeting.endpoint is not None  # Rendezvous requires it of several nodes
+def _timeouts(meeting: Rendezvous) -> dict[str, bool | int]:
     seconds = max(1, round(meeting.wait_minutes * 60))
-    return {
-        "rdzv_endpoint": meeting.endpoint,
-        "rdzv_configs": {"is_host": node() == 0, "join_timeout": seconds, "read_timeout": seconds},
-        "local_addr": _own_address(meeting.endpoint),
-    }
+    return {"is_host": node() == 0, "join_timeout": seconds, "read_timeout": seconds}
 
 
 def _own_address(endpoint: str) -> str:

@@ -124,7 +124,7 @@ def _with_less_memory(job: Job[StageConfig], failure: failures.OutOfMemory) -> J
         OutOfMemory: nothing is left to halve.
     """
     instead = failure.details.get("instead")
-    if instead:
+    if instead and isinstance(instead, dict):
         log.warning("%s ran out of memory; trying again with %s", job.stage, instead)
         return job.with_runtime(**instead)
     field = STAGES[job.stage].halved if instead is None else None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from loraflow.data.chats import Message
 from loraflow.failures import Failure
 from loraflow.serving.models import Loaded
 
@@ -72,7 +73,7 @@ class Chat:
 
     def reset(self) -> None:
         """Forget all messages but the system message."""
-        self.messages: list[dict[str, str]] = [{"role": "system", "content": self.system}] if self.system else []
+        self.messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         self.turn = 0
 
     def answer(self, text: str, write: Write | None = None) -> Answer:
@@ -183,5 +184,5 @@ class Stream:
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text if isinstance(text, str) else "".join(text)  # a list only for several rows of ids

@@ -15,6 +15,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from loraflow.data.chat_formats import BadRow, to_prompt
+from loraflow.data.chats import Message
 from loraflow.data.readers import read_values
 from loraflow.failures import BadConfig, BadData
 from loraflow.store.files import fsync_path
@@ -27,7 +28,7 @@ class Question:
     """A row of the input: its columns, and its prompt or the reason why it has none."""
 
     columns: dict[str, Cell]
-    messages: list[dict[str, str]] | None
+    messages: list[Message] | None
     error: str | None = None
 
 

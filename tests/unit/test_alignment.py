@@ -1,4 +1,4 @@
-"""Alignment from the ids against the tokenizer's own, and our template environment against transformers'."""
+"""The alignment from ids equals the tokenizer's own, and the template environment equals that of transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MARKED = PHI3_TEMPLATE.replace(
     "{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}",
     "{{'<|assistant|>\n'}}{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}{{ '\n' }}",
 )
-# Marks that end with the answer's own text: whatever that ends with.
+# Marks that end with the answer's own last character, whatever it is.
 BARE = PHI3_TEMPLATE.replace(
     "{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}",
     "{{'<|assistant|>\n'}}{% generation %}{{ message['content'] }}{% endgeneration %}{{ '<|end|>\n' }}",
@@ -69,7 +69,7 @@ def tokenizer_folder(folder: Path, template: str, *, trim: bool = False, nfc: bo
 
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory) -> dict[str, ChatTemplate]:
-    """Templates that can take the short way: SmolLM2's tokenizer, and ours with control tokens that swallow space."""
+    """Templates whose tokenizers are byte-level: SmolLM2's, and small ones whose control tokens swallow white space."""
     from transformers import AutoTokenizer
 
     home = tmp_path_factory.mktemp("tokenizers")
@@ -89,7 +89,7 @@ def templates(tmp_path_factory) -> dict[str, ChatTemplate]:
     return found
 
 
-def both(template: ChatTemplate, found: list, loss_on: str) -> tuple[list, list]:
+def by_both_alignments(template: ChatTemplate, found: list, loss_on: str) -> tuple[list, list]:
     assert template.alignment is not None
     fast, template_alignment = template.encode(found, loss_on), template.alignment
     template.alignment = None
@@ -102,12 +102,12 @@ def both(template: ChatTemplate, found: list, loss_on: str) -> tuple[list, list]
 @pytest.mark.parametrize("name", [SMOLLM2, "phi3", "marked", "bare", "trimmed offsets", "NFC"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(found=st.lists(chats(), min_size=1, max_size=4), loss_on=st.sampled_from(["assistant", "last_assistant", "all"]))
-def test_alignment_from_ids_is_the_tokenizers_own(templates, name, found, loss_on):
-    for one, other in zip(*both(templates[name], found, loss_on), strict=True):
-        assert one.ids.tolist() == other.ids.tolist()
-        assert one.labels.tolist() == other.labels.tolist()
-        assert (one.prompt, one.special_in_text) == (other.prompt, other.special_in_text)
-        assert one.ids.dtype == other.ids.dtype == one.labels.dtype == other.labels.dtype == np.int32
+def test_alignment_from_ids_equals_the_tokenizers_own(templates, name, found, loss_on):
+    for fast, slow in zip(*by_both_alignments(templates[name], found, loss_on), strict=True):
+        assert fast.ids.tolist() == slow.ids.tolist()
+        assert fast.labels.tolist() == slow.labels.tolist()
+        assert (fast.prompt, fast.special_in_text) == (slow.prompt, slow.special_in_text)
+        assert fast.ids.dtype == slow.ids.dtype == fast.labels.dtype == slow.labels.dtype == np.int32
 
 
 @pytest.mark.parametrize("name", [SMOLLM2, "phi3", "marked"])
@@ -144,14 +144,14 @@ def tokenizer(**parts) -> Tokenizer:
     ],
     ids=str,
 )
-def test_a_tokenizer_that_may_lose_text_is_left_to_its_own_alignment(parts):
+def test_a_tokenizer_that_may_lose_text_uses_its_own_alignment(parts):
     ByteAlignment(tokenizer())
     with pytest.raises(ValueError):
         ByteAlignment(tokenizer(**parts))
 
 
 @pytest.mark.parametrize("flag", ["lstrip", "single_word"])
-def test_control_tokens_that_look_left_are_left_to_the_tokenizer(flag):
+def test_control_tokens_that_depend_on_the_text_before_them_use_the_tokenizers_alignment(flag):
     made = tokenizer()
     made.add_special_tokens([AddedToken("<x>", **{flag: True})])
     with pytest.raises(ValueError):
@@ -159,7 +159,7 @@ def test_control_tokens_that_look_left_are_left_to_the_tokenizer(flag):
 
 
 def theirs(source: str):
-    """The template as transformers compiles it."""
+    """Return the template as transformers compiles it."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return _compile_jinja_template(source)
@@ -171,19 +171,19 @@ def ours(source: str):
     return CompiledTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
 
 
-def test_the_template_environment_has_what_that_of_transformers_has():
-    one, other = ours("x")._environment, theirs("x").environment
-    assert type(one) is type(other)
-    assert one.filters.keys() == other.filters.keys()
-    assert one.tests.keys() == other.tests.keys()
-    assert one.globals.keys() == other.globals.keys()
-    assert [name.rpartition(".")[2] for name in one.extensions if "loopcontrols" in name.lower()] == [
-        name.rpartition(".")[2] for name in other.extensions if "loopcontrols" in name.lower()
+def test_the_template_environment_equals_that_of_transformers():
+    environment, expected = ours("x")._environment, theirs("x").environment
+    assert type(environment) is type(expected)
+    assert environment.filters.keys() == expected.filters.keys()
+    assert environment.tests.keys() == expected.tests.keys()
+    assert environment.globals.keys() == expected.globals.keys()
+    assert [name.rpartition(".")[2] for name in environment.extensions if "loopcontrols" in name.lower()] == [
+        name.rpartition(".")[2] for name in expected.extensions if "loopcontrols" in name.lower()
     ]
-    assert len(one.extensions) == len(other.extensions)
+    assert len(environment.extensions) == len(expected.extensions)
     same = ("trim_blocks", "lstrip_blocks", "keep_trailing_newline", "newline_sequence", "autoescape", "undefined", "finalize",
             "block_start_string", "variable_start_string", "comment_start_string", "line_statement_prefix")  # fmt: skip
-    assert {key: getattr(one, key) for key in same} == {key: getattr(other, key) for key in same}
+    assert {key: getattr(environment, key) for key in same} == {key: getattr(expected, key) for key in same}
 
 
 CHAT = [
@@ -203,7 +203,7 @@ def outcome(render) -> object:
 
 
 def same_text_and_marks(source: str, chat: list[dict[str, str]]) -> int:
-    """Compare what comes out, or the error; return how many texts there were."""
+    """Compare the output, or the error, with that of transformers. Return how many texts were rendered."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template, options = ours(source), {"chat_template": source, "bos_token": "<s>", "eos_token": "</s>"}

@@ -1,12 +1,14 @@
+"""Recipes: defaults, problems with their lines, overrides; every key has an effect, in the fingerprint or outside it."""
+
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
+from pydantic.fields import FieldInfo
 
 from loraflow.config import parse_recipe
-from loraflow.config.load import _model_of
+from loraflow.config.load import section_model
 from loraflow.config.recipe import Recipe
 from loraflow.config.stage_configs import DatasetLocation, FolderOrigin
 from loraflow.failures import BadConfig
@@ -16,7 +18,7 @@ from tests.jobs import Outside, make_job
 
 MINIMAL = "name: x\nbase: {model: bundled:smollm2}\n"
 
-# The two dictionaries as they stand in the Phi-3 model card's sample_finetune.py.
+# The two dictionaries of sample_finetune.py in the Phi-3 model card.
 MODEL_CARD = """
 name: card
 base:
@@ -75,7 +77,7 @@ def test_the_model_cards_two_dictionaries_paste_unchanged(caplog):
     assert "output_dir has no effect" in caplog.text
 
 
-def test_the_defaults_are_the_model_cards():
+def test_the_defaults_equal_the_model_cards():
     card, ours = parse_recipe(MODEL_CARD), parse_recipe(MINIMAL)
     assert card.training_config.gradient_checkpointing is True and ours.training_config.gradient_checkpointing is None
     same = {
@@ -87,7 +89,7 @@ def test_the_defaults_are_the_model_cards():
 
 def test_every_problem_is_reported_at_once_with_its_line():
     text = "name: x\nbase:\n  model: m\n  dtyp: y\ntraining_config:\n  learning_rte: 1\n  seed: a\n  tokenizer: t\nrank: 4\n"
-    said = problems(text)
+    message = problems(text)
     for line, word in (
         (4, "did you mean dtype"),
         (6, "did you mean learning_rate"),
@@ -95,12 +97,12 @@ def test_every_problem_is_reported_at_once_with_its_line():
         (8, "tokenizer"),
         (9, "rank"),
     ):
-        assert re.search(rf"r\.yaml:{line}: .*{word}", said), (line, word, said)
-    assert "5 problems" in said
+        assert re.search(rf"r\.yaml:{line}: .*{word}", message), (line, word, message)
+    assert "5 problems" in message
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ("training_config: {evaluation_strategy: 'no', eval_strategy: 'no'}", "leave evaluation_strategy out"),
         ("training_config: {assistant_only_loss: true}", "data.loss_on"),
@@ -135,33 +137,33 @@ def test_every_problem_is_reported_at_once_with_its_line():
         ("base2: 1", "did you mean base"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_successor(line, says):
-    assert says in problems(MINIMAL + line)
+def test_invalid_settings_are_refused_with_what_to_set_instead(line, message):
+    assert message in problems(MINIMAL + line)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("", "empty"),
         ("- a", "no mapping"),
-        ("name: x\nname: y", "stands twice"),
+        ("name: x\nname: y", "is duplicated"),
         ("a: &x [1]\nb: *x", "alias"),
         ("a: !!python/object:os.system {}", "tag"),
         ("a: [", "plain YAML"),
         ("x" * 1_000_001, "at most"),
     ],
 )
-def test_yaml_that_is_more_or_less_than_data_is_refused(text, says):
-    assert says in problems(text)
+def test_yaml_that_is_not_plain_data_is_refused(text, message):
+    assert message in problems(text)
 
 
-def test_numbers_and_words_are_read_as_people_mean_them():
+def test_yaml_numbers_and_words_are_read_as_intended():
     recipe = parse_recipe(MINIMAL + "training_config: {learning_rate: 5e-6, eval_strategy: no, logging_strategy: no}")
     assert recipe.training_config.learning_rate == 5e-6
     assert recipe.training_config.eval_strategy == "no"
 
 
-def test_overrides_win_and_are_checked():
+def test_overrides_replace_the_files_values_and_are_checked():
     assert parse_recipe(MINIMAL, overrides={"peft_config.r": 4}).peft_config.r == 4
     with pytest.raises(BadConfig, match="peft_config.x"):
         parse_recipe(MINIMAL, overrides={"peft_config.x": 4})
@@ -172,7 +174,7 @@ def test_overrides_win_and_are_checked():
 @pytest.mark.parametrize(
     "file", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda file: file.stem
 )
-def test_every_recipe_of_ours_loads_without_a_word(file, caplog):
+def test_every_recipe_in_configs_loads_without_a_warning(file, caplog):
     recipe = parse_recipe(file.read_text(encoding="utf-8"), file.name)
     assert recipe.name == file.stem and not caplog.records
     targets = recipe.peft_config.target_modules
@@ -181,17 +183,20 @@ def test_every_recipe_of_ours_loads_without_a_word(file, caplog):
     )
 
 
-def test_loftq_goes_with_what_it_makes_up_for_and_is_never_counted_twice():
+def test_loftq_needs_nf4_and_its_compensation_is_never_counted_twice():
     loftq = {"peft_config.init_lora_weights": "loftq", "base.quantization": "nf4"}
     parse_recipe(MINIMAL, overrides=loftq)
-    for more, says in (({"base.quantization": "fp8"}, "set base.quantization: nf4"), ({"merge.onto": "base"}, "twice")):
-        with pytest.raises(BadConfig, match=says):
+    for more, message in (
+        ({"base.quantization": "fp8"}, "set base.quantization: nf4"),
+        ({"merge.onto": "base"}, "twice"),
+    ):
+        with pytest.raises(BadConfig, match=message):
             parse_recipe(MINIMAL, overrides={**loftq, **more})
 
 
-# every key takes effect
+# -- every key has an effect ----------------------------------------------------------------------------------------
 
-OTHER: dict[str, Any] = {
+OTHER: dict[str, JsonValue] = {
     "data.format": "alpaca", "data.columns": {"prompt": "question"}, "data.loss_on": "all", "data.too_long": "drop", "data.special_tokens": "error",
     "data.duplicates": "keep", "data.system": "s", "data.limit": 7, "data.rev": "HEAD",
     "base.dtype": "float32", "base.repack": "phi3", "base.quantization": "nf4", "base.revision": "f" * 40,
@@ -214,7 +219,7 @@ OTHER: dict[str, Any] = {
     "runtime.shard_base": "on",
 }  # fmt: skip
 
-# Read by the flow's process: by `locate`, the checks between stages, the gate, the registry, the report.
+# Keys that the flow reads, not a stage: `locate`, the checks between stages, the gate, the registry, the report.
 BY_THE_FLOW = {
     "name", "data.source", "data.repo", "data.rev", "data.add", "data.remote", "data.max_quarantined", "base.model",
     "base.revision", "evaluation.samples", "merge.max_kl", "register.model",
@@ -224,16 +229,16 @@ BY_THE_FLOW = {
 }  # fmt: skip
 
 
-def leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
+def leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInfo]]:
     found = []
     for name, field in model.model_fields.items():
         path = prefix + (field.alias or name)
-        inner = _model_of(field.annotation)
+        inner = section_model(field)
         found += leaves(inner, path + ".") if inner else [(path, field)]
     return found
 
 
-def jobs_of(recipe: Recipe) -> dict[str, Any]:
+def jobs_of(recipe: Recipe) -> dict[str, dict[str, JsonValue]]:
     ref = Ref(
         stage="s",
         fingerprint="f",
@@ -252,7 +257,8 @@ def jobs_of(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def another(path: str, value: Any) -> Any:
+def another(path: str, value: JsonValue) -> JsonValue:
+    """Return a value for a key that differs from the given one."""
     if path in OTHER:
         return OTHER[path]
     if isinstance(value, bool):
@@ -290,12 +296,12 @@ def test_every_key_reaches_a_stage(path):
         base["peft_config.init_lora_weights"] = "eva"
     if path.startswith("runtime.rendezvous."):
         base["runtime.rendezvous.endpoint"] = "first:29400"
-    one = parse_recipe(MINIMAL, overrides=base)
-    value = one.model_dump(by_alias=True)
+    before = parse_recipe(MINIMAL, overrides=base)
+    value = before.model_dump(by_alias=True)
     for key in path.split("."):
         value = value[key]
-    two = parse_recipe(MINIMAL, overrides={**base, path: another(path, value)})
-    assert jobs_of(one) != jobs_of(two), f"{path} is read by nobody"
+    after = parse_recipe(MINIMAL, overrides={**base, path: another(path, value)})
+    assert jobs_of(before) != jobs_of(after), f"{path} has no effect"
 
 
 IDENTITY_FREE = {
@@ -308,13 +314,13 @@ IDENTITY_FREE = {
 }  # fmt: skip
 
 
-# These two mean nothing alone; test_every_key_reaches_a_stage sets what they need beside them.
+# These two have no effect alone; test_every_key_reaches_a_stage sets what they need.
 NOT_ALONE = {"training_config.early_stopping_patience", "training_config.load_best_model_at_end"}
 
 
 @pytest.mark.parametrize("path", [p for p, _ in leaves(Recipe) if p not in BY_THE_FLOW | NOT_ALONE])
-def test_what_is_identity_and_what_is_not(path):
-    base: dict[str, Any] = {"data.validation_fraction": 0.1}
+def test_which_keys_are_part_of_a_fingerprint(path):
+    base: dict[str, JsonValue] = {"data.validation_fraction": 0.1}
     if path == "training_config.fp16":
         base["training_config.bf16"] = False
     if path in ("base.double_quantization", "merge.onto"):
@@ -325,17 +331,17 @@ def test_what_is_identity_and_what_is_not(path):
         base["peft_config.init_lora_weights"] = "eva"
     if path.startswith("runtime.rendezvous."):
         base["runtime.rendezvous.endpoint"] = "first:29400"
-    one = parse_recipe(MINIMAL, overrides=base)
-    value = one.model_dump(by_alias=True)
+    before = parse_recipe(MINIMAL, overrides=base)
+    value = before.model_dump(by_alias=True)
     for key in path.split("."):
         value = value[key]
-    two = parse_recipe(MINIMAL, overrides={**base, path: another(path, value)})
+    after = parse_recipe(MINIMAL, overrides={**base, path: another(path, value)})
     strip = lambda jobs: {n: {k: v for k, v in j.items() if k != "runtime"} for n, j in jobs.items()}  # noqa: E731
-    same = strip(jobs_of(one)) == strip(jobs_of(two))
+    same = strip(jobs_of(before)) == strip(jobs_of(after))
     assert same == (path in IDENTITY_FREE or path.startswith("runtime.")), path
 
 
-def test_batch_and_accumulation_mean_their_product():
+def test_batch_size_and_accumulation_count_by_their_product():
     one = parse_recipe(MINIMAL + "training_config: {per_device_train_batch_size: 8, gradient_accumulation_steps: 2}")
     two = parse_recipe(MINIMAL + "training_config: {per_device_train_batch_size: 2, gradient_accumulation_steps: 8}")
     ref = Ref(stage="s", fingerprint="f", digest="d", uri="")

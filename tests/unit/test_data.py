@@ -1,4 +1,4 @@
-"""Version and check a dataset: DVC's pins, dirt, revisions, remotes; splits, duplicates, leaks, bounds."""
+"""Version and check a dataset: DVC's pins, uncommitted changes, revisions, remotes; splits, duplicates, leaks, bounds."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import pytest
 
 from loraflow.config.recipe import Data
 from loraflow.data import check, dvc, version
+from loraflow.data.check_report import CheckReport
 from loraflow.failures import BadConfig, BadData, DirtyData, Inadmissible, MissingData
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store.files import HashMemo
@@ -34,7 +35,7 @@ def write_rows(file: Path, numbers) -> None:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory) -> Path:
-    """A git repository with two committed versions of data/, and a remote inside of it."""
+    """A git repository with two committed versions of data/, and a DVC remote inside it."""
     repo = tmp_path_factory.mktemp("repo with späce")
     sh("git", "init", "-q", cwd=repo)
     sh("git", "config", "user.email", "a@b", cwd=repo)
@@ -67,7 +68,7 @@ def fetch(data: Data, out: Path) -> Path:
     return out / "files"
 
 
-def test_the_md5_of_a_folder_is_dvcs(repository):
+def test_the_md5_of_a_folder_equals_dvcs(repository):
     pin = dvc.read_pin(str(repository), "data.dvc", None)
     assert dvc.tree_md5(repository / "data") == pin.md5
     assert pin.is_folder and pin.path == "data"
@@ -77,7 +78,7 @@ def test_a_fresh_clone_gets_the_pinned_bytes_offline(clone, repository, tmp_path
     assert not (clone / "data").exists()
     files = fetch(Data(source="data.dvc", repo=str(clone)), tmp_path / "out")
     assert dvc.tree_md5(files) == dvc.read_pin(str(repository), "data.dvc", None).md5
-    assert not (clone / "data").exists(), "the work tree is left alone"
+    assert not (clone / "data").exists(), "the work tree is unchanged"
 
 
 def test_any_revision_is_read_without_touching_the_work_tree(repository, tmp_path):
@@ -132,7 +133,7 @@ def test_a_damaged_object_is_never_delivered(clone, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         (None, "cannot be read"),
         ("outs: []", "no single output"),
@@ -141,14 +142,14 @@ def test_a_damaged_object_is_never_delivered(clone, tmp_path):
         (": [", "no single output"),
     ],
 )
-def test_dvc_files_that_pin_nothing_are_refused(tmp_path, text, says):
+def test_dvc_files_without_a_usable_pin_are_refused(tmp_path, text, message):
     if text is not None:
         (tmp_path / "data.dvc").write_text(text)
-    with pytest.raises(BadData, match=says):
+    with pytest.raises(BadData, match=message):
         dvc.read_pin(str(tmp_path), "data.dvc", None)
 
 
-def test_a_revision_that_is_not_there_is_a_failure(repository):
+def test_a_revision_that_does_not_exist_is_a_failure(repository):
     with pytest.raises(BadData, match="Git cannot"):
         dvc.read_pin(str(repository), "data.dvc", "no-such-branch")
 
@@ -191,7 +192,7 @@ def test_a_row_keeps_its_side_when_others_come_and_go(tmp_path):
     assert {"train", "validation", "heldout"} == set(sides[0].values())
 
 
-def test_rows_of_one_prompt_stand_on_one_side(tmp_path):
+def test_rows_with_equal_prompts_are_on_one_side(tmp_path):
     rows = [{"prompt": f"q{i}", "completion": f"a{j}"} for i in range(100) for j in range(3)]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -201,7 +202,7 @@ def test_rows_of_one_prompt_stand_on_one_side(tmp_path):
     assert prompts[0] and prompts[1] and not prompts[0] & prompts[1]
 
 
-def test_duplicates_and_leaks_are_dropped_and_said(tmp_path):
+def test_duplicates_and_leaks_are_dropped_and_reported(tmp_path):
     write_rows(tmp_path / "data" / "train.jsonl", [1, 2, 2, 3, 100])
     write_rows(tmp_path / "data" / "heldout.jsonl", [100, 101, 101])
     write_rows(tmp_path / "data" / "hand.jsonl", [101, 102])
@@ -214,7 +215,7 @@ def test_duplicates_and_leaks_are_dropped_and_said(tmp_path):
     assert "its prompt is held out (heldout.jsonl:1)" in reasons and "same as train.jsonl:2" in reasons
 
 
-def test_a_system_message_is_put_before_chats_that_have_none(tmp_path):
+def test_chats_without_a_system_message_get_the_recipes(tmp_path):
     write_rows(tmp_path / "data" / "train.jsonl", range(20))
     run_check(tmp_path / "data", tmp_path / "out", system="be brief", train=["*"])
     row = json.loads((tmp_path / "out" / "train.jsonl").open().readline())
@@ -239,17 +240,44 @@ def test_an_empty_side_stops_the_run(tmp_path):
         check.admit(report, 0.01, "report.json")
 
 
+def test_a_file_that_another_held_out_set_has_already_is_refused(tmp_path):
+    write_rows(tmp_path / "data" / "train.jsonl", range(5))
+    write_rows(tmp_path / "data" / "hard.jsonl", range(100, 103))
+    with pytest.raises(BadData, match='held-out set "heldout" already belongs to the set "hard"'):
+        run_check(tmp_path / "data", tmp_path / "out", heldout=["hard.jsonl"], extra_heldout={"hard": "hard.jsonl"})
+
+
+def test_the_report_of_no_training_row_has_an_empty_profile(tmp_path):
+    write_rows(tmp_path / "data" / "train.jsonl", range(3))
+    report = run_check(tmp_path / "data", tmp_path / "out", train=["train.jsonl"], heldout=["train.jsonl"])
+    assert report["profile"] == {} == json.loads((tmp_path / "out" / "report.json").read_text())["profile"]
+    assert CheckReport.model_validate(report).profile is None
+    with pytest.raises(BadData, match="No train row"):
+        check.admit(report, 0.01, "report.json")
+
+
 def test_the_quickstarts_sides_share_no_phrase():
     from examples import tickets
 
     for train, heldout in (*tickets.REQUESTS.values(), *tickets.URGENCY.values(), tickets.GREETINGS, tickets.CLOSES,
                            tickets.NO_PRODUCT, tickets.ORDER_FORMS):  # fmt: skip
         assert not (set(train) & set(heldout)) - {""}
-    assert not set(tickets.PRODUCTS) & set(tickets.UNSEEN_PRODUCTS)
+    assert not set(tickets.PRODUCTS.train) & set(tickets.PRODUCTS.heldout)
     assert len(tickets.REQUESTS) >= 8
 
 
-def test_a_remote_that_is_named_gets_the_data_and_gives_it(clone, tmp_path, monkeypatch):
+def test_the_quickstarts_files_are_the_pinned_ones(tmp_path):
+    """The generator is deterministic: a new version of Python or a reordered phrase must not change data.dvc."""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "examples/tickets.py", str(tmp_path / "data")], cwd=root, check=True)
+    pin = dvc.read_pin(str(root), "data.dvc", None).md5
+    listed = json.loads((root / ".dvc" / "remote" / "files" / "md5" / pin[:2] / pin[2:]).read_text())
+    pinned = {entry["relpath"]: entry["md5"] for entry in listed}
+    made = {file.name: dvc.tree_md5(file) for file in (tmp_path / "data").iterdir()}
+    assert made == {name: pinned[name] for name in ("train.jsonl", "heldout.jsonl")}
+
+
+def test_a_named_remote_is_pushed_to_and_fetched_from(clone, tmp_path, monkeypatch):
     monkeypatch.chdir(clone)
     run_dvc("remote", "add", "second", str(tmp_path / "second"), cwd=clone)
     write_rows(clone / "data" / "train.jsonl", range(44))
@@ -259,7 +287,7 @@ def test_a_remote_that_is_named_gets_the_data_and_gives_it(clone, tmp_path, monk
     assert "data.dvc" not in sh("git", "status", "--short", cwd=clone), "nothing was added"
     before = sorted((clone / ".dvc" / "remote").rglob("*"))
     pin = dvc.add("data", remote="second")
-    assert sorted((clone / ".dvc" / "remote").rglob("*")) == before, "the default remote has nothing of it"
+    assert sorted((clone / ".dvc" / "remote").rglob("*")) == before, "the default remote is unchanged"
     assert list((tmp_path / "second").rglob("*.dir"))
 
     shutil.rmtree(clone / "data")

@@ -4,8 +4,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from loraflow.data.chat_formats import BadRow, guess_columns, to_messages, to_prompt
-from loraflow.data.readers import columns_of, match_files, read_rows
+from loraflow.data.chat_formats import BadRow, to_messages, to_prompt
+from loraflow.data.guess_columns import columns_of, guess_columns
+from loraflow.data.readers import match_files, read_rows
 from loraflow.failures import BadData
 
 WANTED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -195,7 +196,7 @@ def test_tables_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("x.json", b"{", "no JSON"),
+        ("x.json", b"{", "not valid JSON"),
         ("x.json", b"{}", "no list"),
         ("x.json", b"", "an empty file"),
         ("x y.json", b'{"data": [{}]}', "jq -c '.[\"data\"][]' 'x y.json' > 'x y.jsonl'"),
@@ -204,7 +205,7 @@ def test_tables_are_read(tmp_path):
         ("x.jsonl.gz", b"", "gunzip --keep x.jsonl.gz"),
         ("x.txt", b"", "suffix .jsonl"),
         ("x.csv", b"", "a first line"),
-        ("x.csv", b"prompt,prompt\na,b\n", "stands twice"),
+        ("x.csv", b"prompt,prompt\na,b\n", "is duplicated"),
         ("x.csv", b'prompt,completion\nq,a\n"q,a\nq,a\n', "the row that begins at line 3"),
         ("x.tsv", b'prompt\tcompletion\n"q\ta\nb" q\ta\n', "in pairs"),
         ("x.csv", "prompt,completion\nq,a\nGröße,ü\n".encode("cp1252"), "iconv -f WINDOWS-1252 -t UTF-8 x.csv"),

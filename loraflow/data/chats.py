@@ -1,0 +1,25 @@
+"""The values that the data stages pass on: messages, chats, and the rows of a checked dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+
+class Message(TypedDict):
+    """One message of a chat."""
+
+    role: str  # system, user, assistant or tool
+    content: str
+
+
+Chat = Sequence[Message]
+
+
+class ChatRecord(TypedDict):
+    """A line of train.jsonl, validation.jsonl or heldout.jsonl."""
+
+    id: str  # hash of the chat
+    set: str  # train, heldout, or the name of an extra held-out set
+    place: str  # where the row was read: file:line, or file:row
+    messages: list[Message]

@@ -1,0 +1,72 @@
+"""Guess what `data.columns` of a recipe should be for a file whose columns have other names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from loraflow.data.chat_formats import BadRow, has_known_keys, to_messages
+from loraflow.data.readers import read_values
+
+# usual names of (question, answer), in lower case
+_PAIRS = (
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("input", "output"),
+    ("prompt", "answer"),
+    ("prompt", "output"),
+    ("problem", "solution"),
+    ("user", "assistant"),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+)
+
+
+def columns_of(path: Path, name: str) -> dict[str, str]:
+    """Guess `data.columns` from a file's first row; empty if the row is a chat as it is.
+
+    Raises:
+        BadData: the file cannot be read.
+    """
+    for _, value, _ in read_values(path, name):
+        if isinstance(value, BadRow):
+            return {}
+        try:
+            to_messages(value)
+        except BadRow:
+            return {} if isinstance(value, dict) and has_known_keys(value) else guess_columns(value)
+        return {}
+    return {}
+
+
+def guess_columns(row: JsonValue) -> dict[str, str]:
+    """Guess `data.columns` from a row: {loraflow's column: the row's column}; empty if no guess fits."""
+    if not isinstance(row, dict):
+        return {}
+    names = {name.lower(): name for name in row}
+    for question, answer in _PAIRS:
+        asked, answered = names.get(question), names.get(answer)
+        if asked and answered and isinstance(row[asked], str) and isinstance(row[answered], str):
+            # The context of a question is part of it, and only Alpaca's format has a key for it.
+            if "context" not in names and question != "instruction":
+                return {"prompt": asked, "completion": answered}
+            columns = {"instruction": asked, "output": answered}
+            return columns if names.get("context", "context") == "context" else {**columns, "input": names["context"]}
+    return _column_of_turns(row)
+
+
+def _column_of_turns(row: dict[str, JsonValue]) -> dict[str, str]:
+    """Return the first column that holds a valid list of turns. Preference pairs are left to the user."""
+    for name, turns in row.items():
+        if not isinstance(turns, list) or name in ("chosen", "rejected"):
+            continue
+        for column in ("messages", "conversations"):
+            try:
+                to_messages({column: turns})
+            except BadRow:
+                continue
+            return {column: name}
+    return {}

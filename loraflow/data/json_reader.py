@@ -1,0 +1,131 @@
+"""Read JSON and JSONL files row by row, with the line and column of each problem."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from pydantic import JsonValue
+
+from loraflow.data.chat_formats import BadRow
+from loraflow.failures import BadData
+
+MAX_ROW_BYTES = 50_000_000
+
+
+class RawValue(NamedTuple):
+    """A row of a file before it is converted to a chat."""
+
+    place: str  # file:line, or file:row
+    value: JsonValue | BadRow  # BadRow: why the row has no value. Cells of Parquet may be of types that JSON lacks.
+    text: str  # the row's text, cut to 2,000 characters if it is malformed or from a table
+
+
+def read_json_lines(path: Path, name: str) -> Iterator[RawValue]:
+    """Read one JSON value per line. Blank lines are skipped; a malformed line yields a `BadRow`.
+
+    Args:
+        path: the file.
+        name: the file's name in messages.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            place = f"{name}:{number}"
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield _json_line(line, place)
+
+
+def _json_line(line: bytes, place: str) -> RawValue:
+    if len(line) > MAX_ROW_BYTES:
+        return RawValue(place, BadRow(f"a row of {len(line):,} bytes; at most {MAX_ROW_BYTES:,}"), "")
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        problem = f"byte {error.start + 1} is no UTF-8 (0x{line[error.start]:02x})"
+        return RawValue(place, BadRow(problem), repr(line[:200]))
+    try:
+        value = strict_json(text)
+    except json.JSONDecodeError as error:
+        problem = f"column {error.pos + 1}: {error.msg}; expected one JSON object a line"
+        return RawValue(place, BadRow(problem), text.rstrip("\n")[:2000])
+    except RecursionError:
+        return RawValue(place, BadRow("nested too deeply"), text[:200])
+    except ValueError as error:
+        return RawValue(place, BadRow(str(error)), text[:2000])
+    if isinstance(value, list):
+        problem = "a list; expected one JSON object a line (a file that is one list is called .json)"
+        return RawValue(place, BadRow(problem), text.rstrip("\n"))
+    return RawValue(place, value, text.rstrip("\n"))
+
+
+def read_json(path: Path, name: str) -> Iterator[RawValue]:
+    """Read a JSON list of rows, or JSON lines that were saved as .json.
+
+    Raises:
+        BadData: the file is neither.
+        UnicodeDecodeError: the file is not UTF-8.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        rows = strict_json(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and error.lineno > 1 and _is_json(text.split("\n", 1)[0]):
+            yield from read_json_lines(path, name)
+            return
+        raise BadData(
+            "The file is not valid JSON.",
+            where=f"{name}:{error.lineno}:{error.colno}",
+            got=error.msg if text.strip() else "an empty file",
+            expected="a list of rows",
+        ) from error
+    except (RecursionError, ValueError) as error:
+        raise BadData("The file is not valid JSON.", where=name, got=str(error), expected="a list of rows") from error
+    if not isinstance(rows, list):
+        raise _not_a_list(rows, name)
+    for number, row in enumerate(rows, 1):
+        yield RawValue(f"{name}:row {number}", row, json.dumps(row, ensure_ascii=False)[:2000])
+
+
+def strict_json(text: str) -> JsonValue:
+    """Parse JSON without NaN, infinities and lone surrogates, which Python's parser accepts.
+
+    Raises:
+        ValueError: the text is not valid JSON.
+    """
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no JSON")
+
+    value: JsonValue = json.loads(text, parse_constant=refuse)
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("a lone surrogate (half of a character)") from None
+    return value
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _not_a_list(value: JsonValue, name: str) -> BadData:
+    """Return the failure for a file without a list; if a key holds the rows, its next step extracts them."""
+    got, lists = type(value).__name__, list[str]()
+    if isinstance(value, dict):
+        got = f"an object with the keys {', '.join(list(value)[:8])}"
+        lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
+    next_step = "name the chat files in data.train, or move this file out of their folder"
+    if lists:
+        new = shlex.quote(f"{Path(name).stem}.jsonl")
+        next_step = f"jq -c {shlex.quote(f'.[{json.dumps(lists[0])}][]')} {shlex.quote(name)} > {new}"
+    return BadData("The file holds no list.", where=name, expected="a JSON list of rows", got=got, next_step=next_step)

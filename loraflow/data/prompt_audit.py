@@ -1,0 +1,83 @@
+"""Check on the first rows that training reads the prompts that serving will send, and show what is learned."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from loraflow.config.stage_configs import TokenizeConfig
+from loraflow.data.chats import ChatRecord
+from loraflow.data.loss_mask import IGNORED, ChatTemplate
+from loraflow.failures import BadModel
+
+log = logging.getLogger(__name__)
+AUDITED_ROWS = 20
+
+
+@dataclass(frozen=True)
+class AuditedRow:
+    """What is learned in a row, for people who read the report."""
+
+    place: str
+    learned: str  # the text of the learned tokens, at most 500 characters
+    tokens: int
+    learned_tokens: int
+    prompt_is_what_serving_sends: bool
+
+    def as_json(self) -> dict[str, JsonValue]:
+        """Return the row as JSON values."""
+        return asdict(self)
+
+
+def audit(source: Path, template: ChatTemplate, config: TokenizeConfig) -> list[AuditedRow]:
+    """Audit the first rows of a file of chats."""
+    with source.open(encoding="utf-8") as file:
+        records: list[ChatRecord] = [json.loads(line) for line in islice(file, AUDITED_ROWS)]
+    chats = [record["messages"] for record in records]
+    audited: list[AuditedRow] = []
+    rows = zip(records, template.encode(chats, config.loss_on), template.prompt_ids(chats), strict=True)
+    for record, encoded, prompt in rows:
+        learned = encoded.ids[encoded.labels != IGNORED]
+        audited.append(
+            AuditedRow(
+                place=record["place"],
+                learned=template.tokenizer.decode(learned.tolist(), skip_special_tokens=False)[:500],
+                tokens=len(encoded.ids),
+                learned_tokens=len(learned),
+                prompt_is_what_serving_sends=encoded.ids[: encoded.prompt].tolist() == prompt,
+            )
+        )
+    return audited
+
+
+def check_prompts(rows: list[AuditedRow]) -> None:
+    """Check that the prompts in training rows equal the prompts that serving will send.
+
+    A single row may differ: an answer that starts with a new line can share a token with the new line before it. If all
+    rows differ, the template is wrong.
+
+    Raises:
+        BadModel: every row's prompt differs.
+    """
+    differing = [row.place for row in rows if not row.prompt_is_what_serving_sends]
+    if differing and len(differing) == len(rows):
+        raise BadModel(
+            "The chat template renders a prompt differently from the same prompt in a whole chat: the model would be asked "
+            "with other tokens than it learned.",
+            where="chat_template",
+            expected="the same ids before the answer with add_generation_prompt and without",
+            got=f"{len(differing)} of the first {len(rows)} rows differ, such as {differing[0]}",
+            next_step="let add_generation_prompt add exactly the head of an answer, and put {% generation %} after it",
+        )
+    if differing:
+        log.warning(
+            "%d of the first %d rows have other prompt tokens than serving will send, such as %s.",
+            len(differing),
+            len(rows),
+            differing[0],
+        )
