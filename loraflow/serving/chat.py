@@ -131,7 +131,7 @@ class Chat:
         finish: Finish = "length"
         try:
             with torch.inference_mode():
-                model.generate(
+                model.generate(  # type: ignore[operator]  # hidden by __getattr__ of nn.Module
                     input_ids=prompt,
                     attention_mask=torch.ones_like(prompt),
                     eos_token_id=stops,

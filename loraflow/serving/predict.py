@@ -211,7 +211,7 @@ def _answer(
     while True:
         try:
             found = answer_all(
-                model,
+                model,  # type: ignore[arg-type]  # a sampler stands in for the model
                 loaded.tokenizer,
                 [prompts[i] for i in asked],
                 stop_ids=loaded.stops,
@@ -284,4 +284,6 @@ class _Sampler:
             prompts = input_ids.cpu().numpy().tobytes()
             seed = hashlib.sha256(self._sampling.seed.to_bytes(16, signed=True) + prompts).digest()
             torch.manual_seed(int.from_bytes(seed[:8]) >> 1)
-        return self._model.generate(input_ids=input_ids, **{**arguments, **self._sampling.arguments()})
+        options = {**arguments, **self._sampling.arguments()}
+        ids: torch.Tensor = self._model.generate(input_ids=input_ids, **options)  # type: ignore[operator]  # see chat
+        return ids

@@ -111,8 +111,8 @@ class CheckpointSealer(TrainerCallback):
 
     def __init__(self, group: ProcessGroup, carried: list[Path], resumed_from: Path | None):
         self.group, self.carried = group, carried
-        seal = None if resumed_from is None else seal_of(resumed_from)
-        self.best: str | None = None if seal is None else seal["needs"]
+        sealed = None if resumed_from is None else seal_of(resumed_from)
+        self.best: str | None = None if sealed is None else sealed["needs"]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Set the best checkpoint's path. The saved state has an absolute path, perhaps of another machine.
