@@ -32,16 +32,17 @@ def recipe_of(settings: dict[str, Any]) -> str:
 
 def order_of(adapter: Path) -> str:
     """Return how an adapter's matrices are merged: in which order, and where a sum is rounded."""
-    from loraflow.adapters.streaming_merge import plan_of
+    from loraflow.adapters.adapter_config import AdapterConfig
+    from loraflow.adapters.merge_plan import plan_merge
 
-    plan = plan_of(json.loads((adapter / "adapter_config.json").read_text()), adapter)
+    plan = plan_merge(AdapterConfig.read(adapter), adapter)
     if plan is None:
         return "in memory, by peft"
-    loras = plan.loras.values()
+    updates = plan.updates.values()
     found = {
-        "W + s·BA in fp32, rounded once": any(lora.magnitude is None and not lora.embedding for lora in loras),
-        "m/‖W + s·BA‖ · (W + s·BA) in fp32, rounded once": any(lora.magnitude is not None for lora in loras),
-        "embedding: fp32, rounded once": any(lora.embedding for lora in loras),
+        "W + s·BA in fp32, rounded once": any(update.magnitude is None and not update.embedding for update in updates),
+        "m/‖W + s·BA‖ · (W + s·BA) in fp32, rounded once": any(update.magnitude is not None for update in updates),
+        "embedding: fp32, rounded once": any(update.embedding for update in updates),
         "whole module: its own values, cast": bool(plan.replaced),
     }
     return "streamed: " + "; ".join(text for text, there in found.items() if there)

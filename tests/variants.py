@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from loraflow.adapters.logits import compare_logits
 from loraflow.adapters.merge_folders import merge
-from loraflow.adapters.verify import compare
 from loraflow.job import Progress
 from tests.children import exit_code
 from tests.conftest import chat
@@ -122,8 +122,8 @@ def exercise(settings: dict[str, Any], base: Path, shards: Path, folder: Path) -
     return {
         "first_loss": losses[1], "last_loss": losses[6], "resumed": resumed,
         "exported": abs(_validation_loss(folder / "straight") - _loss(loaded, _documents(shards / "validation", 5))),
-        "route": figures["route"], "merge_ulps": distance, "kl": compare(two, three)["mean_kl"],
-        "moved": compare(one, two)["mean_kl"], "evaluated": _evaluate(folder),
+        "route": figures["route"], "merge_ulps": distance, "kl": compare_logits(two, three).mean_kl,
+        "moved": compare_logits(one, two).mean_kl, "evaluated": _evaluate(folder),
         "adapter": json.loads((place / "adapter_config.json").read_text()), "folder": place,
     }  # fmt: skip
 

@@ -144,7 +144,7 @@ def find_run(store: Store, merged: Ref) -> dict[str, Any] | None:
 
 
 def _of_folder(store: Store, folder: Path, given: Path | None) -> Model:
-    from loraflow.adapters.validation import refuse_pickles
+    from loraflow.base.weight_files import refuse_pickles
 
     found = _artifact_at(folder)
     if found is None:
@@ -173,7 +173,7 @@ def _of_artifact(store: Store, ref: Ref, name: str, given: Path | None, tuned: R
 
 
 def _of_adapter(adapter: Path, asked: Path, given: Path | None) -> Model:
-    from loraflow.adapters.validation import refuse_pickles
+    from loraflow.base.weight_files import refuse_pickles
 
     refuse_pickles(adapter)
     base, tuned = given, None

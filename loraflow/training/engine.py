@@ -97,7 +97,7 @@ class Engine:
             _refuse_fp8(device, self._computes_in(), self.runtime.engine)
         model = load_model(
             self.base, base.dtype, self.runtime, double_quantization=double, trust=base.trust_remote_code,
-            attention=attention.implementation, place="cpu" if self.sharded else None,
+            attention=attention.implementation, weights_device="cpu" if self.sharded else None,
         )  # fmt: skip
         model.config.use_cache = self.runtime.use_cache
         check_targets(model, self.config.peft_config)
@@ -162,7 +162,7 @@ class Engine:
         peft_config = self.config.peft_config
         rows = (self.rows[int(row)] for row in self.order[: variants.EVA_ROWS])
         first = batches.batches_of(rows, self.tokenizer.pad_token_id)
-        self.initial = variants.begin(trainer.model, peft_config, self.base, self.work, first)
+        self.initial = variants.initialize(trainer.model, peft_config, self.base, self.work, first)
         if peft_config.loraplus_lr_ratio:
             trainer.loraplus = (peft_config.loraplus_lr_ratio, peft_config.loraplus_lr_embedding)
         return trainer

@@ -41,7 +41,7 @@ def run(job: Job[TrainConfig], inputs: Inputs, out: Path, progress: Progress) ->
         OutOfMemory: it says what to try instead.
         Preempted: asked to end; a checkpoint was saved.
     """
-    from loraflow.adapters.validation import write_origin
+    from loraflow.adapters.origin import write_origin
     from loraflow.adapters.variants import EVA_FILE
     from loraflow.base.load import load_tokenizer, pick_device
     from loraflow.hardware import group as devices

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from loraflow.adapters.lora_updates import write_peft
 from loraflow.adapters.loralib import layers
+from loraflow.adapters.loralib.checkpoint import load, load_pretrained, state_of
 from loraflow.adapters.loralib.export import to_adapter
 from loraflow.adapters.loralib.model import prepare
-from loraflow.adapters.loralib.swap import Settings, load, load_pretrained, state_of, swap
+from loraflow.adapters.loralib.swap import Settings, swap
+from loraflow.adapters.peft_folder import write_peft
 from loraflow.data.token_rows import TokenRows
 from loraflow.failures import BadConfig, BadModel, Preempted
 from loraflow.job import Inputs, Progress
@@ -43,7 +44,7 @@ def pretrained(folder: Path, dtype=torch.float32):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
-def stir(model, scale=0.1, seed=3):
+def perturb(model, scale=0.1, seed=3):
     """Move A and B away from where they begin."""
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -231,9 +232,9 @@ def pair(kind: str, bias: bool):
             blocks = {"sizes": [12 // len(flags)] * len(flags), "enable_lora": flags}
             other = loralib.MergedLinear(5, 12, 3, 7, enable_lora=flags, bias=bias)
     weight = module.weight.detach().clone()
-    layer = layers.around(module, **common, **blocks)
+    layer = layers.wrap_module(module, **common, **blocks)
     assert torch.equal(layer.weight, weight), "the pretrained weight is kept"
-    stir(layer, 0.5)
+    perturb(layer, 0.5)
     state = layer.state_dict()
     if kind == "conv":
         state = {name if "lora" in name else f"conv.{name}": tensor for name, tensor in state.items()}
@@ -262,7 +263,7 @@ def test_each_layer_computes_what_loralibs_does(kind, bias):
 def test_unequal_blocks_are_a_layer_of_loralibs_each():
     torch.manual_seed(0)
     module, x, sizes = nn.Linear(8, 16), torch.randn(3, 8), [8, 4, 4]
-    layer = stir(layers.around(module, r=2, lora_alpha=3, lora_dropout=0.0, merge_weights=False, sizes=sizes,
+    layer = perturb(layers.wrap_module(module, r=2, lora_alpha=3, lora_dropout=0.0, merge_weights=False, sizes=sizes,
                                enable_lora=[True, False, True]), 0.5)  # fmt: skip
     parts = []
     for i, (at, size) in enumerate(((0, 8), (8, 4), (12, 4))):
@@ -289,7 +290,7 @@ def test_the_forward_pass_never_makes_the_whole_update():
                 Sizes.largest += 1
             return out
 
-    layer = layers.around(nn.Linear(30, 90), r=2, lora_alpha=3, lora_dropout=0.1, merge_weights=False,
+    layer = layers.wrap_module(nn.Linear(30, 90), r=2, lora_alpha=3, lora_dropout=0.1, merge_weights=False,
                           sizes=[30, 30, 30], enable_lora=[True, False, True])  # fmt: skip
     with Sizes():
         layer(torch.randn(4, 30)).sum().backward()
@@ -323,7 +324,7 @@ def test_ab_are_wide_beside_16_bits(phi3):
 
 @pytest.fixture
 def model(phi3):
-    return stir(prepare(pretrained(phi3), Settings(r=2, targets=["qkv_proj", "o_proj"], enable_lora=QV), 0))
+    return perturb(prepare(pretrained(phi3), Settings(r=2, targets=["qkv_proj", "o_proj"], enable_lora=QV), 0))
 
 
 def test_the_two_steps_load_and_say_what_does_not_fit(phi3, model):
@@ -377,7 +378,7 @@ def test_biases_are_trained_saved_and_exported_alike(tmp_path, bias):
     trainable = {n.removeprefix("base_model.model.").replace("base_layer.", "").replace(".default.weight", "")
                  for n, p in wanted.named_parameters() if p.requires_grad}  # fmt: skip
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trainable
-    stir(model)
+    perturb(model)
     assert state_of(model, bias).keys() == trainable
     write_peft(to_adapter(model, bias), tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(fresh(), str(tmp_path / "adapter")).eval()
@@ -392,14 +393,14 @@ def test_the_export_gives_pefts_model_the_same_logits(tmp_path, kv):
     base = build_phi3(tmp_path / "base", dtype="float32", num_key_value_heads=kv)
     settings = Settings(r=3, lora_alpha=7, targets=["qkv_proj", "gate_up_proj", "o_proj", "embed_tokens"],
                         enable_lora={**QV, "gate_up_proj": ["up"]})  # fmt: skip
-    model = stir(prepare(pretrained(base), settings, 0))
+    model = perturb(prepare(pretrained(base), settings, 0))
     write_peft(to_adapter(model), tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(pretrained(base), str(tmp_path / "adapter"))
     with torch.no_grad():
         assert torch.allclose(model.eval()(IDS).logits, loaded.eval()(IDS).logits, atol=1e-5)
         merged = loaded.merge_and_unload()
         for layer in model.modules():
-            if isinstance(layer, layers.Reversible):
+            if isinstance(layer, layers.MergeableLayer):
                 layer.merge()
         assert torch.allclose(model(IDS).logits, merged(IDS).logits, atol=1e-5)
 
@@ -413,7 +414,7 @@ def test_a_convolution_is_exported_exactly(tmp_path):
 
     model = fresh()
     swap(model, Settings(r=2, lora_alpha=3, targets=["0", "2"]))
-    stir(model, 0.3)
+    perturb(model, 0.3)
     write_peft(to_adapter(model), tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "task_type": None}))  # this is no language model

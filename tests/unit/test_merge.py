@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from loraflow.adapters import origin
 from loraflow.adapters import safetensors_files as tensors
-from loraflow.adapters import validation as accept
 from loraflow.adapters.merge_folders import merge
 from loraflow.failures import BadModel
 from loraflow.job import Progress
@@ -302,7 +302,7 @@ def test_an_adapter_that_is_not_finite_is_refused(tmp_path, phi3):
 
 def test_an_adapter_of_another_base_or_template_is_refused(tmp_path, phi3):
     adapter = make_adapter(phi3, tmp_path / "adapter")
-    accept.write_origin(adapter, phi3, "digest-a")
+    origin.write_origin(adapter, phi3, "digest-a")
     (tmp_path / "out").mkdir()
     with pytest.raises(BadModel, match="another base"):
         merge(phi3, adapter, tmp_path / "out", base_digest="digest-b")
@@ -313,8 +313,8 @@ def test_an_adapter_of_another_base_or_template_is_refused(tmp_path, phi3):
         merge(other, adapter, tmp_path / "out", base_digest="digest-a")
     assert not list((tmp_path / "out").iterdir())
     merge(phi3, adapter, tmp_path / "out", base_digest="digest-a")
-    told = json.loads((tmp_path / "out" / accept.ORIGIN).read_text())
-    assert told == {"base": "digest-a", "chat_template_sha256": accept.template_hash(phi3)}
+    told = json.loads((tmp_path / "out" / origin.ORIGIN).read_text())
+    assert told == {"base": "digest-a", "chat_template_sha256": origin.template_hash(phi3)}
 
 
 def grow(folder: Path, *tokens: str) -> None:

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from loraflow.adapters import merge_nf4 as onto
-from loraflow.adapters import verify
+from loraflow.adapters import logits, merge_nf4, verify
 from loraflow.adapters.merge import run as run_merge
 from loraflow.adapters.merge_folders import merge
 from loraflow.adapters.nf4 import Nf4, packed_modules, packed_names
@@ -120,11 +119,13 @@ def test_the_merge_that_is_nearer_to_what_was_trained_is_taken(parts, tmp_path):
     )
     assert report == near and near["mean_kl"] < away["mean_kl"] / 10, "what was trained is the measure"
     # the figure is the distance to bitsandbytes' own model, and not to a likeness of it
-    probes = onto._probes(shards / "train")
+    probes = merge_nf4.training_probes(shards / "train")
     trained = PeftModel.from_pretrained(by_bitsandbytes(base, True, torch.float32), str(adapter)).eval()
     with torch.inference_mode():
         wanted = [trained(input_ids=row).logits[0] for row in probes]
-    theirs = verify.compare(wanted, verify.logits_at(tmp_path / "base" / "merged", probes, {}, trust=False))["mean_kl"]
+    theirs = logits.compare_logits(
+        wanted, logits.model_logits(tmp_path / "base" / "merged", probes, {}, trust=False)
+    ).mean_kl
     assert theirs == pytest.approx(figures["kl_base"], rel=0.02)
 
 
