@@ -141,6 +141,7 @@ TRAIN = Stage(
         "loraflow.adapters.peft_folder",
         "loraflow.adapters.variants",
         "loraflow.adapters.loralib",
+        "loraflow.adapters.loralib.mergeable_layer",
         "loraflow.adapters.loralib.layers",
         "loraflow.adapters.loralib.swap",
         "loraflow.adapters.loralib.checkpoint",

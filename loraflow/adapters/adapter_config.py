@@ -51,7 +51,7 @@ class AdapterConfig(BaseModel):
         """Read the config in an adapter's folder.
 
         Raises:
-            BadModel: the file is missing, is no JSON object, or has something else where a number belongs.
+            BadModel: the file is missing, is no JSON object, or a number in it is no number.
         """
         file = adapter / FILE
         try:
@@ -102,7 +102,7 @@ class AdapterConfig(BaseModel):
             rank: the rank of its matrices.
 
         Raises:
-            BadModel: the config says another rank, so its alpha is another adapter's too.
+            BadModel: the config has another rank, so its alpha belongs to another adapter too.
         """
         default = self.r if "r" in self.model_fields_set else rank
         configured = _by_pattern(self.rank_pattern, module, default)

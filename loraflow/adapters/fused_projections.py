@@ -15,7 +15,7 @@ SPLIT = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 @dataclass(frozen=True)
 class AttentionHeads:
-    """How many heads a model has, as far as its config says it."""
+    """How many attention heads a model has; None where its config has no such field."""
 
     query: int | None = None
     key_value: int | None = None

@@ -40,7 +40,7 @@ def trained_logits(
         adapter: PEFT's folder.
         nf4: how training packed the base's weights; None for plain weights.
         batches: token ids, [1, tokens] each.
-        runtime: says which device and which attention implementation.
+        runtime: device and attention implementation.
         trust: run code that comes with the base.
 
     Returns:

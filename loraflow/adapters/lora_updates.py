@@ -1,4 +1,4 @@
-"""An adapter as a list of updates ΔW = scale·B·A, whatever format it was read from."""
+"""An adapter as a list of updates ΔW = scale·B·A, independent of its file format."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LoraUpdate:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Updates by module name, biases by parameter name, and the settings that PEFT wants beside them."""
+    """Updates by module name, biases by parameter name, and the settings that PEFT needs for them."""
 
     updates: dict[str, LoraUpdate]
     biases: dict[str, torch.Tensor] = field(default_factory=dict)

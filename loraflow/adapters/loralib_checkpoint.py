@@ -16,6 +16,8 @@ from loraflow.failures import BadModel
 if TYPE_CHECKING:
     import torch
 
+    _Loaded = Mapping[str, torch.Tensor | Mapping[str, torch.Tensor]]
+
 
 @dataclass(frozen=True)
 class LoralibSettings:
@@ -30,7 +32,7 @@ class LoralibSettings:
     enable_lora: Mapping[str, list[str]] = field(default_factory=dict)
 
     def blocks_of(self, module: str) -> list[str] | None:
-        """Return the adapted blocks of a module, or None if nothing is said about it."""
+        """Return the adapted blocks of a module, or None if `enable_lora` does not name it."""
         return next((self.enable_lora[key] for key in self.enable_lora if f".{module}".endswith(f".{key}")), None)
 
 
@@ -46,6 +48,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    loaded: _Loaded
     try:
         if file.suffix == ".safetensors":
             loaded = load_file(file)
@@ -58,12 +61,14 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
             expected="safetensors, or torch.save of lora_state_dict(model)",
             got=str(error).strip().splitlines()[0][:200],
         ) from error
-    nested = isinstance(loaded, dict) and set(loaded) == {"model_state_dict"}  # as loralib's examples save it
-    state: dict[str, torch.Tensor] = loaded["model_state_dict"] if nested else loaded
+    # loralib's examples save {"model_state_dict": state}.
+    inner = loaded.get("model_state_dict") if isinstance(loaded, dict) and len(loaded) == 1 else None
+    state = inner if isinstance(inner, dict) else loaded
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise BadModel("The checkpoint is no dictionary of tensors.", where=str(file), got=type(state).__name__)
-    check_finite(state.items(), file)
-    return {name: tensor.float() for name, tensor in state.items()}
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    check_finite(tensors.items(), file)
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def from_loralib(state: Mapping[str, torch.Tensor], base: BaseShapes, settings: LoralibSettings) -> Adapter:

@@ -1,4 +1,4 @@
-"""Merge through peft, in memory: for single trained tokens, transposed weights, and whatever else is no plain sum."""
+"""Merge through peft, in memory: for single trained tokens, transposed weights, and all else that is no plain sum."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _out_of_memory(error: Exception) -> bool:
 def _check_all_loaded(wrapped: PeftModel, adapter: Path) -> int:
     """Check that every tensor of the adapter was loaded, and return the number of adapted modules.
 
-    peft leaves a tensor that it finds no file entry for at its initial value, and ignores entries without a tensor.
+    peft neither reports a tensor that the file lacks, which keeps its initial value, nor an entry that fits no tensor.
 
     Raises:
         BadModel: a tensor has no counterpart, or nothing is adapted.

@@ -25,7 +25,7 @@ def check_config(config: AdapterConfig, adapter: Path) -> None:
     """Refuse an adapter that cannot be merged into one checkpoint, by its config alone.
 
     Raises:
-        BadModel: its base's weights are not known, or a checkpoint has no place for what it does.
+        BadModel: its base's weights are not known, or a checkpoint cannot hold what it changes.
     """
     where = str(adapter / FILE)
     if config.initialisation.startswith(NOT_RECOMPUTED):

@@ -79,7 +79,7 @@ def load_model(
     Args:
         folder: the model's folder.
         dtype: bfloat16, float16 or float32. It is set while loading: a later `.to()` would round the rotary buffers.
-        runtime: says which device and which attention implementation.
+        runtime: device and attention implementation.
         double_quantization: None loads plain weights; otherwise weights are packed in NF4, and True packs their
             quantization constants too.
         trust: run Python code that comes with the model.
@@ -160,7 +160,7 @@ def sees_all_before(model: PreTrainedModel, positions: int) -> bool:
     False for models with a recurrent state, with an attention window shorter than the row, or with code of their own.
 
     Args:
-        model: transformers' model, or one of peft's around it.
+        model: transformers' model, which peft may have wrapped.
         positions: length of the row.
     """
     config = model.config

@@ -14,6 +14,7 @@ from torch import nn
 from loraflow.adapters.loralib import layers
 from loraflow.adapters.loralib.checkpoint import load, load_pretrained, state_of
 from loraflow.adapters.loralib.export import to_adapter
+from loraflow.adapters.loralib.mergeable_layer import MergeableLayer
 from loraflow.adapters.loralib.model import prepare
 from loraflow.adapters.loralib.swap import Settings, swap
 from loraflow.adapters.peft_folder import write_peft
@@ -400,7 +401,7 @@ def test_the_export_gives_pefts_model_the_same_logits(tmp_path, kv):
         assert torch.allclose(model.eval()(IDS).logits, loaded.eval()(IDS).logits, atol=1e-5)
         merged = loaded.merge_and_unload()
         for layer in model.modules():
-            if isinstance(layer, layers.MergeableLayer):
+            if isinstance(layer, MergeableLayer):
                 layer.merge()
         assert torch.allclose(model(IDS).logits, merged(IDS).logits, atol=1e-5)
 

@@ -9,6 +9,7 @@ from loraflow.adapters import logits, merge_nf4, verify
 from loraflow.adapters.merge import run as run_merge
 from loraflow.adapters.merge_folders import merge
 from loraflow.adapters.nf4 import Nf4, packed_modules, packed_names
+from loraflow.config import Runtime
 from loraflow.failures import MissingExtra
 from loraflow.job import Inputs, Progress
 from tests.conftest import build_phi3, chat
@@ -124,7 +125,7 @@ def test_the_merge_that_is_nearer_to_what_was_trained_is_taken(parts, tmp_path):
     with torch.inference_mode():
         wanted = [trained(input_ids=row).logits[0] for row in probes]
     theirs = logits.compare_logits(
-        wanted, logits.model_logits(tmp_path / "base" / "merged", probes, {}, trust=False)
+        wanted, logits.model_logits(tmp_path / "base" / "merged", probes, Runtime(), trust=False)
     ).mean_kl
     assert theirs == pytest.approx(figures["kl_base"], rel=0.02)
 

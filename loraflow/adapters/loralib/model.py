@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import torch
+from pydantic import JsonValue
 from torch import nn
 
 from loraflow.adapters.loralib.checkpoint import load, save
-from loraflow.adapters.loralib.layers import MergeableLayer
+from loraflow.adapters.loralib.mergeable_layer import MergeableLayer
 from loraflow.adapters.loralib.swap import Settings, swap
 
 if TYPE_CHECKING:
@@ -28,8 +29,14 @@ class LoralibModel(nn.Module):
         """Return the model itself: loralib changes a model in place, while peft wraps it."""
         return self
 
-    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **_: object) -> None:
-        """Write loralib's checkpoint, `lora_state_dict`, as safetensors."""
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        **_: JsonValue,
+    ) -> None:
+        """Write loralib's checkpoint, `lora_state_dict`, as safetensors. The trainer's other options do not apply."""
         if is_main_process:
             save(self, Path(save_directory) / FILE, self.settings.bias)
 
@@ -45,7 +52,7 @@ class LoralibModel(nn.Module):
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
 
-def prepare(model: PreTrainedModel, settings: Settings, seed: int, *, checkpointing: bool = False) -> LoralibModel:
+def prepare(model: PreTrainedModel, settings: Settings, seed: int, *, checkpointing: bool = False) -> PreTrainedModel:
     """Swap the layers of a pretrained model and make it ready for a trainer.
 
     Args:
@@ -60,6 +67,7 @@ def prepare(model: PreTrainedModel, settings: Settings, seed: int, *, checkpoint
     model.__class__ = type(own.__name__, (LoralibModel, own), {"__module__": own.__module__})
     if checkpointing:
         model.enable_input_require_grads()
-    assert isinstance(model, LoralibModel)
-    model.settings = settings
+    swapped: nn.Module = model
+    assert isinstance(swapped, LoralibModel)
+    swapped.settings = settings
     return model

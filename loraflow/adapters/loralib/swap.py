@@ -16,7 +16,8 @@ from torch import nn
 from loraflow.adapters.fused_projections import NAMES, AttentionHeads, block_sizes
 from loraflow.adapters.lora_config import matches
 from loraflow.adapters.lora_updates import Bias
-from loraflow.adapters.loralib.layers import MergeableLayer, wrap_module
+from loraflow.adapters.loralib.layers import wrap_module
+from loraflow.adapters.loralib.mergeable_layer import MergeableLayer
 from loraflow.config.recipe import LoralibConfig, PeftConfig
 from loraflow.failures import BadConfig
 
@@ -51,7 +52,7 @@ class Settings:
         )
 
     def blocks_of(self, module: str) -> Sequence[str | bool] | None:
-        """Return what `enable_lora` says about a module, or None."""
+        """Return the enabled blocks of a module, or None if `enable_lora` does not name it."""
         return next((blocks for key, blocks in self.enable_lora.items() if matches(module, key)), None)
 
 
