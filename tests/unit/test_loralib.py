@@ -46,7 +46,7 @@ def pretrained(folder: Path, dtype=torch.float32):
 
 
 def perturb(model, scale=0.1, seed=3):
-    """Move A and B away from where they begin."""
+    """Move A and B away from their initial values."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -189,7 +189,7 @@ def test_merging_for_evaluation_changes_nothing_that_is_trained(mha, trained, tm
     assert best.keys() == adapter.keys()
 
 
-def test_what_a_run_leaves_loads_in_peft_and_in_loralib(mha, trained):
+def test_a_trained_run_loads_in_peft_and_in_loralib(mha, trained):
     from peft import PeftModel
 
     out = trained[3]
@@ -298,7 +298,7 @@ def test_the_forward_pass_never_makes_the_whole_update():
     assert Sizes.largest == 0
     with Sizes():
         layer.merge()
-    assert Sizes.largest > 0, "merging does make it, so that the count counts"
+    assert Sizes.largest > 0, "merging does compute it, so the count would notice"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -314,7 +314,7 @@ def test_merging_comes_back_to_the_same_bits_in_bf16(kind):
     assert torch.equal(layer.weight, before)
 
 
-def test_ab_are_wide_beside_16_bits(phi3):
+def test_a_and_b_are_fp32_beside_16_bit_weights(phi3):
     model = prepare(pretrained(phi3, torch.bfloat16), Settings(targets=["qkv_proj"], enable_lora=QV), 0)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert model(IDS).logits.dtype == torch.bfloat16
@@ -427,7 +427,7 @@ def test_a_convolution_is_exported_exactly(tmp_path):
 # names and the recipe
 
 
-def test_names_that_cannot_be_meant_are_refused(phi3):
+def test_targets_and_blocks_that_do_not_exist_are_refused(phi3):
     for settings, says in (
         (Settings(targets=["q_proj"]), "No module of the base is called q_proj"),
         (Settings(targets=["o_proj"], enable_lora=QV), "no target"),

@@ -82,8 +82,8 @@ def test_what_was_learned_is_what_is_asked_and_where_it_stops(tmp_path, template
         learned = {i for i, label in zip(ids, labels, strict=True) if label != IGNORED} & control
         eos = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
         assert learned and learned <= ChatTemplate(out).stop_ids() <= set(eos) <= set(stop_ids(out))
-    told = [json.loads((place / origin.ORIGIN).read_text())["chat_template_sha256"] for place in (adapter, out)]
-    assert told == [origin.template_hash(base)] * 2
+    recorded = [json.loads((folder / origin.ORIGIN).read_text())["chat_template_sha256"] for folder in (adapter, out)]
+    assert recorded == [origin.template_hash(base)] * 2
 
 
 def test_the_merge_stage_refuses_another_template(tmp_path):

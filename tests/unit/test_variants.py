@@ -38,8 +38,8 @@ def test_a_variant_is_trained_killed_resumed_and_merged(parts, tmp_path, name):
     assert seen["merge_ulps"] <= 1
     assert seen["kl"] < seen["moved"] / 1000
     assert seen["adapter"]["base_model_name_or_path"] is None
-    told = json.loads((seen["folder"] / origin.ORIGIN).read_text())
-    assert told["chat_template_sha256"] == origin.template_hash(base)
+    recorded = json.loads((seen["folder"] / origin.ORIGIN).read_text())
+    assert recorded["chat_template_sha256"] == origin.template_hash(base)
 
 
 def test_the_page_has_exactly_the_variants_that_there_are():
