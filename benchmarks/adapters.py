@@ -1,6 +1,6 @@
 """Fill the table of docs/adapters.md: every variant trained, killed, resumed, evaluated, exported and merged.
 
-PYTHONPATH=. python benchmarks/adapters.py [VARIANT …]      ten seconds each; rows that are not asked for stay as they are
+PYTHONPATH=. python benchmarks/adapters.py [VARIANT …]      ten seconds each; rows that are not named stay as they are
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from pydantic import JsonValue
 
 PAGE = Path(__file__).parent.parent / "docs" / "adapters.md"
 BEGIN, END = "<!-- table: benchmarks/adapters.py -->\n", "<!-- end of the table -->\n"
@@ -19,35 +21,36 @@ HEAD = ("variant", "recipe", "loss, step 1 → 6", "killed at 3, resumed", "expo
         "to peft's merge", "KL merged", "KL base")  # fmt: skip
 
 
-def recipe_of(settings: dict[str, Any]) -> str:
-    """Return what a variant says in a recipe, without what all of them share."""
+def recipe_of(settings: Mapping[str, JsonValue]) -> str:
+    """Return a variant's settings in the recipe, without those that all variants share."""
     from tests.variants import ALL
 
-    said = []
+    parts = []
     for key, value in settings.items():
         value = ["all four", *value[len(ALL) :]] if isinstance(value, list) and value[: len(ALL)] == ALL else value
-        said.append(f"{key.replace('__', '.').removeprefix('peft_config.')}: {json.dumps(value).replace(chr(34), '')}")
-    return "; ".join(said)
+        parts.append(f"{key.replace('__', '.').removeprefix('peft_config.')}: {json.dumps(value).replace(chr(34), '')}")
+    return "; ".join(parts)
 
 
 def order_of(adapter: Path) -> str:
-    """Return how an adapter's matrices are merged: in which order, and where a sum is rounded."""
-    from loraflow.adapters.streaming_merge import plan_of
+    """Return how an adapter's matrices are merged: the order of operations, and where sums are rounded."""
+    from loraflow.adapters.adapter_config import AdapterConfig
+    from loraflow.adapters.merge_plan import plan_merge
 
-    plan = plan_of(json.loads((adapter / "adapter_config.json").read_text()), adapter)
+    plan = plan_merge(AdapterConfig.read(adapter), adapter)
     if plan is None:
         return "in memory, by peft"
-    loras = plan.loras.values()
+    updates = plan.updates.values()
     found = {
-        "W + s·BA in fp32, rounded once": any(lora.magnitude is None and not lora.embedding for lora in loras),
-        "m/‖W + s·BA‖ · (W + s·BA) in fp32, rounded once": any(lora.magnitude is not None for lora in loras),
-        "embedding: fp32, rounded once": any(lora.embedding for lora in loras),
+        "W + s·BA in fp32, rounded once": any(update.magnitude is None and not update.embedding for update in updates),
+        "m/‖W + s·BA‖ · (W + s·BA) in fp32, rounded once": any(update.magnitude is not None for update in updates),
+        "embedding: fp32, rounded once": any(update.embedding for update in updates),
         "whole module: its own values, cast": bool(plan.replaced),
     }
-    return "streamed: " + "; ".join(text for text, there in found.items() if there)
+    return "streamed: " + "; ".join(text for text, present in found.items() if present)
 
 
-def line_of(name: str, settings: dict[str, Any], base: Path, shards: Path, folder: Path) -> tuple[str, ...]:
+def line_of(name: str, settings: Mapping[str, JsonValue], base: Path, shards: Path, folder: Path) -> tuple[str, ...]:
     """Exercise a variant and return its cells."""
     from tests.variants import exercise
 
@@ -70,7 +73,7 @@ def line_of(name: str, settings: dict[str, Any], base: Path, shards: Path, folde
 
 
 def refused() -> tuple[str, ...]:
-    """Return LoftQ's row: what a recipe that asks for it on a plain base is told."""
+    """Return LoftQ's row: the error for a recipe that asks for it on a plain base."""
     from loraflow.failures import BadConfig
     from tests.unit.test_training import recipe
 
@@ -78,8 +81,8 @@ def refused() -> tuple[str, ...]:
     try:
         recipe(**settings)
     except BadConfig as failure:
-        told = str(failure).split("loftq ", 1)[1].splitlines()[0].strip()
-        return ("LoftQ", recipe_of(settings), f"refused: {told}", *["needs nf4, CUDA"] * 2, *["–"] * 5)
+        reason = str(failure).split("loftq ", 1)[1].splitlines()[0].strip()
+        return ("LoftQ", recipe_of(settings), f"refused: {reason}", *["needs nf4, CUDA"] * 2, *["–"] * 5)
     raise AssertionError("LoftQ was taken on a plain base")
 
 
@@ -90,21 +93,21 @@ def rows_of(page: str) -> dict[str, str]:
 
 
 def main() -> None:
-    """Write the rows that are asked for, all by default."""
+    """Write the rows that are named on the command line, all by default."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from tests.conftest import build_phi3
     from tests.unit.test_training import tokenize
     from tests.variants import VARIANTS
 
-    asked = sys.argv[1:] or list(VARIANTS)
+    names = sys.argv[1:] or list(VARIANTS)
     page = PAGE.read_text(encoding="utf-8")
     rows = rows_of(page)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         with contextlib.redirect_stdout(sys.stderr):  # trl's own log
             base = build_phi3(folder / "phi3")
             shards = tokenize(base, folder)
-        for number, name in enumerate(asked):
+        for number, name in enumerate(names):
             with contextlib.redirect_stdout(sys.stderr):
                 cells = line_of(name, VARIANTS[name], base, shards, folder / str(number))
             rows[name] = f"| {' | '.join(cells)} |"

@@ -73,37 +73,37 @@ def compare(ours: Path, theirs: Path) -> tuple[int, int]:
     """Return (tensors, tensors that differ in a bit), one tensor in memory at a time."""
     from safetensors import safe_open
 
-    def where(folder: Path) -> dict[str, Path]:
-        found = {}
+    def files_of_tensors(folder: Path) -> dict[str, Path]:
+        files: dict[str, Path] = {}
         for file in folder.glob("*.safetensors"):
             with safe_open(file, "pt") as tensors:
-                found |= dict.fromkeys(tensors.keys(), file)
-        return found
+                files |= dict.fromkeys(tensors.keys(), file)
+        return files
 
-    one, two = where(ours), where(theirs)
-    assert one.keys() == two.keys(), one.keys() ^ two.keys()
+    first, second = files_of_tensors(ours), files_of_tensors(theirs)
+    assert first.keys() == second.keys(), first.keys() ^ second.keys()
     different = 0
-    for name in one:
-        with safe_open(one[name], "pt") as a, safe_open(two[name], "pt") as b:
+    for name in first:
+        with safe_open(first[name], "pt") as a, safe_open(second[name], "pt") as b:
             different += not a.get_tensor(name).equal(b.get_tensor(name))
-    return len(one), different
+    return len(first), different
 
 
 def main() -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
-        place = Path(folder)
-        base, adapter = place / "base", place / "adapter"
-        # In a process of its own: a child starts with its parent's peak of memory on its account.
+        root = Path(folder)
+        base, adapter = root / "base", root / "adapter"
+        # In its own process, because a child process inherits its parent's peak memory.
         builder = multiprocessing.get_context("spawn").Process(target=build, args=(base, adapter))
         builder.start()
         builder.join()
         row("what", "seconds", "peak MiB", "× cp")
-        outs = [place / f"ours{i}" for i in range(3)]
+        outs = [root / f"ours{i}" for i in range(3)]
         copies, merges = [], []
-        for out in outs:  # in turn, so that both see the same disk
-            copies.append(once(["cp", "-r", str(base), str(place / "copy")])[0])
-            shutil.rmtree(place / "copy")
+        for out in outs:  # alternately, so that both find the disk in the same state
+            copies.append(once(["cp", "-r", str(base), str(root / "copy")])[0])
+            shutil.rmtree(root / "copy")
             out.mkdir()
             merges.append(once([sys.executable, "-c", OURS, str(base), str(adapter), str(out)]))
             if out is not outs[-1]:
@@ -113,10 +113,10 @@ def main() -> None:
         alone = sorted(float(Path(f"{out}.seconds").read_text()) for out in outs)[1]
         row("ours, the merge alone", alone, memory, alone / copy)
         row("ours, whole process", ours, memory, ours / copy)
-        peft, peft_memory = several([sys.executable, "-c", PEFT, str(base), str(adapter), str(place / "peft")], 1)
+        peft, peft_memory = several([sys.executable, "-c", PEFT, str(base), str(adapter), str(root / "peft")], 1)
         row("peft merge_and_unload + save_pretrained, whole process", peft, peft_memory, peft / copy)
         row("peft / ours", peft / ours)
-        tensors, different = compare(outs[-1], place / "peft")
+        tensors, different = compare(outs[-1], root / "peft")
         print(f"{tensors} tensors compared bit for bit, {different} differ")
 
 

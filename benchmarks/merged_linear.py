@@ -20,7 +20,7 @@ import torch
 from measure import row
 from peft.tuners.lora import Linear as PeftLinear
 
-from loraflow.adapters.loralib.layers import around
+from loraflow.adapters.loralib.layers import wrap_module
 
 WIDE, TALL, RANK = 3072, 9216, 16
 ROUNDS = 30
@@ -37,7 +37,7 @@ def sides() -> dict[str, Any]:
     assert isinstance(plain, PeftLinear)
     theirs = loralib.MergedLinear(WIDE, TALL, enable_lora=[True] * 3, fan_in_fan_out=False, bias=False, **settings)
     theirs.weight.data = base.weight.data
-    ours = around(base, sizes=[TALL // 3] * 3, enable_lora=[True] * 3, merge_weights=False, **settings)
+    ours = wrap_module(base, sizes=[TALL // 3] * 3, enable_lora=[True] * 3, merge_weights=False, **settings)
     return {"peft, plain LoRA": plain, "ours": ours, "loralib 0.1.2": theirs}
 
 

@@ -22,4 +22,6 @@ def admit_rows(workspace: Workspace, rows: Ref) -> None:
 @task(name="admit", task_run_name="admit merged", cache_policy=NO_CACHE, persist_result=False)
 def admit_merged(workspace: Workspace, verified: Ref) -> None:
     """Stop the run if the merged model differs too much from base and adapter (merge.max_kl)."""
-    verify.admit(workspace.store.manifest(verified).report, workspace.recipe.merge.max_kl)
+    report = workspace.store.manifest(verified).report
+    figures = {name: value for name, value in report.items() if isinstance(value, int | float)}
+    verify.admit(figures, workspace.recipe.merge.max_kl)

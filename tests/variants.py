@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from loraflow.adapters.logits import compare_logits
 from loraflow.adapters.merge_folders import merge
-from loraflow.adapters.verify import compare
 from loraflow.job import Progress
 from tests.children import exit_code
 from tests.conftest import chat
@@ -93,16 +93,16 @@ def exercise(settings: dict[str, Any], base: Path, shards: Path, folder: Path) -
     assert adapter.keys() == again.keys() and losses.keys() == found.keys()
     resumed = max(float((adapter[name].float() - again[name].float()).abs().max()) for name in adapter)
 
-    place = folder / "straight" / "out" / "adapter"
+    exported = folder / "straight" / "out" / "adapter"
     (folder / "merged").mkdir()
-    figures = merge(base, place, folder / "merged")
+    figures = merge(base, exported, folder / "merged")
     load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()  # noqa: E731
-    theirs = PeftModel.from_pretrained(load(base), str(place)).merge_and_unload().state_dict()
+    theirs = PeftModel.from_pretrained(load(base), str(exported)).merge_and_unload().state_dict()
     merged = load(folder / "merged")
-    # peft keeps an embedding's adapter in the embedding's own 16 bits and rounds it twice; ours rounds once, as peft does in
-    # fp32: there that is what it is compared with.
+    # peft keeps an embedding's adapter in the embedding's own 16 bits and rounds it twice. Ours rounds once, as peft
+    # does in fp32, so embeddings are compared with peft's merge in fp32.
     exact = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(place)
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(exported)
     ).merge_and_unload().state_dict()  # fmt: skip
     theirs = {
         name: exact[name].to(tensor.dtype) if "embed_tokens" in name or "lm_head" in name else tensor
@@ -114,7 +114,7 @@ def exercise(settings: dict[str, Any], base: Path, shards: Path, folder: Path) -
     before, after, loaded = (
         wide(base),
         wide(folder / "merged"),
-        PeftModel.from_pretrained(wide(base), str(place)).eval(),
+        PeftModel.from_pretrained(wide(base), str(exported)).eval(),
     )
     rows = [torch.tensor(row.tolist())[None] for row, _ in _documents(shards / "train", 4)]
     with torch.inference_mode():
@@ -122,9 +122,9 @@ def exercise(settings: dict[str, Any], base: Path, shards: Path, folder: Path) -
     return {
         "first_loss": losses[1], "last_loss": losses[6], "resumed": resumed,
         "exported": abs(_validation_loss(folder / "straight") - _loss(loaded, _documents(shards / "validation", 5))),
-        "route": figures["route"], "merge_ulps": distance, "kl": compare(two, three)["mean_kl"],
-        "moved": compare(one, two)["mean_kl"], "evaluated": _evaluate(folder),
-        "adapter": json.loads((place / "adapter_config.json").read_text()), "folder": place,
+        "route": figures["route"], "merge_ulps": distance, "kl": compare_logits(two, three).mean_kl,
+        "moved": compare_logits(one, two).mean_kl, "evaluated": _evaluate(folder),
+        "adapter": json.loads((exported / "adapter_config.json").read_text()), "folder": exported,
     }  # fmt: skip
 
 

@@ -1,80 +1,81 @@
-"""The recipe's peft_config as peft's LoraConfig, with every requested target matched, or an error."""
+"""The recipe's peft_config as peft's LoraConfig, and checks that all of it takes effect in a model."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 from loraflow.config.recipe import PeftConfig
 from loraflow.failures import BadConfig
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import nn
+    from transformers import PreTrainedModel
 
-def lora_config(peft_config: PeftConfig) -> Any:
+_NOT_PEFTS = {"loraplus_lr_ratio", "loraplus_lr_embedding", "eva_config"}
+
+
+def lora_config(peft_config: PeftConfig) -> LoraConfig:
     """Return peft's LoraConfig."""
     from peft import EvaConfig, LoraConfig
 
-    ours = {"loraplus_lr_ratio", "loraplus_lr_embedding", "eva_config"}
     values = {
-        key: value for key, value in peft_config.model_dump().items() if value not in (None, [], {}) and key not in ours
+        key: value
+        for key, value in peft_config.model_dump().items()
+        if value not in (None, [], {}) and key not in _NOT_PEFTS
     }
     if values["init_lora_weights"] == "eva":
         values["eva_config"] = EvaConfig(**peft_config.eva_config.model_dump())
     elif values["init_lora_weights"] == "loftq":
-        values["init_lora_weights"] = True  # drawn first; `variants.begin` replaces A and B
+        values["init_lora_weights"] = True  # `variants.initialize` replaces A and B later
     return LoraConfig(**values)
 
 
-def check_targets(model: Any, peft_config: PeftConfig) -> None:
-    """Refuse names that match no module: peft says nothing as long as one of them matches.
+def check_targets(model: PreTrainedModel, peft_config: PeftConfig) -> None:
+    """Refuse names that match no module. peft accepts a list as long as one of its names matches.
 
-    The guide's notebooks ask Phi-3 for q_proj, k_proj, …; it has qkv_proj, and so they trained half of what they meant.
+    The guide's notebooks name q_proj, k_proj, … for Phi-3, which has qkv_proj, and so trained half of what they meant to.
 
     Raises:
-        BadConfig: a name matches nothing; the message lists what the model has.
+        BadConfig: a name matches nothing; the message lists the names that the model has.
     """
     import torch
 
     named = dict(model.named_modules())
     for field in ("target_modules", "modules_to_save", "exclude_modules"):
-        wanted = getattr(peft_config, field)
-        if not isinstance(wanted, list):
-            continue
-        for target in wanted:
-            if not any(name == target or name.endswith(f".{target}") for name in named):
+        names = getattr(peft_config, field)
+        for target in names if isinstance(names, list) else ():
+            if not any(matches(name, target) for name in named):
                 have = sorted({name.rsplit(".", 1)[-1] for name, m in named.items() if isinstance(m, torch.nn.Linear)})
                 raise BadConfig(
                     f"No module of the base is called {target}.",
                     where=f"peft_config.{field}",
                     expected=f"among {', '.join(have)}",
                     got=target,
-                    next_step=_hint(target, have),
+                    next_step=_suggestion(target, have),
                 )
 
 
-def check_reach(model: Any, peft_config: PeftConfig) -> None:
-    """Refuse what peft would ignore, or what cannot be trained or merged: before any token is trained.
+def matches(module: str, target: str) -> bool:
+    """Tell whether a module is meant by a target: its full name, or the last parts of it."""
+    return module == target or module.endswith(f".{target}")
+
+
+def check_reach(model: PreTrainedModel, peft_config: PeftConfig) -> None:
+    """Refuse, before training, what peft would ignore and what cannot be trained or merged.
 
     Raises:
-        BadConfig: a target that carries no adapter, a pattern that matches nothing, a layer that is not there.
+        BadConfig: a target cannot carry an adapter, a pattern matches nothing, or a layer does not exist.
     """
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
     named = dict(model.named_modules())
-    kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv2d, Conv1D)
     targets = peft_config.target_modules if isinstance(peft_config.target_modules, list) else []
-    tied = getattr(model.config, "tie_word_embeddings", False)
     for target in targets:
         for name, module in named.items():
-            if name != target and not name.endswith(f".{target}"):
-                continue
-            is_head, is_embedding = module is model.get_output_embeddings(), module is model.get_input_embeddings()
-            if is_head or (is_embedding and tied) or not isinstance(module, kinds):
-                why = "the loss is computed from the head's weight" if is_head else (
-                    "its weight is the head's too" if is_embedding else f"it is a {type(module).__name__}"
-                )  # fmt: skip
+            reason = _cannot_carry(model, module) if matches(name, target) else None
+            if reason:
                 raise BadConfig(
-                    f"{target} cannot carry an adapter in this base: {why}.",
+                    f"{target} cannot carry an adapter in this base: {reason}.",
                     where="peft_config.target_modules",
                     next_step="leave it out; modules_to_save trains a whole module",
                 )
@@ -82,17 +83,36 @@ def check_reach(model: Any, peft_config: PeftConfig) -> None:
         for pattern in getattr(peft_config, field) or {}:
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in named):
                 raise BadConfig(
-                    f"No module matches {pattern}.", where=f"peft_config.{field}", next_step="mend the name"
+                    f"No module matches {pattern}.", where=f"peft_config.{field}", next_step="correct the name"
                 )
-    layers = peft_config.layers_to_transform
-    count = model.config.get_text_config().num_hidden_layers
-    if layers and not targets:
+    _check_layers(model, peft_config.layers_to_transform, by_name=bool(targets))
+
+
+def _cannot_carry(model: PreTrainedModel, module: nn.Module) -> str | None:
+    """Return why a module cannot carry an adapter, or None if it can."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    if module is model.get_output_embeddings():
+        return "the loss is computed from the head's weight"
+    if module is model.get_input_embeddings() and getattr(model.config, "tie_word_embeddings", False):
+        return "its weight is the head's too"
+    if not isinstance(module, torch.nn.Linear | torch.nn.Embedding | torch.nn.Conv2d | Conv1D):
+        return f"it is a {type(module).__name__}"
+    return None
+
+
+def _check_layers(model: PreTrainedModel, layers: list[int] | None, *, by_name: bool) -> None:
+    if not layers:
+        return
+    if not by_name:
         raise BadConfig(
             "layers_to_transform needs target_modules by name.",
             where="peft_config.layers_to_transform",
             next_step="name the modules instead of all-linear",
         )
-    if layers and not all(0 <= layer < count for layer in layers):
+    count = model.config.get_text_config().num_hidden_layers
+    if not all(0 <= layer < count for layer in layers):
         raise BadConfig(
             "There is no such layer.",
             where="peft_config.layers_to_transform",
@@ -101,7 +121,7 @@ def check_reach(model: Any, peft_config: PeftConfig) -> None:
         )
 
 
-def _hint(target: str, have: list[str]) -> str:
+def _suggestion(target: str, have: list[str]) -> str:
     fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
     fused |= {"up_proj": "gate_up_proj"}
     if fused.get(target) in have:

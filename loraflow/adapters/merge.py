@@ -12,10 +12,10 @@ from loraflow.store import Summary
 
 
 def run(job: Job[MergeConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
-    """Write the merged model to `out/`, ready for `from_pretrained`.
+    """Write the merged model to `out/`.
 
     Raises:
-        BadModel: an adapter tensor fits nothing in the base, or its shape is wrong; see `merge`.
+        BadModel: the adapter cannot be merged into this base; see `merge`.
     """
     config = job.config
     options: MergeOptions = {
@@ -32,7 +32,6 @@ def run(job: Job[MergeConfig], inputs: Inputs, out: Path, progress: Progress) ->
         figures = merge_trained_in_nf4(base, adapter, out, shards, progress, job.runtime, config.nf4, options)
     else:
         figures = merge(base, adapter, out, progress=progress, **options)
-    seconds = figures.pop("seconds")
     (out / "telemetry").mkdir()
-    (out / "telemetry" / "timing.json").write_text(json.dumps({"merge_seconds": seconds}))
-    return Summary(figures=figures)
+    (out / "telemetry" / "timing.json").write_text(json.dumps({"merge_seconds": figures["seconds"]}))
+    return Summary(figures={name: value for name, value in figures.items() if name != "seconds"})

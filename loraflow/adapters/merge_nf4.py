@@ -1,8 +1,8 @@
-"""QLoRA's merge: onto the base in 16 bits, or onto the base as training saw it, whichever says more of what was trained.
+"""QLoRA's merge: into the base in 16 bits, or into the base with the values that training saw, whichever is closer.
 
-Training adapted weights that had gone through NF4. The update makes up for their errors too, so that on the plain base it
-is a little off; on the unpacked base it is not, but that base is the worse one. KL to the trained model decides, on rows of
-the training set: held-out rows are the gate's alone.
+Training adapts weights that were quantized to NF4, and the update also corrects their quantization errors. On the plain
+base that correction is a little off; on the dequantized base it is right, but that base is the worse one. The choice is
+the merge with the smaller KL to the trained model, on rows of the training set: held-out rows are for the gate alone.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from loraflow.adapters.merge_folders import MergeOptions, merge
+from loraflow.adapters.logits import MAX_TOKENS, compare_logits, model_logits, trained_logits
+from loraflow.adapters.merge_folders import MergeFigures, MergeOptions, merge
 from loraflow.adapters.nf4 import Nf4
-from loraflow.adapters.verify import MAX_TOKENS, compare, logits_at, trained_logits
 from loraflow.config import Runtime
 from loraflow.config.stage_configs import MergeNf4Config
 from loraflow.data.token_rows import TokenRows
 from loraflow.job import Progress
 
+if TYPE_CHECKING:
+    import torch
+
 log = logging.getLogger(__name__)
-PROBES = 8  # rows of the training set that the two are compared on
+PROBES = 8  # rows of the training set that the merges are compared on
 
 
 def merge_trained_in_nf4(
@@ -33,7 +36,7 @@ def merge_trained_in_nf4(
     runtime: Runtime,
     config: MergeNf4Config,
     options: MergeOptions,
-) -> dict[str, Any]:
+) -> MergeFigures:
     """Merge an adapter that was trained on a base in NF4.
 
     Args:
@@ -49,34 +52,40 @@ def merge_trained_in_nf4(
     Returns:
         Figures of `merge`; `onto`; for auto also `kl_base` and `kl_dequantized`, nats per token, to the trained model.
     """
-    nf4, onto, trust = Nf4(config.dtype, config.double), config.onto, config.trust
-    ways: dict[str, Nf4 | None] = {"base": None, "dequantized": nf4}
-    if onto != "auto":
-        figures = merge(base, adapter, out, progress=progress, nf4=ways[onto], trust=trust, **options)
-        return {**figures, "onto": onto}
+    nf4, trust = Nf4(config.dtype, config.double), config.trust
+    if config.onto != "auto":
+        dequantized = nf4 if config.onto == "dequantized" else None
+        figures = merge(base, adapter, out, progress=progress, nf4=dequantized, trust=trust, **options)
+        return {**figures, "onto": config.onto}
     assert shards is not None and progress.work is not None
-    probes = _probes(shards)
-    wanted = trained_logits(base, adapter, nf4, probes, runtime, trust=trust)
-    found: dict[str, dict[str, Any]] = {}
+    probes = training_probes(shards)
+    expected = trained_logits(base, adapter, nf4, probes, runtime, trust=trust)
+    merges: dict[str, MergeFigures] = {}
     divergence: dict[str, float] = {}
-    for name, way in ways.items():
-        place = progress.work / "onto" / name
-        shutil.rmtree(place / "merged", ignore_errors=True)
-        (place / "merged").mkdir(parents=True)
-        parts = Progress(progress.path, place)  # finished shards of each survive a kill
-        found[name] = merge(base, adapter, place / "merged", progress=parts, nf4=way, trust=trust, **options)
-        divergence[name] = compare(wanted, logits_at(place / "merged", probes, runtime, trust=trust))["mean_kl"]
-    best = min(ways, key=lambda name: divergence[name])
+    for onto, dequantized in (("base", None), ("dequantized", nf4)):
+        work = progress.work / "onto" / onto
+        merged = work / "merged"
+        shutil.rmtree(merged, ignore_errors=True)
+        merged.mkdir(parents=True)
+        parts = Progress(progress.path, work)  # the finished shards of each merge survive a kill
+        merges[onto] = merge(base, adapter, merged, progress=parts, nf4=dequantized, trust=trust, **options)
+        divergence[onto] = compare_logits(expected, model_logits(merged, probes, runtime, trust=trust)).mean_kl
+    best = min(divergence, key=divergence.__getitem__)
     log.info("merged onto %s: KL to the trained model %s", best, divergence)
     for file in sorted((progress.work / "onto" / best / "merged").iterdir()):
         shutil.move(file, out / file.name)
     shutil.rmtree(progress.work / "onto")
-    seconds = round(sum(one["seconds"] for one in found.values()), 2)
-    kl = {f"kl_{name}": value for name, value in divergence.items()}
-    return {**found[best], "seconds": seconds, "onto": best, **kl}
+    return {
+        **merges[best],
+        "seconds": round(sum(figures["seconds"] for figures in merges.values()), 2),
+        "onto": best,
+        "kl_base": divergence["base"],
+        "kl_dequantized": divergence["dequantized"],
+    }
 
 
-def _probes(shards: Path) -> list[Any]:
+def training_probes(shards: Path) -> list[torch.Tensor]:
+    """Return the ids of the first tokenized training rows, [1, tokens] each."""
     import torch
 
     rows = TokenRows(shards)

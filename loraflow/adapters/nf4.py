@@ -1,6 +1,7 @@
-"""What QLoRA trains on: the base after a way through NF4 and back, as bitsandbytes packs it. It runs on a CPU too.
+"""The weights that QLoRA trains on: the base quantized to NF4 and dequantized, as bitsandbytes does it, on any device.
 
-Source: https://arxiv.org/abs/2305.14314. Blocks of 64 weights share a constant; of the constants, in turn, 256 share one.
+Source: https://arxiv.org/abs/2305.14314. A block of 64 weights has one quantization constant. Double quantization
+quantizes the constants too, in blocks of 256.
 """
 
 from __future__ import annotations
@@ -9,16 +10,29 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from loraflow.failures import MissingExtra
 
-ROWS = 256  # packed at a time: their weights are a whole number of blocks, whatever the width
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+    from transformers.pytorch_utils import Conv1D
+
+ROWS = 256  # quantized at a time: of any width, they are a whole number of blocks
 
 
 @dataclass(frozen=True)
 class Nf4:
-    """How a base was packed for training: `dtype` (bfloat16 or float16) of its products, whether constants were, too."""
+    """How a base was quantized for training.
+
+    Args:
+        dtype: bfloat16 or float16, in which the products were computed.
+        double: whether the constants were quantized too.
+
+    Raises:
+        MissingExtra: bitsandbytes is not installed.
+    """
 
     dtype: str
     double: bool
@@ -26,37 +40,37 @@ class Nf4:
     def __post_init__(self) -> None:
         if find_spec("bitsandbytes") is None:
             raise MissingExtra(
-                "What was trained in NF4 is merged and verified with the package bitsandbytes; a CPU will do.",
+                "An adapter that was trained in NF4 is merged and verified with the package bitsandbytes, on a CPU too.",
                 where="base.quantization",
                 got="bitsandbytes missing",
                 next_step="pip install 'loraflow[gpu]', or bitsandbytes alone",
             )
 
-    def there_and_back(self, blocks: Iterable[Any]) -> Iterator[Any]:
-        """Pack a weight and yield it again as training sees it.
+    def quantize_and_dequantize(self, blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Yield a weight's blocks with the values that training saw.
 
         Args:
-            blocks: of ROWS rows each, the last one may have fewer; all are read before the first comes out.
+            blocks: of ROWS rows each; the last one may have fewer. All are read before the first is yielded.
         """
         import torch
         from bitsandbytes import functional
 
-        packed = [
+        quantized = [
             functional.quantize_4bit(block.to(getattr(torch, self.dtype)).contiguous(), quant_type="nf4")
             for block in blocks
         ]
-        constants = torch.cat([state.absmax for _, state in packed])
+        constants = torch.cat([state.absmax for _, state in quantized])
         if self.double:
             mean = constants.mean()
             codes, state = functional.quantize_blockwise(constants - mean, blocksize=256)
             constants = functional.dequantize_blockwise(codes, state) + mean
-        parts = constants.split([len(state.absmax) for _, state in packed])
-        for (codes, state), part in zip(packed, parts, strict=True):
+        parts = constants.split([len(state.absmax) for _, state in quantized])
+        for (codes, state), part in zip(quantized, parts, strict=True):
             state.absmax = part.contiguous()
             yield functional.dequantize_4bit(codes, state)
 
-    def apply(self, model: Any) -> None:
-        """Give a model's packed weights the values that training saw; they keep their own dtype."""
+    def apply(self, model: PreTrainedModel) -> None:
+        """Give a model's packed weights the values that training saw; their dtype stays."""
         import torch
         from transformers.pytorch_utils import Conv1D
 
@@ -64,34 +78,40 @@ class Nf4:
             with torch.no_grad():
                 weight = module.weight.T if isinstance(module, Conv1D) else module.weight
                 blocks = weight.split(ROWS)
-                for block, value in zip(blocks, self.there_and_back(blocks), strict=True):
+                for block, value in zip(blocks, self.quantize_and_dequantize(blocks), strict=True):
                     block.copy_(value)
 
 
-def packed_modules(model: Any) -> dict[str, Any]:
-    """Return the modules that transformers packs, by name: linear ones other than the head and what is tied to it."""
+def packed_modules(model: PreTrainedModel) -> dict[str, torch.nn.Linear | Conv1D]:
+    """Return the modules that transformers quantizes, by name: linear ones except the head and what is tied to it."""
     import torch
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    in_fp32 = model._keep_in_fp32_modules
+    excluded = HfQuantizer.get_modules_to_not_convert(model, None, None if in_fp32 is None else list(in_fp32))
     return {
         name: module
         for name, module in model.named_modules()
-        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
+        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, excluded)
     }
 
 
 def packed_names(base: Path, *, trust: bool = False) -> frozenset[str] | None:
-    """Return the names of a checkpoint's tensors that training packs; None where one is stored the other way round."""
+    """Return the names of a checkpoint's tensors that training packs; None if any is stored transposed.
+
+    Args:
+        base: the model's folder.
+        trust: run code that comes with the base.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    found = packed_modules(model)
-    if not all(isinstance(module, torch.nn.Linear) for module in found.values()):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    modules = packed_modules(model)
+    if not all(isinstance(module, torch.nn.Linear) for module in modules.values()):
         return None
-    return frozenset(f"{name}.weight" for name in found)
+    return frozenset(f"{name}.weight" for name in modules)

@@ -1,4 +1,4 @@
-"""Safetensors files as offsets: read the headers, plan new files, leave the contents on the disk.
+"""Read and write safetensors files by their headers and offsets; the contents stay on the disk.
 
 Format: 8 bytes little-endian length of the header, the header (JSON), the tensors' bytes one after another.
 https://github.com/huggingface/safetensors#format
@@ -6,37 +6,47 @@ https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from loraflow.failures import BadModel
 
 SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}  # bytes of the floating types that a merge touches
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_MAX_HEADER = 100_000_000
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+
+
+class _HeaderEntry(TypedDict):
+    """A tensor in a file's header, whose keys are the tensors' names."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]  # of the first byte and after the last one, counted from the end of the header
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor in a file: where its bytes are."""
+class TensorEntry:
+    """A tensor in a file, by the position of its bytes."""
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
-    offset: int  # of its first byte, from the start of the file
+    offset: int  # of the first byte, from the start of the file
     size: int  # bytes
 
 
-def read_entries(file: Path) -> list[Entry]:
+def read_entries(file: Path) -> list[TensorEntry]:
     """Return a file's tensors, in the order of their bytes.
 
     Raises:
-        BadModel: the header is no header, or its offsets lie outside of the file.
+        BadModel: the header cannot be read, or its offsets are outside the file.
     """
     total = file.stat().st_size
     try:
@@ -44,7 +54,7 @@ def read_entries(file: Path) -> list[Entry]:
             (length,) = struct.unpack("<Q", handle.read(8))
             if length > min(total - 8, _MAX_HEADER):
                 raise ValueError(f"a header of {length} bytes in a file of {total}")
-            header = json.loads(handle.read(length))
+            header: dict[str, _HeaderEntry] = json.loads(handle.read(length))
         found = []
         for name, entry in header.items():
             if name == "__metadata__":
@@ -52,17 +62,19 @@ def read_entries(file: Path) -> list[Entry]:
             start, end = entry["data_offsets"]
             if not 0 <= start <= end <= total - 8 - length:
                 raise ValueError(f"{name} lies outside of the file")
-            found.append(Entry(name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start))
+            found.append(
+                TensorEntry(name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+            )
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise BadModel("A safetensors file is damaged.", where=str(file.name), got=str(error)[:200]) from error
     return sorted(found, key=lambda entry: entry.offset)
 
 
-def model_entries(folder: Path) -> list[Entry]:
-    """Return all tensors of a model's folder, file by file: of the files that transformers would load.
+def model_entries(folder: Path) -> list[TensorEntry]:
+    """Return the tensors of the files that transformers would load from a model's folder, file by file.
 
     Raises:
-        BadModel: there are none.
+        BadModel: there are no such files, or they do not hold what their index says.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
@@ -89,7 +101,7 @@ def model_entries(folder: Path) -> list[Entry]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Read which file holds which tensor; a name that leads out of the folder is refused before anything is opened.
+    """Read which file holds which tensor, and refuse paths outside of the folder before any file is opened.
 
     Raises:
         BadModel: the index is damaged, names a file that is missing, or one elsewhere.
@@ -113,56 +125,56 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One tensor of a new file."""
+class PlannedTensor:
+    """A tensor of a new file; `offset` counts bytes from the end of the header."""
 
-    source: Entry
+    source: TensorEntry
     dtype: str
     offset: int
     size: int
 
 
-def plan_files(entries: Iterable[Entry], dtype: str | None, max_bytes: int) -> list[list[Planned]]:
-    """Lay tensors out in new files of at most `max_bytes`, or one tensor; offsets count from behind the header.
+def plan_files(entries: Iterable[TensorEntry], dtype: str | None, max_bytes: int) -> list[list[PlannedTensor]]:
+    """Distribute tensors over new files, in their order.
 
-    `dtype` (BF16, F16, F32) casts floating tensors; None keeps each one's own.
+    Args:
+        entries: the tensors.
+        dtype: BF16, F16 or F32, which floating-point tensors are cast to; None leaves their dtypes unchanged.
+        max_bytes: of one file; a larger tensor has a file of its own.
     """
-    files: list[list[Planned]] = []
-    at = 0
+    files: list[list[PlannedTensor]] = []
+    offset = 0
     for entry in entries:
         cast = dtype if dtype and entry.dtype in SIZES else entry.dtype
         size = entry.size if cast == entry.dtype else entry.size // SIZES[entry.dtype] * SIZES[cast]
-        if not files or (at + size > max_bytes and files[-1]):
+        if not files or (offset + size > max_bytes and files[-1]):
             files.append([])
-            at = 0
-        files[-1].append(Planned(entry, cast, at, size))
-        at += size
+            offset = 0
+        files[-1].append(PlannedTensor(entry, cast, offset, size))
+        offset += size
     return files
 
 
-def write_header(fd: int, planned: list[Planned]) -> int:
-    """Write a new file's header, make the file as long as it will be, and return the offset of its first tensor."""
-    header = {
-        "__metadata__": {"format": "pt"},
-        **{
-            one.source.name: {
-                "dtype": one.dtype,
-                "shape": list(one.source.shape),
-                "data_offsets": [one.offset, one.offset + one.size],
-            }
-            for one in planned
-        },
+def write_header(fd: int, planned: list[PlannedTensor]) -> int:
+    """Write a new file's header, extend the file to its final length, and return the offset of its first tensor."""
+    tensors: dict[str, _HeaderEntry] = {
+        tensor.source.name: {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.source.shape),
+            "data_offsets": [tensor.offset, tensor.offset + tensor.size],
+        }
+        for tensor in planned
     }
-    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw = json.dumps({"__metadata__": {"format": "pt"}, **tensors}, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # tensors begin at a multiple of eight bytes
     start = 8 + len(raw)
-    os.truncate(fd, start + sum(one.size for one in planned))
+    os.truncate(fd, start + sum(tensor.size for tensor in planned))
     write_all(fd, struct.pack("<Q", len(raw)) + raw, 0)
     return start
 
 
 def read_all(fd: int, buffer: memoryview, offset: int) -> None:
-    """Fill a buffer from a place in a file."""
+    """Fill a buffer with a file's bytes from an offset on."""
     while buffer:
         got = os.preadv(fd, [buffer], offset)
         if got == 0:
@@ -171,7 +183,7 @@ def read_all(fd: int, buffer: memoryview, offset: int) -> None:
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of a buffer to a place in a file."""
+    """Write all of a buffer to a file at an offset."""
     view = memoryview(data)
     while view:
         done = os.pwrite(fd, view, offset)
@@ -179,12 +191,12 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def copy_range(source: int, target: int, size: int, source_offset: int, target_offset: int) -> None:
-    """Copy bytes between files inside the kernel, or through a buffer where it cannot."""
+    """Copy bytes between files inside the kernel, or through a buffer if the kernel cannot."""
     while size:
         try:
             done = os.copy_file_range(source, target, min(size, 2**30), source_offset, target_offset)
         except (OSError, AttributeError) as error:  # AttributeError: macOS has no such call
-            if getattr(error, "errno", None) == 28:  # a full disk is a full disk by either way
+            if getattr(error, "errno", None) == errno.ENOSPC:  # copying through a buffer would not help
                 raise
             buffer = memoryview(bytearray(min(size, 8 * 2**20)))
             read_all(source, buffer, source_offset)

@@ -5,12 +5,26 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from loraflow.config import Runtime
 from loraflow.failures import BadConfig, MissingExtra
 from loraflow.hardware.attention import choose_for_loading
 from loraflow.hardware.device import pick_device
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class _LoadOptions(TypedDict, total=False):
+    """Keyword arguments of `from_pretrained`."""
+
+    dtype: torch.dtype
+    attn_implementation: str
+    trust_remote_code: bool
+    quantization_config: BitsAndBytesConfig
+    device_map: dict[str, str | int]
 
 
 def load_model(
@@ -21,18 +35,19 @@ def load_model(
     double_quantization: bool | None = None,
     trust: bool = False,
     attention: str | None = None,
-    place: str | None = None,
-) -> Any:
+    weights_device: str | None = None,
+) -> PreTrainedModel:
     """Load a causal language model.
 
     Args:
-        folder: its artifact.
-        dtype: bfloat16, float16 or float32. Given at loading: a later `.to()` would round the rotary buffers.
-        runtime: device and attention.
-        double_quantization: packs the weights in NF4, with or without its constants; None leaves them as they are.
+        folder: the model's folder.
+        dtype: bfloat16, float16 or float32. It is set while loading: a later `.to()` would round the rotary buffers.
+        runtime: device and attention implementation.
+        double_quantization: None loads plain weights; otherwise weights are packed in NF4, and True packs their
+            quantization constants too.
         trust: run Python code that comes with the model.
-        attention: transformers' name of it; default is what the runtime says.
-        place: where the weights go, if not where they compute.
+        attention: transformers' name of the attention implementation; the default is the runtime's.
+        weights_device: where the weights are put, if not on the device that computes.
 
     Raises:
         MissingExtra: NF4 without CUDA or bitsandbytes.
@@ -49,7 +64,7 @@ def load_model(
             got=torch.cuda.get_device_name(),
             next_step="set base.dtype to float16, and training_config.bf16 to false, fp16 to true",
         )
-    options: dict[str, Any] = {
+    options: _LoadOptions = {
         "dtype": getattr(torch, dtype),
         "attn_implementation": attention or choose_for_loading(runtime, device, dtype),
         "trust_remote_code": trust,
@@ -57,13 +72,15 @@ def load_model(
     if double_quantization is not None:
         options["quantization_config"] = _nf4(device, dtype, double_quantization)
     if device == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each padded shape: steps of seconds on Hopper
-        options["device_map"] = {"": place or int(os.environ.get("LOCAL_RANK", "0"))}
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    return model.eval()
+        # cuDNN's attention plans each padded shape again, which makes steps of seconds on Hopper.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        options["device_map"] = {"": weights_device or int(os.environ.get("LOCAL_RANK", "0"))}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model.eval()
+    return model
 
 
-def _nf4(device: str, dtype: str, double: bool) -> Any:
+def _nf4(device: str, dtype: str, double: bool) -> BitsAndBytesConfig:
     from importlib.util import find_spec
 
     import torch
@@ -85,49 +102,53 @@ def _nf4(device: str, dtype: str, double: bool) -> Any:
     )
 
 
-# What models call a factor between their head's product and their logits.
-_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier")
+# Names that models' configs have for a factor between the head's product and the logits.
+_LOGIT_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier")
 
 
-def head_is_plain(model: Any) -> bool:
-    """Tell whether a model's logits are its head times its last hidden state, and nothing more."""
+def head_is_plain(model: PreTrainedModel) -> bool:
+    """Tell whether a model's logits are the product of its head and its last hidden state, and nothing else."""
     config = model.config.get_text_config()
-    scaled = any(getattr(config, key, None) not in (None, 1, 1.0) for key in _SCALES)
+    scaled = any(getattr(config, key, None) not in (None, 1, 1.0) for key in _LOGIT_SCALES)
     return not scaled and model.get_output_embeddings() is not None and model.get_decoder() is not None
 
 
-# A window counts places: what lies between a token and the beginning of its row can push that out of it.
+# Names that models' configs have for the length of an attention window, in positions.
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
 
 
-def sees_all_before(model: Any, places: int) -> bool:
-    """Tell whether a token of a row of so many places attends to all before it, and nothing else reaches it.
+def sees_all_before(model: PreTrainedModel, positions: int) -> bool:
+    """Tell whether each token of a row attends to every token before it, and depends on nothing else.
 
-    Not so in models with a recurrent state, with a window that is shorter, or with code of their own.
+    False for models with a recurrent state, with an attention window shorter than the row, or with code of their own.
+
+    Args:
+        model: transformers' model, which peft may have wrapped.
+        positions: length of the row.
     """
     config = model.config
-    own = getattr(model, "get_base_model", lambda: model)()
-    if config is not config.get_text_config() or getattr(own, "_is_stateful", False) or own.get_decoder() is None:
+    wrapped: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
+    if config is not config.get_text_config() or getattr(wrapped, "_is_stateful", False):
         return False
-    if not type(own).__module__.startswith("transformers."):
+    if wrapped.get_decoder() is None or not type(wrapped).__module__.startswith("transformers."):
         return False
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windows = [getattr(config, name, None) for name in _WINDOWS]
-    return kinds <= {"full_attention", "sliding_attention"} and all(w is None or w >= places for w in windows)
+    return kinds <= {"full_attention", "sliding_attention"} and all(w is None or w >= positions for w in windows)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Load a tokenizer with a pad token that is not its stop token, where the vocabulary has one to spare."""
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer. Its pad token is not its stop token, unless the vocabulary has no other token for it."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 
 
 def stop_ids(folder: Path) -> list[int]:
-    """Return every id that ends an answer: the generation config's, and those that the template ends answers with."""
+    """Return the ids that end an answer, sorted: those of the generation config and those of the chat template."""
     from loraflow.data.loss_mask import ChatTemplate
 
     found = ChatTemplate(folder).stop_ids()

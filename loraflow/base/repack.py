@@ -1,39 +1,35 @@
-"""Write a Llama-shaped model as Phi-3: q,k,v in one `qkv_proj`, gate and up in one `gate_up_proj`.
+"""Write a Llama-shaped model as Phi-3: q, k, v in one `qkv_proj`, gate and up in one `gate_up_proj`.
 
-Phi-3 is Llama with fused projections, so that concatenating rows gives a model with identical logits.
+Phi-3 is Llama with fused projections, so concatenating rows gives a model with the same logits.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from loraflow.failures import BadModel
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedConfig, PreTrainedModel
 
-def as_phi3(model: Any, bos: int | None, eos: int | None, pad: int | None) -> Any:
+
+def as_phi3(model: PreTrainedModel, bos: int | None, eos: int | None, pad: int | None) -> Phi3ForCausalLM:
     """Return a Phi3ForCausalLM with a Llama-shaped model's weights.
 
+    Args:
+        model: a Llama or Mistral.
+        bos: id of the token that begins a text.
+        eos: id of the token that ends one.
+        pad: id of the pad token.
+
     Raises:
-        BadModel: the model has something that Phi-3 cannot say (biases, scaled rotary embeddings, another head size).
+        BadModel: Phi-3 has no form for a part of the model, such as biases or scaled rotary embeddings.
     """
     import torch
-    from transformers import Phi3Config, Phi3ForCausalLM
+    from transformers import Phi3ForCausalLM
 
-    config = model.config
-    rope = dict(config.rope_parameters)
-    obstacles = [
-        what
-        for what, there in {
-            f"model type {config.model_type}": config.model_type not in ("llama", "mistral"),
-            "attention biases": getattr(config, "attention_bias", False),
-            "MLP biases": getattr(config, "mlp_bias", False),
-            f"rotary embeddings of type {rope.get('rope_type')}": rope.get("rope_type", "default") != "default",
-            "a head size that is not hidden size / heads": getattr(config, "head_dim", None)
-            not in (None, config.hidden_size // config.num_attention_heads),
-        }.items()
-        if there
-    ]
-    if obstacles:
+    if obstacles := _obstacles(model.config):
         raise BadModel(
             "This model cannot be repacked as Phi-3.",
             where="base.repack",
@@ -41,7 +37,41 @@ def as_phi3(model: Any, bos: int | None, eos: int | None, pad: int | None) -> An
             got=", ".join(obstacles),
             next_step="set base.repack to null: LoRA works on split projections as well",
         )
-    phi3 = Phi3Config(
+    with torch.device("meta"):
+        phi3 = Phi3ForCausalLM(_phi3_config(model.config, bos, eos, pad))
+    phi3.to_empty(device="cpu")
+    torch.nn.Module.to(phi3, next(model.parameters()).dtype)
+    # to_empty leaves the rotary buffers without content, so compute them again.
+    phi3.model.rotary_emb = type(phi3.model.rotary_emb)(config=phi3.config)
+    missing, unexpected = phi3.load_state_dict(_fused_weights(model.state_dict()), strict=False)
+    if unexpected or [key for key in missing if key != "lm_head.weight"]:
+        raise BadModel(
+            "Repacking lost weights.", where="base.repack", got=f"missing {missing}, unexpected {unexpected}"
+        )
+    phi3.tie_weights()
+    phi3.eval()
+    return phi3
+
+
+def _obstacles(config: PreTrainedConfig) -> list[str]:
+    """Return what the model has that Phi-3 has not."""
+    rope_type = config.rope_parameters.get("rope_type", "default")
+    head_dim = getattr(config, "head_dim", None)
+    found = {
+        f"model type {config.model_type}": config.model_type not in ("llama", "mistral"),
+        "attention biases": getattr(config, "attention_bias", False),
+        "MLP biases": getattr(config, "mlp_bias", False),
+        f"rotary embeddings of type {rope_type}": rope_type != "default",
+        "a head size that is not hidden size / heads": head_dim
+        not in (None, config.hidden_size // config.num_attention_heads),
+    }
+    return [obstacle for obstacle, present in found.items() if present]
+
+
+def _phi3_config(config: PreTrainedConfig, bos: int | None, eos: int | None, pad: int | None) -> Phi3Config:
+    from transformers import Phi3Config
+
+    return Phi3Config(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -52,41 +82,35 @@ def as_phi3(model: Any, bos: int | None, eos: int | None, pad: int | None) -> An
         max_position_embeddings=config.max_position_embeddings,
         original_max_position_embeddings=config.max_position_embeddings,
         rms_norm_eps=config.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": rope["rope_theta"]},
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]},
         sliding_window=getattr(config, "sliding_window", None),
         tie_word_embeddings=config.tie_word_embeddings,
         bos_token_id=bos,
         eos_token_id=eos,
         pad_token_id=pad,
     )
-    source = model.state_dict()
-    fused: dict[str, Any] = {}
-    for key, value in source.items():
+
+
+def _fused_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return Llama's weights under Phi-3's names, the rows of split projections one after another."""
+    import torch
+
+    fused: dict[str, torch.Tensor] = {}
+    for key, value in weights.items():
         if ".self_attn.q_proj." in key:
-            parts = [source[key.replace("q_proj", name)] for name in ("q_proj", "k_proj", "v_proj")]
+            parts = [weights[key.replace("q_proj", name)] for name in ("q_proj", "k_proj", "v_proj")]
             fused[key.replace("q_proj", "qkv_proj")] = torch.cat(parts)
         elif ".mlp.gate_proj." in key:
-            fused[key.replace("gate_proj", "gate_up_proj")] = torch.cat([value, source[key.replace("gate_", "up_")]])
+            fused[key.replace("gate_proj", "gate_up_proj")] = torch.cat([value, weights[key.replace("gate_", "up_")]])
         elif not any(name in key for name in (".k_proj.", ".v_proj.", ".up_proj.")):
             fused[key] = value
-    with torch.device("meta"):
-        out = Phi3ForCausalLM(phi3)
-    out = out.to_empty(device="cpu").to(next(model.parameters()).dtype)
-    # to_empty leaves rotary buffers without content: make them anew.
-    out.model.rotary_emb = type(out.model.rotary_emb)(config=out.config)
-    missing, unexpected = out.load_state_dict(fused, strict=False)
-    if unexpected or [key for key in missing if key != "lm_head.weight"]:
-        raise BadModel(
-            "Repacking lost weights.", where="base.repack", got=f"missing {missing}, unexpected {unexpected}"
-        )
-    out.tie_weights()
-    return out.eval()
+    return fused
 
 
-def largest_difference(one: Any, other: Any, ids: list[int]) -> float:
-    """Return the largest difference of two models' logits over a text."""
+def largest_difference(first: PreTrainedModel, second: PreTrainedModel, ids: list[int]) -> float:
+    """Return the largest difference between two models' logits over a text."""
     import torch
 
     with torch.no_grad():
         batch = torch.tensor([ids])
-        return float((one(batch).logits - other(batch).logits).abs().max())
+        return float((first(batch).logits - second(batch).logits).abs().max())

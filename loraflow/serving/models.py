@@ -157,7 +157,7 @@ def champion_entry(store: Store, name: str) -> Entry:
 
 
 def _of_folder(store: Store, folder: Path, given: Path | None) -> Model:
-    from loraflow.adapters.validation import refuse_pickles
+    from loraflow.base.weight_files import refuse_pickles
 
     found = _artifact_at(folder)
     if found is None:
@@ -186,7 +186,7 @@ def _of_artifact(store: Store, ref: Ref, name: str, given: Path | None, tuned: R
 
 
 def _of_adapter(adapter: Path, named_folder: Path, given: Path | None) -> Model:
-    from loraflow.adapters.validation import refuse_pickles
+    from loraflow.base.weight_files import refuse_pickles
 
     refuse_pickles(adapter)
     base, tuned = given, None

@@ -38,7 +38,7 @@ def load_base(setup: TrainingSetup, attention: Attention, *, sharded: bool) -> P
         double_quantization=base.double_quantization if base.quantization == "nf4" else None,
         trust=base.trust_remote_code,
         attention=attention.implementation,
-        place="cpu" if sharded else None,
+        weights_device="cpu" if sharded else None,
     )
     model.config.use_cache = setup.runtime.use_cache
     check_targets(model, peft_config)
@@ -67,7 +67,7 @@ def initialise_adapter(setup: TrainingSetup, trainer: LoraPlusTrainer) -> dict[s
     peft_config = setup.config.peft_config
     rows = (setup.rows[int(row)] for row in setup.order[: variants.EVA_ROWS])
     batches = padded_documents(rows, setup.tokenizer.pad_token_id)
-    initial: dict[str, Tensor] = variants.begin(trainer.model, peft_config, setup.base, setup.work, batches)
+    initial: dict[str, Tensor] = variants.initialize(trainer.model, peft_config, setup.base, setup.work, batches)
     if peft_config.loraplus_lr_ratio:
         trainer.loraplus = (peft_config.loraplus_lr_ratio, peft_config.loraplus_lr_embedding)
     return initial

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from loraflow.adapters.validation import write_origin
+from loraflow.adapters.origin import write_origin
 from loraflow.config.stage_configs import TrainConfig
 from loraflow.hardware.device import peak_gpu_gib
 from loraflow.job import Inputs, Job, Progress

@@ -1,4 +1,4 @@
-"""Base models: pinned, taken, repacked, refused."""
+"""Base models: pinned, copied, repacked, refused."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from loraflow.store.files import HashMemo
 from tests.conftest import build_tokenizer
 
 
-def take(folder: Path, out: Path, **base):
+def resolve_base(folder: Path, out: Path, **base):
     out.mkdir()
     settings = Base(model=str(folder), **base)
     found = resolve.locate(settings, HashMemo(None))
@@ -49,7 +49,7 @@ def test_a_repacked_llama_has_the_same_logits(tmp_path, tie):
     from transformers import AutoModelForCausalLM
 
     llama = build_llama(tmp_path / "llama", tie_word_embeddings=tie)
-    take(llama, tmp_path / "out", repack="phi3", dtype="float32")
+    resolve_base(llama, tmp_path / "out", repack="phi3", dtype="float32")
     one, two = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in (llama, tmp_path / "out"))
     assert two.config.model_type == "phi3"
     assert "model.layers.0.self_attn.qkv_proj.weight" in dict(two.named_parameters())
@@ -67,10 +67,10 @@ def test_a_repacked_llama_has_the_same_logits(tmp_path, tie):
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, "type linear"),
     ],
 )
-def test_what_phi3_cannot_say_is_not_repacked(tmp_path, config, says):
+def test_a_model_that_phi3_has_no_form_for_is_not_repacked(tmp_path, config, says):
     llama = build_llama(tmp_path / "llama", **config)
     with pytest.raises(BadModel, match="cannot be repacked") as caught:
-        take(llama, tmp_path / "out", repack="phi3")
+        resolve_base(llama, tmp_path / "out", repack="phi3")
     assert says in str(caught.value)
 
 
@@ -119,14 +119,14 @@ def test_a_folder_that_is_no_usable_model_is_refused(tmp_path, phi3, what, says)
     shutil.copytree(phi3, tmp_path / "base")
     harm(tmp_path / "base", what)
     with pytest.raises(BadModel, match=says):
-        take(tmp_path / "base", tmp_path / "out")
+        resolve_base(tmp_path / "base", tmp_path / "out")
 
 
-def test_classes_of_the_hubs_own_code_do_not_travel_on(tmp_path, phi3):
+def test_auto_map_is_removed_from_the_config(tmp_path, phi3):
     shutil.copytree(phi3, tmp_path / "base")
     config = json.loads((phi3 / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "x.Y"}}))
-    take(tmp_path / "base", tmp_path / "out")
+    resolve_base(tmp_path / "base", tmp_path / "out")
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
@@ -160,7 +160,7 @@ except Network as failure:
     assert "ConnectError" in done.stdout, done.stderr
 
 
-def test_names_that_are_no_model(tmp_path, monkeypatch):
+def test_an_unknown_model_is_refused(tmp_path, monkeypatch):
     with pytest.raises(BadModel, match="no such base model"):
         resolve.locate(Base(model="nothing"), HashMemo(None))
     with pytest.raises(BadModel, match="bundled"):

@@ -7,13 +7,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from loraflow.adapters.convert import convert, read_peft
+from loraflow.adapters.convert import convert
+from loraflow.adapters.loralib.checkpoint import state_of
 from loraflow.adapters.loralib.model import prepare
-from loraflow.adapters.loralib.swap import Settings, state_of
+from loraflow.adapters.loralib.swap import Settings
+from loraflow.adapters.peft_folder import read_peft
 from loraflow.cli.adapters import adapters
 from loraflow.failures import BadModel
 from tests.conftest import build_phi3
-from tests.unit.test_loralib import IDS, QV, pretrained, stir
+from tests.unit.test_loralib import IDS, QV, perturb, pretrained
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["gqa", "mha"])
@@ -55,7 +57,7 @@ def make(base: Path, folder: Path, **options) -> Path:
     model = get_peft_model(
         pretrained(base), LoraConfig(**{"r": 3, "lora_alpha": 7, "task_type": "CAUSAL_LM", **options})
     )
-    stir(model).save_pretrained(folder)
+    perturb(model).save_pretrained(folder)
     return folder
 
 
@@ -106,7 +108,7 @@ def test_a_loralib_checkpoint_becomes_a_peft_adapter(twins, tmp_path, suffix):
     fused, split = twins
     also = ["embed_tokens"] if suffix == "pt" else []
     settings = Settings(r=3, lora_alpha=7, targets=["qkv_proj", "o_proj", *also], enable_lora=QV)
-    model = stir(prepare(pretrained(fused), settings, 0))
+    model = perturb(prepare(pretrained(fused), settings, 0))
     file = tmp_path / f"lora.{suffix}"
     state = dict(state_of(model))
     if suffix == "safetensors":

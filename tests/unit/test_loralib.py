@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from loraflow.adapters.lora_updates import write_peft
 from loraflow.adapters.loralib import layers
+from loraflow.adapters.loralib.checkpoint import load, load_pretrained, state_of
 from loraflow.adapters.loralib.export import to_adapter
+from loraflow.adapters.loralib.mergeable_layer import MergeableLayer
 from loraflow.adapters.loralib.model import prepare
-from loraflow.adapters.loralib.swap import Settings, load, load_pretrained, state_of, swap
+from loraflow.adapters.loralib.swap import Settings, swap
+from loraflow.adapters.peft_folder import write_peft
 from loraflow.data.token_rows import TokenRows
 from loraflow.failures import BadConfig, BadModel, Preempted
 from loraflow.job import Inputs, Progress
@@ -44,8 +46,8 @@ def pretrained(folder: Path, dtype=torch.float32):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
-def stir(model, scale=0.1, seed=3):
-    """Move A and B away from where they begin."""
+def perturb(model, scale=0.1, seed=3):
+    """Move A and B away from their initial values."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -188,7 +190,7 @@ def test_merging_for_evaluation_changes_nothing_that_is_trained(mha, trained, tm
     assert best.keys() == adapter.keys()
 
 
-def test_what_a_run_leaves_loads_in_peft_and_in_loralib(mha, trained):
+def test_a_trained_run_loads_in_peft_and_in_loralib(mha, trained):
     from peft import PeftModel
 
     out = trained[3]
@@ -232,9 +234,9 @@ def pair(kind: str, bias: bool):
             blocks = {"sizes": [12 // len(flags)] * len(flags), "enable_lora": flags}
             other = loralib.MergedLinear(5, 12, 3, 7, enable_lora=flags, bias=bias)
     weight = module.weight.detach().clone()
-    layer = layers.around(module, **common, **blocks)
+    layer = layers.wrap_module(module, **common, **blocks)
     assert torch.equal(layer.weight, weight), "the pretrained weight is kept"
-    stir(layer, 0.5)
+    perturb(layer, 0.5)
     state = layer.state_dict()
     if kind == "conv":
         state = {name if "lora" in name else f"conv.{name}": tensor for name, tensor in state.items()}
@@ -263,7 +265,7 @@ def test_each_layer_computes_what_loralibs_does(kind, bias):
 def test_unequal_blocks_are_a_layer_of_loralibs_each():
     torch.manual_seed(0)
     module, x, sizes = nn.Linear(8, 16), torch.randn(3, 8), [8, 4, 4]
-    layer = stir(layers.around(module, r=2, lora_alpha=3, lora_dropout=0.0, merge_weights=False, sizes=sizes,
+    layer = perturb(layers.wrap_module(module, r=2, lora_alpha=3, lora_dropout=0.0, merge_weights=False, sizes=sizes,
                                enable_lora=[True, False, True]), 0.5)  # fmt: skip
     parts = []
     for i, (at, size) in enumerate(((0, 8), (8, 4), (12, 4))):
@@ -290,14 +292,14 @@ def test_the_forward_pass_never_makes_the_whole_update():
                 Sizes.largest += 1
             return out
 
-    layer = layers.around(nn.Linear(30, 90), r=2, lora_alpha=3, lora_dropout=0.1, merge_weights=False,
+    layer = layers.wrap_module(nn.Linear(30, 90), r=2, lora_alpha=3, lora_dropout=0.1, merge_weights=False,
                           sizes=[30, 30, 30], enable_lora=[True, False, True])  # fmt: skip
     with Sizes():
         layer(torch.randn(4, 30)).sum().backward()
     assert Sizes.largest == 0
     with Sizes():
         layer.merge()
-    assert Sizes.largest > 0, "merging does make it, so that the count counts"
+    assert Sizes.largest > 0, "merging does compute it, so the count would notice"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -313,7 +315,7 @@ def test_merging_comes_back_to_the_same_bits_in_bf16(kind):
     assert torch.equal(layer.weight, before)
 
 
-def test_ab_are_wide_beside_16_bits(phi3):
+def test_a_and_b_are_fp32_beside_16_bit_weights(phi3):
     model = prepare(pretrained(phi3, torch.bfloat16), Settings(targets=["qkv_proj"], enable_lora=QV), 0)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert model(IDS).logits.dtype == torch.bfloat16
@@ -324,7 +326,7 @@ def test_ab_are_wide_beside_16_bits(phi3):
 
 @pytest.fixture
 def model(phi3):
-    return stir(prepare(pretrained(phi3), Settings(r=2, targets=["qkv_proj", "o_proj"], enable_lora=QV), 0))
+    return perturb(prepare(pretrained(phi3), Settings(r=2, targets=["qkv_proj", "o_proj"], enable_lora=QV), 0))
 
 
 def test_the_two_steps_load_and_say_what_does_not_fit(phi3, model):
@@ -378,7 +380,7 @@ def test_biases_are_trained_saved_and_exported_alike(tmp_path, bias):
     trainable = {n.removeprefix("base_model.model.").replace("base_layer.", "").replace(".default.weight", "")
                  for n, p in wanted.named_parameters() if p.requires_grad}  # fmt: skip
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trainable
-    stir(model)
+    perturb(model)
     assert state_of(model, bias).keys() == trainable
     write_peft(to_adapter(model, bias), tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(fresh(), str(tmp_path / "adapter")).eval()
@@ -393,14 +395,14 @@ def test_the_export_gives_pefts_model_the_same_logits(tmp_path, kv):
     base = build_phi3(tmp_path / "base", dtype="float32", num_key_value_heads=kv)
     settings = Settings(r=3, lora_alpha=7, targets=["qkv_proj", "gate_up_proj", "o_proj", "embed_tokens"],
                         enable_lora={**QV, "gate_up_proj": ["up"]})  # fmt: skip
-    model = stir(prepare(pretrained(base), settings, 0))
+    model = perturb(prepare(pretrained(base), settings, 0))
     write_peft(to_adapter(model), tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(pretrained(base), str(tmp_path / "adapter"))
     with torch.no_grad():
         assert torch.allclose(model.eval()(IDS).logits, loaded.eval()(IDS).logits, atol=1e-5)
         merged = loaded.merge_and_unload()
         for layer in model.modules():
-            if isinstance(layer, layers.Reversible):
+            if isinstance(layer, MergeableLayer):
                 layer.merge()
         assert torch.allclose(model(IDS).logits, merged(IDS).logits, atol=1e-5)
 
@@ -414,7 +416,7 @@ def test_a_convolution_is_exported_exactly(tmp_path):
 
     model = fresh()
     swap(model, Settings(r=2, lora_alpha=3, targets=["0", "2"]))
-    stir(model, 0.3)
+    perturb(model, 0.3)
     write_peft(to_adapter(model), tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "task_type": None}))  # this is no language model
@@ -426,7 +428,7 @@ def test_a_convolution_is_exported_exactly(tmp_path):
 # names and the recipe
 
 
-def test_names_that_cannot_be_meant_are_refused(phi3):
+def test_targets_and_blocks_that_do_not_exist_are_refused(phi3):
     for settings, says in (
         (Settings(targets=["q_proj"]), "No module of the base is called q_proj"),
         (Settings(targets=["o_proj"], enable_lora=QV), "no target"),

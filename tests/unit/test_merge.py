@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from loraflow.adapters import origin
 from loraflow.adapters import safetensors_files as tensors
-from loraflow.adapters import validation as accept
 from loraflow.adapters.merge_folders import merge
 from loraflow.failures import BadModel
 from loraflow.job import Progress
@@ -154,20 +154,20 @@ def test_numbers_of_a_type_that_is_not_merged_are_refused(tmp_path, quick_phi3, 
         merge(quick_phi3, file.parent, tmp_path / "out")
 
 
-@pytest.mark.parametrize("told", [True, None])
-def test_whole_embeddings_for_a_base_of_tied_ones_are_refused(tmp_path, told, caplog):
-    """peft unties them in memory; in a checkpoint that stays tied the head would become what nobody trained."""
+@pytest.mark.parametrize("in_config", [True, None])
+def test_whole_embeddings_for_a_base_of_tied_ones_are_refused(tmp_path, in_config, caplog):
+    """peft unties them in memory; in a checkpoint that stays tied, the head would become the trained embeddings."""
     base = build_phi3(tmp_path / "base", dtype="float32", tie_word_embeddings=True)
     adapter = make_adapter(base, tmp_path / "adapter", modules_to_save=["embed_tokens"])
-    one = make_adapter(base, tmp_path / "one", target_modules=["embed_tokens"])
-    if told is None:  # left out where it is the class's default; then the head is not among the weights
+    lora = make_adapter(base, tmp_path / "lora", target_modules=["embed_tokens"])
+    if in_config is None:  # it is the class's default, so configs may omit it; then the head is not among the weights
         config = json.loads((base / "config.json").read_text())
         del config["tie_word_embeddings"]
         (base / "config.json").write_text(json.dumps(config))
     (tmp_path / "out").mkdir()
     with pytest.raises(BadModel, match="one weight for both"):
         merge(base, adapter, tmp_path / "out")
-    merge(base, one, tmp_path / "out")
+    merge(base, lora, tmp_path / "out")
     assert "changes both" in caplog.text
 
 
@@ -243,15 +243,17 @@ def test_a_killed_merge_goes_on_from_its_finished_shards(tmp_path, phi3):
     (tmp_path / "work").mkdir()
     assert exit_code(_attempt, phi3, adapter, tmp_path / "killed", 3) == -signal.SIGKILL
     assert not list((tmp_path / "killed").glob("*.safetensors")), "no partial model is visible"
-    kept = sorted((tmp_path / "work" / "shards").glob("*.safetensors"))
-    assert len(kept) == 3
-    raw = bytearray(kept[1].read_bytes())
+    finished = sorted((tmp_path / "work" / "shards").glob("*.safetensors"))
+    assert len(finished) == 3
+    raw = bytearray(finished[1].read_bytes())
     raw[-1] ^= 1
-    kept[1].write_bytes(raw)
-    inodes = [file.stat().st_mtime_ns for file in kept]
+    finished[1].write_bytes(raw)
+    inodes = [file.stat().st_mtime_ns for file in finished]
     _attempt(phi3, adapter, tmp_path / "out", 0)
-    done = [(tmp_path / "out" / file.name).stat().st_mtime_ns for file in kept]
-    assert [a == b for a, b in zip(inodes, done, strict=True)] == [True, False, True], "the damaged one was made again"
+    done = [(tmp_path / "out" / file.name).stat().st_mtime_ns for file in finished]
+    assert [a == b for a, b in zip(inodes, done, strict=True)] == [True, False, True], (
+        "the damaged shard was written again"
+    )
     assert_same(read(tmp_path / "out"), by_peft(phi3, adapter))
 
 
@@ -302,7 +304,7 @@ def test_an_adapter_that_is_not_finite_is_refused(tmp_path, phi3):
 
 def test_an_adapter_of_another_base_or_template_is_refused(tmp_path, phi3):
     adapter = make_adapter(phi3, tmp_path / "adapter")
-    accept.write_origin(adapter, phi3, "digest-a")
+    origin.write_origin(adapter, phi3, "digest-a")
     (tmp_path / "out").mkdir()
     with pytest.raises(BadModel, match="another base"):
         merge(phi3, adapter, tmp_path / "out", base_digest="digest-b")
@@ -313,8 +315,8 @@ def test_an_adapter_of_another_base_or_template_is_refused(tmp_path, phi3):
         merge(other, adapter, tmp_path / "out", base_digest="digest-a")
     assert not list((tmp_path / "out").iterdir())
     merge(phi3, adapter, tmp_path / "out", base_digest="digest-a")
-    told = json.loads((tmp_path / "out" / accept.ORIGIN).read_text())
-    assert told == {"base": "digest-a", "chat_template_sha256": accept.template_hash(phi3)}
+    recorded = json.loads((tmp_path / "out" / origin.ORIGIN).read_text())
+    assert recorded == {"base": "digest-a", "chat_template_sha256": origin.template_hash(phi3)}
 
 
 def grow(folder: Path, *tokens: str) -> None:

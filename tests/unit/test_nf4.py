@@ -1,15 +1,15 @@
-"""QLoRA's merge, without a GPU: bitsandbytes packs on a CPU too, and is the oracle."""
+"""QLoRA's merge without a GPU, compared with bitsandbytes, which packs on a CPU too."""
 
 import json
 
 import pytest
 import torch
 
-from loraflow.adapters import merge_nf4 as onto
-from loraflow.adapters import verify
+from loraflow.adapters import logits, merge_nf4, verify
 from loraflow.adapters.merge import run as run_merge
 from loraflow.adapters.merge_folders import merge
 from loraflow.adapters.nf4 import Nf4, packed_modules, packed_names
+from loraflow.config import Runtime
 from loraflow.failures import MissingExtra
 from loraflow.job import Inputs, Progress
 from tests.conftest import build_phi3, chat
@@ -89,7 +89,7 @@ def stages(base, adapter, shards, folder, **overrides):
     job = make_job("merge", asked, dict.fromkeys(inputs, REF.model_copy(update={"facets": {"adapter": "d"}})))
     report = Progress(folder / "work" / "progress.jsonl", folder / "work")
     figures = run_merge(job, Inputs(inputs), folder / "merged", report).figures
-    assert not (folder / "work" / "onto").exists(), "the other one is gone"
+    assert not (folder / "work" / "onto").exists(), "the merge that was not chosen is deleted"
     inputs = {"base": base, "adapter": adapter.parent, "merged": folder / "merged", "rows": folder / "rows"}
     facets = REF.model_copy(update={"facets": {"adapter": "d", "heldout": "d"}})
     job = make_job("verify", asked, dict.fromkeys(inputs, facets))
@@ -105,7 +105,7 @@ def parts(tmp_path_factory):
     return base, make_adapter(base, folder / "artifact" / "adapter"), tokenize(base, folder)
 
 
-def test_the_merge_that_is_nearer_to_what_was_trained_is_taken(parts, tmp_path):
+def test_the_merge_that_is_closer_to_the_trained_model_is_chosen(parts, tmp_path):
     from peft import PeftModel
 
     base, adapter, shards = parts
@@ -119,16 +119,18 @@ def test_the_merge_that_is_nearer_to_what_was_trained_is_taken(parts, tmp_path):
         *(read(tmp_path / name / "merged")["model.layers.0.mlp.down_proj.weight"] for name in ("auto", "base"))
     )
     assert report == near and near["mean_kl"] < away["mean_kl"] / 10, "what was trained is the measure"
-    # the figure is the distance to bitsandbytes' own model, and not to a likeness of it
-    probes = onto._probes(shards / "train")
+    # the recorded KL is the distance to the model that bitsandbytes itself packs
+    probes = merge_nf4.training_probes(shards / "train")
     trained = PeftModel.from_pretrained(by_bitsandbytes(base, True, torch.float32), str(adapter)).eval()
     with torch.inference_mode():
         wanted = [trained(input_ids=row).logits[0] for row in probes]
-    theirs = verify.compare(wanted, verify.logits_at(tmp_path / "base" / "merged", probes, {}, trust=False))["mean_kl"]
+    theirs = logits.compare_logits(
+        wanted, logits.model_logits(tmp_path / "base" / "merged", probes, Runtime(), trust=False)
+    ).mean_kl
     assert theirs == pytest.approx(figures["kl_base"], rel=0.02)
 
 
-def test_without_bitsandbytes_it_is_said_what_is_missing(monkeypatch):
+def test_without_bitsandbytes_the_missing_package_is_named(monkeypatch):
     monkeypatch.setattr("loraflow.adapters.nf4.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match="bitsandbytes alone"):
         Nf4("bfloat16", True)

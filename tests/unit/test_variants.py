@@ -8,13 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraflow.adapters import validation as accept
-from loraflow.adapters import variants
+from loraflow.adapters import origin, variants
 from loraflow.adapters.lora_config import lora_config
 from loraflow.config.recipe import PeftConfig
 from loraflow.failures import BadConfig
 from tests.conftest import build_phi3
-from tests.unit.test_loralib import IDS, pretrained, stir
+from tests.unit.test_loralib import IDS, perturb, pretrained
 from tests.unit.test_training import recipe, tokenize
 from tests.variants import ALL, VARIANTS, exercise
 
@@ -39,8 +38,8 @@ def test_a_variant_is_trained_killed_resumed_and_merged(parts, tmp_path, name):
     assert seen["merge_ulps"] <= 1
     assert seen["kl"] < seen["moved"] / 1000
     assert seen["adapter"]["base_model_name_or_path"] is None
-    told = json.loads((seen["folder"] / accept.ORIGIN).read_text())
-    assert told["chat_template_sha256"] == accept.template_hash(base)
+    recorded = json.loads((seen["folder"] / origin.ORIGIN).read_text())
+    assert recorded["chat_template_sha256"] == origin.template_hash(base)
 
 
 def test_the_page_has_exactly_the_variants_that_there_are():
@@ -66,11 +65,11 @@ def test_a_residual_base_becomes_lora_on_the_base_itself(tmp_path, how, options)
     model = get_peft_model(
         pretrained(base), LoraConfig(r=4, lora_alpha=8, target_modules=ALL, task_type="CAUSAL_LM", **config, **options)
     )
-    initial = variants.begin(model, PeftConfig(init_lora_weights=how), base, tmp_path, [])
+    initial = variants.initialize(model, PeftConfig(init_lora_weights=how), base, tmp_path, [])
     model.peft_config["default"].init_lora_weights = True  # what peft asks for in the first of its two savings
     model.save_pretrained(tmp_path / "first")
     model.peft_config["default"].init_lora_weights = how
-    stir(model, 0.05)
+    perturb(model, 0.05)
     with torch.no_grad():
         wanted = model.eval()(IDS).logits
     model.save_pretrained(tmp_path / "ours")

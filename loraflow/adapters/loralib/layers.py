@@ -1,104 +1,35 @@
-"""loralib's layers around a pretrained module: its own weight kept, merging that is undone to the bit.
+"""loralib's layers around a pretrained module, which keeps its weight; undoing a merge restores the same bits.
 
 What differs from loralib 0.1.2, whose classes these are:
 
-- a layer takes over the module's parameters, where loralib's constructors draw new ones;
-- `eval()` merges in fp32 and keeps the original weight, `train()` puts it back: adding and subtracting in 16 bits drifts;
-- A and B are fp32 beside 16-bit weights, as peft has them: an optimizer's small steps vanish in 16 bits;
-- `MergedLinear` takes blocks of any sizes (grouped-query attention has a wider q than k and v), and computes through A
-  and B: loralib makes the whole ΔW in every forward pass.
+- A layer uses the parameters of the pretrained module. loralib's constructors initialise new ones.
+- `eval()` merges in fp32 and stores the original weight, `train()` restores it. Adding and subtracting in 16 bits drifts.
+- A and B are fp32 even if the weights have 16 bits, as in peft: an optimizer's small steps are lost in 16 bits.
+- `MergedLinear` has blocks of any sizes, since grouped-query attention has a wider q than k and v. It computes through A
+  and B, while loralib computes the whole ΔW in every forward pass.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import TypedDict
 
 import loralib
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loraflow.adapters.loralib.mergeable_layer import MergeableLayer
 from loraflow.failures import BadConfig
 
 
-class Reversible(nn.Module):
-    """Merging on `eval()` and back on `train()`, for a layer with `weight`, `delta()` and loralib's attributes."""
-
-    weight: nn.Parameter
-    r: int
-    merged: bool
-    merge_weights: bool
-    scaling: float
-
-    def delta(self) -> torch.Tensor:
-        """Return ΔW without the scale, in the shape of the weight."""
-        raise NotImplementedError
-
-    def train(self, mode: bool = True) -> Any:
-        """Set training mode; where `merge_weights` says so, evaluation has ΔW inside of the weight."""
-        nn.Module.train(self, mode)
-        if self.merge_weights and mode:
-            self.unmerge()
-        elif self.merge_weights:
-            self.merge()
-        return self
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Put ΔW into the weight, rounded once, and keep the weight as it was."""
-        if self.merged:
-            return
-        self.original = self.weight.data
-        wide = torch.promote_types(self.weight.dtype, self.lora_A.dtype)
-        self.weight.data = (self.weight.data.to(wide) + self.delta() * self.scaling).to(self.weight.dtype)
-        self.merged = True
-
-    def unmerge(self) -> None:
-        """Put the weight back that was there before: the same bits."""
-        if self.merged:
-            self.weight.data = self.original
-            del self.original
-            self.merged = False
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        if self.merged:  # what moves to another device moves with its original
-            self.original = fn(self.original)
-        return super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Save the weight as it was before merging: a merged one, loaded as the base, would get ΔW twice."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:
-            destination[prefix + "weight"] = self.original
-
-    def take(self, module: nn.Module) -> None:
-        """Take over a module's weight and bias, and draw A and B beside them as loralib does."""
-        self.weight = module.weight
-        if "bias" in module._parameters:
-            self.bias = module.bias
-        self.weight.requires_grad_(False)
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        for name in ("lora_A", "lora_B"):
-            shape = getattr(self, name).shape
-            setattr(self, name, nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.weight.device)))
-        self.draw()
-        self.train(module.training)
-
-    def widened(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x in the dtype of A and B; autocast narrows all three, and needs no copy."""
-        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_A.dtype)
-
-    def draw(self) -> None:
-        """Draw A, and leave B zero, so that the model begins as the pretrained one."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-
-class Linear(Reversible, loralib.Linear):
+class Linear(MergeableLayer, loralib.Linear):
     """`nn.Linear`, or transformers' Conv1D with `fan_in_fan_out`, plus B·A."""
 
+    bias: nn.Parameter | None
+    fan_in_fan_out: bool
+
     def delta(self) -> torch.Tensor:
-        """See `Reversible`."""
+        """See `MergeableLayer`."""
         product = self.lora_B @ self.lora_A
         return product.T if self.fan_in_fan_out else product
 
@@ -107,17 +38,21 @@ class Linear(Reversible, loralib.Linear):
         result = F.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
         if self.merged:
             return result
-        down = F.linear(self.widened(self.lora_dropout(x)), self.lora_A)
+        down = F.linear(self.in_lora_dtype(self.lora_dropout(x)), self.lora_A)
         return (result + F.linear(down, self.lora_B) * self.scaling).to(result.dtype)
 
 
-class MergedLinear(Reversible, loralib.MergedLinear):
-    """A fused projection, with an update of rank r of its own for each enabled block of outputs.
+class MergedLinear(MergeableLayer, loralib.MergedLinear):
+    """A fused projection, with an update of rank r for each enabled block of outputs.
 
     Args:
         sizes: rows of each block; loralib's are equal.
         enable_lora: which blocks are adapted.
     """
+
+    bias: nn.Parameter | None
+    in_features: int
+    out_features: int
 
     def __init__(
         self,
@@ -131,11 +66,12 @@ class MergedLinear(Reversible, loralib.MergedLinear):
         lora_dropout: float = 0.0,
         fan_in_fan_out: bool = False,
         merge_weights: bool = True,
-        **options: Any,
+        bias: bool = True,
+        device: str | None = None,
     ):
         assert sum(sizes) == out_features and len(sizes) == len(enable_lora), (sizes, enable_lora, out_features)
         assert r > 0 and any(enable_lora), (r, enable_lora)
-        nn.Linear.__init__(self, in_features, out_features, **options)
+        nn.Linear.__init__(self, in_features, out_features, bias=bias, device=device)
         loralib.layers.LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)  # type: ignore[arg-type]
         self.sizes, self.enable_lora, self.fan_in_fan_out = sizes, enable_lora, fan_in_fan_out
         self.scaling = lora_alpha / r
@@ -145,21 +81,21 @@ class MergedLinear(Reversible, loralib.MergedLinear):
 
     def blocks(self) -> list[tuple[slice, slice, slice]]:
         """Return for each enabled block its rows of the output, its rows of A, and its rows of B."""
-        found: list[tuple[slice, slice, slice]] = []
-        at = taken = 0
+        blocks: list[tuple[slice, slice, slice]] = []
+        row = b_row = 0
         for size, on in zip(self.sizes, self.enable_lora, strict=True):
             if on:
-                rank = slice(len(found) * self.r, (len(found) + 1) * self.r)
-                found.append((slice(at, at + size), rank, slice(taken, taken + size)))
-                taken += size
-            at += size
-        return found
+                a_rows = slice(len(blocks) * self.r, (len(blocks) + 1) * self.r)
+                blocks.append((slice(row, row + size), a_rows, slice(b_row, b_row + size)))
+                b_row += size
+            row += size
+        return blocks
 
     def delta(self) -> torch.Tensor:
-        """See `Reversible`."""
+        """See `MergeableLayer`."""
         product = self.lora_A.new_zeros(self.out_features, self.in_features)
-        for rows, a, b in self.blocks():
-            product[rows] = self.lora_B[b] @ self.lora_A[a]
+        for rows, a_rows, b_rows in self.blocks():
+            product[rows] = self.lora_B[b_rows] @ self.lora_A[a_rows]
         return product.T if self.fan_in_fan_out else product
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -167,68 +103,109 @@ class MergedLinear(Reversible, loralib.MergedLinear):
         result = F.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
         if self.merged:
             return result
-        # The scale goes where the tensor is thin, and one product for all blocks writes the wide one once.
-        down = F.linear(self.widened(self.lora_dropout(x)), self.lora_A) * self.scaling
-        return (result + F.linear(down, self.up())).to(result.dtype)
+        # Scaling the narrow tensor is cheaper, and one product for all blocks writes the wide tensor once.
+        down = F.linear(self.in_lora_dtype(self.lora_dropout(x)), self.lora_A) * self.scaling
+        return (result + F.linear(down, self.block_diagonal_b())).to(result.dtype)
 
-    def up(self) -> torch.Tensor:
-        """Return B with each block in its own rows and columns, [outputs, r·blocks]; ΔW is a hundred times that."""
-        parts, done = [], 0
-        for rows, a, b in self.blocks():
-            parts += [self.lora_B.new_zeros(rows.start - done, len(self.lora_A)),
-                      F.pad(self.lora_B[b], (a.start, len(self.lora_A) - a.stop))]  # fmt: skip
-            done = rows.stop
-        return torch.cat([*parts, self.lora_B.new_zeros(self.out_features - done, len(self.lora_A))])
+    def block_diagonal_b(self) -> torch.Tensor:
+        """Return B with each block in its own rows and columns, [outputs, r·blocks]: a hundredth of ΔW."""
+        rank = len(self.lora_A)
+        parts: list[torch.Tensor] = []
+        row = 0
+        for rows, a_rows, b_rows in self.blocks():
+            parts.append(self.lora_B.new_zeros(rows.start - row, rank))
+            parts.append(F.pad(self.lora_B[b_rows], (a_rows.start, rank - a_rows.stop)))
+            row = rows.stop
+        parts.append(self.lora_B.new_zeros(self.out_features - row, rank))
+        return torch.cat(parts)
 
 
-class Embedding(Reversible, loralib.Embedding):
-    """`nn.Embedding` plus (B·A)ᵀ; A begins at zero and B is drawn, as in loralib and peft."""
+class Embedding(MergeableLayer, loralib.Embedding):
+    """`nn.Embedding` plus (B·A)ᵀ. A starts at zero and B at random, as in loralib and peft."""
 
-    def draw(self) -> None:
-        """See `Reversible`."""
+    padding_idx: int | None
+
+    def reset_lora_parameters(self) -> None:
+        """See `MergeableLayer`."""
         nn.init.normal_(self.lora_B)
 
     def delta(self) -> torch.Tensor:
-        """See `Reversible`."""
+        """See `MergeableLayer`."""
         return (self.lora_B @ self.lora_A).T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the tokens' rows of the weight, and of ΔW."""
+        """Return the tokens' rows of the weight plus those of ΔW."""
         result = nn.Embedding.forward(self, x)
         if self.merged:
             return result
-        picked = F.embedding(x, self.lora_A.T, self.padding_idx)
-        return (result + F.linear(picked, self.lora_B) * self.scaling).to(result.dtype)
+        rows = F.embedding(x, self.lora_A.T, self.padding_idx)
+        return (result + F.linear(rows, self.lora_B) * self.scaling).to(result.dtype)
 
 
-class Conv2d(Reversible, loralib.Conv2d):
+class Conv2d(MergeableLayer, loralib.Conv2d):
     """`nn.Conv2d` with a square kernel plus ΔW. Its weight and bias are the layer's own, `x.weight` and `x.bias`.
 
-    loralib 0.1.2 has them at `x.conv`, where its own functions miss the bias and a pretrained state finds no weight.
+    loralib 0.1.2 has them at `x.conv`, so its own functions miss the bias, and a pretrained state finds no weight.
     """
 
-    def take(self, module: nn.Module) -> None:
-        """See `Reversible`."""
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        groups: int,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        merge_weights: bool,
+        device: str | None = None,
+    ):
+        loralib.Conv2d.__init__(
+            self,
+            in_channels,
+            out_channels,
+            kernel_size,
+            groups=groups,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            merge_weights=merge_weights,
+            device=device,
+        )
+
+    def wrap(self, module: nn.Module) -> None:
+        """See `MergeableLayer`."""
+        assert isinstance(module, nn.Conv2d)
         del self.conv
-        self.pretrained = (module,)  # in a tuple, so that its parameters do not count twice
-        super().take(module)
+        self.pretrained = (module,)  # in a tuple, so that its parameters are not counted twice
+        super().wrap(module)
 
     def delta(self) -> torch.Tensor:
-        """See `Reversible`."""
+        """See `MergeableLayer`."""
         return (self.lora_B @ self.lora_A).view(self.weight.shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the convolution with W, plus that of dropout(x) with ΔW; loralib forgets the dropout."""
+        """Return the convolution with W plus that of dropout(x) with ΔW; loralib omits the dropout."""
         convolve = self.pretrained[0]._conv_forward
-        result = convolve(x, self.weight, self.bias)
+        result: torch.Tensor = convolve(x, self.weight, self.bias)
         if self.merged:
             return result
-        # ΔW is of the kernel's size, small beside what the convolution makes of it.
-        update = convolve(self.lora_dropout(x).to(self.lora_A.dtype), self.delta() * self.scaling, None)
+        # ΔW has the size of the kernel, which is small beside the convolution's result.
+        update: torch.Tensor = convolve(self.lora_dropout(x).to(self.lora_A.dtype), self.delta() * self.scaling, None)
         return (result + update).to(result.dtype)
 
 
-def around(
+class _CommonOptions(TypedDict):
+    r: int
+    lora_alpha: int  # loralib's annotation; any number works
+    merge_weights: bool
+    device: str
+
+
+def wrap_module(
     module: nn.Module,
     *,
     r: int,
@@ -237,34 +214,45 @@ def around(
     merge_weights: bool,
     sizes: list[int] | None = None,
     enable_lora: list[bool] | None = None,
-) -> Reversible:
-    """Return loralib's layer in the place of a pretrained one, with that one's parameters.
+) -> MergeableLayer:
+    """Return loralib's layer for a pretrained module, with that module's parameters.
+
+    With `sizes` and `enable_lora`, each enabled block of a fused projection has an update of its own.
 
     Raises:
         BadConfig: loralib has no layer for it.
     """
     from transformers.pytorch_utils import Conv1D
 
-    common: dict[str, Any] = {"r": r, "lora_alpha": lora_alpha, "merge_weights": merge_weights}
-    meta = {"device": "meta"}  # the pretrained parameters take their places: nothing is drawn, nothing is allocated
-    layer: Reversible
+    # On the meta device nothing is allocated or initialised; `wrap` puts the pretrained parameters in.
+    common: _CommonOptions = {
+        "r": r,
+        "lora_alpha": lora_alpha,  # type: ignore[typeddict-item]
+        "merge_weights": merge_weights,
+        "device": "meta",
+    }
+    layer: MergeableLayer
     if type(module) is nn.Embedding:
-        own = {key: getattr(module, key) for key in ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")}
-        layer = Embedding(module.num_embeddings, module.embedding_dim, **own, **common, **meta)
+        layer = Embedding(
+            module.num_embeddings,
+            module.embedding_dim,
+            padding_idx=module.padding_idx,
+            max_norm=module.max_norm,
+            norm_type=module.norm_type,
+            scale_grad_by_freq=module.scale_grad_by_freq,
+            **common,
+        )
     elif type(module) is nn.Conv2d and len(set(module.kernel_size)) == 1:
         layer = Conv2d(
-            module.in_channels, module.out_channels, module.kernel_size[0], groups=module.groups,
-            lora_dropout=lora_dropout, **common, **meta,
-        )  # fmt: skip
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size[0],
+            groups=module.groups,
+            lora_dropout=lora_dropout,
+            **common,
+        )
     elif type(module) is nn.Linear or isinstance(module, Conv1D):
-        transposed = isinstance(module, Conv1D)  # GPT-2's: the weight is (in, out)
-        wide, tall = module.weight.shape if transposed else module.weight.shape[::-1]
-        options = {**common, **meta, "lora_dropout": lora_dropout, "fan_in_fan_out": transposed}
-        options["bias"] = module.bias is not None
-        if sizes is None or enable_lora is None:
-            layer = Linear(wide, tall, **options)
-        else:
-            layer = MergedLinear(wide, tall, sizes=sizes, enable_lora=enable_lora, **options)
+        layer = _linear_layer(module, lora_dropout, sizes, enable_lora, common)
     else:
         raise BadConfig(
             f"loralib has no layer for a {type(module).__name__}.",
@@ -272,5 +260,30 @@ def around(
             got=str(module)[:200],
             next_step="leave it out of peft_config.target_modules",
         )
-    layer.take(module)
+    layer.wrap(module)
     return layer
+
+
+def _linear_layer(
+    module: nn.Module,
+    lora_dropout: float,
+    sizes: list[int] | None,
+    enable_lora: list[bool] | None,
+    common: _CommonOptions,
+) -> Linear | MergedLinear:
+    transposed = not isinstance(module, nn.Linear)  # GPT-2's Conv1D: the weight is (in, out)
+    shape = module.get_parameter("weight").shape
+    inputs, outputs = shape if transposed else shape[::-1]
+    bias = module._parameters["bias"] is not None
+    if sizes is None or enable_lora is None:
+        return Linear(inputs, outputs, bias=bias, lora_dropout=lora_dropout, fan_in_fan_out=transposed, **common)
+    return MergedLinear(
+        inputs,
+        outputs,
+        sizes=sizes,
+        enable_lora=enable_lora,
+        bias=bias,
+        lora_dropout=lora_dropout,
+        fan_in_fan_out=transposed,
+        **common,
+    )

@@ -1,66 +1,73 @@
-"""A model with loralib's layers as a trainer sees it: checkpoints of what is trained, loaded with their keys checked."""
+"""A model with loralib's layers as transformers' trainer uses it: only what is trained is saved and loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Self
 
 import torch
+from pydantic import JsonValue
+from torch import nn
 
-from loraflow.adapters.loralib.layers import Reversible
-from loraflow.adapters.loralib.swap import Settings, load, state_of, swap
+from loraflow.adapters.loralib.checkpoint import load, save
+from loraflow.adapters.loralib.mergeable_layer import MergeableLayer
+from loraflow.adapters.loralib.swap import Settings, swap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FILE = "model.safetensors"  # the name under which transformers' trainer looks for it
 
 
-class LoralibModel:
-    """What is put before a model's own class: saving and loading of LoRA alone."""
+class LoralibModel(nn.Module):
+    """A base class that `prepare` adds to a model's own class."""
 
     settings: Settings
 
-    def get_base_model(self) -> Any:
-        """Return the model: loralib changes it in place, where peft wraps it."""
+    def get_base_model(self) -> Self:
+        """Return the model itself: loralib changes a model in place, while peft wraps it."""
         return self
 
-    def save_pretrained(self, save_directory: str | Path, *_: Any, is_main_process: bool = True, **__: Any) -> None:
-        """Write loralib's checkpoint, `lora_state_dict`, as safetensors."""
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        **_: JsonValue,
+    ) -> None:
+        """Write loralib's checkpoint, `lora_state_dict`, as safetensors. The trainer's other options do not apply."""
         if is_main_process:
-            save(self, Path(save_directory) / FILE)
+            save(self, Path(save_directory) / FILE, self.settings.bias)
 
-    def load_state_dict(self, state: Any, strict: bool = False, assign: bool = False) -> Any:
-        """Load such a checkpoint, out of a merged state too: a trainer loads its best one right after an evaluation."""
-        training = self.training  # type: ignore[attr-defined]
-        layers = [module for module in self.modules() if isinstance(module, Reversible)]  # type: ignore[attr-defined]
-        for layer in layers:
+    def load_state_dict(
+        self, state_dict: Mapping[str, torch.Tensor], strict: bool = False, assign: bool = False
+    ) -> torch.nn.modules.module._IncompatibleKeys:
+        """Load such a checkpoint, even if layers are merged: a trainer loads its best one right after an evaluation."""
+        training = self.training
+        for layer in [module for module in self.modules() if isinstance(module, MergeableLayer)]:
             layer.unmerge()
-        load(self, state, self.settings.bias)  # type: ignore[arg-type]
-        self.train(training)  # type: ignore[attr-defined]
+        load(self, state_dict, self.settings.bias)
+        self.train(training)
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
 
-def prepare(model: Any, settings: Settings, seed: int, *, checkpointing: bool = False) -> Any:
-    """Swap the layers of a pretrained model and make it ready for a trainer; the same model comes back.
+def prepare(model: PreTrainedModel, settings: Settings, seed: int, *, checkpointing: bool = False) -> PreTrainedModel:
+    """Swap the layers of a pretrained model and make it ready for a trainer.
 
     Args:
-        model: transformers'.
+        model: transformers'; it is changed in place and returned.
         settings: which layers, and how.
         seed: of A.
-        checkpointing: activations are computed anew; then the input needs gradients where nothing before it is trained.
+        checkpointing: activations are recomputed; then the input needs gradients, if nothing before it is trained.
     """
     torch.manual_seed(seed)
     swap(model, settings)
     own = type(model)
     model.__class__ = type(own.__name__, (LoralibModel, own), {"__module__": own.__module__})
-    model.settings = settings
     if checkpointing:
         model.enable_input_require_grads()
+    swapped: nn.Module = model
+    assert isinstance(swapped, LoralibModel)
+    swapped.settings = settings
     return model
-
-
-def save(model: Any, file: Path) -> None:
-    """Write the LoRA state, with the biases that are trained, as safetensors."""
-    from safetensors.torch import save_file
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    state = state_of(model, model.settings.bias)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file, metadata={"format": "pt"})

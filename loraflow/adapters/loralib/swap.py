@@ -1,8 +1,8 @@
 """Put loralib's layers into a pretrained model, by the names that a recipe gives.
 
-model = AutoModelForCausalLM.from_pretrained(...)              # first step of loralib's two: the pretrained weights
+model = AutoModelForCausalLM.from_pretrained(...)              # first load the pretrained weights
 swap(model, Settings(r=8, targets=["qkv_proj"], enable_lora={"qkv_proj": ["q", "v"]}))
-load(model, safetensors.torch.load_file("lora.safetensors"))   # second step: A and B
+load(model, safetensors.torch.load_file("lora.safetensors"))   # then A and B (`loralib.checkpoint`)
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import loralib
-import torch
 from torch import nn
 
-from loraflow.adapters.fused_projections import NAMES, block_sizes
-from loraflow.adapters.loralib.layers import Reversible, around
+from loraflow.adapters.fused_projections import NAMES, AttentionHeads, block_sizes
+from loraflow.adapters.lora_config import matches
+from loraflow.adapters.lora_updates import Bias
+from loraflow.adapters.loralib.layers import wrap_module
+from loraflow.adapters.loralib.mergeable_layer import MergeableLayer
 from loraflow.config.recipe import LoralibConfig, PeftConfig
-from loraflow.failures import BadConfig, BadModel
+from loraflow.failures import BadConfig
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What loralib needs to know."""
+    """Which modules become loralib's layers, and how."""
 
     r: int = 16
     lora_alpha: float = 32
@@ -30,7 +32,7 @@ class Settings:
     targets: list[str] | str = "all-linear"
     exclude: list[str] = field(default_factory=list)
     layers: list[int] | None = None
-    bias: str = "none"
+    bias: Bias = "none"
     enable_lora: Mapping[str, Sequence[str | bool]] = field(default_factory=dict)
     merge_weights: bool = False
 
@@ -49,8 +51,12 @@ class Settings:
             merge_weights=loralib_config.merge_weights,
         )
 
+    def blocks_of(self, module: str) -> Sequence[str | bool] | None:
+        """Return the enabled blocks of a module, or None if `enable_lora` does not name it."""
+        return next((blocks for key, blocks in self.enable_lora.items() if matches(module, key)), None)
 
-def swap(model: nn.Module, settings: Settings) -> dict[str, Reversible]:
+
+def swap(model: nn.Module, settings: Settings) -> dict[str, MergeableLayer]:
     """Replace the modules that the settings name, keep their weights, and leave only LoRA trainable.
 
     Returns:
@@ -59,23 +65,28 @@ def swap(model: nn.Module, settings: Settings) -> dict[str, Reversible]:
     Raises:
         BadConfig: a name matches nothing, loralib has no layer for a module, or it has no such blocks.
     """
-    chosen = _chosen(model, settings)
-    enabled = {name: _enabled(model, name, module, settings) for name, module in chosen.items()}
-    unused = [key for key in settings.enable_lora if not any(_ends(name, key) for name in chosen)]
+    modules = _select(model, settings)
+    enabled = {name: _enabled_blocks(model, name, module, settings) for name, module in modules.items()}
+    unused = [key for key in settings.enable_lora if not any(matches(name, key) for name in modules)]
     if unused:
         raise BadConfig(
             f"enable_lora names {unused[0]}, which is no target.",
             where="loralib_config.enable_lora",
-            expected=f"among {', '.join(sorted({name.rsplit('.', 1)[-1] for name in chosen}))}",
+            expected=f"among {', '.join(sorted({name.rsplit('.', 1)[-1] for name in modules}))}",
             got=unused[0],
         )
-    layers = {}
-    for name, module in chosen.items():
+    layers: dict[str, MergeableLayer] = {}
+    for name, module in modules.items():
         sizes, flags = enabled[name]
-        layers[name] = around(
-            module, r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
-            merge_weights=settings.merge_weights, sizes=sizes, enable_lora=flags,
-        )  # fmt: skip
+        layers[name] = wrap_module(
+            module,
+            r=settings.r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            merge_weights=settings.merge_weights,
+            sizes=sizes,
+            enable_lora=flags,
+        )
     for name, layer in layers.items():
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, layer)
@@ -83,52 +94,49 @@ def swap(model: nn.Module, settings: Settings) -> dict[str, Reversible]:
     return layers
 
 
-def _ends(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _chosen(model: nn.Module, settings: Settings) -> dict[str, nn.Module]:
+def _select(model: nn.Module, settings: Settings) -> dict[str, nn.Module]:
+    from transformers import PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    found = {}
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    selected: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if any(_ends(name, one) for one in settings.exclude):
+        if any(matches(name, excluded) for excluded in settings.exclude):
             continue
         number = next((int(part) for part in name.split(".") if part.isdigit()), None)
         if settings.layers is not None and number not in settings.layers:
             continue
         if isinstance(settings.targets, str):
             if isinstance(module, nn.Linear | Conv1D) and module is not head:
-                found[name] = module
-        elif any(_ends(name, one) for one in settings.targets):
-            found[name] = module
-    wanted = [] if isinstance(settings.targets, str) else settings.targets
-    for one in [one for one in wanted if not any(_ends(name, one) for name in found)] or (
-        [] if found else ["all-linear"]
-    ):
+                selected[name] = module
+        elif any(matches(name, target) for target in settings.targets):
+            selected[name] = module
+    targets = [] if isinstance(settings.targets, str) else settings.targets
+    unmatched = [target for target in targets if not any(matches(name, target) for name in selected)]
+    if unmatched or not selected:
+        target = unmatched[0] if unmatched else "all-linear"
         raise BadConfig(
-            f"No module of the base is called {one}.",
+            f"No module of the base is called {target}.",
             where="peft_config.target_modules",
-            got=one,
+            got=target,
             next_step="name modules that the base has, outside of exclude_modules and inside of layers_to_transform",
         )
-    return found
+    return selected
 
 
-def _enabled(
+def _enabled_blocks(
     model: nn.Module, name: str, module: nn.Module, settings: Settings
 ) -> tuple[list[int] | None, list[bool] | None]:
-    """Return the sizes of a fused module's blocks and which are adapted; None, None for a module taken whole."""
-    asked = next((value for key, value in settings.enable_lora.items() if _ends(name, key)), None)
+    """Return the sizes of a fused module's blocks and which are adapted; None, None for a module with one update."""
+    asked = settings.blocks_of(name)
     if asked is None:
         return None, None
     own = name.rsplit(".", 1)[-1]
     blocks = NAMES.get(own)
-    rows = module.weight.shape[1 if type(module).__name__ == "Conv1D" else 0]
+    rows = module.get_parameter("weight").shape[1 if type(module).__name__ == "Conv1D" else 0]
     where = f"loralib_config.enable_lora.{own}"
-    if all(isinstance(one, bool) for one in asked):
-        flags = [bool(one) for one in asked]
+    if all(isinstance(block, bool) for block in asked):
+        flags = [bool(block) for block in asked]
     else:
         if blocks is None or not set(asked) <= set(blocks):
             raise BadConfig(
@@ -138,7 +146,9 @@ def _enabled(
                 got=str(asked),
             )
         flags = [block in asked for block in blocks]
-    sizes = block_sizes(getattr(model, "config", None), own, rows) if blocks and len(flags) == len(blocks) else None
+    sizes: list[int] | None = None
+    if blocks and len(flags) == len(blocks):
+        sizes = block_sizes(AttentionHeads.of(getattr(model, "config", None)), own, rows)
     if sizes is None and flags and rows % len(flags) == 0:
         sizes = [rows // len(flags)] * len(flags)
     if sizes is None or not any(flags):
@@ -149,63 +159,3 @@ def _enabled(
             got=str(asked),
         )
     return sizes, flags
-
-
-def state_of(model: nn.Module, bias: str = "none") -> dict[str, torch.Tensor]:
-    """Return loralib's checkpoint: A and B, and the biases that `bias` trains (none, all, lora_only)."""
-    return loralib.lora_state_dict(model, bias=bias)
-
-
-def load(model: nn.Module, state: Mapping[str, torch.Tensor], bias: str = "none") -> None:
-    """Load a checkpoint of `state_of` or of loralib's own `lora_state_dict`, as `strict=False`, but with its keys checked.
-
-    Nothing is loaded unless everything fits.
-
-    Raises:
-        BadModel: a layer is merged; an unexpected key; a `lora_` key or a trained bias is missing; a shape differs; NaN.
-    """
-    own = model.state_dict(keep_vars=True)
-    merged = [name for name, layer in model.named_modules() if isinstance(layer, loralib.LoRALayer) and layer.merged]
-    if merged:
-        raise BadModel(
-            "LoRA weights cannot be loaded into merged layers: undoing the merge would then subtract another ΔW.",
-            where=merged[0],
-            next_step="call model.train() first",
-        )
-    expected = state_of(model, bias).keys()
-    unexpected, missing = sorted(state.keys() - own.keys()), sorted(expected - state.keys())
-    if unexpected or missing:
-        raise BadModel(
-            "The checkpoint is not of this model's LoRA layers.",
-            where=(unexpected or missing)[0],
-            expected=f"the {len(expected)} tensors of lora_state_dict(bias={bias})",
-            got=f"{len(unexpected)} unexpected, {len(missing)} missing",
-            next_step="give the rank, targets, enable_lora and bias with which it was trained",
-        )
-    for name, tensor in state.items():
-        if tensor.shape != own[name].shape or not tensor.isfinite().all():
-            raise BadModel(
-                "A tensor of the checkpoint does not fit.",
-                where=name,
-                expected=f"{list(own[name].shape)}, finite",
-                got=f"{list(tensor.shape)}, {int((~tensor.isfinite()).sum())} not finite",
-            )
-    nn.Module.load_state_dict(model, dict(state), strict=False)
-
-
-def load_pretrained(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Load pretrained weights into a model whose layers are loralib's already: everything but `lora_` must be there.
-
-    Raises:
-        BadModel: an unexpected key, or a missing one without `lora_`; nothing was loaded.
-    """
-    own = model.state_dict(keep_vars=True)
-    unexpected = sorted(state.keys() - own.keys())
-    missing = sorted(name for name in own.keys() - state.keys() if "lora_" not in name)
-    if unexpected or missing:
-        raise BadModel(
-            "The weights are not of this model.",
-            where=(unexpected or missing)[0],
-            got=f"{len(unexpected)} unexpected, {len(missing)} missing",
-        )
-    nn.Module.load_state_dict(model, dict(state), strict=False)

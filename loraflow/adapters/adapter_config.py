@@ -1,0 +1,126 @@
+"""PEFT's `adapter_config.json`: what an adapter's matrices alone do not say, such as alpha."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainValidator, ValidationError
+
+from loraflow.failures import BadModel
+
+FILE = "adapter_config.json"
+
+
+def _number(value: JsonValue) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("no number")
+    return value
+
+
+Number = Annotated[int | float, PlainValidator(_number)]  # an integer stays one: 16 is not written back as 16.0
+
+# Initialisations that change the base's weights. When peft loads such an adapter, it changes them again: for the first
+# two from the weights alone. The others need what the adapter does not contain: data, gradients, or a random state.
+RECOMPUTED = ("pissa", "olora")
+NOT_RECOMPUTED = ("pissa_niter", "corda", "loftq", "lora_ga")
+
+
+class AdapterConfig(BaseModel):
+    """The settings that loraflow computes with. All others are kept as they were read."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
+
+    peft_type: JsonValue = "LORA"
+    r: Number = 8
+    lora_alpha: Number = 8
+    rank_pattern: dict[str, Number] | None = None
+    alpha_pattern: dict[str, Number] | None = None
+    use_rslora: JsonValue = False
+    use_dora: JsonValue = False
+    bias: JsonValue = "none"
+    init_lora_weights: JsonValue = None
+
+    @classmethod
+    def read(cls, adapter: Path) -> Self:
+        """Read the config in an adapter's folder.
+
+        Raises:
+            BadModel: the file is missing, is no JSON object, or a number in it is no number.
+        """
+        file = adapter / FILE
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise TypeError(f"{type(values).__name__} where an object belongs")
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise BadModel(
+                "The adapter's configuration is damaged.",
+                where=str(file),
+                expected=f"a number at {'.'.join(map(str, first['loc']))}",
+                got=repr(first["input"]),
+            ) from error
+        except (OSError, ValueError, TypeError) as error:
+            raise BadModel(
+                "The adapter's configuration cannot be read.",
+                where=str(file),
+                expected="the JSON that peft writes beside adapter_model.safetensors",
+                got=f"{type(error).__name__}: {error}".splitlines()[0][:200],
+            ) from error
+
+    def write(self, adapter: Path) -> None:
+        """Write the settings that were read or set, sorted by name."""
+        values = self.model_dump(exclude_unset=True)
+        (adapter / FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def enabled(self, names: Iterable[str]) -> list[str]:
+        """Return those of the named settings that are neither missing nor false, null or empty."""
+        return [name for name in names if getattr(self, name, None)]
+
+    @property
+    def initialisation(self) -> str:
+        """The value of `init_lora_weights` in lower case."""
+        return str(self.init_lora_weights).lower()
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the adapter belongs to a base whose weights its initialisation changed."""
+        return self.initialisation.startswith((*RECOMPUTED, *NOT_RECOMPUTED))
+
+    def scale_of(self, module: str, rank: int) -> float:
+        """Return the factor of a module's B·A.
+
+        Args:
+            module: its full name.
+            rank: the rank of its matrices.
+
+        Raises:
+            BadModel: the config has another rank, so its alpha belongs to another adapter too.
+        """
+        default = self.r if "r" in self.model_fields_set else rank
+        configured = _by_pattern(self.rank_pattern, module, default)
+        if configured != rank:
+            raise BadModel(
+                "The adapter's configuration does not belong to its weights.",
+                where=module,
+                expected=f"rank {configured}, by adapter_config.json",
+                got=f"rank {rank}, in adapter_model.safetensors",
+                next_step="use the two files that were saved together",
+            )
+        alpha = _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _by_pattern(patterns: dict[str, int | float] | None, module: str, default: int | float) -> int | float:
+    """Look a module up as peft does: a pattern is the end of a name, or a regular expression for it."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

@@ -1,0 +1,147 @@
+"""What an adapter does to a base, tensor by tensor, read from headers and the adapter's config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraflow.adapters import safetensors_files as files
+from loraflow.adapters.adapter_config import AdapterConfig
+from loraflow.adapters.fused_projections import SPLIT
+from loraflow.adapters.lora_updates import PREFIX
+from loraflow.adapters.nf4 import Nf4
+from loraflow.adapters.safetensors_files import TensorEntry
+from loraflow.failures import BadModel
+
+# Settings that a merge from disk to disk does not know; such an adapter is merged by peft.
+_NEEDS_PEFT = ("lora_bias", "fan_in_fan_out", "trainable_token_indices", "use_qalora", "target_parameters", "arrow_config",
+               "alora_invocation_tokens", "layer_replication", "use_bdlora", "megatron_config")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MatrixUpdate:
+    """The update of one matrix: where A [r, in] and B [out, r] are stored, and their scale."""
+
+    down: TensorEntry  # A
+    up: TensorEntry  # B
+    scale: float
+    magnitude: TensorEntry | None = None  # DoRA's, [out]
+    embedding: bool = False  # then the base's matrix is [in, out]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the base's matrix."""
+        out, inner = self.up.shape[0], self.down.shape[1]
+        return (inner, out) if self.embedding else (out, inner)
+
+    @property
+    def entries(self) -> list[TensorEntry]:
+        """The tensors that it consists of."""
+        return [entry for entry in (self.down, self.up, self.magnitude) if entry is not None]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What an adapter does to a base, by the names of the base's tensors."""
+
+    updates: Mapping[str, MatrixUpdate]
+    replaced: Mapping[str, TensorEntry]  # trained as a whole: the adapter's tensor takes the place of the base's
+    nf4: Nf4 | None = None  # how training packed the tensors named in `packed`
+    packed: frozenset[str] = frozenset()
+
+    @property
+    def adapter_entries(self) -> list[TensorEntry]:
+        """All tensors of the adapter."""
+        return [*(entry for update in self.updates.values() for entry in update.entries), *self.replaced.values()]
+
+
+def plan_merge(config: AdapterConfig, adapter: Path) -> MergePlan | None:
+    """Plan a merge that uses every tensor of the adapter once, or return None if only peft can merge it.
+
+    Raises:
+        BadModel: the adapter is no LoRA adapter, or it is damaged.
+    """
+    if config.peft_type != "LORA":
+        raise BadModel("This is no LoRA adapter.", where=str(adapter), expected="LORA", got=str(config.peft_type))
+    entries = {entry.name: entry for entry in files.read_entries(adapter / "adapter_model.safetensors")}
+    if config.enabled(_NEEDS_PEFT) or config.changes_base:
+        return None
+    updates: dict[str, MatrixUpdate] = {}
+    for first, second, embedding in (
+        (".lora_A.weight", ".lora_B.weight", False),
+        (".lora_embedding_A", ".lora_embedding_B", True),
+    ):
+        for stem in sorted(name.removesuffix(first) for name in entries if name.endswith(first)):
+            down, up = entries[stem + first], entries.get(stem + second)
+            magnitude = entries.get(f"{stem}.lora_magnitude_vector")
+            if up is None or len(down.shape) != 2 or len(up.shape) != 2 or (embedding and magnitude is not None):
+                return None  # half a pair, a convolution, or DoRA's norms over the vocabulary
+            if down.shape[0] != up.shape[1]:
+                return None
+            module = stem.removeprefix(PREFIX)
+            scale = config.scale_of(module, down.shape[0])
+            updates[f"{module}.weight"] = MatrixUpdate(down, up, scale, magnitude, embedding)
+    if bool(config.use_dora) != any(update.magnitude for update in updates.values()):
+        return None
+    replaced = _whole_tensors(entries, updates)
+    return None if replaced is None else MergePlan(updates, replaced)
+
+
+def _whole_tensors(
+    entries: Mapping[str, TensorEntry], updates: Mapping[str, MatrixUpdate]
+) -> dict[str, TensorEntry] | None:
+    """Return the tensors that are no part of an update, by their names in the base; None if peft must place them."""
+    used = {entry.name for update in updates.values() for entry in update.entries}
+    rest = [name for name in entries if name not in used]
+    replaced = {name.removeprefix(PREFIX).replace(".base_layer.", "."): entries[name] for name in rest}
+    if any(".lora_" in name for name in rest) or len(replaced) < len(rest):
+        return None
+    return replaced
+
+
+def check_fit(entries: list[TensorEntry], plan: MergePlan) -> None:
+    """Check that every tensor of the adapter has its tensor in the base, of the same shape.
+
+    Raises:
+        BadModel: one has not.
+    """
+    base = {entry.name: entry for entry in entries}
+    shapes: dict[str, tuple[int, ...]] = {name: update.shape for name, update in plan.updates.items()}
+    shapes |= {name: entry.shape for name, entry in plan.replaced.items()}
+    for name, shape in shapes.items():
+        entry = base.get(name)
+        if entry is None:
+            raise _missing(name, base)
+        if shape != entry.shape or entry.dtype not in files.SIZES:
+            raise BadModel(
+                "An adapter's matrix does not fit the base's.",
+                where=name,
+                expected=f"{list(entry.shape)} {entry.dtype}",
+                got=str(list(shape)),
+                next_step="merge it into the base that it was trained on",
+            )
+
+
+def _missing(name: str, base: Iterable[str]) -> BadModel:
+    names = list(base)
+    similar = [other for other in names if other.split(".")[-2:-1] == name.split(".")[-2:-1]][:2]
+    counterpart = _fused_or_split(name, names)
+    return BadModel(
+        "The adapter adapts a matrix that the base does not have.",
+        where=name,
+        expected=counterpart or ", ".join(similar) or f"one of {len(names)} tensors such as {next(iter(names), None)}",
+        next_step="loraflow adapters convert ADAPTER BASE OUT makes it fit this base's projections; merge OUT"
+        if counterpart
+        else "merge it into the base that it was trained on",
+    )
+
+
+def _fused_or_split(name: str, base: list[str]) -> str | None:
+    """Return the base's tensor that holds this projection if the base fuses it, or one of several if it splits it."""
+    parent, module, parameter = ["", *name.rsplit(".", 2)][-3:]
+    fused = {part: whole for whole, parts in SPLIT.items() for part in parts}
+    for other in (*SPLIT.get(module, ())[:1], fused.get(module)):
+        if other and f"{parent}.{other}.{parameter}" in base:
+            return f"{parent}.{other}.{parameter}"
+    return None

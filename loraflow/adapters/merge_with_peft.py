@@ -1,0 +1,102 @@
+"""Merge through peft, in memory: for single trained tokens, transposed weights, and all else that is no plain sum."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraflow.adapters.nf4 import Nf4
+from loraflow.failures import BadModel
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def merge_with_peft(
+    base: Path, adapter: Path, out: Path, dtype: str | None, max_shard_bytes: int, nf4: Nf4 | None
+) -> int:
+    """Write the merged model to `out` and return the number of adapted modules.
+
+    Args:
+        base: the model's folder.
+        adapter: PEFT's folder.
+        out: a folder for the merged model.
+        dtype: bfloat16, float16 or float32; None leaves each tensor's own.
+        max_shard_bytes: of one file.
+        nf4: merge into the base's weights as training saw them.
+
+    Raises:
+        BadModel: the adapter does not fit the base, or peft cannot merge it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
+    if nf4 is not None:
+        nf4.apply(model)
+    wrapped = _load_adapter(model, adapter)
+    adapted = _check_all_loaded(wrapped, adapter)
+    try:
+        merged = wrapped.merge_and_unload(safe_merge=False)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        if _out_of_memory(error):
+            raise
+        raise BadModel(
+            "peft cannot merge this adapter.",
+            where=str(adapter),
+            got=str(error).strip()[:300],
+            next_step="serve base and adapter together, with peft",
+        ) from error
+    if dtype is not None:
+        merged = merged.to(getattr(torch, dtype))
+    merged.save_pretrained(out, max_shard_size=max_shard_bytes)
+    return adapted
+
+
+def _load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(adapter))
+    except (RuntimeError, ValueError, KeyError) as error:
+        if _out_of_memory(error):
+            raise
+        raise BadModel(
+            "The adapter does not fit the base.",
+            where=str(adapter),
+            got=str(error).strip()[:300],
+            next_step="merge it into the base that it was trained on",
+        ) from error
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Tell whether memory ran out. torch raises a RuntimeError for that too, and the adapter is not the cause."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error).lower()
+
+
+def _check_all_loaded(wrapped: PeftModel, adapter: Path) -> int:
+    """Check that every tensor of the adapter was loaded, and return the number of adapted modules.
+
+    peft neither reports a tensor that the file lacks, which keeps its initial value, nor an entry that fits no tensor.
+
+    Raises:
+        BadModel: a tensor has no counterpart, or nothing is adapted.
+    """
+    from peft import get_peft_model_state_dict, load_peft_weights
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    stored = {name.replace(".default.", ".") for name in load_peft_weights(str(adapter), device="cpu")}
+    loaded = {name.replace(".default.", ".") for name in get_peft_model_state_dict(wrapped)}
+    unmatched = sorted(stored - loaded) + sorted(name for name in loaded - stored if "lora_" in name)
+    if unmatched:
+        raise BadModel(
+            "The adapter's tensors do not fit the base.",
+            where=str(adapter),
+            got=f"{len(unmatched)} without a counterpart, such as {unmatched[0]}",
+            next_step="merge it into the base that it was trained on",
+        )
+    adapted = sum(isinstance(module, BaseTunerLayer) for module in wrapped.modules())
+    if adapted == 0:
+        raise BadModel("The adapter adapts nothing in this base.", where=str(adapter))
+    return adapted

@@ -1,0 +1,68 @@
+"""`loraflow.json`: which base and which chat template an adapter was trained with, or a merged model was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from loraflow.failures import BadModel
+
+ORIGIN = "loraflow.json"  # beside the files of an adapter or a merged model
+
+
+class _Origin(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    base: str | None = None
+    chat_template_sha256: str | None = None
+
+
+def chat_template(folder: Path) -> str | None:
+    """Return a model's chat template, or None if it has none."""
+    from loraflow.data.loss_mask import read_template
+
+    file = folder / "tokenizer_config.json"
+    if not file.exists():
+        return None
+    try:
+        return read_template(folder, json.loads(file.read_text(encoding="utf-8")))
+    except BadModel:  # a base that was never tuned for chats
+        return None
+
+
+def template_hash(folder: Path) -> str | None:
+    """Return the sha256 of a model's chat template, or None if it has none."""
+    template = chat_template(folder)
+    return None if template is None else hashlib.sha256(template.encode()).hexdigest()
+
+
+def write_origin(folder: Path, base: Path, base_digest: str | None) -> None:
+    """Record in `folder` the base's digest and the hash of its chat template."""
+    values = {"base": base_digest, "chat_template_sha256": template_hash(base)}
+    (folder / ORIGIN).write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_origin(adapter: Path, base: Path, base_digest: str | None) -> None:
+    """Compare what an adapter was trained with to this base. An adapter without a record passes.
+
+    Raises:
+        BadModel: another base, or another chat template: prompts would not have the form that was trained.
+    """
+    if not (adapter / ORIGIN).exists():
+        return
+    trained = _Origin.model_validate_json((adapter / ORIGIN).read_bytes())
+    for what, ours, theirs in (
+        ("base", base_digest, trained.base),
+        ("chat template", template_hash(base), trained.chat_template_sha256),
+    ):
+        if ours and theirs and ours != theirs:
+            raise BadModel(
+                f"The adapter was trained with another {what}.",
+                where=str(adapter / ORIGIN),
+                expected=theirs,
+                got=ours,
+                next_step="merge it into the base that it was trained on, with that base's tokenizer and template",
+            )

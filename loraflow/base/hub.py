@@ -1,0 +1,73 @@
+"""Models on the Hugging Face hub, pinned by commit: a branch is resolved once, and the lock file remembers the commit."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from loraflow.failures import BadModel, Network
+from loraflow.store.files import write_json
+
+LOCK = Path("loraflow.lock")  # in the working folder: {"model@revision": commit}
+
+
+def commit_of(model: str, revision: str) -> str:
+    """Return the commit of a revision: the revision itself, the one in the lock file, or the hub's answer.
+
+    Raises:
+        BadModel: the hub has no such model.
+        Network: the hub did not answer.
+    """
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    key = f"{model}@{revision}"
+    locked: dict[str, str] = json.loads(LOCK.read_text()) if LOCK.exists() else {}
+    if key in locked:
+        return locked[key]
+    commit = _ask_the_hub(model, revision, key)
+    write_json(LOCK, {**locked, key: commit})
+    return commit
+
+
+def _ask_the_hub(model: str, revision: str, key: str) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        commit: str = HfApi().model_info(model, revision=revision).sha
+    except RepositoryNotFoundError as error:
+        raise BadModel(
+            "The hub has no such model.", where="base.model", got=model, next_step="correct base.model"
+        ) from error
+    except (OSError, HTTPError, HfHubHTTPError, OfflineModeIsEnabled, RuntimeError) as error:
+        raise Network(
+            "The hub did not say which commit the branch is at.",
+            where=key,
+            got=f"{type(error).__name__}: {error}".splitlines()[0][:200],
+            next_step="set base.revision to the commit's 40 hex digits, or base.model to a local folder",
+        ) from error
+    return commit
+
+
+def download(model: str, commit: str, *, trust: bool) -> Path:
+    """Download a model's files, with its Python code only if `trust` is set, and return their folder.
+
+    Raises:
+        Network: the hub did not deliver them.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges*"]
+    try:
+        return Path(snapshot_download(model, revision=commit, allow_patterns=patterns + ["*.py"] * trust))
+    except (OSError, HTTPError, LocalEntryNotFoundError, HfHubHTTPError) as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename:
+            raise  # the local disk's failure, not the network's
+        raise Network(
+            "The hub did not deliver the model.",
+            where=f"{model} at {commit}",
+            got=f"{type(error).__name__}: {error}".splitlines()[0][:200],
+            next_step="check the network (and HF_TOKEN for a gated model), or set base.model to a local folder",
+        ) from error
