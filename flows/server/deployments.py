@@ -27,6 +27,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
 from pydantic import ValidationError
 
+import loraflow
 from loraflow.failures import BadConfig, Network
 from loraflow.flows.server.automations import Notifications, automations
 from loraflow.tasks.gpu_lease import create_limit
@@ -95,7 +96,7 @@ def find_file() -> Path:
     Raises:
         BadConfig: there is none.
     """
-    for place in (Path(FILE), Path(__file__).parent.parent / FILE):
+    for place in (Path(FILE), Path(loraflow.__file__).parent.parent / FILE):
         if place.is_file():
             return place
     raise BadConfig(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import loraflow
 from loraflow.failures import BadConfig
 
 
@@ -20,7 +21,7 @@ def folder() -> Path:
         BadConfig: there are no recipes.
     """
     named = os.environ.get("LORAFLOW_HOME")
-    place = Path(named) if named else Path(__file__).parent.parent
+    place = Path(named) if named else Path(loraflow.__file__).parent.parent
     if not (place / "configs").is_dir():
         raise BadConfig(
             "The worker does not know the project's folder.",
