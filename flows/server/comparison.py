@@ -37,19 +37,24 @@ def changed_schedules(
 
 def same_automation(wanted: AutomationCore, existing: AutomationCore) -> bool:
     """Tell whether two automations do the same. Whether one is disabled is no difference."""
-    return _comparable(wanted) == _comparable(existing)
+    wanted_fields, existing_fields = (
+        automation.model_dump(mode="json", exclude=NOT_COMPARED) for automation in (wanted, existing)
+    )
+    return same_automation_fields(wanted_fields, existing_fields)
 
 
-def _comparable(automation: AutomationCore) -> JsonValue:
-    return _without_ids_and_order(automation.model_dump(mode="json", exclude=NOT_COMPARED))
+def same_automation_fields(wanted: dict[str, JsonValue], existing: dict[str, JsonValue]) -> bool:
+    """Tell whether two automations, as JSON, do the same, whatever the ids in their triggers."""
+    wanted_trigger, existing_trigger = (_comparable_trigger(fields["trigger"]) for fields in (wanted, existing))
+    return {**wanted, "trigger": wanted_trigger} == {**existing, "trigger": existing_trigger}
 
 
-def _without_ids_and_order(value: JsonValue) -> JsonValue:
-    """Drop the ids of triggers and sort lists of names, which were sets: each process puts those in another order."""
-    if isinstance(value, dict):
-        return {key: _without_ids_and_order(part) for key, part in value.items() if key != "id"}
-    if isinstance(value, list):
-        if all(isinstance(part, str) for part in value):
-            return sorted(value, key=str)
-        return [_without_ids_and_order(part) for part in value]
-    return value
+def _comparable_trigger(part: JsonValue) -> JsonValue:
+    """Drop the ids of a trigger's parts and sort lists of names: they were sets, whose order differs by process."""
+    if isinstance(part, dict):
+        return {key: _comparable_trigger(value) for key, value in part.items() if key != "id"}
+    if isinstance(part, list):
+        if all(isinstance(name, str) for name in part):
+            return sorted(part, key=str)
+        return [_comparable_trigger(value) for value in part]
+    return part
