@@ -35,7 +35,13 @@ class ConcurrencyLimit(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     limit: int
-    collision_strategy: ConcurrencyLimitStrategy = ConcurrencyLimitStrategy.ENQUEUE
+    collision_strategy: ConcurrencyLimitStrategy | None = None
+    grace_period_seconds: int | None = None
+
+    def options(self) -> ConcurrencyOptions | None:
+        """Return everything but the limit itself; None leaves it to the server."""
+        options = self.model_dump(exclude={"limit"}, exclude_none=True)
+        return ConcurrencyOptions.model_validate(options) if options else None
 
 
 class Schedule(BaseModel):
@@ -87,23 +93,18 @@ class DeploymentSpec(BaseModel):
             job_variables=self.work_pool.job_variables,
             pull_steps=self.pull_steps,
             concurrency_limit=limit.limit if limit else None,
-            concurrency_options=ConcurrencyOptions(collision_strategy=limit.collision_strategy) if limit else None,
+            concurrency_options=limit.options() if limit else None,
         )
 
     def new_schedules(self) -> list[DeploymentScheduleCreate]:
-        """Return the schedules for a deployment that is created."""
+        """Return the schedules, as the server's API takes them with a new deployment."""
         return [
-            DeploymentScheduleCreate(
-                slug=schedule.slug,
-                schedule=CronSchedule(cron=schedule.cron, timezone=schedule.timezone),
-                active=schedule.active,
-                parameters=schedule.parameters,
-            )
-            for schedule in self.schedules
+            DeploymentScheduleCreate.model_validate(schedule.model_dump(exclude_unset=True))
+            for schedule in self.schedule_updates()
         ]
 
     def schedule_updates(self) -> list[DeploymentScheduleUpdate]:
-        """Return the schedules for a deployment that exists."""
+        """Return the schedules, as the server's API takes them with an update."""
         return [
             DeploymentScheduleUpdate(
                 slug=schedule.slug,
