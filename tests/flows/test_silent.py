@@ -92,15 +92,15 @@ def test_runs_without_a_sign_of_life_end_and_others_do_not(client, deployments):
     assert {id_: client.read_flow_run(id_).state.type for id_ in left} == left
 
 
-def test_a_run_that_suspends_itself_says_so_when_it_has_nothing_more_to_do(tmp_path, dataset, quick_phi3, monkeypatch):
-    """Its heartbeats go on until then."""
-    place, said = Place(tmp_path, quick_phi3), []
+def test_a_run_that_suspends_itself_announces_it_when_its_work_is_done(tmp_path, dataset, quick_phi3, monkeypatch):
+    """Its heartbeats continue until then."""
+    place, announced = Place(tmp_path, quick_phi3), []
 
     def announce(run):
         with LocalStore(place.store).cleanup_lock():
-            said.append(run)
+            announced.append(run)
 
     monkeypatch.setattr(run_module, "announce_waiting", announce)
     with pytest.raises(Pause), run_module.open_run(str(place.recipe), {}, []):
         raise Pause
-    assert len(said) == 1
+    assert len(announced) == 1

@@ -144,7 +144,7 @@ def test_a_stage_holds_the_gpu_only_where_there_is_one(monkeypatch, tmp_path):
     for stage, device, held in (("train", "auto", True), ("merge", "auto", False), ("train", "cpu", False)):
         lock.unlink(missing_ok=True)
         recipe = parse_recipe("name: x\nbase: {model: a}", overrides={"runtime.device": device})
-        inputs = {name: REF for name, one in STAGES[stage].inputs.items() if not one.optional}
+        inputs = {name: REF for name, input_ in STAGES[stage].inputs.items() if not input_.optional}
         with lease.gpu_lease(make_job(stage, recipe, inputs)):
             if held:
                 with pytest.raises(Held), flock(lock, wait=False):
