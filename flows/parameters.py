@@ -40,7 +40,7 @@ class StageChoice:
     """Makes a text field a choice among the stages of the stage table."""
 
     def __get_pydantic_core_schema__(self, source: type[str], handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Return the schema of `Literal["version_dataset", …]`."""
+        """Return the schema of a `Literal` of the names of all stages."""
         return core_schema.literal_schema(list(STAGES))
 
 

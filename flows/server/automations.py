@@ -66,7 +66,7 @@ def wanted_automations(client: SyncPrefectClient, notifications: Notifications) 
 def lost_run_automations() -> Iterator[AutomationCore]:
     """Yield the automations that end runs whose machine or process vanished, which a self-hosted server lacks.
 
-    A Prefect trigger counts the events that follow an event of `after`, and stops at the first one. A state that no
+    A Prefect trigger waits for events that follow an event of `after`, and one event ends the wait. A state that no
     event follows therefore needs a trigger that starts with this state. Deployments of earlier versions may still be on
     the server; they send no heartbeats, so only those with the heartbeat tag are expected to.
     """
