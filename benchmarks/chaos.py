@@ -25,7 +25,7 @@ from typing import Any
 from measure import row
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from loraflow.flows.server.automations import SILENT
+from loraflow.flows.server.automations import HEARTBEAT_TIMEOUT
 from loraflow.store import LocalStore
 from loraflow.store.checkpoints import is_whole
 from tests.conftest import build_phi3
@@ -37,7 +37,7 @@ WHO = {
     "worker": "Prefect's worker",
     "server": "Prefect's server",
 }
-BOUND = SILENT.total_seconds()
+BOUND = HEARTBEAT_TIMEOUT.total_seconds()
 GONE = 30.0  # seconds in which a process may end after its run: a training that is asked to saves a checkpoint in 20
 ATTEMPTS = 5  # at a moment at which the victim is there
 

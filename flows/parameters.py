@@ -1,106 +1,178 @@
-"""The run form: what a person sees and fills in before a run, in Prefect's UI.
+"""The run form: the fields that a person fills in before a run, in Prefect's UI.
 
-The form is short. Whatever else a recipe holds is changed in the recipe, or through `settings` by its dotted key.
+The form is short. Any other key of a recipe is changed in the recipe, or through `settings` by its dotted name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
-from pydantic.annotated_handlers import GetJsonSchemaHandler
-from pydantic_core import CoreSchema
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
+from pydantic.config import JsonDict
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
 
-StageName = Literal[
-    "version_dataset", "check_dataset", "resolve_base", "tokenize", "train", "merge", "verify", "evaluate"
-]
+from loraflow.stages import STAGES
 
 
 class RecipeChoice:
-    """Shows a text field as a choice among the recipes of `configs/`, or a path."""
+    """Shows a text field as a choice between the recipes of `configs/` and a path."""
 
-    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """Return the schema, with the recipes that are there now: at deploy time."""
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Return the schema, with the recipes that exist when the flow is deployed."""
         names = sorted(path.stem for path in Path("configs").glob("*.yaml"))
         path = {"title": "A path", "type": "string", "minLength": 1}
         return {"anyOf": [{"title": "From configs/", "type": "string", "enum": names}, path]} if names else path
 
 
-RecipeName = Annotated[str, RecipeChoice()]
-NO_STAGES: list[StageName] = []
-Settings = dict[str, Any]  # dotted keys of the recipe and their values; JsonValue would show no form in the UI
-NO_SETTINGS: Settings = {}
+class StageChoice:
+    """Makes a text field a choice among the stages of the stage table."""
+
+    def __get_pydantic_core_schema__(self, source: type[str], handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Return the schema of a `Literal` of the names of all stages."""
+        return core_schema.literal_schema(list(STAGES))
 
 
-class _Empty:
-    """Shows a field that may stay empty as one box, where `X | None` would be shown as two tabs."""
+class FreeForm:
+    """Shows an object as a JSON editor; the schema of JsonValue itself would show no field at all."""
 
-    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """Return the schema without null; a form that leaves a field empty does not send it."""
-        (shown,) = [one for one in handler(core_schema)["anyOf"] if one != {"type": "null"}]
-        return shown
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Return the schema of an object with any keys and values."""
+        return {"type": "object", "additionalProperties": True}
 
 
-class _Decimal:
-    """Shows a number as text: the new UI's number box takes whole numbers only (its step is 1), and nobody types 2e-4."""
+class MayBeEmpty:
+    """Shows an optional field as one box; `X | None` would be shown as two tabs."""
 
-    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """Return the schema: above zero and at most one, as a decimal or with an exponent."""
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Return the schema without null: the form does not send a field that is left empty."""
+        (shown,) = [schema for schema in handler(core)["anyOf"] if schema != {"type": "null"}]
+        return {**shown}
+
+
+class DecimalText:
+    """Shows a number as text: the new UI's number box takes whole numbers only, and nobody can type 2e-4 in it."""
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Return the schema of a number above 0 and at most 1, written as a decimal or with an exponent."""
         return {"type": "string", "pattern": r"^(?![0.]*$)(0?\.\d+|[1-9](\.\d+)?[eE]-0?[1-9]\d?|1(\.0*)?)$"}
 
 
-MaybeInt = Annotated[int | None, _Empty()]
-MaybeText = Annotated[str | None, _Empty()]
+def at(position: int) -> Callable[[JsonDict], None]:
+    """Return a `json_schema_extra` that puts a field at a position of the form and leaves it empty at first."""
 
-
-def _field(title: str, description: str, position: int, **bounds: Any) -> Any:
-    def extra(schema: dict[str, Any]) -> None:
-        schema.pop("default", None)  # null, which an empty box is not
+    def extra(schema: JsonDict) -> None:
+        schema.pop("default", None)  # null, which is not what an empty box sends
         schema["position"] = position
 
-    return Field(None, title=title, description=description, json_schema_extra=extra, **bounds)
+    return extra
+
+
+RecipeName = Annotated[str, RecipeChoice()]
+StageName = Annotated[str, StageChoice()]
+NO_STAGES: list[StageName] = []
+JsonObject = Annotated[dict[str, JsonValue], FreeForm()]
+Settings = JsonObject  # {dotted key of the recipe: value}
+NO_SETTINGS: Settings = {}
+OptionalInt = Annotated[int | None, MayBeEmpty()]
+OptionalText = Annotated[str | None, MayBeEmpty()]
+OptionalDecimal = Annotated[float | None, DecimalText()]
+OptionalLossOn = Annotated[Literal["assistant", "last_assistant", "all"] | None, MayBeEmpty()]
 
 
 class Overrides(BaseModel):
-    """What to change for this run. What is left empty stays as the recipe says."""
+    """Changes for this run. An empty field keeps the recipe's value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="Changes to the recipe")
 
-    epochs: MaybeInt = _field(
-        "Epochs", "How often training reads every row. Takes the place of max_steps, too.", 0, ge=1, le=1000
+    epochs: OptionalInt = Field(
+        None,
+        title="Epochs",
+        description="How many times training reads each row. Replaces the recipe's max_steps, too.",
+        json_schema_extra=at(0),
+        ge=1,
+        le=1000,
     )
-    learning_rate: Annotated[float | None, _Decimal()] = _field(
-        "Learning rate", "Its peak, such as 2e-4 or 0.0002; LoRA bears 1e-5 to 1e-3.", 1, gt=0, le=1
+    learning_rate: OptionalDecimal = Field(
+        None,
+        title="Learning rate",
+        description="The peak learning rate, such as 2e-4 or 0.0002. LoRA usually works with 1e-5 to 1e-3.",
+        json_schema_extra=at(1),
+        gt=0,
+        le=1,
     )
-    rank: MaybeInt = _field("LoRA rank", "Columns of the adapter's matrices: more learn more, and cost more.", 2,
-                              ge=1, le=1024)  # fmt: skip
-    alpha: MaybeInt = _field("LoRA alpha", "The adapter's scale is alpha / rank.", 3, ge=1, le=4096)
-    max_length: MaybeInt = _field("Longest row, in tokens", "Longer ones are treated by data.too_long.", 4,
-                                    ge=8, le=1_048_576)  # fmt: skip
-    dataset_rev: MaybeText = _field(
-        "Dataset revision", "Git revision or branch of the .dvc file; by default the files that are there.", 5,
+    rank: OptionalInt = Field(
+        None,
+        title="LoRA rank",
+        description="The rank of the adapter's matrices. A higher rank can learn more, and costs more.",
+        json_schema_extra=at(2),
+        ge=1,
+        le=1024,
+    )
+    alpha: OptionalInt = Field(
+        None,
+        title="LoRA alpha",
+        description="The adapter is scaled by alpha / rank.",
+        json_schema_extra=at(3),
+        ge=1,
+        le=4096,
+    )
+    max_length: OptionalInt = Field(
+        None,
+        title="Longest row, in tokens",
+        description="The recipe's data.too_long decides what happens to longer rows.",
+        json_schema_extra=at(4),
+        ge=8,
+        le=1_048_576,
+    )
+    dataset_rev: OptionalText = Field(
+        None,
+        title="Dataset revision",
+        description="Git revision or branch of the .dvc file. If empty, the files of the working tree.",
+        json_schema_extra=at(5),
         min_length=1,
-    )  # fmt: skip
-    seed: MaybeInt = _field("Seed", "Of the adapter's start and the order of rows.", 6, ge=0, le=2**32 - 1)
-    loss_on: Annotated[Literal["assistant", "last_assistant", "all"] | None, _Empty()] = _field(
-        "Learn from", "Which tokens are learned: every answer, the last one of each chat, or all text.", 7
+    )
+    seed: OptionalInt = Field(
+        None,
+        title="Seed",
+        description="The random seed of the adapter's initial weights and of the order of rows.",
+        json_schema_extra=at(6),
+        ge=0,
+        le=2**32 - 1,
+    )
+    loss_on: OptionalLossOn = Field(
+        None,
+        title="Learn from",
+        description="The tokens to learn from: every answer, the last answer of each chat, or all text.",
+        json_schema_extra=at(7),
     )
 
     @model_serializer(mode="wrap")
-    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_empty_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
         return {name: value for name, value in handler(self).items() if value is not None}
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, JsonValue]:
         """Return the changes as {dotted key of the recipe: value}."""
-        out = {_KEYS[name]: value for name, value in self if value is not None}
+        out: dict[str, JsonValue] = {KEYS[name]: value for name, value in self if value is not None}
         if self.epochs is not None:
-            out["training_config.max_steps"] = -1  # which would otherwise win over the epochs
+            out["training_config.max_steps"] = -1  # otherwise max_steps would take precedence over the epochs
         return out
 
 
 NO_OVERRIDES = Overrides()
-_KEYS = {
+# field of the form → dotted key of the recipe
+KEYS = {
     "epochs": "training_config.num_train_epochs",
     "learning_rate": "training_config.learning_rate",
     "rank": "peft_config.r",

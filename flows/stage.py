@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import flow
-from prefect.states import Failed, State
+from prefect.client.schemas.objects import State
+from prefect.states import Failed
 
 from loraflow.execution.parent_death import end_with_parent
 from loraflow.failures import Failure, from_os_error
+from loraflow.flows.parameters import JsonObject
 from loraflow.store import require_intact
 from loraflow.tasks.compute import compute_here
 from loraflow.tasks.placement import accept, failure_message
 
 
 @flow(name="stage", flow_run_name="{label}", persist_result=False)
-def stage(job: dict[str, Any], store: str, label: str, force: bool = False) -> State[None] | None:
+def stage(job: JsonObject, store: str, label: str, force: bool = False) -> State[None] | None:
     """Compute one stage of another run and put its artifact into the shared store.
 
     Args:

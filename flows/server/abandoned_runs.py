@@ -1,9 +1,9 @@
-"""Runs that a killed `loraflow up` left in Pending, Running or Cancelling, where they would hold their slots for ever."""
+"""End the runs that a killed `loraflow up` left in Pending, Running or Cancelling, where they would keep their slots."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -18,47 +18,52 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed
 
-HEARTBEATS = timedelta(seconds=90)  # three of a worker's
-UNDER_WAY = FlowRunFilter(
+WORKER_TIMEOUT = timedelta(seconds=90)  # three heartbeats of a worker
+UNFINISHED = FlowRunFilter(
     state=FlowRunFilterState(
         type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
     )
 )
 PAGE = 200
+MESSAGE = "Its worker ended with an earlier `loraflow up`. Retry resumes after the last finished stage."
 
 
 def worker_name() -> str:
-    """Return the name of this host's workers under `loraflow up`, the same each time, so that others' are told apart."""
+    """Return the name of this host's workers under `loraflow up`. It is always the same, so others can be told apart."""
     return f"loraflow up on {socket.gethostname()}"
 
 
-def end_abandoned(pools: list[str]) -> list[str]:
-    """End the runs of pools that no worker can have, before this host's workers start; return a line for each.
+def end_abandoned(pools: Sequence[str]) -> list[str]:
+    """End the unfinished runs of work pools that no live worker can have; return a line for each.
 
-    A run that a worker of another name may have, seen since shortly before the run's last state, is left to it and to
-    its heartbeats.
+    To be called before this host's workers start. A run that a worker of another name may have is left to that worker
+    and to the run's heartbeats: the worker was online shortly before the run came to its last state, or later.
     """
-    said = []
+    ended = []
     with get_client(sync_client=True) as client:
         for pool in pools:
-            others = _others_seen(client, pool)
-            for run in _under_way(client, pool):
-                assert run.state is not None  # as the filter asked for
-                if any(seen > run.state.timestamp - HEARTBEATS for seen in others):
+            others = _heartbeats_of_other_workers(client, pool)
+            for run in _unfinished_runs(client, pool):
+                assert run.state is not None  # the filter asks for states
+                if any(heartbeat > run.state.timestamp - WORKER_TIMEOUT for heartbeat in others):
                     continue
-                ended: Callable[..., State[None]] = Cancelled if run.state.type == StateType.CANCELLING else Crashed
-                state = ended(message="Its worker ended with the `loraflow up` before this one. Retry goes on from the"
-                              " last finished stage.")  # fmt: skip
-                client.set_flow_run_state(run.id, state)
-                said.append(f"run {run.name} was left {run.state.name}: now {state.name}; Retry in the UI goes on")
-    return said
+                final = _final_state(run.state)
+                client.set_flow_run_state(run.id, final)
+                ended.append(f"run {run.name} was left {run.state.name}: now {final.name}; Retry in the UI resumes it")
+    return ended
 
 
-def _under_way(client: SyncPrefectClient, pool: str) -> list[FlowRun]:
+def _final_state(state: State[None]) -> State[None]:
+    if state.type == StateType.CANCELLING:
+        return Cancelled(message=MESSAGE)
+    return Crashed(message=MESSAGE)
+
+
+def _unfinished_runs(client: SyncPrefectClient, pool: str) -> list[FlowRun]:
     found: list[FlowRun] = []
     while True:
         page = client.read_flow_runs(
-            flow_run_filter=UNDER_WAY,
+            flow_run_filter=UNFINISHED,
             work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
             limit=PAGE,
             offset=len(found),
@@ -68,9 +73,11 @@ def _under_way(client: SyncPrefectClient, pool: str) -> list[FlowRun]:
             return found
 
 
-def _others_seen(client: SyncPrefectClient, pool: str) -> list[datetime]:
+def _heartbeats_of_other_workers(client: SyncPrefectClient, pool: str) -> list[datetime]:
     try:
         workers = client.read_workers_for_work_pool(pool)
-    except ObjectNotFound:  # no deployment has it yet
+    except ObjectNotFound:  # no deployment has created the pool yet
         return []
-    return [one.last_heartbeat_time for one in workers if one.name != worker_name() and one.last_heartbeat_time]
+    return [
+        worker.last_heartbeat_time for worker in workers if worker.name != worker_name() and worker.last_heartbeat_time
+    ]

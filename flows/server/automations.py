@@ -1,138 +1,173 @@
-"""Automations of the server: runs whose process vanished, and notices to people.
+"""The server's automations: end runs whose process vanished, and notify people.
 
-Notices are asked for in `prefect.yaml`, under `notifications`; one is set up only if its block exists on the server.
+Notifications are configured in `prefect.yaml`, under `notifications`. A block that the server lacks is skipped.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import StateType
 from prefect.events.actions import CallWebhook, ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
-from prefect.states import StateType
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraflow.failures import BadConfig
 from loraflow.tasks.events import CHAMPION, REJECTED, WAITS
 
 log = logging.getLogger("loraflow")
-SILENT = timedelta(seconds=540)  # three heartbeats, of one in 180 s
-STARTING = timedelta(hours=1)  # in which an image is pulled and a node comes up
-OURS = "loraflow"  # a tag of all deployments in prefect.yaml
-BEATS = "heartbeat"  # a tag of those whose runs send them: they have PREFECT_FLOWS_HEARTBEAT_FREQUENCY
+HEARTBEAT_TIMEOUT = timedelta(seconds=540)  # three heartbeats, which are 180 s apart
+START_TIMEOUT = timedelta(hours=1)  # enough to pull an image and to start a node
+LORAFLOW_TAG = "loraflow"  # on all deployments in prefect.yaml
+HEARTBEAT_TAG = "heartbeat"  # on deployments that set PREFECT_FLOWS_HEARTBEAT_FREQUENCY
 
 
 class Notifications(BaseModel):
     """The `notifications` of `prefect.yaml`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     blocks: list[str] = Field([], description="Blocks as TYPE/NAME, such as slack-webhook/loraflow or webhook/ops.")
     champion_older_than_days: float = Field(30, gt=0)
 
 
-def silent() -> Iterator[AutomationCore]:
-    """Yield what ends runs whose machine or process vanished. Self-hosted servers have no such automation of their own.
+@dataclass(frozen=True)
+class NotificationBlock:
+    """A block on the server that sends messages."""
 
-    A trigger of Prefect's counts what comes after an event, and gives up once it was enough: a state in which nothing
-    more comes needs a trigger that begins with it. Deployments of an older version, which one that is named in `deploy
-    --only` leaves on the server, send no heartbeats.
+    name: str  # TYPE/NAME
+    id: UUID
+
+    def send(self, subject: str, body: str) -> CallWebhook | SendNotification:
+        """Return the action that sends a message through this block."""
+        if self.name.startswith("webhook/"):
+            return CallWebhook(block_document_id=self.id, payload=body)
+        return SendNotification(block_document_id=self.id, subject=subject, body=body)
+
+
+def wanted_automations(client: SyncPrefectClient, notifications: Notifications) -> Iterator[AutomationCore]:
+    """Yield the automations that the server should have.
+
+    Raises:
+        BadConfig: a block is not named as TYPE/NAME.
     """
-    runs = {"prefect.resource.id": ["prefect.flow-run.*"]}
-
-    def end(
-        what: str, after: set[str], within: timedelta, state: StateType, why: str, tag: str | None = None
-    ) -> AutomationCore:
-        tagged = {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{tag}"} if tag else {}
-        return AutomationCore(
-            name=f"loraflow: {what}",
-            description=f"A run is marked {state.value.capitalize()}: {why}. Retry goes on from its last finished stage.",
-            trigger=EventTrigger(
-                after={f"prefect.flow-run.{name}" for name in after},
-                # Whatever state a run goes to, custom names included, is a sign of life.
-                expect={"prefect.flow-run.*", WAITS},
-                match=runs,  # type: ignore[arg-type]
-                match_related=tagged,  # type: ignore[arg-type]
-                for_each={"prefect.resource.id"},
-                posture=Posture.Proactive,
-                threshold=1,
-                within=within,
-            ),
-            actions=[ChangeFlowRunState(state=state, message=why)],
-        )
-
-    minutes, hour = (f"{within.total_seconds() / 60:g} minutes" for within in (SILENT, STARTING))
-    yield end("crashed runs", {"heartbeat"}, SILENT, StateType.CRASHED, f"no heartbeat for {minutes}")
-    yield end("runs that died at once", {"Running"}, SILENT, StateType.CRASHED, f"no first heartbeat for {minutes}",
-              BEATS)  # fmt: skip
-    yield end("runs that did not start", {"Pending", "Submitting", "InfrastructurePending"}, STARTING, StateType.CRASHED,
-              f"not started {hour} after a worker took it", OURS)  # fmt: skip
-    yield end("runs that nobody cancels", {"Cancelling"}, SILENT, StateType.CANCELLED,
-              f"no worker cancelled it within {minutes}", OURS)  # fmt: skip
+    yield from lost_run_automations()
+    for block in _find_blocks(client, notifications.blocks):
+        yield from notification_automations(block, timedelta(days=notifications.champion_older_than_days))
 
 
-def notices(wanted: Notifications, block: str, action: Any) -> Iterator[AutomationCore]:
-    """Yield the notices that go to one block."""
+def lost_run_automations() -> Iterator[AutomationCore]:
+    """Yield the automations that end runs whose machine or process vanished, which a self-hosted server lacks.
+
+    A Prefect trigger waits for events that follow an event of `after`, and one event ends the wait. A state that no
+    event follows therefore needs a trigger that starts with this state. Deployments of earlier versions may still be on
+    the server; they send no heartbeats, so only those with the heartbeat tag are expected to.
+    """
+    silence, start = (f"{timeout.total_seconds() / 60:g} minutes" for timeout in (HEARTBEAT_TIMEOUT, START_TIMEOUT))
+    yield _end_silent_runs("crashed runs", {"heartbeat"}, HEARTBEAT_TIMEOUT, f"no heartbeat for {silence}")
+    yield _end_silent_runs(
+        "runs that died at once", {"Running"}, HEARTBEAT_TIMEOUT, f"no first heartbeat for {silence}", HEARTBEAT_TAG
+    )
+    yield _end_silent_runs(
+        "runs that did not start",
+        {"Pending", "Submitting", "InfrastructurePending"},
+        START_TIMEOUT,
+        f"not started {start} after a worker took it",
+        LORAFLOW_TAG,
+    )
+    yield _end_silent_runs(
+        "runs that nobody cancels",
+        {"Cancelling"},
+        HEARTBEAT_TIMEOUT,
+        f"no worker cancelled it within {silence}",
+        LORAFLOW_TAG,
+        StateType.CANCELLED,
+    )
+
+
+def _end_silent_runs(
+    title: str,
+    after: set[str],
+    within: timedelta,
+    reason: str,
+    tag: str | None = None,
+    state: StateType = StateType.CRASHED,
+) -> AutomationCore:
+    """Return an automation that ends a run, of a deployment with this tag, if nothing follows an event in time."""
+    tagged = {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{tag}"} if tag else {}
+    return AutomationCore(
+        name=f"loraflow: {title}",
+        description=f"Marks a run {state.value.capitalize()}: {reason}. Retry resumes after the last finished stage.",
+        trigger=EventTrigger(
+            after={f"prefect.flow-run.{name}" for name in after},
+            expect={"prefect.flow-run.*", WAITS},  # any new state is a sign of life, states with custom names included
+            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+            match_related=ResourceSpecification({**tagged}),
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=within,
+        ),
+        actions=[ChangeFlowRunState(state=state, message=reason)],
+    )
+
+
+def notification_automations(block: NotificationBlock, champion_age: timedelta) -> Iterator[AutomationCore]:
+    """Yield the automations that send messages through a block."""
     yield AutomationCore(
-        name=f"loraflow: retraining failed → {block}",
+        name=f"loraflow: retraining failed → {block.name}",
         trigger=EventTrigger(
             expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed", "prefect.flow-run.TimedOut"},
-            match={"prefect.resource.id": "prefect.flow-run.*"},
-            match_related={"prefect.resource.role": "flow", "prefect.resource.name": "retrain"},  # type: ignore[arg-type]
+            match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
+            match_related=ResourceSpecification({"prefect.resource.role": "flow", "prefect.resource.name": "retrain"}),
             posture=Posture.Reactive,
             threshold=1,
         ),
-        actions=[action("Retraining failed", "{{ flow_run.name }} is {{ flow_run.state.name }}: "
-                        "{{ flow_run.state.message }}\n{{ flow_run|ui_url }}")],
-    )  # fmt: skip
-    yield AutomationCore(
-        name=f"loraflow: challenger rejected → {block}",
-        trigger=EventTrigger(expect={REJECTED}, posture=Posture.Reactive, threshold=1),
-        actions=[action("Challenger rejected", "{{ event.payload.model }}: {{ event.payload.reasons }}")],
+        actions=[
+            block.send(
+                "Retraining failed",
+                "{{ flow_run.name }} is {{ flow_run.state.name }}: {{ flow_run.state.message }}\n{{ flow_run|ui_url }}",
+            )
+        ],
     )
     yield AutomationCore(
-        name=f"loraflow: old champion → {block}",
+        name=f"loraflow: challenger rejected → {block.name}",
+        trigger=EventTrigger(expect={REJECTED}, posture=Posture.Reactive, threshold=1),
+        actions=[block.send("Challenger rejected", "{{ event.payload.model }}: {{ event.payload.reasons }}")],
+    )
+    yield AutomationCore(
+        name=f"loraflow: old champion → {block.name}",
         trigger=EventTrigger(
             after={CHAMPION},
             expect={CHAMPION},
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
-            within=timedelta(days=wanted.champion_older_than_days),
+            within=champion_age,
         ),
-        actions=[action("Old champion", f"No model was promoted for {wanted.champion_older_than_days:g} days.")],
+        actions=[block.send("Old champion", f"No model was promoted for {champion_age / timedelta(days=1):g} days.")],
     )
 
 
-def automations(client: SyncPrefectClient, wanted: Notifications) -> Iterator[AutomationCore]:
-    """Yield the automations that this server shall have.
-
-    Raises:
-        BadConfig: a block is not named as TYPE/NAME.
-    """
-    yield from silent()
-    for block in wanted.blocks:
-        kind, slash, name = block.partition("/")
-        if not slash or not name:
+def _find_blocks(client: SyncPrefectClient, names: list[str]) -> Iterator[NotificationBlock]:
+    for name in names:
+        block_type, slash, block_name = name.partition("/")
+        if not slash or not block_name:
             raise BadConfig(
                 "A block is named by type and name.",
-                where=f"notifications.blocks: {block}",
+                where=f"notifications.blocks: {name}",
                 expected="slack-webhook/NAME, webhook/NAME, custom-webhook/NAME or sendgrid-email/NAME",
             )
         try:
-            id_ = client.read_block_document_by_name(name, kind).id
+            block = client.read_block_document_by_name(block_name, block_type)
         except ObjectNotFound:
-            log.warning("no notices to %s: the server has no such block (Blocks in the UI creates one)", block)
-            continue
-
-        def action(subject: str, body: str, kind: str = kind, id_: Any = id_) -> Any:
-            if kind == "webhook":
-                return CallWebhook(block_document_id=id_, payload=body)
-            return SendNotification(block_document_id=id_, subject=subject, body=body)
-
-        yield from notices(wanted, block, action)
+            log.warning("no notifications to %s: the server has no such block; create it in the UI, under Blocks", name)
+        else:
+            yield NotificationBlock(name, block.id)

@@ -1,4 +1,4 @@
-"""A server or worker of Prefect that ends with the process that started it, however that ends.
+"""A Prefect server or worker that ends with the process that started it, even if that is killed.
 
 python -m loraflow.flows.server.child PARENT_PID server start --port 4242
 """
@@ -7,33 +7,44 @@ from __future__ import annotations
 
 import runpy
 import sys
-from typing import Any
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from loraflow.execution.parent_death import end_group_with_parent
 
-GRACE = 25.0  # seconds; a training that is asked to end saves a checkpoint in up to 20
+if TYPE_CHECKING:
+    from prefect.server.database.configurations import AioSqliteConfiguration
+    from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+
+GRACE_SECONDS = 25.0  # seconds; a training that is asked to end saves a checkpoint, which takes up to 20
 
 
 def lock_before_reading() -> None:
-    """Have the server's SQLite transactions take the write lock when they begin, and wait for it.
+    """Make the server's SQLite transactions take the write lock when they begin, and wait for it.
 
-    Prefect begins them DEFERRED, and most read before they write. Whoever was overtaken by another writer in between is
-    refused with "database is locked" at once, whatever the time-out, since what it read is old; the answer is HTTP 503,
-    which Prefect's client repeats and a browser does not. Prefect has no setting for it.
+    Prefect begins transactions as DEFERRED, and most of them read before they write. If another writer commits in
+    between, SQLite refuses the write with "database is locked" at once, whatever the timeout is, because what the
+    transaction has read is outdated. The server answers HTTP 503, which Prefect's client retries but a browser does
+    not. Prefect has no setting for it.
     """
     from prefect.server.database.configurations import AioSqliteConfiguration
 
     begin = AioSqliteConfiguration.begin_transaction
 
-    def begin_immediate(self: Any, session: Any, with_for_update: bool = False) -> Any:
-        return begin(self, session, with_for_update=True)
+    @asynccontextmanager
+    async def begin_immediate(
+        self: AioSqliteConfiguration, session: AsyncSession, with_for_update: bool = False
+    ) -> AsyncGenerator[AsyncSessionTransaction, None]:
+        async with begin(self, session, with_for_update=True) as transaction:
+            yield transaction
 
     AioSqliteConfiguration.begin_transaction = begin_immediate  # type: ignore[method-assign]
 
 
 def main() -> None:
     """Tie this process to its parent, then become the command `prefect`."""
-    end_group_with_parent(int(sys.argv[1]), GRACE)
+    end_group_with_parent(int(sys.argv[1]), GRACE_SECONDS)
     sys.argv = ["prefect", *sys.argv[2:]]
     if sys.argv[1:3] == ["server", "start"]:
         lock_before_reading()

@@ -1,6 +1,6 @@
-"""A Prefect server with workers on this machine: started together, stopped together. Behind `loraflow up`.
+"""A Prefect server with workers on this machine, started and stopped together, for `loraflow up`.
 
-It is set up through the environment, which has to be in place before prefect is imported: `environment` does that.
+Prefect reads its settings from the environment when it is imported. `environment` returns them.
 """
 
 from __future__ import annotations
@@ -18,29 +18,30 @@ from pathlib import Path
 from types import TracebackType
 
 from loraflow.failures import BadConfig, Crashed, Failure
-from loraflow.flows.server.child import GRACE
+from loraflow.flows.server.child import GRACE_SECONDS
 
-START = 300.0  # seconds; the first start migrates a database, on a busy machine for a minute and more
+START_TIMEOUT = 300.0  # seconds; the first start migrates a database, which takes over a minute on a busy machine
 
 
 def environment(home: Path, host: str, port: int) -> dict[str, str]:
-    """Return the environment of server, workers and deploying: one home, no telemetry, a quick worker.
+    """Return the environment of the server and its workers: their home and address, no telemetry, frequent polling.
 
     Raises:
-        BadConfig: other machines could come in, and no auth string is set.
+        BadConfig: other machines could connect, and no password is set.
     """
     auth = os.environ.get("PREFECT_SERVER_API_AUTH_STRING", "")
     if not auth and host not in ("127.0.0.1", "localhost", "::1"):
         raise BadConfig(
-            "Whoever reaches the server can run code here, so that without a password it listens to this machine only.",
+            "Anyone who can reach the server can run code here, so other machines may connect only with a password.",
             where=f"--host {host}",
-            next_step="export PREFECT_SERVER_API_AUTH_STRING=USER:PASSWORD, or leave --host out",
+            next_step="export PREFECT_SERVER_API_AUTH_STRING=USER:PASSWORD, or omit --host",
         )
-    near = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    address = _local_address(host)
     return {
         "PREFECT_HOME": str(home.absolute()),
-        "PREFECT_API_URL": f"http://{near}:{port}/api",
-        "PREFECT_SERVER_UI_API_URL": f"http://{near}:{port}/api" if near == host else "/api",
+        "PREFECT_API_URL": f"http://{address}:{port}/api",
+        # Browsers on other machines use the address that they loaded the UI from.
+        "PREFECT_SERVER_UI_API_URL": f"http://{address}:{port}/api" if address == host else "/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
@@ -49,11 +50,16 @@ def environment(home: Path, host: str, port: int) -> dict[str, str]:
     }
 
 
-def refuse_taken(host: str, port: int) -> None:
-    """Refuse a port that somebody listens on.
+def _local_address(host: str) -> str:
+    """Return the address at which this machine reaches a server that listens on `host`."""
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Check that a server can listen on a port.
 
     Raises:
-        BadConfig: it is taken, or no address of this machine.
+        BadConfig: the port is in use, or the host is no address of this machine.
     """
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
@@ -70,7 +76,7 @@ def refuse_taken(host: str, port: int) -> None:
 
 
 class Processes:
-    """Prefect's processes, each with a log and a group of its own; all of them end on exit, newest first."""
+    """Prefect's processes, each with its own log and process group. On exit all of them end, the server last."""
 
     def __init__(self, home: Path):
         self.home = home
@@ -81,7 +87,7 @@ class Processes:
 
     def start(self, name: str, *arguments: str) -> Path:
         """Start `prefect ARGUMENTS`; return its log."""
-        log = self.home / f"{name}.log"
+        log = self._log(name)
         with log.open("wb") as file:
             self.running[name] = subprocess.Popen(
                 [sys.executable, "-m", "loraflow.flows.server.child", str(os.getpid()), *arguments],
@@ -92,18 +98,21 @@ class Processes:
             )
         return log
 
+    def _log(self, name: str) -> Path:
+        return self.home / f"{name}.log"
+
     def check(self) -> None:
-        """Look whether all of them run.
+        """Check that all processes run.
 
         Raises:
-            Crashed: one ended.
+            Crashed: a process ended.
         """
         for name, process in self.running.items():
             if process.poll() is not None:
-                tail = (self.home / f"{name}.log").read_bytes()[-1500:].decode(errors="replace").strip()
+                tail = self._log(name).read_bytes()[-1500:].decode(errors="replace").strip()
                 raise Crashed(
                     f"Prefect's {name} ended.",
-                    where=str(self.home / f"{name}.log"),
+                    where=str(self._log(name)),
                     got=f"exit status {process.returncode}\n{tail}",
                     next_step="loraflow up",
                 )
@@ -115,51 +124,50 @@ class Processes:
             Crashed: it ended instead.
             Failure: it does not answer in time.
         """
-        near = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-        url, until = f"http://{near}:{port}/api/health", time.monotonic() + START
-        while time.monotonic() < until:
+        url = f"http://{_local_address(host)}:{port}/api/health"
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline:
             self.check()
             try:
                 urllib.request.urlopen(url, timeout=5).close()
                 return
-            except urllib.error.HTTPError:  # it wants the password: it is there
+            except urllib.error.HTTPError:  # it asks for the password, so it is up
                 return
             except OSError:
                 time.sleep(0.3)
         raise Failure(
             "Prefect's server did not answer.",
             where=url,
-            expected=f"an answer within {START:.0f} s",
-            next_step=f"its log: {self.home / 'server.log'}",
+            expected=f"an answer within {START_TIMEOUT:.0f} s",
+            next_step=f"read its log: {self._log('server')}",
         )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(ValueError):  # a second Ctrl-C must not leave anything behind
+        with suppress(ValueError):  # a second Ctrl-C must not interrupt the clean-up
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         workers = [process for name, process in self.running.items() if name != "server"]
-        _end_runs(
-            [process.pid for process in workers]
-        )  # first: what is running can still tell the server that it ended
-        _end(workers)
-        _end([process for name, process in self.running.items() if name == "server"])
+        # Flow runs first: while the server is up, they can still report that they ended.
+        _end_flow_runs([process.pid for process in workers])
+        _end_groups(workers)
+        _end_groups([process for name, process in self.running.items() if name == "server"])
 
 
-def _end_runs(workers: list[int]) -> None:
-    """End the flow runs of workers, each a process in a session of its own, and wait until they are gone."""
+def _end_flow_runs(workers: list[int]) -> None:
+    """End the flow runs of workers, each a process in its own session, and wait until they are gone."""
     rows = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.splitlines()
     runs = [int(pid) for pid, parent in map(str.split, rows) if int(parent) in workers]
     for pid in runs:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-    until = time.monotonic() + GRACE
-    while any(map(_lives, runs)) and time.monotonic() < until:
+    deadline = time.monotonic() + GRACE_SECONDS
+    while any(map(_exists, runs)) and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
-def _lives(pid: int) -> bool:
+def _exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -167,22 +175,22 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """End groups of processes: SIGTERM, and SIGKILL to what is left after a while."""
+def _end_groups(processes: list[subprocess.Popen[bytes]]) -> None:
+    """End the process groups of some processes: SIGTERM, then SIGKILL to those that are left after `GRACE_SECONDS`."""
     for process in processes:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
-    until = time.monotonic() + GRACE
+    deadline = time.monotonic() + GRACE_SECONDS
     for process in processes:
-        while _group_lives(process) and time.monotonic() < until:
+        while _group_exists(process) and time.monotonic() < deadline:
             time.sleep(0.1)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def _group_lives(process: subprocess.Popen[bytes]) -> bool:
-    process.poll()  # a zombie of ours would count as alive
+def _group_exists(process: subprocess.Popen[bytes]) -> bool:
+    process.poll()  # reap it: a zombie would still count as a member of the group
     try:
         os.killpg(process.pid, 0)
     except (ProcessLookupError, PermissionError):

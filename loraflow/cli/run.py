@@ -38,19 +38,14 @@ def run(
 
     check_names(force, "--force")
     load_recipe(recipe, overrides)  # before prefect starts: a typing error is reported at once
-    from pydantic import TypeAdapter
-
     from loraflow.flows.finetune import finetune
-    from loraflow.flows.parameters import StageName
     from loraflow.flows.server.temporary_server import start_temporary_server
     from loraflow.registry.runs import RunSummary
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("loraflow").setLevel(logging.WARNING if quiet else logging.INFO)
     start_temporary_server()
-    result = finetune(
-        recipe=recipe, settings=overrides, force=[TypeAdapter(StageName).validate_python(s) for s in force]
-    )
+    result = finetune(recipe=recipe, settings=overrides, force=list(force))
     summary = RunSummary.model_validate(result)
     if as_json:
         click.echo(json.dumps(result, ensure_ascii=False))

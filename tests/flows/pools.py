@@ -1,4 +1,4 @@
-"""A work pool with a deployment `stage/<name>` and a process worker, on the Prefect server that is in use."""
+"""Work pools with a deployment and a process worker, on the Prefect server of the tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def deploy(flow, name: str, pool: str, entrypoint: str) -> None:
-    """Make a process pool and a deployment in it."""
+    """Create a process pool, and a deployment in it."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
 
@@ -27,7 +27,7 @@ def deploy(flow, name: str, pool: str, entrypoint: str) -> None:
 
 
 def deploy_stage(name: str, pool: str) -> None:
-    """Make a process pool and the deployment stage/<name> in it."""
+    """Create a process pool, and the deployment stage/<name> in it."""
     from loraflow.flows.stage import stage
 
     deploy(stage, name, pool, "loraflow.flows.stage.stage")
@@ -35,7 +35,7 @@ def deploy_stage(name: str, pool: str) -> None:
 
 @contextmanager
 def worker(pool: str, folder: Path, **settings: str) -> Iterator[subprocess.Popen]:
-    """Run a process worker with a working folder of its own, until it is ended with all that it started."""
+    """Run a process worker in its own working folder; at the end it stops, with everything that it started."""
     from prefect.settings import PREFECT_API_URL
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def online(pool: str) -> bool:
         found = client.request(
             "POST", "/work_pools/{work_pool_name}/workers/filter", path_params={"work_pool_name": pool}, json={}
         )
-    return any(one["status"] == "ONLINE" for one in found.json())
+    return any(worker["status"] == "ONLINE" for worker in found.json())
 
 
 def wait_for(condition, seconds: float, why=lambda: "") -> None:

@@ -1,4 +1,4 @@
-"""Runs that a killed `loraflow up` left under way: ended by the next one, unless another worker may have them."""
+"""Runs that a killed `loraflow up` left unfinished: the next one ends them, unless another worker may have them."""
 
 import signal
 import socket
@@ -18,20 +18,21 @@ FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
 def nightly(client):
     """A deployment with a limit of one, in a pool of its own."""
     from loraflow.flows.server.automations import Notifications
-    from loraflow.flows.server.deployments import Setup, read_specs
+    from loraflow.flows.server.deployments import Deployer
+    from loraflow.flows.server.prefect_yaml import read_specs
 
-    specs = read_specs(FILE, ["retrain/nightly"])
-    specs[0].values["work_pool"]["name"] = "abandoned"
-    specs[0].values["name"] = "abandoned"
-    Setup(client).everything(specs, Notifications())
-    found = client.read_deployment_by_name(specs[0].full_name)
-    yield found
-    client.delete_deployment(found.id)
+    [nightly] = read_specs(FILE, ["retrain/nightly"])
+    pool = nightly.work_pool.model_copy(update={"name": "abandoned"})
+    spec = nightly.model_copy(update={"name": "abandoned", "work_pool": pool})
+    Deployer(client).deploy_all([spec], Notifications())
+    deployment = client.read_deployment_by_name("retrain/abandoned")
+    yield deployment
+    client.delete_deployment(deployment.id)
     client.delete_work_pool("abandoned")
 
 
-def under_way(client, deployment, *states):
-    """Make a run that has gone through states."""
+def run_with_states(client, deployment, *states):
+    """Create a run that goes through some states."""
     run = client.create_flow_run_from_deployment(deployment.id)
     for state in states:
         client.set_flow_run_state(run.id, state)
@@ -47,23 +48,23 @@ def under_way(client, deployment, *states):
     ],
     ids=["submitting", "running", "cancelling"],
 )
-def test_what_was_left_ends_and_frees_its_slot(client, nightly, states, wanted):
+def test_an_abandoned_run_ends_and_frees_its_slot(client, nightly, states, wanted):
     from loraflow.flows.server.abandoned_runs import end_abandoned
 
-    left = under_way(client, nightly, *states)
-    held = client.read_flow_run(under_way(client, nightly, Pending()))
+    left = run_with_states(client, nightly, *states)
+    held = client.read_flow_run(run_with_states(client, nightly, Pending()))
     assert held.state.name == "AwaitingConcurrencySlot", "it holds the only slot"
-    [said] = end_abandoned(["abandoned"])
-    assert f"was left {states[-1].name}" in said
+    [line] = end_abandoned(["abandoned"])
+    assert f"was left {states[-1].name}" in line
     assert client.read_flow_run(left).state.type == wanted
-    assert client.read_flow_run(under_way(client, nightly, Pending())).state.type == StateType.PENDING
+    assert client.read_flow_run(run_with_states(client, nightly, Pending())).state.type == StateType.PENDING
     assert len(end_abandoned(["abandoned"])) == 1 and end_abandoned(["abandoned"]) == []
 
 
 def test_a_run_that_another_worker_may_have_is_left_to_it(client, nightly):
     from loraflow.flows.server.abandoned_runs import end_abandoned, worker_name
 
-    left = under_way(client, nightly, Pending(), Running())
+    left = run_with_states(client, nightly, Pending(), Running())
     for name in (worker_name(), "elsewhere"):
         client.send_worker_heartbeat("abandoned", name, 30)
     assert end_abandoned(["abandoned"]) == []
@@ -78,7 +79,7 @@ def test_after_sigkill_the_next_up_ends_the_run_and_the_next_retraining_starts(t
     site.wait_for_step(3)
     site.process.send_signal(signal.SIGKILL)
     site.process.wait()
-    for _ in range(300):  # server and worker end with it, in seconds
+    for _ in range(300):  # server and worker end with `loraflow up`, in seconds
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", site.port)):
                 break

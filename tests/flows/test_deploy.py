@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.settings import PREFECT_API_URL
 
 from loraflow.failures import BadConfig, Network
@@ -18,12 +18,13 @@ FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
 @pytest.fixture
 def put(client):
     from loraflow.flows.server.automations import Notifications
-    from loraflow.flows.server.deployments import Setup, read_specs
+    from loraflow.flows.server.deployments import Deployer
+    from loraflow.flows.server.prefect_yaml import read_specs
 
-    def put(change=lambda specs: None, **notifications) -> list[str]:
-        specs = read_specs(FILE, ONLY)
-        change(specs)
-        return Setup(client).everything(specs, Notifications(**notifications))
+    def put(changes: dict[str, dict] | None = None, **notifications) -> list[str]:
+        """Deploy prefect.yaml with changed fields: {deployment: {field: value}}."""
+        specs = [spec.model_copy(update=(changes or {}).get(spec.full_name, {})) for spec in read_specs(FILE, ONLY)]
+        return Deployer(client).deploy_all(specs, Notifications(**notifications))
 
     return put
 
@@ -31,30 +32,28 @@ def put(client):
 def test_twice_changes_nothing_and_what_differs_is_said(put, client):
     put()
     assert put() == []
-
-    def change(specs):
-        specs[0].values["parameters"] = {"recipe": "phi3-mini"}
-
-    assert put(change) == ["deployment finetune/local updated: parameters"]
+    assert put({"finetune/local": {"parameters": {"recipe": "phi3-mini"}}}) == [
+        "deployment finetune/local updated: parameters"
+    ]
     assert client.read_deployment_by_name("finetune/local").parameters == {"recipe": "phi3-mini"}
     assert put() == ["deployment finetune/local updated: parameters"]
 
 
 def test_a_paused_schedule_and_a_disabled_trigger_stay_so_when_they_change(put, client):
+    from loraflow.flows.server.prefect_yaml import read_specs
+
     put()
     nightly = client.read_deployment_by_name("retrain/nightly")
     client.update_deployment_schedule(nightly.id, nightly.schedules[0].id, active=False)
     trigger = client.read_automations_by_name("retrain on a new dataset")[0]
     client.pause_automation(trigger.id)
-
-    def change(specs):
-        spec = next(spec for spec in specs if spec.full_name == "retrain/nightly")
-        spec.values["schedules"][0]["cron"] = "30 3 * * *"
-        other = next(spec for spec in specs if spec.full_name == "retrain/on-dataset-update")
-        other.values["triggers"][0]["expect"] = ["another.event"]
+    specs = {spec.full_name: spec for spec in read_specs(FILE, ONLY)}
+    schedule = specs["retrain/nightly"].schedules[0].model_copy(update={"cron": "30 3 * * *"})
+    event = specs["retrain/on-dataset-update"].triggers[0].model_copy(update={"expect": {"another.event"}})
+    changes = {"retrain/nightly": {"schedules": [schedule]}, "retrain/on-dataset-update": {"triggers": [event]}}
 
     assert put() == [], "a pause is no difference"
-    assert put(change) == [
+    assert put(changes) == [
         "deployment retrain/nightly updated: schedule nightly",
         "automation 'retrain on a new dataset' updated",
     ]
@@ -92,7 +91,7 @@ def test_a_wrong_value_is_refused_before_anything_runs(put, client):
         client.create_flow_run_from_deployment(deployment.id, parameters={"overrides": {"rank": 0}})
 
 
-def test_notices_go_to_blocks_that_exist(put, client, caplog):
+def test_notifications_go_to_blocks_that_exist(put, client, caplog):
     from prefect.blocks.webhook import Webhook
 
     Webhook(url="http://127.0.0.1:1/hook").save("ops", overwrite=True)
@@ -101,7 +100,7 @@ def test_notices_go_to_blocks_that_exist(put, client, caplog):
     assert [line.split(": ")[1].split(" →")[0] for line in made] == [
         "retraining failed", "challenger rejected", "old champion",
     ]  # fmt: skip
-    assert "no notices to slack-webhook/nobody" in caplog.text
+    assert "no notifications to slack-webhook/nobody" in caplog.text
     assert put(blocks=["webhook/ops"]) == []
     with pytest.raises(BadConfig, match="named by type and name"):
         put(blocks=["ops"])
@@ -113,34 +112,89 @@ def test_notices_go_to_blocks_that_exist(put, client, caplog):
      ("runs that did not start", {"Pending", "Submitting", "InfrastructurePending"}, 3600, "CRASHED"),
      ("runs that nobody cancels", {"Cancelling"}, 540, "CANCELLED")],
 )  # fmt: skip
-def test_runs_of_which_nothing_is_heard_are_ended_by_automations(put, client, name, after, seconds, state):
+def test_automations_end_runs_without_a_sign_of_life(put, client, name, after, seconds, state):
     put()
-    one = client.read_automations_by_name(f"loraflow: {name}")[0]
-    assert one.trigger.after == {f"prefect.flow-run.{event}" for event in after}
-    assert one.trigger.within.total_seconds() == seconds and one.actions[0].state.value == state
+    automation = client.read_automations_by_name(f"loraflow: {name}")[0]
+    assert automation.trigger.after == {f"prefect.flow-run.{event}" for event in after}
+    assert automation.trigger.within.total_seconds() == seconds and automation.actions[0].state.value == state
 
 
-def test_who_is_taken_for_dead_without_a_heartbeat_sends_them():
-    from loraflow.flows.server.automations import BEATS
-    from loraflow.flows.server.deployments import read_specs
+def test_exactly_the_deployments_with_the_heartbeat_tag_send_heartbeats():
+    from loraflow.flows.server.automations import HEARTBEAT_TAG
+    from loraflow.flows.server.prefect_yaml import read_specs
 
     for spec in read_specs(FILE):
-        environment = spec.values["work_pool"]["job_variables"]["env"]
-        assert ("PREFECT_FLOWS_HEARTBEAT_FREQUENCY" in environment) == (BEATS in spec.values["tags"]), spec.full_name
+        environment = spec.work_pool.job_variables["env"]
+        assert ("PREFECT_FLOWS_HEARTBEAT_FREQUENCY" in environment) == (HEARTBEAT_TAG in spec.tags), spec.full_name
 
 
 def test_no_server_and_no_such_deployment_have_a_next_step(monkeypatch):
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from loraflow.flows.server.deployments import reach, read_specs
+    from loraflow.flows.server.connection import require_server
+    from loraflow.flows.server.prefect_yaml import read_specs
 
-    reach()
+    require_server()
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), pytest.raises(Network) as error:
-        reach()
+        require_server()
     assert "loraflow up" in error.value.next_step
     with pytest.raises(BadConfig, match="no such deployment") as error:
         read_specs(FILE, ["finetune/nowhere"])
     assert "finetune/local" in error.value.expected
+
+
+def test_what_prefect_yaml_no_longer_has_is_removed_from_a_deployment(put, client):
+    put()
+    deployment = client.read_deployment_by_name("finetune/local")
+    schema = deployment.parameter_openapi_schema
+    schema["properties"]["speed"] = {"type": "integer", "title": "speed"}
+    client.update_deployment(
+        deployment.id,
+        DeploymentUpdate(
+            parameters={**deployment.parameters, "approval": True},
+            job_variables={"env": {**deployment.job_variables["env"], "OLD": "1"}},
+            parameter_openapi_schema=schema,
+        ),
+    )
+    assert put() == ["deployment finetune/local updated: job_variables, parameter_openapi_schema, parameters"]
+    updated = client.read_deployment_by_name("finetune/local")
+    assert updated.parameters == {"recipe": "quickstart"}
+    assert "OLD" not in updated.job_variables["env"] and "speed" not in updated.parameter_openapi_schema["properties"]
+    assert put() == []
+
+
+def test_deployments_with_the_modules_old_names_get_the_new_ones(put, client, caplog):
+    """Until flows and tasks became parts of loraflow, deployments named `flows.project.enter` and `flows.…`."""
+    put()
+    names = ["finetune/local", "retrain/nightly", "evaluate/local"]
+    for name in names:
+        deployment = client.read_deployment_by_name(name)
+        old = DeploymentUpdate(
+            entrypoint=deployment.entrypoint.removeprefix("loraflow."), pull_steps=[{"flows.project.enter": {}}]
+        )
+        client.update_deployment(deployment.id, old)
+    outside = client.create_deployment(deployment.flow_id, "mine", pull_steps=[{"flows.project.enter": {}}])
+    try:
+        assert sorted(put()) == sorted(f"deployment {name} updated: entrypoint, pull_steps" for name in names)
+    finally:
+        client.delete_deployment(outside)
+    for name in names:
+        deployment = client.read_deployment_by_name(name)
+        assert deployment.entrypoint.startswith("loraflow.flows.")
+        assert deployment.pull_steps == [{"loraflow.flows.server.project.enter": {}}]
+    [warning] = [record.message for record in caplog.records if "earlier version" in record.message]
+    assert warning.startswith("deployment mine was created by an earlier version of loraflow")
+
+
+def test_a_changed_automation_is_updated_under_the_name_that_it_has(put, client):
+    put()
+    automation = client.read_automations_by_name("loraflow: crashed runs")[0]
+    body = automation.model_dump(mode="json", exclude={"owner_resource", "id"}) | {"description": "as it was"}
+    client.request("PUT", "/automations/{id}", path_params={"id": automation.id}, json=body)
+    assert put() == ["automation 'loraflow: crashed runs' updated"]
+    [updated] = client.read_automations_by_name("loraflow: crashed runs")
+    assert updated.id == automation.id and updated.description == automation.description
+    assert put() == []
 
 
 @pytest.mark.slow
@@ -152,7 +206,7 @@ def test_prefects_own_command_deploys_the_same_file(put, client):
     done = subprocess.run(command, cwd=FILE.parent, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in [*ONLY, "stage/cpu", "stage/gpu"]:
-        assert client.read_deployment_by_name(name).entrypoint.startswith("flows."), name
+        assert client.read_deployment_by_name(name).entrypoint.startswith("loraflow.flows."), name
     assert client.read_deployment_by_name("retrain/nightly").schedules[0].slug == "nightly"
     assert client.read_automations_by_name("retrain on a new dataset")
     put()

@@ -1,4 +1,4 @@
-"""The job templates of docs/deploy, against the workers that will read them. No cluster, no Docker."""
+"""The job templates of docs/deploy, read by the classes of Prefect's workers. No cluster, no Docker."""
 
 import asyncio
 import json
@@ -26,17 +26,22 @@ def template(kind: str) -> dict[str, Any]:
 
 
 def rendered(kind: str, **values: Any) -> Any:
-    """Return the configuration that a worker makes of a template; what it adds for a flow run needs a server."""
+    """Return the configuration that a worker derives from a template, without what it adds for a flow run."""
     return asyncio.run(worker_class(kind).job_configuration.from_template_and_values(template(kind), values))
 
 
+def claims_of(pod: dict[str, Any]) -> dict[str, str | None]:
+    """Return the persistent volume claims of a pod's volumes, by the volume's name."""
+    return {volume["name"]: volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod["volumes"]}
+
+
 @pytest.mark.parametrize("kind", ["docker", "kubernetes"])
-def test_a_template_has_what_the_workers_own_has_and_fills_every_place(kind):
+def test_a_template_has_the_keys_of_the_default_one_and_uses_every_variable(kind):
     ours, theirs = template(kind), worker_class(kind).get_default_base_job_template()
     assert ours["job_configuration"].keys() == theirs["job_configuration"].keys()
     assert ours["variables"]["properties"].keys() >= theirs["variables"]["properties"].keys()
-    places = set(re.findall(r"{{ (\w+) }}", json.dumps(ours["job_configuration"])))
-    assert places == ours["variables"]["properties"].keys(), "each variable is used, and each place has one"
+    used = set(re.findall(r"{{ (\w+) }}", json.dumps(ours["job_configuration"])))
+    assert used == ours["variables"]["properties"].keys(), "each variable is used, and each used variable exists"
     assert not CREDENTIALS & set(re.findall(r"\w+", json.dumps(ours["variables"]["properties"]["env"])))
 
 
@@ -49,23 +54,23 @@ def test_a_kubernetes_run_asks_for_its_gpus_its_cache_and_time_to_save_a_checkpo
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
     assert container["envFrom"] == [{"secretRef": {"name": "s"}}]
     assert pod["terminationGracePeriodSeconds"] > Runtime().grace_seconds
-    claims = {one["name"]: one.get("persistentVolumeClaim", {}).get("claimName") for one in pod["volumes"]}
-    mounts = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
+    claims = claims_of(pod)
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     assert claims[mounts["/cache"]] == "c"
     assert container["env"]["LORAFLOW_CACHE"] == "/cache" and container["image"] == "loraflow-worker:latest"
 
 
 def test_a_docker_run_has_a_gpu_its_cache_and_an_init_process():
-    made = rendered("docker")
-    assert made.volumes == ["loraflow-cache:/cache"] and made.env["LORAFLOW_CACHE"] == "/cache"
-    assert made.container_create_kwargs["init"] is True
-    [device] = made.container_create_kwargs["device_requests"]
+    run = rendered("docker")
+    assert run.volumes == ["loraflow-cache:/cache"] and run.env["LORAFLOW_CACHE"] == "/cache"
+    assert run.container_create_kwargs["init"] is True
+    [device] = run.container_create_kwargs["device_requests"]
     assert device["Capabilities"] == [["gpu"]]
     docker = pytest.importorskip("docker")
-    docker.types.DeviceRequest(**device)  # the client takes it as it is
+    docker.types.DeviceRequest(**device)  # the client accepts it unchanged
 
 
-def test_the_other_nodes_are_an_indexed_job_that_the_cluster_reads_as_it_is_written():
+def test_the_other_nodes_are_an_indexed_job_that_the_clusters_api_reads_without_a_loss():
     client = pytest.importorskip("kubernetes_asyncio.client")
     service, job = yaml.safe_load_all((FOLDER / "kubernetes-nodes.yaml").read_text())
 
@@ -79,20 +84,17 @@ def test_the_other_nodes_are_an_indexed_job_that_the_cluster_reads_as_it_is_writ
     assert spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"]
     pod = spec["template"]["spec"]
     [container] = pod["containers"]
-    mounts = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
-    made = rendered("kubernetes", labels=service["spec"]["selector"])
-    made._propagate_labels_to_pod()
-    first = made.job_manifest
-    claims = [
-        {one["name"]: one.get("persistentVolumeClaim", {}).get("claimName") for one in some["volumes"]}
-        for some in (pod, first["spec"]["template"]["spec"])
-    ]
-    assert claims[0][mounts["/cache"]] == claims[1]["cache"], "all nodes see one store"
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    run = rendered("kubernetes", labels=service["spec"]["selector"])
+    run._propagate_labels_to_pod()
+    first = run.job_manifest
+    first_claims = claims_of(first["spec"]["template"]["spec"])
+    assert claims_of(pod)[mounts["/cache"]] == first_claims["cache"], "all nodes see one store"
     found = first["spec"]["template"]["metadata"]["labels"]
     assert found.items() >= service["spec"]["selector"].items(), "the Service finds the first node's pod"
 
 
-def test_each_of_the_other_nodes_runs_the_worker_under_a_number_of_its_own(tmp_path):
+def test_each_of_the_other_nodes_runs_the_worker_with_its_own_number(tmp_path):
     _, job = yaml.safe_load_all((FOLDER / "kubernetes-nodes.yaml").read_text())
     [container] = job["spec"]["template"]["spec"]["containers"]
     assert container["command"][2:] == ["sh", "-c"]
@@ -101,8 +103,8 @@ def test_each_of_the_other_nodes_runs_the_worker_under_a_number_of_its_own(tmp_p
     file = tmp_path / "job.json"
     file.touch()
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JOB": str(file), "JOB_COMPLETION_INDEX": "1"}
-    said = subprocess.run(["sh", "-c", *container["args"]], env=env, capture_output=True, text=True, check=True).stdout
-    assert said.strip() == f"2 -m loraflow.execution.worker {file}"
+    done = subprocess.run(["sh", "-c", *container["args"]], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"2 -m loraflow.execution.worker {file}"
 
 
 def test_the_image_has_the_extra_that_the_store_needs_and_caches_where_the_pools_mount():

@@ -97,27 +97,26 @@ def test_a_server_that_knows_nothing_shows_cached_too(place):
     assert all(stage["uri"].startswith(str(place.store)) for stage in summary["stages"])
 
 
-MATRIX = {
-    # a field → the stages that run first, and those that wait for them
-    "training_config__seed": {"train"},
-    "training_config__learning_rate": {"train"},
-    "peft_config__r": {"train"},
-    "training_config__per_device_train_batch_size": {"train"},
-    "training_config__max_length": {"tokenize"},
-    "data__loss_on": {"tokenize"},
-    "data__system": {"check_dataset"},
-    "evaluation__max_new_tokens": {"evaluate base", "evaluate tuned"},
-    "evaluation__metrics": {"evaluate base", "evaluate tuned"},
-    "merge__dtype": {"merge"},
-    "merge__verify_prompts": {"verify"},
-    "base__dtype": {"train"},
+CHANGES = {
+    # field → (its new value, the stages that run because of it, the reason that the plan gives for each)
+    "training_config__seed": (7, {"train"}, "training_config.seed 0 → 7"),
+    "training_config__learning_rate": (1e-3, {"train"}, "training_config.learning_rate 0.01 → 0.001"),
+    "peft_config__r": (2, {"train"}, "peft_config.r 4 → 2"),
+    "training_config__per_device_train_batch_size": (2, {"train"}, "training_config.global_batch 4 → 2"),
+    "training_config__max_length": (100, {"tokenize"}, "max_length 128 → 100"),
+    "data__loss_on": ("all", {"tokenize"}, "loss_on assistant → all"),
+    "data__system": ("be brief", {"check_dataset"}, "system null → be brief"),
+    "evaluation__max_new_tokens": (9, {"evaluate base", "evaluate tuned"}, "max_new_tokens 8 → 9"),
+    "evaluation__metrics": (
+        ["token_loss"],
+        {"evaluate base", "evaluate tuned"},
+        'metrics ["token_loss", "exact_match", "json_fields"] → ["token_loss"]',
+    ),
+    "merge__dtype": ("float32", {"merge"}, "dtype null → float32"),
+    "merge__verify_prompts": (3, {"verify"}, "prompts 2 → 3"),
+    "base__dtype": ("float32", {"train"}, "base.dtype bfloat16 → float32"),
 }
-VALUES = {
-    "training_config__seed": 7, "training_config__learning_rate": 1e-3, "peft_config__r": 2, "merge__dtype": "float32",
-    "training_config__per_device_train_batch_size": 2, "training_config__max_length": 100, "data__loss_on": "all",
-    "data__system": "be brief", "evaluation__max_new_tokens": 9, "evaluation__metrics": ["token_loss"],
-    "merge__verify_prompts": 3, "base__dtype": "float32",
-}  # fmt: skip
+# stage → the stages that depend on its output
 DOWN = {
     "check_dataset": {"tokenize", "evaluate base", "train", "merge", "verify", "evaluate tuned"},
     "tokenize": {"train", "merge", "verify", "evaluate tuned"},
@@ -126,17 +125,17 @@ DOWN = {
 }
 
 
-@pytest.mark.parametrize("field", MATRIX)
-def test_a_changed_field_runs_exactly_the_right_stages(place, field):
-    verdicts = place.plan(**{field: VALUES[field]})
+@pytest.mark.parametrize("field", CHANGES)
+def test_a_changed_field_runs_exactly_the_right_stages_and_the_plan_names_it(place, field):
+    value, stages, reason = CHANGES[field]
+    verdicts = place.plan(**{field: value})
     verdicts.pop("evaluate champion", None)
-    waiting = set().union(*(DOWN.get(stage, set()) for stage in MATRIX[field]))
-    assert {k for k, v in verdicts.items() if v == "runs"} == MATRIX[field]
-    assert {k for k, v in verdicts.items() if v == "depends"} == waiting
-    why = next(v.why for v in place.verdicts if v.verdict == "runs")
-    assert (
-        field.split("__")[-1].split("per_device")[-1][-4:] in why[0] or "global_batch" in why[0] or "dtype" in why[0]
-    ), why
+    waiting = set().union(*(DOWN.get(stage, set()) for stage in stages))
+    assert {label for label, verdict in verdicts.items() if verdict == "runs"} == stages
+    assert {label for label, verdict in verdicts.items() if verdict == "depends"} == waiting
+    for verdict in place.verdicts:
+        if verdict.verdict == "runs":
+            assert verdict.why[0] == reason, verdict
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""A deployment that was made from other code than the worker has."""
+"""Deployments that another version of loraflow created than the worker has."""
 
 import pytest
-from prefect.client.schemas.actions import DeploymentUpdate
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
+from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 from prefect.utilities.callables import parameter_schema
 
 from loraflow.failures import BadConfig
@@ -12,21 +13,33 @@ from tests.flows.pools import online, wait_for, worker
 
 @pytest.fixture
 def deployed(client):
-    """Return a function that deploys finetune by a schema, and starts a run of it."""
+    """Return a function that deploys finetune with a changed schema, and starts a run."""
 
-    def start(change, **parameters):
-        from prefect.client.schemas.actions import WorkPoolCreate
-
+    def start(
+        change,
+        entrypoint="loraflow.flows.finetune.finetune",
+        pull_step="loraflow.flows.server.project.enter",
+        **parameters,
+    ):
         schema = parameter_schema(finetune).model_dump()
         change(schema)
         client.create_work_pool(WorkPoolCreate(name="old", type="process"), overwrite=True)
-        id_ = client.create_deployment(
-            client.create_flow(finetune), "old", entrypoint="loraflow.flows.finetune.finetune", work_pool_name="old",
-            parameter_openapi_schema=schema, enforce_parameter_schema=True, pull_steps=[{"loraflow.flows.server.project.enter": {}}],
-        )  # fmt: skip
-        return client.create_flow_run_from_deployment(id_, parameters=parameters)
+        deployment_id = client.create_deployment(
+            client.create_flow(finetune),
+            "old",
+            entrypoint=entrypoint,
+            work_pool_name="old",
+            parameter_openapi_schema=schema,
+            enforce_parameter_schema=True,
+            pull_steps=[{pull_step: {}}],
+        )
+        return client.create_flow_run_from_deployment(deployment_id, parameters=parameters)
 
     return start
+
+
+def unchanged(schema):
+    pass
 
 
 def renamed(schema):
@@ -35,22 +48,22 @@ def renamed(schema):
     schema["properties"]["speed"] = {"type": "integer", "title": "speed"}
 
 
-def test_what_changed_is_said_with_the_command_that_mends_it(deployed):
+def test_a_refused_run_names_what_changed_and_the_command_that_updates_the_deployment(deployed):
     run = deployed(renamed, recipe="quickstart", speed=3)
     with pytest.raises(BadConfig) as caught:
         project.refuse_outdated(run.id)
-    said = str(caught.value)
-    assert "gone: Overrides.lora_rank, speed; new: Overrides.rank" in said and "loraflow deploy" in said
+    message = str(caught.value)
+    assert "gone: Overrides.lora_rank, speed; new: Overrides.rank" in message and "loraflow deploy" in message
     run = deployed(renamed, recipe="quickstart", overrides={"lora_rank": 8})
     with pytest.raises(BadConfig, match=r"overrides\.lora_rank"):
         project.refuse_outdated(run.id)
 
 
-def test_an_old_deployment_goes_on_as_long_as_its_parameters_fit(deployed):
+def test_an_old_deployment_runs_as_long_as_its_parameters_fit(deployed):
     project.refuse_outdated(deployed(renamed, recipe="quickstart").id)
 
 
-def test_bounds_that_changed_are_said(deployed):
+def test_changed_bounds_are_named(deployed):
     def unbounded(schema):
         schema["definitions"]["Overrides"]["properties"]["rank"] = {"type": "integer"}
 
@@ -60,20 +73,45 @@ def test_bounds_that_changed_are_said(deployed):
 
 
 def test_a_wrong_value_of_the_same_version_is_left_to_the_flow(deployed, client):
-    """The server refuses it where it checks; where it does not, nobody is told to deploy again."""
-    run = deployed(lambda schema: None, recipe="quickstart")
+    """The server refuses it where it checks. Where it does not, deploying again would not help."""
+    run = deployed(unchanged, recipe="quickstart")
     client.update_deployment(run.deployment_id, DeploymentUpdate(enforce_parameter_schema=False))
     wrong = client.create_flow_run_from_deployment(run.deployment_id, parameters={"overrides": {"rank": 0}})
     project.refuse_outdated(wrong.id)
 
 
-@pytest.mark.slow
-def test_the_run_itself_says_so_in_the_ui(deployed, client, tmp_path):
-    (tmp_path / "configs").mkdir()
-    run = deployed(renamed, recipe="quickstart", speed=3)
-    with worker("old", tmp_path / "worker", LORAFLOW_HOME=str(tmp_path)):
+def test_a_flow_that_is_gone_is_named_with_the_command_that_updates_the_deployment(deployed):
+    run = deployed(unchanged, entrypoint="loraflow.flows.old_name.finetune", recipe="quickstart")
+    with pytest.raises(BadConfig, match="does not exist in this worker's version") as caught:
+        project.refuse_outdated(run.id)
+    assert "loraflow.flows.old_name.finetune" in caught.value.expected and "loraflow deploy" in caught.value.next_step
+
+
+def state_after_running(client, run, folder, project_folder):
+    """Let a process worker take a run, and return the run's final state."""
+    with worker("old", folder, LORAFLOW_HOME=str(project_folder)):
         assert online("old")
         wait_for(lambda: client.read_flow_run(run.id).state.is_final(), 120)
-    state = client.read_flow_run(run.id).state
+    return client.read_flow_run(run.id).state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pull_step", ["loraflow.flows.server.project.enter", "flows.project.enter"])
+def test_a_refused_run_shows_the_reason_in_its_state(deployed, client, tmp_path, pull_step):
+    (tmp_path / "configs").mkdir()
+    run = deployed(renamed, pull_step=pull_step, recipe="quickstart", speed=3)
+    state = state_after_running(client, run, tmp_path / "worker", tmp_path)
     assert state.is_failed() or state.is_crashed()
     assert "another version of loraflow" in state.message, state.message
+
+
+@pytest.mark.slow
+def test_a_deployment_with_the_old_names_runs_and_warns_where_the_repository_is_on_the_import_path(
+    deployed, client, tmp_path
+):
+    (tmp_path / "configs").mkdir()
+    run = deployed(unchanged, "flows.finetune.finetune", "flows.project.enter", recipe="nowhere")
+    state = state_after_running(client, run, tmp_path / "worker", tmp_path)
+    assert state.is_failed() and "There is no such recipe." in state.message, "the flow itself has run"
+    logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])))
+    assert any("Run `loraflow deploy` to update it." in log.message for log in logs)

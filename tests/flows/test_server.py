@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-WATCHDOG = Path(__file__).parent.parent.parent / "tasks" / "watchdog.py"
+WATCHDOG = Path(__file__).parent.parent.parent / "flows" / "server" / "watchdog.py"
 COMMAND = [sys.executable, "-c", "from loraflow.cli import settle_environment; settle_environment();"
            "from loraflow.flows.server.temporary_server import start_temporary_server; start_temporary_server(); print('up', flush=True); input()"]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Runs of which nothing is heard any more: the server ends them, whatever they were at, and no others."""
+"""Runs without a sign of life: the server ends them, whatever their state, and no others."""
 
 import time
 from datetime import timedelta
@@ -21,31 +21,31 @@ FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
 
 @pytest.fixture
 def deployments(client, monkeypatch):
-    """One of ours and one of somebody else's, on a server whose automations are quicker."""
+    """A deployment of ours, one of somebody else, one of an earlier version; the server's automations are quicker."""
     from loraflow.flows.server import automations
     from loraflow.flows.server.automations import Notifications
-    from loraflow.flows.server.deployments import Setup, read_specs
+    from loraflow.flows.server.deployments import Deployer
+    from loraflow.flows.server.prefect_yaml import read_specs
 
-    for name in ("SILENT", "STARTING"):
+    for name in ("HEARTBEAT_TIMEOUT", "START_TIMEOUT"):
         monkeypatch.setattr(automations, name, timedelta(seconds=WITHIN))
-    specs = read_specs(FILE, ["retrain/nightly"])
-    specs[0].values["work_pool"]["name"] = "silent"
-    specs[0].values.update(name="silent", concurrency_limit=None)
-    setup = Setup(client)
-    setup.everything(specs, Notifications())
-    ours = client.read_deployment_by_name(specs[0].full_name)
+    [nightly] = read_specs(FILE, ["retrain/nightly"])
+    pool = nightly.work_pool.model_copy(update={"name": "silent"})
+    spec = nightly.model_copy(update={"name": "silent", "work_pool": pool, "concurrency_limit": None})
+    Deployer(client).deploy_all([spec], Notifications())
+    ours = client.read_deployment_by_name("retrain/silent")
     theirs = client.create_deployment(ours.flow_id, "theirs")
-    older = client.create_deployment(ours.flow_id, "older", tags=["loraflow"])  # of a version that sent no heartbeats
+    older = client.create_deployment(ours.flow_id, "older", tags=["loraflow"])  # of a version without heartbeats
     yield ours.id, theirs, older
-    for one in client.read_automations():
-        client.delete_automation(one.id)
+    for automation in client.read_automations():
+        client.delete_automation(automation.id)
     for id_ in (ours.id, theirs, older):
         client.delete_deployment(id_)
     client.delete_work_pool("silent")
 
 
 @pytest.mark.slow
-def test_runs_of_which_nothing_is_heard_end_and_others_do_not(client, deployments):
+def test_runs_without_a_sign_of_life_end_and_others_do_not(client, deployments):
     ours, theirs, older = deployments
     tags = {id_: client.read_deployment(id_).tags for id_ in deployments}
 
@@ -74,13 +74,13 @@ def test_runs_of_which_nothing_is_heard_end_and_others_do_not(client, deployment
     }
     left = {
         alive: StateType.RUNNING,
-        run(theirs, Pending(), Running()): StateType.RUNNING,  # it may be of those that send no heartbeats
+        run(theirs, Pending(), Running()): StateType.RUNNING,  # it may send no heartbeats
         run(older, Pending(), Running()): StateType.RUNNING,
         run(ours, Pending(), Running(), Completed()): StateType.COMPLETED,
         run(ours): StateType.SCHEDULED,
         (
             waits := run(ours, Pending(), Running(), Suspended(), heartbeat=True)
-        ): StateType.PAUSED,  # the state was faster
+        ): StateType.PAUSED,  # its last heartbeat arrived after this state
     }
     announce_waiting(waits)
     begun, found = time.monotonic(), {}
@@ -92,15 +92,15 @@ def test_runs_of_which_nothing_is_heard_end_and_others_do_not(client, deployment
     assert {id_: client.read_flow_run(id_).state.type for id_ in left} == left
 
 
-def test_a_run_that_suspends_itself_says_so_when_it_has_nothing_more_to_do(tmp_path, dataset, quick_phi3, monkeypatch):
-    """Its heartbeats go on until then."""
-    place, said = Place(tmp_path, quick_phi3), []
+def test_a_run_that_suspends_itself_announces_it_when_its_work_is_done(tmp_path, dataset, quick_phi3, monkeypatch):
+    """Its heartbeats continue until then."""
+    place, announced = Place(tmp_path, quick_phi3), []
 
     def announce(run):
         with LocalStore(place.store).cleanup_lock():
-            said.append(run)
+            announced.append(run)
 
     monkeypatch.setattr(run_module, "announce_waiting", announce)
     with pytest.raises(Pause), run_module.open_run(str(place.recipe), {}, []):
         raise Pause
-    assert len(said) == 1
+    assert len(announced) == 1

@@ -1,4 +1,4 @@
-"""`loraflow up` as a process: whatever ends it, nothing of it is left."""
+"""`loraflow up` as a process: whatever ends it, it leaves no process behind."""
 
 import signal
 import subprocess
@@ -12,7 +12,7 @@ from tests.site import Site, build_project
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def of(site) -> list[str]:
+def processes_of(site) -> list[str]:
     """Return the processes that belong to a site."""
     rows = subprocess.run(
         ["ps", "-ww", "-eo", "pid=,ppid=,stat=,args="], capture_output=True, text=True
@@ -30,7 +30,7 @@ def test_whatever_ends_it_leaves_no_process(tmp_path, quick_phi3, how):
     site = Site(build_project(tmp_path / "project", quick_phi3))
     run = site.start("finetune/local", settings={"training_config.max_steps": 4000})
     site.wait_for_step(3)
-    pids = {int(row.split()[0]) for row in of(site)}
+    pids = {int(row.split()[0]) for row in processes_of(site)}
     assert len(pids) >= 5, "up, server, worker, flow run, training"
     again = subprocess.run(
         [sys.executable, "-c", "from loraflow.cli import main; main()", "up", "--port", str(site.port)],
@@ -49,5 +49,7 @@ def test_whatever_ends_it_leaves_no_process(tmp_path, quick_phi3, how):
     assert alive == []
     if how != signal.SIGKILL:
         site = Site(site.folder)
-        assert site.api("GET", f"/flow_runs/{run}")["state"]["type"] == "CRASHED", "it was told before the server ended"
+        assert site.api("GET", f"/flow_runs/{run}")["state"]["type"] == "CRASHED", (
+            "the run reported its end before the server ended"
+        )
         assert site.stop() == 0

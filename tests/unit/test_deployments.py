@@ -1,11 +1,10 @@
-"""prefect.yaml against the flows that it deploys, and what `loraflow up` refuses."""
+"""prefect.yaml fits the flows that it deploys, and `loraflow up` refuses a server that anybody could use."""
 
 import os
 import re
 import socket
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,28 +12,29 @@ import yaml
 
 from loraflow.failures import BadConfig
 from loraflow.flows.server import project
-from loraflow.flows.server.local_server import environment, refuse_taken
+from loraflow.flows.server.local_server import environment, require_free_port
 from loraflow.store import Ref
 from tests.jobs import make_job
 
 FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
 ENTRIES = yaml.safe_load(FILE.read_text())["deployments"]
-NAMES = [f"{one['entrypoint'].rpartition('.')[2]}/{one['name']}" for one in ENTRIES]
+NAMES = [f"{entry['entrypoint'].rpartition('.')[2]}/{entry['name']}" for entry in ENTRIES]
 REF = Ref(stage="s", fingerprint="f", digest="d", uri="", facets=dict.fromkeys(("adapter", "tokenizer", "train"), "d"))
-STAGE = [pytest.mark.skipif(find_spec("loraflow.flows.stage") is None, reason="flows/stage.py is not there yet")]
-
-
-def entries() -> list:
-    return [pytest.param(one, id=name, marks=STAGE if name.startswith("stage/") else [])
-            for one, name in zip(ENTRIES, NAMES, strict=True)]  # fmt: skip
 
 
 def test_all_deployments_are_there():
-    assert set(NAMES) == {"finetune/local", "finetune/gpu", "retrain/nightly", "retrain/on-dataset-update",
-                          "stage/cpu", "stage/gpu", "evaluate/local"}  # fmt: skip
+    assert set(NAMES) == {
+        "finetune/local",
+        "finetune/gpu",
+        "retrain/nightly",
+        "retrain/on-dataset-update",
+        "stage/cpu",
+        "stage/gpu",
+        "evaluate/local",
+    }
 
 
-@pytest.mark.parametrize("entry", entries())
+@pytest.mark.parametrize("entry", ENTRIES, ids=NAMES)
 def test_parameters_of_deployments_schedules_and_triggers_fit_the_flow(entry):
     from prefect.utilities.callables import parameter_schema
     from prefect.utilities.importtools import import_object
@@ -49,7 +49,7 @@ def test_parameters_of_deployments_schedules_and_triggers_fit_the_flow(entry):
         )
 
 
-@pytest.mark.parametrize("entry", entries())
+@pytest.mark.parametrize("entry", ENTRIES, ids=NAMES)
 def test_recipes_of_deployments_load(entry):
     from loraflow.config import load_recipe
 
@@ -67,7 +67,7 @@ def test_schedules_keep_their_pause_and_entrypoints_are_modules():
             assert entry["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
 
 
-def test_no_path_of_a_machine_stands_in_the_file():
+def test_the_file_names_no_path_of_a_machine():
     assert not re.search(r"/(home|work|root|tmp|Users)/", FILE.read_text())
     assert yaml.safe_load(FILE.read_text())["pull"] == [{"loraflow.flows.server.project.enter": {}}]
 
@@ -83,19 +83,29 @@ def test_a_run_goes_into_the_project_that_its_worker_names(tmp_path, monkeypatch
     assert "LORAFLOW_HOME=" in error.value.next_step
 
 
-def test_automations_are_the_same_whatever_order_their_sets_come_in():
-    """`expect` is a set: two equal ones may come in two orders, and the automation was then updated each time."""
-    from loraflow.flows.server.deployments import _core
+def test_automations_are_the_same_whatever_the_order_of_their_sets():
+    """`expect` is a set: two equal sets may be dumped in two orders, and each deploy then updated the automation."""
+    from loraflow.flows.server.comparison import same_automation_fields
 
-    class Automation:
-        def __init__(self, *names):
-            self.names = names
+    def automation(*names, id_=1, force=("train", "merge")):
+        trigger = {"id": id_, "triggers": [{"id": id_, "expect": list(names), "within": 3}]}
+        return {"trigger": trigger, "actions": [{"parameters": {"force": list(force)}}]}
 
-        def model_dump(self, **_):
-            return {"trigger": {"id": 1, "triggers": [{"expect": list(self.names), "within": 3}]}, "actions": []}
+    assert same_automation_fields(automation("failed", "crashed"), automation("crashed", "failed", id_=2))
+    assert not same_automation_fields(automation("failed"), automation("crashed"))
+    assert not same_automation_fields(automation("a"), automation("a", force=("merge", "train"))), "a list of a person"
 
-    assert _core(Automation("failed", "crashed"), set()) == _core(Automation("crashed", "failed"), set())
-    assert _core(Automation("failed"), set()) != _core(Automation("crashed"), set())
+
+def test_the_pull_steps_old_name_forwards_and_names_the_command_that_updates_it(tmp_path):
+    """Deployments that were created when this package was called `flows` name `flows.project.enter`."""
+    (tmp_path / "configs").mkdir()
+    script = "from flows.project import enter; print(enter())"
+    env = {**os.environ, "PYTHONPATH": str(FILE.parent), "LORAFLOW_HOME": str(tmp_path)}
+    command = [sys.executable, "-W", "always", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout == f"{{'directory': '{tmp_path}'}}\n", done.stderr
+    assert "DeprecationWarning: This deployment was created by an earlier version" in done.stderr
+    assert "Run `loraflow deploy` to update it." in done.stderr
 
 
 def test_a_server_without_a_password_listens_to_this_machine_only(tmp_path, monkeypatch):
@@ -116,9 +126,9 @@ def test_a_port_in_use_is_refused_with_another_one():
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(BadConfig, match=f"cannot listen on port {port}") as error:
-            refuse_taken("127.0.0.1", port)
+            require_free_port("127.0.0.1", port)
         assert f"--port {port + 1}" in error.value.next_step
-    refuse_taken("127.0.0.1", port)
+    require_free_port("127.0.0.1", port)
 
 
 def test_a_stage_holds_the_gpu_only_where_there_is_one(monkeypatch, tmp_path):
@@ -134,7 +144,7 @@ def test_a_stage_holds_the_gpu_only_where_there_is_one(monkeypatch, tmp_path):
     for stage, device, held in (("train", "auto", True), ("merge", "auto", False), ("train", "cpu", False)):
         lock.unlink(missing_ok=True)
         recipe = parse_recipe("name: x\nbase: {model: a}", overrides={"runtime.device": device})
-        inputs = {name: REF for name, one in STAGES[stage].inputs.items() if not one.optional}
+        inputs = {name: REF for name, input_ in STAGES[stage].inputs.items() if not input_.optional}
         with lease.gpu_lease(make_job(stage, recipe, inputs)):
             if held:
                 with pytest.raises(Held), flock(lock, wait=False):

@@ -1,4 +1,4 @@
-"""The run form: its schema as both UIs get it, and what becomes of its values."""
+"""The run form: its schema as both UIs get it, and the recipe keys that its fields change."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from loraflow.config import load_recipe
 from loraflow.config.load import _all_paths
 from loraflow.config.recipe import Recipe
-from loraflow.flows.parameters import _KEYS, Overrides
+from loraflow.flows.parameters import KEYS, Overrides
 from loraflow.stages import STAGES
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "form.json"
@@ -49,6 +49,16 @@ def test_stages_that_can_be_forced_are_the_stages():
     assert schema()["properties"]["force"]["items"]["enum"] == list(STAGES)
 
 
+def test_a_stage_that_is_not_in_the_table_is_refused():
+    from prefect.exceptions import ParameterTypeError
+
+    from loraflow.flows.finetune import finetune
+
+    assert finetune.validate_parameters({"force": list(STAGES)})["force"] == list(STAGES)
+    with pytest.raises(ParameterTypeError, match="force.1: Input should be 'version_dataset', "):
+        finetune.validate_parameters({"force": ["train", "trian"]})
+
+
 def test_every_field_of_the_form_has_a_title_a_description_a_place_and_bounds():
     fields = schema()["definitions"]["Overrides"]["properties"]
     assert sorted(field["position"] for field in fields.values()) == list(range(len(fields)))
@@ -59,8 +69,8 @@ def test_every_field_of_the_form_has_a_title_a_description_a_place_and_bounds():
 
 
 def test_every_field_of_the_form_is_a_key_of_the_recipe():
-    assert set(_KEYS) == set(Overrides.model_fields)
-    assert set(_KEYS.values()) <= {".".join(path) for path in _all_paths(Recipe)}
+    assert set(KEYS) == set(Overrides.model_fields)
+    assert set(KEYS.values()) <= {".".join(path) for path in _all_paths(Recipe)}
 
 
 def test_what_is_left_empty_stays_as_the_recipe_says(recipe):

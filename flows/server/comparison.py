@@ -1,0 +1,60 @@
+"""Compare what a server has with what it should have, so that a deploy changes only what differs."""
+
+from __future__ import annotations
+
+from prefect.client.schemas.actions import DeploymentScheduleUpdate, DeploymentUpdate
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.events.schemas.automations import AutomationCore
+from pydantic import JsonValue
+
+# The server sets these, or a person does in the UI.
+NOT_COMPARED = {"id", "enabled", "owner_resource", "created", "updated"}
+
+
+def changed_fields(wanted: DeploymentUpdate, existing: DeploymentResponse) -> list[str]:
+    """Return the names of the fields in which a deployment differs, schedules apart."""
+    fields = wanted.model_dump(mode="json", exclude_unset=True)
+    found = existing.model_dump(mode="json", exclude_none=True, include={"concurrency_options"})
+    found |= existing.model_dump(mode="json", include=fields.keys() - {"concurrency_options", "concurrency_limit"})
+    # The server answers with the limit as an object of its own.
+    limit = existing.global_concurrency_limit
+    found["concurrency_limit"] = limit.limit if limit else None
+    return sorted(name for name, value in fields.items() if value != found.get(name))
+
+
+def changed_schedules(
+    wanted: list[DeploymentScheduleUpdate], existing: DeploymentResponse
+) -> list[DeploymentScheduleUpdate]:
+    """Return the schedules that are new or differ. Whether a schedule is paused is no difference."""
+    by_slug = {schedule.slug: schedule for schedule in existing.schedules}
+    changed = []
+    for schedule in wanted:
+        old = by_slug.get(schedule.slug)
+        if old is None or (old.schedule, old.parameters) != (schedule.schedule, schedule.parameters):
+            changed.append(schedule)
+    return changed
+
+
+def same_automation(wanted: AutomationCore, existing: AutomationCore) -> bool:
+    """Tell whether two automations do the same. Whether one is disabled is no difference."""
+    wanted_fields, existing_fields = (
+        automation.model_dump(mode="json", exclude=NOT_COMPARED) for automation in (wanted, existing)
+    )
+    return same_automation_fields(wanted_fields, existing_fields)
+
+
+def same_automation_fields(wanted: dict[str, JsonValue], existing: dict[str, JsonValue]) -> bool:
+    """Tell whether two automations, as JSON, do the same, whatever the ids in their triggers."""
+    wanted_trigger, existing_trigger = (_comparable_trigger(fields["trigger"]) for fields in (wanted, existing))
+    return {**wanted, "trigger": wanted_trigger} == {**existing, "trigger": existing_trigger}
+
+
+def _comparable_trigger(part: JsonValue) -> JsonValue:
+    """Drop the ids of a trigger's parts and sort lists of names: they were sets, whose order differs by process."""
+    if isinstance(part, dict):
+        return {key: _comparable_trigger(value) for key, value in part.items() if key != "id"}
+    if isinstance(part, list):
+        if all(isinstance(name, str) for name in part):
+            return sorted(part, key=str)
+        return [_comparable_trigger(value) for value in part]
+    return part
