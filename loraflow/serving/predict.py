@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModelForCausalLM
     from transformers import Cache, PreTrainedModel
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
     GenerateArgument: TypeAlias = torch.Tensor | Cache | list[int] | float | bool | None
 
@@ -274,7 +274,8 @@ class _Sampler:
 
     def forward(self, **inputs: torch.Tensor) -> ModelOutput:
         """Run the model. The signature has no `logits_to_keep`, which keeps evaluation from its own greedy decoding."""
-        return self._model(**inputs)
+        output: ModelOutput = self._model(**inputs)
+        return output
 
     def generate(self, *, input_ids: torch.Tensor, **arguments: GenerateArgument) -> torch.Tensor:
         """Return sampled continuations [rows, tokens], even if the arguments ask for greedy ones."""

@@ -25,9 +25,6 @@ from loraflow.failures import BadConfig
 class Linear(MergeableLayer, loralib.Linear):
     """`nn.Linear`, or transformers' Conv1D with `fan_in_fan_out`, plus B·A."""
 
-    bias: nn.Parameter | None
-    fan_in_fan_out: bool
-
     def delta(self) -> torch.Tensor:
         """See `MergeableLayer`."""
         product = self.lora_B @ self.lora_A
@@ -49,10 +46,6 @@ class MergedLinear(MergeableLayer, loralib.MergedLinear):
         sizes: rows of each block; loralib's are equal.
         enable_lora: which blocks are adapted.
     """
-
-    bias: nn.Parameter | None
-    in_features: int
-    out_features: int
 
     def __init__(
         self,
@@ -122,8 +115,6 @@ class MergedLinear(MergeableLayer, loralib.MergedLinear):
 
 class Embedding(MergeableLayer, loralib.Embedding):
     """`nn.Embedding` plus (B·A)ᵀ. A starts at zero and B at random, as in loralib and peft."""
-
-    padding_idx: int | None
 
     def reset_lora_parameters(self) -> None:
         """See `MergeableLayer`."""

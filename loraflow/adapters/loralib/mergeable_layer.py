@@ -20,7 +20,6 @@ class MergeableLayer(nn.Module):
     scaling: float
     merged: bool
     merge_weights: bool
-    lora_dropout: Callable[[torch.Tensor], torch.Tensor]
     original: torch.Tensor  # the weight before merging; only while `merged`
 
     def delta(self) -> torch.Tensor:
