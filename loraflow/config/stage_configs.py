@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Protocol, Self
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
 
 from loraflow.config.recipe import (
     BestCheckpoint,
@@ -350,6 +350,12 @@ class JobRuntime(Runtime):
     training_config: JobTrainingRuntime | None = None  # train only
     use_cache: bool = False  # train only: base.use_cache
     origin: Origin | None = None  # version_dataset and resolve_base: where files are read from
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        """Leave out what is not of this stage: manifests keep the runtime."""
+        absent = {"training_config", "use_cache", "origin"} - self.model_fields_set
+        return {name: value for name, value in handler(self).items() if name not in absent}
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:

@@ -22,7 +22,8 @@ def words(recipe: str, name: str):
 def test_a_stage_that_is_added_is_computed_cached_and_keyed_by_its_config(place, monkeypatch):
     monkeypatch.setitem(STAGES, COUNT_WORDS.name, COUNT_WORDS)
     counts, state, _ = words(str(place.recipe), "tiny")
-    assert counts["what"] == 40 and state == "computed"
+    rows = (place.folder / "data" / "train.jsonl").read_text().splitlines()
+    assert counts["what"] == len(rows) and state == "computed", "each question has the word once"
     again, state, hit = words(str(place.recipe), "tiny")
     assert again == counts and state == "cached" and "same inputs, settings and stage version" in hit.why()[0]
     _, state, _ = words(str(place.recipe), "tiny-lower")

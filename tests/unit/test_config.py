@@ -347,3 +347,14 @@ def test_batch_size_and_accumulation_count_by_their_product():
     ref = Ref(stage="s", fingerprint="f", digest="d", uri="")
     fingerprints = {make_job("train", r, {"tokens": ref, "base": ref}).fingerprint for r in (one, two)}
     assert len(fingerprints) == 1
+
+
+def test_a_jobs_runtime_records_only_what_is_of_its_stage():
+    """Manifests keep it: a stage that trains nothing and reads nothing from outside says nothing of that."""
+    recipe = parse_recipe(MINIMAL)
+    own = {"training_config", "use_cache", "origin"}
+    jobs = {name: job["runtime"] for name, job in jobs_of(recipe).items()}
+    assert {name: own & runtime.keys() for name, runtime in jobs.items() if own & runtime.keys()} == {
+        "version_dataset": {"origin"}, "resolve_base": {"origin"}, "train": {"training_config", "use_cache"},
+    }  # fmt: skip
+    assert jobs["merge"] == recipe.runtime.model_dump()
