@@ -51,7 +51,7 @@ lint: $(STAMP) ## fix what can be fixed automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-data: $(STAMP) ## write the quickstart's generated dataset anew, and version it
+data: $(STAMP) ## generate the dataset of the quickstart, and version it
 	$(BIN)/python -m examples.tickets data
 	$(BIN)/loraflow data add data
 

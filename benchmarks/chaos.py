@@ -176,7 +176,7 @@ class Chaos:
         one.ended = state["state"]["name"]
         one.seconds = datetime.fromisoformat(state["end_time"]).timestamp() - killed
         if state["state"]["type"] == "COMPLETED" and self.record(run).get("state") != "done":
-            one.lost.append("it is said to be completed, and the store has no such run")
+            one.lost.append("Prefect shows it as completed, and the store has no such run")
         one.left = self.left()
         if one.left:
             one.lost.append(f"still there: {one.left}")

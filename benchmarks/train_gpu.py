@@ -96,7 +96,7 @@ CASES = [
          peer={"packing": True, "gradient_checkpointing": False, "use_liger_kernel": True}),
     Case("card", "the model card's recipe: padded batches of 4, recomputed, sdpa, dropout 0.05", timed=20,
          peer={"per_device_train_batch_size": 4, "gradient_checkpointing": True}),
-    Case("card-nocudnn", "the same without cuDNN's attention, which plans anew for each shape", timed=20,
+    Case("card-nocudnn", "the same without cuDNN's attention, which makes a plan for each shape", timed=20,
          peer={"per_device_train_batch_size": 4, "gradient_checkpointing": True, "cudnn": False}),
 ]  # fmt: skip
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from loraflow.adapters import verify
-from loraflow.data import check
 from loraflow.execution.workspace import Workspace
 from loraflow.store import Ref
 
@@ -14,6 +12,8 @@ from loraflow.store import Ref
 @task(name="admit", task_run_name="admit rows", cache_policy=NO_CACHE, persist_result=False)
 def admit_rows(workspace: Workspace, rows: Ref) -> None:
     """Stop the run if too many rows are malformed (data.max_quarantined), or no row is left."""
+    from loraflow.data import check
+
     report = workspace.store.manifest(rows).report
     where = f"{workspace.store.location(rows)}/report.json"
     check.admit(report, workspace.recipe.data.max_quarantined, where)
@@ -22,6 +22,8 @@ def admit_rows(workspace: Workspace, rows: Ref) -> None:
 @task(name="admit", task_run_name="admit merged", cache_policy=NO_CACHE, persist_result=False)
 def admit_merged(workspace: Workspace, verified: Ref) -> None:
     """Stop the run if the merged model differs too much from base and adapter (merge.max_kl)."""
+    from loraflow.adapters import verify
+
     report = workspace.store.manifest(verified).report
     figures = {name: value for name, value in report.items() if isinstance(value, int | float)}
     verify.admit(figures, workspace.recipe.merge.max_kl)

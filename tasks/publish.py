@@ -10,8 +10,6 @@ from prefect.cache_policies import NO_CACHE
 from loraflow.execution.results import PipelineResult
 from loraflow.failures import Failure
 from loraflow.registry.runs import Publication
-from loraflow.serving import publish as hub
-from loraflow.serving.models import Model
 from loraflow.tasks.run import Run
 
 log = logging.getLogger("loraflow")
@@ -27,6 +25,9 @@ def publish(run: Run, result: PipelineResult) -> Publication | None:
     rules, head, store = workspace.recipe.publish, workspace.log.head(), workspace.store
     if rules.repo is None or head is None or head.merged.digest != result.merged.digest:
         return None
+    from loraflow.serving import publish as hub
+    from loraflow.serving.models import Model
+
     model = Model(
         workspace.log.model,
         store.path(result.merged),
