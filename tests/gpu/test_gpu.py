@@ -1,6 +1,6 @@
 """The heavy stages on a CUDA device: the code path of configs/phi3-mini.yaml, without a hub.
 
-make test-gpu        prints what docs/performance.md keeps, with card and versions
+make test-gpu        prints what docs/performance-log.md keeps, with card and versions
 """
 
 import itertools
