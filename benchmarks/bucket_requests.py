@@ -17,7 +17,7 @@ from measure import row
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests import object_server, s3_proxy
 from tests.conftest import build_phi3
-from tests.site import build_project
+from tests.local_deployment import build_project
 
 RECIPE = "configs/tiny.yaml"
 COLUMNS = ("store", "requests", "seconds of a run in which every stage is cached", "of these in requests, by the delay")

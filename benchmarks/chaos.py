@@ -29,7 +29,7 @@ from loraflow.flows.server.automations import HEARTBEAT_TIMEOUT
 from loraflow.store import LocalStore
 from loraflow.store.checkpoints import is_whole
 from tests.conftest import build_phi3
-from tests.site import ENDED, Site, build_project
+from tests.local_deployment import ENDED, LocalDeployment, build_project
 
 WHO = {
     "train": "the process that computes a stage",
@@ -96,7 +96,7 @@ class Chaos:
     """A project under `loraflow up`, and what one kill does to it."""
 
     def __init__(self, project: Path):
-        self.site = Site(project)
+        self.site = LocalDeployment(project)
         self.store = LocalStore(project / ".loraflow" / "store")
         self.usual = 0.0  # seconds from the click to the end of a run that nobody kills
         self.variation = 0
@@ -169,7 +169,7 @@ class Chaos:
             code = self.site.process.wait(BOUND)
             if code != 1 or f"Prefect's {one.victim}" not in self.site.log.read_text():
                 one.lost.append(f"`loraflow up` ended with {code}: {self.site.log.read_text()[-300:]}")
-            self.site = Site(self.site.folder, self.site.port)
+            self.site = LocalDeployment(self.site.folder, self.site.port)
         state = self.wait(run, one)
         if state is None:
             return

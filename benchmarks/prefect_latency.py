@@ -18,8 +18,8 @@ from measure import row
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.conftest import build_phi3
-from tests.site import Api, Site, build_project
-from tests.team import Team
+from tests.local_deployment import Api, LocalDeployment, build_project
+from tests.multi_machine import MultiMachineDeployment
 
 TROUBLE = ("database is locked", "deadlock", "TimeoutError", "Traceback")
 
@@ -38,8 +38,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
         base = build_phi3(Path(folder, "base"), dtype="float32")
-        site: Team | Site = Team(Path(folder), base) if asked.team else Site(build_project(Path(folder, "mine"), base))
-        log = site.log("server") if isinstance(site, Team) else site.folder / ".loraflow" / "prefect" / "server.log"
+        site: MultiMachineDeployment | LocalDeployment = MultiMachineDeployment(Path(folder), base) if asked.team else LocalDeployment(build_project(Path(folder, "mine"), base))
+        log = site.log("server") if isinstance(site, MultiMachineDeployment) else site.folder / ".loraflow" / "prefect" / "server.log"
         try:
             row("what", "median s", "max s", "runs")
             up = time.monotonic() - started

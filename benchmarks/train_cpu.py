@@ -27,7 +27,7 @@ from loraflow.store import Ref
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.jobs import Outside, make_job
+from tests.job_factory import Outside, make_job
 
 SIDES = ("fast", "stock", "trl")
 WARM_UP = 2

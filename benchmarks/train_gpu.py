@@ -203,7 +203,7 @@ def ours(case: Case, work: Path) -> dict[str, Any]:
     """Run the train stage by its worker, as the flow does."""
     from loraflow.execution.job_file import JobFile
     from loraflow.store import Ref
-    from tests.jobs import make_job
+    from tests.job_factory import make_job
 
     ref = Ref(stage="s", fingerprint="f", digest="d", uri="")
     job = make_job("train", recipe(case), {"tokens": ref, "base": ref})
@@ -352,7 +352,7 @@ def build(work: Path, case: Case, **more: Setting) -> FastTrainer:
     from loraflow.store import Ref
     from loraflow.training.engine import build_trainer
     from loraflow.training.setup import gather
-    from tests.jobs import make_job
+    from tests.job_factory import make_job
 
     logging.basicConfig(level=logging.WARNING)
 

@@ -1,4 +1,4 @@
-"""Small, real parts: a random Phi-3 with a tokenizer and the stock template, a dataset, an adapter."""
+"""Shared fixtures, small and real: a random Phi-3 with a tokenizer and the stock template, a dataset, an adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts a background job with SIGINT ignored, and every child inherits that. Tests send SIGINT to children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
-    # Threads of several processes that wait for each other take each other's time.
+    # More threads than cores would slow down all test processes.
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
@@ -37,7 +37,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFile(config, log)
 
 
-# Phi-3's, as the hub has it: control tokens swallow the white space behind them, and nothing marks the answer.
+# Phi-3's template on the hub. Control tokens strip the white space after them, and no {% generation %} marks the answer.
 PHI3_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'] + '<|end|>\n'}}"
     "{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
@@ -147,9 +147,9 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def bucket_uri(s3_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Room for a store in a bucket, and a cache of this machine that is empty."""
+    """The uri of an empty store in a bucket, with an empty local cache."""
     monkeypatch.setenv("LORAFLOW_CACHE", str(tmp_path / "cache"))
-    return s3_server.place()
+    return s3_server.new_store_uri()
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +160,7 @@ def phi3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def quick_phi3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in float32, which a CPU without bf16 units computes several times faster."""
+    """A random Phi-3 in float32, several times faster than bf16 on a CPU without bf16 units."""
     return build_phi3(tmp_path_factory.mktemp("base") / "quick-phi3", dtype="float32")
 
 

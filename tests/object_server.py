@@ -40,7 +40,7 @@ def program() -> str | None:
 
 
 class Server:
-    """A running server. `place()` returns the uri of a new store; `settings` is the environment that boto3 needs."""
+    """A running server. `new_store_uri()` returns the uri of a new store; `settings` is the environment that boto3 needs."""
 
     def __init__(self, folder: Path):
         binary = program()
@@ -92,7 +92,7 @@ class Server:
             region_name="us-east-1",
         )
 
-    def place(self) -> str:
+    def new_store_uri(self) -> str:
         """Return the uri of an unused prefix. A bucket for each test would cost volumes and seconds."""
         return f"s3://tests/{uuid.uuid4().hex[:12]}/team"
 

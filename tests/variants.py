@@ -16,8 +16,8 @@ import torch
 from loraflow.adapters.logits import compare_logits
 from loraflow.adapters.merge_folders import merge
 from loraflow.job import Progress
-from tests.children import exit_code
 from tests.conftest import chat
+from tests.forked_process import run_in_fork
 
 # A validation loss after the last step, to compare the saved adapter with.
 WATCHED = {
@@ -86,7 +86,7 @@ def exercise(settings: dict[str, Any], base: Path, shards: Path, folder: Path) -
 
     settings = {**WATCHED, **settings}
     adapter, losses = run(base, shards, folder / "straight", **settings)
-    code = exit_code(_killed, base, shards, folder / "killed", settings)
+    code = run_in_fork(_killed, base, shards, folder / "killed", settings)
     assert code == -signal.SIGKILL, code
     assert not (folder / "killed" / "out" / "adapter").exists()
     again, found = run(base, shards, folder / "killed", **settings)
@@ -155,7 +155,7 @@ def _loss(model: Any, documents: list[Any]) -> float:
 def _evaluate(folder: Path) -> float:
     from loraflow.evaluation import score
     from loraflow.job import Inputs
-    from tests.jobs import make_job
+    from tests.job_factory import make_job
     from tests.unit.test_training import REF, recipe
 
     rows, out = folder / "rows", folder / "scores"

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.site import Site, build_project
+from tests.local_deployment import LocalDeployment, build_project
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
@@ -14,11 +14,11 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dis
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory, quick_phi3):
-    place = Site(build_project(tmp_path_factory.mktemp("site") / "project", quick_phi3))
-    yield place
-    assert place.stop() == 0, place.log.read_text()
-    assert place.workers() == []
+def deployment(tmp_path_factory, quick_phi3):
+    deployment = LocalDeployment(build_project(tmp_path_factory.mktemp("deployment") / "project", quick_phi3))
+    yield deployment
+    assert deployment.stop() == 0, deployment.log.read_text()
+    assert deployment.workers() == []
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def browser():
 
 
 @pytest.fixture
-def page(browser, site):
+def page(browser, deployment):
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.set_default_timeout(60_000)
     yield page

@@ -21,7 +21,7 @@ def loraflow(*arguments: str, home: Path) -> subprocess.CompletedProcess:
 
 @pytest.mark.timeout(1800)
 @needs_model
-def test_a_short_quickstart_learns_merges_and_answers(tmp_path):
+def test_a_short_quickstart_trains_merges_and_answers(tmp_path):
     store = tmp_path / "store"
     short = [
         "training_config.max_steps=4",
@@ -51,7 +51,7 @@ def test_a_short_quickstart_learns_merges_and_answers(tmp_path):
 
 @pytest.mark.slow
 @needs_model
-def test_the_whole_quickstart_reaches_its_figures(tmp_path):
+def test_the_full_quickstart_reaches_its_documented_scores(tmp_path):
     done = loraflow("run", "configs/quickstart.yaml", "--json", "--set", f"runtime.store={tmp_path / 'store'}",
                     home=tmp_path / "prefect")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

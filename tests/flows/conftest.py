@@ -1,4 +1,4 @@
-"""A Prefect server for the session, and stores that a real run has filled."""
+"""A Prefect server for the session, and projects in which a real run has completed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def prefect_server(tmp_path_factory):
         yield
 
 
-class Place:
+class Project:
     """A dataset, a recipe and a store in one folder."""
 
     def __init__(self, folder: Path, phi3: Path):
@@ -56,23 +56,23 @@ def states(summary: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def filled(tmp_path_factory, phi3) -> tuple[Place, dict[str, Any]]:
-    """A place in which the flow ran once."""
+def completed_project(tmp_path_factory, phi3) -> tuple[Project, dict[str, Any]]:
+    """A project in which the flow ran once."""
     import json
 
     folder = tmp_path_factory.mktemp("first run")
     (folder / "data").mkdir()
     for name, numbers in (("train.jsonl", range(80)), ("heldout.jsonl", range(1000, 1020))):
         (folder / "data" / name).write_text("".join(json.dumps(chat(i)) + "\n" for i in numbers))
-    place = Place(folder, phi3)
-    return place, place.run()
+    project = Project(folder, phi3)
+    return project, project.run()
 
 
 @pytest.fixture
-def place(filled, tmp_path) -> Place:
-    """A copy of the filled place, moved elsewhere: nothing in it may depend on where it lies."""
-    shutil.copytree(filled[0].folder, tmp_path / "copy")
-    return Place(tmp_path / "copy", filled[0].phi3)
+def project(completed_project, tmp_path) -> Project:
+    """A copy of the completed project in another folder: nothing in it may depend on its path."""
+    shutil.copytree(completed_project[0].folder, tmp_path / "copy")
+    return Project(tmp_path / "copy", completed_project[0].phi3)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def put(client):
     return put
 
 
-def test_twice_changes_nothing_and_what_differs_is_said(put, client):
+def test_deploying_twice_changes_nothing_and_differences_are_reported(put, client):
     put()
     assert put() == []
     assert put({"finetune/local": {"parameters": {"recipe": "phi3-mini"}}}) == [
@@ -39,7 +39,7 @@ def test_twice_changes_nothing_and_what_differs_is_said(put, client):
     assert put() == ["deployment finetune/local updated: parameters"]
 
 
-def test_a_paused_schedule_and_a_disabled_trigger_stay_so_when_they_change(put, client):
+def test_an_updated_schedule_stays_paused_and_an_updated_trigger_stays_disabled(put, client):
     from loraflow.flows.server.prefect_yaml import read_specs
 
     put()
@@ -82,7 +82,7 @@ def test_the_server_can_schedule_the_nightly_run(put, client):
     assert [run["expected_start_time"][11:16] for run in ahead if run["auto_scheduled"]][:1] in (["02:00"], ["03:30"])
 
 
-def test_a_wrong_value_is_refused_before_anything_runs(put, client):
+def test_an_invalid_parameter_is_refused_before_the_run_starts(put, client):
     from prefect.exceptions import PrefectHTTPStatusError
 
     put()
@@ -91,7 +91,7 @@ def test_a_wrong_value_is_refused_before_anything_runs(put, client):
         client.create_flow_run_from_deployment(deployment.id, parameters={"overrides": {"rank": 0}})
 
 
-def test_notifications_go_to_blocks_that_exist(put, client, caplog):
+def test_notifications_use_existing_blocks(put, client, caplog):
     from prefect.blocks.webhook import Webhook
 
     Webhook(url="http://127.0.0.1:1/hook").save("ops", overwrite=True)
@@ -112,7 +112,7 @@ def test_notifications_go_to_blocks_that_exist(put, client, caplog):
      ("runs that did not start", {"Pending", "Submitting", "InfrastructurePending"}, 3600, "CRASHED"),
      ("runs that nobody cancels", {"Cancelling"}, 540, "CANCELLED")],
 )  # fmt: skip
-def test_automations_end_runs_without_a_sign_of_life(put, client, name, after, seconds, state):
+def test_automations_end_runs_without_a_heartbeat(put, client, name, after, seconds, state):
     put()
     automation = client.read_automations_by_name(f"loraflow: {name}")[0]
     assert automation.trigger.after == {f"prefect.flow-run.{event}" for event in after}
@@ -128,7 +128,7 @@ def test_exactly_the_deployments_with_the_heartbeat_tag_send_heartbeats():
         assert ("PREFECT_FLOWS_HEARTBEAT_FREQUENCY" in environment) == (HEARTBEAT_TAG in spec.tags), spec.full_name
 
 
-def test_no_server_and_no_such_deployment_have_a_next_step(monkeypatch):
+def test_a_missing_server_or_deployment_is_reported_with_a_next_step(monkeypatch):
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from loraflow.flows.server.connection import require_server
@@ -143,7 +143,7 @@ def test_no_server_and_no_such_deployment_have_a_next_step(monkeypatch):
     assert "finetune/local" in error.value.expected
 
 
-def test_what_prefect_yaml_no_longer_has_is_removed_from_a_deployment(put, client):
+def test_settings_removed_from_prefect_yaml_are_removed_from_the_deployment(put, client):
     put()
     deployment = client.read_deployment_by_name("finetune/local")
     schema = deployment.parameter_openapi_schema
@@ -163,7 +163,7 @@ def test_what_prefect_yaml_no_longer_has_is_removed_from_a_deployment(put, clien
     assert put() == []
 
 
-def test_deployments_with_the_modules_old_names_get_the_new_ones(put, client, caplog):
+def test_deployments_with_old_module_names_are_updated(put, client, caplog):
     """Until flows and tasks became parts of loraflow, deployments named `flows.project.enter` and `flows.…`."""
     put()
     names = ["finetune/local", "retrain/nightly", "evaluate/local"]
@@ -186,7 +186,7 @@ def test_deployments_with_the_modules_old_names_get_the_new_ones(put, client, ca
     assert warning.startswith("deployment mine was created by an earlier version of loraflow")
 
 
-def test_a_changed_automation_is_updated_under_the_name_that_it_has(put, client):
+def test_a_changed_automation_is_updated_under_its_existing_name(put, client):
     put()
     automation = client.read_automations_by_name("loraflow: crashed runs")[0]
     body = automation.model_dump(mode="json", exclude={"owner_resource", "id"}) | {"description": "as it was"}
@@ -198,7 +198,7 @@ def test_a_changed_automation_is_updated_under_the_name_that_it_has(put, client)
 
 
 @pytest.mark.slow
-def test_prefects_own_command_deploys_the_same_file(put, client):
+def test_prefect_deploy_accepts_the_same_file(put, client):
     for name in ("local", "cpu", "gpu"):
         client.create_work_pool(WorkPoolCreate(name=name, type="process"), overwrite=True)
     env = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value(), "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -36,7 +36,7 @@ def claims_of(pod: dict[str, Any]) -> dict[str, str | None]:
 
 
 @pytest.mark.parametrize("kind", ["docker", "kubernetes"])
-def test_a_template_has_the_keys_of_the_default_one_and_uses_every_variable(kind):
+def test_a_template_has_the_default_templates_keys_and_uses_every_variable(kind):
     ours, theirs = template(kind), worker_class(kind).get_default_base_job_template()
     assert ours["job_configuration"].keys() == theirs["job_configuration"].keys()
     assert ours["variables"]["properties"].keys() >= theirs["variables"]["properties"].keys()
@@ -45,7 +45,7 @@ def test_a_template_has_the_keys_of_the_default_one_and_uses_every_variable(kind
     assert not CREDENTIALS & set(re.findall(r"\w+", json.dumps(ours["variables"]["properties"]["env"])))
 
 
-def test_a_kubernetes_run_asks_for_its_gpus_its_cache_and_time_to_save_a_checkpoint():
+def test_a_kubernetes_run_requests_gpus_a_cache_and_time_to_save_a_checkpoint():
     from loraflow.config.runtime import Runtime
 
     job = rendered("kubernetes", gpus=2, secret="s", cache_claim="c").job_manifest
@@ -60,7 +60,7 @@ def test_a_kubernetes_run_asks_for_its_gpus_its_cache_and_time_to_save_a_checkpo
     assert container["env"]["LORAFLOW_CACHE"] == "/cache" and container["image"] == "loraflow-worker:latest"
 
 
-def test_a_docker_run_has_a_gpu_its_cache_and_an_init_process():
+def test_a_docker_run_has_a_gpu_a_cache_and_an_init_process():
     run = rendered("docker")
     assert run.volumes == ["loraflow-cache:/cache"] and run.env["LORAFLOW_CACHE"] == "/cache"
     assert run.container_create_kwargs["init"] is True
@@ -70,7 +70,7 @@ def test_a_docker_run_has_a_gpu_its_cache_and_an_init_process():
     docker.types.DeviceRequest(**device)  # the client accepts it unchanged
 
 
-def test_the_other_nodes_are_an_indexed_job_that_the_clusters_api_reads_without_a_loss():
+def test_the_indexed_job_of_the_other_nodes_is_read_by_the_kubernetes_api_without_loss():
     client = pytest.importorskip("kubernetes_asyncio.client")
     service, job = yaml.safe_load_all((FOLDER / "kubernetes-nodes.yaml").read_text())
 
@@ -94,7 +94,7 @@ def test_the_other_nodes_are_an_indexed_job_that_the_clusters_api_reads_without_
     assert found.items() >= service["spec"]["selector"].items(), "the Service finds the first node's pod"
 
 
-def test_each_of_the_other_nodes_runs_the_worker_with_its_own_number(tmp_path):
+def test_each_other_node_runs_the_worker_with_its_node_number(tmp_path):
     _, job = yaml.safe_load_all((FOLDER / "kubernetes-nodes.yaml").read_text())
     [container] = job["spec"]["template"]["spec"]["containers"]
     assert container["command"][2:] == ["sh", "-c"]

@@ -23,16 +23,16 @@ STAGES = ["version_dataset", "check_dataset", "resolve_base", "tokenize", "evalu
 ALL_CACHED = dict.fromkeys(STAGES, "cached")
 
 
-def promote(place, merged: Path):
-    """Make a merged model the champion by hand."""
-    store = LocalStore(place.store)
+def promote(project, merged: Path):
+    """Promote a merged model by hand."""
+    store = LocalStore(project.store)
     ref = next(ref for ref in store.artifacts() if store.path(ref) == merged)
     log = PromotionLog(store.root, "tiny")
     log.append(log.head(), action="promote", merged=ref, adapter=None, inputs={}, reasons=["by hand"], actor="test")
 
 
 def task_states(run_name: str) -> dict[str, list[str]]:
-    """Ask Prefect's API for the task runs of the newest flow run that has begun; nightly ones lie in the future."""
+    """Return {task: its states} for the newest flow run that has started; nightly runs are only scheduled."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
         FlowRunFilter,
@@ -50,14 +50,14 @@ def task_states(run_name: str) -> dict[str, list[str]]:
             limit=1,
             sort=FlowRunSort.START_TIME_DESC,
         )
-        for _ in range(300):  # task runs reach the database a moment later, on a loaded machine half a minute
+        for _ in range(300):  # task runs reach the database later, on a loaded machine after half a minute
             tasks = client.read_task_runs(
                 flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[runs[0].id])),
                 sort=TaskRunSort.EXPECTED_START_TIME_DESC,
                 limit=200,
             )
-            whole = {"gate", "register", "report"} | set(STAGES) <= {task.name for task in tasks}
-            if whole and all(task.state.is_final() for task in tasks):
+            complete = {"gate", "register", "report"} | set(STAGES) <= {task.name for task in tasks}
+            if complete and all(task.state.is_final() for task in tasks):
                 break
             time.sleep(0.2)
     found: dict[str, list[str]] = {}
@@ -66,39 +66,39 @@ def task_states(run_name: str) -> dict[str, list[str]]:
     return found
 
 
-def test_a_first_run_makes_everything(filled):
-    place, summary = filled
+def test_the_first_run_computes_all_stages(completed_project):
+    project, summary = completed_project
     assert states(summary) == dict.fromkeys(STAGES, "computed")
     assert summary["decision"]["verdict"] in ("promote", "reject", "undecided")
     assert set(summary["metrics"]["tuned"]["heldout"]["token_loss"]) == {"value", "low", "high", "n"}
     assert summary["metrics"]["champion"] is None
-    store = LocalStore(place.store)
+    store = LocalStore(project.store)
     assert all(store.verify(ref) == [] for ref in store.artifacts())
-    assert not list((place.store / "staging").iterdir())
-    assert not list((place.store / "work").glob("*/*"))
-    assert (place.store / "runs" / f"{summary['run']}.md").read_text().startswith("# tiny: ")
+    assert not list((project.store / "staging").iterdir())
+    assert not list((project.store / "work").glob("*/*"))
+    assert (project.store / "runs" / f"{summary['run']}.md").read_text().startswith("# tiny: ")
 
 
-def test_a_second_run_makes_nothing_and_prefect_shows_each_stage_once_as_cached(filled):
-    place, _ = filled
-    assert place.plan() == ALL_CACHED | {k: v for k, v in place.plan().items() if k == "evaluate champion"}
-    summary = place.run()
+def test_the_second_run_is_fully_cached_and_prefect_shows_each_stage_once(completed_project):
+    project, _ = completed_project
+    assert project.plan() == ALL_CACHED | {k: v for k, v in project.plan().items() if k == "evaluate champion"}
+    summary = project.run()
     assert set(states(summary).values()) == {"cached"}
     shown = task_states("tiny")
     for stage in states(summary):
         assert shown[stage] == ["Cached"], shown
 
 
-def test_a_server_that_knows_nothing_shows_cached_too(place):
-    """The copy's store lies elsewhere, so that Prefect's own records do not count."""
-    summary = place.run()
+def test_a_moved_store_is_fully_cached(project):
+    """Its path differs, so that Prefect's own cache records do not match."""
+    summary = project.run()
     assert set(states(summary).values()) == {"cached"}
     assert all(task_states("tiny")[stage] == ["Cached"] for stage in states(summary))
-    assert all(stage["uri"].startswith(str(place.store)) for stage in summary["stages"])
+    assert all(stage["uri"].startswith(str(project.store)) for stage in summary["stages"])
 
 
 CHANGES = {
-    # field → (its new value, the stages that run because of it, the reason that the plan gives for each)
+    # field → (new value, stages that it recomputes, reason in the plan)
     "training_config__seed": (7, {"train"}, "training_config.seed 0 → 7"),
     "training_config__learning_rate": (1e-3, {"train"}, "training_config.learning_rate 0.01 → 0.001"),
     "peft_config__r": (2, {"train"}, "peft_config.r 4 → 2"),
@@ -126,14 +126,14 @@ DOWN = {
 
 
 @pytest.mark.parametrize("field", CHANGES)
-def test_a_changed_field_runs_exactly_the_right_stages_and_the_plan_names_it(place, field):
+def test_the_plan_names_a_changed_field_and_the_stages_that_depend_on_it(project, field):
     value, stages, reason = CHANGES[field]
-    verdicts = place.plan(**{field: value})
+    verdicts = project.plan(**{field: value})
     verdicts.pop("evaluate champion", None)
     waiting = set().union(*(DOWN.get(stage, set()) for stage in stages))
     assert {label for label, verdict in verdicts.items() if verdict == "runs"} == stages
     assert {label for label, verdict in verdicts.items() if verdict == "depends"} == waiting
-    for verdict in place.verdicts:
+    for verdict in project.verdicts:
         if verdict.verdict == "runs":
             assert verdict.why[0] == reason, verdict
 
@@ -147,28 +147,28 @@ def test_a_changed_field_runs_exactly_the_right_stages_and_the_plan_names_it(pla
         {"gate__primary": "exact_match"}, {"data__max_quarantined": 0.5}, {"name": "other"},
     ],
 )  # fmt: skip
-def test_what_changes_no_result_runs_nothing(place, change):
-    verdicts = place.plan(**change)
+def test_settings_without_effect_on_results_run_no_stage(project, change):
+    verdicts = project.plan(**change)
     verdicts.pop("evaluate champion", None)
     assert verdicts == ALL_CACHED
 
 
-def test_new_times_and_another_base_path_run_nothing(place, tmp_path):
+def test_new_timestamps_and_a_moved_base_run_no_stage(project, tmp_path):
     moved = tmp_path / "moved base"
-    shutil.copytree(place.phi3, moved)
-    for file in [*moved.iterdir(), *(place.folder / "data").iterdir()]:
+    shutil.copytree(project.phi3, moved)
+    for file in [*moved.iterdir(), *(project.folder / "data").iterdir()]:
         os.utime(file, (1_000_000, 1_000_000))
-    verdicts = place.plan(base__model=str(moved))
+    verdicts = project.plan(base__model=str(moved))
     verdicts.pop("evaluate champion", None)
     assert verdicts == ALL_CACHED
 
 
-def test_a_mended_heldout_row_retrains_nothing(place):
-    file = place.folder / "data" / "heldout.jsonl"
+def test_a_corrected_heldout_row_does_not_retrain(project):
+    file = project.folder / "data" / "heldout.jsonl"
     file.write_text(file.read_text().replace('\\"a\\": \\"red\\"', '\\"a\\": \\"blue\\"'))
-    before = {stage["stage"]: stage["digest"] for stage in place_last(place)["stages"]}
-    assert place.plan()["version_dataset"] == "runs"
-    summary = place.run()
+    before = {stage["stage"]: stage["digest"] for stage in last_record(project)["stages"]}
+    assert project.plan()["version_dataset"] == "runs"
+    summary = project.run()
     shown = states(summary)
     assert shown["version_dataset"] == shown["check_dataset"] == "computed"
     assert shown["evaluate base"] == shown["evaluate tuned"] == "computed"
@@ -177,35 +177,35 @@ def test_a_mended_heldout_row_retrains_nothing(place):
     assert after["train"] == before["train"]
 
 
-def place_last(place) -> dict:
-    return json.loads(sorted((place.store / "runs").glob("*.json"))[-1].read_text())
+def last_record(project) -> dict:
+    return json.loads(sorted((project.store / "runs").glob("*.json"))[-1].read_text())
 
 
-def test_what_is_deleted_or_damaged_is_made_again_and_comes_out_the_same(place):
-    before = {stage["stage"]: stage for stage in place_last(place)["stages"]}
-    store = LocalStore(place.store)
+def test_deleted_and_damaged_artifacts_are_recomputed_with_the_same_digest(project):
+    before = {stage["stage"]: stage for stage in last_record(project)["stages"]}
+    store = LocalStore(project.store)
     shards = store.find("tokenize", before["tokenize"]["fingerprint"])
     file = store.path(shards) / "train" / "data-00000-of-00001.arrow"
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 1
     file.write_bytes(raw)
     shutil.rmtree(store.path(store.find("train", before["train"]["fingerprint"])))
-    assert place.plan()["train"] == "runs"
-    summary = place.run()
+    assert project.plan()["train"] == "runs"
+    summary = project.run()
     after = {stage["stage"]: stage for stage in summary["stages"]}
     assert after["tokenize"]["state"] == after["train"]["state"] == "computed"
     assert {k: v["digest"] for k, v in after.items() if k in before} == {
         k: v["digest"] for k, v in before.items() if k in after
     }
-    assert after["merge"]["state"] == "cached", "its input came out with the same digest"
+    assert after["merge"]["state"] == "cached", "its input was recomputed with the same digest"
     assert all(store.verify(ref) == [] for ref in store.artifacts())
-    assert list((place.store / "set-aside").glob("tokenize-*.json"))
+    assert list((project.store / "set-aside").glob("tokenize-*.json"))
 
 
-def test_a_killed_training_is_retried_by_prefect_and_goes_on_from_its_checkpoint(place):
+def test_prefect_retries_a_killed_training_from_its_checkpoint(project):
     def kill() -> None:
         for _ in range(1200):
-            for progress in (place.store / "work" / "train").glob("*/progress.jsonl"):
+            for progress in (project.store / "work" / "train").glob("*/progress.jsonl"):
                 if any('"step": 4' in line for line in progress.read_text().splitlines()):
                     pid = subprocess.run(
                         ["pgrep", "-f", str(progress.parent)], capture_output=True, text=True
@@ -216,41 +216,41 @@ def test_a_killed_training_is_retried_by_prefect_and_goes_on_from_its_checkpoint
 
     killer = threading.Thread(target=kill)
     killer.start()
-    summary = place.run(training_config__max_steps=40, training_config__save_steps=2)
+    summary = project.run(training_config__max_steps=40, training_config__save_steps=2)
     killer.join()
     assert task_states("tiny")["train"] == ["Completed"]
     train = next(stage for stage in summary["stages"] if stage["stage"] == "train")
-    manifest = LocalStore(place.store).find("train", train["fingerprint"])
-    figures = LocalStore(place.store).manifest(manifest).figures
+    manifest = LocalStore(project.store).find("train", train["fingerprint"])
+    figures = LocalStore(project.store).manifest(manifest).figures
     assert figures["resumed_at"] >= 2 and figures["steps"] == 40
     steps = [json.loads(line)["step"] for line in (Path(train["uri"]) / "telemetry" / "curves.jsonl").read_text().splitlines()
              if "loss" in line and "train_loss" not in line]  # fmt: skip
     assert steps == list(range(1, 41))
 
 
-def test_run_again_roll_back_run_again(place):
-    """A promoted model stays; what was rolled back stays so."""
-    first = place_last(place)["summary"]
-    log = PromotionLog(place.store, "tiny")
+def test_a_rolled_back_model_is_not_promoted_again(project):
+    """A promoted model stays the champion, and a rolled back model is not promoted by a rerun."""
+    first = last_record(project)["summary"]
+    log = PromotionLog(project.store, "tiny")
     if log.head() is None:
-        promote(place, Path(first["merged"]))
-    assert place.run()["decision"]["verdict"] == "unchanged"
-    second = place.run(training_config__learning_rate=2e-2)
+        promote(project, Path(first["merged"]))
+    assert project.run()["decision"]["verdict"] == "unchanged"
+    second = project.run(training_config__learning_rate=2e-2)
     assert "evaluate champion" in states(second)
     if second["decision"]["verdict"] != "promote":
-        assert place.run(training_config__learning_rate=2e-2)["decision"]["verdict"] == "unchanged"
-        promote(place, Path(second["merged"]))
+        assert project.run(training_config__learning_rate=2e-2)["decision"]["verdict"] == "unchanged"
+        promote(project, Path(second["merged"]))
     log.rollback("answers were rude", "test")
-    again = place.run(training_config__learning_rate=2e-2)
+    again = project.run(training_config__learning_rate=2e-2)
     assert again["decision"]["verdict"] == "unchanged"
     assert "answers were rude" in again["decision"]["reasons"][0]
-    assert place.run()["decision"]["verdict"] == "unchanged"
+    assert project.run()["decision"]["verdict"] == "unchanged"
     assert log.head().merged.digest == next(s["digest"] for s in first["stages"] if s["stage"] == "merge")
 
 
-def test_everything_opens_without_loraflow(filled, tmp_path):
-    """In a process that cannot import loraflow: tokens, scores, adapter, merged model."""
-    _, summary = filled
+def test_artifacts_open_without_loraflow(completed_project, tmp_path):
+    """Open tokens, scores, adapter and merged model in a process that cannot import loraflow."""
+    _, summary = completed_project
     uri = {stage["stage"]: stage["uri"] for stage in summary["stages"]}
     script = f"""
 import sys
@@ -281,27 +281,27 @@ def cli(*arguments: str, env: dict | None = None, **options) -> subprocess.Compl
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, **options)
 
 
-def test_the_command_prints_one_json_document(place):
-    done = cli("run", str(place.recipe), "--json")
+def test_the_command_prints_one_json_document(project):
+    done = cli("run", str(project.recipe), "--json")
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads(done.stdout)
     assert set(summary) >= {"run", "stages", "metrics", "decision", "adapter", "merged"}
-    strict = cli("run", str(place.recipe), "--json", "--strict-gate")
+    strict = cli("run", str(project.recipe), "--json", "--strict-gate")
     assert strict.returncode == (0 if json.loads(strict.stdout)["decision"]["verdict"] == "promote" else 3)
 
 
-def test_a_cached_run_and_a_plan_import_no_torch(place):
+def test_a_cached_run_and_a_plan_import_no_torch(project):
     code = (
         "import sys\nsys.argv = ['loraflow', *{arguments!r}]\nfrom loraflow.cli import main\n"
         "try:\n    main()\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
         "bad = {{m for m in ('torch', 'transformers', 'trl', 'peft', 'datasets', 'dvc') if m in sys.modules}}\n"
         "assert not bad, bad\n"
     )
-    place.run()
-    for command in (["plan", str(place.recipe)], ["run", str(place.recipe), "-q"]):
+    project.run()
+    for command in (["plan", str(project.recipe)], ["run", str(project.recipe), "-q"]):
         done = subprocess.run([sys.executable, "-c", code.format(arguments=command)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
-    done = subprocess.run([sys.executable, "-c", code.format(arguments=["plan", str(place.recipe)]) + "assert 'prefect' not in sys.modules"],
+    done = subprocess.run([sys.executable, "-c", code.format(arguments=["plan", str(project.recipe)]) + "assert 'prefect' not in sys.modules"],
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -318,15 +318,15 @@ def test_a_cached_run_and_a_plan_import_no_torch(place):
         ({"evaluation.metrics": "[bleu]"}, 2, "no such metric"),
     ],
 )
-def test_bad_input_has_one_message_a_next_step_and_the_right_status(place, change, code, says):
+def test_invalid_input_exits_with_its_status_a_message_and_a_next_step(project, change, code, says):
     sets = [part for key, value in change.items() for part in ("--set", f"{key}={value}")]
-    done = cli("run", str(place.recipe), "-q", *sets)
+    done = cli("run", str(project.recipe), "-q", *sets)
     assert done.returncode == code, done.stderr[-3000:]
     tail = done.stderr[-3000:]
     assert says in tail and "next:" in tail
-    store = LocalStore(place.store)
+    store = LocalStore(project.store)
     assert all(store.verify(ref) == [] for ref in store.artifacts())
-    assert not list((place.store / "staging").iterdir())
+    assert not list((project.store / "staging").iterdir())
 
 
 def processes_with(text: str) -> list[str]:
@@ -334,47 +334,49 @@ def processes_with(text: str) -> list[str]:
     return [row for row in rows if text in row and " Z" not in row and "ps -eo" not in row]
 
 
-def in_session(session: int) -> list[str]:
+def processes_of_session(session: int) -> list[str]:
     rows = subprocess.run(["ps", "-eo", "sid,stat,args"], capture_output=True, text=True).stdout.splitlines()
     return [row for row in rows if row.split()[0] == str(session) and not row.split()[1].startswith("Z")]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_whatever_ends_the_command_leaves_no_worker_and_a_whole_store(place, how):
-    command = [sys.executable, "-c", "from loraflow.cli import main; main()", "run", str(place.recipe),
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_signals_leave_no_worker_and_an_intact_store(project, number):
+    command = [sys.executable, "-c", "from loraflow.cli import main; main()", "run", str(project.recipe),
                "--set", "training_config.max_steps=2000", "--set", "training_config.save_steps=5"]  # fmt: skip
-    log = place.folder / "said.txt"
+    log = project.folder / "output.txt"
     process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
-    for _ in range(6000):  # minutes, on a machine that does something else too
-        if any('"step": 6' in p.read_text() for p in (place.store / "work" / "train").glob("*/progress.jsonl")):
+    for _ in range(6000):  # five minutes, for a loaded machine
+        if any('"step": 6' in p.read_text() for p in (project.store / "work" / "train").glob("*/progress.jsonl")):
             break
         time.sleep(0.05)
     else:
         process.kill()
         raise AssertionError(log.read_text())
-    process.send_signal(how)
+    process.send_signal(number)
     process.wait(timeout=60)
-    said = log.read_text()
+    output = log.read_text()
     for _ in range(200):
-        if not processes_with(str(place.store / "work")):
+        if not processes_with(str(project.store / "work")):
             break
         time.sleep(0.1)
-    assert processes_with(str(place.store / "work")) == []
-    for _ in range(100):  # after SIGKILL a watchdog ends prefect's server
-        if not in_session(process.pid):
+    assert processes_with(str(project.store / "work")) == []
+    for _ in range(100):  # after SIGKILL the watchdog ends Prefect's server
+        if not processes_of_session(process.pid):
             break
         time.sleep(0.1)
-    assert not in_session(process.pid), "not even prefect's server"
-    if how == signal.SIGINT:
-        assert process.returncode == 130, said
-        assert re.search("interrupted; finished stages are kept", said)
-    store = LocalStore(place.store)
+    assert not processes_of_session(process.pid), "Prefect's server has ended too"
+    if number == signal.SIGINT:
+        assert process.returncode == 130, output
+        assert re.search("interrupted; finished stages are kept", output)
+    store = LocalStore(project.store)
     assert all(store.verify(ref) == [] for ref in store.artifacts())
-    assert list((place.store / "work" / "train").glob("*/checkpoints/checkpoint-*/complete.json")), "a resume has this"
+    assert list((project.store / "work" / "train").glob("*/checkpoints/checkpoint-*/complete.json")), (
+        "a checkpoint to resume from"
+    )
 
 
-def test_scores_open_with_pandas_and_have_a_row_per_example(filled):
-    uri = next(stage["uri"] for stage in filled[1]["stages"] if stage["stage"] == "evaluate tuned")
+def test_scores_open_with_pandas_and_have_a_row_per_example(completed_project):
+    uri = next(stage["uri"] for stage in completed_project[1]["stages"] if stage["stage"] == "evaluate tuned")
     table = pd.read_parquet(Path(uri) / "scores.parquet")
     assert table["id"].is_unique and set(table["finish"]) <= {"stop", "length"}
     assert {"token_loss", "exact_match", "json_valid", "field_f1"} <= set(table.columns)

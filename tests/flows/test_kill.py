@@ -11,31 +11,31 @@ import time
 import pytest
 
 from loraflow.store import LocalStore
-from tests.flows.test_finetune import place_last, processes_with
+from tests.flows.test_finetune import last_record, processes_with
 
 STAGES = ["version_dataset", "check_dataset", "resolve_base", "tokenize", "train", "merge", "verify", "evaluate"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_sigkill_in_any_stage_leaves_a_store_that_verifies(place, stage):
-    before = {one["stage"]: one["digest"] for one in place_last(place)["stages"]}
-    shutil.rmtree(place.store / stage)
-    command = [sys.executable, "-c", "from loraflow.cli import main; main()", "run", str(place.recipe), "-q"]
+def test_sigkill_in_any_stage_leaves_an_intact_store(project, stage):
+    before = {one["stage"]: one["digest"] for one in last_record(project)["stages"]}
+    shutil.rmtree(project.store / stage)
+    command = [sys.executable, "-c", "from loraflow.cli import main; main()", "run", str(project.recipe), "-q"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     for _ in range(3000):
-        if list((place.store / "staging").glob(f"{stage}-*")) or process.poll() is not None:
+        if list((project.store / "staging").glob(f"{stage}-*")) or process.poll() is not None:
             break
         time.sleep(0.01)
     time.sleep(random.Random(stage).uniform(0.0, 0.02 if stage in ("version_dataset", "check_dataset") else 6.0))
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     for _ in range(300):
-        if not processes_with(str(place.store / "work")):
+        if not processes_with(str(project.store / "work")):
             break
         time.sleep(0.1)
-    assert processes_with(str(place.store / "work")) == []
-    store = LocalStore(place.store)
+    assert processes_with(str(project.store / "work")) == []
+    store = LocalStore(project.store)
     assert all(store.verify(ref) == [] for ref in store.artifacts())
-    after = {one["stage"]: one["digest"] for one in place.run()["stages"]}
+    after = {one["stage"]: one["digest"] for one in project.run()["stages"]}
     assert {k: after[k] for k in before} == before, "what was lost comes out the same"
     assert all(store.verify(ref) == [] for ref in store.artifacts())

@@ -1,4 +1,4 @@
-"""Stages on another pool, through a real server and a real process worker."""
+"""Stages placed on another pool, through a real server and a real process worker."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from loraflow.tasks import placement as placing
 from loraflow.tasks.run import open_run
 from loraflow.tasks.stages import check_dataset, resolve_base, tokenize, version_dataset
 from tests.conftest import chat
-from tests.flows.conftest import Place
+from tests.flows.conftest import Project
 from tests.flows.pools import deploy_stage, sub_runs, wait_for, worker
 from tests.flows.test_finetune import processes_with
 
@@ -37,25 +37,25 @@ def part(recipe: str, overrides: dict):
         return first_stages(run)
 
 
-@flow(name="whole", persist_result=False)
-def whole(recipe: str, overrides: dict):
-    """The same, again when something turns out to be damaged."""
+@flow(name="repaired", persist_result=False)
+def repaired(recipe: str, overrides: dict):
+    """Run the first stages, again after a damaged artifact was quarantined."""
     with open_run(recipe, overrides, []) as run:
         return run.until_intact(first_stages)
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory, phi3):
+def started_project(tmp_path_factory, phi3):
     """A recipe whose first stages are in the store."""
-    folder = tmp_path_factory.mktemp("begun")
+    folder = tmp_path_factory.mktemp("started")
     (folder / "data").mkdir()
     for name, numbers in (("train.jsonl", range(40)), ("heldout.jsonl", range(1000, 1010))):
         (folder / "data" / name).write_text("".join(json.dumps(chat(i)) + "\n" for i in numbers))
-    place = Place(folder, phi3)
-    workspace = Workspace(load_recipe(place.recipe, {}))
+    project = Project(folder, phi3)
+    workspace = Workspace(load_recipe(project.recipe, {}))
     run_stage(workspace, CHECK_DATASET, dataset=run_stage(workspace, VERSION_DATASET))
     run_stage(workspace, RESOLVE_BASE)
-    return place
+    return project
 
 
 @pytest.fixture(scope="module")
@@ -65,105 +65,105 @@ def gpu_pool(tmp_path_factory):
         yield process
 
 
-def job_of(begun, **overrides):
-    workspace = Workspace(load_recipe(begun.recipe, overrides))
+def job_of(started_project, **overrides):
+    workspace = Workspace(load_recipe(started_project.recipe, overrides))
     rows = run_stage(workspace, CHECK_DATASET, dataset=run_stage(workspace, VERSION_DATASET))
     return workspace.job(TOKENIZE, {"rows": rows, "base": run_stage(workspace, RESOLVE_BASE)})
 
 
-def test_a_placed_stage_runs_on_the_other_pool_and_keeps_its_fingerprint(begun, gpu_pool):
-    expected = job_of(begun).fingerprint
-    ref, stages = part(str(begun.recipe), {"runtime.placement": {"tokenize": "gpu"}})
+def test_a_placed_stage_runs_on_the_other_pool_and_keeps_its_fingerprint(started_project, gpu_pool):
+    expected = job_of(started_project).fingerprint
+    ref, stages = part(str(started_project.recipe), {"runtime.placement": {"tokenize": "gpu"}})
     assert ref.fingerprint == expected and stages["tokenize"].state == "computed"
     [run] = sub_runs()
     assert run.name == "tokenize" and run.state.is_completed() and run.parent_task_run_id is not None
     assert run.work_pool_name == "gpu-pool"
-    assert LocalStore(begun.store).verify(ref) == []
-    again, stages = part(str(begun.recipe), {})
+    assert LocalStore(started_project.store).verify(ref) == []
+    again, stages = part(str(started_project.recipe), {})
     assert again == ref and stages["tokenize"].state == "cached", "placed or not, it is the same stage"
 
 
-def test_an_input_that_is_damaged_is_found_where_it_is_read_and_made_again(begun, gpu_pool):
-    """The two share a folder, in which nothing is hashed on the way."""
-    store = LocalStore(begun.store)
-    rows = job_of(begun).inputs["rows"]
+def test_a_damaged_input_is_detected_by_the_worker_and_recomputed(started_project, gpu_pool):
+    """Both share a folder, so that no download would verify the hashes."""
+    store = LocalStore(started_project.store)
+    rows = job_of(started_project).inputs["rows"]
     file = store.path(rows) / "train.jsonl"
     file.write_bytes(file.read_bytes()[:-9] + b"#" + file.read_bytes()[-8:])
     damaged = {"training_config.max_length": 200, "runtime.placement": {"tokenize": "gpu"}}
-    ref, stages = whole(str(begun.recipe), damaged)
+    ref, stages = repaired(str(started_project.recipe), damaged)
     assert stages["tokenize"].state == "computed" and store.verify(ref) == [] and store.verify(rows) == []
     [aside] = (store.root / "set-aside").glob("*.json")
     assert "train.jsonl" in aside.read_text()
     assert sorted(run.state.type.value for run in sub_runs()[:2]) == ["COMPLETED", "FAILED"]
 
 
-def test_an_input_that_the_worker_may_not_read_comes_back_as_that(begun, monkeypatch):
+def test_an_unreadable_input_is_reported_with_its_path(started_project, monkeypatch):
     def refuse(store, ref):
         raise PermissionError(13, "Permission denied", "/of/somebody/else")
 
     monkeypatch.setattr(stage_module, "require_intact", refuse)
     monkeypatch.setattr(stage_module, "end_with_parent", lambda: None)
-    job = job_of(begun, **{"training_config.max_length": 201}).model_dump(mode="json")
-    state = stage_module.stage(job, str(begun.store), "tokenize", return_state=True)
+    job = job_of(started_project, **{"training_config.max_length": 201}).model_dump(mode="json")
+    state = stage_module.stage(job, str(started_project.store), "tokenize", return_state=True)
     failure = from_dict(json.loads(state.message.rpartition("failure: ")[2]))
     assert failure.what == "A file cannot be read or written." and failure.where == "/of/somebody/else"
 
 
-def test_a_failure_elsewhere_comes_back_as_what_it_is(begun, gpu_pool):
+def test_a_remote_failure_keeps_its_class(started_project, gpu_pool):
     with pytest.raises(BadData, match="longer than max_length"):
-        part(str(begun.recipe), {"training_config.max_length": 5, "runtime.placement": {"tokenize": "gpu"}})
-    assert "max_length" in sub_runs()[0].state.message, "and the sub-run itself says it to people"
+        part(str(started_project.recipe), {"training_config.max_length": 5, "runtime.placement": {"tokenize": "gpu"}})
+    assert "max_length" in sub_runs()[0].state.message, "the sub-run shows the reason too"
 
 
 @pytest.mark.slow
-def test_whoever_cancels_the_run_cancels_its_sub_run(place, gpu_pool):
+def test_cancelling_a_run_cancels_its_sub_run(project, gpu_pool):
     from prefect.settings import PREFECT_API_URL
 
-    command = [sys.executable, "-c", "from loraflow.cli import main; main()", "run", str(place.recipe),
+    command = [sys.executable, "-c", "from loraflow.cli import main; main()", "run", str(project.recipe),
                "--set", "training_config.max_steps=3000", "--set", "runtime.placement.train=gpu"]  # fmt: skip
     env = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value()}
-    log = place.folder / "said.txt"
+    log = project.folder / "output.txt"
     process = subprocess.Popen(command, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT)
-    wait_for(lambda: list((place.store / "work" / "train").glob("*/progress.jsonl")), 120, log.read_text)
+    wait_for(lambda: list((project.store / "work" / "train").glob("*/progress.jsonl")), 120, log.read_text)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130, log.read_text()
     wait_for(lambda: sub_runs()[0].state.is_final(), 60)
     assert sub_runs()[0].state.is_cancelled()
-    wait_for(lambda: not processes_with(str(place.store / "work")), 60)
+    wait_for(lambda: not processes_with(str(project.store / "work")), 60)
 
 
-def test_a_pool_without_a_worker_is_said_with_the_command_that_starts_one(begun, monkeypatch):
+def test_a_pool_without_a_worker_is_reported_with_the_command_that_starts_one(started_project, monkeypatch):
     deploy_stage("idle", "idle-pool")
     monkeypatch.setattr(placing, "PATIENCE", 2.0)
     with pytest.raises(BadConfig) as caught:
-        part(str(begun.recipe), {"training_config.max_length": 64, "runtime.placement": {"tokenize": "idle"}})
+        part(str(started_project.recipe), {"training_config.max_length": 64, "runtime.placement": {"tokenize": "idle"}})
     assert "prefect worker start --pool idle-pool" in str(caught.value)
     assert sub_runs()[0].state.is_cancelled(), "a worker that starts later does not find it"
 
 
-def test_a_placement_without_a_deployment_is_said(begun):
+def test_a_placement_without_a_deployment_is_reported(started_project):
     with pytest.raises(BadConfig) as caught:
-        part(str(begun.recipe), {"training_config.max_length": 64, "runtime.placement": {"tokenize": "moon"}})
+        part(str(started_project.recipe), {"training_config.max_length": 64, "runtime.placement": {"tokenize": "moon"}})
     assert "stage/moon" in str(caught.value) and "loraflow deploy" in str(caught.value)
 
 
-def test_a_worker_with_other_code_refuses_the_job(begun):
-    sent = job_of(begun).model_dump(mode="json")
-    job, store = placing.accept(sent, str(begun.store))
-    assert job == job_of(begun) and isinstance(store, LocalStore)
+def test_a_worker_with_other_code_refuses_the_job(started_project):
+    sent = job_of(started_project).model_dump(mode="json")
+    job, store = placing.accept(sent, str(started_project.store))
+    assert job == job_of(started_project) and isinstance(store, LocalStore)
     for change in ({"version": 99}, {"stage": "distil"}, {"something": "new"}):
         with pytest.raises(BadConfig, match="other code") as caught:
-            placing.accept({**sent, **change}, str(begun.store))
+            placing.accept({**sent, **change}, str(started_project.store))
         assert "same version of loraflow" in str(caught.value)
 
 
-def test_a_worker_that_does_not_see_the_store_says_so(begun, tmp_path):
+def test_a_worker_without_access_to_the_store_reports_it(started_project, tmp_path):
     with pytest.raises(BadConfig, match="do not share a store") as caught:
-        placing.accept(job_of(begun).model_dump(mode="json"), str(tmp_path / "elsewhere"))
+        placing.accept(job_of(started_project).model_dump(mode="json"), str(tmp_path / "elsewhere"))
     assert "s3://" in str(caught.value)
 
 
-def test_states_of_sub_runs_become_failures_and_those_survive_the_way():
+def test_states_of_sub_runs_become_failures_that_survive_serialization():
     from prefect.client.schemas.objects import FlowRun
     from prefect.states import Cancelled, Completed, Failed
     from prefect.states import Crashed as CrashedState

@@ -26,7 +26,7 @@ def promote(workspace, ref):
     )
 
 
-def test_a_model_is_not_promoted_over_one_that_it_was_not_compared_with(recipe):
+def test_a_model_is_not_promoted_over_a_champion_it_was_not_compared_with(recipe):
     workspace = Workspace(load_recipe(recipe))
     promote(workspace, model(workspace, "a"))
     assert workspace.champion() is not None  # the walk scores the champion in force
@@ -39,7 +39,7 @@ def test_a_model_is_not_promoted_over_one_that_it_was_not_compared_with(recipe):
     assert workspace.log.head().seq == 2
 
 
-def test_a_champion_that_is_gone_stops_the_run(recipe):
+def test_a_missing_champion_stops_the_run(recipe):
     import shutil
 
     workspace = Workspace(load_recipe(recipe))

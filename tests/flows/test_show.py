@@ -26,15 +26,15 @@ def facts(store, *arguments, fails=None):
 
 
 @pytest.fixture
-def run(filled):
-    return filled[1]
+def run(completed_project):
+    return completed_project[1]
 
 
 @pytest.fixture
-def store(place):
+def store(project):
     """The store of a real run, without a champion."""
-    shutil.rmtree(place.store / "registry", ignore_errors=True)
-    return LocalStore(place.store)
+    shutil.rmtree(project.store / "registry", ignore_errors=True)
+    return LocalStore(project.store)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def artifact(store, stage):
     return next(ref for ref in store.artifacts() if ref.stage == stage)
 
 
-def test_the_champion_is_shown_with_its_promotion_run_data_base_recipe_scores_and_files(champion, run, place):
+def test_show_champion_lists_promotion_run_data_base_recipe_scores_and_files(champion, run, project):
     merged, adapter, base = (artifact(champion, stage) for stage in ("merge", "train", "resolve_base"))
     md5 = champion.manifest(artifact(champion, "version_dataset")).payload["config"]["md5"]
     shown = facts(champion.uri)
@@ -60,7 +60,7 @@ def test_the_champion_is_shown_with_its_promotion_run_data_base_recipe_scores_an
     assert shown["run"]["commit"] == read_run(champion, run["run"]).commit and shown["dataset"]["commit"] is None
     assert shown["dataset"]["md5"] == md5 and shown["dataset"]["rows"] == {"train": 80, "heldout": 20}
     assert shown["base"]["content"] == champion.manifest(base).payload["config"]["source"]["content"]
-    assert shown["base"]["digest"] == base.digest and shown["base"]["model"] == str(place.phi3)
+    assert shown["base"]["digest"] == base.digest and shown["base"]["model"] == str(project.phi3)
     assert shown["recipe"]["name"] == "tiny" and shown["recipe"]["settings"]["peft_config"]["r"] == 4
     assert shown["scores"]["metrics"] == run["metrics"] and shown["scores"]["confidence"] == 0.95
     assert shown["merged"] == {"digest": merged.digest, "uri": champion.location(merged), "problems": []}
@@ -71,7 +71,7 @@ def test_the_champion_is_shown_with_its_promotion_run_data_base_recipe_scores_an
     loss = [run["metrics"][side]["heldout"]["token_loss"] for side in ("base", "tuned")]
     for part in (
         "champion of tiny", shown["promoted"]["time"], "entry 1 ", "better answers", run["run"], f"md5 {md5}",
-        "80 training rows, 20 held-out rows", str(place.phi3), f"artifact {base.digest}", "r 4, lora_alpha 8, learning_rate 0.01",
+        "80 training rows, 20 held-out rows", str(project.phi3), f"artifact {base.digest}", "r 4, lora_alpha 8, learning_rate 0.01",
         "95% intervals", "heldout, 8 rows", *(f"{x['value']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" for x in loss),
         champion.location(merged), f"{champion.location(adapter)}/adapter",
     ):  # fmt: skip
@@ -79,7 +79,7 @@ def test_the_champion_is_shown_with_its_promotion_run_data_base_recipe_scores_an
     assert "gone" not in text and "not recorded" not in text
 
 
-def test_the_commit_of_the_data_is_that_of_its_revision_or_of_the_project(champion, run):
+def test_the_data_commit_is_the_commit_of_its_revision_or_of_the_project(champion, run):
     record = read_run(champion, run["run"])
     data = {**record.section("data"), "source": "data.dvc"}
     cases = {"the project's HEAD": ({**data, "rev": None}, "c" * 40), "unknown": ({**data, "rev": "v1"}, None)}
@@ -124,7 +124,7 @@ def test_after_a_rollback_both_the_rollback_and_the_promotion_are_shown(champion
     assert "by ops, entry 3" in text and "answers in French" in text and "better answers" in text
 
 
-def test_without_a_champion_the_message_says_so(store, run):
+def test_a_missing_champion_is_reported(store, run):
     failure = show(store.uri, "champion", fails=BadConfig).exception
     assert failure.what == "The registry is empty." and "promote RUN" in failure.next_step
     CliRunner().invoke(cli, ["promote", run["run"], "--reason", "x", "--store", store.uri])
@@ -132,7 +132,7 @@ def test_without_a_champion_the_message_says_so(store, run):
     assert failure.what == "There is no champion of other yet." and "tiny" in failure.expected
 
 
-def test_one_of_several_models_is_named_by_option_or_after_a_colon(champion):
+def test_one_of_several_models_is_selected_by_option_or_after_a_colon(champion):
     head = PromotionLog(champion, "tiny").head()
     PromotionLog(champion, "huge").append(
         None, action="promote", merged=head.merged, adapter=None, inputs={}, reasons=["larger"], actor="me"
@@ -157,7 +157,7 @@ def test_a_champion_without_a_run_record_is_shown_from_its_artifacts(champion, r
     assert "no record of a run with this model" in text and f"promoted with run {run['run']}" in text
 
 
-def test_a_champion_whose_files_are_gone_is_shown_from_its_record_and_the_status_is_1(champion, run):
+def test_a_champion_without_files_is_shown_from_its_record_with_exit_status_1(champion, run):
     merged = artifact(champion, "merge")
     (champion.path(merged) / "model.safetensors").unlink()
     done = show(champion.uri, "champion", fails=CorruptArtifact)
@@ -171,7 +171,7 @@ def test_a_champion_whose_files_are_gone_is_shown_from_its_record_and_the_status
     assert shown["base"]["digest"] == read_run(champion, run["run"]).stage("resolve_base").digest
 
 
-def test_runs_and_artifacts_are_shown_too(champion, run):
+def test_show_accepts_runs_and_artifacts(champion, run):
     assert show(champion.uri, run["run"]).stdout.startswith("# tiny: ")
     assert json.loads(show(champion.uri, run["run"], "--json").stdout)["summary"]["metrics"] == run["metrics"]
     merged, adapter = artifact(champion, "merge"), artifact(champion, "train")
@@ -184,7 +184,7 @@ def test_runs_and_artifacts_are_shown_too(champion, run):
     show(champion.uri, run["run"], "--model", "tiny", fails=BadConfig)
 
 
-def test_the_record_of_a_run_is_read_and_written_without_a_change(store, run):
+def test_a_run_record_is_unchanged_by_reading_and_writing(store, run):
     assert read_run(store, run["run"]).document == store.read_document(f"runs/{run['run']}.json")
 
 

@@ -19,12 +19,12 @@ def words(recipe: str, name: str):
         return counts, run.stages["count_words"].state, run.hits.get(ref.fingerprint)
 
 
-def test_a_stage_that_is_added_is_computed_cached_and_keyed_by_its_config(place, monkeypatch):
+def test_an_added_stage_is_computed_cached_and_keyed_by_its_config(project, monkeypatch):
     monkeypatch.setitem(STAGES, COUNT_WORDS.name, COUNT_WORDS)
-    counts, state, _ = words(str(place.recipe), "tiny")
-    rows = (place.folder / "data" / "train.jsonl").read_text().splitlines()
+    counts, state, _ = words(str(project.recipe), "tiny")
+    rows = (project.folder / "data" / "train.jsonl").read_text().splitlines()
     assert counts["what"] == len(rows) and state == "computed", "each question has the word once"
-    again, state, hit = words(str(place.recipe), "tiny")
+    again, state, hit = words(str(project.recipe), "tiny")
     assert again == counts and state == "cached" and "same inputs, settings and stage version" in hit.why()[0]
-    _, state, _ = words(str(place.recipe), "tiny-lower")
+    _, state, _ = words(str(project.recipe), "tiny-lower")
     assert state == "computed", "another config is another fingerprint"

@@ -15,7 +15,7 @@ from loraflow.config import Recipe, load_recipe
 from loraflow.config.stage_configs import BaseLocation, DatasetLocation, FolderOrigin, HubOrigin
 from loraflow.stages import STAGES
 from loraflow.store import Ref
-from tests.jobs import Outside, make_job
+from tests.job_factory import Outside, make_job
 
 REPOSITORY = Path(__file__).parent.parent.parent
 BEST = {

@@ -102,14 +102,14 @@ def test_all_heavy_stages_run_on_the_gpu_and_agree_with_the_stock_engine(tmp_pat
     assert 0 <= store.manifest(refs["evaluate"]).figures["heldout.exact_match"] <= 1
 
 
-def test_the_gpu_gives_what_the_cpu_gives(tmp_path, tiny):
+def test_the_gpu_matches_the_cpu(tmp_path, tiny):
     exact = {"base.dtype": "float32", "training_config.bf16": False}
     gpu = losses(*walk(tmp_path / "gpu", tiny, 6, **exact)[:2])
     cpu = losses(*walk(tmp_path / "cpu", tiny, 6, **exact, **{"runtime.device": "cpu"})[:2])
     assert gpu == pytest.approx(cpu, abs=5e-3)
 
 
-def test_phi3_mini_in_its_own_size_trains_merges_and_answers(tmp_path, capsys):
+def test_phi3_mini_at_full_size_trains_merges_and_answers(tmp_path, capsys):
     """3.82 billion random parameters, packed rows, checkpointing as in configs/phi3-mini.yaml."""
     from transformers import AutoTokenizer, GenerationConfig, Phi3Config, Phi3ForCausalLM
 
@@ -141,7 +141,7 @@ def test_phi3_mini_in_its_own_size_trains_merges_and_answers(tmp_path, capsys):
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("wanted", ["varlen", "auto"])
-def test_attention_is_that_of_each_document_alone_in_fp32(wanted, kv_heads, window):
+def test_attention_equals_that_of_each_single_document_in_fp32(wanted, kv_heads, window):
     from transformers import Phi3Config
 
     from loraflow.config import Runtime
@@ -202,19 +202,19 @@ def plain(tiny, shards, tmp_path_factory):
     ],
     ids=str,
 )  # fmt: skip
-def test_how_it_runs_changes_nothing(tiny, shards, plain, tmp_path, change):
+def test_engine_options_do_not_change_losses(tiny, shards, plain, tmp_path, change):
     assert train(tiny, shards, tmp_path, **change) == pytest.approx(plain, rel=0.02)
     assert plain[-1] < 0.9 * plain[0]
 
 
-def test_masks_do_not_depend_on_compiling_or_the_micro_batch(tiny, shards, tmp_path):
+def test_dropout_masks_do_not_depend_on_compiling_or_the_micro_batch(tiny, shards, tmp_path):
     drop = {"peft_config.lora_dropout": 0.3}
     eager = train(tiny, shards, tmp_path / "eager", **drop)
     for name, change in {"compiled": {"runtime.compile": "on"}, "small": {"runtime.micro_tokens": 256}}.items():
         assert train(tiny, shards, tmp_path / name, **drop, **change) == pytest.approx(eager, rel=0.02)
 
 
-def test_an_fp8_base_follows_bf16(tiny, shards, plain, tmp_path):
+def test_an_fp8_base_trains_close_to_bf16(tiny, shards, plain, tmp_path):
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this card does not compute in fp8")
     for compiled in ("off", "on"):
@@ -223,7 +223,7 @@ def test_an_fp8_base_follows_bf16(tiny, shards, plain, tmp_path):
 
 
 @pytest.mark.parametrize("compiled", ["off", "on"])
-def test_nf4_trains_with_masters_in_fp32(tiny, shards, tmp_path, compiled):
+def test_nf4_trains_with_fp32_master_weights(tiny, shards, tmp_path, compiled):
     pytest.importorskip("bitsandbytes")
     nf4 = {"base.quantization": "nf4"}
     fast = train(tiny, shards, tmp_path / "fast", **nf4, **{"runtime.compile": compiled})
@@ -233,7 +233,7 @@ def test_nf4_trains_with_masters_in_fp32(tiny, shards, tmp_path, compiled):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_that_hold_the_base_together_give_what_one_gives(tiny, shards, tmp_path):
+def test_two_gpus_with_a_sharded_base_match_one(tiny, shards, tmp_path):
     """Through the launcher, compiled, in bf16; what is held is asserted where it is exact, tests/unit/test_devices.py."""
     from loraflow.execution import launcher as launch
     from tests.unit.test_devices import job_of, result, store_of
@@ -254,7 +254,7 @@ def test_two_gpus_that_hold_the_base_together_give_what_one_gives(tiny, shards, 
 
 
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
-def test_a_cpu_packs_nf4_as_the_gpu_does(tmp_path, double):
+def test_cpu_and_gpu_quantize_to_the_same_nf4(tmp_path, double):
     """QLoRA's merge may run where no GPU is: it must see the base that training saw.
 
     A GPU adds up the mean of the constants in another order, so that a constant in a thousand is packed to the next code.
@@ -286,13 +286,13 @@ def test_a_cpu_packs_nf4_as_the_gpu_does(tmp_path, double):
         torch.testing.assert_close(one, seen[name], rtol=0.02, atol=0)
 
 
-def test_fp16_trains_with_a_loss_scale(tiny, shards, plain, tmp_path):
+def test_fp16_trains_with_loss_scaling(tiny, shards, plain, tmp_path):
     half = {"base.dtype": "float16", "training_config.bf16": False, "training_config.fp16": True}
     assert train(tiny, shards, tmp_path, **half) == pytest.approx(plain, rel=0.03)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_recorded_decoding_gives_the_answers_of_generate(tiny, monkeypatch, dtype):
+def test_cuda_graph_decoding_gives_the_answers_of_generate(tiny, monkeypatch, dtype):
     from loraflow.base.load import load_model, load_tokenizer
     from loraflow.config import Runtime
     from loraflow.data.loss_mask import ChatTemplate
@@ -314,7 +314,7 @@ def test_recorded_decoding_gives_the_answers_of_generate(tiny, monkeypatch, dtyp
     assert same == 12 if dtype == "float32" else same >= 6, "bf16 rounds differently in other kernels"
 
 
-def test_out_of_memory_is_answered_with_less_at_a_time(tmp_path, tiny):
+def test_out_of_memory_reduces_the_micro_batch(tmp_path, tiny):
     free = torch.cuda.mem_get_info()[0]
     hog = torch.empty(int(free - 1.3 * 2**30), dtype=torch.uint8, device="cuda")
     try:
@@ -344,7 +344,7 @@ def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
     from loraflow.evaluation.likelihood import answer_losses
     from loraflow.job import Inputs, Progress
     from loraflow.training import train
-    from tests.jobs import from_gguf, make_job
+    from tests.job_factory import from_gguf, make_job
     from tests.unit.test_training import REF
 
     root = Path(__file__).parent.parent.parent

@@ -38,7 +38,7 @@ FA4, FA3, FA2 = "flash_attn.cute", "flash_attn_interface", "flash_attn"
         ((8, 0), (FA4, FA3), "varlen"), ((10, 0), (FA3,), "varlen"), ((9, 0), (FA2,), "varlen"),
     ],
 )  # fmt: skip
-def test_training_takes_the_fastest_kernel_that_the_gpu_runs(gpu, capability, installed, expected):
+def test_training_uses_the_fastest_kernel_that_the_gpu_supports(gpu, capability, installed, expected):
     gpu(capability, *installed)
     chosen, kernel = choose()
     assert kernel == expected
@@ -50,7 +50,7 @@ def test_training_takes_the_fastest_kernel_that_the_gpu_runs(gpu, capability, in
     )
 
 
-def test_a_kernel_that_does_not_work_is_left_out_unless_it_is_asked_for(gpu, caplog):
+def test_a_failing_kernel_is_skipped_unless_it_is_requested(gpu, caplog):
     gpu((9, 0), FA4, FA3)
 
     def load(name):
@@ -67,7 +67,7 @@ def test_a_kernel_that_does_not_work_is_left_out_unless_it_is_asked_for(gpu, cap
     assert caught.value.got == "ImportError: fa4 is of another version"
 
 
-def test_a_kernel_that_is_asked_for_and_is_not_available_is_an_error(gpu):
+def test_a_requested_kernel_that_is_not_available_is_an_error(gpu):
     gpu((9, 0))
     for wanted, package in (("fa4", "flash-attn-4"), ("fa3", FA3), ("flash_attention_2", "flash-attn")):
         with pytest.raises(MissingExtra, match=f"{wanted} needs a CUDA device and the package {package}"):
@@ -88,7 +88,7 @@ def test_a_kernel_that_is_asked_for_and_is_not_available_is_an_error(gpu):
     ],
     ids=["device", "dtype", "width", "dropout"],
 )
-def test_what_flash_attention_cannot_compute_takes_sdpa_or_is_refused(gpu, settings, reason):
+def test_cases_that_flash_attention_cannot_compute_use_sdpa_or_are_refused(gpu, settings, reason):
     gpu((9, 0), FA4)
     chosen, kernel = choose(**settings)
     assert (chosen.implementation, chosen.end_to_end, kernel) == ("sdpa", False, None)
@@ -99,12 +99,12 @@ def test_what_flash_attention_cannot_compute_takes_sdpa_or_is_refused(gpu, setti
         assert caught.value.got.startswith(reason)
 
 
-def test_older_gpus_take_sdpa(gpu):
+def test_older_gpus_use_sdpa(gpu):
     gpu((7, 5))
     assert choose()[0].why == "sm75 is older than Ampere"
 
 
-def test_what_is_asked_for_is_taken(gpu):
+def test_a_requested_kernel_is_used(gpu):
     gpu((9, 0), FA4, FA2)
     for wanted in ("sdpa", "eager", "flash_attention_2"):
         chosen, kernel = choose(wanted)
@@ -114,7 +114,7 @@ def test_what_is_asked_for_is_taken(gpu):
 
 
 @pytest.mark.parametrize("wanted", ["auto", "varlen", "fa3", "fa4"])
-def test_a_loaded_model_takes_flash_attention_2_if_it_is_installed(gpu, wanted):
+def test_a_loaded_model_uses_flash_attention_2_if_it_is_installed(gpu, wanted):
     runtime = Runtime(attn_implementation=wanted)
     gpu((9, 0), FA2)
     assert choose_for_loading(runtime, "cuda") == "flash_attention_2"
@@ -124,7 +124,7 @@ def test_a_loaded_model_takes_flash_attention_2_if_it_is_installed(gpu, wanted):
     assert choose_for_loading(runtime, "cuda") == "sdpa"
 
 
-def test_a_loaded_model_takes_what_is_asked_for(gpu):
+def test_a_loaded_model_uses_the_requested_kernel(gpu):
     gpu((9, 0), FA2)
     assert choose_for_loading(Runtime(attn_implementation="eager"), "cuda", "float32") == "eager"
     flash = Runtime(attn_implementation="flash_attention_2")

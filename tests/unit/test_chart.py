@@ -21,7 +21,7 @@ def test_the_curve_is_well_formed_and_inside_its_image(points):
         assert chart.LEFT <= x <= chart.WIDTH and 0 <= y <= chart.HEIGHT - chart.BOTTOM + 0.1
 
 
-def test_a_falling_loss_falls():
+def test_a_falling_loss_is_drawn_as_falling():
     line = re.search(r'points="([^"]*)"', chart.svg([(1, 3.0), (2, 2.0), (3, 1.0)], "x"))[1].split()
     heights = [float(pair.split(",")[1]) for pair in line]
     assert heights == sorted(heights), "SVG counts downwards"

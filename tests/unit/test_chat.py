@@ -33,7 +33,7 @@ def greedy(loaded, messages, n):
     return loaded.tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_what_is_streamed_is_what_generate_says(loaded):
+def test_the_streamed_text_equals_generate(loaded):
     pieces = []
     answer = Chat(loaded, None, Sampling(max_new_tokens=40)).answer("what is red", pieces.append)
     assert "".join(pieces) == answer.text == greedy(loaded, [{"role": "user", "content": "what is red"}], 40)
@@ -43,7 +43,7 @@ def test_what_is_streamed_is_what_generate_says(loaded):
     assert (short.tokens, short.finish) == (3, "length")
 
 
-def test_a_stream_of_any_ids_is_their_decoding(loaded):
+def test_the_streamed_text_of_any_ids_equals_their_decoding(loaded):
     import random
 
     dice = random.Random(0)
@@ -78,7 +78,7 @@ def test_every_stop_id_ends_an_answer_and_none_is_shown(loaded):
     assert len(loaded.stops) == 2, "the template's <|end|> and the end of text"
 
 
-def test_the_history_is_in_the_prompt_and_reset_forgets_it(loaded):
+def test_the_history_is_in_the_prompt_and_reset_clears_it(loaded):
     chat = Chat(loaded, "be brief", Sampling(max_new_tokens=6))
     first = chat.answer("one")
     assert [m["role"] for m in chat.messages] == ["system", "user", "assistant"]
@@ -92,7 +92,7 @@ def test_the_history_is_in_the_prompt_and_reset_forgets_it(loaded):
     assert chat.messages == history[:1]
 
 
-def test_the_oldest_turns_are_forgotten_and_the_system_message_stays(loaded):
+def test_the_oldest_turns_are_dropped_and_the_system_message_stays(loaded):
     chat = Chat(loaded, "be brief", Sampling(max_new_tokens=100))
     forgotten = [chat.answer(f"what is the tree of {n} and the bird of {n} please").forgotten for n in range(8)]
     assert forgotten[0] == 0 and sum(forgotten) > 0 and all(n % 2 == 0 for n in forgotten)
@@ -105,7 +105,7 @@ def test_the_oldest_turns_are_forgotten_and_the_system_message_stays(loaded):
     assert chat.messages == before, "a message that cannot be answered is not remembered"
 
 
-def test_sampling_repeats_with_its_seed_only(loaded):
+def test_sampling_is_reproducible_only_with_the_same_seed(loaded):
     def say(seed, temperature=1.0):
         return Chat(loaded, None, Sampling(temperature=temperature, seed=seed, max_new_tokens=20)).answer("red").text
 
@@ -113,7 +113,7 @@ def test_sampling_repeats_with_its_seed_only(loaded):
     assert say(1, 0.0) == say(2, 0.0) == greedy(loaded, [{"role": "user", "content": "red"}], 20)
 
 
-def test_an_interrupt_ends_the_answer_and_what_was_said_stays(loaded):
+def test_an_interrupt_ends_the_answer_and_keeps_its_text(loaded):
     chat = Chat(loaded, None, Sampling(max_new_tokens=450))
     pieces = []
 
@@ -134,7 +134,7 @@ def session(loaded, **options):
     return Session(chats, said.append, notes.append, **options), said, notes
 
 
-def test_commands_change_what_they_say(loaded):
+def test_commands_change_the_named_settings(loaded):
     talk, _, notes = session(loaded)
     (chat,) = talk.chats.values()
     lines = iter(["/set temperature 0.7", "/set top_p 2", "/set colour red", "/set seed 4", "/set seed none", "hello",
@@ -147,7 +147,7 @@ def test_commands_change_what_they_say(loaded):
     assert next(lines) == "never read"
 
 
-def test_a_person_goes_on_after_an_error_and_a_pipe_ends(loaded):
+def test_an_error_does_not_end_an_interactive_chat_but_ends_a_pipe(loaded):
     lines = ["tree " * 600, "red"]
     talk, said, notes = session(loaded)
     todo = iter(lines)
@@ -175,7 +175,7 @@ def test_base_and_tuned_answer_the_same_questions_each_with_its_own_history(load
     assert [m["content"] for m in chats["tuned"].messages if m["role"] == "assistant"] == expected
 
 
-def test_a_control_token_in_a_message_is_pointed_out(loaded):
+def test_a_control_token_in_a_message_is_reported(loaded):
     talk, _, notes = session(loaded)
     talk.take("what is <|end|>")
     assert "<|end|>" in notes[0] and "control token" in notes[0]
@@ -238,7 +238,7 @@ def test_ctrl_c_at_a_terminal_ends_the_answer_and_not_the_program(phi3, tmp_path
         os.close(theirs)
 
 
-def test_prompts_are_those_of_evaluation_and_of_transformers(loaded):
+def test_prompts_equal_those_of_evaluation_and_transformers(loaded):
     chats = [
         [{"role": "system", "content": "s"}, {"role": "user", "content": " red \n"}],
         [{"role": "user", "content": "x"}],

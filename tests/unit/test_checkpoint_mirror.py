@@ -188,7 +188,7 @@ def test_only_attempts_that_recompute_the_same_artifact_resume_from_each_other(m
     assert names(again) == ["checkpoint-3"], "its own checkpoint of step 4 is of an older computation"
 
 
-def test_nothing_resumes_from_a_computation_that_was_finished_on_another_machine(machine):
+def test_no_attempt_resumes_from_a_computation_finished_on_another_machine(machine):
     """The second machine's result has the digest of the first one's: a third force is over the same artifact again."""
     ref = Ref(stage="train", fingerprint=JOB[1], digest="a" * 64, uri="")
     attempt(machine("one"), 4, instead_of=ref)
@@ -198,7 +198,7 @@ def test_nothing_resumes_from_a_computation_that_was_finished_on_another_machine
     assert names(machine("one").work_folder(*JOB, ref)) == []
 
 
-def test_training_goes_on_if_the_bucket_refuses_checkpoints(machine, proxy, caplog):
+def test_training_continues_if_the_bucket_refuses_checkpoints(machine, proxy, caplog):
     proxy.fault = lambda request: Answer(403, "AccessDenied") if request.operation == "PutObject" else None
     store = machine("one")
     work = store.work_folder(*JOB)

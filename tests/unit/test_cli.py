@@ -29,7 +29,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_init_makes_a_recipe_that_plans(tmp_path, phi3, name):
+def test_init_writes_a_recipe_that_can_be_planned(tmp_path, phi3, name):
     mine = tmp_path / "my files"
     mine.mkdir()
     (mine / name).write_text(FOREIGN[name])
@@ -52,7 +52,7 @@ def test_init_makes_a_recipe_that_plans(tmp_path, phi3, name):
     assert again.returncode == 2 and "exists already" in again.stderr
 
 
-def test_init_takes_a_file_of_any_name_and_says_what_it_does_not_read(tmp_path, phi3):
+def test_init_accepts_any_file_name_and_reports_unused_columns(tmp_path, phi3):
     from loraflow.config import load_recipe
 
     name = "meine Fragen, Teil 1: [neu] #2 (Ü).csv"
@@ -69,7 +69,7 @@ def test_init_takes_a_file_of_any_name_and_says_what_it_does_not_read(tmp_path, 
     assert "not read  Frage (60 rows)" in done.stderr and '"prompt": "question"' in done.stderr
 
 
-def test_init_does_not_train_on_what_is_called_test(tmp_path, phi3):
+def test_init_does_not_train_on_files_named_test(tmp_path, phi3):
     from loraflow.cli.init import _split_by_name
     from loraflow.config import load_recipe
 
@@ -88,7 +88,7 @@ def test_init_does_not_train_on_what_is_called_test(tmp_path, phi3):
     assert _split_by_name(["a.json", "dev.json", "devices.json"]) == (["a.json", "devices.json"], ["dev.json"], [])
 
 
-def test_data_check_names_places_and_fails(tmp_path):
+def test_data_check_names_file_and_line_and_fails(tmp_path):
     (tmp_path / "x.jsonl").write_text(FOREIGN["tickets.jsonl"])
     done = loraflow("data", "check", "x.jsonl", cwd=tmp_path)
     assert done.returncode == 1 and "x.jsonl:61" in done.stderr and "61 rows, 1 malformed" in done.stdout
@@ -116,14 +116,14 @@ def test_data_check_names_places_and_fails(tmp_path):
         (["verify", "--deep"], 0, ""),
     ],
 )
-def test_exit_statuses(tmp_path, arguments, code, says):
+def test_failures_have_their_exit_statuses(tmp_path, arguments, code, says):
     done = loraflow(*arguments, cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert says in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_verify_sets_a_damaged_artifact_aside_and_says_so(tmp_path):
+def test_verify_quarantines_a_damaged_artifact_and_reports_it(tmp_path):
     from loraflow.store import LocalStore
     from tests.unit.test_store import put
 
@@ -148,13 +148,13 @@ def test_help_imports_no_library_but_click(tmp_path):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_itself(name):
+def test_every_command_has_help(name):
     done = CliRunner().invoke(cli, [name, "--help"])
     assert done.exit_code == 0 and COMMANDS[name][1].endswith("."), done.exception
     assert len(done.output.splitlines()) > 4 and "--help" in done.output
 
 
-def test_doctor_does_not_look_for_a_bucket_on_the_disk(tmp_path):
+def test_doctor_does_not_treat_a_bucket_as_a_folder(tmp_path):
     done = loraflow("doctor", "--store", "s3://team/store", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "boto3 for the store s3://team/store" in done.stdout and "free at the store" not in done.stdout

@@ -14,7 +14,7 @@ from loraflow.config.stage_configs import DatasetLocation, FolderOrigin
 from loraflow.failures import BadConfig
 from loraflow.stages import STAGES
 from loraflow.store import Ref
-from tests.jobs import Outside, make_job
+from tests.job_factory import Outside, make_job
 
 MINIMAL = "name: x\nbase: {model: bundled:smollm2}\n"
 
@@ -67,7 +67,7 @@ def problems(text: str) -> str:
     return str(caught.value)
 
 
-def test_the_model_cards_two_dictionaries_paste_unchanged(caplog):
+def test_the_model_cards_dictionaries_are_accepted_unchanged(caplog):
     recipe = parse_recipe(MODEL_CARD)
     assert recipe.training_config.learning_rate == 5e-6
     assert recipe.training_config.warmup_steps == 0.2
@@ -163,7 +163,7 @@ def test_yaml_numbers_and_words_are_read_as_intended():
     assert recipe.training_config.eval_strategy == "no"
 
 
-def test_overrides_replace_the_files_values_and_are_checked():
+def test_overrides_replace_the_files_values_and_are_validated():
     assert parse_recipe(MINIMAL, overrides={"peft_config.r": 4}).peft_config.r == 4
     with pytest.raises(BadConfig, match="peft_config.x"):
         parse_recipe(MINIMAL, overrides={"peft_config.x": 4})
@@ -319,7 +319,7 @@ NOT_ALONE = {"training_config.early_stopping_patience", "training_config.load_be
 
 
 @pytest.mark.parametrize("path", [p for p, _ in leaves(Recipe) if p not in BY_THE_FLOW | NOT_ALONE])
-def test_which_keys_are_part_of_a_fingerprint(path):
+def test_every_key_is_in_a_fingerprint_unless_it_is_listed_as_identity_free(path):
     base: dict[str, JsonValue] = {"data.validation_fraction": 0.1}
     if path == "training_config.fp16":
         base["training_config.bf16"] = False
@@ -341,7 +341,7 @@ def test_which_keys_are_part_of_a_fingerprint(path):
     assert same == (path in IDENTITY_FREE or path.startswith("runtime.")), path
 
 
-def test_batch_size_and_accumulation_count_by_their_product():
+def test_only_the_product_of_batch_size_and_accumulation_is_fingerprinted():
     one = parse_recipe(MINIMAL + "training_config: {per_device_train_batch_size: 8, gradient_accumulation_steps: 2}")
     two = parse_recipe(MINIMAL + "training_config: {per_device_train_batch_size: 2, gradient_accumulation_steps: 8}")
     ref = Ref(stage="s", fingerprint="f", digest="d", uri="")
@@ -349,7 +349,7 @@ def test_batch_size_and_accumulation_count_by_their_product():
     assert len(fingerprints) == 1
 
 
-def test_a_jobs_runtime_records_only_what_is_of_its_stage():
+def test_a_jobs_runtime_records_only_settings_of_its_stage():
     """Manifests keep it: a stage that trains nothing and reads nothing from outside says nothing of that."""
     recipe = parse_recipe(MINIMAL)
     own = {"training_config", "use_cache", "origin"}

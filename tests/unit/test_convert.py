@@ -89,7 +89,7 @@ def test_an_adapter_of_a_split_base_fits_the_fused_one(twins, tmp_path, options)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["plain", "rslora", "dora"])
-def test_an_adapter_of_a_fused_base_fits_the_split_one_and_comes_back(twins, tmp_path, options):
+def test_an_adapter_of_a_fused_base_fits_the_split_one_and_converts_back(twins, tmp_path, options):
     fused, split = twins
     adapter = make(fused, tmp_path / "a", target_modules=FUSED, **options)
     assert convert(adapter, split, tmp_path / "b")["split"] == 4
@@ -129,7 +129,7 @@ def test_a_loralib_checkpoint_becomes_a_peft_adapter(twins, tmp_path, suffix):
 @pytest.mark.parametrize(
     ("values", "says"), [({"init_lora_weights": "pissa"}, "weight_conversion"), ({"r": 99}, "rank 99")]
 )
-def test_an_adapter_that_is_no_update_of_the_base_itself_is_refused(twins, tmp_path, values, says):
+def test_an_adapter_that_is_not_an_additive_update_of_the_base_is_refused(twins, tmp_path, values, says):
     adapter = make(twins[1], tmp_path / "a", target_modules=ALL)
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
@@ -146,7 +146,7 @@ def test_equal_adapters_have_equal_bytes(twins, tmp_path):
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
 
 
-def test_what_fits_in_no_way_is_refused_and_nothing_is_written(twins, tmp_path):
+def test_an_adapter_that_cannot_fit_is_refused_and_nothing_is_written(twins, tmp_path):
     fused, split = twins
     run = lambda *args: CliRunner().invoke(adapters, ["convert", *map(str, args)])  # noqa: E731
     pickle = tmp_path / "evil.pt"

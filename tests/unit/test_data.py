@@ -103,7 +103,7 @@ def test_one_changed_byte_is_refused_with_the_command_to_run(clone, repository):
     assert "dvc add data" in str(caught.value) and "dvc checkout" in str(caught.value)
 
 
-def test_hashes_are_remembered_by_stat_and_a_change_is_seen(tmp_path):
+def test_hashes_are_cached_by_stat_and_a_change_is_detected(tmp_path):
     file = tmp_path / "data" / "a.jsonl"
     write_rows(file, range(3))
     os.utime(file, (1000, 1000))
@@ -123,7 +123,7 @@ def test_a_remote_without_the_object_is_named(clone, tmp_path):
     assert "dvc push" in str(caught.value)
 
 
-def test_a_damaged_object_is_never_delivered(clone, tmp_path):
+def test_a_damaged_object_is_refused(clone, tmp_path):
     objects = [p for p in (clone / ".dvc" / "remote").rglob("*") if p.is_file() and not p.name.endswith(".dir")]
     for path in objects:
         path.chmod(0o644)
@@ -179,7 +179,7 @@ def ids(file: Path) -> list[str]:
     return [json.loads(line)["id"] for line in file.read_text().splitlines()]
 
 
-def test_a_row_keeps_its_side_when_others_come_and_go(tmp_path):
+def test_a_row_keeps_its_split_when_other_rows_are_added_and_removed(tmp_path):
     write_rows(tmp_path / "a" / "data" / "chats.jsonl", range(200))
     write_rows(tmp_path / "b" / "data" / "chats.jsonl", range(100, 300))
     for name in "ab":
@@ -192,7 +192,7 @@ def test_a_row_keeps_its_side_when_others_come_and_go(tmp_path):
     assert {"train", "validation", "heldout"} == set(sides[0].values())
 
 
-def test_rows_with_equal_prompts_are_on_one_side(tmp_path):
+def test_rows_with_equal_prompts_are_in_one_split(tmp_path):
     rows = [{"prompt": f"q{i}", "completion": f"a{j}"} for i in range(100) for j in range(3)]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -215,7 +215,7 @@ def test_duplicates_and_leaks_are_dropped_and_reported(tmp_path):
     assert "its prompt is held out (heldout.jsonl:1)" in reasons and "same as train.jsonl:2" in reasons
 
 
-def test_chats_without_a_system_message_get_the_recipes(tmp_path):
+def test_chats_without_a_system_message_get_the_recipes_message(tmp_path):
     write_rows(tmp_path / "data" / "train.jsonl", range(20))
     run_check(tmp_path / "data", tmp_path / "out", system="be brief", train=["*"])
     row = json.loads((tmp_path / "out" / "train.jsonl").open().readline())
@@ -233,21 +233,21 @@ def test_too_many_malformed_rows_stop_the_run_and_are_listed(tmp_path):
     check.admit(report, 0.05, "report.json")
 
 
-def test_an_empty_side_stops_the_run(tmp_path):
+def test_an_empty_split_stops_the_run(tmp_path):
     write_rows(tmp_path / "data" / "train.jsonl", range(5))
     report = run_check(tmp_path / "data", tmp_path / "out", heldout_fraction=0.0)
     with pytest.raises(BadData, match="No heldout row"):
         check.admit(report, 0.01, "report.json")
 
 
-def test_a_file_that_another_held_out_set_has_already_is_refused(tmp_path):
+def test_a_file_in_two_held_out_sets_is_refused(tmp_path):
     write_rows(tmp_path / "data" / "train.jsonl", range(5))
     write_rows(tmp_path / "data" / "hard.jsonl", range(100, 103))
     with pytest.raises(BadData, match='held-out set "heldout" already belongs to the set "hard"'):
         run_check(tmp_path / "data", tmp_path / "out", heldout=["hard.jsonl"], extra_heldout={"hard": "hard.jsonl"})
 
 
-def test_the_report_of_no_training_row_has_an_empty_profile(tmp_path):
+def test_a_report_without_training_rows_has_an_empty_profile(tmp_path):
     write_rows(tmp_path / "data" / "train.jsonl", range(3))
     report = run_check(tmp_path / "data", tmp_path / "out", train=["train.jsonl"], heldout=["train.jsonl"])
     assert report["profile"] == {} == json.loads((tmp_path / "out" / "report.json").read_text())["profile"]
@@ -256,7 +256,7 @@ def test_the_report_of_no_training_row_has_an_empty_profile(tmp_path):
         check.admit(report, 0.01, "report.json")
 
 
-def test_the_quickstarts_sides_share_no_phrase():
+def test_the_quickstarts_splits_share_no_phrase():
     from examples import tickets
 
     for train, heldout in (*tickets.REQUESTS.values(), *tickets.URGENCY.values(), tickets.GREETINGS, tickets.CLOSES,
@@ -266,7 +266,7 @@ def test_the_quickstarts_sides_share_no_phrase():
     assert len(tickets.REQUESTS) >= 8
 
 
-def test_the_quickstarts_files_are_the_pinned_ones(tmp_path):
+def test_the_quickstarts_generated_files_equal_the_pinned_files(tmp_path):
     """The generator is deterministic: a new version of Python or a reordered phrase must not change data.dvc."""
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "examples/tickets.py", str(tmp_path / "data")], cwd=root, check=True)

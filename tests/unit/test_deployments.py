@@ -14,7 +14,7 @@ from loraflow.failures import BadConfig
 from loraflow.flows.server import project
 from loraflow.flows.server.local_server import environment, require_free_port
 from loraflow.store import Ref
-from tests.jobs import make_job
+from tests.job_factory import make_job
 
 FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
 ENTRIES = yaml.safe_load(FILE.read_text())["deployments"]
@@ -22,7 +22,7 @@ NAMES = [f"{entry['entrypoint'].rpartition('.')[2]}/{entry['name']}" for entry i
 REF = Ref(stage="s", fingerprint="f", digest="d", uri="", facets=dict.fromkeys(("adapter", "tokenizer", "train"), "d"))
 
 
-def test_all_deployments_are_there():
+def test_all_deployments_are_defined():
     assert set(NAMES) == {
         "finetune/local",
         "finetune/gpu",
@@ -67,12 +67,12 @@ def test_schedules_keep_their_pause_and_entrypoints_are_modules():
             assert entry["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
 
 
-def test_the_file_names_no_path_of_a_machine():
+def test_the_file_contains_no_path_of_a_machine():
     assert not re.search(r"/(home|work|root|tmp|Users)/", FILE.read_text())
     assert yaml.safe_load(FILE.read_text())["pull"] == [{"loraflow.flows.server.project.enter": {}}]
 
 
-def test_a_run_goes_into_the_project_that_its_worker_names(tmp_path, monkeypatch):
+def test_a_run_uses_the_project_that_its_worker_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine" / "configs").mkdir(parents=True)
     monkeypatch.setenv("LORAFLOW_HOME", str(tmp_path / "mine"))
@@ -83,7 +83,7 @@ def test_a_run_goes_into_the_project_that_its_worker_names(tmp_path, monkeypatch
     assert "LORAFLOW_HOME=" in error.value.next_step
 
 
-def test_automations_are_the_same_whatever_the_order_of_their_sets():
+def test_automations_do_not_depend_on_the_order_of_their_sets():
     """`expect` is a set: two equal sets may be dumped in two orders, and each deploy then updated the automation."""
     from loraflow.flows.server.comparison import same_automation_fields
 
@@ -96,7 +96,7 @@ def test_automations_are_the_same_whatever_the_order_of_their_sets():
     assert not same_automation_fields(automation("a"), automation("a", force=("merge", "train"))), "a list of a person"
 
 
-def test_the_pull_steps_old_name_forwards_and_names_the_command_that_updates_it(tmp_path):
+def test_the_old_name_of_the_pull_step_works_and_names_the_command_that_updates_it(tmp_path):
     """Deployments that were created when this package was called `flows` name `flows.project.enter`."""
     (tmp_path / "configs").mkdir()
     script = "from flows.project import enter; print(enter())"
@@ -108,7 +108,7 @@ def test_the_pull_steps_old_name_forwards_and_names_the_command_that_updates_it(
     assert "Run `loraflow deploy` to update it." in done.stderr
 
 
-def test_a_server_without_a_password_listens_to_this_machine_only(tmp_path, monkeypatch):
+def test_a_server_without_a_password_listens_on_localhost_only(tmp_path, monkeypatch):
     monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING", raising=False)
     with pytest.raises(BadConfig) as error:
         environment(tmp_path, "0.0.0.0", 4242)
@@ -120,7 +120,7 @@ def test_a_server_without_a_password_listens_to_this_machine_only(tmp_path, monk
     assert environment(tmp_path, "0.0.0.0", 4242)["PREFECT_API_AUTH_STRING"] == "a:b"
 
 
-def test_a_port_in_use_is_refused_with_another_one():
+def test_a_port_in_use_is_refused_with_a_free_port_to_use():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -131,7 +131,7 @@ def test_a_port_in_use_is_refused_with_another_one():
     require_free_port("127.0.0.1", port)
 
 
-def test_a_stage_holds_the_gpu_only_where_there_is_one(monkeypatch, tmp_path):
+def test_a_stage_leases_the_gpu_only_if_there_is_one(monkeypatch, tmp_path):
     from loraflow.config import parse_recipe
     from loraflow.stages import STAGES
     from loraflow.store.lock import Held, flock
@@ -179,7 +179,7 @@ asyncio.run(race())
 
 
 @pytest.mark.parametrize("whose", [pytest.param("prefect's", marks=pytest.mark.slow), "ours"])
-def test_writers_that_read_first_wait_for_each_other_in_our_server_only(tmp_path, whose):
+def test_concurrent_transactions_that_read_first_wait_only_in_our_server(tmp_path, whose):
     """If Prefect's own way passes one day, `lock_before_reading` can go."""
     command = [sys.executable, "-c", RACE, str(tmp_path / "race.db"), whose]
     env = {**os.environ, "PREFECT_HOME": str(tmp_path)}

@@ -23,7 +23,7 @@ from loraflow.hardware.process_group import ProcessGroup
 from loraflow.store import LocalStore, Ref
 from loraflow.training import choices, sharding
 from tests.conftest import chat
-from tests.jobs import make_job
+from tests.job_factory import make_job
 from tests.unit.test_training import base, recipe, same, tokenize  # noqa: F401
 
 
@@ -74,7 +74,7 @@ def alone(base, shards, tmp_path_factory):  # noqa: F811
     return result(store, launch.run_job(job_of(**UNEVEN), store))
 
 
-def test_two_processes_give_what_one_gives(base, shards, alone, tmp_path):  # noqa: F811
+def test_two_processes_match_one(base, shards, alone, tmp_path):  # noqa: F811
     store = store_of(tmp_path, base, shards)
     pair_job = job_of(**UNEVEN, runtime__devices=2, runtime__micro_batch=1)
     pair = result(store, launch.run_job(pair_job, store))
@@ -91,7 +91,7 @@ def free_port():
 
 
 @pytest.mark.slow
-def test_two_nodes_give_what_one_process_gives_and_the_first_one_commits(base, shards, tmp_path):  # noqa: F811
+def test_two_nodes_match_one_process_and_the_first_node_commits(base, shards, tmp_path):  # noqa: F811
     one, two = (store_of(tmp_path / str(n), base, shards) for n in (1, 2))
     alone = result(one, launch.run_job(job_of(), one))
     place = {"runtime__rendezvous__nodes": 2, "runtime__rendezvous__endpoint": f"localhost:{free_port()}"}
@@ -116,7 +116,7 @@ def test_two_nodes_give_what_one_process_gives_and_the_first_one_commits(base, s
 
 
 @pytest.mark.slow
-def test_a_node_that_nobody_joins_says_how_to_start_the_others(base, shards, tmp_path):  # noqa: F811
+def test_a_node_without_peers_reports_how_to_start_them(base, shards, tmp_path):  # noqa: F811
     store = store_of(tmp_path, base, shards)
     place = {"runtime__rendezvous__nodes": 2, "runtime__rendezvous__endpoint": f"localhost:{free_port()}"}
     job = job_of(**place, runtime__rendezvous__wait_minutes=0.05)
@@ -129,14 +129,14 @@ def test_a_node_that_nobody_joins_says_how_to_start_the_others(base, shards, tmp
     )
 
 
-def test_a_node_is_known_by_the_address_from_which_it_reaches_the_first():
+def test_a_node_is_identified_by_the_address_from_which_it_reaches_the_first():
     assert _own_address("127.0.0.1:29400") == "127.0.0.1"
     with pytest.raises(Network, match="cannot be resolved here") as caught:
         _own_address("no-such-node.invalid:29400")
     assert "no-such-node.invalid:29400" in caught.value.got
 
 
-def test_a_node_too_many_is_refused(monkeypatch, tmp_path):
+def test_a_surplus_node_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("LORAFLOW_NODE", "2")
     job = job_of(runtime__rendezvous={"nodes": 2, "endpoint": "a:1"})
     file = JobFile(job, tmp_path, {}, tmp_path)
@@ -152,7 +152,7 @@ def test_a_node_too_many_is_refused(monkeypatch, tmp_path):
     assert not needs_group(JobFile(scoring, tmp_path, {}, tmp_path)), "nodes share training alone"
 
 
-def test_two_processes_that_hold_the_base_together_give_what_one_gives(base, shards, alone, tmp_path):  # noqa: F811
+def test_two_processes_with_a_sharded_base_match_one(base, shards, alone, tmp_path):  # noqa: F811
     """Both must ask for each layer as often, the one with a row less as well."""
     store = store_of(tmp_path, base, shards)
     together = job_of(**UNEVEN, runtime__devices=2, runtime__micro_batch=1, runtime__shard_base="on")
@@ -173,7 +173,7 @@ def test_two_processes_that_hold_the_base_together_give_what_one_gives(base, sha
      {"peft_config__bias": "all"}, {"peft_config__trainable_token_indices": [5]}],
     ids=str,
 )  # fmt: skip
-def test_what_does_not_go_with_a_sharded_base_is_refused(change):
+def test_settings_incompatible_with_a_sharded_base_are_refused(change):
     job = job_of(**change)
     with pytest.raises(BadConfig) as caught:
         sharding.refuse_unshardable(job.config, job.runtime.engine)
@@ -190,7 +190,7 @@ def test_gpus_of_several_types_are_refused(monkeypatch):
 @pytest.mark.parametrize(
     "again", [{}, {"runtime__devices": 2}, {"runtime__devices": 2, "runtime__shard_base": "on"}], ids=str
 )
-def test_a_killed_rank_ends_the_group_and_the_rest_goes_on_with_any_number(base, shards, tmp_path, again):  # noqa: F811
+def test_a_killed_rank_ends_the_group_and_training_resumes_with_any_number_of_ranks(base, shards, tmp_path, again):  # noqa: F811
     store = store_of(tmp_path, base, shards)
     long = {"training_config__max_steps": 40, "training_config__save_steps": 4}
     job = job_of(**long, runtime__devices=2, runtime__shard_base="on" if not again else "off")
@@ -251,7 +251,7 @@ def scores(base, tmp_path_factory):  # noqa: F811
     return job, launch.run_job(job, store), store
 
 
-def test_two_processes_score_what_one_scores_row_for_row(base, scores, tmp_path):  # noqa: F811
+def test_two_processes_give_the_scores_of_one_row_for_row(base, scores, tmp_path):  # noqa: F811
     alone, one, store = scores
     other, job = evaluation_of(base, tmp_path / "two", runtime__devices=2)
     assert job.fingerprint == alone.fingerprint, "devices are no part of identity"
@@ -267,7 +267,7 @@ def test_two_processes_score_what_one_scores_row_for_row(base, scores, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_an_evaluation_and_another_number_goes_on(base, scores, tmp_path):  # noqa: F811
+def test_a_killed_rank_ends_an_evaluation_that_resumes_with_another_number_of_ranks(base, scores, tmp_path):  # noqa: F811
     store, job = evaluation_of(base, tmp_path / "two", runtime__devices=2)
     work = store.work_folder(job.stage, job.fingerprint)
     killed = []
@@ -311,7 +311,7 @@ def outcome(folder, rank, failure=None):
     (folder / f"outcome-{rank}.json").write_text(json.dumps(said))
 
 
-def test_what_ended_the_group_is_what_is_said(tmp_path):
+def test_the_failure_that_ended_the_group_is_reported(tmp_path):
     outcome(tmp_path, 0)
     outcome(tmp_path, 1)
     assert _first_summary(tmp_path, {}).figures["rank"] == 0

@@ -43,7 +43,7 @@ def gradients(model, x, dy):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_passes_are_pefts(bias):
+def test_lora_forward_and_backward_equal_peft(bias):
     model, x, dy = lora(bias=bias), torch.randn(3, 7, 24), torch.randn(3, 7, 40)
     wanted = gradients(model, x, dy)
     assert len(accelerate_loras(model, torch.float32)) == 1
@@ -87,7 +87,7 @@ def test_only_plain_lora_is_replaced():
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_is_the_mask_and_its_gradient():
+def test_dropout_equals_the_mask_in_forward_and_backward():
     model, x, dy = lora(rate=0.25), torch.randn(50, 24), torch.randn(50, 40)
     (module,) = accelerate_loras(model, torch.float32)
     keys = torch.randint(-(2**31), 2**31 - 1, (50,), dtype=torch.int32)
@@ -107,7 +107,7 @@ def test_dropout_is_the_mask_and_its_gradient():
     torch.testing.assert_close(model(x), linear(x, module.base_layer.weight) + linear(linear(x, down), up) * 2)
 
 
-def test_masks_are_fair_and_independent():
+def test_dropout_masks_are_unbiased_and_independent():
     keys = torch.from_numpy(batches.mix(np.arange(4000, dtype=np.uint64)).astype(np.int32))
     one = keep_mask(keys, torch.tensor(1, dtype=torch.int32), 256, round(0.05 * 65536)).float()
     two = keep_mask(keys, torch.tensor(2, dtype=torch.int32), 256, round(0.05 * 65536)).float()
@@ -119,7 +119,7 @@ def test_masks_are_fair_and_independent():
         assert abs(product) < 5 / math.sqrt(left.numel()), "masks of neighbours have nothing in common"
 
 
-def test_gradcheck_of_the_product():
+def test_the_lora_product_passes_gradcheck():
     x, w, down, up = (torch.randn(*s, dtype=torch.float64) for s in ((6, 5), (7, 5), (2, 5), (7, 2)))
     leaves = [t.requires_grad_() for t in (x, down, up)]
     assert torch.autograd.gradcheck(lambda a, b, c: LoraProduct.apply(a, b, c, None, None, 0, "dense", w), leaves)
@@ -127,7 +127,7 @@ def test_gradcheck_of_the_product():
     assert torch.autograd.gradcheck(lambda a, b, c: LoraProduct.apply(a, b, c, *keys, 20000, "dense", w), leaves)
 
 
-def test_fp8_weights_are_close_both_ways_round():
+def test_fp8_weights_are_accurate_in_both_orientations():
     module = torch.nn.Linear(64, 48, bias=False, dtype=torch.bfloat16)
     codes, scales, codes_t, scales_t = fp8(module).tensors
     w = module.weight.detach().float()
@@ -154,7 +154,7 @@ def test_an_fp8_base_gives_nearly_the_same_gradients():
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("n", [1, 7, CHUNK, 2 * CHUNK + 3])
-def test_the_loss_is_torchs(n, trained):
+def test_head_loss_equals_torchs_cross_entropy(n, trained):
     head = torch.nn.Linear(12, 50, bias=False).requires_grad_(trained)
     hidden, targets = torch.randn(n, 12), torch.randint(0, 50, (n,))
     one, two = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
@@ -210,7 +210,7 @@ def test_every_row_of_a_step_is_in_one_micro_batch_of_one_device(lengths, width,
         assert all(rows.tokens[steps[step]][places].sum() <= layout.lengths[-1] for places in dealt)
 
 
-def test_documents_end_to_end_hold_what_the_grid_holds(base, tmp_path):  # noqa: F811
+def test_packed_and_padded_layouts_contain_the_same_tokens(base, tmp_path):  # noqa: F811
     shards = tokenize(base, tmp_path)
     rows = TokenRows(shards / "train")
     steps = np.arange(24).reshape(3, 8)
@@ -239,7 +239,7 @@ def force_end_to_end(monkeypatch):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_documents_end_to_end_give_what_rows_give(base, tmp_path, monkeypatch, packing):  # noqa: F811
+def test_packed_and_padded_layouts_give_the_same_result(base, tmp_path, monkeypatch, packing):  # noqa: F811
     options = {"peft_config__lora_dropout": 0.1, "training_config__packing": packing}
     shards = tokenize(base, tmp_path, **options)
     adapter, losses = run(base, shards, tmp_path / "grid", **options)
@@ -269,7 +269,7 @@ def test_dropout_does_not_depend_on_the_micro_batch(base, straight, tmp_path):  
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same(base, straight, tmp_path, monkeypatch):  # noqa: F811
+def test_compiled_layers_give_the_same_result(base, straight, tmp_path, monkeypatch):  # noqa: F811
     from torch._dynamo.utils import counters
 
     force_end_to_end(monkeypatch)
@@ -292,7 +292,7 @@ def _compilable(q, k, v, begins, longest, scaling, window):
     ).transpose(0, 1)
 
 
-def test_a_compiler_that_fails_is_left_out(base, straight, tmp_path, monkeypatch, caplog):  # noqa: F811
+def test_training_continues_if_compiling_fails(base, straight, tmp_path, monkeypatch, caplog):  # noqa: F811
     force_end_to_end(monkeypatch)  # its loop over documents cannot be one graph
     _, found = run(base, straight[0], tmp_path, runtime__compile="on")
     assert "compiling failed; training continues without it" in caplog.text
@@ -302,7 +302,7 @@ def test_a_compiler_that_fails_is_left_out(base, straight, tmp_path, monkeypatch
 PHI3 = memory.ModelShape(3072, 8192, 32, 32, 32, 96, 32064, False)
 
 
-def test_the_estimate_is_near_what_was_measured():
+def test_the_memory_estimate_is_near_the_measurement():
     """One H100, Phi-3 mini's shape, r=16: 35.1 GiB with 8,192 tokens, 56.8 with 16,384, 17.5 with 32,768 recomputed."""
     assert PHI3.linear_weights + PHI3.embedding_weights == pytest.approx(3.82e9, rel=0.01)
     assert memory.lora_weights(PHI3, 16) == 25_165_824
@@ -313,7 +313,7 @@ def test_the_estimate_is_near_what_was_measured():
     assert 10 < least < 12.5 and 22 < fast < 26
 
 
-def test_what_goes_in_follows_the_memory():
+def test_tokens_and_checkpointing_follow_the_available_memory():
     def fit(gib, **options):
         return memory.fit_memory(
             PHI3, gib * memory.GIB, options.pop("weights", "bfloat16"), 16, least=512, wanted=40_000, **options
@@ -328,7 +328,7 @@ def test_what_goes_in_follows_the_memory():
     assert fit(1).tokens == 512, "never less than the longest document"
 
 
-def test_out_of_memory_proposes_less_until_nothing_is_left():
+def test_out_of_memory_proposes_smaller_settings_until_none_is_left():
     proposed = []
     for size in (MicroBatchSize(512, tokens=4096), MicroBatchSize(512, tokens=512, recompute="none"),
                  MicroBatchSize(512, rows=3), MicroBatchSize(512, tokens=512, recompute="full"),
@@ -346,7 +346,7 @@ def test_out_of_memory_proposes_less_until_nothing_is_left():
     ]
 
 
-def test_what_this_machine_cannot_do_is_refused_with_what_it_can(base, straight, tmp_path):  # noqa: F811
+def test_unsupported_precisions_and_kernels_are_refused(base, straight, tmp_path):  # noqa: F811
     with pytest.raises(BadConfig, match="fp8"):
         run(base, straight[0], tmp_path, base__quantization="fp8", base__dtype="bfloat16", training_config__bf16=True)
     with pytest.raises(BadConfig, match="no GPU"):

@@ -20,7 +20,7 @@ from loraflow.failures import BadConfig, BadData
 from loraflow.hardware.process_group import ProcessGroup
 from loraflow.job import Inputs, Progress
 from tests.conftest import chat
-from tests.jobs import make_job
+from tests.job_factory import make_job
 from tests.unit.test_training import REF, recipe
 
 
@@ -53,7 +53,7 @@ def test_identical_texts_have_the_best_score_in_every_script(name):
             assert rows[key] == pytest.approx([best] * len(texts))
 
 
-def test_rouge_equals_that_of_rouge_score_on_latin_text():
+def test_rouge_equals_rouge_score_on_latin_text():
     from rouge_score import rouge_scorer
 
     predictions, references = ["The cats were sitting quietly.", "no"], ["A cat sat there quietly", "yes"]
@@ -64,14 +64,14 @@ def test_rouge_equals_that_of_rouge_score_on_latin_text():
             assert rows[kind][i] == pytest.approx(expected.fmeasure), kind
 
 
-def test_token_f1_is_that_of_squad():
+def test_token_f1_equals_squads():
     values, rows = compute("token_f1", PREDICTIONS, REFERENCES)
     assert rows["token_f1"][:3] == [1.0, pytest.approx(2 * 4 / 12), 0.0]
     assert rows["token_f1"][4] == pytest.approx(0.5)
     assert values["token_f1"] == pytest.approx(np.mean(rows["token_f1"]))
 
 
-def test_chrf_is_that_of_sacrebleu():
+def test_chrf_equals_sacrebleus():
     import sacrebleu
 
     _, rows = compute("chrf", PREDICTIONS, REFERENCES)
@@ -90,7 +90,7 @@ def test_chrf_is_that_of_sacrebleu():
         ('Sure! {"a": 1}', 0.0, 0.0),
     ],
 )
-def test_json_fields(prediction, valid, f1):
+def test_json_fields_scores_validity_and_field_f1(prediction, valid, f1):
     _, rows = compute("json_fields", [prediction], ['{"a": 1, "b": {"c": [1, 2]}}'])
     assert rows["json_valid"] == [valid]
     assert rows["field_f1"] == [pytest.approx(f1)]
@@ -103,7 +103,7 @@ def test_token_loss_is_weighted_by_tokens():
     assert rows["token_loss"] == [1.0, 3.0]
 
 
-def test_a_metric_module_of_the_user_is_scored_row_by_row(tmp_path):
+def test_a_users_metric_module_is_scored_row_by_row(tmp_path):
     folder = tmp_path / "same_length"
     folder.mkdir()
     (folder / "same_length.py").write_text(
@@ -182,7 +182,7 @@ def test_losses_equal_those_from_all_logits(phi3, model):
         assert count == int((labels[1:] != -100).sum())
 
 
-def test_the_order_of_batches_changes_no_answer(phi3, model):
+def test_the_order_of_batches_does_not_change_answers(phi3, model):
     from loraflow.base.load import load_tokenizer
 
     template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
@@ -195,7 +195,7 @@ def test_the_order_of_batches_changes_no_answer(phi3, model):
     assert json.dumps(forwards)
 
 
-def test_a_preallocated_cache_holds_what_transformers_own_holds_without_copying_it():
+def test_a_preallocated_cache_equals_transformers_cache_without_copies():
     from transformers import DynamicCache
 
     draw = torch.Generator().manual_seed(0)
@@ -267,7 +267,7 @@ def answer_ids(model, prompt, tokens):
     return out[0, len(prompt) :].tolist()
 
 
-def test_a_model_with_a_repetition_penalty_is_left_to_generate(model, monkeypatch):
+def test_a_model_with_a_repetition_penalty_uses_generate(model, monkeypatch):
     from loraflow.evaluation import greedy_decoding
 
     class OnGpu:
@@ -288,7 +288,7 @@ def without_prefix(monkeypatch):
         monkeypatch.setattr(f"loraflow.evaluation.{module}.shared_prefix", lambda *_: None)
 
 
-def test_a_shared_system_prompt_is_computed_once_and_changes_no_answer(phi3, model, monkeypatch):
+def test_a_shared_system_prompt_is_computed_once_and_does_not_change_answers(phi3, model, monkeypatch):
     from loraflow.base.load import load_tokenizer, stop_ids
 
     template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
@@ -309,7 +309,7 @@ def test_a_shared_system_prompt_is_computed_once_and_changes_no_answer(phi3, mod
     assert with_prefix == sum(read) - len(found.ids) * (len(prompts) - 1)
 
 
-def test_a_shared_system_prompt_changes_no_loss(phi3, model, monkeypatch):
+def test_a_shared_system_prompt_does_not_change_losses(phi3, model, monkeypatch):
     rows = ChatTemplate(phi3).encode(spoken((1, 22, 333, 4444, 55555)), "last_assistant")
     seen: list[int] = []
     hook = model.model.embed_tokens.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
@@ -360,7 +360,7 @@ def test_no_prefix_is_shared_if_the_model_has_another_cache(model, monkeypatch, 
 
 
 @pytest.mark.parametrize(("window", "shares"), [(200, True), (24, False)])
-def test_a_sliding_window_changes_no_answer(phi3, model, monkeypatch, window, shares):
+def test_a_sliding_window_does_not_change_answers(phi3, model, monkeypatch, window, shares):
     from loraflow.base.load import load_tokenizer
 
     monkeypatch.setattr(model.config, "sliding_window", window)
@@ -374,7 +374,7 @@ def test_a_sliding_window_changes_no_answer(phi3, model, monkeypatch, window, sh
     assert together == answer_all(model, tokenizer, prompts, batch_size=3, **options)
 
 
-def test_no_prefix_is_shared_if_it_does_not_pay(model):
+def test_no_prefix_is_shared_if_it_saves_too_little(model):
     assert shared_prefix(model, [[5] * 40, [5] * 41], 40, 60) is None
     assert shared_prefix(model, [[5] * 4 + [i] * 40 for i in range(6)], 44, 60) is None
     assert common_prefix_length([[1, 2, 3], [1, 2, 4], [1, 2]], 9) == 2
@@ -403,7 +403,7 @@ def evaluate(phi3, tmp_path):
     return run
 
 
-def test_the_stages_report_holds_the_scores_and_the_first_answers(evaluate):
+def test_the_stage_report_contains_the_scores_and_the_first_answers(evaluate):
     out, summary = evaluate()
     table, report = pd.read_parquet(out / "scores.parquet"), EvaluationReport.from_dict(summary.report)
     assert json.loads((out / "metrics.json").read_text()) == scores_to_dict(report.metrics) == summary.report["metrics"]
@@ -418,7 +418,7 @@ def test_the_stages_report_holds_the_scores_and_the_first_answers(evaluate):
     assert report.samples[0].answer == part["answer"].iloc[0]
 
 
-def test_max_rows_is_the_most_of_each_set(evaluate):
+def test_max_rows_limits_each_set(evaluate):
     out, _ = evaluate(evaluation__max_rows=2)
     assert pd.read_parquet(out / "scores.parquet")["id"].tolist() == ["r0", "r1", "r2", "r5"]
 
@@ -442,7 +442,7 @@ class Second(ProcessGroup):
         return found
 
 
-def test_a_score_that_is_not_finite_ends_the_stage(evaluate, monkeypatch):
+def test_a_non_finite_score_ends_the_stage(evaluate, monkeypatch):
     monkeypatch.setattr(metric_modules, "compute", lambda name, *_: ModuleScores({}, {name: [math.nan] * 7}))
     with pytest.raises(BadData, match="not a finite number"):
         evaluate()

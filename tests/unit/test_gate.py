@@ -26,13 +26,13 @@ def test_a_clear_gain_is_promoted():
     assert gate(table(exact_match=ones), table(exact_match=zeros)).verdict == "promote"
 
 
-def test_a_clear_loss_is_rejected():
+def test_a_clear_drop_is_rejected():
     decision = gate(table(exact_match=zeros), table(exact_match=ones))
     assert decision.verdict == "reject"
     assert "exact_match against base: -1.0000" in decision.reasons[0]
 
 
-def test_the_same_scores_are_no_gain():
+def test_equal_scores_are_not_a_gain():
     scores = np.tile([0.0, 1.0], 50)
     assert gate(table(exact_match=scores), table(exact_match=scores)).verdict != "promote"
 
@@ -49,7 +49,7 @@ def test_better_than_base_but_worse_than_champion_is_rejected():
     assert gate(table(exact_match=half), table(exact_match=zeros), table(exact_match=ones)).verdict == "reject"
 
 
-def test_a_guard_that_loses_more_than_its_margin_stops_a_gain():
+def test_a_guard_that_drops_by_more_than_its_margin_prevents_promotion():
     ours, theirs = table(exact_match=ones, f1=ones * 0.5), table(exact_match=zeros, f1=ones * 0.9)
     assert gate(ours, theirs, guards={"f1": 0.01}).verdict == "reject"
     assert gate(ours, theirs, guards={"f1": 0.5}).verdict == "promote"
@@ -63,7 +63,7 @@ def test_lower_is_better_for_a_loss():
 
 
 @pytest.mark.parametrize("harm", ["missing", "twice", "nan", "metric"])
-def test_incomplete_scores_decide_nothing(harm):
+def test_incomplete_scores_are_refused(harm):
     ours, theirs = table(exact_match=ones.copy()), table(exact_match=zeros)
     if harm == "missing":
         ours = ours.iloc[1:]
@@ -90,7 +90,7 @@ def test_rows_are_joined_by_id_not_by_order():
 @pytest.mark.parametrize(
     ("wins", "losses", "n"), [(0, 0, 30), (5, 5, 50), (9, 1, 40), (1, 9, 40), (40, 0, 40), (0, 1, 100)]
 )
-def test_tangos_bound_is_where_the_score_test_turns(wins, losses, n):
+def test_tangos_bound_is_where_the_score_test_changes_its_verdict(wins, losses, n):
     """Against a slow, obvious version: walk along the differences and maximise the likelihood on a grid."""
 
     def z(d0):
@@ -121,7 +121,7 @@ def test_an_equal_model_is_promoted_in_five_percent_of_cases(n, discordance):
     assert promoted / 2000 <= 0.065
 
 
-def test_an_equal_model_by_graded_scores_too():
+def test_an_equal_model_is_rarely_promoted_by_graded_scores():
     rng = np.random.default_rng(2)
     promoted = sum(difference_bounds(rng.normal(0, 0.2, 60), 0.95, seed)[1] > 0 for seed in range(400))
     assert promoted / 400 <= 0.075

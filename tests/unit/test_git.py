@@ -17,7 +17,7 @@ def repository(tmp_path):
     return tmp_path
 
 
-def test_the_commit_that_is_checked_out_is_found(repository):
+def test_the_checked_out_commit_is_found(repository):
     (repository / "sub").mkdir()
     commit = git(["rev-parse", "HEAD"], repository).strip()
     assert len(commit) == 40

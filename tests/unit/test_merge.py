@@ -12,8 +12,8 @@ from loraflow.adapters import safetensors_files as tensors
 from loraflow.adapters.merge_folders import merge
 from loraflow.failures import BadModel
 from loraflow.job import Progress
-from tests.children import exit_code
 from tests.conftest import build_phi3
+from tests.forked_process import run_in_fork
 from tests.variants import ulps
 
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -74,7 +74,7 @@ MORE = {
 
 @pytest.mark.parametrize("options", PLAIN.values(), ids=PLAIN)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_streamed_merge_is_pefts_bit_for_bit(tmp_path, options, dtype):
+def test_a_streamed_merge_equals_pefts_bit_for_bit(tmp_path, options, dtype):
     base = build_phi3(tmp_path / "base", dtype=dtype)
     adapter = make_adapter(base, tmp_path / "adapter", **options)
     (tmp_path / "out").mkdir()
@@ -84,7 +84,7 @@ def test_streamed_merge_is_pefts_bit_for_bit(tmp_path, options, dtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("options", MORE.values(), ids=MORE)
-def test_more_than_a_sum_is_streamed_in_pefts_order(tmp_path, options, dtype):
+def test_adapters_with_several_terms_are_streamed_in_pefts_order(tmp_path, options, dtype):
     base = build_phi3(tmp_path / "base", dtype=dtype)
     adapter = make_adapter(base, tmp_path / "adapter", **options)
     (tmp_path / "out").mkdir()
@@ -95,7 +95,7 @@ def test_more_than_a_sum_is_streamed_in_pefts_order(tmp_path, options, dtype):
     assert any(not torch.equal(ours[name], tensor) for name, tensor in read(base).items())
 
 
-def test_what_is_not_a_sum_goes_through_peft(tmp_path, phi3):
+def test_adapters_that_are_not_a_sum_are_merged_by_peft(tmp_path, phi3):
     adapter = make_adapter(phi3, tmp_path / "adapter", trainable_token_indices=[3, 5])
     (tmp_path / "out").mkdir()
     assert merge(phi3, adapter, tmp_path / "out")["route"] == "peft"
@@ -103,7 +103,7 @@ def test_what_is_not_a_sum_goes_through_peft(tmp_path, phi3):
 
 
 @pytest.mark.parametrize("how", ["pissa", "olora"])
-def test_an_adapter_of_a_residual_base_merges_as_pefts(tmp_path, quick_phi3, how):
+def test_an_adapter_of_a_residual_base_merges_as_in_peft(tmp_path, quick_phi3, how):
     """Its base is W - s·B₀A₀: added to W, its product would count twice what the initialisation took out."""
     adapter = make_adapter(quick_phi3, tmp_path / "adapter", init_lora_weights=how, target_modules=["o_proj"])
     (tmp_path / "out").mkdir()
@@ -133,7 +133,7 @@ def configured(adapter: Path, **values) -> Path:
         ({"rank_pattern": {r"layers\.1\..*": 2}}, "rank 2, by adapter_config.json"),
     ],
 )
-def test_a_configuration_that_no_merge_can_follow_is_refused(tmp_path, quick_phi3, values, says):
+def test_an_unmergeable_configuration_is_refused(tmp_path, quick_phi3, values, says):
     options = {"lora_bias": True} if "lora_bias" in values else {}
     adapter = configured(make_adapter(quick_phi3, tmp_path / "adapter", **options), **values)
     (tmp_path / "out").mkdir()
@@ -144,7 +144,7 @@ def test_a_configuration_that_no_merge_can_follow_is_refused(tmp_path, quick_phi
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_numbers_of_a_type_that_is_not_merged_are_refused(tmp_path, quick_phi3, dtype):
+def test_unsupported_dtypes_are_refused(tmp_path, quick_phi3, dtype):
     from safetensors.torch import load_file, save_file
 
     file = make_adapter(quick_phi3, tmp_path / "adapter") / "adapter_model.safetensors"
@@ -155,7 +155,7 @@ def test_numbers_of_a_type_that_is_not_merged_are_refused(tmp_path, quick_phi3, 
 
 
 @pytest.mark.parametrize("in_config", [True, None])
-def test_whole_embeddings_for_a_base_of_tied_ones_are_refused(tmp_path, in_config, caplog):
+def test_fully_trained_embeddings_are_refused_for_a_base_that_ties_them(tmp_path, in_config, caplog):
     """peft unties them in memory; in a checkpoint that stays tied, the head would become the trained embeddings."""
     base = build_phi3(tmp_path / "base", dtype="float32", tie_word_embeddings=True)
     adapter = make_adapter(base, tmp_path / "adapter", modules_to_save=["embed_tokens"])
@@ -171,7 +171,7 @@ def test_whole_embeddings_for_a_base_of_tied_ones_are_refused(tmp_path, in_confi
     assert "changes both" in caplog.text
 
 
-def test_a_refused_adapter_says_which_command_would_take_it(tmp_path, quick_phi3):
+def test_a_refused_adapter_is_reported_with_the_command_that_accepts_it(tmp_path, quick_phi3):
     """Split projections for a fused base, and the folder around several adapters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -192,7 +192,7 @@ def test_a_refused_adapter_says_which_command_would_take_it(tmp_path, quick_phi3
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_models_and_adapters_merge_as_pefts(tmp_path, seed):
+def test_random_models_and_adapters_merge_as_in_peft(tmp_path, seed):
     """Any heads, tied or not, any widths, any of the variants, any dtype, shards of any size: one unit in the last place."""
     import random
 
@@ -238,10 +238,10 @@ def _attempt(base: Path, adapter: Path, out: Path, shards: int) -> None:
     merge(base, adapter, out, max_shard_bytes=60_000, progress=report)
 
 
-def test_a_killed_merge_goes_on_from_its_finished_shards(tmp_path, phi3):
+def test_a_killed_merge_resumes_from_its_finished_shards(tmp_path, phi3):
     adapter = make_adapter(phi3, tmp_path / "adapter")
     (tmp_path / "work").mkdir()
-    assert exit_code(_attempt, phi3, adapter, tmp_path / "killed", 3) == -signal.SIGKILL
+    assert run_in_fork(_attempt, phi3, adapter, tmp_path / "killed", 3) == -signal.SIGKILL
     assert not list((tmp_path / "killed").glob("*.safetensors")), "no partial model is visible"
     finished = sorted((tmp_path / "work" / "shards").glob("*.safetensors"))
     assert len(finished) == 3
@@ -263,7 +263,7 @@ def test_a_killed_merge_goes_on_from_its_finished_shards(tmp_path, phi3):
 @pytest.mark.parametrize(
     "name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "x.bin", "gone.safetensors"]
 )
-def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path, phi3, name):
+def test_an_index_that_points_outside_its_folder_is_refused(tmp_path, phi3, name):
     base = tmp_path / "base"
     shutil.copytree(phi3, base)
     index = {"weight_map": dict.fromkeys((e.name for e in tensors.model_entries(base)), name)}
@@ -276,7 +276,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path, phi3, name):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_an_index_that_does_not_say_what_the_files_hold_is_refused(tmp_path, phi3):
+def test_an_index_that_contradicts_its_files_is_refused(tmp_path, phi3):
     (tmp_path / "base").mkdir()
     adapter = make_adapter(phi3, tmp_path / "adapter")
     merge(phi3, adapter, tmp_path / "base", max_shard_bytes=60_000)
@@ -289,7 +289,7 @@ def test_an_index_that_does_not_say_what_the_files_hold_is_refused(tmp_path, phi
         merge(tmp_path / "base", adapter, tmp_path / "out")
 
 
-def test_an_adapter_that_is_not_finite_is_refused(tmp_path, phi3):
+def test_a_non_finite_adapter_is_refused(tmp_path, phi3):
     from safetensors.torch import load_file, save_file
 
     adapter = make_adapter(phi3, tmp_path / "adapter")
@@ -327,7 +327,7 @@ def grow(folder: Path, *tokens: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def test_a_vocabulary_that_grew_without_its_embeddings_is_refused(tmp_path, phi3):
+def test_an_extended_vocabulary_without_embeddings_is_refused(tmp_path, phi3):
     adapter, base = make_adapter(phi3, tmp_path / "adapter"), tmp_path / "base"
     shutil.copytree(phi3, base)
     grow(base, "<|new|>")
@@ -343,7 +343,7 @@ def test_a_vocabulary_that_grew_without_its_embeddings_is_refused(tmp_path, phi3
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_token_of_the_bases_that_no_chat_has_needs_no_row(tmp_path, phi3, caplog):
+def test_a_base_token_that_no_chat_uses_needs_no_embedding(tmp_path, phi3, caplog):
     """As published: gemma-3-1b's tokenizer has <image_soft_token> behind the last row of its embeddings."""
     base = tmp_path / "base"
     shutil.copytree(phi3, base)
@@ -353,7 +353,7 @@ def test_a_token_of_the_bases_that_no_chat_has_needs_no_row(tmp_path, phi3, capl
     assert "<image_soft_token>" in caplog.text
 
 
-def test_a_template_that_no_training_takes_does_not_stop_a_merge(tmp_path, phi3, caplog):
+def test_a_template_unusable_for_training_does_not_stop_a_merge(tmp_path, phi3, caplog):
     base, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(phi3, base)
     (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
@@ -363,7 +363,7 @@ def test_a_template_that_no_training_takes_does_not_stop_a_merge(tmp_path, phi3,
     assert (out / "generation_config.json").read_bytes() == (phi3 / "generation_config.json").read_bytes()
 
 
-def test_what_ends_an_answer_ends_generation(tmp_path, phi3):
+def test_the_answers_stop_token_ends_generation(tmp_path, phi3):
     from loraflow.data.loss_mask import ChatTemplate
 
     adapter, needed = make_adapter(phi3, tmp_path / "adapter"), ChatTemplate(phi3).stop_ids()
@@ -381,7 +381,7 @@ def test_what_ends_an_answer_ends_generation(tmp_path, phi3):
         )
 
 
-def test_wide_matrices_are_pefts_too(tmp_path):
+def test_wide_matrices_merge_as_in_peft(tmp_path):
     """Wider and taller than a block of rows, so that the cut matters."""
     base = build_phi3(tmp_path / "base", hidden_size=768, intermediate_size=1536, num_attention_heads=12,
                       num_key_value_heads=12, layers=1)  # fmt: skip
@@ -392,7 +392,7 @@ def test_wide_matrices_are_pefts_too(tmp_path):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_tied_embeddings_and_shards_and_a_cast(tmp_path, tie):
+def test_tied_embeddings_shards_and_a_cast_merge_as_in_peft(tmp_path, tie):
     base = build_phi3(tmp_path / "base", tie_word_embeddings=tie)
     adapter = make_adapter(base, tmp_path / "adapter")
     (tmp_path / "out").mkdir()
@@ -409,7 +409,7 @@ def test_tied_embeddings_and_shards_and_a_cast(tmp_path, tie):
     assert_same(read(tmp_path / "again"), by_peft(tmp_path / "out", adapter))
 
 
-def test_what_a_model_needs_to_stop_is_carried_over(tmp_path, phi3):
+def test_generation_config_tokenizer_and_template_are_copied(tmp_path, phi3):
     (tmp_path / "out").mkdir()
     merge(phi3, make_adapter(phi3, tmp_path / "adapter"), tmp_path / "out")
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -455,7 +455,7 @@ def test_a_damaged_header_is_refused(tmp_path, phi3, raw):
         merge(phi3, adapter, tmp_path / "out")
 
 
-def test_memory_that_does_not_suffice_is_not_the_adapters_fault(tmp_path, monkeypatch):
+def test_insufficient_memory_is_not_reported_as_a_bad_adapter(tmp_path, monkeypatch):
     base = build_phi3(tmp_path / "base", dtype="float32")
     adapter = make_adapter(base, tmp_path / "adapter", init_lora_weights="olora")
 

@@ -13,7 +13,7 @@ from loraflow.config import Runtime
 from loraflow.failures import MissingExtra
 from loraflow.job import Inputs, Progress
 from tests.conftest import build_phi3, chat
-from tests.jobs import make_job
+from tests.job_factory import make_job
 from tests.unit.test_merge import assert_same, make_adapter, read
 from tests.unit.test_training import REF, recipe, tokenize
 
@@ -45,7 +45,7 @@ def unpacked(model):
 
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_unpacked_base_is_what_transformers_and_bitsandbytes_train_on(tmp_path, shape, double):
+def test_the_dequantized_base_equals_that_of_transformers_and_bitsandbytes(tmp_path, shape, double):
     from transformers import AutoModelForCausalLM
 
     base = build_phi3(
@@ -63,7 +63,7 @@ def test_the_unpacked_base_is_what_transformers_and_bitsandbytes_train_on(tmp_pa
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"target_modules": ["o_proj"], "trainable_token_indices": [3]}],
                          ids=["lora", "dora", "by-peft"])  # fmt: skip
-def test_a_merge_onto_the_unpacked_base_is_pefts_on_it(tmp_path, options):
+def test_a_merge_onto_the_dequantized_base_equals_pefts(tmp_path, options):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -105,7 +105,7 @@ def parts(tmp_path_factory):
     return base, make_adapter(base, folder / "artifact" / "adapter"), tokenize(base, folder)
 
 
-def test_the_merge_that_is_closer_to_the_trained_model_is_chosen(parts, tmp_path):
+def test_the_merge_closer_to_the_trained_model_is_chosen(parts, tmp_path):
     from peft import PeftModel
 
     base, adapter, shards = parts

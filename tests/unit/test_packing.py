@@ -20,14 +20,14 @@ def slow_best_fit(lengths, capacity):
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(1, 64), max_size=120), st.integers(64, 100))
-def test_is_exactly_best_fit_decreasing(lengths, capacity):
+def test_packing_equals_best_fit_decreasing(lengths, capacity):
     rows = best_fit_decreasing(np.array(lengths, np.int32), capacity)
     used = np.bincount(rows, weights=lengths) if lengths else np.empty(0)
     assert sorted(capacity - used.astype(int)) == slow_best_fit(lengths, capacity)
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=120))
-def test_every_document_stands_in_one_row(lengths):
+def test_every_document_is_in_one_row(lengths):
     rows = best_fit_decreasing(np.array(lengths, np.int32), 64)
     documents, offsets = documents_of_rows(rows)
     assert sorted(documents.tolist()) == list(range(len(lengths)))
@@ -36,7 +36,7 @@ def test_every_document_stands_in_one_row(lengths):
         assert (rows[documents[offsets[row] : offsets[row + 1]]] == row).all()
 
 
-def test_as_many_rows_as_trl():
+def test_packing_needs_as_many_rows_as_trl():
     import pyarrow as pa
     from trl.data_utils import _pack_bfd
 
@@ -48,6 +48,6 @@ def test_as_many_rows_as_trl():
 
 
 @pytest.mark.parametrize("lengths", [[0, 3], [3, 65]])
-def test_refuses_lengths_that_cannot_be_placed(lengths):
+def test_lengths_that_do_not_fit_are_refused(lengths):
     with pytest.raises(ValueError):
         best_fit_decreasing(np.array(lengths), 64)

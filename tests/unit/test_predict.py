@@ -16,8 +16,8 @@ from loraflow.serving.chat import Sampling
 from loraflow.serving.models import Model, load
 from loraflow.serving.predict import predict
 from loraflow.serving.tables import read_questions
-from tests.children import exit_code
 from tests.conftest import chat
+from tests.forked_process import run_in_fork
 
 SHORT = Sampling(max_new_tokens=6)
 QUESTIONS = [
@@ -46,7 +46,7 @@ def read(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_each_row_gets_what_generate_says_to_it_alone(phi3, rows, tmp_path):
+def test_each_answer_equals_generate_on_the_single_row(phi3, rows, tmp_path):
     done = run(phi3, rows, tmp_path / "out.jsonl")
     assert done == {"rows": 20, "errors": 0, "resumed": 0, "out": str(tmp_path / "out.jsonl")}
     out = read(tmp_path / "out.jsonl")
@@ -68,7 +68,7 @@ def test_each_row_gets_what_generate_says_to_it_alone(phi3, rows, tmp_path):
 @pytest.mark.parametrize(
     "sampling", [SHORT, Sampling(temperature=1.0, seed=3, max_new_tokens=6)], ids=["greedy", "sampled"]
 )
-def test_a_run_that_ended_in_the_middle_goes_on_to_the_same_bytes(phi3, rows, tmp_path, sampling):
+def test_an_interrupted_run_resumes_to_the_same_bytes(phi3, rows, tmp_path, sampling):
     run(phi3, rows, tmp_path / "whole.jsonl", sampling)
 
     def stop(done, total):
@@ -95,9 +95,9 @@ def _killed(base, source, target):
     run(base, source, target, on_batch=kill)
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(phi3, rows, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bytes(phi3, rows, tmp_path):
     target = tmp_path / "out.jsonl"
-    assert exit_code(_killed, phi3, rows, target) == -signal.SIGKILL and not target.exists()
+    assert run_in_fork(_killed, phi3, rows, target) == -signal.SIGKILL and not target.exists()
     assert run(phi3, rows, target)["resumed"] == 8
     run(phi3, rows, tmp_path / "whole.jsonl")
     assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -145,7 +145,7 @@ BAD = [
 ]  # fmt: skip
 
 
-def test_a_bad_row_has_an_error_and_the_others_their_answers(phi3, tmp_path, monkeypatch):
+def test_an_invalid_row_has_an_error_and_the_other_rows_have_answers(phi3, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.jsonl").write_text("\n".join(BAD) + "\n")
     command = ["predict", str(phi3), "in.jsonl", "out.jsonl", "--max-new-tokens", "4", "--json"]
@@ -162,7 +162,7 @@ def test_a_bad_row_has_an_error_and_the_others_their_answers(phi3, tmp_path, mon
 
 @pytest.mark.parametrize("given", [".jsonl", ".csv", ".parquet"])
 @pytest.mark.parametrize("wanted", [".jsonl", ".csv", ".parquet"])
-def test_every_format_goes_to_every_format_with_the_same_answers(phi3, tmp_path, given, wanted):
+def test_every_input_format_gives_the_same_answers_in_every_output_format(phi3, tmp_path, given, wanted):
     table = pd.DataFrame(
         {"n": [3, 1, 2], "prompt": ["what is red", 'say "x", please\nnow', "नमस्ते"], "weight": [0.5, 1.5, 2.5]}
     )
@@ -218,7 +218,7 @@ def test_a_question_is_read_with_and_without_its_answer(row, asks):
 @pytest.mark.parametrize(
     "row", [{}, {"messages": []}, {"prompt": ""}, {"prompt": None}, {"messages": "q"}, 3, {"text": "q"}]
 )
-def test_what_asks_nothing_is_refused(row):
+def test_a_row_without_a_question_is_refused(row):
     with pytest.raises(BadRow):
         to_prompt(row)
 
@@ -234,7 +234,7 @@ def test_a_column_and_a_system_message_can_be_given(tmp_path):
         read_questions(tmp_path / "y.csv", "auto", None, None)
 
 
-def test_what_cannot_be_written_shows_before_the_work(phi3, tmp_path):
+def test_an_unwritable_output_is_reported_before_generation(phi3, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "a", "x": 1}\n{"prompt": "b", "x": {"y": 2}}\n')
     with pytest.raises(BadData, match="different types"):
         run(phi3, tmp_path / "in.jsonl", tmp_path / "out.parquet", on_batch=lambda *_: pytest.fail("it was answered"))

@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
-def test_loss_and_gradients_are_those_of_whole_documents(model, data):
+def test_loss_and_gradients_equal_those_of_complete_documents(model, data):
     prefix = data.draw(st.integers(1, 9))
     head = data.draw(st.lists(st.integers(0, 499), min_size=prefix, max_size=prefix))
     documents = []
@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_those_of_whole_documents(model, data):
 
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=6), max_size=4), st.none() | st.integers(-1, 8))
-def test_the_common_prefix_is_the_longest_that_all_rows_begin_with(rows, longest):
+def test_the_common_prefix_is_the_longest_prefix_of_all_rows(rows, longest):
     most = min(map(len, rows), default=0)
     most = most if longest is None else max(0, min(most, longest))
     expected = max(n for n in range(most + 1) if all(row[:n] == rows[0][:n] for row in rows))
@@ -69,7 +69,7 @@ def test_the_common_prefix_is_the_longest_that_all_rows_begin_with(rows, longest
     assert common_prefix_length([np.array(row, np.int32) for row in rows], longest) == expected
 
 
-def test_only_what_saves_arithmetic_is_shared():
+def test_a_prefix_is_shared_only_if_it_saves_arithmetic():
     costs = prefix_sharing.PrefixSharing(per_token=12 * 64**2, per_pair=128)
     same_head = [np.arange(50), np.concatenate([np.arange(40), np.arange(9)])]
     assert costs.shared_length(same_head) == 40
@@ -82,7 +82,7 @@ def test_only_what_saves_arithmetic_is_shared():
     assert costs.shared_length(long) == 0, "a dense mask over all of it costs more than the prefix saves"
 
 
-def test_a_run_with_a_system_prompt_is_that_of_the_stock_engine_in_fewer_tokens(base, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_with_a_system_prompt_equals_the_stock_engine_with_fewer_tokens(base, tmp_path, monkeypatch):  # noqa: F811
     shards = tokenize(base, tmp_path, system=SYSTEM)
     seen = []
     real = prefix_sharing.share_prefix
@@ -108,9 +108,7 @@ def test_a_run_with_a_system_prompt_is_that_of_the_stock_engine_in_fewer_tokens(
         ("takes no custom mask", {}, {"runtime__attn_implementation": "eager"}),
     ],
 )
-def test_sharing_is_left_out_where_it_is_not_exact_and_the_telemetry_says_why(
-    tmp_path, monkeypatch, why, change, settings
-):
+def test_inexact_sharing_is_disabled_and_the_telemetry_gives_the_reason(tmp_path, monkeypatch, why, change, settings):
     folder = build_phi3(tmp_path / "phi3", dtype="float32", **change)
     shards = tokenize(folder, tmp_path, system=SYSTEM)
     monkeypatch.setattr("loraflow.training.batches.share_prefix", lambda *_: pytest.fail("shared"))

@@ -27,11 +27,11 @@ WANTED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"
         },
     ],
 )
-def test_every_form_gives_the_same_chat(row):
+def test_every_format_gives_the_same_chat(row):
     assert to_messages(row) == WANTED
 
 
-def test_columns_of_other_names(tmp_path):
+def test_columns_can_have_other_names(tmp_path):
     (tmp_path / "x.csv").write_text("id,question,answer\n1,q,a\n")
     columns = {"prompt": "question", "completion": "answer"}
     (row,) = read_rows(tmp_path, ["x.csv"], "auto", columns)
@@ -42,7 +42,7 @@ def test_columns_of_other_names(tmp_path):
     assert guess_columns({"text": "q"}) == guess_columns([]) == guess_columns({"question": 1, "answer": "a"}) == {}
 
 
-def test_what_a_question_is_about_and_the_system_prompt_are_not_lost():
+def test_context_and_system_prompt_columns_are_read():
     """Columns that stand beside question and answer in many published sets, and change what is asked."""
     row = {"question": "Who?", "context": "Ann ran.", "answer": "Ann"}
     assert guess_columns(row) == {"instruction": "question", "output": "answer"}
@@ -72,19 +72,19 @@ def test_llama_factorys_history_comes_before_the_question():
         ({"prompt": "q", "completion": "a", "label": False}, "label is false"),
     ],
 )
-def test_an_answer_that_is_marked_as_not_to_be_learned_is_not_learned(row, says):
+def test_rows_with_excluded_answers_are_refused(row, says):
     with pytest.raises(BadRow, match=says):
         to_messages(row)
     assert to_prompt(row)[-1]["role"] == "user", "it may still be asked"
 
 
-def test_marks_that_say_yes_are_no_matter():
+def test_positive_weight_flags_are_accepted():
     assert to_messages({"messages": [{**WANTED[0], "weight": 0}, {**WANTED[1], "weight": 1}]}) == WANTED
     assert to_messages({"messages": [WANTED[0], {**WANTED[1], "weight": None}]}) == WANTED
     assert to_messages({"prompt": "q", "completion": "a", "label": True}) == WANTED
 
 
-def test_keys_that_are_not_read_are_named(tmp_path):
+def test_unused_keys_are_named(tmp_path):
     turns = [WANTED[0], {**WANTED[1], "reasoning_content": "hm", "tool_calls": None}]
     (tmp_path / "x.jsonl").write_text(json.dumps({"id": 1, "messages": turns, "tools": [], "score": 0.5}))
     (row,) = read_rows(tmp_path, ["x.jsonl"], "auto")
@@ -101,7 +101,7 @@ def test_keys_that_are_not_read_are_named(tmp_path):
     ("name", "turns"),
     [("messages", WANTED), ("conversations", [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])],
 )
-def test_a_column_of_chats_is_found_by_what_it_holds(name, turns):
+def test_a_column_of_chats_is_found_by_its_content(name, turns):
     assert guess_columns({"id": 1, "dialog": turns}) == {name: "dialog"}
     assert guess_columns({"chosen": turns, "rejected": turns}) == {}, "which of them is meant, nobody said"
     assert guess_columns({"dialog": turns[1:]}) == {}
@@ -149,7 +149,7 @@ def test_alpacas_input_follows_the_instruction():
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "completion: chosen"),
     ],
 )
-def test_what_is_no_chat_says_what_was_expected(row, says):
+def test_a_row_that_is_not_a_chat_is_reported_with_the_expected_format(row, says):
     with pytest.raises(BadRow, match=says):
         to_messages(row)
 
@@ -213,7 +213,7 @@ def test_tables_are_read(tmp_path):
         ("x.jsonl", '{"prompt": "q", "completion": "a"}'.encode("utf-16"), "iconv -f UTF-16 -t UTF-8 x.jsonl"),
     ],
 )
-def test_files_that_cannot_be_read_at_all(tmp_path, name, content, says):
+def test_unreadable_files_are_refused(tmp_path, name, content, says):
     with pytest.raises(BadData) as caught:
         write(tmp_path, name, content)
     assert says in str(caught.value)
@@ -231,12 +231,12 @@ def test_files_that_cannot_be_read_at_all(tmp_path, name, content, says):
         b",prompt,completion\n0,q,a\n",
     ],
 )
-def test_a_table_of_excels_or_pandas_is_read(tmp_path, content):
+def test_a_table_written_by_excel_or_pandas_is_read(tmp_path, content):
     (row,) = write(tmp_path, "x.csv", content)
     assert row.messages == WANTED
 
 
-def test_a_row_with_other_cells_than_the_header_is_named_and_never_moved(tmp_path):
+def test_a_row_with_a_wrong_number_of_cells_is_named_and_never_shifted(tmp_path):
     """With the same number too many in each row, pandas takes the first column as index: all others move by one."""
     rows = write(tmp_path, "x.csv", b"prompt,completion\nwell, what,then\nonly\nq,a\n")
     assert [row.messages for row in rows] == [None, None, WANTED]
@@ -247,7 +247,7 @@ def test_a_row_with_other_cells_than_the_header_is_named_and_never_moved(tmp_pat
     assert row.messages[0]["content"] == long + '\r\n"two"'
 
 
-def test_json_lines_are_read_whatever_the_suffix_says(tmp_path):
+def test_json_lines_are_read_with_any_suffix(tmp_path):
     line = json.dumps({"messages": WANTED}).encode()
     assert [row.messages for row in write(tmp_path, "x.json", line + b"\n" + line + b"\n")] == [WANTED, WANTED]
     (row,) = write(tmp_path, "x.jsonl", b"[" + line + b"]")
@@ -265,7 +265,7 @@ def test_a_file_without_permission_is_a_failure(tmp_path, monkeypatch):
         list(read_rows(tmp_path, ["x.jsonl"], "auto"))
 
 
-def test_a_files_own_name_is_that_file_alone(tmp_path):
+def test_a_full_file_name_matches_only_that_file(tmp_path):
     (tmp_path / "old").mkdir()
     for name in ("train.jsonl", "old/train.jsonl", "[ab].jsonl", "a.jsonl"):
         (tmp_path / name).write_text("")
@@ -274,7 +274,7 @@ def test_a_files_own_name_is_that_file_alone(tmp_path):
     assert match_files(tmp_path, ["train*"]) == ["old/train.jsonl", "train.jsonl"]
 
 
-def test_a_name_that_matches_nothing_lists_what_is_there(tmp_path):
+def test_an_unmatched_name_lists_the_existing_files(tmp_path):
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(BadData) as caught:
         match_files(tmp_path, ["train.jsonl"])

@@ -26,7 +26,7 @@ def log(request, tmp_path):
     return PromotionLog(place, "tickets")
 
 
-def test_the_last_entry_is_in_force(log):
+def test_the_last_entry_is_the_active_promotion(log):
     assert log.head() is None
     promote(log, "a")
     promote(log, "b")
@@ -34,7 +34,7 @@ def test_the_last_entry_is_in_force(log):
     assert log.head().merged.digest == "b" * 64
 
 
-def test_a_store_that_moved_keeps_its_log(tmp_path):
+def test_a_moved_store_keeps_its_log(tmp_path):
     promote(PromotionLog(tmp_path, "tickets"), "a")
     (tmp_path / "registry").rename(tmp_path / "moved")
     (tmp_path / "new").mkdir()
@@ -62,7 +62,7 @@ def test_a_changed_log_is_refused(log, harm):
         log.head()
 
 
-def test_of_many_writers_that_saw_the_same_head_one_wins(log):
+def test_one_of_many_concurrent_writers_wins(log):
     promote(log, "a")
     seen = log.head()
 
@@ -99,7 +99,7 @@ def test_a_model_that_is_promoted_again_is_no_longer_rolled_back(log):
     assert log.rollback("bad again", "me").merged.digest == "a" * 64
 
 
-def test_decisions_are_remembered_for_one_head_and_one_protocol(log):
+def test_decisions_are_stored_per_head_and_protocol(log):
     promote(log, "a")
     head = log.head()
     log.remember(head, "b" * 64, "p" * 64, {"verdict": "reject"})
@@ -146,7 +146,7 @@ ENTRY_ON_DISK = """{
 """
 
 
-def test_an_entry_has_the_bytes_that_logs_have(tmp_path, monkeypatch):
+def test_an_entry_is_serialized_to_the_bytes_of_existing_logs(tmp_path, monkeypatch):
     log = PromotionLog(tmp_path, "tickets")
     monkeypatch.setattr(time, "strftime", lambda *_: "2026-11-26T10:00:00Z")
     adapter = Ref(stage="resolve_base", fingerprint="b" * 64, digest="a" * 64, uri="/x", facets={"tokenizer": "c" * 64})
@@ -172,7 +172,7 @@ def test_a_log_of_an_older_release_is_read_and_continued(log):
     ]
 
 
-def test_a_decision_document_has_the_bytes_that_stores_have_and_a_damaged_one_is_none(log):
+def test_a_decision_is_serialized_to_the_bytes_of_existing_stores_and_a_damaged_one_is_ignored(log):
     promote(log, "a")
     log.remember(log.head(), "b" * 64, "p" * 64, {"verdict": "reject", "reasons": ["worse"]})
     [name] = log.store.documents("registry/tickets/decisions/")

@@ -110,7 +110,7 @@ def test_a_run_is_reported_with_its_decision_scores_losses_answers_and_lineage()
     assert markdown.run_report(report()) == RUN
 
 
-def test_the_loss_curve_is_an_image_where_images_are_shown():
+def test_the_loss_curve_is_an_image_if_images_are_supported():
     terminal, page = markdown.run_report(report()), markdown.run_report(report(), image=True)
     assert "`█▁`" in terminal and "![training loss]" not in terminal
     assert "![training loss](data:image/svg+xml;base64," in page and "█" not in page
@@ -130,7 +130,7 @@ def test_the_champion_has_a_column_of_its_own():
     assert "| exact_match | 0.250 [0.150, 0.350] | 0.750 [0.650, 0.850] | 0.250 [0.150, 0.350] |" in text
 
 
-def test_a_person_who_approves_sees_reasons_and_scores():
+def test_the_approval_request_shows_reasons_and_scores():
     scores = ModelScores(base=BASE, tuned=TUNED)
     text = markdown.approval_request("quickstart", DECISION, scores)
     assert text.startswith(
@@ -156,7 +156,7 @@ def test_a_sparkline_reaches_from_the_lowest_to_the_highest_value(values, bars):
     assert markdown.sparkline(values) == bars
 
 
-def test_thinned_rows_hold_the_first_and_the_last():
+def test_thinned_rows_include_the_first_and_the_last():
     rows = list(range(1000))
     found = markdown.thin(rows, 12)
     assert len(found) == 12 and found[0] == 0 and found[-1] == 999
@@ -176,7 +176,7 @@ COMPARISON = {
 }  # fmt: skip
 
 
-def test_a_decision_is_the_same_json_after_reading():
+def test_a_decision_is_unchanged_by_writing_and_reading_json():
     values = {"verdict": "undecided", "reasons": ["too few rows"], "comparisons": [COMPARISON]}
     decision = Decision.from_dict(values)
     assert decision.comparisons == (Comparison(**COMPARISON),)
@@ -190,12 +190,12 @@ def test_a_decision_with_keys_of_another_version_is_readable():
 
 
 @pytest.mark.parametrize("values", [{}, {"verdict": "maybe", "reasons": []}, {"verdict": "promote", "reasons": "x"}])
-def test_what_is_no_decision_is_refused(values):
+def test_an_invalid_decision_is_refused(values):
     with pytest.raises(ValidationError):
         Decision.from_dict(values)
 
 
-def test_a_decision_never_changes():
+def test_a_decision_is_immutable():
     decision = Decision.from_dict({"verdict": "promote", "reasons": ["better"], "comparisons": [COMPARISON]})
     with pytest.raises(FrozenInstanceError):
         decision.verdict = "reject"
@@ -212,7 +212,7 @@ def test_a_decision_never_changes():
     assert decision.to_dict()["reasons"] == ["better"]
 
 
-def test_an_evaluation_report_is_the_same_json_after_reading():
+def test_an_evaluation_report_is_unchanged_by_writing_and_reading_json():
     part = {"value": 0.5, "low": -math.inf, "high": math.inf, "n": 1}
     sample = {"id": "a", "prompt": "p", "reference": "r", "answer": "s"}
     values = {"metrics": {"heldout": {"chrf": part}, "extra": {"chrf": part}}, "samples": [sample]}

@@ -29,7 +29,7 @@ def write(store, run, **values):
     return record
 
 
-def test_a_record_is_read_as_it_was_written_even_with_infinite_bounds(store):
+def test_a_record_is_unchanged_by_writing_and_reading_even_with_infinite_bounds(store):
     score = {"value": 0.5, "low": -math.inf, "high": math.inf, "n": 1}
     summary = {
         "run": FIRST,
@@ -79,7 +79,7 @@ def test_only_records_of_runs_are_read(store):
     assert [record.run for record in read_runs(store)] == [FIRST]
 
 
-def test_the_run_of_a_model_is_the_one_that_computed_it_else_the_newest_that_found_it(store):
+def test_the_run_of_a_model_is_the_run_that_computed_it_or_the_newest_with_a_cache_hit(store):
     summary = RunSummary(run="x", recipe="tiny").model_dump()
     write(store, FIRST, stages=[merge("cached")], summary=summary)
     write(store, SECOND, stages=[merge("cached")], summary=summary)
@@ -91,5 +91,5 @@ def test_the_run_of_a_model_is_the_one_that_computed_it_else_the_newest_that_fou
     assert find_run(store, MERGED.model_copy(update={"digest": "e" * 64})) is None
 
 
-def test_a_publication_is_written_without_the_keys_that_it_lacks():
+def test_a_publication_is_written_without_unset_keys():
     assert Publication(repo="acme/x", problem="no network").model_dump() == {"repo": "acme/x", "problem": "no network"}

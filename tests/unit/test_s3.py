@@ -111,7 +111,7 @@ with store.lock("tokenize", FP):
 """
 
 
-def test_the_lease_of_a_dead_worker_expires_and_that_of_a_live_one_does_not(tmp_path, bucket_uri):
+def test_the_lease_of_a_dead_worker_expires_and_the_lease_of_a_live_worker_does_not(tmp_path, bucket_uri):
     store = S3Store(bucket_uri, lease_seconds=3)
     living = machine(tmp_path, "living", HOLDER, bucket_uri, "work")
     living.stdout.readline()
@@ -136,7 +136,7 @@ def test_the_age_of_a_lease_is_measured_by_the_servers_clock(bucket_uri, monkeyp
             pass
 
 
-def test_a_worker_that_slept_through_its_lease_returns_the_current_artifact(tmp_path, bucket_uri):
+def test_a_worker_whose_lease_expired_returns_the_current_artifact(tmp_path, bucket_uri):
     sleeper = machine(tmp_path, "sleeper", HOLDER, bucket_uri, "work")
     sleeper.stdout.readline()
     sleeper.send_signal(signal.SIGSTOP)
@@ -232,7 +232,7 @@ def test_a_killed_upload_resumes_at_the_part_where_it_stopped(tmp_path, s3_serve
     assert unfinished_uploads(s3_server, bucket_uri) == []
 
 
-def test_an_upload_waits_for_a_store_that_is_down_for_a_moment(s3_server, bucket_uri, proxy, monkeypatch):
+def test_an_upload_waits_for_a_store_that_is_unavailable_for_a_moment(s3_server, bucket_uri, proxy, monkeypatch):
     monkeypatch.setattr(uploads, "PART_SIZE", 5 * MIB)
     stopped: list[threading.Thread] = []
 
@@ -249,7 +249,7 @@ def test_an_upload_waits_for_a_store_that_is_down_for_a_moment(s3_server, bucket
     assert store.verify(ref) == []
 
 
-def test_a_store_that_stays_down_is_a_network_failure_and_the_commit_can_be_resumed(bucket_uri, proxy, monkeypatch):
+def test_an_unavailable_store_is_a_network_failure_and_the_commit_can_be_resumed(bucket_uri, proxy, monkeypatch):
     def away(request: Request) -> Answer | None:
         raise DropConnection
 
@@ -308,7 +308,7 @@ def test_without_boto3_the_message_says_what_to_install(monkeypatch):
     assert "pip install 'loraflow[s3]'" in str(caught.value)
 
 
-def test_credentials_that_only_read_can_read_and_a_write_says_what_to_allow(bucket_uri, monkeypatch):
+def test_read_only_credentials_can_read_and_a_write_names_the_missing_permission(bucket_uri, monkeypatch):
     ref = put(open_store(bucket_uri))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
     store = open_store(bucket_uri)
@@ -334,7 +334,7 @@ def test_cleanup_removes_stale_uploads_and_files_without_a_manifest(s3_server, b
     assert store.find("tokenize", FP) == ref and store.verify(ref) == []
 
 
-def test_cleanup_stops_while_another_machine_reads_and_not_for_a_dead_reader(tmp_path, bucket_uri):
+def test_cleanup_stops_while_another_machine_reads_but_not_for_a_dead_reader(tmp_path, bucket_uri):
     script = "with S3Store(sys.argv[1]).reader_lock():\n    print('reads', flush=True)\n    time.sleep(60)"
     reader = machine(tmp_path, "reader", script, bucket_uri)
     reader.stdout.readline()
@@ -346,7 +346,7 @@ def test_cleanup_stops_while_another_machine_reads_and_not_for_a_dead_reader(tmp
     list(remove_unused(S3Store(bucket_uri, lease_seconds=2), keep=0))
 
 
-def test_a_lease_is_held_although_the_reply_to_its_write_was_lost(bucket_uri, proxy):
+def test_a_lease_is_acquired_although_the_reply_to_its_write_is_lost(bucket_uri, proxy):
     lost: list[Request] = []
 
     def lose_the_first_reply(request: Request) -> None:
@@ -361,7 +361,7 @@ def test_a_lease_is_held_although_the_reply_to_its_write_was_lost(bucket_uri, pr
         assert proxy.operations().count("PutObject") == 2
 
 
-def test_a_cache_hit_costs_two_requests_and_its_manifest_none(bucket_uri, proxy):
+def test_a_cache_hit_needs_two_requests_and_its_manifest_none(bucket_uri, proxy):
     ref = put(open_store(bucket_uri))
     store = S3Store(bucket_uri)
     assert store.find("tokenize", FP) == ref

@@ -31,7 +31,7 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_openai_client_gets_what_generate_says(tmp_path):
+def test_the_openai_client_receives_the_answers_of_generate(tmp_path):
     import openai
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -97,7 +97,7 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(phi3, cache, monk
     assert module in caught.value.got and install in caught.value.next_step
 
 
-def test_the_server_sees_the_model_under_its_name_with_every_stop_id(tmp_path, cache):
+def test_the_served_model_has_its_name_and_every_stop_id(tmp_path, cache):
     folder = build_phi3(tmp_path / "model")
     (folder / "generation_config.json").write_text('{"eos_token_id": 502, "temperature": 0.5}')
     server = plan_server(
@@ -113,7 +113,7 @@ def test_the_server_sees_the_model_under_its_name_with_every_stop_id(tmp_path, c
     assert again.cache == server.cache and "caution" not in again.greeting
 
 
-def test_a_name_is_one_that_the_api_can_have(tmp_path, cache):
+def test_the_model_name_is_valid_in_the_api(tmp_path, cache):
     folder = build_phi3(tmp_path / "my model @ home.")
     plain = plan_server(Model(folder.name, folder), "transformers", "127.0.0.1", free_port(), None, None)
     assert plain.command[4] == "my-model-home"
@@ -121,7 +121,7 @@ def test_a_name_is_one_that_the_api_can_have(tmp_path, cache):
         plan_server(Model("x", folder), "transformers", "127.0.0.1", free_port(), "a/b@c", None)
 
 
-def test_an_adapter_is_to_be_merged_first(phi3, cache):
+def test_an_unmerged_adapter_is_refused(phi3, cache):
     with pytest.raises(BadConfig, match="merged") as caught:
         plan_server(Model("a", phi3, adapter=Path("/adapter")), "auto", "127.0.0.1", free_port(), None, None)
     assert "loraflow merge /adapter" in caught.value.next_step

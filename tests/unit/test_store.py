@@ -140,7 +140,7 @@ def test_documents_are_created_once_and_listed_in_order(store):
     assert list(store.artifacts()) == []
 
 
-def test_a_cache_miss_is_explained_by_what_is_left_and_by_the_nearest_payload(store):
+def test_a_cache_miss_is_explained_by_remaining_files_and_the_nearest_payload(store):
     assert store.previous_state("tokenize", FP) is None and store.newest("tokenize") is None
     refs = [put(store, payload=identity.payload("tokenize", 1, {}, {"x": x, "y": x})) for x in (1, 2, 3)]
     assert store.newest("tokenize").stage == "tokenize"
@@ -252,7 +252,7 @@ def test_a_full_disk_is_a_failure_with_a_next_step_and_leaves_nothing(tmp_path, 
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not Path("/usr/bin/unshare").exists(), reason="root writes everywhere")
-def test_a_read_only_store_reads_and_says_so_when_written(tmp_path):
+def test_a_read_only_store_can_be_read_and_a_write_reports_it(tmp_path):
     root = tmp_path / "store"
     ref = put(LocalStore(root))
     script = (
@@ -356,7 +356,7 @@ MANIFEST_ON_DISK = """{
 """
 
 
-def test_a_manifest_has_the_bytes_that_stores_have(tmp_path):
+def test_a_manifest_is_serialized_to_the_bytes_of_existing_stores(tmp_path):
     store = LocalStore(tmp_path)
     payload = identity.payload(
         "train",
@@ -396,7 +396,7 @@ def test_a_manifest_of_an_older_release_is_read_and_written_unchanged():
     assert json_bytes(manifest.model_dump()).decode() == MANIFEST_ON_DISK
 
 
-def test_a_summary_may_hold_what_json_can_write():
+def test_a_summary_accepts_every_json_value():
     """Stages report tuples and counts by number; in the manifest they are lists and strings."""
     summary = Summary(report={"by_length": {1: (2, 3)}, "share": np.float64(0.5)})
     assert summary.report == {"by_length": {"1": [2, 3]}, "share": 0.5}
@@ -404,7 +404,7 @@ def test_a_summary_may_hold_what_json_can_write():
         Summary(report={"folder": Path("x")})
 
 
-def test_remembered_hashes_are_read_from_the_file_of_an_older_release(tmp_path):
+def test_cached_hashes_of_an_older_release_are_read(tmp_path):
     file, memo = tmp_path / "file", tmp_path / "hashes.json"
     file.write_text("content")
     os.utime(file, (1_000_000_000, 1_000_000_000))
@@ -414,7 +414,7 @@ def test_remembered_hashes_are_read_from_the_file_of_an_older_release(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"sha256:/file": [1]}'])
-def test_a_damaged_file_of_remembered_hashes_is_like_none_and_written_again(tmp_path, content):
+def test_a_damaged_hash_cache_is_ignored_and_rewritten(tmp_path, content):
     file, memo = tmp_path / "file", tmp_path / "hashes.json"
     file.write_text("content")
     os.utime(file, (1_000_000_000, 1_000_000_000))

@@ -20,7 +20,7 @@ from loraflow.store.checkpoints import newest_whole
 from loraflow.training import collation, train
 from loraflow.training.schedule import count_steps, micro_batch_rows, row_order
 from tests.conftest import build_phi3, chat
-from tests.jobs import make_job
+from tests.job_factory import make_job
 
 REF = Ref(stage="s", fingerprint="f", digest="d", uri="", facets={"train": "d", "tokenizer": "d"})
 SETTINGS = {
@@ -83,7 +83,7 @@ def same(one, two, tolerance=0.0):
     return all(torch.allclose(one[name], two[name], rtol=0, atol=tolerance) for name in one)
 
 
-def test_an_independent_loop_gives_the_same_losses(base, straight):
+def test_losses_equal_those_of_an_independent_training_loop(base, straight):
     """peft's adapter, torch's AdamW, one padded batch after another, the loss from transformers' whole logits."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, get_scheduler, set_seed
@@ -114,7 +114,7 @@ def test_an_independent_loop_gives_the_same_losses(base, straight):
     assert same(ours, theirs, 1e-4)
 
 
-def test_the_micro_batch_changes_nothing(base, straight, tmp_path):
+def test_the_micro_batch_does_not_change_the_result(base, straight, tmp_path):
     shards, adapter, losses = straight
     for rows in (1, 2):
         other, found = run(base, shards, tmp_path / str(rows), runtime__micro_batch=rows)
@@ -122,14 +122,14 @@ def test_the_micro_batch_changes_nothing(base, straight, tmp_path):
         assert losses == pytest.approx(found, abs=2e-4)
 
 
-def test_the_stock_engine_gives_the_same(base, straight, tmp_path):
+def test_the_stock_engine_gives_the_same_result(base, straight, tmp_path):
     shards, adapter, losses = straight
     other, found = run(base, shards, tmp_path, runtime__engine="stock")
     assert same(adapter, other, 2e-5)
     assert losses == pytest.approx(found, abs=2e-4)
 
 
-def test_activation_checkpointing_changes_nothing(base, straight, tmp_path):
+def test_activation_checkpointing_does_not_change_the_result(base, straight, tmp_path):
     shards, adapter, _ = straight
     other, _ = run(base, shards, tmp_path, training_config__gradient_checkpointing=True)
     assert same(adapter, other, 2e-5)
@@ -149,7 +149,7 @@ class StopAt(Progress):
 
 
 @pytest.mark.parametrize("at", [1, 3])
-def test_a_resumed_run_is_the_run(base, straight, tmp_path, at):
+def test_a_resumed_run_equals_an_uninterrupted_run(base, straight, tmp_path, at):
     shards, adapter, losses = straight
     with pytest.raises(Preempted, match="asked to end"):
         run(base, shards, tmp_path, StopAt(at, tmp_path / "work"))
@@ -160,7 +160,7 @@ def test_a_resumed_run_is_the_run(base, straight, tmp_path, at):
 
 
 @pytest.mark.parametrize("harm", ["torn", "flipped", "unsealed"])
-def test_a_checkpoint_that_is_not_whole_is_not_used(base, straight, tmp_path, harm):
+def test_a_damaged_checkpoint_is_not_used(base, straight, tmp_path, harm):
     shards, adapter, _ = straight
     with pytest.raises(Preempted):
         run(base, shards, tmp_path, StopAt(4, tmp_path / "work"))
@@ -179,7 +179,7 @@ def test_a_checkpoint_that_is_not_whole_is_not_used(base, straight, tmp_path, ha
     assert same(adapter, other)
 
 
-def test_packed_rows_give_each_document_the_loss_that_it_has_alone(base, tmp_path):
+def test_packed_documents_have_the_loss_of_single_documents(base, tmp_path):
     from transformers import AutoModelForCausalLM
 
     shards = tokenize(base, tmp_path, training_config__packing=True)
@@ -205,7 +205,7 @@ def test_packed_rows_give_each_document_the_loss_that_it_has_alone(base, tmp_pat
     run(base, shards, tmp_path, training_config__packing=True)
 
 
-def test_validation_rows_choose_the_best_checkpoint(base, tmp_path):
+def test_the_validation_loss_selects_the_best_checkpoint(base, tmp_path):
     settings = {
         "data__validation_fraction": 0.1, "training_config__eval_strategy": "steps", "training_config__eval_steps": 2,
         "training_config__load_best_model_at_end": True, "training_config__early_stopping_patience": 3,
@@ -221,7 +221,7 @@ BEST = {
 }  # fmt: skip
 
 
-def test_the_best_checkpoint_is_found_in_a_folder_that_moved(base, straight, tmp_path):
+def test_the_best_checkpoint_is_found_in_a_moved_folder(base, straight, tmp_path):
     """transformers keeps its absolute path, and where that is gone finds it again only when it saves once more."""
     wanted, _ = run(base, straight[0], tmp_path / "whole", **BEST)
     curve = [json.loads(line) for line in (tmp_path / "whole" / "work" / "curves.jsonl").read_text().splitlines()]
@@ -233,7 +233,7 @@ def test_the_best_checkpoint_is_found_in_a_folder_that_moved(base, straight, tmp
     assert same(wanted, run(base, straight[0], tmp_path / "there", **BEST)[0])
 
 
-def test_what_eva_found_comes_with_the_checkpoint(base, straight, tmp_path):
+def test_a_checkpoint_contains_evas_initialization(base, straight, tmp_path):
     """Its ranks are part of the result, and a second computation differs in the last bits."""
     eva, file = {"peft_config__init_lora_weights": "eva"}, tmp_path / "work" / "eva.safetensors"
     with pytest.raises(Preempted):
@@ -244,7 +244,7 @@ def test_what_eva_found_comes_with_the_checkpoint(base, straight, tmp_path):
     assert file.read_bytes() == found
 
 
-def test_a_checkpoint_whose_best_one_is_not_whole_is_not_used(base, straight, tmp_path):
+def test_a_checkpoint_with_a_damaged_best_checkpoint_is_not_used(base, straight, tmp_path):
     with pytest.raises(Preempted):
         run(base, straight[0], tmp_path, StopAt(4, tmp_path / "work"), **BEST)
     checkpoints = tmp_path / "work" / "checkpoints"
@@ -252,27 +252,27 @@ def test_a_checkpoint_whose_best_one_is_not_whole_is_not_used(base, straight, tm
     assert newest_whole(checkpoints) is None, "step 4 would end with a best one that is not there"
 
 
-def test_a_loss_that_is_no_number_ends_training(base, straight, tmp_path):
+def test_a_nan_loss_ends_training(base, straight, tmp_path):
     with pytest.raises(NonFiniteLoss):
         run(base, straight[0], tmp_path, training_config__learning_rate=1e30, training_config__max_grad_norm=0.0,
             training_config__warmup_steps=0.0)  # fmt: skip
     assert not (tmp_path / "out" / "adapter").exists()
 
 
-def test_a_target_that_matches_nothing_is_an_error_with_the_right_name(base, straight, tmp_path):
+def test_an_unmatched_target_is_an_error_that_suggests_the_right_name(base, straight, tmp_path):
     with pytest.raises(BadConfig) as caught:
         run(base, straight[0], tmp_path, peft_config__target_modules=["q_proj", "o_proj"])
     assert "name qkv_proj" in str(caught.value)
 
 
-def test_nf4_without_cuda_says_what_is_missing(base, straight, tmp_path):
+def test_nf4_without_cuda_reports_what_is_missing(base, straight, tmp_path):
     from loraflow.failures import MissingExtra
 
     with pytest.raises(MissingExtra, match="NF4"):
         run(base, straight[0], tmp_path, base__quantization="nf4", base__dtype="bfloat16")
 
 
-def test_equal_runs_have_equal_bytes(base, straight, tmp_path):
+def test_equal_runs_write_equal_bytes(base, straight, tmp_path):
     shards, _, _ = straight
     names = []
     for i in range(2):
@@ -284,7 +284,7 @@ def test_equal_runs_have_equal_bytes(base, straight, tmp_path):
     assert not any(b"/" + str(tmp_path).encode() in content for content in names[0].values()), "no path of this machine"
 
 
-def test_order_is_a_function_of_seed_and_epoch():
+def test_the_row_order_depends_only_on_seed_and_epoch():
     order = row_order(10, 25, seed=3)
     assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
     assert order[:10].tolist() != order[10:20].tolist()

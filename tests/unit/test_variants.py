@@ -42,7 +42,7 @@ def test_a_variant_is_trained_killed_resumed_and_merged(parts, tmp_path, name):
     assert recorded["chat_template_sha256"] == origin.template_hash(base)
 
 
-def test_the_page_has_exactly_the_variants_that_there_are():
+def test_the_documentation_lists_exactly_the_tested_variants():
     page = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "adapters.py"))
     rows = page["rows_of"](page["PAGE"].read_text(encoding="utf-8"))
     assert [*rows] == [*VARIANTS, "LoftQ"]
@@ -57,7 +57,7 @@ def test_the_page_has_exactly_the_variants_that_there_are():
     {}, {"use_rslora": True}, {"rank_pattern": {"qkv_proj": 2}, "alpha_pattern": {"o_proj": 3}},
 ], ids=["plain", "rslora", "patterns"])  # fmt: skip
 @pytest.mark.parametrize("how", ["pissa", "olora"])
-def test_a_residual_base_becomes_lora_on_the_base_itself(tmp_path, how, options):
+def test_an_adapter_of_a_residual_base_becomes_lora_on_the_original_base(tmp_path, how, options):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     base = build_phi3(tmp_path / "base", dtype="float32")
@@ -87,7 +87,7 @@ def test_a_residual_base_becomes_lora_on_the_base_itself(tmp_path, how, options)
         assert one["r"] == two["r"] and one["lora_alpha"] == pytest.approx(two["lora_alpha"])
 
 
-def test_lora_plus_has_the_rates_of_pefts_optimizer(phi3):
+def test_lora_plus_learning_rates_equal_pefts_optimizer(phi3):
     from peft import get_peft_model
     from peft.optimizers import create_loraplus_optimizer
 
@@ -103,7 +103,7 @@ def test_lora_plus_has_the_rates_of_pefts_optimizer(phi3):
     assert {g["weight_decay"] for g in ours.param_groups} == {0.1, 0.01}
 
 
-def test_what_could_not_be_merged_is_refused_before_training(tmp_path, phi3):
+def test_unmergeable_settings_are_refused_before_training(tmp_path, phi3):
     tied = pretrained(build_phi3(tmp_path / "tied", tie_word_embeddings=True))
     plain = pretrained(phi3)
     for model, options, says in (

@@ -13,7 +13,7 @@ from loraflow.failures import Inadmissible
 from loraflow.job import Inputs, Progress
 from loraflow.stages import STAGES
 from tests.conftest import build_phi3, chat
-from tests.jobs import make_job
+from tests.job_factory import make_job
 from tests.unit.test_merge import make_adapter
 from tests.unit.test_training import REF, recipe
 
@@ -41,7 +41,7 @@ def report_on(parts, out, **overrides):
     return report
 
 
-def test_the_distance_is_that_of_logits_computed_by_hand(parts, tmp_path):
+def test_the_distance_equals_one_computed_from_the_logits(parts, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,7 +62,7 @@ def test_the_distance_is_that_of_logits_computed_by_hand(parts, tmp_path):
     assert report["mean_kl"] == pytest.approx(sum(kl) / len(kl), abs=2e-8) and 0 < report["mean_kl"] < 1e-4
 
 
-def test_a_merged_model_past_the_bound_stops_the_run(parts, tmp_path):
+def test_a_merged_model_beyond_the_limit_stops_the_run(parts, tmp_path):
     good = report_on(parts, tmp_path / "good")
     verify.admit(good, good["mean_kl"])
     with pytest.raises(Inadmissible, match="does not say") as caught:
@@ -80,7 +80,7 @@ def test_a_merged_model_past_the_bound_stops_the_run(parts, tmp_path):
         verify.admit({**good, "mean_kl": float("nan")}, 1.0)
 
 
-def test_merge_and_verify_are_processes_of_their_own():
+def test_merge_and_verify_run_in_separate_processes():
     assert STAGES["merge"].in_worker and STAGES["verify"].in_worker, (
         "what a merge left in memory is not what is compared"
     )

@@ -17,7 +17,7 @@ from loraflow.job import Inputs, Progress
 from loraflow.serving.chat import Chat, Sampling
 from loraflow.serving.models import Model, load
 from tests.conftest import PHI3_TEMPLATE, build_phi3, build_tokenizer
-from tests.jobs import make_job
+from tests.job_factory import make_job
 from tests.unit.test_merge import make_adapter
 from tests.unit.test_training import REF, recipe
 
@@ -58,7 +58,7 @@ def tokenized(base, folder, chats):
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-def test_what_was_learned_is_what_is_asked_and_where_it_stops(tmp_path, template):
+def test_training_and_generation_use_the_same_prompt_and_stop_token(tmp_path, template):
     base, out = build_phi3(tmp_path / "base", dtype="float32", layers=1), tmp_path / "out"
     build_tokenizer(base, template)
     rows = tokenized(base, tmp_path, CHATS)
@@ -99,7 +99,7 @@ def test_the_merge_stage_refuses_another_template(tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_template_that_asks_otherwise_than_it_teaches_is_refused(tmp_path, phi3):
+def test_a_template_with_different_training_and_generation_prompts_is_refused(tmp_path, phi3):
     base = shutil.copytree(phi3, tmp_path / "base")
     build_tokenizer(
         base, MARKED.replace("{{ '<|assistant|>' }}{% endif %}", "{{ '<|assistant|><|system|>' }}{% endif %}")
@@ -108,7 +108,7 @@ def test_a_template_that_asks_otherwise_than_it_teaches_is_refused(tmp_path, phi
         tokenized(base, tmp_path, CHATS)
 
 
-def test_an_answer_that_runs_into_its_prompt_is_said(tmp_path, caplog):
+def test_an_answer_that_merges_with_its_prompt_is_reported(tmp_path, caplog):
     build_tokenizer(tmp_path / "base", CHATML.replace("\n", " "))  # a space at the end: " the" is one token
     answers = [" two", "the house"]
     chats = [[{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}] for answer in answers]

@@ -1,4 +1,4 @@
-"""Jobs for tests and benchmarks that run one stage: the table's job, with the world outside a recipe made up."""
+"""Build the job of one stage for tests and benchmarks, with a made-up dataset and base."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BASE = BaseLocation(source={}, origin=FolderOrigin(folder="base"))
 
 @dataclass(frozen=True)
 class Outside:
-    """What the world outside a recipe says."""
+    """The dataset, base model and metric modules that a recipe is resolved against."""
 
     dataset: DatasetLocation = DATASET
     base: BaseLocation = BASE
@@ -33,12 +33,12 @@ class Outside:
 
 
 def from_gguf(file: str) -> Outside:
-    """Return a world in which the base model is a GGUF file."""
+    """Return surroundings whose base model is a GGUF file."""
     return Outside(base=BaseLocation(source={}, origin=GgufOrigin(gguf=file)))
 
 
 def from_hub(model: str, commit: str) -> Outside:
-    """Return a world in which the base model is a commit on the hub."""
+    """Return surroundings whose base model is a commit on the hub."""
     source = {"hub": model, "commit": commit}
     return Outside(base=BaseLocation(source=source, origin=HubOrigin(hub=model, commit=commit)))
 
@@ -46,5 +46,5 @@ def from_hub(model: str, commit: str) -> Outside:
 def make_job(
     stage: str, recipe: Recipe, inputs: Mapping[str, Ref] | None = None, outside: Outside | None = None
 ) -> Job[StageConfig]:
-    """Return a stage's job, by the stage's name."""
+    """Return the job of the stage with this name."""
     return workspace.make_job(STAGES[stage], recipe, outside or Outside(), inputs or {})

@@ -1,4 +1,4 @@
-"""A stand-in for the hub's API on this machine: it keeps what it is sent, and remembers who asked for what."""
+"""A fake of the Hugging Face Hub's API on this machine. It stores uploads and records requests."""
 
 import base64
 import hashlib
@@ -7,7 +7,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
-class Hub:
+class FakeHub:
     """Repositories of one hub: {name: {"private": …, "files": {path: bytes}, "commits": [{"message", "changed"}]}}."""
 
     def __init__(self, token: str):
@@ -15,7 +15,7 @@ class Hub:
         self.repos: dict[str, dict] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
-        self.refuse_commits = 0  # answer so many with 500
+        self.refuse_commits = 0  # the next commits to answer with 500
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -69,7 +69,7 @@ class Hub:
         if path == "/api/validate-yaml":
             return ({"errors": [], "warnings": []},)
         if path.endswith("/info/lfs/objects/batch"):
-            return ({"transfer": "basic", "objects": [self._lfs(one) for one in json.loads(body)["objects"]]},)
+            return ({"transfer": "basic", "objects": [self._lfs(item) for item in json.loads(body)["objects"]]},)
         if not path.startswith("/api/models/"):
             return {"error": path}, 404
         owner, name, *rest = path.removeprefix("/api/models/").split("/")
@@ -102,11 +102,11 @@ class Hub:
             return hashlib.sha256(data).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
-    def _lfs(self, one):
-        there = {"oid": one["oid"], "size": one["size"]}
-        if one["oid"] in self.blobs:
-            return there
-        return {**there, "actions": {"upload": {"href": f"{self.endpoint}/blobs/{one['oid']}"}}}
+    def _lfs(self, item):
+        found = {"oid": item["oid"], "size": item["size"]}
+        if item["oid"] in self.blobs:
+            return found
+        return {**found, "actions": {"upload": {"href": f"{self.endpoint}/blobs/{item['oid']}"}}}
 
     def _commit(self, name, repo, lines):
         if self.refuse_commits:

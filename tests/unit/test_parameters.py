@@ -32,12 +32,12 @@ def two_recipes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_form_is_the_one_that_people_know(two_recipes):
+def test_the_form_schema_is_unchanged(two_recipes):
     """A change here is a change of what people see: look at it in the UI, then `python tests/golden/write.py`."""
     assert schema() == json.loads(GOLDEN.read_text())
 
 
-def test_recipes_are_a_choice_or_a_path_and_a_folder_without_recipes_has_the_path(two_recipes, tmp_path, monkeypatch):
+def test_recipes_are_a_choice_or_a_path_and_only_a_path_without_recipes(two_recipes, tmp_path, monkeypatch):
     choice, path = schema()["properties"]["recipe"]["anyOf"]
     assert choice["enum"] == ["one", "two"] and path["type"] == "string"
     (tmp_path / "empty").mkdir()
@@ -45,11 +45,11 @@ def test_recipes_are_a_choice_or_a_path_and_a_folder_without_recipes_has_the_pat
     assert schema()["properties"]["recipe"]["type"] == "string"
 
 
-def test_stages_that_can_be_forced_are_the_stages():
+def test_every_stage_can_be_forced():
     assert schema()["properties"]["force"]["items"]["enum"] == list(STAGES)
 
 
-def test_a_stage_that_is_not_in_the_table_is_refused():
+def test_an_unknown_stage_is_refused():
     from prefect.exceptions import ParameterTypeError
 
     from loraflow.flows.finetune import finetune
@@ -59,7 +59,7 @@ def test_a_stage_that_is_not_in_the_table_is_refused():
         finetune.validate_parameters({"force": ["train", "trian"]})
 
 
-def test_every_field_of_the_form_has_a_title_a_description_a_place_and_bounds():
+def test_every_field_of_the_form_has_a_title_a_description_a_position_and_bounds():
     fields = schema()["definitions"]["Overrides"]["properties"]
     assert sorted(field["position"] for field in fields.values()) == list(range(len(fields)))
     for name, field in fields.items():
@@ -73,12 +73,12 @@ def test_every_field_of_the_form_is_a_key_of_the_recipe():
     assert set(KEYS.values()) <= {".".join(path) for path in _all_paths(Recipe)}
 
 
-def test_what_is_left_empty_stays_as_the_recipe_says(recipe):
+def test_empty_fields_keep_the_recipes_values(recipe):
     assert Overrides().settings() == {} and Overrides().model_dump() == {}
     assert load_recipe(recipe, Overrides().settings()) == load_recipe(recipe)
 
 
-def test_the_form_changes_what_it_says(recipe):
+def test_filled_fields_override_the_recipe(recipe):
     form = Overrides(epochs=2, learning_rate=1e-4, rank=2, alpha=4, max_length=64, dataset_rev="main", seed=7,
                      loss_on="all")  # fmt: skip
     loaded = load_recipe(recipe, form.settings())
@@ -90,7 +90,7 @@ def test_the_form_changes_what_it_says(recipe):
 
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"learning_rate": "2"}, {"learning_rate": "0.0"}, {"learning_rate": "much"}, {"epochs": 0}, {"loss_on": "some"}, {"rnk": 4},
                                    {"seed": -1}, {"max_length": "long"}])  # fmt: skip
-def test_a_wrong_value_is_refused_by_the_schema_and_by_the_model(wrong):
+def test_an_invalid_value_is_refused_by_the_schema_and_by_the_model(wrong):
     from prefect.utilities.schema_tools.validation import ValidationError as Refused
     from prefect.utilities.schema_tools.validation import validate
 
@@ -100,7 +100,7 @@ def test_a_wrong_value_is_refused_by_the_schema_and_by_the_model(wrong):
         Overrides.model_validate(wrong)
 
 
-def test_a_right_value_passes_the_schema():
+def test_a_valid_value_passes_the_schema():
     from prefect.utilities.schema_tools.validation import validate
 
     values = {"recipe": "some/file.yaml", "overrides": {"rank": 8, "learning_rate": "2e-4"}, "force": ["train"], "approval": True,
@@ -109,7 +109,7 @@ def test_a_right_value_passes_the_schema():
 
 
 @pytest.mark.parametrize("text", ["2e-4", "0.0002", ".5", "1", "1.0", "9.5E-6", "1e-05"])
-def test_a_learning_rate_is_typed_as_people_write_it(text):
+def test_a_learning_rate_is_accepted_in_the_usual_notations(text):
     assert Overrides.model_validate({"learning_rate": text}).settings() == {
         "training_config.learning_rate": float(text)
     }

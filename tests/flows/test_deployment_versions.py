@@ -1,4 +1,4 @@
-"""Deployments that another version of loraflow created than the worker has."""
+"""Deployments created by another version of loraflow than the worker's."""
 
 import pytest
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
@@ -63,7 +63,7 @@ def test_an_old_deployment_runs_as_long_as_its_parameters_fit(deployed):
     project.refuse_outdated(deployed(renamed, recipe="quickstart").id)
 
 
-def test_changed_bounds_are_named(deployed):
+def test_a_refused_run_names_changed_bounds(deployed):
     def unbounded(schema):
         schema["definitions"]["Overrides"]["properties"]["rank"] = {"type": "integer"}
 
@@ -72,15 +72,15 @@ def test_changed_bounds_are_named(deployed):
         project.refuse_outdated(run.id)
 
 
-def test_a_wrong_value_of_the_same_version_is_left_to_the_flow(deployed, client):
-    """The server refuses it where it checks. Where it does not, deploying again would not help."""
+def test_an_invalid_value_of_the_same_version_is_validated_by_the_flow(deployed, client):
+    """A server that validates parameters refuses it. If the server does not, deploying again would not help."""
     run = deployed(unchanged, recipe="quickstart")
     client.update_deployment(run.deployment_id, DeploymentUpdate(enforce_parameter_schema=False))
     wrong = client.create_flow_run_from_deployment(run.deployment_id, parameters={"overrides": {"rank": 0}})
     project.refuse_outdated(wrong.id)
 
 
-def test_a_flow_that_is_gone_is_named_with_the_command_that_updates_the_deployment(deployed):
+def test_a_missing_flow_is_named_with_the_command_that_updates_the_deployment(deployed):
     run = deployed(unchanged, entrypoint="loraflow.flows.old_name.finetune", recipe="quickstart")
     with pytest.raises(BadConfig, match="does not exist in this worker's version") as caught:
         project.refuse_outdated(run.id)
@@ -106,9 +106,7 @@ def test_a_refused_run_shows_the_reason_in_its_state(deployed, client, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_deployment_with_the_old_names_runs_and_warns_where_the_repository_is_on_the_import_path(
-    deployed, client, tmp_path
-):
+def test_a_deployment_with_old_module_names_runs_and_warns_if_the_repository_is_importable(deployed, client, tmp_path):
     (tmp_path / "configs").mkdir()
     run = deployed(unchanged, "flows.finetune.finetune", "flows.project.enter", recipe="nowhere")
     state = state_after_running(client, run, tmp_path / "worker", tmp_path)

@@ -59,7 +59,7 @@ def test_the_stop_token_is_learned_in_every_turn(phi3):
     assert template.stop_ids() == {end, template.tokenizer.token_to_id("<|endoftext|>")}
 
 
-def test_loss_on_last_answer_or_all(phi3):
+def test_loss_on_selects_the_last_answer_or_all(phi3):
     template = ChatTemplate(phi3)
     (last,) = template.encode([CHATS[1]], "last_assistant")
     text = template.tokenizer.decode(last.labels[last.labels != IGNORED].tolist(), skip_special_tokens=False)
@@ -69,7 +69,7 @@ def test_loss_on_last_answer_or_all(phi3):
     assert (everything.labels == everything.ids).all()
 
 
-def test_training_reads_what_serving_sends(phi3):
+def test_training_and_serving_render_the_same_prompt(phi3):
     template = ChatTemplate(phi3)
     rows = zip(CHATS, template.encode(CHATS, "assistant"), template.prompt_ids(CHATS), strict=True)
     for chat, encoded, prompt in rows:

@@ -35,7 +35,7 @@ def child_with(process: subprocess.Popen, word: str) -> list[psutil.Process]:
     return found
 
 
-def gone(*processes: psutil.Process) -> bool:
+def ended(*processes: psutil.Process) -> bool:
     return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
 
 
@@ -50,14 +50,14 @@ def command(tmp_path):
     process.wait()
 
 
-def test_sigkill_to_the_command_ends_a_server_that_only_starts(command):
-    """What ends a server that is up is tested with whole runs, in test_finetune."""
+def test_sigkill_to_the_command_ends_a_starting_server(command):
+    """The end of a running server is tested with complete runs, in test_finetune."""
     (server,) = wait_for(lambda: child_with(command, "uvicorn"), 120)
     (watchdog,) = wait_for(lambda: child_with(command, "watchdog.py"), 10)
     time.sleep(0.3)
     os.kill(command.pid, signal.SIGKILL)
     command.wait()
-    wait_for(lambda: gone(server, watchdog), 20)
+    wait_for(lambda: ended(server, watchdog), 20)
 
 
 def test_a_command_that_ends_leaves_neither_server_nor_watchdog(command):
@@ -66,10 +66,10 @@ def test_a_command_that_ends_leaves_neither_server_nor_watchdog(command):
     assert len(children) == 2
     command.communicate("\n", timeout=60)
     assert command.returncode == 0
-    wait_for(lambda: gone(*children), 10)
+    wait_for(lambda: ended(*children), 10)
 
 
-def test_no_server_is_started_where_one_is_configured():
+def test_no_server_is_started_if_one_is_configured():
     from loraflow.flows.server.temporary_server import start_temporary_server
 
     before = psutil.Process().children()
@@ -77,15 +77,15 @@ def test_no_server_is_started_where_one_is_configured():
     assert psutil.Process().children() == before
 
 
-def test_the_watchdog_kills_what_does_not_listen():
-    deaf = subprocess.Popen(
+def test_the_watchdog_kills_a_process_that_ignores_sigterm():
+    stubborn = subprocess.Popen(
         [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True);"
          "time.sleep(60)"], stdout=subprocess.PIPE)  # fmt: skip
-    deaf.stdout.readline()
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
+    stubborn.stdout.readline()
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-IS", str(WATCHDOG)], input=f"{ended.pid}\n{deaf.pid}\n", text=True)
+    done = subprocess.run([sys.executable, "-IS", str(WATCHDOG)], input=f"{finished.pid}\n{stubborn.pid}\n", text=True)
     assert done.returncode == 0
-    assert deaf.wait(timeout=5) == -signal.SIGKILL
+    assert stubborn.wait(timeout=5) == -signal.SIGKILL
     assert time.monotonic() - started > 4

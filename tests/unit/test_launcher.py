@@ -52,7 +52,7 @@ def store(tmp_path):
     return LocalStore(tmp_path / "store")
 
 
-def test_a_job_that_is_done_is_an_artifact_and_leaves_no_work(store):
+def test_a_finished_job_commits_an_artifact_and_leaves_no_work_folder(store):
     seen = []
     one = job("fine")
     ref = launch.run_job(one, store, seen.append)
@@ -75,7 +75,7 @@ def test_a_job_that_is_done_is_an_artifact_and_leaves_no_work(store):
         ("raise", failures.Crashed, False),
     ],
 )
-def test_each_way_to_end_has_its_class_and_its_next_step(store, how, kind, retryable):
+def test_each_exit_has_its_failure_class_and_next_step(store, how, kind, retryable):
     one = job(how)
     with pytest.raises(failures.Failure) as caught:
         launch.run_job(one, store)
@@ -88,7 +88,7 @@ def test_each_way_to_end_has_its_class_and_its_next_step(store, how, kind, retry
 
 
 @pytest.mark.parametrize("how", ["kill-once", "term-once"])
-def test_a_second_attempt_goes_on_with_the_work_of_the_first(store, how):
+def test_a_second_attempt_resumes_the_work_of_the_first(store, how):
     one = job(how)
     with pytest.raises(failures.Failure):
         launch.run_job(one, store)
@@ -96,7 +96,7 @@ def test_a_second_attempt_goes_on_with_the_work_of_the_first(store, how):
     assert store.find("evaluate", one.fingerprint)
 
 
-def test_a_failed_job_runs_again_by_hand_with_one_command(store):
+def test_a_failed_job_can_be_rerun_by_hand_with_one_command(store):
     one = job("nan")
     with pytest.raises(failures.NonFiniteLoss):
         launch.run_job(one, store)
@@ -111,7 +111,7 @@ def test_out_of_memory_halves_the_micro_batch(store):
     assert (store.path(ref) / "result.txt").read_text() == "2"
 
 
-def test_a_deadline_ends_the_whole_group(store):
+def test_a_deadline_ends_the_process_group(store):
     one = job("sleep", deadline_minutes=0.03)
     with pytest.raises(failures.DeadlineExceeded):
         launch.run_job(one, store)
@@ -128,7 +128,7 @@ def test_a_worker_that_ignores_sigterm_is_killed(store):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_whatever_ends_the_launcher_ends_the_worker_and_its_children(tmp_path, how):
+def test_signals_to_the_launcher_end_the_worker_and_its_children(tmp_path, how):
     root = tmp_path / "store"
     script = f"""
 import sys
@@ -174,7 +174,7 @@ def test_the_worker_imports_no_prefect():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_failures_survive_the_border_between_processes():
+def test_failures_survive_serialization_between_processes():
     import pickle
 
     failure = failures.BadData("what", where="w", expected="e", got="g", next_step="n", row=3)
@@ -182,7 +182,7 @@ def test_failures_survive_the_border_between_processes():
         assert type(copy) is failures.BadData and str(copy) == str(failure) and copy.details == {"row": 3}
 
 
-def test_a_forced_computation_resumes_as_well(store):
+def test_a_forced_computation_resumes(store):
     one = job("kill-once")
     with pytest.raises(failures.Killed):
         launch.run_job(one, store)
@@ -193,14 +193,14 @@ def test_a_forced_computation_resumes_as_well(store):
     assert launch.run_job(one, store, force=True) == first, "its retry goes on with what the forced attempt left"
 
 
-def test_what_watches_cannot_end_what_computes(store):
+def test_an_error_in_the_progress_callback_does_not_end_the_job(store):
     def broken(figures):
         raise ConnectionError("the server is away")
 
     assert launch.run_job(job("fine"), store, broken)
 
 
-def test_no_room_on_the_disk_is_said_before_it_begins(store, monkeypatch, tmp_path):
+def test_a_full_disk_is_reported_before_the_job_starts(store, monkeypatch, tmp_path):
     import shutil
     from types import SimpleNamespace
 

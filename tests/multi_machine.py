@@ -1,4 +1,4 @@
-"""A team's set-up without containers: Postgres, an S3 server, Prefect's server, and workers of different pools.
+"""A deployment on several simulated machines, without containers: Postgres, an S3 server, Prefect's server, and workers of different pools.
 
 Each worker has a clone, a cache and a home of its own; what they share is Prefect's server, the bucket and two remotes.
 """
@@ -17,10 +17,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from tests import site
+from tests import local_deployment
+from tests.local_deployment import Api, build_clones, free_port, git
 from tests.object_server import Server
 from tests.object_server import program as object_server
-from tests.site import Api, build_clones, free_port, git
 
 PLACED = "  placement: {train: gpu, evaluate: gpu}\n"
 ONLY = ["finetune/local", "retrain/nightly", "retrain/on-dataset-update", "stage/gpu"]
@@ -34,15 +34,15 @@ def postgres() -> Path | None:
 
 
 def missing() -> str | None:
-    """Return what this machine lacks for a team."""
+    """Return the programs that this deployment needs and this machine does not have."""
     from importlib.util import find_spec
 
-    lacks = {"Postgres": postgres(), "SeaweedFS": object_server(), "boto3": find_spec("boto3")}
-    return ", ".join(name for name, there in lacks.items() if not there) or None
+    needed = {"Postgres": postgres(), "SeaweedFS": object_server(), "boto3": find_spec("boto3")}
+    return ", ".join(name for name, found in needed.items() if not found) or None
 
 
 class Postgres:
-    """A server with a database `prefect`, as a user other than root, whom it refuses."""
+    """A Postgres server with a database `prefect`. It runs as another user, because Postgres refuses root."""
 
     def __init__(self) -> None:
         found = postgres()
@@ -62,19 +62,19 @@ class Postgres:
         subprocess.run([*self.user, *map(str, command)], cwd=self.folder, check=True, stdout=subprocess.DEVNULL)
 
     def stop(self) -> None:
-        """End it, and remove what it wrote."""
+        """Stop the server and remove its files."""
         self._run(self.control, "-D", "data", "-m", "immediate", "stop")
         shutil.rmtree(self.folder)
 
 
-class Team(Api):
-    """The set-up, for as long as a test needs it."""
+class MultiMachineDeployment(Api):
+    """The deployment, started in a folder."""
 
     def __init__(self, folder: Path, base: Path):
         self.folder = folder
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.bucket = Server(folder / "bucket")
-        self.store = self.bucket.place()
+        self.store = self.bucket.new_store_uri()
         self.mine, first = build_clones(folder, base, self.store, PLACED)
         self.clones = {"local": first}
         self.database = Postgres()
@@ -90,7 +90,7 @@ class Team(Api):
         self.add_worker("gpu", "gpu")
 
     def add_worker(self, pool: str, name: str) -> None:
-        """Start a worker of a pool, as on a machine of its own, and wait until the server has heard of it."""
+        """Start a worker of a pool with its own clone, and wait until the server shows it as online."""
         if name not in self.clones:
             git(self.folder, "clone", "-q", "remote.git", f"clone of {name}")
             self.clones[name] = self.folder / f"clone of {name}"
@@ -99,26 +99,28 @@ class Team(Api):
         self._wait(lambda: self._online(pool, name), name)
 
     def kill_machine(self, name: str) -> list[str]:
-        """Kill a worker and all that it started, at once, as a power cut does; return what they were."""
+        """Kill a worker and all its child processes at once, as a power cut does. Return their command lines."""
         mark, killed = f"LORAFLOW_HOME={self.clones[name]}".encode(), []
-        for place in Path("/proc").glob("[0-9]*"):
+        for process in Path("/proc").glob("[0-9]*"):
             try:
-                if mark in (place / "environ").read_bytes().split(b"\0"):
-                    os.kill(int(place.name), signal.SIGSTOP)  # nobody is to see another one die
-                    killed.append(place)
+                if mark in (process / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(process.name), signal.SIGSTOP)  # so that no process sees another one end
+                    killed.append(process)
             except OSError:  # it ended meanwhile, or is another user's
                 continue
-        lines = [(place / "cmdline").read_bytes().replace(b"\0", b" ").decode() for place in killed]
-        for place in killed:
-            os.kill(int(place.name), signal.SIGKILL)
+        lines = [(process / "cmdline").read_bytes().replace(b"\0", b" ").decode() for process in killed]
+        for process in killed:
+            os.kill(int(process.name), signal.SIGKILL)
         self.running.pop(name).wait()
         return lines
 
-    def environment(self, who: str, **more: str) -> dict[str, str]:
-        home = self.folder / f"home of {who}"
+    def environment(self, machine: str, **more: str) -> dict[str, str]:
+        home = self.folder / f"home of {machine}"
         own = {"PREFECT_HOME": str(home / "prefect"), "LORAFLOW_CACHE": str(home / "cache"), "DO_NOT_TRACK": "1"}
         quick = {"PREFECT_WORKER_QUERY_SECONDS": "2", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-        return site.environment(PREFECT_API_URL=f"{self.url}/api", **self.bucket.settings, **own, **quick, **more)
+        return local_deployment.environment(
+            PREFECT_API_URL=f"{self.url}/api", **self.bucket.settings, **own, **quick, **more
+        )
 
     def _start(self, name: str, cwd: Path, arguments: list[str], **more: str) -> None:
         with self.log(name).open("wb") as log:
@@ -132,7 +134,7 @@ class Team(Api):
         return self.folder / f"{name}.log"
 
     def cache(self, name: str) -> Path:
-        """Return where a worker keeps what it downloaded."""
+        """Return the folder of a worker's downloads."""
         return self.folder / f"home of {name}" / "cache"
 
     def _wait(self, condition: Any, name: str) -> None:
@@ -152,10 +154,10 @@ class Team(Api):
 
     def _online(self, pool: str, name: str) -> bool:
         workers = self.api("POST", f"/work_pools/{pool}/workers/filter")
-        return any(one["status"] == "ONLINE" and one["name"] == name for one in workers)
+        return any(worker["status"] == "ONLINE" and worker["name"] == name for worker in workers)
 
     def stop(self) -> None:
-        """End all of it, the workers first."""
+        """Stop the workers, then Prefect's server, database and bucket."""
         for process in reversed(self.running.values()):
             process.terminate()
             try:

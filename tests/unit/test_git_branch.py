@@ -40,7 +40,7 @@ def commit(where: Path, text: str) -> str:
     return git(where, "rev-parse", "HEAD")
 
 
-def test_the_remote_counts_and_nothing_is_checked_out(repos):
+def test_the_remote_branch_is_read_without_a_checkout(repos):
     _, mine, worker = repos
     new = commit(mine, "2")
     git(mine, "push", "-q")
@@ -50,7 +50,7 @@ def test_the_remote_counts_and_nothing_is_checked_out(repos):
     assert branch.newest(str(repos[0].as_uri()), "main").commit == new, "a repository by URL"
 
 
-def test_a_branch_that_is_ahead_here_counts_and_one_that_parted_does_not(repos):
+def test_a_local_branch_that_is_ahead_is_used_and_a_diverged_branch_is_not(repos):
     _, mine, worker = repos
     local = commit(worker, "mine alone")
     assert branch.newest(str(worker), "main").commit == local
@@ -80,7 +80,7 @@ def add_data(where: Path, rows: int) -> dvc.Pin:
     return dvc.add("data")
 
 
-def test_a_commit_holds_the_pin_alone_and_a_dataset_in_git_comes_without_a_pull(repos, monkeypatch, tmp_path):
+def test_a_commit_contains_only_the_pin_and_a_dataset_in_git_is_read_without_a_pull(repos, monkeypatch, tmp_path):
     """The repository carries its own DVC remote, as the quickstart's does."""
     _, mine, worker = repos
     for key, value in (("user.name", "a"), ("user.email", "a@b.c")):

@@ -1,4 +1,4 @@
-"""Runs without a sign of life: the server ends them, whatever their state, and no others."""
+"""Runs without heartbeats: the server ends them in every unfinished state, and ends no other runs."""
 
 import time
 from datetime import timedelta
@@ -13,7 +13,7 @@ from prefect.states import Cancelling, Completed, Pending, Running, Suspended
 from loraflow.store import LocalStore
 from loraflow.tasks import run as run_module
 from loraflow.tasks.events import announce_waiting
-from tests.flows.conftest import Place
+from tests.flows.conftest import Project
 
 WITHIN = 25  # seconds; heartbeats go through a queue, and a busy machine lets them wait
 FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
@@ -21,7 +21,7 @@ FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
 
 @pytest.fixture
 def deployments(client, monkeypatch):
-    """A deployment of ours, one of somebody else, one of an earlier version; the server's automations are quicker."""
+    """A deployment of loraflow, a foreign one, one of an earlier version; the automations have short timeouts."""
     from loraflow.flows.server import automations
     from loraflow.flows.server.automations import Notifications
     from loraflow.flows.server.deployments import Deployer
@@ -45,7 +45,7 @@ def deployments(client, monkeypatch):
 
 
 @pytest.mark.slow
-def test_runs_without_a_sign_of_life_end_and_others_do_not(client, deployments):
+def test_runs_without_a_heartbeat_are_ended_and_others_are_not(client, deployments):
     ours, theirs, older = deployments
     tags = {id_: client.read_deployment(id_).tags for id_ in deployments}
 
@@ -92,15 +92,15 @@ def test_runs_without_a_sign_of_life_end_and_others_do_not(client, deployments):
     assert {id_: client.read_flow_run(id_).state.type for id_ in left} == left
 
 
-def test_a_run_that_suspends_itself_announces_it_when_its_work_is_done(tmp_path, dataset, quick_phi3, monkeypatch):
+def test_a_suspended_run_is_announced_after_its_work_is_finished(tmp_path, dataset, quick_phi3, monkeypatch):
     """Its heartbeats continue until then."""
-    place, announced = Place(tmp_path, quick_phi3), []
+    project, announced = Project(tmp_path, quick_phi3), []
 
     def announce(run):
-        with LocalStore(place.store).cleanup_lock():
+        with LocalStore(project.store).cleanup_lock():
             announced.append(run)
 
     monkeypatch.setattr(run_module, "announce_waiting", announce)
-    with pytest.raises(Pause), run_module.open_run(str(place.recipe), {}, []):
+    with pytest.raises(Pause), run_module.open_run(str(project.recipe), {}, []):
         raise Pause
     assert len(announced) == 1

@@ -9,7 +9,7 @@ import pytest
 from prefect.client.schemas.objects import StateType
 from prefect.states import Cancelling, Pending, Running
 
-from tests.site import Site, build_project
+from tests.local_deployment import LocalDeployment, build_project
 
 FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
 
@@ -61,7 +61,7 @@ def test_an_abandoned_run_ends_and_frees_its_slot(client, nightly, states, wante
     assert len(end_abandoned(["abandoned"])) == 1 and end_abandoned(["abandoned"]) == []
 
 
-def test_a_run_that_another_worker_may_have_is_left_to_it(client, nightly):
+def test_a_run_that_another_worker_may_execute_is_not_ended(client, nightly):
     from loraflow.flows.server.abandoned_runs import end_abandoned, worker_name
 
     left = run_with_states(client, nightly, Pending(), Running())
@@ -74,21 +74,23 @@ def test_a_run_that_another_worker_may_have_is_left_to_it(client, nightly):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_after_sigkill_the_next_up_ends_the_run_and_the_next_retraining_starts(tmp_path, quick_phi3):
-    site = Site(build_project(tmp_path / "project", quick_phi3))
-    run = site.start("retrain/nightly", settings={"training_config.max_steps": 4000})
-    site.wait_for_step(3)
-    site.process.send_signal(signal.SIGKILL)
-    site.process.wait()
+    deployment = LocalDeployment(build_project(tmp_path / "project", quick_phi3))
+    run = deployment.start("retrain/nightly", settings={"training_config.max_steps": 4000})
+    deployment.wait_for_step(3)
+    deployment.process.send_signal(signal.SIGKILL)
+    deployment.process.wait()
     for _ in range(300):  # server and worker end with `loraflow up`, in seconds
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", site.port)):
+            if probe.connect_ex(("127.0.0.1", deployment.port)):
                 break
         time.sleep(0.1)
-    site = Site(site.folder)
+    deployment = LocalDeployment(deployment.folder)
     try:
-        assert site.api("GET", f"/flow_runs/{run}")["state"]["type"] == "CRASHED"
-        assert "was left Running: now Crashed" in site.log.read_text()
-        again = site.wait(site.start("retrain/nightly", settings={"training_config.max_steps": 2}), seconds=200)
+        assert deployment.api("GET", f"/flow_runs/{run}")["state"]["type"] == "CRASHED"
+        assert "was left Running: now Crashed" in deployment.log.read_text()
+        again = deployment.wait(
+            deployment.start("retrain/nightly", settings={"training_config.max_steps": 2}), seconds=200
+        )
         assert again["state"]["type"] == "COMPLETED", again["state"]
     finally:
-        assert site.stop() == 0
+        assert deployment.stop() == 0

@@ -1,4 +1,4 @@
-"""A small project under `loraflow up`: for tests that need all of it."""
+"""A small project under `loraflow up`, for tests that need a server, workers and deployments."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 def build_project(folder: Path, base: Path, store: str = ".loraflow/store", more: str = "") -> Path:
-    """Make a git repository with a recipe, a versioned dataset and our `prefect.yaml` for that recipe.
+    """Make a git repository with a recipe, a versioned dataset and this repository's `prefect.yaml` for that recipe.
 
-    `more` is what the recipe's `runtime` says besides.
+    `more` is added to the recipe's `runtime` section.
     """
     for name in ("data", "configs"):
         (folder / name).mkdir(parents=True)
@@ -44,14 +44,14 @@ def build_project(folder: Path, base: Path, store: str = ".loraflow/store", more
     return folder
 
 
-def git(where: Path, *arguments: str) -> str:
-    """Run git under a name of its own."""
+def git(folder: Path, *arguments: str) -> str:
+    """Run git with a fixed author."""
     command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
-    return subprocess.run(command, cwd=where, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def build_clones(folder: Path, base: Path, *more: str) -> tuple[Path, Path]:
-    """Make the clone of somebody who adds data and that of a worker, which share a git remote and a DVC remote."""
+    """Make two clones that share a git remote and a DVC remote: one to add data in, one for a worker."""
     mine = build_project(folder / "mine", base, *more)
     subprocess.run(
         [sys.executable, "-m", "dvc", "remote", "add", "-q", "-d", "shared", str(folder / "dvc")], cwd=mine, check=True
@@ -68,21 +68,21 @@ def build_clones(folder: Path, base: Path, *more: str) -> tuple[Path, Path]:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return this process's environment without its own Prefect server, for processes of a server beside it."""
+    """Return this process's environment without its Prefect settings, for processes that use another server."""
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
     return env | {"PYTHONPATH": os.pathsep.join([str(ROOT), *paths]), "OMP_NUM_THREADS": "1", **more}
 
 
 class Api:
-    """A Prefect server, as a script talks to it."""
+    """A client of a Prefect server's REST API."""
 
     url: str
 
@@ -93,17 +93,17 @@ class Api:
         )
         return json.loads(urllib.request.urlopen(request, timeout=60).read() or "null")
 
-    def deployment(self, name: str) -> dict[str, Any]:
+    def read_deployment(self, name: str) -> dict[str, Any]:
         return self.api("GET", f"/deployments/name/{name}")
 
     def runs(self) -> list[dict[str, Any]]:
-        """Return the runs that people and events asked for, newest first."""
+        """Return the runs that are not scheduled ones, newest first."""
         found = self.api("POST", "/flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 50})
         return [run for run in found if not run["auto_scheduled"]]
 
     def start(self, name: str, **parameters: Any) -> str:
         body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
-        return self.api("POST", f"/deployments/{self.deployment(name)['id']}/create_flow_run", body)["id"]
+        return self.api("POST", f"/deployments/{self.read_deployment(name)['id']}/create_flow_run", body)["id"]
 
     def wait(self, run: str, *states: str, seconds: float = 600) -> dict[str, Any]:
         until = time.monotonic() + seconds
@@ -116,8 +116,8 @@ class Api:
         raise AssertionError(found["state"])
 
 
-class Site(Api):
-    """A running `loraflow up`, on a port of its own unless it is told one."""
+class LocalDeployment(Api):
+    """A running `loraflow up`, on a free port unless one is given."""
 
     def __init__(self, folder: Path, port: int = 0):
         self.folder = folder
@@ -143,7 +143,7 @@ class Site(Api):
         return self.process.wait(90)
 
     def wait_for_step(self, step: int) -> None:
-        """Wait until a training that runs now has come to a step; what earlier ones left behind does not count."""
+        """Wait until a training that is running now reaches a step. Files of earlier trainings are ignored."""
         now = time.time()
         work = self.folder / ".loraflow" / "store" / "work" / "train"
         for _ in range(1800):
@@ -151,7 +151,7 @@ class Site(Api):
             if any(f'"step": {step}' in file.read_text() for file in running):
                 return
             time.sleep(0.1)
-        raise AssertionError("training did not come so far")
+        raise AssertionError(f"training did not reach step {step}")
 
     def workers(self) -> list[int]:
         """Return the processes that compute a stage."""

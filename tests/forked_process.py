@@ -1,6 +1,6 @@
-"""Child processes that a test kills: forked from a server that has imported everything and computed nothing.
+"""Child processes that a test kills, forked from a server that has imported the modules but computed nothing.
 
-A fork of the test's own process would wait for ever for the threads that torch computed with. A spawned child would
+A fork of the test's own process would wait forever for the threads that torch computed with. A spawned child would
 import torch, transformers, trl and peft again, which takes ten seconds.
 """
 
@@ -16,8 +16,8 @@ _FORKS.set_forkserver_preload(["tests.unit.test_training", "loraflow.training.tr
                                "loraflow.adapters.variants", "loraflow.adapters.merge_folders", "loraflow.serving.predict", "peft"])  # fmt: skip
 
 
-def exit_code(target: Callable[[*Ts], None], *args: *Ts, seconds: float = 120) -> int | None:
-    """Run a function in a child process and return its exit code; None if it did not end in time and was killed."""
+def run_in_fork(target: Callable[[*Ts], None], *args: *Ts, seconds: float = 120) -> int | None:
+    """Run a function in a child process. Return its exit code, or None if it was killed after the time limit."""
     child = _FORKS.Process(target=target, args=args)
     child.start()
     child.join(seconds)
