@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,12 @@ def chat(i: int) -> dict:
             {"role": "assistant", "content": json.dumps({"a": a, "b": b})},
         ]
     }
+
+
+def write_chats(file: Path, numbers: Iterable[int]) -> None:
+    """Write the chats of these numbers as JSON lines."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(chat(i)) + "\n" for i in numbers))
 
 
 def build_tokenizer(folder: Path, template: str = PHI3_TEMPLATE) -> None:
@@ -169,8 +176,8 @@ def dataset(tmp_path: Path) -> Path:
     """A folder with 80 chats to train on and 20 held out."""
     folder = tmp_path / "data"
     folder.mkdir()
-    for name, numbers in (("train.jsonl", range(80)), ("heldout.jsonl", range(1000, 1020))):
-        (folder / name).write_text("".join(json.dumps(chat(i)) + "\n" for i in numbers))
+    write_chats(folder / "train.jsonl", range(80))
+    write_chats(folder / "heldout.jsonl", range(1000, 1020))
     return folder
 
 

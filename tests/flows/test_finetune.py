@@ -339,8 +339,8 @@ def processes_of_session(session: int) -> list[str]:
     return [row for row in rows if row.split()[0] == str(session) and not row.split()[1].startswith("Z")]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_signals_leave_no_worker_and_an_intact_store(project, number):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_signals_leave_no_worker_and_an_intact_store(project, signum):
     command = [sys.executable, "-c", "from loraflow.cli import main; main()", "run", str(project.recipe),
                "--set", "training_config.max_steps=2000", "--set", "training_config.save_steps=5"]  # fmt: skip
     log = project.folder / "output.txt"
@@ -352,7 +352,7 @@ def test_signals_leave_no_worker_and_an_intact_store(project, number):
     else:
         process.kill()
         raise AssertionError(log.read_text())
-    process.send_signal(number)
+    process.send_signal(signum)
     process.wait(timeout=60)
     output = log.read_text()
     for _ in range(200):
@@ -365,7 +365,7 @@ def test_signals_leave_no_worker_and_an_intact_store(project, number):
             break
         time.sleep(0.1)
     assert not processes_of_session(process.pid), "Prefect's server has ended too"
-    if number == signal.SIGINT:
+    if signum == signal.SIGINT:
         assert process.returncode == 130, output
         assert re.search("interrupted; finished stages are kept", output)
     store = LocalStore(project.store)

@@ -27,8 +27,8 @@ def processes_of(deployment) -> list[str]:
     return [row for row in found if not row.split()[2].startswith("Z")]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_signals_leave_no_process(tmp_path, quick_phi3, number):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_signals_leave_no_process(tmp_path, quick_phi3, signum):
     deployment = LocalDeployment(build_project(tmp_path / "project", quick_phi3))
     run = deployment.start("finetune/local", settings={"training_config.max_steps": 4000})
     deployment.wait_for_step(3)
@@ -39,9 +39,9 @@ def test_signals_leave_no_process(tmp_path, quick_phi3, number):
         cwd=deployment.folder, capture_output=True, text=True,
     )  # fmt: skip
     assert again.returncode == 2 and f"cannot listen on port {deployment.port}" in again.stderr
-    deployment.process.send_signal(number)
+    deployment.process.send_signal(signum)
     code = deployment.process.wait(90)
-    assert code == {signal.SIGINT: 0, signal.SIGTERM: 143, signal.SIGKILL: -9}[number], deployment.log.read_text()
+    assert code == {signal.SIGINT: 0, signal.SIGTERM: 143, signal.SIGKILL: -9}[signum], deployment.log.read_text()
     for _ in range(600):
         alive = [row for row in subprocess.run(["ps", "-ww", "-eo", "pid=,stat="], capture_output=True, text=True).stdout.splitlines()
                  if int(row.split()[0]) in pids and not row.split()[1].startswith("Z")]  # fmt: skip
@@ -49,7 +49,7 @@ def test_signals_leave_no_process(tmp_path, quick_phi3, number):
             break
         time.sleep(0.1)
     assert alive == []
-    if number != signal.SIGKILL:
+    if signum != signal.SIGKILL:
         deployment = LocalDeployment(deployment.folder)
         assert deployment.api("GET", f"/flow_runs/{run}")["state"]["type"] == "CRASHED", (
             "the run reported its end before the server ended"

@@ -1,0 +1,129 @@
+"""The check_dataset stage: splits, duplicates, leaks, malformed rows and their limit; the quickstart's dataset."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loraflow.config.recipe import Data
+from loraflow.data import check, dvc
+from loraflow.data.check_report import CheckReport
+from loraflow.failures import BadData, Inadmissible
+from loraflow.job import Inputs, Job, Progress
+from tests.conftest import write_chats
+
+
+def run_check(folder: Path, out: Path, **settings) -> dict:
+    out.mkdir()
+    (folder.parent / "artifact").mkdir(exist_ok=True)
+    shutil.copytree(folder, folder.parent / "artifact" / "files", dirs_exist_ok=True)
+    data = Data(**settings)
+    config = data.model_dump(include={"format", "columns", "train", "heldout", "extra_heldout", "validation_fraction", "system",
+                                      "duplicates", "limit", "heldout_fraction", "seed"})  # fmt: skip
+    job = Job(stage="check_dataset", version=1, config=config)
+    return check.run(job, Inputs({"dataset": folder.parent / "artifact"}), out, Progress()).report
+
+
+def ids(file: Path) -> list[str]:
+    return [json.loads(line)["id"] for line in file.read_text().splitlines()]
+
+
+def test_a_row_keeps_its_split_when_other_rows_are_added_and_removed(tmp_path):
+    write_chats(tmp_path / "a" / "data" / "chats.jsonl", range(200))
+    write_chats(tmp_path / "b" / "data" / "chats.jsonl", range(100, 300))
+    for name in "ab":
+        run_check(tmp_path / name / "data", tmp_path / name / "out", validation_fraction=0.2)
+    sides = [{i: side for side in ("train", "validation", "heldout") for i in ids(tmp_path / name / "out" / f"{side}.jsonl")}
+             for name in "ab"]  # fmt: skip
+    shared = sides[0].keys() & sides[1].keys()
+    assert len(shared) == 100
+    assert all(sides[0][i] == sides[1][i] for i in shared)
+    assert {"train", "validation", "heldout"} == set(sides[0].values())
+
+
+def test_rows_with_equal_prompts_are_in_one_split(tmp_path):
+    rows = [{"prompt": f"q{i}", "completion": f"a{j}"} for i in range(100) for j in range(3)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_check(tmp_path / "data", tmp_path / "out", heldout_fraction=0.3)
+    prompts = [{json.loads(line)["messages"][0]["content"] for line in (tmp_path / "out" / f"{side}.jsonl").open()}
+               for side in ("train", "heldout")]  # fmt: skip
+    assert prompts[0] and prompts[1] and not prompts[0] & prompts[1]
+
+
+def test_duplicates_and_leaks_are_dropped_and_reported(tmp_path):
+    write_chats(tmp_path / "data" / "train.jsonl", [1, 2, 2, 3, 100])
+    write_chats(tmp_path / "data" / "heldout.jsonl", [100, 101, 101])
+    write_chats(tmp_path / "data" / "hand.jsonl", [101, 102])
+    report = run_check(tmp_path / "data", tmp_path / "out", train=["train.jsonl"], heldout=["heldout.jsonl"],
+                       extra_heldout={"hand": "hand.jsonl"})  # fmt: skip
+    assert report["rows"] == {"train": 3, "validation": 0, "heldout": 4}
+    assert report["sets"] == {"heldout": 2, "hand": 2}
+    assert report["counts"]["duplicate"] == 2 and report["counts"]["leak"] == 1
+    reasons = (tmp_path / "out" / "quarantine.jsonl").read_text()
+    assert "its prompt is held out (heldout.jsonl:1)" in reasons and "same as train.jsonl:2" in reasons
+
+
+def test_chats_without_a_system_message_get_the_recipes_message(tmp_path):
+    write_chats(tmp_path / "data" / "train.jsonl", range(20))
+    run_check(tmp_path / "data", tmp_path / "out", system="be brief", train=["*"])
+    row = json.loads((tmp_path / "out" / "train.jsonl").open().readline())
+    assert row["messages"][0] == {"role": "system", "content": "be brief"}
+
+
+def test_too_many_malformed_rows_stop_the_run_and_are_listed(tmp_path):
+    write_chats(tmp_path / "data" / "train.jsonl", range(50))
+    with (tmp_path / "data" / "train.jsonl").open("a") as file:
+        file.write("{nonsense\n")
+    report = run_check(tmp_path / "data", tmp_path / "out")
+    with pytest.raises(Inadmissible) as caught:
+        check.admit(report, 0.01, "report.json")
+    assert "train.jsonl:51: column 2" in str(caught.value)
+    check.admit(report, 0.05, "report.json")
+
+
+def test_an_empty_split_stops_the_run(tmp_path):
+    write_chats(tmp_path / "data" / "train.jsonl", range(5))
+    report = run_check(tmp_path / "data", tmp_path / "out", heldout_fraction=0.0)
+    with pytest.raises(BadData, match="No heldout row"):
+        check.admit(report, 0.01, "report.json")
+
+
+def test_a_file_in_two_held_out_sets_is_refused(tmp_path):
+    write_chats(tmp_path / "data" / "train.jsonl", range(5))
+    write_chats(tmp_path / "data" / "hard.jsonl", range(100, 103))
+    with pytest.raises(BadData, match='held-out set "heldout" already belongs to the set "hard"'):
+        run_check(tmp_path / "data", tmp_path / "out", heldout=["hard.jsonl"], extra_heldout={"hard": "hard.jsonl"})
+
+
+def test_a_report_without_training_rows_has_an_empty_profile(tmp_path):
+    write_chats(tmp_path / "data" / "train.jsonl", range(3))
+    report = run_check(tmp_path / "data", tmp_path / "out", train=["train.jsonl"], heldout=["train.jsonl"])
+    assert report["profile"] == {} == json.loads((tmp_path / "out" / "report.json").read_text())["profile"]
+    assert CheckReport.model_validate(report).profile is None
+    with pytest.raises(BadData, match="No train row"):
+        check.admit(report, 0.01, "report.json")
+
+
+def test_the_quickstarts_splits_share_no_phrase():
+    from examples import tickets
+
+    for train, heldout in (*tickets.REQUESTS.values(), *tickets.URGENCY.values(), tickets.GREETINGS, tickets.CLOSES,
+                           tickets.NO_PRODUCT, tickets.ORDER_FORMS):  # fmt: skip
+        assert not (set(train) & set(heldout)) - {""}
+    assert not set(tickets.PRODUCTS.train) & set(tickets.PRODUCTS.heldout)
+    assert len(tickets.REQUESTS) >= 8
+
+
+def test_the_quickstarts_generated_files_equal_the_pinned_files(tmp_path):
+    """The generator is deterministic: a new version of Python or a reordered phrase must not change data.dvc."""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "examples/tickets.py", str(tmp_path / "data")], cwd=root, check=True)
+    pin = dvc.read_pin(str(root), "data.dvc", None).md5
+    listed = json.loads((root / ".dvc" / "remote" / "files" / "md5" / pin[:2] / pin[2:]).read_text())
+    pinned = {entry["relpath"]: entry["md5"] for entry in listed}
+    made = {file.name: dvc.tree_md5(file) for file in (tmp_path / "data").iterdir()}
+    assert made == {name: pinned[name] for name in ("train.jsonl", "heldout.jsonl")}

@@ -1,0 +1,27 @@
+"""The loss head, which computes logits in chunks, against torch's cross entropy."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from loraflow.training.loss_head import CHUNK, head_loss
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("n", [1, 7, CHUNK, 2 * CHUNK + 3])
+def test_head_loss_equals_torchs_cross_entropy(n, trained):
+    head = torch.nn.Linear(12, 50, bias=False).requires_grad_(trained)
+    hidden, targets = torch.randn(n, 12), torch.randint(0, 50, (n,))
+    one, two = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    wanted = cross_entropy(head(one), targets, reduction="sum")
+    (wanted / 3).backward()
+    expected = head.weight.grad.clone() if trained else None
+    head.zero_grad()
+    got = head_loss(head, two, targets)
+    (got / 3).backward()
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(two.grad, one.grad)
+    if trained:
+        torch.testing.assert_close(head.weight.grad, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(head_loss(head, hidden, targets), wanted)

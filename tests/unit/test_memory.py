@@ -1,0 +1,54 @@
+"""The memory estimate against measurements, and the settings that are chosen by it or after out of memory."""
+
+import pytest
+import torch
+
+from loraflow.failures import OutOfMemory
+from loraflow.training import memory
+from loraflow.training.out_of_memory import MicroBatchSize, explain_out_of_memory
+
+PHI3 = memory.ModelShape(3072, 8192, 32, 32, 32, 96, 32064, False)
+
+
+def test_the_memory_estimate_is_near_the_measurement():
+    """One H100, Phi-3 mini's shape, r=16: 35.1 GiB with 8,192 tokens, 56.8 with 16,384, 17.5 with 32,768 recomputed."""
+    assert PHI3.linear_weights + PHI3.embedding_weights == pytest.approx(3.82e9, rel=0.01)
+    assert memory.lora_weights(PHI3, 16) == 25_165_824
+    for tokens, how, measured in ((8192, "none", 35.1), (16384, "none", 56.8), (32768, "full", 17.5)):
+        estimate = (memory.fixed_bytes(PHI3, "bfloat16", 16) + tokens * memory.token_bytes(PHI3, how)) / memory.GIB
+        assert measured * 0.9 < estimate < measured * 1.35
+    least, fast = (size / memory.GIB for size in memory.needed(PHI3, "bfloat16", 16, 2048))
+    assert 10 < least < 12.5 and 22 < fast < 26
+
+
+def test_tokens_and_checkpointing_follow_the_available_memory():
+    def fit(gib, **options):
+        return memory.fit_memory(
+            PHI3, gib * memory.GIB, options.pop("weights", "bfloat16"), 16, least=512, wanted=40_000, **options
+        )
+
+    big, small, tiny = fit(78), fit(20), fit(12)
+    assert (big.recompute, big.tokens) == ("none", 16384)
+    assert small.recompute == "selective" and 0 < small.share < 1 and small.tokens >= 4096
+    assert tiny.recompute == "full" and tiny.tokens >= 512
+    assert fit(12, weights="nf4").tokens > tiny.tokens
+    assert fit(78, recompute="full").recompute == "full"
+    assert fit(1).tokens == 512, "never less than the longest document"
+
+
+def test_out_of_memory_proposes_smaller_settings_until_none_is_left():
+    proposed = []
+    for size in (MicroBatchSize(512, tokens=4096), MicroBatchSize(512, tokens=512, recompute="none"),
+                 MicroBatchSize(512, rows=3), MicroBatchSize(512, tokens=512, recompute="full"),
+                 MicroBatchSize(512, rows=1, tokens=4096, recompute="none"), MicroBatchSize(512, rows=1)):  # fmt: skip
+        with pytest.raises(OutOfMemory) as caught, explain_out_of_memory("a test", size.reduced()):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        proposed.append(caught.value.details["instead"])
+    assert proposed == [
+        {"micro_tokens": 2048},
+        {"checkpointing": "full"},
+        {"micro_batch": 1},
+        {},
+        {"checkpointing": "full"},
+        {},
+    ]
