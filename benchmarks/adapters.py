@@ -1,6 +1,6 @@
-"""Fill the table of docs/adapters.md: every variant trained, killed, resumed, evaluated, exported and merged.
+"""Write the table of docs/adapters.md: train, kill, resume, evaluate, export and merge every variant.
 
-PYTHONPATH=. python benchmarks/adapters.py [VARIANT …]      ten seconds each; rows that are not named stay as they are
+PYTHONPATH=. python benchmarks/adapters.py [VARIANT …]      ten seconds for each variant; other rows are unchanged
 """
 
 from __future__ import annotations
@@ -51,29 +51,29 @@ def order_of(adapter: Path) -> str:
 
 
 def line_of(name: str, settings: Mapping[str, JsonValue], base: Path, shards: Path, folder: Path) -> tuple[str, ...]:
-    """Exercise a variant and return its cells."""
+    """Run a variant and return its cells."""
     from tests.variants import exercise
 
-    seen = exercise(settings, base, shards, folder)
-    assert seen["last_loss"] < seen["first_loss"], "it does not learn"
-    assert seen["exported"] < 1e-5, "the saved adapter is not what was trained"
-    same, distance = "same bits", seen["merge_ulps"]
+    result = exercise(settings, base, shards, folder)
+    assert result["last_loss"] < result["first_loss"], "it does not learn"
+    assert result["exported"] < 1e-5, "the saved adapter is not what was trained"
+    same, distance = "same bits", result["merge_ulps"]
     return (
         name,
         recipe_of(settings),
-        f"{seen['first_loss']:.2f} → {seen['last_loss']:.2f}",
-        same if seen["resumed"] == 0 else f"{seen['resumed']:.1e}",
-        f"loss {seen['exported']:.0e} off" if seen["exported"] else "same loss",
-        f"{seen['evaluated']:.2f}",
-        order_of(seen["folder"]),
+        f"{result['first_loss']:.2f} → {result['last_loss']:.2f}",
+        same if result["resumed"] == 0 else f"{result['resumed']:.1e}",
+        f"loss {result['exported']:.0e} off" if result["exported"] else "same loss",
+        f"{result['evaluated']:.2f}",
+        order_of(result["folder"]),
         same if distance == 0 else f"{distance:g} ulp",
-        f"{seen['kl']:.1e}" if seen["kl"] >= 1e-7 else "< 1e-7",  # below, fp32's own noise
-        f"{seen['moved']:.1e}",
+        f"{result['kl']:.1e}" if result["kl"] >= 1e-7 else "< 1e-7",  # below, fp32's own noise
+        f"{result['moved']:.1e}",
     )
 
 
-def refused() -> tuple[str, ...]:
-    """Return LoftQ's row: the error for a recipe that asks for it on a plain base."""
+def refused_row() -> tuple[str, ...]:
+    """Return LoftQ's row: the error for a recipe with LoftQ on a plain base."""
     from loraflow.failures import BadConfig
     from tests.unit.test_training import recipe
 
@@ -83,7 +83,7 @@ def refused() -> tuple[str, ...]:
     except BadConfig as failure:
         reason = str(failure).split("loftq ", 1)[1].splitlines()[0].strip()
         return ("LoftQ", recipe_of(settings), f"refused: {reason}", *["needs nf4, CUDA"] * 2, *["–"] * 5)
-    raise AssertionError("LoftQ was taken on a plain base")
+    raise AssertionError("LoftQ was accepted on a plain base")
 
 
 def rows_of(page: str) -> dict[str, str]:
@@ -93,7 +93,7 @@ def rows_of(page: str) -> dict[str, str]:
 
 
 def main() -> None:
-    """Write the rows that are named on the command line, all by default."""
+    """Write the rows of the variants on the command line, by default of all."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from tests.conftest import build_phi3
     from tests.unit.test_training import tokenize
@@ -112,7 +112,7 @@ def main() -> None:
                 cells = line_of(name, VARIANTS[name], base, shards, folder / str(number))
             rows[name] = f"| {' | '.join(cells)} |"
             print(rows[name], flush=True)
-    rows["LoftQ"] = f"| {' | '.join(refused())} |"
+    rows["LoftQ"] = f"| {' | '.join(refused_row())} |"
     table = [
         f"| {' | '.join(HEAD)} |",
         "|---" * len(HEAD) + "|",

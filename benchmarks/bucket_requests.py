@@ -1,6 +1,6 @@
-"""Count what a run in which every stage is cached asks of a bucket, and measure it for slow answers.
+"""Count and time the bucket requests of a run in which every stage is cached, for delayed responses.
 
-python benchmarks/bucket_requests.py [MILLISECONDS ...]      delays of an answer; 0 and 30 by default. Needs SeaweedFS.
+python benchmarks/bucket_requests.py [MILLISECONDS ...]      delay of each response; 0 and 30 by default. Needs SeaweedFS.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from measure import row
+from measure import print_row
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests import object_server, s3_proxy
@@ -38,7 +38,7 @@ def measure(store: str, project: Path, proxy: s3_proxy.Proxy, delays: list[float
         proxy.fault = lambda request: None
         operations = Counter(proxy.operations())
         total = operations.total()
-        row(
+        print_row(
             f"bucket, {delay:g} ms" if store.startswith("s3://") else "folder",
             f"{total} ({', '.join(f'{count} {name}' for name, count in operations.most_common())})",
             f"{seconds:.1f}",
@@ -49,20 +49,20 @@ def measure(store: str, project: Path, proxy: s3_proxy.Proxy, delays: list[float
 def main() -> None:
     """Print a table: a folder, then the bucket with each delay."""
     delays = [float(word) for word in sys.argv[1:]] or [0.0, 30.0]
-    here = Path(tempfile.mkdtemp())
-    os.environ |= {"PREFECT_HOME": str(here / "prefect"), "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
-    base = build_phi3(here / "base", dtype="float32")
+    folder = Path(tempfile.mkdtemp())
+    os.environ |= {"PREFECT_HOME": str(folder / "prefect"), "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
+    base = build_phi3(folder / "base", dtype="float32")
     from prefect.testing.utilities import prefect_test_harness
 
     with (
-        object_server.running(here / "server") as server,
+        object_server.running(folder / "server") as server,
         s3_proxy.running(server.url) as proxy,
         prefect_test_harness(server_startup_timeout=300),
     ):
         os.environ["AWS_ENDPOINT_URL_S3"] = proxy.url
-        row(*COLUMNS)
-        for store, store_delays in ((".loraflow/store", [0.0]), (server.place(), delays)):
-            project = build_project(here / f"project {len(store)}", base, store)
+        print_row(*COLUMNS)
+        for store, store_delays in ((".loraflow/store", [0.0]), (server.new_store_uri(), delays)):
+            project = build_project(folder / f"project {len(store)}", base, store)
             measure(store, project, proxy, store_delays)
 
 

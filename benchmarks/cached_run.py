@@ -1,4 +1,4 @@
-"""A run that finds everything cached, against an empty Prefect flow with as many cached tasks; `plan` and `--help`.
+"""A run in which every stage is cached, against an empty Prefect flow with as many cached tasks; `plan` and `--help`.
 
 python benchmarks/cached_run.py RECIPE      after `loraflow run RECIPE`; starts a server of its own
 """
@@ -13,7 +13,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from measure import row, several
+from measure import measure_median, print_row
 
 EMPTY = """
 from prefect import flow, task
@@ -57,12 +57,12 @@ def main() -> None:
                 "loraflow --help": [*loraflow, "--help"],
             }
             found = {}
-            row("what", "seconds", "peak MiB")
+            print_row("what", "seconds", "peak MiB")
             for name, command in commands.items():
-                several(command, 1, env)  # warm: the first run fills Prefect's cache
-                found[name], memory = several(command, 5, env)
-                row(name, found[name], memory)
-            row("run / empty flow", found["loraflow run, all cached"] / found["empty flow, 14 cached tasks"])
+                measure_median(command, 1, env)  # warm: the first run fills Prefect's cache
+                found[name], memory = measure_median(command, 5, env)
+                print_row(name, found[name], memory)
+            print_row("run / empty flow", found["loraflow run, all cached"] / found["empty flow, 14 cached tasks"])
         finally:
             os.killpg(server.pid, 15)
             server.wait()

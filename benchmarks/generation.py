@@ -1,8 +1,8 @@
-"""Answers for evaluation on the CPU: batches against single prompts, and a shared system prompt computed once.
+"""Generate answers for evaluation on the CPU: batches against single prompts, with and without a shared prefix.
 
 python benchmarks/generation.py MODEL_FOLDER [DTYPE [ROWS [NEW_TOKENS]]]
 
-Says whether the answers are the same. Gives wall and CPU seconds of both sides: CPU seconds are reliable on a noisy machine.
+Compares the answers too. Prints wall and CPU seconds of each way; CPU seconds are reliable on a loaded machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from measure import row
+from measure import print_row
 
 from loraflow.base.load import load_model, load_tokenizer, stop_ids
 from loraflow.config import Runtime
@@ -57,21 +57,22 @@ def main() -> None:
     saved = shared * (rows - 1) / total
     print(f"{dtype}, {rows} prompts of {total / rows:.0f} tokens, of which {shared} are shared: {saved:.0%} of all")
     answers(prompts[:4], 4, 2, shared=True)  # warm up
-    row("what", "rows", "wall s", "CPU s", "tokens/s")
-    apart = answers(prompts, BATCH, new, shared=False)
-    row(f"{BATCH} at a time", rows, apart.wall, apart.cpu, speed(apart))
-    once = answers(prompts, BATCH, new, shared=True)
-    row(f"{BATCH} at a time, shared prefix", rows, once.wall, once.cpu, speed(once))
-    reading = answers(prompts, BATCH, 1, shared=False)
-    row("the prompts alone", rows, "", reading.cpu, "")
-    predicted = apart.cpu / (apart.cpu - saved * reading.cpu)
-    print(f"shared prefix: {apart.cpu / once.cpu:.2f} × by CPU; predicted, from the prompts' share, {predicted:.2f} ×")
-    print(f"{differences(apart.result, once.result)} of {rows} answers differ from those without it")
+    print_row("what", "rows", "wall s", "CPU s", "tokens/s")
+    separate = answers(prompts, BATCH, new, shared=False)
+    print_row(f"{BATCH} at a time", rows, separate.wall, separate.cpu, speed(separate))
+    with_prefix = answers(prompts, BATCH, new, shared=True)
+    print_row(f"{BATCH} at a time, shared prefix", rows, with_prefix.wall, with_prefix.cpu, speed(with_prefix))
+    prompts_only = answers(prompts, BATCH, 1, shared=False)
+    print_row("the prompts alone", rows, "", prompts_only.cpu, "")
+    predicted = separate.cpu / (separate.cpu - saved * prompts_only.cpu)
+    measured = separate.cpu / with_prefix.cpu
+    print(f"shared prefix: {measured:.2f} × by CPU; predicted, from the prompts' share, {predicted:.2f} ×")
+    print(f"{differences(separate.result, with_prefix.result)} of {rows} answers differ from those without it")
     compare_losses(model, template.encode(chats, "last_assistant"), tokenizer.pad_token_id)
     some = min(16, rows)
     single = answers(prompts[:some], 1, new, shared=False)
-    row("single prompts", some, single.wall, single.cpu, speed(single))
-    print(f"{differences(single.result, apart.result[:some])} of {some} differ from single prompts")
+    print_row("single prompts", some, single.wall, single.cpu, speed(single))
+    print(f"{differences(single.result, separate.result[:some])} of {some} differ from single prompts")
 
 
 def compare_losses(model: PreTrainedModel, rows: list[Encoded], pad_id: int) -> None:
@@ -81,12 +82,13 @@ def compare_losses(model: PreTrainedModel, rows: list[Encoded], pad_id: int) -> 
         share_prefixes(shared)
         return timed(lambda: likelihood.answer_losses(model, rows, pad_id, BATCH))
 
-    apart = losses(shared=False)
-    row("losses", len(rows), apart.wall, apart.cpu, "")
-    once = losses(shared=True)
-    row("losses, shared prefix", len(rows), once.wall, once.cpu, "")
-    far = max(abs(a - b) / max(1, n) for (a, n), (b, _) in zip(apart.result, once.result, strict=True))
-    print(f"shared prefix: {apart.cpu / once.cpu:.2f} × by CPU; losses differ by at most {far:.1e} nats per token")
+    separate = losses(shared=False)
+    print_row("losses", len(rows), separate.wall, separate.cpu, "")
+    with_prefix = losses(shared=True)
+    print_row("losses, shared prefix", len(rows), with_prefix.wall, with_prefix.cpu, "")
+    largest = max(abs(a - b) / max(1, n) for (a, n), (b, _) in zip(separate.result, with_prefix.result, strict=True))
+    ratio = separate.cpu / with_prefix.cpu
+    print(f"shared prefix: {ratio:.2f} × by CPU; losses differ by at most {largest:.1e} nats per token")
 
 
 def time_answers(

@@ -1,9 +1,9 @@
-"""Answers for evaluation on one GPU, in Phi-3 mini's shape (random weights): ours against batched `model.generate`.
+"""Generate answers for evaluation on one GPU, in Phi-3 mini's shape (random weights): loraflow and `model.generate`.
 
 python benchmarks/generation_gpu.py [--work FOLDER] [--compiled]
 
 All prompts are answered with the same number of tokens, so that tokens per second count the same work. `--compiled` adds
-the fast way of transformers, a compiled static cache, whose first call takes a minute.
+transformers' compiled static cache, whose first call takes a minute.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from measure import row
-from train_gpu import TINY, VOCABULARY, build_base
+from gpu_training.cases import TINY, VOCABULARY
+from gpu_training.model import build_base
+from measure import print_row
 
 from loraflow.base.load import load_model, load_tokenizer
 from loraflow.config import Runtime
@@ -29,7 +30,7 @@ from loraflow.evaluation.generation import answer_all
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NEW, PROMPTS = (16, 12) if TINY else (128, 256)
+NEW_TOKENS, PROMPTS = (16, 12) if TINY else (128, 256)
 
 
 def main() -> None:
@@ -37,31 +38,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--compiled", action="store_true")
-    chosen = parser.parse_args()
-    work = chosen.work or Path(tempfile.mkdtemp())
+    arguments = parser.parse_args()
+    work = arguments.work or Path(tempfile.mkdtemp())
     if not (work / "base").exists():
         build_base(work / "base")
     dtype = "float32" if TINY else "bfloat16"
     model = load_model(work / "base", dtype, Runtime(device="cpu" if TINY else "cuda"))
     tokenizer = load_tokenizer(work / "base")
-    draw = np.random.default_rng(0)
-    lengths = np.clip(np.exp(draw.normal(np.log(30 if TINY else 350), 0.4, PROMPTS)), 16, 1500).astype(int)
-    prompts = [draw.integers(3, VOCABULARY - 64, length).tolist() for length in lengths]
+    generator = np.random.default_rng(0)
+    lengths = np.clip(np.exp(generator.normal(np.log(30 if TINY else 350), 0.4, PROMPTS)), 16, 1500).astype(int)
+    prompts = [generator.integers(3, VOCABULARY - 64, length).tolist() for length in lengths]
 
     card = torch.cuda.get_device_name() if not TINY else "cpu"
-    print(f"{card}, torch {torch.__version__}, {dtype}, prompts of {lengths.mean():.0f} tokens, {NEW} new ones")
-    row("what", "rows at a time", "new tokens/s", "x the first", "GiB")
-    generate, ours = partial(by_generate, model), partial(by_ours, model, tokenizer)
-    first = measure("model.generate", 8, generate, prompts[:16])
-    measure("model.generate", 64, generate, prompts[:64], first)
-    if chosen.compiled:
-        compiled = partial(by_generate, model, cache_implementation="static")
-        measure("model.generate, compiled static cache", 64, compiled, prompts[:128], first)
+    print(
+        f"{card}, torch {torch.__version__}, {dtype}, prompts of {lengths.mean():.0f} tokens, {NEW_TOKENS} new tokens"
+    )
+    print_row("what", "rows at a time", "new tokens/s", "x the first", "GiB")
+    generate, loraflow = partial(run_generate, model), partial(run_loraflow, model, tokenizer)
+    first = measure_speed("model.generate", 8, generate, prompts[:16])
+    measure_speed("model.generate", 64, generate, prompts[:64], first)
+    if arguments.compiled:
+        compiled = partial(run_generate, model, cache_implementation="static")
+        measure_speed("model.generate, compiled static cache", 64, compiled, prompts[:128], first)
     for batch in (8, 64, 128):
-        measure("ours", batch, ours, prompts if batch > 8 else prompts[:32], first)
+        measure_speed("loraflow", batch, loraflow, prompts if batch > 8 else prompts[:32], first)
 
 
-def by_generate(
+def run_generate(
     model: PreTrainedModel, prompts: list[list[int]], batch: int, cache_implementation: str | None = None
 ) -> None:
     """Answer in the order given, padded on the left, as the documentation of `generate` does."""
@@ -75,7 +78,7 @@ def by_generate(
             model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=NEW,
+                max_new_tokens=NEW_TOKENS,
                 do_sample=False,
                 temperature=None,
                 top_p=None,
@@ -86,11 +89,13 @@ def by_generate(
             )[:, width:].tolist()
 
 
-def by_ours(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], batch: int) -> None:
-    answer_all(model, tokenizer, prompts, stop_ids=[], max_new_tokens=NEW, batch_size=batch)
+def run_loraflow(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], batch: int
+) -> None:
+    answer_all(model, tokenizer, prompts, stop_ids=[], max_new_tokens=NEW_TOKENS, batch_size=batch)
 
 
-def measure(
+def measure_speed(
     name: str,
     batch: int,
     answer: Callable[[list[list[int]], int], None],
@@ -108,9 +113,9 @@ def measure(
     answer(prompts, batch)
     if not TINY:
         torch.cuda.synchronize()
-    speed = len(prompts) * NEW / (time.perf_counter() - started)
+    speed = len(prompts) * NEW_TOKENS / (time.perf_counter() - started)
     memory = round(torch.cuda.max_memory_allocated() / 2**30, 1) if not TINY else 0
-    row(name, batch, round(speed), round(speed / first if first else 1, 1), memory)
+    print_row(name, batch, round(speed), round(speed / first if first else 1, 1), memory)
     return speed
 
 

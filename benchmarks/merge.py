@@ -1,4 +1,4 @@
-"""Merge a Phi-3-mini-shaped checkpoint (7.6 GB): ours, peft and `cp -r` in one run; then every bit compared.
+"""Merge a Phi-3-mini-shaped checkpoint (7.6 GB): loraflow, peft and `cp -r` in one run; then compare every bit.
 
 python benchmarks/merge.py [FOLDER]      about 25 GB of disk, 10 GB of memory
 """
@@ -12,9 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure import once, row, several
+from measure import measure_command, measure_median, print_row
 
-OURS = """
+LORAFLOW = """
 import sys; from pathlib import Path; from loraflow.adapters.merge_folders import merge
 figures = merge(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
 Path(sys.argv[3] + '.seconds').write_text(str(figures['seconds']))
@@ -69,7 +69,7 @@ def build(base: Path, adapter: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
 
 
-def compare(ours: Path, theirs: Path) -> tuple[int, int]:
+def compare(merged: Path, by_peft: Path) -> tuple[int, int]:
     """Return (tensors, tensors that differ in a bit), one tensor in memory at a time."""
     from safetensors import safe_open
 
@@ -80,7 +80,7 @@ def compare(ours: Path, theirs: Path) -> tuple[int, int]:
                 files |= dict.fromkeys(tensors.keys(), file)
         return files
 
-    first, second = files_of_tensors(ours), files_of_tensors(theirs)
+    first, second = files_of_tensors(merged), files_of_tensors(by_peft)
     assert first.keys() == second.keys(), first.keys() ^ second.keys()
     different = 0
     for name in first:
@@ -98,24 +98,24 @@ def main() -> None:
         builder = multiprocessing.get_context("spawn").Process(target=build, args=(base, adapter))
         builder.start()
         builder.join()
-        row("what", "seconds", "peak MiB", "× cp")
-        outs = [root / f"ours{i}" for i in range(3)]
+        print_row("what", "seconds", "peak MiB", "× cp")
+        outs = [root / f"loraflow{i}" for i in range(3)]
         copies, merges = [], []
-        for out in outs:  # alternately, so that both find the disk in the same state
-            copies.append(once(["cp", "-r", str(base), str(root / "copy")])[0])
+        for out in outs:  # alternate, so that both meet the disk in the same state
+            copies.append(measure_command(["cp", "-r", str(base), str(root / "copy")])[0])
             shutil.rmtree(root / "copy")
             out.mkdir()
-            merges.append(once([sys.executable, "-c", OURS, str(base), str(adapter), str(out)]))
+            merges.append(measure_command([sys.executable, "-c", LORAFLOW, str(base), str(adapter), str(out)]))
             if out is not outs[-1]:
                 shutil.rmtree(out)
-        copy, (ours, memory) = sorted(copies)[1], sorted(merges)[1]
-        row("cp -r", copy, 0, 1.0)
+        copy, (loraflow, memory) = sorted(copies)[1], sorted(merges)[1]
+        print_row("cp -r", copy, 0, 1.0)
         alone = sorted(float(Path(f"{out}.seconds").read_text()) for out in outs)[1]
-        row("ours, the merge alone", alone, memory, alone / copy)
-        row("ours, whole process", ours, memory, ours / copy)
-        peft, peft_memory = several([sys.executable, "-c", PEFT, str(base), str(adapter), str(root / "peft")], 1)
-        row("peft merge_and_unload + save_pretrained, whole process", peft, peft_memory, peft / copy)
-        row("peft / ours", peft / ours)
+        print_row("loraflow, the merge alone", alone, memory, alone / copy)
+        print_row("loraflow, whole process", loraflow, memory, loraflow / copy)
+        peft, peft_memory = measure_median([sys.executable, "-c", PEFT, str(base), str(adapter), str(root / "peft")], 1)
+        print_row("peft merge_and_unload + save_pretrained, whole process", peft, peft_memory, peft / copy)
+        print_row("peft / loraflow", peft / loraflow)
         tensors, different = compare(outs[-1], root / "peft")
         print(f"{tensors} tensors compared bit for bit, {different} differ")
 

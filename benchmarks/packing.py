@@ -1,4 +1,4 @@
-"""A packing plan for a million documents: ours, and trl's best-fit-decreasing.
+"""Plan the packing of a million documents: loraflow, and trl's best-fit-decreasing.
 
 python benchmarks/packing.py
 """
@@ -19,12 +19,14 @@ if __name__ == "__main__":
         started = time.perf_counter()
         rows = best_fit_decreasing(lengths, 2048)
         seconds.append(time.perf_counter() - started)
-    ours = statistics.median(seconds)
-    print(f"ours: {ours:.3f} s, {rows.max() + 1:,} rows, {lengths.sum() / (rows.max() + 1) / 2048:.2%} full")
+    own_seconds = statistics.median(seconds)
+    print(f"loraflow: {own_seconds:.3f} s, {rows.max() + 1:,} rows, {lengths.sum() / (rows.max() + 1) / 2048:.2%} full")
     offsets = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=offsets[1:])
     table = pa.table({"input_ids": pa.ListArray.from_arrays(offsets, pa.array(np.zeros(offsets[-1], np.int8)))})
     started = time.perf_counter()
     packed = _pack_bfd(table, 2048)
-    theirs = time.perf_counter() - started
-    print(f"trl: {theirs:.1f} s with moving the rows, {len(packed):,} rows; {theirs / ours:.0f} times ours")
+    trl_seconds = time.perf_counter() - started
+    print(
+        f"trl: {trl_seconds:.1f} s with moving the rows, {len(packed):,} rows; {trl_seconds / own_seconds:.0f} × loraflow"
+    )

@@ -1,10 +1,10 @@
-"""The CPU training step of the quickstart's recipe, SmolLM2 as Phi-3: `runtime.engine` fast, stock, and plain trl.
+"""Time the CPU training step of the quickstart's recipe (SmolLM2 as Phi-3) with the fast engine, the stock one, and trl.
 
 python benchmarks/train_cpu.py [STEPS [PRECISION …]]        PRECISION: fp32, or bf16 (autocast)
 
-Fast and stock are the stage itself, from its job; plain trl is SFTTrainer as its documentation has it, given the same
-rows in the same order. Three processes take turns, a step each, so that a noisy neighbour hits all of them: a ratio is
-the median over the steps' own ratios. The first two steps are not counted.
+Fast and stock run the train stage from its job; trl is SFTTrainer as in its documentation, with the same rows in the same
+order. The three processes run one step each in turn, so that other load on the machine affects all of them. A ratio is
+the median of the steps' ratios. The first two steps are not counted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import row
+from measure import print_row
 from pydantic import JsonValue
 
 from loraflow.config import Recipe, load_recipe
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests.job_factory import Outside, make_job
 
-SIDES = ("fast", "stock", "trl")
+ENGINES = ("fast", "stock", "trl")
 WARM_UP = 2
 PRECISIONS = {
     "fp32": {"base.dtype": "float32", "training_config.bf16": False},
@@ -38,8 +38,8 @@ PRECISIONS = {
 REF = Ref(stage="s", fingerprint="f", digest="d", uri="", facets={"train": "d", "tokenizer": "d"})
 
 
-class Turns(Progress):
-    """A stage's progress reports, each of which waits for this side's next turn."""
+class StepBarrier(Progress):
+    """A stage's progress reports. Each waits until the parent process releases the next step."""
 
     def __init__(self, work: Path):
         super().__init__(work / "progress.jsonl", work)
@@ -47,7 +47,7 @@ class Turns(Progress):
         self.started = 0.0
 
     def wait(self, loss: float | None) -> None:
-        """Tell the parent that a step is done, and the loss of the one before; wait for the next turn."""
+        """Report a finished step and the loss before it to the parent process; wait to be released."""
         if self.started:
             self.seconds.append(time.perf_counter() - self.started)
         print(f"step {time.perf_counter() - self.started if self.started else 0:.2f} s, loss before {loss}", flush=True)
@@ -60,14 +60,14 @@ class Turns(Progress):
             self.wait(figures.get("loss"))
 
 
-def recipe_of(precision: str, side: str, steps: int) -> Recipe:
+def recipe_of(precision: str, engine: str, steps: int) -> Recipe:
     overrides = {"training_config.max_steps": steps, "training_config.logging_steps": 1, "runtime.device": "cpu"}
-    overrides |= {"training_config.save_strategy": "no", "runtime.engine": "stock" if side == "stock" else "fast"}
+    overrides |= {"training_config.save_strategy": "no", "runtime.engine": "stock" if engine == "stock" else "fast"}
     return load_recipe("configs/quickstart.yaml", {**overrides, **PRECISIONS[precision]})
 
 
 def prepare(folder: Path, precision: str) -> None:
-    """Write the base and the tokens, by the stages that a run has for it."""
+    """Write the base and the tokens with the stages resolve_base and tokenize."""
     from loraflow.base import resolve
     from loraflow.data import tokenization as tokens
     from loraflow.store.files import HashMemo
@@ -77,28 +77,28 @@ def prepare(folder: Path, precision: str) -> None:
         (folder / name).mkdir()
     lines = Path("data/train.jsonl").read_text().splitlines()
     rows = [{"id": str(i), "set": "train", "place": str(i), **json.loads(line)} for i, line in enumerate(lines)]
-    (folder / "rows" / "train.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    (folder / "rows" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "rows" / "validation.jsonl").write_text("")
-    outside = Outside(base=resolve.locate(recipe.base, HashMemo(folder / "hashes.json")))
-    resolve.run(make_job("resolve_base", recipe, {}, outside), Inputs({}), folder / "base", Progress())
+    surroundings = Outside(base=resolve.locate(recipe.base, HashMemo(folder / "hashes.json")))
+    resolve.run(make_job("resolve_base", recipe, {}, surroundings), Inputs({}), folder / "base", Progress())
     job = make_job("tokenize", recipe, {"rows": REF, "base": REF})
     tokens.run(job, Inputs({"rows": folder / "rows", "base": folder / "base"}), folder / "tokens", Progress())
 
 
-def stage(folder: Path, precision: str, side: str, steps: int, turns: Turns) -> list[float]:
-    """Train by the stage's function. Return the losses of the steps."""
+def run_stage(folder: Path, precision: str, engine: str, steps: int, barrier: StepBarrier) -> list[float]:
+    """Train with the train stage. Return the loss of each step."""
     from loraflow.training import train
 
-    job = make_job("train", recipe_of(precision, side, steps), {"tokens": REF, "base": REF})
-    out = turns.work / "out"
+    job = make_job("train", recipe_of(precision, engine, steps), {"tokens": REF, "base": REF})
+    out = barrier.work / "out"
     out.mkdir()
-    train.run(job, Inputs({"tokens": folder / "tokens", "base": folder / "base"}), out, turns)
+    train.run(job, Inputs({"tokens": folder / "tokens", "base": folder / "base"}), out, barrier)
     curve = [json.loads(line) for line in (out / "telemetry" / "curves.jsonl").read_text().splitlines()]
-    return [one["loss"] for one in curve if "loss" in one]
+    return [row["loss"] for row in curve if "loss" in row]
 
 
-def plain(folder: Path, precision: str, steps: int, turns: Turns) -> list[float]:
-    """Train by SFTTrainer, with nothing of ours but the rows and their order. Return the losses of the steps."""
+def run_trl(folder: Path, precision: str, steps: int, barrier: StepBarrier) -> list[float]:
+    """Train with SFTTrainer on the same rows in the same order. Return the loss of each step."""
     import torch
     from datasets import load_from_disk
     from peft import LoraConfig
@@ -118,16 +118,16 @@ def plain(folder: Path, precision: str, steps: int, turns: Turns) -> list[float]
     training, adapter = recipe.training_config, recipe.peft_config
     data = load_from_disk(str(folder / "tokens" / "train")).select_columns(["input_ids", "labels"])
 
-    class Turn(TrainerCallback):
+    class WaitAfterStep(TrainerCallback):
         def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-            turns.wait(next((one["loss"] for one in reversed(state.log_history) if "loss" in one), None))
+            barrier.wait(next((row["loss"] for row in reversed(state.log_history) if "loss" in row), None))
 
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=getattr(torch, recipe.base.dtype))
     model.config.use_cache = False
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
-            output_dir=str(turns.work / "trl"), max_steps=steps, learning_rate=training.learning_rate,
+            output_dir=str(barrier.work / "trl"), max_steps=steps, learning_rate=training.learning_rate,
             lr_scheduler_type=training.lr_scheduler_type, warmup_steps=-(-steps // 10), bf16=training.bf16, use_cpu=True,
             per_device_train_batch_size=training.per_device_train_batch_size, gradient_checkpointing=False,
             train_sampling_strategy="sequential", dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
@@ -139,69 +139,74 @@ def plain(folder: Path, precision: str, steps: int, turns: Turns) -> list[float]
             r=adapter.r, lora_alpha=adapter.lora_alpha, lora_dropout=adapter.lora_dropout, task_type="CAUSAL_LM",
             target_modules=list(adapter.target_modules),
         ),
-        callbacks=[Turn()],
+        callbacks=[WaitAfterStep()],
     )  # fmt: skip
     trainer.train()
-    return [one["loss"] for one in trainer.state.log_history if "loss" in one]
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-def side_main(folder: Path, precision: str, side: str, steps: int) -> None:
-    """Be one side: a line `step` after each step, then wait for a line; at the end, the figures."""
+def worker_main(folder: Path, precision: str, engine: str, steps: int) -> None:
+    """Train with one engine in this process. After each step, print a line `step` and wait; print the figures last."""
     with tempfile.TemporaryDirectory() as name:
-        turns = Turns(Path(name))
-        run = plain(folder, precision, steps, turns) if side == "trl" else stage(folder, precision, side, steps, turns)
-    print(json.dumps({"seconds": turns.seconds, "losses": run}), flush=True)
+        barrier = StepBarrier(Path(name))
+        if engine == "trl":
+            losses = run_trl(folder, precision, steps, barrier)
+        else:
+            losses = run_stage(folder, precision, engine, steps, barrier)
+    print(json.dumps({"seconds": barrier.seconds, "losses": losses}), flush=True)
 
 
 def measure(folder: Path, precision: str, steps: int) -> None:
-    """Let the sides take turns, and print their table."""
-    command = [sys.executable, __file__, str(steps), precision, "--side", str(folder)]
-    sides: dict[str, subprocess.Popen[str]] = {}
+    """Run a step of each engine in turn, and print their table."""
+    command = [sys.executable, __file__, str(steps), precision, "--engine", str(folder)]
+    processes: dict[str, subprocess.Popen[str]] = {}
     try:
-        for side in SIDES:  # one by one: a side's first step comes by itself, behind its start
-            sides[side] = subprocess.Popen([*command, side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                           stderr=subprocess.DEVNULL)  # fmt: skip
-            await_line(side, sides[side], "step")
+        for engine in ENGINES:  # one by one: the first step runs directly after the start
+            processes[engine] = subprocess.Popen([*command, engine], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                           text=True, stderr=subprocess.DEVNULL)  # fmt: skip
+            read_line(engine, processes[engine], "step")
         for step in range(2, steps + 1):
-            for side, process in sides.items():
-                go(process)
-                print(f"{precision}, step {step}, {side}: {await_line(side, process, 'step')[5:]}", end="", flush=True)
-        found = {}
-        for side, process in sides.items():
-            go(process)
-            found[side] = json.loads(await_line(side, process, '{"seconds"'))
+            for engine, process in processes.items():
+                release_step(process)
+                print(
+                    f"{precision}, step {step}, {engine}: {read_line(engine, process, 'step')[5:]}", end="", flush=True
+                )
+        results: dict[str, Any] = {}
+        for engine, process in processes.items():
+            release_step(process)
+            results[engine] = json.loads(read_line(engine, process, '{"seconds"'))
     finally:
-        for process in sides.values():
+        for process in processes.values():
             process.kill()
             process.wait()
-    row(f"{precision}: engine", "s/step, median", "first loss", "last loss", "largest loss difference to trl")
-    for side, one in found.items():
-        apart = max(abs(a - b) for a, b in zip(one["losses"], found["trl"]["losses"], strict=True))
-        row(side, statistics.median(one["seconds"][WARM_UP:]), f"{one['losses'][0]:.5f}", f"{one['losses'][-1]:.5f}",
-            f"{apart:.6f}")  # fmt: skip
+    print_row(f"{precision}: engine", "s/step, median", "first loss", "last loss", "largest loss difference to trl")
+    for engine, result in results.items():
+        difference = max(abs(a - b) for a, b in zip(result["losses"], results["trl"]["losses"], strict=True))
+        seconds, losses = statistics.median(result["seconds"][WARM_UP:]), result["losses"]
+        print_row(engine, seconds, f"{losses[0]:.5f}", f"{losses[-1]:.5f}", f"{difference:.6f}")
     for other in ("stock", "trl"):
-        pairs = zip(found["fast"]["seconds"][WARM_UP:], found[other]["seconds"][WARM_UP:], strict=True)
+        pairs = zip(results["fast"]["seconds"][WARM_UP:], results[other]["seconds"][WARM_UP:], strict=True)
         ratios = sorted(b / a for a, b in pairs)
-        row(f"{precision}: fast is faster than {other}", f"{statistics.median(ratios):.2f} ×",
+        print_row(f"{precision}: fast is faster than {other}", f"{statistics.median(ratios):.2f} ×",
             f"{ratios[0]:.2f} to {ratios[-1]:.2f}, {len(ratios)} pairs of steps")  # fmt: skip
 
 
-def go(process: subprocess.Popen[str]) -> None:
-    process.stdin.write("go\n")
+def release_step(process: subprocess.Popen[str]) -> None:
+    process.stdin.write("step\n")
     process.stdin.flush()
 
 
-def await_line(side: str, process: subprocess.Popen[str], begins: str) -> str:
+def read_line(engine: str, process: subprocess.Popen[str], begins: str) -> str:
     for line in process.stdout:
         if line.startswith(begins):
             return line
-    sys.exit(f"{side} ended with {process.wait()}")
+    sys.exit(f"{engine} ended with {process.wait()}")
 
 
 if __name__ == "__main__":
-    if "--side" in sys.argv:
-        at = sys.argv.index("--side")
-        side_main(Path(sys.argv[at + 1]), sys.argv[2], sys.argv[at + 2], int(sys.argv[1]))
+    if "--engine" in sys.argv:
+        at = sys.argv.index("--engine")
+        worker_main(Path(sys.argv[at + 1]), sys.argv[2], sys.argv[at + 2], int(sys.argv[1]))
     else:
         steps = int(sys.argv[1]) if len(sys.argv) > 1 else 12
         for precision in sys.argv[2:] or PRECISIONS:

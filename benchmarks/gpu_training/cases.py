@@ -1,0 +1,85 @@
+"""The cases of the GPU training benchmark, and the size of the model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loraflow.config import Recipe
+
+TINY = os.environ.get("LORAFLOW_BENCH_TINY") == "1"  # a dry run on a CPU: says nothing about speed
+LENGTH = 256 if TINY else 2048
+SHAPE = (
+    {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if TINY
+    else {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32}
+)
+VOCABULARY = 507 if TINY else 32064
+WARM_UP, TIMED = (5, 11) if TINY else (10, 26)
+
+Setting = str | float | bool | list[str] | None
+
+
+@dataclass
+class Case:
+    """One line of the table: settings of a recipe for loraflow, or of SFTConfig for the baseline."""
+
+    name: str
+    description: str
+    rows: int = 8  # of 2,048 tokens in an optimizer step
+    settings: dict[str, Setting] = field(default_factory=dict)
+    baseline: dict[str, Setting] | None = None  # of trl's SFTConfig
+    timed: int = TIMED
+
+
+SETTINGS = {
+    "training_config.learning_rate": 1e-4,
+    "training_config.packing": True,
+    "training_config.max_length": LENGTH,
+    "training_config.gradient_accumulation_steps": 1,
+    "training_config.logging_steps": 5,
+    "training_config.save_strategy": "no",
+    "peft_config.lora_dropout": 0.0,
+    "peft_config.target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "runtime.compile": "on",
+    "runtime.device": "cpu" if TINY else "cuda",
+}
+RECOMPUTED = {"training_config.gradient_checkpointing": True}
+CASES = [
+    Case("bf16", "loraflow, bf16, 16k tokens per micro-batch"),
+    Case("bf16-8k", "loraflow, bf16, 8k tokens", rows=4),
+    Case("bf16-fa2", "loraflow, bf16, 16k tokens, torch's own FA2", settings={"runtime.attn_implementation": "varlen"}),
+    Case("bf16-dropout", "loraflow, bf16, 16k, dropout 0.05", settings={"peft_config.lora_dropout": 0.05}),
+    Case("bf16-eager", "loraflow, bf16, 16k, nothing compiled", settings={"runtime.compile": "off"}, timed=16),
+    Case("bf16-small", "loraflow, bf16, 4k tokens, recomputed", rows=8,
+         settings={**RECOMPUTED, "runtime.micro_tokens": 4096}),
+    Case("fp8", "loraflow, fp8 base, 16k tokens", settings={"base.quantization": "fp8"}),
+    Case("fp8-dropout", "loraflow, fp8 base, 16k, dropout 0.05",
+         settings={"base.quantization": "fp8", "peft_config.lora_dropout": 0.05}),
+    Case("nf4", "loraflow, QLoRA nf4, 8k tokens", rows=4, settings={"base.quantization": "nf4"}),
+    Case("nf4-small", "loraflow, QLoRA nf4, 4k tokens, recomputed",
+         settings={"base.quantization": "nf4", **RECOMPUTED, "runtime.micro_tokens": 4096}),
+    Case("stock", "loraflow with runtime.engine: stock, 8k tokens", rows=4, timed=11,
+         settings={"runtime.engine": "stock", "training_config.gradient_checkpointing": False}),
+    Case("trl-best", "trl: bfd packing, padding-free, liger, varlen FA2, nothing recomputed", rows=4, timed=16,
+         baseline={"packing": True, "gradient_checkpointing": False, "use_liger_kernel": True}),
+    Case("card", "the model card's recipe: padded batches of 4, recomputed, sdpa, dropout 0.05", timed=20,
+         baseline={"per_device_train_batch_size": 4, "gradient_checkpointing": True}),
+    Case("card-nocudnn", "the same without cuDNN's attention, which makes a plan for each shape", timed=20,
+         baseline={"per_device_train_batch_size": 4, "gradient_checkpointing": True, "cudnn": False}),
+]  # fmt: skip
+
+
+def recipe_of(case: Case, **overrides: Setting) -> Recipe:
+    """Return the recipe of a case."""
+    from loraflow.config import parse_recipe
+
+    steps = WARM_UP + case.timed
+    settings = {
+        **SETTINGS,
+        "training_config.max_steps": steps,
+        "training_config.per_device_train_batch_size": case.rows,
+    }
+    return parse_recipe("name: bench\nbase: {model: x}\n", overrides={**settings, **case.settings, **overrides})
