@@ -199,7 +199,7 @@ class FaultInjector:
             return None
 
     def rerun(self, result: KillResult, artifacts: set[tuple[str, str]], step: int) -> None:
-        """Rerun with the same parameters. It must complete and reuse the artifacts and the checkpoint from before the kill."""
+        """Rerun with the same parameters. It must complete, and reuse artifacts and checkpoint from before the kill."""
         run = self.start(fresh=False)
         found = self.wait(run, result)
         result.rerun = found["state"]["name"] if found else "none"

@@ -7,7 +7,8 @@
 
 Weights are random (3.82 billion), lengths lognormal (median 350, clipped to 2,047, so that the 4k model's window masks
 nothing), half of the tokens have labels. Tokens per second do not count padding; the time is that of complete steps
-after the warm-up, from the host's batch to the optimizer. The ceiling is the measured rate of an 8192³ bf16 product over the counted FLOPs.
+after the warm-up, from the host's batch to the optimizer. The ceiling is the measured rate of an 8192³ bf16 product
+over the counted FLOPs.
 """
 
 from __future__ import annotations

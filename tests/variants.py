@@ -1,4 +1,4 @@
-"""Every way to train an adapter, run on a tiny Phi-3: trained, killed and resumed, evaluated, merged, exported.
+"""Train, kill, resume, evaluate, merge and export a tiny Phi-3 with every kind of adapter.
 
 `exercise` is what the tests call for some of them, and `benchmarks/adapters.py` for all, to write docs/adapters.md.
 """
@@ -20,13 +20,13 @@ from tests.conftest import chat
 from tests.forked_process import run_in_fork
 
 # A validation loss after the last step, to compare the saved adapter with.
-WATCHED = {
+VALIDATED = {
     "data__validation_fraction": 0.1,
     "training_config__eval_strategy": "steps",
     "training_config__eval_steps": 6,
 }
 ALL = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
-# name → what the recipe says beside the tiny recipe of tests/unit/test_training.py
+# name → settings in addition to the tiny recipe of tests/unit/test_training.py
 VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "rank and alpha patterns": {"peft_config__rank_pattern": {"qkv_proj": 8}, "peft_config__alpha_pattern": {"down_proj": 5.0}},
@@ -52,7 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class KillAt(Progress):
-    """Kill this process at a step, as the system does: nothing can be caught."""
+    """Kill this process at a step with SIGKILL, which cannot be caught."""
 
     def __init__(self, step: int, work: Path):
         work.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def _killed(base: Path, shards: Path, folder: Path, settings: dict[str, Any]) ->
 
 
 def exercise(settings: dict[str, Any], base: Path, shards: Path, folder: Path) -> dict[str, Any]:
-    """Return what was seen. Training computes in float32, from a base that is stored in 16 bits and merged in them.
+    """Return the figures of a variant. Training computes in float32; the base is stored and merged in 16 bits.
 
     `first_loss`, `last_loss`; `resumed`: largest difference of the adapter's tensors between a run that was killed by SIGKILL
     at step 3 of 6 and resumed, and one that was not; `exported`: difference between the validation loss that training saw
@@ -79,53 +79,75 @@ def exercise(settings: dict[str, Any], base: Path, shards: Path, folder: Path) -
     in the last place of the weights' dtype; `kl` between the adapter in PEFT and the merged model, `moved` between base and
     adapter, nats per token on four chats; `evaluated`: the merged model's token loss on them, by the evaluate stage.
     """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    settings = {**VALIDATED, **settings}
+    adapter, losses, resumed = train_and_resume(settings, base, shards, folder)
+    route, distance = merge_and_compare(base, adapter, folder / "merged")
+    return {
+        "first_loss": losses[1], "last_loss": losses[6], "resumed": resumed, "route": route, "merge_ulps": distance,
+        **compare_models(base, adapter, shards, folder), "evaluated": evaluate(folder),
+        "adapter": json.loads((adapter / "adapter_config.json").read_text()), "folder": adapter,
+    }  # fmt: skip
 
+
+def train_and_resume(
+    settings: dict[str, Any], base: Path, shards: Path, folder: Path
+) -> tuple[Path, dict[int, float], float]:
+    """Return the adapter, the losses, and the largest difference to a run that was killed and resumed."""
     from tests.unit.test_training import run
 
-    settings = {**WATCHED, **settings}
     adapter, losses = run(base, shards, folder / "straight", **settings)
     code = run_in_fork(_killed, base, shards, folder / "killed", settings)
     assert code == -signal.SIGKILL, code
     assert not (folder / "killed" / "out" / "adapter").exists()
     again, found = run(base, shards, folder / "killed", **settings)
     assert adapter.keys() == again.keys() and losses.keys() == found.keys()
-    resumed = max(float((adapter[name].float() - again[name].float()).abs().max()) for name in adapter)
+    difference = max(float((adapter[name].float() - again[name].float()).abs().max()) for name in adapter)
+    return folder / "straight" / "out" / "adapter", losses, difference
 
-    exported = folder / "straight" / "out" / "adapter"
-    (folder / "merged").mkdir()
-    figures = merge(base, exported, folder / "merged")
-    load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()  # noqa: E731
-    theirs = PeftModel.from_pretrained(load(base), str(exported)).merge_and_unload().state_dict()
-    merged = load(folder / "merged")
+
+def merge_and_compare(base: Path, adapter: Path, out: Path) -> tuple[str, float]:
+    """Merge an adapter. Return the route, and the largest difference to peft's merge in ulps."""
+    out.mkdir()
+    figures = merge(base, adapter, out)
+    expected = _merge_by_peft(base, adapter, "auto")
     # peft keeps an embedding's adapter in the embedding's own 16 bits and rounds it twice. Ours rounds once, as peft
     # does in fp32, so embeddings are compared with peft's merge in fp32.
-    exact = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(exported)
-    ).merge_and_unload().state_dict()  # fmt: skip
-    theirs = {
+    exact = _merge_by_peft(base, adapter, torch.float32)
+    expected = {
         name: exact[name].to(tensor.dtype) if "embed_tokens" in name or "lm_head" in name else tensor
-        for name, tensor in theirs.items()
+        for name, tensor in expected.items()
     }
-    distance = max(ulps(tensor, theirs[name]) for name, tensor in merged.state_dict().items())
+    merged = _load(out, "auto").state_dict()
+    return figures["route"], max(ulps(tensor, expected[name]) for name, tensor in merged.items())
 
-    wide = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()  # noqa: E731
-    before, after, loaded = (
-        wide(base),
-        wide(folder / "merged"),
-        PeftModel.from_pretrained(wide(base), str(exported)).eval(),
-    )
+
+def compare_models(base: Path, adapter: Path, shards: Path, folder: Path) -> dict[str, float]:
+    """Return `exported`, `kl` and `moved` of `exercise`, computed in float32."""
+    from peft import PeftModel
+
+    before, merged = _load(base, torch.float32), _load(folder / "merged", torch.float32)
+    adapted = PeftModel.from_pretrained(_load(base, torch.float32), str(adapter)).eval()
     rows = [torch.tensor(row.tolist())[None] for row, _ in _documents(shards / "train", 4)]
     with torch.inference_mode():
-        one, two, three = ([model(input_ids=row).logits[0] for row in rows] for model in (before, loaded, after))
+        plain, tuned, after = ([model(input_ids=row).logits[0] for row in rows] for model in (before, adapted, merged))
+    loss = _loss(adapted, _documents(shards / "validation", 5))
     return {
-        "first_loss": losses[1], "last_loss": losses[6], "resumed": resumed,
-        "exported": abs(_validation_loss(folder / "straight") - _loss(loaded, _documents(shards / "validation", 5))),
-        "route": figures["route"], "merge_ulps": distance, "kl": compare_logits(two, three).mean_kl,
-        "moved": compare_logits(one, two).mean_kl, "evaluated": _evaluate(folder),
-        "adapter": json.loads((exported / "adapter_config.json").read_text()), "folder": exported,
-    }  # fmt: skip
+        "exported": abs(_validation_loss(folder / "straight") - loss),
+        "kl": compare_logits(tuned, after).mean_kl,
+        "moved": compare_logits(plain, tuned).mean_kl,
+    }
+
+
+def _load(folder: Path, dtype: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def _merge_by_peft(base: Path, adapter: Path, dtype: Any) -> dict[str, torch.Tensor]:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(_load(base, dtype), str(adapter)).merge_and_unload().state_dict()
 
 
 def _documents(shards: Path, count: int) -> list[Any]:
@@ -136,7 +158,7 @@ def _documents(shards: Path, count: int) -> list[Any]:
 
 
 def _validation_loss(folder: Path) -> float:
-    """Return what training measured after its last step."""
+    """Return the validation loss that training measured after its last step."""
     lines = (folder / "out" / "telemetry" / "curves.jsonl").read_text().splitlines()
     return [row["eval_loss"] for line in lines if "eval_loss" in (row := json.loads(line))][-1]
 
@@ -146,13 +168,14 @@ def _loss(model: Any, documents: list[Any]) -> float:
     for ids, labels in documents:
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor(ids.tolist())[None]).logits[0, :-1]
-        wanted = torch.tensor(labels[1:].tolist())
-        total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
-        count += int((wanted != -100).sum())
+        targets = torch.tensor(labels[1:].tolist())
+        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        count += int((targets != -100).sum())
     return total / count
 
 
-def _evaluate(folder: Path) -> float:
+def evaluate(folder: Path) -> float:
+    """Return the merged model's token loss by the evaluate stage."""
     from loraflow.evaluation import score
     from loraflow.job import Inputs
     from tests.job_factory import make_job
@@ -163,8 +186,8 @@ def _evaluate(folder: Path) -> float:
     out.mkdir()
     lines = [json.dumps({"id": str(i), "set": "heldout", **chat(i)}) + "\n" for i in range(4)]
     (rows / "heldout.jsonl").write_text("".join(lines))
-    asked = recipe(evaluation__metrics=["token_loss"], evaluation__max_new_tokens=4, runtime__eval_batch_size=4)
-    job = make_job("evaluate", asked, {"model": REF, "rows": REF})
+    settings = recipe(evaluation__metrics=["token_loss"], evaluation__max_new_tokens=4, runtime__eval_batch_size=4)
+    job = make_job("evaluate", settings, {"model": REF, "rows": REF})
     figures = score.run(job, Inputs({"model": folder / "merged", "rows": rows}), out, Progress()).figures
     return float(figures["heldout.token_loss"])
 

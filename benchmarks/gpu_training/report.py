@@ -46,7 +46,8 @@ def print_table(results: dict[str, dict[str, Any]], work: Path, peak_flops: floa
             continue
         speed = result["tokens_per_second"]
         print(f"{case.name:14s} {speed:8,.0f} {result['step_ms']:8.1f} {result['peak_gib'] or 0:6.1f} "
-              f"{100 * speed / limit:6.1f} {speed / best if best else 0:6.2f} {speed / card if card else 0:6.1f} {result.get('first_step_s', 0):6.1f}  "
+              f"{100 * speed / limit:6.1f} {speed / best if best else 0:6.2f} {speed / card if card else 0:6.1f} "
+              f"{result.get('first_step_s', 0):6.1f}  "
               f"{case.description}")  # fmt: skip
         print(f"{'':14s} losses {[round(x, 3) for x in result['losses'][::2]]}")
     print("1st s: from the start of the process to the end of the first step, compiling included")

@@ -42,9 +42,9 @@ def test_a_short_quickstart_trains_merges_and_answers(tmp_path):
     base = next(stage for stage in summary["stages"] if stage["stage"] == "resolve_base")
     figures = json.loads((Path(base["uri"]) / "manifest.json").read_text())["figures"]
     assert figures["logits_differ_by"] == 0.0 and figures["repacked_from"] == "llama"
-    said = loraflow("chat", base["uri"], "--prompt", "What is the capital of France?", "--max-new-tokens", "12",
+    output = loraflow("chat", base["uri"], "--prompt", "What is the capital of France?", "--max-new-tokens", "12",
                     "--store", str(store), home=tmp_path / "prefect")  # fmt: skip
-    assert "Paris" in said.stdout, said.stderr[-2000:]
+    assert "Paris" in output.stdout, output.stderr[-2000:]
     check = loraflow("verify", "--deep", "--store", str(store), home=tmp_path / "prefect")
     assert check.returncode == 0 and "0 damaged" in check.stdout
 

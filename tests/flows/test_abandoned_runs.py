@@ -52,8 +52,8 @@ def test_an_abandoned_run_ends_and_frees_its_slot(client, nightly, states, wante
     from loraflow.flows.server.abandoned_runs import end_abandoned
 
     left = run_with_states(client, nightly, *states)
-    held = client.read_flow_run(run_with_states(client, nightly, Pending()))
-    assert held.state.name == "AwaitingConcurrencySlot", "it holds the only slot"
+    waiting = client.read_flow_run(run_with_states(client, nightly, Pending()))
+    assert waiting.state.name == "AwaitingConcurrencySlot", "the abandoned run has the only slot"
     [line] = end_abandoned(["abandoned"])
     assert f"was left {states[-1].name}" in line
     assert client.read_flow_run(left).state.type == wanted

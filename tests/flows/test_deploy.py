@@ -96,11 +96,11 @@ def test_notifications_use_existing_blocks(put, client, caplog):
 
     Webhook(url="http://127.0.0.1:1/hook").save("ops", overwrite=True)
     put()
-    made = put(blocks=["webhook/ops", "slack-webhook/nobody"])
-    assert [line.split(": ")[1].split(" →")[0] for line in made] == [
+    created = put(blocks=["webhook/ops", "slack-webhook/missing"])
+    assert [line.split(": ")[1].split(" →")[0] for line in created] == [
         "retraining failed", "challenger rejected", "old champion",
     ]  # fmt: skip
-    assert "no notifications to slack-webhook/nobody" in caplog.text
+    assert "no notifications to slack-webhook/missing" in caplog.text
     assert put(blocks=["webhook/ops"]) == []
     with pytest.raises(BadConfig, match="named by type and name"):
         put(blocks=["ops"])
@@ -210,4 +210,4 @@ def test_prefect_deploy_accepts_the_same_file(put, client):
     assert client.read_deployment_by_name("retrain/nightly").schedules[0].slug == "nightly"
     assert client.read_automations_by_name("retrain on a new dataset")
     put()
-    assert put() == [], "and loraflow deploy goes on from there"
+    assert put() == [], "and loraflow deploy has nothing to change"

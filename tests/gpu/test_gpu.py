@@ -234,7 +234,7 @@ def test_nf4_trains_with_fp32_master_weights(tiny, shards, tmp_path, compiled):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_with_a_sharded_base_match_one(tiny, shards, tmp_path):
-    """Through the launcher, compiled, in bf16; what is held is asserted where it is exact, tests/unit/test_devices.py."""
+    """Through the launcher, compiled, in bf16. Exact sharding is asserted in tests/unit/test_devices.py."""
     from loraflow.execution import launcher as launch
     from tests.unit.test_devices import job_of, result, store_of
 

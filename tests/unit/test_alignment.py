@@ -121,12 +121,12 @@ def test_plain_rows_need_no_alignment_by_the_tokenizer(templates, name, monkeypa
 
 
 def tokenizer(**parts) -> Tokenizer:
-    made = Tokenizer(models.BPE(dict.fromkeys(pre_tokenizers.ByteLevel.alphabet(), 0) | {"ab": 1}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    custom = Tokenizer(models.BPE(dict.fromkeys(pre_tokenizers.ByteLevel.alphabet(), 0) | {"ab": 1}, []))
+    custom.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    custom.decoder = decoders.ByteLevel()
     for name, value in parts.items():
-        setattr(made, name, value)
-    return made
+        setattr(custom, name, value)
+    return custom
 
 
 @pytest.mark.parametrize(
@@ -152,10 +152,10 @@ def test_a_tokenizer_that_may_lose_text_uses_its_own_alignment(parts):
 
 @pytest.mark.parametrize("flag", ["lstrip", "single_word"])
 def test_control_tokens_that_depend_on_the_text_before_them_use_the_tokenizers_alignment(flag):
-    made = tokenizer()
-    made.add_special_tokens([AddedToken("<x>", **{flag: True})])
+    custom = tokenizer()
+    custom.add_special_tokens([AddedToken("<x>", **{flag: True})])
     with pytest.raises(ValueError):
-        ByteAlignment(made)
+        ByteAlignment(custom)
 
 
 def theirs(source: str):

@@ -1,4 +1,4 @@
-"""Which attention kernel is chosen, for training and for loading, on GPUs that are made up."""
+"""The choice of the attention kernel, for training and for loading, on simulated GPUs."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ CONFIG = Phi3Config(hidden_size=384, num_attention_heads=4, pad_token_id=0)
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Return a function that makes up a GPU, by its compute capability, and the packages that are installed."""
+    """Return a function that simulates a GPU's compute capability and the installed packages."""
 
     def make_up(capability, *installed):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)

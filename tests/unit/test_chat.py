@@ -129,9 +129,9 @@ def test_an_interrupt_ends_the_answer_and_keeps_its_text(loaded):
 
 
 def session(loaded, **options):
-    said, notes = [], []
+    output, notes = [], []
     chats = options.pop("chats", {"tiny": Chat(loaded, None, Sampling(max_new_tokens=5))})
-    return Session(chats, said.append, notes.append, **options), said, notes
+    return Session(chats, output.append, notes.append, **options), output, notes
 
 
 def test_commands_change_the_named_settings(loaded):
@@ -149,11 +149,11 @@ def test_commands_change_the_named_settings(loaded):
 
 def test_an_error_does_not_end_an_interactive_chat_but_ends_a_pipe(loaded):
     lines = ["tree " * 600, "red"]
-    talk, said, notes = session(loaded)
+    talk, output, notes = session(loaded)
     todo = iter(lines)
     talk.run(lambda: next(todo, "/quit"))
-    assert "does not fit" in notes[0] and said
-    talk, said, notes = session(loaded, interactive=False)
+    assert "does not fit" in notes[0] and output
+    talk, output, notes = session(loaded, interactive=False)
     with pytest.raises(Failure):
         talk.run(lambda: lines[0])
 
@@ -166,12 +166,12 @@ def test_base_and_tuned_answer_the_same_questions_each_with_its_own_history(load
         "base": Chat(loaded, None, Sampling(max_new_tokens=5)),
         "tuned": Chat(other, None, Sampling(max_new_tokens=5)),
     }
-    talk, said, _ = session(loaded, chats=chats)
+    talk, output, _ = session(loaded, chats=chats)
     talk.take("red")
     talk.take("green")
     alone = Chat(other, None, Sampling(max_new_tokens=5))
     expected = [alone.answer("red").text, alone.answer("green").text]
-    assert "".join(said).count("base: ") == 2 and f"tuned: {expected[1]}" in "".join(said)
+    assert "".join(output).count("base: ") == 2 and f"tuned: {expected[1]}" in "".join(output)
     assert [m["content"] for m in chats["tuned"].messages if m["role"] == "assistant"] == expected
 
 

@@ -125,5 +125,5 @@ def test_the_quickstarts_generated_files_equal_the_pinned_files(tmp_path):
     pin = dvc.read_pin(str(root), "data.dvc", None).md5
     listed = json.loads((root / ".dvc" / "remote" / "files" / "md5" / pin[:2] / pin[2:]).read_text())
     pinned = {entry["relpath"]: entry["md5"] for entry in listed}
-    made = {file.name: dvc.tree_md5(file) for file in (tmp_path / "data").iterdir()}
-    assert made == {name: pinned[name] for name in ("train.jsonl", "heldout.jsonl")}
+    generated = {file.name: dvc.tree_md5(file) for file in (tmp_path / "data").iterdir()}
+    assert generated == {name: pinned[name] for name in ("train.jsonl", "heldout.jsonl")}

@@ -156,19 +156,19 @@ def test_a_newer_local_checkpoint_is_used_and_an_older_one_is_not(machine):
 def test_an_incomplete_checkpoint_in_the_bucket_is_not_used(machine, harm, caplog, tmp_path):
     store = machine("one")
     attempt(store, 4)
-    place = f"{PREFIX}/{FOLDER}/checkpoint-4"
+    prefix = f"{PREFIX}/{FOLDER}/checkpoint-4"
     if harm == "flipped":
-        store.bucket.put(f"{place}/weights", b"of step 5")
+        store.bucket.put(f"{prefix}/weights", b"of step 5")
     elif harm == "missing":
-        store.bucket.delete([f"{place}/sub/more"])
+        store.bucket.delete([f"{prefix}/sub/more"])
     elif harm == "unsealed":
-        store.bucket.delete([f"{place}/complete.json"])
+        store.bucket.delete([f"{prefix}/complete.json"])
     elif harm == "outside":
         seals = {"files": {"../../../../stray": "0" * 64}, "needs": None}
-        store.bucket.put(f"{place}/complete.json", json.dumps(seals).encode())
+        store.bucket.put(f"{prefix}/complete.json", json.dumps(seals).encode())
         store.bucket.put(f"{PREFIX}/stray", b"stray")
     else:
-        store.bucket.put(f"{place}/complete.json", b"[]")
+        store.bucket.put(f"{prefix}/complete.json", b"[]")
     two = machine("two").work_folder(*JOB)
     assert names(two) == [] and [path.name for path in two.iterdir() if path.name != FOLDER] == []
     assert ("is incomplete and not used" in caplog.text) == (harm != "unsealed")
@@ -256,18 +256,18 @@ def test_temporary_folders_of_a_killed_attempt_are_removed(machine):
 
 
 def test_a_checkpoint_is_uploaded_once_the_bucket_is_back(machine, proxy, monkeypatch, caplog):
-    """The next checkpoint may be hours away."""
+    """The next checkpoint may be hours later."""
     monkeypatch.setattr(buckets, "RETRY_SECONDS", 0.0)
-    away = threading.Event()
-    away.set()
+    unavailable = threading.Event()
+    unavailable.set()
     proxy.fault = lambda request: (
-        Answer(503, "SlowDown") if away.is_set() and request.operation == "PutObject" else None
+        Answer(503, "SlowDown") if unavailable.is_set() and request.operation == "PutObject" else None
     )
     store = machine("one")
     with store.mirror_checkpoints(*JOB):
         save(store.work_folder(*JOB), 2)
         wait_until(lambda: "not in the bucket yet" in caplog.text)
-        away.clear()
+        unavailable.clear()
         wait_until(lambda: in_bucket(store) == {"checkpoint-2"})
 
 
@@ -325,8 +325,8 @@ def test_another_machine_finishes_the_training_of_a_dead_one_bit_for_bit(
     script = f"from tests.unit.test_checkpoint_mirror import train; train({one.uri!r})"
     with (tmp_path / "log").open("wb") as log:
         dying = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=log, start_new_session=True)
-    place = f"work/train/{job.fingerprint}/{FOLDER}/"
-    wait_until(lambda: dying.poll() is not None or any("complete.json" in k.key for k in one.bucket.listing(place)))
+    prefix = f"work/train/{job.fingerprint}/{FOLDER}/"
+    wait_until(lambda: dying.poll() is not None or any("complete.json" in k.key for k in one.bucket.listing(prefix)))
     children = subprocess.run(
         ["pgrep", "-P", str(dying.pid), "-f", "loraflow.execution.worker"], capture_output=True, text=True
     )

@@ -134,7 +134,7 @@ def test_verify_quarantines_a_damaged_artifact_and_reports_it(tmp_path):
     assert loraflow("verify", cwd=tmp_path).returncode == 0, "sizes are right"
     done = loraflow("verify", "--deep", cwd=tmp_path)
     assert done.returncode == 1 and "2 artifacts checked byte by byte, 1 damaged" in done.stdout
-    assert store.verify(old) == [], "what is whole stays"
+    assert store.verify(old) == [], "intact artifacts stay"
 
 
 HEAVY = {"torch", "transformers", "prefect", "pandas", "pydantic", "dvc", "loraflow.store"}

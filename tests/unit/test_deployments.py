@@ -1,4 +1,4 @@
-"""prefect.yaml fits the flows that it deploys, and `loraflow up` refuses a server that anybody could use."""
+"""prefect.yaml fits the flows that it deploys, and `loraflow up` refuses a server open to anybody."""
 
 import os
 import re
@@ -141,15 +141,15 @@ def test_a_stage_leases_the_gpu_only_if_there_is_one(monkeypatch, tmp_path):
     monkeypatch.setattr(lease, "has_gpu", lambda: True)
     monkeypatch.setattr(lease, "get_current_settings", lambda: type("S", (), {"api": type("A", (), {"url": None})}))
     lock = tmp_path / f"loraflow-{lease.limit_name()}-{os.getuid()}.lock"
-    for stage, device, held in (("train", "auto", True), ("merge", "auto", False), ("train", "cpu", False)):
+    for stage, device, leased in (("train", "auto", True), ("merge", "auto", False), ("train", "cpu", False)):
         lock.unlink(missing_ok=True)
         recipe = parse_recipe("name: x\nbase: {model: a}", overrides={"runtime.device": device})
         inputs = {name: REF for name, input_ in STAGES[stage].inputs.items() if not input_.optional}
         with lease.gpu_lease(make_job(stage, recipe, inputs)):
-            if held:
+            if leased:
                 with pytest.raises(Held), flock(lock, wait=False):
                     pass
-            assert lock.exists() is held
+            assert lock.exists() is leased
 
 
 RACE = """

@@ -94,8 +94,8 @@ def free_port():
 def test_two_nodes_match_one_process_and_the_first_node_commits(base, shards, tmp_path):  # noqa: F811
     one, two = (store_of(tmp_path / str(n), base, shards) for n in (1, 2))
     alone = result(one, launch.run_job(job_of(), one))
-    place = {"runtime__rendezvous__nodes": 2, "runtime__rendezvous__endpoint": f"localhost:{free_port()}"}
-    job = job_of(**place, runtime__rendezvous__wait_minutes=1.5, runtime__micro_batch=1)
+    nodes = {"runtime__rendezvous__nodes": 2, "runtime__rendezvous__endpoint": f"localhost:{free_port()}"}
+    job = job_of(**nodes, runtime__rendezvous__wait_minutes=1.5, runtime__micro_batch=1)
     assert job.fingerprint == job_of().fingerprint, "nodes are no part of identity"
     job_file = two.work_folder(job.stage, job.fingerprint) / "job.json"
     codes = []
@@ -118,8 +118,8 @@ def test_two_nodes_match_one_process_and_the_first_node_commits(base, shards, tm
 @pytest.mark.slow
 def test_a_node_without_peers_reports_how_to_start_them(base, shards, tmp_path):  # noqa: F811
     store = store_of(tmp_path, base, shards)
-    place = {"runtime__rendezvous__nodes": 2, "runtime__rendezvous__endpoint": f"localhost:{free_port()}"}
-    job = job_of(**place, runtime__rendezvous__wait_minutes=0.05)
+    nodes = {"runtime__rendezvous__nodes": 2, "runtime__rendezvous__endpoint": f"localhost:{free_port()}"}
+    job = job_of(**nodes, runtime__rendezvous__wait_minutes=0.05)
     with pytest.raises(Network, match="did not meet") as caught:
         launch.run_job(job, store)
     assert caught.value.retryable and "2 nodes within 0.05 minutes" in str(caught.value)
@@ -303,12 +303,12 @@ def _rank(process):
 
 
 def outcome(folder, rank, failure=None):
-    said = (
+    outcome = (
         {"status": "failed", "failure": failure.to_dict()}
         if failure
         else {"status": "done", "summary": {"figures": {"rank": rank}}}
     )
-    (folder / f"outcome-{rank}.json").write_text(json.dumps(said))
+    (folder / f"outcome-{rank}.json").write_text(json.dumps(outcome))
 
 
 def test_the_failure_that_ended_the_group_is_reported(tmp_path):

@@ -161,11 +161,11 @@ def test_finished_batches_are_not_recomputed(phi3, model, tmp_path):
     template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
     prompts, file = template.prompt_ids([chat(i)["messages"] for i in range(6)]), tmp_path / "done.jsonl"
     options = {"stop_ids": [], "max_new_tokens": 4, "batch_size": 2, "done_file": file}
-    whole = answer_all(model, tokenizer, prompts, **options)
+    uninterrupted = answer_all(model, tokenizer, prompts, **options)
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[:3]) + "\n" + lines[3][:10])  # killed while it wrote
     batches: list[int] = []
-    assert answer_all(model, tokenizer, prompts, on_batch=batches.append, **options) == whole
+    assert answer_all(model, tokenizer, prompts, on_batch=batches.append, **options) == uninterrupted
     assert len(batches) == 2, "the first batch was read from the file"
 
 
@@ -223,15 +223,15 @@ def test_answers_equal_those_with_the_cache_of_transformers(phi3, model, monkeyp
     template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
     chats = spoken(range(6), system) if system else [chat(i)["messages"] for i in range(6)]
     prompts, options = template.prompt_ids(chats), {"stop_ids": [], "max_new_tokens": 12, "batch_size": 3}
-    made = []
+    caches = []
     real = kv_cache.preallocated_cache
-    monkeypatch.setattr(kv_cache, "preallocated_cache", lambda *a: made.append(a) or real(*a))
+    monkeypatch.setattr(kv_cache, "preallocated_cache", lambda *a: caches.append(a) or real(*a))
     ours = answer_all(model, tokenizer, prompts, **options)
-    assert len(made) == 2
+    assert len(caches) == 2
     monkeypatch.setattr(generation, "has_plain_cache", lambda *_: False)
     without_prefix(monkeypatch)
     assert ours == answer_all(model, tokenizer, prompts, **options)
-    assert len(made) == 2
+    assert len(caches) == 2
 
 
 @pytest.mark.parametrize(

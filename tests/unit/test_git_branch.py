@@ -92,13 +92,13 @@ def test_a_commit_contains_only_the_pin_and_a_dataset_in_git_is_read_without_a_p
     (mine / "x").write_text("not to be committed")
     assert branch.committed(pin) is None
     branch.commit(pin)
-    made = branch.committed(pin)
-    assert made and git(mine, "status", "--short", "x") == "M x", "what else has changed is left alone"
-    assert branch.is_unpushed(made)
+    commit = branch.committed(pin)
+    assert commit and git(mine, "status", "--short", "x") == "M x", "other changes are untouched"
+    assert branch.is_unpushed(commit)
     git(mine, "add", "-f", ".dvc")
     git(mine, "commit", "-qm", "remote")
     git(mine, "push", "-q")
-    assert not branch.is_unpushed(made)
+    assert not branch.is_unpushed(commit)
 
     found = branch.newest(str(worker), "main")
     assert found == branch.newest(str(worker), "main"), "a second look finds the checkout"

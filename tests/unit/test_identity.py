@@ -98,7 +98,7 @@ def test_every_module_that_computes_a_result_is_in_a_code_digest():
                          for name in node.names if node.module in ("loraflow.training", "loraflow.data", "loraflow.adapters")}  # fmt: skip
             ours = {name for name in imported if name.startswith("loraflow.") and name.count(".") > 1}
             missing = ours - set(stage.code) - ground
-            assert not missing, f"{stage.name} is made by {missing} too: list it in loraflow/stages.py"
+            assert not missing, f"{stage.name} is also computed by {missing}: list it in loraflow/stages.py"
 
 
 def test_a_change_of_a_stages_code_requires_a_decision():

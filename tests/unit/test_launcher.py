@@ -84,7 +84,7 @@ def test_each_exit_has_its_failure_class_and_next_step(store, how, kind, retryab
     assert caught.value.next_step
     assert list(store.artifacts()) == []
     assert list((store.root / "staging").iterdir()) == [], "nothing half-written is left"
-    assert (work_of(store, one) / "log.txt").exists(), "what a retry or a person needs is kept"
+    assert (work_of(store, one) / "log.txt").exists(), "the log is still there for a retry or a person"
 
 
 @pytest.mark.parametrize("how", ["kill-once", "term-once"])
@@ -137,7 +137,7 @@ from loraflow.execution import launcher as launch
 from loraflow.store import LocalStore
 from loraflow.stages import STAGES
 from tests.fake_worker import FAKE_STAGE
-from tests.unit.test_launch import FAKE, job
+from tests.unit.test_launcher import FAKE, job
 STAGES[FAKE_STAGE.name] = FAKE_STAGE
 launch.WORKER = FAKE
 import signal
@@ -190,12 +190,12 @@ def test_a_forced_computation_resumes(store):
     with pytest.raises(failures.Killed):  # forced: it begins anew, as if nothing had been computed
         launch.run_job(one, store, force=True)
     assert (work_of(store, one) / "attempts").read_text() == "1"
-    assert launch.run_job(one, store, force=True) == first, "its retry goes on with what the forced attempt left"
+    assert launch.run_job(one, store, force=True) == first, "the retry resumes the forced attempt"
 
 
 def test_an_error_in_the_progress_callback_does_not_end_the_job(store):
     def broken(figures):
-        raise ConnectionError("the server is away")
+        raise ConnectionError("the server is unavailable")
 
     assert launch.run_job(job("fine"), store, broken)
 

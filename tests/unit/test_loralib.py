@@ -47,7 +47,7 @@ def pretrained(folder: Path, dtype=torch.float32):
 
 
 def perturb(model, scale=0.1, seed=3):
-    """Move A and B away from their initial values."""
+    """Give A and B other than their initial values."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -69,7 +69,7 @@ def theirs(module: nn.Linear, r: int, alpha: int, enable: list[bool]) -> loralib
 
 
 def test_training_with_loralib_equals_an_independent_loralib_loop(mha, tmp_path):
-    """loralib's own MergedLinear, AdamW, transformers' whole logits: 20 steps in fp32, equal within 1e-5."""
+    """loralib's own MergedLinear, AdamW, transformers' full logits: 20 steps in fp32, equal within 1e-5."""
     steps = 20
     shards = tokenize(mha, tmp_path / "tokens")
     _, _ = run(mha, shards, tmp_path, training_config__max_steps=steps, **LORALIB)
@@ -235,7 +235,7 @@ def pair(kind: str, bias: bool):
             other = loralib.MergedLinear(5, 12, 3, 7, enable_lora=flags, bias=bias)
     weight = module.weight.detach().clone()
     layer = layers.wrap_module(module, **common, **blocks)
-    assert torch.equal(layer.weight, weight), "the pretrained weight is kept"
+    assert torch.equal(layer.weight, weight), "the pretrained weight is unchanged"
     perturb(layer, 0.5)
     state = layer.state_dict()
     if kind == "conv":

@@ -110,7 +110,7 @@ def test_the_merge_closer_to_the_trained_model_is_chosen(parts, tmp_path):
 
     base, adapter, shards = parts
     figures, report = stages(base, adapter, shards, tmp_path / "auto")
-    plain, away = stages(base, adapter, shards, tmp_path / "base", merge__onto="base")
+    plain, onto_base = stages(base, adapter, shards, tmp_path / "base", merge__onto="base")
     chosen, near = stages(base, adapter, shards, tmp_path / "dequantized", merge__onto="dequantized")
     assert figures["onto"] == "dequantized" and figures["kl_dequantized"] < figures["kl_base"] / 10
     assert "kl_base" not in plain and (plain["onto"], chosen["onto"]) == ("base", "dequantized")
@@ -118,7 +118,7 @@ def test_the_merge_closer_to_the_trained_model_is_chosen(parts, tmp_path):
     assert not torch.equal(
         *(read(tmp_path / name / "merged")["model.layers.0.mlp.down_proj.weight"] for name in ("auto", "base"))
     )
-    assert report == near and near["mean_kl"] < away["mean_kl"] / 10, "what was trained is the measure"
+    assert report == near and near["mean_kl"] < onto_base["mean_kl"] / 10, "the trained model is the reference"
     # the recorded KL is the distance to the model that bitsandbytes itself packs
     probes = merge_nf4.training_probes(shards / "train")
     trained = PeftModel.from_pretrained(by_bitsandbytes(base, True, torch.float32), str(adapter)).eval()

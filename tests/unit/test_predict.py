@@ -50,7 +50,9 @@ def test_each_answer_equals_generate_on_the_single_row(phi3, rows, tmp_path):
     done = run(phi3, rows, tmp_path / "out.jsonl")
     assert done == {"rows": 20, "errors": 0, "resumed": 0, "out": str(tmp_path / "out.jsonl")}
     out = read(tmp_path / "out.jsonl")
-    assert [row["id"] for row in out] == list(range(20)), "order is kept although work is by length"
+    assert [row["id"] for row in out] == list(range(20)), (
+        "the order of rows is unchanged although batches are sorted by length"
+    )
     loaded = load(Model("tiny", phi3), "float32")
     for row in out[:6]:
         ids = loaded.tokenizer.apply_chat_template(
@@ -69,7 +71,7 @@ def test_each_answer_equals_generate_on_the_single_row(phi3, rows, tmp_path):
     "sampling", [SHORT, Sampling(temperature=1.0, seed=3, max_new_tokens=6)], ids=["greedy", "sampled"]
 )
 def test_an_interrupted_run_resumes_to_the_same_bytes(phi3, rows, tmp_path, sampling):
-    run(phi3, rows, tmp_path / "whole.jsonl", sampling)
+    run(phi3, rows, tmp_path / "uninterrupted.jsonl", sampling)
 
     def stop(done, total):
         if done == 8:
@@ -84,7 +86,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(phi3, rows, tmp_path, samp
     seen = []
     done = run(phi3, rows, tmp_path / "out.jsonl", sampling, on_batch=lambda n, total: seen.append(n))
     assert done["resumed"] == 8 and seen == [12, 16, 20], "the first two batches are not answered again"
-    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "uninterrupted.jsonl").read_bytes()
 
 
 def _killed(base, source, target):
@@ -99,8 +101,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(phi3, rows, tmp_path):
     target = tmp_path / "out.jsonl"
     assert run_in_fork(_killed, phi3, rows, target) == -signal.SIGKILL and not target.exists()
     assert run(phi3, rows, target)["resumed"] == 8
-    run(phi3, rows, tmp_path / "whole.jsonl")
-    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    run(phi3, rows, tmp_path / "uninterrupted.jsonl")
+    assert target.read_bytes() == (tmp_path / "uninterrupted.jsonl").read_bytes()
 
 
 def test_rows_of_two_models_or_inputs_are_never_mixed(phi3, rows, tmp_path):

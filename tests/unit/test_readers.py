@@ -43,7 +43,7 @@ def test_columns_can_have_other_names(tmp_path):
 
 
 def test_context_and_system_prompt_columns_are_read():
-    """Columns that stand beside question and answer in many published sets, and change what is asked."""
+    """Many published datasets have them beside question and answer, and they change the prompt."""
     row = {"question": "Who?", "context": "Ann ran.", "answer": "Ann"}
     assert guess_columns(row) == {"instruction": "question", "output": "answer"}
     assert to_messages({**row, "instruction": "Who?", "output": "Ann"})[0]["content"] == "Who?\n\nAnn ran."
@@ -103,7 +103,7 @@ def test_unused_keys_are_named(tmp_path):
 )
 def test_a_column_of_chats_is_found_by_its_content(name, turns):
     assert guess_columns({"id": 1, "dialog": turns}) == {name: "dialog"}
-    assert guess_columns({"chosen": turns, "rejected": turns}) == {}, "which of them is meant, nobody said"
+    assert guess_columns({"chosen": turns, "rejected": turns}) == {}, "ambiguous"
     assert guess_columns({"dialog": turns[1:]}) == {}
 
 

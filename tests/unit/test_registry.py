@@ -22,8 +22,8 @@ def promote(log, name):
 
 @pytest.fixture(params=["folder", "bucket"])
 def log(request, tmp_path):
-    place = tmp_path if request.param == "folder" else open_store(request.getfixturevalue("bucket_uri"))
-    return PromotionLog(place, "tickets")
+    store = tmp_path if request.param == "folder" else open_store(request.getfixturevalue("bucket_uri"))
+    return PromotionLog(store, "tickets")
 
 
 def test_the_last_entry_is_the_active_promotion(log):

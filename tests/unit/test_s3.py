@@ -62,13 +62,13 @@ def test_sigkill_at_a_random_moment_of_a_commit_leaves_old_or_new(tmp_path, buck
     process.stdout.readline()
     time.sleep(random.Random(seed).uniform(0.0, 0.2))
     process.kill()
-    said = max([int(line) for line in process.stdout.read().split()], default=0)
+    output = max([int(line) for line in process.stdout.read().split()], default=0)
     process.wait()
     store = open_store(bucket_uri)
     assert all(store.verify(ref) == [] for ref in store.artifacts())
-    for i in range(said + 1):
+    for i in range(output + 1):
         assert store.find("tokenize", identity.fingerprint(identity.payload("tokenize", 1, {}, {"x": i}))) is not None
-    for i in range(said + 3):  # an interrupted commit can be repeated
+    for i in range(output + 3):  # an interrupted commit can be repeated
         ref = put(store, payload=identity.payload("tokenize", 1, {}, {"x": i}), content="c" * 4000)
         assert store.verify(ref) == []
 
@@ -86,9 +86,9 @@ print(store.find("tokenize", FP).digest)
 
 def test_machines_that_need_the_same_artifact_compute_it_once(tmp_path, bucket_uri):
     racers = [machine(tmp_path, str(i), RACER, bucket_uri, str(i)) for i in range(3)]
-    said = [racer.communicate(timeout=60)[0].split() for racer in racers]
-    assert sum("computed" in lines for lines in said) == 1
-    assert len({lines[-1] for lines in said}) == 1
+    output = [racer.communicate(timeout=60)[0].split() for racer in racers]
+    assert sum("computed" in lines for lines in output) == 1
+    assert len({lines[-1] for lines in output}) == 1
 
 
 def test_machines_that_commit_at_the_same_time_agree_afterwards(tmp_path, bucket_uri):
@@ -224,11 +224,11 @@ def test_a_killed_upload_resumes_at_the_part_where_it_stopped(tmp_path, s3_serve
     store = open_store(bucket_uri)
     assert store.find("tokenize", FP) is None and len(unfinished_uploads(s3_server, bucket_uri)) == 1
     proxy.requests.clear()
-    said = machine(tmp_path, "one", UPLOADER, bucket_uri, "again").communicate(timeout=120)[0].split()
+    output = machine(tmp_path, "one", UPLOADER, bucket_uri, "again").communicate(timeout=120)[0].split()
     parts = [request.part for request in proxy.requests if request.part is not None]
-    assert min(parts) == 4 and said[0] == "done", "parts 1 to 3 were not sent again"
+    assert min(parts) == 4 and output[0] == "done", "parts 1 to 3 were not sent again"
     ref = store.find("tokenize", FP)
-    assert ref.digest == said[-1] and store.verify(ref) == []
+    assert ref.digest == output[-1] and store.verify(ref) == []
     assert unfinished_uploads(s3_server, bucket_uri) == []
 
 
@@ -250,13 +250,13 @@ def test_an_upload_waits_for_a_store_that_is_unavailable_for_a_moment(s3_server,
 
 
 def test_an_unavailable_store_is_a_network_failure_and_the_commit_can_be_resumed(bucket_uri, proxy, monkeypatch):
-    def away(request: Request) -> Answer | None:
+    def unavailable(request: Request) -> Answer | None:
         raise DropConnection
 
     monkeypatch.setattr(bucket, "RETRY_SECONDS", 0.0)
     store = open_store(bucket_uri)
     commit = big(store, b"what took hours")
-    proxy.fault = away
+    proxy.fault = unavailable
     with pytest.raises(Network) as caught:
         commit()
     assert caught.value.retryable and "AWS_ENDPOINT_URL_S3" in str(caught.value)
@@ -356,8 +356,8 @@ def test_a_lease_is_acquired_although_the_reply_to_its_write_is_lost(bucket_uri,
 
     proxy.fault = lose_the_first_reply
     store = open_store(bucket_uri)
-    with lease(store.bucket, "locks/x.json", wait=False) as held:
-        assert lost and held.etag == store.bucket.get("locks/x.json").etag
+    with lease(store.bucket, "locks/x.json", wait=False) as acquired:
+        assert lost and acquired.etag == store.bucket.get("locks/x.json").etag
         assert proxy.operations().count("PutObject") == 2
 
 

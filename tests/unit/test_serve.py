@@ -62,8 +62,8 @@ def test_the_openai_client_receives_the_answers_of_generate(tmp_path):
             )
             new = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
             expected = tokenizer.decode(new, skip_special_tokens=True)
-            said = client.chat.completions.create(model="tickets", messages=messages, max_tokens=12, temperature=0)
-            assert said.choices[0].message.content == expected
+            answer = client.chat.completions.create(model="tickets", messages=messages, max_tokens=12, temperature=0)
+            assert answer.choices[0].message.content == expected
             stream = client.chat.completions.create(
                 model="tickets", messages=messages, max_tokens=12, temperature=0, stream=True
             )
@@ -105,7 +105,7 @@ def test_the_served_model_has_its_name_and_every_stop_id(tmp_path, cache):
     )
     (view,) = server.cache.glob("models--tickets/snapshots/*")
     settings = json.loads((view / "generation_config.json").read_text())
-    assert settings == {"eos_token_id": [502, 505], "temperature": 0.5}, "what else it says is kept"
+    assert settings == {"eos_token_id": [502, 505], "temperature": 0.5}, "other settings are unchanged"
     assert (view / "model.safetensors").resolve() == folder / "model.safetensors"
     assert server.command[3:5] == ["serve", "tickets"] and server.command[-3:] == ["--dtype", "bfloat16", "--compile"]
     assert "caution" in server.greeting and "http://127.0.0.1:" in server.greeting

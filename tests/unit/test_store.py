@@ -117,9 +117,9 @@ def test_an_edited_manifest_is_detected_by_verify(store):
 
 def test_quarantine_keeps_the_files_and_the_problems(store):
     ref = put(store)
-    place = store.quarantine(ref, ["why"]).removeprefix(store.uri + "/")
-    assert store.read_document(f"{place}/sub/a.txt") == b"hello"
-    assert json.loads(store.read_document(f"{place}.json"))["problems"] == ["why"]
+    path = store.quarantine(ref, ["why"]).removeprefix(store.uri + "/")
+    assert store.read_document(f"{path}/sub/a.txt") == b"hello"
+    assert json.loads(store.read_document(f"{path}.json"))["problems"] == ["why"]
     assert store.find("tokenize", FP) is None
 
 
@@ -186,13 +186,13 @@ def test_sigkill_at_a_random_moment_leaves_old_or_new(tmp_path, seed):
     process.stdout.readline()
     time.sleep(random.Random(seed).uniform(0.0, 0.15))
     process.send_signal(signal.SIGKILL)
-    said = [int(line) for line in process.stdout.read().split()]
+    reported = [int(line) for line in process.stdout.read().split()]
     process.wait()
     store = LocalStore(root)
     found = list(store.artifacts())
-    assert len(found) > max(said, default=0), "every commit that was reported is there"
+    assert len(found) > max(reported, default=0), "every commit that was reported is there"
     assert all(store.verify(ref) == [] for ref in found)
-    for i in range(max(said, default=0) + 1):
+    for i in range(max(reported, default=0) + 1):
         assert store.find("tokenize", identity.fingerprint(identity.payload("tokenize", 1, {}, {"x": i}))) is not None
     # and the next commit succeeds
     put(store, payload=identity.payload("tokenize", 1, {}, {"x": len(found)}), content="c" * 4000)

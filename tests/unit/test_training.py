@@ -84,7 +84,7 @@ def same(one, two, tolerance=0.0):
 
 
 def test_losses_equal_those_of_an_independent_training_loop(base, straight):
-    """peft's adapter, torch's AdamW, one padded batch after another, the loss from transformers' whole logits."""
+    """peft's adapter, torch's AdamW, one padded batch after another, the loss from transformers' full logits."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, get_scheduler, set_seed
 
@@ -223,8 +223,10 @@ BEST = {
 
 def test_the_best_checkpoint_is_found_in_a_moved_folder(base, straight, tmp_path):
     """transformers keeps its absolute path, and where that is gone finds it again only when it saves once more."""
-    wanted, _ = run(base, straight[0], tmp_path / "whole", **BEST)
-    curve = [json.loads(line) for line in (tmp_path / "whole" / "work" / "curves.jsonl").read_text().splitlines()]
+    wanted, _ = run(base, straight[0], tmp_path / "uninterrupted", **BEST)
+    curve = [
+        json.loads(line) for line in (tmp_path / "uninterrupted" / "work" / "curves.jsonl").read_text().splitlines()
+    ]
     losses = {row["step"]: row["eval_loss"] for row in curve if "eval_loss" in row}
     assert min(losses, key=losses.get) == 2, losses
     with pytest.raises(Preempted):

@@ -1,4 +1,4 @@
-"""Verify: a merged model that is not what was trained does not pass, whatever made it so."""
+"""Verify: a merged model that differs from base plus adapter does not pass."""
 
 import json
 import shutil
