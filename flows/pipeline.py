@@ -1,8 +1,7 @@
 """The pipeline: from a pinned dataset and a base model to a merged model, scored beside the base and the champion.
 
-version_dataset ─→ check_dataset ─→ tokenize ─→ train ─→ merge ─┬─→ verify(merged) ──────┐
-resolve_base ─────────┴───────────────┴───────────┴─────────────┼─→ evaluate(tuned) ─────┼─→ gate ─→ register
-      └─→ evaluate(base)    champion ─→ evaluate(champion) ─────┴────────────────────────┘
+Each call below names what the stage reads. README.md has the same as a picture. The gate and what follows it are in
+`loraflow.flows.finetune`.
 
 `loraflow.execution.plan.STEPS` lists the same steps for `loraflow plan`, which does not import prefect; a test compares
 the two.

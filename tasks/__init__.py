@@ -1,1 +1,1 @@
-"""How a stage runs under Prefect: cache key, retries, progress, artifacts in the UI."""
+"""How a stage runs under Prefect: cache lookup in the artifact store, retries, placement, progress and reports in the UI."""
