@@ -1,3 +1,3 @@
-"""LoRA fine-tuning as a pipeline of cached stages. `docs/design.md` explains the words, the layers and the way through the code."""
+"""LoRA fine-tuning as a pipeline of cached stages. Start with `docs/design.md`: words, layers, the way through the code."""
 
 __version__ = "0.1.0"
