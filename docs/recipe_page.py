@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -85,6 +86,7 @@ def page() -> str:
         text = " ".join((model.__doc__ or "").split())
         if name in SAME_AS:
             text += f" Keys without a note have the meaning that {SAME_AS[name]} documents."
+        text = textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
         parts.append(f"## {name}\n\n{text}\n\n{table(name, leaves(model))}")
     parts.append(renamed())
     return "\n".join(parts)
