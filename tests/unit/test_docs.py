@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,29 @@ def test_the_table_of_the_pipeline_names_what_each_stage_reads():
             assert {word for word in re.findall(r"\w+", table[step.label]) if word in stages} == set(
                 step.inputs.values()
             )
+
+
+def test_the_picture_of_the_layers_is_the_contract():
+    contract = tomllib.loads(read("pyproject.toml"))["tool"]["importlinter"]["contracts"][0]
+    layers = re.search(r"## Layers\n\n```\n(.*?)```", read("docs/design.md"), re.DOTALL)[1].splitlines()
+    drawn = [re.match(r"(?:loraflow/)?(\w+)", line)[1] for line in layers]
+    assert drawn == [layer.split(" | ")[0] for layer in contract["layers"]]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_way_through_the_code_names_what_is_in_the_files(number):
+    parts = read("docs/design.md").split("| step | file |")
+    for step, files in rows_of_table("| step | file |" + parts[number + 1], "| step | file |"):
+        sources = ""
+        folder = REPOSITORY
+        for name in re.findall(r"`([\w/]+\.py)`", files):
+            file = next(f for f in (REPOSITORY / name, REPOSITORY / "loraflow" / name, folder / name) if f.exists())
+            folder = file.parent
+            sources += file.read_text(encoding="utf-8")
+        for code in re.findall(r"`@?([\w.]+ ?\w*)[^`]*`", step):
+            if "." not in code or code[0].isupper():  # not a key of the recipe
+                for word in re.findall(r"[A-Za-z_]\w+", code):
+                    assert word in sources, f"{step}: {word} is not in {files}"
 
 
 def test_the_page_of_the_recipe_is_what_its_script_writes():
