@@ -1,7 +1,10 @@
 """The pipeline: from a pinned dataset and a base model to a merged model, scored beside the base and the champion.
 
-Each call below names what the stage reads. README.md has the same as a picture. The gate and what follows it are in
-`loraflow.flows.finetune`.
+version_dataset ─→ check_dataset ─→ tokenize ─→ train ─→ merge ─→ verify, evaluate tuned
+
+Beside this chain, tokenize, train, merge, verify and "evaluate base" read the output of resolve_base; verify also reads the
+adapter, and verify and evaluate the held-out rows of check_dataset. The gate compares the scores of base, tuned model and
+champion.
 
 `loraflow.execution.plan.STEPS` lists the same steps for `loraflow plan`, which does not import prefect; a test compares
 the two.

@@ -1,1 +1,1 @@
-"""How a stage runs under Prefect: cache lookup in the artifact store, retries, placement, progress and reports in the UI."""
+"""The Prefect tasks: retries, placement, progress and artifacts in the UI. The work is in the modules that they call."""

@@ -92,8 +92,8 @@ class Runtime(FrozenModel):
     )
     keep: Annotated[int, Field(ge=1)] = Field(
         3,
-        description="Number of merged models to keep besides the champion and its rollback target. `gc`, and every run that "
-        "computed a stage, removes older ones.",
+        description="Number of merged models to keep besides the champion and its rollback target. Every run that "
+        "computed a stage removes older ones, as `loraflow gc` does.",
     )
 
     @model_validator(mode="after")
