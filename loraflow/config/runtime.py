@@ -91,7 +91,9 @@ class Runtime(FrozenModel):
         20.0, description="Time between SIGTERM and SIGKILL for a worker, in which it saves a checkpoint."
     )
     keep: Annotated[int, Field(ge=1)] = Field(
-        3, description="Number of merged models that `gc` keeps besides the champion and its rollback target."
+        3,
+        description="Number of merged models to keep besides the champion and its rollback target. Every run that "
+        "computed a stage removes older ones, as `loraflow gc` does.",
     )
 
     @model_validator(mode="after")
