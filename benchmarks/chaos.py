@@ -27,7 +27,7 @@ from measure import row
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from loraflow.flows.server.automations import HEARTBEAT_TIMEOUT
 from loraflow.store import LocalStore
-from loraflow.store.checkpoints import is_whole
+from loraflow.store.checkpoints import is_intact
 from tests.conftest import build_phi3
 from tests.site import ENDED, Site, build_project
 
@@ -221,7 +221,7 @@ class Chaos:
     def checkpoint(self) -> int:
         """Return the newest whole checkpoint of a training that is not done, as its step."""
         found = (self.store.root / "work" / "train").glob("*/checkpoints/checkpoint-*")
-        return max((int(path.name.split("-")[1]) for path in found if is_whole(path)), default=0)
+        return max((int(path.name.split("-")[1]) for path in found if is_intact(path)), default=0)
 
     def record(self, run: str) -> dict[str, Any]:
         """Return what the store knows of a run of Prefect's."""
@@ -257,7 +257,7 @@ class Chaos:
 
 
 def _kind(words: list[str]) -> str:
-    child = "loraflow.flows.server.child"
+    child = "loraflow.flows.server.prefect_process"
     kinds = {"train": ["loraflow.execution.worker"], "flow": ["prefect.engine"],
              "worker": [child, "worker"], "server": [child, "server"]}  # fmt: skip
     for kind, marks in kinds.items():

@@ -24,7 +24,7 @@ from train_gpu import TINY, VOCABULARY, build_base
 
 from loraflow.base.load import load_model, load_tokenizer
 from loraflow.config import Runtime
-from loraflow.evaluation.generation import answer_all
+from loraflow.evaluation.generation import generate_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,7 +87,7 @@ def by_generate(
 
 
 def by_ours(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], batch: int) -> None:
-    answer_all(model, tokenizer, prompts, stop_ids=[], max_new_tokens=NEW, batch_size=batch)
+    generate_answers(model, tokenizer, prompts, stop_ids=[], max_new_tokens=NEW, batch_size=batch)
 
 
 def measure(

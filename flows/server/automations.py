@@ -20,7 +20,7 @@ from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraflow.failures import BadConfig
-from loraflow.tasks.events import CHAMPION, REJECTED, WAITS
+from loraflow.tasks.events import CHAMPION, REJECTED, RUN_WAITING
 
 log = logging.getLogger("loraflow")
 HEARTBEAT_TIMEOUT = timedelta(seconds=540)  # three heartbeats, which are 180 s apart
@@ -107,7 +107,7 @@ def _end_silent_runs(
         description=f"Marks a run {state.value.capitalize()}: {reason}. Retry resumes after the last finished stage.",
         trigger=EventTrigger(
             after={f"prefect.flow-run.{name}" for name in after},
-            expect={"prefect.flow-run.*", WAITS},  # any new state is a sign of life, states with custom names included
+            expect={"prefect.flow-run.*", RUN_WAITING},  # any new state is a sign of life, states with custom names included
             match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
             match_related=ResourceSpecification({**tagged}),
             for_each={"prefect.resource.id"},

@@ -18,7 +18,7 @@ from prefect.exceptions import ObjectNotFound
 from loraflow.flows.server.automations import Notifications, wanted_automations
 from loraflow.flows.server.comparison import changed_fields, changed_schedules, same_automation
 from loraflow.flows.server.connection import require_server
-from loraflow.flows.server.prefect_yaml import DeploymentSpec, find_file, read_notifications, read_specs
+from loraflow.flows.server.prefect_yaml import DeploymentSpec, find_prefect_yaml, read_notifications, read_specs
 from loraflow.tasks.gpu_lease import create_limit
 
 log = logging.getLogger("loraflow")
@@ -28,7 +28,7 @@ PAGE = 200
 
 def deploy(only: list[str] | None = None) -> tuple[list[DeploymentSpec], list[str]]:
     """Put the deployments onto the configured server; return them, and a line for each change."""
-    file = find_file()
+    file = find_prefect_yaml()
     specs, notifications = read_specs(file, only), read_notifications(file)
     require_server()
     with get_client(sync_client=True) as client:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from loraflow.failures import BadConfig, Crashed, Failure
-from loraflow.flows.server.child import GRACE_SECONDS
+from loraflow.flows.server.prefect_process import GRACE_SECONDS
 
 START_TIMEOUT = 300.0  # seconds; the first start migrates a database, which takes over a minute on a busy machine
 
@@ -90,7 +90,7 @@ class Processes:
         log = self._log(name)
         with log.open("wb") as file:
             self.running[name] = subprocess.Popen(
-                [sys.executable, "-m", "loraflow.flows.server.child", str(os.getpid()), *arguments],
+                [sys.executable, "-m", "loraflow.flows.server.prefect_process", str(os.getpid()), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,

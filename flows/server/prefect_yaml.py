@@ -116,7 +116,7 @@ class DeploymentSpec(BaseModel):
         ]
 
 
-def find_file() -> Path:
+def find_prefect_yaml() -> Path:
     """Return `prefect.yaml` of the working directory, else of the checkout that loraflow is imported from.
 
     Raises:

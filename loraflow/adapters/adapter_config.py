@@ -90,7 +90,7 @@ class AdapterConfig(BaseModel):
         return str(self.init_lora_weights).lower()
 
     @property
-    def changes_base(self) -> bool:
+    def base_was_modified(self) -> bool:
         """Whether the adapter belongs to a base whose weights its initialisation changed."""
         return self.initialisation.startswith((*RECOMPUTED, *NOT_RECOMPUTED))
 

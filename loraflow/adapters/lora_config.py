@@ -62,7 +62,7 @@ def matches(module: str, target: str) -> bool:
     return module == target or module.endswith(f".{target}")
 
 
-def check_reach(model: PreTrainedModel, peft_config: PeftConfig) -> None:
+def check_trainable(model: PreTrainedModel, peft_config: PeftConfig) -> None:
     """Refuse, before training, what peft would ignore and what cannot be trained or merged.
 
     Raises:

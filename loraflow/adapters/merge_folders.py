@@ -18,7 +18,7 @@ from loraflow.adapters import validation
 from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.adapters.merge_plan import MergePlan, plan_merge
 from loraflow.adapters.merge_with_peft import merge_with_peft
-from loraflow.adapters.nf4 import Nf4, packed_names
+from loraflow.adapters.nf4 import Nf4, quantized_names
 from loraflow.adapters.origin import ORIGIN, check_origin, template_hash, write_origin
 from loraflow.adapters.streaming_merge import merge_streaming
 from loraflow.base.weight_files import refuse_pickles
@@ -94,8 +94,8 @@ def merge(
     if plan is not None:
         _check_tied(base, entries, plan)
     if plan is not None and nf4 is not None:
-        names = packed_names(base, trust=trust)
-        plan = None if names is None else replace(plan, nf4=nf4, packed=names - plan.replaced.keys())
+        names = quantized_names(base, trust=trust)
+        plan = None if names is None else replace(plan, nf4=nf4, quantized=names - plan.replaced.keys())
     if plan is None:
         adapted = merge_with_peft(base, adapter, out, dtype, max_shard_bytes, nf4)
     else:

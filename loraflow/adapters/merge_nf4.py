@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-PROBES = 8  # rows of the training set that the merges are compared on
+COMPARED_ROWS = 8  # rows of the training set that the merges are compared on
 
 
 def merge_trained_in_nf4(
@@ -58,8 +58,8 @@ def merge_trained_in_nf4(
         figures = merge(base, adapter, out, progress=progress, nf4=dequantized, trust=trust, **options)
         return {**figures, "onto": config.onto}
     assert shards is not None and progress.work is not None
-    probes = training_probes(shards)
-    expected = trained_logits(base, adapter, nf4, probes, runtime, trust=trust)
+    rows = comparison_rows(shards)
+    expected = trained_logits(base, adapter, nf4, rows, runtime, trust=trust)
     merges: dict[str, MergeFigures] = {}
     divergence: dict[str, float] = {}
     for onto, dequantized in (("base", None), ("dequantized", nf4)):
@@ -69,7 +69,7 @@ def merge_trained_in_nf4(
         merged.mkdir(parents=True)
         parts = Progress(progress.path, work)  # the finished shards of each merge survive a kill
         merges[onto] = merge(base, adapter, merged, progress=parts, nf4=dequantized, trust=trust, **options)
-        divergence[onto] = compare_logits(expected, model_logits(merged, probes, runtime, trust=trust)).mean_kl
+        divergence[onto] = compare_logits(expected, model_logits(merged, rows, runtime, trust=trust)).mean_kl
     best = min(divergence, key=divergence.__getitem__)
     log.info("merged onto %s: KL to the trained model %s", best, divergence)
     for file in sorted((progress.work / "onto" / best / "merged").iterdir()):
@@ -84,11 +84,11 @@ def merge_trained_in_nf4(
     }
 
 
-def training_probes(shards: Path) -> list[torch.Tensor]:
+def comparison_rows(shards: Path) -> list[torch.Tensor]:
     """Return the ids of the first tokenized training rows, [1, tokens] each."""
     import torch
 
     rows = TokenRows(shards)
     return [
-        torch.tensor(rows.document(n)[0][:MAX_TOKENS].tolist())[None] for n in range(min(PROBES, len(rows.documents)))
+        torch.tensor(rows.document(n)[0][:MAX_TOKENS].tolist())[None] for n in range(min(COMPARED_ROWS, len(rows.documents)))
     ]

@@ -47,8 +47,8 @@ class MergePlan:
 
     updates: Mapping[str, MatrixUpdate]
     replaced: Mapping[str, TensorEntry]  # trained as a whole: the adapter's tensor takes the place of the base's
-    nf4: Nf4 | None = None  # how training packed the tensors named in `packed`
-    packed: frozenset[str] = frozenset()
+    nf4: Nf4 | None = None  # how training packed the tensors named in `quantized`
+    quantized: frozenset[str] = frozenset()
 
     @property
     def adapter_entries(self) -> list[TensorEntry]:
@@ -65,7 +65,7 @@ def plan_merge(config: AdapterConfig, adapter: Path) -> MergePlan | None:
     if config.peft_type != "LORA":
         raise BadModel("This is no LoRA adapter.", where=str(adapter), expected="LORA", got=str(config.peft_type))
     entries = {entry.name: entry for entry in files.read_entries(adapter / "adapter_model.safetensors")}
-    if config.enabled(_NEEDS_PEFT) or config.changes_base:
+    if config.enabled(_NEEDS_PEFT) or config.base_was_modified:
         return None
     updates: dict[str, MatrixUpdate] = {}
     for first, second, embedding in (

@@ -186,7 +186,7 @@ class TensorWriter:
         """Write a tensor at an offset of the file descriptor `target`: merged, replaced, cast or copied."""
         name = planned.source.name
         source, update = self._plan.replaced.get(name, planned.source), self._plan.updates.get(name)
-        nf4 = self._plan.nf4 if name in self._plan.packed else None
+        nf4 = self._plan.nf4 if name in self._plan.quantized else None
         if update is None and nf4 is None and planned.dtype == source.dtype:
             files.copy_range(self._fds[source.file], target, source.size, source.offset, offset)
             return

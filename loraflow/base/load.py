@@ -106,7 +106,7 @@ def _nf4(device: str, dtype: str, double: bool) -> BitsAndBytesConfig:
 _LOGIT_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier")
 
 
-def head_is_plain(model: PreTrainedModel) -> bool:
+def has_linear_head(model: PreTrainedModel) -> bool:
     """Tell whether a model's logits are the product of its head and its last hidden state, and nothing else."""
     config = model.config.get_text_config()
     scaled = any(getattr(config, key, None) not in (None, 1, 1.0) for key in _LOGIT_SCALES)

@@ -104,13 +104,13 @@ def decode(
         pad_id: the id of padding.
     """
     rows, width = ids.shape
-    held = int(cache.get_seq_length())
+    cached_tokens = int(cache.get_seq_length())
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     answers = _Answers(rows, max_new_tokens, stop_ids, pad_id, ids.device)
     output = model(
-        input_ids=ids[:, held:],
+        input_ids=ids[:, cached_tokens:],
         attention_mask=mask,
-        position_ids=positions[:, held:],
+        position_ids=positions[:, cached_tokens:],
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
@@ -124,13 +124,13 @@ def decode(
     fixed = DynamicCache()
     fixed.layers = [_FixedLayer(*layer.padded(), slot) for layer in layers]
     position = positions[:, -1:] + 1
-    hidden = torch.full((rows, 1, 1, layers[0].capacity), float("-inf"), dtype=model.dtype, device=ids.device)
-    hidden[:, 0, 0, :width].masked_fill_(mask.bool(), 0)
+    attention_bias = torch.full((rows, 1, 1, layers[0].capacity), float("-inf"), dtype=model.dtype, device=ids.device)
+    attention_bias[:, 0, 0, :width].masked_fill_(mask.bool(), 0)
 
     def step() -> None:
-        hidden.index_fill_(-1, slot, 0)
+        attention_bias.index_fill_(-1, slot, 0)
         output = model(
-            input_ids=token, attention_mask=hidden, position_ids=position, past_key_values=fixed, use_cache=True
+            input_ids=token, attention_mask=attention_bias, position_ids=position, past_key_values=fixed, use_cache=True
         )
         token.copy_(answers.choose(output))
         slot.add_(1)
@@ -155,11 +155,11 @@ def _repeat(step: Callable[[], None], times: int, answers: _Answers) -> None:
         if done % CHECK_EVERY == 0 and bool(answers.ended.all()):
             break
         if done == 1 + EAGER_STEPS:
-            run = record(step) if answers.ids.is_cuda else step
+            run = capture_cuda_graph(step) if answers.ids.is_cuda else step
         run()
 
 
-def record(step: Callable[[], None]) -> Callable[[], None]:
+def capture_cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
     """Record a step that reads and writes the same tensors each time. Returns the step itself if that fails."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()

@@ -39,7 +39,7 @@ def remove_unused(store: Store, *, keep: int, dry_run: bool = False) -> Iterator
                 if not dry_run:
                     store.remove(ref)
                 yield Removed(PurePosixPath(ref.stage, ref.fingerprint, ref.digest), size, reason)
-            for name, size in store.leftovers(time.time() - STALE_SECONDS, remove=not dry_run):
+            for name, size in store.stale_items(time.time() - STALE_SECONDS, remove=not dry_run):
                 yield Removed(name, size, "left behind for two weeks")
     except LockHeld:
         raise Failure(
@@ -61,7 +61,7 @@ def _registered_digests(store: Store) -> set[str]:
     return {
         ref.digest
         for model in models(store)
-        for entry in PromotionLog(store, model).in_force()[-2:]
+        for entry in PromotionLog(store, model).active_promotions()[-2:]
         for ref in (entry.merged, entry.adapter)
         if ref is not None
     }

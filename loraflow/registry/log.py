@@ -22,7 +22,7 @@ from loraflow.store import LocalStore, Ref, Store
 from loraflow.store.files import json_bytes
 
 Action: TypeAlias = Literal["promote", "rollback"]
-Lineage: TypeAlias = dict[str, str]  # where a model comes from, for people: dataset md5, base, recipe or run
+EntryInputs: TypeAlias = dict[str, str]  # where a model comes from, for people: dataset md5, base, recipe or run
 
 _JSON_OBJECT = TypeAdapter(dict[str, JsonValue])
 
@@ -35,7 +35,7 @@ def actor() -> str:
         return str(os.getuid())
 
 
-class Moved(Exception):
+class HeadChanged(Exception):
     """Another writer appended an entry first, so the head has changed."""
 
 
@@ -50,7 +50,7 @@ class Entry(BaseModel):
     model: str
     merged: Ref
     adapter: Ref | None
-    inputs: Lineage
+    inputs: EntryInputs
     reasons: list[str]
     actor: str
     time: str
@@ -133,11 +133,11 @@ class PromotionLog:
         """Write the next entry; `seen` is the head at the time of the decision.
 
         Raises:
-            Moved: the head has changed since.
+            HeadChanged: the head has changed since.
         """
         head = self.head()
         if (head.hash if head else None) != (seen.hash if seen else None):
-            raise Moved
+            raise HeadChanged
         entry = Entry(
             seq=(head.seq if head else 0) + 1,
             before=head.hash if head else None,
@@ -152,10 +152,10 @@ class PromotionLog:
         )
         document = json_bytes({**entry.model_dump(), "hash": entry.hash})
         if not self.store.create_document(f"{self.folder}/log/{entry.seq:06d}.json", document):
-            raise Moved
+            raise HeadChanged
         return entry
 
-    def in_force(self) -> list[Entry]:
+    def active_promotions(self) -> list[Entry]:
         """Return the promotions in force, oldest first: the last is the champion, the one before it the rollback target.
 
         A rollback removes promotions from the end until the model that it names is the last.
@@ -170,7 +170,7 @@ class PromotionLog:
                     stack.pop()
         return stack
 
-    def rolled_back(self, digest: str) -> str | None:
+    def rollback_reason(self, digest: str) -> str | None:
         """Return why a model was rolled back; None if it was not, or was promoted again since."""
         entries = self.entries()
         for number in range(len(entries) - 1, 0, -1):
@@ -185,10 +185,10 @@ class PromotionLog:
 
         Raises:
             Failure: there is no earlier model.
-            Moved: another writer appended an entry at the same time.
+            HeadChanged: another writer appended an entry at the same time.
         """
         entries = self.entries()
-        stack = self.in_force()
+        stack = self.active_promotions()
         if len(stack) < 2:
             raise Failure(
                 "There is no earlier model to go back to.",
@@ -209,7 +209,7 @@ class PromotionLog:
 
     # Decisions without an entry are remembered too: the same challenger is not compared again with the same head.
 
-    def decision(self, head: Entry | None, digest: str, protocol: str) -> dict[str, JsonValue] | None:
+    def read_decision(self, head: Entry | None, digest: str, protocol: str) -> dict[str, JsonValue] | None:
         """Return the decision about a model against this head by these rules; None if there is none."""
         document = self.store.read_document(self._decision_name(head, digest, protocol))
         try:
@@ -217,7 +217,7 @@ class PromotionLog:
         except ValidationError:  # a damaged document is like none: the models are compared again
             return None
 
-    def remember(self, head: Entry | None, digest: str, protocol: str, decision: Mapping[str, JsonValue]) -> None:
+    def write_decision(self, head: Entry | None, digest: str, protocol: str, decision: Mapping[str, JsonValue]) -> None:
         """Write down a decision about a model against this head."""
         self.store.write_document(self._decision_name(head, digest, protocol), json_bytes(decision))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from loraflow import identity
 from loraflow.store.artifact import MANIFEST, RESERVED_FOLDERS, TELEMETRY, Manifest, Ref
-from loraflow.store.bucket import Listed
+from loraflow.store.bucket import ObjectInfo
 
 
 def artifact_prefix(ref: Ref) -> str:
@@ -42,7 +42,7 @@ def is_telemetry(ref: Ref, key: str) -> bool:
     return key.startswith(f"{artifact_prefix(ref)}/telemetry-")
 
 
-def file_sizes(ref: Ref, manifest: Manifest, listed: Iterable[Listed]) -> dict[str, int]:
+def file_sizes(ref: Ref, manifest: Manifest, listed: Iterable[ObjectInfo]) -> dict[str, int]:
     """Return {file name: bytes} of an artifact's objects, without telemetry that other manifests describe."""
     names = {file_key(ref, manifest, name): name for name in manifest.files}
     prefix = f"{artifact_prefix(ref)}/"

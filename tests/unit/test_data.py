@@ -70,22 +70,22 @@ def fetch(data: Data, out: Path) -> Path:
 
 def test_the_md5_of_a_folder_equals_dvcs(repository):
     pin = dvc.read_pin(str(repository), "data.dvc", None)
-    assert dvc.tree_md5(repository / "data") == pin.md5
+    assert dvc.dvc_md5(repository / "data") == pin.md5
     assert pin.is_folder and pin.path == "data"
 
 
 def test_a_fresh_clone_gets_the_pinned_bytes_offline(clone, repository, tmp_path):
     assert not (clone / "data").exists()
     files = fetch(Data(source="data.dvc", repo=str(clone)), tmp_path / "out")
-    assert dvc.tree_md5(files) == dvc.read_pin(str(repository), "data.dvc", None).md5
+    assert dvc.dvc_md5(files) == dvc.read_pin(str(repository), "data.dvc", None).md5
     assert not (clone / "data").exists(), "the work tree is unchanged"
 
 
 def test_any_revision_is_read_without_touching_the_work_tree(repository, tmp_path):
-    before = dvc.tree_md5(repository / "data")
+    before = dvc.dvc_md5(repository / "data")
     files = fetch(Data(source="data.dvc", repo=str(repository), rev="v1"), tmp_path / "out")
     assert len((files / "train.jsonl").read_text().splitlines()) == 20
-    assert dvc.tree_md5(repository / "data") == before
+    assert dvc.dvc_md5(repository / "data") == before
     found = version.locate(Data(source="data.dvc", repo=str(repository), rev="v1"), HashMemo(None))
     assert found.origin.commit == sh("git", "rev-parse", "v1", cwd=repository).strip()
 
@@ -108,12 +108,12 @@ def test_hashes_are_remembered_by_stat_and_a_change_is_seen(tmp_path):
     write_rows(file, range(3))
     os.utime(file, (1000, 1000))
     memo = HashMemo(tmp_path / "memo.json")
-    first = dvc.tree_md5(tmp_path / "data", memo)
+    first = dvc.dvc_md5(tmp_path / "data", memo)
     memo.save()
     again = HashMemo(tmp_path / "memo.json")
     assert again.known
     file.write_text(file.read_text().replace("1", "2", 1))
-    assert dvc.tree_md5(tmp_path / "data", again) != first
+    assert dvc.dvc_md5(tmp_path / "data", again) != first
 
 
 def test_a_remote_without_the_object_is_named(clone, tmp_path):
@@ -158,7 +158,7 @@ def test_links_in_a_dataset_are_refused(tmp_path):
     write_rows(tmp_path / "data" / "a.jsonl", range(3))
     (tmp_path / "data" / "link.jsonl").symlink_to("/etc/passwd")
     with pytest.raises(BadData, match="regular files"):
-        dvc.tree_md5(tmp_path / "data")
+        dvc.dvc_md5(tmp_path / "data")
 
 
 # check
@@ -273,7 +273,7 @@ def test_the_quickstarts_files_are_the_pinned_ones(tmp_path):
     pin = dvc.read_pin(str(root), "data.dvc", None).md5
     listed = json.loads((root / ".dvc" / "remote" / "files" / "md5" / pin[:2] / pin[2:]).read_text())
     pinned = {entry["relpath"]: entry["md5"] for entry in listed}
-    made = {file.name: dvc.tree_md5(file) for file in (tmp_path / "data").iterdir()}
+    made = {file.name: dvc.dvc_md5(file) for file in (tmp_path / "data").iterdir()}
     assert made == {name: pinned[name] for name in ("train.jsonl", "heldout.jsonl")}
 
 
@@ -295,7 +295,7 @@ def test_a_named_remote_is_pushed_to_and_fetched_from(clone, tmp_path, monkeypat
     with pytest.raises(MissingData):
         fetch(Data(source="data.dvc", repo=str(clone)), tmp_path / "without")
     files = fetch(Data(source="data.dvc", repo=str(clone), remote="second"), tmp_path / "out")
-    assert dvc.tree_md5(files) == pin.md5
+    assert dvc.dvc_md5(files) == pin.md5
     shutil.rmtree(clone / ".dvc" / "cache", ignore_errors=True)
     with pytest.raises(BadConfig, match="no such DVC remote"):
         fetch(Data(source="data.dvc", repo=str(clone), remote="third"), tmp_path / "none")

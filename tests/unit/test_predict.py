@@ -122,7 +122,7 @@ def test_rows_of_two_models_or_inputs_are_never_mixed(phi3, rows, tmp_path):
     rows.write_text(rows.read_text() + '{"prompt": "more"}\n')
     with pytest.raises(BadConfig) as caught:
         run(phi3, rows, target)
-    assert "another input" in caught.value.got
+    assert "changed: input" in caught.value.got
 
 
 def test_sampled_answers_never_come_from_the_greedy_decoding_of_evaluation(phi3):

@@ -89,12 +89,12 @@ def test_keys_that_are_not_read_are_named(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"id": 1, "messages": turns, "tools": [], "score": 0.5}))
     (row,) = read_rows(tmp_path, ["x.jsonl"], "auto")
     assert row.messages == WANTED
-    assert row.unread == ("id", "score", "messages.reasoning_content")
+    assert row.unused_keys == ("id", "score", "messages.reasoning_content")
     (tmp_path / "y.jsonl").write_text(json.dumps({"n": 1, "Question": "q", "Answer": "a"}))
     columns = columns_of(tmp_path / "y.jsonl", "y.jsonl")
     assert columns == {"prompt": "Question", "completion": "Answer"}
     (row,) = read_rows(tmp_path, ["y.jsonl"], "auto", columns)
-    assert row.messages == WANTED and row.unread == ("n",)
+    assert row.messages == WANTED and row.unused_keys == ("n",)
 
 
 @pytest.mark.parametrize(

@@ -123,5 +123,5 @@ def test_a_name_is_one_that_the_api_can_have(tmp_path, cache):
 
 def test_an_adapter_is_to_be_merged_first(phi3, cache):
     with pytest.raises(BadConfig, match="merged") as caught:
-        plan_server(Model("a", phi3, adapter=Path("/adapter")), "auto", "127.0.0.1", free_port(), None, None)
+        plan_server(Model("a", phi3, unmerged_adapter=Path("/adapter")), "auto", "127.0.0.1", free_port(), None, None)
     assert "loraflow merge /adapter" in caught.value.next_step

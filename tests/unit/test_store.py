@@ -104,7 +104,7 @@ def test_a_flipped_byte_is_detected_by_verify(store):
     ref = put(store)
     rewrite(store, ref, "sub/a.txt", "hellO")
     assert store.find("tokenize", FP) == ref
-    assert store.verify(ref) == ["sub/a.txt: content is not what was written"]
+    assert store.verify(ref) == ["sub/a.txt: hash mismatch"]
 
 
 def test_an_edited_manifest_is_detected_by_verify(store):

@@ -73,7 +73,7 @@ def test_a_residual_base_becomes_lora_on_the_base_itself(tmp_path, how, options)
     with torch.no_grad():
         wanted = model.eval()(IDS).logits
     model.save_pretrained(tmp_path / "ours")
-    variants.as_lora(tmp_path / "ours", initial)
+    variants.convert_to_plain_lora(tmp_path / "ours", initial)
     loaded = PeftModel.from_pretrained(pretrained(base), str(tmp_path / "ours")).eval()
     with torch.no_grad():
         assert torch.allclose(loaded(IDS).logits, wanted, atol=1e-4)

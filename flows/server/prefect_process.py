@@ -1,6 +1,6 @@
 """A Prefect server or worker that ends with the process that started it, even if that is killed.
 
-python -m loraflow.flows.server.child PARENT_PID server start --port 4242
+python -m loraflow.flows.server.prefect_process PARENT_PID server start --port 4242
 """
 
 from __future__ import annotations
