@@ -59,7 +59,7 @@ def require_free_port(host: str, port: int) -> None:
     """Check that a server can listen on a port.
 
     Raises:
-        BadConfig: the port is in use, or the host is no address of this machine.
+        BadConfig: the port is in use, or the host is not an address of this machine.
     """
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:

@@ -70,7 +70,7 @@ class Nf4:
             yield functional.dequantize_4bit(codes, state)
 
     def apply(self, model: PreTrainedModel) -> None:
-        """Give a model's packed weights the values that training saw; their dtype stays."""
+        """Set a model's quantized weights to the values that training saw; their dtype does not change."""
         import torch
         from transformers.pytorch_utils import Conv1D
 
@@ -99,7 +99,7 @@ def quantized_modules(model: PreTrainedModel) -> dict[str, torch.nn.Linear | Con
 
 
 def quantized_names(base: Path, *, trust: bool = False) -> frozenset[str] | None:
-    """Return the names of a checkpoint's tensors that training packs; None if any is stored transposed.
+    """Return the names of a checkpoint's tensors that training quantizes; None if any is stored transposed.
 
     Args:
         base: the model's folder.

@@ -26,7 +26,7 @@ EVA_ROWS = 256  # rows whose activations EVA decomposes; it repeats them until t
 
 
 def extracts_from_base(peft_config: PeftConfig) -> bool:
-    """Tell whether an initialisation takes its product out of the base's weights."""
+    """Tell whether an initialisation subtracts its initial product from the base's weights (PiSSA, OLoRA)."""
     return str(peft_config.init_lora_weights).startswith(("pissa", "olora"))
 
 
@@ -34,8 +34,8 @@ def check(model: PreTrainedModel, peft_config: PeftConfig) -> None:
     """Refuse, before training, what could be trained but not merged into one checkpoint.
 
     Raises:
-        BadConfig: a whole module of tied weights, an embedding that PiSSA or OLoRA would have to decompose, or a token
-            that the vocabulary does not have.
+        BadConfig: a fully trained module (modules_to_save) with tied weights, an embedding that PiSSA or OLoRA would have
+            to decompose, or a token that is not in the vocabulary.
     """
     _check_modules_to_save(model, peft_config)
     _check_decomposed(model, peft_config)
@@ -58,8 +58,8 @@ def _check_modules_to_save(model: PreTrainedModel, peft_config: PeftConfig) -> N
     for name in peft_config.modules_to_save or []:
         if any(id(module) in tied and matches(full, name) for full, module in model.named_modules()):
             raise BadConfig(
-                f"{name} cannot be trained as a whole in this base: embedding and head are one weight, and the merged "
-                "model would have two.",
+                f"{name} cannot be fully trained in this base: its embedding and head are tied, and the merged model "
+                "would need two weights.",
                 where="peft_config.modules_to_save",
                 next_step="leave it out, or train single tokens: peft_config.trainable_token_indices",
             )

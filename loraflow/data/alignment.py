@@ -178,7 +178,7 @@ def _without_swallowed(greedy: re.Pattern[str], text: str, spans: Sequence[Span]
 
 
 def _normalizer(part: dict[str, JsonValue] | None) -> bool:
-    """Return whether only ASCII text is safe from the normalizer (NFC); without a normalizer, all text is.
+    """Tell whether only ASCII text is safe from the normalizer (NFC); without a normalizer, all text is.
 
     Raises:
         ValueError: the normalizer may change ASCII text.
@@ -209,7 +209,7 @@ def _byte_levels(part: JsonValue) -> int:
 
 
 def _trims(part: JsonValue) -> bool:
-    """Return whether a post-processor excludes white space from the offsets.
+    """Tell whether a post-processor excludes white space from the offsets.
 
     Raises:
         ValueError: the post-processor is unknown.

@@ -156,7 +156,7 @@ def detect_format(row: RawRow) -> str:
         return "alpaca"
     if "prompt" in row and ("completion" in row or "response" in row):
         return "prompt_completion"
-    pairs = "; to train on the chosen answers of preference pairs, set data.columns to {completion: chosen} or {messages: chosen}"
+    pairs = "; for the chosen answers of preference pairs, set data.columns: {completion: chosen} or {messages: chosen}"
     raise BadRow(
         "expected messages, conversations, instruction/output or prompt/completion; "
         f"got the keys {', '.join(map(str, list(row)[:8])) or '(none)'}{pairs if 'chosen' in row else ''}"
@@ -164,7 +164,7 @@ def detect_format(row: RawRow) -> str:
 
 
 def has_known_keys(row: RawRow) -> bool:
-    """Return whether a row has the keys of a format, whatever their values."""
+    """Tell whether a row has the keys of a format. Their values are not checked."""
     try:
         detect_format(row)
     except BadRow:

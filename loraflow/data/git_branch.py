@@ -75,7 +75,7 @@ def _fetch_branch(repo: str, branch: str, remote: str) -> str | None:
 
 
 def _contains(repo: str, commit: str, ancestor: str) -> bool:
-    """Return whether a commit is, or descends from, another commit."""
+    """Tell whether a commit is, or descends from, another commit."""
     return git_or_none(["merge-base", "--is-ancestor", ancestor, commit], repo) is not None
 
 
@@ -110,7 +110,7 @@ def push() -> None:
 
 
 def is_unpushed(commit: str) -> bool:
-    """Return whether the branch has an upstream, and the upstream does not have the commit yet."""
+    """Tell whether the branch has an upstream, and the upstream does not have the commit yet."""
     upstream = git_or_none(["rev-parse", "--verify", "--quiet", "@{upstream}"], ".")
     return upstream is not None and not _contains(".", upstream, commit)
 

@@ -128,4 +128,6 @@ def _not_a_list(value: JsonValue, name: str) -> BadData:
     if lists:
         new = shlex.quote(f"{Path(name).stem}.jsonl")
         next_step = f"jq -c {shlex.quote(f'.[{json.dumps(lists[0])}][]')} {shlex.quote(name)} > {new}"
-    return BadData("The file does not contain a list.", where=name, expected="a JSON list of rows", got=got, next_step=next_step)
+    return BadData(
+        "The file does not contain a list.", where=name, expected="a JSON list of rows", got=got, next_step=next_step
+    )

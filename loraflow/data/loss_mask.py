@@ -168,7 +168,7 @@ class ChatTemplate:
         found = {i for i in learned if i in control}
         if not found:
             raise BadModel(
-                "The {% generation %} block of the chat template contains no stop token, so the model would not learn to stop.",
+                "The chat template's {% generation %} block contains no stop token: the model would not learn to stop.",
                 where="chat_template",
                 next_step="move {% endgeneration %} behind the token that ends an answer",
             )

@@ -72,7 +72,7 @@ def check_prompts(rows: list[AuditedRow]) -> None:
             where="chat_template",
             expected="the same token ids before the answer, with and without add_generation_prompt",
             got=f"{len(differing)} of the first {len(rows)} rows differ, such as {differing[0]}",
-            next_step="make add_generation_prompt add exactly the text that precedes an answer, and put {% generation %} after it",
+            next_step="make add_generation_prompt add exactly the text before an answer, and put {% generation %} after it",
         )
     if differing:
         log.warning(

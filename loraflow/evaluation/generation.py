@@ -1,4 +1,4 @@
-"""Greedy answers in batches: sorted by length, padded, all stop ids, a shared prefix computed once."""
+"""Generate greedy answers in batches: rows are sorted by length and padded, and a shared prefix is computed once."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def generate_answers(
 ) -> list[GeneratedAnswer]:
     """Return an answer for each prompt, given as token ids.
 
-    Finished batches are appended to `done_file`, so that a retry resumes after them. Each device of a group takes whole
-    batches: a row's numbers depend on what it is batched with, so that they are those of a single device. Each device
-    writes a file of its own, and all of them are read.
+    Finished batches are appended to `done_file`, so that a retry resumes after them. In a group, each device computes
+    whole batches: rounding depends on which rows share a batch, so the answers equal those of a single device. Each
+    device appends to its own file, and a retry reads all files.
 
     Args:
         model: in evaluation mode.
@@ -69,7 +69,7 @@ def generate_answers(
         if done_file is not None:
             _append_answers(done_file, found)
         if on_batch is not None:
-            # The other devices are about as far as this one.
+            # The other devices have done about as many.
             done = number * batch_size + len(batch)
             on_batch(sum(answer is not None for answer in answers) if group.size == 1 else done)
     return [answer for answer in group.merge(answers) if answer is not None]
@@ -89,7 +89,7 @@ def _append_answers(done_file: Path, answers: dict[int, GeneratedAnswer]) -> Non
 
 
 def _read_answers(done_file: Path | None, rows: int) -> list[GeneratedAnswer | None]:
-    """Return the answers of earlier attempts, whatever number of devices they ran on."""
+    """Return the answers of earlier attempts, which may have used another number of devices."""
     answers: list[GeneratedAnswer | None] = [None] * rows
     if done_file is None:
         return answers
@@ -113,7 +113,7 @@ class _Generator:
     max_new_tokens: int
     prefix: SharedPrefix | None  # computed once for all batches
     preallocates: bool  # the model can use a preallocated cache
-    use_cuda_graph: bool  # the decoding step is recorded as a CUDA graph
+    use_cuda_graph: bool  # capture the decoding step as a CUDA graph
 
     @classmethod
     def prepare(

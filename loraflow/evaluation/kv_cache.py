@@ -1,6 +1,6 @@
-"""A KV cache with memory for a whole answer: transformers' own cache copies all keys and values for every new token.
+"""A KV cache that is allocated for the whole answer. transformers' DynamicCache copies all keys and values per token.
 
-On a CPU that copying took two fifths of an evaluation (36 rows of 185 tokens are 300 MB, copied for each token).
+On a CPU, copying took two fifths of an evaluation (36 rows of 185 tokens are 300 MB, copied for each token).
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ def answer_losses(
     for number, batch in enumerate(batches(lengths, batch_size)):
         if not group.owns(number):
             continue
-        for i, loss in zip(batch, _batch_losses(model, [rows[i] for i in batch], pad_id, prefix, head_is_linear), strict=True):
+        losses = _batch_losses(model, [rows[i] for i in batch], pad_id, prefix, head_is_linear)
+        for i, loss in zip(batch, losses, strict=True):
             found[i] = loss
     return [loss or (0.0, 0) for loss in group.merge(found)]
 
@@ -42,7 +43,10 @@ def answer_losses(
 def _batch_losses(
     model: PreTrainedModel, rows: Sequence[Encoded], pad_id: int, prefix: SharedPrefix | None, head_is_linear: bool
 ) -> list[tuple[float, int]]:
-    """Return (sum of -log p, number of tokens) of each row of a batch; `head_is_linear`: the head gives the logits unchanged."""
+    """Return (sum of -log p, number of tokens) of each row of a batch.
+
+    With `head_is_linear`, the logits are the product of head and hidden state, so the head can be applied to few rows.
+    """
     shared = len(prefix.ids) if prefix else 0
     ids, mask, labels = _pad_learned(rows, pad_id, shared)
     ids, mask = ids.to(model.device), mask.to(model.device)

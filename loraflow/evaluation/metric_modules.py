@@ -48,7 +48,7 @@ def find_module(name: str) -> Path:
 
 
 def module_hashes(names: Sequence[str], memo: HashMemo) -> dict[str, str]:
-    """Return the content hashes of modules, which are part of an evaluation's fingerprint."""
+    """Return the hashes of metric modules' files, which are part of an evaluation's fingerprint."""
     return {name: memo.hash(find_module(name)) for name in names}
 
 

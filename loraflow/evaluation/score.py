@@ -51,7 +51,7 @@ class _Computed:
 
 
 def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
-    """Answer, score, write. Rows, template and settings are the same for every model."""
+    """Generate answers, score them, and write the scores. Every model gets the same rows, template and settings."""
     config, group = job.config, join(pick_device(job.runtime))
     rows = read_rows(inputs["rows"] / "heldout.jsonl", config.max_rows)
     computed = _ask_model(job, inputs["model"], rows, progress, group)

@@ -52,7 +52,11 @@ class Model:
         """Return the digest of the model's content: the artifact's, or that of its files."""
         if self.ref is not None:
             return self.ref.digest
-        files = [path for path in sorted(self.folder.iterdir()) if path.suffix in MODEL_FILE_SUFFIXES and path.name != MANIFEST]
+        files = [
+            path
+            for path in sorted(self.folder.iterdir())
+            if path.suffix in MODEL_FILE_SUFFIXES and path.name != MANIFEST
+        ]
         hashes = {path.name: memo.hash(path) for path in files}
         if self.unmerged_adapter is not None:
             names = ("adapter_config.json", "adapter_model.safetensors")
@@ -209,7 +213,11 @@ def _of_adapter(adapter: Path, named_folder: Path, given: Path | None) -> Model:
             )
         base = Path(named)
     return Model(
-        named_folder.name[: identity.SHORT], base.absolute(), unmerged_adapter=adapter, adapter_ref=adapter_ref, base=base.absolute()
+        named_folder.name[: identity.SHORT],
+        base.absolute(),
+        unmerged_adapter=adapter,
+        adapter_ref=adapter_ref,
+        base=base.absolute(),
     )
 
 

@@ -132,7 +132,9 @@ def _refuse(source: Path, target: Path) -> None:
     if not target.parent.is_dir():
         raise BadConfig("There is no such folder.", where=str(target.parent), next_step="create the folder")
     if target.exists():
-        raise BadConfig("The output file already exists.", where=str(target), next_step="remove it, or name another file")
+        raise BadConfig(
+            "The output file already exists.", where=str(target), next_step="remove it, or name another file"
+        )
 
 
 @contextmanager

@@ -34,7 +34,9 @@ _PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "base
 
 
 @contextmanager
-def package(store: Store, model: Model, repo: str, what: PublishedForm, licence: str | None) -> Iterator[tuple[Path, Facts]]:
+def package(
+    store: Store, model: Model, repo: str, what: PublishedForm, licence: str | None
+) -> Iterator[tuple[Path, Facts]]:
     """Prepare the upload in a temporary folder: links to the weights, edited copies of configurations, and the card.
 
     Raises:
@@ -125,7 +127,9 @@ def find_publication(store: Store, model: Model, repo: str, what: PublishedForm)
 
 
 def _write_publication(store: Store, model: Model, publication: Publication) -> None:
-    if model.ref is None or publication.what is None:  # a model that is not an artifact of the store has no record there
+    if (
+        model.ref is None or publication.what is None
+    ):  # a model that is not an artifact of the store has no record there
         return
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     document = publication.model_copy(update={"time": now}).model_dump_json(indent=1)

@@ -25,10 +25,10 @@ from loraflow.store.s3_client import (
     ObjectName,
     PutReply,
     S3Client,
+    client_error_failure,
     error_code,
     make_client,
     request_failure,
-    client_error_failure,
     unreachable_failure,
 )
 
@@ -169,7 +169,7 @@ class Bucket:
             reply = self.call_unless(CONFLICT | NOT_FOUND, key, lambda: put({_WRITER: writer}))
             if reply is not None:
                 return reply["ETag"]
-            # If a reply was lost, the client sent its write again, and the conflict is with its own first write: it succeeded.
+            # If a reply was lost, the client sent its write again and conflicts with its own first write, which succeeded.
             seen = self.call_if_found(key, lambda: self.client.head_object(Bucket=self.name, Key=self.prefix + key))
             if seen is not None:
                 return seen["ETag"] if seen["Metadata"].get(_WRITER) == writer else None

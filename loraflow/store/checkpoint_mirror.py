@@ -22,15 +22,15 @@ from loraflow.store.checkpoints import (
     COMPLETE,
     FOLDER,
     RECOMPUTE_MARK,
-    recompute_digest,
+    finalized_checkpoints,
     intact_checkpoints,
     is_intact,
     needed_names,
     parse_checkpoint_manifest,
+    read_checkpoint_manifest,
+    recompute_digest,
     required_step,
     reset_work_folder,
-    read_checkpoint_manifest,
-    finalized_checkpoints,
     step_of,
 )
 from loraflow.store.files import write_atomic

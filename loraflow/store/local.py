@@ -249,7 +249,7 @@ class LocalStore:
         """Hash and flush the files, write the manifest, rename the folder into place, replace the pointer.
 
         The first committed digest of a fingerprint stays current while it is intact: two workers that computed the same
-        job with different last bits agree afterwards. `replace` is for an artifact that is recomputed on purpose (`--force`).
+        job with different last bits agree afterwards. `replace` is for an artifact that is recomputed with `--force`.
         """
         with translate_os_errors(self.uri):
             manifest = build_manifest(staged, payload, inputs, summary, provenance)

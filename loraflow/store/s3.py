@@ -211,7 +211,7 @@ class S3Store:
         """Hash the files, move them to `pending/` so that `resume_commit` can finish, and upload them.
 
         The first committed digest of a fingerprint stays current while it is intact; `replace` is for an artifact that is
-        recomputed on purpose (`--force`).
+        recomputed with `--force`.
         """
         with translate_os_errors(str(self.scratch)):
             manifest = build_manifest(staged, payload, inputs, summary, provenance)

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 NOT_FOUND = frozenset({"NoSuchKey", "404", "NotFound", "NoSuchUpload"})
 CONFLICT = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
 _ACCESS_DENIED = {"AccessDenied", "403", "Forbidden", "UnauthorizedAccess"}
-_WRONG_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
+_WRONG_CREDENTIALS = {
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "TokenRefreshRequired",
+}
 _BUSY = {"SlowDown", "RequestTimeout", "Throttling", "RequestTimeTooSkewed", "BadDigest"}
 
 

@@ -70,7 +70,7 @@ def _upload_files(artifacts: S3Artifacts, folder: Path, ref: Ref, manifest: Mani
 
 
 def _write_manifest(artifacts: S3Artifacts, ref: Ref, manifest: Manifest) -> bool:
-    """Write the manifest, unless another writer's is there and its files are intact; return whether the stored manifest is ours."""
+    """Write the manifest, unless another writer's artifact is intact; return whether the stored manifest is ours."""
     bucket, key = artifacts.bucket, manifest_key(ref)
     data = json.dumps(manifest.model_dump(), indent=1, sort_keys=True, ensure_ascii=False).encode()
     if bucket.create(key, data) is not None:

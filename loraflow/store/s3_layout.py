@@ -38,7 +38,7 @@ def file_key(ref: Ref, manifest: Manifest, name: str) -> str:
 
 
 def is_telemetry(ref: Ref, key: str) -> bool:
-    """Tell whether a key is that of telemetry, of whichever computation."""
+    """Tell whether a key belongs to the telemetry of any computation of this artifact."""
     return key.startswith(f"{artifact_prefix(ref)}/telemetry-")
 
 
@@ -54,7 +54,7 @@ def file_sizes(ref: Ref, manifest: Manifest, listed: Iterable[ObjectInfo]) -> di
 
 
 def parse_manifest_key(key: str, uri: str) -> Ref | None:
-    """Return the artifact that a key is the manifest of, without its facets; None for any other key."""
+    """Return the ref of the artifact whose manifest has this key, without its facets; None for any other key."""
     parts = key.split("/")
     if len(parts) != 4 or parts[3] != MANIFEST or parts[0] in RESERVED_FOLDERS:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loraflow.adapters import variants
-from loraflow.adapters.lora_config import check_trainable, check_targets, lora_config
+from loraflow.adapters.lora_config import check_targets, check_trainable, lora_config
 from loraflow.base.load import load_model
 from loraflow.hardware.attention import Attention
 from loraflow.training import sharding

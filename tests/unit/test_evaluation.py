@@ -187,7 +187,9 @@ def test_the_order_of_batches_changes_no_answer(phi3, model):
 
     template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
     chats = [chat(i)["messages"] for i in range(7)]
-    forwards = generate_answers(model, tokenizer, template.prompt_ids(chats), stop_ids=[], max_new_tokens=4, batch_size=2)
+    forwards = generate_answers(
+        model, tokenizer, template.prompt_ids(chats), stop_ids=[], max_new_tokens=4, batch_size=2
+    )
     backwards = generate_answers(
         model, tokenizer, template.prompt_ids(chats[::-1]), stop_ids=[], max_new_tokens=4, batch_size=5
     )
