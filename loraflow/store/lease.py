@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from loraflow.failures import Failure, Network, ReadOnlyStore
-from loraflow.store.bucket import Bucket
+from loraflow.store.bucket import Bucket, StoredObject
 from loraflow.store.lock import LockHeld
 
 log = logging.getLogger(__name__)

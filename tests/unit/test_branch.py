@@ -67,7 +67,7 @@ def test_failures_name_the_branch_the_folder_and_the_remote(repos, tmp_path):
     with pytest.raises(BadConfig, match="no such branch"):
         branch.find_newest_commit(str(worker), "nowhere")
     (tmp_path / "bare").mkdir()
-    with pytest.raises(BadConfig, match="no git repository"):
+    with pytest.raises(BadConfig, match="not a git repository"):
         branch.find_newest_commit(str(tmp_path / "bare"), "main")
     git(worker, "remote", "set-url", "origin", str(tmp_path / "gone.git"))
     with pytest.raises(Network, match="cannot look at the branch"):

@@ -136,10 +136,10 @@ def test_a_damaged_object_is_never_delivered(clone, tmp_path):
     ("text", "message"),
     [
         (None, "cannot be read"),
-        ("outs: []", "no single output"),
+        ("outs: []", "not pin exactly one output"),
         ("outs:\n- md5: abc.dir\n  path: data\n", "DVC 2"),
-        ("outs:\n- md5: abc.dir\n  path: ../../etc\n  hash: md5\n", "points out of"),
-        (": [", "no single output"),
+        ("outs:\n- md5: abc.dir\n  path: ../../etc\n  hash: md5\n", "a path outside"),
+        (": [", "not pin exactly one output"),
     ],
 )
 def test_dvc_files_without_a_usable_pin_are_refused(tmp_path, text, message):
@@ -236,7 +236,7 @@ def test_too_many_malformed_rows_stop_the_run_and_are_listed(tmp_path):
 def test_an_empty_side_stops_the_run(tmp_path):
     write_rows(tmp_path / "data" / "train.jsonl", range(5))
     report = run_check(tmp_path / "data", tmp_path / "out", heldout_fraction=0.0)
-    with pytest.raises(BadData, match="No heldout row"):
+    with pytest.raises(BadData, match="no heldout rows"):
         check.admit(report, 0.01, "report.json")
 
 
@@ -252,7 +252,7 @@ def test_the_report_of_no_training_row_has_an_empty_profile(tmp_path):
     report = run_check(tmp_path / "data", tmp_path / "out", train=["train.jsonl"], heldout=["train.jsonl"])
     assert report["profile"] == {} == json.loads((tmp_path / "out" / "report.json").read_text())["profile"]
     assert CheckReport.model_validate(report).profile is None
-    with pytest.raises(BadData, match="No train row"):
+    with pytest.raises(BadData, match="no train rows"):
         check.admit(report, 0.01, "report.json")
 
 

@@ -338,7 +338,7 @@ def test_cleanup_stops_while_another_machine_reads_and_not_for_a_dead_reader(tmp
     script = "with S3Store(sys.argv[1]).reader_lock():\n    print('reads', flush=True)\n    time.sleep(60)"
     reader = machine(tmp_path, "reader", script, bucket_uri)
     reader.stdout.readline()
-    with pytest.raises(Failure, match="going on"):
+    with pytest.raises(Failure, match="while a run is using the store"):
         list(remove_unused(open_store(bucket_uri), keep=0))
     reader.kill()
     reader.wait()

@@ -107,8 +107,8 @@ def test_what_could_not_be_merged_is_refused_before_training(tmp_path, phi3):
     tied = pretrained(build_phi3(tmp_path / "tied", tie_word_embeddings=True))
     plain = pretrained(phi3)
     for model, options, says in (
-        (tied, {"peft_config__modules_to_save": ["lm_head"]}, "one weight"),
-        (tied, {"peft_config__modules_to_save": ["embed_tokens"]}, "one weight"),
+        (tied, {"peft_config__modules_to_save": ["lm_head"]}, "embedding and head are tied"),
+        (tied, {"peft_config__modules_to_save": ["embed_tokens"]}, "embedding and head are tied"),
         (
             plain,
             {"peft_config__init_lora_weights": "pissa", "peft_config__target_modules": ["embed_tokens"]},
