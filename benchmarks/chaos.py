@@ -28,7 +28,7 @@ from measure import print_row
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from loraflow.flows.server.automations import HEARTBEAT_TIMEOUT
 from loraflow.store import LocalStore
-from loraflow.store.checkpoints import is_whole
+from loraflow.store.checkpoints import is_intact
 from tests.conftest import build_phi3
 from tests.local_deployment import ENDED, LocalDeployment, build_project
 
@@ -227,7 +227,7 @@ class FaultInjector:
     def newest_checkpoint(self) -> int:
         """Return the step of the newest intact checkpoint of an unfinished training."""
         found = (self.store.root / "work" / "train").glob("*/checkpoints/checkpoint-*")
-        return max((int(path.name.split("-")[1]) for path in found if is_whole(path)), default=0)
+        return max((int(path.name.split("-")[1]) for path in found if is_intact(path)), default=0)
 
     def record(self, run: str) -> dict[str, Any]:
         """Return the store's record of a Prefect run."""
@@ -263,7 +263,7 @@ class FaultInjector:
 
 
 def _kind(words: list[str]) -> str:
-    child = "loraflow.flows.server.child"
+    child = "loraflow.flows.server.prefect_process"
     kinds = {"train": ["loraflow.execution.worker"], "flow": ["prefect.engine"],
              "worker": [child, "worker"], "server": [child, "server"]}  # fmt: skip
     for kind, marks in kinds.items():

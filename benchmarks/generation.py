@@ -22,7 +22,7 @@ from loraflow.base.load import load_model, load_tokenizer, stop_ids
 from loraflow.config import Runtime
 from loraflow.data.loss_mask import ChatTemplate
 from loraflow.evaluation import generation, likelihood
-from loraflow.evaluation.generation import Answer
+from loraflow.evaluation.generation import GeneratedAnswer
 from loraflow.evaluation.prefix_cache import common_prefix_length, shared_prefix
 
 if TYPE_CHECKING:
@@ -100,10 +100,10 @@ def time_answers(
     tokens: int,
     *,
     shared: bool,
-) -> Timed[list[Answer]]:
+) -> Timed[list[GeneratedAnswer]]:
     share_prefixes(shared)
     return timed(
-        lambda: generation.answer_all(
+        lambda: generation.generate_answers(
             model, tokenizer, prompts, batch_size=batch, stop_ids=stops, max_new_tokens=tokens
         )
     )
@@ -114,11 +114,11 @@ def share_prefixes(shared: bool) -> None:
         module.shared_prefix = shared_prefix if shared else lambda *_: None
 
 
-def speed(answers: Timed[list[Answer]]) -> float:
+def speed(answers: Timed[list[GeneratedAnswer]]) -> float:
     return sum(answer["tokens"] for answer in answers.result) / answers.wall
 
 
-def differences(answers: list[Answer], others: list[Answer]) -> int:
+def differences(answers: list[GeneratedAnswer], others: list[GeneratedAnswer]) -> int:
     return sum(answer != other for answer, other in zip(answers, others, strict=True))
 
 

@@ -25,7 +25,7 @@ from measure import print_row
 
 from loraflow.base.load import load_model, load_tokenizer
 from loraflow.config import Runtime
-from loraflow.evaluation.generation import answer_all
+from loraflow.evaluation.generation import generate_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,7 +92,7 @@ def run_generate(
 def run_loraflow(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], batch: int
 ) -> None:
-    answer_all(model, tokenizer, prompts, stop_ids=[], max_new_tokens=NEW_TOKENS, batch_size=batch)
+    generate_answers(model, tokenizer, prompts, stop_ids=[], max_new_tokens=NEW_TOKENS, batch_size=batch)
 
 
 def measure_speed(

@@ -11,7 +11,7 @@ from prefect.states import Completed
 from pydantic import JsonValue
 
 from loraflow.config import load_recipe
-from loraflow.data.git_branch import newest
+from loraflow.data.git_branch import find_newest_commit
 from loraflow.flows.finetune import make_model
 from loraflow.flows.parameters import NO_SETTINGS, RecipeName, Settings
 from loraflow.registry.runs import RunSummary
@@ -37,7 +37,7 @@ def retrain(
     """
     if approval:
         refuse_without_deployment()
-    found = newest(load_recipe(recipe, settings).data.repo, branch)
+    found = find_newest_commit(load_recipe(recipe, settings).data.repo, branch)
     with open_run(recipe, {**settings, **found.settings()}, []) as run:
         summary = make_model(run, approval)
     document = summary.model_dump(mode="json")

@@ -14,7 +14,7 @@ from loraflow.failures import Network
 DATASET = "loraflow.dataset.updated"
 CHAMPION = "loraflow.champion.promoted"
 REJECTED = "loraflow.challenger.rejected"
-WAITS = "loraflow.run.waits"
+RUN_WAITING = "loraflow.run.waits"
 
 
 def announce_waiting(run_id: str) -> None:
@@ -23,7 +23,7 @@ def announce_waiting(run_id: str) -> None:
     Heartbeats go on until the flow's function ends, and reach the server later than a state does. This event takes the
     same way, so it arrives after them.
     """
-    emit_event(WAITS, {"prefect.resource.id": f"prefect.flow-run.{run_id}"})
+    emit_event(RUN_WAITING, {"prefect.resource.id": f"prefect.flow-run.{run_id}"})
 
 
 def announce_decision(model: str, registration: Registration) -> None:

@@ -23,23 +23,23 @@ def gate(workspace: Workspace, result: PipelineResult) -> Decision:
     head, merged = workspace.seen_head, result.merged.digest  # the log's head may have moved since; `register` checks
     if head is not None and head.merged.digest == merged:
         return Decision.unchanged("the challenger is the champion")
-    why = workspace.log.rolled_back(merged)
+    why = workspace.log.rollback_reason(merged)
     if why is not None:
         return Decision.unchanged(f"it was rolled back ({why}); `loraflow promote` promotes it again by hand")
     protocol = _protocol(workspace, result)
-    earlier = workspace.log.decision(head, merged, protocol)
+    earlier = workspace.log.read_decision(head, merged, protocol)
     if earlier is not None and earlier["verdict"] != "promote":
         known = Decision.from_dict(earlier)
         return Decision.unchanged(f"decided before against this champion: {known.verdict}", known)
     decision = _compare(workspace, result)
-    workspace.log.remember(head, merged, protocol, decision.to_dict())
+    workspace.log.write_decision(head, merged, protocol, decision.to_dict())
     return decision
 
 
 def remember(workspace: Workspace, result: PipelineResult, decision: Decision) -> None:
     """Keep a person's decision in place of the gate's, so that a rerun finds it."""
     protocol = _protocol(workspace, result)
-    workspace.log.remember(workspace.seen_head, result.merged.digest, protocol, decision.to_dict())
+    workspace.log.write_decision(workspace.seen_head, result.merged.digest, protocol, decision.to_dict())
 
 
 def _protocol(workspace: Workspace, result: PipelineResult) -> str:
@@ -70,5 +70,7 @@ def _compare(workspace: Workspace, result: PipelineResult) -> Decision:
 def _heldout_scores(workspace: Workspace, ref: Ref) -> pd.DataFrame:
     import pandas as pd
 
+    from loraflow.data.chats import GATE_SET
+
     table = pd.read_parquet(workspace.store.path(ref) / "scores.parquet")
-    return table[table["set"] == "heldout"]
+    return table[table["set"] == GATE_SET]

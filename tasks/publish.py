@@ -32,11 +32,11 @@ def publish(run: Run, result: PipelineResult) -> Publication | None:
         workspace.log.model,
         store.path(result.merged),
         ref=result.merged,
-        tuned=result.adapter,
+        adapter_ref=result.adapter,
         base=store.path(result.base),
         run=run.as_record(),
     )
-    earlier = hub.published(store, model, rules.repo, rules.what)
+    earlier = hub.find_publication(store, model, rules.repo, rules.what)
     if earlier is not None:
         return earlier
     try:

@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from loraflow.evaluation.values import Decision
 from loraflow.execution.results import PipelineResult, Registration
 from loraflow.execution.workspace import Workspace
-from loraflow.registry.log import Moved, actor
+from loraflow.registry.log import HeadChanged, actor
 
 log = logging.getLogger("loraflow")
 MOVED = "another run promoted a model in the meantime; run again to compare with that model"
@@ -40,6 +40,6 @@ def register(workspace: Workspace, result: PipelineResult, decision: Decision) -
             actor=actor(),
         )
         return Registration(decision, entry.seq)
-    except Moved:
+    except HeadChanged:
         log.warning("%s", MOVED)
         return Registration(decision.overruled("undecided", MOVED))

@@ -1,1 +1,16 @@
-"""The server side of Prefect: deployments, automations, local servers, runs that lost their worker."""
+"""Administration of a Prefect server, by task.
+
+- `loraflow deploy`: `deployments` creates and updates what `prefect_yaml` reads from prefect.yaml; `automations` are the
+  server's automations; `comparison` finds what differs; `connection` checks the server and its workers.
+- `loraflow up`: `local_server` starts a server and workers on this machine; `abandoned_runs` ends the runs that an
+  earlier `loraflow up` left unfinished.
+- a deployment's pull step: `project`.
+
+No process may outlive the one that started it, even if that is killed by SIGKILL:
+
+- `prefect_process` wraps the server and workers of `loraflow up`. They end with `loraflow up`.
+- `temporary_server` starts Prefect's temporary server for a single command; `watchdog`, a process of its own, ends that
+  server when the command is gone.
+- `loraflow.execution.parent_death` ends a process group when its parent is gone; `prefect_process` and the worker
+  processes of stages use it.
+"""

@@ -29,15 +29,15 @@ MESSAGE = "Its worker ended with an earlier `loraflow up`. Retry resumes after t
 
 
 def worker_name() -> str:
-    """Return the name of this host's workers under `loraflow up`. It is always the same, so others can be told apart."""
+    """Return the name of this host's workers under `loraflow up`. It is constant, so that other workers are recognised."""
     return f"loraflow up on {socket.gethostname()}"
 
 
 def end_abandoned(pools: Sequence[str]) -> list[str]:
-    """End the unfinished runs of work pools that no live worker can have; return a line for each.
+    """End the unfinished runs of work pools whose worker is gone; return a line for each.
 
-    To be called before this host's workers start. A run that a worker of another name may have is left to that worker
-    and to the run's heartbeats: the worker was online shortly before the run came to its last state, or later.
+    Call it before this host's workers start. A run is left alone if a worker of another name was online when the run
+    entered its last state, or later: the run may belong to that worker, and ends through its heartbeats if it is dead.
     """
     ended = []
     with get_client(sync_client=True) as client:

@@ -1,6 +1,6 @@
 """The server's automations: end runs whose process vanished, and notify people.
 
-Notifications are configured in `prefect.yaml`, under `notifications`. A block that the server lacks is skipped.
+Notifications are configured in `prefect.yaml`, under `notifications`. A block that does not exist on the server is skipped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraflow.failures import BadConfig
-from loraflow.tasks.events import CHAMPION, REJECTED, WAITS
+from loraflow.tasks.events import CHAMPION, REJECTED, RUN_WAITING
 
 log = logging.getLogger("loraflow")
 HEARTBEAT_TIMEOUT = timedelta(seconds=540)  # three heartbeats, which are 180 s apart
@@ -66,9 +66,9 @@ def wanted_automations(client: SyncPrefectClient, notifications: Notifications) 
 def lost_run_automations() -> Iterator[AutomationCore]:
     """Yield the automations that end runs whose machine or process vanished, which a self-hosted server lacks.
 
-    A Prefect trigger waits for events that follow an event of `after`, and one event ends the wait. A state that no
-    event follows therefore needs a trigger that starts with this state. Deployments of earlier versions may still be on
-    the server; they send no heartbeats, so only those with the heartbeat tag are expected to.
+    A proactive trigger starts to wait at an event of `after`, and any `expect` event ends the wait. A run may get stuck in
+    a state after which no event follows, so there is a trigger for each such state. Deployments of earlier versions may
+    still be on the server. They send no heartbeats, so a first heartbeat is expected only of runs with the heartbeat tag.
     """
     silence, start = (f"{timeout.total_seconds() / 60:g} minutes" for timeout in (HEARTBEAT_TIMEOUT, START_TIMEOUT))
     yield _end_silent_runs("crashed runs", {"heartbeat"}, HEARTBEAT_TIMEOUT, f"no heartbeat for {silence}")
@@ -107,7 +107,7 @@ def _end_silent_runs(
         description=f"Marks a run {state.value.capitalize()}: {reason}. Retry resumes after the last finished stage.",
         trigger=EventTrigger(
             after={f"prefect.flow-run.{name}" for name in after},
-            expect={"prefect.flow-run.*", WAITS},  # any new state is a sign of life, states with custom names included
+            expect={"prefect.flow-run.*", RUN_WAITING},  # any new state ends the wait, whatever its name
             match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
             match_related=ResourceSpecification({**tagged}),
             for_each={"prefect.resource.id"},

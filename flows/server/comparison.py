@@ -25,7 +25,7 @@ def changed_fields(wanted: DeploymentUpdate, existing: DeploymentResponse) -> li
 def changed_schedules(
     wanted: list[DeploymentScheduleUpdate], existing: DeploymentResponse
 ) -> list[DeploymentScheduleUpdate]:
-    """Return the schedules that are new or differ. Whether a schedule is paused is no difference."""
+    """Return the schedules that are new or differ. Whether a schedule is paused does not matter."""
     by_slug = {schedule.slug: schedule for schedule in existing.schedules}
     changed = []
     for schedule in wanted:
@@ -36,7 +36,7 @@ def changed_schedules(
 
 
 def same_automation(wanted: AutomationCore, existing: AutomationCore) -> bool:
-    """Tell whether two automations do the same. Whether one is disabled is no difference."""
+    """Tell whether two automations do the same. Whether one is disabled does not matter."""
     wanted_fields, existing_fields = (
         automation.model_dump(mode="json", exclude=NOT_COMPARED) for automation in (wanted, existing)
     )
@@ -44,7 +44,7 @@ def same_automation(wanted: AutomationCore, existing: AutomationCore) -> bool:
 
 
 def same_automation_fields(wanted: dict[str, JsonValue], existing: dict[str, JsonValue]) -> bool:
-    """Tell whether two automations, as JSON, do the same, whatever the ids in their triggers."""
+    """Tell whether two automations, as JSON, do the same. The ids in their triggers are ignored."""
     wanted_trigger, existing_trigger = (_comparable_trigger(fields["trigger"]) for fields in (wanted, existing))
     return {**wanted, "trigger": wanted_trigger} == {**existing, "trigger": existing_trigger}
 

@@ -21,7 +21,7 @@ def require_server() -> None:
 
     Raises:
         BadConfig: no server is configured, or it refuses our credentials.
-        Network: it does not answer, or is no Prefect server.
+        Network: it does not answer, or is not a Prefect server.
     """
     url = get_current_settings().api.url
     if not url:

@@ -1,4 +1,4 @@
-"""Put the contents of `prefect.yaml` onto a server: work pools, limits, deployments, triggers, automations.
+"""Create or update on a server what `prefect.yaml` describes: work pools, limits, deployments, triggers, automations.
 
 A second call changes nothing, and what a person paused in the UI stays paused. (`prefect deploy --all` resets schedules
 to the file, and gives triggers new ids.)
@@ -18,7 +18,7 @@ from prefect.exceptions import ObjectNotFound
 from loraflow.flows.server.automations import Notifications, wanted_automations
 from loraflow.flows.server.comparison import changed_fields, changed_schedules, same_automation
 from loraflow.flows.server.connection import require_server
-from loraflow.flows.server.prefect_yaml import DeploymentSpec, find_file, read_notifications, read_specs
+from loraflow.flows.server.prefect_yaml import DeploymentSpec, find_prefect_yaml, read_notifications, read_specs
 from loraflow.tasks.gpu_lease import create_limit
 
 log = logging.getLogger("loraflow")
@@ -27,8 +27,8 @@ PAGE = 200
 
 
 def deploy(only: list[str] | None = None) -> tuple[list[DeploymentSpec], list[str]]:
-    """Put the deployments onto the configured server; return them, and a line for each change."""
-    file = find_file()
+    """Create or update the deployments on the configured server; return them, and a line for each change."""
+    file = find_prefect_yaml()
     specs, notifications = read_specs(file, only), read_notifications(file)
     require_server()
     with get_client(sync_client=True) as client:
@@ -56,7 +56,7 @@ class Deployer:
         return self.changes
 
     def create_work_pool(self, name: str) -> None:
-        """Create a work pool of type process, unless there is a pool of this name, of whatever type."""
+        """Create a work pool of type process, unless a pool of this name exists, of any type."""
         try:
             self.client.read_work_pool(name)
         except ObjectNotFound:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from loraflow.failures import BadConfig, Crashed, Failure
-from loraflow.flows.server.child import GRACE_SECONDS
+from loraflow.flows.server.prefect_process import GRACE_SECONDS
 
 START_TIMEOUT = 300.0  # seconds; the first start migrates a database, which takes over a minute on a busy machine
 
@@ -59,7 +59,7 @@ def require_free_port(host: str, port: int) -> None:
     """Check that a server can listen on a port.
 
     Raises:
-        BadConfig: the port is in use, or the host is no address of this machine.
+        BadConfig: the port is in use, or the host is not an address of this machine.
     """
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
@@ -90,7 +90,7 @@ class Processes:
         log = self._log(name)
         with log.open("wb") as file:
             self.running[name] = subprocess.Popen(
-                [sys.executable, "-m", "loraflow.flows.server.child", str(os.getpid()), *arguments],
+                [sys.executable, "-m", "loraflow.flows.server.prefect_process", str(os.getpid()), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,

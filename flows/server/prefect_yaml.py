@@ -116,17 +116,17 @@ class DeploymentSpec(BaseModel):
         ]
 
 
-def find_file() -> Path:
-    """Return `prefect.yaml` of the working directory, else of the checkout that loraflow is imported from.
+def find_prefect_yaml() -> Path:
+    """Return the path of `prefect.yaml`: in the working directory, else in the checkout that loraflow is imported from.
 
     Raises:
-        BadConfig: there is none.
+        BadConfig: there is no such file.
     """
     for file in (Path(FILE), Path(loraflow.__file__).parent.parent / FILE):
         if file.is_file():
             return file
     raise BadConfig(
-        f"There is no {FILE} here.", where=str(Path.cwd()), next_step=f"copy {FILE} of the loraflow repository"
+        f"{FILE} was not found.", where=str(Path.cwd()), next_step=f"copy {FILE} from the loraflow repository"
     )
 
 

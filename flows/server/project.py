@@ -74,7 +74,7 @@ def refuse_outdated(run_id: UUID) -> None:
     """Refuse a run whose deployment another version of loraflow created, if its flow or its parameters do not fit here.
 
     Raises:
-        BadConfig: the flow is gone, or its parameters have changed.
+        BadConfig: the flow does not exist any more, or its parameters have changed.
     """
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ParameterBindError, ParameterTypeError, SignatureMismatchError
@@ -112,11 +112,11 @@ def refuse_outdated(run_id: UUID) -> None:
 
 
 def _changed_parameters(deployment: DeploymentResponse, schema: Mapping[str, JsonValue]) -> str:
-    """Return which parameters differ between a deployment and the flow's schema here; empty if none does."""
+    """Return the parameters that were removed, added or changed since the deployment was created; empty if none."""
     deployed, current = _constraints(deployment.parameter_openapi_schema or {}), _constraints(schema)
     changes = {
-        "gone": deployed.keys() - current.keys(),
-        "new": current.keys() - deployed.keys(),
+        "removed": deployed.keys() - current.keys(),
+        "added": current.keys() - deployed.keys(),
         "changed": {name for name in deployed.keys() & current.keys() if deployed[name] != current[name]},
     }
     return "; ".join(f"{change}: {', '.join(sorted(names))}" for change, names in changes.items() if names)

@@ -31,7 +31,7 @@ def start_temporary_server() -> None:
         return
     watchdog = _start_watchdog()
     started = threading.Event()
-    # Beside the start, which takes seconds: the command may be killed before it is over.
+    # In a thread, because the start takes seconds, and the command may be killed during it.
     reporter = threading.Thread(
         target=_report_pid, args=(server, watchdog, started), name="server-watchdog", daemon=True
     )

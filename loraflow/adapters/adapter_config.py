@@ -18,7 +18,7 @@ FILE = "adapter_config.json"
 
 def _number(value: JsonValue) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("no number")
+        raise ValueError("not a number")
     return value
 
 
@@ -51,13 +51,13 @@ class AdapterConfig(BaseModel):
         """Read the config in an adapter's folder.
 
         Raises:
-            BadModel: the file is missing, is no JSON object, or a number in it is no number.
+            BadModel: the file is missing or not a JSON object, or a setting that must be a number is not.
         """
         file = adapter / FILE
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(values, dict):
-                raise TypeError(f"{type(values).__name__} where an object belongs")
+                raise TypeError(f"expected a JSON object, got {type(values).__name__}")
             return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
@@ -90,8 +90,8 @@ class AdapterConfig(BaseModel):
         return str(self.init_lora_weights).lower()
 
     @property
-    def changes_base(self) -> bool:
-        """Whether the adapter belongs to a base whose weights its initialisation changed."""
+    def base_was_modified(self) -> bool:
+        """Whether the initialisation changed the base's weights, so that the adapter does not fit the original base."""
         return self.initialisation.startswith((*RECOMPUTED, *NOT_RECOMPUTED))
 
     def scale_of(self, module: str, rank: int) -> float:
@@ -102,7 +102,7 @@ class AdapterConfig(BaseModel):
             rank: the rank of its matrices.
 
         Raises:
-            BadModel: the config has another rank, so its alpha belongs to another adapter too.
+            BadModel: the config has another rank, so it belongs to another adapter.
         """
         default = self.r if "r" in self.model_fields_set else rank
         configured = _by_pattern(self.rank_pattern, module, default)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BaseShapes:
-    """Shapes of a base's parameters, and which of its modules are no plain linear layers."""
+    """Shapes of a base's parameters, and which of its modules are not plain linear layers."""
 
     shapes: Mapping[str, tuple[int, ...]]
     heads: AttentionHeads

@@ -1,6 +1,6 @@
 """Convert adapters: loralib's checkpoints to PEFT's folders, and between split and fused projections.
 
-An adapter for q_proj, k_proj and v_proj is made to fit a base with qkv_proj, and the other way round.
+An adapter for q_proj, k_proj and v_proj is converted for a base with qkv_proj, and the reverse.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ def convert(
         base: folder of the model that the adapter is to fit; its weights are not read.
         out: a folder that does not exist yet.
         lora_alpha: of a loralib checkpoint, which does not contain it.
-        enable_lora: of a loralib checkpoint, the adapted blocks of fused modules, where not all are.
+        enable_lora: of a loralib checkpoint: the adapted blocks of fused modules, if not all blocks are adapted.
 
     Raises:
-        BadModel: the adapter does not fit the base in any form, is damaged, or holds more than LoRA.
+        BadModel: the adapter does not fit the base, split or fused; it is damaged, or contains more than LoRA.
     """
     shapes = BaseShapes.read(base)
     if source.is_dir():
         adapter = read_peft(source)
     elif lora_alpha is None:
         raise BadModel(
-            "A loralib checkpoint does not say its alpha.", where=str(source), next_step="give it with --alpha"
+            "A loralib checkpoint does not contain alpha.", where=str(source), next_step="set it with --alpha"
         )
     else:
         adapter = from_loralib(read_tensors(source), shapes, LoralibSettings(lora_alpha, enable_lora or {}))

@@ -9,7 +9,7 @@ from loraflow.adapters.fused_projections import SPLIT, block_sizes
 from loraflow.adapters.lora_updates import Adapter, LoraUpdate
 from loraflow.failures import BadModel
 
-_FUSED = {part: whole for whole, parts in SPLIT.items() for part in parts}  # q_proj → qkv_proj
+_FUSED = {name: fused_name for fused_name, names in SPLIT.items() for name in names}  # q_proj → qkv_proj
 
 
 @dataclass(frozen=True)
@@ -22,33 +22,33 @@ class FitFigures:
 
 
 def fit(adapter: Adapter, base: BaseShapes) -> tuple[Adapter, FitFigures]:
-    """Return the same adapter for a base whose projections are fused, or split, and what was done.
+    """Convert an adapter for a base whose projections are fused or split; return it with the counts of what was done.
 
     Raises:
-        BadModel: a module is in the base in no form, or a shape differs.
+        BadModel: the base has a module neither as it is, nor fused, nor split; or a shape differs.
     """
     updates: dict[str, LoraUpdate] = {}
     groups: dict[str, dict[str, LoraUpdate]] = {}  # by the full name of the fused module, then by projection
     split = 0
     for name, update in adapter.updates.items():
-        parent, _, own = name.rpartition(".")
-        whole = f"{parent}.{_FUSED.get(own)}"
+        parent, _, module_name = name.rpartition(".")
+        fused_name = f"{parent}.{_FUSED.get(module_name)}"
         if f"{name}.weight" in base.shapes:
             _check_shape(name, update, base)
             updates[name] = update
-        elif f"{whole}.weight" in base.shapes:
-            groups.setdefault(whole, {})[own] = update
-        elif own in SPLIT and all(f"{parent}.{part}.weight" in base.shapes for part in SPLIT[own]):
-            updates |= _split(parent, own, update, base)
+        elif f"{fused_name}.weight" in base.shapes:
+            groups.setdefault(fused_name, {})[module_name] = update
+        elif module_name in SPLIT and all(f"{parent}.{part}.weight" in base.shapes for part in SPLIT[module_name]):
+            updates |= _split(parent, module_name, update, base)
             split += 1
         else:
             raise _missing(name, parent, base)
-    for whole, parts in groups.items():
-        updates[whole] = _fuse(whole, parts, base)
+    for fused_name, projections in groups.items():
+        updates[fused_name] = _fuse(fused_name, projections, base)
     for name in updates:
         _check_shape(name, updates[name], base)
     if adapter.biases and (groups or split):
-        raise BadModel("Biases of split projections are not fused, nor the other way round.", where="bias")
+        raise BadModel("Biases of projections cannot be fused or split.", where="bias")
     fitted = Adapter(updates, adapter.biases, adapter.bias, adapter.fan_in_fan_out)
     kept = len(adapter.updates) - split - sum(map(len, groups.values()))
     return fitted, FitFigures(kept, split, len(groups))
@@ -70,7 +70,7 @@ def _check_shape(name: str, update: LoraUpdate, base: BaseShapes) -> None:
     got = (update.up.shape[0], update.down.shape[1])
     if got != base.weight_shape(name):
         raise BadModel(
-            "An adapter's matrix does not fit the base's.",
+            "The shape of an adapter's matrix does not match the base.",
             where=name,
             expected=str(list(base.shapes[f"{name}.weight"])),
             got=str(list(got)),
@@ -78,16 +78,19 @@ def _check_shape(name: str, update: LoraUpdate, base: BaseShapes) -> None:
         )
 
 
-def _split(parent: str, own: str, update: LoraUpdate, base: BaseShapes) -> dict[str, LoraUpdate]:
-    """Cut B by rows; each part has the whole A."""
-    sizes = [base.shapes[f"{parent}.{part}.weight"][0] for part in SPLIT[own]]
+def _split(parent: str, module_name: str, update: LoraUpdate, base: BaseShapes) -> dict[str, LoraUpdate]:
+    """Split B by rows; each projection gets all of A."""
+    sizes = [base.shapes[f"{parent}.{part}.weight"][0] for part in SPLIT[module_name]]
     if sum(sizes) != update.up.shape[0]:
         raise BadModel(
-            "The blocks do not add up.", where=f"{parent}.{own}", expected=str(update.up.shape[0]), got=str(sizes)
+            "The rows of the base's projections do not add up to those of the fused projection.",
+            where=f"{parent}.{module_name}",
+            expected=str(update.up.shape[0]),
+            got=str(sizes),
         )
     parts: dict[str, LoraUpdate] = {}
     start = 0
-    for part, size in zip(SPLIT[own], sizes, strict=True):
+    for part, size in zip(SPLIT[module_name], sizes, strict=True):
         rows = slice(start, start + size)
         magnitude = None if update.magnitude is None else update.magnitude[rows]
         parts[f"{parent}.{part}"] = LoraUpdate(update.down, update.up[rows], update.scale, magnitude=magnitude)
@@ -95,40 +98,44 @@ def _split(parent: str, own: str, update: LoraUpdate, base: BaseShapes) -> dict[
     return parts
 
 
-def _fuse(whole: str, parts: dict[str, LoraUpdate], base: BaseShapes) -> LoraUpdate:
-    """Stack the A's, and put each B on its block of a block-diagonal B; the rank is the sum of the ranks.
+def _fuse(fused_name: str, projections: dict[str, LoraUpdate], base: BaseShapes) -> LoraUpdate:
+    """Stack the A matrices, and place each B in its block of a block-diagonal B. The rank is the sum of the ranks.
 
-    Parts that were cut from one update (the same A and scale) become that update again.
+    If all projections have the same A and scale, because they were split from one update, that update is restored.
     """
     import torch
 
-    own = whole.rsplit(".", 1)[-1]
-    rows = base.shapes[f"{whole}.weight"][0]
-    sizes, names = block_sizes(base.heads, own, rows), SPLIT[own]
+    module_name = fused_name.rsplit(".", 1)[-1]
+    rows = base.shapes[f"{fused_name}.weight"][0]
+    sizes, names = block_sizes(base.heads, module_name, rows), SPLIT[module_name]
     if sizes is None or any(
-        name in parts and parts[name].up.shape[0] != size for name, size in zip(names, sizes, strict=True)
+        name in projections and projections[name].up.shape[0] != size for name, size in zip(names, sizes, strict=True)
     ):
         raise BadModel(
-            "The parts do not fit the fused projection.",
-            where=whole,
+            "The shapes of the adapter's projections do not match the fused projection.",
+            where=fused_name,
             expected=f"{', '.join(names)} of {sizes} rows",
-            got=str({name: part.up.shape[0] for name, part in parts.items()}),
+            got=str({name: update.up.shape[0] for name, update in projections.items()}),
         )
-    present = [parts[name] for name in names if name in parts]
+    present = [projections[name] for name in names if name in projections]
     first, complete = present[0], len(present) == len(names)
-    magnitudes = [part.magnitude for part in present if part.magnitude is not None]
+    magnitudes = [update.magnitude for update in present if update.magnitude is not None]
     if magnitudes and (len(magnitudes) < len(present) or not complete):
-        raise BadModel("DoRA on a part of a fused projection has no form of the whole.", where=whole)
+        raise BadModel(
+            "DoRA adapters can be fused only if all projections have one.",
+            where=fused_name,
+            expected=f"DoRA on {', '.join(names)}",
+            got=", ".join(name for name in names if name in projections and projections[name].magnitude is not None),
+        )
     magnitude = torch.cat(magnitudes) if magnitudes else None
-    if complete and all(part.scale == first.scale and torch.equal(part.down, first.down) for part in present):
-        return LoraUpdate(first.down, torch.cat([part.up for part in present]), first.scale, magnitude=magnitude)
-    up = first.up.new_zeros(rows, sum(part.rank for part in present))
+    if complete and all(update.scale == first.scale and torch.equal(update.down, first.down) for update in present):
+        return LoraUpdate(first.down, torch.cat([update.up for update in present]), first.scale, magnitude=magnitude)
+    up = first.up.new_zeros(rows, sum(update.rank for update in present))
     row = column = 0
     for name, size in zip(names, sizes, strict=True):
-        if name in parts:
-            part = parts[name]
-            # One scale for all: where they differ, the ratio goes into B (exact for a power of two, else rounded once).
-            up[row : row + size, column : column + part.rank] = part.up * (part.scale / first.scale)
-            column += part.rank
+        if update := projections.get(name):
+            # The fused update has one scale. Where scales differ, B is multiplied by their ratio (exact for powers of two).
+            up[row : row + size, column : column + update.rank] = update.up * (update.scale / first.scale)
+            column += update.rank
         row += size
-    return LoraUpdate(torch.cat([part.down for part in present]), up, first.scale, magnitude=magnitude)
+    return LoraUpdate(torch.cat([update.down for update in present]), up, first.scale, magnitude=magnitude)

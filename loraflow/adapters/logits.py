@@ -38,7 +38,7 @@ def trained_logits(
     Args:
         base: the model's folder.
         adapter: PEFT's folder.
-        nf4: how training packed the base's weights; None for plain weights.
+        nf4: how training quantized the base's weights; None if it did not.
         batches: token ids, [1, tokens] each.
         runtime: device and attention implementation.
         trust: run code that comes with the base.

@@ -1,4 +1,4 @@
-"""The recipe's peft_config as peft's LoraConfig, and checks that all of it takes effect in a model."""
+"""Convert the recipe's peft_config to peft's LoraConfig, and check that each setting has an effect in the model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+# Keys of the recipe that are not keys of LoraConfig.
 _NOT_PEFTS = {"loraplus_lr_ratio", "loraplus_lr_embedding", "eva_config"}
 
 
@@ -33,9 +34,9 @@ def lora_config(peft_config: PeftConfig) -> LoraConfig:
 
 
 def check_targets(model: PreTrainedModel, peft_config: PeftConfig) -> None:
-    """Refuse names that match no module. peft accepts a list as long as one of its names matches.
+    """Refuse names that match no module. peft accepts a list if at least one of its names matches.
 
-    The guide's notebooks name q_proj, k_proj, … for Phi-3, which has qkv_proj, and so trained half of what they meant to.
+    The guide's notebooks name q_proj, k_proj, … for Phi-3, which has qkv_proj instead: they train half of what they list.
 
     Raises:
         BadConfig: a name matches nothing; the message lists the names that the model has.
@@ -58,12 +59,12 @@ def check_targets(model: PreTrainedModel, peft_config: PeftConfig) -> None:
 
 
 def matches(module: str, target: str) -> bool:
-    """Tell whether a module is meant by a target: its full name, or the last parts of it."""
+    """Tell whether a target names a module: by its full name, or by the last parts of it."""
     return module == target or module.endswith(f".{target}")
 
 
-def check_reach(model: PreTrainedModel, peft_config: PeftConfig) -> None:
-    """Refuse, before training, what peft would ignore and what cannot be trained or merged.
+def check_trainable(model: PreTrainedModel, peft_config: PeftConfig) -> None:
+    """Refuse, before training, settings that peft would ignore, and modules that cannot be trained or merged.
 
     Raises:
         BadConfig: a target cannot carry an adapter, a pattern matches nothing, or a layer does not exist.

@@ -1,4 +1,4 @@
-"""Read a loralib checkpoint, `lora_state_dict`: it names tensors, but neither alpha nor the adapted blocks."""
+"""Read a loralib checkpoint, `lora_state_dict`. It contains tensors, but neither alpha nor the adapted blocks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoralibSettings:
-    """What a loralib checkpoint does not say.
+    """Settings that a loralib checkpoint does not contain.
 
     Args:
         lora_alpha: alpha of the training.
@@ -56,7 +56,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError, ValueError) as error:
         raise BadModel(
-            "The checkpoint cannot be read as tensors, and nothing else is read from it.",
+            "The checkpoint does not contain only tensors, so it is not loaded.",
             where=str(file),
             expected="safetensors, or torch.save of lora_state_dict(model)",
             got=str(error).strip().splitlines()[0][:200],
@@ -65,7 +65,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     inner = loaded.get("model_state_dict") if isinstance(loaded, dict) and len(loaded) == 1 else None
     state = inner if isinstance(inner, dict) else loaded
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise BadModel("The checkpoint is no dictionary of tensors.", where=str(file), got=type(state).__name__)
+        raise BadModel("The checkpoint is not a dictionary of tensors.", where=str(file), got=type(state).__name__)
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     check_finite(tensors.items(), file)
     return {name: tensor.float() for name, tensor in tensors.items()}
@@ -75,7 +75,7 @@ def from_loralib(state: Mapping[str, torch.Tensor], base: BaseShapes, settings: 
     """Return a loralib checkpoint's tensors as an adapter of a base.
 
     Raises:
-        BadModel: a tensor fits no module of the base, or the blocks do not add up.
+        BadModel: a tensor does not fit a module of the base, or the rows of the blocks do not add up.
     """
     stems = {name.rsplit(".lora_", 1)[0] for name in state if name.endswith((".lora_A", ".lora_B"))}
     pairs = {f"{stem}.lora_{side}" for stem in stems for side in "AB"}
@@ -83,7 +83,7 @@ def from_loralib(state: Mapping[str, torch.Tensor], base: BaseShapes, settings: 
     unmatched = sorted((state.keys() - pairs - {n for n in state if n.endswith(".bias")}) | (pairs - state.keys()))
     if unmatched or not stems:
         raise BadModel(
-            "This is no checkpoint of loralib's lora_state_dict.",
+            "This is not a checkpoint of loralib's lora_state_dict.",
             where=unmatched[0] if unmatched else "",
             expected="pairs of x.lora_A and x.lora_B, and biases",
             got=f"{len(state)} tensors, {len(unmatched)} without a counterpart",
@@ -136,9 +136,9 @@ def _fused_up(
     adapted = sum(size for size, on in zip(sizes or [], enabled, strict=False) if on)
     if sizes is None or sum(enabled) != blocks or adapted != up.shape[0]:
         raise BadModel(
-            f"{blocks} blocks of {own} are adapted; which ones?"
+            f"The checkpoint adapts {blocks} blocks of {own}, but does not say which."
             if named is None
-            else f"These are not its blocks of {own}.",
+            else f"The named blocks of {own} do not match the checkpoint.",
             where=module,
             expected=f"B with {up.shape[0]} rows in {blocks} of {', '.join(names) or 'no known blocks'} {sizes or ''}",
             got=str(named) if named else f"all {len(names)}",
@@ -149,7 +149,7 @@ def _fused_up(
 
 def _unfit(module: str, expected: Sequence[int] | str, down: torch.Tensor, up: torch.Tensor) -> BadModel:
     return BadModel(
-        "An adapter's matrix does not fit the base's.",
+        "The shape of an adapter's matrix does not match the base.",
         where=module,
         expected=str(expected),
         got=f"A {list(down.shape)}, B {list(up.shape)}",

@@ -1,6 +1,6 @@
 """Merge an adapter's folder into a base model's folder.
 
-All forms of LoRA are merged from disk to disk (`streaming_merge`); what that cannot do is merged by peft.
+Most adapters are merged from disk to disk (`streaming_merge`). Adapters with other settings are merged by peft.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loraflow.adapters import validation
 from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.adapters.merge_plan import MergePlan, plan_merge
 from loraflow.adapters.merge_with_peft import merge_with_peft
-from loraflow.adapters.nf4 import Nf4, packed_names
+from loraflow.adapters.nf4 import Nf4, quantized_names
 from loraflow.adapters.origin import ORIGIN, check_origin, template_hash, write_origin
 from loraflow.adapters.streaming_merge import merge_streaming
 from loraflow.base.weight_files import refuse_pickles
@@ -75,27 +75,15 @@ def merge(
         progress: reports tensors; finished shards survive a kill in its `work` folder.
         base_digest: digest of the base's artifact, compared with the one that the adapter records.
         nf4: merge into the base's weights as training saw them.
-        trust: run code that comes with the base, to know which of its weights are packed.
+        trust: run code that comes with the base, to know which of its weights were quantized.
 
     Raises:
         BadModel: weights are a pickle, damaged or not finite; the adapter belongs to another base or chat template; a
             tensor has no counterpart in the base; the tokenizer has more tokens than the embeddings have rows.
     """
-    refuse_pickles(adapter)
-    refuse_pickles(base)
-    config = AdapterConfig.read(adapter)
-    validation.check_config(config, adapter)
-    validation.check_tensors(adapter)
-    check_origin(adapter, base, base_digest)
-    entries = files.model_entries(base)
-    _check_vocabulary(base, adapter, entries)
+    config, entries = _check_inputs(base, adapter, base_digest)
     started = time.perf_counter()
-    plan = plan_merge(config, adapter)
-    if plan is not None:
-        _check_tied(base, entries, plan)
-    if plan is not None and nf4 is not None:
-        names = packed_names(base, trust=trust)
-        plan = None if names is None else replace(plan, nf4=nf4, packed=names - plan.replaced.keys())
+    plan = _plan(config, base, adapter, entries, nf4, trust=trust)
     if plan is None:
         adapted = merge_with_peft(base, adapter, out, dtype, max_shard_bytes, nf4)
     else:
@@ -106,6 +94,39 @@ def merge(
     _write_stop_ids(out)
     write_origin(out, base, base_digest)
     return {"adapted": adapted, "route": "peft" if plan is None else "streamed", "seconds": round(seconds, 2)}
+
+
+def _check_inputs(base: Path, adapter: Path, base_digest: str | None) -> tuple[AdapterConfig, list[files.TensorEntry]]:
+    """Check both folders before anything is written; return the adapter's config and the base's tensors."""
+    refuse_pickles(adapter)
+    refuse_pickles(base)
+    config = AdapterConfig.read(adapter)
+    validation.check_config(config, adapter)
+    validation.check_tensors(adapter)
+    check_origin(adapter, base, base_digest)
+    entries = files.model_entries(base)
+    _check_vocabulary(base, adapter, entries)
+    return config, entries
+
+
+def _plan(
+    config: AdapterConfig,
+    base: Path,
+    adapter: Path,
+    entries: list[files.TensorEntry],
+    nf4: Nf4 | None,
+    *,
+    trust: bool,
+) -> MergePlan | None:
+    """Plan a merge from disk to disk; return None if only peft can merge this adapter."""
+    plan = plan_merge(config, adapter)
+    if plan is None:
+        return None
+    _check_tied(base, entries, plan)
+    if nf4 is None:
+        return plan
+    names = quantized_names(base, trust=trust)
+    return None if names is None else replace(plan, nf4=nf4, quantized=names - plan.replaced.keys())
 
 
 def _module_of(tensor: str) -> str:
@@ -120,14 +141,14 @@ def _check_vocabulary(base: Path, adapter: Path, entries: list[files.TensorEntry
 
 
 def _check_tied(base: Path, entries: list[files.TensorEntry], plan: MergePlan) -> None:
-    """Refuse embeddings or a head that were trained as a whole if the base has one weight for both."""
+    """Refuse fully trained embeddings or a head (modules_to_save) if the base ties them."""
     if not _is_tied(base, entries):
         return
     for name, entry in plan.replaced.items():
-        # peft also saves the base's own embeddings (`base_layer`) with a LoRA on them: those are no trained weights.
+        # With LoRA on embeddings, peft also saves the base's own ones (`base_layer`), which were not trained.
         if _module_of(name) in _EMBEDDINGS + _HEADS and ".base_layer." not in entry.name:
             raise BadModel(
-                "The adapter holds embeddings or a head of its own, and the base has one weight for both.",
+                "The adapter contains fully trained embeddings or a head, but the base uses one weight for both.",
                 where=name,
                 got="tie_word_embeddings",
                 next_step="serve base and adapter together, with peft; or train single tokens: trainable_token_indices",
@@ -165,7 +186,7 @@ def _write_stop_ids(out: Path) -> None:
 
     try:
         needed = ChatTemplate(out).stop_ids()
-    except BadModel as error:  # training would refuse such a template, but the merged weights are still usable
+    except BadModel as error:  # training refuses such a template, but the merged weights are usable
         log.warning("The tokens that end an answer are unknown, so generation_config.json stays as it is: %s", error)
         return
     file = out / "generation_config.json"

@@ -1,8 +1,9 @@
-"""QLoRA's merge: into the base in 16 bits, or into the base with the values that training saw, whichever is closer.
+"""Merge a QLoRA adapter, either into the original base or into the dequantized base.
 
-Training adapts weights that were quantized to NF4, and the update also corrects their quantization errors. On the plain
-base that correction is a little off; on the dequantized base it is right, but that base is the worse one. The choice is
-the merge with the smaller KL to the trained model, on rows of the training set: held-out rows are for the gate alone.
+During training the base's weights were quantized to NF4, so the adapter also learned to correct quantization errors. In the
+original base, which has no such errors, this correction is slightly wrong. In the dequantized base it is right, but the
+dequantized weights are less accurate. `merge.onto: auto` computes both merges and uses the one with the smaller KL
+divergence from the trained model, measured on training rows: only the gate may use held-out rows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-PROBES = 8  # rows of the training set that the merges are compared on
+COMPARED_ROWS = 8  # training rows on which the two merges are compared
 
 
 def merge_trained_in_nf4(
@@ -46,7 +47,7 @@ def merge_trained_in_nf4(
         shards: tokenized training rows; needed where `config.onto` is auto.
         progress: reports tensors; its `work` folder holds the merges that are compared.
         runtime: the job's.
-        config: how training packed the base, and onto which weights to merge.
+        config: how training quantized the base, and into which weights to merge.
         options: of `merge`.
 
     Returns:
@@ -58,8 +59,8 @@ def merge_trained_in_nf4(
         figures = merge(base, adapter, out, progress=progress, nf4=dequantized, trust=trust, **options)
         return {**figures, "onto": config.onto}
     assert shards is not None and progress.work is not None
-    probes = training_probes(shards)
-    expected = trained_logits(base, adapter, nf4, probes, runtime, trust=trust)
+    rows = comparison_rows(shards)
+    expected = trained_logits(base, adapter, nf4, rows, runtime, trust=trust)
     merges: dict[str, MergeFigures] = {}
     divergence: dict[str, float] = {}
     for onto, dequantized in (("base", None), ("dequantized", nf4)):
@@ -69,7 +70,7 @@ def merge_trained_in_nf4(
         merged.mkdir(parents=True)
         parts = Progress(progress.path, work)  # the finished shards of each merge survive a kill
         merges[onto] = merge(base, adapter, merged, progress=parts, nf4=dequantized, trust=trust, **options)
-        divergence[onto] = compare_logits(expected, model_logits(merged, probes, runtime, trust=trust)).mean_kl
+        divergence[onto] = compare_logits(expected, model_logits(merged, rows, runtime, trust=trust)).mean_kl
     best = min(divergence, key=divergence.__getitem__)
     log.info("merged onto %s: KL to the trained model %s", best, divergence)
     for file in sorted((progress.work / "onto" / best / "merged").iterdir()):
@@ -84,11 +85,10 @@ def merge_trained_in_nf4(
     }
 
 
-def training_probes(shards: Path) -> list[torch.Tensor]:
+def comparison_rows(shards: Path) -> list[torch.Tensor]:
     """Return the ids of the first tokenized training rows, [1, tokens] each."""
     import torch
 
     rows = TokenRows(shards)
-    return [
-        torch.tensor(rows.document(n)[0][:MAX_TOKENS].tolist())[None] for n in range(min(PROBES, len(rows.documents)))
-    ]
+    count = min(COMPARED_ROWS, len(rows.documents))
+    return [torch.tensor(rows.document(n)[0][:MAX_TOKENS].tolist())[None] for n in range(count)]

@@ -1,4 +1,4 @@
-"""What an adapter does to a base, tensor by tensor, read from headers and the adapter's config alone."""
+"""Plan a merge: which tensors of the base the adapter updates or replaces. Only headers and the config are read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loraflow.adapters.nf4 import Nf4
 from loraflow.adapters.safetensors_files import TensorEntry
 from loraflow.failures import BadModel
 
-# Settings that a merge from disk to disk does not know; such an adapter is merged by peft.
+# Settings that the merge from disk to disk does not support; adapters with one of them are merged by peft.
 _NEEDS_PEFT = ("lora_bias", "fan_in_fan_out", "trainable_token_indices", "use_qalora", "target_parameters", "arrow_config",
                "alora_invocation_tokens", "layer_replication", "use_bdlora", "megatron_config")  # fmt: skip
 
@@ -46,9 +46,9 @@ class MergePlan:
     """What an adapter does to a base, by the names of the base's tensors."""
 
     updates: Mapping[str, MatrixUpdate]
-    replaced: Mapping[str, TensorEntry]  # trained as a whole: the adapter's tensor takes the place of the base's
-    nf4: Nf4 | None = None  # how training packed the tensors named in `packed`
-    packed: frozenset[str] = frozenset()
+    replaced: Mapping[str, TensorEntry]  # fully trained (modules_to_save): the adapter's tensor replaces the base's
+    nf4: Nf4 | None = None  # how training quantized the tensors in `quantized`
+    quantized: frozenset[str] = frozenset()  # names of tensors to quantize and dequantize before the merge
 
     @property
     def adapter_entries(self) -> list[TensorEntry]:
@@ -60,12 +60,12 @@ def plan_merge(config: AdapterConfig, adapter: Path) -> MergePlan | None:
     """Plan a merge that uses every tensor of the adapter once, or return None if only peft can merge it.
 
     Raises:
-        BadModel: the adapter is no LoRA adapter, or it is damaged.
+        BadModel: the adapter is not a LoRA adapter, or it is damaged.
     """
     if config.peft_type != "LORA":
-        raise BadModel("This is no LoRA adapter.", where=str(adapter), expected="LORA", got=str(config.peft_type))
+        raise BadModel("This is not a LoRA adapter.", where=str(adapter), expected="LORA", got=str(config.peft_type))
     entries = {entry.name: entry for entry in files.read_entries(adapter / "adapter_model.safetensors")}
-    if config.enabled(_NEEDS_PEFT) or config.changes_base:
+    if config.enabled(_NEEDS_PEFT) or config.base_was_modified:
         return None
     updates: dict[str, MatrixUpdate] = {}
     for first, second, embedding in (
@@ -84,14 +84,14 @@ def plan_merge(config: AdapterConfig, adapter: Path) -> MergePlan | None:
             updates[f"{module}.weight"] = MatrixUpdate(down, up, scale, magnitude, embedding)
     if bool(config.use_dora) != any(update.magnitude for update in updates.values()):
         return None
-    replaced = _whole_tensors(entries, updates)
+    replaced = _fully_trained_tensors(entries, updates)
     return None if replaced is None else MergePlan(updates, replaced)
 
 
-def _whole_tensors(
+def _fully_trained_tensors(
     entries: Mapping[str, TensorEntry], updates: Mapping[str, MatrixUpdate]
 ) -> dict[str, TensorEntry] | None:
-    """Return the tensors that are no part of an update, by their names in the base; None if peft must place them."""
+    """Return the fully trained tensors by their names in the base; None if only peft can place them."""
     used = {entry.name for update in updates.values() for entry in update.entries}
     rest = [name for name in entries if name not in used]
     replaced = {name.removeprefix(PREFIX).replace(".base_layer.", "."): entries[name] for name in rest}
@@ -104,7 +104,7 @@ def check_fit(entries: list[TensorEntry], plan: MergePlan) -> None:
     """Check that every tensor of the adapter has its tensor in the base, of the same shape.
 
     Raises:
-        BadModel: one has not.
+        BadModel: a tensor is missing in the base, or has another shape.
     """
     base = {entry.name: entry for entry in entries}
     shapes: dict[str, tuple[int, ...]] = {name: update.shape for name, update in plan.updates.items()}
@@ -115,7 +115,7 @@ def check_fit(entries: list[TensorEntry], plan: MergePlan) -> None:
             raise _missing(name, base)
         if shape != entry.shape or entry.dtype not in files.SIZES:
             raise BadModel(
-                "An adapter's matrix does not fit the base's.",
+                "The shape of an adapter's matrix does not match the base.",
                 where=name,
                 expected=f"{list(entry.shape)} {entry.dtype}",
                 got=str(list(shape)),

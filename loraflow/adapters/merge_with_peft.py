@@ -1,4 +1,4 @@
-"""Merge through peft, in memory: for single trained tokens, transposed weights, and all else that is no plain sum."""
+"""Merge with peft, in memory: for trained single tokens, transposed weights, and other updates that are not W + ΔW."""
 
 from __future__ import annotations
 

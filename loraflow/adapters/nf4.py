@@ -70,11 +70,11 @@ class Nf4:
             yield functional.dequantize_4bit(codes, state)
 
     def apply(self, model: PreTrainedModel) -> None:
-        """Give a model's packed weights the values that training saw; their dtype stays."""
+        """Set a model's quantized weights to the values that training saw; their dtype does not change."""
         import torch
         from transformers.pytorch_utils import Conv1D
 
-        for module in packed_modules(model).values():
+        for module in quantized_modules(model).values():
             with torch.no_grad():
                 weight = module.weight.T if isinstance(module, Conv1D) else module.weight
                 blocks = weight.split(ROWS)
@@ -82,7 +82,7 @@ class Nf4:
                     block.copy_(value)
 
 
-def packed_modules(model: PreTrainedModel) -> dict[str, torch.nn.Linear | Conv1D]:
+def quantized_modules(model: PreTrainedModel) -> dict[str, torch.nn.Linear | Conv1D]:
     """Return the modules that transformers quantizes, by name: linear ones except the head and what is tied to it."""
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -98,8 +98,8 @@ def packed_modules(model: PreTrainedModel) -> dict[str, torch.nn.Linear | Conv1D
     }
 
 
-def packed_names(base: Path, *, trust: bool = False) -> frozenset[str] | None:
-    """Return the names of a checkpoint's tensors that training packs; None if any is stored transposed.
+def quantized_names(base: Path, *, trust: bool = False) -> frozenset[str] | None:
+    """Return the names of a checkpoint's tensors that training quantizes; None if any is stored transposed.
 
     Args:
         base: the model's folder.
@@ -111,7 +111,7 @@ def packed_names(base: Path, *, trust: bool = False) -> frozenset[str] | None:
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    modules = packed_modules(model)
+    modules = quantized_modules(model)
     if not all(isinstance(module, torch.nn.Linear) for module in modules.values()):
         return None
     return frozenset(f"{name}.weight" for name in modules)

@@ -6,16 +6,13 @@ import hashlib
 import json
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from loraflow.failures import BadModel
+from loraflow.frozen import StoredModel
 
 ORIGIN = "loraflow.json"  # beside the files of an adapter or a merged model
 
 
-class _Origin(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
+class _Origin(StoredModel):
     base: str | None = None
     chat_template_sha256: str | None = None
 

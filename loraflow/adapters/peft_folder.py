@@ -73,7 +73,7 @@ def _refuse_more_than_lora(config: AdapterConfig, folder: Path) -> None:
             got=", ".join(more) or f"{config.peft_type}, bias {config.bias}",
             next_step="merge it into its own base instead: loraflow merge",
         )
-    if config.changes_base:
+    if config.base_was_modified:
         raise BadModel(
             "The adapter was trained on weights that its initialisation changed.",
             where=str(folder / FILE),

@@ -1,7 +1,7 @@
 """Merge from disk to disk: W + (B·A)·s in blocks of rows, in fp32, rounded once, in a few hundred megabytes of memory.
 
-For LoRA with fp32 adapters the result has the same bits as `peft.merge_and_unload()`. DoRA and modules that were trained
-as a whole follow peft's order of operations. Embeddings are rounded once; peft rounds their 16-bit adapter as well.
+For LoRA with fp32 adapters the result has the same bits as `peft.merge_and_unload()`. DoRA and fully trained modules
+(modules_to_save) follow peft's order of operations. Embeddings are rounded once; peft rounds their 16-bit adapter as well.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class TensorWriter:
         """Write a tensor at an offset of the file descriptor `target`: merged, replaced, cast or copied."""
         name = planned.source.name
         source, update = self._plan.replaced.get(name, planned.source), self._plan.updates.get(name)
-        nf4 = self._plan.nf4 if name in self._plan.packed else None
+        nf4 = self._plan.nf4 if name in self._plan.quantized else None
         if update is None and nf4 is None and planned.dtype == source.dtype:
             files.copy_range(self._fds[source.file], target, source.size, source.offset, offset)
             return
@@ -197,7 +197,7 @@ class TensorWriter:
             blocks = nf4.quantize_and_dequantize(self._blocks(source, in_scratch=False))
         row = 0
         for block in blocks:
-            # A tensor that was trained as a whole is first rounded to the dtype of the base's.
+            # A fully trained tensor (modules_to_save) is first rounded to the dtype of the base's tensor.
             merged = block.to(self._dtypes[planned.source.dtype])
             if factors is not None:
                 _add_update(merged, factors, slice(row, row + len(merged)), self._scratch)
@@ -256,7 +256,7 @@ def _add_update(block: torch.Tensor, factors: _Factors, rows: slice, scratch: _S
         block += torch.mm(up, down) * scale
         return
     total = scratch.floats(*block.shape)
-    if math.frexp(scale)[0] == 0.5:  # scaling a factor by a power of two is the same as scaling the product, to the bit
+    if math.frexp(scale)[0] == 0.5:  # for a power of two, scaling B gives the same bits as scaling the product
         total.copy_(block)
         total.addmm_(up * scale, down)
     else:

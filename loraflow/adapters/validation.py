@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _NOT_MERGEABLE = {
-    "layer_replication": "it makes more layers than the base has",
-    "alora_invocation_tokens": "it acts only after certain tokens",
+    "layer_replication": "it adds layers to the base",
+    "alora_invocation_tokens": "it applies only after certain tokens",
 }
 
 
@@ -25,12 +25,12 @@ def check_config(config: AdapterConfig, adapter: Path) -> None:
     """Refuse an adapter that cannot be merged into one checkpoint, by its config alone.
 
     Raises:
-        BadModel: its base's weights are not known, or a checkpoint cannot hold what it changes.
+        BadModel: the weights that it was trained on are unknown, or no checkpoint can express its changes.
     """
     where = str(adapter / FILE)
     if config.initialisation.startswith(NOT_RECOMPUTED):
         raise BadModel(
-            "The adapter was trained on weights that its initialisation changed, and it does not say to which.",
+            "The adapter's initialisation changed the base's weights, and the adapter does not contain the changed weights.",
             where=where,
             expected="init_lora_weights: true",
             got=config.initialisation,
@@ -77,7 +77,7 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: Path) -> No
     for name, tensor in tensors:
         if tensor.itemsize < 2 or not tensor.is_floating_point():
             raise BadModel(
-                "The adapter holds numbers of a type that is not merged.",
+                "The adapter contains numbers of a type that cannot be merged.",
                 where=f"{where}: {name}",
                 expected="bfloat16, float16, float32 or float64",
                 got=str(tensor.dtype).removeprefix("torch."),
@@ -85,7 +85,7 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: Path) -> No
         finite = tensor.isfinite()
         if not finite.all():
             raise BadModel(
-                "The adapter holds numbers that are not finite.",
+                "The adapter contains numbers that are not finite.",
                 where=f"{where}: {name}",
                 got=f"{int((~finite).sum())} of {tensor.numel()}",
                 next_step="train again, or use an earlier checkpoint",

@@ -25,8 +25,8 @@ EVA_FILE = "eva.safetensors"  # in the work folder, and with each checkpoint
 EVA_ROWS = 256  # rows whose activations EVA decomposes; it repeats them until the vectors converge
 
 
-def changes_base(peft_config: PeftConfig) -> bool:
-    """Tell whether an initialisation takes its product out of the base's weights."""
+def extracts_from_base(peft_config: PeftConfig) -> bool:
+    """Tell whether an initialisation subtracts its initial product from the base's weights (PiSSA, OLoRA)."""
     return str(peft_config.init_lora_weights).startswith(("pissa", "olora"))
 
 
@@ -34,8 +34,8 @@ def check(model: PreTrainedModel, peft_config: PeftConfig) -> None:
     """Refuse, before training, what could be trained but not merged into one checkpoint.
 
     Raises:
-        BadConfig: a whole module of tied weights, an embedding that PiSSA or OLoRA would have to decompose, or a token
-            that the vocabulary does not have.
+        BadConfig: a fully trained module (modules_to_save) with tied weights, an embedding that PiSSA or OLoRA would have
+            to decompose, or a token that is not in the vocabulary.
     """
     _check_modules_to_save(model, peft_config)
     _check_decomposed(model, peft_config)
@@ -58,8 +58,8 @@ def _check_modules_to_save(model: PreTrainedModel, peft_config: PeftConfig) -> N
     for name in peft_config.modules_to_save or []:
         if any(id(module) in tied and matches(full, name) for full, module in model.named_modules()):
             raise BadConfig(
-                f"{name} cannot be trained as a whole in this base: embedding and head are one weight, and the merged "
-                "model would have two.",
+                f"{name} cannot be fully trained in this base: its embedding and head are tied, and the merged model "
+                "would need two weights.",
                 where="peft_config.modules_to_save",
                 next_step="leave it out, or train single tokens: peft_config.trainable_token_indices",
             )
@@ -69,7 +69,7 @@ def _check_decomposed(model: PreTrainedModel, peft_config: PeftConfig) -> None:
     import torch
 
     targets = peft_config.target_modules
-    if not changes_base(peft_config) or not isinstance(targets, list):
+    if not extracts_from_base(peft_config) or not isinstance(targets, list):
         return
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding) and any(matches(name, target) for target in targets):
@@ -98,7 +98,7 @@ def initialize(
         batches: inputs of the model by name, from training rows, for EVA.
 
     Returns:
-        The initial A and B by name, which `as_lora` needs; empty if the base's weights are unchanged.
+        The initial A and B by name, which `convert_to_plain_lora` needs; empty if the base's weights are unchanged.
     """
     how = str(peft_config.init_lora_weights)
     if how == "eva":
@@ -110,7 +110,7 @@ def initialize(
         from peft import replace_lora_weights_loftq
 
         replace_lora_weights_loftq(model, _single_file(base))
-    if not changes_base(peft_config):
+    if not extracts_from_base(peft_config):
         return {}
     from peft import get_peft_model_state_dict
 
@@ -135,7 +135,7 @@ def _single_file(base: Path) -> str | None:
     return str(file) if file.exists() else None  # peft finds several files by the model's own path
 
 
-def as_lora(folder: Path, initial: Mapping[str, torch.Tensor]) -> None:
+def convert_to_plain_lora(folder: Path, initial: Mapping[str, torch.Tensor]) -> None:
     """Rewrite a saved PiSSA or OLoRA adapter as LoRA on the base itself: A' = [A; A₀], B' = [B, −B₀].
 
     Args:

@@ -1,7 +1,7 @@
 """Stage verify: compare the merged model's logits with those of base and adapter, on held-out chats, in fp32.
 
-Merging rounds W + ΔW to the weights' dtype, so the two differ a little. A base that training packed in NF4 is compared
-as training saw it. The report says how much they differ; `admit` compares that with the recipe's bound.
+Merging rounds W + ΔW to the weights' dtype, so the two differ a little. A base that training quantized to NF4 is
+compared as training saw it. The report says how much they differ; `admit` compares that with the recipe's limit.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def run(job: Job[VerifyConfig], inputs: Inputs, out: Path, progress: Progress) -
     chats = ChatTemplate(inputs["base"]).encode([row["messages"] for row in rows], "all")
     batches = [torch.tensor(chat.ids[:MAX_TOKENS].tolist())[None] for chat in chats]
 
-    packed = job.config.nf4
-    nf4 = Nf4(packed.dtype, packed.double) if packed is not None else None
+    quantization = job.config.nf4
+    nf4 = Nf4(quantization.dtype, quantization.double) if quantization is not None else None
     expected = trained_logits(inputs["base"], inputs["adapter"] / "adapter", nf4, batches, job.runtime, trust=trust)
     progress(done=1, total=2)
     figures = asdict(compare_logits(expected, model_logits(inputs["merged"], batches, job.runtime, trust=trust)))
@@ -42,20 +42,20 @@ def run(job: Job[VerifyConfig], inputs: Inputs, out: Path, progress: Progress) -
 
 
 def admit(report: Mapping[str, float], max_kl: float) -> None:
-    """Accept a merged model whose report is within the recipe's bound.
+    """Stop the run if the merged model differs from base and adapter by more than the recipe's limit.
 
     Args:
         report: the content of report.json.
         max_kl: nats per token.
 
     Raises:
-        Inadmissible: the merged model differs from what was trained by more than the bound.
+        Inadmissible: the mean KL divergence is above the limit.
     """
     if not report["mean_kl"] <= max_kl:
         raise Inadmissible(
-            "The merged model does not say what base and adapter say.",
+            "The merged model's outputs differ too much from base plus adapter.",
             where="verify",
             expected=f"mean KL at most {max_kl} nats per token (merge.max_kl)",
-            got=f"{report['mean_kl']}, best token the same in {report['same_best_token']:.1%}",
+            got=f"{report['mean_kl']}; the most likely token is the same in {report['same_best_token']:.1%}",
             next_step="merge in a wider dtype (merge.dtype: float32), or raise merge.max_kl if you accept it",
         )

@@ -43,11 +43,11 @@ def load_model(
         folder: the model's folder.
         dtype: bfloat16, float16 or float32. It is set while loading: a later `.to()` would round the rotary buffers.
         runtime: device and attention implementation.
-        double_quantization: None loads plain weights; otherwise weights are packed in NF4, and True packs their
-            quantization constants too.
+        double_quantization: None loads plain weights; otherwise weights are quantized to NF4, and True quantizes
+            their constants too.
         trust: run Python code that comes with the model.
         attention: transformers' name of the attention implementation; the default is the runtime's.
-        weights_device: where the weights are put, if not on the device that computes.
+        weights_device: the device that holds the weights, if it is not the device that computes.
 
     Raises:
         MissingExtra: NF4 without CUDA or bitsandbytes.
@@ -72,7 +72,7 @@ def load_model(
     if double_quantization is not None:
         options["quantization_config"] = _nf4(device, dtype, double_quantization)
     if device == "cuda":
-        # cuDNN's attention plans each padded shape again, which makes steps of seconds on Hopper.
+        # cuDNN's attention builds a plan for each padded shape, which takes seconds per step on Hopper.
         torch.backends.cuda.enable_cudnn_sdp(False)
         options["device_map"] = {"": weights_device or int(os.environ.get("LOCAL_RANK", "0"))}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -106,7 +106,7 @@ def _nf4(device: str, dtype: str, double: bool) -> BitsAndBytesConfig:
 _LOGIT_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier")
 
 
-def head_is_plain(model: PreTrainedModel) -> bool:
+def has_linear_head(model: PreTrainedModel) -> bool:
     """Tell whether a model's logits are the product of its head and its last hidden state, and nothing else."""
     config = model.config.get_text_config()
     scaled = any(getattr(config, key, None) not in (None, 1, 1.0) for key in _LOGIT_SCALES)

@@ -47,7 +47,7 @@ def locate(base: Base, memo: HashMemo) -> BaseLocation:
 
     Raises:
         MissingExtra: the bundled model's package is not installed.
-        BadModel: the folder holds no model, or the hub has no such model.
+        BadModel: the folder does not contain a model, or the hub has no such model.
         Network: the hub did not say which commit a branch is at.
     """
     if base.model.startswith("bundled:"):
@@ -75,7 +75,7 @@ def run(job: Job[ResolveBaseConfig], inputs: Inputs, out: Path, progress: Progre
     """Write config, tokenizer, template and weights to `out/`.
 
     Raises:
-        BadModel: the base is no causal language model, or it has no safetensors or no chat template.
+        BadModel: the base is not a causal language model, or it has no safetensors or no chat template.
     """
     origin, config = job.runtime.origin, job.config
     if isinstance(origin, GgufOrigin):
@@ -118,7 +118,7 @@ def _model_files(folder: Path, trust: bool) -> list[str]:
         if path.is_file() and (_MODEL_FILES.match(path.name) or (trust and path.suffix == ".py"))
     )
     if "config.json" not in names:
-        raise BadModel("The folder holds no model.", where=str(folder), expected="config.json", got="none")
+        raise BadModel("The folder does not contain a model.", where=str(folder), expected="config.json", got="none")
     refuse_pickles(folder)
     return names
 
@@ -159,7 +159,7 @@ def _copy_without_auto_map(source: Path, target: Path) -> None:
         values = json.loads(source.read_text(encoding="utf-8"))
         values.pop("auto_map", None)
     except (ValueError, AttributeError) as error:
-        raise BadModel("A file of the base is no JSON object.", where=str(source), got=str(error)[:200]) from error
+        raise BadModel("A file of the base is not a JSON object.", where=str(source), got=str(error)[:200]) from error
     target.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -223,10 +223,12 @@ def _check_artifact(out: Path, config: ResolveBaseConfig) -> None:
     try:
         kind = json.loads((out / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
-        raise BadModel("The base's config.json is no JSON object.", where="base.model", got=str(error)[:200]) from error
+        raise BadModel(
+            "The base's config.json is not a JSON object.", where="base.model", got=str(error)[:200]
+        ) from error
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.trust_remote_code:
         raise BadModel(
-            "The base is no causal language model that transformers knows.",
+            "The base is not a causal language model that transformers supports.",
             where="base.model",
             expected="a model_type such as phi3 or llama",
             got=str(kind),

@@ -72,7 +72,7 @@ def pull(dvc_file: str, remote: str | None) -> None:
 
     dvc.pull(dvc_file, remote=remote)
     pin = dvc.read_pin(".", dvc_file, None)
-    dvc.require_clean(".", pin, HashMemo(None))
+    dvc.refuse_modified(".", pin, HashMemo(None))
     click.echo(f"{pin.path} is version {pin.md5}")
 
 
@@ -96,7 +96,7 @@ def check(source: str, form: str, as_json: bool) -> None:
     unread: Counter[str] = Counter()
     for row in read_rows(folder, names, form, columns):
         rows += 1
-        unread.update(row.unread)
+        unread.update(row.unused_keys)
         if row.problem is not None:
             problems.append({"place": row.place, "problem": row.problem})
     if as_json:
@@ -122,7 +122,7 @@ def _print_check(rows: int, problems: list[dict[str, str]], columns: dict[str, s
 
 def unread_keys(rows: Iterable[Row]) -> str:
     """Return a line that names the keys of the rows that are not read although they have values; empty if there are none."""
-    counts = Counter(key for row in rows for key in row.unread)
+    counts = Counter(key for row in rows for key in row.unused_keys)
     return _unread_line(counts) if counts else ""
 
 

@@ -9,7 +9,7 @@ import click
 from loraflow.cli import json_option, model_option, store_option
 from loraflow.failures import BadConfig, CorruptArtifact, Failure
 from loraflow.identity import short
-from loraflow.registry.log import Moved, PromotionLog, actor
+from loraflow.registry.log import HeadChanged, PromotionLog, actor
 from loraflow.registry.runs import RunRecord, read_run
 from loraflow.serving.models import only_model
 from loraflow.store import Ref, Store, open_store
@@ -68,7 +68,7 @@ def promote(run: str, reason: str, store: str) -> None:
             reasons=[reason],
             actor=actor(),
         )
-    except Moved:
+    except HeadChanged:
         raise _changed_meanwhile() from None
     click.echo(f"entry {entry.seq}: {short(entry.merged.digest)} is the champion of {log.model}")
 
@@ -97,7 +97,7 @@ def rollback(reason: str, store: str, model: str | None) -> None:
     opened = open_store(store)
     try:
         entry = PromotionLog(opened, model or only_model(opened)).rollback(reason, actor())
-    except Moved:
+    except HeadChanged:
         raise _changed_meanwhile() from None
     click.echo(f"entry {entry.seq}: back to {short(entry.merged.digest)}")
 

@@ -259,12 +259,12 @@ def publish(
     """Publish MODEL on the hub: weights, tokenizer, and a card. The token is read from HF_TOKEN."""
     quiet_logging()
     from loraflow.serving import publish as publishing
-    from loraflow.serving.card import What
+    from loraflow.serving.card import PublishedForm
     from loraflow.serving.models import find_model
     from loraflow.store import open_store
 
     opened = open_store(store)
-    what: What = "merged" if merged else "adapter"
+    what: PublishedForm = "merged" if merged else "adapter"
     with opened.reader_lock():
         found = find_model(opened, model, base)
         if dry_run:

@@ -9,7 +9,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from loraflow.config.runtime import FrozenModel, Runtime
+from loraflow.config.runtime import Runtime
+from loraflow.frozen import FrozenModel
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]

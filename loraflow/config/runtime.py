@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class FrozenModel(BaseModel):
-    """Base class of all configuration: frozen and strict; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+from loraflow.frozen import FrozenModel
 
 
 class Rendezvous(FrozenModel):

@@ -22,7 +22,8 @@ from loraflow.config.recipe import (
     TrainingMath,
     TrainingRuntime,
 )
-from loraflow.config.runtime import FrozenModel, Runtime
+from loraflow.config.runtime import Runtime
+from loraflow.frozen import FrozenModel
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 

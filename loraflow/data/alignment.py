@@ -1,9 +1,9 @@
-"""Align text and token ids from the ids alone.
+"""Find the character spans of a text in its token ids, from the number of bytes of each token.
 
-A byte-level BPE is lossless: each token stands for a fixed number of bytes, so a running sum over the ids gives the
-byte where each token begins. This is as exact as the tokenizer's own alignment, which takes as long as computing the ids.
-Each row is verified: the sum must equal the text's length, and tokens must end exactly where the spans end. Rows that
-fail, and all other kinds of tokenizers, use the tokenizer's own alignment.
+A byte-level BPE is lossless: each token stands for a fixed number of bytes, so the cumulative sum of these numbers gives
+the byte at which each token starts. This is as exact as the tokenizer's own offsets, which cost as much time as computing
+the ids. Each row is checked: the sum must equal the text's length, and tokens must end exactly where the spans end. Rows
+that fail the check, and tokenizers of other kinds, use the tokenizer's own offsets.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]  # start and end, end excluded
 
-_UNUSED = 1 << 40  # bytes of an id that no text produces: any sum with it is wrong
+_UNUSED = 1 << 40  # "bytes" of an id that no text produces: a sum with it never equals the length of a text
 # White space that control tokens swallow, as Rust's regex crate defines it. Python's \s has four more characters.
 _SPACE = "[\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]*"
 
@@ -63,7 +63,7 @@ class ByteAlignment:
     """The number of bytes of each token of a byte-level BPE.
 
     Raises:
-        ValueError: the tokenizer may lose text, so that its tokens do not add up to the text.
+        ValueError: the tokenizer may drop or change text, so the bytes of its tokens may not add up to the text.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -178,7 +178,7 @@ def _without_swallowed(greedy: re.Pattern[str], text: str, spans: Sequence[Span]
 
 
 def _normalizer(part: dict[str, JsonValue] | None) -> bool:
-    """Return whether only ASCII text is safe from the normalizer (NFC); without a normalizer, all text is.
+    """Tell whether only ASCII text is safe from the normalizer (NFC); without a normalizer, all text is.
 
     Raises:
         ValueError: the normalizer may change ASCII text.
@@ -209,7 +209,7 @@ def _byte_levels(part: JsonValue) -> int:
 
 
 def _trims(part: JsonValue) -> bool:
-    """Return whether a post-processor excludes white space from the offsets.
+    """Tell whether a post-processor excludes white space from the offsets.
 
     Raises:
         ValueError: the post-processor is unknown.
@@ -228,14 +228,14 @@ def _vocabulary(model: BpeModel) -> dict[str, int]:
     """Return {token: id}.
 
     Raises:
-        ValueError: the model is no plain BPE.
+        ValueError: the model is not a plain byte-level BPE.
     """
     if model["type"] != "BPE" or model.get("dropout") or model.get("byte_fallback"):
         raise ValueError("not a plain BPE")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise ValueError("tokens contain more than their text")
     vocabulary = model["vocab"]
-    # A byte without a token is dropped, which the sum reveals. The unknown token in its place could hide that.
+    # A byte without a token is dropped, and the check of the sum finds that. An unknown token in its place could hide it.
     if model.get("unk_token") is not None and not all(letter in vocabulary for letter in _alphabet()):
         raise ValueError("bytes may become the unknown token")
     return vocabulary

@@ -1,7 +1,7 @@
 """Convert rows to chats: messages, ShareGPT, Alpaca and prompt/completion.
 
-Nothing is dropped silently. A key that no format reads is reported (`unread`), or the row is refused if the key changes
-what should be learned.
+Nothing is dropped silently. A key that no format reads is reported (`unused_keys`). If the key changes what should be
+learned, the row is rejected.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _EMPTY: tuple[JsonValue, ...] = (None, "", [], {}, "[]", "{}", "null")
 
 
 class BadRow(Exception):
-    """A row that is no valid chat. The message says what was expected; it is stored in the quarantine file."""
+    """A row that is not a valid chat. The message says what was expected; it is written to quarantine.jsonl."""
 
 
 class Turn(NamedTuple):
@@ -48,31 +48,31 @@ class Turn(NamedTuple):
     content: JsonValue
 
 
-def to_messages(row: JsonValue, form: str = "auto") -> list[Message]:
+def to_messages(row: JsonValue, format_name: str = "auto") -> list[Message]:
     """Return a row's chat.
 
     Raises:
-        BadRow: the row is no valid chat.
+        BadRow: the row is not a valid chat.
     """
-    _refuse_marks(row)
-    return _chat(row, form)
+    _reject_untrained_answers(row)
+    return _chat(row, format_name)
 
 
-def to_prompt(row: JsonValue, form: str = "auto") -> list[Message]:
+def to_prompt(row: JsonValue, format_name: str = "auto") -> list[Message]:
     """Return a row's prompt: its chat without the last answer, whether the row has that answer or not.
 
     Raises:
         BadRow: the row has no prompt.
     """
-    return _chat(_with_dummy_answer(row) if isinstance(row, dict) else row, form)[:-1]
+    return _chat(_with_dummy_answer(row) if isinstance(row, dict) else row, format_name)[:-1]
 
 
-def _chat(row: JsonValue, form: str) -> list[Message]:
+def _chat(row: JsonValue, format_name: str) -> list[Message]:
     if not isinstance(row, dict):
         raise BadRow(f"expected an object, got {type(row).__name__}")
-    if form == "auto":
-        form = _guess(row)
-    return _checked(_with_system(row, _FORMS[form].read(row)))
+    if format_name == "auto":
+        format_name = detect_format(row)
+    return _checked(_with_system(row, FORMATS[format_name].read(row)))
 
 
 def _objects(value: JsonValue) -> list[RawRow] | None:
@@ -83,18 +83,18 @@ def _objects(value: JsonValue) -> list[RawRow] | None:
     return objects if len(objects) == len(value) else None
 
 
-def _refuse_marks(row: JsonValue) -> None:
-    """Refuse rows with a mark that excludes an answer from the loss: they would be learned otherwise.
+def _reject_untrained_answers(row: JsonValue) -> None:
+    """Reject rows with a flag that excludes an answer from training: loraflow would train on that answer.
 
-    Known marks are OpenAI's `weight`, axolotl's `train` and `training`, and the `label` of trl's KTO.
+    Known flags are OpenAI's `weight`, axolotl's `train` and `training`, and the `label` of trl's KTO.
 
     Raises:
-        BadRow: the row has such a mark.
+        BadRow: the row has such a flag.
     """
     if not isinstance(row, dict):
         return
     if row.get("label") is False and "completion" in row:
-        raise BadRow("label is false, as trl's KTO marks a completion that is not wanted; leave such rows out")
+        raise BadRow("label is false: trl's KTO format marks an undesirable completion; remove such rows")
     turns = row.get("messages", row.get("conversations"))
     for number, turn in enumerate(turns if isinstance(turns, list) else [], 1):
         if not isinstance(turn, dict):
@@ -106,8 +106,8 @@ def _refuse_marks(row: JsonValue) -> None:
             mark = turn.get(key)
             if isinstance(mark, bool | int | float) and not mark:
                 raise BadRow(
-                    f"message {number}: {key} {json.dumps(mark)} marks an answer that is not to be learned, and such marks "
-                    "are not read; without them, data.loss_on: last_assistant learns the last answer only"
+                    f"message {number}: {key} {json.dumps(mark)} excludes an answer from training, which is not supported; "
+                    "remove the flag (data.loss_on: last_assistant trains on the last answer only)"
                 )
 
 
@@ -121,7 +121,7 @@ def _with_system(row: RawRow, chat: list[Turn]) -> list[Turn]:
     if chat and chat[0].role == "system":
         if chat[0].content == system:
             return chat
-        raise BadRow("a system message, and another one in the column system")
+        raise BadRow("two different system messages: one in the chat, one in the system column")
     return [Turn("system", system), *chat]
 
 
@@ -142,11 +142,11 @@ def _with_dummy_answer(row: RawRow) -> RawRow:
     return out
 
 
-def _guess(row: RawRow) -> str:
-    """Return the format whose keys a row has.
+def detect_format(row: RawRow) -> str:
+    """Return the name of the format whose keys a row has.
 
     Raises:
-        BadRow: the row has the keys of none.
+        BadRow: the row does not have the keys of any format.
     """
     if "messages" in row:
         return "messages"
@@ -156,7 +156,7 @@ def _guess(row: RawRow) -> str:
         return "alpaca"
     if "prompt" in row and ("completion" in row or "response" in row):
         return "prompt_completion"
-    pairs = "; of preference pairs, data.columns {completion: chosen} (or {messages: chosen}) takes the chosen answers"
+    pairs = "; for the chosen answers of preference pairs, set data.columns: {completion: chosen} or {messages: chosen}"
     raise BadRow(
         "expected messages, conversations, instruction/output or prompt/completion; "
         f"got the keys {', '.join(map(str, list(row)[:8])) or '(none)'}{pairs if 'chosen' in row else ''}"
@@ -164,20 +164,22 @@ def _guess(row: RawRow) -> str:
 
 
 def has_known_keys(row: RawRow) -> bool:
-    """Return whether a row has the keys of a format, whatever their values."""
+    """Tell whether a row has the keys of a format. Their values are not checked."""
     try:
-        _guess(row)
+        detect_format(row)
     except BadRow:
         return False
     return True
 
 
-def unread(row: JsonValue, form: str, columns: Mapping[str, str]) -> tuple[str, ...]:
+def unused_keys(row: JsonValue, format_name: str, columns: Mapping[str, str]) -> tuple[str, ...]:
     """Return the keys of a row, and of its turns, that have a value which no format reads."""
     if not isinstance(row, dict):
         return ()
     renamed: RawRow = {**row, **dict.fromkeys(columns, "")}
-    read = {*_FORMS[_guess(renamed) if form == "auto" else form].keys, *_SYSTEM_KEYS, *columns.values()}
+    if format_name == "auto":
+        format_name = detect_format(renamed)
+    read = {*FORMATS[format_name].keys, *_SYSTEM_KEYS, *columns.values()}
     found = [str(key) for key, value in row.items() if key not in read and value not in _EMPTY]
     for key in sorted({"messages", "conversations", *columns.values()} & row.keys() & read):
         turns = _objects(row[key]) or []
@@ -202,7 +204,7 @@ def _messages(row: RawRow) -> list[Turn]:
         raise BadRow("messages: expected a list of {role, content}")
     for key in ("tool_calls", "function_call"):
         if any(m.get(key) for m in messages):
-            raise BadRow(f"messages: {key} are not read" if key == "tool_calls" else f"messages: a {key} is not read")
+            raise BadRow(f"messages: {key} is not supported")
     return [Turn(m.get("role"), _text(m.get("content"), i)) for i, m in enumerate(messages, 1)]
 
 
@@ -217,7 +219,7 @@ def _text(content: JsonValue, number: int) -> JsonValue:
     for part in parts:
         text = part.get("text")
         if part.get("type") != "text" or not isinstance(text, str):
-            raise BadRow(f"message {number}: a part of type {part.get('type')}; only text is read")
+            raise BadRow(f"message {number}: a part of type {part.get('type')}; only text is supported")
         texts.append(text)
     return "".join(texts)
 
@@ -261,18 +263,18 @@ def _prompt_completion(row: RawRow) -> list[Turn]:
 
 
 @dataclass(frozen=True)
-class _Form:
+class ChatFormat:
     """A format: the function that reads it, and the keys that it reads."""
 
     read: Callable[[RawRow], list[Turn]]
     keys: tuple[str, ...]
 
 
-_FORMS = {
-    "messages": _Form(_messages, ("messages",)),
-    "sharegpt": _Form(_sharegpt, ("conversations",)),
-    "alpaca": _Form(_alpaca, ("instruction", "input", "context", "output", "response", "history")),
-    "prompt_completion": _Form(_prompt_completion, ("prompt", "completion", "response")),
+FORMATS = {
+    "messages": ChatFormat(_messages, ("messages",)),
+    "sharegpt": ChatFormat(_sharegpt, ("conversations",)),
+    "alpaca": ChatFormat(_alpaca, ("instruction", "input", "context", "output", "response", "history")),
+    "prompt_completion": ChatFormat(_prompt_completion, ("prompt", "completion", "response")),
 }
 
 
@@ -282,7 +284,7 @@ def _checked(turns: list[Turn]) -> list[Message]:
     A system message comes first or not at all; user and assistant alternate; the last message is the assistant's.
     """
     if not turns:
-        raise BadRow("a chat without messages")
+        raise BadRow("the chat has no messages")
     messages: list[Message] = []
     for number, (role, content) in enumerate(turns, 1):
         if not isinstance(role, str) or role not in ROLES:
@@ -292,13 +294,13 @@ def _checked(turns: list[Turn]) -> list[Message]:
         if not content.strip() and role != "system":
             raise BadRow(f"message {number}: an empty {role} message")
         if role == "system" and number != 1:
-            raise BadRow(f"message {number}: a system message comes first or not at all")
+            raise BadRow(f"message {number}: a system message must be the first message")
         messages.append({"role": role, "content": content})
     speakers = [message["role"] for message in messages if message["role"] not in ("system", "tool")]
     if not speakers or speakers[0] != "user":
-        raise BadRow("a chat starts with a user message")
+        raise BadRow("the first message (after the system message) must be a user message")
     if messages[-1]["role"] != "assistant":
-        raise BadRow(f"the last message is of {messages[-1]['role']}; expected assistant")
+        raise BadRow(f"the last message has the role {messages[-1]['role']}; expected assistant")
     for number, (speaker, following) in enumerate(itertools.pairwise(speakers), 1):
         if speaker == following == "user":
             raise BadRow(f"two user messages in a row (turns {number} and {number + 1})")

@@ -14,6 +14,7 @@ class Message(TypedDict):
 
 
 Chat = Sequence[Message]
+GATE_SET = "heldout"  # the held-out set that the gate uses; extra held-out sets are only reported
 
 
 class ChatRecord(TypedDict):

@@ -1,6 +1,7 @@
-"""Stage check_dataset: split valid rows into train, validation and held-out; put the others in quarantine, with reasons.
+"""Stage check_dataset: split valid rows into train, validation and held-out; list the others in quarantine.jsonl.
 
-The stage decides nothing. Its report says what was found, and `admit` compares the report with the recipe's bounds.
+The stage never fails because of bad rows: it reports them with reasons. `admit` then compares the report with the
+recipe's limits and stops the run if a limit is exceeded.
 """
 
 from __future__ import annotations
@@ -14,25 +15,23 @@ from typing import Literal, TypedDict
 from pydantic import JsonValue
 
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.chats import ChatRecord, Message
-from loraflow.data.check_report import CheckReport, Profile, SideCounts
+from loraflow.data.chats import GATE_SET, ChatRecord, Message
+from loraflow.data.check_report import CheckReport, Profile, SplitCounts
 from loraflow.data.readers import match_files, read_rows
-from loraflow.data.split import falls_in, prompt_key, row_id
+from loraflow.data.split import in_share, prompt_key, row_id
 from loraflow.failures import BadData, Inadmissible
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 
-GATE_SET = "heldout"  # the held-out set that the gate uses; extra sets are only reported
-
-Side = Literal["train", "validation", "heldout"]
-Sides = dict[Side, list[ChatRecord]]
+Split = Literal["train", "validation", "heldout"]
+Splits = dict[Split, list[ChatRecord]]
 
 
 class Quarantined(TypedDict):
     """A line of quarantine.jsonl."""
 
     place: str  # file:line, or file:row
-    set: str
+    set: str  # train, or the name of a held-out set
     problem: str
     row: str  # the row's text; empty if the row is valid but was dropped
 
@@ -46,22 +45,22 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
     config, files = job.config, inputs["dataset"] / "files"
     quarantine: list[Quarantined] = []
     counts: Counter[str] = Counter()
-    sides = _read(files, config, quarantine, counts)
-    _drop_duplicates(sides, quarantine, counts, config.duplicates)
-    _drop_leaks(sides, quarantine, counts)
+    splits = _read(files, config, quarantine, counts)
+    _drop_duplicates(splits, quarantine, counts, config.duplicates)
+    _drop_leaks(splits, quarantine, counts)
     if config.limit:
-        sides["train"] = sides["train"][: config.limit]
-    for side, records in sides.items():
-        _write(out / f"{side}.jsonl", records)
+        splits["train"] = splits["train"][: config.limit]
+    for split, records in splits.items():
+        _write(out / f"{split}.jsonl", records)
     _write(out / "quarantine.jsonl", quarantine)
-    rows = SideCounts(**{side: len(records) for side, records in sides.items()})
+    rows = SplitCounts(**{split: len(records) for split, records in splits.items()})
     report = CheckReport(
         rows=rows,
-        sets=dict(Counter(record["set"] for record in sides["heldout"])),
+        sets=dict(Counter(record["set"] for record in splits["heldout"])),
         counts=dict(counts),
         malformed_share=counts["malformed"] / max(counts["read"], 1),
         first_problems=[f"{row['place']}: {row['problem']}" for row in quarantine[:5]],
-        profile=Profile.of(sides["train"]),
+        profile=Profile.of(splits["train"]),
     ).as_json()
     text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)
     (out / "report.json").write_text(text + "\n", encoding="utf-8")
@@ -77,7 +76,7 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
 
 
 def admit(report: Mapping[str, JsonValue], max_quarantined: float, where: str) -> None:
-    """Compare a report of check_dataset with the recipe's bounds.
+    """Stop the run if a report of check_dataset exceeds the recipe's limits.
 
     Args:
         report: the report in the artifact's manifest.
@@ -86,7 +85,7 @@ def admit(report: Mapping[str, JsonValue], max_quarantined: float, where: str) -
 
     Raises:
         Inadmissible: too many rows are malformed.
-        BadData: no row is left to train on, or to hold out.
+        BadData: there are no training rows, or no held-out rows.
     """
     found = CheckReport.model_validate(report)
     problems = "\n            ".join(found.first_problems)
@@ -95,7 +94,7 @@ def admit(report: Mapping[str, JsonValue], max_quarantined: float, where: str) -
             f"{found.counts.get('malformed', 0)} of {found.counts['read']} rows are malformed.",
             where=where,
             expected=f"at most {max_quarantined:.2%} (data.max_quarantined)",
-            got=f"{found.malformed_share:.2%}; the first:\n            {problems}",
+            got=f"{found.malformed_share:.2%}; the first problems:\n            {problems}",
             next_step="fix these rows, then run `loraflow data add`, or raise data.max_quarantined",
         )
     for name, count, key in (
@@ -104,16 +103,16 @@ def admit(report: Mapping[str, JsonValue], max_quarantined: float, where: str) -
     ):
         if not count:
             raise BadData(
-                f"No {name} row is left.",
+                f"There are no {name} rows.",
                 where=where,
                 got=problems or "an empty set",
                 next_step=f"correct the dataset or {key}",
             )
 
 
-def _read(files: Path, config: CheckDatasetConfig, quarantine: list[Quarantined], counts: Counter[str]) -> Sides:
-    """Read all files and split their rows; malformed rows go into the quarantine."""
-    sides: Sides = {"train": [], "validation": [], "heldout": []}
+def _read(files: Path, config: CheckDatasetConfig, quarantine: list[Quarantined], counts: Counter[str]) -> Splits:
+    """Read all files and split their rows; malformed rows go to `quarantine`."""
+    splits: Splits = {"train": [], "validation": [], "heldout": []}
     for set_name, set_files in _assign_files(files, config).items():
         for row in read_rows(files, set_files, config.format, config.columns):
             counts["read"] += 1
@@ -121,17 +120,17 @@ def _read(files: Path, config: CheckDatasetConfig, quarantine: list[Quarantined]
                 counts["malformed"] += 1
                 quarantine.append({"place": row.place, "set": set_name, "problem": row.problem or "", "row": row.raw})
                 continue
-            side = _side(row.messages, set_name, config)
-            name = side if side != "heldout" else GATE_SET if set_name == "train" else set_name
-            sides[side].append(_record(row.messages, row.place, name, config.system))
-    return sides
+            split = _assign_split(row.messages, set_name, config)
+            name = split if split != "heldout" else GATE_SET if set_name == "train" else set_name
+            splits[split].append(_record(row.messages, row.place, name, config.system))
+    return splits
 
 
 def _assign_files(files: Path, config: CheckDatasetConfig) -> dict[str, list[str]]:
     """Return {set: files}. A file belongs to the first set that names it; held-out sets come before training.
 
     Raises:
-        BadData: no file is left for a held-out set, or a pattern matches none.
+        BadData: every file of a held-out set already belongs to another set, or a pattern matches no file.
     """
     names: dict[str, list[str]] = {}
     set_of: dict[str, str] = {}
@@ -155,13 +154,13 @@ def _assign_files(files: Path, config: CheckDatasetConfig) -> dict[str, list[str
     return names
 
 
-def _side(messages: list[Message], set_name: str, config: CheckDatasetConfig) -> Side:
+def _assign_split(messages: list[Message], set_name: str, config: CheckDatasetConfig) -> Split:
     if set_name != "train":
         return "heldout"
     key = prompt_key(messages)
-    if not config.heldout and falls_in(key, config.heldout_fraction, config.seed, "heldout"):
+    if not config.heldout and in_share(key, config.heldout_fraction, config.seed, "heldout"):
         return "heldout"
-    if config.validation_fraction and falls_in(key, config.validation_fraction, config.seed, "validation"):
+    if config.validation_fraction and in_share(key, config.validation_fraction, config.seed, "validation"):
         return "validation"
     return "train"
 
@@ -173,36 +172,36 @@ def _record(messages: list[Message], place: str, set_name: str, system: str | No
 
 
 def _drop_duplicates(
-    sides: Sides, quarantine: list[Quarantined], counts: Counter[str], policy: Literal["drop", "keep"]
+    splits: Splits, quarantine: list[Quarantined], counts: Counter[str], policy: Literal["drop", "keep"]
 ) -> None:
-    """Drop duplicates within a side. Held-out duplicates are always dropped: ids join the scores of two models."""
-    for side, records in sides.items():
+    """Drop duplicates within a split. Held-out duplicates are always dropped: ids join the scores of two models."""
+    for split, records in splits.items():
         seen: dict[tuple[str, str], str] = {}
         unique: list[ChatRecord] = []
         for record in records:
             key = (record["id"], record["set"])
-            if key in seen and (policy == "drop" or side == "heldout"):
+            if key in seen and (policy == "drop" or split == "heldout"):
                 counts["duplicate"] += 1
                 quarantine.append(_dropped(record, record["set"], f"same as {seen[key]}"))
                 continue
             seen.setdefault(key, record["place"])
             unique.append(record)
-        sides[side] = unique
+        splits[split] = unique
 
 
-def _drop_leaks(sides: Sides, quarantine: list[Quarantined], counts: Counter[str]) -> None:
+def _drop_leaks(splits: Splits, quarantine: list[Quarantined], counts: Counter[str]) -> None:
     """Drop training and validation rows whose prompt is held out: scores must not come from rows that were learned."""
-    heldout = {prompt_key(record["messages"]): record["place"] for record in sides["heldout"]}
-    for side in ("train", "validation"):
+    heldout = {prompt_key(record["messages"]): record["place"] for record in splits["heldout"]}
+    for split in ("train", "validation"):
         remaining: list[ChatRecord] = []
-        for record in sides[side]:
+        for record in splits[split]:
             place = heldout.get(prompt_key(record["messages"]))
             if place is None:
                 remaining.append(record)
                 continue
             counts["leak"] += 1
-            quarantine.append(_dropped(record, side, f"its prompt is held out ({place})"))
-        sides[side] = remaining
+            quarantine.append(_dropped(record, split, f"its prompt is held out ({place})"))
+        splits[split] = remaining
 
 
 def _dropped(record: ChatRecord, set_name: str, problem: str) -> Quarantined:

@@ -5,31 +5,28 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, PlainSerializer
+from pydantic import BeforeValidator, JsonValue, PlainSerializer
 
 from loraflow.data.chats import ChatRecord
+from loraflow.frozen import StoredModel
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class SideCounts(_Frozen):
-    """Rows of each side of the split."""
+class SplitCounts(StoredModel):
+    """Rows of each split."""
 
     train: int
     validation: int
     heldout: int
 
 
-class Spread(_Frozen):
+class Spread(StoredModel):
     """Median and maximum of a length."""
 
     median: int
     max: int
 
 
-class Profile(_Frozen):
+class Profile(StoredModel):
     """What the training rows look like, for people and for comparing two versions of a dataset."""
 
     turns: dict[str, int]  # messages per chat → chats
@@ -56,10 +53,10 @@ def _spread(lengths: list[int]) -> Spread:
     return Spread(median=ordered[len(ordered) // 2], max=ordered[-1])
 
 
-class CheckReport(_Frozen):
+class CheckReport(StoredModel):
     """The content of report.json, and the report in the artifact's manifest."""
 
-    rows: SideCounts
+    rows: SplitCounts
     sets: dict[str, int]  # held-out rows of each set
     counts: dict[str, int]  # rows read, malformed, duplicate, leak
     malformed_share: float

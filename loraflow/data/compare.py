@@ -1,4 +1,4 @@
-"""Read the row ids of a dataset's version, to compare two versions file by file."""
+"""Read the row ids of one version of a dataset, so that `loraflow data diff` can compare two versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loraflow.store.files import HashMemo
 
 
 def row_ids(data: Data) -> dict[str, set[str]]:
-    """Return {file: ids of its valid rows} of a dataset's version.
+    """Return {file: ids of its valid rows} of the version of a dataset that the settings name.
 
     Raises:
         BadData: the dataset has no `.dvc` file, or cannot be read.

@@ -1,6 +1,6 @@
 """Read CSV and TSV as common tools write them: Excel's semicolons and `sep=` line, multi-line cells, ragged rows.
 
-A row with too few or too many cells is malformed, never realigned: an unquoted comma shifts every cell after it.
+A row with too few or too many cells is malformed. It is never repaired: an unquoted comma shifts every cell after it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_CELL = 50_000_000  # characters; Python's own limit is 131,072
 
 
 def read_table(path: Path, name: str) -> Iterator[tuple[dict[str, str] | str, str]]:
-    """Yield (row, text) for each row of a table. The row of a malformed line is its problem, a string.
+    """Yield (row, text) for each row of a table. For a malformed row, `row` is a string that says what is wrong.
 
     Blank lines are skipped.
 
@@ -46,7 +46,7 @@ def read_table(path: Path, name: str) -> Iterator[tuple[dict[str, str] | str, st
                     "The table cannot be read.",
                     where=f"{name}, the row that begins at line {begin}",
                     got=str(error),
-                    expected='quotes around a cell in pairs, and "" for a quote inside',
+                    expected='a quote before and after a cell, and "" for a quote inside it',
                     next_step="correct that row",
                 ) from error
             begin = reader.line_num + 1
@@ -83,6 +83,6 @@ def _header(cells: list[str], name: str) -> list[str]:
 
 def _row(header: list[str], cells: list[str], separator: str) -> dict[str, str] | str:
     if len(cells) < len(header) or any(cells[len(header) :]):
-        hint = "" if len(cells) < len(header) else f"; a cell that holds {separator!r} stands in quotes"
-        return f"{len(cells)} cells, and the header has {len(header)} columns{hint}"
+        hint = "" if len(cells) < len(header) else f"; put a cell that contains {separator!r} in quotes"
+        return f"{len(cells)} cells, but the header has {len(header)} columns{hint}"
     return dict(zip(header, cells, strict=False))  # surplus cells are empty: separators at the line's end

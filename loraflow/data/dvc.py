@@ -70,7 +70,7 @@ def _parse_pin(text: str, dvc_file: str, where: str) -> Pin:
         md5, path, algorithm = out["md5"], out["path"], out.get("hash")
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise BadData(
-            "The .dvc file pins no single output by md5.",
+            "The .dvc file does not pin exactly one output by md5.",
             where=where,
             expected="one entry under `outs` with `md5`, `hash: md5` and `path`",
             got=f"{type(error).__name__}: {error}",
@@ -86,11 +86,11 @@ def _parse_pin(text: str, dvc_file: str, where: str) -> Pin:
         )
     output = PurePosixPath(dvc_file).parent / path
     if output.is_absolute() or ".." in output.parts:
-        raise BadData("The .dvc file points out of its repository.", where=where, got=str(output))
+        raise BadData("The .dvc file names a path outside its repository.", where=where, got=str(output))
     return Pin(dvc_file, output.as_posix(), md5)
 
 
-def head_of(repo: str, rev: str) -> str:
+def resolve_commit(repo: str, rev: str) -> str:
     """Return the commit that a revision names, for provenance."""
     if is_url(repo):
         found = _git(["ls-remote", "--", repo, rev], None, repo).split()
@@ -98,11 +98,11 @@ def head_of(repo: str, rev: str) -> str:
     return _git(["rev-parse", "--verify", "--end-of-options", f"{rev}^{{commit}}"], repo, f"{rev} in {repo}").strip()
 
 
-def tree_md5(path: Path, memo: HashMemo | None = None) -> str:
+def dvc_md5(path: Path, memo: HashMemo | None = None) -> str:
     """Return DVC's id of a folder (`….dir`) or of a file.
 
     Raises:
-        BadData: the folder holds a link, pipe or socket. DVC silently follows links to files and drops the others.
+        BadData: the folder contains a link, pipe or socket. DVC silently follows links to files and drops the others.
     """
     memo = memo or HashMemo(None)
     if path.is_file() and not path.is_symlink():
@@ -111,25 +111,25 @@ def tree_md5(path: Path, memo: HashMemo | None = None) -> str:
         rows = [{"md5": memo.hash(file, "md5"), "relpath": name} for name, file in files_below(path)]
     except ValueError as error:
         raise BadData(
-            "A dataset may hold regular files only.",
+            "A dataset may contain only regular files.",
             where=str(error),
-            next_step="replace it by a copy of the file, or remove it",
+            next_step="replace it with a copy of the file, or remove it",
         ) from error
     rows = [row for row in rows if not row["relpath"].endswith(".gitignore")]
     rows.sort(key=lambda row: row["relpath"])
     return hashlib.md5(json.dumps(rows).encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
-def require_clean(repo: str, pin: Pin, memo: HashMemo) -> bool:
-    """Return whether the work tree has the pinned files.
+def refuse_modified(repo: str, pin: Pin, memo: HashMemo) -> None:
+    """Refuse a work tree whose files differ from the pin. Files that are missing pass: `fetch` gets them from DVC.
 
     Raises:
-        DirtyData: the work tree has other content, which belongs to no version.
+        DirtyData: the files were changed and not versioned.
     """
     output = Path(repo, pin.path)
     if not output.exists():
-        return False
-    got = tree_md5(output, memo)
+        return
+    got = dvc_md5(output, memo)
     if got != pin.md5:
         raise DirtyData(
             f"{pin.path} differs from the version that {pin.dvc_file} pins.",
@@ -138,13 +138,12 @@ def require_clean(repo: str, pin: Pin, memo: HashMemo) -> bool:
             got=f"md5 {got}",
             next_step=f"`dvc add {pin.path}` to version the change, or `dvc checkout --force {pin.dvc_file}` to discard it",
         )
-    return True
 
 
 def fetch(repo: str, pin: Pin, rev: str | None, target: Path, memo: HashMemo, remote: str | None = None) -> None:
     """Write the pinned files below `target` and verify them.
 
-    They come from the work tree if it is clean, else from DVC's cache or remote.
+    They are copied from the work tree if it matches the pin, else read from DVC's cache or remote.
 
     Raises:
         MissingData: neither the cache nor a remote has the files.
@@ -152,7 +151,7 @@ def fetch(repo: str, pin: Pin, rev: str | None, target: Path, memo: HashMemo, re
         BadData: the files differ from the pin.
     """
     output = Path(repo, pin.path)
-    if not is_url(repo) and output.exists() and tree_md5(output, memo) == pin.md5:
+    if not is_url(repo) and output.exists() and dvc_md5(output, memo) == pin.md5:
         if output.is_file():
             shutil.copyfile(output, target / output.name)
         else:
@@ -161,10 +160,10 @@ def fetch(repo: str, pin: Pin, rev: str | None, target: Path, memo: HashMemo, re
                 shutil.copyfile(file, target / name)
     else:
         _fetch_through_dvc(repo, pin, rev, target, remote)
-    got = tree_md5(target if pin.is_folder else target / PurePosixPath(pin.path).name)
+    got = dvc_md5(target if pin.is_folder else target / PurePosixPath(pin.path).name)
     if got != pin.md5:
         raise BadData(
-            "DVC delivered other bytes than the pin names: an object in its cache or remote is damaged.",
+            "The data from DVC does not match the pin: an object in its cache or remote is damaged.",
             where=f"{pin.path} of {repo}",
             expected=f"md5 {pin.md5}",
             got=f"md5 {got}",
@@ -204,10 +203,10 @@ def _safe(name: str, where: str) -> str:
     """Return a file's name if it stays inside the target folder; DVC does not check the list that it downloads.
 
     Raises:
-        BadData: the name leads out of the folder.
+        BadData: the name is a path outside the folder.
     """
     if ".." in PurePosixPath(name).parts or "\0" in name or name.startswith("/"):
-        raise BadData("The dataset's file list holds a name that leads out of its folder.", where=where, got=name)
+        raise BadData("The dataset's file list names a path outside its folder.", where=where, got=name)
     return name
 
 
@@ -226,7 +225,7 @@ def add(folder: str, *, push: bool = True, remote: str | None = None) -> Pin:
     source = Path(folder)
     if not source.exists():
         raise BadData("There is nothing to add.", where=folder, next_step="pass an existing folder or file of chats")
-    tree_md5(source)  # refuses links before DVC follows them
+    dvc_md5(source)  # refuses links before DVC follows them
     repo = Path.cwd()
     if push and remote is not None:
         _check_remote(remote, ".")

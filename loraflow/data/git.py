@@ -51,5 +51,5 @@ def head_commit(folder: str | Path) -> str | None:
 
 
 def is_url(repo: str) -> bool:
-    """Return whether a repository is given as a URL, not as a folder."""
+    """Tell whether a repository is given as a URL, not as a folder."""
     return "://" in repo or (repo.startswith("git@") and ":" in repo)

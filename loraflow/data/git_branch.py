@@ -1,7 +1,7 @@
 """Find the newest commit of a dataset's git branch, and commit and push new pins.
 
-The machine that retrains does not have to pull: the local branch and the remote's are compared. If one contains the
-other, the newer one is used. If they have diverged, the remote's is used.
+The machine that retrains does not have to pull: the local branch is compared with the remote's branch. If one of them
+contains the other, the newer one is used. If they have diverged, the remote's branch wins.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DAY = 24 * 3600
 
 
 @dataclass(frozen=True)
-class Newest:
+class DatasetCommit:
     """Repository and commit of the newest `.dvc` file: the values for `data.repo` and `data.rev`."""
 
     repo: str
@@ -33,21 +33,21 @@ class Newest:
         return {"data.repo": self.repo, "data.rev": self.commit}
 
 
-def newest(repo: str, branch: str, remote: str = "origin") -> Newest:
+def find_newest_commit(repo: str, branch: str, remote: str = "origin") -> DatasetCommit:
     """Find the newest commit of a branch. The remote's branch is fetched, but neither merged nor checked out.
 
     Raises:
-        BadConfig: the branch does not exist, or the folder is no git repository.
+        BadConfig: the branch does not exist, or the folder is not a git repository.
         Network: the remote does not answer.
     """
     if is_url(repo):
         found = _git(["ls-remote", "--", repo, f"refs/heads/{branch}"], None).split()
         if not found:
             raise _no_branch(branch, repo)
-        return Newest(repo, found[0])
+        return DatasetCommit(repo, found[0])
     if git_or_none(["rev-parse", "--git-dir"], repo) is None:
         raise BadConfig(
-            "Retraining reads a git branch, but this folder is no git repository.",
+            "Retraining reads a git branch, but this folder is not a git repository.",
             where=str(Path(repo).absolute()),
             next_step="git init, or set data.repo to the repository that holds the .dvc file",
         )
@@ -60,7 +60,7 @@ def newest(repo: str, branch: str, remote: str = "origin") -> Newest:
     else:
         raise _no_branch(branch, repo)
     log.info("newest commit of %s is %s, of %s", branch, commit[:12], source)
-    return Newest(_checkout_with_data(repo, commit), commit)
+    return DatasetCommit(_checkout_with_data(repo, commit), commit)
 
 
 def _fetch_branch(repo: str, branch: str, remote: str) -> str | None:
@@ -75,7 +75,7 @@ def _fetch_branch(repo: str, branch: str, remote: str) -> str | None:
 
 
 def _contains(repo: str, commit: str, ancestor: str) -> bool:
-    """Return whether a commit is, or descends from, another commit."""
+    """Tell whether a commit is, or descends from, another commit."""
     return git_or_none(["merge-base", "--is-ancestor", ancestor, commit], repo) is not None
 
 
@@ -94,7 +94,7 @@ def commit(pin: Pin) -> None:
 
 
 def committed(pin: Pin) -> str | None:
-    """Return the commit that is checked out if it has this pin, else None."""
+    """Return HEAD if its commit contains this pin, else None."""
     head = head_commit(".")
     text = git_or_none(["show", f"HEAD:./{pin.dvc_file}"], ".")
     return head if text is not None and f"md5: {pin.md5}" in text else None
@@ -110,7 +110,7 @@ def push() -> None:
 
 
 def is_unpushed(commit: str) -> bool:
-    """Return whether the branch has an upstream, and the upstream does not have the commit yet."""
+    """Tell whether the branch has an upstream, and the upstream does not have the commit yet."""
     upstream = git_or_none(["rev-parse", "--verify", "--quiet", "@{upstream}"], ".")
     return upstream is not None and not _contains(".", upstream, commit)
 

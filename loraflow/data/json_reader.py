@@ -46,19 +46,19 @@ def _json_line(line: bytes, place: str) -> RawValue:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        problem = f"byte {error.start + 1} is no UTF-8 (0x{line[error.start]:02x})"
+        problem = f"byte {error.start + 1} is not valid UTF-8 (0x{line[error.start]:02x})"
         return RawValue(place, BadRow(problem), repr(line[:200]))
     try:
         value = strict_json(text)
     except json.JSONDecodeError as error:
-        problem = f"column {error.pos + 1}: {error.msg}; expected one JSON object a line"
+        problem = f"column {error.pos + 1}: {error.msg}; expected one JSON object per line"
         return RawValue(place, BadRow(problem), text.rstrip("\n")[:2000])
     except RecursionError:
         return RawValue(place, BadRow("nested too deeply"), text[:200])
     except ValueError as error:
         return RawValue(place, BadRow(str(error)), text[:2000])
     if isinstance(value, list):
-        problem = "a list; expected one JSON object a line (a file that is one list is called .json)"
+        problem = "a list; expected one JSON object per line (if the whole file is one list, rename it to .json)"
         return RawValue(place, BadRow(problem), text.rstrip("\n"))
     return RawValue(place, value, text.rstrip("\n"))
 
@@ -99,14 +99,14 @@ def strict_json(text: str) -> JsonValue:
     """
 
     def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not valid JSON")
 
     value: JsonValue = json.loads(text, parse_constant=refuse)
     if "\\u" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
-            raise ValueError("a lone surrogate (half of a character)") from None
+            raise ValueError("a lone surrogate (half of a character) is not valid text") from None
     return value
 
 
@@ -128,4 +128,6 @@ def _not_a_list(value: JsonValue, name: str) -> BadData:
     if lists:
         new = shlex.quote(f"{Path(name).stem}.jsonl")
         next_step = f"jq -c {shlex.quote(f'.[{json.dumps(lists[0])}][]')} {shlex.quote(name)} > {new}"
-    return BadData("The file holds no list.", where=name, expected="a JSON list of rows", got=got, next_step=next_step)
+    return BadData(
+        "The file does not contain a list.", where=name, expected="a JSON list of rows", got=got, next_step=next_step
+    )

@@ -1,9 +1,9 @@
 """Convert chats to token ids and a loss mask, both from one tokenization of one rendered text.
 
-The span of an answer is found in the text, by rendering what precedes it, and mapped to ids by an alignment. Counting
-tokens would be wrong, because control tokens swallow white space. Searching for control tokens would be wrong as soon as
-a message contains one. The alignment is the tokenizer's own, or the faster one of `alignment` for rows where it is
-proved to be equal.
+The span of an answer is found in the text, by rendering what precedes the answer, and is then mapped to token ids.
+Counting tokens would be wrong, because control tokens swallow white space. Searching for control tokens would be wrong as
+soon as a message contains one. The mapping uses the tokenizer's offsets, or the faster `alignment` for rows where that is
+verified to be exact.
 """
 
 from __future__ import annotations
@@ -107,23 +107,23 @@ class ChatTemplate:
         self._stop = re.compile(r"\s*(?:" + "|".join(map(re.escape, self.special)) + ")") if self.special else None
 
     def render(self, chats: Sequence[Chat], *, prompt: bool = False) -> list[str]:
-        """Return chats as the model reads them. `prompt` adds the head of an answer (add_generation_prompt).
+        """Render chats as the model reads them. `prompt` adds the start of an answer (add_generation_prompt).
 
         Raises:
-            BadModel: the template refuses a chat.
+            BadModel: the template raises an error for a chat.
         """
         try:
             return [self._compiled.render(chat, prompt=prompt) for chat in chats]
         except (TemplateError, TypeError, ValueError) as error:
             raise BadModel(
-                "The chat template refuses a chat.",
+                "The chat template raises an error for a chat.",
                 where="chat_template",
                 got=str(error)[:300],
-                next_step="correct the rows (some templates refuse system messages), or choose another base",
+                next_step="correct the rows (some templates do not allow system messages), or choose another base model",
             ) from error
 
     def encode(self, chats: Sequence[Chat], loss_on: LossOn) -> list[Encoded]:
-        """Encode chats. `loss_on` selects the learned tokens: every answer, the last answer, or everything.
+        """Encode chats. `loss_on` selects the trained tokens: every answer, the last answer, or all tokens.
 
         Raises:
             BadModel: an answer cannot be found in the rendered text, or no stop token ends it.
@@ -133,14 +133,18 @@ class ChatTemplate:
             for message in chat:
                 if message["role"] in ("system", "tool") and message["content"].strip() not in text:
                     raise BadModel(
-                        f"The chat template drops {message['role']} messages.",
+                        f"The chat template leaves out {message['role']} messages.",
                         where="chat_template",
                         got=message["content"][:80],
                         next_step=f"remove {message['role']} messages from the dataset, or correct the template",
                     )
         spans = self._marked_spans(chats) if _MARKERS.search(self.template) else self._prefix_spans(chats, texts)
         if not all(spans):
-            raise BadModel("The chat template marks no answer in a chat that has one.", where="chat_template")
+            raise BadModel(
+                "The chat template does not mark the answer of a chat.",
+                where="chat_template",
+                next_step="put {% generation %} … {% endgeneration %} around every answer in chat_template.jinja",
+            )
         return [
             Encoded(ids, _labels(ids, tokens, loss_on), tokens[-1][0], self._special_in(chat))
             for chat, (ids, tokens) in zip(chats, self._aligned(texts, spans), strict=True)
@@ -164,9 +168,9 @@ class ChatTemplate:
         found = {i for i in learned if i in control}
         if not found:
             raise BadModel(
-                "The answer that the chat template marks contains no stop token, so the model could not learn to stop.",
+                "The chat template's {% generation %} block contains no stop token: the model would not learn to stop.",
                 where="chat_template",
-                next_step="move {% endgeneration %} after the token that ends an answer",
+                next_step="move {% endgeneration %} behind the token that ends an answer",
             )
         return found
 
@@ -179,9 +183,9 @@ class ChatTemplate:
         ids = np.fromiter(chain.from_iterable(lists), np.int32, int(lengths.sum()))
         found = self.alignment.spans(texts, ids, lengths, spans)
         rows = np.split(ids, np.cumsum(lengths)[:-1])
-        unproved = [n for n, tokens in enumerate(found) if tokens is None]
-        slow = self._aligned_by_tokenizer([texts[n] for n in unproved], [spans[n] for n in unproved])
-        out = dict(zip(unproved, slow, strict=True))
+        unverified = [n for n, tokens in enumerate(found) if tokens is None]
+        slow = self._aligned_by_tokenizer([texts[n] for n in unverified], [spans[n] for n in unverified])
+        out = dict(zip(unverified, slow, strict=True))
         return [out[n] if tokens is None else (rows[n], tokens) for n, tokens in enumerate(found)]
 
     def _aligned_by_tokenizer(
@@ -203,7 +207,7 @@ class ChatTemplate:
         return None
 
     def _prefix_spans(self, chats: Sequence[Chat], texts: list[str]) -> list[list[Span]]:
-        """Find answers by rendering what precedes each: the answer and its stop token follow."""
+        """Find answers by rendering what precedes them: the answer and its stop token follow."""
         turns = [(n, i) for n, chat in enumerate(chats) for i, m in enumerate(chat) if m["role"] == "assistant"]
         heads = self.render([chats[n][:i] for n, i in turns], prompt=True)
         spans: list[list[Span]] = [[] for _ in chats]
@@ -219,19 +223,19 @@ class ChatTemplate:
         answer = next((c for c in (content, content.strip()) if text.startswith(c, start)), None)
         if not text.startswith(head) or answer is None:
             raise BadModel(
-                "The chat template does not render an answer right after the prompt that asks for it.",
+                "The answer cannot be located in the rendered chat: it does not start right after the rendered prompt.",
                 where="chat_template",
-                expected="a rendered chat that begins with its own prompt, or {% generation %} marks in the template",
+                expected="a chat that starts with its rendered prompt (add_generation_prompt), or {% generation %} blocks",
                 got=repr(text[max(0, start - 30) : start + 60]),
                 next_step="put {% generation %} … {% endgeneration %} around the answer in chat_template.jinja",
             )
         stop = self._stop.match(text, start + len(answer)) if self._stop else None
         if stop is None:
             raise BadModel(
-                "The chat template ends an answer with no control token, so the model could not learn to stop.",
+                "The chat template does not end an answer with a control token, so the model would not learn to stop.",
                 where="chat_template",
                 got=repr(text[start + len(answer) : start + len(answer) + 40]),
-                next_step="choose an instruct model, or correct its chat template",
+                next_step="choose an instruct model, or add the stop token to its chat template",
             )
         end = stop.end()
         if last:  # Phi-3's template ends a whole chat with a second stop token, which is learned too
@@ -240,7 +244,7 @@ class ChatTemplate:
         return start, end
 
     def _marked_spans(self, chats: Sequence[Chat]) -> list[list[Span]]:
-        """Find answers by the template's own {% generation %} marks."""
+        """Find answers by the template's own {% generation %} blocks."""
         return [self._compiled.marked(chat) for chat in chats]
 
 
@@ -257,7 +261,7 @@ def read_template(folder: Path, tokenizer_config: TokenizerConfig) -> str:
     """Return a model's chat template, from chat_template.jinja or from tokenizer_config.json.
 
     Raises:
-        BadModel: the model has none, because it was never tuned for chats.
+        BadModel: the model has no chat template; it may be a base model that was never tuned for chats.
     """
     file = folder / "chat_template.jinja"
     if file.exists():
@@ -281,7 +285,7 @@ def _token_span(encoding: Encoding, start: int, end: int) -> Span:
     last = next((t for c in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(c)) is not None), None)
     if first is None or last is None:
         return len(encoding.ids), len(encoding.ids)
-    # "<|assistant|>" swallows the white space after it, even the answer's own. That token belongs to the prompt.
+    # "<|assistant|>" swallows the white space after it, even white space of the answer. That token belongs to the prompt.
     while first <= last and (chars := encoding.token_to_chars(first)) is not None and chars[0] < start:
         first += 1
     # One character can be several tokens (the bytes of an emoji), which all have its offsets.

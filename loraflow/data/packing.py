@@ -1,7 +1,8 @@
 """Best-fit-decreasing packing over the whole set.
 
-Documents are taken longest first, and each goes into the fullest row that has room for it. Rows with equal room are
-interchangeable, so all documents of one length are packed at once: a million documents take a tenth of a second.
+The longest documents are placed first, each into the fullest row that still has enough free tokens. Rows with the same
+number of free tokens are interchangeable, so all documents of one length are placed at once: a million documents take a
+tenth of a second.
 """
 
 from __future__ import annotations
@@ -28,45 +29,45 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     order = np.argsort(-lengths, kind="stable")
     sizes, starts, counts = np.unique(-lengths[order], return_index=True, return_counts=True)
     row_of = np.empty(len(lengths), np.int32)
-    rooms: list[int] = []  # the different rooms (free tokens) of open rows, ascending
-    open_rows: dict[int, list[np.ndarray]] = {}  # room → the open rows with that room
+    free_sizes: list[int] = []  # the different numbers of free tokens of open rows, ascending
+    open_rows: dict[int, list[np.ndarray]] = {}  # free tokens → the open rows with so many
     total = 0
 
     for size, start, count in zip((-sizes).tolist(), starts.tolist(), counts.tolist(), strict=True):
         placed, end = start, start + count
         while placed < end:
-            at = bisect_left(rooms, size)
-            if at == len(rooms):
-                room = capacity
-                wanted = -(-(end - placed) // (capacity // size))
-                rows = np.arange(total, total + wanted, dtype=np.int32)
-                total += wanted
+            index = bisect_left(free_sizes, size)
+            if index == len(free_sizes):
+                free = capacity
+                needed = -(-(end - placed) // (capacity // size))
+                rows = np.arange(total, total + needed, dtype=np.int32)
+                total += needed
             else:
-                room = rooms.pop(at)
-                rows = np.concatenate(open_rows.pop(room))
-                wanted = min(len(rows), -(-(end - placed) // (room // size)))
-                _open(rooms, open_rows, room, rows[wanted:])
-                rows = rows[:wanted]
-            each = room // size
-            here = min(wanted * each, end - placed)
-            row_of[order[placed : placed + here]] = np.repeat(rows, each)[:here]
-            placed += here
-            full, rest = divmod(here, each)
-            _open(rooms, open_rows, room - each * size, rows[:full])
+                free = free_sizes.pop(index)
+                rows = np.concatenate(open_rows.pop(free))
+                needed = min(len(rows), -(-(end - placed) // (free // size)))
+                _open(free_sizes, open_rows, free, rows[needed:])
+                rows = rows[:needed]
+            per_row = free // size
+            count_placed = min(needed * per_row, end - placed)
+            row_of[order[placed : placed + count_placed]] = np.repeat(rows, per_row)[:count_placed]
+            placed += count_placed
+            full, rest = divmod(count_placed, per_row)
+            _open(free_sizes, open_rows, free - per_row * size, rows[:full])
             if rest:
-                _open(rooms, open_rows, room - rest * size, rows[full : full + 1])
+                _open(free_sizes, open_rows, free - rest * size, rows[full : full + 1])
     return row_of
 
 
-def _open(rooms: list[int], open_rows: dict[int, list[np.ndarray]], room: int, rows: np.ndarray) -> None:
+def _open(free_sizes: list[int], open_rows: dict[int, list[np.ndarray]], free: int, rows: np.ndarray) -> None:
     """Add rows to the open rows, unless they are full."""
-    if room == 0 or len(rows) == 0:
+    if free == 0 or len(rows) == 0:
         return
-    if room in open_rows:
-        open_rows[room].append(rows)
+    if free in open_rows:
+        open_rows[free].append(rows)
     else:
-        open_rows[room] = [rows]
-        insort(rooms, room)
+        open_rows[free] = [rows]
+        insort(free_sizes, free)
 
 
 def documents_of_rows(row_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

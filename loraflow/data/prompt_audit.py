@@ -1,4 +1,4 @@
-"""Check on the first rows that training reads the prompts that serving will send, and show what is learned."""
+"""Check that training and generation use the same prompt tokens, and show what is learned, on the first rows."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def audit(source: Path, template: ChatTemplate, config: TokenizeConfig) -> list[
 
 
 def check_prompts(rows: list[AuditedRow]) -> None:
-    """Check that the prompts in training rows equal the prompts that serving will send.
+    """Check that the prompts in training rows equal the prompts that generation uses.
 
     A single row may differ: an answer that starts with a new line can share a token with the new line before it. If all
     rows differ, the template is wrong.
@@ -67,16 +67,16 @@ def check_prompts(rows: list[AuditedRow]) -> None:
     differing = [row.place for row in rows if not row.prompt_is_what_serving_sends]
     if differing and len(differing) == len(rows):
         raise BadModel(
-            "The chat template renders a prompt differently from the same prompt in a whole chat: the model would be asked "
-            "with other tokens than it learned.",
+            "The chat template renders prompts differently in training and in generation, so the model would see prompts "
+            "that it was not trained on.",
             where="chat_template",
-            expected="the same ids before the answer with add_generation_prompt and without",
+            expected="the same token ids before the answer, with and without add_generation_prompt",
             got=f"{len(differing)} of the first {len(rows)} rows differ, such as {differing[0]}",
-            next_step="let add_generation_prompt add exactly the head of an answer, and put {% generation %} after it",
+            next_step="make add_generation_prompt add exactly the text before an answer, and put {% generation %} after it",
         )
     if differing:
         log.warning(
-            "%d of the first %d rows have other prompt tokens than serving will send, such as %s.",
+            "%d of the first %d rows have other prompt tokens in training than in generation, such as %s.",
             len(differing),
             len(rows),
             differing[0],

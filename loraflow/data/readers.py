@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from pydantic import JsonValue
 
-from loraflow.data.chat_formats import BadRow, RawRow, to_messages, unread
+from loraflow.data.chat_formats import BadRow, RawRow, to_messages, unused_keys
 from loraflow.data.chats import Message
 from loraflow.data.csv_reader import read_table
 from loraflow.data.json_reader import RawValue, read_json, read_json_lines, strict_json
@@ -27,18 +27,18 @@ class Row:
     messages: list[Message] | None
     problem: str | None = None
     raw: str = ""  # the row's text
-    unread: tuple[str, ...] = ()  # keys that have a value and that no format reads
+    unused_keys: tuple[str, ...] = ()  # keys that have a value and that no format reads
 
 
 def read_rows(
-    folder: Path, names: list[str], form: str, columns: Mapping[str, str] = MappingProxyType({})
+    folder: Path, names: list[str], format_name: str, columns: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[Row]:
     """Read files row by row. A malformed row is yielded with its problem.
 
     Args:
         folder: the dataset's folder.
         names: the files to read, relative to the folder.
-        form: the rows' format: messages, sharegpt, alpaca, prompt_completion or auto.
+        format_name: the rows' format: messages, sharegpt, alpaca, prompt_completion or auto.
         columns: {loraflow's column: the files' column}, for columns with other names.
 
     Raises:
@@ -50,8 +50,8 @@ def read_rows(
                 yield Row(place, None, str(value), text)
                 continue
             try:
-                messages = to_messages(_renamed(value, columns), form)
-                yield Row(place, messages, None, text, unread(value, form, columns))
+                messages = to_messages(_renamed(value, columns), format_name)
+                yield Row(place, messages, None, text, unused_keys(value, format_name, columns))
             except BadRow as problem:
                 yield Row(place, None, str(problem), text)
 
@@ -105,7 +105,7 @@ def match_files(folder: Path, patterns: list[str]) -> list[str]:
     )
     found: list[str] = []
     for pattern in patterns:
-        # An exact name selects that file only: no file of that name in a subfolder, and no match of its brackets.
+        # An exact name selects only that file: not files of the same name in subfolders, and brackets are not a pattern.
         hits = [pattern] if pattern in have else [name for name in have if Path(name).match(pattern)]
         if not hits and (folder / pattern).is_file():
             raise _unknown_kind(pattern)
@@ -114,7 +114,7 @@ def match_files(folder: Path, patterns: list[str]) -> list[str]:
             raise BadData(
                 "No file of the dataset has this name.",
                 where=pattern,
-                expected="one of " + ", ".join(have[:10]) if have else f"a file of kind {kinds}",
+                expected="one of " + ", ".join(have[:10]) if have else f"a file of type {kinds}",
                 next_step="correct data.train, data.heldout or data.extra_heldout",
             )
         found += [name for name in hits if name not in found]
@@ -155,7 +155,7 @@ def _with_parsed_turns(row: RawRow, place: str) -> RawValue:
             try:
                 row[key] = strict_json(cell)
             except ValueError as error:
-                return RawValue(place, BadRow(f"column {key} is no JSON: {error}"), str(row)[:2000])
+                return RawValue(place, BadRow(f"column {key} is not valid JSON: {error}"), str(row)[:2000])
     return RawValue(place, row, json.dumps(row, ensure_ascii=False, default=str)[:2000])
 
 
@@ -172,13 +172,13 @@ _READERS = {
 def _unknown_kind(name: str) -> BadData:
     suffix = Path(name).suffix.lower()
     packed = {".gz": "gunzip --keep", ".zst": "unzstd", ".bz2": "bunzip2 --keep", ".xz": "unxz --keep", ".zip": "unzip"}
-    next_step = "save it as one of these"
+    next_step = "convert it to one of these types"
     if suffix in packed:
         next_step = f"{packed[suffix]} {shlex.quote(name)}"
     elif suffix in ("", ".txt"):
         next_step = "if it has one JSON object per line, give it the suffix .jsonl"
     return BadData(
-        "This kind of file is not read.",
+        "This file type is not supported.",
         where=name,
         expected=", ".join(sorted(_READERS)),
         got=suffix or "no suffix",

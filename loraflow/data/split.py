@@ -1,4 +1,4 @@
-"""Split rows by a seeded hash of their content: a row stays on its side when other rows come or go."""
+"""Split rows by a seeded hash of their content: adding or removing rows does not move the others between splits."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ def row_id(messages: Chat) -> str:
 
 
 def prompt_key(messages: Chat) -> str:
-    """Return a hash of the prompt, which is all but the last message. Rows with equal prompts stay on one side."""
+    """Return a hash of the prompt: all messages but the last. Rows with equal prompts go to the same split."""
     return row_id(messages[:-1])
 
 
-def falls_in(key: str, share: float, seed: int, purpose: str) -> bool:
-    """Return whether a row belongs to a share of all rows.
+def in_share(key: str, share: float, seed: int, purpose: str) -> bool:
+    """Tell whether a row belongs to a random share of all rows.
 
-    Each purpose has its own draw, so that validation rows are not drawn from the complement of held-out rows.
+    Args:
+        key: the row's prompt key.
+        share: the fraction of rows, 0 to 1.
+        seed: the recipe's split seed.
+        purpose: heldout or validation; each purpose is an independent draw.
     """
     draw = hashlib.sha256(f"{purpose}:{seed}:{key}".encode()).digest()
     return int.from_bytes(draw[:8], "big") < share * 2**64

@@ -100,7 +100,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """`dict` for templates, without the class's other attributes. Arguments and values are whatever a template passes."""
+    """`dict` for templates, without the class's other attributes. A template may pass any arguments and values."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)

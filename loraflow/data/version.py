@@ -27,8 +27,8 @@ def locate(data: Data, memo: HashMemo) -> DatasetLocation:
     if data.source.endswith(".dvc"):
         pin = dvc.read_pin(data.repo, data.source, data.rev)
         if data.rev is None and not is_url(data.repo):
-            dvc.require_clean(data.repo, pin, memo)
-        commit = dvc.head_of(data.repo, data.rev) if data.rev else None
+            dvc.refuse_modified(data.repo, pin, memo)
+        commit = dvc.resolve_commit(data.repo, data.rev) if data.rev else None
         name = Path(pin.path).name
         origin = DvcOrigin(
             dvc_file=pin.dvc_file,
@@ -49,7 +49,7 @@ def locate(data: Data, memo: HashMemo) -> DatasetLocation:
             next_step="correct data.source",
         )
     origin_folder = FolderOrigin(folder=str(source.absolute()))
-    return DatasetLocation(md5=dvc.tree_md5(source, memo), name=source.name, origin=origin_folder)
+    return DatasetLocation(md5=dvc.dvc_md5(source, memo), name=source.name, origin=origin_folder)
 
 
 def run(job: Job[VersionDatasetConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:

@@ -1,7 +1,8 @@
-"""The gate: per-example scores of base, champion and challenger → promote, reject or undecided, with reasons.
+"""The gate: decide from per-example scores whether the challenger is promoted or rejected, with reasons.
 
-The primary metric must gain, each guard must not lose more than its margin, against base and champion. A claim
-counts when its one-sided bound says so: "not proven worse" is no reason to promote.
+A model is promoted if, against both base and champion, the primary metric improves by more than `min_gain` and no guard
+metric gets worse by more than its margin. Both are tested with one-sided confidence bounds. If a test clearly fails, the
+model is rejected. If the data cannot decide, the verdict is undecided.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Rule:
-    """A claim about the paired differences of one metric: a gain above `bound`, or a loss within it (a guard)."""
+    """A test of one metric's paired differences: a gain must be above `bound`; a guard must not fall below it."""
 
     metric: str
     bound: float
     kind: Literal["gain", "guard"]
 
     def state(self, found: Bounds) -> Literal["passed", "failed", "open"]:
-        # A guard passes when its loss is surely within the margin, the primary when its gain is surely above the bound.
-        if found.lower > self.bound or (
-            self.kind == "guard" and found.lower >= self.bound and self.bound == found.mean
-        ):
+        # If all rows differ by the same amount, the mean and both bounds are that number. A guard's margin is inclusive:
+        # a drop of exactly the margin passes. A gain of exactly `min_gain` does not.
+        is_exactly_at_bound = found.lower >= self.bound and self.bound == found.mean
+        if found.lower > self.bound or (self.kind == "guard" and is_exactly_at_bound):
             return "passed"
         if found.upper < self.bound or (self.kind == "gain" and found.upper <= self.bound):
             return "failed"
         return "open"
 
     def __str__(self) -> str:
-        return f"gain over {self.bound:g}" if self.kind == "gain" else f"loss within {-self.bound:g}"
+        return f"gain over {self.bound:g}" if self.kind == "gain" else f"drop within {-self.bound:g}"
 
 
 def decide(
@@ -60,14 +61,14 @@ def decide(
         challenger: a table with columns id and metrics.
         others: {"base": table, "champion": table}; a champion may be missing.
         primary: the metric that must gain by more than `min_gain`.
-        guards: {metric: the largest loss that is accepted}.
+        guards: {metric: the largest drop that is accepted}.
         confidence: one-sided level of the bounds.
         seed: of the bootstrap.
         lower_is_better: metrics, in addition to loraflow's own, where lower is better.
 
     Raises:
-        BadData: rows are missing or duplicated, or a score is not finite: a part of the rows decides nothing.
-        BadConfig: a metric was not scored.
+        BadData: rows are missing or duplicated, or a score is not finite. Such scores are never compared in part.
+        BadConfig: there is no score of this name.
     """
     rules = [_Rule(primary, min_gain, "gain"), *(_Rule(metric, -margin, "guard") for metric, margin in guards.items())]
     inverted = LOWER_IS_BETTER | set(lower_is_better or ())
@@ -95,7 +96,7 @@ def _join(challenger: pd.DataFrame, other: pd.DataFrame, name: str) -> pd.DataFr
     unmatched = pairs[pairs["_merge"] != "both"]
     if len(unmatched) or not len(pairs):
         raise BadData(
-            "Challenger and other were not scored on the same examples.",
+            "Challenger and other model were not scored on the same examples.",
             where=name,
             expected=f"{len(challenger)} examples in common",
             got=f"{len(pairs) - len(unmatched)}",
@@ -107,12 +108,15 @@ def _join(challenger: pd.DataFrame, other: pd.DataFrame, name: str) -> pd.DataFr
 def _differences(pairs: pd.DataFrame, metric: str, name: str, inverted: Collection[str]) -> np.ndarray:
     """Return the paired differences [rows], positive where the challenger is better."""
     if metric not in pairs or f"{metric}_other" not in pairs:
+        from loraflow.evaluation.score import score_columns
+
+        scored = [column for column in score_columns(pairs) if f"{column}_other" in pairs]
         raise BadConfig(
-            "The gate names a metric that was not scored.",
+            "The gate names a score that does not exist.",
             where="gate",
-            expected="a metric of evaluation.metrics",
+            expected=f"one of {', '.join(scored)}",
             got=metric,
-            next_step="add its module to evaluation.metrics",
+            next_step="correct gate.primary or gate.guards, or add the metric that gives this score to evaluation.metrics",
         )
     sign = -1.0 if metric in inverted else 1.0
     differences: np.ndarray = sign * (
@@ -125,7 +129,7 @@ def _differences(pairs: pd.DataFrame, metric: str, name: str, inverted: Collecti
 
 def _compare(rule: _Rule, name: str, found: Bounds, rows: int) -> Comparison:
     state = rule.state(found)
-    outcome = {"passed": "shown", "failed": "ruled out", "open": f"not shown with {rows} rows"}[state]
+    outcome = {"passed": "confirmed", "failed": "refuted", "open": f"inconclusive with {rows} rows"}[state]
     return Comparison(
         against=name,
         metric=rule.metric,

@@ -1,4 +1,4 @@
-"""Greedy answers in batches: sorted by length, padded, all stop ids, a shared prefix computed once."""
+"""Generate greedy answers in batches: rows are sorted by length and padded, and a shared prefix is computed once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-ALONE = ProcessGroup()
+SINGLE_PROCESS = ProcessGroup()
 
 
-class Answer(TypedDict):
+class GeneratedAnswer(TypedDict):
     """A model's answer to a prompt."""
 
     text: str
@@ -26,7 +26,7 @@ class Answer(TypedDict):
     finish: Literal["stop", "length"]
 
 
-def answer_all(
+def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
@@ -36,13 +36,13 @@ def answer_all(
     batch_size: int,
     done_file: Path | None = None,
     on_batch: Callable[[int], None] | None = None,
-    group: ProcessGroup = ALONE,
-) -> list[Answer]:
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> list[GeneratedAnswer]:
     """Return an answer for each prompt, given as token ids.
 
-    Finished batches are appended to `done_file`, so that a retry resumes after them. Each device of a group takes whole
-    batches: a row's numbers depend on what it is batched with, so that they are those of a single device. Each device
-    writes a file of its own, and all of them are read.
+    Finished batches are appended to `done_file`, so that a retry resumes after them. In a group, each device computes
+    whole batches: rounding depends on which rows share a batch, so the answers equal those of a single device. Each
+    device appends to its own file, and a retry reads all files.
 
     Args:
         model: in evaluation mode.
@@ -69,7 +69,7 @@ def answer_all(
         if done_file is not None:
             _append_answers(done_file, found)
         if on_batch is not None:
-            # The other devices are about as far as this one.
+            # The other devices have done about as many.
             done = number * batch_size + len(batch)
             on_batch(sum(answer is not None for answer in answers) if group.size == 1 else done)
     return [answer for answer in group.merge(answers) if answer is not None]
@@ -82,15 +82,15 @@ def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
         yield order[first : first + batch_size]
 
 
-def _append_answers(done_file: Path, answers: dict[int, Answer]) -> None:
+def _append_answers(done_file: Path, answers: dict[int, GeneratedAnswer]) -> None:
     lines = [json.dumps({"index": i, **answer}, ensure_ascii=False) + "\n" for i, answer in answers.items()]
     with done_file.open("a", encoding="utf-8") as file:
         file.write("".join(lines))
 
 
-def _read_answers(done_file: Path | None, rows: int) -> list[Answer | None]:
-    """Return the answers of earlier attempts, whatever number of devices they ran on."""
-    answers: list[Answer | None] = [None] * rows
+def _read_answers(done_file: Path | None, rows: int) -> list[GeneratedAnswer | None]:
+    """Return the answers of earlier attempts, which may have used another number of devices."""
+    answers: list[GeneratedAnswer | None] = [None] * rows
     if done_file is None:
         return answers
     for file in (done_file, *sorted(done_file.parent.glob(f"{done_file.stem}-*{done_file.suffix}"))):
@@ -113,7 +113,7 @@ class _Generator:
     max_new_tokens: int
     prefix: SharedPrefix | None  # computed once for all batches
     preallocates: bool  # the model can use a preallocated cache
-    records: bool  # the decoding step is recorded as a CUDA graph
+    use_cuda_graph: bool  # capture the decoding step as a CUDA graph
 
     @classmethod
     def prepare(
@@ -132,10 +132,10 @@ class _Generator:
         # At least one id of each row is left for its batch, whose logits begin the answer.
         prefix = shared_prefix(model, prompts, min(lengths) - 1, longest) if prompts else None
         preallocates = bool(prompts) and has_plain_cache(model, longest)
-        records = greedy_decoding.is_supported(model)
-        return cls(model, tokenizer, stop_ids, max_new_tokens, prefix, preallocates, records)
+        use_cuda_graph = greedy_decoding.is_supported(model)
+        return cls(model, tokenizer, stop_ids, max_new_tokens, prefix, preallocates, use_cuda_graph)
 
-    def answer(self, prompts: Sequence[list[int]]) -> list[Answer]:
+    def answer(self, prompts: Sequence[list[int]]) -> list[GeneratedAnswer]:
         """Return the answers of one batch."""
         ids, mask = self._pad(prompts)
         new_ids = self._generate(ids.to(self.model.device), mask.to(self.model.device), self._cache(*ids.shape))
@@ -164,7 +164,7 @@ class _Generator:
         from loraflow.evaluation.kv_cache import preallocated_cache
 
         capacity = width + self.max_new_tokens
-        if self.records:
+        if self.use_cuda_graph:
             capacity = -(-capacity // ALIGNED) * ALIGNED
         if self.prefix:
             return self.prefix.cache(rows, capacity)
@@ -176,7 +176,7 @@ class _Generator:
 
         from loraflow.evaluation import greedy_decoding
 
-        if self.records and cache is not None:
+        if self.use_cuda_graph and cache is not None:
             return greedy_decoding.decode(
                 self.model,
                 ids,
@@ -202,7 +202,7 @@ class _Generator:
             )
         return output[:, ids.shape[1] :]
 
-    def _read(self, new_ids: list[int]) -> Answer:
+    def _read(self, new_ids: list[int]) -> GeneratedAnswer:
         """Return the answer up to its stop id."""
         end = next((at for at, token in enumerate(new_ids) if token in self.stop_ids), None)
         answer = new_ids[:end]

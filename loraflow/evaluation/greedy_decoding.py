@@ -1,4 +1,4 @@
-"""Greedy decoding on a GPU: the decoding step of a batch is recorded once as a CUDA graph and replayed for every token.
+"""Greedy decoding on a GPU: the decoding step of a batch is captured once as a CUDA graph and replayed for every token.
 
 Launching a step's thousand small kernels takes longer than computing them: 30 ms against 7 for 8 rows of Phi-3 mini on
 an H100. A compiled static cache of transformers is as fast, but compiles for a minute, again for each shape.
@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EAGER_STEPS = 2  # before recording: libraries may allocate in them, but not while a graph is recorded
-ALIGNED = (
-    16  # the capacity of a cache is a multiple of it: otherwise attention with a mask copies the mask in every layer
-)
+EAGER_STEPS = 2  # before the capture: libraries may allocate memory in them, but not while a graph is captured
+# The capacity of a cache is a multiple of it. Otherwise attention with a mask copies the mask in every layer.
+ALIGNED = 16
 CHECK_EVERY = 16  # steps between two checks whether all rows have ended: a check waits for the GPU
 # Fields of a generation config that do not change a greedy answer, or that the arguments set anyway.
 _HARMLESS = {
@@ -37,7 +36,7 @@ _HARMLESS = {
 
 
 def is_supported(model: PreTrainedModel) -> bool:
-    """Tell whether `decode` gives this model's greedy answers: on a GPU, and nothing changes the model's logits."""
+    """Tell whether `decode` gives the model's own greedy answers: it runs on a GPU, and nothing changes its logits."""
     return (
         model.device.type == "cuda"
         and model.config._attn_implementation == "sdpa"
@@ -103,42 +102,76 @@ def decode(
         max_new_tokens: of each answer.
         pad_id: the id of padding.
     """
-    rows, width = ids.shape
-    held = int(cache.get_seq_length())
+    answers = _Answers(len(ids), max_new_tokens, stop_ids, pad_id, ids.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    answers = _Answers(rows, max_new_tokens, stop_ids, pad_id, ids.device)
+    token = _prefill(model, ids, mask, positions, cache, answers)
+    answers.ids[:, :1] = token
+    step = _decoding_step(model, token, mask, positions[:, -1:] + 1, cache, answers)
+    _repeat(step, max_new_tokens - 1, answers)
+    return answers.ids
+
+
+def _prefill(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    positions: torch.Tensor,
+    cache: DynamicCache,
+    answers: _Answers,
+) -> torch.Tensor:
+    """Compute the prompts, except for tokens that the cache already holds; return the first token of each answer."""
+    cached_tokens = int(cache.get_seq_length())
     output = model(
-        input_ids=ids[:, held:],
+        input_ids=ids[:, cached_tokens:],
         attention_mask=mask,
-        position_ids=positions[:, held:],
+        position_ids=positions[:, cached_tokens:],
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
     )
-    token = answers.choose(output)
-    answers.ids[:, :1] = token
+    return answers.choose(output)
 
-    # A recorded step reads and writes these tensors at their addresses, so they are changed in place only.
-    slot = torch.tensor([width], device=ids.device)
+
+def _decoding_step(
+    model: PreTrainedModel,
+    token: torch.Tensor,
+    mask: torch.Tensor,
+    position: torch.Tensor,
+    cache: DynamicCache,
+    answers: _Answers,
+) -> Callable[[], None]:
+    """Return a function that computes the next token of each row.
+
+    A captured CUDA graph reads and writes tensors at their addresses. So the step changes its tensors only in place.
+
+    Args:
+        model: see `decode`.
+        token: the last token [rows, 1] of each row.
+        mask: of the prompts [rows, width].
+        position: of the next token [rows, 1].
+        cache: of `PreallocatedLayer`s that hold the prompts.
+        answers: to which the step adds the tokens.
+    """
+    rows, width = mask.shape
+    slot = torch.tensor([width], device=mask.device)
     layers = _preallocated_layers(cache)
     fixed = DynamicCache()
     fixed.layers = [_FixedLayer(*layer.padded(), slot) for layer in layers]
-    position = positions[:, -1:] + 1
-    hidden = torch.full((rows, 1, 1, layers[0].capacity), float("-inf"), dtype=model.dtype, device=ids.device)
-    hidden[:, 0, 0, :width].masked_fill_(mask.bool(), 0)
+    shape = (rows, 1, 1, layers[0].capacity)
+    attention_bias = torch.full(shape, float("-inf"), dtype=model.dtype, device=mask.device)
+    attention_bias[:, 0, 0, :width].masked_fill_(mask.bool(), 0)
 
     def step() -> None:
-        hidden.index_fill_(-1, slot, 0)
+        attention_bias.index_fill_(-1, slot, 0)
         output = model(
-            input_ids=token, attention_mask=hidden, position_ids=position, past_key_values=fixed, use_cache=True
+            input_ids=token, attention_mask=attention_bias, position_ids=position, past_key_values=fixed, use_cache=True
         )
         token.copy_(answers.choose(output))
         slot.add_(1)
         position.add_(1)
         answers.ids.index_copy_(1, slot - width, token)
 
-    _repeat(step, max_new_tokens - 1, answers)
-    return answers.ids
+    return step
 
 
 def _preallocated_layers(cache: DynamicCache) -> list[PreallocatedLayer]:
@@ -149,26 +182,26 @@ def _preallocated_layers(cache: DynamicCache) -> list[PreallocatedLayer]:
 
 
 def _repeat(step: Callable[[], None], times: int, answers: _Answers) -> None:
-    """Run a step until all rows have ended, at most so many times; on a GPU, replay it once it can be recorded."""
+    """Run a step until all rows have ended, at most so many times. On a GPU, capture it and replay it."""
     run = step
     for done in range(1, times + 1):
         if done % CHECK_EVERY == 0 and bool(answers.ended.all()):
             break
         if done == 1 + EAGER_STEPS:
-            run = record(step) if answers.ids.is_cuda else step
+            run = capture_cuda_graph(step) if answers.ids.is_cuda else step
         run()
 
 
-def record(step: Callable[[], None]) -> Callable[[], None]:
-    """Record a step that reads and writes the same tensors each time. Returns the step itself if that fails."""
+def capture_cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """Capture a step that uses the same tensors each time, and return its replay; return the step itself on failure."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     try:
-        with torch.cuda.graph(graph):  # records, computes nothing
+        with torch.cuda.graph(graph):  # captures the kernels without running them
             step()
     except RuntimeError as error:
         log.warning(
-            "a CUDA graph of this model cannot be recorded, so decoding is slower: %s", str(error).splitlines()[0]
+            "a CUDA graph of this model cannot be captured, so decoding is slower: %s", str(error).splitlines()[0]
         )
         torch.cuda.synchronize()
         return step

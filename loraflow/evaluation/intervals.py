@@ -1,7 +1,8 @@
 """Confidence intervals of a mean over rows, and bounds of the difference between two models on the same rows.
 
-Binary scores: Wilson's interval for a share, and a score bound for a paired difference (Tango 1998); a percentile
-bootstrap is wrong by a factor of four where disagreement is rare. Graded scores: bootstrap, never narrower than t.
+Binary scores use Wilson's interval for a share, and Tango's score bound (1998) for a paired difference: where models
+rarely disagree, the error rate of a percentile bootstrap is four times the nominal rate. Graded scores use a bootstrap
+interval, but never one that is narrower than the t interval.
 """
 
 from __future__ import annotations

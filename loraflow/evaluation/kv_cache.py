@@ -1,6 +1,6 @@
-"""A KV cache with memory for a whole answer: transformers' own cache copies all keys and values for every new token.
+"""A KV cache that is allocated for the whole answer. transformers' DynamicCache copies all keys and values per token.
 
-On a CPU that copying took two fifths of an evaluation (36 rows of 185 tokens are 300 MB, copied for each token).
+On a CPU, copying took two fifths of an evaluation (36 rows of 185 tokens are 300 MB, copied for each token).
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ class PreallocatedLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Tensor, **kwargs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Append new tokens; return all keys and values."""
-        held = self.get_seq_length()
+        cached_tokens = self.get_seq_length()
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self._keys, self._values = self._allocate(key_states), self._allocate(value_states)
-        filled = held + key_states.shape[-2]
+        filled = cached_tokens + key_states.shape[-2]
         if filled > self.capacity:
             raise ValueError(f"{filled} tokens in a cache for {self.capacity}")
-        self._keys[..., held:filled, :], self._values[..., held:filled, :] = key_states, value_states
+        self._keys[..., cached_tokens:filled, :], self._values[..., cached_tokens:filled, :] = key_states, value_states
         keys, values = self._keys[..., :filled, :], self._values[..., :filled, :]
         self.keys, self.values = keys, values
         return keys, values
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Return keys and values [rows, heads, capacity, width], zero behind the tokens so far."""
-        held = self.get_seq_length()
-        self._keys[..., held:, :].zero_()
-        self._values[..., held:, :].zero_()
+        cached_tokens = self.get_seq_length()
+        self._keys[..., cached_tokens:, :].zero_()
+        self._values[..., cached_tokens:, :].zero_()
         return self._keys, self._values
 
     def _allocate(self, like: Tensor) -> Tensor:

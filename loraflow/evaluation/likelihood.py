@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraflow.base.load import head_is_plain
+from loraflow.base.load import has_linear_head
 from loraflow.data.loss_mask import IGNORED, Encoded
-from loraflow.evaluation.generation import ALONE, batches
+from loraflow.evaluation.generation import SINGLE_PROCESS, batches
 from loraflow.evaluation.prefix_cache import SharedPrefix, shared_prefix
 from loraflow.hardware.process_group import ProcessGroup
 
@@ -21,11 +21,11 @@ HEAD_ROWS = 512  # positions whose logits are in memory at a time
 
 
 def answer_losses(
-    model: PreTrainedModel, rows: Sequence[Encoded], pad_id: int, batch_size: int, group: ProcessGroup = ALONE
+    model: PreTrainedModel, rows: Sequence[Encoded], pad_id: int, batch_size: int, group: ProcessGroup = SINGLE_PROCESS
 ) -> list[tuple[float, int]]:
     """Return (sum of -log p in nats, number of tokens) over each row's learned tokens."""
     found: list[tuple[float, int] | None] = [None] * len(rows)
-    plain = head_is_plain(model)
+    head_is_linear = has_linear_head(model)
     # The hidden state before the first learned token must be computed in the batch itself.
     learned = [np.flatnonzero(row.labels[1:] != IGNORED) for row in rows]
     longest = min((int(at[0]) for at in learned if len(at)), default=0)
@@ -34,25 +34,29 @@ def answer_losses(
     for number, batch in enumerate(batches(lengths, batch_size)):
         if not group.owns(number):
             continue
-        for i, loss in zip(batch, _batch_losses(model, [rows[i] for i in batch], pad_id, prefix, plain), strict=True):
+        losses = _batch_losses(model, [rows[i] for i in batch], pad_id, prefix, head_is_linear)
+        for i, loss in zip(batch, losses, strict=True):
             found[i] = loss
     return [loss or (0.0, 0) for loss in group.merge(found)]
 
 
 def _batch_losses(
-    model: PreTrainedModel, rows: Sequence[Encoded], pad_id: int, prefix: SharedPrefix | None, plain: bool
+    model: PreTrainedModel, rows: Sequence[Encoded], pad_id: int, prefix: SharedPrefix | None, head_is_linear: bool
 ) -> list[tuple[float, int]]:
-    """Return (sum of -log p, number of tokens) of each row of a batch; `plain`: the head gives the logits unchanged."""
+    """Return (sum of -log p, number of tokens) of each row of a batch.
+
+    With `head_is_linear`, the logits are the product of head and hidden state, so the head can be applied to few rows.
+    """
     shared = len(prefix.ids) if prefix else 0
     ids, mask, labels = _pad_learned(rows, pad_id, shared)
     ids, mask = ids.to(model.device), mask.to(model.device)
-    at = (labels[:, 1:] != IGNORED).to(model.device)
-    target = labels[:, 1:].to(model.device)[at]
+    target_mask = (labels[:, 1:] != IGNORED).to(model.device)
+    target = labels[:, 1:].to(model.device)[target_mask]
     if not len(target):
         return [(0.0, 0)] * len(rows)
     cache = prefix.cache(len(rows), shared + ids.shape[1]) if prefix else None
-    losses = _token_losses(model, ids, mask, cache, at, target, plain)
-    owner = at.nonzero()[:, 0]
+    losses = _token_losses(model, ids, mask, cache, target_mask, target, head_is_linear)
+    owner = target_mask.nonzero()[:, 0]
     parts = [losses[owner == row] for row in range(len(rows))]
     return [(float(part.sum()), len(part)) for part in parts]
 
@@ -77,9 +81,9 @@ def _token_losses(
     ids: Tensor,
     mask: Tensor,
     cache: DynamicCache | None,
-    at: Tensor,
+    target_mask: Tensor,
     target: Tensor,
-    plain: bool,
+    head_is_linear: bool,
 ) -> Tensor:
     """Return -log p of each learned token, in double precision.
 
@@ -91,11 +95,11 @@ def _token_losses(
     cached = {} if cache is None else {"past_key_values": cache}
     values = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None, **cached}
     with torch.inference_mode():
-        if plain:
-            source = model.get_decoder()(**values).last_hidden_state[:, :-1][at]
+        if head_is_linear:
+            source = model.get_decoder()(**values).last_hidden_state[:, :-1][target_mask]
             head = model.get_output_embeddings()
         else:
-            source = model(**values).logits[:, :-1][at]
+            source = model(**values).logits[:, :-1][target_mask]
             head = torch.nn.Identity()
         losses = [
             torch.nn.functional.cross_entropy(

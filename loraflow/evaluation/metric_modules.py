@@ -47,8 +47,8 @@ def find_module(name: str) -> Path:
     )
 
 
-def identify(names: Sequence[str], memo: HashMemo) -> dict[str, str]:
-    """Return the content hashes of modules, which are part of an evaluation's fingerprint."""
+def module_hashes(names: Sequence[str], memo: HashMemo) -> dict[str, str]:
+    """Return the hashes of metric modules' files, which are part of an evaluation's fingerprint."""
     return {name: memo.hash(find_module(name)) for name in names}
 
 

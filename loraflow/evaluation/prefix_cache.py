@@ -1,4 +1,4 @@
-"""Prefix sharing: compute the keys and values of the prefix that all prompts have in common once, for every batch.
+"""Prefix sharing: compute the keys and values of the prefix that all prompts share once, and reuse them in every batch.
 
 Padding is between the prefix and the rest of a row. The attention mask hides it, and positions count only what is not
 hidden, so that each token has the position that it has without padding.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import DynamicCache, PreTrainedModel
 
-# A forward pass for the prefix alone, and a copy of its keys for each batch, must cost less than they save.
+# Below these, a forward pass for the prefix and a copy of its keys for each batch cost more than they save.
 MIN_TOKENS = 16
 MIN_ROWS = 4
 # The rotary angles of these depend on the number of tokens read at once, which a cache changes.
@@ -43,11 +43,16 @@ class SharedPrefix:
 def shared_prefix(
     model: PreTrainedModel, rows: Sequence[Sequence[int]], longest: int, length: int
 ) -> SharedPrefix | None:
-    """Return the common prefix of all rows, at most `longest` ids; None if it would not pay, or not be exact.
+    """Compute the common prefix of all rows once; return None if sharing it would save nothing, or change results.
 
-    It is exact for models whose cache is the keys and values of every position and nothing else: no recurrent state, no
-    angles that depend on the length, no window shorter than `length`, the most positions of a row with its padding and
-    answer.
+    Sharing is exact only if a model's cache consists of the keys and values of every position: no recurrent state, no
+    rotary angles that depend on the sequence length, no attention window shorter than a row.
+
+    Args:
+        model: in evaluation mode.
+        rows: ids of each row.
+        longest: the largest number of ids to share.
+        length: positions of the longest row, with its padding and its answer.
     """
     import torch
     from transformers import DynamicCache

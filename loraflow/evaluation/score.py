@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loraflow.config.stage_configs import EvaluateConfig
-from loraflow.data.chats import Message
+from loraflow.data.chats import GATE_SET, Message
 from loraflow.evaluation.intervals import Interval, mean_interval
 from loraflow.evaluation.values import EvaluationReport, MetricValue, Sample, Scores, SetScores, scores_to_dict
 from loraflow.failures import BadData
@@ -26,7 +26,7 @@ from loraflow.store import Summary
 if TYPE_CHECKING:
     import pandas as pd
 
-    from loraflow.evaluation.generation import Answer
+    from loraflow.evaluation.generation import GeneratedAnswer
 
 SAMPLES = 20  # answers in the report
 # Columns of scores.parquet that are not metrics.
@@ -46,12 +46,12 @@ class HeldoutRow:
 class _Computed:
     """What the model computed for each row."""
 
-    answers: list[Answer]
+    answers: list[GeneratedAnswer]
     losses: list[tuple[float, int]]  # sum of -log p of the reference in nats, its number of tokens
 
 
 def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
-    """Answer, score, write. Rows, template and settings are the same for every model."""
+    """Generate answers, score them, and write the scores. Every model gets the same rows, template and settings."""
     config, group = job.config, join(pick_device(job.runtime))
     rows = read_rows(inputs["rows"] / "heldout.jsonl", config.max_rows)
     computed = _ask_model(job, inputs["model"], rows, progress, group)
@@ -94,7 +94,7 @@ def _ask_model(
     """Compute the model's answers, and its likelihoods of the references if a metric needs them."""
     from loraflow.base.load import load_model, load_tokenizer, stop_ids
     from loraflow.data.loss_mask import ChatTemplate
-    from loraflow.evaluation.generation import answer_all
+    from loraflow.evaluation.generation import generate_answers
     from loraflow.evaluation.likelihood import answer_losses
 
     config, batch_size = job.config, job.runtime.eval_batch_size
@@ -107,7 +107,7 @@ def _ask_model(
         losses = answer_losses(model, encoded, tokenizer.pad_token_id, batch_size, group)
     if group.is_main:
         progress(done=0, total=len(rows))
-    answers = answer_all(
+    answers = generate_answers(
         model,
         tokenizer,
         template.prompt_ids(chats),
@@ -191,5 +191,5 @@ def _samples(table: pd.DataFrame) -> tuple[Sample, ...]:
     """Return the first answers of the gate's set, for the run's report."""
     return tuple(
         Sample(id=row.id, prompt=json.loads(row.prompt)[-1]["content"], reference=row.reference, answer=row.answer)
-        for row in table[table["set"] == "heldout"].head(SAMPLES).itertuples()
+        for row in table[table["set"] == GATE_SET].head(SAMPLES).itertuples()
     )

@@ -10,17 +10,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter
+from pydantic import JsonValue, TypeAdapter
 from pydantic.dataclasses import dataclass
+
+from loraflow.frozen import StoredModel
 
 Verdict = Literal["promote", "reject", "undecided", "unchanged"]
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class MetricValue(_Value):
+class MetricValue(StoredModel):
     """A metric's value on a set of rows, with its two-sided interval."""
 
     value: float
@@ -41,7 +39,7 @@ def scores_to_dict(scores: Scores) -> dict[str, JsonValue]:
     return {rows: {name: value.model_dump() for name, value in part.items()} for rows, part in scores.items()}
 
 
-class Sample(_Value):
+class Sample(StoredModel):
     """A held-out question with its reference and the model's answer, for reports."""
 
     id: str
@@ -50,7 +48,7 @@ class Sample(_Value):
     answer: str
 
 
-class EvaluationReport(_Value):
+class EvaluationReport(StoredModel):
     """The report in the manifest of an evaluate artifact."""
 
     metrics: Scores

@@ -42,9 +42,9 @@ class Workspace:
     @cached_property
     def metric_modules(self) -> dict[str, str]:
         """The hash of each metric's module, by name."""
-        from loraflow.evaluation.metric_modules import identify
+        from loraflow.evaluation.metric_modules import module_hashes
 
-        return identify(self.recipe.evaluation.metrics, self.memo)
+        return module_hashes(self.recipe.evaluation.metrics, self.memo)
 
     def job(self, stage: Stage, inputs: Mapping[str, Ref]) -> Job[StageConfig]:
         """Return the job of a stage."""

@@ -1,4 +1,4 @@
-"""Remove artifacts that no run needs. A champion and its rollback target stay, whatever their age."""
+"""Remove superseded artifacts, older merged models and stale work. Champions and their rollback targets always stay."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def remove_unused(store: Store, *, keep: int, dry_run: bool = False) -> Iterator
     With `dry_run`, yield what would be removed.
 
     Raises:
-        Failure: a run reads from the store.
+        Failure: a run is using the store.
     """
     try:
         with store.cleanup_lock():
@@ -39,20 +39,20 @@ def remove_unused(store: Store, *, keep: int, dry_run: bool = False) -> Iterator
                 if not dry_run:
                     store.remove(ref)
                 yield Removed(PurePosixPath(ref.stage, ref.fingerprint, ref.digest), size, reason)
-            for name, size in store.leftovers(time.time() - STALE_SECONDS, remove=not dry_run):
-                yield Removed(name, size, "left behind for two weeks")
+            for name, size in store.stale_items(time.time() - STALE_SECONDS, remove=not dry_run):
+                yield Removed(name, size, "unused for two weeks")
     except LockHeld:
         raise Failure(
-            "A run is going on; its artifacts must stay.",
+            "Cannot clean up while a run is using the store.",
             where=store.uri,
-            next_step="run `loraflow gc` when it has ended",
+            next_step="run `loraflow gc` again when the run has ended",
         ) from None
 
 
 def _size(store: Store, ref: Ref) -> int:
     try:
         return store.manifest(ref).size
-    except Failure:  # its manifest is unreadable; it is removed all the same
+    except Failure:  # its manifest is unreadable; the artifact is removed anyway
         return 0
 
 
@@ -61,7 +61,7 @@ def _registered_digests(store: Store) -> set[str]:
     return {
         ref.digest
         for model in models(store)
-        for entry in PromotionLog(store, model).in_force()[-2:]
+        for entry in PromotionLog(store, model).active_promotions()[-2:]
         for ref in (entry.merged, entry.adapter)
         if ref is not None
     }

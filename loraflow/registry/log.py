@@ -1,7 +1,7 @@
 """The promotion log of one model: numbered files, each with the hash of the one before it.
 
-An entry is created under its number or not at all: `create_document` fails if the number is taken. Of two writers one
-wins; the other reads the new head and decides again.
+An entry is created under its number by `create_document`, which fails if the number exists. If two writers append at the
+same time, one succeeds; the other reads the new head and decides again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loraflow.store import LocalStore, Ref, Store
 from loraflow.store.files import json_bytes
 
 Action: TypeAlias = Literal["promote", "rollback"]
-Lineage: TypeAlias = dict[str, str]  # where a model comes from, for people: dataset md5, base, recipe or run
+EntryInputs: TypeAlias = dict[str, str]  # origin of the model, for people: dataset md5, base, recipe or run
 
 _JSON_OBJECT = TypeAdapter(dict[str, JsonValue])
 
@@ -35,8 +35,8 @@ def actor() -> str:
         return str(os.getuid())
 
 
-class Moved(Exception):
-    """Another writer appended an entry first, so the head has changed."""
+class HeadChanged(Exception):
+    """Another writer appended an entry first, so the log has a new head."""
 
 
 class Entry(BaseModel):
@@ -50,7 +50,7 @@ class Entry(BaseModel):
     model: str
     merged: Ref
     adapter: Ref | None
-    inputs: Lineage
+    inputs: EntryInputs
     reasons: list[str]
     actor: str
     time: str
@@ -93,7 +93,7 @@ class PromotionLog:
             except (ValueError, KeyError) as error:
                 raise self._damaged(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
             if claimed != entry.hash:
-                raise self._damaged(path, "its content is not what was written")
+                raise self._damaged(path, "hash mismatch")
             if entry.seq != number or entry.before != (found[-1].hash if found else None):
                 raise self._damaged(path, "an entry before it is missing or was changed")
             found.append(
@@ -133,11 +133,11 @@ class PromotionLog:
         """Write the next entry; `seen` is the head at the time of the decision.
 
         Raises:
-            Moved: the head has changed since.
+            HeadChanged: the head has changed since.
         """
         head = self.head()
         if (head.hash if head else None) != (seen.hash if seen else None):
-            raise Moved
+            raise HeadChanged
         entry = Entry(
             seq=(head.seq if head else 0) + 1,
             before=head.hash if head else None,
@@ -152,13 +152,14 @@ class PromotionLog:
         )
         document = json_bytes({**entry.model_dump(), "hash": entry.hash})
         if not self.store.create_document(f"{self.folder}/log/{entry.seq:06d}.json", document):
-            raise Moved
+            raise HeadChanged
         return entry
 
-    def in_force(self) -> list[Entry]:
-        """Return the promotions in force, oldest first: the last is the champion, the one before it the rollback target.
+    def active_promotions(self) -> list[Entry]:
+        """Return the promotions that are not rolled back, oldest first. The last is the champion, the one before it its
+        rollback target.
 
-        A rollback removes promotions from the end until the model that it names is the last.
+        A rollback removes promotions from the end until the last one is of the model that the rollback names.
         """
         stack: list[Entry] = []
         for entry in self.entries():
@@ -170,8 +171,8 @@ class PromotionLog:
                     stack.pop()
         return stack
 
-    def rolled_back(self, digest: str) -> str | None:
-        """Return why a model was rolled back; None if it was not, or was promoted again since."""
+    def rollback_reason(self, digest: str) -> str | None:
+        """Return the reason of a model's rollback; None if it was not rolled back, or was promoted again since."""
         entries = self.entries()
         for number in range(len(entries) - 1, 0, -1):
             if entries[number].action == "rollback" and entries[number - 1].merged.digest == digest:
@@ -181,17 +182,17 @@ class PromotionLog:
         return None
 
     def rollback(self, reason: str, actor: str) -> Entry:
-        """Make the model before the champion the champion again; models that were rolled back are skipped.
+        """Make the model before the champion the champion again. Models that were rolled back are skipped.
 
         Raises:
             Failure: there is no earlier model.
-            Moved: another writer appended an entry at the same time.
+            HeadChanged: another writer appended an entry at the same time.
         """
         entries = self.entries()
-        stack = self.in_force()
+        stack = self.active_promotions()
         if len(stack) < 2:
             raise Failure(
-                "There is no earlier model to go back to.",
+                "There is no earlier model to roll back to.",
                 where=f"registry of {self.model}",
                 got=f"{len(entries)} entries",
                 next_step="look at `loraflow registry`",
@@ -207,18 +208,18 @@ class PromotionLog:
             actor=actor,
         )
 
-    # Decisions without an entry are remembered too: the same challenger is not compared again with the same head.
+    # Decisions that add no entry are stored too, so that the same challenger is not compared again with the same head.
 
-    def decision(self, head: Entry | None, digest: str, protocol: str) -> dict[str, JsonValue] | None:
-        """Return the decision about a model against this head by these rules; None if there is none."""
+    def read_decision(self, head: Entry | None, digest: str, protocol: str) -> dict[str, JsonValue] | None:
+        """Return the stored decision about a model, against this head, under these rules; None if there is none."""
         document = self.store.read_document(self._decision_name(head, digest, protocol))
         try:
             return _JSON_OBJECT.validate_json(document) if document is not None else None
-        except ValidationError:  # a damaged document is like none: the models are compared again
+        except ValidationError:  # a damaged document counts as missing: the models are compared again
             return None
 
-    def remember(self, head: Entry | None, digest: str, protocol: str, decision: Mapping[str, JsonValue]) -> None:
-        """Write down a decision about a model against this head."""
+    def write_decision(self, head: Entry | None, digest: str, protocol: str, decision: Mapping[str, JsonValue]) -> None:
+        """Store a decision about a model against this head."""
         self.store.write_document(self._decision_name(head, digest, protocol), json_bytes(decision))
 
     def _decision_name(self, head: Entry | None, digest: str, protocol: str) -> str:

@@ -12,8 +12,6 @@ import re
 from typing import Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     JsonValue,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -22,6 +20,7 @@ from pydantic import (
 
 from loraflow.evaluation.values import Scores
 from loraflow.failures import CorruptArtifact
+from loraflow.frozen import StoredModel
 from loraflow.store import Ref, Store
 
 log = logging.getLogger("loraflow")
@@ -31,11 +30,7 @@ RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 FOLDER = "runs/"
 
 
-class _Recorded(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class StageRun(_Recorded):
+class StageRun(StoredModel):
     """A stage as one run saw it."""
 
     stage: str  # the label: evaluate runs several times, as `evaluate base` and so on
@@ -46,14 +41,14 @@ class StageRun(_Recorded):
     uri: str = ""
 
 
-class RecordedDecision(_Recorded):
+class RecordedDecision(StoredModel):
     """The verdict and the reasons of the gate's decision: promote, reject, undecided or unchanged."""
 
     verdict: str
     reasons: list[str] = []
 
 
-class Publication(_Recorded):
+class Publication(StoredModel):
     """A model's upload to the hub: its commit, or the `problem` that prevented it."""
 
     repo: str
@@ -68,7 +63,7 @@ class Publication(_Recorded):
         return {key: value for key, value in handler(self).items() if value is not None}
 
 
-class RunSummary(_Recorded):
+class RunSummary(StoredModel):
     """The outcome of a run that reached its decision; `loraflow run --json` prints it."""
 
     run: str
@@ -82,7 +77,7 @@ class RunSummary(_Recorded):
     published: Publication | None = None
 
 
-class RunRecord(_Recorded):
+class RunRecord(StoredModel):
     """The record of a run."""
 
     run: str

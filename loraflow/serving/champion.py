@@ -1,14 +1,13 @@
 """Describe the champion: who promoted it and why, and the run, data, base, recipe, scores and files behind it.
 
-The promotion log names the model. The rest comes from the record of its run and from the manifests of its artifacts; each
-of them may be gone, and the other parts are still described. Nothing is downloaded from a bucket but these documents.
+The promotion log names the model. The other facts come from the record of its run and from the manifests of its artifacts.
+If one of these documents is missing, its facts are left empty. From a bucket, only these documents are downloaded.
 """
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
-
 from loraflow.evaluation.values import Scores
+from loraflow.frozen import FrozenModel
 from loraflow.registry.log import Entry, PromotionLog
 from loraflow.registry.runs import RunRecord, computed, has_model, read_runs
 from loraflow.serving.card import Settings, training_settings
@@ -17,11 +16,7 @@ from loraflow.serving.models import champion_entry
 from loraflow.store import Ref, Store
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PromotionEntry(_Part):
+class PromotionEntry(FrozenModel):
     """An entry of the promotion log."""
 
     entry: int
@@ -31,7 +26,7 @@ class PromotionEntry(_Part):
     reasons: list[str]
 
 
-class ModelRun(_Part):
+class ModelRun(FrozenModel):
     """The run that made the model."""
 
     run: str
@@ -43,7 +38,7 @@ class ModelRun(_Part):
     commit: str | None  # HEAD of the project's git repository
 
 
-class Dataset(_Part):
+class Dataset(FrozenModel):
     """The dataset.
 
     `commit` is the git commit of the revision that the recipe names. Without a revision, the .dvc file came from the work
@@ -58,7 +53,7 @@ class Dataset(_Part):
     rows: dict[str, int]
 
 
-class BaseModelSource(_Part):
+class BaseModelSource(FrozenModel):
     """The base model: its name in the recipe, what identifies its files, and the digest of its artifact."""
 
     model: str | None
@@ -67,7 +62,7 @@ class BaseModelSource(_Part):
     digest: str | None
 
 
-class RecipeFacts(_Part):
+class RecipeFacts(FrozenModel):
     """The recipe, and the settings that say how the model was made."""
 
     name: str | None
@@ -75,7 +70,7 @@ class RecipeFacts(_Part):
     settings: Settings
 
 
-class RunScores(_Part):
+class RunScores(FrozenModel):
     """The scores of a run: base, tuned (this model), and the champion at that time."""
 
     run: str
@@ -83,7 +78,7 @@ class RunScores(_Part):
     metrics: dict[str, Scores | None]
 
 
-class Files(_Part):
+class Files(FrozenModel):
     """An artifact's address, and what is wrong with its files."""
 
     digest: str
@@ -91,8 +86,8 @@ class Files(_Part):
     problems: list[str]
 
 
-class Champion(_Part):
-    """The facts about a registered model in use. None: the store does not know (any more)."""
+class Champion(FrozenModel):
+    """The facts about the registered model in use. None: the store does not have this fact, or no longer has it."""
 
     model: str
     in_force: PromotionEntry

@@ -55,7 +55,7 @@ class Sampling(BaseModel):
 
 
 @dataclass(frozen=True)
-class Answer:
+class ChatReply:
     """An answer. `finish` is stop, length (max_new_tokens were not enough) or interrupted."""
 
     text: str
@@ -76,7 +76,7 @@ class Chat:
         self.messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         self.turn = 0
 
-    def answer(self, text: str, write: Write | None = None) -> Answer:
+    def answer(self, text: str, write: Write | None = None) -> ChatReply:
         """Answer a message, and stream the answer's text to `write`. Ctrl-C ends the answer and keeps its beginning.
 
         Raises:
@@ -95,7 +95,7 @@ class Chat:
             self.messages.append({"role": "assistant", "content": reply})
         else:  # chat templates refuse two user messages in a row, so forget the question too
             self.messages = before
-        return Answer(reply, len(new_ids), finish, forgotten)
+        return ChatReply(reply, len(new_ids), finish, forgotten)
 
     def _fit(self) -> tuple[list[int], int]:
         """Drop the oldest turns until prompt and answer fit; return the prompt's ids and the number of messages dropped."""

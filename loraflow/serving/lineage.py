@@ -1,21 +1,16 @@
-"""What a model was made from, as far as the artifacts are still in the store: dataset, rows, base, libraries."""
+"""What a model was made from: dataset, rows, base, libraries. Artifacts that are no longer in the store are skipped."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pydantic import BaseModel, ConfigDict
-
+from loraflow.frozen import StoredModel
 from loraflow.store import Manifest, Ref, open_store
 
 _LIBRARIES = ("torch", "transformers", "peft", "trl")
 
 
-class _Read(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class BaseSource(_Read):
+class BaseSource(StoredModel):
     """What identifies a base model's files: a commit of the hub, the hash of a GGUF file, or of a folder's content."""
 
     hub: str | None = None
@@ -24,31 +19,31 @@ class BaseSource(_Read):
     content: str | None = None
 
 
-class _BaseConfig(_Read):
+class _BaseConfig(StoredModel):
     source: BaseSource = BaseSource()
     repack: str | None = None
 
 
-class _DatasetConfig(_Read):
+class _DatasetConfig(StoredModel):
     md5: str
 
 
-class _DatasetOrigin(_Read):
+class _DatasetOrigin(StoredModel):
     commit: str | None = None  # where the recipe names a revision
 
 
-class _Runtime(_Read):
+class _Runtime(StoredModel):
     origin: _DatasetOrigin = _DatasetOrigin()
 
 
-class _Provenance(_Read):
+class _Provenance(StoredModel):
     versions: dict[str, str] = {}
     runtime: _Runtime = _Runtime()
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """What an adapter was made from. None and empty: the artifact that knew it is gone."""
+    """What an adapter was made from. None or empty: the artifact with this fact is no longer in the store."""
 
     dataset: str | None = None  # the md5 that DVC pins
     dataset_commit: str | None = None  # git commit of the revision that the recipe names
@@ -60,7 +55,7 @@ class Lineage:
 
 
 def read_lineage(adapter: Ref | None) -> Lineage:
-    """Follow the manifests from an adapter to all that it was made from."""
+    """Collect what an adapter was made from, by following the inputs in the manifests."""
     manifests = _manifests(adapter)
     version, check, base, train = (
         manifests.get(name) for name in ("version_dataset", "check_dataset", "resolve_base", "train")

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from loraflow.data.loss_mask import ChatTemplate
 
-_CONTENT = {".safetensors", ".json", ".jinja", ".model", ".txt"}  # weights, configuration, tokenizer, template
+# Files that make a model: weights, configuration, tokenizer and template.
+MODEL_FILE_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Model:
 
     name: str
     folder: Path
-    adapter: Path | None = None  # an adapter that is not merged; `folder` is its base then
+    unmerged_adapter: Path | None = None  # a PEFT folder to apply to the model in `folder`, which is then its base
     ref: Ref | None = None  # of the merged model, where it is an artifact of this store
-    tuned: Ref | None = None  # of the adapter that was trained
+    adapter_ref: Ref | None = None  # of the adapter that was trained, merged or not
     base: Path | None = None  # the model that was fine-tuned, where that is known
     run: RunRecord | None = None  # of the run that made it
 
@@ -51,11 +52,15 @@ class Model:
         """Return the digest of the model's content: the artifact's, or that of its files."""
         if self.ref is not None:
             return self.ref.digest
-        files = [path for path in sorted(self.folder.iterdir()) if path.suffix in _CONTENT and path.name != MANIFEST]
+        files = [
+            path
+            for path in sorted(self.folder.iterdir())
+            if path.suffix in MODEL_FILE_SUFFIXES and path.name != MANIFEST
+        ]
         hashes = {path.name: memo.hash(path) for path in files}
-        if self.adapter is not None:
+        if self.unmerged_adapter is not None:
             names = ("adapter_config.json", "adapter_model.safetensors")
-            hashes |= {f"adapter/{name}": memo.hash(self.adapter / name) for name in names}
+            hashes |= {f"adapter/{name}": memo.hash(self.unmerged_adapter / name) for name in names}
         return identity.digest(hashes)
 
     def refuse_unmerged(self, what: str) -> None:
@@ -64,11 +69,11 @@ class Model:
         Raises:
             BadConfig: it is an adapter.
         """
-        if self.adapter is not None:
+        if self.unmerged_adapter is not None:
             raise BadConfig(
                 f"{what} needs a merged model, but this is an adapter.",
-                where=str(self.adapter),
-                next_step=f"loraflow merge {self.adapter} {self.folder} OUT, then name OUT instead of the adapter",
+                where=str(self.unmerged_adapter),
+                next_step=f"loraflow merge {self.unmerged_adapter} {self.folder} OUT, then name OUT instead of the adapter",
             )
 
 
@@ -92,7 +97,7 @@ def find_model(store: Store, model: str, base: str | None = None) -> Model:
     if model.split(":")[0] == "champion":
         name = model.partition(":")[2] or only_model(store)
         entry = champion_entry(store, name)
-        return _of_artifact(store, entry.merged, name, given, tuned=entry.adapter)
+        return _of_artifact(store, entry.merged, name, given, adapter_ref=entry.adapter)
     if RUN_ID.fullmatch(model):
         record = read_run(store, model)
         stage = record.stage("merge") if record else None
@@ -168,7 +173,7 @@ def _of_folder(store: Store, folder: Path, given: Path | None) -> Model:
     return model if home.uri == store.uri else replace(model, ref=None)  # an artifact of another store
 
 
-def _of_artifact(store: Store, ref: Ref, name: str, given: Path | None, tuned: Ref | None = None) -> Model:
+def _of_artifact(store: Store, ref: Ref, name: str, given: Path | None, adapter_ref: Ref | None = None) -> Model:
     problems = store.check(ref)
     if problems:
         raise CorruptArtifact(
@@ -182,18 +187,18 @@ def _of_artifact(store: Store, ref: Ref, name: str, given: Path | None, tuned: R
     if base is None and "base" in inputs and not store.check(inputs["base"]):
         base = store.path(inputs["base"])
     run = find_run(store, ref) if ref.stage == "merge" else None
-    return Model(name, store.path(ref), ref=ref, tuned=tuned or inputs.get("adapter"), base=base, run=run)
+    return Model(name, store.path(ref), ref=ref, adapter_ref=adapter_ref or inputs.get("adapter"), base=base, run=run)
 
 
 def _of_adapter(adapter: Path, named_folder: Path, given: Path | None) -> Model:
     from loraflow.base.weight_files import refuse_pickles
 
     refuse_pickles(adapter)
-    base, tuned = given, None
+    base, adapter_ref = given, None
     found = _artifact_at(adapter.parent)
     if found is not None:
-        store, tuned = found
-        trained_on = store.manifest(tuned).input_refs(store.uri).get("base")
+        store, adapter_ref = found
+        trained_on = store.manifest(adapter_ref).input_refs(store.uri).get("base")
         if base is None and trained_on is not None and not store.check(trained_on):
             base = store.path(trained_on)
     if base is None:
@@ -208,7 +213,11 @@ def _of_adapter(adapter: Path, named_folder: Path, given: Path | None) -> Model:
             )
         base = Path(named)
     return Model(
-        named_folder.name[: identity.SHORT], base.absolute(), adapter=adapter, tuned=tuned, base=base.absolute()
+        named_folder.name[: identity.SHORT],
+        base.absolute(),
+        unmerged_adapter=adapter,
+        adapter_ref=adapter_ref,
+        base=base.absolute(),
     )
 
 
@@ -256,8 +265,8 @@ def load(model: Model, dtype: str, device: str = "auto") -> Loaded:
 
     network = load_model(model.folder, dtype, Runtime.model_validate({"device": device}))
     positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    if model.adapter is not None:
-        network = _with_adapter(network, model.adapter)
+    if model.unmerged_adapter is not None:
+        network = _with_adapter(network, model.unmerged_adapter)
     return Loaded(network, load_tokenizer(model.folder), ChatTemplate(model.folder), stop_ids(model.folder), positions)
 
 

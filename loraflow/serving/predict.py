@@ -22,7 +22,7 @@ from loraflow.serving.chat import Sampling
 from loraflow.serving.models import Loaded, Model, load
 from loraflow.serving.tables import NO_ANSWER, OUT_SUFFIXES, Prediction, Question, read_questions, write_answers
 from loraflow.store.files import HashMemo, hash_file, write_json
-from loraflow.store.lock import Held, flock
+from loraflow.store.lock import LockHeld, flock
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +45,8 @@ class PredictionReport(TypedDict):
     out: str
 
 
-class _Begun(BaseModel):
-    """What unfinished answers belong to: `begun.json`."""
+class _RequestIdentity(BaseModel):
+    """What a prediction was asked for: `begun.json`. Unfinished answers are resumed only if it is unchanged."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -101,7 +101,7 @@ def predict(
         "dtype": dtype,
         "batch_size": batch_size if sampling.temperature else None,  # sampled rows of a batch share random numbers
     }
-    begun = _Begun(input=hash_file(source), model=model.digest(memo or HashMemo(None)), settings=settings)
+    begun = _RequestIdentity(input=hash_file(source), model=model.digest(memo or HashMemo(None)), settings=settings)
     with _unfinished(work, target):
         resumed = _resume(work, begun)
         questions = read_questions(source, form, column, system)
@@ -132,15 +132,17 @@ def _refuse(source: Path, target: Path) -> None:
     if not target.parent.is_dir():
         raise BadConfig("There is no such folder.", where=str(target.parent), next_step="create the folder")
     if target.exists():
-        raise BadConfig("The target exists already.", where=str(target), next_step="remove it, or name another file")
+        raise BadConfig(
+            "The output file already exists.", where=str(target), next_step="remove it, or name another file"
+        )
 
 
 @contextmanager
 def _unfinished(work: Path, target: Path) -> Iterator[None]:
-    """Hold the folder of unfinished answers, and remove it at the end unless there are answers to resume from.
+    """Lock the folder of unfinished answers. Remove it at the end, unless it has answers to resume from.
 
     Raises:
-        BadConfig: another process holds it.
+        BadConfig: another process has locked it.
     """
     try:
         work.mkdir(exist_ok=True)
@@ -150,7 +152,7 @@ def _unfinished(work: Path, target: Path) -> Iterator[None]:
             finally:
                 if target.exists() or not _done(work):
                     shutil.rmtree(work)
-    except Held:
+    except LockHeld:
         raise BadConfig(
             "Another process is writing this file.", where=str(target), next_step="wait for it, or name another file"
         ) from None
@@ -158,7 +160,7 @@ def _unfinished(work: Path, target: Path) -> Iterator[None]:
         raise from_os_error(error, str(target.parent)) or error from error
 
 
-def _resume(work: Path, begun: _Begun) -> int:
+def _resume(work: Path, begun: _RequestIdentity) -> int:
     """Return the number of rows that an earlier attempt at the same work answered.
 
     Raises:
@@ -168,16 +170,16 @@ def _resume(work: Path, begun: _Begun) -> int:
     if not _done(work) or not file.exists():
         write_json(file, begun.model_dump())
         return 0
-    before = _Begun.model_validate_json(file.read_bytes())
+    before = _RequestIdentity.model_validate_json(file.read_bytes())
     if before != begun:
         changed = ["input"] if before.input != begun.input else []
         changed += ["model"] if before.model != begun.model else []
         changed += identity.explain(before.settings, begun.settings)
         raise BadConfig(
-            "This file was begun with another input, model or setting, and its rows would be mixed.",
+            "The unfinished output was started with another input, model or setting; resuming would mix their answers.",
             where=str(work),
-            got=f"another {', '.join(changed)}",
-            next_step=f"finish it with what it was begun with, or start again: rm -r {work}",
+            got=f"changed: {', '.join(changed)}",
+            next_step=f"repeat the earlier command to finish it, or start over: rm -r {work}",
         )
     return _done(work)
 
@@ -189,7 +191,7 @@ def _done(work: Path) -> int:
 
 
 def _try_to_write(probe: Path, questions: list[Question], source: Path) -> None:
-    """Write the rows without answers, so that what the format cannot hold is found before the work, not after it."""
+    """Write the rows without answers, to find values that the format cannot store before the model starts."""
     write_answers(probe, questions, [NO_ANSWER] * len(questions), source)
     probe.unlink()
 
@@ -202,15 +204,15 @@ def _answer(
     done_file: Path,
     on_batch: OnBatch | None,
 ) -> list[Prediction]:
-    """Answer the rows that can be answered; the others get the reason as their error."""
-    from loraflow.evaluation.generation import answer_all
+    """Answer the rows that have a prompt; the other rows get the reason as their error."""
+    from loraflow.evaluation.generation import generate_answers
 
     prompts, errors = _prompts(loaded, questions, sampling.max_new_tokens)
     asked = [i for i, error in enumerate(errors) if error is None]
     model = _Sampler(loaded.model, sampling) if sampling.temperature else loaded.model
     while True:
         try:
-            found = answer_all(
+            found = generate_answers(
                 model,  # type: ignore[arg-type]  # a sampler stands in for the model
                 loaded.tokenizer,
                 [prompts[i] for i in asked],
@@ -261,9 +263,12 @@ def _prompts(
 
 
 class _Sampler:
-    """A model whose `generate` samples.
+    """A stand-in for a model whose `generate` samples.
 
-    The random numbers of a batch follow from the seed and its prompts, so that a resumed run draws the same ones.
+    `generate_answers` asks a model for greedy answers. This class overrides only `generate` and `forward`, and passes
+    every other attribute on to the model (`__getattr__`), so that batching, prefix sharing and resuming need no second
+    implementation for sampling. The random numbers of a batch are seeded by the seed and the batch's prompts: a resumed
+    run draws the same ones.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModelForCausalLM, sampling: Sampling):

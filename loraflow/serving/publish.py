@@ -1,4 +1,4 @@
-"""Publish a model on the hub: one commit of weights, tokenizer and card. Nothing else in loraflow uploads anything.
+"""Publish a model on the hub, as one commit of weights, tokenizer and card. Nothing else uploads to the Hugging Face Hub.
 
 The token comes from the environment (HF_TOKEN, or the login of `hf auth login`) and is sent in requests only.
 """
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from loraflow.failures import BadConfig, BadModel, Failure, Network
 from loraflow.identity import short
 from loraflow.registry.runs import Publication
-from loraflow.serving.card import Facts, What, gather, write_card
-from loraflow.serving.models import Model
+from loraflow.serving.card import Facts, PublishedForm, collect_facts, write_card
+from loraflow.serving.models import MODEL_FILE_SUFFIXES, Model
 from loraflow.store import Store, open_store
 from loraflow.store.base import MANIFEST
 from loraflow.store.files import HashMemo
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
-STALE = (".safetensors", ".safetensors.index.json")
-_MERGED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 _PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "base_model_name_or_path")
 
 
 @contextmanager
-def package(store: Store, model: Model, repo: str, what: What, licence: str | None) -> Iterator[tuple[Path, Facts]]:
+def package(
+    store: Store, model: Model, repo: str, what: PublishedForm, licence: str | None
+) -> Iterator[tuple[Path, Facts]]:
     """Prepare the upload in a temporary folder: links to the weights, edited copies of configurations, and the card.
 
     Raises:
-        BadConfig: the repository's name is wrong, or the model is an adapter where a merged model is wanted, or the
-            other way round.
+        BadConfig: the repository's name is not valid, or the model does not exist in the form to publish.
         BadModel: a file still holds a path of this machine.
     """
     if not REPO.fullmatch(repo):
         raise BadConfig("The repository's name is not ORG/NAME.", where="--repo", got=repo)
     model = _select(store, model, what)
-    facts = gather(model, model.digest(HashMemo(None)), licence)
+    facts = collect_facts(model, model.digest(HashMemo(None)), licence)
     with tempfile.TemporaryDirectory(prefix="loraflow-publish-") as name:
         folder = Path(name)
         for target, file in _hub_files(model, what).items():
@@ -60,7 +60,7 @@ def package(store: Store, model: Model, repo: str, what: What, licence: str | No
 
 
 def publish(
-    store: Store, model: Model, repo: str, *, what: What, private: bool, licence: str | None = None
+    store: Store, model: Model, repo: str, *, what: PublishedForm, private: bool, licence: str | None = None
 ) -> Publication:
     """Upload a model in one commit. Files that the repository already has are not sent again.
 
@@ -80,7 +80,7 @@ def publish(
     api = HfApi(token=token)
     huggingface_hub.utils.disable_progress_bars()
     try:
-        known = gather(_select(store, model, what), "", licence)
+        known = collect_facts(_select(store, model, what), "", licence)
         licence = known.licence or (_licence(api, known.base) if known.base else None)
         with package(store, model, repo, what, licence) as (folder, facts):
             api.create_repo(repo, private=private, exist_ok=True)
@@ -101,7 +101,7 @@ def publish(
             next_step="run the command again: files that arrived are not sent again",
         ) from None
     publication = Publication(repo=repo, what=what, url=str(commit.commit_url), commit=commit.oid)
-    _remember(store, model, publication)
+    _write_publication(store, model, publication)
     return publication
 
 
@@ -113,57 +113,59 @@ def _operations(api: HfApi, repo: str, folder: Path) -> list[CommitOperationAdd 
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     files = {path.name: path for path in sorted(folder.iterdir())}
-    stale = [name for name in api.list_repo_files(repo) if name.endswith(STALE) and name not in files]
+    stale = [name for name in api.list_repo_files(repo) if name.endswith(WEIGHT_SUFFIXES) and name not in files]
     return [
         *[CommitOperationDelete(path_in_repo=name) for name in stale],
         *[CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()],
     ]
 
 
-def published(store: Store, model: Model, repo: str, what: What) -> Publication | None:
-    """Return the earlier upload of this very model to a repository; None if there was none."""
+def find_publication(store: Store, model: Model, repo: str, what: PublishedForm) -> Publication | None:
+    """Return the record of an earlier upload of the same model to a repository; None if there was none."""
     data = store.read_document(_record_name(model, repo, what))
     return Publication.model_validate_json(data) if data is not None else None
 
 
-def _remember(store: Store, model: Model, publication: Publication) -> None:
-    if model.ref is None or publication.what is None:  # a folder outside the store leaves no record in it
+def _write_publication(store: Store, model: Model, publication: Publication) -> None:
+    if (
+        model.ref is None or publication.what is None
+    ):  # a model that is not an artifact of the store has no record there
         return
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     document = publication.model_copy(update={"time": now}).model_dump_json(indent=1)
     store.write_document(_record_name(model, publication.repo, publication.what), document.encode())
 
 
-def _record_name(model: Model, repo: str, what: What) -> str:
+def _record_name(model: Model, repo: str, what: PublishedForm) -> str:
     digest = short(model.ref.digest) if model.ref else "folder"
     return f"runs/published/{digest}-{what}-{repo.replace('/', '--')}.json"
 
 
-def _select(store: Store, model: Model, what: What) -> Model:
+def _select(store: Store, model: Model, what: PublishedForm) -> Model:
     """Return the model in the form to publish. The adapter of a merged model is in the store."""
     if what == "merged":
         model.refuse_unmerged("Publishing")
         return model
-    if model.adapter is None and model.tuned is not None and model.base is not None:
-        folder = open_store(model.tuned.uri).path(model.tuned) / "adapter"
+    if model.unmerged_adapter is None and model.adapter_ref is not None and model.base is not None:
+        folder = open_store(model.adapter_ref.uri).path(model.adapter_ref) / "adapter"
         if (folder / "adapter_config.json").exists():
-            return replace(model, adapter=folder, folder=model.base, ref=None)
-    if model.adapter is None:
+            return replace(model, unmerged_adapter=folder, folder=model.base, ref=None)
+    if model.unmerged_adapter is None:
         raise BadConfig(
             "The adapter of this model is not in the store.", where=str(model.folder), next_step="publish with --merged"
         )
     return replace(model, base=model.base or model.folder)
 
 
-def _hub_files(model: Model, what: What) -> dict[str, Path]:
+def _hub_files(model: Model, what: PublishedForm) -> dict[str, Path]:
     """Return {name in the repository: file}: weights, configuration, tokenizer and template, and nothing else."""
     from loraflow.base.resolve import TOKENIZER_FILES
 
     if what == "merged":
         paths = [path for path in sorted(model.folder.iterdir()) if path.is_file() and path.name != MANIFEST]
-        return {path.name: path for path in paths if path.suffix in _MERGED_SUFFIXES}
-    assert model.adapter is not None and model.base is not None
-    files = {name: model.adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")}
+        return {path.name: path for path in paths if path.suffix in MODEL_FILE_SUFFIXES}
+    assert model.unmerged_adapter is not None and model.base is not None
+    files = {name: model.unmerged_adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")}
     return files | {path.name: path for path in sorted(model.base.iterdir()) if path.name.startswith(TOKENIZER_FILES)}
 
 

@@ -47,7 +47,7 @@ class Session:
         """Read and answer lines until `read` raises EOFError or a line is /quit."""
         while True:
             try:
-                self.take(read().strip())
+                self.handle_line(read().strip())
             except (EOFError, Quit):
                 return
             except KeyboardInterrupt:  # at the prompt, drop the line that was typed so far
@@ -59,7 +59,7 @@ class Session:
                     raise
                 self.note(str(failure))
 
-    def take(self, line: str) -> None:
+    def handle_line(self, line: str) -> None:
         """Answer a message, or run a command.
 
         Raises:

@@ -47,12 +47,12 @@ ADDED = tuple(field.name for field in fields(Prediction))
 OUT_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
-def read_questions(path: Path, form: str, column: str | None, system: str | None) -> list[Question]:
+def read_questions(path: Path, format_name: str, column: str | None, system: str | None) -> list[Question]:
     """Read a file's rows.
 
     Args:
         path: the file.
-        form: messages, sharegpt, alpaca, prompt_completion or auto.
+        format_name: messages, sharegpt, alpaca, prompt_completion or auto.
         column: the column that holds the question, instead of a chat format.
         system: a message to put before chats that have none.
 
@@ -68,7 +68,7 @@ def read_questions(path: Path, form: str, column: str | None, system: str | None
         columns: dict[str, Cell] = dict(value) if isinstance(value, dict) else {"row": raw}
         try:
             row = {"prompt": value.get(column)} if column and isinstance(value, dict) else value
-            messages = to_prompt(row, "prompt_completion" if column else form)
+            messages = to_prompt(row, "prompt_completion" if column else format_name)
         except BadRow as problem:
             questions.append(Question(columns, None, f"{location}: {problem}"))
             continue

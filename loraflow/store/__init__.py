@@ -5,12 +5,23 @@ Layout of a store:
     <stage>/<fingerprint>/<digest>/     an artifact: result files, `telemetry/`, and `manifest.json`, written last
     <stage>/<fingerprint>/current.json  the pointer to the current digest; replaced atomically
     work/<stage>/<fingerprint>/         files of an unfinished job: job.json, log, checkpoints
-    set-aside/                          the quarantine: artifacts that turned out to be corrupt
+    set-aside/                          the quarantine: damaged artifacts, each with the reason
     staging/  locks/  runs/  registry/  artifacts being written, locks, records of runs, promotion logs
 
 A bucket has the same layout, except that each machine has `work/` and `staging/` in its cache folder (`LORAFLOW_CACHE`),
 beside copies of the artifacts that it read and of those that it has still to upload (`pending/`). The bucket's `work/`
 has only the newest checkpoint, from which another machine can resume.
+
+Modules, from the bottom up:
+
+- values and files: `artifact` (ref, summary, manifest), `files` (hashes, atomic writes), `lock` (flock on one host)
+- checkpoints in a work folder: `checkpoints`
+- the interface and the local store: `base`, `local`
+- requests to a bucket: `s3_client` (client, types, errors), `bucket` (objects), `uploads` (files), `lease` (locks between
+  machines)
+- artifacts in a bucket: `s3_layout` (keys), `s3_artifacts` (read and check), `s3_cache` (copies on this machine),
+  `s3_commit` (write), `checkpoint_mirror` (the newest checkpoint), `bucket_cleanup` (what interrupted work left)
+- `s3` combines them into `S3Store`
 """
 
 import os

@@ -32,7 +32,7 @@ class Ref(BaseModel):
     fingerprint: str
     digest: str
     uri: str
-    # Digests of parts, so that a stage can depend on less than the whole: rows for training, the tokenizer alone.
+    # Digests of parts, so that a stage can depend on a part of the artifact: on the training rows, or on the tokenizer.
     facets: dict[str, str] = {}
 
     def identity(self, facet: str | None = None) -> str:
@@ -191,17 +191,17 @@ def check_folder(folder: Path, manifest: Manifest, *, contents: bool) -> list[st
 
 
 def content_problem(name: str) -> str:
-    """Return the line that reports a file whose hash is wrong."""
-    return f"{name}: content is not what was written"
+    """Return the line that reports a file whose hash differs from the manifest's."""
+    return f"{name}: hash mismatch"
 
 
 def check_consistency(manifest: Manifest, ref: Ref) -> list[str]:
-    """Return where a manifest contradicts its own hashes or the ref that led to it, a line each."""
+    """Check that a manifest gives the digest and the fingerprint of its ref; return the problems, a line each."""
     problems = []
     if identity.digest(_result_hashes(manifest.files)) != ref.digest:
-        problems.append(f"{MANIFEST}: its digest is not that of its files")
+        problems.append(f"{MANIFEST}: digest mismatch: the hashes of its files give another digest")
     if identity.fingerprint(manifest.payload) != ref.fingerprint:
-        problems.append(f"{MANIFEST}: its payload does not give its fingerprint")
+        problems.append(f"{MANIFEST}: fingerprint mismatch: its payload gives another fingerprint")
     return problems
 
 

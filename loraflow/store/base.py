@@ -51,7 +51,7 @@ class Store(Protocol):
         """Hash the files that `path` returns, downloaded if need be; return the problems, a line each."""
 
     def quarantine(self, ref: Ref, problems: list[str]) -> str:
-        """Move a corrupt artifact to the quarantine, with the problems beside it; return where it is now."""
+        """Move a damaged artifact to the quarantine (`set-aside/`), with its problems; return its new location."""
 
     def staging(self, stage: str, fingerprint: str) -> Path:
         """Return a new empty local folder for a job to write into."""
@@ -78,10 +78,10 @@ class Store(Protocol):
     def lock(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
         """Hold a job's lock; wait until it is free. The lock of a dead holder becomes free by itself."""
 
-    def work_folder(self, stage: str, fingerprint: str, instead_of: Ref | None = None) -> Path:
+    def work_folder(self, stage: str, fingerprint: str, recompute_of: Ref | None = None) -> Path:
         """Return the local folder in which an unfinished job stores what a retry resumes from.
 
-        With `instead_of`, an artifact that is recomputed, it holds only what earlier attempts to recompute it left.
+        With `recompute_of`, the artifact to recompute, it keeps only what earlier attempts to recompute that artifact left.
         """
 
     def mirror_checkpoints(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
@@ -122,10 +122,10 @@ class Store(Protocol):
     # cleanup
 
     def reader_lock(self) -> AbstractContextManager[None]:
-        """Make cleanups wait while artifacts are in use."""
+        """Block cleanups while artifacts are in use."""
 
     def cleanup_lock(self) -> AbstractContextManager[None]:
-        """Make readers wait while artifacts are removed.
+        """Block readers while artifacts are removed.
 
         Raises:
             LockHeld: there are readers.
@@ -137,18 +137,18 @@ class Store(Protocol):
     def remove(self, ref: Ref) -> None:
         """Delete an artifact atomically."""
 
-    def leftovers(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
-        """Yield (name, bytes) of unfinished work and interrupted writes that were last changed before a time.
+    def stale_items(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
+        """Yield (name, bytes) of unfinished work, interrupted writes and quarantined artifacts older than a time.
 
-        With `remove`, delete each of them.
+        `before` is in seconds since 1970. With `remove`, delete each item.
         """
 
 
 def require_intact(store: Store, ref: Ref) -> None:
-    """Get an artifact to this machine and hash its contents.
+    """Fetch an artifact to this machine and hash its contents.
 
     Raises:
-        CorruptArtifact: it is damaged. It is quarantined then, so that its stage recomputes it.
+        CorruptArtifact: it is damaged. It was moved to the quarantine, so that its stage recomputes it.
     """
     problems = store.fetch(ref)
     if problems:

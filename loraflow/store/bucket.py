@@ -19,17 +19,17 @@ from loraflow.failures import BadConfig, Failure, Network
 from loraflow.store.files import BLOCK
 from loraflow.store.s3_client import (
     CONFLICT,
-    GONE,
+    NOT_FOUND,
     Body,
     ListReply,
     ObjectName,
     PutReply,
     S3Client,
+    client_error_failure,
     error_code,
     make_client,
-    not_sent,
-    refused,
-    unreachable,
+    request_failure,
+    unreachable_failure,
 )
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ _WRITER = "loraflow-writer"  # metadata that names the write which made an objec
 
 
 @dataclass(frozen=True)
-class Object:
-    """The content of an object; `age` in seconds, by the server's clock alone."""
+class StoredObject:
+    """The content of an object; `age` in seconds, measured by the server's clock."""
 
     data: bytes
     etag: str
@@ -50,7 +50,7 @@ class Object:
 
 
 @dataclass(frozen=True)
-class Listed:
+class ObjectInfo:
     """An object in a listing; `key` is relative to the prefix, `modified` in seconds since 1970."""
 
     key: str
@@ -75,14 +75,14 @@ class Bucket:
 
     # reading
 
-    def get(self, key: str) -> Object | None:
+    def get(self, key: str) -> StoredObject | None:
         """Return an object, None if it does not exist."""
         reply = self.call_if_found(key, lambda: self.client.get_object(Bucket=self.name, Key=self.prefix + key))
         if reply is None:
             return None
         data = self._read(reply["Body"], key)
         now = parsedate_to_datetime(reply["ResponseMetadata"]["HTTPHeaders"]["date"])
-        return Object(data, reply["ETag"], (now - reply["LastModified"]).total_seconds())
+        return StoredObject(data, reply["ETag"], (now - reply["LastModified"]).total_seconds())
 
     def blocks(self, key: str) -> Iterator[bytes]:
         """Yield an object's content in blocks.
@@ -96,10 +96,10 @@ class Bucket:
         while block := self._read(reply["Body"], key, BLOCK):
             yield block
 
-    def read(self, listed: Iterable[Listed]) -> dict[str, bytes]:
-        """Return {key: content} of small objects as they were listed, without those that are gone since.
+    def read(self, listed: Iterable[ObjectInfo]) -> dict[str, bytes]:
+        """Return {key: content} of small objects from a listing. Objects that were deleted since are left out.
 
-        Objects that were read before and still have the same ETag are not requested again: requests take the time.
+        An object that was read before and still has the same ETag is not requested again: each request costs a round trip.
         """
         objects = list(listed)
         wanted = [item for item in objects if self._content.get(item.key, ("",))[0] != item.etag]
@@ -116,15 +116,15 @@ class Bucket:
         try:
             return body.read(size)
         except (HTTPClientError, IncompleteReadError, ResponseStreamingError, OSError) as error:
-            raise unreachable(f"{self.uri}/{key}", error) from error
+            raise unreachable_failure(f"{self.uri}/{key}", error) from error
 
-    def listing(self, below: str = "") -> Iterator[Listed]:
+    def listing(self, below: str = "") -> Iterator[ObjectInfo]:
         """Yield all objects whose key begins with `below`, ordered by key."""
         page = self._page(below, None)
         while True:
             for line in page.get("Contents", []):
                 key = line["Key"].removeprefix(self.prefix)
-                yield Listed(key, line["Size"], line["LastModified"].timestamp(), line["ETag"])
+                yield ObjectInfo(key, line["Size"], line["LastModified"].timestamp(), line["ETag"])
             if not page.get("IsTruncated"):
                 return
             page = self._page(below, page["NextContinuationToken"])
@@ -166,17 +166,17 @@ class Bucket:
     def _conditional(self, key: str, put: Callable[[dict[str, str]], PutReply], *, must_exist: bool) -> str | None:
         writer = uuid.uuid4().hex
         for _ in range(8):
-            reply = self.call_unless(CONFLICT | GONE, key, lambda: put({_WRITER: writer}))
+            reply = self.call_unless(CONFLICT | NOT_FOUND, key, lambda: put({_WRITER: writer}))
             if reply is not None:
                 return reply["ETag"]
-            # If a reply is lost, the client sends its write again and meets its own first write: then it succeeded.
+            # If a reply was lost, the client sent its write again and conflicts with its own first write, which succeeded.
             seen = self.call_if_found(key, lambda: self.client.head_object(Bucket=self.name, Key=self.prefix + key))
             if seen is not None:
                 return seen["ETag"] if seen["Metadata"].get(_WRITER) == writer else None
             if must_exist:
                 return None
             time.sleep(0.05)  # 409 for a write at the same time, or the object was deleted since
-        raise unreachable(f"{self.uri}/{key}", "conflicting writes")
+        raise unreachable_failure(f"{self.uri}/{key}", "conflicting writes")
 
     def delete(self, keys: list[str]) -> None:
         """Delete objects; those that do not exist count as deleted."""
@@ -217,7 +217,7 @@ class Bucket:
 
     def call_if_found(self, key: str, request: Callable[[], T]) -> T | None:
         """Send a request; return None if its object or upload does not exist."""
-        return self.call_unless(GONE, key, request)
+        return self.call_unless(NOT_FOUND, key, request)
 
     def call_unless(self, codes: frozenset[str], key: str, request: Callable[[], T]) -> T | None:
         """Send a request; return None if the server answers with one of the error codes."""
@@ -229,9 +229,9 @@ class Bucket:
         except ClientError as error:
             if error_code(error) in codes:
                 return None
-            raise refused(error, where, self.name) from error
+            raise client_error_failure(error, where, self.name) from error
         except BotoCoreError as error:
-            raise not_sent(error, where) from error
+            raise request_failure(error, where) from error
 
 
 def retry_network(request: Callable[[], T]) -> T:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from loraflow.store.artifact import MANIFEST, QUARANTINE, RESERVED_FOLDERS
-from loraflow.store.bucket import Bucket, Listed
+from loraflow.store.bucket import Bucket, ObjectInfo
 from loraflow.store.files import stale_folders
 from loraflow.store.uploads import abort_upload, unfinished_uploads
 
@@ -33,9 +33,9 @@ def stale_items(bucket: Bucket, scratch: Path, before: float, *, remove: bool) -
         yield PurePosixPath("cache", folder), size
 
 
-def _incomplete(bucket: Bucket) -> Iterator[tuple[str, list[Listed]]]:
+def _incomplete(bucket: Bucket) -> Iterator[tuple[str, list[ObjectInfo]]]:
     """Yield (name, objects) of quarantined artifacts, leases, unfinished work, and files without a manifest."""
-    groups: dict[str, list[Listed]] = defaultdict(list)
+    groups: dict[str, list[ObjectInfo]] = defaultdict(list)
     for item in bucket.listing():
         parts = item.key.split("/")
         if parts[0] in (QUARANTINE, "locks"):

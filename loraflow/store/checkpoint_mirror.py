@@ -1,6 +1,6 @@
 """Mirror an unfinished job's newest checkpoint in the bucket, so that an attempt on another machine resumes from it.
 
-A checkpoint in the bucket is valid once its seal is there, which is written last; downloads are hashed against it.
+A checkpoint in the bucket is valid once its manifest is there, which is written last; downloads are hashed against it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from loraflow.store.bucket import CONCURRENCY, Bucket, retry_network
 from loraflow.store.checkpoints import (
     COMPLETE,
     FOLDER,
-    FORCED,
-    forced_digest,
+    RECOMPUTE_MARK,
+    finalized_checkpoints,
     intact_checkpoints,
-    is_whole,
+    is_intact,
     needed_names,
-    read_seal,
+    parse_checkpoint_manifest,
+    read_checkpoint_manifest,
+    recompute_digest,
     required_step,
     reset_work_folder,
-    seal_of,
-    sealed_checkpoints,
     step_of,
 )
 from loraflow.store.files import write_atomic
@@ -48,22 +48,22 @@ class CheckpointMirror:
         self._last_handled: str | None = None  # the newest checkpoint that was uploaded, or cannot be
         self._is_job_done = threading.Event()  # the job has its result: no other attempt will resume
 
-    def fetch(self, instead_of: str | None) -> None:
-        """Bring the work folder to the state that the last attempt left, on whichever machine.
+    def fetch(self, recompute_of: str | None) -> None:
+        """Download the newest checkpoint of earlier attempts, if it is newer than the local ones.
 
-        With `instead_of`, the digest of an artifact that is recomputed, only attempts that recompute it count.
+        With `recompute_of`, the digest of the artifact to recompute, checkpoints of other computations are removed.
         """
         for folder in (*self.work.glob(".fetch-*"), *self.work.glob(".upload-*")):  # of an attempt that was killed
             shutil.rmtree(folder, ignore_errors=True)
-        mark = self.bucket.get(f"{self.prefix}/{FORCED}")
-        digest_in_bucket, names = mark.data.decode() if mark else None, self._sealed_names()
-        if digest_in_bucket != forced_digest(self.work):
-            # The local files are of an older computation, or the computation was finished on another machine.
+        mark = self.bucket.get(f"{self.prefix}/{RECOMPUTE_MARK}")
+        digest_in_bucket, names = mark.data.decode() if mark else None, self._finalized_names()
+        if digest_in_bucket != recompute_digest(self.work):
+            # The local files belong to an older computation, or another machine finished this one.
             reset_work_folder(self.work, digest_in_bucket)
-        if instead_of is not None and forced_digest(self.work) != instead_of:
+        if recompute_of is not None and recompute_digest(self.work) != recompute_of:
             self.remove()
-            self.bucket.put(f"{self.prefix}/{FORCED}", instead_of.encode())
-            reset_work_folder(self.work, instead_of)
+            self.bucket.put(f"{self.prefix}/{RECOMPUTE_MARK}", recompute_of.encode())
+            reset_work_folder(self.work, recompute_of)
             return
         local = next(intact_checkpoints(self.work / FOLDER), None) if names else None
         for name in names:
@@ -100,15 +100,15 @@ class CheckpointMirror:
         """Remove the job's checkpoints from the bucket."""
         self.bucket.delete([item.key for item in self.bucket.listing(f"{self.prefix}/")])
 
-    def _sealed_names(self) -> list[str]:
-        """Return the names of the bucket's checkpoints that have a seal, newest first."""
+    def _finalized_names(self) -> list[str]:
+        """Return the names of the bucket's checkpoints that have a manifest, newest first."""
         prefix = f"{self.prefix}/"
         paths = [item.key.removeprefix(prefix).split("/") for item in self.bucket.listing(prefix)]
         names = {path[1] for path in paths if len(path) == 3 and path[0] == FOLDER and path[2] == COMPLETE}
         return sorted((name for name in names if step_of(name) is not None), key=required_step, reverse=True)
 
     def _mirror_newest(self) -> None:
-        newest = next(iter(sealed_checkpoints(self.work / FOLDER)), None)
+        newest = next(iter(finalized_checkpoints(self.work / FOLDER)), None)
         if newest is None or newest.name == self._last_handled or self._is_job_done.is_set():
             return
         try:
@@ -128,10 +128,10 @@ class CheckpointMirror:
             folder = _hard_link(newest.parent, names, links)
             for name in names:
                 content = (folder / name / COMPLETE).read_bytes()
-                seal = read_seal(content)
-                if seal is None:
+                manifest = parse_checkpoint_manifest(content)
+                if manifest is None:
                     raise FileNotFoundError(folder / name / COMPLETE)
-                for file, sha256 in seal["files"].items():
+                for file, sha256 in manifest["files"].items():
                     if self._is_job_done.is_set():  # the result must not wait for this upload
                         return
                     upload_file(self.bucket, folder / name / file, self._key(name, file), sha256)
@@ -153,7 +153,7 @@ class CheckpointMirror:
                 return False
             (self.work / FOLDER).mkdir(exist_ok=True)
             now = time.time()
-            for number, moved in enumerate(names):  # the newest last: it is the one that a reader looks for
+            for number, moved in enumerate(names):  # the newest last: a reader looks for the newest
                 target = self.work / FOLDER / moved
                 shutil.rmtree(target, ignore_errors=True)
                 (staged / moved).rename(target)
@@ -165,8 +165,8 @@ class CheckpointMirror:
 
     def _download_files(self, name: str, folder: Path) -> bool:
         found = self.bucket.get(self._key(name, COMPLETE))
-        seal = read_seal(found.data) if found else None
-        if found is None or seal is None:
+        manifest = parse_checkpoint_manifest(found.data) if found else None
+        if found is None or manifest is None:
             return False
 
         def download(file: str) -> None:
@@ -178,11 +178,11 @@ class CheckpointMirror:
 
         try:
             with ThreadPoolExecutor(CONCURRENCY) as pool:
-                list(pool.map(lambda file: retry_network(lambda: download(file)), seal["files"]))
+                list(pool.map(lambda file: retry_network(lambda: download(file)), manifest["files"]))
         except FileNotFoundError:
             return False
         write_atomic(folder / COMPLETE, found.data)
-        return is_whole(folder)
+        return is_intact(folder)
 
     def _key(self, checkpoint: str, file: str) -> str:
         return f"{self.prefix}/{FOLDER}/{checkpoint}/{file}"
@@ -195,8 +195,8 @@ def _hard_link(folder: Path, names: list[str], links: Path) -> Path:
     """
     try:
         for name in names:
-            seal = seal_of(folder / name)
-            for file in (COMPLETE, *(seal["files"] if seal else ())):
+            manifest = read_checkpoint_manifest(folder / name)
+            for file in (COMPLETE, *(manifest["files"] if manifest else ())):
                 (links / name / file).parent.mkdir(parents=True, exist_ok=True)
                 os.link(folder / name / file, links / name / file)
     except FileNotFoundError:

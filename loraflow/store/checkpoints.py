@@ -1,7 +1,7 @@
-"""Checkpoints that a resume can trust: hashes are written last, and only a checkpoint that matches them is used.
+"""Checkpoints that a resume can trust: a manifest with hashes is written last, and must match when a job resumes.
 
-They are in a job's work folder, in `checkpoints/checkpoint-<step>/`. The trainer writes its folders in place, and resumes
-from the one with the largest number, complete or not.
+Checkpoints are in a job's work folder, in `checkpoints/checkpoint-<step>/`. The trainer writes these folders in place. It
+would resume from the folder with the largest step, even if that checkpoint is incomplete.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from loraflow.store.files import files_below, fsync_tree, hash_file, is_inside, 
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
-COMPLETE = "complete.json"  # a checkpoint's seal
-FORCED = "forced"  # a work folder's mark: the digest of the artifact that is recomputed
+COMPLETE = "complete.json"  # the manifest of a checkpoint
+RECOMPUTE_MARK = "forced"  # file in a work folder: the digest of the artifact that is recomputed
 
 
-class Seal(TypedDict):
-    """The content of a checkpoint's seal."""
+class CheckpointManifest(TypedDict):
+    """The content of `complete.json`: the hashes of a checkpoint's files, written when all of them are on disk."""
 
     files: dict[str, str]  # sha256 by relative path
-    needs: str | None  # the checkpoint that a resume reads too, such as the best so far; may be the same one
+    needs: str | None  # another checkpoint that a resume also reads, such as the best so far; may be this one
 
 
-def seal(checkpoint: Path, needs: str | None = None) -> None:
-    """Flush a checkpoint to the disk and write its seal.
+def finalize_checkpoint(checkpoint: Path, needs: str | None = None) -> None:
+    """Flush a checkpoint to disk and write its manifest.
 
-    `needs` is the name of the checkpoint that a resume reads too: this one, or another.
+    `needs` is the name of the checkpoint that a resume also reads: this one, or another.
     """
     fsync_tree(checkpoint)
     hashes = {name: hash_file(path) for name, path in files_below(checkpoint) if name != COMPLETE}
     write_json(checkpoint / COMPLETE, {"files": hashes, "needs": needs})
 
 
-def seal_of(checkpoint: Path) -> Seal | None:
-    """Read a checkpoint's seal; return None if there is none, or it is not valid."""
+def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest | None:
+    """Read a checkpoint's manifest; return None if it is missing or not valid."""
     try:
-        return read_seal((checkpoint / COMPLETE).read_bytes())
+        return parse_checkpoint_manifest((checkpoint / COMPLETE).read_bytes())
     except OSError:
         return None
 
 
-def read_seal(data: bytes) -> Seal | None:
-    """Parse a seal; return None if it is not valid, or names a file outside its folder."""
+def parse_checkpoint_manifest(data: bytes) -> CheckpointManifest | None:
+    """Parse a checkpoint's manifest; return None if it is not valid, or names a file outside its folder."""
     try:
         value: JsonValue = json.loads(data)
     except ValueError:
@@ -63,12 +63,12 @@ def read_seal(data: bytes) -> Seal | None:
     files = {name: sha256 for name, sha256 in stored.items() if isinstance(sha256, str)}
     if len(files) != len(stored) or not all(map(is_inside, files)) or (needs is not None and step_of(needs) is None):
         return None
-    return Seal(files=files, needs=needs)
+    return CheckpointManifest(files=files, needs=needs)
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Hash a checkpoint's files; tell whether they are the ones that were sealed."""
-    found = seal_of(checkpoint)
+def is_intact(checkpoint: Path) -> bool:
+    """Hash a checkpoint's files; tell whether they match its manifest."""
+    found = read_checkpoint_manifest(checkpoint)
     try:
         return found is not None and all(hash_file(checkpoint / name) == sha for name, sha in found["files"].items())
     except OSError:
@@ -82,7 +82,7 @@ def step_of(name: str) -> int | None:
 
 
 def required_step(name: str) -> int:
-    """Return the step in the name of what is known to be a checkpoint."""
+    """Return the step in the name of a checkpoint's folder."""
     step = step_of(name)
     assert step is not None, name
     return step
@@ -90,28 +90,30 @@ def required_step(name: str) -> int:
 
 def needed_names(checkpoint: Path) -> list[str]:
     """Return the names of the checkpoints that a resume from this one reads, this one last."""
-    found = seal_of(checkpoint)
+    found = read_checkpoint_manifest(checkpoint)
     needs = found["needs"] if found else None
     return [checkpoint.name] if needs in (None, checkpoint.name) else [needs, checkpoint.name]
 
 
-def sealed_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints that have a seal, newest first. Their files are not read."""
-    found = [path for path in folder.glob("checkpoint-*") if step_of(path.name) is not None and seal_of(path)]
+def finalized_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints that have a manifest, newest first. Their files are not read."""
+    paths = [path for path in folder.glob("checkpoint-*") if step_of(path.name) is not None]
+    found = [path for path in paths if read_checkpoint_manifest(path) is not None]
     return sorted(found, key=lambda path: required_step(path.name), reverse=True)
 
 
 def intact_checkpoints(folder: Path) -> Iterator[Path]:
-    """Yield the checkpoints whose files, and those of the one they need, are as sealed; newest first."""
-    for checkpoint in sealed_checkpoints(folder):
-        if all(is_whole(folder / name) for name in needed_names(checkpoint)):
+    """Yield the checkpoints that are intact, together with the checkpoint that they need; newest first."""
+    for checkpoint in finalized_checkpoints(folder):
+        if all(is_intact(folder / name) for name in needed_names(checkpoint)):
             yield checkpoint
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """Return the newest intact checkpoint, and remove newer ones, which the trainer would use.
+def prune_to_newest_intact(folder: Path) -> Path | None:
+    """Remove the checkpoints that are newer than the newest intact one, and return that one; None if none is intact.
 
-    The caller must be alone in the folder: another process may be about to seal a checkpoint that is incomplete now.
+    The trainer would resume from the newest folder, intact or not. No other process may use the folder: it may be about
+    to finalize a checkpoint that is still incomplete.
     """
     newest = next(intact_checkpoints(folder), None)
     for path in folder.glob("checkpoint-*"):
@@ -122,9 +124,9 @@ def newest_whole(folder: Path) -> Path | None:
     return newest
 
 
-def forced_digest(work: Path) -> str | None:
-    """Return the digest of the artifact that the job of a work folder recomputes; None if it is not forced."""
-    mark = work / FORCED
+def recompute_digest(work: Path) -> str | None:
+    """Return the digest of the artifact that a work folder's job recomputes; None for a first computation."""
+    mark = work / RECOMPUTE_MARK
     return mark.read_text() if mark.exists() else None
 
 
@@ -136,4 +138,4 @@ def reset_work_folder(work: Path, digest: str | None) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     if digest is not None:
-        write_atomic(work / FORCED, digest.encode())
+        write_atomic(work / RECOMPUTE_MARK, digest.encode())

@@ -53,7 +53,7 @@ def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def is_inside(name: str) -> bool:
-    """Tell whether a relative name that was read from a file or the network stays inside the folder it is joined to."""
+    """Tell whether a relative name, read from a file or the network, stays inside the folder that it is joined to."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and "\0" not in name and bool(path.parts)
 
@@ -103,10 +103,10 @@ def write_json(path: Path, value: Json) -> None:
 
 @contextmanager
 def translate_os_errors(where: str) -> Iterator[None]:
-    """Turn a full disk or missing permissions into a failure with a next step.
+    """Translate "disk full" and "permission denied" into failures with a next step.
 
     Raises:
-        Failure: for those errors; every other OSError passes unchanged.
+        Failure: the disk is full, or permission is missing. Any other OSError passes unchanged.
     """
     try:
         yield
@@ -127,7 +127,7 @@ def stale_folders(root: Path, patterns: tuple[str, ...], before: float) -> Itera
 
 
 class HashMemo:
-    """Remember hashes of files by path, size, mtime and inode, so that a second look costs one stat.
+    """Remember hashes of files by path, size, mtime and inode, so that an unchanged file is not hashed again.
 
     The hash of a file whose mtime is younger than two seconds is not remembered: the file could be written again within
     the same clock tick.

@@ -1,8 +1,8 @@
 """Locks between machines: a lease is an object in the bucket that its holder renews; a dead holder's lease expires.
 
-A lease's age is measured by the server's clock alone. A worker that loses its lease while it computes (its host slept, or
-the network was down) is not stopped: commits are idempotent and the first committed digest stays current, so that only
-time is lost.
+Only the server's clock measures a lease's age. A worker whose lease expires while it computes (its host slept, or the
+network was down) keeps computing. This is safe: commits are idempotent and the first committed digest stays current, so
+two workers that compute the same job only waste time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from loraflow.failures import Failure, Network, ReadOnlyStore
-from loraflow.store.bucket import Bucket, Object
+from loraflow.store.bucket import Bucket, StoredObject
 from loraflow.store.lock import LockHeld
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def lease(bucket: Bucket, key: str, *, seconds: float = SECONDS, wait: bool = Tr
     """
     body = json.dumps({"holder": uuid.uuid4().hex, "host": platform.node(), "pid": os.getpid()}).encode()
     is_logged = False
-    while (etag := _take(bucket, key, body, seconds)) is None:
+    while (etag := _try_acquire(bucket, key, body, seconds)) is None:
         if not wait:
             raise LockHeld(key)
         if not is_logged:
@@ -92,11 +92,11 @@ def lease(bucket: Bucket, key: str, *, seconds: float = SECONDS, wait: bool = Tr
 
 @contextmanager
 def reader_lease(bucket: Bucket, seconds: float) -> Iterator[None]:
-    """Make cleanups on other machines wait; start once none is under way."""
+    """Block cleanups on other machines; wait until no cleanup is running."""
     key = f"{_READERS}{uuid.uuid4().hex}.json"
     try:
         etag = bucket.create(key, b"{}")
-    except ReadOnlyStore:  # credentials that only read cannot hold off a cleanup
+    except ReadOnlyStore:  # read-only credentials cannot block a cleanup
         etag = None
     held = Lease(bucket, key, b"{}", etag, seconds) if etag else None
     try:
@@ -111,10 +111,10 @@ def reader_lease(bucket: Bucket, seconds: float) -> Iterator[None]:
 
 @contextmanager
 def cleanup_lease(bucket: Bucket, seconds: float) -> Iterator[None]:
-    """Make readers on other machines wait.
+    """Block readers on other machines.
 
     Raises:
-        LockHeld: there are readers, or another cleanup is under way.
+        LockHeld: there are readers, or another cleanup is running.
     """
     with lease(bucket, _CLEANUP, seconds=seconds, wait=False):
         for item in bucket.listing(_READERS):
@@ -123,7 +123,8 @@ def cleanup_lease(bucket: Bucket, seconds: float) -> Iterator[None]:
         yield
 
 
-def _take(bucket: Bucket, key: str, body: bytes, seconds: float) -> str | None:
+def _try_acquire(bucket: Bucket, key: str, body: bytes, seconds: float) -> str | None:
+    """Acquire a lease if it is free and return its ETag; return None if another worker holds it."""
     seen = bucket.get(key)
     if seen is None:
         return bucket.create(key, body)
@@ -132,12 +133,12 @@ def _take(bucket: Bucket, key: str, body: bytes, seconds: float) -> str | None:
     return bucket.replace(key, body, seen.etag)
 
 
-def _is_held(seen: Object | None, seconds: float) -> bool:
+def _is_held(seen: StoredObject | None, seconds: float) -> bool:
     """Tell whether a lease has a holder that renews it."""
     return seen is not None and seen.data != _FREE and seen.age <= seconds
 
 
-def _holder(seen: Object | None) -> str:
+def _holder(seen: StoredObject | None) -> str:
     try:
         holder = json.loads(seen.data if seen else b"")
         return f"process {holder['pid']} on {holder['host']}"

@@ -28,7 +28,7 @@ from loraflow.store.artifact import (
     check_folder,
     unreadable_manifest,
 )
-from loraflow.store.checkpoints import forced_digest, reset_work_folder
+from loraflow.store.checkpoints import recompute_digest, reset_work_folder
 from loraflow.store.files import (
     fsync_path,
     fsync_tree,
@@ -196,13 +196,13 @@ class LocalStore:
             folder.mkdir(parents=True)
             return folder
 
-    def work_folder(self, stage: str, fingerprint: str, instead_of: Ref | None = None) -> Path:
+    def work_folder(self, stage: str, fingerprint: str, recompute_of: Ref | None = None) -> Path:
         """Return the folder in which an unfinished job stores what a retry resumes from."""
         with translate_os_errors(self.uri):
             folder = self.root / "work" / stage / fingerprint
             folder.mkdir(parents=True, exist_ok=True)
-            if instead_of is not None and forced_digest(folder) != instead_of.digest:
-                reset_work_folder(folder, instead_of.digest)
+            if recompute_of is not None and recompute_digest(folder) != recompute_of.digest:
+                reset_work_folder(folder, recompute_of.digest)
             return folder
 
     def mirror_checkpoints(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
@@ -223,7 +223,7 @@ class LocalStore:
 
     @contextmanager
     def reader_lock(self) -> Iterator[None]:
-        """Make cleanups wait while artifacts are in use.
+        """Block cleanups while artifacts are in use.
 
         In a read-only store there is no cleanup, and so no lock.
         """
@@ -249,7 +249,7 @@ class LocalStore:
         """Hash and flush the files, write the manifest, rename the folder into place, replace the pointer.
 
         The first committed digest of a fingerprint stays current while it is intact: two workers that computed the same
-        job with different last bits agree afterwards. `replace` is for a computation that was forced.
+        job with different last bits agree afterwards. `replace` is for an artifact that is recomputed with `--force`.
         """
         with translate_os_errors(self.uri):
             manifest = build_manifest(staged, payload, inputs, summary, provenance)
@@ -275,7 +275,7 @@ class LocalStore:
         return None
 
     def quarantine(self, ref: Ref, problems: list[str]) -> str:
-        """Move a corrupt artifact to the quarantine, with the problems beside it; return where it is now."""
+        """Move a damaged artifact to the quarantine (`set-aside/`), with its problems; return its new location."""
         with translate_os_errors(self.uri):
             return str(self._quarantine(self._folder(ref), problems))
 
@@ -293,7 +293,7 @@ class LocalStore:
 
     @contextmanager
     def cleanup_lock(self) -> Iterator[None]:
-        """Make readers wait while artifacts are removed.
+        """Block readers while artifacts are removed.
 
         Raises:
             LockHeld: there are readers.
@@ -309,7 +309,7 @@ class LocalStore:
         """Delete an artifact, renamed first, so that no reader finds a part of it."""
         self._remove(self._folder(ref))
 
-    def leftovers(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
+    def stale_items(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
         """Yield (name, bytes) of unfinished work and quarantined artifacts that were last changed before a time."""
         for name, size in stale_folders(self.root, ("work/*/*", "staging/*", f"{QUARANTINE}/*"), before):
             if remove:

@@ -17,9 +17,6 @@ class LockHeld(Exception):
     """Another process holds the lock, and the caller asked not to wait."""
 
 
-Held = LockHeld  # the name that cli/deploy.py and serving/predict.py import
-
-
 @contextmanager
 def flock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
     """Hold a lock on a file.

@@ -36,7 +36,7 @@ from loraflow.store.files import fsync_tree, translate_os_errors, write_json
 from loraflow.store.lock import flock
 from loraflow.store.s3_artifacts import S3Artifacts
 from loraflow.store.s3_cache import ArtifactCache, cache_folder
-from loraflow.store.s3_commit import publish
+from loraflow.store.s3_commit import commit_artifact
 from loraflow.store.s3_layout import artifact_prefix, file_key, manifest_key
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class S3Store:
         """Return the folder of the artifact's copy on this machine, downloaded if need be.
 
         Raises:
-            CorruptArtifact: the files that arrived are not what was written. The artifact is quarantined then.
+            CorruptArtifact: the downloaded files do not have the hashes of the manifest. The artifact was quarantined.
         """
         folder = self.cache.folder(ref)
         if self.cache.has(ref):
@@ -90,7 +90,7 @@ class S3Store:
         """Return the content of one file of an artifact.
 
         Raises:
-            CorruptArtifact: it is not what was written.
+            CorruptArtifact: its hash differs from the manifest's.
         """
         cached = self.cache.folder(ref) / name
         if cached.exists():
@@ -112,7 +112,7 @@ class S3Store:
     def fetch(self, ref: Ref) -> list[str]:
         """Download an artifact if need be, and hash the copy; return the problems, a line each.
 
-        A damaged copy is replaced: it is no damage of the store.
+        A damaged copy is downloaded again: the artifact in the store may still be intact.
         """
         if self.cache.has(ref):
             if self.cache.is_intact(ref):
@@ -166,11 +166,11 @@ class S3Store:
         """Return a new empty folder of this machine for a job to write into."""
         return self.cache.staging(stage, fingerprint)
 
-    def work_folder(self, stage: str, fingerprint: str, instead_of: Ref | None = None) -> Path:
+    def work_folder(self, stage: str, fingerprint: str, recompute_of: Ref | None = None) -> Path:
         """Return a folder of this machine with the newest checkpoint that an attempt on any machine left."""
         folder = self.cache.local_folder("work", stage, fingerprint)
         with translate_os_errors(str(self.scratch)):
-            self._checkpoints(stage, fingerprint).fetch(instead_of.digest if instead_of else None)
+            self._checkpoints(stage, fingerprint).fetch(recompute_of.digest if recompute_of else None)
         return folder
 
     def mirror_checkpoints(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
@@ -208,10 +208,10 @@ class S3Store:
         provenance: Mapping[str, JsonValue],
         replace: bool = False,
     ) -> Ref:
-        """Hash the files, move them to `pending/` so that `resume_commit` can finish, and publish them.
+        """Hash the files, move them to `pending/` so that `resume_commit` can finish, and upload them.
 
-        The first committed digest of a fingerprint stays current while it is intact; `replace` is for a computation that
-        was forced.
+        The first committed digest of a fingerprint stays current while it is intact; `replace` is for an artifact that is
+        recomputed with `--force`.
         """
         with translate_os_errors(str(self.scratch)):
             manifest = build_manifest(staged, payload, inputs, summary, provenance)
@@ -220,7 +220,7 @@ class S3Store:
             pending = self.cache.local_folder("pending", manifest.stage) / manifest.fingerprint
             shutil.rmtree(pending, ignore_errors=True)
             staged.rename(pending)
-            return publish(self._artifacts, self.cache, pending, manifest, replace=replace)
+            return commit_artifact(self._artifacts, self.cache, pending, manifest, replace=replace)
 
     def resume_commit(self, stage: str, fingerprint: str) -> Ref | None:
         """Finish an interrupted commit of this machine, whose files are still here; None if there is none."""
@@ -234,10 +234,10 @@ class S3Store:
             shutil.rmtree(pending, ignore_errors=True)
             return None
         with translate_os_errors(str(self.scratch)):
-            return publish(self._artifacts, self.cache, pending, manifest, replace=False)
+            return commit_artifact(self._artifacts, self.cache, pending, manifest, replace=False)
 
     def quarantine(self, ref: Ref, problems: list[str]) -> str:
-        """Move a corrupt artifact to the quarantine, with the problems beside it; return where it is now."""
+        """Move a damaged artifact to the quarantine (`set-aside/`), with its problems; return its new location."""
         target = f"{QUARANTINE}/{ref.stage}-{identity.short(ref.digest)}-{uuid.uuid4().hex[:6]}"
         before = self.bucket.get(manifest_key(ref))
         with self.lock(ref.stage, ref.fingerprint):
@@ -256,7 +256,7 @@ class S3Store:
 
     @contextmanager
     def reader_lock(self) -> Iterator[None]:
-        """Make cleanups wait, here and on other machines, while artifacts are in use."""
+        """Block cleanups, here and on other machines, while artifacts are in use."""
         with (
             leases.reader_lease(self.bucket, self.lease_seconds),
             flock(self.cache.local_folder("locks") / "readers", shared=True),
@@ -265,7 +265,7 @@ class S3Store:
 
     @contextmanager
     def cleanup_lock(self) -> Iterator[None]:
-        """Make readers wait while artifacts are removed.
+        """Block readers while artifacts are removed.
 
         Raises:
             LockHeld: there are readers.
@@ -286,6 +286,6 @@ class S3Store:
         self.bucket.delete(self._artifacts.keys(ref))
         self.cache.drop(ref)
 
-    def leftovers(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
+    def stale_items(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
         """Yield (name, bytes) of unfinished work, quarantined artifacts and unused copies from before a time."""
         return stale_items(self.bucket, self.scratch, before, remove=remove)

@@ -21,7 +21,7 @@ from loraflow.store.artifact import (
     content_problem,
     unreadable_manifest,
 )
-from loraflow.store.bucket import CONCURRENCY, Bucket, Listed, retry_network
+from loraflow.store.bucket import CONCURRENCY, Bucket, ObjectInfo, retry_network
 from loraflow.store.s3_layout import (
     artifact_prefix,
     file_key,
@@ -148,13 +148,13 @@ class S3Artifacts:
         """Return the keys of all objects of an artifact."""
         return [item.key for item in self._objects(ref)]
 
-    def _objects(self, ref: Ref) -> list[Listed]:
+    def _objects(self, ref: Ref) -> list[ObjectInfo]:
         return list(self.bucket.listing(f"{artifact_prefix(ref)}/"))
 
-    def _stage_manifests(self, stage: str) -> list[Listed]:
+    def _stage_manifests(self, stage: str) -> list[ObjectInfo]:
         return [item for item in self.bucket.listing(f"{stage}/") if parse_manifest_key(item.key, self.uri) is not None]
 
-    def _parse(self, listed: list[Listed]) -> dict[str, Manifest]:
+    def _parse(self, listed: list[ObjectInfo]) -> dict[str, Manifest]:
         """Read manifests; those that are gone or unreadable are left out."""
         found = {}
         for key, data in self.bucket.read(listed).items():
@@ -162,7 +162,7 @@ class S3Artifacts:
                 found[key] = Manifest.model_validate_json(data)
         return found
 
-    def _listed_manifest(self, ref: Ref, listed: list[Listed]) -> Manifest:
+    def _listed_manifest(self, ref: Ref, listed: list[ObjectInfo]) -> Manifest:
         """Read the manifest that is among an artifact's objects, and remember it."""
         key = manifest_key(ref)
         content = self.bucket.read(item for item in listed if item.key == key)

@@ -48,7 +48,7 @@ class ArtifactCache:
         return (self.folder(ref) / MANIFEST).exists()
 
     def is_intact(self, ref: Ref) -> bool:
-        """Hash a copy; tell whether it is what was written."""
+        """Hash a copy; tell whether it matches its manifest."""
         folder = self.folder(ref)
         try:
             manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())

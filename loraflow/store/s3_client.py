@@ -1,4 +1,4 @@
-"""The S3 client: how it is made, the calls that the store makes, and what its errors mean.
+"""The S3 client: its settings, the calls that the store makes, and the failures that its errors become.
 
 boto3 reads credentials, region and endpoint from the usual sources: AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL_S3,
 ~/.aws. It has no types of its own, so `S3Client` names the calls and replies that are used here.
@@ -15,10 +15,16 @@ from loraflow.failures import BadConfig, Failure, MissingExtra, Network, ReadOnl
 if TYPE_CHECKING:
     from botocore.exceptions import BotoCoreError, ClientError
 
-GONE = frozenset({"NoSuchKey", "404", "NotFound", "NoSuchUpload"})
+NOT_FOUND = frozenset({"NoSuchKey", "404", "NotFound", "NoSuchUpload"})
 CONFLICT = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
-_REFUSED = {"AccessDenied", "403", "Forbidden", "UnauthorizedAccess"}
-_WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
+_ACCESS_DENIED = {"AccessDenied", "403", "Forbidden", "UnauthorizedAccess"}
+_WRONG_CREDENTIALS = {
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "TokenRefreshRequired",
+}
 _BUSY = {"SlowDown", "RequestTimeout", "Throttling", "RequestTimeTooSkewed", "BadDigest"}
 
 
@@ -247,7 +253,7 @@ def error_code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
-def refused(error: ClientError, where: str, bucket: str) -> Failure:
+def client_error_failure(error: ClientError, where: str, bucket: str) -> Failure:
     """Return the failure for a request that the server answered with an error."""
     code = error_code(error)
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
@@ -259,14 +265,14 @@ def refused(error: ClientError, where: str, bucket: str) -> Failure:
             got=got,
             next_step=f"create it with `aws s3 mb s3://{bucket}`, or set runtime.store to another bucket",
         )
-    if code in _WRONG_KEYS:
+    if code in _WRONG_CREDENTIALS:
         return BadConfig(
             "The store refuses the credentials.",
             where=where,
             got=got,
             next_step="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
         )
-    if code in _REFUSED:
+    if code in _ACCESS_DENIED:
         return ReadOnlyStore(
             "The credentials do not allow this request to the store.",
             where=where,
@@ -278,8 +284,8 @@ def refused(error: ClientError, where: str, bucket: str) -> Failure:
     return Failure("The store refused a request.", where=where, got=f"{error.operation_name}: {got}")
 
 
-def not_sent(error: BotoCoreError, where: str) -> Failure:
-    """Return the failure for a request that got no answer, or that the client did not send."""
+def request_failure(error: BotoCoreError, where: str) -> Failure:
+    """Return the failure for a request that the client could not send, or that got no answer."""
     from botocore.exceptions import NoCredentialsError, ParamValidationError, PartialCredentialsError
 
     if isinstance(error, ParamValidationError):
@@ -296,10 +302,10 @@ def not_sent(error: BotoCoreError, where: str) -> Failure:
             got=str(error),
             next_step="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
         )
-    return unreachable(where, error)
+    return unreachable_failure(where, error)
 
 
-def unreachable(where: str, error: Exception | str) -> Network:
+def unreachable_failure(where: str, error: Exception | str) -> Network:
     """Return the failure for a store that cannot be reached."""
     return Network(
         "The store did not answer.",

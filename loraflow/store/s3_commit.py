@@ -1,4 +1,4 @@
-"""Publish an artifact in a bucket: its files, then its manifest, then the pointer.
+"""Commit an artifact to a bucket: upload its files, then its manifest, then the pointer.
 
 The manifest is created and not replaced, and the pointer is replaced only if it has not changed. An object is visible
 either completely or not at all, so a crash at any moment leaves the old state or the new.
@@ -22,7 +22,9 @@ from loraflow.store.uploads import upload_file
 ATTEMPTS = 8  # at replacing the pointer while other machines commit
 
 
-def publish(artifacts: S3Artifacts, cache: ArtifactCache, folder: Path, manifest: Manifest, *, replace: bool) -> Ref:
+def commit_artifact(
+    artifacts: S3Artifacts, cache: ArtifactCache, folder: Path, manifest: Manifest, *, replace: bool
+) -> Ref:
     """Upload a folder as an artifact and return its ref, or the ref of the artifact that is current already.
 
     The first committed digest of a fingerprint stays current while it is intact, unless `replace` is set. The folder is
@@ -68,7 +70,7 @@ def _upload_files(artifacts: S3Artifacts, folder: Path, ref: Ref, manifest: Mani
 
 
 def _write_manifest(artifacts: S3Artifacts, ref: Ref, manifest: Manifest) -> bool:
-    """Write the manifest, unless another writer's is there and its files are intact; return whether ours is there."""
+    """Write the manifest, unless another writer's artifact is intact; return whether the stored manifest is ours."""
     bucket, key = artifacts.bucket, manifest_key(ref)
     data = json.dumps(manifest.model_dump(), indent=1, sort_keys=True, ensure_ascii=False).encode()
     if bucket.create(key, data) is not None:

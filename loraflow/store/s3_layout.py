@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from loraflow import identity
 from loraflow.store.artifact import MANIFEST, RESERVED_FOLDERS, TELEMETRY, Manifest, Ref
-from loraflow.store.bucket import Listed
+from loraflow.store.bucket import ObjectInfo
 
 
 def artifact_prefix(ref: Ref) -> str:
@@ -38,11 +38,11 @@ def file_key(ref: Ref, manifest: Manifest, name: str) -> str:
 
 
 def is_telemetry(ref: Ref, key: str) -> bool:
-    """Tell whether a key is that of telemetry, of whichever computation."""
+    """Tell whether a key belongs to the telemetry of any computation of this artifact."""
     return key.startswith(f"{artifact_prefix(ref)}/telemetry-")
 
 
-def file_sizes(ref: Ref, manifest: Manifest, listed: Iterable[Listed]) -> dict[str, int]:
+def file_sizes(ref: Ref, manifest: Manifest, listed: Iterable[ObjectInfo]) -> dict[str, int]:
     """Return {file name: bytes} of an artifact's objects, without telemetry that other manifests describe."""
     names = {file_key(ref, manifest, name): name for name in manifest.files}
     prefix = f"{artifact_prefix(ref)}/"
@@ -54,7 +54,7 @@ def file_sizes(ref: Ref, manifest: Manifest, listed: Iterable[Listed]) -> dict[s
 
 
 def parse_manifest_key(key: str, uri: str) -> Ref | None:
-    """Return the artifact that a key is the manifest of, without its facets; None for any other key."""
+    """Return the ref of the artifact whose manifest has this key, without its facets; None for any other key."""
     parts = key.split("/")
     if len(parts) != 4 or parts[3] != MANIFEST or parts[0] in RESERVED_FOLDERS:
         return None

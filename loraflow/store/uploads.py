@@ -1,4 +1,4 @@
-"""Uploads of files to a bucket: hashed, and resumed at the part where they stopped."""
+"""Upload files to a bucket, with their hash. An interrupted upload continues at the part where it stopped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHA256 = "loraflow-sha256"  # metadata with the hash of an object's content
 
 
 def upload_file(bucket: Bucket, path: Path, key: str, sha256: str) -> None:
-    """Upload a file, or what is missing of it: complete objects and the parts of an interrupted upload stay.
+    """Upload a file. An object that is already complete is skipped; an interrupted upload continues at its missing parts.
 
     Raises:
         Network: the store did not answer for `RETRY_SECONDS`.
@@ -51,7 +51,7 @@ def unfinished_uploads(bucket: Bucket, below: str = "") -> list[UploadLine]:
 
 
 def abort_upload(bucket: Bucket, upload: UploadLine) -> None:
-    """Delete an unfinished upload, so that its parts are no longer stored and paid for."""
+    """Delete an unfinished upload, whose parts would otherwise be stored and billed."""
     bucket.call_if_found(
         upload["Key"],
         lambda: bucket.client.abort_multipart_upload(

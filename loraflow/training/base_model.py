@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loraflow.adapters import variants
-from loraflow.adapters.lora_config import check_reach, check_targets, lora_config
+from loraflow.adapters.lora_config import check_targets, check_trainable, lora_config
 from loraflow.base.load import load_model
 from loraflow.hardware.attention import Attention
 from loraflow.training import sharding
@@ -42,7 +42,7 @@ def load_base(setup: TrainingSetup, attention: Attention, *, sharded: bool) -> P
     )
     model.config.use_cache = setup.runtime.use_cache
     check_targets(model, peft_config)
-    check_reach(model, peft_config)
+    check_trainable(model, peft_config)
     variants.check(model, peft_config)
     if setup.config.method == "loralib":
         from loraflow.adapters.loralib.model import prepare

@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from loraflow.failures import NonFiniteLoss, Preempted
 from loraflow.hardware.process_group import ProcessGroup
 from loraflow.job import Progress
-from loraflow.store.checkpoints import seal, seal_of
+from loraflow.store.checkpoints import finalize_checkpoint, read_checkpoint_manifest
 
 Logs = dict[str, float]
 
@@ -111,7 +111,7 @@ class CheckpointSealer(TrainerCallback):
 
     def __init__(self, group: ProcessGroup, carried: list[Path], resumed_from: Path | None):
         self.group, self.carried = group, carried
-        sealed = None if resumed_from is None else seal_of(resumed_from)
+        sealed = None if resumed_from is None else read_checkpoint_manifest(resumed_from)
         self.best: str | None = None if sealed is None else sealed["needs"]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -139,7 +139,7 @@ class CheckpointSealer(TrainerCallback):
             for file in self.carried:
                 if file.exists():
                     shutil.copyfile(file, checkpoint / file.name)
-            seal(checkpoint, Path(best).name if best else None)
+            finalize_checkpoint(checkpoint, Path(best).name if best else None)
         self.group.barrier()
 
 

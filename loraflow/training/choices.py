@@ -101,13 +101,13 @@ def _sharding(setup: TrainingSetup) -> ShardingChoice:
 
 def choose_engine(setup: TrainingSetup, model: PreTrainedModel) -> EngineName:
     """Choose the engine: the fast one computes the loss itself, which needs logits that are the head's product."""
-    from loraflow.base.load import head_is_plain
+    from loraflow.base.load import has_linear_head
 
     if setup.runtime.engine == "stock":
         return "stock"
     text = model.config.get_text_config()
     is_routed = getattr(text, "output_router_logits", False) or getattr(text, "num_local_experts", 0)
-    if head_is_plain(model) and not is_routed:
+    if has_linear_head(model) and not is_routed:
         return "fast"
     log.info("trl computes the loss: this model's logits are more than its head's product")
     return "stock"

@@ -21,7 +21,7 @@ from loraflow.data.token_rows import TokenRows
 from loraflow.hardware.device import Device, free_gpu_bytes, pick_device
 from loraflow.hardware.process_group import ProcessGroup, join
 from loraflow.job import Inputs, Job, Progress
-from loraflow.store.checkpoints import FOLDER, newest_whole, step_of
+from loraflow.store.checkpoints import FOLDER, prune_to_newest_intact, step_of
 from loraflow.training import callbacks
 from loraflow.training.arguments import check_trackers
 from loraflow.training.memory import ModelShape, shape_of
@@ -168,7 +168,7 @@ def _train_tokens(tokens: Path) -> int:
 
 def _resume(group: ProcessGroup, work: Path, carried: list[Path]) -> Path | None:
     """Return the newest whole checkpoint of an earlier attempt, and copy its carried files into the work folder."""
-    found = group.broadcast(newest_whole(work / FOLDER) if group.is_main else None)
+    found = group.broadcast(prune_to_newest_intact(work / FOLDER) if group.is_main else None)
     if group.is_main:
         curves_file(work).write_text("")
         for file in carried:

@@ -100,9 +100,9 @@ def _save_adapter(setup: TrainingSetup, built: BuiltTrainer, out: Path) -> None:
         return
     _save_peft_adapter(built.trainer.model, out / "adapter")
     if built.initial:
-        from loraflow.adapters.variants import as_lora
+        from loraflow.adapters.variants import convert_to_plain_lora
 
-        as_lora(out / "adapter", built.initial)
+        convert_to_plain_lora(out / "adapter", built.initial)
 
 
 def _save_peft_adapter(model: PreTrainedModel, target: Path) -> None:

@@ -53,7 +53,7 @@ def test_a_refused_run_names_what_changed_and_the_command_that_updates_the_deplo
     with pytest.raises(BadConfig) as caught:
         project.refuse_outdated(run.id)
     message = str(caught.value)
-    assert "gone: Overrides.lora_rank, speed; new: Overrides.rank" in message and "loraflow deploy" in message
+    assert "removed: Overrides.lora_rank, speed; added: Overrides.rank" in message and "loraflow deploy" in message
     run = deployed(renamed, recipe="quickstart", overrides={"lora_rank": 8})
     with pytest.raises(BadConfig, match=r"overrides\.lora_rank"):
         project.refuse_outdated(run.id)

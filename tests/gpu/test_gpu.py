@@ -264,7 +264,7 @@ def test_cpu_and_gpu_quantize_to_the_same_nf4(tmp_path, double):
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForCausalLM
 
-    from loraflow.adapters.nf4 import Nf4, packed_modules
+    from loraflow.adapters.nf4 import Nf4, quantized_modules
     from loraflow.base.load import load_model
     from loraflow.config import Runtime
     from tests.conftest import build_phi3
@@ -278,7 +278,7 @@ def test_cpu_and_gpu_quantize_to_the_same_nf4(tmp_path, double):
     }
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     Nf4("bfloat16", double).apply(model)
-    ours = {name: module.weight.data for name, module in packed_modules(model).items()}
+    ours = {name: module.weight.data for name, module in quantized_modules(model).items()}
     assert ours.keys() == seen.keys()
     differing = sum(int((ours[name] != seen[name]).sum()) for name in ours) / sum(one.numel() for one in ours.values())
     assert differing <= (0.002 if double else 0)
@@ -297,7 +297,7 @@ def test_cuda_graph_decoding_gives_the_answers_of_generate(tiny, monkeypatch, dt
     from loraflow.config import Runtime
     from loraflow.data.loss_mask import ChatTemplate
     from loraflow.evaluation import greedy_decoding
-    from loraflow.evaluation.generation import answer_all
+    from loraflow.evaluation.generation import generate_answers
     from tests.conftest import chat
 
     model, tokenizer = load_model(tiny, dtype, Runtime(device="cuda")), load_tokenizer(tiny)
@@ -306,10 +306,10 @@ def test_cuda_graph_decoding_gives_the_answers_of_generate(tiny, monkeypatch, dt
     graphs, real = [], greedy_decoding.record
     monkeypatch.setattr(greedy_decoding, "record", lambda step: graphs.append(real(step)) or graphs[-1])
     assert greedy_decoding.is_supported(model)
-    ours = answer_all(model, tokenizer, prompts, **options)
+    ours = generate_answers(model, tokenizer, prompts, **options)
     assert len(graphs) == 3 and all(graph.__name__ == "replay" for graph in graphs), "each batch was recorded"
     monkeypatch.setattr(greedy_decoding, "is_supported", lambda _: False)
-    theirs = answer_all(model, tokenizer, prompts, **options)
+    theirs = generate_answers(model, tokenizer, prompts, **options)
     same = sum(one == other for one, other in zip(ours, theirs, strict=True))
     assert same == 12 if dtype == "float32" else same >= 6, "bf16 rounds differently in other kernels"
 

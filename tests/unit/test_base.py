@@ -107,8 +107,8 @@ def harm(folder: Path, what: str) -> None:
     ("what", "says"),
     [
         ("pickle", "pickle can run code"),
-        ("no config", "holds no model"),
-        ("no language model", "no causal language model"),
+        ("no config", "does not contain a model"),
+        ("no language model", "not a causal language model"),
         ("no json", "JSON object"),
         ("damaged", "damaged"),
         ("no template", "no chat template"),

@@ -167,8 +167,8 @@ def test_base_and_tuned_answer_the_same_questions_each_with_its_own_history(load
         "tuned": Chat(other, None, Sampling(max_new_tokens=5)),
     }
     talk, output, _ = session(loaded, chats=chats)
-    talk.take("red")
-    talk.take("green")
+    talk.handle_line("red")
+    talk.handle_line("green")
     alone = Chat(other, None, Sampling(max_new_tokens=5))
     expected = [alone.answer("red").text, alone.answer("green").text]
     assert "".join(output).count("base: ") == 2 and f"tuned: {expected[1]}" in "".join(output)
@@ -177,7 +177,7 @@ def test_base_and_tuned_answer_the_same_questions_each_with_its_own_history(load
 
 def test_a_control_token_in_a_message_is_reported(loaded):
     talk, _, notes = session(loaded)
-    talk.take("what is <|end|>")
+    talk.handle_line("what is <|end|>")
     assert "<|end|>" in notes[0] and "control token" in notes[0]
 
 

@@ -88,7 +88,7 @@ def test_too_many_malformed_rows_stop_the_run_and_are_listed(tmp_path):
 def test_an_empty_split_stops_the_run(tmp_path):
     write_chats(tmp_path / "data" / "train.jsonl", range(5))
     report = run_check(tmp_path / "data", tmp_path / "out", heldout_fraction=0.0)
-    with pytest.raises(BadData, match="No heldout row"):
+    with pytest.raises(BadData, match="no heldout rows"):
         check.admit(report, 0.01, "report.json")
 
 
@@ -104,7 +104,7 @@ def test_a_report_without_training_rows_has_an_empty_profile(tmp_path):
     report = run_check(tmp_path / "data", tmp_path / "out", train=["train.jsonl"], heldout=["train.jsonl"])
     assert report["profile"] == {} == json.loads((tmp_path / "out" / "report.json").read_text())["profile"]
     assert CheckReport.model_validate(report).profile is None
-    with pytest.raises(BadData, match="No train row"):
+    with pytest.raises(BadData, match="no train rows"):
         check.admit(report, 0.01, "report.json")
 
 
@@ -125,5 +125,5 @@ def test_the_quickstarts_generated_files_equal_the_pinned_files(tmp_path):
     pin = dvc.read_pin(str(root), "data.dvc", None).md5
     listed = json.loads((root / ".dvc" / "remote" / "files" / "md5" / pin[:2] / pin[2:]).read_text())
     pinned = {entry["relpath"]: entry["md5"] for entry in listed}
-    generated = {file.name: dvc.tree_md5(file) for file in (tmp_path / "data").iterdir()}
+    generated = {file.name: dvc.dvc_md5(file) for file in (tmp_path / "data").iterdir()}
     assert generated == {name: pinned[name] for name in ("train.jsonl", "heldout.jsonl")}

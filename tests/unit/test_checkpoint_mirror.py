@@ -17,7 +17,7 @@ from loraflow.registry.cleanup import remove_unused
 from loraflow.store import Ref, uploads
 from loraflow.store import bucket as buckets
 from loraflow.store import checkpoint_mirror as mirror
-from loraflow.store.checkpoints import FOLDER, seal
+from loraflow.store.checkpoints import FOLDER, finalize_checkpoint
 from loraflow.store.s3 import S3Store
 from tests.s3_proxy import Answer, Proxy, Request, s3_proxy  # noqa: F401
 from tests.unit.test_devices import base, job_of, result, shards, store_of  # noqa: F401
@@ -50,7 +50,7 @@ def save(work: Path, step: int, content: str = "", needs: int | None = None) -> 
     (folder / "sub").mkdir(parents=True)
     (folder / "weights").write_text(content or f"of step {step}")
     (folder / "sub" / "more").write_text("more")
-    seal(folder, f"checkpoint-{needs}" if needs else None)
+    finalize_checkpoint(folder, f"checkpoint-{needs}" if needs else None)
     return folder
 
 
@@ -72,9 +72,9 @@ def wait_until(condition) -> None:
     raise AssertionError("the condition never became true")
 
 
-def attempt(store, *steps, instead_of: Ref | None = None, **options) -> Path:
+def attempt(store, *steps, recompute_of: Ref | None = None, **options) -> Path:
     """Run an attempt that saves checkpoints and fails."""
-    work = store.work_folder(*JOB, instead_of)
+    work = store.work_folder(*JOB, recompute_of)
     with pytest.raises(RuntimeError), store.mirror_checkpoints(*JOB):
         for step in steps:
             save(work, step, **options)
@@ -178,11 +178,11 @@ def test_an_incomplete_checkpoint_in_the_bucket_is_not_used(machine, harm, caplo
 def test_only_attempts_that_recompute_the_same_artifact_resume_from_each_other(machine):
     first, second = (Ref(stage="train", fingerprint=JOB[1], digest=digest * 64, uri="") for digest in "ab")
     attempt(machine("one"), 2, content="not forced")
-    one = attempt(machine("one"), 4, instead_of=first)
+    one = attempt(machine("one"), 4, recompute_of=first)
     assert names(one) == ["checkpoint-4"], "the earlier checkpoints are of another computation"
     assert names(machine("two").work_folder(*JOB, first)) == ["checkpoint-4"]
     assert names(machine("two").work_folder(*JOB, second)) == []
-    two = attempt(machine("two"), 3, instead_of=second, content="over the second")
+    two = attempt(machine("two"), 3, recompute_of=second, content="over the second")
     assert names(two) == ["checkpoint-3"]
     again = machine("one").work_folder(*JOB, second)
     assert names(again) == ["checkpoint-3"], "its own checkpoint of step 4 is of an older computation"
@@ -191,7 +191,7 @@ def test_only_attempts_that_recompute_the_same_artifact_resume_from_each_other(m
 def test_no_attempt_resumes_from_a_computation_finished_on_another_machine(machine):
     """The second machine's result has the digest of the first one's: a third force is over the same artifact again."""
     ref = Ref(stage="train", fingerprint=JOB[1], digest="a" * 64, uri="")
-    attempt(machine("one"), 4, instead_of=ref)
+    attempt(machine("one"), 4, recompute_of=ref)
     two = machine("two")
     assert names(two.work_folder(*JOB, ref)) == ["checkpoint-4"]
     two.remove_work_folder(*JOB)

@@ -119,7 +119,7 @@ def test_a_loralib_checkpoint_becomes_a_peft_adapter(twins, tmp_path, suffix):
     with torch.no_grad():
         wanted = model.eval()(IDS).logits
     assert torch.allclose(wanted, logits(fused, tmp_path / "b"), atol=1e-5)
-    with pytest.raises(BadModel, match="which ones"):
+    with pytest.raises(BadModel, match="does not say which"):
         convert(file, fused, tmp_path / "c", lora_alpha=7)
     if not also:  # and from there to the split base
         convert(tmp_path / "b", split, tmp_path / "d")

@@ -134,7 +134,7 @@ def test_a_port_in_use_is_refused_with_a_free_port_to_use():
 def test_a_stage_leases_the_gpu_only_if_there_is_one(monkeypatch, tmp_path):
     from loraflow.config import parse_recipe
     from loraflow.stages import STAGES
-    from loraflow.store.lock import Held, flock
+    from loraflow.store.lock import LockHeld, flock
     from loraflow.tasks import gpu_lease as lease
 
     monkeypatch.setattr(lease.tempfile, "gettempdir", lambda: str(tmp_path))
@@ -147,7 +147,7 @@ def test_a_stage_leases_the_gpu_only_if_there_is_one(monkeypatch, tmp_path):
         inputs = {name: REF for name, input_ in STAGES[stage].inputs.items() if not input_.optional}
         with lease.gpu_lease(make_job(stage, recipe, inputs)):
             if leased:
-                with pytest.raises(Held), flock(lock, wait=False):
+                with pytest.raises(LockHeld), flock(lock, wait=False):
                     pass
             assert lock.exists() is leased
 
@@ -155,7 +155,7 @@ def test_a_stage_leases_the_gpu_only_if_there_is_one(monkeypatch, tmp_path):
 RACE = """
 import asyncio, sys
 import sqlalchemy as sa
-from loraflow.flows.server.child import lock_before_reading
+from loraflow.flows.server.prefect_process import lock_before_reading
 from prefect.server.database.configurations import AioSqliteConfiguration
 
 async def race():

@@ -63,22 +63,22 @@ def fetch(data: Data, out: Path) -> Path:
 
 def test_the_md5_of_a_folder_equals_dvcs(repository):
     pin = dvc.read_pin(str(repository), "data.dvc", None)
-    assert dvc.tree_md5(repository / "data") == pin.md5
+    assert dvc.dvc_md5(repository / "data") == pin.md5
     assert pin.is_folder and pin.path == "data"
 
 
 def test_a_fresh_clone_gets_the_pinned_bytes_offline(clone, repository, tmp_path):
     assert not (clone / "data").exists()
     files = fetch(Data(source="data.dvc", repo=str(clone)), tmp_path / "out")
-    assert dvc.tree_md5(files) == dvc.read_pin(str(repository), "data.dvc", None).md5
+    assert dvc.dvc_md5(files) == dvc.read_pin(str(repository), "data.dvc", None).md5
     assert not (clone / "data").exists(), "the work tree is unchanged"
 
 
 def test_any_revision_is_read_without_touching_the_work_tree(repository, tmp_path):
-    before = dvc.tree_md5(repository / "data")
+    before = dvc.dvc_md5(repository / "data")
     files = fetch(Data(source="data.dvc", repo=str(repository), rev="v1"), tmp_path / "out")
     assert len((files / "train.jsonl").read_text().splitlines()) == 20
-    assert dvc.tree_md5(repository / "data") == before
+    assert dvc.dvc_md5(repository / "data") == before
     found = version.locate(Data(source="data.dvc", repo=str(repository), rev="v1"), HashMemo(None))
     assert found.origin.commit == sh("git", "rev-parse", "v1", cwd=repository).strip()
 
@@ -101,12 +101,12 @@ def test_hashes_are_cached_by_stat_and_a_change_is_detected(tmp_path):
     write_chats(file, range(3))
     os.utime(file, (1000, 1000))
     memo = HashMemo(tmp_path / "memo.json")
-    first = dvc.tree_md5(tmp_path / "data", memo)
+    first = dvc.dvc_md5(tmp_path / "data", memo)
     memo.save()
     again = HashMemo(tmp_path / "memo.json")
     assert again.known
     file.write_text(file.read_text().replace("1", "2", 1))
-    assert dvc.tree_md5(tmp_path / "data", again) != first
+    assert dvc.dvc_md5(tmp_path / "data", again) != first
 
 
 def test_a_remote_without_the_object_is_named(clone, tmp_path):
@@ -129,10 +129,10 @@ def test_a_damaged_object_is_refused(clone, tmp_path):
     ("text", "message"),
     [
         (None, "cannot be read"),
-        ("outs: []", "no single output"),
+        ("outs: []", "not pin exactly one output"),
         ("outs:\n- md5: abc.dir\n  path: data\n", "DVC 2"),
-        ("outs:\n- md5: abc.dir\n  path: ../../etc\n  hash: md5\n", "points out of"),
-        (": [", "no single output"),
+        ("outs:\n- md5: abc.dir\n  path: ../../etc\n  hash: md5\n", "a path outside"),
+        (": [", "not pin exactly one output"),
     ],
 )
 def test_dvc_files_without_a_usable_pin_are_refused(tmp_path, text, message):
@@ -151,7 +151,7 @@ def test_links_in_a_dataset_are_refused(tmp_path):
     write_chats(tmp_path / "data" / "a.jsonl", range(3))
     (tmp_path / "data" / "link.jsonl").symlink_to("/etc/passwd")
     with pytest.raises(BadData, match="regular files"):
-        dvc.tree_md5(tmp_path / "data")
+        dvc.dvc_md5(tmp_path / "data")
 
 
 def test_a_named_remote_is_pushed_to_and_fetched_from(clone, tmp_path, monkeypatch):
@@ -172,7 +172,7 @@ def test_a_named_remote_is_pushed_to_and_fetched_from(clone, tmp_path, monkeypat
     with pytest.raises(MissingData):
         fetch(Data(source="data.dvc", repo=str(clone)), tmp_path / "without")
     files = fetch(Data(source="data.dvc", repo=str(clone), remote="second"), tmp_path / "out")
-    assert dvc.tree_md5(files) == pin.md5
+    assert dvc.dvc_md5(files) == pin.md5
     shutil.rmtree(clone / ".dvc" / "cache", ignore_errors=True)
     with pytest.raises(BadConfig, match="no such DVC remote"):
         fetch(Data(source="data.dvc", repo=str(clone), remote="third"), tmp_path / "none")

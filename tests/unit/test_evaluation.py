@@ -10,7 +10,7 @@ import torch
 from loraflow.data.common_prefix import common_prefix_length
 from loraflow.data.loss_mask import ChatTemplate
 from loraflow.evaluation import kv_cache, metric_modules, score
-from loraflow.evaluation.generation import answer_all
+from loraflow.evaluation.generation import generate_answers
 from loraflow.evaluation.kv_cache import preallocated_cache
 from loraflow.evaluation.likelihood import answer_losses
 from loraflow.evaluation.metric_modules import ModuleScores, compute, find_module
@@ -137,8 +137,8 @@ def test_batched_answers_equal_answers_to_single_prompts(phi3, model):
         [chat(i)["messages"] for i in (1, 22, 333, 4444)] + [[{"role": "user", "content": "a " * 40}]]
     )
     options = {"stop_ids": stop_ids(phi3), "max_new_tokens": 12}
-    alone = [answer_all(model, tokenizer, [p], batch_size=1, **options)[0] for p in prompts]
-    assert answer_all(model, tokenizer, prompts, batch_size=3, **options) == alone
+    alone = [generate_answers(model, tokenizer, [p], batch_size=1, **options)[0] for p in prompts]
+    assert generate_answers(model, tokenizer, prompts, batch_size=3, **options) == alone
     assert {a["finish"] for a in alone} <= {"stop", "length"}
 
 
@@ -148,10 +148,10 @@ def test_every_stop_id_ends_an_answer(phi3, model):
     assert len(stop_ids(phi3)) == 2
     template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
     (prompt,) = template.prompt_ids([chat(1)["messages"]])
-    (free,) = answer_all(model, tokenizer, [prompt], stop_ids=[], max_new_tokens=6, batch_size=1)
+    (free,) = generate_answers(model, tokenizer, [prompt], stop_ids=[], max_new_tokens=6, batch_size=1)
     with torch.inference_mode():
         first = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
-    (stopped,) = answer_all(model, tokenizer, [prompt], stop_ids=[first], max_new_tokens=6, batch_size=1)
+    (stopped,) = generate_answers(model, tokenizer, [prompt], stop_ids=[first], max_new_tokens=6, batch_size=1)
     assert free["finish"] == "length" and stopped == {"text": "", "tokens": 0, "finish": "stop"}
 
 
@@ -161,11 +161,11 @@ def test_finished_batches_are_not_recomputed(phi3, model, tmp_path):
     template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
     prompts, file = template.prompt_ids([chat(i)["messages"] for i in range(6)]), tmp_path / "done.jsonl"
     options = {"stop_ids": [], "max_new_tokens": 4, "batch_size": 2, "done_file": file}
-    uninterrupted = answer_all(model, tokenizer, prompts, **options)
+    uninterrupted = generate_answers(model, tokenizer, prompts, **options)
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[:3]) + "\n" + lines[3][:10])  # killed while it wrote
     batches: list[int] = []
-    assert answer_all(model, tokenizer, prompts, on_batch=batches.append, **options) == uninterrupted
+    assert generate_answers(model, tokenizer, prompts, on_batch=batches.append, **options) == uninterrupted
     assert len(batches) == 2, "the first batch was read from the file"
 
 
@@ -187,8 +187,10 @@ def test_the_order_of_batches_does_not_change_answers(phi3, model):
 
     template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
     chats = [chat(i)["messages"] for i in range(7)]
-    forwards = answer_all(model, tokenizer, template.prompt_ids(chats), stop_ids=[], max_new_tokens=4, batch_size=2)
-    backwards = answer_all(
+    forwards = generate_answers(
+        model, tokenizer, template.prompt_ids(chats), stop_ids=[], max_new_tokens=4, batch_size=2
+    )
+    backwards = generate_answers(
         model, tokenizer, template.prompt_ids(chats[::-1]), stop_ids=[], max_new_tokens=4, batch_size=5
     )
     assert forwards == backwards[::-1]
@@ -226,11 +228,11 @@ def test_answers_equal_those_with_the_cache_of_transformers(phi3, model, monkeyp
     caches = []
     real = kv_cache.preallocated_cache
     monkeypatch.setattr(kv_cache, "preallocated_cache", lambda *a: caches.append(a) or real(*a))
-    ours = answer_all(model, tokenizer, prompts, **options)
+    ours = generate_answers(model, tokenizer, prompts, **options)
     assert len(caches) == 2
     monkeypatch.setattr(generation, "has_plain_cache", lambda *_: False)
     without_prefix(monkeypatch)
-    assert ours == answer_all(model, tokenizer, prompts, **options)
+    assert ours == generate_answers(model, tokenizer, prompts, **options)
     assert len(caches) == 2
 
 
@@ -251,12 +253,12 @@ def test_decoding_step_by_step_gives_the_answers_of_generate(phi3, model, monkey
         free = [answer_ids(model, prompt, 40) for prompt in prompts]
         ends = {token: len({ids.index(token) if token in ids else 40 for ids in free}) for token in set().union(*free)}
         options["stop_ids"] = [max(ends, key=ends.__getitem__)]
-    expected = answer_all(model, tokenizer, prompts, **options)
+    expected = generate_answers(model, tokenizer, prompts, **options)
     calls = []
     monkeypatch.setattr(greedy_decoding, "is_supported", lambda _: True)
     real = greedy_decoding.decode
     monkeypatch.setattr(greedy_decoding, "decode", lambda *a, **k: calls.append(a) or real(*a, **k))
-    assert answer_all(model, tokenizer, prompts, **options) == expected
+    assert generate_answers(model, tokenizer, prompts, **options) == expected
     assert len(calls) == 3
     if stops == "early":
         assert len({answer["tokens"] for answer in expected}) > 1
@@ -300,10 +302,10 @@ def test_a_shared_system_prompt_is_computed_once_and_does_not_change_answers(phi
     read: list[int] = []
     hook = model.model.embed_tokens.register_forward_hook(lambda _, args, out: read.append(args[0].numel()))
     try:
-        shared = answer_all(model, tokenizer, prompts, **options)
+        shared = generate_answers(model, tokenizer, prompts, **options)
         with_prefix, read[:] = sum(read), []
         without_prefix(monkeypatch)
-        assert shared == answer_all(model, tokenizer, prompts, **options)
+        assert shared == generate_answers(model, tokenizer, prompts, **options)
     finally:
         hook.remove()
     assert with_prefix == sum(read) - len(found.ids) * (len(prompts) - 1)
@@ -369,9 +371,9 @@ def test_a_sliding_window_does_not_change_answers(phi3, model, monkeypatch, wind
     options = {"stop_ids": [], "max_new_tokens": 12}
     places = max(map(len, prompts)) + 12
     assert (shared_prefix(model, prompts, min(map(len, prompts)) - 1, places) is not None) == shares
-    together = answer_all(model, tokenizer, prompts, batch_size=3, **options)
+    together = generate_answers(model, tokenizer, prompts, batch_size=3, **options)
     without_prefix(monkeypatch)
-    assert together == answer_all(model, tokenizer, prompts, batch_size=3, **options)
+    assert together == generate_answers(model, tokenizer, prompts, batch_size=3, **options)
 
 
 def test_no_prefix_is_shared_if_it_saves_too_little(model):

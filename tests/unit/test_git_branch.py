@@ -45,33 +45,33 @@ def test_the_remote_branch_is_read_without_a_checkout(repos):
     new = commit(mine, "2")
     git(mine, "push", "-q")
     before = git(worker, "rev-parse", "HEAD")
-    assert branch.newest(str(worker), "main") == branch.Newest(str(worker), new)
+    assert branch.find_newest_commit(str(worker), "main") == branch.DatasetCommit(str(worker), new)
     assert git(worker, "rev-parse", "HEAD") == before and (worker / "x").read_text() == "1"
-    assert branch.newest(str(repos[0].as_uri()), "main").commit == new, "a repository by URL"
+    assert branch.find_newest_commit(str(repos[0].as_uri()), "main").commit == new, "a repository by URL"
 
 
 def test_a_local_branch_that_is_ahead_is_used_and_a_diverged_branch_is_not(repos):
     _, mine, worker = repos
     local = commit(worker, "mine alone")
-    assert branch.newest(str(worker), "main").commit == local
+    assert branch.find_newest_commit(str(worker), "main").commit == local
     remote = commit(mine, "2")
     git(mine, "push", "-q")
-    assert branch.newest(str(worker), "main").commit == remote
+    assert branch.find_newest_commit(str(worker), "main").commit == remote
     only_here = commit(worker, "more")
     git(worker, "branch", "-q", "aside")
-    assert branch.newest(str(worker), "aside").commit == only_here, "the remote has no such branch"
+    assert branch.find_newest_commit(str(worker), "aside").commit == only_here, "the remote has no such branch"
 
 
 def test_failures_name_the_branch_the_folder_and_the_remote(repos, tmp_path):
     _, _, worker = repos
     with pytest.raises(BadConfig, match="no such branch"):
-        branch.newest(str(worker), "nowhere")
+        branch.find_newest_commit(str(worker), "nowhere")
     (tmp_path / "bare").mkdir()
-    with pytest.raises(BadConfig, match="no git repository"):
-        branch.newest(str(tmp_path / "bare"), "main")
+    with pytest.raises(BadConfig, match="not a git repository"):
+        branch.find_newest_commit(str(tmp_path / "bare"), "main")
     git(worker, "remote", "set-url", "origin", str(tmp_path / "gone.git"))
     with pytest.raises(Network, match="cannot look at the branch"):
-        branch.newest(str(worker), "main")
+        branch.find_newest_commit(str(worker), "main")
 
 
 def add_data(where: Path, rows: int) -> dvc.Pin:
@@ -100,8 +100,8 @@ def test_a_commit_contains_only_the_pin_and_a_dataset_in_git_is_read_without_a_p
     git(mine, "push", "-q")
     assert not branch.is_unpushed(commit)
 
-    found = branch.newest(str(worker), "main")
-    assert found == branch.newest(str(worker), "main"), "a second look finds the checkout"
+    found = branch.find_newest_commit(str(worker), "main")
+    assert found == branch.find_newest_commit(str(worker), "main"), "a second look finds the checkout"
     assert dvc.read_pin(found.repo, "data.dvc", found.commit).md5 == pin.md5
     (tmp_path / "out").mkdir()
     dvc.fetch(found.repo, pin, found.commit, tmp_path / "out", HashMemo(None))

@@ -32,11 +32,11 @@ def test_a_projects_own_flows_and_tasks_are_not_imported(tmp_path):
     (tmp_path / "flows").mkdir()
     (tmp_path / "flows" / "__init__.py").write_text("raise RuntimeError('the flows of the user')")
     (tmp_path / "tasks.py").write_text("raise RuntimeError('the tasks of the user')")
-    script = "import loraflow.flows.finetune, loraflow.flows.server.child, loraflow.tasks.stages"
+    script = "import loraflow.flows.finetune, loraflow.flows.server.prefect_process, loraflow.tasks.stages"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     for command in (
         [sys.executable, "-c", script],
-        [sys.executable, "-m", "loraflow.flows.server.child", "0", "version"],
+        [sys.executable, "-m", "loraflow.flows.server.prefect_process", "0", "version"],
     ):
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
         assert "of the user" not in done.stderr, done.stderr[-2000:]

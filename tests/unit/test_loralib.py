@@ -431,11 +431,11 @@ def test_a_convolution_is_exported_exactly(tmp_path):
 def test_unknown_targets_and_blocks_are_refused(phi3):
     for settings, says in (
         (Settings(targets=["q_proj"]), "No module of the base is called q_proj"),
-        (Settings(targets=["o_proj"], enable_lora=QV), "no target"),
+        (Settings(targets=["o_proj"], enable_lora=QV), "not a target module"),
         (Settings(targets=["qkv_proj"], enable_lora={"qkv_proj": ["gate"]}), "no such blocks"),
         (Settings(targets=["o_proj"], enable_lora={"o_proj": ["q"]}), "no such blocks"),
-        (Settings(targets=["o_proj"], enable_lora={"o_proj": [True] * 7}), "cannot be cut"),
-        (Settings(targets=["qkv_proj"], enable_lora={"qkv_proj": []}), "cannot be cut"),
+        (Settings(targets=["o_proj"], enable_lora={"o_proj": [True] * 7}), "cannot be divided into these blocks"),
+        (Settings(targets=["qkv_proj"], enable_lora={"qkv_proj": []}), "cannot be divided into these blocks"),
         (Settings(targets=["norm"]), "no layer for a Phi3RMSNorm"),
     ):
         model = pretrained(phi3)

@@ -99,9 +99,9 @@ def test_generation_marks_of_a_template_are_used(tmp_path):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "no control token"),
-        ("{% for m in messages %}{{ m['content'] | upper }}<|end|>{% endfor %}", "right after the prompt"),
-        ("{{ raise_exception('no system messages') }}", "refuses a chat"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "not end an answer with a control token"),
+        ("{% for m in messages %}{{ m['content'] | upper }}<|end|>{% endfor %}", "right after the rendered prompt"),
+        ("{{ raise_exception('no system messages') }}", "raises an error for a chat"),
     ],
 )
 def test_a_template_that_cannot_be_masked_is_refused(tmp_path, template, message):

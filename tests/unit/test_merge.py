@@ -125,7 +125,7 @@ def configured(adapter: Path, **values) -> Path:
         ({"init_lora_weights": "lora_ga"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "loftq"}, "merge it where it was trained"),
         ({"alora_invocation_tokens": [5, 6]}, "serve base and adapter together"),
-        ({"layer_replication": [[0, 2], [1, 2]]}, "more layers than the base has"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "adds layers to the base"),
         ({"lora_bias": True}, "peft cannot merge"),
         ({"lora_alpha": None}, "a number at lora_alpha"),
         ({"alpha_pattern": {"o_proj": "8"}}, "a number at alpha_pattern.o_proj"),
@@ -150,7 +150,7 @@ def test_unsupported_dtypes_are_refused(tmp_path, quick_phi3, dtype):
     file = make_adapter(quick_phi3, tmp_path / "adapter") / "adapter_model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
     (tmp_path / "out").mkdir()
-    with pytest.raises(BadModel, match="of a type that is not merged"):
+    with pytest.raises(BadModel, match="of a type that cannot be merged"):
         merge(quick_phi3, file.parent, tmp_path / "out")
 
 
@@ -424,7 +424,7 @@ def test_an_adapter_for_another_base_is_refused(tmp_path, phi3):
         merge(phi3, adapter, tmp_path / "out")
     assert "layers.2" in str(caught.value)
     wide = make_adapter(build_phi3(tmp_path / "wide", hidden_size=128), tmp_path / "adapter2")
-    with pytest.raises(BadModel, match="does not fit"):
+    with pytest.raises(BadModel, match="does not match the base"):
         merge(phi3, wide, tmp_path / "out")
 
 

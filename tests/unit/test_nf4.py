@@ -8,7 +8,7 @@ import torch
 from loraflow.adapters import logits, merge_nf4, verify
 from loraflow.adapters.merge import run as run_merge
 from loraflow.adapters.merge_folders import merge
-from loraflow.adapters.nf4 import Nf4, packed_modules, packed_names
+from loraflow.adapters.nf4 import Nf4, quantized_modules, quantized_names
 from loraflow.config import Runtime
 from loraflow.failures import MissingExtra
 from loraflow.job import Inputs, Progress
@@ -52,11 +52,11 @@ def test_the_dequantized_base_equals_that_of_transformers_and_bitsandbytes(tmp_p
         tmp_path / "base", hidden_size=320, num_attention_heads=10, **shape
     )  # qkv: 448 rows, not one block
     theirs = unpacked(by_bitsandbytes(base, double))
-    assert theirs.keys() == packed_names(base), "lm_head and what is tied to it stay as they are"
+    assert theirs.keys() == quantized_names(base), "lm_head and what is tied to it stay as they are"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    before = {f"{name}.weight": module.weight.clone() for name, module in packed_modules(model).items()}
+    before = {f"{name}.weight": module.weight.clone() for name, module in quantized_modules(model).items()}
     Nf4("bfloat16", double).apply(model)
-    for name, module in packed_modules(model).items():
+    for name, module in quantized_modules(model).items():
         assert torch.equal(module.weight, theirs[f"{name}.weight"]), name
         assert not torch.equal(module.weight, before[f"{name}.weight"])
 
@@ -120,7 +120,7 @@ def test_the_merge_closer_to_the_trained_model_is_chosen(parts, tmp_path):
     )
     assert report == near and near["mean_kl"] < onto_base["mean_kl"] / 10, "the trained model is the reference"
     # the recorded KL is the distance to the model that bitsandbytes itself packs
-    probes = merge_nf4.training_probes(shards / "train")
+    probes = merge_nf4.comparison_rows(shards / "train")
     trained = PeftModel.from_pretrained(by_bitsandbytes(base, True, torch.float32), str(adapter)).eval()
     with torch.inference_mode():
         wanted = [trained(input_ids=row).logits[0] for row in probes]

@@ -115,16 +115,16 @@ def test_rows_of_two_models_or_inputs_are_never_mixed(phi3, rows, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(phi3, rows, target, on_batch=stop)
     other = build_phi3(tmp_path / "other", seed=7)
-    with pytest.raises(BadConfig, match="begun") as caught:
+    with pytest.raises(BadConfig, match="was started with another") as caught:
         run(other, rows, target)
-    assert "another model" in caught.value.got
+    assert "changed: model" in caught.value.got
     with pytest.raises(BadConfig) as caught:
         run(phi3, rows, target, Sampling(max_new_tokens=7))
     assert "max_new_tokens 6 → 7" in caught.value.got
     rows.write_text(rows.read_text() + '{"prompt": "more"}\n')
     with pytest.raises(BadConfig) as caught:
         run(phi3, rows, target)
-    assert "another input" in caught.value.got
+    assert "changed: input" in caught.value.got
 
 
 def test_sampled_answers_never_come_from_the_greedy_decoding_of_evaluation(phi3):

@@ -52,7 +52,7 @@ def test_context_and_system_prompt_columns_are_read():
     assert to_messages({"system": "s", "messages": WANTED}) == [system, *WANTED], "Anthropic's"
     assert to_messages({"system": [{"type": "text", "text": "s"}], "messages": WANTED}) == [system, *WANTED]
     assert to_messages({"system": "s", "messages": [system, *WANTED]}) == [system, *WANTED]
-    with pytest.raises(BadRow, match="another one in the column"):
+    with pytest.raises(BadRow, match="two different system messages"):
         to_messages({"system": "t", "messages": [system, *WANTED]})
 
 
@@ -89,12 +89,12 @@ def test_unused_keys_are_named(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"id": 1, "messages": turns, "tools": [], "score": 0.5}))
     (row,) = read_rows(tmp_path, ["x.jsonl"], "auto")
     assert row.messages == WANTED
-    assert row.unread == ("id", "score", "messages.reasoning_content")
+    assert row.unused_keys == ("id", "score", "messages.reasoning_content")
     (tmp_path / "y.jsonl").write_text(json.dumps({"n": 1, "Question": "q", "Answer": "a"}))
     columns = columns_of(tmp_path / "y.jsonl", "y.jsonl")
     assert columns == {"prompt": "Question", "completion": "Answer"}
     (row,) = read_rows(tmp_path, ["y.jsonl"], "auto", columns)
-    assert row.messages == WANTED and row.unread == ("n",)
+    assert row.messages == WANTED and row.unused_keys == ("n",)
 
 
 @pytest.mark.parametrize(
@@ -130,21 +130,21 @@ def test_alpacas_input_follows_the_instruction():
         ([], "expected an object"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "a part of type image_url; only text is read",
+            "a part of type image_url; only text is supported",
         ),
         ({"text": "x"}, "got the keys text"),
-        ({"messages": []}, "without messages"),
+        ({"messages": []}, "has no messages"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "unknown role 'bot'"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown role 'alien'"),
         ({"messages": [WANTED[0], {"role": "assistant", "content": " "}]}, "empty assistant message"),
         ({"messages": [WANTED[0], {"role": "assistant", "content": None}]}, "content is NoneType"),
         ({"messages": WANTED[:1]}, "expected assistant"),
-        ({"messages": WANTED[1:]}, "starts with a user"),
+        ({"messages": WANTED[1:]}, "must be a user message"),
         ({"messages": [WANTED[0], *WANTED]}, "two user messages"),
-        ({"messages": [WANTED[0], {"role": "system", "content": "x"}, WANTED[1]]}, "comes first"),
+        ({"messages": [WANTED[0], {"role": "system", "content": "x"}, WANTED[1]]}, "must be the first message"),
         ({"prompt": "q", "completion": ""}, "empty"),
         ({"messages": "x"}, "expected a list"),
-        ({"messages": [WANTED[0], {**WANTED[1], "function_call": {"name": "f"}}]}, "function_call is not read"),
+        ({"messages": [WANTED[0], {**WANTED[1], "function_call": {"name": "f"}}]}, "function_call is not supported"),
         ({"instruction": "q", "input": {"x": 1}, "output": "a"}, "input is dict"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "completion: chosen"),
     ],
@@ -170,7 +170,7 @@ def test_malformed_lines_have_file_line_and_column(tmp_path):
     assert [row.place for row in rows if row.messages] == ["x.jsonl:1", "x.jsonl:8"]
     problems = {row.place: row.problem for row in rows if row.problem}
     assert "column 15" in problems["x.jsonl:3"]
-    assert "expected one JSON object a line" in problems["x.jsonl:3"]
+    assert "expected one JSON object per line" in problems["x.jsonl:3"]
     assert "byte 21" in problems["x.jsonl:4"]
     assert "NaN" in problems["x.jsonl:5"]
     assert "surrogate" in problems["x.jsonl:6"]
@@ -188,7 +188,7 @@ def test_tables_are_read(tmp_path):
     assert [row.messages for row in read_rows(tmp_path, ["t.parquet"], "auto")] == [WANTED, WANTED]
     pd.DataFrame({"messages": [json.dumps(WANTED), "{"]}).to_csv(tmp_path / "m.csv", index=False)
     rows = list(read_rows(tmp_path, ["m.csv"], "auto"))
-    assert rows[0].messages == WANTED and "no JSON" in rows[1].problem
+    assert rows[0].messages == WANTED and "not valid JSON" in rows[1].problem
     (tmp_path / "l.json").write_text(json.dumps([{"messages": WANTED}]))
     assert next(iter(read_rows(tmp_path, ["l.json"], "auto"))).messages == WANTED
 
@@ -197,17 +197,17 @@ def test_tables_are_read(tmp_path):
     ("name", "content", "says"),
     [
         ("x.json", b"{", "not valid JSON"),
-        ("x.json", b"{}", "no list"),
+        ("x.json", b"{}", "not contain a list"),
         ("x.json", b"", "an empty file"),
         ("x y.json", b'{"data": [{}]}', "jq -c '.[\"data\"][]' 'x y.json' > 'x y.jsonl'"),
         ("x.parquet", b"PAR1garbage", "Parquet"),
-        ("x.xlsx", b"", "not read"),
+        ("x.xlsx", b"", "not supported"),
         ("x.jsonl.gz", b"", "gunzip --keep x.jsonl.gz"),
         ("x.txt", b"", "suffix .jsonl"),
         ("x.csv", b"", "a first line"),
         ("x.csv", b"prompt,prompt\na,b\n", "is duplicated"),
         ("x.csv", b'prompt,completion\nq,a\n"q,a\nq,a\n', "the row that begins at line 3"),
-        ("x.tsv", b'prompt\tcompletion\n"q\ta\nb" q\ta\n', "in pairs"),
+        ("x.tsv", b'prompt\tcompletion\n"q\ta\nb" q\ta\n', "a quote before and after a cell"),
         ("x.csv", "prompt,completion\nq,a\nGröße,ü\n".encode("cp1252"), "iconv -f WINDOWS-1252 -t UTF-8 x.csv"),
         ("x.csv", "prompt,completion\nq,a\nGröße,ü\n".encode("cp1252"), "x.csv:3"),
         ("x.jsonl", '{"prompt": "q", "completion": "a"}'.encode("utf-16"), "iconv -f UTF-16 -t UTF-8 x.jsonl"),
@@ -240,7 +240,7 @@ def test_a_row_with_a_wrong_number_of_cells_is_named_and_never_shifted(tmp_path)
     """With the same number too many in each row, pandas takes the first column as index: all others move by one."""
     rows = write(tmp_path, "x.csv", b"prompt,completion\nwell, what,then\nonly\nq,a\n")
     assert [row.messages for row in rows] == [None, None, WANTED]
-    assert rows[0].place == "x.csv:row 1" and "3 cells, and the header has 2" in rows[0].problem
+    assert rows[0].place == "x.csv:row 1" and "3 cells, but the header has 2" in rows[0].problem
     assert "1 cells" in rows[1].problem
     long = "x" * 200_000
     (row,) = write(tmp_path, "x.csv", f'prompt,completion\n"{long}\r\n""two""",a\n'.encode())
@@ -251,7 +251,7 @@ def test_json_lines_are_read_with_any_suffix(tmp_path):
     line = json.dumps({"messages": WANTED}).encode()
     assert [row.messages for row in write(tmp_path, "x.json", line + b"\n" + line + b"\n")] == [WANTED, WANTED]
     (row,) = write(tmp_path, "x.jsonl", b"[" + line + b"]")
-    assert "called .json" in row.problem
+    assert "rename it to .json" in row.problem
 
 
 def test_a_file_without_permission_is_a_failure(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 
 from loraflow.failures import CorruptArtifact, Failure
 from loraflow.registry import PromotionLog
-from loraflow.registry.log import Moved
+from loraflow.registry.log import HeadChanged
 from loraflow.store import LocalStore, Ref, open_store
 
 
@@ -69,7 +69,7 @@ def test_one_of_many_concurrent_writers_wins(log):
     def attempt(name):
         try:
             log.append(seen, action="promote", merged=ref(name), adapter=None, inputs={}, reasons=[], actor="me")
-        except Moved:
+        except HeadChanged:
             return 0
         return 1
 
@@ -83,8 +83,8 @@ def test_each_rollback_goes_one_model_further_back(log):
     for name in "abc":
         promote(log, name)
     assert log.rollback("bad", "me").merged.digest == "b" * 64
-    assert log.rolled_back("c" * 64) == "bad"
-    assert log.rolled_back("b" * 64) is None
+    assert log.rollback_reason("c" * 64) == "bad"
+    assert log.rollback_reason("b" * 64) is None
     assert log.rollback("worse", "me").merged.digest == "a" * 64
     with pytest.raises(Failure, match="no earlier"):
         log.rollback("more", "me")
@@ -95,18 +95,18 @@ def test_a_model_that_is_promoted_again_is_no_longer_rolled_back(log):
     promote(log, "b")
     log.rollback("bad", "me")
     promote(log, "b")
-    assert log.rolled_back("b" * 64) is None
+    assert log.rollback_reason("b" * 64) is None
     assert log.rollback("bad again", "me").merged.digest == "a" * 64
 
 
 def test_decisions_are_stored_per_head_and_protocol(log):
     promote(log, "a")
     head = log.head()
-    log.remember(head, "b" * 64, "p" * 64, {"verdict": "reject"})
-    assert log.decision(head, "b" * 64, "p" * 64) == {"verdict": "reject"}
-    assert log.decision(head, "b" * 64, "q" * 64) is None
+    log.write_decision(head, "b" * 64, "p" * 64, {"verdict": "reject"})
+    assert log.read_decision(head, "b" * 64, "p" * 64) == {"verdict": "reject"}
+    assert log.read_decision(head, "b" * 64, "q" * 64) is None
     promote(log, "c")
-    assert log.decision(log.head(), "b" * 64, "p" * 64) is None
+    assert log.read_decision(log.head(), "b" * 64, "p" * 64) is None
 
 
 # An entry as it is in logs since the first release: its bytes must not change, and it must stay readable.
@@ -174,8 +174,8 @@ def test_a_log_of_an_older_release_is_read_and_continued(log):
 
 def test_a_decision_is_serialized_to_the_bytes_of_existing_stores_and_a_damaged_one_is_ignored(log):
     promote(log, "a")
-    log.remember(log.head(), "b" * 64, "p" * 64, {"verdict": "reject", "reasons": ["worse"]})
+    log.write_decision(log.head(), "b" * 64, "p" * 64, {"verdict": "reject", "reasons": ["worse"]})
     [name] = log.store.documents("registry/tickets/decisions/")
     assert log.store.read_document(name) == b'{\n "reasons": [\n  "worse"\n ],\n "verdict": "reject"\n}\n'
     log.store.write_document(name, b"{")
-    assert log.decision(log.head(), "b" * 64, "p" * 64) is None
+    assert log.read_decision(log.head(), "b" * 64, "p" * 64) is None

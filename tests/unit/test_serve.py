@@ -123,5 +123,5 @@ def test_the_model_name_is_valid_in_the_api(tmp_path, cache):
 
 def test_an_unmerged_adapter_is_refused(phi3, cache):
     with pytest.raises(BadConfig, match="merged") as caught:
-        plan_server(Model("a", phi3, adapter=Path("/adapter")), "auto", "127.0.0.1", free_port(), None, None)
+        plan_server(Model("a", phi3, unmerged_adapter=Path("/adapter")), "auto", "127.0.0.1", free_port(), None, None)
     assert "loraflow merge /adapter" in caught.value.next_step

@@ -16,7 +16,7 @@ from loraflow.data.token_rows import TokenRows
 from loraflow.failures import BadConfig, NonFiniteLoss, Preempted
 from loraflow.job import Inputs, Progress
 from loraflow.store import Ref
-from loraflow.store.checkpoints import newest_whole
+from loraflow.store.checkpoints import prune_to_newest_intact
 from loraflow.training import collation, train
 from loraflow.training.schedule import count_steps, micro_batch_rows, row_order
 from tests.conftest import build_phi3, chat
@@ -153,7 +153,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(base, straight, tmp_path, at)
     shards, adapter, losses = straight
     with pytest.raises(Preempted, match="asked to end"):
         run(base, shards, tmp_path, StopAt(at, tmp_path / "work"))
-    assert newest_whole(tmp_path / "work" / "checkpoints").name == f"checkpoint-{at + (at == 0)}"
+    assert prune_to_newest_intact(tmp_path / "work" / "checkpoints").name == f"checkpoint-{at + (at == 0)}"
     other, found = run(base, shards, tmp_path)
     assert same(adapter, other), "bit for bit"
     assert found == losses, "the curve has every step once"
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_not_used(base, straight, tmp_path, harm):
         file.write_bytes(raw)
     else:
         (newest / "complete.json").unlink()
-    assert newest_whole(tmp_path / "work" / "checkpoints").name == "checkpoint-2"
+    assert prune_to_newest_intact(tmp_path / "work" / "checkpoints").name == "checkpoint-2"
     other, _ = run(base, shards, tmp_path)
     assert same(adapter, other)
 
@@ -251,7 +251,7 @@ def test_a_checkpoint_with_a_damaged_best_checkpoint_is_not_used(base, straight,
         run(base, straight[0], tmp_path, StopAt(4, tmp_path / "work"), **BEST)
     checkpoints = tmp_path / "work" / "checkpoints"
     (checkpoints / "checkpoint-2" / "adapter_model.safetensors").write_bytes(b"torn")
-    assert newest_whole(checkpoints) is None, "step 4 would end with a best one that is not there"
+    assert prune_to_newest_intact(checkpoints) is None, "step 4 would end with a best one that is not there"
 
 
 def test_a_nan_loss_ends_training(base, straight, tmp_path):

@@ -73,7 +73,7 @@ def test_an_adapter_of_a_residual_base_becomes_lora_on_the_original_base(tmp_pat
     with torch.no_grad():
         wanted = model.eval()(IDS).logits
     model.save_pretrained(tmp_path / "ours")
-    variants.as_lora(tmp_path / "ours", initial)
+    variants.convert_to_plain_lora(tmp_path / "ours", initial)
     loaded = PeftModel.from_pretrained(pretrained(base), str(tmp_path / "ours")).eval()
     with torch.no_grad():
         assert torch.allclose(loaded(IDS).logits, wanted, atol=1e-4)
@@ -107,8 +107,8 @@ def test_unmergeable_settings_are_refused_before_training(tmp_path, phi3):
     tied = pretrained(build_phi3(tmp_path / "tied", tie_word_embeddings=True))
     plain = pretrained(phi3)
     for model, options, says in (
-        (tied, {"peft_config__modules_to_save": ["lm_head"]}, "one weight"),
-        (tied, {"peft_config__modules_to_save": ["embed_tokens"]}, "one weight"),
+        (tied, {"peft_config__modules_to_save": ["lm_head"]}, "embedding and head are tied"),
+        (tied, {"peft_config__modules_to_save": ["embed_tokens"]}, "embedding and head are tied"),
         (
             plain,
             {"peft_config__init_lora_weights": "pissa", "peft_config__target_modules": ["embed_tokens"]},

@@ -184,7 +184,7 @@ class Conv2d(MergeableLayer, loralib.Conv2d):
         result: torch.Tensor = convolve(x, self.weight, self.bias)
         if self.merged:
             return result
-        # ΔW has the size of the kernel, which is small beside the convolution's result.
+        # ΔW is as large as the kernel, which is small compared to the convolution's output.
         update: torch.Tensor = convolve(self.lora_dropout(x).to(self.lora_A.dtype), self.delta() * self.scaling, None)
         return (result + update).to(result.dtype)
 
@@ -215,7 +215,7 @@ def wrap_module(
     """
     from transformers.pytorch_utils import Conv1D
 
-    # On the meta device nothing is allocated or initialised; `wrap` puts the pretrained parameters in.
+    # On the meta device nothing is allocated or initialised; `wrap` inserts the pretrained parameters.
     common: _CommonOptions = {
         "r": r,
         "lora_alpha": lora_alpha,  # type: ignore[typeddict-item]

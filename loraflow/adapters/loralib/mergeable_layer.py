@@ -1,4 +1,4 @@
-"""The base class of loralib's layers: merging that is undone to the bit, and the use of a pretrained module's weight."""
+"""The base class of loralib's layers: exact unmerging, and the use of a pretrained module's weight."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class MergeableLayer(nn.Module):
         self.merged = True
 
     def unmerge(self) -> None:
-        """Restore the original weight, to the bit."""
+        """Restore the original weight, bit for bit."""
         if self.merged:
             self.weight.data = self.original
             del self.original

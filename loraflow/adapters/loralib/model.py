@@ -21,7 +21,7 @@ FILE = "model.safetensors"  # the name under which transformers' trainer looks f
 
 
 class LoralibModel(nn.Module):
-    """A base class that `prepare` adds to a model's own class."""
+    """A mixin that `prepare` adds to a model's class: saving and loading handle only the trained parameters."""
 
     settings: Settings
 

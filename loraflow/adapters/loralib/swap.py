@@ -70,7 +70,7 @@ def swap(model: nn.Module, settings: Settings) -> dict[str, MergeableLayer]:
     unused = [key for key in settings.enable_lora if not any(matches(name, key) for name in modules)]
     if unused:
         raise BadConfig(
-            f"enable_lora names {unused[0]}, which is no target.",
+            f"enable_lora names {unused[0]}, which is not a target module.",
             where="loralib_config.enable_lora",
             expected=f"among {', '.join(sorted({name.rsplit('.', 1)[-1] for name in modules}))}",
             got=unused[0],
@@ -119,7 +119,7 @@ def _select(model: nn.Module, settings: Settings) -> dict[str, nn.Module]:
             f"No module of the base is called {target}.",
             where="peft_config.target_modules",
             got=target,
-            next_step="name modules that the base has, outside of exclude_modules and inside of layers_to_transform",
+            next_step="name modules of the base that exclude_modules and layers_to_transform do not leave out",
         )
     return selected
 
@@ -153,9 +153,9 @@ def _enabled_blocks(
         sizes = [rows // len(flags)] * len(flags)
     if sizes is None or not any(flags):
         raise BadConfig(
-            f"{name} cannot be cut like this.",
+            f"{name} cannot be divided into these blocks.",
             where=where,
-            expected=f"at least one block enabled, and blocks that make up {rows} rows",
+            expected=f"at least one enabled block, and blocks whose rows add up to {rows}",
             got=str(asked),
         )
     return sizes, flags

@@ -1,6 +1,6 @@
 """A Prefect server or worker that ends with the process that started it, even if that is killed.
 
-python -m loraflow.flows.server.child PARENT_PID server start --port 4242
+python -m loraflow.flows.server.prefect_process PARENT_PID server start --port 4242
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def lock_before_reading() -> None:
     """Make the server's SQLite transactions take the write lock when they begin, and wait for it.
 
     Prefect begins transactions as DEFERRED, and most of them read before they write. If another writer commits in
-    between, SQLite refuses the write with "database is locked" at once, whatever the timeout is, because what the
-    transaction has read is outdated. The server answers HTTP 503, which Prefect's client retries but a browser does
+    between, SQLite refuses the write with "database is locked" at once and ignores the timeout, because the data
+    that the transaction has read is outdated. The server answers HTTP 503, which Prefect's client retries but a browser does
     not. Prefect has no setting for it.
     """
     from prefect.server.database.configurations import AioSqliteConfiguration
