@@ -351,7 +351,7 @@ def build(work: Path, case: Case, **more: Setting) -> FastTrainer:
     from loraflow.job import Inputs, Progress
     from loraflow.store import Ref
     from loraflow.training.engine import build_trainer
-    from loraflow.training.setup import gather
+    from loraflow.training.setup import prepare_training
     from tests.jobs import make_job
 
     logging.basicConfig(level=logging.WARNING)
@@ -359,7 +359,7 @@ def build(work: Path, case: Case, **more: Setting) -> FastTrainer:
     ref = Ref(stage="s", fingerprint="f", digest="d", uri="")
     job = make_job("train", recipe(case, **more), {"tokens": ref, "base": ref})
     inputs = Inputs({"tokens": work / "tokens", "base": work / "base"})
-    setup = gather(job, inputs, Progress(work=Path(tempfile.mkdtemp(dir=work))))
+    setup = prepare_training(job, inputs, Progress(work=Path(tempfile.mkdtemp(dir=work))))
     return build_trainer(setup).trainer
 
 
@@ -404,7 +404,7 @@ def check(work: Path, names: list[str]) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
         total = 0.0
-        for micro in item["micro"]:
+        for micro in item["micro_batches"]:
             borders = sorted(set(micro["cu_seq_lens_q"].tolist()))
             target = torch.full((micro["input_ids"].numel(),), -100)
             target[micro["loss_index"]] = micro["targets"]
@@ -416,7 +416,8 @@ def check(work: Path, names: list[str]) -> None:
                 at = (wanted != -100).nonzero()[:, 0]
                 logits = model.get_base_model().lm_head(hidden.last_hidden_state[0, at.to(device)]).float()
                 loss = (
-                    torch.nn.functional.cross_entropy(logits, wanted[at].to(device), reduction="sum") / item["learned"]
+                    torch.nn.functional.cross_entropy(logits, wanted[at].to(device), reduction="sum")
+                    / item["num_supervised_tokens"]
                 )
                 loss.backward()
                 total += float(loss)
@@ -428,12 +429,12 @@ def check(work: Path, names: list[str]) -> None:
 
     case = Case("check", "", rows=2)
     from loraflow.data.token_rows import TokenRows
-    from loraflow.training.batches import StepDataset, end_to_end_layout
+    from loraflow.training.batches import StepDataset, concatenated_layout
     from loraflow.training.schedule import row_order
 
     rows = TokenRows(work / "tokens" / "train", work / "tokens" / "packing.parquet")
     steps = row_order(len(rows), 2, 0).reshape(1, 2)
-    item = StepDataset(rows, steps, end_to_end_layout(rows, steps, 2 * LENGTH), 0)[0]
+    item = StepDataset(rows, steps, concatenated_layout(rows, steps, 2 * LENGTH), 0)[0]
     loss, exact = eager(torch.float32, item)
 
     def against(name: str, found_loss: float, found: dict[str, torch.Tensor]) -> None:
@@ -452,8 +453,8 @@ def check(work: Path, names: list[str]) -> None:
         set_up_projections(trainer.model)
         trainer.model.train()
         total = 0.0
-        for micro in item["micro"]:
-            part = trainer.micro_batch_loss(micro) / item["learned"]
+        for micro in item["micro_batches"]:
+            part = trainer.micro_batch_loss(micro) / item["num_supervised_tokens"]
             part.backward()
             total += float(part)
         against(one.name, total, gather(trainer.model))
@@ -485,8 +486,8 @@ def profile(work: Path, case: Case) -> None:
 
     def step(number: int) -> None:
         item = trainer.steps[number]
-        for micro in item["micro"]:
-            (trainer.micro_batch_loss(micro) / item["learned"]).backward()
+        for micro in item["micro_batches"]:
+            (trainer.micro_batch_loss(micro) / item["num_supervised_tokens"]).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()

@@ -1,1 +1,1 @@
-"""How a stage runs under Prefect: cache key, retries, progress, artifacts in the UI."""
+"""The Prefect tasks: retries, placement, progress and artifacts in the UI. The work is in the modules that they call."""

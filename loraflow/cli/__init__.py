@@ -47,7 +47,7 @@ COMMANDS = {
 }
 
 
-class Lazy(click.Group):
+class LazyGroup(click.Group):
     """A group whose commands are imported when they are called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -67,7 +67,7 @@ class Lazy(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
-@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def cli() -> None:
     """Fine-tune small language models with LoRA: a Prefect flow of cached, resumable stages.
@@ -83,7 +83,7 @@ def main() -> None:
     """Run the command. Turn a failure into a message and an exit status."""
     if sys.platform == "win32":
         sys.exit("loraflow runs on Linux and macOS; on Windows use WSL.")
-    settle_environment()
+    set_default_environment()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit handlers run: they stop a temporary Prefect server
     try:
         code = cli.main(standalone_mode=False)  # returns the exit status of click.exceptions.Exit
@@ -104,7 +104,7 @@ def main() -> None:
         sys.exit(141)
 
 
-def settle_environment() -> None:
+def set_default_environment() -> None:
     """Set the variables that libraries read at import: less output, no telemetry, time for a first start."""
     for name, value in {
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # the first start migrates a database
@@ -125,7 +125,7 @@ def quiet_logging(level: int = logging.WARNING) -> None:
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr)
 
 
-def parse_sets(pairs: tuple[str, ...]) -> dict[str, JsonValue]:
+def parse_overrides(pairs: tuple[str, ...]) -> dict[str, JsonValue]:
     """Parse `--set key=value` options. Values are written as in a recipe.
 
     Raises:

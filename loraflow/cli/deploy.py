@@ -48,14 +48,14 @@ def up(port: int, host: str, pools: tuple[str, ...], limit: int, home: Path, onl
     """Start a Prefect server and a worker here, with all deployments. Ctrl-C stops everything."""
     quiet_logging()
     from loraflow.flows.server.local_server import Processes, environment, require_free_port
-    from loraflow.store.lock import Held, flock
+    from loraflow.store.lock import LockHeld, flock
 
     os.environ.update(environment(home, host, port))
     require_free_port(host, port)
     try:
         with flock(home / "up.lock", wait=False), Processes(home) as processes:
             _start_all(processes, port, host, pools, limit, only)
-    except Held:
+    except LockHeld:
         raise BadConfig(
             "`loraflow up` is already running here.",
             where=str(home),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from loraflow.cli import json_option, parse_sets, quiet_logging, set_option
+from loraflow.cli import json_option, parse_overrides, quiet_logging, set_option
 from loraflow.failures import BadConfig
 
 
@@ -25,7 +25,7 @@ def evaluate(model: str, recipe: str, sets: tuple[str, ...], as_json: bool) -> N
     from loraflow.evaluation.values import EvaluationReport, scores_to_dict
     from loraflow.execution.runner import score_model
 
-    workspace, found, ref = score_model(load_recipe(recipe, parse_sets(sets)), model)
+    workspace, found, ref = score_model(load_recipe(recipe, parse_overrides(sets)), model)
     scores = EvaluationReport.from_dict(workspace.store.manifest(ref).report).metrics
     location = workspace.store.location(ref)
     if as_json:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loraflow.cli import json_option, parse_sets, set_option
+from loraflow.cli import json_option, parse_overrides, set_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,7 +30,7 @@ def run(
     recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bool, strict_gate: bool, quiet: bool
 ) -> None:
     """Run RECIPE: dataset, tokens, adapter, merged model, scores, gate, registry."""
-    overrides = parse_sets(sets)
+    overrides = parse_overrides(sets)
     if quiet:
         os.environ["PREFECT_LOGGING_LEVEL"] = "WARNING"
     from loraflow.config import load_recipe
@@ -72,8 +72,8 @@ def show(summary: RunSummary) -> None:
     console.print(f"[bold]gate: {verdict}[/bold]{entry}")
     for reason in decision.reasons if decision else ():
         console.print(f"  {reason}")
-    console.print(f"adapter       {_near(summary.adapter)}", soft_wrap=True)
-    console.print(f"merged model  {_near(summary.merged)}", soft_wrap=True)
+    console.print(f"adapter       {_relative_to_cwd(summary.adapter)}", soft_wrap=True)
+    console.print(f"merged model  {_relative_to_cwd(summary.merged)}", soft_wrap=True)
     if published := summary.published:
         console.print(f"published     {published.url or f'no: {published.problem}'}", soft_wrap=True)
     model = "champion" if verdict == "promote" else summary.run
@@ -107,6 +107,6 @@ def _stage_table(summary: RunSummary) -> Table:
     return table
 
 
-def _near(path: str) -> str:
+def _relative_to_cwd(path: str) -> str:
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

@@ -1,6 +1,6 @@
 """Stage check_dataset: split valid rows into train, validation and held-out; put the others in quarantine, with reasons.
 
-The stage decides nothing. Its report says what was found, and `admit` compares the report with the recipe's bounds.
+The stage decides nothing. Its report says what was found, and `check_limits` compares the report with the recipe's bounds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loraflow.data.chats import ChatRecord, Message
 from loraflow.data.check_report import CheckReport, Profile, SideCounts
 from loraflow.data.readers import match_files, read_rows
 from loraflow.data.split import falls_in, prompt_key, row_id
-from loraflow.failures import BadData, Inadmissible
+from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 
@@ -76,7 +76,7 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
     )
 
 
-def admit(report: Mapping[str, JsonValue], max_quarantined: float, where: str) -> None:
+def check_limits(report: Mapping[str, JsonValue], max_quarantined: float, where: str) -> None:
     """Compare a report of check_dataset with the recipe's bounds.
 
     Args:
@@ -85,13 +85,13 @@ def admit(report: Mapping[str, JsonValue], max_quarantined: float, where: str) -
         where: location of the report, for messages.
 
     Raises:
-        Inadmissible: too many rows are malformed.
+        LimitExceeded: too many rows are malformed.
         BadData: no row is left to train on, or to hold out.
     """
     found = CheckReport.model_validate(report)
     problems = "\n            ".join(found.first_problems)
     if found.malformed_share > max_quarantined:
-        raise Inadmissible(
+        raise LimitExceeded(
             f"{found.counts.get('malformed', 0)} of {found.counts['read']} rows are malformed.",
             where=where,
             expected=f"at most {max_quarantined:.2%} (data.max_quarantined)",

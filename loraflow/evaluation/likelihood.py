@@ -36,7 +36,7 @@ def answer_losses(
             continue
         for i, loss in zip(batch, _batch_losses(model, [rows[i] for i in batch], pad_id, prefix, plain), strict=True):
             found[i] = loss
-    return [loss or (0.0, 0) for loss in group.merge(found)]
+    return [loss or (0.0, 0) for loss in group.gather_results(found)]
 
 
 def _batch_losses(

@@ -134,7 +134,7 @@ def test_a_changed_field_runs_exactly_the_right_stages_and_the_plan_names_it(pla
     assert {label for label, verdict in verdicts.items() if verdict == "runs"} == stages
     assert {label for label, verdict in verdicts.items() if verdict == "depends"} == waiting
     for verdict in place.verdicts:
-        if verdict.verdict == "runs":
+        if verdict.status == "runs":
             assert verdict.why[0] == reason, verdict
 
 

@@ -13,6 +13,7 @@ from loraflow.config import load_recipe
 from loraflow.execution.runner import run_stage
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, BadData, Crashed, Failure, Killed, OutOfMemory, from_dict
+from loraflow.flows import finetune
 from loraflow.flows import stage as stage_module
 from loraflow.stages import CHECK_DATASET, RESOLVE_BASE, TOKENIZE, VERSION_DATASET
 from loraflow.store import LocalStore
@@ -41,7 +42,7 @@ def part(recipe: str, overrides: dict):
 def whole(recipe: str, overrides: dict):
     """The same, again when something turns out to be damaged."""
     with open_run(recipe, overrides, []) as run:
-        return run.until_intact(first_stages)
+        return finetune.run_pipeline(run)
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +84,9 @@ def test_a_placed_stage_runs_on_the_other_pool_and_keeps_its_fingerprint(begun, 
     assert again == ref and stages["tokenize"].state == "cached", "placed or not, it is the same stage"
 
 
-def test_an_input_that_is_damaged_is_found_where_it_is_read_and_made_again(begun, gpu_pool):
+def test_an_input_that_is_damaged_is_found_where_it_is_read_and_made_again(begun, gpu_pool, monkeypatch):
     """The two share a folder, in which nothing is hashed on the way."""
+    monkeypatch.setattr(finetune, "pipeline", first_stages)
     store = LocalStore(begun.store)
     rows = job_of(begun).inputs["rows"]
     file = store.path(rows) / "train.jsonl"

@@ -42,7 +42,7 @@ def test_training_takes_the_fastest_kernel_that_the_gpu_runs(gpu, capability, in
     gpu(capability, *installed)
     chosen, kernel = choose()
     assert kernel == expected
-    assert (chosen.implementation, chosen.end_to_end) == (DOCUMENTS, True)
+    assert (chosen.implementation, chosen.concatenated) == (DOCUMENTS, True)
     assert chosen.why == (
         "no newer flash attention is installed"
         if expected == "varlen"
@@ -91,7 +91,7 @@ def test_a_kernel_that_is_asked_for_and_is_not_available_is_an_error(gpu):
 def test_what_flash_attention_cannot_compute_takes_sdpa_or_is_refused(gpu, settings, reason):
     gpu((9, 0), FA4)
     chosen, kernel = choose(**settings)
-    assert (chosen.implementation, chosen.end_to_end, kernel) == ("sdpa", False, None)
+    assert (chosen.implementation, chosen.concatenated, kernel) == ("sdpa", False, None)
     assert chosen.why.startswith(reason)
     for wanted in ("varlen", "fa3", "fa4"):
         with pytest.raises(BadConfig, match="is not available here") as caught:
@@ -109,7 +109,7 @@ def test_what_is_asked_for_is_taken(gpu):
     for wanted in ("sdpa", "eager", "flash_attention_2"):
         chosen, kernel = choose(wanted)
         assert (chosen.implementation, chosen.why, kernel) == (wanted, "asked for", None)
-        assert chosen.end_to_end == (wanted == "flash_attention_2")
+        assert chosen.concatenated == (wanted == "flash_attention_2")
     assert choose("varlen")[1] == "varlen"
 
 

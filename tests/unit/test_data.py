@@ -12,7 +12,7 @@ import pytest
 from loraflow.config.recipe import Data
 from loraflow.data import check, dvc, version
 from loraflow.data.check_report import CheckReport
-from loraflow.failures import BadConfig, BadData, DirtyData, Inadmissible, MissingData
+from loraflow.failures import BadConfig, BadData, DirtyData, LimitExceeded, MissingData
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store.files import HashMemo
 from tests.conftest import chat
@@ -227,17 +227,17 @@ def test_too_many_malformed_rows_stop_the_run_and_are_listed(tmp_path):
     with (tmp_path / "data" / "train.jsonl").open("a") as file:
         file.write("{nonsense\n")
     report = run_check(tmp_path / "data", tmp_path / "out")
-    with pytest.raises(Inadmissible) as caught:
-        check.admit(report, 0.01, "report.json")
+    with pytest.raises(LimitExceeded) as caught:
+        check.check_limits(report, 0.01, "report.json")
     assert "train.jsonl:51: column 2" in str(caught.value)
-    check.admit(report, 0.05, "report.json")
+    check.check_limits(report, 0.05, "report.json")
 
 
 def test_an_empty_side_stops_the_run(tmp_path):
     write_rows(tmp_path / "data" / "train.jsonl", range(5))
     report = run_check(tmp_path / "data", tmp_path / "out", heldout_fraction=0.0)
     with pytest.raises(BadData, match="No heldout row"):
-        check.admit(report, 0.01, "report.json")
+        check.check_limits(report, 0.01, "report.json")
 
 
 def test_a_file_that_another_held_out_set_has_already_is_refused(tmp_path):
@@ -253,7 +253,7 @@ def test_the_report_of_no_training_row_has_an_empty_profile(tmp_path):
     assert report["profile"] == {} == json.loads((tmp_path / "out" / "report.json").read_text())["profile"]
     assert CheckReport.model_validate(report).profile is None
     with pytest.raises(BadData, match="No train row"):
-        check.admit(report, 0.01, "report.json")
+        check.check_limits(report, 0.01, "report.json")
 
 
 def test_the_quickstarts_sides_share_no_phrase():

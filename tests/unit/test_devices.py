@@ -316,10 +316,10 @@ def test_what_ended_the_group_is_what_is_said(tmp_path):
     outcome(tmp_path, 1)
     assert _first_summary(tmp_path, {}).figures["rank"] == 0
     outcome(tmp_path, 0, Preempted("ended with the others"))
-    outcome(tmp_path, 1, OutOfMemory("too much", instead={"micro_tokens": 5}))
+    outcome(tmp_path, 1, OutOfMemory("too much", retry_with={"micro_tokens": 5}))
     with pytest.raises(OutOfMemory) as caught:
         _first_summary(tmp_path, {1: 1})
-    assert caught.value.details["instead"] == {"micro_tokens": 5}
+    assert caught.value.details["retry_with"] == {"micro_tokens": 5}
     outcome(tmp_path, 0, Crashed("connection closed by peer"))
     with pytest.raises(OutOfMemory):
         _first_summary(tmp_path, {1: 1})
