@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from loraflow.serving.chat import Sampling
 from loraflow.serving.models import find_model
-from loraflow.serving.predict import PredictionReport, predict
+from loraflow.serving.predict import PredictionReport, PredictOptions, predict
 from loraflow.store import open_store
 from loraflow.store.files import HashMemo
 from loraflow.tasks.progress import ProgressArtifact
@@ -40,10 +40,12 @@ def predict_file(
             found,
             Path(source),
             Path(target),
-            sampling=Sampling(max_new_tokens=max_new_tokens),
-            column=column,
-            system=found.system,
-            batch_size=batch_size,
+            PredictOptions(
+                sampling=Sampling(max_new_tokens=max_new_tokens),
+                column=column,
+                system=found.system,
+                batch_size=batch_size,
+            ),
             memo=memo,
             on_batch=ProgressArtifact("predict").show,
         )

@@ -1,7 +1,7 @@
 """The command `loraflow`. Each command's module is imported when it is called, so that `--help` is fast.
 
-Exit status: 0 success, whatever the gate decided · 1 failure · 2 wrong usage or recipe · 3 nothing was promoted, with
---strict-gate · 130 interrupted.
+Exit status: 0 success, with any decision of the gate · 1 failure · 2 wrong usage or recipe · 3 nothing was promoted, with
+--strict-gate · 130 interrupted · 141 the reader of the output closed it · 143 terminated.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
 # command → (module, its line in `--help`)
 COMMANDS = {
-    "init": ("loraflow.cli.init", "Make a recipe and a versioned dataset from your own file."),
+    "init": ("loraflow.cli.init", "Create a recipe and a versioned dataset from your own file."),
     "run": ("loraflow.cli.run", "Run a recipe on this machine, from dataset to registered model."),
     "plan": ("loraflow.cli.plan", "Show which stages of a recipe will run, and why."),
     "data": ("loraflow.cli.data", "Version, check, pull and compare datasets."),
     "evaluate": ("loraflow.cli.models", "Score a model on a recipe's held-out rows."),
     "merge": ("loraflow.cli.models", "Merge an adapter into a base."),
     "adapters": ("loraflow.cli.adapters", "Convert adapters from other tools."),
-    "chat": ("loraflow.cli.serving", "Talk to a model."),
-    "predict": ("loraflow.cli.serving", "Answer a file of chats."),
-    "serve": ("loraflow.cli.serving", "Serve a model with an OpenAI-compatible server."),
-    "publish": ("loraflow.cli.serving", "Publish a model on the hub, with a card."),
+    "chat": ("loraflow.cli.chat", "Talk to a model."),
+    "predict": ("loraflow.cli.predict", "Answer a file of chats."),
+    "serve": ("loraflow.cli.serve", "Serve a model with an OpenAI-compatible server."),
+    "publish": ("loraflow.cli.publish", "Publish a model on the hub, with a card."),
     "runs": ("loraflow.cli.store", "List all runs."),
     "show": ("loraflow.cli.show", "Show a run, an artifact, or the champion and its lineage."),
     "verify": ("loraflow.cli.store", "Check the artifacts in the store; --deep reads every byte."),
-    "gc": ("loraflow.cli.store", "Remove old models and abandoned work from the store."),
+    "gc": ("loraflow.cli.store", "Remove superseded artifacts, older merged models and stale work."),
     "registry": ("loraflow.cli.registry", "Show the promotion log."),
     "promote": ("loraflow.cli.registry", "Make a run's model the champion by hand."),
-    "rollback": ("loraflow.cli.registry", "Return to the champion before this one."),
+    "rollback": ("loraflow.cli.registry", "Go back to the previous champion."),
     "up": ("loraflow.cli.deploy", "Start a Prefect server, a worker and all deployments on this machine."),
     "deploy": ("loraflow.cli.deploy", "Create or update the deployments on the server at PREFECT_API_URL."),
     "doctor": ("loraflow.cli.doctor", "Show what this machine supports and what is missing."),
@@ -51,7 +51,7 @@ class LazyGroup(click.Group):
     """A group whose commands are imported when they are called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of the commands, in the order of use."""
+        """Return the names of the commands, in the order of `--help`."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def set_default_environment() -> None:
-    """Set the variables that libraries read at import: less output, no telemetry, time for a first start."""
+    """Set defaults of the variables that libraries read at import: less output, no telemetry, a longer startup timeout."""
     for name, value in {
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # the first start migrates a database
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("recipe")
 @set_option
-@click.option("--force", multiple=True, metavar="STAGE", help="As for `loraflow run`.")
+@click.option("--force", multiple=True, metavar="STAGE", help="Plan as if `loraflow run` had this --force.")
 @json_option
 def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bool) -> None:
     """Show for each stage of RECIPE whether it is cached or will run, and why."""

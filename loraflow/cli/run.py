@@ -1,4 +1,4 @@
-"""`loraflow run`: the whole flow, here, with a closing table."""
+"""`loraflow run`: run the flow on this machine, and print tables of scores and stages at the end."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loraflow.cli import json_option, parse_overrides, set_option
+from loraflow.stages import STAGES, check_names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,10 +23,15 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("recipe")
 @set_option
-@click.option("--force", multiple=True, metavar="STAGE", help="Compute a stage again although it is cached.")
+@click.option(
+    "--force",
+    multiple=True,
+    metavar="STAGE",
+    help=f"Recompute this stage even if it is cached; repeat for several. STAGE is one of {', '.join(STAGES)}.",
+)
 @json_option
 @click.option("--strict-gate", is_flag=True, help="Exit with 3 when nothing was promoted.")
-@click.option("--quiet", "-q", is_flag=True, help="Print warnings and the closing table only.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only warnings and the final tables.")
 def run(
     recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bool, strict_gate: bool, quiet: bool
 ) -> None:
@@ -34,10 +40,9 @@ def run(
     if quiet:
         os.environ["PREFECT_LOGGING_LEVEL"] = "WARNING"
     from loraflow.config import load_recipe
-    from loraflow.stages import check_names
 
     check_names(force, "--force")
-    load_recipe(recipe, overrides)  # before prefect starts: a typing error is reported at once
+    load_recipe(recipe, overrides)  # before prefect starts, so that a mistake is reported at once
     from loraflow.flows.finetune import finetune
     from loraflow.flows.server.temporary_server import start_temporary_server
     from loraflow.registry.runs import RunSummary
@@ -59,7 +64,7 @@ SIDES = ("base", "tuned", "champion")
 
 
 def show(summary: RunSummary) -> None:
-    """Print the closing tables: scores, stages, verdict, and where the files lie."""
+    """Print scores, stages, the gate's decision and the locations of the files."""
     from rich.console import Console
 
     console = Console(highlight=False)

@@ -22,7 +22,7 @@ from loraflow.serving.chat import Sampling
 from loraflow.serving.models import Loaded, Model, load
 from loraflow.serving.tables import NO_ANSWER, OUT_SUFFIXES, Prediction, Question, read_questions, write_answers
 from loraflow.store.files import HashMemo, hash_file, write_json
-from loraflow.store.lock import Held, flock
+from loraflow.store.lock import LockHeld, flock
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +45,8 @@ class PredictionReport(TypedDict):
     out: str
 
 
-class _Begun(BaseModel):
-    """What unfinished answers belong to: `begun.json`."""
+class _Request(BaseModel):
+    """The input, model and settings of unfinished answers: `begun.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,18 +55,49 @@ class _Begun(BaseModel):
     settings: dict[str, JsonValue]
 
 
+class PredictOptions(BaseModel):
+    """How the rows of a file are read and answered.
+
+    Attributes:
+        sampling: how tokens are chosen.
+        format_name: the chat format of the rows; auto looks at their keys.
+        column: the column that holds the question, instead of a chat format.
+        system: a message to put before chats that have none.
+        dtype: float32, as in evaluation, makes answers independent of the batch.
+        device: auto, cpu or cuda.
+        batch_size: rows in memory at a time; halved when a GPU runs out of memory.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sampling: Sampling
+    format_name: str = "auto"
+    column: str | None = None
+    system: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    batch_size: int = 16
+
+    @property
+    def recorded(self) -> dict[str, JsonValue]:
+        """The options that decide the answers. Unfinished answers are only resumed with the same."""
+        return {
+            **self.sampling.model_dump(),
+            "format": self.format_name,
+            "column": self.column,
+            "system": self.system,
+            "dtype": self.dtype,
+            # Sampled rows of a batch share random numbers.
+            "batch_size": self.batch_size if self.sampling.temperature else None,
+        }
+
+
 def predict(
     model: Model,
     source: Path,
     target: Path,
+    options: PredictOptions,
     *,
-    sampling: Sampling,
-    form: str = "auto",
-    column: str | None = None,
-    system: str | None = None,
-    dtype: str = "float32",
-    device: str = "auto",
-    batch_size: int = 16,
     memo: HashMemo | None = None,
     on_batch: OnBatch | None = None,
 ) -> PredictionReport:
@@ -76,14 +107,8 @@ def predict(
         model: the model to ask.
         source: JSONL, JSON, CSV, TSV or Parquet.
         target: JSONL, CSV, TSV or Parquet; it must not exist.
-        sampling: how tokens are chosen.
-        form: the chat format of the rows; auto looks at their keys.
-        column: the column that holds the question, instead of a chat format.
-        system: a message to put before chats that have none.
-        dtype: float32, as in evaluation, makes answers independent of the batch.
-        device: auto, cpu or cuda.
-        batch_size: rows in memory at a time; halved when a GPU runs out of memory.
-        memo: remembered hashes of the model's files.
+        options: how rows are read and answered.
+        memo: known hashes of the model's files.
         on_batch: called after each batch.
 
     Raises:
@@ -91,26 +116,18 @@ def predict(
         BadData: the input cannot be read, or changed during the work.
         OutOfMemory: a single row does not fit into the device's memory.
     """
-    _refuse(source, target)
+    _check_paths(source, target)
     work = target.with_name(target.name + ".partial")
-    settings: dict[str, JsonValue] = {
-        **sampling.model_dump(),
-        "format": form,
-        "column": column,
-        "system": system,
-        "dtype": dtype,
-        "batch_size": batch_size if sampling.temperature else None,  # sampled rows of a batch share random numbers
-    }
-    begun = _Begun(input=hash_file(source), model=model.digest(memo or HashMemo(None)), settings=settings)
+    request = _Request(input=hash_file(source), model=model.digest(memo or HashMemo(None)), settings=options.recorded)
     with _unfinished(work, target):
-        resumed = _resume(work, begun)
-        questions = read_questions(source, form, column, system)
+        resumed = _resume(work, request)
+        questions = read_questions(source, options.format_name, options.column, options.system)
         if resumed:
             log.info("resuming: %d of %d rows are answered", resumed, len(questions))
         _try_to_write(work / f"probe{target.suffix}", questions, source)
-        loaded = load(model, dtype, device)
-        answers = _answer(loaded, questions, sampling, batch_size, work / "answers.jsonl", on_batch)
-        if hash_file(source) != begun.input:
+        loaded = load(model, options.dtype, options.device)
+        answers = _answer(loaded, questions, options, work / "answers.jsonl", on_batch)
+        if hash_file(source) != request.input:
             raise BadData(
                 "The input changed during the prediction.", where=str(source), next_step="run the command again"
             )
@@ -119,12 +136,12 @@ def predict(
     return {"rows": len(answers), "errors": errors, "resumed": resumed, "out": str(target)}
 
 
-def _refuse(source: Path, target: Path) -> None:
+def _check_paths(source: Path, target: Path) -> None:
     if not source.is_file():
         raise BadConfig("There is no such file.", where=str(source), expected="a file of chats")
     if target.suffix.lower() not in OUT_SUFFIXES:
         raise BadConfig(
-            "This kind of file is not written.",
+            "This file format is not supported for output.",
             where=str(target),
             expected=", ".join(OUT_SUFFIXES),
             got=target.suffix or "no suffix",
@@ -150,7 +167,7 @@ def _unfinished(work: Path, target: Path) -> Iterator[None]:
             finally:
                 if target.exists() or not _done(work):
                     shutil.rmtree(work)
-    except Held:
+    except LockHeld:
         raise BadConfig(
             "Another process is writing this file.", where=str(target), next_step="wait for it, or name another file"
         ) from None
@@ -158,7 +175,7 @@ def _unfinished(work: Path, target: Path) -> Iterator[None]:
         raise from_os_error(error, str(target.parent)) or error from error
 
 
-def _resume(work: Path, begun: _Begun) -> int:
+def _resume(work: Path, request: _Request) -> int:
     """Return the number of rows that an earlier attempt at the same work answered.
 
     Raises:
@@ -166,18 +183,18 @@ def _resume(work: Path, begun: _Begun) -> int:
     """
     file = work / "begun.json"
     if not _done(work) or not file.exists():
-        write_json(file, begun.model_dump())
+        write_json(file, request.model_dump())
         return 0
-    before = _Begun.model_validate_json(file.read_bytes())
-    if before != begun:
-        changed = ["input"] if before.input != begun.input else []
-        changed += ["model"] if before.model != begun.model else []
-        changed += identity.explain(before.settings, begun.settings)
+    before = _Request.model_validate_json(file.read_bytes())
+    if before != request:
+        changed = ["input"] if before.input != request.input else []
+        changed += ["model"] if before.model != request.model else []
+        changed += identity.explain(before.settings, request.settings)
         raise BadConfig(
-            "This file was begun with another input, model or setting, and its rows would be mixed.",
+            "The unfinished answers belong to another input, model or setting.",
             where=str(work),
             got=f"another {', '.join(changed)}",
-            next_step=f"finish it with what it was begun with, or start again: rm -r {work}",
+            next_step=f"use the earlier input, model and settings to finish it, or start again: rm -r {work}",
         )
     return _done(work)
 
@@ -189,7 +206,7 @@ def _done(work: Path) -> int:
 
 
 def _try_to_write(probe: Path, questions: list[Question], source: Path) -> None:
-    """Write the rows without answers, so that what the format cannot hold is found before the work, not after it."""
+    """Write the rows without answers, so that values that the format cannot store are found before the work."""
     write_answers(probe, questions, [NO_ANSWER] * len(questions), source)
     probe.unlink()
 
@@ -197,14 +214,14 @@ def _try_to_write(probe: Path, questions: list[Question], source: Path) -> None:
 def _answer(
     loaded: Loaded,
     questions: list[Question],
-    sampling: Sampling,
-    batch_size: int,
+    options: PredictOptions,
     done_file: Path,
     on_batch: OnBatch | None,
 ) -> list[Prediction]:
     """Answer the rows that can be answered; the others get the reason as their error."""
     from loraflow.evaluation.generation import answer_all
 
+    sampling, batch_size = options.sampling, options.batch_size
     prompts, errors = _prompts(loaded, questions, sampling.max_new_tokens)
     asked = [i for i, error in enumerate(errors) if error is None]
     model = _Sampler(loaded.model, sampling) if sampling.temperature else loaded.model
@@ -237,7 +254,7 @@ def _answer(
 def _prompts(
     loaded: Loaded, questions: list[Question], max_new_tokens: int
 ) -> tuple[list[list[int]], list[str | None]]:
-    """Return each row's prompt ids, and the reason if it has none: one bad row must not stop the others."""
+    """Return each row's prompt ids, or why it has none: one malformed row must not stop the others."""
     prompts: list[list[int]] = [[] for _ in questions]
     errors = [question.error for question in questions]
     for i, question in enumerate(questions):
@@ -261,9 +278,10 @@ def _prompts(
 
 
 class _Sampler:
-    """A model whose `generate` samples.
+    """A stand-in for a model whose `generate` samples. All other attributes are the model's own (`__getattr__`).
 
-    The random numbers of a batch follow from the seed and its prompts, so that a resumed run draws the same ones.
+    So evaluation's code for generating, which asks for greedy answers, serves here too. The random numbers of a batch are
+    derived from the seed and its prompts, so that a resumed run draws the same ones.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModelForCausalLM, sampling: Sampling):
@@ -273,7 +291,7 @@ class _Sampler:
         return getattr(self._model, name)
 
     def forward(self, **inputs: torch.Tensor) -> ModelOutput:
-        """Run the model. The signature has no `logits_to_keep`, which keeps evaluation from its own greedy decoding."""
+        """Run the model. Without `logits_to_keep` in the signature, evaluation does not use its own greedy decoding."""
         output: ModelOutput = self._model(**inputs)
         return output
 

@@ -14,7 +14,7 @@ from loraflow.data.chat_formats import BadRow, to_prompt
 from loraflow.failures import BadConfig, BadData
 from loraflow.serving.chat import Sampling
 from loraflow.serving.models import Model, load
-from loraflow.serving.predict import predict
+from loraflow.serving.predict import PredictOptions, predict
 from loraflow.serving.tables import read_questions
 from tests.children import exit_code
 from tests.conftest import chat
@@ -39,7 +39,9 @@ def rows(tmp_path):
 
 
 def run(phi3, source, target, sampling=SHORT, **options):
-    return predict(Model("tiny", phi3), source, target, sampling=sampling, **{"batch_size": 4, **options})
+    on_batch = options.pop("on_batch", None)
+    chosen = PredictOptions(sampling=sampling, **{"batch_size": 4, **options})
+    return predict(Model("tiny", phi3), source, target, chosen, on_batch=on_batch)
 
 
 def read(file):
@@ -113,7 +115,7 @@ def test_rows_of_two_models_or_inputs_are_never_mixed(phi3, rows, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(phi3, rows, target, on_batch=stop)
     other = build_phi3(tmp_path / "other", seed=7)
-    with pytest.raises(BadConfig, match="begun") as caught:
+    with pytest.raises(BadConfig, match="belong to another input, model or setting") as caught:
         run(other, rows, target)
     assert "another model" in caught.value.got
     with pytest.raises(BadConfig) as caught:
