@@ -1,1 +1,1 @@
-"""What runs, and in which order. No stage logic, no torch."""
+"""The flows: which tasks run, and in which order. The work of the stages is in `loraflow/`; nothing here imports torch."""

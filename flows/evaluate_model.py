@@ -22,11 +22,11 @@ def _run_name() -> str:
 def evaluate(
     model: str = "champion", recipe: RecipeName = "quickstart", settings: Settings = NO_SETTINGS
 ) -> dict[str, JsonValue]:
-    """Score a model on the held-out rows of a recipe, by its protocol.
+    """Score a model on the held-out rows of a recipe, with the metrics and settings of its `evaluation` section.
 
     Args:
         model: The champion (or champion:NAME), the id of a run, or the path of a model's folder.
-        recipe: One of configs/, or a path.
+        recipe: Name of a recipe in configs/, or a path.
         settings: Any other key of the recipe, such as {"evaluation.max_rows": 50}.
     """
     with open_run(recipe, settings, []) as run:

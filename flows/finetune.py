@@ -1,13 +1,17 @@
-"""The flow: fine-tune, evaluate, merge, gate, register.
+"""The flow finetune: train, merge, evaluate, gate, register.
 
 loraflow run configs/quickstart.yaml
 """
 
 from __future__ import annotations
 
+import logging
+
 from prefect import flow
 from pydantic import JsonValue
 
+from loraflow.execution.results import PipelineResult
+from loraflow.failures import CorruptArtifact, Failure
 from loraflow.flows.parameters import NO_OVERRIDES, NO_SETTINGS, NO_STAGES, Overrides, RecipeName, Settings, StageName
 from loraflow.flows.pipeline import pipeline
 from loraflow.registry.runs import RunSummary
@@ -19,6 +23,10 @@ from loraflow.tasks.register import register
 from loraflow.tasks.report import publish_report
 from loraflow.tasks.run import Run, open_run
 from loraflow.tasks.run_name import run_name
+from loraflow.tasks.run_record import set_publication, set_summary
+
+log = logging.getLogger("loraflow")
+MAX_REPAIRS = 5
 
 
 @flow(name="finetune", flow_run_name=run_name, validate_parameters=True)
@@ -32,28 +40,46 @@ def finetune(
     """Fine-tune a model by a recipe, and promote it if it is better than base and champion.
 
     Args:
-        recipe: One of configs/, or a path.
-        overrides: What this run does differently.
-        force: Stages to compute although they are cached.
-        approval: Wait for a person's yes before a model becomes the champion.
+        recipe: Name of a recipe in configs/, or a path.
+        overrides: Changes to the recipe, for this run only.
+        force: Recompute these stages even if cached.
+        approval: Require manual approval before promotion.
         settings: Any other key of the recipe, such as {"evaluation.max_rows": 50}.
     """
     if approval:
         refuse_without_deployment()
     with open_run(recipe, {**settings, **overrides.settings()}, list(force)) as run:
-        return make_model(run, approval).model_dump(mode="json")
+        return run_and_promote(run, approval).model_dump(mode="json")
 
 
-def make_model(run: Run, approval: bool) -> RunSummary:
+def run_and_promote(run: Run, approval: bool) -> RunSummary:
     """Run the pipeline, decide, register, publish, report."""
-    result = run.until_intact(pipeline)
+    result = run_pipeline(run)
     decision = gate(run.workspace, result)
     if approval:
         decision = ask_for_approval(run, result, decision)
     registration = register(run.workspace, result, decision)
     announce_decision(run.workspace.recipe.register_.model, registration)
-    run.summarize(result, registration)
+    set_summary(run, result, registration)
     published = publish(run, result)
-    summary = run.keep_summary(published)
+    summary = set_publication(run, published)
     publish_report(run, result, registration.decision, summary)
     return summary
+
+
+def run_pipeline(run: Run) -> PipelineResult:
+    """Run the pipeline. If an artifact turns out to be damaged, run it again: only the damaged one is recomputed.
+
+    Raises:
+        Failure: artifacts were damaged again and again.
+    """
+    for _ in range(MAX_REPAIRS):
+        try:
+            return pipeline(run)
+        except CorruptArtifact as failure:  # the artifact is quarantined by now, so the next lookup misses it
+            log.warning("%s", failure)
+    raise Failure(
+        f"Artifacts were damaged {MAX_REPAIRS} times in one run.",
+        where=run.workspace.store.uri,
+        next_step="check the disk; `loraflow verify --deep` checks the whole store",
+    )

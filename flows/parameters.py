@@ -1,6 +1,6 @@
-"""The run form: the fields that a person fills in before a run, in Prefect's UI.
+"""The form of a run in Prefect's UI: the parameters of the flows.
 
-The form is short. Any other key of a recipe is changed in the recipe, or through `settings` by its dotted name.
+The form has the most common settings. Any other key is changed in the recipe, or through `settings` by its dotted name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from loraflow.stages import STAGES
 
 
 class RecipeChoice:
-    """Shows a text field as a choice between the recipes of `configs/` and a path."""
+    """Show a text field as a choice between the recipes of `configs/` and a path."""
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Return the schema, with the recipes that exist when the flow is deployed."""
@@ -37,7 +37,7 @@ class RecipeChoice:
 
 
 class StageChoice:
-    """Makes a text field a choice among the stages of the stage table."""
+    """Show a text field as a choice of one of the stages."""
 
     def __get_pydantic_core_schema__(self, source: type[str], handler: GetCoreSchemaHandler) -> CoreSchema:
         """Return the schema of a `Literal` of the names of all stages."""
@@ -45,7 +45,7 @@ class StageChoice:
 
 
 class FreeForm:
-    """Shows an object as a JSON editor; the schema of JsonValue itself would show no field at all."""
+    """Show an object as a JSON editor; the schema of JsonValue itself would show no field at all."""
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Return the schema of an object with any keys and values."""
@@ -53,7 +53,7 @@ class FreeForm:
 
 
 class MayBeEmpty:
-    """Shows an optional field as one box; `X | None` would be shown as two tabs."""
+    """Show an optional field as one box; `X | None` would be shown as two tabs."""
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Return the schema without null: the form does not send a field that is left empty."""
@@ -62,7 +62,7 @@ class MayBeEmpty:
 
 
 class DecimalText:
-    """Shows a number as text: the new UI's number box takes whole numbers only, and nobody can type 2e-4 in it."""
+    """Show a number as text: the number box of Prefect's new UI takes whole numbers only, so 2e-4 could not be entered."""
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Return the schema of a number above 0 and at most 1, written as a decimal or with an exponent."""
@@ -70,10 +70,10 @@ class DecimalText:
 
 
 def at(position: int) -> Callable[[JsonDict], None]:
-    """Return a `json_schema_extra` that puts a field at a position of the form and leaves it empty at first."""
+    """Return a `json_schema_extra` that sets a field's position in the form and removes its default, so that it is empty."""
 
     def extra(schema: JsonDict) -> None:
-        schema.pop("default", None)  # null, which is not what an empty box sends
+        schema.pop("default", None)  # an empty box is not sent at all, but a default of null would be
         schema["position"] = position
 
     return extra

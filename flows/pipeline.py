@@ -13,7 +13,7 @@ the two.
 from __future__ import annotations
 
 from loraflow.execution.results import PipelineResult
-from loraflow.tasks.admission import admit_merged, admit_rows
+from loraflow.tasks.limits import check_merge, check_rows
 from loraflow.tasks.run import Run
 from loraflow.tasks.stages import (
     check_dataset,
@@ -29,9 +29,10 @@ from loraflow.tasks.stages import (
 
 def pipeline(run: Run) -> PipelineResult:
     """Run all stages, one after another. A stage whose artifact is in the store is a cache hit."""
+    # If you change the steps, change STEPS in loraflow/execution/plan.py too.
     dataset = version_dataset(run)
     rows = check_dataset(run, dataset=dataset)
-    admit_rows(run.workspace, rows)
+    check_rows(run.workspace, rows)
     base = resolve_base(run)
     tokens = tokenize(run, rows=rows, base=base)
     base_scores = evaluate(run, model=base, rows=rows, label="evaluate base")
@@ -39,7 +40,7 @@ def pipeline(run: Run) -> PipelineResult:
     probes = tokens if run.workspace.recipe.compares_merges else None
     merged = merge(run, base=base, adapter=adapter, tokens=probes)
     verified = verify(run, base=base, adapter=adapter, merged=merged, rows=rows)
-    admit_merged(run.workspace, verified)
+    check_merge(run.workspace, verified)
     tuned_scores = evaluate(run, model=merged, rows=rows, label="evaluate tuned")
     champion = run.workspace.champion()
     champion_scores = evaluate(run, model=champion, rows=rows, label="evaluate champion") if champion else None

@@ -1,4 +1,4 @@
-"""The flow: answer a file of chats with a model.
+"""The flow predict: answer a file of chats with a model.
 
 python -c "from loraflow.flows.predict import predict; predict(source='tickets.jsonl', target='answers.jsonl')"
 """
@@ -21,14 +21,14 @@ def predict(
     max_new_tokens: int = 256,
     batch_size: int = 16,
 ) -> PredictionReport:
-    """Answer the chats of a file and write them, with their answers, to another. A run that was killed goes on.
+    """Answer the chats of a file and write them, with their answers, to another. A killed run resumes.
 
     Args:
         source: JSONL, JSON, CSV, TSV or Parquet.
         target: JSONL, CSV, TSV or Parquet; it must not exist.
         model: champion, a run's id, or a model's folder.
         store: Where champions and runs are looked up.
-        column: The column that holds the question, where a row is no chat.
+        column: The column that holds the question, for rows that are not chats.
         max_new_tokens: Longest answer, in tokens.
         batch_size: Rows in memory at a time.
     """

@@ -12,7 +12,7 @@ from pydantic import JsonValue
 
 from loraflow.config import load_recipe
 from loraflow.data.git_branch import find_newest_commit
-from loraflow.flows.finetune import make_model
+from loraflow.flows.finetune import run_and_promote
 from loraflow.flows.parameters import NO_SETTINGS, RecipeName, Settings
 from loraflow.registry.runs import RunSummary
 from loraflow.tasks.approval import refuse_without_deployment
@@ -30,16 +30,16 @@ def retrain(
     """Run a recipe on the newest dataset of a branch, and promote the model if it beats the champion.
 
     Args:
-        recipe: One of configs/, or a path.
-        branch: The git branch whose data.dvc counts, at the remote `origin` or here, whichever is ahead.
-        approval: Wait for a person's yes before a model becomes the champion.
+        recipe: Name of a recipe in configs/, or a path.
+        branch: Git branch to read the .dvc file from. If the branch of `origin` has newer commits, they are used.
+        approval: Require manual approval before promotion.
         settings: Any other key of the recipe, such as {"evaluation.max_rows": 50}.
     """
     if approval:
         refuse_without_deployment()
     found = find_newest_commit(load_recipe(recipe, settings).data.repo, branch)
     with open_run(recipe, {**settings, **found.settings()}, []) as run:
-        summary = make_model(run, approval)
+        summary = run_and_promote(run, approval)
     document = summary.model_dump(mode="json")
     if is_news(summary):
         return document
@@ -47,7 +47,7 @@ def retrain(
 
 
 def is_news(summary: RunSummary) -> bool:
-    """Tell whether a run computed or decided anything."""
+    """Return whether a run computed or decided anything."""
     decided = summary.decision is not None and summary.decision.verdict != "unchanged"
     return decided or any(stage.state != "cached" for stage in summary.stages)
 

@@ -1,4 +1,4 @@
-"""Compute one stage of another run on this worker, as its `runtime.placement` asks. Both share the artifact store."""
+"""The flow stage: run one stage of another run on this worker (`runtime.placement`). Both share the artifact store."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from loraflow.execution.parent_death import end_with_parent
 from loraflow.failures import Failure, from_os_error
 from loraflow.flows.parameters import JsonObject
 from loraflow.store import require_intact
-from loraflow.tasks.compute import compute_here
 from loraflow.tasks.placement import accept, failure_message
+from loraflow.tasks.run_here import run_here
 
 
 @flow(name="stage", flow_run_name="{label}", persist_result=False)
 def stage(job: JsonObject, store: str, label: str, force: bool = False) -> State[None] | None:
-    """Compute one stage of another run and put its artifact into the shared store.
+    """Run one stage of another run and put its artifact into the shared store.
 
     Args:
         job: The stage's job, as the other run has built it.
         store: The artifact store that both runs share.
         label: The stage's name in the UI.
-        force: Compute the stage although its artifact is in the store.
+        force: Recompute the stage even if its artifact is in the store.
     """
     end_with_parent()
     try:
@@ -30,7 +30,7 @@ def stage(job: JsonObject, store: str, label: str, force: bool = False) -> State
         with artifacts.reader_lock():
             for ref in accepted.inputs.values():
                 require_intact(artifacts, ref)
-            compute_here(accepted, artifacts, label, force=force)
+            run_here(accepted, artifacts, label, force=force)
     except (Failure, OSError) as error:
         failure = error if isinstance(error, Failure) else from_os_error(error, store)
         if failure is None:

@@ -1,6 +1,6 @@
 """The ways in which a stage can fail. A failure says what happened and where, what was expected, and what to do next.
 
-A failure crosses process borders as JSON (`to_dict`, `from_dict`): the worker writes it, and the launcher raises it
+A failure passes between processes as JSON (`to_dict`, `from_dict`): the worker writes it, and the launcher raises it
 again. Whether a retry can help is a property of the class, not a decision of the code that catches the failure.
 """
 
@@ -114,8 +114,8 @@ class CorruptArtifact(Failure):
     kind = "corrupt_artifact"
 
 
-class Inadmissible(Failure):
-    """A report is outside the recipe's bounds, so the run stops."""
+class LimitExceeded(Failure):
+    """A report exceeds a limit of the recipe, so the run stops."""
 
     kind = "inadmissible"
 

@@ -22,7 +22,7 @@ C = TypeVar("C", bound=StageConfig, covariant=True)  # a job is frozen
 class Job(BaseModel, Generic[C]):
     """A stage, its inputs and its config, which make up the fingerprint; and its runtime, which does not.
 
-    `inputs` are refs; `facets` names the part of an input that the stage depends on, where that is not the whole.
+    `inputs` are refs; `facets` names the part of an input that the stage depends on, if it does not depend on all of it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,7 +49,7 @@ class Job(BaseModel, Generic[C]):
 
     @property
     def payload(self) -> dict[str, JsonValue]:
-        """What the fingerprint is taken over."""
+        """The values that the fingerprint hashes."""
         digests = {name: ref.identity(self.facets.get(name)) for name, ref in self.inputs.items()}
         return identity.payload(self.stage, self.version, digests, self.config.identity())
 
@@ -65,7 +65,7 @@ class Job(BaseModel, Generic[C]):
 
     @property
     def pool(self) -> str | None:
-        """The deployment `stage/<pool>` that computes the job; None is this machine."""
+        """The name of the deployment `stage/<name>` that runs the job, from runtime.placement; None is this machine."""
         return next((pool for stage, pool in self.runtime.placement.items() if stage == self.stage), None)
 
     def with_runtime(self, **changes: JsonValue) -> Job[C]:
@@ -87,11 +87,11 @@ class Inputs:
 
 
 class Progress:
-    """Reports how far a stage is: a line of JSON each, in a file that the launcher follows.
+    """Reports the progress of a stage as lines of JSON, in a file that the launcher reads.
 
     Args:
         path: the file; None reports nothing.
-        work: a folder that outlives the attempt, for checkpoints and finished parts.
+        work: the work folder, which outlives the attempt: for checkpoints and finished parts.
     """
 
     def __init__(self, path: Path | None = None, work: Path | None = None):

@@ -1,9 +1,10 @@
-"""The table of stages. Everything that loraflow knows of a stage, and that is not in its module, is in its row here.
+"""The table of stages: name, version, module, inputs and needs of each stage.
 
 To add a stage: write its module with a `run` function, its config in `loraflow/config/stage_configs.py`, its task in
 `tasks/stages.py`, and its row. `docs/design.md` has a worked example.
 
-A change to a stage that can change its result raises its version; a golden test asks for the decision.
+If a change to a stage's code can change its result, raise the stage's version. A golden test fails until you have either
+raised it or recorded the new code as equivalent.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Literal
 
 from loraflow.config import Recipe
 from loraflow.config import stage_configs as configs
-from loraflow.config.stage_configs import JobRuntime, StageConfig, Surroundings
+from loraflow.config.stage_configs import JobRuntime, RecipeContext, StageConfig
 from loraflow.failures import BadConfig
 
 _HARDWARE = ("loraflow.hardware.device", "loraflow.hardware.attention")
@@ -26,7 +27,7 @@ class Input:
     """An input of a stage: which stages' artifacts it may be, and which part of them the stage depends on."""
 
     source: tuple[str, ...]
-    part: str | None = None  # a facet of the artifact; None is the whole artifact
+    part: str | None = None  # a facet of the artifact; None is the complete artifact
     optional: bool = False
 
 
@@ -38,16 +39,16 @@ class Stage:
     version: int
     module: str  # `run(job, inputs, out, progress)` in it does the work; imported only where the stage runs
     config: type[StageConfig]
-    code: tuple[str, ...]  # modules whose code makes the result
+    code: tuple[str, ...]  # modules whose code decides the result
     inputs: Mapping[str, Input] = field(default_factory=dict)
-    runtime: Callable[[Recipe, Surroundings], JobRuntime] = JobRuntime.from_recipe
+    runtime: Callable[[Recipe, RecipeContext], JobRuntime] = JobRuntime.from_recipe
     in_worker: bool = True  # in a worker process; otherwise in the process of the flow
     uses_gpu: bool = False  # waits for the GPU's lease
     placeable: bool = False  # may run on another work pool (runtime.placement)
     several_devices: bool = False  # shares its work between runtime.devices
     several_nodes: bool = False  # shares its work between runtime.rendezvous.nodes
-    halved: Literal["micro_batch", "eval_batch_size"] | None = None  # the runtime field that is halved out of memory
-    needs_room_of: Literal["base", "origin"] | None = None  # what the result is as large as; the disk is asked first
+    oom_field: Literal["micro_batch", "eval_batch_size"] | None = None  # runtime field to halve when memory runs out
+    disk_estimate: Literal["base", "origin"] | None = None  # the result needs as much disk space as this
 
     def __str__(self) -> str:
         return self.name
@@ -99,7 +100,7 @@ RESOLVE_BASE = Stage(
         "loraflow.base.repack",
         *_TEMPLATE,
     ),
-    needs_room_of="origin",
+    disk_estimate="origin",
 )
 
 TOKENIZE = Stage(
@@ -176,7 +177,7 @@ TRAIN = Stage(
     placeable=True,
     several_devices=True,
     several_nodes=True,
-    halved="micro_batch",
+    oom_field="micro_batch",
 )
 
 MERGE = Stage(
@@ -187,7 +188,7 @@ MERGE = Stage(
     inputs={
         "base": _from(RESOLVE_BASE),
         "adapter": _from(TRAIN, part="adapter"),
-        "tokens": _from(TOKENIZE, optional=True),  # to compare two ways of merging on (Recipe.compares_merges)
+        "tokens": _from(TOKENIZE, optional=True),  # rows to compare two ways of merging (Recipe.compares_merges)
     },
     code=(
         "loraflow.adapters.merge",
@@ -212,7 +213,7 @@ MERGE = Stage(
         *_TEMPLATE,
     ),
     placeable=True,
-    needs_room_of="base",
+    disk_estimate="base",
 )
 
 VERIFY = Stage(
@@ -240,7 +241,7 @@ VERIFY = Stage(
 
 EVALUATE = Stage(
     name="evaluate",
-    version=2,  # 2: what all prompts begin with is computed once; the last bits of a loss may differ
+    version=2,  # 2: the common prefix of the prompts is computed once; the last bits of a loss may differ
     module="loraflow.evaluation.score",
     config=configs.EvaluateConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, part="heldout")},
@@ -263,7 +264,7 @@ EVALUATE = Stage(
     uses_gpu=True,
     placeable=True,
     several_devices=True,
-    halved="eval_batch_size",
+    oom_field="eval_batch_size",
 )
 
 STAGES: dict[str, Stage] = {
@@ -273,7 +274,7 @@ STAGES: dict[str, Stage] = {
 
 
 def check_names(names: Iterable[str], where: str) -> None:
-    """Refuse names that are not stages.
+    """Check that names are stages.
 
     Raises:
         BadConfig: there is no such stage.

@@ -1,4 +1,4 @@
-"""Ask a person before a promotion. The run leaves its worker, and resumes with the answer; its stages are cached then."""
+"""Ask a person before a promotion. The run is suspended, and its process ends; with the answer it starts again, cached."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from loraflow.failures import BadConfig
 from loraflow.reporting.markdown import approval_request
 from loraflow.tasks.gate import remember
 from loraflow.tasks.run import Run
+from loraflow.tasks.run_record import model_scores
 
 log = logging.getLogger("loraflow")
 WAIT = 7 * 24 * 3600  # seconds; a run that nobody answers within a week fails
@@ -47,11 +48,11 @@ def refuse_without_deployment() -> None:
 
 
 def ask_for_approval(run: Run, result: PipelineResult, decision: Decision) -> Decision:
-    """Before a promotion, leave the run until a person has answered. A no is a decision that reruns respect."""
+    """Before a promotion, suspend the run until a person has answered. Reruns respect a no."""
     if decision.verdict != "promote":
         return decision
     workspace = run.workspace
-    text = approval_request(workspace.recipe.name, decision, run.scores(result))
+    text = approval_request(workspace.recipe.name, decision, model_scores(run, result))
     form = Promotion.with_initial_data(description=text, promote=False, reason="")
     # The key is the head of the log: a run that resumes and finds another champion asks again.
     head = workspace.seen_head

@@ -20,8 +20,8 @@ RUN_WAITING = "loraflow.run.waits"
 def announce_waiting(run_id: str) -> None:
     """Tell the server that a run suspended itself, so that the automation for missing heartbeats leaves it alone.
 
-    Heartbeats go on until the flow's function ends, and reach the server later than a state does. This event takes the
-    same way, so it arrives after them.
+    Heartbeats are sent until the flow's function ends, and reach the server later than a state does. This event takes
+    the same route, so it arrives after them.
     """
     emit_event(RUN_WAITING, {"prefect.resource.id": f"prefect.flow-run.{run_id}"})
 

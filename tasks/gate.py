@@ -1,4 +1,4 @@
-"""The gate: never cached, always in the flow's process, decided against the champion that the run has scored."""
+"""The gate as a task. It is never cached, and compares with the champion whose scores this run has read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, persist_result=False)
 def gate(workspace: Workspace, result: PipelineResult) -> Decision:
     """Decide whether the challenger replaces the champion: promote, reject, undecided or unchanged."""
-    head, merged = workspace.seen_head, result.merged.digest  # the log's head may have moved since; `register` checks
+    head, merged = workspace.seen_head, result.merged.digest  # another run may have promoted since; `register` checks
     if head is not None and head.merged.digest == merged:
         return Decision.unchanged("the challenger is the champion")
     why = workspace.log.rollback_reason(merged)
@@ -37,7 +37,7 @@ def gate(workspace: Workspace, result: PipelineResult) -> Decision:
 
 
 def remember(workspace: Workspace, result: PipelineResult, decision: Decision) -> None:
-    """Keep a person's decision in place of the gate's, so that a rerun finds it."""
+    """Record a person's decision in place of the gate's, so that a rerun finds it."""
     protocol = _protocol(workspace, result)
     workspace.log.write_decision(workspace.seen_head, result.merged.digest, protocol, decision.to_dict())
 

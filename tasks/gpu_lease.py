@@ -1,4 +1,4 @@
-"""Let one stage at a time use a host's GPU: by a limit on the server, which people can see and raise, or by a lock."""
+"""Let one stage at a time use a host's GPU: by a concurrency limit on the server, or by a lock file without a server."""
 
 from __future__ import annotations
 
@@ -36,27 +36,27 @@ def create_limit(client: SyncPrefectClient) -> bool:
         client.read_global_concurrency_limit_by_name(limit_name())
         return False
     except ObjectNotFound:
-        with suppress(ObjectAlreadyExists):  # somebody was quicker
+        with suppress(ObjectAlreadyExists):  # another process was faster
             client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=limit_name(), limit=1))
         return True
 
 
 def has_gpu() -> bool:
-    """Tell whether the kernel shows an NVIDIA device; torch, which knows for sure, takes seconds to import."""
+    """Return whether the kernel shows an NVIDIA device. torch knows for certain, but takes seconds to import."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 @contextmanager
 def gpu_lease(job: Job[StageConfig]) -> Iterator[None]:
-    """Hold the GPU while a job computes, if it computes there."""
+    """Hold the GPU while a job runs, if it uses the GPU."""
     if not STAGES[job.stage].uses_gpu or job.runtime.device == "cpu" or not has_gpu():
         yield
     elif get_current_settings().api.url:
         with get_client(sync_client=True) as client:
             create_limit(client)
-        # Strict alone would end a training when the server hiccups and the lease is not renewed in time.
+        # Without the last argument, a server that is slow to renew the lease would end the training.
         with concurrency(limit_name(), occupy=1, strict=True, raise_on_lease_renewal_failure=False):
             yield
-    else:  # the server that Prefect starts for this run would keep the slot if the run is killed; the kernel does not
+    else:  # Prefect's temporary server would not release the slot of a killed run; the kernel releases a file lock
         with flock(Path(tempfile.gettempdir(), f"loraflow-{limit_name()}-{os.getuid()}.lock")):
             yield

@@ -1,4 +1,4 @@
-"""Stages on other work pools: started through the deployment `stage/<name>`, watched, and cancelled with this run.
+"""Run stages on other work pools: start a run of the deployment `stage/<name>`, watch it, and cancel it with this run.
 
 `runtime.placement` names the deployment of a stage. Parameters and states go through Prefect's server, artifacts through
 the store that both sides share. A failure on the other side is raised here as the same failure.
@@ -26,13 +26,13 @@ from loraflow.store import LocalStore, Ref, Store, open_store
 
 log = logging.getLogger("loraflow")
 
-POLL = 2.0  # seconds between two looks at a sub-run
-PATIENCE = 120.0  # seconds that a stage waits for a first worker of its pool; busy workers are waited for without end
+POLL = 2.0  # seconds between two checks of a sub-run
+PATIENCE = 120.0  # seconds to wait for a worker of the pool to come online; there is no limit for busy workers
 _MARK = "failure: "
 
 
-def compute_on_pool(job: Job[StageConfig], store: Store, label: str, name: str, *, force: bool) -> Ref:
-    """Compute a stage through the deployment `stage/<name>` and return the artifact from the shared store.
+def run_on_pool(job: Job[StageConfig], store: Store, label: str, name: str, *, force: bool) -> Ref:
+    """Run a stage through the deployment `stage/<name>` and return the artifact from the shared store.
 
     Raises:
         Failure: the stage's own; or there is no such deployment, no worker, or the run was cancelled.
@@ -44,7 +44,7 @@ def compute_on_pool(job: Job[StageConfig], store: Store, label: str, name: str, 
             raise BadConfig(
                 f"There is no deployment stage/{name}, which runtime.placement names.",
                 where=f"runtime.placement.{job.stage}",
-                next_step="loraflow deploy makes stage/cpu and stage/gpu; or add another to prefect.yaml",
+                next_step="`loraflow deploy` creates stage/cpu and stage/gpu; or add another to prefect.yaml",
             ) from None
         parameters = {"job": job.model_dump(mode="json"), "store": store.uri, "label": label, "force": force}
         run: FlowRun = run_deployment(deployment.id, parameters=parameters, timeout=0)  # type: ignore[assignment]
@@ -57,7 +57,7 @@ def compute_on_pool(job: Job[StageConfig], store: Store, label: str, name: str, 
     _raise_failure(done, label, name)
     ref = store.find(job.stage, job.fingerprint)
     if ref is None:
-        raise _other_store(store, f"{label} ended there, and its artifact is not here")
+        raise _other_store(store, f"{label} ended on the worker, but its artifact is not in this run's store")
     return ref
 
 
@@ -91,11 +91,11 @@ def _has_worker(client: SyncPrefectClient, run: FlowRun, pool: str | None) -> bo
     workers = client.request(
         "POST", "/work_pools/{work_pool_name}/workers/filter", path_params={"work_pool_name": pool}, json={}
     )
-    return any(one["status"] == WorkerStatus.ONLINE.value for one in workers.json())
+    return any(worker["status"] == WorkerStatus.ONLINE.value for worker in workers.json())
 
 
 def _cancel(client: SyncPrefectClient, run: FlowRun, label: str) -> None:
-    """End the sub-run: whatever ended us must not leave it computing. Its checkpoint stays."""
+    """Cancel the sub-run, so that it does not continue without this run. Its checkpoint stays."""
     try:
         now = client.read_flow_run(run.id).state
         if now is None or now.is_final():
@@ -103,7 +103,7 @@ def _cancel(client: SyncPrefectClient, run: FlowRun, label: str) -> None:
         started = now.is_running() or now.is_cancelling() or run.infrastructure_pid is not None
         client.set_flow_run_state(run.id, Cancelling() if started or now.is_pending() else Cancelled(), force=True)
         log.info("%s: its sub-run %s is cancelled too", label, run.id)
-    except Exception as error:  # we are on our way out for another reason, which is the one to tell
+    except Exception as error:  # this run is ending with another error, which is the one to report
         log.warning("%s: its sub-run %s could not be cancelled (%s): prefect flow-run cancel %s", label, run.id, error,
                     run.id)  # fmt: skip
 
@@ -121,15 +121,15 @@ def _raise_failure(run: FlowRun, label: str, name: str) -> None:
         raise Failure(f"{label} was cancelled.", where=where, got=message, next_step="run again: it resumes")
     if state.type == StateType.CRASHED:
         raise Killed(f"The process that ran {label} died.", where=where, got=message, next_step="run again: it resumes")
-    raise Crashed(f"{label} ended in a way that it did not foresee.", where=where, got=message,
+    raise Crashed(f"{label} ended with an unexpected error.", where=where, got=message,
                   next_step=f"prefect flow-run logs {run.id}")  # fmt: skip
 
 
-# on the other side
+# -- on the worker that runs the stage ------------------------------------------------------------------------------
 
 
 def accept(job: dict[str, JsonValue], store: str) -> tuple[Job[StageConfig], Store]:
-    """Check that this worker can do a job as it is meant, and return it with the store.
+    """Check that this worker has the same code and store as the run, and return the job and the store.
 
     Raises:
         BadConfig: this worker has other code, or does not see the run's artifacts.
@@ -179,5 +179,5 @@ def _other_store(store: Store, got: str) -> BadConfig:
 
 
 def failure_message(failure: Failure) -> str:
-    """Return a failure as a state's message. `compute_on_pool` raises the failure again from its last line."""
+    """Return a failure as a state's message. `run_on_pool` raises the failure again from its last line."""
     return f"{failure}\n{_MARK}{json.dumps(failure.to_dict(), default=str)}"

@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from loraflow.serving.chat import Sampling
 from loraflow.serving.models import find_model
-from loraflow.serving.predict import PredictionReport, predict
+from loraflow.serving.predict import PredictionReport, PredictOptions, predict
 from loraflow.store import open_store
 from loraflow.store.files import HashMemo
 from loraflow.tasks.progress import ProgressArtifact
@@ -22,7 +22,7 @@ log = logging.getLogger("loraflow")
 @task(
     name="predict",
     task_run_name="predict {target}",
-    cache_policy=NO_CACHE,  # the file is the result, and an unfinished one remembers what it was begun with
+    cache_policy=NO_CACHE,  # the file is the result; an unfinished one records its input, model and settings
     persist_result=False,
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAYS,
@@ -31,7 +31,7 @@ log = logging.getLogger("loraflow")
 def predict_file(
     model: str, source: str, target: str, store: str, column: str | None, max_new_tokens: int, batch_size: int
 ) -> PredictionReport:
-    """Answer a file's rows; return how many there were, and how many have an error in place of an answer."""
+    """Answer a file's rows; return how many there are, and how many have an error instead of an answer."""
     artifacts = open_store(store)
     memo = HashMemo(artifacts.scratch / "hashes.json")
     with artifacts.reader_lock():
@@ -40,10 +40,12 @@ def predict_file(
             found,
             Path(source),
             Path(target),
-            sampling=Sampling(max_new_tokens=max_new_tokens),
-            column=column,
-            system=found.system,
-            batch_size=batch_size,
+            PredictOptions(
+                sampling=Sampling(max_new_tokens=max_new_tokens),
+                column=column,
+                system=found.system,
+                batch_size=batch_size,
+            ),
             memo=memo,
             on_batch=ProgressArtifact("predict").show,
         )

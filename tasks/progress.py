@@ -1,4 +1,4 @@
-"""Progress of a stage or a prediction, as one Prefect artifact that is updated now and then."""
+"""Progress of a stage or a prediction, as one Prefect artifact that is updated every few seconds."""
 
 from __future__ import annotations
 

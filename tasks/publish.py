@@ -11,6 +11,7 @@ from loraflow.execution.results import PipelineResult
 from loraflow.failures import Failure
 from loraflow.registry.runs import Publication
 from loraflow.tasks.run import Run
+from loraflow.tasks.run_record import as_record
 
 log = logging.getLogger("loraflow")
 
@@ -19,7 +20,7 @@ log = logging.getLogger("loraflow")
 def publish(run: Run, result: PipelineResult) -> Publication | None:
     """Upload the model once, if the recipe names a repository and the model is the champion.
 
-    A promotion stands whatever the hub answers: a failure is logged, and the next run tries again.
+    A failed upload does not undo the promotion: it is logged, and the next run tries again.
     """
     workspace = run.workspace
     rules, head, store = workspace.recipe.publish, workspace.log.head(), workspace.store
@@ -34,7 +35,7 @@ def publish(run: Run, result: PipelineResult) -> Publication | None:
         ref=result.merged,
         adapter_ref=result.adapter,
         base=store.path(result.base),
-        run=run.as_record(),
+        run=as_record(run),
     )
     earlier = hub.find_publication(store, model, rules.repo, rules.what)
     if earlier is not None:

@@ -17,6 +17,7 @@ from loraflow.registry.runs import RunSummary
 from loraflow.reporting.markdown import RunReport, run_report, scores_report
 from loraflow.store import Ref
 from loraflow.tasks.run import Run
+from loraflow.tasks.run_record import evaluation_report, model_scores
 
 log = logging.getLogger("loraflow")
 
@@ -29,9 +30,9 @@ def publish_report(run: Run, result: PipelineResult, decision: Decision, summary
         run=run.id,
         recipe=recipe.name,
         decision=decision,
-        scores=run.scores(result),
+        scores=model_scores(run, result),
         losses=_losses(run, result.adapter),
-        samples=run.evaluation(result.tuned_scores).samples[: recipe.evaluation.samples],
+        samples=evaluation_report(run, result.tuned_scores).samples[: recipe.evaluation.samples],
         stages=summary.stages,
         adapter=summary.adapter,
         merged=summary.merged,
@@ -42,7 +43,7 @@ def publish_report(run: Run, result: PipelineResult, decision: Decision, summary
 @task(name="report", task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
 def publish_scores(run: Run, model: str, folder: Path, scores: Ref) -> dict[str, JsonValue]:
     """Publish the scores of one model, and return them."""
-    metrics = run.evaluation(scores).metrics
+    metrics = evaluation_report(run, scores).metrics
     table = run.workspace.store.path(scores) / "scores.parquet"
     text = scores_report(model, run.workspace.recipe.name, metrics, folder=str(folder), table=str(table))
     _publish(run, text, text, "scores")
@@ -60,5 +61,5 @@ def _publish(run: Run, text: str, shown: str, what: str) -> None:
     try:
         run.workspace.store.write_document(f"runs/{run.id}.md", text.encode())
         create_markdown_artifact(markdown=shown, key=key)
-    except Exception as error:  # the model is made and registered by now: a missing report must not undo that
+    except Exception as error:  # the model is registered by now: a missing report must not undo that
         log.warning("the report could not be published: %s", error)

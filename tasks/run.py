@@ -1,14 +1,14 @@
-"""One run of a flow: its workspace, the stages that it went through, and its record in the store."""
+"""One run of a flow: find the artifact of each stage in the store, or run the stage."""
 
 from __future__ import annotations
 
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from prefect.exceptions import Pause
 from prefect.runtime import deployment, flow_run
@@ -18,31 +18,39 @@ from loraflow.config import load_recipe
 from loraflow.config.load import find_recipe
 from loraflow.config.stage_configs import StageConfig
 from loraflow.data import dvc
-from loraflow.data.git import head_commit
-from loraflow.evaluation.values import EvaluationReport, ModelScores
 from loraflow.execution.cache import OTHER_CODE, Lookup, look_up
 from loraflow.execution.parent_death import end_with_parent
-from loraflow.execution.results import PipelineResult, Registration
 from loraflow.execution.workspace import Workspace
-from loraflow.failures import CorruptArtifact, Failure, from_os_error
+from loraflow.failures import Failure, from_os_error
 from loraflow.job import Job
 from loraflow.registry.cleanup import remove_unused
-from loraflow.registry.log import actor
-from loraflow.registry.runs import Publication, RecordedDecision, RunRecord, RunState, RunSummary, StageRun
+from loraflow.registry.runs import RunSummary, StageRun
 from loraflow.stages import Stage, check_names
 from loraflow.store import Ref, require_intact
-from loraflow.tasks.compute import compute_here
 from loraflow.tasks.events import announce_waiting
-from loraflow.tasks.placement import compute_on_pool
+from loraflow.tasks.placement import run_on_pool
+from loraflow.tasks.run_here import run_here
 from loraflow.tasks.run_name import show_name
+from loraflow.tasks.run_record import write_record
 
 log = logging.getLogger("loraflow")
-T = TypeVar("T")
-MAX_REPAIRS = 5
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """The artifact of a stage, and what the store had for its job before the stage ran."""
+
+    ref: Ref
+    lookup: Lookup
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the artifact was in the store."""
+        return self.lookup.ref is not None
 
 
 class Run:
-    """A run of a flow. Its stages run one after another, on the main thread: the termination signal is raised there."""
+    """A run of a flow. Its stages run one after another on the main thread, which receives the termination signal."""
 
     def __init__(self, workspace: Workspace, recipe_file: Path, force: list[str]):
         self.workspace, self.force = workspace, set(force)
@@ -51,12 +59,11 @@ class Run:
         self.stages: dict[str, StageRun] = {}  # by label
         self.started = time.time()
         self.summary: RunSummary | None = None
-        self.hits: dict[str, Lookup] = {}  # cache hits, by fingerprint
         self._forced: set[str] = set()  # fingerprints that --force has recomputed
-        self._intact: set[str] = set()  # digests of artifacts that were hashed, or written, in this run
+        self._verified_digests: set[str] = set()  # of artifacts that were hashed, or written, in this run
 
-    def compute(self, stage: Stage, label: str = "", /, **inputs: Ref) -> Ref:
-        """Return a stage's artifact: from the store, or computed here or on another work pool. Called inside its task.
+    def find_or_run(self, stage: Stage, label: str = "", /, **inputs: Ref) -> StageResult:
+        """Find a stage's artifact in the store, or run the stage. Call it inside the stage's task.
 
         Raises:
             CorruptArtifact: an input is damaged; it is quarantined by now.
@@ -65,118 +72,40 @@ class Run:
         label, store, started = label or stage.name, self.workspace.store, time.monotonic()
         job = self.workspace.job(stage, inputs)
         force = stage.name in self.force and job.fingerprint not in self._forced
-        found = look_up(store, job, force=force)
-        ref = found.ref
+        lookup = look_up(store, job, force=force)
+        ref = lookup.ref
         if ref is None:
-            log.info("%s runs: %s", label, "; ".join(found.why()))
-            ref = self._compute(job, label, force=force)
+            log.info("%s runs: %s", label, "; ".join(lookup.why()))
+            ref = self._run_here_or_on_pool(job, label, force=force)
             self._forced.add(job.fingerprint)
-            self._intact.add(ref.digest)
-            self.hits.pop(job.fingerprint, None)
-        else:
-            self.hits[job.fingerprint] = found
-            if found.by_other_code():
-                log.warning("%s: cached, but %s", label, OTHER_CODE)
+            self._verified_digests.add(ref.digest)
+        elif lookup.by_other_code():
+            log.warning("%s: cached, but %s", label, OTHER_CODE)
+        result = StageResult(ref, lookup)
         self.stages[label] = StageRun(
             stage=label,
-            state="cached" if found.ref else "computed",
+            state="cached" if result.is_cached else "computed",
             fingerprint=ref.fingerprint,
             digest=ref.digest,
             seconds=round(time.monotonic() - started, 3),
             uri=store.location(ref),
         )
-        return ref
+        return result
 
-    def _compute(self, job: Job[StageConfig], label: str, *, force: bool) -> Ref:
+    def _run_here_or_on_pool(self, job: Job[StageConfig], label: str, *, force: bool) -> Ref:
         store, pool = self.workspace.store, job.pool
         if pool is not None:  # the worker there hashes the inputs that it reads
-            return compute_on_pool(job, store, label, pool, force=force)
+            return run_on_pool(job, store, label, pool, force=force)
         for ref in job.inputs.values():
-            if ref.digest not in self._intact:
+            if ref.digest not in self._verified_digests:
                 require_intact(store, ref)
-                self._intact.add(ref.digest)
-        return compute_here(job, store, label, force=force)
-
-    def until_intact(self, walk: Callable[[Run], T]) -> T:
-        """Walk the pipeline. When an artifact turns out to be damaged, walk again: it is recomputed, the rest is cached."""
-        for _ in range(MAX_REPAIRS):
-            try:
-                return walk(self)
-            except CorruptArtifact as failure:
-                log.warning("%s", failure)
-        raise Failure(
-            f"Artifacts were damaged {MAX_REPAIRS} times in one run.",
-            where=self.workspace.store.uri,
-            next_step="check the disk; `loraflow verify --deep` checks the whole store",
-        )
-
-    def scores(self, result: PipelineResult) -> ModelScores:
-        """Return the scores of base, tuned and champion."""
-        champion = result.champion_scores
-        return ModelScores(
-            self.evaluation(result.base_scores).metrics,
-            self.evaluation(result.tuned_scores).metrics,
-            self.evaluation(champion).metrics if champion else None,
-        )
-
-    def evaluation(self, scores: Ref) -> EvaluationReport:
-        """Return the report of an evaluation."""
-        return EvaluationReport.from_dict(self.workspace.store.manifest(scores).report)
-
-    def summarize(self, result: PipelineResult, registration: Registration) -> RunSummary:
-        """Return the run as the one JSON document that `--json` prints, and keep it for the record."""
-        store, decision = self.workspace.store, registration.decision
-        self.summary = RunSummary(
-            run=self.id,
-            recipe=self.workspace.recipe.name,
-            stages=list(self.stages.values()),
-            metrics=dict(vars(self.scores(result))),
-            decision=RecordedDecision(verdict=decision.verdict, reasons=list(decision.reasons)),
-            registered=registration.entry,
-            adapter=f"{store.location(result.adapter)}/adapter",
-            merged=store.location(result.merged),
-        )
-        return self.summary
-
-    def keep_summary(self, published: Publication | None) -> RunSummary:
-        """Return the summary with the upload to the hub in it, and keep it for the record."""
-        assert self.summary is not None
-        self.summary = self.summary.model_copy(update={"published": published})
-        return self.summary
-
-    def as_record(self, state: RunState = "running", error: str | None = None) -> RunRecord:
-        """Return the run's record as it is now."""
-        return RunRecord(
-            run=self.id,
-            recipe=self.workspace.recipe.name,
-            recipe_text=self.recipe_text,
-            resolved=self.workspace.recipe.model_dump(by_alias=True, mode="json"),
-            started=self.started,
-            seconds=round(time.time() - self.started, 3),
-            actor=actor(),
-            commit=head_commit(Path.cwd()),
-            prefect_run=str(flow_run.id) if flow_run.id else None,
-            state=state,
-            error=error,
-            stages=list(self.stages.values()),
-            summary=self.summary,
-        )
-
-    def write_record(self, error: BaseException | None) -> None:
-        """Write the run's record. A store that cannot be written to is reported by the failure that came before."""
-        if error is None:
-            record = self.as_record("done")
-        elif isinstance(error, Pause):  # for a person's approval
-            record = self.as_record("waiting")
-        else:
-            record = self.as_record("failed", f"{type(error).__name__}: {error}".splitlines()[0])
-        with suppress(OSError, Failure):
-            self.workspace.store.write_document(f"runs/{self.id}.json", record.document)
+                self._verified_digests.add(ref.digest)
+        return run_here(job, store, label, force=force)
 
 
 @contextmanager
 def open_run(recipe: str, overrides: dict[str, JsonValue], force: list[str]) -> Iterator[Run]:
-    """Load the recipe, look at dataset and base, and keep `gc` from removing anything until the run ends."""
+    """Load the recipe, hold the store's reader lock so that `gc` removes nothing, and write the run's record at the end."""
     check_names(force, "--force")
     if deployment.id:  # a process of its own, which a killed Prefect worker would leave behind
         end_with_parent()
@@ -186,7 +115,7 @@ def open_run(recipe: str, overrides: dict[str, JsonValue], force: list[str]) -> 
         _add_data(workspace)
     run = Run(workspace, find_recipe(recipe), force)
     error: BaseException | None = None
-    with _announced_if_waiting(), workspace.store.reader_lock():
+    with _announce_suspension(), workspace.store.reader_lock():
         try:
             show_name(workspace)
             yield run
@@ -198,13 +127,13 @@ def open_run(recipe: str, overrides: dict[str, JsonValue], force: list[str]) -> 
             raise
         finally:
             workspace.save()
-            run.write_record(error)
+            write_record(run, error)
     if any(stage.state == "computed" for stage in run.stages.values()):
         _clean_up(workspace)
 
 
 @contextmanager
-def _announced_if_waiting() -> Iterator[None]:
+def _announce_suspension() -> Iterator[None]:
     try:
         yield
     except Pause:
@@ -213,7 +142,7 @@ def _announced_if_waiting() -> Iterator[None]:
 
 
 def _clean_up(workspace: Workspace) -> None:
-    """Remove all but the newest merged models, unless another run is reading the store."""
+    """Clean up the store as `loraflow gc` does, unless another run is using it."""
     try:
         for path, size, why in remove_unused(workspace.store, keep=workspace.recipe.runtime.keep):
             log.info("removed %s (%.0f MiB, %s)", path.parent.name[:12], size / 2**20, why)

@@ -1,4 +1,4 @@
-"""What a run is called in Prefect's UI: recipe, dataset and fingerprint, so that equal runs have equal names."""
+"""The name of a run in Prefect's UI: recipe, dataset and fingerprint, so that equal runs have equal names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHOWN = 8  # characters of the dataset's md5 and of the fingerprint
 
 
 def run_name() -> str:
-    """Return what a run is called before its recipe is read: the recipe's file name."""
+    """Return the name of a run before its recipe is read: the recipe's file name."""
     return Path(flow_run.parameters["recipe"]).stem
 
 
@@ -33,7 +33,7 @@ def full_name(workspace: Workspace) -> str:
 
 
 def show_name(workspace: Workspace) -> None:
-    """Give the run its full name. The run goes on if the server refuses it."""
+    """Give the run its full name. If the server refuses it, the run keeps its name and continues."""
     name = full_name(workspace)
     if not flow_run.id:
         return

@@ -1,4 +1,4 @@
-"""The Prefect task of a stage: named after it, retried where a retry can help, and shown as Cached on a cache hit."""
+"""The decorator `@stage_task`: a Prefect task named after its stage, retried on some failures, Cached on a cache hit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prefect.states import Completed
 
 from loraflow.failures import Failure
 from loraflow.store import Ref
-from loraflow.tasks.run import Run
+from loraflow.tasks.run import Run, StageResult
 
 P = ParamSpec("P")
 
@@ -23,7 +23,7 @@ RETRY_DELAYS: list[float] = [2, 30]  # seconds; only preemption, kills and netwo
 
 
 def is_retryable(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Tell whether a retry can help, by the failure's class. A plain function: Prefect ignores partials here."""
+    """Return whether a retry can help, by the failure's class. A plain function: Prefect ignores partials here."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, Failure) and error.retryable
 
@@ -31,8 +31,8 @@ def is_retryable(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 class StageTask(Task[P, Ref | State[Ref]]):
     """A task whose call returns the artifact.
 
-    A cache hit ends as a state with the name Cached, a reason and the artifact as data. Prefect returns such a state as
-    it is; callers get its data.
+    On a cache hit the task's function returns a Completed state named Cached, with the reason and the artifact. Prefect
+    returns such a state unchanged to the caller, so `__call__` takes the artifact out of it.
     """
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Ref:  # type: ignore[override]
@@ -41,20 +41,21 @@ class StageTask(Task[P, Ref | State[Ref]]):
         return result.result() if isinstance(result, State) else result
 
 
-def stage_task(function: Callable[Concatenate[Run, P], Ref]) -> StageTask[Concatenate[Run, P]]:
+def stage_task(function: Callable[Concatenate[Run, P], StageResult]) -> StageTask[Concatenate[Run, P]]:
     """Make a stage's function a Prefect task.
 
-    Prefect's own cache is off. A hit of it would not look at the artifact, and another server would have none.
+    Prefect's own cache is off: its hits do not check that the artifact exists, and another server does not have them.
     """
 
     @wraps(function)
-    def compute(run: Run, *args: P.args, **kwargs: P.kwargs) -> Ref | State[Ref]:
-        ref = function(run, *args, **kwargs)
-        hit = run.hits.get(ref.fingerprint)
-        return ref if hit is None else Completed(name="Cached", message="; ".join(hit.why()), data=ref)
+    def run_stage(run: Run, *args: P.args, **kwargs: P.kwargs) -> Ref | State[Ref]:
+        result = function(run, *args, **kwargs)
+        if result.is_cached:
+            return Completed(name="Cached", message="; ".join(result.lookup.why()), data=result.ref)
+        return result.ref
 
     return StageTask(
-        compute,
+        run_stage,
         name=function.__name__,
         task_run_name=_label,
         cache_policy=NO_CACHE,

@@ -1,88 +1,88 @@
 """The eight stages as Prefect tasks. Each is a thin wrapper: the work is in the module that its docstring names.
 
-`Run.compute` looks the artifact up in the store first. If it is there, the task ends as Cached; otherwise the stage runs
-in a worker process, here or on another work pool (`runtime.placement`).
+`Run.find_or_run` looks the artifact up in the store first. If it is there, the task ends as Cached. Otherwise the stage runs
+in a worker process, here or on another work pool (`runtime.placement`). A call of a task returns the artifact's `Ref`.
 """
 
 from __future__ import annotations
 
 from loraflow import stages
 from loraflow.store import Ref
-from loraflow.tasks.run import Run
+from loraflow.tasks.run import Run, StageResult
 from loraflow.tasks.stage_task import stage_task
 
 
 @stage_task
-def version_dataset(run: Run) -> Ref:
+def version_dataset(run: Run) -> StageResult:
     """Copy the files that data.dvc pins into the store, verified against their md5.
 
     Output: `files/`. Work: `loraflow/data/version.py`.
     """
-    return run.compute(stages.VERSION_DATASET)
+    return run.find_or_run(stages.VERSION_DATASET)
 
 
 @stage_task
-def check_dataset(run: Run, *, dataset: Ref) -> Ref:
+def check_dataset(run: Run, *, dataset: Ref) -> StageResult:
     """Read the chats, check every row, and split them into training, validation and held-out rows.
 
     Input: the dataset's files. Output: `train.jsonl`, `validation.jsonl`, `heldout.jsonl`, and `quarantine.jsonl` with
     the malformed rows and their reasons. Work: `loraflow/data/check.py`.
     """
-    return run.compute(stages.CHECK_DATASET, dataset=dataset)
+    return run.find_or_run(stages.CHECK_DATASET, dataset=dataset)
 
 
 @stage_task
-def resolve_base(run: Run) -> Ref:
+def resolve_base(run: Run) -> StageResult:
     """Fetch the base model: safetensors, tokenizer and chat template, pinned by content or commit.
 
     Output: a folder for `from_pretrained`. Work: `loraflow/base/resolve.py`.
     """
-    return run.compute(stages.RESOLVE_BASE)
+    return run.find_or_run(stages.RESOLVE_BASE)
 
 
 @stage_task
-def tokenize(run: Run, *, rows: Ref, base: Ref) -> Ref:
+def tokenize(run: Run, *, rows: Ref, base: Ref) -> StageResult:
     """Render the training rows with the base's chat template and turn them into token ids with a loss mask.
 
     Input: checked rows, and the base's tokenizer. Output: Arrow files of ids and labels, and the packing plan.
     Work: `loraflow/data/tokenization.py`.
     """
-    return run.compute(stages.TOKENIZE, rows=rows, base=base)
+    return run.find_or_run(stages.TOKENIZE, rows=rows, base=base)
 
 
 @stage_task
-def train(run: Run, *, tokens: Ref, base: Ref) -> Ref:
+def train(run: Run, *, tokens: Ref, base: Ref) -> StageResult:
     """Train a LoRA adapter on the tokens. A run that was interrupted resumes from its last checkpoint.
 
     Input: tokens, and the base model. Output: `adapter/` in PEFT's format. Work: `loraflow/training/train.py`.
     """
-    return run.compute(stages.TRAIN, tokens=tokens, base=base)
+    return run.find_or_run(stages.TRAIN, tokens=tokens, base=base)
 
 
 @stage_task
-def merge(run: Run, *, base: Ref, adapter: Ref, tokens: Ref | None = None) -> Ref:
+def merge(run: Run, *, base: Ref, adapter: Ref, tokens: Ref | None = None) -> StageResult:
     """Merge the adapter into the base's weights, bit for bit as PEFT does.
 
     Input: base and adapter; also tokens where two ways of merging are compared (QLoRA). Output: a folder for
     `from_pretrained`. Work: `loraflow/adapters/merge.py`.
     """
-    return run.compute(stages.MERGE, base=base, adapter=adapter, **({} if tokens is None else {"tokens": tokens}))
+    return run.find_or_run(stages.MERGE, base=base, adapter=adapter, **({} if tokens is None else {"tokens": tokens}))
 
 
 @stage_task
-def verify(run: Run, *, base: Ref, adapter: Ref, merged: Ref, rows: Ref) -> Ref:
+def verify(run: Run, *, base: Ref, adapter: Ref, merged: Ref, rows: Ref) -> StageResult:
     """Compare the merged model's logits with those of base and adapter, on held-out chats.
 
     Output: `report.json` with the KL divergence in nats per token. Work: `loraflow/adapters/verify.py`.
     """
-    return run.compute(stages.VERIFY, base=base, adapter=adapter, merged=merged, rows=rows)
+    return run.find_or_run(stages.VERIFY, base=base, adapter=adapter, merged=merged, rows=rows)
 
 
 @stage_task
-def evaluate(run: Run, *, model: Ref, rows: Ref, label: str = "evaluate") -> Ref:
+def evaluate(run: Run, *, model: Ref, rows: Ref, label: str = "evaluate") -> StageResult:
     """Answer the held-out rows with a model and score every answer.
 
     Input: a base or merged model, and the held-out rows. Output: `scores.parquet` with a row per example, and
     `metrics.json` with intervals. Work: `loraflow/evaluation/score.py`.
     """
-    return run.compute(stages.EVALUATE, label, model=model, rows=rows)
+    return run.find_or_run(stages.EVALUATE, label, model=model, rows=rows)

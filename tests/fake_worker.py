@@ -70,7 +70,7 @@ FAKE_STAGE = Stage(
     module="tests.fake_worker",
     config=FakeConfig,
     code=("loraflow.identity",),
-    halved="eval_batch_size",
+    oom_field="eval_batch_size",
 )
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Self
 
 from loraflow.config import Recipe
-from loraflow.config.stage_configs import StageConfig, Surroundings
+from loraflow.config.stage_configs import RecipeContext, StageConfig
 from loraflow.job import Inputs, Job, Progress
 from loraflow.stages import Input, Stage
 from loraflow.store import Ref, Summary
-from loraflow.tasks.run import Run
+from loraflow.tasks.run import Run, StageResult
 from loraflow.tasks.stage_task import stage_task
 
 
@@ -21,7 +21,7 @@ class CountWordsConfig(StageConfig):
     lower: bool
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+    def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """Lower-case the words of recipes whose name ends in -lower."""
         return cls.of({"lower": recipe.name.endswith("-lower")})
 
@@ -50,6 +50,6 @@ def run(job: Job[CountWordsConfig], inputs: Inputs, out: Path, progress: Progres
 
 
 @stage_task
-def count_words(run: Run, *, rows: Ref) -> Ref:
+def count_words(run: Run, *, rows: Ref) -> StageResult:
     """Count the words of the training rows. Work: `tests/toy_stage.py`."""
-    return run.compute(COUNT_WORDS, rows=rows)
+    return run.find_or_run(COUNT_WORDS, rows=rows)

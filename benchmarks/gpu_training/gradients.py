@@ -37,23 +37,23 @@ def check_gradients(work: Path, names: list[str]) -> None:
 def first_step(work: Path) -> StepItem:
     """Return a step of two rows, as one micro-batch."""
     from loraflow.data.token_rows import TokenRows
-    from loraflow.training.batches import StepDataset, end_to_end_layout
+    from loraflow.training.batches import StepDataset, concatenated_layout
     from loraflow.training.schedule import row_order
 
     rows = TokenRows(work / "tokens" / "train", work / "tokens" / "packing.parquet")
     steps = row_order(len(rows), 2, 0).reshape(1, 2)
-    return StepDataset(rows, steps, end_to_end_layout(rows, steps, 2 * LENGTH), 0)[0]
+    return StepDataset(rows, steps, concatenated_layout(rows, steps, 2 * LENGTH), 0)[0]
 
 
 def eager_gradients(work: Path, dtype: torch.dtype, item: StepItem) -> tuple[float, Gradients]:
     """Return loss and gradients of peft's model with eager attention, one document at a time."""
     model = build_eager_model(work, dtype)
     total = 0.0
-    for micro in item["micro"]:
+    for micro in item["micro_batches"]:
         targets = position_targets(micro)
         for start, end in itertools.pairwise(sorted(set(micro["cu_seq_lens_q"].tolist()))):
             if (targets[start:end] != -100).any():
-                loss = document_loss(model, micro["input_ids"][:, start:end], targets[start:end]) / item["learned"]
+                loss = document_loss(model, micro["input_ids"][:, start:end], targets[start:end]) / item["num_supervised_tokens"]
                 loss.backward()
                 total += float(loss)
     gradients = gradients_of(model)
@@ -107,8 +107,8 @@ def loraflow_gradients(work: Path, case: Case, item: StepItem) -> tuple[float, G
     randomize_adapter(trainer.model)
     trainer.model.train()
     total = 0.0
-    for micro in item["micro"]:
-        loss = trainer.micro_batch_loss(micro) / item["learned"]
+    for micro in item["micro_batches"]:
+        loss = trainer.micro_batch_loss(micro) / item["num_supervised_tokens"]
         loss.backward()
         total += float(loss)
     gradients = gradients_of(trainer.model)
@@ -153,14 +153,14 @@ def build_case_trainer(work: Path, case: Case, **overrides: Setting) -> FastTrai
     from loraflow.job import Inputs, Progress
     from loraflow.store import Ref
     from loraflow.training.engine import build_trainer
-    from loraflow.training.setup import gather
+    from loraflow.training.setup import prepare_training
     from tests.job_factory import make_job
 
     logging.basicConfig(level=logging.WARNING)
     ref = Ref(stage="s", fingerprint="f", digest="d", uri="")
     job = make_job("train", recipe_of(case, **overrides), {"tokens": ref, "base": ref})
     inputs = Inputs({"tokens": work / "tokens", "base": work / "base"})
-    setup = gather(job, inputs, Progress(work=Path(tempfile.mkdtemp(dir=work))))
+    setup = prepare_training(job, inputs, Progress(work=Path(tempfile.mkdtemp(dir=work))))
     return build_trainer(setup).trainer
 
 

@@ -42,8 +42,8 @@ def profile_kernels(work: Path, case: Case) -> None:
 def train_step(trainer: FastTrainer, number: int) -> None:
     import torch
 
-    for micro in (item := trainer.steps[number])["micro"]:
-        (trainer.micro_batch_loss(micro) / item["learned"]).backward()
+    for micro in (item := trainer.steps[number])["micro_batches"]:
+        (trainer.micro_batch_loss(micro) / item["num_supervised_tokens"]).backward()
     torch.nn.utils.clip_grad_norm_(trainer.trained, 1.0)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()

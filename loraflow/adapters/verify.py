@@ -1,7 +1,7 @@
 """Stage verify: compare the merged model's logits with those of base and adapter, on held-out chats, in fp32.
 
 Merging rounds W + ΔW to the weights' dtype, so the two differ a little. A base that training quantized to NF4 is
-compared as training saw it. The report says how much they differ; `admit` compares that with the recipe's limit.
+compared as training saw it. The report says how much they differ; `check_limits` compares that with the recipe's limit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from loraflow.adapters.logits import MAX_TOKENS, compare_logits, model_logits, trained_logits
 from loraflow.config.stage_configs import VerifyConfig
-from loraflow.failures import Inadmissible
+from loraflow.failures import LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 
@@ -41,7 +41,7 @@ def run(job: Job[VerifyConfig], inputs: Inputs, out: Path, progress: Progress) -
     return Summary(figures=figures, report=figures)
 
 
-def admit(report: Mapping[str, float], max_kl: float) -> None:
+def check_limits(report: Mapping[str, float], max_kl: float) -> None:
     """Stop the run if the merged model differs from base and adapter by more than the recipe's limit.
 
     Args:
@@ -49,10 +49,10 @@ def admit(report: Mapping[str, float], max_kl: float) -> None:
         max_kl: nats per token.
 
     Raises:
-        Inadmissible: the mean KL divergence is above the limit.
+        LimitExceeded: the mean KL divergence is above the limit.
     """
     if not report["mean_kl"] <= max_kl:
-        raise Inadmissible(
+        raise LimitExceeded(
             "The merged model's outputs differ too much from base plus adapter.",
             where="verify",
             expected=f"mean KL at most {max_kl} nats per token (merge.max_kl)",

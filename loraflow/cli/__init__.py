@@ -1,7 +1,7 @@
 """The command `loraflow`. Each command's module is imported when it is called, so that `--help` is fast.
 
-Exit status: 0 success, whatever the gate decided · 1 failure · 2 wrong usage or recipe · 3 nothing was promoted, with
---strict-gate · 130 interrupted.
+Exit status: 0 success, with any decision of the gate · 1 failure · 2 wrong usage or recipe · 3 nothing was promoted, with
+--strict-gate · 130 interrupted · 141 the reader of the output closed it · 143 terminated.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ if TYPE_CHECKING:
 
 # command → (module, its line in `--help`)
 COMMANDS = {
-    "init": ("loraflow.cli.init", "Make a recipe and a versioned dataset from your own file."),
+    "init": ("loraflow.cli.init", "Create a recipe and a versioned dataset from your own file."),
     "run": ("loraflow.cli.run", "Run a recipe on this machine, from dataset to registered model."),
     "plan": ("loraflow.cli.plan", "Show which stages of a recipe will run, and why."),
     "data": ("loraflow.cli.data", "Version, check, pull and compare datasets."),
     "evaluate": ("loraflow.cli.models", "Score a model on a recipe's held-out rows."),
     "merge": ("loraflow.cli.models", "Merge an adapter into a base."),
     "adapters": ("loraflow.cli.adapters", "Convert adapters from other tools."),
-    "chat": ("loraflow.cli.serving", "Talk to a model."),
-    "predict": ("loraflow.cli.serving", "Answer a file of chats."),
-    "serve": ("loraflow.cli.serving", "Serve a model with an OpenAI-compatible server."),
-    "publish": ("loraflow.cli.serving", "Publish a model on the hub, with a card."),
+    "chat": ("loraflow.cli.chat", "Talk to a model."),
+    "predict": ("loraflow.cli.predict", "Answer a file of chats."),
+    "serve": ("loraflow.cli.serve", "Serve a model with an OpenAI-compatible server."),
+    "publish": ("loraflow.cli.publish", "Publish a model on the hub, with a card."),
     "runs": ("loraflow.cli.store", "List all runs."),
     "show": ("loraflow.cli.show", "Show a run, an artifact, or the champion and its lineage."),
     "verify": ("loraflow.cli.store", "Check the artifacts in the store; --deep reads every byte."),
-    "gc": ("loraflow.cli.store", "Remove old models and abandoned work from the store."),
+    "gc": ("loraflow.cli.store", "Remove superseded artifacts, older merged models and stale work."),
     "registry": ("loraflow.cli.registry", "Show the promotion log."),
     "promote": ("loraflow.cli.registry", "Make a run's model the champion by hand."),
-    "rollback": ("loraflow.cli.registry", "Return to the champion before this one."),
+    "rollback": ("loraflow.cli.registry", "Go back to the previous champion."),
     "up": ("loraflow.cli.deploy", "Start a Prefect server, a worker and all deployments on this machine."),
     "deploy": ("loraflow.cli.deploy", "Create or update the deployments on the server at PREFECT_API_URL."),
     "doctor": ("loraflow.cli.doctor", "Show what this machine supports and what is missing."),
 }
 
 
-class Lazy(click.Group):
+class LazyGroup(click.Group):
     """A group whose commands are imported when they are called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of the commands, in the order of use."""
+        """Return the names of the commands, in the order of `--help`."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
@@ -67,7 +67,7 @@ class Lazy(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
-@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def cli() -> None:
     """Fine-tune small language models with LoRA: a Prefect flow of cached, resumable stages.
@@ -83,7 +83,7 @@ def main() -> None:
     """Run the command. Turn a failure into a message and an exit status."""
     if sys.platform == "win32":
         sys.exit("loraflow runs on Linux and macOS; on Windows use WSL.")
-    settle_environment()
+    set_default_environment()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit handlers run: they stop a temporary Prefect server
     try:
         code = cli.main(standalone_mode=False)  # returns the exit status of click.exceptions.Exit
@@ -104,8 +104,8 @@ def main() -> None:
         sys.exit(141)
 
 
-def settle_environment() -> None:
-    """Set the variables that libraries read at import: less output, no telemetry, time for a first start."""
+def set_default_environment() -> None:
+    """Set defaults of the variables that libraries read at import: less output, no telemetry, a longer startup timeout."""
     for name, value in {
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # the first start migrates a database
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -125,7 +125,7 @@ def quiet_logging(level: int = logging.WARNING) -> None:
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr)
 
 
-def parse_sets(pairs: tuple[str, ...]) -> dict[str, JsonValue]:
+def parse_overrides(pairs: tuple[str, ...]) -> dict[str, JsonValue]:
     """Parse `--set key=value` options. Values are written as in a recipe.
 
     Raises:

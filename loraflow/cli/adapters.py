@@ -1,4 +1,4 @@
-"""`loraflow adapters`: adapters from other tools."""
+"""`loraflow adapters`: convert adapters from other tools."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def convert(source: Path, base: Path, out: Path, alpha: float | None, enable_lor
         raise BadConfig("The target exists already.", where=str(out), next_step="name a folder that does not exist")
     if source.is_dir() and (alpha is not None or enable_lora):
         raise BadConfig("--alpha and --enable-lora are for loralib checkpoints only.", where=str(source))
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    unfinished = out.with_name(out.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        figures = convert_adapter(source, base, part, lora_alpha=alpha, enable_lora=parse_enabled(enable_lora))
-        part.rename(out)
+        figures = convert_adapter(source, base, unfinished, lora_alpha=alpha, enable_lora=parse_enabled(enable_lora))
+        unfinished.rename(out)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     click.echo(
         f"{figures['kept']} modules unchanged, {figures['split']} split, {figures['fused']} fused; "
         f"ranks {', '.join(map(str, figures['ranks']))}: {out}"

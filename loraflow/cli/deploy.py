@@ -1,4 +1,4 @@
-"""`loraflow up, deploy`: flows that people run from Prefect's UI, on a server started here or on an existing one."""
+"""`loraflow up, deploy`: start a Prefect server with all deployments, or update the deployments of another server."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ if TYPE_CHECKING:
     from loraflow.flows.server.local_server import Processes
 
 only_option = click.option(
-    "--only", multiple=True, metavar="FLOW/NAME", help="Only this deployment of prefect.yaml; all by default."
+    "--only",
+    multiple=True,
+    metavar="FLOW/NAME",
+    help="Only this deployment of prefect.yaml; repeat for several. Default: all.",
 )
 
 
 @click.command()
-@click.option("--port", default=4242, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--port", default=4242, show_default=True, type=click.IntRange(1, 65535), help="Port of UI and API.")
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Other addresses need PREFECT_SERVER_API_AUTH_STRING."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on. Addresses other than localhost need PREFECT_SERVER_API_AUTH_STRING.",
 )
 @click.option(
     "--pool",
@@ -33,9 +39,9 @@ only_option = click.option(
     multiple=True,
     default=["local"],
     show_default=True,
-    help="Start a worker for this work pool; may be repeated.",
+    help="Work pool to start a worker for; repeat for several. It replaces the default.",
 )
-@click.option("--limit", default=4, show_default=True, type=click.IntRange(1), help="Runs at a time, for each worker.")
+@click.option("--limit", default=4, show_default=True, type=click.IntRange(1), help="Concurrent runs of each worker.")
 @click.option(
     "--home",
     default=".loraflow/prefect",
@@ -45,7 +51,7 @@ only_option = click.option(
 )
 @only_option
 def up(port: int, host: str, pools: tuple[str, ...], limit: int, home: Path, only: tuple[str, ...]) -> None:
-    """Start a Prefect server and a worker here, with all deployments. Ctrl-C stops everything."""
+    """Start a Prefect server and workers here, with all deployments. Ctrl-C stops them, and active runs with them."""
     quiet_logging()
     from loraflow.flows.server.local_server import Processes, environment, require_free_port
     from loraflow.store.lock import LockHeld, flock
@@ -68,7 +74,7 @@ def up(port: int, host: str, pools: tuple[str, ...], limit: int, home: Path, onl
 def _start_all(
     processes: Processes, port: int, host: str, pools: tuple[str, ...], limit: int, only: tuple[str, ...]
 ) -> NoReturn:
-    """Start the server, deploy, start the workers, and watch the processes until an exception ends them."""
+    """Start the server, deploy, start the workers, and check that they run until an exception."""
     click.echo(f"starting Prefect's server (the first time takes a minute); log {processes.home / 'server.log'}")
     processes.start("server", "server", "start", "--host", host, "--port", str(port))
     processes.wait_for_server(port, host)
@@ -98,7 +104,7 @@ def _start_all(
 
 
 @click.command()
-@click.option("--wait", default=10.0, show_default=True, help="How many seconds to wait for workers.")
+@click.option("--wait", default=10.0, show_default=True, help="Seconds to wait for workers.")
 @only_option
 def deploy(wait: float, only: tuple[str, ...]) -> None:
     """Create or update pools, deployments, schedules and automations on the server at PREFECT_API_URL.

@@ -1,4 +1,4 @@
-"""`loraflow doctor`: what this machine supports and what is missing."""
+"""`loraflow doctor`: show what this machine supports and what is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`loraflow init`: a recipe and a versioned dataset from a user's own file."""
+"""`loraflow init`: create a recipe and a versioned dataset from a user's own file."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ peft_config:                      # the names of peft.LoraConfig
   r: 16
   lora_alpha: 32                  # twice the rank, as in the Phi-3 model card
   lora_dropout: 0.05
-  target_modules: all-linear      # every projection of every layer, whatever its name in this base
+  target_modules: all-linear      # every projection of every layer, by any name
 
 evaluation:
   metrics: [{metrics}]
@@ -64,7 +64,7 @@ evaluation:
   dtype: float32                  # scores repeat exactly
 
 gate:
-  primary: {primary}             # must gain against base and champion
+  primary: {primary}             # must improve on base and champion
   guards: {guards}
 
 register:
@@ -73,8 +73,14 @@ register:
 
 
 @click.command()
-@click.option("--data", "data_file", required=True, type=click.Path(exists=True, path_type=Path), help="Your chats.")
-@click.option("--base", required=True, help="bundled:smollm2, a folder, or a hub id.")
+@click.option(
+    "--data",
+    "data_file",
+    required=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="File or folder with chats (JSONL, JSON, CSV, TSV, Parquet).",
+)
+@click.option("--base", required=True, help="Base model: bundled:smollm2, a folder, or a hub id.")
 @click.option("--name", help="Name of the recipe. Default: the name of the file.")
 def init(data_file: Path, base: str, name: str | None) -> None:
     """Write configs/NAME.yaml, a data folder and its .dvc file from a file or folder of chats."""
@@ -116,7 +122,7 @@ def _chats(rows: list[Row], data_file: Path) -> list[list[Message]]:
     """Return the well-formed rows; print the first malformed ones and the keys that are not read.
 
     Raises:
-        BadData: no row is a chat.
+        BadData: no row is a valid chat.
     """
     chats = [row.messages for row in rows if row.messages is not None]
     malformed = [row for row in rows if row.messages is None]
@@ -126,7 +132,7 @@ def _chats(rows: list[Row], data_file: Path) -> list[list[Message]]:
         click.echo(unread, err=True)
     if not chats:
         raise BadData(
-            "No row of this file is a chat.",
+            "No row of this file is a valid chat.",
             where=str(data_file),
             got=malformed[0].problem or "" if malformed else "no rows",
             expected="messages, ShareGPT, Alpaca or prompt/completion",

@@ -22,7 +22,7 @@ reason_option = click.option("--reason", required=True, help="The reason, for re
 @model_option
 @json_option
 def registry(store: str, model: str | None, as_json: bool) -> None:
-    """Show the promotion log of a model, oldest entry first. The last entry is in force."""
+    """Show the promotion log of a model, oldest entry first. The last entry names the champion."""
     opened = open_store(store)
     model = model or only_model(opened)
     entries = PromotionLog(opened, model).entries()
@@ -47,7 +47,7 @@ def registry(store: str, model: str | None, as_json: bool) -> None:
 @reason_option
 @store_option
 def promote(run: str, reason: str, store: str) -> None:
-    """Make the model of RUN (an id of `loraflow runs`) the champion, whatever the gate decided."""
+    """Make the model of RUN (an id of `loraflow runs`) the champion, regardless of the gate's decision."""
     opened = open_store(store)
     record = read_run(opened, run)
     if record is None or record.summary is None or record.model is None:
@@ -93,7 +93,7 @@ def _artifact(store: Store, record: RunRecord, stage: str) -> Ref:
 @store_option
 @model_option
 def rollback(reason: str, store: str, model: str | None) -> None:
-    """Return to the champion before this one. Later runs do not promote the same model again."""
+    """Go back to the previous champion. Later runs do not promote the same model again."""
     opened = open_store(store)
     try:
         entry = PromotionLog(opened, model or only_model(opened)).rollback(reason, actor())

@@ -1,4 +1,4 @@
-"""`loraflow run`: the whole flow, here, with a closing table."""
+"""`loraflow run`: run the flow on this machine, and print tables of scores and stages at the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loraflow.cli import json_option, parse_sets, set_option
+from loraflow.cli import json_option, parse_overrides, set_option
+from loraflow.stages import STAGES, check_names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,22 +23,26 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("recipe")
 @set_option
-@click.option("--force", multiple=True, metavar="STAGE", help="Compute a stage again although it is cached.")
+@click.option(
+    "--force",
+    multiple=True,
+    metavar="STAGE",
+    help=f"Recompute this stage even if it is cached; repeat for several. STAGE is one of {', '.join(STAGES)}.",
+)
 @json_option
 @click.option("--strict-gate", is_flag=True, help="Exit with 3 when nothing was promoted.")
-@click.option("--quiet", "-q", is_flag=True, help="Print warnings and the closing table only.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only warnings and the final tables.")
 def run(
     recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bool, strict_gate: bool, quiet: bool
 ) -> None:
     """Run RECIPE: dataset, tokens, adapter, merged model, scores, gate, registry."""
-    overrides = parse_sets(sets)
+    overrides = parse_overrides(sets)
     if quiet:
         os.environ["PREFECT_LOGGING_LEVEL"] = "WARNING"
     from loraflow.config import load_recipe
-    from loraflow.stages import check_names
 
     check_names(force, "--force")
-    load_recipe(recipe, overrides)  # before prefect starts: a typing error is reported at once
+    load_recipe(recipe, overrides)  # before prefect starts, so that a mistake is reported at once
     from loraflow.flows.finetune import finetune
     from loraflow.flows.server.temporary_server import start_temporary_server
     from loraflow.registry.runs import RunSummary
@@ -59,7 +64,7 @@ SIDES = ("base", "tuned", "champion")
 
 
 def show(summary: RunSummary) -> None:
-    """Print the closing tables: scores, stages, verdict, and where the files lie."""
+    """Print scores, stages, the gate's decision and the locations of the files."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -72,8 +77,8 @@ def show(summary: RunSummary) -> None:
     console.print(f"[bold]gate: {verdict}[/bold]{entry}")
     for reason in decision.reasons if decision else ():
         console.print(f"  {reason}")
-    console.print(f"adapter       {_near(summary.adapter)}", soft_wrap=True)
-    console.print(f"merged model  {_near(summary.merged)}", soft_wrap=True)
+    console.print(f"adapter       {_relative_to_cwd(summary.adapter)}", soft_wrap=True)
+    console.print(f"merged model  {_relative_to_cwd(summary.merged)}", soft_wrap=True)
     if published := summary.published:
         console.print(f"published     {published.url or f'no: {published.problem}'}", soft_wrap=True)
     model = "champion" if verdict == "promote" else summary.run
@@ -107,6 +112,6 @@ def _stage_table(summary: RunSummary) -> Table:
     return table
 
 
-def _near(path: str) -> str:
+def _relative_to_cwd(path: str) -> str:
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

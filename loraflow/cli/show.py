@@ -30,7 +30,7 @@ def show(what: str, model: str | None, store: str, as_json: bool) -> None:
     """Show WHAT: a run's id, `champion` or `champion:NAME`, or the fingerprint or digest of an artifact.
 
     The first characters of a fingerprint or digest are enough, from four. For the champion: who promoted it and why, and
-    the run, data, base, recipe, scores and files behind it. Exit status 1 if the champion's files are gone or incomplete.
+    the run, data, base, recipe, scores and files behind it. Exit status 1 if the champion's files are missing or incomplete.
     """
     quiet_logging()
     opened = open_store(store)
@@ -65,7 +65,7 @@ def _find_artifact(store: Store, prefix: str) -> Ref | None:
 def _artifact_lines(store: Store, ref: Ref, manifest: Manifest) -> Iterator[str]:
 
     yield f"{ref}   {store.location(ref)}"
-    yield f"  made      {manifest.provenance['started']} in {manifest.provenance['seconds']} s"
+    yield f"  computed  {manifest.provenance['started']} in {manifest.provenance['seconds']} s"
     yield f"  size      {manifest.size:,} bytes in {len(manifest.files)} files"
     for name, used in manifest.input_refs(store.uri).items():
         yield f"  input     {name}: {used}"

@@ -1,4 +1,4 @@
-"""`loraflow runs, verify, gc`: list, check and tidy what is in the store."""
+"""`loraflow runs, verify, gc`: list the runs of the store, check its artifacts, and clean it up."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def verify(deep: bool, store: str) -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be removed, and remove nothing.")
 def gc(store: str, keep: int, dry_run: bool) -> None:
-    """Remove old merged models, superseded artifacts and abandoned work. Champion and rollback target always stay."""
+    """Remove superseded artifacts, older merged models and stale work. The champion and its rollback target are kept."""
     quiet_logging()
     from loraflow.registry.cleanup import remove_unused
 

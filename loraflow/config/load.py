@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import re
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel, JsonValue, ValidationError
 from pydantic.fields import FieldInfo
 
 from loraflow.config import yaml
 from loraflow.config.recipe import Recipe
-from loraflow.config.renamed_keys import translate
+from loraflow.config.renamed_keys import TRANSLATED, translate
 from loraflow.failures import BadConfig
 
 if typing.TYPE_CHECKING:
@@ -23,7 +25,13 @@ if typing.TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Problem = tuple[int, str]  # line, 0 if unknown; message
+
+class Problem(NamedTuple):
+    """A problem of a recipe, and where it is: a line of the file, or the key of an override."""
+
+    line: int  # 0 if unknown
+    message: str
+    override: str = ""  # dotted key; empty if the value is the file's
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, JsonValue] | None = None) -> Recipe:
@@ -73,22 +81,50 @@ def parse_recipe(text: str, name: str = "recipe", overrides: Mapping[str, JsonVa
     except yaml.Syntax as error:
         raise BadConfig("The recipe is not plain YAML.", where=f"{name}:{error.line}", got=str(error)) from error
     if not isinstance(parsed, dict):
-        raise BadConfig("The recipe is empty, or no mapping.", where=f"{name}:1", expected="keys such as name and base")
-    document = copy.deepcopy(parsed)
+        raise BadConfig(
+            "The recipe is empty, or is not a mapping.", where=f"{name}:1", expected="keys such as name and base"
+        )
+    document, overrides = copy.deepcopy(parsed), dict(overrides or {})
     problems: list[Problem] = []
-    for dotted, value in (overrides or {}).items():
+    for dotted, value in overrides.items():
         _override(document, dotted, value, problems)
     _move_attention_to_runtime(document)
-    problems += _translate_keys(document, name, lines)
+    problems += _translate_keys(document, name, lines, overrides)
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
-        problems += [(_line(lines, problem["loc"]), _message(problem)) for problem in error.errors()]
+        problems += [
+            Problem(
+                _line(lines, problem["loc"]),
+                _message(problem),
+                _find_override(overrides, problem["loc"], problem["msg"]),
+            )
+            for problem in error.errors()
+        ]
     if problems:
-        listing = "\n".join(f"    {name}{f':{line}' if line else ''}: {message}" for line, message in sorted(problems))
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise BadConfig(f"The recipe has {count}:\n{listing}", next_step=f"correct {name}, then `loraflow plan {name}`")
+        raise _problems_of(name, problems)
     return recipe
+
+
+def _problems_of(name: str, problems: list[Problem]) -> BadConfig:
+    """Return the failure that lists all problems, each with its line in the file or the override that causes it."""
+    lines = []
+    for problem in sorted(problems):
+        where = (
+            f"--set {problem.override}" if problem.override else f"{name}{f':{problem.line}' if problem.line else ''}"
+        )
+        lines.append(f"    {where}: {problem.message}")
+    listing = "\n".join(lines)
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    keys = sorted({problem.override for problem in problems if problem.override})
+    if not keys:
+        return BadConfig(
+            f"The recipe has {count}:\n{listing}", next_step=f"correct {name}, then `loraflow plan {name}`"
+        )
+    step = f"correct --set {', '.join(keys)} (in Prefect's form: the field, or `settings`)"
+    if any(not problem.override for problem in problems):
+        step += f", and {name}"
+    return BadConfig(f"The recipe {name} with its overrides has {count}:\n{listing}", next_step=step)
 
 
 def _override(document: dict[str, JsonValue], dotted: str, value: JsonValue, problems: list[Problem]) -> None:
@@ -97,10 +133,26 @@ def _override(document: dict[str, JsonValue], dotted: str, value: JsonValue, pro
     for key in parents:
         inner = section.setdefault(key, {})
         if not isinstance(inner, dict):
-            problems.append((0, f"--set {dotted}: {key} is no section"))
+            problems.append(Problem(0, f"{key} is not a section", dotted))
             return
         section = inner
     section[last] = value
+
+
+def _find_override(overrides: Mapping[str, JsonValue], loc: tuple[str | int, ...], message: str = "") -> str:
+    """Return the override that set the value at a location; empty if the file did.
+
+    A problem with a combination of keys has the location of their section. Its message names the keys.
+    """
+    path = [str(part) for part in loc]
+    for dotted in overrides:
+        section, _, key = dotted.partition(".")
+        keys = f"{section}.{TRANSLATED.get(section, {}).get(key, key)}".split(".") if key else [section]
+        if path[: len(keys)] == keys or path == dotted.split("."):
+            return dotted
+        if path == keys[: len(path)] and re.search(rf"\b{re.escape(keys[-1])}\b", message):
+            return dotted
+    return ""
 
 
 def _move_attention_to_runtime(document: dict[str, JsonValue]) -> None:
@@ -113,17 +165,19 @@ def _move_attention_to_runtime(document: dict[str, JsonValue]) -> None:
         runtime.setdefault("attn_implementation", base.pop("attn_implementation"))
 
 
-def _translate_keys(document: dict[str, JsonValue], name: str, lines: dict[yaml.Path, int]) -> list[Problem]:
+def _translate_keys(
+    document: dict[str, JsonValue], name: str, lines: dict[yaml.Path, int], overrides: Mapping[str, JsonValue]
+) -> list[Problem]:
     """Give the keys of all sections their current names, log the warnings, and return the problems."""
     problems: list[Problem] = []
     for section, values in document.items():
         if isinstance(values, dict):
-
-            def refuse(key: str, message: str, section: str = section) -> None:
-                problems.append((lines.get((section, key), 0), f"{section}.{key} {message}"))
-
-            document[section], warnings = translate(section, values, refuse)
-            for warning in warnings:
+            translated = translate(section, values)
+            document[section] = translated.values
+            for key, message in translated.refused.items():
+                override = _find_override(overrides, (section, key))
+                problems.append(Problem(lines.get((section, key), 0), f"{section}.{key} {message}", override))
+            for warning in translated.warnings:
                 log.warning("%s: %s", name, warning)
     return problems
 
@@ -144,7 +198,7 @@ def _message(error: ErrorDetails) -> str:
         near = difflib.get_close_matches(str(loc[-1]), _names(loc[:-1]), 1, 0.5)
         elsewhere = [".".join(path) for path in _all_paths(Recipe) if path[-1] == loc[-1]]
         hint = f"; did you mean {near[0]}?" if near else f"; did you mean {elsewhere[0]}?" if elsewhere else ""
-        return f"{dotted} is no key of a recipe{hint}"
+        return f"{dotted} is not a key of a recipe{hint}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     got = "" if error["type"] in ("missing", "value_error") else f", not {error['input']!r}"
     return f"{dotted}: {message}{got}"

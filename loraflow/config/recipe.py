@@ -1,6 +1,19 @@
 """The recipe's sections. `training_config` and `peft_config` are the two dictionaries of the Phi-3 LoRA guide.
 
 `loraflow.config.stage_configs` decides which fields are part of a stage's fingerprint. A test checks every field.
+
+The classes about training:
+
+| class | contents |
+|---|---|
+| TrainingMath | settings that determine the adapter: always part of the fingerprint |
+| BestCheckpoint | choice of the best checkpoint: part of the fingerprint with load_best_model_at_end |
+| UnfingerprintedTraining | how training runs, logs and saves: not part of the fingerprint |
+| TrainerSettings | these three together, with checks of their combinations: the trainer's input |
+| TrainingConfig | TrainerSettings, max_length and packing: the recipe's section training_config |
+| FingerprintedTraining (stage_configs) | the fingerprinted settings of a train job |
+| JobTrainingRuntime (stage_configs) | the other settings of a train job |
+| TrainConfig (stage_configs) | the config of the train stage: FingerprintedTraining, peft_config, base, method |
 """
 
 from __future__ import annotations
@@ -15,7 +28,7 @@ from loraflow.frozen import FrozenModel
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 
-# The scores of each built-in metric. A gate that names another score is refused before anything runs.
+# The scores of each built-in metric, to check the names in the gate before anything runs.
 SCORES = {
     "token_loss": {"token_loss"},
     "exact_match": {"exact_match"},
@@ -144,13 +157,13 @@ class BestCheckpoint(FrozenModel):
     early_stopping_patience: Positive | None = None
 
 
-class TrainingRuntime(FrozenModel):
+class UnfingerprintedTraining(FrozenModel):
     """How training runs, logs and saves: not part of the fingerprint."""
 
     per_device_train_batch_size: Positive = 4
     gradient_accumulation_steps: Positive = 1
     per_device_eval_batch_size: Positive = 4
-    gradient_checkpointing: bool | None = None  # None: as much as memory needs (runtime.checkpointing)
+    gradient_checkpointing: bool | None = None  # None: runtime.checkpointing decides
     gradient_checkpointing_kwargs: dict[str, JsonValue] = {"use_reentrant": False}
     logging_strategy: Literal["steps", "epoch", "no"] = "steps"
     logging_steps: Positive = 20
@@ -164,7 +177,7 @@ class TrainingRuntime(FrozenModel):
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
 
 
-class TrainerSettings(TrainingRuntime, BestCheckpoint, TrainingMath):
+class TrainerSettings(UnfingerprintedTraining, BestCheckpoint, TrainingMath):
     """All settings of the trainer. The train stage combines them from its config and runtime."""
 
     @model_validator(mode="after")
@@ -255,7 +268,8 @@ class PeftConfig(FrozenModel):
         how = str(self.init_lora_weights)
         if how.startswith(("pissa", "olora")) and self.use_dora:
             raise ValueError(
-                f"init_lora_weights {how} and use_dora exclude each other: no adapter fits the base; choose one of them"
+                f"init_lora_weights {how} and use_dora exclude each other: the result would not be an adapter of the "
+                "base; choose one of them"
             )
         if how == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
             raise ValueError("init_lora_weights orthogonal needs even ranks")
@@ -270,17 +284,17 @@ class LoralibConfig(FrozenModel):
     enable_lora: dict[str, list[Literal["q", "k", "v", "gate", "up"] | bool]] = Field(
         {},
         description="{fused module: blocks that get an update of rank r each}, such as {qkv_proj: [q, v]}. Blocks are "
-        "q, k, v; gate, up; or true and false for equal blocks. A module that is not named gets one update as a whole.",
+        "q, k, v; gate, up; or true and false for equal blocks. A module that is not named gets a single update.",
     )
     merge_weights: bool = Field(False, description="Merge for evaluation during training, and unmerge after it.")
 
 
 class Evaluation(FrozenModel):
-    """How models are scored on held-out rows: the same way for base, tuned model and champion."""
+    """How base, tuned model and champion are scored on held-out rows: all in the same way."""
 
     metrics: list[str] = Field(
         ["token_loss", "exact_match", "token_f1", "rouge", "chrf"],
-        description="Names of built-in metrics, or folders with an `evaluate` module.",
+        description="Names of built-in metrics, or paths of folders with an `evaluate` module, from the working directory.",
     )
     max_rows: Positive | None = Field(None, description="Score at most this many rows of each set.")
     max_new_tokens: Positive = Field(256, description="Longest answer, in tokens.")
@@ -310,20 +324,29 @@ class Merge(FrozenModel):
     )
     max_kl: Annotated[float, Field(ge=0)] = Field(
         0.05,
-        description="Largest difference between the merged model and base plus adapter (mean KL, nats per token); the run "
-        "stops above it.",
+        description="Largest allowed difference between the merged model and base plus adapter (mean KL, nats per token). "
+        "The run stops above it.",
     )
     verify_prompts: Positive = Field(8, description="Number of held-out prompts for this comparison.")
 
 
 class Gate(FrozenModel):
-    """What a challenger must achieve against base and champion."""
+    """The conditions for a promotion: they are tested against the base and against the champion.
 
-    primary: str = Field("token_loss", description="The score that must improve.")
+    Names of scores are checked before the run only if all metrics are built-in: the scores of your own metrics are not
+    known before they have run.
+    """
+
+    primary: str = Field(
+        "token_loss",
+        description="The score that must improve. A score of your own metric is first checked when the gate decides.",
+    )
     min_gain: Annotated[float, Field(ge=0)] = Field(
         0.0, description="The improvement must be larger than this, in the score's unit."
     )
-    guards: dict[str, Annotated[float, Field(ge=0)]] = Field({}, description="{score: largest loss that is allowed}.")
+    guards: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {}, description="{score: largest drop that is allowed, in the score's unit}."
+    )
     lower_is_better: list[str] = Field([], description="Scores of your own metrics for which lower is better.")
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
         0.95, description="Confidence level of the one-sided bounds."
@@ -331,7 +354,7 @@ class Gate(FrozenModel):
 
 
 class Register(FrozenModel):
-    """The registry entry of the decision."""
+    """The registry entry of a promotion."""
 
     model: str = Field("default", pattern=r"^[a-z0-9][a-z0-9._-]*$", description="The model's name in the registry.")
 
@@ -374,7 +397,7 @@ class Recipe(FrozenModel):
             for name in (self.gate.primary, *self.gate.guards):
                 if name not in scored:
                     raise ValueError(
-                        f"the gate names {name}, which evaluation.metrics does not score; it scores "
+                        f"the gate names {name}, which is not a score of evaluation.metrics; its scores are "
                         f"{', '.join(sorted(scored))}"
                     )
         if self.base.quantization == "nf4" and self.base.dtype == "float32":
@@ -386,24 +409,24 @@ class Recipe(FrozenModel):
 
     @property
     def compares_merges(self) -> bool:
-        """Whether the merge tries both bases, and needs rows to compare the results."""
+        """Whether merge tries two ways, and needs token rows to compare their results."""
         return self.base.quantization == "nf4" and self.merge.onto == "auto"
 
     def _check_method(self) -> None:
         how = str(self.peft_config.init_lora_weights)
         if self.base.quantization and how.startswith(("pissa", "olora")):
             raise ValueError(
-                f"peft_config.init_lora_weights {how} changes the base's weights, which quantization has fixed; use loftq"
+                f"peft_config.init_lora_weights {how} changes the base's weights, which quantization fixes; use loftq"
             )
         if how == "loftq" and self.base.quantization != "nf4":
             raise ValueError(
                 "peft_config.init_lora_weights loftq compensates for quantization: set base.quantization: nf4"
             )
         if how == "loftq" and self.merge.onto == "base":
-            raise ValueError("merge.onto base would count loftq's compensation twice: set it to auto or dequantized")
+            raise ValueError("merge.onto base would apply loftq's compensation twice: set it to auto or dequantized")
         if self.method == "peft":
             if self.loralib_config != LoralibConfig():
-                raise ValueError("loralib_config needs method: loralib; peft updates a fused module as a whole")
+                raise ValueError("loralib_config needs method: loralib; peft has one update for a fused module")
             return
         if self.base.quantization:
             raise ValueError("method loralib needs plain weights: leave base.quantization out, or set method: peft")
@@ -411,4 +434,4 @@ class Recipe(FrozenModel):
         own = self.peft_config.model_dump(exclude=shared)
         alone = [key for key, value in PeftConfig().model_dump(exclude=shared).items() if own[key] != value]
         if alone:
-            raise ValueError(f"peft_config.{alone[0]} exists in peft only: leave it out with method: loralib")
+            raise ValueError(f"peft_config.{alone[0]} is for method: peft only: leave it out with method: loralib")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 from pydantic import JsonValue
 
@@ -65,27 +65,31 @@ REFUSED: dict[str, dict[str, str]] = {
 }
 
 
-def translate(
-    section: str, values: dict[str, JsonValue], problem: Callable[[str, str], None]
-) -> tuple[dict[str, JsonValue], list[str]]:
-    """Return a section's values with current names, and a warning for each key that was renamed or has no effect.
+class Translated(NamedTuple):
+    """A section's values with current names."""
 
-    `problem(key, message)` is called for each key that is refused.
-    """
+    values: dict[str, JsonValue]
+    warnings: list[str]  # for each key that was renamed or has no effect
+    refused: dict[str, str]  # key → what is wrong with it
+
+
+def translate(section: str, values: dict[str, JsonValue]) -> Translated:
+    """Translate the keys of a section."""
     out: dict[str, JsonValue] = {}
     warnings: list[str] = []
+    refused: dict[str, str] = {}
     for key, value in values.items():
         if key in TRANSLATED.get(section, {}):
             new = TRANSLATED[section][key]
             if new in values:
-                problem(key, f"was renamed to {new}, which is set too; leave {key} out")
+                refused[key] = f"was renamed to {new}, which is set too; leave {key} out"
                 continue
             warnings.append(f"{section}.{key} is read as {section}.{new}")
             out[new] = value
         elif key in IGNORED.get(section, {}):
             warnings.append(f"{section}.{key} has no effect: {IGNORED[section][key]}")
         elif key in REFUSED.get(section, {}):
-            problem(key, f"is not supported: {REFUSED[section][key]}")
+            refused[key] = f"is not supported: {REFUSED[section][key]}"
         else:
             out[key] = value
-    return out, warnings
+    return Translated(out, warnings, refused)

@@ -1,4 +1,4 @@
-"""The runtime: where and how a run computes. It may change only the last bits of a result, by rounding."""
+"""The runtime: where and how a run computes. It changes a result only by rounding, in its last bits."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class Runtime(FrozenModel):
     store: str = Field(
         ".loraflow/store", description="Folder or s3://bucket/prefix of the artifacts, run records and registry."
     )
+    # The stages that are `placeable` in the stage table, which this layer cannot import. A test compares the two.
     placement: dict[Literal["tokenize", "train", "evaluate", "merge", "verify"], str] = Field(
         {}, description="{stage: deployment} to run a stage on another work pool, such as {train: gpu} for stage/gpu."
     )
@@ -59,7 +60,7 @@ class Runtime(FrozenModel):
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Compile each layer; auto does not on short runs, where compiling takes longer than it saves.",
+        description="Compile each layer; auto does so unless the run is too short to gain from it.",
     )
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] = Field(
         "auto",
@@ -81,7 +82,7 @@ class Runtime(FrozenModel):
         None, description="Tokenizer processes; the default is all cores."
     )
     deadline_minutes: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="A heavy stage that runs longer is stopped; there is no default."
+        None, description="A heavy stage that runs longer is stopped; by default there is no limit."
     )
     grace_seconds: Annotated[float, Field(ge=0)] = Field(
         20.0, description="Time between SIGTERM and SIGKILL for a worker, in which it saves a checkpoint."

@@ -1,8 +1,8 @@
-"""What each stage is configured with: one frozen value per stage, made once from the recipe.
+"""The config of each stage, built from the recipe, and the runtime of a job.
 
-A stage's config is the part of the recipe that decides its result, so it goes into the fingerprint as it is. A field that
-is not part of the fingerprint of this job is left unset, not null: a payload must not change because a field was added.
-What only decides where and how a stage runs is in `JobRuntime`.
+A stage's config has the settings that decide its result. All fields that are set are part of the fingerprint. A field that
+does not matter for a job is left unset, not null, so that a new field does not change existing fingerprints.
+`JobRuntime` has the settings that decide only where and how a stage runs.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from loraflow.config.recipe import (
     Share,
     TrainerSettings,
     TrainingMath,
-    TrainingRuntime,
+    UnfingerprintedTraining,
 )
 from loraflow.config.runtime import Runtime
 from loraflow.frozen import FrozenModel
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
-# -- what the world outside a recipe says ---------------------------------------------------------------------------
+# -- facts that are not in the recipe: files, commits, hashes --------------------------------------------------------
 
 
 class FolderOrigin(FrozenModel):
@@ -65,7 +65,7 @@ Origin = FolderOrigin | DvcOrigin | HubOrigin | GgufOrigin
 
 
 class DatasetLocation(FrozenModel):
-    """Which dataset a recipe names, and where its files are read from."""
+    """The identity of a recipe's dataset, and where its files are read from."""
 
     md5: str
     name: str
@@ -73,14 +73,14 @@ class DatasetLocation(FrozenModel):
 
 
 class BaseLocation(FrozenModel):
-    """Which base model a recipe names, by content or commit, and where its files are read from."""
+    """The identity of a recipe's base model (content or commit), and where its files are read from."""
 
     source: dict[str, str]
     origin: FolderOrigin | HubOrigin | GgufOrigin
 
 
-class Surroundings(Protocol):
-    """What a config needs to know beyond the recipe. Each property is computed when it is first asked for."""
+class RecipeContext(Protocol):
+    """The facts beyond the recipe that configs need. Each property is computed when it is first read."""
 
     @property
     def dataset(self) -> DatasetLocation:
@@ -108,12 +108,12 @@ class StageConfig(FrozenModel):
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
-        """Validate plain values, each of which becomes part of the fingerprint."""
+        """Return the validated config. Each of the values becomes part of the fingerprint."""
         return cls.model_validate(values)
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
-        """Return the config of a recipe's run. This one is of a stage that takes nothing from the recipe."""
+    def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
+        """Return the stage's config for a recipe. This default is for a stage that needs nothing from the recipe."""
         return cls.of({})
 
 
@@ -124,9 +124,9 @@ class VersionDatasetConfig(StageConfig):
     name: str | None = None  # a folder's md5 covers its files' names; a single file's does not
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+    def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """See `StageConfig.from_recipe`."""
-        dataset = outside.dataset
+        dataset = context.dataset
         return cls.of({"md5": dataset.md5} | ({} if dataset.md5.endswith(".dir") else {"name": dataset.name}))
 
 
@@ -142,11 +142,11 @@ class CheckDatasetConfig(StageConfig):
     system: str | None
     duplicates: Literal["drop", "keep"]
     limit: Positive | None
-    heldout_fraction: Share = 0.0  # set only where no file is held out
-    seed: int = 0  # set only where rows are split by their hash
+    heldout_fraction: Share = 0.0  # set only if no file is held out
+    seed: int = 0  # set only if rows are split by their hash
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+    def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """See `StageConfig.from_recipe`."""
         data = recipe.data
         fields = {"format", "columns", "train", "heldout", "extra_heldout", "validation_fraction", "system"}
@@ -164,14 +164,14 @@ class ResolveBaseConfig(StageConfig):
     source: dict[str, str]
     repack: Literal["phi3"] | None
     trust_remote_code: bool
-    dtype: Dtype | None = None  # set only where the weights are repacked, and so written again
+    dtype: Dtype | None = None  # set only if the weights are repacked, and so converted
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+    def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """See `StageConfig.from_recipe`."""
         base = recipe.base
         values = {
-            "source": outside.base.source,
+            "source": context.base.source,
             "repack": base.repack,
             "trust_remote_code": base.trust_remote_code,
         }
@@ -188,7 +188,7 @@ class TokenizeConfig(StageConfig):
     packing: bool
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+    def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """See `StageConfig.from_recipe`."""
         data, training = recipe.data, recipe.training_config
         return cls.of(
@@ -202,18 +202,18 @@ class TokenizeConfig(StageConfig):
         )
 
 
-class TrainingIdentity(TrainingMath, BestCheckpoint):
-    """The part of training_config that decides which adapter comes out."""
+class FingerprintedTraining(TrainingMath, BestCheckpoint):
+    """The part of training_config that determines the adapter."""
 
     global_batch: Positive
     # A recipe's default is the integer 1. It stays an integer, since training.json is part of the adapter's digest.
     num_train_epochs: Annotated[int | float, Field(gt=0)] = 1
-    # Set only with load_best_model_at_end: the best checkpoint is a checkpoint that was saved and measured.
+    # Set only with load_best_model_at_end: they decide which checkpoints are candidates, and their measured loss.
     save_steps: Positive | None = None
     per_device_eval_batch_size: Positive | None = None
 
 
-class TrainedBaseConfig(FrozenModel):
+class FrozenBaseConfig(FrozenModel):
     """The part of `base` that decides what training computes."""
 
     dtype: Dtype
@@ -232,13 +232,13 @@ class TrainConfig(StageConfig):
     """Config of train."""
 
     method: Literal["peft", "loralib"]
-    training_config: TrainingIdentity
+    training_config: FingerprintedTraining
     peft_config: TrainedPeftConfig
     loralib_config: LoralibConfig = LoralibConfig()  # set only with method: loralib
-    base: TrainedBaseConfig
+    base: FrozenBaseConfig
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+    def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """See `StageConfig.from_recipe`."""
         training, base = recipe.training_config, recipe.base
         fields = set(TrainingMath.model_fields)
@@ -259,10 +259,10 @@ class TrainConfig(StageConfig):
         return cls.of(values)
 
     def trainer_settings(self, runtime: JobRuntime) -> TrainerSettings:
-        """Return what the trainer is configured with: this config's settings and the runtime's.
+        """Return the settings of the trainer: those of this config and those of the runtime.
 
         Raises:
-            ValueError: the job's runtime is not that of a training.
+            ValueError: the runtime has no training_config.
         """
         if runtime.training_config is None:
             raise ValueError("a train job needs runtime.training_config")
@@ -271,7 +271,7 @@ class TrainConfig(StageConfig):
 
 
 class Nf4Config(FrozenModel):
-    """How NF4 weights were packed."""
+    """The settings of NF4 quantization."""
 
     dtype: Dtype
     double: bool
@@ -292,7 +292,7 @@ class MergeConfig(StageConfig):
     nf4: MergeNf4Config | None = None  # set only with base.quantization: nf4
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+    def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """See `StageConfig.from_recipe`."""
         values = recipe.merge.model_dump(include={"dtype", "max_shard_size_gb"})
         if recipe.base.quantization == "nf4":
@@ -308,7 +308,7 @@ class VerifyConfig(StageConfig):
     nf4: Nf4Config | None = None  # set only with base.quantization: nf4
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+    def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """See `StageConfig.from_recipe`."""
         values = {"prompts": recipe.merge.verify_prompts, "trust_remote_code": recipe.base.trust_remote_code}
         return cls.of({**values, "nf4": _nf4(recipe)} if recipe.base.quantization == "nf4" else values)
@@ -327,11 +327,11 @@ class EvaluateConfig(StageConfig):
     modules: dict[str, str]  # the hash of each metric's module
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
+    def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """See `StageConfig.from_recipe`."""
         values = recipe.evaluation.model_dump(exclude={"samples"})
         trust = recipe.base.trust_remote_code
-        return cls.of({**values, "trust_remote_code": trust, "modules": outside.metric_modules})
+        return cls.of({**values, "trust_remote_code": trust, "modules": context.metric_modules})
 
 
 def _nf4(recipe: Recipe) -> dict[str, str | bool]:
@@ -341,12 +341,12 @@ def _nf4(recipe: Recipe) -> dict[str, str | bool]:
 # -- the runtime of a job -------------------------------------------------------------------------------------------
 
 
-class JobTrainingRuntime(TrainingRuntime, BestCheckpoint):
+class JobTrainingRuntime(UnfingerprintedTraining, BestCheckpoint):
     """The part of training_config that is not in a train job's fingerprint."""
 
 
 class JobRuntime(Runtime):
-    """Where and how a job runs: the recipe's runtime, and what single stages need beside it."""
+    """Where and how a job runs: the recipe's runtime, and further settings of some stages."""
 
     training_config: JobTrainingRuntime | None = None  # train only
     use_cache: bool = False  # train only: base.use_cache
@@ -354,31 +354,43 @@ class JobRuntime(Runtime):
 
     @model_serializer(mode="wrap")
     def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
-        """Leave out what is not of this stage: manifests keep the runtime."""
+        """Leave out the fields that this stage does not use, because manifests record the runtime."""
         absent = {"training_config", "use_cache", "origin"} - self.model_fields_set
         return {name: value for name, value in handler(self).items() if name not in absent}
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, outside: Surroundings) -> Self:
-        """Return the runtime of a stage that needs nothing but the recipe's runtime."""
+    def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
+        """Return the runtime of a stage that needs only the recipe's runtime."""
         return cls.model_validate(recipe.runtime.model_dump())
 
     @classmethod
-    def of_training(cls, recipe: Recipe, outside: Surroundings) -> Self:
+    def of_training(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """Return the runtime of the train stage."""
         training = recipe.training_config
-        fields = set(TrainingRuntime.model_fields)
+        fields = set(UnfingerprintedTraining.model_fields)
         if not training.load_best_model_at_end:
             fields |= set(BestCheckpoint.model_fields)
         values = {"training_config": training.model_dump(include=fields), "use_cache": recipe.base.use_cache}
         return cls.model_validate({**recipe.runtime.model_dump(), **values})
 
     @classmethod
-    def of_dataset(cls, recipe: Recipe, outside: Surroundings) -> Self:
+    def of_dataset(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """Return the runtime of the stage that reads the dataset's files."""
-        return cls.model_validate({**recipe.runtime.model_dump(), "origin": outside.dataset.origin.model_dump()})
+        return cls.model_validate({**recipe.runtime.model_dump(), "origin": context.dataset.origin.model_dump()})
 
     @classmethod
-    def of_base(cls, recipe: Recipe, outside: Surroundings) -> Self:
+    def of_base(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """Return the runtime of the stage that reads the base model's files."""
-        return cls.model_validate({**recipe.runtime.model_dump(), "origin": outside.base.origin.model_dump()})
+        return cls.model_validate({**recipe.runtime.model_dump(), "origin": context.base.origin.model_dump()})
+
+
+class RetryWith(FrozenModel):
+    """Runtime settings that need less memory and give the same result: what a stage proposes when memory runs out."""
+
+    micro_batch: Positive | None = None
+    micro_tokens: Positive | None = None
+    checkpointing: Literal["full"] | None = None
+
+    def changes(self) -> dict[str, int | str]:
+        """Return the settings to change; empty if the stage cannot run with less memory."""
+        return self.model_dump(exclude_none=True)

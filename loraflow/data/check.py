@@ -1,6 +1,6 @@
 """Stage check_dataset: split valid rows into train, validation and held-out; list the others in quarantine.jsonl.
 
-The stage never fails because of bad rows: it reports them with reasons. `admit` then compares the report with the
+The stage never fails because of bad rows: it reports them with reasons. `check_limits` then compares the report with the
 recipe's limits and stops the run if a limit is exceeded.
 """
 
@@ -19,7 +19,7 @@ from loraflow.data.chats import GATE_SET, ChatRecord, Message
 from loraflow.data.check_report import CheckReport, Profile, SplitCounts
 from loraflow.data.readers import match_files, read_rows
 from loraflow.data.split import in_share, prompt_key, row_id
-from loraflow.failures import BadData, Inadmissible
+from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 
@@ -75,7 +75,7 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
     )
 
 
-def admit(report: Mapping[str, JsonValue], max_quarantined: float, where: str) -> None:
+def check_limits(report: Mapping[str, JsonValue], max_quarantined: float, where: str) -> None:
     """Stop the run if a report of check_dataset exceeds the recipe's limits.
 
     Args:
@@ -84,13 +84,13 @@ def admit(report: Mapping[str, JsonValue], max_quarantined: float, where: str) -
         where: location of the report, for messages.
 
     Raises:
-        Inadmissible: too many rows are malformed.
+        LimitExceeded: too many rows are malformed.
         BadData: there are no training rows, or no held-out rows.
     """
     found = CheckReport.model_validate(report)
     problems = "\n            ".join(found.first_problems)
     if found.malformed_share > max_quarantined:
-        raise Inadmissible(
+        raise LimitExceeded(
             f"{found.counts.get('malformed', 0)} of {found.counts['read']} rows are malformed.",
             where=where,
             expected=f"at most {max_quarantined:.2%} (data.max_quarantined)",

@@ -72,7 +72,7 @@ def generate_answers(
             # The other devices have done about as many.
             done = number * batch_size + len(batch)
             on_batch(sum(answer is not None for answer in answers) if group.size == 1 else done)
-    return [answer for answer in group.merge(answers) if answer is not None]
+    return [answer for answer in group.gather_results(answers) if answer is not None]
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

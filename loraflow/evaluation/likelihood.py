@@ -37,7 +37,7 @@ def answer_losses(
         losses = _batch_losses(model, [rows[i] for i in batch], pad_id, prefix, head_is_linear)
         for i, loss in zip(batch, losses, strict=True):
             found[i] = loss
-    return [loss or (0.0, 0) for loss in group.merge(found)]
+    return [loss or (0.0, 0) for loss in group.gather_results(found)]
 
 
 def _batch_losses(

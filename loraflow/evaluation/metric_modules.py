@@ -43,7 +43,7 @@ def find_module(name: str) -> Path:
         where="evaluation.metrics",
         expected=f"one of {', '.join(names)}, or the path of a folder with an `evaluate` module",
         got=name,
-        next_step="for a module of the hub, copy its folder next to the recipe and name its path, such as ./metrics/bleu",
+        next_step="for a module of the hub, copy its folder and name its path from the working directory: ./metrics/bleu",
     )
 
 

@@ -1,4 +1,4 @@
-"""Whether a job's artifact can be reused, and why not: the one answer that runs, plans and single commands share."""
+"""Decide whether a job's artifact can be reused, and say why not. Runs, plans and single commands all ask `look_up`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loraflow.store import Ref, Store
 
 @dataclass(frozen=True)
 class Lookup:
-    """What the artifact store has for a job. `ref` is the artifact to reuse; None means that the stage has to run."""
+    """The answer of the artifact store for a job. `ref` is the artifact to reuse; None means that the stage has to run."""
 
     store: Store
     job: Job[StageConfig]
@@ -23,7 +23,7 @@ class Lookup:
     forced: bool = False
 
     def why(self) -> list[str]:
-        """Return why the artifact is reused, or why the stage has to run, a line each."""
+        """Return why the artifact is reused, or why the stage has to run: one reason per line."""
         if self.ref is not None:
             started = self.store.manifest(self.ref).provenance.get("started", "earlier")
             return [
@@ -43,13 +43,13 @@ class Lookup:
         return identity.explain(nearest, self.job.payload) or ["its artifact is missing"]
 
     def by_other_code(self) -> bool:
-        """Tell whether the artifact was computed by other code of the same stage version, which may be a mistake."""
+        """Return whether the artifact was computed by other code of the same stage version, which may be a mistake."""
         if self.ref is None:
             return False
         return not is_current(STAGES[self.job.stage], str(self.store.manifest(self.ref).provenance.get("code")))
 
 
-OTHER_CODE = "computed by other code of the same stage version; --force computes it again"
+OTHER_CODE = "computed by other code of the same stage version; --force recomputes it"
 
 
 def look_up(store: Store, job: Job[StageConfig], *, force: bool = False) -> Lookup:

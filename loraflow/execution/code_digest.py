@@ -2,7 +2,7 @@
 
 `loraflow/code_digests.json` records, for each stage, its version, the digest of its code without comments and docstrings,
 a hash of the same source files as they are, and earlier digests that give the same results. As long as the source files
-are those that were recorded, nothing is parsed. `python tests/golden/write.py` records them.
+are the recorded ones, nothing is parsed. `python tests/golden/write.py` records them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PARSING = threading.Lock()
 
 
 class RecordedCode(BaseModel):
-    """What was recorded of a stage's code."""
+    """The recorded digests of a stage's code."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,13 +36,13 @@ class RecordedCode(BaseModel):
 
 @cache
 def recorded() -> dict[str, RecordedCode]:
-    """Return what was recorded, by stage."""
+    """Return the recorded digests, by stage."""
     text = files("loraflow").joinpath("code_digests.json").read_bytes()
     return TypeAdapter(dict[str, RecordedCode]).validate_json(text)
 
 
 def is_current(stage: Stage, digest: str) -> bool:
-    """Tell whether an artifact's code digest is that of today's code, or of earlier code with the same results."""
+    """Return whether an artifact's code digest is that of today's code, or of earlier code with the same results."""
     known = recorded().get(stage.name)
     if digest == code_digest(stage):
         return True

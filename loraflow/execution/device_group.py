@@ -8,12 +8,18 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loraflow import failures
 from loraflow.config.runtime import Rendezvous
 from loraflow.execution.job_file import JobFile
 from loraflow.store import Summary
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
 
 log = logging.getLogger("loraflow.worker")
 NODE, PARENT = "LORAFLOW_NODE", "LORAFLOW_PARENT"  # environment: this node's number; the process id of the launcher
@@ -25,14 +31,14 @@ def node() -> int:
 
 
 def needs_group(file: JobFile) -> bool:
-    """Tell whether a job runs as more than one process.
+    """Return whether a job runs as more than one process.
 
     Raises:
-        BadConfig: this is a further node, and the job has no place for it.
+        BadConfig: this node's number is larger than the job's number of nodes allows.
     """
     if node() >= file.nodes:
         raise failures.BadConfig(
-            "The job has no place for this node.",
+            "This node's number is too large for the job.",
             where=NODE,
             expected=f"less than {file.nodes}",
             got=str(node()),
@@ -44,75 +50,102 @@ def needs_group(file: JobFile) -> bool:
 def run_in_group(file: JobFile) -> Summary:
     """Start a process for each device of this node and return the summary of the process that wrote the artifact.
 
-    The elastic launcher decides which node gets rank 0. That rank writes into the store that all nodes share, and the
-    caller on node 0 commits what it finds there.
+    The elastic launcher decides which node gets rank 0. That rank writes the artifact's files into the store that all nodes
+    share, and the caller on node 0 commits them.
 
     Raises:
         Failure: the failure that ended the group. The other processes are ended with it.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousTimeoutError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    devices, nodes, meeting = file.job.runtime.devices, file.nodes, file.job.runtime.rendezvous
-    job_path = file.home / "job.json"
     if node() == 0:  # no rank starts before this node has joined the rendezvous
-        for old in file.home.glob("outcome-*.json"):
+        for old in file.work.glob("outcome-*.json"):
             old.unlink()
+    devices, nodes, job_path = file.job.runtime.devices, file.nodes, file.work / "job.json"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
-    config = LaunchConfig(
-        min_nodes=nodes,
-        max_nodes=nodes,
-        nproc_per_node=devices,
-        run_id=meeting.id or file.home.name[:32],
-        rdzv_backend="c10d",
-        rdzv_endpoint=meeting.endpoint if nodes > 1 and meeting.endpoint else "localhost:0",
-        rdzv_configs=_timeouts(meeting) if nodes > 1 else {},
-        local_addr=_own_address(meeting.endpoint) if nodes > 1 and meeting.endpoint else None,
-        max_restarts=0,
-        monitor_interval=0.2,
-    )
     log.info("%s on %d devices of node %d of %d", file.job.stage, devices, node(), nodes)
     if node() == 0 and nodes > 1:
         log.info("start the other nodes with: %s=1 python -m loraflow.execution.worker %s", NODE, job_path)
-    codes: dict[int, int] = {}
-    # The ranks get sessions of their own, out of reach of a signal to our group: each of them watches this process.
+    with _watched_by_ranks():
+        exit_codes = _launch(file, job_path)
+    if node() > 0 and not exit_codes:  # node 0 may have committed by now, and removed the job's folder
+        return Summary()
+    return _first_summary(file.work, exit_codes)
+
+
+@contextmanager
+def _watched_by_ranks() -> Iterator[None]:
+    """Name this process as the parent in the environment of the ranks.
+
+    Ranks have sessions of their own, so a signal to this process group does not reach them. Each of them watches this
+    process instead.
+    """
     launcher = os.environ.get(PARENT)
+    os.environ[PARENT] = str(os.getpid())
     try:
-        os.environ[PARENT] = str(os.getpid())
-        elastic_launch(config, sys.executable)("-m", "loraflow.execution.worker", str(job_path))
+        yield
+    finally:
+        os.environ.pop(PARENT, None)
+        if launcher is not None:
+            os.environ[PARENT] = launcher
+
+
+def _launch(file: JobFile, job_path: Path) -> dict[int, int]:
+    """Run this node's ranks to their end; return the exit codes by rank if one of them failed, and nothing otherwise.
+
+    Raises:
+        Network: the nodes did not meet.
+        Preempted: this process was asked to stop.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousTimeoutError
+    from torch.distributed.launcher.api import elastic_launch
+
+    rendezvous = file.job.runtime.rendezvous
+    try:
+        elastic_launch(_launch_config(file), sys.executable)("-m", "loraflow.execution.worker", str(job_path))
     except ChildFailedError as error:
-        codes = {rank: one.exitcode for rank, one in error.failures.items()}
+        return {rank: failed.exitcode for rank, failed in error.failures.items()}
     except (RendezvousTimeoutError, RendezvousConnectionError) as error:
         raise failures.Network(
             "The nodes of the training did not meet.",
-            where=f"{meeting.endpoint}, node {node()}",
-            expected=f"{nodes} nodes within {meeting.wait_minutes} minutes",
+            where=f"{rendezvous.endpoint}, node {node()}",
+            expected=f"{file.nodes} nodes within {rendezvous.wait_minutes} minutes",
             got=str(error),
             next_step="start the other nodes (the log has the command); check that each of them reaches the endpoint",
         ) from error
     except SignalException as error:
         raise failures.Preempted("The worker was asked to stop.", got=str(error), next_step="run again") from error
-    finally:
-        os.environ.pop(PARENT, None)
-        if launcher is not None:
-            os.environ[PARENT] = launcher
-    if node() > 0 and not codes:  # node 0 may have committed by now, and removed the job's folder
-        return Summary()
-    return _first_summary(file.home, codes)
+    return {}
 
 
-def _timeouts(meeting: Rendezvous) -> dict[str, bool | int]:
-    seconds = max(1, round(meeting.wait_minutes * 60))
+def _launch_config(file: JobFile) -> LaunchConfig:
+    from torch.distributed.launcher.api import LaunchConfig
+
+    nodes, rendezvous = file.nodes, file.job.runtime.rendezvous
+    return LaunchConfig(
+        min_nodes=nodes,
+        max_nodes=nodes,
+        nproc_per_node=file.job.runtime.devices,
+        run_id=rendezvous.id or file.work.name[:32],
+        rdzv_backend="c10d",
+        rdzv_endpoint=rendezvous.endpoint if nodes > 1 and rendezvous.endpoint else "localhost:0",
+        rdzv_configs=_timeouts(rendezvous) if nodes > 1 else {},
+        local_addr=_own_address(rendezvous.endpoint) if nodes > 1 and rendezvous.endpoint else None,
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+
+
+def _timeouts(rendezvous: Rendezvous) -> dict[str, bool | int]:
+    seconds = max(1, round(rendezvous.wait_minutes * 60))
     return {"is_host": node() == 0, "join_timeout": seconds, "read_timeout": seconds}
 
 
 def _own_address(endpoint: str) -> str:
-    """Return the address from which this node reaches the endpoint: its own name may be unknown to the others.
+    """Return this node's address on the route to the endpoint: the other nodes may not resolve its host name.
 
     Raises:
-        Network: the endpoint's name has no address.
+        Network: the endpoint's name cannot be resolved.
     """
     host, _, port = endpoint.rpartition(":")
     try:
@@ -128,12 +161,13 @@ def _own_address(endpoint: str) -> str:
         ) from error
 
 
-def _first_summary(home: Path, codes: dict[int, int]) -> Summary:
+def _first_summary(work: Path, exit_codes: dict[int, int]) -> Summary:
     """Return the summary of the lowest rank, or raise the failure that ended the group.
 
-    A rank that lost another rank crashes with a closed connection. So a known failure, or a killed rank, comes first.
+    When a rank ends, the others crash with a closed connection. So a failure with a known cause, or a killed rank, comes
+    first.
     """
-    outcomes = {int(path.stem.split("-")[1]): json.loads(path.read_bytes()) for path in home.glob("outcome-*.json")}
+    outcomes = {int(path.stem.split("-")[1]): json.loads(path.read_bytes()) for path in work.glob("outcome-*.json")}
     failed = [
         failures.from_dict(outcome["failure"])
         for _, outcome in sorted(outcomes.items())
@@ -142,7 +176,7 @@ def _first_summary(home: Path, codes: dict[int, int]) -> Summary:
     for failure in failed:
         if not isinstance(failure, failures.Preempted | failures.Crashed):
             raise failure
-    silent = {rank: code for rank, code in codes.items() if rank not in outcomes}
+    silent = {rank: code for rank, code in exit_codes.items() if rank not in outcomes}
     if silent:
         got = ", ".join(f"rank {rank}: {code}" for rank, code in sorted(silent.items()))
         kind = failures.Killed if -signal.SIGKILL in silent.values() else failures.Crashed
@@ -150,5 +184,5 @@ def _first_summary(home: Path, codes: dict[int, int]) -> Summary:
     if failed:
         raise next((failure for failure in failed if isinstance(failure, failures.Crashed)), failed[0])
     if not outcomes:
-        raise failures.Crashed("No device's process left an outcome.", got=str(codes))
+        raise failures.Crashed("No device's process left an outcome.", got=str(exit_codes))
     return Summary.model_validate(outcomes[min(outcomes)]["summary"])

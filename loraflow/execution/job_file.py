@@ -1,4 +1,10 @@
-"""The file that a launcher hands to a worker process: the job, where its inputs lie, and where its result goes."""
+"""The file `job.json`, through which the launcher gives a worker process its job.
+
+Two folders belong to a job. Both are in the store's scratch folder, on this machine:
+
+- the work folder outlives an attempt. It holds `job.json`, the log, progress, outcome and checkpoints.
+- the staging folder is new for each attempt. The stage writes the artifact's files into it, and the launcher commits them.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +25,15 @@ class JobFile:
 
     Attributes:
         job: the job, its config validated by the stage's class.
-        out: the staging folder for the artifact's files.
+        out: the staging folder.
         input_folders: the input artifacts, by input name.
-        home: the folder of the file itself: log, progress, outcome and checkpoints lie in it.
+        work: the work folder, which the file itself is in.
     """
 
     job: Job[StageConfig]
     out: Path
     input_folders: Mapping[str, Path]
-    home: Path
+    work: Path
 
     @property
     def stage(self) -> Stage:
@@ -46,7 +52,7 @@ class JobFile:
 
     def write(self) -> Path:
         """Write the file and return its path."""
-        path = self.home / "job.json"
+        path = self.work / "job.json"
         write_json(
             path,
             {

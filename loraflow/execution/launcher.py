@@ -1,6 +1,7 @@
-"""Run a job: in this process, or in a worker with a group of its own, a deadline and a class for each way to end.
+"""Run a job: hold its lock, run its stage in this process or in a worker process, and commit the artifact.
 
-The caller gets a ref or a `Failure`. Whatever ends this process ends the worker as well.
+A worker has a process group of its own and a deadline, and ends when this process ends. `run_job` returns the artifact's
+ref, or raises a `Failure` whose class says how the worker ended.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from loraflow import failures
-from loraflow.config.stage_configs import FolderOrigin, HubOrigin, JobRuntime, StageConfig
+from loraflow.config.stage_configs import FolderOrigin, HubOrigin, JobRuntime, RetryWith, StageConfig
 from loraflow.execution.cache import look_up
 from loraflow.execution.code_digest import code_digest
 from loraflow.execution.device_group import PARENT
@@ -42,10 +43,10 @@ _RECORDED = ("torch", "transformers", "peft", "trl", "datasets", "tokenizers", "
 
 
 def run_job(job: Job[StageConfig], store: Store, on_progress: OnProgress | None = None, *, force: bool = False) -> Ref:
-    """Compute a job's artifact, or take the one that another run committed meanwhile.
+    """Hold a job's lock, run the job and commit its artifact. If another run committed it meanwhile, return that one.
 
     Raises:
-        Failure: the stage's own, or the class of the way in which its worker ended.
+        Failure: the stage's own failure; or Killed, Preempted, Crashed or DeadlineExceeded, if its worker left none.
     """
     with store.lock(job.stage, job.fingerprint):
         ref = look_up(store, job).ref
@@ -53,15 +54,15 @@ def run_job(job: Job[StageConfig], store: Store, on_progress: OnProgress | None 
             log.info("%s %s: another run computed it meanwhile", job.stage, job.short)
             return ref
         if not force and (ref := store.resume_commit(job.stage, job.fingerprint)) is not None:
-            log.info("%s %s: computed before; its commit was cut off and is finished now", job.stage, job.short)
+            log.info("%s %s: computed before; its commit was interrupted and is finished now", job.stage, job.short)
             return ref
         work = store.work_folder(job.stage, job.fingerprint, ref if force else None)
-        _refuse_without_room(job, store)
+        _check_free_space(job, store)
         staged = store.staging(job.stage, job.fingerprint)
         started = time.time()
         try:
             with store.mirror_checkpoints(job.stage, job.fingerprint):
-                summary, runtime = _compute(job, store, staged, work, on_progress)
+                summary, runtime = _run_with_less_memory_if_needed(job, store, staged, work, on_progress)
             ref = store.commit(
                 staged,
                 payload=job.payload,
@@ -78,13 +79,13 @@ def run_job(job: Job[StageConfig], store: Store, on_progress: OnProgress | None 
         return ref
 
 
-def _refuse_without_room(job: Job[StageConfig], store: Store) -> None:
-    """Check the free disk space of a stage whose result is about as large as something that is known.
+def _check_free_space(job: Job[StageConfig], store: Store) -> None:
+    """Check the free disk space, for a stage whose result is about as large as one of its inputs.
 
     Raises:
         DiskFull: there is too little.
     """
-    source, origin = STAGES[job.stage].needs_room_of, job.runtime.origin
+    source, origin = STAGES[job.stage].disk_estimate, job.runtime.origin
     if source == "base":
         need = store.manifest(job.inputs["base"]).size
     elif source == "origin" and isinstance(origin, FolderOrigin):
@@ -102,32 +103,35 @@ def _refuse_without_room(job: Job[StageConfig], store: Store) -> None:
         )
 
 
-def _compute(
+def _run_with_less_memory_if_needed(
     job: Job[StageConfig], store: Store, staged: Path, work: Path, on_progress: OnProgress | None
 ) -> tuple[Summary, JobRuntime]:
-    """Run a job's stage into its staging folder; return its summary, and the runtime that it succeeded with."""
+    """Run a job's stage, again with less memory if it runs out; return its summary and the runtime that succeeded."""
     stage = STAGES[job.stage]
     folders = {name: store.path(ref) for name, ref in job.inputs.items()}
     if not stage.in_worker:
         return stage_function(stage)(job, Inputs(folders), staged, Progress(None, work)), job.runtime
     while True:
         try:
-            return _in_worker(job, folders, staged, work, on_progress), job.runtime
+            return _run_in_worker_process(job, folders, staged, work, on_progress), job.runtime
         except failures.OutOfMemory as failure:
             job = _with_less_memory(job, failure)
 
 
 def _with_less_memory(job: Job[StageConfig], failure: failures.OutOfMemory) -> Job[StageConfig]:
-    """Return the job with what the stage proposes, or with half the micro-batch: the same result in smaller steps.
+    """Return the job with the settings that the stage proposes, else with half the micro-batch. The result is the same.
 
     Raises:
-        OutOfMemory: nothing is left to halve.
+        OutOfMemory: the job cannot run with less memory.
     """
-    instead = failure.details.get("instead")
-    if instead and isinstance(instead, dict):
-        log.warning("%s ran out of memory; trying again with %s", job.stage, instead)
-        return job.with_runtime(**instead)
-    field = STAGES[job.stage].halved if instead is None else None
+    proposal = failure.details.get("retry_with")
+    if proposal is not None:
+        changes = RetryWith.model_validate(proposal).changes()
+        if not changes:
+            raise failure
+        log.warning("%s ran out of memory; trying again with %s", job.stage, changes)
+        return job.with_runtime(**changes)
+    field = STAGES[job.stage].oom_field
     if field is None:
         raise failure
     training = job.runtime.training_config
@@ -139,7 +143,7 @@ def _with_less_memory(job: Job[StageConfig], failure: failures.OutOfMemory) -> J
     return job.with_runtime(**{field: now // 2})
 
 
-def _in_worker(
+def _run_in_worker_process(
     job: Job[StageConfig], folders: dict[str, Path], staged: Path, work: Path, on_progress: OnProgress | None
 ) -> Summary:
     for name in ("outcome.json", "progress.jsonl"):
@@ -178,20 +182,20 @@ def _in_worker(
 def _follow(
     process: subprocess.Popen[bytes], progress: Path, deadline_minutes: float | None, on_progress: OnProgress | None
 ) -> int:
-    """Wait for the worker and hand its progress on."""
-    started, at = time.monotonic(), 0
+    """Wait for the worker to end, and pass each new line of its progress file to `on_progress`; return its exit status."""
+    started, offset = time.monotonic(), 0
     while True:
         code = process.poll()
         if on_progress is not None and progress.exists():
             with progress.open("rb") as file:
-                file.seek(at)
+                file.seek(offset)
                 block = file.read()
-            whole = block[: block.rfind(b"\n") + 1]
-            at += len(whole)
-            for line in whole.splitlines():
+            complete_lines = block[: block.rfind(b"\n") + 1]
+            offset += len(complete_lines)
+            for line in complete_lines.splitlines():
                 try:
                     on_progress(json.loads(line))
-                except Exception as error:  # what people see must not end what is computed
+                except Exception as error:  # a failed progress display must not end the stage
                     log.warning("progress is not shown: %s", error)
         if code is not None:
             return code
@@ -206,7 +210,7 @@ def _follow(
 
 
 def _end_group(process: subprocess.Popen[bytes], grace: float) -> None:
-    """End the worker and everything that it started: SIGTERM, then SIGKILL. Does nothing for a group that is gone."""
+    """End the worker's process group: SIGTERM, then SIGKILL. Do nothing if it has ended."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -220,8 +224,8 @@ def _end_group(process: subprocess.Popen[bytes], grace: float) -> None:
 
 
 def _outcome(job: Job[StageConfig], work: Path, code: int, *, oom_killed: bool) -> Summary:
-    by_hand = f"{Path(sys.executable).name} -m loraflow.execution.worker {work / 'job.json'}"
-    again = f"the log: {work / 'log.txt'}; by hand: {by_hand}"
+    command = f"{Path(sys.executable).name} -m loraflow.execution.worker {work / 'job.json'}"
+    next_step = f"read the log {work / 'log.txt'}; run it by hand: {command}"
     try:
         outcome = json.loads((work / "outcome.json").read_bytes())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -230,22 +234,26 @@ def _outcome(job: Job[StageConfig], work: Path, code: int, *, oom_killed: bool) 
         return Summary.model_validate(outcome["summary"])
     if outcome and outcome["status"] == "failed":
         failure = failures.from_dict(outcome["failure"])
-        failure.next_step = failure.next_step or again
+        failure.next_step = failure.next_step or next_step
         raise failure
     where = f"{job.stage} {short(job.fingerprint)}"
     if code == -signal.SIGKILL and oom_killed:
-        raise failures.OutOfMemory("The host ran out of memory and killed the worker.", where=where, next_step=again)
+        raise failures.OutOfMemory(
+            "The host ran out of memory and killed the worker.", where=where, next_step=next_step
+        )
     if code == -signal.SIGKILL:
-        raise failures.Killed("The worker was killed.", where=where, got="SIGKILL", next_step=again)
+        raise failures.Killed("The worker was killed.", where=where, got="SIGKILL", next_step=next_step)
     if code == -signal.SIGTERM:
-        raise failures.Preempted("The worker was asked to end.", where=where, got="SIGTERM", next_step=again)
+        raise failures.Preempted("The worker was asked to end.", where=where, got="SIGTERM", next_step=next_step)
     got = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     tail = (work / "log.txt").read_bytes()[-1500:].decode(errors="replace").strip()
-    raise failures.Crashed("The worker ended without an outcome.", where=where, got=f"{got}\n{tail}", next_step=again)
+    raise failures.Crashed(
+        "The worker ended without an outcome.", where=where, got=f"{got}\n{tail}", next_step=next_step
+    )
 
 
 def _oom_kills() -> int:
-    """Return how often this control group's memory limit killed a process, as far as the kernel tells."""
+    """Return how many processes the kernel killed for lack of memory, in this control group if it has one; 0 if unknown."""
     with contextlib.suppress(OSError, ValueError, StopIteration):
         group = next(
             line.split("::", 1)[1] for line in Path("/proc/self/cgroup").read_text().splitlines() if "::" in line
@@ -259,7 +267,7 @@ def _oom_kills() -> int:
 
 
 def _provenance(job: Job[StageConfig], runtime: JobRuntime, started: float) -> dict[str, JsonValue]:
-    """Record what is out of identity: when, with what, on what kind of machine."""
+    """Return the facts that the manifest records but the fingerprint does not include: time, runtime, versions, machine."""
     versions: dict[str, JsonValue] = {}
     for name in _RECORDED:
         with contextlib.suppress(PackageNotFoundError):

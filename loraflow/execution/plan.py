@@ -1,12 +1,14 @@
-"""What a run will do, before it does anything: a verdict for each step. Imports neither torch nor prefect."""
+"""What a run will do: for each step, whether it is cached or runs, and why. Imports neither torch nor prefect."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from pydantic import JsonValue
 
 from loraflow.config.stage_configs import FolderOrigin
 from loraflow.execution.cache import OTHER_CODE, look_up
@@ -35,9 +37,9 @@ class Step:
     inputs: Mapping[str, str] = field(default_factory=dict)
 
 
-CHAMPION = "champion"  # an input that no step makes: the model in use
+CHAMPION = "champion"  # an input that no step computes: the model in use
 
-# The pipeline as `flows/pipeline.py` runs it, for readers that must not import prefect. A test compares the two.
+# The steps of `flows/pipeline.py`, for code that must not import prefect. A test compares the two.
 STEPS = (
     Step("version_dataset", VERSION_DATASET),
     Step("check_dataset", CHECK_DATASET, {"dataset": "version_dataset"}),
@@ -54,25 +56,30 @@ STEPS = (
 
 def inputs_of(step: Step, *, compares_merges: bool) -> dict[str, str]:
     """Return the inputs that a step takes in a run: merge reads tokens only to compare two ways of merging."""
-    optional = () if compares_merges else [name for name, one in step.stage.inputs.items() if one.optional]
+    optional = () if compares_merges else [name for name, given in step.stage.inputs.items() if given.optional]
     return {name: source for name, source in step.inputs.items() if name not in optional}
 
 
 @dataclass
-class Verdict:
+class PlannedStep:
     """What will happen to a step, and why."""
 
     label: str
     stage: str
-    verdict: Literal["cached", "runs", "depends"]
+    status: Literal["cached", "runs", "depends"]
     why: list[str] = field(default_factory=list)
     fingerprint: str | None = None
     seconds: float | None = None  # that the step took, or took the last time
 
+    def to_json(self) -> dict[str, JsonValue]:
+        """Return the step as `loraflow plan --json` prints it, with the status under its recorded key `verdict`."""
+        values = asdict(self)
+        return {"verdict" if name == "status" else name: value for name, value in values.items()}
 
-def plan(workspace: Workspace, force: Iterable[str] = ()) -> list[Verdict]:
-    """Return a verdict for each step of a recipe's run. Reports are not checked: only a run does that."""
-    verdicts: list[Verdict] = []
+
+def plan(workspace: Workspace, force: Iterable[str] = ()) -> list[PlannedStep]:
+    """Return what a recipe's run would do, step by step. Reports are not checked: only a run does that."""
+    planned: list[PlannedStep] = []
     artifacts: dict[str, Ref | None] = {}  # of each step so far; None where it has to run first
     for step in STEPS:
         inputs = inputs_of(step, compares_merges=workspace.recipe.compares_merges)
@@ -80,34 +87,34 @@ def plan(workspace: Workspace, force: Iterable[str] = ()) -> list[Verdict]:
             try:
                 champion = workspace.champion()
             except Failure as failure:
-                verdicts.append(Verdict(step.label, step.stage.name, "runs", [f"will fail: {failure.what}"]))
+                planned.append(PlannedStep(step.label, step.stage.name, "runs", [f"will fail: {failure.what}"]))
                 continue
             if champion is None:
                 continue
             artifacts[CHAMPION] = champion
         refs = {name: artifacts[source] for name, source in inputs.items()}
-        verdict, artifacts[step.label] = _judge(workspace, step, inputs, refs, forced=step.stage.name in force)
-        verdicts.append(verdict)
-    return verdicts
+        planned_step, artifacts[step.label] = _plan_step(workspace, step, inputs, refs, forced=step.stage.name in force)
+        planned.append(planned_step)
+    return planned
 
 
-def _judge(
+def _plan_step(
     workspace: Workspace, step: Step, sources: Mapping[str, str], refs: Mapping[str, Ref | None], *, forced: bool
-) -> tuple[Verdict, Ref | None]:
+) -> tuple[PlannedStep, Ref | None]:
     name = step.stage.name
     waiting = [sources[key] for key, ref in refs.items() if ref is None]
     if waiting:
         its = "their" if len(waiting) > 1 else "its"
         reason = f"depends on {' and '.join(waiting)}: reused if {its} output does not change"
-        return Verdict(step.label, name, "depends", [reason], seconds=_seconds_last_time(workspace, name)), None
+        return PlannedStep(step.label, name, "depends", [reason], seconds=_seconds_last_time(workspace, name)), None
     job = workspace.job(step.stage, {key: ref for key, ref in refs.items() if ref is not None})
     found = look_up(workspace.store, job, force=forced)
     if found.ref is None:
         seconds = _seconds_last_time(workspace, name)
-        return Verdict(step.label, name, "runs", found.why(), job.fingerprint, seconds), None
+        return PlannedStep(step.label, name, "runs", found.why(), job.fingerprint, seconds), None
     seconds = workspace.store.manifest(found.ref).seconds
     why = [OTHER_CODE] if found.by_other_code() else []
-    return Verdict(step.label, name, "cached", why, job.fingerprint, seconds), found.ref
+    return PlannedStep(step.label, name, "cached", why, job.fingerprint, seconds), found.ref
 
 
 def _seconds_last_time(workspace: Workspace, stage: str) -> float | None:

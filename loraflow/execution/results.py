@@ -1,4 +1,4 @@
-"""What the pipeline and its decision return."""
+"""The values that the pipeline and the registration return."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class PipelineResult:
     verified: Ref
     base_scores: Ref
     tuned_scores: Ref
-    champion_scores: Ref | None  # None where no model is in use yet
+    champion_scores: Ref | None  # None if there is no champion yet
 
 
 @dataclass(frozen=True)
 class Registration:
-    """What became of a decision: the decision itself, and the number of the log's entry if a model was promoted."""
+    """A decision, and the number of its entry in the promotion log if a model was promoted."""
 
     decision: Decision
     entry: int | None = None

@@ -28,7 +28,7 @@ def score_model(recipe: Recipe, model: str) -> tuple[Workspace, Model, Ref]:
     """Score a model (see `loraflow.serving.models`) on the held-out rows of a recipe.
 
     Returns:
-        The workspace that the scores lie in, the model, and its scores.
+        The workspace whose store has the scores, the model, and its scores.
     """
     workspace = Workspace(recipe)
     with workspace.store.reader_lock():
@@ -56,8 +56,8 @@ def find_scorable_model(workspace: Workspace, model: str) -> Model:
 def with_model(workspace: Workspace, model: Model) -> tuple[Workspace, Ref | None]:
     """Return the workspace to score a model in, and the model's artifact.
 
-    A model that is only a folder has no artifact yet: the workspace returned has that folder as its base model, so that
-    resolve_base makes the artifact.
+    A model that is only a folder has no artifact yet. The returned workspace has that folder as its base model, so that
+    resolve_base computes the artifact.
     """
     if model.ref is not None:
         return workspace, model.ref
@@ -65,7 +65,7 @@ def with_model(workspace: Workspace, model: Model) -> tuple[Workspace, Ref | Non
 
 
 def with_base_folder(recipe: Recipe, folder: Path) -> Recipe:
-    """Return a recipe whose base is a model's folder, to score that model by the recipe's protocol."""
+    """Return a recipe whose base is a model's folder, to score that model with the recipe's evaluation settings."""
     document = recipe.model_dump(by_alias=True)
     document["base"] |= {"model": str(folder), "revision": None, "repack": None, "quantization": None}
     return Recipe.model_validate(document)

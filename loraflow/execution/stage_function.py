@@ -1,4 +1,4 @@
-"""The function that does a stage's work. Its module is imported only where the stage runs."""
+"""Import the function that does a stage's work. Its module is imported only in the process that runs the stage."""
 
 from __future__ import annotations
 

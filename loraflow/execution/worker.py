@@ -2,9 +2,9 @@
 
     python -m loraflow.execution.worker job.json
 
-It reads the job and writes the artifact's files into a staging folder, `progress.jsonl` and `outcome.json` beside the
-job. The launcher commits the artifact. A failed job can be run again by hand with that one command. With LORAFLOW_NODE=1,
-2, … in the environment the process is another node of the same training.
+It reads the job, writes the artifact's files into the staging folder, and writes `progress.jsonl` and `outcome.json` beside
+the job. The launcher commits the artifact. The same command runs a failed job again by hand. With LORAFLOW_NODE=1, 2, …
+in the environment, the process is another node of the same training.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from loraflow.store.lock import flock
 
 
 def main(argv: list[str]) -> int:
-    """Run the job of a file. Return 0 if it is done, 1 if it failed with a failure in `outcome.json`."""
+    """Run the job of a file, write `outcome.json`, and return the exit status: 0 if the job succeeded, 1 if it failed."""
     file = JobFile.read(Path(argv[0]).absolute())
     _end_with_launcher(file.job.runtime.grace_seconds)
     faulthandler.enable()
@@ -50,16 +50,16 @@ def main(argv: list[str]) -> int:
         failure, summary = _attempt(file, execute)
         name = f"outcome-{rank}.json"
     else:
-        failure, summary = _attempt(file, _as_only_worker)
+        failure, summary = _attempt(file, _run_locked)
         name = "outcome.json" if node() == 0 else f"node-{node()}.json"
     outcome: dict[str, JsonValue] = (
         {"status": "done", "summary": summary.model_dump(mode="json")}
         if failure is None
         else {"status": "failed", "failure": failure.to_dict()}
     )
-    with contextlib.suppress(OSError):  # on a full disk even this fails; the exit status still tells
-        write_json(file.home / name, outcome)
-    if _is_orphaned():  # nobody is left to end the processes that we started
+    with contextlib.suppress(OSError):  # a full disk: the exit status still reports the failure
+        write_json(file.work / name, outcome)
+    if _is_orphaned():  # the launcher is gone, so this process ends its own group
         os.killpg(0, signal.SIGKILL)
     if failure is not None:
         print(failure, file=sys.stderr, flush=True)
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 
 def _attempt(file: JobFile, run: Callable[[JobFile], Summary]) -> tuple[failures.Failure | None, Summary]:
-    """Run a job and turn whatever ends it into a failure."""
+    """Run a job, and return its failure if it raises any exception."""
     try:
         return None, run(file)
     except failures.Failure as failure:
@@ -80,26 +80,26 @@ def _attempt(file: JobFile, run: Callable[[JobFile], Summary]) -> tuple[failures
         return classify(error, file.job.stage), Summary()
 
 
-def _as_only_worker(file: JobFile) -> Summary:
-    """Run a job while no other worker process does.
+def _run_locked(file: JobFile) -> Summary:
+    """Wait until no other worker process runs the job, then run it.
 
-    When a launcher is killed, its job lock is free at once, but its worker ends only after its current step.
+    A killed launcher frees its job lock at once, but its worker continues to the end of its current step.
     """
-    with flock(file.home / ("worker.lock" if node() == 0 else f"worker-node-{node()}.lock")):
+    with flock(file.work / ("worker.lock" if node() == 0 else f"worker-node-{node()}.lock")):
         return run_in_group(file) if needs_group(file) else execute(file)
 
 
 def execute(file: JobFile) -> Summary:
     """Run a job's stage into its staging folder and return its summary."""
-    if os.environ.get("RANK", "0") == "0":  # of several devices, the first one writes
+    if os.environ.get("RANK", "0") == "0":  # rank 0 writes the files
         shutil.rmtree(file.out, ignore_errors=True)
         file.out.mkdir(parents=True)
-    progress = Progress(file.home / "progress.jsonl", work=file.home)
+    progress = Progress(file.work / "progress.jsonl", work=file.work)
     return stage_function(file.stage)(file.job, file.inputs, file.out, progress)
 
 
 def classify(error: BaseException, stage: str) -> failures.Failure:
-    """Turn an exception that no stage foresaw into a failure with a class."""
+    """Return the failure for an unexpected exception: disk full, out of memory, network, missing package, or crashed."""
     text = f"{type(error).__name__}: {error}"
     name = type(error).__name__
     if isinstance(error, OSError) and (known := failures.from_os_error(error, stage)):
@@ -123,7 +123,7 @@ def _is_orphaned() -> bool:
 
 
 def _preempted(signum: int, frame: FrameType | None) -> None:
-    # A second signal must not interrupt what the first one started.
+    # A second signal must not interrupt the handling of the first one.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise failures.Preempted("The worker was asked to stop.", got="SIGTERM", next_step="run again: it resumes")
 

@@ -1,4 +1,4 @@
-"""A recipe together with what it runs on: the store, the promotion log, the dataset and the base model that it names."""
+"""A recipe together with the store, promotion log, dataset and base model that it names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 
 from loraflow.config import Recipe
-from loraflow.config.stage_configs import BaseLocation, DatasetLocation, StageConfig, Surroundings
+from loraflow.config.stage_configs import BaseLocation, DatasetLocation, RecipeContext, StageConfig
 from loraflow.failures import Failure
 from loraflow.job import Job
 from loraflow.registry import Entry, PromotionLog
@@ -16,14 +16,14 @@ from loraflow.store.files import HashMemo
 
 
 class Workspace:
-    """Builds a recipe's jobs. What lies outside the recipe is looked up once, when it is first needed."""
+    """Builds a recipe's jobs. Dataset, base and metrics are looked up once, when they are first needed."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.store = open_store(recipe.runtime.store)
         self.log = PromotionLog(self.store, recipe.register_.model)
         self.memo = HashMemo(self.store.scratch / "hashes.json")
-        self.seen_head: Entry | None = None  # the promotion log's head when the champion was last asked for
+        self.seen_head: Entry | None = None  # the promotion log's head at the last call of `champion`
 
     @cached_property
     def dataset(self) -> DatasetLocation:
@@ -54,7 +54,7 @@ class Workspace:
         """Return the champion's merged model, and remember the log's head: the gate decides against that champion.
 
         Raises:
-            Failure: its artifact is gone. Nothing may be promoted without having been compared with it.
+            Failure: its artifact is missing or damaged. A model must be compared with the champion before it is promoted.
         """
         self.seen_head = self.log.head()
         if self.seen_head is None:
@@ -64,7 +64,7 @@ class Workspace:
             raise Failure(
                 "The champion's model is missing or damaged, so nothing can be compared with it.",
                 where=self.store.location(merged),
-                next_step="run the recipe that made it (`loraflow registry` names it), or `loraflow rollback --reason …`",
+                next_step="run its recipe again (`loraflow registry` names it), or `loraflow rollback --reason …`",
             )
         return merged
 
@@ -73,20 +73,20 @@ class Workspace:
         self.memo.save()
 
 
-def make_job(stage: Stage, recipe: Recipe, outside: Surroundings, inputs: Mapping[str, Ref]) -> Job[StageConfig]:
+def make_job(stage: Stage, recipe: Recipe, context: RecipeContext, inputs: Mapping[str, Ref]) -> Job[StageConfig]:
     """Return the job of a stage for a recipe.
 
     Raises:
         TypeError: the inputs are not those of the stage table.
     """
-    required = {name for name, one in stage.inputs.items() if not one.optional}
+    required = {name for name, given in stage.inputs.items() if not given.optional}
     if not required <= inputs.keys() <= stage.inputs.keys():
         raise TypeError(f"{stage.name} takes {sorted(stage.inputs)}, got {sorted(inputs)}")
     return Job[StageConfig](
         stage=stage.name,
         version=stage.version,
         inputs=dict(inputs),
-        facets={name: one.part for name, one in stage.inputs.items() if one.part is not None and name in inputs},
-        config=stage.config.from_recipe(recipe, outside),
-        runtime=stage.runtime(recipe, outside),
+        facets={name: given.part for name, given in stage.inputs.items() if given.part is not None and name in inputs},
+        config=stage.config.from_recipe(recipe, context),
+        runtime=stage.runtime(recipe, context),
     )

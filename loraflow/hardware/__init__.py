@@ -1,1 +1,1 @@
-"""The devices that a process computes on."""
+"""Devices, process groups and the choice of attention kernels."""

@@ -1,4 +1,4 @@
-"""Choose the attention kernel: for training on packed documents, and for a model that only reads.
+"""Choose the attention kernel: for training, and for a model that is loaded to generate or to score.
 
 A setting that cannot be satisfied is refused. `auto` takes the fastest kernel that is available and says why.
 """
@@ -39,7 +39,7 @@ class KernelPackage:
 
     @property
     def is_installed(self) -> bool:
-        """Tell whether the module can be imported."""
+        """Whether the module can be imported."""
         try:
             return importlib.util.find_spec(self.module) is not None
         except ModuleNotFoundError:  # its parent package is missing
@@ -59,7 +59,7 @@ class Attention:
     """The attention of a training."""
 
     implementation: str  # transformers' name
-    end_to_end: bool  # documents lie end to end, with their borders; otherwise in padded rows, with a mask
+    concatenated: bool  # documents are concatenated, and their borders are given; otherwise padded rows with a mask
     kernel: str  # for the log and the artifact's telemetry
     why: str
 
@@ -85,7 +85,7 @@ def choose_for_loading(runtime: Runtime, device: Device, dtype: str = "bfloat16"
 def choose_for_training(
     runtime: Runtime, device: Device, dtype: str, config: PreTrainedConfig, load: Callable[[DocumentKernelName], K]
 ) -> tuple[Attention, K | None]:
-    """Choose the attention of a training; return it with its document kernel, if it has one.
+    """Choose the attention of a training; return it with its kernel for concatenated documents, if it uses one.
 
     Args:
         runtime: its `attn_implementation`.
@@ -132,9 +132,9 @@ def _obstacle(device: Device, dtype: str, config: PreTrainedConfig) -> str:
     if head_dim > MAX_HEAD_DIM:
         return f"heads are {head_dim} wide, flash attention's at most {MAX_HEAD_DIM}"
     if getattr(config, "attn_logit_softcapping", None):
-        return "the model caps its attention logits"
+        return "the model soft-caps its attention logits"
     if getattr(config, "attention_dropout", 0.0):
-        return "the model drops attention weights"
+        return "the model uses attention dropout"
     return ""
 
 
@@ -153,7 +153,7 @@ def _fastest(wanted: str, load: Callable[[DocumentKernelName], K]) -> tuple[K, s
             continue
         try:
             return load(name), kernel.title, "installed, and agrees with torch's own kernel on this GPU"
-        except Exception as error:  # whatever a package of another version raises; torch's own kernel remains
+        except Exception as error:  # another version of the package may raise anything; torch's own kernel remains
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             if wanted == name:
                 raise BadConfig(

@@ -1,4 +1,4 @@
-"""The device that a stage computes on, and what it is able to do."""
+"""The device of a stage, and its capabilities."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def device_name(device: Device) -> str:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Tell whether the CPU has instructions for bfloat16. Other architectures than x86 are taken to have them."""
+    """Return whether the CPU has instructions for bfloat16. Architectures other than x86 are assumed to have them."""
     import torch
 
     probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
@@ -45,21 +45,21 @@ def cpu_has_bfloat16() -> bool:
 
 
 def gpu_has_fp8() -> bool:
-    """Tell whether the current GPU multiplies in fp8: Ada, Hopper and Blackwell do."""
+    """Return whether the current GPU multiplies in fp8: Ada, Hopper and Blackwell do."""
     import torch
 
     return torch.cuda.get_device_capability() >= (8, 9)
 
 
 def free_gpu_bytes() -> int:
-    """Return the bytes of GPU memory that this process can use, including what it holds already."""
+    """Return the bytes of GPU memory that this process can use, including what it has allocated."""
     import torch
 
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
 
 
 def peak_gpu_gib() -> float | None:
-    """Return the most GPU memory that this process has held at once, in GiB; None without a GPU."""
+    """Return the most GPU memory that this process has allocated, in GiB; None without a GPU."""
     import torch
 
     return round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None

@@ -1,4 +1,4 @@
-"""Several processes, each on a device of its own, that train or evaluate together.
+"""Several processes, one per device, that train or evaluate together.
 
 In training, each process computes its share of a step's micro-batches, and one all-reduce at the end of the step adds up
 the gradients. LoRA's gradients are a hundredth of the weights, so a single all-reduce costs less than hiding it behind
@@ -29,7 +29,7 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Tell whether this is the process that writes files."""
+        """Whether this is the process that writes files."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -60,14 +60,14 @@ class ProcessGroup:
         return values
 
     def owns(self, index: int) -> bool:
-        """Tell whether a batch belongs to this process: batches are dealt out in turn."""
+        """Return whether this process computes a batch: batches are assigned in turn."""
         return index % self.size == self.rank
 
-    def merge(self, results: list[T | None]) -> list[T | None]:
+    def gather_results(self, results: list[T | None]) -> list[T | None]:
         """Return the results of all processes on every process.
 
         Args:
-            results: one entry per item on every process, None where another process has the result.
+            results: one entry per item on every process; None if another process has the result.
         """
         if self.size == 1:
             return results
@@ -79,7 +79,7 @@ class ProcessGroup:
     ) -> list[torch.Tensor]:
         """Sum the gradients over all processes in place, and return the sums of the scalars.
 
-        A process that had nothing to compute in this step has no gradients. It adds zeros.
+        A process without micro-batches in this step has no gradients, and adds zeros.
         """
         import torch
 
@@ -100,7 +100,7 @@ class ProcessGroup:
 
 
 def join(device: Device) -> ProcessGroup:
-    """Join the group that torchrun's environment describes. Without one, this process works alone."""
+    """Join the group that torchrun's environment variables describe. Without them, this process is a group of one."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ProcessGroup()
     from accelerate import PartialState

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import JsonValue
 
 from loraflow import __version__
-from loraflow.config.recipe import TrainingRuntime
+from loraflow.config.recipe import UnfingerprintedTraining
 from loraflow.evaluation.values import Scores
 from loraflow.identity import short
 from loraflow.registry.runs import RunRecord
@@ -85,7 +85,10 @@ def collect_facts(model: Model, digest: str, licence: str | None = None) -> Fact
 def training_settings(run: RunRecord) -> Settings:
     """Return the part of a run's recipe that says how its model was made: no paths, sources, trackers or machines."""
     training = run.section("training_config")
-    left_out = set(TrainingRuntime.model_fields) - {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    left_out = set(UnfingerprintedTraining.model_fields) - {
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+    }
     if not training.get("load_best_model_at_end"):
         left_out = left_out | _BEST | {"load_best_model_at_end"}
     base, data = run.section("base"), run.section("data")

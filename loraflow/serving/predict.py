@@ -55,18 +55,49 @@ class _RequestIdentity(BaseModel):
     settings: dict[str, JsonValue]
 
 
+class PredictOptions(BaseModel):
+    """How the rows of a file are read and answered.
+
+    Attributes:
+        sampling: how tokens are chosen.
+        format_name: the chat format of the rows; auto looks at their keys.
+        column: the column that holds the question, instead of a chat format.
+        system: a message to put before chats that have none.
+        dtype: float32, as in evaluation, makes answers independent of the batch.
+        device: auto, cpu or cuda.
+        batch_size: rows in memory at a time; halved when a GPU runs out of memory.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sampling: Sampling
+    format_name: str = "auto"
+    column: str | None = None
+    system: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    batch_size: int = 16
+
+    @property
+    def recorded(self) -> dict[str, JsonValue]:
+        """The options that decide the answers. Unfinished answers are only resumed with the same."""
+        return {
+            **self.sampling.model_dump(),
+            "format": self.format_name,
+            "column": self.column,
+            "system": self.system,
+            "dtype": self.dtype,
+            # Sampled rows of a batch share random numbers.
+            "batch_size": self.batch_size if self.sampling.temperature else None,
+        }
+
+
 def predict(
     model: Model,
     source: Path,
     target: Path,
+    options: PredictOptions,
     *,
-    sampling: Sampling,
-    form: str = "auto",
-    column: str | None = None,
-    system: str | None = None,
-    dtype: str = "float32",
-    device: str = "auto",
-    batch_size: int = 16,
     memo: HashMemo | None = None,
     on_batch: OnBatch | None = None,
 ) -> PredictionReport:
@@ -76,14 +107,8 @@ def predict(
         model: the model to ask.
         source: JSONL, JSON, CSV, TSV or Parquet.
         target: JSONL, CSV, TSV or Parquet; it must not exist.
-        sampling: how tokens are chosen.
-        form: the chat format of the rows; auto looks at their keys.
-        column: the column that holds the question, instead of a chat format.
-        system: a message to put before chats that have none.
-        dtype: float32, as in evaluation, makes answers independent of the batch.
-        device: auto, cpu or cuda.
-        batch_size: rows in memory at a time; halved when a GPU runs out of memory.
-        memo: remembered hashes of the model's files.
+        options: how rows are read and answered.
+        memo: known hashes of the model's files.
         on_batch: called after each batch.
 
     Raises:
@@ -91,26 +116,20 @@ def predict(
         BadData: the input cannot be read, or changed during the work.
         OutOfMemory: a single row does not fit into the device's memory.
     """
-    _refuse(source, target)
+    _check_paths(source, target)
     work = target.with_name(target.name + ".partial")
-    settings: dict[str, JsonValue] = {
-        **sampling.model_dump(),
-        "format": form,
-        "column": column,
-        "system": system,
-        "dtype": dtype,
-        "batch_size": batch_size if sampling.temperature else None,  # sampled rows of a batch share random numbers
-    }
-    begun = _RequestIdentity(input=hash_file(source), model=model.digest(memo or HashMemo(None)), settings=settings)
+    request = _RequestIdentity(
+        input=hash_file(source), model=model.digest(memo or HashMemo(None)), settings=options.recorded
+    )
     with _unfinished(work, target):
-        resumed = _resume(work, begun)
-        questions = read_questions(source, form, column, system)
+        resumed = _resume(work, request)
+        questions = read_questions(source, options.format_name, options.column, options.system)
         if resumed:
             log.info("resuming: %d of %d rows are answered", resumed, len(questions))
         _try_to_write(work / f"probe{target.suffix}", questions, source)
-        loaded = load(model, dtype, device)
-        answers = _answer(loaded, questions, sampling, batch_size, work / "answers.jsonl", on_batch)
-        if hash_file(source) != begun.input:
+        loaded = load(model, options.dtype, options.device)
+        answers = _answer(loaded, questions, options, work / "answers.jsonl", on_batch)
+        if hash_file(source) != request.input:
             raise BadData(
                 "The input changed during the prediction.", where=str(source), next_step="run the command again"
             )
@@ -119,12 +138,12 @@ def predict(
     return {"rows": len(answers), "errors": errors, "resumed": resumed, "out": str(target)}
 
 
-def _refuse(source: Path, target: Path) -> None:
+def _check_paths(source: Path, target: Path) -> None:
     if not source.is_file():
         raise BadConfig("There is no such file.", where=str(source), expected="a file of chats")
     if target.suffix.lower() not in OUT_SUFFIXES:
         raise BadConfig(
-            "This kind of file is not written.",
+            "This file format is not supported for output.",
             where=str(target),
             expected=", ".join(OUT_SUFFIXES),
             got=target.suffix or "no suffix",
@@ -160,7 +179,7 @@ def _unfinished(work: Path, target: Path) -> Iterator[None]:
         raise from_os_error(error, str(target.parent)) or error from error
 
 
-def _resume(work: Path, begun: _RequestIdentity) -> int:
+def _resume(work: Path, request: _RequestIdentity) -> int:
     """Return the number of rows that an earlier attempt at the same work answered.
 
     Raises:
@@ -168,13 +187,13 @@ def _resume(work: Path, begun: _RequestIdentity) -> int:
     """
     file = work / "begun.json"
     if not _done(work) or not file.exists():
-        write_json(file, begun.model_dump())
+        write_json(file, request.model_dump())
         return 0
     before = _RequestIdentity.model_validate_json(file.read_bytes())
-    if before != begun:
-        changed = ["input"] if before.input != begun.input else []
-        changed += ["model"] if before.model != begun.model else []
-        changed += identity.explain(before.settings, begun.settings)
+    if before != request:
+        changed = ["input"] if before.input != request.input else []
+        changed += ["model"] if before.model != request.model else []
+        changed += identity.explain(before.settings, request.settings)
         raise BadConfig(
             "The unfinished output was started with another input, model or setting; resuming would mix their answers.",
             where=str(work),
@@ -191,7 +210,7 @@ def _done(work: Path) -> int:
 
 
 def _try_to_write(probe: Path, questions: list[Question], source: Path) -> None:
-    """Write the rows without answers, to find values that the format cannot store before the model starts."""
+    """Write the rows without answers, so that values that the format cannot store are found before the work."""
     write_answers(probe, questions, [NO_ANSWER] * len(questions), source)
     probe.unlink()
 
@@ -199,14 +218,14 @@ def _try_to_write(probe: Path, questions: list[Question], source: Path) -> None:
 def _answer(
     loaded: Loaded,
     questions: list[Question],
-    sampling: Sampling,
-    batch_size: int,
+    options: PredictOptions,
     done_file: Path,
     on_batch: OnBatch | None,
 ) -> list[Prediction]:
     """Answer the rows that have a prompt; the other rows get the reason as their error."""
     from loraflow.evaluation.generation import generate_answers
 
+    sampling, batch_size = options.sampling, options.batch_size
     prompts, errors = _prompts(loaded, questions, sampling.max_new_tokens)
     asked = [i for i, error in enumerate(errors) if error is None]
     model = _Sampler(loaded.model, sampling) if sampling.temperature else loaded.model
@@ -239,7 +258,7 @@ def _answer(
 def _prompts(
     loaded: Loaded, questions: list[Question], max_new_tokens: int
 ) -> tuple[list[list[int]], list[str | None]]:
-    """Return each row's prompt ids, and the reason if it has none: one bad row must not stop the others."""
+    """Return each row's prompt ids, or why it has none: one malformed row must not stop the others."""
     prompts: list[list[int]] = [[] for _ in questions]
     errors = [question.error for question in questions]
     for i, question in enumerate(questions):
@@ -278,7 +297,7 @@ class _Sampler:
         return getattr(self._model, name)
 
     def forward(self, **inputs: torch.Tensor) -> ModelOutput:
-        """Run the model. The signature has no `logits_to_keep`, which keeps evaluation from its own greedy decoding."""
+        """Run the model. Without `logits_to_keep` in the signature, evaluation does not use its own greedy decoding."""
         output: ModelOutput = self._model(**inputs)
         return output
 

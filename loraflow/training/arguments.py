@@ -26,7 +26,7 @@ _TRACKERS = {  # name in `report_to` → package
     "dvclive": "dvclive",
     "trackio": "trackio",
 }
-# Fields of TrainerSettings that are not passed on as they are.
+# Fields of TrainerSettings that are translated before they are passed on.
 _TRANSLATED = {
     "num_train_epochs",
     "max_steps",
@@ -47,10 +47,10 @@ _TRANSLATED = {
 
 
 @dataclass(frozen=True)
-class ForwardPass:
-    """What an engine decides about the trainer's forward passes."""
+class BatchSettings:
+    """The batch size and checkpointing that an engine chooses for the trainer."""
 
-    rows: int  # of a micro-batch; for the fast engine, items of its dataset
+    rows: int  # rows of a micro-batch; for the fast engine, items of its dataset
     accumulation: int  # micro-batches of an optimizer step
     gradient_checkpointing: bool
     activation_offloading: bool = False
@@ -60,20 +60,20 @@ class ForwardPass:
 def trainer_arguments(
     settings: TrainerSettings,
     steps: StepCount,
-    forward_pass: ForwardPass,
+    batch_settings: BatchSettings,
     device: Device,
     engine: Literal["fast", "stock"],
     work: Path,
     checkpoints: Path,
 ) -> SFTConfig:
-    """Return trl's SFTConfig. The trainer sees one long epoch in our own order, so epochs are translated into steps.
+    """Return trl's SFTConfig. The trainer reads all steps as a single epoch, so epochs are translated into steps.
 
     Args:
-        settings: the recipe's, and the runtime's.
-        steps: of the training.
-        forward_pass: decided by the engine.
+        settings: all settings of the trainer.
+        steps: number of optimizer steps.
+        batch_settings: decided by the engine.
         device: where the trainer computes.
-        engine: as the runtime asks for it.
+        engine: the value of runtime.engine.
         work: folder for the trackers' files.
         checkpoints: folder for checkpoints.
 
@@ -90,21 +90,21 @@ def trainer_arguments(
     if values["optim"] == "adamw_torch" and device == "cuda" and engine == "fast":
         values["optim"] = "adamw_torch_fused"  # the same sums in one kernel
     warmup = settings.warmup_steps
-    checkpointing = forward_pass.gradient_checkpointing_kwargs
+    checkpointing = batch_settings.gradient_checkpointing_kwargs
     return SFTConfig(
         **values,
         **_cadence("logging", settings.logging_strategy, settings.logging_steps, steps),
         **_cadence("save", settings.save_strategy, settings.save_steps, steps),
         **_cadence("eval", settings.eval_strategy, settings.eval_steps, steps),
         **({} if checkpointing is None else {"gradient_checkpointing_kwargs": checkpointing}),
-        per_device_train_batch_size=forward_pass.rows,
-        gradient_accumulation_steps=forward_pass.accumulation,
-        gradient_checkpointing=forward_pass.gradient_checkpointing,
-        activation_offloading=forward_pass.activation_offloading,
+        per_device_train_batch_size=batch_settings.rows,
+        gradient_accumulation_steps=batch_settings.accumulation,
+        gradient_checkpointing=batch_settings.gradient_checkpointing,
+        activation_offloading=batch_settings.activation_offloading,
         output_dir=str(checkpoints),
         max_steps=steps.total,
         warmup_steps=int(warmup) if warmup >= 1 else math.ceil(warmup * steps.total),
-        logging_nan_inf_filter=False,  # a NaN must be seen, not averaged away
+        logging_nan_inf_filter=False,  # a NaN must be reported, not averaged away
         use_cpu=device == "cpu",
         dataloader_pin_memory=device == "cuda" and torch.cuda.is_available(),
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -112,7 +112,7 @@ def trainer_arguments(
         remove_unused_columns=False,
         disable_tqdm=True,
         push_to_hub=False,
-        # The trainer removes an old checkpoint before the new one is sealed, so two have to stay.
+        # The trainer removes an old checkpoint before the new one is finalized, so at least two must be kept.
         save_total_limit=max(2, settings.save_total_limit) if settings.save_total_limit else None,
     )
 

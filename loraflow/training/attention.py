@@ -1,7 +1,7 @@
-"""Attention over documents that lie end to end, as transformers calls it, and the kernels that compute it.
+"""Attention over concatenated documents: the function that transformers calls, and the kernels that compute it.
 
-`choose` takes the fastest kernel of this machine. No package is needed: torch has FlashAttention 2 for documents. Where
-flash-attn 3 or 4 is installed, it is used once it has given the same results as torch's own kernel on this GPU.
+`choose` takes the fastest kernel of this machine. No package is needed: torch has FlashAttention 2 for documents. If
+flash-attn 3 or 4 is installed, it is used after a check that it gives the results of torch's own kernel on this GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def choose(runtime: Runtime, device: Device, dtype: str, config: PreTrainedConfi
 
 
 def load_kernel(name: DocumentKernelName) -> Kernel:
-    """Return a kernel once it has given, forward and backward, what torch's own kernel gives.
+    """Return a kernel, after a check that its output and gradients are those of torch's own kernel.
 
     Raises:
         ValueError: its results differ from those of torch's own kernel.
@@ -110,7 +110,7 @@ def attend(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    **_: Any,  # whatever else transformers passes to an attention function
+    **_: Any,  # transformers passes further arguments to an attention function
 ) -> tuple[Tensor, None]:
     """Attend within each document, causally.
 
@@ -119,16 +119,16 @@ def attend(
         query: [1, heads, tokens, head_dim].
         key: as the query, with as many or fewer heads.
         value: as the key.
-        attention_mask: unused; the borders of the documents say what each token sees.
+        attention_mask: unused; the borders of the documents say which tokens a token attends to.
         scaling: of the products; default 1/√head_dim.
-        sliding_window: how many tokens each token sees, itself included; None is all before it.
+        sliding_window: how many tokens a token attends to, itself included; None is all earlier ones.
         cu_seq_lens_q: where documents begin, [entries] int32; the last entries are the number of tokens.
         max_length_q: tokens of the longest document, a constant.
 
     Returns:
         [1, tokens, heads, head_dim], and no attention weights.
     """
-    assert cu_seq_lens_q is not None and max_length_q is not None, "documents end to end need their borders"
+    assert cu_seq_lens_q is not None and max_length_q is not None, "concatenated documents need their borders"
     # Under autocast, rotary embeddings leave q and k in float32. The kernels need the dtype of the projections.
     q, k, v = (tensor.squeeze(0).transpose(0, 1).to(value.dtype) for tensor in (query, key, value))
     # A window that no document reaches masks nothing. It is passed as none, because kernels are faster without.

@@ -49,7 +49,7 @@ def load_base(setup: TrainingSetup, attention: Attention, *, sharded: bool) -> P
         from loraflow.adapters.loralib.swap import Settings
 
         settings = Settings.of(peft_config, setup.config.loralib_config)
-        model = prepare(model, settings, setup.settings.seed, checkpointing=setup.stock_recomputes)
+        model = prepare(model, settings, setup.settings.seed, checkpointing=setup.uses_gradient_checkpointing)
     return sharding.shard(model, setup.device, setup.group.size) if sharded else model
 
 
@@ -59,7 +59,7 @@ def adapter_config(setup: TrainingSetup) -> LoraConfig | None:
 
 
 def initialise_adapter(setup: TrainingSetup, trainer: LoraPlusTrainer) -> dict[str, Tensor]:
-    """Initialise what needs data or the base's weights, and set LoRA+'s learning rates.
+    """Run the initialisations that need data or the base's weights, and set LoRA+'s learning rates.
 
     Returns:
         the initial state of PiSSA and OLoRA, which is subtracted when the adapter is saved; empty for all others.

@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: curves, progress, sealed checkpoints, and a stop on bad numbers or on a signal."""
+"""Callbacks of the trainer: log curves, report progress, finalize checkpoints, and stop on NaN or on SIGTERM."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Logs = dict[str, float]
 class CurveWriter(TrainerCallback):
     """Write every logged value with its step.
 
-    The trainer forgets its own log on resume. This file goes on from the checkpoint's copy.
+    The trainer loses its own log on resume. This file continues from the copy in the checkpoint.
     """
 
     def __init__(self, path: Path):
@@ -117,7 +117,8 @@ class CheckpointSealer(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Set the best checkpoint's path. The saved state has an absolute path, perhaps of another machine.
 
-        transformers drops a folder that does not exist. A training that saves no more would end with its last weights.
+        transformers ignores a folder that does not exist. If no better checkpoint followed, training would end with its
+        last weights instead of the best.
         """
         state.best_model_checkpoint = self.best and str(Path(str(args.output_dir), self.best))
 
@@ -129,7 +130,7 @@ class CheckpointSealer(TrainerCallback):
         model: torch.nn.Module | None = None,
         **_: Any,
     ) -> None:
-        """Check the adapter for bad numbers, copy the carried files, then write the list of hashes."""
+        """Check the adapter for NaN, copy the carried files, then finalize the checkpoint with the hashes of its files."""
         assert model is not None
         refuse_non_finite(model, state.global_step)
         self.group.barrier()
@@ -169,7 +170,7 @@ class PreemptionHandler(TrainerCallback):
 
 
 def early_stopping(patience: int, checkpoint: Path | None) -> EarlyStoppingCallback:
-    """Return transformers' callback, with the counter of the checkpoint: the trainer forgets it on resume."""
+    """Return transformers' callback, with the counter of the checkpoint, which the trainer does not restore."""
     callback = EarlyStoppingCallback(patience)
     if checkpoint is not None:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""How a training runs on this machine: the choices between attention, sharding and engine, and the record of all choices.
+"""Choose attention, sharding and engine of a training on this machine, and record the choices.
 
 The record goes into the artifact's telemetry. None of the choices is part of a fingerprint.
 """
@@ -26,10 +26,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 EngineName = Literal["fast", "stock"]
 
+_RECORDED_NAMES = {  # field → key in telemetry/engine.json, which stays readable for older artifacts
+    "micro_batch_rows": "rows_at_once",
+    "micro_batch_tokens": "tokens_at_once",
+    "replicated_bytes": "whole_bytes",
+}
+
 
 @dataclass(frozen=True)
 class EngineChoices:
-    """What was chosen for a training, and why: the artifact's telemetry/engine.json. Nothing is controlled by it."""
+    """A record of what was chosen for a training, and why: the artifact's telemetry/engine.json."""
 
     base_sharded: bool
     base_sharded_why: str
@@ -38,43 +44,43 @@ class EngineChoices:
     attention_why: str
     device: str
     dtype: str
-    rows_at_once: int | None = None
-    tokens_at_once: int | None = None
+    micro_batch_rows: int | None = None
+    micro_batch_tokens: int | None = None
     recompute: Recompute | None = None
     recompute_why: str | None = None
     layers_recomputed: float | None = None
     shared_prefix: str | None = None
     frozen_bytes: int | None = None
-    whole_bytes: int | None = None
+    replicated_bytes: int | None = None
     fast_loras: int | None = None
     compiled_layers: int | None = None
 
     def to_json(self) -> dict[str, JsonValue]:
-        """Return the choices that apply, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """Return the choices that apply, by the names that telemetry/engine.json has always had."""
+        return {_RECORDED_NAMES.get(name, name): value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class ShardingChoice:
-    """Whether the devices hold the frozen base together."""
+    """Whether the frozen base is sharded over the devices."""
 
     is_sharded: bool
     why: str
 
 
 def choose_attention(setup: TrainingSetup, config: PreTrainedConfig) -> Attention:
-    """Choose the attention; padded rows with a mask where documents cannot lie end to end."""
+    """Choose the attention: padded rows with a mask if documents cannot be concatenated."""
     attention = choose(setup.runtime, setup.device, setup.compute_dtype, config)
-    # trl's collator pads, or packs behind position ids: sdpa gets a mask for both.
-    if attention.end_to_end and setup.runtime.engine == "stock":
+    # trl's collator pads rows, or packs them with position ids. sdpa gets a mask in both cases.
+    if attention.concatenated and setup.runtime.engine == "stock":
         return Attention("sdpa", False, "sdpa", "the stock engine's rows are padded")
-    if attention.end_to_end and setup.config.peft_config.init_lora_weights == "eva":
+    if attention.concatenated and setup.config.peft_config.init_lora_weights == "eva":
         return Attention("sdpa", False, "sdpa", "EVA reads padded rows first")
     return attention
 
 
 def choose_sharding(setup: TrainingSetup) -> ShardingChoice:
-    """Choose whether the devices hold the base together.
+    """Choose whether the base is sharded over the devices.
 
     Raises:
         BadConfig: the recipe cannot be combined with a sharded base.
@@ -109,12 +115,12 @@ def choose_engine(setup: TrainingSetup, model: PreTrainedModel) -> EngineName:
     is_routed = getattr(text, "output_router_logits", False) or getattr(text, "num_local_experts", 0)
     if has_linear_head(model) and not is_routed:
         return "fast"
-    log.info("trl computes the loss: this model's logits are more than its head's product")
+    log.info("the stock engine is used: this model changes its head's logits, so trl has to compute the loss")
     return "stock"
 
 
 def refuse_mixed_devices(group: ProcessGroup, device: Device) -> None:
-    """Refuse GPUs of several types: a step is as slow as the slowest, and as large as the smallest has room for.
+    """Refuse GPUs of several types: the slowest sets the speed, and the smallest the memory.
 
     Raises:
         BadConfig: the GPUs differ.
@@ -154,7 +160,7 @@ def refuse_fp8(setup: TrainingSetup) -> None:
 
 
 def warn_of_slow_bfloat16(setup: TrainingSetup) -> None:
-    """Log a warning if the CPU only emulates the dtype."""
+    """Log a warning if the CPU only emulates bfloat16."""
     if setup.device == "cpu" and setup.compute_dtype == "bfloat16" and not cpu_has_bfloat16():
         log.warning(
             "this CPU has no bfloat16 units: base.dtype: float32 with training_config.bf16: false is far faster"

@@ -1,7 +1,7 @@
-"""Rows of token ids to a model's inputs, in the layouts that training uses.
+"""Turn rows of token ids into a model's inputs, in one of two layouts (see `batches`).
 
-- end to end: one line of tokens with all documents, and where each begins.
-- grid: one row of tokens for each row of the set, padded to the longest.
+- concatenated: one row of tokens with all documents, and where each begins.
+- grid: one row of tokens for each row of the dataset, padded to the longest.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Grid(TypedDict):
 
 
 class MicroBatch(TypedDict):
-    """Inputs of a model, the positions in their flattened form that predict a learned token, and that token."""
+    """Inputs of a model, the flattened positions that predict a supervised token, and these tokens."""
 
     input_ids: Tensor  # [rows, tokens]
-    loss_index: Tensor  # [learned]
-    targets: Tensor  # [learned]
+    loss_index: Tensor  # [supervised tokens]
+    targets: Tensor  # [supervised tokens]
     token_keys: NotRequired[Tensor]  # [rows · tokens] int32, for dropout
     attention_mask: NotRequired[Tensor]
     position_ids: NotRequired[Tensor]
@@ -42,7 +42,7 @@ class MicroBatch(TypedDict):
 
 
 class RowNumber(TypedDict):
-    """What the stock trainer's dataset holds: which row to fetch, of which set."""
+    """An item of the stock trainer's dataset: the number of a training or validation row."""
 
     row: int
     validation: NotRequired[bool]
@@ -88,7 +88,7 @@ def packed(rows: Sequence[list[Document]], row_length: int, pad_id: int) -> Grid
 
 
 def with_targets(grid: Grid) -> MicroBatch:
-    """Return a grid with the positions that predict a learned token, and these tokens, in place of its labels."""
+    """Return a grid with the positions that predict a supervised token, and these tokens, instead of labels."""
     labels = grid["labels"]
     shifted = torch.full_like(labels, IGNORED)
     shifted[:, :-1] = labels[:, 1:]
@@ -105,14 +105,14 @@ def with_targets(grid: Grid) -> MicroBatch:
     return batch
 
 
-def end_to_end(rows: Sequence[list[Document]], tokens: int, entries: int, longest: int, pad_id: int) -> MicroBatch:
-    """Return documents end to end, padded to `tokens` by documents of padding that nothing learns from.
+def concatenated(rows: Sequence[list[Document]], tokens: int, entries: int, longest: int, pad_id: int) -> MicroBatch:
+    """Return concatenated documents, padded to `tokens` with documents of padding that have no loss.
 
     Args:
         rows: the documents of each row.
         tokens: length of the result.
-        entries: length of `cu_seq_lens_q`; entries that are left over are `tokens`.
-        longest: tokens of the set's longest document, the constant `max_length_q`.
+        entries: length of `cu_seq_lens_q`; unused entries are `tokens`.
+        longest: tokens of the longest document of all rows, the constant `max_length_q`.
         pad_id: of the padding.
     """
     ids, positions = np.full(tokens, pad_id, np.int64), np.zeros(tokens, np.int64)
@@ -145,7 +145,7 @@ def end_to_end(rows: Sequence[list[Document]], tokens: int, entries: int, longes
 
 
 class RowCollator:
-    """Data collator of the stock trainer: row numbers to padded or packed grids. Validation rows are never packed."""
+    """Data collator of the stock trainer: turns row numbers into padded or packed grids. Validation rows are not packed."""
 
     def __init__(self, train: TokenRows, validation: TokenRows | None, pad_id: int):
         self.train, self.validation, self.pad_id = train, validation, pad_id
@@ -158,7 +158,7 @@ class RowCollator:
         return packed(rows, source.row_length, self.pad_id) if source.row_length else padded(rows, self.pad_id)
 
 
-EVA_BATCH = 16  # documents at a time: EVA needs more learned tokens than ranks in each batch
+EVA_BATCH = 16  # documents per batch: EVA needs more supervised tokens than ranks in each batch
 
 
 def padded_documents(rows: Iterable[list[Document]], pad_id: int) -> Iterator[dict[str, Tensor]]:

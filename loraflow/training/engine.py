@@ -1,4 +1,4 @@
-"""Build the trainer of a training: choose how it runs on this machine, load the base, and put the adapter in."""
+"""Build the trainer of a training: choose how it runs on this machine, load the base, and add the adapter."""
 
 from __future__ import annotations
 

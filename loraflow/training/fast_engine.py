@@ -1,4 +1,4 @@
-"""Build the fast trainer: whole optimizer steps, our own loss and LoRA passes, compiled layers."""
+"""Build the fast trainer, which has its own batches, loss and LoRA kernels, and compiles the layers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from loraflow.data.token_rows import TokenRows
 from loraflow.hardware.attention import Attention
 from loraflow.training import prefix_sharing, sharding
-from loraflow.training.arguments import ForwardPass, trainer_arguments
+from loraflow.training.arguments import BatchSettings, trainer_arguments
 from loraflow.training.base_model import adapter_config, initialise_adapter
-from loraflow.training.batches import GridRows, Layout, StepDataset, end_to_end_layout
+from loraflow.training.batches import GridRows, Layout, StepDataset, concatenated_layout
 from loraflow.training.choices import EngineChoices
 from loraflow.training.layers import prepare_layers
 from loraflow.training.lora_kernels import accelerate_loras, to_fp8
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Compiling took 10 s with a warm cache and 30 s without. A token then takes 15 µs less (one H100, Phi-3 mini).
-WORTH_COMPILING = 2_000_000  # tokens of a run
+WORTH_COMPILING = 2_000_000  # tokens of a training
 
 
 def build_fast_trainer(
@@ -39,19 +39,25 @@ def build_fast_trainer(
     sharded = choices.base_sharded
     fit = choose_memory_fit(setup, attention, sharded=sharded)
     sharing, sharing_note = choose_prefix_sharing(setup, model, attention)
-    rows_at_once = None if attention.end_to_end else _rows_at_once(setup)
+    micro_batch_rows = None if attention.concatenated else _micro_batch_rows(setup)
     base_dtype: torch.dtype = getattr(torch, setup.config.base.dtype)
     compute_dtype: torch.dtype = getattr(torch, setup.compute_dtype)
     # The dataset's items are whole optimizer steps.
-    forward_pass = ForwardPass(
+    batch_settings = BatchSettings(
         rows=1, accumulation=1, gradient_checkpointing=False, activation_offloading=fit.recompute == "offload"
     )
     trainer = FastTrainer(
         model=model,
         args=trainer_arguments(
-            setup.settings, setup.steps, forward_pass, setup.device, setup.runtime.engine, setup.work, setup.checkpoints
+            setup.settings,
+            setup.steps,
+            batch_settings,
+            setup.device,
+            setup.runtime.engine,
+            setup.work,
+            setup.checkpoints,
         ),
-        steps=_training_steps(setup, fit, rows_at_once, sharing, sharded=sharded),
+        steps=_training_steps(setup, fit, micro_batch_rows, sharing, sharded=sharded),
         validation=_validation_steps(setup, fit, attention, sharing, sharded=sharded),
         group=setup.group,
         preemption=setup.preemption,
@@ -67,32 +73,32 @@ def build_fast_trainer(
     trainer.compiled_layers = prepare_layers(
         trainer.decoder, compiled=_is_compiled(setup, attention), recomputed=recomputed
     )
-    frozen_bytes, whole_bytes = sharding.frozen_bytes(trainer.model)
+    frozen_bytes, replicated_bytes = sharding.frozen_bytes(trainer.model)
     choices = replace(
         choices,
-        rows_at_once=rows_at_once,
-        tokens_at_once=fit.tokens,
+        micro_batch_rows=micro_batch_rows,
+        micro_batch_tokens=fit.tokens,
         recompute=fit.recompute,
         recompute_why=fit.why,
         layers_recomputed=fit.share,
         shared_prefix=sharing_note,
         frozen_bytes=frozen_bytes,
-        whole_bytes=whole_bytes,
+        replicated_bytes=replicated_bytes,
         fast_loras=len(trainer.loras),
         compiled_layers=len(trainer.compiled_layers),
     )
-    size = MicroBatchSize(setup.longest_row, rows=rows_at_once, tokens=fit.tokens, recompute=fit.recompute)
+    size = MicroBatchSize(setup.longest_row, rows=micro_batch_rows, tokens=fit.tokens, recompute=fit.recompute)
     return BuiltTrainer(trainer, choices, size, initial)
 
 
 def choose_memory_fit(setup: TrainingSetup, attention: Attention, *, sharded: bool) -> MemoryFit:
-    """Choose how many tokens go in at a time, and what is recomputed."""
+    """Choose the tokens of a micro-batch, and the layers that recompute their activations."""
     recompute: Recompute | None = None if setup.runtime.checkpointing == "auto" else setup.runtime.checkpointing
     if recompute is None and setup.settings.gradient_checkpointing is not None:
         recompute = "full" if setup.settings.gradient_checkpointing else "none"
     least = setup.longest_row
     tokens = setup.runtime.micro_tokens or (setup.runtime.micro_batch or 0) * least
-    if setup.device == "cpu" or setup.shape is None or not attention.end_to_end:
+    if setup.device == "cpu" or setup.shape is None or not attention.concatenated:
         share = {"full": 1.0, "selective": 0.5}.get(recompute or "none", 0.0)
         why = "asked for" if recompute else "not asked for"
         return MemoryFit(tokens or max(least, 4096), recompute or "none", share, why)
@@ -116,8 +122,8 @@ def choose_memory_fit(setup: TrainingSetup, attention: Attention, *, sharded: bo
 def choose_prefix_sharing(
     setup: TrainingSetup, model: PreTrainedModel, attention: Attention
 ) -> tuple[PrefixSharing | None, str | None]:
-    """Choose whether the rows of a grid share what they begin with, where that is exact; return it with a note."""
-    if attention.end_to_end or setup.rows.row_length or setup.shape is None:
+    """Choose whether to compute the common prefix of a grid's rows only once, if that is exact; return also why."""
+    if attention.concatenated or setup.rows.row_length or setup.shape is None:
         return None, None
     if setup.config.peft_config.lora_dropout > 0:
         return None, "dropout differs from row to row"
@@ -125,24 +131,24 @@ def choose_prefix_sharing(
     obstacle = prefix_sharing.obstacle(model, max(int(rows.lengths.max(initial=0)) for rows in sets))
     if obstacle:
         return None, obstacle
-    return PrefixSharing.of(setup.shape), "computed once where rows begin with the same"
+    return PrefixSharing.of(setup.shape), "computed once if the rows of a micro-batch have a common prefix"
 
 
-def _rows_at_once(setup: TrainingSetup) -> int:
+def _micro_batch_rows(setup: TrainingSetup) -> int:
     wanted = setup.runtime.micro_batch or setup.settings.per_device_train_batch_size
     return min(wanted, setup.rows_per_device)
 
 
 def _training_steps(
-    setup: TrainingSetup, fit: MemoryFit, rows_at_once: int | None, sharing: PrefixSharing | None, *, sharded: bool
+    setup: TrainingSetup, fit: MemoryFit, micro_batch_rows: int | None, sharing: PrefixSharing | None, *, sharded: bool
 ) -> StepDataset:
     layout: Layout = (
-        end_to_end_layout(setup.rows, setup.step_rows, fit.tokens, setup.group.size)
-        if rows_at_once is None
-        else GridRows(rows_at_once)
+        concatenated_layout(setup.rows, setup.step_rows, fit.tokens, setup.group.size)
+        if micro_batch_rows is None
+        else GridRows(micro_batch_rows)
     )
     dropout = setup.config.peft_config.lora_dropout > 0
-    return _step_dataset(setup, setup.rows, setup.step_rows, layout, sharing, dropout=dropout, even=sharded)
+    return _step_dataset(setup, setup.rows, setup.step_rows, layout, sharing, dropout=dropout, equal_count=sharded)
 
 
 def _validation_steps(
@@ -153,11 +159,11 @@ def _validation_steps(
         return None
     step = np.arange(len(setup.validation))[None]
     layout: Layout = (
-        end_to_end_layout(setup.validation, step, fit.tokens, setup.group.size)
-        if attention.end_to_end
+        concatenated_layout(setup.validation, step, fit.tokens, setup.group.size)
+        if attention.concatenated
         else GridRows(setup.settings.per_device_eval_batch_size)
     )
-    return _step_dataset(setup, setup.validation, step, layout, sharing, dropout=False, even=sharded)
+    return _step_dataset(setup, setup.validation, step, layout, sharing, dropout=False, equal_count=sharded)
 
 
 def _step_dataset(
@@ -168,7 +174,7 @@ def _step_dataset(
     sharing: PrefixSharing | None,
     *,
     dropout: bool,
-    even: bool,
+    equal_count: bool,
 ) -> StepDataset:
     return StepDataset(
         rows,
@@ -179,7 +185,7 @@ def _step_dataset(
         dropout=dropout,
         group=setup.group,
         sharing=sharing,
-        even=even,
+        equal_count=equal_count,
     )
 
 
@@ -187,19 +193,21 @@ def _is_compiled(setup: TrainingSetup, attention: Attention) -> bool:
     if setup.runtime.compile != "auto":
         return setup.runtime.compile == "on"
     tokens = int(setup.rows.tokens[setup.order].sum()) / setup.group.size
-    return setup.device == "cuda" and attention.end_to_end and tokens >= WORTH_COMPILING
+    return setup.device == "cuda" and attention.concatenated and tokens >= WORTH_COMPILING
 
 
 def _prepare_adapter(
     setup: TrainingSetup, trainer: FastTrainer, base_dtype: torch.dtype, compute_dtype: torch.dtype
 ) -> None:
-    """Keep the adapter in fp32, and give LoRA layers the fast passes where the base computes in its own dtype."""
-    for parameter in trainer.trained:  # trl casts a quantized base's adapter to 16 bits, where small steps are lost
+    """Keep the adapter in fp32, and use the fast LoRA kernels if the base computes in its own dtype."""
+    for (
+        parameter
+    ) in trainer.trained:  # trl casts a quantized base's adapter to 16 bits, which rounds small updates away
         parameter.data = parameter.data.float()
     if trainer.autocast_dtype is None:
         trainer.loras = accelerate_loras(trainer.model, base_dtype)
         accelerated = {id(parameter) for module in trainer.loras for parameter in module.parameters()}
-        # What else is trained (a whole module, DoRA, loralib's layers) is fp32 among 16 bits, and needs autocast.
+        # Other trained parameters (full modules, DoRA, loralib's layers) are fp32 beside 16-bit weights: use autocast.
         others = any(id(parameter) not in accelerated for parameter in trainer.trained)
         if compute_dtype != torch.float32 and others:
             trainer.autocast_dtype = compute_dtype

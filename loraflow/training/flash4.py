@@ -1,4 +1,4 @@
-"""FlashAttention 4 (package flash-attn-4) over documents end to end, as operators that torch.compile can include.
+"""FlashAttention 4 (package flash-attn-4) over concatenated documents, as operators that torch.compile can include.
 
 torch can switch to it by itself, but the functions that torch expects in the package changed with the package's version.
 """
@@ -76,7 +76,7 @@ def flash4(
         begins: where documents begin, int32; the last entry is the number of tokens.
         longest: tokens of the longest document.
         scale: of the products.
-        window: how many tokens before it a token sees; -1 is all of its document.
+        window: how many earlier tokens a token attends to; -1 is all of its document.
     """
     out, lse, *_ = _forward_kernel()(
         q, k, v, cu_seqlens_q=begins, cu_seqlens_k=begins, max_seqlen_q=longest, max_seqlen_k=longest,

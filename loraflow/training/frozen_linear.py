@@ -2,7 +2,7 @@
 
 - dense: W [out, in], unchanged.
 - fp8: W in e4m3 with a scale for each row, and transposed once more, with a scale for each row of that: the backward
-  pass multiplies along the other side. Activations and gradients get a scale for each token as they come. Both copies
+  pass multiplies along the other side. Activations and gradients are scaled per token at each product. Both copies
   together are as large as W in bfloat16. The products run at twice its rate.
 - nf4: bitsandbytes' packed weight, unpacked for each product and then dropped.
 
@@ -142,7 +142,7 @@ def _(onto: Tensor, a: Tensor, b: Tensor) -> None:
 def _scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.is_cuda:
         return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=True)
-    return ((a.float() * scale_a) @ (b.float() * scale_b)).to(dtype)  # for tests: slow, the same numbers
+    return ((a.float() * scale_a) @ (b.float() * scale_b)).to(dtype)  # for tests on a CPU: slow, the same values
 
 
 @torch.library.custom_op("loraflow::fp8_mm_add", mutates_args=())

@@ -17,11 +17,11 @@ class CompiledLayer:
     """A layer whose forward pass was replaced by its compiled code."""
 
     layer: torch.nn.Module
-    plain: Forward  # as it was
+    plain: Forward  # the uncompiled forward pass
     is_recomputed: bool
 
     def undo(self) -> None:
-        """Give the layer its plain forward pass back. It is still recomputed if it was before."""
+        """Restore the layer's uncompiled forward pass. It is still recomputed if it was before."""
         forward = recomputing(self.layer, self.plain, True) if self.is_recomputed else self.plain
         self.layer.forward = forward
 
@@ -59,9 +59,9 @@ def recomputing(layer: torch.nn.Module, forward: Forward, draws: bool) -> Forwar
     """Return a forward pass that keeps no activations in training and computes them again in the backward pass.
 
     Args:
-        layer: tells whether it is in training.
+        layer: the layer, whose `training` says whether to recompute.
         forward: the forward pass.
-        draws: it draws random numbers, which have to be the same the second time.
+        draws: whether it draws random numbers, which must be the same the second time.
     """
 
     def recomputed(*args: Tensor, **options: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The forward and backward pass of a LoRA linear layer, for peft's own modules: less memory traffic, the same function.
+"""The forward and backward pass of a LoRA linear layer, for peft's own modules: the same function with less memory traffic.
 
 LoRA is one percent of a step's arithmetic and was a quarter of its time: casts of the fp32 adapter, a pass over the
 output to add the update, another over the input for dropout. Here the update is written first and the frozen product
@@ -136,7 +136,7 @@ def dropout(x: Tensor, keep: Tensor, keep_from: int) -> Tensor:
 
 
 def accelerate_loras(model: torch.nn.Module, dtype: torch.dtype) -> list[FastLora]:
-    """Give peft's plain LoRA linear layers of a model the fast passes, and leave all other modules unchanged.
+    """Replace the passes of a model's plain LoRA linear layers of peft, and leave all other modules unchanged.
 
     Args:
         model: peft's model.
@@ -196,6 +196,6 @@ def _frozen_weight(module: torch.nn.Module, dtype: torch.dtype) -> FrozenWeight 
 
 
 def set_token_keys(loras: Sequence[FastLora], keys: Tensor | None) -> None:
-    """Give every layer the keys of the tokens that come next, for its dropout masks."""
+    """Give every layer the keys of the next tokens, for its dropout masks."""
     for module in loras:
         module.token_keys = keys

@@ -1,4 +1,4 @@
-"""The loss at the learned positions only. The head is applied to a chunk of them at a time, with its gradient.
+"""The loss at the supervised positions only. The head and its gradient are computed for a chunk of them at a time.
 
 Logits of the whole vocabulary for every position would take gigabytes. trl's own loss also computes the entropy and the
 best token, which takes as long again.

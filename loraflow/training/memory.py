@@ -1,4 +1,4 @@
-"""Estimate the memory of a training from a model's config.json, and choose how many tokens go in at a time.
+"""Estimate the memory of a training from a model's config.json, and choose the tokens of a micro-batch.
 
 Arithmetic only, no torch, because `loraflow plan` shows the estimate too. The figures were fitted on one H100 with
 Phi-3 mini's shape (docs/performance.md): measured 2.7 MiB a token without recomputation, estimated 3.0.
@@ -17,9 +17,9 @@ GIB = 2**30
 RESERVE = 2.5 * GIB  # workspaces of kernels, logits of the head, fragmentation
 USABLE = 0.92  # of the free memory
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 2.0, "nf4": 0.57}
-# Tokens at a time that fill the GPU. Recomputation costs a third of the speed, fewer tokens far less.
+# Micro-batches of this size use the GPU fully. Smaller ones cost little speed; recomputation costs a third.
 ENOUGH_TOKENS = 4096
-MAX_TOKENS = 16384  # at a time; more were no faster
+MAX_TOKENS = 16384  # of a micro-batch; larger ones were not faster
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ModelShape:
 
     @property
     def activations(self) -> int:
-        """Numbers that a layer keeps for each token: norms, residual, q, k, v, attention's output, gate, up, product."""
+        """Values that a layer stores per token: norms, residual, q, k, v, attention's output, gate, up, their product."""
         attention = self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return 3 * self.hidden + attention + 3 * self.intermediate
 
@@ -102,7 +102,7 @@ def fixed_bytes(shape: ModelShape, weights: str, rank: int, devices: int = 1) ->
         devices: over how many devices the frozen weights are sharded; 1 if each holds all of them.
     """
     base = shape.linear_weights * WEIGHT_BYTES[weights] / devices
-    if devices > 1:  # the layer that computes is gathered, and so is the next one
+    if devices > 1:  # the current layer and the next one are gathered
         base += 2 * shape.linear_weights * WEIGHT_BYTES[weights] / shape.layers
     rest = shape.embedding_weights * WEIGHT_BYTES["bfloat16" if weights in ("nf4", "fp8") else weights]
     return base + rest + lora_weights(shape, rank) * 16 + RESERVE
@@ -131,7 +131,7 @@ def needed(shape: ModelShape, weights: str, rank: int, longest: int, width: int 
         shape: the model's.
         weights: see `fixed_bytes`.
         rank: of the adapters.
-        longest: tokens of the longest row; at the least, that many go in at a time with all layers recomputed.
+        longest: tokens of the longest row: the smallest micro-batch has as many, with all layers recomputed.
         width: bytes of a number.
     """
     fixed = fixed_bytes(shape, weights, rank)
@@ -141,7 +141,7 @@ def needed(shape: ModelShape, weights: str, rank: int, longest: int, width: int 
 
 @dataclass(frozen=True)
 class MemoryFit:
-    """What fits into memory at a time."""
+    """A micro-batch that fits into memory."""
 
     tokens: int
     recompute: Recompute
@@ -161,15 +161,15 @@ def fit_memory(
     width: int = 2,
     devices: int = 1,
 ) -> MemoryFit:
-    """Choose how many tokens go in at a time, and which layers are recomputed.
+    """Choose the tokens of a micro-batch, and how many layers are recomputed.
 
     Args:
         shape: the model's.
         free: bytes of memory, including what the model itself takes.
         weights: see `fixed_bytes`.
         rank: of the adapters.
-        least: tokens of the longest document, or of a packed row: fewer cannot go in.
-        wanted: tokens of an optimizer step; more are of no use.
+        least: tokens of the longest document, or of a packed row: a micro-batch cannot have fewer.
+        wanted: tokens of an optimizer step: a micro-batch does not need more.
         recompute: what to recompute, if the recipe or the runtime asks for it.
         width: bytes of a number.
         devices: see `fixed_bytes`.

@@ -1,44 +1,43 @@
-"""When the GPU's memory is not enough: a failure that says what the next attempt should try."""
+"""Report that the GPU's memory is not enough, with the settings that the next attempt should use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pydantic import JsonValue
-
+from loraflow.config.stage_configs import RetryWith
 from loraflow.failures import OutOfMemory
 from loraflow.training.memory import Recompute
 
 
 @dataclass(frozen=True)
 class MicroBatchSize:
-    """How much goes through the model at a time."""
+    """The size of a micro-batch."""
 
-    longest_row: int  # tokens; fewer cannot go in
+    longest_row: int  # tokens; a micro-batch cannot have fewer
     rows: int | None = None  # None: a micro-batch is measured in tokens
     tokens: int | None = None  # None: a micro-batch is measured in rows
     recompute: Recompute | None = None  # None: the engine does not choose it
 
-    def reduced(self) -> dict[str, JsonValue]:
-        """Return the runtime settings that need less memory and give the same result; empty if none is left."""
+    def retry_with(self) -> RetryWith:
+        """Return the runtime settings of the next attempt, with the same result; no changes if nothing can be reduced."""
         if self.rows is not None and self.rows > 1:
-            return {"micro_batch": self.rows // 2}
+            return RetryWith(micro_batch=self.rows // 2)
         if self.rows is None and self.tokens is not None and self.tokens > self.longest_row:
-            return {"micro_tokens": max(self.longest_row, self.tokens // 2)}
+            return RetryWith(micro_tokens=max(self.longest_row, self.tokens // 2))
         if self.recompute not in (None, "full"):
-            return {"checkpointing": "full"}
-        return {}
+            return RetryWith(checkpointing="full")
+        return RetryWith()
 
 
 @contextmanager
-def explain_out_of_memory(where: str, instead: Mapping[str, JsonValue]) -> Iterator[None]:
+def explain_out_of_memory(where: str, retry_with: RetryWith) -> Iterator[None]:
     """Turn torch's out-of-memory error into a failure.
 
     Args:
-        where: what was being done, with which choices.
-        instead: runtime settings of the next attempt; empty if another attempt is of no use.
+        where: what the process did, with which choices.
+        retry_with: runtime settings of the next attempt; without changes if there should be none.
 
     Raises:
         OutOfMemory: torch ran out of memory.
@@ -53,5 +52,5 @@ def explain_out_of_memory(where: str, instead: Mapping[str, JsonValue]) -> Itera
             where=f"train, {where}"[:600],
             got=str(error)[:300],
             next_step="lower training_config.max_length, or quantize the base (base.quantization: nf4)",
-            instead=dict(instead),
+            retry_with=dict(retry_with.changes()),
         ) from error

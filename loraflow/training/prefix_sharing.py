@@ -1,8 +1,8 @@
-"""Compute what the documents of a micro-batch begin with only once: a system prompt that all chats share, most often.
+"""Compute the common prefix of a micro-batch's documents only once. Most often it is a system prompt.
 
-The prefix and the rests of the documents lie end to end in one row. A token of a rest sees the prefix and what is before
-it in its own rest. Without dropout, the prefix has the same activations in every document, so loss and gradients are
-those of whole documents, and there is no padding. The mask is dense, so sharing is used only where it saves arithmetic.
+The prefix and the rest of each document are concatenated in one row. A token of a rest attends to the prefix and to the
+earlier tokens of its own rest. Without dropout, the prefix has the same activations in every document, so loss and gradients
+are the same as without sharing, and there is no padding. The mask is dense, so sharing is used only if it saves arithmetic.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ MAX_COST = 0.95  # of the arithmetic of padded rows
 
 @dataclass(frozen=True)
 class PrefixSharing:
-    """The arithmetic of one layer of a model, by which sharing is weighed against padding."""
+    """The cost of one layer of a model, to decide between sharing and padding."""
 
     per_token: int  # weights of the layer's projections
-    per_pair: int  # for a token that looks at a token: numbers of the queries and of the values
+    per_pair: int  # for a token that attends to a token: sizes of the queries and of the values
 
     @classmethod
     def of(cls, shape: ModelShape) -> PrefixSharing:
@@ -40,7 +40,7 @@ class PrefixSharing:
         return cls(shape.linear_weights // shape.layers, 2 * shape.heads * shape.head_dim)
 
     def shared_length(self, documents: Sequence[NDArray[np.integer]]) -> int:
-        """Return how many ids the documents should share, 0 where padded rows are as cheap."""
+        """Return the length of the prefix to share; 0 if padded rows cost about the same."""
         lengths = [len(ids) for ids in documents]
         prefix = common_prefix_length(documents)
         line = prefix + sum(lengths) - prefix * len(lengths)
@@ -53,7 +53,7 @@ class PrefixSharing:
 
 
 def obstacle(model: PreTrainedModel, longest: int) -> str:
-    """Return why documents of a model cannot share what they begin with; empty if they can.
+    """Return why a model cannot share the prefix of its documents; empty if it can.
 
     Args:
         model: with its adapter.
@@ -71,14 +71,14 @@ def obstacle(model: PreTrainedModel, longest: int) -> str:
 
 
 def share_prefix(documents: Sequence[Document], prefix: int) -> MicroBatch:
-    """Return a prefix and the rests of documents in one row.
+    """Return the common prefix of documents, and the rest of each, in one row.
 
-    The attention mask is bool [1, 1, tokens, tokens], what each token sees. A position that predicts a learned token in
-    several documents is in `loss_index` as often.
+    The attention mask is bool [1, 1, tokens, tokens]: which tokens each token attends to. A position that predicts a
+    supervised token in several documents is in `loss_index` once for each of them.
 
     Args:
         documents: ids and labels of each; all begin with the same ids.
-        prefix: how many these are.
+        prefix: number of the common ids.
     """
     rests = [len(ids) - prefix for ids, _ in documents]
     begins = prefix + np.cumsum([0, *rests])[:-1]

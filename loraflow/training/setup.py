@@ -1,4 +1,4 @@
-"""Gather what a training needs: settings, rows in their order, devices, tokenizer, callbacks, and where it resumes."""
+"""Prepare a training: settings, rows in their order, devices, tokenizer, callbacks, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TrainingSetup:
 
     @property
     def compute_dtype(self) -> str:
-        """The dtype of products: the base's, or autocast's if that is another one."""
+        """The dtype of matrix products: autocast's if it is on, else the base's."""
         if self.settings.bf16:
             return "bfloat16"
         return "float16" if self.settings.fp16 else self.config.base.dtype
@@ -74,18 +74,18 @@ class TrainingSetup:
         return self.config.base.quantization or self.config.base.dtype
 
     @property
-    def stock_recomputes(self) -> bool:
-        """Whether the stock engine recomputes activations."""
+    def uses_gradient_checkpointing(self) -> bool:
+        """Whether the stock engine uses gradient checkpointing."""
         return self.runtime.engine == "stock" and self.settings.gradient_checkpointing is not False
 
     @property
     def rows_per_device(self) -> int:
-        """Rows of an optimizer step that a device gets at most."""
+        """Largest number of rows of an optimizer step on a device."""
         return math.ceil(self.config.training_config.global_batch / self.group.size)
 
     @cached_property
     def longest_row(self) -> int:
-        """Tokens of the longest row: fewer cannot go in at a time."""
+        """Tokens of the longest row: a micro-batch cannot have fewer."""
         return self.rows.row_length or int(self.rows.lengths.max())
 
     @cached_property
@@ -103,8 +103,8 @@ class TrainingSetup:
         return min(self.group.all_gather(free_gpu_bytes()))
 
 
-def gather(job: Job[TrainConfig], inputs: Inputs, progress: Progress) -> TrainingSetup:
-    """Gather what a training needs, and prepare its work folder.
+def prepare_training(job: Job[TrainConfig], inputs: Inputs, progress: Progress) -> TrainingSetup:
+    """Prepare a training and its work folder.
 
     Raises:
         MissingExtra: an experiment tracker, or the device, is not available.
@@ -118,7 +118,7 @@ def gather(job: Job[TrainConfig], inputs: Inputs, progress: Progress) -> Trainin
     steps = count_steps(len(rows), global_batch, settings.num_train_epochs, settings.max_steps)
     device = pick_device(job.runtime)
     group = join(device)
-    carried = [curves_file(work), work / EVA_FILE]  # with each checkpoint: it may be resumed from in another folder
+    carried = [curves_file(work), work / EVA_FILE]  # copied into each checkpoint, which another machine may resume from
     resumed_from = _resume(group, work, carried)
     preemption = callbacks.PreemptionHandler()
     watchers: list[TrainerCallback] = []
@@ -167,7 +167,7 @@ def _train_tokens(tokens: Path) -> int:
 
 
 def _resume(group: ProcessGroup, work: Path, carried: list[Path]) -> Path | None:
-    """Return the newest whole checkpoint of an earlier attempt, and copy its carried files into the work folder."""
+    """Return the newest intact checkpoint of an earlier attempt, and copy its carried files into the work folder."""
     found = group.broadcast(prune_to_newest_intact(work / FOLDER) if group.is_main else None)
     if group.is_main:
         curves_file(work).write_text("")

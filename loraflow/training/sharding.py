@@ -1,8 +1,8 @@
-"""A frozen base that is sharded over several devices: each holds a part of every layer's weights and gathers the rest.
+"""Shard a frozen base over several devices: each stores a part of every layer's weights, and gathers a layer to compute it.
 
-What is trained stays whole on each device. An adapter is a hundredth of its base, and its files, checkpoints and
-optimizer stay those of a single device. Frozen weights have no gradients, so gathering a layer before it computes is all
-there is to do. Uses torch's FSDP2 (`fully_shard`), https://arxiv.org/abs/2304.11277.
+The adapter is not sharded. It is a hundredth of its base, and so its files, checkpoints and optimizer are the same as on a
+single device. Frozen weights have no gradients, so they are only gathered, never reduced. Uses torch's FSDP2
+(`fully_shard`), https://arxiv.org/abs/2304.11277.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def refuse_unshardable(config: TrainConfig, engine: str) -> None:
     """Refuse what cannot be combined with a sharded base.
 
     Raises:
-        BadConfig: packed weights, layers other than peft's plain ones, or the stock engine.
+        BadConfig: quantized weights, layers other than peft's plain ones, or the stock engine.
     """
     if config.base.quantization:
         got, step = f"base.quantization: {config.base.quantization}", "set base.quantization to null"
@@ -63,16 +63,16 @@ def shard(model: PreTrainedModel, device: Device, devices: int) -> PreTrainedMod
     mesh = init_device_mesh(device, (devices,))
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    # The root shares streams among the layers, so that the next one is gathered while this one computes.
+    # With a common root, the layers share streams, so that the next layer is gathered while this one computes.
     sharded = {id(parameter) for layer in decoder.layers for parameter in layer.parameters()}
-    whole = {parameter for parameter in decoder.parameters() if id(parameter) not in sharded}
-    fully_shard(decoder, mesh=mesh, ignored_params=whole)
+    replicated = {parameter for parameter in decoder.parameters() if id(parameter) not in sharded}
+    fully_shard(decoder, mesh=mesh, ignored_params=replicated)
     placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
     return placed
 
 
 def frozen_bytes(model: torch.nn.Module) -> tuple[int, int]:
-    """Return the bytes of a model's frozen weights on this device, and of those among them that every device holds."""
+    """Return the bytes of a model's frozen weights on this device, and how many of them are replicated on every device."""
     from torch.distributed.tensor import DTensor
 
     total = unsharded = 0

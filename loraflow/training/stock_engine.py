@@ -1,4 +1,4 @@
-"""Build the stock trainer: plain trl and peft, one padded or packed grid at a time."""
+"""Build the stock trainer: trl and peft unchanged, with padded or packed rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loraflow.failures import BadConfig
-from loraflow.training.arguments import ForwardPass, trainer_arguments
+from loraflow.training.arguments import BatchSettings, trainer_arguments
 from loraflow.training.base_model import adapter_config, initialise_adapter
 from loraflow.training.choices import EngineChoices
 from loraflow.training.collation import RowCollator
@@ -36,16 +36,22 @@ def build_stock_trainer(setup: TrainingSetup, model: PreTrainedModel, choices: E
             next_step="set runtime.engine to fast",
         )
     rows = micro_batch_rows(share, setup.runtime.micro_batch or setup.settings.per_device_train_batch_size)
-    forward_pass = ForwardPass(
+    batch_settings = BatchSettings(
         rows=rows,
         accumulation=share // rows,
-        gradient_checkpointing=setup.stock_recomputes,
+        gradient_checkpointing=setup.uses_gradient_checkpointing,
         gradient_checkpointing_kwargs=setup.settings.gradient_checkpointing_kwargs,
     )
     trainer = StockTrainer(
         model=model,
         args=trainer_arguments(
-            setup.settings, setup.steps, forward_pass, setup.device, setup.runtime.engine, setup.work, setup.checkpoints
+            setup.settings,
+            setup.steps,
+            batch_settings,
+            setup.device,
+            setup.runtime.engine,
+            setup.work,
+            setup.checkpoints,
         ),
         train_rows=setup.order,
         validation_rows=len(setup.validation) if setup.validation is not None else 0,
@@ -56,7 +62,7 @@ def build_stock_trainer(setup: TrainingSetup, model: PreTrainedModel, choices: E
     )
     return BuiltTrainer(
         trainer,
-        replace(choices, rows_at_once=rows),
+        replace(choices, micro_batch_rows=rows),
         MicroBatchSize(setup.longest_row, rows=rows),
         initialise_adapter(setup, trainer),
     )

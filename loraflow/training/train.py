@@ -1,6 +1,6 @@
 """Stage train: token rows and a base model to a PEFT adapter, by trl's SFTTrainer.
 
-`run` reads top to bottom: gather what the training needs (`setup`), build the trainer (`engine`), train, save.
+`run` reads top to bottom: prepare the training (`setup`), build the trainer (`engine`), train, save.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from loraflow.adapters.origin import write_origin
-from loraflow.config.stage_configs import TrainConfig
+from loraflow.config.stage_configs import RetryWith, TrainConfig
 from loraflow.hardware.device import peak_gpu_gib
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 from loraflow.training.callbacks import refuse_non_finite
 from loraflow.training.engine import build_trainer
 from loraflow.training.out_of_memory import explain_out_of_memory
-from loraflow.training.setup import TrainingSetup, curves_file, gather
+from loraflow.training.setup import TrainingSetup, curves_file, prepare_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,21 +32,21 @@ log = logging.getLogger(__name__)
 
 
 def run(job: Job[TrainConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
-    """Train an adapter, resuming from the newest whole checkpoint of an earlier attempt.
+    """Train an adapter, resuming from the newest intact checkpoint of an earlier attempt.
 
     Raises:
         BadConfig: a target module matches nothing, or the hardware cannot compute in the precision.
         NonFiniteLoss: the loss became NaN or infinite.
-        OutOfMemory: the GPU's memory is not enough; says what to try instead.
+        OutOfMemory: the GPU's memory is not enough; says what to try next.
         Preempted: training was asked to stop; a checkpoint was saved.
     """
-    setup = gather(job, inputs, progress)
-    with explain_out_of_memory("while the trainer was built", instead={}):
+    setup = prepare_training(job, inputs, progress)
+    with explain_out_of_memory("while the trainer was built", retry_with=RetryWith()):
         built = build_trainer(setup)
     trainer, choices = built.trainer, built.choices.to_json()
     trainable, parameters = _count_parameters(trainer.model)
     _log_start(setup, trainable, parameters, choices)
-    with explain_out_of_memory(json.dumps(choices), instead=built.micro_batch.reduced()):
+    with explain_out_of_memory(json.dumps(choices), retry_with=built.micro_batch.retry_with()):
         result = trainer.train(resume_from_checkpoint=str(setup.resumed_from) if setup.resumed_from else None)
     setup.preemption.raise_if_requested(trainer.state.global_step)
     refuse_non_finite(trainer.model, setup.steps.total)

@@ -1,8 +1,8 @@
-"""trl's SFTTrainer, given rows in our order. `runtime.engine` chooses between two:
+"""Two subclasses of trl's SFTTrainer, between which `runtime.engine` chooses. Both read the rows in the same order.
 
-- stock: plain trl and peft, one padded or packed grid at a time, with trl's own loss.
-- fast: one optimizer step is one item of the dataset. Its micro-batches, the loss at learned positions only, LoRA's
-  passes, compiled layers and the sum over devices are ours. A test checks that both give the same results.
+- StockTrainer: trl and peft unchanged. A batch is a padded or packed grid.
+- FastTrainer: an item of the dataset is a whole optimizer step. Batches, loss, LoRA kernels, compiled layers and the
+  all-reduce are loraflow's own. A test checks that both give the same results.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class LoraPlusTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 class StockTrainer(LoraPlusTrainer):
-    """SFTTrainer over row numbers: the collator fetches the tokens, and the sampler keeps the given order.
+    """SFTTrainer whose dataset is row numbers. The collator fetches the tokens; the sampler keeps the given order.
 
     Args:
         train_rows: row numbers in the order of training.
         validation_rows: how many validation rows there are.
-        collator: returns the tokens of row numbers.
+        collator: turns row numbers into a batch.
         model: transformers' or loralib's, without peft's adapter.
         args: see SFTTrainer, down to `callbacks`.
         processing_class: the tokenizer.
@@ -109,14 +109,14 @@ def _dataset(columns: Mapping[str, Sequence[int]]) -> Dataset | None:
 
 
 class FastTrainer(LoraPlusTrainer):
-    """SFTTrainer that takes a whole optimizer step at a time.
+    """SFTTrainer whose training step is a whole optimizer step.
 
     Args:
-        steps: what to train on.
-        validation: what to measure, in the same form; None measures nothing.
+        steps: the optimizer steps of the training.
+        validation: the validation rows in the same form, or None.
         group: the processes that train together.
-        preemption: knows whether this process was asked to stop.
-        autocast: dtype of autocast, if the base's own is not the one to compute in.
+        preemption: tells whether this process was asked to stop.
+        autocast: dtype of autocast; None computes in the base's dtype.
         model: see StockTrainer, down to `callbacks`.
         args: of the trainer.
         processing_class: the tokenizer.
@@ -156,12 +156,12 @@ class FastTrainer(LoraPlusTrainer):
         self.head: torch.nn.Module = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.embed: torch.nn.Module = causal.get_input_embeddings()
         self.trained: list[torch.nn.Parameter] = [p for p in self.model.parameters() if p.requires_grad]
-        self.loras: list[FastLora] = []  # layers that need the keys of the tokens that come next
+        self.loras: list[FastLora] = []  # layers that need the keys of the next tokens
         self.compiled_layers: list[CompiledLayer] = []
         self._stop_requests: Tensor | None = None  # how many processes were asked to stop, one step ago
 
     def get_train_dataloader(self) -> DataLoader[StepItem]:
-        """Return the steps, in their order, the same number on every device."""
+        """Return a loader of the steps in their order. Every device has the same number of them."""
         workers = self.args.dataloader_num_workers
         return DataLoader(
             self.steps,
@@ -175,25 +175,25 @@ class FastTrainer(LoraPlusTrainer):
     def _wrap_model(
         self, model: torch.nn.Module, training: bool = True, dataloader: DataLoader[StepItem] | None = None
     ) -> torch.nn.Module:
-        # Anything but the model itself keeps accelerate from wrapping it: no DDP, no autocast around the whole.
+        # accelerate wraps only the model itself. Given another module, it adds neither DDP nor autocast.
         return _Unwrapped(model) if training and model is self.model else model
 
     def training_step(
         self, model: torch.nn.Module, inputs: StepItem, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run a step's micro-batches forward and backward; return its loss, the mean -log p over learned tokens."""
-        if not self.decoder.training:  # the base was loaded for evaluation; peft's wrapper does not show it
+        """Run forward and backward of a step's micro-batches; return its loss, the mean -log p of the supervised tokens."""
+        if not self.decoder.training:  # the base was loaded in evaluation mode, which peft's wrapper hides
             self.model.train()
         total = torch.zeros((), device=self.args.device)
         with self.maybe_activation_offload_context:
-            for micro in inputs["micro"]:
-                loss = self.micro_batch_loss(micro) / max(1, inputs["learned"])
+            for micro in inputs["micro_batches"]:
+                loss = self.micro_batch_loss(micro) / max(1, inputs["num_supervised_tokens"])
                 self.accelerator.backward(loss)
                 total += loss.detach()
         if self.group.size > 1:
             stop_requests = torch.tensor(float(self.preemption.is_requested), device=total.device)
             total, stop_requests = self.group.all_reduce_gradients(self.trained, total, stop_requests)
-            # Read one step late. The device is done with it by then, so nothing waits, and all stop at the same step.
+            # Read the sum one step later, when it has been computed: nothing waits, and all processes stop at the same step.
             self.preemption.is_requested = self._stop_requests is not None and float(self._stop_requests) > 0
             self._stop_requests = stop_requests
         self._total_train_tokens += inputs["tokens"]
@@ -216,7 +216,7 @@ class FastTrainer(LoraPlusTrainer):
             return self.nll(micro)
 
     def nll(self, micro: MicroBatch) -> Tensor:
-        """Return the sum of -log p over a micro-batch's learned tokens."""
+        """Return the sum of -log p of a micro-batch's supervised tokens."""
         device = self.args.device
         tensors = {
             key: value.to(device, non_blocking=True) for key, value in micro.items() if isinstance(value, Tensor)
@@ -227,7 +227,7 @@ class FastTrainer(LoraPlusTrainer):
         with self._autocast():
             embedded = self.embed(tensors.pop("input_ids"))
             if self.compiled_layers and self.decoder.training and not embedded.requires_grad:
-                embedded.requires_grad_()  # the first layer then needs the same code as the others
+                embedded.requires_grad_()  # so that the first layer uses the same compiled code as the others
             inputs = {"attention_mask": None, **tensors, **lengths}
             hidden = self.decoder(inputs_embeds=embedded, **inputs, use_cache=False)
             states = hidden.last_hidden_state.flatten(0, 1).index_select(0, index)
@@ -246,23 +246,23 @@ class FastTrainer(LoraPlusTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Measure the mean -log p over the learned tokens of the validation rows."""
+        """Return the mean -log p of the supervised tokens of the validation rows."""
         assert self.validation is not None
         self.model.eval()
-        total, learned = torch.zeros((), device=self.args.device), 0
+        total, num_supervised_tokens = torch.zeros((), device=self.args.device), 0
         with torch.no_grad():
             for item in self.validation:
-                total += sum((self.nll(micro) for micro in item["micro"]), torch.zeros_like(total))
-                learned += item["learned"]
+                total += sum((self.nll(micro) for micro in item["micro_batches"]), torch.zeros_like(total))
+                num_supervised_tokens += item["num_supervised_tokens"]
         if self.group.size > 1:
             (total,) = self.group.all_reduce_gradients([], total)
-        metrics = {f"{metric_key_prefix}_loss": float(total) / max(1, learned)}
+        metrics = {f"{metric_key_prefix}_loss": float(total) / max(1, num_supervised_tokens)}
         return EvalLoopOutput(None, None, metrics, len(self.validation.rows))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class BuiltTrainer:
-    """A trainer that is ready to train, and what the end of the stage needs to know of it."""
+    """A trainer that is ready to train, with what the rest of the stage needs."""
 
     trainer: FastTrainer | StockTrainer
     choices: EngineChoices
@@ -271,7 +271,7 @@ class BuiltTrainer:
 
 
 class _Unwrapped(torch.nn.Module):
-    """A model, in a module of its own."""
+    """A module that only holds a model, so that accelerate does not wrap the model."""
 
     def __init__(self, module: torch.nn.Module):
         super().__init__()

@@ -23,7 +23,7 @@ def picture(page, name: str, **options) -> None:
 
 def open_form(page, deployment, name: str = "finetune/local") -> None:
     page.goto(f"{deployment.url}/v2/deployments/deployment/{deployment.read_deployment(name)['id']}/run")
-    page.get_by_text("What this run does differently.").wait_for()
+    page.get_by_text("Changes to the recipe, for this run only.").wait_for()
 
 
 def menu(page, deployment, run: str, item: str) -> None:

@@ -44,7 +44,7 @@ class Project:
         from loraflow.execution.workspace import Workspace
 
         self.verdicts = plan(Workspace(load_recipe(self.recipe, _dotted(overrides))), force or [])
-        return {verdict.label: verdict.verdict for verdict in self.verdicts}
+        return {verdict.label: verdict.status for verdict in self.verdicts}
 
 
 def _dotted(overrides: dict[str, Any]) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def test_the_plan_names_a_changed_field_and_the_stages_that_depend_on_it(project
     assert {label for label, verdict in verdicts.items() if verdict == "runs"} == stages
     assert {label for label, verdict in verdicts.items() if verdict == "depends"} == waiting
     for verdict in project.verdicts:
-        if verdict.verdict == "runs":
+        if verdict.status == "runs":
             assert verdict.why[0] == reason, verdict
 
 

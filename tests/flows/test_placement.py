@@ -13,6 +13,7 @@ from loraflow.config import load_recipe
 from loraflow.execution.runner import run_stage
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, BadData, Crashed, Failure, Killed, OutOfMemory, from_dict
+from loraflow.flows import finetune
 from loraflow.flows import stage as stage_module
 from loraflow.stages import CHECK_DATASET, RESOLVE_BASE, TOKENIZE, VERSION_DATASET
 from loraflow.store import LocalStore
@@ -41,7 +42,7 @@ def part(recipe: str, overrides: dict):
 def repaired(recipe: str, overrides: dict):
     """Run the first stages, again after a damaged artifact was quarantined."""
     with open_run(recipe, overrides, []) as run:
-        return run.until_intact(first_stages)
+        return finetune.run_pipeline(run)
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +84,9 @@ def test_a_placed_stage_runs_on_the_other_pool_and_keeps_its_fingerprint(started
     assert again == ref and stages["tokenize"].state == "cached", "placed or not, it is the same stage"
 
 
-def test_a_damaged_input_is_detected_by_the_worker_and_recomputed(started_project, gpu_pool):
+def test_a_damaged_input_is_detected_by_the_worker_and_recomputed(started_project, gpu_pool, monkeypatch):
     """Both share a folder, so that no download would verify the hashes."""
+    monkeypatch.setattr(finetune, "pipeline", first_stages)
     store = LocalStore(started_project.store)
     rows = job_of(started_project).inputs["rows"]
     file = store.path(rows) / "train.jsonl"

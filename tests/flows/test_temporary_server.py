@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 WATCHDOG = Path(__file__).parent.parent.parent / "flows" / "server" / "watchdog.py"
-COMMAND = [sys.executable, "-c", "from loraflow.cli import settle_environment; settle_environment();"
+COMMAND = [sys.executable, "-c", "from loraflow.cli import set_default_environment; set_default_environment();"
            "from loraflow.flows.server.temporary_server import start_temporary_server; start_temporary_server(); print('up', flush=True); input()"]  # fmt: skip
 
 

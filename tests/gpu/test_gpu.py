@@ -149,7 +149,7 @@ def test_attention_equals_that_of_each_single_document_in_fp32(wanted, kv_heads,
 
     config = Phi3Config(hidden_size=384, num_attention_heads=4, num_key_value_heads=kv_heads, pad_token_id=0)
     chosen = attention.choose(Runtime(attn_implementation=wanted), "cuda", "bfloat16", config)
-    assert chosen.end_to_end
+    assert chosen.concatenated
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, 700, 96, device="cuda") for heads in (4, kv_heads, kv_heads))
     begins = torch.tensor([0, 300, 301, 550, 700, 700], dtype=torch.int32, device="cuda")

@@ -42,7 +42,7 @@ def test_training_uses_the_fastest_kernel_that_the_gpu_supports(gpu, capability,
     gpu(capability, *installed)
     chosen, kernel = choose()
     assert kernel == expected
-    assert (chosen.implementation, chosen.end_to_end) == (DOCUMENTS, True)
+    assert (chosen.implementation, chosen.concatenated) == (DOCUMENTS, True)
     assert chosen.why == (
         "no newer flash attention is installed"
         if expected == "varlen"
@@ -84,14 +84,14 @@ def test_a_requested_kernel_that_is_not_available_is_an_error(gpu):
         ({"device": "cpu"}, "no GPU"),
         ({"dtype": "float32"}, "flash attention has no float32"),
         ({"config": Phi3Config(hidden_size=2048, num_attention_heads=4, pad_token_id=0)}, "heads are 512 wide"),
-        ({"config": Phi3Config(attention_dropout=0.1, pad_token_id=0)}, "the model drops attention weights"),
+        ({"config": Phi3Config(attention_dropout=0.1, pad_token_id=0)}, "the model uses attention dropout"),
     ],
     ids=["device", "dtype", "width", "dropout"],
 )
 def test_cases_that_flash_attention_cannot_compute_use_sdpa_or_are_refused(gpu, settings, reason):
     gpu((9, 0), FA4)
     chosen, kernel = choose(**settings)
-    assert (chosen.implementation, chosen.end_to_end, kernel) == ("sdpa", False, None)
+    assert (chosen.implementation, chosen.concatenated, kernel) == ("sdpa", False, None)
     assert chosen.why.startswith(reason)
     for wanted in ("varlen", "fa3", "fa4"):
         with pytest.raises(BadConfig, match="is not available here") as caught:
@@ -109,7 +109,7 @@ def test_a_requested_kernel_is_used(gpu):
     for wanted in ("sdpa", "eager", "flash_attention_2"):
         chosen, kernel = choose(wanted)
         assert (chosen.implementation, chosen.why, kernel) == (wanted, "asked for", None)
-        assert chosen.end_to_end == (wanted == "flash_attention_2")
+        assert chosen.concatenated == (wanted == "flash_attention_2")
     assert choose("varlen")[1] == "varlen"
 
 

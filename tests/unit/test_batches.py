@@ -21,12 +21,12 @@ def test_every_row_of_a_step_is_in_one_micro_batch_of_one_device(lengths, width,
     rows.lengths, rows.row_length = np.array(lengths), None
     rows.offsets, rows.tokens = np.arange(len(lengths) + 1), np.array(lengths)
     steps = np.arange(len(lengths) // width * width).reshape(-1, width)
-    layout = batches.end_to_end_layout(rows, steps, budget, devices)
+    layout = batches.concatenated_layout(rows, steps, budget, devices)
     assert all(length % batches.ROUND == 0 for length in layout.lengths)
     assert layout.lengths[-1] <= max(budget * 1.05, max(lengths)) + batches.ROUND
     shards = [batches.StepDataset(rows, steps, layout, 0, group=ProcessGroup(r, devices)) for r in range(devices)]
     for step in range(len(steps)):
-        dealt = shards[0].dealt(step)
+        dealt = shards[0].assignment(step)
         assert sorted(place for places in dealt for place in places) == list(range(width))
         assert all(rows.tokens[steps[step]][places].sum() <= layout.lengths[-1] for places in dealt)
 
@@ -35,19 +35,19 @@ def test_packed_and_padded_layouts_contain_the_same_tokens(base, tmp_path):  # n
     shards = tokenize(base, tmp_path)
     rows = TokenRows(shards / "train")
     steps = np.arange(24).reshape(3, 8)
-    flat = batches.StepDataset(rows, steps, batches.end_to_end_layout(rows, steps, 200), 0, dropout=True)
+    flat = batches.StepDataset(rows, steps, batches.concatenated_layout(rows, steps, 200), 0, dropout=True)
     grid = batches.StepDataset(rows, steps, batches.GridRows(3), 0, dropout=True)
     for step in range(3):
         seen = []
         for item in (flat[step], grid[step]):
             pairs, borders = set(), 0
-            for micro in item["micro"]:
+            for micro in item["micro_batches"]:
                 ids = micro["input_ids"].flatten()
                 assert (micro["token_keys"].shape[0]) == len(ids)
                 for at, target in zip(micro["loss_index"].tolist(), micro["targets"].tolist(), strict=True):
                     pairs.add((int(micro["token_keys"][at]), int(ids[at]), target))
                 borders += int((micro["position_ids"] == 0).sum()) if "position_ids" in micro else 0
-            seen.append((pairs, item["learned"], item["tokens"]))
+            seen.append((pairs, item["num_supervised_tokens"], item["tokens"]))
         assert seen[0] == seen[1]
         assert len(seen[0][0]) == seen[0][1], "every learned token has a key of its own"
 

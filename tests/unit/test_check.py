@@ -11,7 +11,7 @@ import pytest
 from loraflow.config.recipe import Data
 from loraflow.data import check, dvc
 from loraflow.data.check_report import CheckReport
-from loraflow.failures import BadData, Inadmissible
+from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from tests.conftest import write_chats
 
@@ -79,17 +79,17 @@ def test_too_many_malformed_rows_stop_the_run_and_are_listed(tmp_path):
     with (tmp_path / "data" / "train.jsonl").open("a") as file:
         file.write("{nonsense\n")
     report = run_check(tmp_path / "data", tmp_path / "out")
-    with pytest.raises(Inadmissible) as caught:
-        check.admit(report, 0.01, "report.json")
+    with pytest.raises(LimitExceeded) as caught:
+        check.check_limits(report, 0.01, "report.json")
     assert "train.jsonl:51: column 2" in str(caught.value)
-    check.admit(report, 0.05, "report.json")
+    check.check_limits(report, 0.05, "report.json")
 
 
 def test_an_empty_split_stops_the_run(tmp_path):
     write_chats(tmp_path / "data" / "train.jsonl", range(5))
     report = run_check(tmp_path / "data", tmp_path / "out", heldout_fraction=0.0)
     with pytest.raises(BadData, match="no heldout rows"):
-        check.admit(report, 0.01, "report.json")
+        check.check_limits(report, 0.01, "report.json")
 
 
 def test_a_file_in_two_held_out_sets_is_refused(tmp_path):
@@ -105,7 +105,7 @@ def test_a_report_without_training_rows_has_an_empty_profile(tmp_path):
     assert report["profile"] == {} == json.loads((tmp_path / "out" / "report.json").read_text())["profile"]
     assert CheckReport.model_validate(report).profile is None
     with pytest.raises(BadData, match="no train rows"):
-        check.admit(report, 0.01, "report.json")
+        check.check_limits(report, 0.01, "report.json")
 
 
 def test_the_quickstarts_splits_share_no_phrase():

@@ -1,13 +1,14 @@
 """Recipes: defaults, problems with their lines, overrides; every key has an effect, in the fingerprint or outside it."""
 
 import re
+import typing
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel, JsonValue
 from pydantic.fields import FieldInfo
 
-from loraflow.config import parse_recipe
+from loraflow.config import Runtime, parse_recipe
 from loraflow.config.load import section_model
 from loraflow.config.recipe import Recipe
 from loraflow.config.stage_configs import DatasetLocation, FolderOrigin
@@ -115,7 +116,7 @@ def test_every_problem_is_reported_at_once_with_its_line():
         ("training_config: {learning_rate: -1}", "greater than 0"),
         ("training_config: {per_device_train_batch_size: true}", "valid integer"),
         ("peft_config: {target_modules: []}", "at least one"),
-        ("peft_config: {lora_r: 8}", "no key"),
+        ("peft_config: {lora_r: 8}", "is not a key"),
         ("peft_config: {init_lora_weights: pissa, use_dora: true}", "choose one"),
         ("peft_config: {init_lora_weights: orthogonal, r: 3}", "even ranks"),
         ("peft_config: {init_lora_weights: loftq}", "set base.quantization: nf4"),
@@ -145,7 +146,7 @@ def test_invalid_settings_are_refused_with_what_to_set_instead(line, message):
     ("text", "message"),
     [
         ("", "empty"),
-        ("- a", "no mapping"),
+        ("- a", "not a mapping"),
         ("name: x\nname: y", "is duplicated"),
         ("a: &x [1]\nb: *x", "alias"),
         ("a: !!python/object:os.system {}", "tag"),
@@ -167,7 +168,7 @@ def test_overrides_replace_the_files_values_and_are_validated():
     assert parse_recipe(MINIMAL, overrides={"peft_config.r": 4}).peft_config.r == 4
     with pytest.raises(BadConfig, match="peft_config.x"):
         parse_recipe(MINIMAL, overrides={"peft_config.x": 4})
-    with pytest.raises(BadConfig, match="no section"):
+    with pytest.raises(BadConfig, match="is not a section"):
         parse_recipe(MINIMAL, overrides={"name.x": 4})
 
 
@@ -192,6 +193,39 @@ def test_loftq_needs_nf4_and_its_compensation_is_never_counted_twice():
     ):
         with pytest.raises(BadConfig, match=message):
             parse_recipe(MINIMAL, overrides={**loftq, **more})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("training_config.learning_rate", "abc", "training_config.learning_rate: should be a valid number"),
+        ("training_config.max_step", 3, "did you mean max_steps"),
+        ("training_config.tokenizer", "t", "is not supported"),
+        ("training_config.fp16", True, "bf16 and fp16 exclude each other"),
+        ("training_config.max_seq_length", 0, "training_config.max_length: should be greater"),
+        ("name.x", 1, "name is not a section"),
+    ],
+)
+def test_problem_of_an_override_names_the_override_and_not_a_line_of_the_file(key, value, message):
+    text = MINIMAL + "training_config:\n  seed: 1\n"
+    with pytest.raises(BadConfig) as caught:
+        parse_recipe(text, "r.yaml", {key: value})
+    assert f"--set {key}: " in caught.value.what and message in caught.value.what
+    assert "r.yaml:" not in caught.value.what
+    assert caught.value.next_step.startswith(f"correct --set {key} ")
+
+
+def test_problems_of_the_file_and_of_overrides_are_reported_together():
+    with pytest.raises(BadConfig) as caught:
+        parse_recipe(MINIMAL + "rank: 4\n", "r.yaml", {"training_config.seed": "a"})
+    assert re.search(r"r\.yaml:\d+: rank", caught.value.what)
+    assert "--set training_config.seed: " in caught.value.what
+    assert caught.value.next_step.endswith("and r.yaml")
+
+
+def test_placement_accepts_exactly_the_placeable_stages():
+    names = typing.get_args(typing.get_args(Runtime.model_fields["placement"].annotation)[0])
+    assert set(names) == {name for name, stage in STAGES.items() if stage.placeable}
 
 
 # -- every key has an effect ----------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def test_a_surplus_node_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("LORAFLOW_NODE", "2")
     job = job_of(runtime__rendezvous={"nodes": 2, "endpoint": "a:1"})
     file = JobFile(job, tmp_path, {}, tmp_path)
-    with pytest.raises(BadConfig, match="no place for this node"):
+    with pytest.raises(BadConfig, match="node.s number is too large for the job"):
         needs_group(file)
     monkeypatch.setenv("LORAFLOW_NODE", "1")
     assert needs_group(file)
@@ -316,10 +316,10 @@ def test_the_failure_that_ended_the_group_is_reported(tmp_path):
     outcome(tmp_path, 1)
     assert _first_summary(tmp_path, {}).figures["rank"] == 0
     outcome(tmp_path, 0, Preempted("ended with the others"))
-    outcome(tmp_path, 1, OutOfMemory("too much", instead={"micro_tokens": 5}))
+    outcome(tmp_path, 1, OutOfMemory("too much", retry_with={"micro_tokens": 5}))
     with pytest.raises(OutOfMemory) as caught:
         _first_summary(tmp_path, {1: 1})
-    assert caught.value.details["instead"] == {"micro_tokens": 5}
+    assert caught.value.details["retry_with"] == {"micro_tokens": 5}
     outcome(tmp_path, 0, Crashed("connection closed by peer"))
     with pytest.raises(OutOfMemory):
         _first_summary(tmp_path, {1: 1})

@@ -41,9 +41,9 @@ def test_out_of_memory_proposes_smaller_settings_until_none_is_left():
     for size in (MicroBatchSize(512, tokens=4096), MicroBatchSize(512, tokens=512, recompute="none"),
                  MicroBatchSize(512, rows=3), MicroBatchSize(512, tokens=512, recompute="full"),
                  MicroBatchSize(512, rows=1, tokens=4096, recompute="none"), MicroBatchSize(512, rows=1)):  # fmt: skip
-        with pytest.raises(OutOfMemory) as caught, explain_out_of_memory("a test", size.reduced()):
+        with pytest.raises(OutOfMemory) as caught, explain_out_of_memory("a test", size.retry_with()):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        proposed.append(caught.value.details["instead"])
+        proposed.append(caught.value.details["retry_with"])
     assert proposed == [
         {"micro_tokens": 2048},
         {"checkpointing": "full"},

@@ -10,6 +10,7 @@ from loraflow.flows import pipeline as module
 from loraflow.stages import STAGES
 from loraflow.store import Ref
 from loraflow.tasks import stages as tasks
+from loraflow.tasks.run import StageResult
 
 
 def ref(label: str) -> Ref:
@@ -22,15 +23,14 @@ class RecordingRun:
 
     def __init__(self, compares_merges: bool, champion: bool):
         self.steps: list[tuple[str, str, dict[str, str]]] = []
-        self.hits: dict[str, str] = {}
         self.champion = ref(CHAMPION) if champion else None
         recipe = SimpleNamespace(compares_merges=compares_merges)
         self.workspace = SimpleNamespace(recipe=recipe, champion=lambda: self.champion)
 
-    def compute(self, stage, label="", /, **inputs):
+    def find_or_run(self, stage, label="", /, **inputs):
         label = label or stage.name
         self.steps.append((label, stage.name, {name: given.fingerprint for name, given in inputs.items()}))
-        return ref(label)
+        return StageResult(ref(label), SimpleNamespace(ref=None))
 
 
 @pytest.mark.parametrize("compares_merges", [False, True])
@@ -39,7 +39,7 @@ def test_plan_lists_the_steps_of_the_pipeline(monkeypatch, compares_merges, cham
     run = RecordingRun(compares_merges, champion)
     for name in STAGES:
         monkeypatch.setattr(module, name, getattr(tasks, name).fn)
-    for name in ("admit_rows", "admit_merged"):
+    for name in ("check_rows", "check_merge"):
         monkeypatch.setattr(module, name, lambda *_: None)
     module.pipeline(run)
     planned = [(step.label, step.stage.name, inputs_of(step, compares_merges=compares_merges)) for step in STEPS]

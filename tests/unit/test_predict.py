@@ -14,7 +14,7 @@ from loraflow.data.chat_formats import BadRow, to_prompt
 from loraflow.failures import BadConfig, BadData
 from loraflow.serving.chat import Sampling
 from loraflow.serving.models import Model, load
-from loraflow.serving.predict import predict
+from loraflow.serving.predict import PredictOptions, predict
 from loraflow.serving.tables import read_questions
 from tests.conftest import chat
 from tests.forked_process import run_in_fork
@@ -39,7 +39,9 @@ def rows(tmp_path):
 
 
 def run(phi3, source, target, sampling=SHORT, **options):
-    return predict(Model("tiny", phi3), source, target, sampling=sampling, **{"batch_size": 4, **options})
+    on_batch = options.pop("on_batch", None)
+    chosen = PredictOptions(sampling=sampling, **{"batch_size": 4, **options})
+    return predict(Model("tiny", phi3), source, target, chosen, on_batch=on_batch)
 
 
 def read(file):
@@ -157,7 +159,7 @@ def test_an_invalid_row_has_an_error_and_the_other_rows_have_answers(phi3, tmp_p
     assert len(out) == 9
     assert [row["error"] is None for row in out] == [True, *[False] * 7, True]
     for row, says in zip(out[1:8], ("in.jsonl:2: column 2", "content is int", "nothing", "<|end|>", "at most 512",
-                                    "starts with a user", "expected an object"), strict=True):  # fmt: skip
+                                    "must be a user message", "expected an object"), strict=True):  # fmt: skip
         assert says in row["error"] and row["prediction"] is None
     assert isinstance(out[0]["prediction"], str) and out[0]["messages"] == chat(1)["messages"]
 
@@ -241,6 +243,10 @@ def test_an_unwritable_output_is_reported_before_generation(phi3, tmp_path):
     with pytest.raises(BadData, match="different types"):
         run(phi3, tmp_path / "in.jsonl", tmp_path / "out.parquet", on_batch=lambda *_: pytest.fail("it was answered"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"], "nothing is left behind"
-    for target, says in (("out.txt", "not written"), ("no/out.csv", "no such folder"), ("in.jsonl", "exists already")):
+    for target, says in (
+        ("out.txt", "not supported for output"),
+        ("no/out.csv", "no such folder"),
+        ("in.jsonl", "already exists"),
+    ):
         with pytest.raises(BadConfig, match=says):
             run(phi3, tmp_path / "in.jsonl", tmp_path / target)

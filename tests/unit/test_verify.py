@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from loraflow.adapters import verify
 from loraflow.adapters.merge_folders import merge
-from loraflow.failures import Inadmissible
+from loraflow.failures import LimitExceeded
 from loraflow.job import Inputs, Progress
 from loraflow.stages import STAGES
 from tests.conftest import build_phi3, chat
@@ -64,9 +64,9 @@ def test_the_distance_equals_one_computed_from_the_logits(parts, tmp_path):
 
 def test_a_merged_model_beyond_the_limit_stops_the_run(parts, tmp_path):
     good = report_on(parts, tmp_path / "good")
-    verify.admit(good, good["mean_kl"])
-    with pytest.raises(Inadmissible, match="differ too much from base plus adapter") as caught:
-        verify.admit(good, good["mean_kl"] / 2)
+    verify.check_limits(good, good["mean_kl"])
+    with pytest.raises(LimitExceeded, match="differ too much from base plus adapter") as caught:
+        verify.check_limits(good, good["mean_kl"] / 2)
     assert "merge.max_kl" in str(caught.value)
     broken = shutil.copytree(parts["merged"], tmp_path / "broken")  # the update of one matrix was lost
     state, plain = load_file(broken / "model.safetensors"), load_file(parts["base"] / "model.safetensors")
@@ -74,10 +74,10 @@ def test_a_merged_model_beyond_the_limit_stops_the_run(parts, tmp_path):
     save_file({**state, name: plain[name]}, broken / "model.safetensors", metadata={"format": "pt"})
     bad = report_on({**parts, "merged": broken}, tmp_path / "bad")
     assert bad["mean_kl"] > 100 * good["mean_kl"]
-    with pytest.raises(Inadmissible):
-        verify.admit(bad, 10 * good["mean_kl"])
-    with pytest.raises(Inadmissible):  # what is no number is no proof
-        verify.admit({**good, "mean_kl": float("nan")}, 1.0)
+    with pytest.raises(LimitExceeded):
+        verify.check_limits(bad, 10 * good["mean_kl"])
+    with pytest.raises(LimitExceeded):  # what is no number is no proof
+        verify.check_limits({**good, "mean_kl": float("nan")}, 1.0)
 
 
 def test_merge_and_verify_run_in_separate_processes():

@@ -1,4 +1,4 @@
-"""Stop a run whose reports are outside the recipe's bounds. These checks are cheap and never cached."""
+"""Stop a run whose reports exceed a limit of the recipe. These checks are cheap and never cached."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from loraflow.execution.workspace import Workspace
 from loraflow.store import Ref
 
 
-@task(name="admit", task_run_name="admit rows", cache_policy=NO_CACHE, persist_result=False)
-def admit_rows(workspace: Workspace, rows: Ref) -> None:
+@task(name="check", task_run_name="check rows", cache_policy=NO_CACHE, persist_result=False)
+def check_rows(workspace: Workspace, rows: Ref) -> None:
     """Stop the run if too many rows are malformed (data.max_quarantined), or no row is left."""
     from loraflow.data import check
 
     report = workspace.store.manifest(rows).report
     where = f"{workspace.store.location(rows)}/report.json"
-    check.admit(report, workspace.recipe.data.max_quarantined, where)
+    check.check_limits(report, workspace.recipe.data.max_quarantined, where)
 
 
-@task(name="admit", task_run_name="admit merged", cache_policy=NO_CACHE, persist_result=False)
-def admit_merged(workspace: Workspace, verified: Ref) -> None:
+@task(name="check", task_run_name="check merge", cache_policy=NO_CACHE, persist_result=False)
+def check_merge(workspace: Workspace, verified: Ref) -> None:
     """Stop the run if the merged model differs too much from base and adapter (merge.max_kl)."""
     from loraflow.adapters import verify
 
     report = workspace.store.manifest(verified).report
     figures = {name: value for name, value in report.items() if isinstance(value, int | float)}
-    verify.admit(figures, workspace.recipe.merge.max_kl)
+    verify.check_limits(figures, workspace.recipe.merge.max_kl)

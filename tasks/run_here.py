@@ -1,4 +1,4 @@
-"""Compute a stage on this machine, for a run here or for a run elsewhere."""
+"""Run a stage on this machine, for a run of this machine or of another one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loraflow.tasks.gpu_lease import gpu_lease
 from loraflow.tasks.progress import ProgressArtifact
 
 
-def compute_here(job: Job[StageConfig], store: Store, label: str, *, force: bool = False) -> Ref:
-    """Run a job in a worker process of this machine, with its progress in the UI."""
+def run_here(job: Job[StageConfig], store: Store, label: str, *, force: bool = False) -> Ref:
+    """Run a job in a worker process of this machine. Hold the GPU meanwhile, and show the progress in the UI."""
     with gpu_lease(job):
         return run_job(job, store, ProgressArtifact(label).show_figures, force=force)

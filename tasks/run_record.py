@@ -1,0 +1,91 @@
+"""The record of a run in the store, `runs/<id>.json`, and the summary in it."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefect.exceptions import Pause
+from prefect.runtime import flow_run
+
+from loraflow.data.git import head_commit
+from loraflow.evaluation.values import EvaluationReport, ModelScores
+from loraflow.execution.results import PipelineResult, Registration
+from loraflow.failures import Failure
+from loraflow.registry.log import actor
+from loraflow.registry.runs import Publication, RecordedDecision, RunRecord, RunState, RunSummary
+from loraflow.store import Ref
+
+if TYPE_CHECKING:
+    from loraflow.tasks.run import Run
+
+
+def model_scores(run: Run, result: PipelineResult) -> ModelScores:
+    """Return the scores of base, tuned model and champion."""
+    champion = result.champion_scores
+    return ModelScores(
+        evaluation_report(run, result.base_scores).metrics,
+        evaluation_report(run, result.tuned_scores).metrics,
+        evaluation_report(run, champion).metrics if champion else None,
+    )
+
+
+def evaluation_report(run: Run, scores: Ref) -> EvaluationReport:
+    """Return the report of an evaluation."""
+    return EvaluationReport.from_dict(run.workspace.store.manifest(scores).report)
+
+
+def set_summary(run: Run, result: PipelineResult, registration: Registration) -> RunSummary:
+    """Set and return the run's summary: the JSON document that `--json` prints, which is also part of the record."""
+    store, decision = run.workspace.store, registration.decision
+    run.summary = RunSummary(
+        run=run.id,
+        recipe=run.workspace.recipe.name,
+        stages=list(run.stages.values()),
+        metrics=dict(vars(model_scores(run, result))),
+        decision=RecordedDecision(verdict=decision.verdict, reasons=list(decision.reasons)),
+        registered=registration.entry,
+        adapter=f"{store.location(result.adapter)}/adapter",
+        merged=store.location(result.merged),
+    )
+    return run.summary
+
+
+def set_publication(run: Run, published: Publication | None) -> RunSummary:
+    """Set the upload to the hub in the run's summary, and return the summary."""
+    assert run.summary is not None
+    run.summary = run.summary.model_copy(update={"published": published})
+    return run.summary
+
+
+def as_record(run: Run, state: RunState = "running", error: str | None = None) -> RunRecord:
+    """Return the run's record as it is now."""
+    return RunRecord(
+        run=run.id,
+        recipe=run.workspace.recipe.name,
+        recipe_text=run.recipe_text,
+        resolved=run.workspace.recipe.model_dump(by_alias=True, mode="json"),
+        started=run.started,
+        seconds=round(time.time() - run.started, 3),
+        actor=actor(),
+        commit=head_commit(Path.cwd()),
+        prefect_run=str(flow_run.id) if flow_run.id else None,
+        state=state,
+        error=error,
+        stages=list(run.stages.values()),
+        summary=run.summary,
+    )
+
+
+def write_record(run: Run, error: BaseException | None) -> None:
+    """Write the run's record. If the store cannot be written to, the run has already failed with that error."""
+    if error is None:
+        record = as_record(run, "done")
+    elif isinstance(error, Pause):  # for a person's approval
+        record = as_record(run, "waiting")
+    else:
+        record = as_record(run, "failed", f"{type(error).__name__}: {error}".splitlines()[0])
+    with suppress(OSError, Failure):
+        run.workspace.store.write_document(f"runs/{run.id}.json", record.document)
