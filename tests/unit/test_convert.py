@@ -168,9 +168,9 @@ def test_an_adapter_that_cannot_fit_is_refused_and_nothing_is_written(twins, tmp
     qkv = make(tmp_path / "wide", tmp_path / "a-qkv", target_modules=["qkv_proj"])
     more = make(fused, tmp_path / "more", target_modules=["o_proj"], modules_to_save=["lm_head"])
     cases = [
-        ((pickle, fused, tmp_path / "o", "--alpha", 8), "nothing else is read"),
+        ((pickle, fused, tmp_path / "o", "--alpha", 8), "does not contain only tensors"),
         ((nan, fused, tmp_path / "o"), "not finite"),
-        ((other, fused, tmp_path / "o"), "does not fit"),
+        ((other, fused, tmp_path / "o"), "does not match the base"),
         ((qkv, split, tmp_path / "o"), "do not add up"),
         ((more, fused, tmp_path / "o"), "modules_to_save"),
         ((more, fused, tmp_path / "o", "--alpha", 8), "loralib checkpoint"),
