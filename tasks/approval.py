@@ -52,7 +52,8 @@ def ask_for_approval(run: Run, result: PipelineResult, decision: Decision) -> De
     if decision.verdict != "promote":
         return decision
     workspace = run.workspace
-    text = approval_request(workspace.recipe.name, decision, model_scores(run, result))
+    recipe = workspace.recipe
+    text = approval_request(recipe.name, decision, model_scores(run, result), confidence=recipe.evaluation.confidence)
     form = Promotion.with_initial_data(description=text, promote=False, reason="")
     # The key is the head of the log: a run that resumes and finds another champion asks again.
     head = workspace.seen_head

@@ -23,7 +23,7 @@ def picture(page, name: str, **options) -> None:
 
 def open_form(page, site, name: str = "finetune/local") -> None:
     page.goto(f"{site.url}/v2/deployments/deployment/{site.deployment(name)['id']}/run")
-    page.get_by_text("What this run does differently.").wait_for()
+    page.get_by_text("Changes to the recipe, for this run only.").wait_for()
 
 
 def menu(page, site, run: str, item: str) -> None:
