@@ -28,7 +28,10 @@ only_option = click.option(
 @click.command()
 @click.option("--port", default=4242, show_default=True, type=click.IntRange(1, 65535), help="Port of UI and API.")
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Other addresses need PREFECT_SERVER_API_AUTH_STRING."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on. Addresses other than localhost need PREFECT_SERVER_API_AUTH_STRING.",
 )
 @click.option(
     "--pool",
@@ -36,7 +39,7 @@ only_option = click.option(
     multiple=True,
     default=["local"],
     show_default=True,
-    help="Work pool to start a worker for; repeat for several.",
+    help="Work pool to start a worker for; repeat for several. It replaces the default.",
 )
 @click.option("--limit", default=4, show_default=True, type=click.IntRange(1), help="Concurrent runs of each worker.")
 @click.option(
@@ -48,7 +51,7 @@ only_option = click.option(
 )
 @only_option
 def up(port: int, host: str, pools: tuple[str, ...], limit: int, home: Path, only: tuple[str, ...]) -> None:
-    """Start a Prefect server and a worker here, with all deployments. Ctrl-C stops everything."""
+    """Start a Prefect server and workers here, with all deployments. Ctrl-C stops them, and active runs with them."""
     quiet_logging()
     from loraflow.flows.server.local_server import Processes, environment, require_free_port
     from loraflow.store.lock import LockHeld, flock

@@ -55,7 +55,7 @@ peft_config:                      # the names of peft.LoraConfig
   r: 16
   lora_alpha: 32                  # twice the rank, as in the Phi-3 model card
   lora_dropout: 0.05
-  target_modules: all-linear      # every projection of every layer, whatever its name in this base
+  target_modules: all-linear      # every projection of every layer, by any name
 
 evaluation:
   metrics: [{metrics}]

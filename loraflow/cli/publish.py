@@ -17,7 +17,7 @@ from loraflow.cli.model_options import base_option
     "--merged/--adapter", default=True, show_default=True, help="Publish the merged model, or only the adapter."
 )
 @click.option("--private/--public", default=True, show_default=True, help="Visibility of a new repository.")
-@click.option("--license", "licence", help="Default: the base's licence, if it is known.")
+@click.option("--license", "licence", help="Licence in the card. Default: the base's licence, if it is known.")
 @click.option("--dry-run", is_flag=True, help="Show the files and the card, and upload nothing.")
 @base_option
 @store_option

@@ -22,7 +22,7 @@ from loraflow.cli.model_options import DTYPES, base_option
 @click.option(
     "--name", help="Name of the model in requests. Default: the champion's name, the run's id, or the folder's name."
 )
-@click.option("--dtype", type=DTYPES, help="Default: the dtype of the weights.")
+@click.option("--dtype", type=DTYPES, help="Dtype of the computation. Default: the dtype of the weights.")
 @base_option
 @store_option
 @click.argument("engine_options", nargs=-1, type=click.UNPROCESSED)

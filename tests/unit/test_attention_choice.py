@@ -84,7 +84,7 @@ def test_a_kernel_that_is_asked_for_and_is_not_available_is_an_error(gpu):
         ({"device": "cpu"}, "no GPU"),
         ({"dtype": "float32"}, "flash attention has no float32"),
         ({"config": Phi3Config(hidden_size=2048, num_attention_heads=4, pad_token_id=0)}, "heads are 512 wide"),
-        ({"config": Phi3Config(attention_dropout=0.1, pad_token_id=0)}, "the model drops attention weights"),
+        ({"config": Phi3Config(attention_dropout=0.1, pad_token_id=0)}, "the model uses attention dropout"),
     ],
     ids=["device", "dtype", "width", "dropout"],
 )

@@ -140,7 +140,7 @@ def test_a_node_too_many_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("LORAFLOW_NODE", "2")
     job = job_of(runtime__rendezvous={"nodes": 2, "endpoint": "a:1"})
     file = JobFile(job, tmp_path, {}, tmp_path)
-    with pytest.raises(BadConfig, match="no place for this node"):
+    with pytest.raises(BadConfig, match="node.s number is too large for the job"):
         needs_group(file)
     monkeypatch.setenv("LORAFLOW_NODE", "1")
     assert needs_group(file)

@@ -241,6 +241,10 @@ def test_what_cannot_be_written_shows_before_the_work(phi3, tmp_path):
     with pytest.raises(BadData, match="different types"):
         run(phi3, tmp_path / "in.jsonl", tmp_path / "out.parquet", on_batch=lambda *_: pytest.fail("it was answered"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"], "nothing is left behind"
-    for target, says in (("out.txt", "not written"), ("no/out.csv", "no such folder"), ("in.jsonl", "exists already")):
+    for target, says in (
+        ("out.txt", "not supported for output"),
+        ("no/out.csv", "no such folder"),
+        ("in.jsonl", "exists already"),
+    ):
         with pytest.raises(BadConfig, match=says):
             run(phi3, tmp_path / "in.jsonl", tmp_path / target)
