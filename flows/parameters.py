@@ -154,7 +154,7 @@ class Overrides(BaseModel):
     loss_on: OptionalLossOn = Field(
         None,
         title="Learn from",
-        description="The text to learn. assistant: all answers; last_assistant: the last answer of each chat; all: everything.",
+        description="What to learn. assistant: all answers; last_assistant: the last answer of a chat; all: everything.",
         json_schema_extra=at(7),
     )
 

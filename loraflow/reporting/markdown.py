@@ -107,8 +107,9 @@ def scores_report(model: str, recipe: str, scores: Scores, *, confidence: float,
 
 def approval_request(recipe: str, decision: Decision, scores: ModelScores, *, confidence: float) -> str:
     """Return the question whether a model is promoted, with the gate's reasons and the scores."""
-    lines = [f"# {recipe}: promote?", "", *_items(decision.reasons), "", *_comparison(scores, confidence)]
-    return "\n".join(lines)
+    question = "The gate would promote the new model. Shall it become the champion?"
+    lines = [f"# {recipe}: promote?", "", question, "", *_items(decision.reasons), ""]
+    return "\n".join([*lines, *_comparison(scores, confidence)])
 
 
 def _comparison(scores: ModelScores, confidence: float) -> Iterator[str]:
@@ -150,7 +151,7 @@ def _training_loss(losses: Sequence[tuple[float, float]], *, image: bool) -> lis
 
 def _answers(samples: Sequence[Sample]) -> Iterator[str]:
     if samples:
-        yield from ("## Answers", "")
+        yield from ("## Sample answers", "")
     for sample in samples:
         yield from (f"**{quote(sample.prompt)}**", "")
         yield from (f"- expected: `{quote(sample.reference)}`", f"- tuned: `{quote(sample.answer)}`", "")

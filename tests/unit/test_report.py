@@ -92,7 +92,7 @@ In brackets: 95% confidence intervals.
 | 1 | 2.0000 |
 | 2 | 1.0000 |
 
-## Answers
+## Sample answers
 
 **what is 'this'?**
 
@@ -149,7 +149,7 @@ def test_the_loss_curve_is_an_image_where_images_are_shown():
 
 def test_sections_without_content_are_left_out():
     text = markdown.run_report(report(losses=[], samples=[]))
-    assert "## Training loss" not in text and "## Answers" not in text
+    assert "## Training loss" not in text and "## Sample answers" not in text
     assert text.index("## Scores") < text.index("## Lineage")
 
 
@@ -162,12 +162,10 @@ def test_the_champion_has_a_column_of_its_own():
 def test_a_person_who_approves_sees_reasons_and_scores():
     scores = ModelScores(base=BASE, tuned=TUNED)
     text = markdown.approval_request("quickstart", DECISION, scores, confidence=0.95)
-    assert text.startswith(
-        "# quickstart: promote?\n\n- better than base\n- better than champion\n\n## Scores on heldout"
-    )
-    scores_of_the_report = RUN[RUN.index("## Scores") : RUN.index("## Training loss")]
-    assert (
-        text == "# quickstart: promote?\n\n- better than base\n- better than champion\n\n" + scores_of_the_report[:-1]
+    scores_of_the_report = RUN[RUN.index("## Scores") : RUN.index("\n## Training loss")]
+    assert text == (
+        "# quickstart: promote?\n\nThe gate would promote the new model. Shall it become the champion?\n\n"
+        "- better than base\n- better than champion\n\n" + scores_of_the_report
     )
 
 
