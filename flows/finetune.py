@@ -41,7 +41,7 @@ def finetune(
 
     Args:
         recipe: Name of a recipe in configs/, or a path.
-        overrides: Changes to the recipe, for this run only.
+        overrides: Changes to the recipe, for this run only. Empty fields keep the recipe's values.
         force: Recompute these stages even if cached.
         approval: Require manual approval before promotion.
         settings: Any other key of the recipe, such as {"evaluation.max_rows": 50}.

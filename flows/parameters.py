@@ -99,7 +99,7 @@ class Overrides(BaseModel):
     epochs: OptionalInt = Field(
         None,
         title="Epochs",
-        description="How many times training reads each row. Replaces the recipe's max_steps, too.",
+        description="How many times training reads each row. Also replaces the recipe's max_steps.",
         json_schema_extra=at(0),
         ge=1,
         le=1000,
@@ -115,7 +115,7 @@ class Overrides(BaseModel):
     rank: OptionalInt = Field(
         None,
         title="LoRA rank",
-        description="The rank of the adapter's matrices. A higher rank can learn more, and costs more.",
+        description="The rank of the adapter's matrices. A higher rank can learn more, and needs more memory.",
         json_schema_extra=at(2),
         ge=1,
         le=1024,
@@ -123,7 +123,7 @@ class Overrides(BaseModel):
     alpha: OptionalInt = Field(
         None,
         title="LoRA alpha",
-        description="The adapter is scaled by alpha / rank.",
+        description="The adapter's output is multiplied by alpha / rank.",
         json_schema_extra=at(3),
         ge=1,
         le=4096,
@@ -131,7 +131,7 @@ class Overrides(BaseModel):
     max_length: OptionalInt = Field(
         None,
         title="Longest row, in tokens",
-        description="The recipe's data.too_long decides what happens to longer rows.",
+        description="Longer rows are dropped, cut, or refused with an error, as the recipe's data.too_long says.",
         json_schema_extra=at(4),
         ge=8,
         le=1_048_576,
@@ -139,14 +139,14 @@ class Overrides(BaseModel):
     dataset_rev: OptionalText = Field(
         None,
         title="Dataset revision",
-        description="Git revision or branch of the .dvc file. If empty, the files of the working tree.",
+        description="Git commit, tag or branch from which the .dvc file is read.",
         json_schema_extra=at(5),
         min_length=1,
     )
     seed: OptionalInt = Field(
         None,
         title="Seed",
-        description="The random seed of the adapter's initial weights and of the order of rows.",
+        description="Random seed of the adapter's initial weights and of the order of the rows.",
         json_schema_extra=at(6),
         ge=0,
         le=2**32 - 1,
@@ -154,7 +154,7 @@ class Overrides(BaseModel):
     loss_on: OptionalLossOn = Field(
         None,
         title="Learn from",
-        description="The tokens to learn from: every answer, the last answer of each chat, or all text.",
+        description="What to learn. assistant: all answers; last_assistant: the last answer of a chat; all: everything.",
         json_schema_extra=at(7),
     )
 

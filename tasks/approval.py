@@ -24,12 +24,9 @@ WAIT = 7 * 24 * 3600  # seconds; a run that nobody answers within a week fails
 class Promotion(RunInput):
     """Shall this model become the champion?"""
 
-    promote: bool = Field(
-        False, title="Promote", description="Off keeps the champion.", json_schema_extra={"position": 0}
-    )
-    reason: str = Field(
-        "", title="Reason", description="For the promotion log.", max_length=500, json_schema_extra={"position": 1}
-    )
+    # The UIs show a field's title, and its description nowhere.
+    promote: bool = Field(False, title="Promote this model (off: decline it)", json_schema_extra={"position": 0})
+    reason: str = Field("", title="Reason, for the promotion log", max_length=500, json_schema_extra={"position": 1})
 
 
 def refuse_without_deployment() -> None:
@@ -52,7 +49,8 @@ def ask_for_approval(run: Run, result: PipelineResult, decision: Decision) -> De
     if decision.verdict != "promote":
         return decision
     workspace = run.workspace
-    text = approval_request(workspace.recipe.name, decision, model_scores(run, result))
+    recipe = workspace.recipe
+    text = approval_request(recipe.name, decision, model_scores(run, result), confidence=recipe.evaluation.confidence)
     form = Promotion.with_initial_data(description=text, promote=False, reason="")
     # The key is the head of the log: a run that resumes and finds another champion asks again.
     head = workspace.seen_head

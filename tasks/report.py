@@ -31,9 +31,11 @@ def publish_report(run: Run, result: PipelineResult, decision: Decision, summary
         recipe=recipe.name,
         decision=decision,
         scores=model_scores(run, result),
+        confidence=recipe.evaluation.confidence,
         losses=_losses(run, result.adapter),
         samples=evaluation_report(run, result.tuned_scores).samples[: recipe.evaluation.samples],
         stages=summary.stages,
+        store=run.workspace.store.uri,
         adapter=summary.adapter,
         merged=summary.merged,
     )
@@ -45,7 +47,9 @@ def publish_scores(run: Run, model: str, folder: Path, scores: Ref) -> dict[str,
     """Publish the scores of one model, and return them."""
     metrics = evaluation_report(run, scores).metrics
     table = run.workspace.store.path(scores) / "scores.parquet"
-    text = scores_report(model, run.workspace.recipe.name, metrics, folder=str(folder), table=str(table))
+    recipe = run.workspace.recipe
+    confidence = recipe.evaluation.confidence
+    text = scores_report(model, recipe.name, metrics, confidence=confidence, folder=str(folder), table=str(table))
     _publish(run, text, text, "scores")
     return {"model": str(folder), "metrics": scores_to_dict(metrics), "uri": str(table.parent)}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec
@@ -9,13 +11,14 @@ from typing import Any, Concatenate, ParamSpec
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.runtime import task_run
+from prefect.runtime import deployment, task_run
 from prefect.states import Completed
 
 from loraflow.failures import Failure
 from loraflow.store import Ref
 from loraflow.tasks.run import Run, StageResult
 
+log = logging.getLogger("loraflow")
 P = ParamSpec("P")
 
 RETRIES = 2
@@ -45,10 +48,14 @@ def stage_task(function: Callable[Concatenate[Run, P], StageResult]) -> StageTas
     """Make a stage's function a Prefect task.
 
     Prefect's own cache is off: its hits do not check that the artifact exists, and another server does not have them.
+    The UI has no place for a task's docstring, so in a run of a deployment it is the first line of the task's log.
     """
+    sentences = " ".join((inspect.getdoc(function) or "").split())
 
     @wraps(function)
     def run_stage(run: Run, *args: P.args, **kwargs: P.kwargs) -> Ref | State[Ref]:
+        if deployment.id:
+            log.info("%s", sentences)
         result = function(run, *args, **kwargs)
         if result.is_cached:
             return Completed(name="Cached", message="; ".join(result.lookup.why()), data=result.ref)

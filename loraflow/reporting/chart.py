@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 36  # margins, in pixels
 MAX_POINTS = 400  # the image is not wide enough for more
-TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
+MAX_TICKS = 7  # on an axis
 
 
 def image(points: Sequence[tuple[float, float]], title: str) -> str:
@@ -60,12 +61,27 @@ class _Axes:
 
     def ticks(self) -> str:
         marks = []
-        for share in TICKS:
-            level = self.low + share * (self.high - self.low)
+        for level in _round_numbers(self.low, self.high):
             _, y = self.pixel(self.first, level)
             marks.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e2e2e2"/>')
-            marks.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{level:.3g}</text>')
-            step = self.first + share * (self.last - self.first)
+            marks.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{level:g}</text>')
+        for step in _round_numbers(self.first, self.last, at_least=1):
             x, _ = self.pixel(step, self.low)
-            marks.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{step:.0f}</text>')
+            marks.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{step:g}</text>')
         return "".join(marks)
+
+
+def _round_numbers(low: float, high: float, *, at_least: float = 0.0) -> list[float]:
+    """Return at most `MAX_TICKS` numbers from low to high: multiples of 1, 2 or 5 times a power of ten.
+
+    `at_least` is the smallest distance between two of them.
+    """
+    if high <= low:
+        return [low]
+    power = 10.0 ** math.floor(math.log10(max((high - low) / MAX_TICKS, at_least)))
+    every = next(
+        power * factor
+        for factor in (1, 2, 5, 10, 20)
+        if math.floor(high / (power * factor)) - math.ceil(low / (power * factor)) < MAX_TICKS
+    )
+    return [every * count for count in range(math.ceil(low / every), math.floor(high / every) + 1)]

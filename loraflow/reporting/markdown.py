@@ -6,13 +6,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from loraflow.evaluation.values import Decision, MetricValue, ModelScores, Sample, Scores
+from loraflow.evaluation.values import Decision, MetricValue, ModelScores, Sample, Scores, SetScores, Verdict
 from loraflow.identity import short
 from loraflow.reporting import chart
 
+GATE_SET = "heldout"  # its scores are shown first: the gate decides by them
 LOSS_ROWS = 12  # of the table below the loss curve
 QUOTED = 300  # characters of a quoted text
 _BARS = "▁▂▃▄▅▆▇█"
+
+VERDICTS: dict[Verdict, str] = {
+    "promote": "The new model is the champion now.",
+    "reject": "The new model was not promoted.",
+    "undecided": "The new model was not promoted: it is not certain that it is better.",
+    "unchanged": "There was nothing to decide.",
+}
 
 T = TypeVar("T")
 
@@ -33,12 +41,12 @@ class StageRow(Protocol):
         """The job's fingerprint."""
 
     @property
-    def seconds(self) -> float:
-        """The time that it took."""
+    def digest(self) -> str:
+        """The artifact's digest."""
 
     @property
-    def uri(self) -> str:
-        """The artifact's location."""
+    def seconds(self) -> float:
+        """The time that it took."""
 
 
 @dataclass(frozen=True)
@@ -49,66 +57,80 @@ class RunReport:
     recipe: str  # its name
     decision: Decision
     scores: ModelScores
+    confidence: float  # of the scores' intervals
     losses: Sequence[tuple[float, float]]  # (step, training loss)
     samples: Sequence[Sample]  # answers of the tuned model
     stages: Sequence[StageRow]
-    adapter: str  # locations
+    store: str  # locations
+    adapter: str
     merged: str
 
 
 def run_report(report: RunReport, *, image: bool = False) -> str:
     """Return a run's report. The loss curve is an image with `image`, otherwise a sparkline for terminals."""
-    lines = [f"# {report.recipe}: {report.decision.verdict}", "", *_items(report.decision.reasons), ""]
-    lines += _comparison(report.scores)
-    lines += _training_loss(report.losses, image=image)
-    lines += _answers(report.samples)
-    lines += _lineage(report.stages)
-    lines += [
-        f"Adapter: `{report.adapter}`",
+    decision = report.decision
+    lines = [
+        f"# {report.recipe}: {decision.verdict}",
         "",
-        f"Merged model: `{report.merged}`",
+        VERDICTS[decision.verdict],
         "",
-        f"Chat with it: `loraflow chat {report.run}`",
+        *_items(decision.reasons),
         "",
     ]
+    lines += _comparison(report.scores, report.confidence)
+    lines += _training_loss(report.losses, image=image)
+    lines += _answers(report.samples)
+    lines += _lineage(report.stages, report.store)
+    lines += ["## Files", "", "Adapter:", "", *_code(report.adapter), "Merged model:", "", *_code(report.merged)]
+    lines += ["Chat with the model:", "", *_code(f"loraflow chat {report.run}")]
     return "\n".join(lines)
 
 
-def scores_report(model: str, recipe: str, scores: Scores, *, folder: str, table: str) -> str:
+def scores_report(model: str, recipe: str, scores: Scores, *, confidence: float, folder: str, table: str) -> str:
     """Return the report of one model's scores.
 
     Args:
         model: its name.
         recipe: the name of the recipe by which it was scored.
         scores: of the model.
+        confidence: of the scores' intervals.
         folder: the location of the model.
         table: the location of the score table.
     """
     lines = [f"# {model} by {recipe}", ""]
-    for rows, part in scores.items():
+    for rows, part in _gate_set_first(scores):
         lines += [f"## {rows} ({_count(part.values())} rows)", "", "| metric | value |", "|---|---|"]
         lines += [*(f"| {name} | {value} |" for name, value in part.items()), ""]
-    return "\n".join([*lines, f"Model: `{folder}`", "", f"Row by row: `{table}`", ""])
+    lines += [_intervals(confidence), "", "Model:", "", *_code(folder), "Scores of each row:", "", *_code(table)]
+    return "\n".join(lines)
 
 
-def approval_request(recipe: str, decision: Decision, scores: ModelScores) -> str:
+def approval_request(recipe: str, decision: Decision, scores: ModelScores, *, confidence: float) -> str:
     """Return the question whether a model is promoted, with the gate's reasons and the scores."""
-    return "\n".join([f"# {recipe}: promote?", "", *_items(decision.reasons), "", *_comparison(scores)])
+    question = "The gate would promote the new model. Shall it become the champion?"
+    lines = [f"# {recipe}: promote?", "", question, "", *_items(decision.reasons), ""]
+    return "\n".join([*lines, *_comparison(scores, confidence)])
 
 
-def comparison_table(scores: ModelScores) -> str:
-    """Return the scores of base, tuned and champion, a table for each set of rows."""
-    return "\n".join(_comparison(scores))
-
-
-def _comparison(scores: ModelScores) -> Iterator[str]:
-    for rows, tuned in scores.tuned.items():
+def _comparison(scores: ModelScores, confidence: float) -> Iterator[str]:
+    models = {"base": scores.base, "tuned": scores.tuned, "champion": scores.champion}
+    shown = {name: part for name, part in models.items() if part is not None}
+    for rows, tuned in _gate_set_first(scores.tuned):
         yield from (f"## Scores on {rows} ({_count(tuned.values())} rows)", "")
-        yield from ("| metric | base | tuned | champion |", "|---|---|---|---|")
+        yield from (f"| metric | {' | '.join(shown)} |", "|---" * (1 + len(shown)) + "|")
         for name in tuned:
-            cells = [(part or {}).get(rows, {}).get(name) for part in (scores.base, scores.tuned, scores.champion)]
+            cells = [part.get(rows, {}).get(name) for part in shown.values()]
             yield f"| {name} | {' | '.join('' if cell is None else str(cell) for cell in cells)} |"
         yield ""
+    yield from (_intervals(confidence), "")
+
+
+def _gate_set_first(scores: Scores) -> list[tuple[str, SetScores]]:
+    return sorted(scores.items(), key=lambda item: item[0] != GATE_SET)
+
+
+def _intervals(confidence: float) -> str:
+    return f"In brackets: {confidence:.0%} confidence intervals."
 
 
 def _count(values: Iterable[MetricValue]) -> int:
@@ -129,19 +151,25 @@ def _training_loss(losses: Sequence[tuple[float, float]], *, image: bool) -> lis
 
 def _answers(samples: Sequence[Sample]) -> Iterator[str]:
     if samples:
-        yield from ("## Answers", "")
+        yield from ("## Sample answers", "")
     for sample in samples:
         yield from (f"**{quote(sample.prompt)}**", "")
         yield from (f"- expected: `{quote(sample.reference)}`", f"- tuned: `{quote(sample.answer)}`", "")
 
 
-def _lineage(stages: Iterable[StageRow]) -> list[str]:
+def _lineage(stages: Iterable[StageRow], store: str) -> list[str]:
     rows = [
-        f"| {stage.stage} | {stage.state} | `{short(stage.fingerprint)}` | {stage.seconds:.1f} | `{stage.uri}` |"
+        f"| {stage.stage} | {stage.state} | {stage.seconds:.1f} | `{short(stage.fingerprint)}` | `{short(stage.digest)}` |"
         for stage in stages
     ]
-    header = ["| stage | state | fingerprint | seconds | artifact |", "|---|---|---|---:|---|"]
-    return ["## Lineage", "", *header, *rows, ""]
+    header = ["| stage | state | seconds | fingerprint | digest |", "|---|---|---:|---|---|"]
+    where = ["An artifact is in the folder `STAGE/FINGERPRINT/DIGEST` of the store:", "", *_code(store)]
+    return ["## Lineage", "", *header, *rows, "", *where]
+
+
+def _code(text: str) -> list[str]:
+    """Return a block for a path or a command: long lines scroll in it, instead of widening the page."""
+    return ["```", text, "```", ""]
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -154,10 +182,11 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def thin(rows: Sequence[T], most: int) -> Sequence[T]:
-    """Return at most `most` rows at equal distances, the first and the last among them."""
+    """Return every k-th row, so that there are at most `most`, and the last one."""
     if len(rows) <= most:
         return rows
-    return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
+    every = -(-(len(rows) - 1) // (most - 1))
+    return [*rows[: len(rows) - 1 : every], rows[-1]]
 
 
 def quote(text: str) -> str:

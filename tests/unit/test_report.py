@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, dataclass
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
@@ -17,6 +18,7 @@ from loraflow.evaluation.values import (
     MetricValue,
     ModelScores,
     Sample,
+    Verdict,
     scores_to_dict,
 )
 from loraflow.reporting import markdown
@@ -27,8 +29,8 @@ class Stage:
     stage: str = "train"
     state: str = "computed"
     fingerprint: str = "0123456789abcdef"
+    digest: str = "89abcdef01234567"
     seconds: float = 12.345
-    uri: str = "store/train/0123/4567"
 
 
 def value(number, n=3):
@@ -47,9 +49,11 @@ def report(**changes):
         "recipe": "quickstart",
         "decision": DECISION,
         "scores": ModelScores(base=BASE, tuned=TUNED),
+        "confidence": 0.95,
         "losses": [(1, 2.0), (2, 1.0)],
         "samples": [SAMPLE],
-        "stages": [Stage(), Stage("evaluate base", "cached", "f" * 64, 0.04, "store/evaluate/ffff")],
+        "stages": [Stage(), Stage("evaluate base", "cached", "f" * 64, "e" * 64, 0.04)],
+        "store": "store",
         "adapter": "store/train/0123/4567/adapter",
         "merged": "store/merge/89ab",
     }
@@ -59,21 +63,25 @@ def report(**changes):
 RUN = """\
 # quickstart: promote
 
+The new model is the champion now.
+
 - better than base
 - better than champion
 
 ## Scores on heldout (3 rows)
 
-| metric | base | tuned | champion |
-|---|---|---|---|
-| exact_match | 0.250 [0.150, 0.350] | 0.750 [0.650, 0.850] |  |
-| stops |  | 1.000 [0.900, 1.100] |  |
+| metric | base | tuned |
+|---|---|---|
+| exact_match | 0.250 [0.150, 0.350] | 0.750 [0.650, 0.850] |
+| stops |  | 1.000 [0.900, 1.100] |
 
 ## Scores on handwritten (2 rows)
 
-| metric | base | tuned | champion |
-|---|---|---|---|
-| exact_match |  | 0.500 [0.400, 0.600] |  |
+| metric | base | tuned |
+|---|---|---|
+| exact_match |  | 0.500 [0.400, 0.600] |
+
+In brackets: 95% confidence intervals.
 
 ## Training loss
 
@@ -84,7 +92,7 @@ RUN = """\
 | 1 | 2.0000 |
 | 2 | 1.0000 |
 
-## Answers
+## Sample answers
 
 **what is 'this'?**
 
@@ -93,16 +101,36 @@ RUN = """\
 
 ## Lineage
 
-| stage | state | fingerprint | seconds | artifact |
-|---|---|---|---:|---|
-| train | computed | `0123456789ab` | 12.3 | `store/train/0123/4567` |
-| evaluate base | cached | `ffffffffffff` | 0.0 | `store/evaluate/ffff` |
+| stage | state | seconds | fingerprint | digest |
+|---|---|---:|---|---|
+| train | computed | 12.3 | `0123456789ab` | `89abcdef0123` |
+| evaluate base | cached | 0.0 | `ffffffffffff` | `eeeeeeeeeeee` |
 
-Adapter: `store/train/0123/4567/adapter`
+An artifact is in the folder `STAGE/FINGERPRINT/DIGEST` of the store:
 
-Merged model: `store/merge/89ab`
+```
+store
+```
 
-Chat with it: `loraflow chat 20260101-000000-abcdef`
+## Files
+
+Adapter:
+
+```
+store/train/0123/4567/adapter
+```
+
+Merged model:
+
+```
+store/merge/89ab
+```
+
+Chat with the model:
+
+```
+loraflow chat 20260101-000000-abcdef
+```
 """
 
 
@@ -121,31 +149,36 @@ def test_the_loss_curve_is_an_image_if_images_are_supported():
 
 def test_sections_without_content_are_left_out():
     text = markdown.run_report(report(losses=[], samples=[]))
-    assert "## Training loss" not in text and "## Answers" not in text
+    assert "## Training loss" not in text and "## Sample answers" not in text
     assert text.index("## Scores") < text.index("## Lineage")
 
 
 def test_the_champion_has_a_column_of_its_own():
-    text = markdown.comparison_table(ModelScores(base=BASE, tuned=TUNED, champion=BASE))
+    text = markdown.run_report(report(scores=ModelScores(base=BASE, tuned=TUNED, champion=BASE)))
+    assert "| metric | base | tuned | champion |\n|---|---|---|---|\n" in text
     assert "| exact_match | 0.250 [0.150, 0.350] | 0.750 [0.650, 0.850] | 0.250 [0.150, 0.350] |" in text
 
 
 def test_the_approval_request_shows_reasons_and_scores():
     scores = ModelScores(base=BASE, tuned=TUNED)
-    text = markdown.approval_request("quickstart", DECISION, scores)
-    assert text.startswith(
-        "# quickstart: promote?\n\n- better than base\n- better than champion\n\n## Scores on heldout"
+    text = markdown.approval_request("quickstart", DECISION, scores, confidence=0.95)
+    scores_of_the_report = RUN[RUN.index("## Scores") : RUN.index("\n## Training loss")]
+    assert text == (
+        "# quickstart: promote?\n\nThe gate would promote the new model. Shall it become the champion?\n\n"
+        "- better than base\n- better than champion\n\n" + scores_of_the_report
     )
-    assert text.endswith(markdown.comparison_table(scores))
 
 
 def test_the_scores_of_one_model_are_reported():
-    text = markdown.scores_report("champion", "quickstart", TUNED, folder="store/merge", table="store/scores.parquet")
+    text = markdown.scores_report(
+        "champion", "quickstart", TUNED, confidence=0.95, folder="store/merge", table="store/scores.parquet"
+    )
     assert text == (
         "# champion by quickstart\n\n## heldout (3 rows)\n\n| metric | value |\n|---|---|\n"
         "| exact_match | 0.750 [0.650, 0.850] |\n| stops | 1.000 [0.900, 1.100] |\n\n"
         "## handwritten (2 rows)\n\n| metric | value |\n|---|---|\n| exact_match | 0.500 [0.400, 0.600] |\n\n"
-        "Model: `store/merge`\n\nRow by row: `store/scores.parquet`\n"
+        "In brackets: 95% confidence intervals.\n\n"
+        "Model:\n\n```\nstore/merge\n```\n\nScores of each row:\n\n```\nstore/scores.parquet\n```\n"
     )
 
 
@@ -162,6 +195,19 @@ def test_thinned_rows_include_the_first_and_the_last():
     assert len(found) == 12 and found[0] == 0 and found[-1] == 999
     assert max(b - a for a, b in itertools.pairwise(found)) <= 92
     assert markdown.thin(rows[:12], 12) == rows[:12]
+    assert markdown.thin(rows[:13], 12) == [0, 2, 4, 6, 8, 10, 12], "at equal distances"
+
+
+def test_the_set_that_the_gate_compares_is_shown_first():
+    scores = {"handwritten": TUNED["handwritten"], "heldout": TUNED["heldout"]}
+    text = markdown.run_report(report(scores=ModelScores(base=BASE, tuned=scores)))
+    assert text.index("## Scores on heldout") < text.index("## Scores on handwritten")
+
+
+@pytest.mark.parametrize("verdict", get_args(Verdict))
+def test_each_verdict_is_explained(verdict):
+    text = markdown.run_report(report(decision=Decision(verdict=verdict, reasons=("why",))))
+    assert text.startswith(f"# quickstart: {verdict}\n\n{markdown.VERDICTS[verdict]}\n\n- why\n")
 
 
 def test_a_quoted_text_cannot_leave_its_line_or_its_backticks():
