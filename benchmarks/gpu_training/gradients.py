@@ -53,7 +53,10 @@ def eager_gradients(work: Path, dtype: torch.dtype, item: StepItem) -> tuple[flo
         targets = position_targets(micro)
         for start, end in itertools.pairwise(sorted(set(micro["cu_seq_lens_q"].tolist()))):
             if (targets[start:end] != -100).any():
-                loss = document_loss(model, micro["input_ids"][:, start:end], targets[start:end]) / item["num_supervised_tokens"]
+                loss = (
+                    document_loss(model, micro["input_ids"][:, start:end], targets[start:end])
+                    / item["num_supervised_tokens"]
+                )
                 loss.backward()
                 total += float(loss)
     gradients = gradients_of(model)

@@ -101,7 +101,7 @@ class Base(FrozenModel):
 
     model: str = Field(description="`bundled:smollm2`, a folder, or a hub id such as microsoft/Phi-3-mini-4k-instruct.")
     revision: str | None = Field(
-        None, description="Hub commit (40 hex digits) or branch; a branch is resolved once per run."
+        None, description="Hub commit (40 hex digits) or branch; the commit of a branch is kept in loraflow.lock."
     )
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the frozen weights.")
     repack: Literal["phi3"] | None = Field(
