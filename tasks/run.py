@@ -144,7 +144,8 @@ def _announce_suspension() -> Iterator[None]:
 def _clean_up(workspace: Workspace) -> None:
     """Clean up the store as `loraflow gc` does, unless another run is using it."""
     try:
-        for path, size, why in remove_unused(workspace.store, keep=workspace.recipe.runtime.keep):
+        bounds = workspace.recipe.runtime
+        for path, size, why in remove_unused(workspace.store, keep=bounds.keep, keep_champions=bounds.keep_champions):
             log.info("removed %s (%.0f MiB, %s)", path.parent.name[:12], size / 2**20, why)
     except (Failure, OSError) as error:  # the run is done; `loraflow gc` shows what is in the way
         log.debug("not cleaned up: %s", error)

@@ -9,6 +9,7 @@ import click
 from loraflow.cli import json_option, model_option, store_option
 from loraflow.failures import BadConfig, CorruptArtifact, Failure
 from loraflow.identity import short
+from loraflow.registry.champions import choose_intact
 from loraflow.registry.log import HeadChanged, PromotionLog, actor
 from loraflow.registry.runs import RunRecord, read_run
 from loraflow.serving.models import only_model
@@ -53,23 +54,24 @@ def promote(run: str, reason: str, store: str) -> None:
     if record is None or record.summary is None or record.model is None:
         raise BadConfig("There is no such finished run.", where=run, next_step="loraflow runs")
     log = PromotionLog(opened, record.model)
-    head = log.head()
-    merged, adapter = (_artifact(opened, record, stage) for stage in ("merge", "train"))
-    if head is not None and head.merged.digest == merged.digest:
-        click.echo(f"this model is the champion of {log.model} already")
-        return
-    try:
-        entry = log.append(
-            head,
-            action="promote",
-            merged=merged,
-            adapter=adapter,
-            inputs={"recipe": record.recipe, "run": run},
-            reasons=[reason],
-            actor=actor(),
-        )
-    except HeadChanged:
-        raise _changed_meanwhile() from None
+    with opened.reader_lock():  # a cleanup at the same time could remove the model before the log names it
+        head = log.head()
+        merged, adapter = (_artifact(opened, record, stage) for stage in ("merge", "train"))
+        if head is not None and head.merged.digest == merged.digest:
+            click.echo(f"this model is the champion of {log.model} already")
+            return
+        try:
+            entry = log.append(
+                head,
+                action="promote",
+                merged=merged,
+                adapter=adapter,
+                inputs={"recipe": record.recipe, "run": run},
+                reasons=[reason],
+                actor=actor(),
+            )
+        except HeadChanged:
+            raise _changed_meanwhile() from None
     click.echo(f"entry {entry.seq}: {short(entry.merged.digest)} is the champion of {log.model}")
 
 
@@ -92,13 +94,18 @@ def _artifact(store: Store, record: RunRecord, stage: str) -> Ref:
 @reason_option
 @store_option
 @model_option
-def rollback(reason: str, store: str, model: str | None) -> None:
-    """Go back to the previous champion. Later runs do not promote the same model again."""
+@click.option("--skip-missing", is_flag=True, help="Go further back if the previous model is missing or damaged.")
+def rollback(reason: str, store: str, model: str | None, skip_missing: bool) -> None:
+    """Go back to the previous champion, after hashing its files. Later runs do not promote the same model again."""
     opened = open_store(store)
-    try:
-        entry = PromotionLog(opened, model or only_model(opened)).rollback(reason, actor())
-    except HeadChanged:
-        raise _changed_meanwhile() from None
+    log = PromotionLog(opened, model or only_model(opened))
+    with opened.reader_lock():
+        try:
+            entry = log.rollback(
+                reason, actor(), lambda targets: choose_intact(opened, targets, skip_missing=skip_missing)
+            )
+        except HeadChanged:
+            raise _changed_meanwhile() from None
     click.echo(f"entry {entry.seq}: back to {short(entry.merged.digest)}")
 
 

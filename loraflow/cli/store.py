@@ -8,7 +8,7 @@ import click
 
 from loraflow.cli import json_option, quiet_logging, store_option
 from loraflow.failures import CorruptArtifact
-from loraflow.store import open_store
+from loraflow.store import Store, open_store
 
 
 @click.command()
@@ -41,7 +41,9 @@ def runs(store: str, as_json: bool) -> None:
 def verify(deep: bool, store: str) -> None:
     """Check the manifests, names and sizes of all artifacts, with --deep also their contents. Quarantine damaged ones.
 
-    Exit status 1 if an artifact is damaged.
+    The promotion logs are checked too, and that the models which they need are in the store.
+
+    Exit status 1 if an artifact or a log is damaged, or a champion or its rollback target is missing.
     """
     quiet_logging()
     opened = open_store(store)
@@ -54,28 +56,63 @@ def verify(deep: bool, store: str) -> None:
                 damaged += 1
                 quarantined = opened.quarantine(ref, problems)
                 click.echo(f"damaged  {ref}: {'; '.join(problems)}; quarantined as {quarantined}", err=True)
+        missing = _missing_champions(opened)
     click.echo(f"{checked} artifacts checked{' byte by byte' if deep else ''}, {damaged} damaged")
     if damaged:
         raise CorruptArtifact(
             "The store had damaged artifacts. They are quarantined.",
             where=opened.uri,
-            next_step="run the recipe again: it recomputes them",
+            next_step=missing or "run the recipe again: it recomputes them",
         )
+    if missing:
+        raise CorruptArtifact(
+            "The store lacks a champion or a rollback target, or a promotion log is damaged.",
+            where=opened.uri,
+            next_step=missing,
+        )
+
+
+def _missing_champions(store: Store) -> str:
+    """Report damaged promotion logs and missing champions; return the next step for the first that is needed."""
+    from loraflow.registry.champions import missing_models, rebuild_hint
+    from loraflow.registry.log import PromotionLog, models
+
+    steps = []
+    for model in models(store):
+        try:
+            for found in missing_models(PromotionLog(store, model)):
+                what = f"{found.ref} of {model}, entry {found.entry.seq}: {'; '.join(found.problems[:3])}"
+                click.echo(
+                    f"missing  {what}{'' if found.is_needed else ' (an earlier champion, or only its adapter)'}",
+                    err=True,
+                )
+                if found.is_needed:
+                    steps.append(rebuild_hint(store, found.entry))
+        except CorruptArtifact as failure:
+            click.echo(f"damaged  promotion log of {model}: {failure.got}", err=True)
+            steps.append(failure.next_step)
+    return steps[0] if steps else ""
 
 
 @click.command()
 @store_option
+@click.option("--keep", default=3, show_default=True, help="Merged models to keep beside the champions.")
 @click.option(
-    "--keep", default=3, show_default=True, help="Merged models to keep beside the champion and its rollback target."
+    "--keep-champions",
+    default=10,
+    show_default=True,
+    type=click.IntRange(min=2),
+    help="Champions to keep for each registered model: the one in use, and those before it to roll back to.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be removed, and remove nothing.")
-def gc(store: str, keep: int, dry_run: bool) -> None:
-    """Remove superseded artifacts, older merged models and stale work. The champion and its rollback target are kept."""
+def gc(store: str, keep: int, keep_champions: int, dry_run: bool) -> None:
+    """Remove superseded artifacts, older merged models and stale work. Champions that a rollback can return to stay."""
     quiet_logging()
     from loraflow.registry.cleanup import remove_unused
 
     freed = 0
-    for path, size, reason in remove_unused(open_store(store), keep=keep, dry_run=dry_run):
+    items = remove_unused(open_store(store), keep=keep, keep_champions=keep_champions, dry_run=dry_run)
+    for path, size, reason in items:
         freed += size
         click.echo(f"{'would remove' if dry_run else 'removed'}  {size / 2**20:9.1f} MiB  {path}  ({reason})")
     click.echo(f"{freed / 2**20:.1f} MiB {'could be' if dry_run else 'were'} freed")

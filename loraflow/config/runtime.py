@@ -89,8 +89,13 @@ class Runtime(FrozenModel):
     )
     keep: Annotated[int, Field(ge=1)] = Field(
         3,
-        description="Number of merged models to keep besides the champion and its rollback target. Every run that "
-        "computed a stage removes older ones, as `loraflow gc` does.",
+        description="Number of merged models to keep besides the champions. Every run that computed a stage removes "
+        "older ones, as `loraflow gc` does.",
+    )
+    keep_champions: Annotated[int, Field(ge=2)] = Field(
+        10,
+        description="Number of champions to keep for each registered model: the one in use, and those before it to which "
+        "`loraflow rollback` can return.",
     )
 
     @model_validator(mode="after")

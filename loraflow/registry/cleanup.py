@@ -1,4 +1,8 @@
-"""Remove superseded artifacts, older merged models and stale work. Champions and their rollback targets always stay."""
+"""Remove superseded artifacts, older merged models and stale work.
+
+Champions stay, up to a bound, with all that they were made from: `loraflow rollback` can return to them, and
+`loraflow show champion` describes them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from loraflow.failures import Failure
+from loraflow.registry.champions import KEEP_CHAMPIONS, kept_champions, lineage
 from loraflow.registry.log import PromotionLog, models
 from loraflow.store import Ref, Store
 from loraflow.store.lock import LockHeld
@@ -24,17 +29,21 @@ class Removed(NamedTuple):
     reason: str
 
 
-def remove_unused(store: Store, *, keep: int, dry_run: bool = False) -> Iterator[Removed]:
-    """Remove superseded artifacts, all but the newest `keep` merged models, and stale work; yield each item.
+def remove_unused(
+    store: Store, *, keep: int, keep_champions: int = KEEP_CHAMPIONS, dry_run: bool = False
+) -> Iterator[Removed]:
+    """Remove superseded artifacts, older merged models, and stale work; yield each item.
 
-    With `dry_run`, yield what would be removed.
+    The newest `keep` merged models stay, and of each registered model the newest `keep_champions` champions. With
+    `dry_run`, yield what would be removed.
 
     Raises:
         Failure: a run is using the store.
+        CorruptArtifact: a promotion log is damaged, so that it is not known which models it needs. Nothing is removed.
     """
     try:
         with store.cleanup_lock():
-            for ref, reason in _unused(store, keep):
+            for ref, reason in _unused(store, keep, keep_champions):
                 size = _size(store, ref)
                 if not dry_run:
                     store.remove(ref)
@@ -56,19 +65,18 @@ def _size(store: Store, ref: Ref) -> int:
         return 0
 
 
-def _registered_digests(store: Store) -> set[str]:
-    """Return the digests of every model's champion and rollback target: its merged model and its adapter."""
+def _registered_digests(store: Store, keep_champions: int) -> set[str]:
+    """Return the digests of every model's champions, and of all that they were made from."""
     return {
         ref.digest
         for model in models(store)
-        for entry in PromotionLog(store, model).active_promotions()[-2:]
-        for ref in (entry.merged, entry.adapter)
-        if ref is not None
+        for entry in kept_champions(PromotionLog(store, model), keep_champions)
+        for ref in lineage(store, entry)
     }
 
 
-def _unused(store: Store, keep: int) -> Iterator[tuple[Ref, str]]:
-    registered = _registered_digests(store)
+def _unused(store: Store, keep: int, keep_champions: int) -> Iterator[tuple[Ref, str]]:
+    registered = _registered_digests(store, keep_champions)
     by_fingerprint: dict[tuple[str, str], list[Ref]] = defaultdict(list)
     for ref in store.artifacts():
         by_fingerprint[ref.stage, ref.fingerprint].append(ref)

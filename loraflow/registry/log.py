@@ -10,7 +10,7 @@ import getpass
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -161,15 +161,7 @@ class PromotionLog:
 
         A rollback removes promotions from the end until the last one is of the model that the rollback names.
         """
-        stack: list[Entry] = []
-        for entry in self.entries():
-            if entry.action == "promote":
-                if not stack or stack[-1].merged.digest != entry.merged.digest:
-                    stack.append(entry)
-            else:
-                while stack and stack[-1].merged.digest != entry.merged.digest:
-                    stack.pop()
-        return stack
+        return _active(self.entries())
 
     def rollback_reason(self, digest: str) -> str | None:
         """Return the reason of a model's rollback; None if it was not rolled back, or was promoted again since."""
@@ -181,23 +173,26 @@ class PromotionLog:
                 return None
         return None
 
-    def rollback(self, reason: str, actor: str) -> Entry:
+    def rollback(self, reason: str, actor: str, pick: Callable[[Sequence[Entry]], Entry] | None = None) -> Entry:
         """Make the model before the champion the champion again. Models that were rolled back are skipped.
+
+        `pick` chooses another of the earlier promotions, which it gets with the newest first, or raises if the model
+        cannot be used.
 
         Raises:
             Failure: there is no earlier model.
             HeadChanged: another writer appended an entry at the same time.
         """
         entries = self.entries()
-        stack = self.active_promotions()
-        if len(stack) < 2:
+        targets = _active(entries)[-2::-1]
+        if not targets:
             raise Failure(
                 "There is no earlier model to roll back to.",
                 where=f"registry of {self.model}",
                 got=f"{len(entries)} entries",
                 next_step="look at `loraflow registry`",
             )
-        target = stack[-2]
+        target = pick(targets) if pick else targets[0]
         return self.append(
             entries[-1],
             action="rollback",
@@ -225,3 +220,16 @@ class PromotionLog:
     def _decision_name(self, head: Entry | None, digest: str, protocol: str) -> str:
         seen = short(head.hash) if head else "none"
         return f"{self.folder}/decisions/{seen}-{short(digest)}-{short(protocol)}.json"
+
+
+def _active(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the promotions that are not rolled back, oldest first."""
+    stack: list[Entry] = []
+    for entry in entries:
+        if entry.action == "promote":
+            if not stack or stack[-1].merged.digest != entry.merged.digest:
+                stack.append(entry)
+        else:
+            while stack and stack[-1].merged.digest != entry.merged.digest:
+                stack.pop()
+    return stack

@@ -1,0 +1,108 @@
+"""The files of champions: which ones are kept, and whether a rollback can return to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from loraflow.failures import CorruptArtifact, Failure
+from loraflow.registry.log import Entry, PromotionLog
+from loraflow.registry.runs import find_run
+from loraflow.store import Ref, Store
+
+KEEP_CHAMPIONS = 10  # the default of runtime.keep_champions
+
+
+def kept_champions(log: PromotionLog, keep_champions: int) -> list[Entry]:
+    """Return the champion and its newest rollback targets, oldest first: at most `keep_champions`, at least two."""
+    return log.active_promotions()[-max(keep_champions, 2) :]
+
+
+def lineage(store: Store, entry: Entry) -> list[Ref]:
+    """Return the artifacts of a champion and of all that it was made from, as far as their manifests can be read."""
+    found: set[tuple[str, str, str]] = set()
+    refs = []
+    todo = [ref for ref in (entry.merged, entry.adapter) if ref is not None]
+    while todo:
+        ref = todo.pop()
+        name = (ref.stage, ref.fingerprint, ref.digest)
+        if name in found:
+            continue
+        found.add(name)
+        refs.append(ref)
+        try:
+            todo += store.manifest(ref).input_refs(store.uri).values()
+        except Failure:  # it is gone or damaged, which `loraflow verify` reports
+            continue
+    return refs
+
+
+def choose_intact(store: Store, targets: Sequence[Entry], *, skip_missing: bool = False) -> Entry:
+    """Return the newest of the rollback targets; with `skip_missing`, the newest whose model is intact.
+
+    Every byte of the model is hashed. `targets` is not empty, and the newest is first.
+
+    Raises:
+        CorruptArtifact: the model is missing or damaged. A damaged one is quarantined, so that a run recomputes it.
+    """
+    for entry in targets:
+        problems = store.verify(entry.merged)
+        if not problems:
+            return entry
+        if not skip_missing:
+            raise _cannot_return(store, entry, problems)
+    raise CorruptArtifact(
+        "None of the earlier models is intact.",
+        where=f"registry of {targets[0].model}",
+        got=f"{len(targets)} earlier models, all missing or damaged",
+        next_step=rebuild_hint(store, targets[0]),
+    )
+
+
+def _cannot_return(store: Store, entry: Entry, problems: list[str]) -> CorruptArtifact:
+    where = store.location(entry.merged)
+    if _has_manifest(store, entry.merged):  # otherwise a run would find it in the cache
+        where = store.quarantine(entry.merged, problems)
+    return CorruptArtifact(
+        f"The model of entry {entry.seq} is missing or damaged, so there was no rollback.",
+        where=where,
+        got="; ".join(problems[:3]),
+        next_step=f"{rebuild_hint(store, entry)}, then roll back again; or go further back with "
+        "`loraflow rollback --skip-missing --reason …`",
+    )
+
+
+def _has_manifest(store: Store, ref: Ref) -> bool:
+    try:
+        store.manifest(ref)
+    except CorruptArtifact:
+        return False
+    return True
+
+
+def rebuild_hint(store: Store, entry: Entry) -> str:
+    """Return the step that recomputes a promoted model: the command, and where its settings are recorded."""
+    run = find_run(store, entry.merged)
+    if run is None:
+        name = entry.inputs.get("recipe", "RECIPE")
+        return f"recompute it with `loraflow run {name}` (its run has no record; entry {entry.seq} names its data)"
+    commit = f" at git commit {run.commit[:12]}" if run.commit else ""
+    return f"recompute it with `loraflow run {run.recipe}`{commit} (`loraflow show --json {run.run}` has its settings)"
+
+
+class MissingModel(NamedTuple):
+    """A champion whose files are missing or incomplete."""
+
+    entry: Entry
+    ref: Ref
+    problems: list[str]
+    is_needed: bool  # it is the champion or the model to which the next rollback returns
+
+
+def missing_models(log: PromotionLog, keep_champions: int = KEEP_CHAMPIONS) -> Iterator[MissingModel]:
+    """Yield the champion and rollback targets whose merged model or adapter is missing or incomplete, newest first."""
+    newest_first = kept_champions(log, keep_champions)[::-1]
+    for position, entry in enumerate(newest_first):
+        for ref in (entry.merged, entry.adapter):
+            if ref is not None and (problems := log.store.check(ref)):
+                yield MissingModel(entry, ref, problems, is_needed=position < 2 and ref == entry.merged)

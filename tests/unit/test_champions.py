@@ -1,0 +1,155 @@
+"""Champions and rollback targets: what cleanup keeps, what a rollback refuses, and what `loraflow verify` reports."""
+
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from loraflow.cli import cli
+from loraflow.config.runtime import Runtime
+from loraflow.failures import CorruptArtifact, Failure
+from loraflow.registry import PromotionLog
+from loraflow.registry.champions import KEEP_CHAMPIONS, choose_intact
+from loraflow.registry.cleanup import remove_unused
+from loraflow.store import LocalStore, open_store
+from tests.promoted_models import add_model, commit, promote, record_run
+
+
+def loraflow(store, *arguments, fails=None):
+    done = CliRunner().invoke(cli, [*arguments, "--store", store.uri])
+    assert type(done.exception) is (fails or type(None)), done.exception
+    return done
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def any_store(request, tmp_path):
+    return (
+        LocalStore(tmp_path / "store")
+        if request.param == "folder"
+        else open_store(request.getfixturevalue("bucket_uri"))
+    )
+
+
+@pytest.fixture
+def store(tmp_path):
+    return LocalStore(tmp_path / "store")
+
+
+def promoted(store, names, model="tickets"):
+    log = PromotionLog(store, model)
+    refs = [add_model(store, name) for name in names]
+    for ref in refs:
+        promote(log, ref)
+    return log, refs
+
+
+def test_cleanup_keeps_every_model_that_rollbacks_can_return_to(any_store):
+    log, (a, b, c) = promoted(any_store, "abc")
+    rejected = [add_model(any_store, name) for name in "xyz"]
+    assert list(remove_unused(any_store, keep=3)) == []
+    list(remove_unused(any_store, keep=1))
+    assert sum(any_store.check(ref) == [] for ref in rejected) == 1
+    for expected in (b, a):
+        assert log.rollback("bad", "me", lambda found: choose_intact(any_store, found)).merged.digest == expected.digest
+    assert log.head().merged.digest == a.digest and any_store.verify(a) == []
+    with pytest.raises(Failure, match="no earlier"):
+        log.rollback("bad", "me")
+    promote(log, c)  # and forward again
+    assert [entry.merged.digest for entry in log.active_promotions()] == [a.digest, c.digest]
+
+
+def test_cleanup_keeps_as_many_champions_as_it_is_told(store):
+    log, refs = promoted(store, "abcde")
+    loraflow(store, "gc", "--keep", "0", "--keep-champions", "3")
+    assert [store.check(ref) == [] for ref in refs] == [False, False, True, True, True]
+    list(remove_unused(store, keep=0, keep_champions=1))
+    assert store.check(refs[3]) == [], "the champion and its rollback target always stay"
+    loraflow(store, "gc", "--keep-champions", "1", fails=SystemExit)
+    assert Runtime().keep_champions == KEEP_CHAMPIONS
+
+
+def test_cleanup_keeps_the_champions_of_every_log_in_the_store(store):
+    _, (a, b) = promoted(store, "ab")
+    _, (c, d) = promoted(store, "cd", model="other")
+    list(remove_unused(store, keep=0))
+    assert [store.check(ref) for ref in (a, b, c, d)] == [[]] * 4
+
+
+def test_cleanup_removes_nothing_while_a_log_is_damaged(store):
+    _, (a, _) = promoted(store, "ab")
+    _, (c, _) = promoted(store, "cd", model="other")
+    (store.root / "registry" / "other" / "log" / "000002.json").write_text("{")
+    with pytest.raises(CorruptArtifact, match="promotion log"):
+        list(remove_unused(store, keep=0))
+    assert store.check(a) == [] and store.check(c) == []
+
+
+def test_cleanup_keeps_superseded_artifacts_that_a_champion_was_made_from(store):
+    _, (a,) = promoted(store, "a")
+    inputs = store.manifest(a).input_refs(store.uri)
+    commit(store, "resolve_base", "base", "recomputed", replace=True)
+    commit(store, "train", "a", "recomputed", {"base": inputs["base"]}, replace=True)
+    list(remove_unused(store, keep=0))
+    assert store.check(inputs["base"]) == [] and store.check(inputs["adapter"]) == []
+
+
+@pytest.mark.parametrize("harm", ["remove", "flip", "shorten"])
+def test_a_rollback_to_a_missing_or_damaged_model_is_refused_and_names_the_run_that_rebuilds_it(store, harm):
+    log, (a, b) = promoted(store, "ab")
+    record_run(store, "20260101-000000-aaaaaa", a, commit="0123456789abcdef")
+    weights = store.path(a) / "weights"
+    if harm == "remove":
+        shutil.rmtree(store.path(a))
+    else:
+        weights.write_text(weights.read_text().replace("merge", "merGe") if harm == "flip" else "m")
+    failure = loraflow(store, "rollback", "--reason", "bad", fails=CorruptArtifact).exception
+    for part in (
+        "loraflow run tickets",
+        "0123456789ab",
+        "loraflow show --json 20260101-000000-aaaaaa",
+        "--skip-missing",
+    ):
+        assert part in failure.next_step
+    assert log.head().merged.digest == b.digest and len(log.entries()) == 2
+    assert store.find("merge", a.fingerprint) is None, "a run recomputes it"
+    add_model(store, "a")
+    loraflow(store, "rollback", "--reason", "bad")
+    assert log.head().merged.digest == a.digest
+
+
+def test_a_rollback_skips_missing_models_only_if_it_is_told(store):
+    log, (a, b, c, d) = promoted(store, "abcd")
+    for ref in (b, c):
+        shutil.rmtree(store.path(ref))
+    loraflow(store, "rollback", "--reason", "bad", fails=CorruptArtifact)
+    loraflow(store, "rollback", "--reason", "bad", "--skip-missing")
+    assert log.head().merged.digest == a.digest and log.rollback_reason(d.digest) == "bad"
+    assert [entry.merged.digest for entry in log.active_promotions()] == [a.digest]
+
+
+def test_a_rollback_without_an_intact_model_is_refused(store):
+    log, (a, b) = promoted(store, "ab")
+    shutil.rmtree(store.path(a))
+    failure = loraflow(store, "rollback", "--reason", "bad", "--skip-missing", fails=CorruptArtifact).exception
+    assert failure.what == "None of the earlier models is intact." and "loraflow run" in failure.next_step
+    assert log.head().merged.digest == b.digest
+
+
+def test_verify_reports_a_missing_champion_and_its_missing_rollback_target(store):
+    log, (a, b, c) = promoted(store, "abc")
+    record_run(store, "20260101-000000-aaaaaa", b)
+    loraflow(store, "verify")
+    shutil.rmtree(store.path(a))
+    done = loraflow(store, "verify")
+    assert "missing" in done.output and "entry 1" in done.output, "an older one is named, but is no failure"
+    shutil.rmtree(store.path(b))
+    done = loraflow(store, "verify", fails=CorruptArtifact)
+    assert "entry 2" in done.output and "loraflow show --json 20260101-000000-aaaaaa" in done.exception.next_step
+    assert log.head().merged == c
+
+
+def test_verify_reports_a_damaged_promotion_log(store):
+    promoted(store, "ab")
+    (store.root / "registry" / "tickets" / "log" / "000002.json").write_text("{")
+    done = loraflow(store, "verify", fails=CorruptArtifact)
+    assert "promotion log of tickets" in done.output and "backup" in done.exception.next_step
