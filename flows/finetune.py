@@ -11,7 +11,7 @@ from prefect import flow
 from pydantic import JsonValue
 
 from loraflow.execution.results import PipelineResult
-from loraflow.failures import CorruptArtifact, Failure
+from loraflow.failures import CorruptArtifact, DamagedLog, Failure
 from loraflow.flows.parameters import NO_OVERRIDES, NO_SETTINGS, NO_STAGES, Overrides, RecipeName, Settings, StageName
 from loraflow.flows.pipeline import pipeline
 from loraflow.registry.runs import RunSummary
@@ -76,6 +76,8 @@ def run_pipeline(run: Run) -> PipelineResult:
     for _ in range(MAX_REPAIRS):
         try:
             return pipeline(run)
+        except DamagedLog:  # nothing recomputes it
+            raise
         except CorruptArtifact as failure:  # the artifact is quarantined by now, so the next lookup misses it
             log.warning("%s", failure)
     raise Failure(

@@ -114,6 +114,12 @@ class CorruptArtifact(Failure):
     kind = "corrupt_artifact"
 
 
+class DamagedLog(CorruptArtifact):
+    """A promotion log lost entries or was changed. Unlike an artifact, it cannot be recomputed: a person must decide."""
+
+    kind = "damaged_log"
+
+
 class LimitExceeded(Failure):
     """A report exceeds a limit of the recipe, so the run stops."""
 

@@ -76,6 +76,7 @@ def as_record(run: Run, state: RunState = "running", error: str | None = None) -
         error=error,
         stages=list(run.stages.values()),
         summary=run.summary,
+        promotion_head=run.workspace.log.last_seen,
     )
 
 

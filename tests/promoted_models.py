@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 
 from loraflow import identity
 from loraflow.registry import Entry, PromotionLog
-from loraflow.registry.runs import RunRecord, StageRun
-from loraflow.store import Ref, Store, Summary
+from loraflow.registry.runs import RunRecord, StageRun, read_runs
+from loraflow.store import LocalStore, Ref, Store, Summary
 
 
 def commit(
@@ -55,11 +56,11 @@ def record_run(store: Store, run: str, merged: Ref, model: str = "tickets", **va
     return record
 
 
-def remove(store: Store, name: str) -> None:
-    """Delete a document of a local store or of a bucket behind the store's back."""
-    from loraflow.store import LocalStore
-
-    if isinstance(store, LocalStore):
-        (store.root / name).unlink()
-    else:
-        store.bucket.delete([name])  # type: ignore[attr-defined]
+def forget_promotions(store: LocalStore) -> None:
+    """Delete all promotion logs of a store, and what anchors and run records know of them."""
+    for folder in ("registry", "anchors"):
+        shutil.rmtree(store.root / folder, ignore_errors=True)
+    for record in read_runs(store):
+        summary = record.summary.model_copy(update={"registered": None}) if record.summary else None
+        record = record.model_copy(update={"summary": summary, "promotion_head": None})
+        store.write_document(f"runs/{record.run}.json", record.document)

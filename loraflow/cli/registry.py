@@ -18,15 +18,18 @@ from loraflow.store import Ref, Store, open_store
 reason_option = click.option("--reason", required=True, help="The reason, for readers of the promotion log.")
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @store_option
 @model_option
 @json_option
-def registry(store: str, model: str | None, as_json: bool) -> None:
+@click.pass_context
+def registry(context: click.Context, store: str, model: str | None, as_json: bool) -> None:
     """Show the promotion log of a model, oldest entry first. The last entry names the champion."""
+    if context.invoked_subcommand is not None:
+        return
     opened = open_store(store)
-    model = model or only_model(opened)
-    entries = PromotionLog(opened, model).entries()
+    log = PromotionLog(opened, model or only_model(opened))
+    entries = log.entries(all_runs=True)
     if as_json:
         click.echo(json.dumps([entry.model_dump() for entry in entries], ensure_ascii=False))
         return
@@ -37,10 +40,41 @@ def registry(store: str, model: str | None, as_json: bool) -> None:
         )
         for reason in entry.reasons:
             click.echo(f"      {reason}")
+    for acceptance in log.acceptances():
+        click.echo(f"      {acceptance.time}  {acceptance.actor} accepted a loss after entry {acceptance.kept.seq}")
+        click.echo(f"      {acceptance.reason}")
     if entries:
         click.echo(f"\nchampion  {opened.location(entries[-1].merged)}")
     else:
-        click.echo(f"no model named {model} was promoted yet")
+        click.echo(f"no model named {log.model} was promoted yet")
+
+
+@registry.command()
+@reason_option
+@click.option("--store", help="The store; the default is that of `loraflow registry`.")
+@model_option
+@click.pass_context
+def accept(context: click.Context, reason: str, store: str | None, model: str | None) -> None:
+    """Go on with a promotion log that lost entries or was changed, if there is no backup of it.
+
+    The intact entries stay. What is lost, who accepted it and why is stored beside the log. Nothing is done to a log that
+    is not damaged.
+    """
+    given = context.parent.params if context.parent else {}
+    opened = open_store(store or given["store"])
+    log = PromotionLog(opened, model or given["model"] or only_model(opened))
+    acceptance = log.accept_loss(reason, actor())
+    for head in acceptance.lost:
+        click.echo(f"lost: entry {head.seq}{f' with hash {short(head.hash)}' if head.hash else ''}")
+    for name in acceptance.set_aside:
+        click.echo(f"no longer in the log: {name}")
+    champion = log.head()
+    if champion is not None:
+        click.echo(
+            f"entry {champion.seq} is the last one: {short(champion.merged.digest)} is the champion of {log.model}"
+        )
+    else:
+        click.echo(f"the log is empty: {log.model} has no champion")
 
 
 @click.command()

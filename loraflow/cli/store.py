@@ -78,9 +78,11 @@ def _missing_champions(store: Store) -> str:
     from loraflow.registry.log import PromotionLog, models
 
     steps = []
-    for model in models(store):
+    for model in models(store, of_runs=True):
         try:
-            for found in missing_models(PromotionLog(store, model)):
+            log = PromotionLog(store, model)
+            log.entries(all_runs=True)
+            for found in missing_models(log):
                 what = f"{found.ref} of {model}, entry {found.entry.seq}: {'; '.join(found.problems[:3])}"
                 click.echo(
                     f"missing  {what}{'' if found.is_needed else ' (an earlier champion, or only its adapter)'}",

@@ -69,7 +69,7 @@ def _registered_digests(store: Store, keep_champions: int) -> set[str]:
     """Return the digests of every model's champions, and of all that they were made from."""
     return {
         ref.digest
-        for model in models(store)
+        for model in models(store, of_runs=True)
         for entry in kept_champions(PromotionLog(store, model), keep_champions)
         for ref in lineage(store, entry)
     }

@@ -1,30 +1,48 @@
 """The promotion log of one model: numbered files, each with the hash of the one before it.
 
 An entry is created under its number by `create_document`, which fails if the number exists. If two writers append at the
-same time, one succeeds; the other reads the new head and decides again.
+same time, one succeeds; the other reads the new head and decides again. The anchor outside of the log (`anchor.py`) tells
+whether entries were lost or edited.
 """
 
 from __future__ import annotations
 
 import getpass
 import hashlib
+import logging
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
-from loraflow.failures import CorruptArtifact, Failure
+from loraflow.failures import BadConfig, DamagedLog, Failure
 from loraflow.identity import canonical, short
+from loraflow.registry.anchor import (
+    Acceptance,
+    Known,
+    anchored_models,
+    damaged_log,
+    models_of_runs,
+    read_known,
+    write_acceptance,
+    write_anchor,
+)
+from loraflow.registry.runs import LogHead
 from loraflow.store import LocalStore, Ref, Store
 from loraflow.store.files import json_bytes
 
 Action: TypeAlias = Literal["promote", "rollback"]
 EntryInputs: TypeAlias = dict[str, str]  # origin of the model, for people: dataset md5, base, recipe or run
 
+log = logging.getLogger("loraflow")
 _JSON_OBJECT = TypeAdapter(dict[str, JsonValue])
+_MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")  # as in the recipe: register.model
+_ENTRY_NAME = re.compile(r"\d{6,}\.json")
+_stray_files_warned: set[tuple[str, ...]] = set()  # once per process
 
 
 def actor() -> str:
@@ -65,59 +83,146 @@ class Entry(BaseModel):
         return hashlib.sha256(canonical(plain)).hexdigest()
 
 
-def models(store: Store) -> list[str]:
-    """Return the names in the registry, sorted."""
-    return sorted({name.split("/")[1] for name in store.documents("registry/")})
+def models(store: Store, *, of_runs: bool = False) -> list[str]:
+    """Return the names in the registry, sorted; with `of_runs`, also those that only run records know.
+
+    A model whose log was deleted is among them if its anchor is there.
+    """
+    found = {name.split("/")[1] for name in store.documents("registry/") if name.count("/") > 1}
+    found |= anchored_models(store)
+    if of_runs or not found:
+        found |= models_of_runs(store)
+    return sorted(filter(_MODEL_NAME.fullmatch, found))
+
+
+class _Read(NamedTuple):
+    """The entries at the beginning of a log that are intact, the files after them, and what is wrong there."""
+
+    entries: list[Entry]
+    rest: dict[str, bytes]
+    problem: str
 
 
 class PromotionLog:
-    """The log of one model in a store; `store` may be the folder of a local store."""
+    """The log of one model in a store; `store` may be the folder of a local store.
+
+    Raises:
+        BadConfig: the model's name cannot be one, such as a path.
+    """
 
     def __init__(self, store: Store | Path, model: str):
+        if not _MODEL_NAME.fullmatch(model):
+            raise BadConfig(
+                "This is not a name of a model in the registry.",
+                where="register.model, or --model",
+                expected="lower-case letters, digits, and . _ - after the first",
+                got=model[:80],
+            )
         self.store: Store = LocalStore(store) if isinstance(store, Path) else store
         self.folder = f"registry/{model}"
         self.model = model
+        self.last_seen: LogHead | None = None  # the head when the log was read or extended last
 
-    def entries(self) -> list[Entry]:
-        """Return all entries, oldest first, their chain verified.
+    def entries(self, *, all_runs: bool = False) -> list[Entry]:
+        """Return all entries, oldest first: their chain is verified, and compared with the anchor.
+
+        With `all_runs`, the log is also compared with all run records.
 
         Raises:
-            CorruptArtifact: an entry is missing or was changed.
+            DamagedLog: an entry is missing or was changed.
         """
+        try:
+            entries = self._checked_entries(all_runs)
+        except DamagedLog:  # a listing can miss a file that another process adds at this moment
+            entries = self._checked_entries(all_runs)
+        self.last_seen = _head(entries)
+        return entries
+
+    def _checked_entries(self, all_runs: bool) -> list[Entry]:
+        known = self._known(all_runs)  # read before the log, which may only be ahead of it
+        read = self._read()
+        intact = len(read.entries)
+        if read.rest:
+            raise damaged_log(self.store, self.model, next(iter(read.rest)), got=read.problem, intact=intact)
+        if known.problem:
+            raise damaged_log(self.store, self.model, "anchors", got=known.problem, intact=intact)
+        unmet = known.unmet([entry.hash for entry in read.entries])
+        if unmet:
+            claim = max(unmet, key=lambda claim: claim.head.seq)
+            got = f"{intact} intact entries" if claim.head.seq > intact else "another entry with this number"
+            raise damaged_log(self.store, self.model, f"{self.folder}/log", expected=str(claim), got=got, intact=intact)
+        return read.entries
+
+    def _known(self, all_runs: bool) -> Known:
+        return read_known(self.store, self.model, all_runs=all_runs)
+
+    def _read(self) -> _Read:
+        """Read the log up to the first entry that is missing or damaged."""
+        files = self._files()
         found: list[Entry] = []
-        for number, (path, content) in enumerate(self.store.read_documents(f"{self.folder}/log/").items(), 1):
+        for position, (name, content) in enumerate(files.items()):
             try:
-                stored = _JSON_OBJECT.validate_json(content)
-                claimed = stored.pop("hash")
-                entry = Entry.model_validate(stored)
-            except (ValueError, KeyError) as error:
-                raise self._damaged(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
-            if claimed != entry.hash:
-                raise self._damaged(path, "hash mismatch")
-            if entry.seq != number or entry.before != (found[-1].hash if found else None):
-                raise self._damaged(path, "an entry before it is missing or was changed")
+                entry = _parse(content, found)
+            except ValueError as error:
+                problem = f"{name.rsplit('/', 1)[1]}: {error}".splitlines()[0]
+                return _Read(found, dict(list(files.items())[position:]), problem)
             found.append(
                 entry.model_copy(
                     update={"merged": self._in_store(entry.merged), "adapter": self._in_store(entry.adapter)}
                 )
             )
-        return found
+        return _Read(found, {}, "")
+
+    def _files(self) -> dict[str, bytes]:
+        """Return the files of the entries. Other files beside them are ignored, with one warning."""
+        prefix = f"{self.folder}/log/"
+        documents = self.store.read_documents(prefix)
+        stray = [name for name in documents if not _ENTRY_NAME.fullmatch(name.removeprefix(prefix))]
+        warned = (self.store.uri, *stray)
+        if stray and warned not in _stray_files_warned:
+            _stray_files_warned.add(warned)
+            log.warning("ignored in the promotion log, remove them: %s", ", ".join(stray))
+        return {name: data for name, data in documents.items() if name not in stray}
 
     def _in_store(self, ref: Ref | None) -> Ref | None:
         return ref.model_copy(update={"uri": self.store.uri}) if ref else None
-
-    def _damaged(self, name: str, why: str) -> CorruptArtifact:
-        return CorruptArtifact(
-            "The promotion log is damaged.",
-            where=f"{self.store.uri}/{name}",
-            got=why,
-            next_step="restore the file from a backup; until then nothing is promoted",
-        )
 
     def head(self) -> Entry | None:
         """Return the last entry, whose model is the champion; None if there is none."""
         entries = self.entries()
         return entries[-1] if entries else None
+
+    def accept_loss(self, reason: str, actor: str) -> Acceptance:
+        """Go on with the entries that are intact, and store who decided this and why.
+
+        Files after the last intact entry are moved into the stored decision.
+
+        Raises:
+            Failure: the log is not damaged.
+        """
+        known, read = self._known(all_runs=True), self._read()
+        lost = {claim.head for claim in known.unmet([entry.hash for entry in read.entries])}
+        if not (read.rest or lost or known.problem):
+            raise Failure("The promotion log is not damaged.", where=f"{self.store.uri}/{self.folder}/log")
+        kept = _head(read.entries)
+        acceptance = Acceptance(
+            reason=reason,
+            actor=actor,
+            time=_now(),
+            problem=read.problem or known.problem,
+            kept=kept,
+            lost=sorted(lost, key=lambda head: (head.seq, head.hash)),
+            set_aside={name: data.decode(errors="backslashreplace") for name, data in read.rest.items()},
+        )
+        write_acceptance(self.store, self.model, acceptance)
+        for name in reversed(read.rest):
+            self.store.remove_document(name)
+        write_anchor(self.store, self.model, kept)
+        return acceptance
+
+    def acceptances(self) -> list[Acceptance]:
+        """Return the losses that were accepted, oldest first."""
+        return self._known(all_runs=False).accepted
 
     def append(
         self,
@@ -130,12 +235,13 @@ class PromotionLog:
         reasons: Sequence[str],
         actor: str,
     ) -> Entry:
-        """Write the next entry; `seen` is the head at the time of the decision.
+        """Write the next entry, then the anchor; `seen` is the head at the time of the decision.
 
         Raises:
             HeadChanged: the head has changed since.
+            DamagedLog: an entry is missing or was changed, or a run record knows one that the log does not have.
         """
-        head = self.head()
+        head = next(reversed(self.entries(all_runs=True)), None)
         if (head.hash if head else None) != (seen.hash if seen else None):
             raise HeadChanged
         entry = Entry(
@@ -148,12 +254,39 @@ class PromotionLog:
             inputs=dict(inputs),
             reasons=list(reasons),
             actor=actor,
-            time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            time=_now(),
         )
         document = json_bytes({**entry.model_dump(), "hash": entry.hash})
         if not self.store.create_document(f"{self.folder}/log/{entry.seq:06d}.json", document):
-            raise HeadChanged
+            raise self._not_created(f"{self.folder}/log/{entry.seq:06d}.json", head)
+        self.last_seen = LogHead(seq=entry.seq, hash=entry.hash)
+        self._anchor(self.last_seen)
         return entry
+
+    def _not_created(self, name: str, head: Entry | None) -> Exception:
+        if self.head() != head:
+            return HeadChanged()
+        return Failure(
+            "The next entry of the promotion log cannot be written.",
+            where=f"{self.store.uri}/{name}",
+            got="a file or folder with this name that is not an entry",
+            next_step="move it away",
+        )
+
+    def _anchor(self, head: LogHead) -> None:
+        """Write the anchor, unless another writer has appended an entry and written it since.
+
+        If that fails, the entry is valid nevertheless, and the next append writes the anchor.
+        """
+        try:
+            known = self._known(all_runs=False)
+            if known.anchor is None or known.anchor.head.seq <= head.seq or not known.anchor.is_met_by(self._hashes()):
+                write_anchor(self.store, self.model, head)
+        except (Failure, OSError) as error:
+            log.warning("entry %d is written, but not its anchor: %s", head.seq, error)
+
+    def _hashes(self) -> list[str]:
+        return [entry.hash for entry in self._read().entries]
 
     def active_promotions(self) -> list[Entry]:
         """Return the promotions that are not rolled back, oldest first. The last is the champion, the one before it its
@@ -233,3 +366,31 @@ def _active(entries: Sequence[Entry]) -> list[Entry]:
             while stack and stack[-1].merged.digest != entry.merged.digest:
                 stack.pop()
     return stack
+
+
+def _parse(content: bytes, before: Sequence[Entry]) -> Entry:
+    """Parse an entry and check its hash, its number, and that it follows the entries before it.
+
+    Raises:
+        ValueError: it does not.
+    """
+    try:
+        stored = _JSON_OBJECT.validate_json(content)
+        claimed = stored.pop("hash", None)
+        entry = Entry.model_validate(stored)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}") from error
+    if claimed != entry.hash:
+        raise ValueError("hash mismatch")
+    if entry.seq != len(before) + 1 or entry.before != (before[-1].hash if before else None):
+        raise ValueError("an entry before it is missing or was changed")
+    return entry
+
+
+def _head(entries: Sequence[Entry]) -> LogHead:
+    return LogHead(seq=entries[-1].seq, hash=entries[-1].hash) if entries else LogHead()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

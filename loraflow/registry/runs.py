@@ -77,6 +77,13 @@ class RunSummary(StoredModel):
     published: Publication | None = None
 
 
+class LogHead(StoredModel):
+    """The last entry of a promotion log: its number and its hash. Number 0: the log was empty."""
+
+    seq: int = 0
+    hash: str = ""
+
+
 class RunRecord(StoredModel):
     """The record of a run."""
 
@@ -93,6 +100,7 @@ class RunRecord(StoredModel):
     resolved: dict[str, JsonValue] = {}  # the recipe with all its defaults
     stages: list[StageRun] = []
     summary: RunSummary | None = None
+    promotion_head: LogHead | None = None  # of the recipe's model, when the run read or extended the log last
 
     @property
     def document(self) -> bytes:

@@ -7,6 +7,7 @@ Layout of a store:
     work/<stage>/<fingerprint>/         files of an unfinished job: job.json, log, checkpoints
     set-aside/                          the quarantine: damaged artifacts, each with the reason
     staging/  locks/  runs/  registry/  artifacts being written, locks, records of runs, promotion logs
+    anchors/                            the last entry of each promotion log, so that a loss is noticed
 
 A bucket has the same layout, except that each machine has `work/` and `staging/` in its cache folder (`LORAFLOW_CACHE`),
 beside copies of the artifacts that it read and of those that it has still to upload (`pending/`). The bucket's `work/`

@@ -113,6 +113,9 @@ class Store(Protocol):
     def write_document(self, name: str, data: bytes) -> None:
         """Write or replace a document atomically."""
 
+    def remove_document(self, name: str) -> None:
+        """Delete a document, if it exists."""
+
     def documents(self, prefix: str) -> list[str]:
         """Return the names of all documents below a prefix that ends with a slash, sorted."""
 

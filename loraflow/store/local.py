@@ -175,6 +175,11 @@ class LocalStore:
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self.root / name, data)
 
+    def remove_document(self, name: str) -> None:
+        """Delete a document, if it exists."""
+        with translate_os_errors(self.uri):
+            (self.root / name).unlink(missing_ok=True)
+
     def documents(self, prefix: str) -> list[str]:
         """Return the names of all documents below a prefix, sorted."""
         found = (self.root / prefix).rglob("*")

@@ -151,6 +151,10 @@ class S3Store:
         """Write or replace a document."""
         self.bucket.put(name, data)
 
+    def remove_document(self, name: str) -> None:
+        """Delete a document, if it exists."""
+        self.bucket.delete([name])
+
     def documents(self, prefix: str) -> list[str]:
         """Return the names of all documents below a prefix, sorted."""
         return sorted(item.key for item in self.bucket.listing(prefix))

@@ -14,6 +14,7 @@ from loraflow.serving.models import find_model, load
 from loraflow.store import LocalStore
 from tests.conftest import build_phi3, chat
 from tests.flows.test_finetune import promote
+from tests.promoted_models import forget_promotions
 
 
 def test_the_flow_answers_a_file_with_the_champion_as_evaluation_does(completed_project, project, tmp_path):
@@ -43,7 +44,7 @@ def test_a_model_and_its_base_are_found_by_champion_run_and_path(completed_proje
     base = project.store / Path(next(s["uri"] for s in summary["stages"] if s["stage"] == "resolve_base")).relative_to(
         completed_project[0].store
     )
-    shutil.rmtree(store.root / "registry", ignore_errors=True)
+    forget_promotions(store)
     with pytest.raises(BadConfig, match=r"registry is empty"):
         find_model(store, "champion")
     promote(project, merged)

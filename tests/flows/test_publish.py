@@ -16,6 +16,7 @@ from loraflow.serving.publish import package, publish
 from loraflow.store import LocalStore
 from tests.fake_hub import FakeHub
 from tests.flows.test_finetune import promote
+from tests.promoted_models import forget_promotions
 
 TOKEN = "hf_thisTokenMustNeverBeSeen"
 
@@ -135,7 +136,7 @@ def test_a_publication_record_is_not_listed_as_a_run(hub, project, run):
     listed = loraflow(project, "runs", "--json")
     assert listed.exit_code == 0, listed.exception
     assert [one["run"] for one in json.loads(listed.stdout)] == [run["run"]]
-    shutil.rmtree(project.store / "registry", ignore_errors=True)
+    forget_promotions(LocalStore(project.store))
     promoted = loraflow(project, "promote", run["run"], "--reason", "better answers")
     assert promoted.exit_code == 0 and "is the champion of tiny" in promoted.stdout, promoted.exception
 
@@ -173,7 +174,7 @@ def test_refusals_name_the_next_step(hub, project, run, monkeypatch):
 
 
 def test_the_flow_publishes_a_promoted_model_once_and_a_failure_does_not_undo_the_promotion(hub, project, run):
-    shutil.rmtree(project.store / "registry", ignore_errors=True)
+    forget_promotions(LocalStore(project.store))
     rejected = project.run(publish__repo="acme/tickets", gate__min_gain=1000.0)
     assert rejected["published"] is None and hub.requests == [], "only a champion is published"
     merged = Path(rejected["merged"])

@@ -12,6 +12,7 @@ from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.registry import PromotionLog
 from loraflow.registry.runs import RunRecord, read_run
 from loraflow.store import LocalStore, Summary, open_store
+from tests.promoted_models import forget_promotions
 
 
 def show(store, *arguments, fails=None):
@@ -33,8 +34,9 @@ def run(completed_project):
 @pytest.fixture
 def store(project):
     """The store of a real run, without a champion."""
-    shutil.rmtree(project.store / "registry", ignore_errors=True)
-    return LocalStore(project.store)
+    store = LocalStore(project.store)
+    forget_promotions(store)
+    return store
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def test_cleanup_keeps_every_model_that_rollbacks_can_return_to(any_store):
 
 
 def test_cleanup_keeps_as_many_champions_as_it_is_told(store):
-    log, refs = promoted(store, "abcde")
+    _, refs = promoted(store, "abcde")
     loraflow(store, "gc", "--keep", "0", "--keep-champions", "3")
     assert [store.check(ref) == [] for ref in refs] == [False, False, True, True, True]
     list(remove_unused(store, keep=0, keep_champions=1))

@@ -1,0 +1,195 @@
+"""What is known about a promotion log outside of it, so that lost and edited entries are noticed.
+
+    anchors/<model>/head.json              number and hash of the last entry; written after each append
+    anchors/<model>/accepted-000001.json   a person accepted a loss: which entries, why, and what was set aside
+    runs/<id>.json                         `promotion_head`: the last entry that the run saw or wrote
+
+The entry is written before the anchor, so the log may be ahead of the anchor, but never behind it. The next append
+brings the anchor up to date. Stores of earlier versions have no anchor until the next append.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pydantic import Field, ValidationError
+
+from loraflow.failures import DamagedLog
+from loraflow.frozen import StoredModel
+from loraflow.identity import short
+from loraflow.registry.runs import FOLDER as RUNS
+from loraflow.registry.runs import LogHead, run_ids
+from loraflow.store import Store
+from loraflow.store.files import json_bytes
+
+FOLDER = "anchors"
+
+
+class Claim(NamedTuple):
+    """A document's statement that a promotion log has had an entry. The hash is empty in records of earlier versions."""
+
+    head: LogHead
+    source: str  # the document's name in the store
+
+    def is_met_by(self, hashes: Sequence[str]) -> bool:
+        """Tell whether a log with entries of these hashes has the entry."""
+        return self.head.seq <= len(hashes) and self.head.hash in ("", *hashes[self.head.seq - 1 : self.head.seq])
+
+    def __str__(self) -> str:
+        digest = f" with hash {short(self.head.hash)}" if self.head.hash else ""
+        return f"entry {self.head.seq}{digest}, as {self.source} says"
+
+
+class Acceptance(StoredModel):
+    """A person's decision to go on without entries that were lost or changed."""
+
+    reason: str
+    actor: str
+    time: str
+    problem: str = ""
+    kept: LogHead = LogHead()  # the last entry that was left
+    lost: list[LogHead] = []
+    set_aside: dict[str, str] = {}  # {name: content} of entries that were in the log, but could not be kept
+
+
+@dataclass(frozen=True)
+class Known:
+    """What documents outside the log say about it."""
+
+    anchor: Claim | None = None
+    accepted: list[Acceptance] = field(default_factory=list)
+    from_runs: list[Claim] = field(default_factory=list)
+    problem: str = ""  # why the anchor cannot be read
+
+    def unmet(self, hashes: Sequence[str]) -> list[Claim]:
+        """Return the claims that a log with entries of these hashes does not meet, without losses that were accepted."""
+        lost = {head for acceptance in self.accepted for head in acceptance.lost}
+        claims = [*([self.anchor] if self.anchor else []), *self.from_runs]
+        return [claim for claim in claims if not claim.is_met_by(hashes) and claim.head not in lost]
+
+
+def read_known(store: Store, model: str, *, all_runs: bool) -> Known:
+    """Read what is known about a model's log.
+
+    If the anchor is missing, the run records are read, the newest first, until one knows the log. With `all_runs`, all
+    of them are read in any case.
+    """
+    accepted, anchor, problem = [], None, ""
+    for name, data in store.read_documents(f"{FOLDER}/{model}/", ".json").items():
+        try:
+            if name == _anchor_name(model):
+                anchor = Claim(LogHead.model_validate_json(data), name)
+            elif name.startswith(f"{FOLDER}/{model}/accepted-"):
+                accepted.append(Acceptance.model_validate_json(data))
+        except ValidationError as error:
+            first = error.errors()[0]
+            problem = f"{name} cannot be read: {'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}"
+    from_runs: list[Claim] = []
+    if all_runs:
+        from_runs = list(_claims_of_runs(model, store.read_documents(RUNS, ".json").items()))
+    elif anchor is None:
+        from_runs = list(_newest_claim(store, model))
+    return Known(anchor, accepted, [claim for claim in from_runs if claim.head.seq], problem)
+
+
+def write_anchor(store: Store, model: str, head: LogHead) -> None:
+    """Name the last entry of a model's log."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    store.write_document(_anchor_name(model), json_bytes({**head.model_dump(), "model": model, "time": now}))
+
+
+def write_acceptance(store: Store, model: str, acceptance: Acceptance) -> None:
+    """Store a person's decision under the next free number."""
+    number = 1
+    while not store.create_document(
+        f"{FOLDER}/{model}/accepted-{number:06d}.json", json_bytes(acceptance.model_dump())
+    ):
+        number += 1
+
+
+def anchored_models(store: Store) -> set[str]:
+    """Return the names of the models whose logs have an anchor."""
+    return {name.split("/")[1] for name in store.documents(f"{FOLDER}/") if name.count("/") > 1}
+
+
+def models_of_runs(store: Store) -> set[str]:
+    """Return the names of the models of which a run record names an entry."""
+    documents = store.read_documents(RUNS, ".json").values()
+    return {run.resolved.register_.model for run in map(_parse, documents) if run is not None and run.head.seq}
+
+
+def damaged_log(store: Store, model: str, where: str, *, got: str, expected: str = "", intact: int) -> DamagedLog:
+    """Return the failure for a log that lost entries or was changed; its first `intact` entries can be kept."""
+    return DamagedLog(
+        "The promotion log is damaged.",
+        where=f"{store.uri}/{where}",
+        expected=expected,
+        got=got,
+        next_step="restore it from a backup of the store (docs/backup.md). Without a backup, `loraflow registry accept "
+        f"--model {model} --reason …` goes on with {_entries(intact)}. Until then no model of it is used or promoted",
+    )
+
+
+def _entries(number: int) -> str:
+    return {0: "an empty log", 1: "the first entry"}.get(number, f"the first {number} entries")
+
+
+def _anchor_name(model: str) -> str:
+    return f"{FOLDER}/{model}/head.json"
+
+
+class _Register(StoredModel):
+    model: str = ""
+
+
+class _Resolved(StoredModel):
+    register_: _Register = Field(_Register(), alias="register")
+
+
+class _Summary(StoredModel):
+    registered: int | None = None
+
+
+class _Run(StoredModel):
+    """The part of a run record that is about the promotion log: much smaller than the record."""
+
+    resolved: _Resolved = _Resolved()
+    summary: _Summary | None = None
+    promotion_head: LogHead | None = None
+
+    @property
+    def head(self) -> LogHead:
+        """The last entry that the run knew. Records of earlier versions have only the number of the entry they wrote."""
+        registered = self.summary.registered if self.summary else None
+        return self.promotion_head or LogHead(seq=registered or 0)
+
+
+def _parse(data: bytes) -> _Run | None:
+    try:
+        return _Run.model_validate_json(data)
+    except ValidationError:  # not a run record, or a damaged one, which `loraflow runs` reports
+        return None
+
+
+def _claims_of_runs(model: str, documents: Iterable[tuple[str, bytes]]) -> Iterator[Claim]:
+    for name, data in documents:
+        run = _parse(data)
+        if run is not None and run.resolved.register_.model == model:
+            yield Claim(run.head, name)
+
+
+def _newest_claim(store: Store, model: str) -> Iterator[Claim]:
+    """Yield the claim of the newest run record that knows the log; number 0 if that run saw an empty log."""
+    for run in reversed(run_ids(store)):
+        name = f"{RUNS}{run}.json"
+        parsed = _parse(store.read_document(name) or b"")
+        if (
+            parsed is not None
+            and parsed.resolved.register_.model == model
+            and (parsed.promotion_head or parsed.head.seq)
+        ):
+            yield Claim(parsed.head, name)
+            return
