@@ -8,19 +8,18 @@ whether entries were lost or edited.
 from __future__ import annotations
 
 import getpass
-import hashlib
 import logging
 import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue, ValidationError
 
 from loraflow.failures import BadConfig, DamagedLog, Failure
-from loraflow.identity import canonical, short
+from loraflow.identity import short
 from loraflow.registry.anchor import (
     Acceptance,
     Known,
@@ -31,15 +30,13 @@ from loraflow.registry.anchor import (
     write_acceptance,
     write_anchor,
 )
+from loraflow.registry.entry import JSON_OBJECT, Action, active_promotions, parse_entry
+from loraflow.registry.entry import Entry as Entry
 from loraflow.registry.runs import LogHead
 from loraflow.store import LocalStore, Ref, Store
 from loraflow.store.files import json_bytes
 
-Action: TypeAlias = Literal["promote", "rollback"]
-EntryInputs: TypeAlias = dict[str, str]  # origin of the model, for people: dataset md5, base, recipe or run
-
 log = logging.getLogger("loraflow")
-_JSON_OBJECT = TypeAdapter(dict[str, JsonValue])
 _MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")  # as in the recipe: register.model
 _ENTRY_NAME = re.compile(r"\d{6,}\.json")
 _stray_files_warned: set[tuple[str, ...]] = set()  # once per process
@@ -55,32 +52,6 @@ def actor() -> str:
 
 class HeadChanged(Exception):
     """Another writer appended an entry first, so the log has a new head."""
-
-
-class Entry(BaseModel):
-    """A line of the log: a promotion or a rollback."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seq: int
-    before: str | None  # hash of the entry before this one
-    action: Action
-    model: str
-    merged: Ref
-    adapter: Ref | None
-    inputs: EntryInputs
-    reasons: list[str]
-    actor: str
-    time: str
-
-    @property
-    def hash(self) -> str:
-        """The hash that the next entry is chained to. The store's uri is not part of it: stores move."""
-        plain = self.model_dump()
-        for name in ("merged", "adapter"):
-            if plain[name]:
-                plain[name].pop("uri")
-        return hashlib.sha256(canonical(plain)).hexdigest()
 
 
 def models(store: Store, *, of_runs: bool = False) -> list[str]:
@@ -162,7 +133,7 @@ class PromotionLog:
         found: list[Entry] = []
         for position, (name, content) in enumerate(files.items()):
             try:
-                entry = _parse(content, found)
+                entry = parse_entry(content, found)
             except ValueError as error:
                 problem = f"{name.rsplit('/', 1)[1]}: {error}".splitlines()[0]
                 return _Read(found, dict(list(files.items())[position:]), problem)
@@ -294,7 +265,7 @@ class PromotionLog:
 
         A rollback removes promotions from the end until the last one is of the model that the rollback names.
         """
-        return _active(self.entries())
+        return active_promotions(self.entries())
 
     def rollback_reason(self, digest: str) -> str | None:
         """Return the reason of a model's rollback; None if it was not rolled back, or was promoted again since."""
@@ -317,7 +288,7 @@ class PromotionLog:
             HeadChanged: another writer appended an entry at the same time.
         """
         entries = self.entries()
-        targets = _active(entries)[-2::-1]
+        targets = active_promotions(entries)[-2::-1]
         if not targets:
             raise Failure(
                 "There is no earlier model to roll back to.",
@@ -342,7 +313,7 @@ class PromotionLog:
         """Return the stored decision about a model, against this head, under these rules; None if there is none."""
         document = self.store.read_document(self._decision_name(head, digest, protocol))
         try:
-            return _JSON_OBJECT.validate_json(document) if document is not None else None
+            return JSON_OBJECT.validate_json(document) if document is not None else None
         except ValidationError:  # a damaged document counts as missing: the models are compared again
             return None
 
@@ -353,39 +324,6 @@ class PromotionLog:
     def _decision_name(self, head: Entry | None, digest: str, protocol: str) -> str:
         seen = short(head.hash) if head else "none"
         return f"{self.folder}/decisions/{seen}-{short(digest)}-{short(protocol)}.json"
-
-
-def _active(entries: Sequence[Entry]) -> list[Entry]:
-    """Return the promotions that are not rolled back, oldest first."""
-    stack: list[Entry] = []
-    for entry in entries:
-        if entry.action == "promote":
-            if not stack or stack[-1].merged.digest != entry.merged.digest:
-                stack.append(entry)
-        else:
-            while stack and stack[-1].merged.digest != entry.merged.digest:
-                stack.pop()
-    return stack
-
-
-def _parse(content: bytes, before: Sequence[Entry]) -> Entry:
-    """Parse an entry and check its hash, its number, and that it follows the entries before it.
-
-    Raises:
-        ValueError: it does not.
-    """
-    try:
-        stored = _JSON_OBJECT.validate_json(content)
-        claimed = stored.pop("hash", None)
-        entry = Entry.model_validate(stored)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}") from error
-    if claimed != entry.hash:
-        raise ValueError("hash mismatch")
-    if entry.seq != len(before) + 1 or entry.before != (before[-1].hash if before else None):
-        raise ValueError("an entry before it is missing or was changed")
-    return entry
 
 
 def _head(entries: Sequence[Entry]) -> LogHead:

@@ -267,13 +267,17 @@ class LocalStore:
             if current is not None and (not replace or current.digest == manifest.digest):
                 shutil.rmtree(staged)
                 return current
-            target = home / manifest.digest
-            if target.exists():  # it is damaged, or the pointer does not name it
-                self._quarantine(target, ["found in place of a new artifact"])
-            os.rename(staged, target)
-            fsync_path(home)
+            ref, target = manifest.ref(self.uri), home / manifest.digest
+            if target.exists() and not self.verify(ref):  # it stays in place: it may be a champion's model
+                shutil.rmtree(staged)
+                ref = self.manifest(ref).ref(self.uri)
+            else:
+                if target.exists():
+                    self._quarantine(target, ["found in place of a new artifact"])
+                os.rename(staged, target)
+                fsync_path(home)
             write_json(home / "current.json", {"digest": manifest.digest})
-            return manifest.ref(self.uri)
+            return ref
 
     def resume_commit(self, stage: str, fingerprint: str) -> Ref | None:
         """Return None: a commit in a folder is a rename, which leaves nothing to finish."""
