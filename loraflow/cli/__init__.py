@@ -38,6 +38,7 @@ COMMANDS = {
     "show": ("loraflow.cli.show", "Show a run, an artifact, or the champion and its lineage."),
     "verify": ("loraflow.cli.store", "Check the artifacts in the store; --deep reads every byte."),
     "gc": ("loraflow.cli.store", "Remove superseded artifacts, older merged models and stale work."),
+    "backup": ("loraflow.cli.backup", "Copy the store to a folder while runs use it."),
     "registry": ("loraflow.cli.registry", "Show the promotion log."),
     "promote": ("loraflow.cli.registry", "Make a run's model the champion by hand."),
     "rollback": ("loraflow.cli.registry", "Go back to the previous champion."),

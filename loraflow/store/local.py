@@ -276,8 +276,36 @@ class LocalStore:
                     self._quarantine(target, ["found in place of a new artifact"])
                 os.rename(staged, target)
                 fsync_path(home)
-            write_json(home / "current.json", {"digest": manifest.digest})
+            self.make_current(ref)
             return ref
+
+    def adopt(self, folder: Path, manifest: Manifest) -> list[str]:
+        """Copy an artifact of another store into this one, without making it current; return the copy's problems.
+
+        A copy with problems is removed.
+        """
+        with translate_os_errors(self.uri):
+            staged = self.staging(manifest.stage, manifest.fingerprint)
+            shutil.copytree(folder, staged, dirs_exist_ok=True)
+            write_json(staged / MANIFEST, manifest.model_dump())
+            ref = manifest.ref(self.uri)
+            problems = check_folder(staged, manifest, contents=True) or check_consistency(manifest, ref)
+            if problems:
+                shutil.rmtree(staged)
+                return problems
+            fsync_tree(staged)
+            target = self._folder(ref)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                self._quarantine(target, ["replaced by an intact copy"])
+            os.rename(staged, target)
+            fsync_path(target.parent)
+            return []
+
+    def make_current(self, ref: Ref) -> None:
+        """Let the pointer of a fingerprint name an artifact."""
+        with translate_os_errors(self.uri):
+            write_json(self.root / ref.stage / ref.fingerprint / "current.json", {"digest": ref.digest})
 
     def resume_commit(self, stage: str, fingerprint: str) -> Ref | None:
         """Return None: a commit in a folder is a rename, which leaves nothing to finish."""

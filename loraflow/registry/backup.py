@@ -1,0 +1,128 @@
+"""Copy a store to a folder while runs use it.
+
+The documents are read before the artifacts: everything that the promotion log names was committed before, so it is
+copied too. Among the documents, run records and anchors are read before the log, which may only be ahead of them. The copy
+is written in the opposite order, so that it is a consistent store at any moment, also after a crash.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from loraflow.failures import BadConfig, CorruptArtifact, Failure
+from loraflow.registry.anchor import FOLDER as ANCHORS
+from loraflow.registry.log import PromotionLog, models
+from loraflow.registry.runs import FOLDER as RUNS
+from loraflow.store import LocalStore, Ref, Store
+from loraflow.store.files import is_inside, json_bytes
+
+MARKER = "backup.json"  # in the copy: which store it is a copy of
+_REGISTRY = "registry/"
+
+
+class Copied(NamedTuple):
+    """An artifact that was copied, or the reason why it could not be."""
+
+    ref: Ref
+    size: int
+    problem: str = ""
+
+
+def back_up(store: Store, target: Path) -> Iterator[Copied]:
+    """Copy artifacts, promotion logs, anchors and run records to a folder; yield each artifact that is new there.
+
+    The folder is a store itself. A second backup to the same folder copies what is new. Artifacts that the store no longer
+    has stay in the copy. Unfinished work and the quarantine are not copied.
+
+    Raises:
+        BadConfig: the folder has other files, or a copy of another store.
+        DamagedLog: a promotion log is damaged. An earlier copy in the folder stays as it is.
+    """
+    copy = _open_copy(store, target)
+    with store.reader_lock():  # no cleanup removes artifacts meanwhile
+        runs = store.read_documents(RUNS)
+        anchors = store.read_documents(f"{ANCHORS}/")
+        for model in models(store, of_runs=True):
+            PromotionLog(store, model).entries(all_runs=True)
+        registry = store.read_documents(_REGISTRY)
+        yield from _copy_artifacts(store, copy)
+    _write_documents(copy, registry)
+    for name in copy.documents(_REGISTRY):  # entries whose loss was accepted
+        if name not in registry:
+            copy.remove_document(name)
+    _write_documents(copy, anchors)
+    _write_documents(copy, runs)
+
+
+def _write_documents(copy: LocalStore, documents: Mapping[str, bytes]) -> None:
+    for name, data in documents.items():
+        if is_inside(name) and copy.read_document(name) != data:
+            copy.write_document(name, data)
+
+
+def _open_copy(store: Store, target: Path) -> LocalStore:
+    target = target.expanduser().absolute()
+    source = Path(store.uri).absolute() if isinstance(store, LocalStore) else None
+    if source is not None and (target == source or source in target.parents):
+        raise BadConfig(
+            "The backup cannot be inside the store.", where=str(target), next_step="name a folder elsewhere"
+        )
+    if not target.exists() or not any(target.iterdir()):
+        target.mkdir(parents=True, exist_ok=True)
+        copy = LocalStore(target)
+        copy.write_document(MARKER, json_bytes({"store": store.uri, "created": time.time()}))
+        return copy
+    copy = LocalStore(target)
+    try:
+        origin = json.loads(copy.read_document(MARKER) or b"{}")["store"]
+    except (ValueError, KeyError, TypeError):
+        origin = "other files"
+    if origin != store.uri:
+        raise BadConfig(
+            "This folder is not a backup of the store.",
+            where=str(target),
+            expected=f"an empty folder, or an earlier backup of {store.uri}",
+            got=str(origin),
+            next_step="name another folder",
+        )
+    return copy
+
+
+def _copy_artifacts(store: Store, copy: LocalStore) -> Iterator[Copied]:
+    for ref in store.artifacts():
+        if is_new := bool(copy.check(ref)):
+            try:
+                manifest = store.manifest(ref)
+                problems = copy.adopt(store.path(ref), manifest)
+            except (CorruptArtifact, FileNotFoundError) as error:  # a run may quarantine it at this moment
+                manifest, problems = None, [str(error).splitlines()[0]]
+            if problems or manifest is None:
+                yield Copied(ref, 0, "; ".join(problems[:3]))
+                continue
+            yield Copied(ref, manifest.size)
+        current = store.find(ref.stage, ref.fingerprint)
+        if current is not None and current.digest == ref.digest and (is_new or not _is_current(copy, ref)):
+            copy.make_current(ref)
+
+
+def _is_current(copy: LocalStore, ref: Ref) -> bool:
+    found = copy.find(ref.stage, ref.fingerprint)
+    return found is not None and found.digest == ref.digest
+
+
+def require_complete(failed: int, store: Store) -> None:
+    """Refuse to call a backup complete in which artifacts are missing.
+
+    Raises:
+        Failure: some could not be copied.
+    """
+    if failed:
+        raise Failure(
+            f"{failed} artifacts are damaged and are not in the backup. Everything else is.",
+            where=store.uri,
+            next_step="`loraflow verify --deep` moves them to the quarantine; run their recipes, then back up again",
+        )

@@ -1,0 +1,176 @@
+"""`loraflow backup`: the copy is a consistent store, whatever runs do meanwhile and wherever the backup ends."""
+
+import re
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from loraflow.cli import cli
+from loraflow.failures import BadConfig, DamagedLog, Failure
+from loraflow.registry import PromotionLog
+from loraflow.registry.backup import back_up
+from loraflow.registry.cleanup import remove_unused
+from loraflow.registry.runs import LogHead, read_runs
+from loraflow.store import LocalStore, open_store
+from tests.crash import Crash, crash_at
+from tests.promoted_models import add_model, commit, promote, record_run
+
+
+def loraflow(*arguments, fails=None):
+    done = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert type(done.exception) is (fails or type(None)), done.exception
+    return done
+
+
+def promote_next(store, number):
+    log, merged = PromotionLog(store, "tickets"), add_model(store, str(number))
+    entry = promote(log, merged)
+    record_run(
+        store, f"20260101-000000-{number:06x}", merged, promotion_head=LogHead(seq=entry.seq, hash=entry.hash),
+        summary={"run": "x", "recipe": "tickets", "registered": entry.seq},
+    )  # fmt: skip
+    return entry
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = LocalStore(tmp_path / "store")
+    for number in (1, 2):
+        promote_next(store, number)
+    return store
+
+
+def check_copy(folder, source):
+    """Verify every byte of a copy, and that its log is the beginning of the source's, with all models it names."""
+    loraflow("verify", "--deep", "--store", folder)
+    copy = LocalStore(folder)
+    log = PromotionLog(copy, "tickets")
+    entries = log.entries(all_runs=True)
+    assert [entry.hash for entry in entries] == [entry.hash for entry in PromotionLog(source, "tickets").entries()][
+        : len(entries)
+    ]
+    for entry in log.active_promotions():
+        assert copy.verify(entry.merged) == [] and copy.verify(entry.adapter) == []
+    return log
+
+
+def test_a_copy_made_while_runs_commit_promote_and_clean_up_is_complete_and_keeps_its_champion(store, tmp_path):
+    done, refused = threading.Event(), []
+
+    def work():
+        number = 3
+        while not done.is_set():
+            promote_next(store, number)
+            number += 1
+            try:
+                list(remove_unused(store, keep=0, keep_champions=2))
+            except Failure as failure:
+                refused.append(failure)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        for _ in range(3):
+            expected = PromotionLog(store, "tickets").head()
+            loraflow("backup", tmp_path / "copy", "--store", store.uri)
+            restored = shutil.copytree(tmp_path / "copy", tmp_path / "restored")
+            log = check_copy(restored, store)
+            assert log.head().seq >= expected.seq
+            shutil.rmtree(restored)
+    finally:
+        done.set()
+        worker.join()
+    assert all("while a run is using" in failure.what for failure in refused)
+
+
+def test_the_documented_restore_gives_a_store_with_the_same_champion(store, tmp_path):
+    champion = PromotionLog(store, "tickets").head()
+    loraflow("backup", tmp_path / "copy", "--store", store.uri)
+    shutil.rmtree(store.root)
+    page = Path(__file__).parents[2].joinpath("docs", "backup.md").read_text()
+    commands = re.search(r"## Restore\n\n```bash\n(.*?)```", page, re.DOTALL)[1].splitlines()
+    script = "\n".join(line for line in commands if not line.startswith("loraflow"))
+    script = script.replace("/backups/tickets", str(tmp_path / "copy")).replace(".loraflow/store", str(store.root))
+    subprocess.run(["sh", "-ec", script], check=True)
+    assert not (store.root / "backup.json").exists()
+    log = check_copy(store.root, store)
+    assert log.head() == champion and len(read_runs(store)) == 2
+    promote_next(store, 3)
+
+
+def test_a_second_backup_copies_only_what_is_new(store, tmp_path):
+    first = list(back_up(store, tmp_path / "copy"))
+    assert len(first) == len(list(store.artifacts()))
+    assert list(back_up(store, tmp_path / "copy")) == []
+    promote_next(store, 3)
+    assert sorted(item.ref.stage for item in back_up(store, tmp_path / "copy")) == ["merge", "train"]
+    assert check_copy(tmp_path / "copy", store).head().seq == 3
+
+
+def test_the_copy_has_the_current_artifact_of_each_fingerprint(store, tmp_path):
+    old = commit(store, "train", "x", "old")
+    list(back_up(store, tmp_path / "copy"))
+    new = commit(store, "train", "x", "new", replace=True)
+    list(back_up(store, tmp_path / "copy"))
+    copy = LocalStore(tmp_path / "copy")
+    assert copy.find("train", old.fingerprint).digest == new.digest and copy.verify(old) == []
+
+
+@pytest.mark.parametrize("step", [0, 3, 12, 25, 40, 60, 80, 90, 100, 110, 115])
+def test_a_backup_that_is_killed_leaves_a_consistent_copy_and_can_be_repeated(store, tmp_path, step):
+    list(back_up(store, tmp_path / "copy"))
+    for number in (3, 4):
+        promote_next(store, number)
+    try:
+        with crash_at(step):
+            list(back_up(store, tmp_path / "copy"))
+    except Crash:
+        assert check_copy(tmp_path / "copy", store).head().seq >= 2
+        list(back_up(store, tmp_path / "copy"))
+    assert check_copy(tmp_path / "copy", store).head().seq == 4
+
+
+def test_a_damaged_log_does_not_replace_the_log_in_an_earlier_backup(store, tmp_path):
+    list(back_up(store, tmp_path / "copy"))
+    (store.root / "registry" / "tickets" / "log" / "000002.json").unlink()
+    loraflow("backup", tmp_path / "copy", "--store", store.uri, fails=DamagedLog)
+    assert PromotionLog(tmp_path / "copy", "tickets").head().seq == 2
+    loraflow("registry", "accept", "--reason", "no backup", "--store", store.uri)
+    loraflow("backup", tmp_path / "copy", "--store", store.uri)
+    assert check_copy(tmp_path / "copy", store).head().seq == 1
+
+
+def test_a_damaged_artifact_is_named_and_everything_else_is_copied(store, tmp_path):
+    champion = PromotionLog(store, "tickets").head().merged
+    (store.path(champion) / "weights").write_text("merGe 2")
+    done = loraflow("backup", tmp_path / "copy", "--store", store.uri, fails=Failure)
+    assert f"not copied  {champion}: weights: hash mismatch" in done.output
+    assert "verify --deep" in done.exception.next_step
+    copy = LocalStore(tmp_path / "copy")
+    assert copy.check(champion) and PromotionLog(copy, "tickets").head().seq == 2
+    assert len(list(copy.artifacts())) == len(list(store.artifacts())) - 1
+
+
+def test_a_folder_that_is_not_a_backup_of_this_store_is_refused(store, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("x")
+    loraflow("backup", other, "--store", store.uri, fails=BadConfig)
+    loraflow("backup", store.root / "copy", "--store", store.uri, fails=BadConfig)
+    loraflow("backup", store.root, "--store", store.uri, fails=BadConfig)
+    list(back_up(store, tmp_path / "copy"))
+    loraflow("backup", tmp_path / "copy", "--store", tmp_path / "copy", fails=BadConfig)
+    with pytest.raises(BadConfig, match="not a backup"):
+        list(back_up(LocalStore(tmp_path / "another"), tmp_path / "copy"))
+    assert [path.name for path in other.iterdir()] == ["thesis.txt"]
+
+
+def test_a_bucket_is_copied_to_a_folder(bucket_uri, tmp_path):
+    store = open_store(bucket_uri)
+    promote_next(store, 1)
+    loraflow("backup", tmp_path / "copy", "--store", store.uri)
+    assert check_copy(tmp_path / "copy", store).head().seq == 1
