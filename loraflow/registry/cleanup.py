@@ -80,16 +80,16 @@ def _unused(store: Store, keep: int, keep_champions: int) -> Iterator[tuple[Ref,
     by_fingerprint: dict[tuple[str, str], list[Ref]] = defaultdict(list)
     for ref in store.artifacts():
         by_fingerprint[ref.stage, ref.fingerprint].append(ref)
-    merged = []
+    merged: list[tuple[bool, float, Ref]] = []
     for (stage, fingerprint), refs in by_fingerprint.items():
-        current = store.find(stage, fingerprint) if len(refs) > 1 else None
+        current = store.find(stage, fingerprint) if len(refs) > 1 or stage == "merge" else None
         for ref in refs:
             if ref.digest in registered:
                 continue
             if current is not None and current.digest != ref.digest:
                 yield ref, "superseded"
-            elif stage == "merge":
-                merged.append(ref)
-    merged.sort(key=store.committed_at, reverse=True)
-    for ref in merged[keep:]:
+            elif stage == "merge":  # one that no lookup finds must not take the place of one that is found
+                merged.append((current is not None, store.committed_at(ref), ref))
+    merged.sort(key=lambda item: item[:2], reverse=True)
+    for _, _, ref in merged[keep:]:
         yield ref, f"older than the newest {keep} merged models"

@@ -93,6 +93,15 @@ def test_cleanup_keeps_superseded_artifacts_that_a_champion_was_made_from(store)
     assert store.check(inputs["base"]) == [] and store.check(inputs["adapter"]) == []
 
 
+def test_a_model_that_no_lookup_finds_does_not_take_the_place_of_one_that_is_found(store):
+    """A crash between an artifact and its pointer leaves one that is newer than the others, but is never found."""
+    found, torn, orphan = (add_model(store, name) for name in "abc")
+    (store.path(torn) / "weights").write_text("")
+    (store.path(orphan).parent / "current.json").unlink()
+    removed = [item.name.name for item in remove_unused(store, keep=1)]
+    assert sorted(removed) == sorted([torn.digest, orphan.digest]) and store.find("merge", found.fingerprint) == found
+
+
 @pytest.mark.parametrize("harm", ["remove", "flip", "shorten"])
 def test_a_rollback_to_a_missing_or_damaged_model_is_refused_and_names_the_run_that_rebuilds_it(store, harm):
     log, (a, b) = promoted(store, "ab")
