@@ -9,9 +9,10 @@ from typing import Protocol
 
 from pydantic import JsonValue
 
+from loraflow.failures import CorruptArtifact, ReadOnlyStore
 from loraflow.store.artifact import MANIFEST, Manifest, PreviousState, Ref, Summary, damaged_artifact
 
-__all__ = ["MANIFEST", "Manifest", "Ref", "Store", "Summary", "require_intact"]
+__all__ = ["MANIFEST", "Manifest", "Ref", "Store", "Summary", "read_intact", "require_intact"]
 
 
 class Store(Protocol):
@@ -29,7 +30,7 @@ class Store(Protocol):
         """Return an artifact's manifest.
 
         Raises:
-            CorruptArtifact: it is missing or unreadable.
+            CorruptArtifact: it is missing, unreadable, or was changed.
         """
 
     def location(self, ref: Ref) -> str:
@@ -39,7 +40,11 @@ class Store(Protocol):
         """Return a local folder with the artifact's files. Files that were downloaded are hashed on arrival."""
 
     def read(self, ref: Ref, name: str) -> bytes:
-        """Return the content of one file of an artifact."""
+        """Return the content of one file of an artifact. Its hash is always compared with the manifest.
+
+        Raises:
+            CorruptArtifact: the file or the manifest is missing or was changed.
+        """
 
     def check(self, ref: Ref) -> list[str]:
         """Compare an artifact's names and sizes with its manifest; return the problems, a line each."""
@@ -152,4 +157,25 @@ def require_intact(store: Store, ref: Ref) -> None:
     """
     problems = store.fetch(ref)
     if problems:
-        raise damaged_artifact(ref, store.quarantine(ref, problems), problems)
+        raise _quarantined(store, ref, problems)
+
+
+def read_intact(store: Store, ref: Ref, name: str) -> bytes:
+    """Return the content of one file of an artifact on which a decision depends; it is always hashed.
+
+    Raises:
+        CorruptArtifact: it is damaged. The artifact was moved to the quarantine, so that its stage recomputes it.
+    """
+    try:
+        return store.read(ref, name)
+    except CorruptArtifact as failure:
+        raise _quarantined(store, ref, [failure.got]) from failure
+
+
+def _quarantined(store: Store, ref: Ref, problems: list[str]) -> CorruptArtifact:
+    """Quarantine an artifact, and return the failure. In a read-only store it stays where it is."""
+    try:
+        where = store.quarantine(ref, problems)
+    except ReadOnlyStore:
+        where = store.location(ref)
+    return damaged_artifact(ref, where, problems)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import JsonValue
 
 from loraflow import identity
-from loraflow.failures import CorruptArtifact, Failure
+from loraflow.failures import Failure
 from loraflow.store import lease as leases
 from loraflow.store.artifact import (
     MANIFEST,
@@ -26,6 +25,7 @@ from loraflow.store.artifact import (
     Ref,
     Summary,
     build_manifest,
+    check_content,
     check_folder,
     damaged_artifact,
 )
@@ -63,7 +63,7 @@ class S3Store:
         """Return an artifact's manifest.
 
         Raises:
-            CorruptArtifact: it is missing or unreadable.
+            CorruptArtifact: it is missing, unreadable, or was changed.
         """
         return self._artifacts.manifest(ref)
 
@@ -90,16 +90,19 @@ class S3Store:
         """Return the content of one file of an artifact.
 
         Raises:
-            CorruptArtifact: its hash differs from the manifest's.
+            CorruptArtifact: it is missing in the bucket, or its hash there differs from the manifest's.
         """
-        cached = self.cache.folder(ref) / name
-        if cached.exists():
-            return cached.read_bytes()
-        manifest = self.manifest(ref)
-        data = b"".join(self.bucket.blocks(file_key(ref, manifest, name)))
-        if hashlib.sha256(data).hexdigest() != manifest.files[name].sha256:
-            raise CorruptArtifact(f"{ref} is damaged.", where=self.location(ref), got=name, next_step="loraflow verify")
-        return data
+        manifest, cached = self.manifest(ref), self.cache.folder(ref) / name
+        if cached.is_file():
+            content = cached.read_bytes()
+            if not check_content(manifest, name, content):
+                return content
+            self.cache.drop(ref)  # only the copy is damaged, or it is of an earlier commit of the same digest
+        found = self.bucket.get(file_key(ref, manifest, name))
+        problems = check_content(manifest, name, found.data if found else None)
+        if problems or found is None:
+            raise damaged_artifact(ref, self.location(ref), problems)
+        return found.data
 
     def check(self, ref: Ref) -> list[str]:
         """Compare an artifact's names and sizes with its manifest; return the problems, a line each."""

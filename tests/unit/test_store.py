@@ -14,8 +14,9 @@ import pytest
 from loraflow import identity
 from loraflow.failures import CorruptArtifact, DiskFull, ReadOnlyStore
 from loraflow.registry.cleanup import remove_unused
-from loraflow.store import LocalStore, Manifest, Ref, Summary, open_store
+from loraflow.store import LocalStore, Manifest, Ref, Summary, open_store, read_intact
 from loraflow.store.files import HashMemo, json_bytes
+from loraflow.store.s3_layout import file_key
 
 PAYLOAD = identity.payload("tokenize", 1, {}, {"x": 1})
 FP = identity.fingerprint(PAYLOAD)
@@ -113,6 +114,82 @@ def test_an_edited_manifest_is_detected_by_verify(store):
     values["payload"]["config"]["x"] = 2
     rewrite(store, ref, "manifest.json", json.dumps(values))
     assert any("fingerprint" in problem for problem in store.verify(ref))
+
+
+@pytest.mark.parametrize("part", ["report", "figures", "facets", "provenance", "inputs"])
+def test_a_manifest_that_was_edited_after_its_commit_is_a_miss_and_is_written_again(store, part):
+    """None of these is covered by the digest or the fingerprint."""
+    ref = put(store)
+    values = store.manifest(ref).model_dump()
+    edit = {"stage": "a", "fingerprint": "b", "digest": "c"} if part == "inputs" else "d"
+    values[part]["sub"] = edit
+    rewrite(store, ref, "manifest.json", json.dumps(values, indent=1, sort_keys=True))
+    store = open_store(store.uri) if isinstance(store, LocalStore) else type(store)(store.uri)
+    assert store.find("tokenize", FP) is None and store.verify(ref) == ["manifest.json: hash mismatch"]
+    for read in (store.manifest, lambda ref: store.read(ref, "sub/a.txt")):
+        with pytest.raises(CorruptArtifact, match="changed after it was written"):
+            read(ref)
+    again = put(store)
+    assert store.find("tokenize", FP) == again == ref and store.verify(ref) == []
+    assert store.manifest(ref).facets == ref.facets
+
+
+def test_each_digest_of_a_fingerprint_keeps_the_hash_of_its_manifest(store):
+    first, second = put(store), put(store, content="other", replace=True)
+    pointer = json.loads(store.read_document(f"tokenize/{FP}/current.json"))
+    assert pointer["digest"] == second.digest and set(pointer["manifests"]) == {first.digest, second.digest}
+    values = store.manifest(first).model_dump() | {"report": {"promote": True}}
+    rewrite(store, first, "manifest.json", json.dumps(values))
+    assert store.check(first) == ["manifest.json: hash mismatch"] and store.check(second) == []
+
+
+def test_a_pointer_of_an_older_release_is_read_and_its_manifest_has_to_agree_with_its_address(store):
+    ref = put(store)
+    store.write_document(f"tokenize/{FP}/current.json", json_bytes({"digest": ref.digest}))
+    assert store.find("tokenize", FP) == ref and store.verify(ref) == []
+    values = store.manifest(ref).model_dump()
+    values["files"]["sub/a.txt"]["sha256"] = hashlib.sha256(b"hellO").hexdigest()
+    rewrite(store, ref, "sub/a.txt", "hellO")
+    rewrite(store, ref, "manifest.json", json.dumps(values))
+    assert store.find("tokenize", FP) is None and "digest mismatch" in store.check(ref)[0]
+
+
+@pytest.mark.parametrize("harm", ["hellO", "hell", None])
+@pytest.mark.parametrize("name", ["sub/a.txt", "telemetry/time.json"])
+def test_a_file_that_is_read_is_hashed(store, name, harm):
+    ref = put(store)
+    assert store.read(ref, "sub/a.txt") == b"hello" == read_intact(store, ref, "sub/a.txt")
+    rewrite(store, ref, stored_name(store, ref, name), harm)
+    with pytest.raises(CorruptArtifact, match=r"is damaged(.|\n)*(mismatch|missing)"):
+        store.read(ref, name)
+    assert store.manifest(ref).digest == ref.digest, "reading moves nothing"
+    with pytest.raises(CorruptArtifact, match="set-aside"):
+        read_intact(store, ref, name)
+    assert store.find("tokenize", FP) is None
+    assert put(store).digest == ref.digest
+
+
+def test_a_file_that_the_manifest_does_not_have_is_not_read(store):
+    ref = put(store)
+    rewrite(store, ref, "sub/b.txt", "more")
+    with pytest.raises(CorruptArtifact, match="not in the manifest"):
+        store.read(ref, "sub/b.txt")
+
+
+def test_a_damaged_copy_of_a_buckets_file_is_replaced_by_the_intact_one(bucket_uri):
+    store = open_store(bucket_uri)
+    ref = put(store)
+    for name in ("sub/a.txt", "telemetry/time.json"):
+        (store.path(ref) / name).write_text("hellO")
+        assert hashlib.sha256(store.read(ref, name)).hexdigest() == store.manifest(ref).files[name].sha256
+    assert store.find("tokenize", FP) == ref
+
+
+def stored_name(store, ref: Ref, name: str) -> str:
+    """Return a file's name in the store: a bucket has telemetry below a folder of its own."""
+    if isinstance(store, LocalStore):
+        return name
+    return file_key(ref, store.manifest(ref), name).removeprefix(f"{ref.stage}/{ref.fingerprint}/{ref.digest}/")
 
 
 def test_quarantine_keeps_the_files_and_the_problems(store):
