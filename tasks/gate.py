@@ -12,7 +12,7 @@ from loraflow import identity
 from loraflow.evaluation.values import Decision
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
-from loraflow.store import Ref, read_intact
+from loraflow.store import Ref, read_intact, require_unchanged
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,10 +23,12 @@ def gate(workspace: Workspace, result: PipelineResult) -> Decision:
     """Decide whether the challenger replaces the champion: promote, reject, undecided or unchanged.
 
     Raises:
-        CorruptArtifact: scores are damaged; they are quarantined by now.
+        CorruptArtifact: scores, or the files of the champion, are damaged; they are quarantined by now.
     """
     head, merged = workspace.seen_head, result.merged.digest  # another run may have promoted since; `register` checks
     if head is not None and head.merged.digest == merged:
+        for ref in (result.merged, result.adapter):  # in use: a change of their files must not wait for the next user
+            require_unchanged(workspace.store, ref, workspace.memo)
         return Decision.unchanged("the challenger is the champion")
     why = workspace.log.rollback_reason(merged)
     if why is not None:

@@ -18,6 +18,7 @@ from loraflow.store.artifact import (
     MANIFEST,
     QUARANTINE,
     RESERVED_FOLDERS,
+    HasHash,
     Manifest,
     Pointer,
     PreviousState,
@@ -27,12 +28,14 @@ from loraflow.store.artifact import (
     check_content,
     check_folder,
     damaged_artifact,
+    has_hash,
     manifest_problem,
     parse_manifest,
     unreadable_manifest,
 )
 from loraflow.store.checkpoints import recompute_digest, reset_work_folder
 from loraflow.store.files import (
+    HashMemo,
     fsync_path,
     fsync_tree,
     stale_folders,
@@ -105,13 +108,25 @@ class LocalStore:
         except (OSError, ValueError) as error:
             return [manifest_problem(error)]
 
-    def verify(self, ref: Ref) -> list[str]:
-        """Hash an artifact's contents; return the problems, a line each."""
-        return self.check(ref) or check_folder(self._folder(ref), self._read_manifest(ref), contents=True)
+    def verify(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
+        """Hash all of an artifact's contents; return the problems, a line each."""
+        return self._check_contents(ref, memo.rehash_equals if memo else has_hash)
 
-    def fetch(self, ref: Ref) -> list[str]:
+    def fetch(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
         """Hash an artifact's contents, which are on this machine already; return the problems, a line each."""
-        return self.verify(ref)
+        return self._check_contents(ref, memo.has_hash if memo else has_hash)
+
+    def check_changed(self, ref: Ref, memo: HashMemo) -> list[str]:
+        """Hash those files that changed since they were hashed; return the problems, a line each."""
+        return self.fetch(ref, memo)
+
+    def is_remembered(self, ref: Ref, memo: HashMemo) -> bool:
+        """Tell whether all files were hashed, were intact, and have not changed since. Nothing is read."""
+        return not self._check_contents(ref, memo.remembers)
+
+    def _check_contents(self, ref: Ref, has_hash: HasHash) -> list[str]:
+        problems = self.check(ref)
+        return problems or check_folder(self._folder(ref), self._read_manifest(ref), contents=True, has_hash=has_hash)
 
     def artifacts(self) -> Iterator[Ref]:
         """Yield all artifacts that have a manifest, current or not, without their facets."""

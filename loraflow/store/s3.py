@@ -28,11 +28,12 @@ from loraflow.store.artifact import (
     check_content,
     check_folder,
     damaged_artifact,
+    has_hash,
 )
 from loraflow.store.bucket import Bucket
 from loraflow.store.bucket_cleanup import stale_items
 from loraflow.store.checkpoint_mirror import CheckpointMirror
-from loraflow.store.files import fsync_tree, translate_os_errors, write_json
+from loraflow.store.files import HashMemo, fsync_tree, translate_os_errors, write_json
 from loraflow.store.lock import flock
 from loraflow.store.s3_artifacts import S3Artifacts
 from loraflow.store.s3_cache import ArtifactCache, cache_folder
@@ -108,20 +109,30 @@ class S3Store:
         """Compare an artifact's names and sizes with its manifest; return the problems, a line each."""
         return self._artifacts.check(ref)
 
-    def verify(self, ref: Ref) -> list[str]:
+    def verify(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
         """Read and hash all of an artifact in the bucket; return the problems, a line each."""
         return self._artifacts.verify(ref)
 
-    def fetch(self, ref: Ref) -> list[str]:
+    def fetch(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
         """Download an artifact if need be, and hash the copy; return the problems, a line each.
 
         A damaged copy is downloaded again: the artifact in the store may still be intact.
         """
         if self.cache.has(ref):
-            if self.cache.is_intact(ref):
+            if self.cache.is_intact(ref, memo.has_hash if memo else has_hash):
                 return []
             self.cache.drop(ref)
         return self.cache.download(ref)
+
+    def check_changed(self, ref: Ref, memo: HashMemo) -> list[str]:
+        """Hash those files of this machine's copy that changed since they were hashed. A damaged copy is removed."""
+        if self.cache.has(ref) and not self.cache.is_intact(ref, memo.has_hash):
+            self.cache.drop(ref)
+        return self.check(ref)
+
+    def is_remembered(self, ref: Ref, memo: HashMemo) -> bool:
+        """Tell whether this machine's copy was hashed, was intact, and has not changed since. Nothing is read."""
+        return self.cache.has(ref) and self.cache.is_intact(ref, memo.remembers) and not self.check(ref)
 
     def artifacts(self) -> Iterator[Ref]:
         """Yield all artifacts that have a manifest, current or not, without their facets."""

@@ -14,8 +14,19 @@ import pytest
 from loraflow import identity
 from loraflow.failures import CorruptArtifact, DiskFull, ReadOnlyStore
 from loraflow.registry.cleanup import remove_unused
-from loraflow.store import LocalStore, Manifest, Ref, Summary, open_store, read_intact
-from loraflow.store.files import HashMemo, json_bytes
+from loraflow.store import (
+    LocalStore,
+    Manifest,
+    Ref,
+    Summary,
+    hash_memo,
+    open_store,
+    read_intact,
+    require_intact,
+    require_intact_in_store,
+    require_unchanged,
+)
+from loraflow.store.files import HashMemo, hash_file, json_bytes
 from loraflow.store.s3_layout import file_key
 
 PAYLOAD = identity.payload("tokenize", 1, {}, {"x": 1})
@@ -481,13 +492,86 @@ def test_a_summary_accepts_every_json_value():
         Summary(report={"folder": Path("x")})
 
 
-def test_cached_hashes_of_an_older_release_are_read(tmp_path):
+def remember(monkeypatch) -> None:
+    """Let a memo remember hashes of files that were just written."""
+    monkeypatch.setattr("loraflow.store.files.SETTLED", -1)
+
+
+def test_cached_hashes_of_an_older_release_have_no_ctime_and_are_not_believed(tmp_path):
     file, memo = tmp_path / "file", tmp_path / "hashes.json"
     file.write_text("content")
     os.utime(file, (1_000_000_000, 1_000_000_000))
     inode = file.stat().st_ino
     memo.write_text(f'{{"sha256:{file}": [7, 1000000000000000000, {inode}, "remembered"]}}')
-    assert HashMemo(memo).hash(file) == "remembered"
+    assert HashMemo(memo).hash(file) == hashlib.sha256(b"content").hexdigest()
+
+
+def test_a_changed_byte_is_seen_although_size_mtime_and_inode_are_as_before(tmp_path):
+    file, memo = tmp_path / "file", HashMemo(None)
+    file.write_text("content")
+    os.utime(file, (1_000_000_000, 1_000_000_000))
+    right = memo.hash(file)
+    assert memo.remembers(file, right) and memo.has_hash(file, right)
+    before = file.stat()
+    time.sleep(0.05)  # longer than a tick of the kernel's clock
+    file.write_text("cOntent")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ino) == (7, 10**18, before.st_ino)
+    assert not memo.remembers(file, right) and not memo.has_hash(file, right)
+
+
+def test_a_hash_of_a_file_that_was_just_written_is_not_remembered(tmp_path):
+    file, memo = tmp_path / "file", HashMemo(None)
+    file.write_text("content")
+    memo.hash(file)
+    assert memo.known == {}
+
+
+def test_a_wrong_memo_makes_no_intact_artifact_damaged(store, monkeypatch):
+    remember(monkeypatch)
+    ref, memo = put(store), HashMemo(None)
+    for path in store.path(ref).rglob("*.*"):
+        memo.hash(path)
+    memo.known = {key: (*known[:4], "0" * 64) for key, known in memo.known.items()}
+    assert not store.is_remembered(ref, memo)
+    require_intact(store, ref, memo)
+    assert store.is_remembered(ref, memo) and store.find("tokenize", FP) == ref
+
+
+def test_an_unchanged_artifact_is_hashed_once(store, monkeypatch):
+    remember(monkeypatch)
+    ref, memo, hashed = put(store), hash_memo(store), []
+    path = store.path(ref)
+    monkeypatch.setattr(
+        "loraflow.store.files.hash_file", lambda file, _="sha256": hashed.append(file) or hash_file(file)
+    )
+    require_intact(store, ref, memo)
+    assert len(hashed) == 2, "its files"
+    require_intact(store, ref, hash_memo(store))
+    require_unchanged(store, ref, hash_memo(store))
+    assert len(hashed) == 2, "the memo was saved"
+    os.utime(path / "sub" / "a.txt")
+    require_intact(store, ref, hash_memo(store))
+    assert len(hashed) == 3
+    assert store.verify(ref, hash_memo(store)) == []
+    assert len(hashed) == (5 if isinstance(store, LocalStore) else 3), "verify hashes what is in the store, always"
+
+
+def test_a_damaged_file_is_quarantined_by_whoever_requires_the_artifact(store, monkeypatch):
+    remember(monkeypatch)
+    for number, require in enumerate((require_intact, require_unchanged, require_intact_in_store)):
+        ref = put(store, payload=identity.payload("tokenize", 1, {}, {"x": number}))
+        memo = hash_memo(store)
+        require(store, ref, memo)
+        if require is require_unchanged and not isinstance(store, LocalStore):
+            continue  # it downloads nothing
+        if not isinstance(store, LocalStore):
+            store.cache.drop(ref)
+        time.sleep(0.02)
+        rewrite(store, ref, "sub/a.txt", "hellO")
+        with pytest.raises(CorruptArtifact, match=r"set-aside(.|\n)*sub/a.txt: hash mismatch"):
+            require(store, ref, memo)
+        assert store.find("tokenize", ref.fingerprint) is None
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"sha256:/file": [1]}'])
@@ -500,5 +584,5 @@ def test_a_damaged_hash_cache_is_ignored_and_rewritten(tmp_path, content):
     expected = hashlib.sha256(b"content").hexdigest()
     assert hashes.hash(file) == expected
     hashes.save()
-    stamp = [7, 1_000_000_000_000_000_000, file.stat().st_ino, expected]
+    stamp = [7, 1_000_000_000_000_000_000, file.stat().st_ino, file.stat().st_ctime_ns, expected]
     assert json.loads(memo.read_text()) == {f"sha256:{file}": stamp}
