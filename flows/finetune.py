@@ -6,11 +6,13 @@ loraflow run configs/quickstart.yaml
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import TypeVar
 
 from prefect import flow
 from pydantic import JsonValue
 
-from loraflow.execution.results import PipelineResult
+from loraflow.execution.results import PipelineResult, Registration
 from loraflow.failures import CorruptArtifact, DamagedLog, Failure
 from loraflow.flows.parameters import NO_OVERRIDES, NO_SETTINGS, NO_STAGES, Overrides, RecipeName, Settings, StageName
 from loraflow.flows.pipeline import pipeline
@@ -27,6 +29,7 @@ from loraflow.tasks.run_record import set_publication, set_summary
 
 log = logging.getLogger("loraflow")
 MAX_REPAIRS = 5
+T = TypeVar("T")
 
 
 @flow(name="finetune", flow_run_name=run_name, validate_parameters=True)
@@ -54,11 +57,7 @@ def finetune(
 
 def run_and_promote(run: Run, approval: bool) -> RunSummary:
     """Run the pipeline, decide, register, publish, report."""
-    result = run_pipeline(run)
-    decision = gate(run.workspace, result)
-    if approval:
-        decision = ask_for_approval(run, result, decision)
-    registration = register(run.workspace, result, decision)
+    result, registration = until_intact(run, lambda: run_and_register(run, approval))
     announce_decision(run.workspace.recipe.register_.model, registration)
     set_summary(run, result, registration)
     published = publish(run, result)
@@ -67,15 +66,24 @@ def run_and_promote(run: Run, approval: bool) -> RunSummary:
     return summary
 
 
-def run_pipeline(run: Run) -> PipelineResult:
-    """Run the pipeline. If an artifact turns out to be damaged, run it again: only the damaged one is recomputed.
+def run_and_register(run: Run, approval: bool) -> tuple[PipelineResult, Registration]:
+    """Run the pipeline, decide, and register. Each of them can find a damaged artifact; nothing is registered then."""
+    result = pipeline(run)
+    decision = gate(run.workspace, result)
+    if approval:
+        decision = ask_for_approval(run, result, decision)
+    return result, register(run.workspace, result, decision)
+
+
+def until_intact(run: Run, step: Callable[[], T]) -> T:
+    """Do a step. If an artifact turns out to be damaged, do it again: only the damaged one is recomputed.
 
     Raises:
         Failure: artifacts were damaged again and again.
     """
     for _ in range(MAX_REPAIRS):
         try:
-            return pipeline(run)
+            return step()
         except DamagedLog:  # nothing recomputes it
             raise
         except CorruptArtifact as failure:  # the artifact is quarantined by now, so the next lookup misses it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING
 
 from prefect import task
@@ -11,7 +12,7 @@ from loraflow import identity
 from loraflow.evaluation.values import Decision
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
-from loraflow.store import Ref
+from loraflow.store import Ref, read_intact, require_unchanged
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,9 +20,15 @@ if TYPE_CHECKING:
 
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, persist_result=False)
 def gate(workspace: Workspace, result: PipelineResult) -> Decision:
-    """Decide whether the challenger replaces the champion: promote, reject, undecided or unchanged."""
+    """Decide whether the challenger replaces the champion: promote, reject, undecided or unchanged.
+
+    Raises:
+        CorruptArtifact: scores, or the files of the champion, are damaged; they are quarantined by now.
+    """
     head, merged = workspace.seen_head, result.merged.digest  # another run may have promoted since; `register` checks
     if head is not None and head.merged.digest == merged:
+        for ref in (result.merged, result.adapter):  # in use: a change of their files must not wait for the next user
+            require_unchanged(workspace.store, ref, workspace.memo)
         return Decision.unchanged("the challenger is the champion")
     why = workspace.log.rollback_reason(merged)
     if why is not None:
@@ -68,9 +75,10 @@ def _compare(workspace: Workspace, result: PipelineResult) -> Decision:
 
 
 def _heldout_scores(workspace: Workspace, ref: Ref) -> pd.DataFrame:
+    """Return the scores of the gate's set. The bytes that are parsed are the bytes that were hashed."""
     import pandas as pd
 
-    from loraflow.data.chats import GATE_SET
+    from loraflow.evaluation.gate import heldout_rows
 
-    table = pd.read_parquet(workspace.store.path(ref) / "scores.parquet")
-    return table[table["set"] == GATE_SET]
+    table = pd.read_parquet(io.BytesIO(read_intact(workspace.store, ref, "scores.parquet")))
+    return heldout_rows(table, workspace.store.location(ref))

@@ -11,8 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from loraflow.serving.chat import Sampling
 from loraflow.serving.models import find_model
 from loraflow.serving.predict import PredictionReport, PredictOptions, predict
-from loraflow.store import open_store
-from loraflow.store.files import HashMemo
+from loraflow.store import hash_memo, open_store
 from loraflow.tasks.progress import ProgressArtifact
 from loraflow.tasks.stage_task import RETRIES, RETRY_DELAYS, is_retryable
 
@@ -33,9 +32,9 @@ def predict_file(
 ) -> PredictionReport:
     """Answer a file's rows; return how many there are, and how many have an error instead of an answer."""
     artifacts = open_store(store)
-    memo = HashMemo(artifacts.scratch / "hashes.json")
+    memo = hash_memo(artifacts)
     with artifacts.reader_lock():
-        found = find_model(artifacts, model)
+        found = find_model(artifacts, model, memo=memo)
         done = predict(
             found,
             Path(source),

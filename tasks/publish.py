@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from loraflow.execution.results import PipelineResult
 from loraflow.failures import Failure
 from loraflow.registry.runs import Publication
+from loraflow.store import require_intact
 from loraflow.tasks.run import Run
 from loraflow.tasks.run_record import as_record
 
@@ -35,12 +36,15 @@ def publish(run: Run, result: PipelineResult) -> Publication | None:
         ref=result.merged,
         adapter_ref=result.adapter,
         base=store.path(result.base),
+        base_ref=result.base,
         run=as_record(run),
     )
     earlier = hub.find_publication(store, model, rules.repo, rules.what)
     if earlier is not None:
         return earlier
     try:
+        if rules.what == "merged":  # of the adapter, `publish` requires the same
+            require_intact(store, result.merged, workspace.memo)
         publication = hub.publish(store, model, rules.repo, what=rules.what, private=rules.private)
         log.info("published: %s", publication.url)
         return publication

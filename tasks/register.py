@@ -11,6 +11,7 @@ from loraflow.evaluation.values import Decision
 from loraflow.execution.results import PipelineResult, Registration
 from loraflow.execution.workspace import Workspace
 from loraflow.registry.log import HeadChanged, actor
+from loraflow.store import require_intact_in_store
 
 log = logging.getLogger("loraflow")
 MOVED = "another run promoted a model in the meantime; run again to compare with that model"
@@ -20,10 +21,16 @@ MOVED = "another run promoted a model in the meantime; run again to compare with
 def register(workspace: Workspace, result: PipelineResult, decision: Decision) -> Registration:
     """Write a promotion into the log. Other verdicts write nothing.
 
+    All files of the model and its adapter are hashed first, whatever was hashed before: the log names intact weights.
     If another run promoted a model first, this run ends undecided: the next run compares with that model.
+
+    Raises:
+        CorruptArtifact: the model or its adapter is damaged; it is quarantined by now, and nothing was written.
     """
     if decision.verdict != "promote":
         return Registration(decision)
+    for ref in (result.merged, result.adapter):
+        require_intact_in_store(workspace.store, ref, workspace.memo)
     seen = workspace.seen_head
     try:
         entry = workspace.log.append(

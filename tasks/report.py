@@ -13,6 +13,7 @@ from pydantic import JsonValue
 
 from loraflow.evaluation.values import Decision, scores_to_dict
 from loraflow.execution.results import PipelineResult
+from loraflow.failures import CorruptArtifact
 from loraflow.registry.runs import RunSummary
 from loraflow.reporting.markdown import RunReport, run_report, scores_report
 from loraflow.store import Ref
@@ -55,8 +56,12 @@ def publish_scores(run: Run, model: str, folder: Path, scores: Ref) -> dict[str,
 
 
 def _losses(run: Run, adapter: Ref) -> list[tuple[float, float]]:
-    """Return (step, training loss) as training logged them."""
-    lines = run.workspace.store.read(adapter, "telemetry/curves.jsonl").decode().splitlines()
+    """Return (step, training loss) as training logged them; nothing if the log is damaged, since the model is not."""
+    try:
+        lines = run.workspace.store.read(adapter, "telemetry/curves.jsonl").decode().splitlines()
+    except CorruptArtifact as failure:  # the model is registered by now
+        log.warning("the report has no training loss. %s", failure)
+        return []
     return [(row["step"], row["loss"]) for row in map(json.loads, lines) if "loss" in row]
 
 

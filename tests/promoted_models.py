@@ -50,7 +50,13 @@ def record_run(store: Store, run: str, merged: Ref, model: str = "tickets", **va
         for ref in (adapter, merged)
     ]
     summary = {"run": run, "recipe": "tickets"}
-    document = {"run": run, "recipe": "tickets", "resolved": {"register": {"model": model}}, "stages": stages}
+    document = {
+        "run": run,
+        "recipe": "tickets",
+        "recipe_text": "name: tickets\n",
+        "resolved": {"register": {"model": model}},
+        "stages": stages,
+    }
     record = RunRecord.model_validate({"summary": summary, **document, **values})
     store.write_document(f"runs/{run}.json", record.document)
     return record

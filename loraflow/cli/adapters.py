@@ -35,11 +35,13 @@ def convert(source: Path, base: Path, out: Path, alpha: float | None, enable_lor
     """
     from loraflow.adapters.convert import convert as convert_adapter
     from loraflow.adapters.convert import parse_enabled
+    from loraflow.serving.artifacts import require_intact_files
 
     if out.exists():
         raise BadConfig("The target exists already.", where=str(out), next_step="name a folder that does not exist")
     if source.is_dir() and (alpha is not None or enable_lora):
         raise BadConfig("--alpha and --enable-lora are for loralib checkpoints only.", where=str(source))
+    require_intact_files(source, base)
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:

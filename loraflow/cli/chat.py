@@ -46,9 +46,10 @@ def chat(
     opened = open_store(store)
     with opened.reader_lock():
         found = find_model(opened, model, base)
-        if compare and not found.base:
+        original = found.intact_base() if compare else None
+        if compare and not original:
             raise BadConfig("The base of this model is not known.", where=model, next_step="name it: --base FOLDER")
-        models = {"base": Model("base", found.base), "tuned": found} if compare and found.base else {found.name: found}
+        models = {"base": Model("base", original), "tuned": found} if original else {found.name: found}
         quiet_transformers()
         system = found.system if system is None else system
         chats = {name: Chat(load(each, dtype, device), system, sampling) for name, each in models.items()}

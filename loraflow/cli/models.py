@@ -54,9 +54,11 @@ def merge(
 ) -> None:
     """Merge ADAPTER (a PEFT folder) into BASE (a model's folder) and write the model to OUT."""
     from loraflow.adapters.merge_folders import merge as merge_folders
+    from loraflow.serving.artifacts import require_intact_files
 
     if out.exists():
         raise BadConfig("The target exists already.", where=str(out), next_step="name a folder that does not exist")
+    require_intact_files(adapter, base)
     unfinished = out.with_name(out.name + ".part")
     if unfinished.exists():
         shutil.rmtree(unfinished)

@@ -65,14 +65,13 @@ def predict(
     from loraflow.serving.models import find_model
     from loraflow.serving.predict import PredictOptions
     from loraflow.serving.predict import predict as answer_file
-    from loraflow.store import open_store
-    from loraflow.store.files import HashMemo
+    from loraflow.store import hash_memo, open_store
 
     opened = open_store(store)
-    memo = HashMemo(opened.scratch / "hashes.json" if opened.scratch.exists() else None)
+    memo = hash_memo(opened)
     started = time.monotonic()
     with opened.reader_lock():
-        found = find_model(opened, model, base)
+        found = find_model(opened, model, base, memo)
         quiet_transformers()
         report = answer_file(
             found,

@@ -11,9 +11,10 @@ from loraflow.failures import BadConfig, CorruptArtifact, Failure
 from loraflow.identity import short
 from loraflow.registry.champions import choose_intact
 from loraflow.registry.log import HeadChanged, PromotionLog, actor
-from loraflow.registry.runs import RunRecord, read_run
+from loraflow.registry.rebuild import how_to_rebuild
+from loraflow.registry.runs import RunRecord, StageRun, read_run
 from loraflow.serving.models import only_model
-from loraflow.store import Ref, Store, open_store
+from loraflow.store import Ref, Store, hash_memo, open_store, require_intact_in_store
 
 reason_option = click.option("--reason", required=True, help="The reason, for readers of the promotion log.")
 
@@ -113,15 +114,30 @@ def _artifact(store: Store, record: RunRecord, stage: str) -> Ref:
     """Return the artifact of a run's stage.
 
     Raises:
-        CorruptArtifact: it is gone.
+        CorruptArtifact: it is gone or damaged.
     """
     done = record.stage(stage)
     found = store.find(stage, done.fingerprint) if done else None
     if done is None or found is None or found.digest != done.digest:
         raise CorruptArtifact(
-            f"The {stage} artifact of {record.run} is gone.", where=store.uri, next_step="run its recipe again"
+            f"The {stage} artifact of {record.run} is gone.",
+            where=store.uri,
+            next_step=how_to_rebuild(store, _recorded(store, done)) if done else "loraflow runs",
         )
+    try:
+        require_intact_in_store(store, found, hash_memo(store))
+    except CorruptArtifact as failure:
+        raise CorruptArtifact(
+            f"The {stage} artifact of {record.run} is damaged, so it is not promoted.",
+            where=failure.where,
+            got=failure.got,
+            next_step=how_to_rebuild(store, found),
+        ) from failure
     return found
+
+
+def _recorded(store: Store, done: StageRun) -> Ref:
+    return Ref(stage=done.stage, fingerprint=done.fingerprint, digest=done.digest, uri=store.uri)
 
 
 @click.command()

@@ -75,8 +75,9 @@ def _artifact_lines(store: Store, ref: Ref, manifest: Manifest) -> Iterator[str]
 
 
 def _show_champion(store: Store, named: str | None, model: str | None, as_json: bool) -> None:
+    from loraflow.registry.rebuild import how_to_rebuild
     from loraflow.serving.champion import describe_champion
-    from loraflow.serving.models import only_model
+    from loraflow.serving.models import champion_entry, only_model
 
     if named and model and named != model:
         raise BadConfig("Two models are named.", where=f"champion:{named} --model {model}", next_step="leave one out")
@@ -87,11 +88,12 @@ def _show_champion(store: Store, named: str | None, model: str | None, as_json: 
         for line in _champion_lines(champion):
             click.echo(line)
     if champion.merged.problems:
+        rebuild = how_to_rebuild(store, champion_entry(store, champion.model).merged)
         raise CorruptArtifact(
             "The champion's merged model is gone or incomplete.",
             where=champion.merged.uri,
             got="; ".join(champion.merged.problems[:3]),
-            next_step="run its recipe again, or go back to the model before it: loraflow rollback --reason …",
+            next_step=f"{rebuild}; or go back to the model before it: loraflow rollback --reason …",
         )
 
 
@@ -197,4 +199,8 @@ def _score_lines(scores: RunScores) -> Iterator[str]:
 
 
 def _file_parts(files: Files) -> list[str]:
-    return [files.uri] + ([f"gone or incomplete: {'; '.join(files.problems[:3])}"] if files.problems else [])
+    if files.problems:
+        return [files.uri, f"gone or incomplete: {'; '.join(files.problems[:3])}"]
+    if files.contents == "intact":
+        return [files.uri, "intact: hashed on this machine, and not changed since"]
+    return [files.uri, "contents not checked since they were written or copied; `loraflow verify --deep` hashes them"]

@@ -74,8 +74,9 @@ def verify(deep: bool, store: str) -> None:
 
 def _missing_champions(store: Store) -> str:
     """Report damaged promotion logs and missing champions; return the next step for the first that is needed."""
-    from loraflow.registry.champions import missing_models, rebuild_hint
+    from loraflow.registry.champions import missing_models
     from loraflow.registry.log import PromotionLog, models
+    from loraflow.registry.rebuild import how_to_rebuild
 
     steps = []
     for model in models(store, of_runs=True):
@@ -89,7 +90,7 @@ def _missing_champions(store: Store) -> str:
                     err=True,
                 )
                 if found.is_needed:
-                    steps.append(rebuild_hint(store, found.entry))
+                    steps.append(how_to_rebuild(store, found.ref))
         except CorruptArtifact as failure:
             click.echo(f"damaged  promotion log of {model}: {failure.got}", err=True)
             steps.append(failure.next_step)

@@ -48,7 +48,7 @@ def find_scorable_model(workspace: Workspace, model: str) -> Model:
     Raises:
         BadConfig: there is no such model, or it is an adapter that has not been merged.
     """
-    found = find_model(workspace.store, model)
+    found = find_model(workspace.store, model, memo=workspace.memo)
     found.refuse_unmerged("Evaluation")
     return found
 

@@ -10,6 +10,7 @@ from loraflow.config.stage_configs import BaseLocation, DatasetLocation, RecipeC
 from loraflow.failures import Failure
 from loraflow.job import Job
 from loraflow.registry import Entry, PromotionLog
+from loraflow.registry.rebuild import how_to_rebuild
 from loraflow.stages import MERGE, Stage
 from loraflow.store import Ref, open_store
 from loraflow.store.files import HashMemo
@@ -64,7 +65,7 @@ class Workspace:
             raise Failure(
                 "The champion's model is missing or damaged, so nothing can be compared with it.",
                 where=self.store.location(merged),
-                next_step="run its recipe again (`loraflow registry` names it), or `loraflow rollback --reason …`",
+                next_step=f"{how_to_rebuild(self.store, merged)}; or `loraflow rollback --reason …`",
             )
         return merged
 

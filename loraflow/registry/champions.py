@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from loraflow.failures import CorruptArtifact, Failure
 from loraflow.registry.log import Entry, PromotionLog
-from loraflow.registry.runs import find_run
+from loraflow.registry.rebuild import how_to_rebuild
 from loraflow.store import Ref, Store
 
 KEEP_CHAMPIONS = 10  # the default of runtime.keep_champions
@@ -55,7 +55,7 @@ def choose_intact(store: Store, targets: Sequence[Entry], *, skip_missing: bool 
         "None of the earlier models is intact.",
         where=f"registry of {targets[0].model}",
         got=f"{len(targets)} earlier models, all missing or damaged",
-        next_step=rebuild_hint(store, targets[0]),
+        next_step=how_to_rebuild(store, targets[0].merged),
     )
 
 
@@ -67,7 +67,7 @@ def _cannot_return(store: Store, entry: Entry, problems: list[str]) -> CorruptAr
         f"The model of entry {entry.seq} is missing or damaged, so there was no rollback.",
         where=where,
         got="; ".join(problems[:3]),
-        next_step=f"{rebuild_hint(store, entry)}, then roll back again; or go further back with "
+        next_step=f"{how_to_rebuild(store, entry.merged)}, then roll back again; or go further back with "
         "`loraflow rollback --skip-missing --reason …`",
     )
 
@@ -78,16 +78,6 @@ def _has_manifest(store: Store, ref: Ref) -> bool:
     except CorruptArtifact:
         return False
     return True
-
-
-def rebuild_hint(store: Store, entry: Entry) -> str:
-    """Return the step that recomputes a promoted model: the command, and where its settings are recorded."""
-    run = find_run(store, entry.merged)
-    if run is None:
-        name = entry.inputs.get("recipe", "RECIPE")
-        return f"recompute it with `loraflow run {name}` (its run has no record; entry {entry.seq} names its data)"
-    commit = f" at git commit {run.commit[:12]}" if run.commit else ""
-    return f"recompute it with `loraflow run {run.recipe}`{commit} (`loraflow show --json {run.run}` has its settings)"
 
 
 class MissingModel(NamedTuple):

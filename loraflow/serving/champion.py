@@ -6,6 +6,8 @@ If one of these documents is missing, its facts are left empty. From a bucket, o
 
 from __future__ import annotations
 
+from typing import Literal
+
 from loraflow.evaluation.values import Scores
 from loraflow.frozen import FrozenModel
 from loraflow.registry.log import Entry, PromotionLog
@@ -13,7 +15,7 @@ from loraflow.registry.runs import RunRecord, computed, has_model, read_runs
 from loraflow.serving.card import Settings, training_settings
 from loraflow.serving.lineage import Lineage, read_lineage
 from loraflow.serving.models import champion_entry
-from loraflow.store import Ref, Store
+from loraflow.store import Ref, Store, hash_memo
 
 
 class PromotionEntry(FrozenModel):
@@ -79,11 +81,15 @@ class RunScores(FrozenModel):
 
 
 class Files(FrozenModel):
-    """An artifact's address, and what is wrong with its files."""
+    """An artifact's address, what is wrong with its files, and whether their contents are known to be intact.
+
+    `contents` is not checked: the files were not hashed on this machine, or have changed since. Nothing is hashed here.
+    """
 
     digest: str
     uri: str
     problems: list[str]
+    contents: Literal["intact", "not checked", "damaged"]
 
 
 class Champion(FrozenModel):
@@ -211,7 +217,10 @@ def _scores(record: RunRecord) -> RunScores:
 
 
 def _files(store: Store, ref: Ref, folder: str = "") -> Files:
-    return Files(digest=ref.digest, uri=store.location(ref) + folder, problems=store.check(ref))
+    problems = store.check(ref)
+    known = "intact" if store.is_remembered(ref, hash_memo(store)) else "not checked"
+    uri = store.location(ref) + folder
+    return Files(digest=ref.digest, uri=uri, problems=problems, contents="damaged" if problems else known)
 
 
 def _setting(record: RunRecord | None, section: str, key: str) -> str | None:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 from loraflow import identity
 from loraflow.config import Runtime
-from loraflow.failures import BadConfig, BadModel, CorruptArtifact
+from loraflow.failures import BadConfig, BadModel
 from loraflow.registry.log import Entry, PromotionLog, models
 from loraflow.registry.runs import RUN_ID, RunRecord, find_run, read_run
-from loraflow.store import LocalStore, Manifest, Ref, Store
+from loraflow.serving.artifacts import artifact_at, intact_folder
+from loraflow.store import Ref, Store, hash_memo, open_store
 from loraflow.store.base import MANIFEST
 from loraflow.store.files import HashMemo
 
@@ -41,6 +42,7 @@ class Model:
     ref: Ref | None = None  # of the merged model, where it is an artifact of this store
     adapter_ref: Ref | None = None  # of the adapter that was trained, merged or not
     base: Path | None = None  # the model that was fine-tuned, where that is known
+    base_ref: Ref | None = None  # of the base, where it is an artifact; it is not hashed yet
     run: RunRecord | None = None  # of the run that made it
 
     @property
@@ -63,6 +65,16 @@ class Model:
             hashes |= {f"adapter/{name}": memo.hash(self.unmerged_adapter / name) for name in names}
         return identity.digest(hashes)
 
+    def intact_base(self) -> Path | None:
+        """Return the folder of the base, where that is known; an artifact is hashed if it changed.
+
+        Raises:
+            CorruptArtifact: it is damaged.
+        """
+        if self.base_ref is not None:
+            intact_folder(open_store(self.base_ref.uri), self.base_ref)
+        return self.base
+
     def refuse_unmerged(self, what: str) -> None:
         """Refuse an adapter that is not merged, for `what` needs a whole model.
 
@@ -77,18 +89,22 @@ class Model:
             )
 
 
-def find_model(store: Store, model: str, base: str | None = None) -> Model:
+def find_model(store: Store, model: str, base: str | None = None, memo: HashMemo | None = None) -> Model:
     """Return the model that `champion`, `champion:NAME`, a run's id or a path names.
+
+    If it is an artifact, its files were hashed when this returns: now, or earlier and they have not changed since.
 
     Args:
         store: holds the registry and the run records.
         model: the name or path.
         base: folder of an adapter's base, where the adapter's own configuration does not name it.
+        memo: known hashes; by default those of the store.
 
     Raises:
         BadConfig: there is no such model.
-        CorruptArtifact: the model's artifact is gone or incomplete.
+        CorruptArtifact: the model's artifact is gone, incomplete or damaged.
     """
+    memo = memo or hash_memo(store)
     given = Path(base).expanduser() if base else None
     if given is not None and not (given / "config.json").exists():
         raise BadConfig(
@@ -97,7 +113,7 @@ def find_model(store: Store, model: str, base: str | None = None) -> Model:
     if model.split(":")[0] == "champion":
         name = model.partition(":")[2] or only_model(store)
         entry = champion_entry(store, name)
-        return _of_artifact(store, entry.merged, name, given, adapter_ref=entry.adapter)
+        return _of_artifact(store, entry.merged, name, given, memo, adapter_ref=entry.adapter)
     if RUN_ID.fullmatch(model):
         record = read_run(store, model)
         stage = record.stage("merge") if record else None
@@ -105,13 +121,13 @@ def find_model(store: Store, model: str, base: str | None = None) -> Model:
             raise BadConfig("This run made no merged model.", where=model, next_step="loraflow runs")
         ref = Ref(stage="merge", fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
         # Other runs may have made the same model with another recipe, so set the run that was named.
-        return replace(_of_artifact(store, ref, model, given), run=record)
+        return replace(_of_artifact(store, ref, model, given, memo), run=record)
     folder = Path(model).expanduser()
     for adapter in (folder, folder / "adapter"):
         if (adapter / "adapter_config.json").exists():
-            return _of_adapter(adapter.absolute(), folder.absolute(), given)
+            return _of_adapter(adapter.absolute(), folder.absolute(), given, memo)
     if (folder / "config.json").exists():
-        return _of_folder(store, folder.absolute(), given)
+        return _of_folder(store, folder.absolute(), given, memo)
     raise BadConfig(
         "There is no such model.",
         where=model,
@@ -161,43 +177,45 @@ def champion_entry(store: Store, name: str) -> Entry:
     return head
 
 
-def _of_folder(store: Store, folder: Path, given: Path | None) -> Model:
+def _of_folder(store: Store, folder: Path, given: Path | None, memo: HashMemo) -> Model:
     from loraflow.base.weight_files import refuse_pickles
 
-    found = _artifact_at(folder)
+    found = artifact_at(folder)
     if found is None:
         refuse_pickles(folder)
-        return Model(folder.name, folder, base=given)
+        return Model(folder.name, folder, base=given, base_ref=_ref_at(given))
     home, ref = found
-    model = _of_artifact(home, ref, identity.short(ref.digest), given)
+    model = _of_artifact(home, ref, identity.short(ref.digest), given, memo)
     return model if home.uri == store.uri else replace(model, ref=None)  # an artifact of another store
 
 
-def _of_artifact(store: Store, ref: Ref, name: str, given: Path | None, adapter_ref: Ref | None = None) -> Model:
-    problems = store.check(ref)
-    if problems:
-        raise CorruptArtifact(
-            "The model's artifact is gone or incomplete.",
-            where=store.location(ref),
-            got="; ".join(problems[:3]),
-            next_step="run the recipe that made it again (`loraflow show champion` and `loraflow runs` name it)",
-        )
+def _of_artifact(
+    store: Store, ref: Ref, name: str, given: Path | None, memo: HashMemo, adapter_ref: Ref | None = None
+) -> Model:
+    folder = intact_folder(store, ref, memo)
     inputs = store.manifest(ref).input_refs(store.uri)
-    base = given
+    base, base_ref = given, _ref_at(given)
     if base is None and "base" in inputs and not store.check(inputs["base"]):
-        base = store.path(inputs["base"])
+        base, base_ref = store.path(inputs["base"]), inputs["base"]
     run = find_run(store, ref) if ref.stage == "merge" else None
-    return Model(name, store.path(ref), ref=ref, adapter_ref=adapter_ref or inputs.get("adapter"), base=base, run=run)
+    adapter_ref = adapter_ref or inputs.get("adapter")
+    return Model(name, folder, ref=ref, adapter_ref=adapter_ref, base=base, base_ref=base_ref, run=run)
 
 
-def _of_adapter(adapter: Path, named_folder: Path, given: Path | None) -> Model:
+def _ref_at(folder: Path | None) -> Ref | None:
+    found = artifact_at(folder) if folder else None
+    return found[1] if found else None
+
+
+def _of_adapter(adapter: Path, named_folder: Path, given: Path | None, memo: HashMemo) -> Model:
     from loraflow.base.weight_files import refuse_pickles
 
     refuse_pickles(adapter)
     base, adapter_ref = given, None
-    found = _artifact_at(adapter.parent)
+    found = artifact_at(adapter.parent)
     if found is not None:
         store, adapter_ref = found
+        intact_folder(store, adapter_ref, memo)
         trained_on = store.manifest(adapter_ref).input_refs(store.uri).get("base")
         if base is None and trained_on is not None and not store.check(trained_on):
             base = store.path(trained_on)
@@ -212,30 +230,16 @@ def _of_adapter(adapter: Path, named_folder: Path, given: Path | None) -> Model:
                 next_step="name the base: --base FOLDER",
             )
         base = Path(named)
+    loaded_base = artifact_at(base)  # the adapter is applied to it
+    if loaded_base is not None:
+        intact_folder(*loaded_base, memo)
     return Model(
         named_folder.name[: identity.SHORT],
         base.absolute(),
         unmerged_adapter=adapter,
         adapter_ref=adapter_ref,
         base=base.absolute(),
-    )
-
-
-def _artifact_at(folder: Path) -> tuple[LocalStore, Ref] | None:
-    """Return the store and ref of a folder that is an artifact; None if it is not."""
-    try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return None
-    if folder.parts[-3:] != (manifest.stage, manifest.fingerprint, manifest.digest):
-        return None
-    store = LocalStore(folder.parents[2])
-    return store, Ref(
-        stage=manifest.stage,
-        fingerprint=manifest.fingerprint,
-        digest=manifest.digest,
-        uri=store.uri,
-        facets=manifest.facets,
+        base_ref=loaded_base[1] if loaded_base else None,
     )
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from loraflow.failures import BadConfig, BadModel, Failure, Network
 from loraflow.identity import short
 from loraflow.registry.runs import Publication
+from loraflow.serving.artifacts import intact_folder
 from loraflow.serving.card import Facts, PublishedForm, collect_facts, write_card
 from loraflow.serving.models import MODEL_FILE_SUFFIXES, Model
 from loraflow.store import Store, open_store
@@ -45,7 +46,7 @@ def package(
     """
     if not REPO.fullmatch(repo):
         raise BadConfig("The repository's name is not ORG/NAME.", where="--repo", got=repo)
-    model = _select(store, model, what)
+    model = _select(model, what)
     facts = collect_facts(model, model.digest(HashMemo(None)), licence)
     with tempfile.TemporaryDirectory(prefix="loraflow-publish-") as name:
         folder = Path(name)
@@ -80,7 +81,7 @@ def publish(
     api = HfApi(token=token)
     huggingface_hub.utils.disable_progress_bars()
     try:
-        known = collect_facts(_select(store, model, what), "", licence)
+        known = collect_facts(_select(model, what), "", licence)
         licence = known.licence or (_licence(api, known.base) if known.base else None)
         with package(store, model, repo, what, licence) as (folder, facts):
             api.create_repo(repo, private=private, exist_ok=True)
@@ -141,15 +142,17 @@ def _record_name(model: Model, repo: str, what: PublishedForm) -> str:
     return f"runs/published/{digest}-{what}-{repo.replace('/', '--')}.json"
 
 
-def _select(store: Store, model: Model, what: PublishedForm) -> Model:
+def _select(model: Model, what: PublishedForm) -> Model:
     """Return the model in the form to publish. The adapter of a merged model is in the store."""
     if what == "merged":
         model.refuse_unmerged("Publishing")
         return model
     if model.unmerged_adapter is None and model.adapter_ref is not None and model.base is not None:
-        folder = open_store(model.adapter_ref.uri).path(model.adapter_ref) / "adapter"
-        if (folder / "adapter_config.json").exists():
-            return replace(model, unmerged_adapter=folder, folder=model.base, ref=None)
+        store = open_store(model.adapter_ref.uri)
+        if not store.check(model.adapter_ref):
+            adapter = intact_folder(store, model.adapter_ref) / "adapter"
+            model.intact_base()
+            return replace(model, unmerged_adapter=adapter, folder=model.base, ref=None)
     if model.unmerged_adapter is None:
         raise BadConfig(
             "The adapter of this model is not in the store.", where=str(model.folder), next_step="publish with --merged"

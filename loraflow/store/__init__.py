@@ -3,7 +3,7 @@
 Layout of a store:
 
     <stage>/<fingerprint>/<digest>/     an artifact: result files, `telemetry/`, and `manifest.json`, written last
-    <stage>/<fingerprint>/current.json  the pointer to the current digest; replaced atomically
+    <stage>/<fingerprint>/current.json  the pointer to the current digest, with the manifests' hashes; replaced atomically
     work/<stage>/<fingerprint>/         files of an unfinished job: job.json, log, checkpoints
     set-aside/                          the quarantine: damaged artifacts, each with the reason
     staging/  locks/  runs/  registry/  artifacts being written, locks, records of runs, promotion logs
@@ -30,10 +30,29 @@ from functools import cache
 
 from loraflow.failures import BadConfig
 from loraflow.store.artifact import Manifest, Ref, Summary
-from loraflow.store.base import Store, require_intact
+from loraflow.store.base import (
+    Store,
+    hash_memo,
+    read_intact,
+    require_intact,
+    require_intact_in_store,
+    require_unchanged,
+)
 from loraflow.store.local import LocalStore
 
-__all__ = ["LocalStore", "Manifest", "Ref", "Store", "Summary", "open_store", "require_intact"]
+__all__ = [
+    "LocalStore",
+    "Manifest",
+    "Ref",
+    "Store",
+    "Summary",
+    "hash_memo",
+    "open_store",
+    "read_intact",
+    "require_intact",
+    "require_intact_in_store",
+    "require_unchanged",
+]
 
 
 def open_store(uri: str) -> Store:

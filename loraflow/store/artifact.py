@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired, TypeAlias
 
@@ -11,6 +12,7 @@ from typing_extensions import TypedDict  # before Python 3.12, pydantic refuses 
 
 from loraflow import identity
 from loraflow.failures import CorruptArtifact
+from loraflow.frozen import StoredModel
 from loraflow.identity import short
 from loraflow.store.files import files_below, hash_file
 
@@ -126,6 +128,41 @@ class Manifest(BaseModel):
         return {name: Ref.model_validate({**stored, "uri": uri}) for name, stored in self.inputs.items()}
 
 
+class Pointer(StoredModel):
+    """The content of `current.json`: the current digest of a fingerprint, and the hash of each digest's manifest.
+
+    An artifact's digest covers its result files. A manifest also has figures, a report and facets, which decide things.
+    The pointers of older stores have no hashes of manifests: there a manifest only has to agree with its address.
+    """
+
+    digest: str
+    manifests: dict[str, str] = {}  # digest → sha256 of its manifest.json
+
+    def pointing_to(self, digest: str, manifest: bytes) -> dict[str, str | dict[str, str]]:
+        """Return the JSON value of the pointer after a commit; what it knows of other digests stays."""
+        return {"digest": digest, "manifests": {**self.manifests, digest: hashlib.sha256(manifest).hexdigest()}}
+
+
+class ChangedManifest(ValueError):
+    """A manifest is not the one that was committed. The text is a line for each problem, joined by semicolons."""
+
+
+def parse_manifest(content: bytes, ref: Ref, pointer: Pointer | None) -> Manifest:
+    """Parse the manifest of an artifact and compare it with the artifact's address, and with its hash in the pointer.
+
+    Raises:
+        ValueError: it cannot be parsed, or it was changed after its commit (`ChangedManifest`).
+    """
+    manifest = Manifest.model_validate_json(content)
+    problems = check_consistency(manifest, ref)
+    committed = pointer.manifests.get(ref.digest) if pointer else None
+    if not problems and committed not in (None, hashlib.sha256(content).hexdigest()):
+        problems = [content_problem(MANIFEST)]
+    if problems:
+        raise ChangedManifest("; ".join(problems))
+    return manifest
+
+
 class _PayloadHead(BaseModel):
     """The part of a payload that a manifest repeats."""
 
@@ -177,7 +214,15 @@ def compare_sizes(found: Mapping[str, int], manifest: Manifest) -> list[str]:
     return problems + [f"{name}: not in the manifest" for name in sorted(found.keys() - manifest.files.keys())]
 
 
-def check_folder(folder: Path, manifest: Manifest, *, contents: bool) -> list[str]:
+HasHash = Callable[[Path, str], bool]  # whether a file's content has a sha256
+
+
+def has_hash(path: Path, sha256: str) -> bool:
+    """Hash a file and compare."""
+    return hash_file(path) == sha256
+
+
+def check_folder(folder: Path, manifest: Manifest, *, contents: bool, has_hash: HasHash = has_hash) -> list[str]:
     """Compare a folder's names and sizes, and with `contents` its hashes, with a manifest; return the problems.
 
     Raises:
@@ -187,12 +232,29 @@ def check_folder(folder: Path, manifest: Manifest, *, contents: bool) -> list[st
     problems = compare_sizes(found, manifest)
     if problems or not contents:
         return problems
-    return [content_problem(name) for name, entry in manifest.files.items() if hash_file(folder / name) != entry.sha256]
+    return [
+        content_problem(name) for name, entry in manifest.files.items() if not has_hash(folder / name, entry.sha256)
+    ]
 
 
 def content_problem(name: str) -> str:
     """Return the line that reports a file whose hash differs from the manifest's."""
     return f"{name}: hash mismatch"
+
+
+def check_content(manifest: Manifest, name: str, content: bytes | None) -> list[str]:
+    """Compare the content of one file, None if there is no such file, with the manifest; return the problems."""
+    entry = manifest.files.get(name)
+    if entry is None:
+        return [f"{name}: not in the manifest"]
+    if content is None:
+        return [f"{name}: missing"]
+    return [] if hashlib.sha256(content).hexdigest() == entry.sha256 else [content_problem(name)]
+
+
+def manifest_problem(error: Exception) -> str:
+    """Return the line that reports a manifest that is missing, unreadable or changed."""
+    return str(error) if isinstance(error, ChangedManifest) else f"{MANIFEST}: {type(error).__name__}"
 
 
 def check_consistency(manifest: Manifest, ref: Ref) -> list[str]:
@@ -206,11 +268,12 @@ def check_consistency(manifest: Manifest, ref: Ref) -> list[str]:
 
 
 def unreadable_manifest(ref: Ref, where: str, error: Exception) -> CorruptArtifact:
-    """Return the failure for a manifest that is missing or cannot be parsed."""
+    """Return the failure for a manifest that is missing, cannot be parsed, or was changed."""
+    changed = isinstance(error, ChangedManifest)
     return CorruptArtifact(
-        f"The manifest of {ref} cannot be read.",
+        f"The manifest of {ref} {'was changed after it was written' if changed else 'cannot be read'}.",
         where=where,
-        got=f"{type(error).__name__}: {error}".splitlines()[0],
+        got=str(error) if changed else f"{type(error).__name__}: {error}".splitlines()[0],
         next_step="run again: the stage recomputes it",
         ref=ref.model_dump(),
     )

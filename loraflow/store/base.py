@@ -9,9 +9,11 @@ from typing import Protocol
 
 from pydantic import JsonValue
 
+from loraflow.failures import CorruptArtifact, ReadOnlyStore
 from loraflow.store.artifact import MANIFEST, Manifest, PreviousState, Ref, Summary, damaged_artifact
+from loraflow.store.files import HashMemo
 
-__all__ = ["MANIFEST", "Manifest", "Ref", "Store", "Summary", "require_intact"]
+__all__ = ["MANIFEST", "Manifest", "Ref", "Store", "Summary", "read_intact", "require_intact"]
 
 
 class Store(Protocol):
@@ -29,7 +31,7 @@ class Store(Protocol):
         """Return an artifact's manifest.
 
         Raises:
-            CorruptArtifact: it is missing or unreadable.
+            CorruptArtifact: it is missing, unreadable, or was changed.
         """
 
     def location(self, ref: Ref) -> str:
@@ -39,16 +41,35 @@ class Store(Protocol):
         """Return a local folder with the artifact's files. Files that were downloaded are hashed on arrival."""
 
     def read(self, ref: Ref, name: str) -> bytes:
-        """Return the content of one file of an artifact."""
+        """Return the content of one file of an artifact. Its hash is always compared with the manifest.
+
+        Raises:
+            CorruptArtifact: the file or the manifest is missing or was changed.
+        """
 
     def check(self, ref: Ref) -> list[str]:
         """Compare an artifact's names and sizes with its manifest; return the problems, a line each."""
 
-    def verify(self, ref: Ref) -> list[str]:
-        """Hash an artifact's contents in the store; return the problems, a line each."""
+    def verify(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
+        """Hash an artifact's contents in the store; return the problems, a line each.
 
-    def fetch(self, ref: Ref) -> list[str]:
-        """Hash the files that `path` returns, downloaded if need be; return the problems, a line each."""
+        All is hashed, whatever the memo knows; the memo only remembers the hashes of files on this machine.
+        """
+
+    def fetch(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
+        """Hash the files that `path` returns, downloaded if need be; return the problems, a line each.
+
+        With a memo, files that have not changed since they were hashed are not hashed again.
+        """
+
+    def check_changed(self, ref: Ref, memo: HashMemo) -> list[str]:
+        """Hash those files on this machine that changed since they were hashed; return the problems, a line each.
+
+        Nothing is downloaded: of an artifact in a bucket that has no copy here, nothing is hashed.
+        """
+
+    def is_remembered(self, ref: Ref, memo: HashMemo) -> bool:
+        """Tell whether all files were hashed on this machine, were intact, and have not changed since. Nothing is read."""
 
     def quarantine(self, ref: Ref, problems: list[str]) -> str:
         """Move a damaged artifact to the quarantine (`set-aside/`), with its problems; return its new location."""
@@ -147,12 +168,61 @@ class Store(Protocol):
         """
 
 
-def require_intact(store: Store, ref: Ref) -> None:
-    """Fetch an artifact to this machine and hash its contents.
+def hash_memo(store: Store) -> HashMemo:
+    """Return the hashes that are remembered of the files of a store."""
+    return HashMemo(store.scratch / "hashes.json")
+
+
+def require_intact(store: Store, ref: Ref, memo: HashMemo | None = None) -> None:
+    """Fetch an artifact to this machine and hash its contents; with a memo, only what changed since it was hashed.
 
     Raises:
         CorruptArtifact: it is damaged. It was moved to the quarantine, so that its stage recomputes it.
     """
-    problems = store.fetch(ref)
+    _require(store, ref, store.fetch(ref, memo), memo)
+
+
+def require_intact_in_store(store: Store, ref: Ref, memo: HashMemo | None = None) -> None:
+    """Hash all contents of an artifact where the store has them, before a promotion names it.
+
+    Raises:
+        CorruptArtifact: it is damaged. It was moved to the quarantine, so that its stage recomputes it.
+    """
+    _require(store, ref, store.verify(ref, memo), memo)
+
+
+def require_unchanged(store: Store, ref: Ref, memo: HashMemo) -> None:
+    """Hash those files of an artifact on this machine that changed since they were hashed.
+
+    Raises:
+        CorruptArtifact: it is damaged. It was moved to the quarantine, so that its stage recomputes it.
+    """
+    _require(store, ref, store.check_changed(ref, memo), memo)
+
+
+def _require(store: Store, ref: Ref, problems: list[str], memo: HashMemo | None) -> None:
+    if memo is not None:
+        memo.save()
     if problems:
-        raise damaged_artifact(ref, store.quarantine(ref, problems), problems)
+        raise _quarantined(store, ref, problems)
+
+
+def read_intact(store: Store, ref: Ref, name: str) -> bytes:
+    """Return the content of one file of an artifact on which a decision depends; it is always hashed.
+
+    Raises:
+        CorruptArtifact: it is damaged. The artifact was moved to the quarantine, so that its stage recomputes it.
+    """
+    try:
+        return store.read(ref, name)
+    except CorruptArtifact as failure:
+        raise _quarantined(store, ref, [failure.got]) from failure
+
+
+def _quarantined(store: Store, ref: Ref, problems: list[str]) -> CorruptArtifact:
+    """Quarantine an artifact, and return the failure. In a read-only store it stays where it is."""
+    try:
+        where = store.quarantine(ref, problems)
+    except ReadOnlyStore:
+        where = store.location(ref)
+    return damaged_artifact(ref, where, problems)

@@ -24,8 +24,10 @@ BLOCK = 4 * 2**20  # bytes that are read or written at a time
 # What `json.dumps` writes. Unlike pydantic's JsonValue, read-only: a dict[str, str] is one too.
 Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | int | float | bool | None"
 
-_Stamp: TypeAlias = tuple[int, int, int, str]  # size, mtime in nanoseconds, inode, hash
-_MEMO = TypeAdapter(dict[str, _Stamp])
+_Stamp: TypeAlias = tuple[int, int, int, int]  # size, mtime in nanoseconds, inode, ctime in nanoseconds
+# Files of older versions had no ctime: they are not read, and the hashes are computed once more.
+_MEMO = TypeAdapter(dict[str, tuple[int, int, int, int, str]])  # by algorithm and path: the stamp and the hash
+SETTLED = 2_000_000_000  # nanoseconds; the coarsest clocks of file systems have ticks of two seconds
 
 
 def hash_file(path: Path, algorithm: str = "sha256") -> str:
@@ -127,10 +129,11 @@ def stale_folders(root: Path, patterns: tuple[str, ...], before: float) -> Itera
 
 
 class HashMemo:
-    """Remember hashes of files by path, size, mtime and inode, so that an unchanged file is not hashed again.
+    """Remember hashes of files by path, size, mtime, inode and ctime, so that an unchanged file is not hashed again.
 
-    The hash of a file whose mtime is younger than two seconds is not remembered: the file could be written again within
-    the same clock tick.
+    The kernel sets a file's ctime at each write and at each change of its mtime, so a write is seen even if its author
+    restores the mtime. The hash of a file whose mtime is younger than two seconds is not remembered: it could be written
+    again within the same clock tick.
     """
 
     def __init__(self, path: Path | None):
@@ -138,22 +141,38 @@ class HashMemo:
         self.changed = False
         try:
             self.known = _MEMO.validate_json(path.read_bytes()) if path else {}
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             self.known = {}
 
     def hash(self, path: Path, algorithm: str = "sha256") -> str:
         """Return a file's hash, from memory if the file has not changed since it was hashed."""
-        before = path.stat()
-        key = f"{algorithm}:{path.resolve()}"
-        stamp = (before.st_size, before.st_mtime_ns, before.st_ino)
-        known = self.known.get(key)
-        if known is not None and known[:3] == stamp:
-            return known[3]
+        known = self._remembered(path, algorithm)
+        return self.rehash(path, algorithm) if known is None else known
+
+    def rehash(self, path: Path, algorithm: str = "sha256") -> str:
+        """Hash a file, whatever is remembered of it, and remember its hash."""
+        before, key = _stamp(path), f"{algorithm}:{path.resolve()}"
         value = hash_file(path, algorithm)
-        if time.time_ns() - before.st_mtime_ns > 2_000_000_000:
-            self.known[key] = (*stamp, value)
+        if _stamp(path) == before and time.time_ns() - before[1] > SETTLED:
+            self.known[key] = (*before, value)
             self.changed = True
         return value
+
+    def has_hash(self, path: Path, sha256: str) -> bool:
+        """Tell whether a file has a hash. Memory can confirm it; a mismatch is only reported after hashing the file."""
+        return self.remembers(path, sha256) or self.rehash(path) == sha256
+
+    def rehash_equals(self, path: Path, sha256: str) -> bool:
+        """Hash a file, whatever is remembered of it, and tell whether it has a hash."""
+        return self.rehash(path) == sha256
+
+    def remembers(self, path: Path, sha256: str) -> bool:
+        """Tell whether a file had a hash when it was hashed, and has not changed since. Nothing is read."""
+        return self._remembered(path, "sha256") == sha256
+
+    def _remembered(self, path: Path, algorithm: str) -> str | None:
+        known = self.known.get(f"{algorithm}:{path.resolve()}")
+        return known[4] if known is not None and known[:4] == _stamp(path) else None
 
     def save(self) -> None:
         """Write the memo to its file. A memo that cannot be written costs time only, so the error is only logged."""
@@ -164,3 +183,8 @@ class HashMemo:
                 self.changed = False
             except OSError as error:
                 log.debug("hashes are not remembered: %s", error)
+
+
+def _stamp(path: Path) -> _Stamp:
+    status = path.stat()
+    return (status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns)

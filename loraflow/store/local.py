@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -19,17 +18,25 @@ from loraflow.store.artifact import (
     MANIFEST,
     QUARANTINE,
     RESERVED_FOLDERS,
+    HasHash,
     Manifest,
+    Pointer,
     PreviousState,
     Ref,
     Summary,
     build_manifest,
     check_consistency,
+    check_content,
     check_folder,
+    damaged_artifact,
+    has_hash,
+    manifest_problem,
+    parse_manifest,
     unreadable_manifest,
 )
 from loraflow.store.checkpoints import recompute_digest, reset_work_folder
 from loraflow.store.files import (
+    HashMemo,
     fsync_path,
     fsync_tree,
     stale_folders,
@@ -52,27 +59,26 @@ class LocalStore:
 
     def find(self, stage: str, fingerprint: str) -> Ref | None:
         """Return the current artifact if its manifest, names and sizes are right, else None."""
-        home = self.root / stage / fingerprint
+        pointer = self._pointer(stage, fingerprint)
+        if pointer is None:
+            return None
+        ref = Ref(stage=stage, fingerprint=fingerprint, digest=pointer.digest, uri=self.uri)
         try:
-            digest = json.loads((home / "current.json").read_bytes())["digest"]
-            manifest = self._read_manifest(home / digest)
-        except (OSError, ValueError, KeyError, TypeError):
+            manifest = parse_manifest(self._manifest_file(ref).read_bytes(), ref, pointer)
+        except (OSError, ValueError):
             return None
-        if manifest.fingerprint != fingerprint or manifest.digest != digest:
-            return None
-        return None if _check(home / digest, manifest) else manifest.ref(self.uri)
+        return None if _check(self._folder(ref), manifest) else manifest.ref(self.uri)
 
     def manifest(self, ref: Ref) -> Manifest:
         """Return an artifact's manifest.
 
         Raises:
-            CorruptArtifact: it is missing or unreadable.
+            CorruptArtifact: it is missing, unreadable, or was changed.
         """
-        folder = self._folder(ref)
         try:
-            return self._read_manifest(folder)
+            return self._read_manifest(ref)
         except (OSError, ValueError) as error:
-            raise unreadable_manifest(ref, str(folder / MANIFEST), error) from error
+            raise unreadable_manifest(ref, str(self._manifest_file(ref)), error) from error
 
     def path(self, ref: Ref) -> Path:
         """Return the artifact's folder."""
@@ -83,29 +89,45 @@ class LocalStore:
         return str(self._folder(ref))
 
     def read(self, ref: Ref, name: str) -> bytes:
-        """Return the content of one file of an artifact."""
-        return (self._folder(ref) / name).read_bytes()
+        """Return the content of one file of an artifact.
+
+        Raises:
+            CorruptArtifact: it is missing, or its hash differs from the manifest's.
+        """
+        manifest, path = self.manifest(ref), self._folder(ref) / name
+        content = path.read_bytes() if path.is_file() else None
+        problems = check_content(manifest, name, content)
+        if problems or content is None:
+            raise damaged_artifact(ref, self.location(ref), problems)
+        return content
 
     def check(self, ref: Ref) -> list[str]:
         """Compare an artifact's names and sizes with its manifest; return the problems, a line each."""
         folder = self._folder(ref)
         try:
-            return _check(folder, self._read_manifest(folder))
+            return _check(folder, self._read_manifest(ref))
         except (OSError, ValueError) as error:
-            return [f"{MANIFEST}: {type(error).__name__}"]
+            return [manifest_problem(error)]
 
-    def verify(self, ref: Ref) -> list[str]:
-        """Hash an artifact's contents; return the problems, a line each."""
-        problems = self.check(ref)
-        if problems:
-            return problems
-        folder = self._folder(ref)
-        manifest = self._read_manifest(folder)
-        return check_folder(folder, manifest, contents=True) or check_consistency(manifest, ref)
+    def verify(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
+        """Hash all of an artifact's contents; return the problems, a line each."""
+        return self._check_contents(ref, memo.rehash_equals if memo else has_hash)
 
-    def fetch(self, ref: Ref) -> list[str]:
+    def fetch(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
         """Hash an artifact's contents, which are on this machine already; return the problems, a line each."""
-        return self.verify(ref)
+        return self._check_contents(ref, memo.has_hash if memo else has_hash)
+
+    def check_changed(self, ref: Ref, memo: HashMemo) -> list[str]:
+        """Hash those files that changed since they were hashed; return the problems, a line each."""
+        return self.fetch(ref, memo)
+
+    def is_remembered(self, ref: Ref, memo: HashMemo) -> bool:
+        """Tell whether all files were hashed, were intact, and have not changed since. Nothing is read."""
+        return not self._check_contents(ref, memo.remembers)
+
+    def _check_contents(self, ref: Ref, has_hash: HasHash) -> list[str]:
+        problems = self.check(ref)
+        return problems or check_folder(self._folder(ref), self._read_manifest(ref), contents=True, has_hash=has_hash)
 
     def artifacts(self) -> Iterator[Ref]:
         """Yield all artifacts that have a manifest, current or not, without their facets."""
@@ -120,7 +142,7 @@ class LocalStore:
         payload = None
         for path in (self.root / stage).glob(f"*/*/{MANIFEST}"):
             try:
-                candidate = self._read_manifest(path.parent).payload
+                candidate = Manifest.model_validate_json(path.read_bytes()).payload
             except (OSError, ValueError):
                 continue
             rank = (len(identity.explain(candidate, like)), -path.stat().st_mtime)
@@ -133,7 +155,7 @@ class LocalStore:
         paths = (self.root / stage).glob(f"*/*/{MANIFEST}")
         path = max(paths, key=lambda path: path.stat().st_mtime, default=None)
         try:
-            return self._read_manifest(path.parent) if path else None
+            return Manifest.model_validate_json(path.read_bytes()) if path else None
         except (OSError, ValueError):
             return None
 
@@ -287,7 +309,8 @@ class LocalStore:
         with translate_os_errors(self.uri):
             staged = self.staging(manifest.stage, manifest.fingerprint)
             shutil.copytree(folder, staged, dirs_exist_ok=True)
-            write_json(staged / MANIFEST, manifest.model_dump())
+            if not (staged / MANIFEST).exists():  # the copy from a bucket may lack it
+                write_json(staged / MANIFEST, manifest.model_dump())
             ref = manifest.ref(self.uri)
             problems = check_folder(staged, manifest, contents=True) or check_consistency(manifest, ref)
             if problems:
@@ -303,9 +326,13 @@ class LocalStore:
             return []
 
     def make_current(self, ref: Ref) -> None:
-        """Let the pointer of a fingerprint name an artifact."""
+        """Let the pointer of a fingerprint name an artifact, with the hash of its manifest."""
         with translate_os_errors(self.uri):
-            write_json(self.root / ref.stage / ref.fingerprint / "current.json", {"digest": ref.digest})
+            pointer = self._pointer(ref.stage, ref.fingerprint) or Pointer(digest=ref.digest)
+            content = self._manifest_file(ref).read_bytes()
+            write_json(
+                self.root / ref.stage / ref.fingerprint / "current.json", pointer.pointing_to(ref.digest, content)
+            )
 
     def resume_commit(self, stage: str, fingerprint: str) -> Ref | None:
         """Return None: a commit in a folder is a rename, which leaves nothing to finish."""
@@ -362,9 +389,23 @@ class LocalStore:
     def _folder(self, ref: Ref) -> Path:
         return self.root / ref.stage / ref.fingerprint / ref.digest
 
-    @staticmethod
-    def _read_manifest(folder: Path) -> Manifest:
-        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    def _manifest_file(self, ref: Ref) -> Path:
+        return self._folder(ref) / MANIFEST
+
+    def _read_manifest(self, ref: Ref) -> Manifest:
+        """Read and check a manifest.
+
+        Raises:
+            OSError: it is missing.
+            ValueError: it is unreadable, or was changed.
+        """
+        return parse_manifest(self._manifest_file(ref).read_bytes(), ref, self._pointer(ref.stage, ref.fingerprint))
+
+    def _pointer(self, stage: str, fingerprint: str) -> Pointer | None:
+        try:
+            return Pointer.model_validate_json((self.root / stage / fingerprint / "current.json").read_bytes())
+        except (OSError, ValueError):
+            return None
 
 
 def _check(folder: Path, manifest: Manifest) -> list[str]:

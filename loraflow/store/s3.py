@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import JsonValue
 
 from loraflow import identity
-from loraflow.failures import CorruptArtifact, Failure
+from loraflow.failures import Failure
 from loraflow.store import lease as leases
 from loraflow.store.artifact import (
     MANIFEST,
@@ -26,13 +25,15 @@ from loraflow.store.artifact import (
     Ref,
     Summary,
     build_manifest,
+    check_content,
     check_folder,
     damaged_artifact,
+    has_hash,
 )
 from loraflow.store.bucket import Bucket
 from loraflow.store.bucket_cleanup import stale_items
 from loraflow.store.checkpoint_mirror import CheckpointMirror
-from loraflow.store.files import fsync_tree, translate_os_errors, write_json
+from loraflow.store.files import HashMemo, fsync_tree, translate_os_errors, write_json
 from loraflow.store.lock import flock
 from loraflow.store.s3_artifacts import S3Artifacts
 from loraflow.store.s3_cache import ArtifactCache, cache_folder
@@ -63,7 +64,7 @@ class S3Store:
         """Return an artifact's manifest.
 
         Raises:
-            CorruptArtifact: it is missing or unreadable.
+            CorruptArtifact: it is missing, unreadable, or was changed.
         """
         return self._artifacts.manifest(ref)
 
@@ -90,35 +91,48 @@ class S3Store:
         """Return the content of one file of an artifact.
 
         Raises:
-            CorruptArtifact: its hash differs from the manifest's.
+            CorruptArtifact: it is missing in the bucket, or its hash there differs from the manifest's.
         """
-        cached = self.cache.folder(ref) / name
-        if cached.exists():
-            return cached.read_bytes()
-        manifest = self.manifest(ref)
-        data = b"".join(self.bucket.blocks(file_key(ref, manifest, name)))
-        if hashlib.sha256(data).hexdigest() != manifest.files[name].sha256:
-            raise CorruptArtifact(f"{ref} is damaged.", where=self.location(ref), got=name, next_step="loraflow verify")
-        return data
+        manifest, cached = self.manifest(ref), self.cache.folder(ref) / name
+        if cached.is_file():
+            content = cached.read_bytes()
+            if not check_content(manifest, name, content):
+                return content
+            self.cache.drop(ref)  # only the copy is damaged, or it is of an earlier commit of the same digest
+        found = self.bucket.get(file_key(ref, manifest, name))
+        problems = check_content(manifest, name, found.data if found else None)
+        if problems or found is None:
+            raise damaged_artifact(ref, self.location(ref), problems)
+        return found.data
 
     def check(self, ref: Ref) -> list[str]:
         """Compare an artifact's names and sizes with its manifest; return the problems, a line each."""
         return self._artifacts.check(ref)
 
-    def verify(self, ref: Ref) -> list[str]:
+    def verify(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
         """Read and hash all of an artifact in the bucket; return the problems, a line each."""
         return self._artifacts.verify(ref)
 
-    def fetch(self, ref: Ref) -> list[str]:
+    def fetch(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
         """Download an artifact if need be, and hash the copy; return the problems, a line each.
 
         A damaged copy is downloaded again: the artifact in the store may still be intact.
         """
         if self.cache.has(ref):
-            if self.cache.is_intact(ref):
+            if self.cache.is_intact(ref, memo.has_hash if memo else has_hash):
                 return []
             self.cache.drop(ref)
         return self.cache.download(ref)
+
+    def check_changed(self, ref: Ref, memo: HashMemo) -> list[str]:
+        """Hash those files of this machine's copy that changed since they were hashed. A damaged copy is removed."""
+        if self.cache.has(ref) and not self.cache.is_intact(ref, memo.has_hash):
+            self.cache.drop(ref)
+        return self.check(ref)
+
+    def is_remembered(self, ref: Ref, memo: HashMemo) -> bool:
+        """Tell whether this machine's copy was hashed, was intact, and has not changed since. Nothing is read."""
+        return self.cache.has(ref) and self.cache.is_intact(ref, memo.remembers) and not self.check(ref)
 
     def artifacts(self) -> Iterator[Ref]:
         """Yield all artifacts that have a manifest, current or not, without their facets."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,11 +13,13 @@ from loraflow import identity
 from loraflow.store.artifact import (
     MANIFEST,
     Manifest,
+    Pointer,
     PreviousState,
     Ref,
-    check_consistency,
     compare_sizes,
     content_problem,
+    manifest_problem,
+    parse_manifest,
     unreadable_manifest,
 )
 from loraflow.store.bucket import CONCURRENCY, Bucket, ObjectInfo, retry_network
@@ -42,16 +43,14 @@ class S3Artifacts:
 
     def find(self, stage: str, fingerprint: str) -> Ref | None:
         """Return the current artifact if its manifest, names and sizes are right, else None."""
-        try:
-            pointer = self.bucket.get(pointer_key(stage, fingerprint))
-            if pointer is None:
-                return None
-            ref = Ref(stage=stage, fingerprint=fingerprint, digest=json.loads(pointer.data)["digest"], uri=self.uri)
-            listed = self._objects(ref)
-            manifest = self._listed_manifest(ref, listed)
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pointer = self.pointer(stage, fingerprint)
+        if pointer is None:
             return None
-        if manifest.fingerprint != fingerprint or manifest.digest != ref.digest:
+        ref = Ref(stage=stage, fingerprint=fingerprint, digest=pointer.digest, uri=self.uri)
+        listed = self._objects(ref)
+        try:
+            manifest = self._listed_manifest(ref, listed, pointer)
+        except (FileNotFoundError, ValueError):
             return None
         return None if compare_sizes(file_sizes(ref, manifest, listed), manifest) else manifest.ref(self.uri)
 
@@ -59,7 +58,7 @@ class S3Artifacts:
         """Return an artifact's manifest, from memory if it was found before.
 
         Raises:
-            CorruptArtifact: it is missing or unreadable.
+            CorruptArtifact: it is missing, unreadable, or was changed.
         """
         known = self._manifests.get(artifact_prefix(ref))
         if known is not None:
@@ -74,12 +73,20 @@ class S3Artifacts:
 
         Raises:
             FileNotFoundError: it is missing.
-            ValueError: it is unreadable.
+            ValueError: it is unreadable, or was changed.
         """
         found = self.bucket.get(manifest_key(ref))
         if found is None:
             raise FileNotFoundError(f"{self.location(ref)}/{MANIFEST}")
-        return Manifest.model_validate_json(found.data)
+        return parse_manifest(found.data, ref, self.pointer(ref.stage, ref.fingerprint))
+
+    def pointer(self, stage: str, fingerprint: str) -> Pointer | None:
+        """Return the pointer of a fingerprint; None if there is none that can be read."""
+        found = self.bucket.get(pointer_key(stage, fingerprint))
+        try:
+            return Pointer.model_validate_json(found.data) if found else None
+        except ValueError:
+            return None
 
     def forget(self, ref: Ref) -> None:
         """Forget an artifact's manifest, because it is removed or written again."""
@@ -93,9 +100,9 @@ class S3Artifacts:
         """Compare an artifact's names and sizes with its manifest; return the problems, a line each."""
         listed = self._objects(ref)
         try:
-            manifest = self._listed_manifest(ref, listed)
+            manifest = self._listed_manifest(ref, listed, self.pointer(ref.stage, ref.fingerprint))
         except (FileNotFoundError, ValueError) as error:
-            return [f"{MANIFEST}: {type(error).__name__}"]
+            return [manifest_problem(error)]
         return compare_sizes(file_sizes(ref, manifest, listed), manifest)
 
     def verify(self, ref: Ref) -> list[str]:
@@ -113,8 +120,7 @@ class S3Artifacts:
 
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             damaged = pool.map(lambda name: retry_network(lambda: is_damaged(name)), manifest.files)
-            problems = [content_problem(name) for name, bad in zip(manifest.files, damaged, strict=True) if bad]
-        return problems or check_consistency(manifest, ref)
+            return [content_problem(name) for name, bad in zip(manifest.files, damaged, strict=True) if bad]
 
     def all(self) -> Iterator[Ref]:
         """Yield all artifacts that have a manifest, current or not, without their facets."""
@@ -162,11 +168,11 @@ class S3Artifacts:
                 found[key] = Manifest.model_validate_json(data)
         return found
 
-    def _listed_manifest(self, ref: Ref, listed: list[ObjectInfo]) -> Manifest:
+    def _listed_manifest(self, ref: Ref, listed: list[ObjectInfo], pointer: Pointer | None) -> Manifest:
         """Read the manifest that is among an artifact's objects, and remember it."""
         key = manifest_key(ref)
         content = self.bucket.read(item for item in listed if item.key == key)
         if key not in content:
             raise FileNotFoundError(f"{self.location(ref)}/{MANIFEST}")
-        manifest = self._manifests[artifact_prefix(ref)] = Manifest.model_validate_json(content[key])
+        manifest = self._manifests[artifact_prefix(ref)] = parse_manifest(content[key], ref, pointer)
         return manifest

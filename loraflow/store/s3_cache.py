@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from loraflow import identity
-from loraflow.store.artifact import MANIFEST, Manifest, Ref, check_consistency, check_folder
+from loraflow.store.artifact import MANIFEST, HasHash, Manifest, Ref, check_consistency, check_folder, has_hash
 from loraflow.store.bucket import CONCURRENCY, retry_network
 from loraflow.store.files import fsync_tree, is_inside, translate_os_errors, write_json
 from loraflow.store.lock import flock
@@ -47,12 +47,13 @@ class ArtifactCache:
         """Tell whether there is a complete copy. Its contents are not hashed."""
         return (self.folder(ref) / MANIFEST).exists()
 
-    def is_intact(self, ref: Ref) -> bool:
+    def is_intact(self, ref: Ref, has_hash: HasHash = has_hash) -> bool:
         """Hash a copy; tell whether it matches its manifest."""
         folder = self.folder(ref)
         try:
             manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-            return not check_folder(folder, manifest, contents=True) and not check_consistency(manifest, ref)
+            problems = check_folder(folder, manifest, contents=True, has_hash=has_hash)
+            return not problems and not check_consistency(manifest, ref)
         except (OSError, ValueError):
             return False
 

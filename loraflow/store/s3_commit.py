@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from loraflow.failures import Network
-from loraflow.store.artifact import Manifest, Ref
-from loraflow.store.bucket import CONCURRENCY
+from loraflow.store.artifact import Manifest, Pointer, Ref
+from loraflow.store.bucket import CONCURRENCY, StoredObject
+from loraflow.store.files import json_bytes
 from loraflow.store.s3_artifacts import S3Artifacts
 from loraflow.store.s3_cache import ArtifactCache
 from loraflow.store.s3_layout import file_key, is_telemetry, manifest_key, pointer_key
@@ -34,19 +35,22 @@ def commit_artifact(
         Network: the store did not answer, or other workers kept changing the artifact.
     """
     bucket, ref = artifacts.bucket, manifest.ref(artifacts.uri)
-    pointer, content = pointer_key(ref.stage, ref.fingerprint), json.dumps({"digest": ref.digest}).encode()
+    key, ours = pointer_key(ref.stage, ref.fingerprint), _manifest_bytes(manifest)
     for _ in range(ATTEMPTS):
-        seen = bucket.get(pointer)
+        seen = bucket.get(key)
         current = artifacts.find(ref.stage, ref.fingerprint)
         if current is not None and (not replace or current.digest == ref.digest):
             shutil.rmtree(folder)
             return current
         _upload_files(artifacts, folder, ref, manifest)
-        is_ours = _write_manifest(artifacts, ref, manifest)
-        written = bucket.replace(pointer, content, seen.etag) if seen else bucket.create(pointer, content)
+        stored = _write_manifest(artifacts, ref, ours)
+        if stored is None:
+            continue  # another machine removed it meanwhile
+        content = json_bytes(_pointer(seen, ref).pointing_to(ref.digest, stored))
+        written = bucket.replace(key, content, seen.etag) if seen else bucket.create(key, content)
         if written is None:
             continue  # another machine committed meanwhile
-        if is_ours:
+        if stored == ours:
             cache.add(folder, ref)
         else:
             shutil.rmtree(folder)
@@ -69,13 +73,28 @@ def _upload_files(artifacts: S3Artifacts, folder: Path, ref: Ref, manifest: Mani
         list(pool.map(upload, names))
 
 
-def _write_manifest(artifacts: S3Artifacts, ref: Ref, manifest: Manifest) -> bool:
-    """Write the manifest, unless another writer's artifact is intact; return whether the stored manifest is ours."""
+def _write_manifest(artifacts: S3Artifacts, ref: Ref, ours: bytes) -> bytes | None:
+    """Write the manifest, unless another writer's artifact is intact.
+
+    Return the manifest that is stored: ours, or the other writer's; None if another writer changed it at the same time.
+    """
     bucket, key = artifacts.bucket, manifest_key(ref)
-    data = json.dumps(manifest.model_dump(), indent=1, sort_keys=True, ensure_ascii=False).encode()
-    if bucket.create(key, data) is not None:
-        return True
+    if bucket.create(key, ours) is not None:
+        return ours
     seen = bucket.get(key)
     if seen is not None and not artifacts.check(ref):
-        return False
-    return (bucket.replace(key, data, seen.etag) if seen else bucket.create(key, data)) is not None
+        return seen.data
+    written = bucket.replace(key, ours, seen.etag) if seen else bucket.create(key, ours)
+    return ours if written is not None else None
+
+
+def _manifest_bytes(manifest: Manifest) -> bytes:
+    return json.dumps(manifest.model_dump(), indent=1, sort_keys=True, ensure_ascii=False).encode()
+
+
+def _pointer(seen: StoredObject | None, ref: Ref) -> Pointer:
+    """Return the pointer that a commit replaces; an empty one if there is none that can be read."""
+    try:
+        return Pointer.model_validate_json(seen.data) if seen else Pointer(digest=ref.digest)
+    except ValueError:
+        return Pointer(digest=ref.digest)

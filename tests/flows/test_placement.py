@@ -42,7 +42,7 @@ def part(recipe: str, overrides: dict):
 def repaired(recipe: str, overrides: dict):
     """Run the first stages, again after a damaged artifact was quarantined."""
     with open_run(recipe, overrides, []) as run:
-        return finetune.run_pipeline(run)
+        return finetune.until_intact(run, lambda: finetune.pipeline(run))
 
 
 @pytest.fixture(scope="module")

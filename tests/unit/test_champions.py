@@ -105,19 +105,14 @@ def test_a_model_that_no_lookup_finds_does_not_take_the_place_of_one_that_is_fou
 @pytest.mark.parametrize("harm", ["remove", "flip", "shorten"])
 def test_a_rollback_to_a_missing_or_damaged_model_is_refused_and_names_the_run_that_rebuilds_it(store, harm):
     log, (a, b) = promoted(store, "ab")
-    record_run(store, "20260101-000000-aaaaaa", a, commit="0123456789abcdef")
+    record_run(store, "20260101-000000-aaaaaa", a)
     weights = store.path(a) / "weights"
     if harm == "remove":
         shutil.rmtree(store.path(a))
     else:
         weights.write_text(weights.read_text().replace("merge", "merGe") if harm == "flip" else "m")
     failure = loraflow(store, "rollback", "--reason", "bad", fails=CorruptArtifact).exception
-    for part in (
-        "loraflow run tickets",
-        "0123456789ab",
-        "loraflow show --json 20260101-000000-aaaaaa",
-        "--skip-missing",
-    ):
+    for part in ("loraflow run tickets.yaml", "loraflow show 20260101-000000-aaaaaa", "--skip-missing"):
         assert part in failure.next_step
     assert log.head().merged.digest == b.digest and len(log.entries()) == 2
     assert store.find("merge", a.fingerprint) is None, "a run recomputes it"
@@ -140,7 +135,7 @@ def test_a_rollback_without_an_intact_model_is_refused(store):
     log, (a, b) = promoted(store, "ab")
     shutil.rmtree(store.path(a))
     failure = loraflow(store, "rollback", "--reason", "bad", "--skip-missing", fails=CorruptArtifact).exception
-    assert failure.what == "None of the earlier models is intact." and "loraflow run" in failure.next_step
+    assert failure.what == "None of the earlier models is intact." and "rollback" in failure.next_step
     assert log.head().merged.digest == b.digest
 
 
@@ -153,7 +148,7 @@ def test_verify_reports_a_missing_champion_and_its_missing_rollback_target(store
     assert "missing" in done.output and "entry 1" in done.output, "an older one is named, but is no failure"
     shutil.rmtree(store.path(b))
     done = loraflow(store, "verify", fails=CorruptArtifact)
-    assert "entry 2" in done.output and "loraflow show --json 20260101-000000-aaaaaa" in done.exception.next_step
+    assert "entry 2" in done.output and "20260101-000000-aaaaaa" in done.exception.next_step
     assert log.head().merged == c
 
 

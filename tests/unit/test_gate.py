@@ -1,9 +1,11 @@
+import hashlib
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from loraflow.evaluation.gate import decide
+from loraflow.evaluation.gate import decide, heldout_rows
 from loraflow.evaluation.intervals import difference_bounds, mean_interval, tango_bound
 from loraflow.failures import BadConfig, BadData
 
@@ -132,3 +134,67 @@ def test_the_interval_of_a_mean_is_wilsons_or_weighted():
     assert (value, round(low, 4), round(high, 4)) == (0.75, 0.3006, 0.9544)  # Wilson 1927
     scores, weights = np.array([1.0, 2.0, 4.0]), np.array([1.0, 1.0, 2.0])
     assert mean_interval(scores, 0.95, 0, weights)[0] == pytest.approx(11 / 4)
+
+
+@pytest.mark.parametrize("nothing", [None, np.nan, pd.NA, pd.NaT])
+def test_a_row_whose_id_is_null_in_both_tables_is_refused(nothing):
+    """A join would pair the two nulls with each other."""
+    ids = [f"r{i}" for i in range(99)] + [nothing]
+    ours, theirs = table(exact_match=ones).assign(id=ids), table(exact_match=zeros).assign(id=ids)
+    with pytest.raises(BadData, match=r"no valid `id`(.|\n)*in 1 of 100 rows(.|\n)*--force evaluate"):
+        gate(ours, theirs)
+
+
+HARMS = {
+    "null in one table": lambda t: t.assign(id=[None, *t["id"][1:]]),
+    "a number as id": lambda t: t.assign(id=[7, *t["id"][1:]]),
+    "numbers as ids": lambda t: t.assign(id=range(len(t))),
+    "no id column": lambda t: t.drop(columns="id"),
+    "a duplicated id": lambda t: t.assign(id=["r1", *t["id"][1:]]),
+    "another id": lambda t: t.assign(id=["other", *t["id"][1:]]),
+    "one row less": lambda t: t.iloc[1:],
+    "one row more": lambda t: pd.concat([t, t.iloc[:1].assign(id="more")]),
+    "no rows": lambda t: t.iloc[:0],
+    "a score that is null": lambda t: t.assign(exact_match=[None, *t["exact_match"][1:]]).astype({"exact_match": "Float64"}),
+    "a score that is NaN": lambda t: t.assign(exact_match=[np.nan, *t["exact_match"][1:]]),
+    "an infinite score": lambda t: t.assign(exact_match=[np.inf, *t["exact_match"][1:]]),
+    "scores as texts": lambda t: t.assign(exact_match="1.0"),
+    "scores as objects": lambda t: t.assign(exact_match=pd.Series(t["exact_match"], dtype=object)),
+    "scores as complex numbers": lambda t: t.assign(exact_match=t["exact_match"].astype(complex)),
+    "another set": lambda t: t.assign(set=["hard", *t["set"][1:]]),
+    "a duplicated column": lambda t: pd.concat([t, t[["exact_match"]]], axis=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["one table", "both tables"])
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_harmed_score_table_is_refused_with_one_message(harm, both):
+    if both and harm in ("another id", "one row less", "one row more", "another set"):
+        return  # then the tables agree
+    good, base = table(exact_match=ones, set="heldout"), table(exact_match=zeros, set="heldout")
+    assert gate(good, base).verdict == "promote"
+    others = HARMS[harm](base) if both else base
+    for ours, theirs in [(HARMS[harm](good), others), *([] if both else [(good, HARMS[harm](base))])]:
+        with pytest.raises(BadData) as refusal:
+            gate(ours, theirs)
+        assert refusal.value.where and refusal.value.got and "--force evaluate" in refusal.value.next_step
+
+
+@pytest.mark.parametrize("sets", [["heldout", None], ["heldout", 1], ["hard", "hard"], []])
+def test_rows_without_a_valid_set_are_refused_instead_of_left_out(sets):
+    with pytest.raises(BadData, match="set"):
+        heldout_rows(pd.DataFrame({"id": [f"r{i}" for i in range(len(sets))], "set": sets}), "the scores")
+    with pytest.raises(BadData, match="no column `set`"):
+        heldout_rows(table(exact_match=ones), "the scores")
+
+
+def test_rows_are_paired_in_the_order_of_their_ids():
+    """Bootstrap bounds depend on the order, so it must not change."""
+    rng = np.random.default_rng(0)
+    ids = [hashlib.sha256(bytes([i])).hexdigest() for i in range(50)]
+    ours = pd.DataFrame({"id": ids, "f1": rng.random(50)})
+    theirs = pd.DataFrame({"id": ids[::-1], "f1": rng.random(50)})
+    pairs = ours.merge(theirs, on="id", how="outer", suffixes=("", "_other"))
+    bounds = difference_bounds((pairs["f1"] - pairs["f1_other"]).to_numpy(), 0.95, 0)
+    compared = gate(ours, theirs, primary="f1").comparisons[0]
+    assert (compared.difference, compared.lower, compared.upper) == tuple(bounds)

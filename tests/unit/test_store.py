@@ -14,8 +14,20 @@ import pytest
 from loraflow import identity
 from loraflow.failures import CorruptArtifact, DiskFull, ReadOnlyStore
 from loraflow.registry.cleanup import remove_unused
-from loraflow.store import LocalStore, Manifest, Ref, Summary, open_store
-from loraflow.store.files import HashMemo, json_bytes
+from loraflow.store import (
+    LocalStore,
+    Manifest,
+    Ref,
+    Summary,
+    hash_memo,
+    open_store,
+    read_intact,
+    require_intact,
+    require_intact_in_store,
+    require_unchanged,
+)
+from loraflow.store.files import HashMemo, hash_file, json_bytes
+from loraflow.store.s3_layout import file_key
 
 PAYLOAD = identity.payload("tokenize", 1, {}, {"x": 1})
 FP = identity.fingerprint(PAYLOAD)
@@ -113,6 +125,84 @@ def test_an_edited_manifest_is_detected_by_verify(store):
     values["payload"]["config"]["x"] = 2
     rewrite(store, ref, "manifest.json", json.dumps(values))
     assert any("fingerprint" in problem for problem in store.verify(ref))
+
+
+@pytest.mark.parametrize("part", ["report", "figures", "facets", "provenance", "inputs"])
+def test_a_manifest_that_was_edited_after_its_commit_is_a_miss_and_is_written_again(store, part):
+    """None of these is covered by the digest or the fingerprint."""
+    ref = put(store)
+    values = store.manifest(ref).model_dump()
+    edit = {"stage": "a", "fingerprint": "b", "digest": "c"} if part == "inputs" else "d"
+    values[part]["sub"] = edit
+    rewrite(store, ref, "manifest.json", json.dumps(values, indent=1, sort_keys=True))
+    store = open_store(store.uri) if isinstance(store, LocalStore) else type(store)(store.uri)
+    assert store.find("tokenize", FP) is None and store.verify(ref) == ["manifest.json: hash mismatch"]
+    for read in (store.manifest, lambda ref: store.read(ref, "sub/a.txt")):
+        with pytest.raises(CorruptArtifact, match="changed after it was written"):
+            read(ref)
+    again = put(store)
+    assert store.find("tokenize", FP) == again == ref and store.verify(ref) == []
+    assert store.manifest(ref).facets == ref.facets
+
+
+def test_each_digest_of_a_fingerprint_keeps_the_hash_of_its_manifest(store):
+    first, second = put(store), put(store, content="other", replace=True)
+    pointer = json.loads(store.read_document(f"tokenize/{FP}/current.json"))
+    assert pointer["digest"] == second.digest and set(pointer["manifests"]) == {first.digest, second.digest}
+    values = store.manifest(first).model_dump() | {"report": {"promote": True}}
+    rewrite(store, first, "manifest.json", json.dumps(values))
+    assert store.check(first) == ["manifest.json: hash mismatch"] and store.check(second) == []
+
+
+def test_a_pointer_of_an_older_release_is_read_and_its_manifest_has_to_agree_with_its_address(store):
+    ref = put(store)
+    store.write_document(f"tokenize/{FP}/current.json", json_bytes({"digest": ref.digest}))
+    assert store.find("tokenize", FP) == ref and store.verify(ref) == []
+    values = store.manifest(ref).model_dump()
+    values["files"]["sub/a.txt"]["sha256"] = hashlib.sha256(b"hellO").hexdigest()
+    rewrite(store, ref, "sub/a.txt", "hellO")
+    rewrite(store, ref, "manifest.json", json.dumps(values))
+    assert store.find("tokenize", FP) is None and "digest mismatch" in store.check(ref)[0]
+
+
+@pytest.mark.parametrize("harm", ["hellO", "hell", None])
+@pytest.mark.parametrize("name", ["sub/a.txt", "telemetry/time.json"])
+def test_a_file_that_is_read_is_hashed(store, name, harm):
+    ref = put(store)
+    assert store.read(ref, "sub/a.txt") == b"hello" == read_intact(store, ref, "sub/a.txt")
+    if not isinstance(store, LocalStore):
+        store.cache.drop(ref)  # a copy on this machine would be read instead
+    rewrite(store, ref, stored_name(store, ref, name), harm)
+    with pytest.raises(CorruptArtifact, match=r"is damaged(.|\n)*(mismatch|missing)"):
+        store.read(ref, name)
+    assert store.manifest(ref).digest == ref.digest, "reading moves nothing"
+    with pytest.raises(CorruptArtifact, match="set-aside"):
+        read_intact(store, ref, name)
+    assert store.find("tokenize", FP) is None
+    assert put(store).digest == ref.digest
+
+
+def test_a_file_that_the_manifest_does_not_have_is_not_read(store):
+    ref = put(store)
+    rewrite(store, ref, "sub/b.txt", "more")
+    with pytest.raises(CorruptArtifact, match="not in the manifest"):
+        store.read(ref, "sub/b.txt")
+
+
+def test_a_damaged_copy_of_a_buckets_file_is_replaced_by_the_intact_one(bucket_uri):
+    store = open_store(bucket_uri)
+    ref = put(store)
+    for name in ("sub/a.txt", "telemetry/time.json"):
+        (store.path(ref) / name).write_text("hellO")
+        assert hashlib.sha256(store.read(ref, name)).hexdigest() == store.manifest(ref).files[name].sha256
+    assert store.find("tokenize", FP) == ref
+
+
+def stored_name(store, ref: Ref, name: str) -> str:
+    """Return a file's name in the store: a bucket has telemetry below a folder of its own."""
+    if isinstance(store, LocalStore):
+        return name
+    return file_key(ref, store.manifest(ref), name).removeprefix(f"{ref.stage}/{ref.fingerprint}/{ref.digest}/")
 
 
 def test_quarantine_keeps_the_files_and_the_problems(store):
@@ -404,13 +494,86 @@ def test_a_summary_accepts_every_json_value():
         Summary(report={"folder": Path("x")})
 
 
-def test_cached_hashes_of_an_older_release_are_read(tmp_path):
+def remember(monkeypatch) -> None:
+    """Let a memo remember hashes of files that were just written."""
+    monkeypatch.setattr("loraflow.store.files.SETTLED", -1)
+
+
+def test_cached_hashes_of_an_older_release_have_no_ctime_and_are_not_believed(tmp_path):
     file, memo = tmp_path / "file", tmp_path / "hashes.json"
     file.write_text("content")
     os.utime(file, (1_000_000_000, 1_000_000_000))
     inode = file.stat().st_ino
     memo.write_text(f'{{"sha256:{file}": [7, 1000000000000000000, {inode}, "remembered"]}}')
-    assert HashMemo(memo).hash(file) == "remembered"
+    assert HashMemo(memo).hash(file) == hashlib.sha256(b"content").hexdigest()
+
+
+def test_a_changed_byte_is_seen_although_size_mtime_and_inode_are_as_before(tmp_path):
+    file, memo = tmp_path / "file", HashMemo(None)
+    file.write_text("content")
+    os.utime(file, (1_000_000_000, 1_000_000_000))
+    right = memo.hash(file)
+    assert memo.remembers(file, right) and memo.has_hash(file, right)
+    before = file.stat()
+    time.sleep(0.05)  # longer than a tick of the kernel's clock
+    file.write_text("cOntent")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ino) == (7, 10**18, before.st_ino)
+    assert not memo.remembers(file, right) and not memo.has_hash(file, right)
+
+
+def test_a_hash_of_a_file_that_was_just_written_is_not_remembered(tmp_path):
+    file, memo = tmp_path / "file", HashMemo(None)
+    file.write_text("content")
+    memo.hash(file)
+    assert memo.known == {}
+
+
+def test_a_wrong_memo_makes_no_intact_artifact_damaged(store, monkeypatch):
+    remember(monkeypatch)
+    ref, memo = put(store), HashMemo(None)
+    for path in store.path(ref).rglob("*.*"):
+        memo.hash(path)
+    memo.known = {key: (*known[:4], "0" * 64) for key, known in memo.known.items()}
+    assert not store.is_remembered(ref, memo)
+    require_intact(store, ref, memo)
+    assert store.is_remembered(ref, memo) and store.find("tokenize", FP) == ref
+
+
+def test_an_unchanged_artifact_is_hashed_once(store, monkeypatch):
+    remember(monkeypatch)
+    ref, memo, hashed = put(store), hash_memo(store), []
+    path = store.path(ref)
+    monkeypatch.setattr(
+        "loraflow.store.files.hash_file", lambda file, _="sha256": hashed.append(file) or hash_file(file)
+    )
+    require_intact(store, ref, memo)
+    assert len(hashed) == 2, "its files"
+    require_intact(store, ref, hash_memo(store))
+    require_unchanged(store, ref, hash_memo(store))
+    assert len(hashed) == 2, "the memo was saved"
+    os.utime(path / "sub" / "a.txt")
+    require_intact(store, ref, hash_memo(store))
+    assert len(hashed) == 3
+    assert store.verify(ref, hash_memo(store)) == []
+    assert len(hashed) == (5 if isinstance(store, LocalStore) else 3), "verify hashes what is in the store, always"
+
+
+def test_a_damaged_file_is_quarantined_by_whoever_requires_the_artifact(store, monkeypatch):
+    remember(monkeypatch)
+    for number, require in enumerate((require_intact, require_unchanged, require_intact_in_store)):
+        ref = put(store, payload=identity.payload("tokenize", 1, {}, {"x": number}))
+        memo = hash_memo(store)
+        require(store, ref, memo)
+        if require is require_unchanged and not isinstance(store, LocalStore):
+            continue  # it downloads nothing
+        if not isinstance(store, LocalStore):
+            store.cache.drop(ref)
+        time.sleep(0.02)
+        rewrite(store, ref, "sub/a.txt", "hellO")
+        with pytest.raises(CorruptArtifact, match=r"set-aside(.|\n)*sub/a.txt: hash mismatch"):
+            require(store, ref, memo)
+        assert store.find("tokenize", ref.fingerprint) is None
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"sha256:/file": [1]}'])
@@ -423,5 +586,5 @@ def test_a_damaged_hash_cache_is_ignored_and_rewritten(tmp_path, content):
     expected = hashlib.sha256(b"content").hexdigest()
     assert hashes.hash(file) == expected
     hashes.save()
-    stamp = [7, 1_000_000_000_000_000_000, file.stat().st_ino, expected]
+    stamp = [7, 1_000_000_000_000_000_000, file.stat().st_ino, file.stat().st_ctime_ns, expected]
     assert json.loads(memo.read_text()) == {f"sha256:{file}": stamp}

@@ -1,0 +1,115 @@
+"""Name the command that rebuilds an artifact: the run that made it recorded its recipe and all its settings."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from loraflow.config import Recipe
+from loraflow.config.load import find_recipe, parse_recipe
+from loraflow.failures import Failure
+from loraflow.registry.runs import RunRecord, computed, read_runs
+from loraflow.store import Ref, Store
+
+UNKNOWN = (
+    "no run on record made it: run its recipe again (`loraflow registry` names it); "
+    "if it is the champion, `loraflow rollback --reason …` goes back to the model before it"
+)
+_PRINT_RECIPE = "import json, sys; print(json.load(sys.stdin)['recipe_text'], end='')"
+
+
+def how_to_rebuild(store: Store, ref: Ref) -> str:
+    """Return the next step after an artifact was lost or damaged: the command that computes the same artifact again."""
+    record = _made_by(store, ref)
+    if record is None:
+        return UNKNOWN
+    file = _recipe_file(record)
+    if file is not None:
+        return f"`{_command(store, record, file, _text(file))}` rebuilds it, with the settings of run {record.run}"
+    file = Path(f"{record.recipe}.yaml")
+    show = f"loraflow show {record.run} --store {shlex.quote(store.uri)} --json"
+    return (
+        f'write its recipe, which run {record.run} recorded: `{show} | python3 -c "{_PRINT_RECIPE}" > '
+        f"{shlex.quote(str(file))}`; then `{_command(store, record, file, record.recipe_text)}` rebuilds it"
+    )
+
+
+def _made_by(store: Store, ref: Ref) -> RunRecord | None:
+    """Return the run that computed an artifact, else the newest that found it in the cache."""
+    runs = [
+        (run, stage.stage)
+        for run in reversed(read_runs(store))
+        for stage in run.stages
+        if (stage.fingerprint, stage.digest) == (ref.fingerprint, ref.digest) and run.recipe_text
+    ]
+    return next((run for run, label in runs if computed(run, label)), runs[0][0] if runs else None)
+
+
+def _recipe_file(record: RunRecord) -> Path | None:
+    """Return the file that has the recipe as it was in the run, else the file with the recipe's name."""
+    for file in sorted([*Path("configs").glob("*.yaml"), *Path().glob("*.yaml")]):
+        if _text(file) == record.recipe_text:
+            return file
+    try:
+        return find_recipe(record.recipe)
+    except Failure:
+        return None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _command(store: Store, record: RunRecord, file: Path, text: str) -> str:
+    """Return the command for a recipe's file with this text; `--set` has what differs from the run's settings."""
+    command = f"loraflow run {shlex.quote(str(file))}"
+    try:
+        recipe = parse_recipe(text, name=str(file))
+    except Failure:  # a recipe of another version; `loraflow run` says what to correct
+        return command
+    settings = {**dict(_differences(record, recipe)), **_revision(store, record)}
+    sets = [f"--set {shlex.quote(f'{key}={json.dumps(value, ensure_ascii=False)}')}" for key, value in settings.items()]
+    return " ".join([command, *sets])
+
+
+def _differences(record: RunRecord, recipe: Recipe) -> Iterator[tuple[str, JsonValue]]:
+    """Yield (dotted key, recorded value) of the settings in which a run differs from a recipe."""
+    now = dict(_leaves(recipe.model_dump(by_alias=True, mode="json")))
+    for key, value in _leaves(record.resolved):
+        if key in now and now[key] != value:
+            yield key, value
+
+
+def _leaves(values: Mapping[str, JsonValue], prefix: str = "") -> Iterator[tuple[str, JsonValue]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _revision(store: Store, record: RunRecord) -> dict[str, JsonValue]:
+    """Return the setting for the run's version of the dataset, if the work tree pins another version by now."""
+    from loraflow.data import dvc
+
+    data, stage = record.section("data"), record.stage("version_dataset")
+    source = data.get("source")
+    in_work_tree = (
+        isinstance(source, str) and source.endswith(".dvc") and data.get("repo") == "." and not data.get("rev")
+    )
+    if not (in_work_tree and isinstance(source, str) and stage and record.commit):
+        return {}
+    dataset = Ref(stage="version_dataset", fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
+    try:
+        config = store.manifest(dataset).payload["config"]
+        pinned = dvc.read_pin(".", source, None).md5
+    except (Failure, OSError):  # unknown; the command still names all other settings
+        return {}
+    return {} if isinstance(config, dict) and config.get("md5") == pinned else {"data.rev": record.commit}

@@ -1,0 +1,87 @@
+"""The command that a refusal names computes the same model: it loads to the recipe that the run recorded."""
+
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+
+from loraflow.cli import parse_overrides
+from loraflow.config import load_recipe
+from loraflow.registry.rebuild import how_to_rebuild
+from loraflow.registry.runs import RunRecord, StageRun
+from loraflow.store import LocalStore, Ref
+
+REF = Ref(stage="merge", fingerprint="f" * 64, digest="d" * 64, uri="")
+
+
+def record(store, recipe, number=1, state="computed", **overrides):
+    """Write the record of a run that made a merged model."""
+    run = f"20260101-00000{number}-abcdef"
+    stage = StageRun(stage="merge", state=state, fingerprint=REF.fingerprint, digest=REF.digest)
+    loaded = load_recipe(recipe, overrides)
+    values = {"run": run, "recipe": loaded.name, "recipe_text": recipe.read_text(), "stages": [stage]}
+    resolved = loaded.model_dump(by_alias=True, mode="json")
+    store.write_document(f"runs/{run}.json", RunRecord(resolved=resolved, **values).document)
+    return resolved
+
+
+def load(command):
+    """Return what `loraflow run` would load."""
+    program, run, file, *options = shlex.split(command)
+    assert (program, run, set(options[::2])) in [("loraflow", "run", {"--set"}), ("loraflow", "run", set())]
+    return load_recipe(file, parse_overrides(tuple(options[1::2]))).model_dump(by_alias=True, mode="json")
+
+
+OVERRIDES = {
+    "training_config.learning_rate": 2e-5,
+    "peft_config.target_modules": ["qkv_proj", "o_proj"],
+    "data.system": 'it\'s "brief": yes, é',
+    "merge.dtype": "float32",
+    "training_config.bf16": False,
+}
+
+
+@pytest.mark.parametrize("overrides", [{}, *({key: value} for key, value in OVERRIDES.items())])
+def test_the_command_has_the_settings_of_the_run(recipe, tmp_path, monkeypatch, overrides):
+    store = LocalStore(tmp_path / "store")
+    resolved = record(store, recipe, **overrides)
+    (tmp_path / "configs").mkdir()
+    shutil.move(recipe, tmp_path / "configs" / "another name.yaml")
+    monkeypatch.chdir(tmp_path)
+    text = how_to_rebuild(store, REF)
+    assert load(re.match("`(.*)` rebuilds it", text)[1]) == resolved
+
+
+def test_a_recipe_that_was_edited_since_is_run_with_the_settings_of_before(recipe, tmp_path, monkeypatch):
+    store = LocalStore(tmp_path / "store")
+    resolved = record(store, recipe, **{"training_config.seed": 3})
+    recipe.write_text(recipe.read_text().replace("learning_rate: 1.0e-2", "learning_rate: 5.0e-2"))
+    (tmp_path / "configs").mkdir()
+    shutil.move(recipe, tmp_path / "configs" / "tiny.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert load(re.match("`(.*)` rebuilds it", how_to_rebuild(store, REF))[1]) == resolved
+
+
+def test_a_recipe_that_is_gone_is_written_from_the_record(recipe, tmp_path, monkeypatch):
+    store = LocalStore(tmp_path / "a store")
+    resolved = record(store, recipe, **{"training_config.seed": 3})
+    recipe.unlink()
+    monkeypatch.chdir(tmp_path)
+    write, run = re.findall("`([^`]*)`", how_to_rebuild(store, REF))
+    subprocess.run(
+        f"loraflow() {{ cat '{store.root}/runs/20260101-000001-abcdef.json'; }}\n{write}", shell=True, check=True
+    )
+    assert load(run) == resolved
+
+
+def test_of_several_runs_the_one_that_computed_the_model_is_named(recipe, tmp_path):
+    store = LocalStore(tmp_path / "store")
+    for number, state in enumerate(("cached", "computed", "cached"), 1):
+        record(store, recipe, number, state)
+    assert "run 20260101-000002-abcdef" in how_to_rebuild(store, REF)
+
+
+def test_without_a_record_the_log_and_a_rollback_are_named(tmp_path):
+    assert "loraflow rollback" in how_to_rebuild(LocalStore(tmp_path), REF)

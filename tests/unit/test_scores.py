@@ -1,0 +1,69 @@
+"""The gate reads score tables: it hashes the bytes that it parses, and believes no edited table or manifest."""
+
+import io
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from loraflow import identity
+from loraflow.config import load_recipe
+from loraflow.execution.workspace import Workspace
+from loraflow.failures import BadData, CorruptArtifact
+from loraflow.store import Ref, Summary
+from loraflow.tasks.gate import gate
+
+
+def scores(workspace: Workspace, name: str, value: float, **columns) -> Ref:
+    """Commit a score table as an evaluation does."""
+    payload = identity.payload("evaluate", 1, {}, {"model": name})
+    staged = workspace.store.staging("evaluate", identity.fingerprint(payload))
+    rows = {"id": [f"r{i}" for i in range(40)], "set": "heldout", "token_loss": value, **columns}
+    pd.DataFrame(rows).to_parquet(staged / "scores.parquet", index=False)
+    return workspace.store.commit(staged, payload=payload, inputs={}, summary=Summary(), provenance={})
+
+
+@pytest.fixture
+def workspace(recipe):
+    return Workspace(load_recipe(recipe))
+
+
+def decide(workspace, base, tuned, champion=None):
+    merged = Ref(stage="merge", fingerprint="f" * 64, digest="d" * 64, uri=workspace.store.uri)
+    result = SimpleNamespace(merged=merged, base_scores=base, tuned_scores=tuned, champion_scores=champion)
+    return gate.fn(workspace, result)
+
+
+def improve(file):
+    """Replace the scores by better ones; names and sizes stay."""
+    data = file.read_bytes()
+    table = pd.read_parquet(file)
+    written = io.BytesIO()
+    table.assign(token_loss=0.5).to_parquet(written, index=False)
+    assert len(written.getvalue()) == len(data)
+    file.write_bytes(written.getvalue())
+
+
+@pytest.mark.parametrize("harmed", ["base", "tuned", "champion"])
+def test_edited_scores_promote_nothing_and_are_quarantined(workspace, harmed):
+    refs = {name: scores(workspace, name, 2.0) for name in ("base", "tuned", "champion")}
+    assert decide(workspace, **refs).verdict != "promote"
+    for name in workspace.store.documents("registry/"):
+        (workspace.store.root / name).unlink()
+    improve(workspace.store.path(refs[harmed]) / "scores.parquet")
+    assert workspace.store.find("evaluate", refs[harmed].fingerprint) == refs[harmed], "its size is right"
+    with pytest.raises(CorruptArtifact, match=r"damaged(.|\n)*set-aside(.|\n)*scores.parquet: hash mismatch"):
+        decide(workspace, **refs)
+    assert workspace.store.find("evaluate", refs[harmed].fingerprint) is None, "so its stage recomputes it"
+    assert not workspace.store.documents("registry/"), "no decision is stored"
+
+
+def test_a_table_without_an_id_in_a_row_is_refused_although_it_is_intact(workspace):
+    ids = [None, *(f"r{i}" for i in range(1, 40))]
+    with pytest.raises(BadData, match="no valid `id`"):
+        decide(workspace, scores(workspace, "base", 2.0, id=ids), scores(workspace, "tuned", 1.0, id=ids))
+
+
+def test_better_scores_are_promoted(workspace):
+    base, tuned = scores(workspace, "base", 2.0), scores(workspace, "tuned", 1.0)
+    assert decide(workspace, base, tuned).verdict == "promote"
