@@ -50,11 +50,11 @@ def test_a_model_and_its_base_are_found_by_champion_run_and_path(completed_proje
     promote(project, merged)
     for name in ("champion", "champion:tiny", summary["run"], str(merged)):
         found = find_model(store, name)
-        assert (found.folder, found.base, found.adapter) == (merged, base, None), name
+        assert (found.folder, found.base, found.unmerged_adapter) == (merged, base, None), name
         assert found.run.run == summary["run"] and found.ref.digest == merged.name
     for name in (adapter, adapter.parent):
         found = find_model(store, str(name))
-        assert (found.folder, found.adapter) == (base, adapter)
+        assert (found.folder, found.unmerged_adapter) == (base, adapter)
     elsewhere = find_model(LocalStore(project.folder / "other"), str(merged))
     assert elsewhere.ref is None and elsewhere.base == base
     with pytest.raises(BadConfig, match="no such model"):
