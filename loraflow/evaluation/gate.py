@@ -166,7 +166,8 @@ def _differences(
             next_step="correct gate.primary or gate.guards, or add the metric that gives this score to evaluation.metrics",
         )
     sign = -1.0 if metric in inverted else 1.0
-    return sign * (_scores(ours, metric, "challenger") - _scores(theirs, metric, name))
+    differences: np.ndarray = sign * (_scores(ours, metric, "challenger") - _scores(theirs, metric, name))
+    return differences
 
 
 def _scores(table: pd.DataFrame, metric: str, where: str) -> np.ndarray:

@@ -6,7 +6,7 @@ If one of these documents is missing, its facts are left empty. From a bucket, o
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from loraflow.evaluation.values import Scores
 from loraflow.frozen import FrozenModel
@@ -16,6 +16,8 @@ from loraflow.serving.card import Settings, training_settings
 from loraflow.serving.lineage import Lineage, read_lineage
 from loraflow.serving.models import champion_entry
 from loraflow.store import Ref, Store, hash_memo
+
+Contents: TypeAlias = Literal["intact", "not checked", "damaged"]
 
 
 class PromotionEntry(FrozenModel):
@@ -89,7 +91,7 @@ class Files(FrozenModel):
     digest: str
     uri: str
     problems: list[str]
-    contents: Literal["intact", "not checked", "damaged"]
+    contents: Contents
 
 
 class Champion(FrozenModel):
@@ -218,9 +220,12 @@ def _scores(record: RunRecord) -> RunScores:
 
 def _files(store: Store, ref: Ref, folder: str = "") -> Files:
     problems = store.check(ref)
-    known = "intact" if store.is_remembered(ref, hash_memo(store)) else "not checked"
-    uri = store.location(ref) + folder
-    return Files(digest=ref.digest, uri=uri, problems=problems, contents="damaged" if problems else known)
+    contents: Contents = "not checked"
+    if problems:
+        contents = "damaged"
+    elif store.is_remembered(ref, hash_memo(store)):
+        contents = "intact"
+    return Files(digest=ref.digest, uri=store.location(ref) + folder, problems=problems, contents=contents)
 
 
 def _setting(record: RunRecord | None, section: str, key: str) -> str | None:

@@ -9,7 +9,8 @@ from loraflow import identity
 from loraflow.config import load_recipe
 from loraflow.evaluation.values import Decision
 from loraflow.execution.workspace import Workspace
-from loraflow.failures import CorruptArtifact, Failure
+from loraflow.failures import CorruptArtifact, DamagedLog, Failure
+from loraflow.flows.finetune import until_intact
 from loraflow.store import Summary, require_intact
 from loraflow.tasks.register import register
 
@@ -73,3 +74,18 @@ def test_a_missing_champion_stops_the_run(recipe):
     shutil.rmtree(workspace.store.path(ref))
     with pytest.raises(Failure, match="missing or damaged"):
         workspace.champion()
+
+
+def test_a_damaged_promotion_log_stops_the_run_at_once_with_its_own_message(recipe):
+    """A damaged artifact is recomputed, and the pipeline starts again. Nothing recomputes a log."""
+    workspace, attempts = Workspace(load_recipe(recipe)), []
+    promote(workspace, model(workspace, "a"))
+    workspace.store.remove_document(f"registry/{workspace.log.model}/log/000001.json")
+
+    def step():
+        attempts.append(1)
+        return workspace.champion()
+
+    with pytest.raises(DamagedLog) as caught:
+        until_intact(SimpleNamespace(workspace=workspace), step)
+    assert attempts == [1] and "entry 1" in caught.value.expected and "registry accept" in caught.value.next_step

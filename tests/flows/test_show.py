@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from loraflow.cli import cli
 from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.registry import PromotionLog
-from loraflow.registry.runs import RunRecord, read_run
+from loraflow.registry.runs import LogHead, RunRecord, read_run
 from loraflow.store import LocalStore, Summary, open_store
 from tests.promoted_models import forget_promotions
 
@@ -127,6 +127,14 @@ def test_after_a_rollback_both_the_rollback_and_the_promotion_are_shown(champion
     assert (shown["promoted"]["action"], shown["promoted"]["entry"]) == ("promote", 1)
     text = show(champion.uri, "champion").stdout
     assert "by ops, entry 3" in text and "answers in French" in text and "better answers" in text
+
+
+def test_the_record_of_a_run_names_the_last_entry_of_the_promotion_log(completed_project):
+    """So that a log which was deleted together with its anchor is noticed."""
+    project, summary = completed_project
+    head = PromotionLog(project.store, "tiny").head()
+    expected = LogHead(seq=head.seq, hash=head.hash) if head else LogHead()
+    assert read_run(LocalStore(project.store), summary["run"]).promotion_head == expected
 
 
 def test_a_missing_champion_is_reported(store, run):
