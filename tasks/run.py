@@ -21,7 +21,7 @@ from loraflow.data import dvc
 from loraflow.execution.cache import OTHER_CODE, Lookup, look_up
 from loraflow.execution.parent_death import end_with_parent
 from loraflow.execution.workspace import Workspace
-from loraflow.failures import Failure, from_os_error
+from loraflow.failures import DamagedLog, Failure, from_os_error
 from loraflow.job import Job
 from loraflow.registry.cleanup import remove_unused
 from loraflow.registry.runs import RunSummary, StageRun
@@ -147,6 +147,8 @@ def _clean_up(workspace: Workspace) -> None:
         bounds = workspace.recipe.runtime
         for path, size, why in remove_unused(workspace.store, keep=bounds.keep, keep_champions=bounds.keep_champions):
             log.info("removed %s (%.0f MiB, %s)", path.parent.name[:12], size / 2**20, why)
+    except DamagedLog as failure:  # of another model: the store grows until a person resolves it
+        log.warning("not cleaned up: %s", failure)
     except (Failure, OSError) as error:  # the run is done; `loraflow gc` shows what is in the way
         log.debug("not cleaned up: %s", error)
 
