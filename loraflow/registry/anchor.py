@@ -10,6 +10,7 @@ brings the anchor up to date. Stores of earlier versions have no anchor until th
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from loraflow.registry.runs import LogHead, run_ids
 from loraflow.store import Store
 from loraflow.store.files import json_bytes
 
+log = logging.getLogger("loraflow")
 FOLDER = "anchors"
 
 
@@ -86,6 +88,9 @@ def read_known(store: Store, model: str, *, all_runs: bool) -> Known:
                 accepted.append(Acceptance.model_validate_json(data))
         except ValidationError as error:
             first = error.errors()[0]
+            if name != _anchor_name(model):  # without this decision, the loss has to be accepted again
+                log.warning("%s cannot be read: %s", name, first["msg"])
+                continue
             problem = f"{name} cannot be read: {'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}"
     from_runs: list[Claim] = []
     if all_runs:

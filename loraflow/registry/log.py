@@ -120,7 +120,7 @@ class PromotionLog:
         unmet = known.unmet([entry.hash for entry in read.entries])
         if unmet:
             claim = max(unmet, key=lambda claim: claim.head.seq)
-            got = f"{intact} intact entries" if claim.head.seq > intact else "another entry with this number"
+            got = f"intact entries: {intact}" if claim.head.seq > intact else "another entry with this number"
             raise damaged_log(self.store, self.model, f"{self.folder}/log", expected=str(claim), got=got, intact=intact)
         return read.entries
 

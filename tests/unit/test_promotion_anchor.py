@@ -133,6 +133,18 @@ def test_an_accepted_loss_is_recorded_and_the_intact_entries_go_on(log, store, h
         PromotionLog(store, "tickets").head()
 
 
+def test_a_damaged_acceptance_means_that_the_loss_is_accepted_again(log, store):
+    delete(store, f"{LOG}/", f"{FOLDER}/")
+    log.accept_loss("no backup", "me")
+    assert log.entries(all_runs=True) == []
+    store.write_document(f"{FOLDER}/tickets/accepted-000001.json", b"{")
+    with pytest.raises(DamagedLog):
+        log.entries(all_runs=True)
+    log.accept_loss("no backup", "me")
+    promote(log, add_model(store, "d"))
+    assert [acceptance.reason for acceptance in log.acceptances()] == ["no backup"]
+
+
 def test_a_log_that_is_not_damaged_has_no_loss_to_accept(log, store):
     loraflow(store, "registry", "accept", "--reason", "x", fails=Failure)
     assert not log.acceptances()
@@ -201,7 +213,7 @@ def test_a_run_record_of_an_earlier_version_shows_that_a_log_was_deleted(log, st
     record_run(store, RUN, add_model(store, "b"), summary={"run": RUN, "recipe": "tickets", "registered": 3})
     with pytest.raises(DamagedLog) as caught:
         PromotionLog(store, "tickets").head()
-    assert caught.value.expected == f"entry 3, as runs/{RUN}.json says" and caught.value.got == "0 intact entries"
+    assert caught.value.expected == f"entry 3, as runs/{RUN}.json says" and caught.value.got == "intact entries: 0"
     assert models(store) == ["tickets"]
 
 
