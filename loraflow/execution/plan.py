@@ -106,8 +106,8 @@ def _plan_step(
     if waiting:
         last_time = _seconds_last_time(workspace, name)
         if forced or last_time is None:  # it runs, whatever its inputs are
-            why = "--force" if forced else NEVER_COMPUTED
-            return PlannedStep(step.label, name, "runs", [why], seconds=last_time), None
+            reason = "--force" if forced else NEVER_COMPUTED
+            return PlannedStep(step.label, name, "runs", [reason], seconds=last_time), None
         first, last = ", ".join(waiting[:-1]), waiting[-1]
         names, its = (f"{first} and {last}", "their") if first else (last, "its")
         reason = f"depends on {names}: reused if {its} output does not change"
