@@ -66,12 +66,19 @@ def models(store: Store, *, of_runs: bool = False) -> list[str]:
     return sorted(filter(_MODEL_NAME.fullmatch, found))
 
 
+<<<<<<< HEAD
 class _Read(NamedTuple):
     """The entries at the beginning of a log that are intact, the files after them, and what is wrong there."""
 
     entries: list[Entry]
     rest: dict[str, bytes]
     problem: str
+=======
+def models(store: Store) -> list[str]:
+    """Return the names of the models that have a promotion log, sorted. A model that was only rejected has none."""
+    paths = (name.split("/") for name in store.documents("registry/"))
+    return sorted({path[1] for path in paths if path[2] == "log"})
+>>>>>>> part/A
 
 
 class PromotionLog:

@@ -170,6 +170,7 @@ class S3Artifacts:
 
     def _listed_manifest(self, ref: Ref, listed: list[ObjectInfo], pointer: Pointer | None) -> Manifest:
         """Read the manifest that is among an artifact's objects, and remember it."""
+        self.forget(ref)
         key = manifest_key(ref)
         content = self.bucket.read(item for item in listed if item.key == key)
         if key not in content:

@@ -20,13 +20,15 @@ from loraflow.registry import PromotionLog
 from loraflow.store import LocalStore, hash_memo
 from loraflow.tasks.report import _losses
 from tests.flows.conftest import states
+from tests.promoted_models import forget_promotions
 
 
 @pytest.fixture
 def store(project):
     """The store of a real run, without a champion."""
-    shutil.rmtree(project.store / "registry", ignore_errors=True)
-    return LocalStore(project.store)
+    store = LocalStore(project.store)
+    forget_promotions(store)
+    return store
 
 
 @pytest.fixture
@@ -111,7 +113,7 @@ def test_a_model_with_a_changed_byte_is_refused_with_the_command_that_rebuilds_i
     names = {"RUN": run, "MERGED": merged, "LINK": "link", "ADAPTER": adapter / "adapter", "BASE": base}
     command = [str(names.get(part, part)) for part in USERS[user]]
     if user == "promote":
-        shutil.rmtree(champion.root / "registry")
+        forget_promotions(champion)
     if user not in ("merge", "convert", "evaluate", "evaluate a path"):
         command += ["--store", champion.uri]
     flip(next(champion.path(damaged).rglob("*.safetensors")))
