@@ -55,30 +55,23 @@ class HeadChanged(Exception):
 
 
 def models(store: Store, *, of_runs: bool = False) -> list[str]:
-    """Return the names in the registry, sorted; with `of_runs`, also those that only run records know.
+    """Return the names of the models that have a promotion log, sorted. A model that was only rejected has none.
 
-    A model whose log was deleted is among them if its anchor is there.
+    A model whose log was deleted is among them if its anchor is there; with `of_runs`, also if only run records know it.
     """
-    found = {name.split("/")[1] for name in store.documents("registry/") if name.count("/") > 1}
-    found |= anchored_models(store)
+    paths = [name.split("/") for name in store.documents("registry/")]
+    found = {path[1] for path in paths if path[2:3] == ["log"]} | anchored_models(store)
     if of_runs or not found:
         found |= models_of_runs(store)
     return sorted(filter(_MODEL_NAME.fullmatch, found))
 
 
-<<<<<<< HEAD
 class _Read(NamedTuple):
     """The entries at the beginning of a log that are intact, the files after them, and what is wrong there."""
 
     entries: list[Entry]
     rest: dict[str, bytes]
     problem: str
-=======
-def models(store: Store) -> list[str]:
-    """Return the names of the models that have a promotion log, sorted. A model that was only rejected has none."""
-    paths = (name.split("/") for name in store.documents("registry/"))
-    return sorted({path[1] for path in paths if path[2] == "log"})
->>>>>>> part/A
 
 
 class PromotionLog:
