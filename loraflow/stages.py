@@ -64,7 +64,14 @@ VERSION_DATASET = Stage(
     module="loraflow.data.version",
     config=configs.VersionDatasetConfig,
     runtime=JobRuntime.of_dataset,
-    code=("loraflow.data.version", "loraflow.data.dvc", "loraflow.data.git"),
+    code=(
+        "loraflow.data.version",
+        "loraflow.data.dvc",
+        "loraflow.data.dvc_pin",
+        "loraflow.data.dvc_storage",
+        "loraflow.data.listing",
+        "loraflow.data.git",
+    ),
     in_worker=False,
 )
 
