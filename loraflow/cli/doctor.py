@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from loraflow.base.resolve import INSTALL_SMOLLM2
+from loraflow.credentials import mask
 
 
 @click.command()
@@ -36,7 +37,7 @@ def doctor(store: str) -> None:
     _line(shutil.which("git") is not None, "git", "install git")
     _check_store(store)
     server = os.environ.get("PREFECT_API_URL") or "not set: each run starts a temporary server"
-    _line(True, f"Prefect server {server}")
+    _line(True, f"Prefect server {mask(server)}")
 
 
 def _line(found: bool, what: str, next_step: str = "") -> None:

@@ -61,7 +61,7 @@ def parse_pin(text: str, dvc_file: str, where: str) -> Pin:
     """
     try:
         _check_yaml(text)
-        document = yaml.safe_load(text)
+        document = yaml.load(text, Loader=yaml.BaseLoader)  # all scalars are text: an md5 can be all digits
         (out,) = document["outs"]
         if "files" in out or "cloud" in out:
             raise _cloud_versioned(where, str(out.get("path")))
@@ -112,7 +112,7 @@ def _check_yaml(text: str) -> None:
     if len(text) > MAX_BYTES:
         raise ValueError(f"a .dvc file has at most {MAX_BYTES:,} characters")
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for event in yaml.parse(text, Loader=yaml.BaseLoader):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):

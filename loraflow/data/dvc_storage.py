@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from loraflow.credentials import reveal
 from loraflow.data.dvc_command import check_remote, run_dvc
 from loraflow.data.dvc_pin import Pin
 from loraflow.data.git import is_url
@@ -35,7 +36,7 @@ def copy_from_storage(repo: str, pin: Pin, rev: str | None, target: Path, remote
     from dvc.api import DVCFileSystem
 
     with _translate_errors(repo, pin, rev, remote) as where:
-        fs = DVCFileSystem(repo, rev=rev, remote=remote)
+        fs = DVCFileSystem(reveal(repo), rev=rev, remote=remote)
         if not pin.is_folder:
             fs.get_file(pin.path, str(target / PurePosixPath(pin.path).name))
             return

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+
+from loraflow.credentials import git_environment
 
 
 class GitError(Exception):
@@ -35,6 +38,7 @@ def git(arguments: Sequence[str], folder: str | Path | None = None) -> str:
             encoding="utf-8",
             errors="surrogateescape",  # the file of a revision may hold any bytes
             stdin=subprocess.DEVNULL,
+            env=git_environment(os.environ),
         )
     except (OSError, ValueError) as error:  # ValueError: an argument has a NUL
         raise GitError(arguments, str(error)) from error

@@ -218,7 +218,6 @@ OUT = f"outs:\n- md5: {MD5}\n  hash: md5\n  path: "
         OUT + "data\nwdir: ..\n",
         OUT + "data\nwdir: /tmp\n",
         OUT + "[data]",
-        OUT + "12",
         OUT + "data\n- md5: a\n  path: b\n",
         OUT + "data\n  files:\n  - relpath: ../evil\n",
         OUT + "data\n  cloud:\n    near: {etag: a}\n",
