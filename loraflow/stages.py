@@ -19,7 +19,14 @@ from loraflow.config.stage_configs import JobRuntime, RecipeContext, StageConfig
 from loraflow.failures import BadConfig
 
 _HARDWARE = ("loraflow.hardware.device", "loraflow.hardware.attention")
-_TEMPLATE = ("loraflow.data.loss_mask", "loraflow.data.alignment", "loraflow.data.template", "loraflow.data.chats")
+_TEMPLATE = (
+    "loraflow.data.loss_mask",
+    "loraflow.data.alignment",
+    "loraflow.data.template",
+    "loraflow.data.template_child",
+    "loraflow.data.template_process",
+    "loraflow.data.chats",
+)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 
 from loraflow.data.alignment import ByteAlignment, Span
 from loraflow.data.chats import Chat
-from loraflow.data.template import CompiledTemplate
+from loraflow.data.template_process import template_process
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
@@ -87,10 +86,8 @@ class ChatTemplate:
         self.template = read_template(folder, config)
         tokens = {key: config.get(key) for key in _TOKEN_KEYS}
         variables: dict[str, str] = {key: t if isinstance(t, str) else t["content"] for key, t in tokens.items() if t}
-        try:
-            self._compiled = CompiledTemplate(self.template, variables)
-        except TemplateError as error:
-            raise BadModel("The chat template is not valid.", where="chat_template", got=str(error)[:300]) from error
+        self._renderer = template_process(self.template, variables)
+        self._renderer.compile()  # refuses a template that is not valid
         self.alignment: ByteAlignment | None  # None: use the tokenizer's own for every row
         try:
             self.alignment = ByteAlignment(self.tokenizer)
@@ -110,17 +107,9 @@ class ChatTemplate:
         """Render chats as the model reads them. `prompt` adds the start of an answer (add_generation_prompt).
 
         Raises:
-            BadModel: the template raises an error for a chat.
+            BadModel: the template raises an error for a chat, or exceeds a limit of time or memory.
         """
-        try:
-            return [self._compiled.render(chat, prompt=prompt) for chat in chats]
-        except (TemplateError, TypeError, ValueError) as error:
-            raise BadModel(
-                "The chat template raises an error for a chat.",
-                where="chat_template",
-                got=str(error)[:300],
-                next_step="correct the rows (some templates do not allow system messages), or choose another base model",
-            ) from error
+        return self._renderer.render(chats, prompt=prompt)
 
     def encode(self, chats: Sequence[Chat], loss_on: LossOn) -> list[Encoded]:
         """Encode chats. `loss_on` selects the trained tokens: every answer, the last answer, or all tokens.
@@ -209,7 +198,12 @@ class ChatTemplate:
     def _prefix_spans(self, chats: Sequence[Chat], texts: list[str]) -> list[list[Span]]:
         """Find answers by rendering what precedes them: the answer and its stop token follow."""
         turns = [(n, i) for n, chat in enumerate(chats) for i, m in enumerate(chat) if m["role"] == "assistant"]
-        heads = self.render([chats[n][:i] for n, i in turns], prompt=True)
+        try:
+            heads = self.render([chats[n][:i] for n, i in turns], prompt=True)
+        except BadModel as failure:
+            if isinstance(turn := failure.details.get("chat"), int):
+                failure.details["chat"] = turns[turn][0]
+            raise
         spans: list[list[Span]] = [[] for _ in chats]
         for (n, i), head in zip(turns, heads, strict=True):
             text, content = texts[n], chats[n][i]["content"]
@@ -245,7 +239,7 @@ class ChatTemplate:
 
     def _marked_spans(self, chats: Sequence[Chat]) -> list[list[Span]]:
         """Find answers by the template's own {% generation %} blocks."""
-        return [self._compiled.marked(chat) for chat in chats]
+        return self._renderer.marked(chats)
 
 
 def _labels(ids: np.ndarray, tokens: list[Span], loss_on: LossOn) -> np.ndarray:
