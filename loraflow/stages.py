@@ -74,6 +74,7 @@ VERSION_DATASET = Stage(
     code=(
         "loraflow.data.version",
         "loraflow.data.dvc",
+        "loraflow.data.dvc_command",
         "loraflow.data.dvc_pin",
         "loraflow.data.dvc_storage",
         "loraflow.data.listing",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -130,14 +131,13 @@ def _read_object(odb: HashFileDB, oid: str) -> bytes | None:
 
 
 def _cache_listing(repo: Repo, pin: Pin, raw: bytes) -> None:
-    from dvc_objects.fs import MemoryFileSystem
-
     cache = repo.cache.local
     if cache.exists(pin.md5):
         return
-    memory = MemoryFileSystem(global_store=False)
-    memory.pipe_file(f"memory://{pin.md5}", raw)
-    cache.add(f"memory://{pin.md5}", memory, pin.md5)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "listing")
+        file.write_bytes(raw)
+        cache.add(str(file), cache.fs, pin.md5)
 
 
 @contextmanager

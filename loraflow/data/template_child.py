@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import BinaryIO, TypedDict
+from typing import IO, TypedDict
 
 from jinja2.exceptions import TemplateError
 
@@ -61,7 +61,7 @@ class TooLong(Exception):
     """A rendered chat is far longer than its messages."""
 
 
-def read_frame(stream: BinaryIO, before: Callable[[int], None] | None = None) -> bytes | None:
+def read_frame(stream: IO[bytes], before: Callable[[int], None] | None = None) -> bytes | None:
     """Return the next frame's content; None at the end of the stream, or if the frame is cut off.
 
     `before` is called with the content's size before the content is read.
@@ -76,7 +76,7 @@ def read_frame(stream: BinaryIO, before: Callable[[int], None] | None = None) ->
     return content if len(content) == size else None
 
 
-def write_frame(stream: BinaryIO, content: bytes) -> None:
+def write_frame(stream: IO[bytes], content: bytes) -> None:
     """Write a frame."""
     stream.write(len(content).to_bytes(HEADER, "big"))
     stream.write(content)

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 from loraflow.data.chats import Chat
 from loraflow.data.template_child import HEADER, MEMORY, SECONDS, Reply, Request, Source, read_frame, write_frame
@@ -26,9 +26,9 @@ CACHED = 4  # templates whose processes are kept
 
 class _Process(NamedTuple):
     child: subprocess.Popen[bytes]
-    requests: BinaryIO
-    replies: BinaryIO
-    current: BinaryIO  # the child writes the number of the chat into it
+    requests: IO[bytes]
+    replies: IO[bytes]
+    current: IO[bytes]  # the child writes the number of the chat into it
 
 
 class TemplateProcess:
