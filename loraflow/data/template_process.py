@@ -86,6 +86,7 @@ class TemplateProcess:
         if self._process is not None and self._owner == os.getpid():
             return self._process
         current = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        current.truncate(HEADER)
         child = subprocess.Popen(
             [sys.executable, "-m", "loraflow.data.template_child", str(current.fileno()), str(self.seconds)],
             stdin=subprocess.PIPE,
