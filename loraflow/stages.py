@@ -25,6 +25,7 @@ _TEMPLATE = (
     "loraflow.data.template",
     "loraflow.data.template_child",
     "loraflow.data.template_process",
+    "loraflow.data.tokenizer_config",
     "loraflow.data.chats",
 )
 

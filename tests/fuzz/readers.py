@@ -13,6 +13,7 @@ from loraflow.config import load_recipe
 from loraflow.data import dvc
 from loraflow.data.listing import parse_listing
 from loraflow.data.readers import read_rows
+from loraflow.data.tokenizer_config import TokenizerConfig, read_template
 from loraflow.registry import PromotionLog
 from loraflow.registry.runs import read_run
 from loraflow.store import LocalStore, Ref
@@ -79,6 +80,12 @@ def _adapter_config(raw: bytes, folder: Path) -> None:
     AdapterConfig.read(folder)
 
 
+def _tokenizer_config(raw: bytes, folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_bytes(raw)
+    TokenizerConfig.read(folder).variables()
+    read_template(folder)
+
+
 READERS: dict[str, Reader] = {
     **{suffix[1:]: partial(_rows, suffix) for suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet")},
     "recipe": _recipe,
@@ -90,4 +97,5 @@ READERS: dict[str, Reader] = {
     "checkpoint": _checkpoint,
     "safetensors": _safetensors,
     "adapter_config": _adapter_config,
+    "tokenizer_config": _tokenizer_config,
 }
