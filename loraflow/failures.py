@@ -7,8 +7,11 @@ again. Whether a retry can help is a property of the class, not a decision of th
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
+
+from loraflow.credentials import mask, mask_json
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -40,9 +43,11 @@ class Failure(Exception):
         next_step: str = "",
         **details: JsonValue,
     ):
-        self.what, self.where, self.expected, self.got, self.next_step = what, where, expected, got, next_step
-        self.details = details
-        super().__init__(what)
+        # git, DVC and boto3 repeat URLs and headers in their errors, and a failure goes to terminal, logs and database.
+        self.what, self.where, self.expected = mask(what), mask(where), mask(expected)
+        self.got, self.next_step = mask(got), mask(next_step)
+        self.details = {key: mask_json(value) for key, value in details.items()}
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         lines = [self.what]
@@ -190,6 +195,24 @@ def _collect(cls: type[Failure]) -> None:
 
 
 _collect(Failure)
+
+
+@contextmanager
+def mask_errors() -> Iterator[None]:
+    """Replace an unexpected exception whose message has a credential: Prefect saves messages in its database.
+
+    Raises:
+        Crashed: in its place, with the masked message.
+    """
+    try:
+        yield
+    except Failure:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        if mask(text) == text:
+            raise
+        raise Crashed("An unexpected error occurred.", got=text[:2000]) from None
 
 
 def from_dict(data: Mapping[str, JsonValue]) -> Failure:

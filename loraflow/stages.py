@@ -19,7 +19,15 @@ from loraflow.config.stage_configs import JobRuntime, RecipeContext, StageConfig
 from loraflow.failures import BadConfig
 
 _HARDWARE = ("loraflow.hardware.device", "loraflow.hardware.attention")
-_TEMPLATE = ("loraflow.data.loss_mask", "loraflow.data.alignment", "loraflow.data.template", "loraflow.data.chats")
+_TEMPLATE = (
+    "loraflow.data.loss_mask",
+    "loraflow.data.alignment",
+    "loraflow.data.template",
+    "loraflow.data.template_child",
+    "loraflow.data.template_process",
+    "loraflow.data.tokenizer_config",
+    "loraflow.data.chats",
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,15 @@ VERSION_DATASET = Stage(
     module="loraflow.data.version",
     config=configs.VersionDatasetConfig,
     runtime=JobRuntime.of_dataset,
-    code=("loraflow.data.version", "loraflow.data.dvc", "loraflow.data.git"),
+    code=(
+        "loraflow.data.version",
+        "loraflow.data.dvc",
+        "loraflow.data.dvc_command",
+        "loraflow.data.dvc_pin",
+        "loraflow.data.dvc_storage",
+        "loraflow.data.listing",
+        "loraflow.data.git",
+    ),
     in_worker=False,
 )
 

@@ -17,11 +17,12 @@ from pydantic import JsonValue
 from loraflow.config import load_recipe
 from loraflow.config.load import find_recipe
 from loraflow.config.stage_configs import StageConfig
+from loraflow.credentials import protect_output
 from loraflow.data import dvc
 from loraflow.execution.cache import OTHER_CODE, Lookup, look_up
 from loraflow.execution.parent_death import end_with_parent
 from loraflow.execution.workspace import Workspace
-from loraflow.failures import DamagedLog, Failure, from_os_error
+from loraflow.failures import DamagedLog, Failure, from_os_error, mask_errors
 from loraflow.job import Job
 from loraflow.registry.cleanup import remove_unused
 from loraflow.registry.runs import RunSummary, StageRun
@@ -107,6 +108,7 @@ class Run:
 def open_run(recipe: str, overrides: dict[str, JsonValue], force: list[str], *, rename: bool = True) -> Iterator[Run]:
     """Load the recipe, hold the store's reader lock so that `gc` removes nothing, and write the run's record at the end."""
     check_names(force, "--force")
+    protect_output()
     if deployment.id:  # a process of its own, which a killed Prefect worker would leave behind
         end_with_parent()
         log.setLevel(logging.INFO)
@@ -115,7 +117,7 @@ def open_run(recipe: str, overrides: dict[str, JsonValue], force: list[str], *, 
         _add_data(workspace)
     run = Run(workspace, find_recipe(recipe), force)
     error: BaseException | None = None
-    with _announce_suspension(), workspace.store.reader_lock():
+    with mask_errors(), _announce_suspension(), workspace.store.reader_lock():
         try:
             if rename:
                 show_name(workspace)

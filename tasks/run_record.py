@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from prefect.exceptions import Pause
 from prefect.runtime import flow_run
 
+from loraflow.credentials import mask
 from loraflow.data.git import head_commit
 from loraflow.evaluation.values import EvaluationReport, ModelScores
 from loraflow.execution.results import PipelineResult, Registration
@@ -65,7 +66,7 @@ def as_record(run: Run, state: RunState = "running", error: str | None = None) -
     return RunRecord(
         run=run.id,
         recipe=run.workspace.recipe.name,
-        recipe_text=run.recipe_text,
+        recipe_text=mask(run.recipe_text),
         resolved=run.workspace.recipe.model_dump(by_alias=True, mode="json"),
         started=run.started,
         seconds=round(time.time() - run.started, 3),
@@ -73,7 +74,7 @@ def as_record(run: Run, state: RunState = "running", error: str | None = None) -
         commit=head_commit(Path.cwd()),
         prefect_run=str(flow_run.id) if flow_run.id else None,
         state=state,
-        error=error,
+        error=mask(error) if error else None,
         stages=list(run.stages.values()),
         summary=run.summary,
         promotion_head=run.workspace.log.last_seen,

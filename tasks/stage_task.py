@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import deployment, task_run
 from prefect.states import Completed
 
-from loraflow.failures import Failure
+from loraflow.failures import Failure, mask_errors
 from loraflow.store import Ref
 from loraflow.tasks.run import Run, StageResult
 
@@ -56,7 +56,8 @@ def stage_task(function: Callable[Concatenate[Run, P], StageResult]) -> StageTas
     def run_stage(run: Run, *args: P.args, **kwargs: P.kwargs) -> Ref | State[Ref]:
         if deployment.id:
             log.info("%s", sentences)
-        result = function(run, *args, **kwargs)
+        with mask_errors():
+            result = function(run, *args, **kwargs)
         if result.is_cached:
             return Completed(name="Cached", message="; ".join(result.lookup.why()), data=result.ref)
         return result.ref

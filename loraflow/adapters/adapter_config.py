@@ -67,7 +67,7 @@ class AdapterConfig(BaseModel):
                 expected=f"a number at {'.'.join(map(str, first['loc']))}",
                 got=repr(first["input"]),
             ) from error
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise BadModel(
                 "The adapter's configuration cannot be read.",
                 where=str(file),

@@ -19,15 +19,9 @@ class _Origin(StoredModel):
 
 def chat_template(folder: Path) -> str | None:
     """Return a model's chat template, or None if it has none."""
-    from loraflow.data.loss_mask import read_template
+    from loraflow.data.tokenizer_config import FILE, find_template
 
-    file = folder / "tokenizer_config.json"
-    if not file.exists():
-        return None
-    try:
-        return read_template(folder, json.loads(file.read_text(encoding="utf-8")))
-    except BadModel:  # a base that was never tuned for chats
-        return None
+    return find_template(folder) if (folder / FILE).exists() else None
 
 
 def template_hash(folder: Path) -> str | None:

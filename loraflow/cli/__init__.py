@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loraflow import __version__
+from loraflow.credentials import protect_output
 from loraflow.failures import Failure
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def main() -> None:
     if sys.platform == "win32":
         sys.exit("loraflow runs on Linux and macOS; on Windows use WSL.")
     set_default_environment()
+    protect_output()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit handlers run: they stop a temporary Prefect server
     try:
         code = cli.main(standalone_mode=False)  # returns the exit status of click.exceptions.Exit
@@ -133,6 +135,7 @@ def parse_overrides(pairs: tuple[str, ...]) -> dict[str, JsonValue]:
         BadConfig: an option is not key=value, or its value is not a plain YAML value.
     """
     from loraflow.config import yaml
+    from loraflow.credentials import hide_in_json
     from loraflow.failures import BadConfig
 
     overrides: dict[str, JsonValue] = {}
@@ -141,7 +144,8 @@ def parse_overrides(pairs: tuple[str, ...]) -> dict[str, JsonValue]:
         if not equals or not key:
             raise BadConfig("--set needs key=value.", where=f"--set {pair}", expected="training_config.seed=1")
         try:
-            overrides[key.strip()] = yaml.scalar(text) if text.strip() else ""
+            # Prefect saves a flow's parameters in its database, so they get the masked URL.
+            overrides[key.strip()] = hide_in_json(yaml.scalar(text)) if text.strip() else ""
         except yaml.Syntax as error:
             raise BadConfig(
                 "The value of --set is not a plain value.", where=f"--set {pair}", got=str(error)

@@ -68,11 +68,8 @@ def add(folder: str, no_push: bool, commit: bool, git_push: bool, remote: str | 
 def pull(dvc_file: str, remote: str | None) -> None:
     """Pull the files that DVC_FILE pins into the work tree, and check their contents."""
     from loraflow.data import dvc
-    from loraflow.store.files import HashMemo
 
-    dvc.pull(dvc_file, remote=remote)
-    pin = dvc.read_pin(".", dvc_file, None)
-    dvc.refuse_modified(".", pin, HashMemo(None))
+    pin = dvc.pull(dvc_file, remote=remote)
     click.echo(f"{pin.path} is version {pin.md5}")
 
 

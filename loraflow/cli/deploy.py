@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from loraflow.cli import quiet_logging
+from loraflow.credentials import mask
 from loraflow.failures import BadConfig
 
 if TYPE_CHECKING:
@@ -94,8 +95,8 @@ def _start_all(
         {spec.work_pool.name for spec in specs}, wait=60, expected=pools, while_waiting=processes.check
     )
     address = os.environ["PREFECT_API_URL"].removesuffix("/api")
-    click.echo(f"\nUI       {click.style(address, bold=True)}")
-    click.echo(f"shell    export PREFECT_API_URL={address}/api")
+    click.echo(f"\nUI       {click.style(mask(address), bold=True)}")
+    click.echo(f"shell    export PREFECT_API_URL={mask(address)}/api")
     _show_idle_pools(idle)
     click.echo("Ctrl-C stops server and workers")
     while True:

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from loraflow.base.resolve import INSTALL_SMOLLM2
+from loraflow.credentials import mask
 
 
 @click.command()
@@ -38,7 +39,7 @@ def doctor(store: str) -> None:
     _line(shutil.which("git") is not None, "git", "install git")
     _check_store(store)
     server = os.environ.get("PREFECT_API_URL") or "PREFECT_API_URL is not set, so each run starts a temporary server"
-    _line(True, f"Prefect server: {server}")
+    _line(True, f"Prefect server: {mask(server)}")
 
 
 def _line(found: bool, what: str, next_step: str = "") -> None:

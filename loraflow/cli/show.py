@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loraflow.cli import json_option, model_option, quiet_logging, store_option
+from loraflow.credentials import mask
 from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.identity import short
 from loraflow.store import Manifest, Ref, Store, open_store
@@ -169,7 +170,7 @@ def _data_parts(champion: Champion) -> list[str]:
     rows = ", ".join(f"{count} {names.get(name, name)} rows" for name, count in data.rows.items())
     lines = [f"md5 {data.md5 or 'not recorded'}" + (f", {rows}" if rows else "")]
     if data.source:
-        repo = f" of {data.repo}" if data.repo not in (None, ".") else ""
+        repo = f" of {mask(data.repo)}" if data.repo not in (None, ".") else ""
         lines.append(data.source + repo + (f" at revision {data.revision}" if data.revision else ""))
     if data.commit:
         lines.append(f"git commit {data.commit}" + ("" if data.revision else ", HEAD at the end of the run"))

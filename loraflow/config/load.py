@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from loraflow.config import yaml
 from loraflow.config.recipe import Recipe
 from loraflow.config.renamed_keys import TRANSLATED, translate
+from loraflow.credentials import hide_in_json
 from loraflow.failures import BadConfig
 
 if typing.TYPE_CHECKING:
@@ -88,6 +89,7 @@ def parse_recipe(text: str, name: str = "recipe", overrides: Mapping[str, JsonVa
     problems: list[Problem] = []
     for dotted, value in overrides.items():
         _override(document, dotted, value, problems)
+    document = _hide_credentials(document, name)
     _move_attention_to_runtime(document)
     problems += _translate_keys(document, name, lines, overrides)
     try:
@@ -125,6 +127,21 @@ def _problems_of(name: str, problems: list[Problem]) -> BadConfig:
     if any(not problem.override for problem in problems):
         step += f", and {name}"
     return BadConfig(f"The recipe {name} with its overrides has {count}:\n{listing}", next_step=step)
+
+
+def _hide_credentials(document: dict[str, JsonValue], name: str) -> dict[str, JsonValue]:
+    """Hide the credentials of URLs. Everything after this sees the masked URL; only git and DVC get the real one."""
+    hidden: dict[str, JsonValue] = {}
+    for section, value in document.items():
+        hidden[section] = hide_in_json(value)
+        if hidden[section] != value:
+            log.warning(
+                "%s: a URL in `%s` has a password or token in it. It is masked in all output, but the recipe is often "
+                "committed and shared: use a git credential helper and a URL without it",
+                name,
+                section,
+            )
+    return hidden
 
 
 def _override(document: dict[str, JsonValue], dotted: str, value: JsonValue, problems: list[Problem]) -> None:

@@ -6,9 +6,10 @@ import gc
 import json
 import os
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,7 +21,7 @@ from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.chats import ChatRecord
 from loraflow.data.loss_mask import IGNORED, ChatTemplate, Encoded
 from loraflow.data.token_files import TokenBatch
-from loraflow.failures import Killed
+from loraflow.failures import BadModel, Killed
 
 CHUNK_ROWS = 500  # rows that are sent to a process at a time
 ONE_PROCESS_BYTES = 1_000_000  # a smaller file is encoded in this process
@@ -94,6 +95,17 @@ _template: ChatTemplate
 _config: TokenizeConfig
 
 
+@contextmanager
+def name_row(places: Sequence[str]) -> Iterator[None]:
+    """Add the row's place to the failure of a template that cannot render it."""
+    try:
+        yield
+    except BadModel as failure:
+        if isinstance(number := failure.details.get("chat"), int) and number < len(places):
+            failure.where = f"{failure.where}, {places[number]}"
+        raise
+
+
 def _set_worker_state(template: ChatTemplate, config: TokenizeConfig) -> None:
     global _template, _config
     _template, _config = template, config
@@ -104,7 +116,8 @@ def _encode(lines: list[str]) -> Chunk:
     ids: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     problems = Problems()
-    encoded = _template.encode([record["messages"] for record in records], _config.loss_on)
+    with name_row([record["place"] for record in records]):
+        encoded = _template.encode([record["messages"] for record in records], _config.loss_on)
     for record, row in zip(records, encoded, strict=True):
         part = _part_to_learn(row, record["place"], _config, problems)
         if part is not None:

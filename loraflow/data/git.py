@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+
+from loraflow.credentials import git_environment
 
 
 class GitError(Exception):
@@ -28,8 +31,16 @@ def git(arguments: Sequence[str], folder: str | Path | None = None) -> str:
     # core.askPass and an empty standard input: a remote that asks for a password fails at once instead of waiting.
     command = ["git", "-c", "core.askPass=true", *arguments]
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    except OSError as error:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",  # the file of a revision may hold any bytes
+            stdin=subprocess.DEVNULL,
+            env=git_environment(os.environ),
+        )
+    except (OSError, ValueError) as error:  # ValueError: an argument has a NUL
         raise GitError(arguments, str(error)) from error
     if done.returncode:
         lines = done.stderr.strip().splitlines()

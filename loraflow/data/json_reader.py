@@ -53,8 +53,6 @@ def _json_line(line: bytes, place: str) -> RawValue:
     except json.JSONDecodeError as error:
         problem = f"column {error.pos + 1}: {error.msg}; expected one JSON object per line"
         return RawValue(place, BadRow(problem), text.rstrip("\n")[:2000])
-    except RecursionError:
-        return RawValue(place, BadRow("nested too deeply"), text[:200])
     except ValueError as error:
         return RawValue(place, BadRow(str(error)), text[:2000])
     if isinstance(value, list):
@@ -83,7 +81,7 @@ def read_json(path: Path, name: str) -> Iterator[RawValue]:
             got=error.msg if text.strip() else "an empty file",
             expected="a list of rows",
         ) from error
-    except (RecursionError, ValueError) as error:
+    except ValueError as error:
         raise BadData("The file is not valid JSON.", where=name, got=str(error), expected="a list of rows") from error
     if not isinstance(rows, list):
         raise _not_a_list(rows, name)
@@ -101,7 +99,10 @@ def strict_json(text: str) -> JsonValue:
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not valid JSON")
 
-    value: JsonValue = json.loads(text, parse_constant=refuse)
+    try:
+        value: JsonValue = json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if "\\u" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -113,7 +114,7 @@ def strict_json(text: str) -> JsonValue:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

@@ -8,57 +8,27 @@ verified to be exact.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 
 from loraflow.data.alignment import ByteAlignment, Span
 from loraflow.data.chats import Chat
-from loraflow.data.template import CompiledTemplate
+from loraflow.data.template_process import template_process
+from loraflow.data.tokenizer_config import TokenizerConfig, read_template
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
 IGNORED = -100  # the label of a token that is not learned: torch's ignore_index
-_TOKEN_KEYS: tuple[Literal["bos_token", "eos_token", "unk_token", "pad_token"], ...] = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "pad_token",
-)
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class SpecialToken(TypedDict):
-    """A special token as tokenizer_config.json may have it, instead of its text alone."""
-
-    content: str
-
-
-class NamedTemplate(TypedDict, total=False):
-    """An item of tokenizer_config.json's chat_template, if that is a list."""
-
-    name: str
-    template: str
-
-
-class TokenizerConfig(TypedDict, total=False):
-    """The keys of tokenizer_config.json that are read."""
-
-    chat_template: str | list[NamedTemplate]
-    bos_token: str | SpecialToken | None
-    eos_token: str | SpecialToken | None
-    unk_token: str | SpecialToken | None
-    pad_token: str | SpecialToken | None
 
 
 LossOn = Literal["assistant", "last_assistant", "all"]
@@ -80,17 +50,21 @@ class ChatTemplate:
     def __init__(self, folder: Path):
         from tokenizers import Tokenizer
 
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises no type of its own
+            raise BadModel(
+                "The tokenizer cannot be read.",
+                where=str(folder / "tokenizer.json"),
+                got=str(error)[:300],
+                next_step="download the base model again",
+            ) from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        config: TokenizerConfig = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        self.template = read_template(folder, config)
-        tokens = {key: config.get(key) for key in _TOKEN_KEYS}
-        variables: dict[str, str] = {key: t if isinstance(t, str) else t["content"] for key, t in tokens.items() if t}
-        try:
-            self._compiled = CompiledTemplate(self.template, variables)
-        except TemplateError as error:
-            raise BadModel("The chat template is not valid.", where="chat_template", got=str(error)[:300]) from error
+        self.template = read_template(folder)
+        variables = TokenizerConfig.read(folder).variables()
+        self._renderer = template_process(self.template, variables)
+        self._renderer.compile()  # refuses a template that is not valid
         self.alignment: ByteAlignment | None  # None: use the tokenizer's own for every row
         try:
             self.alignment = ByteAlignment(self.tokenizer)
@@ -110,17 +84,9 @@ class ChatTemplate:
         """Render chats as the model reads them. `prompt` adds the start of an answer (add_generation_prompt).
 
         Raises:
-            BadModel: the template raises an error for a chat.
+            BadModel: the template raises an error for a chat, or exceeds a limit of time or memory.
         """
-        try:
-            return [self._compiled.render(chat, prompt=prompt) for chat in chats]
-        except (TemplateError, TypeError, ValueError) as error:
-            raise BadModel(
-                "The chat template raises an error for a chat.",
-                where="chat_template",
-                got=str(error)[:300],
-                next_step="correct the rows (some templates do not allow system messages), or choose another base model",
-            ) from error
+        return self._renderer.render(chats, prompt=prompt)
 
     def encode(self, chats: Sequence[Chat], loss_on: LossOn) -> list[Encoded]:
         """Encode chats. `loss_on` selects the trained tokens: every answer, the last answer, or all tokens.
@@ -209,7 +175,12 @@ class ChatTemplate:
     def _prefix_spans(self, chats: Sequence[Chat], texts: list[str]) -> list[list[Span]]:
         """Find answers by rendering what precedes them: the answer and its stop token follow."""
         turns = [(n, i) for n, chat in enumerate(chats) for i, m in enumerate(chat) if m["role"] == "assistant"]
-        heads = self.render([chats[n][:i] for n, i in turns], prompt=True)
+        try:
+            heads = self.render([chats[n][:i] for n, i in turns], prompt=True)
+        except BadModel as failure:
+            if isinstance(turn := failure.details.get("chat"), int):
+                failure.details["chat"] = turns[turn][0]
+            raise
         spans: list[list[Span]] = [[] for _ in chats]
         for (n, i), head in zip(turns, heads, strict=True):
             text, content = texts[n], chats[n][i]["content"]
@@ -245,7 +216,7 @@ class ChatTemplate:
 
     def _marked_spans(self, chats: Sequence[Chat]) -> list[list[Span]]:
         """Find answers by the template's own {% generation %} blocks."""
-        return [self._compiled.marked(chat) for chat in chats]
+        return self._renderer.marked(chats)
 
 
 def _labels(ids: np.ndarray, tokens: list[Span], loss_on: LossOn) -> np.ndarray:
@@ -255,28 +226,6 @@ def _labels(ids: np.ndarray, tokens: list[Span], loss_on: LossOn) -> np.ndarray:
     for first, last in tokens[-1:] if loss_on == "last_assistant" else tokens:
         labels[first:last] = ids[first:last]
     return labels
-
-
-def read_template(folder: Path, tokenizer_config: TokenizerConfig) -> str:
-    """Return a model's chat template, from chat_template.jinja or from tokenizer_config.json.
-
-    Raises:
-        BadModel: the model has no chat template; it may be a base model that was never tuned for chats.
-    """
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):
-        template = next((item["template"] for item in template if item.get("name") == "default"), None)
-    if not template:
-        raise BadModel(
-            "The base model has no chat template.",
-            where=str(folder),
-            expected="chat_template.jinja, or chat_template in tokenizer_config.json",
-            next_step="choose an instruct model, or put a chat_template.jinja next to the tokenizer",
-        )
-    return template
 
 
 def _token_span(encoding: Encoding, start: int, end: int) -> Span:

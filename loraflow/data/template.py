@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, nodes
 from jinja2.exceptions import SecurityError, TemplateError
@@ -18,9 +18,11 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-from pydantic import JsonValue
 
 from loraflow.data.chats import Chat, Message
+
+if TYPE_CHECKING:  # each process that renders imports this module, so it has to be light
+    from pydantic import JsonValue
 
 _TODAY = time.gmtime(1_721_952_000)  # a constant date, because some templates write today's
 

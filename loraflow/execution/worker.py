@@ -16,7 +16,6 @@ import os
 import shutil
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -24,6 +23,7 @@ from types import FrameType
 from pydantic import JsonValue
 
 from loraflow import failures
+from loraflow.credentials import format_masked, protect_output
 from loraflow.execution.device_group import PARENT, needs_group, node, run_in_group
 from loraflow.execution.job_file import JobFile
 from loraflow.execution.parent_death import end_group_with_parent
@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
     file = JobFile.read(Path(argv[0]).absolute())
     _end_with_launcher(file.job.runtime.grace_seconds)
     faulthandler.enable()
+    protect_output()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
     )
@@ -76,7 +77,7 @@ def _attempt(file: JobFile, run: Callable[[JobFile], Summary]) -> tuple[failures
     except KeyboardInterrupt:
         return failures.Preempted("The worker was interrupted."), Summary()
     except BaseException as error:
-        traceback.print_exc()
+        print(format_masked(error), file=sys.stderr)
         return classify(error, file.job.stage), Summary()
 
 

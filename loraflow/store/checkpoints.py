@@ -53,7 +53,7 @@ def parse_checkpoint_manifest(data: bytes) -> CheckpointManifest | None:
     """Parse a checkpoint's manifest; return None if it is not valid, or names a file outside its folder."""
     try:
         value: JsonValue = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or "needs" not in value:
         return None

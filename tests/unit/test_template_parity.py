@@ -113,7 +113,7 @@ def test_an_answer_that_merges_with_its_prompt_is_reported(tmp_path, caplog):
     answers = [" two", "the house"]
     chats = [[{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}] for answer in answers]
     tokenized(tmp_path / "base", tmp_path, chats)
-    assert "1 of the first 2 rows have other prompt tokens than serving will send, such as x:1" in caplog.text
+    assert "1 of the first 2 rows have other prompt tokens in training than in generation, such as x:1" in caplog.text
 
 
 def test_tokens_without_an_embedding_are_refused_before_training(tmp_path, phi3):

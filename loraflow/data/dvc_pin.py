@@ -1,0 +1,159 @@
+"""Read a `.dvc` file: which output it pins, by path and md5."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import yaml
+
+from loraflow.data.git import GitError, git, is_url
+from loraflow.data.listing import is_md5, wrong_name
+from loraflow.failures import BadData
+
+MAX_BYTES = 256 * 2**10  # of a .dvc file; DVC writes about 100
+MAX_DEPTH = 12  # of its YAML; DVC writes 3
+
+
+@dataclass(frozen=True)
+class Pin:
+    """What a `.dvc` file pins: one output, by path and md5."""
+
+    dvc_file: str  # path of the .dvc file, relative to the repository
+    path: str  # path of the output, relative to the repository
+    md5: str  # ends in ".dir" for a folder
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the output is a folder."""
+        return self.md5.endswith(".dir")
+
+
+def read_pin(repo: str, dvc_file: str, rev: str | None) -> Pin:
+    """Read a `.dvc` file from the work tree, or from a git revision.
+
+    Raises:
+        BadData: the file or the revision is missing, or the pin cannot be verified.
+    """
+    where = f"{dvc_file}{f' at {rev}' if rev else ''} in {repo}"
+    if rev is None and not is_url(repo):
+        try:
+            with Path(repo, dvc_file).open(encoding="utf-8") as file:
+                text = file.read(MAX_BYTES + 1)
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a NUL
+            raise BadData(
+                "The dataset's .dvc file cannot be read.",
+                where=where,
+                got=(error.strerror if isinstance(error, OSError) else None) or str(error),
+                next_step="`loraflow data add FOLDER` versions a folder with DVC; data.source names its .dvc file",
+            ) from error
+    else:
+        text = _git_show(repo, rev or "HEAD", dvc_file, where)
+    return parse_pin(text, dvc_file, where)
+
+
+def parse_pin(text: str, dvc_file: str, where: str) -> Pin:
+    """Return what the text of a `.dvc` file pins.
+
+    Raises:
+        BadData: it does not pin exactly one output by md5, inside its repository.
+    """
+    try:
+        _check_yaml(text)
+        document = yaml.load(text, Loader=yaml.BaseLoader)  # all scalars are text: an md5 can be all digits
+        (out,) = document["outs"]
+        if "files" in out or "cloud" in out:
+            raise _cloud_versioned(where, str(out.get("path")))
+        md5, path, algorithm, wdir = out["md5"], out["path"], out.get("hash"), document.get("wdir", ".")
+        if not isinstance(md5, str) or not isinstance(path, str):
+            raise TypeError("md5 and path must be text")
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise BadData(
+            "The .dvc file does not pin exactly one output by md5.",
+            where=where,
+            expected="one entry under `outs` with `md5`, `hash: md5` and `path`",
+            got=f"{type(error).__name__}: {error}"[:300],
+            next_step="version the folder with `dvc add`",
+        ) from error
+    if algorithm != "md5":
+        raise BadData(
+            "The .dvc file was written by DVC 2 or older, whose md5 is not the md5 of the bytes.",
+            where=where,
+            expected="hash: md5",
+            got=f"hash: {algorithm}"[:100],
+            next_step=f"dvc add {path}   (rewrites the .dvc file)",
+        )
+    output = (PurePosixPath(dvc_file).parent / path).as_posix()
+    reason = wrong_name(output) or (f"wdir is {wdir!a}"[:100] if wdir != "." else None)
+    if reason is None and "://" in path:
+        reason = "DVC takes a URL as a place outside"
+    if reason is not None:
+        raise BadData(
+            "The .dvc file names a path outside its repository, or one that must not be written.",
+            where=where,
+            expected="a relative path below the folder of the .dvc file",
+            got=f"{output[:200]}: {reason}",
+            next_step="`git log` shows who wrote it; version the folder with `dvc add`",
+        )
+    if not is_md5(md5):
+        raise BadData(
+            "The .dvc file does not pin exactly one output by md5.",
+            where=where,
+            expected="md5: 32 hex digits, and `.dir` for a folder",
+            got=f"md5: {md5[:100]!a}",
+            next_step="version the folder with `dvc add`",
+        )
+    return Pin(dvc_file, output, md5)
+
+
+def _check_yaml(text: str) -> None:
+    """Refuse text that takes long to read: PyYAML needs 50 s for 40 kB of brackets. Tags and aliases have no use here."""
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"a .dvc file has at most {MAX_BYTES:,} characters")
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.BaseLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_DEPTH} levels of YAML")
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+            raise ValueError("a .dvc file has no tags and aliases")
+
+
+def _cloud_versioned(where: str, path: str) -> BadData:
+    return BadData(
+        "The dataset is on a cloud-versioned remote (version_aware or worktree), which loraflow does not read.",
+        where=where,
+        expected="one md5 for the whole output, as for a remote without cloud versioning",
+        got="a list of `files` or `cloud` versions in the .dvc file",
+        next_step=f"dvc remote modify NAME version_aware false; dvc add {path[:200]}; dvc push",
+    )
+
+
+def _git_show(repo: str, rev: str, name: str, where: str) -> str:
+    """Return a file's text at a revision. A repository given by URL is cloned without its files first."""
+    if is_url(repo):
+        with tempfile.TemporaryDirectory() as folder:
+            show_git(["clone", "--quiet", "--bare", "--filter=blob:none", "--", repo, folder], None, where)
+            return show_git(["show", "--end-of-options", f"{rev}:{name}"], folder, where)
+    return show_git(["show", "--end-of-options", f"{rev}:{name}"], repo, where)
+
+
+def show_git(arguments: list[str], folder: str | None, where: str) -> str:
+    """Run a git command that reads the dataset's `.dvc` file or its commit.
+
+    Raises:
+        BadData: git failed.
+    """
+    try:
+        return git(arguments, folder)
+    except GitError as error:
+        raise BadData(
+            "Git cannot show the dataset's .dvc file.",
+            where=where,
+            got=str(error),
+            next_step="`git log --oneline --all -- data.dvc` lists the revisions that have one",
+        ) from error

@@ -1,0 +1,73 @@
+"""A canary in URL and environment is in no byte that a run, its crash, `show` and `plan` write."""
+
+import json
+import logging
+import sqlite3
+import sys
+
+import pytest
+
+from loraflow import credentials
+from loraflow.cli import cli
+from loraflow.failures import Failure
+
+CANARY = "c4nary-0f-16-token"
+URL = f"https://someone:{CANARY}@127.0.0.1:1/data.git"
+
+
+@pytest.fixture
+def masking(monkeypatch):
+    """Undo at the end what a command sets for its process."""
+    monkeypatch.setattr(credentials, "_hidden", {})
+    monkeypatch.setattr(credentials, "_secrets", set())
+    factory, hook = logging.getLogRecordFactory(), sys.excepthook
+    credentials.protect_output()
+    yield
+    logging.setLogRecordFactory(factory)
+    sys.excepthook = hook
+
+
+def database_text() -> str:
+    """Return every row of the Prefect server's database."""
+    from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
+
+    file = PREFECT_API_DATABASE_CONNECTION_URL.value().split("///")[1]
+    with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as database:
+        return "\n".join(database.iterdump())
+
+
+def test_no_byte_that_a_crash_writes_has_the_canary(recipe, tmp_path, monkeypatch, capfd, masking):
+    monkeypatch.setenv("HF_TOKEN", f"hf-{CANARY}")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"aws-{CANARY}")
+    monkeypatch.chdir(tmp_path)
+    text = recipe.read_text()
+    recipe.unlink()
+    project = tmp_path / "project"
+    project.mkdir()
+    in_file, overridden = tmp_path / "recipe.yaml", tmp_path / "other.yaml"
+    in_file.write_text(text.replace("data:\n", f"data:\n  repo: {URL}\n", 1).replace(f"{tmp_path}/data", "data.dvc"))
+    overridden.write_text(text)
+    monkeypatch.chdir(project)
+    sets = ("--set", "data.source=data.dvc", "--set", f"data.repo={URL}")
+    for command in (
+        ["run", str(in_file)],
+        ["run", str(overridden), *sets],
+        ["plan", str(in_file)],
+        ["plan", str(overridden), *sets],
+    ):
+        with pytest.raises(Failure, match=r"Git cannot show") as caught:
+            cli.main(command, standalone_mode=False)
+        assert CANARY not in str(caught.value) and "https://***@127.0.0.1:1" in str(caught.value)
+    store = tmp_path / "store"
+    records = [json.loads(file.read_text()) for file in (store / "runs").glob("*.json")]
+    assert len(records) == 2 and all(record["state"] == "failed" for record in records)
+    assert {record["resolved"]["data"]["repo"] for record in records} == {"https://***@127.0.0.1:1/data.git"}
+    cli.main(["runs", "--store", str(store)], standalone_mode=False)
+    cli.main(["show", records[0]["run"], "--store", str(store)], standalone_mode=False)
+    for file in [*store.rglob("*"), *project.rglob("*")]:
+        assert not file.is_file() or CANARY.encode() not in file.read_bytes(), file
+    database = database_text()
+    assert "https://***@127.0.0.1:1/data.git" in database, "the masked parameter"
+    assert CANARY not in database
+    shown = capfd.readouterr()
+    assert CANARY not in shown.out + shown.err and "***" in shown.out + shown.err
