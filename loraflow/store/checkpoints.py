@@ -124,6 +124,14 @@ def prune_to_newest_intact(folder: Path) -> Path | None:
     return newest
 
 
+def remove_incomplete(folder: Path) -> None:
+    """Remove the checkpoints without a manifest, which were cut off. No process may be writing a checkpoint."""
+    for path in folder.glob("checkpoint-*"):
+        if step_of(path.name) is not None and not (path / COMPLETE).exists():
+            log.warning("%s is removed: it is incomplete", path.name)
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def recompute_digest(work: Path) -> str | None:
     """Return the digest of the artifact that a work folder's job recomputes; None for a first computation."""
     mark = work / RECOMPUTE_MARK

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import JsonValue
 
 from loraflow import identity
-from loraflow.failures import from_os_error
+from loraflow.failures import ReadOnlyStore
 from loraflow.store.artifact import (
     MANIFEST,
     QUARANTINE,
@@ -216,9 +216,9 @@ class LocalStore:
     @contextmanager
     def lock(self, stage: str, fingerprint: str) -> Iterator[None]:
         """Hold a job's lock; wait until it is free."""
-        with translate_os_errors(self.uri):
-            (self.root / "locks").mkdir(parents=True, exist_ok=True)
-        with flock(self.root / "locks" / f"{stage}-{identity.short(fingerprint)}.lock"):
+        with ExitStack() as locks:
+            with translate_os_errors(self.uri):
+                locks.enter_context(flock(self.root / "locks" / f"{stage}-{identity.short(fingerprint)}.lock"))
             yield
 
     @contextmanager
@@ -229,11 +229,10 @@ class LocalStore:
         """
         with ExitStack() as locks:
             try:
-                (self.root / "locks").mkdir(parents=True, exist_ok=True)
-                locks.enter_context(flock(self.root / "locks" / "readers", shared=True))
-            except OSError as error:
-                if from_os_error(error, self.uri) is None:
-                    raise
+                with translate_os_errors(self.uri):
+                    locks.enter_context(flock(self.root / "locks" / "readers", shared=True))
+            except ReadOnlyStore:
+                pass
             yield
 
     def commit(
@@ -297,8 +296,11 @@ class LocalStore:
 
         Raises:
             LockHeld: there are readers.
+            ReadOnlyStore: nothing can be removed.
         """
-        with flock(self.root / "locks" / "readers", wait=False):
+        with ExitStack() as locks:
+            with translate_os_errors(self.uri):
+                locks.enter_context(flock(self.root / "locks" / "readers", wait=False))
             yield
 
     def committed_at(self, ref: Ref) -> float:
