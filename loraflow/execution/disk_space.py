@@ -12,6 +12,7 @@ from loraflow.job import Job
 from loraflow.stages import STAGES
 from loraflow.store import Store
 from loraflow.store.checkpoints import FOLDER, finalized_checkpoints, remove_incomplete
+from loraflow.store.files import folder_size
 from loraflow.store.lock import LockHeld, flock
 
 
@@ -46,11 +47,11 @@ def explain_disk_full(
     newest = next(iter(finalized_checkpoints(checkpoints)), None)
     if failure.where.startswith((str(staged), str(work), str(store.scratch))) and not failure.expected:
         if newest is not None and failure.where.startswith(str(work)):
-            failure.expected = f"about {_mib(_size(newest))} for a checkpoint, as {newest.name} has"
+            failure.expected = f"about {_mib(folder_size(newest))} for a checkpoint, as {newest.name} has"
         elif (need := _size_of_source(job, store)) is not None:
             failure.expected = f"about {_mib(need)} for the result"
         else:
-            failure.expected = f"more than the {_mib(_size(staged) + _size(work))} that the job had written"
+            failure.expected = f"more than the {_mib(folder_size(staged) + folder_size(work))} that the job had written"
     if newest is not None:
         failure.next_step += f": training resumes from {newest.name}"
     with contextlib.suppress(LockHeld), flock(work / "worker.lock", wait=False):
@@ -65,10 +66,6 @@ def _size_of_source(job: Job[StageConfig], store: Store) -> int | None:
     if source == "origin" and isinstance(origin, FolderOrigin):
         return sum(path.stat().st_size for path in Path(origin.folder).iterdir() if path.is_file())
     return None
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _mib(size: int) -> str:

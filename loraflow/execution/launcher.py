@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
-import shutil
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +27,7 @@ from loraflow.execution.stage_function import stage_function
 from loraflow.execution.worker_process import OnProgress, run_in_worker_process
 from loraflow.job import Inputs, Job, Progress
 from loraflow.stages import STAGES
-from loraflow.store import Ref, Store, Summary
+from loraflow.store import Ref, Store, Summary, staging
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ def run_job(job: Job[StageConfig], store: Store, on_progress: OnProgress | None 
                 explain_disk_full(failure, job, store, staged, work)
             raise failure from error
         finally:
-            shutil.rmtree(staged, ignore_errors=True)
+            staging.discard(staged)
         store.remove_work_folder(job.stage, job.fingerprint)
         return ref
 

@@ -29,7 +29,7 @@ from loraflow.execution.outcome import FILE, report_outcome, take_pipe
 from loraflow.execution.parent_death import end_group_with_parent
 from loraflow.execution.stage_function import stage_function
 from loraflow.job import Progress
-from loraflow.store import Summary
+from loraflow.store import Summary, staging
 from loraflow.store.lock import flock
 
 
@@ -88,8 +88,10 @@ def _run_locked(file: JobFile) -> Summary:
 def execute(file: JobFile) -> Summary:
     """Run a job's stage into its staging folder and return its summary."""
     if os.environ.get("RANK", "0") == "0":  # rank 0 writes the files
+        file.out.parent.mkdir(parents=True, exist_ok=True)
+        staging.claim(file.out)  # it outlives a launcher that is killed, as long as this process does
         shutil.rmtree(file.out, ignore_errors=True)
-        file.out.mkdir(parents=True)
+        file.out.mkdir()
     progress = Progress(file.work / "progress.jsonl", work=file.work)
     return stage_function(file.stage)(file.job, file.inputs, file.out, progress)
 

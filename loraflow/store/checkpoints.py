@@ -16,7 +16,15 @@ from typing import TypedDict
 
 from pydantic import JsonValue
 
-from loraflow.store.files import files_below, fsync_tree, hash_file, is_inside, write_atomic, write_json
+from loraflow.store.files import (
+    files_below,
+    fsync_tree,
+    hash_file,
+    is_inside,
+    set_default_modes,
+    write_atomic,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
@@ -36,6 +44,7 @@ def finalize_checkpoint(checkpoint: Path, needs: str | None = None) -> None:
 
     `needs` is the name of the checkpoint that a resume also reads: this one, or another.
     """
+    set_default_modes(checkpoint)
     fsync_tree(checkpoint)
     hashes = {name: hash_file(path) for name, path in files_below(checkpoint) if name != COMPLETE}
     write_json(checkpoint / COMPLETE, {"files": hashes, "needs": needs})

@@ -15,6 +15,7 @@ from pydantic import JsonValue
 
 from loraflow import identity
 from loraflow.failures import ReadOnlyStore
+from loraflow.store import staging
 from loraflow.store.artifact import (
     MANIFEST,
     QUARANTINE,
@@ -30,8 +31,11 @@ from loraflow.store.artifact import (
 )
 from loraflow.store.checkpoints import recompute_digest, reset_work_folder
 from loraflow.store.files import (
+    folder_size,
     fsync_path,
     fsync_tree,
+    set_default_modes,
+    stale_drafts,
     stale_folders,
     translate_os_errors,
     write_atomic,
@@ -192,9 +196,7 @@ class LocalStore:
     def staging(self, stage: str, fingerprint: str) -> Path:
         """Return a new empty folder for a job to write into."""
         with translate_os_errors(self.uri):
-            folder = self.root / "staging" / f"{stage}-{identity.short(fingerprint)}-{uuid.uuid4().hex[:8]}"
-            folder.mkdir(parents=True)
-            return folder
+            return staging.create(self.root / "staging", f"{stage}-{identity.short(fingerprint)}")
 
     def work_folder(self, stage: str, fingerprint: str, recompute_of: Ref | None = None) -> Path:
         """Return the folder in which an unfinished job stores what a retry resumes from."""
@@ -251,6 +253,7 @@ class LocalStore:
         job with different last bits agree afterwards. `replace` is for an artifact that is recomputed with `--force`.
         """
         with translate_os_errors(self.uri):
+            set_default_modes(staged)
             manifest = build_manifest(staged, payload, inputs, summary, provenance)
             fsync_tree(staged)
             write_json(staged / MANIFEST, manifest.model_dump())
@@ -259,12 +262,13 @@ class LocalStore:
             fsync_path(home.parent)
             current = self.find(manifest.stage, manifest.fingerprint)
             if current is not None and (not replace or current.digest == manifest.digest):
-                shutil.rmtree(staged)
+                staging.discard(staged)
                 return current
             target = home / manifest.digest
             if target.exists():  # it is damaged, or the pointer does not name it
                 self._quarantine(target, ["found in place of a new artifact"])
             os.rename(staged, target)
+            staging.release(staged)
             fsync_path(home)
             write_json(home / "current.json", {"digest": manifest.digest})
             return manifest.ref(self.uri)
@@ -312,17 +316,34 @@ class LocalStore:
         self._remove(self._folder(ref))
 
     def stale_items(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
-        """Yield (name, bytes) of unfinished work and quarantined artifacts that were last changed before a time."""
+        """Yield (name, bytes) of unfinished work and quarantined artifacts that were last changed before a time.
+
+        Staging folders of processes that have ended are yielded whatever their age.
+        """
+        for folder in staging.abandoned(self.root / "staging"):
+            if folder.exists():
+                yield PurePosixPath("staging", folder.name), folder_size(folder)
+            if remove:
+                staging.discard(folder)
         for name, size in stale_folders(self.root, ("work/*/*", "staging/*", f"{QUARANTINE}/*"), before):
             if remove:
                 self._remove(self.root / name)
+            yield name, size
+        drafts = ("*/*/.*", "runs/.*", f"{QUARANTINE}/.*", "registry/*/*/.*")
+        for name, size in stale_drafts(self.root, drafts, before):
+            if remove:
+                (self.root / name).unlink(missing_ok=True)
             yield name, size
 
     def _remove(self, folder: Path) -> None:
         removed = self.root / "staging" / f"gone-{folder.name[:12]}-{time.time_ns()}"
         removed.parent.mkdir(exist_ok=True)
-        folder.rename(removed)
-        shutil.rmtree(removed)
+        staging.claim(removed)
+        try:
+            folder.rename(removed)
+            shutil.rmtree(removed)
+        finally:
+            staging.release(removed)
 
     def _folder(self, ref: Ref) -> Path:
         return self.root / ref.stage / ref.fingerprint / ref.digest
