@@ -176,6 +176,18 @@ class Killed(Failure):
     kind, retryable = "killed", True
 
 
+class BudgetSpent(Preempted):
+    """The run used the time of `runtime.max_hours`. Another run resumes from the last checkpoint; a retry would not help."""
+
+    kind, retryable = "budget_spent", False
+
+
+class Stalled(Failure):
+    """The worker made no progress for too long. A retry resumes from the last checkpoint."""
+
+    kind, retryable = "stalled", True
+
+
 class Network(Failure):
     """A remote service did not answer."""
 

@@ -49,6 +49,12 @@ def run(job, inputs, out, report):
         os.kill(os.getpid(), signal.SIGKILL)
     elif how == "term-once" and attempts.read_text() == "1":
         os.kill(os.getpid(), signal.SIGTERM)
+    elif how == "stop-once" and attempts.read_text() == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "large-log":
+        os.truncate(work / "log.txt", 3 * 2**30)  # without taking the space
+        print("the last line", flush=True)
+        os._exit(7)
     elif how == "exit":
         os._exit(7)
     elif how == "nan":

@@ -24,7 +24,7 @@ from loraflow.execution.code_digest import code_digest
 from loraflow.execution.disk_space import check_free_space, explain_disk_full
 from loraflow.execution.job_file import JobFile
 from loraflow.execution.stage_function import stage_function
-from loraflow.execution.worker_process import OnProgress, run_in_worker_process
+from loraflow.execution.worker_process import OnProgress, check_budget, run_in_worker_process
 from loraflow.job import Inputs, Job, Progress
 from loraflow.stages import STAGES
 from loraflow.store import Ref, Store, Summary, staging
@@ -35,12 +35,25 @@ WORKER = [sys.executable, "-m", "loraflow.execution.worker"]
 _RECORDED = ("torch", "transformers", "peft", "trl", "datasets", "tokenizers", "evaluate", "dvc", "numpy", "pyarrow")
 
 
-def run_job(job: Job[StageConfig], store: Store, on_progress: OnProgress | None = None, *, force: bool = False) -> Ref:
+def run_job(
+    job: Job[StageConfig],
+    store: Store,
+    on_progress: OnProgress | None = None,
+    *,
+    force: bool = False,
+    run_started: float | None = None,
+) -> Ref:
     """Hold a job's lock, run the job and commit its artifact. If another run committed it meanwhile, return that one.
 
+    `run_started`, in seconds since 1970, is what `runtime.max_hours` is counted from; by default it is now.
+
     Raises:
-        Failure: the stage's own failure; or Killed, Preempted, Crashed or DeadlineExceeded, if its worker left none.
+        Failure: the stage's own failure; or Killed, Preempted, Crashed, Stalled, DeadlineExceeded or BudgetSpent, if its
+            worker left none.
     """
+    hours = job.runtime.max_hours
+    ends = None if hours is None else (run_started or time.time()) + hours * 3600
+    check_budget(job, ends)
     with store.lock(job.stage, job.fingerprint):
         ref = look_up(store, job).ref
         if ref is not None and not force:
@@ -55,7 +68,7 @@ def run_job(job: Job[StageConfig], store: Store, on_progress: OnProgress | None 
         started = time.time()
         try:
             with store.mirror_checkpoints(job.stage, job.fingerprint):
-                summary, runtime = _run_with_less_memory_if_needed(job, store, staged, work, on_progress)
+                summary, runtime = _run_with_less_memory_if_needed(job, store, staged, work, on_progress, ends)
             ref = store.commit(
                 staged,
                 payload=job.payload,
@@ -83,7 +96,12 @@ def run_job(job: Job[StageConfig], store: Store, on_progress: OnProgress | None 
 
 
 def _run_with_less_memory_if_needed(
-    job: Job[StageConfig], store: Store, staged: Path, work: Path, on_progress: OnProgress | None
+    job: Job[StageConfig],
+    store: Store,
+    staged: Path,
+    work: Path,
+    on_progress: OnProgress | None,
+    ends: float | None,
 ) -> tuple[Summary, JobRuntime]:
     """Run a job's stage, again with less memory if it runs out; return its summary and the runtime that succeeded."""
     stage = STAGES[job.stage]
@@ -93,7 +111,7 @@ def _run_with_less_memory_if_needed(
     while True:
         try:
             file = JobFile(job, staged, folders, work)
-            return run_in_worker_process(WORKER, file, on_progress), job.runtime
+            return run_in_worker_process(WORKER, file, on_progress, ends), job.runtime
         except failures.OutOfMemory as failure:
             job = _with_less_memory(job, failure)
 

@@ -28,6 +28,7 @@ from loraflow.execution.job_file import JobFile
 from loraflow.execution.outcome import FILE, report_outcome, take_pipe
 from loraflow.execution.parent_death import end_group_with_parent
 from loraflow.execution.stage_function import stage_function
+from loraflow.execution.stall_watch import write_stacks_on_request
 from loraflow.job import Progress
 from loraflow.store import Summary, staging
 from loraflow.store.lock import flock
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> int:
     pipe = take_pipe()
     _end_with_launcher(file.job.runtime.grace_seconds)
     faulthandler.enable()
+    write_stacks_on_request(file.work)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
     )

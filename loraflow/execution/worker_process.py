@@ -15,11 +15,13 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from loraflow import failures
-from loraflow.config.stage_configs import HubOrigin
+from loraflow.config.stage_configs import HubOrigin, StageConfig
 from loraflow.execution.device_group import PARENT
 from loraflow.execution.job_file import JobFile
 from loraflow.execution.log_file import ProgressReader, limit_log
 from loraflow.execution.outcome import FILE, PIPE, read_outcome
+from loraflow.execution.stall_watch import AwakeClock, StallWatch, remove_stacks
+from loraflow.job import Job
 from loraflow.store import Summary
 
 log = logging.getLogger(__name__)
@@ -29,20 +31,24 @@ _READS = 16  # of the progress file between two looks at the worker
 OnProgress = Callable[[Figures], None]
 
 
-def run_in_worker_process(command: list[str], file: JobFile, on_progress: OnProgress | None) -> Summary:
+def run_in_worker_process(
+    command: list[str], file: JobFile, on_progress: OnProgress | None, ends: float | None = None
+) -> Summary:
     """Run a job in a worker process and return its summary.
 
     Args:
         command: starts a worker; the job file is appended to it.
         file: the job and its folders.
         on_progress: called with each line of progress.
+        ends: when the time of the run is over, in seconds since 1970.
 
     Raises:
-        Failure: the stage's own; or that of a worker that ended without an outcome, or ran too long.
+        Failure: the stage's own; or that of a worker that ended without an outcome, stalled, or ran too long.
     """
     job, work = file.job, file.work
     for name in (FILE, "progress.jsonl"):
         (work / name).unlink(missing_ok=True)
+    remove_stacks(work)
     job_file = file.write()
     kills_before = _oom_kills()
     read_end, write_end = os.pipe()
@@ -61,7 +67,7 @@ def run_in_worker_process(command: list[str], file: JobFile, on_progress: OnProg
         write_end = -1
         log.info("%s %s: worker %d, log %s", job.stage, job.short, process.pid, work / "log.txt")
         try:
-            code = _follow(process, file, on_progress)
+            code = _follow(process, file, on_progress, ends)
         finally:
             _end_group(process, job.runtime.grace_seconds)
         return read_outcome(file, read_end, code, oom_killed=_oom_kills() > kills_before)
@@ -88,10 +94,10 @@ def _environment(file: JobFile) -> dict[str, str]:
     return env
 
 
-def _follow(process: subprocess.Popen[bytes], file: JobFile, on_progress: OnProgress | None) -> int:
+def _follow(process: subprocess.Popen[bytes], file: JobFile, on_progress: OnProgress | None, ends: float | None) -> int:
     """Wait for the worker to end, and pass each new line of its progress file to `on_progress`; return its exit status."""
-    progress, started = ProgressReader(file.work / "progress.jsonl"), time.monotonic()
-    deadline_minutes = file.job.runtime.deadline_minutes
+    progress, clock, runtime = ProgressReader(file.work / "progress.jsonl"), AwakeClock(), file.job.runtime
+    stall = StallWatch(process.pid, file.work, _stall_minutes(file))
     while True:
         code = process.poll()
         for _ in range(_READS):
@@ -101,14 +107,38 @@ def _follow(process: subprocess.Popen[bytes], file: JobFile, on_progress: OnProg
         limit_log(file.work / "log.txt")
         if code is not None:
             return code
-        if deadline_minutes is not None and time.monotonic() - started > deadline_minutes * 60:
+        now = clock.seconds()
+        stall.check(now)
+        if runtime.deadline_minutes is not None and now > runtime.deadline_minutes * 60:
             raise failures.DeadlineExceeded(
-                f"The worker ran for more than {deadline_minutes} minutes.",
+                f"The worker ran for more than {runtime.deadline_minutes} minutes.",
                 where=str(file.work),
                 next_step="raise runtime.deadline_minutes; a rerun resumes from the last checkpoint",
             )
+        check_budget(file.job, ends)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=0.2)
+
+
+def _stall_minutes(file: JobFile) -> float | None:
+    """Return the time without progress after which the worker has stalled: nodes may wait for each other before it."""
+    minutes = file.job.runtime.stall_minutes
+    return minutes if minutes is None or file.nodes == 1 else minutes + file.job.runtime.rendezvous.wait_minutes
+
+
+def check_budget(job: Job[StageConfig], ends: float | None) -> None:
+    """Check the time of the run, of which the worker needs the last seconds to save a checkpoint.
+
+    Raises:
+        BudgetSpent: it is over.
+    """
+    if ends is not None and time.time() > ends - job.runtime.grace_seconds:
+        raise failures.BudgetSpent(
+            "The run has used its time.",
+            where=f"{job.stage} {job.short}",
+            expected=f"at most {job.runtime.max_hours} hours (runtime.max_hours)",
+            next_step="run again, here or on another machine that uses the store: training resumes from its last checkpoint",
+        )
 
 
 def _show(lines: list[bytes], on_progress: OnProgress | None) -> None:
@@ -121,17 +151,23 @@ def _show(lines: list[bytes], on_progress: OnProgress | None) -> None:
 
 
 def _end_group(process: subprocess.Popen[bytes], grace: float) -> None:
-    """End the worker's process group: SIGTERM, then SIGKILL. Do nothing if it has ended."""
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(timeout=grace)
-        except subprocess.TimeoutExpired:
-            log.warning("worker %d did not end within %.0f s of SIGTERM; killing it", process.pid, grace)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    """End the worker's process group: SIGTERM, then SIGKILL. Do nothing if it has ended.
+
+    A second interruption, such as another Ctrl-C, ends the wait: the group is killed at once.
+    """
+    try:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+                os.killpg(process.pid, signal.SIGCONT)  # a stopped process would not see the first signal
+            try:
+                process.wait(timeout=grace)
+            except subprocess.TimeoutExpired:
+                log.warning("worker %d did not end within %.0f s of SIGTERM; killing it", process.pid, grace)
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _oom_kills() -> int:

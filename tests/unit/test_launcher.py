@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,10 @@ from safetensors import SafetensorError
 from loraflow import failures
 from loraflow.config import Runtime
 from loraflow.execution import launcher as launch
+from loraflow.execution import log_file
 from loraflow.execution.classify import classify
+from loraflow.execution.log_file import ProgressReader
+from loraflow.execution.stall_watch import AwakeClock, _is_progress, _Sample
 from loraflow.job import Job
 from loraflow.stages import STAGES
 from loraflow.store import LocalStore
@@ -130,10 +134,7 @@ def test_a_worker_that_ignores_sigterm_is_killed(store):
     assert alive_in_group(int((work_of(store, one) / "pid").read_text())) == []
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_signals_to_the_launcher_end_the_worker_and_its_children(tmp_path, how):
-    root = tmp_path / "store"
-    script = f"""
+LAUNCHER = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent.parent.parent)!r})
 from loraflow.execution import launcher as launch
@@ -145,8 +146,14 @@ STAGES[FAKE_STAGE.name] = FAKE_STAGE
 launch.WORKER = FAKE
 import signal
 signal.signal(signal.SIGTERM, lambda *a: sys.exit(143))
-launch.run_job(job("sleep"), LocalStore({str(root)!r}))
+launch.run_job(job("{{how}}", {{options}}), LocalStore("{{root}}"))
 """
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_signals_to_the_launcher_end_the_worker_and_its_children(tmp_path, how):
+    root = tmp_path / "store"
+    script = LAUNCHER.format(how="sleep", root=root, options="")
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     group = int(wait_for(root / "work" / "evaluate" / job("sleep").fingerprint / "pid"))
     assert len(alive_in_group(group)) >= 2
@@ -318,3 +325,97 @@ def test_a_full_disk_is_reported_before_the_job_starts(store, monkeypatch, tmp_p
     config = {"source": {}, "repack": None, "trust_remote_code": False}
     with pytest.raises(failures.DiskFull, match="more disk space"):
         launch.run_job(Job(stage="resolve_base", version=1, config=config, runtime=values), store)
+
+
+def test_a_worker_without_progress_is_warned_about_with_its_stacks_then_ended_and_retried(store, caplog):
+    one = job("sleep", stall_minutes=0.1)
+    with pytest.raises(failures.Stalled) as caught:
+        launch.run_job(one, store)
+    assert caught.value.retryable and "runtime.stall_minutes" in caught.value.next_step
+    warning = next(record.getMessage() for record in caplog.records if "no progress" in record.getMessage())
+    assert "fake_worker.py" in warning and " in run" in warning, warning
+    assert "fake_worker.py" in caught.value.got
+    assert alive_in_group(int((work_of(store, one) / "pid").read_text())) == []
+
+
+def test_a_stopped_worker_is_named_as_such_and_a_retry_resumes(store, caplog):
+    one = job("stop-once", stall_minutes=0.05)
+    with pytest.raises(failures.Stalled, match="no progress") as caught:
+        launch.run_job(one, store)
+    assert "is stopped by a signal (state T)" in caught.value.got and "kill -CONT" in caught.value.got
+    assert any("state T" in record.getMessage() for record in caplog.records)
+    assert launch.run_job(one.with_runtime(stall_minutes=None), store)
+
+
+def test_a_suspended_machine_is_not_taken_for_a_stalled_worker(tmp_path):
+    times = iter([0.0, 1.0, 100_000.0, 100_001.0])
+    clock = AwakeClock(lambda: next(times))
+    assert [clock.seconds() for _ in range(3)] == [1.0, 6.0, 7.0]
+
+
+def test_signs_of_progress_are_output_processes_processor_time_and_reads():
+    idle = _Sample(((1, 1),), frozenset({7}), 1.0, 0, frozenset())
+    assert not _is_progress(idle, idle._replace(cpu_seconds=1.3), 60.0), "idle threads"
+    for change in ({"files": ((2, 1),)}, {"pids": frozenset({7, 8})}, {"cpu_seconds": 2.0}, {"io_bytes": 2**21}):
+        assert _is_progress(idle, idle._replace(**change), 60.0), change
+    spinning = idle._replace(cpu_seconds=60.0, stopped=frozenset({8}))
+    assert not _is_progress(idle, spinning, 60.0), "one of several devices is stopped, and the others wait for it"
+
+
+def test_a_log_of_3_gb_is_neither_read_whole_nor_kept(store):
+    one = job("large-log")
+    tracemalloc.start()
+    try:
+        with pytest.raises(failures.Crashed) as caught:
+            launch.run_job(one, store)
+        assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert len(str(caught.value)) < 5000
+    logs = [work_of(store, one) / name for name in ("log.txt", "log-before.txt")]
+    assert sum(path.stat().st_size for path in logs) < 2 * 64 * 2**20
+    assert "the last line" in "".join(path.read_text()[-2000:] for path in logs)
+
+
+def test_progress_is_read_line_by_line_whatever_a_worker_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(log_file, "MAX_PROGRESS", 1000)
+    path = tmp_path / "progress.jsonl"
+    reader = ProgressReader(path)
+    assert reader.new_lines() == []
+    path.write_bytes(b'{"step": 1}\n{"step"')
+    assert reader.new_lines() == [b'{"step": 1}']
+    with path.open("ab") as file:
+        file.write(b": 2}\n" + b"x" * 5 * 2**20)
+    found = [line for _ in range(10) for line in reader.new_lines()]
+    with path.open("ab") as file:
+        file.write(b'yz\n{"step": 3}\n')
+    found += [line for _ in range(3) for line in reader.new_lines()]
+    assert found == [b'{"step": 2}', b'{"step": 3}']
+    assert path.stat().st_size < 1000, "what was read is removed when the file is large"
+    path.write_bytes(b'{"step": 4}\n')
+    assert reader.new_lines() == [b'{"step": 4}']
+
+
+def test_the_time_of_a_run_ends_in_a_failure_that_is_not_retried_and_resumes(store):
+    one = job("stubborn", max_hours=5 / 3600, grace_seconds=1.0)
+    started = time.time()
+    with pytest.raises(failures.BudgetSpent) as caught:
+        launch.run_job(one, store)
+    assert isinstance(caught.value, failures.Preempted) and not caught.value.retryable
+    assert "resumes" in caught.value.next_step and time.time() - started < 60
+    with pytest.raises(failures.BudgetSpent):  # the next stage of the same run does not start
+        launch.run_job(job("fine", max_hours=1), store, run_started=started - 3600)
+    assert launch.run_job(job("fine", max_hours=1), store)
+
+
+def test_a_second_interruption_kills_the_worker_at_once(tmp_path):
+    root = tmp_path / "store"
+    script = LAUNCHER.format(how="stubborn", root=root, options="grace_seconds=300.0")
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    group = int(wait_for(root / "work" / "evaluate" / job("stubborn").fingerprint / "pid"))
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    assert process.poll() is None and alive_in_group(group), "the worker may still save a checkpoint"
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=20)
+    assert alive_in_group(group) == []
