@@ -281,7 +281,7 @@ _SENTENCES: dict[int, tuple[type[Failure], str, str]] = {
     errno.EIO: (
         StorageError,
         "The disk reported an input/output error.",
-        "check the disk (`dmesg`), then `loraflow verify --deep`; a damaged artifact is recomputed by the next run",
+        "check the disk (`dmesg`); if only a file of the store is damaged, remove its folder: the next run recomputes it",
     ),
     errno.ESTALE: (StorageError, "The network file system replaced a file that is in use.", _FILE_SYSTEM_GONE),
     errno.ENOTCONN: (StorageError, "The file system is not connected.", _FILE_SYSTEM_GONE),
@@ -310,3 +310,7 @@ _SENTENCES: dict[int, tuple[type[Failure], str, str]] = {
     ),
     errno.ENOTDIR: (Failure, "A part of the path is a file and not a folder.", "correct the path, or remove the file"),
 }
+# Errors that say nothing about the file: it may be intact, and is not to be taken for missing or damaged.
+MACHINE_FAULTS = frozenset({
+    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOLCK,
+})  # fmt: skip

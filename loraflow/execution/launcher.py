@@ -77,8 +77,8 @@ def run_job(
                 provenance=_provenance(job, runtime, started),
                 replace=force,
             )
-        except failures.DiskFull as failure:
-            explain_disk_full(failure, job, store, staged, work)
+        except failures.DiskFull as disk_full:
+            explain_disk_full(disk_full, job, store, staged, work)
             raise
         except failures.Failure:
             raise

@@ -16,6 +16,7 @@ from typing import TypedDict
 
 from pydantic import JsonValue
 
+from loraflow.failures import StorageError
 from loraflow.store.files import (
     files_below,
     fsync_tree,
@@ -80,7 +81,7 @@ def is_intact(checkpoint: Path) -> bool:
     found = read_checkpoint_manifest(checkpoint)
     try:
         return found is not None and all(hash_file(checkpoint / name) == sha for name, sha in found["files"].items())
-    except OSError:
+    except (OSError, StorageError):  # an older checkpoint is better than none
         return False
 
 

@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 from pydantic import TypeAdapter
 
-from loraflow.failures import from_os_error
+from loraflow.failures import MACHINE_FAULTS, Failure, from_os_error
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +31,44 @@ _MEMO = TypeAdapter(dict[str, _Stamp])
 
 
 def hash_file(path: Path, algorithm: str = "sha256") -> str:
-    """Return the hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+    """Return the hex digest of a file's content.
+
+    Raises:
+        Failure: the disk or the system failed, also when it was asked again. The file need not be damaged.
+    """
+    for last in (False, False, True):
+        try:
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+        except OSError as error:
+            if error.errno not in MACHINE_FAULTS:
+                raise
+            if last:
+                raise _machine_fault(error, path) from error
+            time.sleep(0.1)
+    raise AssertionError("unreachable")
+
+
+def _machine_fault(error: OSError, path: Path) -> Failure:
+    fault = OSError(error.errno, error.strerror, error.filename or str(path))
+    return from_os_error(fault, str(path)) or Failure("The system failed.", where=str(path), got=str(error))
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Walk a folder from the top like `os.walk`, but do not take a folder that cannot be listed for an empty one.
+
+    Raises:
+        OSError, Failure: a folder below it exists and cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        if error.errno in MACHINE_FAULTS:
+            raise _machine_fault(error, folder) from error
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        yield Path(root), folders, names
 
 
 def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -42,10 +77,10 @@ def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
     Raises:
         ValueError: for anything that is neither a folder nor a regular file: a link could point out of the store.
     """
-    for root, dirs, names in os.walk(folder):
+    for root, dirs, names in walk(folder):
         dirs.sort()
         for name in sorted(dirs + names):
-            path = Path(root, name)
+            path = root / name
             mode = path.lstat().st_mode
             if stat.S_ISDIR(mode):
                 continue
@@ -71,10 +106,10 @@ def fsync_path(path: Path) -> None:
 
 def fsync_tree(folder: Path) -> None:
     """Flush every file and folder below a folder, and the folder itself."""
-    for root, _, names in os.walk(folder):
+    for root, _, names in walk(folder):
         for name in names:
-            fsync_path(Path(root, name))
-        fsync_path(Path(root))
+            fsync_path(root / name)
+        fsync_path(root)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -110,10 +145,10 @@ def set_default_modes(folder: Path) -> None:
         file_mode = stat.S_IMODE((probe / "file").stat().st_mode) & 0o666
     finally:
         shutil.rmtree(probe)
-    for root, _, names in os.walk(folder):
-        _set_mode(Path(root), folder_mode)
+    for root, _, names in walk(folder):
+        _set_mode(root, folder_mode)
         for name in names:
-            path = Path(root, name)
+            path = root / name
             found = path.lstat()
             if not stat.S_ISREG(found.st_mode):
                 continue  # `files_below` refuses it

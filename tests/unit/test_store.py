@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 
 from loraflow import identity
-from loraflow.failures import CorruptArtifact, DiskFull, ReadOnlyStore
+from loraflow.failures import CorruptArtifact, DiskFull, Failure, ReadOnlyStore, StorageError
 from loraflow.registry.cleanup import remove_unused
-from loraflow.store import LocalStore, Manifest, Ref, Summary, open_store, staging
+from loraflow.store import LocalStore, Manifest, Ref, Summary, open_store, require_intact, staging
 from loraflow.store.checkpoints import finalize_checkpoint
 from loraflow.store.files import HashMemo, json_bytes
 
@@ -559,3 +560,82 @@ def test_drafts_of_interrupted_writes_are_cleaned_up(tmp_path):
     assert len(list(remove_unused(store, keep=1))) == 2
     assert not any(path.exists() for path in old) and (tmp_path / "runs" / ".new.json.0123abcd").exists()
     assert store.find("tokenize", FP)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "sentence"),
+    [
+        (errno.EIO, StorageError, "input/output error"),
+        (errno.ESTALE, StorageError, "network file system"),
+        (errno.ENOTCONN, StorageError, "not connected"),
+        (errno.EMFILE, Failure, "too many open files"),
+        (errno.ENFILE, Failure, "too many open files"),
+        (errno.ENOLCK, Failure, "cannot lock files"),
+        (errno.EROFS, ReadOnlyStore, "cannot be written"),
+        (errno.EDQUOT, DiskFull, "quota"),
+        (errno.ENOSPC, DiskFull, "disk is full"),
+        (errno.EFBIG, DiskFull, "larger than a limit"),
+        (errno.ENAMETOOLONG, Failure, "too long"),
+        (errno.ELOOP, Failure, "symbolic links"),
+        (errno.ENOTDIR, Failure, "not a folder"),
+    ],
+)
+def test_each_error_of_the_system_is_one_sentence_with_a_next_step(tmp_path, monkeypatch, number, kind, sentence):
+    store, opened = LocalStore(tmp_path), os.open
+
+    def fail(path, *args, **kwargs):
+        if str(path).startswith(str(tmp_path)):
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", fail)
+    for use in (
+        lambda: store.write_document("runs/x.json", b"{}"),
+        lambda: store.staging("train", FP),
+        lambda: store.lock("train", FP).__enter__(),
+        lambda: list(remove_unused(store, keep=1)),
+    ):
+        with pytest.raises(Failure, match=sentence) as caught:
+            use()
+        assert type(caught.value) is kind and caught.value.next_step
+        assert caught.value.where.startswith(str(tmp_path)) and len(str(caught.value).splitlines()) == 4
+    if kind is ReadOnlyStore:  # a read-only store can still be read
+        with store.reader_lock():
+            pass
+    else:
+        with pytest.raises(kind), store.reader_lock():
+            pass
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_a_fault_of_the_machine_is_not_taken_for_a_damaged_artifact(tmp_path, monkeypatch, number):
+    store = LocalStore(tmp_path)
+    ref, opened, asked = put(store), Path.open, []
+
+    def fail(self, *args, **kwargs):
+        if self.name == "a.txt":
+            asked.append(self)
+            raise OSError(number, os.strerror(number), str(self))
+        return opened(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fail)
+        with pytest.raises(Failure) as caught:
+            require_intact(store, ref)
+    assert not isinstance(caught.value, CorruptArtifact) and "a.txt" in caught.value.where
+    assert len(asked) == 3, "it is asked again first"
+    assert store.verify(ref) == [] and not (tmp_path / "set-aside").exists()
+
+
+def test_a_folder_that_cannot_be_listed_is_not_committed_as_empty(tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def fail(path):
+        if str(path).endswith("sub"):
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(Failure, match="too many open files"):
+        put(LocalStore(tmp_path))
+    assert list(LocalStore(tmp_path).artifacts()) == []
