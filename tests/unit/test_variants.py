@@ -50,7 +50,7 @@ def test_the_documentation_lists_exactly_the_tested_variants():
         assert rows[name].split("|")[2].strip() == page["recipe_of"](settings), (
             f"python benchmarks/adapters.py '{name}'"
         )
-    assert rows["LoftQ"] == f"| {' | '.join(page['refused']())} |"
+    assert rows["LoftQ"] == f"| {' | '.join(page['refused_row']())} |"
 
 
 @pytest.mark.parametrize("options", [
