@@ -14,12 +14,13 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
-
-import psutil
+from typing import TYPE_CHECKING, NamedTuple
 
 from loraflow.execution.log_file import read_tail
 from loraflow.failures import Stalled
+
+if TYPE_CHECKING:  # imported where a worker is followed: a cached run does not need it
+    import psutil
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,8 @@ class StallWatch:
             )
 
     def _sample(self) -> _Sample:
+        import psutil
+
         processes, cpu, io, stopped = _tree(self.pid), 0.0, 0, set()
         for process in processes:
             with contextlib.suppress(psutil.Error, NotImplementedError):
@@ -170,6 +173,8 @@ def _describe(sample: _Sample) -> str:
 
 def _tree(pid: int) -> list[psutil.Process]:
     """Return a process and its descendants: torchrun's ranks have process groups of their own."""
+    import psutil
+
     try:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
