@@ -52,9 +52,11 @@ class ProgressReader:
         """Return the lines since the last call. A line that is too long is left out."""
         try:
             with self.path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                if size < self._offset:  # the file was begun again
+                    self._offset = 0
                 file.seek(self._offset)
                 block = file.read(_MAX_READ)
-                size = file.seek(0, os.SEEK_END)
         except FileNotFoundError:
             return []
         complete = block[: block.rfind(b"\n") + 1]
@@ -64,7 +66,7 @@ class ProgressReader:
         if not complete and len(block) >= MAX_LINE:
             complete, self._is_inside_long_line = block, True
         self._offset += len(complete)
-        if self._offset == size > MAX_PROGRESS:
+        if self._offset > MAX_PROGRESS and self._offset == self.path.stat().st_size:
             os.truncate(self.path, 0)
             self._offset = 0
         return [line for line in lines if len(line) <= MAX_LINE]
