@@ -292,6 +292,11 @@ _SENTENCES: dict[int, tuple[type[Failure], str, str]] = {
         "The system has too many open files.",
         "close other programs, or raise `sysctl fs.file-max`",
     ),
+    errno.ENOMEM: (
+        OutOfMemory,
+        "The system has no memory left.",
+        "close other programs, or use a machine with more memory",
+    ),
     errno.ENOLCK: (
         Failure,
         "The file system cannot lock files.",

@@ -26,9 +26,10 @@ _TEXTS = {
     errno.EROFS: re.compile(r"read-only file system|os error 30\b|errno 30\b", re.IGNORECASE),
     errno.ESTALE: re.compile(r"stale (nfs )?file handle|os error 116\b|errno 116\b", re.IGNORECASE),
 }
-# A write that failed for a reason that the library does not say: torch.save, C++ streams, mapped files.
+# A write that failed for a reason that the library does not say: torch.save, numpy.save, C++ streams, mapped files.
 _FAILED_WRITE = re.compile(
-    r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs|iostream error|basic_ios::clear|Bus error",
+    r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs|iostream error|basic_ios::clear|Bus error"
+    r"|\d+ requested and \d+ written",
     re.IGNORECASE,
 )
 _NEARLY_FULL = 16 * 2**20  # bytes that are free where a failed write is taken for a full disk

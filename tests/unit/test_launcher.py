@@ -289,6 +289,40 @@ def test_an_exception_is_classified_by_its_number_or_its_text(tmp_path, error, k
         assert failure.where.startswith("/") and "free" in failure.got and failure.next_step
 
 
+REAL_WRITES = """
+import sys
+from pathlib import Path
+import numpy, pyarrow, torch
+from pyarrow import parquet
+from safetensors.torch import save_file
+sys.path.insert(0, sys.argv[2])
+from loraflow.execution.classify import classify
+folder, large = Path(sys.argv[1]), torch.ones(1_000_000)
+table = pyarrow.table({"x": numpy.random.rand(1_000_000)})
+for write in (
+    lambda: torch.save(large, folder / "optimizer.pt"),
+    lambda: save_file({"x": large}, folder / "adapter_model.safetensors"),
+    lambda: parquet.write_table(table, folder / "rows.parquet"),
+    lambda: numpy.save(folder / "rows.npy", large.numpy()),
+):
+    try:
+        write()
+    except Exception as error:
+        print(type(classify(error, "train", [folder])).__name__)
+    for file in folder.iterdir():
+        file.unlink()
+"""
+
+
+def test_what_torch_safetensors_arrow_and_numpy_raise_on_a_real_full_disk_is_recognized(tmp_path):
+    command = ["unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=1m none "$1" && exec "$2" -c "$3" "$1" "$4"']
+    arguments = ["sh", str(tmp_path), sys.executable, REAL_WRITES, str(Path(__file__).parents[2])]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip(f"no user namespaces here: {done.stderr.strip()[:80]}")
+    assert done.stdout.split() == ["DiskFull"] * 4, done.stderr
+
+
 def test_a_failed_write_of_torch_means_a_full_disk_where_the_disk_is_full(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=3, f_frsize=4096, f_files=9, f_favail=9))
     failure = classify(RuntimeError(TORCH), "train", [tmp_path])
