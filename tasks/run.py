@@ -104,7 +104,7 @@ class Run:
 
 
 @contextmanager
-def open_run(recipe: str, overrides: dict[str, JsonValue], force: list[str]) -> Iterator[Run]:
+def open_run(recipe: str, overrides: dict[str, JsonValue], force: list[str], *, rename: bool = True) -> Iterator[Run]:
     """Load the recipe, hold the store's reader lock so that `gc` removes nothing, and write the run's record at the end."""
     check_names(force, "--force")
     if deployment.id:  # a process of its own, which a killed Prefect worker would leave behind
@@ -117,7 +117,8 @@ def open_run(recipe: str, overrides: dict[str, JsonValue], force: list[str]) -> 
     error: BaseException | None = None
     with _announce_suspension(), workspace.store.reader_lock():
         try:
-            show_name(workspace)
+            if rename:
+                show_name(workspace)
             yield run
         except OSError as caught:
             error = caught
