@@ -7,8 +7,10 @@ again. Whether a retry can help is a property of the class, not a decision of th
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from loraflow.credentials import mask, mask_json
@@ -137,6 +139,12 @@ class DiskFull(Failure):
     kind = "disk_full"
 
 
+class StorageError(Failure):
+    """A disk or a network file system failed to read or write. It may work again in a moment."""
+
+    kind, retryable = "storage_error", True
+
+
 class ReadOnlyStore(Failure):
     """The store cannot be written."""
 
@@ -177,6 +185,18 @@ class Killed(Failure):
     """The worker was killed (SIGKILL). A retry resumes from the last checkpoint."""
 
     kind, retryable = "killed", True
+
+
+class BudgetSpent(Preempted):
+    """The run used the time of `runtime.max_hours`. Another run resumes from the last checkpoint; a retry would not help."""
+
+    kind, retryable = "budget_spent", False
+
+
+class Stalled(Failure):
+    """The worker made no progress for too long. A retry resumes from the last checkpoint."""
+
+    kind, retryable = "stalled", True
 
 
 class Network(Failure):
@@ -227,28 +247,104 @@ def from_dict(data: Mapping[str, JsonValue]) -> Failure:
 
 
 def from_os_error(error: OSError, where: str) -> Failure | None:
-    """Return the failure for a full disk, a read-only store or a file without permission; None for any other OSError.
+    """Return the failure for an error of a disk, a file system or a limit of the process; None for any other OSError.
 
     `where` is the store's folder, or the stage if the folder is unknown.
     """
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFull(
-            "The disk is full.",
-            where=str(error.filename or where),
-            next_step="free space (`loraflow gc` removes what no run needs), or set runtime.store to another disk",
-        )
-    if error.errno in (errno.EACCES, errno.EPERM) and error.filename and not str(error.filename).startswith(where):
-        return Failure(
-            "A file cannot be read or written.",
-            where=str(error.filename),
-            got=error.strerror or type(error).__name__,
-            next_step="correct its permissions",
-        )
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+    number, place = error.errno, error.filename if isinstance(error.filename, str) and error.filename else where
+    got = error.strerror or type(error).__name__
+    if number in _NO_SPACE:
+        return disk_full(place, number)
+    if number in (errno.EACCES, errno.EPERM) and place != where and not place.startswith(where):
+        return Failure("A file cannot be read or written.", where=place, got=got, next_step="correct its permissions")
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
         return ReadOnlyStore(
             "The store cannot be written.",
-            where=str(error.filename or where),
-            got=error.strerror or type(error).__name__,
+            where=place,
+            got=got,
             next_step="set runtime.store to a folder that you may write to, or correct its permissions",
         )
-    return None
+    known = _SENTENCES.get(number or 0)
+    if known is None:
+        return None
+    cls, what, next_step = known
+    return cls(what, where=place, got=got, next_step=next_step)
+
+
+def disk_full(where: str, number: int = errno.ENOSPC) -> DiskFull:
+    """Return the failure for a disk, a quota or a file that cannot take more bytes, with what is free at `where`."""
+    what, next_step = _NO_SPACE[number]
+    return DiskFull(what, where=where, got=free_space(where), next_step=next_step)
+
+
+def free_space(place: str) -> str:
+    """Return what is free on the disk of a path, for a message; an empty string if that is unknown."""
+    path = Path(place)
+    if not path.is_absolute():
+        return ""
+    try:
+        found = os.statvfs(next(folder for folder in (path, *path.parents) if folder.exists()))
+    except OSError:
+        return ""
+    free = found.f_bavail * found.f_frsize
+    inodes = ", but no inode: a file system has a limit of files too" if found.f_files and not found.f_favail else ""
+    return f"{free / 2**20:,.1f} MiB free{inodes}"
+
+
+_MAKE_SPACE = (
+    "free space (`loraflow gc` removes what no run needs), or set runtime.store to another disk; then run again"
+)
+# What is wrong and what to do, by the errors that mean "no more bytes".
+_NO_SPACE = {
+    errno.ENOSPC: ("The disk is full.", _MAKE_SPACE),
+    errno.EDQUOT: ("The disk quota is used up.", _MAKE_SPACE),
+    errno.EFBIG: (
+        "The file is larger than a limit of the file system or of this process allows.",
+        "raise the limit (`ulimit -f unlimited`), or set runtime.store to another file system; then run again",
+    ),
+}
+_FILE_SYSTEM_GONE = "check that the file system is mounted and its server answers; then run again"
+_TOO_MANY_FILES = "raise the limit (`ulimit -n 65536`), or lower runtime.processes and runtime.threads; then run again"
+# The class, what is wrong and what to do, by the other errors that say something about the machine and not about our code.
+_SENTENCES: dict[int, tuple[type[Failure], str, str]] = {
+    errno.EIO: (
+        StorageError,
+        "The disk reported an input/output error.",
+        "check the disk (`dmesg`); if only a file of the store is damaged, remove its folder: the next run recomputes it",
+    ),
+    errno.ESTALE: (StorageError, "The network file system replaced a file that is in use.", _FILE_SYSTEM_GONE),
+    errno.ENOTCONN: (StorageError, "The file system is not connected.", _FILE_SYSTEM_GONE),
+    errno.EHOSTDOWN: (StorageError, "The file system's server is down.", _FILE_SYSTEM_GONE),
+    errno.EMFILE: (Failure, "This process has too many open files.", _TOO_MANY_FILES),
+    errno.ENFILE: (
+        Failure,
+        "The system has too many open files.",
+        "close other programs, or raise `sysctl fs.file-max`",
+    ),
+    errno.ENOMEM: (
+        OutOfMemory,
+        "The system has no memory left.",
+        "close other programs, or use a machine with more memory",
+    ),
+    errno.ENOLCK: (
+        Failure,
+        "The file system cannot lock files.",
+        "set runtime.store to a folder on a local disk, or mount it with locks (NFS: with lockd, not `nolock`)",
+    ),
+    errno.ENAMETOOLONG: (
+        Failure,
+        "A path is too long for the file system.",
+        "use shorter names, or a shorter runtime.store",
+    ),
+    errno.ELOOP: (Failure, "A path has too many symbolic links, perhaps in a circle.", "correct the links"),
+    errno.EMLINK: (
+        Failure,
+        "The file system allows no more links to a file or folders in one.",
+        "set runtime.store to another file system",
+    ),
+    errno.ENOTDIR: (Failure, "A part of the path is a file and not a folder.", "correct the path, or remove the file"),
+}
+# Errors that say nothing about the file: it may be intact, and is not to be taken for missing or damaged.
+MACHINE_FAULTS = frozenset({
+    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOLCK,
+})  # fmt: skip

@@ -101,7 +101,7 @@ class Run:
             if ref.digest not in self._verified_digests:
                 require_intact(store, ref)
                 self._verified_digests.add(ref.digest)
-        return run_here(job, store, label, force=force)
+        return run_here(job, store, label, force=force, run_started=self.started)
 
 
 @contextmanager

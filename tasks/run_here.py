@@ -10,7 +10,9 @@ from loraflow.tasks.gpu_lease import gpu_lease
 from loraflow.tasks.progress import ProgressArtifact
 
 
-def run_here(job: Job[StageConfig], store: Store, label: str, *, force: bool = False) -> Ref:
+def run_here(
+    job: Job[StageConfig], store: Store, label: str, *, force: bool = False, run_started: float | None = None
+) -> Ref:
     """Run a job in a worker process of this machine. Hold the GPU meanwhile, and show the progress in the UI."""
     with gpu_lease(job):
-        return run_job(job, store, ProgressArtifact(label).show_figures, force=force)
+        return run_job(job, store, ProgressArtifact(label).show_figures, force=force, run_started=run_started)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefect.exceptions import Pause
+from prefect.exceptions import Pause, TerminationSignal
 from prefect.runtime import flow_run
 
 from loraflow.credentials import mask
@@ -88,6 +88,15 @@ def write_record(run: Run, error: BaseException | None) -> None:
     elif isinstance(error, Pause):  # for a person's approval
         record = as_record(run, "waiting")
     else:
-        record = as_record(run, "failed", f"{type(error).__name__}: {error}".splitlines()[0])
+        record = as_record(run, "failed", error_line(error))
     with suppress(OSError, Failure):
         run.workspace.store.write_document(f"runs/{run.id}.json", record.document)
+
+
+def error_line(error: BaseException) -> str:
+    """Return the line of a run's record that says why the run did not end."""
+    if isinstance(error, TerminationSignal) or (isinstance(error, SystemExit) and error.code == 143):
+        return "Preempted: the run was asked to end (SIGTERM); another run resumes"
+    if isinstance(error, KeyboardInterrupt):
+        return "KeyboardInterrupt: the run was interrupted (Ctrl-C); another run resumes"
+    return (f"{type(error).__name__}: {error}".splitlines() or [""])[0]

@@ -1,6 +1,7 @@
 """A worker with small stages that end in every way there is. Run by tests in place of `python -m loraflow.execution.worker`."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,12 +15,27 @@ from loraflow.execution import worker
 from loraflow.failures import NonFiniteLoss, Preempted
 from loraflow.stages import STAGES, Stage
 from loraflow.store import Summary
+from loraflow.store.checkpoints import finalize_checkpoint
 
 
 class FakeConfig(StageConfig):
     """Which way to end."""
 
     how: str
+
+
+def no_space(*_):
+    raise OSError(28, "No space left on device")
+
+
+class FullStream:
+    """A stream to a file on a full disk."""
+
+    def write(self, text):
+        no_space()
+
+    def flush(self):
+        no_space()
 
 
 def run(job, inputs, out, report):
@@ -33,6 +49,12 @@ def run(job, inputs, out, report):
         os.kill(os.getpid(), signal.SIGKILL)
     elif how == "term-once" and attempts.read_text() == "1":
         os.kill(os.getpid(), signal.SIGTERM)
+    elif how == "stop-once" and attempts.read_text() == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "large-log":
+        os.truncate(work / "log.txt", 3 * 2**30)  # without taking the space
+        print("the last line", flush=True)
+        os._exit(7)
     elif how == "exit":
         os._exit(7)
     elif how == "nan":
@@ -43,6 +65,26 @@ def run(job, inputs, out, report):
         (out / "result.txt").write_text(str(job.runtime.eval_batch_size))
     elif how == "full":
         raise OSError(28, "No space left on device", "/somewhere")
+    elif how == "fill":
+        with (work / "large").open("wb") as file:
+            while True:
+                file.write(b"0" * 2**16)
+    elif how == "fsize":  # a real limit of the system
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        (out / "large").write_bytes(b"0" * 10_000)
+    elif how == "checkpoint":
+        folder = work / "checkpoints"
+        if not folder.exists():
+            (folder / "checkpoint-2").mkdir(parents=True)
+            (folder / "checkpoint-2" / "weights").write_bytes(b"0" * 2**20)
+            finalize_checkpoint(folder / "checkpoint-2")
+            (folder / "checkpoint-4").mkdir()
+            (folder / "checkpoint-4" / "weights").write_bytes(b"0" * 100)
+            raise OSError(28, "No space left on device", str(folder / "checkpoint-4" / "weights"))
+    elif how == "no-outcome":
+        worker.report_outcome.__globals__["write_json"] = no_space
+        sys.stderr = FullStream()
+        raise RuntimeError("something odd on a full disk")
     elif how == "import":
         import no_such_package  # noqa: F401
     elif how == "raise":

@@ -36,6 +36,7 @@ def convert(source: Path, base: Path, out: Path, alpha: float | None, enable_lor
     from loraflow.adapters.convert import convert as convert_adapter
     from loraflow.adapters.convert import parse_enabled
     from loraflow.serving.artifacts import require_intact_files
+    from loraflow.store.files import set_default_modes
 
     if out.exists():
         raise BadConfig("The target exists already.", where=str(out), next_step="name a folder that does not exist")
@@ -46,6 +47,7 @@ def convert(source: Path, base: Path, out: Path, alpha: float | None, enable_lor
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         figures = convert_adapter(source, base, unfinished, lora_alpha=alpha, enable_lora=parse_enabled(enable_lora))
+        set_default_modes(unfinished)
         unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -55,6 +55,7 @@ def merge(
     """Merge ADAPTER (a PEFT folder) into BASE (a model's folder) and write the model to OUT."""
     from loraflow.adapters.merge_folders import merge as merge_folders
     from loraflow.serving.artifacts import require_intact_files
+    from loraflow.store.files import set_default_modes
 
     if out.exists():
         raise BadConfig("The target exists already.", where=str(out), next_step="name a folder that does not exist")
@@ -67,6 +68,7 @@ def merge(
         figures = merge_folders(
             base, adapter, unfinished, dtype=dtype, max_shard_bytes=int(max_shard_size_gb * 1e9), threads=threads
         )
+        set_default_modes(unfinished)
         unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

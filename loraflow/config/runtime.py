@@ -84,6 +84,16 @@ class Runtime(FrozenModel):
     deadline_minutes: Annotated[float, Field(gt=0)] | None = Field(
         None, description="A heavy stage that runs longer is stopped; by default there is no limit."
     )
+    stall_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        30.0,
+        description="A heavy stage without any sign of progress for this long is ended and retried, after a warning at a "
+        "third of it; null never ends it.",
+    )
+    max_hours: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Time that a run may take on its machine. Shortly before its end, training saves a checkpoint and the "
+        "run fails as preempted; the next run resumes.",
+    )
     grace_seconds: Annotated[float, Field(ge=0)] = Field(
         20.0, description="Time between SIGTERM and SIGKILL for a worker, in which it saves a checkpoint."
     )

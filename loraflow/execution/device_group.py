@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from loraflow import failures
 from loraflow.config.runtime import Rendezvous
+from loraflow.execution.classify import full_folder
 from loraflow.execution.job_file import JobFile
 from loraflow.store import Summary
 
@@ -178,6 +179,8 @@ def _first_summary(work: Path, exit_codes: dict[int, int]) -> Summary:
             raise failure
     silent = {rank: code for rank, code in exit_codes.items() if rank not in outcomes}
     if silent:
+        if -signal.SIGKILL not in silent.values() and (folder := full_folder([work])):
+            raise failures.disk_full(str(folder))
         got = ", ".join(f"rank {rank}: {code}" for rank, code in sorted(silent.items()))
         kind = failures.Killed if -signal.SIGKILL in silent.values() else failures.Crashed
         raise kind("A device's process ended without an outcome.", got=got, next_step="run again: it resumes")

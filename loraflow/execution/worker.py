@@ -20,26 +20,28 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from pydantic import JsonValue
-
 from loraflow import failures
 from loraflow.credentials import format_masked, protect_output
+from loraflow.execution.classify import classify
 from loraflow.execution.device_group import PARENT, needs_group, node, run_in_group
 from loraflow.execution.job_file import JobFile
+from loraflow.execution.outcome import FILE, report_outcome, take_pipe
 from loraflow.execution.parent_death import end_group_with_parent
 from loraflow.execution.stage_function import stage_function
+from loraflow.execution.stall_watch import write_stacks_on_request
 from loraflow.job import Progress
-from loraflow.store import Summary
-from loraflow.store.files import write_json
+from loraflow.store import Summary, staging
 from loraflow.store.lock import flock
 
 
 def main(argv: list[str]) -> int:
     """Run the job of a file, write `outcome.json`, and return the exit status: 0 if the job succeeded, 1 if it failed."""
     file = JobFile.read(Path(argv[0]).absolute())
+    pipe = take_pipe()
     _end_with_launcher(file.job.runtime.grace_seconds)
     faulthandler.enable()
     protect_output()
+    write_stacks_on_request(file.work)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
     )
@@ -52,18 +54,13 @@ def main(argv: list[str]) -> int:
         name = f"outcome-{rank}.json"
     else:
         failure, summary = _attempt(file, _run_locked)
-        name = "outcome.json" if node() == 0 else f"node-{node()}.json"
-    outcome: dict[str, JsonValue] = (
-        {"status": "done", "summary": summary.model_dump(mode="json")}
-        if failure is None
-        else {"status": "failed", "failure": failure.to_dict()}
-    )
-    with contextlib.suppress(OSError):  # a full disk: the exit status still reports the failure
-        write_json(file.work / name, outcome)
+        name = FILE if node() == 0 else f"node-{node()}.json"
+    failure = report_outcome(file, name, pipe, failure, summary)
     if _is_orphaned():  # the launcher is gone, so this process ends its own group
         os.killpg(0, signal.SIGKILL)
     if failure is not None:
-        print(failure, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the log's disk is full
+            print(failure, file=sys.stderr, flush=True)
         return 1
     return 0
 
@@ -77,8 +74,9 @@ def _attempt(file: JobFile, run: Callable[[JobFile], Summary]) -> tuple[failures
     except KeyboardInterrupt:
         return failures.Preempted("The worker was interrupted."), Summary()
     except BaseException as error:
-        print(format_masked(error), file=sys.stderr)
-        return classify(error, file.job.stage), Summary()
+        with contextlib.suppress(OSError):  # the log's disk is full
+            print(format_masked(error), file=sys.stderr)
+        return classify(error, file.job.stage, [file.out, file.work]), Summary()
 
 
 def _run_locked(file: JobFile) -> Summary:
@@ -93,29 +91,12 @@ def _run_locked(file: JobFile) -> Summary:
 def execute(file: JobFile) -> Summary:
     """Run a job's stage into its staging folder and return its summary."""
     if os.environ.get("RANK", "0") == "0":  # rank 0 writes the files
+        file.out.parent.mkdir(parents=True, exist_ok=True)
+        staging.claim(file.out)  # it outlives a launcher that is killed, as long as this process does
         shutil.rmtree(file.out, ignore_errors=True)
-        file.out.mkdir(parents=True)
+        file.out.mkdir()
     progress = Progress(file.work / "progress.jsonl", work=file.work)
     return stage_function(file.stage)(file.job, file.inputs, file.out, progress)
-
-
-def classify(error: BaseException, stage: str) -> failures.Failure:
-    """Return the failure for an unexpected exception: disk full, out of memory, network, missing package, or crashed."""
-    text = f"{type(error).__name__}: {error}"
-    name = type(error).__name__
-    if isinstance(error, OSError) and (known := failures.from_os_error(error, stage)):
-        return known
-    if "No space left on device" in text:
-        return failures.DiskFull("The disk is full.", where=stage, next_step="free space, or move runtime.store")
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text.lower():
-        return failures.OutOfMemory("There is not enough memory.", where=stage, got=text[:500])
-    if isinstance(error, ImportError) and getattr(error, "name", None):
-        return failures.MissingExtra(
-            f"The Python package {error.name} is missing.", where=stage, got=text[:300], next_step="loraflow doctor"
-        )
-    if name in ("ConnectionError", "ConnectTimeout", "ReadTimeout", "LocalEntryNotFoundError", "ConnectError"):
-        return failures.Network("A remote did not answer.", where=stage, got=text[:500])
-    return failures.Crashed("The stage ended with an unexpected exception.", where=stage, got=text[:2000])
 
 
 def _is_orphaned() -> bool:

@@ -7,9 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from loraflow.store import staging
 from loraflow.store.artifact import MANIFEST, QUARANTINE, RESERVED_FOLDERS
 from loraflow.store.bucket import Bucket, ObjectInfo
-from loraflow.store.files import stale_folders
+from loraflow.store.files import folder_size, stale_folders
 from loraflow.store.uploads import abort_upload, unfinished_uploads
 
 _LOCAL_PATTERNS = ("work/*/*", "pending/*/*", "staging/*", "artifacts/*/*/*")
@@ -27,6 +28,11 @@ def stale_items(bucket: Bucket, scratch: Path, before: float, *, remove: bool) -
             if remove:
                 bucket.delete([item.key for item in objects])
             yield PurePosixPath(name), sum(item.size for item in objects)
+    for unused in staging.abandoned(scratch / "staging"):
+        if unused.exists():
+            yield PurePosixPath("cache", "staging", unused.name), folder_size(unused)
+        if remove:
+            staging.discard(unused)
     for folder, size in stale_folders(scratch, _LOCAL_PATTERNS, before):
         if remove:
             shutil.rmtree(scratch / folder)

@@ -16,7 +16,16 @@ from typing import TypedDict
 
 from pydantic import JsonValue
 
-from loraflow.store.files import files_below, fsync_tree, hash_file, is_inside, write_atomic, write_json
+from loraflow.failures import StorageError
+from loraflow.store.files import (
+    files_below,
+    fsync_tree,
+    hash_file,
+    is_inside,
+    set_default_modes,
+    write_atomic,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
@@ -36,6 +45,7 @@ def finalize_checkpoint(checkpoint: Path, needs: str | None = None) -> None:
 
     `needs` is the name of the checkpoint that a resume also reads: this one, or another.
     """
+    set_default_modes(checkpoint)
     fsync_tree(checkpoint)
     hashes = {name: hash_file(path) for name, path in files_below(checkpoint) if name != COMPLETE}
     write_json(checkpoint / COMPLETE, {"files": hashes, "needs": needs})
@@ -71,7 +81,7 @@ def is_intact(checkpoint: Path) -> bool:
     found = read_checkpoint_manifest(checkpoint)
     try:
         return found is not None and all(hash_file(checkpoint / name) == sha for name, sha in found["files"].items())
-    except OSError:
+    except (OSError, StorageError):  # an older checkpoint is better than none
         return False
 
 
@@ -122,6 +132,14 @@ def prune_to_newest_intact(folder: Path) -> Path | None:
             log.warning("%s is removed: it, or a checkpoint that it needs, is incomplete", path.name)
             shutil.rmtree(path)
     return newest
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Remove the checkpoints without a manifest, which were cut off. No process may be writing a checkpoint."""
+    for path in folder.glob("checkpoint-*"):
+        if step_of(path.name) is not None and not (path / COMPLETE).exists():
+            log.warning("%s is removed: it is incomplete", path.name)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def recompute_digest(work: Path) -> str | None:

@@ -6,8 +6,10 @@ import hashlib
 import json
 import logging
 import os
+import re
+import secrets
+import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from typing import TypeAlias
 
 from pydantic import TypeAdapter
 
-from loraflow.failures import from_os_error
+from loraflow.failures import MACHINE_FAULTS, Failure, from_os_error
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +33,44 @@ SETTLED = 2_000_000_000  # nanoseconds; the coarsest clocks of file systems have
 
 
 def hash_file(path: Path, algorithm: str = "sha256") -> str:
-    """Return the hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+    """Return the hex digest of a file's content.
+
+    Raises:
+        Failure: the disk or the system failed, also when it was asked again. The file need not be damaged.
+    """
+    for last in (False, False, True):
+        try:
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+        except OSError as error:
+            if error.errno not in MACHINE_FAULTS:
+                raise
+            if last:
+                raise _machine_fault(error, path) from error
+            time.sleep(0.1)
+    raise AssertionError("unreachable")
+
+
+def _machine_fault(error: OSError, path: Path) -> Failure:
+    fault = OSError(error.errno, error.strerror, error.filename or str(path))
+    return from_os_error(fault, str(path)) or Failure("The system failed.", where=str(path), got=str(error))
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Walk a folder from the top like `os.walk`, but do not take a folder that cannot be listed for an empty one.
+
+    Raises:
+        OSError, Failure: a folder below it exists and cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        if error.errno in MACHINE_FAULTS:
+            raise _machine_fault(error, folder) from error
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        yield Path(root), folders, names
 
 
 def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -42,10 +79,10 @@ def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
     Raises:
         ValueError: for anything that is neither a folder nor a regular file: a link could point out of the store.
     """
-    for root, dirs, names in os.walk(folder):
+    for root, dirs, names in walk(folder):
         dirs.sort()
         for name in sorted(dirs + names):
-            path = Path(root, name)
+            path = root / name
             mode = path.lstat().st_mode
             if stat.S_ISDIR(mode):
                 continue
@@ -71,26 +108,66 @@ def fsync_path(path: Path) -> None:
 
 def fsync_tree(folder: Path) -> None:
     """Flush every file and folder below a folder, and the folder itself."""
-    for root, _, names in os.walk(folder):
+    for root, _, names in walk(folder):
         for name in names:
-            fsync_path(Path(root, name))
-        fsync_path(Path(root))
+            fsync_path(root / name)
+        fsync_path(root)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file atomically: after a crash, as for a reader, it has the old content or the new."""
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Replace a file atomically: after a crash, as for a reader, it has the old content or the new.
+
+    As for any new file, the umask decides who may read it.
+    """
+    draft = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}")
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.replace(draft, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
+
+
+def set_default_modes(folder: Path) -> None:
+    """Give all files and folders below a folder the modes that new ones get: the umask decides, files are not executable.
+
+    Libraries write weights by temporary files, which only their owner may read. A file with several hard links may belong
+    to someone else's folder: it is replaced by a copy if others could not read it, and left as it is otherwise.
+    """
+    probe = folder.parent / f".mode-{secrets.token_hex(4)}"
+    probe.mkdir()
+    try:
+        (probe / "file").touch()
+        folder_mode = stat.S_IMODE(probe.stat().st_mode)
+        file_mode = stat.S_IMODE((probe / "file").stat().st_mode) & 0o666
+    finally:
+        shutil.rmtree(probe)
+    for root, _, names in walk(folder):
+        _set_mode(root, folder_mode)
+        for name in names:
+            path = root / name
+            found = path.lstat()
+            if not stat.S_ISREG(found.st_mode):
+                continue  # `files_below` refuses it
+            if found.st_nlink == 1:
+                _set_mode(path, file_mode)
+            elif found.st_mode & file_mode & 0o444 != file_mode & 0o444:
+                draft = path.with_name(f".{name[:200]}.{secrets.token_hex(4)}")
+                shutil.copyfile(path, draft)
+                os.replace(draft, path)
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        try:
+            path.chmod(mode)
+        except PermissionError as error:  # another user's process wrote it, on another node
+            log.warning("the mode of %s stays: %s", path, error.strerror)
 
 
 def json_bytes(value: Json) -> bytes:
@@ -124,8 +201,23 @@ def stale_folders(root: Path, patterns: tuple[str, ...], before: float) -> Itera
     for pattern in patterns:
         for path in root.glob(pattern):
             if path.is_dir() and path.stat().st_mtime < before:
-                size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-                yield PurePosixPath(path.relative_to(root).as_posix()), size
+                yield PurePosixPath(path.relative_to(root).as_posix()), folder_size(path)
+
+
+_DRAFT = re.compile(r"\.(draft-[0-9a-f]{8}|.+\.[a-z0-9_]{8})")  # of `write_atomic`, of today and before
+
+
+def stale_drafts(root: Path, patterns: tuple[str, ...], before: float) -> Iterator[tuple[PurePosixPath, int]]:
+    """Yield (relative path, bytes) of files that an interrupted atomic write left before a time."""
+    for pattern in patterns:
+        for path in root.glob(pattern):
+            if _DRAFT.fullmatch(path.name) and path.is_file() and path.stat().st_mtime < before:
+                yield PurePosixPath(path.relative_to(root).as_posix()), path.stat().st_size
+
+
+def folder_size(folder: Path) -> int:
+    """Return the size in bytes of the files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 class HashMemo:

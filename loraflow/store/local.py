@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from pydantic import JsonValue
 
 from loraflow import identity
-from loraflow.failures import from_os_error
+from loraflow.failures import ReadOnlyStore
+from loraflow.store import staging
 from loraflow.store.artifact import (
     MANIFEST,
     QUARANTINE,
@@ -37,8 +38,11 @@ from loraflow.store.artifact import (
 from loraflow.store.checkpoints import recompute_digest, reset_work_folder
 from loraflow.store.files import (
     HashMemo,
+    folder_size,
     fsync_path,
     fsync_tree,
+    set_default_modes,
+    stale_drafts,
     stale_folders,
     translate_os_errors,
     write_atomic,
@@ -219,9 +223,7 @@ class LocalStore:
     def staging(self, stage: str, fingerprint: str) -> Path:
         """Return a new empty folder for a job to write into."""
         with translate_os_errors(self.uri):
-            folder = self.root / "staging" / f"{stage}-{identity.short(fingerprint)}-{uuid.uuid4().hex[:8]}"
-            folder.mkdir(parents=True)
-            return folder
+            return staging.create(self.root / "staging", f"{stage}-{identity.short(fingerprint)}")
 
     def work_folder(self, stage: str, fingerprint: str, recompute_of: Ref | None = None) -> Path:
         """Return the folder in which an unfinished job stores what a retry resumes from."""
@@ -243,9 +245,9 @@ class LocalStore:
     @contextmanager
     def lock(self, stage: str, fingerprint: str) -> Iterator[None]:
         """Hold a job's lock; wait until it is free."""
-        with translate_os_errors(self.uri):
-            (self.root / "locks").mkdir(parents=True, exist_ok=True)
-        with flock(self.root / "locks" / f"{stage}-{identity.short(fingerprint)}.lock"):
+        with ExitStack() as locks:
+            with translate_os_errors(self.uri):
+                locks.enter_context(flock(self.root / "locks" / f"{stage}-{identity.short(fingerprint)}.lock"))
             yield
 
     @contextmanager
@@ -256,11 +258,10 @@ class LocalStore:
         """
         with ExitStack() as locks:
             try:
-                (self.root / "locks").mkdir(parents=True, exist_ok=True)
-                locks.enter_context(flock(self.root / "locks" / "readers", shared=True))
-            except OSError as error:
-                if from_os_error(error, self.uri) is None:
-                    raise
+                with translate_os_errors(self.uri):
+                    locks.enter_context(flock(self.root / "locks" / "readers", shared=True))
+            except ReadOnlyStore:
+                pass
             yield
 
     def commit(
@@ -279,6 +280,7 @@ class LocalStore:
         job with different last bits agree afterwards. `replace` is for an artifact that is recomputed with `--force`.
         """
         with translate_os_errors(self.uri):
+            set_default_modes(staged)
             manifest = build_manifest(staged, payload, inputs, summary, provenance)
             fsync_tree(staged)
             write_json(staged / MANIFEST, manifest.model_dump())
@@ -287,16 +289,17 @@ class LocalStore:
             fsync_path(home.parent)
             current = self.find(manifest.stage, manifest.fingerprint)
             if current is not None and (not replace or current.digest == manifest.digest):
-                shutil.rmtree(staged)
+                staging.discard(staged)
                 return current
             ref, target = manifest.ref(self.uri), home / manifest.digest
             if target.exists() and not self.verify(ref):  # it stays in place: it may be a champion's model
-                shutil.rmtree(staged)
+                staging.discard(staged)
                 ref = self.manifest(ref).ref(self.uri)
             else:
                 if target.exists():
                     self._quarantine(target, ["found in place of a new artifact"])
                 os.rename(staged, target)
+                staging.release(staged)
                 fsync_path(home)
             self.make_current(ref)
             return ref
@@ -309,12 +312,13 @@ class LocalStore:
         with translate_os_errors(self.uri):
             staged = self.staging(manifest.stage, manifest.fingerprint)
             shutil.copytree(folder, staged, dirs_exist_ok=True)
+            set_default_modes(staged)
             if not (staged / MANIFEST).exists():  # the copy from a bucket may lack it
                 write_json(staged / MANIFEST, manifest.model_dump())
             ref = manifest.ref(self.uri)
             problems = check_folder(staged, manifest, contents=True) or check_consistency(manifest, ref)
             if problems:
-                shutil.rmtree(staged)
+                staging.discard(staged)
                 return problems
             fsync_tree(staged)
             target = self._folder(ref)
@@ -322,6 +326,7 @@ class LocalStore:
             if target.exists():
                 self._quarantine(target, ["replaced by an intact copy"])
             os.rename(staged, target)
+            staging.release(staged)
             fsync_path(target.parent)
             return []
 
@@ -361,8 +366,11 @@ class LocalStore:
 
         Raises:
             LockHeld: there are readers.
+            ReadOnlyStore: nothing can be removed.
         """
-        with flock(self.root / "locks" / "readers", wait=False):
+        with ExitStack() as locks:
+            with translate_os_errors(self.uri):
+                locks.enter_context(flock(self.root / "locks" / "readers", wait=False))
             yield
 
     def committed_at(self, ref: Ref) -> float:
@@ -374,17 +382,34 @@ class LocalStore:
         self._remove(self._folder(ref))
 
     def stale_items(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
-        """Yield (name, bytes) of unfinished work and quarantined artifacts that were last changed before a time."""
+        """Yield (name, bytes) of unfinished work and quarantined artifacts that were last changed before a time.
+
+        Staging folders of processes that have ended are yielded whatever their age.
+        """
+        for folder in staging.abandoned(self.root / "staging"):
+            if folder.exists():
+                yield PurePosixPath("staging", folder.name), folder_size(folder)
+            if remove:
+                staging.discard(folder)
         for name, size in stale_folders(self.root, ("work/*/*", "staging/*", f"{QUARANTINE}/*"), before):
             if remove:
                 self._remove(self.root / name)
+            yield name, size
+        drafts = ("*/*/.*", "runs/.*", f"{QUARANTINE}/.*", "registry/*/*/.*")
+        for name, size in stale_drafts(self.root, drafts, before):
+            if remove:
+                (self.root / name).unlink(missing_ok=True)
             yield name, size
 
     def _remove(self, folder: Path) -> None:
         removed = self.root / "staging" / f"gone-{folder.name[:12]}-{time.time_ns()}"
         removed.parent.mkdir(exist_ok=True)
-        folder.rename(removed)
-        shutil.rmtree(removed)
+        staging.claim(removed)
+        try:
+            folder.rename(removed)
+            shutil.rmtree(removed)
+        finally:
+            staging.release(removed)
 
     def _folder(self, ref: Ref) -> Path:
         return self.root / ref.stage / ref.fingerprint / ref.digest

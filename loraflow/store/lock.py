@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -26,19 +27,37 @@ def flock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[No
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    with path.open("a+") as file:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except PermissionError:
+        if not shared:
+            raise
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # the file of another user can be locked for reading
+    try:
         try:
-            fcntl.flock(file, mode | fcntl.LOCK_NB)
+            _lock(fd, mode | fcntl.LOCK_NB, path)
         except BlockingIOError:
             if not wait:
                 raise LockHeld(str(path)) from None
             log.info("waiting for %s, held by %s", path.name, _holder(path))
-            fcntl.flock(file, mode)
+            _lock(fd, mode, path)
         if not shared:
-            file.truncate(0)
-            file.write(json.dumps({"pid": os.getpid()}))
-            file.flush()
+            with suppress(OSError):  # a full disk: the holder is only for messages
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, json.dumps({"pid": os.getpid()}).encode(), 0)
         yield
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, mode: int, path: Path) -> None:
+    try:
+        fcntl.flock(fd, mode)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # Linux and macOS have several numbers for a file system without locks
+        number = errno.ENOLCK if error.errno in (errno.ENOTSUP, errno.ENOSYS, errno.EINVAL) else error.errno
+        raise OSError(number, error.strerror, str(path)) from error
 
 
 def _holder(path: Path) -> str:

@@ -17,6 +17,7 @@ from pydantic import JsonValue
 from loraflow import identity
 from loraflow.failures import Failure
 from loraflow.store import lease as leases
+from loraflow.store import staging
 from loraflow.store.artifact import (
     MANIFEST,
     QUARANTINE,
@@ -33,7 +34,7 @@ from loraflow.store.artifact import (
 from loraflow.store.bucket import Bucket
 from loraflow.store.bucket_cleanup import stale_items
 from loraflow.store.checkpoint_mirror import CheckpointMirror
-from loraflow.store.files import HashMemo, fsync_tree, translate_os_errors, write_json
+from loraflow.store.files import HashMemo, fsync_tree, set_default_modes, translate_os_errors, write_json
 from loraflow.store.lock import flock
 from loraflow.store.s3_artifacts import S3Artifacts
 from loraflow.store.s3_cache import ArtifactCache, cache_folder
@@ -232,12 +233,14 @@ class S3Store:
         recomputed with `--force`.
         """
         with translate_os_errors(str(self.scratch)):
+            set_default_modes(staged)
             manifest = build_manifest(staged, payload, inputs, summary, provenance)
             fsync_tree(staged)
             write_json(staged / MANIFEST, manifest.model_dump())
             pending = self.cache.local_folder("pending", manifest.stage) / manifest.fingerprint
             shutil.rmtree(pending, ignore_errors=True)
             staged.rename(pending)
+            staging.release(staged)
             return commit_artifact(self._artifacts, self.cache, pending, manifest, replace=replace)
 
     def resume_commit(self, stage: str, fingerprint: str) -> Ref | None:

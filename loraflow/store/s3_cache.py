@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from loraflow import identity
+from loraflow.store import staging
 from loraflow.store.artifact import MANIFEST, HasHash, Manifest, Ref, check_consistency, check_folder, has_hash
 from loraflow.store.bucket import CONCURRENCY, retry_network
 from loraflow.store.files import fsync_tree, is_inside, translate_os_errors, write_json
@@ -70,12 +71,17 @@ class ArtifactCache:
         folder = self.folder(ref)
         if folder.exists():
             removed = self.local_folder("staging") / f"gone-{uuid.uuid4().hex[:12]}"
-            folder.rename(removed)
-            shutil.rmtree(removed)
+            staging.claim(removed)
+            try:
+                folder.rename(removed)
+                shutil.rmtree(removed)
+            finally:
+                staging.release(removed)
 
     def staging(self, stage: str, fingerprint: str) -> Path:
         """Return a new empty folder on the disk of the cache."""
-        return self.local_folder("staging", f"{stage}-{identity.short(fingerprint)}-{uuid.uuid4().hex[:8]}")
+        with translate_os_errors(str(self.root)):
+            return staging.create(self.root / "staging", f"{stage}-{identity.short(fingerprint)}")
 
     def download(self, ref: Ref) -> list[str]:
         """Copy an artifact to the cache if it is intact; return the problems, a line each."""
@@ -112,4 +118,4 @@ class ArtifactCache:
                 self.add(folder, ref)
             return problems
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            staging.discard(folder)

@@ -154,6 +154,10 @@ class PreemptionHandler(TrainerCallback):
     def _request(self, signum: int, frame: FrameType | None) -> None:
         self.is_requested = True
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop before the first step, if that was requested while the model was loaded: there is nothing to save yet."""
+        self.raise_if_requested(state.global_step)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save and stop, if requested."""
         if self.is_requested:

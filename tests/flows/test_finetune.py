@@ -204,7 +204,7 @@ def test_deleted_and_damaged_artifacts_are_recomputed_with_the_same_digest(proje
 
 def test_prefect_retries_a_killed_training_from_its_checkpoint(project):
     def kill() -> None:
-        for _ in range(1200):
+        for _ in range(6000):
             for progress in (project.store / "work" / "train").glob("*/progress.jsonl"):
                 if any('"step": 4' in line for line in progress.read_text().splitlines()):
                     pid = subprocess.run(

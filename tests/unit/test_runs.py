@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from loraflow.failures import CorruptArtifact
+from loraflow.failures import BudgetSpent, CorruptArtifact
 from loraflow.registry.runs import Publication, RunRecord, RunSummary, find_run, read_run, read_runs
 from loraflow.store import LocalStore, Ref
 
@@ -93,3 +93,15 @@ def test_the_run_of_a_model_is_the_run_that_computed_it_or_the_newest_with_a_cac
 
 def test_a_publication_is_written_without_unset_keys():
     assert Publication(repo="acme/x", problem="no network").model_dump() == {"repo": "acme/x", "problem": "no network"}
+
+
+def test_a_record_says_that_a_run_was_preempted_or_interrupted():
+    from prefect.exceptions import TerminationSignal
+
+    from loraflow.tasks.run_record import error_line
+
+    for preempted in (SystemExit(143), TerminationSignal(signal=15)):
+        assert error_line(preempted) == "Preempted: the run was asked to end (SIGTERM); another run resumes"
+    assert "Ctrl-C" in error_line(KeyboardInterrupt())
+    assert error_line(BudgetSpent("The run has used its time.", where="x")) == "BudgetSpent: The run has used its time."
+    assert error_line(SystemExit(1)) == "SystemExit: 1"

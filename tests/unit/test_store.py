@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from loraflow import identity
-from loraflow.failures import CorruptArtifact, DiskFull, ReadOnlyStore
+from loraflow.failures import CorruptArtifact, DiskFull, Failure, ReadOnlyStore, StorageError
 from loraflow.registry.cleanup import remove_unused
 from loraflow.store import (
     LocalStore,
@@ -25,7 +26,9 @@ from loraflow.store import (
     require_intact,
     require_intact_in_store,
     require_unchanged,
+    staging,
 )
+from loraflow.store.checkpoints import finalize_checkpoint
 from loraflow.store.files import HashMemo, hash_file, json_bytes
 from loraflow.store.s3_layout import file_key
 
@@ -588,3 +591,215 @@ def test_a_damaged_hash_cache_is_ignored_and_rewritten(tmp_path, content):
     hashes.save()
     stamp = [7, 1_000_000_000_000_000_000, file.stat().st_ino, file.stat().st_ctime_ns, expected]
     assert json.loads(memo.read_text()) == {f"sha256:{file}": stamp}
+
+
+HOLDER = """
+import os, sys, time
+sys.path.insert(0, sys.argv[2])
+from loraflow.store import LocalStore
+folder = LocalStore(sys.argv[1]).staging("train", "f" * 64)
+(folder / "weights").write_bytes(b"0" * 1000)
+print(folder.name, flush=True)
+time.sleep(60)
+"""
+
+
+def holder(root: Path) -> tuple[subprocess.Popen, str]:
+    command = [sys.executable, "-c", HOLDER, str(root), str(Path(__file__).parents[2])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return process, process.stdout.readline().strip()
+
+
+def test_thirteen_kills_leave_one_staging_folder_the_one_in_use(tmp_path):
+    def kill_one(_):
+        process, _name = holder(tmp_path)
+        process.kill()
+        process.wait()
+
+    for number in range(3):
+        kill_one(number)
+    for number in range(10):  # a folder of a process that has ended, without waiting for ten more of them
+        folder = LocalStore(tmp_path).staging("train", f"{number}" * 64)
+        os.close(staging._held.pop(folder))
+    mine = LocalStore(tmp_path).staging("merge", FP)
+    assert [path.name for path in (tmp_path / "staging").iterdir() if path.is_dir()] == [mine.name]
+    staging.discard(mine)
+    assert list((tmp_path / "staging").iterdir()) == []
+
+
+def test_the_staging_folder_of_a_running_process_stays(tmp_path):
+    process, name = holder(tmp_path)
+    try:
+        staging.discard(LocalStore(tmp_path).staging("merge", FP))
+        list(remove_unused(LocalStore(tmp_path), keep=1))
+        assert (tmp_path / "staging" / name / "weights").exists()
+    finally:
+        process.kill()
+        process.wait()
+    removed = [path.name for path, size, _ in remove_unused(LocalStore(tmp_path), keep=1) if size == 1000]
+    assert removed == [name] and list((tmp_path / "staging").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "removed"),
+    [
+        ({"host": "other", "machine": "m", "boot": "b"}, False),
+        ({"host": "other", "machine": "m", "boot": "here"}, True),  # a container on this kernel
+        ({"host": "me", "machine": "mine", "boot": "before"}, True),  # this machine was restarted
+        ({"host": "me", "machine": "another", "boot": "b"}, False),  # two machines of one name
+        ([], False),
+    ],
+)
+def test_a_staging_folder_of_another_machine_is_left_to_it(tmp_path, monkeypatch, owner, removed):
+    monkeypatch.setattr(staging, "_this_machine", lambda: staging._Machine("me", "mine", "here"))
+    folder = tmp_path / "train-0123-abcd"
+    folder.mkdir()
+    (tmp_path / "train-0123-abcd.owner").write_text(json.dumps(owner))
+    staging.remove_abandoned(tmp_path)
+    assert folder.exists() is not removed
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o002, 0o077], ids=oct)
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_the_umask_decides_who_can_read_an_artifact_and_a_checkpoint(tmp_path, umask):
+    import torch
+    from safetensors.torch import save_file
+
+    store = LocalStore(tmp_path / "store")
+    staged = store.staging("tokenize", FP)
+    private = staged / "private"
+    private.mkdir(mode=0o700)
+    save_file({"w": torch.zeros(2)}, private / "model.safetensors")
+    for mode in (0o600, 0o755, 0o444, 0o4755):
+        (staged / f"{mode:o}.bin").write_text("x")
+        (staged / f"{mode:o}.bin").chmod(mode)
+    ref = store.commit(staged, payload=PAYLOAD, inputs={}, summary=Summary(), provenance={})
+    store.write_document("runs/x.json", b"{}")
+    store.create_document("registry/m/log/1.json", b"{}")
+    checkpoint = store.work_folder("train", FP) / "checkpoints" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    save_file({"w": torch.zeros(2)}, checkpoint / "adapter_model.safetensors")
+    finalize_checkpoint(checkpoint)
+    for path in store.root.rglob("*"):
+        expected = (0o777 if path.is_dir() else 0o666) & ~umask
+        assert oct(path.stat().st_mode & 0o7777) == oct(expected), path
+    assert store.verify(ref) == []
+
+
+def test_a_linked_file_of_another_folder_keeps_its_mode_and_is_readable_in_the_store(tmp_path):
+    """Weights of a base are hard links: their mode belongs to whoever owns the base's folder."""
+    private, public = tmp_path / "private.bin", tmp_path / "public.bin"
+    for path, mode in ((private, 0o600), (public, 0o755)):
+        path.write_text(path.name)
+        path.chmod(mode)
+    store = LocalStore(tmp_path / "store")
+    staged = store.staging("tokenize", FP)
+    os.link(private, staged / "private.bin")
+    os.link(public, staged / "public.bin")
+    before = os.umask(0o022)
+    try:
+        folder = store.path(store.commit(staged, payload=PAYLOAD, inputs={}, summary=Summary(), provenance={}))
+    finally:
+        os.umask(before)
+    assert private.stat().st_mode & 0o777 == 0o600 and public.stat().st_mode & 0o777 == 0o755
+    assert (folder / "private.bin").stat().st_mode & 0o777 == 0o644
+    assert (folder / "private.bin").read_text() == "private.bin" and private.stat().st_nlink == 1
+    assert public.stat().st_nlink == 2, "what everybody can read is not copied"
+
+
+def test_drafts_of_interrupted_writes_are_cleaned_up(tmp_path):
+    store = LocalStore(tmp_path)
+    put(store)
+    store.write_document("runs/x.json", b"{}")
+    old = [tmp_path / "runs" / ".x.json.ab12_cd3", tmp_path / "tokenize" / FP / ".current.json.0123abcd"]
+    for path in old:
+        path.write_text("{")
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    (tmp_path / "runs" / ".new.json.0123abcd").write_text("{")
+    assert len(list(remove_unused(store, keep=1))) == 2
+    assert not any(path.exists() for path in old) and (tmp_path / "runs" / ".new.json.0123abcd").exists()
+    assert store.find("tokenize", FP)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "sentence"),
+    [
+        (errno.EIO, StorageError, "input/output error"),
+        (errno.ESTALE, StorageError, "network file system"),
+        (errno.ENOTCONN, StorageError, "not connected"),
+        (errno.EMFILE, Failure, "too many open files"),
+        (errno.ENFILE, Failure, "too many open files"),
+        (errno.ENOLCK, Failure, "cannot lock files"),
+        (errno.EROFS, ReadOnlyStore, "cannot be written"),
+        (errno.EDQUOT, DiskFull, "quota"),
+        (errno.ENOSPC, DiskFull, "disk is full"),
+        (errno.EFBIG, DiskFull, "larger than a limit"),
+        (errno.ENAMETOOLONG, Failure, "too long"),
+        (errno.ELOOP, Failure, "symbolic links"),
+        (errno.ENOTDIR, Failure, "not a folder"),
+    ],
+)
+def test_each_error_of_the_system_is_one_sentence_with_a_next_step(tmp_path, monkeypatch, number, kind, sentence):
+    store, opened = LocalStore(tmp_path), os.open
+
+    def fail(path, *args, **kwargs):
+        if str(path).startswith(str(tmp_path)):
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", fail)
+    for use in (
+        lambda: store.write_document("runs/x.json", b"{}"),
+        lambda: store.staging("train", FP),
+        lambda: store.lock("train", FP).__enter__(),
+        lambda: list(remove_unused(store, keep=1)),
+    ):
+        with pytest.raises(Failure, match=sentence) as caught:
+            use()
+        assert type(caught.value) is kind and caught.value.next_step
+        assert caught.value.where.startswith(str(tmp_path)) and len(str(caught.value).splitlines()) == 4
+    if kind is ReadOnlyStore:  # a read-only store can still be read
+        with store.reader_lock():
+            pass
+    else:
+        with pytest.raises(kind), store.reader_lock():
+            pass
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_a_fault_of_the_machine_is_not_taken_for_a_damaged_artifact(tmp_path, monkeypatch, number):
+    store = LocalStore(tmp_path)
+    ref, opened, asked = put(store), Path.open, []
+
+    def fail(self, *args, **kwargs):
+        if self.name == "a.txt":
+            asked.append(self)
+            raise OSError(number, os.strerror(number), str(self))
+        return opened(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fail)
+        with pytest.raises(Failure) as caught:
+            require_intact(store, ref)
+    assert not isinstance(caught.value, CorruptArtifact) and "a.txt" in caught.value.where
+    assert len(asked) == 3, "it is asked again first"
+    assert store.verify(ref) == [] and not (tmp_path / "set-aside").exists()
+
+
+def test_a_folder_that_cannot_be_listed_is_not_committed_as_empty(tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def fail(path):
+        if str(path).endswith("sub"):
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(Failure, match="too many open files"):
+        put(LocalStore(tmp_path))
+    assert list(LocalStore(tmp_path).artifacts()) == []

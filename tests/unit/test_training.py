@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from loraflow.config import parse_recipe
 from loraflow.data import tokenization as tokens
@@ -18,6 +19,7 @@ from loraflow.job import Inputs, Progress
 from loraflow.store import Ref
 from loraflow.store.checkpoints import prune_to_newest_intact
 from loraflow.training import collation, train
+from loraflow.training.callbacks import PreemptionHandler
 from loraflow.training.schedule import count_steps, micro_batch_rows, row_order
 from tests.conftest import build_phi3, chat
 from tests.job_factory import make_job
@@ -133,6 +135,17 @@ def test_activation_checkpointing_does_not_change_the_result(base, straight, tmp
     shards, adapter, _ = straight
     other, _ = run(base, shards, tmp_path, training_config__gradient_checkpointing=True)
     assert same(adapter, other, 2e-5)
+
+
+def test_a_signal_while_the_model_is_loaded_stops_the_training_before_its_first_step():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        handler = PreemptionHandler()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Preempted, match="asked to end"):
+            handler.on_train_begin(None, TrainerState(), None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopAt(Progress):

@@ -1,0 +1,184 @@
+"""Run a job's worker process: start it, follow it to its end, and end its process group whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from loraflow import failures
+from loraflow.config.stage_configs import HubOrigin, StageConfig
+from loraflow.execution.device_group import PARENT
+from loraflow.execution.job_file import JobFile
+from loraflow.execution.log_file import ProgressReader, limit_log
+from loraflow.execution.outcome import FILE, PIPE, read_outcome
+from loraflow.execution.stall_watch import AwakeClock, StallWatch, remove_stacks
+from loraflow.job import Job
+from loraflow.store import Summary
+
+log = logging.getLogger(__name__)
+
+Figures = dict[str, JsonValue]
+_READS = 16  # of the progress file between two looks at the worker
+OnProgress = Callable[[Figures], None]
+
+
+def run_in_worker_process(
+    command: list[str], file: JobFile, on_progress: OnProgress | None, ends: float | None = None
+) -> Summary:
+    """Run a job in a worker process and return its summary.
+
+    Args:
+        command: starts a worker; the job file is appended to it.
+        file: the job and its folders.
+        on_progress: called with each line of progress.
+        ends: when the time of the run is over, in seconds since 1970.
+
+    Raises:
+        Failure: the stage's own; or that of a worker that ended without an outcome, stalled, or ran too long.
+    """
+    job, work = file.job, file.work
+    for name in (FILE, "progress.jsonl"):
+        (work / name).unlink(missing_ok=True)
+    remove_stacks(work)
+    job_file = file.write()
+    kills_before = _oom_kills()
+    read_end, write_end = os.pipe()
+    try:
+        with (work / "log.txt").open("ab") as log_file:
+            process = subprocess.Popen(
+                [*command, str(job_file)],
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                env=_environment(file) | {PIPE: str(write_end)},
+                pass_fds=[write_end],
+                start_new_session=True,
+            )
+        os.close(write_end)
+        write_end = -1
+        log.info("%s %s: worker %d, log %s", job.stage, job.short, process.pid, work / "log.txt")
+        try:
+            code = _follow(process, file, on_progress, ends)
+        finally:
+            _end_group(process, job.runtime.grace_seconds)
+        return read_outcome(file, read_end, code, oom_killed=_oom_kills() > kills_before)
+    finally:
+        os.close(read_end)
+        if write_end != -1:
+            os.close(write_end)
+
+
+def _environment(file: JobFile) -> dict[str, str]:
+    job = file.job
+    env = {
+        **os.environ,
+        PARENT: str(os.getpid()),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "true"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    if not isinstance(job.runtime.origin, HubOrigin):
+        env |= {"HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    if job.runtime.threads:
+        env["OMP_NUM_THREADS"] = str(job.runtime.threads)
+    return env
+
+
+def _follow(process: subprocess.Popen[bytes], file: JobFile, on_progress: OnProgress | None, ends: float | None) -> int:
+    """Wait for the worker to end, and pass each new line of its progress file to `on_progress`; return its exit status."""
+    progress, clock, runtime = ProgressReader(file.work / "progress.jsonl"), AwakeClock(), file.job.runtime
+    stall = StallWatch(process.pid, file.work, _stall_minutes(file))
+    while True:
+        code = process.poll()
+        for _ in range(_READS):
+            if not (lines := progress.new_lines()):
+                break
+            _show(lines, on_progress)
+        limit_log(file.work / "log.txt")
+        if code is not None:
+            return code
+        now = clock.seconds()
+        stall.check(now)
+        if runtime.deadline_minutes is not None and now > runtime.deadline_minutes * 60:
+            raise failures.DeadlineExceeded(
+                f"The worker ran for more than {runtime.deadline_minutes} minutes.",
+                where=str(file.work),
+                next_step="raise runtime.deadline_minutes; a rerun resumes from the last checkpoint",
+            )
+        check_budget(file.job, ends)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.2)
+
+
+def _stall_minutes(file: JobFile) -> float | None:
+    """Return the time without progress after which the worker has stalled: nodes may wait for each other before it."""
+    minutes = file.job.runtime.stall_minutes
+    return minutes if minutes is None or file.nodes == 1 else minutes + file.job.runtime.rendezvous.wait_minutes
+
+
+def check_budget(job: Job[StageConfig], ends: float | None) -> None:
+    """Check the time of the run, of which the worker needs the last seconds to save a checkpoint.
+
+    Raises:
+        BudgetSpent: it is over.
+    """
+    if ends is not None and time.time() > ends - job.runtime.grace_seconds:
+        raise failures.BudgetSpent(
+            "The run has used its time.",
+            where=f"{job.stage} {job.short}",
+            expected=f"at most {job.runtime.max_hours} hours (runtime.max_hours)",
+            next_step="run again, here or on another machine that uses the store: training resumes from its last checkpoint",
+        )
+
+
+def _show(lines: list[bytes], on_progress: OnProgress | None) -> None:
+    for line in lines if on_progress is not None else ():
+        try:
+            assert on_progress is not None
+            on_progress(json.loads(line))
+        except Exception as error:  # a failed progress display must not end the stage
+            log.warning("progress is not shown: %s", error)
+
+
+def _end_group(process: subprocess.Popen[bytes], grace: float) -> None:
+    """End the worker's process group: SIGTERM, then SIGKILL. Do nothing if it has ended.
+
+    A second interruption, such as another Ctrl-C, ends the wait: the group is killed at once.
+    """
+    try:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+                os.killpg(process.pid, signal.SIGCONT)  # a stopped process would not see the first signal
+            try:
+                process.wait(timeout=grace)
+            except subprocess.TimeoutExpired:
+                log.warning("worker %d did not end within %.0f s of SIGTERM; killing it", process.pid, grace)
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _oom_kills() -> int:
+    """Return how many processes the kernel killed for lack of memory, in this control group if it has one; 0 if unknown."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        group = next(
+            line.split("::", 1)[1] for line in Path("/proc/self/cgroup").read_text().splitlines() if "::" in line
+        )
+        events = Path("/sys/fs/cgroup" + group, "memory.events").read_text()
+        return sum(int(line.split()[1]) for line in events.splitlines() if line.startswith("oom_kill "))
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        vmstat = Path("/proc/vmstat").read_text()
+        return next(int(line.split()[1]) for line in vmstat.splitlines() if line.startswith("oom_kill "))
+    return 0

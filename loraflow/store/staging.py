@@ -1,0 +1,142 @@
+"""Staging folders: each is locked by the processes that use it, and removed as soon as all of them have ended.
+
+Beside a folder `<name>` is the file `<name>.owner`. Its users hold a shared `flock` on it, which the kernel releases when
+they die. A process that gets an exclusive lock therefore knows that the folder has no user, if the users were on this
+machine: network file systems may keep locks to one machine. So the file also names the machine and its boot.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+from pydantic import JsonValue
+
+log = logging.getLogger(__name__)
+
+_SUFFIX = ".owner"
+_held: dict[Path, int] = {}  # the locks of this process, as file descriptors by folder
+_guard = Lock()
+
+
+class _Machine(NamedTuple):
+    host: str
+    machine: str  # the id of the installation
+    boot: str  # the id that the kernel draws when it boots
+
+
+def create(root: Path, name: str) -> Path:
+    """Make a new empty folder below `root`, whose name begins with `name`, and lock it for this process."""
+    root.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(root)
+    folder = root / f"{name}-{uuid.uuid4().hex[:8]}"
+    claim(folder)
+    folder.mkdir()
+    return folder
+
+
+def claim(folder: Path) -> None:
+    """Lock a folder for this process, until it is released or the process ends. The folder need not exist."""
+    path = _owner_file(folder)
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        if os.fstat(fd).st_nlink:
+            break
+        os.close(fd)  # a cleanup removed the file before it was locked
+    try:
+        if os.fstat(fd).st_size == 0:
+            os.write(fd, json.dumps({**_this_machine()._asdict(), "pid": os.getpid()}).encode())
+    except OSError:  # a full disk
+        path.unlink(missing_ok=True)
+        os.close(fd)
+        raise
+    with _guard:
+        before = _held.pop(folder, None)
+        _held[folder] = fd
+    if before is not None:
+        os.close(before)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder if it is still there, and release its lock."""
+    shutil.rmtree(folder, ignore_errors=True)
+    release(folder)
+
+
+def release(folder: Path) -> None:
+    """Release the lock of a folder that was renamed or removed."""
+    with _guard:
+        fd = _held.pop(folder, None)
+    if not folder.exists():
+        _owner_file(folder).unlink(missing_ok=True)
+    if fd is not None:
+        os.close(fd)
+
+
+def remove_abandoned(root: Path) -> None:
+    """Remove the folders below `root` whose users have all ended. A folder of another machine is left alone."""
+    for folder in abandoned(root):
+        log.info("%s is removed: the process that made it has ended", folder.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            _owner_file(folder).unlink(missing_ok=True)
+
+
+def abandoned(root: Path) -> Iterator[Path]:
+    """Yield the folders below `root` whose users have all ended, each locked against new users meanwhile."""
+    for path in sorted(root.glob(f"*{_SUFFIX}")):
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # another process was faster, or it belongs to another user
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder, owner = path.with_suffix(""), os.read(fd, 4096)
+            if _is_of_this_machine(owner) or not (owner or folder.exists()):
+                yield folder
+        except OSError:  # it is in use; or the file system has no locks
+            continue
+        finally:
+            os.close(fd)
+
+
+def _owner_file(folder: Path) -> Path:
+    return folder.with_name(folder.name + _SUFFIX)
+
+
+def _is_of_this_machine(data: bytes) -> bool:
+    """Tell whether an owner file was written on this machine, where a free lock means that its owner has ended."""
+    try:
+        owner: JsonValue = json.loads(data)
+    except ValueError:
+        return False
+    if not isinstance(owner, dict):
+        return False
+    here = _this_machine()
+    if here.boot and owner.get("boot") == here.boot:  # the same kernel: a container's lock is seen too
+        return True
+    is_rebooted = bool(here.machine) and owner.get("machine") == here.machine
+    return owner.get("host") == here.host and (is_rebooted or not here.boot)
+
+
+@cache
+def _this_machine() -> _Machine:
+    return _Machine(platform.node(), _first_line("/etc/machine-id"), _first_line("/proc/sys/kernel/random/boot_id"))
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
