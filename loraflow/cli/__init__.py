@@ -138,13 +138,13 @@ def parse_overrides(pairs: tuple[str, ...]) -> dict[str, JsonValue]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            raise BadConfig("--set needs key=value.", where=f"--set {pair}", expected="training_config.seed=1")
+            raise BadConfig("--set needs key=value.", where=f"--set {pair[:80]}", expected="training_config.seed=1")
         try:
             overrides[key.strip()] = yaml.scalar(text) if text.strip() else ""
         except yaml.Syntax as error:
             raise BadConfig(
-                "The value of --set is not a plain value.", where=f"--set {pair}", got=str(error)
-            ) from error
+                "The value of --set is not a plain value.", where=f"--set {pair[:80]}", got=str(error)
+            ) from None
     return overrides
 
 
