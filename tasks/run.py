@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ from prefect.exceptions import Pause
 from prefect.runtime import deployment, flow_run
 from pydantic import JsonValue
 
-from loraflow.config import load_recipe
-from loraflow.config.load import find_recipe
+from loraflow.config import Recipe
+from loraflow.config.load import RecipeFile, read_recipe
 from loraflow.config.stage_configs import StageConfig
 from loraflow.data import dvc
 from loraflow.execution.cache import OTHER_CODE, Lookup, look_up
@@ -52,9 +52,8 @@ class StageResult:
 class Run:
     """A run of a flow. Its stages run one after another on the main thread, which receives the termination signal."""
 
-    def __init__(self, workspace: Workspace, recipe_file: Path, force: list[str]):
-        self.workspace, self.force = workspace, set(force)
-        self.recipe_text = recipe_file.read_text(encoding="utf-8")
+    def __init__(self, workspace: Workspace, recipe_file: RecipeFile, force: list[str]):
+        self.workspace, self.recipe_file, self.force = workspace, recipe_file, set(force)
         self.id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
         self.stages: dict[str, StageRun] = {}  # by label
         self.started = time.time()
@@ -104,32 +103,46 @@ class Run:
 
 
 @contextmanager
-def open_run(recipe: str, overrides: dict[str, JsonValue], force: list[str]) -> Iterator[Run]:
-    """Load the recipe, hold the store's reader lock so that `gc` removes nothing, and write the run's record at the end."""
+def open_run(
+    recipe: str,
+    overrides: dict[str, JsonValue],
+    force: list[str],
+    find_settings: Callable[[Recipe], Mapping[str, JsonValue]] | None = None,
+) -> Iterator[Run]:
+    """Load the recipe, hold the store's reader lock so that `gc` removes nothing, and write the run's record at the end.
+
+    The recipe's file is read once. `find_settings` returns further overrides of its `data` section; if it fails, the run
+    has a record that says so.
+    """
     check_names(force, "--force")
     if deployment.id:  # a process of its own, which a killed Prefect worker would leave behind
         end_with_parent()
         log.setLevel(logging.INFO)
-    workspace = Workspace(load_recipe(recipe, overrides))
-    if workspace.recipe.data.add:
-        _add_data(workspace)
-    run = Run(workspace, find_recipe(recipe), force)
+    recipe_file = read_recipe(recipe, overrides)
+    run = Run(Workspace(recipe_file.recipe), recipe_file, force)
+    store = run.workspace.store
     error: BaseException | None = None
-    with _announce_suspension(), workspace.store.reader_lock():
+    with _announce_suspension(), store.reader_lock():
         try:
-            show_name(workspace)
+            if find_settings is not None:
+                found = find_settings(recipe_file.recipe)
+                run.recipe_file = recipe_file.with_overrides({**overrides, **found})
+                run.workspace = Workspace(run.recipe_file.recipe)
+            if run.workspace.recipe.data.add:
+                _add_data(run.workspace)
+            show_name(run.workspace)
             yield run
         except OSError as caught:
             error = caught
-            raise from_os_error(caught, workspace.store.uri) or caught from caught
+            raise from_os_error(caught, store.uri) or caught from caught
         except BaseException as caught:
             error = caught
             raise
         finally:
-            workspace.save()
+            run.workspace.save()
             write_record(run, error)
     if any(stage.state == "computed" for stage in run.stages.values()):
-        _clean_up(workspace)
+        _clean_up(run.workspace)
 
 
 @contextmanager

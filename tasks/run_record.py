@@ -65,7 +65,8 @@ def as_record(run: Run, state: RunState = "running", error: str | None = None) -
     return RunRecord(
         run=run.id,
         recipe=run.workspace.recipe.name,
-        recipe_text=run.recipe_text,
+        recipe_text=run.recipe_file.text,
+        overrides=dict(run.recipe_file.overrides),
         resolved=run.workspace.recipe.model_dump(by_alias=True, mode="json"),
         started=run.started,
         seconds=round(time.time() - run.started, 3),
