@@ -28,6 +28,7 @@ from loraflow.registry.runs import RunSummary, StageRun
 from loraflow.stages import Stage, check_names
 from loraflow.store import Ref, require_intact
 from loraflow.tasks.events import announce_waiting
+from loraflow.tasks.failure_log import shorten_failures
 from loraflow.tasks.placement import run_on_pool
 from loraflow.tasks.run_here import run_here
 from loraflow.tasks.run_name import show_name
@@ -114,6 +115,7 @@ def open_run(
     The recipe's file is read once. `find_settings` returns further overrides of its `data` section; if it fails, the run
     has a record that says so.
     """
+    shorten_failures()
     check_names(force, "--force")
     if deployment.id:  # a process of its own, which a killed Prefect worker would leave behind
         end_with_parent()

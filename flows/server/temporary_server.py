@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from prefect.client.base import ServerType, determine_server_type
+from prefect.settings import get_current_settings
+
+from loraflow.failures import BadConfig, Crashed
+from loraflow.flows.server.connection import require_server_for_run
 
 if TYPE_CHECKING:
     from prefect.server.api.server import SubprocessASGIServer
 
 _watchdogs: list[subprocess.Popen[bytes]] = []  # keeps the pipes to them open until this process ends
+PORT_IN_USE = 3  # the exit status with which uvicorn gives up; Prefect then starts it on another port
+
+
+def prepare_server() -> None:
+    """Check the configured server, or start a temporary one where none is configured.
+
+    Raises:
+        BadConfig: the server does not answer or refuses us, or the folder of a temporary one cannot be written.
+        Crashed: the temporary server ended while it started.
+    """
+    if determine_server_type() is ServerType.EPHEMERAL:
+        start_temporary_server()
+    else:
+        require_server_for_run()
 
 
 def start_temporary_server() -> None:
@@ -21,6 +43,10 @@ def start_temporary_server() -> None:
 
     Prefect ends that server at exit, which SIGKILL skips. If Prefect starts a server later in this process, it finds
     this one.
+
+    Raises:
+        BadConfig: its folder cannot be written.
+        Crashed: it ended while it started.
     """
     if determine_server_type() is not ServerType.EPHEMERAL:
         return
@@ -29,6 +55,7 @@ def start_temporary_server() -> None:
     server = SubprocessASGIServer()
     if server.running:
         return
+    _require_writable_home()
     watchdog = _start_watchdog()
     started = threading.Event()
     # In a thread, because the start takes seconds, and the command may be killed during it.
@@ -37,10 +64,69 @@ def start_temporary_server() -> None:
     )
     reporter.start()
     try:
-        server.start()
+        with _in_its_own_session():
+            server.start()
     finally:
+        _ServerProcess.starting = False
         started.set()
         reporter.join()
+
+
+def _require_writable_home() -> None:
+    """Check the server's folder: a server that cannot open its database ends, and Prefect would wait for it for minutes."""
+    home = get_current_settings().home
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise BadConfig(
+            "Prefect's folder cannot be written.",
+            where=str(home),
+            got=error.strerror or str(error),
+            next_step="export PREFECT_HOME=FOLDER with a folder that you may write to",
+        ) from error
+
+
+class _ServerProcess(subprocess.Popen[bytes]):
+    """The server, in a session of its own: it has to outlive a Ctrl-C or SIGTERM to the command's process group.
+
+    A run that is interrupted tells the server how it ended. While the server starts, `poll` raises if it has ended.
+    """
+
+    starting = True
+
+    def __init__(self, args: Sequence[str], env: Mapping[str, str]):
+        super().__init__(args, env=env, start_new_session=True)
+
+    def poll(self) -> int | None:
+        """Return the exit status.
+
+        Raises:
+            Crashed: the server ended while it started.
+        """
+        code = super().poll()
+        if self.starting and code is not None and code != PORT_IN_USE:
+            raise Crashed(
+                "Prefect's temporary server ended while it started.",
+                where=str(get_current_settings().home),
+                got=f"exit status {code}",
+                next_step="export PREFECT_HOME=FOLDER with an empty folder; `loraflow up` keeps a server's log",
+            )
+        return code
+
+
+@contextmanager
+def _in_its_own_session() -> Iterator[None]:
+    """Make Prefect's module start the server as a `_ServerProcess`. It has no setting for that."""
+    from prefect.server.api import server as module
+
+    original = module.subprocess
+    module.subprocess = SimpleNamespace(Popen=_ServerProcess)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        module.subprocess = original
 
 
 def _start_watchdog() -> subprocess.Popen[bytes]:

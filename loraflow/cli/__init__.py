@@ -6,11 +6,13 @@ Exit status: 0 success, with any decision of the gate · 1 failure · 2 wrong us
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import click
@@ -19,6 +21,8 @@ from loraflow import __version__
 from loraflow.failures import Failure
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from pydantic import JsonValue
 
 # command → (module, its line in `--help`)
@@ -84,7 +88,7 @@ def main() -> None:
     if sys.platform == "win32":
         sys.exit("loraflow runs on Linux and macOS; on Windows use WSL.")
     set_default_environment()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit handlers run: they stop a temporary Prefect server
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = cli.main(standalone_mode=False)  # returns the exit status of click.exceptions.Exit
         sys.exit(code if isinstance(code, int) else 0)
@@ -94,7 +98,7 @@ def main() -> None:
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("\ninterrupted; finished stages are kept, and unfinished training resumes on the next run", err=True)
+        click.echo(f"\ninterrupted; {RESUMES}", err=True)
         sys.exit(130)
     except Failure as failure:
         click.secho(str(failure), fg="red" if sys.stderr.isatty() else None, err=True)
@@ -102,6 +106,43 @@ def main() -> None:
     except BrokenPipeError:  # `loraflow runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+RESUMES = "finished stages are kept, and unfinished training resumes on the next run"
+SAME_INTERRUPT = 1.0  # seconds; `timeout` and some shells send one signal twice, to the process and to its group
+
+
+def _terminated(signum: int, frame: FrameType | None) -> None:
+    """Exit on SIGTERM. Exit handlers run: they stop a temporary Prefect server."""
+    _write_error(f"\nterminated; {RESUMES}\n")
+    sys.exit(143)
+
+
+def _write_error(text: str) -> None:
+    """Write to stderr from a signal's handler, which may have interrupted another write."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
+
+
+def stop_at_second_interrupt() -> None:
+    """Let the first Ctrl-C end the run in order, and the second one end it at once.
+
+    Worker processes end with this process, and the watchdog ends a temporary server.
+    """
+    first: list[float] = []
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not first:
+            first.append(now)
+            raise KeyboardInterrupt
+        if now - first[0] > SAME_INTERRUPT:
+            _write_error(f"\nstopped at once; {RESUMES}\n")
+            os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background of a shell
+        return
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def set_default_environment() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loraflow.cli import json_option, parse_overrides, set_option
+from loraflow.cli import json_option, parse_overrides, set_option, stop_at_second_interrupt
 from loraflow.stages import STAGES, check_names
 
 if TYPE_CHECKING:
@@ -61,13 +61,21 @@ def _run_flow(
 
     load_recipe(recipe, overrides)  # before prefect starts, so that a mistake is reported at once
     from loraflow.flows.finetune import finetune
-    from loraflow.flows.server.temporary_server import start_temporary_server
+    from loraflow.flows.server.temporary_server import prepare_server
     from loraflow.registry.runs import RunSummary
+    from loraflow.tasks.failure_log import is_server_error, server_lost, show_failures_once
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("loraflow").setLevel(logging.WARNING if quiet else logging.INFO)
-    start_temporary_server()
-    document = finetune(recipe=recipe, settings=overrides, force=list(force))
+    show_failures_once()
+    stop_at_second_interrupt()
+    prepare_server()
+    try:
+        document = finetune(recipe=recipe, settings=overrides, force=list(force))
+    except Exception as error:
+        if is_server_error(error):
+            raise server_lost(error) from error
+        raise
     return RunSummary.model_validate(document), document
 
 
