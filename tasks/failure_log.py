@@ -77,11 +77,12 @@ def show_failures_once() -> None:
 
 def server_lost(error: Exception) -> Network:
     """Return the failure of a run whose server was lost."""
+    url = get_current_settings().api.url
     return Network(
         "Prefect's server stopped answering during the run.",
-        where=strip_auth_from_url(str(get_current_settings().api.url or "the temporary server")),
+        where=strip_auth_from_url(str(url)) if url else "the temporary server",
         got=f"{type(error).__name__}: {error}".splitlines()[0],
-        next_step="start the server, then run again: finished stages are cached, and training resumes",
+        next_step=f"{'start the server, then ' if url else ''}run again: finished stages are cached, and training resumes",
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from prefect.exceptions import Pause
 from prefect.runtime import deployment, flow_run
@@ -120,7 +121,7 @@ def open_run(
     if deployment.id:  # a process of its own, which a killed Prefect worker would leave behind
         end_with_parent()
         log.setLevel(logging.INFO)
-    recipe_file = read_recipe(recipe, overrides)
+    recipe_file = _despite_parsing_threads(lambda: read_recipe(recipe, overrides))
     run = Run(Workspace(recipe_file.recipe), recipe_file, force)
     store = run.workspace.store
     error: BaseException | None = None
@@ -132,7 +133,7 @@ def open_run(
                 run.workspace = Workspace(run.recipe_file.recipe)
             if run.workspace.recipe.data.add:
                 _add_data(run.workspace)
-            show_name(run.workspace)
+            _despite_parsing_threads(lambda: show_name(run.workspace))
             yield run
         except OSError as caught:
             error = caught
@@ -145,6 +146,18 @@ def open_run(
             write_record(run, error)
     if any(stage.state == "computed" for stage in run.stages.values()):
         _clean_up(run.workspace)
+
+
+T = TypeVar("T")
+
+
+def _despite_parsing_threads(step: Callable[[], T]) -> T:
+    """Do a step that is in no task, and once more on the SystemError that `is_retryable` retries in tasks."""
+    try:
+        return step()
+    except SystemError as error:
+        log.warning("once more, because of an error of the Python interpreter: %s", error)
+        return step()
 
 
 @contextmanager

@@ -13,11 +13,12 @@ import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from loraflow import __version__
+from loraflow.cli.streams import can_flush, drop_output, prepare_streams
 from loraflow.failures import Failure
 
 if TYPE_CHECKING:
@@ -65,6 +66,15 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(COMMANDS[name][0]), name)
         return command
 
+    def invoke(self, ctx: click.Context) -> int | None:
+        """Call the command. If the reader of the output is gone, exit with 141, where click would exit with 1."""
+        try:
+            code: int | None = super().invoke(ctx)
+            return code
+        except BrokenPipeError:  # `loraflow runs | head`
+            drop_output()
+            raise click.exceptions.Exit(141) from None
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
         with formatter.section("Commands"):
@@ -87,10 +97,12 @@ def main() -> None:
     """Run the command. Turn a failure into a message and an exit status."""
     if sys.platform == "win32":
         sys.exit("loraflow runs on Linux and macOS; on Windows use WSL.")
+    prepare_streams()
     set_default_environment()
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = cli.main(standalone_mode=False)  # returns the exit status of click.exceptions.Exit
+        sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
         error.show()
@@ -101,11 +113,24 @@ def main() -> None:
         click.echo(f"\ninterrupted; {RESUMES}", err=True)
         sys.exit(130)
     except Failure as failure:
-        click.secho(str(failure), fg="red" if sys.stderr.isatty() else None, err=True)
-        sys.exit(failure.exit_code)
-    except BrokenPipeError:  # `loraflow runs | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(failure)
+    except BrokenPipeError:  # at the last flush
+        drop_output()
         sys.exit(141)
+    except OSError as error:
+        from loraflow.cli.os_errors import from_system
+
+        known = from_system(error)
+        if known is None:
+            raise
+        if not can_flush():
+            drop_output()
+        _fail(known)
+
+
+def _fail(failure: Failure) -> NoReturn:
+    click.secho(str(failure), fg="red" if sys.stderr.isatty() else None, err=True)
+    sys.exit(failure.exit_code)
 
 
 RESUMES = "finished stages are kept, and unfinished training resumes on the next run"
