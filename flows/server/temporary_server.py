@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from prefect.server.api.server import SubprocessASGIServer
 
 _watchdogs: list[subprocess.Popen[bytes]] = []  # keeps the pipes to them open until this process ends
-PORT_IN_USE = 3  # the exit status with which uvicorn gives up; Prefect then starts it on another port
+PORT_IN_USE = 3  # exit status of uvicorn if it cannot start; Prefect then starts it on another port, without end
+MAX_STARTS = 3
+LOG = "temporary-server.log"  # in PREFECT_HOME
+MAX_LOG = 1_000_000  # bytes; a longer log is emptied at the next start
 
 
 def prepare_server() -> None:
@@ -91,29 +95,42 @@ def _require_writable_home() -> None:
 class _ServerProcess(subprocess.Popen[bytes]):
     """The server, in a session of its own: it has to outlive a Ctrl-C or SIGTERM to the command's process group.
 
-    A run that is interrupted tells the server how it ended. While the server starts, `poll` raises if it has ended.
+    A run that is interrupted tells the server how it ended. While the server starts, `poll` raises if it has ended. Its
+    errors go to a log: some, such as "database is locked", mean nothing to a user.
     """
 
     starting = True
+    starts = 0
 
     def __init__(self, args: Sequence[str], env: Mapping[str, str]):
-        super().__init__(args, env=env, start_new_session=True)
+        _ServerProcess.starts += 1
+        self.log = get_current_settings().home / LOG
+        with self.log.open("ab") as file:
+            if file.tell() > MAX_LOG:
+                file.truncate(0)
+            super().__init__(args, env=env, stderr=file, start_new_session=True)
 
     def poll(self) -> int | None:
         """Return the exit status.
 
         Raises:
-            Crashed: the server ended while it started.
+            Crashed: the server ended while it started, and another port did not help.
         """
         code = super().poll()
-        if self.starting and code is not None and code != PORT_IN_USE:
+        if self.starting and code is not None and (code != PORT_IN_USE or self.starts >= MAX_STARTS):
             raise Crashed(
                 "Prefect's temporary server ended while it started.",
-                where=str(get_current_settings().home),
-                got=f"exit status {code}",
-                next_step="export PREFECT_HOME=FOLDER with an empty folder; `loraflow up` keeps a server's log",
+                where=str(self.log),
+                got=_last_error(self.log) or f"exit status {code}",
+                next_step="read the log; with `export PREFECT_HOME=FOLDER` the server uses another folder and database",
             )
         return code
+
+
+def _last_error(log: Path) -> str:
+    """Return the last line of a log that names an exception."""
+    lines = log.read_bytes()[-20_000:].decode(errors="replace").splitlines()
+    return next((line.strip()[:300] for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)), "")
 
 
 @contextmanager
@@ -121,12 +138,13 @@ def _in_its_own_session() -> Iterator[None]:
     """Make Prefect's module start the server as a `_ServerProcess`. It has no setting for that."""
     from prefect.server.api import server as module
 
-    original = module.subprocess
-    module.subprocess = SimpleNamespace(Popen=_ServerProcess)  # type: ignore[assignment]
+    names = vars(module)
+    original = names["subprocess"]
+    names["subprocess"] = SimpleNamespace(Popen=_ServerProcess)
     try:
         yield
     finally:
-        module.subprocess = original
+        names["subprocess"] = original
 
 
 def _start_watchdog() -> subprocess.Popen[bytes]:
