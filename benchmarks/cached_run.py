@@ -1,11 +1,14 @@
 """A run in which every stage is cached, against an empty Prefect flow with as many cached tasks; `plan` and `--help`.
 
+The two run in turns, so that other work on the machine slows both. The ratio is the median over the pairs.
+
 python benchmarks/cached_run.py RECIPE      after `loraflow run RECIPE`; starts a server of its own
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -13,7 +16,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from measure import measure_median, print_row
+from measure import measure_command, measure_median, print_row
 
 EMPTY = """
 from prefect import flow, task
@@ -28,10 +31,11 @@ def empty() -> None:
 empty()
 """
 PORT = 4291
+PAIRS = 7
 
 
 def main() -> None:
-    """Print the table: whole processes, medians of five."""
+    """Print the table: whole processes, medians."""
     recipe = sys.argv[1]
     with tempfile.TemporaryDirectory() as home:
         env = {"PREFECT_HOME": home, "PREFECT_API_URL": f"http://127.0.0.1:{PORT}/api", "PREFECT_LOGGING_LEVEL": "WARNING",
@@ -49,20 +53,21 @@ def main() -> None:
                     time.sleep(0.5)
             script = Path(home, "empty.py")
             script.write_text(EMPTY)
+            empty = [sys.executable, str(script)]
             loraflow = [sys.executable, "-c", "from loraflow.cli import main; main()"]
-            commands = {
-                "empty flow, 14 cached tasks": [sys.executable, str(script)],
-                "loraflow run, all cached": [*loraflow, "run", recipe, "-q", "--json"],
-                "loraflow plan": [*loraflow, "plan", recipe],
-                "loraflow --help": [*loraflow, "--help"],
-            }
-            found = {}
+            run = [*loraflow, "run", recipe, "-q", "--json"]
+            for command in (empty, run):  # warm: the first run fills Prefect's cache
+                measure_command(command, env)
+            pairs = [(measure_command(empty, env), measure_command(run, env)) for _ in range(PAIRS)]
             print_row("what", "seconds", "peak MiB")
-            for name, command in commands.items():
-                measure_median(command, 1, env)  # warm: the first run fills Prefect's cache
-                found[name], memory = measure_median(command, 5, env)
-                print_row(name, found[name], memory)
-            print_row("run / empty flow", found["loraflow run, all cached"] / found["empty flow, 14 cached tasks"])
+            for name, side in (("empty flow, 14 cached tasks", 0), ("loraflow run, all cached", 1)):
+                seconds, memory = zip(*(pair[side] for pair in pairs), strict=True)
+                print_row(name, statistics.median(seconds), max(memory))
+            for name, arguments in {"loraflow plan": ["plan", recipe], "loraflow --help": ["--help"]}.items():
+                print_row(name, *measure_median([*loraflow, *arguments], PAIRS, env))
+            ratios = [ran[0] / idle[0] for idle, ran in pairs]
+            print_row("run / empty flow, median of the pairs", statistics.median(ratios))
+            print_row("lowest and highest pair", min(ratios), max(ratios))
         finally:
             os.killpg(server.pid, 15)
             server.wait()

@@ -15,7 +15,7 @@ from loraflow.tasks.stages import evaluate as task_evaluate
 
 
 def _run_name() -> str:
-    return f"{flow_run.parameters['model']} by {flow_run.parameters['recipe']}"
+    return f"{flow_run.parameters['model']}, recipe {flow_run.parameters['recipe']}"
 
 
 @flow(name="evaluate", flow_run_name=_run_name, validate_parameters=True)
@@ -29,7 +29,7 @@ def evaluate(
         recipe: Name of a recipe in configs/, or a path.
         settings: Any other key of the recipe, such as {"evaluation.max_rows": 50}.
     """
-    with open_run(recipe, settings, []) as run:
+    with open_run(recipe, settings, [], rename=False) as run:
         found = find_scorable_model(run.workspace, model)
         rows = check_dataset(run, dataset=version_dataset(run))
         run.workspace, ref = with_model(run.workspace, found)

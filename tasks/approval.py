@@ -22,11 +22,10 @@ WAIT = 7 * 24 * 3600  # seconds; a run that nobody answers within a week fails
 
 
 class Promotion(RunInput):
-    """Shall this model become the champion?"""
+    """The answer. Prefect drops titles and descriptions of these fields: the markdown above them explains them."""
 
-    # The UIs show a field's title, and its description nowhere.
-    promote: bool = Field(False, title="Promote this model (off: decline it)", json_schema_extra={"position": 0})
-    reason: str = Field("", title="Reason, for the promotion log", max_length=500, json_schema_extra={"position": 1})
+    promote: bool = False
+    reason: str = Field("", max_length=500)
 
 
 def refuse_without_deployment() -> None:

@@ -110,6 +110,8 @@ def open_run(
     overrides: dict[str, JsonValue],
     force: list[str],
     find_settings: Callable[[Recipe], Mapping[str, JsonValue]] | None = None,
+    *,
+    rename: bool = True,
 ) -> Iterator[Run]:
     """Load the recipe, hold the store's reader lock so that `gc` removes nothing, and write the run's record at the end.
 
@@ -133,7 +135,8 @@ def open_run(
                 run.workspace = Workspace(run.recipe_file.recipe)
             if run.workspace.recipe.data.add:
                 _add_data(run.workspace)
-            _despite_parsing_threads(lambda: show_name(run.workspace))
+            if rename:
+                _despite_parsing_threads(lambda: show_name(run.workspace))
             yield run
         except OSError as caught:
             error = caught

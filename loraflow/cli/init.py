@@ -107,7 +107,7 @@ def init(data_file: Path, base: str, name: str | None) -> None:
     pin = dvc.add(str(target))
     recipe.parent.mkdir(exist_ok=True)
     recipe.write_text(_recipe(name, recipe, pin.dvc_file, names, base, chats, columns), encoding="utf-8")
-    click.echo(f"{len(chats)} chats, {len(rows) - len(chats)} malformed rows")
+    click.echo(f"chats: {len(chats)}; malformed rows: {len(rows) - len(chats)}")
     _, heldout, unused = _split_by_name(names)
     if heldout:
         click.echo(f"held out, by their names: {', '.join(heldout)}")

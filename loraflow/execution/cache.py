@@ -39,7 +39,7 @@ class Lookup:
             return ["its artifact was removed"]
         nearest = self.store.newest_payload(self.job.stage, self.job.payload)
         if nearest is None:
-            return ["not in the store yet"]
+            return [NEVER_COMPUTED]
         return identity.explain(nearest, self.job.payload) or ["its artifact is missing"]
 
     def by_other_code(self) -> bool:
@@ -49,6 +49,7 @@ class Lookup:
         return not is_current(STAGES[self.job.stage], str(self.store.manifest(self.ref).provenance.get("code")))
 
 
+NEVER_COMPUTED = "not in the store yet"
 OTHER_CODE = "computed by other code of the same stage version; --force recomputes it"
 
 

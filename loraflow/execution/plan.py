@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import JsonValue
 
 from loraflow.config.stage_configs import FolderOrigin
-from loraflow.execution.cache import OTHER_CODE, look_up
+from loraflow.execution.cache import NEVER_COMPUTED, OTHER_CODE, look_up
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import Failure
 from loraflow.stages import (
@@ -104,9 +104,14 @@ def _plan_step(
     name = step.stage.name
     waiting = [sources[key] for key, ref in refs.items() if ref is None]
     if waiting:
-        its = "their" if len(waiting) > 1 else "its"
-        reason = f"depends on {' and '.join(waiting)}: reused if {its} output does not change"
-        return PlannedStep(step.label, name, "depends", [reason], seconds=_seconds_last_time(workspace, name)), None
+        last_time = _seconds_last_time(workspace, name)
+        if forced or last_time is None:  # it runs, whatever its inputs are
+            reason = "--force" if forced else NEVER_COMPUTED
+            return PlannedStep(step.label, name, "runs", [reason], seconds=last_time), None
+        first, last = ", ".join(waiting[:-1]), waiting[-1]
+        names, its = (f"{first} and {last}", "their") if first else (last, "its")
+        reason = f"depends on {names}: reused if {its} output does not change"
+        return PlannedStep(step.label, name, "depends", [reason], seconds=last_time), None
     job = workspace.job(step.stage, {key: ref for key, ref in refs.items() if ref is not None})
     found = look_up(workspace.store, job, force=forced)
     if found.ref is None:

@@ -25,6 +25,7 @@ K = TypeVar("K")
 
 DOCUMENTS = "loraflow_varlen"  # transformers' name for the document kernels; see `loraflow.training.attention`
 MAX_HEAD_DIM = 256  # widest head of flash attention
+_ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")  # in configs
 _AUTO = "set runtime.attn_implementation to auto"
 
 
@@ -82,6 +83,14 @@ def choose_for_loading(runtime: Runtime, device: Device, dtype: str = "bfloat16"
     return "sdpa" if wanted == "flash_attention_2" and dtype == "float32" else wanted
 
 
+def attention_with_mask(config: PreTrainedConfig) -> str:
+    """Return the attention for padded rows: sdpa, or eager for architectures that transformers has no sdpa for."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # None: code that comes with the model
+    return "eager" if model_class is not None and not getattr(model_class, "_supports_sdpa", True) else "sdpa"
+
+
 def choose_for_training(
     runtime: Runtime, device: Device, dtype: str, config: PreTrainedConfig, load: Callable[[DocumentKernelName], K]
 ) -> tuple[Attention, K | None]:
@@ -113,7 +122,8 @@ def choose_for_training(
     if wanted in ("sdpa", "eager"):
         return Attention(wanted, False, wanted, "asked for"), None
     if obstacle:
-        return Attention("sdpa", False, "sdpa", obstacle), None
+        with_mask = attention_with_mask(config)
+        return Attention(with_mask, False, with_mask, obstacle), None
     kernel, title, why = _fastest(wanted, load)
     return Attention(DOCUMENTS, True, title, why), kernel
 
@@ -122,18 +132,18 @@ def _obstacle(device: Device, dtype: str, config: PreTrainedConfig) -> str:
     """Return why flash attention cannot compute a model; empty if it can."""
     import torch
 
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if device != "cuda":
         return "no GPU"
     if torch.cuda.get_device_capability() < (8, 0):
         return f"{torch.cuda.get_device_name()} is older than Ampere"
     if dtype == "float32":
         return "flash attention has no float32"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_dim > MAX_HEAD_DIM:
         return f"heads are {head_dim} wide, flash attention's at most {MAX_HEAD_DIM}"
     if getattr(config, "attn_logit_softcapping", None):
         return "the model soft-caps its attention logits"
-    if getattr(config, "attention_dropout", 0.0):
+    if any(getattr(config, name, 0.0) for name in _ATTENTION_DROPOUT):
         return "the model uses attention dropout"
     return ""
 

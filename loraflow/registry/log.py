@@ -66,8 +66,9 @@ class Entry(BaseModel):
 
 
 def models(store: Store) -> list[str]:
-    """Return the names in the registry, sorted."""
-    return sorted({name.split("/")[1] for name in store.documents("registry/")})
+    """Return the names of the models that have a promotion log, sorted. A model that was only rejected has none."""
+    paths = (name.split("/") for name in store.documents("registry/"))
+    return sorted({path[1] for path in paths if path[2] == "log"})
 
 
 class PromotionLog:

@@ -22,6 +22,11 @@ VERDICTS: dict[Verdict, str] = {
     "unchanged": "There was nothing to decide.",
 }
 
+APPROVAL = (
+    "The gate would promote the new model. With *Promote* on, it becomes the champion. With *Promote* off, it is "
+    "declined. The reason is recorded."
+)
+
 T = TypeVar("T")
 
 
@@ -97,7 +102,7 @@ def scores_report(model: str, recipe: str, scores: Scores, *, confidence: float,
         folder: the location of the model.
         table: the location of the score table.
     """
-    lines = [f"# {model} by {recipe}", ""]
+    lines = [f"# Scores of {model}, recipe {recipe}", ""]
     for rows, part in _gate_set_first(scores):
         lines += [f"## {rows} ({_count(part.values())} rows)", "", "| metric | value |", "|---|---|"]
         lines += [*(f"| {name} | {value} |" for name, value in part.items()), ""]
@@ -107,8 +112,7 @@ def scores_report(model: str, recipe: str, scores: Scores, *, confidence: float,
 
 def approval_request(recipe: str, decision: Decision, scores: ModelScores, *, confidence: float) -> str:
     """Return the question whether a model is promoted, with the gate's reasons and the scores."""
-    question = "The gate would promote the new model. Shall it become the champion?"
-    lines = [f"# {recipe}: promote?", "", question, "", *_items(decision.reasons), ""]
+    lines = [f"# {recipe}: promote?", "", APPROVAL, "", *_items(decision.reasons), ""]
     return "\n".join([*lines, *_comparison(scores, confidence)])
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loraflow.config import Runtime
+from loraflow.failures import BadModel
 from loraflow.hardware.attention import DOCUMENTS, Attention, DocumentKernelName, choose_for_training
 from loraflow.hardware.device import Device
 
@@ -88,6 +89,9 @@ def _compare(results: list[Tensor], expected: list[Tensor]) -> None:
 
 
 _kernel: Kernel | None = None
+# Arguments of transformers' attention functions that change the result, and that flash attention does not have:
+# attention sinks, caps on logits, dropout of attention weights, biases.
+_UNSUPPORTED = ("s_aux", "sinks", "softcap", "dropout", "position_bias", "attn_bias", "head_mask")
 
 
 def register(kernel: Kernel | None = None) -> None:
@@ -110,7 +114,7 @@ def attend(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    **_: Any,  # transformers passes further arguments to an attention function
+    **other: Any,  # transformers passes further arguments to an attention function
 ) -> tuple[Tensor, None]:
     """Attend within each document, causally.
 
@@ -124,10 +128,21 @@ def attend(
         sliding_window: how many tokens a token attends to, itself included; None is all earlier ones.
         cu_seq_lens_q: where documents begin, [entries] int32; the last entries are the number of tokens.
         max_length_q: tokens of the longest document, a constant.
+        other: further arguments; those that change the result must be unset.
 
     Returns:
         [1, tokens, heads, head_dim], and no attention weights.
+
+    Raises:
+        BadModel: the model's attention needs an argument that the kernels do not have.
     """
+    if unsupported := [name for name in _UNSUPPORTED if _is_set(other.get(name))]:
+        raise BadModel(
+            "The attention kernel does not compute this model's attention.",
+            where="runtime.attn_implementation",
+            got=f"attention with {', '.join(unsupported)}",
+            next_step="set runtime.engine to stock",
+        )
     assert cu_seq_lens_q is not None and max_length_q is not None, "concatenated documents need their borders"
     # Under autocast, rotary embeddings leave q and k in float32. The kernels need the dtype of the projections.
     q, k, v = (tensor.squeeze(0).transpose(0, 1).to(value.dtype) for tensor in (query, key, value))
@@ -135,6 +150,10 @@ def attend(
     window = (-1, 0) if sliding_window is None or sliding_window >= max_length_q else (sliding_window - 1, 0)
     kernel = (_kernel or varlen) if query.is_cuda else by_document
     return kernel(q, k, v, cu_seq_lens_q, max_length_q, scaling, window).unsqueeze(0), None
+
+
+def _is_set(argument: Tensor | float | None) -> bool:
+    return isinstance(argument, Tensor) or bool(argument)
 
 
 def varlen(

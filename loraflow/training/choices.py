@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import JsonValue
 
+from loraflow.base.architecture import obstacle_to_fast_engine, obstacle_to_packing
 from loraflow.failures import BadConfig
-from loraflow.hardware.attention import Attention
+from loraflow.hardware.attention import Attention, attention_with_mask
 from loraflow.hardware.device import Device, cpu_has_bfloat16, device_name, gpu_has_fp8
 from loraflow.hardware.process_group import ProcessGroup
 from loraflow.training import memory, sharding
@@ -21,7 +22,7 @@ from loraflow.training.memory import Recompute
 from loraflow.training.setup import TrainingSetup
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 log = logging.getLogger(__name__)
 EngineName = Literal["fast", "stock"]
@@ -68,15 +69,46 @@ class ShardingChoice:
     why: str
 
 
+def choose_engine(setup: TrainingSetup, config: PreTrainedConfig) -> EngineName:
+    """Choose the engine from the model's config, before anything is loaded."""
+    if setup.runtime.engine == "stock":
+        return "stock"
+    obstacle = obstacle_to_fast_engine(config)
+    if not obstacle:
+        return "fast"
+    log.info("the stock engine is used, with padded rows: %s", obstacle)
+    return "stock"
+
+
 def choose_attention(setup: TrainingSetup, config: PreTrainedConfig) -> Attention:
-    """Choose the attention: padded rows with a mask if documents cannot be concatenated."""
+    """Choose the attention. Padded rows with a mask are used where documents cannot be concatenated."""
+    grid = attention_with_mask(config)
+    if setup.runtime.engine == "stock" and setup.runtime.attn_implementation == "auto":
+        return Attention(grid, False, grid, "the stock engine's rows are padded")
     attention = choose(setup.runtime, setup.device, setup.compute_dtype, config)
-    # trl's collator pads rows, or packs them with position ids. sdpa gets a mask in both cases.
+    # trl's collator pads, or packs with position ids; these attentions build a mask for both.
     if attention.concatenated and setup.runtime.engine == "stock":
-        return Attention("sdpa", False, "sdpa", "the stock engine's rows are padded")
+        return Attention(grid, False, grid, "the stock engine's rows are padded")
     if attention.concatenated and setup.config.peft_config.init_lora_weights == "eva":
-        return Attention("sdpa", False, "sdpa", "EVA reads padded rows first")
+        return Attention(grid, False, grid, "EVA reads padded rows first")
     return attention
+
+
+def refuse_packing(setup: TrainingSetup, config: PreTrainedConfig) -> None:
+    """Refuse packed rows for a model whose layers carry a state over the borders of documents.
+
+    Raises:
+        BadConfig: the rows are packed.
+    """
+    obstacle = obstacle_to_packing(config)
+    if setup.rows.row_length is not None and obstacle:
+        raise BadConfig(
+            "This model cannot be trained on packed rows.",
+            where="training_config.packing",
+            expected="attention layers only",
+            got=f"architecture {config.model_type}: {obstacle}",
+            next_step="set training_config.packing to false",
+        )
 
 
 def choose_sharding(setup: TrainingSetup) -> ShardingChoice:
@@ -103,20 +135,6 @@ def _sharding(setup: TrainingSetup) -> ShardingChoice:
     return ShardingChoice(
         least > free, f"one device needs {least / memory.GIB:.1f} GiB, and has {free / memory.GIB:.1f}"
     )
-
-
-def choose_engine(setup: TrainingSetup, model: PreTrainedModel) -> EngineName:
-    """Choose the engine: the fast one computes the loss itself, which needs logits that are the head's product."""
-    from loraflow.base.load import has_linear_head
-
-    if setup.runtime.engine == "stock":
-        return "stock"
-    text = model.config.get_text_config()
-    is_routed = getattr(text, "output_router_logits", False) or getattr(text, "num_local_experts", 0)
-    if has_linear_head(model) and not is_routed:
-        return "fast"
-    log.info("the stock engine is used: this model changes its head's logits, so trl has to compute the loss")
-    return "stock"
 
 
 def refuse_mixed_devices(group: ProcessGroup, device: Device) -> None:

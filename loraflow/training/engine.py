@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from loraflow.hardware.device import device_name
 from loraflow.training.base_model import load_base
 from loraflow.training.choices import (
@@ -10,8 +12,10 @@ from loraflow.training.choices import (
     choose_engine,
     choose_sharding,
     refuse_mixed_devices,
+    refuse_packing,
     warn_of_slow_bfloat16,
 )
+from loraflow.training.document_check import refuse_leaking_documents
 from loraflow.training.setup import TrainingSetup
 from loraflow.training.trainer import BuiltTrainer
 
@@ -23,18 +27,29 @@ def build_trainer(setup: TrainingSetup) -> BuiltTrainer:
         BadConfig: the recipe and the hardware do not fit together.
         MissingExtra: a package that was asked for is not installed.
     """
+    import torch
     from transformers import AutoConfig
 
-    trust = setup.config.base.trust_remote_code
-    attention = choose_attention(setup, AutoConfig.from_pretrained(setup.base, trust_remote_code=trust))
+    config = AutoConfig.from_pretrained(setup.base, trust_remote_code=setup.config.base.trust_remote_code)
+    engine = choose_engine(setup, config)
+    setup = replace(setup, runtime=setup.runtime.model_copy(update={"engine": engine}))
+    attention = choose_attention(setup, config)
+    refuse_packing(setup, config)
     refuse_mixed_devices(setup.group, setup.device)
     sharding = choose_sharding(setup)
     model = load_base(setup, attention, sharded=sharding.is_sharded)
+    if (attention.concatenated or setup.rows.row_length is not None) and not sharding.is_sharded:
+        refuse_leaking_documents(
+            model,
+            setup.tokenizer.pad_token_id,
+            is_concatenated=attention.concatenated,
+            compute_dtype=getattr(torch, setup.compute_dtype),
+        )
     warn_of_slow_bfloat16(setup)
     choices = EngineChoices(
         base_sharded=sharding.is_sharded,
         base_sharded_why=sharding.why,
-        engine=choose_engine(setup, model),
+        engine=engine,
         attention=attention.kernel,
         attention_why=attention.why,
         device=device_name(setup.device),

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.local_deployment import ENDED
+
 pytestmark = [pytest.mark.ui, pytest.mark.timeout(900)]
 
 
@@ -32,12 +34,15 @@ def menu(page, deployment, run: str, item: str) -> None:
     page.get_by_role("menuitem", name=item, exact=True).click()
 
 
-def stages(deployment, run: str) -> dict[str, dict]:
-    """Return the newest task run of each stage."""
-    rows = deployment.api(
-        "POST", "/task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
-    )
-    return {row["name"]: row for row in rows}
+def stages(deployment, run: str, *names: str) -> dict[str, dict]:
+    """Return the newest task run of each stage; wait for these, since the server records them after the run has ended."""
+    query = {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    for _ in range(300):
+        found = {row["name"]: row for row in deployment.api("POST", "/task_runs/filter", query)}
+        if all(name in found and found[name]["state"]["type"] in ENDED for name in names):
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"the server has no ended task runs {names}: {found}")
 
 
 def figures(deployment, fingerprint_glob: str = "*") -> list[dict]:
@@ -94,9 +99,8 @@ def test_a_run_with_nothing_new_is_up_to_date_and_stages_are_cached(page, deploy
     page.get_by_text("UpToDate").first.wait_for()
     picture(page, "up-to-date")
     again = deployment.wait(deployment.start("finetune/local"))["id"]
-    assert {row["state"]["name"] for name, row in stages(deployment, again).items() if name in ("train", "merge")} == {
-        "Cached"
-    }
+    found = stages(deployment, again, "train", "merge")
+    assert {found[name]["state"]["name"] for name in ("train", "merge")} == {"Cached"}
     page.goto(f"{deployment.url}/v2/runs/flow-run/{again}")
     page.get_by_role("tab", name="Task Runs").click()
     page.get_by_text("Cached").first.wait_for()
@@ -130,7 +134,7 @@ def test_retry_resumes_the_failed_stage_from_its_checkpoint(page, deployment):
     page.get_by_role("button", name="Retry").last.click()
     deployment.wait(run, "SCHEDULED", "PENDING", "RUNNING", seconds=60)
     deployment.wait(run, "COMPLETED")
-    assert stages(deployment, run)["tokenize"]["state"]["name"] == "Cached"
+    assert stages(deployment, run, "tokenize")["tokenize"]["state"]["name"] == "Cached"
     assert figures(deployment)[-1]["resumed_at"] >= 5 and figures(deployment)[-1]["steps"] == 120
 
 

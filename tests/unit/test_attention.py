@@ -3,10 +3,12 @@
 import itertools
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraflow.failures import BadModel
 from loraflow.training import attention
 
 
@@ -29,3 +31,12 @@ def test_attention_stays_inside_a_document_and_its_window(lengths, window, group
                 p = (k[0, h // groups, first : i + 1] @ q[0, h, i] * 0.3).softmax(0)
                 wanted[i, h] = p @ v[0, h // groups, first : i + 1]
     torch.testing.assert_close(got[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("argument", ["s_aux", "softcap", "dropout"])
+def test_an_argument_that_the_kernels_would_ignore_is_refused(argument):
+    q, borders = torch.randn(1, 2, 8, 16), torch.tensor([0, 8], dtype=torch.int32)
+    attention.attend(None, q, q, q, cu_seq_lens_q=borders, max_length_q=8, **{argument: None})
+    with pytest.raises(BadModel, match="does not compute this model's attention") as caught:
+        attention.attend(None, q, q, q, cu_seq_lens_q=borders, max_length_q=8, **{argument: 0.5})
+    assert argument in caught.value.got

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Phi3Config
+from transformers import Gemma2Config, GPT2Config, Phi3Config
 
 from loraflow.config import Runtime
 from loraflow.failures import BadConfig, MissingExtra
@@ -85,13 +85,16 @@ def test_a_requested_kernel_that_is_not_available_is_an_error(gpu):
         ({"dtype": "float32"}, "flash attention has no float32"),
         ({"config": Phi3Config(hidden_size=2048, num_attention_heads=4, pad_token_id=0)}, "heads are 512 wide"),
         ({"config": Phi3Config(attention_dropout=0.1, pad_token_id=0)}, "the model uses attention dropout"),
+        ({"config": GPT2Config(attn_pdrop=0.1)}, "the model uses attention dropout"),
+        ({"config": Gemma2Config(attn_logit_softcapping=50.0)}, "the model soft-caps its attention logits"),
     ],
-    ids=["device", "dtype", "width", "dropout"],
+    ids=["device", "dtype", "width", "dropout", "gpt2's name of dropout", "soft cap"],
 )
 def test_cases_that_flash_attention_cannot_compute_use_sdpa_or_are_refused(gpu, settings, reason):
     gpu((9, 0), FA4)
     chosen, kernel = choose(**settings)
-    assert (chosen.implementation, chosen.concatenated, kernel) == ("sdpa", False, None)
+    with_mask = attention.attention_with_mask(settings.get("config", CONFIG))
+    assert (chosen.implementation, chosen.concatenated, kernel) == (with_mask, False, None)
     assert chosen.why.startswith(reason)
     for wanted in ("varlen", "fa3", "fa4"):
         with pytest.raises(BadConfig, match="is not available here") as caught:

@@ -440,7 +440,7 @@ def test_of_several_devices_only_the_first_scores(evaluate, monkeypatch):
 class Second(ProcessGroup):
     """The second of two devices, without the first: nothing is exchanged."""
 
-    def merge(self, found):
+    def gather_results(self, found):
         return found
 
 

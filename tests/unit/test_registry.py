@@ -6,7 +6,7 @@ import pytest
 
 from loraflow.failures import CorruptArtifact, Failure
 from loraflow.registry import PromotionLog
-from loraflow.registry.log import HeadChanged
+from loraflow.registry.log import HeadChanged, models
 from loraflow.store import LocalStore, Ref, open_store
 
 
@@ -179,3 +179,9 @@ def test_a_decision_is_serialized_to_the_bytes_of_existing_stores_and_a_damaged_
     assert log.store.read_document(name) == b'{\n "reasons": [\n  "worse"\n ],\n "verdict": "reject"\n}\n'
     log.store.write_document(name, b"{")
     assert log.read_decision(log.head(), "b" * 64, "p" * 64) is None
+
+
+def test_a_model_that_was_never_promoted_is_not_in_the_registry(log):
+    promote(log, "a")
+    PromotionLog(log.store, "rejected").write_decision(None, "0" * 64, "protocol", {"verdict": "reject"})
+    assert models(log.store) == [log.model]

@@ -164,7 +164,8 @@ def test_the_approval_request_shows_reasons_and_scores():
     text = markdown.approval_request("quickstart", DECISION, scores, confidence=0.95)
     scores_of_the_report = RUN[RUN.index("## Scores") : RUN.index("\n## Training loss")]
     assert text == (
-        "# quickstart: promote?\n\nThe gate would promote the new model. Shall it become the champion?\n\n"
+        "# quickstart: promote?\n\nThe gate would promote the new model. With *Promote* on, it becomes the champion. "
+        "With *Promote* off, it is declined. The reason is recorded.\n\n"
         "- better than base\n- better than champion\n\n" + scores_of_the_report
     )
 
@@ -174,7 +175,7 @@ def test_the_scores_of_one_model_are_reported():
         "champion", "quickstart", TUNED, confidence=0.95, folder="store/merge", table="store/scores.parquet"
     )
     assert text == (
-        "# champion by quickstart\n\n## heldout (3 rows)\n\n| metric | value |\n|---|---|\n"
+        "# Scores of champion, recipe quickstart\n\n## heldout (3 rows)\n\n| metric | value |\n|---|---|\n"
         "| exact_match | 0.750 [0.650, 0.850] |\n| stops | 1.000 [0.900, 1.100] |\n\n"
         "## handwritten (2 rows)\n\n| metric | value |\n|---|---|\n| exact_match | 0.500 [0.400, 0.600] |\n\n"
         "In brackets: 95% confidence intervals.\n\n"

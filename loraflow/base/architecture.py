@@ -1,0 +1,65 @@
+"""What an architecture allows in training, decided from the model's config before any weight is loaded.
+
+Documents of a batch can share a row: packed, with position ids that start at 0 in each document, or concatenated, with
+the document borders passed to a flash attention kernel. Both are right only if every layer keeps the documents apart.
+Layers with a state (convolutions, state spaces, linear attention) do not, and some models ignore position ids.
+`tests/families` compares each architecture of these lists with each of its documents computed alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Packed and concatenated documents stay apart, and the logits are the product of head and hidden state.
+FAST = frozenset({
+    "arcee", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "helium",
+    "hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2",
+    "qwen3", "seed_oss", "smollm3", "starcoder2",
+})  # fmt: skip
+# Packed documents stay apart, but the fast engine cannot compute the loss, or the model does not pass borders on.
+PACKABLE = FAST | {
+    "apertus", "cohere", "cohere2", "gemma2", "gemma3n_text", "gemma4_text", "granite", "granitemoe", "mixtral",
+    "nemotron", "qwen3_moe", "stablelm",
+}  # fmt: skip
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+# Names that models' configs have for a factor between the head's product and the logits.
+LOGIT_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier")
+
+
+def stateful_layers(config: PreTrainedConfig) -> list[str]:
+    """Return the types of a model's layers that pass a state from token to token, beside attention; sorted."""
+    return sorted(set(getattr(config.get_text_config(), "layer_types", None) or []) - _ATTENTION_LAYERS)
+
+
+def is_known(config: PreTrainedConfig, architectures: frozenset[str]) -> bool:
+    """Tell whether the model is one of these architectures, computed by transformers' own code."""
+    text = config.get_text_config()
+    return text is config and config.model_type in architectures and type(config).__module__.startswith("transformers.")
+
+
+def scales_logits(config: PreTrainedConfig) -> bool:
+    """Tell whether a model changes its head's product by a factor or a cap."""
+    text = config.get_text_config()
+    return any(getattr(text, key, None) not in (None, 1, 1.0) for key in LOGIT_SCALES)
+
+
+def obstacle_to_fast_engine(config: PreTrainedConfig) -> str:
+    """Return why the fast engine cannot train a model; empty if it can."""
+    if stateful := stateful_layers(config):
+        return f"the model has layers of type {', '.join(stateful)}"
+    if scales_logits(config):
+        return "the model changes its head's logits"
+    if not is_known(config, FAST):
+        return f"the fast engine has not been tested with the architecture {config.model_type}"
+    return ""
+
+
+def obstacle_to_packing(config: PreTrainedConfig) -> str:
+    """Return why a row of a model must hold one document; empty if it may hold several, or if that is not known."""
+    if stateful := stateful_layers(config):
+        return f"layers of type {', '.join(stateful)} carry a state from one document to the next"
+    return ""

@@ -1,0 +1,96 @@
+"""Check, with the loaded weights, that the documents of a row do not influence each other."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraflow.failures import BadModel
+from loraflow.training.collation import concatenated, packed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+_Ids: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
+LENGTHS = (24, 40)  # tokens of the two documents
+# Experts group the tokens of a batch, so that the shapes of their products, and the rounding, depend on all documents.
+EXPERT_NOISE = 0.02
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def refuse_leaking_documents(
+    model: PreTrainedModel, pad_id: int, *, is_concatenated: bool, compute_dtype: torch.dtype
+) -> None:
+    """Compute two documents in one row, twice, with another first document. The second one's logits must be equal.
+
+    Args:
+        model: the base as it is trained, on its device.
+        pad_id: of the padding.
+        is_concatenated: the layout of training: concatenated documents with their borders, else packed rows.
+        compute_dtype: of matrix products.
+
+    Raises:
+        BadModel: the second document's logits depend on the first document.
+    """
+    size = model.config.get_text_config().vocab_size
+    draw = np.random.default_rng(0)
+    first, other = (draw.integers(0, size, LENGTHS[0]) for _ in range(2))
+    second = draw.integers(0, size, LENGTHS[1])
+    expected, found = (
+        _logits(model, [ids, second], pad_id, is_concatenated, compute_dtype)[LENGTHS[0] :] for ids in (first, other)
+    )
+    if torch.equal(expected, found):
+        return
+    difference = float((found - expected).norm() / expected.norm())
+    text = model.config.get_text_config()
+    if difference <= EXPERT_NOISE and any(getattr(text, name, None) for name in _EXPERTS):
+        log.info("documents in one row: logits differ by %.1e, as expected of experts' rounding", difference)
+        return
+    raise BadModel(
+        "With several documents in a row, this model's documents influence each other.",
+        where="training_config.packing",
+        expected="logits of a document that do not depend on the document before it",
+        got=f"architecture {model.config.model_type}: logits change by {difference:.2g} of their norm",
+        next_step="set training_config.packing to false"
+        if not is_concatenated
+        else "set runtime.engine to stock, and training_config.packing to false",
+    )
+
+
+def _logits(
+    model: PreTrainedModel, documents: list[_Ids], pad_id: int, is_concatenated: bool, compute_dtype: torch.dtype
+) -> Tensor:
+    """Return the logits of the documents, [tokens, vocabulary], in float32."""
+    device = model.device
+    row = [[(ids, np.full(len(ids), -100)) for ids in documents]]
+    inputs: dict[str, Tensor | int]
+    if is_concatenated:
+        batch = concatenated(row, sum(LENGTHS), len(LENGTHS) + 1, max(LENGTHS), pad_id)
+        inputs = {
+            "input_ids": batch["input_ids"],
+            "position_ids": batch["position_ids"],
+            "cu_seq_lens_q": batch["cu_seq_lens_q"],
+            "cu_seq_lens_k": batch["cu_seq_lens_k"],
+            "max_length_q": batch["max_length_q"],
+            "max_length_k": batch["max_length_k"],
+        }
+    else:
+        grid = packed(row, sum(LENGTHS), pad_id)
+        inputs = {"input_ids": grid["input_ids"], "position_ids": grid["position_ids"]}
+    tensors = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    autocast = contextlib.nullcontext() if model.dtype == compute_dtype else torch.autocast(device.type, compute_dtype)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast:
+            logits: Tensor = model(**tensors, use_cache=False).logits
+    finally:
+        model.train(was_training)
+    return logits[0].float()
