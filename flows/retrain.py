@@ -10,7 +10,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import JsonValue
 
-from loraflow.config import load_recipe
+from loraflow.config import Recipe
 from loraflow.data.git_branch import find_newest_commit
 from loraflow.flows.finetune import run_and_promote
 from loraflow.flows.parameters import NO_SETTINGS, RecipeName, Settings
@@ -37,8 +37,11 @@ def retrain(
     """
     if approval:
         refuse_without_deployment()
-    found = find_newest_commit(load_recipe(recipe, settings).data.repo, branch)
-    with open_run(recipe, {**settings, **found.settings()}, []) as run:
+
+    def newest_dataset(read: Recipe) -> dict[str, str]:
+        return find_newest_commit(read.data.repo, branch).settings()
+
+    with open_run(recipe, settings, [], newest_dataset) as run:
         summary = run_and_promote(run, approval)
     document = summary.model_dump(mode="json")
     if is_news(summary):

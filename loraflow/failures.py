@@ -235,6 +235,11 @@ def mask_errors() -> Iterator[None]:
         raise Crashed("An unexpected error occurred.", got=text[:2000]) from None
 
 
+def failure_names() -> list[str]:
+    """Return the names of all classes of failures."""
+    return [cls.__name__ for cls in _CLASSES.values()]
+
+
 def from_dict(data: Mapping[str, JsonValue]) -> Failure:
     """Rebuild a failure from the values of `to_dict`. An unknown kind becomes a plain `Failure`."""
     cls = _CLASSES.get(str(data.get("kind", "")), Failure)

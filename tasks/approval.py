@@ -53,7 +53,8 @@ def ask_for_approval(run: Run, result: PipelineResult, decision: Decision) -> De
     form = Promotion.with_initial_data(description=text, promote=False, reason="")
     # The key is the head of the log: a run that resumes and finds another champion asks again.
     head = workspace.seen_head
-    key = f"promotion-{(head.hash if head else 'none')[:12]}"
+    # So does one that has another model, because its recipe was edited while it waited.
+    key = f"promotion-{(head.hash if head else 'none')[:12]}-{result.merged.digest[:12]}"
     answer = suspend_flow_run(wait_for_input=form, timeout=WAIT, key=key)
     assert answer is not None
     words = f": {answer.reason}" if answer.reason else ""

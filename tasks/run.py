@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from prefect.exceptions import Pause
 from prefect.runtime import deployment, flow_run
 from pydantic import JsonValue
 
-from loraflow.config import load_recipe
-from loraflow.config.load import find_recipe
+from loraflow.config import Recipe
+from loraflow.config.load import RecipeFile, read_recipe
 from loraflow.config.stage_configs import StageConfig
 from loraflow.credentials import protect_output
 from loraflow.data import dvc
@@ -29,6 +30,7 @@ from loraflow.registry.runs import RunSummary, StageRun
 from loraflow.stages import Stage, check_names
 from loraflow.store import Ref, require_intact
 from loraflow.tasks.events import announce_waiting
+from loraflow.tasks.failure_log import shorten_failures
 from loraflow.tasks.placement import run_on_pool
 from loraflow.tasks.run_here import run_here
 from loraflow.tasks.run_name import show_name
@@ -53,9 +55,8 @@ class StageResult:
 class Run:
     """A run of a flow. Its stages run one after another on the main thread, which receives the termination signal."""
 
-    def __init__(self, workspace: Workspace, recipe_file: Path, force: list[str]):
-        self.workspace, self.force = workspace, set(force)
-        self.recipe_text = recipe_file.read_text(encoding="utf-8")
+    def __init__(self, workspace: Workspace, recipe_file: RecipeFile, force: list[str]):
+        self.workspace, self.recipe_file, self.force = workspace, recipe_file, set(force)
         self.id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
         self.stages: dict[str, StageRun] = {}  # by label
         self.started = time.time()
@@ -105,34 +106,63 @@ class Run:
 
 
 @contextmanager
-def open_run(recipe: str, overrides: dict[str, JsonValue], force: list[str], *, rename: bool = True) -> Iterator[Run]:
-    """Load the recipe, hold the store's reader lock so that `gc` removes nothing, and write the run's record at the end."""
+def open_run(
+    recipe: str,
+    overrides: dict[str, JsonValue],
+    force: list[str],
+    find_settings: Callable[[Recipe], Mapping[str, JsonValue]] | None = None,
+    *,
+    rename: bool = True,
+) -> Iterator[Run]:
+    """Load the recipe, hold the store's reader lock so that `gc` removes nothing, and write the run's record at the end.
+
+    The recipe's file is read once. `find_settings` returns further overrides of its `data` section; if it fails, the run
+    has a record that says so.
+    """
+    shorten_failures()
     check_names(force, "--force")
     protect_output()
     if deployment.id:  # a process of its own, which a killed Prefect worker would leave behind
         end_with_parent()
         log.setLevel(logging.INFO)
-    workspace = Workspace(load_recipe(recipe, overrides))
-    if workspace.recipe.data.add:
-        _add_data(workspace)
-    run = Run(workspace, find_recipe(recipe), force)
+    recipe_file = _despite_parsing_threads(lambda: read_recipe(recipe, overrides))
+    run = Run(Workspace(recipe_file.recipe), recipe_file, force)
+    store = run.workspace.store
     error: BaseException | None = None
-    with mask_errors(), _announce_suspension(), workspace.store.reader_lock():
+    with mask_errors(), _announce_suspension(), store.reader_lock():
         try:
+            if find_settings is not None:
+                found = find_settings(recipe_file.recipe)
+                run.recipe_file = recipe_file.with_overrides({**overrides, **found})
+                run.workspace = Workspace(run.recipe_file.recipe)
+            if run.workspace.recipe.data.add:
+                _add_data(run.workspace)
             if rename:
-                show_name(workspace)
+                _despite_parsing_threads(lambda: show_name(run.workspace))
             yield run
         except OSError as caught:
             error = caught
-            raise from_os_error(caught, workspace.store.uri) or caught from caught
+            raise from_os_error(caught, store.uri) or caught from caught
         except BaseException as caught:
             error = caught
             raise
         finally:
-            workspace.save()
+            run.workspace.save()
             write_record(run, error)
     if any(stage.state == "computed" for stage in run.stages.values()):
-        _clean_up(workspace)
+        _clean_up(run.workspace)
+
+
+T = TypeVar("T")
+
+
+def _despite_parsing_threads(step: Callable[[], T]) -> T:
+    """Do a step that is in no task, and once more on the SystemError that `is_retryable` retries in tasks."""
+    try:
+        return step()
+    except SystemError as error:
+        log.warning("once more, because of an error of the Python interpreter: %s", error)
+        return step()
 
 
 @contextmanager

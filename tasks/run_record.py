@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from prefect.exceptions import Pause, TerminationSignal
 from prefect.runtime import flow_run
 
-from loraflow.credentials import mask
+from loraflow.credentials import mask, mask_json
 from loraflow.data.git import head_commit
 from loraflow.evaluation.values import EvaluationReport, ModelScores
 from loraflow.execution.results import PipelineResult, Registration
@@ -66,7 +66,8 @@ def as_record(run: Run, state: RunState = "running", error: str | None = None) -
     return RunRecord(
         run=run.id,
         recipe=run.workspace.recipe.name,
-        recipe_text=mask(run.recipe_text),
+        recipe_text=mask(run.recipe_file.text),
+        overrides={key: mask_json(value) for key, value in run.recipe_file.overrides.items()},
         resolved=run.workspace.recipe.model_dump(by_alias=True, mode="json"),
         started=run.started,
         seconds=round(time.time() - run.started, 3),

@@ -26,9 +26,12 @@ RETRY_DELAYS: list[float] = [2, 30]  # seconds; only preemption, kills and netwo
 
 
 def is_retryable(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Return whether a retry can help, by the failure's class. A plain function: Prefect ignores partials here."""
+    """Return whether a retry can help, by the failure's class. A plain function: Prefect ignores partials here.
+
+    CPython before 3.11.8 raises SystemError if two threads parse Python at once (bug 106905), as Prefect's threads do.
+    """
     error = state.result(raise_on_failure=False)
-    return isinstance(error, Failure) and error.retryable
+    return isinstance(error, SystemError) or (isinstance(error, Failure) and error.retryable)
 
 
 class StageTask(Task[P, Ref | State[Ref]]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from loraflow.config import Recipe
 from loraflow.config.stage_configs import (
@@ -18,6 +19,7 @@ from loraflow.execution import workspace
 from loraflow.job import Job
 from loraflow.stages import STAGES
 from loraflow.store import Ref
+from loraflow.store.files import hash_file
 
 DATASET = DatasetLocation(md5="1" * 32, name="data", origin=FolderOrigin(folder="data"))
 BASE = BaseLocation(source={}, origin=FolderOrigin(folder="base"))
@@ -34,7 +36,7 @@ class Outside:
 
 def from_gguf(file: str) -> Outside:
     """Return surroundings whose base model is a GGUF file."""
-    return Outside(base=BaseLocation(source={}, origin=GgufOrigin(gguf=file)))
+    return Outside(base=BaseLocation(source={"gguf": hash_file(Path(file))}, origin=GgufOrigin(gguf=file)))
 
 
 def from_hub(model: str, commit: str) -> Outside:

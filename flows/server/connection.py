@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Collection
 
 import httpx
+import prefect
+from prefect._internal.urls import strip_auth_from_url, strip_auth_from_urls_in_text
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import WorkerFilter, WorkerFilterStatus
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.settings import get_current_settings
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
 
-from loraflow.failures import BadConfig, Network
+from loraflow.failures import BadConfig, Failure, Network
 
+TIMEOUT = 10.0  # seconds for a server to answer the first request
 ONLINE = WorkerFilter(status=WorkerFilterStatus(any_=["ONLINE"]))
 
 
 def require_server() -> None:
-    """Check that the configured server answers and accepts our credentials.
+    """Check with one request that the configured server answers, accepts our credentials, and speaks our protocol.
 
     Raises:
-        BadConfig: no server is configured, or it refuses our credentials.
+        BadConfig: no server is configured, it refuses our credentials, or it is another major version of Prefect.
         Network: it does not answer, or is not a Prefect server.
     """
     url = get_current_settings().api.url
@@ -30,31 +34,87 @@ def require_server() -> None:
             where="PREFECT_API_URL",
             next_step="`loraflow up` starts a server here; or export PREFECT_API_URL=http://HOST:4200/api",
         )
+    shown = shown_url(url)
     try:
-        with get_client(sync_client=True) as client:
-            client.read_work_pools(limit=1)
+        # Without Prefect's retries, which take minutes. The version needs the credentials, `/health` does not.
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+            get_client(sync_client=True, httpx_settings={"timeout": httpx.Timeout(TIMEOUT)}) as client,
+        ):
+            found = client.api_version()
     except PrefectHTTPStatusError as error:
-        if error.response.status_code in (401, 403):
-            raise BadConfig(
-                "The Prefect server refuses the credentials.",
-                where=str(url),
-                got=f"HTTP {error.response.status_code}",
-                expected="the server's auth string",
-                next_step="export PREFECT_API_AUTH_STRING=USER:PASSWORD",
-            ) from error
-        raise Network(
-            "The server at this address is not a Prefect server.",
-            where=str(url),
-            got=f"HTTP {error.response.status_code}",
-            next_step="the address ends in /api, as in http://127.0.0.1:4200/api",
-        ) from error
-    except (httpx.HTTPError, ValueError) as error:
+        raise _bad_answer(error.response.status_code, shown) from error
+    except ValueError as error:  # the answer is no JSON: the page of a web site, or of Prefect's UI
+        raise _not_prefect(shown, "an answer that is not JSON") from error
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        got = strip_auth_from_urls_in_text(f"{type(error).__name__}: {error}".splitlines()[0])
+        certificate = "; for a private certificate, export PREFECT_API_SSL_CERT_FILE=FILE" if "CERT" in got else ""
         raise Network(
             "The Prefect server does not answer.",
-            where=str(url),
-            got=f"{type(error).__name__}: {error}".splitlines()[0],
-            next_step="`loraflow up` starts a server here; or correct PREFECT_API_URL",
+            where=shown,
+            got=got,
+            next_step=f"`loraflow up` starts a server here; or correct PREFECT_API_URL{certificate}",
         ) from error
+    if not re.match(r"\d+\.", str(found)):
+        raise _not_prefect(shown, f"{found!r:.80} as its version")
+    if str(found).split(".")[0] != prefect.__version__.split(".")[0]:
+        raise BadConfig(
+            "The Prefect server is another major version.",
+            where=shown,
+            expected=f"Prefect {prefect.__version__.split('.')[0]}",
+            got=f"Prefect {found:.40}",
+            next_step="use a server of the same major version; `loraflow up` starts one here",
+        )
+
+
+def require_server_for_run() -> None:
+    """Check the configured server before a run. All that can be wrong is the command's environment, so it is BadConfig.
+
+    Raises:
+        BadConfig: the server cannot be used.
+    """
+    try:
+        require_server()
+    except Network as failure:
+        raise BadConfig(
+            failure.what,
+            where=failure.where,
+            got=failure.got,
+            next_step=f"{failure.next_step}; or `unset PREFECT_API_URL` to run with a temporary server",
+        ) from failure
+
+
+def shown_url(url: str) -> str:
+    """Return a server's address without the credentials that it may have."""
+    return strip_auth_from_url(str(url))
+
+
+def _bad_answer(status: int, where: str) -> Failure:
+    if status in (401, 403):
+        return BadConfig(
+            "The Prefect server refuses the credentials.",
+            where=where,
+            got=f"HTTP {status}",
+            expected="the server's auth string",
+            next_step="export PREFECT_API_AUTH_STRING=USER:PASSWORD",
+        )
+    if status >= 500 or status == 429:
+        return Network(
+            "The Prefect server is not ready.",
+            where=where,
+            got=f"HTTP {status}",
+            next_step="try again in a minute; look at the server's log",
+        )
+    return _not_prefect(where, f"HTTP {status}")
+
+
+def _not_prefect(where: str, got: str) -> Network:
+    return Network(
+        "The server at this address is not a Prefect server.",
+        where=where,
+        got=got,
+        next_step="the address ends in /api, as in http://127.0.0.1:4200/api",
+    )
 
 
 def pools_without_workers(

@@ -18,7 +18,7 @@ from prefect.exceptions import ObjectNotFound
 from loraflow.flows.server.automations import Notifications, wanted_automations
 from loraflow.flows.server.comparison import changed_fields, changed_schedules, same_automation
 from loraflow.flows.server.connection import require_server
-from loraflow.flows.server.prefect_yaml import DeploymentSpec, find_prefect_yaml, read_notifications, read_specs
+from loraflow.flows.server.prefect_yaml import DeploymentSpec, find_prefect_yaml, read_all
 from loraflow.tasks.gpu_lease import create_limit
 
 log = logging.getLogger("loraflow")
@@ -29,7 +29,7 @@ PAGE = 200
 def deploy(only: list[str] | None = None) -> tuple[list[DeploymentSpec], list[str]]:
     """Create or update the deployments on the configured server; return them, and a line for each change."""
     file = find_prefect_yaml()
-    specs, notifications = read_specs(file, only), read_notifications(file)
+    specs, notifications = read_all(file, only)
     require_server()
     with get_client(sync_client=True) as client:
         return specs, Deployer(client).deploy_all(specs, notifications)

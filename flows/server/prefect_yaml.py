@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
 from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentScheduleUpdate, DeploymentUpdate
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 import loraflow
+from loraflow.config import yaml
 from loraflow.failures import BadConfig
 from loraflow.flows.server.automations import Notifications
 
 FILE = "prefect.yaml"
+_ENTRIES = TypeAdapter(list[dict[str, JsonValue]])
 
 
 class WorkPool(BaseModel):
@@ -130,19 +131,56 @@ def find_prefect_yaml() -> Path:
     )
 
 
+def read_all(file: Path, only: list[str] | None = None) -> tuple[list[DeploymentSpec], Notifications]:
+    """Read deployments and notifications, from one reading of the file. See `read_specs` and `read_notifications`."""
+    document = _read(file)
+    return _specs(document, file, only), _notifications(document, file)
+
+
 def read_specs(file: Path, only: list[str] | None = None) -> list[DeploymentSpec]:
     """Read the deployments, all of them or those named `flow/deployment`.
 
     Raises:
         BadConfig: the file cannot be read, or has no such deployment.
     """
+    return _specs(_read(file), file, only)
+
+
+def read_notifications(file: Path) -> Notifications:
+    """Read who is notified of what.
+
+    Raises:
+        BadConfig: the section has an unknown key, or a wrong value.
+    """
+    return _notifications(_read(file), file)
+
+
+def _read(file: Path) -> dict[str, JsonValue]:
     try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
-        entries: dict[str, dict[str, JsonValue]] = {
-            f"{entry['entrypoint'].rpartition('.')[2]}/{entry['name']}": entry for entry in document["deployments"]
-        }
-        specs = [_to_spec(entry, document["pull"]) for name, entry in entries.items() if not only or name in only]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ImportError, AttributeError, ValidationError) as error:
+        document = yaml.load_plain(file.read_text(encoding="utf-8-sig"))
+    except yaml.Syntax as error:
+        raise BadConfig(f"{FILE} is not plain YAML.", where=f"{file}:{error.line}", got=str(error)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig(f"{FILE} cannot be read.", where=str(file), got=str(error)) from error
+    if not isinstance(document, dict):
+        raise BadConfig(f"{FILE} is empty, or is not a mapping.", where=str(file), expected="pull and deployments")
+    return document
+
+
+def _specs(document: dict[str, JsonValue], file: Path, only: list[str] | None) -> list[DeploymentSpec]:
+    try:
+        deployments, pull_steps = _ENTRIES.validate_python(document["deployments"]), document["pull"]
+        entries = {f"{str(entry['entrypoint']).rpartition('.')[2]}/{entry['name']}": entry for entry in deployments}
+        specs = [_to_spec(entry, pull_steps) for name, entry in entries.items() if not only or name in only]
+    except KeyError as error:
+        raise BadConfig(
+            "The deployments cannot be read.", where=str(file), expected=f"the key {error.args[0]}", got="none"
+        ) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BadConfig("The deployments cannot be read.", where=f"{file}: {where}", got=first["msg"]) from error
+    except (TypeError, ImportError, AttributeError) as error:
         raise BadConfig(
             "The deployments cannot be read.", where=str(file), got=f"{type(error).__name__}: {error}"
         ) from error
@@ -156,7 +194,7 @@ def read_specs(file: Path, only: list[str] | None = None) -> list[DeploymentSpec
     return specs
 
 
-def _to_spec(entry: dict[str, JsonValue], pull_steps: list[dict[str, JsonValue]]) -> DeploymentSpec:
+def _to_spec(entry: dict[str, JsonValue], pull_steps: JsonValue) -> DeploymentSpec:
     flow = import_object(str(entry["entrypoint"]))
     return DeploymentSpec.model_validate(
         {
@@ -169,14 +207,9 @@ def _to_spec(entry: dict[str, JsonValue], pull_steps: list[dict[str, JsonValue]]
     )
 
 
-def read_notifications(file: Path) -> Notifications:
-    """Read who is notified of what.
-
-    Raises:
-        BadConfig: the section has an unknown key, or a wrong value.
-    """
+def _notifications(document: dict[str, JsonValue], file: Path) -> Notifications:
     try:
-        return Notifications.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")).get("notifications") or {})
+        return Notifications.model_validate(document.get("notifications") or {})
     except ValidationError as error:
         first = error.errors()[0]
         raise BadConfig(

@@ -55,9 +55,8 @@ def locate(base: Base, memo: HashMemo) -> BaseLocation:
         return BaseLocation(source={"gguf": memo.hash(file)}, origin=GgufOrigin(gguf=str(file)))
     folder = Path(base.model).expanduser()
     if folder.is_dir():
-        names = _model_files(folder, base.trust_remote_code)
-        hashes = {name: memo.hash(folder / name) for name in names}
-        return BaseLocation(source={"content": digest(hashes)}, origin=FolderOrigin(folder=str(folder.absolute())))
+        source = _content(folder, base.trust_remote_code, memo)
+        return BaseLocation(source=source, origin=FolderOrigin(folder=str(folder.absolute())))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", base.model):
         raise BadModel(
             "There is no such base model.",
@@ -85,9 +84,35 @@ def run(job: Job[ResolveBaseConfig], inputs: Inputs, out: Path, progress: Progre
         figures = _repack(folder, out, config) if config.repack else _copy(folder, out, config)
     else:
         raise TypeError(f"a base model has no origin such as {origin!r}")
+    _require_unchanged(origin, config)
     _check_artifact(out, config)
     progress(done=1)
     return Summary(figures=figures, facets={"tokenizer": [n for n in TOKENIZER_FILES if list(out.glob(f"{n}*"))]})
+
+
+def _require_unchanged(origin: FolderOrigin | GgufOrigin | HubOrigin, config: ResolveBaseConfig) -> None:
+    """Check that a local base has the content that the fingerprint names: it was hashed before the run's first stage.
+
+    Raises:
+        BadModel: its files were changed since then.
+    """
+    memo = HashMemo(None)
+    if isinstance(origin, GgufOrigin):
+        where, source = origin.gguf, {"gguf": memo.hash(Path(origin.gguf))}
+    elif isinstance(origin, FolderOrigin):
+        where, source = origin.folder, _content(Path(origin.folder), config.trust_remote_code, memo)
+    else:  # a commit of the hub
+        return
+    if source != config.source:
+        raise BadModel(
+            "The base model's files were changed during the run.",
+            where=where,
+            next_step="run again, when they are final",
+        )
+
+
+def _content(folder: Path, trust: bool, memo: HashMemo) -> dict[str, str]:
+    return {"content": digest({name: memo.hash(folder / name) for name in _model_files(folder, trust)})}
 
 
 def _folder_of(origin: FolderOrigin | HubOrigin, trust: bool) -> Path:

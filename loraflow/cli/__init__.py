@@ -6,20 +6,25 @@ Exit status: 0 success, with any decision of the gate · 1 failure · 2 wrong us
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from loraflow import __version__
+from loraflow.cli.streams import can_flush, drop_output, prepare_streams
 from loraflow.credentials import protect_output
 from loraflow.failures import Failure
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from pydantic import JsonValue
 
 # command → (module, its line in `--help`)
@@ -63,6 +68,15 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(COMMANDS[name][0]), name)
         return command
 
+    def invoke(self, ctx: click.Context) -> int | None:
+        """Call the command. If the reader of the output is gone, exit with 141, where click would exit with 1."""
+        try:
+            code: int | None = super().invoke(ctx)
+            return code
+        except BrokenPipeError:  # `loraflow runs | head`
+            drop_output()
+            raise click.exceptions.Exit(141) from None
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
         with formatter.section("Commands"):
@@ -85,11 +99,13 @@ def main() -> None:
     """Run the command. Turn a failure into a message and an exit status."""
     if sys.platform == "win32":
         sys.exit("loraflow runs on Linux and macOS; on Windows use WSL.")
+    prepare_streams()
     set_default_environment()
     protect_output()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit handlers run: they stop a temporary Prefect server
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = cli.main(standalone_mode=False)  # returns the exit status of click.exceptions.Exit
+        sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
         error.show()
@@ -97,14 +113,64 @@ def main() -> None:
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("\ninterrupted; finished stages are kept, and unfinished training resumes on the next run", err=True)
+        click.echo(f"\ninterrupted; {RESUMES}", err=True)
         sys.exit(130)
     except Failure as failure:
-        click.secho(str(failure), fg="red" if sys.stderr.isatty() else None, err=True)
-        sys.exit(failure.exit_code)
-    except BrokenPipeError:  # `loraflow runs | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(failure)
+    except BrokenPipeError:  # at the last flush
+        drop_output()
         sys.exit(141)
+    except OSError as error:
+        from loraflow.cli.os_errors import from_system
+
+        known = from_system(error)
+        if known is None:
+            raise
+        if not can_flush():
+            drop_output()
+        _fail(known)
+
+
+def _fail(failure: Failure) -> NoReturn:
+    click.secho(str(failure), fg="red" if sys.stderr.isatty() else None, err=True)
+    sys.exit(failure.exit_code)
+
+
+RESUMES = "finished stages are kept, and unfinished training resumes on the next run"
+SAME_INTERRUPT = 1.0  # seconds; `timeout` and some shells send one signal twice, to the process and to its group
+
+
+def _terminated(signum: int, frame: FrameType | None) -> None:
+    """Exit on SIGTERM. Exit handlers run: they stop a temporary Prefect server."""
+    _write_error(f"\nterminated; {RESUMES}\n")
+    sys.exit(143)
+
+
+def _write_error(text: str) -> None:
+    """Write to stderr from a signal's handler, which may have interrupted another write."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
+
+
+def stop_at_second_interrupt() -> None:
+    """Let the first Ctrl-C end the run in order, and the second one end it at once.
+
+    Worker processes end with this process, and the watchdog ends a temporary server.
+    """
+    first: list[float] = []
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not first:
+            first.append(now)
+            raise KeyboardInterrupt
+        if now - first[0] > SAME_INTERRUPT:
+            _write_error(f"\nstopped at once; {RESUMES}\n")
+            os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background of a shell
+        return
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def set_default_environment() -> None:
@@ -142,14 +208,14 @@ def parse_overrides(pairs: tuple[str, ...]) -> dict[str, JsonValue]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            raise BadConfig("--set needs key=value.", where=f"--set {pair}", expected="training_config.seed=1")
+            raise BadConfig("--set needs key=value.", where=f"--set {pair[:80]}", expected="training_config.seed=1")
         try:
             # Prefect saves a flow's parameters in its database, so they get the masked URL.
             overrides[key.strip()] = hide_in_json(yaml.scalar(text)) if text.strip() else ""
         except yaml.Syntax as error:
             raise BadConfig(
-                "The value of --set is not a plain value.", where=f"--set {pair}", got=str(error)
-            ) from error
+                "The value of --set is not a plain value.", where=f"--set {pair[:80]}", got=str(error)
+            ) from None
     return overrides
 
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loraflow.cli import json_option, parse_overrides, set_option
+from loraflow.cli import json_option, parse_overrides, set_option, stop_at_second_interrupt
 from loraflow.stages import STAGES, check_names
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
     from rich.table import Table
 
     from loraflow.evaluation.values import SetScores
@@ -39,25 +40,43 @@ def run(
     overrides = parse_overrides(sets)
     if quiet:
         os.environ["PREFECT_LOGGING_LEVEL"] = "WARNING"
-    from loraflow.config import load_recipe
+    from loraflow.config.recipe_text import recipes_read_once
 
     check_names(force, "--force")
-    load_recipe(recipe, overrides)  # before prefect starts, so that a mistake is reported at once
-    from loraflow.flows.finetune import finetune
-    from loraflow.flows.server.temporary_server import start_temporary_server
-    from loraflow.registry.runs import RunSummary
-
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("loraflow").setLevel(logging.WARNING if quiet else logging.INFO)
-    start_temporary_server()
-    result = finetune(recipe=recipe, settings=overrides, force=list(force))
-    summary = RunSummary.model_validate(result)
+    with recipes_read_once():
+        summary, document = _run_flow(recipe, overrides, force, quiet)
     if as_json:
-        click.echo(json.dumps(result, ensure_ascii=False))
+        click.echo(json.dumps(document, ensure_ascii=False))
     else:
         show(summary)
     if strict_gate and (summary.decision is None or summary.decision.verdict != "promote"):
         raise click.exceptions.Exit(3)
+
+
+def _run_flow(
+    recipe: str, overrides: dict[str, JsonValue], force: tuple[str, ...], quiet: bool
+) -> tuple[RunSummary, dict[str, JsonValue]]:
+    """Run the flow; return its summary, also as the JSON document."""
+    from loraflow.config import load_recipe
+
+    load_recipe(recipe, overrides)  # before prefect starts, so that a mistake is reported at once
+    from loraflow.flows.finetune import finetune
+    from loraflow.flows.server.temporary_server import prepare_server
+    from loraflow.registry.runs import RunSummary
+    from loraflow.tasks.failure_log import is_server_error, server_lost, show_failures_once
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("loraflow").setLevel(logging.WARNING if quiet else logging.INFO)
+    show_failures_once()
+    stop_at_second_interrupt()
+    prepare_server()
+    try:
+        document = finetune(recipe=recipe, settings=overrides, force=list(force))
+    except Exception as error:
+        if is_server_error(error):
+            raise server_lost(error) from error
+        raise
+    return RunSummary.model_validate(document), document
 
 
 SIDES = ("base", "tuned", "champion")

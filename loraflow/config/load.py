@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import math
 import re
 import types
 import typing
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from loraflow.config import yaml
 from loraflow.config.recipe import Recipe
+from loraflow.config.recipe_text import find_and_read, shorten
 from loraflow.config.renamed_keys import TRANSLATED, translate
 from loraflow.credentials import hide_in_json
 from loraflow.failures import BadConfig
@@ -25,6 +28,7 @@ if typing.TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 log = logging.getLogger(__name__)
+MAX_PROBLEMS = 20  # listed in one message
 
 
 class Problem(NamedTuple):
@@ -35,44 +39,45 @@ class Problem(NamedTuple):
     override: str = ""  # dotted key; empty if the value is the file's
 
 
+@dataclass(frozen=True)
+class RecipeFile:
+    """A recipe as it was read, once: what a run computes and what its record says come from the same text."""
+
+    path: Path
+    text: str
+    overrides: Mapping[str, JsonValue]
+    recipe: Recipe
+
+    def with_overrides(self, overrides: Mapping[str, JsonValue]) -> RecipeFile:
+        """Return the recipe with other overrides. The file is not read again.
+
+        Raises:
+            BadConfig: there are problems.
+        """
+        return _parse_file(self.path, self.text, overrides)
+
+
 def load_recipe(path: str | Path, overrides: Mapping[str, JsonValue] | None = None) -> Recipe:
-    """Load a recipe.
+    """Load a recipe. See `read_recipe`."""
+    return read_recipe(path, overrides).recipe
+
+
+def read_recipe(path: str | Path, overrides: Mapping[str, JsonValue] | None = None) -> RecipeFile:
+    """Read and parse a recipe.
 
     Args:
         path: the file, or the name of a recipe in `configs/`.
         overrides: {dotted key: value}, which replace the file's values.
 
     Raises:
-        BadConfig: the file does not exist, or has problems. The message lists all problems, each with its line.
+        BadConfig: the file does not exist, or has problems. The message lists the problems, each with its line.
     """
-    file = find_recipe(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig("The recipe cannot be read.", where=str(file), got=str(error)) from error
-    return parse_recipe(text, name=str(file), overrides=overrides)
+    file, text = find_and_read(path)
+    return _parse_file(file, text, overrides or {})
 
 
-def find_recipe(path: str | Path) -> Path:
-    """Return a recipe's file, given its path or the name of a recipe in `configs/`.
-
-    Raises:
-        BadConfig: there is no such recipe.
-    """
-    file = Path(path)
-    if file.is_file():
-        return file
-    named = Path("configs", file.name).with_suffix(".yaml")
-    if file.parent == Path() and named.is_file():
-        return named
-    have = sorted(str(found) for found in Path("configs").glob("*.yaml"))
-    near = difflib.get_close_matches(str(path), have, 1, 0.4) or have[:1]
-    raise BadConfig(
-        "There is no such recipe.",
-        where=str(path),
-        expected="a YAML file, or the name of a recipe in configs/",
-        next_step=f"loraflow run {near[0]}" if near else "loraflow init --data FILE --base MODEL",
-    )
+def _parse_file(file: Path, text: str, overrides: Mapping[str, JsonValue]) -> RecipeFile:
+    return RecipeFile(file, text, dict(overrides), parse_recipe(text, name=str(file), overrides=overrides))
 
 
 def parse_recipe(text: str, name: str = "recipe", overrides: Mapping[str, JsonValue] | None = None) -> Recipe:
@@ -80,7 +85,9 @@ def parse_recipe(text: str, name: str = "recipe", overrides: Mapping[str, JsonVa
     try:
         parsed, lines = yaml.parse(text)
     except yaml.Syntax as error:
-        raise BadConfig("The recipe is not plain YAML.", where=f"{name}:{error.line}", got=str(error)) from error
+        raise BadConfig(
+            "The recipe is not plain YAML.", where=f"{name}:{error.line}", got=shorten(str(error))
+        ) from None
     if not isinstance(parsed, dict):
         raise BadConfig(
             "The recipe is empty, or is not a mapping.", where=f"{name}:1", expected="keys such as name and base"
@@ -88,42 +95,50 @@ def parse_recipe(text: str, name: str = "recipe", overrides: Mapping[str, JsonVa
     document, overrides = copy.deepcopy(parsed), dict(overrides or {})
     problems: list[Problem] = []
     for dotted, value in overrides.items():
-        _override(document, dotted, value, problems)
+        if unusable := _why_unusable(dotted, value):
+            problems.append(Problem(0, unusable, dotted or '""'))
+        else:
+            _override(document, dotted, value, problems)
     document = _hide_credentials(document, name)
     _move_attention_to_runtime(document)
     problems += _translate_keys(document, name, lines, overrides)
+    unlisted = 0
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
+        found = error.errors(include_url=False)
         problems += [
             Problem(
                 _line(lines, problem["loc"]),
                 _message(problem),
-                _find_override(overrides, problem["loc"], problem["msg"]),
+                _find_override(overrides, problem["loc"], problem["msg"], lines),
             )
-            for problem in error.errors()
+            for problem in found[:MAX_PROBLEMS]
         ]
+        unlisted = max(0, len(found) - MAX_PROBLEMS)
     if problems:
-        raise _problems_of(name, problems)
+        raise _problems_of(name, problems, unlisted)
     return recipe
 
 
-def _problems_of(name: str, problems: list[Problem]) -> BadConfig:
-    """Return the failure that lists all problems, each with its line in the file or the override that causes it."""
+def _problems_of(name: str, problems: list[Problem], unlisted: int) -> BadConfig:
+    """Return the failure that lists the problems, each with its line in the file or the override that causes it."""
     lines = []
-    for problem in sorted(problems):
-        where = (
-            f"--set {problem.override}" if problem.override else f"{name}{f':{problem.line}' if problem.line else ''}"
-        )
-        lines.append(f"    {where}: {problem.message}")
+    for problem in sorted(problems)[:MAX_PROBLEMS]:
+        where = f"--set {shorten(problem.override)}" if problem.override else name
+        line = f":{problem.line}" if problem.line and not problem.override else ""
+        lines.append(f"    {where}{line}: {problem.message}")
+    total = len(problems) + unlisted
+    if total > len(lines):
+        lines.append(f"    and {total - len(lines):,} more")
     listing = "\n".join(lines)
-    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    keys = sorted({problem.override for problem in problems if problem.override})
+    count = f"{total:,} problem{'s' if total > 1 else ''}"
+    keys = sorted({shorten(problem.override) for problem in problems if problem.override})
     if not keys:
         return BadConfig(
             f"The recipe has {count}:\n{listing}", next_step=f"correct {name}, then `loraflow plan {name}`"
         )
-    step = f"correct --set {', '.join(keys)} (in Prefect's form: the field, or `settings`)"
+    step = f"correct --set {', '.join(keys[:5])} (in Prefect's form: the field, or `settings`)"
     if any(not problem.override for problem in problems):
         step += f", and {name}"
     return BadConfig(f"The recipe {name} with its overrides has {count}:\n{listing}", next_step=step)
@@ -144,6 +159,25 @@ def _hide_credentials(document: dict[str, JsonValue], name: str) -> dict[str, Js
     return hidden
 
 
+def _why_unusable(dotted: str, value: JsonValue) -> str:
+    """Return why an override cannot be put into a recipe; empty if it can. Prefect's form has its own JSON reader."""
+    if not all(dotted.split(".")):
+        return "expected a key of the recipe, such as training_config.seed"
+    values, depth = [value], dotted.count(".")
+    while values:
+        if depth > yaml.MAX_DEPTH:
+            return yaml.TOO_DEEP
+        inner: list[JsonValue] = []
+        for one in values:
+            if isinstance(one, float) and not math.isfinite(one):
+                return f"{one} is not a number"
+            if isinstance(one, str) and any("\ud800" <= character <= "\udfff" for character in one):
+                return "the text has half a character (a lone surrogate)"
+            inner += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        values, depth = inner, depth + 1
+    return ""
+
+
 def _override(document: dict[str, JsonValue], dotted: str, value: JsonValue, problems: list[Problem]) -> None:
     *parents, last = dotted.split(".")
     section = document
@@ -156,18 +190,25 @@ def _override(document: dict[str, JsonValue], dotted: str, value: JsonValue, pro
     section[last] = value
 
 
-def _find_override(overrides: Mapping[str, JsonValue], loc: tuple[str | int, ...], message: str = "") -> str:
+def _find_override(
+    overrides: Mapping[str, JsonValue],
+    loc: tuple[str | int, ...],
+    message: str = "",
+    lines: Mapping[yaml.Path, int] | None = None,
+) -> str:
     """Return the override that set the value at a location; empty if the file did.
 
-    A problem with a combination of keys has the location of their section. Its message names the keys.
+    A problem with a combination of keys has the location of their section. Its message names the keys. A section that
+    the file does not have was created by an override.
     """
+    outside_file = lines is not None and loc[:1] not in lines
     path = [str(part) for part in loc]
     for dotted in overrides:
         section, _, key = dotted.partition(".")
         keys = f"{section}.{TRANSLATED.get(section, {}).get(key, key)}".split(".") if key else [section]
         if path[: len(keys)] == keys or path == dotted.split("."):
             return dotted
-        if path == keys[: len(path)] and re.search(rf"\b{re.escape(keys[-1])}\b", message):
+        if path == keys[: len(path)] and (outside_file or re.search(rf"\b{re.escape(keys[-1])}\b", message)):
             return dotted
     return ""
 
@@ -210,14 +251,16 @@ def _line(lines: dict[yaml.Path, int], loc: tuple[str | int, ...]) -> int:
 def _message(error: ErrorDetails) -> str:
     """Return the message for a validation error, with the key that was probably meant."""
     loc = [part for part in error["loc"] if not _is_branch(part)]
-    dotted = ".".join(str(part) for part in loc) or "recipe"
+    if error["type"] == "extra_forbidden":  # the key is the user's, and may look like a branch
+        loc = list(error["loc"])
+    dotted = shorten(".".join(str(part) for part in loc)) or "recipe"
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(loc[-1]), _names(loc[:-1]), 1, 0.5)
         elsewhere = [".".join(path) for path in _all_paths(Recipe) if path[-1] == loc[-1]]
         hint = f"; did you mean {near[0]}?" if near else f"; did you mean {elsewhere[0]}?" if elsewhere else ""
         return f"{dotted} is not a key of a recipe{hint}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    got = "" if error["type"] in ("missing", "value_error") else f", not {error['input']!r}"
+    got = "" if error["type"] in ("missing", "value_error") else f", not {shorten(repr(error['input']))}"
     return f"{dotted}: {message}{got}"
 
 

@@ -1,26 +1,89 @@
-"""Read YAML with line numbers. `5e-6` is a number, `no` is a word, and everything but plain data is refused."""
+"""Read YAML with line numbers, in bounded time and memory, whatever the text is.
+
+`parse` reads a recipe: `5e-6` is a number, `no` is a word, and everything but plain data is refused. `load_plain` reads the
+files of other tools, which may use aliases and merge keys.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 
 import yaml
 from pydantic import JsonValue
 
-MAX_BYTES = 1_000_000
+# The limits keep the time below a second on two slow cores. The longest recipe of configs/ is a fiftieth of each.
+MAX_CHARACTERS = 200_000
+MAX_VALUES = (
+    5_000  # also after aliases are replaced by what they stand for: a few hundred bytes can expand to gigabytes
+)
+MAX_DEPTH = 40  # sections and lists inside each other
+MAX_DIGITS = 300  # of a number
+TOO_DEEP = f"values are nested more than {MAX_DEPTH} deep"
 Path = tuple[str | int, ...]  # keys and indices that lead to a value
 
 
 class Syntax(Exception):
-    """The text is not valid YAML, or not plain data."""
+    """The text is not valid YAML, or not plain data. The message is one line."""
 
     def __init__(self, line: int, message: str):
         self.line = line
-        super().__init__(message)
+        super().__init__(" ".join(message.split()))
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's booleans and floats."""
+class _BoundedLoader(yaml.SafeLoader):
+    """SafeLoader that refuses deep nesting while it reads: PyYAML's time grows with the square of the depth."""
+
+    depth = 0
+    values = 0
+
+    def fetch_flow_collection_start(self, TokenClass: type[yaml.Token]) -> None:
+        """Read `[` or `{`, unless it is too deep. The scanner is up to a thousand characters ahead of compose_node."""
+        if self.flow_level >= MAX_DEPTH:
+            raise Syntax(self.line + 1, TOO_DEEP)
+        super().fetch_flow_collection_start(TokenClass)
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose a node, unless it is too deep."""
+        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        line = event.start_mark.line + 1 if event.start_mark else 1
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Syntax(line, TOO_DEEP)
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise Syntax(line, f"there are more than {MAX_VALUES:,} values")
+        self.check_event_is_allowed(event, line)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
+            raise Syntax(line, f"a number has at most {MAX_DIGITS} characters, this one has {len(node.value):,}")
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> JsonValue:
+        """Return a node's value. Python's errors, such as that of a 13th month, get the node's line."""
+        try:
+            value: JsonValue = super().construct_object(node, deep)
+            return value
+        except (ValueError, OverflowError) as error:
+            raise Syntax(node.start_mark.line + 1, str(error)) from error
+
+    def check_event_is_allowed(self, event: yaml.Event, line: int) -> None:
+        """Accept everything; a subclass may raise Syntax."""
+
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
+class _Loader(_BoundedLoader):
+    """A loader with YAML 1.2's booleans and floats, for plain data without aliases and tags."""
+
+    def check_event_is_allowed(self, event: yaml.Event, line: int) -> None:
+        """Refuse aliases and tags."""
+        if isinstance(event, yaml.AliasEvent):
+            raise Syntax(line, f"alias *{event.anchor}: write the value out instead")
+        if tag := getattr(event, "tag", None):
+            raise Syntax(line, f"tag {tag}: a recipe may have plain values only")
 
 
 # YAML 1.1 reads `no` as false and `5e-6` as a string. Both are common values of training arguments.
@@ -37,31 +100,83 @@ _Loader.add_implicit_resolver(
 
 
 def parse(text: str) -> tuple[JsonValue, dict[Path, int]]:
-    """Return the document and the line, from 1, of each key and item.
+    """Return the document of a recipe and the line, from 1, of each key and item.
 
     A date is the one value that JSON lacks; no key of a recipe accepts it.
 
     Raises:
-        Syntax: the text is broken YAML, has a duplicated key, an alias (a few hundred bytes of them expand to gigabytes)
-            or a tag, or is longer than MAX_BYTES.
+        Syntax: the text is broken YAML, has a duplicated key, an alias or a tag, or exceeds a limit of this module.
     """
-    if len(text) > MAX_BYTES:
-        raise Syntax(1, f"a recipe has at most {MAX_BYTES:,} characters, this one has {len(text):,}")
-    try:
-        for event in yaml.parse(text, Loader=_Loader):
-            line = event.start_mark.line + 1 if event.start_mark else 1
-            if isinstance(event, yaml.AliasEvent):
-                raise Syntax(line, f"alias *{event.anchor}: write the value out instead")
-            if tag := getattr(event, "tag", None):
-                raise Syntax(line, f"tag {tag}: a recipe may have plain values only")
-        node = yaml.compose(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise Syntax(mark.line + 1 if mark else 1, error.problem or str(error)) from error
-    except yaml.YAMLError as error:
-        raise Syntax(1, str(error)) from error
+    node = _compose(text, _Loader)
     lines: dict[Path, int] = {}
     return (None, lines) if node is None else (_build(node, (), lines), lines)
+
+
+def load_plain(text: str) -> JsonValue:
+    """Return the document of another tool's file: YAML 1.1 as SafeLoader reads it, with aliases and merge keys.
+
+    Raises:
+        Syntax: the text is broken YAML, or exceeds a limit of this module.
+    """
+    node = _compose(text, _BoundedLoader)
+    if node is None:
+        return None
+    _count_nodes(node, {}, set())
+    loader = _BoundedLoader("")
+    try:
+        value: JsonValue = loader.construct_document(node)
+        return value
+    except yaml.YAMLError as error:
+        raise _syntax_error(text, error) from error
+    finally:
+        loader.dispose()
+
+
+def _compose(text: str, kind: type[_BoundedLoader]) -> yaml.Node | None:
+    if len(text) > MAX_CHARACTERS:
+        raise Syntax(1, f"at most {MAX_CHARACTERS:,} characters are read, this text has {len(text):,}")
+    try:
+        loader = kind(text)
+        try:
+            node: yaml.Node | None = loader.get_single_node()
+            return node
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise _syntax_error(text, error) from error
+
+
+def _syntax_error(text: str, error: Exception) -> Syntax:
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        problem = error.problem or str(error)
+        if problem.startswith("but ") and error.context:
+            problem = f"{error.context}, {problem}"
+        return Syntax(mark.line + 1 if mark else 1, problem)
+    if isinstance(error, yaml.reader.ReaderError) and isinstance(error.character, int):
+        line = text.count("\n", 0, error.position) + 1
+        return Syntax(line, f"the character U+{error.character:04X} is not allowed")
+    return Syntax(1, str(error))
+
+
+def _count_nodes(node: yaml.Node, counted: dict[int, int], parents: set[int]) -> int:
+    """Return how many nodes a node expands to.
+
+    Raises:
+        Syntax: they are too many, or an alias names a node that it is part of.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    line = node.start_mark.line + 1
+    if id(node) in parents:
+        raise Syntax(line, "an alias names a value that it is part of")
+    if id(node) not in counted:
+        inside = parents | {id(node)}
+        children = [one for pair in node.value for one in (pair if isinstance(pair, tuple) else (pair,))]
+        counted[id(node)] = 1 + sum(_count_nodes(child, counted, inside) for child in children)
+        if counted[id(node)] > MAX_VALUES:
+            raise Syntax(line, f"with its aliases the file has more than {MAX_VALUES:,} values")
+    return counted[id(node)]
 
 
 def scalar(text: str) -> JsonValue:
@@ -92,8 +207,10 @@ def _build(node: yaml.Node, path: Path, lines: dict[Path, int]) -> JsonValue:
     loader = _Loader("")
     try:
         value: JsonValue = loader.construct_object(node)
-        return value
-    except (yaml.YAMLError, ValueError) as error:
+    except yaml.YAMLError as error:
         raise Syntax(node.start_mark.line + 1, str(error)) from error
     finally:
         loader.dispose()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Syntax(node.start_mark.line + 1, f"{node.value} is too large")
+    return value

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loraflow.failures import BadConfig
-from loraflow.store.files import HashMemo
+from loraflow.store.files import HashMemo, hash_file
 
 BUILT_IN = Path(__file__).parent / "metrics"
 LOWER_IS_BETTER = frozenset({"token_loss", "perplexity"})
@@ -50,6 +50,21 @@ def find_module(name: str) -> Path:
 def module_hashes(names: Sequence[str], memo: HashMemo) -> dict[str, str]:
     """Return the hashes of metric modules' files, which are part of an evaluation's fingerprint."""
     return {name: memo.hash(find_module(name)) for name in names}
+
+
+def require_unchanged(name: str, expected: str) -> None:
+    """Check that a metric's module is still the one that the evaluation's fingerprint names.
+
+    Raises:
+        BadConfig: its script was edited or replaced since the run started.
+    """
+    script = find_module(name)
+    if hash_file(script) != expected:
+        raise BadConfig(
+            f"The metric {name} was edited during the run, so its scores cannot be kept.",
+            where=str(script),
+            next_step="run again: the finished stages are cached",
+        )
 
 
 def compute(name: str, predictions: Sequence[str | float], references: Sequence[str | int]) -> ModuleScores:

@@ -58,7 +58,7 @@ def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress)
     if not group.is_main:  # of several devices, the first one scores and writes
         return Summary()
     table = _table(rows, computed)
-    table = table.assign(**_row_scores(table, config.metrics))
+    table = table.assign(**_row_scores(table, config))
     _require_finite(table)
     table.to_parquet(out / "scores.parquet", index=False)
     scores = {str(name): summarise(part, config.confidence, config.seed) for name, part in table.groupby("set")}
@@ -140,14 +140,16 @@ def _table(rows: Sequence[HeldoutRow], computed: _Computed) -> pd.DataFrame:
     )
 
 
-def _row_scores(table: pd.DataFrame, metrics: Sequence[str]) -> dict[str, list[float]]:
+def _row_scores(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, list[float]]:
     """Return the scores of each row, by the names that the metrics' modules give them."""
-    from loraflow.evaluation.metric_modules import compute
+    from loraflow.evaluation.metric_modules import compute, require_unchanged
 
     columns: dict[str, list[float]] = {}
-    for name in metrics:
+    for name in config.metrics:
         prediction, reference = ("nll", "reference_tokens") if name == "token_loss" else ("answer", "reference")
         columns |= compute(name, table[prediction].tolist(), table[reference].tolist()).rows
+    for name, sha256 in config.modules.items():  # after they were imported, so that an edit before that is seen too
+        require_unchanged(name, sha256)
     return columns
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from loraflow.config import Recipe
-from loraflow.config.load import find_recipe, parse_recipe
+from loraflow.config.load import parse_recipe
+from loraflow.config.recipe_text import find_recipe
+from loraflow.credentials import mask
 from loraflow.failures import Failure
 from loraflow.registry.runs import RunRecord, computed, read_runs
 from loraflow.store import Ref, Store
@@ -52,7 +54,7 @@ def _made_by(store: Store, ref: Ref) -> RunRecord | None:
 def _recipe_file(record: RunRecord) -> Path | None:
     """Return the file that has the recipe as it was in the run, else the file with the recipe's name."""
     for file in sorted([*Path("configs").glob("*.yaml"), *Path().glob("*.yaml")]):
-        if _text(file) == record.recipe_text:
+        if mask(_text(file)) == record.recipe_text:
             return file
     try:
         return find_recipe(record.recipe)

@@ -96,7 +96,10 @@ class RunRecord(StoredModel):
     actor: str | None = None
     commit: str | None = None  # HEAD of the project's git repository when the run ended
     prefect_run: str | None = None
-    recipe_text: str = ""
+    recipe_text: str = ""  # of the file, as it was read when the run started
+    overrides: dict[
+        str, JsonValue
+    ] = {}  # {dotted key: value} of `--set` and the form, which replaced the file's values
     resolved: dict[str, JsonValue] = {}  # the recipe with all its defaults
     stages: list[StageRun] = []
     summary: RunSummary | None = None

@@ -69,6 +69,40 @@ def test_a_command_that_ends_leaves_neither_server_nor_watchdog(command):
     wait_for(lambda: ended(*children), 10)
 
 
+def test_a_signal_for_the_commands_group_does_not_reach_the_server(command):
+    """An interrupted run tells the server how it ended, so the server must still be there."""
+    assert command.stdout.readline() == "up\n"
+    (server,) = child_with(command, "uvicorn")
+    assert os.getpgid(server.pid) == os.getsid(server.pid) == server.pid != os.getpgid(command.pid)
+
+
+def refused_start(folder: Path, **env: str) -> str:
+    """Start a command whose temporary server cannot start; return the failure."""
+    script = (
+        "from loraflow.failures import Failure\n"
+        "from loraflow.flows.server.temporary_server import start_temporary_server\n"
+        "try:\n    start_temporary_server()\nexcept Failure as failure:\n    print(failure)"
+    )
+    base = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
+    env = {**base, "PREFECT_HOME": str(folder), **env}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], env=env, capture_output=True, text=True
+    ).stdout
+
+
+def test_a_home_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    assert refused_start(tmp_path / "file" / "home").startswith("Prefect's folder cannot be written.")
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_open_its_database_is_not_waited_for(tmp_path):
+    url = f"sqlite+aiosqlite:///{tmp_path}/no/such/folder/x.db"
+    said = refused_start(tmp_path, PREFECT_API_DATABASE_CONNECTION_URL=url)
+    assert said.startswith("Prefect's temporary server ended while it started.")
+    assert "unable to open database file" in said and len(said.splitlines()) == 4
+
+
 def test_no_server_is_started_if_one_is_configured():
     from loraflow.flows.server.temporary_server import start_temporary_server
 

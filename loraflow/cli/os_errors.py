@@ -1,0 +1,56 @@
+"""One sentence for an error of the operating system that reaches the command line, such as a file without permission."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from loraflow.failures import Failure, Network, from_os_error
+
+_FILE = "A file or folder cannot be used."
+# errno → (what, next step)
+_SENTENCES = {
+    errno.EACCES: ("There is no permission for a file or folder.", "correct its permissions, or name another place"),
+    errno.EPERM: ("There is no permission for a file or folder.", "correct its permissions, or name another place"),
+    errno.EROFS: ("The file system is read-only.", "name a place that can be written to"),
+    errno.ENOENT: ("A file or folder does not exist.", "correct the path"),
+    errno.ENOTDIR: ("A part of the path is a file and not a folder.", "correct the path"),
+    errno.EISDIR: ("A folder is at the place of a file.", "name a file"),
+    errno.EEXIST: ("The target exists already.", "name another place, or remove it"),
+    errno.ENOTEMPTY: ("The target exists already.", "name another place, or remove it"),
+    errno.ELOOP: ("A path has too many symbolic links, perhaps in a circle.", "correct the links"),
+    errno.ENAMETOOLONG: ("A path is too long for the file system.", "use shorter names"),
+    errno.EFBIG: ("A file is larger than a limit of the system allows.", "raise the limit: `ulimit -f unlimited`"),
+    errno.EMFILE: ("This process has too many open files.", "raise the limit: `ulimit -n 65536`"),
+    errno.ENFILE: ("The system has too many open files.", "close other programs"),
+    errno.EIO: ("The disk reported an input/output error.", "check the disk (`dmesg`), then run the command again"),
+    errno.ESTALE: ("A network file system lost a file that is in use.", "check its server, then run the command again"),
+    errno.ENOLCK: ("The file system cannot lock files.", "use a folder on a local disk"),
+    errno.ETXTBSY: ("A file is in use by a running program.", "end that program, then run the command again"),
+    errno.ENOMEM: ("There is not enough memory.", "close other programs, then run the command again"),
+    errno.EAGAIN: ("The system cannot start another process or thread.", "raise the limit: `ulimit -u`"),
+}
+_NETWORK = {
+    errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH,
+    errno.EHOSTDOWN, errno.ENETDOWN,
+}  # fmt: skip
+
+
+def from_system(error: OSError) -> Failure | None:
+    """Return the failure for an error of the operating system; None if it is not one.
+
+    Libraries derive their own exceptions from OSError, for example for an answer of a server. Those have no errno.
+    """
+    if not isinstance(error.errno, int) or error.strerror is None:
+        return None
+    where = error.filename if isinstance(error.filename, str) else ""
+    if where and isinstance(error.filename2, str):  # of a rename or link
+        where += f" → {error.filename2}"
+    if isinstance(error, socket.gaierror) or error.errno in _NETWORK:
+        return Network("A remote service did not answer.", where=where, got=error.strerror, next_step="try again")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return from_os_error(error, where)
+    what, step = _SENTENCES.get(error.errno, (_FILE, ""))
+    if error.errno == errno.ENOENT and not where:
+        step = "enter a folder that exists, and check TMPDIR"
+    return Failure(what, where=where, got=error.strerror, next_step=step)

@@ -1,0 +1,106 @@
+"""Find a recipe's file and read its text, with one sentence for whatever is in the way."""
+
+from __future__ import annotations
+
+import difflib
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+from loraflow.config import yaml
+from loraflow.failures import BadConfig
+
+MAX_NAME = 200  # characters of a recipe's name; file systems allow 255 bytes
+MAX_SHOWN = 80  # characters of a key or value in a message
+
+_kept: ContextVar[dict[str, tuple[Path, str]] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def recipes_read_once() -> Iterator[None]:
+    """Within it, later calls of `read_recipe` get the text of the first one, though the file may change or vanish."""
+    if _kept.get() is not None:
+        yield
+        return
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def find_and_read(path: str | Path) -> tuple[Path, str]:
+    """Return a recipe's file and its text, given its path or the name of a recipe in `configs/`.
+
+    Raises:
+        BadConfig: there is no such recipe, or it cannot be read.
+    """
+    kept = _kept.get()
+    if kept is not None and str(path) in kept:
+        return kept[str(path)]
+    file = find_recipe(path)
+    text = _read_text(file)
+    if kept is not None:
+        kept[str(path)] = file, text
+    return file, text
+
+
+def find_recipe(path: str | Path) -> Path:
+    """Return a recipe's file, given its path or the name of a recipe in `configs/`.
+
+    Raises:
+        BadConfig: there is no such recipe.
+    """
+    file = Path(path)
+    instead = _what_is_not_a_file(file)
+    if instead is None:
+        return file
+    if file.name and file.parent == Path() and len(file.name) < MAX_NAME:
+        named = Path("configs", file.name).with_suffix(".yaml")
+        if _what_is_not_a_file(named) is None:
+            return named
+    have = sorted(str(found) for found in Path("configs").glob("*.yaml"))
+    near = difflib.get_close_matches(str(path), have, 1, 0.4) or have[:1]
+    raise BadConfig(
+        "There is no such recipe.",
+        where=shorten(str(path)),
+        expected="a YAML file, or the name of a recipe in configs/",
+        got=instead,
+        next_step=f"loraflow run {near[0]}" if near else "loraflow init --data FILE --base MODEL",
+    )
+
+
+def _what_is_not_a_file(path: Path) -> str | None:
+    """Return None for a regular file, else what is at a path instead; empty if there is nothing."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as error:  # a name that is too long, a loop of links, a folder without permission, NUL
+        return (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return None if stat.S_ISREG(mode) else "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+
+
+def _read_text(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(4 * yaml.MAX_CHARACTERS + 1)  # a character has up to four bytes
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise BadConfig(
+            "The recipe is not UTF-8 text.",
+            where=f"{file}:{line}",
+            got=f"byte {error.object[error.start]:#04x} ({error.reason})",
+            next_step="save it as UTF-8",
+        ) from None
+    except OSError as error:
+        raise BadConfig("The recipe cannot be read.", where=str(file), got=error.strerror or str(error)) from error
+
+
+def shorten(text: str) -> str:
+    """Return a text from outside on one line, as it may be shown on a terminal."""
+    shown = text if text.isprintable() else ascii(text)[1:-1]
+    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}… ({len(shown):,} characters)"
