@@ -6,8 +6,8 @@ loraflow run configs/quickstart.yaml
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Iterator
+from types import TracebackType
 
 from prefect import flow
 from pydantic import JsonValue
@@ -29,7 +29,6 @@ from loraflow.tasks.run_record import set_publication, set_summary
 
 log = logging.getLogger("loraflow")
 MAX_REPAIRS = 5
-T = TypeVar("T")
 
 
 @flow(name="finetune", flow_run_name=run_name, validate_parameters=True)
@@ -52,12 +51,23 @@ def finetune(
     if approval:
         refuse_without_deployment()
     with open_run(recipe, {**settings, **overrides.settings()}, list(force)) as run:
-        return run_and_promote(run, approval).model_dump(mode="json")
+        for attempt in repairs(run):
+            with attempt:
+                result = pipeline(run)
+                registration = decide_and_register(run, result, approval)
+        return publish_and_report(run, result, registration).model_dump(mode="json")
 
 
-def run_and_promote(run: Run, approval: bool) -> RunSummary:
-    """Run the pipeline, decide, register, publish, report."""
-    result, registration = until_intact(run, lambda: run_and_register(run, approval))
+def decide_and_register(run: Run, result: PipelineResult, approval: bool) -> Registration:
+    """Decide whether the new model replaces the champion, and write a promotion into the log."""
+    decision = gate(run.workspace, result)
+    if approval:
+        decision = ask_for_approval(run, result, decision)
+    return register(run.workspace, result, decision)
+
+
+def publish_and_report(run: Run, result: PipelineResult, registration: Registration) -> RunSummary:
+    """Announce the decision, upload a promoted model if the recipe says so, and write the report."""
     announce_decision(run.workspace.recipe.register_.model, registration)
     set_summary(run, result, registration)
     published = publish(run, result)
@@ -66,28 +76,36 @@ def run_and_promote(run: Run, approval: bool) -> RunSummary:
     return summary
 
 
-def run_and_register(run: Run, approval: bool) -> tuple[PipelineResult, Registration]:
-    """Run the pipeline, decide, and register. Each of them can find a damaged artifact; nothing is registered then."""
-    result = pipeline(run)
-    decision = gate(run.workspace, result)
-    if approval:
-        decision = ask_for_approval(run, result, decision)
-    return result, register(run.workspace, result, decision)
+class Attempt:
+    """A block that may find a damaged artifact. The artifact is quarantined by then, so the next lookup misses it."""
+
+    succeeded = False
+
+    def __enter__(self) -> None:
+        """Begin the block."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """End the block. A damaged artifact is logged; every other error is raised."""
+        self.succeeded = error is None
+        if not isinstance(error, CorruptArtifact) or isinstance(error, DamagedLog):  # nothing recomputes a log
+            return False
+        log.warning("%s", error)
+        return True
 
 
-def until_intact(run: Run, step: Callable[[], T]) -> T:
-    """Do a step. If an artifact turns out to be damaged, do it again: only the damaged one is recomputed.
+def repairs(run: Run) -> Iterator[Attempt]:
+    """Yield attempts until one succeeds. Each recomputes the artifacts that the one before it found damaged.
 
     Raises:
         Failure: artifacts were damaged again and again.
     """
     for _ in range(MAX_REPAIRS):
-        try:
-            return step()
-        except DamagedLog:  # nothing recomputes it
-            raise
-        except CorruptArtifact as failure:  # the artifact is quarantined by now, so the next lookup misses it
-            log.warning("%s", failure)
+        attempt = Attempt()
+        yield attempt
+        if attempt.succeeded:
+            return
     raise Failure(
         f"Artifacts were damaged {MAX_REPAIRS} times in one run.",
         where=run.workspace.store.uri,

@@ -12,8 +12,9 @@ from pydantic import JsonValue
 
 from loraflow.config import Recipe
 from loraflow.data.git_branch import find_newest_commit
-from loraflow.flows.finetune import run_and_promote
+from loraflow.flows.finetune import decide_and_register, publish_and_report, repairs
 from loraflow.flows.parameters import NO_SETTINGS, RecipeName, Settings
+from loraflow.flows.pipeline import pipeline
 from loraflow.registry.runs import RunSummary
 from loraflow.tasks.approval import refuse_without_deployment
 from loraflow.tasks.run import open_run
@@ -42,7 +43,11 @@ def retrain(
         return find_newest_commit(read.data.repo, branch).settings()
 
     with open_run(recipe, settings, [], newest_dataset) as run:
-        summary = run_and_promote(run, approval)
+        for attempt in repairs(run):
+            with attempt:
+                result = pipeline(run)
+                registration = decide_and_register(run, result, approval)
+        summary = publish_and_report(run, result, registration)
     document = summary.model_dump(mode="json")
     if is_news(summary):
         return document

@@ -10,7 +10,7 @@ from loraflow.config import load_recipe
 from loraflow.evaluation.values import Decision
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import CorruptArtifact, DamagedLog, Failure
-from loraflow.flows.finetune import until_intact
+from loraflow.flows.finetune import repairs
 from loraflow.store import Summary, require_intact
 from loraflow.tasks.register import register
 
@@ -82,10 +82,28 @@ def test_a_damaged_promotion_log_stops_the_run_at_once_with_its_own_message(reci
     promote(workspace, model(workspace, "a"))
     workspace.store.remove_document(f"registry/{workspace.log.model}/log/000001.json")
 
-    def step():
-        attempts.append(1)
-        return workspace.champion()
-
     with pytest.raises(DamagedLog) as caught:
-        until_intact(SimpleNamespace(workspace=workspace), step)
+        for attempt in repairs(SimpleNamespace(workspace=workspace)):
+            with attempt:
+                attempts.append(1)
+                workspace.champion()
     assert attempts == [1] and "entry 1" in caught.value.expected and "registry accept" in caught.value.next_step
+
+
+def test_a_damaged_artifact_starts_the_pipeline_again_at_most_five_times(recipe):
+    workspace, attempts = Workspace(load_recipe(recipe)), []
+    run = SimpleNamespace(workspace=workspace)
+    for attempt in repairs(run):
+        with attempt:
+            attempts.append(1)
+            if len(attempts) < 3:
+                raise CorruptArtifact("an artifact is damaged")
+    assert len(attempts) == 3
+    with pytest.raises(Failure, match="damaged 5 times in one run"):
+        for attempt in repairs(run):
+            with attempt:
+                raise CorruptArtifact("an artifact is damaged")
+    with pytest.raises(KeyError):
+        for attempt in repairs(run):
+            with attempt:
+                raise KeyError("another error ends the run")
