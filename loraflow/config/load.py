@@ -209,7 +209,7 @@ def _line(lines: dict[yaml.Path, int], loc: tuple[str | int, ...]) -> int:
 
 def _message(error: ErrorDetails) -> str:
     """Return the message for a validation error, with the key that was probably meant."""
-    loc = [part for part in error["loc"] if not _is_branch(part)]
+    loc = [part for part in error["loc"] if not _is_branch(part)] or list(error["loc"])
     dotted = ".".join(str(part) for part in loc) or "recipe"
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(loc[-1]), _names(loc[:-1]), 1, 0.5)
