@@ -40,8 +40,9 @@ def main() -> int:
                 error = finding(name, data)
                 if error is None:
                     continue
-                last = traceback.extract_tb(error.__traceback__)[-1]
-                kind = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
+                trace = traceback.extract_tb(error.__traceback__)  # empty if the reader was only too slow
+                place = f" at {Path(trace[-1].filename).name}:{trace[-1].lineno}" if trace else ""
+                kind = type(error).__name__ + place
                 if kind not in seen:
                     seen.add(kind)
                     file = saved / f"{name}-{hashlib.sha256(data).hexdigest()[:12]}"
