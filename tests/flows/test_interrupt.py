@@ -12,8 +12,8 @@ WAITING = """
 import time
 from loraflow.cli import stop_at_second_interrupt
 stop_at_second_interrupt()
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     print("first", flush=True)
