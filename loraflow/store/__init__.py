@@ -25,10 +25,12 @@ Modules, from the bottom up:
 - `s3` combines them into `S3Store`
 """
 
+import errno
 import os
 from functools import cache
+from pathlib import Path
 
-from loraflow.failures import BadConfig
+from loraflow.failures import BadConfig, from_os_error
 from loraflow.store.artifact import Manifest, Ref, Summary
 from loraflow.store.base import (
     Store,
@@ -71,7 +73,17 @@ def open_store(uri: str) -> Store:
             got=uri,
             next_step="set runtime.store to a folder, for example .loraflow/store",
         )
-    return LocalStore(uri.removeprefix("file://"))
+    opened = LocalStore(uri.removeprefix("file://"))
+    _refuse_file_in_path(opened.root)
+    return opened
+
+
+def _refuse_file_in_path(folder: Path) -> None:
+    """Refuse a store at or below a file: every lookup would be a miss, and the first write would fail."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        error = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+        raise from_os_error(error, str(folder)) or error
 
 
 def _is_bucket_setting(variable: str) -> bool:

@@ -56,6 +56,16 @@ def _machine_fault(error: OSError, path: Path) -> Failure:
     return from_os_error(fault, str(path)) or Failure("The system failed.", where=str(path), got=str(error))
 
 
+def raise_machine_fault(error: Exception) -> None:
+    """Raise a failure if an error is a fault of the machine, which says nothing about the file; else do nothing.
+
+    Raises:
+        Failure: the error is one of `MACHINE_FAULTS`.
+    """
+    if isinstance(error, OSError) and error.errno in MACHINE_FAULTS:
+        raise _machine_fault(error, Path(error.filename or "")) from error
+
+
 def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Walk a folder from the top like `os.walk`, but do not take a folder that cannot be listed for an empty one.
 

@@ -41,6 +41,7 @@ from loraflow.store.files import (
     folder_size,
     fsync_path,
     fsync_tree,
+    raise_machine_fault,
     set_default_modes,
     stale_drafts,
     stale_folders,
@@ -69,7 +70,8 @@ class LocalStore:
         ref = Ref(stage=stage, fingerprint=fingerprint, digest=pointer.digest, uri=self.uri)
         try:
             manifest = parse_manifest(self._manifest_file(ref).read_bytes(), ref, pointer)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            raise_machine_fault(error)
             return None
         return None if _check(self._folder(ref), manifest) else manifest.ref(self.uri)
 
@@ -82,6 +84,7 @@ class LocalStore:
         try:
             return self._read_manifest(ref)
         except (OSError, ValueError) as error:
+            raise_machine_fault(error)
             raise unreadable_manifest(ref, str(self._manifest_file(ref)), error) from error
 
     def path(self, ref: Ref) -> Path:
@@ -111,6 +114,7 @@ class LocalStore:
         try:
             return _check(folder, self._read_manifest(ref))
         except (OSError, ValueError) as error:
+            raise_machine_fault(error)
             return [manifest_problem(error)]
 
     def verify(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
@@ -429,7 +433,8 @@ class LocalStore:
     def _pointer(self, stage: str, fingerprint: str) -> Pointer | None:
         try:
             return Pointer.model_validate_json((self.root / stage / fingerprint / "current.json").read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            raise_machine_fault(error)
             return None
 
 

@@ -9,7 +9,8 @@ import time
 import pytest
 
 WAITING = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the test process may have been started with SIGINT ignored
 from loraflow.cli import stop_at_second_interrupt
 stop_at_second_interrupt()
 try:

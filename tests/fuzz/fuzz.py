@@ -22,7 +22,10 @@ class TooSlow(Exception):
 
 
 def corpus(name: str) -> list[bytes]:
-    """Return the files of a reader's corpus, sorted by name."""
+    """Return the files of a reader's corpus, sorted by name.
+
+    No name ends with `.dvc`: DVC reads every such file of a repository, and refuses all of its commands if one is broken.
+    """
     return [file.read_bytes() for file in sorted((CORPUS / name).iterdir())]
 
 

@@ -450,8 +450,8 @@ def test_unknown_targets_and_blocks_are_refused(phi3):
     ("overrides", "says"),
     [
         ({"loralib_config__enable_lora": QV}, "needs method: loralib"),
-        ({"method": "loralib", "peft_config__use_dora": True}, "use_dora exists in peft only"),
-        ({"method": "loralib", "peft_config__rank_pattern": {"o_proj": 2}}, "rank_pattern exists in peft only"),
+        ({"method": "loralib", "peft_config__use_dora": True}, "use_dora is for method: peft only"),
+        ({"method": "loralib", "peft_config__rank_pattern": {"o_proj": 2}}, "rank_pattern is for method: peft only"),
         ({"method": "loralib", "base__quantization": "nf4", "base__dtype": "bfloat16"}, "plain weights"),
         ({"method": "loralib", "loralib_config__enable_lora": {"qkv_proj": ["x"]}}, "'q'"),
     ],

@@ -803,3 +803,34 @@ def test_a_folder_that_cannot_be_listed_is_not_committed_as_empty(tmp_path, monk
     with pytest.raises(Failure, match="too many open files"):
         put(LocalStore(tmp_path))
     assert list(LocalStore(tmp_path).artifacts()) == []
+
+
+@pytest.mark.parametrize("file", ["current.json", "manifest.json"])
+def test_a_fault_of_the_machine_is_no_cache_miss(tmp_path, monkeypatch, file):
+    """EIO and EMFILE say nothing about the artifact: it is neither recomputed nor quarantined."""
+    store = LocalStore(tmp_path / "store")
+    staged = store.staging("tokenize", FP)
+    (staged / "a").write_text("a")
+    ref = store.commit(staged, payload=PAYLOAD, inputs={}, summary=Summary(), provenance={})
+    real = Path.read_bytes
+
+    def fail(path):
+        if path.name == file:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    for look in (lambda: store.find("tokenize", FP), lambda: store.check(ref), lambda: store.manifest(ref)):
+        with pytest.raises(StorageError) as caught:
+            look()
+        assert file in caught.value.where
+    monkeypatch.undo()
+    assert store.find("tokenize", FP) == ref
+
+
+def test_a_store_below_a_file_is_refused_when_it_is_opened(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/store"):
+        with pytest.raises(Failure, match="is a file and not a folder"):
+            open_store(str(tmp_path / folder))
+    assert open_store(str(tmp_path / "not yet" / "store")).find("tokenize", FP) is None
