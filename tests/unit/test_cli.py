@@ -47,7 +47,9 @@ def test_init_writes_a_recipe_that_can_be_planned(tmp_path, phi3, name):
     assert plan.returncode == 0, plan.stderr
     memory = json.loads(plan.stdout)["memory_bytes"]
     assert 2.5 * 2**30 < memory["least"] < memory["full_speed"] < 3.5 * 2**30, "kernels' room, and a tiny model"
-    assert [stage["verdict"] for stage in json.loads(plan.stdout)["stages"]].count("runs") == 9, "nothing is in the store yet"
+    assert [stage["verdict"] for stage in json.loads(plan.stdout)["stages"]].count("runs") == 9, (
+        "nothing is in the store yet"
+    )
     again = loraflow("init", "--data", str(mine / name), "--base", str(phi3), cwd=work)
     assert again.returncode == 2 and "exists already" in again.stderr
 
