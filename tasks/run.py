@@ -61,6 +61,7 @@ class Run:
         self.stages: dict[str, StageRun] = {}  # by label
         self.started = time.time()
         self.summary: RunSummary | None = None
+        self.is_deployed = False  # it was started by a deployment; set once, because Prefect asks the server each time
         self._forced: set[str] = set()  # fingerprints that --force has recomputed
         self._verified_digests: set[str] = set()  # of artifacts that were hashed, or written, in this run
 
@@ -122,11 +123,13 @@ def open_run(
     shorten_failures()
     check_names(force, "--force")
     protect_output()
-    if deployment.id:  # a process of its own, which a killed Prefect worker would leave behind
+    is_deployed = bool(deployment.id)
+    if is_deployed:  # a process of its own, which a killed Prefect worker would leave behind
         end_with_parent()
         log.setLevel(logging.INFO)
     recipe_file = _despite_parsing_threads(lambda: read_recipe(recipe, overrides))
     run = Run(Workspace(recipe_file.recipe), recipe_file, force)
+    run.is_deployed = is_deployed
     store = run.workspace.store
     error: BaseException | None = None
     with mask_errors(), _announce_suspension(), store.reader_lock():

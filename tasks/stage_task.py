@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.runtime import deployment, task_run
+from prefect.runtime import task_run
 from prefect.states import Completed
 
 from loraflow.failures import Failure, mask_errors
@@ -57,7 +57,7 @@ def stage_task(function: Callable[Concatenate[Run, P], StageResult]) -> StageTas
 
     @wraps(function)
     def run_stage(run: Run, *args: P.args, **kwargs: P.kwargs) -> Ref | State[Ref]:
-        if deployment.id:
+        if run.is_deployed:
             log.info("%s", sentences)
         with mask_errors():
             result = function(run, *args, **kwargs)
