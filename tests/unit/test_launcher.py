@@ -197,7 +197,7 @@ def test_a_forced_computation_resumes(store):
     with pytest.raises(failures.Killed):
         launch.run_job(one, store)
     first = launch.run_job(one, store)
-    with pytest.raises(failures.Killed):  # forced: it begins anew, as if nothing had been computed
+    with pytest.raises(failures.Killed):  # forced: it starts from scratch
         launch.run_job(one, store, force=True)
     assert (work_of(store, one) / "attempts").read_text() == "1"
     assert launch.run_job(one, store, force=True) == first, "the retry resumes the forced attempt"
