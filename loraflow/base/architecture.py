@@ -3,7 +3,8 @@
 Documents of a batch can share a row: packed, with position ids that start at 0 in each document, or concatenated, with
 the document borders passed to a flash attention kernel. Both are right only if every layer keeps the documents apart.
 Layers with a state (convolutions, state spaces, linear attention) do not, and some models ignore position ids.
-`tests/families` compares each architecture of these lists with each of its documents computed alone.
+`tests/families` compares every architecture of `FAST` with each of its documents computed alone. For all others, the
+loaded model is asked (`training/document_check.py`).
 """
 
 from __future__ import annotations
@@ -19,12 +20,6 @@ FAST = frozenset({
     "hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2",
     "qwen3", "seed_oss", "smollm3", "starcoder2",
 })  # fmt: skip
-# Packed documents stay apart, but the fast engine cannot compute the loss, or the model does not pass borders on.
-PACKABLE = FAST | {
-    "apertus", "cohere", "cohere2", "gemma2", "gemma3n_text", "gemma4_text", "granite", "granitemoe", "mixtral",
-    "nemotron", "qwen3_moe", "stablelm",
-}  # fmt: skip
-
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Names that models' configs have for a factor between the head's product and the logits.
 LOGIT_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -35,10 +30,10 @@ def stateful_layers(config: PreTrainedConfig) -> list[str]:
     return sorted(set(getattr(config.get_text_config(), "layer_types", None) or []) - _ATTENTION_LAYERS)
 
 
-def is_known(config: PreTrainedConfig, architectures: frozenset[str]) -> bool:
-    """Tell whether the model is one of these architectures, computed by transformers' own code."""
+def is_tested(config: PreTrainedConfig) -> bool:
+    """Tell whether the model is one of the architectures in `FAST`, computed by transformers' own code."""
     text = config.get_text_config()
-    return text is config and config.model_type in architectures and type(config).__module__.startswith("transformers.")
+    return text is config and config.model_type in FAST and type(config).__module__.startswith("transformers.")
 
 
 def scales_logits(config: PreTrainedConfig) -> bool:
@@ -53,7 +48,7 @@ def obstacle_to_fast_engine(config: PreTrainedConfig) -> str:
         return f"the model has layers of type {', '.join(stateful)}"
     if scales_logits(config):
         return "the model changes its head's logits"
-    if not is_known(config, FAST):
+    if not is_tested(config):
         return f"the fast engine has not been tested with the architecture {config.model_type}"
     return ""
 

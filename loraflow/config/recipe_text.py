@@ -15,20 +15,20 @@ from loraflow.failures import BadConfig
 MAX_NAME = 200  # characters of a recipe's name; file systems allow 255 bytes
 MAX_SHOWN = 80  # characters of a key or value in a message
 
-_kept: ContextVar[dict[str, tuple[Path, str]] | None] = ContextVar("kept", default=None)
+_texts_read: ContextVar[dict[str, tuple[Path, str]] | None] = ContextVar("texts_read", default=None)
 
 
 @contextmanager
 def recipes_read_once() -> Iterator[None]:
     """Within it, later calls of `read_recipe` get the text of the first one, though the file may change or vanish."""
-    if _kept.get() is not None:
+    if _texts_read.get() is not None:
         yield
         return
-    token = _kept.set({})
+    token = _texts_read.set({})
     try:
         yield
     finally:
-        _kept.reset(token)
+        _texts_read.reset(token)
 
 
 def find_and_read(path: str | Path) -> tuple[Path, str]:
@@ -37,13 +37,13 @@ def find_and_read(path: str | Path) -> tuple[Path, str]:
     Raises:
         BadConfig: there is no such recipe, or it cannot be read.
     """
-    kept = _kept.get()
-    if kept is not None and str(path) in kept:
-        return kept[str(path)]
+    texts = _texts_read.get()
+    if texts is not None and str(path) in texts:
+        return texts[str(path)]
     file = find_recipe(path)
     text = _read_text(file)
-    if kept is not None:
-        kept[str(path)] = file, text
+    if texts is not None:
+        texts[str(path)] = file, text
     return file, text
 
 

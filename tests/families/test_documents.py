@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from loraflow.base.architecture import FAST, PACKABLE, obstacle_to_fast_engine, obstacle_to_packing
+from loraflow.base.architecture import FAST, obstacle_to_fast_engine, obstacle_to_packing
 from loraflow.failures import BadModel
 from loraflow.hardware.attention import DOCUMENTS, attention_with_mask
 from loraflow.training import attention
@@ -14,6 +14,11 @@ from loraflow.training.document_check import refuse_leaking_documents
 from tests.families.tiny import tiny_config, tiny_model
 
 LENGTHS = (13, 1, 21)
+# With the fast engine's, all architectures that may be packed.
+PACKABLE = FAST | {
+    "apertus", "cohere", "cohere2", "gemma2", "gemma3n_text", "gemma4_text", "granite", "granitemoe", "mixtral",
+    "nemotron", "qwen3_moe", "stablelm",
+}  # fmt: skip
 LEAKING = (
     "falcon_h1",
     "gpt_oss",

@@ -1,0 +1,58 @@
+"""The train stage on tiny models of families: the engine and layout that it chooses, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+
+from loraflow.failures import BadConfig, BadModel
+from tests.families.tiny import OPTIONS, tiny_model
+from tests.unit.test_training import build_phi3, run, tokenize
+
+PACKED = {"training_config__packing": True}
+TARGETS = {"training_config__max_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def phi3(tmp_path_factory):
+    return build_phi3(tmp_path_factory.mktemp("b") / "phi3", dtype="float32")
+
+
+def base_of(family, phi3, folder, monkeypatch):
+    """Return a tiny model of a family, with the tokenizer of the tiny Phi-3."""
+    size = json.loads((phi3 / "config.json").read_text())["vocab_size"]
+    monkeypatch.setitem(OPTIONS, family, {**OPTIONS.get(family, {}), "vocab_size": size})
+    shutil.copytree(phi3, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    tiny_model(family, "eager").save_pretrained(folder)
+    return folder
+
+
+def settings(*targets, **more):
+    return {**TARGETS, "peft_config__target_modules": list(targets), **more}
+
+
+@pytest.mark.parametrize(
+    ("family", "failure", "words"),
+    [
+        ("lfm2", BadConfig, "layers of type conv carry a state"),
+        ("opt", BadModel, "architecture opt: logits change by"),
+    ],
+)
+def test_packed_rows_are_refused_before_the_first_step(family, failure, words, phi3, tmp_path, monkeypatch):
+    base = base_of(family, phi3, tmp_path / "base", monkeypatch)
+    options = settings("q_proj", "v_proj", **PACKED)
+    shards = tokenize(base, tmp_path, **options)
+    with pytest.raises(failure) as caught:
+        run(base, shards, tmp_path / "run", **options)
+    assert words in caught.value.got and "training_config.packing to false" in caught.value.next_step
+    assert not (tmp_path / "run" / "out" / "adapter").exists()
+
+
+@pytest.mark.parametrize(("family", "engine"), [("lfm2", "stock"), ("granite", "stock"), ("llama", "fast")])
+def test_the_engine_follows_from_the_config(family, engine, phi3, tmp_path, monkeypatch):
+    base = base_of(family, phi3, tmp_path / "base", monkeypatch)
+    options = settings("q_proj", "v_proj")
+    shards = tokenize(base, tmp_path, **options)
+    adapter, _ = run(base, shards, tmp_path / "run", **options)
+    chosen = json.loads((tmp_path / "run" / "out" / "telemetry" / "engine.json").read_text())
+    assert (chosen["engine"], chosen["attention"]) == (engine, "sdpa") and adapter
