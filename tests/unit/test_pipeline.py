@@ -21,6 +21,8 @@ def ref(label: str) -> Ref:
 class RecordingRun:
     """Stands in for a run: records which steps the pipeline asks for, and computes nothing."""
 
+    is_deployed = False
+
     def __init__(self, compares_merges: bool, champion: bool):
         self.steps: list[tuple[str, str, dict[str, str]]] = []
         self.champion = ref(CHAMPION) if champion else None
