@@ -98,7 +98,9 @@ class Run:
     def _run_here_or_on_pool(self, job: Job[StageConfig], label: str, *, force: bool) -> Ref:
         store, pool = self.workspace.store, job.pool
         if pool is not None:  # the worker there hashes the inputs that it reads
-            return run_on_pool(job, store, label, pool, force=force)
+            ref_there = run_on_pool(job, store, label, pool, force=force)
+            if ref_there is not None:
+                return ref_there
         for ref in job.inputs.values():
             if ref.digest not in self._verified_digests:
                 require_intact(store, ref)

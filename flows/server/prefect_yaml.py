@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,38 @@ from loraflow.config import yaml
 from loraflow.failures import BadConfig
 from loraflow.flows.server.automations import Notifications
 from loraflow.flows.server.deployment_spec import DeploymentEntry, DeploymentSpec, project_of
+from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
+from loraflow.flows.server.project import FILE
 
-FILE = "prefect.yaml"
+log = logging.getLogger("loraflow")
 DOCUMENT_KEYS = ("name", "prefect-version", "build", "push", "pull", "definitions", "notifications", "deployments")
 NO_STEPS = "loraflow deploy runs no {} steps; use `prefect deploy` for this deployment"
 MAX_PROBLEMS = 5
 
 
 def find_prefect_yaml() -> Path:
-    """Return the path of `prefect.yaml`: in the working directory, else in the checkout that loraflow is imported from.
+    """Return the path of the project's `prefect.yaml`.
+
+    It is in the working directory. A project with recipes and without this file gets one. A folder without recipes is no
+    project; there, the file of the checkout that loraflow is imported from is used.
 
     Raises:
         BadConfig: there is no such file.
     """
-    for file in (Path(FILE), Path(loraflow.__file__).parent.parent / FILE):
-        if file.is_file():
-            return file
+    if Path(FILE).is_file():
+        return Path(FILE)
+    if any(Path("configs").glob("*.yaml")):
+        written = write_prefect_yaml(Path())
+        log.warning("%s was written, with deployments for the recipes in configs/; it is yours to change", FILE)
+        return written or Path(FILE)
+    checkout = Path(loraflow.__file__).parent.parent / FILE
+    if checkout.is_file():
+        return checkout
     raise BadConfig(
-        f"{FILE} was not found.", where=str(Path.cwd()), next_step=f"copy {FILE} from the loraflow repository"
+        f"{FILE} was not found, and there are no recipes.",
+        where=str(Path.cwd()),
+        expected=f"a project's folder, with configs/ and {FILE}",
+        next_step="go to the project's folder; or loraflow init --data FILE --base MODEL",
     )
 
 

@@ -165,3 +165,33 @@ def test_a_flow_that_is_loaded_from_its_file_validates_its_parameters(monkeypatc
         flow = load_flow_from_entrypoint(f"{file}:{'evaluate' if name == 'evaluate_model' else name}")
         arguments = {"predict": {"source": "a", "target": "b"}, "stage": {"job": {}, "store": "s", "label": "l"}}
         flow.validate_parameters(arguments.get(name, {}))
+
+
+@pytest.mark.parametrize("folder", ["tickets", "Meine Tickets ü", "2026", "on"])
+def test_a_project_gets_deployments_of_its_own_name_for_recipes_that_exist(tmp_path, monkeypatch, folder):
+    from loraflow.flows.server.new_prefect_yaml import slug, write_prefect_yaml
+    from loraflow.flows.server.prefect_yaml import find_prefect_yaml
+
+    (tmp_path / folder / "configs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / folder)
+    (Path("configs") / "7.yaml").write_text("name: x\n")
+    specs = read_specs(find_prefect_yaml())
+    name = slug(folder)
+    assert {spec.full_name for spec in specs} == {
+        f"finetune/{name}", f"retrain/{name}-nightly", f"retrain/{name}-on-dataset-update", f"evaluate/{name}",
+    }  # fmt: skip
+    assert {(spec.project, spec.work_pool.name, spec.parameters["recipe"]) for spec in specs} == {(name, name, "7")}
+    assert not any(schedule.active for spec in specs for schedule in spec.schedules)
+    Path("prefect.yaml").write_text("mine")
+    assert write_prefect_yaml(Path()) is None and Path("prefect.yaml").read_text() == "mine"
+
+
+def test_a_folder_without_recipes_is_told_to_make_one(tmp_path, monkeypatch):
+    import loraflow
+    from loraflow.flows.server.prefect_yaml import find_prefect_yaml
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loraflow, "__file__", str(tmp_path / "site" / "loraflow" / "__init__.py"))
+    with pytest.raises(BadConfig, match="no recipes") as error:
+        find_prefect_yaml()
+    assert "loraflow init" in error.value.next_step and not Path("prefect.yaml").exists()
