@@ -33,7 +33,7 @@ from loraflow.tasks.events import announce_waiting
 from loraflow.tasks.failure_log import shorten_failures
 from loraflow.tasks.placement import run_on_pool
 from loraflow.tasks.run_here import run_here
-from loraflow.tasks.run_name import show_name
+from loraflow.tasks.run_name import mask_parameters, show_name
 from loraflow.tasks.run_record import write_record
 
 log = logging.getLogger("loraflow")
@@ -129,6 +129,7 @@ def open_run(
     if is_deployed:  # a process of its own, which a killed Prefect worker would leave behind
         end_with_parent()
         log.setLevel(logging.INFO)
+    mask_parameters({"recipe": recipe, **overrides})
     recipe_file = _despite_parsing_threads(lambda: read_recipe(recipe, overrides))
     run = Run(Workspace(recipe_file.recipe), recipe_file, force)
     run.is_deployed = is_deployed
