@@ -160,6 +160,7 @@ TRAIN = Stage(
         "loraflow.training.collation",
         "loraflow.training.prefix_sharing",
         "loraflow.training.sharding",
+        "loraflow.training.compile_gain",
         "loraflow.training.layers",
         "loraflow.training.attention",
         "loraflow.training.flash4",
