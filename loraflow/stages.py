@@ -21,6 +21,7 @@ from loraflow.failures import BadConfig
 _HARDWARE = ("loraflow.hardware.device", "loraflow.hardware.attention")
 _TEMPLATE = (
     "loraflow.data.loss_mask",
+    "loraflow.data.answer_spans",
     "loraflow.data.alignment",
     "loraflow.data.template",
     "loraflow.data.template_child",
@@ -111,6 +112,7 @@ RESOLVE_BASE = Stage(
     runtime=JobRuntime.of_base,
     code=(
         "loraflow.base.resolve",
+        "loraflow.base.template_check",
         "loraflow.base.hub",
         "loraflow.base.weight_files",
         "loraflow.base.repack",

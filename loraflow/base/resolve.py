@@ -243,7 +243,7 @@ def _check_artifact(out: Path, config: ResolveBaseConfig) -> None:
     from safetensors import SafetensorError, safe_open
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from loraflow.data.loss_mask import ChatTemplate
+    from loraflow.base.template_check import check_template
 
     try:
         kind = json.loads((out / "config.json").read_text(encoding="utf-8")).get("model_type")
@@ -270,4 +270,4 @@ def _check_artifact(out: Path, config: ResolveBaseConfig) -> None:
         missing = set(json.loads(index.read_text())["weight_map"].values()) - {p.name for p in out.iterdir()}
         if missing:
             raise BadModel("Files of weights are missing.", where="base.model", got=", ".join(sorted(missing)))
-    ChatTemplate(out).stop_ids()  # refuses a missing template, and one whose answers cannot be found
+    check_template(out, trust=config.trust_remote_code)

@@ -6,10 +6,9 @@ import gc
 import json
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,9 +18,9 @@ import numpy as np
 
 from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.chats import ChatRecord
-from loraflow.data.loss_mask import IGNORED, ChatTemplate, Encoded
+from loraflow.data.loss_mask import IGNORED, ChatTemplate, Encoded, name_row
 from loraflow.data.token_files import TokenBatch
-from loraflow.failures import BadModel, Killed
+from loraflow.failures import Killed
 
 CHUNK_ROWS = 500  # rows that are sent to a process at a time
 ONE_PROCESS_BYTES = 1_000_000  # a smaller file is encoded in this process
@@ -93,17 +92,6 @@ def _line_chunks(source: Path) -> Iterator[list[str]]:
 # State of a process. Forked processes inherit it, so that the template is neither pickled nor loaded again.
 _template: ChatTemplate
 _config: TokenizeConfig
-
-
-@contextmanager
-def name_row(places: Sequence[str]) -> Iterator[None]:
-    """Add the row's place to the failure of a template that cannot render it."""
-    try:
-        yield
-    except BadModel as failure:
-        if isinstance(number := failure.details.get("chat"), int) and number < len(places):
-            failure.where = f"{failure.where}, {places[number]}"
-        raise
 
 
 def _set_worker_state(template: ChatTemplate, config: TokenizeConfig) -> None:

@@ -12,7 +12,7 @@ from pydantic import JsonValue
 
 from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.chats import ChatRecord
-from loraflow.data.loss_mask import IGNORED, ChatTemplate
+from loraflow.data.loss_mask import IGNORED, ChatTemplate, name_row
 from loraflow.failures import BadModel
 
 log = logging.getLogger(__name__)
@@ -40,8 +40,9 @@ def audit(source: Path, template: ChatTemplate, config: TokenizeConfig) -> list[
         records: list[ChatRecord] = [json.loads(line) for line in islice(file, AUDITED_ROWS)]
     chats = [record["messages"] for record in records]
     audited: list[AuditedRow] = []
-    rows = zip(records, template.encode(chats, config.loss_on), template.prompt_ids(chats), strict=True)
-    for record, encoded, prompt in rows:
+    with name_row([record["place"] for record in records]):
+        encoded_chats, prompts = template.encode(chats, config.loss_on), template.prompt_ids(chats)
+    for record, encoded, prompt in zip(records, encoded_chats, prompts, strict=True):
         learned = encoded.ids[encoded.labels != IGNORED]
         audited.append(
             AuditedRow(
