@@ -14,10 +14,10 @@ from typing import Literal, NoReturn
 
 from loraflow.data.alignment import Span
 from loraflow.data.chats import Chat, Message
+from loraflow.data.template import MARKERS
 from loraflow.data.template_process import TemplateProcess
 from loraflow.failures import BadModel
 
-_MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Rendered in place of an answer to see what the template writes around it. No chat contains these characters.
 _PROBE = "\ue0a1answer\ue0a1"
 _SHOWN = 80  # characters of a text in a message
@@ -67,7 +67,7 @@ class AnswerFinder:
         self, renderer: TemplateProcess, source: str, special: Sequence[str], marking: TemplateProcess | None = None
     ):
         self._renderer = renderer
-        self._marking = marking or (renderer if _MARKERS.search(source) else None)
+        self._marking = marking or (renderer if MARKERS.search(source) else None)
         self._asks_for_answers = "add_generation_prompt" in source
         self._special = tuple(special)
         tokens = "|".join(map(re.escape, special))
@@ -225,8 +225,15 @@ class AnswerFinder:
             if body.endswith(own)
         ]
         # The answer may end with control tokens of its own.
-        anywhere = [rendered.rpartition(own)[::2] for own in (content, content.strip()) if own in rendered]
+        anywhere = [
+            cut(own)[::2]
+            for own in (content, content.strip())
+            if own and own in rendered
+            for cut in (rendered.partition, rendered.rpartition)
+        ]
         for inserted, closing in (*own_first, *anywhere):
+            if closing[: self._before_closing(closing)].strip():
+                continue  # another text than control tokens follows
             if not _thinks_twice(inserted, content) and self._is_of_the_template(inserted, chat, text, turn):
                 return Answer(tuple(spans), inserted, closing)
         if not _is_whole(body, content, head):

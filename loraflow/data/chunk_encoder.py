@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from loraflow.config.stage_configs import TokenizeConfig
+from loraflow.data.answer_spans import IfCut
 from loraflow.data.chats import ChatRecord
 from loraflow.data.loss_mask import IGNORED, ChatTemplate, Encoded, name_row
 from loraflow.data.token_files import TokenBatch
@@ -104,8 +105,9 @@ def _encode(lines: list[str]) -> Chunk:
     ids: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     problems = Problems()
+    if_cut: IfCut = "context" if _config.thinking == "keep" else "error"
     with name_row([record["place"] for record in records]):
-        encoded = _template.encode([record["messages"] for record in records], _config.loss_on)
+        encoded = _template.encode([record["messages"] for record in records], _config.loss_on, if_cut)
     for record, row in zip(records, encoded, strict=True):
         part = _part_to_learn(row, record["place"], _config, problems)
         if part is not None:

@@ -23,8 +23,8 @@ import numpy as np
 from loraflow.data.alignment import ByteAlignment, Span
 from loraflow.data.answer_spans import Answer, AnswerFinder, IfCut, LossOn
 from loraflow.data.chats import Chat
-from loraflow.data.template_process import template_process
-from loraflow.data.tokenizer_config import read_template, special_tokens
+from loraflow.data.template_process import TemplateProcess, template_process
+from loraflow.data.tokenizer_config import TRAINING_TEMPLATE, read_template, special_tokens
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
@@ -82,7 +82,11 @@ class ChatTemplate:
         self._any_special = re.compile("|".join(map(re.escape, self.special))) if self.special else None
         # Searching for their common prefix first is far faster than the regular expression.
         self._special_start = os.path.commonprefix(self.special)  # noqa: RUF071 (letters, not folders)
-        self._answers = AnswerFinder(self._renderer, self.template, self.special)
+        self._marking: TemplateProcess | None = None  # another template that marks the answers
+        if (folder / TRAINING_TEMPLATE).exists():
+            marking = (folder / TRAINING_TEMPLATE).read_text(encoding="utf-8")
+            self._marking = template_process(marking, special_tokens(folder))
+        self._answers = AnswerFinder(self._renderer, self.template, self.special, self._marking)
         self._folder = folder
         self._ends: set[str] | None = None  # tokens at which generation stops
         self._probed: Answer | None = None  # how an answer is rendered
@@ -105,7 +109,10 @@ class ChatTemplate:
             BadModel: the template leaves out a part of a chat, an answer cannot be found in the rendered text, or no stop
                 token ends it. The failure's details have the number of the chat.
         """
-        texts = self._closed(chats, self.render(chats))
+        texts = self.render(chats)
+        if self._marking is not None:
+            _refuse_other_text(texts, self._marking.render(chats, prompt=False))
+        texts = self._closed(chats, texts)
         _refuse_left_out(chats, texts)
         found = self._answers.find(chats, texts, loss_on, if_cut)
         if loss_on != "all":
@@ -302,6 +309,25 @@ def _refuse_left_out(chats: Sequence[Chat], texts: Sequence[str]) -> None:
                     next_step=f"remove {message['role']} messages from the dataset, or correct the template",
                     chat=number,
                 )
+
+
+def _refuse_other_text(texts: Sequence[str], marked: Sequence[str]) -> None:
+    """Refuse a training template that renders another text than the template that a server uses.
+
+    Raises:
+        BadModel: a text differs. The failure's details have the number of the chat.
+    """
+    for number, (served, trained) in enumerate(zip(texts, marked, strict=True)):
+        if served != trained:
+            at = len(os.path.commonprefix([served, trained]))  # noqa: RUF071 (letters, not folders)
+            raise BadModel(
+                "The training template renders another text than the model's own template, which serves it.",
+                where="base.chat_template",
+                expected=f"{served[max(0, at - 30) : at + 40]!r}, the first difference at character {at}",
+                got=repr(trained[max(0, at - 30) : at + 40]),
+                next_step="remove base.chat_template; or write the template without {% generation %} blocks, to serve it",
+                chat=number,
+            )
 
 
 def _labels(ids: np.ndarray, spans: Sequence[Span]) -> np.ndarray:

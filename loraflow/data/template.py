@@ -7,6 +7,7 @@ output from day to day. Tests compare the two environments and the texts that th
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from loraflow.data.chats import Chat, Message
 if TYPE_CHECKING:  # each process that renders imports this module, so it has to be light
     from pydantic import JsonValue
 
+MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TODAY = time.gmtime(1_721_952_000)  # a constant date, because some templates write today's
 
 

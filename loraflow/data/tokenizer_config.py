@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from loraflow.failures import BadModel
 
 FILE = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+TRAINING_TEMPLATE = "chat_template_training.jinja"  # renders the same text, and marks the answers
 SPECIAL_TOKENS = "special_tokens_map.json"  # of older models; newer ones have everything in FILE
 # What transformers gives to the template, where that does not follow from the files. resolve_base writes it.
 RECORD = "tokenizer_special_tokens.json"
@@ -137,7 +139,7 @@ def find_template(folder: Path) -> str | None:
     Raises:
         BadModel: the file is damaged, or the template is longer than any template is.
     """
-    file = folder / "chat_template.jinja"
+    file = folder / TEMPLATE
     template: str | None
     if file.exists():
         try:

@@ -95,6 +95,7 @@ def _ask_model(
     """Compute the model's answers, and its likelihoods of the references if a metric needs them."""
     from loraflow.base.load import load_model, load_tokenizer, stop_ids
     from loraflow.data.loss_mask import ChatTemplate, name_row
+    from loraflow.data.positions import Positions
     from loraflow.evaluation.generation import generate_answers
     from loraflow.evaluation.likelihood import answer_losses
 
@@ -104,6 +105,7 @@ def _ask_model(
     with name_row([f"{row.place} ({row.set})" for row in rows]):  # before the model is loaded
         prompts = template.prompt_ids(chats)
         encoded = template.encode(chats, "last_assistant") if "token_loss" in config.metrics else []
+    Positions(Positions.of_folder(folder).limit).check([len(row.ids) for row in encoded], "held-out rows")
     model = load_model(folder, config.dtype, job.runtime, trust=config.trust_remote_code)
     losses = [(0.0, 0)] * len(rows)
     if encoded:  # a forward pass of its own over all rows
