@@ -87,7 +87,7 @@ class ChatTemplate:
             marking = (folder / TRAINING_TEMPLATE).read_text(encoding="utf-8")
             self._marking = template_process(marking, special_tokens(folder))
         self._answers = AnswerFinder(self._renderer, self.template, self.special, self._marking)
-        self._folder = folder
+        self._eos = eos_ids(folder)
         self._ends: set[str] | None = None  # tokens at which generation stops
         self._probed: Answer | None = None  # how an answer is rendered
         self._opening: str | None = None  # of a user's message: the token that ends the answer before it
@@ -206,7 +206,7 @@ class ChatTemplate:
         if not ended.endswith(chat[-1]["content"]) or not continued.startswith(ended) or self._any_special is None:
             return None
         token = self._any_special.match(continued, len(ended))
-        known = token is not None and self.tokenizer.token_to_id(token.group()) in eos_ids(self._folder)
+        known = token is not None and self.tokenizer.token_to_id(token.group()) in self._eos
         return token.group() if token is not None and known else None
 
     def _control(self, text: str) -> list[str]:
@@ -220,7 +220,7 @@ class ChatTemplate:
         """
         if self._ends is None:
             try:
-                stops = self.stop_ids() | eos_ids(self._folder)
+                stops = self.stop_ids() | self._eos
             except BadModel:  # a template that no model can be merged with; rows are still encoded
                 stops = set()
             self._ends = {token for i in stops if (token := self.tokenizer.id_to_token(i)) is not None}
