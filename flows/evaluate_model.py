@@ -1,6 +1,6 @@
 """Score a model on a recipe's held-out rows. (A file named evaluate.py would shadow the library of that name.)"""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: Prefect loads a served flow from its file, where it cannot look up names in text.
 
 from prefect import flow
 from prefect.runtime import flow_run

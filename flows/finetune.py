@@ -3,7 +3,7 @@
 loraflow run configs/quickstart.yaml
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: Prefect loads a served flow from its file, where it cannot look up names in text.
 
 import logging
 from collections.abc import Iterator

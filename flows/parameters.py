@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
@@ -79,7 +80,12 @@ def at(position: int) -> Callable[[JsonDict], None]:
     return extra
 
 
-RecipeName = Annotated[str, RecipeChoice()]
+def _as_text(value: object) -> object:
+    """Accept a Path too, for flows that are called from Python."""
+    return str(value) if isinstance(value, Path) else value
+
+
+RecipeName = Annotated[str, BeforeValidator(_as_text), RecipeChoice()]
 StageName = Annotated[str, StageChoice()]
 NO_STAGES: list[StageName] = []
 JsonObject = Annotated[dict[str, JsonValue], FreeForm()]

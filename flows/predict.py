@@ -3,7 +3,7 @@
 python -c "from loraflow.flows.predict import predict; predict(source='tickets.jsonl', target='answers.jsonl')"
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: Prefect loads a served flow from its file, where it cannot look up names in text.
 
 from prefect import flow
 

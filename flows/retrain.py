@@ -3,7 +3,7 @@
 A run that finds nothing new ends within seconds, in a state named UpToDate.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: Prefect loads a served flow from its file, where it cannot look up names in text.
 
 from prefect import flow
 from prefect.client.schemas.objects import State

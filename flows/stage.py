@@ -1,6 +1,6 @@
 """The flow stage: run one stage of another run on this worker (`runtime.placement`). Both share the artifact store."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: Prefect loads a served flow from its file, where it cannot look up names in text.
 
 from prefect import flow
 from prefect.client.schemas.objects import State

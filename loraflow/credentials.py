@@ -4,19 +4,22 @@ Two functions, at two boundaries:
 
 - `hide_in_url` where a URL comes in (recipe, `--set`): the rest of the program sees `https://***@host/…`. `reveal` gives
   the URL back to the one call that connects. The credentials are only in this process's memory.
-- `mask` where text goes out: messages of failures, log records, tracebacks, the recipe's text in a run's record.
+- `mask` where text goes out: messages of failures, log records, tracebacks, the recipe's text in a run's record, and what
+  libraries print in a worker (`protect_streams`).
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 from urllib.parse import unquote
 
 if TYPE_CHECKING:
@@ -142,6 +145,62 @@ def protect_output() -> None:
     if logging.getLogRecordFactory() is not MaskedRecord:
         logging.setLogRecordFactory(MaskedRecord)
         sys.excepthook = _print_masked
+
+
+class MaskedStream(io.TextIOBase):
+    """A text stream that masks what is written to another one, line by line. A line that is flushed early is in parts."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self._line = ""  # the beginning of a line
+        self._lock = threading.RLock()  # a signal's handler may write too
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The encoding of the stream that is written to."""
+        return self._stream.encoding
+
+    @property
+    def buffer(self) -> BinaryIO:
+        """The bytes of the stream that is written to, which are not masked here."""
+        return self._stream.buffer
+
+    def fileno(self) -> int:
+        """Return the file descriptor, to which child processes write."""
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        """Return whether a person reads it."""
+        return self._stream.isatty()
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def write(self, text: str) -> int:
+        """Write the complete lines, masked."""
+        with self._lock:
+            lines, end, rest = (self._line + text).rpartition("\n")
+            self._line = rest
+            if end:
+                self._stream.write(mask(lines) + end)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write the beginning of a line too."""
+        with self._lock:
+            line, self._line = self._line, ""
+            if line:
+                self._stream.write(mask(line))
+            self._stream.flush()
+
+
+def protect_streams() -> None:
+    """Mask what this process prints, from now on."""
+    if not isinstance(sys.stdout, MaskedStream):
+        sys.stdout = MaskedStream(sys.stdout)
+    if not isinstance(sys.stderr, MaskedStream):
+        sys.stderr = MaskedStream(sys.stderr)
 
 
 def format_masked(error: BaseException) -> str:

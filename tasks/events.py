@@ -37,8 +37,10 @@ def announce_decision(model: str, registration: Registration) -> None:
         emit_event(REJECTED, resource, payload=payload)
 
 
-def announce_dataset(name: str, md5: str, commit: str) -> str | None:
+def announce_dataset(name: str, md5: str, commit: str, project: str | None = None) -> str | None:
     """Notify the configured server of a new dataset, and return its address; None where no server is configured.
+
+    The resource is `loraflow.dataset.PROJECT.NAME`, so that a trigger can listen to one project's datasets.
 
     Raises:
         Network: the server does not take it.
@@ -46,9 +48,10 @@ def announce_dataset(name: str, md5: str, commit: str) -> str | None:
     url = get_current_settings().api.url
     if not url:
         return None
+    resource = f"loraflow.dataset.{project}.{name}" if project else f"loraflow.dataset.{name}"
     event = Event(
         event=DATASET,
-        resource=Resource({"prefect.resource.id": f"loraflow.dataset.{name}", "prefect.resource.name": name}),
+        resource=Resource({"prefect.resource.id": resource, "prefect.resource.name": name}),
         payload={"md5": md5, "commit": commit},
     )
     try:

@@ -12,6 +12,7 @@ from loraflow import identity
 from loraflow.evaluation.values import Decision
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
+from loraflow.registry.champions import require_champion_intact
 from loraflow.store import Ref, read_intact, require_unchanged
 
 if TYPE_CHECKING:
@@ -27,9 +28,12 @@ def gate(workspace: Workspace, result: PipelineResult) -> Decision:
     """
     head, merged = workspace.seen_head, result.merged.digest  # another run may have promoted since; `register` checks
     if head is not None and head.merged.digest == merged:
-        for ref in (result.merged, result.adapter):  # in use: a change of their files must not wait for the next user
+        for ref in (result.merged, result.adapter):  # damaged ones are recomputed by this run
             require_unchanged(workspace.store, ref, workspace.memo)
-        return Decision.unchanged("the challenger is the champion")
+    if head is not None:  # in use: a change of its files must not wait for the next user
+        require_champion_intact(workspace.store, head, workspace.memo)
+        if head.merged.digest == merged:
+            return Decision.unchanged("the challenger is the champion")
     why = workspace.log.rollback_reason(merged)
     if why is not None:
         return Decision.unchanged(f"it was rolled back ({why}); `loraflow promote` promotes it again by hand")

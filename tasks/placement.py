@@ -13,6 +13,8 @@ import time
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import DeploymentStatus, FlowRun, StateType, WorkerStatus
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Cancelling
@@ -31,8 +33,11 @@ PATIENCE = 120.0  # seconds to wait for a worker of the pool to come online; the
 _MARK = "failure: "
 
 
-def run_on_pool(job: Job[StageConfig], store: Store, label: str, name: str, *, force: bool) -> Ref:
+def run_on_pool(job: Job[StageConfig], store: Store, label: str, name: str, *, force: bool) -> Ref | None:
     """Run a stage through the deployment `stage/<name>` and return the artifact from the shared store.
+
+    Returns None, and starts nothing, if the deployment belongs to the pool and queue that this run is on: the stage then
+    runs here. Otherwise this run could hold the slot that its own stage waits for.
 
     Raises:
         Failure: the stage's own; or there is no such deployment, no worker, or the run was cancelled.
@@ -46,6 +51,9 @@ def run_on_pool(job: Job[StageConfig], store: Store, label: str, name: str, *, f
                 where=f"runtime.placement.{job.stage}",
                 next_step="`loraflow deploy` creates stage/cpu and stage/gpu; or add another to prefect.yaml",
             ) from None
+        if _is_own_queue(deployment):
+            log.info("%s runs here: stage/%s is on this run's own pool, %s", label, name, deployment.work_pool_name)
+            return None
         parameters = {"job": job.model_dump(mode="json"), "store": store.uri, "label": label, "force": force}
         run: FlowRun = run_deployment(deployment.id, parameters=parameters, timeout=0)  # type: ignore[assignment]
         log.info("%s goes to stage/%s (pool %s): sub-run %s", label, name, deployment.work_pool_name, run.id)
@@ -61,9 +69,18 @@ def run_on_pool(job: Job[StageConfig], store: Store, label: str, name: str, *, f
     return ref
 
 
+def _is_own_queue(deployment: DeploymentResponse) -> bool:
+    """Return whether a deployment's runs wait in the work queue that the current flow run came from."""
+    context = FlowRunContext.get()
+    run = context.flow_run if context else None
+    if run is None or run.work_pool_name is None:  # started by the command line
+        return False
+    return (run.work_pool_name, run.work_queue_name) == (deployment.work_pool_name, deployment.work_queue_name)
+
+
 def _watch(client: SyncPrefectClient, run: FlowRun, pool: str | None, label: str) -> FlowRun:
-    """Wait for a sub-run's end."""
-    waiting_since, shown = time.monotonic(), None
+    """Wait for a sub-run's end. Once a sub-run waits longer than `PATIENCE`, say what it waits for."""
+    waiting_since, shown, said = time.monotonic(), None, False
     while True:
         run = client.read_flow_run(run.id)
         assert run.state is not None
@@ -74,14 +91,34 @@ def _watch(client: SyncPrefectClient, run: FlowRun, pool: str | None, label: str
             shown = run.state.name
         if run.state.is_running():
             waiting_since = time.monotonic()
-        elif time.monotonic() - waiting_since > PATIENCE and not _has_worker(client, run, pool):
-            raise BadConfig(
-                f"No worker took {label} within {PATIENCE:.0f} s.",
-                where=f"work pool {pool}" if pool else f"deployment of sub-run {run.id}",
-                got="no worker is online",
-                next_step=f"prefect worker start --pool {pool}" if pool else "start the process that serves it",
-            )
+        elif time.monotonic() - waiting_since > PATIENCE:
+            if not _has_worker(client, run, pool):
+                raise BadConfig(
+                    f"No worker took {label} within {PATIENCE:.0f} s.",
+                    where=f"work pool {pool}" if pool else f"deployment of sub-run {run.id}",
+                    got="no worker is online",
+                    next_step=f"prefect worker start --pool {pool}" if pool else "start the process that serves it",
+                )
+            if not said:
+                log.warning("%s has waited for %.0f s: %s", label, PATIENCE, _what_it_waits_for(client, run, pool))
+                said = True
         time.sleep(POLL)
+
+
+def _what_it_waits_for(client: SyncPrefectClient, run: FlowRun, pool: str | None) -> str:
+    """Return a sentence on why workers are online but have not started a sub-run."""
+    if pool is None:
+        return "the process that serves its deployment is busy"
+    found = client.read_work_pool(pool)
+    if found.is_paused:
+        return f"the work pool {pool} is paused: prefect work-pool resume {pool}"
+    if run.work_queue_name is not None and client.read_work_queue_by_name(run.work_queue_name, pool).is_paused:
+        return f"the queue {run.work_queue_name} of the work pool {pool} is paused"
+    limits = f", whose concurrency limit is {found.concurrency_limit}" if found.concurrency_limit is not None else ""
+    return (
+        f"every worker of the pool {pool}{limits} is busy with other runs, or does not take this queue. It starts when one "
+        "of them is free; a higher --limit of `prefect worker start` or `loraflow up` lets it start sooner"
+    )
 
 
 def _has_worker(client: SyncPrefectClient, run: FlowRun, pool: str | None) -> bool:

@@ -33,7 +33,7 @@ from loraflow.tasks.events import announce_waiting
 from loraflow.tasks.failure_log import shorten_failures
 from loraflow.tasks.placement import run_on_pool
 from loraflow.tasks.run_here import run_here
-from loraflow.tasks.run_name import show_name
+from loraflow.tasks.run_name import mask_parameters, show_name
 from loraflow.tasks.run_record import write_record
 
 log = logging.getLogger("loraflow")
@@ -98,7 +98,9 @@ class Run:
     def _run_here_or_on_pool(self, job: Job[StageConfig], label: str, *, force: bool) -> Ref:
         store, pool = self.workspace.store, job.pool
         if pool is not None:  # the worker there hashes the inputs that it reads
-            return run_on_pool(job, store, label, pool, force=force)
+            ref_there = run_on_pool(job, store, label, pool, force=force)
+            if ref_there is not None:
+                return ref_there
         for ref in job.inputs.values():
             if ref.digest not in self._verified_digests:
                 require_intact(store, ref)
@@ -127,6 +129,7 @@ def open_run(
     if is_deployed:  # a process of its own, which a killed Prefect worker would leave behind
         end_with_parent()
         log.setLevel(logging.INFO)
+    mask_parameters({"recipe": recipe, **overrides})
     recipe_file = _despite_parsing_threads(lambda: read_recipe(recipe, overrides))
     run = Run(Workspace(recipe_file.recipe), recipe_file, force)
     run.is_deployed = is_deployed

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from prefect.exceptions import Pause, TerminationSignal
 from prefect.runtime import flow_run
 
+from loraflow import __version__
 from loraflow.credentials import mask, mask_json
-from loraflow.data.git import head_commit
+from loraflow.data.git import has_uncommitted_changes, head_commit
 from loraflow.evaluation.values import EvaluationReport, ModelScores
 from loraflow.execution.results import PipelineResult, Registration
 from loraflow.failures import Failure
@@ -72,7 +73,9 @@ def as_record(run: Run, state: RunState = "running", error: str | None = None) -
         started=run.started,
         seconds=round(time.time() - run.started, 3),
         actor=actor(),
+        loraflow=__version__,
         commit=head_commit(Path.cwd()),
+        uncommitted=has_uncommitted_changes(Path.cwd()),
         prefect_run=str(flow_run.id) if flow_run.id else None,
         state=state,
         error=mask(error) if error else None,

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -54,6 +55,14 @@ def run(job, inputs, out, report):
     elif how == "large-log":
         os.truncate(work / "log.txt", 3 * 2**30)  # without taking the space
         print("the last line", flush=True)
+        os._exit(7)
+    elif how == "leak":
+        url = f"https://someone:{os.environ['CANARY']}@host/data.git"
+        print("python:", url)
+        warnings.warn(url, stacklevel=1)
+        os.write(1, f"a C library: {url}\n".encode())
+        subprocess.run(["echo", "a program:", url], check=True)
+        print("the last line", end="", flush=True)
         os._exit(7)
     elif how == "exit":
         os._exit(7)

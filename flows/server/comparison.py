@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from prefect.client.schemas.actions import DeploymentScheduleUpdate, DeploymentUpdate
+from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
+from prefect.client.schemas.objects import DeploymentSchedule
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.schemas.automations import AutomationCore
 from pydantic import JsonValue
@@ -22,17 +23,9 @@ def changed_fields(wanted: DeploymentUpdate, existing: DeploymentResponse) -> li
     return sorted(name for name, value in fields.items() if value != found.get(name))
 
 
-def changed_schedules(
-    wanted: list[DeploymentScheduleUpdate], existing: DeploymentResponse
-) -> list[DeploymentScheduleUpdate]:
-    """Return the schedules that are new or differ. Whether a schedule is paused does not matter."""
-    by_slug = {schedule.slug: schedule for schedule in existing.schedules}
-    changed = []
-    for schedule in wanted:
-        old = by_slug.get(schedule.slug)
-        if old is None or (old.schedule, old.parameters) != (schedule.schedule, schedule.parameters):
-            changed.append(schedule)
-    return changed
+def same_schedule(wanted: DeploymentScheduleCreate, existing: DeploymentSchedule) -> bool:
+    """Tell whether two schedules start the same runs. Whether one is paused does not matter."""
+    return (wanted.schedule, wanted.parameters) == (existing.schedule, existing.parameters)
 
 
 def same_automation(wanted: AutomationCore, existing: AutomationCore) -> bool:

@@ -15,10 +15,12 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectNotFound
 
+from loraflow.failures import BadConfig
 from loraflow.flows.server.automations import Notifications, wanted_automations
-from loraflow.flows.server.comparison import changed_fields, changed_schedules, same_automation
+from loraflow.flows.server.comparison import changed_fields, same_automation, same_schedule
 from loraflow.flows.server.connection import require_server
-from loraflow.flows.server.prefect_yaml import DeploymentSpec, find_prefect_yaml, read_all
+from loraflow.flows.server.deployment_spec import DeploymentSpec, project_of
+from loraflow.flows.server.prefect_yaml import find_prefect_yaml, read_all
 from loraflow.tasks.gpu_lease import create_limit
 
 log = logging.getLogger("loraflow")
@@ -43,7 +45,13 @@ class Deployer:
         self.changes: list[str] = []
 
     def deploy_all(self, specs: list[DeploymentSpec], notifications: Notifications) -> list[str]:
-        """Create or update everything; return a line for each change."""
+        """Create or update everything; return a line for each change.
+
+        Raises:
+            BadConfig: a deployment on the server belongs to another project. Nothing was changed then.
+        """
+        for spec in specs:
+            self._refuse_another_projects(spec)
         for pool in sorted({spec.work_pool.name for spec in specs}):
             self.create_work_pool(pool)
         if create_limit(self.client):
@@ -55,6 +63,25 @@ class Deployer:
         self.warn_of_old_deployments()
         return self.changes
 
+    def _refuse_another_projects(self, spec: DeploymentSpec) -> None:
+        existing = self._find(spec)
+        owner = project_of(existing.pull_steps) if existing else None
+        if owner is not None and spec.project is not None and owner != spec.project:
+            raise BadConfig(
+                f"The deployment {spec.full_name} on this server belongs to another project.",
+                where="prefect.yaml",
+                expected=f"the project {spec.project}",
+                got=f"the project {owner}",
+                next_step="give the deployments of this project other names in prefect.yaml, such as "
+                f"{spec.project}-{spec.name}; or delete the other one: prefect deployment delete {spec.full_name}",
+            )
+
+    def _find(self, spec: DeploymentSpec) -> DeploymentResponse | None:
+        try:
+            return self.client.read_deployment_by_name(spec.full_name)
+        except ObjectNotFound:
+            return None
+
     def create_work_pool(self, name: str) -> None:
         """Create a work pool of type process, unless a pool of this name exists, of any type."""
         try:
@@ -65,9 +92,8 @@ class Deployer:
 
     def deploy(self, spec: DeploymentSpec) -> None:
         """Create a deployment with its triggers, or update what differs."""
-        try:
-            existing = self.client.read_deployment_by_name(spec.full_name)
-        except ObjectNotFound:
+        existing = self._find(spec)
+        if existing is None:
             deployment_id = self._create(spec)
         else:
             deployment_id = existing.id
@@ -88,6 +114,9 @@ class Deployer:
             parameters=fields.parameters,
             description=fields.description,
             work_pool_name=fields.work_pool_name,
+            work_queue_name=fields.work_queue_name,
+            version=fields.version,
+            paused=spec.paused,
             tags=fields.tags,
             entrypoint=fields.entrypoint,
             parameter_openapi_schema=fields.parameter_openapi_schema,
@@ -99,19 +128,35 @@ class Deployer:
         return deployment_id
 
     def _update(self, spec: DeploymentSpec, existing: DeploymentResponse) -> None:
-        update, schedules = spec.to_update(), spec.schedule_updates()
-        fields, stale = changed_fields(update, existing), changed_schedules(schedules, existing)
-        if not fields and not stale:
-            return
-        if stale:  # the server replaces all schedules, so each one keeps the state that a person gave it
-            active = {schedule.slug: schedule.active for schedule in existing.schedules}
-            update.schedules = [
-                schedule.model_copy(update={"active": active.get(schedule.slug, schedule.active)})
-                for schedule in schedules
-            ]
-        self.client.update_deployment(existing.id, update)
-        what = ", ".join([*fields, *(f"schedule {schedule.slug}" for schedule in stale)])
-        self.changes.append(f"deployment {spec.full_name} updated: {what}")
+        update = spec.to_update()
+        changes = changed_fields(update, existing)
+        if changes:
+            self.client.update_deployment(existing.id, update)  # leaves the schedules as they are
+        changes += self._update_schedules(spec, existing)
+        if changes:
+            self.changes.append(f"deployment {spec.full_name} updated: {', '.join(changes)}")
+
+    def _update_schedules(self, spec: DeploymentSpec, existing: DeploymentResponse) -> list[str]:
+        """Create, change and remove schedules one by one; return the changes.
+
+        A schedule keeps the state that a person gave it. Schedules without a slug were added in the UI and stay.
+        """
+        changes, old = [], {schedule.slug: schedule for schedule in existing.schedules if schedule.slug}
+        for schedule in spec.new_schedules():
+            assert schedule.slug is not None
+            found = old.pop(schedule.slug, None)
+            if found is None:
+                self.client.create_deployment_schedules(existing.id, [schedule])
+                changes.append(f"schedule {schedule.slug} created")
+            elif not same_schedule(schedule, found):
+                self.client.update_deployment_schedule(
+                    existing.id, found.id, schedule=schedule.schedule, parameters=schedule.parameters
+                )
+                changes.append(f"schedule {schedule.slug}")
+        for slug, unwanted in old.items():
+            self.client.delete_deployment_schedule(existing.id, unwanted.id)
+            changes.append(f"schedule {slug} removed")
+        return changes
 
     def warn_of_old_deployments(self) -> None:
         """Warn of deployments that an earlier loraflow created and this call does not update.

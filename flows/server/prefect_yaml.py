@@ -2,132 +2,55 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentScheduleUpdate, DeploymentUpdate
-from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
-from prefect.client.schemas.schedules import CronSchedule
-from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
+from prefect import Flow
+from prefect.exceptions import MissingFlowError, ScriptError
+from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
-from prefect.utilities.importtools import import_object
-from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue, ValidationError
 
 import loraflow
 from loraflow.config import yaml
 from loraflow.failures import BadConfig
 from loraflow.flows.server.automations import Notifications
+from loraflow.flows.server.deployment_spec import DeploymentEntry, DeploymentSpec, project_of
+from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
+from loraflow.flows.server.project import FILE
 
-FILE = "prefect.yaml"
-_ENTRIES = TypeAdapter(list[dict[str, JsonValue]])
-
-
-class WorkPool(BaseModel):
-    """The work pool of a deployment, and what its runs change in the pool's job template."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    job_variables: dict[str, JsonValue] = {}
-
-
-class ConcurrencyLimit(BaseModel):
-    """How many runs of a deployment there are at a time, and what happens to the next one."""
-
-    model_config = ConfigDict(frozen=True)
-
-    limit: int
-    collision_strategy: ConcurrencyLimitStrategy | None = None
-    grace_period_seconds: int | None = None
-
-    def options(self) -> ConcurrencyOptions | None:
-        """Return everything but the limit itself; None leaves it to the server."""
-        options = self.model_dump(exclude={"limit"}, exclude_none=True)
-        return ConcurrencyOptions.model_validate(options) if options else None
-
-
-class Schedule(BaseModel):
-    """A cron schedule. Its slug lets a later deploy find it again; `active` counts only when it is created."""
-
-    model_config = ConfigDict(frozen=True)
-
-    slug: str
-    cron: str
-    active: bool
-    timezone: str | None = None
-    parameters: dict[str, JsonValue] = {}
-
-
-class DeploymentSpec(BaseModel):
-    """One deployment of `prefect.yaml`, with what its flow says of itself."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    flow_name: str
-    entrypoint: str
-    description: str | None
-    parameter_openapi_schema: dict[str, JsonValue]
-    pull_steps: list[dict[str, JsonValue]]
-    work_pool: WorkPool
-    tags: list[str] = []
-    parameters: dict[str, JsonValue] = {}
-    concurrency_limit: ConcurrencyLimit | None = None
-    schedules: list[Schedule] = []
-    triggers: list[DeploymentEventTrigger] = []
-
-    @property
-    def full_name(self) -> str:
-        """Return `flow/deployment`."""
-        return f"{self.flow_name}/{self.name}"
-
-    def to_update(self) -> DeploymentUpdate:
-        """Return everything but schedules and triggers, as the server's API takes it."""
-        limit = self.concurrency_limit
-        return DeploymentUpdate(
-            entrypoint=self.entrypoint,
-            description=self.description,
-            tags=self.tags,
-            parameters=self.parameters,
-            parameter_openapi_schema=self.parameter_openapi_schema,
-            enforce_parameter_schema=True,
-            work_pool_name=self.work_pool.name,
-            job_variables=self.work_pool.job_variables,
-            pull_steps=self.pull_steps,
-            concurrency_limit=limit.limit if limit else None,
-            concurrency_options=limit.options() if limit else None,
-        )
-
-    def new_schedules(self) -> list[DeploymentScheduleCreate]:
-        """Return the schedules, as the server's API takes them with a new deployment."""
-        return [
-            DeploymentScheduleCreate.model_validate(schedule.model_dump(exclude_unset=True))
-            for schedule in self.schedule_updates()
-        ]
-
-    def schedule_updates(self) -> list[DeploymentScheduleUpdate]:
-        """Return the schedules, as the server's API takes them with an update."""
-        return [
-            DeploymentScheduleUpdate(
-                slug=schedule.slug,
-                schedule=CronSchedule(cron=schedule.cron, timezone=schedule.timezone),
-                active=schedule.active,
-                parameters=schedule.parameters,
-            )
-            for schedule in self.schedules
-        ]
+log = logging.getLogger("loraflow")
+DOCUMENT_KEYS = ("name", "prefect-version", "build", "push", "pull", "definitions", "notifications", "deployments")
+NO_STEPS = "loraflow deploy runs no {} steps; use `prefect deploy` for this deployment"
+MAX_PROBLEMS = 5
 
 
 def find_prefect_yaml() -> Path:
-    """Return the path of `prefect.yaml`: in the working directory, else in the checkout that loraflow is imported from.
+    """Return the path of the project's `prefect.yaml`.
+
+    It is in the working directory. A project with recipes and without this file gets one. A folder without recipes is no
+    project; there, the file of the checkout that loraflow is imported from is used.
 
     Raises:
         BadConfig: there is no such file.
     """
-    for file in (Path(FILE), Path(loraflow.__file__).parent.parent / FILE):
-        if file.is_file():
-            return file
+    if Path(FILE).is_file():
+        return Path(FILE)
+    if any(Path("configs").glob("*.yaml")):
+        written = write_prefect_yaml(Path())
+        log.warning("%s was written, with deployments for the recipes in configs/; it is yours to change", FILE)
+        return written or Path(FILE)
+    checkout = Path(loraflow.__file__).parent.parent / FILE
+    if checkout.is_file():
+        return checkout
     raise BadConfig(
-        f"{FILE} was not found.", where=str(Path.cwd()), next_step=f"copy {FILE} from the loraflow repository"
+        f"{FILE} was not found, and there are no recipes.",
+        where=str(Path.cwd()),
+        expected=f"a project's folder, with configs/ and {FILE}",
+        next_step="go to the project's folder; or loraflow init --data FILE --base MODEL",
     )
 
 
@@ -168,43 +91,157 @@ def _read(file: Path) -> dict[str, JsonValue]:
 
 
 def _specs(document: dict[str, JsonValue], file: Path, only: list[str] | None) -> list[DeploymentSpec]:
-    try:
-        deployments, pull_steps = _ENTRIES.validate_python(document["deployments"]), document["pull"]
-        entries = {f"{str(entry['entrypoint']).rpartition('.')[2]}/{entry['name']}": entry for entry in deployments}
-        specs = [_to_spec(entry, pull_steps) for name, entry in entries.items() if not only or name in only]
-    except KeyError as error:
-        raise BadConfig(
-            "The deployments cannot be read.", where=str(file), expected=f"the key {error.args[0]}", got="none"
-        ) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BadConfig("The deployments cannot be read.", where=f"{file}: {where}", got=first["msg"]) from error
-    except (TypeError, ImportError, AttributeError) as error:
-        raise BadConfig(
-            "The deployments cannot be read.", where=str(file), got=f"{type(error).__name__}: {error}"
-        ) from error
-    if missing := set(only or []) - {spec.full_name for spec in specs}:
+    entries = document.get("deployments")
+    if not isinstance(entries, list) or not entries:
+        raise BadConfig(f"{FILE} has no deployments.", where=str(file), expected="a list under `deployments`")
+    _check_document(document, file)
+    specs: dict[str, DeploymentSpec] = {}
+    for number, entry in enumerate(entries):
+        spec = _to_spec(entry, document, f"{file}: deployments[{number}]")
+        if spec.full_name in specs:
+            raise BadConfig("Two deployments have the same name.", where=str(file), got=spec.full_name)
+        specs[spec.full_name] = spec
+    if missing := set(only or []) - specs.keys():
         raise BadConfig(
             "There is no such deployment.",
             where=str(file),
-            expected=", ".join(sorted(entries)),
+            expected=", ".join(sorted(specs)),
             got=", ".join(sorted(missing)),
         )
-    return specs
+    wanted = [spec for name, spec in specs.items() if not only or name in only]
+    for spec in wanted:
+        _require_recipes(spec, file)
+    return wanted
 
 
-def _to_spec(entry: dict[str, JsonValue], pull_steps: JsonValue) -> DeploymentSpec:
-    flow = import_object(str(entry["entrypoint"]))
-    return DeploymentSpec.model_validate(
-        {
-            **entry,
-            "flow_name": flow.name,
-            "description": entry.get("description") or flow.description,
-            "parameter_openapi_schema": parameter_schema(flow).model_dump(exclude_unset=True),
-            "pull_steps": pull_steps,
-        }
-    )
+def _check_document(document: dict[str, JsonValue], file: Path) -> None:
+    """Check the keys of the file itself."""
+    unknown = [key for key in document if key not in DOCUMENT_KEYS and not key.startswith("x-")]
+    if unknown:
+        raise BadConfig(
+            f"{FILE} has a key that has no effect.",
+            where=str(file),
+            expected=", ".join(DOCUMENT_KEYS),
+            got=", ".join(unknown),
+        )
+    for key in ("build", "push"):
+        if document.get(key):
+            raise BadConfig(f"{FILE} has {key} steps.", where=f"{file}: {key}", got=NO_STEPS.format(key))
+    pull, name = document.get("pull"), document.get("name")
+    steps = [step for step in pull if isinstance(step, dict)] if isinstance(pull, list) else []
+    entered = project_of(steps)
+    if entered is not None and entered != name:
+        raise BadConfig(
+            f"The pull step of {FILE} names another project than the file.",
+            where=f"{file}: pull",
+            expected=f"project: {name}",
+            got=f"project: {entered}",
+        )
+
+
+def _to_spec(entry: JsonValue, document: Mapping[str, JsonValue], where: str) -> DeploymentSpec:
+    if isinstance(entry, dict) and entry.get("name"):
+        where += f" ({entry['name']})"
+    if isinstance(entry, dict):
+        for key in ("build", "push"):
+            if entry.get(key):
+                raise BadConfig(f"A deployment has {key} steps.", where=f"{where}.{key}", got=NO_STEPS.format(key))
+    for path, text in _texts(entry):
+        if "{{" in text and path != ".description":
+            raise BadConfig(
+                "A deployment contains a template, which loraflow deploy does not fill in.",
+                where=where + path,
+                got=text[:80],
+                next_step="write the value itself, or use `prefect deploy` for this deployment",
+            )
+    try:
+        checked = DeploymentEntry.model_validate(entry)
+    except ValidationError as error:
+        raise _problems("A deployment is not valid.", where, error) from None
+    flow = _load_flow(checked.entrypoint, where)
+    pull = checked.pull if checked.pull is not None else document.get("pull") or []
+    try:
+        return DeploymentSpec.model_validate(
+            {
+                **dict(checked),
+                "flow_name": flow.name,
+                "description": checked.description or flow.description,
+                "parameter_openapi_schema": parameter_schema(flow).model_dump(exclude_unset=True),
+                "pull_steps": pull,
+            }
+        )
+    except ValidationError as error:
+        raise _problems("The pull steps are not valid.", where, error) from None
+
+
+def _texts(value: JsonValue, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every text in a document, with its path."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{path}.{key}")
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _texts(inner, f"{path}[{number}]")
+
+
+def _problems(what: str, where: str, error: ValidationError) -> BadConfig:
+    """Return a failure that lists the first problems, each with its field."""
+    problems = [
+        f"{'.'.join(map(str, problem['loc'])) or 'the entry'}: {problem['msg'].removeprefix('Value error, ')}"
+        for problem in error.errors(include_url=False)[:MAX_PROBLEMS]
+    ]
+    return BadConfig(what, where=where, got="; ".join(problems), next_step=f"correct {FILE}")
+
+
+def _load_flow(entrypoint: str, where: str) -> Flow[..., Any]:
+    try:
+        flow: object = load_flow_from_entrypoint(entrypoint, use_placeholder_flow=False)
+    except (ScriptError, MissingFlowError, ImportError, AttributeError, OSError, ValueError) as error:
+        raise BadConfig(
+            "The flow of a deployment cannot be imported.",
+            where=f"{where}.entrypoint",
+            expected="package.module.flow or path/of/file.py:flow",
+            got=f"{entrypoint}: {type(error).__name__}: {error}",
+        ) from error
+    if not isinstance(flow, Flow):
+        raise BadConfig(
+            "The entrypoint of a deployment is not a flow.",
+            where=f"{where}.entrypoint",
+            got=f"{entrypoint} is a {type(flow).__name__}",
+        )
+    return flow
+
+
+def _require_recipes(spec: DeploymentSpec, file: Path) -> None:
+    """Check that the recipes which a deployment of loraflow's flows names exist in the project.
+
+    Raises:
+        BadConfig: one does not.
+    """
+    if not spec.entrypoint.startswith("loraflow.flows."):
+        return
+    recipe = inspect.signature(_load_flow(spec.entrypoint, str(file)).fn).parameters.get("recipe")
+    if recipe is None:
+        return
+    found = [("parameters", spec.parameters.get("recipe", recipe.default))]
+    for kind, items in (("schedules", spec.schedules), ("triggers", spec.triggers)):
+        found += [(f"{kind}[{n}].parameters", (item.parameters or {}).get("recipe")) for n, item in enumerate(items)]
+    for part, name in found:
+        if not isinstance(name, str) or "{{" in name:
+            continue
+        folder = file.parent
+        if any((folder / path).is_file() for path in (name, f"configs/{name}.yaml", f"configs/{name}.yml")):
+            continue
+        known = sorted(path.stem for path in (folder / "configs").glob("*.yaml"))
+        raise BadConfig(
+            "A deployment names a recipe that does not exist.",
+            where=f"{file}: {spec.full_name}.{part}.recipe",
+            expected=f"one of configs/: {', '.join(known) or 'there is none'}",
+            got=name,
+            next_step=f"correct {FILE}; `loraflow init` makes a recipe",
+        )
 
 
 def _notifications(document: dict[str, JsonValue], file: Path) -> Notifications:

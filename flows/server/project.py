@@ -14,11 +14,13 @@ from uuid import UUID
 from pydantic import JsonValue
 
 import loraflow
+from loraflow.config import yaml
 from loraflow.failures import BadConfig
 
 if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
 
+FILE = "prefect.yaml"
 DEPLOY_AGAIN = "loraflow deploy, from the version that the worker has; then start the run again"
 # What decides whether a value fits a field of the form. Titles and descriptions do not.
 CONSTRAINTS = ("type", "anyOf", "allOf", "enum", "items", "$ref", "minimum", "maximum", "exclusiveMinimum")
@@ -42,15 +44,21 @@ def find_project() -> Path:
     return folder
 
 
-def enter() -> dict[str, str]:
+def enter(project: str | None = None) -> dict[str, str]:
     """Make the project's folder the working directory. `prefect.yaml` names this function as its pull step.
 
+    Args:
+        project: the `name` of the deployment's `prefect.yaml`; None, as in older files, is not checked.
+
     Raises:
-        BadConfig: there is no project, or the run's deployment does not fit this version.
+        BadConfig: there is no project, it is another one than the deployment's, or the run's deployment does not fit
+            this version.
     """
     run_id = os.environ.get("PREFECT__FLOW_RUN_ID")
     try:
         folder = find_project()
+        if project is not None:
+            _refuse_another_project(folder, project)
         os.chdir(folder)
         if run_id:
             refuse_outdated(UUID(run_id))
@@ -59,6 +67,31 @@ def enter() -> dict[str, str]:
             _fail_run(UUID(run_id), failure)
         raise
     return {"directory": str(folder)}
+
+
+def project_name(folder: Path) -> str | None:
+    """Return the `name` in a project's `prefect.yaml`; None if it has no such file, or no name."""
+    try:
+        document = yaml.load_plain((folder / FILE).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, yaml.Syntax) as error:
+        raise BadConfig(f"{FILE} cannot be read.", where=str(folder / FILE), got=str(error)) from error
+    name = document.get("name") if isinstance(document, dict) else None
+    return str(name) if name is not None else None
+
+
+def _refuse_another_project(folder: Path, project: str) -> None:
+    name = project_name(folder)
+    if name is not None and name != project:
+        raise BadConfig(
+            "The worker serves another project than the run's.",
+            where=f"worker in {folder}",
+            expected=f"the project {project}",
+            got=f"the project {name}, by its {FILE}",
+            next_step="give each project a work pool of its own in prefect.yaml, and start its worker with "
+            f"LORAFLOW_HOME=/path/of/{project}",
+        )
 
 
 def _fail_run(run_id: UUID, failure: BadConfig) -> None:

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loraflow.adapters.fused_projections import AttentionHeads
-from loraflow.failures import BadModel
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from loraflow.base.meta import model_without_weights
 
 
 @dataclass(frozen=True)
@@ -30,26 +26,14 @@ class BaseShapes:
         Raises:
             BadModel: the folder has no config of a causal model that transformers knows.
         """
-        import torch
         from torch import nn
-        from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.pytorch_utils import Conv1D
 
-        try:
-            config = AutoConfig.from_pretrained(base, local_files_only=True)
-            with torch.device("meta"):
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        except (OSError, ValueError, KeyError) as error:
-            raise BadModel(
-                "The base's configuration cannot be read.",
-                where=str(base),
-                expected="config.json of a causal model",
-                got=str(error).splitlines()[0][:200],
-            ) from error
+        model = model_without_weights(base)
         modules = dict(model.named_modules())
         return cls(
             {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)},
-            AttentionHeads.of(config.get_text_config()),
+            AttentionHeads.of(model.config.get_text_config()),
             frozenset(name for name, module in modules.items() if isinstance(module, nn.Embedding)),
             frozenset(name for name, module in modules.items() if isinstance(module, Conv1D)),
         )

@@ -5,14 +5,17 @@ An adapter for q_proj, k_proj and v_proj is converted for a base with qkv_proj, 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
+from loraflow.adapters.accept import check_adapter
 from loraflow.adapters.base_shapes import BaseShapes
 from loraflow.adapters.fit_to_base import fit
 from loraflow.adapters.loralib_checkpoint import LoralibSettings, from_loralib, read_tensors
-from loraflow.adapters.peft_folder import read_peft, write_peft
+from loraflow.adapters.peft_folder import read_peft, refuse_unconvertible, write_peft
+from loraflow.adapters.tokenizer_files import tokenizer_files
 from loraflow.failures import BadModel
 
 
@@ -48,6 +51,8 @@ def convert(
     """
     shapes = BaseShapes.read(base)
     if source.is_dir():
+        refuse_unconvertible(source)
+        check_adapter(source, base, convertible=True)
         adapter = read_peft(source)
     elif lora_alpha is None:
         raise BadModel(
@@ -57,6 +62,8 @@ def convert(
         adapter = from_loralib(read_tensors(source), shapes, LoralibSettings(lora_alpha, enable_lora or {}))
     fitted, done = fit(adapter, shapes)
     write_peft(fitted, out)
+    for file in tokenizer_files(source) if source.is_dir() else ():
+        shutil.copyfile(file, out / file.name)
     ranks = sorted({update.rank for update in fitted.updates.values()})
     return {"kept": done.kept, "split": done.split, "fused": done.fused, "ranks": ranks}
 

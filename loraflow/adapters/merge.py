@@ -23,6 +23,7 @@ def run(job: Job[MergeConfig], inputs: Inputs, out: Path, progress: Progress) ->
         "max_shard_bytes": int(config.max_shard_size_gb * 1e9),
         "threads": job.runtime.threads,
         "base_digest": job.inputs["base"].digest,
+        "checked": True,
     }
     base, adapter = inputs["base"], inputs["adapter"] / "adapter"
     if config.nf4 is not None:

@@ -13,14 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
 
+from pydantic import JsonValue
+
 from loraflow.adapters import safetensors_files as files
 from loraflow.adapters import validation
+from loraflow.adapters.accept import check_adapter
 from loraflow.adapters.adapter_config import AdapterConfig
-from loraflow.adapters.merge_plan import MergePlan, plan_merge
+from loraflow.adapters.merge_plan import MergePlan, fits, plan_merge
 from loraflow.adapters.merge_with_peft import merge_with_peft
 from loraflow.adapters.nf4 import Nf4, quantized_names
 from loraflow.adapters.origin import ORIGIN, check_origin, template_hash, write_origin
 from loraflow.adapters.streaming_merge import merge_streaming
+from loraflow.adapters.tokenizer_files import has_own, tokenizer_files, write_tokenizer
 from loraflow.base.weight_files import refuse_pickles
 from loraflow.failures import BadModel
 from loraflow.job import Progress
@@ -37,6 +41,7 @@ class MergeOptions(TypedDict, total=False):
     max_shard_bytes: int
     threads: int | None
     base_digest: str | None
+    checked: bool
 
 
 class MergeFigures(TypedDict):
@@ -62,6 +67,7 @@ def merge(
     base_digest: str | None = None,
     nf4: Nf4 | None = None,
     trust: bool = False,
+    checked: bool = False,
 ) -> MergeFigures:
     """Merge an adapter's folder into a base's folder.
 
@@ -76,12 +82,13 @@ def merge(
         base_digest: digest of the base's artifact, compared with the one that the adapter records.
         nf4: merge into the base's weights as training saw them.
         trust: run code that comes with the base, to know which of its weights were quantized.
+        checked: the adapter is an intact artifact of the train stage, so it is complete. Checking it takes seconds.
 
     Raises:
         BadModel: weights are a pickle, damaged or not finite; the adapter belongs to another base or chat template; a
             tensor has no counterpart in the base; the tokenizer has more tokens than the embeddings have rows.
     """
-    config, entries = _check_inputs(base, adapter, base_digest)
+    config, entries = _check_inputs(base, adapter, base_digest, trust=trust, checked=checked)
     started = time.perf_counter()
     plan = _plan(config, base, adapter, entries, nf4, trust=trust)
     if plan is None:
@@ -90,22 +97,27 @@ def merge(
         adapted = len(plan.updates)
         merge_streaming(base, plan, out, dtype, max_shard_bytes, threads, progress or Progress())
     seconds = time.perf_counter() - started
-    _copy_other_files(base, out, dtype)
+    _copy_other_files(base, adapter, out, dtype)
     _write_stop_ids(out)
     write_origin(out, base, base_digest)
     return {"adapted": adapted, "route": "peft" if plan is None else "streamed", "seconds": round(seconds, 2)}
 
 
-def _check_inputs(base: Path, adapter: Path, base_digest: str | None) -> tuple[AdapterConfig, list[files.TensorEntry]]:
+def _check_inputs(
+    base: Path, adapter: Path, base_digest: str | None, *, trust: bool, checked: bool
+) -> tuple[AdapterConfig, list[files.TensorEntry]]:
     """Check both folders before anything is written; return the adapter's config and the base's tensors."""
     refuse_pickles(adapter)
     refuse_pickles(base)
     config = AdapterConfig.read(adapter)
     validation.check_config(config, adapter)
-    validation.check_tensors(adapter)
-    check_origin(adapter, base, base_digest)
     entries = files.model_entries(base)
-    _check_vocabulary(base, adapter, entries)
+    if checked:
+        validation.check_tensors(adapter)
+        check_origin(adapter, base, base_digest)
+        _check_vocabulary(base, adapter, entries)
+    else:
+        check_adapter(adapter, base, base_digest=base_digest, trust=trust)
     return config, entries
 
 
@@ -120,9 +132,10 @@ def _plan(
 ) -> MergePlan | None:
     """Plan a merge from disk to disk; return None if only peft can merge this adapter."""
     plan = plan_merge(config, adapter)
-    if plan is None:
+    # Names on the disk are others than in memory for some architectures, and new tokens need more rows than the base has.
+    if plan is None or not fits(entries, plan) or _unties(base, entries, plan):
         return None
-    _check_tied(base, entries, plan)
+    _warn_of_tied(base, entries, plan)
     if nf4 is None:
         return plan
     names = quantized_names(base, trust=trust)
@@ -140,20 +153,17 @@ def _check_vocabulary(base: Path, adapter: Path, entries: list[files.TensorEntry
         validation.check_vocabulary(base, adapter, rows[0])
 
 
-def _check_tied(base: Path, entries: list[files.TensorEntry], plan: MergePlan) -> None:
-    """Refuse fully trained embeddings or a head (modules_to_save) if the base ties them."""
-    if not _is_tied(base, entries):
-        return
-    for name, entry in plan.replaced.items():
-        # With LoRA on embeddings, peft also saves the base's own ones (`base_layer`), which were not trained.
-        if _module_of(name) in _EMBEDDINGS + _HEADS and ".base_layer." not in entry.name:
-            raise BadModel(
-                "The adapter contains fully trained embeddings or a head, but the base uses one weight for both.",
-                where=name,
-                got="tie_word_embeddings",
-                next_step="serve base and adapter together, with peft; or train single tokens: trainable_token_indices",
-            )
-    for name, update in plan.updates.items():
+def _unties(base: Path, entries: list[files.TensorEntry], plan: MergePlan) -> bool:
+    """Tell whether fully trained embeddings or a head (modules_to_save) give a tied base two weights instead of one."""
+    # With LoRA on embeddings, peft also saves the base's own ones (`base_layer`), which were not trained.
+    return _is_tied(base, entries) and any(
+        _module_of(name) in _EMBEDDINGS + _HEADS and ".base_layer." not in entry.name
+        for name, entry in plan.replaced.items()
+    )
+
+
+def _warn_of_tied(base: Path, entries: list[files.TensorEntry], plan: MergePlan) -> None:
+    for name, update in plan.updates.items() if _is_tied(base, entries) else ():
         if update.embedding and _module_of(name) in _EMBEDDINGS:
             log.warning("%s is the head's weight too: the merge changes both, while training changed one.", name)
 
@@ -165,17 +175,51 @@ def _is_tied(base: Path, entries: list[files.TensorEntry]) -> bool:
     return not any(_module_of(entry.name) in _HEADS for entry in entries) if tied is None else bool(tied)
 
 
-def _copy_other_files(base: Path, out: Path, dtype: str | None) -> None:
-    """Copy config, tokenizer, template and generation config: without the last, a model may never stop."""
+def _copy_other_files(base: Path, adapter: Path, out: Path, dtype: str | None) -> None:
+    """Copy config, tokenizer, template and generation config: without the last, a model may never stop.
+
+    The tokenizer and the template are the adapter's, if it has its own.
+    """
+    merged = out / "config.json"  # there already, if peft merged
+    changed = _changed_settings(base, merged) if merged.exists() else {}
+    own = has_own(adapter)
     for path in sorted(base.iterdir()):
         if path.is_dir() or path.name in ("manifest.json", ORIGIN) or ".safetensors" in path.name:
             continue
-        shutil.copyfile(path, out / path.name)
-    if dtype is not None:
-        file = out / "config.json"
-        values = json.loads(file.read_text(encoding="utf-8"))
-        values.pop("torch_dtype", None)
-        file.write_text(json.dumps({**values, "dtype": dtype}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if not own or path not in tokenizer_files(base):
+            shutil.copyfile(path, out / path.name)
+    if own:
+        write_tokenizer(base, adapter, out)
+    if dtype is not None or changed:
+        values = json.loads(merged.read_text(encoding="utf-8"))
+        if dtype is not None:
+            values.pop("torch_dtype", None)
+            values["dtype"] = dtype
+        for section, settings in changed.items():
+            (values[section] if section else values).update(settings)
+        merged.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _changed_settings(base: Path, merged: Path) -> dict[str, dict[str, JsonValue]]:
+    """Return what a merge changed in config.json: the vocabulary, and whether one weight is embeddings and head.
+
+    Args:
+        base: the model's folder.
+        merged: the configuration that peft's merge wrote.
+
+    Returns:
+        new values by section of the file; the section "" is the file itself.
+    """
+    before, after = (json.loads(file.read_text(encoding="utf-8")) for file in (base / "config.json", merged))
+    unties = after.get("tie_word_embeddings") is False and _is_tied(base, files.model_entries(base))
+    changed: dict[str, dict[str, JsonValue]] = {"": {"tie_word_embeddings": False}} if unties else {}
+    for section in ("", "text_config"):
+        old, new = ((values.get(section) or {} if section else values) for values in (before, after))
+        if "vocab_size" in old and "vocab_size" in new and new["vocab_size"] != old["vocab_size"]:
+            changed.setdefault(section, {})["vocab_size"] = new["vocab_size"]
+        if section and unties and "tie_word_embeddings" in old:
+            changed.setdefault(section, {})["tie_word_embeddings"] = False
+    return changed
 
 
 def _write_stop_ids(out: Path) -> None:

@@ -100,6 +100,17 @@ def _fully_trained_tensors(
     return replaced
 
 
+def fits(entries: Iterable[TensorEntry], plan: MergePlan) -> bool:
+    """Tell whether the base's files have a tensor of the same name and shape for each one that the plan changes."""
+    base = {entry.name: entry.shape for entry in entries}
+    return all(base.get(name) == shape for name, shape in _shapes(plan).items())
+
+
+def _shapes(plan: MergePlan) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {name: update.shape for name, update in plan.updates.items()}
+    return shapes | {name: entry.shape for name, entry in plan.replaced.items()}
+
+
 def check_fit(entries: list[TensorEntry], plan: MergePlan) -> None:
     """Check that every tensor of the adapter has its tensor in the base, of the same shape.
 
@@ -107,9 +118,7 @@ def check_fit(entries: list[TensorEntry], plan: MergePlan) -> None:
         BadModel: a tensor is missing in the base, or has another shape.
     """
     base = {entry.name: entry for entry in entries}
-    shapes: dict[str, tuple[int, ...]] = {name: update.shape for name, update in plan.updates.items()}
-    shapes |= {name: entry.shape for name, entry in plan.replaced.items()}
-    for name, shape in shapes.items():
+    for name, shape in _shapes(plan).items():
         entry = base.get(name)
         if entry is None:
             raise _missing(name, base)

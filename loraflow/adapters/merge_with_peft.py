@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.adapters.nf4 import Nf4
+from loraflow.adapters.vocabulary import fit_vocabulary
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
@@ -32,7 +34,17 @@ def merge_with_peft(
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True, output_loading_info=True)
+    model, report = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
+    if report["missing_keys"]:
+        raise BadModel(
+            "The base's files lack weights, which transformers would fill with random numbers.",
+            where=str(base),
+            got=", ".join(sorted(report["missing_keys"])[:3]),
+            next_step="fetch the base again; if its embeddings are its head too, config.json needs "
+            "tie_word_embeddings: true",
+        )
+    fit_vocabulary(model, adapter, AdapterConfig.read(adapter))
     if nf4 is not None:
         nf4.apply(model)
     wrapped = _load_adapter(model, adapter)

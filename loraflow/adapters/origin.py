@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from loraflow.adapters.tokenizer_files import own_template
 from loraflow.failures import BadModel
 from loraflow.frozen import StoredModel
 
@@ -45,9 +46,11 @@ def check_origin(adapter: Path, base: Path, base_digest: str | None) -> None:
     if not (adapter / ORIGIN).exists():
         return
     trained = _Origin.model_validate_json((adapter / ORIGIN).read_bytes())
+    own = own_template(adapter)  # takes precedence over the base's
+    used = template_hash(base) if own is None else hashlib.sha256(own.encode()).hexdigest()
     for what, ours, theirs in (
         ("base", base_digest, trained.base),
-        ("chat template", template_hash(base), trained.chat_template_sha256),
+        ("chat template", used, trained.chat_template_sha256),
     ):
         if ours and theirs and ours != theirs:
             raise BadModel(

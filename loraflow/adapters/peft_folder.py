@@ -37,10 +37,7 @@ def read_peft(folder: Path) -> Adapter:
     """
     from safetensors.torch import load_file
 
-    refuse_pickles(folder)
-    config = AdapterConfig.read(folder)
-    _refuse_more_than_lora(config, folder)
-    check_config(config, folder)
+    config = refuse_unconvertible(folder)
     check_tensors(folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     updates: dict[str, LoraUpdate] = {}
@@ -62,6 +59,19 @@ def read_peft(folder: Path) -> Adapter:
             "The adapter holds more than LoRA.", where=f"{folder}: {rest[0]}", got=f"{len(rest)} other tensors"
         )
     return Adapter(updates)
+
+
+def refuse_unconvertible(folder: Path) -> AdapterConfig:
+    """Return an adapter's configuration, if it is of a kind that can be converted.
+
+    Raises:
+        BadModel: it is a pickle, or by its configuration more than LoRA, rsLoRA or DoRA.
+    """
+    refuse_pickles(folder)
+    config = AdapterConfig.read(folder)
+    _refuse_more_than_lora(config, folder)
+    check_config(config, folder)
+    return config
 
 
 def _refuse_more_than_lora(config: AdapterConfig, folder: Path) -> None:

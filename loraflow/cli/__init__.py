@@ -50,6 +50,7 @@ COMMANDS = {
     "rollback": ("loraflow.cli.registry", "Go back to the previous champion."),
     "up": ("loraflow.cli.deploy", "Start a Prefect server, a worker and all deployments on this machine."),
     "deploy": ("loraflow.cli.deploy", "Create or update the deployments on the server at PREFECT_API_URL."),
+    "base": ("loraflow.cli.base", "Install the bundled base model."),
     "doctor": ("loraflow.cli.doctor", "Show what this machine supports and what is missing."),
 }
 

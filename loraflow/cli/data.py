@@ -57,18 +57,21 @@ def add(folder: str, no_push: bool, commit: bool, git_push: bool, remote: str | 
             "next      run it again with --git-push: other machines read the dataset's version from the git remote"
         )
     if os.environ.get("PREFECT_API_URL"):
+        from loraflow.flows.server.project import project_name
         from loraflow.tasks.events import announce_dataset
 
-        click.echo(f"notified  {announce_dataset(pin.path, pin.md5, revision)}")
+        click.echo(f"notified  {announce_dataset(pin.path, pin.md5, revision, project_name(Path()))}")
 
 
 @data.command()
-@click.argument("dvc_file", default="data.dvc")
+@click.argument("dvc_file", default="data.dvc", metavar="[DVC_FILE | FOLDER]")
 @click.option("--remote", metavar="NAME", help="Pull from this DVC remote instead of the default remote.")
 def pull(dvc_file: str, remote: str | None) -> None:
-    """Pull the files that DVC_FILE pins into the work tree, and check their contents."""
+    """Pull the files that DVC_FILE, or FOLDER.dvc, pins into the work tree, and check their contents."""
     from loraflow.data import dvc
 
+    if not dvc_file.endswith(".dvc"):  # the dataset's own name
+        dvc_file = f"{dvc_file.rstrip('/')}.dvc"
     pin = dvc.pull(dvc_file, remote=remote)
     click.echo(f"{pin.path} is version {pin.md5}")
 

@@ -38,9 +38,8 @@ only_option = click.option(
     "--pool",
     "pools",
     multiple=True,
-    default=["local"],
-    show_default=True,
-    help="Work pool to start a worker for; repeat for several. It replaces the default.",
+    help="Work pool to start a worker for; repeat for several. Default: `local`, or all pools of prefect.yaml if it has "
+    "no pool of that name.",
 )
 @click.option("--limit", default=4, show_default=True, type=click.IntRange(1), help="Concurrent runs of each worker.")
 @click.option(
@@ -86,6 +85,8 @@ def _start_all(
     _quiet_prefect()
     specs, changes = deploy(list(only))
     _show_changes(changes)
+    named = {spec.work_pool.name for spec in specs}
+    pools = pools or (("local",) if "local" in named else tuple(sorted(named)))
     for line in end_abandoned(pools):
         click.echo(line)
     for pool in pools:

@@ -83,11 +83,12 @@ register:
 @click.option("--base", required=True, help="Base model: bundled:smollm2, a folder, or a hub id.")
 @click.option("--name", help="Name of the recipe. Default: the name of the file.")
 def init(data_file: Path, base: str, name: str | None) -> None:
-    """Write configs/NAME.yaml, a data folder and its .dvc file from a file or folder of chats."""
+    """Write configs/NAME.yaml, a data folder with its .dvc file, and prefect.yaml, from a file or folder of chats."""
     quiet_logging()
     from loraflow.data import dvc
     from loraflow.data.guess_columns import columns_of
     from loraflow.data.readers import match_files, read_rows
+    from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
 
     name = re.sub(r"[^a-z0-9._-]+", "-", (name or data_file.stem).lower()).strip("-.") or "mine"
     recipe = Path("configs", f"{name}.yaml")
@@ -115,6 +116,8 @@ def init(data_file: Path, base: str, name: str | None) -> None:
         click.echo(f"neither trained on nor held out: {', '.join(unused)}")
     click.echo(f"{recipe}   the recipe; its comments explain each line")
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
+    if deployments := write_prefect_yaml(Path(), name):
+        click.echo(f"{deployments}   deployments for `loraflow up` and `loraflow deploy`")
     click.echo(f"next  loraflow plan {recipe}   ·   loraflow run {recipe}")
 
 

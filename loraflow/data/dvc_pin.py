@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,7 @@ from loraflow.failures import BadData
 
 MAX_BYTES = 256 * 2**10  # of a .dvc file; DVC writes about 100
 MAX_DEPTH = 12  # of its YAML; DVC writes 3
+_CONFLICT = re.compile(r"^(<{7}|>{7})( |$)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,14 @@ def parse_pin(text: str, dvc_file: str, where: str) -> Pin:
     Raises:
         BadData: it does not pin exactly one output by md5, inside its repository.
     """
+    if _CONFLICT.search(text):
+        raise BadData(
+            "The .dvc file has conflict markers of git.",
+            where=where,
+            expected="one version of the file",
+            got="lines such as `<<<<<<<` and `>>>>>>>`",
+            next_step=f"choose a side: `git checkout --ours {dvc_file}` or `--theirs`, then `git add {dvc_file}`",
+        )
     try:
         _check_yaml(text)
         document = yaml.load(text, Loader=yaml.BaseLoader)  # all scalars are text: an md5 can be all digits

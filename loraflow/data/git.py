@@ -61,6 +61,12 @@ def head_commit(folder: str | Path) -> str | None:
     return git_or_none(["rev-parse", "--verify", "--quiet", "HEAD"], folder)
 
 
+def has_uncommitted_changes(folder: str | Path) -> bool | None:
+    """Return whether tracked files differ from the commit that is checked out; None outside a repository, or without git."""
+    changed = git_or_none(["status", "--porcelain", "--untracked-files=no"], folder)
+    return None if changed is None else bool(changed)
+
+
 def is_url(repo: str) -> bool:
     """Tell whether a repository is given as a URL, not as a folder."""
     return "://" in repo or (repo.startswith("git@") and ":" in repo)

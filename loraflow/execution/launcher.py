@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from loraflow import failures
+from loraflow import __version__, failures
 from loraflow.config.stage_configs import JobRuntime, RetryWith, StageConfig
 from loraflow.execution.cache import look_up
 from loraflow.execution.classify import storage_failure
@@ -143,7 +143,7 @@ def _with_less_memory(job: Job[StageConfig], failure: failures.OutOfMemory) -> J
 
 def _provenance(job: Job[StageConfig], runtime: JobRuntime, started: float) -> dict[str, JsonValue]:
     """Return the facts that the manifest records but the fingerprint does not include: time, runtime, versions, machine."""
-    versions: dict[str, JsonValue] = {}
+    versions: dict[str, JsonValue] = {"loraflow": __version__}
     for name in _RECORDED:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)

@@ -6,8 +6,11 @@ import logging
 import os
 from pathlib import Path
 
+from loraflow.credentials import mask
+
 log = logging.getLogger(__name__)
 
+LOGS = ("log.txt", "log-before.txt")  # a worker's log, and the end of what was removed from it
 MAX_LOG = 64 * 2**20  # bytes, after which the log is emptied; the end of it is kept as `log-before.txt`
 KEPT_LOG = 4 * 2**20  # bytes of it
 MAX_PROGRESS = 16 * 2**20  # bytes, after which the lines that were read are removed
@@ -35,9 +38,35 @@ def limit_log(path: Path) -> None:
             return
         tail = read_tail(path, KEPT_LOG)
         os.truncate(path, 0)  # first: this makes room
-        path.with_name("log-before.txt").write_text(tail, encoding="utf-8")
+        path.with_name(LOGS[1]).write_text(tail, encoding="utf-8")
     except OSError as error:
         log.warning("the log %s is not shortened: %s", path, error)
+
+
+def mask_log(path: Path) -> None:
+    """Mask the credentials in the log of a worker that has ended.
+
+    The worker masks what Python prints. Programs and C libraries write past that, and the launcher knows more credentials.
+    """
+    draft = path.with_name(f".{path.name}.masked")
+    changed = False
+    try:
+        with (
+            path.open(encoding="utf-8", errors="surrogateescape", newline="") as log_file,
+            draft.open("w", encoding="utf-8", errors="surrogateescape", newline="") as masked_file,
+        ):
+            for line in log_file:
+                masked = mask(line)
+                changed = changed or masked != line
+                masked_file.write(masked)
+        if changed:
+            os.replace(draft, path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        log.warning("the log %s is not masked: %s", path, error)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 class ProgressReader:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from loraflow import failures
-from loraflow.credentials import format_masked, protect_output
+from loraflow.credentials import format_masked, protect_output, protect_streams
 from loraflow.execution.classify import classify
 from loraflow.execution.device_group import PARENT, needs_group, node, run_in_group
 from loraflow.execution.job_file import JobFile
@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
     _end_with_launcher(file.job.runtime.grace_seconds)
     faulthandler.enable()
     protect_output()
+    protect_streams()
     write_stacks_on_request(file.work)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True

@@ -18,7 +18,7 @@ from loraflow import failures
 from loraflow.config.stage_configs import HubOrigin, StageConfig
 from loraflow.execution.device_group import PARENT
 from loraflow.execution.job_file import JobFile
-from loraflow.execution.log_file import ProgressReader, limit_log
+from loraflow.execution.log_file import LOGS, ProgressReader, limit_log, mask_log
 from loraflow.execution.outcome import FILE, PIPE, read_outcome
 from loraflow.execution.stall_watch import AwakeClock, StallWatch, remove_stacks
 from loraflow.job import Job
@@ -70,6 +70,8 @@ def run_in_worker_process(
             code = _follow(process, file, on_progress, ends)
         finally:
             _end_group(process, job.runtime.grace_seconds)
+            for name in LOGS:
+                mask_log(work / name)
         return read_outcome(file, read_end, code, oom_killed=_oom_kills() > kills_before)
     finally:
         os.close(read_end)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
-from loraflow.failures import CorruptArtifact, Failure
+from loraflow.failures import CorruptArtifact, Failure, ReadOnlyStore
 from loraflow.registry.log import Entry, PromotionLog
 from loraflow.registry.rebuild import how_to_rebuild
-from loraflow.store import Ref, Store
+from loraflow.store import Ref, Store, require_unchanged
+from loraflow.store.files import HashMemo
 
+log = logging.getLogger("loraflow")
 KEEP_CHAMPIONS = 10  # the default of runtime.keep_champions
 
 
@@ -35,6 +39,32 @@ def lineage(store: Store, entry: Entry) -> list[Ref]:
         except Failure:  # it is gone or damaged, which `loraflow verify` reports
             continue
     return refs
+
+
+def require_champion_intact(store: Store, champion: Entry, memo: HashMemo) -> None:
+    """Hash those files of a champion that changed since this machine hashed them.
+
+    A damaged adapter is quarantined with a warning: the merged model is in use, and no run of another recipe recomputes
+    the adapter.
+
+    Raises:
+        CorruptArtifact: the merged model is damaged. It was moved to the quarantine.
+    """
+    require_unchanged(store, champion.merged, memo)
+    if champion.adapter is None:
+        return
+    problems = store.check_changed(champion.adapter, memo)
+    if not problems:
+        return
+    if _has_manifest(store, champion.adapter):
+        with suppress(ReadOnlyStore):
+            store.quarantine(champion.adapter, problems)
+    log.warning(
+        "the adapter of the champion of %s is missing or damaged (%s): %s",
+        champion.model,
+        "; ".join(problems[:3]),
+        how_to_rebuild(store, champion.adapter),
+    )
 
 
 def choose_intact(store: Store, targets: Sequence[Entry], *, skip_missing: bool = False) -> Entry:

@@ -94,7 +94,9 @@ class RunRecord(StoredModel):
     started: float = 0.0  # seconds since 1970
     seconds: float = 0.0
     actor: str | None = None
+    loraflow: str | None = None  # version
     commit: str | None = None  # HEAD of the project's git repository when the run ended
+    uncommitted: bool | None = None  # whether tracked files differed from it
     prefect_run: str | None = None
     recipe_text: str = ""  # of the file, as it was read when the run started
     overrides: dict[

@@ -200,6 +200,6 @@ def _origin(facts: Facts) -> list[str]:
         "dataset": f"DVC md5 `{facts.dataset}`" + (f" ({rows} rows)" if rows else "") if facts.dataset else "",
         "model": f"`{facts.digest}`",
         "licence": facts.licence or "that of the base model; it is not recorded here",
-        "made with": ", ".join([f"loraflow {__version__}", *(f"{name} {v}" for name, v in facts.versions.items())]),
+        "made with": ", ".join(f"{name} {v}" for name, v in {"loraflow": __version__, **facts.versions}.items()),
     }
     return [f"- {key}: {value}" for key, value in known.items() if value]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraflow import identity
+from loraflow.adapters.tokenizer_files import served_folder, tokenizer_files
 from loraflow.config import Runtime
 from loraflow.failures import BadConfig, BadModel
 from loraflow.registry.log import Entry, PromotionLog, models
@@ -61,8 +62,9 @@ class Model:
         ]
         hashes = {path.name: memo.hash(path) for path in files}
         if self.unmerged_adapter is not None:
-            names = ("adapter_config.json", "adapter_model.safetensors")
-            hashes |= {f"adapter/{name}": memo.hash(self.unmerged_adapter / name) for name in names}
+            adapter = self.unmerged_adapter
+            files = [adapter / "adapter_config.json", adapter / "adapter_model.safetensors", *tokenizer_files(adapter)]
+            hashes |= {f"adapter/{path.name}": memo.hash(path) for path in files}
         return identity.digest(hashes)
 
     def intact_base(self) -> Path | None:
@@ -267,21 +269,44 @@ def load(model: Model, dtype: str, device: str = "auto") -> Loaded:
     from loraflow.base.load import load_model, load_tokenizer, stop_ids
     from loraflow.data.loss_mask import ChatTemplate
 
+    adapter = model.unmerged_adapter
+    if adapter is not None:
+        check_unmerged(model)
     network = load_model(model.folder, dtype, Runtime.model_validate({"device": device}))
     positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    if adapter is not None:
+        network = _with_adapter(network, adapter)
+    with served_folder(model.folder, adapter) as folder:
+        return Loaded(network, load_tokenizer(folder), ChatTemplate(folder), stop_ids(folder), positions)
+
+
+def check_unmerged(model: Model) -> None:
+    """Refuse an adapter that is not complete, or does not fit the base that it is applied to.
+
+    Raises:
+        BadModel: see `check_adapter`.
+    """
+    from loraflow.adapters.accept import check_adapter
+
     if model.unmerged_adapter is not None:
-        network = _with_adapter(network, model.unmerged_adapter)
-    return Loaded(network, load_tokenizer(model.folder), ChatTemplate(model.folder), stop_ids(model.folder), positions)
+        check_adapter(
+            model.unmerged_adapter, model.folder, base_digest=model.base_ref.digest if model.base_ref else None
+        )
 
 
 def _with_adapter(base: PreTrainedModel, adapter: Path) -> PeftModelForCausalLM:
     from peft import PeftConfig, PeftModelForCausalLM
 
+    from loraflow.adapters.adapter_config import AdapterConfig
+    from loraflow.adapters.vocabulary import fit_vocabulary
+
+    fit_vocabulary(base, adapter, AdapterConfig.read(adapter))
     try:
         model = PeftModelForCausalLM(base, PeftConfig.from_pretrained(str(adapter)))
-        # Not PeftModel.from_pretrained, which only warns about tensors that match no module.
+        # Not PeftModel.from_pretrained, which only warns about missing tensors. Unexpected ones were refused before, except
+        # for the copies of embeddings that peft saves and does not read.
         found = model.load_adapter(str(adapter), "default")
-        mismatches = [*found.unexpected_keys, *(key for key in found.missing_keys if "lora_" in key)]
+        mismatches = [key for key in found.missing_keys if "lora_" in key]
     except (ValueError, RuntimeError) as error:
         mismatches = [str(error).strip().splitlines()[0]]
     if mismatches:

@@ -140,7 +140,8 @@ def predict(
 
 def _check_paths(source: Path, target: Path) -> None:
     if not source.is_file():
-        raise BadConfig("There is no such file.", where=str(source), expected="a file of chats")
+        what = "The input is a folder." if source.is_dir() else "There is no such file."
+        raise BadConfig(what, where=str(source), expected="one file of chats")
     if target.suffix.lower() not in OUT_SUFFIXES:
         raise BadConfig(
             "This file format is not supported for output.",

@@ -15,12 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraflow.adapters.tokenizer_files import VOCABULARY, tokenizer_files
 from loraflow.failures import BadConfig, BadModel, Failure, Network
 from loraflow.identity import short
 from loraflow.registry.runs import Publication
 from loraflow.serving.artifacts import intact_folder
 from loraflow.serving.card import Facts, PublishedForm, collect_facts, write_card
-from loraflow.serving.models import MODEL_FILE_SUFFIXES, Model
+from loraflow.serving.models import MODEL_FILE_SUFFIXES, Model, check_unmerged
 from loraflow.store import Store, open_store
 from loraflow.store.base import MANIFEST
 from loraflow.store.files import HashMemo
@@ -169,7 +170,14 @@ def _hub_files(model: Model, what: PublishedForm) -> dict[str, Path]:
         return {path.name: path for path in paths if path.suffix in MODEL_FILE_SUFFIXES}
     assert model.unmerged_adapter is not None and model.base is not None
     files = {name: model.unmerged_adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")}
-    return files | {path.name: path for path in sorted(model.base.iterdir()) if path.name.startswith(TOKENIZER_FILES)}
+    check_unmerged(model)
+    # An adapter that has only a template goes with the base's tokenizer.
+    own = tokenizer_files(model.unmerged_adapter)
+    whole = any(path.name == VOCABULARY for path in own)
+    tokenizer = (
+        [] if whole else [path for path in sorted(model.base.iterdir()) if path.name.startswith(TOKENIZER_FILES)]
+    )
+    return files | {path.name: path for path in (*tokenizer, *own)}
 
 
 def _without_paths(file: Path, facts: Facts) -> str:

@@ -73,7 +73,7 @@ def plan_server(
         weights = str(next(cache.glob("*/snapshots/*")))
         command = ["vllm.entrypoints.openai.api_server", "--model", weights, "--served-model-name", name, *address]
     else:
-        command = ["transformers.cli.transformers", "serve", name, *address]
+        command = ["transformers.cli.transformers", "serve", name, *address, *_concurrency(model.folder)]
     command = [sys.executable, "-m", *command]
     if dtype:
         command += ["--dtype", dtype]
@@ -93,6 +93,18 @@ def _pick_engine(engine: str) -> str:
             next_step="pip install vllm" if engine == "vllm" else "pip install 'loraflow[serve]'",
         )
     return engine
+
+
+def _concurrency(folder: Path) -> list[str]:
+    """Return the option that lets `transformers serve` answer requests together; without it they wait for each other.
+
+    Requests then share a row, as documents do in training, so only architectures get it that are tested for that.
+    """
+    from transformers import AutoConfig
+
+    from loraflow.base.architecture import is_tested
+
+    return ["--continuous-batching"] if is_tested(AutoConfig.from_pretrained(folder)) else []
 
 
 def _has_cuda() -> bool:

@@ -63,9 +63,9 @@ class Store(Protocol):
         """
 
     def check_changed(self, ref: Ref, memo: HashMemo) -> list[str]:
-        """Hash those files on this machine that changed since they were hashed; return the problems, a line each.
+        """Hash those files that changed since this machine hashed them; return the problems, a line each.
 
-        Nothing is downloaded: of an artifact in a bucket that has no copy here, nothing is hashed.
+        Objects of a bucket are read once after each change, and not stored here.
         """
 
     def is_remembered(self, ref: Ref, memo: HashMemo) -> bool:
@@ -192,7 +192,7 @@ def require_intact_in_store(store: Store, ref: Ref, memo: HashMemo | None = None
 
 
 def require_unchanged(store: Store, ref: Ref, memo: HashMemo) -> None:
-    """Hash those files of an artifact on this machine that changed since they were hashed.
+    """Hash those files of an artifact that changed since this machine hashed them, where the store has them.
 
     Raises:
         CorruptArtifact: it is damaged. It was moved to the quarantine, so that its stage recomputes it.

@@ -11,6 +11,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
@@ -22,6 +23,7 @@ from loraflow.store.files import (
     fsync_tree,
     hash_file,
     is_inside,
+    raise_machine_fault,
     set_default_modes,
     write_atomic,
     write_json,
@@ -52,10 +54,16 @@ def finalize_checkpoint(checkpoint: Path, needs: str | None = None) -> None:
 
 
 def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest | None:
-    """Read a checkpoint's manifest; return None if it is missing or not valid."""
+    """Read a checkpoint's manifest; return None if it is missing or not valid, or the disk cannot read it.
+
+    Raises:
+        Failure: the process has too many open files, or may not read it. The checkpoint may be intact.
+    """
     try:
         return parse_checkpoint_manifest((checkpoint / COMPLETE).read_bytes())
-    except OSError:
+    except OSError as error:
+        with suppress(StorageError):  # an older checkpoint is better than none
+            raise_machine_fault(error)
         return None
 
 

@@ -57,13 +57,39 @@ def _machine_fault(error: OSError, path: Path) -> Failure:
 
 
 def raise_machine_fault(error: Exception) -> None:
-    """Raise a failure if an error is a fault of the machine, which says nothing about the file; else do nothing.
+    """Raise a failure if an error says nothing about the file, which may be intact; else do nothing.
 
     Raises:
-        Failure: the error is one of `MACHINE_FAULTS`.
+        Failure: the error is one of `MACHINE_FAULTS`, or the permission to read the file is missing.
     """
-    if isinstance(error, OSError) and error.errno in MACHINE_FAULTS:
+    if not isinstance(error, OSError):
+        return
+    if error.errno in MACHINE_FAULTS:
         raise _machine_fault(error, Path(error.filename or "")) from error
+    if isinstance(error, PermissionError):
+        raise Failure(
+            "A file of the store cannot be read.",
+            where=str(error.filename or ""),
+            got=error.strerror or type(error).__name__,
+            next_step="correct the permissions of the file and its folders, then run again",
+        ) from error
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted; none if it does not exist.
+
+    Unlike `Path.glob`, it does not take a folder that cannot be listed for an empty one.
+
+    Raises:
+        Failure: the folder exists and cannot be listed.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise_machine_fault(error)
+        raise
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:

@@ -39,6 +39,7 @@ from loraflow.store.checkpoints import recompute_digest, reset_work_folder
 from loraflow.store.files import (
     HashMemo,
     folder_size,
+    folders_in,
     fsync_path,
     fsync_tree,
     raise_machine_fault,
@@ -46,6 +47,7 @@ from loraflow.store.files import (
     stale_drafts,
     stale_folders,
     translate_os_errors,
+    walk,
     write_atomic,
     write_json,
 )
@@ -139,10 +141,13 @@ class LocalStore:
 
     def artifacts(self) -> Iterator[Ref]:
         """Yield all artifacts that have a manifest, current or not, without their facets."""
-        for path in sorted(self.root.glob(f"*/*/*/{MANIFEST}")):
-            stage, fingerprint, digest = path.parts[-4:-1]
-            if stage not in RESERVED_FOLDERS:
-                yield Ref(stage=stage, fingerprint=fingerprint, digest=digest, uri=self.uri)
+        for stage in folders_in(self.root):
+            if stage.name in RESERVED_FOLDERS:
+                continue
+            for folder in (folder for home in folders_in(stage) for folder in folders_in(home)):
+                if (folder / MANIFEST).exists():
+                    fingerprint = folder.parent.name
+                    yield Ref(stage=stage.name, fingerprint=fingerprint, digest=folder.name, uri=self.uri)
 
     def newest_payload(self, stage: str, like: Mapping[str, JsonValue]) -> dict[str, JsonValue] | None:
         """Return the payload of the stage that differs least from `like`; of equal ones, the newest."""
@@ -212,10 +217,8 @@ class LocalStore:
 
     def documents(self, prefix: str) -> list[str]:
         """Return the names of all documents below a prefix, sorted."""
-        found = (self.root / prefix).rglob("*")
-        return sorted(
-            path.relative_to(self.root).as_posix() for path in found if path.is_file() and path.name[0] != "."
-        )
+        found = (root / name for root, _, names in walk(self.root / prefix) for name in names if name[0] != ".")
+        return sorted(path.relative_to(self.root).as_posix() for path in found if path.is_file())
 
     def read_documents(self, prefix: str, suffix: str = "") -> dict[str, bytes]:
         """Return all documents below a prefix whose names end with `suffix`, sorted by name."""
@@ -443,4 +446,5 @@ def _check(folder: Path, manifest: Manifest) -> list[str]:
     try:
         return check_folder(folder, manifest, contents=False)
     except (OSError, ValueError) as error:
+        raise_machine_fault(error)
         return [str(error)]

@@ -34,8 +34,16 @@ from loraflow.store.artifact import (
 from loraflow.store.bucket import Bucket
 from loraflow.store.bucket_cleanup import stale_items
 from loraflow.store.checkpoint_mirror import CheckpointMirror
-from loraflow.store.files import HashMemo, fsync_tree, set_default_modes, translate_os_errors, write_json
+from loraflow.store.files import (
+    HashMemo,
+    fsync_tree,
+    raise_machine_fault,
+    set_default_modes,
+    translate_os_errors,
+    write_json,
+)
 from loraflow.store.lock import flock
+from loraflow.store.object_memo import ObjectMemo
 from loraflow.store.s3_artifacts import S3Artifacts
 from loraflow.store.s3_cache import ArtifactCache, cache_folder
 from loraflow.store.s3_commit import commit_artifact
@@ -112,7 +120,7 @@ class S3Store:
 
     def verify(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
         """Read and hash all of an artifact in the bucket; return the problems, a line each."""
-        return self._artifacts.verify(ref)
+        return self._artifacts.verify(ref, self._object_memo())
 
     def fetch(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
         """Download an artifact if need be, and hash the copy; return the problems, a line each.
@@ -126,10 +134,16 @@ class S3Store:
         return self.cache.download(ref)
 
     def check_changed(self, ref: Ref, memo: HashMemo) -> list[str]:
-        """Hash those files of this machine's copy that changed since they were hashed. A damaged copy is removed."""
+        """Read and hash those objects that changed since this machine hashed them; return the problems, a line each.
+
+        The same holds for the files of this machine's copy, if there is one. A damaged copy is removed.
+        """
         if self.cache.has(ref) and not self.cache.is_intact(ref, memo.has_hash):
             self.cache.drop(ref)
-        return self.check(ref)
+        return self._artifacts.verify(ref, self._object_memo(), changed_only=True)
+
+    def _object_memo(self) -> ObjectMemo:
+        return ObjectMemo(self.scratch / "objects.json")
 
     def is_remembered(self, ref: Ref, memo: HashMemo) -> bool:
         """Tell whether this machine's copy was hashed, was intact, and has not changed since. Nothing is read."""
@@ -249,7 +263,8 @@ class S3Store:
         try:
             manifest = Manifest.model_validate_json((pending / MANIFEST).read_bytes())
             is_intact = not check_folder(pending, manifest, contents=True) and manifest.fingerprint == fingerprint
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            raise_machine_fault(error)
             return None
         if not is_intact:
             shutil.rmtree(pending, ignore_errors=True)

@@ -23,6 +23,7 @@ from loraflow.store.artifact import (
     unreadable_manifest,
 )
 from loraflow.store.bucket import CONCURRENCY, Bucket, ObjectInfo, retry_network
+from loraflow.store.object_memo import ObjectMemo
 from loraflow.store.s3_layout import (
     artifact_prefix,
     file_key,
@@ -105,22 +106,36 @@ class S3Artifacts:
             return [manifest_problem(error)]
         return compare_sizes(file_sizes(ref, manifest, listed), manifest)
 
-    def verify(self, ref: Ref) -> list[str]:
-        """Read and hash all of an artifact; return the problems, a line each."""
-        problems = self.check(ref)
+    def verify(self, ref: Ref, memo: ObjectMemo, *, changed_only: bool = False) -> list[str]:
+        """Read and hash all of an artifact; return the problems, a line each.
+
+        The hashes are remembered. With `changed_only`, objects that have not changed since they were hashed are not read.
+        """
+        listed = self._objects(ref)
+        try:
+            manifest = self._listed_manifest(ref, listed, self.pointer(ref.stage, ref.fingerprint))
+        except (FileNotFoundError, ValueError) as error:
+            return [manifest_problem(error)]
+        problems = compare_sizes(file_sizes(ref, manifest, listed), manifest)
         if problems:
             return problems
-        manifest = self.read_manifest(ref)
+        objects = {item.key: item for item in listed}
 
         def is_damaged(name: str) -> bool:
+            item, expected = objects[file_key(ref, manifest, name)], manifest.files[name].sha256
+            if changed_only and memo.remembers(item, expected):
+                return False
             total = hashlib.sha256()
-            for block in self.bucket.blocks(file_key(ref, manifest, name)):
+            for block in self.bucket.blocks(item.key):
                 total.update(block)
-            return total.hexdigest() != manifest.files[name].sha256
+            memo.add(item, total.hexdigest())
+            return total.hexdigest() != expected
 
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             damaged = pool.map(lambda name: retry_network(lambda: is_damaged(name)), manifest.files)
-            return [content_problem(name) for name, bad in zip(manifest.files, damaged, strict=True) if bad]
+            found = [content_problem(name) for name, bad in zip(manifest.files, damaged, strict=True) if bad]
+        memo.save()
+        return found
 
     def all(self) -> Iterator[Ref]:
         """Yield all artifacts that have a manifest, current or not, without their facets."""

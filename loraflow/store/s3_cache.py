@@ -13,7 +13,7 @@ from loraflow import identity
 from loraflow.store import staging
 from loraflow.store.artifact import MANIFEST, HasHash, Manifest, Ref, check_consistency, check_folder, has_hash
 from loraflow.store.bucket import CONCURRENCY, retry_network
-from loraflow.store.files import fsync_tree, is_inside, translate_os_errors, write_json
+from loraflow.store.files import fsync_tree, is_inside, raise_machine_fault, translate_os_errors, write_json
 from loraflow.store.lock import flock
 from loraflow.store.s3_artifacts import S3Artifacts
 from loraflow.store.s3_layout import file_key
@@ -55,7 +55,8 @@ class ArtifactCache:
             manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
             problems = check_folder(folder, manifest, contents=True, has_hash=has_hash)
             return not problems and not check_consistency(manifest, ref)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            raise_machine_fault(error)
             return False
 
     def add(self, folder: Path, ref: Ref) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,6 +59,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def tiny_config(family: str) -> PreTrainedConfig:
     """Return the config of a tiny model of an architecture, named by its `model_type`."""
     return AutoConfig.for_model(family, **{**COMMON, **OPTIONS.get(family, {})})
+
+
+def save_tiny(family: str, folder: Path, **options: Any) -> Path:
+    """Save a tiny random model in float32, without a tokenizer, and return its folder."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**COMMON, **OPTIONS.get(family, {}), **options})
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
 
 
 def tiny_model(family: str, attention: str) -> PreTrainedModel:

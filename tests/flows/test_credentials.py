@@ -9,7 +9,10 @@ import pytest
 
 from loraflow import credentials
 from loraflow.cli import cli
+from loraflow.data import dvc
 from loraflow.failures import Failure
+from tests.flows.conftest import states
+from tests.password_server import git_server
 
 CANARY = "c4nary-0f-16-token"
 URL = f"https://someone:{CANARY}@127.0.0.1:1/data.git"
@@ -34,6 +37,30 @@ def database_text() -> str:
     file = PREFECT_API_DATABASE_CONNECTION_URL.value().split("///")[1]
     with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as database:
         return "\n".join(database.iterdump())
+
+
+def test_no_byte_that_a_successful_run_from_the_form_writes_has_the_canary(
+    project, tmp_path, monkeypatch, capfd, caplog, masking
+):
+    """The settings are the form's: Prefect's server has them before the flow starts."""
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, f"{name.lower()}-{CANARY}")
+    pin = f"outs:\n- md5: {dvc.dvc_md5(project.folder / 'data')}\n  hash: md5\n  path: data\n"
+    monkeypatch.chdir(project.folder)
+    with git_server(tmp_path / "git", {"data.dvc": pin}, CANARY) as address:
+        url = f"http://someone:{CANARY}@{address}/data.git"
+        summary = project.run(force=["merge"], data__source="data.dvc", data__repo=url, data__rev="main")
+    assert states(summary)["merge"] == "computed" and states(summary)["version_dataset"] == "cached"
+    record = json.loads((project.store / "runs" / f"{summary['run']}.json").read_text())
+    assert record["state"] == "done" and record["resolved"]["data"]["repo"] == f"http://***@{address}/data.git"
+    cli.main(["show", summary["run"], "--store", str(project.store)], standalone_mode=False)
+    for file in project.folder.rglob("*"):
+        assert not file.is_file() or CANARY.encode() not in file.read_bytes(), file
+    database = database_text()
+    assert f"http://***@{address}/data.git" in database and CANARY not in database
+    assert "a retry of this run will not have them" in caplog.text
+    shown = capfd.readouterr()
+    assert CANARY not in shown.out + shown.err + caplog.text
 
 
 def test_no_byte_that_a_crash_writes_has_the_canary(recipe, tmp_path, monkeypatch, capfd, masking):

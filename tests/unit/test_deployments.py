@@ -69,7 +69,9 @@ def test_schedules_keep_their_pause_and_entrypoints_are_modules():
 
 def test_the_file_contains_no_path_of_a_machine():
     assert not re.search(r"/(home|work|root|tmp|Users)/", FILE.read_text())
-    assert yaml.safe_load(FILE.read_text())["pull"] == [{"loraflow.flows.server.project.enter": {}}]
+    assert yaml.safe_load(FILE.read_text())["pull"] == [
+        {"loraflow.flows.server.project.enter": {"project": "loraflow"}}
+    ]
 
 
 def test_a_run_uses_the_project_that_its_worker_names(tmp_path, monkeypatch):

@@ -133,6 +133,7 @@ def test_a_damaged_object_is_refused(clone, tmp_path):
         ("outs:\n- md5: abc.dir\n  path: data\n", "DVC 2"),
         ("outs:\n- md5: abc.dir\n  path: ../../etc\n  hash: md5\n", "a path outside"),
         (": [", "not pin exactly one output"),
+        ("<<<<<<< HEAD\nouts: []\n=======\nouts: [1]\n>>>>>>> theirs\n", "conflict markers"),
     ],
 )
 def test_dvc_files_without_a_usable_pin_are_refused(tmp_path, text, message):

@@ -411,6 +411,17 @@ def test_a_log_of_3_gb_is_neither_read_whole_nor_kept(store):
     assert "the last line" in "".join(path.read_text()[-2000:] for path in logs)
 
 
+def test_what_libraries_and_programs_print_in_a_worker_is_masked_in_its_log(store, monkeypatch):
+    monkeypatch.setenv("CANARY", "c4nary-0f-16-token")
+    one = job("leak")
+    with pytest.raises(failures.Crashed) as caught:
+        launch.run_job(one, store)
+    text = (work_of(store, one) / "log.txt").read_text()
+    assert "c4nary" not in text and "c4nary" not in str(caught.value)
+    assert text.count("https://***@host/data.git") >= 4 and "a program: " in text and "the last line" in text
+    assert not list(work_of(store, one).glob(".*masked"))
+
+
 def test_progress_is_read_line_by_line_whatever_a_worker_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(log_file, "MAX_PROGRESS", 1000)
     path = tmp_path / "progress.jsonl"

@@ -35,6 +35,15 @@ def make_adapter(base: Path, folder: Path, seed: int = 1, **options) -> Path:
     return folder
 
 
+def change_tensors(adapter: Path, change) -> None:
+    """Replace each tensor of an adapter by what `change` returns; None removes it."""
+    from safetensors.torch import load_file, save_file
+
+    file = adapter / "adapter_model.safetensors"
+    changed = {name: change(name, tensor) for name, tensor in load_file(file).items()}
+    save_file({name: tensor.clone() for name, tensor in changed.items() if tensor is not None}, file)
+
+
 def by_peft(base: Path, adapter: Path, dtype: str | None = None) -> dict[str, torch.Tensor]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -154,20 +163,36 @@ def test_unsupported_dtypes_are_refused(tmp_path, quick_phi3, dtype):
         merge(quick_phi3, file.parent, tmp_path / "out")
 
 
-@pytest.mark.parametrize("in_config", [True, None])
-def test_fully_trained_embeddings_are_refused_for_a_base_that_ties_them(tmp_path, in_config, caplog):
-    """peft unties them in memory; in a checkpoint that stays tied, the head would become the trained embeddings."""
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_fully_trained_embeddings_of_a_tied_base_are_merged_into_an_untied_one(tmp_path, modules):
+    """As in peft. In a checkpoint that stays tied, the head would become the trained embeddings."""
+    base = build_phi3(tmp_path / "base", dtype="float32", tie_word_embeddings=True)
+    adapter = make_adapter(base, tmp_path / "adapter", modules_to_save=modules)
+    change_tensors(adapter, lambda name, tensor: tensor + 1 if "lora_" not in name else tensor)
+    (tmp_path / "out").mkdir()
+    assert merge(base, adapter, tmp_path / "out")["route"] == "peft"
+    assert_same(read(tmp_path / "out"), by_peft(base, adapter))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_base_without_a_head_is_not_merged_with_a_random_one(tmp_path):
+    """tie_word_embeddings is this class's default no more, so transformers would make up a head."""
     base = build_phi3(tmp_path / "base", dtype="float32", tie_word_embeddings=True)
     adapter = make_adapter(base, tmp_path / "adapter", modules_to_save=["embed_tokens"])
-    lora = make_adapter(base, tmp_path / "lora", target_modules=["embed_tokens"])
-    if in_config is None:  # it is the class's default, so configs may omit it; then the head is not among the weights
-        config = json.loads((base / "config.json").read_text())
-        del config["tie_word_embeddings"]
-        (base / "config.json").write_text(json.dumps(config))
+    config = json.loads((base / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (base / "config.json").write_text(json.dumps(config))
     (tmp_path / "out").mkdir()
-    with pytest.raises(BadModel, match="one weight for both"):
+    with pytest.raises(BadModel, match="lack weights") as caught:
         merge(base, adapter, tmp_path / "out")
-    merge(base, lora, tmp_path / "out")
+    assert caught.value.got == "lm_head.weight" and not list((tmp_path / "out").iterdir())
+
+
+def test_lora_on_the_embeddings_of_a_tied_base_is_merged_with_a_warning(tmp_path, caplog):
+    base = build_phi3(tmp_path / "base", dtype="float32", tie_word_embeddings=True)
+    adapter = make_adapter(base, tmp_path / "lora", target_modules=["embed_tokens"])
+    (tmp_path / "out").mkdir()
+    merge(base, adapter, tmp_path / "out")
     assert "changes both" in caplog.text
 
 
@@ -184,7 +209,7 @@ def test_a_refused_adapter_is_reported_with_the_command_that_accepts_it(tmp_path
     (tmp_path / "out").mkdir()
     with pytest.raises(BadModel) as caught:
         merge(quick_phi3, adapter, tmp_path / "out")
-    assert "expected: model.layers.0.self_attn.qkv_proj.weight" in str(caught.value)
+    assert "expected: model.layers.0.self_attn.qkv_proj, which the base has" in str(caught.value)
     assert "loraflow adapters convert" in caught.value.next_step
     with pytest.raises(BadModel) as caught:
         merge(quick_phi3, tmp_path / "several", tmp_path / "out")
@@ -420,11 +445,11 @@ def test_an_adapter_for_another_base_is_refused(tmp_path, phi3):
     other = build_phi3(tmp_path / "other", layers=3)
     adapter = make_adapter(other, tmp_path / "adapter")
     (tmp_path / "out").mkdir()
-    with pytest.raises(BadModel, match="does not have") as caught:
+    with pytest.raises(BadModel, match="does not fit the base") as caught:
         merge(phi3, adapter, tmp_path / "out")
-    assert "layers.2" in str(caught.value)
+    assert "8 unexpected" in caught.value.got and "layers.2" in caught.value.got
     wide = make_adapter(build_phi3(tmp_path / "wide", hidden_size=128), tmp_path / "adapter2")
-    with pytest.raises(BadModel, match="does not match the base"):
+    with pytest.raises(BadModel, match="of another shape"):
         merge(phi3, wide, tmp_path / "out")
 
 

@@ -114,3 +114,11 @@ def test_a_learning_rate_is_accepted_in_the_usual_notations(text):
         "training_config.learning_rate": float(text)
     }
     assert re.search(schema()["definitions"]["Overrides"]["properties"]["learning_rate"]["pattern"], text)
+
+
+def test_flows_that_are_called_from_python_take_a_path():
+    from loraflow.flows.finetune import finetune
+    from loraflow.flows.retrain import retrain
+
+    for flow in (finetune, retrain):
+        assert flow.validate_parameters({"recipe": Path("configs/one.yaml")})["recipe"] == "configs/one.yaml"

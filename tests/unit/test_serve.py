@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -55,13 +56,14 @@ def test_the_openai_client_receives_the_answers_of_generate(tmp_path):
             assert time.monotonic() < limit and process.poll() is None, process.stdout.read()
             time.sleep(0.2)
         assert [one.id for one in client.models.list()] == ["tickets"]
-        for text in ("what is red", "please answer the bird of the tree"):
+        expected_answers = {}
+        for text in ("what is red", "please answer the bird of the tree", "a", "what is the tree of the bird"):
             messages = [{"role": "user", "content": text}]
             ids = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
             new = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
-            expected = tokenizer.decode(new, skip_special_tokens=True)
+            expected = expected_answers[text] = tokenizer.decode(new, skip_special_tokens=True)
             answer = client.chat.completions.create(model="tickets", messages=messages, max_tokens=12, temperature=0)
             assert answer.choices[0].message.content == expected
             stream = client.chat.completions.create(
@@ -69,6 +71,14 @@ def test_the_openai_client_receives_the_answers_of_generate(tmp_path):
             )
             parts = "".join(part.choices[0].delta.content or "" for part in stream if part.choices)
             assert parts.rstrip("\ufffd") == expected.rstrip("\ufffd"), "(half a character at the cut may be left out)"
+
+        def ask(text):
+            messages = [{"role": "user", "content": text}]
+            answer = client.chat.completions.create(model="tickets", messages=messages, max_tokens=12, temperature=0)
+            return answer.choices[0].message.content
+
+        with ThreadPoolExecutor(8) as threads:
+            assert list(threads.map(ask, 2 * list(expected_answers))) == 2 * list(expected_answers.values())
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) in (0, -signal.SIGTERM, 143), "the signal reached the server itself"
         greeting = process.stdout.read()
@@ -111,6 +121,17 @@ def test_the_served_model_has_its_name_and_every_stop_id(tmp_path, cache):
     assert "caution" in server.greeting and "http://127.0.0.1:" in server.greeting
     again = plan_server(Model("tickets", folder), "transformers", "127.0.0.1", free_port(), None, None)
     assert again.cache == server.cache and "caution" not in again.greeting
+
+
+@pytest.mark.parametrize(("model_type", "concurrent"), [("phi3", True), ("falcon_h1", False)])
+def test_requests_are_answered_together_where_the_architecture_is_tested_for_that(
+    tmp_path, cache, model_type, concurrent
+):
+    folder = build_phi3(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    server = plan_server(Model("m", folder), "transformers", "127.0.0.1", free_port(), None, None, ("--x",))
+    assert ("--continuous-batching" in server.command) is concurrent and server.command[-1] == "--x"
 
 
 def test_the_model_name_is_valid_in_the_api(tmp_path, cache):

@@ -1,0 +1,198 @@
+"""A deployment as `prefect.yaml` describes it: Prefect's own keys, checked strictly, and as the server's API takes them.
+
+A key that Prefect does not know, or that `loraflow deploy` does not apply, is refused instead of ignored. Schedules and
+triggers are checked by Prefect's own classes.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
+from prefect.client.schemas.schedules import SCHEDULE_TYPES, CronSchedule, IntervalSchedule, RRuleSchedule
+from prefect.events.schemas.deployment_triggers import DeploymentTriggerTypes
+from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, field_validator, model_validator
+
+DEFAULT_QUEUE = "default"  # the work queue that every pool has
+# Prefect starts an interval without `anchor_date` at the time of deploying, so that each deploy would move the schedule.
+ANCHOR = datetime(2020, 1, 1, tzinfo=UTC)
+ENTER_PROJECT = "loraflow.flows.server.project.enter"  # the pull step
+
+
+class StrictModel(BaseModel):
+    """A part of `prefect.yaml`. Unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WorkPool(StrictModel):
+    """The work pool and queue of a deployment, and what its runs change in the pool's job template."""
+
+    name: str
+    work_queue_name: str = DEFAULT_QUEUE
+    job_variables: dict[str, JsonValue] = {}
+
+
+class ConcurrencyLimit(StrictModel):
+    """How many runs of a deployment there are at a time, and what happens to the next one."""
+
+    limit: int
+    collision_strategy: ConcurrencyLimitStrategy | None = None
+    grace_period_seconds: int | None = None
+
+    def options(self) -> ConcurrencyOptions | None:
+        """Return everything but the limit itself; None leaves it to the server."""
+        options = self.model_dump(exclude={"limit"}, exclude_none=True)
+        return ConcurrencyOptions.model_validate(options) if options else None
+
+
+class Schedule(StrictModel):
+    """A schedule: exactly one of cron, interval and rrule.
+
+    `active` counts when the schedule is created; later a person switches it in the UI. The slug, unique in a deployment,
+    lets a later deploy find the schedule again.
+    """
+
+    cron: str | None = None
+    interval: timedelta | None = None  # in YAML: seconds, or an ISO 8601 duration
+    rrule: str | None = None
+    timezone: str | None = None
+    anchor_date: datetime | None = None  # of an interval
+    day_or: bool = True  # of a cron schedule: either of day of month and day of week, or both
+    active: bool = True
+    parameters: dict[str, JsonValue] = {}
+    slug: str = ""
+
+    @model_validator(mode="after")
+    def _is_a_schedule(self) -> Schedule:
+        given = [name for name in ("cron", "interval", "rrule") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of cron, interval and rrule; got {' and '.join(given) or 'none'}")
+        for name, value, of in (("anchor_date", self.anchor_date, "interval"), ("day_or", not self.day_or, "cron")):
+            if value and given != [of]:
+                raise ValueError(f"{name} is only for schedules with {of}")
+        self.to_prefect()
+        return self
+
+    def to_prefect(self) -> SCHEDULE_TYPES:
+        """Return Prefect's schedule, which checks the expression and the timezone."""
+        if self.cron is not None:
+            return CronSchedule(cron=self.cron, timezone=self.timezone, day_or=self.day_or)
+        if self.rrule is not None:
+            return RRuleSchedule(rrule=self.rrule, timezone=self.timezone or "UTC")
+        assert self.interval is not None
+        return IntervalSchedule(
+            interval=self.interval, anchor_date=self.anchor_date or ANCHOR, timezone=self.timezone or "UTC"
+        )
+
+
+def _limit(value: object) -> object:
+    return {"limit": value} if isinstance(value, int) else value
+
+
+def _tags(value: object) -> object:
+    return [tag.strip() for tag in value.split(",")] if isinstance(value, str) else value
+
+
+class DeploymentEntry(StrictModel):
+    """One item of `deployments`."""
+
+    name: str
+    entrypoint: str
+    description: str | None = None
+    version: str | None = None
+    tags: Annotated[list[str], BeforeValidator(_tags)] = []
+    parameters: dict[str, JsonValue] = {}
+    enforce_parameter_schema: bool = True
+    paused: bool = False  # counts when the deployment is created
+    work_pool: WorkPool
+    concurrency_limit: Annotated[ConcurrencyLimit | None, BeforeValidator(_limit)] = None
+    schedules: list[Schedule] = []
+    triggers: list[DeploymentTriggerTypes] = []
+    pull: list[dict[str, JsonValue]] | None = None  # None: the file's own `pull`
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_schedule(cls, values: Any) -> Any:
+        """Take `schedule` as a list of one, as Prefect does, and drop empty keys."""
+        if not isinstance(values, dict):
+            return values
+        values = {key: value for key, value in values.items() if value is not None and value != {}}
+        if "schedule" in values and "schedules" not in values:
+            values["schedules"] = [values.pop("schedule")]
+        return values
+
+    @field_validator("schedules", mode="after")
+    @classmethod
+    def _name_schedules(cls, schedules: list[Schedule]) -> list[Schedule]:
+        """Give a schedule without a slug one by its position."""
+        named = [
+            schedule if schedule.slug else schedule.model_copy(update={"slug": f"schedule-{number}"})
+            for number, schedule in enumerate(schedules, 1)
+        ]
+        slugs = [schedule.slug for schedule in named]
+        if repeated := {slug for slug in slugs if slugs.count(slug) > 1}:
+            raise ValueError(f"two schedules have the slug {sorted(repeated)[0]}")
+        return named
+
+
+class DeploymentSpec(DeploymentEntry):
+    """One deployment of `prefect.yaml`, with what its flow says of itself."""
+
+    flow_name: str
+    parameter_openapi_schema: dict[str, JsonValue]
+    pull_steps: list[dict[str, JsonValue]]
+
+    @property
+    def full_name(self) -> str:
+        """Return `flow/deployment`."""
+        return f"{self.flow_name}/{self.name}"
+
+    @property
+    def project(self) -> str | None:
+        """Return the project that the deployment belongs to; None if its pull step does not say."""
+        return project_of(self.pull_steps)
+
+    def to_update(self) -> DeploymentUpdate:
+        """Return everything but schedules and triggers, as the server's API takes it."""
+        limit = self.concurrency_limit
+        update = DeploymentUpdate(
+            entrypoint=self.entrypoint,
+            description=self.description,
+            tags=self.tags,
+            parameters=self.parameters,
+            parameter_openapi_schema=self.parameter_openapi_schema,
+            enforce_parameter_schema=self.enforce_parameter_schema,
+            work_pool_name=self.work_pool.name,
+            work_queue_name=self.work_pool.work_queue_name,
+            job_variables=self.work_pool.job_variables,
+            pull_steps=self.pull_steps,
+            concurrency_limit=limit.limit if limit else None,
+            concurrency_options=limit.options() if limit else None,
+        )
+        if self.version is not None:
+            update.version = self.version
+        return update
+
+    def new_schedules(self) -> list[DeploymentScheduleCreate]:
+        """Return the schedules, as the server's API takes them when they are created."""
+        return [
+            DeploymentScheduleCreate(
+                slug=schedule.slug,
+                schedule=schedule.to_prefect(),
+                active=schedule.active,
+                parameters=schedule.parameters,
+            )
+            for schedule in self.schedules
+        ]
+
+
+def project_of(pull_steps: list[dict[str, Any]] | None) -> str | None:
+    """Return the project that loraflow's pull step names; None if there is no such step, or it names none."""
+    for step in pull_steps or []:
+        inputs = step.get(ENTER_PROJECT)
+        if isinstance(inputs, dict) and inputs.get("project"):
+            return str(inputs["project"])
+    return None

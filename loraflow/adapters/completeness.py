@@ -1,0 +1,240 @@
+"""Whether an adapter is complete: it has each tensor that its configuration asks for in this base, and no other.
+
+peft fills a missing tensor with its initial value and ignores an unexpected one; it only warns. So peft itself is asked
+which tensors it would save: the adapter's configuration is applied to the base without weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraflow.adapters import safetensors_files as files
+from loraflow.adapters.adapter_config import FILE, AdapterConfig
+from loraflow.adapters.fused_projections import SPLIT, AttentionHeads, block_sizes
+from loraflow.adapters.lora_updates import PREFIX
+from loraflow.adapters.vocabulary import embedding_names
+from loraflow.failures import BadModel
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig, PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+WEIGHTS = "adapter_model.safetensors"
+Shape = tuple[int, ...]
+# What peft may save of embeddings and head beside what is trained: if the vocabulary was resized, or if they are targets.
+_SAVED_WITH_EMBEDDINGS = (
+    "weight", "bias", "base_layer.weight", "base_layer.bias", "original_module.weight", "original_module.bias",
+    "modules_to_save.weight", "modules_to_save.bias", "token_adapter.base_layer.weight",
+    "token_adapter.trainable_tokens_delta",
+)  # fmt: skip
+_FUSED = {part: whole for whole, parts in SPLIT.items() for part in parts}  # q_proj → qkv_proj
+
+
+def check_complete(adapter: Path, config: AdapterConfig, model: PreTrainedModel) -> None:
+    """Check that the tensors of an adapter are those that peft would save for its configuration on this base.
+
+    Args:
+        adapter: PEFT's folder.
+        config: its configuration.
+        model: the base on the meta device, with the vocabulary of the adapter. peft changes it.
+
+    Raises:
+        BadModel: a tensor is missing, unexpected or of another shape; there is none; or peft cannot apply the
+            configuration to this base.
+    """
+    found = {entry.name: entry.shape for entry in files.read_entries(adapter / WEIGHTS)}
+    if not found:
+        raise BadModel(
+            "The adapter does not fit the base.",
+            where=str(adapter / WEIGHTS),
+            expected=f"the tensors of the modules that {FILE} names",
+            got="no tensors",
+            next_step="save or fetch the adapter again: its file is empty",
+        )
+    _refuse_other_projections(found, model)
+    layers = embedding_names(model)
+    expected, optional, wrapped = _expected(adapter, model, layers)
+    if found.keys() - expected.keys() - optional.keys():
+        found = _renamed(found, wrapped)
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys() - optional.keys())
+    known = {**optional, **expected}
+    other = sorted(name for name, shape in found.items() if name in known and shape != known[name])
+    if not (missing or unexpected or other):
+        return
+    raise BadModel(
+        "The adapter does not fit the base.",
+        where=str(adapter),
+        expected=f"the {len(expected)} tensors that {FILE} asks for in this base",
+        got=_differences(missing, unexpected, other, found, known),
+        next_step="save or fetch the adapter again: it is incomplete"
+        if missing and not unexpected and not other
+        else "name the base that it was trained on",
+    )
+
+
+def _differences(
+    missing: list[str], unexpected: list[str], other: list[str], found: Mapping[str, Shape], known: Mapping[str, Shape]
+) -> str:
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} missing, such as {missing[0]}")
+    if unexpected:
+        parts.append(f"{len(unexpected)} unexpected, such as {unexpected[0]}")
+    if other:
+        name = other[0]
+        parts.append(
+            f"{len(other)} of another shape, such as {name}: {list(found[name])} instead of {list(known[name])}"
+        )
+    return "; ".join(parts)
+
+
+def _expected(
+    adapter: Path, model: PreTrainedModel, layers: Iterable[str]
+) -> tuple[dict[str, Shape], dict[str, Shape], PeftModel]:
+    """Return the tensors that peft would save, those of the embeddings that it may save as well, and peft's model."""
+    from peft import get_peft_model_state_dict
+
+    optional: dict[str, Shape] = {}
+    for layer in layers:
+        tensors = dict(model.get_submodule(layer).named_parameters())
+        for suffix in _SAVED_WITH_EMBEDDINGS:
+            parameter = tensors.get(suffix.rpartition(".")[2])
+            if parameter is not None:
+                optional[f"{PREFIX}{layer}.{suffix}"] = tuple(parameter.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about initial values and merging; neither is asked for here
+        wrapped = _apply(adapter, model)
+        state: dict[str, torch.Tensor] = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    expected: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name, shape in expected.items():  # of tied weights, peft may save the trained rows twice
+        if name.endswith(".trainable_tokens_delta"):
+            optional |= {f"{PREFIX}{layer}.token_adapter.trainable_tokens_delta": shape for layer in layers}
+    return expected, optional, wrapped
+
+
+def _apply(adapter: Path, model: PreTrainedModel) -> PeftModel:
+    """Apply an adapter's configuration to a base on the meta device."""
+    from peft import PeftConfig, PeftModel
+
+    try:
+        settings: PeftConfig = PeftConfig.from_pretrained(str(adapter))
+        settings.init_lora_weights = False  # an initialisation from the base's weights needs weights
+        return PeftModel(model, settings, low_cpu_mem_usage=True)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, NotImplementedError) as error:
+        raise BadModel(
+            "The adapter does not fit the base.",
+            where=str(adapter / FILE),
+            got=(str(error).strip() or type(error).__name__).splitlines()[0][:300],
+            next_step="name the base that it was trained on",
+        ) from error
+
+
+def _renamed(found: Mapping[str, Shape], wrapped: PeftModel) -> dict[str, Shape]:
+    """Return an adapter's shapes by the names that its tensors have after loading.
+
+    transformers has renamed and joined modules since some adapters were saved; peft converts them when it loads them.
+    """
+    import torch
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in found.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            converted = convert_peft_adapter_state_dict_for_transformers(
+                model=wrapped,
+                peft_config=wrapped.peft_config["default"],
+                adapter_state_dict=tensors,
+                adapter_name="default",
+            )
+        except (ValueError, RuntimeError, KeyError) as error:
+            log.debug("peft does not convert the adapter's names: %s", error)
+            return dict(found)
+    return {name.replace(".default.", "."): tuple(tensor.shape) for name, tensor in converted.items()}
+
+
+def _refuse_other_projections(found: Mapping[str, Shape], model: PreTrainedModel) -> None:
+    """Refuse an adapter for split projections where the base has fused ones, or the reverse: it can be converted.
+
+    Raises:
+        BadModel: there is such a module.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    for name in sorted(found):
+        module = module_of(name)
+        counterpart = None if module in modules else fused_or_split(module, modules)
+        if counterpart:
+            raise BadModel(
+                "The adapter does not fit the base.",
+                where=name,
+                expected=f"{counterpart}, which the base has instead",
+                got=module,
+                next_step="loraflow adapters convert ADAPTER BASE OUT makes it fit this base's projections; use OUT",
+            )
+
+
+def module_of(tensor: str) -> str:
+    """Return the name of the module that a tensor of PEFT's file adapts."""
+    name = tensor.removeprefix(PREFIX)
+    for mark in (".lora_", ".base_layer.", ".modules_to_save.", ".original_module.", ".token_adapter."):
+        name = name.split(mark)[0]
+    return name
+
+
+def fused_or_split(module: str, modules: Iterable[str]) -> str | None:
+    """Return the module that holds this projection if the base fuses it, or one of several if the base splits it."""
+    parent, _, own = module.rpartition(".")
+    names = set(modules)
+    for other in (*SPLIT.get(own, ())[:1], _FUSED.get(own)):
+        if other and f"{parent}.{other}" in names:
+            return f"{parent}.{other}"
+    return None
+
+
+def give_projections_of(adapter: Iterable[str], model: PreTrainedModel) -> None:
+    """Fuse or split a base's projections as an adapter has them; both are on the meta device, so no weight is computed.
+
+    Args:
+        adapter: names of the modules that it adapts.
+        model: the base without weights; it is changed.
+    """
+    wanted = {name.rpartition(".")[2] for name in adapter}
+    heads = AttentionHeads.of(model.config.get_text_config())
+    for fused, parts in SPLIT.items():
+        for parent in [module for _, module in model.named_modules()]:
+            if wanted & set(parts) and hasattr(parent, fused):
+                _split(parent, fused, parts, heads)
+            elif fused in wanted and all(hasattr(parent, part) for part in parts):
+                _fuse(parent, fused, parts)
+
+
+def _split(parent: nn.Module, fused: str, parts: tuple[str, ...], heads: AttentionHeads) -> None:
+    from torch import nn
+
+    whole = parent.get_submodule(fused)
+    if not isinstance(whole, nn.Linear) or (sizes := block_sizes(heads, fused, whole.out_features)) is None:
+        return
+    delattr(parent, fused)
+    for part, size in zip(parts, sizes, strict=True):
+        setattr(parent, part, nn.Linear(whole.in_features, size, bias=whole.bias is not None, device="meta"))
+
+
+def _fuse(parent: nn.Module, fused: str, parts: tuple[str, ...]) -> None:
+    from torch import nn
+
+    split = [parent.get_submodule(part) for part in parts]
+    linears = [module for module in split if isinstance(module, nn.Linear)]
+    if len(linears) < len(split):
+        return
+    for part in parts:
+        delattr(parent, part)
+    rows = sum(linear.out_features for linear in linears)
+    setattr(parent, fused, nn.Linear(linears[0].in_features, rows, bias=linears[0].bias is not None, device="meta"))

@@ -1,0 +1,138 @@
+"""The tokenizer and the chat template of a model with an adapter: the adapter's own, if it has them, else the base's.
+
+trl and peft's users save the tokenizer that they trained with beside the adapter: with other tokens, or another template.
+Prompts must have the form that was trained, so these files take precedence over the base's.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loraflow.data.tokenizer_config import FILE, find_template
+from loraflow.failures import BadModel
+
+VOCABULARY = "tokenizer.json"
+TEMPLATE = "chat_template.jinja"
+_PREFIXES = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges", "spiece")
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return a folder's files of tokenizer and template, sorted."""
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.startswith(_PREFIXES)]
+
+
+def has_own(adapter: Path) -> bool:
+    """Tell whether an adapter has a tokenizer or a template of its own."""
+    return bool(tokenizer_files(adapter))
+
+
+def check_tokenizer_files(adapter: Path) -> None:
+    """Refuse a part of a tokenizer beside an adapter: together with the base's files, it would be a third one.
+
+    Raises:
+        BadModel: the folder has files of a tokenizer, but not all that are needed.
+    """
+    names = {path.name for path in tokenizer_files(adapter)} - {TEMPLATE}
+    missing = sorted({VOCABULARY, FILE} - names)
+    if names and missing:
+        raise BadModel(
+            "The adapter's tokenizer is incomplete.",
+            where=str(adapter),
+            expected=f"{VOCABULARY} and {FILE}, or neither",
+            got=", ".join(sorted(names)),
+            next_step="save it there with AutoTokenizer's save_pretrained, or remove it to use the base's",
+        )
+
+
+def own_template(adapter: Path) -> str | None:
+    """Return the chat template beside an adapter; None if it has none.
+
+    Raises:
+        BadModel: it is damaged.
+    """
+    if (adapter / TEMPLATE).exists() or (adapter / FILE).exists():
+        return find_template(adapter)
+    return None
+
+
+def write_tokenizer(base: Path, adapter: Path, out: Path) -> None:
+    """Write tokenizer and template of base and adapter to a folder; it has no such files yet.
+
+    Args:
+        base: the model's folder.
+        adapter: PEFT's folder; its tokenizer replaces all files of the base's, its template the base's template.
+        out: the folder to write to.
+
+    Raises:
+        BadModel: a file is damaged.
+    """
+    own = tokenizer_files(adapter)
+    has_tokenizer = (adapter / VOCABULARY).exists()
+    for path in own if has_tokenizer else tokenizer_files(base):
+        shutil.copyfile(path, out / path.name)
+    if not has_tokenizer and (adapter / TEMPLATE).exists():
+        shutil.copyfile(adapter / TEMPLATE, out / TEMPLATE)
+    elif has_tokenizer and find_template(out) is None and (base / FILE).exists():
+        template = find_template(base)
+        if template is not None:
+            (out / TEMPLATE).write_text(template, encoding="utf-8")
+
+
+@contextmanager
+def served_folder(base: Path, adapter: Path | None) -> Iterator[Path]:
+    """Provide a folder with the tokenizer, the template and the configurations that a model is served with.
+
+    Args:
+        base: the model's folder, which is returned unless the adapter has files of its own.
+        adapter: PEFT's folder that is applied to it, if any.
+    """
+    if adapter is None or not has_own(adapter):
+        yield base
+        return
+    with tempfile.TemporaryDirectory(prefix="loraflow-tokenizer-") as name:
+        folder = Path(name)
+        for config in ("config.json", "generation_config.json"):
+            if (base / config).exists():
+                shutil.copyfile(base / config, folder / config)
+        write_tokenizer(base, adapter, folder)
+        yield folder
+
+
+def refuse_other_ids(base: Path, adapter: Path) -> None:
+    """Refuse a tokenizer that gives the base's tokens other ids: its embeddings would be read by the wrong rows.
+
+    Args:
+        base: the model's folder.
+        adapter: PEFT's folder. It contains no embeddings of its own.
+
+    Raises:
+        BadModel: a token has another id; the message names the first one.
+    """
+    from tokenizers import Tokenizer
+
+    if not (base / VOCABULARY).exists() or not (adapter / VOCABULARY).exists():
+        return
+    vocabularies = []
+    for folder in (base, adapter):
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / VOCABULARY))
+        except Exception as error:  # the library raises no type of its own
+            raise BadModel(
+                "The tokenizer cannot be read.", where=str(folder / VOCABULARY), got=str(error)[:300]
+            ) from error
+        vocabularies.append(tokenizer.get_vocab(with_added_tokens=True))
+    theirs, ours = vocabularies
+    different = sorted((index, token) for token, index in theirs.items() if ours.get(token, index) != index)
+    if different:
+        index, token = different[0]
+        raise BadModel(
+            "The adapter's tokenizer gives the base's tokens other ids.",
+            where=str(adapter / VOCABULARY),
+            expected=f"{token!r} is {index}, as in the base",
+            got=f"{ours[token]}, and {len(different) - 1} more" if len(different) > 1 else str(ours[token]),
+            next_step="name the base that it was trained on",
+        )

@@ -1,0 +1,101 @@
+"""Adapters with a vocabulary of another size than the base's: tokens were added, and the embeddings resized.
+
+peft saves such embeddings with the adapter, but does not resize the base's when it loads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraflow.adapters import safetensors_files as files
+from loraflow.adapters.adapter_config import AdapterConfig
+from loraflow.adapters.lora_updates import PREFIX
+from loraflow.failures import BadModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Shape = tuple[int, ...]
+# peft's names for whole embeddings and heads: after the module's name.
+_WHOLE = ("weight", "base_layer.weight", "modules_to_save.weight", "token_adapter.base_layer.weight")
+
+
+def embedding_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of the modules with the input embeddings and the head."""
+    wanted = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    return [name for name, module in model.named_modules() if id(module) in wanted]
+
+
+def fit_vocabulary(model: PreTrainedModel, adapter: Path, config: AdapterConfig) -> bool:
+    """Resize a base's embeddings and head to the rows of an adapter, if the adapter contains all rows that differ.
+
+    Args:
+        model: the base, with or without weights.
+        adapter: PEFT's folder.
+        config: its configuration.
+
+    Returns:
+        whether the sizes were different.
+
+    Raises:
+        BadModel: the adapter does not contain the new rows, so they would be random.
+    """
+    found = {entry.name: entry.shape for entry in files.read_entries(adapter / "adapter_model.safetensors")}
+    rows = _rows(model, found, config)
+    before = _vocabulary(model)
+    if rows is None or rows == before:
+        return False
+    for name in _without_rows(model, found, config, before, rows):
+        raise BadModel(
+            "The adapter has another vocabulary than the base, and does not contain all of its rows.",
+            where=f"{adapter}: {name}",
+            expected=f"{rows} rows, as the adapter's other embeddings",
+            got=f"the base has {before}, the adapter none",
+            next_step="name the base whose embeddings were resized before the training: save_pretrained() it there",
+        )
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    return True
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return int(model.get_input_embeddings().get_parameter("weight").shape[0])
+
+
+def _rows(model: PreTrainedModel, found: Mapping[str, Shape], config: AdapterConfig) -> int | None:
+    """Return the size of an adapter's vocabulary; None if it does not say."""
+    for name in embedding_names(model):
+        for suffix, axis in ((".lora_embedding_A", 1), *((f".{whole}", 0) for whole in _WHOLE)):
+            shape = found.get(f"{PREFIX}{name}{suffix}")
+            if shape is not None and len(shape) == 2:
+                return shape[axis]
+    added = [token for token in _trained_tokens(config) if token >= _vocabulary(model)]
+    return max(added) + 1 if added else None
+
+
+def _trained_tokens(config: AdapterConfig) -> list[int]:
+    tokens = getattr(config, "trainable_token_indices", None) or []
+    lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
+    return [token for some in lists if isinstance(some, list) for token in some if isinstance(token, int)]
+
+
+def _without_rows(
+    model: PreTrainedModel, found: Mapping[str, Shape], config: AdapterConfig, before: int, rows: int
+) -> list[str]:
+    """Return which of embeddings and head would get random rows."""
+    names = embedding_names(model)
+    covered = set(range(before, rows)) <= set(_trained_tokens(config))
+    missing = []
+    for name in names:
+        whole = any(f"{PREFIX}{name}.{suffix}" in found for suffix in _WHOLE)
+        by_token = covered and f"{PREFIX}{name}.token_adapter.trainable_tokens_delta" in found
+        if not whole and not by_token:
+            missing.append(name)
+    # One weight for both: it is enough that the adapter contains it once.
+    return [] if _is_tied(model) and len(missing) < len(names) else missing
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.get_parameter("weight") is model.get_input_embeddings().get_parameter("weight")

@@ -1,0 +1,38 @@
+"""A base's model without its weights, built on torch's meta device: its modules, and the shapes of its parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraflow.failures import BadModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def model_without_weights(base: Path, *, trust: bool = False) -> PreTrainedModel:
+    """Build a base's model from its config.json. This takes well under a second and no memory for weights.
+
+    Args:
+        base: the model's folder; only its configuration is read.
+        trust: run Python code that comes with the model.
+
+    Raises:
+        BadModel: the folder has no config of a causal model that transformers knows.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=trust)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise BadModel(
+            "The base's model cannot be built from its configuration.",
+            where=str(base),
+            expected="config.json of a causal model",
+            got=(str(error).strip() or type(error).__name__).splitlines()[0][:200],
+        ) from error
+    return model

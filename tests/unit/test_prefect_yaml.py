@@ -1,0 +1,197 @@
+"""What `loraflow deploy` reads from prefect.yaml: Prefect's own keys work, and everything else is refused by its field."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import yaml
+
+from loraflow.failures import BadConfig
+from loraflow.flows.server import project
+from loraflow.flows.server.prefect_yaml import read_specs
+
+ENTRY = {
+    "name": "mine",
+    "entrypoint": "loraflow.flows.retrain.retrain",
+    "work_pool": {"name": "local"},
+    "parameters": {"recipe": "tiny"},
+}
+
+
+@pytest.fixture
+def specs(tmp_path):
+    def specs(document=None, **fields):
+        """Read a prefect.yaml with one deployment that has these fields; None removes a field."""
+        (tmp_path / "configs").mkdir(exist_ok=True)
+        (tmp_path / "configs" / "tiny.yaml").write_text("name: tiny\n")
+        entry = {key: value for key, value in {**ENTRY, **fields}.items() if value is not None}
+        file = tmp_path / "prefect.yaml"
+        file.write_text(yaml.safe_dump({"name": "p", "pull": [], "deployments": [entry], **(document or {})}))
+        return read_specs(file)
+
+    return specs
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"cron": "0 2 * * *", "timezone": "Europe/Berlin", "day_or": False}, ("cron", "0 2 * * *")),
+        ({"interval": 3600}, ("interval", timedelta(hours=1))),
+        ({"interval": "PT2H", "anchor_date": "2026-01-01T00:00:00Z"}, ("interval", timedelta(hours=2))),
+        ({"rrule": "FREQ=DAILY;BYHOUR=2"}, ("rrule", "FREQ=DAILY;BYHOUR=2")),
+    ],
+)
+def test_every_kind_of_schedule_is_read_and_slug_and_active_are_optional(specs, schedule, expected):
+    [spec] = specs(schedules=[schedule])
+    [created] = spec.new_schedules()
+    kind, value = expected
+    found = getattr(created.schedule, kind)
+    assert found == value or (kind == "rrule" and found.endswith(value))
+    assert (created.slug, created.active) == ("schedule-1", True)
+    [single] = specs(schedule=schedule)
+    assert single.schedules == spec.schedules
+
+
+def test_an_interval_starts_at_the_same_time_at_each_deploy(specs):
+    first, second = (specs(schedules=[{"interval": 3600}])[0].new_schedules() for _ in range(2))
+    assert first == second
+
+
+def test_queue_version_limit_tags_and_pause_are_applied(specs):
+    [spec] = specs(
+        work_pool={"name": "local", "work_queue_name": "high"},
+        version="7",
+        concurrency_limit=1,
+        enforce_parameter_schema=False,
+        tags="a, b",
+        paused=True,
+    )
+    update = spec.to_update()
+    assert (update.work_queue_name, update.version, update.concurrency_limit) == ("high", "7", 1)
+    assert (update.enforce_parameter_schema, update.tags, spec.paused) == (False, ["a", "b"], True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"schedules": [{"cron": "0 25 * * *"}]}, "schedules.0"),
+        ({"schedules": [{"cron": "0 2 * * *", "timezone": "Europe/Berln"}]}, "schedules.0"),
+        ({"schedules": [{"rrule": "FREQ=SOMETIMES"}]}, "schedules.0"),
+        ({"schedules": [{"interval": 0}]}, "schedules.0"),
+        ({"schedules": [{"interval": 60, "cron": "0 2 * * *"}]}, "exactly one of cron, interval and rrule"),
+        ({"schedules": [{"active": True}]}, "got none"),
+        ({"schedules": [{"cron": "0 2 * * *", "anchor_date": "2026-01-01T00:00:00Z"}]}, "anchor_date"),
+        ({"schedules": [{"cron": "0 2 * * *", "slug": "a"}, {"cron": "0 3 * * *", "slug": "a"}]}, "slug a"),
+        ({"schedules": [{"cron": "0 2 * * *", "timzone": "UTC"}]}, "schedules.0.timzone"),
+        ({"work_pool": "local"}, "work_pool"),
+        ({"work_pool": None}, "work_pool"),
+        ({"work_pool": {"name": "local", "queue": "high"}}, "work_pool.queue"),
+        ({"concurrency_limit": {"limit": 1, "collision_strategy": "WAIT"}}, "concurrency_limit.collision_strategy"),
+        ({"tag": ["a"]}, "tag"),
+        ({"sla": []}, "sla"),
+        ({"triggers": [{"type": "event", "expect": ["a"], "within": "soon"}]}, "triggers.0"),
+        ({"entrypoint": "loraflow.flows.nowhere.flow"}, "entrypoint"),
+        ({"entrypoint": "loraflow.flows.retrain.is_news"}, "not a flow"),
+        ({"entrypoint": "nowhere.py:flow"}, "entrypoint"),
+        ({"entrypoint": None}, "entrypoint"),
+        ({"parameters": {"recipe": "{{ $RECIPE }}"}}, ".parameters.recipe"),
+        ({"build": [{"prefect.deployments.steps.run_shell_script": {"script": "true"}}]}, ".build"),
+    ],
+)
+def test_a_refusal_names_file_deployment_and_field(specs, fields, field):
+    with pytest.raises(BadConfig) as error:
+        specs(**fields)
+    assert "prefect.yaml: deployments[0] (mine)" in error.value.where
+    assert field in f"{error.value.where} {error.value.got}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"parameters": {"recipe": "gone"}}, "retrain/mine.parameters.recipe"),
+        ({"parameters": {}}, "retrain/mine.parameters.recipe"),
+        ({"schedules": [{"cron": "0 2 * * *", "parameters": {"recipe": "gone"}}]}, "schedules[0].parameters.recipe"),
+    ],
+)
+def test_a_recipe_that_does_not_exist_is_not_deployed(specs, fields, where):
+    with pytest.raises(BadConfig, match="recipe that does not exist") as error:
+        specs(**fields)
+    assert error.value.where.endswith(where) and "tiny" in error.value.expected
+    assert specs(parameters={"recipe": "configs/tiny.yaml"})
+
+
+def test_a_flow_of_the_users_own_is_read_from_its_file(specs, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text("from prefect import flow\n\n\n@flow\ndef nothing(n: int = 1):\n    return n\n")
+    monkeypatch.chdir(tmp_path)
+    [spec] = specs(entrypoint="own.py:nothing", parameters={"n": 2})
+    assert spec.full_name == "nothing/mine" and "n" in spec.parameter_openapi_schema["properties"]
+
+
+@pytest.mark.parametrize(
+    ("document", "what"),
+    [
+        ({"deployment": []}, "no effect"),
+        ({"build": [{"a": {}}]}, "build steps"),
+        ({"deployments": []}, "no deployments"),
+        ({"deployments": [ENTRY, ENTRY]}, "same name"),
+        ({"deployments": [{"name": "x"}, 3]}, "not valid"),
+        ({"pull": [{"loraflow.flows.server.project.enter": {"project": "q"}}]}, "names another project"),
+    ],
+)
+def test_a_wrong_document_is_refused(specs, document, what):
+    with pytest.raises(BadConfig, match=what):
+        specs(document)
+
+
+def test_a_worker_refuses_the_run_of_another_project(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "prefect.yaml").write_text("name: ours\n")
+    monkeypatch.setenv("LORAFLOW_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert project.enter(project="ours") == project.enter() == {"directory": str(tmp_path)}
+    with pytest.raises(BadConfig, match="serves another project") as error:
+        project.enter(project="theirs")
+    assert (error.value.expected, error.value.got.split(",")[0]) == ("the project theirs", "the project ours")
+
+
+def test_a_flow_that_is_loaded_from_its_file_validates_its_parameters(monkeypatch):
+    """`finetune.serve()` makes Prefect load the flow from its file, under another module name."""
+    from prefect.flows import load_flow_from_entrypoint
+
+    import loraflow.flows
+
+    for name in ("finetune", "retrain", "evaluate_model", "predict", "stage"):
+        file = Path(loraflow.flows.__path__[0]) / f"{name}.py"
+        flow = load_flow_from_entrypoint(f"{file}:{'evaluate' if name == 'evaluate_model' else name}")
+        arguments = {"predict": {"source": "a", "target": "b"}, "stage": {"job": {}, "store": "s", "label": "l"}}
+        flow.validate_parameters(arguments.get(name, {}))
+
+
+@pytest.mark.parametrize("folder", ["tickets", "Meine Tickets ü", "2026", "on"])
+def test_a_project_gets_deployments_of_its_own_name_for_recipes_that_exist(tmp_path, monkeypatch, folder):
+    from loraflow.flows.server.new_prefect_yaml import slug, write_prefect_yaml
+    from loraflow.flows.server.prefect_yaml import find_prefect_yaml
+
+    (tmp_path / folder / "configs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / folder)
+    (Path("configs") / "7.yaml").write_text("name: x\n")
+    specs = read_specs(find_prefect_yaml())
+    name = slug(folder)
+    assert {spec.full_name for spec in specs} == {
+        f"finetune/{name}", f"retrain/{name}-nightly", f"retrain/{name}-on-dataset-update", f"evaluate/{name}",
+    }  # fmt: skip
+    assert {(spec.project, spec.work_pool.name, spec.parameters["recipe"]) for spec in specs} == {(name, name, "7")}
+    assert not any(schedule.active for spec in specs for schedule in spec.schedules)
+    Path("prefect.yaml").write_text("mine")
+    assert write_prefect_yaml(Path()) is None and Path("prefect.yaml").read_text() == "mine"
+
+
+def test_a_folder_without_recipes_is_told_to_make_one(tmp_path, monkeypatch):
+    import loraflow
+    from loraflow.flows.server.prefect_yaml import find_prefect_yaml
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loraflow, "__file__", str(tmp_path / "site" / "loraflow" / "__init__.py"))
+    with pytest.raises(BadConfig, match="no recipes") as error:
+        find_prefect_yaml()
+    assert "loraflow init" in error.value.next_step and not Path("prefect.yaml").exists()
