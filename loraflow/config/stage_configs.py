@@ -181,13 +181,12 @@ class ResolveBaseConfig(StageConfig):
             "repack": base.repack,
             "trust_remote_code": base.trust_remote_code,
         }
-        if base.repack:
-            values["dtype"] = base.dtype
+        used: dict[str, str] = {"dtype": base.dtype} if base.repack else {}
         if (template := context.base.chat_template) is not None:
-            values["chat_template"] = hashlib.sha256(template.encode()).hexdigest()
+            used["chat_template"] = hashlib.sha256(template.encode()).hexdigest()
         if recipe.data.thinking == "empty":
-            values["thinking"] = "empty"
-        return cls.of(values)
+            used["thinking"] = "empty"
+        return cls.of({**values, **used})
 
 
 class TokenizeConfig(StageConfig):

@@ -121,3 +121,8 @@ def pinned_date(template: str | None) -> str | None:
     """Return the date that `pinned` fixed in a template, such as 2024-07-26; None if the template prints no date."""
     note = _NOTE.match(template or "")
     return note[1] if note else None
+
+
+def served_date(folder: Path) -> str | None:
+    """Return the date that is fixed in a model's template; None if there is none."""
+    return pinned_date(find_template(folder)) if (folder / FILE).exists() else None

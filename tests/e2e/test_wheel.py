@@ -97,7 +97,9 @@ def test_init_run_up_deploy_and_retrain_work_in_a_new_folder(installed, phi3):
         assert "nothing changed" in again
         # a recipe's values as JSON, as the form sends them
         pairs = (setting.split("=", 1) for setting in FAST)
-        values = {key: {"[token_loss]": ["token_loss"], "{}": {}, "false": False}.get(value, value) for key, value in pairs}
+        values = {
+            key: {"[token_loss]": ["token_loss"], "{}": {}, "false": False}.get(value, value) for key, value in pairs
+        }
         values = {key: int(value) if str(value).isdigit() else value for key, value in values.items()}
         for name in ("finetune/my-project", "retrain/my-project-nightly"):
             run = installed.start(name, settings=values)
