@@ -87,7 +87,7 @@ VERSION_DATASET = Stage(
 
 CHECK_DATASET = Stage(
     name="check_dataset",
-    version=3,
+    version=4,  # 4: a row with reasoning beside its content is malformed
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},

@@ -18,7 +18,7 @@ from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.chats import GATE_SET, ChatRecord, Message
 from loraflow.data.check_report import CheckReport, Profile, SplitCounts
 from loraflow.data.readers import match_files, read_rows
-from loraflow.data.reasoning import without_reasoning
+from loraflow.data.reasoning import NOT_RENDERED, reasoning_key, without_reasoning
 from loraflow.data.split import in_share, prompt_key, row_id
 from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
@@ -122,6 +122,8 @@ def _read(files: Path, config: CheckDatasetConfig, quarantine: list[Quarantined]
                 messages = without_reasoning(messages)
                 if any(not m["content"].strip() for m in messages if m["role"] == "assistant"):
                     messages, problem = None, "an answer is empty without its reasoning (data.thinking)"
+            elif messages is not None and (key := reasoning_key(row.unused_keys)):
+                messages, problem = None, f"{key} {NOT_RENDERED}"
             if messages is None:
                 counts["malformed"] += 1
                 quarantine.append({"place": row.place, "set": set_name, "problem": problem, "row": row.raw})
