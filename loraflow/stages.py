@@ -21,6 +21,7 @@ from loraflow.failures import BadConfig
 _HARDWARE = ("loraflow.hardware.device", "loraflow.hardware.attention")
 _TEMPLATE = (
     "loraflow.data.loss_mask",
+    "loraflow.data.answer_spans",
     "loraflow.data.alignment",
     "loraflow.data.template",
     "loraflow.data.template_child",
@@ -86,13 +87,14 @@ VERSION_DATASET = Stage(
 
 CHECK_DATASET = Stage(
     name="check_dataset",
-    version=3,
+    version=4,  # 4: a row with reasoning beside its content is malformed
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},
     code=(
         "loraflow.data.check",
         "loraflow.data.check_report",
+        "loraflow.data.reasoning",
         "loraflow.data.readers",
         "loraflow.data.chat_formats",
         "loraflow.data.chats",
@@ -105,12 +107,14 @@ CHECK_DATASET = Stage(
 
 RESOLVE_BASE = Stage(
     name="resolve_base",
-    version=1,
+    version=2,  # 2: a date is fixed in the template; special tokens as transformers reads them
     module="loraflow.base.resolve",
     config=configs.ResolveBaseConfig,
     runtime=JobRuntime.of_base,
     code=(
         "loraflow.base.resolve",
+        "loraflow.base.template_check",
+        "loraflow.data.served_template",
         "loraflow.base.hub",
         "loraflow.base.weight_files",
         "loraflow.base.repack",
@@ -121,13 +125,14 @@ RESOLVE_BASE = Stage(
 
 TOKENIZE = Stage(
     name="tokenize",
-    version=1,
+    version=2,  # 2: whole answers only; special tokens as transformers reads them
     module="loraflow.data.tokenization",
     config=configs.TokenizeConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train"), "base": _from(RESOLVE_BASE, part="tokenizer")},
     code=(
         "loraflow.data.tokenization",
         "loraflow.data.chunk_encoder",
+        "loraflow.data.positions",
         "loraflow.data.token_files",
         "loraflow.data.prompt_audit",
         *_TEMPLATE,
@@ -146,6 +151,7 @@ TRAIN = Stage(
     code=(
         "loraflow.training.train",
         "loraflow.training.setup",
+        "loraflow.data.positions",
         "loraflow.training.engine",
         "loraflow.training.choices",
         "loraflow.training.document_check",
@@ -202,7 +208,7 @@ TRAIN = Stage(
 
 MERGE = Stage(
     name="merge",
-    version=2,
+    version=3,  # 3: only the token that closes an answer is a stop token
     module="loraflow.adapters.merge",
     config=configs.MergeConfig,
     inputs={
@@ -268,13 +274,14 @@ VERIFY = Stage(
 
 EVALUATE = Stage(
     name="evaluate",
-    version=2,  # 2: the common prefix of the prompts is computed once; the last bits of a loss may differ
+    version=3,  # 3: only the token that closes an answer ends it
     module="loraflow.evaluation.score",
     config=configs.EvaluateConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, part="heldout")},
     code=(
         "loraflow.evaluation.score",
         "loraflow.evaluation.generation",
+        "loraflow.data.positions",
         "loraflow.evaluation.likelihood",
         "loraflow.evaluation.prefix_cache",
         "loraflow.data.common_prefix",

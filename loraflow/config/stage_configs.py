@@ -7,6 +7,7 @@ does not matter for a job is left unset, not null, so that a new field does not 
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
@@ -77,6 +78,7 @@ class BaseLocation(FrozenModel):
 
     source: dict[str, str]
     origin: FolderOrigin | HubOrigin | GgufOrigin
+    chat_template: str | None = None  # the text of base.chat_template; None is the model's own
 
 
 class RecipeContext(Protocol):
@@ -144,6 +146,7 @@ class CheckDatasetConfig(StageConfig):
     limit: Positive | None
     heldout_fraction: Share = 0.0  # set only if no file is held out
     seed: int = 0  # set only if rows are split by their hash
+    thinking: Literal["strip"] | None = None  # set only if reasoning is removed from the rows
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
@@ -155,7 +158,8 @@ class CheckDatasetConfig(StageConfig):
             fields.add("heldout_fraction")
         if not data.heldout or data.validation_fraction:
             fields.add("seed")
-        return cls.of(data.model_dump(include=fields))
+        values = data.model_dump(include=fields)
+        return cls.of({**values, "thinking": "strip"} if data.thinking in ("strip", "empty") else values)
 
 
 class ResolveBaseConfig(StageConfig):
@@ -165,6 +169,8 @@ class ResolveBaseConfig(StageConfig):
     repack: Literal["phi3"] | None
     trust_remote_code: bool
     dtype: Dtype | None = None  # set only if the weights are repacked, and so converted
+    chat_template: str | None = None  # sha256 of the recipe's template; set only if it names one
+    thinking: Literal["empty"] | None = None  # set only if the template is fixed not to think
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
@@ -175,7 +181,12 @@ class ResolveBaseConfig(StageConfig):
             "repack": base.repack,
             "trust_remote_code": base.trust_remote_code,
         }
-        return cls.of({**values, "dtype": base.dtype} if base.repack else values)
+        used: dict[str, str] = {"dtype": base.dtype} if base.repack else {}
+        if (template := context.base.chat_template) is not None:
+            used["chat_template"] = hashlib.sha256(template.encode()).hexdigest()
+        if recipe.data.thinking == "empty":
+            used["thinking"] = "empty"
+        return cls.of({**values, **used})
 
 
 class TokenizeConfig(StageConfig):
@@ -186,13 +197,15 @@ class TokenizeConfig(StageConfig):
     special_tokens: Literal["error", "drop", "allow"]
     max_length: Positive
     packing: bool
+    thinking: Literal["keep"] | None = None  # set only if answers whose reasoning is cut are context
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """See `StageConfig.from_recipe`."""
         data, training = recipe.data, recipe.training_config
         return cls.of(
-            {
+            ({"thinking": "keep"} if data.thinking == "keep" else {})
+            | {
                 "loss_on": data.loss_on,
                 "too_long": data.too_long,
                 "special_tokens": data.special_tokens,
@@ -351,11 +364,12 @@ class JobRuntime(Runtime):
     training_config: JobTrainingRuntime | None = None  # train only
     use_cache: bool = False  # train only: base.use_cache
     origin: Origin | None = None  # version_dataset and resolve_base: where files are read from
+    chat_template: str | None = None  # resolve_base only: the text of base.chat_template
 
     @model_serializer(mode="wrap")
     def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
         """Leave out the fields that this stage does not use, because manifests record the runtime."""
-        absent = {"training_config", "use_cache", "origin"} - self.model_fields_set
+        absent = {"training_config", "use_cache", "origin", "chat_template"} - self.model_fields_set
         return {name: value for name, value in handler(self).items() if name not in absent}
 
     @classmethod
@@ -381,7 +395,10 @@ class JobRuntime(Runtime):
     @classmethod
     def of_base(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """Return the runtime of the stage that reads the base model's files."""
-        return cls.model_validate({**recipe.runtime.model_dump(), "origin": context.base.origin.model_dump()})
+        values = {**recipe.runtime.model_dump(), "origin": context.base.origin.model_dump()}
+        if context.base.chat_template is not None:
+            values["chat_template"] = context.base.chat_template
+        return cls.model_validate(values)
 
 
 class RetryWith(FrozenModel):

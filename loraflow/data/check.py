@@ -18,6 +18,7 @@ from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.chats import GATE_SET, ChatRecord, Message
 from loraflow.data.check_report import CheckReport, Profile, SplitCounts
 from loraflow.data.readers import match_files, read_rows
+from loraflow.data.reasoning import NOT_RENDERED, reasoning_key, without_reasoning
 from loraflow.data.split import in_share, prompt_key, row_id
 from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
@@ -116,13 +117,20 @@ def _read(files: Path, config: CheckDatasetConfig, quarantine: list[Quarantined]
     for set_name, set_files in _assign_files(files, config).items():
         for row in read_rows(files, set_files, config.format, config.columns):
             counts["read"] += 1
-            if row.messages is None:
+            messages, problem = row.messages, row.problem or ""
+            if messages is not None and config.thinking == "strip":
+                messages = without_reasoning(messages)
+                if any(not m["content"].strip() for m in messages if m["role"] == "assistant"):
+                    messages, problem = None, "an answer is empty without its reasoning (data.thinking)"
+            elif messages is not None and (key := reasoning_key(row.unused_keys)):
+                messages, problem = None, f"{key} {NOT_RENDERED}"
+            if messages is None:
                 counts["malformed"] += 1
-                quarantine.append({"place": row.place, "set": set_name, "problem": row.problem or "", "row": row.raw})
+                quarantine.append({"place": row.place, "set": set_name, "problem": problem, "row": row.raw})
                 continue
-            split = _assign_split(row.messages, set_name, config)
+            split = _assign_split(messages, set_name, config)
             name = split if split != "heldout" else GATE_SET if set_name == "train" else set_name
-            splits[split].append(_record(row.messages, row.place, name, config.system))
+            splits[split].append(_record(messages, row.place, name, config.system))
     return splits
 
 

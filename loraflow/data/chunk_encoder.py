@@ -6,10 +6,9 @@ import gc
 import json
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Literal
 import numpy as np
 
 from loraflow.config.stage_configs import TokenizeConfig
+from loraflow.data.answer_spans import IfCut
 from loraflow.data.chats import ChatRecord
-from loraflow.data.loss_mask import IGNORED, ChatTemplate, Encoded
+from loraflow.data.loss_mask import IGNORED, ChatTemplate, Encoded, name_row
 from loraflow.data.token_files import TokenBatch
-from loraflow.failures import BadModel, Killed
+from loraflow.failures import Killed
 
 CHUNK_ROWS = 500  # rows that are sent to a process at a time
 ONE_PROCESS_BYTES = 1_000_000  # a smaller file is encoded in this process
@@ -95,17 +95,6 @@ _template: ChatTemplate
 _config: TokenizeConfig
 
 
-@contextmanager
-def name_row(places: Sequence[str]) -> Iterator[None]:
-    """Add the row's place to the failure of a template that cannot render it."""
-    try:
-        yield
-    except BadModel as failure:
-        if isinstance(number := failure.details.get("chat"), int) and number < len(places):
-            failure.where = f"{failure.where}, {places[number]}"
-        raise
-
-
 def _set_worker_state(template: ChatTemplate, config: TokenizeConfig) -> None:
     global _template, _config
     _template, _config = template, config
@@ -116,8 +105,9 @@ def _encode(lines: list[str]) -> Chunk:
     ids: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     problems = Problems()
+    if_cut: IfCut = "context" if _config.thinking == "keep" else "error"
     with name_row([record["place"] for record in records]):
-        encoded = _template.encode([record["messages"] for record in records], _config.loss_on)
+        encoded = _template.encode([record["messages"] for record in records], _config.loss_on, if_cut)
     for record, row in zip(records, encoded, strict=True):
         part = _part_to_learn(row, record["place"], _config, problems)
         if part is not None:

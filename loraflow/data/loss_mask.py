@@ -1,6 +1,6 @@
 """Convert chats to token ids and a loss mask, both from one tokenization of one rendered text.
 
-The span of an answer is found in the text, by rendering what precedes the answer, and is then mapped to token ids.
+The span of an answer is found in the text (`answer_spans`), and is then mapped to token ids.
 Counting tokens would be wrong, because control tokens swallow white space. Searching for control tokens would be wrong as
 soon as a message contains one. The mapping uses the tokenizer's offsets, or the faster `alignment` for rows where that is
 verified to be exact.
@@ -8,30 +8,34 @@ verified to be exact.
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from loraflow.data.alignment import ByteAlignment, Span
+from loraflow.data.answer_spans import Answer, AnswerFinder, IfCut, LossOn
 from loraflow.data.chats import Chat
-from loraflow.data.template_process import template_process
-from loraflow.data.tokenizer_config import TokenizerConfig, read_template
+from loraflow.data.template_process import TemplateProcess, template_process
+from loraflow.data.tokenizer_config import TRAINING_TEMPLATE, read_template, special_tokens
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
 IGNORED = -100  # the label of a token that is not learned: torch's ignore_index
-_MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-LossOn = Literal["assistant", "last_assistant", "all"]
+# Templates for reasoning may refuse or change an answer without any.
+_PROBES: tuple[Chat, ...] = (
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\nc\n</think>\n\nb"}],
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Encoded:
     labels: np.ndarray  # int32; IGNORED where nothing is learned
     prompt: int  # number of ids before the last answer
     special_in_text: str | None = None  # the first control token in a message's text
+    not_learned: int = 0  # answers that the template cuts, and that are only context (data.thinking: keep)
 
 
 class ChatTemplate:
@@ -62,8 +67,7 @@ class ChatTemplate:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.template = read_template(folder)
-        variables = TokenizerConfig.read(folder).variables()
-        self._renderer = template_process(self.template, variables)
+        self._renderer = template_process(self.template, special_tokens(folder))
         self._renderer.compile()  # refuses a template that is not valid
         self.alignment: ByteAlignment | None  # None: use the tokenizer's own for every row
         try:
@@ -78,7 +82,15 @@ class ChatTemplate:
         self._any_special = re.compile("|".join(map(re.escape, self.special))) if self.special else None
         # Searching for their common prefix first is far faster than the regular expression.
         self._special_start = os.path.commonprefix(self.special)  # noqa: RUF071 (letters, not folders)
-        self._stop = re.compile(r"\s*(?:" + "|".join(map(re.escape, self.special)) + ")") if self.special else None
+        self._marking: TemplateProcess | None = None  # another template that marks the answers
+        if (folder / TRAINING_TEMPLATE).exists():
+            marking = (folder / TRAINING_TEMPLATE).read_text(encoding="utf-8")
+            self._marking = template_process(marking, special_tokens(folder))
+        self._answers = AnswerFinder(self._renderer, self.template, self.special, self._marking)
+        self._eos = eos_ids(folder)
+        self._ends: set[str] | None = None  # tokens at which generation stops
+        self._probed: Answer | None = None  # how an answer is rendered
+        self._opening: str | None = None  # of a user's message: the token that ends the answer before it
 
     def render(self, chats: Sequence[Chat], *, prompt: bool = False) -> list[str]:
         """Render chats as the model reads them. `prompt` adds the start of an answer (add_generation_prompt).
@@ -88,50 +100,62 @@ class ChatTemplate:
         """
         return self._renderer.render(chats, prompt=prompt)
 
-    def encode(self, chats: Sequence[Chat], loss_on: LossOn) -> list[Encoded]:
+    def encode(self, chats: Sequence[Chat], loss_on: LossOn, if_cut: IfCut = "error") -> list[Encoded]:
         """Encode chats. `loss_on` selects the trained tokens: every answer, the last answer, or all tokens.
 
+        `if_cut` is for answers that the template does not render completely: the chat is refused, or they are only context.
+
         Raises:
-            BadModel: an answer cannot be found in the rendered text, or no stop token ends it.
+            BadModel: the template leaves out a part of a chat, an answer cannot be found in the rendered text, or no stop
+                token ends it. The failure's details have the number of the chat.
         """
         texts = self.render(chats)
-        for chat, text in zip(chats, texts, strict=True):
-            for message in chat:
-                if message["role"] in ("system", "tool") and message["content"].strip() not in text:
-                    raise BadModel(
-                        f"The chat template leaves out {message['role']} messages.",
-                        where="chat_template",
-                        got=message["content"][:80],
-                        next_step=f"remove {message['role']} messages from the dataset, or correct the template",
-                    )
-        spans = self._marked_spans(chats) if _MARKERS.search(self.template) else self._prefix_spans(chats, texts)
-        if not all(spans):
-            raise BadModel(
-                "The chat template does not mark the answer of a chat.",
-                where="chat_template",
-                next_step="put {% generation %} … {% endgeneration %} around every answer in chat_template.jinja",
-            )
-        return [
-            Encoded(ids, _labels(ids, tokens, loss_on), tokens[-1][0], self._special_in(chat))
-            for chat, (ids, tokens) in zip(chats, self._aligned(texts, spans), strict=True)
-        ]
+        if self._marking is not None:
+            _refuse_other_text(texts, self._marking.render(chats, prompt=False))
+        texts = self._closed(chats, texts)
+        _refuse_left_out(chats, texts)
+        found = self._answers.find(chats, texts, loss_on, if_cut)
+        if loss_on != "all":
+            self._refuse_other_ends(found)
+        spans = [[span for answer in answers for span in answer.spans] for answers in found]
+        out = []
+        for chat, answers, (ids, tokens) in zip(chats, found, self._aligned(texts, spans), strict=True):
+            labels = ids.copy() if loss_on == "all" else _labels(ids, tokens)
+            # A span of the last answer, or of the last one that is learned.
+            first = len(tokens) - len(next((a.spans for a in reversed(answers) if a.spans), ()))
+            prompt = tokens[first][0] if tokens else len(ids)
+            cut = 0 if loss_on == "last_assistant" else sum(not answer.is_learned for answer in answers)
+            out.append(Encoded(ids, labels, prompt, self._special_in(chat), cut))
+        return out
 
     def prompt_ids(self, chats: Sequence[Chat]) -> list[list[int]]:
         """Return the ids that generation starts from: the chats without their last answer."""
         prompts = self.render([chat[:-1] if chat[-1]["role"] == "assistant" else chat for chat in chats], prompt=True)
         return [encoding.ids for encoding in self.tokenizer.encode_batch(prompts, add_special_tokens=False)]
 
+    def inserted(self) -> str:
+        """Return the text that the template writes between a served prompt and an answer, such as an empty think block.
+
+        The model learns to write it; it is not a part of the answer's own text.
+        """
+        return self._probe().inserted
+
+    def inserted_text(self) -> str:
+        """Return what remains of `inserted` in a decoded answer, without control tokens: it is removed from answers."""
+        ids = self.tokenizer.encode(self.inserted(), add_special_tokens=False).ids
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
     def stop_ids(self) -> set[int]:
-        """Return the ids of the control tokens with which the template ends an answer.
+        """Return the ids of the control tokens with which the template closes an answer.
+
+        Control tokens inside an answer, such as those of a channel or of reasoning, are not among them.
 
         Raises:
             BadModel: there is no such token.
         """
-        probe: Chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        (encoded,) = self.encode([probe], "assistant")
-        learned = encoded.ids[encoded.labels != IGNORED].tolist()
-        control = {i for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
-        found = {i for i in learned if i in control}
+        found = {
+            i for token in self._control(self._probe().closing) if (i := self.tokenizer.token_to_id(token)) is not None
+        }
         if not found:
             raise BadModel(
                 "The chat template's {% generation %} block contains no stop token: the model would not learn to stop.",
@@ -139,6 +163,81 @@ class ChatTemplate:
                 next_step="move {% endgeneration %} behind the token that ends an answer",
             )
         return found
+
+    def _probe(self) -> Answer:
+        """Return how the template renders an answer."""
+        if self._probed is not None:
+            return self._probed
+        failure: BadModel | None = None
+        for chat in _PROBES:
+            try:
+                ((self._probed,),) = self._answers.find([chat], self._closed([chat], self.render([chat])), "assistant")
+            except BadModel as error:
+                failure = failure or error
+            else:
+                return self._probed
+        assert failure is not None
+        failure.details.pop("chat", None)
+        raise failure
+
+    def _closed(self, chats: Sequence[Chat], texts: list[str]) -> list[str]:
+        """Add the token that ends the last answer, if the template writes it only before the next message, as GLM's does.
+
+        It is the control token that opens a user's message, and one of the model's own stop tokens.
+        """
+        if self._opening is None:
+            self._opening = self._answers.appended = self._end_before_next() or ""
+        if not self._opening:
+            return texts
+        return [
+            text + self._opening
+            if chat[-1]["role"] == "assistant" and text.endswith(chat[-1]["content"].strip())
+            else text
+            for chat, text in zip(chats, texts, strict=True)
+        ]
+
+    def _end_before_next(self) -> str | None:
+        """Return the control token with which a user's message ends the answer before it; None if answers end themselves."""
+        chat = _PROBES[0]
+        try:
+            ended, continued = self.render([chat, [*chat, {"role": "user", "content": "a"}]])
+        except BadModel:  # the template refuses these probes; the rows decide
+            return None
+        if not ended.endswith(chat[-1]["content"]) or not continued.startswith(ended) or self._any_special is None:
+            return None
+        token = self._any_special.match(continued, len(ended))
+        known = token is not None and self.tokenizer.token_to_id(token.group()) in self._eos
+        return token.group() if token is not None and known else None
+
+    def _control(self, text: str) -> list[str]:
+        return self._any_special.findall(text) if self._any_special else []
+
+    def _refuse_other_ends(self, found: Sequence[Sequence[Answer]]) -> None:
+        """Refuse answers that are learned with an end at which generation would not stop, as gpt-oss renders earlier ones.
+
+        Raises:
+            BadModel: there is one. The failure's details have the number of the chat.
+        """
+        if self._ends is None:
+            try:
+                stops = self.stop_ids() | self._eos
+            except BadModel:  # a template that no model can be merged with; rows are still encoded
+                stops = set()
+            self._ends = {token for i in stops if (token := self.tokenizer.id_to_token(i)) is not None}
+        if not self._ends:
+            return
+        for number, answers in enumerate(found):
+            for answer in answers[:-1]:
+                closing = answer.closing
+                if closing and not any(end in closing for end in self._ends) and (control := self._control(closing)):
+                    raise BadModel(
+                        "The chat template closes earlier answers with a token at which generation does not stop.",
+                        where="chat_template",
+                        expected=f"one of {', '.join(sorted(self._ends))}",
+                        got=control[0],
+                        next_step="data.loss_on: last_assistant learns the last answer only",
+                        chat=number,
+                    )
 
     def _aligned(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[tuple[np.ndarray, list[Span]]]:
         """Return each text's ids, and its spans as spans of tokens."""
@@ -172,58 +271,68 @@ class ChatTemplate:
                 return hit.group()
         return None
 
-    def _prefix_spans(self, chats: Sequence[Chat], texts: list[str]) -> list[list[Span]]:
-        """Find answers by rendering what precedes them: the answer and its stop token follow."""
-        turns = [(n, i) for n, chat in enumerate(chats) for i, m in enumerate(chat) if m["role"] == "assistant"]
-        try:
-            heads = self.render([chats[n][:i] for n, i in turns], prompt=True)
-        except BadModel as failure:
-            if isinstance(turn := failure.details.get("chat"), int):
-                failure.details["chat"] = turns[turn][0]
-            raise
-        spans: list[list[Span]] = [[] for _ in chats]
-        for (n, i), head in zip(turns, heads, strict=True):
-            text, content = texts[n], chats[n][i]["content"]
-            last = i == len(chats[n]) - 1
-            spans[n].append(self._answer(text, head, content, last))
-        return spans
 
-    def _answer(self, text: str, head: str, content: str, last: bool) -> Span:
-        """Return the span of an answer, `content`, after the rendered prompt, `head`."""
-        start = len(head)
-        answer = next((c for c in (content, content.strip()) if text.startswith(c, start)), None)
-        if not text.startswith(head) or answer is None:
+@contextmanager
+def name_row(places: Sequence[str]) -> Iterator[None]:
+    """Add a row's place in its file to the failure of a template that cannot render it."""
+    try:
+        yield
+    except BadModel as failure:
+        if isinstance(number := failure.details.get("chat"), int) and number < len(places):
+            failure.where = f"{failure.where}, {places[number]}"
+        raise
+
+
+def eos_ids(folder: Path) -> set[int]:
+    """Return the ids at which a model's own configuration ends an answer."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            eos = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            found |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return found
+
+
+def _refuse_left_out(chats: Sequence[Chat], texts: Sequence[str]) -> None:
+    """Refuse messages that the template does not render. Answers have checks of their own.
+
+    Raises:
+        BadModel: there is one. The failure's details have the number of the chat.
+    """
+    for number, (chat, text) in enumerate(zip(chats, texts, strict=True)):
+        for message in chat:
+            if message["role"] in ("system", "tool") and message["content"].strip() not in text:
+                raise BadModel(
+                    f"The chat template leaves out {message['role']} messages.",
+                    where="chat_template",
+                    got=message["content"][:80],
+                    next_step=f"remove {message['role']} messages from the dataset, or correct the template",
+                    chat=number,
+                )
+
+
+def _refuse_other_text(texts: Sequence[str], marked: Sequence[str]) -> None:
+    """Refuse a training template that renders another text than the template that a server uses.
+
+    Raises:
+        BadModel: a text differs. The failure's details have the number of the chat.
+    """
+    for number, (served, trained) in enumerate(zip(texts, marked, strict=True)):
+        if served != trained:
+            at = len(os.path.commonprefix([served, trained]))  # noqa: RUF071 (letters, not folders)
             raise BadModel(
-                "The answer cannot be located in the rendered chat: it does not start right after the rendered prompt.",
-                where="chat_template",
-                expected="a chat that starts with its rendered prompt (add_generation_prompt), or {% generation %} blocks",
-                got=repr(text[max(0, start - 30) : start + 60]),
-                next_step="put {% generation %} … {% endgeneration %} around the answer in chat_template.jinja",
+                "The training template renders another text than the model's own template, which serves it.",
+                where="base.chat_template",
+                expected=f"{served[max(0, at - 30) : at + 40]!r}, the first difference at character {at}",
+                got=repr(trained[max(0, at - 30) : at + 40]),
+                next_step="remove base.chat_template; or write the template without {% generation %} blocks, to serve it",
+                chat=number,
             )
-        stop = self._stop.match(text, start + len(answer)) if self._stop else None
-        if stop is None:
-            raise BadModel(
-                "The chat template does not end an answer with a control token, so the model would not learn to stop.",
-                where="chat_template",
-                got=repr(text[start + len(answer) : start + len(answer) + 40]),
-                next_step="choose an instruct model, or add the stop token to its chat template",
-            )
-        end = stop.end()
-        if last:  # Phi-3's template ends a whole chat with a second stop token, which is learned too
-            while self._stop and (more := self._stop.match(text, end)):
-                end = more.end()
-        return start, end
-
-    def _marked_spans(self, chats: Sequence[Chat]) -> list[list[Span]]:
-        """Find answers by the template's own {% generation %} blocks."""
-        return self._renderer.marked(chats)
 
 
-def _labels(ids: np.ndarray, tokens: list[Span], loss_on: LossOn) -> np.ndarray:
-    if loss_on == "all":
-        return ids.copy()
+def _labels(ids: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     labels = np.full(len(ids), IGNORED, np.int32)
-    for first, last in tokens[-1:] if loss_on == "last_assistant" else tokens:
+    for first, last in spans:
         labels[first:last] = ids[first:last]
     return labels
 

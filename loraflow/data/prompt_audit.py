@@ -11,8 +11,9 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from loraflow.config.stage_configs import TokenizeConfig
+from loraflow.data.answer_spans import IfCut
 from loraflow.data.chats import ChatRecord
-from loraflow.data.loss_mask import IGNORED, ChatTemplate
+from loraflow.data.loss_mask import IGNORED, ChatTemplate, name_row
 from loraflow.failures import BadModel
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,10 @@ def audit(source: Path, template: ChatTemplate, config: TokenizeConfig) -> list[
         records: list[ChatRecord] = [json.loads(line) for line in islice(file, AUDITED_ROWS)]
     chats = [record["messages"] for record in records]
     audited: list[AuditedRow] = []
-    rows = zip(records, template.encode(chats, config.loss_on), template.prompt_ids(chats), strict=True)
-    for record, encoded, prompt in rows:
+    if_cut: IfCut = "context" if config.thinking == "keep" else "error"
+    with name_row([record["place"] for record in records]):
+        encoded_chats, prompts = template.encode(chats, config.loss_on, if_cut), template.prompt_ids(chats)
+    for record, encoded, prompt in zip(records, encoded_chats, prompts, strict=True):
         learned = encoded.ids[encoded.labels != IGNORED]
         audited.append(
             AuditedRow(

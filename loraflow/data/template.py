@@ -7,6 +7,7 @@ output from day to day. Tests compare the two environments and the texts that th
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ from loraflow.data.chats import Chat, Message
 if TYPE_CHECKING:  # each process that renders imports this module, so it has to be light
     from pydantic import JsonValue
 
-_TODAY = time.gmtime(1_721_952_000)  # a constant date, because some templates write today's
+MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TODAY = time.gmtime(1_721_952_000)  # a constant date, because some templates write today's
 
 
 class CompiledTemplate:
@@ -152,7 +154,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.filters["tojson"] = _json
     environment.globals |= {
         "raise_exception": _refuse,
-        "strftime_now": lambda form: time.strftime(form, _TODAY),
+        "strftime_now": lambda form: time.strftime(form, TODAY),
         "dict": _Dict(),
         "namespace": _Namespace,
     }

@@ -19,6 +19,7 @@ from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.chunk_encoder import Chunk, Problem, Problems, encoded_chunks
 from loraflow.data.loss_mask import IGNORED, ChatTemplate
 from loraflow.data.packing import best_fit_decreasing
+from loraflow.data.positions import Positions
 from loraflow.data.prompt_audit import audit, check_prompts
 from loraflow.data.token_files import open_shard, write_packing
 from loraflow.failures import BadData, BadModel
@@ -82,19 +83,21 @@ def run(job: Job[TokenizeConfig], inputs: Inputs, out: Path, progress: Progress)
 
     Raises:
         BadData: a row is too long, or contains a control token, and the policy for that is error; or no row has a token
-            to learn.
+            to learn; or a row has more tokens than the model has positions.
         BadModel: a token has no row in the base's embeddings; or the template renders every prompt differently from the
             same prompt in a whole chat.
     """
     config, template = job.config, ChatTemplate(inputs["base"])
     processes = job.runtime.processes or os.cpu_count() or 1
     rows, vocabulary = inputs["rows"], vocabulary_of(inputs["base"])
+    positions = Positions.of_folder(inputs["base"])
     problems: Counter[Problem] = Counter()
 
     def tokenize(name: str) -> TokenizedFile:
         chunks = encoded_chunks(rows / f"{name}.jsonl", template, config, processes)
         file = _write(chunks, out / name, config, progress, problems)
         refuse_ids_beyond(file.largest_id, vocabulary, template)
+        positions.check(file.lengths.tolist(), f"{name} rows")
         return file
 
     train = tokenize("train")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from loraflow.failures import BadModel
 
 FILE = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+TRAINING_TEMPLATE = "chat_template_training.jinja"  # renders the same text, and marks the answers
+SPECIAL_TOKENS = "special_tokens_map.json"  # of older models; newer ones have everything in FILE
+# What transformers gives to the template, where that does not follow from the files. resolve_base writes it.
+RECORD = "tokenizer_special_tokens.json"
 MAX_BYTES = 64 * 2**20  # with added_tokens_decoder, the largest are a few MB
 MAX_TEMPLATE = 2**20  # characters; the longest templates have about 30,000
 
@@ -27,13 +34,17 @@ class _NamedTemplate(BaseModel):
 
 
 class TokenizerConfig(BaseModel):
-    """The keys of the file that are read."""
+    """The keys of the file that are read. Special tokens are any keys whose names end with `_token`."""
+
+    model_config = ConfigDict(extra="allow")
 
     chat_template: str | list[_NamedTemplate] | None = None
     bos_token: str | _SpecialToken | None = None
     eos_token: str | _SpecialToken | None = None
     unk_token: str | _SpecialToken | None = None
     pad_token: str | _SpecialToken | None = None
+    added_tokens_decoder: dict[str, JsonValue] | None = None
+    extra_special_tokens: JsonValue = None
 
     @classmethod
     def read(cls, folder: Path) -> TokenizerConfig:
@@ -57,14 +68,69 @@ class TokenizerConfig(BaseModel):
             ) from error
 
     def variables(self) -> dict[str, str]:
-        """Return the special tokens by the names that a template has for them."""
-        tokens = {
+        """Return the special tokens of this file by the names that a template has for them."""
+        named: dict[str, JsonValue | _SpecialToken] = {
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
             "unk_token": self.unk_token,
             "pad_token": self.pad_token,
+            **{key: value for key, value in (self.model_extra or {}).items() if key.endswith("_token")},
         }
-        return {key: token if isinstance(token, str) else token.content for key, token in tokens.items() if token}
+        return _texts(named) | _named_extra(self.extra_special_tokens)
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """Return the special tokens that transformers gives to a model's chat template, by name.
+
+    They are in tokenizer_config.json. If that file has no added_tokens_decoder, special_tokens_map.json takes precedence.
+    A tokenizer class may add defaults of its own: those are in RECORD.
+
+    Raises:
+        BadModel: a file is missing or damaged.
+    """
+    if (folder / RECORD).exists():
+        return _texts(_object(folder / RECORD))
+    config = TokenizerConfig.read(folder)
+    found = config.variables()
+    if config.added_tokens_decoder is None and (folder / SPECIAL_TOKENS).exists():
+        values = _object(folder / SPECIAL_TOKENS)
+        named = _texts({key: value for key, value in values.items() if key.endswith("_token")})
+        emptied = {key for key, value in values.items() if value is None}
+        found = {key: token for key, token in found.items() if key not in emptied} | named
+        found |= _named_extra(values.get("extra_special_tokens"))
+    return found
+
+
+def _object(file: Path) -> dict[str, JsonValue]:
+    try:
+        with file.open("rb") as opened:
+            values: JsonValue = json.loads(opened.read(MAX_BYTES))
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadModel(
+            "The tokenizer's special tokens cannot be read.",
+            where=str(file),
+            got=str(error)[:300],
+            next_step="download the base model again",
+        ) from error
+    return values
+
+
+def _texts(values: Mapping[str, JsonValue | _SpecialToken]) -> dict[str, str]:
+    """Return the tokens' texts. A file has a text, or an object with its text and how it is matched."""
+    out: dict[str, str] = {}
+    for key, value in values.items():
+        content = value.content if isinstance(value, _SpecialToken) else value
+        if isinstance(content, dict):
+            content = content.get("content")
+        if isinstance(content, str) and content:
+            out[key] = content
+    return out
+
+
+def _named_extra(value: JsonValue) -> dict[str, str]:
+    return _texts(value) if isinstance(value, dict) else {}
 
 
 def find_template(folder: Path) -> str | None:
@@ -73,7 +139,7 @@ def find_template(folder: Path) -> str | None:
     Raises:
         BadModel: the file is damaged, or the template is longer than any template is.
     """
-    file = folder / "chat_template.jinja"
+    file = folder / TEMPLATE
     template: str | None
     if file.exists():
         try:

@@ -36,6 +36,7 @@ def generate_answers(
     batch_size: int,
     done_file: Path | None = None,
     on_batch: Callable[[int], None] | None = None,
+    inserted: str = "",
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> list[GeneratedAnswer]:
     """Return an answer for each prompt, given as token ids.
@@ -53,13 +54,14 @@ def generate_answers(
         batch_size: prompts at a time.
         done_file: finished answers, a line of JSON each; None keeps nothing.
         on_batch: is called with the number of finished answers after each batch.
+        inserted: text that the chat template writes before each answer; it is removed from the answers.
         group: the devices that share the work.
     """
     answers = _read_answers(done_file, len(prompts))
     if done_file is not None and not group.is_main:
         done_file = done_file.with_stem(f"{done_file.stem}-{group.rank}")
     lengths = [len(prompt) for prompt in prompts]
-    generator = _Generator.prepare(model, tokenizer, prompts, stop_ids, max_new_tokens)
+    generator = _Generator.prepare(model, tokenizer, prompts, stop_ids, max_new_tokens, inserted)
     for number, batch in enumerate(batches(lengths, batch_size)):
         if not group.owns(number) or all(answers[i] is not None for i in batch):
             continue
@@ -114,6 +116,7 @@ class _Generator:
     prefix: SharedPrefix | None  # computed once for all batches
     preallocates: bool  # the model can use a preallocated cache
     use_cuda_graph: bool  # capture the decoding step as a CUDA graph
+    inserted: str  # removed from the start of answers
 
     @classmethod
     def prepare(
@@ -123,6 +126,7 @@ class _Generator:
         prompts: Sequence[list[int]],
         stop_ids: list[int],
         max_new_tokens: int,
+        inserted: str,
     ) -> _Generator:
         """Compute the shared prefix, and choose how to decode."""
         from loraflow.evaluation import greedy_decoding
@@ -133,7 +137,7 @@ class _Generator:
         prefix = shared_prefix(model, prompts, min(lengths) - 1, longest) if prompts else None
         preallocates = bool(prompts) and has_plain_cache(model, longest)
         use_cuda_graph = greedy_decoding.is_supported(model)
-        return cls(model, tokenizer, stop_ids, max_new_tokens, prefix, preallocates, use_cuda_graph)
+        return cls(model, tokenizer, stop_ids, max_new_tokens, prefix, preallocates, use_cuda_graph, inserted)
 
     def answer(self, prompts: Sequence[list[int]]) -> list[GeneratedAnswer]:
         """Return the answers of one batch."""
@@ -208,4 +212,8 @@ class _Generator:
         answer = new_ids[:end]
         text = self.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)  # a list of texts is for a list of lists
-        return {"text": text, "tokens": len(answer), "finish": "length" if end is None else "stop"}
+        return {
+            "text": text.removeprefix(self.inserted),
+            "tokens": len(answer),
+            "finish": "length" if end is None else "stop",
+        }

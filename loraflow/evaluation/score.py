@@ -40,6 +40,7 @@ class HeldoutRow:
     id: str
     set: str
     messages: list[Message]
+    place: str = ""  # where the row was read: file:line
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def read_rows(file: Path, max_rows: int | None) -> list[HeldoutRow]:
     with file.open(encoding="utf-8") as lines:
         for line in lines:
             values = json.loads(line)
-            row = HeldoutRow(values["id"], values["set"], values["messages"])
+            row = HeldoutRow(values["id"], values["set"], values["messages"], values["place"])
             taken[row.set] = taken.get(row.set, 0) + 1
             if max_rows is None or taken[row.set] <= max_rows:
                 rows.append(row)
@@ -93,25 +94,30 @@ def _ask_model(
 ) -> _Computed:
     """Compute the model's answers, and its likelihoods of the references if a metric needs them."""
     from loraflow.base.load import load_model, load_tokenizer, stop_ids
-    from loraflow.data.loss_mask import ChatTemplate
+    from loraflow.data.loss_mask import ChatTemplate, name_row
+    from loraflow.data.positions import Positions
     from loraflow.evaluation.generation import generate_answers
     from loraflow.evaluation.likelihood import answer_losses
 
     config, batch_size = job.config, job.runtime.eval_batch_size
     chats = [row.messages for row in rows]
     template, tokenizer = ChatTemplate(folder), load_tokenizer(folder)
+    with name_row([f"{row.place} ({row.set})" for row in rows]):  # before the model is loaded
+        prompts = template.prompt_ids(chats)
+        encoded = template.encode(chats, "last_assistant") if "token_loss" in config.metrics else []
+    Positions(Positions.of_folder(folder).limit).check([len(row.ids) for row in encoded], "held-out rows")
     model = load_model(folder, config.dtype, job.runtime, trust=config.trust_remote_code)
     losses = [(0.0, 0)] * len(rows)
-    if "token_loss" in config.metrics:  # a forward pass of its own over all rows
-        encoded = template.encode(chats, "last_assistant")
+    if encoded:  # a forward pass of its own over all rows
         losses = answer_losses(model, encoded, tokenizer.pad_token_id, batch_size, group)
     if group.is_main:
         progress(done=0, total=len(rows))
     answers = generate_answers(
         model,
         tokenizer,
-        template.prompt_ids(chats),
+        prompts,
         stop_ids=stop_ids(folder),
+        inserted=template.inserted_text(),
         max_new_tokens=config.max_new_tokens,
         batch_size=batch_size,
         done_file=progress.work / "answers.jsonl" if progress.work else None,

@@ -9,6 +9,7 @@ from pydantic import JsonValue
 
 from loraflow import __version__
 from loraflow.config.recipe import UnfingerprintedTraining
+from loraflow.data.served_template import served_date
 from loraflow.evaluation.values import Scores
 from loraflow.identity import short
 from loraflow.registry.runs import RunRecord
@@ -45,6 +46,7 @@ class Facts:
     verdict: str | None = None
     reasons: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    template_date: str | None = None  # the date that the chat template prints
 
     @property
     def subject(self) -> str:
@@ -79,6 +81,7 @@ def collect_facts(model: Model, digest: str, licence: str | None = None) -> Fact
         verdict=decision.verdict if decision else None,
         reasons=decision.reasons if decision else [],
         versions=lineage.versions,
+        template_date=served_date(model.folder),
     )
 
 
@@ -94,7 +97,7 @@ def training_settings(run: RunRecord) -> Settings:
     base, data = run.section("base"), run.section("data")
     sections = {
         "base": {key: base.get(key) for key in ("dtype", "quantization", "repack")},
-        "data": {key: data.get(key) for key in ("loss_on", "too_long", "system")},
+        "data": {key: data.get(key) for key in ("loss_on", "thinking", "too_long", "system")},
         "training_config": {key: value for key, value in training.items() if key not in left_out},
         "peft_config": run.section("peft_config"),
     }
@@ -182,13 +185,15 @@ def _usage(facts: Facts, what: PublishedForm, repo: str) -> list[str]:
             "",
             f'model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")',
         ]
+    date = facts.template_date
+    dated = f" The template prints the date {date}, as in training, whatever the day is." if date else ""
     return [
         "```python",
         *code,
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
         "```",
         "",
-        "Prompts go through the tokenizer's chat template; `generation_config.json` holds the stop tokens.",
+        "Prompts go through the tokenizer's chat template; `generation_config.json` holds the stop tokens." + dated,
     ]
 
 

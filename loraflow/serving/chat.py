@@ -90,7 +90,7 @@ class Chat:
         except BaseException:
             self.messages = before
             raise
-        reply = _decode(self.loaded.tokenizer, new_ids)
+        reply = _decode(self.loaded.tokenizer, new_ids).removeprefix(self.loaded.template.inserted_text())
         if reply.strip():
             self.messages.append({"role": "assistant", "content": reply})
         else:  # chat templates refuse two user messages in a row, so forget the question too
@@ -124,7 +124,7 @@ class Chat:
 
         model, stops = self.loaded.model, self.loaded.stops
         prompt = torch.tensor([ids], device=model.device)
-        stream = Stream(self.loaded.tokenizer, stops, write)
+        stream = Stream(self.loaded.tokenizer, stops, write, self.loaded.template.inserted_text())
         if self.sampling.seed is not None:
             torch.manual_seed(self.sampling.seed + self.turn)  # `--compare` draws the same numbers for base and tuned
         self.turn += 1
@@ -146,15 +146,19 @@ class Chat:
 
 
 class Stream:
-    """A streamer for `generate`: decodes tokens one by one into exactly the text of decoding them all at once."""
+    """A streamer for `generate`: decodes tokens one by one into exactly the text of decoding them all at once.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: list[int], write: Write | None):
+    `inserted`, which the chat template writes before an answer, is not written.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: list[int], write: Write | None, inserted: str = ""):
         from tokenizers.decoders import DecodeStream
 
         self.tokenizer, self.stops, self.write = tokenizer, set(stops), write
         self.decoder = DecodeStream(skip_special_tokens=True)
         self.ids: list[int] = []
         self.written = ""
+        self.inserted = inserted
         self.stopped = False
         self.prompt_seen = False
 
@@ -174,13 +178,17 @@ class Stream:
         """Write the rest that the decoder held back: half of a character, when the answer was cut."""
         whole = _decode(self.tokenizer, self.ids)
         if whole.startswith(self.written):
-            self._emit(whole[len(self.written) :])
+            self._emit(whole[len(self.written) :], is_last=True)
 
-    def _emit(self, text: str | None) -> None:
-        if text:
-            self.written += text
-            if self.write is not None:
-                self.write(text)
+    def _emit(self, text: str | None, *, is_last: bool = False) -> None:
+        text = text or ""
+        self.written += text
+        if self.inserted:  # hold the text back until it is known whether it begins so
+            if self.inserted.startswith(self.written) and not is_last:
+                return
+            text, self.inserted = self.written.removeprefix(self.inserted), ""
+        if text and self.write is not None:
+            self.write(text)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -237,6 +237,7 @@ def _answer(
                 loaded.tokenizer,
                 [prompts[i] for i in asked],
                 stop_ids=loaded.stops,
+                inserted=loaded.template.inserted_text(),
                 max_new_tokens=sampling.max_new_tokens,
                 batch_size=batch_size,
                 done_file=done_file,

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from loraflow.data.served_template import served_date
 from loraflow.failures import BadConfig, MissingExtra
 from loraflow.identity import fingerprint, short
 from loraflow.serving.models import Model
@@ -182,6 +183,8 @@ def _greeting(engine: str, model: Model, name: str, host: str, port: int) -> str
         f"curl     curl -s {address}/chat/completions -H 'Content-Type: application/json' -d '{body}'",
         f'python   openai.OpenAI(base_url="{address}", api_key="none").chat.completions.create(model="{name}", messages=…)',
     ]
+    if (date := served_date(model.folder)) is not None:
+        lines.append(f"note     the chat template prints the date {date}, as in training, whatever the day is")
     if host not in ("127.0.0.1", "localhost", "::1"):
         lines.append(f"caution  anyone who can reach {host} can use this server: it asks for no password")
     return "\n".join(lines)

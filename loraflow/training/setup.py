@@ -17,6 +17,7 @@ from loraflow.adapters.variants import EVA_FILE
 from loraflow.base.load import load_tokenizer
 from loraflow.config.recipe import TrainerSettings
 from loraflow.config.stage_configs import JobRuntime, TrainConfig
+from loraflow.data.positions import Positions
 from loraflow.data.token_rows import TokenRows
 from loraflow.hardware.device import Device, free_gpu_bytes, pick_device
 from loraflow.hardware.process_group import ProcessGroup, join
@@ -107,6 +108,7 @@ def prepare_training(job: Job[TrainConfig], inputs: Inputs, progress: Progress) 
     """Prepare a training and its work folder.
 
     Raises:
+        BadData: a row is too long for the model.
         MissingExtra: an experiment tracker, or the device, is not available.
     """
     config, work = job.config, progress.work
@@ -114,6 +116,10 @@ def prepare_training(job: Job[TrainConfig], inputs: Inputs, progress: Progress) 
     settings = config.trainer_settings(job.runtime)
     check_trackers(settings.report_to)
     rows, validation = _read_rows(inputs["tokens"], with_validation=settings.eval_strategy != "no")
+    positions = Positions.of_folder(inputs["base"])
+    for part, name in ((rows, "training rows"), (validation, "validation rows")):
+        if part is not None:
+            positions.check(part.lengths.tolist(), name)
     global_batch = config.training_config.global_batch
     steps = count_steps(len(rows), global_batch, settings.num_train_epochs, settings.max_steps)
     device = pick_device(job.runtime)

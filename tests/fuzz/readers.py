@@ -13,7 +13,7 @@ from loraflow.config import load_recipe
 from loraflow.data import dvc
 from loraflow.data.listing import parse_listing
 from loraflow.data.readers import read_rows
-from loraflow.data.tokenizer_config import TokenizerConfig, read_template
+from loraflow.data.tokenizer_config import read_template, special_tokens
 from loraflow.registry import PromotionLog
 from loraflow.registry.runs import read_run
 from loraflow.store import LocalStore, Ref
@@ -82,7 +82,7 @@ def _adapter_config(raw: bytes, folder: Path) -> None:
 
 def _tokenizer_config(raw: bytes, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_bytes(raw)
-    TokenizerConfig.read(folder).variables()
+    special_tokens(folder)
     read_template(folder)
 
 

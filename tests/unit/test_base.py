@@ -13,10 +13,12 @@ import torch
 from loraflow.base import resolve
 from loraflow.base.load import load_tokenizer, stop_ids
 from loraflow.config.recipe import Base
+from loraflow.data.loss_mask import ChatTemplate
+from loraflow.data.tokenizer_config import RECORD
 from loraflow.failures import BadModel, MissingExtra, Network
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store.files import HashMemo
-from tests.conftest import build_tokenizer
+from tests.conftest import PHI3_TEMPLATE, build_tokenizer
 
 
 def resolve_base(folder: Path, out: Path, **base):
@@ -25,6 +27,8 @@ def resolve_base(folder: Path, out: Path, **base):
     found = resolve.locate(settings, HashMemo(None))
     config = {"source": found.source, "repack": settings.repack, "trust_remote_code": settings.trust_remote_code}
     runtime = {"origin": found.origin.model_dump()}
+    if found.chat_template is not None:
+        runtime["chat_template"] = found.chat_template
     job = Job(stage="resolve_base", version=1, config={**config, "dtype": settings.dtype}, runtime=runtime)
     return resolve.run(job, Inputs({}), out, Progress())
 
@@ -83,6 +87,40 @@ def test_a_base_is_identified_by_its_content_not_its_path(tmp_path, phi3):
     raw[-1] ^= 1
     file.write_bytes(raw)
     assert resolve.locate(Base(model=str(tmp_path / "copy")), HashMemo(None)).source != one.source
+
+
+def test_the_bases_template_has_a_fixed_date_and_may_be_named_by_the_recipe(tmp_path, phi3):
+    from transformers import AutoTokenizer
+
+    own = resolve_base(phi3, tmp_path / "own")
+    assert "template_date" not in own.figures
+    assert (tmp_path / "own" / "chat_template.jinja").read_bytes() == (phi3 / "chat_template.jinja").read_bytes()
+    file = tmp_path / "dated.jinja"
+    file.write_text("{{ '<|system|>' + strftime_now('%d %b %Y') + '<|end|>' }}" + PHI3_TEMPLATE)
+    dated = resolve_base(phi3, tmp_path / "dated", chat_template=str(file))
+    assert dated.figures["template_date"] == "2024-07-26"
+    served = AutoTokenizer.from_pretrained(tmp_path / "dated")
+    chat = [{"role": "user", "content": "one"}]
+    assert served.apply_chat_template(chat, tokenize=False).startswith("<|system|>26 Jul 2024<|end|><|user|>")
+
+
+def test_special_tokens_of_a_tokenizers_class_are_recorded_in_the_base(tmp_path, phi3):
+    from transformers import AutoTokenizer
+
+    base = shutil.copytree(phi3, tmp_path / "base")
+    values = json.loads((base / "tokenizer_config.json").read_text())
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        values.pop(name, None)
+    (base / "tokenizer_config.json").write_text(json.dumps({**values, "tokenizer_class": "GPT2TokenizerFast"}))
+    (base / "chat_template.jinja").write_text("{{ bos_token }}" + PHI3_TEMPLATE)
+    summary = resolve_base(base, tmp_path / "out")
+    chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    (encoded,) = ChatTemplate(tmp_path / "out").encode([chat], "assistant")
+    assert (
+        encoded.ids.tolist()
+        == AutoTokenizer.from_pretrained(base).apply_chat_template(chat, return_dict=True)["input_ids"]
+    )
+    assert any(RECORD.startswith(prefix) for prefix in summary.facets["tokenizer"]), "part of tokenize's fingerprint"
 
 
 def harm(folder: Path, what: str) -> None:

@@ -65,6 +65,17 @@ def test_the_streamed_text_of_any_ids_equals_their_decoding(loaded):
         )
 
 
+@pytest.mark.parametrize("text", ["one two red", "one", "one tw", "red", "one two"])
+def test_what_the_template_writes_before_an_answer_is_not_shown(loaded, text):
+    ids, pieces = loaded.tokenizer(text, add_special_tokens=False)["input_ids"], []
+    stream = Stream(loaded.tokenizer, [], pieces.append, "one two")
+    stream.prompt_seen = True
+    for token in ids:
+        stream.put(torch.tensor([token]))
+    stream.end()
+    assert "".join(pieces) == text.removeprefix("one two")
+
+
 def test_every_stop_id_ends_an_answer_and_none_is_shown(loaded):
     for stop in loaded.stops:
         pieces = []

@@ -23,6 +23,8 @@ def run_check(folder: Path, out: Path, **settings) -> dict:
     data = Data(**settings)
     config = data.model_dump(include={"format", "columns", "train", "heldout", "extra_heldout", "validation_fraction", "system",
                                       "duplicates", "limit", "heldout_fraction", "seed"})  # fmt: skip
+    if data.thinking in ("strip", "empty"):
+        config["thinking"] = "strip"
     job = Job(stage="check_dataset", version=1, config=config)
     return check.run(job, Inputs({"dataset": folder.parent / "artifact"}), out, Progress()).report
 
@@ -72,6 +74,30 @@ def test_chats_without_a_system_message_get_the_recipes_message(tmp_path):
     run_check(tmp_path / "data", tmp_path / "out", system="be brief", train=["*"])
     row = json.loads((tmp_path / "out" / "train.jsonl").open().readline())
     assert row["messages"][0] == {"role": "system", "content": "be brief"}
+
+
+THOUGHT = {"role": "assistant", "content": "<think>\nbecause\n</think>\n\ntwo"}
+BESIDE = {"role": "assistant", "content": "two", "reasoning_content": "because"}
+EMPTY = {"role": "assistant", "content": "<think>because</think>"}
+
+
+@pytest.mark.parametrize("thinking", [None, "keep", "strip", "empty"])
+def test_reasoning_is_kept_removed_or_named(tmp_path, thinking):
+    (tmp_path / "data").mkdir()
+    answers = (THOUGHT, BESIDE, EMPTY, {"role": "assistant", "content": "two", "reasoning_content": None})
+    rows = [{"messages": [{"role": "user", "content": f"q{n}"}, answer]} for n, answer in enumerate(answers)]
+    (tmp_path / "data" / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_check(tmp_path / "data", tmp_path / "out", heldout_fraction=0.0, thinking=thinking)
+    learned = [json.loads(line)["messages"][1]["content"] for line in (tmp_path / "out" / "train.jsonl").open()]
+    problems = {row["place"]: row["problem"] for row in map(json.loads, (tmp_path / "out" / "quarantine.jsonl").open())}
+    if thinking in ("strip", "empty"):
+        assert learned == ["two", "two", "two"]
+        assert problems == {"x.jsonl:3": "an answer is empty without its reasoning (data.thinking)"}
+    else:
+        assert learned == [THOUGHT["content"], EMPTY["content"], "two"]
+        assert list(problems) == ["x.jsonl:2"] and problems["x.jsonl:2"].startswith(
+            "messages.reasoning_content would not be"
+        )
 
 
 def test_too_many_malformed_rows_stop_the_run_and_are_listed(tmp_path):

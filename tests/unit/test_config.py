@@ -1,5 +1,6 @@
 """Recipes: defaults, problems with their lines, overrides; every key has an effect, in the fingerprint or outside it."""
 
+import json
 import re
 import typing
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic.fields import FieldInfo
 from loraflow.config import Runtime, parse_recipe
 from loraflow.config.load import section_model
 from loraflow.config.recipe import Recipe
-from loraflow.config.stage_configs import DatasetLocation, FolderOrigin
+from loraflow.config.stage_configs import BaseLocation, DatasetLocation, FolderOrigin
 from loraflow.failures import BadConfig
 from loraflow.stages import STAGES
 from loraflow.store import Ref
@@ -231,7 +232,7 @@ def test_placement_accepts_exactly_the_placeable_stages():
 # -- every key has an effect ----------------------------------------------------------------------------------------
 
 OTHER: dict[str, JsonValue] = {
-    "data.format": "alpaca", "data.columns": {"prompt": "question"}, "data.loss_on": "all", "data.too_long": "drop", "data.special_tokens": "error",
+    "data.format": "alpaca", "data.columns": {"prompt": "question"}, "data.loss_on": "all", "data.too_long": "drop", "data.thinking": "empty", "data.special_tokens": "error",
     "data.duplicates": "keep", "data.system": "s", "data.limit": 7, "data.rev": "HEAD",
     "base.dtype": "float32", "base.repack": "phi3", "base.quantization": "nf4", "base.revision": "f" * 40,
     "training_config.lr_scheduler_type": "linear", "training_config.lr_scheduler_kwargs": {"num_cycles": 1},
@@ -256,6 +257,7 @@ OTHER: dict[str, JsonValue] = {
 # Keys that the flow reads, not a stage: `locate`, the checks between stages, the gate, the registry, the report.
 BY_THE_FLOW = {
     "name", "data.source", "data.repo", "data.rev", "data.add", "data.remote", "data.max_quarantined", "base.model",
+    "base.chat_template",
     "base.revision", "evaluation.samples", "merge.max_kl", "register.model",
     "gate.lower_is_better",
     "gate.primary", "gate.min_gain", "gate.guards", "gate.confidence", "runtime.store", "runtime.keep", "runtime.keep_champions", "runtime.placement",
@@ -373,6 +375,31 @@ def test_every_key_is_in_a_fingerprint_unless_it_is_listed_as_identity_free(path
     strip = lambda jobs: {n: {k: v for k, v in j.items() if k != "runtime"} for n, j in jobs.items()}  # noqa: E731
     same = strip(jobs_of(before)) == strip(jobs_of(after))
     assert same == (path in IDENTITY_FREE or path.startswith("runtime.")), path
+
+
+def test_a_named_template_is_in_the_fingerprint_of_the_base_by_its_text(tmp_path):
+    def config(text: str) -> dict[str, JsonValue]:
+        found = BaseLocation(source={}, origin=FolderOrigin(folder="base"), chat_template=text)
+        job = make_job("resolve_base", parse_recipe(MINIMAL), {}, Outside(base=found))
+        assert job.runtime.chat_template == text
+        return dict(job.payload)
+
+    assert config("a") == config("a") != config("b")
+    assert "chat_template" not in json.dumps(jobs_of(parse_recipe(MINIMAL))), "not unless it is used"
+
+
+@pytest.mark.parametrize(
+    ("thinking", "keys"),
+    [
+        ("keep", {"tokenize": "keep"}),
+        ("strip", {"check_dataset": "strip"}),
+        ("empty", {"check_dataset": "strip", "resolve_base": "empty"}),
+    ],
+)
+def test_thinking_is_in_the_config_of_the_stages_that_it_changes(thinking, keys):
+    assert "thinking" not in json.dumps(jobs_of(parse_recipe(MINIMAL))), "not unless it is used"
+    jobs = jobs_of(parse_recipe(MINIMAL, overrides={"data.thinking": thinking}))
+    assert {name: job["config"]["thinking"] for name, job in jobs.items() if "thinking" in job["config"]} == keys
 
 
 def test_only_the_product_of_batch_size_and_accumulation_is_fingerprinted():

@@ -142,6 +142,20 @@ def test_batched_answers_equal_answers_to_single_prompts(phi3, model):
     assert {a["finish"] for a in alone} <= {"stop", "length"}
 
 
+def test_what_the_template_writes_before_an_answer_is_removed_from_it(phi3, model):
+    from loraflow.base.load import load_tokenizer
+
+    template, tokenizer = ChatTemplate(phi3), load_tokenizer(phi3)
+    (prompt,), options = (
+        template.prompt_ids([chat(1)["messages"]]),
+        {"stop_ids": [], "max_new_tokens": 6, "batch_size": 1},
+    )
+    (whole,) = generate_answers(model, tokenizer, [prompt], **options)
+    start = whole["text"][:2]
+    (rest,) = generate_answers(model, tokenizer, [prompt], inserted=start, **options)
+    assert start and rest == {**whole, "text": whole["text"][2:]}
+
+
 def test_every_stop_id_ends_an_answer(phi3, model):
     from loraflow.base.load import load_tokenizer, stop_ids
 

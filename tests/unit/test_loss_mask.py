@@ -100,7 +100,14 @@ def test_generation_marks_of_a_template_are_used(tmp_path):
     ("template", "message"),
     [
         ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "not end an answer with a control token"),
-        ("{% for m in messages %}{{ m['content'] | upper }}<|end|>{% endfor %}", "right after the rendered prompt"),
+        (
+            "{% for m in messages %}{{ m['content'] | upper }}<|end|>{% endfor %}",
+            "leaves out or changes a part of an answer",
+        ),
+        (
+            "{% for m in messages %}{{ '<|user|>' + m['role'] + m['content'] + '<|end|>' }}{% endfor %}",
+            "right after the rendered prompt, because it ignores",
+        ),
         ("{{ raise_exception('no system messages') }}", "raises an error for a chat"),
     ],
 )
@@ -118,3 +125,81 @@ def test_a_base_without_a_template_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(BadModel, match="no chat template"):
         ChatTemplate(tmp_path)
+
+
+MISTRAL = (  # no add_generation_prompt, and a space before the answer
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] + '[/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}"
+)
+CUT_BEFORE_LAST = (  # as Qwen3 and LFM2.5 do
+    "{% for m in messages %}{% set c = m['content'] %}{% if m['role'] == 'assistant' %}"
+    "{% if not loop.last and '</think>' in c %}{% set c = c.split('</think>')[-1].lstrip() %}{% endif %}"
+    "{{ '<|assistant|>' }}{% generation %}{{ c + '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ '<|user|>' + c + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+UNMARKED = CUT_BEFORE_LAST.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+THOUGHT = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "<think>cat</think>two"},
+    {"role": "user", "content": "two"},
+    {"role": "assistant", "content": "<think>dog</think>three"},
+]
+
+
+def learned(template: ChatTemplate, chat: list[dict], loss_on="assistant", if_cut="error") -> str:
+    (encoded,) = template.encode([chat], loss_on, if_cut)
+    return template.tokenizer.decode(encoded.labels[encoded.labels != IGNORED].tolist(), skip_special_tokens=False)
+
+
+def test_the_space_before_an_answer_is_learned_with_it(tmp_path):
+    build_tokenizer(tmp_path, MISTRAL)
+    template = ChatTemplate(tmp_path)
+    assert learned(template, [*CHATS[0], *CHATS[2]]) == " a color<|endoftext|> two<|endoftext|>"
+    assert template.inserted() == template.inserted_text() == " "
+    assert template.stop_ids() == {template.tokenizer.token_to_id("<|endoftext|>")}
+
+
+@pytest.mark.parametrize("source", [CUT_BEFORE_LAST, UNMARKED], ids=["marked", "unmarked"])
+def test_reasoning_that_a_template_cuts_is_not_learned_without_a_word(tmp_path, source):
+    build_tokenizer(tmp_path, source)
+    template = ChatTemplate(tmp_path)
+    with pytest.raises(BadModel, match="leaves out or changes a part of an answer") as caught:
+        template.encode([CHATS[0], THOUGHT], "assistant")
+    assert caught.value.details["chat"] == 1
+    assert caught.value.got == "answer 1 of 2: 'two'" or caught.value.got == "answer 1 of 2: 'two<|end|>'"
+    assert "<think>cat</think>two" in caught.value.expected
+    assert all(
+        way in caught.value.next_step for way in ("loss_on: last_assistant", "thinking: keep", "thinking: strip")
+    )
+    last = "<think>dog</think>three<|end|>"
+    assert learned(template, THOUGHT, "last_assistant") == learned(template, THOUGHT, if_cut="context") == last
+    assert learned(template, THOUGHT[:2]) == "<think>cat</think>two<|end|>"
+
+
+@pytest.mark.parametrize("cut", ["[:5]", "| upper", "| replace('two', '')", "| truncate(6, true)", "* 2"])
+@pytest.mark.parametrize("source", [CUT_BEFORE_LAST, UNMARKED], ids=["marked", "unmarked"])
+def test_an_answer_that_a_template_changes_is_refused(tmp_path, source, cut):
+    build_tokenizer(tmp_path, source.replace("{% if not loop.last", "{% set c = c " + cut + " %}{% if not loop.last"))
+    chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "one two three"}]
+    with pytest.raises(BadModel, match="leaves out or changes a part of an answer"):
+        ChatTemplate(tmp_path).encode([chat], "assistant")
+
+
+@pytest.mark.parametrize(
+    "content", ["assistant", "end", "|", "e", "<", " e \n", "\n\nend", "x<|end|>", "<|end|>", "generation"]
+)
+@pytest.mark.parametrize("source", [CUT_BEFORE_LAST, UNMARKED, PHI3_TEMPLATE], ids=["marked", "unmarked", "phi3"])
+def test_answers_that_look_like_parts_of_the_template_are_learned_once(tmp_path, source, content):
+    build_tokenizer(tmp_path, source)
+    chat = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+    text = learned(ChatTemplate(tmp_path), chat).removesuffix("<|endoftext|>")
+    assert text.removesuffix("<|end|>").strip() == content.strip() and text.endswith("<|end|>")
+
+
+def test_control_tokens_inside_a_marked_answer_are_not_stop_tokens(tmp_path):
+    build_tokenizer(tmp_path, CUT_BEFORE_LAST.replace("{{ c +", "{{ '<|system|>final<|user|>' + c +"))
+    template = ChatTemplate(tmp_path)
+    assert template.stop_ids() == {template.tokenizer.token_to_id("<|end|>")}
+    assert learned(template, CHATS[0]) == "<|system|>final<|user|>a color<|end|>"
+    assert template.inserted() == "<|system|>final<|user|>" and template.inserted_text() == "final"

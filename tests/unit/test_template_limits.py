@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from loraflow.data.chunk_encoder import name_row
-from loraflow.data.loss_mask import ChatTemplate
+from loraflow.data.loss_mask import ChatTemplate, name_row
 from loraflow.data.template import CompiledTemplate
 from loraflow.data.template_process import TemplateProcess
 from loraflow.failures import BadModel, Killed

@@ -104,7 +104,7 @@ def test_a_template_with_different_training_and_generation_prompts_is_refused(tm
     build_tokenizer(
         base, MARKED.replace("{{ '<|assistant|>' }}{% endif %}", "{{ '<|assistant|><|system|>' }}{% endif %}")
     )
-    with pytest.raises(BadModel, match="3 of the first 3 rows"):
+    with pytest.raises(BadModel, match="renders prompts differently in training and in generation"):
         tokenized(base, tmp_path, CHATS)
 
 

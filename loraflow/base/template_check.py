@@ -1,0 +1,143 @@
+"""Compare the rendering and tokenization of training with transformers' own, which serves the model.
+
+Training reads a tokenizer's files without transformers. Here both are run on the same conversations, once for each base.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraflow.data.chats import Chat, Message
+from loraflow.data.loss_mask import ChatTemplate
+from loraflow.data.template import TODAY
+from loraflow.data.tokenizer_config import RECORD, special_tokens
+from loraflow.failures import BadModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+_ANSWERS = ("A color.", "It is 42: naïve, 你好 😀", '{"a": [1, 2]}', "def f(x):\n\treturn x  # two", "No")
+
+
+def _conversation(turns: int, *, system: bool = False) -> Chat:
+    chat: list[Message] = [{"role": "system", "content": "Be brief."}] if system else []
+    for number in range(turns):
+        chat += [
+            {"role": "user", "content": f"What is question {number}?\n  It's the\tlast one."},
+            {"role": "assistant", "content": _ANSWERS[number]},
+        ]
+    return chat
+
+
+def conversations() -> list[Chat]:
+    """Return the conversations that are compared: of one, two and five turns, with and without a system message."""
+    return [_conversation(turns, system=system) for system in (False, True) for turns in (1, 2, 5)]
+
+
+def check_template(folder: Path, *, trust: bool = False) -> None:
+    """Compare a base's rendered chats, ids and special tokens with transformers'.
+
+    Special tokens that do not follow from the tokenizer's files are recorded beside them (RECORD). If transformers
+    tokenizes differently from tokenizer.json, because of the tokenizer's class, its own tokenizer is saved instead.
+
+    Raises:
+        BadModel: transformers cannot open the tokenizer, or the two differ; or the template has no chat that can be learned.
+    """
+    tokenizer = _open(folder, trust=trust)
+    expected = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    if special_tokens(folder) != expected:
+        (folder / RECORD).write_text(
+            json.dumps(expected, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+    template = ChatTemplate(folder)
+    chats = _accepted(template, tokenizer)
+    if _first_difference(template, tokenizer, chats) is not None:
+        log.warning("The tokenizer's class changes tokenizer.json: the tokenizer is saved as transformers uses it.")
+        tokenizer.save_pretrained(folder)
+        template, tokenizer = ChatTemplate(folder), _open(folder, trust=trust)
+        if (difference := _first_difference(template, tokenizer, chats)) is not None:
+            raise difference
+    template.stop_ids()  # refuses a template whose answers cannot be found
+
+
+def _open(folder: Path, *, trust: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    except Exception as error:  # tokenizers and the model's own code raise anything
+        raise BadModel(
+            "transformers cannot open the base's tokenizer.",
+            where=str(folder),
+            got=(str(error).splitlines() or [type(error).__name__])[0][:200],
+            next_step="download the base model again, or choose another base",
+        ) from error
+    return tokenizer
+
+
+def _rendered_by_transformers(tokenizer: PreTrainedTokenizerBase, chat: Chat, *, prompt: bool) -> str | None:
+    """Return transformers' text of a chat; None if the template refuses the chat."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in chat],
+            tokenize=False,
+            add_generation_prompt=prompt,
+            strftime_now=lambda form: time.strftime(form, TODAY),  # a template may write today's date
+        )
+    except (TemplateError, TypeError, ValueError):
+        return None
+    return text if isinstance(text, str) else None
+
+
+def _accepted(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Chat, bool]]:
+    """Return the conversations, with and without a generation prompt, that the template renders.
+
+    Raises:
+        BadModel: only one of the two renderings refuses one, or the texts differ.
+    """
+    found: list[tuple[Chat, bool]] = []
+    for chat in conversations():
+        for prompt in (False, True):
+            rows = [chat[:-1] if prompt else chat]
+            try:
+                (ours,) = template.render(rows, prompt=prompt)
+            except BadModel:
+                continue  # some templates refuse system messages
+            theirs = _rendered_by_transformers(tokenizer, rows[0], prompt=prompt)
+            if theirs != ours:
+                raise _difference("renders a chat", ours, theirs or "(refused)")
+            found.append((rows[0], prompt))
+    return found
+
+
+def _first_difference(
+    template: ChatTemplate, tokenizer: PreTrainedTokenizerBase, chats: Sequence[tuple[Chat, bool]]
+) -> BadModel | None:
+    """Return how the ids of training differ from those of transformers; None if they are equal."""
+    for chat, prompt in chats:
+        (text,) = template.render([chat], prompt=prompt)
+        ours = template.tokenizer.encode(text, add_special_tokens=False).ids
+        theirs = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if ours != theirs:
+            return _difference("tokenizes a chat", ours, theirs)
+    return None
+
+
+def _difference(does: str, ours: str | list[int], theirs: str | list[int]) -> BadModel:
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    first = max(0, at - 20)
+    return BadModel(
+        f"Training {does} differently from transformers, which serves the model.",
+        where="base.model",
+        expected=f"as transformers: {theirs[first : at + 40]!r}",
+        got=f"{ours[first : at + 40]!r}",
+        next_step="open the base with transformers, save it (save_pretrained), and train on the saved folder",
+    )

@@ -1,0 +1,342 @@
+"""Find the answers of a chat in its rendered text: what is learned, and where it ends.
+
+An answer starts where the prompt ends that a server sends for it (add_generation_prompt). Text that the template puts
+between the two, such as a space or an empty think block, is a part of the answer: the model has to write it. The
+answer's own text must be rendered completely, and a control token must close it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NoReturn
+
+from loraflow.data.alignment import Span
+from loraflow.data.chats import Chat, Message
+from loraflow.data.template import MARKERS
+from loraflow.data.template_process import TemplateProcess
+from loraflow.failures import BadModel
+
+# Rendered in place of an answer to see what the template writes around it. No chat contains these characters.
+_PROBE = "\ue0a1answer\ue0a1"
+_SHOWN = 80  # characters of a text in a message
+
+LossOn = Literal["assistant", "last_assistant", "all"]
+IfCut = Literal["error", "context"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer in the rendered text of its chat."""
+
+    spans: tuple[Span, ...]  # the characters that are learned; several, if the template marks its parts
+    inserted: str  # what the template writes before the answer and a server does not send
+    closing: str  # the learned text behind the answer's own text: control tokens, perhaps with white space
+    is_learned: bool = True  # False: only the context of later answers
+
+
+NOT_LEARNED = Answer((), "", "", is_learned=False)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Which answer of which chat."""
+
+    chat: int
+    message: int
+    number: int  # of the answer, from 1
+    of: int  # answers in the chat
+    is_last: bool
+
+    def __str__(self) -> str:
+        return f"answer {self.number} of {self.of}" if self.of > 1 else "the answer"
+
+
+class AnswerFinder:
+    """Finds answers in rendered chats.
+
+    Args:
+        renderer: renders the template that a server uses.
+        source: its source.
+        special: the tokenizer's control tokens, longest first.
+        marking: renders the same text with `{% generation %}` blocks, if another template than the server's does so.
+    """
+
+    def __init__(
+        self, renderer: TemplateProcess, source: str, special: Sequence[str], marking: TemplateProcess | None = None
+    ):
+        self._renderer = renderer
+        self._marking = marking or (renderer if MARKERS.search(source) else None)
+        self._asks_for_answers = "add_generation_prompt" in source
+        self._special = tuple(special)
+        tokens = "|".join(map(re.escape, special))
+        self._stop = re.compile(rf"\s*({tokens})") if special else None
+        self.appended = ""  # what the caller adds to a rendered chat that ends with an answer
+        self._insertions = [""]  # texts that were found between prompts and answers
+
+    def find(
+        self, chats: Sequence[Chat], texts: Sequence[str], loss_on: LossOn, if_cut: IfCut = "error"
+    ) -> list[list[Answer]]:
+        """Return the answers of each chat.
+
+        Args:
+            chats: the chats.
+            texts: the rendered chats.
+            loss_on: answers that are not learned are not checked.
+            if_cut: what to do with an answer that the template does not render completely: refuse the chat, or use the
+                answer as context of later answers only.
+
+        Raises:
+            BadModel: the template changes an answer, does not render it behind its prompt, or does not close it. The
+                failure's details have the number of the chat.
+        """
+        turns: list[_Turn] = []
+        found: list[list[Answer]] = []
+        for n, chat in enumerate(chats):
+            at = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
+            found.append([NOT_LEARNED] * len(at))
+            of_chat = [_Turn(n, i, k, len(at), is_last=i == at[-1]) for k, i in enumerate(at, 1)]
+            turns += of_chat[-1:] if loss_on == "last_assistant" else of_chat
+        heads = self._heads(chats, turns)
+        marks = None if self._marking is None else self._marking.marked(chats)
+        for number, (turn, head) in enumerate(zip(turns, heads, strict=True)):
+            chat, text = chats[turn.chat], texts[turn.chat]
+            try:
+                if marks is None:
+                    answer = self._unmarked(chat, text, head, turn)
+                else:
+                    end = len(text) if turn.is_last else len(heads[number + 1])
+                    answer = self._marked(chat, text, head, turn, end, marks[turn.chat])
+            except _CutAnswer as cut:
+                if if_cut == "context":
+                    continue
+                _refuse_cut(cut, turn)
+            found[turn.chat][turn.number - 1] = answer
+        return found
+
+    def _heads(self, chats: Sequence[Chat], turns: Sequence[_Turn]) -> list[str]:
+        """Return the prompt that a server sends for each answer."""
+        try:
+            return self._renderer.render([chats[turn.chat][: turn.message] for turn in turns], prompt=True)
+        except BadModel as failure:
+            if isinstance(number := failure.details.get("chat"), int) and number < len(turns):
+                failure.details["chat"] = turns[number].chat
+            raise
+
+    # -- templates without {% generation %} blocks ------------------------------------------------------------------
+
+    def _unmarked(self, chat: Chat, text: str, head: str, turn: _Turn) -> Answer:
+        start, content = len(head), chat[turn.message]["content"]
+        if text.startswith(head):
+            for inserted in self._insertions:
+                if _thinks_twice(inserted, content):
+                    continue
+                for own in (content, content.strip()):
+                    if text.startswith(inserted + own, start):
+                        end = start + len(inserted) + len(own)
+                        if self._stop is not None and self._stop.match(text, end):
+                            return self._closed(text, start, end, inserted, turn)
+        inserted, end = self._probed(chat, text, head, turn)
+        return self._closed(text, start, end, inserted, turn)
+
+    def _probed(self, chat: Chat, text: str, head: str, turn: _Turn) -> tuple[str, int]:
+        """Return what the template inserts before an answer, and where the answer's own text ends.
+
+        Both are found by rendering the chat with another answer: what is equal in the two texts is the template's.
+        """
+        content = chat[turn.message]["content"]
+        before, found, after = self._around_probe(chat, turn)
+        if self.appended and text.endswith(self.appended) and not after.endswith(self.appended):
+            after += self.appended
+        if not found:
+            raise _CutAnswer(content, "")
+        if not text.startswith(head):
+            _refuse_prompt(text, head, turn)
+        inserted = before[len(head) :] if before.startswith(head) else ""
+        end = len(text) - len(after)
+        rendered = text[len(head) : end]
+        if not text.endswith(after) or end < len(head) or not _is_whole(rendered, content, head, inserted):
+            raise _CutAnswer(content, rendered)
+        if inserted.strip() and not self._asks_for_answers:
+            raise BadModel(
+                "The chat template does not render an answer right after the rendered prompt, because it ignores "
+                "add_generation_prompt: a server would not ask for an answer.",
+                where="chat_template",
+                got=repr(inserted[:_SHOWN]),
+                next_step="add the start of an answer to the template, for add_generation_prompt",
+                chat=turn.chat,
+            )
+        if inserted not in self._insertions and rendered.startswith(inserted):
+            self._insertions.append(inserted)
+        return (inserted if rendered.startswith(inserted) else ""), len(head) + len(rendered.rstrip())
+
+    def _around_probe(self, chat: Chat, turn: _Turn) -> tuple[str, str, str]:
+        """Return the rendered text before and after another answer in the place of this one."""
+        probe: Message = {**chat[turn.message], "content": _PROBE}
+        (probed,) = self._renderer.render([[*chat[: turn.message], probe, *chat[turn.message + 1 :]]], prompt=False)
+        return probed.partition(_PROBE)
+
+    def _is_of_the_template(self, inserted: str, chat: Chat, text: str, turn: _Turn) -> bool:
+        """Tell whether the template writes a text before every answer: it may also be a part of this one."""
+        if inserted in self._insertions:
+            return True
+        before, found, _ = self._around_probe(chat, turn)
+        if not found or not before.endswith(inserted) or not text.startswith(before):
+            return False
+        self._insertions.append(inserted)
+        return True
+
+    def _closed(self, text: str, start: int, end: int, inserted: str, turn: _Turn) -> Answer:
+        """Return the answer with the control tokens that close it."""
+        stop = self._stop.match(text, end) if self._stop else None
+        if stop is None:
+            _refuse_open(text[end : end + 40], turn)
+        closed = stop.end()
+        if turn.is_last:  # Phi-3's template ends a whole chat with a second stop token, which is learned too
+            while self._stop and (more := self._stop.match(text, closed)):
+                closed = more.end()
+        return Answer(((start, closed),), inserted, text[end:closed])
+
+    # -- templates with {% generation %} blocks ---------------------------------------------------------------------
+
+    def _marked(self, chat: Chat, text: str, head: str, turn: _Turn, end: int, marks: Sequence[Span]) -> Answer:
+        """Return the marked part of an answer. What a server sends as its prompt is not a part of it.
+
+        `end` is where the next answer's prompt ends. A mark belongs to the answer in which it ends.
+        """
+        if not text.startswith(head):
+            _refuse_prompt(text, head, turn)
+        start, content = len(head), chat[turn.message]["content"]
+        spans = _joined([(max(first, start), last) for first, last in marks if start < last <= end and first < last])
+        if not spans:
+            raise BadModel(
+                "The chat template does not mark the answer of a chat.",
+                where="chat_template",
+                got=str(turn),
+                next_step="put {% generation %} … {% endgeneration %} around every answer in chat_template.jinja",
+                chat=turn.chat,
+            )
+        rendered = "".join(text[first:last] for first, last in spans)
+        body = rendered[: self._before_closing(rendered)]
+        own_first = [
+            (body[: len(body) - len(own)], rendered[len(body) :])
+            for own in (content, content.strip())
+            if body.endswith(own)
+        ]
+        # The answer may end with control tokens of its own.
+        anywhere = [
+            cut(own)[::2]
+            for own in (content, content.strip())
+            if own and own in rendered
+            for cut in (rendered.partition, rendered.rpartition)
+        ]
+        for inserted, closing in (*own_first, *anywhere):
+            if closing[: self._before_closing(closing)].strip():
+                continue  # another text than control tokens follows
+            if not _thinks_twice(inserted, content) and self._is_of_the_template(inserted, chat, text, turn):
+                return Answer(tuple(spans), inserted, closing)
+        if not _is_whole(body, content, head):
+            raise _CutAnswer(content, rendered)
+        return Answer(tuple(spans), "", rendered[len(body) :])
+
+    def _before_closing(self, text: str) -> int:
+        """Return where the control tokens begin with which a text ends; its length if it ends with another text."""
+        at = len(text)
+        while True:
+            body = text[:at].rstrip()
+            if not body.endswith(self._special):
+                return at
+            at = len(body) - len(next(token for token in self._special if body.endswith(token)))
+
+
+class _CutAnswer(Exception):
+    """The template does not render an answer completely."""
+
+    def __init__(self, content: str, rendered: str):
+        super().__init__("the answer is not rendered completely")
+        self.content, self.rendered = content, rendered
+
+
+def _is_whole(rendered: str, content: str, head: str, inserted: str = "") -> bool:
+    """Tell whether a text contains a complete answer. A template may move the white space around it and its reasoning.
+
+    A prompt may end with the tag that opens the reasoning: then the model does not write it.
+    """
+    found, wanted = _squashed(rendered), _squashed(content)
+    opening = next(
+        (tag for tag in ("<think>", "[THINK]") if head.rstrip().endswith(tag) and wanted.startswith(tag)), ""
+    )
+    if found == wanted or (opening and found == wanted.removeprefix(opening)):
+        return True
+    return found == _squashed(inserted) + wanted and not _thinks_twice(inserted, content)
+
+
+def _thinks_twice(inserted: str, content: str) -> bool:
+    """Tell whether a template puts a think block before an answer that has one: it does not read reasoning there."""
+    return "</think>" in inserted and "</think>" in content
+
+
+def _squashed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """Join spans that touch each other."""
+    out: list[Span] = []
+    for first, end in spans:
+        if out and out[-1][1] == first:
+            out[-1] = (out[-1][0], end)
+        else:
+            out.append((first, end))
+    return out
+
+
+def _refuse_cut(cut: _CutAnswer, turn: _Turn) -> NoReturn:
+    ways = []
+    if not turn.is_last:
+        ways.append("data.loss_on: last_assistant learns the last answer only")
+    if "</think>" in cut.content or "[/THINK]" in cut.content:
+        if not turn.is_last:
+            ways.append("data.thinking: keep learns only the answers that are rendered completely")
+        ways.append("data.thinking: strip removes the reasoning from all answers")
+    ways.append("base.chat_template names another template")
+    raise BadModel(
+        "The chat template leaves out or changes a part of an answer, so the model would learn another answer.",
+        where="chat_template",
+        expected=repr(cut.content[:_SHOWN]),
+        got=f"{turn}: {cut.rendered[:_SHOWN]!r}",
+        next_step="; ".join(ways),
+        chat=turn.chat,
+    ) from cut
+
+
+def _refuse_prompt(text: str, head: str, turn: _Turn) -> NoReturn:
+    at = next((i for i, (a, b) in enumerate(zip(text, head, strict=False)) if a != b), min(len(text), len(head)))
+    ways = [] if turn.is_last else ["data.loss_on: last_assistant learns the last answer only"]
+    if "think" in head[max(0, at - 10) :].lower():
+        ways.append("data.thinking: empty, if the template knows enable_thinking")
+        ways.append("base.chat_template names another template")
+    else:
+        ways.append(
+            "make add_generation_prompt add exactly the text before an answer, and put {% generation %} after it"
+        )
+    raise BadModel(
+        "The chat template renders prompts differently in training and in generation, so the model would see prompts that "
+        "it was not trained on.",
+        where="chat_template",
+        expected=f"{turn} after the prompt that a server sends, which ends with {head[max(0, at - 20) :][:_SHOWN]!r}",
+        got=repr(text[max(0, at - 20) : at + 60]),
+        next_step="; ".join(ways),
+        chat=turn.chat,
+    )
+
+
+def _refuse_open(following: str, turn: _Turn) -> NoReturn:
+    raise BadModel(
+        "The chat template does not end an answer with a control token, so the model would not learn to stop.",
+        where="chat_template",
+        got=repr(following),
+        next_step="choose an instruct model, or add the stop token to its chat template",
+        chat=turn.chat,
+    )

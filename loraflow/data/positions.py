@@ -1,0 +1,86 @@
+"""How many positions a model has, from its config alone, and rows that are longer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from loraflow.failures import BadData
+
+_LIMITS = ("max_position_embeddings", "n_positions")
+_LONGROPE = ("longrope", "su")  # Phi-3's first config calls it su
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The positions of a model. None: there is no such limit, or the config does not say."""
+
+    limit: int | None  # most tokens of a document
+    switch: int | None = None  # longrope: longer documents use other angles
+
+    @classmethod
+    def of(cls, config: Mapping[str, JsonValue]) -> Positions:
+        """Return the positions of a model with this config.json."""
+        nested = config.get("text_config")
+        text = nested if isinstance(nested, dict) else config
+        limit = next((value for key in _LIMITS if isinstance(value := text.get(key), int) and value > 0), None)
+        if limit is None:
+            return cls(None)
+        switch = None
+        for rope in _ropes(text):
+            kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
+            original = rope.get("original_max_position_embeddings", text.get("original_max_position_embeddings"))
+            known = original if isinstance(original, int) else limit
+            if kind in _LONGROPE:
+                switch = known
+            elif kind not in (None, "default") and isinstance(factor, int | float):
+                limit = max(limit, int(known * factor))
+        return cls(limit, switch)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Positions:
+        """Return the positions of a model in a folder."""
+        file = folder / "config.json"
+        return cls.of(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else cls(None)
+
+    def check(self, lengths: Sequence[int], where: str) -> None:
+        """Check the lengths of documents that are computed together.
+
+        Raises:
+            BadData: a document has more tokens than the model has positions; or, with longrope, only some of the documents
+                are so long that other angles apply: transformers chooses the angles for all rows of a batch at once.
+        """
+        if len(lengths) == 0:
+            return
+        longest, shortest = max(lengths), min(lengths)
+        if self.limit is not None and longest > self.limit:
+            raise BadData(
+                "A row has more tokens than the model has positions.",
+                where=where,
+                expected=f"at most {self.limit} tokens (max_position_embeddings of the base)",
+                got=f"{longest} tokens",
+                next_step=f"set training_config.max_length to {self.limit}, and data.too_long to drop or truncate",
+            )
+        if self.switch is not None and shortest <= self.switch < longest:
+            raise BadData(
+                "Rows on both sides of the model's longrope switch cannot be computed together: the longest row of a batch "
+                "would change the angles of the others.",
+                where=where,
+                expected=f"all rows at most {self.switch} tokens (original_max_position_embeddings), or all longer",
+                got=f"{shortest} to {longest} tokens",
+                next_step=f"set training_config.max_length to {self.switch}, and data.too_long to drop or truncate",
+            )
+
+
+def _ropes(text: Mapping[str, JsonValue]) -> list[Mapping[str, JsonValue]]:
+    """Return the settings of the rotary embeddings; newer configs have one for each type of layer."""
+    found: list[Mapping[str, JsonValue]] = []
+    for key in ("rope_scaling", "rope_parameters"):
+        value = text.get(key)
+        if isinstance(value, dict):
+            found += [value, *(inner for inner in value.values() if isinstance(inner, dict))]
+    return found

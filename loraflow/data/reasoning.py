@@ -1,0 +1,28 @@
+"""Remove the reasoning from answers (data.thinking: strip)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from loraflow.data.chats import Message
+
+# The opening tag may be missing: some prompts end with it. Templates that cut reasoning look for the last closing tag too.
+_REASONING = re.compile(r".*(?:</think>|\[/THINK\])\s*", re.DOTALL)
+_KEYS = ("reasoning_content", "reasoning", "thinking")  # of a message, beside its content
+NOT_RENDERED = "would not be learned: put it into content, as <think> … </think>, or leave it out: data.thinking: strip"
+
+
+def reasoning_key(unused_keys: Sequence[str]) -> str | None:
+    """Return the key of a row's messages that holds reasoning, such as messages.reasoning_content; None if there is none."""
+    return next((key for key in unused_keys if "." in key and key.rpartition(".")[2] in _KEYS), None)
+
+
+def without_reasoning(chat: Sequence[Message]) -> list[Message]:
+    """Return a chat whose answers have no reasoning: `<think> … </think>` or `[THINK] … [/THINK]` before the answer."""
+    return [
+        {**message, "content": _REASONING.sub("", message["content"], count=1)}
+        if message["role"] == "assistant"
+        else message
+        for message in chat
+    ]

@@ -1,0 +1,128 @@
+"""The chat template that a model is trained with and served with: which one, and what is fixed in it.
+
+A template may print today's date, or put an empty think block before an answer if the server asks for that. Training and
+serving must agree, so both are written into the template of the base's artifact, which the merged model inherits.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from loraflow.data.template import MARKERS, TODAY
+from loraflow.data.tokenizer_config import FILE, MAX_BYTES, MAX_TEMPLATE, TEMPLATE, TRAINING_TEMPLATE, find_template
+from loraflow.failures import BadConfig, BadModel
+
+_DATE_CALL = re.compile(r"""strftime_now\s*\(\s*(["'])((?:(?!\1)[^\\{}])*)\1\s*\)""")
+_NOTE = re.compile(r"\A\{#- The date is fixed to (\S+),")
+_SWITCHES = ("enable_thinking", "thinking")
+
+
+def read_named_template(name: str) -> str:
+    """Return the text of `base.chat_template`: a file, or the name of a template that trl ships.
+
+    Raises:
+        BadConfig: there is neither.
+    """
+    file = Path(name).expanduser()
+    shipped = _shipped()
+    if not file.is_file() and name in shipped:
+        file = shipped[name]
+    if not file.is_file():
+        raise BadConfig(
+            "There is no such chat template.",
+            where="base.chat_template",
+            expected="auto, a file, or a name that trl ships: " + (", ".join(shipped) or "trl is not installed"),
+            got=name,
+        )
+    try:
+        with file.open(encoding="utf-8") as opened:
+            text = opened.read(MAX_TEMPLATE + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig("The chat template cannot be read.", where="base.chat_template", got=str(error)) from error
+    if not text.strip() or len(text) > MAX_TEMPLATE:
+        raise BadConfig(
+            "The file is not a chat template.",
+            where="base.chat_template",
+            expected=f"1 to {MAX_TEMPLATE:,} characters",
+            got=f"{len(text):,} in {file}",
+        )
+    return text
+
+
+def _shipped() -> dict[str, Path]:
+    """Return the templates that the installed trl ships, by name. trl is not imported, which takes seconds."""
+    spec = find_spec("trl")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return {file.stem: file for folder in folders for file in sorted(Path(folder, "chat_templates").glob("*.jinja"))}
+
+
+def write_served_template(folder: Path, chosen: str | None, *, no_thinking: bool) -> str | None:
+    """Write the template that a model is served with into its folder, and return the date that is fixed in it.
+
+    Args:
+        folder: the model's folder.
+        chosen: the template of the recipe; None uses the model's own. A template with {% generation %} blocks only marks
+            the answers, if the model has a template of its own.
+        no_thinking: answers come after an empty think block, which a server sends.
+
+    Raises:
+        BadModel: the template has no switch for thinking.
+    """
+    own = find_template(folder)
+    marks_only = chosen is not None and own is not None and MARKERS.search(chosen) is not None
+    source = own if chosen is None or marks_only else chosen
+    if source is None:
+        return None
+    served = pinned(source, no_thinking=no_thinking)
+    if marks_only and chosen is not None:
+        (folder / TRAINING_TEMPLATE).write_text(pinned(chosen, no_thinking=no_thinking), encoding="utf-8")
+    if served != own:
+        _write(folder, served)
+    return pinned_date(served)
+
+
+def _write(folder: Path, template: str) -> None:
+    """Write a model's template. A second one in tokenizer_config.json, which other programs may read, is removed."""
+    (folder / TEMPLATE).write_text(template, encoding="utf-8")
+    file = folder / FILE
+    with file.open("rb") as opened:
+        values = json.loads(opened.read(MAX_BYTES))
+    if isinstance(values, dict) and values.pop("chat_template", None) is not None:
+        file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def pinned(source: str, *, no_thinking: bool = False) -> str:
+    """Return a template in which the date, and thinking if the recipe says so, is fixed.
+
+    Raises:
+        BadModel: the template has no switch for thinking.
+    """
+    if no_thinking:
+        switch = next((s for s in _SWITCHES if re.search(rf"\b{s}\b", source)), None)
+        if switch is None:
+            raise BadModel(
+                "The chat template cannot put an empty think block before an answer.",
+                where="data.thinking",
+                expected="a template that reads enable_thinking",
+                next_step="set data.thinking to strip, or name another template: base.chat_template",
+            )
+        source = f"{{%- if {switch} is not defined %}}{{%- set {switch} = false %}}{{%- endif -%}}\n" + source
+    if _DATE_CALL.search(source) and not _NOTE.match(source):
+        source = _DATE_CALL.sub(lambda call: json.dumps(time.strftime(call[2], TODAY)), source)
+        source = f"{{#- The date is fixed to {time.strftime('%Y-%m-%d', TODAY)}, as in training. -#}}\n" + source
+    return source
+
+
+def pinned_date(template: str | None) -> str | None:
+    """Return the date that `pinned` fixed in a template, such as 2024-07-26; None if the template prints no date."""
+    note = _NOTE.match(template or "")
+    return note[1] if note else None
+
+
+def served_date(folder: Path) -> str | None:
+    """Return the date that is fixed in a model's template; None if there is none."""
+    return pinned_date(find_template(folder)) if (folder / FILE).exists() else None

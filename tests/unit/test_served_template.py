@@ -1,0 +1,148 @@
+"""The template that is trained and served: chosen by the recipe, with its date and its thinking fixed."""
+
+import json
+import re
+import time
+from importlib.util import find_spec
+
+import pytest
+from transformers import AutoTokenizer
+
+from loraflow.data import loss_mask
+from loraflow.data.loss_mask import IGNORED, ChatTemplate
+from loraflow.data.reasoning import without_reasoning
+from loraflow.data.served_template import pinned, pinned_date, read_named_template, write_served_template
+from loraflow.data.template import CompiledTemplate
+from loraflow.failures import BadConfig, BadModel
+from tests.conftest import PHI3_TEMPLATE, build_tokenizer
+from tests.in_process_template import InProcessTemplate
+from tests.unit.test_trl_templates import ONE, TEMPLATES, THOUGHT, TWO
+
+needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
+MARKED = PHI3_TEMPLATE.replace(
+    "{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}",
+    "{{'<|assistant|>\n'}}{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}{{ '\n' }}",
+)
+DATED = "{{ '<|system|>' + strftime_now('%d %b %Y') + '<|end|>' }}" + PHI3_TEMPLATE
+VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+@pytest.fixture(autouse=True)
+def _in_process(monkeypatch):
+    monkeypatch.setattr(loss_mask, "template_process", InProcessTemplate)
+
+
+def text_of(encoded, template) -> str:
+    return template.tokenizer.decode(encoded.ids[encoded.labels != IGNORED].tolist(), skip_special_tokens=False)
+
+
+@needs_trl
+@pytest.mark.parametrize("name", [name for name, text in TEMPLATES.items() if "strftime_now" in text])
+def test_the_date_is_the_same_in_training_and_on_any_day_of_serving(name):
+    fixed = CompiledTemplate(pinned(TEMPLATES[name]), VARIABLES)
+    today = CompiledTemplate(TEMPLATES[name], VARIABLES)
+    trained = today.render(ONE)
+    assert fixed.render(ONE) == trained and re.search("2024-07-26|26 Jul 2024", trained)
+    fixed._environment.globals["strftime_now"] = lambda form: time.strftime(form, time.gmtime(0))
+    today._environment.globals["strftime_now"] = fixed._environment.globals["strftime_now"]
+    assert fixed.render(ONE) == trained != today.render(ONE)
+    assert pinned_date(pinned(TEMPLATES[name])) == "2024-07-26"
+    assert pinned(pinned(TEMPLATES[name])) == pinned(TEMPLATES[name]), "a merged model can be a base"
+
+
+@needs_trl
+@pytest.mark.parametrize("name", [name for name, text in TEMPLATES.items() if re.search(r"\benable_thinking\b", text)])
+def test_a_template_that_is_fixed_not_to_think_equals_the_switch(name):
+    fixed, free = CompiledTemplate(pinned(TEMPLATES[name], no_thinking=True), VARIABLES), CompiledTemplate(
+        TEMPLATES[name], VARIABLES
+    )  # fmt: skip
+    free._variables["enable_thinking"] = False
+    for chat, prompt in ((ONE, False), (ONE[:1], True), (TWO, False), (TWO[:3], True)):
+        assert fixed.render(chat, prompt=prompt) == free.render(chat, prompt=prompt)
+    fixed._variables["enable_thinking"] = free._variables["enable_thinking"] = True
+    assert fixed.render(ONE[:1], prompt=True) == free.render(ONE[:1], prompt=True), "a server can still ask for it"
+
+
+@needs_trl
+@pytest.mark.parametrize("name", ["qwen3", "nemotron_3_nano", "qwen3_6", "qwen3_training"])
+def test_an_empty_think_block_belongs_to_the_prompt(tmp_path, name):
+    build_tokenizer(tmp_path, TEMPLATES[name].replace("<|im_end|>", "<|end|>"))
+    write_served_template(tmp_path, None, no_thinking=True)
+    template, served = ChatTemplate(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    (encoded,) = template.encode([ONE], "assistant")
+    assert text_of(encoded, template).rstrip() == "a color<|end|>"
+    prompt = served.apply_chat_template(ONE[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert encoded.ids[: encoded.prompt].tolist() == prompt and "</think>" in served.decode(prompt)
+
+
+def test_a_template_without_the_switch_cannot_be_fixed():
+    with pytest.raises(BadModel, match="cannot put an empty think block"):
+        pinned(PHI3_TEMPLATE, no_thinking=True)
+
+
+def test_a_template_without_a_date_stays_as_it_is(tmp_path):
+    build_tokenizer(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert write_served_template(tmp_path, None, no_thinking=False) is None
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_the_recipes_template_replaces_the_models(tmp_path):
+    build_tokenizer(tmp_path, "{{ messages }}")
+    assert write_served_template(tmp_path, DATED, no_thinking=False) == "2024-07-26"
+    served = AutoTokenizer.from_pretrained(tmp_path)
+    (encoded,) = ChatTemplate(tmp_path).encode([ONE], "assistant")
+    assert encoded.ids.tolist() == served.apply_chat_template(ONE, return_dict=True)["input_ids"]
+    assert "26 Jul 2024" in served.decode(encoded.ids)
+
+
+@pytest.mark.parametrize("in_config", [False, True])
+def test_a_template_with_marks_only_marks_the_answers(tmp_path, in_config):
+    build_tokenizer(tmp_path)
+    if in_config:
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        (tmp_path / "chat_template.jinja").unlink()
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": PHI3_TEMPLATE}))
+    unmarked = text_of(ChatTemplate(tmp_path).encode([ONE], "assistant")[0], ChatTemplate(tmp_path))
+    write_served_template(tmp_path, MARKED, no_thinking=False)
+    template = ChatTemplate(tmp_path)
+    (encoded,) = template.encode([ONE], "assistant")
+    assert unmarked == "a color<|end|><|endoftext|>" and text_of(encoded, template) == "a color<|end|>"
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == PHI3_TEMPLATE
+
+
+def test_a_training_template_that_renders_other_text_is_refused_with_the_first_difference(tmp_path):
+    build_tokenizer(tmp_path)
+    write_served_template(tmp_path, MARKED.replace("<|system|>\n", "<|system|>"), no_thinking=False)
+    template = ChatTemplate(tmp_path)
+    assert len(template.encode([ONE], "assistant")) == 1
+    chats = [ONE, [{"role": "system", "content": "be brief"}, *ONE]]
+    with pytest.raises(BadModel, match="renders another text than the model's own template") as caught:
+        template.encode(chats, "assistant")
+    assert caught.value.details["chat"] == 1
+    assert "<|system|>\\nbe brief" in caught.value.expected and "<|system|>be brief" in caught.value.got
+
+
+@needs_trl
+def test_a_template_is_named_by_file_or_by_trls_name(tmp_path):
+    (tmp_path / "mine.jinja").write_text(DATED)
+    assert read_named_template(str(tmp_path / "mine.jinja")) == DATED
+    assert read_named_template("qwen3") == TEMPLATES["qwen3"]
+    with pytest.raises(BadConfig, match=r"no such chat template(.|\n)*qwen3_training"):
+        read_named_template("qwen33")
+    (tmp_path / "empty.jinja").touch()
+    with pytest.raises(BadConfig, match="not a chat template"):
+        read_named_template(str(tmp_path / "empty.jinja"))
+
+
+def test_reasoning_is_removed_from_answers_only():
+    chat = [{"role": "user", "content": "<think>x</think>y"}, *THOUGHT[1:]]
+    assert [m["content"] for m in without_reasoning(chat)] == ["<think>x</think>y", "a color"]
+    for content in (
+        "cat\n</think>\n\ntwo",
+        "[THINK]cat[/THINK]two",
+        "<think></think>two",
+        " <think>a</think><think>b</think>\n two",
+    ):
+        assert without_reasoning([{"role": "assistant", "content": content}])[0]["content"] == "two"
+    assert without_reasoning(ONE) == ONE
