@@ -198,7 +198,7 @@ def choose_compile(setup: TrainingSetup, attention: Attention, micro_batch_token
     if setup.device != "cuda" or not attention.concatenated or setup.shape is None:
         return False, "only concatenated documents on a GPU have the fixed shapes that it needs"
     tokens = int(setup.rows.tokens[setup.order].sum()) / setup.group.size
-    passes: int = max(int(setup.steps), math.ceil(tokens / micro_batch_tokens))
+    passes = max(len(setup.step_rows), math.ceil(tokens / micro_batch_tokens))
     saved = seconds_saved(
         setup.shape.hidden, setup.shape.layers, setup.config.peft_config.lora_dropout, passes, int(tokens / passes)
     )

@@ -35,7 +35,7 @@ def setup_of(steps: int, dropout: float = 0.05, device: str = "cuda", **runtime)
         device=device,
         rows=SimpleNamespace(tokens=np.full(16, 1000)),
         order=np.arange(16).repeat(steps),
-        steps=steps,
+        step_rows=np.arange(16 * steps).reshape(-1, 16),
         group=SimpleNamespace(size=1),
         shape=SimpleNamespace(hidden=3072, layers=32),
         config=SimpleNamespace(peft_config=SimpleNamespace(lora_dropout=dropout)),
