@@ -261,7 +261,9 @@ VERIFY = Stage(
 
 EVALUATE = Stage(
     name="evaluate",
-    version=2,  # 2: the common prefix of the prompts is computed once; the last bits of a loss may differ
+    # 2: the common prefix of the prompts is computed once; the last bits of a loss may differ
+    # 3: intervals of token-weighted means, and of rows in groups
+    version=3,
     module="loraflow.evaluation.score",
     config=configs.EvaluateConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, part="heldout")},
@@ -274,6 +276,7 @@ EVALUATE = Stage(
         "loraflow.evaluation.kv_cache",
         "loraflow.evaluation.greedy_decoding",
         "loraflow.evaluation.intervals",
+        "loraflow.evaluation.groups",
         "loraflow.evaluation.metric_modules",
         "loraflow.evaluation.values",
         "loraflow.hardware.process_group",

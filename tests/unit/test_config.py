@@ -258,7 +258,7 @@ BY_THE_FLOW = {
     "name", "data.source", "data.repo", "data.rev", "data.add", "data.remote", "data.max_quarantined", "base.model",
     "base.revision", "evaluation.samples", "merge.max_kl", "register.model",
     "gate.lower_is_better",
-    "gate.primary", "gate.min_gain", "gate.guards", "gate.confidence", "runtime.store", "runtime.keep", "runtime.keep_champions", "runtime.placement",
+    "gate.primary", "gate.min_gain", "gate.guards", "gate.confidence", "gate.error", "gate.looks", "runtime.store", "runtime.keep", "runtime.keep_champions", "runtime.placement",
     "peft_config.task_type", "publish.repo", "publish.what", "publish.private",
 }  # fmt: skip
 
