@@ -128,7 +128,9 @@ def test_artifacts_from_before_the_reorganisation_are_current():
 
     earlier = json.loads((Path(__file__).parent.parent / "golden" / "code_before.json").read_text())
     for name, (version, digest) in earlier.items():
-        assert STAGES[name].version == version and is_current(STAGES[name], digest)
+        raised = STAGES[name].version > version  # its results differ for some inputs; see the changelog
+        assert raised or is_current(STAGES[name], digest), name
+    assert {name for name, (version, _) in earlier.items() if STAGES[name].version == version} >= {"train", "verify"}
         assert digest != recorded()[name].digest and not is_current(STAGES[name], "0" * 64)
 
 
