@@ -123,7 +123,7 @@ def test_recorded_digests_equal_those_of_the_code_without_comments():
 
 def test_artifacts_from_before_the_reorganisation_are_current():
     """Artifacts of loraflow as it was before files were renamed are hits without a warning."""
-    from loraflow.execution.code_digest import is_current, recorded
+    from loraflow.execution.code_digest import is_current
     from loraflow.stages import STAGES
 
     earlier = json.loads((Path(__file__).parent.parent / "golden" / "code_before.json").read_text())
