@@ -87,7 +87,7 @@ def _rendered_by_transformers(tokenizer: PreTrainedTokenizerBase, chat: Chat, *,
 
     try:
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in chat],
+            [{"role": message["role"], "content": message["content"]} for message in chat],
             tokenize=False,
             add_generation_prompt=prompt,
             strftime_now=lambda form: time.strftime(form, TODAY),  # a template may write today's date

@@ -24,7 +24,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     quiet_logging()
     from loraflow.config import load_recipe
     from loraflow.execution.plan import plan as plan_run
-    from loraflow.execution.plan import training_memory
+    from loraflow.execution.plan import too_few_positions, training_memory
     from loraflow.execution.workspace import Workspace
     from loraflow.stages import TRAIN, check_names
 
@@ -34,13 +34,18 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     workspace.save()
     trains = any(step.stage == TRAIN.name and step.status != "cached" for step in steps)
     memory = training_memory(workspace) if trains else None
+    note = too_few_positions(workspace) if trains else ""
     if as_json:
         document: dict[str, JsonValue] = {"stages": [step.to_json() for step in steps]}
         if memory:
             document["memory_bytes"] = {"least": round(memory[0]), "full_speed": round(memory[1])}
+        if note:
+            document["note"] = note
         click.echo(json.dumps(document, ensure_ascii=False))
     else:
         _show(steps, memory)
+        if note:
+            click.echo(f"note: {note}")
 
 
 def _show(steps: list[PlannedStep], memory: tuple[float, float] | None) -> None:

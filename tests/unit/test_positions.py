@@ -95,3 +95,17 @@ def test_tokenize_refuses_rows_beyond_the_positions(tmp_path, phi3):
     (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20}))
     with pytest.raises(BadData, match=r"more tokens than the model has positions(.|\n)*train rows(.|\n)*at most 20"):
         tokenized(base, tmp_path, CHATS)
+
+
+@pytest.mark.parametrize(("max_length", "says"), [(512, ""), (513, "rows of more than 512 tokens are refused")])
+def test_plan_says_it_from_the_config_alone(tmp_path, phi3, max_length, says):
+    from loraflow.config import parse_recipe
+    from loraflow.execution.plan import too_few_positions
+    from loraflow.execution.workspace import Workspace
+
+    recipe = parse_recipe(
+        f"name: tiny\nbase: {{model: {phi3}}}\ntraining_config: {{max_length: {max_length}}}\n"
+        f"runtime: {{store: {tmp_path / 'store'}}}\n"
+    )
+    note = too_few_positions(Workspace(recipe))
+    assert says in note and bool(says) == bool(note)
