@@ -2,6 +2,7 @@
 is left, and a rerun completes.
 
 python benchmarks/chaos.py [TIMES] [TARGET ...] [--seed N]      starts `loraflow up` in a temporary folder
+python benchmarks/chaos.py --minutes N [--seed N]               many kills without Prefect: `random_kills.py`
 
 The run is one of `retrain/nightly`, which has a concurrency limit of one: a run that never ends would block the next.
 """
@@ -67,7 +68,14 @@ def main() -> int:
     parser.add_argument("times", nargs="?", type=int, default=20)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; all by default")
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--minutes", type=float, help="kill at random for so long, without Prefect")
     arguments = parser.parse_args()
+    if arguments.minutes is not None:
+        import random_kills
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print(f"seed {arguments.seed}", flush=True)
+        return random_kills.main(arguments.minutes, arguments.seed)
     targets = arguments.targets or list(TARGETS)
     if unknown := set(targets) - set(TARGETS):
         parser.error(f"no such target: {', '.join(sorted(unknown))}")

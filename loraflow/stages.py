@@ -166,6 +166,7 @@ TRAIN = Stage(
         "loraflow.training.collation",
         "loraflow.training.prefix_sharing",
         "loraflow.training.sharding",
+        "loraflow.training.compile_gain",
         "loraflow.training.layers",
         "loraflow.training.attention",
         "loraflow.training.flash4",
@@ -273,7 +274,9 @@ VERIFY = Stage(
 
 EVALUATE = Stage(
     name="evaluate",
-    version=3,  # 3: only the token that closes an answer ends it
+    # 2: the common prefix of the prompts is computed once; the last bits of a loss may differ
+    # 3: intervals of token-weighted means, and of rows in groups
+    version=3,  # also: only the token that closes an answer ends it
     module="loraflow.evaluation.score",
     config=configs.EvaluateConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, part="heldout")},
@@ -287,6 +290,7 @@ EVALUATE = Stage(
         "loraflow.evaluation.kv_cache",
         "loraflow.evaluation.greedy_decoding",
         "loraflow.evaluation.intervals",
+        "loraflow.evaluation.groups",
         "loraflow.evaluation.metric_modules",
         "loraflow.evaluation.values",
         "loraflow.hardware.process_group",

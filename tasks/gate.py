@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from prefect import task
@@ -13,6 +15,8 @@ from loraflow.evaluation.values import Decision
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
 from loraflow.registry.champions import require_champion_intact
+from loraflow.registry.log import actor
+from loraflow.registry.looks import Look, row_key
 from loraflow.store import Ref, read_intact, require_unchanged
 
 if TYPE_CHECKING:
@@ -42,7 +46,7 @@ def gate(workspace: Workspace, result: PipelineResult) -> Decision:
     if earlier is not None and earlier["verdict"] != "promote":
         known = Decision.from_dict(earlier)
         return Decision.unchanged(f"decided before against this champion: {known.verdict}", known)
-    decision = _compare(workspace, result)
+    decision = _compare(workspace, result, protocol)
     workspace.log.write_decision(head, merged, protocol, decision.to_dict())
     return decision
 
@@ -59,23 +63,59 @@ def _protocol(workspace: Workspace, result: PipelineResult) -> str:
     return identity.fingerprint({"gate": workspace.recipe.gate.model_dump(), "scores": scores})
 
 
-def _compare(workspace: Workspace, result: PipelineResult) -> Decision:
+def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Decision:
+    """Spend a look at the held-out rows, then compare. A crash in between loses the look, and grants none."""
     from loraflow.evaluation.gate import decide
 
     rules = workspace.recipe.gate
+    ours = _heldout_scores(workspace, result.tuned_scores)
     others = {"base": _heldout_scores(workspace, result.base_scores)}
     if result.champion_scores is not None:
         others["champion"] = _heldout_scores(workspace, result.champion_scores)
-    return decide(
-        _heldout_scores(workspace, result.tuned_scores),
+    look = _take_look(workspace, result, protocol, ours)
+    decision = decide(
+        ours,
         others,
         primary=rules.primary,
         min_gain=rules.min_gain,
         guards=rules.guards,
         confidence=rules.confidence,
         lower_is_better=rules.lower_is_better,
-        seed=workspace.recipe.evaluation.seed,
+        level=look.level,
+        look=str(look),
+        vocabulary=_vocabulary(workspace, result.base),
     )
+    budget = (
+        f"{str(look).capitalize()} at these {len(ours)} held-out rows, {look.left} left: at most {rules.error:.0%} for "
+        "any false promotion in all of them."
+    )
+    return replace(decision, look=look.seq, budget=budget)
+
+
+def _take_look(workspace: Workspace, result: PipelineResult, protocol: str, table: pd.DataFrame) -> Look:
+    head, rules = workspace.seen_head, workspace.recipe.gate
+    key = identity.fingerprint(
+        {"head": head.hash if head else None, "merged": result.merged.digest, "protocol": protocol}
+    )
+    return workspace.looks.take(
+        key,
+        challenger=result.merged.digest,
+        rows={row_key(prompt) for prompt in table["prompt" if "prompt" in table else "id"]},
+        error=rules.error,
+        horizon=rules.looks,
+        promotions=workspace.log.entries(),
+        actor=actor(),
+    )
+
+
+def _vocabulary(workspace: Workspace, base: Ref) -> int | None:
+    """Return the number of tokens that a base's config names; None if it names none."""
+    try:
+        config = json.loads(read_intact(workspace.store, base, "config.json"))
+    except ValueError:
+        return None
+    found = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return found if isinstance(found, int) and found > 1 else None
 
 
 def _heldout_scores(workspace: Workspace, ref: Ref) -> pd.DataFrame:

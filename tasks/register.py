@@ -42,6 +42,7 @@ def register(workspace: Workspace, result: PipelineResult, decision: Decision) -
                 "dataset": workspace.dataset.md5,
                 "base": workspace.recipe.base.model,
                 "recipe": workspace.recipe.name,
+                **({} if decision.look is None else {"look": str(decision.look)}),
             },
             reasons=list(decision.reasons),
             actor=actor(),

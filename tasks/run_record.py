@@ -82,6 +82,7 @@ def as_record(run: Run, state: RunState = "running", error: str | None = None) -
         stages=list(run.stages.values()),
         summary=run.summary,
         promotion_head=run.workspace.log.last_seen,
+        looks_head=run.workspace.looks.last_seen,
     )
 
 

@@ -68,5 +68,5 @@ def forget_promotions(store: LocalStore) -> None:
         shutil.rmtree(store.root / folder, ignore_errors=True)
     for record in read_runs(store):
         summary = record.summary.model_copy(update={"registered": None}) if record.summary else None
-        record = record.model_copy(update={"summary": summary, "promotion_head": None})
+        record = record.model_copy(update={"summary": summary, "promotion_head": None, "looks_head": None})
         store.write_document(f"runs/{record.run}.json", record.document)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# Packed and concatenated documents stay apart, and the logits are the product of head and hidden state.
+# Packed and concatenated documents stay apart, and the logits are the product of head and hidden state, times a factor.
 FAST = frozenset({
-    "arcee", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "helium",
-    "hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2",
-    "qwen3", "seed_oss", "smollm3", "starcoder2",
+    "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox",
+    "granite", "helium", "hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral", "olmo", "olmo2", "olmo3", "phi",
+    "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
 })  # fmt: skip
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Names that models' configs have for a factor between the head's product and the logits.
@@ -42,11 +42,25 @@ def scales_logits(config: PreTrainedConfig) -> bool:
     return any(getattr(text, key, None) not in (None, 1, 1.0) for key in LOGIT_SCALES)
 
 
+def logit_factor(config: PreTrainedConfig) -> float | None:
+    """Return the number that a model multiplies its head's product by; None if it changes the product in another way."""
+    text = config.get_text_config()
+    scales = {key: getattr(text, key, None) for key in LOGIT_SCALES}
+    given = {key: float(value) for key, value in scales.items() if value not in (None, 1, 1.0)}
+    if not given:
+        return 1.0
+    if text.model_type == "granite" and set(given) == {"logits_scaling"}:
+        return 1.0 / given["logits_scaling"]
+    if text.model_type in ("cohere", "cohere2") and set(given) == {"logit_scale"}:
+        return given["logit_scale"]
+    return None
+
+
 def obstacle_to_fast_engine(config: PreTrainedConfig) -> str:
     """Return why the fast engine cannot train a model; empty if it can."""
     if stateful := stateful_layers(config):
         return f"the model has layers of type {', '.join(stateful)}"
-    if scales_logits(config):
+    if logit_factor(config) is None:
         return "the model changes its head's logits"
     if not is_tested(config):
         return f"the fast engine has not been tested with the architecture {config.model_type}"

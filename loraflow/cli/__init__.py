@@ -43,6 +43,7 @@ COMMANDS = {
     "runs": ("loraflow.cli.store", "List all runs."),
     "show": ("loraflow.cli.show", "Show a run, an artifact, or the champion and its lineage."),
     "verify": ("loraflow.cli.store", "Check the artifacts in the store; --deep reads every byte."),
+    "repair": ("loraflow.cli.repair", "Recompute damaged and missing artifacts, after naming the cost."),
     "gc": ("loraflow.cli.store", "Remove superseded artifacts, older merged models and stale work."),
     "backup": ("loraflow.cli.backup", "Copy the store to a folder while runs use it."),
     "registry": ("loraflow.cli.registry", "Show the promotion log."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -186,8 +187,18 @@ def _recipe(
         new_tokens=min(1024, max(32, 1 << (longest_answer - 1).bit_length())),
         longest_answer=longest_answer,
         primary="field_f1" if as_json else "token_loss",
-        guards="{json_valid: 0.01}" if as_json else "{rougeL: 0.02}",
+        guards=f"{{json_valid: {_margin(len(chats), 0.01)}}}"
+        if as_json
+        else f"{{rougeL: {_margin(len(chats), 0.02)}}}",
     )
+
+
+def _margin(chats: int, least: float) -> float:
+    """Return a guard's margin that an unchanged model passes if a tenth of the rows is held out: whole hundredths."""
+    from loraflow.evaluation.power import margin_of_unchanged
+
+    of_unchanged = margin_of_unchanged(max(chats // 10, 1), 0.95, "rougeL") or least
+    return min(max(least, math.ceil(100 * of_unchanged + 0.5) / 100), 0.5)
 
 
 def _split_by_name(names: list[str]) -> tuple[list[str], list[str], list[str]]:

@@ -11,6 +11,7 @@ from loraflow.failures import BadConfig, CorruptArtifact, Failure
 from loraflow.identity import short
 from loraflow.registry.champions import choose_intact
 from loraflow.registry.log import HeadChanged, PromotionLog, actor
+from loraflow.registry.looks import LookRecord
 from loraflow.registry.rebuild import how_to_rebuild
 from loraflow.registry.runs import RunRecord, StageRun, read_run
 from loraflow.serving.models import only_model
@@ -56,14 +57,19 @@ def registry(context: click.Context, store: str, model: str | None, as_json: boo
 @model_option
 @click.pass_context
 def accept(context: click.Context, reason: str, store: str | None, model: str | None) -> None:
-    """Go on with a promotion log that lost entries or was changed, if there is no backup of it.
+    """Go on with a promotion log or a record of looks that lost entries or was changed, if there is no backup of it.
 
-    The intact entries stay. What is lost, who accepted it and why is stored beside the log. Nothing is done to a log that
-    is not damaged.
+    The intact entries stay; lost looks count as spent. What is lost, who accepted it and why is stored beside the log.
+    Nothing is done to a log that is not damaged.
     """
     given = context.parent.params if context.parent else {}
     opened = open_store(store or given["store"])
     log = PromotionLog(opened, model or given["model"] or only_model(opened))
+    lost_looks = LookRecord(opened, log.model).accept_loss(reason, actor())
+    if lost_looks is not None:
+        click.echo(f"lost: {lost_looks.lost} looks after look {lost_looks.kept.seq}; they count as spent")
+        if log.is_intact():
+            return
     acceptance = log.accept_loss(reason, actor())
     for head in acceptance.lost:
         click.echo(f"lost: entry {head.seq}{f' with hash {short(head.hash)}' if head.hash else ''}")

@@ -41,7 +41,7 @@ def runs(store: str, as_json: bool) -> None:
 def verify(deep: bool, store: str) -> None:
     """Check the manifests, names and sizes of all artifacts, with --deep also their contents. Quarantine damaged ones.
 
-    The promotion logs are checked too, and that the models which they need are in the store.
+    The promotion logs and the records of looks are checked too, and that the models which they need are in the store.
 
     Exit status 1 if an artifact or a log is damaged, or a champion or its rollback target is missing.
     """
@@ -66,7 +66,7 @@ def verify(deep: bool, store: str) -> None:
         )
     if missing:
         raise CorruptArtifact(
-            "The store lacks a champion or a rollback target, or a promotion log is damaged.",
+            "The store lacks a champion or a rollback target, or a promotion log or record of looks is damaged.",
             where=opened.uri,
             next_step=missing,
         )
@@ -76,6 +76,7 @@ def _missing_champions(store: Store) -> str:
     """Report damaged promotion logs and missing champions; return the next step for the first that is needed."""
     from loraflow.registry.champions import missing_models
     from loraflow.registry.log import PromotionLog, models
+    from loraflow.registry.looks import LookRecord, models_with_looks
     from loraflow.registry.rebuild import how_to_rebuild
 
     steps = []
@@ -93,6 +94,12 @@ def _missing_champions(store: Store) -> str:
                     steps.append(how_to_rebuild(store, found.ref))
         except CorruptArtifact as failure:
             click.echo(f"damaged  promotion log of {model}: {failure.got}", err=True)
+            steps.append(failure.next_step)
+    for model in sorted(models_with_looks(store)):
+        try:
+            LookRecord(store, model).entries()
+        except CorruptArtifact as failure:
+            click.echo(f"damaged  record of looks of {model}: {failure.got}", err=True)
             steps.append(failure.next_step)
     return steps[0] if steps else ""
 

@@ -359,8 +359,14 @@ class Gate(FrozenModel):
         {}, description="{score: largest drop that is allowed, in the score's unit}."
     )
     lower_is_better: list[str] = Field([], description="Scores of your own metrics for which lower is better.")
+    error: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        0.05, description="Probability of any false promotion in all looks at the same held-out rows."
+    )
+    looks: Positive = Field(
+        365, description="Number of challengers that may be compared on the same held-out rows: a year of nights."
+    )
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
-        0.95, description="Confidence level of the one-sided bounds."
+        0.95, description="Confidence level of the guards, and of the one-sided bounds that are shown."
     )
 
 
@@ -404,7 +410,7 @@ class Recipe(FrozenModel):
                 "training_config.eval_strategy needs data.validation_fraction: held-out rows are for the gate only"
             )
         if all(name in SCORES for name in self.evaluation.metrics):
-            scored = set().union(*(SCORES[name] for name in self.evaluation.metrics))
+            scored = {"stops"}.union(*(SCORES[name] for name in self.evaluation.metrics))
             for name in (self.gate.primary, *self.gate.guards):
                 if name not in scored:
                     raise ValueError(

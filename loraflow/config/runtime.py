@@ -60,7 +60,7 @@ class Runtime(FrozenModel):
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Compile each layer; auto does so unless the run is too short to gain from it.",
+        description="Compile each layer; auto does so if it is expected to save more time than it takes, and logs why.",
     )
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] = Field(
         "auto",

@@ -1,48 +1,92 @@
 """The gate: decide from per-example scores whether the challenger is promoted or rejected, with reasons.
 
 A model is promoted if, against both base and champion, the primary metric improves by more than `min_gain` and no guard
-metric gets worse by more than its margin. Both are tested with one-sided confidence bounds. If a test clearly fails, the
-model is rejected. If the data cannot decide, the verdict is undecided.
+metric gets worse by more than its margin. If a claim is clearly wrong, the model is rejected. If the data cannot decide,
+the verdict is undecided.
+
+- The gain is tested at the level of this look: `gate.error` is the probability of any false promotion in `gate.looks`
+  looks at the same rows (`loraflow/registry/looks.py`).
+- All must hold, so neither the comparisons with base and champion nor the guards need a correction (an intersection-union
+  test, Berger 1982). Guards are tested at `confidence`.
+- One of several claims that is wrong is enough to reject, so these tests are corrected by Holm's method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import bisect
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from loraflow.data.chats import GATE_SET
-from loraflow.evaluation.intervals import Bounds, difference_bounds
-from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
+from loraflow.evaluation.evidence import Evidence
+from loraflow.evaluation.intervals import Bounds
+from loraflow.evaluation.pairing import pair, refusal
+from loraflow.evaluation.power import MINIMUM_ROWS
 from loraflow.evaluation.values import Comparison, Decision
-from loraflow.failures import BadConfig, BadData
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_REPEATS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of the rows, to find how many would be enough
+_MOST_ROWS = 1_000_000  # for which that is computed
+
 
 @dataclass(frozen=True)
 class _Rule:
-    """A test of one metric's paired differences: a gain must be above `bound`; a guard must not fall below it."""
+    """A test of one metric's difference: a gain must be above `bound`; a guard must not fall below it."""
 
     metric: str
     bound: float
     kind: Literal["gain", "guard"]
 
-    def state(self, found: Bounds) -> Literal["passed", "failed", "open"]:
-        # If all rows differ by the same amount, the mean and both bounds are that number. A guard's margin is inclusive:
-        # a drop of exactly the margin passes. A gain of exactly `min_gain` does not.
-        is_exactly_at_bound = found.lower >= self.bound and self.bound == found.mean
-        if found.lower > self.bound or (self.kind == "guard" and is_exactly_at_bound):
-            return "passed"
-        if found.upper < self.bound or (self.kind == "gain" and found.upper <= self.bound):
-            return "failed"
-        return "open"
-
     def __str__(self) -> str:
         return f"gain over {self.bound:g}" if self.kind == "gain" else f"drop within {-self.bound:g}"
+
+
+@dataclass(frozen=True)
+class _Test:
+    """A rule against one model, with the scores that decide it."""
+
+    rule: _Rule
+    against: str
+    evidence: Evidence
+    reported: float  # the difference of the reported values
+    bounds: Bounds  # one-sided at `confidence`
+    confidence: float
+    level: float  # of the gain
+
+    @property
+    def has_enough_rows(self) -> bool:
+        return self.evidence.groups >= MINIMUM_ROWS
+
+    def is_confirmed(self, times: int = 1) -> bool:
+        """Tell whether the claim is shown; with `times`, whether it would be if each row were there that often."""
+        if self.evidence.groups * times < MINIMUM_ROWS or self.reported <= self.rule.bound:
+            return False  # whatever is capped or weighted, a model that the report shows as worse is not promoted
+        if self.rule.kind == "gain":
+            return self.level > 0 and self.p_value(times) <= self.level
+        if self.evidence.binary:
+            return self.evidence.lower_bound(self.confidence, times) > self.rule.bound
+        return self.evidence.p_above(self.rule.bound, 1 - self.confidence, times) < 1 - self.confidence
+
+    def is_refuted(self, level: float) -> bool:
+        if not self.has_enough_rows:
+            return False
+        if self.evidence.binary:
+            upper = -self.evidence.flipped().lower_bound(1 - level)
+            return upper < self.rule.bound or (self.rule.kind == "gain" and upper <= self.rule.bound)
+        return self.evidence.flipped().p_above(-self.rule.bound, level) <= level
+
+    def p_value(self, times: int = 1) -> float:
+        """Return the p-value of the claim."""
+        return self.evidence.p_above(self.rule.bound, max(self.level, 1e-12), times)
+
+    def rows_needed(self) -> int | None:
+        """Return a number of rows at which these scores, repeated, would confirm the claim; None if none would."""
+        enough = [times for times in _REPEATS if self.evidence.rows * times <= _MOST_ROWS]
+        found = bisect.bisect_left(enough, True, key=self.is_confirmed)
+        return self.evidence.rows * enough[found] if found < len(enough) else None
 
 
 def decide(
@@ -53,19 +97,23 @@ def decide(
     min_gain: float,
     guards: Mapping[str, float],
     confidence: float,
-    seed: int = 0,
     lower_is_better: Collection[str] | None = None,
+    level: float | None = None,
+    look: str = "",
+    vocabulary: int | None = None,
 ) -> Decision:
     """Compare score tables of one set, row by row.
 
     Args:
-        challenger: a table with columns id and metrics.
+        challenger: a table with columns id and metrics. Rows with the same `group` or `prompt` are not independent.
         others: {"base": table, "champion": table}; a champion may be missing.
         primary: the metric that must gain by more than `min_gain`.
         guards: {metric: the largest drop that is accepted}.
-        confidence: one-sided level of the bounds.
-        seed: of the bootstrap.
+        confidence: one-sided level of the bounds, and of the guards.
         lower_is_better: metrics, in addition to loraflow's own, where lower is better.
+        level: largest p-value of the gain; by default 1 - confidence. 0 promotes nothing.
+        look: which look at these rows it is, for the reasons.
+        vocabulary: number of tokens of the models, which limits a loss.
 
     Raises:
         BadData: an id is missing, duplicated or not a text, the tables have different rows, or a score is not a finite
@@ -73,14 +121,19 @@ def decide(
         BadConfig: there is no score of this name.
     """
     rules = [_Rule(primary, min_gain, "gain"), *(_Rule(metric, -margin, "guard") for metric, margin in guards.items())]
-    inverted = LOWER_IS_BETTER | set(lower_is_better or ())
-    ours, comparisons = _by_id(challenger, "challenger"), []
+    ours, tests = _by_id(challenger, "challenger"), []
     for name, other in others.items():
         theirs = _by_id(other, name)
         _require_same_rows(ours, theirs, name)
         for rule in rules:
-            differences = _differences(ours, theirs, rule.metric, name, inverted)
-            comparisons.append(_compare(rule, name, difference_bounds(differences, confidence, seed), len(ours)))
+            evidence, reported = pair(
+                ours, theirs, rule.metric, name, lower_is_better=lower_is_better or (), vocabulary=vocabulary
+            )
+            bounds = evidence.bounds(confidence)
+            allowed = 1 - confidence if level is None else level
+            tests.append(_Test(rule, name, evidence, reported, bounds, confidence, allowed))
+    refuted = _refuted(tests, 1 - confidence)
+    comparisons = [_comparison(test, number in refuted, look) for number, test in enumerate(tests)]
     states = {comparison.state for comparison in comparisons}
     decisive = [comparison for comparison in comparisons if comparison.state != "passed"] or comparisons
     return Decision(
@@ -88,6 +141,18 @@ def decide(
         reasons=tuple(comparison.reason for comparison in decisive),
         comparisons=tuple(comparisons),
     )
+
+
+def _refuted(tests: Sequence[_Test], error: float) -> set[int]:
+    """Return the numbers of the claims that are wrong, by Holm's method: at most `error` for any mistake."""
+    refuted: set[int] = set()
+    while len(refuted) < len(tests):
+        level = error / (len(tests) - len(refuted))
+        found = {n for n, test in enumerate(tests) if n not in refuted and test.is_refuted(level)}
+        if not found:
+            break
+        refuted |= found
+    return refuted
 
 
 def heldout_rows(table: pd.DataFrame, where: str) -> pd.DataFrame:
@@ -100,7 +165,7 @@ def heldout_rows(table: pd.DataFrame, where: str) -> pd.DataFrame:
     rows = table[table["set"] == GATE_SET]
     if rows.empty:
         found = ", ".join(sorted(set(table["set"]))) or "no rows"
-        raise _refusal("A score table has no rows that the gate compares.", where, f"rows of the set {GATE_SET}", found)
+        raise refusal("A score table has no rows that the gate compares.", where, f"rows of the set {GATE_SET}", found)
     return rows
 
 
@@ -108,93 +173,86 @@ def _by_id(table: pd.DataFrame, where: str) -> pd.DataFrame:
     """Return a score table with its ids as the index, sorted."""
     if not table.columns.is_unique:
         repeated = ", ".join(sorted(set(table.columns[table.columns.duplicated()])))
-        raise _refusal("A column is duplicated in a score table.", where, "each column once", repeated)
+        raise refusal("A column is duplicated in a score table.", where, "each column once", repeated)
     _require_texts(table, "id", where)
     if table.empty:
-        raise _refusal("A score table has no rows.", where, "a row for each held-out example", "no rows")
+        raise refusal("A score table has no rows.", where, "a row for each held-out example", "no rows")
     repeated_ids = table["id"][table["id"].duplicated()]
     if len(repeated_ids):
-        raise _refusal("An example is duplicated in a score table.", where, "each id once", str(repeated_ids.iloc[0]))
+        raise refusal("An example is duplicated in a score table.", where, "each id once", str(repeated_ids.iloc[0]))
     return table.set_index("id").sort_index()
 
 
 def _require_texts(table: pd.DataFrame, column: str, where: str) -> None:
     """Refuse a table with a missing or other value in a column of texts: such rows would be dropped, or join each other."""
     if column not in table:
-        raise _refusal(
+        raise refusal(
             f"A score table has no column `{column}`.", where, f"a column `{column}`", ", ".join(table.columns)
         )
     others = [value for value in table[column] if not isinstance(value, str)]
     if others:
         got = f"{others[0]!r} in {len(others)} of {len(table)} rows"
-        raise _refusal(f"A row of a score table has no valid `{column}`.", where, "a text in every row", got)
+        raise refusal(f"A row of a score table has no valid `{column}`.", where, "a text in every row", got)
 
 
 def _require_same_rows(ours: pd.DataFrame, theirs: pd.DataFrame, name: str) -> None:
     common = ours.index.intersection(theirs.index)
     if not len(ours) == len(theirs) == len(common):
-        raise _refusal(
+        raise refusal(
             "Challenger and other model were not scored on the same examples.",
             name,
             f"{len(ours)} examples in common",
             str(len(common)),
         )
     if "set" in ours and "set" in theirs and not (ours["set"] == theirs["set"]).all():
-        raise _refusal(
-            "Challenger and other model have an example in different sets.", name, "equal sets", "other ones"
-        )
+        raise refusal("Challenger and other model have an example in different sets.", name, "equal sets", "other ones")
 
 
-def _refusal(what: str, where: str, expected: str, got: str) -> BadData:
-    step = "score them again with one protocol: `loraflow run RECIPE --force evaluate`"
-    return BadData(what, where=where, expected=expected, got=got, next_step=step)
-
-
-def _differences(
-    ours: pd.DataFrame, theirs: pd.DataFrame, metric: str, name: str, inverted: Collection[str]
-) -> np.ndarray:
-    """Return the paired differences [rows], positive where the challenger is better."""
-    if metric not in ours or metric not in theirs:
-        from loraflow.evaluation.score import score_columns
-
-        scored = [column for column in score_columns(ours) if column in theirs]
-        raise BadConfig(
-            "The gate names a score that does not exist.",
-            where="gate",
-            expected=f"one of {', '.join(scored)}",
-            got=metric,
-            next_step="correct gate.primary or gate.guards, or add the metric that gives this score to evaluation.metrics",
-        )
-    sign = -1.0 if metric in inverted else 1.0
-    differences: np.ndarray = sign * (_scores(ours, metric, "challenger") - _scores(theirs, metric, name))
-    return differences
-
-
-def _scores(table: pd.DataFrame, metric: str, where: str) -> np.ndarray:
-    """Return the scores of a metric [rows]."""
-    column = table[metric]
-    if column.dtype.kind not in "biuf":
-        raise _refusal("A score is not a number.", f"{metric} of {where}", "numbers", f"a column of {column.dtype}")
-    scores: np.ndarray = column.to_numpy(dtype=float, na_value=np.nan)
-    bad = ~np.isfinite(scores)
-    if bad.any():
-        got = f"{scores[bad][0]} in {bad.sum()} of {len(scores)} rows, the first of them {table.index[bad][0]}"
-        raise _refusal("A score is not a finite number.", f"{metric} of {where}", "finite numbers", got)
-    return scores
-
-
-def _compare(rule: _Rule, name: str, found: Bounds, rows: int) -> Comparison:
-    state = rule.state(found)
-    outcome = {"passed": "confirmed", "failed": "refuted", "open": f"inconclusive with {rows} rows"}[state]
+def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:
+    rule, evidence = test.rule, test.evidence
+    state: Literal["passed", "failed", "open"] = "failed" if is_refuted else "passed" if test.is_confirmed() else "open"
+    p_value = test.p_value() if rule.kind == "gain" else None
     return Comparison(
-        against=name,
+        against=test.against,
         metric=rule.metric,
         kind=rule.kind,
-        difference=found.mean,
-        lower=found.lower,
-        upper=found.upper,
-        n=rows,
+        difference=test.bounds.mean,
+        lower=test.bounds.lower,
+        upper=test.bounds.upper,
+        n=evidence.rows,
         state=state,
-        reason=f"{rule.metric} against {name}: {found.mean:+.4f} [{found.lower:+.4f}, {found.upper:+.4f}], "
-        f"{rule} {outcome}",
+        reason=f"{rule.metric} against {test.against}: {test.bounds.mean:+.4f} [{test.bounds.lower:+.4f}, "
+        f"{test.bounds.upper:+.4f}] (one-sided {100 * test.confidence:.4g} % bounds), {rule} {_outcome(test, state, look)}",
+        p_value=p_value,
+        level=test.level if rule.kind == "gain" else None,
+        groups=evidence.groups,
+        effective_rows=evidence.effective_rows,
     )
+
+
+def _outcome(test: _Test, state: str, look: str) -> str:
+    """Return how a claim was decided, in words."""
+    evidence = test.evidence
+    rows = f"{evidence.rows} rows"
+    if evidence.groups < evidence.rows:
+        rows += f" in {evidence.groups} groups, worth {evidence.effective_rows:.0f} independent rows"
+    parts = []
+    if test.rule.kind == "gain" and state != "failed" and test.has_enough_rows:
+        if test.level <= 0:
+            parts.append(f"{look or 'this look'} has no error left to spend: the gate needs new held-out rows")
+        else:
+            parts.append(f"p {test.p_value():.2g}, {test.level:.2g} allowed{f' at {look}' if look else ''}")
+    if test.reported != test.bounds.mean and abs(test.reported - test.bounds.mean) > 1e-9:
+        parts.append(f"losses capped; uncapped {test.reported:+.4f}")
+    if state == "open":
+        if not test.has_enough_rows:
+            parts.append(f"at least {MINIMUM_ROWS} independent rows are needed")
+        needed = test.rows_needed() if test.level > 0 else None
+        if needed is not None:
+            parts.append(f"about {needed:,} such rows would be enough")
+        elif test.reported <= test.rule.bound:
+            parts.append("more rows like these would not confirm it")
+    word = {"passed": "confirmed", "failed": "refuted", "open": f"inconclusive with {rows}"}[state]
+    if state != "open" and evidence.groups < evidence.rows:
+        parts.append(rows)
+    return f"{word} ({'; '.join(parts)})" if parts else word

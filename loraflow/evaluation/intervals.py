@@ -1,8 +1,9 @@
-"""Confidence intervals of a mean over rows, and bounds of the difference between two models on the same rows.
+"""Confidence intervals of a mean over rows, and Tango's bound of the difference between two models on the same rows.
 
 Binary scores use Wilson's interval for a share, and Tango's score bound (1998) for a paired difference: where models
 rarely disagree, the error rate of a percentile bootstrap is four times the nominal rate. Graded scores use a bootstrap
-interval, but never one that is narrower than the t interval.
+interval, but never one that is narrower than the t interval. A mean that is weighted by tokens, and rows in groups, use
+the jackknife's standard error; positive means on the scale of their logarithm, because they are skewed.
 """
 
 from __future__ import annotations
@@ -36,49 +37,64 @@ def is_binary(scores: np.ndarray) -> bool:
     return bool(np.isin(scores, (0.0, 1.0)).all())
 
 
-def mean_interval(scores: np.ndarray, confidence: float, seed: int, weights: np.ndarray | None = None) -> Interval:
-    """Return the mean of scores [rows] with its interval; `weights` are the numbers of tokens of the rows."""
-    if weights is None and is_binary(scores):
+def mean_interval(
+    scores: np.ndarray,
+    confidence: float,
+    seed: int,
+    weights: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+) -> Interval:
+    """Return the mean of scores [rows] with its interval.
+
+    Args:
+        scores: of the rows.
+        confidence: two-sided.
+        seed: of the bootstrap.
+        weights: the numbers of tokens of the rows.
+        groups: a number for each row; rows with the same number are not independent.
+    """
+    if groups is not None and len(np.unique(groups)) == len(scores):
+        groups = None
+    if weights is None and groups is None and is_binary(scores):
         interval = stats.binomtest(int(scores.sum()), len(scores)).proportion_ci(confidence, method="wilson")
         return Interval(float(scores.mean()), float(interval.low), float(interval.high))
-    weights = np.ones(len(scores)) if weights is None else weights
-    value, n = float(np.average(scores, weights=weights)), len(scores)
+    if weights is not None or groups is not None:
+        return _jackknife_interval(scores, confidence, weights, groups)
+    value, n = float(scores.mean()), len(scores)
     if n < 2:
         return Interval(value, -np.inf, np.inf)
-    means = _resampled(scores * weights, weights, seed)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    error = np.sqrt(((weights * (scores - value)) ** 2).sum() * n / (n - 1)) / weights.sum()
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * error)
+    low, high = np.quantile(_resampled(scores, seed), [(1 - confidence) / 2, (1 + confidence) / 2])
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * float(scores.std(ddof=1)) / np.sqrt(n)
     return Interval(value, min(float(low), value - half), max(float(high), value + half))
 
 
-def _resampled(values: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:
-    """Return the weighted means of bootstrap resamples, in batches: all at once would be gigabytes."""
+def _jackknife_interval(
+    scores: np.ndarray, confidence: float, weights: np.ndarray | None, groups: np.ndarray | None
+) -> Interval:
+    """Return the interval of a ratio of sums over independent groups, by leaving out one group after the other."""
+    weights = np.ones(len(scores)) if weights is None else weights
+    labels = np.arange(len(scores)) if groups is None else groups
+    share = np.bincount(labels, weights) / weights.sum()
+    value = float((weights * scores).sum() / weights.sum())
+    n = len(share)
+    if n < 2 or share.max() >= 1:
+        return Interval(value, -np.inf, np.inf)
+    moved = np.bincount(labels, weights * (scores - value)) / weights.sum() / (1 - share)
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * float(np.sqrt((moved**2).sum() * n / (n - 1)))
+    if value > 0 and scores.min() >= 0:
+        low, high = value * np.exp(-half / value), value * np.exp(half / value)
+        return Interval(value, float(low), min(float(high), 1.0) if is_binary(scores) else float(high))
+    return Interval(value, value - half, value + half)
+
+
+def _resampled(values: np.ndarray, seed: int) -> np.ndarray:
+    """Return the means of bootstrap resamples, in batches: all at once would be gigabytes."""
     rng, n = np.random.default_rng(seed), len(values)
     batch = max(1, 4_000_000 // n)
     means = []
     for first in range(0, RESAMPLES, batch):
-        picks = rng.integers(0, n, (min(batch, RESAMPLES - first), n))
-        means.append(values[picks].sum(1) / weights[picks].sum(1))
+        means.append(values[rng.integers(0, n, (min(batch, RESAMPLES - first), n))].mean(1))
     return np.concatenate(means)
-
-
-def difference_bounds(differences: np.ndarray, confidence: float, seed: int) -> Bounds:
-    """Return the mean of paired differences [rows] with its bounds, one-sided at `confidence`."""
-    n = len(differences)
-    mean = float(differences.mean())
-    if n < 2:
-        return Bounds(mean, -np.inf, np.inf)
-    if np.isin(differences, (-1.0, 0.0, 1.0)).all():
-        wins, losses = int((differences == 1).sum()), int((differences == -1).sum())
-        return Bounds(mean, tango_bound(wins, losses, n, confidence), -tango_bound(losses, wins, n, confidence))
-    spread = float(differences.std(ddof=1))
-    if spread == 0 and mean == 0:
-        return Bounds(mean, mean, mean)  # the same model, row by row
-    half = float(stats.t.ppf(confidence, n - 1)) * spread / np.sqrt(n)
-    means = _resampled(differences, np.ones(n), seed)
-    low, high = np.quantile(means, [1 - confidence, confidence])
-    return Bounds(mean, min(mean - half, float(low)), max(mean + half, float(high)))
 
 
 def tango_bound(wins: int, losses: int, n: int, confidence: float) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 
 from loraflow.config.stage_configs import EvaluateConfig
 from loraflow.data.chats import GATE_SET, Message
+from loraflow.evaluation.groups import group_labels
 from loraflow.evaluation.intervals import Interval, mean_interval
 from loraflow.evaluation.values import EvaluationReport, MetricValue, Sample, Scores, SetScores, scores_to_dict
 from loraflow.failures import BadData
@@ -30,7 +31,18 @@ if TYPE_CHECKING:
 
 SAMPLES = 20  # answers in the report
 # Columns of scores.parquet that are not metrics.
-_ROW_COLUMNS = {"id", "set", "prompt", "reference", "answer", "answer_tokens", "finish", "nll", "reference_tokens"}
+_ROW_COLUMNS = {
+    "id",
+    "set",
+    "prompt",
+    "reference",
+    "answer",
+    "answer_tokens",
+    "finish",
+    "nll",
+    "reference_tokens",
+    "group",
+}
 
 
 @dataclass(frozen=True)
@@ -175,15 +187,15 @@ def score_columns(table: pd.DataFrame) -> list[str]:
 
 def summarise(table: pd.DataFrame, confidence: float, seed: int) -> SetScores:
     """Return the value of each metric on one set's rows."""
-    scores = {}
+    scores, groups = {}, group_labels(table)
     for name in score_columns(table):
         weights = table["reference_tokens"].to_numpy(dtype=float) if name == "token_loss" else None
-        interval = mean_interval(table[name].to_numpy(dtype=float), confidence, seed, weights)
+        interval = mean_interval(table[name].to_numpy(dtype=float), confidence, seed, weights, groups)
         scores[name] = _metric_value(interval, table)
         if name == "token_loss":
             scores["perplexity"] = _metric_value(Interval(*(float(np.exp(bound)) for bound in interval)), table)
     stops = (table["finish"] == "stop").to_numpy(dtype=float)
-    scores["stops"] = _metric_value(mean_interval(stops, confidence, seed), table)
+    scores["stops"] = _metric_value(mean_interval(stops, confidence, seed, groups=groups), table)
     return scores
 
 

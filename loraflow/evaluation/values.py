@@ -15,6 +15,15 @@ from pydantic.dataclasses import dataclass
 
 from loraflow.frozen import StoredModel
 
+BINARY = frozenset({"exact_match", "json_valid", "stops"})  # scores of 0 and 1
+# Scores between 0 and this number. A score that is not here, or is outside, has no known range.
+RANGES = {
+    **dict.fromkeys(BINARY, 1.0),
+    **dict.fromkeys(("token_f1", "field_f1", "rouge1", "rouge2", "rougeL", "rougeLsum"), 1.0),
+    "chrf": 100.0,
+}
+LARGEST_VOCABULARY = 2**18  # assumed if the base's config does not say how many tokens there are
+
 Verdict = Literal["promote", "reject", "undecided", "unchanged"]
 
 
@@ -102,6 +111,10 @@ class Comparison:
     n: int  # rows
     state: Literal["passed", "failed", "open"]
     reason: str
+    p_value: float | None = None  # of the gain
+    level: float | None = None  # the largest p-value that confirms the gain
+    groups: int | None = None  # of rows that are independent of each other
+    effective_rows: float | None = None  # independent rows with the same standard error
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,8 @@ class Decision:
     verdict: Verdict
     reasons: tuple[str, ...]
     comparisons: tuple[Comparison, ...] = ()
+    look: int | None = None  # its number in the record of looks
+    budget: str = ""  # which look at these rows it was, and what is left
 
     @classmethod
     def from_dict(cls, values: Mapping[str, JsonValue]) -> Decision:
@@ -122,19 +137,23 @@ class Decision:
         return TypeAdapter(Decision).validate_python(values)
 
     def to_dict(self) -> dict[str, JsonValue]:
-        """Return the decision as JSON values."""
-        return {
+        """Return the decision as JSON values, without values that are not set."""
+        values: dict[str, JsonValue] = {
             "verdict": self.verdict,
             "reasons": [*self.reasons],
-            "comparisons": [dataclasses.asdict(comparison) for comparison in self.comparisons],
+            "comparisons": [
+                {name: value for name, value in dataclasses.asdict(comparison).items() if value is not None}
+                for comparison in self.comparisons
+            ],
         }
+        return values if self.look is None else {**values, "look": self.look, "budget": self.budget}
 
     @classmethod
     def unchanged(cls, reason: str, known: Decision | None = None) -> Decision:
         """Return the decision that nothing changes; `known` is an earlier decision that still holds."""
         if known is None:
             return cls("unchanged", (reason,))
-        return cls("unchanged", (reason, *known.reasons), known.comparisons)
+        return cls("unchanged", (reason, *known.reasons), known.comparisons, known.look, known.budget)
 
     def with_reason(self, reason: str) -> Decision:
         """Return the same decision with one more reason."""

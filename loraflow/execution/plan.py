@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import JsonValue
 
 from loraflow.config.stage_configs import FolderOrigin
+from loraflow.data.chats import GATE_SET
 from loraflow.data.positions import Positions
+from loraflow.evaluation.values import LARGEST_VOCABULARY
 from loraflow.execution.cache import NEVER_COMPUTED, OTHER_CODE, look_up
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import Failure
+from loraflow.registry.looks import row_key
 from loraflow.stages import (
     CHECK_DATASET,
     EVALUATE,
@@ -27,6 +31,9 @@ from loraflow.stages import (
     Stage,
 )
 from loraflow.store import LocalStore, Ref
+
+if TYPE_CHECKING:
+    from loraflow.evaluation.power import GatePower
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,50 @@ def too_few_positions(workspace: Workspace) -> str:
     if wanted <= limit:
         return ""
     return f"training_config.max_length is {wanted}, but rows of more than {limit} tokens are refused: the base's positions"
+
+
+def gate_power(workspace: Workspace) -> GatePower | None:
+    """Return what the gate can show with the held-out rows; None if they are not in the store yet."""
+    from loraflow.evaluation.power import gate_power as power_of
+
+    recipe, store = workspace.recipe, workspace.store
+    dataset = look_up(store, workspace.job(VERSION_DATASET, {})).ref
+    rows = look_up(store, workspace.job(CHECK_DATASET, {"dataset": dataset})).ref if dataset else None
+    if rows is None:
+        return None
+    keys = _heldout_keys(store.read(rows, "heldout.jsonl"), recipe.evaluation.max_rows)
+    if not keys:
+        return None
+    gate = recipe.gate
+    number, level = workspace.looks.preview(
+        set(keys), error=gate.error, horizon=gate.looks, promotions=workspace.log.entries()
+    )
+    return power_of(
+        len(set(keys)),
+        look=f"look {number} of {gate.looks}",
+        level=level,
+        primary=gate.primary,
+        min_gain=gate.min_gain,
+        guards=gate.guards,
+        confidence=gate.confidence,
+        largest_loss=math.log(_vocabulary(workspace)),
+    )
+
+
+def _heldout_keys(lines: bytes, max_rows: int | None) -> list[str]:
+    """Return the keys of the rows that the gate will compare."""
+    keys: list[str] = []
+    for line in lines.decode().splitlines():
+        row = json.loads(line)
+        if row["set"] == GATE_SET and (max_rows is None or len(keys) < max_rows):
+            keys.append(row_key(json.dumps(row["messages"][:-1], ensure_ascii=False)))
+    return keys
+
+
+def _vocabulary(workspace: Workspace) -> int:
+    config = _base_config(workspace)
+    found = json.loads(config.read_text(encoding="utf-8")).get("vocab_size") if config else None
+    return found if isinstance(found, int) and found > 1 else LARGEST_VOCABULARY
 
 
 def _base_config(workspace: Workspace) -> Path | None:

@@ -10,6 +10,7 @@ from loraflow.config.stage_configs import BaseLocation, DatasetLocation, RecipeC
 from loraflow.failures import Failure
 from loraflow.job import Job
 from loraflow.registry import Entry, PromotionLog
+from loraflow.registry.looks import LookRecord
 from loraflow.registry.rebuild import how_to_rebuild
 from loraflow.stages import MERGE, Stage
 from loraflow.store import Ref, open_store
@@ -23,6 +24,7 @@ class Workspace:
         self.recipe = recipe
         self.store = open_store(recipe.runtime.store)
         self.log = PromotionLog(self.store, recipe.register_.model)
+        self.looks = LookRecord(self.store, recipe.register_.model)
         self.memo = HashMemo(self.store.scratch / "hashes.json")
         self.seen_head: Entry | None = None  # the promotion log's head at the last call of `champion`
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from loraflow.failures import BadConfig, CorruptArtifact, Failure
 from loraflow.registry.anchor import FOLDER as ANCHORS
 from loraflow.registry.log import PromotionLog, models
+from loraflow.registry.looks import LookRecord, models_with_looks
 from loraflow.registry.runs import FOLDER as RUNS
 from loraflow.store import LocalStore, Ref, Store
 from loraflow.store.files import is_inside, json_bytes
@@ -40,7 +41,7 @@ def back_up(store: Store, target: Path) -> Iterator[Copied]:
 
     Raises:
         BadConfig: the folder has other files, or a copy of another store.
-        DamagedLog: a promotion log is damaged. An earlier copy in the folder stays as it is.
+        DamagedLog: a promotion log or a record of looks is damaged. An earlier copy in the folder stays as it is.
     """
     copy = _open_copy(store, target)
     with store.reader_lock():  # no cleanup removes artifacts meanwhile
@@ -48,6 +49,8 @@ def back_up(store: Store, target: Path) -> Iterator[Copied]:
         anchors = store.read_documents(f"{ANCHORS}/")
         for model in models(store, of_runs=True):
             PromotionLog(store, model).entries(all_runs=True)
+        for model in models_with_looks(store):
+            LookRecord(store, model).entries()
         registry = store.read_documents(_REGISTRY)
         yield from _copy_artifacts(store, copy)
     _write_documents(copy, registry)

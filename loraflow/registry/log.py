@@ -163,6 +163,14 @@ class PromotionLog:
         entries = self.entries()
         return entries[-1] if entries else None
 
+    def is_intact(self) -> bool:
+        """Tell whether the log has all entries that the anchor and run records know."""
+        try:
+            self.entries(all_runs=True)
+        except DamagedLog:
+            return False
+        return True
+
     def accept_loss(self, reason: str, actor: str) -> Acceptance:
         """Go on with the entries that are intact, and store who decided this and why.
 

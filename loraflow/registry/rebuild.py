@@ -26,7 +26,7 @@ _PRINT_RECIPE = "import json, sys; print(json.load(sys.stdin)['recipe_text'], en
 
 def how_to_rebuild(store: Store, ref: Ref) -> str:
     """Return the next step after an artifact was lost or damaged: the command that computes the same artifact again."""
-    record = _made_by(store, ref)
+    record = made_by(store, ref)
     if record is None:
         return UNKNOWN
     file = _recipe_file(record)
@@ -40,7 +40,7 @@ def how_to_rebuild(store: Store, ref: Ref) -> str:
     )
 
 
-def _made_by(store: Store, ref: Ref) -> RunRecord | None:
+def made_by(store: Store, ref: Ref) -> RunRecord | None:
     """Return the run that computed an artifact, else the newest that found it in the cache."""
     runs = [
         (run, stage.stage)
@@ -76,7 +76,7 @@ def _command(store: Store, record: RunRecord, file: Path, text: str) -> str:
         recipe = parse_recipe(text, name=str(file))
     except Failure:  # a recipe of another version; `loraflow run` says what to correct
         return command
-    settings = {**dict(_differences(record, recipe)), **_revision(store, record)}
+    settings = {**dict(_differences(record, recipe)), **revision_of(store, record)}
     sets = [f"--set {shlex.quote(f'{key}={json.dumps(value, ensure_ascii=False)}')}" for key, value in settings.items()]
     return " ".join([command, *sets])
 
@@ -97,7 +97,7 @@ def _leaves(values: Mapping[str, JsonValue], prefix: str = "") -> Iterator[tuple
             yield f"{prefix}{name}", value
 
 
-def _revision(store: Store, record: RunRecord) -> dict[str, JsonValue]:
+def revision_of(store: Store, record: RunRecord) -> dict[str, JsonValue]:
     """Return the setting for the run's version of the dataset, if the work tree pins another version by now."""
     from loraflow.data import dvc
 

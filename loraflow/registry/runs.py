@@ -106,6 +106,7 @@ class RunRecord(StoredModel):
     stages: list[StageRun] = []
     summary: RunSummary | None = None
     promotion_head: LogHead | None = None  # of the recipe's model, when the run read or extended the log last
+    looks_head: LogHead | None = None  # the last look at held-out rows that the run took
 
     @property
     def document(self) -> bytes:

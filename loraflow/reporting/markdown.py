@@ -81,6 +81,7 @@ def run_report(report: RunReport, *, image: bool = False) -> str:
         "",
         *_items(decision.reasons),
         "",
+        *([decision.budget, ""] if decision.budget else []),
     ]
     lines += _comparison(report.scores, report.confidence)
     lines += _training_loss(report.losses, image=image)

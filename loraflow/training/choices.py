@@ -55,6 +55,7 @@ class EngineChoices:
     replicated_bytes: int | None = None
     fast_loras: int | None = None
     compiled_layers: int | None = None
+    compiled_why: str | None = None
 
     def to_json(self) -> dict[str, JsonValue]:
         """Return the choices that apply, by the names that telemetry/engine.json has always had."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from loraflow.training.arguments import BatchSettings, trainer_arguments
 from loraflow.training.base_model import adapter_config, initialise_adapter
 from loraflow.training.batches import GridRows, Layout, StepDataset, concatenated_layout
 from loraflow.training.choices import EngineChoices
+from loraflow.training.compile_gain import COMPILE_SECONDS, seconds_saved
 from loraflow.training.layers import prepare_layers
 from loraflow.training.lora_kernels import accelerate_loras, to_fp8
 from loraflow.training.memory import MemoryFit, Recompute, fit_memory
@@ -28,8 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-# Compiling took 10 s with a warm cache and 30 s without. A token then takes 15 µs less (one H100, Phi-3 mini).
-WORTH_COMPILING = 2_000_000  # tokens of a training
+log = logging.getLogger(__name__)
 
 
 def build_fast_trainer(
@@ -70,9 +71,9 @@ def build_fast_trainer(
     _prepare_adapter(setup, trainer, base_dtype, compute_dtype)
     # Offloaded activations are not recomputed.
     recomputed = 0.0 if fit.recompute in ("none", "offload") else fit.share
-    trainer.compiled_layers = prepare_layers(
-        trainer.decoder, compiled=_is_compiled(setup, attention), recomputed=recomputed
-    )
+    is_compiled, compiled_why = choose_compile(setup, attention, fit.tokens)
+    log.info("layers are %scompiled: %s", "" if is_compiled else "not ", compiled_why)
+    trainer.compiled_layers = prepare_layers(trainer.decoder, compiled=is_compiled, recomputed=recomputed)
     frozen_bytes, replicated_bytes = sharding.frozen_bytes(trainer.model)
     choices = replace(
         choices,
@@ -86,6 +87,7 @@ def build_fast_trainer(
         replicated_bytes=replicated_bytes,
         fast_loras=len(trainer.loras),
         compiled_layers=len(trainer.compiled_layers),
+        compiled_why=compiled_why,
     )
     size = MicroBatchSize(setup.longest_row, rows=micro_batch_rows, tokens=fit.tokens, recompute=fit.recompute)
     return BuiltTrainer(trainer, choices, size, initial)
@@ -189,11 +191,19 @@ def _step_dataset(
     )
 
 
-def _is_compiled(setup: TrainingSetup, attention: Attention) -> bool:
+def choose_compile(setup: TrainingSetup, attention: Attention, micro_batch_tokens: int) -> tuple[bool, str]:
+    """Return whether the layers are compiled, and why. A resumed training decides the same: the whole training counts."""
     if setup.runtime.compile != "auto":
-        return setup.runtime.compile == "on"
+        return setup.runtime.compile == "on", f"runtime.compile is {setup.runtime.compile}"
+    if setup.device != "cuda" or not attention.concatenated or setup.shape is None:
+        return False, "only concatenated documents on a GPU have the fixed shapes that it needs"
     tokens = int(setup.rows.tokens[setup.order].sum()) / setup.group.size
-    return setup.device == "cuda" and attention.concatenated and tokens >= WORTH_COMPILING
+    passes = max(len(setup.step_rows), math.ceil(tokens / micro_batch_tokens))
+    saved = seconds_saved(
+        setup.shape.hidden, setup.shape.layers, setup.config.peft_config.lora_dropout, passes, int(tokens / passes)
+    )
+    why = f"compiling takes about {COMPILE_SECONDS:.0f} s and would save about {saved:.0f} s in {passes:,} passes"
+    return saved > COMPILE_SECONDS, why
 
 
 def _prepare_adapter(

@@ -20,28 +20,37 @@ class _Context(FunctionCtx):
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """Sum of -log p of the targets under a head that is not trained. Hidden states [n, width], targets [n]."""
+    """Sum of -log p of the targets under a head that is not trained. Hidden states [n, width], targets [n].
+
+    Granite and Cohere multiply the head's product by a constant factor.
+    """
 
     @staticmethod
-    def forward(ctx: _Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: _Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, factor: float
+    ) -> Tensor:
         """Return the sum in fp32, and save the gradient of the hidden states."""
         gradient = torch.empty_like(hidden)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for at in range(0, len(hidden), CHUNK):
             part = hidden[at : at + CHUNK]
             logits = torch.nn.functional.linear(part, weight, bias)
+            if factor != 1:
+                logits *= factor
             loss, slope = nll_and_slope(logits, targets[at : at + CHUNK])
             total += loss
+            if factor != 1:
+                slope *= factor
             torch.mm(slope, weight, out=gradient[at : at + CHUNK])
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: _Context, up: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: _Context, up: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Return the gradient of the hidden states."""
         (gradient,) = ctx.saved_tensors
         # In float, because fp16's loss scale does not fit into fp16.
-        return (gradient.float() * up).to(gradient.dtype), None, None, None
+        return (gradient.float() * up).to(gradient.dtype), None, None, None, None
 
 
 def nll_and_slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,15 +64,23 @@ def nll_and_slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, slope.to(logits.dtype)
 
 
-def head_loss(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum of -log p of targets [n] given hidden states [n, width], in fp32."""
+def head_loss(head: torch.nn.Module, hidden: Tensor, targets: Tensor, factor: float = 1.0) -> Tensor:
+    """Return the sum of -log p of targets [n] given hidden states [n, width], in fp32.
+
+    Args:
+        head: the output embeddings.
+        hidden: states at the supervised positions.
+        targets: the next tokens.
+        factor: what the model multiplies the head's product by.
+    """
     learning = torch.is_grad_enabled() and hidden.requires_grad
     if learning and _is_frozen_linear(head, hidden.dtype) and not torch.is_autocast_enabled(hidden.device.type):
-        loss: Tensor = FrozenHeadLoss.apply(hidden, head.weight, head.bias, targets)  # type: ignore[no-untyped-call]
+        loss: Tensor = FrozenHeadLoss.apply(hidden, head.weight, head.bias, targets, factor)  # type: ignore[no-untyped-call]
         return loss
 
     def part(states: Tensor, wanted: Tensor) -> Tensor:
-        return cross_entropy(head(states).float(), wanted, reduction="sum")
+        logits = head(states) if factor == 1 else head(states) * factor
+        return cross_entropy(logits.float(), wanted, reduction="sum")
 
     if len(hidden) <= CHUNK:
         return part(hidden, targets)

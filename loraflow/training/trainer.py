@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
+from loraflow.base.architecture import logit_factor
 from loraflow.hardware.process_group import ProcessGroup
 from loraflow.training.batches import StepDataset, StepItem
 from loraflow.training.callbacks import PreemptionHandler
@@ -154,6 +155,9 @@ class FastTrainer(LoraPlusTrainer):
         causal: PreTrainedModel = self.model if get_base_model is None else get_base_model()
         self.decoder: PreTrainedModel = causal.get_decoder()  # type: ignore[no-untyped-call]
         self.head: torch.nn.Module = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
+        factor = logit_factor(causal.config)
+        assert factor is not None, "another engine is chosen for such a model"
+        self.logit_factor = factor
         self.embed: torch.nn.Module = causal.get_input_embeddings()
         self.trained: list[torch.nn.Parameter] = [p for p in self.model.parameters() if p.requires_grad]
         self.loras: list[FastLora] = []  # layers that need the keys of the next tokens
@@ -231,7 +235,7 @@ class FastTrainer(LoraPlusTrainer):
             inputs = {"attention_mask": None, **tensors, **lengths}
             hidden = self.decoder(inputs_embeds=embedded, **inputs, use_cache=False)
             states = hidden.last_hidden_state.flatten(0, 1).index_select(0, index)
-            return head_loss(self.head, states, targets)
+            return head_loss(self.head, states, targets, self.logit_factor)
 
     def _autocast(self) -> torch.autocast | contextlib.nullcontext[None]:
         if self.autocast_dtype is None:

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from loraflow.failures import BadConfig, BadModel
 from tests.families.tiny import OPTIONS, tiny_model
@@ -48,7 +49,9 @@ def test_packed_rows_are_refused_before_the_first_step(family, failure, words, p
     assert not (tmp_path / "run" / "out" / "adapter").exists()
 
 
-@pytest.mark.parametrize(("family", "engine"), [("lfm2", "stock"), ("granite", "stock"), ("llama", "fast")])
+@pytest.mark.parametrize(
+    ("family", "engine"), [("lfm2", "stock"), ("mixtral", "stock"), ("granite", "fast"), ("llama", "fast")]
+)
 def test_the_engine_follows_from_the_config(family, engine, phi3, tmp_path, monkeypatch):
     base = base_of(family, phi3, tmp_path / "base", monkeypatch)
     options = settings("q_proj", "v_proj")
@@ -56,3 +59,15 @@ def test_the_engine_follows_from_the_config(family, engine, phi3, tmp_path, monk
     adapter, _ = run(base, shards, tmp_path / "run", **options)
     chosen = json.loads((tmp_path / "run" / "out" / "telemetry" / "engine.json").read_text())
     assert (chosen["engine"], chosen["attention"]) == (engine, "sdpa") and adapter
+
+
+@pytest.mark.parametrize("family", ["granite", "cohere2"])
+def test_scaled_logits_give_the_same_adapter_with_both_engines(family, phi3, tmp_path, monkeypatch):
+    base = base_of(family, phi3, tmp_path / "base", monkeypatch)
+    options = settings("q_proj", "v_proj", training_config__learning_rate=1e-2)
+    shards = tokenize(base, tmp_path, **options)
+    fast, _ = run(base, shards, tmp_path / "fast", **options)
+    stock, _ = run(base, shards, tmp_path / "stock", **options, runtime__engine="stock")
+    assert fast.keys() == stock.keys()
+    for name, tensor in fast.items():
+        torch.testing.assert_close(tensor, stock[name], rtol=1e-3, atol=1e-5)

@@ -26,7 +26,7 @@ ALL_CACHED = dict.fromkeys(STAGES, "cached")
 def promote(project, merged: Path):
     """Promote a merged model by hand."""
     store = LocalStore(project.store)
-    ref = next(ref for ref in store.artifacts() if store.path(ref) == merged)
+    ref = next(ref for ref in store.artifacts() if ref.stage == "merge" and ref.digest == merged.name)
     log = PromotionLog(store.root, "tiny")
     log.append(log.head(), action="promote", merged=ref, adapter=None, inputs={}, reasons=["by hand"], actor="test")
 

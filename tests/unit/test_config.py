@@ -260,7 +260,7 @@ BY_THE_FLOW = {
     "base.chat_template",
     "base.revision", "evaluation.samples", "merge.max_kl", "register.model",
     "gate.lower_is_better",
-    "gate.primary", "gate.min_gain", "gate.guards", "gate.confidence", "runtime.store", "runtime.keep", "runtime.keep_champions", "runtime.placement",
+    "gate.primary", "gate.min_gain", "gate.guards", "gate.confidence", "gate.error", "gate.looks", "runtime.store", "runtime.keep", "runtime.keep_champions", "runtime.placement",
     "peft_config.task_type", "publish.repo", "publish.what", "publish.private",
 }  # fmt: skip
 

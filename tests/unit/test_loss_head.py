@@ -25,3 +25,18 @@ def test_head_loss_equals_torchs_cross_entropy(n, trained):
         torch.testing.assert_close(head.weight.grad, expected)
     with torch.no_grad():
         torch.testing.assert_close(head_loss(head, hidden, targets), wanted)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_factor_of_the_logits_is_in_loss_and_gradient(trained):
+    head = torch.nn.Linear(12, 50, bias=False).requires_grad_(trained)
+    hidden, targets = torch.randn(CHUNK + 3, 12), torch.randint(0, 50, (CHUNK + 3,))
+    one, two = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    expected = cross_entropy(head(one) * 0.25, targets, reduction="sum")
+    expected.backward()
+    found = head_loss(head, two, targets, 0.25)
+    found.backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(two.grad, one.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(head_loss(head, hidden, targets, 0.25), expected)

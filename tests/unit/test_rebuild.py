@@ -6,12 +6,17 @@ import shutil
 import subprocess
 
 import pytest
+from click.testing import CliRunner
 
-from loraflow.cli import parse_overrides
+from loraflow.cli import cli, parse_overrides
 from loraflow.config import load_recipe
+from loraflow.execution.repair import find_loss
+from loraflow.failures import CorruptArtifact
+from loraflow.registry import PromotionLog
 from loraflow.registry.rebuild import how_to_rebuild
 from loraflow.registry.runs import RunRecord, StageRun
 from loraflow.store import LocalStore, Ref
+from tests.promoted_models import add_model, promote, record_run
 
 REF = Ref(stage="merge", fingerprint="f" * 64, digest="d" * 64, uri="")
 
@@ -85,3 +90,22 @@ def test_of_several_runs_the_one_that_computed_the_model_is_named(recipe, tmp_pa
 
 def test_without_a_record_the_log_and_a_rollback_are_named(tmp_path):
     assert "loraflow rollback" in how_to_rebuild(LocalStore(tmp_path), REF)
+
+
+def test_repair_lists_what_no_run_can_recompute_and_damaged_logs(tmp_path):
+    store = LocalStore(tmp_path / "store")
+    log, unknown, recorded = PromotionLog(store, "tickets"), add_model(store, "a"), add_model(store, "b")
+    promote(log, unknown)
+    promote(log, recorded)
+    record_run(store, "20260101-000001-abcdef", recorded)
+    for ref in (unknown, recorded):
+        shutil.rmtree(store.path(ref))
+    loss = find_loss(store)
+    assert loss.repairable == [] and loss.logs == []
+    assert {lost.ref.digest: lost.why_not.split(":")[0] for lost in loss.irreparable} == {
+        unknown.digest: "no run on record made it", recorded.digest: "The recipe has 1 problem",
+    }  # fmt: skip
+    (store.root / "registry" / "tickets" / "log" / "000002.json").unlink()
+    done = CliRunner().invoke(cli, ["repair", "--yes", "--store", store.uri])
+    assert isinstance(done.exception, CorruptArtifact) and done.exception.exit_code == 1
+    assert "lost       promotion log" in done.stdout and "backup" in done.stdout

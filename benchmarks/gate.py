@@ -1,0 +1,218 @@
+"""Error rates, power and speed of the gate, simulated with its own code.
+
+    python benchmarks/gate.py            # all tables; some minutes on one core
+    python benchmarks/gate.py --short    # a twentieth of the repetitions
+
+Only counts of wins and losses are simulated for long streams of nights; `exact_p_value` and `share_of_error` decide them
+as in a run. The tables about groups, catastrophes and speed call `decide` on score tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from loraflow.evaluation.evidence import Evidence, exact_p_value
+from loraflow.evaluation.gate import decide
+from loraflow.evaluation.intervals import mean_interval
+from loraflow.registry.looks import share_of_error
+
+ERROR, LOOKS = 0.05, 365
+Row = tuple[str, float, float]  # what, share, upper 95 % limit of the share
+
+
+def upper(count: int, of: int) -> float:
+    """Return Clopper and Pearson's upper 95 % limit of a share, one-sided."""
+    return 1.0 if count == of else float(stats.beta.ppf(0.95, count + 1, of - count))
+
+
+def level_of(number: int) -> float:
+    """Return the level of a look after which no challenger was promoted."""
+    return ERROR * share_of_error(number, LOOKS)
+
+
+def confirmed(wins: np.ndarray, losses: np.ndarray, n: int, level: float) -> np.ndarray:
+    """Return for each pair of counts whether the gain is confirmed at a level [streams]."""
+    found = np.zeros(len(wins), dtype=bool)
+    likely = wins - losses > 1.5 * np.sqrt(wins + losses)  # below, p is above 0.06
+    for i in np.flatnonzero(likely):
+        found[i] = exact_p_value(int(wins[i]), int(losses[i]), n, 0.0, level) <= level
+    return found
+
+
+def false_promotions(rng: np.random.Generator, streams: int, nights: int, n: int, gain: float) -> Row:
+    """Count the streams with any promotion: each night a challenger of the same true gain, on the same rows.
+
+    Base and challenger disagree on a tenth of the rows, the base answers half of them right.
+    """
+    right = rng.random((streams, n)) < 0.5
+    promoted = np.zeros(streams, dtype=bool)
+    flip = np.where(right, 0.1 - gain, 0.1 + gain).astype(np.float32)
+    for night in range(1, nights + 1):
+        changed = rng.random((streams, n), dtype=np.float32) < flip
+        wins, losses = (changed & ~right).sum(1), (changed & right).sum(1)
+        promoted |= confirmed(wins, losses, n, level_of(night))
+    count = int(promoted.sum())
+    return f"{nights} nights, n = {n}, true gain {100 * gain:+.0f} points", count / streams, upper(count, streams)
+
+
+def power(rng: np.random.Generator, n: int, differ: float, gain: float, level: float, times: int) -> float:
+    """Return the share of challengers with a true gain that are promoted over their base at a level."""
+    counts = rng.multinomial(n, [(differ + gain) / 2, (differ - gain) / 2, 1 - differ], times)
+    return float(confirmed(counts[:, 0], counts[:, 1], n, level).mean())
+
+
+def fresh_rows(rng: np.random.Generator, times: int) -> float:
+    """Return the share of streams that promote within three nights, on 500 fresh rows each night."""
+    nights = [rng.multinomial(500, [0.075, 0.025, 0.9], times) for _ in range(3)]
+    return float(np.any([confirmed(c[:, 0], c[:, 1], 500, level_of(1)) for c in nights], axis=0).mean())
+
+
+def promoted_share(make: Callable[[], tuple[pd.DataFrame, pd.DataFrame, str]], times: int) -> tuple[float, float]:
+    """Return the share of gates that promote, at the level 0.05 of a single look, and its upper limit."""
+    count = 0
+    for _ in range(times):
+        ours, theirs, metric = make()
+        decision = decide(ours, {"base": theirs}, primary=metric, min_gain=0.0, guards={}, confidence=0.95)
+        count += decision.verdict == "promote"
+    return count / times, upper(count, times)
+
+
+def grouped(rng: np.random.Generator, groups: int, size: int, metric: str) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """Return two equal models on groups of near-equal rows."""
+    n = groups * size
+    name = np.repeat([f"g{i}" for i in range(groups)], size)
+
+    def scores() -> np.ndarray:
+        rate = np.repeat(rng.choice([0.1, 0.9], groups), size)
+        if metric == "exact_match":
+            return (rng.random(n) < rate).astype(float)
+        return np.clip(rate + rng.normal(0, 0.05, n), 0, 1)
+
+    ids = [f"r{i}" for i in range(n)]
+    ours, theirs = (pd.DataFrame({"id": ids, "group": name, metric: scores()}) for _ in range(2))
+    return ours, theirs, metric
+
+
+def catastrophes(rng: np.random.Generator, n: int, metric: str) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """Return a model that is a little better on 99 rows of a hundred, and fails on one: its mean gain is 0."""
+    failed = rng.random(n) < 0.01
+    ids = [f"r{i}" for i in range(n)]
+    noise = rng.normal(0, 0.001, n)
+    if metric == "token_loss":
+        ours, theirs = np.where(failed, 10.0, 1.0 - 9.0 / 99) + noise, np.ones(n)
+    else:
+        ours, theirs = np.where(failed, 0.0, 0.9 + 0.9 / 99) + np.abs(noise), np.full(n, 0.9)
+    return pd.DataFrame({"id": ids, metric: ours}), pd.DataFrame({"id": ids, metric: theirs}), metric
+
+
+def coverage(rng: np.random.Generator, times: int) -> Iterator[tuple[str, float]]:
+    """Yield the coverage of the reported 95 % intervals, and of the 90 % between two one-sided bounds."""
+    for n in (100, 500):
+        rates = np.linspace(0.02, 0.98, 49)
+        hits = [
+            low <= rate <= high
+            for rate in rates
+            for scores in (rng.random((max(times // 20, 2), n)) < rate).astype(float)
+            for _, low, high in [mean_interval(scores, 0.95, 0)]
+        ]
+        yield f"0/1 metric, n = {n}, mean over rates 0.02 to 0.98", float(np.mean(hits))
+        for name, draw in SCORES.items():
+            inside = 0
+            for _ in range(times):
+                scores, tokens, truth = draw(rng, n)
+                _, low, high = mean_interval(scores, 0.95, 0, tokens)
+                inside += bool(low <= truth <= high)
+            yield f"{name}, n = {n}", inside / times
+
+
+def _losses(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Losses that fall with the length of the answer: E[loss·tokens] / E[tokens] is known."""
+    tokens = np.ceil(rng.lognormal(3.5, 0.8, n))
+    loss = rng.lognormal(0.0, 0.6, n) * tokens**-0.2
+    many = np.ceil(np.random.default_rng(0).lognormal(3.5, 0.8, 2_000_000))
+    truth = _TRUTH.setdefault("losses", float(np.exp(0.18) * (many**0.8).sum() / many.sum()))
+    return loss, tokens, truth
+
+
+_TRUTH: dict[str, float] = {}
+SCORES: dict[str, Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray | None, float]]] = {
+    "token-weighted loss": _losses,
+    "graded metric, beta(2, 1)": lambda rng, n: (rng.beta(2, 1, n), None, 2 / 3),
+}
+
+
+def coverage_of_differences(rng: np.random.Generator, times: int) -> Iterator[tuple[str, float]]:
+    """Yield how often a difference is between its two one-sided 95 % bounds (nominal: 90 %)."""
+    for n in (100, 500):
+        for name, binary in (("0/1 metric, disagreement 0.2", True), ("graded metric, sd 0.2", False)):
+            inside = 0
+            for _ in range(times):
+                values = rng.choice([1.0, -1.0, 0.0], n, p=[0.12, 0.08, 0.8]) if binary else rng.normal(0.04, 0.2, n)
+                _, low, high = Evidence(values, np.ones(n), 1.0, binary, n).bounds(0.95)
+                inside += low <= 0.04 <= high
+            yield f"difference, {name}, n = {n}", inside / times
+
+
+def seconds_of_ten_metrics(rng: np.random.Generator, n: int = 5000) -> float:
+    """Return the time of a decision with ten graded and 0/1 metrics, against base and champion."""
+    metrics = ["exact_match", "json_valid", "token_f1", "field_f1", "rouge1", "rouge2", "rougeL", "rougeLsum", "chrf"]
+
+    def table() -> pd.DataFrame:
+        columns = {name: rng.beta(2, 1, n) for name in metrics} | {"token_loss": rng.lognormal(0, 0.5, n)}
+        columns |= {name: (rng.random(n) < 0.7).astype(float) for name in metrics[:2]}
+        return pd.DataFrame({"id": [f"r{i}" for i in range(n)], "reference_tokens": 50, **columns})
+
+    tables = table(), table(), table()
+    started = time.perf_counter()
+    decide(
+        tables[0],
+        {"base": tables[1], "champion": tables[2]},
+        primary="token_loss",
+        min_gain=0.0,
+        guards=dict.fromkeys(metrics, 0.02),
+        confidence=0.95,
+        level=level_of(2),
+    )
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Print all tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--short", action="store_true", help="a twentieth of the repetitions")
+    part = 20 if parser.parse_args().short else 1
+    rng = np.random.default_rng(0)
+    print("| any false promotion | share | upper 95 % limit |\n|---|---:|---:|")
+    for n, gain in ((100, 0.0), (500, 0.0), (100, -0.01), (500, -0.01)):
+        what, share, limit = false_promotions(rng, 2000 // part, LOOKS, n, gain)
+        print(f"| {what} | {share:.1%} | {limit:.1%} |", flush=True)
+    print("\n| one gate at level 0.05, equal models | share | upper 95 % limit |\n|---|---:|---:|")
+    for metric in ("exact_match", "token_f1"):
+        for groups, size in ((100, 5), (10, 50), (50, 10), (20, 5)):
+            share, limit = promoted_share(lambda g=groups, s=size, m=metric: grouped(rng, g, s, m), 1000 // part)
+            print(f"| {groups} groups of {size}, {metric} | {share:.1%} | {limit:.1%} |", flush=True)
+    for metric in ("token_f1", "token_loss"):
+        for n in (50, 100, 500):
+            share, limit = promoted_share(lambda n=n, m=metric: catastrophes(rng, n, m), 1000 // part)
+            print(f"| one catastrophe in 100 rows, {metric}, n = {n} | {share:.1%} | {limit:.1%} |", flush=True)
+    print("\n| +5 points, 0/1 metric | promoted |\n|---|---:|")
+    for differ in (0.1, 0.2, 0.4):
+        share = power(rng, 500, differ, 0.05, level_of(1), 4000 // part)
+        print(f"| first look, 500 rows, disagreement {differ} | {share:.1%} |")
+    for n in (500, 1000):
+        print(f"| later look, {n} rows, disagreement 0.1 | {power(rng, n, 0.1, 0.05, level_of(2), 4000 // part):.1%} |")
+    print(f"| fresh rows each night, 500 rows, within three nights | {fresh_rows(rng, 4000 // part):.1%} |", flush=True)
+    print("\n| interval | covers |\n|---|---:|")
+    for what, share in (*coverage(rng, 2000 // part), *coverage_of_differences(rng, 2000 // part)):
+        print(f"| {what} | {share:.1%} |", flush=True)
+    print(f"\nten metrics, 5,000 rows, base and champion: {seconds_of_ten_metrics(rng):.2f} s")
+
+
+if __name__ == "__main__":
+    main()

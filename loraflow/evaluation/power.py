@@ -1,0 +1,153 @@
+"""What a gate can show with a number of held-out rows, before anything is trained. No numpy: `loraflow plan` is fast."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from loraflow.evaluation.values import BINARY, RANGES
+
+MINIMUM_ROWS = 20  # independent rows: with fewer, nothing is promoted or rejected
+DISAGREEMENT = 0.1  # share of rows whose score of 0 or 1 differs between two models, as an example
+POWER = 0.8
+_NORMAL = NormalDist()
+
+
+def margin_of_unchanged(rows: int, confidence: float, metric: str) -> float | None:
+    """Return the margin above which a guard passes if all outputs are unchanged; None if the metric has no range."""
+    if metric in BINARY:  # where Tango's bound of no differences is
+        z2 = _NORMAL.inv_cdf(confidence) ** 2
+        return z2 / (rows + z2)
+    reach = RANGES.get(metric)
+    return None if reach is None else -reach * math.expm1(math.log(1 - confidence) / rows)
+
+
+def rows_for_margin(margin: float, confidence: float, metric: str) -> int | None:
+    """Return the number of rows from which unchanged outputs pass a guard; None if it is not known."""
+    if margin <= 0 or margin_of_unchanged(1, confidence, metric) is None:
+        return None
+    low, high = 0, 1
+    while (margin_of_unchanged(high, confidence, metric) or 0.0) >= margin:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if (margin_of_unchanged(middle, confidence, metric) or 0.0) >= margin:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def smallest_gain(rows: int, level: float, min_gain: float, metric: str, reach: float) -> float:
+    """Return the gain that the gate shows at all, or for scores of 0 and 1 that it shows in four of five looks.
+
+    Args:
+        rows: independent rows.
+        level: of the look.
+        min_gain: of the gate.
+        metric: the primary.
+        reach: the largest possible difference.
+    """
+    if metric not in BINARY:  # if each row gains the same; with any spread, more is needed
+        return min_gain + (min_gain + reach) * math.expm1(-math.log(level) / rows)
+    alpha, power = _NORMAL.inv_cdf(1 - level), _NORMAL.inv_cdf(POWER)
+    low, high = min_gain, 1.0
+    for _ in range(60):
+        gain = (low + high) / 2
+        differ = max(DISAGREEMENT, gain)
+        needed = alpha * math.sqrt(differ - min_gain**2) + power * math.sqrt(max(differ - gain**2, 0.0))
+        low, high = (low, gain) if (gain - min_gain) * math.sqrt(rows) >= needed else (gain, high)
+    return high
+
+
+@dataclass(frozen=True)
+class GatePower:
+    """What a gate can show."""
+
+    rows: int
+    look: str
+    level: float
+    primary: str
+    min_gain: float
+    gain: float | None  # that can be shown; None if nothing can be
+    guards: Mapping[str, tuple[float, float | None, int | None]]  # margin, margin of unchanged outputs, rows needed
+
+    def lines(self) -> list[str]:
+        """Return what people read in a plan."""
+        found = [f"gate: {self.rows} held-out rows, {self.look}, level {self.level:.2g}"]
+        if self.rows < MINIMUM_ROWS:
+            found.append(f"  no model can be promoted: at least {MINIMUM_ROWS} independent rows are needed")
+        elif self.gain is None:
+            found.append("  no model can be promoted: no error is left for these rows, so the gate needs new ones")
+        elif self.primary in BINARY:
+            found.append(
+                f"  {self.primary}: a gain of {self.gain:.3g} is shown in 4 of 5 looks, if the models disagree on "
+                f"{max(DISAGREEMENT, self.gain):.0%} of the rows"
+            )
+        elif self.primary in RANGES or self.primary == "token_loss":
+            found.append(
+                f"  {self.primary}: no gain below {self.gain:.2g} can be shown, and more is needed if rows differ"
+            )
+        for metric, (margin, unchanged, needed) in self.guards.items():
+            if needed is None:
+                continue
+            if needed > self.rows:
+                found.append(
+                    f"  {metric}: even unchanged outputs do not pass: a margin of {margin:g} needs {needed} rows, you have "
+                    f"{self.rows}, which can rule out a drop of {unchanged:.2g}"
+                )
+            else:
+                found.append(
+                    f"  {metric}: unchanged outputs pass; {self.rows} rows can rule out a drop of {unchanged:.2g}"
+                )
+        return found
+
+    def is_warning(self) -> bool:
+        """Tell whether the gate can never promote, or an unchanged model does not pass a guard."""
+        missing = any(needed is not None and needed > self.rows for _, _, needed in self.guards.values())
+        return self.rows < MINIMUM_ROWS or self.gain is None or missing
+
+
+def gate_power(
+    rows: int,
+    *,
+    look: str,
+    level: float,
+    primary: str,
+    min_gain: float,
+    guards: Mapping[str, float],
+    confidence: float,
+    largest_loss: float,
+) -> GatePower:
+    """Return what a gate can show with this number of independent rows.
+
+    Args:
+        rows: held-out rows that are independent of each other.
+        look: which look it is, in words.
+        level: of this look.
+        primary: the primary metric.
+        min_gain: of the gate.
+        guards: of the gate.
+        confidence: of the guards.
+        largest_loss: the logarithm of the vocabulary.
+    """
+    reach = RANGES.get(primary, largest_loss)
+    gain = smallest_gain(rows, level, min_gain, primary, reach) if level > 0 and rows else None
+    return GatePower(
+        rows=rows,
+        look=look,
+        level=level,
+        primary=primary,
+        min_gain=min_gain,
+        gain=gain if gain is not None and gain < reach else None,
+        guards={
+            metric: (
+                margin,
+                margin_of_unchanged(rows, confidence, metric),
+                rows_for_margin(margin, confidence, metric),
+            )
+            for metric, margin in guards.items()
+        },
+    )

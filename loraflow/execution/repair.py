@@ -1,0 +1,196 @@
+"""Find what a store lost, and recompute what can be recomputed from the records of its runs.
+
+A damaged artifact is in the quarantine, so that a lookup misses it. The run that computed it recorded its recipe, with all
+settings: the same steps compute the same artifact again. Nothing is decided or promoted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+
+from loraflow.config import Recipe
+from loraflow.config.load import parse_recipe
+from loraflow.execution.plan import CHAMPION, STEPS, Step, inputs_of
+from loraflow.execution.runner import run_stage
+from loraflow.execution.workspace import Workspace
+from loraflow.failures import CorruptArtifact, Failure
+from loraflow.registry.champions import missing_models
+from loraflow.registry.log import PromotionLog, models
+from loraflow.registry.rebuild import UNKNOWN, made_by, revision_of
+from loraflow.registry.runs import RunRecord, StageRun
+from loraflow.store import Ref, Store
+from loraflow.store.artifact import MANIFEST, QUARANTINE, Manifest
+
+_STEPS = {step.label: step for step in STEPS}
+
+
+@dataclass(frozen=True)
+class Lost:
+    """An artifact that is damaged or missing, and what is known about computing it again."""
+
+    ref: Ref
+    problem: str
+    seconds: float | None = None  # that its stage took
+    record: RunRecord | None = None  # of a run that computed it
+    label: str = ""  # of the step in that run
+    model: Ref | None = None  # the model that was scored, if it is a score
+    why_not: str = ""  # why it cannot be recomputed; the next step of a person
+
+
+@dataclass
+class Loss:
+    """All that a store lost."""
+
+    artifacts: list[Lost] = field(default_factory=list)
+    logs: list[CorruptArtifact] = field(default_factory=list)  # damaged promotion logs
+
+    @property
+    def repairable(self) -> list[Lost]:
+        """The artifacts that can be recomputed, in the order of the pipeline."""
+        return [lost for lost in self.artifacts if not lost.why_not]
+
+    @property
+    def irreparable(self) -> list[Lost]:
+        """The artifacts that no run on record computed, or that need something that is gone."""
+        return [lost for lost in self.artifacts if lost.why_not]
+
+
+def find_loss(store: Store) -> Loss:
+    """Hash all artifacts, quarantine damaged ones, and return what is lost: also by earlier checks, runs and deletions.
+
+    Lost are quarantined artifacts that were not recomputed since, and champions and rollback targets that are missing.
+    """
+    with store.reader_lock():
+        for ref in store.artifacts():
+            if problems := store.verify(ref):
+                store.quarantine(ref, problems)
+        loss = Loss()
+        found = {(lost.ref.stage, lost.ref.fingerprint): lost for lost in _quarantined(store)}
+        for model in models(store, of_runs=True):
+            try:
+                for missing in missing_models(PromotionLog(store, model)):
+                    name = (missing.ref.stage, missing.ref.fingerprint)
+                    what = f"entry {missing.entry.seq} of {model}: {missing.problems[0]}"
+                    found[name] = replace(found.get(name, Lost(missing.ref, what)), ref=missing.ref, problem=what)
+            except CorruptArtifact as failure:
+                loss.logs.append(failure)
+        described = [_described(store, lost) for lost in found.values()]
+    order = [*_STEPS, ""]
+    loss.artifacts = sorted(described, key=lambda lost: order.index(lost.label))
+    return loss
+
+
+def _quarantined(store: Store) -> Iterator[Lost]:
+    """Yield the quarantined artifacts that no lookup finds by now."""
+    seen = set()
+    for name in store.documents(f"{QUARANTINE}/"):
+        if name.count("/") != 1 or not name.endswith(".json"):
+            continue
+        try:
+            record = json.loads(store.read_document(name) or b"")
+            stage, fingerprint, digest = PurePosixPath(record["was"]).parts[-3:]
+            problems = record["problems"]
+        except (ValueError, KeyError, TypeError):  # it does not describe an artifact
+            continue
+        ref = Ref(stage=stage, fingerprint=fingerprint, digest=digest, uri=store.uri)
+        if (stage, fingerprint) not in seen and store.find(stage, fingerprint) is None:
+            seen.add((stage, fingerprint))
+            manifest = _manifest(store.read_document(f"{name.removesuffix('.json')}/{MANIFEST}"))
+            seconds, inputs = (manifest.seconds, manifest.input_refs(store.uri)) if manifest else (None, {})
+            yield Lost(ref, "; ".join(map(str, problems[:3])), seconds, model=inputs.get("model"))
+
+
+def _manifest(content: bytes | None) -> Manifest | None:
+    try:
+        return Manifest.model_validate_json(content) if content else None
+    except ValueError:  # it is what was damaged
+        return None
+
+
+def _described(store: Store, lost: Lost) -> Lost:
+    """Return a lost artifact with the run that computes it again, or with the reason why none can."""
+    record = made_by(store, lost.ref)
+    name = (lost.ref.fingerprint, lost.ref.digest)
+    runs = record.stages if record else []
+    stage = next((run for run in runs if (run.fingerprint, run.digest) == name and run.stage in _STEPS), None)
+    if record is None or stage is None:
+        return replace(lost, why_not=UNKNOWN)
+    seconds = stage.seconds if lost.seconds is None and stage.state == "computed" else lost.seconds
+    return replace(
+        lost, seconds=seconds, record=record, label=stage.stage, why_not=_why_not(store, lost, record, stage)
+    )
+
+
+def _why_not(store: Store, lost: Lost, record: RunRecord, stage: StageRun) -> str:
+    """Return why a run's recipe does not compute a lost artifact today; an empty string if nothing is known against it."""
+    try:
+        workspace, step = Workspace(_recipe(store, record)), _STEPS[stage.stage]
+        inputs = _inputs(workspace, step, lost.model, compute=False)
+        if inputs is None or workspace.job(step.stage, inputs).fingerprint == lost.ref.fingerprint:
+            return ""
+    except (Failure, OSError) as failure:
+        return " ".join(str(failure).split())
+    return (
+        f"the data, the base, a metric or the version of a stage is not what it was in run {record.run}; use a backup"
+    )
+
+
+def _recipe(store: Store, record: RunRecord) -> Recipe:
+    """Return the recipe of a run, with its settings and its version of the data, for this store."""
+    settings = {**record.overrides, **revision_of(store, record), "runtime.store": store.uri}
+    return parse_recipe(record.recipe_text, name=f"the recipe of run {record.run}", overrides=settings)
+
+
+def _artifact(workspace: Workspace, step: Step, champion: Ref | None, *, compute: bool) -> Ref | None:
+    """Return a step's artifact; None if it, or what it needs, is missing and is not to be computed."""
+    inputs = _inputs(workspace, step, champion, compute=compute)
+    if inputs is None:
+        return None
+    if compute:
+        return run_stage(workspace, step.stage, **inputs)
+    job = workspace.job(step.stage, inputs)
+    return workspace.store.find(job.stage, job.fingerprint)
+
+
+def _inputs(workspace: Workspace, step: Step, champion: Ref | None, *, compute: bool) -> dict[str, Ref] | None:
+    inputs: dict[str, Ref] = {}
+    for name, source in inputs_of(step, compares_merges=workspace.recipe.compares_merges).items():
+        ref = champion if source == CHAMPION else _artifact(workspace, _STEPS[source], champion, compute=compute)
+        if ref is None:
+            return None
+        inputs[name] = ref
+    return inputs
+
+
+def recompute(store: Store, lost: Lost) -> Ref:
+    """Compute a lost artifact again, and whatever it needs that is missing too.
+
+    Raises:
+        Failure: the stage's own; or the result differs from the artifact that was lost.
+    """
+    assert lost.record is not None
+    workspace = Workspace(_recipe(store, lost.record))
+    with store.reader_lock():
+        ref = _artifact(workspace, _STEPS[lost.label], lost.model, compute=True)
+    workspace.save()
+    if ref is None:
+        raise Failure(
+            "The champion whose scores were lost is not known.", where=str(lost.ref), next_step="run the recipe"
+        )
+    if (ref.fingerprint, ref.digest) != (lost.ref.fingerprint, lost.ref.digest):
+        raise CorruptArtifact(
+            f"{lost.label} was computed, but the result is not the artifact that was lost.",
+            where=store.location(ref),
+            expected=str(lost.ref),
+            got=str(ref),
+            next_step="the machine or the versions of libraries differ from those of that run; use a backup of the store",
+        )
+    return ref
+
+
+def total_seconds(artifacts: Iterable[Lost]) -> float:
+    """Return the seconds that the stages of lost artifacts took, as far as that is known."""
+    return sum(lost.seconds or 0.0 for lost in artifacts)

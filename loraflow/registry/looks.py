@@ -1,0 +1,433 @@
+"""The record of looks: which held-out rows were used to compare a challenger, and how much error each look may make.
+
+Every comparison of a new challenger on the same rows is one more chance of a false promotion. `gate.error` is the
+probability of any of them in `gate.looks` looks. Half of it is spent on the first look, the other half evenly on the
+others. If a look promoted its challenger, its level is passed on to the next look. The levels add up to `gate.error`, so
+the bound holds for any dependence between looks (Bonferroni; with recycling, the online fallback procedure of Tian and
+Ramdas 2021, https://arxiv.org/abs/1910.04900). See docs/decisions/0014-looks.md.
+
+    registry/<model>/looks/000001.json   a look; written before its verdict is computed, never changed, hash-chained
+    registry/<model>/rows/<digest>.json  the keys of the rows of looks
+    anchors/<model>/looks.json           number and hash of the last look, so that lost looks are noticed
+    runs/<id>.json                       `looks_head`: the last look that the run saw or took, if the anchor is lost too
+
+Looks that share rows, directly or through other looks, share one budget: only rows that were never scored are fresh.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from loraflow.failures import DamagedLog
+from loraflow.frozen import StoredModel
+from loraflow.identity import canonical
+from loraflow.registry.anchor import FOLDER as ANCHORS
+from loraflow.registry.entry import JSON_OBJECT, Entry, active_promotions
+from loraflow.registry.runs import FOLDER as RUNS
+from loraflow.registry.runs import LogHead, run_ids
+from loraflow.store import LocalStore, Store
+from loraflow.store.files import json_bytes
+
+_ROWS = TypeAdapter(list[str])
+
+
+class Look(BaseModel):
+    """A line of the record: one comparison of a challenger with base and champion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seq: int
+    before: str | None  # hash of the look before this one
+    model: str
+    key: str  # of scores, rules and champion: the same comparison again is the same look
+    challenger: str  # digest of the merged model
+    rows: str  # digest of the rows' keys
+    number: int  # of looks at these rows, this one included
+    horizon: int  # gate.looks
+    error: float  # gate.error
+    spent: float  # share of the error that this look takes
+    level: float  # `spent`, and what the look before passed on
+    assumed: int  # earlier looks that have no record, but must be counted
+    actor: str
+    time: str
+
+    @property
+    def hash(self) -> str:
+        """The hash that the next look is chained to."""
+        return hashlib.sha256(canonical(self.model_dump())).hexdigest()
+
+    @property
+    def left(self) -> int:
+        """The number of looks at these rows after this one."""
+        return max(self.horizon - self.number, 0)
+
+    def __str__(self) -> str:
+        return f"look {self.number} of {self.horizon}"
+
+
+class LostLooks(StoredModel):
+    """A person's decision to go on without looks that were lost or changed. They are counted nevertheless."""
+
+    reason: str
+    actor: str
+    time: str
+    kept: LogHead = LogHead()  # the last look that was left
+    lost: int = 0
+    set_aside: dict[str, str] = {}
+
+
+class _Next(NamedTuple):
+    number: int
+    spent: float
+    level: float
+    assumed: int
+
+
+class _Register(StoredModel):
+    model: str = ""
+
+
+class _Resolved(StoredModel):
+    register_: _Register = Field(_Register(), alias="register")
+
+
+class _Run(StoredModel):
+    """The part of a run record that is about looks."""
+
+    resolved: _Resolved = _Resolved()
+    looks_head: LogHead | None = None
+
+
+class _Read(NamedTuple):
+    looks: list[Look]
+    rest: dict[str, bytes]  # files from the first that is damaged
+    problem: str
+
+
+def row_key(prompt: str) -> str:
+    """Return the identity of a held-out row: 16 hex digits of a hash of its prompt, a JSON list of messages.
+
+    System messages, letter case and white space do not count, nor does the reference: a row with another system message or
+    a corrected answer was still seen before.
+    """
+    try:
+        messages = json.loads(prompt)
+        texts = [str(message["content"]) for message in messages if message["role"] != "system"]
+    except (ValueError, TypeError, KeyError):
+        texts = [prompt]
+    plain = [" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts]
+    return hashlib.sha256(canonical(plain)).hexdigest()[:16]
+
+
+def share_of_error(number: int, horizon: int) -> float:
+    """Return the share of the error that a look may spend: half for the first, the rest evenly for the others."""
+    if number > horizon:
+        return 0.0
+    if horizon == 1:
+        return 1.0
+    return 0.5 if number == 1 else 0.5 / (horizon - 1)
+
+
+class LookRecord:
+    """The looks of one model in a store; `store` may be the folder of a local store."""
+
+    def __init__(self, store: Store | Path, model: str):
+        self.store: Store = LocalStore(store) if isinstance(store, Path) else store
+        self.model = model
+        self.folder = f"registry/{model}/looks/"
+        self.last_seen: LogHead | None = None  # the last look when the record was read or extended last
+
+    def entries(self) -> list[Look]:
+        """Return all looks, oldest first.
+
+        Raises:
+            DamagedLog: a look is missing or was changed.
+        """
+        try:
+            looks = self._checked()
+        except DamagedLog:  # a listing can miss a file that another process adds at this moment
+            looks = self._checked()
+        self.last_seen = _head(looks)
+        return looks
+
+    def take(
+        self,
+        key: str,
+        *,
+        challenger: str,
+        rows: Collection[str],
+        error: float,
+        horizon: int,
+        promotions: Sequence[Entry],
+        actor: str,
+    ) -> Look:
+        """Record a look and return it, with the level at which its challenger may be tested.
+
+        The look is in the store before this returns, so a crash afterwards loses it. Of several processes, each gets a
+        look of its own. The same comparison again returns the same look.
+
+        Args:
+            key: identity of the comparison: scores, rules, champion.
+            challenger: digest of the merged model.
+            rows: keys of the held-out rows (`row_key`).
+            error: gate.error.
+            horizon: gate.looks.
+            promotions: the entries of the promotion log.
+            actor: who runs this.
+
+        Raises:
+            DamagedLog: a look is missing or was changed.
+        """
+        keys = sorted(set(rows))
+        digest = hashlib.sha256(canonical(keys)).hexdigest()
+        self.store.create_document(self._rows_name(digest), json_bytes(keys))
+        while True:
+            looks = self.entries()
+            known = next((look for look in looks if look.key == key), None)
+            if known is not None:
+                return known
+            following = self._next(looks, digest, set(keys), error, horizon, promotions)
+            look = Look(
+                seq=len(looks) + 1,
+                before=looks[-1].hash if looks else None,
+                model=self.model,
+                key=key,
+                challenger=challenger,
+                rows=digest,
+                number=following.number,
+                horizon=horizon,
+                error=error,
+                spent=following.spent,
+                level=following.level,
+                assumed=following.assumed,
+                actor=actor,
+                time=_now(),
+            )
+            if self.store.create_document(self._name(look.seq), json_bytes({**look.model_dump(), "hash": look.hash})):
+                self.last_seen = LogHead(seq=look.seq, hash=look.hash)
+                self._anchor(self.last_seen)
+                return look
+
+    def preview(
+        self, rows: Collection[str], *, error: float, horizon: int, promotions: Sequence[Entry]
+    ) -> tuple[int, float]:
+        """Return number and level of the next look at these rows, without taking it.
+
+        Raises:
+            DamagedLog: a look is missing or was changed.
+        """
+        keys = sorted(set(rows))
+        digest = hashlib.sha256(canonical(keys)).hexdigest()
+        following = self._next(self.entries(), digest, set(keys), error, horizon, promotions)
+        return following.number, following.level
+
+    def _next(
+        self,
+        looks: Sequence[Look],
+        digest: str,
+        rows: set[str],
+        error: float,
+        horizon: int,
+        promotions: Sequence[Entry],
+    ) -> _Next:
+        related = self._related(looks, digest, rows)
+        assumed = self._assumed(len(looks), promotions)
+        number = 1 + assumed + sum(1 + look.assumed for look in related)
+        spent = _own_level(related, number, assumed, error, horizon)
+        passed_on = related[-1].level if related and not assumed and _promoted(related[-1], promotions) else 0.0
+        return _Next(number, spent, spent + passed_on, assumed)
+
+    def accept_loss(self, reason: str, actor: str) -> LostLooks | None:
+        """Go on with the looks that are intact, and store who decided this and why; None if nothing is damaged.
+
+        Lost looks are counted: the next look has their number added.
+        """
+        read, anchor = self._read(), self._read_anchor()
+        kept = len(read.looks)
+        is_met = anchor is None or _is_met(anchor, read.looks)
+        if not read.rest and is_met:
+            return None
+        lost = max(kept + len(read.rest), anchor.seq if anchor else 0) - kept
+        acceptance = LostLooks(
+            reason=reason,
+            actor=actor,
+            time=_now(),
+            kept=_head(read.looks),
+            lost=max(lost, 1),
+            set_aside={name: data.decode(errors="backslashreplace") for name, data in read.rest.items()},
+        )
+        number = 1
+        while not self.store.create_document(self._acceptance_name(number), json_bytes(acceptance.model_dump())):
+            number += 1
+        for name in reversed(read.rest):
+            self.store.remove_document(name)
+        self._write_anchor(_head(read.looks))
+        return acceptance
+
+    def _checked(self) -> list[Look]:
+        anchor = self._read_anchor()  # before the looks, which may only be ahead of it
+        read = self._read()
+        if read.rest:
+            raise self._damaged(next(iter(read.rest)), "", read.problem)
+        if anchor is not None and not _is_met(anchor, read.looks):
+            got = (
+                f"intact looks: {len(read.looks)}" if anchor.seq > len(read.looks) else "another look with this number"
+            )
+            raise self._damaged(self.folder, f"look {anchor.seq}, as the anchor or the newest run says", got)
+        return read.looks
+
+    def _read(self) -> _Read:
+        files = self.store.read_documents(self.folder, ".json")
+        found: list[Look] = []
+        for position, (name, content) in enumerate(files.items()):
+            try:
+                stored = JSON_OBJECT.validate_json(content)
+                claimed = stored.pop("hash", None)
+                look = Look.model_validate(stored)
+                if claimed != look.hash:
+                    raise ValueError("hash mismatch")
+                if look.seq != len(found) + 1 or look.before != (found[-1].hash if found else None):
+                    raise ValueError("a look before it is missing or was changed")
+            except ValueError as error:  # pydantic's error is one, too
+                problem = f"{name.rsplit('/', 1)[1]}: {error}".splitlines()[0]
+                return _Read(found, dict(list(files.items())[position:]), problem)
+            found.append(look)
+        return _Read(found, {}, "")
+
+    def _related(self, looks: Sequence[Look], digest: str, rows: set[str]) -> list[Look]:
+        """Return the looks that share rows with these, directly or through others, oldest first."""
+        sets = {other: self._read_rows(other) for other in {look.rows for look in looks} if other != digest}
+        seen, found = set(rows), {digest}
+        while more := [other for other, keys in sets.items() if other not in found and not seen.isdisjoint(keys)]:
+            found.update(more)
+            seen.update(*(sets[other] for other in more))
+        return [look for look in looks if look.rows in found]
+
+    def _read_rows(self, digest: str) -> set[str]:
+        name = self._rows_name(digest)
+        data = self.store.read_document(name)
+        try:
+            keys = _ROWS.validate_json(data or b"")
+        except ValidationError:
+            keys = []
+        if hashlib.sha256(canonical(keys)).hexdigest() != digest:
+            raise self._damaged(name, f"row keys with the hash {digest[:12]}", "nothing" if data is None else "others")
+        return set(keys)
+
+    def _assumed(self, seen: int, promotions: Sequence[Entry]) -> int:
+        """Return how many looks must be counted that have no record: those of earlier versions, and lost ones."""
+        accepted = self._acceptances()
+        lost = sum(one.lost for one in accepted if one.kept.seq == seen)
+        if seen or accepted:
+            return lost
+        names = [name.rsplit("/", 1)[1] for name in self.store.documents(f"registry/{self.model}/decisions/")]
+        decided = {name.split("-")[1] for name in names if name.count("-") >= 2}
+        others = {entry.merged.digest[:12] for entry in promotions if entry.action == "promote"} - decided
+        return len(names) + len(others)
+
+    def _acceptances(self) -> list[LostLooks]:
+        prefix = f"{ANCHORS}/{self.model}/"
+        documents = self.store.read_documents(prefix, ".json")
+        return [
+            LostLooks.model_validate_json(data)
+            for name, data in documents.items()
+            if name.startswith(f"{prefix}looks-accepted-")
+        ]
+
+    def _read_anchor(self) -> LogHead | None:
+        data = self.store.read_document(self._anchor_name)
+        if data is None:
+            return self._head_of_runs()
+        try:
+            return LogHead.model_validate_json(data)
+        except ValidationError as error:
+            raise self._damaged(self._anchor_name, "number and hash of a look", error.errors()[0]["msg"]) from error
+
+    def _head_of_runs(self) -> LogHead | None:
+        """Return the last look that the newest run record of this model knows."""
+        for run in reversed(run_ids(self.store)):
+            try:
+                record = _Run.model_validate_json(self.store.read_document(f"{RUNS}{run}.json") or b"")
+            except ValidationError:  # a damaged record, which `loraflow runs` reports
+                continue
+            if record.looks_head is not None and record.resolved.register_.model == self.model:
+                return record.looks_head
+        return None
+
+    def _anchor(self, head: LogHead) -> None:
+        """Write the anchor, unless another process has recorded a look since."""
+        anchor = self._read_anchor()
+        if anchor is None or anchor.seq <= head.seq:
+            self._write_anchor(head)
+
+    def _write_anchor(self, head: LogHead) -> None:
+        self.store.write_document(self._anchor_name, json_bytes({**head.model_dump(), "time": _now()}))
+
+    def _damaged(self, where: str, expected: str, got: str) -> DamagedLog:
+        return DamagedLog(
+            "The record of looks at held-out rows is damaged.",
+            where=f"{self.store.uri}/{where}",
+            expected=expected,
+            got=got,
+            next_step="restore it from a backup of the store (docs/backup.md). Without a backup, `loraflow registry accept "
+            f"--model {self.model} --reason …` counts the lost looks as spent. Until then the gate promotes nothing",
+        )
+
+    def _name(self, seq: int) -> str:
+        return f"{self.folder}{seq:06d}.json"
+
+    def _rows_name(self, digest: str) -> str:
+        return f"registry/{self.model}/rows/{digest}.json"
+
+    @property
+    def _anchor_name(self) -> str:
+        return f"{ANCHORS}/{self.model}/looks.json"
+
+    def _acceptance_name(self, number: int) -> str:
+        return f"{ANCHORS}/{self.model}/looks-accepted-{number:06d}.json"
+
+
+def models_with_looks(store: Store) -> set[str]:
+    """Return the names of the models of which a look is recorded, or known to have been."""
+    recorded = {name.split("/")[1] for name in store.documents("registry/") if name.split("/")[2:3] == ["looks"]}
+    anchored = {name.split("/")[1] for name in store.documents(f"{ANCHORS}/") if name.endswith("/looks.json")}
+    return recorded | anchored
+
+
+def _own_level(related: Iterable[Look], number: int, assumed: int, error: float, horizon: int) -> float:
+    """Return what a look may spend: its share, but not more than the looks before have left."""
+    before = sum(share_of_error(k, horizon) for k in range(1, assumed + 1)) * error
+    for look in related:
+        before += look.spent + sum(
+            share_of_error(k, look.horizon) * look.error for k in range(look.number - look.assumed, look.number)
+        )
+    own = min(share_of_error(number, horizon) * error, error - before)
+    return own if own > 1e-12 else 0.0  # less is a rounding error
+
+
+def _promoted(look: Look, promotions: Sequence[Entry]) -> bool:
+    """Tell whether a look promoted its challenger, and the promotion was not rolled back."""
+    return any(
+        entry.inputs.get("look") == str(look.seq) and entry.merged.digest == look.challenger
+        for entry in active_promotions(promotions)
+    )
+
+
+def _is_met(anchor: LogHead, looks: Sequence[Look]) -> bool:
+    return anchor.seq == 0 or (anchor.seq <= len(looks) and looks[anchor.seq - 1].hash == anchor.hash)
+
+
+def _head(looks: Sequence[Look]) -> LogHead:
+    return LogHead(seq=looks[-1].seq, hash=looks[-1].hash) if looks else LogHead()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,175 @@
+"""Looks at held-out rows are counted, and their errors add up to the budget."""
+
+import json
+import threading
+
+import pytest
+
+from loraflow.failures import DamagedLog
+from loraflow.registry import PromotionLog
+from loraflow.registry.backup import back_up
+from loraflow.registry.looks import LookRecord, models_with_looks, row_key
+from loraflow.store import LocalStore
+from tests.promoted_models import add_model
+
+ROWS = {f"row{i}" for i in range(50)}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return LocalStore(tmp_path / "store")
+
+
+@pytest.fixture
+def record(store):
+    return LookRecord(store, "tickets")
+
+
+def take(record, key, rows=ROWS, promotions=(), challenger="c", error=0.05, horizon=365):
+    return record.take(
+        key, challenger=challenger, rows=rows, error=error, horizon=horizon, promotions=promotions, actor="me"
+    )
+
+
+def test_half_of_the_error_is_spent_on_the_first_look_and_all_looks_together_spend_it_once(record):
+    looks = [take(record, f"k{i}", horizon=9) for i in range(12)]
+    assert looks[0].level == 0.025 and looks[1].level == pytest.approx(0.025 / 8)
+    assert sum(look.level for look in looks) == pytest.approx(0.05)
+    assert [look.level for look in looks[9:]] == [0, 0, 0], "after the horizon nothing is left"
+    assert [look.number for look in looks] == list(range(1, 13))
+
+
+def test_the_same_comparison_again_is_the_same_look(record):
+    assert take(record, "a") == take(record, "a")
+    assert len(record.entries()) == 1
+
+
+def test_only_rows_that_were_never_scored_are_fresh(record):
+    take(record, "a")
+    assert take(record, "b", rows={*ROWS, *(f"new{i}" for i in range(1000))}).number == 2, "appended rows"
+    assert take(record, "c", rows={"new5"}).number == 3, "a row that was appended"
+    assert take(record, "d", rows={"row1", "other"}, error=0.2, horizon=10).number == 4, "other rules"
+    fresh = take(record, "e", rows={"fresh1", "fresh2"})
+    assert (fresh.number, fresh.level) == (1, 0.025)
+    joined = take(record, "f", rows={"fresh1", "row3"})
+    assert joined.number == 6 and joined.level == 0, "both budgets are spent by half, so nothing is left of one"
+
+
+def test_more_error_in_the_recipe_does_not_give_back_what_was_spent(record):
+    for i in range(5):
+        take(record, f"k{i}", horizon=5)
+    assert take(record, "more", horizon=1000).level == 0
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is red?"}],
+        [{"role": "user", "content": " what  is RED?\n"}],
+    ],
+)
+def test_a_row_with_another_system_message_case_or_space_was_seen_before(messages):
+    assert row_key(json.dumps(messages)) == row_key(json.dumps([{"role": "user", "content": "What is red?"}]))
+    assert row_key(json.dumps(messages)) != row_key(json.dumps([{"role": "user", "content": "What is blue?"}]))
+
+
+def test_the_level_of_a_promotion_is_passed_on_to_the_next_look_once(store, record):
+    merged = add_model(store, "better")
+    first = take(record, "a", challenger=merged.digest)
+    log = PromotionLog(store, "tickets")
+    log.append(None, action="promote", merged=merged, adapter=None, inputs={"look": "1"}, reasons=[], actor="x")
+    second = take(record, "b", promotions=log.entries())
+    assert second.level == pytest.approx(first.level + second.spent)
+    assert take(record, "c", promotions=log.entries()).level == pytest.approx(0.025 / 364)
+
+
+def test_a_promotion_by_hand_passes_nothing_on(store, record):
+    merged = add_model(store, "better")
+    take(record, "a", challenger=merged.digest)
+    log = PromotionLog(store, "tickets")
+    log.append(None, action="promote", merged=merged, adapter=None, inputs={"run": "1"}, reasons=[], actor="x")
+    assert take(record, "b", promotions=log.entries()).level == pytest.approx(0.025 / 364)
+
+
+def test_looks_at_the_same_time_each_spend_one(store):
+    start = threading.Barrier(8)
+
+    def look(number):
+        start.wait()
+        take(LookRecord(store, "tickets"), f"k{number}")
+
+    threads = [threading.Thread(target=look, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    looks = LookRecord(store, "tickets").entries()
+    assert [look.number for look in looks] == list(range(1, 9))
+    assert sum(look.level for look in looks) == pytest.approx(0.025 + 7 * 0.025 / 364)
+
+
+HARMS = {
+    "the last look deleted": lambda root: (root / "registry/tickets/looks/000003.json").unlink(),
+    "a look in between deleted": lambda root: (root / "registry/tickets/looks/000002.json").unlink(),
+    "all looks deleted": lambda root: [file.unlink() for file in (root / "registry/tickets/looks").iterdir()],
+    "a level edited": lambda root: edit(root / "registry/tickets/looks/000002.json", level=0.04),
+    "the anchor unreadable": lambda root: (root / "anchors/tickets/looks.json").write_text("{"),
+    "rows edited": lambda root: next((root / "registry/tickets/rows").iterdir()).write_text('["x"]'),
+}
+
+
+def edit(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_record_that_lost_looks_or_was_edited_is_refused(store, record, harm):
+    for i in range(3):
+        take(record, f"k{i}")
+    HARMS[harm](store.root)
+    with pytest.raises(DamagedLog, match=r"record of looks(.|\n)*registry accept"):
+        take(LookRecord(store, "tickets"), "next", rows={"row0", "another"})
+
+
+@pytest.mark.parametrize("harm", ["the last look deleted", "all looks deleted", "a level edited"])
+def test_accepted_losses_count_as_spent(store, record, harm):
+    for i in range(3):
+        take(record, f"k{i}")
+    HARMS[harm](store.root)
+    accepted = LookRecord(store, "tickets").accept_loss("no backup", "me")
+    assert accepted is not None and accepted.kept.seq + accepted.lost == 3
+    after = take(LookRecord(store, "tickets"), "next")
+    assert after.number == 4 and after.level <= 0.025 / 364 * 1.001
+    assert LookRecord(store, "tickets").accept_loss("again", "me") is None
+
+
+def test_a_record_whose_anchor_is_deleted_too_is_missed_by_the_newest_run(store, record):
+    look = take(record, "a")
+    head = {"seq": look.seq, "hash": look.hash}
+    run = {"run": "x", "recipe": "x", "resolved": {"register": {"model": "tickets"}}, "looks_head": head}
+    store.write_document("runs/20260101-000000-abcdef.json", json.dumps(run).encode())
+    for file in [*(store.root / "registry/tickets/looks").iterdir(), store.root / "anchors/tickets/looks.json"]:
+        file.unlink()
+    with pytest.raises(DamagedLog):
+        take(LookRecord(store, "tickets"), "b")
+
+
+def test_a_store_without_a_record_starts_with_the_looks_that_decisions_and_promotions_show(store, record):
+    log = PromotionLog(store, "tickets")
+    for name in ("a", "b", "c"):
+        log.write_decision(None, name * 64, "rules" * 13, {"verdict": "undecided"})
+    merged = add_model(store, "first")
+    log.append(None, action="promote", merged=merged, adapter=None, inputs={}, reasons=[], actor="x")
+    look = take(record, "k", promotions=log.entries())
+    assert (look.number, look.assumed) == (5, 4) and look.level == pytest.approx(0.025 / 364)
+    assert take(record, "l", promotions=log.entries()).number == 6
+
+
+def test_a_backup_has_the_record_and_refuses_a_damaged_one(store, record, tmp_path):
+    take(record, "a")
+    list(back_up(store, tmp_path / "copy"))
+    assert LookRecord(LocalStore(tmp_path / "copy"), "tickets").entries() == record.entries()
+    assert models_with_looks(store) == {"tickets"}
+    HARMS["all looks deleted"](store.root)
+    with pytest.raises(DamagedLog):
+        list(back_up(store, tmp_path / "copy"))
