@@ -28,8 +28,8 @@ def run(job: Job[VerifyConfig], inputs: Inputs, out: Path, progress: Progress) -
     trust = job.config.trust_remote_code
     with (inputs["rows"] / "heldout.jsonl").open(encoding="utf-8") as file:
         rows = [json.loads(line) for line, _ in zip(file, range(job.config.prompts), strict=False)]
-    with name_row([row["place"] for row in rows]):
-        chats = ChatTemplate(inputs["base"]).encode([row["messages"] for row in rows], "all", "context")
+    with name_row([row.get("place", "") for row in rows]):
+        chats = ChatTemplate(inputs["base"]).encode([row["messages"] for row in rows], "last_assistant", "context")
     batches = [torch.tensor(chat.ids[:MAX_TOKENS].tolist())[None] for chat in chats]
 
     quantization = job.config.nf4

@@ -23,7 +23,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     """Show for each stage of RECIPE whether it is cached or will run, and why."""
     quiet_logging()
     from loraflow.config import load_recipe
-    from loraflow.execution.plan import gate_power, training_memory
+    from loraflow.execution.plan import gate_power, too_few_positions, training_memory
     from loraflow.execution.plan import plan as plan_run
     from loraflow.execution.workspace import Workspace
     from loraflow.stages import TRAIN, check_names
@@ -34,11 +34,14 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     workspace.save()
     trains = any(step.stage == TRAIN.name and step.status != "cached" for step in steps)
     memory = training_memory(workspace) if trains else None
+    note = too_few_positions(workspace) if trains else ""
     power = gate_power(workspace)
     if as_json:
         document: dict[str, JsonValue] = {"stages": [step.to_json() for step in steps]}
         if memory:
             document["memory_bytes"] = {"least": round(memory[0]), "full_speed": round(memory[1])}
+        if note:
+            document["note"] = note
         if power:
             document["gate"] = {
                 "rows": power.rows,
@@ -49,6 +52,8 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
         click.echo(json.dumps(document, ensure_ascii=False))
     else:
         _show(steps, memory)
+        if note:
+            click.echo(f"note: {note}")
         if power:
             click.echo()
             click.secho("\n".join(power.lines()), fg="yellow" if power.is_warning() else None)

@@ -26,12 +26,12 @@ from loraflow.failures import Killed
 CHUNK_ROWS = 500  # rows that are sent to a process at a time
 ONE_PROCESS_BYTES = 1_000_000  # a smaller file is encoded in this process
 
-Problem = Literal["special_tokens", "too_long", "nothing_to_learn"]
+Problem = Literal["special_tokens", "too_long", "nothing_to_learn", "cut_reasoning"]
 
 
 @dataclass(frozen=True)
 class Problems:
-    """How many rows were dropped or truncated, by problem, and the first row with each."""
+    """How many rows were dropped, truncated or learned in part, by problem, and the first row with each."""
 
     counts: Counter[Problem] = field(default_factory=Counter)
     first: dict[Problem, str] = field(default_factory=dict)
@@ -123,6 +123,8 @@ def _part_to_learn(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Return a row's ids and labels, cut to max_length if the config says so; None if the row is dropped."""
     ids, labels = row.ids, row.labels
+    if row.not_learned:
+        problems.add("cut_reasoning", place)
     if row.special_in_text and config.special_tokens != "allow":
         problems.add("special_tokens", f"{place}: {row.special_in_text}")
         return None

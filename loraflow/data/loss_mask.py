@@ -284,12 +284,20 @@ def name_row(places: Sequence[str]) -> Iterator[None]:
 
 
 def eos_ids(folder: Path) -> set[int]:
-    """Return the ids at which a model's own configuration ends an answer."""
+    """Return the ids at which a model's own configuration ends an answer.
+
+    Raises:
+        BadModel: a configuration is not a JSON object.
+    """
     found: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).exists():
-            eos = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            found |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    for file in (folder / "generation_config.json", folder / "config.json"):
+        if not file.exists():
+            continue
+        try:
+            eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise BadModel("The file is not a JSON object.", where=str(file), got=str(error)[:200]) from error
+        found |= {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)}
     return found
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
+from loraflow.data.positions import Positions
 from loraflow.evaluation.prefix_cache import SharedPrefix, has_plain_cache, shared_prefix
 from loraflow.hardware.process_group import ProcessGroup
 
@@ -62,7 +63,9 @@ def generate_answers(
         done_file = done_file.with_stem(f"{done_file.stem}-{group.rank}")
     lengths = [len(prompt) for prompt in prompts]
     generator = _Generator.prepare(model, tokenizer, prompts, stop_ids, max_new_tokens, inserted)
-    for number, batch in enumerate(batches(lengths, batch_size)):
+    switch = longrope_switch(model)
+    alone_above = None if switch is None else switch - max_new_tokens
+    for number, batch in enumerate(batches(lengths, batch_size, alone_above)):
         if not group.owns(number) or all(answers[i] is not None for i in batch):
             continue
         found = dict(zip(batch, generator.answer([prompts[i] for i in batch]), strict=True))
@@ -77,11 +80,21 @@ def generate_answers(
     return [answer for answer in group.gather_results(answers) if answer is not None]
 
 
-def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield the indices of each batch's rows, longest rows first, so that little is padded."""
+def batches(lengths: Sequence[int], batch_size: int, alone_above: int | None = None) -> Iterator[list[int]]:
+    """Yield the indices of each batch's rows, longest rows first, so that little is padded.
+
+    Rows longer than `alone_above` are batches of their own.
+    """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    for first in range(0, len(order), batch_size):
+    alone = 0 if alone_above is None else sum(length > alone_above for length in lengths)
+    yield from ([i] for i in order[:alone])
+    for first in range(alone, len(order), batch_size):
         yield order[first : first + batch_size]
+
+
+def longrope_switch(model: PreTrainedModel) -> int | None:
+    """Return the length at which the longest row of a batch changes the angles of all its rows; None for other models."""
+    return Positions.of(model.config.to_dict()).switch
 
 
 def _append_answers(done_file: Path, answers: dict[int, GeneratedAnswer]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from loraflow.base.load import has_linear_head
 from loraflow.data.loss_mask import IGNORED, Encoded
-from loraflow.evaluation.generation import SINGLE_PROCESS, batches
+from loraflow.evaluation.generation import SINGLE_PROCESS, batches, longrope_switch
 from loraflow.evaluation.prefix_cache import SharedPrefix, shared_prefix
 from loraflow.hardware.process_group import ProcessGroup
 
@@ -31,7 +31,7 @@ def answer_losses(
     longest = min((int(at[0]) for at in learned if len(at)), default=0)
     lengths = [len(row.ids) for row in rows]
     prefix = shared_prefix(model, [row.ids.tolist() for row in rows], longest, max(lengths, default=0))
-    for number, batch in enumerate(batches(lengths, batch_size)):
+    for number, batch in enumerate(batches(lengths, batch_size, longrope_switch(model))):
         if not group.owns(number):
             continue
         losses = _batch_losses(model, [rows[i] for i in batch], pad_id, prefix, head_is_linear)

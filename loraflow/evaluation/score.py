@@ -92,7 +92,7 @@ def read_rows(file: Path, max_rows: int | None) -> list[HeldoutRow]:
     with file.open(encoding="utf-8") as lines:
         for line in lines:
             values = json.loads(line)
-            row = HeldoutRow(values["id"], values["set"], values["messages"], values["place"])
+            row = HeldoutRow(values["id"], values["set"], values["messages"], values.get("place", ""))
             taken[row.set] = taken.get(row.set, 0) + 1
             if max_rows is None or taken[row.set] <= max_rows:
                 rows.append(row)

@@ -13,6 +13,7 @@ from pydantic import JsonValue
 
 from loraflow.config.stage_configs import FolderOrigin
 from loraflow.data.chats import GATE_SET
+from loraflow.data.positions import Positions
 from loraflow.evaluation.values import LARGEST_VOCABULARY
 from loraflow.execution.cache import NEVER_COMPUTED, OTHER_CODE, look_up
 from loraflow.execution.workspace import Workspace
@@ -146,6 +147,16 @@ def training_memory(workspace: Workspace) -> tuple[float, float] | None:
     width = 2 if training.bf16 or training.fp16 else {"float32": 4}.get(recipe.base.dtype, 2)
     weights = recipe.base.quantization or recipe.base.dtype
     return memory.needed(shape, weights, recipe.peft_config.r, training.max_length, width)
+
+
+def too_few_positions(workspace: Workspace) -> str:
+    """Return a sentence if rows of max_length are longer than the base allows; empty if not, or if that is not known."""
+    config, wanted = _base_config(workspace), workspace.recipe.training_config.max_length
+    positions = Positions.of_folder(config.parent) if config else Positions(None)
+    limit = min((n for n in (positions.limit, positions.switch) if n is not None), default=wanted)
+    if wanted <= limit:
+        return ""
+    return f"training_config.max_length is {wanted}, but rows of more than {limit} tokens are refused: the base's positions"
 
 
 def gate_power(workspace: Workspace) -> GatePower | None:

@@ -203,3 +203,18 @@ def test_control_tokens_inside_a_marked_answer_are_not_stop_tokens(tmp_path):
     assert template.stop_ids() == {template.tokenizer.token_to_id("<|end|>")}
     assert learned(template, CHATS[0]) == "<|system|>final<|user|>a color<|end|>"
     assert template.inserted() == "<|system|>final<|user|>" and template.inserted_text() == "final"
+
+
+def test_a_merged_model_stops_only_where_answers_end(tmp_path):
+    from loraflow.adapters.merge_folders import _write_stop_ids
+    from loraflow.base.load import stop_ids
+
+    build_tokenizer(tmp_path, CUT_BEFORE_LAST.replace("{{ c +", "{{ '<|system|>final<|user|>' + c +"))
+    end = ChatTemplate(tmp_path).tokenizer.token_to_id("<|end|>")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
+    _write_stop_ids(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == sorted({2, end})
+    assert stop_ids(tmp_path) == sorted({2, end})
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(BadModel, match="not a JSON object"):
+        stop_ids(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -12,7 +13,11 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
+from loraflow.base.load import load_tokenizer
+from loraflow.data.loss_mask import Encoded
 from loraflow.data.positions import Positions
+from loraflow.evaluation.generation import generate_answers
+from loraflow.evaluation.likelihood import answer_losses
 from loraflow.failures import BadData
 from tests.unit.test_template_parity import CHATS, tokenized
 
@@ -24,11 +29,11 @@ def positions_of(config) -> Positions:
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 
 
-def longrope(**values) -> Phi3Config:
+def longrope(vocab_size: int = 64) -> Phi3Config:
     return Phi3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, original_max_position_embeddings=16, pad_token_id=0,
-        sliding_window=None, rope_parameters={**LONG, "rope_theta": 10000.0}, **values,
+        sliding_window=None, rope_parameters={**LONG, "rope_theta": 10000.0},
     )  # fmt: skip
 
 
@@ -87,6 +92,20 @@ def test_longrope_rows_that_would_change_each_other_are_refused():
     positions_of(config).check([17, 64], "rows")
 
 
+def test_longrope_rows_are_scored_and_answered_as_each_row_alone(phi3):
+    tokenizer = load_tokenizer(phi3)
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(longrope(vocab_size=len(tokenizer))).eval()
+    rows = [np.arange(5, 5 + length, dtype=np.int32) for length in (12, 20, 6, 16, 17)]
+    encoded = [Encoded(ids, ids.copy(), 1) for ids in rows]
+    alone = [loss for row in encoded for loss in answer_losses(model, [row], 0, 1)]
+    together = answer_losses(model, encoded, 0, 5)
+    np.testing.assert_allclose([loss for loss, _ in together], [loss for loss, _ in alone], rtol=1e-5)
+    prompts, options = [ids.tolist() for ids in rows], {"stop_ids": [], "max_new_tokens": 6}
+    apart = [generate_answers(model, tokenizer, [prompt], batch_size=1, **options)[0] for prompt in prompts]
+    assert generate_answers(model, tokenizer, prompts, batch_size=5, **options) == apart
+
+
 def test_tokenize_refuses_rows_beyond_the_positions(tmp_path, phi3):
     import shutil
 
@@ -95,3 +114,17 @@ def test_tokenize_refuses_rows_beyond_the_positions(tmp_path, phi3):
     (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20}))
     with pytest.raises(BadData, match=r"more tokens than the model has positions(.|\n)*train rows(.|\n)*at most 20"):
         tokenized(base, tmp_path, CHATS)
+
+
+@pytest.mark.parametrize(("max_length", "says"), [(512, ""), (513, "rows of more than 512 tokens are refused")])
+def test_plan_says_it_from_the_config_alone(tmp_path, phi3, max_length, says):
+    from loraflow.config import parse_recipe
+    from loraflow.execution.plan import too_few_positions
+    from loraflow.execution.workspace import Workspace
+
+    recipe = parse_recipe(
+        f"name: tiny\nbase: {{model: {phi3}}}\ntraining_config: {{max_length: {max_length}}}\n"
+        f"runtime: {{store: {tmp_path / 'store'}}}\n"
+    )
+    note = too_few_positions(Workspace(recipe))
+    assert says in note and bool(says) == bool(note)
