@@ -112,6 +112,7 @@ RESOLVE_BASE = Stage(
     code=(
         "loraflow.base.resolve",
         "loraflow.base.hub",
+        "loraflow.base.usable",
         "loraflow.base.weight_files",
         "loraflow.base.repack",
         *_TEMPLATE,
@@ -178,6 +179,7 @@ TRAIN = Stage(
         "loraflow.adapters.origin",
         "loraflow.adapters.tokenizer_files",
         "loraflow.adapters.lora_config",
+        "loraflow.adapters.targets",
         "loraflow.adapters.fused_projections",
         "loraflow.adapters.lora_updates",
         "loraflow.adapters.adapter_config",

@@ -1,4 +1,4 @@
-"""`loraflow plan`: whether each stage is cached or will run, and why. Imports neither torch nor prefect."""
+"""`loraflow plan`: whether each stage is cached or will run, and why. Imports no prefect, and torch only if train runs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     """Show for each stage of RECIPE whether it is cached or will run, and why."""
     quiet_logging()
     from loraflow.config import load_recipe
+    from loraflow.execution.plan import base_report, training_memory
     from loraflow.execution.plan import plan as plan_run
-    from loraflow.execution.plan import training_memory
     from loraflow.execution.workspace import Workspace
     from loraflow.stages import TRAIN, check_names
 
@@ -34,16 +34,19 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     workspace.save()
     trains = any(step.stage == TRAIN.name and step.status != "cached" for step in steps)
     memory = training_memory(workspace) if trains else None
+    base = base_report(workspace) if trains else []
     if as_json:
         document: dict[str, JsonValue] = {"stages": [step.to_json() for step in steps]}
         if memory:
             document["memory_bytes"] = {"least": round(memory[0]), "full_speed": round(memory[1])}
+        if base:
+            document["base"] = [line.strip() for line in base]
         click.echo(json.dumps(document, ensure_ascii=False))
     else:
-        _show(steps, memory)
+        _show(steps, memory, base)
 
 
-def _show(steps: list[PlannedStep], memory: tuple[float, float] | None) -> None:
+def _show(steps: list[PlannedStep], memory: tuple[float, float] | None, base: list[str]) -> None:
     colours = {"cached": "green", "runs": "yellow", "depends": "cyan"}
     width = max(len(step.label) for step in steps)
     for step in steps:
@@ -52,6 +55,8 @@ def _show(steps: list[PlannedStep], memory: tuple[float, float] | None) -> None:
             f"{step.label:<{width}}  {click.style(f'{step.status:<8}', fg=colours[step.status])}"
             f"{seconds}  {(step.fingerprint or '')[:12]:<12}  {'; '.join(step.why)}".rstrip()
         )
+    if base:
+        click.echo("\n" + "\n".join(base))
     if memory:
         least, fast = (size / 2**30 for size in memory)
         click.echo(
