@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from loraflow.adapters.targets import ALL_LINEAR, expert_weights, linear_names, matches, names_of_experts, selects
 from loraflow.config.recipe import PeftConfig
 from loraflow.failures import BadConfig
 
@@ -17,8 +19,13 @@ if TYPE_CHECKING:
 _NOT_PEFTS = {"loraplus_lr_ratio", "loraplus_lr_embedding", "eva_config"}
 
 
-def lora_config(peft_config: PeftConfig) -> LoraConfig:
-    """Return peft's LoraConfig."""
+def lora_config(peft_config: PeftConfig, model: PreTrainedModel | None = None) -> LoraConfig:
+    """Return peft's LoraConfig.
+
+    Args:
+        peft_config: the recipe's.
+        model: the base, whose modules all-linear means; None leaves the word to peft.
+    """
     from peft import EvaConfig, LoraConfig
 
     values = {
@@ -30,6 +37,8 @@ def lora_config(peft_config: PeftConfig) -> LoraConfig:
         values["eva_config"] = EvaConfig(**peft_config.eva_config.model_dump())
     elif values["init_lora_weights"] == "loftq":
         values["init_lora_weights"] = True  # `variants.initialize` replaces A and B later
+    if model is not None and values["target_modules"] == ALL_LINEAR:
+        values["target_modules"] = linear_names(model)
     return LoraConfig(**values)
 
 
@@ -44,23 +53,43 @@ def check_targets(model: PreTrainedModel, peft_config: PeftConfig) -> None:
     import torch
 
     named = dict(model.named_modules())
+    have = sorted({name.rsplit(".", 1)[-1] for name, m in named.items() if isinstance(m, torch.nn.Linear)})
     for field in ("target_modules", "modules_to_save", "exclude_modules"):
         names = getattr(peft_config, field)
-        for target in names if isinstance(names, list) else ():
+        if names == ALL_LINEAR:
+            continue
+        for target in [names] if isinstance(names, str) else names or ():
+            if isinstance(names, str) and any(selects(names, name) for name in named):
+                continue
             if not any(matches(name, target) for name in named):
-                have = sorted({name.rsplit(".", 1)[-1] for name, m in named.items() if isinstance(m, torch.nn.Linear)})
                 raise BadConfig(
-                    f"No module of the base is called {target}.",
+                    f"No module of the base is called {target}."
+                    if isinstance(names, list)
+                    else f"No module's full name matches the regular expression {target}.",
                     where=f"peft_config.{field}",
-                    expected=f"among {', '.join(have)}",
+                    expected=f"among {', '.join(have)}" if isinstance(names, list) else f"such as {_example(named)}",
                     got=target,
-                    next_step=_suggestion(target, have),
+                    next_step=_suggestion(target, have, expert_weights(model)),
                 )
+    _check_parameters(model, peft_config.target_parameters or [])
 
 
-def matches(module: str, target: str) -> bool:
-    """Tell whether a target names a module: by its full name, or by the last parts of it."""
-    return module == target or module.endswith(f".{target}")
+def _example(named: Mapping[str, nn.Module]) -> str:
+    return next((name for name in named if ".layers.0." in name or ".h.0." in name), [*named, ""][0])
+
+
+def _check_parameters(model: PreTrainedModel, targets: list[str]) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    experts = sorted({".".join(name.split(".")[-3:]) for name in expert_weights(model)})
+    for target in targets:
+        if not any(matches(name, target) for name in names):
+            raise BadConfig(
+                f"No parameter of the base is called {target}.",
+                where="peft_config.target_parameters",
+                expected=f"among {', '.join(experts)}" if experts else "nothing: this base has no such experts",
+                got=target,
+                next_step="correct the name" if experts else "leave it out",
+            )
 
 
 def check_trainable(model: PreTrainedModel, peft_config: PeftConfig) -> None:
@@ -70,13 +99,18 @@ def check_trainable(model: PreTrainedModel, peft_config: PeftConfig) -> None:
         BadConfig: a target cannot carry an adapter, a pattern matches nothing, or a layer does not exist.
     """
     named = dict(model.named_modules())
-    targets = peft_config.target_modules if isinstance(peft_config.target_modules, list) else []
-    for target in targets:
+    targets = [] if peft_config.target_modules == ALL_LINEAR else peft_config.target_modules
+    experts = names_of_experts(model)
+    for target in [targets] if isinstance(targets, str) else targets:
         for name, module in named.items():
-            reason = _cannot_carry(model, module) if matches(name, target) else None
+            chosen = selects([target] if isinstance(targets, list) else target, name)
+            chosen = chosen and not selects(peft_config.exclude_modules, name)
+            reason = _cannot_carry(model, module) if chosen else None
+            if chosen and name.rpartition(".")[2] in experts:
+                reason = "peft would adapt all experts instead; name them in target_parameters"
             if reason:
                 raise BadConfig(
-                    f"{target} cannot carry an adapter in this base: {reason}.",
+                    f"{target if isinstance(targets, list) else name} cannot carry an adapter in this base: {reason}.",
                     where="peft_config.target_modules",
                     next_step="leave it out; modules_to_save trains a whole module",
                 )
@@ -86,7 +120,7 @@ def check_trainable(model: PreTrainedModel, peft_config: PeftConfig) -> None:
                 raise BadConfig(
                     f"No module matches {pattern}.", where=f"peft_config.{field}", next_step="correct the name"
                 )
-    _check_layers(model, peft_config.layers_to_transform, by_name=bool(targets))
+    _check_layers(model, peft_config.layers_to_transform, by_name=isinstance(peft_config.target_modules, list))
 
 
 def _cannot_carry(model: PreTrainedModel, module: nn.Module) -> str | None:
@@ -122,9 +156,12 @@ def _check_layers(model: PreTrainedModel, layers: list[int] | None, *, by_name: 
         )
 
 
-def _suggestion(target: str, have: list[str]) -> str:
+def _suggestion(target: str, have: list[str], experts: list[str]) -> str:
     fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
     fused |= {"up_proj": "gate_up_proj"}
+    if parameter := next((name for name in experts if matches(name, target)), None):
+        own = ".".join(parameter.split(".")[-3:])
+        return f"experts' weights are parameters here: peft_config.target_parameters: [{own}]"
     if fused.get(target) in have:
         return f"this model fuses it: name {fused[target]}, or set target_modules: all-linear"
     return "set target_modules: all-linear, or name modules of the list"

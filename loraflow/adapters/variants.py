@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraflow.adapters.adapter_config import AdapterConfig
-from loraflow.adapters.lora_config import matches
+from loraflow.adapters.targets import ALL_LINEAR, matches, selects
 from loraflow.config.recipe import PeftConfig
 from loraflow.failures import BadConfig
 
@@ -69,10 +69,10 @@ def _check_decomposed(model: PreTrainedModel, peft_config: PeftConfig) -> None:
     import torch
 
     targets = peft_config.target_modules
-    if not extracts_from_base(peft_config) or not isinstance(targets, list):
+    if not extracts_from_base(peft_config) or targets == ALL_LINEAR:
         return
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and any(matches(name, target) for target in targets):
+        if isinstance(module, torch.nn.Embedding) and selects(targets, name):
             raise BadConfig(
                 f"{peft_config.init_lora_weights} does not decompose embeddings.",
                 where="peft_config.target_modules",

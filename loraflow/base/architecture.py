@@ -9,7 +9,7 @@ loaded model is asked (`training/document_check.py`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -71,4 +71,13 @@ def obstacle_to_packing(config: PreTrainedConfig) -> str:
     """Return why a row of a model must hold one document; empty if it may hold several, or if that is not known."""
     if stateful := stateful_layers(config):
         return f"layers of type {', '.join(stateful)} carry a state from one document to the next"
+    return ""
+
+
+def obstacle_to_quantization(config: PreTrainedConfig, kind: Literal["nf4", "fp8"]) -> str:
+    """Return why a model cannot be trained on quantized weights; empty if it can."""
+    if stateful := stateful_layers(config):
+        return f"layers of type {', '.join(stateful)} have kernels that read their weights directly"
+    if kind == "fp8" and (obstacle := obstacle_to_fast_engine(config)):
+        return f"it needs the fast engine: {obstacle}"
     return ""

@@ -50,6 +50,37 @@ def _ask_the_hub(model: str, revision: str, key: str) -> str:
     return commit
 
 
+def download_config(model: str, commit: str) -> Path:
+    """Download a model's config.json alone, and return its folder.
+
+    Raises:
+        Network: the hub did not deliver it.
+        BadModel: the model has none.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(model, "config.json", revision=commit)).parent
+    except (OSError, HTTPError, LocalEntryNotFoundError, HfHubHTTPError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise BadModel(
+                "The hub's repository does not contain a model.", where=model, expected="config.json", got="none"
+            ) from error
+        if isinstance(error, OSError) and error.errno is not None and error.filename:
+            raise  # the local disk's failure, not the network's
+        raise _not_delivered(model, commit, error) from error
+
+
+def _not_delivered(model: str, commit: str, error: Exception) -> Network:
+    return Network(
+        "The hub did not deliver the model.",
+        where=f"{model} at {commit}",
+        got=f"{type(error).__name__}: {error}".splitlines()[0][:200],
+        next_step="check the network (and HF_TOKEN for a gated model), or set base.model to a local folder",
+    )
+
+
 def download(model: str, commit: str, *, trust: bool) -> Path:
     """Download a model's files, with its Python code only if `trust` is set, and return their folder.
 
@@ -65,9 +96,4 @@ def download(model: str, commit: str, *, trust: bool) -> Path:
     except (OSError, HTTPError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename:
             raise  # the local disk's failure, not the network's
-        raise Network(
-            "The hub did not deliver the model.",
-            where=f"{model} at {commit}",
-            got=f"{type(error).__name__}: {error}".splitlines()[0][:200],
-            next_step="check the network (and HF_TOKEN for a gated model), or set base.model to a local folder",
-        ) from error
+        raise _not_delivered(model, commit, error) from error

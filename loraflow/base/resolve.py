@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraflow.base import hub
+from loraflow.base.usable import refuse_unusable_folder
 from loraflow.base.weight_files import refuse_pickles
 from loraflow.config.recipe import Base
 from loraflow.config.stage_configs import (
@@ -66,6 +67,7 @@ def _locate_model(base: Base, memo: HashMemo) -> BaseLocation:
         file = _bundled(base.model)
         return BaseLocation(source={"gguf": memo.hash(file)}, origin=GgufOrigin(gguf=str(file)))
     folder = Path(base.model).expanduser()
+    refuse_unusable_folder(folder, trust=base.trust_remote_code)
     if folder.is_dir():
         source = _content(folder, base.trust_remote_code, memo)
         return BaseLocation(source=source, origin=FolderOrigin(folder=str(folder.absolute())))
@@ -102,7 +104,7 @@ def run(job: Job[ResolveBaseConfig], inputs: Inputs, out: Path, progress: Progre
         if date is not None:
             log.info("The chat template prints a date: it is fixed to %s, in training and in the served model.", date)
             figures["template_date"] = date
-    _check_artifact(out, config)
+    _check_artifact(out)
     progress(done=1)
     return Summary(figures=figures, facets={"tokenizer": [n for n in TOKENIZER_FILES if list(out.glob(f"{n}*"))]})
 
@@ -134,7 +136,9 @@ def _content(folder: Path, trust: bool, memo: HashMemo) -> dict[str, str]:
 
 def _folder_of(origin: FolderOrigin | HubOrigin, trust: bool) -> Path:
     if isinstance(origin, FolderOrigin):
+        refuse_unusable_folder(Path(origin.folder), trust=trust, known_to_transformers=True)
         return Path(origin.folder)
+    refuse_unusable_folder(hub.download_config(origin.hub, origin.commit), trust=trust, known_to_transformers=True)
     return hub.download(origin.hub, origin.commit, trust=trust)
 
 
@@ -256,26 +260,11 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path,
     return figures
 
 
-def _check_artifact(out: Path, config: ResolveBaseConfig) -> None:
+def _check_artifact(out: Path) -> None:
     from safetensors import SafetensorError, safe_open
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from loraflow.base.template_check import check_template
 
-    try:
-        kind = json.loads((out / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise BadModel(
-            "The base's config.json is not a JSON object.", where="base.model", got=str(error)[:200]
-        ) from error
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.trust_remote_code:
-        raise BadModel(
-            "The base is not a causal language model that transformers supports.",
-            where="base.model",
-            expected="a model_type such as phi3 or llama",
-            got=str(kind),
-            next_step="choose another base; base.trust_remote_code: true runs the model's own code, if you trust it",
-        )
     for file in out.glob("*.safetensors"):
         try:
             with safe_open(file, "np") as tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -13,12 +14,17 @@ import click
 
 from loraflow.base.resolve import INSTALL_SMOLLM2
 from loraflow.credentials import mask
+from loraflow.failures import BadConfig
 
 
 @click.command()
 @click.option("--store", default=".loraflow/store", show_default=True, help="The store to check.")
-def doctor(store: str) -> None:
+@click.option("--base", metavar="FOLDER|HUB_ID", help="Show instead how this base model is trained, or why it is not.")
+def doctor(store: str, base: str | None) -> None:
     """Show what this machine supports: libraries, GPU, precision, extras, store, server."""
+    if base is not None:
+        _check_base(base)
+        return
     _line(True, f"python {sys.version.split()[0]}, {os.cpu_count()} CPUs")
     for name in ("torch", "transformers", "trl", "peft", "datasets", "evaluate", "prefect", "dvc"):
         try:
@@ -40,6 +46,36 @@ def doctor(store: str) -> None:
     _check_store(store)
     server = os.environ.get("PREFECT_API_URL") or "PREFECT_API_URL is not set, so each run starts a temporary server"
     _line(True, f"Prefect server: {mask(server)}")
+
+
+def _check_base(base: str) -> None:
+    """Show how a base is trained, from its config alone; of a hub id, only config.json is downloaded.
+
+    Raises:
+        BadModel: it cannot be trained.
+        BadConfig: it is neither a folder nor a hub id.
+        Network: the hub does not answer, and its config.json is not in the cache.
+    """
+    from loraflow.base import hub
+    from loraflow.base.usable import refuse_unusable_folder
+    from loraflow.training.preview import describe
+
+    folder = Path(base).expanduser()
+    refuse_unusable_folder(folder, trust=False)  # a GGUF file, for example
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+            raise BadConfig(
+                "There is no such base model.",
+                where="--base",
+                expected="a folder, or a hub id such as org/name",
+                got=base,
+            )
+        folder = hub.download_config(base, "main")
+    elif not (folder / "config.json").exists():
+        raise BadConfig("The folder does not contain a model.", where=f"--base {base}", expected="config.json")
+    refuse_unusable_folder(folder, trust=False, known_to_transformers=True)
+    for line in describe(folder):
+        click.echo(line)
 
 
 def _line(found: bool, what: str, next_step: str = "") -> None:

@@ -1,4 +1,4 @@
-"""`loraflow plan`: whether each stage is cached or will run, and why. Imports neither torch nor prefect."""
+"""`loraflow plan`: whether each stage is cached or will run, and why. Imports no prefect, and torch only if train runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     """Show for each stage of RECIPE whether it is cached or will run, and why."""
     quiet_logging()
     from loraflow.config import load_recipe
-    from loraflow.execution.plan import gate_power, too_few_positions, training_memory
+    from loraflow.execution.plan import base_report, gate_power, too_few_positions, training_memory
     from loraflow.execution.plan import plan as plan_run
     from loraflow.execution.workspace import Workspace
     from loraflow.stages import TRAIN, check_names
@@ -36,10 +36,13 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     memory = training_memory(workspace) if trains else None
     note = too_few_positions(workspace) if trains else ""
     power = gate_power(workspace)
+    base = base_report(workspace) if trains else []
     if as_json:
         document: dict[str, JsonValue] = {"stages": [step.to_json() for step in steps]}
         if memory:
             document["memory_bytes"] = {"least": round(memory[0]), "full_speed": round(memory[1])}
+        if base:
+            document["base"] = [line.strip() for line in base]
         if note:
             document["note"] = note
         if power:
@@ -51,7 +54,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
             }
         click.echo(json.dumps(document, ensure_ascii=False))
     else:
-        _show(steps, memory)
+        _show(steps, memory, base)
         if note:
             click.echo(f"note: {note}")
         if power:
@@ -59,7 +62,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
             click.secho("\n".join(power.lines()), fg="yellow" if power.is_warning() else None)
 
 
-def _show(steps: list[PlannedStep], memory: tuple[float, float] | None) -> None:
+def _show(steps: list[PlannedStep], memory: tuple[float, float] | None, base: list[str]) -> None:
     colours = {"cached": "green", "runs": "yellow", "depends": "cyan"}
     width = max(len(step.label) for step in steps)
     for step in steps:
@@ -68,6 +71,8 @@ def _show(steps: list[PlannedStep], memory: tuple[float, float] | None) -> None:
             f"{step.label:<{width}}  {click.style(f'{step.status:<8}', fg=colours[step.status])}"
             f"{seconds}  {(step.fingerprint or '')[:12]:<12}  {'; '.join(step.why)}".rstrip()
         )
+    if base:
+        click.echo("\n" + "\n".join(base))
     if memory:
         least, fast = (size / 2**30 for size in memory)
         click.echo(

@@ -18,6 +18,7 @@ The classes about training:
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
@@ -245,8 +246,12 @@ class PeftConfig(FrozenModel):
     r: Positive = 16
     lora_alpha: Annotated[float, Field(gt=0)] = 32
     lora_dropout: Share = 0.05
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
-    exclude_modules: list[str] = []
+    target_modules: list[str] | str = Field(
+        "all-linear",
+        description="Names of modules, or a regular expression for full names, or all-linear: every linear layer of the "
+        "language model, without head, routers of experts, and towers for images and sound.",
+    )
+    exclude_modules: list[str] | str = []
     bias: Literal["none", "all", "lora_only"] = "none"
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     modules_to_save: list[str] | None = None
@@ -266,6 +271,11 @@ class PeftConfig(FrozenModel):
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     layers_to_transform: list[int] | None = None
+    target_parameters: list[str] | None = Field(
+        None,
+        description="Weights that are not modules, such as those of experts: [mlp.experts.gate_up_proj, "
+        "mlp.experts.down_proj]. Needs lora_dropout: 0.",
+    )
 
     @field_validator("target_modules")
     @classmethod
@@ -273,6 +283,22 @@ class PeftConfig(FrozenModel):
         if not value:
             raise ValueError("name at least one module, or all-linear")
         return value
+
+    @field_validator("target_modules", "exclude_modules")
+    @classmethod
+    def _expression(cls, value: list[str] | str) -> list[str] | str:
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{value} is not a regular expression: {error}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _parameters(self) -> PeftConfig:
+        if self.target_parameters and (self.lora_dropout or self.use_dora):
+            raise ValueError("target_parameters needs lora_dropout: 0 and use_dora: false; peft has neither for them")
+        return self
 
     @model_validator(mode="after")
     def _initialisation(self) -> PeftConfig:

@@ -264,7 +264,10 @@ class TrainConfig(StageConfig):
         values = {
             "method": recipe.method,
             "training_config": {**identity, "global_batch": training.global_batch},
-            "peft_config": recipe.peft_config.model_dump(),
+            # Set only if it is used, so that the fingerprints of other recipes stay.
+            "peft_config": recipe.peft_config.model_dump(
+                exclude=set() if recipe.peft_config.target_parameters else {"target_parameters"}
+            ),
             "base": base.model_dump(include=base_fields | ({"double_quantization"} if base.quantization else set())),
         }
         if recipe.method == "loralib":

@@ -1,4 +1,4 @@
-"""What a run will do: for each step, whether it is cached or runs, and why. Imports neither torch nor prefect."""
+"""What a run will do: for each step, whether it is cached or runs, and why. Imports no prefect; torch for `base_report`."""
 
 from __future__ import annotations
 
@@ -211,3 +211,28 @@ def _base_config(workspace: Workspace) -> Path | None:
     if isinstance(origin, FolderOrigin):
         folders.append(Path(origin.folder))
     return next((folder / "config.json" for folder in folders if (folder / "config.json").exists()), None)
+
+
+def base_report(workspace: Workspace) -> list[str]:
+    """Return what the recipe's base is trained with, and which of its modules are adapted, a line each.
+
+    Its model is built without weights, which imports torch. Empty if the base's config is not on this machine, or if
+    the base needs code of its own.
+
+    Raises:
+        BadConfig: the recipe's peft_config names modules that the base does not have, or that cannot be trained; or the
+            base's architecture does not allow packed rows or the quantization.
+        BadModel: the base cannot be trained.
+    """
+    from loraflow.base.usable import refuse_unusable_folder
+
+    recipe, config = workspace.recipe, _base_config(workspace)
+    if config is None or recipe.base.trust_remote_code:
+        return []
+    refuse_unusable_folder(config.parent, trust=False, known_to_transformers=True)
+    # Before the base is repacked, it has other modules than the ones that are trained.
+    if recipe.base.repack and look_up(workspace.store, workspace.job(RESOLVE_BASE, {})).ref is None:
+        return []
+    from loraflow.training.preview import preview
+
+    return preview(config.parent, recipe)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from loraflow.adapters import variants
 from loraflow.adapters.lora_config import check_targets, check_trainable, lora_config
+from loraflow.adapters.targets import find_targets
 from loraflow.base.load import load_model
 from loraflow.hardware.attention import Attention
 from loraflow.training import sharding
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from loraflow.training.trainer import LoraPlusTrainer
+
+log = logging.getLogger(__name__)
 
 
 def load_base(setup: TrainingSetup, attention: Attention, *, sharded: bool) -> PreTrainedModel:
@@ -44,6 +48,8 @@ def load_base(setup: TrainingSetup, attention: Attention, *, sharded: bool) -> P
     check_targets(model, peft_config)
     check_trainable(model, peft_config)
     variants.check(model, peft_config)
+    targets = find_targets(model, peft_config)
+    (log.warning if targets.experts else log.info)("%s", targets.summary())
     if setup.config.method == "loralib":
         from loraflow.adapters.loralib.model import prepare
         from loraflow.adapters.loralib.swap import Settings
@@ -53,9 +59,9 @@ def load_base(setup: TrainingSetup, attention: Attention, *, sharded: bool) -> P
     return sharding.shard(model, setup.device, setup.group.size) if sharded else model
 
 
-def adapter_config(setup: TrainingSetup) -> LoraConfig | None:
-    """Return peft's config; None for loralib, whose layers are in the model already."""
-    return lora_config(setup.config.peft_config) if setup.config.method == "peft" else None
+def adapter_config(setup: TrainingSetup, model: PreTrainedModel) -> LoraConfig | None:
+    """Return peft's config for a base; None for loralib, whose layers are in the model already."""
+    return lora_config(setup.config.peft_config, model) if setup.config.method == "peft" else None
 
 
 def initialise_adapter(setup: TrainingSetup, trainer: LoraPlusTrainer) -> dict[str, Tensor]:

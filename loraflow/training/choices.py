@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import JsonValue
 
-from loraflow.base.architecture import obstacle_to_fast_engine, obstacle_to_packing
+from loraflow.base.architecture import obstacle_to_fast_engine, obstacle_to_packing, obstacle_to_quantization
 from loraflow.failures import BadConfig
 from loraflow.hardware.attention import Attention, attention_with_mask
 from loraflow.hardware.device import Device, cpu_has_bfloat16, device_name, gpu_has_fp8
@@ -109,6 +109,22 @@ def refuse_packing(setup: TrainingSetup, config: PreTrainedConfig) -> None:
             expected="attention layers only",
             got=f"architecture {config.model_type}: {obstacle}",
             next_step="set training_config.packing to false",
+        )
+
+
+def refuse_quantization(setup: TrainingSetup, config: PreTrainedConfig) -> None:
+    """Refuse a quantized base for a model whose layers cannot compute with quantized weights.
+
+    Raises:
+        BadConfig: the recipe quantizes the base to NF4. (For fp8, see `refuse_fp8`.)
+    """
+    if setup.config.base.quantization == "nf4" and (obstacle := obstacle_to_quantization(config, "nf4")):
+        raise BadConfig(
+            "This model cannot be trained on quantized weights.",
+            where="base.quantization",
+            expected="attention layers only",
+            got=f"architecture {config.model_type}: {obstacle}",
+            next_step="set base.quantization to null",
         )
 
 

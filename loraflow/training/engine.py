@@ -13,6 +13,7 @@ from loraflow.training.choices import (
     choose_sharding,
     refuse_mixed_devices,
     refuse_packing,
+    refuse_quantization,
     warn_of_slow_bfloat16,
 )
 from loraflow.training.document_check import refuse_leaking_documents
@@ -35,6 +36,7 @@ def build_trainer(setup: TrainingSetup) -> BuiltTrainer:
     setup = replace(setup, runtime=setup.runtime.model_copy(update={"engine": engine}))
     attention = choose_attention(setup, config)
     refuse_packing(setup, config)
+    refuse_quantization(setup, config)
     refuse_mixed_devices(setup.group, setup.device)
     sharding = choose_sharding(setup)
     model = load_base(setup, attention, sharded=sharding.is_sharded)

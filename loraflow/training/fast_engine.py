@@ -64,7 +64,7 @@ def build_fast_trainer(
         preemption=setup.preemption,
         autocast=compute_dtype if compute_dtype != base_dtype else None,
         processing_class=setup.tokenizer,
-        peft_config=adapter_config(setup),
+        peft_config=adapter_config(setup, model),
         callbacks=setup.callbacks,
     )
     initial = initialise_adapter(setup, trainer)

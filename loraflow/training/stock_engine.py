@@ -57,7 +57,7 @@ def build_stock_trainer(setup: TrainingSetup, model: PreTrainedModel, choices: E
         validation_rows=len(setup.validation) if setup.validation is not None else 0,
         collator=RowCollator(setup.rows, setup.validation, setup.tokenizer.pad_token_id),
         processing_class=setup.tokenizer,
-        peft_config=adapter_config(setup),
+        peft_config=adapter_config(setup, model),
         callbacks=setup.callbacks,
     )
     return BuiltTrainer(

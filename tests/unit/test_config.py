@@ -247,6 +247,7 @@ OTHER: dict[str, JsonValue] = {
     "peft_config.init_lora_weights": "gaussian", "peft_config.trainable_token_indices": [5],
     "peft_config.loraplus_lr_ratio": 16.0, "peft_config.eva_config.tau": 0.5, "peft_config.rank_pattern": {"o_proj": 2},
     "peft_config.alpha_pattern": {"o_proj": 2.0}, "peft_config.layers_to_transform": [0], "peft_config.exclude_modules": ["o_proj"],
+    "peft_config.target_parameters": ["mlp.experts.down_proj"],
     "evaluation.metrics": ["token_loss"], "evaluation.confidence": 0.9, "evaluation.dtype": "bfloat16", "evaluation.max_rows": 3,
     "merge.dtype": "float32", "merge.onto": "base", "runtime.device": "cpu", "runtime.attn_implementation": "eager", "runtime.engine": "stock",
     "training_config.gradient_checkpointing": False, "runtime.compile": "on", "runtime.checkpointing": "selective",
@@ -330,6 +331,8 @@ def test_every_key_reaches_a_stage(path):
         base["method"] = "loralib"
     if path.startswith("peft_config.eva_config"):
         base["peft_config.init_lora_weights"] = "eva"
+    if path == "peft_config.target_parameters":
+        base["peft_config.lora_dropout"] = 0.0
     if path.startswith("runtime.rendezvous."):
         base["runtime.rendezvous.endpoint"] = "first:29400"
     before = parse_recipe(MINIMAL, overrides=base)
@@ -365,6 +368,8 @@ def test_every_key_is_in_a_fingerprint_unless_it_is_listed_as_identity_free(path
         base["method"] = "loralib"
     if path.startswith("peft_config.eva_config"):
         base["peft_config.init_lora_weights"] = "eva"
+    if path == "peft_config.target_parameters":
+        base["peft_config.lora_dropout"] = 0.0
     if path.startswith("runtime.rendezvous."):
         base["runtime.rendezvous.endpoint"] = "first:29400"
     before = parse_recipe(MINIMAL, overrides=base)

@@ -14,10 +14,10 @@ import loralib
 from torch import nn
 
 from loraflow.adapters.fused_projections import NAMES, AttentionHeads, block_sizes
-from loraflow.adapters.lora_config import matches
 from loraflow.adapters.lora_updates import Bias
 from loraflow.adapters.loralib.layers import wrap_module
 from loraflow.adapters.loralib.mergeable_layer import MergeableLayer
+from loraflow.adapters.targets import ALL_LINEAR, matches, not_adapted_by_all_linear, selects
 from loraflow.config.recipe import LoralibConfig, PeftConfig
 from loraflow.failures import BadConfig
 
@@ -30,7 +30,7 @@ class Settings:
     lora_alpha: float = 32
     lora_dropout: float = 0.0
     targets: list[str] | str = "all-linear"
-    exclude: list[str] = field(default_factory=list)
+    exclude: list[str] | str = field(default_factory=list)
     layers: list[int] | None = None
     bias: Bias = "none"
     enable_lora: Mapping[str, Sequence[str | bool]] = field(default_factory=dict)
@@ -99,22 +99,23 @@ def _select(model: nn.Module, settings: Settings) -> dict[str, nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    left_out = not_adapted_by_all_linear(model) if isinstance(model, PreTrainedModel) else {}
     selected: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if any(matches(name, excluded) for excluded in settings.exclude):
+        if selects(settings.exclude, name):
             continue
         number = next((int(part) for part in name.split(".") if part.isdigit()), None)
         if settings.layers is not None and number not in settings.layers:
             continue
-        if isinstance(settings.targets, str):
-            if isinstance(module, nn.Linear | Conv1D) and module is not head:
+        if settings.targets == ALL_LINEAR:
+            if isinstance(module, nn.Linear | Conv1D) and module is not head and name not in left_out:
                 selected[name] = module
-        elif any(matches(name, target) for target in settings.targets):
+        elif selects(settings.targets, name):
             selected[name] = module
     targets = [] if isinstance(settings.targets, str) else settings.targets
     unmatched = [target for target in targets if not any(matches(name, target) for name in selected)]
     if unmatched or not selected:
-        target = unmatched[0] if unmatched else "all-linear"
+        target = unmatched[0] if unmatched else str(settings.targets)
         raise BadConfig(
             f"No module of the base is called {target}.",
             where="peft_config.target_modules",

@@ -1,0 +1,136 @@
+"""Refuse a base that cannot be trained, by its config.json alone: before weights are downloaded, copied or loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from loraflow.failures import BadModel
+
+_GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_OTHER_TASKS = {
+    "ForSequenceClassification": "a classification or reward model",
+    "ForTokenClassification": "a model that labels tokens",
+    "ForQuestionAnswering": "a model that marks answers in a text",
+    "RewardModel": "a reward model",
+    "ForMaskedLM": "an encoder",
+    "ForPreTraining": "an encoder",
+    "ForMultipleChoice": "a model that chooses among answers",
+    "EncoderModel": "an encoder",
+}
+_WHERE = "base.model"
+_ANOTHER = "choose a model for text generation; its architecture ends in ForCausalLM"
+
+
+def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: bool = False) -> None:
+    """Refuse a base in a folder, or a GGUF file, that cannot be trained.
+
+    Args:
+        folder: what the recipe names.
+        trust: the recipe allows code that comes with the model.
+        known_to_transformers: check also that the installed transformers has the architecture. This imports it.
+
+    Raises:
+        BadModel: see `refuse_unusable` and `refuse_unknown_architecture`; or there are only GGUF files.
+    """
+    ggufs = [folder] if folder.suffix == ".gguf" and folder.is_file() else []
+    if folder.is_dir() and not (folder / "config.json").exists():
+        ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs:
+        raise BadModel(
+            "A GGUF file cannot be trained: it is quantized for inference, and transformers reads few of its architectures.",
+            where=_WHERE,
+            expected="a folder with config.json and safetensors, or a hub id",
+            got=str(ggufs[0]),
+            next_step="name the model that the GGUF was made from",
+        )
+    if not (folder / "config.json").is_file():
+        return  # the caller says that there is no model
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadModel("The base's config.json is not a JSON object.", where=_WHERE, got=str(error)[:200]) from error
+    if not isinstance(config, dict):
+        raise BadModel("The base's config.json is not a JSON object.", where=_WHERE, got=type(config).__name__)
+    if "quantization_config" not in config and (folder / "hf_quant_config.json").exists():
+        config = {**config, "quantization_config": {"quant_method": "modelopt (hf_quant_config.json)"}}
+    refuse_unusable(config, trust=trust)
+    if known_to_transformers:
+        refuse_unknown_architecture(config, trust=trust)
+
+
+def refuse_unusable(config: Mapping[str, JsonValue], *, trust: bool) -> None:
+    """Refuse a base by the content of its config.json.
+
+    Raises:
+        BadModel: the model does not generate text, is quantized already, or does not name its architecture.
+    """
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise BadModel(
+            "The base is quantized already, and an adapter cannot be merged into quantized weights.",
+            where=_WHERE,
+            expected="weights in bfloat16, float16 or float32",
+            got=f"quantization_config: {method or 'a method that it does not name'}",
+            next_step="name the original model; base.quantization: nf4 or fp8 quantizes it for the training only",
+        )
+    named = config.get("architectures")
+    architectures = [str(name) for name in named] if isinstance(named, list) else []
+    if not architectures:
+        raise BadModel(
+            "The base's config.json does not say which model it is.",
+            where=_WHERE,
+            expected="architectures, such as [LlamaForCausalLM]",
+            got=f"model_type {config.get('model_type')}, no architectures",
+            next_step="add the name of the model's class to config.json, or choose another copy of the model",
+        )
+    if config.get("is_encoder_decoder") is True:
+        raise BadModel(
+            "The base is an encoder-decoder; loraflow trains decoders.",
+            where=_WHERE,
+            got=", ".join(architectures),
+            next_step=_ANOTHER,
+        )
+    if any(name.endswith(_GENERATES) for name in architectures):
+        return
+    mapped = config.get("auto_map")
+    if trust and isinstance(mapped, dict) and "AutoModelForCausalLM" in mapped:
+        return
+    kinds = [kind for name in architectures for suffix, kind in _OTHER_TASKS.items() if name.endswith(suffix)]
+    raise BadModel(
+        f"The base is {kinds[0] if kinds else 'a model without a head for text generation'}.",
+        where=_WHERE,
+        expected="an architecture that generates text, such as LlamaForCausalLM",
+        got=", ".join(architectures),
+        next_step="base.trust_remote_code: true runs the model's own code, if you trust it" if mapped else _ANOTHER,
+    )
+
+
+def refuse_unknown_architecture(config: Mapping[str, JsonValue], *, trust: bool) -> None:
+    """Refuse a base whose architecture the installed transformers does not have.
+
+    Raises:
+        BadModel: it needs code that comes with the model and is not trusted, or a newer transformers.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = str(config.get("model_type"))
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or trust:
+        return
+    has_code = bool(config.get("auto_map"))
+    raise BadModel(
+        "The base needs Python code that comes with it."
+        if has_code
+        else "The base is not a causal language model that transformers supports.",
+        where=_WHERE,
+        expected=f"a model_type that transformers {transformers.__version__} has, such as phi3 or llama",
+        got=kind,
+        next_step="base.trust_remote_code: true runs it, if you trust it; or choose another base"
+        if has_code
+        else "choose another base, or a newer transformers; base.trust_remote_code: true runs the model's own code",
+    )

@@ -1,0 +1,73 @@
+"""`loraflow plan` and `loraflow doctor --base` say how a base is trained, or why it is not, before anything is loaded."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from loraflow.cli import cli
+from loraflow.failures import BadConfig, BadModel
+from tests.families.tiny import save_tiny
+
+
+def planned(recipe, *sets):
+    return CliRunner().invoke(cli, ["plan", str(recipe), *(part for each in sets for part in ("--set", each))])
+
+
+def test_plan_lists_what_is_adapted_and_how_the_base_is_trained(recipe):
+    result = planned(recipe, "peft_config.target_modules=all-linear")
+    assert result.exit_code == 0, result.exception
+    assert "base phi3: fast engine" in result.output and "rows packed or padded" in result.output
+    assert "adapted: 2 mlp.down_proj, 2 mlp.gate_up_proj, 2 self_attn.o_proj, 2 self_attn.qkv_proj" in result.output
+    as_json = CliRunner().invoke(cli, ["plan", str(recipe), "--json"])
+    assert json.loads(as_json.output)["base"][0] == "base phi3: fast engine"
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("peft_config.target_modules=[qkv_proj, o_porj]", "called o_porj"),
+        ("peft_config.target_modules=.*query.*", "regular expression"),
+        ("peft_config.modules_to_save=[no_head]", "called no_head"),
+        ("peft_config.rank_pattern={no_such: 2}", "No module matches no_such"),
+        ("peft_config.trainable_token_indices=[99999]", "no such token"),
+    ],
+)
+def test_plan_finds_misspelt_names(recipe, setting, says):
+    result = planned(recipe, setting)
+    assert isinstance(result.exception, BadConfig) and says in str(result.exception)
+
+
+@pytest.mark.parametrize("setting", ["training_config.packing=true", "base.quantization=nf4"])
+def test_plan_refuses_what_the_architecture_does_not_allow(recipe, tmp_path, setting):
+    base = save_tiny("lfm2", tmp_path / "lfm2")
+    target = "peft_config.target_modules=all-linear"
+    result = planned(recipe, f"base.model={base}", target, setting)
+    assert isinstance(result.exception, BadConfig) and "architecture lfm2 does not allow" in str(result.exception)
+    assert "layers of type conv" in str(result.exception)
+    assert planned(recipe, f"base.model={base}", target).exit_code == 0
+
+
+def test_plan_names_experts_without_an_adapter(recipe, tmp_path):
+    base = save_tiny("qwen3_moe", tmp_path / "moe")
+    result = planned(recipe, f"base.model={base}", "peft_config.target_modules=all-linear")
+    assert "experts without an adapter: 2 experts.down_proj, 2 experts.gate_up_proj" in result.output
+
+
+def test_doctor_describes_a_base_from_its_config_alone(tmp_path):
+    base = save_tiny("granitemoehybrid", tmp_path / "granite")
+    (base / "model.safetensors").unlink()
+    result = CliRunner().invoke(cli, ["doctor", "--base", str(base)])
+    assert result.exit_code == 0, result.exception
+    assert "base granitemoehybrid: stock engine: the model has layers of type" in result.output
+    assert "rows padded" in result.output and "refused: nf4" in result.output
+
+
+def test_doctor_refuses_a_base_that_cannot_be_trained(tmp_path):
+    base = save_tiny("llama", tmp_path / "llama")
+    values = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**values, "quantization_config": {"quant_method": "awq"}}))
+    result = CliRunner().invoke(cli, ["doctor", "--base", str(base)])
+    assert isinstance(result.exception, BadModel) and "quantized already" in str(result.exception)
+    nothing = CliRunner().invoke(cli, ["doctor", "--base", "nothing here"])
+    assert isinstance(nothing.exception, BadConfig)

@@ -1,0 +1,113 @@
+"""A base that cannot be trained is refused by its config.json, with one sentence and what to do, before anything heavy."""
+
+import json
+
+import pytest
+
+from loraflow.base import hub, resolve
+from loraflow.base.usable import refuse_unusable
+from loraflow.config.recipe import Base
+from loraflow.config.stage_configs import HubOrigin
+from loraflow.failures import BadModel
+from loraflow.store.files import HashMemo
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+BAD = {
+    "encoder": ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "an encoder", "choose a model"),
+    "bare encoder": ({"model_type": "bert", "architectures": ["BertModel"]}, "without a head", "choose a model"),
+    "embeddings": ({"model_type": "qwen3", "architectures": ["Qwen3Model"]}, "without a head", "choose a model"),
+    "reward": ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "reward model", "choose a model"),
+    "own reward": ({"model_type": "internlm2", "architectures": ["InternLM2ForRewardModel"], "auto_map": {"AutoModel": "m.M"}}, "reward model", "trust_remote_code"),
+    "labels": ({"model_type": "qwen2", "architectures": ["Qwen2ForTokenClassification"]}, "labels tokens", "choose a model"),
+    "t5": ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "encoder-decoder", "choose a model"),
+    "gptq": ({**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized already", "name the original"),
+    "awq": ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, "quantized already", "name the original"),
+    "fp8": ({**LLAMA, "quantization_config": {"quant_method": "fp8"}}, "quantized already", "name the original"),
+    "nvfp4": ({**LLAMA, "quantization_config": {"quant_algo": "NVFP4", "quant_method": "modelopt"}}, "quantized already", "name the original"),
+    "bitsandbytes": ({**LLAMA, "quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}, "quantized already", "name the original"),
+    "mxfp4": ({**LLAMA, "quantization_config": {"quant_method": "mxfp4"}}, "quantized already", "name the original"),
+    "compressed": ({**LLAMA, "compression_config": {"format": "int-quantized"}}, "quantized already", "name the original"),
+    "no architectures": ({"model_type": "llama"}, "does not say which model", "add the name"),
+    "architectures null": ({"model_type": "llama", "architectures": None}, "does not say which model", "add the name"),
+    "architectures text": ({"model_type": "llama", "architectures": "LlamaForCausalLM"}, "does not say which model", "add the name"),
+    "a list": ([1], "not a JSON object", None),
+}  # fmt: skip
+
+
+def folder_with(config, tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_base_that_cannot_be_trained_is_refused_before_its_weights_are_read(name, tmp_path):
+    """There are no weights: the folder's config is enough. `loraflow plan` and `run` begin here."""
+    config, says, advice = BAD[name]
+    with pytest.raises(BadModel, match=says) as caught:
+        resolve.locate(Base(model=str(folder_with(config, tmp_path))), HashMemo(None))
+    assert caught.value.where == "base.model" and (advice is None or advice in caught.value.next_step)
+    assert len(str(caught.value).splitlines()) <= 6
+
+
+@pytest.mark.parametrize("name", ["encoder", "gptq", "no architectures", "t5"])
+def test_a_model_on_the_hub_is_refused_before_its_weights_are_downloaded(name, tmp_path, monkeypatch):
+    config, says, _ = BAD[name]
+    monkeypatch.setattr(hub, "download_config", lambda *_: folder_with(config, tmp_path))
+    monkeypatch.setattr(hub, "download", lambda *_, **__: pytest.fail("the weights were downloaded"))
+    with pytest.raises(BadModel, match=says):
+        resolve._folder_of(HubOrigin(hub="org/name", commit="0" * 40), trust=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "says", "advice"),
+    [
+        ({"model_type": "made_up", "architectures": ["MadeUpForCausalLM"]}, "not a causal language model", "newer transformers"),
+        ({"model_type": "made_up", "architectures": ["MadeUpForCausalLM"], "auto_map": {"AutoModelForCausalLM": "m.M"}}, "needs Python code", "if you trust it"),
+        ({"model_type": "blip", "architectures": ["BlipForConditionalGeneration"]}, "not a causal language model", "another base"),
+    ],
+)  # fmt: skip
+def test_an_architecture_that_transformers_does_not_have_is_refused_before_it_is_copied(config, says, advice, tmp_path):
+    from loraflow.config.stage_configs import FolderOrigin
+
+    origin = FolderOrigin(folder=str(folder_with(config, tmp_path)))
+    with pytest.raises(BadModel, match=says) as caught:
+        resolve._folder_of(origin, trust=False)
+    assert advice in caught.value.next_step
+    assert resolve._folder_of(origin, trust=True)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_gguf_is_refused_with_what_to_name_instead(kind, tmp_path):
+    file = tmp_path / "model.Q4_K_M.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(BadModel, match="GGUF file cannot be trained") as caught:
+        resolve.locate(Base(model=str(file if kind == "file" else tmp_path)), HashMemo(None))
+    assert "made from" in caught.value.next_step
+
+
+def test_quantization_in_a_file_of_its_own_is_found(tmp_path):
+    folder = folder_with(LLAMA, tmp_path)
+    (folder / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(BadModel, match="quantized already"):
+        resolve.locate(Base(model=str(folder)), HashMemo(None))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LLAMA,
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+        {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]},
+    ],
+)
+def test_models_that_generate_text_are_accepted(config):
+    refuse_unusable(config, trust=False)
+
+
+def test_a_models_own_code_is_accepted_where_it_is_trusted():
+    config = {"model_type": "own", "architectures": ["OwnModel"], "auto_map": {"AutoModelForCausalLM": "m.M"}}
+    refuse_unusable(config, trust=True)
+    with pytest.raises(BadModel):
+        refuse_unusable(config, trust=False)
