@@ -7,6 +7,7 @@ python -c "from loraflow.flows.predict import predict; predict(source='tickets.j
 
 from prefect import flow
 
+from loraflow.credentials import protect_output
 from loraflow.serving.predict import PredictionReport
 from loraflow.tasks.predict import predict_file
 
@@ -32,4 +33,5 @@ def predict(
         max_new_tokens: Longest answer, in tokens.
         batch_size: Rows in memory at a time.
     """
+    protect_output()
     return predict_file(model, source, target, store, column, max_new_tokens, batch_size)

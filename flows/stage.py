@@ -6,6 +6,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
+from loraflow.credentials import protect_output
 from loraflow.execution.parent_death import end_with_parent
 from loraflow.failures import Failure, from_os_error
 from loraflow.flows.parameters import JsonObject
@@ -24,6 +25,7 @@ def stage(job: JsonObject, store: str, label: str, force: bool = False) -> State
         label: The stage's name in the UI.
         force: Recompute the stage even if its artifact is in the store.
     """
+    protect_output()
     end_with_parent()
     try:
         accepted, artifacts = accept(job, store)

@@ -31,12 +31,14 @@ def gate(workspace: Workspace, result: PipelineResult) -> Decision:
         CorruptArtifact: scores, or the files of the champion, are damaged; they are quarantined by now.
     """
     head, merged = workspace.seen_head, result.merged.digest  # another run may have promoted since; `register` checks
-    if head is not None and head.merged.digest == merged:
-        for ref in (result.merged, result.adapter):  # damaged ones are recomputed by this run
-            require_unchanged(workspace.store, ref, workspace.memo)
     if head is not None:  # in use: a change of its files must not wait for the next user
-        require_champion_intact(workspace.store, head, workspace.memo)
-        if head.merged.digest == merged:
+        is_challenger = head.merged.digest == merged
+        own = [result.merged, result.adapter] if is_challenger else []
+        for ref in own:  # damaged ones are recomputed by this run
+            require_unchanged(workspace.store, ref, workspace.memo)
+        if any(ref is not None and ref not in own for ref in (head.merged, head.adapter)):
+            require_champion_intact(workspace.store, head, workspace.memo)
+        if is_challenger:
             return Decision.unchanged("the challenger is the champion")
     why = workspace.log.rollback_reason(merged)
     if why is not None:

