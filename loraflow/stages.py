@@ -76,6 +76,7 @@ VERSION_DATASET = Stage(
         "loraflow.data.version",
         "loraflow.data.dvc",
         "loraflow.data.dvc_command",
+        "loraflow.data.dvc_ignore",
         "loraflow.data.dvc_pin",
         "loraflow.data.dvc_storage",
         "loraflow.data.listing",
@@ -86,7 +87,7 @@ VERSION_DATASET = Stage(
 
 CHECK_DATASET = Stage(
     name="check_dataset",
-    version=3,
+    version=4,  # 4: marks that exclude answers are honoured, data.limit is a sample, and one row at least is held out
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},
@@ -95,10 +96,13 @@ CHECK_DATASET = Stage(
         "loraflow.data.check_report",
         "loraflow.data.readers",
         "loraflow.data.chat_formats",
+        "loraflow.data.row_fields",
+        "loraflow.data.marks",
         "loraflow.data.chats",
         "loraflow.data.csv_reader",
         "loraflow.data.json_reader",
         "loraflow.data.split",
+        "loraflow.data.similar",
     ),
     in_worker=False,
 )
@@ -261,12 +265,15 @@ VERIFY = Stage(
 
 EVALUATE = Stage(
     name="evaluate",
-    version=2,  # 2: the common prefix of the prompts is computed once; the last bits of a loss may differ
+    # 2: the common prefix of the prompts is computed once; the last bits of a loss may differ
+    # 3: evaluation.max_rows is a seeded sample, and not the first rows
+    version=3,
     module="loraflow.evaluation.score",
     config=configs.EvaluateConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, part="heldout")},
     code=(
         "loraflow.evaluation.score",
+        "loraflow.data.split",
         "loraflow.evaluation.generation",
         "loraflow.evaluation.likelihood",
         "loraflow.evaluation.prefix_cache",

@@ -117,7 +117,8 @@ def _encode(lines: list[str]) -> Chunk:
     labels: list[np.ndarray] = []
     problems = Problems()
     with name_row([record["place"] for record in records]):
-        encoded = _template.encode([record["messages"] for record in records], _config.loss_on)
+        learned = [record.get("learned") for record in records]
+        encoded = _template.encode([record["messages"] for record in records], _config.loss_on, learned)
     for record, row in zip(records, encoded, strict=True):
         part = _part_to_learn(row, record["place"], _config, problems)
         if part is not None:

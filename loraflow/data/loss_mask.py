@@ -88,8 +88,16 @@ class ChatTemplate:
         """
         return self._renderer.render(chats, prompt=prompt)
 
-    def encode(self, chats: Sequence[Chat], loss_on: LossOn) -> list[Encoded]:
+    def encode(
+        self, chats: Sequence[Chat], loss_on: LossOn, learned: Sequence[Sequence[int] | None] | None = None
+    ) -> list[Encoded]:
         """Encode chats. `loss_on` selects the trained tokens: every answer, the last answer, or all tokens.
+
+        Args:
+            chats: the chats.
+            loss_on: the trained tokens.
+            learned: of each chat, the numbers of the messages that are learned; None: all answers. The other answers are
+                left out of what `loss_on` selects.
 
         Raises:
             BadModel: an answer cannot be found in the rendered text, or no stop token ends it.
@@ -111,10 +119,17 @@ class ChatTemplate:
                 where="chat_template",
                 next_step="put {% generation %} … {% endgeneration %} around every answer in chat_template.jinja",
             )
-        return [
+        aligned = self._aligned(texts, spans)
+        encoded = [
             Encoded(ids, _labels(ids, tokens, loss_on), tokens[-1][0], self._special_in(chat))
-            for chat, (ids, tokens) in zip(chats, self._aligned(texts, spans), strict=True)
+            for chat, (ids, tokens) in zip(chats, aligned, strict=True)
         ]
+        for chat, row, (_, tokens), numbers in zip(
+            chats, encoded, aligned, learned or [None] * len(chats), strict=True
+        ):
+            if numbers is not None:
+                _mask_others(row.labels, chat, tokens, numbers)
+        return encoded
 
     def prompt_ids(self, chats: Sequence[Chat]) -> list[list[int]]:
         """Return the ids that generation starts from: the chats without their last answer."""
@@ -226,6 +241,26 @@ def _labels(ids: np.ndarray, tokens: list[Span], loss_on: LossOn) -> np.ndarray:
     for first, last in tokens[-1:] if loss_on == "last_assistant" else tokens:
         labels[first:last] = ids[first:last]
     return labels
+
+
+def _mask_others(labels: np.ndarray, chat: Chat, tokens: list[Span], learned: Sequence[int]) -> None:
+    """Take the answers that are not learned out of the labels, in place.
+
+    Raises:
+        BadModel: the template marks more or fewer answers than the chat has, so which is which is unknown.
+    """
+    answers = [number for number, message in enumerate(chat) if message["role"] == "assistant"]
+    if len(answers) != len(tokens):
+        raise BadModel(
+            "The chat template does not mark each answer of a chat on its own, but some are marked as not to be learned.",
+            where="chat_template",
+            expected=f"{len(answers)} answers",
+            got=f"{len(tokens)} {{% generation %}} blocks",
+            next_step="put {% generation %} … {% endgeneration %} around every answer in chat_template.jinja",
+        )
+    for number, (first, last) in zip(answers, tokens, strict=True):
+        if number not in learned:
+            labels[first:last] = IGNORED
 
 
 def _token_span(encoding: Encoding, start: int, end: int) -> Span:

@@ -40,7 +40,8 @@ def audit(source: Path, template: ChatTemplate, config: TokenizeConfig) -> list[
         records: list[ChatRecord] = [json.loads(line) for line in islice(file, AUDITED_ROWS)]
     chats = [record["messages"] for record in records]
     audited: list[AuditedRow] = []
-    rows = zip(records, template.encode(chats, config.loss_on), template.prompt_ids(chats), strict=True)
+    encoded_chats = template.encode(chats, config.loss_on, [record.get("learned") for record in records])
+    rows = zip(records, encoded_chats, template.prompt_ids(chats), strict=True)
     for record, encoded, prompt in rows:
         learned = encoded.ids[encoded.labels != IGNORED]
         audited.append(
