@@ -157,6 +157,8 @@ def test_a_duplicated_json_key_is_refused(tmp_path):
     )
     assert [row.problem for row in rows] == [
         'the key "prompt" is duplicated in an object', 'the key "role" is duplicated in an object']  # fmt: skip
+    (_, row) = write(tmp_path, "x.json", b'{"prompt": "q", "prompt": "p"}\n{"prompt": "q", "completion": "a"}\n')
+    assert row.messages == [QUESTION, ANSWER] and row.place == "x.json:2"
     (row,) = write(tmp_path, "x.csv", b'messages\n"[{""role"": ""user"", ""role"": ""x""}]"\n')
     assert 'column messages is not valid JSON: the key "role" is duplicated' in row.problem
 
