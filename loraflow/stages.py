@@ -77,6 +77,7 @@ VERSION_DATASET = Stage(
         "loraflow.data.version",
         "loraflow.data.dvc",
         "loraflow.data.dvc_command",
+        "loraflow.data.dvc_ignore",
         "loraflow.data.dvc_pin",
         "loraflow.data.dvc_storage",
         "loraflow.data.listing",
@@ -87,7 +88,9 @@ VERSION_DATASET = Stage(
 
 CHECK_DATASET = Stage(
     name="check_dataset",
-    version=4,  # 4: a row with reasoning beside its content is malformed
+    # 4: marks that exclude answers are honoured, data.limit is a sample, one row at least is held out, and a row with
+    # reasoning beside its content is malformed
+    version=4,
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},
@@ -97,10 +100,13 @@ CHECK_DATASET = Stage(
         "loraflow.data.reasoning",
         "loraflow.data.readers",
         "loraflow.data.chat_formats",
+        "loraflow.data.row_fields",
+        "loraflow.data.marks",
         "loraflow.data.chats",
         "loraflow.data.csv_reader",
         "loraflow.data.json_reader",
         "loraflow.data.split",
+        "loraflow.data.similar",
     ),
     in_worker=False,
 )
@@ -277,13 +283,15 @@ VERIFY = Stage(
 EVALUATE = Stage(
     name="evaluate",
     # 2: the common prefix of the prompts is computed once; the last bits of a loss may differ
-    # 3: intervals of token-weighted means, and of rows in groups
-    version=3,  # also: only the token that closes an answer ends it
+    # 3: evaluation.max_rows is a seeded sample; intervals of token-weighted means, and of rows in groups; only the token
+    # that closes an answer ends it
+    version=3,
     module="loraflow.evaluation.score",
     config=configs.EvaluateConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, part="heldout")},
     code=(
         "loraflow.evaluation.score",
+        "loraflow.data.split",
         "loraflow.evaluation.generation",
         "loraflow.data.positions",
         "loraflow.evaluation.likelihood",

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from loraflow.execution.workspace import Workspace
+from loraflow.reporting.rows import check_notes
 from loraflow.store import Ref
+
+log = logging.getLogger("loraflow")
 
 
 @task(name="check", task_run_name="check rows", cache_policy=NO_CACHE, persist_result=False)
 def check_rows(workspace: Workspace, rows: Ref) -> None:
     """Stop the run if too many rows are malformed (data.max_quarantined), or no row is left."""
     from loraflow.data import check
+    from loraflow.data.check_report import CheckReport
 
     report = workspace.store.manifest(rows).report
     where = f"{workspace.store.location(rows)}/report.json"
-    check.check_limits(report, workspace.recipe.data.max_quarantined, where)
+    for note in check_notes(CheckReport.model_validate(report)):
+        log.warning("%s", note)
+    check.check_limits(report, workspace.recipe.data.max_quarantined, where, workspace.recipe.data.source)
 
 
 @task(name="check", task_run_name="check merge", cache_policy=NO_CACHE, persist_result=False)

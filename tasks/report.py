@@ -36,6 +36,7 @@ def publish_report(run: Run, result: PipelineResult, decision: Decision, summary
         losses=_losses(run, result.adapter),
         samples=evaluation_report(run, result.tuned_scores).samples[: recipe.evaluation.samples],
         stages=summary.stages,
+        rows=summary.rows,
         store=run.workspace.store.uri,
         adapter=summary.adapter,
         merged=summary.merged,
@@ -46,11 +47,20 @@ def publish_report(run: Run, result: PipelineResult, decision: Decision, summary
 @task(name="report", task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
 def publish_scores(run: Run, model: str, folder: Path, scores: Ref) -> dict[str, JsonValue]:
     """Publish the scores of one model, and return them."""
-    metrics = evaluation_report(run, scores).metrics
+    report = evaluation_report(run, scores)
+    metrics = report.metrics
     table = run.workspace.store.path(scores) / "scores.parquet"
     recipe = run.workspace.recipe
     confidence = recipe.evaluation.confidence
-    text = scores_report(model, recipe.name, metrics, confidence=confidence, folder=str(folder), table=str(table))
+    text = scores_report(
+        model,
+        recipe.name,
+        metrics,
+        confidence=confidence,
+        folder=str(folder),
+        table=str(table),
+        available=report.available,
+    )
     _publish(run, text, text, "scores")
     return {"model": str(folder), "metrics": scores_to_dict(metrics), "uri": str(table.parent)}
 

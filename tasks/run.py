@@ -198,6 +198,6 @@ def _add_data(workspace: Workspace) -> None:
     folder = data.source.removesuffix(".dvc")
     if not Path(folder).exists():
         return
-    if not Path(data.source).exists() or dvc.dvc_md5(Path(folder)) != dvc.read_pin(".", data.source, None).md5:
+    if not Path(data.source).exists() or dvc.work_tree_md5(Path(folder)) != dvc.read_pin(".", data.source, None).md5:
         pin = dvc.add(folder, remote=data.remote)
         log.info("%s is versioned as %s", folder, pin.md5)

@@ -12,12 +12,14 @@ from prefect.runtime import flow_run
 
 from loraflow import __version__
 from loraflow.credentials import mask, mask_json
+from loraflow.data.check_report import CheckReport
 from loraflow.data.git import has_uncommitted_changes, head_commit
 from loraflow.evaluation.values import EvaluationReport, ModelScores
 from loraflow.execution.results import PipelineResult, Registration
 from loraflow.failures import Failure
 from loraflow.registry.log import actor
-from loraflow.registry.runs import Publication, RecordedDecision, RunRecord, RunState, RunSummary
+from loraflow.registry.runs import Publication, RecordedDecision, RowsSummary, RunRecord, RunState, RunSummary
+from loraflow.reporting.rows import LengthPolicy, summarise_rows
 from loraflow.store import Ref
 
 if TYPE_CHECKING:
@@ -39,6 +41,17 @@ def evaluation_report(run: Run, scores: Ref) -> EvaluationReport:
     return EvaluationReport.from_dict(run.workspace.store.manifest(scores).report)
 
 
+def rows_summary(run: Run, result: PipelineResult) -> RowsSummary:
+    """Return what became of the dataset's rows."""
+    store, recipe = run.workspace.store, run.workspace.recipe
+    return summarise_rows(
+        CheckReport.model_validate(store.manifest(result.rows).report),
+        store.manifest(result.tokens).figures,
+        evaluation_report(run, result.tuned_scores),
+        LengthPolicy(recipe.training_config.max_length, recipe.data.too_long),
+    )
+
+
 def set_summary(run: Run, result: PipelineResult, registration: Registration) -> RunSummary:
     """Set and return the run's summary: the JSON document that `--json` prints, which is also part of the record."""
     store, decision = run.workspace.store, registration.decision
@@ -46,6 +59,7 @@ def set_summary(run: Run, result: PipelineResult, registration: Registration) ->
         run=run.id,
         recipe=run.workspace.recipe.name,
         stages=list(run.stages.values()),
+        rows=rows_summary(run, result),
         metrics=dict(vars(model_scores(run, result))),
         decision=RecordedDecision(verdict=decision.verdict, reasons=list(decision.reasons)),
         registered=registration.entry,

@@ -133,8 +133,20 @@ def main() -> None:
         _fail(known)
 
 
+MAX_LINES = 10  # of a failure on the terminal
+
+
+def shown(failure: Failure) -> str:
+    """Return a failure in at most ten lines: an error of DVC or git that it quotes may have more."""
+    lines = str(failure).splitlines()
+    if len(lines) <= MAX_LINES:
+        return "\n".join(lines)
+    end = lines[-1:] if failure.next_step else []
+    return "\n".join([*lines[: MAX_LINES - 1 - len(end)], "            …", *end])
+
+
 def _fail(failure: Failure) -> NoReturn:
-    click.secho(str(failure), fg="red" if sys.stderr.isatty() else None, err=True)
+    click.secho(shown(failure), fg="red" if sys.stderr.isatty() else None, err=True)
     sys.exit(failure.exit_code)
 
 

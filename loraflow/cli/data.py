@@ -1,4 +1,4 @@
-"""`loraflow data add, check, pull, diff`: version, check, fetch and compare datasets."""
+"""`loraflow data add, check, show, pull, diff`: version, check, show, fetch and compare datasets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loraflow.cli import json_option, quiet_logging
+from loraflow.cli import json_option, parse_overrides, quiet_logging, set_option
 
 if TYPE_CHECKING:
     from loraflow.data.readers import Row
@@ -83,7 +83,8 @@ def pull(dvc_file: str, remote: str | None) -> None:
 def check(source: str, form: str, as_json: bool) -> None:
     """Check the rows of SOURCE, a file or folder of chats. Exit status 1 if a row is malformed or there are no rows."""
     from loraflow.data.guess_columns import columns_of
-    from loraflow.data.readers import match_files, read_rows
+    from loraflow.data.readers import match_files, match_nothing, read_rows
+    from loraflow.data.split import prompt_key
 
     path = Path(source)
     folder, patterns = (path, ["*"]) if path.is_dir() else (path.parent, [path.name])
@@ -91,21 +92,69 @@ def check(source: str, form: str, as_json: bool) -> None:
         raise click.BadParameter(f"{source} does not exist")
     names = match_files(folder, patterns)
     columns = columns_of(folder / names[0], names[0]) if names and form == "auto" else {}
-    rows = 0
+    rows = marked = partly = 0
+    prompts: set[str] = set()
     problems: list[dict[str, str]] = []
     unread: Counter[str] = Counter()
     for row in read_rows(folder, names, form, columns):
         rows += 1
         unread.update(row.unused_keys)
-        if row.problem is not None:
-            problems.append({"place": row.place, "problem": row.problem})
+        if row.is_marked_false:
+            marked += 1
+        elif row.messages is None:
+            problems.append({"place": row.place, "problem": row.problem or ""})
+        else:
+            partly += row.learned is not None
+            if len(prompts) < 2:
+                prompts.add(prompt_key(row.messages))
     if as_json:
-        counts = {"rows": rows, "malformed": len(problems)}
+        counts = {"rows": rows, "malformed": len(problems), "marked_false": marked, "partly_marked": partly}
         click.echo(json.dumps({**counts, "columns": columns, "unread": dict(unread), "problems": problems}))
     else:
         _print_check(rows, problems, columns, unread)
+        for line in marked_lines(marked, partly):
+            click.echo(line)
+        for name in match_nothing(folder) if path.is_dir() else ():
+            click.echo(f"not read  {name}: not one of the supported file types", err=True)
+        if len(prompts) == 1:
+            click.echo("every row has the same prompt: none can be held out (data.heldout takes a file)", err=True)
     if problems or not rows:
         raise click.exceptions.Exit(1)
+
+
+@data.command("show")
+@click.argument("recipe")
+@click.option("--row", type=click.IntRange(1), default=1, show_default=True, help="Number of the training row.")
+@set_option
+def show_row(recipe: str, row: int, sets: tuple[str, ...]) -> None:
+    """Show a training row of RECIPE as the model reads it. The parts that are learned are in ⟦ ⟧."""
+    from loraflow.config import load_recipe
+    from loraflow.config.stage_configs import TokenizeConfig
+    from loraflow.data.loss_mask import ChatTemplate
+    from loraflow.data.mask_view import masked_row
+    from loraflow.execution.runner import run_stage
+    from loraflow.execution.workspace import Workspace
+    from loraflow.stages import CHECK_DATASET, RESOLVE_BASE, VERSION_DATASET
+
+    workspace = Workspace(load_recipe(recipe, parse_overrides(sets)))
+    store = workspace.store
+    with store.reader_lock():
+        rows = run_stage(workspace, CHECK_DATASET, dataset=run_stage(workspace, VERSION_DATASET))
+        base = run_stage(workspace, RESOLVE_BASE)
+        config = TokenizeConfig.from_recipe(workspace.recipe, workspace)
+        shown = masked_row(store.path(rows) / "train.jsonl", row, ChatTemplate(store.path(base)), config)
+        workspace.save()
+    parts = [click.style(f"⟦{text}⟧", fg="green", bold=True) if learned else text for text, learned in shown.parts]
+    click.echo("".join(parts))
+    click.echo(f"{shown.place}: {shown.tokens} tokens, {shown.learned_tokens} learned")
+    if shown.left_out:
+        click.echo(shown.left_out)
+
+
+def marked_lines(marked: int, partly: int) -> list[str]:
+    """Say how many rows are left out, or learned in part, because of their marks."""
+    lines = [f"{marked} rows are left out: their answers are marked as not to be learned"] if marked else []
+    return lines + ([f"{partly} rows are learned in part: some of their answers are marked so"] if partly else [])
 
 
 def _print_check(rows: int, problems: list[dict[str, str]], columns: dict[str, str], unread: Counter[str]) -> None:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import click
 
 from loraflow.cli import quiet_logging
-from loraflow.cli.data import unread_keys
+from loraflow.cli.data import marked_lines, unread_keys
+from loraflow.cli.init_settings import SizeSettings, choose_heldout_fraction, choose_settings
+from loraflow.data.split import in_share, prompt_key
 from loraflow.failures import BadConfig, BadData
 
 if TYPE_CHECKING:
@@ -41,15 +43,15 @@ base:
 training_config:                  # the names of trl.SFTConfig
   learning_rate: 2.0e-4           # LoRA takes ten times the rate of full fine-tuning
   lr_scheduler_type: cosine
-  warmup_steps: 0.1               # a share of the steps
+  warmup_steps: {warmup}               # {why_warmup}
   num_train_epochs: {epochs}             # {rows} rows: {why_epochs}
   per_device_train_batch_size: 4  # times the next line: the global batch, which decides the result
-  gradient_accumulation_steps: 4
+  gradient_accumulation_steps: {accumulation}
   max_length: {max_length}                # the longest of your chats has about {longest} tokens
   bf16: {bf16}
-  packing: {packing}                  # several short chats share a row; attention stays inside each chat
+  packing: {packing}                  # {why_packing}
   gradient_checkpointing: null    # recompute activations only if memory needs it: a fifth slower
-  logging_steps: 10
+  logging_steps: {logging_steps}
   seed: 0
 
 peft_config:                      # the names of peft.LoraConfig
@@ -60,7 +62,7 @@ peft_config:                      # the names of peft.LoraConfig
 
 evaluation:
   metrics: [{metrics}]
-  max_rows: 200
+  max_rows: 200                   # a seeded sample of each held-out set
   max_new_tokens: {new_tokens}             # the longest of your answers has about {longest_answer} tokens
   dtype: float32                  # scores repeat exactly
 
@@ -88,7 +90,7 @@ def init(data_file: Path, base: str, name: str | None) -> None:
     quiet_logging()
     from loraflow.data import dvc
     from loraflow.data.guess_columns import columns_of
-    from loraflow.data.readers import match_files, read_rows
+    from loraflow.data.readers import match_files, match_nothing, read_rows
     from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
 
     name = re.sub(r"[^a-z0-9._-]+", "-", (name or data_file.stem).lower()).strip("-.") or "mine"
@@ -108,13 +110,26 @@ def init(data_file: Path, base: str, name: str | None) -> None:
         shutil.copyfile(folder / file, target / file)
     pin = dvc.add(str(target))
     recipe.parent.mkdir(exist_ok=True)
-    recipe.write_text(_recipe(name, recipe, pin.dvc_file, names, base, chats, columns), encoding="utf-8")
-    click.echo(f"chats: {len(chats)}; malformed rows: {len(rows) - len(chats)}")
+    _extend_gitignore(target)
     _, heldout, unused = _split_by_name(names)
+    size = _size_settings(chats, base, has_heldout=bool(heldout))
+    recipe.write_text(_recipe(name, recipe, pin.dvc_file, names, base, chats, columns, size), encoding="utf-8")
+    marked = sum(row.is_marked_false for row in rows)
+    click.echo(f"chats: {len(chats)}; malformed rows: {len(rows) - len(chats) - marked}")
+    for line in marked_lines(marked, sum(row.learned is not None for row in rows)):
+        click.echo(line)
+    for file in match_nothing(data_file) if data_file.is_dir() else ():
+        click.echo(f"not read  {file}: not one of the supported file types", err=True)
+    if not heldout:
+        click.echo(_held_out_line(chats, size.heldout_fraction))
     if heldout:
         click.echo(f"held out, by their names: {', '.join(heldout)}")
     if unused:
         click.echo(f"neither trained on nor held out: {', '.join(unused)}")
+    if lines := size.lines(len(chats)):
+        click.echo(f"chosen for {len(chats):,} rows:")
+        for line in lines:
+            click.echo(f"  {line}")
     click.echo(f"{recipe}   the recipe; its comments explain each line")
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
     if deployments := write_prefect_yaml(Path(), name):
@@ -129,7 +144,7 @@ def _chats(rows: list[Row], data_file: Path) -> list[list[Message]]:
         BadData: no row is a valid chat.
     """
     chats = [row.messages for row in rows if row.messages is not None]
-    malformed = [row for row in rows if row.messages is None]
+    malformed = [row for row in rows if row.messages is None and not row.is_marked_false]
     for row in malformed[:5]:
         click.echo(f"malformed  {row.place}: {row.problem}", err=True)
     if unread := unread_keys(rows):
@@ -153,14 +168,20 @@ def _recipe(
     base: str,
     chats: list[list[Message]],
     columns: dict[str, str],
+    size: SizeSettings,
 ) -> str:
-    """Fill in the template from the lengths and formats of the chats, at about three characters a token: a safe guess."""
-    longest = max(sum(len(message["content"]) for message in chat) for chat in chats) // 3 + 40
+    """Fill in the template from the lengths and formats of the chats."""
+    longest = max(map(_tokens, chats))
     answers = [chat[-1]["content"] for chat in chats]
     longest_answer = max(map(len, answers)) // 3 + 8
     as_json = all(_is_object(answer) for answer in answers)
     train, heldout, _ = _split_by_name(names)
-    few, small = len(chats) < 2000, base.startswith("bundled:")
+    small = base.startswith("bundled:")
+    max_length = min(2048, max(256, 1 << (longest - 1).bit_length()))
+    few = len(chats) < 2000
+    why_epochs = "enough to train on each once"
+    if few:
+        why_epochs = "few, so train on each several times" if size.epochs > 3 else "few, so train on each three times"
     return RECIPE.format(
         title=f"{name}: LoRA on {base}",
         name=name,
@@ -169,20 +190,27 @@ def _recipe(
         train=", ".join(map(_plain, train)),
         heldout=f"heldout: [{', '.join(map(_plain, heldout))}]   # by their names; only the gate uses them"
         if heldout
-        else "heldout_fraction: 0.1           # by a seeded hash of each prompt; only the gate uses them",
+        else f"heldout_fraction: {size.heldout_fraction}           # by a seeded hash of prompts; only the gate uses them",
         columns=f"\n  columns: {json.dumps(columns)}  # guessed from the first row" if columns else "",
         base=base if re.fullmatch(r"[\w./:-]+", base) else json.dumps(base, ensure_ascii=False),
         repack="\n  repack: phi3                    # fused projections, as in Phi-3"
         if base.startswith("bundled:")
         else "",
-        epochs=3 if few else 1,
+        epochs=size.epochs,
+        warmup=f"{size.warmup_steps:g}",
+        why_warmup="a share of the steps" if size.warmup_steps else "with so few steps, all of them learn",
+        accumulation=size.accumulation,
+        logging_steps=size.logging_steps,
         rows=f"{len(chats):,}",
-        why_epochs="few, so train on each three times" if few else "enough to train on each once",
-        max_length=min(2048, max(256, 1 << (longest - 1).bit_length())),
+        why_epochs=why_epochs,
+        max_length=max_length,
         longest=longest,
         dtype="float32                  # any CPU computes in it" if small else "bfloat16",
         bf16="false                     # as the base" if small else "true                      # as the base",
-        packing="false" if base.startswith("bundled:") else "true",
+        packing="true" if size.packing else "false",
+        why_packing="several short chats share a row; attention stays inside each chat"
+        if size.packing or small
+        else "packed, these chats would be too few rows for enough steps",
         metrics="token_loss, exact_match, json_fields" if as_json else "token_loss, exact_match, token_f1, rouge, chrf",
         new_tokens=min(1024, max(32, 1 << (longest_answer - 1).bit_length())),
         longest_answer=longest_answer,
@@ -199,6 +227,51 @@ def _margin(chats: int, least: float) -> float:
 
     of_unchanged = margin_of_unchanged(max(chats // 10, 1), 0.95, "rougeL") or least
     return min(max(least, math.ceil(100 * of_unchanged + 0.5) / 100), 0.5)
+
+
+def _tokens(chat: list[Message]) -> int:
+    """Return the tokens of a chat, at about three characters a token: a safe guess."""
+    return sum(len(message["content"]) for message in chat) // 3 + 40
+
+
+def _size_settings(chats: list[list[Message]], base: str, *, has_heldout: bool) -> SizeSettings:
+    lengths = [_tokens(chat) for chat in chats]
+    max_length = min(2048, max(256, 1 << (max(lengths) - 1).bit_length()))
+    share = 0.0 if has_heldout else choose_heldout_fraction(len(chats))
+    # The template's own tokens are a part of the guess for the longest chat; on average there are fewer.
+    tokens = sum(lengths) - 20 * len(lengths)
+    return choose_settings(len(chats), share, tokens, max_length, may_pack=not base.startswith("bundled:"))
+
+
+def _held_out_line(chats: list[list[Message]], share: float) -> str:
+    """Return how many rows the seeded hash holds out, with data.seed 0."""
+    keys = [prompt_key(chat) for chat in chats]
+    if len(set(keys)) < 2:
+        return "held out: none, because every row has the same prompt; name a file with held-out rows in data.heldout"
+    count = sum(in_share(key, share, 0, "heldout") for key in keys)
+    few = "" if count else ", the one that comes first, because the seeded hash takes none of so few"
+    return f"held out: {count or 1} of {len(chats)} rows{few}"
+
+
+GITIGNORED = (
+    "/.loraflow/",
+    "/.dvc/cache",
+    "/.dvc/tmp",
+    "/.dvc/config.local",
+)  # the store, and what DVC ignores by itself
+
+
+def _extend_gitignore(target: Path) -> None:
+    """Add the store and the dataset to .gitignore: DVC does so only inside of a git repository, which may come later."""
+    file = Path(".gitignore")
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    have = {line.strip().strip("/") for line in text.splitlines()}
+    inside_git = Path(".git").exists()
+    wanted = GITIGNORED[:1] if inside_git else (*GITIGNORED, f"/{target.as_posix()}")
+    missing = [line for line in wanted if line.strip("/") not in have]
+    if missing:
+        text += "" if not text or text.endswith("\n") else "\n"
+        file.write_text(text + "".join(f"{line}\n" for line in missing), encoding="utf-8")
 
 
 def _split_by_name(names: list[str]) -> tuple[list[str], list[str], list[str]]:

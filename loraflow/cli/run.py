@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from loraflow.evaluation.values import SetScores
-    from loraflow.registry.runs import RunSummary
+    from loraflow.registry.runs import RowsSummary, RunSummary
 
 
 @click.command()
@@ -89,6 +89,10 @@ def show(summary: RunSummary) -> None:
     console = Console(highlight=False)
     for set_name, tuned in (summary.metrics.get("tuned") or {}).items():
         console.print(_score_table(summary, set_name, tuned))
+    if summary.rows is not None:
+        console.print(_row_table(summary.rows))
+        for note in summary.rows.notes:
+            console.print(f"note: {note}", markup=False)
     console.print(_stage_table(summary))
     decision = summary.decision
     verdict = decision.verdict if decision else "none"
@@ -115,6 +119,17 @@ def _score_table(summary: RunSummary, set_name: str, tuned: SetScores) -> Table:
     for name in tuned:
         cells = [(summary.metrics.get(side) or {}).get(set_name, {}).get(name) for side in SIDES]
         table.add_row(name, *["" if s is None else f"{s.value:.3f}  {s.low:.3f}–{s.high:.3f}" for s in cells])
+    return table
+
+
+def _row_table(rows: RowsSummary) -> Table:
+    from rich.table import Table
+
+    table = Table(title="rows of the dataset", title_justify="left")
+    table.add_column("rows")
+    table.add_column("", justify="right")
+    for count in rows.counts:
+        table.add_row(count.what, f"{count.rows:,}")
     return table
 
 

@@ -83,8 +83,8 @@ class Data(FrozenModel):
     )
     duplicates: Literal["drop", "keep"] = Field("drop", description="What to do with duplicated training rows.")
     max_quarantined: Share = Field(0.01, description="Largest share of malformed rows; the run stops above it.")
-    limit: Positive | None = Field(None, description="Use only this many training rows, for a quick test.")
-    seed: int = Field(0, description="Seed of the split.")
+    limit: Positive | None = Field(None, description="Use a seeded sample of this many training rows.")
+    seed: int = Field(0, description="Seed of the split and of the sample of limit.")
 
     @field_validator("columns")
     @classmethod
@@ -333,7 +333,7 @@ class Evaluation(FrozenModel):
         ["token_loss", "exact_match", "token_f1", "rouge", "chrf"],
         description="Names of built-in metrics, or paths of folders with an `evaluate` module, from the working directory.",
     )
-    max_rows: Positive | None = Field(None, description="Score at most this many rows of each set.")
+    max_rows: Positive | None = Field(None, description="Score a seeded sample of at most this many rows of each set.")
     max_new_tokens: Positive = Field(256, description="Longest answer, in tokens.")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "float32", description="float32 scores repeat exactly; in 16 bits, answers depend on the batch size."
@@ -342,7 +342,7 @@ class Evaluation(FrozenModel):
         0.95, description="Confidence level of the reported intervals."
     )
     samples: Annotated[int, Field(ge=0)] = Field(5, description="Number of answers shown in the run's report.")
-    seed: int = Field(0, description="Seed of the bootstrap.")
+    seed: int = Field(0, description="Seed of the bootstrap and of the sample of max_rows.")
 
 
 class Merge(FrozenModel):

@@ -76,7 +76,12 @@ class AnswerFinder:
         self._insertions = [""]  # texts that were found between prompts and answers
 
     def find(
-        self, chats: Sequence[Chat], texts: Sequence[str], loss_on: LossOn, if_cut: IfCut = "error"
+        self,
+        chats: Sequence[Chat],
+        texts: Sequence[str],
+        loss_on: LossOn,
+        if_cut: IfCut = "error",
+        learned: Sequence[Sequence[int] | None] | None = None,
     ) -> list[list[Answer]]:
         """Return the answers of each chat.
 
@@ -86,6 +91,7 @@ class AnswerFinder:
             loss_on: answers that are not learned are not checked.
             if_cut: what to do with an answer that the template does not render completely: refuse the chat, or use the
                 answer as context of later answers only.
+            learned: of each chat, the numbers of the messages that are learned; None: all answers. The others may be cut.
 
         Raises:
             BadModel: the template changes an answer, does not render it behind its prompt, or does not close it. The
@@ -109,7 +115,8 @@ class AnswerFinder:
                     end = len(text) if turn.is_last else len(heads[number + 1])
                     answer = self._marked(chat, text, head, turn, end, marks[turn.chat])
             except _CutAnswer as cut:
-                if if_cut == "context":
+                wanted = learned[turn.chat] if learned is not None else None
+                if if_cut == "context" or (wanted is not None and turn.message not in wanted):
                     continue
                 _refuse_cut(cut, turn)
             found[turn.chat][turn.number - 1] = answer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class Message(TypedDict):
@@ -17,6 +17,10 @@ Chat = Sequence[Message]
 GATE_SET = "heldout"  # the held-out set that the gate uses; extra held-out sets are only reported
 
 
+class BadRow(Exception):
+    """A row that is not a valid chat. The message says what was expected; it is written to quarantine.jsonl."""
+
+
 class ChatRecord(TypedDict):
     """A line of train.jsonl, validation.jsonl or heldout.jsonl."""
 
@@ -24,3 +28,4 @@ class ChatRecord(TypedDict):
     set: str  # train, heldout, or the name of an extra held-out set
     place: str  # where the row was read: file:line, or file:row
     messages: list[Message]
+    learned: NotRequired[list[int]]  # numbers of the answers that are learned, from 0; absent: all of them

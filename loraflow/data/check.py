@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -19,13 +20,16 @@ from loraflow.data.chats import GATE_SET, ChatRecord, Message
 from loraflow.data.check_report import CheckReport, Profile, SplitCounts
 from loraflow.data.readers import match_files, read_rows
 from loraflow.data.reasoning import NOT_RENDERED, reasoning_key, without_reasoning
-from loraflow.data.split import in_share, prompt_key, row_id
+from loraflow.data.similar import CheckedRow, find_similar, is_last_learned
+from loraflow.data.split import draw, in_share, prompt_key, row_id, sample
 from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 
 Split = Literal["train", "validation", "heldout"]
-Splits = dict[Split, list[ChatRecord]]
+Splits = dict[Split, list[CheckedRow]]
+MAX_UNREAD = 50  # keys in the report
+MAX_PROBLEM = 200  # characters of a problem in a failure
 
 
 class Quarantined(TypedDict):
@@ -37,6 +41,26 @@ class Quarantined(TypedDict):
     row: str  # the row's text; empty if the row is valid but was dropped
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """What was left out while the rows were read."""
+
+    quarantine: list[Quarantined]
+    counts: Counter[str]
+    unread: Counter[str]  # keys that have values and were not read
+    malformed: set[str] = field(default_factory=set)  # places of the first malformed rows
+
+    def first_problems(self) -> list[str]:
+        """Return places and problems of the first rows: the malformed ones, which can stop the run, before the others."""
+        rows = sorted(self.quarantine, key=lambda row: row["place"] not in self.malformed)[:5]
+        return [f"{row['place']}: {row['problem']}" for row in rows]
+
+    def drop(self, record: ChatRecord, set_name: str, reason: str, problem: str) -> None:
+        """Count a row that is left out, and put it into the quarantine."""
+        self.counts[reason] += 1
+        self.quarantine.append({"place": record["place"], "set": set_name, "problem": problem, "row": ""})
+
+
 def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
     """Write train.jsonl, validation.jsonl, heldout.jsonl, quarantine.jsonl and report.json.
 
@@ -44,94 +68,154 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
         BadData: a file is missing or cannot be read.
     """
     config, files = job.config, inputs["dataset"] / "files"
-    quarantine: list[Quarantined] = []
-    counts: Counter[str] = Counter()
-    splits = _read(files, config, quarantine, counts)
-    _drop_duplicates(splits, quarantine, counts, config.duplicates)
-    _drop_leaks(splits, quarantine, counts)
-    if config.limit:
-        splits["train"] = splits["train"][: config.limit]
-    for split, records in splits.items():
-        _write(out / f"{split}.jsonl", records)
-    _write(out / "quarantine.jsonl", quarantine)
-    rows = SplitCounts(**{split: len(records) for split, records in splits.items()})
+    reading = _Reading(quarantine=[], counts=Counter(), unread=Counter())
+    splits = _read(files, config, reading)
+    _drop_duplicates(splits, reading, config.duplicates)
+    _drop_leaks(splits, reading)
+    similar = find_similar(splits["train"] + splits["validation"], splits["heldout"])
+    _limit(splits, reading, config)
+    for split, rows in splits.items():
+        _write(out / f"{split}.jsonl", (row.record for row in rows))
+    _write(out / "quarantine.jsonl", reading.quarantine)
+    counts = SplitCounts(**{split: len(rows) for split, rows in splits.items()})
     report = CheckReport(
-        rows=rows,
-        sets=dict(Counter(record["set"] for record in splits["heldout"])),
-        counts=dict(counts),
-        malformed_share=counts["malformed"] / max(counts["read"], 1),
-        first_problems=[f"{row['place']}: {row['problem']}" for row in quarantine[:5]],
-        profile=Profile.of(splits["train"]),
+        rows=counts,
+        sets=dict(Counter(row.record["set"] for row in splits["heldout"])),
+        counts=dict(reading.counts),
+        malformed_share=reading.counts["malformed"] / max(reading.counts["read"], 1),
+        first_problems=reading.first_problems(),
+        unread=dict(reading.unread.most_common(MAX_UNREAD)),
+        similar=similar,
+        profile=Profile.of([row.record for row in splits["train"]]),
     ).as_json()
     text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)
     (out / "report.json").write_text(text + "\n", encoding="utf-8")
     return Summary(
         figures={
-            **rows.model_dump(),
-            "malformed": counts["malformed"],
-            "dropped": counts["duplicate"] + counts["leak"],
+            **counts.model_dump(),
+            "malformed": reading.counts["malformed"],
+            "dropped": sum(reading.counts[reason] for reason in ("duplicate", "leak", "marked_false")),
         },
         report=report,
         facets={"train": ["train.jsonl", "validation.jsonl"], "heldout": ["heldout.jsonl"]},
     )
 
 
-def check_limits(report: Mapping[str, JsonValue], max_quarantined: float, where: str) -> None:
+def check_limits(
+    report: Mapping[str, JsonValue], max_quarantined: float, where: str, dataset: str = "The dataset"
+) -> None:
     """Stop the run if a report of check_dataset exceeds the recipe's limits.
 
     Args:
         report: the report in the artifact's manifest.
         max_quarantined: largest share of malformed rows (data.max_quarantined).
         where: location of the report, for messages.
+        dataset: the dataset's name, for messages.
 
     Raises:
         LimitExceeded: too many rows are malformed.
         BadData: there are no training rows, or no held-out rows.
     """
     found = CheckReport.model_validate(report)
-    problems = "\n            ".join(found.first_problems)
+    problems = "".join(f"\n            {_short(problem)}" for problem in found.first_problems)
+    read = found.counts.get("read", 0)
     if found.malformed_share > max_quarantined:
         raise LimitExceeded(
-            f"{found.counts.get('malformed', 0)} of {found.counts['read']} rows are malformed.",
+            f"{found.counts.get('malformed', 0)} of {read} rows are malformed.",
             where=where,
             expected=f"at most {max_quarantined:.2%} (data.max_quarantined)",
-            got=f"{found.malformed_share:.2%}; the first problems:\n            {problems}",
+            got=f"{found.malformed_share:.2%}; the first problems:{problems}",
             next_step="fix these rows, then run `loraflow data add`, or raise data.max_quarantined",
         )
-    for name, count, key in (
-        ("train", found.rows.train, "data.train"),
-        ("heldout", found.rows.heldout, "data.heldout or data.heldout_fraction"),
+    for name, count, next_step in (
+        ("train", found.rows.train, "add rows, or correct data.train, data.columns or data.heldout_fraction"),
+        (
+            "heldout",
+            found.rows.heldout,
+            "name a file with held-out rows in data.heldout, or set data.heldout_fraction; it needs two different prompts",
+        ),
     ):
         if not count:
             raise BadData(
-                f"There are no {name} rows.",
+                f"{dataset} has no {name} rows.",
                 where=where,
-                got=problems or "an empty set",
-                next_step=f"correct the dataset or {key}",
+                got=f"{read} rows read, {found.rows.train} left to train on{problems}",
+                next_step=next_step,
             )
 
 
-def _read(files: Path, config: CheckDatasetConfig, quarantine: list[Quarantined], counts: Counter[str]) -> Splits:
-    """Read all files and split their rows; malformed rows go to `quarantine`."""
+def _short(problem: str) -> str:
+    line = " ".join(problem.split())
+    return line if len(line) <= MAX_PROBLEM else line[: MAX_PROBLEM - 1] + "…"
+
+
+def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Splits:
+    """Read all files and split their rows; malformed rows go to the quarantine."""
     splits: Splits = {"train": [], "validation": [], "heldout": []}
+    counts, quarantine = reading.counts, reading.quarantine
     for set_name, set_files in _assign_files(files, config).items():
         for row in read_rows(files, set_files, config.format, config.columns):
             counts["read"] += 1
+            if row.unused_keys:
+                reading.unread.update(row.unused_keys)
             messages, problem = row.messages, row.problem or ""
             if messages is not None and config.thinking == "strip":
                 messages = without_reasoning(messages)
                 if any(not m["content"].strip() for m in messages if m["role"] == "assistant"):
                     messages, problem = None, "an answer is empty without its reasoning (data.thinking)"
-            elif messages is not None and (key := reasoning_key(row.unused_keys)):
-                messages, problem = None, f"{key} {NOT_RENDERED}"
+            elif messages is not None and (reasoning := reasoning_key(row.unused_keys)):
+                messages, problem = None, f"{reasoning} {NOT_RENDERED}"
             if messages is None:
-                counts["malformed"] += 1
+                counts["marked_false" if row.is_marked_false else "malformed"] += 1
+                if not row.is_marked_false and len(reading.malformed) < 5:
+                    reading.malformed.add(row.place)
                 quarantine.append({"place": row.place, "set": set_name, "problem": problem, "row": row.raw})
                 continue
-            split = _assign_split(messages, set_name, config)
+            key = prompt_key(messages)
+            split = _assign_split(key, set_name, config)
             name = split if split != "heldout" else GATE_SET if set_name == "train" else set_name
-            splits[split].append(_record(messages, row.place, name, config.system))
+            if split == "heldout" and row.learned is not None and len(messages) - 1 not in row.learned:
+                counts["marked_false"] += 1
+                problem = "its last answer, the reference, is marked as not to be learned"
+                quarantine.append({"place": row.place, "set": set_name, "problem": problem, "row": row.raw})
+                continue
+            record = _record(messages, row.place, name, config.system, None if split == "heldout" else row.learned)
+            if "learned" in record:
+                counts["partly_marked"] += 1
+            if record["messages"] is not messages:
+                key = prompt_key(record["messages"])
+            splits[split].append(CheckedRow(record, key))
+    if (
+        config.heldout_fraction
+        and not config.heldout
+        and not any(r.record["set"] == GATE_SET for r in splits["heldout"])
+    ):
+        _hold_out_one(splits, reading, config.seed)
     return splits
+
+
+def _hold_out_one(splits: Splits, reading: _Reading, seed: int) -> None:
+    """Hold out one prompt if the seeded hash holds out none, as in a dataset of a few rows: the next in its order."""
+    rows = splits["train"]
+    prompts = {row.prompt for row in rows if is_last_learned(row.record)}
+    if len({row.prompt for row in rows}) < 2 or not prompts:
+        return
+    chosen = min(prompts, key=lambda prompt: draw(prompt, seed, "heldout"))
+    splits["train"] = [row for row in rows if row.prompt != chosen]
+    for row in rows:
+        if row.prompt == chosen and is_last_learned(row.record):
+            record: ChatRecord = {**row.record, "set": GATE_SET}
+            record.pop("learned", None)
+            splits["heldout"].append(CheckedRow(record, row.prompt))
+            reading.counts["held_out_of_few"] += 1
+
+
+def _limit(splits: Splits, reading: _Reading, config: CheckDatasetConfig) -> None:
+    """Keep a seeded sample of the training rows (data.limit)."""
+    rows = splits["train"]
+    if config.limit and config.limit < len(rows):
+        reading.counts["over_limit"] = len(rows) - config.limit
+        splits["train"] = [rows[n] for n in sample([row.prompt for row in rows], config.limit, config.seed, "limit")]
 
 
 def _assign_files(files: Path, config: CheckDatasetConfig) -> dict[str, list[str]]:
@@ -162,10 +246,9 @@ def _assign_files(files: Path, config: CheckDatasetConfig) -> dict[str, list[str
     return names
 
 
-def _assign_split(messages: list[Message], set_name: str, config: CheckDatasetConfig) -> Split:
+def _assign_split(key: str, set_name: str, config: CheckDatasetConfig) -> Split:
     if set_name != "train":
         return "heldout"
-    key = prompt_key(messages)
     if not config.heldout and in_share(key, config.heldout_fraction, config.seed, "heldout"):
         return "heldout"
     if config.validation_fraction and in_share(key, config.validation_fraction, config.seed, "validation"):
@@ -173,49 +256,53 @@ def _assign_split(messages: list[Message], set_name: str, config: CheckDatasetCo
     return "train"
 
 
-def _record(messages: list[Message], place: str, set_name: str, system: str | None) -> ChatRecord:
-    if system and messages[0]["role"] != "system":
+def _record(
+    messages: list[Message], place: str, set_name: str, system: str | None, learned: Sequence[int] | None
+) -> ChatRecord:
+    added = bool(system) and messages[0]["role"] != "system"
+    if system and added:
         messages = [{"role": "system", "content": system}, *messages]
-    return {"id": row_id(messages), "set": set_name, "place": place, "messages": messages}
+    record: ChatRecord = {"id": row_id(messages), "set": set_name, "place": place, "messages": messages}
+    if learned is not None:
+        record["learned"] = [number + added for number in learned]
+    return record
 
 
-def _drop_duplicates(
-    splits: Splits, quarantine: list[Quarantined], counts: Counter[str], policy: Literal["drop", "keep"]
-) -> None:
-    """Drop duplicates within a split. Held-out duplicates are always dropped: ids join the scores of two models."""
-    for split, records in splits.items():
-        seen: dict[tuple[str, str], str] = {}
-        unique: list[ChatRecord] = []
-        for record in records:
-            key = (record["id"], record["set"])
-            if key in seen and (policy == "drop" or split == "heldout"):
-                counts["duplicate"] += 1
-                quarantine.append(_dropped(record, record["set"], f"same as {seen[key]}"))
+def _drop_duplicates(splits: Splits, reading: _Reading, policy: Literal["drop", "keep"]) -> None:
+    """Drop duplicates within a split. Held-out duplicates are always dropped: ids join the scores of two models.
+
+    Chats with other marks are not duplicates.
+    """
+    for split, rows in splits.items():
+        places: dict[str, dict[str, str]] = {}  # set → chat → place of its first row
+        unique: list[CheckedRow] = []
+        for row in rows:
+            record = row.record
+            seen = places.setdefault(record["set"], {})
+            chat = f"{record['id']} {record['learned']}" if "learned" in record else record["id"]
+            if chat in seen and (policy == "drop" or split == "heldout"):
+                reading.drop(record, record["set"], "duplicate", f"same as {seen[chat]}")
                 continue
-            seen.setdefault(key, record["place"])
-            unique.append(record)
+            seen.setdefault(chat, record["place"])
+            unique.append(row)
         splits[split] = unique
 
 
-def _drop_leaks(splits: Splits, quarantine: list[Quarantined], counts: Counter[str]) -> None:
+def _drop_leaks(splits: Splits, reading: _Reading) -> None:
     """Drop training and validation rows whose prompt is held out: scores must not come from rows that were learned."""
-    heldout = {prompt_key(record["messages"]): record["place"] for record in splits["heldout"]}
+    heldout = {row.prompt: row.record["place"] for row in splits["heldout"]}
     for split in ("train", "validation"):
-        remaining: list[ChatRecord] = []
-        for record in splits[split]:
-            place = heldout.get(prompt_key(record["messages"]))
+        remaining: list[CheckedRow] = []
+        for row in splits[split]:
+            place = heldout.get(row.prompt)
             if place is None:
-                remaining.append(record)
-                continue
-            counts["leak"] += 1
-            quarantine.append(_dropped(record, split, f"its prompt is held out ({place})"))
+                remaining.append(row)
+            else:
+                reading.drop(row.record, split, "leak", f"its prompt is held out ({place})")
         splits[split] = remaining
 
 
-def _dropped(record: ChatRecord, set_name: str, problem: str) -> Quarantined:
-    return {"place": record["place"], "set": set_name, "problem": problem, "row": ""}
-
-
 def _write(path: Path, rows: Iterable[ChatRecord] | Iterable[Quarantined]) -> None:
+    encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each row
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(encode(row) + "\n" for row in rows)

@@ -53,14 +53,28 @@ def _spread(lengths: list[int]) -> Spread:
     return Spread(median=ordered[len(ordered) // 2], max=ordered[-1])
 
 
+class Similar(StoredModel):
+    """Rows that are equal but for case, white space and Unicode form. They are counted, not dropped."""
+
+    near_leaks: int = 0  # training and validation rows whose prompt is nearly a held-out prompt
+    near_leak: str = ""  # the places of the first pair
+    disputed_prompts: int = 0  # training prompts with different answers
+    disputed_rows: int = 0  # their rows
+    disputed: str = ""  # the places of the first pair
+
+
 class CheckReport(StoredModel):
     """The content of report.json, and the report in the artifact's manifest."""
 
     rows: SplitCounts
     sets: dict[str, int]  # held-out rows of each set
-    counts: dict[str, int]  # rows read, malformed, duplicate, leak
+    # rows read, malformed, marked_false, duplicate, leak, over_limit. Not left out are partly_marked (some answers are
+    # learned) and held_out_of_few (the hash had held out none)
+    counts: dict[str, int]
     malformed_share: float
     first_problems: list[str]  # place and problem of the first rows in quarantine
+    unread: dict[str, int] = {}  # keys that have values and were not read → rows
+    similar: Similar = Similar()
     # In JSON, {} stands for the profile of no rows.
     profile: Annotated[
         Profile | None,

@@ -107,7 +107,8 @@ def _encode(lines: list[str]) -> Chunk:
     problems = Problems()
     if_cut: IfCut = "context" if _config.thinking == "keep" else "error"
     with name_row([record["place"] for record in records]):
-        encoded = _template.encode([record["messages"] for record in records], _config.loss_on, if_cut)
+        learned = [record.get("learned") for record in records]
+        encoded = _template.encode([record["messages"] for record in records], _config.loss_on, if_cut, learned)
     for record, row in zip(records, encoded, strict=True):
         part = _part_to_learn(row, record["place"], _config, problems)
         if part is not None:

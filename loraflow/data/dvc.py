@@ -10,9 +10,11 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from loraflow.data.dvc_command import check_remote, remotes, run_dvc
+from loraflow.data.dvc_ignore import ignored_below
 from loraflow.data.dvc_pin import Pin, read_pin, show_git
 from loraflow.data.dvc_storage import copy_from_storage, prepare_pull
 from loraflow.data.git import is_url
@@ -20,7 +22,7 @@ from loraflow.data.listing import check_names
 from loraflow.failures import BadData, DirtyData
 from loraflow.store.files import HashMemo, files_below
 
-__all__ = ["Pin", "add", "dvc_md5", "fetch", "pull", "read_pin", "refuse_modified", "resolve_commit"]
+__all__ = ["Pin", "add", "dvc_md5", "fetch", "pull", "read_pin", "refuse_modified", "resolve_commit", "work_tree_md5"]
 log = logging.getLogger(__name__)
 
 
@@ -34,8 +36,22 @@ def resolve_commit(repo: str, rev: str) -> str:
     ).strip()
 
 
-def dvc_md5(path: Path, memo: HashMemo | None = None) -> str:
+def work_tree_md5(path: Path, memo: HashMemo | None = None) -> str:
+    """Return DVC's id of a folder or file in a work tree, without the files that `.dvcignore` names.
+
+    Raises:
+        BadData: the folder contains a link, pipe or socket.
+    """
+    return dvc_md5(path, memo, ignored_below(path))
+
+
+def dvc_md5(path: Path, memo: HashMemo | None = None, is_ignored: Callable[[str], bool] = lambda _: False) -> str:
     """Return DVC's id of a folder (`….dir`) or of a file.
+
+    Args:
+        path: the folder or file.
+        memo: known hashes of files.
+        is_ignored: tells whether a file of the folder does not belong to the dataset, by its relative name.
 
     Raises:
         BadData: the folder contains a link, pipe or socket. DVC silently follows links to files and drops the others.
@@ -44,7 +60,9 @@ def dvc_md5(path: Path, memo: HashMemo | None = None) -> str:
     if path.is_file() and not path.is_symlink():
         return memo.hash(path, "md5")
     try:
-        rows = [{"md5": memo.hash(file, "md5"), "relpath": name} for name, file in files_below(path)]
+        rows = [
+            {"md5": memo.hash(file, "md5"), "relpath": name} for name, file in files_below(path) if not is_ignored(name)
+        ]
     except ValueError as error:
         raise BadData(
             "A dataset may contain only regular files.",
@@ -66,7 +84,7 @@ def refuse_modified(repo: str, pin: Pin, memo: HashMemo) -> None:
     output = Path(repo, pin.path)
     if not output.exists():
         return
-    got = dvc_md5(output, memo)
+    got = work_tree_md5(output, memo)
     if got != pin.md5:
         raise DirtyData(
             f"{pin.path} differs from the version that {pin.dvc_file} pins.",
@@ -93,7 +111,10 @@ def fetch(repo: str, pin: Pin, rev: str | None, target: Path, memo: HashMemo, re
         if output.is_file():
             shutil.copyfile(output, target / output.name)
         else:
+            is_ignored = _ignored(output, pin)
             for name, file in files_below(output):
+                if is_ignored(name):
+                    continue
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target / name)
     elif not pin.dvc_file:
@@ -116,10 +137,15 @@ def fetch(repo: str, pin: Pin, rev: str | None, target: Path, memo: HashMemo, re
         )
 
 
+def _ignored(output: Path, pin: Pin) -> Callable[[str], bool]:
+    """Return which files do not belong to a dataset. A plain folder, which DVC does not know, is used as it is."""
+    return ignored_below(output) if pin.dvc_file else lambda _: False
+
+
 def _has_pinned_content(output: Path, pin: Pin, rev: str | None, memo: HashMemo) -> bool:
     """Tell whether the work tree has the pinned files. A revision may differ from it, so links are not an error then."""
     try:
-        return dvc_md5(output, memo) == pin.md5
+        return dvc_md5(output, memo, _ignored(output, pin)) == pin.md5
     except BadData:
         if rev is None:
             raise
@@ -141,8 +167,9 @@ def add(folder: str, *, push: bool = True, remote: str | None = None) -> Pin:
     source = Path(folder)
     if not source.exists():
         raise BadData("There is nothing to add.", where=folder, next_step="pass an existing folder or file of chats")
-    dvc_md5(source)  # refuses links before DVC follows them
-    names = [name for name, _ in files_below(source)] if source.is_dir() else [source.name]
+    work_tree_md5(source)  # refuses links before DVC follows them
+    is_ignored = ignored_below(source)
+    names = [name for name, _ in files_below(source) if not is_ignored(name)] if source.is_dir() else [source.name]
     check_names(names, folder, "rename the file")  # a pull would refuse it
     repo = Path.cwd()
     if push and remote is not None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from loraflow.data.chat_formats import BadRow, has_known_keys, to_messages
+from loraflow.data.chat_formats import has_known_keys, to_messages
+from loraflow.data.chats import BadRow
 from loraflow.data.readers import read_values
 
 # usual names of (question, answer), in lower case

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import IO, NamedTuple, NoReturn
 
 from pydantic import JsonValue
 
-from loraflow.data.chat_formats import BadRow
+from loraflow.data.chat_formats import BARE_CHAT, is_bare_chat
+from loraflow.data.chats import BadRow
 from loraflow.failures import BadData
 
 MAX_ROW_BYTES = 50_000_000
@@ -32,17 +35,31 @@ def read_json_lines(path: Path, name: str) -> Iterator[RawValue]:
         name: the file's name in messages.
     """
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number in itertools.count(1):
+            line = file.readline(MAX_ROW_BYTES + 1)
+            if not line:
+                return
             place = f"{name}:{number}"
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
+            if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
+                size = len(line) + _skip_line(file)
+                yield RawValue(place, BadRow(f"a row of {size:,} bytes; at most {MAX_ROW_BYTES:,}"), "")
+            elif not line.isspace():
                 yield _json_line(line, place)
 
 
+def _skip_line(file: IO[bytes]) -> int:
+    """Read the rest of a line, and return its length: a file without line breaks would fill the memory."""
+    size = 0
+    while part := file.readline(MAX_ROW_BYTES):
+        size += len(part)
+        if part.endswith(b"\n"):
+            break
+    return size
+
+
 def _json_line(line: bytes, place: str) -> RawValue:
-    if len(line) > MAX_ROW_BYTES:
-        return RawValue(place, BadRow(f"a row of {len(line):,} bytes; at most {MAX_ROW_BYTES:,}"), "")
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -55,9 +72,11 @@ def _json_line(line: bytes, place: str) -> RawValue:
         return RawValue(place, BadRow(problem), text.rstrip("\n")[:2000])
     except ValueError as error:
         return RawValue(place, BadRow(str(error)), text[:2000])
+    if is_bare_chat(value):
+        return RawValue(place, BadRow(BARE_CHAT), text.rstrip("\n")[:2000])
     if isinstance(value, list):
         problem = "a list; expected one JSON object per line (if the whole file is one list, rename it to .json)"
-        return RawValue(place, BadRow(problem), text.rstrip("\n"))
+        return RawValue(place, BadRow(problem), text.rstrip("\n")[:2000])
     return RawValue(place, value, text.rstrip("\n"))
 
 
@@ -82,33 +101,55 @@ def read_json(path: Path, name: str) -> Iterator[RawValue]:
             expected="a list of rows",
         ) from error
     except ValueError as error:
+        first, *others = text.strip().split("\n", 1)
+        if others and _is_json(first):  # JSON lines, one of which has a duplicated key: the other rows are read
+            yield from read_json_lines(path, name)
+            return
         raise BadData("The file is not valid JSON.", where=name, got=str(error), expected="a list of rows") from error
     if not isinstance(rows, list):
         raise _not_a_list(rows, name)
     for number, row in enumerate(rows, 1):
-        yield RawValue(f"{name}:row {number}", row, json.dumps(row, ensure_ascii=False)[:2000])
+        yield RawValue(f"{name}:row {number}", row, row_text(row))
+
+
+def row_text(row: JsonValue) -> str:
+    """Return a row's text, cut to 2,000 characters. Values that JSON lacks are shown as Python shows them."""
+    try:
+        return json.dumps(row, ensure_ascii=False, default=str)[:2000]
+    except (RecursionError, TypeError, ValueError):  # nested deeply; a key that is not text
+        return f"({type(row).__name__})"
 
 
 def strict_json(text: str) -> JsonValue:
-    """Parse JSON without NaN, infinities and lone surrogates, which Python's parser accepts.
+    """Parse JSON without NaN, infinities, lone surrogates and duplicated keys, which Python's parser accepts.
 
     Raises:
         ValueError: the text is not valid JSON.
     """
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not valid JSON")
-
     try:
-        value: JsonValue = json.loads(text, parse_constant=refuse)
+        value: JsonValue = _decode(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if "\\u" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError("a lone surrogate (half of a character) is not valid text") from None
+    except UnicodeEncodeError:
+        raise ValueError("a lone surrogate (half of a character) is not valid text") from None
     return value
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not valid JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {json.dumps(key, ensure_ascii=False)[:60]} is duplicated in an object")
+    return values
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant).decode
 
 
 def _is_json(text: str) -> bool:

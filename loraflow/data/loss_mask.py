@@ -100,10 +100,21 @@ class ChatTemplate:
         """
         return self._renderer.render(chats, prompt=prompt)
 
-    def encode(self, chats: Sequence[Chat], loss_on: LossOn, if_cut: IfCut = "error") -> list[Encoded]:
-        """Encode chats. `loss_on` selects the trained tokens: every answer, the last answer, or all tokens.
+    def encode(
+        self,
+        chats: Sequence[Chat],
+        loss_on: LossOn,
+        if_cut: IfCut = "error",
+        learned: Sequence[Sequence[int] | None] | None = None,
+    ) -> list[Encoded]:
+        """Encode chats.
 
-        `if_cut` is for answers that the template does not render completely: the chat is refused, or they are only context.
+        Args:
+            chats: the chats.
+            loss_on: the trained tokens: every answer, the last answer, or all tokens.
+            if_cut: for answers that the template does not render completely: the chat is refused, or they are only context.
+            learned: of each chat, the numbers of the messages that are learned; None: all answers. The other answers are
+                left out of what `loss_on` selects.
 
         Raises:
             BadModel: the template leaves out a part of a chat, an answer cannot be found in the rendered text, or no stop
@@ -114,13 +125,17 @@ class ChatTemplate:
             _refuse_other_text(texts, self._marking.render(chats, prompt=False))
         texts = self._closed(chats, texts)
         _refuse_left_out(chats, texts)
-        found = self._answers.find(chats, texts, loss_on, if_cut)
+        numbers = learned or [None] * len(chats)
+        found = self._answers.find(chats, texts, loss_on, if_cut, numbers)
         if loss_on != "all":
             self._refuse_other_ends(found)
         spans = [[span for answer in answers for span in answer.spans] for answers in found]
         out = []
-        for chat, answers, (ids, tokens) in zip(chats, found, self._aligned(texts, spans), strict=True):
+        aligned = self._aligned(texts, spans)
+        for chat, answers, wanted, (ids, tokens) in zip(chats, found, numbers, aligned, strict=True):
             labels = ids.copy() if loss_on == "all" else _labels(ids, tokens)
+            if wanted is not None:
+                _mask_others(labels, chat, answers, tokens, wanted)
             # A span of the last answer, or of the last one that is learned.
             first = len(tokens) - len(next((a.spans for a in reversed(answers) if a.spans), ()))
             prompt = tokens[first][0] if tokens else len(ids)
@@ -343,6 +358,18 @@ def _labels(ids: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     for first, last in spans:
         labels[first:last] = ids[first:last]
     return labels
+
+
+def _mask_others(
+    labels: np.ndarray, chat: Chat, answers: Sequence[Answer], tokens: Sequence[Span], learned: Sequence[int]
+) -> None:
+    """Take the answers that are not learned out of the labels, in place. `tokens` are the spans of all answers in order."""
+    at = 0
+    for number, answer in zip((n for n, m in enumerate(chat) if m["role"] == "assistant"), answers, strict=True):
+        if number not in learned:
+            for first, last in tokens[at : at + len(answer.spans)]:
+                labels[first:last] = IGNORED
+        at += len(answer.spans)
 
 
 def _token_span(encoding: Encoding, start: int, end: int) -> Span:

@@ -42,8 +42,9 @@ def audit(source: Path, template: ChatTemplate, config: TokenizeConfig) -> list[
     chats = [record["messages"] for record in records]
     audited: list[AuditedRow] = []
     if_cut: IfCut = "context" if config.thinking == "keep" else "error"
+    marked = [record.get("learned") for record in records]
     with name_row([record["place"] for record in records]):
-        encoded_chats, prompts = template.encode(chats, config.loss_on, if_cut), template.prompt_ids(chats)
+        encoded_chats, prompts = template.encode(chats, config.loss_on, if_cut, marked), template.prompt_ids(chats)
     for record, encoded, prompt in zip(records, encoded_chats, prompts, strict=True):
         learned = encoded.ids[encoded.labels != IGNORED]
         audited.append(

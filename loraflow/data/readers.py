@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from loraflow.data.chat_formats import BadRow, RawRow, to_messages, unused_keys
-from loraflow.data.chats import Message
+from loraflow.data.chat_formats import RawRow, read_chat
+from loraflow.data.chats import BadRow, Message
 from loraflow.data.csv_reader import read_table
-from loraflow.data.json_reader import RawValue, read_json, read_json_lines, strict_json
+from loraflow.data.json_reader import RawValue, read_json, read_json_lines, row_text, strict_json
+from loraflow.data.marks import Labels, MarkedFalse
 from loraflow.failures import BadData
 
+if TYPE_CHECKING:
+    import pyarrow as pa
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """A row as read: its chat, or the reason why it has none."""
 
@@ -28,6 +33,8 @@ class Row:
     problem: str | None = None
     raw: str = ""  # the row's text
     unused_keys: tuple[str, ...] = ()  # keys that have a value and that no format reads
+    learned: tuple[int, ...] | None = None  # numbers of the answers that are learned, from 0; None: every answer
+    is_marked_false: bool = False  # it has no chat, because its marks exclude every answer
 
 
 def read_rows(
@@ -45,24 +52,25 @@ def read_rows(
         BadData: a file cannot be read, or its kind is unknown.
     """
     for name in names:
-        for place, value, text in read_values(folder / name, name):
+        path = folder / name
+        labels = Labels(partial(_rows_of, path, name))
+        for place, value, text in read_values(path, name):
             if isinstance(value, BadRow):
                 yield Row(place, None, str(value), text)
                 continue
             try:
-                messages = to_messages(_renamed(value, columns), format_name)
-                yield Row(place, messages, None, text, unused_keys(value, format_name, columns))
+                chat = read_chat(value, format_name, columns, labels)
+                yield Row(place, chat.messages, None, text, chat.unread, chat.learned)
+            except MarkedFalse as marked:
+                yield Row(place, None, str(marked), text, is_marked_false=True)
             except BadRow as problem:
                 yield Row(place, None, str(problem), text)
 
 
-def _renamed(row: JsonValue, columns: Mapping[str, str]) -> JsonValue:
-    if not columns or not isinstance(row, dict):
-        return row
-    for ours, theirs in columns.items():
-        if theirs not in row:
-            raise BadRow(f"expected the column {theirs} ({ours}); got {', '.join(map(str, list(row)[:8]))}")
-    return {**row, **{ours: row[theirs] for ours, theirs in columns.items()}}
+def _rows_of(path: Path, name: str) -> Iterator[JsonValue]:
+    for row in read_values(path, name):
+        if not isinstance(row.value, BadRow):
+            yield row.value
 
 
 def read_values(path: Path, name: str) -> Iterator[RawValue]:
@@ -77,17 +85,17 @@ def read_values(path: Path, name: str) -> Iterator[RawValue]:
     """
     try:
         with path.open("rb") as file:
-            begin = file.read(2)
+            begin = file.read(6)
     except PermissionError as error:
         raise BadData(
             "The file cannot be opened.", where=str(path), got=str(error.strerror), next_step="correct its permissions"
         ) from error
     suffix = path.suffix.lower()
-    if begin in (b"\xff\xfe", b"\xfe\xff") and suffix != ".parquet":
-        raise _not_utf8(name, name, "UTF-16", "UTF-16")
     reader = _READERS.get(suffix)
     if reader is None:
         raise _unknown_kind(name)
+    if suffix != ".parquet":
+        _refuse_binary(begin, name)
     try:
         yield from reader(path, name)
     except UnicodeDecodeError:
@@ -115,10 +123,53 @@ def match_files(folder: Path, patterns: list[str]) -> list[str]:
                 "No file of the dataset has this name.",
                 where=pattern,
                 expected="one of " + ", ".join(have[:10]) if have else f"a file of type {kinds}",
+                got=", ".join(match_nothing(folder)[:10]),
                 next_step="correct data.train, data.heldout or data.extra_heldout",
             )
         found += [name for name in hits if name not in found]
     return found
+
+
+# first bytes → (kind, suffix)
+_BINARY = {
+    b"\x1f\x8b": ("compressed by gzip", ".gz"),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", ".zst"),
+    b"BZh": ("compressed by bzip2", ".bz2"),
+    b"\xfd7zXZ": ("compressed by xz", ".xz"),
+    b"PK\x03\x04": ("a zip or Excel file", ".zip"),
+    b"PAR1": ("a Parquet file", ".parquet"),
+}
+_UNPACK = {".gz": "gunzip --keep", ".zst": "unzstd", ".bz2": "bunzip2 --keep", ".xz": "unxz --keep", ".zip": "unzip"}
+
+
+def _refuse_binary(begin: bytes, name: str) -> None:
+    """Refuse a file whose first bytes show that its suffix is wrong.
+
+    Raises:
+        BadData: it is not text in UTF-8.
+    """
+    if begin[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise _not_utf8(name, name, "UTF-16", "UTF-16")
+    if len(begin) > 3 and begin[1:2] == b"\0" != begin[:1] and begin[3:4] == b"\0":
+        raise _not_utf8(name, name, "UTF-16 without a byte order mark", "UTF-16LE")
+    for magic, (kind, suffix) in _BINARY.items():
+        if begin.startswith(magic):
+            renamed = f"{name}{suffix}"
+            unpack = f" && {_UNPACK[suffix]} {shlex.quote(renamed)}" if suffix in _UNPACK else ""
+            raise BadData(
+                f"The file is {kind}, not text.",
+                where=name,
+                got=f"the first bytes {begin[: len(magic)].hex(' ')}",
+                next_step=f"mv {shlex.quote(name)} {shlex.quote(renamed)}{unpack}",
+            )
+
+
+def match_nothing(folder: Path) -> list[str]:
+    """Return the names of a folder's files whose type is not read, such as train.jsonl.gz. Hidden files are left out."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return [
+        n for n in names if Path(n).suffix.lower() not in _READERS and not any(q.startswith(".") for q in Path(n).parts)
+    ]
 
 
 def _read_table(path: Path, name: str) -> Iterator[RawValue]:
@@ -135,9 +186,14 @@ def _read_parquet(path: Path, name: str) -> Iterator[RawValue]:
 
     try:
         with pq.ParquetFile(path) as file:
-            records = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(1000))
-            for number, record in enumerate(records, 1):
-                yield _with_parsed_turns(record, f"{name}:row {number}")
+            columns = Counter(file.schema_arrow.names)
+            if duplicated := [column for column, count in columns.items() if count > 1]:
+                raise _duplicated_column(name, duplicated)
+            number = 0
+            for batch in file.iter_batches(1000):
+                for record in _records(batch, name):
+                    number += 1
+                    yield _with_parsed_turns(record, f"{name}:row {number}")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadData(
             "The Parquet file cannot be read.",
@@ -147,16 +203,42 @@ def _read_parquet(path: Path, name: str) -> Iterator[RawValue]:
         ) from error
 
 
+def _records(batch: pa.RecordBatch, name: str) -> list[RawRow]:
+    """Return a batch's rows as Python values.
+
+    Raises:
+        BadData: a column has a value that Python has no type for, such as a date after the year 9999.
+    """
+    cells: dict[str, list[JsonValue]] = {}
+    for column in batch.schema.names:
+        try:
+            cells[column] = batch.column(column).to_pylist()
+        except (ValueError, OverflowError, LookupError, TypeError) as error:
+            raise BadData(
+                "A column of the Parquet file has values that cannot be read.",
+                where=f"{name}, column {column} ({batch.schema.field(column).type})",
+                got=f"{type(error).__name__}: {error}"[:300],
+                next_step="write the column as text, or leave it out",
+            ) from error
+    return [dict(zip(cells, values, strict=True)) for values in zip(*cells.values(), strict=True)]
+
+
+def _duplicated_column(name: str, columns: list[str]) -> BadData:
+    return BadData(
+        "A column is duplicated.", where=name, got=", ".join(columns), next_step="rename or remove one of them"
+    )
+
+
 def _with_parsed_turns(row: RawRow, place: str) -> RawValue:
     """Parse the cells that hold a chat as JSON text: CSV has no lists."""
     for key in ("messages", "conversations"):
         cell = row.get(key)
-        if isinstance(cell, str):
+        if isinstance(cell, str) and cell.strip():
             try:
                 row[key] = strict_json(cell)
             except ValueError as error:
                 return RawValue(place, BadRow(f"column {key} is not valid JSON: {error}"), str(row)[:2000])
-    return RawValue(place, row, json.dumps(row, ensure_ascii=False, default=str)[:2000])
+    return RawValue(place, row, row_text(row))
 
 
 _READERS = {
@@ -171,10 +253,9 @@ _READERS = {
 
 def _unknown_kind(name: str) -> BadData:
     suffix = Path(name).suffix.lower()
-    packed = {".gz": "gunzip --keep", ".zst": "unzstd", ".bz2": "bunzip2 --keep", ".xz": "unxz --keep", ".zip": "unzip"}
     next_step = "convert it to one of these types"
-    if suffix in packed:
-        next_step = f"{packed[suffix]} {shlex.quote(name)}"
+    if suffix in _UNPACK:
+        next_step = f"{_UNPACK[suffix]} {shlex.quote(name)}"
     elif suffix in ("", ".txt"):
         next_step = "if it has one JSON object per line, give it the suffix .jsonl"
     return BadData(

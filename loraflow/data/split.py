@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
+from collections.abc import Sequence
 
 from loraflow.data.chats import Chat
+
+_to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each row
 
 
 def row_id(messages: Chat) -> str:
     """Return a chat's id: 16 hex digits of a hash of its content."""
-    return hashlib.sha256(json.dumps(messages, ensure_ascii=False).encode()).hexdigest()[:16]
+    return hashlib.sha256(_to_json(messages).encode()).hexdigest()[:16]
 
 
 def prompt_key(messages: Chat) -> str:
@@ -27,5 +31,34 @@ def in_share(key: str, share: float, seed: int, purpose: str) -> bool:
         seed: the recipe's split seed.
         purpose: heldout or validation; each purpose is an independent draw.
     """
-    draw = hashlib.sha256(f"{purpose}:{seed}:{key}".encode()).digest()
-    return int.from_bytes(draw[:8], "big") < share * 2**64
+    return draw(key, seed, purpose) < share * 2**64
+
+
+def draw(key: str, seed: int, purpose: str) -> int:
+    """Return a row's seeded random number, 0 to 2**64 - 1."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}:{seed}:{key}".encode()).digest()[:8], "big")
+
+
+def sample(keys: Sequence[str], size: int, seed: int, purpose: str) -> list[int]:
+    """Return the positions of a seeded sample, in ascending order.
+
+    The rows with the smallest random numbers are taken, so that n added rows change at most n rows of the sample.
+
+    Args:
+        keys: a key of each row, such as its prompt key.
+        size: the number of rows to take.
+        seed: the seed.
+        purpose: each purpose is an independent draw.
+    """
+    if size >= len(keys):
+        return list(range(len(keys)))
+    return sorted(sorted(range(len(keys)), key=lambda row: draw(keys[row], seed, purpose))[:size])
+
+
+def normalized_key(messages: Chat) -> int:
+    """Return a hash of texts without the differences of case, white space and Unicode form, as a 64-bit number."""
+    text = "\0".join(message["content"] for message in messages)
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    plain = " ".join(text.casefold().split())
+    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "big")

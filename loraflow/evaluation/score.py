@@ -15,6 +15,7 @@ import numpy as np
 
 from loraflow.config.stage_configs import EvaluateConfig
 from loraflow.data.chats import GATE_SET, Message
+from loraflow.data.split import prompt_key, sample
 from loraflow.evaluation.groups import group_labels
 from loraflow.evaluation.intervals import Interval, mean_interval
 from loraflow.evaluation.values import EvaluationReport, MetricValue, Sample, Scores, SetScores, scores_to_dict
@@ -61,12 +62,14 @@ class _Computed:
 
     answers: list[GeneratedAnswer]
     losses: list[tuple[float, int]]  # sum of -log p of the reference in nats, its number of tokens
+    control_tokens: int  # rows with a control token in a message's text; 0 without the metric token_loss
+    longest: int  # tokens of the longest row, with its reference; 0 without the metric token_loss
 
 
 def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
     """Generate answers, score them, and write the scores. Every model gets the same rows, template and settings."""
     config, group = job.config, join(pick_device(job.runtime))
-    rows = read_rows(inputs["rows"] / "heldout.jsonl", config.max_rows)
+    rows, available = read_rows(inputs["rows"] / "heldout.jsonl", config.max_rows, config.seed)
     computed = _ask_model(job, inputs["model"], rows, progress, group)
     if not group.is_main:  # of several devices, the first one scores and writes
         return Summary()
@@ -77,28 +80,42 @@ def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress)
     scores = {str(name): summarise(part, config.confidence, config.seed) for name, part in table.groupby("set")}
     text = json.dumps(scores_to_dict(scores), indent=1, sort_keys=True) + "\n"
     (out / "metrics.json").write_text(text, encoding="utf-8")
-    report = EvaluationReport(metrics=scores, samples=_samples(table))
+    report = EvaluationReport(
+        metrics=scores,
+        samples=_samples(table),
+        available=available,
+        control_tokens=computed.control_tokens,
+        longest=computed.longest,
+    )
     return Summary(figures=_figures(scores), report=report.to_dict())
 
 
-def read_rows(file: Path, max_rows: int | None) -> list[HeldoutRow]:
-    """Return the held-out rows, at most `max_rows` of each set.
+def read_rows(file: Path, max_rows: int | None, seed: int) -> tuple[list[HeldoutRow], dict[str, int]]:
+    """Return the held-out rows in the order of the file, and how many there are of each set.
+
+    At most `max_rows` of a set are returned: a seeded sample, so that a file that is sorted by label gives all labels.
 
     Raises:
         BadData: there are none.
     """
-    taken: dict[str, int] = {}
-    rows = []
     with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            values = json.loads(line)
-            row = HeldoutRow(values["id"], values["set"], values["messages"], values.get("place", ""))
-            taken[row.set] = taken.get(row.set, 0) + 1
-            if max_rows is None or taken[row.set] <= max_rows:
-                rows.append(row)
+        values = [json.loads(line) for line in lines]
+    rows = [HeldoutRow(row["id"], row["set"], row["messages"], row.get("place", "")) for row in values]
     if not rows:
         raise BadData("There are no held-out rows.", where="evaluate", next_step="see data.heldout")
-    return rows
+    sets: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        sets.setdefault(row.set, []).append(number)
+    available = {name: len(numbers) for name, numbers in sets.items()}
+    if max_rows is None:
+        return rows, available
+    keys = [prompt_key(row.messages) for row in rows]
+    taken = (
+        numbers[n]
+        for numbers in sets.values()
+        for n in sample([keys[number] for number in numbers], max_rows, seed, "max_rows")
+    )
+    return [rows[number] for number in sorted(taken)], available
 
 
 def _ask_model(
@@ -136,7 +153,12 @@ def _ask_model(
         on_batch=(lambda done: progress(done=done, total=len(rows))) if group.is_main else None,
         group=group,
     )
-    return _Computed(answers, losses)
+    return _Computed(
+        answers,
+        losses,
+        control_tokens=sum(row.special_in_text is not None for row in encoded),
+        longest=max((len(row.ids) for row in encoded), default=0),
+    )
 
 
 def _table(rows: Sequence[HeldoutRow], computed: _Computed) -> pd.DataFrame:

@@ -62,6 +62,9 @@ class EvaluationReport(StoredModel):
 
     metrics: Scores
     samples: tuple[Sample, ...] = ()
+    available: Mapping[str, int] = {}  # held-out rows of each set, of which at most evaluation.max_rows are scored
+    control_tokens: int = 0  # scored rows with a control token in a message's text
+    longest: int = 0  # tokens of the longest scored row
 
     @classmethod
     def from_dict(cls, report: Mapping[str, JsonValue]) -> Self:
@@ -74,7 +77,13 @@ class EvaluationReport(StoredModel):
 
     def to_dict(self) -> dict[str, JsonValue]:
         """Return the report as JSON values."""
-        return {"metrics": scores_to_dict(self.metrics), "samples": [sample.model_dump() for sample in self.samples]}
+        return {
+            "metrics": scores_to_dict(self.metrics),
+            "samples": [sample.model_dump() for sample in self.samples],
+            "available": dict(self.available),
+            "control_tokens": self.control_tokens,
+            "longest": self.longest,
+        }
 
 
 @dataclasses.dataclass(frozen=True)

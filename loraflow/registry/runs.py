@@ -63,12 +63,27 @@ class Publication(StoredModel):
         return {key: value for key, value in handler(self).items() if value is not None}
 
 
+class RowCount(StoredModel):
+    """How many rows of the dataset were read, left out for a reason, or used; tokens for what is named so."""
+
+    what: str
+    rows: int
+
+
+class RowsSummary(StoredModel):
+    """What became of the dataset's rows, and what a person should know about them."""
+
+    counts: list[RowCount] = []
+    notes: list[str] = []
+
+
 class RunSummary(StoredModel):
     """The outcome of a run that reached its decision; `loraflow run --json` prints it."""
 
     run: str
     recipe: str
     stages: list[StageRun] = []
+    rows: RowsSummary | None = None
     metrics: dict[str, Scores | None] = {}  # of base, tuned and champion
     decision: RecordedDecision | None = None
     registered: int | None = None  # number of the entry in the promotion log

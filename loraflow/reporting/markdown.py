@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 from loraflow.evaluation.values import Decision, MetricValue, ModelScores, Sample, Scores, SetScores, Verdict
 from loraflow.identity import short
+from loraflow.registry.runs import RowsSummary
 from loraflow.reporting import chart
 
 GATE_SET = "heldout"  # its scores are shown first: the gate decides by them
@@ -27,6 +29,7 @@ APPROVAL = (
     "declined. The reason is recorded."
 )
 
+NO_COUNTS: Mapping[str, int] = MappingProxyType({})
 T = TypeVar("T")
 
 
@@ -69,6 +72,7 @@ class RunReport:
     store: str  # locations
     adapter: str
     merged: str
+    rows: RowsSummary | None = None
 
 
 def run_report(report: RunReport, *, image: bool = False) -> str:
@@ -84,6 +88,7 @@ def run_report(report: RunReport, *, image: bool = False) -> str:
         *([decision.budget, ""] if decision.budget else []),
     ]
     lines += _comparison(report.scores, report.confidence)
+    lines += _rows(report.rows)
     lines += _training_loss(report.losses, image=image)
     lines += _answers(report.samples)
     lines += _lineage(report.stages, report.store)
@@ -92,7 +97,16 @@ def run_report(report: RunReport, *, image: bool = False) -> str:
     return "\n".join(lines)
 
 
-def scores_report(model: str, recipe: str, scores: Scores, *, confidence: float, folder: str, table: str) -> str:
+def scores_report(
+    model: str,
+    recipe: str,
+    scores: Scores,
+    *,
+    confidence: float,
+    folder: str,
+    table: str,
+    available: Mapping[str, int] = NO_COUNTS,
+) -> str:
     """Return the report of one model's scores.
 
     Args:
@@ -102,10 +116,13 @@ def scores_report(model: str, recipe: str, scores: Scores, *, confidence: float,
         confidence: of the scores' intervals.
         folder: the location of the model.
         table: the location of the score table.
+        available: held-out rows of each set, of which a sample is scored.
     """
     lines = [f"# Scores of {model}, recipe {recipe}", ""]
     for rows, part in _gate_set_first(scores):
-        lines += [f"## {rows} ({_count(part.values())} rows)", "", "| metric | value |", "|---|---|"]
+        count = _count(part.values())
+        of = f" of {available[rows]}" if available.get(rows, count) != count else ""
+        lines += [f"## {rows} ({count}{of} rows)", "", "| metric | value |", "|---|---|"]
         lines += [*(f"| {name} | {value} |" for name, value in part.items()), ""]
     lines += [_intervals(confidence), "", "Model:", "", *_code(folder), "Scores of each row:", "", *_code(table)]
     return "\n".join(lines)
@@ -152,6 +169,13 @@ def _training_loss(losses: Sequence[tuple[float, float]], *, image: bool) -> lis
     curve = chart.image(losses, "training loss") if image else f"`{sparkline([loss for _, loss in losses])}`"
     rows = [f"| {step} | {loss:.4f} |" for step, loss in thin(losses, LOSS_ROWS)]
     return ["## Training loss", "", curve, "", "| step | loss |", "|---:|---:|", *rows, ""]
+
+
+def _rows(rows: RowsSummary | None) -> list[str]:
+    if rows is None:
+        return []
+    counts = [f"| {count.what.strip()} | {count.rows:,} |" for count in rows.counts]
+    return ["## Rows", "", "| rows | |", "|---|---:|", *counts, "", *_items(map(quote, rows.notes)), ""]
 
 
 def _answers(samples: Sequence[Sample]) -> Iterator[str]:

@@ -11,14 +11,18 @@ from dataclasses import asdict, dataclass, fields
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from loraflow.data.chat_formats import BadRow, to_prompt
-from loraflow.data.chats import Message
+from loraflow.data.chat_formats import to_prompt
+from loraflow.data.chats import BadRow, Message
 from loraflow.data.readers import read_values
 from loraflow.failures import BadConfig, BadData
 from loraflow.store.files import fsync_path
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Cell = JsonValue | date | time | timedelta | Decimal | bytes  # of a JSON file, or of a Parquet column
 
@@ -156,22 +160,33 @@ def _write_parquet(path: Path, questions: Sequence[Question], answers: Sequence[
     if source.suffix.lower() == ".parquet":
         table = pq.read_table(source)  # keeps the columns' own types
     else:
-        columns = {}
-        for name in _names(questions):
-            values = [question.columns.get(name) for question in questions]
-            try:
-                columns[name] = pa.array(values)
-            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                raise BadData(
-                    "A column holds values of different types, which Parquet cannot store.",
-                    where=name,
-                    got=str(error).splitlines()[0][:200],
-                    next_step="write .jsonl or .csv",
-                ) from error
-        table = pa.table(columns)
+        table = pa.table({name: _column(name, questions) for name in _names(questions)})
     for name, kind in zip(ADDED, (pa.string(), pa.int64(), pa.string(), pa.string()), strict=True):
         table = table.append_column(name, pa.array([getattr(answer, name) for answer in answers], kind))
     pq.write_table(table, path)
+
+
+def _column(name: str, questions: Sequence[Question]) -> pa.Array:
+    """Return a column's values in a type that Parquet has.
+
+    Raises:
+        BadData: there is none: types are mixed, a number is beyond 64 bits, or an object has no keys.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    values = [question.columns.get(name) for question in questions]
+    try:
+        column = pa.array(values)
+        pq.write_table(pa.table({name: column.slice(0, 0)}), pa.BufferOutputStream())  # refuses what it has no type for
+    except (pa.ArrowException, OverflowError, ValueError, TypeError, RecursionError) as error:
+        raise BadData(
+            "A column holds values of different types, or values that Parquet cannot store.",
+            where=name,
+            got=str(error).splitlines()[0][:200],
+            next_step="write .jsonl or .csv",
+        ) from error
+    return column
 
 
 def _umask() -> int:

@@ -153,3 +153,93 @@ def test_the_quickstarts_generated_files_equal_the_pinned_files(tmp_path):
     pinned = {entry["relpath"]: entry["md5"] for entry in listed}
     generated = {file.name: dvc.dvc_md5(file) for file in (tmp_path / "data").iterdir()}
     assert generated == {name: pinned[name] for name in ("train.jsonl", "heldout.jsonl")}
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_limit_is_a_sample_that_adding_rows_hardly_changes(tmp_path):
+    rows = [{"prompt": f"question {n}", "completion": f"label {n // 40}"} for n in range(77 * 40)]  # sorted by label
+    taken = []
+    for name, part in (("a", rows), ("b", [{"prompt": "new", "completion": "x"}, *reversed(rows)])):
+        write_rows(tmp_path / name / "data" / "train.jsonl", part)
+        report = run_check(tmp_path / name / "data", tmp_path / name / "out", limit=200)
+        assert report["rows"]["train"] == 200 and report["counts"]["over_limit"] > 2000
+        train = [json.loads(line) for line in (tmp_path / name / "out" / "train.jsonl").open()]
+        taken.append({row["id"] for row in train})
+        assert len({row["messages"][-1]["content"] for row in train}) > 60, "of 77; the first 200 rows have 5 or 6"
+    assert len(taken[0] & taken[1]) >= 199
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 20])
+def test_of_a_few_rows_one_prompt_at_least_is_held_out(tmp_path, count):
+    rows = [{"prompt": f"What is {n}?", "completion": str(n)} for n in range(count)]
+    held = []
+    for name, part in (("a", rows), ("b", rows[::-1])):
+        write_rows(tmp_path / name / "data" / "train.jsonl", part)
+        report = run_check(tmp_path / name / "data", tmp_path / name / "out", heldout_fraction=0.001)
+        check.check_limits(report, 0.01, "report.json")
+        assert report["sets"] == {"heldout": 1} and report["counts"]["held_out_of_few"] == 1
+        assert report["rows"]["train"] == count - 1
+        held += ids(tmp_path / name / "out" / "heldout.jsonl")
+    assert held[0] == held[1], "whatever the order of the rows"
+
+
+def test_a_dataset_without_held_out_rows_is_named_with_what_to_do(tmp_path):
+    write_rows(tmp_path / "data" / "train.jsonl", [{"prompt": "q", "completion": str(n)} for n in range(5)])
+    report = run_check(tmp_path / "data", tmp_path / "out")
+    with pytest.raises(BadData) as caught:
+        check.check_limits(report, 0.01, "report.json", "mine.dvc")
+    assert str(caught.value).startswith("mine.dvc has no heldout rows.") and "data.heldout" in str(caught.value)
+    assert "5 rows read, 5 left to train on" in str(caught.value)
+
+
+def test_a_refusal_has_at_most_ten_lines(tmp_path):
+    text = "".join(json.dumps({"prompt": "q", "no\nsuch" * 900: str(n)}) + "\n" for n in range(50))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(text)
+    report = run_check(tmp_path / "data", tmp_path / "out")
+    for limit, kind in ((0.01, LimitExceeded), (1.0, BadData)):
+        with pytest.raises(kind) as caught:
+            check.check_limits(report, limit, "report.json")
+        lines = str(caught.value).splitlines()
+        assert len(lines) <= 10 and max(map(len, lines)) < 260
+
+
+def test_near_copies_of_held_out_prompts_and_disputed_prompts_are_counted_and_kept(tmp_path):
+    held = [{"prompt": "What is the ﬁrst  color?", "completion": "red"}, {"prompt": "Naïve Straße", "completion": "x"}]
+    train = [
+        {"prompt": "WHAT IS THE FIRST COLOR? ", "completion": "red"},
+        {"prompt": "What is\nthe first color?", "completion": "blue"},
+        {"prompt": "nai\u0308ve STRASSE", "completion": "x"},
+        {"prompt": "other", "completion": "a"},
+        {"prompt": "Other", "completion": "A"},
+        {"prompt": "third", "completion": "a"},
+    ]
+    write_rows(tmp_path / "data" / "train.jsonl", train)
+    write_rows(tmp_path / "data" / "heldout.jsonl", held)
+    report = run_check(tmp_path / "data", tmp_path / "out", train=["train.jsonl"], heldout=["heldout.jsonl"])
+    similar = CheckReport.model_validate(report).similar
+    assert (similar.near_leaks, similar.near_leak) == (3, "train.jsonl:1 and heldout.jsonl:1")
+    assert (similar.disputed_prompts, similar.disputed_rows) == (1, 2)
+    assert similar.disputed == "train.jsonl:1 and train.jsonl:2"
+    assert report["rows"]["train"] == 6, "counted, not dropped"
+
+
+def test_the_first_problems_are_those_that_stop_the_run(tmp_path):
+    rows = [{"prompt": f"q{n}", "completion": "a", "label": n > 20} for n in range(60)]
+    write_rows(tmp_path / "data" / "train.jsonl", [*rows, {"nonsense": 1}])
+    report = run_check(tmp_path / "data", tmp_path / "out")
+    assert report["counts"]["marked_false"] == 21 and report["counts"]["malformed"] == 1
+    assert report["first_problems"][0].startswith("train.jsonl:61: expected messages")
+    with pytest.raises(LimitExceeded, match="train.jsonl:61"):
+        check.check_limits(report, 0.01, "report.json")
+
+
+def test_keys_that_are_not_read_are_in_the_report(tmp_path):
+    write_rows(
+        tmp_path / "data" / "train.jsonl", [{"prompt": f"q{n}", "completion": "a", "note": "TEXT"} for n in range(9)]
+    )
+    assert run_check(tmp_path / "data", tmp_path / "out")["unread"] == {"note": 9}

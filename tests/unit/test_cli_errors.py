@@ -81,3 +81,15 @@ def test_json_is_utf_8_in_any_locale_and_other_output_replaces_characters(argume
 def test_a_working_directory_that_is_gone_is_named(tmp_path):
     done = shell("mkdir gone && cd gone && rmdir ../gone && loraflow plan nowhere.yaml", tmp_path)
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_failure_on_the_terminal_has_at_most_ten_lines_with_its_next_step():
+    from loraflow.cli import shown
+    from loraflow.failures import BadData
+
+    long = BadData(
+        "dvc add failed.", where="data", got="\n".join(f"line {n}" for n in range(90)), next_step="look at it"
+    )
+    lines = shown(long).splitlines()
+    assert len(lines) == 10 and lines[0] == "dvc add failed." and lines[-1] == "  next:     look at it"
+    assert shown(BadData("a", got="b")) == "a\n  got:      b"

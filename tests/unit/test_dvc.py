@@ -1,5 +1,6 @@
 """A dataset under DVC: pins, uncommitted changes, revisions, remotes."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -177,3 +178,25 @@ def test_a_named_remote_is_pushed_to_and_fetched_from(clone, tmp_path, monkeypat
     shutil.rmtree(clone / ".dvc" / "cache", ignore_errors=True)
     with pytest.raises(BadConfig, match="no such DVC remote"):
         fetch(Data(source="data.dvc", repo=str(clone), remote="third"), tmp_path / "none")
+
+
+def test_files_that_dvcignore_names_are_no_part_of_the_dataset(clone, tmp_path, monkeypatch):
+    """DVC itself says what is unchanged: `dvc status`."""
+    monkeypatch.chdir(clone)
+    run_dvc("checkout", cwd=clone)
+    (clone / ".dvcignore").write_text("# system files\n.DS_Store\n*.bak\n!keep.bak\ndata/tmp/\n")
+    pinned = dvc.read_pin(".", "data.dvc", None).md5
+    for name in (".DS_Store", "sub/.DS_Store", "old.bak", "tmp/x.jsonl"):
+        (clone / "data" / name).parent.mkdir(exist_ok=True)
+        (clone / "data" / name).write_text("x")
+    assert json.loads(sh(sys.executable, "-m", "dvc", "status", "--json", cwd=clone)) == {}
+    assert dvc.work_tree_md5(Path("data")) == pinned
+    files = fetch(Data(source="data.dvc"), tmp_path / "out")
+    assert dvc.dvc_md5(files) == pinned, "ignored files are not copied"
+    (clone / "data" / "keep.bak").write_text("x")
+    assert dvc.work_tree_md5(Path("data")) != pinned
+    with pytest.raises(DirtyData):
+        version.locate(Data(source="data.dvc"), HashMemo(None))
+    assert dvc.add("data", push=False).md5 == dvc.work_tree_md5(Path("data"))
+    monkeypatch.chdir(tmp_path)
+    assert dvc.work_tree_md5(clone / "data") == dvc.read_pin(str(clone), "data.dvc", None).md5

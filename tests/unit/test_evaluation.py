@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -435,14 +436,41 @@ def test_the_stage_report_contains_the_scores_and_the_first_answers(evaluate):
 
 
 def test_max_rows_limits_each_set(evaluate):
-    out, _ = evaluate(evaluation__max_rows=2)
-    assert pd.read_parquet(out / "scores.parquet")["id"].tolist() == ["r0", "r1", "r2", "r5"]
+    out, summary = evaluate(evaluation__max_rows=2)
+    table = pd.read_parquet(out / "scores.parquet")
+    assert table["set"].value_counts().to_dict() == {"heldout": 2, "hard": 2}
+    report = EvaluationReport.from_dict(summary.report)
+    assert report.available == {"heldout": 5, "hard": 2} and report.longest > 0
+
+
+def heldout_file(folder: Path, rows: list[tuple[str, str]]) -> Path:
+    """Write held-out rows of (prompt, label)."""
+    lines = [json.dumps({"id": f"r{n}", "set": "heldout", "messages": [{"role": "user", "content": prompt},
+             {"role": "assistant", "content": label}]}) + "\n" for n, (prompt, label) in enumerate(rows)]  # fmt: skip
+    file = folder / "heldout.jsonl"
+    file.write_text("".join(lines))
+    return file
+
+
+def test_max_rows_is_a_sample_that_adding_rows_hardly_changes(tmp_path):
+    rows = [(f"question {n}", f"label {n // 40}") for n in range(77 * 40)]  # sorted by label
+    taken, available = score.read_rows(heldout_file(tmp_path, rows), 100, 0)
+    assert len(taken) == 100 and available == {"heldout": 3080}
+    assert len({row.messages[-1]["content"] for row in taken}) > 40, "of 77 labels; the first 100 rows have 3"
+    assert [int(row.id[1:]) for row in taken] == sorted(int(row.id[1:]) for row in taken), "in the file's order"
+    prompts = {row.messages[0]["content"] for row in taken}
+    more, _ = score.read_rows(heldout_file(tmp_path, [("new", "x"), *reversed(rows)]), 100, 0)
+    assert len(prompts & {row.messages[0]["content"] for row in more}) >= 99
+    other, _ = score.read_rows(heldout_file(tmp_path, rows), 100, 1)
+    assert prompts != {row.messages[0]["content"] for row in other}
+    everything, _ = score.read_rows(heldout_file(tmp_path, rows), 5000, 0)
+    assert [row.id for row in everything] == [f"r{n}" for n in range(3080)]
 
 
 def test_without_heldout_rows_nothing_is_scored(tmp_path):
     (tmp_path / "heldout.jsonl").write_text("")
     with pytest.raises(BadData, match="no held-out rows"):
-        score.read_rows(tmp_path / "heldout.jsonl", None)
+        score.read_rows(tmp_path / "heldout.jsonl", None, 0)
 
 
 def test_of_several_devices_only_the_first_scores(evaluate, monkeypatch):

@@ -10,12 +10,13 @@ import pytest
 from click.testing import CliRunner
 
 from loraflow.cli import cli
-from loraflow.data.chat_formats import BadRow, to_prompt
+from loraflow.data.chat_formats import to_prompt
+from loraflow.data.chats import BadRow
 from loraflow.failures import BadConfig, BadData
 from loraflow.serving.chat import Sampling
 from loraflow.serving.models import Model, load
 from loraflow.serving.predict import PredictOptions, predict
-from loraflow.serving.tables import read_questions
+from loraflow.serving.tables import Prediction, read_questions, write_answers
 from tests.conftest import chat
 from tests.forked_process import run_in_fork
 
@@ -236,6 +237,19 @@ def test_a_column_and_a_system_message_can_be_given(tmp_path):
     (tmp_path / "y.csv").write_text("prompt,prediction\nhello,a\n")
     with pytest.raises(BadConfig, match="columns"):
         read_questions(tmp_path / "y.csv", "auto", None, None)
+
+
+@pytest.mark.parametrize("value", [2**64, 2**64 - 1, -(2**63) - 1, {}, [{}], [[2**64]], {"a": {"b": {}}}])
+def test_a_value_that_parquet_cannot_store_is_named_with_its_column(tmp_path, value):
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"id": value, "prompt": "q"}) + "\n")
+    questions = read_questions(source, "auto", None, None)
+    with pytest.raises(BadData) as caught:
+        write_answers(tmp_path / "out.parquet", questions, [Prediction("a")], source)
+    assert caught.value.where == "id" and "write .jsonl or .csv" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    write_answers(tmp_path / "out.jsonl", questions, [Prediction("a")], source)
+    assert json.loads((tmp_path / "out.jsonl").read_text())["id"] == value
 
 
 def test_an_unwritable_output_is_reported_before_generation(phi3, tmp_path):

@@ -4,7 +4,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from loraflow.data.chat_formats import BadRow, to_messages, to_prompt
+from loraflow.data.chat_formats import to_messages
+from loraflow.data.chats import BadRow
 from loraflow.data.guess_columns import columns_of, guess_columns
 from loraflow.data.readers import match_files, read_rows
 from loraflow.failures import BadData
@@ -61,27 +62,6 @@ def test_llama_factorys_history_comes_before_the_question():
     assert [m["content"] for m in to_messages(row)] == ["q1", "a1", "q", "a"]
     with pytest.raises(BadRow, match=r"a list of \[question, answer\]"):
         to_messages({**row, "history": ["q1"]})
-
-
-@pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        ({"messages": [WANTED[0], {**WANTED[1], "weight": 0}, *WANTED]}, "message 2: weight 0"),
-        ({"messages": [WANTED[0], {**WANTED[1], "train": False}]}, "message 2: train false"),
-        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]}, "weight 0"),
-        ({"prompt": "q", "completion": "a", "label": False}, "label is false"),
-    ],
-)
-def test_rows_with_excluded_answers_are_refused(row, says):
-    with pytest.raises(BadRow, match=says):
-        to_messages(row)
-    assert to_prompt(row)[-1]["role"] == "user", "it may still be asked"
-
-
-def test_positive_weight_flags_are_accepted():
-    assert to_messages({"messages": [{**WANTED[0], "weight": 0}, {**WANTED[1], "weight": 1}]}) == WANTED
-    assert to_messages({"messages": [WANTED[0], {**WANTED[1], "weight": None}]}) == WANTED
-    assert to_messages({"prompt": "q", "completion": "a", "label": True}) == WANTED
 
 
 def test_unused_keys_are_named(tmp_path):

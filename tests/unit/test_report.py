@@ -43,6 +43,40 @@ DECISION = Decision(verdict="promote", reasons=("better than base", "better than
 SAMPLE = Sample(id="a", prompt="what\n is `this`?", reference='{"a": 1}', answer="no | idea")
 
 
+def test_the_report_and_the_closing_table_say_what_was_left_out(capsys):
+    from loraflow.cli.run import show
+    from loraflow.data.check_report import CheckReport
+    from loraflow.registry.runs import RunSummary
+    from loraflow.reporting.rows import LengthPolicy, summarise_rows
+
+    check = CheckReport(
+        rows={"train": 70, "validation": 0, "heldout": 5}, sets={"heldout": 4, "hard": 1}, malformed_share=0.01,
+        counts={"read": 100, "malformed": 1, "marked_false": 9, "duplicate": 8, "leak": 7},
+        first_problems=[], unread={"note": 3},
+        similar={"near_leaks": 2, "near_leak": "a:1 and b:1", "disputed_prompts": 1, "disputed_rows": 2, "disputed": "a:3 and a:4"},
+    )  # fmt: skip
+    tokens = {"train_rows": 19, "train_tokens": 900, "supervised_tokens": 345, "rows_special_tokens": 16, "rows_too_long": 18,
+              "rows_nothing_to_learn": 6}  # fmt: skip
+    scores = EvaluationReport(metrics={"heldout": {"exact_match": value(0.5, 2)}, "hard": {"exact_match": value(0.5, 1)}},
+                              available={"heldout": 4, "hard": 1}, control_tokens=1, longest=200)  # fmt: skip
+    rows = summarise_rows(check, tokens, scores, LengthPolicy(128, "drop"))
+    text = markdown.run_report(report(rows=rows))
+    show(RunSummary(run="x", recipe="tiny", rows=rows))
+    shown = " ".join(capsys.readouterr().out.split())
+    for said in ("| read | 100 |", "| left out: malformed | 1 |", "| left out: marked as not to be learned | 9 |", "| left out: the same chat twice | 8 |",
+                 "| left out of training: its prompt is held out | 7 |", "| left out of training: a control token in its text | 16 |",
+                 "| left out of training: longer than max_length, 128 tokens | 18 |", "| left out of training: no token to learn | 6 |",
+                 "| trained on | 19 |", "| tokens learned | 345 |", "| scored, heldout: a seeded sample of 4 (evaluation.max_rows) | 2 |",
+                 "| scored, hard | 1 |"):  # fmt: skip
+        assert said in text
+        assert said.split("|")[1].strip() in shown
+    for note in ("not read: note (3 rows)", "2 training rows have a held-out prompt", "1 training prompts have different answers",
+                 "1 held-out rows have a control token", "the longest held-out row has 200 tokens"):  # fmt: skip
+        assert note in text and note in shown
+    cut = summarise_rows(check, tokens, scores, LengthPolicy(128, "truncate"))
+    assert "cut: longer than max_length, 128 tokens" in [count.what for count in cut.counts]
+
+
 def report(**changes):
     content = {
         "run": "20260101-000000-abcdef",

@@ -1,0 +1,76 @@
+"""Show which parts of a training row are learned, as the model reads the row."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraflow.config.stage_configs import TokenizeConfig
+from loraflow.data.chats import ChatRecord
+from loraflow.data.answer_spans import IfCut
+from loraflow.data.loss_mask import IGNORED, ChatTemplate, name_row
+from loraflow.failures import BadConfig
+
+
+@dataclass(frozen=True)
+class MaskedRow:
+    """A row as tokens, and the text of its parts."""
+
+    place: str
+    tokens: int
+    learned_tokens: int
+    parts: tuple[tuple[str, bool], ...]  # text, and whether it is learned; together they are the decoded tokens
+    control_token: str | None  # the first in a message's text
+    left_out: str | None  # why tokenize leaves the row out, or cuts it
+
+
+def masked_row(rows: Path, number: int, template: ChatTemplate, config: TokenizeConfig) -> MaskedRow:
+    """Return a row of a file of checked chats with its mask.
+
+    Args:
+        rows: the file, such as train.jsonl.
+        number: the row, from 1.
+        template: the base's tokenizer and template.
+        config: how rows are tokenized.
+
+    Raises:
+        BadConfig: the file has fewer rows.
+        BadModel: the template cannot render the row.
+    """
+    with rows.open(encoding="utf-8") as file:
+        line = next(itertools.islice(file, number - 1, None), None)
+    if line is None:
+        raise BadConfig("There is no such training row.", where=f"--row {number}", next_step="choose a smaller number")
+    record: ChatRecord = json.loads(line)
+    with name_row([record["place"]]):
+        if_cut: IfCut = "context" if config.thinking == "keep" else "error"
+        (encoded,) = template.encode([record["messages"]], config.loss_on, if_cut, [record.get("learned")])
+    ids: list[int] = encoded.ids.tolist()
+    learned: list[bool] = (encoded.labels != IGNORED).tolist()
+    starts = [n for n in range(len(ids)) if n == 0 or learned[n] != learned[n - 1]]
+    parts: list[tuple[str, bool]] = []
+    before = ""
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        text = template.tokenizer.decode(
+            ids[:end], skip_special_tokens=False
+        )  # of all: a token's text depends on the others
+        parts.append((text[len(before) :], learned[start]))
+        before = text
+    return MaskedRow(
+        place=record["place"],
+        tokens=len(ids),
+        learned_tokens=sum(learned),
+        parts=tuple(parts),
+        control_token=encoded.special_in_text,
+        left_out=_left_out(len(ids), learned, encoded.special_in_text, config),
+    )
+
+
+def _left_out(tokens: int, learned: list[bool], control_token: str | None, config: TokenizeConfig) -> str | None:
+    if control_token and config.special_tokens != "allow":
+        return f"left out or refused (data.special_tokens: {config.special_tokens}): {control_token} is in its text"
+    if tokens > config.max_length:
+        return f"longer than max_length, {config.max_length} tokens (data.too_long: {config.too_long})"
+    return None if any(learned[1:]) else "left out: it has no token to learn"

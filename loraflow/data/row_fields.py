@@ -1,0 +1,183 @@
+"""Read the keys of a row, and record which ones were read, so that no text of a row is left out without being named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from pydantic import JsonValue
+
+from loraflow.data.chats import BadRow
+from loraflow.data.marks import Labels, excludes, is_learned, is_mark
+
+RawRow = dict[str, JsonValue]  # a row as its file has it
+ASSISTANT = frozenset({"gpt", "assistant", "chatgpt", "bard", "model", "bing"})  # names of the role
+# Cells of CSV that need not be named as not read. As a text that is read, "{}" is a value: a JSON answer.
+_EMPTY_TEXTS = ("[]", "{}", "null")
+
+
+class Turn(NamedTuple):
+    """A message whose role and content are not checked yet."""
+
+    role: JsonValue
+    content: JsonValue
+    learned: bool = True  # whether its marks leave it in the loss
+
+
+class RowFields:
+    """A row, and which keys of it and of its messages were read.
+
+    Args:
+        row: the row.
+        columns: {loraflow's column: the row's column}, for columns with other names.
+        labels: tells whether a label is a class; None if marks are not read.
+
+    Raises:
+        BadRow: the row lacks a column of `columns`.
+    """
+
+    __slots__ = ("_columns", "_inner_unread", "_own", "_used", "labels", "row")
+
+    def __init__(self, row: RawRow, columns: Mapping[str, str], labels: Labels | None):
+        self._own, self._columns, self.labels = row, columns, labels
+        self.row = _renamed(row, columns) if columns else row
+        self._used: set[str] = set()
+        self._inner_unread: dict[str, None] = {}
+
+    def value(self, *names: str) -> JsonValue:
+        """Return the value of the first key that has one.
+
+        Raises:
+            BadRow: none of the keys is there, or two of them have different values.
+        """
+        row = self.row
+        found = None
+        for name in names:
+            if name in row and has_value(row[name]):
+                self._used.add(name)
+                if found is not None and row[name] != row[found]:
+                    raise BadRow(f"{found} and {name} have different values: remove one, or choose it by data.columns")
+                found = found or name
+        found = found or next((name for name in names if name in row), None)
+        if found is None:
+            raise BadRow(f"expected the key {' or '.join(names)}; got {', '.join(map(str, list(row)[:8]))}")
+        return row[found]
+
+    def optional(self, *names: str) -> JsonValue:
+        """Return the value of the first key that has one; None if none of the keys is there."""
+        return self.value(*names) if any(name in self.row for name in names) else None
+
+    def is_row_learned(self) -> bool:
+        """Tell whether the row's marks leave its answers in the loss.
+
+        Raises:
+            BadRow: a mark is unclear.
+        """
+        if self.labels is None:
+            return True
+        read = {*self._used, *self._columns.values()}
+        others = {key: value for key, value in self.row.items() if key not in read}
+        return is_learned(others, "", self._used, self.labels)
+
+    def turns(
+        self, column: str, items: list[RawRow], roles: tuple[str, ...], contents: tuple[str, ...], first: int = 1
+    ) -> list[Turn]:
+        """Read messages and their marks.
+
+        Args:
+            column: their column.
+            items: the messages.
+            roles: the keys of a message's role.
+            contents: the keys of its content.
+            first: the number of the first message, for the problem's text.
+
+        Raises:
+            BadRow: a message has a tool call, an unclear mark, two roles or contents, or a part that is not text.
+        """
+        role_key, content_key = roles[0], contents[0]
+        out: list[Turn] = []
+        for number, item in enumerate(items, first):
+            if len(item) == 2 and role_key in item and content_key in item:
+                turn = Turn(item[role_key], item[content_key])
+            else:
+                turn = self._turn(column, item, roles, contents, number)
+            if isinstance(turn.content, list):
+                turn = turn._replace(content=self.joined(turn.content, number, column))
+            out.append(turn)
+        return out
+
+    def _turn(self, column: str, item: RawRow, roles: tuple[str, ...], contents: tuple[str, ...], number: int) -> Turn:
+        for call in ("tool_calls", "function_call"):
+            if item.get(call):
+                raise BadRow(f"{column}: {call} is not supported")
+        fields = RowFields(item, {}, self.labels)
+        role, content = fields.optional(*roles), fields.optional(*contents)
+        learned, used = True, fields._used | {*roles, *contents}
+        if isinstance(role, str) and role in ASSISTANT and self.labels is not None:
+            learned = is_learned(item, f"message {number}: ", used, self.labels)
+        else:  # only answers are learned: a mark that excludes another message changes nothing
+            used |= {key for key, value in item.items() if is_mark(key) and excludes(key, value)}
+        self._note_unread(column, item, used)
+        return Turn(role, content, learned)
+
+    def joined(self, content: list[JsonValue], number: int, column: str) -> str:
+        """Join a message's parts: [{"type": "text", "text": …}].
+
+        Raises:
+            BadRow: a part is not text.
+        """
+        parts = objects(content)
+        if parts is None:
+            raise BadRow(f"message {number}: content is a list; expected text, or parts of type text")
+        texts: list[str] = []
+        for part in parts:
+            text = part.get("text")
+            if part.get("type") != "text" or not isinstance(text, str):
+                raise BadRow(f"message {number}: a part of type {part.get('type')}; only text is supported")
+            texts.append(text)
+            self._note_unread(f"{column}.content", part, {"type", "text"})
+        return "".join(texts)
+
+    def _note_unread(self, column: str, item: RawRow, used: set[str]) -> None:
+        for key, value in item.items():
+            if key not in used and has_value(value) and value not in _EMPTY_TEXTS:
+                self._inner_unread[f"{self._columns.get(column, column)}.{key}"] = None
+
+    def unread(self) -> tuple[str, ...]:
+        """Return the keys of the row, and of its messages, that have a value and were not read."""
+        row, used = self._own, self._used
+        if len(used) == len(row) and not self._columns:
+            return tuple(self._inner_unread)
+        if self._columns:
+            used = {self._columns.get(key, key) for key in used}
+        found = [
+            str(key) for key, value in row.items() if key not in used and has_value(value) and value not in _EMPTY_TEXTS
+        ]
+        return (*found, *self._inner_unread)
+
+
+def _renamed(row: RawRow, columns: Mapping[str, str]) -> RawRow:
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            raise BadRow(f"expected the column {theirs} ({ours}); got {', '.join(map(str, list(row)[:8]))}")
+    return {**row, **{ours: row[theirs] for ours, theirs in columns.items()}}
+
+
+def has_value(value: JsonValue) -> bool:
+    """Tell whether a key has a value: not null, blank or an empty list."""
+    if isinstance(value, str):
+        return bool(value) and not value.isspace()
+    return value is not None and value != [] and value != {}
+
+
+def objects(value: JsonValue) -> list[RawRow] | None:
+    """Return the value if it is a list of objects, or an object of equally long lists (`datasets.Sequence`); else None."""
+    if isinstance(value, dict) and value:
+        columns = [column for column in value.values() if isinstance(column, list)]
+        if len(columns) != len(value) or len({len(column) for column in columns}) != 1:
+            return None
+        return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    if not isinstance(value, list):
+        return None
+    found = [item for item in value if isinstance(item, dict)]
+    return found if len(found) == len(value) else None

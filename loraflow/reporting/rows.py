@@ -1,0 +1,114 @@
+"""What became of a dataset's rows in a run: read, left out by reason, learned, held out, scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import JsonValue
+
+from loraflow.data.check_report import CheckReport
+from loraflow.evaluation.values import EvaluationReport
+from loraflow.registry.runs import RowCount, RowsSummary
+
+MAX_KEYS = 10  # keys that are named as not read
+_LEFT_OUT = {
+    "malformed": "left out: malformed",
+    "marked_false": "left out: marked as not to be learned",
+    "duplicate": "left out: the same chat twice",
+    "leak": "left out of training: its prompt is held out",
+    "over_limit": "left out of training: data.limit",
+}
+
+
+@dataclass(frozen=True)
+class LengthPolicy:
+    """What a recipe says about long rows."""
+
+    max_length: int  # training_config.max_length, in tokens
+    too_long: Literal["error", "drop", "truncate"]  # data.too_long
+
+
+def summarise_rows(
+    check: CheckReport, tokens: Mapping[str, JsonValue], evaluation: EvaluationReport, policy: LengthPolicy
+) -> RowsSummary:
+    """Return what became of the rows.
+
+    Args:
+        check: the report of check_dataset.
+        tokens: the figures of tokenize.
+        evaluation: the report of an evaluation.
+        policy: what the recipe says about long rows.
+    """
+    rows = list(_counts(check, tokens, evaluation, policy))
+    return RowsSummary(counts=rows, notes=[*check_notes(check), *_heldout_notes(evaluation, policy)])
+
+
+def _counts(
+    check: CheckReport, tokens: Mapping[str, JsonValue], evaluation: EvaluationReport, policy: LengthPolicy
+) -> Iterator[RowCount]:
+    def figure(name: str) -> int:
+        found = tokens.get(name, 0)
+        return int(found) if isinstance(found, int | float) else 0
+
+    yield RowCount(what="read", rows=check.counts.get("read", 0))
+    long = "cut" if policy.too_long == "truncate" else "left out of training"
+    reasons = {text: check.counts.get(reason, 0) for reason, text in _LEFT_OUT.items()}
+    reasons |= {
+        "left out of training: a control token in its text": figure("rows_special_tokens"),
+        f"{long}: longer than max_length, {policy.max_length} tokens": figure("rows_too_long"),
+        "left out of training: no token to learn": figure("rows_nothing_to_learn"),
+    }
+    yield from (RowCount(what=what, rows=count) for what, count in reasons.items() if count)
+    yield RowCount(what="trained on", rows=figure("train_rows"))
+    yield RowCount(what="  tokens learned", rows=figure("supervised_tokens"))
+    yield RowCount(what="  of tokens", rows=figure("train_tokens"))
+    if check.rows.validation:
+        yield RowCount(what="validation", rows=figure("validation_rows"))
+    for name, count in check.sets.items():
+        scored = next((value.n for value in evaluation.metrics.get(name, {}).values()), 0)
+        sample = "" if scored == count else f": a seeded sample of {count} (evaluation.max_rows)"
+        yield RowCount(what=f"scored, {name}{sample}", rows=scored)
+
+
+def check_notes(check: CheckReport) -> list[str]:
+    """Return sentences about what a report of check_dataset says beside its counts."""
+    notes: list[str] = []
+    if check.unread:
+        keys = [f"{key} ({count} rows)" for key, count in check.unread.items()]
+        more = f" and {len(keys) - MAX_KEYS} more keys" if len(keys) > MAX_KEYS else ""
+        notes.append(f"not read: {', '.join(keys[:MAX_KEYS])}{more}")
+    if marked := check.counts.get("marked_false", 0):
+        notes.append(f"{marked} rows are left out, because their answers are marked as not to be learned")
+    if partly := check.counts.get("partly_marked", 0):
+        notes.append(f"{partly} rows have answers that are marked as not to be learned; only their other answers are")
+    if few := check.counts.get("held_out_of_few", 0):
+        notes.append(
+            f"the seeded hash held out no row of so few, so {few} with the next prompt in its order are held out"
+        )
+    similar = check.similar
+    if similar.near_leaks:
+        notes.append(
+            f"{similar.near_leaks} training rows have a held-out prompt in another case, spacing or Unicode form, such as "
+            f"{similar.near_leak}: the scores are too good"
+        )
+    if similar.disputed_prompts:
+        notes.append(
+            f"{similar.disputed_prompts} training prompts have different answers, in {similar.disputed_rows} rows, such as "
+            f"{similar.disputed}"
+        )
+    return notes
+
+
+def _heldout_notes(evaluation: EvaluationReport, policy: LengthPolicy) -> Iterator[str]:
+    if evaluation.control_tokens:
+        yield (
+            f"{evaluation.control_tokens} held-out rows have a control token in their text; they are scored, with the token "
+            "as the model reads it"
+        )
+    if evaluation.longest > policy.max_length:
+        yield (
+            f"the longest held-out row has {evaluation.longest} tokens, more than max_length ({policy.max_length}); "
+            "held-out rows are scored at any length"
+        )

@@ -1,0 +1,71 @@
+"""The settings that `loraflow init` chooses by the size of a dataset, and the files that it keeps out of git."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from loraflow.cli.init import _extend_gitignore, _held_out_line
+from loraflow.cli.init_settings import choose_heldout_fraction, choose_settings
+
+
+@pytest.mark.parametrize("rows", [2, 8, 20, 60, 150, 500, 1999])
+def test_a_few_rows_get_enough_steps_and_a_first_step_that_learns(rows):
+    settings = choose_settings(rows, choose_heldout_fraction(rows), rows * 50, 2048, may_pack=True)
+    train = round(rows * (1 - settings.heldout_fraction))
+    assert settings.steps == -(-train // settings.batch) * settings.epochs, "not packed, so a step is a batch of chats"
+    assert settings.steps >= min(50, train * 2), "60 packed rows were 2 steps"
+    assert settings.warmup_steps == 0 or settings.steps >= 100
+    assert settings.steps // settings.logging_steps >= min(10, settings.steps), "a curve, not a point"
+    assert settings.epochs <= 10
+    assert any("optimizer steps" in line for line in settings.lines(rows))
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(20_000, 20_000 * 300), (1_000_000, 10**8)])
+def test_many_rows_keep_the_usual_settings(rows, tokens):
+    settings = choose_settings(rows, choose_heldout_fraction(rows), tokens, 2048, may_pack=True)
+    assert (settings.batch, settings.epochs, settings.packing) == (16, 1, True)
+    assert (settings.warmup_steps, settings.logging_steps, settings.heldout_fraction) == (0.1, 10, 0.1)
+
+
+def chat(prompt: str) -> list:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": "a"}]
+
+
+def test_init_says_how_many_rows_are_held_out():
+    assert _held_out_line([chat(f"q{n}") for n in range(300)], 0.1).startswith("held out: ")
+    assert "held out: 1 of 8 rows, the one that comes first" in _held_out_line([chat(f"q{n}") for n in range(8)], 0.001)
+    assert "every row has the same prompt" in _held_out_line([chat("q")] * 8, 0.2)
+
+
+@pytest.mark.parametrize("git_first", [True, False])
+def test_the_store_and_the_dataset_are_kept_out_of_git_that_comes_before_or_after(tmp_path, monkeypatch, git_first):
+    """git itself says what it sees."""
+    monkeypatch.chdir(tmp_path)
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout
+
+    if git_first:
+        git("init", "-q")
+        Path(".gitignore").write_text("/data")  # as DVC writes it inside of git, here without a line break at the end
+        Path(".dvc").mkdir()
+        Path(".dvc/.gitignore").write_text("/config.local\n/tmp\n/cache\n")
+    for name in (
+        "data/x.jsonl",
+        ".loraflow/store/a",
+        ".loraflow/prefect/b",
+        ".dvc/cache/c",
+        ".dvc/tmp/d",
+        "data.dvc",
+        "configs/x.yaml",
+    ):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("x")
+    _extend_gitignore(Path("data"))
+    _extend_gitignore(Path("data"))
+    if not git_first:
+        git("init", "-q")
+    seen = set(git("ls-files", "--others", "--exclude-standard").split())
+    assert seen - {".dvc/.gitignore"} == {".gitignore", "configs/x.yaml", "data.dvc"}
+    assert Path(".gitignore").read_text().splitlines().count("/.loraflow/") == 1
