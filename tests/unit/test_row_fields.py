@@ -136,7 +136,7 @@ def test_a_bare_list_of_messages_is_named_with_what_would_be_right(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (gzip.compress(b'{"prompt": "q"}'), "mv x.jsonl x.jsonl.gz && gunzip --keep x.jsonl.gz"),
+        (gzip.compress(b'{"prompt": "q"}', mtime=0), "mv x.jsonl x.jsonl.gz && gunzip --keep x.jsonl.gz"),
         (b"\x28\xb5\x2f\xfd....", "unzstd x.jsonl.zst"),
         (b"PK\x03\x04....", "a zip or Excel file"),
         (b"PAR1....", "mv x.jsonl x.jsonl.parquet"),
