@@ -183,7 +183,7 @@ def test_a_named_remote_is_pushed_to_and_fetched_from(clone, tmp_path, monkeypat
 def test_files_that_dvcignore_names_are_no_part_of_the_dataset(clone, tmp_path, monkeypatch):
     """DVC itself says what is unchanged: `dvc status`."""
     monkeypatch.chdir(clone)
-    run_dvc("checkout", cwd=clone)
+    run_dvc("pull", cwd=clone)
     (clone / ".dvcignore").write_text("# system files\n.DS_Store\n*.bak\n!keep.bak\ndata/tmp/\n")
     pinned = dvc.read_pin(".", "data.dvc", None).md5
     for name in (".DS_Store", "sub/.DS_Store", "old.bak", "tmp/x.jsonl"):
