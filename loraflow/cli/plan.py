@@ -26,6 +26,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     from loraflow.execution.plan import gate_power, training_memory
     from loraflow.execution.plan import plan as plan_run
     from loraflow.execution.workspace import Workspace
+    from loraflow.failures import Failure
     from loraflow.stages import TRAIN, check_names
 
     check_names(force, "--force")
@@ -34,7 +35,11 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     workspace.save()
     trains = any(step.stage == TRAIN.name and step.status != "cached" for step in steps)
     memory = training_memory(workspace) if trains else None
-    power = gate_power(workspace)
+    power, problem = None, ""
+    try:
+        power = gate_power(workspace)
+    except Failure as failure:  # planning goes on, as for a champion that is missing
+        problem = f"will fail: {failure.what}"
     if as_json:
         document: dict[str, JsonValue] = {"stages": [step.to_json() for step in steps]}
         if memory:
@@ -46,9 +51,13 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
                 "level": power.level,
                 "shows": [*power.lines()[1:]],
             }
+        if problem:
+            document["gate"] = {"problem": problem}
         click.echo(json.dumps(document, ensure_ascii=False))
     else:
         _show(steps, memory)
+        if problem:
+            click.secho(f"\ngate: {problem}", fg="yellow")
         if power:
             click.echo()
             click.secho("\n".join(power.lines()), fg="yellow" if power.is_warning() else None)

@@ -144,6 +144,7 @@ class CheckDatasetConfig(StageConfig):
     limit: Positive | None
     heldout_fraction: Share = 0.0  # set only if no file is held out
     seed: int = 0  # set only if rows are split by their hash
+    group: str | None = None  # set only if rows have groups
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
@@ -155,6 +156,8 @@ class CheckDatasetConfig(StageConfig):
             fields.add("heldout_fraction")
         if not data.heldout or data.validation_fraction:
             fields.add("seed")
+        if data.group is not None:
+            fields.add("group")
         return cls.of(data.model_dump(include=fields))
 
 

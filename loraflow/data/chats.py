@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class Message(TypedDict):
@@ -24,3 +24,4 @@ class ChatRecord(TypedDict):
     set: str  # train, heldout, or the name of an extra held-out set
     place: str  # where the row was read: file:line, or file:row
     messages: list[Message]
+    group: NotRequired[str]  # the value of data.group

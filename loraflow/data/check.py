@@ -18,7 +18,7 @@ from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.chats import GATE_SET, ChatRecord, Message
 from loraflow.data.check_report import CheckReport, Profile, SplitCounts
 from loraflow.data.readers import match_files, read_rows
-from loraflow.data.split import in_share, prompt_key, row_id
+from loraflow.data.split import group_key, in_share, prompt_key, row_id
 from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
@@ -114,15 +114,20 @@ def _read(files: Path, config: CheckDatasetConfig, quarantine: list[Quarantined]
     """Read all files and split their rows; malformed rows go to `quarantine`."""
     splits: Splits = {"train": [], "validation": [], "heldout": []}
     for set_name, set_files in _assign_files(files, config).items():
-        for row in read_rows(files, set_files, config.format, config.columns):
+        for row in read_rows(files, set_files, config.format, config.columns, config.group):
             counts["read"] += 1
             if row.messages is None:
                 counts["malformed"] += 1
                 quarantine.append({"place": row.place, "set": set_name, "problem": row.problem or "", "row": row.raw})
                 continue
-            split = _assign_split(row.messages, set_name, config)
+            split = _assign_split(row.messages, row.group, set_name, config)
+            if config.group is not None and row.group is None and split == "heldout":
+                counts["malformed"] += 1
+                problem = f"expected the field {config.group} (data.group), which names the row's group"
+                quarantine.append({"place": row.place, "set": set_name, "problem": problem, "row": row.raw})
+                continue
             name = split if split != "heldout" else GATE_SET if set_name == "train" else set_name
-            splits[split].append(_record(row.messages, row.place, name, config.system))
+            splits[split].append(_record(row.messages, row.place, name, config.system, row.group))
     return splits
 
 
@@ -154,10 +159,10 @@ def _assign_files(files: Path, config: CheckDatasetConfig) -> dict[str, list[str
     return names
 
 
-def _assign_split(messages: list[Message], set_name: str, config: CheckDatasetConfig) -> Split:
+def _assign_split(messages: list[Message], group: str | None, set_name: str, config: CheckDatasetConfig) -> Split:
     if set_name != "train":
         return "heldout"
-    key = prompt_key(messages)
+    key = prompt_key(messages) if group is None else group_key(group)
     if not config.heldout and in_share(key, config.heldout_fraction, config.seed, "heldout"):
         return "heldout"
     if config.validation_fraction and in_share(key, config.validation_fraction, config.seed, "validation"):
@@ -165,10 +170,11 @@ def _assign_split(messages: list[Message], set_name: str, config: CheckDatasetCo
     return "train"
 
 
-def _record(messages: list[Message], place: str, set_name: str, system: str | None) -> ChatRecord:
+def _record(messages: list[Message], place: str, set_name: str, system: str | None, group: str | None) -> ChatRecord:
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    return {"id": row_id(messages), "set": set_name, "place": place, "messages": messages}
+    record: ChatRecord = {"id": row_id(messages), "set": set_name, "place": place, "messages": messages}
+    return record if group is None else {**record, "group": group}
 
 
 def _drop_duplicates(

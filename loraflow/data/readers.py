@@ -28,10 +28,15 @@ class Row:
     problem: str | None = None
     raw: str = ""  # the row's text
     unused_keys: tuple[str, ...] = ()  # keys that have a value and that no format reads
+    group: str | None = None  # the value of the field that names the row's group
 
 
 def read_rows(
-    folder: Path, names: list[str], format_name: str, columns: Mapping[str, str] = MappingProxyType({})
+    folder: Path,
+    names: list[str],
+    format_name: str,
+    columns: Mapping[str, str] = MappingProxyType({}),
+    group: str | None = None,
 ) -> Iterator[Row]:
     """Read files row by row. A malformed row is yielded with its problem.
 
@@ -40,6 +45,7 @@ def read_rows(
         names: the files to read, relative to the folder.
         format_name: the rows' format: messages, sharegpt, alpaca, prompt_completion or auto.
         columns: {loraflow's column: the files' column}, for columns with other names.
+        group: the field that names a row's group.
 
     Raises:
         BadData: a file cannot be read, or its kind is unknown.
@@ -51,9 +57,18 @@ def read_rows(
                 continue
             try:
                 messages = to_messages(_renamed(value, columns), format_name)
-                yield Row(place, messages, None, text, unused_keys(value, format_name, columns))
+                unused = unused_keys(value, format_name, columns)
+                yield Row(place, messages, None, text, unused, _group(value, group))
             except BadRow as problem:
                 yield Row(place, None, str(problem), text)
+
+
+def _group(row: JsonValue, field: str | None) -> str | None:
+    """Return the value of the field that names a row's group, as text; None if it has none."""
+    value = row.get(field) if field is not None and isinstance(row, dict) else None
+    if isinstance(value, bool | list | dict):
+        raise BadRow(f"{field}: expected a text or a number that names the row's group")
+    return str(value).strip() or None if value is not None else None
 
 
 def _renamed(row: JsonValue, columns: Mapping[str, str]) -> JsonValue:

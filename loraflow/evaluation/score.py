@@ -52,6 +52,7 @@ class HeldoutRow:
     id: str
     set: str
     messages: list[Message]
+    group: str | None = None  # rows of a group are not independent
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def read_rows(file: Path, max_rows: int | None) -> list[HeldoutRow]:
     with file.open(encoding="utf-8") as lines:
         for line in lines:
             values = json.loads(line)
-            row = HeldoutRow(values["id"], values["set"], values["messages"])
+            row = HeldoutRow(values["id"], values["set"], values["messages"], values.get("group"))
             taken[row.set] = taken.get(row.set, 0) + 1
             if max_rows is None or taken[row.set] <= max_rows:
                 rows.append(row)
@@ -137,10 +138,12 @@ def _table(rows: Sequence[HeldoutRow], computed: _Computed) -> pd.DataFrame:
     """Return the columns of scores.parquet that are not metrics."""
     import pandas as pd
 
+    groups = [row.group for row in rows]
     return pd.DataFrame(
         {
             "id": [row.id for row in rows],
             "set": [row.set for row in rows],
+            **({} if groups == [None] * len(rows) else {"group": groups}),
             "prompt": [json.dumps(row.messages[:-1], ensure_ascii=False) for row in rows],
             "reference": [row.messages[-1]["content"] for row in rows],
             "answer": [answer["text"] for answer in computed.answers],

@@ -122,13 +122,15 @@ def test_recorded_digests_equal_those_of_the_code_without_comments():
 
 
 def test_artifacts_from_before_the_reorganisation_are_current():
-    """Artifacts of loraflow as it was before files were renamed are hits without a warning."""
+    """Artifacts of loraflow as it was before files were renamed are hits without a warning, if the stage still gives the
+    same results."""
     from loraflow.execution.code_digest import is_current, recorded
     from loraflow.stages import STAGES
 
     earlier = json.loads((Path(__file__).parent.parent / "golden" / "code_before.json").read_text())
     for name, (version, digest) in earlier.items():
-        assert STAGES[name].version == version and is_current(STAGES[name], digest)
+        assert STAGES[name].version >= version
+        assert is_current(STAGES[name], digest) or STAGES[name].version > version
         assert digest != recorded()[name].digest and not is_current(STAGES[name], "0" * 64)
 
 
