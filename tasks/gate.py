@@ -67,13 +67,14 @@ def _protocol(workspace: Workspace, result: PipelineResult) -> str:
 
 def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Decision:
     """Spend a look at the held-out rows, then compare. A crash in between loses the look, and grants none."""
-    from loraflow.evaluation.gate import decide
+    from loraflow.evaluation.gate import decide, require_comparable
 
     rules = workspace.recipe.gate
     ours = _heldout_scores(workspace, result.tuned_scores)
     others = {"base": _heldout_scores(workspace, result.base_scores)}
     if result.champion_scores is not None:
         others["champion"] = _heldout_scores(workspace, result.champion_scores)
+    require_comparable(ours, others, {rules.primary, *rules.guards})
     look = _take_look(workspace, result, protocol, ours)
     decision = decide(
         ours,
@@ -85,7 +86,7 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
         lower_is_better=rules.lower_is_better,
         level=look.level,
         look=str(look),
-        vocabulary=_vocabulary(workspace, result.base),
+        vocabulary=_vocabulary(workspace, result.base_scores),
     )
     budget = (
         f"{str(look).capitalize()} at these {len(ours)} held-out rows, {look.left} left: at most {rules.error:.0%} for "
@@ -110,10 +111,12 @@ def _take_look(workspace: Workspace, result: PipelineResult, protocol: str, tabl
     )
 
 
-def _vocabulary(workspace: Workspace, base: Ref) -> int | None:
-    """Return the number of tokens that a base's config names; None if it names none."""
+def _vocabulary(workspace: Workspace, base_scores: Ref) -> int | None:
+    """Return the number of tokens that the base's config names; None if it names none."""
+    store = workspace.store
+    base = store.manifest(base_scores).input_refs(store.uri).get("model")
     try:
-        config = json.loads(read_intact(workspace.store, base, "config.json"))
+        config = json.loads(read_intact(store, base, "config.json")) if base else {}
     except ValueError:
         return None
     found = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")

@@ -26,6 +26,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     from loraflow.execution.plan import base_report, gate_power, too_few_positions, training_memory
     from loraflow.execution.plan import plan as plan_run
     from loraflow.execution.workspace import Workspace
+    from loraflow.failures import Failure
     from loraflow.stages import TRAIN, check_names
 
     check_names(force, "--force")
@@ -35,8 +36,12 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     trains = any(step.stage == TRAIN.name and step.status != "cached" for step in steps)
     memory = training_memory(workspace) if trains else None
     note = too_few_positions(workspace) if trains else ""
-    power = gate_power(workspace)
     base = base_report(workspace) if trains else []
+    power, problem = None, ""
+    try:
+        power = gate_power(workspace)
+    except Failure as failure:  # planning goes on, as for a champion that is missing
+        problem = f"will fail: {failure.what}"
     if as_json:
         document: dict[str, JsonValue] = {"stages": [step.to_json() for step in steps]}
         if memory:
@@ -52,11 +57,15 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
                 "level": power.level,
                 "shows": [*power.lines()[1:]],
             }
+        if problem:
+            document["gate"] = {"problem": problem}
         click.echo(json.dumps(document, ensure_ascii=False))
     else:
         _show(steps, memory, base)
         if note:
             click.echo(f"note: {note}")
+        if problem:
+            click.secho(f"\ngate: {problem}", fg="yellow")
         if power:
             click.echo()
             click.secho("\n".join(power.lines()), fg="yellow" if power.is_warning() else None)

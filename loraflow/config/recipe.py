@@ -56,6 +56,11 @@ class Data(FrozenModel):
         "auto", description="Format of the rows; auto detects it for each row by its keys."
     )
     columns: dict[str, str] = Field({}, description="Columns with other names: {prompt: question, completion: answer}.")
+    group: str | None = Field(
+        None,
+        description="Field of the rows whose value names a group, such as the document that a question is about. The "
+        "gate does not count rows of a group as independent, and heldout_fraction keeps them together.",
+    )
     train: list[str] = Field(
         ["train*"], description="Files with training rows: names or patterns, relative to the source."
     )

@@ -147,6 +147,7 @@ class CheckDatasetConfig(StageConfig):
     heldout_fraction: Share = 0.0  # set only if no file is held out
     seed: int = 0  # set only if rows are split by their hash
     thinking: Literal["strip"] | None = None  # set only if reasoning is removed from the rows
+    group: str | None = None  # set only if rows have groups
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
@@ -158,6 +159,8 @@ class CheckDatasetConfig(StageConfig):
             fields.add("heldout_fraction")
         if not data.heldout or data.validation_fraction:
             fields.add("seed")
+        if data.group is not None:
+            fields.add("group")
         values = data.model_dump(include=fields)
         return cls.of({**values, "thinking": "strip"} if data.thinking in ("strip", "empty") else values)
 

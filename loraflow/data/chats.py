@@ -29,3 +29,4 @@ class ChatRecord(TypedDict):
     place: str  # where the row was read: file:line, or file:row
     messages: list[Message]
     learned: NotRequired[list[int]]  # numbers of the answers that are learned, from 0; absent: all of them
+    group: NotRequired[str]  # the value of data.group

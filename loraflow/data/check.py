@@ -21,7 +21,7 @@ from loraflow.data.check_report import CheckReport, Profile, SplitCounts
 from loraflow.data.readers import match_files, read_rows
 from loraflow.data.reasoning import NOT_RENDERED, reasoning_key, without_reasoning
 from loraflow.data.similar import CheckedRow, find_similar, is_last_learned
-from loraflow.data.split import draw, in_share, prompt_key, row_id, sample
+from loraflow.data.split import draw, group_key, in_share, prompt_key, row_id, sample
 from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
@@ -154,7 +154,7 @@ def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Splits:
     splits: Splits = {"train": [], "validation": [], "heldout": []}
     counts, quarantine = reading.counts, reading.quarantine
     for set_name, set_files in _assign_files(files, config).items():
-        for row in read_rows(files, set_files, config.format, config.columns):
+        for row in read_rows(files, set_files, config.format, config.columns, config.group):
             counts["read"] += 1
             if row.unused_keys:
                 reading.unread.update(row.unused_keys)
@@ -172,7 +172,12 @@ def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Splits:
                 quarantine.append({"place": row.place, "set": set_name, "problem": problem, "row": row.raw})
                 continue
             key = prompt_key(messages)
-            split = _assign_split(key, set_name, config)
+            split = _assign_split(key if row.group is None else group_key(row.group), set_name, config)
+            if config.group is not None and row.group is None and split == "heldout":
+                counts["malformed"] += 1
+                problem = f"expected the field {config.group} (data.group), which names the row's group"
+                quarantine.append({"place": row.place, "set": set_name, "problem": problem, "row": row.raw})
+                continue
             name = split if split != "heldout" else GATE_SET if set_name == "train" else set_name
             if split == "heldout" and row.learned is not None and len(messages) - 1 not in row.learned:
                 counts["marked_false"] += 1
@@ -180,6 +185,8 @@ def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Splits:
                 quarantine.append({"place": row.place, "set": set_name, "problem": problem, "row": row.raw})
                 continue
             record = _record(messages, row.place, name, config.system, None if split == "heldout" else row.learned)
+            if row.group is not None:
+                record["group"] = row.group
             if "learned" in record:
                 counts["partly_marked"] += 1
             if record["messages"] is not messages:
@@ -190,20 +197,25 @@ def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Splits:
         and not config.heldout
         and not any(r.record["set"] == GATE_SET for r in splits["heldout"])
     ):
-        _hold_out_one(splits, reading, config.seed)
+        _hold_out_one(splits, reading, config)
     return splits
 
 
-def _hold_out_one(splits: Splits, reading: _Reading, seed: int) -> None:
-    """Hold out one prompt if the seeded hash holds out none, as in a dataset of a few rows: the next in its order."""
+def _hold_out_one(splits: Splits, reading: _Reading, config: CheckDatasetConfig) -> None:
+    """Hold out one prompt (or group) if the seeded hash holds out none, as in a small dataset: the next in its order."""
     rows = splits["train"]
-    prompts = {row.prompt for row in rows if is_last_learned(row.record)}
-    if len({row.prompt for row in rows}) < 2 or not prompts:
+
+    def unit(row: CheckedRow) -> str:
+        group = row.record.get("group")
+        return row.prompt if group is None else group_key(group)
+
+    may = {unit(r) for r in rows if is_last_learned(r.record) and (config.group is None or "group" in r.record)}
+    if len({unit(row) for row in rows}) < 2 or not may:
         return
-    chosen = min(prompts, key=lambda prompt: draw(prompt, seed, "heldout"))
-    splits["train"] = [row for row in rows if row.prompt != chosen]
+    chosen = min(may, key=lambda key: draw(key, config.seed, "heldout"))
+    splits["train"] = [row for row in rows if unit(row) != chosen]
     for row in rows:
-        if row.prompt == chosen and is_last_learned(row.record):
+        if unit(row) == chosen and is_last_learned(row.record):
             record: ChatRecord = {**row.record, "set": GATE_SET}
             record.pop("learned", None)
             splits["heldout"].append(CheckedRow(record, row.prompt))

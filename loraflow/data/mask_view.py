@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraflow.config.stage_configs import TokenizeConfig
-from loraflow.data.chats import ChatRecord
 from loraflow.data.answer_spans import IfCut
+from loraflow.data.chats import ChatRecord
 from loraflow.data.loss_mask import IGNORED, ChatTemplate, name_row
 from loraflow.failures import BadConfig
 

@@ -35,10 +35,15 @@ class Row:
     unused_keys: tuple[str, ...] = ()  # keys that have a value and that no format reads
     learned: tuple[int, ...] | None = None  # numbers of the answers that are learned, from 0; None: every answer
     is_marked_false: bool = False  # it has no chat, because its marks exclude every answer
+    group: str | None = None  # the value of the field that names the row's group
 
 
 def read_rows(
-    folder: Path, names: list[str], format_name: str, columns: Mapping[str, str] = MappingProxyType({})
+    folder: Path,
+    names: list[str],
+    format_name: str,
+    columns: Mapping[str, str] = MappingProxyType({}),
+    group: str | None = None,
 ) -> Iterator[Row]:
     """Read files row by row. A malformed row is yielded with its problem.
 
@@ -47,6 +52,7 @@ def read_rows(
         names: the files to read, relative to the folder.
         format_name: the rows' format: messages, sharegpt, alpaca, prompt_completion or auto.
         columns: {loraflow's column: the files' column}, for columns with other names.
+        group: the field that names a row's group.
 
     Raises:
         BadData: a file cannot be read, or its kind is unknown.
@@ -60,7 +66,8 @@ def read_rows(
                 continue
             try:
                 chat = read_chat(value, format_name, columns, labels)
-                yield Row(place, chat.messages, None, text, chat.unread, chat.learned)
+                unread = tuple(key for key in chat.unread if key != group)
+                yield Row(place, chat.messages, None, text, unread, chat.learned, group=_group(value, group))
             except MarkedFalse as marked:
                 yield Row(place, None, str(marked), text, is_marked_false=True)
             except BadRow as problem:
@@ -71,6 +78,14 @@ def _rows_of(path: Path, name: str) -> Iterator[JsonValue]:
     for row in read_values(path, name):
         if not isinstance(row.value, BadRow):
             yield row.value
+
+
+def _group(row: JsonValue, field: str | None) -> str | None:
+    """Return the value of the field that names a row's group, as text; None if it has none."""
+    value = row.get(field) if field is not None and isinstance(row, dict) else None
+    if isinstance(value, bool | list | dict):
+        raise BadRow(f"{field}: expected a text or a number that names the row's group")
+    return str(value).strip() or None if value is not None else None
 
 
 def read_values(path: Path, name: str) -> Iterator[RawValue]:

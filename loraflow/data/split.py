@@ -22,6 +22,11 @@ def prompt_key(messages: Chat) -> str:
     return row_id(messages[:-1])
 
 
+def group_key(group: str) -> str:
+    """Return a hash of a group's name. Rows of a group go to the same split."""
+    return hashlib.sha256(json.dumps({"group": group}, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
 def in_share(key: str, share: float, seed: int, purpose: str) -> bool:
     """Tell whether a row belongs to a random share of all rows.
 

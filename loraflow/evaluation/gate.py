@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from loraflow.data.chats import GATE_SET
 from loraflow.evaluation.evidence import Evidence
 from loraflow.evaluation.intervals import Bounds
-from loraflow.evaluation.pairing import pair, refusal
+from loraflow.evaluation.pairing import pair, refusal, scores
 from loraflow.evaluation.power import MINIMUM_ROWS
 from loraflow.evaluation.values import Comparison, Decision
 
@@ -141,6 +141,23 @@ def decide(
         reasons=tuple(comparison.reason for comparison in decisive),
         comparisons=tuple(comparisons),
     )
+
+
+def require_comparable(challenger: pd.DataFrame, others: Mapping[str, pd.DataFrame], metrics: Collection[str]) -> None:
+    """Check score tables before a look is spent on them.
+
+    Raises:
+        BadData: they cannot be compared; see `decide`.
+        BadConfig: there is no score of a name.
+    """
+    ours = _by_id(challenger, "challenger")
+    for metric in metrics:
+        scores(ours, metric, "challenger")
+    for name, other in others.items():
+        theirs = _by_id(other, name)
+        _require_same_rows(ours, theirs, name)
+        for metric in metrics:
+            scores(theirs, metric, name)
 
 
 def _refuted(tests: Sequence[_Test], error: float) -> set[int]:

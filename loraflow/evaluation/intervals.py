@@ -80,7 +80,8 @@ def _jackknife_interval(
     if n < 2 or share.max() >= 1:
         return Interval(value, -np.inf, np.inf)
     moved = np.bincount(labels, weights * (scores - value)) / weights.sum() / (1 - share)
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * float(np.sqrt((moved**2).sum() * n / (n - 1)))
+    effective = 1 / float(share @ share)  # groups of equal weight with the same variance
+    half = float(stats.t.ppf((1 + confidence) / 2, effective - 1)) * float(np.sqrt((moved**2).sum() * n / (n - 1)))
     if value > 0 and scores.min() >= 0:
         low, high = value * np.exp(-half / value), value * np.exp(half / value)
         return Interval(value, float(low), min(float(high), 1.0) if is_binary(scores) else float(high))

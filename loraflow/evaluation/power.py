@@ -91,6 +91,8 @@ class GatePower:
                 f"  {self.primary}: no gain below {self.gain:.2g} can be shown, and more is needed if rows differ"
             )
         for metric, (margin, unchanged, needed) in self.guards.items():
+            if not margin:
+                found.append(f"  {metric}: a margin of 0 is passed by better outputs only, never by unchanged ones")
             if needed is None:
                 continue
             if needed > self.rows:
@@ -107,7 +109,8 @@ class GatePower:
     def is_warning(self) -> bool:
         """Tell whether the gate can never promote, or an unchanged model does not pass a guard."""
         missing = any(needed is not None and needed > self.rows for _, _, needed in self.guards.values())
-        return self.rows < MINIMUM_ROWS or self.gain is None or missing
+        no_margin = any(not margin for margin, _, _ in self.guards.values())
+        return self.rows < MINIMUM_ROWS or self.gain is None or missing or no_margin
 
 
 def gate_power(

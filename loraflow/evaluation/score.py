@@ -54,6 +54,7 @@ class HeldoutRow:
     set: str
     messages: list[Message]
     place: str = ""  # where the row was read: file:line
+    group: str | None = None  # rows of a group are not independent
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ def read_rows(file: Path, max_rows: int | None, seed: int) -> tuple[list[Heldout
     """
     with file.open(encoding="utf-8") as lines:
         values = [json.loads(line) for line in lines]
-    rows = [HeldoutRow(row["id"], row["set"], row["messages"], row.get("place", "")) for row in values]
+    rows = [
+        HeldoutRow(row["id"], row["set"], row["messages"], row.get("place", ""), row.get("group")) for row in values
+    ]
     if not rows:
         raise BadData("There are no held-out rows.", where="evaluate", next_step="see data.heldout")
     sets: dict[str, list[int]] = {}
@@ -165,10 +168,12 @@ def _table(rows: Sequence[HeldoutRow], computed: _Computed) -> pd.DataFrame:
     """Return the columns of scores.parquet that are not metrics."""
     import pandas as pd
 
+    groups = [row.group for row in rows]
     return pd.DataFrame(
         {
             "id": [row.id for row in rows],
             "set": [row.set for row in rows],
+            **({} if groups == [None] * len(rows) else {"group": groups}),
             "prompt": [json.dumps(row.messages[:-1], ensure_ascii=False) for row in rows],
             "reference": [row.messages[-1]["content"] for row in rows],
             "answer": [answer["text"] for answer in computed.answers],

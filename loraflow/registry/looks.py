@@ -37,6 +37,7 @@ from loraflow.store import LocalStore, Store
 from loraflow.store.files import json_bytes
 
 _ROWS = TypeAdapter(list[str])
+_NEWEST_RUNS = 50  # that are read if there is no anchor: stores of earlier versions have none
 
 
 class Look(BaseModel):
@@ -352,8 +353,8 @@ class LookRecord:
             raise self._damaged(self._anchor_name, "number and hash of a look", error.errors()[0]["msg"]) from error
 
     def _head_of_runs(self) -> LogHead | None:
-        """Return the last look that the newest run record of this model knows."""
-        for run in reversed(run_ids(self.store)):
+        """Return the last look that the newest run record of this model knows, of the newest fifty records."""
+        for run in run_ids(self.store)[: -_NEWEST_RUNS - 1 : -1]:
             try:
                 record = _Run.model_validate_json(self.store.read_document(f"{RUNS}{run}.json") or b"")
             except ValidationError:  # a damaged record, which `loraflow runs` reports

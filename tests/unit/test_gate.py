@@ -385,7 +385,9 @@ def test_an_interval_of_a_weighted_mean_is_the_jackknifes_on_a_logarithmic_scale
     value, low, high = mean_interval(scores, 0.95, 0, weights)
     left_out = [np.average(np.delete(scores, i), weights=np.delete(weights, i)) for i in range(30)]
     error = np.sqrt(30 / 29 * ((np.array(left_out) - value) ** 2).sum())
-    assert (low, high) == pytest.approx(value * np.exp(np.r_[-1, 1] * stats.t.ppf(0.975, 29) * error / value), rel=1e-6)
+    freedom = weights.sum() ** 2 / (weights**2).sum() - 1
+    expected = value * np.exp(np.r_[-1, 1] * stats.t.ppf(0.975, freedom) * error / value)
+    assert (low, high) == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_interval_of_rows_in_groups_is_as_wide_as_that_of_the_groups():

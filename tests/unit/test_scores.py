@@ -18,7 +18,7 @@ def scores(workspace: Workspace, name: str, value: float, **columns) -> Ref:
     """Commit a score table as an evaluation does."""
     payload = identity.payload("evaluate", 1, {}, {"model": name})
     staged = workspace.store.staging("evaluate", identity.fingerprint(payload))
-    rows = {"id": [f"r{i}" for i in range(40)], "set": "heldout", "token_loss": value, **columns}
+    rows = {"id": [f"r{i}" for i in range(80)], "set": "heldout", "token_loss": value, **columns}
     pd.DataFrame(rows).to_parquet(staged / "scores.parquet", index=False)
     return workspace.store.commit(staged, payload=payload, inputs={}, summary=Summary(), provenance={})
 
@@ -59,11 +59,38 @@ def test_edited_scores_promote_nothing_and_are_quarantined(workspace, harmed):
 
 
 def test_a_table_without_an_id_in_a_row_is_refused_although_it_is_intact(workspace):
-    ids = [None, *(f"r{i}" for i in range(1, 40))]
+    ids = [None, *(f"r{i}" for i in range(1, 80))]
     with pytest.raises(BadData, match="no valid `id`"):
         decide(workspace, scores(workspace, "base", 2.0, id=ids), scores(workspace, "tuned", 1.0, id=ids))
+    assert not workspace.looks.entries(), "scores that cannot be compared cost no look"
 
 
 def test_better_scores_are_promoted(workspace):
     base, tuned = scores(workspace, "base", 2.0), scores(workspace, "tuned", 1.0)
     assert decide(workspace, base, tuned).verdict == "promote"
+
+
+def test_a_look_is_spent_before_the_verdict_and_a_crash_in_between_grants_none(workspace, monkeypatch):
+    base, tuned = scores(workspace, "base", 2.0), scores(workspace, "tuned", 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("loraflow.evaluation.gate.decide", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            decide(workspace, base, tuned)
+    [look] = workspace.looks.entries()
+    decision = decide(workspace, base, tuned)
+    assert decision.look == look.seq and workspace.looks.entries() == [look], "the same comparison is the same look"
+    assert decision.budget.startswith("Look 1 of 365 at these 80 held-out rows, 364 left")
+    other = Workspace(workspace.recipe.model_copy(update={"name": "renamed"}))
+    changed = decide(other, base, scores(workspace, "tuned 2", 1.9))
+    assert changed.look == 2 and "6.9e-05 allowed at look 2 of 365" in changed.comparisons[0].reason
+
+
+def test_new_rules_and_a_new_champion_are_new_looks(workspace):
+    base, tuned = scores(workspace, "base", 2.0), scores(workspace, "tuned", 1.99)
+    assert decide(workspace, base, tuned).verdict == "undecided"
+    assert decide(workspace, base, tuned).verdict == "unchanged" and len(workspace.looks.entries()) == 1
+    looser = workspace.recipe.gate.model_copy(update={"error": 0.4})
+    workspace.recipe = workspace.recipe.model_copy(update={"gate": looser})
+    assert decide(workspace, base, tuned).verdict == "undecided" and len(workspace.looks.entries()) == 2
+    decide(workspace, base, tuned, champion=base)
+    assert [look.number for look in workspace.looks.entries()] == [1, 2, 3]

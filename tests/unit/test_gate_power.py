@@ -1,0 +1,63 @@
+"""`plan` says what the held-out rows can show, once they are checked; rows have the groups that the dataset names."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from loraflow.config import load_recipe
+from loraflow.evaluation.generation import GeneratedAnswer
+from loraflow.evaluation.groups import group_labels
+from loraflow.evaluation.score import _Computed, _table, read_rows
+from loraflow.execution.launcher import run_job
+from loraflow.execution.plan import gate_power
+from loraflow.execution.workspace import Workspace
+from loraflow.registry.looks import row_key
+from loraflow.stages import CHECK_DATASET, VERSION_DATASET
+
+
+def checked(workspace):
+    """Run the stages that read the dataset."""
+    dataset = run_job(workspace.job(VERSION_DATASET, {}), workspace.store)
+    return run_job(workspace.job(CHECK_DATASET, {"dataset": dataset}), workspace.store)
+
+
+def test_the_plan_counts_rows_and_looks_and_warns_of_a_gate_that_cannot_promote(recipe):
+    workspace = Workspace(load_recipe(recipe))
+    assert gate_power(workspace) is None, "the rows are not known yet"
+    rows = checked(workspace)
+    found = gate_power(workspace)
+    assert (found.rows, found.look, found.level) == (8, "look 1 of 365", 0.025) and found.is_warning()
+    assert "at least 20 independent rows are needed" in "\n".join(found.lines())
+    lines = workspace.store.read(rows, "heldout.jsonl").decode().splitlines()
+    keys = {row_key(json.dumps(json.loads(line)["messages"][:-1])) for line in lines}
+    workspace.looks.take("k", challenger="c", rows=keys, error=0.05, horizon=365, promotions=(), actor="me")
+    more = gate_power(Workspace(load_recipe(recipe, {"evaluation.max_rows": 20, "gate.guards": {"field_f1": 0.01}})))
+    assert (more.rows, more.look) == (20, "look 2 of 365") and more.level == pytest.approx(0.025 / 364)
+    assert "a margin of 0.01 needs 299 rows, you have 20" in "\n".join(more.lines())
+
+
+def test_rows_of_a_group_are_held_out_together_and_have_its_name_in_the_scores(recipe, dataset):
+    train, heldout = (dataset / name for name in ("train.jsonl", "heldout.jsonl"))
+    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["document"] = number // 4
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    heldout.unlink()
+    settings = {"data.group": "document", "data.heldout": [], "data.heldout_fraction": 0.4}
+    workspace = Workspace(load_recipe(recipe, settings))
+    ref = checked(workspace)
+    found = read_rows(workspace.store.path(ref) / "heldout.jsonl", None)
+    sizes = pd.Series([row.group for row in found]).value_counts()
+    assert len(found) > 8 and set(sizes) == {4}
+    answer: GeneratedAnswer = {"text": "red", "tokens": 1, "finish": "stop"}
+    table = _table(found, _Computed([answer] * len(found), [(1.0, 1)] * len(found)))
+    assert group_labels(table).max() + 1 == len(sizes)
+    plain = _table([row.__class__(row.id, row.set, row.messages) for row in found], _Computed([answer] * len(found), [(1.0, 1)] * len(found)))  # fmt: skip
+    assert "group" not in plain
+
+
+def test_a_held_out_row_without_its_group_is_malformed(recipe, dataset):
+    workspace = Workspace(load_recipe(recipe, {"data.group": "document"}))
+    report = workspace.store.manifest(checked(workspace)).report
+    assert report["counts"]["malformed"] == 20 and "data.group" in report["first_problems"][0]
