@@ -297,6 +297,8 @@ def test_an_evaluation_report_is_unchanged_by_writing_and_reading_json():
     part = {"value": 0.5, "low": -math.inf, "high": math.inf, "n": 1}
     sample = {"id": "a", "prompt": "p", "reference": "r", "answer": "s"}
     values = {"metrics": {"heldout": {"chrf": part}, "extra": {"chrf": part}}, "samples": [sample]}
+    assert EvaluationReport.from_dict(values).available == {}, "of an earlier version"
+    values |= {"available": {"heldout": 5, "extra": 1}, "control_tokens": 2, "longest": 99}
     report = EvaluationReport.from_dict(values)
     assert report.metrics["heldout"]["chrf"] == MetricValue(**part)
     assert json.dumps(report.to_dict()) == json.dumps(values)
