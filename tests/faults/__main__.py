@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.page import FAULTS, PAGE, ROOT, belongs, render, tests_of
+from tests.faults.page import FAULTS, PAGE, ROOT, belongs, node_ids, render
 
 RESULTS = ROOT / "build" / "faults.json"
 
@@ -36,12 +36,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="leave out the tests that are marked slow, gpu or ui")
     parser.add_argument("--folder", default="", help="only the tests below this folder of tests/, such as unit")
     arguments = parser.parse_args()
-    tests = [test for test in tests_of(arguments.numbers) if test.startswith(arguments.folder)]
+    tests = [test for test in node_ids(arguments.numbers) if test.startswith(arguments.folder)]
     collector = Collector()
     options = ["-q", "-p", "no:cacheprovider", *(["-m", "not slow and not gpu and not ui"] if arguments.quick else [])]
     code = pytest.main([*options, *(str(ROOT / "tests" / test) for test in tests)], plugins=[collector])
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    kept = {name: outcome for name, outcome in known.items() if any(belongs(name, test) for test in tests_of([]))}
+    kept = {name: outcome for name, outcome in known.items() if any(belongs(name, test) for test in node_ids([]))}
     save(RESULTS, json.dumps({**kept, **collector.outcomes}, indent=1, sort_keys=True))
     save(PAGE, render({**kept, **collector.outcomes}))
     return int(code)

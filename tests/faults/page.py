@@ -15,7 +15,8 @@ _HEAD = """# Faults
 What was injected, by stage, and what happened. `make test-faults` runs these tests and writes this page; the table is
 `tests/faults/table.py`. "Cases" counts the injections of the last run: parameters of a test, not repetitions inside one.
 A test that was skipped needs hardware or programs that the machine of the last run did not have: a GPU (`make test-gpu`),
-a browser (`make test-ui`), an S3 server (`make test-s3`), Postgres.
+a browser (`make test-ui`), an S3 server (`make test-s3`), Postgres. A test that was not run is one that the last run left out:
+`python -m tests.faults --quick` leaves out slow ones, `python -m tests.faults 6 31` runs those of two faults and adds them.
 
 Random kills of whole runs are measured by `benchmarks/chaos.py` ([performance.md](performance.md#recovery-after-a-kill)), files
 from outside are fuzzed by `make fuzz`.
@@ -54,7 +55,7 @@ def belongs(name: str, test: str) -> bool:
     return name == test or name.startswith(f"{test}[")
 
 
-def tests_of(numbers: Sequence[int]) -> list[str]:
+def node_ids(numbers: Sequence[int]) -> list[str]:
     """Return the tests of some faults, each once; of all faults if no number is given."""
     return list(
         dict.fromkeys(test for fault in FAULTS if not numbers or fault.number in numbers for test in fault.tests)

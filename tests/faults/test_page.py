@@ -3,7 +3,7 @@
 import re
 from functools import cache
 
-from tests.faults.page import PAGE, ROOT, render, tests_of
+from tests.faults.page import PAGE, ROOT, node_ids, render
 from tests.faults.table import FAULTS
 
 
@@ -18,7 +18,7 @@ def test_every_fault_is_shown_by_a_test_that_exists_or_struck_out_with_a_reason(
         assert bool(fault.tests) != bool(fault.struck), fault.number
     missing = [
         test
-        for test in tests_of([])
+        for test in node_ids([])
         if test.partition("::")[2].partition("[")[0] not in functions(test.partition("::")[0])
     ]
     assert missing == []
