@@ -78,6 +78,6 @@ def obstacle_to_quantization(config: PreTrainedConfig, kind: Literal["nf4", "fp8
     """Return why a model cannot be trained on quantized weights; empty if it can."""
     if stateful := stateful_layers(config):
         return f"layers of type {', '.join(stateful)} have kernels that read their weights directly"
-    if kind == "fp8" and (obstacle := obstacle_to_fast_engine(config)):
-        return f"it needs the fast engine: {obstacle}"
+    if kind == "fp8" and obstacle_to_fast_engine(config):
+        return "it needs the fast engine"
     return ""

@@ -35,9 +35,11 @@ class Support:
         """Decide from a model's configuration; nothing is loaded."""
         slow, unpacked = obstacle_to_fast_engine(config), obstacle_to_packing(config)
         refusals = {kind: obstacle_to_quantization(config, kind) for kind in ("nf4", "fp8")}
-        refused = [f"{kind}: {why}" for kind, why in refusals.items() if why]
-        if unpacked:
-            refused.append("packing: the same")
+        reasons: dict[str, list[str]] = {}
+        for kind, why in {**refusals, "packed rows": unpacked}.items():
+            if why:
+                reasons.setdefault(why, []).append(kind)
+        refused = [f"{', '.join(kinds)}: {why}" for why, kinds in reasons.items()]
         if config.get_text_config() is not config:
             refused.append("images and sound: rows are text")
         return cls(
@@ -45,7 +47,7 @@ class Support:
             "stock" if slow else "fast",
             slow,
             "padded" if unpacked else "packed or padded",
-            unpacked or ("" if is_tested(config) else "packed rows are checked with the weights before the first step"),
+            "" if unpacked or is_tested(config) else "packed rows are checked with the weights before the first step",
             attention_with_mask(config),
             tuple(kind for kind, why in refusals.items() if not why),
             tuple(refused),

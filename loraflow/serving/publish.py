@@ -170,7 +170,8 @@ def _hub_files(model: Model, what: PublishedForm) -> dict[str, Path]:
         return {path.name: path for path in paths if path.suffix in MODEL_FILE_SUFFIXES}
     assert model.unmerged_adapter is not None and model.base is not None
     files = {name: model.unmerged_adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")}
-    check_unmerged(model)
+    if model.adapter_ref is None:  # an intact artifact of the train stage is complete
+        check_unmerged(model)
     # An adapter that has only a template goes with the base's tokenizer.
     own = tokenizer_files(model.unmerged_adapter)
     whole = any(path.name == VOCABULARY for path in own)

@@ -42,17 +42,21 @@ def build_stock_trainer(setup: TrainingSetup, model: PreTrainedModel, choices: E
         gradient_checkpointing=setup.uses_gradient_checkpointing,
         gradient_checkpointing_kwargs=setup.settings.gradient_checkpointing_kwargs,
     )
+    arguments = trainer_arguments(
+        setup.settings,
+        setup.steps,
+        batch_settings,
+        setup.device,
+        setup.runtime.engine,
+        setup.work,
+        setup.checkpoints,
+    )
+    if not getattr(model.config.get_text_config(), "num_experts", 0):
+        # trl adds a loss of the router wherever a config has a coefficient for it: Granite 4's has, also without experts.
+        arguments.router_aux_loss_coef = 0.0
     trainer = StockTrainer(
         model=model,
-        args=trainer_arguments(
-            setup.settings,
-            setup.steps,
-            batch_settings,
-            setup.device,
-            setup.runtime.engine,
-            setup.work,
-            setup.checkpoints,
-        ),
+        args=arguments,
         train_rows=setup.order,
         validation_rows=len(setup.validation) if setup.validation is not None else 0,
         collator=RowCollator(setup.rows, setup.validation, setup.tokenizer.pad_token_id),

@@ -56,6 +56,66 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 256,
+    },
+    "original_max_position_embeddings": 256,
+}  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}  # fmt: skip
+TIED = {"tie_word_embeddings": True}
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+TEXT = {**COMMON, "sliding_window": 8, "layer_types": SLIDING["layer_types"]}
+
+# The families that people bring: name → architecture, and what a tiny config takes over from the real one.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Phi-3 mini 4k": ("phi3", {"num_key_value_heads": 4}),
+    "Phi-3 mini 128k": ("phi3", {"num_key_value_heads": 4, **LONGROPE}),
+    "Phi-3.5 mini": ("phi3", {"num_key_value_heads": 4, "sliding_window": None, **LONGROPE}),
+    "Phi-4": ("phi3", {"sliding_window": None}),
+    "Phi-4 mini": ("phi3", {"sliding_window": None, "partial_rotary_factor": 1.0, **TIED, **LONGROPE}),
+    "Llama 3.1": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "Llama 3.2": ("llama", {"rope_parameters": LLAMA3_ROPE, **TIED}),
+    "Qwen2.5": ("qwen2", TIED),
+    "Qwen3": ("qwen3", TIED),
+    "Qwen3.5": ("qwen3_5_text", TIED),
+    "Gemma 2": ("gemma2", TIED),
+    "Gemma 3, text": ("gemma3_text", TIED),
+    "Gemma 3, with vision": ("gemma3", {"text_config": TEXT, "vision_config": VISION, "mm_tokens_per_image": 4}),
+    "Mistral": ("mistral", {}),
+    "Ministral": ("ministral", {}),
+    "Granite 3": ("granite", TIED),
+    "Granite 4": ("granitemoehybrid", TIED),
+    "OLMo 2": ("olmo2", {}),
+    "OLMo 3": ("olmo3", {}),
+    "SmolLM2": ("llama", TIED),
+    "SmolLM3": ("smollm3", TIED),
+    "Cohere": ("cohere", TIED),
+    "Cohere 2": ("cohere2", TIED),
+    "GLM-4": ("glm4", {}),
+    "LFM2": ("lfm2", TIED),
+    "Qwen3-MoE, experts left alone": ("qwen3_moe", {}),
+    "Qwen3-MoE, experts adapted": ("qwen3_moe", {}),
+    "Mixtral": ("mixtral", {}),
+    "gpt-oss": ("gpt_oss", {}),
+}
+
+
+def family_config(family: str, **more: Any) -> PreTrainedConfig:
+    """Return the config of a tiny model of a family of `FAMILIES`; `more` is for its text model."""
+    architecture, options = FAMILIES[family]
+    if "text_config" in options:
+        options = {**options, "text_config": {**options["text_config"], **more}, **more}
+    return AutoConfig.for_model(architecture, **{**COMMON, **OPTIONS.get(architecture, {}), **options, **more})
+
+
 def tiny_config(family: str) -> PreTrainedConfig:
     """Return the config of a tiny model of an architecture, named by its `model_type`."""
     return AutoConfig.for_model(family, **{**COMMON, **OPTIONS.get(family, {})})
