@@ -43,6 +43,7 @@ def mean_interval(
     seed: int,
     weights: np.ndarray | None = None,
     groups: np.ndarray | None = None,
+    largest: float = 1.0,
 ) -> Interval:
     """Return the mean of scores [rows] with its interval.
 
@@ -52,12 +53,14 @@ def mean_interval(
         seed: of the bootstrap.
         weights: the numbers of tokens of the rows.
         groups: a number for each row; rows with the same number are not independent.
+        largest: the score's largest possible value, 100 for chrf. If every score is 0 or this, the mean is a share of it.
     """
     if groups is not None and len(np.unique(groups)) == len(scores):
         groups = None
-    if weights is None and groups is None and is_binary(scores):
-        interval = stats.binomtest(int(scores.sum()), len(scores)).proportion_ci(confidence, method="wilson")
-        return Interval(float(scores.mean()), float(interval.low), float(interval.high))
+    if weights is None and groups is None and is_binary(scores / largest):
+        hits = int(np.count_nonzero(scores))
+        interval = stats.binomtest(hits, len(scores)).proportion_ci(confidence, method="wilson")
+        return Interval(float(scores.mean()), largest * float(interval.low), largest * float(interval.high))
     if weights is not None or groups is not None:
         return _jackknife_interval(scores, confidence, weights, groups)
     value, n = float(scores.mean()), len(scores)

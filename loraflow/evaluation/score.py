@@ -18,7 +18,7 @@ from loraflow.data.chats import GATE_SET, Message
 from loraflow.data.split import prompt_key, sample
 from loraflow.evaluation.groups import group_labels
 from loraflow.evaluation.intervals import Interval, mean_interval
-from loraflow.evaluation.values import EvaluationReport, MetricValue, Sample, Scores, SetScores, scores_to_dict
+from loraflow.evaluation.values import RANGES, EvaluationReport, MetricValue, Sample, Scores, SetScores, scores_to_dict
 from loraflow.failures import BadData
 from loraflow.hardware.device import pick_device
 from loraflow.hardware.process_group import ProcessGroup, join
@@ -217,7 +217,8 @@ def summarise(table: pd.DataFrame, confidence: float, seed: int) -> SetScores:
     scores, groups = {}, group_labels(table)
     for name in score_columns(table):
         weights = table["reference_tokens"].to_numpy(dtype=float) if name == "token_loss" else None
-        interval = mean_interval(table[name].to_numpy(dtype=float), confidence, seed, weights, groups)
+        largest = RANGES.get(name, 1.0)
+        interval = mean_interval(table[name].to_numpy(dtype=float), confidence, seed, weights, groups, largest)
         scores[name] = _metric_value(interval, table)
         if name == "token_loss":
             scores["perplexity"] = _metric_value(Interval(*(float(np.exp(bound)) for bound in interval)), table)

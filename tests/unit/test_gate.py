@@ -122,6 +122,14 @@ def test_the_interval_of_a_mean_is_wilsons_or_weighted():
     assert mean_interval(scores, 0.95, 0, weights)[0] == pytest.approx(11 / 4)
 
 
+def test_a_score_up_to_100_that_is_zero_in_every_row_has_a_share_of_100_as_its_bound():
+    zeros = np.zeros(50)
+    share, of_hundred = mean_interval(zeros, 0.95, 0), mean_interval(zeros, 0.95, 0, largest=100.0)
+    assert of_hundred.high == pytest.approx(100 * share.high) and of_hundred.high > 5
+    ones = mean_interval(np.ones(50), 0.95, 0, largest=100.0)
+    assert ones.high == pytest.approx(1.0), "a graded score of 1 in every row is no hit"
+
+
 @pytest.mark.parametrize("nothing", [None, np.nan, pd.NA, pd.NaT])
 def test_a_row_whose_id_is_null_in_both_tables_is_refused(nothing):
     """A join would pair the two nulls with each other."""
