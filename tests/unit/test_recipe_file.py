@@ -21,7 +21,8 @@ def recipe(tmp_path: Path) -> Path:
     """A recipe whose dataset and base are just large enough to be looked up."""
     write_chats(tmp_path / "data" / "train.jsonl", range(3))
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text("{}")
+    config = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "num_hidden_layers": 1}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     (tmp_path / "base" / "model.safetensors").touch()
     file = tmp_path / "tiny.yaml"
     file.write_text(RECIPE.format(data=tmp_path / "data", base=tmp_path / "base", store=tmp_path / "store"))
