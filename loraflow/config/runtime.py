@@ -81,6 +81,11 @@ class Runtime(FrozenModel):
     processes: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Tokenizer processes; the default is all cores."
     )
+    worker_start: Literal["fork", "spawn"] = Field(
+        "fork",
+        description="How a heavy stage's process starts. fork: from a process that has imported the libraries once (Linux; "
+        "elsewhere as spawn). spawn: a new Python, which imports them again.",
+    )
     deadline_minutes: Annotated[float, Field(gt=0)] | None = Field(
         None, description="A heavy stage that runs longer is stopped; by default there is no limit."
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
-import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +23,7 @@ from loraflow.execution.code_digest import code_digest
 from loraflow.execution.disk_space import check_free_space, explain_disk_full
 from loraflow.execution.job_file import JobFile
 from loraflow.execution.stage_function import stage_function
+from loraflow.execution.start_worker import WORKER
 from loraflow.execution.worker_process import OnProgress, check_budget, run_in_worker_process
 from loraflow.job import Inputs, Job, Progress
 from loraflow.stages import STAGES
@@ -31,7 +31,6 @@ from loraflow.store import Ref, Store, Summary, staging
 
 log = logging.getLogger(__name__)
 
-WORKER = [sys.executable, "-m", "loraflow.execution.worker"]
 _RECORDED = ("torch", "transformers", "peft", "trl", "datasets", "tokenizers", "evaluate", "dvc", "numpy", "pyarrow")
 
 

@@ -16,11 +16,11 @@ from pydantic import JsonValue
 
 from loraflow import failures
 from loraflow.config.stage_configs import HubOrigin, StageConfig
-from loraflow.execution.device_group import PARENT
 from loraflow.execution.job_file import JobFile
 from loraflow.execution.log_file import LOGS, ProgressReader, limit_log, mask_log
-from loraflow.execution.outcome import FILE, PIPE, read_outcome
+from loraflow.execution.outcome import FILE, read_outcome
 from loraflow.execution.stall_watch import AwakeClock, StallWatch, remove_stacks
+from loraflow.execution.start_worker import WorkerProcess, start_worker
 from loraflow.job import Job
 from loraflow.store import Summary
 
@@ -49,20 +49,11 @@ def run_in_worker_process(
     for name in (FILE, "progress.jsonl"):
         (work / name).unlink(missing_ok=True)
     remove_stacks(work)
-    job_file = file.write()
     kills_before = _oom_kills()
     read_end, write_end = os.pipe()
     try:
         with (work / "log.txt").open("ab") as log_file:
-            process = subprocess.Popen(
-                [*command, str(job_file)],
-                stdin=subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=log_file,
-                env=_environment(file) | {PIPE: str(write_end)},
-                pass_fds=[write_end],
-                start_new_session=True,
-            )
+            process = start_worker(command, file, _environment(file), log_file.fileno(), write_end)
         os.close(write_end)
         write_end = -1
         log.info("%s %s: worker %d, log %s", job.stage, job.short, process.pid, work / "log.txt")
@@ -83,7 +74,6 @@ def _environment(file: JobFile) -> dict[str, str]:
     job = file.job
     env = {
         **os.environ,
-        PARENT: str(os.getpid()),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "true"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -96,7 +86,7 @@ def _environment(file: JobFile) -> dict[str, str]:
     return env
 
 
-def _follow(process: subprocess.Popen[bytes], file: JobFile, on_progress: OnProgress | None, ends: float | None) -> int:
+def _follow(process: WorkerProcess, file: JobFile, on_progress: OnProgress | None, ends: float | None) -> int:
     """Wait for the worker to end, and pass each new line of its progress file to `on_progress`; return its exit status."""
     progress, clock, runtime = ProgressReader(file.work / "progress.jsonl"), AwakeClock(), file.job.runtime
     stall = StallWatch(process.pid, file.work, _stall_minutes(file))
@@ -152,7 +142,7 @@ def _show(lines: list[bytes], on_progress: OnProgress | None) -> None:
             log.warning("progress is not shown: %s", error)
 
 
-def _end_group(process: subprocess.Popen[bytes], grace: float) -> None:
+def _end_group(process: WorkerProcess, grace: float) -> None:
     """End the worker's process group: SIGTERM, then SIGKILL. Do nothing if it has ended.
 
     A second interruption, such as another Ctrl-C, ends the wait: the group is killed at once.

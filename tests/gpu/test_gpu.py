@@ -303,8 +303,8 @@ def test_cuda_graph_decoding_gives_the_answers_of_generate(tiny, monkeypatch, dt
     model, tokenizer = load_model(tiny, dtype, Runtime(device="cuda")), load_tokenizer(tiny)
     prompts = ChatTemplate(tiny).prompt_ids([chat(10**i)["messages"] for i in range(12)])
     options = {"stop_ids": [], "max_new_tokens": 60, "batch_size": 5}
-    graphs, real = [], greedy_decoding.record
-    monkeypatch.setattr(greedy_decoding, "record", lambda step: graphs.append(real(step)) or graphs[-1])
+    graphs, real = [], greedy_decoding.capture_cuda_graph
+    monkeypatch.setattr(greedy_decoding, "capture_cuda_graph", lambda step: graphs.append(real(step)) or graphs[-1])
     assert greedy_decoding.is_supported(model)
     ours = generate_answers(model, tokenizer, prompts, **options)
     assert len(graphs) == 3 and all(graph.__name__ == "replay" for graph in graphs), "each batch was recorded"

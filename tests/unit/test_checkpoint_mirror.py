@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from loraflow.execution import launcher as launch
@@ -327,11 +327,8 @@ def test_another_machine_finishes_the_training_of_a_dead_one_bit_for_bit(
         dying = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=log, start_new_session=True)
     prefix = f"work/train/{job.fingerprint}/{FOLDER}/"
     wait_until(lambda: dying.poll() is not None or any("complete.json" in k.key for k in one.bucket.listing(prefix)))
-    children = subprocess.run(
-        ["pgrep", "-P", str(dying.pid), "-f", "loraflow.execution.worker"], capture_output=True, text=True
-    )
-    for group in (*map(int, children.stdout.split()), dying.pid):
-        os.killpg(group, signal.SIGKILL)
+    for process in (*psutil.Process(dying.pid).children(recursive=True), psutil.Process(dying.pid)):
+        process.kill()
     dying.wait()
 
     two = machine("two", Inputs)

@@ -1,0 +1,186 @@
+"""Workers that are forked from a process that has imported the libraries once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from loraflow import failures
+from loraflow.config import parse_recipe
+from loraflow.execution import launcher, start_worker
+from loraflow.execution.fork_server import MODULES
+from loraflow.execution.runner import run_stage
+from loraflow.execution.workspace import Workspace
+from loraflow.stages import STAGES
+from tests.conftest import build_phi3, chat
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPE = """\
+name: forked
+data: {{source: {data}, train: [train.jsonl], heldout: [heldout.jsonl]}}
+base: {{model: {base}}}
+training_config: {{max_steps: {steps}, per_device_train_batch_size: 4, max_length: 128, logging_steps: 1, save_steps: 2}}
+peft_config: {{target_modules: [qkv_proj, o_proj]}}
+evaluation: {{metrics: [token_loss], max_rows: 4, max_new_tokens: 4}}
+runtime: {{store: {store}, grace_seconds: 5, threads: 1, {runtime}}}
+"""
+LONG = 100_000  # steps
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    for name, numbers in (("train.jsonl", range(24)), ("heldout.jsonl", range(100, 106))):
+        (folder / name).write_text("".join(json.dumps(chat(i)) + "\n" for i in numbers))
+    build_phi3(folder / "base")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_server_is_left():
+    yield
+    start_worker.end_fork_server()
+
+
+def workspace(parts, store, steps=4, runtime="worker_start: fork"):
+    text = RECIPE.format(data=parts, base=parts / "base", store=store, steps=steps, runtime=runtime)
+    return Workspace(parse_recipe(text))
+
+
+def walk(space, until="evaluate"):
+    """Run the stages up to one; return their artifacts by stage."""
+    refs = {}
+
+    def stage(name, **inputs):
+        refs[name] = run_stage(space, STAGES[name], **inputs)
+        return refs[name]
+
+    rows, base = stage("check_dataset", dataset=stage("version_dataset")), stage("resolve_base")
+    tokens = stage("tokenize", rows=rows, base=base)
+    adapter = stage("train", tokens=tokens, base=base)
+    if until == "evaluate":
+        stage("evaluate", model=stage("merge", base=base, adapter=adapter), rows=rows)
+    return refs
+
+
+def server():
+    assert start_worker._server is not None
+    return psutil.Process(start_worker._server.process.pid)
+
+
+def test_every_stage_that_runs_in_a_worker_has_its_modules_listed():
+    assert set(MODULES) == {name for name, stage in STAGES.items() if stage.in_worker}
+    for name, modules in MODULES.items():
+        assert STAGES[name].module in modules
+
+
+def test_artifacts_of_forked_workers_equal_those_of_new_processes(parts, tmp_path):
+    forked = walk(workspace(parts, tmp_path / "forked"))
+    again = walk(workspace(parts, tmp_path / "again"))  # by the same server, after all other stages
+    new = walk(workspace(parts, tmp_path / "new", runtime="worker_start: spawn"), until="train")
+    assert {name: ref.digest for name, ref in again.items()} == {name: ref.digest for name, ref in forked.items()}
+    assert {name: ref.digest for name, ref in new.items()} == {name: forked[name].digest for name in new}
+
+
+def training_of(store):
+    """Return the process of a training that has saved a checkpoint."""
+    for _ in range(900):
+        for process in psutil.process_iter():
+            try:
+                line = " ".join(process.cmdline())
+            except psutil.Error:
+                continue
+            if "loraflow.execution.worker" in line and f"{store}/work/train" in line:
+                if any(Path(line.split()[-1]).parent.glob("checkpoints/checkpoint-*/complete.json")):
+                    return process
+        time.sleep(0.1)
+    raise AssertionError("no training came that far")
+
+
+SCRIPT = """
+import sys
+from tests.unit.test_fork_server import LONG, walk, workspace
+from pathlib import Path
+from loraflow.failures import Failure
+try:
+    walk(workspace(Path(sys.argv[1]), Path(sys.argv[2]), LONG))
+except Failure as failure:
+    sys.exit(f"{type(failure).__name__}: {failure}")
+"""
+
+
+@pytest.fixture
+def running(parts, tmp_path):
+    """A launcher in a process of its own, whose training has saved a checkpoint."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(parts), str(tmp_path / "store")],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    yield process, training_of(tmp_path / "store")
+    process.kill()
+    process.wait()
+
+
+def assert_gone(*processes):
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_killed_launcher_takes_its_server_and_the_worker_with_it(running):
+    launcher_process, worker = running
+    fork_server = worker.parent()
+    assert fork_server.ppid() == launcher_process.pid and os.getpgid(worker.pid) == worker.pid
+    launcher_process.kill()
+    assert_gone(fork_server, worker)
+
+
+def test_a_killed_server_ends_its_worker_and_the_run_says_that_it_was_killed(running):
+    launcher_process, worker = running
+    worker.parent().kill()
+    _, errors = launcher_process.communicate(timeout=60)
+    assert "Killed: " in errors and launcher_process.returncode == 1
+    assert_gone(worker)
+
+
+def test_an_interrupted_launcher_saves_and_leaves_no_process(running, tmp_path):
+    launcher_process, worker = running
+    fork_server = worker.parent()
+    launcher_process.send_signal(signal.SIGINT)
+    launcher_process.communicate(timeout=60)
+    assert_gone(fork_server, worker)
+    assert "Training was asked to end." in next((tmp_path / "store" / "work" / "train").glob("*/log.txt")).read_text()
+
+
+def test_jobs_share_a_server_until_the_environment_changes(parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_stage(workspace(parts, tmp_path / "one"), STAGES["resolve_base"])
+    first = server()
+    run_stage(workspace(parts, tmp_path / "two"), STAGES["resolve_base"])
+    assert server() == first
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    run_stage(workspace(parts, tmp_path / "three"), STAGES["resolve_base"])
+    assert server() != first
+    assert_gone(first)
+
+
+def test_a_server_that_ends_at_its_start_is_replaced_by_a_new_python(parts, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(start_worker, "SERVER", [sys.executable, "-c", "import sys; sys.exit(3)"])
+    assert run_stage(workspace(parts, tmp_path / "store"), STAGES["resolve_base"])
+    assert "no worker can be forked" in caplog.text
+
+
+def test_a_failure_of_a_forked_worker_is_the_stages_own(parts, tmp_path):
+    space = workspace(parts, tmp_path / "store")
+    base = run_stage(space, STAGES["resolve_base"])
+    (space.store.path(base) / "tokenizer.json").write_text("{}")
+    rows = run_stage(space, STAGES["check_dataset"], dataset=run_stage(space, STAGES["version_dataset"]))
+    job = space.job(STAGES["tokenize"], {"rows": rows, "base": base})
+    with pytest.raises(failures.Failure) as caught:
+        launcher.run_job(job, space.store)
+    assert "log.txt" in str(caught.value) or caught.value.next_step
