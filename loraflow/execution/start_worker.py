@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 WORKER = [sys.executable, "-m", "loraflow.execution.worker"]
 SERVER = [sys.executable, "-m", "loraflow.execution.fork_server"]
 START_SECONDS = 600.0  # in which a fork server has imported the libraries, from a slow disk too
-_END_SECONDS = 2.0
 _NOT_READ_AT_IMPORT = (
     "LORAFLOW_",
     "PREFECT_",
@@ -75,6 +74,11 @@ class ForkedWorker:
         self.pid = int(line.split()[1])
         return True
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether `poll` or `wait` has returned an exit status. Another thread may ask, since this reads nothing."""
+        return self._code is not None
+
     def poll(self) -> int | None:
         """Return the exit status if the process has ended."""
         self._read(0)
@@ -115,6 +119,7 @@ class _ForkServer:
 
     def __init__(self, environment: dict[str, str]):
         self.environment, self.owner = environment, os.getpid()
+        self._workers: list[ForkedWorker] = []  # those that may still run
         self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with other:
             self.process = subprocess.Popen(
@@ -148,12 +153,14 @@ class _ForkServer:
             write_end = -1
             if not worker.started(START_SECONDS):
                 raise ChildProcessError(f"the fork server ended with {self.process.poll()}, or it does not answer")
+            self._workers = [running for running in (*self._workers, worker) if not running.has_ended]
         except (
             BaseException
         ):  # an interruption too: the server may be about to fork, and nobody would follow the worker
             worker.close()
+            self._socket.close()
             self.process.kill()  # its workers end with it
-            self.end()
+            self.process.wait()
             raise
         finally:
             if write_end != -1:
@@ -161,11 +168,11 @@ class _ForkServer:
         return worker
 
     def end(self) -> None:
-        """Let the server end, at once if it has no workers."""
+        """Let the server end: at once if it has no workers, otherwise after its last one."""
         self._socket.close()
-        if self.owner == os.getpid():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(_END_SECONDS)
+        if self.owner == os.getpid() and all(worker.has_ended for worker in self._workers):
+            self.process.kill()  # it may be importing
+            self.process.wait()
 
 
 _lock = threading.Lock()

@@ -96,9 +96,9 @@ def training_of(store):
                 line = " ".join(process.cmdline())
             except psutil.Error:
                 continue
-            if "loraflow.execution.worker" in line and f"{store}/work/train" in line:
-                if any(Path(line.split()[-1]).parent.glob("checkpoints/checkpoint-*/complete.json")):
-                    return process
+            is_training = "loraflow.execution.worker" in line and f"{store}/work/train" in line
+            if is_training and any(Path(line.split()[-1]).parent.glob("checkpoints/checkpoint-*/complete.json")):
+                return process
         time.sleep(0.1)
     raise AssertionError("no training came that far")
 
