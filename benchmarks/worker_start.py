@@ -80,7 +80,8 @@ def main(rounds: int) -> None:
         for number in range(rounds):
             for how, found in results.items():
                 found.append(in_new_process(folder, folder / f"{how}-{number}", how))
-        digests = {json.dumps({stage: digest for stage, (_, digest) in one.items()}) for found in results.values() for one in found}  # fmt: skip
+        every = [one for found in results.values() for one in found]
+        digests = {json.dumps({stage: digest for stage, (_, digest) in one.items()}) for one in every}
         print(f"{'stage':16} {'spawn s':>8} {'fork s':>8}")
         for stage in results["spawn"][0]:
             medians = [statistics.median(one[stage][0] for one in found) for found in results.values()]

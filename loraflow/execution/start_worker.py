@@ -8,7 +8,6 @@ its last worker.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
 import logging
 import os
