@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RECIPE = """\
 name: start
-data: {{source: {folder}, train: [train.jsonl], heldout: [heldout.jsonl]}}
+data: {{source: {folder}/data, train: [train.jsonl], heldout: [heldout.jsonl]}}
 base: {{model: {folder}/base}}
 training_config: {{max_steps: 5, per_device_train_batch_size: 8, max_length: 128, logging_steps: 1, save_steps: 100}}
 peft_config: {{target_modules: [qkv_proj, o_proj, gate_up_proj, down_proj]}}
@@ -73,8 +73,9 @@ def main(rounds: int) -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        (folder / "data").mkdir()
         for file, numbers in (("train.jsonl", range(200)), ("heldout.jsonl", range(5000, 5016))):
-            (folder / file).write_text("".join(json.dumps(chat(i)) + "\n" for i in numbers))
+            (folder / "data" / file).write_text("".join(json.dumps(chat(i)) + "\n" for i in numbers))
         build_phi3(folder / "base")
         results: dict[str, list[dict[str, tuple[float, str]]]] = {"spawn": [], "fork": []}
         for number in range(rounds):
