@@ -119,6 +119,7 @@ RESOLVE_BASE = Stage(
     runtime=JobRuntime.of_base,
     code=(
         "loraflow.base.resolve",
+        "loraflow.base.gguf_file",
         "loraflow.base.template_check",
         "loraflow.data.served_template",
         "loraflow.base.hub",

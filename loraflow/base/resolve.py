@@ -213,10 +213,13 @@ def _from_gguf(file: Path, out: Path, config: ResolveBaseConfig) -> Figures:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    from loraflow.base.gguf_file import parsed_once
+
+    with parsed_once():
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     if tokenizer.pad_token == tokenizer.eos_token and tokenizer.unk_token:
         tokenizer.pad_token = tokenizer.unk_token  # padding is left out of the loss, and the stop token must not be
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     return _save(model.eval(), tokenizer, out, config)
 
 

@@ -252,7 +252,7 @@ OTHER: dict[str, JsonValue] = {
     "merge.dtype": "float32", "merge.onto": "base", "runtime.device": "cpu", "runtime.attn_implementation": "eager", "runtime.engine": "stock",
     "training_config.gradient_checkpointing": False, "runtime.compile": "on", "runtime.checkpointing": "selective",
     "runtime.rendezvous.endpoint": "other:29500", "runtime.rendezvous.id": "other",
-    "runtime.shard_base": "on",
+    "runtime.shard_base": "on", "runtime.worker_start": "spawn",
 }  # fmt: skip
 
 # Keys that the flow reads, not a stage: `locate`, the checks between stages, the gate, the registry, the report.
