@@ -150,7 +150,7 @@ TOKENIZE = Stage(
 
 TRAIN = Stage(
     name="train",
-    version=2,
+    version=3,  # 3: longrope: each document has its own angles, whatever the padding of packed rows
     module="loraflow.training.train",
     config=configs.TrainConfig,
     inputs={"tokens": _from(TOKENIZE), "base": _from(RESOLVE_BASE)},
@@ -176,6 +176,7 @@ TRAIN = Stage(
         "loraflow.training.compile_gain",
         "loraflow.training.layers",
         "loraflow.training.attention",
+        "loraflow.training.angles",
         "loraflow.training.flash4",
         "loraflow.training.lora_kernels",
         "loraflow.training.frozen_linear",
@@ -187,6 +188,7 @@ TRAIN = Stage(
         *_TEMPLATE,
         "loraflow.base.architecture",
         "loraflow.base.load",
+        "loraflow.base.longrope",
         *_HARDWARE,
         "loraflow.base.weight_files",
         "loraflow.adapters.origin",
@@ -298,6 +300,7 @@ EVALUATE = Stage(
         "loraflow.evaluation.prefix_cache",
         "loraflow.data.common_prefix",
         "loraflow.evaluation.kv_cache",
+        "loraflow.evaluation.row_batches",
         "loraflow.evaluation.greedy_decoding",
         "loraflow.evaluation.intervals",
         "loraflow.evaluation.groups",
@@ -306,6 +309,7 @@ EVALUATE = Stage(
         "loraflow.hardware.process_group",
         "loraflow.base.architecture",
         "loraflow.base.load",
+        "loraflow.base.longrope",
         *_HARDWARE,
         *_TEMPLATE,
     ),
