@@ -119,6 +119,8 @@ RESOLVE_BASE = Stage(
     runtime=JobRuntime.of_base,
     code=(
         "loraflow.base.resolve",
+        "loraflow.base.base_checks",
+        "loraflow.base.model_files",
         "loraflow.base.template_check",
         "loraflow.data.served_template",
         "loraflow.base.hub",

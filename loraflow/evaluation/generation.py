@@ -137,10 +137,13 @@ class _Generator:
 
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths, default=0) + max_new_tokens
-        # At least one id of each row is left for its batch, whose logits begin the answer.
-        prefix = shared_prefix(model, prompts, min(lengths) - 1, longest, side) if prompts else None
-        preallocates = bool(prompts) and has_plain_cache(model, longest, side)
         use_cuda_graph = greedy_decoding.is_supported(model)
+        # transformers' generate drops a longrope model's cache of fewer tokens than the switch, in some versions with
+        # the tokens that are in it.
+        keeps_prefix = bool(prompts) and (side != "long" or use_cuda_graph)
+        # At least one id of each row is left for its batch, whose logits begin the answer.
+        prefix = shared_prefix(model, prompts, min(lengths) - 1, longest, side) if keeps_prefix else None
+        preallocates = bool(prompts) and has_plain_cache(model, longest, side)
         return cls(model, tokenizer, stop_ids, max_new_tokens, prefix, preallocates, use_cuda_graph, inserted)
 
     def answer(self, prompts: Sequence[list[int]]) -> list[GeneratedAnswer]:
