@@ -120,6 +120,8 @@ RESOLVE_BASE = Stage(
     code=(
         "loraflow.base.resolve",
         "loraflow.base.gguf_file",
+        "loraflow.base.base_checks",
+        "loraflow.base.model_files",
         "loraflow.base.template_check",
         "loraflow.data.served_template",
         "loraflow.base.hub",
@@ -151,7 +153,7 @@ TOKENIZE = Stage(
 
 TRAIN = Stage(
     name="train",
-    version=2,
+    version=3,  # 3: longrope: each document has its own angles, whatever the padding of packed rows
     module="loraflow.training.train",
     config=configs.TrainConfig,
     inputs={"tokens": _from(TOKENIZE), "base": _from(RESOLVE_BASE)},
@@ -177,6 +179,7 @@ TRAIN = Stage(
         "loraflow.training.compile_gain",
         "loraflow.training.layers",
         "loraflow.training.attention",
+        "loraflow.training.angles",
         "loraflow.training.flash4",
         "loraflow.training.lora_kernels",
         "loraflow.training.frozen_linear",
@@ -188,6 +191,7 @@ TRAIN = Stage(
         *_TEMPLATE,
         "loraflow.base.architecture",
         "loraflow.base.load",
+        "loraflow.base.longrope",
         *_HARDWARE,
         "loraflow.base.weight_files",
         "loraflow.adapters.origin",
@@ -299,6 +303,7 @@ EVALUATE = Stage(
         "loraflow.evaluation.prefix_cache",
         "loraflow.data.common_prefix",
         "loraflow.evaluation.kv_cache",
+        "loraflow.evaluation.row_batches",
         "loraflow.evaluation.greedy_decoding",
         "loraflow.evaluation.intervals",
         "loraflow.evaluation.groups",
@@ -307,6 +312,7 @@ EVALUATE = Stage(
         "loraflow.hardware.process_group",
         "loraflow.base.architecture",
         "loraflow.base.load",
+        "loraflow.base.longrope",
         *_HARDWARE,
         *_TEMPLATE,
     ),

@@ -81,7 +81,7 @@ def _not_delivered(model: str, commit: str, error: Exception) -> Network:
     )
 
 
-def download(model: str, commit: str, *, trust: bool) -> Path:
+def download(model: str, commit: str, *, trust: bool, with_weights: bool = True) -> Path:
     """Download a model's files, with its Python code only if `trust` is set, and return their folder.
 
     Raises:
@@ -91,6 +91,8 @@ def download(model: str, commit: str, *, trust: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges*"]
+    if not with_weights:
+        patterns = ["[!m]*.json", "*.jinja", "tokenizer*", "vocab*", "merges*"]  # without model.safetensors.index.json
     try:
         return Path(snapshot_download(model, revision=commit, allow_patterns=patterns + ["*.py"] * trust))
     except (OSError, HTTPError, LocalEntryNotFoundError, HfHubHTTPError) as error:

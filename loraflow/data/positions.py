@@ -13,6 +13,8 @@ from loraflow.failures import BadData
 
 _LIMITS = ("max_position_embeddings", "n_positions")
 _LONGROPE = ("longrope", "su")  # Phi-3's first config calls it su
+# Beyond max_position_embeddings, the angles of these follow the longest row of a call, and of the calls before it.
+_BY_CALL = ("dynamic",)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Positions:
             known = original if isinstance(original, int) else limit
             if kind in _LONGROPE:
                 switch = known
-            elif kind not in (None, "default") and isinstance(factor, int | float):
+            elif kind not in (None, "default", *_BY_CALL) and isinstance(factor, int | float):
                 limit = max(limit, int(known * factor))
         return cls(limit, switch)
 
@@ -51,12 +53,9 @@ class Positions:
         """Check the lengths of documents that are computed together.
 
         Raises:
-            BadData: a document has more tokens than the model has positions; or, with longrope, only some of the documents
-                are so long that other angles apply: transformers chooses the angles for all rows of a batch at once.
+            BadData: a document has more tokens than the model has positions.
         """
-        if len(lengths) == 0:
-            return
-        longest, shortest = max(lengths), min(lengths)
+        longest = max(lengths, default=0)
         if self.limit is not None and longest > self.limit:
             raise BadData(
                 "A row has more tokens than the model has positions.",
@@ -65,15 +64,17 @@ class Positions:
                 got=f"{longest} tokens",
                 next_step=f"set training_config.max_length to {self.limit}, and data.too_long to drop or truncate",
             )
-        if self.switch is not None and shortest <= self.switch < longest:
-            raise BadData(
-                "Rows on both sides of the model's longrope switch cannot be computed together: the longest row of a batch "
-                "would change the angles of the others.",
-                where=where,
-                expected=f"all rows at most {self.switch} tokens (original_max_position_embeddings), or all longer",
-                got=f"{shortest} to {longest} tokens",
-                next_step=f"set training_config.max_length to {self.switch}, and data.too_long to drop or truncate",
-            )
+
+    def switched_angles(self, lengths: Sequence[int], row_length: int | None) -> int | None:
+        """Return the switch, if a call with some of the documents, and padding, has positions on both sides of it.
+
+        Args:
+            lengths: of all documents.
+            row_length: of packed rows, whose padding counts its own positions; None if rows are not packed.
+        """
+        if self.switch is None or not len(lengths) or min(lengths) > self.switch:
+            return None
+        return self.switch if max(*lengths, row_length or 0) > self.switch else None
 
 
 def _ropes(text: Mapping[str, JsonValue]) -> list[Mapping[str, JsonValue]]:

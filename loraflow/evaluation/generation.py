@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
-from loraflow.data.positions import Positions
+from loraflow.base.longrope import Side, fixed_angles
 from loraflow.evaluation.prefix_cache import SharedPrefix, has_plain_cache, shared_prefix
+from loraflow.evaluation.row_batches import groups_of
 from loraflow.hardware.process_group import ProcessGroup
 
 if TYPE_CHECKING:
@@ -61,40 +62,29 @@ def generate_answers(
     answers = _read_answers(done_file, len(prompts))
     if done_file is not None and not group.is_main:
         done_file = done_file.with_stem(f"{done_file.stem}-{group.rank}")
-    lengths = [len(prompt) for prompt in prompts]
-    generator = _Generator.prepare(model, tokenizer, prompts, stop_ids, max_new_tokens, inserted)
-    switch = longrope_switch(model)
-    alone_above = None if switch is None else switch - max_new_tokens
-    for number, batch in enumerate(batches(lengths, batch_size, alone_above)):
-        if not group.owns(number) or all(answers[i] is not None for i in batch):
-            continue
-        found = dict(zip(batch, generator.answer([prompts[i] for i in batch]), strict=True))
-        for i, answer in found.items():
-            answers[i] = answer
-        if done_file is not None:
-            _append_answers(done_file, found)
-        if on_batch is not None:
-            # The other devices have done about as many.
-            done = number * batch_size + len(batch)
-            on_batch(sum(answer is not None for answer in answers) if group.size == 1 else done)
+    number = 0
+    for rows in groups_of(model, [len(prompt) for prompt in prompts], batch_size, max_new_tokens):
+        with fixed_angles(model, rows.switch, rows.side):
+            generator: _Generator | None = None
+            for batch in rows.batches():
+                number += 1
+                if not group.owns(number - 1) or all(answers[i] is not None for i in batch):
+                    continue
+                if generator is None:
+                    of_group = [prompts[i] for i in rows.rows]
+                    generator = _Generator.prepare(
+                        model, tokenizer, of_group, stop_ids, max_new_tokens, inserted, rows.side
+                    )
+                found = dict(zip(batch, generator.answer([prompts[i] for i in batch]), strict=True))
+                for i, answer in found.items():
+                    answers[i] = answer
+                if done_file is not None:
+                    _append_answers(done_file, found)
+                if on_batch is not None:
+                    # The other devices have done about as many.
+                    done = min(number * batch_size, len(prompts))
+                    on_batch(sum(answer is not None for answer in answers) if group.size == 1 else done)
     return [answer for answer in group.gather_results(answers) if answer is not None]
-
-
-def batches(lengths: Sequence[int], batch_size: int, alone_above: int | None = None) -> Iterator[list[int]]:
-    """Yield the indices of each batch's rows, longest rows first, so that little is padded.
-
-    Rows longer than `alone_above` are batches of their own.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    alone = 0 if alone_above is None else sum(length > alone_above for length in lengths)
-    yield from ([i] for i in order[:alone])
-    for first in range(alone, len(order), batch_size):
-        yield order[first : first + batch_size]
-
-
-def longrope_switch(model: PreTrainedModel) -> int | None:
-    """Return the length at which the longest row of a batch changes the angles of all its rows; None for other models."""
-    return Positions.of(model.config.to_dict()).switch
 
 
 def _append_answers(done_file: Path, answers: dict[int, GeneratedAnswer]) -> None:
@@ -140,16 +130,20 @@ class _Generator:
         stop_ids: list[int],
         max_new_tokens: int,
         inserted: str,
+        side: Side = "unchanged",
     ) -> _Generator:
-        """Compute the shared prefix, and choose how to decode."""
+        """Compute the shared prefix, and choose how to decode. The model's angles are those of the side."""
         from loraflow.evaluation import greedy_decoding
 
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths, default=0) + max_new_tokens
-        # At least one id of each row is left for its batch, whose logits begin the answer.
-        prefix = shared_prefix(model, prompts, min(lengths) - 1, longest) if prompts else None
-        preallocates = bool(prompts) and has_plain_cache(model, longest)
         use_cuda_graph = greedy_decoding.is_supported(model)
+        # transformers' generate drops a longrope model's cache of fewer tokens than the switch, in some versions with
+        # the tokens that are in it.
+        keeps_prefix = bool(prompts) and (side != "long" or use_cuda_graph)
+        # At least one id of each row is left for its batch, whose logits begin the answer.
+        prefix = shared_prefix(model, prompts, min(lengths) - 1, longest, side) if keeps_prefix else None
+        preallocates = bool(prompts) and has_plain_cache(model, longest, side)
         return cls(model, tokenizer, stop_ids, max_new_tokens, prefix, preallocates, use_cuda_graph, inserted)
 
     def answer(self, prompts: Sequence[list[int]]) -> list[GeneratedAnswer]:

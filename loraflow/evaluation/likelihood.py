@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loraflow.base.load import has_linear_head
+from loraflow.base.longrope import fixed_angles
 from loraflow.data.loss_mask import IGNORED, Encoded
-from loraflow.evaluation.generation import SINGLE_PROCESS, batches, longrope_switch
+from loraflow.evaluation.generation import SINGLE_PROCESS
 from loraflow.evaluation.prefix_cache import SharedPrefix, shared_prefix
+from loraflow.evaluation.row_batches import groups_of
 from loraflow.hardware.process_group import ProcessGroup
 
 if TYPE_CHECKING:
@@ -26,18 +28,28 @@ def answer_losses(
     """Return (sum of -log p in nats, number of tokens) over each row's learned tokens."""
     found: list[tuple[float, int] | None] = [None] * len(rows)
     head_is_linear = has_linear_head(model)
-    # The hidden state before the first learned token must be computed in the batch itself.
-    learned = [np.flatnonzero(row.labels[1:] != IGNORED) for row in rows]
-    longest = min((int(at[0]) for at in learned if len(at)), default=0)
-    lengths = [len(row.ids) for row in rows]
-    prefix = shared_prefix(model, [row.ids.tolist() for row in rows], longest, max(lengths, default=0))
-    for number, batch in enumerate(batches(lengths, batch_size, longrope_switch(model))):
-        if not group.owns(number):
-            continue
-        losses = _batch_losses(model, [rows[i] for i in batch], pad_id, prefix, head_is_linear)
-        for i, loss in zip(batch, losses, strict=True):
-            found[i] = loss
+    number = 0
+    for same in groups_of(model, [len(row.ids) for row in rows], batch_size):
+        with fixed_angles(model, same.switch, same.side):
+            of_group = [rows[i] for i in same.rows]
+            # The hidden state before the first learned token must be computed in the batch itself.
+            first = min((at for row in of_group if (at := _first_learned(row)) is not None), default=0)
+            most = max(len(row.ids) for row in of_group)
+            prefix = shared_prefix(model, [row.ids.tolist() for row in of_group], first, most, same.side)
+            for batch in same.batches():
+                number += 1
+                if not group.owns(number - 1):
+                    continue
+                losses = _batch_losses(model, [rows[i] for i in batch], pad_id, prefix, head_is_linear)
+                for i, loss in zip(batch, losses, strict=True):
+                    found[i] = loss
     return [loss or (0.0, 0) for loss in group.gather_results(found)]
+
+
+def _first_learned(row: Encoded) -> int | None:
+    """Return the position that predicts a row's first learned token; None if it has none."""
+    at = np.flatnonzero(row.labels[1:] != IGNORED)
+    return int(at[0]) if len(at) else None
 
 
 def _batch_losses(

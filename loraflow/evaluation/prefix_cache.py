@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loraflow.base.load import sees_all_before
+from loraflow.base.longrope import Side
 from loraflow.data.common_prefix import common_prefix_length
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class SharedPrefix:
 
 
 def shared_prefix(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], longest: int, length: int
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], longest: int, length: int, side: Side = "unchanged"
 ) -> SharedPrefix | None:
     """Compute the common prefix of all rows once; return None if sharing it would save nothing, or change results.
 
@@ -53,12 +54,13 @@ def shared_prefix(
         rows: ids of each row.
         longest: the largest number of ids to share.
         length: positions of the longest row, with its padding and its answer.
+        side: whether a longrope model's angles are fixed (`fixed_angles`).
     """
     import torch
     from transformers import DynamicCache
 
     shared = common_prefix_length(rows, longest)
-    if len(rows) < MIN_ROWS or shared < MIN_TOKENS or not has_plain_cache(model, length):
+    if len(rows) < MIN_ROWS or shared < MIN_TOKENS or not has_plain_cache(model, length, side):
         return None
     ids = [int(i) for i in rows[0][:shared]]
     cache = DynamicCache()
@@ -78,14 +80,15 @@ def shared_prefix(
     return SharedPrefix(ids, layers) if len(layers) == len(cache.layers) == model.config.num_hidden_layers else None
 
 
-def has_plain_cache(model: PreTrainedModel, length: int) -> bool:
+def has_plain_cache(model: PreTrainedModel, length: int, side: Side = "unchanged") -> bool:
     """Tell whether a model's cache is the keys and values of every position and nothing else, in rows of this length."""
     generation = model.generation_config
     if generation.cache_implementation is not None or generation.use_cache is False:
         return False
     rope = getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
     return (
         sees_all_before(model, length)
-        and rope.get("rope_type", rope.get("type", "default")) not in _ROPE_BY_LENGTH
+        and (kind not in _ROPE_BY_LENGTH or (kind == "longrope" and side != "unchanged"))
         and getattr(model.config, "_attn_implementation", None) in ("sdpa", "eager")
     )

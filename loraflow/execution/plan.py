@@ -153,8 +153,8 @@ def too_few_positions(workspace: Workspace) -> str:
     """Return a sentence if rows of max_length are longer than the base allows; empty if not, or if that is not known."""
     config, wanted = _base_config(workspace), workspace.recipe.training_config.max_length
     positions = Positions.of_folder(config.parent) if config else Positions(None)
-    limit = min((n for n in (positions.limit, positions.switch) if n is not None), default=wanted)
-    if wanted <= limit:
+    limit = positions.limit
+    if limit is None or wanted <= limit:
         return ""
     return f"training_config.max_length is {wanted}, but rows of more than {limit} tokens are refused: the base's positions"
 

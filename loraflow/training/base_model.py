@@ -72,7 +72,8 @@ def initialise_adapter(setup: TrainingSetup, trainer: LoraPlusTrainer) -> dict[s
     """
     peft_config = setup.config.peft_config
     rows = (setup.rows[int(row)] for row in setup.order[: variants.EVA_ROWS])
-    batches = padded_documents(rows, setup.tokenizer.pad_token_id)
+    by_document = setup.longrope_switch is not None
+    batches = padded_documents(rows, setup.tokenizer.pad_token_id, with_positions=by_document)
     initial: dict[str, Tensor] = variants.initialize(trainer.model, peft_config, setup.base, setup.work, batches)
     if peft_config.loraplus_lr_ratio:
         trainer.loraplus = (peft_config.loraplus_lr_ratio, peft_config.loraplus_lr_embedding)

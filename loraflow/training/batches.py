@@ -123,6 +123,7 @@ class StepDataset(Dataset[StepItem]):
         sharing: when to compute the common prefix of a grid's rows only once; None is never.
         equal_count: give all processes the same number of micro-batches, as a sharded base needs. A process with fewer
             also computes padding batches, which have no loss.
+        with_positions: give padded rows position ids that show where a document ends.
     """
 
     def __init__(
@@ -137,10 +138,12 @@ class StepDataset(Dataset[StepItem]):
         group: ProcessGroup | None = None,
         sharing: PrefixSharing | None = None,
         equal_count: bool = False,
+        with_positions: bool = False,
     ):
         self.rows, self.steps, self.layout, self.pad_id = rows, steps, layout, pad_id
         self.sharing = None if dropout or rows.row_length else sharing
         self.seed, self.dropout, self.group, self.equal_count = seed, dropout, group or ProcessGroup(), equal_count
+        self.with_positions = with_positions
         # Length of a micro-batch → largest number of documents in it, over all steps.
         self.entries = self._most_documents(layout) if isinstance(layout, Concatenated) else {}
 
@@ -201,7 +204,12 @@ class StepDataset(Dataset[StepItem]):
             return share_prefix([row[0] for row in rows], prefix)
         else:
             length = self.rows.row_length
-            batch = with_targets(packed(rows, length, self.pad_id) if length else padded(rows, self.pad_id))
+            grid = (
+                packed(rows, length, self.pad_id)
+                if length
+                else padded(rows, self.pad_id, with_positions=self.with_positions)
+            )
+            batch = with_targets(grid)
             row_width = batch["input_ids"].shape[1]
         if keys is not None:
             batch["token_keys"] = _spread(keys, row_width, batch["input_ids"].numel())

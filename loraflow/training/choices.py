@@ -113,16 +113,18 @@ def refuse_packing(setup: TrainingSetup, config: PreTrainedConfig) -> None:
 
 
 def refuse_quantization(setup: TrainingSetup, config: PreTrainedConfig) -> None:
-    """Refuse a quantized base for a model whose layers cannot compute with quantized weights.
+    """Refuse a quantized base for a model that cannot be trained on quantized weights.
 
     Raises:
-        BadConfig: the recipe quantizes the base to NF4. (For fp8, see `refuse_fp8`.)
+        BadConfig: the recipe quantizes the base in a way that its architecture does not allow. (For the GPU's part of
+            fp8, see `refuse_fp8`.)
     """
-    if setup.config.base.quantization == "nf4" and (obstacle := obstacle_to_quantization(config, "nf4")):
+    kind = setup.config.base.quantization
+    if kind is not None and (obstacle := obstacle_to_quantization(config, kind)):
         raise BadConfig(
-            "This model cannot be trained on quantized weights.",
+            f"This model cannot be trained on quantized weights in {kind}.",
             where="base.quantization",
-            expected="attention layers only",
+            expected="a model that the fast engine trains" if kind == "fp8" else "attention layers only",
             got=f"architecture {config.model_type}: {obstacle}",
             next_step="set base.quantization to null",
         )

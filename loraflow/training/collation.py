@@ -48,19 +48,29 @@ class RowNumber(TypedDict):
     validation: NotRequired[bool]
 
 
-def padded(rows: Sequence[list[Document]], pad_id: int) -> Grid:
-    """Return one document a row, padded on the right to the longest."""
+def padded(rows: Sequence[list[Document]], pad_id: int, *, with_positions: bool = False) -> Grid:
+    """Return one document a row, padded on the right to the longest.
+
+    Args:
+        rows: of one document each.
+        pad_id: of the padding.
+        with_positions: add position ids that show where a document ends: the padding repeats its last one.
+    """
     longest = max(len(ids) for ((ids, _),) in rows)
     shape = (len(rows), longest)
     input_ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORED, np.int64)
     attention = np.zeros(shape, np.int64)
     for i, ((ids, learned),) in enumerate(rows):
         input_ids[i, : len(ids)], labels[i, 1 : len(ids)], attention[i, : len(ids)] = ids, learned[1:], 1
-    return {
+    grid: Grid = {
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),
         "attention_mask": torch.from_numpy(attention),
     }
+    if with_positions:
+        last = attention.sum(1, keepdims=True) - 1
+        grid["position_ids"] = torch.from_numpy(np.minimum(np.arange(longest)[None], last))
+    return grid
 
 
 def packed(rows: Sequence[list[Document]], row_length: int, pad_id: int) -> Grid:
@@ -147,23 +157,27 @@ def concatenated(rows: Sequence[list[Document]], tokens: int, entries: int, long
 class RowCollator:
     """Data collator of the stock trainer: turns row numbers into padded or packed grids. Validation rows are not packed."""
 
-    def __init__(self, train: TokenRows, validation: TokenRows | None, pad_id: int):
-        self.train, self.validation, self.pad_id = train, validation, pad_id
+    def __init__(self, train: TokenRows, validation: TokenRows | None, pad_id: int, *, with_positions: bool = False):
+        self.train, self.validation, self.pad_id, self.with_positions = train, validation, pad_id, with_positions
 
     def __call__(self, examples: list[RowNumber]) -> Grid:
         """Return the grid of the rows."""
         source = self.validation if examples[0].get("validation") else self.train
         assert source is not None
         rows = [source[int(example["row"])] for example in examples]
-        return packed(rows, source.row_length, self.pad_id) if source.row_length else padded(rows, self.pad_id)
+        if source.row_length:
+            return packed(rows, source.row_length, self.pad_id)
+        return padded(rows, self.pad_id, with_positions=self.with_positions)
 
 
 EVA_BATCH = 16  # documents per batch: EVA needs more supervised tokens than ranks in each batch
 
 
-def padded_documents(rows: Iterable[list[Document]], pad_id: int) -> Iterator[dict[str, Tensor]]:
-    """Yield inputs of a model, by name, with the rows' documents, one document a row."""
+def padded_documents(
+    rows: Iterable[list[Document]], pad_id: int, *, with_positions: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Yield inputs of a model, by name, with the rows' documents, one document a row; see `padded`."""
     documents = [[document] for row in rows for document in row]
     for first in range(0, max(1, len(documents) - EVA_BATCH + 1), EVA_BATCH):
-        grid = padded(documents[first : first + EVA_BATCH], pad_id)
-        yield {name: grid[name] for name in ("input_ids", "labels", "attention_mask")}
+        grid = padded(documents[first : first + EVA_BATCH], pad_id, with_positions=with_positions)
+        yield {name: value for name, value in grid.items() if isinstance(value, Tensor)}

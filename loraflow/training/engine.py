@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loraflow.hardware.device import device_name
+from loraflow.training.angles import separate_angles
 from loraflow.training.base_model import load_base
 from loraflow.training.choices import (
     EngineChoices,
@@ -40,6 +41,8 @@ def build_trainer(setup: TrainingSetup) -> BuiltTrainer:
     refuse_mixed_devices(setup.group, setup.device)
     sharding = choose_sharding(setup)
     model = load_base(setup, attention, sharded=sharding.is_sharded)
+    if setup.longrope_switch is not None:
+        separate_angles(model, setup)
     if (attention.concatenated or setup.rows.row_length is not None) and not sharding.is_sharded:
         refuse_leaking_documents(
             model,

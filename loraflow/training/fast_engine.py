@@ -129,6 +129,8 @@ def choose_prefix_sharing(
         return None, None
     if setup.config.peft_config.lora_dropout > 0:
         return None, "dropout differs from row to row"
+    if setup.longrope_switch is not None:
+        return None, "long documents have other rotary angles"
     sets = [rows for rows in (setup.rows, setup.validation) if rows is not None]
     obstacle = prefix_sharing.obstacle(model, max(int(rows.lengths.max(initial=0)) for rows in sets))
     if obstacle:
@@ -188,6 +190,7 @@ def _step_dataset(
         group=setup.group,
         sharing=sharing,
         equal_count=equal_count,
+        with_positions=setup.longrope_switch is not None,
     )
 
 

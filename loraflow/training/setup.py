@@ -51,6 +51,7 @@ class TrainingSetup:
     preemption: callbacks.PreemptionHandler
     callbacks: list[TrainerCallback]
     resumed_from: Path | None  # a checkpoint
+    longrope_switch: int | None = None  # angles are computed for each document, because some have more tokens
 
     @property
     def checkpoints(self) -> Path:
@@ -117,9 +118,11 @@ def prepare_training(job: Job[TrainConfig], inputs: Inputs, progress: Progress) 
     check_trackers(settings.report_to)
     rows, validation = _read_rows(inputs["tokens"], with_validation=settings.eval_strategy != "no")
     positions = Positions.of_folder(inputs["base"])
+    lengths: list[int] = []
     for part, name in ((rows, "training rows"), (validation, "validation rows")):
         if part is not None:
             positions.check(part.lengths.tolist(), name)
+            lengths += part.lengths.tolist()
     global_batch = config.training_config.global_batch
     steps = count_steps(len(rows), global_batch, settings.num_train_epochs, settings.max_steps)
     device = pick_device(job.runtime)
@@ -153,6 +156,7 @@ def prepare_training(job: Job[TrainConfig], inputs: Inputs, progress: Progress) 
         preemption=preemption,
         callbacks=watchers,
         resumed_from=resumed_from,
+        longrope_switch=positions.switched_angles(lengths, rows.row_length),
     )
 
 

@@ -59,7 +59,12 @@ def build_stock_trainer(setup: TrainingSetup, model: PreTrainedModel, choices: E
         args=arguments,
         train_rows=setup.order,
         validation_rows=len(setup.validation) if setup.validation is not None else 0,
-        collator=RowCollator(setup.rows, setup.validation, setup.tokenizer.pad_token_id),
+        collator=RowCollator(
+            setup.rows,
+            setup.validation,
+            setup.tokenizer.pad_token_id,
+            with_positions=setup.longrope_switch is not None,
+        ),
         processing_class=setup.tokenizer,
         peft_config=adapter_config(setup, model),
         callbacks=setup.callbacks,

@@ -71,3 +71,20 @@ def test_scaled_logits_give_the_same_adapter_with_both_engines(family, phi3, tmp
     assert fast.keys() == stock.keys()
     for name, tensor in fast.items():
         torch.testing.assert_close(tensor, stock[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "words"),
+    [("lfm2", "nf4", "kernels that read"), ("lfm2", "fp8", "kernels that read"), ("mixtral", "fp8", "fast engine")],
+)
+def test_quantized_weights_are_refused_from_the_config_whatever_the_device(
+    family, kind, words, phi3, tmp_path, monkeypatch
+):
+    """On a machine without a GPU too: the family's own reason comes before what the machine lacks."""
+    base = base_of(family, phi3, tmp_path / "base", monkeypatch)
+    options = settings("q_proj", "v_proj")
+    shards = tokenize(base, tmp_path, **options)
+    mixed = {"base__dtype": "bfloat16", "training_config__bf16": True, "base__quantization": kind}
+    with pytest.raises(BadConfig, match=f"cannot be trained on quantized weights in {kind}") as caught:
+        run(base, shards, tmp_path / "run", **options, **mixed)
+    assert words in caught.value.got

@@ -1,13 +1,20 @@
 """`loraflow plan` and `loraflow doctor --base` say how a base is trained, or why it is not, before anything is loaded."""
 
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
 
+from loraflow.base import resolve
+from loraflow.base.resolve import locate
 from loraflow.cli import cli
+from loraflow.config import parse_recipe
 from loraflow.failures import BadConfig, BadModel
+from loraflow.job import Inputs, Progress
+from loraflow.store.files import HashMemo
 from tests.families.tiny import save_tiny
+from tests.job_factory import Outside, make_job
 
 
 def planned(recipe, *sets):
@@ -71,3 +78,56 @@ def test_doctor_refuses_a_base_that_cannot_be_trained(tmp_path):
     assert isinstance(result.exception, BadModel) and "quantized already" in str(result.exception)
     nothing = CliRunner().invoke(cli, ["doctor", "--base", "nothing here"])
     assert isinstance(nothing.exception, BadConfig)
+
+
+def content_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_doctor_checks_the_template_and_tokens_of_real_files_and_changes_none(phi3):
+    before = content_of(phi3)
+    result = CliRunner().invoke(cli, ["doctor", "--base", str(phi3)])
+    assert result.exit_code == 0, result.exception
+    assert "conversations are rendered and tokenized as transformers does it" in result.output
+    assert "answers end at" in result.output and "<|end|> (" in result.output
+    assert content_of(phi3) == before
+
+
+def test_doctor_says_that_a_folder_without_a_tokenizer_was_not_checked(tmp_path):
+    result = CliRunner().invoke(cli, ["doctor", "--base", str(save_tiny("llama", tmp_path / "llama"))])
+    assert result.exit_code == 0 and "not checked: template, tokens and stop tokens" in result.output
+
+
+def no_stop_token(folder):
+    file = folder / "chat_template.jinja"
+    source = file.read_text() if file.exists() else ""
+    template = "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    assert source != template
+    file.write_text(template)
+
+
+def damaged_weights(folder):
+    (folder / "model.safetensors").write_bytes(b"no weights")
+
+
+def missing_weights(folder):
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize("spoil", [no_stop_token, damaged_weights, missing_weights, no_tokenizer])
+def test_doctor_and_resolve_base_refuse_the_same_files_with_the_same_words(spoil, phi3, tmp_path):
+    base = shutil.copytree(phi3, tmp_path / "base")
+    spoil(base)
+    by_doctor = CliRunner().invoke(cli, ["doctor", "--base", str(base)]).exception
+    (tmp_path / "out").mkdir()
+    settings = parse_recipe(f"name: t\nbase: {{model: {base}}}\n")
+    job = make_job("resolve_base", settings, {}, Outside(base=locate(settings.base, HashMemo(None))))
+    with pytest.raises(BadModel) as by_stage:
+        resolve.run(job, Inputs({}), tmp_path / "out", Progress())
+    assert isinstance(by_doctor, BadModel)
+    assert (by_doctor.what, by_doctor.got) == (by_stage.value.what, by_stage.value.got)

@@ -1,8 +1,7 @@
-"""Rows that a model has no positions for are refused before training, and longrope's two kinds of rows are not mixed."""
+"""Rows that a model has no positions for are refused before training, which follow from the base's config."""
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -10,14 +9,9 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     Phi3Config,
-    Phi3ForCausalLM,
 )
 
-from loraflow.base.load import load_tokenizer
-from loraflow.data.loss_mask import Encoded
 from loraflow.data.positions import Positions
-from loraflow.evaluation.generation import generate_answers
-from loraflow.evaluation.likelihood import answer_losses
 from loraflow.failures import BadData
 from tests.unit.test_template_parity import CHATS, tokenized
 
@@ -46,6 +40,7 @@ def longrope(vocab_size: int = 64) -> Phi3Config:
         ({"text_config": {"max_position_embeddings": 512}, "max_position_embeddings": 9}, 512),
         ({"max_position_embeddings": 2048, "rope_scaling": None}, 2048),
         ({"max_position_embeddings": 2048, "rope_scaling": {"type": "linear", "factor": 4.0}}, 8192),
+        ({"max_position_embeddings": 2048, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, 2048),
         ({"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 2048),
         ({"max_position_embeddings": 32768, "rope_scaling": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 32768}}, 131072),
         ({"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 8, "original_max_position_embeddings": 8192}}, 131072),
@@ -71,39 +66,6 @@ def test_a_row_beyond_the_positions_is_what_fails_in_gpt2():
         model(torch.zeros(1, 9, dtype=torch.long))
     with pytest.raises(BadData, match="more tokens than the model has positions"):
         positions_of(config).check([3, 9], "rows")
-
-
-def test_longrope_rows_that_would_change_each_other_are_refused():
-    torch.manual_seed(0)
-    config = longrope()
-    model = Phi3ForCausalLM(config).eval()
-    short, long = torch.randint(1, 64, (1, 12)), torch.randint(1, 64, (1, 20))
-    padded = torch.cat([short, torch.zeros(1, 8, dtype=torch.long)], 1)
-    mask = torch.ones(2, 20, dtype=torch.long)
-    mask[0, 12:] = 0
-    with torch.no_grad():
-        alone = model(short).logits[0]
-        together = model(torch.cat([padded, long]), attention_mask=mask).logits[0, :12]
-        below = model(torch.cat([padded, long])[:, :16], attention_mask=mask[:, :16]).logits[0, :12]
-    assert (alone - together).abs().max() > 1e-3 > (alone - below).abs().max() * 10, "why they are refused"
-    with pytest.raises(BadData, match="longrope switch"):
-        positions_of(config).check([12, 20], "rows")
-    positions_of(config).check([12, 16], "rows")
-    positions_of(config).check([17, 64], "rows")
-
-
-def test_longrope_rows_are_scored_and_answered_as_each_row_alone(phi3):
-    tokenizer = load_tokenizer(phi3)
-    torch.manual_seed(0)
-    model = Phi3ForCausalLM(longrope(vocab_size=len(tokenizer))).eval()
-    rows = [np.arange(5, 5 + length, dtype=np.int32) for length in (12, 20, 6, 16, 17)]
-    encoded = [Encoded(ids, ids.copy(), 1) for ids in rows]
-    alone = [loss for row in encoded for loss in answer_losses(model, [row], 0, 1)]
-    together = answer_losses(model, encoded, 0, 5)
-    np.testing.assert_allclose([loss for loss, _ in together], [loss for loss, _ in alone], rtol=1e-5)
-    prompts, options = [ids.tolist() for ids in rows], {"stop_ids": [], "max_new_tokens": 6}
-    apart = [generate_answers(model, tokenizer, [prompt], batch_size=1, **options)[0] for prompt in prompts]
-    assert generate_answers(model, tokenizer, prompts, batch_size=5, **options) == apart
 
 
 def test_tokenize_refuses_rows_beyond_the_positions(tmp_path, phi3):

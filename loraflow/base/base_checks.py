@@ -1,0 +1,86 @@
+"""Checks of a base's files: resolve_base runs them before anything is trained, `loraflow doctor --base` at any time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from loraflow.base.model_files import copy_model
+from loraflow.base.template_check import check_template, conversations
+from loraflow.data.loss_mask import ChatTemplate, eos_ids
+from loraflow.data.served_template import write_served_template
+from loraflow.data.tokenizer_config import FILE
+from loraflow.failures import BadModel
+
+
+def check_weights(folder: Path) -> None:
+    """Check that a folder's files of weights can be opened, and that none is missing.
+
+    Raises:
+        BadModel: one is damaged or missing.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, "np") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise BadModel("A file of weights is damaged.", where=file.name, got=str(error)[:200]) from error
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        missing = set(json.loads(index.read_text())["weight_map"].values()) - {p.name for p in folder.iterdir()}
+        if missing:
+            raise BadModel("Files of weights are missing.", where="base.model", got=", ".join(sorted(missing)))
+
+
+def prepare_tokenizer(out: Path, chosen: str | None = None, *, no_thinking: bool, trust: bool) -> str | None:
+    """Write the template that the model is served with, and compare it with transformers' rendering and tokens.
+
+    Args:
+        out: the folder with the tokenizer's files, which are changed.
+        chosen: the recipe's template; None uses the model's own.
+        no_thinking: answers come after an empty think block.
+        trust: run Python code that comes with the model.
+
+    Returns:
+        the date that is fixed in the template; None if it prints no date.
+
+    Raises:
+        BadModel: training would render or tokenize differently from transformers; or no answer can be learned.
+    """
+    date = None
+    if (out / FILE).exists():
+        date = write_served_template(out, chosen, no_thinking=no_thinking)
+    check_template(out, trust=trust)
+    return date
+
+
+def describe_files(folder: Path) -> list[str]:
+    """Check a base's files, without changing them, and return what was found, a line each.
+
+    Args:
+        folder: the model's. Without weights, only the tokenizer's files are checked.
+
+    Raises:
+        BadModel: resolve_base would refuse the base, for the same reason.
+    """
+    check_weights(folder)
+    with TemporaryDirectory() as copy:
+        out = Path(copy)
+        copy_model(folder, out, trust=False, with_weights=False)
+        date = prepare_tokenizer(out, no_thinking=False, trust=False)
+        template = ChatTemplate(out)
+        stops = sorted(template.stop_ids() | eos_ids(out))
+        names = ", ".join(f"{template.tokenizer.id_to_token(stop)} ({stop})" for stop in stops)
+        inserted = template.inserted()
+    lines = [
+        f"  template: {len(conversations())} conversations are rendered and tokenized as transformers does it",
+        f"  answers end at {names}",
+    ]
+    if inserted:
+        lines.append(f"  the template writes {inserted!r} before each answer")
+    if date is not None:
+        lines.append(f"  the template prints a date, which is fixed to {date} in training and in the served model")
+    return lines
