@@ -88,11 +88,16 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
         look=str(look),
         vocabulary=_vocabulary(workspace, result.base_scores),
     )
-    budget = (
-        f"{str(look).capitalize()} at these {len(ours)} held-out rows, {look.left} left: at most {rules.error:.0%} for "
-        "any false promotion in all of them."
+    return replace(decision, look=look.seq, budget=_budget(look, len(ours)))
+
+
+def _budget(look: Look, rows: int) -> str:
+    """Return for people which look it was, what is left, and how many of the rows were new."""
+    fresh = "" if look.fresh is None else f", of which {look.fresh} were never scored before"
+    return (
+        f"{str(look).capitalize()}, {look.left} left, at {rows} held-out rows{fresh}: at most {look.error:.0%} for any "
+        f"false promotion in {look.horizon} looks of this model, whatever its held-out rows."
     )
-    return replace(decision, look=look.seq, budget=budget)
 
 
 def _take_look(workspace: Workspace, result: PipelineResult, protocol: str, table: pd.DataFrame) -> Look:

@@ -391,11 +391,9 @@ class Gate(FrozenModel):
     )
     lower_is_better: list[str] = Field([], description="Scores of your own metrics for which lower is better.")
     error: Annotated[float, Field(gt=0, lt=0.5)] = Field(
-        0.05, description="Probability of any false promotion in all looks at the same held-out rows."
+        0.05, description="Probability of any false promotion in all looks of the model, whatever its held-out rows."
     )
-    looks: Positive = Field(
-        365, description="Number of challengers that may be compared on the same held-out rows: a year of nights."
-    )
+    looks: Positive = Field(365, description="Number of challengers that share this error: a year of nights.")
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
         0.95, description="Confidence level of the guards, and of the one-sided bounds that are shown."
     )

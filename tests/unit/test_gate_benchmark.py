@@ -19,7 +19,7 @@ def benchmark():
 
 
 def test_equal_models_are_rarely_promoted_in_a_hundred_nights(benchmark):
-    _, share, _ = benchmark.false_promotions(np.random.default_rng(0), 200, 100, 100, 0.0)
+    _, share, _ = benchmark.false_promotions(np.random.default_rng(0), 200, 100, benchmark.HeldOut("", 100), 0.0)
     assert share <= 0.09, "the 99th percentile of 200 streams at 5 %; the gate of one comparison gives more than 50 %"
 
 
@@ -27,6 +27,16 @@ def test_a_gain_of_five_points_is_shown_nearly_as_often_as_by_a_single_compariso
     rng = np.random.default_rng(1)
     assert benchmark.power(rng, 500, 0.1, 0.05, benchmark.level_of(1), 150) >= 0.88
     assert benchmark.power(rng, 1000, 0.1, 0.05, benchmark.level_of(2), 150) >= 0.82
+
+
+def test_new_rows_every_night_do_not_add_to_the_error_and_a_gain_of_five_points_is_found_in_three_nights(benchmark):
+    rng = np.random.default_rng(4)
+    for stream in benchmark.STREAMS:
+        assert benchmark.false_promotions(rng, 200, 60, stream, 0.0)[1] <= 0.09, stream.name
+    late = benchmark.level_of(100)
+    assert benchmark.within_three_nights(rng, 200, (500,) * 3, (benchmark.level_of(1), late, late)) >= 0.9
+    after = [benchmark.level_after_promotion(night) for night in (40, 41, 42)]
+    assert benchmark.within_three_nights(rng, 500, (500,) * 3, after) >= 0.86
 
 
 @pytest.mark.parametrize("metric", ["token_f1", "token_loss"])
