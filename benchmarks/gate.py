@@ -83,7 +83,7 @@ STREAMS = (
     HeldOut("500 new rows every night", 500, 500, keep=False),
     HeldOut("100 new rows every night", 100, 100, keep=False),
     HeldOut("rotation: 500 rows, of which 100 are new every night", 500, 100, keep=False),
-    HeldOut("500 rows, and 50 more every night", 500, 50),
+    HeldOut("500 rows, and 5 more every night", 500, 5),
 )
 
 

@@ -62,19 +62,23 @@ def remember(workspace: Workspace, result: PipelineResult, decision: Decision) -
 def _protocol(workspace: Workspace, result: PipelineResult) -> str:
     """Return the identity of the rules and scores that a decision is taken by."""
     scores = [ref.digest for ref in (result.base_scores, result.tuned_scores, result.champion_scores) if ref]
-    return identity.fingerprint({"gate": workspace.recipe.gate.model_dump(), "scores": scores})
+    rules = workspace.recipe.gate.model_dump()
+    if not rules["worst"]:  # decisions of earlier versions, which did not have it, stay valid
+        del rules["worst"]
+    return identity.fingerprint({"gate": rules, "scores": scores})
 
 
 def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Decision:
     """Spend a look at the held-out rows, then compare. A crash in between loses the look, and grants none."""
     from loraflow.evaluation.gate import decide, require_comparable
+    from loraflow.evaluation.worst import WorseLimit, find_worse, with_worse_rows
 
     rules = workspace.recipe.gate
     ours = _heldout_scores(workspace, result.tuned_scores)
     others = {"base": _heldout_scores(workspace, result.base_scores)}
     if result.champion_scores is not None:
         others["champion"] = _heldout_scores(workspace, result.champion_scores)
-    require_comparable(ours, others, {rules.primary, *rules.guards})
+    require_comparable(ours, others, {rules.primary, *rules.guards, *rules.worst})
     look = _take_look(workspace, result, protocol, ours)
     decision = decide(
         ours,
@@ -88,6 +92,8 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
         look=str(look),
         vocabulary=_vocabulary(workspace, result.base_scores),
     )
+    limits = {metric: WorseLimit(rule.drop, rule.rows, rule.share) for metric, rule in rules.worst.items()}
+    decision = with_worse_rows(decision, find_worse(ours, others, limits, rules.lower_is_better))
     return replace(decision, look=look.seq, budget=_budget(look, len(ours)))
 
 

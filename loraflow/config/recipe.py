@@ -372,6 +372,22 @@ class Merge(FrozenModel):
     verify_prompts: Positive = Field(8, description="Number of held-out prompts for this comparison.")
 
 
+class WorstRule(FrozenModel):
+    """How many held-out rows may get worse by at least `drop`."""
+
+    drop: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        ..., description="A row counts if its score is worse by at least this, in the score's unit."
+    )
+    rows: Annotated[int, Field(ge=0)] | None = Field(None, description="Number of rows that may.")
+    share: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="Instead of it: share of the rows.")
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> WorstRule:
+        if (self.rows is None) == (self.share is None):
+            raise ValueError("gate.worst needs `rows` or `share` for each score, and not both")
+        return self
+
+
 class Gate(FrozenModel):
     """The conditions for a promotion: they are tested against the base and against the champion.
 
@@ -388,6 +404,11 @@ class Gate(FrozenModel):
     )
     guards: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {}, description="{score: largest drop that is allowed, in the score's unit}."
+    )
+    worst: dict[str, WorstRule] = Field(
+        {},
+        description="{score: {drop: POINTS, rows: NUMBER}}, or `share` instead of `rows`: how many rows may get worse by at "
+        "least `drop`. More of them reject the challenger; the report lists them.",
     )
     lower_is_better: list[str] = Field([], description="Scores of your own metrics for which lower is better.")
     error: Annotated[float, Field(gt=0, lt=0.5)] = Field(
@@ -440,7 +461,7 @@ class Recipe(FrozenModel):
             )
         if all(name in SCORES for name in self.evaluation.metrics):
             scored = {"stops"}.union(*(SCORES[name] for name in self.evaluation.metrics))
-            for name in (self.gate.primary, *self.gate.guards):
+            for name in (self.gate.primary, *self.gate.guards, *self.gate.worst):
                 if name not in scored:
                     raise ValueError(
                         f"the gate names {name}, which is not a score of evaluation.metrics; its scores are "
