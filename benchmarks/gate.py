@@ -282,9 +282,9 @@ def budget_table(rng: np.random.Generator, part: int) -> None:
     """Print the false promotions and the power of streams with held-out rows that change."""
     print("| any false promotion in 365 nights | share | upper 95 % limit |\n|---|---:|---:|")
     for stream in STREAMS:
-        what, share, limit = false_promotions(rng, 2000 // part, LOOKS, stream, 0.0)
+        what, share, limit = false_promotions(rng, 10_000 // part, LOOKS, stream, 0.0)
         print(f"| {what} | {share:.1%} | {limit:.1%} |", flush=True)
-    what, share, limit = with_a_promotion(rng, 2000 // part, LOOKS)
+    what, share, limit = with_a_promotion(rng, 10_000 // part, LOOKS)
     print(f"| {what} | {share:.1%} | {limit:.1%} |", flush=True)
     print("\n| +5 points, disagreement 0.1, promoted within three nights | share |\n|---|---:|")
     for what, share in power_in_three_nights(rng, 4000 // part):
