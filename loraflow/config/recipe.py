@@ -388,6 +388,28 @@ class WorstRule(FrozenModel):
         return self
 
 
+class BehaviourCheck(FrozenModel):
+    """A condition on the tuned model's answers to a set of rows, and the share of them that must meet it."""
+
+    set: str = Field("heldout", description="The rows: `heldout`, or a set of data.extra_heldout.")
+    contains: list[str] | None = Field(None, description="Texts that an answer must contain, in any case.")
+    matches: str | None = Field(None, description="A regular expression that must be found in an answer.")
+    json_fields: list[str] | None = Field(None, description="An answer must be a JSON object with these fields.")
+    refuses: bool | None = Field(None, description="true: an answer must refuse, in English; false: it must not.")
+    share: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Share of the answers that must meet it.")
+
+    @model_validator(mode="after")
+    def _one_condition(self) -> BehaviourCheck:
+        conditions = ("contains", "matches", "json_fields", "refuses")
+        if sum(getattr(self, name) is not None for name in conditions) != 1 or self.contains == []:
+            raise ValueError(f"a check of gate.behaviour needs one of {', '.join(conditions)}")
+        try:
+            re.compile(self.matches or "")
+        except re.error as error:
+            raise ValueError(f"`matches` is not a regular expression: {error}") from None
+        return self
+
+
 class Gate(FrozenModel):
     """The conditions for a promotion: they are tested against the base and against the champion.
 
@@ -409,6 +431,11 @@ class Gate(FrozenModel):
         {},
         description="{score: {drop: POINTS, rows: NUMBER}}, or `share` instead of `rows`: how many rows may get worse by at "
         "least `drop`. More of them reject the challenger; the report lists them.",
+    )
+    behaviour: dict[str, BehaviourCheck] = Field(
+        {},
+        description="{name: {set: SET, CONDITION, share: SHARE}}: what a set's answers must look like. CONDITION is one of "
+        "`contains`, `matches`, `json_fields` and `refuses`. A check that fails rejects the challenger.",
     )
     lower_is_better: list[str] = Field([], description="Scores of your own metrics for which lower is better.")
     error: Annotated[float, Field(gt=0, lt=0.5)] = Field(

@@ -156,6 +156,33 @@ class WorseRows:
 
 
 @dataclass(frozen=True)
+class FailedRow:
+    """A row whose answer does not meet a condition."""
+
+    id: str
+    question: str  # the last message before the answer, cut
+    answer: str  # cut
+
+
+@dataclass(frozen=True)
+class BehaviourResult:
+    """How many answers of a set meet a condition of gate.behaviour, and which do not."""
+
+    name: str
+    set: str
+    passed: int
+    total: int
+    share: float  # of the answers that must meet it
+    reason: str
+    failed: tuple[FailedRow, ...] = ()  # the first ones
+
+    @property
+    def holds(self) -> bool:
+        """Whether enough answers meet the condition."""
+        return self.passed >= self.share * self.total - 1e-9
+
+
+@dataclass(frozen=True)
 class Decision:
     """A verdict with its reasons, and the comparisons behind it. Changes return a new value."""
 
@@ -165,6 +192,7 @@ class Decision:
     look: int | None = None  # its number in the record of looks
     budget: str = ""  # which look it was, and what is left
     worse: tuple[WorseRows, ...] = ()  # by gate.worst
+    behaviour: tuple[BehaviourResult, ...] = ()  # by gate.behaviour
 
     @classmethod
     def from_dict(cls, values: Mapping[str, JsonValue]) -> Decision:
@@ -187,6 +215,8 @@ class Decision:
         }
         if self.worse:
             values["worse"] = [dataclasses.asdict(one) for one in self.worse]
+        if self.behaviour:
+            values["behaviour"] = [dataclasses.asdict(one) for one in self.behaviour]
         return values if self.look is None else {**values, "look": self.look, "budget": self.budget}
 
     @classmethod

@@ -83,7 +83,11 @@ def _worse(
     allowed = limit.of(len(ours))
     worst = [
         WorseRow(
-            str(ours.index[i]), float(mine[i]), float(other[i]), _question(ours, int(i)), _text(ours, "answer", int(i))
+            str(ours.index[i]),
+            float(mine[i]),
+            float(other[i]),
+            question(_text(ours, "prompt", int(i))),
+            cut(_text(ours, "answer", int(i))),
         )
         for i in order[: min(count, LISTED)]
     ]
@@ -94,21 +98,18 @@ def _worse(
     return WorseRows(name, metric, limit.drop, count, allowed, reason, tuple(worst))
 
 
-def _question(table: pd.DataFrame, row: int) -> str:
-    """Return the last message of a row's prompt, which is a JSON list of messages."""
-    text = _text(table, "prompt", row, whole=True)
+def question(prompt: str) -> str:
+    """Return the last message of a prompt, which is a JSON list of messages; cut."""
     try:
-        return _cut(str(json.loads(text)[-1]["content"]))
+        return cut(str(json.loads(prompt)[-1]["content"]))
     except (ValueError, TypeError, KeyError, IndexError):
-        return _cut(text)
+        return cut(prompt)
 
 
-def _text(table: pd.DataFrame, column: str, row: int, *, whole: bool = False) -> str:
-    if column not in table:
-        return ""
-    text = str(table[column].iloc[row])
-    return text if whole else _cut(text)
-
-
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """Return the beginning of a text."""
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+def _text(table: pd.DataFrame, column: str, row: int) -> str:
+    return str(table[column].iloc[row]) if column in table else ""
