@@ -39,10 +39,14 @@ def terminal_lines(comparison: ModelComparison) -> Iterator[str]:
             yield f"  {'  '.join(f'{cell:<{width}}' for cell, width in zip(row, widths, strict=True))}".rstrip()
         yield "  settings that differ:" if pairing.settings else "  no setting differs"
         yield from (f"    {setting}" for setting in pairing.settings)
-        for difference in pairing.scores.differences:
-            for word, rows in (("better", difference.better), ("worse", difference.worse)):
-                for row in rows[:_SHOWN]:
-                    yield f"  {difference.metric} {word}: {row.id} {row.first:.3f} → {row.second:.3f}  {quote(row.question)}"
+        yield from _changed_lines(pairing)
+
+
+def _changed_lines(pairing: Pairing) -> Iterator[str]:
+    for difference in pairing.scores.differences:
+        for word, rows in (("better", difference.better), ("worse", difference.worse)):
+            for row in rows[:_SHOWN]:
+                yield f"  {difference.metric} {word}: {row.id} {row.first:.3f} → {row.second:.3f}  {quote(row.question)}"
 
 
 def html_page(comparison: ModelComparison) -> str:
