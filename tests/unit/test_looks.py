@@ -2,16 +2,18 @@
 
 import hashlib
 import json
+import random
 import threading
 
 import pytest
 
 from loraflow.failures import DamagedLog
 from loraflow.identity import canonical
-from loraflow.registry import PromotionLog
+from loraflow.registry import Entry, PromotionLog
 from loraflow.registry.backup import back_up
+from loraflow.registry.budget import Look, next_look
 from loraflow.registry.looks import LookRecord, models_with_looks, row_key
-from loraflow.store import LocalStore
+from loraflow.store import LocalStore, Ref
 from tests.promoted_models import add_model
 
 ROWS = {f"row{i}" for i in range(50)}
@@ -82,8 +84,6 @@ def test_fewer_looks_in_the_recipe_do_not_end_a_period_early(record):
 
 def test_looks_of_an_earlier_version_stay_valid_and_count_for_the_rows_that_they_share(store, record):
     """The record as it was written when each set of rows had a budget of its own."""
-    from loraflow.registry.budget import Look
-
     before = None
     for seq, (rows, number) in enumerate([(ROWS, 1), ({"other"}, 1), (ROWS, 2)], 1):
         take(LookRecord(store, "scratch"), f"s{seq}", rows=rows)  # writes the keys of the rows
@@ -240,3 +240,27 @@ def test_a_backup_has_the_record_and_refuses_a_damaged_one(store, record, tmp_pa
     HARMS["all looks deleted"](store.root)
     with pytest.raises(DamagedLog):
         list(back_up(store, tmp_path / "copy"))
+
+
+def test_whatever_is_promoted_the_levels_of_the_other_looks_of_a_period_add_up_to_at_most_the_error():
+    """So the probability of any false promotion is at most the error: promotions of other looks only pass levels on."""
+    rng = random.Random(0)
+    for _ in range(100):
+        horizon, share = rng.choice([1, 2, 5, 10, 30]), rng.random()
+        looks, promotions, others = [], [], 0.0
+        for seq in range(1, horizon + 1):
+            row, name = f"row{rng.randrange(50)}", f"c{seq}"
+            sets = {look.rows: {look.rows} for look in looks}
+            found = next_look(
+                looks, sets, {row}, error=0.05, horizon=horizon, assumed=0, promotions=promotions
+            )._asdict()
+            values = {"seq": seq, "before": None, "model": "m", "key": name, "challenger": name, "rows": row}
+            looks.append(Look(**values, **found, horizon=horizon, error=0.05, actor="", time=""))
+            if rng.random() < share:
+                merged = Ref(stage="merge", fingerprint="f", digest=name, uri="")
+                entry = {"action": "promote", "model": "m", "merged": merged, "adapter": None, "reasons": []}
+                fixed = {"seq": len(promotions) + 1, "before": None, "actor": "", "time": ""}
+                promotions.append(Entry(**entry, **fixed, inputs={"look": str(seq)}))
+            else:
+                others += looks[-1].level
+        assert others <= 0.05 * (1 + 1e-9), (horizon, share)
