@@ -15,7 +15,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -49,8 +49,7 @@ def confirmed(wins: np.ndarray, losses: np.ndarray, n: int, level: float) -> np.
     return found
 
 
-@dataclass(frozen=True)
-class HeldOut:
+class HeldOut(NamedTuple):
     """How the held-out rows of a stream of nights change."""
 
     name: str
