@@ -2,6 +2,7 @@
 
     python benchmarks/gate.py            # all tables; some minutes on one core
     python benchmarks/gate.py --short    # a twentieth of the repetitions
+    python benchmarks/gate.py --table budget    # one of: looks, budget, nights, groups, tails, power, coverage, speed
 
 Only counts of wins and losses are simulated for long streams of nights; `exact_p_value` and `share_of_error` decide them
 as in a run. The tables about groups, catastrophes and speed call `decide` on score tables.
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,7 +24,7 @@ from scipy import stats
 from loraflow.evaluation.evidence import Evidence, exact_p_value
 from loraflow.evaluation.gate import decide
 from loraflow.evaluation.intervals import mean_interval
-from loraflow.registry.looks import share_of_error
+from loraflow.registry.budget import passed_on, share_of_error
 
 ERROR, LOOKS = 0.05, 365
 Row = tuple[str, float, float]  # what, share, upper 95 % limit of the share
@@ -46,32 +49,110 @@ def confirmed(wins: np.ndarray, losses: np.ndarray, n: int, level: float) -> np.
     return found
 
 
-def false_promotions(rng: np.random.Generator, streams: int, nights: int, n: int, gain: float) -> Row:
-    """Count the streams with any promotion: each night a challenger of the same true gain, on the same rows.
+class HeldOut(NamedTuple):
+    """How the held-out rows of a stream of nights change."""
+
+    name: str
+    first: int
+    new: int = 0  # each night
+    keep: bool = True  # rows of the nights before
+
+    def drawn(self, rng: np.random.Generator, streams: int, nights: int, right: float = 0.5) -> Iterator[np.ndarray]:
+        """Yield for each night [streams, 2] how many of its rows the base answers wrong and right.
+
+        A model's answers differ from the base's independently each night, so these two numbers are all that nights with
+        common rows have in common.
+        """
+        total, batches = self.first, [rng.binomial(self.first, right, streams)]
+        yield np.stack([total - batches[0], batches[0]], 1)
+        per_night, oldest = self.new or 1, self.first // (self.new or 1)
+        if not self.keep and 0 < self.new < self.first:  # a window, of which `new` rows are replaced
+            batches = [rng.binomial(per_night, right, streams) for _ in range(oldest)]
+        for _ in range(nights - 1):
+            if self.new:
+                batches.append(rng.binomial(per_night, right, streams))
+                if self.keep:
+                    total += per_night
+                else:
+                    batches = batches[-oldest:]
+            hits = np.sum(batches, axis=0)
+            yield np.stack([total - hits, hits], 1)
+
+
+STREAMS = (
+    HeldOut("500 new rows every night", 500, 500, keep=False),
+    HeldOut("100 new rows every night", 100, 100, keep=False),
+    HeldOut("rotation: 500 rows, of which 100 are new every night", 500, 100, keep=False),
+    HeldOut("500 rows, and 5 more every night", 500, 5),
+)
+
+
+def false_promotions(rng: np.random.Generator, streams: int, nights: int, held_out: HeldOut, gain: float) -> Row:
+    """Count the streams with any promotion: each night a challenger of the same true gain over the base.
 
     Base and challenger disagree on a tenth of the rows, the base answers half of them right.
     """
-    right = rng.random((streams, n)) < 0.5
     promoted = np.zeros(streams, dtype=bool)
-    flip = np.where(right, 0.1 - gain, 0.1 + gain).astype(np.float32)
-    for night in range(1, nights + 1):
-        changed = rng.random((streams, n), dtype=np.float32) < flip
-        wins, losses = (changed & ~right).sum(1), (changed & right).sum(1)
-        promoted |= confirmed(wins, losses, n, level_of(night))
+    for night, counts in enumerate(held_out.drawn(rng, streams, nights), 1):
+        wins, losses = rng.binomial(counts[:, 0], 0.1 + gain), rng.binomial(counts[:, 1], 0.1 - gain)
+        promoted |= confirmed(wins, losses, int(counts[0].sum()), level_of(night))
     count = int(promoted.sum())
-    return f"{nights} nights, n = {n}, true gain {100 * gain:+.0f} points", count / streams, upper(count, streams)
+    return f"{held_out.name}, true gain {100 * gain:+.0f} points", count / streams, upper(count, streams)
+
+
+def level_after_promotion(number: int) -> float:
+    """Return the level of a look if the first one promoted its challenger, and no other one did."""
+    return level_of(number) + level_of(1) * passed_on(number - 1, LOOKS)
+
+
+@functools.cache
+def chance(n: int, win: float, lose: float, level: float) -> float:
+    """Return the exact probability that a challenger with these rates of wins and losses is promoted on n rows."""
+    total, enough = 0.0, 0
+    for losses in range(int(stats.binom.isf(1e-12, n, lose)) + 1):
+        enough = max(enough, losses)
+        while enough <= n - losses and exact_p_value(enough, losses, n, 0.0, level) > level:
+            enough += 1  # with more losses, more wins are needed
+        total += float(stats.binom.pmf(losses, n, lose) * stats.binom.sf(enough - 1, n - losses, win / (1 - lose)))
+    return total
+
+
+def any_of(chances: Iterable[float]) -> float:
+    """Return the probability that any of some independent nights promotes."""
+    return 1 - math.prod(1 - one for one in chances)
+
+
+def exact_false_promotions(n: int, nights: int) -> Iterator[tuple[str, float]]:
+    """Yield the probability of any false promotion on n new rows every night: such nights are independent.
+
+    Base and challenger disagree on a tenth of the rows. In the second stream the first challenger is better for certain, and
+    each later one is as good as the champion, so whatever the promotion passes on can be lost.
+    """
+    levels = [level_of(night) for night in range(1, nights + 1)]
+    yield f"{n} new rows every night, exact", any_of(chance(n, 0.05, 0.05, level) for level in levels)
+    levels = [level_after_promotion(night) for night in range(2, nights + 1)]
+    yield "the same, after a right promotion at look 1, exact", any_of(chance(n, 0.05, 0.05, level) for level in levels)
+
+
+def power_in_three_nights() -> Iterator[tuple[str, float]]:
+    """Yield the exact probability that +5 points are promoted within three nights, at disagreement 0.1."""
+    late, after = level_of(100), level_after_promotion
+
+    def found(*nights: tuple[int, float]) -> float:
+        return any_of(chance(rows, 0.075, 0.025, level) for rows, level in nights)
+
+    yield "500 new rows every night, nights 1 to 3", found((500, level_of(1)), (500, late), (500, late))
+    for first in (2, 40, 72):
+        name = f"the same, nights {first} to {first + 2}, a promotion at look 1"
+        yield name, found(*((500, after(night)) for night in range(first, first + 3)))
+    yield "the same, at any night, no promotion in the 74 looks before", found(*[(500, late)] * 3)
+    yield "rows of three nights kept: 500, 1,000, 1,500, at any night", found((500, late), (1000, late), (1500, late))
 
 
 def power(rng: np.random.Generator, n: int, differ: float, gain: float, level: float, times: int) -> float:
     """Return the share of challengers with a true gain that are promoted over their base at a level."""
     counts = rng.multinomial(n, [(differ + gain) / 2, (differ - gain) / 2, 1 - differ], times)
     return float(confirmed(counts[:, 0], counts[:, 1], n, level).mean())
-
-
-def fresh_rows(rng: np.random.Generator, times: int) -> float:
-    """Return the share of streams that promote within three nights, on 500 fresh rows each night."""
-    nights = [rng.multinomial(500, [0.075, 0.025, 0.9], times) for _ in range(3)]
-    return float(np.any([confirmed(c[:, 0], c[:, 1], 500, level_of(1)) for c in nights], axis=0).mean())
 
 
 def promoted_share(make: Callable[[], tuple[pd.DataFrame, pd.DataFrame, str]], times: int) -> tuple[float, float]:
@@ -185,36 +266,93 @@ def seconds_of_ten_metrics(rng: np.random.Generator, n: int = 5000) -> float:
     return time.perf_counter() - started
 
 
-def main() -> None:
-    """Print all tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="a twentieth of the repetitions")
-    part = 20 if parser.parse_args().short else 1
-    rng = np.random.default_rng(0)
-    print("| any false promotion | share | upper 95 % limit |\n|---|---:|---:|")
+def looks_table(rng: np.random.Generator, part: int) -> None:
+    """Print the false promotions of streams on one held-out set."""
+    print("| any false promotion in 365 nights | share | upper 95 % limit |\n|---|---:|---:|")
     for n, gain in ((100, 0.0), (500, 0.0), (100, -0.01), (500, -0.01)):
-        what, share, limit = false_promotions(rng, 2000 // part, LOOKS, n, gain)
+        what, share, limit = false_promotions(rng, 2000 // part, LOOKS, HeldOut(f"the same {n} rows", n), gain)
         print(f"| {what} | {share:.1%} | {limit:.1%} |", flush=True)
-    print("\n| one gate at level 0.05, equal models | share | upper 95 % limit |\n|---|---:|---:|")
+
+
+def budget_table(rng: np.random.Generator, part: int) -> None:
+    """Print the false promotions of streams with held-out rows that change."""
+    print("| any false promotion in 365 nights | share | upper 95 % limit |\n|---|---:|---:|")
+    for n in (500, 100):
+        for what, share in exact_false_promotions(n, LOOKS):
+            print(f"| {what} | {share:.2%} | – |", flush=True)
+    for stream in STREAMS:
+        what, share, limit = false_promotions(rng, 2000 // part, LOOKS, stream, 0.0)
+        print(f"| {what} | {share:.1%} | {limit:.1%} |", flush=True)
+
+
+def nights_table(rng: np.random.Generator, part: int) -> None:
+    """Print the power of streams with held-out rows that change."""
+    print("| +5 points, disagreement 0.1, promoted within three nights | share |\n|---|---:|")
+    for what, share in power_in_three_nights():
+        print(f"| {what} | {share:.1%} |", flush=True)
+
+
+def groups_table(rng: np.random.Generator, part: int) -> None:
+    """Print how often equal models are promoted if rows are in groups."""
+    print("| one gate at level 0.05, equal models | share | upper 95 % limit |\n|---|---:|---:|")
     for metric in ("exact_match", "token_f1"):
         for groups, size in ((100, 5), (10, 50), (50, 10), (20, 5)):
             share, limit = promoted_share(lambda g=groups, s=size, m=metric: grouped(rng, g, s, m), 1000 // part)
             print(f"| {groups} groups of {size}, {metric} | {share:.1%} | {limit:.1%} |", flush=True)
+
+
+def tails_table(rng: np.random.Generator, part: int) -> None:
+    """Print how often a model with rare failures is promoted."""
+    print("| one gate at level 0.05, true gain 0 | share | upper 95 % limit |\n|---|---:|---:|")
     for metric in ("token_f1", "token_loss"):
         for n in (50, 100, 500):
             share, limit = promoted_share(lambda n=n, m=metric: catastrophes(rng, n, m), 1000 // part)
             print(f"| one catastrophe in 100 rows, {metric}, n = {n} | {share:.1%} | {limit:.1%} |", flush=True)
-    print("\n| +5 points, 0/1 metric | promoted |\n|---|---:|")
+
+
+def power_table(rng: np.random.Generator, part: int) -> None:
+    """Print the power of single looks."""
+    print("| +5 points, 0/1 metric | promoted |\n|---|---:|")
     for differ in (0.1, 0.2, 0.4):
         share = power(rng, 500, differ, 0.05, level_of(1), 4000 // part)
         print(f"| first look, 500 rows, disagreement {differ} | {share:.1%} |")
     for n in (500, 1000):
         print(f"| later look, {n} rows, disagreement 0.1 | {power(rng, n, 0.1, 0.05, level_of(2), 4000 // part):.1%} |")
-    print(f"| fresh rows each night, 500 rows, within three nights | {fresh_rows(rng, 4000 // part):.1%} |", flush=True)
-    print("\n| interval | covers |\n|---|---:|")
+
+
+def coverage_table(rng: np.random.Generator, part: int) -> None:
+    """Print the coverage of all intervals."""
+    print("| interval | covers |\n|---|---:|")
     for what, share in (*coverage(rng, 2000 // part), *coverage_of_differences(rng, 2000 // part)):
         print(f"| {what} | {share:.1%} |", flush=True)
-    print(f"\nten metrics, 5,000 rows, base and champion: {seconds_of_ten_metrics(rng):.2f} s")
+
+
+def speed_table(rng: np.random.Generator, part: int) -> None:
+    """Print the time of a decision with ten metrics."""
+    print(f"ten metrics, 5,000 rows, base and champion: {seconds_of_ten_metrics(rng):.2f} s")
+
+
+TABLES = {
+    "looks": looks_table,
+    "budget": budget_table,
+    "nights": nights_table,
+    "groups": groups_table,
+    "tails": tails_table,
+    "power": power_table,
+    "coverage": coverage_table,
+    "speed": speed_table,
+}
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="a twentieth of the repetitions")
+    parser.add_argument("--table", choices=TABLES, action="append", help="only this one; may be repeated")
+    arguments = parser.parse_args()
+    for name in arguments.table or TABLES:
+        TABLES[name](np.random.default_rng(0), 20 if arguments.short else 1)
+        print()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from loraflow import identity
-from loraflow.evaluation.values import Decision
+from loraflow.evaluation.values import BehaviourResult, Decision
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
 from loraflow.registry.champions import require_champion_intact
@@ -62,19 +62,26 @@ def remember(workspace: Workspace, result: PipelineResult, decision: Decision) -
 def _protocol(workspace: Workspace, result: PipelineResult) -> str:
     """Return the identity of the rules and scores that a decision is taken by."""
     scores = [ref.digest for ref in (result.base_scores, result.tuned_scores, result.champion_scores) if ref]
-    return identity.fingerprint({"gate": workspace.recipe.gate.model_dump(), "scores": scores})
+    rules = workspace.recipe.gate.model_dump()
+    for name in ("worst", "behaviour"):  # decisions of earlier versions, which did not have these, stay valid
+        if not rules[name]:
+            del rules[name]
+    return identity.fingerprint({"gate": rules, "scores": scores})
 
 
 def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Decision:
     """Spend a look at the held-out rows, then compare. A crash in between loses the look, and grants none."""
+    from loraflow.evaluation.behaviour import with_behaviour
     from loraflow.evaluation.gate import decide, require_comparable
+    from loraflow.evaluation.worst import WorseLimit, find_worse, with_worse_rows
 
     rules = workspace.recipe.gate
     ours = _heldout_scores(workspace, result.tuned_scores)
     others = {"base": _heldout_scores(workspace, result.base_scores)}
     if result.champion_scores is not None:
         others["champion"] = _heldout_scores(workspace, result.champion_scores)
-    require_comparable(ours, others, {rules.primary, *rules.guards})
+    require_comparable(ours, others, {rules.primary, *rules.guards, *rules.worst})
+    behaviour = _check_behaviour(workspace, result)  # refuses a set without rows before a look is spent
     look = _take_look(workspace, result, protocol, ours)
     decision = decide(
         ours,
@@ -88,11 +95,41 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
         look=str(look),
         vocabulary=_vocabulary(workspace, result.base_scores),
     )
-    budget = (
-        f"{str(look).capitalize()} at these {len(ours)} held-out rows, {look.left} left: at most {rules.error:.0%} for "
-        "any false promotion in all of them."
+    limits = {metric: WorseLimit(rule.drop, rule.rows, rule.share) for metric, rule in rules.worst.items()}
+    decision = with_worse_rows(decision, find_worse(ours, others, limits, rules.lower_is_better))
+    return replace(with_behaviour(decision, behaviour), look=look.seq, budget=_budget(look, len(ours)))
+
+
+def _check_behaviour(workspace: Workspace, result: PipelineResult) -> tuple[BehaviourResult, ...]:
+    """Check the answers to all sets of rows by gate.behaviour."""
+    from loraflow.evaluation.behaviour import BehaviourRule, check_behaviour
+
+    checks = workspace.recipe.gate.behaviour
+    if not checks:
+        return ()
+    refs = {"base": result.base_scores, "champion": result.champion_scores}
+    others = {name: _all_scores(workspace, ref) for name, ref in refs.items() if ref is not None}
+    rules = {
+        name: BehaviourRule(
+            set=check.set,
+            share=check.share,
+            contains=None if check.contains is None else tuple(check.contains),
+            matches=check.matches,
+            json_fields=None if check.json_fields is None else tuple(check.json_fields),
+            refuses=check.refuses,
+        )
+        for name, check in checks.items()
+    }
+    return check_behaviour(_all_scores(workspace, result.tuned_scores), others, rules)
+
+
+def _budget(look: Look, rows: int) -> str:
+    """Return for people which look it was, what is left, and how many of the rows were new."""
+    fresh = "" if look.fresh is None else f", of which {look.fresh} were never scored before"
+    return (
+        f"{str(look).capitalize()}, {look.left} left, at {rows} held-out rows{fresh}: at most {look.error:.0%} for any "
+        f"false promotion in {look.horizon} looks of this model, whatever its held-out rows."
     )
-    return replace(decision, look=look.seq, budget=budget)
 
 
 def _take_look(workspace: Workspace, result: PipelineResult, protocol: str, table: pd.DataFrame) -> Look:
@@ -124,10 +161,14 @@ def _vocabulary(workspace: Workspace, base_scores: Ref) -> int | None:
 
 
 def _heldout_scores(workspace: Workspace, ref: Ref) -> pd.DataFrame:
-    """Return the scores of the gate's set. The bytes that are parsed are the bytes that were hashed."""
-    import pandas as pd
-
+    """Return the scores of the gate's set."""
     from loraflow.evaluation.gate import heldout_rows
 
-    table = pd.read_parquet(io.BytesIO(read_intact(workspace.store, ref, "scores.parquet")))
-    return heldout_rows(table, workspace.store.location(ref))
+    return heldout_rows(_all_scores(workspace, ref), workspace.store.location(ref))
+
+
+def _all_scores(workspace: Workspace, ref: Ref) -> pd.DataFrame:
+    """Return the scores of all sets. The bytes that are parsed are the bytes that were hashed."""
+    import pandas as pd
+
+    return pd.read_parquet(io.BytesIO(read_intact(workspace.store, ref, "scores.parquet")))

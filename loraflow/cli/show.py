@@ -16,7 +16,7 @@ from loraflow.identity import short
 from loraflow.store import Manifest, Ref, Store, open_store
 
 if TYPE_CHECKING:
-    from loraflow.serving.champion import Champion, Files, PromotionEntry, RunScores
+    from loraflow.serving.champion import Champion, Files, MadeWith, PromotionEntry, RunScores
 
 LABEL = 10  # width of the first column
 MIN_PREFIX = 4  # shortest beginning of a fingerprint or digest that is looked up
@@ -108,6 +108,7 @@ def _champion_lines(champion: Champion) -> Iterator[str]:
     yield from _rows("recipe", *_recipe_parts(champion))
     yield from _rows("data", *_data_parts(champion))
     yield from _rows("base", *_base_parts(champion))
+    yield from _rows("made with", *_made_with_parts(champion.made_with))
     if champion.scores is None:
         yield from _rows("scores", "not recorded: no run with this model has a summary in the store")
     else:
@@ -141,7 +142,8 @@ def _run_lines(champion: Champion) -> Iterator[str]:
         lines.append("it found the model in the cache; the record of the run that computed it is gone")
     if promoted_by and promoted_by != run.run:
         lines.append(f"promoted with run {promoted_by}, which found the model in the cache")
-    lines.append(f"git commit {run.commit}" if run.commit else "not in a git repository")
+    changed = {True: ", with uncommitted changes", False: ", nothing uncommitted", None: ""}[run.uncommitted]
+    lines.append(f"git commit {run.commit}{changed}" if run.commit else "not in a git repository")
     yield from _rows("run", *lines)
 
 
@@ -183,6 +185,14 @@ def _base_parts(champion: Champion) -> list[str]:
     lines += [f"hub commit {base.commit}"] if base.commit else []
     lines += [f"content {base.content}"] if base.content else []
     return [*lines, f"artifact {base.digest}" if base.digest else "artifact not recorded"]
+
+
+def _made_with_parts(made: MadeWith) -> Iterator[str]:
+    yield ", ".join(f"{name} {version}" for name, version in made.versions.items()) or "not recorded"
+    yield f"trained on {made.device or 'a device that is not recorded'}{f', {made.machine}' if made.machine else ''}"
+    for stage, name in made.artifacts.items():
+        fingerprint, _, digest = name.partition("/")
+        yield f"{stage} {short(fingerprint)}/{short(digest)}"
 
 
 def _score_lines(scores: RunScores) -> Iterator[str]:

@@ -6,8 +6,8 @@ import json
 
 import click
 
-from loraflow.cli import json_option, quiet_logging, store_option
-from loraflow.failures import CorruptArtifact
+from loraflow.cli import json_option, model_option, quiet_logging, store_option
+from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.store import Store, open_store
 
 
@@ -36,10 +36,18 @@ def runs(store: str, as_json: bool) -> None:
 
 
 @click.command()
+@click.argument("what", required=False)
 @click.option("--deep", is_flag=True, help="Read every byte and compare it with the manifests.")
+@click.option(
+    "--rederive", is_flag=True, help="Check all that WHAT was made from, and merge base and adapter again, bit for bit."
+)
+@model_option
 @store_option
-def verify(deep: bool, store: str) -> None:
+def verify(what: str | None, deep: bool, rederive: bool, model: str | None, store: str) -> None:
     """Check the manifests, names and sizes of all artifacts, with --deep also their contents. Quarantine damaged ones.
+
+    With --rederive, WHAT is `champion`, `champion:NAME` or a run's id. Every byte of the artifacts that it was made from is
+    hashed, from the dataset's md5 on, and the merge is computed again in a temporary folder ($TMPDIR). Nothing is written.
 
     The promotion logs and the records of looks are checked too, and that the models which they need are in the store.
 
@@ -47,6 +55,17 @@ def verify(deep: bool, store: str) -> None:
     """
     quiet_logging()
     opened = open_store(store)
+    if rederive != (what is not None) or (rederive and deep) or (model and not rederive):
+        raise BadConfig(
+            "--rederive is about one model, and the other checks are about the whole store.",
+            where="loraflow verify",
+            next_step="`loraflow verify champion --rederive`, or `loraflow verify --deep`",
+        )
+    if what is not None:
+        from loraflow.cli.rederive import verify_model
+
+        verify_model(opened, what, model)
+        return
     damaged = checked = 0
     with opened.reader_lock():
         for ref in opened.artifacts():

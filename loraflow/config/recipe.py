@@ -372,6 +372,44 @@ class Merge(FrozenModel):
     verify_prompts: Positive = Field(8, description="Number of held-out prompts for this comparison.")
 
 
+class WorstRule(FrozenModel):
+    """How many held-out rows may get worse by at least `drop`."""
+
+    drop: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        ..., description="A row counts if its score is worse by at least this, in the score's unit."
+    )
+    rows: Annotated[int, Field(ge=0)] | None = Field(None, description="Number of rows that may.")
+    share: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="Instead of it: share of the rows.")
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> WorstRule:
+        if (self.rows is None) == (self.share is None):
+            raise ValueError("gate.worst needs `rows` or `share` for each score, and not both")
+        return self
+
+
+class BehaviourCheck(FrozenModel):
+    """A condition on the tuned model's answers to a set of rows, and the share of them that must meet it."""
+
+    set: str = Field("heldout", description="The rows: `heldout`, or a set of data.extra_heldout.")
+    contains: list[str] | None = Field(None, description="Texts that an answer must contain, in any case.")
+    matches: str | None = Field(None, description="A regular expression that must be found in an answer.")
+    json_fields: list[str] | None = Field(None, description="An answer must be a JSON object with these fields.")
+    refuses: bool | None = Field(None, description="true: an answer must refuse, in English; false: it must not.")
+    share: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Share of the answers that must meet it.")
+
+    @model_validator(mode="after")
+    def _one_condition(self) -> BehaviourCheck:
+        conditions = ("contains", "matches", "json_fields", "refuses")
+        if sum(getattr(self, name) is not None for name in conditions) != 1 or self.contains == []:
+            raise ValueError(f"a check of gate.behaviour needs one of {', '.join(conditions)}")
+        try:
+            re.compile(self.matches or "")
+        except re.error as error:
+            raise ValueError(f"`matches` is not a regular expression: {error}") from None
+        return self
+
+
 class Gate(FrozenModel):
     """The conditions for a promotion: they are tested against the base and against the champion.
 
@@ -389,13 +427,21 @@ class Gate(FrozenModel):
     guards: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {}, description="{score: largest drop that is allowed, in the score's unit}."
     )
+    worst: dict[str, WorstRule] = Field(
+        {},
+        description="{score: {drop: POINTS, rows: NUMBER}}, or `share` instead of `rows`: how many rows may get worse by at "
+        "least `drop`. More of them reject the challenger; the report lists them.",
+    )
+    behaviour: dict[str, BehaviourCheck] = Field(
+        {},
+        description="{name: {set: SET, CONDITION, share: SHARE}}: what a set's answers must look like. CONDITION is one of "
+        "`contains`, `matches`, `json_fields` and `refuses`. A check that fails rejects the challenger.",
+    )
     lower_is_better: list[str] = Field([], description="Scores of your own metrics for which lower is better.")
     error: Annotated[float, Field(gt=0, lt=0.5)] = Field(
-        0.05, description="Probability of any false promotion in all looks at the same held-out rows."
+        0.05, description="Probability of any false promotion in all looks of the model, whatever its held-out rows."
     )
-    looks: Positive = Field(
-        365, description="Number of challengers that may be compared on the same held-out rows: a year of nights."
-    )
+    looks: Positive = Field(365, description="Number of challengers that share this error: a year of nights.")
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
         0.95, description="Confidence level of the guards, and of the one-sided bounds that are shown."
     )
@@ -442,7 +488,7 @@ class Recipe(FrozenModel):
             )
         if all(name in SCORES for name in self.evaluation.metrics):
             scored = {"stops"}.union(*(SCORES[name] for name in self.evaluation.metrics))
-            for name in (self.gate.primary, *self.gate.guards):
+            for name in (self.gate.primary, *self.gate.guards, *self.gate.worst):
                 if name not in scored:
                     raise ValueError(
                         f"the gate names {name}, which is not a score of evaluation.metrics; its scores are "

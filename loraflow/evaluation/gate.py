@@ -5,7 +5,7 @@ metric gets worse by more than its margin. If a claim is clearly wrong, the mode
 the verdict is undecided.
 
 - The gain is tested at the level of this look: `gate.error` is the probability of any false promotion in `gate.looks`
-  looks at the same rows (`loraflow/registry/looks.py`).
+  looks of a model (`loraflow/registry/budget.py`).
 - All must hold, so neither the comparisons with base and champion nor the guards need a correction (an intersection-union
   test, Berger 1982). Guards are tested at `confidence`.
 - One of several claims that is wrong is enough to reject, so these tests are corrected by Holm's method.
@@ -256,7 +256,10 @@ def _outcome(test: _Test, state: str, look: str) -> str:
     parts = []
     if test.rule.kind == "gain" and state != "failed" and test.has_enough_rows:
         if test.level <= 0:
-            parts.append(f"{look or 'this look'} has no error left to spend: the gate needs new held-out rows")
+            parts.append(
+                f"{look or 'this look'} has no error left to spend; after the last look, held-out rows that were never "
+                "scored start anew"
+            )
         else:
             parts.append(f"p {test.p_value():.2g}, {test.level:.2g} allowed{f' at {look}' if look else ''}")
     if test.reported != test.bounds.mean and abs(test.reported - test.bounds.mean) > 1e-9:

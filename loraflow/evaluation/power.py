@@ -80,7 +80,9 @@ class GatePower:
         if self.rows < MINIMUM_ROWS:
             found.append(f"  no model can be promoted: at least {MINIMUM_ROWS} independent rows are needed")
         elif self.gain is None:
-            found.append("  no model can be promoted: no error is left for these rows, so the gate needs new ones")
+            found.append(
+                "  no model can be promoted: no error is left. After the last look, rows that were never scored start anew"
+            )
         elif self.primary in BINARY:
             found.append(
                 f"  {self.primary}: a gain of {self.gain:.3g} is shown in 4 of 5 looks, if the models disagree on "

@@ -127,6 +127,62 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class WorseRow:
+    """A row on which the challenger is worse."""
+
+    id: str
+    score: float  # of the challenger
+    other: float  # of the other model
+    question: str = ""  # the last message before the answer, cut
+    answer: str = ""  # of the challenger, cut
+
+
+@dataclass(frozen=True)
+class WorseRows:
+    """The rows on which the challenger is worse by at least `drop`, and how many may be."""
+
+    against: str  # base or champion
+    metric: str
+    drop: float
+    count: int
+    allowed: int
+    reason: str
+    rows: tuple[WorseRow, ...] = ()  # the worst ones
+
+    @property
+    def holds(self) -> bool:
+        """Whether there are no more rows than allowed."""
+        return self.count <= self.allowed
+
+
+@dataclass(frozen=True)
+class FailedRow:
+    """A row whose answer does not meet a condition."""
+
+    id: str
+    question: str  # the last message before the answer, cut
+    answer: str  # cut
+
+
+@dataclass(frozen=True)
+class BehaviourResult:
+    """How many answers of a set meet a condition of gate.behaviour, and which do not."""
+
+    name: str
+    set: str
+    passed: int
+    total: int
+    share: float  # of the answers that must meet it
+    reason: str
+    failed: tuple[FailedRow, ...] = ()  # the first ones
+
+    @property
+    def holds(self) -> bool:
+        """Whether enough answers meet the condition."""
+        return self.passed >= self.share * self.total - 1e-9
+
+
+@dataclass(frozen=True)
 class Decision:
     """A verdict with its reasons, and the comparisons behind it. Changes return a new value."""
 
@@ -134,7 +190,9 @@ class Decision:
     reasons: tuple[str, ...]
     comparisons: tuple[Comparison, ...] = ()
     look: int | None = None  # its number in the record of looks
-    budget: str = ""  # which look at these rows it was, and what is left
+    budget: str = ""  # which look it was, and what is left
+    worse: tuple[WorseRows, ...] = ()  # by gate.worst
+    behaviour: tuple[BehaviourResult, ...] = ()  # by gate.behaviour
 
     @classmethod
     def from_dict(cls, values: Mapping[str, JsonValue]) -> Decision:
@@ -155,6 +213,10 @@ class Decision:
                 for comparison in self.comparisons
             ],
         }
+        if self.worse:
+            values["worse"] = [dataclasses.asdict(one) for one in self.worse]
+        if self.behaviour:
+            values["behaviour"] = [dataclasses.asdict(one) for one in self.behaviour]
         return values if self.look is None else {**values, "look": self.look, "budget": self.budget}
 
     @classmethod
@@ -162,7 +224,7 @@ class Decision:
         """Return the decision that nothing changes; `known` is an earlier decision that still holds."""
         if known is None:
             return cls("unchanged", (reason,))
-        return cls("unchanged", (reason, *known.reasons), known.comparisons, known.look, known.budget)
+        return dataclasses.replace(known, verdict="unchanged", reasons=(reason, *known.reasons))
 
     def with_reason(self, reason: str) -> Decision:
         """Return the same decision with one more reason."""

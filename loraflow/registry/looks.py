@@ -1,17 +1,12 @@
 """The record of looks: which held-out rows were used to compare a challenger, and how much error each look may make.
 
-Every comparison of a new challenger on the same rows is one more chance of a false promotion. `gate.error` is the
-probability of any of them in `gate.looks` looks. Half of it is spent on the first look, the other half evenly on the
-others. If a look promoted its challenger, its level is passed on to the next look. The levels add up to `gate.error`, so
-the bound holds for any dependence between looks (Bonferroni; with recycling, the online fallback procedure of Tian and
-Ramdas 2021, https://arxiv.org/abs/1910.04900). See docs/decisions/0014-looks.md.
+Every comparison of a new challenger is one more chance of a false promotion. All looks of a model share one budget, on
+whatever rows; `budget.py` deals it out.
 
     registry/<model>/looks/000001.json   a look; written before its verdict is computed, never changed, hash-chained
     registry/<model>/rows/<digest>.json  the keys of the rows of looks
     anchors/<model>/looks.json           number and hash of the last look, so that lost looks are noticed
     runs/<id>.json                       `looks_head`: the last look that the run saw or took, if the anchor is lost too
-
-Looks that share rows, directly or through other looks, share one budget: only rows that were never scored are fresh.
 """
 
 from __future__ import annotations
@@ -20,17 +15,19 @@ import hashlib
 import json
 import time
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from loraflow.failures import DamagedLog
 from loraflow.frozen import StoredModel
 from loraflow.identity import canonical
 from loraflow.registry.anchor import FOLDER as ANCHORS
-from loraflow.registry.entry import JSON_OBJECT, Entry, active_promotions
+from loraflow.registry.budget import Look as Look
+from loraflow.registry.budget import NextLook, next_look
+from loraflow.registry.entry import JSON_OBJECT, Entry
 from loraflow.registry.runs import FOLDER as RUNS
 from loraflow.registry.runs import LogHead, run_ids
 from loraflow.store import LocalStore, Store
@@ -38,40 +35,6 @@ from loraflow.store.files import json_bytes
 
 _ROWS = TypeAdapter(list[str])
 _NEWEST_RUNS = 50  # that are read if there is no anchor: stores of earlier versions have none
-
-
-class Look(BaseModel):
-    """A line of the record: one comparison of a challenger with base and champion."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seq: int
-    before: str | None  # hash of the look before this one
-    model: str
-    key: str  # of scores, rules and champion: the same comparison again is the same look
-    challenger: str  # digest of the merged model
-    rows: str  # digest of the rows' keys
-    number: int  # of looks at these rows, this one included
-    horizon: int  # gate.looks
-    error: float  # gate.error
-    spent: float  # share of the error that this look takes
-    level: float  # `spent`, and what the look before passed on
-    assumed: int  # earlier looks that have no record, but must be counted
-    actor: str
-    time: str
-
-    @property
-    def hash(self) -> str:
-        """The hash that the next look is chained to."""
-        return hashlib.sha256(canonical(self.model_dump())).hexdigest()
-
-    @property
-    def left(self) -> int:
-        """The number of looks at these rows after this one."""
-        return max(self.horizon - self.number, 0)
-
-    def __str__(self) -> str:
-        return f"look {self.number} of {self.horizon}"
 
 
 class LostLooks(StoredModel):
@@ -83,13 +46,6 @@ class LostLooks(StoredModel):
     kept: LogHead = LogHead()  # the last look that was left
     lost: int = 0
     set_aside: dict[str, str] = {}
-
-
-class _Next(NamedTuple):
-    number: int
-    spent: float
-    level: float
-    assumed: int
 
 
 class _Register(StoredModel):
@@ -126,15 +82,6 @@ def row_key(prompt: str) -> str:
         texts = [prompt]
     plain = [" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts]
     return hashlib.sha256(canonical(plain)).hexdigest()[:16]
-
-
-def share_of_error(number: int, horizon: int) -> float:
-    """Return the share of the error that a look may spend: half for the first, the rest evenly for the others."""
-    if number > horizon:
-        return 0.0
-    if horizon == 1:
-        return 1.0
-    return 0.5 if number == 1 else 0.5 / (horizon - 1)
 
 
 class LookRecord:
@@ -195,7 +142,7 @@ class LookRecord:
             known = next((look for look in looks if look.key == key), None)
             if known is not None:
                 return known
-            following = self._next(looks, digest, set(keys), error, horizon, promotions)
+            following = self._next(looks, set(keys), error, horizon, promotions)
             look = Look(
                 seq=len(looks) + 1,
                 before=looks[-1].hash if looks else None,
@@ -211,8 +158,10 @@ class LookRecord:
                 assumed=following.assumed,
                 actor=actor,
                 time=_now(),
+                period=following.period,
+                fresh=following.fresh,
             )
-            if self.store.create_document(self._name(look.seq), json_bytes({**look.model_dump(), "hash": look.hash})):
+            if self.store.create_document(self._name(look.seq), json_bytes({**look.stored(), "hash": look.hash})):
                 self.last_seen = LogHead(seq=look.seq, hash=look.hash)
                 self._anchor(self.last_seen)
                 return look
@@ -225,26 +174,20 @@ class LookRecord:
         Raises:
             DamagedLog: a look is missing or was changed.
         """
-        keys = sorted(set(rows))
-        digest = hashlib.sha256(canonical(keys)).hexdigest()
-        following = self._next(self.entries(), digest, set(keys), error, horizon, promotions)
+        following = self._next(self.entries(), set(rows), error, horizon, promotions)
         return following.number, following.level
 
     def _next(
-        self,
-        looks: Sequence[Look],
-        digest: str,
-        rows: set[str],
-        error: float,
-        horizon: int,
-        promotions: Sequence[Entry],
-    ) -> _Next:
-        related = self._related(looks, digest, rows)
+        self, looks: Sequence[Look], rows: set[str], error: float, horizon: int, promotions: Sequence[Entry]
+    ) -> NextLook:
+        files = self.store.read_documents(f"registry/{self.model}/rows/", ".json")
+        names = {digest: self._rows_name(digest) for digest in {look.rows for look in looks}}
+        sets = {
+            digest: self._keys(digest, files.get(name) or self.store.read_document(name))
+            for digest, name in names.items()  # a listing can miss a file that is written at this moment
+        }
         assumed = self._assumed(len(looks), promotions)
-        number = 1 + assumed + sum(1 + look.assumed for look in related)
-        spent = _own_level(related, number, assumed, error, horizon)
-        passed_on = related[-1].level if related and not assumed and _promoted(related[-1], promotions) else 0.0
-        return _Next(number, spent, spent + passed_on, assumed)
+        return next_look(looks, sets, rows, error=error, horizon=horizon, assumed=assumed, promotions=promotions)
 
     def accept_loss(self, reason: str, actor: str) -> LostLooks | None:
         """Go on with the looks that are intact, and store who decided this and why; None if nothing is damaged.
@@ -303,23 +246,13 @@ class LookRecord:
             found.append(look)
         return _Read(found, {}, "")
 
-    def _related(self, looks: Sequence[Look], digest: str, rows: set[str]) -> list[Look]:
-        """Return the looks that share rows with these, directly or through others, oldest first."""
-        sets = {other: self._read_rows(other) for other in {look.rows for look in looks} if other != digest}
-        seen, found = set(rows), {digest}
-        while more := [other for other, keys in sets.items() if other not in found and not seen.isdisjoint(keys)]:
-            found.update(more)
-            seen.update(*(sets[other] for other in more))
-        return [look for look in looks if look.rows in found]
-
-    def _read_rows(self, digest: str) -> set[str]:
-        name = self._rows_name(digest)
-        data = self.store.read_document(name)
+    def _keys(self, digest: str, data: bytes | None) -> set[str]:
         try:
             keys = _ROWS.validate_json(data or b"")
         except ValidationError:
             keys = []
         if hashlib.sha256(canonical(keys)).hexdigest() != digest:
+            name = self._rows_name(digest)
             raise self._damaged(name, f"row keys with the hash {digest[:12]}", "nothing" if data is None else "others")
         return set(keys)
 
@@ -401,25 +334,6 @@ def models_with_looks(store: Store) -> set[str]:
     recorded = {name.split("/")[1] for name in store.documents("registry/") if name.split("/")[2:3] == ["looks"]}
     anchored = {name.split("/")[1] for name in store.documents(f"{ANCHORS}/") if name.endswith("/looks.json")}
     return recorded | anchored
-
-
-def _own_level(related: Iterable[Look], number: int, assumed: int, error: float, horizon: int) -> float:
-    """Return what a look may spend: its share, but not more than the looks before have left."""
-    before = sum(share_of_error(k, horizon) for k in range(1, assumed + 1)) * error
-    for look in related:
-        before += look.spent + sum(
-            share_of_error(k, look.horizon) * look.error for k in range(look.number - look.assumed, look.number)
-        )
-    own = min(share_of_error(number, horizon) * error, error - before)
-    return own if own > 1e-12 else 0.0  # less is a rounding error
-
-
-def _promoted(look: Look, promotions: Sequence[Entry]) -> bool:
-    """Tell whether a look promoted its challenger, and the promotion was not rolled back."""
-    return any(
-        entry.inputs.get("look") == str(look.seq) and entry.merged.digest == look.challenger
-        for entry in active_promotions(promotions)
-    )
 
 
 def _is_met(anchor: LogHead, looks: Sequence[Look]) -> bool:

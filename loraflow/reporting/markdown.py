@@ -88,6 +88,8 @@ def run_report(report: RunReport, *, image: bool = False) -> str:
         *([decision.budget, ""] if decision.budget else []),
     ]
     lines += _comparison(report.scores, report.confidence)
+    lines += _worse(decision)
+    lines += _behaviour(decision)
     lines += _rows(report.rows)
     lines += _training_loss(report.losses, image=image)
     lines += _answers(report.samples)
@@ -131,7 +133,7 @@ def scores_report(
 def approval_request(recipe: str, decision: Decision, scores: ModelScores, *, confidence: float) -> str:
     """Return the question whether a model is promoted, with the gate's reasons and the scores."""
     lines = [f"# {recipe}: promote?", "", APPROVAL, "", *_items(decision.reasons), ""]
-    return "\n".join([*lines, *_comparison(scores, confidence)])
+    return "\n".join([*lines, *_comparison(scores, confidence), *_worse(decision), *_behaviour(decision)])
 
 
 def _comparison(scores: ModelScores, confidence: float) -> Iterator[str]:
@@ -161,6 +163,33 @@ def _count(values: Iterable[MetricValue]) -> int:
 
 def _items(texts: Iterable[str]) -> list[str]:
     return [f"- {text}" for text in texts]
+
+
+def _worse(decision: Decision) -> Iterator[str]:
+    """Yield the rows that got much worse, for each rule of gate.worst."""
+    if decision.worse:
+        yield from ("## Rows that got much worse", "")
+    for one in decision.worse:
+        yield from (f"{one.reason}.", "")
+        if one.rows:
+            yield from (f"| row | {one.against} | tuned | question | answer |", "|---|---:|---:|---|---|")
+            for row in one.rows:
+                texts = f"{quote(row.question)} | {quote(row.answer)}"
+                yield f"| {quote(row.id)} | {row.other:.3f} | {row.score:.3f} | {texts} |"
+            yield ""
+
+
+def _behaviour(decision: Decision) -> Iterator[str]:
+    """Yield the results of gate.behaviour, with the answers that do not meet them."""
+    if decision.behaviour:
+        yield from ("## Behaviour", "")
+    for one in decision.behaviour:
+        yield from (f"- {'holds' if one.holds else '**fails**'}: {quote(one.reason)}", "")
+        if one.failed:
+            yield from ("| row | question | answer |", "|---|---|---|")
+            for row in one.failed:
+                yield f"| {quote(row.id)} | {quote(row.question)} | {quote(row.answer)} |"
+            yield ""
 
 
 def _training_loss(losses: Sequence[tuple[float, float]], *, image: bool) -> list[str]:

@@ -47,6 +47,10 @@ class Facts:
     reasons: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     template_date: str | None = None  # the date that the chat template prints
+    device: str | None = None  # that trained: the GPU's product name, or cpu
+    commit: str | None = None  # HEAD of the project's git repository
+    uncommitted: bool = False  # tracked files differed from it
+    artifacts: dict[str, str] = field(default_factory=dict)  # stage → fingerprint/digest
 
     @property
     def subject(self) -> str:
@@ -81,6 +85,10 @@ def collect_facts(model: Model, digest: str, licence: str | None = None) -> Fact
         verdict=decision.verdict if decision else None,
         reasons=decision.reasons if decision else [],
         versions=lineage.versions,
+        device=lineage.device,
+        commit=run.commit if run else None,
+        uncommitted=bool(run and run.uncommitted),
+        artifacts=lineage.artifacts,
         template_date=served_date(model.folder),
     )
 
@@ -206,5 +214,10 @@ def _origin(facts: Facts) -> list[str]:
         "model": f"`{facts.digest}`",
         "licence": facts.licence or "that of the base model; it is not recorded here",
         "made with": ", ".join(f"{name} {v}" for name, v in {"loraflow": __version__, **facts.versions}.items()),
+        "trained on": facts.device or "",
+        "git commit": f"`{facts.commit}`" + (" with uncommitted changes" if facts.uncommitted else "")
+        if facts.commit
+        else "",
+        **{f"artifact of {stage}": f"`{name}`" for stage, name in facts.artifacts.items()},
     }
     return [f"- {key}: {value}" for key, value in known.items() if value]

@@ -40,6 +40,16 @@ class ModelRun(FrozenModel):
     seconds: float
     actor: str | None
     commit: str | None  # HEAD of the project's git repository
+    uncommitted: bool | None = None  # whether tracked files differed from it
+
+
+class MadeWith(FrozenModel):
+    """What trained the model, and the artifacts that it was made from."""
+
+    versions: dict[str, str]  # loraflow, python or library → version
+    device: str | None  # the GPU's product name, or cpu
+    machine: str | None  # architecture
+    artifacts: dict[str, str]  # stage → fingerprint/digest
 
 
 class Dataset(FrozenModel):
@@ -106,6 +116,7 @@ class Champion(FrozenModel):
     base: BaseModelSource
     recipe: RecipeFacts
     scores: RunScores | None
+    made_with: MadeWith
     merged: Files
     adapter: Files | None
 
@@ -135,6 +146,9 @@ def describe_champion(store: Store, model: str) -> Champion:
         base=_base(lineage, made_by, promoted),
         recipe=_recipe(made_by, promoted),
         scores=_scores(scored) if scored else None,
+        made_with=MadeWith(
+            versions=lineage.versions, device=lineage.device, machine=lineage.machine, artifacts=lineage.artifacts
+        ),
         merged=_files(store, head.merged),
         adapter=_files(store, adapter, "/adapter") if adapter else None,
     )
@@ -176,6 +190,7 @@ def _run(record: RunRecord) -> ModelRun:
         seconds=record.seconds,
         actor=record.actor,
         commit=record.commit,
+        uncommitted=record.uncommitted,
     )
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from loraflow.frozen import StoredModel
-from loraflow.store import Manifest, Ref, open_store
+from pydantic import ValidationError
 
-_LIBRARIES = ("torch", "transformers", "peft", "trl")
+from loraflow.failures import CorruptArtifact
+from loraflow.frozen import StoredModel
+from loraflow.store import Manifest, Ref, Store, open_store
+
+_LIBRARIES = ("loraflow", "torch", "transformers", "peft", "trl")
+_ENGINE = "telemetry/engine.json"
 
 
 class BaseSource(StoredModel):
@@ -39,6 +43,13 @@ class _Runtime(StoredModel):
 class _Provenance(StoredModel):
     versions: dict[str, str] = {}
     runtime: _Runtime = _Runtime()
+    python: str | None = None
+    machine: str | None = None
+
+
+class _Engine(StoredModel):
+    device: str | None = None
+    devices: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,10 @@ class Lineage:
     base: BaseSource = field(default_factory=BaseSource)
     base_digest: str | None = None  # of the base's artifact
     repacked: bool = False  # the base's projections were fused: its adapter does not fit the model on the hub
-    versions: dict[str, str] = field(default_factory=dict)  # library → version that trained
+    versions: dict[str, str] = field(default_factory=dict)  # loraflow, python or library → version that trained
+    device: str | None = None  # that trained: the GPU's product name, or cpu
+    machine: str | None = None  # its architecture, such as x86_64
+    artifacts: dict[str, str] = field(default_factory=dict)  # stage → fingerprint/digest
 
 
 def read_lineage(adapter: Ref | None) -> Lineage:
@@ -61,7 +75,9 @@ def read_lineage(adapter: Ref | None) -> Lineage:
         manifests.get(name) for name in ("version_dataset", "check_dataset", "resolve_base", "train")
     )
     config = _BaseConfig.model_validate(base.payload["config"]) if base else _BaseConfig()
-    versions = _Provenance.model_validate(train.provenance).versions if train else {}
+    provenance = _Provenance.model_validate(train.provenance) if train else _Provenance()
+    versions = provenance.versions | ({"python": provenance.python} if provenance.python else {})
+    store = open_store(adapter.uri) if adapter else None
     return Lineage(
         dataset=_DatasetConfig.model_validate(version.payload["config"]).md5 if version else None,
         dataset_commit=_Provenance.model_validate(version.provenance).runtime.origin.commit if version else None,
@@ -69,8 +85,24 @@ def read_lineage(adapter: Ref | None) -> Lineage:
         base=config.source,
         base_digest=base.digest if base else None,
         repacked=config.repack is not None,
-        versions={name: versions[name] for name in _LIBRARIES if name in versions},
+        versions={name: versions[name] for name in (*_LIBRARIES, "python") if name in versions},
+        device=device_of(store, train, adapter) if store and train and adapter else None,
+        machine=provenance.machine,
+        artifacts={
+            stage: f"{manifest.fingerprint}/{manifest.digest}" for stage, manifest in reversed(manifests.items())
+        },
     )
+
+
+def device_of(store: Store, manifest: Manifest, ref: Ref) -> str | None:
+    """Return the device that computed an artifact, such as `2 x NVIDIA H100`; None if it was not recorded."""
+    if _ENGINE not in manifest.files:
+        return None
+    try:
+        engine = _Engine.model_validate_json(store.read(ref, _ENGINE))
+    except (CorruptArtifact, ValidationError):  # `loraflow verify` reports it
+        return None
+    return f"{engine.devices} x {engine.device}" if engine.device and engine.devices > 1 else engine.device
 
 
 def _rows(check: Manifest) -> dict[str, int]:

@@ -19,7 +19,7 @@ def benchmark():
 
 
 def test_equal_models_are_rarely_promoted_in_a_hundred_nights(benchmark):
-    _, share, _ = benchmark.false_promotions(np.random.default_rng(0), 200, 100, 100, 0.0)
+    _, share, _ = benchmark.false_promotions(np.random.default_rng(0), 200, 100, benchmark.HeldOut("", 100), 0.0)
     assert share <= 0.09, "the 99th percentile of 200 streams at 5 %; the gate of one comparison gives more than 50 %"
 
 
@@ -27,6 +27,20 @@ def test_a_gain_of_five_points_is_shown_nearly_as_often_as_by_a_single_compariso
     rng = np.random.default_rng(1)
     assert benchmark.power(rng, 500, 0.1, 0.05, benchmark.level_of(1), 150) >= 0.88
     assert benchmark.power(rng, 1000, 0.1, 0.05, benchmark.level_of(2), 150) >= 0.82
+
+
+def test_new_rows_every_night_do_not_add_to_the_error_and_a_gain_of_five_points_is_found_in_three_nights(benchmark):
+    """Exact probabilities: nights with new rows are independent."""
+    year = dict(benchmark.exact_false_promotions(500, 365))
+    assert len(year) == 2 and all(0.04 < share <= 0.05 for share in year.values()), year
+    first, after, _, last, *_ = (share for _, share in benchmark.power_in_three_nights())
+    assert first >= 0.9 and after >= 0.9 and last >= 0.9
+
+
+@pytest.mark.parametrize("stream", [1, 2, 3])
+def test_rows_that_rotate_or_are_appended_do_not_add_to_the_error(benchmark, stream):
+    _, share, _ = benchmark.false_promotions(np.random.default_rng(4), 150, 40, benchmark.STREAMS[stream], 0.0)
+    assert share <= 0.09
 
 
 @pytest.mark.parametrize("metric", ["token_f1", "token_loss"])

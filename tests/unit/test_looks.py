@@ -1,15 +1,19 @@
 """Looks at held-out rows are counted, and their errors add up to the budget."""
 
+import hashlib
 import json
+import random
 import threading
 
 import pytest
 
 from loraflow.failures import DamagedLog
-from loraflow.registry import PromotionLog
+from loraflow.identity import canonical
+from loraflow.registry import Entry, PromotionLog
 from loraflow.registry.backup import back_up
+from loraflow.registry.budget import Look, next_look
 from loraflow.registry.looks import LookRecord, models_with_looks, row_key
-from loraflow.store import LocalStore
+from loraflow.store import LocalStore, Ref
 from tests.promoted_models import add_model
 
 ROWS = {f"row{i}" for i in range(50)}
@@ -44,14 +48,61 @@ def test_the_same_comparison_again_is_the_same_look(record):
     assert len(record.entries()) == 1
 
 
-def test_only_rows_that_were_never_scored_are_fresh(record):
-    take(record, "a")
-    assert take(record, "b", rows={*ROWS, *(f"new{i}" for i in range(1000))}).number == 2, "appended rows"
-    assert take(record, "c", rows={"new5"}).number == 3, "a row that was appended"
+def test_all_held_out_sets_of_a_model_share_one_budget_and_only_rows_that_were_never_scored_are_fresh(record):
+    assert take(record, "a").fresh == 50
+    appended = take(record, "b", rows={*ROWS, *(f"new{i}" for i in range(1000))})
+    assert (appended.number, appended.fresh) == (2, 1000)
+    assert take(record, "c", rows={"new5"}).fresh == 0
     assert take(record, "d", rows={"row1", "other"}, error=0.2, horizon=10).number == 4, "other rules"
-    fresh = take(record, "e", rows={"fresh1", "fresh2"})
-    assert (fresh.number, fresh.level) == (1, 0.025)
-    joined = take(record, "f", rows={"fresh1", "row3"})
+    replaced = take(record, "e", rows={"fresh1", "fresh2"})
+    assert (replaced.number, replaced.fresh, replaced.period) == (5, 2, 1)
+    assert replaced.level < 0.025 / 100, "rows that were never scored do not get half of the error again"
+
+
+def test_the_levels_of_a_year_on_new_rows_every_night_add_up_to_the_error(record):
+    looks = [take(record, f"k{i}", rows={f"night{i}-{j}" for j in range(3)}, horizon=30) for i in range(30)]
+    assert sum(look.level for look in looks) == pytest.approx(0.05)
+
+
+def test_after_the_horizon_the_next_budget_starts_with_rows_that_were_never_scored(record):
+    for i in range(4):
+        take(record, f"k{i}", horizon=4)
+    late = take(record, "seen", rows={"row1", "new"}, horizon=4)
+    assert (late.number, late.level, late.period) == (5, 0, 1)
+    more = take(record, "more looks in the recipe", horizon=1000)
+    assert more.level == 0
+    first = take(record, "fresh", rows={"fresh1", "fresh2"}, horizon=4)
+    assert (first.number, first.level, first.period) == (1, 0.025, 2)
+    second = take(record, "then", rows={"fresh1", "row1"}, horizon=4)
+    assert (second.number, second.level, second.period) == (2, pytest.approx(0.025 / 3), 2)
+
+
+def test_fewer_looks_in_the_recipe_do_not_end_a_period_early(record):
+    take(record, "a")
+    assert take(record, "b", rows={"fresh"}, horizon=1).level == 0
+
+
+def test_looks_of_an_earlier_version_stay_valid_and_count_for_the_rows_that_they_share(store, record):
+    """The record as it was written when each set of rows had a budget of its own."""
+    before = None
+    for seq, (rows, number) in enumerate([(ROWS, 1), ({"other"}, 1), (ROWS, 2)], 1):
+        take(LookRecord(store, "scratch"), f"s{seq}", rows=rows)  # writes the keys of the rows
+        digest = LookRecord(store, "scratch").entries()[-1].rows
+        spent = 0.025 if number == 1 else 0.025 / 364
+        values = {"seq": seq, "before": before, "model": "tickets", "key": f"o{seq}", "challenger": "c", "rows": digest}
+        values |= {"number": number, "horizon": 365, "error": 0.05, "spent": spent, "level": spent, "assumed": 0}
+        values |= {"actor": "me", "time": "2026-11-01T00:00:00Z"}
+        before = hashlib.sha256(canonical(values)).hexdigest()  # the hash of that version
+        store.write_document(f"registry/tickets/looks/{seq:06d}.json", json.dumps({**values, "hash": before}).encode())
+        store.write_document(
+            f"registry/tickets/rows/{digest}.json", store.read_document(f"registry/scratch/rows/{digest}.json")
+        )
+    assert [look.hash for look in record.entries()][-1] == before and isinstance(record.entries()[0], Look)
+    assert record.preview({"row1"}, error=0.05, horizon=365, promotions=())[0] == 3
+    assert record.preview({"never seen"}, error=0.05, horizon=365, promotions=()) == (1, 0.025)
+    assert take(record, "n1", rows={"row1"}).number == 3
+    assert take(record, "n2", rows={"never seen"}).number == 4, "from now on there is one budget"
+    joined = take(record, "n3", rows={"other"})
     assert joined.number == 6 and joined.level == 0, "both budgets are spent by half, so nothing is left of one"
 
 
@@ -73,14 +124,30 @@ def test_a_row_with_another_system_message_case_or_space_was_seen_before(message
     assert row_key(json.dumps(messages)) != row_key(json.dumps([{"role": "user", "content": "What is blue?"}]))
 
 
-def test_the_level_of_a_promotion_is_passed_on_to_the_next_look_once(store, record):
+def test_the_level_of_a_promotion_is_passed_on_once_half_to_the_next_look_and_half_to_later_ones(store, record):
     merged = add_model(store, "better")
-    first = take(record, "a", challenger=merged.digest)
+    first = take(record, "a", challenger=merged.digest, horizon=20)
     log = PromotionLog(store, "tickets")
     log.append(None, action="promote", merged=merged, adapter=None, inputs={"look": "1"}, reasons=[], actor="x")
-    second = take(record, "b", promotions=log.entries())
-    assert second.level == pytest.approx(first.level + second.spent)
-    assert take(record, "c", promotions=log.entries()).level == pytest.approx(0.025 / 364)
+    looks = [take(record, f"b{i}", promotions=log.entries(), horizon=20) for i in range(19)]
+    gained = [look.level - look.spent for look in looks]
+    assert gained == pytest.approx([first.level / 2, *[first.level / 8] * 4, *[0] * 14])
+    assert sum(look.level for look in looks) == pytest.approx(0.05), (
+        "the first one was right, so its level is free again"
+    )
+
+
+def test_a_promotion_that_was_rolled_back_passes_nothing_on(store, record):
+    log, before = PromotionLog(store, "tickets"), None
+    for number in (1, 2):
+        merged = add_model(store, f"model{number}")
+        take(record, f"a{number}", challenger=merged.digest, promotions=log.entries())
+        inputs = {"look": str(number)}
+        before = log.append(before, action="promote", merged=merged, adapter=None, inputs=inputs, reasons=[], actor="x")
+    assert take(record, "b", promotions=log.entries()).level > 0.006
+    log.rollback("wrong", "x")
+    after = take(record, "c", promotions=log.entries())
+    assert after.level == pytest.approx(after.spent + 0.025 / 2 / 73), "of the first promotion only"
 
 
 def test_a_promotion_by_hand_passes_nothing_on(store, record):
@@ -173,3 +240,27 @@ def test_a_backup_has_the_record_and_refuses_a_damaged_one(store, record, tmp_pa
     HARMS["all looks deleted"](store.root)
     with pytest.raises(DamagedLog):
         list(back_up(store, tmp_path / "copy"))
+
+
+def test_whatever_is_promoted_the_levels_of_the_other_looks_of_a_period_add_up_to_at_most_the_error():
+    """So the probability of any false promotion is at most the error: promotions of other looks only pass levels on."""
+    rng = random.Random(0)
+    for _ in range(100):
+        horizon, share = rng.choice([1, 2, 5, 10, 30]), rng.random()
+        looks, promotions, others = [], [], 0.0
+        for seq in range(1, horizon + 1):
+            row, name = f"row{rng.randrange(50)}", f"c{seq}"
+            sets = {look.rows: {look.rows} for look in looks}
+            found = next_look(
+                looks, sets, {row}, error=0.05, horizon=horizon, assumed=0, promotions=promotions
+            )._asdict()
+            values = {"seq": seq, "before": None, "model": "m", "key": name, "challenger": name, "rows": row}
+            looks.append(Look(**values, **found, horizon=horizon, error=0.05, actor="", time=""))
+            if rng.random() < share:
+                merged = Ref(stage="merge", fingerprint="f", digest=name, uri="")
+                entry = {"action": "promote", "model": "m", "merged": merged, "adapter": None, "reasons": []}
+                fixed = {"seq": len(promotions) + 1, "before": None, "actor": "", "time": ""}
+                promotions.append(Entry(**entry, **fixed, inputs={"look": str(seq)}))
+            else:
+                others += looks[-1].level
+        assert others <= 0.05 * (1 + 1e-9), (horizon, share)

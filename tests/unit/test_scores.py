@@ -79,7 +79,9 @@ def test_a_look_is_spent_before_the_verdict_and_a_crash_in_between_grants_none(w
     [look] = workspace.looks.entries()
     decision = decide(workspace, base, tuned)
     assert decision.look == look.seq and workspace.looks.entries() == [look], "the same comparison is the same look"
-    assert decision.budget.startswith("Look 1 of 365 at these 80 held-out rows, 364 left")
+    assert decision.budget.startswith(
+        "Look 1 of 365, 364 left, at 80 held-out rows, of which 80 were never scored before"
+    )
     other = Workspace(workspace.recipe.model_copy(update={"name": "renamed"}))
     changed = decide(other, base, scores(workspace, "tuned 2", 1.9))
     assert changed.look == 2 and "6.9e-05 allowed at look 2 of 365" in changed.comparisons[0].reason

@@ -1,0 +1,151 @@
+"""Compare two score tables for a person: paired differences with bounds, and the rows on which the models differ most."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loraflow.evaluation.intervals import Bounds
+from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
+from loraflow.evaluation.pairing import pair, scores
+from loraflow.evaluation.score import score_columns
+from loraflow.failures import BadData
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class ChangedRow:
+    """A row on which two models have different scores."""
+
+    id: str
+    metric: str
+    first: float
+    second: float
+    question: str
+    reference: str
+    first_answer: str
+    second_answer: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two models by one metric, on the rows that both were scored on."""
+
+    metric: str
+    first: float
+    second: float
+    bounds: Bounds  # of second against first, positive where the second is better; each one-sided
+    better: tuple[ChangedRow, ...]  # the rows on which the second is better, those that changed most first
+    worse: tuple[ChangedRow, ...]
+    better_rows: int
+    worse_rows: int
+
+
+@dataclass(frozen=True)
+class TableComparison:
+    """Two score tables of one set of rows."""
+
+    rows: int  # in both
+    only_first: int
+    only_second: int
+    differences: tuple[Difference, ...]
+
+
+def compare_tables(
+    first: pd.DataFrame,
+    second: pd.DataFrame,
+    *,
+    confidence: float = 0.95,
+    lower_is_better: Collection[str] = (),
+    listed: int = 10,
+) -> TableComparison:
+    """Compare two score tables on the rows that both have.
+
+    Args:
+        first: a table with columns id, prompt and metrics, of one set.
+        second: another one.
+        confidence: one-sided, of each bound.
+        lower_is_better: metrics, in addition to loraflow's own, where lower is better.
+        listed: rows that are listed for each metric and direction.
+
+    Raises:
+        BadData: they have no row in common, or a score is not a finite number.
+    """
+    one, two = (table.drop_duplicates("id").set_index("id").sort_index() for table in (first, second))
+    common = one.index.intersection(two.index)
+    if "prompt" in one and "prompt" in two:  # an id that was given to another row
+        common = common[(one.loc[common, "prompt"] == two.loc[common, "prompt"]).to_numpy()]
+    if common.empty:
+        raise BadData(
+            "These models were not scored on a common row.",
+            where="loraflow compare",
+            expected="rows with the same id and prompt",
+            next_step="score one on the other's rows: `loraflow evaluate MODEL RECIPE`, or run both recipes on one dataset",
+        )
+    only = len(one) - len(common), len(two) - len(common)
+    one, two = one.loc[common], two.loc[common]
+    metrics = [name for name in score_columns(one) if name in score_columns(two)]
+    metrics += ["stops"] if "finish" in one and "finish" in two else []
+    found = tuple(_difference(one, two, metric, confidence, lower_is_better, listed) for metric in metrics)
+    return TableComparison(len(common), *only, found)
+
+
+def _difference(
+    one: pd.DataFrame, two: pd.DataFrame, metric: str, confidence: float, lower: Collection[str], listed: int
+) -> Difference:
+    evidence, _ = pair(two, one, metric, "the first model", lower_is_better=lower)
+    before, after = scores(one, metric, "the first model"), scores(two, metric, "the second model")
+    gains = (before - after) if metric in LOWER_IS_BETTER | set(lower) else (after - before)
+    order = np.argsort(-gains, kind="stable")
+    better = [int(i) for i in order[:listed] if gains[i] > 0]
+    worse = [int(i) for i in order[::-1][:listed] if gains[i] < 0]
+    return Difference(
+        metric,
+        _mean(one, metric, before),
+        _mean(two, metric, after),
+        evidence.bounds(confidence),
+        tuple(_row(one, two, metric, before, after, i) for i in better),
+        tuple(_row(one, two, metric, before, after, i) for i in worse),
+        int((gains > 0).sum()),
+        int((gains < 0).sum()),
+    )
+
+
+def _mean(table: pd.DataFrame, metric: str, values: np.ndarray) -> float:
+    if metric != "token_loss" or "reference_tokens" not in table:
+        return float(values.mean())
+    tokens = scores(table, "reference_tokens", "a model")
+    return float((values * tokens).sum() / tokens.sum())
+
+
+def _row(
+    one: pd.DataFrame, two: pd.DataFrame, metric: str, before: np.ndarray, after: np.ndarray, i: int
+) -> ChangedRow:
+    return ChangedRow(
+        str(one.index[i]),
+        metric,
+        float(before[i]),
+        float(after[i]),
+        _question(_text(one, "prompt", i)),
+        _text(one, "reference", i),
+        _text(one, "answer", i),
+        _text(two, "answer", i),
+    )
+
+
+def _question(prompt: str) -> str:
+    """Return the last message of a prompt, which is a JSON list of messages."""
+    try:
+        return str(json.loads(prompt)[-1]["content"])
+    except (ValueError, TypeError, KeyError, IndexError):
+        return prompt
+
+
+def _text(table: pd.DataFrame, column: str, row: int) -> str:
+    return str(table[column].iloc[row]) if column in table else ""

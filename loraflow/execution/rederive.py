@@ -1,0 +1,151 @@
+"""Derive a model again from what it was made of: every hash from the dataset's pin down, and the merged weights.
+
+Nothing is written to the store. The merge is computed in a temporary folder and compared file by file.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraflow import __version__
+from loraflow.config.stage_configs import DvcOrigin, JobRuntime, StageConfig
+from loraflow.data import dvc
+from loraflow.execution.stage_function import stage_function
+from loraflow.failures import Failure
+from loraflow.job import Inputs, Job, Progress
+from loraflow.stages import STAGES
+from loraflow.store import Manifest, Ref, Store
+from loraflow.store.artifact import TELEMETRY
+from loraflow.store.files import HashMemo, hash_file
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked. `problems` is empty if it holds; `unknown` says why it could not be checked."""
+
+    what: str
+    problems: tuple[str, ...] = ()
+    unknown: str = ""
+
+
+def rederive(store: Store, merged: Ref) -> Iterator[Check]:
+    """Check the artifacts that a merged model was made from, from the dataset on, and merge base and adapter again.
+
+    Each artifact is hashed byte by byte. Its name is the hash of what it was computed from, and its inputs are the artifacts
+    that are checked.
+    """
+    chain = _chain(store, merged)
+    manifests: dict[str, Manifest] = {}
+    for ref in chain:
+        problems = store.verify(ref)
+        if not problems:
+            manifests[ref.digest] = store.manifest(ref)
+            problems = _wrong_inputs(manifests[ref.digest], store)
+        yield Check(f"{ref}: every byte, its name, and the names of its inputs", tuple(problems))
+        if ref.stage == "version_dataset" and not problems:
+            yield from _check_dataset(store, ref, manifests[ref.digest])
+    if all(ref.digest in manifests for ref in chain):
+        yield _merge_again(store, manifests[merged.digest])
+
+
+def _chain(store: Store, merged: Ref) -> list[Ref]:
+    """Return a model's artifact and all that it was made from, inputs first."""
+    found: dict[str, Ref] = {}
+
+    def add(ref: Ref) -> None:
+        if ref.digest in found:
+            return
+        try:
+            inputs = [*store.manifest(ref).input_refs(store.uri).values()]
+        except Failure:  # missing or damaged, which the check of the artifact says
+            inputs = []
+        for source in inputs:
+            add(source)
+        found[ref.digest] = ref
+
+    add(merged)
+    return list(found.values())
+
+
+def _wrong_inputs(manifest: Manifest, store: Store) -> list[str]:
+    """Return the inputs whose digest is not the one that the artifact's name was computed from."""
+    named = manifest.payload.get("inputs")
+    used = named if isinstance(named, dict) else {}
+    refs = manifest.input_refs(store.uri)
+    wrong = [f"input {name}: not named in the manifest" for name in sorted(used.keys() - refs.keys())]
+    for name, ref in refs.items():
+        if used.get(name) not in {ref.digest, *ref.facets.values()}:
+            wrong.append(f"input {name}: its digest is not the one that was used")
+    return wrong
+
+
+def _check_dataset(store: Store, ref: Ref, manifest: Manifest) -> Iterator[Check]:
+    """Compute DVC's md5 of the dataset's files, and compare it with the recorded one and with the pin in the project."""
+    config = manifest.payload["config"]
+    recorded = config.get("md5") if isinstance(config, dict) else None
+    files = store.path(ref) / "files"
+    is_folder = isinstance(recorded, str) and recorded.endswith(".dir")
+    source = files if is_folder else next(iter(sorted(files.iterdir())), files)
+    got = dvc.dvc_md5(source, HashMemo(None))
+    wrong = () if got == recorded else (f"the files have md5 {got}",)
+    yield Check(f"the dataset's files have the md5 that DVC pins, {recorded}", wrong)
+    runtime = manifest.provenance.get("runtime")
+    try:
+        origin = DvcOrigin.model_validate((runtime if isinstance(runtime, dict) else {}).get("origin"))
+    except ValueError:
+        yield Check("the pin in git", unknown="the dataset is a folder without a .dvc file")
+        return
+    revision = origin.commit or origin.rev
+    what = f"{origin.dvc_file} {f'at {revision} ' if revision else ''}pins this md5"
+    try:
+        pinned = dvc.read_pin(origin.repo, origin.dvc_file, revision).md5
+    except Failure as failure:
+        yield Check(what, unknown=failure.what)
+        return
+    if pinned == recorded:
+        yield Check(what)
+    elif revision is None:
+        yield Check(what, unknown=f"the work tree pins {pinned} by now")
+    else:
+        yield Check(what, (f"it pins {pinned}",))
+
+
+def _merge_again(store: Store, manifest: Manifest) -> Check:
+    """Merge base and adapter into a temporary folder, and compare each file with the recorded hash."""
+    what = f"the merged files, computed again by loraflow {__version__}, are the same bit for bit"
+    stage = STAGES[manifest.stage]
+    if manifest.stage != "merge":
+        return Check(what, unknown=f"the model is the result of {manifest.stage}, not of a merge")
+    job = Job[StageConfig](
+        stage=manifest.stage,
+        version=manifest.version,
+        inputs=manifest.input_refs(store.uri),
+        config=manifest.payload["config"],
+        runtime=JobRuntime.model_validate(manifest.provenance.get("runtime") or {}),
+    )
+    with tempfile.TemporaryDirectory(prefix="loraflow-rederive-") as folder:
+        out, work = Path(folder, "out"), Path(folder, "work")
+        out.mkdir()
+        work.mkdir()
+        inputs = Inputs({name: store.path(ref) for name, ref in job.inputs.items()})
+        stage_function(stage)(job, inputs, out, Progress(None, work))
+        problems = list(_differences(out, manifest))
+    if problems and manifest.version != stage.version:
+        problems.append(f"it was merged by version {manifest.version} of the stage, this is version {stage.version}")
+    return Check(what, tuple(problems))
+
+
+def _differences(folder: Path, manifest: Manifest) -> Iterator[str]:
+    expected = {name: entry.sha256 for name, entry in manifest.files.items() if not name.startswith(TELEMETRY)}
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    names = {name for name in names if not name.startswith(TELEMETRY)}
+    for name in sorted(expected.keys() | names):
+        if name not in names:
+            yield f"{name}: was not written again"
+        elif name not in expected:
+            yield f"{name}: is not in the model"
+        elif hash_file(folder / name) != expected[name]:
+            yield f"{name}: its bytes differ"

@@ -1,0 +1,136 @@
+"""`loraflow compare`: scores, paired differences, settings and flipped rows of two or three runs."""
+
+import html.parser
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from scipy import stats
+
+from loraflow import identity
+from loraflow.cli import cli
+from loraflow.evaluation.compare import compare_tables
+from loraflow.failures import BadConfig, BadData
+from loraflow.registry.runs import RunRecord, StageRun
+from loraflow.store import LocalStore, Summary
+
+A, B, C = (f"20260101-00000{i}-abcdef" for i in (1, 2, 3))
+
+
+def table(right, **columns):
+    n = len(right)
+    prompts = [json.dumps([{"role": "user", "content": f"<b>question {i}</b>"}]) for i in range(n)]
+    fixed = {"id": [f"r{i:03d}" for i in range(n)], "set": "heldout", "prompt": prompts, "reference": "yes"}
+    texts = {"answer": ["yes" if hit else "<script>no</script>" for hit in right], "finish": "stop"}
+    return pd.DataFrame({**fixed, **texts, "exact_match": np.asarray(right, dtype=float), **columns})
+
+
+def add_run(store, run, scores, **settings):
+    payload = identity.payload("evaluate", 1, {}, {"x": run})
+    staged = store.staging("evaluate", identity.fingerprint(payload))
+    scores.to_parquet(staged / "scores.parquet")
+    ref = store.commit(staged, payload=payload, inputs={}, summary=Summary(), provenance={})
+    payload = identity.payload("train", 1, {}, {"x": run})
+    staged = store.staging("train", identity.fingerprint(payload))
+    (staged / "telemetry").mkdir()
+    (staged / "weights").write_text(run)
+    (staged / "telemetry" / "curves.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    train = store.commit(staged, payload=payload, inputs={}, summary=Summary(), provenance={})
+    stages = [
+        StageRun(stage=label, state="computed", fingerprint=found.fingerprint, digest=found.digest)
+        for label, found in (("evaluate tuned", ref), ("train", train))
+    ]
+    merged = StageRun(stage="merge", state="computed", fingerprint="f", digest=run)
+    resolved = {"training_config": {"learning_rate": 0.01, **settings}, "runtime": {"store": run}}
+    record = RunRecord(run=run, recipe="tickets", stages=[*stages, merged], resolved=resolved)
+    store.write_document(f"runs/{run}.json", record.document)
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = LocalStore(tmp_path / "store")
+    first, second = [True] * 60 + [False] * 40, [False] * 5 + [True] * 75 + [False] * 20
+    add_run(store, A, table(first))
+    add_run(store, B, table(second), learning_rate=0.02)
+    add_run(store, C, table(first[:50]))
+    return store
+
+
+def compare(store, *arguments):
+    return CliRunner().invoke(cli, ["compare", *arguments, "--store", store.uri])
+
+
+def test_the_terminal_shows_scores_differences_settings_and_flipped_rows(store):
+    done = compare(store, A, B)
+    assert done.exit_code == 0, (done.output, done.exception)
+    line = next(line for line in done.output.splitlines() if line.strip().startswith("exact_match "))
+    assert line.split()[1:4] == ["0.6000", "0.7500", "+0.1500"] and "20, 5" in line
+    assert "learning_rate 0.01 → 0.02" in done.output and "runtime" not in done.output
+    assert "exact_match better: r060 0.000 → 1.000" in done.output
+
+
+def test_a_third_model_is_compared_with_the_first_on_the_rows_of_both(store):
+    done = compare(store, A, B, C)
+    assert "C against A on 50 held-out rows; 50 rows of A and 0 of the other were not scored for both" in done.output
+    values = json.loads(compare(store, A, B, C, "--json").output)
+    assert [pairing["scores"]["rows"] for pairing in values["against_first"]] == [100, 50]
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.links, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [
+            value for name, value in attrs if name in ("src", "href", "action", "srcset", "onload", "onclick")
+        ]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_has_everything_and_loads_and_runs_nothing(store, tmp_path):
+    file = tmp_path / "page.html"
+    done = compare(store, A, B, "--html", str(file))
+    assert done.exit_code == 0, done.exception
+    page = Page()
+    page.feed(file.read_text())
+    assert page.links == [] and not {"script", "link", "iframe", "img", "b"} & set(page.tags)
+    assert page.tags.count("svg") == 2 and "default-src 'none'" in file.read_text()
+    for part in ("+0.1500", "learning_rate 0.01 → 0.02", "20 rows better", "5 rows worse", "<script>no</script>"):
+        assert part in page.text, part
+
+
+def test_the_bounds_are_those_of_the_gate_and_a_lower_loss_is_better():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 50, 300)
+    before, after = rng.lognormal(0, 0.3, 300), rng.lognormal(-0.2, 0.3, 300)
+    one, two = (table([True] * 300, token_loss=loss, reference_tokens=tokens) for loss in (before, after))
+    loss = next(found for found in compare_tables(one, two).differences if found.metric == "token_loss")
+    assert loss.first == pytest.approx((before * tokens).sum() / tokens.sum())
+    assert loss.bounds.mean == pytest.approx(loss.first - loss.second) and loss.bounds.mean > 0
+    assert loss.better_rows == int((after < before).sum())
+    worst = int(np.argmax(after - before))
+    assert loss.worse[0].id == f"r{worst:03d}"
+    match = compare_tables(table([True] * 60 + [False] * 40), table([True] * 80 + [False] * 20)).differences[0]
+    assert match.bounds.lower < 0.2 < match.bounds.upper
+    exact = stats.binomtest(20, 100).proportion_ci(0.9)
+    assert match.bounds.lower == pytest.approx(exact.low, abs=0.02)
+
+
+def test_a_row_with_the_same_id_and_another_prompt_is_not_compared():
+    one, two = table([True] * 30), table([True] * 30)
+    two.loc[0, "prompt"] = two.loc[1, "prompt"]
+    assert compare_tables(one, two).rows == 29
+    two["prompt"] = "other"
+    with pytest.raises(BadData, match="not scored on a common row"):
+        compare_tables(one, two)
+
+
+@pytest.mark.parametrize("names", [[A], [A, B, C, A], [A, "20990101-000000-abcdef"], [A, "champion"]])
+def test_names_that_cannot_be_compared_are_refused(store, names):
+    assert isinstance(compare(store, *names).exception, BadConfig)
