@@ -143,9 +143,7 @@ def match_files(folder: Path, patterns: list[str]) -> list[str]:
     Raises:
         BadData: a pattern matches no file.
     """
-    have = sorted(
-        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in _READERS
-    )
+    have = readable_files(folder)
     found: list[str] = []
     for pattern in patterns:
         hits = _matches(pattern, have)
@@ -196,6 +194,13 @@ def _refuse_binary(begin: bytes, name: str) -> None:
                 got=f"the first bytes {begin[: len(magic)].hex(' ')}",
                 next_step=f"mv {shlex.quote(name)} {shlex.quote(renamed)}{unpack}",
             )
+
+
+def readable_files(folder: Path) -> list[str]:
+    """Return the names of a folder's files whose type is read, sorted."""
+    return sorted(
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in _READERS
+    )
 
 
 def match_nothing(folder: Path) -> list[str]:

@@ -19,6 +19,7 @@ from loraflow.config.stage_configs import HubOrigin, StageConfig
 from loraflow.execution.device_group import PARENT
 from loraflow.execution.job_file import JobFile
 from loraflow.execution.log_file import LOGS, ProgressReader, limit_log, mask_log
+from loraflow.execution.memory_record import clear_memory
 from loraflow.execution.outcome import FILE, PIPE, read_outcome
 from loraflow.execution.stall_watch import AwakeClock, StallWatch, remove_stacks
 from loraflow.job import Job
@@ -49,6 +50,7 @@ def run_in_worker_process(
     for name in (FILE, "progress.jsonl"):
         (work / name).unlink(missing_ok=True)
     remove_stacks(work)
+    clear_memory(work)
     job_file = file.write()
     kills_before = _oom_kills()
     read_end, write_end = os.pipe()

@@ -52,7 +52,7 @@ FAULTS = (
           ("unit/test_training.py::test_a_damaged_checkpoint_is_not_used",
            "unit/test_training.py::test_a_checkpoint_with_a_damaged_best_checkpoint_is_not_used")),
     Fault(8, "SIGTERM (preemption), end of the run's time", "train", "SIGTERM while loading and while training; max_hours",
-          "a checkpoint is saved, the failure says so, a retry resumes. A deployed run does not schedule itself again",
+          "a checkpoint is saved, the failure says so, a retry resumes. A deployed run schedules the run that goes on",
           ("unit/test_training.py::test_a_signal_while_the_model_is_loaded_stops_the_training_before_its_first_step",
            "unit/test_launcher.py::test_the_time_of_a_run_ends_in_a_failure_that_is_not_retried_and_resumes",
            "flows/test_finetune.py::test_signals_leave_no_worker_and_an_intact_store")),
