@@ -16,6 +16,7 @@ from loraflow.config.stage_configs import JobRuntime, StageConfig
 from loraflow.stages import STAGES
 from loraflow.store import Ref
 
+MEMORY_ESTIMATE = "memory-estimate.json"  # in the work folder
 C = TypeVar("C", bound=StageConfig, covariant=True)  # a job is frozen
 
 
@@ -103,3 +104,8 @@ class Progress:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"time": time.time(), **figures}) + "\n")
+
+    def expect_memory(self, parts: Mapping[str, int]) -> None:
+        """Record how much memory the stage expects to need, in bytes by part. The manifest has it beside the peak."""
+        if self.work is not None:
+            (self.work / MEMORY_ESTIMATE).write_text(json.dumps(dict(parts)), encoding="utf-8")

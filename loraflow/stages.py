@@ -77,6 +77,7 @@ VERSION_DATASET = Stage(
         "loraflow.data.version",
         "loraflow.data.dvc",
         "loraflow.data.dvc_command",
+        "loraflow.data.dataset_files",
         "loraflow.data.dvc_ignore",
         "loraflow.data.dvc_pin",
         "loraflow.data.dvc_storage",
@@ -89,8 +90,8 @@ VERSION_DATASET = Stage(
 CHECK_DATASET = Stage(
     name="check_dataset",
     # 4: marks that exclude answers are honoured, data.limit is a sample, one row at least is held out, and a row with
-    # reasoning beside its content is malformed
-    version=4,
+    # reasoning beside its content is malformed; 5: `**` in a pattern selects files at any depth, as in a .gitignore
+    version=5,
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},

@@ -23,12 +23,13 @@ from loraflow.data import dvc
 from loraflow.execution.cache import OTHER_CODE, Lookup, look_up
 from loraflow.execution.parent_death import end_with_parent
 from loraflow.execution.workspace import Workspace
-from loraflow.failures import DamagedLog, Failure, from_os_error, mask_errors
+from loraflow.failures import BudgetSpent, DamagedLog, Failure, from_os_error, mask_errors
 from loraflow.job import Job
 from loraflow.registry.cleanup import remove_unused
 from loraflow.registry.runs import RunSummary, StageRun
 from loraflow.stages import Stage, check_names
 from loraflow.store import Ref, require_intact
+from loraflow.tasks.continuation import go_on_in_another_run
 from loraflow.tasks.events import announce_waiting
 from loraflow.tasks.failure_log import shorten_failures
 from loraflow.tasks.placement import run_on_pool
@@ -146,6 +147,11 @@ def open_run(
             if rename:
                 _despite_parsing_threads(lambda: show_name(run.workspace))
             yield run
+        except BudgetSpent as caught:
+            error = caught
+            if is_deployed:
+                go_on_in_another_run(caught, [s.stage for s in run.stages.values() if s.state == "computed"])
+            raise
         except OSError as caught:
             error = caught
             raise from_os_error(caught, store.uri) or caught from caught

@@ -12,6 +12,7 @@ from loraflow.cli import json_option, parse_overrides, quiet_logging, set_option
 
 if TYPE_CHECKING:
     from loraflow.execution.plan import PlannedStep
+    from loraflow.execution.plan_memory import PlannedMemory
 
 
 @click.command()
@@ -23,8 +24,9 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     """Show for each stage of RECIPE whether it is cached or will run, and why."""
     quiet_logging()
     from loraflow.config import load_recipe
-    from loraflow.execution.plan import base_report, gate_power, too_few_positions, training_memory
+    from loraflow.execution.plan import base_report, gate_power, too_few_positions
     from loraflow.execution.plan import plan as plan_run
+    from loraflow.execution.plan_memory import planned_memory
     from loraflow.execution.workspace import Workspace
     from loraflow.failures import Failure
     from loraflow.stages import TRAIN, check_names
@@ -34,7 +36,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     steps = plan_run(workspace, force)
     workspace.save()
     trains = any(step.stage == TRAIN.name and step.status != "cached" for step in steps)
-    memory = training_memory(workspace) if trains else None
+    memory = planned_memory(workspace) if trains else None
     note = too_few_positions(workspace) if trains else ""
     base = base_report(workspace) if trains else []
     power, problem = None, ""
@@ -45,7 +47,13 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     if as_json:
         document: dict[str, JsonValue] = {"stages": [step.to_json() for step in steps]}
         if memory:
-            document["memory_bytes"] = {"least": round(memory[0]), "full_speed": round(memory[1])}
+            document["memory_bytes"] = {
+                "device": memory.device,
+                **({"least": round(memory.least)} if memory.device == "cuda" else {}),
+                "full_speed": round(memory.training.total),
+                "training": {**memory.training.as_bytes()},
+                "evaluation": {**memory.evaluation.as_bytes()},
+            }
         if base:
             document["base"] = [line.strip() for line in base]
         if note:
@@ -71,7 +79,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
             click.secho("\n".join(power.lines()), fg="yellow" if power.is_warning() else None)
 
 
-def _show(steps: list[PlannedStep], memory: tuple[float, float] | None, base: list[str]) -> None:
+def _show(steps: list[PlannedStep], memory: PlannedMemory | None, base: list[str]) -> None:
     colours = {"cached": "green", "runs": "yellow", "depends": "cyan"}
     width = max(len(step.label) for step in steps)
     for step in steps:
@@ -83,11 +91,18 @@ def _show(steps: list[PlannedStep], memory: tuple[float, float] | None, base: li
     if base:
         click.echo("\n" + "\n".join(base))
     if memory:
-        least, fast = (size / 2**30 for size in memory)
-        click.echo(
-            f"\ntraining needs about {least:.1f} GiB of GPU memory at least, with activation checkpointing, "
-            f"and {fast:.1f} GiB at full speed"
-        )
+        _show_memory(memory)
     todo = [step.seconds for step in steps if step.status != "cached"]
     if todo and all(seconds is not None for seconds in todo):
         click.echo(f"\nthe stages to run took {sum(s for s in todo if s is not None):.0f} s the last time")
+
+
+def _show_memory(memory: PlannedMemory) -> None:
+    from loraflow.training.memory_parts import describe
+
+    kind = "GPU memory" if memory.device == "cuda" else "memory"
+    click.echo(f"\n{kind} in GiB, estimated:")
+    for name, parts in (("training", memory.training), ("evaluation", memory.evaluation)):
+        click.echo(f"  {name:<11}{parts.total / 2**30:6.1f}  {describe(parts.as_bytes())}")
+    if memory.device == "cuda":
+        click.echo(f"  training needs {memory.least / 2**30:.1f} at least, with activation checkpointing")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loraflow.cli import json_option, model_option, quiet_logging, store_option
+from loraflow.cli.memory_lines import memory_of, run_memory_lines
 from loraflow.credentials import mask
 from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.identity import short
@@ -44,6 +45,8 @@ def show(what: str, model: str | None, store: str, as_json: bool) -> None:
     if record is not None:
         report = None if as_json else opened.read_document(f"runs/{what}.md")
         click.echo((report or record).decode())
+        if not as_json:
+            _show_memory(opened, what)
         return
     ref = _find_artifact(opened, what)
     if ref is None:
@@ -54,6 +57,16 @@ def show(what: str, model: str | None, store: str, as_json: bool) -> None:
         return
     for line in _artifact_lines(opened, ref, manifest):
         click.echo(line)
+
+
+def _show_memory(store: Store, run: str) -> None:
+    from loraflow.registry.runs import read_run
+
+    found = read_run(store, run)
+    lines = list(run_memory_lines(store, found.stages)) if found else []
+    if lines:
+        click.echo("\nMemory of the stages in GiB, measured when they were computed\n")
+        click.echo("\n".join(lines))
 
 
 def _find_artifact(store: Store, prefix: str) -> Ref | None:
@@ -68,6 +81,8 @@ def _artifact_lines(store: Store, ref: Ref, manifest: Manifest) -> Iterator[str]
     yield f"{ref}   {store.location(ref)}"
     yield f"  computed  {manifest.provenance['started']} in {manifest.provenance['seconds']} s"
     yield f"  size      {manifest.size:,} bytes in {len(manifest.files)} files"
+    if memory := memory_of(manifest):
+        yield f"  memory    {memory}"
     for name, used in manifest.input_refs(store.uri).items():
         yield f"  input     {name}: {used}"
     for key, value in manifest.figures.items():

@@ -97,7 +97,7 @@ class Runtime(FrozenModel):
     max_hours: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="Time that a run may take on its machine. Shortly before its end, training saves a checkpoint and the "
-        "run fails as preempted; the next run resumes.",
+        "run ends as preempted; the next run resumes. A run of a deployment schedules it by itself, if it made progress.",
     )
     grace_seconds: Annotated[float, Field(ge=0)] = Field(
         20.0, description="Time between SIGTERM and SIGKILL for a worker, in which it saves a checkpoint."

@@ -10,17 +10,17 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
+from loraflow.data.dataset_files import dataset_file, dataset_files
 from loraflow.data.dvc_command import check_remote, remotes, run_dvc
-from loraflow.data.dvc_ignore import ignored_below
+from loraflow.data.dvc_ignore import IgnoreRules
 from loraflow.data.dvc_pin import Pin, read_pin, show_git
 from loraflow.data.dvc_storage import copy_from_storage, prepare_pull
 from loraflow.data.git import is_url
 from loraflow.data.listing import check_names
 from loraflow.failures import BadData, DirtyData
-from loraflow.store.files import HashMemo, files_below
+from loraflow.store.files import HashMemo
 
 __all__ = ["Pin", "add", "dvc_md5", "fetch", "pull", "read_pin", "refuse_modified", "resolve_commit", "work_tree_md5"]
 log = logging.getLogger(__name__)
@@ -37,40 +37,30 @@ def resolve_commit(repo: str, rev: str) -> str:
 
 
 def work_tree_md5(path: Path, memo: HashMemo | None = None) -> str:
-    """Return DVC's id of a folder or file in a work tree, without the files that `.dvcignore` names.
+    """Return DVC's id of a folder or file in a work tree, without what DVC ignores.
 
     Raises:
-        BadData: the folder contains a link, pipe or socket.
+        BadData: as `dvc_md5`.
     """
-    return dvc_md5(path, memo, ignored_below(path))
+    return dvc_md5(path, memo, IgnoreRules(path))
 
 
-def dvc_md5(path: Path, memo: HashMemo | None = None, is_ignored: Callable[[str], bool] = lambda _: False) -> str:
+def dvc_md5(path: Path, memo: HashMemo | None = None, ignored: IgnoreRules | None = None) -> str:
     """Return DVC's id of a folder (`….dir`) or of a file.
 
     Args:
         path: the folder or file.
         memo: known hashes of files.
-        is_ignored: tells whether a file of the folder does not belong to the dataset, by its relative name.
+        ignored: which files of the folder do not belong to the dataset; None if all do.
 
     Raises:
-        BadData: the folder contains a link, pipe or socket. DVC silently follows links to files and drops the others.
+        BadData: the folder contains a link to anything but DVC's cache, a pipe or a socket; or an object of the cache was
+            changed through a link.
     """
     memo = memo or HashMemo(None)
-    if path.is_file() and not path.is_symlink():
-        return memo.hash(path, "md5")
-    try:
-        rows = [
-            {"md5": memo.hash(file, "md5"), "relpath": name} for name, file in files_below(path) if not is_ignored(name)
-        ]
-    except ValueError as error:
-        raise BadData(
-            "A dataset may contain only regular files.",
-            where=str(error),
-            next_step="replace it with a copy of the file, or remove it. If DVC makes the links (`dvc config cache.type`), "
-            "`dvc config cache.type reflink,copy`, then `dvc checkout --relink`",
-        ) from error
-    rows = [row for row in rows if not row["relpath"].endswith(".gitignore")]
+    if not path.is_dir():
+        return dataset_file(path).md5(memo)
+    rows = [{"md5": file.md5(memo), "relpath": file.name} for file in dataset_files(path, ignored)]
     rows.sort(key=lambda row: row["relpath"])
     return hashlib.md5(json.dumps(rows).encode(), usedforsecurity=False).hexdigest() + ".dir"
 
@@ -111,12 +101,10 @@ def fetch(repo: str, pin: Pin, rev: str | None, target: Path, memo: HashMemo, re
         if output.is_file():
             shutil.copyfile(output, target / output.name)
         else:
-            is_ignored = _ignored(output, pin)
-            for name, file in files_below(output):
-                if is_ignored(name):
-                    continue
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target / name)
+            for file in dataset_files(output, _ignored(output, pin)):
+                copy = target / file.name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file.path, copy)
     elif not pin.dvc_file:
         raise DirtyData(
             "The dataset was changed or removed while the run was starting.",
@@ -137,9 +125,9 @@ def fetch(repo: str, pin: Pin, rev: str | None, target: Path, memo: HashMemo, re
         )
 
 
-def _ignored(output: Path, pin: Pin) -> Callable[[str], bool]:
+def _ignored(output: Path, pin: Pin) -> IgnoreRules | None:
     """Return which files do not belong to a dataset. A plain folder, which DVC does not know, is used as it is."""
-    return ignored_below(output) if pin.dvc_file else lambda _: False
+    return IgnoreRules(output) if pin.dvc_file else None
 
 
 def _has_pinned_content(output: Path, pin: Pin, rev: str | None, memo: HashMemo) -> bool:
@@ -168,8 +156,7 @@ def add(folder: str, *, push: bool = True, remote: str | None = None) -> Pin:
     if not source.exists():
         raise BadData("There is nothing to add.", where=folder, next_step="pass an existing folder or file of chats")
     work_tree_md5(source)  # refuses links before DVC follows them
-    is_ignored = ignored_below(source)
-    names = [name for name, _ in files_below(source) if not is_ignored(name)] if source.is_dir() else [source.name]
+    names = [file.name for file in dataset_files(source, IgnoreRules(source))] if source.is_dir() else [source.name]
     check_names(names, folder, "rename the file")  # a pull would refuse it
     repo = Path.cwd()
     if push and remote is not None:

@@ -16,7 +16,8 @@ MAX_BYTES = 64 * 2**20  # of a list: about 700,000 files
 MAX_NAME = 1024  # bytes of a path inside the folder
 MAX_PART = 255  # bytes of one file name: the limit of Linux's and macOS's file systems
 MAX_DEPTH = 32  # folders in each other
-# git and DVC act on these names. Lower case, because macOS and Windows ignore case.
+# git and DVC act on these names. Lower case, because macOS and Windows ignore case. A `.gitignore` is an ordinary file to
+# DVC; git reads it, but no file of a dataset is in git anyway.
 RESERVED = frozenset({".git", ".dvc", ".hg", ".dvcignore", ".gitattributes", ".gitmodules"})
 
 # Exactly what DVC writes: `json.dumps(rows, sort_keys=True)`. Any other text has another md5 than `dvc_md5` computes
@@ -57,7 +58,7 @@ def wrong_name(name: str) -> str | None:
     if any(part in ("", ".", "..") for part in parts):
         return "it has an empty part, `.` or `..`"
     plain = [part.rstrip(". ").lower() for part in parts]  # Windows drops dots and spaces at the end
-    if any(part in RESERVED or part.endswith(".gitignore") for part in plain):
+    if any(part in RESERVED for part in plain):
         return "git or DVC reserves it"
     if len(raw) > MAX_NAME or len(parts) > MAX_DEPTH or any(len(part.encode()) > MAX_PART for part in parts):
         return f"it has more than {MAX_NAME} bytes, {MAX_DEPTH} folders, or {MAX_PART} bytes in one name"

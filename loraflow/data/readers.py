@@ -117,19 +117,36 @@ def read_values(path: Path, name: str) -> Iterator[RawValue]:
         raise _first_line_not_utf8(path, name) from None
 
 
+def _matches(pattern: str, names: list[str]) -> list[str]:
+    """Return the names that a pattern of a recipe selects.
+
+    An exact name selects only that file: not files of the same name in subfolders, and brackets are not a pattern there. A
+    pattern such as `old/*.jsonl` selects files of a folder; `**`, and names of folders, mean what they do in a `.gitignore`.
+    """
+    if pattern in names:
+        return [pattern]
+    from pathspec import GitIgnoreSpec  # the library by which DVC reads .dvcignore
+
+    try:
+        if "**" not in pattern and not pattern.endswith("/"):
+            found = [name for name in names if Path(name).match(pattern)]
+            if found:
+                return found
+        return list(GitIgnoreSpec.from_lines([pattern]).match_files(names))
+    except ValueError:  # no pattern, such as "!" or an empty text: it matches nothing
+        return []
+
+
 def match_files(folder: Path, patterns: list[str]) -> list[str]:
     """Return the names of the files that match, relative to the folder, sorted for each pattern.
 
     Raises:
         BadData: a pattern matches no file.
     """
-    have = sorted(
-        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in _READERS
-    )
+    have = readable_files(folder)
     found: list[str] = []
     for pattern in patterns:
-        # An exact name selects only that file: not files of the same name in subfolders, and brackets are not a pattern.
-        hits = [pattern] if pattern in have else [name for name in have if Path(name).match(pattern)]
+        hits = _matches(pattern, have)
         if not hits and (folder / pattern).is_file():
             raise _unknown_kind(pattern)
         if not hits:
@@ -177,6 +194,13 @@ def _refuse_binary(begin: bytes, name: str) -> None:
                 got=f"the first bytes {begin[: len(magic)].hex(' ')}",
                 next_step=f"mv {shlex.quote(name)} {shlex.quote(renamed)}{unpack}",
             )
+
+
+def readable_files(folder: Path) -> list[str]:
+    """Return the names of a folder's files whose type is read, sorted."""
+    return sorted(
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in _READERS
+    )
 
 
 def match_nothing(folder: Path) -> list[str]:

@@ -143,6 +143,7 @@ def _ask_model(
     if encoded:  # a forward pass of its own over all rows
         losses = answer_losses(model, encoded, tokenizer.pad_token_id, batch_size, group)
     if group.is_main:
+        _expect_memory(job, folder, max(map(len, prompts)), min(len(rows), batch_size), progress)
         progress(done=0, total=len(rows))
     answers = generate_answers(
         model,
@@ -162,6 +163,19 @@ def _ask_model(
         control_tokens=sum(row.special_in_text is not None for row in encoded),
         longest=max((len(row.ids) for row in encoded), default=0),
     )
+
+
+def _expect_memory(job: Job[EvaluateConfig], folder: Path, longest: int, rows: int, progress: Progress) -> None:
+    """Estimate this process's memory, for the manifest."""
+    from loraflow.training.memory import shape_of
+    from loraflow.training.memory_parts import generation_parts
+
+    shape = shape_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    if shape is not None:
+        config, width = job.config, 4 if job.config.dtype == "float32" else 2
+        device = pick_device(job.runtime)
+        parts = generation_parts(shape, device, config.dtype, rows, longest, config.max_new_tokens, width=width)
+        progress.expect_memory(parts.as_bytes())
 
 
 def _table(rows: Sequence[HeldoutRow], computed: _Computed) -> pd.DataFrame:

@@ -22,6 +22,8 @@ from loraflow.execution.classify import storage_failure
 from loraflow.execution.code_digest import code_digest
 from loraflow.execution.disk_space import check_free_space, explain_disk_full
 from loraflow.execution.job_file import JobFile
+from loraflow.execution.memory_record import read_memory
+from loraflow.execution.saved_progress import saves_since
 from loraflow.execution.stage_function import stage_function
 from loraflow.execution.start_worker import WORKER
 from loraflow.execution.worker_process import OnProgress, check_budget, run_in_worker_process
@@ -73,11 +75,14 @@ def run_job(
                 payload=job.payload,
                 inputs=job.inputs,
                 summary=summary,
-                provenance=_provenance(job, runtime, started),
+                provenance=_provenance(job, runtime, started, work),
                 replace=force,
             )
         except failures.DiskFull as disk_full:
             explain_disk_full(disk_full, job, store, staged, work)
+            raise
+        except failures.BudgetSpent as spent:
+            spent.details["saved"] = saves_since(work, started)
             raise
         except failures.Failure:
             raise
@@ -140,13 +145,15 @@ def _with_less_memory(job: Job[StageConfig], failure: failures.OutOfMemory) -> J
     return job.with_runtime(**{field: now // 2})
 
 
-def _provenance(job: Job[StageConfig], runtime: JobRuntime, started: float) -> dict[str, JsonValue]:
-    """Return the facts that the manifest records but the fingerprint does not include: time, runtime, versions, machine."""
+def _provenance(job: Job[StageConfig], runtime: JobRuntime, started: float, work: Path) -> dict[str, JsonValue]:
+    """Return what the manifest records beside the fingerprint's values: time, memory, runtime, versions, machine."""
     versions: dict[str, JsonValue] = {"loraflow": __version__}
     for name in _RECORDED:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
+    memory = read_memory(work) if STAGES[job.stage].in_worker else None
     return {
+        **({"memory": memory} if memory else {}),
         "seconds": round(time.time() - started, 3),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "runtime": runtime.model_dump(mode="json"),

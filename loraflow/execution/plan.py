@@ -135,23 +135,9 @@ def _seconds_last_time(workspace: Workspace, stage: str) -> float | None:
     return newest.seconds if newest else None
 
 
-def training_memory(workspace: Workspace) -> tuple[float, float] | None:
-    """Return the bytes that training needs at least and at full speed; None if the base's config is not on this machine."""
-    from loraflow.training import memory
-
-    recipe, config = workspace.recipe, _base_config(workspace)
-    shape = memory.shape_of(json.loads(config.read_text(encoding="utf-8"))) if config else None
-    if shape is None:
-        return None
-    training = recipe.training_config
-    width = 2 if training.bf16 or training.fp16 else {"float32": 4}.get(recipe.base.dtype, 2)
-    weights = recipe.base.quantization or recipe.base.dtype
-    return memory.needed(shape, weights, recipe.peft_config.r, training.max_length, width)
-
-
 def too_few_positions(workspace: Workspace) -> str:
     """Return a sentence if rows of max_length are longer than the base allows; empty if not, or if that is not known."""
-    config, wanted = _base_config(workspace), workspace.recipe.training_config.max_length
+    config, wanted = base_config(workspace), workspace.recipe.training_config.max_length
     positions = Positions.of_folder(config.parent) if config else Positions(None)
     limit = positions.limit
     if limit is None or wanted <= limit:
@@ -198,12 +184,12 @@ def _heldout_keys(lines: bytes, max_rows: int | None) -> list[str]:
 
 
 def _vocabulary(workspace: Workspace) -> int:
-    config = _base_config(workspace)
+    config = base_config(workspace)
     found = json.loads(config.read_text(encoding="utf-8")).get("vocab_size") if config else None
     return found if isinstance(found, int) and found > 1 else LARGEST_VOCABULARY
 
 
-def _base_config(workspace: Workspace) -> Path | None:
+def base_config(workspace: Workspace) -> Path | None:
     """Return the base's config.json: from its artifact in a local store, or from the folder that it is taken from."""
     store, origin = workspace.store, workspace.base.origin
     ref = look_up(store, workspace.job(RESOLVE_BASE, {})).ref
@@ -226,7 +212,7 @@ def base_report(workspace: Workspace) -> list[str]:
     """
     from loraflow.base.usable import refuse_unusable_folder
 
-    recipe, config = workspace.recipe, _base_config(workspace)
+    recipe, config = workspace.recipe, base_config(workspace)
     if config is None or recipe.base.trust_remote_code:
         return []
     refuse_unusable_folder(config.parent, trust=False, known_to_transformers=True)

@@ -25,6 +25,7 @@ from loraflow.credentials import format_masked, protect_output, protect_streams
 from loraflow.execution.classify import classify
 from loraflow.execution.device_group import PARENT, needs_group, node, run_in_group
 from loraflow.execution.job_file import JobFile
+from loraflow.execution.memory_record import record_peak
 from loraflow.execution.outcome import FILE, report_outcome, take_pipe
 from loraflow.execution.parent_death import end_group_with_parent
 from loraflow.execution.stage_function import stage_function
@@ -56,6 +57,7 @@ def main(argv: list[str]) -> int:
     else:
         failure, summary = _attempt(file, _run_locked)
         name = FILE if node() == 0 else f"node-{node()}.json"
+    record_peak(file.work, rank or f"node-{node()}")
     failure = report_outcome(file, name, pipe, failure, summary)
     if _is_orphaned():  # the launcher is gone, so this process ends its own group
         os.killpg(0, signal.SIGKILL)

@@ -18,6 +18,7 @@ from loraflow import failures
 from loraflow.config.stage_configs import HubOrigin, StageConfig
 from loraflow.execution.job_file import JobFile
 from loraflow.execution.log_file import LOGS, ProgressReader, limit_log, mask_log
+from loraflow.execution.memory_record import clear_memory
 from loraflow.execution.outcome import FILE, read_outcome
 from loraflow.execution.stall_watch import AwakeClock, StallWatch, remove_stacks
 from loraflow.execution.start_worker import WorkerProcess, start_worker
@@ -49,6 +50,7 @@ def run_in_worker_process(
     for name in (FILE, "progress.jsonl"):
         (work / name).unlink(missing_ok=True)
     remove_stacks(work)
+    clear_memory(work)
     kills_before = _oom_kills()
     read_end, write_end = os.pipe()
     try:

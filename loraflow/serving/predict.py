@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from loraflow import identity
+from loraflow.data.readers import readable_files
 from loraflow.failures import BadConfig, BadData, BadModel, OutOfMemory, from_os_error
 from loraflow.serving.chat import Sampling
 from loraflow.serving.models import Loaded, Model, load
@@ -139,9 +140,18 @@ def predict(
 
 
 def _check_paths(source: Path, target: Path) -> None:
+    if source.is_dir():
+        names = readable_files(source)
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        raise BadConfig(
+            "The input is a folder.",
+            where=str(source),
+            expected="one file of chats",
+            got=", ".join(names[:10]) + more or "no file of chats in it",
+            next_step=f"predict each file by itself, such as {source / names[0]}" if names else "name a file",
+        )
     if not source.is_file():
-        what = "The input is a folder." if source.is_dir() else "There is no such file."
-        raise BadConfig(what, where=str(source), expected="one file of chats")
+        raise BadConfig("There is no such file.", where=str(source), expected="one file of chats")
     if target.suffix.lower() not in OUT_SUFFIXES:
         raise BadConfig(
             "This file format is not supported for output.",

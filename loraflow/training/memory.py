@@ -17,6 +17,7 @@ GIB = 2**30
 RESERVE = 2.5 * GIB  # workspaces of kernels, logits of the head, fragmentation
 USABLE = 0.92  # of the free memory
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 2.0, "nf4": 0.57}
+ADAPTER_BYTES, OPTIMIZER_BYTES = 8, 8  # of a trained weight in fp32: itself and its gradient; AdamW's two moments
 # Micro-batches of this size use the GPU fully. Smaller ones cost little speed; recomputation costs a third.
 ENOUGH_TOKENS = 4096
 MAX_TOKENS = 16384  # of a micro-batch; larger ones were not faster
@@ -101,11 +102,16 @@ def fixed_bytes(shape: ModelShape, weights: str, rank: int, devices: int = 1) ->
         rank: of the adapters.
         devices: over how many devices the frozen weights are sharded; 1 if each holds all of them.
     """
+    adapters = lora_weights(shape, rank) * (ADAPTER_BYTES + OPTIMIZER_BYTES)
+    return weight_bytes(shape, weights, devices) + adapters + RESERVE
+
+
+def weight_bytes(shape: ModelShape, weights: str, devices: int = 1) -> float:
+    """Return the bytes of the frozen weights on a device; the arguments are those of `fixed_bytes`."""
     base = shape.linear_weights * WEIGHT_BYTES[weights] / devices
     if devices > 1:  # the current layer and the next one are gathered
         base += 2 * shape.linear_weights * WEIGHT_BYTES[weights] / shape.layers
-    rest = shape.embedding_weights * WEIGHT_BYTES["bfloat16" if weights in ("nf4", "fp8") else weights]
-    return base + rest + lora_weights(shape, rank) * 16 + RESERVE
+    return base + shape.embedding_weights * WEIGHT_BYTES["bfloat16" if weights in ("nf4", "fp8") else weights]
 
 
 def token_bytes(shape: ModelShape, recompute: Recompute, width: int = 2, recomputed: float | None = None) -> float:

@@ -44,6 +44,7 @@ class TrainingSetup:
     rows: TokenRows
     validation: TokenRows | None
     steps: StepCount
+    learned_share: float  # of the training tokens: those that count in the loss
     order: NDArray[np.int64]  # row numbers, one after another over all steps
     device: Device
     group: ProcessGroup
@@ -117,6 +118,7 @@ def prepare_training(job: Job[TrainConfig], inputs: Inputs, progress: Progress) 
     settings = config.trainer_settings(job.runtime)
     check_trackers(settings.report_to)
     rows, validation = _read_rows(inputs["tokens"], with_validation=settings.eval_strategy != "no")
+    figures = _figures(inputs["tokens"])
     positions = Positions.of_folder(inputs["base"])
     lengths: list[int] = []
     for part, name in ((rows, "training rows"), (validation, "validation rows")):
@@ -132,7 +134,7 @@ def prepare_training(job: Job[TrainConfig], inputs: Inputs, progress: Progress) 
     preemption = callbacks.PreemptionHandler()
     watchers: list[TrainerCallback] = []
     if group.is_main:
-        tokens_per_step = _train_tokens(inputs["tokens"]) / len(rows) * global_batch
+        tokens_per_step = figures["train_tokens"] / len(rows) * global_batch
         watchers += [
             callbacks.CurveWriter(curves_file(work)),
             callbacks.ProgressReporter(progress, steps.total, tokens_per_step),
@@ -149,6 +151,7 @@ def prepare_training(job: Job[TrainConfig], inputs: Inputs, progress: Progress) 
         rows=rows,
         validation=validation,
         steps=steps,
+        learned_share=figures.get("supervised_share", 1.0),
         order=row_order(len(rows), steps.total * global_batch, settings.seed),
         device=device,
         group=group,
@@ -171,9 +174,10 @@ def _read_rows(tokens: Path, *, with_validation: bool) -> tuple[TokenRows, Token
     return rows, TokenRows(validation) if with_validation and validation.exists() else None
 
 
-def _train_tokens(tokens: Path) -> int:
-    report = json.loads((tokens / "report.json").read_text(encoding="utf-8"))
-    return int(report["figures"]["train_tokens"])
+def _figures(tokens: Path) -> dict[str, float]:
+    """Return the figures of the tokenize stage's report."""
+    figures: dict[str, float] = json.loads((tokens / "report.json").read_text(encoding="utf-8"))["figures"]
+    return figures
 
 
 def _resume(group: ProcessGroup, work: Path, carried: list[Path]) -> Path | None:

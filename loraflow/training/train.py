@@ -20,12 +20,15 @@ from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 from loraflow.training.callbacks import refuse_non_finite
 from loraflow.training.engine import build_trainer
+from loraflow.training.memory_parts import MemoryParts, MicroBatch, training_parts
 from loraflow.training.out_of_memory import explain_out_of_memory
 from loraflow.training.setup import TrainingSetup, curves_file, prepare_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from loraflow.training.choices import EngineChoices
+    from loraflow.training.memory import ModelShape, Recompute
     from loraflow.training.trainer import BuiltTrainer
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,8 @@ def run(job: Job[TrainConfig], inputs: Inputs, out: Path, progress: Progress) ->
     trainer, choices = built.trainer, built.choices.to_json()
     trainable, parameters = _count_parameters(trainer.model)
     _log_start(setup, trainable, parameters, choices)
+    if setup.group.is_main and setup.shape is not None:
+        progress.expect_memory(_expected_memory(setup, setup.shape, built.choices).as_bytes())
     with explain_out_of_memory(json.dumps(choices), retry_with=built.micro_batch.retry_with()):
         result = trainer.train(resume_from_checkpoint=str(setup.resumed_from) if setup.resumed_from else None)
     setup.preemption.raise_if_requested(trainer.state.global_step)
@@ -82,6 +87,23 @@ def _log_start(setup: TrainingSetup, trainable: int, parameters: int, choices: d
         trainable,
         parameters,
         choices,
+    )
+
+
+def _expected_memory(setup: TrainingSetup, shape: ModelShape, choices: EngineChoices) -> MemoryParts:
+    """Estimate this process's memory from the rows and from what the engine chose."""
+    recompute: Recompute = choices.recompute or ("full" if setup.uses_gradient_checkpointing else "none")
+    rows = choices.micro_batch_rows or min(setup.settings.per_device_train_batch_size, setup.rows_per_device)
+    in_grid = setup.device == "cpu" or choices.engine == "stock" or choices.micro_batch_rows is not None
+    tokens = rows * setup.longest_row if in_grid else choices.micro_batch_tokens or setup.longest_row
+    return training_parts(
+        shape,
+        setup.device,
+        setup.weight_format,
+        setup.config.peft_config.r,
+        MicroBatch(tokens, setup.learned_share, recompute, choices.layers_recomputed),
+        width=4 if setup.compute_dtype == "float32" else 2,
+        devices=setup.group.size if choices.base_sharded else 1,
     )
 
 

@@ -184,6 +184,17 @@ def test_a_champion_without_files_is_shown_from_its_record_with_exit_status_1(ch
     assert shown["base"]["digest"] == read_run(champion, run["run"]).stage("resolve_base").digest
 
 
+def test_a_runs_page_compares_the_memory_estimate_with_the_measured_peak(champion, run):
+    shown = show(champion.uri, run["run"]).stdout
+    lines = shown.split("Memory of the stages")[1].splitlines()
+    train, evaluate, merge = (
+        next(line for line in lines if name in line) for name in ("train", "evaluate base", "merge")
+    )
+    assert "peak " in merge and "estimated" not in merge
+    assert all(part in train for part in ("estimated", "weights", "adapters", "optimizer", "activations", "logits"))
+    assert "estimated" in evaluate and "generation" in evaluate
+
+
 def test_show_accepts_runs_and_artifacts(champion, run):
     assert show(champion.uri, run["run"]).stdout.startswith("# tiny: ")
     assert json.loads(show(champion.uri, run["run"], "--json").stdout)["summary"]["metrics"] == run["metrics"]

@@ -447,6 +447,7 @@ def test_the_time_of_a_run_ends_in_a_failure_that_is_not_retried_and_resumes(sto
     with pytest.raises(failures.BudgetSpent) as caught:
         launch.run_job(one, store)
     assert isinstance(caught.value, failures.Preempted) and not caught.value.retryable
+    assert caught.value.details["saved"] is False
     assert "resumes" in caught.value.next_step and time.time() - started < 60
     with pytest.raises(failures.BudgetSpent):  # the next stage of the same run does not start
         launch.run_job(job("fine", max_hours=1), store, run_started=started - 3600)

@@ -1,4 +1,5 @@
 import json
+import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -252,6 +253,49 @@ def test_a_full_file_name_matches_only_that_file(tmp_path):
     assert match_files(tmp_path, ["train.jsonl"]) == ["train.jsonl"]
     assert match_files(tmp_path, ["[ab].jsonl"]) == ["[ab].jsonl"]
     assert match_files(tmp_path, ["train*"]) == ["old/train.jsonl", "train.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("train/**", ["train/a.jsonl", "train/deep/er/b.jsonl", "train/train/c.csv"]),
+        ("train/", ["train/a.jsonl", "train/deep/er/b.jsonl", "train/train/c.csv", "x/train/d.jsonl"]),
+        ("train", ["train/a.jsonl", "train/deep/er/b.jsonl", "train/train/c.csv", "x/train/d.jsonl"]),
+        ("/train", ["train/a.jsonl", "train/deep/er/b.jsonl", "train/train/c.csv"]),
+        ("x/train", ["x/train/d.jsonl"]),
+        ("**/*.jsonl", ["a.jsonl", "train/a.jsonl", "train/deep/er/b.jsonl", "x/train/d.jsonl"]),
+        ("**/train/**", ["train/a.jsonl", "train/deep/er/b.jsonl", "train/train/c.csv", "x/train/d.jsonl"]),
+        ("train/**/*.jsonl", ["train/a.jsonl", "train/deep/er/b.jsonl"]),
+        ("**", ["a.jsonl", "train/a.jsonl", "train/deep/er/b.jsonl", "train/train/c.csv", "x/train/d.jsonl"]),
+        ("*", ["a.jsonl", "train/a.jsonl", "train/deep/er/b.jsonl", "train/train/c.csv", "x/train/d.jsonl"]),
+    ],
+)
+def test_folders_and_double_stars_select_what_they_select_for_git(tmp_path, pattern, names):
+    """git itself says what such a line of a .gitignore ignores."""
+    files = [
+        "a.jsonl",
+        "train/a.jsonl",
+        "train/deep/er/b.jsonl",
+        "train/train/c.csv",
+        "x/train/d.jsonl",
+        "x/train.txt2",
+    ]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert match_files(tmp_path, [pattern]) == names
+    (tmp_path / ".gitignore").write_text(pattern)
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    listed = ["git", "-C", str(tmp_path), "check-ignore", "--stdin"]
+    by_git = subprocess.run(listed, input="\n".join(files), capture_output=True, text=True).stdout.split()
+    assert sorted(name for name in by_git if not name.endswith("2")) == names
+
+
+@pytest.mark.parametrize("pattern", ["!", "!a.jsonl", "/", "", "nothing/**", "\\"])
+def test_a_pattern_that_selects_nothing_is_refused(tmp_path, pattern):
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(BadData, match="No file of the dataset"):
+        match_files(tmp_path, [pattern])
 
 
 def test_an_unmatched_name_lists_the_existing_files(tmp_path):

@@ -1,0 +1,89 @@
+"""What memory the stages of a run will need, by part, before they run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from loraflow.execution.cache import look_up
+from loraflow.execution.plan import base_config
+from loraflow.execution.workspace import Workspace
+from loraflow.stages import CHECK_DATASET, RESOLVE_BASE, TOKENIZE, VERSION_DATASET
+from loraflow.training import memory
+from loraflow.training.memory_parts import MemoryParts, MicroBatch, generation_parts, training_parts
+
+if TYPE_CHECKING:
+    from loraflow.config import Recipe
+
+
+@dataclass(frozen=True)
+class PlannedMemory:
+    """The memory of training and evaluation, in bytes."""
+
+    device: Literal["cpu", "cuda"]
+    least: float  # of a training that recomputes all activations
+    training: MemoryParts  # at full speed
+    evaluation: MemoryParts
+
+
+def planned_memory(workspace: Workspace) -> PlannedMemory | None:
+    """Return the memory of a recipe's stages on this machine's device; None if the base's config is not on this machine.
+
+    Rows are taken as long as training_config.max_length allows, until they are tokenized.
+    """
+    recipe, config = workspace.recipe, base_config(workspace)
+    shape = memory.shape_of(json.loads(config.read_text(encoding="utf-8"))) if config else None
+    if shape is None:
+        return None
+    training, rank = recipe.training_config, recipe.peft_config.r
+    width = 2 if training.bf16 or training.fp16 else {"float32": 4}.get(recipe.base.dtype, 2)
+    weights = recipe.base.quantization or recipe.base.dtype
+    device, (longest, learned) = _device(recipe), _rows(workspace)
+    batch = MicroBatch(_tokens(recipe, device, longest), learned, "full" if training.gradient_checkpointing else "none")
+    least, _ = memory.needed(shape, weights, rank, longest, width)
+    scored = recipe.evaluation
+    return PlannedMemory(
+        device,
+        least,
+        training_parts(shape, device, weights, rank, batch, width=width),
+        generation_parts(
+            shape,
+            device,
+            scored.dtype,
+            recipe.runtime.eval_batch_size,
+            longest,
+            scored.max_new_tokens,
+            width=4 if scored.dtype == "float32" else 2,
+        ),
+    )
+
+
+def _tokens(recipe: Recipe, device: str, longest: int) -> int:
+    """Return the tokens that are computed at a time: padded rows on a CPU, concatenated ones on a GPU."""
+    runtime, training = recipe.runtime, recipe.training_config
+    if device == "cpu":
+        return (runtime.micro_batch or training.per_device_train_batch_size) * longest
+    return runtime.micro_tokens or max(longest, memory.ENOUGH_TOKENS)
+
+
+def _device(recipe: Recipe) -> Literal["cpu", "cuda"]:
+    if recipe.runtime.device != "auto":
+        return recipe.runtime.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _rows(workspace: Workspace) -> tuple[int, float]:
+    """Return the tokens of the longest row, and the share of the tokens that is learned."""
+    store = workspace.store
+    dataset = look_up(store, workspace.job(VERSION_DATASET, {})).ref
+    rows = look_up(store, workspace.job(CHECK_DATASET, {"dataset": dataset})).ref if dataset else None
+    base = look_up(store, workspace.job(RESOLVE_BASE, {})).ref
+    tokens = look_up(store, workspace.job(TOKENIZE, {"rows": rows, "base": base})).ref if rows and base else None
+    figures = store.manifest(tokens).figures if tokens else {}
+    longest, learned = figures.get("longest"), figures.get("supervised_share")
+    if workspace.recipe.training_config.packing or not isinstance(longest, int):
+        longest = workspace.recipe.training_config.max_length
+    return longest, learned if isinstance(learned, float) else 1.0

@@ -1,0 +1,59 @@
+"""A deployed run whose time is over (runtime.max_hours) goes on in another run of its deployment."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from prefect import get_client
+from prefect.runtime import flow_run
+
+from loraflow.credentials import mask
+from loraflow.failures import BudgetSpent
+
+log = logging.getLogger("loraflow")
+
+
+def go_on_in_another_run(spent: BudgetSpent, computed: Sequence[str]) -> None:
+    """Schedule the run that goes on, and name it in the failure that ends this one.
+
+    A run that neither finished a stage nor saved anything is not followed by another, so a stage that never gets to its
+    first checkpoint within the time does not run for ever.
+
+    Args:
+        spent: the failure that ends this run. Its details say whether the interrupted stage saved anything.
+        computed: stages that this run finished. They are cached now, so the next run does not force them again.
+    """
+    if not computed and not spent.details.get("saved"):
+        spent.next_step = (
+            "raise runtime.max_hours, or lower training_config.save_steps: this run finished no stage and saved no "
+            "checkpoint, so no other run was scheduled"
+        )
+        return
+    try:
+        name = _schedule(computed)
+    except Exception as error:  # the server is gone or refuses: the run ends as it would have ended
+        log.warning("no other run was scheduled: %s", mask(str(error)))
+        return
+    spent.next_step = f"nothing: the run {name} of the same deployment goes on from the last checkpoint"
+    log.warning("the time of this run is over; it goes on in the run %s", name)
+
+
+def _schedule(computed: Sequence[str]) -> str:
+    """Create the next run as this one was created, and return its name. It starts when a worker has a free slot."""
+    with get_client(sync_client=True) as client:
+        this = client.read_flow_run(flow_run.id)
+        if this.deployment_id is None:
+            raise ValueError("this run has no deployment")
+        parameters = dict(this.parameters)
+        if parameters.get("force"):
+            parameters["force"] = [stage for stage in parameters["force"] if stage not in computed]
+        following = client.create_flow_run_from_deployment(
+            this.deployment_id,
+            parameters=parameters,
+            tags=this.tags,
+            work_queue_name=this.work_queue_name,
+            job_variables=this.job_variables,
+            idempotency_key=f"goes-on-{this.id}",  # a repeated request does not make a second run
+        )
+    return following.name

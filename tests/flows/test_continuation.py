@@ -1,0 +1,89 @@
+"""A deployed run that has used its time goes on in another run of its deployment, as long as it makes progress."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from prefect.client.schemas.objects import StateType
+from prefect.states import Pending, Running
+
+from loraflow.failures import BudgetSpent
+from loraflow.tasks import continuation
+from loraflow.tasks import run as running
+
+FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
+
+
+@pytest.fixture
+def deployed(client):
+    """A deployment in a pool of its own."""
+    from loraflow.flows.server.automations import Notifications
+    from loraflow.flows.server.deployments import Deployer
+    from loraflow.flows.server.prefect_yaml import read_specs
+
+    [local] = read_specs(FILE, ["finetune/local"])
+    pool = local.work_pool.model_copy(update={"name": "continued"})
+    Deployer(client).deploy_all([local.model_copy(update={"name": "continued", "work_pool": pool})], Notifications())
+    deployment = client.read_deployment_by_name("finetune/continued")
+    yield deployment
+    client.delete_deployment(deployment.id)
+    client.delete_work_pool("continued")
+
+
+def test_a_run_without_time_goes_on_in_a_new_run_of_its_deployment_and_only_in_one(client, deployed, monkeypatch):
+    parameters = {"recipe": "phi3-mini", "force": ["tokenize", "train"], "settings": {"runtime.max_hours": 8}}
+    first = client.create_flow_run_from_deployment(deployed.id, parameters=parameters, tags=["mine"])
+    for state in (Pending(), Running()):
+        client.set_flow_run_state(first.id, state)
+    monkeypatch.setattr(continuation, "flow_run", SimpleNamespace(id=str(first.id)))
+    spent = BudgetSpent("The run has used its time.", saved=True)
+    continuation.go_on_in_another_run(spent, ["tokenize"])
+    continuation.go_on_in_another_run(BudgetSpent("The run has used its time.", saved=True), ["tokenize"])
+    runs = [run for run in client.read_flow_runs() if run.deployment_id == deployed.id and run.id != first.id]
+    [following] = [run for run in runs if not run.auto_scheduled]
+    assert following.state.type == StateType.SCHEDULED and following.work_queue_name == first.work_queue_name
+    assert following.parameters["recipe"] == "phi3-mini" and following.parameters["settings"] == parameters["settings"]
+    assert following.parameters["force"] == ["train"], "what is finished is not forced again"
+    assert "mine" in following.tags
+    assert following.name in spent.next_step and "last checkpoint" in spent.next_step
+
+
+def test_a_run_without_progress_is_not_followed_by_another(monkeypatch):
+    monkeypatch.setattr(continuation, "get_client", lambda **_: pytest.fail("the server was asked"))
+    for details in ({}, {"saved": False}):
+        spent = BudgetSpent("The run has used its time.", **details)
+        continuation.go_on_in_another_run(spent, [])
+        assert "runtime.max_hours" in spent.next_step and "no other run was scheduled" in spent.next_step
+
+
+def test_a_server_that_is_gone_leaves_the_failure_as_it_was(monkeypatch, caplog):
+    def gone(**_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(continuation, "get_client", gone)
+    spent = BudgetSpent("The run has used its time.", next_step="run again", saved=True)
+    with caplog.at_level("WARNING", logger="loraflow"):
+        continuation.go_on_in_another_run(spent, ["train"])
+    assert spent.next_step == "run again" and "no route" in caplog.text
+
+
+@pytest.mark.parametrize("is_deployed", [True, False])
+def test_only_a_deployed_run_goes_on_by_itself(tmp_path, monkeypatch, is_deployed):
+    asked = []
+    monkeypatch.setattr(running, "deployment", SimpleNamespace(id="d" if is_deployed else None))
+    for name in ("end_with_parent", "mask_parameters"):
+        monkeypatch.setattr(running, name, lambda *_: None)
+    monkeypatch.setattr(running, "go_on_in_another_run", lambda spent, computed: asked.append((spent, computed)))
+    (tmp_path / "r.yaml").write_text(
+        f"name: r\ndata: {{source: {tmp_path}}}\nbase: {{model: {tmp_path}}}\nruntime: {{store: {tmp_path}/store}}\n"
+    )
+    spent = BudgetSpent("The run has used its time.")
+    with pytest.raises(BudgetSpent) as caught, running.open_run(str(tmp_path / "r.yaml"), {}, [], rename=False) as run:
+        run.stages = {
+            "tokenize": SimpleNamespace(stage="tokenize", state="cached"),
+            "train": SimpleNamespace(stage="train", state="computed"),
+        }
+        monkeypatch.setattr(running, "write_record", lambda *_: None)
+        raise spent
+    assert caught.value is spent
+    assert asked == ([(spent, ["train"])] if is_deployed else [])
