@@ -27,7 +27,7 @@ from loraflow.data.split import normalize
 Chat = list[dict[str, str]]
 
 CHECK = """
-import resource, sys, tempfile, time
+import sys, tempfile, time
 from pathlib import Path
 from loraflow.config.recipe import Data
 from loraflow.data import check
@@ -41,7 +41,8 @@ with tempfile.TemporaryDirectory() as out:
     wall, cpu = time.perf_counter(), time.process_time()
     rows = check.run(job, Inputs({"dataset": Path(sys.argv[1])}), Path(out), Progress()).report["counts"]["read"]
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+status = Path("/proc/self/status").read_text()  # ru_maxrss would include the process that started this one
+peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
 print(f"{rows / wall:,.0f} rows/s (wall), {rows / cpu:,.0f} rows/s (CPU), peak {peak:,.0f} MB")
 """
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.chats import ChatRecord, Message
+from loraflow.data.chats import Chat, ChatRecord, Message
 from loraflow.data.check_report import NearDuplicates
 from loraflow.data.near import Comparison, Sketches
 from loraflow.data.placement import Placement, Placer, Side, Split, Unplaced
 from loraflow.data.readers import Row
 from loraflow.data.shingles import comparable_text
 from loraflow.data.split import draw, group_key, in_share, normalized_key
+
+MAX_CLUSTER = 0.05  # share of rows that may go to one side together in a new recipe
 
 
 class ValidRow(NamedTuple):
@@ -134,6 +136,21 @@ def place_near(
         what = "held out" if reason == "near_leak" else "on another side of the split, and it is near to a row of each"
         leave_out(valid, reason, f"nearly the same as {other.row.place}, which is {what}")
     return _clusters(ordered, placement, candidates.unproposed)
+
+
+def near_policy(chats: Sequence[Chat]) -> Literal["report", "drop"]:
+    """Choose `data.near_duplicates` for a new recipe: drop, unless so many rows are near that they would be one side.
+
+    Raises:
+        MissingExtra: rensa is not installed.
+    """
+    sketches = Sketches()
+    for chat in chats:
+        sketches.add(comparable_text(chat))
+    comparison = Comparison(lambda number: comparable_text(chats[number]))
+    rows = [Unplaced("train", "", has_group=False, prompt=0, is_leak=False, may_be_held_out=True)] * len(chats)
+    sizes = np.bincount(Placer(rows, sketches.candidates(), comparison).keep_sides().cluster, minlength=1)
+    return "drop" if sizes.max() <= max(3, MAX_CLUSTER * len(chats)) else "report"
 
 
 def _unplaced(rows: Sequence[ValidRow], config: CheckDatasetConfig) -> list[Unplaced]:

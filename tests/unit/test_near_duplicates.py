@@ -13,6 +13,7 @@ from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data import check
 from loraflow.data.check_report import CheckReport
 from loraflow.data.near import Comparison, Sketches
+from loraflow.data.near_split import near_policy
 from loraflow.data.shingles import comparable_text, grams, jaccard
 from loraflow.failures import LimitExceeded
 from loraflow.job import Inputs, Job, Progress
@@ -241,3 +242,11 @@ def test_clusters_of_a_row_with_the_same_text_are_those_of_its_first():
     candidates = sketches.candidates()
     assert candidates.first.tolist() == [0, 1, 0, 3] and candidates.before(3) == [0]
     assert np.array_equal(candidates.before(2), [])
+
+
+def test_a_new_recipe_drops_near_rows_unless_most_rows_have_one_template():
+    def chats(questions):
+        return [[{"role": "user", "content": q}, {"role": "assistant", "content": "x"}] for q in questions]
+
+    assert near_policy(chats(near(text(n), c) for n in range(40) for c in range(2))) == "drop"
+    assert near_policy(chats(f"{text(1)} {n}" for n in range(80))) == "report"
