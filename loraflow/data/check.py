@@ -19,7 +19,8 @@ from pydantic import JsonValue
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.chats import GATE_SET, ChatRecord, Message
 from loraflow.data.check_report import CheckReport, NearDuplicates, Profile, SplitCounts
-from loraflow.data.near_split import Clusters, Split, ValidRow, draw_split, place_near
+from loraflow.data.near_split import Clusters, ValidRow, draw_split, place_near
+from loraflow.data.placement import Split
 from loraflow.data.readers import match_files, read_rows
 from loraflow.data.reasoning import NOT_RENDERED, reasoning_key, without_reasoning
 from loraflow.data.similar import CheckedRow, find_similar, is_last_learned
