@@ -108,6 +108,10 @@ CHECK_DATASET = Stage(
         "loraflow.data.json_reader",
         "loraflow.data.split",
         "loraflow.data.similar",
+        "loraflow.data.near_split",
+        "loraflow.data.placement",
+        "loraflow.data.near",
+        "loraflow.data.shingles",
     ),
     in_worker=False,
 )

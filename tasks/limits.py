@@ -16,7 +16,7 @@ log = logging.getLogger("loraflow")
 
 @task(name="check", task_run_name="check rows", cache_policy=NO_CACHE, persist_result=False)
 def check_rows(workspace: Workspace, rows: Ref) -> None:
-    """Stop the run if too many rows are malformed (data.max_quarantined), or no row is left."""
+    """Stop the run if too many rows are malformed or near-duplicates are refused, or no row is left."""
     from loraflow.data import check
     from loraflow.data.check_report import CheckReport
 
@@ -24,7 +24,9 @@ def check_rows(workspace: Workspace, rows: Ref) -> None:
     where = f"{workspace.store.location(rows)}/report.json"
     for note in check_notes(CheckReport.model_validate(report)):
         log.warning("%s", note)
-    check.check_limits(report, workspace.recipe.data.max_quarantined, where, workspace.recipe.data.source)
+    data = workspace.recipe.data
+    refuse = data.near_duplicates == "refuse"
+    check.check_limits(report, data.max_quarantined, where, data.source, refuse_near_leaks=refuse)
 
 
 @task(name="check", task_run_name="check merge", cache_policy=NO_CACHE, persist_result=False)

@@ -14,6 +14,7 @@ import click
 from loraflow.cli import quiet_logging
 from loraflow.cli.data import marked_lines, unread_keys
 from loraflow.cli.init_settings import SizeSettings, choose_heldout_fraction, choose_settings
+from loraflow.data.near_split import near_policy
 from loraflow.data.split import in_share, prompt_key
 from loraflow.failures import BadConfig, BadData
 
@@ -35,6 +36,7 @@ data:
   {heldout}
   loss_on: assistant              # learn the answers, not the questions
   too_long: drop                  # rows beyond max_length are left out, and counted in the report
+  near_duplicates: {near}         # {why_near}
 
 base:
   model: {base}{repack}
@@ -113,7 +115,8 @@ def init(data_file: Path, base: str, name: str | None) -> None:
     _extend_gitignore(target)
     _, heldout, unused = _split_by_name(names)
     size = _size_settings(chats, base, has_heldout=bool(heldout))
-    recipe.write_text(_recipe(name, recipe, pin.dvc_file, names, base, chats, columns, size), encoding="utf-8")
+    near = near_policy(chats)
+    recipe.write_text(_recipe(name, recipe, pin.dvc_file, names, base, chats, columns, size, near), encoding="utf-8")
     marked = sum(row.is_marked_false for row in rows)
     click.echo(f"chats: {len(chats)}; malformed rows: {len(rows) - len(chats) - marked}")
     for line in marked_lines(marked, sum(row.learned is not None for row in rows)):
@@ -121,7 +124,8 @@ def init(data_file: Path, base: str, name: str | None) -> None:
     for file in match_nothing(data_file) if data_file.is_dir() else ():
         click.echo(f"not read  {file}: not one of the supported file types", err=True)
     if not heldout:
-        click.echo(_held_out_line(chats, size.heldout_fraction))
+        together = "; near-duplicates of these rows are held out with them" if near == "drop" else ""
+        click.echo(_held_out_line(chats, size.heldout_fraction) + together)
     if heldout:
         click.echo(f"held out, by their names: {', '.join(heldout)}")
     if unused:
@@ -169,6 +173,7 @@ def _recipe(
     chats: list[list[Message]],
     columns: dict[str, str],
     size: SizeSettings,
+    near: str,
 ) -> str:
     """Fill in the template from the lengths and formats of the chats."""
     longest = max(map(_tokens, chats))
@@ -197,6 +202,10 @@ def _recipe(
         if base.startswith("bundled:")
         else "",
         epochs=size.epochs,
+        near=near,
+        why_near="nearly equal rows are on one side of the split, or are left out of training"
+        if near == "drop"
+        else "many of your rows are nearly equal; drop would put all of them on one side",
         warmup=f"{size.warmup_steps:g}",
         why_warmup="a share of the steps" if size.warmup_steps else "with so few steps, all of them learn",
         accumulation=size.accumulation,

@@ -87,6 +87,12 @@ class Data(FrozenModel):
         "drop", description="What to do with rows whose text contains a control token, such as <|end|>."
     )
     duplicates: Literal["drop", "keep"] = Field("drop", description="What to do with duplicated training rows.")
+    near_duplicates: Literal["off", "report", "drop", "refuse"] = Field(
+        "off",
+        description="What to do with rows whose text is nearly the same (Jaccard index of 5-grams of at least 0.8). report: "
+        "count them. drop: never split them, and leave training rows out that are near to a held-out row. refuse: as "
+        "drop, but stop the run if training rows are near to a held-out file.",
+    )
     max_quarantined: Share = Field(0.01, description="Largest share of malformed rows; the run stops above it.")
     limit: Positive | None = Field(None, description="Use a seeded sample of this many training rows.")
     seed: int = Field(0, description="Seed of the split and of the sample of limit.")

@@ -148,6 +148,7 @@ class CheckDatasetConfig(StageConfig):
     seed: int = 0  # set only if rows are split by their hash
     thinking: Literal["strip"] | None = None  # set only if reasoning is removed from the rows
     group: str | None = None  # set only if rows have groups
+    near_duplicates: Literal["report", "drop"] | None = None  # set only if near-duplicates are searched
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
@@ -162,7 +163,11 @@ class CheckDatasetConfig(StageConfig):
         if data.group is not None:
             fields.add("group")
         values = data.model_dump(include=fields)
-        return cls.of({**values, "thinking": "strip"} if data.thinking in ("strip", "empty") else values)
+        if data.thinking in ("strip", "empty"):
+            values["thinking"] = "strip"
+        if data.near_duplicates != "off":  # refuse computes the same as drop: the run compares the report with it
+            values["near_duplicates"] = "report" if data.near_duplicates == "report" else "drop"
+        return cls.of(values)
 
 
 class ResolveBaseConfig(StageConfig):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -17,17 +18,19 @@ from pydantic import JsonValue
 
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.chats import GATE_SET, ChatRecord, Message
-from loraflow.data.check_report import CheckReport, Profile, SplitCounts
+from loraflow.data.check_report import CheckReport, NearDuplicates, Profile, SplitCounts
+from loraflow.data.near_split import Clusters, ValidRow, draw_split, place_near
+from loraflow.data.placement import Split
 from loraflow.data.readers import match_files, read_rows
 from loraflow.data.reasoning import NOT_RENDERED, reasoning_key, without_reasoning
 from loraflow.data.similar import CheckedRow, find_similar, is_last_learned
-from loraflow.data.split import draw, group_key, in_share, prompt_key, row_id, sample
+from loraflow.data.split import draw, group_key, prompt_key, row_id, sample
 from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 
-Split = Literal["train", "validation", "heldout"]
 Splits = dict[Split, list[CheckedRow]]
+DROPPED = ("duplicate", "leak", "marked_false", "near_leak", "near_both")
 MAX_UNREAD = 50  # keys in the report
 MAX_PROBLEM = 200  # characters of a problem in a failure
 
@@ -60,6 +63,11 @@ class _Reading:
         self.counts[reason] += 1
         self.quarantine.append({"place": record["place"], "set": set_name, "problem": problem, "row": ""})
 
+    def leave_out(self, valid: ValidRow, reason: str, problem: str) -> None:
+        """Count a row that is left out before it has a split, and put it into the quarantine."""
+        self.counts[reason] += 1
+        self.quarantine.append({"place": valid.row.place, "set": valid.set, "problem": problem, "row": ""})
+
 
 def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
     """Write train.jsonl, validation.jsonl, heldout.jsonl, quarantine.jsonl and report.json.
@@ -69,11 +77,12 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
     """
     config, files = job.config, inputs["dataset"] / "files"
     reading = _Reading(quarantine=[], counts=Counter(), unread=Counter())
-    splits = _read(files, config, reading)
+    splits, clusters = _read(files, config, reading)
     _drop_duplicates(splits, reading, config.duplicates)
     _drop_leaks(splits, reading)
     similar = find_similar(splits["train"] + splits["validation"], splits["heldout"])
     _limit(splits, reading, config)
+    near = None if clusters is None else _write_clusters(out, splits, clusters, config)
     for split, rows in splits.items():
         _write(out / f"{split}.jsonl", (row.record for row in rows))
     _write(out / "quarantine.jsonl", reading.quarantine)
@@ -86,6 +95,7 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
         first_problems=reading.first_problems(),
         unread=dict(reading.unread.most_common(MAX_UNREAD)),
         similar=similar,
+        near=near,
         profile=Profile.of([row.record for row in splits["train"]]),
     ).as_json()
     text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)
@@ -94,7 +104,7 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
         figures={
             **counts.model_dump(),
             "malformed": reading.counts["malformed"],
-            "dropped": sum(reading.counts[reason] for reason in ("duplicate", "leak", "marked_false")),
+            "dropped": sum(reading.counts[reason] for reason in DROPPED),
         },
         report=report,
         facets={"train": ["train.jsonl", "validation.jsonl"], "heldout": ["heldout.jsonl"]},
@@ -102,7 +112,12 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
 
 
 def check_limits(
-    report: Mapping[str, JsonValue], max_quarantined: float, where: str, dataset: str = "The dataset"
+    report: Mapping[str, JsonValue],
+    max_quarantined: float,
+    where: str,
+    dataset: str = "The dataset",
+    *,
+    refuse_near_leaks: bool = False,
 ) -> None:
     """Stop the run if a report of check_dataset exceeds the recipe's limits.
 
@@ -111,9 +126,10 @@ def check_limits(
         max_quarantined: largest share of malformed rows (data.max_quarantined).
         where: location of the report, for messages.
         dataset: the dataset's name, for messages.
+        refuse_near_leaks: whether training rows that are near to a held-out row stop the run (data.near_duplicates).
 
     Raises:
-        LimitExceeded: too many rows are malformed.
+        LimitExceeded: too many rows are malformed, or training rows are near to held-out rows.
         BadData: there are no training rows, or no held-out rows.
     """
     found = CheckReport.model_validate(report)
@@ -126,6 +142,15 @@ def check_limits(
             expected=f"at most {max_quarantined:.2%} (data.max_quarantined)",
             got=f"{found.malformed_share:.2%}; the first problems:{problems}",
             next_step="fix these rows, then run `loraflow data add`, or raise data.max_quarantined",
+        )
+    if refuse_near_leaks and (leaks := found.counts.get("near_leak", 0)):
+        raise LimitExceeded(
+            f"{leaks} training rows are nearly the same as held-out rows.",
+            where=where,
+            expected="none (data.near_duplicates: refuse)",
+            got=f"the first problems:{problems}",
+            next_step="remove them, then run `loraflow data add`, or set data.near_duplicates: drop; quarantine.jsonl "
+            "in the artifact names all of them",
         )
     for name, count, next_step in (
         ("train", found.rows.train, "add rows, or correct data.train, data.columns or data.heldout_fraction"),
@@ -149,9 +174,31 @@ def _short(problem: str) -> str:
     return line if len(line) <= MAX_PROBLEM else line[: MAX_PROBLEM - 1] + "…"
 
 
-def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Splits:
+def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> tuple[Splits, Clusters | None]:
     """Read all files and split their rows; malformed rows go to the quarantine."""
     splits: Splits = {"train": [], "validation": [], "heldout": []}
+    rows = _valid_rows(files, config, reading)
+    clusters = None
+    if config.near_duplicates is None:
+        for row in rows:
+            _place(row, draw_split(row, config), splits, config, reading)
+    else:
+        clusters = place_near(
+            rows, config, partial(_place, splits=splits, config=config, reading=reading), reading.leave_out
+        )
+        reading.counts.update(clusters.counts)
+    if (
+        config.heldout_fraction
+        and not config.heldout
+        and config.near_duplicates != "drop"  # has held out a cluster
+        and not any(r.record["set"] == GATE_SET for r in splits["heldout"])
+    ):
+        _hold_out_one(splits, reading, config)
+    return splits, clusters
+
+
+def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Iterator[ValidRow]:
+    """Yield the rows that have a chat; the others go to the quarantine."""
     counts, quarantine = reading.counts, reading.quarantine
     for set_name, set_files in _assign_files(files, config).items():
         for row in read_rows(files, set_files, config.format, config.columns, config.group):
@@ -171,34 +218,32 @@ def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Splits:
                     reading.malformed.add(row.place)
                 quarantine.append({"place": row.place, "set": set_name, "problem": problem, "row": row.raw})
                 continue
-            key = prompt_key(messages)
-            split = _assign_split(key if row.group is None else group_key(row.group), set_name, config)
-            if config.group is not None and row.group is None and split == "heldout":
-                counts["malformed"] += 1
-                problem = f"expected the field {config.group} (data.group), which names the row's group"
-                quarantine.append({"place": row.place, "set": set_name, "problem": problem, "row": row.raw})
-                continue
-            name = split if split != "heldout" else GATE_SET if set_name == "train" else set_name
-            if split == "heldout" and row.learned is not None and len(messages) - 1 not in row.learned:
-                counts["marked_false"] += 1
-                problem = "its last answer, the reference, is marked as not to be learned"
-                quarantine.append({"place": row.place, "set": set_name, "problem": problem, "row": row.raw})
-                continue
-            record = _record(messages, row.place, name, config.system, None if split == "heldout" else row.learned)
-            if row.group is not None:
-                record["group"] = row.group
-            if "learned" in record:
-                counts["partly_marked"] += 1
-            if record["messages"] is not messages:
-                key = prompt_key(record["messages"])
-            splits[split].append(CheckedRow(record, key))
-    if (
-        config.heldout_fraction
-        and not config.heldout
-        and not any(r.record["set"] == GATE_SET for r in splits["heldout"])
-    ):
-        _hold_out_one(splits, reading, config)
-    return splits
+            yield ValidRow(row, messages, set_name, prompt_key(messages))
+
+
+def _place(valid: ValidRow, split: Split, splits: Splits, config: CheckDatasetConfig, reading: _Reading) -> None:
+    """Put a row into its split, or into the quarantine if it cannot be held out."""
+    row, messages, set_name, key = valid
+    counts, quarantine = reading.counts, reading.quarantine
+    if config.group is not None and row.group is None and split == "heldout":
+        counts["malformed"] += 1
+        problem = f"expected the field {config.group} (data.group), which names the row's group"
+        quarantine.append({"place": row.place, "set": set_name, "problem": problem, "row": row.raw})
+        return
+    name = split if split != "heldout" else GATE_SET if set_name == "train" else set_name
+    if split == "heldout" and row.learned is not None and len(messages) - 1 not in row.learned:
+        counts["marked_false"] += 1
+        problem = "its last answer, the reference, is marked as not to be learned"
+        quarantine.append({"place": row.place, "set": set_name, "problem": problem, "row": row.raw})
+        return
+    record = _record(messages, row.place, name, config.system, None if split == "heldout" else row.learned)
+    if row.group is not None:
+        record["group"] = row.group
+    if "learned" in record:
+        counts["partly_marked"] += 1
+    if record["messages"] is not messages:
+        key = prompt_key(record["messages"])
+    splits[split].append(CheckedRow(record, key))
 
 
 def _hold_out_one(splits: Splits, reading: _Reading, config: CheckDatasetConfig) -> None:
@@ -258,16 +303,6 @@ def _assign_files(files: Path, config: CheckDatasetConfig) -> dict[str, list[str
     return names
 
 
-def _assign_split(key: str, set_name: str, config: CheckDatasetConfig) -> Split:
-    if set_name != "train":
-        return "heldout"
-    if not config.heldout and in_share(key, config.heldout_fraction, config.seed, "heldout"):
-        return "heldout"
-    if config.validation_fraction and in_share(key, config.validation_fraction, config.seed, "validation"):
-        return "validation"
-    return "train"
-
-
 def _record(
     messages: list[Message], place: str, set_name: str, system: str | None, learned: Sequence[int] | None
 ) -> ChatRecord:
@@ -314,7 +349,18 @@ def _drop_leaks(splits: Splits, reading: _Reading) -> None:
         splits[split] = remaining
 
 
-def _write(path: Path, rows: Iterable[ChatRecord] | Iterable[Quarantined]) -> None:
+def _write_clusters(out: Path, splits: Splits, clusters: Clusters, config: CheckDatasetConfig) -> NearDuplicates:
+    """Write clusters.jsonl, which is in no facet: no stage depends on it. Held-out rows of a cluster become a group."""
+    lines = clusters.lines([row.record for rows in splits.values() for row in rows])
+    _write(out / "clusters.jsonl", lines)
+    if config.group is None:
+        for row in splits["heldout"]:
+            if group := clusters.group.get(row.record["place"]):
+                row.record["group"] = f"near {group}"
+    return clusters.report(lines)
+
+
+def _write(path: Path, rows: Iterable[ChatRecord] | Iterable[Quarantined] | Iterable[dict[str, str]]) -> None:
     encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each row
     with path.open("w", encoding="utf-8") as file:
         file.writelines(encode(row) + "\n" for row in rows)

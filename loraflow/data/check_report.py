@@ -63,18 +63,32 @@ class Similar(StoredModel):
     disputed: str = ""  # the places of the first pair
 
 
+class NearDuplicates(StoredModel):
+    """Rows that are nearly the same as another row: data.near_duplicates."""
+
+    rows: int = 0  # in a cluster with another row
+    clusters: int = 0
+    largest: int = 0  # rows of the largest cluster
+    within: dict[str, int] = {}  # set → rows beyond the first of each cluster
+    between: dict[str, int] = {}  # "train and heldout" → rows of the first set whose cluster has rows of the second
+    pair: str = ""  # the places of the first pair
+    unproposed: int = 0  # pairs that were not compared, because very many rows share a part of their text
+
+
 class CheckReport(StoredModel):
     """The content of report.json, and the report in the artifact's manifest."""
 
     rows: SplitCounts
     sets: dict[str, int]  # held-out rows of each set
-    # rows read, malformed, marked_false, duplicate, leak, over_limit. Not left out are partly_marked (some answers are
+    # rows read, malformed, marked_false, duplicate, leak, near_leak (near to a row of a held-out file),
+    # near_both (near to rows of two splits), over_limit. Not left out are partly_marked (some answers are
     # learned) and held_out_of_few (the hash had held out none)
     counts: dict[str, int]
     malformed_share: float
     first_problems: list[str]  # place and problem of the first rows in quarantine
     unread: dict[str, int] = {}  # keys that have values and were not read → rows
     similar: Similar = Similar()
+    near: NearDuplicates | None = None  # left out of the JSON without data.near_duplicates
     # In JSON, {} stands for the profile of no rows.
     profile: Annotated[
         Profile | None,
@@ -84,5 +98,5 @@ class CheckReport(StoredModel):
 
     def as_json(self) -> dict[str, JsonValue]:
         """Return the report as JSON values."""
-        values: dict[str, JsonValue] = self.model_dump(mode="json")
+        values: dict[str, JsonValue] = self.model_dump(mode="json", exclude={"near"} if self.near is None else None)
         return values

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from loraflow.data.chats import Chat
 
-_to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each row
+to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each row
 
 
 def row_id(messages: Chat) -> str:
     """Return a chat's id: 16 hex digits of a hash of its content."""
-    return hashlib.sha256(_to_json(messages).encode()).hexdigest()[:16]
+    return hashlib.sha256(to_json(messages).encode()).hexdigest()[:16]
 
 
 def prompt_key(messages: Chat) -> str:
@@ -62,8 +62,16 @@ def sample(keys: Sequence[str], size: int, seed: int, purpose: str) -> list[int]
 
 def normalized_key(messages: Chat) -> int:
     """Return a hash of texts without the differences of case, white space and Unicode form, as a 64-bit number."""
-    text = "\0".join(message["content"] for message in messages)
+    return text_key(normalize("\0".join(message["content"] for message in messages)))
+
+
+def normalize(text: str) -> str:
+    """Return a text without differences of case, white space and Unicode form."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
-    plain = " ".join(text.casefold().split())
-    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "big")
+    return " ".join(text.casefold().split())
+
+
+def text_key(text: str) -> int:
+    """Return a hash of a text, as a 64-bit number."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from loraflow.data.check_report import CheckReport
+from loraflow.data.check_report import CheckReport, NearDuplicates
 from loraflow.evaluation.values import EvaluationReport
 from loraflow.registry.runs import RowCount, RowsSummary
 
@@ -18,6 +18,8 @@ _LEFT_OUT = {
     "marked_false": "left out: marked as not to be learned",
     "duplicate": "left out: the same chat twice",
     "leak": "left out of training: its prompt is held out",
+    "near_leak": "left out of training: nearly the same as a held-out row",
+    "near_both": "left out: nearly the same as rows on two sides of the split",
     "over_limit": "left out of training: data.limit",
 }
 
@@ -97,6 +99,25 @@ def check_notes(check: CheckReport) -> list[str]:
         notes.append(
             f"{similar.disputed_prompts} training prompts have different answers, in {similar.disputed_rows} rows, such as "
             f"{similar.disputed}"
+        )
+    return notes + (near_notes(check.near) if check.near else [])
+
+
+def near_notes(near: NearDuplicates) -> list[str]:
+    """Return sentences about near-duplicates."""
+    notes: list[str] = []
+    if near.rows:
+        within = ", ".join(f"{count} of {name}" for name, count in near.within.items())
+        between = "; ".join(f"{count} rows, of {sets}" for sets, count in near.between.items())
+        notes.append(
+            f"{near.rows} rows are nearly the same as another one, in {near.clusters} clusters, such as {near.pair}; the "
+            f"largest cluster has {near.largest} rows" + (f"; beyond the first of each: {within}" if within else "")
+        )
+        if between:
+            notes.append(f"near-duplicates in two sets: {between} (clusters.jsonl in the artifact of check_dataset)")
+    if near.unproposed:
+        notes.append(
+            f"{near.unproposed} pairs of rows that share a part of their text were not compared: very many rows share it"
         )
     return notes
 

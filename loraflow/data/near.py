@@ -1,0 +1,133 @@
+"""Propose pairs of rows that may be near-duplicates, and confirm them by the exact Jaccard index of their 5-grams.
+
+Two rows are proposed if a band of their MinHash sketches is equal. With 16 bands of 5 values, a pair with an index of 0.8
+is proposed with a probability of 0.998, and one of 0.9 practically always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import numpy as np
+
+from loraflow.data.shingles import HASHES, grams, jaccard, sketch
+from loraflow.data.split import text_key
+
+THRESHOLD = 0.8  # Jaccard index from which two rows are near-duplicates
+BAND = 5  # MinHash values of a band
+# Equal values of two sketches below which a pair is not compared: four standard deviations below 0.8, that is 0.62.
+MIN_EQUAL = 50
+WINDOW = 64  # rows before a row that are proposed to it in a band: keeps time linear if thousands of rows share a text
+_BATCH = 2000  # texts that are sketched together
+_CHUNK = 100_000  # pairs whose sketches are compared together
+
+
+class Sketches:
+    """The sketches of rows, which are added one after another. They take 88 bytes a row."""
+
+    def __init__(self) -> None:
+        self._waiting: list[str] = []
+        self._parts: list[np.ndarray] = []
+        self._keys: list[np.ndarray] = []
+
+    def add(self, text: str) -> None:
+        """Add a row's comparable text."""
+        self._waiting.append(text)
+        if len(self._waiting) >= _BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._parts.append(sketch(self._waiting))
+            self._keys.append(np.fromiter(map(text_key, self._waiting), np.uint64, len(self._waiting)))
+            self._waiting = []
+
+    def candidates(self, order: np.ndarray | None = None) -> Candidates:
+        """Return the pairs that are worth comparing, and forget the sketches.
+
+        Args:
+            order: the rows in another order [rows]; the pairs have the positions in it.
+        """
+        self._flush()
+        sketches = np.concatenate([np.empty((0, HASHES), np.uint8), *self._parts])
+        keys = np.concatenate([np.empty(0, np.uint64), *self._keys])
+        self._parts, self._keys = [], []
+        return Candidates(sketches, keys) if order is None else Candidates(sketches[order], keys[order])
+
+
+class Candidates:
+    """Pairs of rows that are worth comparing.
+
+    Attributes:
+        first: for each row [rows], the first row with the same text; its own number if there is none before it.
+        unproposed: pairs that share a band and were not proposed, because more than WINDOW rows share it.
+    """
+
+    def __init__(self, sketches: np.ndarray, keys: np.ndarray):
+        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        self.first: np.ndarray = first[inverse]
+        self.unproposed = 0
+        unique = np.flatnonzero(self.first == np.arange(len(keys)))
+        pairs = self._propose(sketches[unique], unique)
+        pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
+        self._earlier = pairs[:, 0]
+        self._starts = np.searchsorted(pairs[:, 1], np.arange(len(keys) + 1))
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def before(self, row: int) -> list[int]:
+        """Return the rows before this one that may be near it, in ascending order, without rows of equal texts."""
+        found: list[int] = self._earlier[self._starts[row] : self._starts[row + 1]].tolist()
+        return found
+
+    def _propose(self, sketches: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return pairs of row numbers [pairs, 2], the smaller one first."""
+        packed = [np.empty(0, np.int64)]
+        for start in range(0, HASHES, BAND):
+            band = np.zeros((len(sketches), 8), np.uint8)
+            band[:, :BAND] = sketches[:, start : start + BAND]
+            for one, other in self._in_bands(band.view(np.uint64)[:, 0]):
+                for begin in range(0, len(one), _CHUNK):
+                    a, b = one[begin : begin + _CHUNK], other[begin : begin + _CHUNK]
+                    near = np.count_nonzero(sketches[a] == sketches[b], axis=1) >= MIN_EQUAL
+                    packed.append(a[near] * len(rows) + b[near])
+            packed = [np.unique(np.concatenate(packed))]
+        one, other = np.divmod(packed[0], max(len(rows), 1))
+        return np.stack((rows[one], rows[other]), axis=1)
+
+    def _in_bands(self, keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield pairs of positions whose keys are equal, at most WINDOW for each position."""
+        order = np.argsort(keys, kind="stable")
+        ordered = keys[order]
+        same = ordered[1:] == ordered[:-1]
+        shared = np.append(same, False) | np.append(False, same)
+        order, ordered = order[shared], ordered[shared]
+        for distance in range(1, WINDOW + 1):
+            equal = ordered[distance:] == ordered[:-distance]
+            if not equal.any():
+                return
+            yield order[:-distance][equal], order[distance:][equal]
+        counts = np.unique(ordered, return_counts=True)[1]
+        left = np.maximum(counts - WINDOW - 1, 0)
+        self.unproposed += int((left * (left + 1) // 2).sum())
+
+
+class Comparison:
+    """Compare rows by the exact Jaccard index of their 5-grams.
+
+    Args:
+        text_of: returns the comparable text of a row.
+    """
+
+    def __init__(self, text_of: Callable[[int], str]):
+        self._grams = lru_cache(maxsize=64)(lambda row: grams(text_of(row)))
+
+    def index(self, one: int, other: int) -> float:
+        """Return the Jaccard index of two rows."""
+        return jaccard(self._grams(one), self._grams(other))
+
+    def is_near(self, one: int, other: int) -> bool:
+        """Tell whether two rows are near-duplicates."""
+        return self.index(one, other) >= THRESHOLD
