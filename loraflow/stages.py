@@ -295,7 +295,7 @@ EVALUATE = Stage(
     # 2: the common prefix of the prompts is computed once; the last bits of a loss may differ
     # 3: evaluation.max_rows is a seeded sample; intervals of token-weighted means, and of rows in groups; only the token
     # that closes an answer ends it
-    version=3,
+    version=4,  # 4: attention logits are capped with transformers 5.17 too (Gemma 2)
     module="loraflow.evaluation.score",
     config=configs.EvaluateConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, part="heldout")},

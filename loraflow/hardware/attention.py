@@ -87,6 +87,9 @@ def attention_with_mask(config: PreTrainedConfig) -> str:
     """Return the attention for padded rows: sdpa, or eager for architectures that transformers has no sdpa for."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        return "eager"  # sdpa leaves the cap out, without a word in some versions of transformers
+
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # None: code that comes with the model
     return "eager" if model_class is not None and not getattr(model_class, "_supports_sdpa", True) else "sdpa"
 
