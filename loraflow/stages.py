@@ -90,7 +90,8 @@ CHECK_DATASET = Stage(
     name="check_dataset",
     # 4: marks that exclude answers are honoured, data.limit is a sample, one row at least is held out, and a row with
     # reasoning beside its content is malformed
-    version=4,
+    # 5: labels such as flase or nein are refused, judgements such as correct: false are honoured, weights are read
+    version=5,
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},
@@ -101,6 +102,7 @@ CHECK_DATASET = Stage(
         "loraflow.data.readers",
         "loraflow.data.chat_formats",
         "loraflow.data.row_fields",
+        "loraflow.data.labels",
         "loraflow.data.marks",
         "loraflow.data.chats",
         "loraflow.data.csv_reader",

@@ -15,7 +15,8 @@ from types import MappingProxyType
 from pydantic import JsonValue
 
 from loraflow.data.chats import BadRow, Message
-from loraflow.data.marks import Labels, MarkedFalse
+from loraflow.data.labels import Labels
+from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
 from loraflow.data.row_fields import ASSISTANT, RawRow, RowFields, Turn, has_value, objects
 
 __all__ = [
@@ -51,6 +52,7 @@ class ReadChat:
 
     messages: list[Message]
     learned: tuple[int, ...] | None = None  # numbers of the answers that are learned, from 0; None: every answer
+    weights: tuple[float, ...] | None = None  # of each of `learned` in the loss; None: 1 for all
     unread: tuple[str, ...] = ()  # keys that have a value and were not read
 
 
@@ -74,16 +76,36 @@ def read_chat(
     """
     fields = RowFields(_object(row), columns, labels or Labels())
     turns = _turns(fields, format_name)
-    is_row_learned = fields.row.keys() <= _FORMAT_KEYS or fields.is_row_learned()
+    row_weight = 1.0 if fields.row.keys() <= _FORMAT_KEYS else fields.row_weight()
     messages = _checked(turns)
-    if not is_row_learned:
+    if not row_weight:
         raise MarkedFalse("the row is marked as not to be learned")
-    learned = None
-    if not all(turn.learned for turn in turns):
-        learned = tuple(n for n, turn in enumerate(turns) if turn.learned and messages[n]["role"] == "assistant")
-        if not learned:
-            raise MarkedFalse("its answers are marked as not to be learned")
-    return ReadChat(messages, learned, fields.unread())
+    learned, weights = _marked(turns, row_weight, messages)
+    return ReadChat(messages, learned, weights, fields.unread())
+
+
+def _marked(
+    turns: list[Turn], row_weight: float, messages: list[Message]
+) -> tuple[tuple[int, ...] | None, tuple[float, ...] | None]:
+    """Return the numbers of the learned answers, and their weights; None for what no mark changes.
+
+    Raises:
+        MarkedFalse: no answer is learned.
+        BadRow: the product of a row's and a message's weight is too large.
+    """
+    if row_weight == 1 and all(turn.weight == 1 for turn in turns):
+        return None, None
+    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    learned = tuple(n for n in answers if turns[n].weight)
+    if not learned:
+        raise MarkedFalse("its answers are marked as not to be learned")
+    weights = tuple(turns[n].weight * row_weight for n in learned)
+    if max(weights) > MAX_WEIGHT:
+        raise BadRow(
+            f"the product of the row's and an answer's weight is {max(weights):g}; expected at most {MAX_WEIGHT}"
+        )
+    has_weights = any(weight != 1 for weight in weights)
+    return (learned if has_weights or len(learned) < len(answers) else None), (weights if has_weights else None)
 
 
 def to_messages(row: JsonValue, format_name: str = "auto") -> list[Message]:

@@ -29,4 +29,5 @@ class ChatRecord(TypedDict):
     place: str  # where the row was read: file:line, or file:row
     messages: list[Message]
     learned: NotRequired[list[int]]  # numbers of the answers that are learned, from 0; absent: all of them
+    weights: NotRequired[list[float]]  # of each of `learned` in the loss; absent: 1 for all
     group: NotRequired[str]  # the value of data.group

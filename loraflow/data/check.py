@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.chats import GATE_SET, ChatRecord, Message
 from loraflow.data.check_report import CheckReport, Profile, SplitCounts
-from loraflow.data.readers import match_files, read_rows
+from loraflow.data.readers import Row, is_partly_learned, match_files, read_rows
 from loraflow.data.reasoning import NOT_RENDERED, reasoning_key, without_reasoning
 from loraflow.data.similar import CheckedRow, find_similar, is_last_learned
 from loraflow.data.split import draw, group_key, in_share, prompt_key, row_id, sample
@@ -184,10 +184,12 @@ def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Splits:
                 problem = "its last answer, the reference, is marked as not to be learned"
                 quarantine.append({"place": row.place, "set": set_name, "problem": problem, "row": row.raw})
                 continue
-            record = _record(messages, row.place, name, config.system, None if split == "heldout" else row.learned)
+            record = _record(messages, row, name, config.system, is_heldout=split == "heldout")
             if row.group is not None:
                 record["group"] = row.group
-            if "learned" in record:
+            if "weights" in record:
+                counts["weighted"] += 1
+            if "learned" in record and is_partly_learned(row):
                 counts["partly_marked"] += 1
             if record["messages"] is not messages:
                 key = prompt_key(record["messages"])
@@ -218,6 +220,7 @@ def _hold_out_one(splits: Splits, reading: _Reading, config: CheckDatasetConfig)
         if unit(row) == chosen and is_last_learned(row.record):
             record: ChatRecord = {**row.record, "set": GATE_SET}
             record.pop("learned", None)
+            record.pop("weights", None)
             splits["heldout"].append(CheckedRow(record, row.prompt))
             reading.counts["held_out_of_few"] += 1
 
@@ -268,15 +271,16 @@ def _assign_split(key: str, set_name: str, config: CheckDatasetConfig) -> Split:
     return "train"
 
 
-def _record(
-    messages: list[Message], place: str, set_name: str, system: str | None, learned: Sequence[int] | None
-) -> ChatRecord:
+def _record(messages: list[Message], row: Row, set_name: str, system: str | None, *, is_heldout: bool) -> ChatRecord:
+    """Return a row's record. Of a held-out row, only the last answer is used: marks and weights are left out."""
     added = bool(system) and messages[0]["role"] != "system"
     if system and added:
         messages = [{"role": "system", "content": system}, *messages]
-    record: ChatRecord = {"id": row_id(messages), "set": set_name, "place": place, "messages": messages}
-    if learned is not None:
-        record["learned"] = [number + added for number in learned]
+    record: ChatRecord = {"id": row_id(messages), "set": set_name, "place": row.place, "messages": messages}
+    if row.learned is not None and not is_heldout:
+        record["learned"] = [number + added for number in row.learned]
+        if row.weights is not None:
+            record["weights"] = list(row.weights)
     return record
 
 
@@ -292,6 +296,7 @@ def _drop_duplicates(splits: Splits, reading: _Reading, policy: Literal["drop", 
             record = row.record
             seen = places.setdefault(record["set"], {})
             chat = f"{record['id']} {record['learned']}" if "learned" in record else record["id"]
+            chat += f" {record['weights']}" if "weights" in record else ""
             if chat in seen and (policy == "drop" or split == "heldout"):
                 reading.drop(record, record["set"], "duplicate", f"same as {seen[chat]}")
                 continue

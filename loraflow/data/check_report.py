@@ -69,7 +69,7 @@ class CheckReport(StoredModel):
     rows: SplitCounts
     sets: dict[str, int]  # held-out rows of each set
     # rows read, malformed, marked_false, duplicate, leak, over_limit. Not left out are partly_marked (some answers are
-    # learned) and held_out_of_few (the hash had held out none)
+    # learned), weighted (an answer's weight in the loss is not 0 or 1) and held_out_of_few (the hash had held out none)
     counts: dict[str, int]
     malformed_share: float
     first_problems: list[str]  # place and problem of the first rows in quarantine

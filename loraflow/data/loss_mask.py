@@ -47,6 +47,7 @@ class Encoded:
     prompt: int  # number of ids before the last answer
     special_in_text: str | None = None  # the first control token in a message's text
     not_learned: int = 0  # answers that the template cuts, and that are only context (data.thinking: keep)
+    weights: np.ndarray | None = None  # float32, of each token in the loss, 0 where IGNORED; None: 1 for all labels
 
 
 class ChatTemplate:
@@ -106,6 +107,7 @@ class ChatTemplate:
         loss_on: LossOn,
         if_cut: IfCut = "error",
         learned: Sequence[Sequence[int] | None] | None = None,
+        weights: Sequence[Sequence[float] | None] | None = None,
     ) -> list[Encoded]:
         """Encode chats.
 
@@ -115,6 +117,8 @@ class ChatTemplate:
             if_cut: for answers that the template does not render completely: the chat is refused, or they are only context.
             learned: of each chat, the numbers of the messages that are learned; None: all answers. The other answers are
                 left out of what `loss_on` selects.
+            weights: of each chat, the weights in the loss of the answers in `learned`; None: 1. Other tokens that are
+                learned have the weight 1.
 
         Raises:
             BadModel: the template leaves out a part of a chat, an answer cannot be found in the rendered text, or no stop
@@ -132,15 +136,19 @@ class ChatTemplate:
         spans = [[span for answer in answers for span in answer.spans] for answers in found]
         out = []
         aligned = self._aligned(texts, spans)
-        for chat, answers, wanted, (ids, tokens) in zip(chats, found, numbers, aligned, strict=True):
+        of_chats = weights or [None] * len(chats)
+        for chat, answers, wanted, factors, (ids, tokens) in zip(chats, found, numbers, of_chats, aligned, strict=True):
             labels = ids.copy() if loss_on == "all" else _labels(ids, tokens)
+            token_weights = None
             if wanted is not None:
-                _mask_others(labels, chat, answers, tokens, wanted)
+                spans_of = _spans_by_message(chat, answers, tokens)
+                _mask_others(labels, spans_of, wanted)
+                token_weights = None if factors is None else _token_weights(labels, spans_of, wanted, factors)
             # A span of the last answer, or of the last one that is learned.
             first = len(tokens) - len(next((a.spans for a in reversed(answers) if a.spans), ()))
             prompt = tokens[first][0] if tokens else len(ids)
             cut = 0 if loss_on == "last_assistant" else sum(not answer.is_learned for answer in answers)
-            out.append(Encoded(ids, labels, prompt, self._special_in(chat), cut))
+            out.append(Encoded(ids, labels, prompt, self._special_in(chat), cut, token_weights))
         return out
 
     def prompt_ids(self, chats: Sequence[Chat]) -> list[list[int]]:
@@ -360,16 +368,33 @@ def _labels(ids: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     return labels
 
 
-def _mask_others(
-    labels: np.ndarray, chat: Chat, answers: Sequence[Answer], tokens: Sequence[Span], learned: Sequence[int]
-) -> None:
-    """Take the answers that are not learned out of the labels, in place. `tokens` are the spans of all answers in order."""
+def _spans_by_message(chat: Chat, answers: Sequence[Answer], tokens: Sequence[Span]) -> dict[int, Sequence[Span]]:
+    """Return {number of an answer's message: its spans of tokens}. `tokens` are the spans of all answers in order."""
+    found: dict[int, Sequence[Span]] = {}
     at = 0
     for number, answer in zip((n for n, m in enumerate(chat) if m["role"] == "assistant"), answers, strict=True):
-        if number not in learned:
-            for first, last in tokens[at : at + len(answer.spans)]:
-                labels[first:last] = IGNORED
+        found[number] = tokens[at : at + len(answer.spans)]
         at += len(answer.spans)
+    return found
+
+
+def _mask_others(labels: np.ndarray, spans: dict[int, Sequence[Span]], learned: Sequence[int]) -> None:
+    """Take the answers that are not learned out of the labels, in place."""
+    for number, parts in spans.items():
+        if number not in learned:
+            for first, last in parts:
+                labels[first:last] = IGNORED
+
+
+def _token_weights(
+    labels: np.ndarray, spans: dict[int, Sequence[Span]], learned: Sequence[int], weights: Sequence[float]
+) -> np.ndarray:
+    """Return the weight of each token in the loss."""
+    found: np.ndarray = (labels != IGNORED).astype(np.float32)
+    for number, weight in zip(learned, weights, strict=True):
+        for first, last in spans.get(number, ()):
+            found[first:last] *= np.float32(weight)
+    return found
 
 
 def _token_span(encoding: Encoding, start: int, end: int) -> Span:

@@ -17,7 +17,8 @@ from loraflow.data.chat_formats import RawRow, read_chat
 from loraflow.data.chats import BadRow, Message
 from loraflow.data.csv_reader import read_table
 from loraflow.data.json_reader import RawValue, read_json, read_json_lines, row_text, strict_json
-from loraflow.data.marks import Labels, MarkedFalse
+from loraflow.data.labels import Labels
+from loraflow.data.marks import MarkedFalse
 from loraflow.failures import BadData
 
 if TYPE_CHECKING:
@@ -34,8 +35,14 @@ class Row:
     raw: str = ""  # the row's text
     unused_keys: tuple[str, ...] = ()  # keys that have a value and that no format reads
     learned: tuple[int, ...] | None = None  # numbers of the answers that are learned, from 0; None: every answer
+    weights: tuple[float, ...] | None = None  # of each of `learned` in the loss; None: 1 for all
     is_marked_false: bool = False  # it has no chat, because its marks exclude every answer
     group: str | None = None  # the value of the field that names the row's group
+
+
+def is_partly_learned(row: Row) -> bool:
+    """Tell whether the marks of a row exclude some of its answers, not all."""
+    return row.learned is not None and len(row.learned) < sum(m["role"] == "assistant" for m in row.messages or ())
 
 
 def read_rows(
@@ -67,7 +74,8 @@ def read_rows(
             try:
                 chat = read_chat(value, format_name, columns, labels)
                 unread = tuple(key for key in chat.unread if key != group)
-                yield Row(place, chat.messages, None, text, unread, chat.learned, group=_group(value, group))
+                learned, weights = chat.learned, chat.weights
+                yield Row(place, chat.messages, None, text, unread, learned, weights, group=_group(value, group))
             except MarkedFalse as marked:
                 yield Row(place, None, str(marked), text, is_marked_false=True)
             except BadRow as problem:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from pydantic import JsonValue
 
 from loraflow.data.chats import BadRow
-from loraflow.data.marks import Labels, excludes, is_learned, is_mark
+from loraflow.data.labels import Labels
+from loraflow.data.marks import answer_weight, excludes, is_mark
 
 RawRow = dict[str, JsonValue]  # a row as its file has it
 ASSISTANT = frozenset({"gpt", "assistant", "chatgpt", "bard", "model", "bing"})  # names of the role
@@ -21,7 +22,7 @@ class Turn(NamedTuple):
 
     role: JsonValue
     content: JsonValue
-    learned: bool = True  # whether its marks leave it in the loss
+    weight: float = 1.0  # of its tokens in the loss, by its marks; 0: it is not learned
 
 
 class RowFields:
@@ -67,17 +68,17 @@ class RowFields:
         """Return the value of the first key that has one; None if none of the keys is there."""
         return self.value(*names) if any(name in self.row for name in names) else None
 
-    def is_row_learned(self) -> bool:
-        """Tell whether the row's marks leave its answers in the loss.
+    def row_weight(self) -> float:
+        """Return the weight of the row's answers in the loss, by the row's marks; 0: they are not learned.
 
         Raises:
             BadRow: a mark is unclear.
         """
         if self.labels is None:
-            return True
+            return 1.0
         read = {*self._used, *self._columns.values()}
         others = {key: value for key, value in self.row.items() if key not in read}
-        return is_learned(others, "", self._used, self.labels)
+        return answer_weight(others, "", self._used, self.labels)
 
     def turns(
         self, column: str, items: list[RawRow], roles: tuple[str, ...], contents: tuple[str, ...], first: int = 1
@@ -112,13 +113,13 @@ class RowFields:
                 raise BadRow(f"{column}: {call} is not supported")
         fields = RowFields(item, {}, self.labels)
         role, content = fields.optional(*roles), fields.optional(*contents)
-        learned, used = True, fields._used | {*roles, *contents}
+        weight, used = 1.0, fields._used | {*roles, *contents}
         if isinstance(role, str) and role in ASSISTANT and self.labels is not None:
-            learned = is_learned(item, f"message {number}: ", used, self.labels)
+            weight = answer_weight(item, f"message {number}: ", used, self.labels)
         else:  # only answers are learned: a mark that excludes another message changes nothing
             used |= {key for key, value in item.items() if is_mark(key) and excludes(key, value)}
         self._note_unread(column, item, used)
-        return Turn(role, content, learned)
+        return Turn(role, content, weight)
 
     def joined(self, content: list[JsonValue], number: int, column: str) -> str:
         """Join a message's parts: [{"type": "text", "text": …}].
