@@ -21,6 +21,7 @@ from loraflow.failures import BadConfig
 _HARDWARE = ("loraflow.hardware.device", "loraflow.hardware.attention")
 _TEMPLATE = (
     "loraflow.data.loss_mask",
+    "loraflow.data.rendered_calls",
     "loraflow.data.answer_spans",
     "loraflow.data.alignment",
     "loraflow.data.template",
@@ -107,6 +108,8 @@ CHECK_DATASET = Stage(
         "loraflow.data.chats",
         "loraflow.data.csv_reader",
         "loraflow.data.json_reader",
+        "loraflow.data.json_text",
+        "loraflow.data.tools",
         "loraflow.data.split",
         "loraflow.data.similar",
     ),
@@ -293,6 +296,7 @@ EVALUATE = Stage(
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, part="heldout")},
     code=(
         "loraflow.evaluation.score",
+        "loraflow.data.call_parser",
         "loraflow.data.split",
         "loraflow.evaluation.generation",
         "loraflow.data.positions",

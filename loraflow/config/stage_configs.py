@@ -24,6 +24,7 @@ from loraflow.config.recipe import (
     UnfingerprintedTraining,
 )
 from loraflow.config.runtime import Runtime
+from loraflow.config.tools_file import read_tools_file
 from loraflow.frozen import FrozenModel
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -148,6 +149,7 @@ class CheckDatasetConfig(StageConfig):
     seed: int = 0  # set only if rows are split by their hash
     thinking: Literal["strip"] | None = None  # set only if reasoning is removed from the rows
     group: str | None = None  # set only if rows have groups
+    tools: list[JsonValue] | None = None  # the content of data.tools; set only if the recipe names it
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
@@ -162,6 +164,8 @@ class CheckDatasetConfig(StageConfig):
         if data.group is not None:
             fields.add("group")
         values = data.model_dump(include=fields)
+        if data.tools is not None:
+            values["tools"] = read_tools_file(data.tools)
         return cls.of({**values, "thinking": "strip"} if data.thinking in ("strip", "empty") else values)
 
 

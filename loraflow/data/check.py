@@ -16,12 +16,13 @@ from typing import Literal, TypedDict
 from pydantic import JsonValue
 
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.chats import GATE_SET, ChatRecord, Message
+from loraflow.data.chats import GATE_SET, BadRow, ChatRecord, Message, Tool, with_system
 from loraflow.data.check_report import CheckReport, Profile, SplitCounts
 from loraflow.data.readers import Row, is_partly_learned, match_files, read_rows
 from loraflow.data.reasoning import NOT_RENDERED, reasoning_key, without_reasoning
 from loraflow.data.similar import CheckedRow, find_similar, is_last_learned
 from loraflow.data.split import draw, group_key, in_share, prompt_key, row_id, sample
+from loraflow.data.tools import read_tools
 from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
@@ -153,15 +154,18 @@ def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Splits:
     """Read all files and split their rows; malformed rows go to the quarantine."""
     splits: Splits = {"train": [], "validation": [], "heldout": []}
     counts, quarantine = reading.counts, reading.quarantine
+    tools = _tools_of(config)
     for set_name, set_files in _assign_files(files, config).items():
-        for row in read_rows(files, set_files, config.format, config.columns, config.group):
+        for row in read_rows(files, set_files, config.format, config.columns, config.group, tools):
             counts["read"] += 1
             if row.unused_keys:
                 reading.unread.update(row.unused_keys)
             messages, problem = row.messages, row.problem or ""
             if messages is not None and config.thinking == "strip":
                 messages = without_reasoning(messages)
-                if any(not m["content"].strip() for m in messages if m["role"] == "assistant"):
+                if any(
+                    not m["content"].strip() for m in messages if m["role"] == "assistant" and "tool_calls" not in m
+                ):
                     messages, problem = None, "an answer is empty without its reasoning (data.thinking)"
             elif messages is not None and (reasoning := reasoning_key(row.unused_keys)):
                 messages, problem = None, f"{reasoning} {NOT_RENDERED}"
@@ -201,6 +205,18 @@ def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Splits:
     ):
         _hold_out_one(splits, reading, config)
     return splits
+
+
+def _tools_of(config: CheckDatasetConfig) -> list[Tool] | None:
+    """Return the tools of the dataset.
+
+    Raises:
+        BadData: they are not functions with JSON schemas.
+    """
+    try:
+        return None if config.tools is None else read_tools(config.tools, "data.tools")
+    except BadRow as problem:
+        raise BadData("The tools of the dataset are malformed.", where="data.tools", got=str(problem)) from problem
 
 
 def _hold_out_one(splits: Splits, reading: _Reading, config: CheckDatasetConfig) -> None:
@@ -275,7 +291,7 @@ def _record(messages: list[Message], row: Row, set_name: str, system: str | None
     """Return a row's record. Of a held-out row, only the last answer is used: marks and weights are left out."""
     added = bool(system) and messages[0]["role"] != "system"
     if system and added:
-        messages = [{"role": "system", "content": system}, *messages]
+        messages = with_system(messages, system)
     record: ChatRecord = {"id": row_id(messages), "set": set_name, "place": row.place, "messages": messages}
     if row.learned is not None and not is_heldout:
         record["learned"] = [number + added for number in row.learned]

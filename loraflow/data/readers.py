@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from loraflow.data.chat_formats import RawRow, read_chat
-from loraflow.data.chats import BadRow, Message
+from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.csv_reader import read_table
-from loraflow.data.json_reader import RawValue, read_json, read_json_lines, row_text, strict_json
+from loraflow.data.json_reader import RawValue, read_json, read_json_lines, row_text
+from loraflow.data.json_text import strict_json
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MarkedFalse
 from loraflow.failures import BadData
@@ -51,6 +52,7 @@ def read_rows(
     format_name: str,
     columns: Mapping[str, str] = MappingProxyType({}),
     group: str | None = None,
+    tools: list[Tool] | None = None,
 ) -> Iterator[Row]:
     """Read files row by row. A malformed row is yielded with its problem.
 
@@ -60,6 +62,7 @@ def read_rows(
         format_name: the rows' format: messages, sharegpt, alpaca, prompt_completion or auto.
         columns: {loraflow's column: the files' column}, for columns with other names.
         group: the field that names a row's group.
+        tools: of rows that have none of their own.
 
     Raises:
         BadData: a file cannot be read, or its kind is unknown.
@@ -72,7 +75,7 @@ def read_rows(
                 yield Row(place, None, str(value), text)
                 continue
             try:
-                chat = read_chat(value, format_name, columns, labels)
+                chat = read_chat(value, format_name, columns, labels, tools)
                 unread = tuple(key for key in chat.unread if key != group)
                 learned, weights = chat.learned, chat.weights
                 yield Row(place, chat.messages, None, text, unread, learned, weights, group=_group(value, group))
