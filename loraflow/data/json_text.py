@@ -19,10 +19,16 @@ def strict_json(text: str) -> JsonValue:
         value: JsonValue = _decode(text)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
     except UnicodeEncodeError:
         raise ValueError("a lone surrogate (half of a character) is not valid text") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        if "integer string conversion" in str(error):
+            raise ValueError("a whole number of more than 4,300 digits") from None
+        raise
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     return value
 
 

@@ -18,6 +18,7 @@ from loraflow.data.json_text import strict_json
 if TYPE_CHECKING:
     from jsonschema.protocols import Validator
 
+MAX_DEPTH = 64
 _MAX_SHOWN = 120  # characters of a schema's complaint
 
 
@@ -39,6 +40,8 @@ def read_tools(value: JsonValue, where: str = "tools") -> list[Tool] | None:
         return None
     if not isinstance(value, list):
         raise BadRow(f"{where} is {type(value).__name__}; expected a list of functions with name and parameters")
+    if _is_deep(value):
+        raise BadRow(f"{where} are nested too deeply; at most {MAX_DEPTH} levels")
     if all(isinstance(item, str) for item in value):
         return None
     return _checked_tools(json.dumps(value, ensure_ascii=False, default=str), where)
@@ -67,6 +70,21 @@ def _checked_tools(text: str, where: str) -> list[Tool]:
         _validator(json.dumps(parameters), f"{field}.function.parameters")
         tools.append({"type": "function", "function": cast(Function, function)})
     return tools
+
+
+def _is_deep(value: JsonValue) -> bool:
+    """Tell whether a value is nested more deeply than templates and schemas can be applied to it."""
+    level: list[JsonValue] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, list | dict)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _members(value: JsonValue) -> dict[str, JsonValue] | None:
@@ -133,6 +151,8 @@ def _call(item: JsonValue, where: str) -> ToolCall:
         arguments = _parsed(arguments, f"{where}.function.arguments") if arguments.strip() else {}
     if arguments is None:
         arguments = {}
+    if _is_deep(arguments):
+        raise BadRow(f"{where}.function.arguments are nested too deeply; at most {MAX_DEPTH} levels")
     if not isinstance(arguments, dict):
         raise BadRow(f"{where}.function.arguments is {type(arguments).__name__}; expected an object, or its JSON text")
     call: ToolCall = {"type": "function", "function": {"name": name, "arguments": arguments}}
