@@ -54,7 +54,7 @@ class CompiledTemplate:
                 marks.at += len(block)
         return marks.spans
 
-    def _values(self, chat: Chat) -> dict[str, Any]:
+    def _values(self, chat: Chat) -> dict[str, object]:
         """Return the variables of a template. A chat's tools are in its first message."""
         messages = [message.copy() for message in chat]
         tools = messages[0].pop("tools", None) if messages else None
