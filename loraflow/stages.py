@@ -21,6 +21,7 @@ from loraflow.failures import BadConfig
 _HARDWARE = ("loraflow.hardware.device", "loraflow.hardware.attention")
 _TEMPLATE = (
     "loraflow.data.loss_mask",
+    "loraflow.data.rendered_calls",
     "loraflow.data.answer_spans",
     "loraflow.data.alignment",
     "loraflow.data.template",
@@ -90,7 +91,9 @@ VERSION_DATASET = Stage(
 CHECK_DATASET = Stage(
     name="check_dataset",
     # 4: marks that exclude answers are honoured, data.limit is a sample, one row at least is held out, and a row with
-    # reasoning beside its content is malformed; 5: `**` in a pattern selects files at any depth, as in a .gitignore
+    # reasoning beside its content is malformed
+    # 5: labels such as flase or nein are refused, judgements such as correct: false are honoured, weights are read;
+    # `**` in a pattern selects files at any depth, as in a .gitignore
     version=5,
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
@@ -102,10 +105,13 @@ CHECK_DATASET = Stage(
         "loraflow.data.readers",
         "loraflow.data.chat_formats",
         "loraflow.data.row_fields",
+        "loraflow.data.labels",
         "loraflow.data.marks",
         "loraflow.data.chats",
         "loraflow.data.csv_reader",
         "loraflow.data.json_reader",
+        "loraflow.data.json_text",
+        "loraflow.data.tools",
         "loraflow.data.split",
         "loraflow.data.similar",
         "loraflow.data.near_split",
@@ -301,6 +307,7 @@ EVALUATE = Stage(
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, part="heldout")},
     code=(
         "loraflow.evaluation.score",
+        "loraflow.data.call_parser",
         "loraflow.data.split",
         "loraflow.evaluation.generation",
         "loraflow.data.positions",

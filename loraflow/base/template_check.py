@@ -10,10 +10,11 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from loraflow.data.chats import Chat, Message
 from loraflow.data.loss_mask import ChatTemplate
+from loraflow.data.rendered_calls import without_tools
 from loraflow.data.template import TODAY
 from loraflow.data.tokenizer_config import RECORD, special_tokens
 from loraflow.failures import BadModel
@@ -23,6 +24,44 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _ANSWERS = ("A color.", "It is 42: naïve, 你好 😀", '{"a": [1, 2]}', "def f(x):\n\treturn x  # two", "No")
+
+
+_WITH_TOOLS: Chat = [
+    {
+        "role": "user",
+        "content": "Will it rain in Köln?",
+        "tools": [
+            {
+                "type": "function",
+                "function": {
+                    "name": "get_weather",
+                    "description": "Get the forecast.",
+                    "parameters": {
+                        "type": "object",
+                        "properties": {
+                            "city": {"type": "string", "description": "The city."},
+                            "days": {"type": "integer", "description": "How many days."},
+                        },
+                        "required": ["city"],
+                    },
+                },
+            }
+        ],
+    },
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {
+                "type": "function",
+                "id": "call00001",
+                "function": {"name": "get_weather", "arguments": {"city": 'Köln "Mitte"', "days": 2}},
+            }
+        ],
+    },
+    {"role": "tool", "content": '{"rain": 3}', "tool_call_id": "call00001", "name": "get_weather"},
+    {"role": "assistant", "content": "Yes, a little."},
+]
 
 
 def _conversation(turns: int, *, system: bool = False) -> Chat:
@@ -36,8 +75,11 @@ def _conversation(turns: int, *, system: bool = False) -> Chat:
 
 
 def conversations() -> list[Chat]:
-    """Return the conversations that are compared: of one, two and five turns, with and without a system message."""
-    return [_conversation(turns, system=system) for system in (False, True) for turns in (1, 2, 5)]
+    """Return the conversations that are compared: of one, two and five turns, with and without a system message; and one
+    with tools, which a template may refuse or leave out.
+    """
+    plain = [_conversation(turns, system=system) for system in (False, True) for turns in (1, 2, 5)]
+    return [*plain, _WITH_TOOLS, _WITH_TOOLS[:2]]
 
 
 def check_template(folder: Path, *, trust: bool = False) -> None:
@@ -85,9 +127,11 @@ def _rendered_by_transformers(tokenizer: PreTrainedTokenizerBase, chat: Chat, *,
     """Return transformers' text of a chat; None if the template refuses the chat."""
     from jinja2.exceptions import TemplateError
 
+    tools = chat[0].get("tools")
     try:
         text = tokenizer.apply_chat_template(
-            [{"role": message["role"], "content": message["content"]} for message in chat],
+            cast("list[dict[str, str]]", without_tools(chat)),
+            tools=None if tools is None else [dict(tool) for tool in tools],
             tokenize=False,
             add_generation_prompt=prompt,
             strftime_now=lambda form: time.strftime(form, TODAY),  # a template may write today's date

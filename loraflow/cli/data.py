@@ -83,7 +83,7 @@ def pull(dvc_file: str, remote: str | None) -> None:
 def check(source: str, form: str, as_json: bool) -> None:
     """Check the rows of SOURCE, a file or folder of chats. Exit status 1 if a row is malformed or there are no rows."""
     from loraflow.data.guess_columns import columns_of
-    from loraflow.data.readers import match_files, match_nothing, read_rows
+    from loraflow.data.readers import is_partly_learned, match_files, match_nothing, read_rows
     from loraflow.data.split import prompt_key
 
     path = Path(source)
@@ -92,7 +92,7 @@ def check(source: str, form: str, as_json: bool) -> None:
         raise click.BadParameter(f"{source} does not exist")
     names = match_files(folder, patterns)
     columns = columns_of(folder / names[0], names[0]) if names and form == "auto" else {}
-    rows = marked = partly = 0
+    rows = marked = partly = weighted = 0
     prompts: set[str] = set()
     problems: list[dict[str, str]] = []
     unread: Counter[str] = Counter()
@@ -104,15 +104,17 @@ def check(source: str, form: str, as_json: bool) -> None:
         elif row.messages is None:
             problems.append({"place": row.place, "problem": row.problem or ""})
         else:
-            partly += row.learned is not None
+            partly += is_partly_learned(row)
+            weighted += row.weights is not None
             if len(prompts) < 2:
                 prompts.add(prompt_key(row.messages))
     if as_json:
         counts = {"rows": rows, "malformed": len(problems), "marked_false": marked, "partly_marked": partly}
+        counts |= {"weighted": weighted} if weighted else {}
         click.echo(json.dumps({**counts, "columns": columns, "unread": dict(unread), "problems": problems}))
     else:
         _print_check(rows, problems, columns, unread)
-        for line in marked_lines(marked, partly):
+        for line in marked_lines(marked, partly, weighted):
             click.echo(line)
         for name in match_nothing(folder) if path.is_dir() else ():
             click.echo(f"not read  {name}: not one of the supported file types", err=True)
@@ -144,17 +146,24 @@ def show_row(recipe: str, row: int, sets: tuple[str, ...]) -> None:
         config = TokenizeConfig.from_recipe(workspace.recipe, workspace)
         shown = masked_row(store.path(rows) / "train.jsonl", row, ChatTemplate(store.path(base)), config)
         workspace.save()
-    parts = [click.style(f"⟦{text}⟧", fg="green", bold=True) if learned else text for text, learned in shown.parts]
-    click.echo("".join(parts))
+    click.echo("".join(_masked_part(text, weight) for text, weight in shown.parts))
     click.echo(f"{shown.place}: {shown.tokens} tokens, {shown.learned_tokens} learned")
     if shown.left_out:
         click.echo(shown.left_out)
 
 
-def marked_lines(marked: int, partly: int) -> list[str]:
-    """Say how many rows are left out, or learned in part, because of their marks."""
+def _masked_part(text: str, weight: float) -> str:
+    """Return a part of a row with its mask: ⟦ ⟧ if it is learned, and its weight if that is not 1."""
+    if not weight:
+        return text
+    return click.style(f"⟦{text}⟧" + ("" if weight == 1 else f"×{weight:g}"), fg="green", bold=True)
+
+
+def marked_lines(marked: int, partly: int, weighted: int = 0) -> list[str]:
+    """Say how many rows are left out, or learned in part or with weights, because of their marks."""
     lines = [f"{marked} rows are left out: their answers are marked as not to be learned"] if marked else []
-    return lines + ([f"{partly} rows are learned in part: some of their answers are marked so"] if partly else [])
+    lines += [f"{partly} rows are learned in part: some of their answers are marked so"] if partly else []
+    return lines + ([f"{weighted} rows have weights other than 0 and 1 in the loss"] if weighted else [])
 
 
 def _print_check(rows: int, problems: list[dict[str, str]], columns: dict[str, str], unread: Counter[str]) -> None:

@@ -92,7 +92,7 @@ def init(data_file: Path, base: str, name: str | None) -> None:
     quiet_logging()
     from loraflow.data import dvc
     from loraflow.data.guess_columns import columns_of
-    from loraflow.data.readers import match_files, match_nothing, read_rows
+    from loraflow.data.readers import is_partly_learned, match_files, match_nothing, read_rows
     from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
 
     name = re.sub(r"[^a-z0-9._-]+", "-", (name or data_file.stem).lower()).strip("-.") or "mine"
@@ -119,7 +119,7 @@ def init(data_file: Path, base: str, name: str | None) -> None:
     recipe.write_text(_recipe(name, recipe, pin.dvc_file, names, base, chats, columns, size, near), encoding="utf-8")
     marked = sum(row.is_marked_false for row in rows)
     click.echo(f"chats: {len(chats)}; malformed rows: {len(rows) - len(chats) - marked}")
-    for line in marked_lines(marked, sum(row.learned is not None for row in rows)):
+    for line in marked_lines(marked, sum(map(is_partly_learned, rows)), sum(row.weights is not None for row in rows)):
         click.echo(line)
     for file in match_nothing(data_file) if data_file.is_dir() else ():
         click.echo(f"not read  {file}: not one of the supported file types", err=True)

@@ -37,6 +37,7 @@ SCORES = {
     "chrf": {"chrf"},
     "rouge": {"rouge1", "rouge2", "rougeL", "rougeLsum"},
     "json_fields": {"json_valid", "field_f1"},
+    "tool_calls": {"tool_name", "tool_arguments_f1", "valid_call_rate"},
 }
 
 COLUMNS = ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "system")
@@ -56,6 +57,11 @@ class Data(FrozenModel):
         "auto", description="Format of the rows; auto detects it for each row by its keys."
     )
     columns: dict[str, str] = Field({}, description="Columns with other names: {prompt: question, completion: answer}.")
+    tools: str | None = Field(
+        None,
+        description="A JSON file with the tools of all rows that have none of their own: a list of functions as in OpenAI's "
+        "API.",
+    )
     group: str | None = Field(
         None,
         description="Field of the rows whose value names a group, such as the document that a question is about. The "

@@ -24,6 +24,7 @@ from loraflow.config.recipe import (
     UnfingerprintedTraining,
 )
 from loraflow.config.runtime import Runtime
+from loraflow.config.tools_file import read_tools_file
 from loraflow.frozen import FrozenModel
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -149,6 +150,7 @@ class CheckDatasetConfig(StageConfig):
     thinking: Literal["strip"] | None = None  # set only if reasoning is removed from the rows
     group: str | None = None  # set only if rows have groups
     near_duplicates: Literal["report", "drop"] | None = None  # set only if near-duplicates are searched
+    tools: list[JsonValue] | None = None  # the content of data.tools; set only if the recipe names it
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
@@ -167,6 +169,8 @@ class CheckDatasetConfig(StageConfig):
             values["thinking"] = "strip"
         if data.near_duplicates != "off":  # refuse computes the same as drop: the run compares the report with it
             values["near_duplicates"] = "report" if data.near_duplicates == "report" else "drop"
+        if data.tools is not None:
+            values["tools"] = read_tools_file(data.tools)
         return cls.of(values)
 
 

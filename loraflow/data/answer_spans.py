@@ -7,6 +7,7 @@ answer's own text must be rendered completely, and a control token must close it
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Literal, NoReturn
 
 from loraflow.data.alignment import Span
 from loraflow.data.chats import Chat, Message
+from loraflow.data.rendered_calls import CALL_ENDS, call_end, missing_part
 from loraflow.data.template import MARKERS
 from loraflow.data.template_process import TemplateProcess
 from loraflow.failures import BadModel
@@ -74,6 +76,7 @@ class AnswerFinder:
         self._stop = re.compile(rf"\s*({tokens})") if special else None
         self.appended = ""  # what the caller adds to a rendered chat that ends with an answer
         self._insertions = [""]  # texts that were found between prompts and answers
+        self._call_ends: list[str] | None = None  # tokens that end an answer with calls
 
     def find(
         self,
@@ -109,7 +112,9 @@ class AnswerFinder:
         for number, (turn, head) in enumerate(zip(turns, heads, strict=True)):
             chat, text = chats[turn.chat], texts[turn.chat]
             try:
-                if marks is None:
+                if marks is None and "tool_calls" in chat[turn.message]:
+                    answer = self._with_calls(chat, text, head, turn)
+                elif marks is None:
                     answer = self._unmarked(chat, text, head, turn)
                 else:
                     end = len(text) if turn.is_last else len(heads[number + 1])
@@ -205,6 +210,45 @@ class AnswerFinder:
                 closed = more.end()
         return Answer(((start, closed),), inserted, text[end:closed])
 
+    def _with_calls(self, chat: Chat, text: str, head: str, turn: _Turn) -> Answer:
+        """Return an answer with tool calls: from its prompt to the first token that ends an answer."""
+        if not text.startswith(head):
+            _refuse_prompt(text, head, turn)
+        start, ends = len(head), self._ends_of_calls()
+        end = call_end(text, start, ends)
+        if end is None:
+            _refuse_open(text[-40:], turn)
+        self._refuse_result(chat, text, end, turn)
+        _refuse_missing_call(text[start:end], chat[turn.message], turn)
+        return Answer(((start, end),), "", next(token for token in ends if text[:end].endswith(token)))
+
+    def _refuse_result(self, chat: Chat, text: str, end: int, turn: _Turn) -> None:
+        """Refuse an answer whose end comes behind the start of the tool's result: the model would learn the result.
+
+        The result starts where the text changes with it.
+        """
+        at = turn.message + 1
+        if at == len(chat) or chat[at]["role"] != "tool":
+            return
+        probe: Message = {**chat[at], "content": _PROBE}
+        (probed,) = self._renderer.render([[*chat[:at], probe, *chat[at + 1 :]]], prompt=False)
+        if end > len(os.path.commonprefix([text, probed])):  # noqa: RUF071 (letters, not folders)
+            _refuse_open(text[end - 40 : end], turn)
+
+    def _ends_of_calls(self) -> list[str]:
+        """Return the tokens that end answers, of which one also ends an answer with calls."""
+        if self._call_ends is None:
+            chat: Chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+            self._call_ends = [token for token in CALL_ENDS if token in self._special]
+            try:
+                (text,) = self._renderer.render([chat], prompt=False)
+                ((answer,),) = self.find([chat], [text + self.appended], "assistant")
+            except BadModel:  # a template that refuses this chat; the rows decide
+                return self._call_ends
+            found = re.findall("|".join(map(re.escape, self._special)), answer.closing) if self._special else []
+            self._call_ends += list(dict.fromkeys(found))
+        return self._call_ends
+
     # -- templates with {% generation %} blocks ---------------------------------------------------------------------
 
     def _marked(self, chat: Chat, text: str, head: str, turn: _Turn, end: int, marks: Sequence[Span]) -> Answer:
@@ -226,6 +270,12 @@ class AnswerFinder:
             )
         rendered = "".join(text[first:last] for first, last in spans)
         body = rendered[: self._before_closing(rendered)]
+        if "tool_calls" in chat[turn.message]:
+            self._refuse_result(chat, text, spans[-1][1], turn)
+            _refuse_missing_call(rendered, chat[turn.message], turn)
+            if body == rendered:
+                _refuse_open(text[spans[-1][1] :][:40], turn)
+            return Answer(tuple(spans), "", rendered[len(body) :])
         own_first = [
             (body[: len(body) - len(own)], rendered[len(body) :])
             for own in (content, content.strip())
@@ -316,6 +366,25 @@ def _refuse_cut(cut: _CutAnswer, turn: _Turn) -> NoReturn:
         next_step="; ".join(ways),
         chat=turn.chat,
     ) from cut
+
+
+def _refuse_missing_call(rendered: str, message: Message, turn: _Turn) -> None:
+    """Refuse an answer whose calls the template does not render completely.
+
+    Raises:
+        BadModel: a part is missing.
+    """
+    missing = missing_part(rendered, message)
+    if missing is not None:
+        raise BadModel(
+            "The chat template leaves out a tool call, or a part of it.",
+            where="chat_template",
+            expected=missing[:_SHOWN],
+            got=f"{turn}: {rendered[:_SHOWN]!r}",
+            next_step="choose a base whose chat template knows tools, name another template (base.chat_template), or remove "
+            "these rows",
+            chat=turn.chat,
+        )
 
 
 def _refuse_prompt(text: str, head: str, turn: _Turn) -> NoReturn:

@@ -8,15 +8,18 @@ with different texts are refused. Marks that exclude an answer from the loss are
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from pydantic import JsonValue
 
-from loraflow.data.chats import BadRow, Message
-from loraflow.data.marks import Labels, MarkedFalse
-from loraflow.data.row_fields import ASSISTANT, RawRow, RowFields, Turn, has_value, objects
+from loraflow.data.chats import BadRow, Message, Tool
+from loraflow.data.labels import Labels
+from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
+from loraflow.data.row_fields import ASSISTANT, FUNCTION_CALL, RawRow, RowFields, Turn, has_value, objects
+from loraflow.data.tools import fitting_calls, read_calls, read_tools
 
 __all__ = [
     "FORMATS",
@@ -41,6 +44,7 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "function": "tool",
 }
+_OTHER_ROLES = {"developer": "system", "function": "tool"}  # OpenAI's newer name, and its older one
 _SYSTEM_KEYS = ("system", "system_prompt")  # Anthropic's and Alpaca's; OpenOrca's
 _NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 
@@ -51,6 +55,7 @@ class ReadChat:
 
     messages: list[Message]
     learned: tuple[int, ...] | None = None  # numbers of the answers that are learned, from 0; None: every answer
+    weights: tuple[float, ...] | None = None  # of each of `learned` in the loss; None: 1 for all
     unread: tuple[str, ...] = ()  # keys that have a value and were not read
 
 
@@ -59,6 +64,7 @@ def read_chat(
     format_name: str = "auto",
     columns: Mapping[str, str] = _NO_COLUMNS,
     labels: Labels | None = None,
+    tools: list[Tool] | None = None,
 ) -> ReadChat:
     """Return a row's chat, which answers of it are learned, and which keys were not read.
 
@@ -67,6 +73,7 @@ def read_chat(
         format_name: messages, sharegpt, alpaca, prompt_completion or auto.
         columns: {loraflow's column: the row's column}, for columns with other names.
         labels: tells whether a label is a class. By default none is.
+        tools: of a row that has none of its own (data.tools).
 
     Raises:
         MarkedFalse: marks exclude every answer of the row.
@@ -74,16 +81,36 @@ def read_chat(
     """
     fields = RowFields(_object(row), columns, labels or Labels())
     turns = _turns(fields, format_name)
-    is_row_learned = fields.row.keys() <= _FORMAT_KEYS or fields.is_row_learned()
-    messages = _checked(turns)
-    if not is_row_learned:
+    row_weight = 1.0 if fields.row.keys() <= _FORMAT_KEYS else fields.row_weight()
+    messages = _checked(turns, _tools(fields, tools))
+    if not row_weight:
         raise MarkedFalse("the row is marked as not to be learned")
-    learned = None
-    if not all(turn.learned for turn in turns):
-        learned = tuple(n for n, turn in enumerate(turns) if turn.learned and messages[n]["role"] == "assistant")
-        if not learned:
-            raise MarkedFalse("its answers are marked as not to be learned")
-    return ReadChat(messages, learned, fields.unread())
+    learned, weights = _marked(turns, row_weight, messages)
+    return ReadChat(messages, learned, weights, fields.unread())
+
+
+def _marked(
+    turns: list[Turn], row_weight: float, messages: list[Message]
+) -> tuple[tuple[int, ...] | None, tuple[float, ...] | None]:
+    """Return the numbers of the learned answers, and their weights; None for what no mark changes.
+
+    Raises:
+        MarkedFalse: no answer is learned.
+        BadRow: the product of a row's and a message's weight is too large.
+    """
+    if row_weight == 1 and all(turn.weight == 1 for turn in turns):
+        return None, None
+    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    learned = tuple(n for n in answers if turns[n].weight)
+    if not learned:
+        raise MarkedFalse("its answers are marked as not to be learned")
+    weights = tuple(turns[n].weight * row_weight for n in learned)
+    if max(weights) > MAX_WEIGHT:
+        raise BadRow(
+            f"the product of the row's and an answer's weight is {max(weights):g}; expected at most {MAX_WEIGHT}"
+        )
+    has_weights = any(weight != 1 for weight in weights)
+    return (learned if has_weights or len(learned) < len(answers) else None), (weights if has_weights else None)
 
 
 def to_messages(row: JsonValue, format_name: str = "auto") -> list[Message]:
@@ -96,7 +123,7 @@ def to_messages(row: JsonValue, format_name: str = "auto") -> list[Message]:
     return read_chat(row, format_name).messages
 
 
-def to_prompt(row: JsonValue, format_name: str = "auto") -> list[Message]:
+def to_prompt(row: JsonValue, format_name: str = "auto", tools: list[Tool] | None = None) -> list[Message]:
     """Return a row's prompt: its chat without the last answer, whether the row has that answer or not.
 
     Marks are not read: a question whose answer is marked as wrong may still be asked.
@@ -105,7 +132,8 @@ def to_prompt(row: JsonValue, format_name: str = "auto") -> list[Message]:
         BadRow: the row has no prompt.
     """
     fields = RowFields(_with_dummy_answer(_object(row)), _NO_COLUMNS, None)
-    return _checked(_turns(fields, format_name))[:-1]
+    turns = _turns(fields, format_name)
+    return _checked(turns, _tools(fields, tools))[:-1]
 
 
 def _object(row: JsonValue) -> RawRow:
@@ -165,7 +193,7 @@ def _with_dummy_answer(row: RawRow) -> RawRow:
         turns = objects(out.get(key))
         if turns:
             last = turns[-1].get(role)
-            answered = isinstance(last, str) and last in ASSISTANT
+            answered = isinstance(last, str) and (last in ASSISTANT or last == FUNCTION_CALL)
             out[key] = [*(turns[:-1] if answered else turns), {role: "assistant", content: "."}]
     for question, answer in (("instruction", "output"), ("prompt", "completion")):
         if question in out:
@@ -217,6 +245,12 @@ def _sharegpt(fields: RowFields) -> list[Turn]:
     out: list[Turn] = []
     for number, turn in enumerate(fields.turns("conversations", turns, ("from", "role"), ("value", "content")), 1):
         who = turn.role
+        if who == FUNCTION_CALL:
+            calls = turn.calls or tuple(read_calls(turn.content, f"turn {number}: value"))
+            if not calls:
+                raise BadRow(f"turn {number}: a function_call without a call")
+            out.append(turn._replace(role="assistant", content="", calls=calls))
+            continue
         if not isinstance(who, str) or who not in _SHAREGPT_ROLES:
             raise BadRow(f"turn {number}: unknown role {who!r}; expected one of {', '.join(sorted(_SHAREGPT_ROLES))}")
         out.append(turn._replace(role=_SHAREGPT_ROLES[who]))
@@ -277,28 +311,31 @@ _NEEDS = [(name, needed) for name, chat_format in FORMATS.items() for needed in 
 _FORMAT_KEYS = {*_SYSTEM_KEYS, "input", "context", "history"}.union(*(needed for _, needed in _NEEDS))
 
 
-def _checked(turns: list[Turn]) -> list[Message]:
-    """Check roles, their order, and contents.
+def _tools(fields: RowFields, of_dataset: list[Tool] | None) -> list[Tool] | None:
+    """Return the tools of a row. A row's own replace those of the dataset."""
+    for key in ("tools", "functions"):
+        if has_value(fields.row.get(key)) and (found := read_tools(fields.row[key], key)) is not None:
+            fields.value(key)
+            return found
+    return of_dataset
+
+
+def _checked(turns: list[Turn], tools: list[Tool] | None = None) -> list[Message]:
+    """Check roles, their order, contents and tool calls.
 
     A system message comes first or not at all; user and assistant alternate; the last message is the assistant's.
     """
     if not turns:
         raise BadRow("the chat has no messages")
+    has_calls = any(turn.calls for turn in turns)
     messages: list[Message] = []
-    for number, (role, content, _) in enumerate(turns, 1):
-        if role == "developer":  # OpenAI's newer name of the system message
-            role = "system"
-        if not isinstance(role, str) or role not in ROLES:
-            raise BadRow(f"message {number}: unknown role {role!r}; expected one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise BadRow(f"message {number}: content is {type(content).__name__}; expected text")
-        if not content.strip() and role != "system":
-            raise BadRow(f"message {number}: an empty {role} message")
-        if "\0" in content:
-            raise BadRow(f"message {number}: a NUL character (U+0000) at character {content.index(chr(0)) + 1}")
-        if role == "system" and number != 1:
-            raise BadRow(f"message {number}: a system message must be the first message")
-        messages.append({"role": _ROLES[role], "content": content})  # one text for all rows, which saves memory
+    for number, turn in enumerate(turns, 1):
+        message = _message(turn, number, has_calls=has_calls)
+        if turn.calls:
+            message["tool_calls"] = fitting_calls(list(turn.calls), tools, f"message {number}: tool_calls")
+        if has_calls and message["role"] == "tool":
+            _add_origin(message, turn, messages, number)
+        messages.append(message)
     speakers = [message["role"] for message in messages if message["role"] not in ("system", "tool")]
     if not speakers or speakers[0] != "user":
         raise BadRow("the first message (after the system message) must be a user message")
@@ -307,4 +344,47 @@ def _checked(turns: list[Turn]) -> list[Message]:
     for number, (speaker, following) in enumerate(itertools.pairwise(speakers), 1):
         if speaker == following == "user":
             raise BadRow(f"two user messages in a row (turns {number} and {number + 1})")
+    if tools is not None:
+        messages[0]["tools"] = tools
     return messages
+
+
+def _message(turn: Turn, number: int, *, has_calls: bool) -> Message:
+    role, content = turn.role, turn.content
+    role = _OTHER_ROLES.get(role, role) if isinstance(role, str) else role
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadRow(f"message {number}: unknown role {role!r}; expected one of {', '.join(ROLES)}")
+    may_be_empty = role == "system" or bool(turn.calls) or (role == "tool" and has_calls)
+    if content is None and may_be_empty:
+        content = ""
+    if role == "tool" and isinstance(content, dict):  # a result that is JSON
+        content = json.dumps(content, ensure_ascii=False, default=str)
+    if not isinstance(content, str):
+        raise BadRow(f"message {number}: content is {type(content).__name__}; expected text")
+    if not content.strip() and not may_be_empty:
+        raise BadRow(f"message {number}: an empty {role} message")
+    if "\0" in content:
+        raise BadRow(f"message {number}: a NUL character (U+0000) at character {content.index(chr(0)) + 1}")
+    if role == "system" and number != 1:
+        raise BadRow(f"message {number}: a system message must be the first message")
+    return {"role": _ROLES[role], "content": content}  # one text for all rows, which saves memory
+
+
+def _add_origin(message: Message, turn: Turn, before: list[Message], number: int) -> None:
+    """Note to which call a tool's result belongs, as far as the row says so.
+
+    Raises:
+        BadRow: it does not follow a call, or names another one.
+    """
+    calls = next((m.get("tool_calls", []) for m in reversed(before) if m["role"] != "tool"), [])
+    if not calls:
+        raise BadRow(f"message {number}: a tool's result that does not follow a call")
+    if isinstance(turn.call_id, str) and turn.call_id:
+        identifiers = [call["id"] for call in calls if "id" in call]
+        if identifiers and turn.call_id not in identifiers:
+            raise BadRow(f"message {number}: tool_call_id {turn.call_id!r} is not among the calls before it")
+        message["tool_call_id"] = turn.call_id
+    if isinstance(turn.name, str) and turn.name:
+        if turn.name not in (names := [call["function"]["name"] for call in calls]):
+            raise BadRow(f"message {number}: name {turn.name!r} is not a tool that was called: {', '.join(names)}")
+        message["name"] = turn.name

@@ -3,18 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
+
+if TYPE_CHECKING:  # the processes that render templates import this module, so it has to be light
+    from pydantic import JsonValue
+
+
+class Function(TypedDict):
+    """A function that a model may call. Its parameters are a JSON schema."""
+
+    name: str
+    description: NotRequired[str]
+    parameters: NotRequired[JsonValue]
+
+
+class Tool(TypedDict):
+    """A tool, as OpenAI's API and chat templates have it."""
+
+    type: str  # function
+    function: Function
+
+
+class CalledFunction(TypedDict):
+    """The function of a call, and its arguments."""
+
+    name: str
+    arguments: dict[str, JsonValue]
+
+
+class ToolCall(TypedDict):
+    """A call of a tool."""
+
+    type: str  # function
+    function: CalledFunction
+    id: NotRequired[str]
 
 
 class Message(TypedDict):
     """One message of a chat."""
 
     role: str  # system, user, assistant or tool
-    content: str
+    content: str  # may be empty beside tool_calls
+    tool_calls: NotRequired[list[ToolCall]]  # of an assistant
+    tool_call_id: NotRequired[str]  # of a tool's result
+    name: NotRequired[str]  # of the tool, beside its result
+    tools: NotRequired[list[Tool]]  # of the chat; only in its first message
 
 
 Chat = Sequence[Message]
 GATE_SET = "heldout"  # the held-out set that the gate uses; extra held-out sets are only reported
+
+
+def with_system(chat: list[Message], system: str) -> list[Message]:
+    """Return a chat with a system message before it. The chat's tools go to the new first message."""
+    first = chat[0].copy()
+    message: Message = {"role": "system", "content": system}
+    if "tools" in first:
+        message["tools"] = first.pop("tools")
+    return [message, first, *chat[1:]]
 
 
 class BadRow(Exception):
@@ -29,4 +75,5 @@ class ChatRecord(TypedDict):
     place: str  # where the row was read: file:line, or file:row
     messages: list[Message]
     learned: NotRequired[list[int]]  # numbers of the answers that are learned, from 0; absent: all of them
+    weights: NotRequired[list[float]]  # of each of `learned` in the loss; absent: 1 for all
     group: NotRequired[str]  # the value of data.group

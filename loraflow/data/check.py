@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,14 +17,15 @@ from typing import Literal, TypedDict
 from pydantic import JsonValue
 
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.chats import GATE_SET, ChatRecord, Message
+from loraflow.data.chats import GATE_SET, BadRow, ChatRecord, Message, Tool, with_system
 from loraflow.data.check_report import CheckReport, NearDuplicates, Profile, SplitCounts
 from loraflow.data.near_split import Clusters, ValidRow, draw_split, place_near
 from loraflow.data.placement import Split
-from loraflow.data.readers import match_files, read_rows
+from loraflow.data.readers import Row, is_partly_learned, match_files, read_rows
 from loraflow.data.reasoning import NOT_RENDERED, reasoning_key, without_reasoning
 from loraflow.data.similar import CheckedRow, find_similar, is_last_learned
 from loraflow.data.split import draw, group_key, prompt_key, row_id, sample
+from loraflow.data.tools import read_tools
 from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
@@ -200,15 +201,18 @@ def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> tuple[S
 def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Iterator[ValidRow]:
     """Yield the rows that have a chat; the others go to the quarantine."""
     counts, quarantine = reading.counts, reading.quarantine
+    tools = _tools_of(config)
     for set_name, set_files in _assign_files(files, config).items():
-        for row in read_rows(files, set_files, config.format, config.columns, config.group):
+        for row in read_rows(files, set_files, config.format, config.columns, config.group, tools):
             counts["read"] += 1
             if row.unused_keys:
                 reading.unread.update(row.unused_keys)
             messages, problem = row.messages, row.problem or ""
             if messages is not None and config.thinking == "strip":
                 messages = without_reasoning(messages)
-                if any(not m["content"].strip() for m in messages if m["role"] == "assistant"):
+                if any(
+                    not m["content"].strip() for m in messages if m["role"] == "assistant" and "tool_calls" not in m
+                ):
                     messages, problem = None, "an answer is empty without its reasoning (data.thinking)"
             elif messages is not None and (reasoning := reasoning_key(row.unused_keys)):
                 messages, problem = None, f"{reasoning} {NOT_RENDERED}"
@@ -236,14 +240,28 @@ def _place(valid: ValidRow, split: Split, splits: Splits, config: CheckDatasetCo
         problem = "its last answer, the reference, is marked as not to be learned"
         quarantine.append({"place": row.place, "set": set_name, "problem": problem, "row": row.raw})
         return
-    record = _record(messages, row.place, name, config.system, None if split == "heldout" else row.learned)
+    record = _record(messages, row, name, config.system, is_heldout=split == "heldout")
     if row.group is not None:
         record["group"] = row.group
-    if "learned" in record:
+    if "weights" in record:
+        counts["weighted"] += 1
+    if "learned" in record and is_partly_learned(row):
         counts["partly_marked"] += 1
     if record["messages"] is not messages:
         key = prompt_key(record["messages"])
     splits[split].append(CheckedRow(record, key))
+
+
+def _tools_of(config: CheckDatasetConfig) -> list[Tool] | None:
+    """Return the tools of the dataset.
+
+    Raises:
+        BadData: they are not functions with JSON schemas.
+    """
+    try:
+        return None if config.tools is None else read_tools(config.tools, "data.tools")
+    except BadRow as problem:
+        raise BadData("The tools of the dataset are malformed.", where="data.tools", got=str(problem)) from problem
 
 
 def _hold_out_one(splits: Splits, reading: _Reading, config: CheckDatasetConfig) -> None:
@@ -263,6 +281,7 @@ def _hold_out_one(splits: Splits, reading: _Reading, config: CheckDatasetConfig)
         if unit(row) == chosen and is_last_learned(row.record):
             record: ChatRecord = {**row.record, "set": GATE_SET}
             record.pop("learned", None)
+            record.pop("weights", None)
             splits["heldout"].append(CheckedRow(record, row.prompt))
             reading.counts["held_out_of_few"] += 1
 
@@ -303,15 +322,16 @@ def _assign_files(files: Path, config: CheckDatasetConfig) -> dict[str, list[str
     return names
 
 
-def _record(
-    messages: list[Message], place: str, set_name: str, system: str | None, learned: Sequence[int] | None
-) -> ChatRecord:
+def _record(messages: list[Message], row: Row, set_name: str, system: str | None, *, is_heldout: bool) -> ChatRecord:
+    """Return a row's record. Of a held-out row, only the last answer is used: marks and weights are left out."""
     added = bool(system) and messages[0]["role"] != "system"
     if system and added:
-        messages = [{"role": "system", "content": system}, *messages]
-    record: ChatRecord = {"id": row_id(messages), "set": set_name, "place": place, "messages": messages}
-    if learned is not None:
-        record["learned"] = [number + added for number in learned]
+        messages = with_system(messages, system)
+    record: ChatRecord = {"id": row_id(messages), "set": set_name, "place": row.place, "messages": messages}
+    if row.learned is not None and not is_heldout:
+        record["learned"] = [number + added for number in row.learned]
+        if row.weights is not None:
+            record["weights"] = list(row.weights)
     return record
 
 
@@ -327,6 +347,7 @@ def _drop_duplicates(splits: Splits, reading: _Reading, policy: Literal["drop", 
             record = row.record
             seen = places.setdefault(record["set"], {})
             chat = f"{record['id']} {record['learned']}" if "learned" in record else record["id"]
+            chat += f" {record['weights']}" if "weights" in record else ""
             if chat in seen and (policy == "drop" or split == "heldout"):
                 reading.drop(record, record["set"], "duplicate", f"same as {seen[chat]}")
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 import os
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -78,6 +79,14 @@ def encoded_chunks(source: Path, template: ChatTemplate, config: TokenizeConfig,
             raise Killed("A tokenizer process was killed.", where="tokenize", next_step="run again") from error
 
 
+def has_weights(source: Path) -> bool:
+    """Tell whether a file of checked chats has weights other than 0 and 1. The key cannot occur inside a JSON text."""
+    if not source.stat().st_size:
+        return False
+    with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b'"weights": [') >= 0
+
+
 def _line_chunks(source: Path) -> Iterator[list[str]]:
     lines: list[str] = []
     with source.open(encoding="utf-8") as file:
@@ -104,19 +113,29 @@ def _encode(lines: list[str]) -> Chunk:
     records: list[ChatRecord] = [json.loads(line) for line in lines]
     ids: list[np.ndarray] = []
     labels: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
     problems = Problems()
     if_cut: IfCut = "context" if _config.thinking == "keep" else "error"
     with name_row([record["place"] for record in records]):
         learned = [record.get("learned") for record in records]
-        encoded = _template.encode([record["messages"] for record in records], _config.loss_on, if_cut, learned)
+        factors = [record.get("weights") for record in records]
+        chats = [record["messages"] for record in records]
+        encoded = _template.encode(chats, _config.loss_on, if_cut, learned, factors)
     for record, row in zip(records, encoded, strict=True):
         part = _part_to_learn(row, record["place"], _config, problems)
         if part is not None:
             ids.append(part[0])
             labels.append(part[1])
+            weights.append(_weights_of(row)[: len(part[0])])
     none = np.empty(0, np.int32)
     lengths = np.fromiter(map(len, ids), np.int32, len(ids))
-    return Chunk(TokenBatch(np.concatenate([none, *ids]), np.concatenate([none, *labels]), lengths), problems)
+    of_tokens = np.concatenate([np.empty(0, np.float32), *weights]) if any(f is not None for f in factors) else None
+    batch = TokenBatch(np.concatenate([none, *ids]), np.concatenate([none, *labels]), lengths, of_tokens)
+    return Chunk(batch, problems)
+
+
+def _weights_of(row: Encoded) -> np.ndarray:
+    return (row.labels != IGNORED).astype(np.float32) if row.weights is None else row.weights
 
 
 def _part_to_learn(

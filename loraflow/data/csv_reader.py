@@ -74,6 +74,14 @@ def _separator(file: IO[str], usual: str) -> str:
 
 def _header(cells: list[str], name: str) -> list[str]:
     names = [cell.strip() or f"Unnamed: {number}" for number, cell in enumerate(cells)]
+    if len(names) == 1 and (other := next((sign for sign in "|^~\x1f" if sign in names[0]), None)):
+        raise BadData(
+            "The table has a single column, whose name contains another separator.",
+            where=f"{name}:1",
+            expected="cells separated by commas, semicolons or tabs",
+            got=repr(names[0][:100]),
+            next_step=f"put the line sep={other} before the header",
+        )
     if duplicated := [column for column, count in Counter(names).items() if count > 1]:
         raise BadData(
             "A column is duplicated.", where=name, got=", ".join(duplicated), next_step="rename or remove one of them"

@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple, NoReturn
+from typing import IO, NamedTuple
 
 from pydantic import JsonValue
 
 from loraflow.data.chat_formats import BARE_CHAT, is_bare_chat
 from loraflow.data.chats import BadRow
+from loraflow.data.json_text import strict_json
 from loraflow.failures import BadData
 
 MAX_ROW_BYTES = 50_000_000
@@ -118,38 +118,6 @@ def row_text(row: JsonValue) -> str:
         return json.dumps(row, ensure_ascii=False, default=str)[:2000]
     except (RecursionError, TypeError, ValueError):  # nested deeply; a key that is not text
         return f"({type(row).__name__})"
-
-
-def strict_json(text: str) -> JsonValue:
-    """Parse JSON without NaN, infinities, lone surrogates and duplicated keys, which Python's parser accepts.
-
-    Raises:
-        ValueError: the text is not valid JSON.
-    """
-    try:
-        value: JsonValue = _decode(text)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except UnicodeEncodeError:
-        raise ValueError("a lone surrogate (half of a character) is not valid text") from None
-    return value
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not valid JSON")
-
-
-def _unique_keys(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {json.dumps(key, ensure_ascii=False)[:60]} is duplicated in an object")
-    return values
-
-
-_decode = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant).decode
 
 
 def _is_json(text: str) -> bool:

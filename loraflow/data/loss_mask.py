@@ -23,6 +23,7 @@ import numpy as np
 from loraflow.data.alignment import ByteAlignment, Span
 from loraflow.data.answer_spans import Answer, AnswerFinder, IfCut, LossOn
 from loraflow.data.chats import Chat
+from loraflow.data.rendered_calls import call_text, has_text, missing_part, without_tools
 from loraflow.data.template_process import TemplateProcess, template_process
 from loraflow.data.tokenizer_config import TRAINING_TEMPLATE, read_template, special_tokens
 from loraflow.failures import BadModel
@@ -47,6 +48,7 @@ class Encoded:
     prompt: int  # number of ids before the last answer
     special_in_text: str | None = None  # the first control token in a message's text
     not_learned: int = 0  # answers that the template cuts, and that are only context (data.thinking: keep)
+    weights: np.ndarray | None = None  # float32, of each token in the loss, 0 where IGNORED; None: 1 for all labels
 
 
 class ChatTemplate:
@@ -106,6 +108,7 @@ class ChatTemplate:
         loss_on: LossOn,
         if_cut: IfCut = "error",
         learned: Sequence[Sequence[int] | None] | None = None,
+        weights: Sequence[Sequence[float] | None] | None = None,
     ) -> list[Encoded]:
         """Encode chats.
 
@@ -115,6 +118,8 @@ class ChatTemplate:
             if_cut: for answers that the template does not render completely: the chat is refused, or they are only context.
             learned: of each chat, the numbers of the messages that are learned; None: all answers. The other answers are
                 left out of what `loss_on` selects.
+            weights: of each chat, the weights in the loss of the answers in `learned`; None: 1. Other tokens that are
+                learned have the weight 1.
 
         Raises:
             BadModel: the template leaves out a part of a chat, an answer cannot be found in the rendered text, or no stop
@@ -125,28 +130,52 @@ class ChatTemplate:
             _refuse_other_text(texts, self._marking.render(chats, prompt=False))
         texts = self._closed(chats, texts)
         _refuse_left_out(chats, texts)
+        self._refuse_ignored_tools(chats, texts, prompt=False)
         numbers = learned or [None] * len(chats)
         found = self._answers.find(chats, texts, loss_on, if_cut, numbers)
         if loss_on != "all":
-            self._refuse_other_ends(found)
+            self._refuse_other_ends(chats, found)
         spans = [[span for answer in answers for span in answer.spans] for answers in found]
         out = []
         aligned = self._aligned(texts, spans)
-        for chat, answers, wanted, (ids, tokens) in zip(chats, found, numbers, aligned, strict=True):
+        of_chats = weights or [None] * len(chats)
+        for chat, answers, wanted, factors, (ids, tokens) in zip(chats, found, numbers, of_chats, aligned, strict=True):
             labels = ids.copy() if loss_on == "all" else _labels(ids, tokens)
+            token_weights = None
             if wanted is not None:
-                _mask_others(labels, chat, answers, tokens, wanted)
+                spans_of = _spans_by_message(chat, answers, tokens)
+                _mask_others(labels, spans_of, wanted)
+                token_weights = None if factors is None else _token_weights(labels, spans_of, wanted, factors)
             # A span of the last answer, or of the last one that is learned.
             first = len(tokens) - len(next((a.spans for a in reversed(answers) if a.spans), ()))
             prompt = tokens[first][0] if tokens else len(ids)
             cut = 0 if loss_on == "last_assistant" else sum(not answer.is_learned for answer in answers)
-            out.append(Encoded(ids, labels, prompt, self._special_in(chat), cut))
+            out.append(Encoded(ids, labels, prompt, self._special_in(chat), cut, token_weights))
         return out
 
     def prompt_ids(self, chats: Sequence[Chat]) -> list[list[int]]:
         """Return the ids that generation starts from: the chats without their last answer."""
-        prompts = self.render([chat[:-1] if chat[-1]["role"] == "assistant" else chat for chat in chats], prompt=True)
+        asked = [chat[:-1] if chat[-1]["role"] == "assistant" else chat for chat in chats]
+        prompts = self.render(asked, prompt=True)
+        self._refuse_ignored_tools(asked, prompts, prompt=True)
         return [encoding.ids for encoding in self.tokenizer.encode_batch(prompts, add_special_tokens=False)]
+
+    def answer_texts(self, chats: Sequence[Chat]) -> list[str]:
+        """Return the text of each chat's last answer, as generation returns it: tool calls as the template writes them.
+
+        Raises:
+            BadModel: the template leaves out a call. The failure's details have the number of the chat.
+        """
+        texts = [chat[-1]["content"] for chat in chats]
+        numbers = [number for number, chat in enumerate(chats) if "tool_calls" in chat[-1]]
+        if not numbers:
+            return texts
+        encoded = self.encode([chats[number] for number in numbers], "last_assistant")
+        inserted = self.inserted_text()
+        for number, row in zip(numbers, encoded, strict=True):
+            text = self.tokenizer.decode(row.ids[row.labels != IGNORED].tolist(), skip_special_tokens=True)
+            texts[number] = text.removeprefix(inserted).strip()
+        return texts
 
     def inserted(self) -> str:
         """Return the text that the template writes between a served prompt and an answer, such as an empty think block.
@@ -224,11 +253,36 @@ class ChatTemplate:
         known = token is not None and self.tokenizer.token_to_id(token.group()) in self._eos
         return token.group() if token is not None and known else None
 
+    def _refuse_ignored_tools(self, chats: Sequence[Chat], texts: Sequence[str], *, prompt: bool) -> None:
+        """Refuse tools that the template does not render.
+
+        Raises:
+            BadModel: a chat is rendered as without its tools. The failure's details have the number of the chat.
+        """
+        numbers = [number for number, chat in enumerate(chats) if "tools" in chat[0]]
+        if not numbers:
+            return
+        without = self.render([without_tools(chats[number]) for number in numbers], prompt=prompt)
+        for number, plain in zip(numbers, without, strict=True):
+            names = [tool["function"]["name"] for tool in chats[number][0]["tools"]]
+            lost = next((name for name in names if name not in texts[number]), None)
+            if plain == texts[number] or lost is not None:
+                raise BadModel(
+                    "The chat template leaves out the tools of a chat, so the model would not know what it can call.",
+                    where="chat_template",
+                    got=f"the tools {', '.join(names[:8])}",
+                    next_step="choose a base whose chat template knows tools, name another template (base.chat_template), "
+                    "or remove the tools",
+                    chat=number,
+                )
+
     def _control(self, text: str) -> list[str]:
         return self._any_special.findall(text) if self._any_special else []
 
-    def _refuse_other_ends(self, found: Sequence[Sequence[Answer]]) -> None:
+    def _refuse_other_ends(self, chats: Sequence[Chat], found: Sequence[Sequence[Answer]]) -> None:
         """Refuse answers that are learned with an end at which generation would not stop, as gpt-oss renders earlier ones.
+
+        Last answers define these ends, unless they are tool calls.
 
         Raises:
             BadModel: there is one. The failure's details have the number of the chat.
@@ -241,12 +295,12 @@ class ChatTemplate:
             self._ends = {token for i in stops if (token := self.tokenizer.id_to_token(i)) is not None}
         if not self._ends:
             return
-        for number, answers in enumerate(found):
-            for answer in answers[:-1]:
+        for number, (chat, answers) in enumerate(zip(chats, found, strict=True)):
+            for answer in answers if "tool_calls" in chat[-1] else answers[:-1]:
                 closing = answer.closing
                 if closing and not any(end in closing for end in self._ends) and (control := self._control(closing)):
                     raise BadModel(
-                        "The chat template closes earlier answers with a token at which generation does not stop.",
+                        "The chat template closes earlier answers or calls with a token at which generation does not stop.",
                         where="chat_template",
                         expected=f"one of {', '.join(sorted(self._ends))}",
                         got=control[0],
@@ -280,8 +334,8 @@ class ChatTemplate:
         """Return the first control token in a chat's messages."""
         if self._any_special is None:
             return None
-        for message in chat:
-            content = message["content"]
+        tools = [json.dumps(chat[0]["tools"], ensure_ascii=False)] if "tools" in chat[0] else []
+        for content in (*tools, *(message["content"] + call_text(message) for message in chat)):
             if self._special_start in content and (hit := self._any_special.search(content)):
                 return hit.group()
         return None
@@ -324,12 +378,21 @@ def _refuse_left_out(chats: Sequence[Chat], texts: Sequence[str]) -> None:
     """
     for number, (chat, text) in enumerate(zip(chats, texts, strict=True)):
         for message in chat:
-            if message["role"] in ("system", "tool") and message["content"].strip() not in text:
+            if message["role"] in ("system", "tool") and not has_text(text, message["content"]):
                 raise BadModel(
                     f"The chat template leaves out {message['role']} messages.",
                     where="chat_template",
                     got=message["content"][:80],
                     next_step=f"remove {message['role']} messages from the dataset, or correct the template",
+                    chat=number,
+                )
+            if "tool_calls" in message and (missing := missing_part(text, message)) is not None:
+                raise BadModel(
+                    "The chat template leaves out a tool call, or a part of it.",
+                    where="chat_template",
+                    got=missing[:80],
+                    next_step="choose a base whose chat template knows tools, name another template (base.chat_template), "
+                    "or remove these rows",
                     chat=number,
                 )
 
@@ -360,16 +423,33 @@ def _labels(ids: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     return labels
 
 
-def _mask_others(
-    labels: np.ndarray, chat: Chat, answers: Sequence[Answer], tokens: Sequence[Span], learned: Sequence[int]
-) -> None:
-    """Take the answers that are not learned out of the labels, in place. `tokens` are the spans of all answers in order."""
+def _spans_by_message(chat: Chat, answers: Sequence[Answer], tokens: Sequence[Span]) -> dict[int, Sequence[Span]]:
+    """Return {number of an answer's message: its spans of tokens}. `tokens` are the spans of all answers in order."""
+    found: dict[int, Sequence[Span]] = {}
     at = 0
     for number, answer in zip((n for n, m in enumerate(chat) if m["role"] == "assistant"), answers, strict=True):
-        if number not in learned:
-            for first, last in tokens[at : at + len(answer.spans)]:
-                labels[first:last] = IGNORED
+        found[number] = tokens[at : at + len(answer.spans)]
         at += len(answer.spans)
+    return found
+
+
+def _mask_others(labels: np.ndarray, spans: dict[int, Sequence[Span]], learned: Sequence[int]) -> None:
+    """Take the answers that are not learned out of the labels, in place."""
+    for number, parts in spans.items():
+        if number not in learned:
+            for first, last in parts:
+                labels[first:last] = IGNORED
+
+
+def _token_weights(
+    labels: np.ndarray, spans: dict[int, Sequence[Span]], learned: Sequence[int], weights: Sequence[float]
+) -> np.ndarray:
+    """Return the weight of each token in the loss."""
+    found: np.ndarray = (labels != IGNORED).astype(np.float32)
+    for number, weight in zip(learned, weights, strict=True):
+        for first, last in spans.get(number, ()):
+            found[first:last] *= np.float32(weight)
+    return found
 
 
 def _token_span(encoding: Encoding, start: int, end: int) -> Span:

@@ -1,22 +1,19 @@
-"""The marks by which datasets say that an answer is not learned: OpenAI's `weight`, axolotl's `train`, ms-swift's `loss`,
-the `label` of trl's KTO, and their relatives, on a message or on a row.
+"""The marks by which datasets say that an answer is not learned, or how much: OpenAI's `weight`, axolotl's `train`,
+ms-swift's `loss`, the `label` of trl's KTO, and their relatives, on a message or on a row.
 
 A mark is honoured or refused, in any spelling: CSV has only text, and spreadsheets write `FALSE` or `0,0`.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping
-from decimal import Decimal
-from typing import Literal
+from collections.abc import Mapping
 
 from pydantic import JsonValue
 
 from loraflow.data.chats import BadRow
+from loraflow.data.labels import Labels, as_number, is_absent, label_side, reads_like_a_judgement
 
-# Keys in lower case with underscores. Of these, 0 and false exclude an answer; 1 and true do not.
+# Keys in lower case with underscores. Of these, 0 and false exclude an answer; other numbers multiply its loss.
 _WEIGHTS = frozenset({
     "weight", "weights", "loss", "loss_weight", "sample_weight", "loss_mask", "compute_loss", "train", "training",
     "trainable", "train_on", "train_on_turn", "learn", "learned", "supervised",
@@ -25,20 +22,21 @@ _WEIGHTS = frozenset({
 _EXCLUSIONS = frozenset({
     "masked", "is_masked", "ignore", "ignored", "ignore_loss", "no_loss", "exclude", "excluded", "skip",
 })  # fmt: skip
-# KTO's: true is a desirable answer. Many datasets have a class by the name `label`, so other values are no mark.
+# KTO's: true is a desirable answer. Many datasets have a class by the name `label`, so other values may be no mark.
 _LABELS = frozenset({"label", "kto_tag", "kto_label", "desirable", "is_desirable"})
+# Judgements that count only as true or false: other values, such as the correct answer's text, are named as not read.
+_VERDICTS = frozenset(
+    {"correct", "is_correct", "accepted", "is_accepted", "approved", "is_approved", "good", "is_good"}
+)
+_BAD_VERDICTS = frozenset(
+    {"incorrect", "is_incorrect", "rejected", "is_rejected", "wrong", "is_wrong", "bad", "is_bad"}
+)
 # The meaning of these depends on the tool: `mask: 1` is learned in some, and left out in others.
 _UNCLEAR = frozenset({"mask", "training_detail", "train_detail"})
-_KEYS = _WEIGHTS | _EXCLUSIONS | _LABELS | _UNCLEAR
-
-_TRUE = frozenset({"true", "t", "yes", "y", "on"})
-_FALSE = frozenset({"false", "f", "no", "n", "off"})
-_LABEL_TRUE = _TRUE | {"desirable", "chosen"}
-_LABEL_FALSE = _FALSE | {"undesirable", "rejected"}
-_NUMBER = re.compile(r"[-+]?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:[eE][-+]?\d+)?")
+_KEYS = _WEIGHTS | _EXCLUSIONS | _LABELS | _VERDICTS | _BAD_VERDICTS | _UNCLEAR
+# A row's `loss` or `train` with other values than true and false may be a measurement, or a split.
+_ROW_WEIGHTS = frozenset({"weight", "weights", "loss_weight", "sample_weight"})
 MAX_WEIGHT = 10
-
-Side = Literal[True, False, "other"] | None  # what a label says; None: there is no value
 
 
 class MarkedFalse(BadRow):
@@ -54,8 +52,8 @@ def _normal(key: str) -> str:
     return key.strip().lower().replace("-", "_").replace(" ", "_")
 
 
-def is_learned(values: Mapping[str, JsonValue], where: str, used: set[str], labels: Labels) -> bool:
-    """Tell whether the marks of a row or message leave its answer in the loss. One mark that excludes it is enough.
+def answer_weight(values: Mapping[str, JsonValue], where: str, used: set[str], labels: Labels) -> float:
+    """Return the weight of an answer in the loss by the marks of its row or message: their product, 1 without any.
 
     Args:
         values: the row or message.
@@ -64,135 +62,72 @@ def is_learned(values: Mapping[str, JsonValue], where: str, used: set[str], labe
         labels: tells whether a label is a class.
 
     Raises:
-        BadRow: a mark is unclear.
+        BadRow: a mark is unclear, or a weight is not between 0 and 10.
     """
-    learned = True
+    weight = 1.0
     for key, value in values.items():
         if not isinstance(key, str) or (name := _normal(key)) not in _KEYS:
             continue
         mark = _mark(key, name, value, where, labels)
         if mark is not None:
-            learned &= mark
+            weight *= mark
             used.add(key)
-    return learned
+    if weight > MAX_WEIGHT:
+        raise BadRow(f"{where}the product of its weights is {weight:g}; expected at most {MAX_WEIGHT}")
+    return weight
 
 
 def excludes(key: str, value: JsonValue) -> bool:
     """Tell whether a key and its value are a mark that excludes an answer."""
     try:
-        return not is_learned({key: value}, "message", set(), Labels())
+        return answer_weight({key: value}, "message", set(), Labels()) == 0
     except BadRow:
         return False
 
 
-def _mark(key: str, name: str, value: JsonValue, where: str, labels: Labels) -> bool | None:
+def _mark(key: str, name: str, value: JsonValue, where: str, labels: Labels) -> float | None:
+    """Return what a mark multiplies the weight of an answer by; None if it says nothing."""
     if name in _LABELS:
         side = label_side(value)
         if side is None or labels.are_classes(key):
             return None
         if side == "other":
-            if where:  # an attribute of a message: it is named as not read
+            if where and not reads_like_a_judgement(value):  # an attribute of a message: it is named as not read
                 return None
-            raise BadRow(
-                f"{key} {_shown(value)} is neither true nor false, as other rows' are; if it is a class, rename it"
-            )
-        return side
+            raise BadRow(where + labels.problem(key, value))
+        return float(side)
+    if name in _VERDICTS or name in _BAD_VERDICTS:
+        side = label_side(value)
+        return None if side is None or side == "other" else float(side is (name in _VERDICTS))
     if name in _UNCLEAR:
-        if _is_absent(value) or (isinstance(value, str) and value.strip().lower() in ("user", "human", "system")):
+        if is_absent(value) or (isinstance(value, str) and value.strip().lower() in ("user", "human", "system")):
             return None
         raise BadRow(f"{where}{key} {_shown(value)} does not say whether the answer is learned; use weight 0 or 1")
-    weight = _weight(value)
-    if weight is None and _is_absent(value):
+    weight = as_number(value)
+    if weight is None and is_absent(value):
         return None
-    if weight is None or weight not in (0, 1):
-        raise BadRow(_unsupported(where, key, value, weight))
-    return bool(weight) is not (name in _EXCLUSIONS)
+    if weight is None or weight < 0 or weight > MAX_WEIGHT or (name in _EXCLUSIONS and weight not in (0, 1)):
+        raise BadRow(_unsupported(where, key, value, weight, is_exclusion=name in _EXCLUSIONS))
+    if not where and weight not in (0, 1) and name not in _ROW_WEIGHTS:
+        raise BadRow(
+            f"{key} {_shown(value)} is neither 0 nor 1; if it multiplies the loss of the row, name the column weight"
+        )
+    return float(weight == 0) if name in _EXCLUSIONS else weight
 
 
-def _unsupported(where: str, key: str, value: JsonValue, weight: float | None) -> str:
+def _unsupported(where: str, key: str, value: JsonValue, weight: float | None, *, is_exclusion: bool) -> str:
     if weight is None:
         why = "is not readable"
-    elif weight < 0 or weight > MAX_WEIGHT:
-        why = f"is outside 0 to {MAX_WEIGHT}"
+    elif is_exclusion:
+        why = "is neither true nor false"
     else:
-        why = "is a fraction or a multiple, which is not supported yet"
+        why = f"is outside 0 to {MAX_WEIGHT}"
+    ways = "write 1 (the answer is left out) or 0 (it is learned)"
+    if not is_exclusion:
+        ways = "write 1 (the answer is learned) or 0 (it is not), or a number between that multiplies its loss"
     column = "" if where else "; if it is no mark, rename or remove the column"
-    return f"{where}{key} {_shown(value)} {why}; write 1 (the answer is learned) or 0 (it is not){column}"
+    return f"{where}{key} {_shown(value)} {why}; {ways}{column}"
 
 
 def _shown(value: JsonValue) -> str:
     return repr(value)[:60]
-
-
-def _is_absent(value: JsonValue) -> bool:
-    if isinstance(value, float):
-        return math.isnan(value)  # pandas' missing value
-    if isinstance(value, str):
-        return value.strip().lower() in ("", "nan", "null", "none", "[]", "{}")
-    return value is None or value in ([], {})
-
-
-def _weight(value: JsonValue) -> float | None:
-    """Return a mark as a number: 0 or 1 for words; None if it is none."""
-    if isinstance(value, bool):
-        return float(value)
-    if isinstance(value, int | float | Decimal):
-        try:
-            number = float(value)
-        except OverflowError:
-            return math.inf
-        return None if math.isnan(number) else number
-    if not isinstance(value, str):
-        return None
-    text = value.strip().lower()
-    if text in _TRUE or text in _FALSE:
-        return float(text in _TRUE)
-    return float(text.replace(",", ".")) if _NUMBER.fullmatch(text) else None
-
-
-def label_side(value: JsonValue) -> Side:
-    """Return what a label says: True, False, "other" for a value that is neither, None for no value."""
-    if _is_absent(value):
-        return None
-    if isinstance(value, str):
-        text = value.strip().lower()
-        if text in _LABEL_TRUE or text in _LABEL_FALSE:
-            return text in _LABEL_TRUE
-    number = _weight(value)
-    return "other" if number not in (0, 1) else number == 1
-
-
-class Labels:
-    """Whether the labels of a file are marks or classes.
-
-    The file is read for it when the first label is met. Labels are classes if one is a whole number above 1, if there are
-    two other texts, or if none is true or false. One other text beside true and false is a mistake, and is refused.
-    """
-
-    def __init__(self, rows: Callable[[], Iterable[JsonValue]] | None = None):
-        self._rows = rows
-        self._found: dict[str, bool] = {}
-
-    def are_classes(self, key: str) -> bool:
-        """Return whether the labels of a key are classes. Without rows, they are marks."""
-        if self._rows is None:
-            return False
-        if key not in self._found:
-            values = (row.get(key) if isinstance(row, dict) else None for row in self._rows())
-            self._found[key] = _are_classes(values)
-        return self._found[key]
-
-
-def _are_classes(values: Iterable[JsonValue]) -> bool:
-    others: set[str] = set()
-    has_mark = False
-    for value in values:
-        side = label_side(value)
-        if side == "other":
-            number = _weight(value)
-            others.add(_shown(value))
-            if len(others) > 1 or (number is not None and number > 1 and number.is_integer()):
-                return True
-        elif side is not None:
-            has_mark = True
-    return not has_mark

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.answer_spans import IfCut
 from loraflow.data.chats import ChatRecord
@@ -21,7 +23,7 @@ class MaskedRow:
     place: str
     tokens: int
     learned_tokens: int
-    parts: tuple[tuple[str, bool], ...]  # text, and whether it is learned; together they are the decoded tokens
+    parts: tuple[tuple[str, float], ...]  # text and its weight in the loss; together they are the decoded tokens
     control_token: str | None  # the first in a message's text
     left_out: str | None  # why tokenize leaves the row out, or cuts it
 
@@ -46,17 +48,22 @@ def masked_row(rows: Path, number: int, template: ChatTemplate, config: Tokenize
     record: ChatRecord = json.loads(line)
     with name_row([record["place"]]):
         if_cut: IfCut = "context" if config.thinking == "keep" else "error"
-        (encoded,) = template.encode([record["messages"]], config.loss_on, if_cut, [record.get("learned")])
+        (encoded,) = template.encode(
+            [record["messages"]], config.loss_on, if_cut, [record.get("learned")], [record.get("weights")]
+        )
     ids: list[int] = encoded.ids.tolist()
     learned: list[bool] = (encoded.labels != IGNORED).tolist()
-    starts = [n for n in range(len(ids)) if n == 0 or learned[n] != learned[n - 1]]
-    parts: list[tuple[str, bool]] = []
+    weights: list[float] = [float(is_learned) for is_learned in learned]
+    if encoded.weights is not None:
+        weights = [float(np.format_float_positional(weight)) for weight in encoded.weights]  # 0.1, as it was written
+    starts = [n for n in range(len(ids)) if n == 0 or weights[n] != weights[n - 1]]
+    parts: list[tuple[str, float]] = []
     before = ""
     for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
         text = template.tokenizer.decode(
             ids[:end], skip_special_tokens=False
         )  # of all: a token's text depends on the others
-        parts.append((text[len(before) :], learned[start]))
+        parts.append((text[len(before) :], weights[start]))
         before = text
     return MaskedRow(
         place=record["place"],

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from loraflow.data.chat_formats import RawRow, read_chat
-from loraflow.data.chats import BadRow, Message
+from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.csv_reader import read_table
-from loraflow.data.json_reader import RawValue, read_json, read_json_lines, row_text, strict_json
-from loraflow.data.marks import Labels, MarkedFalse
+from loraflow.data.json_reader import RawValue, read_json, read_json_lines, row_text
+from loraflow.data.json_text import strict_json
+from loraflow.data.labels import Labels
+from loraflow.data.marks import MarkedFalse
 from loraflow.failures import BadData
 
 if TYPE_CHECKING:
@@ -34,8 +36,14 @@ class Row:
     raw: str = ""  # the row's text
     unused_keys: tuple[str, ...] = ()  # keys that have a value and that no format reads
     learned: tuple[int, ...] | None = None  # numbers of the answers that are learned, from 0; None: every answer
+    weights: tuple[float, ...] | None = None  # of each of `learned` in the loss; None: 1 for all
     is_marked_false: bool = False  # it has no chat, because its marks exclude every answer
     group: str | None = None  # the value of the field that names the row's group
+
+
+def is_partly_learned(row: Row) -> bool:
+    """Tell whether the marks of a row exclude some of its answers, not all."""
+    return row.learned is not None and len(row.learned) < sum(m["role"] == "assistant" for m in row.messages or ())
 
 
 def read_rows(
@@ -44,6 +52,7 @@ def read_rows(
     format_name: str,
     columns: Mapping[str, str] = MappingProxyType({}),
     group: str | None = None,
+    tools: list[Tool] | None = None,
 ) -> Iterator[Row]:
     """Read files row by row. A malformed row is yielded with its problem.
 
@@ -53,6 +62,7 @@ def read_rows(
         format_name: the rows' format: messages, sharegpt, alpaca, prompt_completion or auto.
         columns: {loraflow's column: the files' column}, for columns with other names.
         group: the field that names a row's group.
+        tools: of rows that have none of their own.
 
     Raises:
         BadData: a file cannot be read, or its kind is unknown.
@@ -65,9 +75,10 @@ def read_rows(
                 yield Row(place, None, str(value), text)
                 continue
             try:
-                chat = read_chat(value, format_name, columns, labels)
+                chat = read_chat(value, format_name, columns, labels, tools)
                 unread = tuple(key for key in chat.unread if key != group)
-                yield Row(place, chat.messages, None, text, unread, chat.learned, group=_group(value, group))
+                learned, weights = chat.learned, chat.weights
+                yield Row(place, chat.messages, None, text, unread, learned, weights, group=_group(value, group))
             except MarkedFalse as marked:
                 yield Row(place, None, str(marked), text, is_marked_false=True)
             except BadRow as problem:

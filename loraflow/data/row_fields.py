@@ -7,11 +7,15 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from loraflow.data.chats import BadRow
-from loraflow.data.marks import Labels, excludes, is_learned, is_mark
+from loraflow.data.chats import BadRow, ToolCall
+from loraflow.data.labels import Labels
+from loraflow.data.marks import answer_weight, excludes, is_mark
+from loraflow.data.tools import read_calls
 
 RawRow = dict[str, JsonValue]  # a row as its file has it
 ASSISTANT = frozenset({"gpt", "assistant", "chatgpt", "bard", "model", "bing"})  # names of the role
+FUNCTION_CALL = "function_call"  # ShareGPT's role of an answer that is a call
+TOOL_ROLES = frozenset({"tool", "function", "observation"})  # roles of a tool's result
 # Cells of CSV that need not be named as not read. As a text that is read, "{}" is a value: a JSON answer.
 _EMPTY_TEXTS = ("[]", "{}", "null")
 
@@ -21,7 +25,10 @@ class Turn(NamedTuple):
 
     role: JsonValue
     content: JsonValue
-    learned: bool = True  # whether its marks leave it in the loss
+    weight: float = 1.0  # of its tokens in the loss, by its marks; 0: it is not learned
+    calls: tuple[ToolCall, ...] = ()
+    call_id: JsonValue = None  # of a tool's result: the call that it belongs to
+    name: JsonValue = None  # of a tool's result: its tool
 
 
 class RowFields:
@@ -67,17 +74,17 @@ class RowFields:
         """Return the value of the first key that has one; None if none of the keys is there."""
         return self.value(*names) if any(name in self.row for name in names) else None
 
-    def is_row_learned(self) -> bool:
-        """Tell whether the row's marks leave its answers in the loss.
+    def row_weight(self) -> float:
+        """Return the weight of the row's answers in the loss, by the row's marks; 0: they are not learned.
 
         Raises:
             BadRow: a mark is unclear.
         """
         if self.labels is None:
-            return True
+            return 1.0
         read = {*self._used, *self._columns.values()}
         others = {key: value for key, value in self.row.items() if key not in read}
-        return is_learned(others, "", self._used, self.labels)
+        return answer_weight(others, "", self._used, self.labels)
 
     def turns(
         self, column: str, items: list[RawRow], roles: tuple[str, ...], contents: tuple[str, ...], first: int = 1
@@ -92,7 +99,7 @@ class RowFields:
             first: the number of the first message, for the problem's text.
 
         Raises:
-            BadRow: a message has a tool call, an unclear mark, two roles or contents, or a part that is not text.
+            BadRow: a message has a malformed tool call, an unclear mark, two roles or contents, or a part that is not text.
         """
         role_key, content_key = roles[0], contents[0]
         out: list[Turn] = []
@@ -101,24 +108,31 @@ class RowFields:
                 turn = Turn(item[role_key], item[content_key])
             else:
                 turn = self._turn(column, item, roles, contents, number)
-            if isinstance(turn.content, list):
+            if isinstance(turn.content, list) and turn.role != FUNCTION_CALL:
                 turn = turn._replace(content=self.joined(turn.content, number, column))
             out.append(turn)
         return out
 
     def _turn(self, column: str, item: RawRow, roles: tuple[str, ...], contents: tuple[str, ...], number: int) -> Turn:
-        for call in ("tool_calls", "function_call"):
-            if item.get(call):
-                raise BadRow(f"{column}: {call} is not supported")
+        calls = [
+            call
+            for key in ("tool_calls", "function_call")
+            for call in read_calls(item.get(key), f"message {number}: {key}")
+        ]
         fields = RowFields(item, {}, self.labels)
         role, content = fields.optional(*roles), fields.optional(*contents)
-        learned, used = True, fields._used | {*roles, *contents}
-        if isinstance(role, str) and role in ASSISTANT and self.labels is not None:
-            learned = is_learned(item, f"message {number}: ", used, self.labels)
+        weight, used = 1.0, fields._used | {*roles, *contents, "tool_calls", "function_call"}
+        is_answer = isinstance(role, str) and (role in ASSISTANT or role == FUNCTION_CALL)
+        if calls and not is_answer:
+            raise BadRow(f"message {number}: a tool call in a {role} message; only an assistant calls tools")
+        if role in TOOL_ROLES:
+            used |= {"tool_call_id", "name"}
+        if is_answer and self.labels is not None:
+            weight = answer_weight(item, f"message {number}: ", used, self.labels)
         else:  # only answers are learned: a mark that excludes another message changes nothing
             used |= {key for key, value in item.items() if is_mark(key) and excludes(key, value)}
         self._note_unread(column, item, used)
-        return Turn(role, content, learned)
+        return Turn(role, content, weight, tuple(calls), item.get("tool_call_id"), item.get("name"))
 
     def joined(self, content: list[JsonValue], number: int, column: str) -> str:
         """Join a message's parts: [{"type": "text", "text": …}].

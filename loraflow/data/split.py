@@ -62,7 +62,14 @@ def sample(keys: Sequence[str], size: int, seed: int, purpose: str) -> list[int]
 
 def normalized_key(messages: Chat) -> int:
     """Return a hash of texts without the differences of case, white space and Unicode form, as a 64-bit number."""
-    return text_key(normalize("\0".join(message["content"] for message in messages)))
+    return text_key(normalize("\0".join(map(_content, messages))))
+
+
+def _content(message: Message) -> str:
+    """Return a message's text, and what else it has, such as tool calls."""
+    others = {key: value for key, value in message.items() if key not in ("role", "content")}
+    text = message["content"] or ""
+    return f"{text}\0{to_json(others)}" if others else text
 
 
 def normalize(text: str) -> str:

@@ -20,7 +20,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from loraflow.data.chats import Chat, Message
+from loraflow.data.chats import Chat
 
 if TYPE_CHECKING:  # each process that renders imports this module, so it has to be light
     from pydantic import JsonValue
@@ -44,18 +44,21 @@ class CompiledTemplate:
 
     def render(self, chat: Chat, *, prompt: bool = False) -> str:
         """Return a chat as the model reads it. `prompt` adds the head of an answer (add_generation_prompt)."""
-        return self._template.render(messages=_copy(chat), add_generation_prompt=prompt, **self._variables)
+        values = self._values(chat)
+        return self._template.render(**values, add_generation_prompt=prompt)
 
     def marked(self, chat: Chat) -> list[tuple[int, int]]:
         """Return the spans of characters that are inside `{% generation %}` blocks."""
         with self._marks.collect() as marks:
-            for block in self._template.generate(messages=_copy(chat), add_generation_prompt=False, **self._variables):
+            for block in self._template.generate(**self._values(chat), add_generation_prompt=False):
                 marks.at += len(block)
         return marks.spans
 
-
-def _copy(chat: Chat) -> list[Message]:
-    return [message.copy() for message in chat]
+    def _values(self, chat: Chat) -> dict[str, object]:
+        """Return the variables of a template. A chat's tools are in its first message."""
+        messages = [message.copy() for message in chat]
+        tools = messages[0].pop("tools", None) if messages else None
+        return {**self._variables, "messages": messages, **({} if tools is None else {"tools": tools})}
 
 
 class _Marks:

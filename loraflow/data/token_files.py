@@ -13,36 +13,48 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import JsonValue
 
+from loraflow.data.loss_mask import IGNORED
+
 SHARD = "data-00000-of-00001.arrow"
 _FEATURES: dict[str, JsonValue] = {
     "input_ids": {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"},
     "labels": {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"},
     "length": {"dtype": "int32", "_type": "Value"},
 }
-_SCHEMA = pa.schema(
-    [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("length", pa.int32())],
-    metadata={b"huggingface": json.dumps({"info": {"features": _FEATURES}}).encode()},
-)
+_WEIGHTS: dict[str, JsonValue] = {"loss_weights": {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}}
+
+
+def _schema(features: dict[str, JsonValue], *, weighted: bool) -> pa.Schema:
+    columns = [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("length", pa.int32())]
+    if weighted:
+        columns.append(("loss_weights", pa.list_(pa.float32())))
+    return pa.schema(columns, metadata={b"huggingface": json.dumps({"info": {"features": features}}).encode()})
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Tokenized rows as flat int32 arrays: the ids and labels of all rows, one row after another, and their lengths."""
+    """Tokenized rows as flat arrays: the ids and labels of all rows, one row after another, and their lengths."""
 
-    ids: np.ndarray
-    labels: np.ndarray
-    lengths: np.ndarray
+    ids: np.ndarray  # int32
+    labels: np.ndarray  # int32
+    lengths: np.ndarray  # int32
+    weights: np.ndarray | None = None  # float32, of each token in the loss; None: 1 for all that have a label
 
 
 @contextmanager
-def open_shard(folder: Path) -> Iterator[Callable[[TokenBatch], None]]:
-    """Make a folder that `datasets.load_from_disk` opens, and yield the function that appends a batch to its shard."""
+def open_shard(folder: Path, *, weighted: bool = False) -> Iterator[Callable[[TokenBatch], None]]:
+    """Make a folder that `datasets.load_from_disk` opens, and yield the function that appends a batch to its shard.
+
+    `weighted` adds the column `loss_weights`, with the weight of each token in the loss.
+    """
     folder.mkdir()
-    with pa.OSFile(str(folder / SHARD), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
+    features = {**_FEATURES, **_WEIGHTS} if weighted else _FEATURES
+    schema = _schema(features, weighted=weighted)
+    with pa.OSFile(str(folder / SHARD), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
 
         def append(batch: TokenBatch) -> None:
             if len(batch.lengths):
-                writer.write_batch(_record_batch(batch))
+                writer.write_batch(_record_batch(batch, schema))
 
         yield append
     # As datasets.save_to_disk writes it, but with a constant fingerprint: equal rows give equal bytes.
@@ -59,7 +71,7 @@ def open_shard(folder: Path) -> Iterator[Callable[[TokenBatch], None]]:
     info: dict[str, JsonValue] = {
         "citation": "",
         "description": "",
-        "features": _FEATURES,
+        "features": features,
         "homepage": "",
         "license": "",
     }
@@ -71,17 +83,19 @@ def write_packing(file: Path, row_of: np.ndarray) -> None:
     pq.write_table(pa.table({"row": _arrow(row_of)}), file)
 
 
-def _record_batch(batch: TokenBatch) -> pa.RecordBatch:
+def _record_batch(batch: TokenBatch, schema: pa.Schema) -> pa.RecordBatch:
     offsets = np.zeros(len(batch.lengths) + 1, np.int32)
     np.cumsum(batch.lengths, out=offsets[1:])
-    return pa.record_batch(
-        [
-            pa.ListArray.from_arrays(_arrow(offsets), _arrow(batch.ids)),
-            pa.ListArray.from_arrays(_arrow(offsets), _arrow(batch.labels)),
-            _arrow(batch.lengths),
-        ],
-        schema=_SCHEMA,
-    )
+    columns = [
+        pa.ListArray.from_arrays(_arrow(offsets), _arrow(batch.ids)),
+        pa.ListArray.from_arrays(_arrow(offsets), _arrow(batch.labels)),
+        _arrow(batch.lengths),
+    ]
+    if "loss_weights" in schema.names:
+        weights = (batch.labels != IGNORED).astype(np.float32) if batch.weights is None else batch.weights
+        values = pa.Array.from_buffers(pa.float32(), len(weights), [None, pa.py_buffer(weights)])
+        columns.append(pa.ListArray.from_arrays(_arrow(offsets), values))
+    return pa.record_batch(columns, schema=schema)
 
 
 def _arrow(values: np.ndarray) -> pa.Array:

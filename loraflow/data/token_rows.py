@@ -24,10 +24,13 @@ class TokenRows:
 
         files = sorted(folder.glob("*.arrow"))
         columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._weights: list[np.ndarray] = []  # of each batch; empty if the files have none
         for file in files:
             for batch in pa.ipc.open_stream(pa.memory_map(str(file))):
                 ids, labels = batch.column("input_ids"), batch.column("labels")
                 columns.append((ids.flatten().to_numpy(), labels.flatten().to_numpy(), np.diff(ids.offsets.to_numpy())))
+                if "loss_weights" in batch.schema.names:
+                    self._weights.append(batch.column("loss_weights").flatten().to_numpy())
         self._ids, self._labels = [ids for ids, _, _ in columns], [labels for _, labels, _ in columns]
         lengths = [batch_lengths for _, _, batch_lengths in columns]
         self.lengths = np.concatenate(lengths) if lengths else np.empty(0, np.int32)
@@ -52,6 +55,19 @@ class TokenRows:
     def __getitem__(self, row: int) -> list[Document]:
         """Return a row's documents as (ids, labels)."""
         return [self.document(int(n)) for n in self.documents[self.offsets[row] : self.offsets[row + 1]]]
+
+    def weights(self, row: int) -> list[np.ndarray] | None:
+        """Return the weights in the loss of the tokens of each document of a row, float32; None if all are 0 or 1.
+
+        A token whose label is IGNORED has the weight 0.
+        """
+        if not self._weights:
+            return None
+        found = []
+        for number in self.documents[self.offsets[row] : self.offsets[row + 1]]:
+            start = self._start[number]
+            found.append(self._weights[self._batch[number]][start : start + self.lengths[number]])
+        return found
 
     def document(self, number: int) -> Document:
         """Return a document as (ids, labels), which are views of the file."""

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from loraflow.config.stage_configs import TokenizeConfig
-from loraflow.data.chunk_encoder import Chunk, Problem, Problems, encoded_chunks
+from loraflow.data.chunk_encoder import Chunk, Problem, Problems, encoded_chunks, has_weights
 from loraflow.data.loss_mask import IGNORED, ChatTemplate
 from loraflow.data.packing import best_fit_decreasing
 from loraflow.data.positions import Positions
@@ -95,7 +95,8 @@ def run(job: Job[TokenizeConfig], inputs: Inputs, out: Path, progress: Progress)
 
     def tokenize(name: str) -> TokenizedFile:
         chunks = encoded_chunks(rows / f"{name}.jsonl", template, config, processes)
-        file = _write(chunks, out / name, config, progress, problems)
+        weighted = has_weights(rows / f"{name}.jsonl")
+        file = _write(chunks, out / name, config, progress, problems, weighted=weighted)
         refuse_ids_beyond(file.largest_id, vocabulary, template)
         positions.check(file.lengths.tolist(), f"{name} rows")
         return file
@@ -120,16 +121,22 @@ def run(job: Job[TokenizeConfig], inputs: Inputs, out: Path, progress: Progress)
 
 
 def _write(
-    chunks: Iterable[Chunk], target: Path, config: TokenizeConfig, progress: Progress, problems: Counter[Problem]
+    chunks: Iterable[Chunk],
+    target: Path,
+    config: TokenizeConfig,
+    progress: Progress,
+    problems: Counter[Problem],
+    *,
+    weighted: bool,
 ) -> TokenizedFile:
-    """Write encoded rows to an Arrow folder, and add their problems to `problems`.
+    """Write encoded rows to an Arrow folder, and add their problems to `problems`. `weighted` adds the tokens' weights.
 
     Raises:
         BadData: a row has a problem whose policy is error.
     """
     lengths = [np.empty(0, np.int32)]
     supervised = rows = largest_id = 0
-    with open_shard(target) as append:
+    with open_shard(target, weighted=weighted) as append:
         for chunk in chunks:
             problems.update(chunk.problems.counts)
             _refuse(chunk.problems, config)

@@ -19,7 +19,7 @@ from loraflow.data.split import prompt_key, sample
 from loraflow.evaluation.groups import group_labels
 from loraflow.evaluation.intervals import Interval, mean_interval
 from loraflow.evaluation.values import RANGES, EvaluationReport, MetricValue, Sample, Scores, SetScores, scores_to_dict
-from loraflow.failures import BadData
+from loraflow.failures import BadData, BadModel
 from loraflow.hardware.device import pick_device
 from loraflow.hardware.process_group import ProcessGroup, join
 from loraflow.job import Inputs, Job, Progress
@@ -37,6 +37,7 @@ _ROW_COLUMNS = {
     "set",
     "prompt",
     "reference",
+    "reference_calls",
     "answer",
     "answer_tokens",
     "finish",
@@ -65,6 +66,7 @@ class _Computed:
     losses: list[tuple[float, int]]  # sum of -log p of the reference in nats, its number of tokens
     control_tokens: int  # rows with a control token in a message's text; 0 without the metric token_loss
     longest: int  # tokens of the longest row, with its reference; 0 without the metric token_loss
+    references: list[str]  # the text of each reference; of tool calls, as the template renders them
 
 
 def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
@@ -162,6 +164,7 @@ def _ask_model(
         losses,
         control_tokens=sum(row.special_in_text is not None for row in encoded),
         longest=max((len(row.ids) for row in encoded), default=0),
+        references=template.answer_texts(chats),
     )
 
 
@@ -189,7 +192,8 @@ def _table(rows: Sequence[HeldoutRow], computed: _Computed) -> pd.DataFrame:
             "set": [row.set for row in rows],
             **({} if groups == [None] * len(rows) else {"group": groups}),
             "prompt": [json.dumps(row.messages[:-1], ensure_ascii=False) for row in rows],
-            "reference": [row.messages[-1]["content"] for row in rows],
+            "reference": computed.references,
+            **_calls_column(rows),
             "answer": [answer["text"] for answer in computed.answers],
             "answer_tokens": [answer["tokens"] for answer in computed.answers],
             "finish": [answer["finish"] for answer in computed.answers],
@@ -199,6 +203,20 @@ def _table(rows: Sequence[HeldoutRow], computed: _Computed) -> pd.DataFrame:
     )
 
 
+def _calls_column(rows: Sequence[HeldoutRow]) -> dict[str, list[str]]:
+    """Return the calls of the references, and the tools, as JSON, if a row has tools."""
+    if not any("tools" in row.messages[0] or "tool_calls" in row.messages[-1] for row in rows):
+        return {}
+    wanted = [
+        {
+            "calls": [call["function"] for call in row.messages[-1].get("tool_calls", [])],
+            "tools": row.messages[0].get("tools"),
+        }
+        for row in rows
+    ]
+    return {"reference_calls": [json.dumps(value, ensure_ascii=False) for value in wanted]}
+
+
 def _row_scores(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, list[float]]:
     """Return the scores of each row, by the names that the metrics' modules give them."""
     from loraflow.evaluation.metric_modules import compute, require_unchanged
@@ -206,10 +224,37 @@ def _row_scores(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, list[f
     columns: dict[str, list[float]] = {}
     for name in config.metrics:
         prediction, reference = ("nll", "reference_tokens") if name == "token_loss" else ("answer", "reference")
+        if name == "tool_calls":
+            reference = "reference_calls"
+            _require_calls(table)
         columns |= compute(name, table[prediction].tolist(), table[reference].tolist()).rows
     for name, sha256 in config.modules.items():  # after they were imported, so that an edit before that is seen too
         require_unchanged(name, sha256)
     return columns
+
+
+def _require_calls(table: pd.DataFrame) -> None:
+    """Refuse the metric tool_calls without tools, and for a format of calls that it cannot parse.
+
+    Raises:
+        BadData: no held-out row has tools.
+        BadModel: the calls of a reference are not found in its own text.
+    """
+    from loraflow.data.call_parser import parse_calls
+
+    if "reference_calls" not in table:
+        raise BadData(
+            "No held-out row has tools, so tool calls cannot be scored.", where="evaluation.metrics: tool_calls"
+        )
+    for row in table.itertuples():
+        if parse_calls(row.reference) != json.loads(row.reference_calls)["calls"]:
+            raise BadModel(
+                "The metric tool_calls does not know how this chat template writes tool calls.",
+                where="evaluation.metrics",
+                expected="<tool_call>{JSON}</tool_call>, [TOOL_CALLS] [JSON], or JSON with name and arguments",
+                got=row.reference[:100],
+                next_step="remove the metric tool_calls; exact_match compares the rendered calls",
+            )
 
 
 def _require_finite(table: pd.DataFrame) -> None:

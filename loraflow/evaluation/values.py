@@ -15,11 +15,11 @@ from pydantic.dataclasses import dataclass
 
 from loraflow.frozen import StoredModel
 
-BINARY = frozenset({"exact_match", "json_valid", "stops"})  # scores of 0 and 1
+BINARY = frozenset({"exact_match", "json_valid", "stops", "tool_name", "valid_call_rate"})  # scores of 0 and 1
 # Scores between 0 and this number. A score that is not here, or is outside, has no known range.
 RANGES = {
     **dict.fromkeys(BINARY, 1.0),
-    **dict.fromkeys(("token_f1", "field_f1", "rouge1", "rouge2", "rougeL", "rougeLsum"), 1.0),
+    **dict.fromkeys(("token_f1", "field_f1", "tool_arguments_f1", "rouge1", "rouge2", "rougeL", "rougeLsum"), 1.0),
     "chrf": 100.0,
 }
 LARGEST_VOCABULARY = 2**18  # assumed if the base's config does not say how many tokens there are

@@ -85,6 +85,8 @@ def check_notes(check: CheckReport) -> list[str]:
         notes.append(f"{marked} rows are left out, because their answers are marked as not to be learned")
     if partly := check.counts.get("partly_marked", 0):
         notes.append(f"{partly} rows have answers that are marked as not to be learned; only their other answers are")
+    if weighted := check.counts.get("weighted", 0):
+        notes.append(f"{weighted} rows have answers whose weight in the loss is not 0 or 1")
     if few := check.counts.get("held_out_of_few", 0):
         notes.append(
             f"the seeded hash held out no row of so few, so {few} with the next prompt in its order are held out"

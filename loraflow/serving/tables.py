@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from loraflow.data.chat_formats import to_prompt
-from loraflow.data.chats import BadRow, Message
+from loraflow.data.chats import BadRow, Message, with_system
 from loraflow.data.readers import read_values
 from loraflow.failures import BadConfig, BadData
 from loraflow.store.files import fsync_path
@@ -77,7 +77,7 @@ def read_questions(path: Path, format_name: str, column: str | None, system: str
             questions.append(Question(columns, None, f"{location}: {problem}"))
             continue
         if system and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": system})
+            messages = with_system(messages, system)
         questions.append(Question(columns, messages))
     if not questions:
         raise BadData("The file has no rows.", where=str(path))

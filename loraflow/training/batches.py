@@ -24,7 +24,16 @@ from torch.utils.data import Dataset
 from loraflow.data.loss_mask import IGNORED
 from loraflow.data.token_rows import Document, TokenRows
 from loraflow.hardware.process_group import ProcessGroup
-from loraflow.training.collation import MicroBatch, concatenated, packed, padded, with_targets
+from loraflow.training.collation import (
+    MicroBatch,
+    Weights,
+    concatenated,
+    has_weights,
+    learned_weights,
+    packed,
+    padded,
+    with_targets,
+)
 from loraflow.training.prefix_sharing import PrefixSharing, share_prefix
 
 ROUND = 64  # tokens; lengths of concatenated micro-batches are multiples of it
@@ -106,6 +115,7 @@ class StepItem(TypedDict):
 
     micro_batches: list[MicroBatch]
     num_supervised_tokens: int  # tokens with a loss in the step, on all devices
+    loss_weight: float  # sum of their weights: the step's loss is divided by it
     tokens: int  # tokens of the step on all devices, without padding
 
 
@@ -181,33 +191,47 @@ class StepDataset(Dataset[StepItem]):
         padding_batches = math.ceil(len(assignment) / self.group.size) - len(local) if self.equal_count else 0
         for indices in [*local, *assignment[:padding_batches]]:
             documents = [self.rows[int(chosen[index])] for index in indices]
+            weights = [self.rows.weights(int(chosen[index])) for index in indices]
             keys = [self._token_keys(step, index, int(self.rows.tokens[chosen[index]])) for index in indices]
-            micro_batches.append(self._micro_batch(documents, keys if self.dropout else None))
+            micro_batches.append(self._micro_batch(documents, weights, keys if self.dropout else None))
         for batch in micro_batches[len(local) :]:  # without targets, so without a loss
             batch["loss_index"], batch["targets"] = batch["loss_index"][:0], batch["targets"][:0]
+            if "loss_weights" in batch:
+                batch["loss_weights"] = batch["loss_weights"][:0]
         num_supervised_tokens = sum(
             int((labels[1:] != IGNORED).sum()) for row in chosen.tolist() for _, labels in self.rows[int(row)]
         )
         return {
             "micro_batches": micro_batches,
             "num_supervised_tokens": num_supervised_tokens,
+            "loss_weight": self._loss_weight(chosen, num_supervised_tokens),
             "tokens": int(self.rows.tokens[chosen].sum()),
         }
 
-    def _micro_batch(self, rows: list[list[Document]], keys: list[NDArray[np.int32]] | None) -> MicroBatch:
+    def _loss_weight(self, chosen: NDArray[np.int64], num_supervised_tokens: int) -> float:
+        """Return the sum of the weights of a step's supervised tokens: their number, if no row has weights."""
+        weights = [self.rows.weights(int(row)) for row in chosen]
+        if not has_weights(weights):
+            return num_supervised_tokens
+        documents = [self.rows[int(row)] for row in chosen]
+        return float(learned_weights(documents, weights).sum(dtype=torch.float64))
+
+    def _micro_batch(
+        self, rows: list[list[Document]], weights: Weights, keys: list[NDArray[np.int32]] | None
+    ) -> MicroBatch:
         if isinstance(self.layout, Concatenated):
             tokens = self.layout.fit(sum(len(ids) for row in rows for ids, _ in row))
-            batch = concatenated(rows, tokens, self.entries[tokens] + 1, self.layout.longest, self.pad_id)
+            batch = concatenated(rows, tokens, self.entries[tokens] + 1, self.layout.longest, self.pad_id, weights)
             keys = None if keys is None else [np.concatenate(keys)]
             row_width = tokens
         elif self.sharing and (prefix := self.sharing.shared_length([row[0][0] for row in rows])):
-            return share_prefix([row[0] for row in rows], prefix)
+            return share_prefix([row[0] for row in rows], prefix, weights)
         else:
             length = self.rows.row_length
             grid = (
-                packed(rows, length, self.pad_id)
+                packed(rows, length, self.pad_id, weights)
                 if length
-                else padded(rows, self.pad_id, with_positions=self.with_positions)
+                else padded(rows, self.pad_id, weights, with_positions=self.with_positions)
             )
             batch = with_targets(grid)
             row_width = batch["input_ids"].shape[1]

@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, TypeGuard
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from loraflow.data.loss_mask import IGNORED
@@ -24,6 +25,12 @@ class Grid(TypedDict):
     labels: Tensor
     attention_mask: NotRequired[Tensor]
     position_ids: NotRequired[Tensor]
+    loss_weights: NotRequired[Tensor]  # float32, of the labels; absent: 1 for all
+
+
+Weights = Sequence[
+    list[NDArray[np.float32]] | None
+]  # of each row, the weights of its documents' tokens; None: all are 1
 
 
 class MicroBatch(TypedDict):
@@ -32,6 +39,7 @@ class MicroBatch(TypedDict):
     input_ids: Tensor  # [rows, tokens]
     loss_index: Tensor  # [supervised tokens]
     targets: Tensor  # [supervised tokens]
+    loss_weights: NotRequired[Tensor]  # [supervised tokens] float32; absent: 1 for all
     token_keys: NotRequired[Tensor]  # [rows · tokens] int32, for dropout
     attention_mask: NotRequired[Tensor]
     position_ids: NotRequired[Tensor]
@@ -48,12 +56,15 @@ class RowNumber(TypedDict):
     validation: NotRequired[bool]
 
 
-def padded(rows: Sequence[list[Document]], pad_id: int, *, with_positions: bool = False) -> Grid:
+def padded(
+    rows: Sequence[list[Document]], pad_id: int, weights: Weights | None = None, *, with_positions: bool = False
+) -> Grid:
     """Return one document a row, padded on the right to the longest.
 
     Args:
         rows: of one document each.
         pad_id: of the padding.
+        weights: of the documents' tokens in the loss.
         with_positions: add position ids that show where a document ends: the padding repeats its last one.
     """
     longest = max(len(ids) for ((ids, _),) in rows)
@@ -70,10 +81,33 @@ def padded(rows: Sequence[list[Document]], pad_id: int, *, with_positions: bool 
     if with_positions:
         last = attention.sum(1, keepdims=True) - 1
         grid["position_ids"] = torch.from_numpy(np.minimum(np.arange(longest)[None], last))
+    if has_weights(weights):
+        grid["loss_weights"] = _weights_grid(rows, weights, longest)
     return grid
 
 
-def packed(rows: Sequence[list[Document]], row_length: int, pad_id: int) -> Grid:
+def has_weights(weights: Weights | None) -> TypeGuard[Weights]:
+    """Tell whether a row has weights of its tokens."""
+    return weights is not None and any(of_row is not None for of_row in weights)
+
+
+def _weights_grid(rows: Sequence[list[Document]], weights: Weights, row_length: int) -> Tensor:
+    """Return the weights of a grid's labels. A row without weights has 1, and padding 0."""
+    grid = np.zeros((len(rows), row_length), np.float32)
+    for i, (documents, of_row) in enumerate(zip(rows, weights, strict=True)):
+        start = 0
+        for number, (ids, _) in enumerate(documents):
+            grid[i, start : start + len(ids)] = 1.0 if of_row is None else of_row[number]
+            start += len(ids)
+    return torch.from_numpy(grid)
+
+
+def label_weights(grid: Grid) -> Tensor:
+    """Return the weight in the loss of each label of a grid but the first, which is never predicted."""
+    return torch.where(grid["labels"][:, 1:] == IGNORED, 0.0, grid["loss_weights"][:, 1:])
+
+
+def packed(rows: Sequence[list[Document]], row_length: int, pad_id: int, weights: Weights | None = None) -> Grid:
     """Return several documents a row, all rows of one length. Position ids start at 0 in each document.
 
     Attention stays inside a document: without a mask, transformers reads the borders from the position ids. The first
@@ -90,11 +124,14 @@ def packed(rows: Sequence[list[Document]], row_length: int, pad_id: int) -> Grid
             positions[i, start:end] = np.arange(len(ids))
             start = end
         positions[i, start:] = np.arange(row_length - start)
-    return {
+    grid: Grid = {
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),
         "position_ids": torch.from_numpy(positions),
     }
+    if has_weights(weights):
+        grid["loss_weights"] = _weights_grid(rows, weights, row_length)
+    return grid
 
 
 def with_targets(grid: Grid) -> MicroBatch:
@@ -108,6 +145,10 @@ def with_targets(grid: Grid) -> MicroBatch:
         "loss_index": index,
         "targets": shifted.flatten()[index],
     }
+    if "loss_weights" in grid:
+        ahead = torch.zeros_like(grid["loss_weights"])
+        ahead[:, :-1] = grid["loss_weights"][:, 1:]
+        batch["loss_weights"] = ahead.flatten()[index]
     if "attention_mask" in grid:
         batch["attention_mask"] = grid["attention_mask"]
     if "position_ids" in grid:
@@ -115,7 +156,14 @@ def with_targets(grid: Grid) -> MicroBatch:
     return batch
 
 
-def concatenated(rows: Sequence[list[Document]], tokens: int, entries: int, longest: int, pad_id: int) -> MicroBatch:
+def concatenated(
+    rows: Sequence[list[Document]],
+    tokens: int,
+    entries: int,
+    longest: int,
+    pad_id: int,
+    weights: Weights | None = None,
+) -> MicroBatch:
     """Return concatenated documents, padded to `tokens` with documents of padding that have no loss.
 
     Args:
@@ -142,7 +190,7 @@ def concatenated(rows: Sequence[list[Document]], tokens: int, entries: int, long
         begins.append(end)
         start = end
     borders = torch.from_numpy(np.array(begins + [tokens] * (entries - len(begins)), np.int32))
-    return {
+    batch: MicroBatch = {
         "input_ids": torch.from_numpy(ids)[None],
         "position_ids": torch.from_numpy(positions)[None],
         "cu_seq_lens_q": borders,
@@ -152,6 +200,19 @@ def concatenated(rows: Sequence[list[Document]], tokens: int, entries: int, long
         "loss_index": torch.from_numpy(np.concatenate(index)),
         "targets": torch.from_numpy(np.concatenate(targets)),
     }
+    if has_weights(weights):
+        batch["loss_weights"] = learned_weights(rows, weights)
+    return batch
+
+
+def learned_weights(rows: Sequence[list[Document]], weights: Weights) -> Tensor:
+    """Return the weights of the supervised tokens of all documents, in order. The first token of each is never predicted."""
+    found = [np.empty(0, np.float32)]
+    for documents, of_row in zip(rows, weights, strict=True):
+        for number, (_, labels) in enumerate(documents):
+            learned = labels[1:] != IGNORED
+            found.append(np.ones(int(learned.sum()), np.float32) if of_row is None else of_row[number][1:][learned])
+    return torch.from_numpy(np.concatenate(found))
 
 
 class RowCollator:
@@ -165,9 +226,10 @@ class RowCollator:
         source = self.validation if examples[0].get("validation") else self.train
         assert source is not None
         rows = [source[int(example["row"])] for example in examples]
+        weights = [source.weights(int(example["row"])) for example in examples]
         if source.row_length:
-            return packed(rows, source.row_length, self.pad_id)
-        return padded(rows, self.pad_id, with_positions=self.with_positions)
+            return packed(rows, source.row_length, self.pad_id, weights)
+        return padded(rows, self.pad_id, weights, with_positions=self.with_positions)
 
 
 EVA_BATCH = 16  # documents per batch: EVA needs more supervised tokens than ranks in each batch

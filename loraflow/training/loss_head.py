@@ -20,14 +20,20 @@ class _Context(FunctionCtx):
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """Sum of -log p of the targets under a head that is not trained. Hidden states [n, width], targets [n].
+    """Weighted sum of -log p of the targets under a head that is not trained. Hidden states [n, width], targets [n].
 
     Granite and Cohere multiply the head's product by a constant factor.
     """
 
     @staticmethod
     def forward(
-        ctx: _Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, factor: float
+        ctx: _Context,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        factor: float,
+        loss_weights: Tensor | None,
     ) -> Tensor:
         """Return the sum in fp32, and save the gradient of the hidden states."""
         gradient = torch.empty_like(hidden)
@@ -37,7 +43,8 @@ class FrozenHeadLoss(torch.autograd.Function):
             logits = torch.nn.functional.linear(part, weight, bias)
             if factor != 1:
                 logits *= factor
-            loss, slope = nll_and_slope(logits, targets[at : at + CHUNK])
+            weights = None if loss_weights is None else loss_weights[at : at + CHUNK]
+            loss, slope = nll_and_slope(logits, targets[at : at + CHUNK], weights)
             total += loss
             if factor != 1:
                 slope *= factor
@@ -46,25 +53,34 @@ class FrozenHeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: _Context, up: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: _Context, up: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         """Return the gradient of the hidden states."""
         (gradient,) = ctx.saved_tensors
         # In float, because fp16's loss scale does not fit into fp16.
-        return (gradient.float() * up).to(gradient.dtype), None, None, None, None
+        return (gradient.float() * up).to(gradient.dtype), None, None, None, None, None
 
 
-def nll_and_slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of -log p in fp32, and its derivative with respect to the logits in their dtype."""
+def nll_and_slope(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the sum of -log p in fp32, and its derivative with respect to the logits in their dtype.
+
+    `weights` [n], fp32, multiply the -log p of each target.
+    """
     wide = logits.float()
     log_p = wide - wide.logsumexp(-1, keepdim=True)
     chosen = targets[:, None]
-    loss = -log_p.gather(1, chosen).sum()
+    loss = -log_p.gather(1, chosen)
     slope = log_p.exp()
     slope.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=slope.dtype))
+    if weights is not None:
+        loss *= weights[:, None]
+        slope *= weights[:, None]
+    loss = loss.sum()
     return loss, slope.to(logits.dtype)
 
 
-def head_loss(head: torch.nn.Module, hidden: Tensor, targets: Tensor, factor: float = 1.0) -> Tensor:
+def head_loss(
+    head: torch.nn.Module, hidden: Tensor, targets: Tensor, factor: float = 1.0, weights: Tensor | None = None
+) -> Tensor:
     """Return the sum of -log p of targets [n] given hidden states [n, width], in fp32.
 
     Args:
@@ -72,19 +88,25 @@ def head_loss(head: torch.nn.Module, hidden: Tensor, targets: Tensor, factor: fl
         hidden: states at the supervised positions.
         targets: the next tokens.
         factor: what the model multiplies the head's product by.
+        weights: of each target's -log p [n], fp32; None: 1.
     """
     learning = torch.is_grad_enabled() and hidden.requires_grad
     if learning and _is_frozen_linear(head, hidden.dtype) and not torch.is_autocast_enabled(hidden.device.type):
-        loss: Tensor = FrozenHeadLoss.apply(hidden, head.weight, head.bias, targets, factor)  # type: ignore[no-untyped-call]
+        loss: Tensor = FrozenHeadLoss.apply(hidden, head.weight, head.bias, targets, factor, weights)  # type: ignore[no-untyped-call]
         return loss
 
-    def part(states: Tensor, wanted: Tensor) -> Tensor:
+    def part(states: Tensor, wanted: Tensor, factors: Tensor | None) -> Tensor:
         logits = head(states) if factor == 1 else head(states) * factor
-        return cross_entropy(logits.float(), wanted, reduction="sum")
+        if factors is None:
+            return cross_entropy(logits.float(), wanted, reduction="sum")
+        return (cross_entropy(logits.float(), wanted, reduction="none") * factors).sum()
 
     if len(hidden) <= CHUNK:
-        return part(hidden, targets)
-    chunks = [(hidden[i : i + CHUNK], targets[i : i + CHUNK]) for i in range(0, len(hidden), CHUNK)]
+        return part(hidden, targets, weights)
+    chunks = [
+        (hidden[i : i + CHUNK], targets[i : i + CHUNK], None if weights is None else weights[i : i + CHUNK])
+        for i in range(0, len(hidden), CHUNK)
+    ]
     if not learning:
         return torch.stack([part(*chunk) for chunk in chunks]).sum()
     # The head is trained, or is another kind of module: compute the logits twice rather than keep them.

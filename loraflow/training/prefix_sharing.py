@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from loraflow.data.common_prefix import common_prefix_length
 from loraflow.data.loss_mask import IGNORED
 from loraflow.data.token_rows import Document
-from loraflow.training.collation import MicroBatch
+from loraflow.training.collation import MicroBatch, Weights, has_weights, learned_weights
 from loraflow.training.memory import ModelShape
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def obstacle(model: PreTrainedModel, longest: int) -> str:
     return "" if sees_all_before(model, longest) else "a token does not see exactly the tokens before it"
 
 
-def share_prefix(documents: Sequence[Document], prefix: int) -> MicroBatch:
+def share_prefix(documents: Sequence[Document], prefix: int, weights: Weights | None = None) -> MicroBatch:
     """Return the common prefix of documents, and the rest of each, in one row.
 
     The attention mask is bool [1, 1, tokens, tokens]: which tokens each token attends to. A position that predicts a
@@ -79,6 +79,7 @@ def share_prefix(documents: Sequence[Document], prefix: int) -> MicroBatch:
     Args:
         documents: ids and labels of each; all begin with the same ids.
         prefix: number of the common ids.
+        weights: of the documents' tokens, a document a row.
     """
     rests = [len(ids) - prefix for ids, _ in documents]
     begins = prefix + np.cumsum([0, *rests])[:-1]
@@ -92,10 +93,13 @@ def share_prefix(documents: Sequence[Document], prefix: int) -> MicroBatch:
         targets.append(labels[1:][learned].astype(np.int64))
     position = torch.arange(len(ids))
     visible = (position[:, None] >= position) & ((owner[:, None] == owner) | (owner == 0))
-    return {
+    batch: MicroBatch = {
         "input_ids": torch.from_numpy(ids)[None],
         "position_ids": torch.from_numpy(positions)[None],
         "attention_mask": visible[None, None],
         "loss_index": torch.from_numpy(np.concatenate(index)),
         "targets": torch.from_numpy(np.concatenate(targets)),
     }
+    if has_weights(weights):
+        batch["loss_weights"] = learned_weights([[document] for document in documents], weights)
+    return batch

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,16 +21,17 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from loraflow.base.architecture import logit_factor
+from loraflow.data.loss_mask import IGNORED
 from loraflow.hardware.process_group import ProcessGroup
 from loraflow.training.batches import StepDataset, StepItem
 from loraflow.training.callbacks import PreemptionHandler
-from loraflow.training.collation import MicroBatch, RowCollator
+from loraflow.training.collation import Grid, MicroBatch, RowCollator, label_weights
 from loraflow.training.layers import CompiledLayer
 from loraflow.training.lora_kernels import FastLora, set_token_keys
 from loraflow.training.loss_head import head_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from datasets import Dataset
     from peft import LoraConfig
@@ -42,6 +43,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+class _Outputs(Protocol):
+    """The outputs of a model with trl's fused head."""
+
+    log_probs: Tensor  # of the labels but the first [rows, tokens - 1]
 
 
 class LoraPlusTrainer(SFTTrainer):  # type: ignore[misc]
@@ -98,8 +105,52 @@ class StockTrainer(LoraPlusTrainer):
             callbacks=callbacks,
         )
 
+    def _get_num_items_in_batch(self, batch_samples: list[Grid], device: torch.device) -> Tensor | int | None:
+        """Return the number of supervised tokens of an optimizer step on all devices; with weights, their sum."""
+        if not any("loss_weights" in batch for batch in batch_samples):
+            count: Tensor | int | None = super()._get_num_items_in_batch(batch_samples, device)
+            return count
+        weight = sum(float(label_weights(batch).sum(dtype=torch.float64)) for batch in batch_samples)
+        total = torch.tensor(weight, dtype=torch.float32, device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        return total
+
+    def compute_loss(
+        self,
+        model: Callable[..., _Outputs],
+        inputs: Grid,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, _Outputs]:
+        """Return trl's loss. With weights, it is the weighted mean over the tokens of the optimizer step."""
+        if "loss_weights" in inputs:
+            weights = label_weights(inputs)
+            count = (inputs["labels"][:, 1:] != IGNORED).sum()
+            # trl divides by the number of labels of this batch in evaluation, by that of the whole step in training.
+            share = weights * count / weights.sum() if num_items_in_batch is None else weights / num_items_in_batch
+            model = _with_weights(model, share)
+            num_items_in_batch = None if num_items_in_batch is None else weights.new_ones(())
+            del inputs["loss_weights"]
+        loss: Tensor | tuple[Tensor, _Outputs] = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        return loss
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+
+def _with_weights(model: Callable[..., _Outputs], factors: Tensor) -> Callable[..., _Outputs]:
+    """Return a model whose log probabilities of the labels are multiplied by factors."""
+
+    def weighted(**inputs: object) -> _Outputs:
+        outputs = model(**inputs)
+        if inputs.get("fused_lm_head"):
+            outputs.log_probs = outputs.log_probs * factors
+        return outputs
+
+    return weighted
 
 
 def _dataset(columns: Mapping[str, Sequence[int]]) -> Dataset | None:
@@ -185,13 +236,15 @@ class FastTrainer(LoraPlusTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: StepItem, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run forward and backward of a step's micro-batches; return its loss, the mean -log p of the supervised tokens."""
+        """Run forward and backward of a step's micro-batches; return its loss: the mean -log p of the supervised tokens,
+        weighted by their weights.
+        """
         if not self.decoder.training:  # the base was loaded in evaluation mode, which peft's wrapper hides
             self.model.train()
         total = torch.zeros((), device=self.args.device)
         with self.maybe_activation_offload_context:
             for micro in inputs["micro_batches"]:
-                loss = self.micro_batch_loss(micro) / max(1, inputs["num_supervised_tokens"])
+                loss = self.micro_batch_loss(micro) / (inputs["loss_weight"] or 1)
                 self.accelerator.backward(loss)
                 total += loss.detach()
         if self.group.size > 1:
@@ -220,14 +273,14 @@ class FastTrainer(LoraPlusTrainer):
             return self.nll(micro)
 
     def nll(self, micro: MicroBatch) -> Tensor:
-        """Return the sum of -log p of a micro-batch's supervised tokens."""
+        """Return the sum of -log p of a micro-batch's supervised tokens, times their weights."""
         device = self.args.device
         tensors = {
             key: value.to(device, non_blocking=True) for key, value in micro.items() if isinstance(value, Tensor)
         }
         lengths = {key: value for key, value in micro.items() if isinstance(value, int)}
         set_token_keys(self.loras, tensors.pop("token_keys", None))
-        index, targets = tensors.pop("loss_index"), tensors.pop("targets")
+        index, targets, weights = tensors.pop("loss_index"), tensors.pop("targets"), tensors.pop("loss_weights", None)
         with self._autocast():
             embedded = self.embed(tensors.pop("input_ids"))
             if self.compiled_layers and self.decoder.training and not embedded.requires_grad:
@@ -235,7 +288,7 @@ class FastTrainer(LoraPlusTrainer):
             inputs = {"attention_mask": None, **tensors, **lengths}
             hidden = self.decoder(inputs_embeds=embedded, **inputs, use_cache=False)
             states = hidden.last_hidden_state.flatten(0, 1).index_select(0, index)
-            return head_loss(self.head, states, targets, self.logit_factor)
+            return head_loss(self.head, states, targets, self.logit_factor, weights)
 
     def _autocast(self) -> torch.autocast | contextlib.nullcontext[None]:
         if self.autocast_dtype is None:
@@ -250,17 +303,17 @@ class FastTrainer(LoraPlusTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Return the mean -log p of the supervised tokens of the validation rows."""
+        """Return the mean -log p of the supervised tokens of the validation rows, weighted as in training."""
         assert self.validation is not None
         self.model.eval()
-        total, num_supervised_tokens = torch.zeros((), device=self.args.device), 0
+        total, weight = torch.zeros((), device=self.args.device), 0.0
         with torch.no_grad():
             for item in self.validation:
                 total += sum((self.nll(micro) for micro in item["micro_batches"]), torch.zeros_like(total))
-                num_supervised_tokens += item["num_supervised_tokens"]
+                weight += item["loss_weight"]
         if self.group.size > 1:
             (total,) = self.group.all_reduce_gradients([], total)
-        metrics = {f"{metric_key_prefix}_loss": float(total) / max(1, num_supervised_tokens)}
+        metrics = {f"{metric_key_prefix}_loss": float(total) / (weight or 1)}
         return EvalLoopOutput(None, None, metrics, len(self.validation.rows))  # type: ignore[arg-type]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from loraflow.config.recipe import Data
+from loraflow.config.tools_file import read_tools_file
 from loraflow.data import check, dvc
 from loraflow.data.check_report import CheckReport
 from loraflow.failures import BadData, LimitExceeded
@@ -25,6 +26,8 @@ def run_check(folder: Path, out: Path, **settings) -> dict:
                                       "duplicates", "limit", "heldout_fraction", "seed"})  # fmt: skip
     if data.thinking in ("strip", "empty"):
         config["thinking"] = "strip"
+    if data.tools is not None:
+        config["tools"] = read_tools_file(data.tools)
     job = Job(stage="check_dataset", version=1, config=config)
     return check.run(job, Inputs({"dataset": folder.parent / "artifact"}), out, Progress()).report
 

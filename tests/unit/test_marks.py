@@ -104,7 +104,7 @@ def test_a_message_that_is_marked_false_is_not_among_the_learned_ones(key):
 
 
 @pytest.mark.parametrize(
-    "value", [-1, "-0.5", 11, 1e300, 10**400, float("inf"), 0.5, "0.5", 2, 10, "half", [0, 1], {"a": 0}, "1e-3"]
+    "value", [-1, "-0.5", 11, 1e300, 10**400, float("inf"), "-inf", "10.01", "half", [0, 1], {"a": 0}]
 )
 def test_a_weight_that_cannot_be_honoured_is_refused(value):
     for row in ({**ROWS[0], "weight": value}, two_turns(weight=value)):
@@ -149,7 +149,8 @@ def test_labels_that_are_classes_are_no_marks(tmp_path):
 
 def test_a_label_with_one_misspelled_value_is_refused_with_its_line(tmp_path):
     rows = read(tmp_path, "a.csv", "prompt,completion,label\nq,a,True\nq,a,False\nq,a,Fasle\nq,a,-1\n")
-    assert all(row.unused_keys == ("label",) for row in rows), "two other values: classes"
+    assert [bool(row.messages) for row in rows] == [True, False, False, False]
+    assert rows[2].problem.startswith("label 'Fasle' may mark an answer as wrong")
     rows = read(tmp_path, "b.csv", "prompt,completion,label\nq,a,True\nq,a,False\nq,a,Fasle\n")
     assert rows[1].is_marked_false and rows[2].place == "b.csv:row 3"
     assert rows[2].problem.startswith("label 'Fasle' is neither true nor false")
@@ -159,6 +160,95 @@ def test_a_label_with_one_misspelled_value_is_refused_with_its_line(tmp_path):
         '{"prompt": "q", "completion": "a", "label": -1}\n{"prompt": "q", "completion": "a", "label": 1}\n',
     )
     assert "neither" in rows[0].problem and rows[1].messages
+
+
+def labelled(folder: Path, labels: list, answer: str = "a", key: str = "label") -> list:
+    rows = [{"prompt": f"q{n}", "completion": answer.format(label), key: label} for n, label in enumerate(labels)]
+    return read(folder, "l.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["true", "flase"], ["Ture", "Fasle"], ["fales", "flase", "true"], ["ja", "nein"], ["wrong", "right"], ["-1", "1"],
+        [1, -1], [-1, 0, 1], [1.0, -1.0], [True, "nope"], [True, False, 2], ["oui", "non"], ["sí", "no"], ["да", "нет"],
+        ["对", "错"], ["はい", "いいえ"], ["Richtig", "Falsch"], ["vrai", "faux"], ["correct", "incorrect"], ["good", "bad"],
+        ["good", "bad", "neutral"], ["accepted", "REJECTED", "pending"], ["ok", "not_ok"], ["👍", "👎"], ["✓", "✗"],
+        ["thumbs_up", "thumbs-down"], ["kyllä", "ei"], ["doğru", "yanlış"], ["foo", "bar"], ["A", "B"], [0.1, 0.9, 0.5],
+        ["wronng", "rihgt"], [1, 2], ["Not correct", "correct"], [None, "nein", "ja"],
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_label_of_two_truth_values_in_any_words_is_never_learned_silently(tmp_path, labels):
+    """The brief's kind: misspelled, foreign or unusual truth values counted as classes, and their rows were learned."""
+    true = {"true", "1", "right", "correct", "good", "accepted", "1.0"}
+    for row, label in zip(labelled(tmp_path, labels), labels, strict=True):
+        if row.messages:
+            assert label is None or str(label).lower() in true, label
+        else:
+            assert row.is_marked_false or "write true (the answer is learned) or false" in row.problem, row
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        list(range(77)), [str(n) for n in range(77)], ["card_arrival"], ["card_arrival"] * 3, ["card_arrival", "lost_card"],
+        [0, 1, 2], [-1, 0, 1, 2], ["entailment", "neutral", "contradiction"], ["tree", "bush", "flower"], [3, 17],
+        ["left", "right", "straight"], ["yes", "no", *(f"intent {n}" for n in range(9))], ["positive", "negative", "mixed"],
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_classes_are_named_as_not_read_and_their_rows_are_learned(tmp_path, labels):
+    assert all(row.messages and row.unused_keys == ("label",) for row in labelled(tmp_path, labels))
+
+
+def test_a_label_that_the_answer_names_is_a_class(tmp_path):
+    assert all(row.messages for row in labelled(tmp_path, ["yes", "no", "no"], "{}"))
+    assert all(row.messages for row in labelled(tmp_path, ["spam", "ham"], "This is {}."))
+    assert not any(row.messages for row in labelled(tmp_path, ["spam", "ham"]))
+
+
+def test_siblings_of_a_label_are_honoured_or_named_as_not_read(tmp_path):
+    for key in ("correct", "is_good", "Accepted"):
+        first, second = labelled(tmp_path, [True, False], key=key)
+        assert first.messages and second.is_marked_false
+        assert all(row.unused_keys == (key,) for row in labelled(tmp_path, ["Paris", "Rome"], key=key)), (
+            "an answer's text"
+        )
+    first, second = labelled(tmp_path, [True, False], key="rejected")
+    assert first.is_marked_false and second.messages
+    for key, values in (("score", [0.1, -1]), ("rating", [1, 5]), ("chosen", ["v", "w"]), ("rejected", ["v", "w"]),
+                        ("completion_b", ["v", "w"])):  # fmt: skip
+        assert all(row.messages and row.unused_keys == (key,) for row in labelled(tmp_path, values, key=key))
+    rejected = [QUESTION, {**ANSWER, "content": "BAD"}]
+    assert read_chat({"messages": [QUESTION, ANSWER], "rejected": rejected}).unread == ("rejected",)
+    for row in (
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "completion_a": "a", "completion_b": "b"},
+    ):
+        with pytest.raises(BadRow, match="expected messages"):
+            read_chat(row)
+    for label in ("wrong", "flase", "false"):
+        with pytest.raises(BadRow):
+            read_chat({"messages": [QUESTION, {**ANSWER, "label": label}]})
+
+
+def test_a_fraction_is_a_weight_and_multiplies_that_of_its_row():
+    assert (read_chat(two_turns(weight=0.5)).learned, read_chat(two_turns(weight="0,5")).weights) == (
+        (1, 3),
+        (0.5, 1.0),
+    )
+    assert read_chat({**two_turns(train=2), "weight": 0.25}).weights == (0.5, 0.25)
+    chat = read_chat({**two_turns(weight=0), "weight": 3})
+    assert (chat.learned, chat.weights, chat.unread) == ((3,), (3.0,), ())
+    assert read_chat({**two_turns(weight=1.0), "weight": True}).weights is None
+    with pytest.raises(BadRow, match="the product of the row's and an answer's weight is 12"):
+        read_chat({**two_turns(weight=4), "weight": 3})
+    for key in ("loss", "train"):  # a measurement, or a split
+        with pytest.raises(
+            BadRow, match="neither 0 nor 1; if it multiplies the loss of the row, name the column weight"
+        ):
+            read_chat({**ROWS[0], key: 0.37})
 
 
 def test_check_dataset_leaves_marked_rows_out_counts_them_and_keeps_the_others_equal(tmp_path):

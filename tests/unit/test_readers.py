@@ -125,7 +125,10 @@ def test_alpacas_input_follows_the_instruction():
         ({"messages": [WANTED[0], {"role": "system", "content": "x"}, WANTED[1]]}, "must be the first message"),
         ({"prompt": "q", "completion": ""}, "empty"),
         ({"messages": "x"}, "expected a list"),
-        ({"messages": [WANTED[0], {**WANTED[1], "function_call": {"name": "f"}}]}, "function_call is not supported"),
+        (
+            {"messages": [WANTED[0], {**WANTED[1], "function_call": {"arguments": "{}"}}]},
+            "function_call\\[0\\].function.name is None",
+        ),
         ({"instruction": "q", "input": {"x": 1}, "output": "a"}, "input is dict"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "completion: chosen"),
     ],

@@ -1,0 +1,252 @@
+"""Whether a column `label` marks answers (trl's KTO: true is desirable, false is not) or names classes.
+
+Nothing in a file says which of the two it is, so the column's values decide. A value that reads like "wrong" must never
+be learned because it is misspelled or in another language: what is neither plainly a mark nor plainly a class is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Literal
+
+from pydantic import JsonValue
+
+TRUE = frozenset({"true", "t", "yes", "y", "on"})
+FALSE = frozenset({"false", "f", "no", "n", "off"})
+# Also honoured in a label, and not used for anything else than a judgement.
+_LABEL_TRUE = frozenset({"true", "desirable", "chosen", "correct", "right", "good", "accept", "accepted", "approved"})
+_LABEL_FALSE = frozenset({
+    "false", "undesirable", "rejected", "reject", "incorrect", "wrong", "bad", "not true", "not correct", "not right",
+    "not good", "not desirable", "not accepted", "not chosen", "not approved", "disapproved",
+})  # fmt: skip
+# Judgements that are not honoured, because a list of words is never complete: their rows are refused. Without accents.
+_LIKE_FALSE = frozenset({
+    "invalid", "fail", "failed", "failure", "poor", "nok", "ko", "not ok", "dislike", "disliked", "downvote", "reject it",
+    "thumbs down", "thumbsdown", "unacceptable", "unwanted", "deny", "denied", "declined", "worse", "worst", "negative mark",
+    "falsch", "schlecht", "abgelehnt", "unerwunscht", "faux", "fausse", "incorrecte", "mauvais", "mauvaise", "rejete",
+    "falso", "falsa", "incorrecto", "incorrecta", "malo", "mala", "mal", "rechazado", "errado", "errada", "incorreto",
+    "ruim", "rejeitado", "sbagliato", "sbagliata", "errato", "scorretto", "rifiutato", "fout", "onjuist", "onwaar", "slecht",
+    "falsk", "fel", "forkert", "galt", "feil", "darlig", "vaara", "virheellinen", "falsz", "falszywy", "zle", "zly",
+    "bledny",
+    "spatne", "nespravne", "hamis", "rossz", "hibas", "gresit", "yanlis", "kotu", "salah", "buruk", "sai", "ложь", "ложно",
+    "неверно", "неправильно", "плохо", "хибно", "неправда", "λαθος", "ψευδες", "خطأ", "خاطئ", "שגוי", "לא נכון", "गलत", "ผิด",
+    "错", "错误", "錯誤", "假", "不正确", "坏", "差", "偽", "誤り", "間違い", "不正解", "거짓", "틀림", "오답",
+    "👎", "❌", "✗", "✘", "×",
+})  # fmt: skip
+_LIKE_TRUE = frozenset({
+    "valid", "pass", "passed", "ok", "okay", "like", "liked", "upvote", "thumbs up", "thumbsup", "acceptable", "wanted",
+    "wahr", "richtig", "korrekt", "gut", "vrai", "vraie", "correcte", "juste", "bon", "verdadero", "verdadera", "cierto",
+    "correcto", "correcta", "bueno", "verdadeiro", "certo", "correto", "bom", "vero", "giusto", "corretto", "buono", "waar",
+    "juist", "goed", "sant", "ratt", "riktig", "rigtig", "oikein", "tosi", "prawda", "dobrze", "pravda", "spravne", "igaz",
+    "adevarat", "corect", "dogru", "benar", "dung", "истина", "верно", "правильно", "хорошо", "σωστο", "صحيح", "נכון", "सही",
+    "ถูก", "对", "正确", "正確", "真", "好", "正しい", "正解", "참", "정답", "맞음", "👍", "✅", "✓", "✔", "○",
+})  # fmt: skip
+# Answers to a question more than judgements: beside two other values they are classes, as yes, no, maybe and unknown are.
+_WEAK = frozenset({
+    "nope", "nah", "yep", "yeah", "yup", "nein", "ja", "jein", "non", "oui", "si", "nao", "sim", "nee", "nej", "nei", "ei",
+    "kylla", "nie", "tak", "ne", "ano", "igen", "nem", "da", "nu", "hayir", "evet", "tidak", "ya", "khong", "co", "нет",
+    "да", "ні", "так", "όχι", "οχι", "ναι", "لا", "نعم", "לא", "כן", "नहीं", "हां", "हाँ", "否", "是", "不", "いいえ", "はい",
+    "아니오",
+    "아니요", "네", "예",
+})  # fmt: skip
+_MISSPELT_FALSE = ("false", "wrong", "incorrect", "rejected", "undesirable")
+_MISSPELT_TRUE = ("true", "correct", "chosen", "desirable")
+_NUMBER = re.compile(r"[-+]?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:[eE][-+]?\d+)?")
+ENOUGH = 8  # other values beside true and false that make them classes, such as the 150 intents of CLINC
+# The keys of an answer: a label that is the answer, or is named by it, is its class.
+_ANSWERS = ("completion", "response", "output", "answer", "messages", "conversations")
+
+Side = Literal[True, False, "other"] | None  # what a label says; None: there is no value
+_Kind = Literal["binary", "true", "false", "like_true", "like_false", "weak", "number", "score", "other"]
+
+
+def label_side(value: JsonValue) -> Side:
+    """Return what a label says: True, False, "other" for a value that is neither, None for no value."""
+    if is_absent(value):
+        return None
+    if isinstance(value, str):
+        text = plain(value)
+        if text in TRUE or text in _LABEL_TRUE:
+            return True
+        if text in FALSE or text in _LABEL_FALSE:
+            return False
+    weight = as_number(value)
+    return "other" if weight not in (0, 1) else weight == 1
+
+
+def reads_like_a_judgement(value: JsonValue) -> bool:
+    """Tell whether a label says that an answer is right or wrong, misspelled or in another language."""
+    return isinstance(value, str) and _kind(value) in ("like_true", "like_false", "true", "false")
+
+
+def is_absent(value: JsonValue) -> bool:
+    """Tell whether a mark has no value: null, a blank cell, pandas' NaN."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    if isinstance(value, str):
+        return value.strip().lower() in ("", "nan", "null", "none", "[]", "{}")
+    return value is None or value in ([], {})
+
+
+def as_number(value: JsonValue) -> float | None:
+    """Return a mark as a number: 0 or 1 for words; None if it is none."""
+    if isinstance(value, bool):
+        return float(value)
+    if isinstance(value, int | float | Decimal):
+        try:
+            number = float(value)
+        except OverflowError:
+            return math.inf
+        return None if math.isnan(number) else number
+    if not isinstance(value, str):
+        return None
+    text = value.strip().lower()
+    if text in TRUE or text in FALSE:
+        return float(text in TRUE)
+    return float(text.replace(",", ".")) if _NUMBER.fullmatch(text) else None
+
+
+def plain(text: str) -> str:
+    """Return a label in lower case, with single spaces for - and _, without accents."""
+    decomposed = unicodedata.normalize("NFKD", text.casefold())
+    letters = "".join(c for c in decomposed if not "\u0300" <= c <= "\u036f" and c != "\ufe0f").replace("ł", "l")
+    return " ".join(unicodedata.normalize("NFC", letters.replace("ø", "o")).replace("_", " ").replace("-", " ").split())
+
+
+def _kind(value: JsonValue) -> _Kind:
+    """Sort a label that has a value."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        text = plain(value)
+        if text in _LABEL_TRUE or text in _LABEL_FALSE:
+            return "true" if text in _LABEL_TRUE else "false"
+        if text in _LIKE_FALSE or any(_is_misspelt(text, word) for word in _MISSPELT_FALSE):
+            return "like_false"
+        if text in _LIKE_TRUE or any(_is_misspelt(text, word) for word in _MISSPELT_TRUE):
+            return "like_true"
+        if text in _WEAK or text in TRUE or text in FALSE:
+            return "weak"
+    number = as_number(value)
+    if number is None:
+        return "other"
+    if number in (0, 1):
+        return "binary"
+    return "number" if number >= -1 and number.is_integer() else "score"
+
+
+def _is_misspelt(text: str, word: str) -> bool:
+    """Tell whether a text is a word with one letter added, left out or replaced, or two neighbours swapped."""
+    if abs(len(text) - len(word)) > 1 or text == word:
+        return False
+    start = next((i for i, (a, b) in enumerate(zip(text, word, strict=False)) if a != b), min(len(text), len(word)))
+    a, b = text[start:], word[start:]
+    swapped = len(a) > 1 and len(b) > 1 and (a[0], a[1]) == (b[1], b[0]) and a[2:] == b[2:]
+    return swapped or a[1:] == b[1:] or a[1:] == b or a == b[1:]
+
+
+@dataclass
+class _Values:
+    """The different labels of a file, as far as they are needed to decide."""
+
+    kinds: set[_Kind] = field(default_factory=set)
+    others: dict[str, str] = field(default_factory=dict)  # texts and numbers that say neither true nor false
+    numbers: set[float] = field(default_factory=set)
+    are_answers: bool = True  # each label is its row's answer
+    are_named: bool = True  # each of `others` is a part of its row's answer
+
+    def add(self, value: JsonValue, row: dict[str, JsonValue]) -> None:
+        """Take a row's label into account."""
+        if is_absent(value):
+            return
+        kind = _kind(value)
+        self.kinds.add(kind)
+        text = plain(str(value))
+        self.are_answers = self.are_answers and any(text == plain(answer) for answer in _answers(row))
+        if kind in ("number", "binary"):
+            number = as_number(value)
+            assert number is not None
+            self.numbers.add(number)
+        if kind in ("number", "other"):
+            self.others.setdefault(text, repr(value)[:60])
+            if self.are_named:
+                self.are_named = any(text in plain(answer) for answer in _answers(row))
+
+    def are_classes(self) -> bool:
+        """Return whether the labels are classes."""
+        kinds, others = self.kinds, len(self.others)
+        if not kinds or self.are_answers or others >= ENOUGH:
+            return True
+        if not others or "score" in kinds:
+            return False
+        if kinds <= {"number", "binary"}:
+            return max(self.numbers) > 2 or sum(number >= 0 for number in self.numbers) > 2
+        if kinds & {"false", "like_false"} or {"like_true", "true"} <= kinds:
+            return False
+        if kinds & {"true", "like_true", "weak", "binary"}:
+            return others >= 2
+        return others != 2 or self.are_named or all(" " in text for text in self.others)
+
+
+def _answers(row: dict[str, JsonValue]) -> Iterable[str]:
+    for key in _ANSWERS:
+        value = row.get(key)
+        last = value[-1] if isinstance(value, list) and value else None
+        if isinstance(last, dict):
+            value = last.get("content", last.get("value"))
+        if isinstance(value, str):
+            yield value
+
+
+@dataclass(frozen=True)
+class _Column:
+    is_class: bool
+    others: tuple[str, ...]
+
+
+class Labels:
+    """Whether the labels of a file are marks or classes. The file is read for it when the first label is met.
+
+    Labels are classes if
+
+    - each is its row's answer, or none has a value;
+    - they are whole numbers from 0, and three of them differ or one is above 2;
+    - they are texts that say neither right nor wrong: one, three or more, or two of several words each or that the
+      answers name;
+    - there are two more texts beside yes and no, or eight beside true and false.
+
+    Otherwise they are marks, and a label that is neither true nor false is refused.
+    """
+
+    def __init__(self, rows: Callable[[], Iterable[JsonValue]] | None = None):
+        self._rows = rows
+        self._found: dict[str, _Column] = {}
+
+    def are_classes(self, key: str) -> bool:
+        """Return whether the labels of a key are classes. Without rows, they are marks."""
+        return self._rows is not None and self._column(key).is_class
+
+    def problem(self, key: str, value: JsonValue) -> str:
+        """Return why a label that is neither true nor false is refused."""
+        others = self._column(key).others if self._rows is not None else ()
+        why = f"{key} {repr(value)[:60]} is neither true nor false, as other rows' are"
+        if len(others) == 2 or (others and reads_like_a_judgement(value)):
+            why = f"{key} {repr(value)[:60]} may mark an answer as wrong, but is neither true nor false"
+        return f"{why}: write true (the answer is learned) or false (it is not); if it is a class, rename the column"
+
+    def _column(self, key: str) -> _Column:
+        if key not in self._found:
+            assert self._rows is not None
+            values = _Values()
+            for row in self._rows():
+                if isinstance(row, dict) and key in row:
+                    values.add(row[key], row)
+                    if len(values.others) >= ENOUGH:
+                        break
+            self._found[key] = _Column(values.are_classes(), tuple(values.others.values()))
+        return self._found[key]

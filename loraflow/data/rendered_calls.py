@@ -1,0 +1,93 @@
+"""Tools and tool calls in a rendered chat: what a template renders of them, and what it leaves out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+
+from pydantic import JsonValue
+
+from loraflow.data.chats import Chat, Message, ToolCall
+
+# Tokens that close an answer with a call in templates that close other answers differently: Llama's, gpt-oss's, GLM's,
+# Gemma 4's.
+CALL_ENDS = ("<|eom_id|>", "<|call|>", "<|observation|>", "<|tool_response>")
+
+
+def missing_part(rendered: str, message: Message) -> str | None:
+    """Return a part of an answer with calls that is missing in its rendered text; None if all of it is there.
+
+    The calls must be rendered in their order, each with its name, and with the names and values of its arguments.
+    """
+    squashed = _squashed(rendered)
+    if _squashed(message["content"]) not in squashed:
+        return message["content"]
+    at = 0
+    for call in message.get("tool_calls", []):
+        name = call["function"]["name"]
+        found = rendered.find(name, at)
+        if found < 0:
+            return f"the call of {name}"
+        at = found + len(name)
+        if (part := _missing_argument(squashed[len(_squashed(rendered[:found])) :], call)) is not None:
+            return f"{name}: {part}"
+    return None
+
+
+def _missing_argument(rendered: str, call: ToolCall) -> str | None:
+    for text in _leaves(call["function"]["arguments"]):
+        if not any(_squashed(form) in rendered for form in _forms(text)):
+            return text
+    return None
+
+
+def _leaves(value: JsonValue) -> Iterator[str]:
+    """Yield the texts of a value that a rendering of it must contain."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, str):
+        yield value
+    elif value is not None and not isinstance(value, bool):  # a template may write None and True, or null and true
+        yield json.dumps(value)
+
+
+def _forms(text: str) -> Iterator[str]:
+    """Yield a text as templates write it: as it is, or in JSON, with or without escapes of other than ASCII letters."""
+    yield text
+    for ascii_only in (False, True):
+        encoded = json.dumps(text, ensure_ascii=ascii_only)[1:-1]
+        yield encoded
+        yield json.dumps(encoded)[1:-1]  # JSON in JSON
+
+
+def has_text(rendered: str, text: str) -> bool:
+    """Tell whether a rendered chat contains a text, as it is or in JSON."""
+    return any(form in rendered for form in _forms(text.strip()))
+
+
+def call_end(text: str, start: int, ends: Sequence[str]) -> int | None:
+    """Return where an answer with calls ends that starts at `start`: behind the first of the tokens that end answers."""
+    found = re.compile("|".join(map(re.escape, ends))).search(text, start) if ends else None
+    return found.end() if found else None
+
+
+def without_tools(chat: Chat) -> list[Message]:
+    """Return a chat without its tools."""
+    first = chat[0].copy()
+    first.pop("tools", None)
+    return [first, *chat[1:]]
+
+
+def call_text(message: Message) -> str:
+    """Return the calls of a message as JSON text, to look for control tokens in it."""
+    return json.dumps(message["tool_calls"], ensure_ascii=False) if "tool_calls" in message else ""
+
+
+def _squashed(text: str) -> str:
+    return "".join(text.split())

@@ -1,0 +1,207 @@
+"""Tools of a chat, as OpenAI and transformers write them, and the calls of an answer, checked against their JSON schemas.
+
+Inside loraflow, a chat's tools are the key `tools` of its first message: so each part of a chat that is rendered has them.
+Arguments are objects, as chat templates expect them; files may have them as JSON texts, as OpenAI's API does.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import TYPE_CHECKING, cast
+
+from pydantic import JsonValue
+
+from loraflow.data.chats import BadRow, Function, Tool, ToolCall
+from loraflow.data.json_text import strict_json
+
+if TYPE_CHECKING:
+    from jsonschema.protocols import Validator
+
+MAX_DEPTH = 64
+_MAX_SHOWN = 120  # characters of a schema's complaint
+
+
+def read_tools(value: JsonValue, where: str = "tools") -> list[Tool] | None:
+    """Return the tools of a row, or of a file: a list of functions, or its JSON text.
+
+    None if there are none, or if the value is a list of names: without descriptions they are no part of a prompt.
+
+    Raises:
+        BadRow: the value is something else, a name is duplicated, or a schema is not valid.
+    """
+    if isinstance(value, str):
+        if not value.strip():
+            return None
+        value = _parsed(value, where)
+    if isinstance(value, dict) and "name" in value:  # one function, not in a list
+        value = [value]
+    if value is None or value == [] or value == {}:
+        return None
+    if not isinstance(value, list):
+        raise BadRow(f"{where} is {type(value).__name__}; expected a list of functions with name and parameters")
+    if _is_deep(value):
+        raise BadRow(f"{where} are nested too deeply; at most {MAX_DEPTH} levels")
+    if all(isinstance(item, str) for item in value):
+        return None
+    return _checked_tools(json.dumps(value, ensure_ascii=False, default=str), where)
+
+
+@lru_cache(256)
+def _checked_tools(text: str, where: str) -> list[Tool]:
+    """Return the tools of a JSON list. Rows with the same tools share one list, which saves memory."""
+    tools: list[Tool] = []
+    for number, item in enumerate(json.loads(text)):
+        field = f"{where}[{number}]"
+        if not isinstance(item, dict):
+            raise BadRow(f"{field} is {type(item).__name__}; expected an object with name and parameters")
+        function = _members(item.get("function", item))
+        if item.get("type") not in (None, "function") or function is None:
+            raise BadRow(f"{field} is of type {item.get('type')!r}; expected a function")
+        name = function.get("name")
+        if not isinstance(name, str) or not name.strip():
+            raise BadRow(f"{field}.function.name is {name!r}; expected the function's name")
+        if any(tool["function"]["name"] == name for tool in tools):
+            raise BadRow(f"{field}.function.name {name!r} is duplicated")
+        parameters = function.get("parameters", {})
+        if isinstance(parameters, str):
+            parameters = _parsed(parameters, f"{field}.function.parameters")
+            function["parameters"] = parameters
+        _validator(json.dumps(parameters), f"{field}.function.parameters")
+        tools.append({"type": "function", "function": cast(Function, function)})
+    return tools
+
+
+def _is_deep(value: JsonValue) -> bool:
+    """Tell whether a value is nested more deeply than templates and schemas can be applied to it."""
+    level: list[JsonValue] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, list | dict)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _members(value: JsonValue) -> dict[str, JsonValue] | None:
+    plain = _without_nulls(value)
+    return plain if isinstance(plain, dict) else None
+
+
+def _without_nulls(value: JsonValue) -> JsonValue:
+    """Leave null members out: Parquet gives every object of a column the members of all of them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+@lru_cache(1024)
+def _validator(schema: str, where: str) -> Validator:
+    """Return the validator of a JSON schema. References to other documents are not followed.
+
+    Raises:
+        BadRow: the schema is not valid.
+    """
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+    from referencing.jsonschema import DRAFT202012
+
+    value = json.loads(schema)
+    kind = validator_for(value) if isinstance(value, dict) else validator_for({})
+    try:
+        kind.check_schema(value)
+    except SchemaError as error:
+        raise BadRow(f"{where} is not a JSON schema: {error.message[:_MAX_SHOWN]}") from None
+    registry: Registry[JsonValue] = Registry()
+    registry = registry.with_resource("", DRAFT202012.create_resource(value))
+    validator: Validator = kind(value, registry=registry)
+    return validator
+
+
+def read_calls(value: JsonValue, where: str) -> list[ToolCall]:
+    """Return the calls of an answer: a list of calls, one call, or their JSON text.
+
+    Raises:
+        BadRow: the value is something else, or a call's arguments are not an object.
+    """
+    if isinstance(value, str):
+        value = _parsed(value, where) if value.strip() else None
+    if isinstance(value, dict):
+        value = [value] if value else None
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise BadRow(f"{where} is {type(value).__name__}; expected a list of calls with name and arguments")
+    return [_call(item, f"{where}[{number}]") for number, item in enumerate(value)]
+
+
+def _call(item: JsonValue, where: str) -> ToolCall:
+    function = item.get("function", item) if isinstance(item, dict) else None
+    if not isinstance(item, dict) or not isinstance(function, dict):
+        raise BadRow(f"{where} is {type(item).__name__}; expected an object with name and arguments")
+    name, arguments = function.get("name"), function.get("arguments")
+    if not isinstance(name, str) or not name.strip():
+        raise BadRow(f"{where}.function.name is {name!r}; expected the function's name")
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments, f"{where}.function.arguments") if arguments.strip() else {}
+    if arguments is None:
+        arguments = {}
+    if _is_deep(arguments):
+        raise BadRow(f"{where}.function.arguments are nested too deeply; at most {MAX_DEPTH} levels")
+    if not isinstance(arguments, dict):
+        raise BadRow(f"{where}.function.arguments is {type(arguments).__name__}; expected an object, or its JSON text")
+    call: ToolCall = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    if isinstance(identifier := item.get("id"), str) and identifier:
+        call["id"] = identifier
+    return call
+
+
+def fitting_calls(calls: list[ToolCall], tools: list[Tool] | None, where: str) -> list[ToolCall]:
+    """Return the calls, each of which fits the schema of its tool. Without tools, nothing is checked.
+
+    Raises:
+        BadRow: a call names no tool, or its arguments do not fit.
+    """
+    if tools is None:
+        return calls
+    schemas = {tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in tools}
+    return [_fitting(call, schemas, f"{where}[{number}].function") for number, call in enumerate(calls)]
+
+
+def _fitting(call: ToolCall, schemas: dict[str, JsonValue], where: str) -> ToolCall:
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
+    if name not in schemas:
+        raise BadRow(f"{where}.name {name!r} is not one of the tools: {', '.join(list(schemas)[:8])}")
+    validator = _validator(json.dumps(schemas[name]), "tools")
+    problem = _problem(validator, arguments)
+    if problem is None:
+        return call
+    plain = _without_nulls(arguments)
+    if isinstance(plain, dict) and plain != arguments and _problem(validator, plain) is None:
+        return {**call, "function": {"name": name, "arguments": plain}}
+    raise BadRow(f"{where}.arguments{problem}")
+
+
+def _problem(validator: Validator, arguments: dict[str, JsonValue]) -> str | None:
+    """Return where and why arguments do not fit a schema; None if they do."""
+    from referencing.exceptions import Unresolvable
+
+    try:
+        error = min(validator.iter_errors(arguments), key=lambda e: e.json_path, default=None)
+    except Unresolvable as reference:
+        return f": the schema of its tool refers to another document, {reference.ref[:_MAX_SHOWN]}"
+    return None if error is None else f"{error.json_path.removeprefix('$')}: {error.message[:_MAX_SHOWN]}"
+
+
+def _parsed(text: str, where: str) -> JsonValue:
+    try:
+        return strict_json(text)
+    except json.JSONDecodeError as error:
+        raise BadRow(f"{where} is not valid JSON: {error.msg} at character {error.pos + 1}") from None
+    except ValueError as error:
+        raise BadRow(f"{where} is not valid JSON: {error}") from None
