@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 class _Reader(gguf.GGUFReader):
     """gguf's reader, with the file as a plain array: parsing takes millions of slices, and a memmap's are slow."""
 
-    @property
+    @property  # type: ignore[override]
     def data(self) -> NDArray[np.uint8]:
         return self._data
 
