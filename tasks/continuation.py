@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 
 from prefect import get_client
 from prefect.runtime import flow_run
 
-from loraflow.credentials import mask
+from loraflow.credentials import MASK, mask
 from loraflow.failures import BudgetSpent
 
 log = logging.getLogger("loraflow")
@@ -46,14 +47,17 @@ def _schedule(computed: Sequence[str]) -> str:
         if this.deployment_id is None:
             raise ValueError("this run has no deployment")
         parameters = dict(this.parameters)
+        if MASK in json.dumps(parameters, default=str):
+            raise ValueError("the server has this run's parameters without their credentials; start it again by hand")
         if parameters.get("force"):
-            parameters["force"] = [stage for stage in parameters["force"] if stage not in computed]
+            done = {label.split()[0] for label in computed}  # "evaluate base" is of the stage evaluate
+            parameters["force"] = [stage for stage in parameters["force"] if stage not in done]
         following = client.create_flow_run_from_deployment(
             this.deployment_id,
             parameters=parameters,
             tags=this.tags,
             work_queue_name=this.work_queue_name,
             job_variables=this.job_variables,
-            idempotency_key=f"goes-on-{this.id}",  # a repeated request does not make a second run
+            idempotency_key=f"goes-on-{this.id}-{this.run_count}",  # a repeated request does not make a second run
         )
     return following.name

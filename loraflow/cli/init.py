@@ -15,6 +15,7 @@ from loraflow.cli import quiet_logging
 from loraflow.cli.data import marked_lines, unread_keys
 from loraflow.cli.init_settings import SizeSettings, choose_heldout_fraction, choose_settings
 from loraflow.data.near_split import near_policy
+from loraflow.data.rendered_calls import call_text, tools_text
 from loraflow.data.split import in_share, prompt_key
 from loraflow.failures import BadConfig, BadData
 
@@ -178,7 +179,7 @@ def _recipe(
     """Fill in the template from the lengths and formats of the chats."""
     longest = max(map(_tokens, chats))
     answers = [chat[-1]["content"] for chat in chats]
-    longest_answer = max(map(len, answers)) // 3 + 8
+    longest_answer = max(len(chat[-1]["content"] + call_text(chat[-1])) for chat in chats) // 3 + 8
     as_json = all(_is_object(answer) for answer in answers)
     train, heldout, _ = _split_by_name(names)
     small = base.startswith("bundled:")
@@ -240,7 +241,7 @@ def _margin(chats: int, least: float) -> float:
 
 def _tokens(chat: list[Message]) -> int:
     """Return the tokens of a chat, at about three characters a token: a safe guess."""
-    return sum(len(message["content"]) for message in chat) // 3 + 40
+    return sum(len(message["content"] + call_text(message) + tools_text(message)) for message in chat) // 3 + 40
 
 
 def _size_settings(chats: list[list[Message]], base: str, *, has_heldout: bool) -> SizeSettings:

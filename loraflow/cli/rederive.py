@@ -72,6 +72,10 @@ def reproduce(run: str, into: str, store: str, as_json: bool) -> None:
     record = read_run(opened, run)
     if record is None:
         raise BadConfig("There is no such run.", where=run, next_step="loraflow runs")
+    if record.stage("merge") is None:
+        raise BadConfig(
+            "This run made no model that could be reproduced.", where=run, next_step="choose another run: loraflow runs"
+        )
     results = []
     for result in run_again(opened, record, into):
         results.append(result)

@@ -413,7 +413,8 @@ class BehaviourCheck(FrozenModel):
     @model_validator(mode="after")
     def _one_condition(self) -> BehaviourCheck:
         conditions = ("contains", "matches", "json_fields", "refuses")
-        if sum(getattr(self, name) is not None for name in conditions) != 1 or self.contains == []:
+        is_empty = self.contains == [] or "" in (self.contains or ()) or self.matches == ""  # any answer meets it
+        if sum(getattr(self, name) is not None for name in conditions) != 1 or is_empty:
             raise ValueError(f"a check of gate.behaviour needs one of {', '.join(conditions)}")
         try:
             re.compile(self.matches or "")

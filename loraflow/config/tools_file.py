@@ -18,6 +18,8 @@ def read_tools_file(name: str) -> list[JsonValue]:
     """
     try:
         value = json.loads(Path(name).read_text(encoding="utf-8"))
+        # Refuses NaN, infinities and lone surrogates, which neither fingerprints nor rows can contain.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (OSError, ValueError, RecursionError) as error:
         raise BadConfig("The tools cannot be read.", where=f"data.tools: {name}", got=str(error)[:200]) from error
     if not isinstance(value, list) or not value:

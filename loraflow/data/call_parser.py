@@ -20,6 +20,7 @@ _TAGS = re.compile(r"</?tool_call>|\[/?TOOL_CALLS\]|<\|python_tag\|>|<think>.*?<
 _FUNCTION = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 _WITH_ARGS = re.compile(r"\s*([\w.-]+)\[ARGS\]\s*")
+_CALL_KEY = re.compile(r'\s*\[?\s*\{\s*"(?:name|type|function|arguments|parameters)"')
 _decoder = json.JSONDecoder()
 
 
@@ -44,7 +45,8 @@ def parse_calls(text: str) -> list[CalledFunction] | None:
         try:
             value, at = _decoder.raw_decode(plain, begin)
         except (ValueError, RecursionError):
-            return None
+            begins_call = is_tagged or is_call or named is not None or _CALL_KEY.match(plain, begin) is not None
+            return None if begins_call else []
         values: list[JsonValue] = value if isinstance(value, list) else [value]
         for item in values:
             call = _call({"name": named[1], "arguments": item} if named else item)

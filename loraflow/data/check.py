@@ -259,7 +259,10 @@ def _tools_of(config: CheckDatasetConfig) -> list[Tool] | None:
         BadData: they are not functions with JSON schemas.
     """
     try:
-        return None if config.tools is None else read_tools(config.tools, "data.tools")
+        tools = None if config.tools is None else read_tools(config.tools, "data.tools")
+        if config.tools is not None and tools is None:
+            raise BadRow("a list of names; expected functions with name and parameters")
+        return tools
     except BadRow as problem:
         raise BadData("The tools of the dataset are malformed.", where="data.tools", got=str(problem)) from problem
 

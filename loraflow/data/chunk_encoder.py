@@ -6,6 +6,7 @@ import gc
 import json
 import mmap
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -80,11 +81,11 @@ def encoded_chunks(source: Path, template: ChatTemplate, config: TokenizeConfig,
 
 
 def has_weights(source: Path) -> bool:
-    """Tell whether a file of checked chats has weights other than 0 and 1. The key cannot occur inside a JSON text."""
+    """Tell whether a file of checked chats has weights other than 0 and 1: a key of rows that stands behind `learned`."""
     if not source.stat().st_size:
         return False
     with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(b'"weights": [') >= 0
+        return re.search(rb'"learned": \[[\d, ]*\], "weights": \[', content) is not None
 
 
 def _line_chunks(source: Path) -> Iterator[list[str]]:

@@ -67,6 +67,7 @@ class Placer:
         self._is_out = np.zeros(len(rows), bool)
         self._left_out: dict[int, tuple[Literal["near_leak", "near_both"], int]] = {}
         self._sides: list[Side] = [row.side for row in rows]
+        self._placed: dict[int, int] = {}  # the first row of a text → the first placed row with this text
 
     def keep_sides(self) -> Placement:
         """Number the clusters of near rows. Each row keeps its side. Held-out rows must be the first."""
@@ -76,6 +77,7 @@ class Placer:
                 heldout = self._roots()
             for other in self._near(row):
                 self._join(row, other)
+            self._placed.setdefault(int(self._candidates.first[row]), row)
         return self._result(0, heldout)
 
     def separate(self, hold_out_one: Callable[[Sequence[str]], str] | None) -> Placement:
@@ -106,6 +108,7 @@ class Placer:
             if of_files and side != "heldout":
                 return self._leave_out(row, "near_leak", of_files[0])
         self._sides[row] = side
+        self._placed.setdefault(int(self._candidates.first[row]), row)
         for other in near:
             self._join(row, other)
         return True
@@ -113,9 +116,10 @@ class Placer:
     def _near(self, row: int) -> Iterator[int]:
         """Yield one row before this one of each cluster that it is near to."""
         first = int(self._candidates.first[row])
-        same = [first] if first != row and not self._is_out[first] else []
+        same = [self._placed[first]] if first in self._placed else []
         found: set[int] = set()
-        for other in [*same, *self._candidates.before(first if first != row else row)]:
+        # Candidates are first rows of their texts. If such a row was left out, a later row with its text stands for it.
+        for other in [*same, *(self._placed.get(other, other) for other in self._candidates.before(first))]:
             if self._is_out[other] or (root := self._root(other)) in found:
                 continue
             if other in same or self._comparison.is_near(row, other):
@@ -140,7 +144,7 @@ class Placer:
     def _hold_out_one(self, choose: Callable[[Sequence[str]], str] | None) -> int:
         """Hold out one cluster if the hash held out none; return its number of rows."""
         placed = [row for row in range(len(self._rows)) if not self._is_out[row]]
-        if choose is None or any(self._sides[row] == "heldout" for row in placed):
+        if choose is None or any(self._sides[row] == "heldout" and self._rows[row].may_be_held_out for row in placed):
             return 0
         roots = {self._root(row) for row in placed}
         may = [self._rows[row].unit for row in placed if self._rows[row].may_be_held_out]

@@ -89,5 +89,10 @@ def call_text(message: Message) -> str:
     return json.dumps(message["tool_calls"], ensure_ascii=False) if "tool_calls" in message else ""
 
 
+def tools_text(message: Message) -> str:
+    """Return the tools of a chat as JSON text, which its first message has."""
+    return json.dumps(message["tools"], ensure_ascii=False) if "tools" in message else ""
+
+
 def _squashed(text: str) -> str:
     return "".join(text.split())

@@ -125,7 +125,7 @@ class RowFields:
         is_answer = isinstance(role, str) and (role in ASSISTANT or role == FUNCTION_CALL)
         if calls and not is_answer:
             raise BadRow(f"message {number}: a tool call in a {role} message; only an assistant calls tools")
-        if role in TOOL_ROLES:
+        if isinstance(role, str) and role in TOOL_ROLES:
             used |= {"tool_call_id", "name"}
         if is_answer and self.labels is not None:
             weight = answer_weight(item, f"message {number}: ", used, self.labels)

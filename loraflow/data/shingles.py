@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from loraflow.data.chats import Chat
-from loraflow.data.split import normalize, to_json
+from loraflow.data.split import normalize, to_json, without_call_ids
 from loraflow.failures import MissingExtra
 
 GRAM = 5  # characters
@@ -33,8 +33,9 @@ def comparable_text(messages: Chat) -> str:
     for message in messages:
         if message["role"] != "system":
             parts.append(message["content"] or "")
-            if len(message) > 2:  # such as tool calls
-                parts.append(to_json({key: value for key, value in message.items() if key not in ("role", "content")}))
+            others = {k: v for k, v in without_call_ids(message).items() if k not in ("role", "content", "tools")}
+            if others:  # such as tool calls; the tools themselves are often the same in all rows
+                parts.append(to_json(others))
     return normalize(" ".join(parts))
 
 

@@ -14,7 +14,16 @@ to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make a
 
 def row_id(messages: Chat) -> str:
     """Return a chat's id: 16 hex digits of a hash of its content."""
+    if any(len(message) > 2 for message in messages):
+        return hashlib.sha256(to_json([without_call_ids(message) for message in messages]).encode()).hexdigest()[:16]
     return hashlib.sha256(to_json(messages).encode()).hexdigest()[:16]
+
+
+def without_call_ids(message: Message) -> dict[str, object]:
+    """Return a message without the ids of its calls, which are random: they make no other chat."""
+    calls = [{key: value for key, value in call.items() if key != "id"} for call in message.get("tool_calls", [])]
+    kept = {key: value for key, value in message.items() if key != "tool_call_id"}
+    return {**kept, "tool_calls": calls} if calls else kept
 
 
 def prompt_key(messages: Chat) -> str:
@@ -67,7 +76,7 @@ def normalized_key(messages: Chat) -> int:
 
 def _content(message: Message) -> str:
     """Return a message's text, and what else it has, such as tool calls."""
-    others = {key: value for key, value in message.items() if key not in ("role", "content")}
+    others = {key: value for key, value in without_call_ids(message).items() if key not in ("role", "content")}
     text = message["content"] or ""
     return f"{text}\0{to_json(others)}" if others else text
 

@@ -66,6 +66,8 @@ def _checked_tools(text: str, where: str) -> list[Tool]:
         parameters = function.get("parameters", {})
         if isinstance(parameters, str):
             parameters = _parsed(parameters, f"{field}.function.parameters")
+            if _is_deep(parameters):
+                raise BadRow(f"{field}.function.parameters are nested too deeply; at most {MAX_DEPTH} levels")
             function["parameters"] = parameters
         _validator(json.dumps(parameters), f"{field}.function.parameters")
         tools.append({"type": "function", "function": cast(Function, function)})
@@ -112,6 +114,8 @@ def _validator(schema: str, where: str) -> Validator:
     from referencing.jsonschema import DRAFT202012
 
     value = json.loads(schema)
+    if isinstance(value, dict) and not isinstance(value.get("$schema", ""), str):
+        raise BadRow(f"{where}.$schema is not text")
     kind = validator_for(value) if isinstance(value, dict) else validator_for({})
     try:
         kind.check_schema(value)
@@ -177,6 +181,8 @@ def _fitting(call: ToolCall, schemas: dict[str, JsonValue], where: str) -> ToolC
     name, arguments = call["function"]["name"], call["function"]["arguments"]
     if name not in schemas:
         raise BadRow(f"{where}.name {name!r} is not one of the tools: {', '.join(list(schemas)[:8])}")
+    call = _without_nulls_of_other_tools(call, schemas[name])
+    arguments = call["function"]["arguments"]
     validator = _validator(json.dumps(schemas[name]), "tools")
     problem = _problem(validator, arguments)
     if problem is None:
@@ -187,6 +193,16 @@ def _fitting(call: ToolCall, schemas: dict[str, JsonValue], where: str) -> ToolC
     raise BadRow(f"{where}.arguments{problem}")
 
 
+def _without_nulls_of_other_tools(call: ToolCall, schema: JsonValue) -> ToolCall:
+    """Leave out nulls that the tool's schema does not know: Parquet gives each call the arguments of all tools."""
+    known = schema.get("properties") if isinstance(schema, dict) else None
+    if not isinstance(known, dict):
+        return call
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
+    kept = {key: value for key, value in arguments.items() if value is not None or key in known}
+    return call if kept == arguments else {**call, "function": {"name": name, "arguments": kept}}
+
+
 def _problem(validator: Validator, arguments: dict[str, JsonValue]) -> str | None:
     """Return where and why arguments do not fit a schema; None if they do."""
     from referencing.exceptions import Unresolvable
@@ -195,6 +211,8 @@ def _problem(validator: Validator, arguments: dict[str, JsonValue]) -> str | Non
         error = min(validator.iter_errors(arguments), key=lambda e: e.json_path, default=None)
     except Unresolvable as reference:
         return f": the schema of its tool refers to another document, {reference.ref[:_MAX_SHOWN]}"
+    except (RecursionError, ArithmeticError, ValueError) as failure:  # such as a schema that refers to itself
+        return f": the schema of its tool cannot be applied ({type(failure).__name__})"
     return None if error is None else f"{error.json_path.removeprefix('$')}: {error.message[:_MAX_SHOWN]}"
 
 

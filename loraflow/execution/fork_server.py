@@ -1,6 +1,6 @@
 """Start worker processes as forks of a process that has imported the libraries once.
 
-    python -m loraflow.execution.fork_server FD
+    python -m loraflow.execution.fork_server FD PARENT
 
 A worker that is started as a new Python imports torch, transformers and peft, which takes 8 to 12 seconds. The fork server
 imports them once for each process that launches jobs, computes nothing, and forks each worker when it is asked to. A worker
@@ -56,13 +56,19 @@ class Request(TypedDict):
 
 
 def main(argv: list[str]) -> int:
-    """Fork a worker for each message on the socket FD. A worker runs its job and exits here; the server returns 0."""
-    parent = os.getppid()
+    """Fork a worker for each message on the socket FD. A worker runs its job and exits here; the server returns 0.
+
+    PARENT is the process id of the launcher, which may have died before this process could ask for it.
+    """
+    parent = int(argv[1])
     with socket.socket(fileno=int(argv[0])) as connection:
         connection.set_inheritable(False)
         job_file = Server(connection, parent).serve()
     if job_file is None:
         return 0
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda._is_in_bad_fork():
+        # A library has started CUDA while it was imported, so this process cannot use it: begin as a new Python.
+        os.execv(sys.executable, [sys.executable, "-m", "loraflow.execution.worker", job_file])
     from loraflow.execution.worker import main as run_worker
 
     setproctitle(f"{sys.executable} -m loraflow.execution.worker {job_file}")
@@ -83,7 +89,7 @@ class Server:
     """
 
     def __init__(self, connection: socket.socket, parent: int):
-        self.connection, self.parent = connection, parent
+        self.connection, self.parent, self.pid = connection, parent, os.getpid()
         self._status_pipes: dict[int, int] = {}  # by the worker's process id
         self._not_imported = [name for names in MODULES.values() for name in names]
 
@@ -91,6 +97,7 @@ class Server:
         """Fork workers until the launcher ends. Return the path of the job file in a worker, and None in the server."""
         woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # workers save a checkpoint then; the server ends after them
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         with selectors.DefaultSelector() as selector:
             selector.register(self.connection, selectors.EVENT_READ)
@@ -144,6 +151,7 @@ class Server:
         """Turn a fork into what `python -m loraflow.execution.worker` is at its start."""
         os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for descriptor in (status, *self._status_pipes.values()):
             os.close(descriptor)
         null = os.open(os.devnull, os.O_RDONLY)
@@ -155,7 +163,7 @@ class Server:
         if not sys.flags.safe_path:  # `python -m` puts the working folder there
             sys.path[0] = request["folder"]
         os.environ.pop(NVML_CHECK, None)
-        os.environ |= {**request["environment"], PIPE: str(outcome), PARENT: str(os.getppid())}
+        os.environ |= {**request["environment"], PIPE: str(outcome), PARENT: str(self.pid)}
 
     def _reap(self) -> None:
         for pid in list(self._status_pipes):

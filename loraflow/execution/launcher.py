@@ -29,7 +29,7 @@ from loraflow.execution.start_worker import WORKER
 from loraflow.execution.worker_process import OnProgress, check_budget, run_in_worker_process
 from loraflow.job import Inputs, Job, Progress
 from loraflow.stages import STAGES
-from loraflow.store import Ref, Store, Summary, staging
+from loraflow.store import LocalStore, Ref, Store, Summary, staging
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def run_job(
             explain_disk_full(disk_full, job, store, staged, work)
             raise
         except failures.BudgetSpent as spent:
-            spent.details["saved"] = saves_since(work, started)
+            spent.details["saved"] = saves_since(work, started, is_shared=isinstance(store, LocalStore))
             raise
         except failures.Failure:
             raise

@@ -6,9 +6,11 @@ Nothing is written to the store. The merge is computed in a temporary folder and
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from loraflow import __version__
 from loraflow.config.stage_configs import DvcOrigin, JobRuntime, StageConfig
@@ -43,7 +45,7 @@ def rederive(store: Store, merged: Ref) -> Iterator[Check]:
         problems = store.verify(ref)
         if not problems:
             manifests[ref.digest] = store.manifest(ref)
-            problems = _wrong_inputs(manifests[ref.digest], store)
+            problems = _wrong_inputs(manifests[ref.digest], store, manifests)
         yield Check(f"{ref}: every byte, its name, and the names of its inputs", tuple(problems))
         if ref.stage == "version_dataset" and not problems:
             yield from _check_dataset(store, ref, manifests[ref.digest])
@@ -70,14 +72,18 @@ def _chain(store: Store, merged: Ref) -> list[Ref]:
     return list(found.values())
 
 
-def _wrong_inputs(manifest: Manifest, store: Store) -> list[str]:
-    """Return the inputs whose digest is not the one that the artifact's name was computed from."""
+def _wrong_inputs(manifest: Manifest, store: Store, checked: Mapping[str, Manifest]) -> list[str]:
+    """Return the inputs whose digest is not the one that the artifact's name was computed from.
+
+    The digests of an input's parts are those of its own manifest, which was checked before.
+    """
     named = manifest.payload.get("inputs")
     used = named if isinstance(named, dict) else {}
     refs = manifest.input_refs(store.uri)
     wrong = [f"input {name}: not named in the manifest" for name in sorted(used.keys() - refs.keys())]
     for name, ref in refs.items():
-        if used.get(name) not in {ref.digest, *ref.facets.values()}:
+        own = checked.get(ref.digest)
+        if used.get(name) not in {ref.digest, *(own.facets.values() if own else ())}:
             wrong.append(f"input {name}: its digest is not the one that was used")
     return wrong
 
@@ -119,13 +125,16 @@ def _merge_again(store: Store, manifest: Manifest) -> Check:
     stage = STAGES[manifest.stage]
     if manifest.stage != "merge":
         return Check(what, unknown=f"the model is the result of {manifest.stage}, not of a merge")
-    job = Job[StageConfig](
-        stage=manifest.stage,
-        version=manifest.version,
-        inputs=manifest.input_refs(store.uri),
-        config=manifest.payload["config"],
-        runtime=JobRuntime.model_validate(manifest.provenance.get("runtime") or {}),
-    )
+    try:
+        job = Job[StageConfig](
+            stage=manifest.stage,
+            version=manifest.version,
+            inputs=manifest.input_refs(store.uri),
+            config=manifest.payload["config"],
+            runtime=JobRuntime.model_validate(manifest.provenance.get("runtime") or {}),
+        )
+    except ValidationError as error:
+        return Check(what, unknown=f"this version does not read the settings of the merge: {error.errors()[0]['msg']}")
     with tempfile.TemporaryDirectory(prefix="loraflow-rederive-") as folder:
         out, work = Path(folder, "out"), Path(folder, "work")
         out.mkdir()

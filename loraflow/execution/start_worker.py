@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -102,7 +104,11 @@ class ForkedWorker:
 
     def _read(self, timeout: float | None) -> bool:
         """Read what the server wrote; return whether there was something. Its end is the end of the worker."""
-        if self._code is not None or self._pipe.closed or not select.select([self._pipe], [], [], timeout)[0]:
+        if self._code is not None or self._pipe.closed:
+            return False
+        poll = select.poll()
+        poll.register(self._pipe, select.POLLIN)
+        if not poll.poll(None if timeout is None else math.ceil(timeout * 1000)):
             return False
         data = self._pipe.read(100) or b""
         self._text += data
@@ -122,7 +128,7 @@ class _ForkServer:
         self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with other:
             self.process = subprocess.Popen(
-                [*SERVER, str(other.fileno())],
+                [*SERVER, str(other.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -191,7 +197,7 @@ def start_worker(
         outcome: the file descriptor of the pipe for its outcome.
     """
     job_file = file.write()
-    if command == WORKER and file.job.runtime.worker_start == "fork" and sys.platform == "linux":
+    if command == WORKER and file.job.runtime.worker_start == "fork" and _can_fork():
         try:
             with _lock:
                 own = {key: value for key, value in environment.items() if key.startswith(_NOT_READ_AT_IMPORT)}
@@ -208,6 +214,15 @@ def start_worker(
         pass_fds=[outcome],
         start_new_session=True,
     )
+
+
+def _can_fork() -> bool:
+    """Tell whether a process that has imported the libraries can be forked: on Linux, if none of them starts CUDA.
+
+    bitsandbytes starts CUDA when it is imported, and peft imports it.
+    """
+    has_gpu = Path("/dev/nvidiactl").exists()
+    return sys.platform == "linux" and not (has_gpu and find_spec("bitsandbytes") is not None)
 
 
 def _server_for(environment: dict[str, str]) -> _ForkServer:

@@ -125,7 +125,7 @@ def next_look(
     if number > declared and fresh == len(rows) and not assumed:
         period, counted, number = period + 1, [], 1
     spent = _own_level(counted, number, assumed, error, horizon)
-    level = spent + _recycled(counted, number, promotions)
+    level = min(spent + _recycled(counted, number, promotions), error)  # the recipe may have lowered the error
     return NextLook(number, spent, level, assumed, period, fresh)
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from loraflow import identity
 from loraflow.data.readers import readable_files
+from loraflow.data.rendered_calls import call_text, tools_text
 from loraflow.failures import BadConfig, BadData, BadModel, OutOfMemory, from_os_error
 from loraflow.serving.chat import Sampling
 from loraflow.serving.models import Loaded, Model, load
@@ -276,7 +277,10 @@ def _prompts(
     for i, question in enumerate(questions):
         if question.messages is None:
             continue
-        tokens = [loaded.control_token_in(message["content"]) for message in question.messages]
+        tokens = [
+            loaded.control_token_in(message["content"] + call_text(message) + tools_text(message))
+            for message in question.messages
+        ]
         if found := next(filter(None, tokens), None):
             errors[i] = f"the text contains {found}, which the model reads as a control token"
             continue

@@ -31,13 +31,17 @@ def deployed(client):
 
 
 def test_a_run_without_time_goes_on_in_a_new_run_of_its_deployment_and_only_in_one(client, deployed, monkeypatch):
-    parameters = {"recipe": "phi3-mini", "force": ["tokenize", "train"], "settings": {"runtime.max_hours": 8}}
+    parameters = {
+        "recipe": "phi3-mini",
+        "force": ["tokenize", "train", "evaluate"],
+        "settings": {"runtime.max_hours": 8},
+    }
     first = client.create_flow_run_from_deployment(deployed.id, parameters=parameters, tags=["mine"])
     for state in (Pending(), Running()):
         client.set_flow_run_state(first.id, state)
     monkeypatch.setattr(continuation, "flow_run", SimpleNamespace(id=str(first.id)))
     spent = BudgetSpent("The run has used its time.", saved=True)
-    continuation.go_on_in_another_run(spent, ["tokenize"])
+    continuation.go_on_in_another_run(spent, ["tokenize", "evaluate base"])
     continuation.go_on_in_another_run(BudgetSpent("The run has used its time.", saved=True), ["tokenize"])
     runs = [run for run in client.read_flow_runs() if run.deployment_id == deployed.id and run.id != first.id]
     [following] = [run for run in runs if not run.auto_scheduled]
@@ -87,3 +91,14 @@ def test_only_a_deployed_run_goes_on_by_itself(tmp_path, monkeypatch, is_deploye
         raise spent
     assert caught.value is spent
     assert asked == ([(spent, ["train"])] if is_deployed else [])
+
+
+def test_a_run_whose_credentials_are_masked_on_the_server_is_not_started_with_the_mask(
+    client, deployed, monkeypatch, caplog
+):
+    first = client.create_flow_run_from_deployment(deployed.id, parameters={"recipe": "https://user:***@host/x"})
+    monkeypatch.setattr(continuation, "flow_run", SimpleNamespace(id=str(first.id)))
+    continuation.go_on_in_another_run(BudgetSpent("The run has used its time.", saved=True), ["tokenize"])
+    runs = [run for run in client.read_flow_runs() if run.deployment_id == deployed.id and run.id != first.id]
+    assert [run for run in runs if not run.auto_scheduled] == []
+    assert "without their credentials" in caplog.text

@@ -184,3 +184,12 @@ def test_a_failure_of_a_forked_worker_is_the_stages_own(parts, tmp_path):
     with pytest.raises(failures.Failure) as caught:
         launcher.run_job(job, space.store)
     assert "log.txt" in str(caught.value) or caught.value.next_step
+
+
+def test_a_request_to_end_that_reaches_all_processes_leaves_the_worker_time_to_save(running, tmp_path):
+    launcher_process, worker = running
+    for process in (worker.parent(), worker):
+        process.send_signal(signal.SIGTERM)
+    _, errors = launcher_process.communicate(timeout=60)
+    assert "Preempted: " in errors, "not Killed"
+    assert "Training was asked to end." in next((tmp_path / "store" / "work" / "train").glob("*/log.txt")).read_text()

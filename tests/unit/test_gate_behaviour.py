@@ -94,6 +94,8 @@ def test_the_gate_reads_all_sets_and_the_recipe_names_the_condition(recipe, monk
         ({"share": 0.5}, "needs one of"),
         ({"refuses": True, "contains": ["a"]}, "needs one of"),
         ({"contains": []}, "needs one of"),
+        ({"contains": ["", "a"]}, "needs one of"),
+        ({"matches": ""}, "needs one of"),
         ({"matches": "("}, "not a regular expression"),
         ({"refuses": True, "share": 0}, "greater than 0"),
         ({"refuses": True, "share": 95}, "less than or equal to 1"),

@@ -51,9 +51,9 @@ def test_rows_of_a_group_are_held_out_together_and_have_its_name_in_the_scores(r
     sizes = pd.Series([row.group for row in found]).value_counts()
     assert len(found) > 8 and set(sizes) == {4}
     answer: GeneratedAnswer = {"text": "red", "tokens": 1, "finish": "stop"}
-    table = _table(found, _Computed([answer] * len(found), [(1.0, 1)] * len(found), control_tokens=0, longest=0))
+    table = _table(found, _Computed([answer] * len(found), [(1.0, 1)] * len(found), 0, 0, ["red"] * len(found)))
     assert group_labels(table).max() + 1 == len(sizes)
-    plain = _table([row.__class__(row.id, row.set, row.messages) for row in found], _Computed([answer] * len(found), [(1.0, 1)] * len(found), control_tokens=0, longest=0))  # fmt: skip
+    plain = _table([row.__class__(row.id, row.set, row.messages) for row in found], _Computed([answer] * len(found), [(1.0, 1)] * len(found), 0, 0, ["red"] * len(found)))  # fmt: skip
     assert "group" not in plain
 
 

@@ -100,7 +100,8 @@ def test_only_what_a_later_attempt_uses_counts_as_progress(tmp_path, name):
     for other in ("progress.jsonl", "log.txt", "checkpoints/checkpoint-2/weights"):
         (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / other).write_text("x")
-    assert not saves_since(tmp_path, started)
+    assert not saves_since(tmp_path, started, is_shared=True)
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("x")
-    assert saves_since(tmp_path, started) and not saves_since(tmp_path, started + 60)
+    assert saves_since(tmp_path, started, is_shared=True) and not saves_since(tmp_path, started + 60, is_shared=True)
+    assert saves_since(tmp_path, started, is_shared=False) == name.startswith("checkpoints"), "a bucket has these only"

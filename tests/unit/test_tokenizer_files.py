@@ -84,6 +84,8 @@ def folder_with(built, tmp_path, monkeypatch):
 def require_transformers_ids(folder):
     tokenizer, template = AutoTokenizer.from_pretrained(folder), ChatTemplate(folder)
     for chat in conversations():
+        if any("tools" in message for message in chat):
+            continue  # these templates have no tools
         (encoded,) = template.encode([chat], "assistant")
         assert encoded.ids.tolist() == tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
         served = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]

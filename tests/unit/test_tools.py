@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,13 +10,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from loraflow.config.tools_file import read_tools_file
 from loraflow.data.call_parser import parse_calls
 from loraflow.data.chat_formats import read_chat, to_prompt
 from loraflow.data.chats import BadRow
+from loraflow.data.check import _tools_of
 from loraflow.data.loss_mask import IGNORED, ChatTemplate, name_row
 from loraflow.data.readers import read_rows
+from loraflow.data.shingles import comparable_text, grams, jaccard
+from loraflow.data.split import normalized_key, row_id
 from loraflow.evaluation.metric_modules import compute
-from loraflow.failures import BadModel
+from loraflow.failures import BadModel, Failure
 from tests.unit.test_check import run_check
 from tests.unit.test_trl_templates import TEMPLATES, template_of, tokenizer_with_control_tokens  # noqa: F401
 
@@ -309,3 +314,66 @@ def test_the_reference_of_a_call_is_its_text_as_the_model_generates_it(template_
     template, _ = template_of("qwen3")
     texts = template.answer_texts([CHAT[:2], CHAT])
     assert parse_calls(texts[0]) == [CHAT[1]["tool_calls"][0]["function"]] and texts[1] == "a color"
+
+
+def test_the_ids_of_calls_make_no_other_chat():
+    chats = [[*CHAT[:1], {**CHAT[1], "tool_calls": [call(identifier=name)]}] for name in ("abcdefghi", "123456789")]
+    assert row_id(chats[0]) == row_id(chats[1])
+    assert normalized_key(chats[0]) == normalized_key(chats[1])
+    assert row_id(chats[0]) != row_id([*CHAT[:1], {**CHAT[1], "tool_calls": [call("Ulm")]}])
+
+
+def test_equal_tools_do_not_make_chats_similar():
+    chats = [[{**CHAT[0], "content": text}, {"role": "assistant", "content": text[::-1]}]
+             for text in ("When does the museum open on Sundays?", "Please translate this letter into Polish")]  # fmt: skip
+    assert jaccard(*(grams(comparable_text(chat)) for chat in chats)) < 0.1
+
+
+@pytest.mark.parametrize("text", ["[Note] see below", "[link](x)", "code:\n{\n  return 1;\n}"])
+def test_text_with_brackets_is_no_broken_call(text):
+    assert parse_calls(text) == []
+
+
+@pytest.mark.parametrize(
+    ("parameters", "arguments"),
+    [
+        ({"$ref": "#"}, {"a": 1}),
+        ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, {"a": 1}),
+        ({"properties": {"a": {"multipleOf": 0.1}}}, {"a": 10**400}),
+    ],
+)
+def test_schemas_that_cannot_be_applied_are_problems_of_the_row(parameters, arguments):
+    row = openai(arguments)
+    row["tools"] = [{"type": "function", "function": {"name": "get_weather", "parameters": parameters}}]
+    with pytest.raises(BadRow):
+        read_chat(row)
+
+
+@pytest.mark.parametrize(
+    "schema", [{"$schema": 5}, {"$schema": {}}, json.dumps({"a": 0}).replace("0", "[" * 400 + "]" * 400)]
+)
+def test_odd_schemas_are_malformed_rows(schema):
+    row = openai()
+    row["tools"] = [{"type": "function", "function": {"name": "get_weather", "parameters": schema}}]
+    with pytest.raises(BadRow):
+        read_chat(row)
+
+
+def test_nulls_that_the_tool_does_not_know_are_no_arguments():
+    row = openai({"city": "Rom", "date": None})
+    row["tools"] = [{"type": "function", "function": {"name": "get_weather",
+                                                      "parameters": {"properties": {"city": {"type": "string"}}}}}]  # fmt: skip
+    (called,) = read_chat(row).messages[1]["tool_calls"]
+    assert called["function"]["arguments"] == {"city": "Rom"}
+
+
+def test_a_role_that_is_no_text_is_a_malformed_row():
+    with pytest.raises(BadRow):
+        read_chat({"messages": [{"role": ["user"], "content": "a", "x": 1}, {"role": "assistant", "content": "b"}]})
+
+
+@pytest.mark.parametrize("content", ['["search", "open"]', "[NaN]", "[1e400]", '["\\ud800"]'])
+def test_a_file_of_tools_that_are_no_functions_is_refused(tmp_path, content):
+    (tmp_path / "tools.json").write_text(content)
+    with pytest.raises(Failure):
+        _tools_of(SimpleNamespace(tools=read_tools_file(str(tmp_path / "tools.json"))))
