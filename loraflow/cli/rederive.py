@@ -72,10 +72,6 @@ def reproduce(run: str, into: str, store: str, as_json: bool) -> None:
     record = read_run(opened, run)
     if record is None:
         raise BadConfig("There is no such run.", where=run, next_step="loraflow runs")
-    if record.stage("merge") is None:
-        raise BadConfig(
-            "This run made no model that could be reproduced.", where=run, next_step="choose another run: loraflow runs"
-        )
     results = []
     for result in run_again(opened, record, into):
         results.append(result)
@@ -83,6 +79,10 @@ def reproduce(run: str, into: str, store: str, as_json: bool) -> None:
             click.echo(f"{'same' if result.is_same else 'differs':<8} {result.label:<17} {result.got}")
             for reason in result.reasons:
                 click.echo(f"{'':<8}   {reason}")
+    if not results:
+        raise BadConfig(
+            "The record of this run has no stages.", where=run, next_step="choose another run: loraflow runs"
+        )
     different = [result.label for result in results if not result.is_same]
     if as_json:
         values = [
@@ -105,3 +105,5 @@ def reproduce(run: str, into: str, store: str, as_json: bool) -> None:
         )
     if not as_json:
         click.echo(f"all {len(results)} stages are the same, bit for bit")
+        if record.stage("merge") is None:
+            click.echo("the run made no model: its record ends before merge")

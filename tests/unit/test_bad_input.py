@@ -61,8 +61,8 @@ def test_mixed_shapes_null_messages_and_developers_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("x.jsonl", gzip.compress(b"x"), "compressed by gzip"),
-        ("x.jsonl.gz", gzip.compress(b"x"), "not supported"),
+        ("x.jsonl", gzip.compress(b"x", mtime=0), "compressed by gzip"),
+        ("x.jsonl.gz", gzip.compress(b"x", mtime=0), "not supported"),
         ("x.csv", b"prompt|completion\nq|a\n", "another separator"),
         ("x.json", b'[{"prompt": "q", "prompt": "r", "completion": "a"}]', "not valid JSON"),
     ],
