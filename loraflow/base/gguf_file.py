@@ -28,8 +28,8 @@ class _Reader(gguf.GGUFReader):
 def parsed_once() -> Iterator[None]:
     """Let transformers parse each GGUF file once inside the block, in place of once each for tokenizer, config and weights.
 
-    transformers also builds the same table of tensor names anew for each module of the model. Both functions are gguf's own;
-    their results are kept.
+    transformers also builds the table of tensor names again for each module of the model. Inside the block, the results of
+    both functions of gguf are cached.
     """
     with (
         mock.patch.object(gguf, "GGUFReader", functools.cache(_Reader)),

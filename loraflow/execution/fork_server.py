@@ -31,9 +31,8 @@ from setproctitle import setproctitle
 from loraflow.execution.device_group import PARENT
 from loraflow.execution.outcome import PIPE
 
-NVML_CHECK = (
-    "PYTORCH_NVML_BASED_CUDA_CHECK"  # environment: torch counts GPUs without starting CUDA, which no fork survives
-)
+# Environment: torch counts GPUs without starting CUDA. A process that has started it cannot be forked.
+NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 # What each stage imports, before its worker is forked or earlier while nothing is asked; in the order of a run.
 MODULES: dict[str, tuple[str, ...]] = {
     "resolve_base": ("loraflow.base.resolve", "transformers.modeling_utils"),
@@ -131,9 +130,8 @@ class Server:
         for name in names:
             if name in self._not_imported:
                 self._not_imported.remove(name)
-                with contextlib.suppress(
-                    Exception
-                ):  # the worker that needs it fails with the same error, and reports it
+                # The worker that needs the module imports it again, fails with the same error, and reports it.
+                with contextlib.suppress(Exception):
                     import_module(name)
 
     def _fork(self, descriptors: list[int]) -> int:

@@ -33,11 +33,8 @@ log = logging.getLogger(__name__)
 WORKER = [sys.executable, "-m", "loraflow.execution.worker"]
 SERVER = [sys.executable, "-m", "loraflow.execution.fork_server"]
 START_SECONDS = 600.0  # in which a fork server has imported the libraries, from a slow disk too
-_NOT_READ_AT_IMPORT = (
-    "LORAFLOW_",
-    "PREFECT_",
-    "PYTEST_",
-)  # environment: variables that each worker of a server may have anew
+# Environment: no library reads these variables while it is imported, so each worker gets its own values.
+_NOT_READ_AT_IMPORT = ("LORAFLOW_", "PREFECT_", "PYTEST_")
 
 
 class WorkerProcess(Protocol):
