@@ -258,7 +258,7 @@ def _outcome(test: _Test, state: str, look: str) -> str:
         if test.level <= 0:
             parts.append(
                 f"{look or 'this look'} has no error left to spend; after the last look, held-out rows that were never "
-                "scored start anew"
+                "scored get a new budget"
             )
         else:
             parts.append(f"p {test.p_value():.2g}, {test.level:.2g} allowed{f' at {look}' if look else ''}")

@@ -81,7 +81,8 @@ class GatePower:
             found.append(f"  no model can be promoted: at least {MINIMUM_ROWS} independent rows are needed")
         elif self.gain is None:
             found.append(
-                "  no model can be promoted: no error is left. After the last look, rows that were never scored start anew"
+                "  no model can be promoted: gate.error is used up. After the last look, rows that were never scored get a "
+                "new budget"
             )
         elif self.primary in BINARY:
             found.append(

@@ -70,10 +70,10 @@ def with_adapter(family, attention_name):
     return adapted.train()
 
 
-def documents():
+def documents(lengths=LENGTHS):
     draw = np.random.default_rng(0)
     found = []
-    for length in LENGTHS:
+    for length in lengths:
         ids = draw.integers(3, 300, length)
         found.append((ids, np.where(np.arange(length) < length // 3, -100, ids)))
     return found

@@ -22,6 +22,7 @@ from loraflow.failures import BadModel
 from loraflow.hardware.attention import DOCUMENTS
 from loraflow.training import angles, attention
 from loraflow.training.collation import concatenated, packed, padded
+from tests.families.test_cells import documents
 from tests.families.tiny import family_config
 from tests.unit import test_training
 from tests.unit.test_training import build_phi3, chat, run, tokenize
@@ -65,15 +66,6 @@ def with_adapter(model):
     return get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
 
 
-def documents():
-    draw = np.random.default_rng(0)
-    found = []
-    for length in LENGTHS:
-        ids = draw.integers(3, 300, length)
-        found.append((ids, np.where(np.arange(length) < length // 3, -100, ids)))
-    return found
-
-
 def loss_and_gradients(model, inputs):
     model.zero_grad()
     total = 0.0
@@ -105,7 +97,7 @@ def test_documents_on_both_sides_of_the_switch_equal_each_document_alone_in_loss
     if layout == "concatenated" and name == "Phi-3.5-MoE":
         pytest.skip("the fast engine does not train it")
     attention.register()
-    docs = documents()
+    docs = documents(LENGTHS)
     alone = with_adapter(build(name))
     expected = loss_and_gradients(alone, [of_grid(padded([[doc]], 0)) for doc in docs])
     inputs = {
@@ -125,7 +117,7 @@ def test_documents_on_both_sides_of_the_switch_equal_each_document_alone_in_loss
 
 
 def test_the_padding_of_packed_rows_does_not_change_the_angles_of_short_documents():
-    docs = [doc for doc in documents() if len(doc[0]) <= SWITCH]
+    docs = [doc for doc in documents(LENGTHS) if len(doc[0]) <= SWITCH]
     grid = packed([docs], 80, 0)
     model = build("Phi-4 mini")
     ids = torch.from_numpy(docs[0][0])
