@@ -39,13 +39,16 @@ class Shape:
     heads: int
     kv_heads: int
     scale: int = 1
+    head_dim: int | None = None
 
 
 SMOLLM2 = Shape("SmolLM2-135M", 576, 1536, 30, 9, 3)
 LLAMA_1B = Shape("Llama-3.2-1B", 2048, 8192, 16, 32, 8)
 PHI3 = Shape("Phi-3 mini, a quarter of its layers", 3072, 8192, 8, 32, 32, scale=4)
+QWEN3_600M = Shape("Qwen3-0.6B", 1024, 3072, 28, 16, 8, head_dim=128)
 CASES = [
     (SMOLLM2, 1024, 0.0), (SMOLLM2, 1024, 0.05), (SMOLLM2, 8192, 0.05),
+    (QWEN3_600M, 1024, 0.0), (QWEN3_600M, 16384, 0.0),
     (LLAMA_1B, 8192, 0.0), (LLAMA_1B, 8192, 0.05), (PHI3, 8192, 0.0), (PHI3, 8192, 0.05),
 ]  # fmt: skip
 
@@ -63,7 +66,7 @@ def build_base(folder: Path, shape: Shape) -> None:
     config = LlamaConfig(
         vocab_size=32064, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
         num_hidden_layers=2 if TINY else shape.layers, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads, eos_token_id=eos, pad_token_id=0, bos_token_id=1,
+        num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim, eos_token_id=eos, pad_token_id=0, bos_token_id=1,
         max_position_embeddings=4096, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device("cpu" if TINY else "cuda"):
@@ -87,8 +90,10 @@ def build_tokens(folder: Path, length: int, documents: int) -> None:
     (folder / "report.json").write_text(json.dumps({"figures": {"train_tokens": len(ids)}}))
 
 
-def train(work: Path, base: Path, tokens: int, dropout: float, *, compiled: bool) -> tuple[float, float]:
-    """Train; return (seconds to the end of the first step, median seconds of a later step)."""
+def train(
+    work: Path, base: Path, tokens: int, dropout: float, *, compiled: bool, graphs: bool
+) -> tuple[float, float, float]:
+    """Train; return (seconds to the end of the first step, median seconds of a later step, peak GiB)."""
     import torch
 
     from loraflow.config import parse_recipe
@@ -107,6 +112,7 @@ def train(work: Path, base: Path, tokens: int, dropout: float, *, compiled: bool
         "training_config.gradient_accumulation_steps": 1, "training_config.max_steps": STEPS,
         "training_config.logging_steps": 1, "training_config.save_strategy": "no",
         "peft_config.lora_dropout": dropout, "runtime.compile": "on" if compiled else "off",
+        "runtime.cuda_graphs": "on" if graphs else "off",
         "runtime.device": "cpu" if TINY else "cuda",
     }  # fmt: skip
     recipe = parse_recipe("name: bench\nbase: {model: x}\n", overrides=settings)
@@ -123,7 +129,13 @@ def train(work: Path, base: Path, tokens: int, dropout: float, *, compiled: bool
     lines = [json.loads(line) for line in (home / "progress.jsonl").read_text().splitlines()]
     times = {line["step"]: line["time"] for line in lines if "step" in line}
     later = [after - before for before, after in pairwise([times[step] for step in range(WARM_UP, STEPS + 1)])]
-    return times[1] - started, statistics.median(later)
+    engine = json.loads((home / "out" / "telemetry" / "engine.json").read_text())
+    losses = [
+        json.loads(line).get("loss") for line in (home / "out" / "telemetry" / "curves.jsonl").read_text().splitlines()
+    ]
+    if os.environ.get("LORAFLOW_BENCH_LOSSES"):
+        print({k: v for k, v in engine.items() if "graph" in k}, [x for x in losses if x], flush=True)
+    return times[1] - started, statistics.median(later), engine["peak_gib"] or 0.0
 
 
 def main() -> None:
@@ -135,20 +147,26 @@ def main() -> None:
     work = Path(tempfile.mkdtemp())
     print(torch.cuda.get_device_name() if not TINY else "cpu", "torch", torch.__version__, flush=True)
     bases: dict[str, Path] = {}
-    print("shape | tokens | dropout | compile s | plain ms | compiled ms | saved a token us | break-even steps")
+    print(
+        "shape | tokens | dropout | plain ms | graphs ms | compiled ms | both ms | graphs s | compile s | peak GiB",
+        flush=True,
+    )
     for shape, tokens, dropout in CASES:
         if shape.name not in bases:
             bases[shape.name] = work / f"base-{len(bases)}"
             build_base(bases[shape.name], shape)
-            train(work, bases[shape.name], tokens, dropout, compiled=False)  # warms the libraries up
+            train(work, bases[shape.name], tokens, dropout, compiled=False, graphs=False)  # warms the libraries up
         base = bases[shape.name]
-        first, plain = train(work, base, tokens, dropout, compiled=False)
-        compiled_first, compiled = train(work, base, tokens, dropout, compiled=not TINY)
-        cost, saved = compiled_first - first, (plain - compiled) * shape.scale
+        ways = [(False, False), (False, True), (True, False), (True, True)]
+        found = [
+            train(work, base, tokens, dropout, compiled=compiled and not TINY, graphs=graphs)
+            for compiled, graphs in ways
+        ]
+        first = [seconds for seconds, _, _ in found]
+        times = " | ".join(f"{step * shape.scale * 1e3:.1f}" for _, step, _ in found)
         print(
-            f"{shape.name} | {tokens} | {dropout} | {cost:.1f} | {plain * shape.scale * 1e3:.1f} | "
-            f"{compiled * shape.scale * 1e3:.1f} | {saved / tokens * 1e6:.2f} | "
-            f"{cost / saved if saved > 0 else float('inf'):.0f}",
+            f"{shape.name} | {tokens} | {dropout} | {times} | {first[1] - first[0]:.1f} | {first[2] - first[0]:.1f} | "
+            + ", ".join(f"{peak:.1f}" for _, _, peak in found),
             flush=True,
         )
 

@@ -62,6 +62,11 @@ class Runtime(FrozenModel):
         "auto",
         description="Compile each layer; auto does so if it is expected to save more time than it takes, and logs why.",
     )
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Record forward and backward passes on a GPU as CUDA graphs; auto does so for small models, whose kernels "
+        "take longer to start than to compute.",
+    )
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] = Field(
         "auto",
         description="Layers whose activations are recomputed instead of stored. auto follows gradient_checkpointing if that "

@@ -56,6 +56,8 @@ class EngineChoices:
     fast_loras: int | None = None
     compiled_layers: int | None = None
     compiled_why: str | None = None
+    cuda_graphs: bool | None = None
+    cuda_graphs_why: str | None = None
 
     def to_json(self) -> dict[str, JsonValue]:
         """Return the choices that apply, by the names that telemetry/engine.json has always had."""

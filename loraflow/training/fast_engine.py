@@ -18,6 +18,7 @@ from loraflow.training.base_model import adapter_config, initialise_adapter
 from loraflow.training.batches import GridRows, Layout, StepDataset, concatenated_layout
 from loraflow.training.choices import EngineChoices
 from loraflow.training.compile_gain import COMPILE_SECONDS, seconds_saved
+from loraflow.training.cuda_graphs import GraphedPass
 from loraflow.training.layers import prepare_layers
 from loraflow.training.lora_kernels import accelerate_loras, to_fp8
 from loraflow.training.memory import MemoryFit, Recompute, fit_memory
@@ -74,6 +75,11 @@ def build_fast_trainer(
     is_compiled, compiled_why = choose_compile(setup, attention, fit.tokens)
     log.info("layers are %scompiled: %s", "" if is_compiled else "not ", compiled_why)
     trainer.compiled_layers = prepare_layers(trainer.decoder, compiled=is_compiled, recomputed=recomputed)
+    graphs_why = obstacle_to_graphs(setup, attention, fit, trainer, sharded=sharded)
+    if not graphs_why:
+        trainer.graphs = GraphedPass(trainer.hidden_states, trainer.trained)
+        graphs_why = "a pass has more kernels to start than work for the GPU"
+    log.info("passes are %srecorded as CUDA graphs: %s", "" if trainer.graphs else "not ", graphs_why)
     frozen_bytes, replicated_bytes = sharding.frozen_bytes(trainer.model)
     choices = replace(
         choices,
@@ -88,6 +94,8 @@ def build_fast_trainer(
         fast_loras=len(trainer.loras),
         compiled_layers=len(trainer.compiled_layers),
         compiled_why=compiled_why,
+        cuda_graphs=trainer.graphs is not None,
+        cuda_graphs_why=graphs_why,
     )
     size = MicroBatchSize(setup.longest_row, rows=micro_batch_rows, tokens=fit.tokens, recompute=fit.recompute)
     return BuiltTrainer(trainer, choices, size, initial)
@@ -207,6 +215,30 @@ def choose_compile(setup: TrainingSetup, attention: Attention, micro_batch_token
     )
     why = f"compiling takes about {COMPILE_SECONDS:.0f} s and would save about {saved:.0f} s in {passes:,} passes"
     return saved > COMPILE_SECONDS, why
+
+
+def obstacle_to_graphs(
+    setup: TrainingSetup, attention: Attention, fit: MemoryFit, trainer: FastTrainer, *, sharded: bool
+) -> str:
+    """Return why the passes are not recorded as CUDA graphs; empty if they are."""
+    if setup.runtime.cuda_graphs == "off":
+        return "runtime.cuda_graphs is off"
+    if setup.device != "cuda" or not attention.concatenated or setup.shape is None:
+        return "only concatenated documents on a GPU have the fixed shapes that they need"
+    if sharded or fit.recompute == "offload":
+        return "the sharded base is gathered in each pass" if sharded else "activations are moved to main memory"
+    own_masks = {id(module) for lora in trainer.loras for module in lora.lora_dropout.values()}
+    if any(
+        type(module) is torch.nn.Dropout and module.p > 0 and id(module) not in own_masks
+        for module in trainer.decoder.modules()
+    ):
+        return "dropout draws other numbers in each pass"
+    inside = {id(parameter) for parameter in trainer.decoder.parameters()}
+    if any(id(parameter) not in inside for parameter in trainer.trained) or any(
+        parameter.requires_grad for parameter in trainer.embed.parameters()
+    ):
+        return "embedding or head are trained"
+    return ""
 
 
 def _prepare_adapter(

@@ -26,6 +26,7 @@ from loraflow.hardware.process_group import ProcessGroup
 from loraflow.training.batches import StepDataset, StepItem
 from loraflow.training.callbacks import PreemptionHandler
 from loraflow.training.collation import Grid, MicroBatch, RowCollator, label_weights
+from loraflow.training.cuda_graphs import GraphedPass
 from loraflow.training.layers import CompiledLayer
 from loraflow.training.lora_kernels import FastLora, set_token_keys
 from loraflow.training.loss_head import head_loss
@@ -213,6 +214,7 @@ class FastTrainer(LoraPlusTrainer):
         self.trained: list[torch.nn.Parameter] = [p for p in self.model.parameters() if p.requires_grad]
         self.loras: list[FastLora] = []  # layers that need the keys of the next tokens
         self.compiled_layers: list[CompiledLayer] = []
+        self.graphs: GraphedPass | None = None
         self._stop_requests: Tensor | None = None  # how many processes were asked to stop, one step ago
 
     def get_train_dataloader(self) -> DataLoader[StepItem]:
@@ -241,6 +243,8 @@ class FastTrainer(LoraPlusTrainer):
         """
         if not self.decoder.training:  # the base was loaded in evaluation mode, which peft's wrapper hides
             self.model.train()
+        if self.graphs is not None and self.graphs.is_on:
+            self.graphs.start_step()
         total = torch.zeros((), device=self.args.device)
         with self.maybe_activation_offload_context:
             for micro in inputs["micro_batches"]:
@@ -279,16 +283,31 @@ class FastTrainer(LoraPlusTrainer):
             key: value.to(device, non_blocking=True) for key, value in micro.items() if isinstance(value, Tensor)
         }
         lengths = {key: value for key, value in micro.items() if isinstance(value, int)}
-        set_token_keys(self.loras, tensors.pop("token_keys", None))
         index, targets, weights = tensors.pop("loss_index"), tensors.pop("targets"), tensors.pop("loss_weights", None)
+        is_graphed = self.graphs is not None and self.decoder.training and torch.is_grad_enabled()
+        hidden = self.graphs(tensors, lengths) if self.graphs and is_graphed else self.hidden_states(tensors, lengths)
         with self._autocast():
-            embedded = self.embed(tensors.pop("input_ids"))
+            states = hidden.flatten(0, 1).index_select(0, index)
+            return head_loss(self.head, states, targets, self.logit_factor, weights)
+
+    def hidden_states(self, tensors: Mapping[str, Tensor], lengths: Mapping[str, int]) -> Tensor:
+        """Return the decoder's last hidden states [rows, tokens, width].
+
+        Args:
+            tensors: of a micro-batch, on the device: ids, positions, borders, keys for dropout.
+            lengths: the micro-batch's constants.
+        """
+        inputs = dict(tensors)
+        set_token_keys(self.loras, inputs.pop("token_keys", None))
+        with self._autocast():
+            embedded = self.embed(inputs.pop("input_ids"))
             if self.compiled_layers and self.decoder.training and not embedded.requires_grad:
                 embedded.requires_grad_()  # so that the first layer uses the same compiled code as the others
-            inputs = {"attention_mask": None, **tensors, **lengths}
-            hidden = self.decoder(inputs_embeds=embedded, **inputs, use_cache=False)
-            states = hidden.last_hidden_state.flatten(0, 1).index_select(0, index)
-            return head_loss(self.head, states, targets, self.logit_factor, weights)
+            outputs = self.decoder(
+                inputs_embeds=embedded, **{"attention_mask": None, **inputs, **lengths}, use_cache=False
+            )
+        hidden: Tensor = outputs.last_hidden_state
+        return hidden
 
     def _autocast(self) -> torch.autocast | contextlib.nullcontext[None]:
         if self.autocast_dtype is None:

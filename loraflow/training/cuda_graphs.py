@@ -1,0 +1,165 @@
+"""Record the forward and backward pass of a small model as CUDA graphs, and replay them for each micro-batch.
+
+A small model's pass has thousands of short kernels. Starting them one by one takes the host longer than the GPU needs to
+compute them. A graph starts all of them at once. The kernels, their order and their results are those of an ordinary pass.
+
+A graph is recorded for the shapes of a micro-batch's inputs. Its gradients are added to tensors that stay where they are,
+because a graph writes to fixed addresses. If recording fails, or the replayed result differs from an ordinary pass,
+training goes on without graphs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+log = logging.getLogger(__name__)
+
+Body = Callable[[Mapping[str, Tensor], Mapping[str, int]], Tensor]
+Key = tuple[tuple[tuple[str, tuple[int, ...], torch.dtype], ...], tuple[tuple[str, int], ...]]
+
+WARM_UP = 2  # ordinary passes before recording: libraries initialise, and compiled code is compiled
+MAX_GRAPHS = 16  # further shapes are computed without a graph
+TOLERANCE = 0.02  # of the replayed result and its gradients; kernels that add in any order differ by less
+
+
+class GraphedPass:
+    """Run a function of tensors, and its backward pass, from CUDA graphs.
+
+    Args:
+        body: the function: tensors by name, and numbers by name → output. Its kernels may not depend on values of tensors.
+        trained: the parameters whose gradients are computed. The body uses all of them.
+    """
+
+    def __init__(self, body: Body, trained: Sequence[torch.nn.Parameter]):
+        self.body, self.trained = body, trained
+        self.sums = [torch.zeros_like(parameter) for parameter in trained]
+        self.graphs: dict[Key, _Graph] = {}
+        self.is_on = True
+        self._pool: tuple[int, int] | None = None
+        self._root = torch.zeros((), device=trained[0].device, requires_grad=True)  # so that autograd calls `_Replay`
+
+    def start_step(self) -> None:
+        """Set the gradients of all trained parameters to zero, in the tensors that the graphs add to."""
+        torch._foreach_zero_(self.sums)
+        for parameter, total in zip(self.trained, self.sums, strict=True):
+            parameter.grad = total
+
+    def __call__(self, inputs: Mapping[str, Tensor], numbers: Mapping[str, int]) -> Tensor:
+        """Return the body's output. Its backward pass adds to the gradients of the trained parameters."""
+        if not self.is_on:
+            return self.body(inputs, numbers)
+        shapes = tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(inputs.items()))
+        key = (shapes, tuple(sorted(numbers.items())))
+        graph = self.graphs.get(key)
+        if graph is None:
+            if len(self.graphs) < MAX_GRAPHS:
+                self._try(lambda: self.graphs.__setitem__(key, self._record(inputs, numbers)))
+            return self.body(inputs, numbers)
+        if not graph.is_checked:
+            self._try(lambda: self._check(graph, inputs, numbers))
+            if not self.is_on:
+                return self.body(inputs, numbers)
+        out: Tensor = _Replay.apply(self._root, graph, inputs)  # type: ignore[no-untyped-call]
+        return out
+
+    def _try(self, action: Callable[[], None]) -> None:
+        """Record or check a graph. If that fails, give up graphs, and say why."""
+        try:
+            action()
+        except Exception as error:
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise  # of the compiled layers, not of the graph
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            log.warning("training continues without CUDA graphs: %s", reason)
+            self.is_on = False
+            self.graphs.clear()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    def _record(self, inputs: Mapping[str, Tensor], numbers: Mapping[str, int]) -> _Graph:
+        fixed = {name: value.clone() for name, value in inputs.items()}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                out = self.body(fixed, numbers)
+                torch.autograd.grad(out, self.trained, torch.zeros_like(out))
+            del out
+        torch.cuda.current_stream().wait_stream(side)
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(forward, pool=self._pool):
+            out = self.body(fixed, numbers)
+        self._pool = self._pool or forward.pool()
+        slope = torch.zeros_like(out)
+        with torch.cuda.graph(backward, pool=self._pool):
+            torch._foreach_add_(self.sums, torch.autograd.grad(out, self.trained, slope))
+        return _Graph(forward, backward, fixed, out.detach(), slope)
+
+    def _check(self, graph: _Graph, inputs: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
+        """Compare a replay with an ordinary pass over other values than the recorded ones.
+
+        A kernel that was started outside of the recorded stream would not run again.
+        """
+        kept = [total.clone() for total in self.sums]
+        expected = self.body(inputs, numbers)
+        slope = torch.ones_like(expected) / expected.numel()
+        gradients = torch.autograd.grad(expected, self.trained, slope)
+        torch._foreach_zero_(self.sums)
+        graph.replay_forward(inputs)
+        graph.replay_backward(slope)
+        pairs = [("output", graph.out, expected.detach())]
+        pairs += [("gradient", total, gradient) for total, gradient in zip(self.sums, gradients, strict=True)]
+        for what in ("output", "gradient"):
+            mine = [(found, wanted) for name, found, wanted in pairs if name == what]
+            error = torch.stack([(found.float() - wanted.float()).square().sum() for found, wanted in mine]).sum()
+            size = torch.stack([wanted.float().square().sum() for _, wanted in mine]).sum()
+            if not float(error) <= TOLERANCE**2 * float(size):
+                raise ValueError(f"the replayed {what} is not that of an ordinary pass")
+        torch._foreach_copy_(self.sums, kept)
+        graph.is_checked = True
+
+
+@dataclass
+class _Graph:
+    """The two graphs of a shape, and the tensors at their fixed addresses."""
+
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    inputs: Mapping[str, Tensor]
+    out: Tensor
+    slope: Tensor  # of the loss, with respect to the output
+    is_checked: bool = False
+
+    def replay_forward(self, inputs: Mapping[str, Tensor]) -> None:
+        for name, value in inputs.items():
+            self.inputs[name].copy_(value, non_blocking=True)
+        self.forward.replay()
+
+    def replay_backward(self, slope: Tensor) -> None:
+        self.slope.copy_(slope)
+        self.backward.replay()
+
+
+class _Context(FunctionCtx):
+    graph: _Graph
+
+
+class _Replay(torch.autograd.Function):
+    """A replayed forward pass, whose backward pass is replayed too. It adds to the parameters' gradients by itself."""
+
+    @staticmethod
+    def forward(ctx: _Context, root: Tensor, graph: _Graph, inputs: Mapping[str, Tensor]) -> Tensor:
+        graph.replay_forward(inputs)
+        ctx.graph = graph
+        return graph.out.view_as(graph.out)
+
+    @staticmethod
+    def backward(ctx: _Context, slope: Tensor) -> tuple[None, None, None]:
+        ctx.graph.replay_backward(slope)
+        return None, None, None
