@@ -188,6 +188,8 @@ TRAIN = Stage(
         "loraflow.training.prefix_sharing",
         "loraflow.training.sharding",
         "loraflow.training.compile_gain",
+        "loraflow.training.graph_choice",
+        "loraflow.training.cuda_graphs",
         "loraflow.training.layers",
         "loraflow.training.attention",
         "loraflow.training.angles",

@@ -64,8 +64,8 @@ class Runtime(FrozenModel):
     )
     cuda_graphs: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Record forward and backward passes on a GPU as CUDA graphs; auto does so for small models, whose kernels "
-        "take longer to start than to compute.",
+        description="Record forward and backward passes on a GPU as CUDA graphs; auto does so where starting the kernels "
+        "takes longer than computing them, as in small models, and logs why.",
     )
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] = Field(
         "auto",

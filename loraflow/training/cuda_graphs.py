@@ -107,22 +107,27 @@ class GraphedPass:
         A kernel that was started outside of the recorded stream would not run again.
         """
         kept = [total.clone() for total in self.sums]
-        expected = self.body(inputs, numbers)
-        slope = torch.ones_like(expected) / expected.numel()
-        gradients = torch.autograd.grad(expected, self.trained, slope)
-        torch._foreach_zero_(self.sums)
-        graph.replay_forward(inputs)
-        graph.replay_backward(slope)
-        pairs = [("output", graph.out, expected.detach())]
-        pairs += [("gradient", total, gradient) for total, gradient in zip(self.sums, gradients, strict=True)]
-        for what in ("output", "gradient"):
-            mine = [(found, wanted) for name, found, wanted in pairs if name == what]
-            error = torch.stack([(found.float() - wanted.float()).square().sum() for found, wanted in mine]).sum()
-            size = torch.stack([wanted.float().square().sum() for _, wanted in mine]).sum()
-            if not float(error) <= TOLERANCE**2 * float(size):
-                raise ValueError(f"the replayed {what} is not that of an ordinary pass")
-        torch._foreach_copy_(self.sums, kept)
+        try:
+            expected = self.body(inputs, numbers)
+            slope = torch.ones_like(expected) / expected.numel()
+            gradients = torch.autograd.grad(expected, self.trained, slope)
+            torch._foreach_zero_(self.sums)
+            graph.replay_forward(inputs)
+            graph.replay_backward(slope)
+            _compare("output", [graph.out], [expected.detach()])
+            _compare("gradient", self.sums, gradients)
+        finally:
+            torch._foreach_copy_(self.sums, kept)
         graph.is_checked = True
+
+
+def _compare(what: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Raise ValueError if tensors differ by more than the tolerance, as a share of their common norm."""
+    pairs = list(zip(found, expected, strict=True))
+    error = torch.stack([(mine.float() - other.float()).square().sum() for mine, other in pairs]).sum()
+    size = torch.stack([other.float().square().sum() for _, other in pairs]).sum()
+    if not float(error) <= TOLERANCE**2 * float(size):
+        raise ValueError(f"the replayed {what} differs from that of an ordinary pass")
 
 
 @dataclass

@@ -19,6 +19,7 @@ from loraflow.training.batches import GridRows, Layout, StepDataset, concatenate
 from loraflow.training.choices import EngineChoices
 from loraflow.training.compile_gain import COMPILE_SECONDS, seconds_saved
 from loraflow.training.cuda_graphs import GraphedPass
+from loraflow.training.graph_choice import choose_graphs
 from loraflow.training.layers import prepare_layers
 from loraflow.training.lora_kernels import accelerate_loras, to_fp8
 from loraflow.training.memory import MemoryFit, Recompute, fit_memory
@@ -72,14 +73,13 @@ def build_fast_trainer(
     _prepare_adapter(setup, trainer, base_dtype, compute_dtype)
     # Offloaded activations are not recomputed.
     recomputed = 0.0 if fit.recompute in ("none", "offload") else fit.share
-    is_compiled, compiled_why = choose_compile(setup, attention, fit.tokens)
+    tokens, passes = _passes(setup, fit.tokens)
+    is_graphed, graphs_why = choose_graphs(setup, attention, fit, trainer, sharded=sharded, passes=passes)
+    log.info("passes are %srecorded as CUDA graphs: %s", "" if is_graphed else "not ", graphs_why)
+    trainer.graphs = GraphedPass(trainer.hidden_states, trainer.trained) if is_graphed else None
+    is_compiled, compiled_why = choose_compile(setup, attention, tokens, passes, graphed=is_graphed)
     log.info("layers are %scompiled: %s", "" if is_compiled else "not ", compiled_why)
     trainer.compiled_layers = prepare_layers(trainer.decoder, compiled=is_compiled, recomputed=recomputed)
-    graphs_why = obstacle_to_graphs(setup, attention, fit, trainer, sharded=sharded)
-    if not graphs_why:
-        trainer.graphs = GraphedPass(trainer.hidden_states, trainer.trained)
-        graphs_why = "a pass has more kernels to start than work for the GPU"
-    log.info("passes are %srecorded as CUDA graphs: %s", "" if trainer.graphs else "not ", graphs_why)
     frozen_bytes, replicated_bytes = sharding.frozen_bytes(trainer.model)
     choices = replace(
         choices,
@@ -94,7 +94,7 @@ def build_fast_trainer(
         fast_loras=len(trainer.loras),
         compiled_layers=len(trainer.compiled_layers),
         compiled_why=compiled_why,
-        cuda_graphs=trainer.graphs is not None,
+        cuda_graphs=is_graphed,
         cuda_graphs_why=graphs_why,
     )
     size = MicroBatchSize(setup.longest_row, rows=micro_batch_rows, tokens=fit.tokens, recompute=fit.recompute)
@@ -202,43 +202,33 @@ def _step_dataset(
     )
 
 
-def choose_compile(setup: TrainingSetup, attention: Attention, micro_batch_tokens: int) -> tuple[bool, str]:
-    """Return whether the layers are compiled, and why. A resumed training decides the same: the whole training counts."""
+def _passes(setup: TrainingSetup, micro_batch_tokens: int) -> tuple[int, int]:
+    """Return (tokens of a pass, passes of the whole training), on one device."""
+    tokens = int(setup.rows.tokens[setup.order].sum()) / setup.group.size
+    passes = max(len(setup.step_rows), math.ceil(tokens / micro_batch_tokens))
+    return int(tokens / passes), passes
+
+
+def choose_compile(
+    setup: TrainingSetup, attention: Attention, tokens: int, passes: int, *, graphed: bool
+) -> tuple[bool, str]:
+    """Return whether the layers are compiled, and why. A resumed training decides the same: the whole training counts.
+
+    Args:
+        setup: of the training.
+        attention: that was chosen.
+        tokens: of a pass.
+        passes: micro-batches of the whole training, on one device.
+        graphed: whether passes are recorded as CUDA graphs.
+    """
     if setup.runtime.compile != "auto":
         return setup.runtime.compile == "on", f"runtime.compile is {setup.runtime.compile}"
     if setup.device != "cuda" or not attention.concatenated or setup.shape is None:
         return False, "only concatenated documents on a GPU have the fixed shapes that it needs"
-    tokens = int(setup.rows.tokens[setup.order].sum()) / setup.group.size
-    passes = max(len(setup.step_rows), math.ceil(tokens / micro_batch_tokens))
-    saved = seconds_saved(
-        setup.shape.hidden, setup.shape.layers, setup.config.peft_config.lora_dropout, passes, int(tokens / passes)
-    )
+    shape, dropout = setup.shape, setup.config.peft_config.lora_dropout
+    saved = seconds_saved(shape.hidden, shape.layers, dropout, passes, tokens, graphed=graphed)
     why = f"compiling takes about {COMPILE_SECONDS:.0f} s and would save about {saved:.0f} s in {passes:,} passes"
     return saved > COMPILE_SECONDS, why
-
-
-def obstacle_to_graphs(
-    setup: TrainingSetup, attention: Attention, fit: MemoryFit, trainer: FastTrainer, *, sharded: bool
-) -> str:
-    """Return why the passes are not recorded as CUDA graphs; empty if they are."""
-    if setup.runtime.cuda_graphs == "off":
-        return "runtime.cuda_graphs is off"
-    if setup.device != "cuda" or not attention.concatenated or setup.shape is None:
-        return "only concatenated documents on a GPU have the fixed shapes that they need"
-    if sharded or fit.recompute == "offload":
-        return "the sharded base is gathered in each pass" if sharded else "activations are moved to main memory"
-    own_masks = {id(module) for lora in trainer.loras for module in lora.lora_dropout.values()}
-    if any(
-        type(module) is torch.nn.Dropout and module.p > 0 and id(module) not in own_masks
-        for module in trainer.decoder.modules()
-    ):
-        return "dropout draws other numbers in each pass"
-    inside = {id(parameter) for parameter in trainer.decoder.parameters()}
-    if any(id(parameter) not in inside for parameter in trainer.trained) or any(
-        parameter.requires_grad for parameter in trainer.embed.parameters()
-    ):
-        return "embedding or head are trained"
-    return ""
 
 
 def _prepare_adapter(

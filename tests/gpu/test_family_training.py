@@ -78,6 +78,8 @@ def exercise(family, prepared, folder, device, kinds=("fp8", "nf4")):
     if support.engine == "fast":
         stock, chosen = losses_of(base, prepared, folder / "stock", device, runtime__engine="stock")
         assert chosen["engine"] == "stock" and plain == pytest.approx(stock, rel=ROUNDING)
+        recorded, _ = losses_of(base, prepared, folder / "recorded", device, runtime__cuda_graphs="on")
+        assert recorded == pytest.approx(plain, rel=1e-4)
     for kind in kinds:
         options = {**more, "base__quantization": kind}
         if kind not in support.quantizations:

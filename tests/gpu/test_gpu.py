@@ -199,12 +199,45 @@ def plain(tiny, shards, tmp_path_factory):
         {"runtime.checkpointing": "selective", "runtime.compile": "on"}, {"runtime.checkpointing": "offload"},
         {"runtime.attn_implementation": "varlen"}, {"runtime.attn_implementation": "sdpa"},
         {"runtime.engine": "stock"}, {"base.dtype": "float32"},
+        {"runtime.cuda_graphs": "on", "runtime.compile": "on"},
+        {"runtime.cuda_graphs": "on", "runtime.micro_tokens": 256, "runtime.checkpointing": "full"},
+        {"runtime.cuda_graphs": "on", "runtime.attn_implementation": "sdpa"},
     ],
     ids=str,
 )  # fmt: skip
 def test_engine_options_do_not_change_losses(tiny, shards, plain, tmp_path, change):
     assert train(tiny, shards, tmp_path, **change) == pytest.approx(plain, rel=0.02)
     assert plain[-1] < 0.9 * plain[0]
+
+
+def test_recorded_passes_give_the_losses_of_ordinary_ones_bit_for_bit(tiny, shards, plain, tmp_path, caplog):
+    assert train(tiny, shards, tmp_path / "recorded", **{"runtime.cuda_graphs": "on"}) == plain
+    drop = {"peft_config.lora_dropout": 0.3}
+    ordinary = train(tiny, shards, tmp_path / "ordinary", **drop)
+    assert train(tiny, shards, tmp_path / "drop", **drop, **{"runtime.cuda_graphs": "on"}) == ordinary
+    assert "without CUDA graphs" not in caplog.text
+
+
+def test_training_goes_on_where_a_pass_cannot_be_recorded_or_is_not_replayed(
+    tiny, shards, plain, tmp_path, monkeypatch, caplog
+):
+    from loraflow.training import cuda_graphs, trainer
+
+    with monkeypatch.context() as patch:  # the inputs of the next micro-batch do not reach the graph
+        patch.setattr(cuda_graphs._Graph, "replay_forward", lambda self, inputs: self.forward.replay())
+        assert train(tiny, shards, tmp_path / "stale", **{"runtime.cuda_graphs": "on"}) == plain
+    assert "the replayed output differs from that of an ordinary pass" in caplog.text
+    caplog.clear()
+    states = trainer.FastTrainer.hidden_states
+
+    def reads(self, tensors, lengths):
+        hidden = states(self, tensors, lengths)
+        float(hidden.sum())  # the host waits for a value, which a recording cannot have
+        return hidden
+
+    monkeypatch.setattr(trainer.FastTrainer, "hidden_states", reads)
+    assert train(tiny, shards, tmp_path / "waits", **{"runtime.cuda_graphs": "on"}) == plain
+    assert "training continues without CUDA graphs" in caplog.text
 
 
 def test_dropout_masks_do_not_depend_on_compiling_or_the_micro_batch(tiny, shards, tmp_path):
@@ -220,6 +253,8 @@ def test_an_fp8_base_trains_close_to_bf16(tiny, shards, plain, tmp_path):
     for compiled in ("off", "on"):
         fp8 = train(tiny, shards, tmp_path / compiled, **{"base.quantization": "fp8", "runtime.compile": compiled})
         assert fp8 == pytest.approx(plain, rel=0.03)
+    recorded = {"base.quantization": "fp8", "runtime.cuda_graphs": "on"}
+    assert train(tiny, shards, tmp_path / "recorded", **recorded) == pytest.approx(plain, rel=0.03)
 
 
 @pytest.mark.parametrize("compiled", ["off", "on"])

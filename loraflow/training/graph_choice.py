@@ -1,0 +1,82 @@
+"""Choose whether the passes of a training are recorded as CUDA graphs (`cuda_graphs`).
+
+The figures were measured by `benchmarks/compile_gain.py` on one H100 with 16 cores and torch 2.11, November 2026.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from loraflow.training.memory import GIB, USABLE, fixed_bytes, token_bytes
+
+if TYPE_CHECKING:
+    from loraflow.hardware.attention import Attention
+    from loraflow.training.memory import MemoryFit, ModelShape
+    from loraflow.training.setup import TrainingSetup
+    from loraflow.training.trainer import FastTrainer
+
+LAUNCH_SECONDS = (
+    4.3e-3  # to start the kernels of a compiled layer, forward and backward; uncompiled ones take twice that
+)
+FLOPS = 6e14  # of the frozen products in bfloat16, in a second
+LEAST_PASSES = 50  # recording a shape takes as long as about ten passes; there are up to four shapes
+
+
+def choose_graphs(
+    setup: TrainingSetup, attention: Attention, fit: MemoryFit, trainer: FastTrainer, *, sharded: bool, passes: int
+) -> tuple[bool, str]:
+    """Return whether passes are recorded, and why. A resumed training decides the same: the whole training counts.
+
+    Args:
+        setup: of the training.
+        attention: that was chosen.
+        fit: the micro-batch that was chosen.
+        trainer: with its adapter.
+        sharded: whether the base is sharded over the devices.
+        passes: micro-batches of the whole training, on one device.
+    """
+    wanted = setup.runtime.cuda_graphs
+    if wanted == "off":
+        return False, "runtime.cuda_graphs is off"
+    if setup.device != "cuda" or not attention.concatenated or setup.shape is None:
+        return False, "only concatenated documents on a GPU have the fixed shapes that they need"
+    if obstacle := _obstacle(trainer, fit, sharded=sharded):
+        return False, obstacle
+    if wanted == "on":
+        return True, "runtime.cuda_graphs is on"
+    if passes < LEAST_PASSES:
+        return False, f"{passes} passes are too few to pay for recording"
+    return _pays_off(setup, setup.shape, fit)
+
+
+def _obstacle(trainer: FastTrainer, fit: MemoryFit, *, sharded: bool) -> str:
+    """Return why a pass cannot be recorded; empty if it can."""
+    if sharded:
+        return "the sharded base is gathered in each pass"
+    if fit.recompute == "offload":
+        return "activations are moved to main memory"
+    hashed = {id(module) for lora in trainer.loras for module in lora.lora_dropout.values()}
+    for module in trainer.decoder.modules():
+        if isinstance(module, torch.nn.Dropout) and module.p > 0 and id(module) not in hashed:
+            return "dropout draws other numbers in each pass"
+    recorded = {id(parameter) for parameter in trainer.decoder.parameters()}
+    recorded -= {id(parameter) for parameter in trainer.embed.parameters()}
+    if any(id(parameter) not in recorded for parameter in trainer.trained):
+        return "embedding or head are trained"
+    return ""
+
+
+def _pays_off(setup: TrainingSetup, shape: ModelShape, fit: MemoryFit) -> tuple[bool, str]:
+    launching = shape.layers * LAUNCH_SECONDS
+    computing = 4 * shape.linear_weights * fit.tokens / FLOPS  # forward, and the gradient of the activations
+    if launching < computing:
+        return False, f"starting a pass takes about {launching * 1e3:.0f} ms and its products {computing * 1e3:.0f} ms"
+    # A recorded pass keeps the memory of its activations. The first passes of a shape are ordinary ones beside it.
+    activations = fit.tokens * token_bytes(shape, fit.recompute, recomputed=fit.share)
+    needed = fixed_bytes(shape, setup.weight_format, setup.config.peft_config.r) + 2 * activations
+    free = setup.free_bytes() * USABLE
+    if needed > free:
+        return False, f"a recorded and an ordinary pass need {needed / GIB:.1f} GiB, and {free / GIB:.1f} are free"
+    return True, f"starting a pass takes about {launching * 1e3:.0f} ms, and its products {computing * 1e3:.0f} ms"
