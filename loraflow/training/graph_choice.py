@@ -12,6 +12,8 @@ import torch
 from loraflow.training.memory import GIB, USABLE, fixed_bytes, token_bytes
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from loraflow.hardware.attention import Attention
     from loraflow.training.memory import MemoryFit, ModelShape
     from loraflow.training.setup import TrainingSetup
@@ -61,11 +63,20 @@ def _obstacle(trainer: FastTrainer, fit: MemoryFit, *, sharded: bool) -> str:
     for module in trainer.decoder.modules():
         if isinstance(module, torch.nn.Dropout) and module.p > 0 and id(module) not in hashed:
             return "dropout draws other numbers in each pass"
+    if switching := sorted({"longrope", "dynamic"} & _rope_types(trainer.decoder.config)):
+        return f"rotary embeddings of type {switching[0]} depend on the positions of each pass"
     recorded = {id(parameter) for parameter in trainer.decoder.parameters()}
     recorded -= {id(parameter) for parameter in trainer.embed.parameters()}
     if any(id(parameter) not in recorded for parameter in trainer.trained):
         return "embedding or head are trained"
     return ""
+
+
+def _rope_types(config: PreTrainedConfig) -> set[str]:
+    """Return the types of a model's rotary embeddings. Some models have one for each type of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    found = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return {str(value["rope_type"]) for value in found if "rope_type" in value}
 
 
 def _pays_off(setup: TrainingSetup, shape: ModelShape, fit: MemoryFit) -> tuple[bool, str]:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from loraflow.training.compile_gain import COMPILE_SECONDS, TABLE, seconds_saved
 from loraflow.training.fast_engine import _passes, choose_compile
@@ -107,6 +108,7 @@ def graph_setup(layers: int, linear_weights: int, free: float = 70e9, **runtime)
 
 def trainer_of(*modules: torch.nn.Module):
     decoder = torch.nn.ModuleList(modules)
+    decoder.config = LlamaConfig()
     trained = list(decoder.parameters())
     return SimpleNamespace(decoder=decoder, embed=torch.nn.Embedding(2, 2), trained=trained, loras=[])
 
@@ -133,6 +135,9 @@ def test_what_a_graph_cannot_hold_is_not_recorded_even_if_asked_for():
     assert chosen(setup, plain, sharded=True)[0] is False
     assert chosen(setup, plain, recompute="offload")[0] is False
     assert "dropout" in chosen(setup, trainer_of(torch.nn.Linear(2, 2), torch.nn.Dropout(0.1)))[1]
+    switching = trainer_of(torch.nn.Linear(2, 2))
+    switching.decoder.config.rope_parameters = {"full_attention": {"rope_type": "longrope", "factor": 2.0}}
+    assert "longrope" in chosen(setup, switching)[1]
     with_embedding = trainer_of(torch.nn.Linear(2, 2))
     with_embedding.trained += list(with_embedding.embed.parameters())
     assert "embedding" in chosen(setup, with_embedding)[1]
