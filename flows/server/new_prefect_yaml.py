@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from string import Template
 
+from loraflow.config.project import FILE
 from loraflow.config.recipe_text import find_recipe
 from loraflow.config.yaml import load_plain
-from loraflow.flows.server.project import FILE
 
 TEXT = Template("""\
 # The deployments of this project: what people start from Prefect's UI, and what runs on a schedule.

@@ -154,6 +154,36 @@ def test_a_worker_refuses_the_run_of_another_project(tmp_path, monkeypatch):
     assert (error.value.expected, error.value.got.split(",")[0]) == ("the project theirs", "the project ours")
 
 
+@pytest.mark.parametrize("text", [None, "deployments: []\n", "name:\n", ""])
+def test_a_worker_that_does_not_know_its_project_refuses_the_run_of_a_named_one(tmp_path, monkeypatch, text):
+    """Its folder would be used for any project's run, with other recipes and another store."""
+    (tmp_path / "configs").mkdir()
+    if text is not None:
+        (tmp_path / "prefect.yaml").write_text(text)
+    monkeypatch.setenv("LORAFLOW_HOME", str(tmp_path))
+    monkeypatch.delenv("LORAFLOW_PROJECT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert project.enter() == {"directory": str(tmp_path)}, "deployments of older files name no project"
+    with pytest.raises(BadConfig, match="does not say which project") as error:
+        project.enter(project="team")
+    assert "LORAFLOW_PROJECT=team" in error.value.next_step
+    monkeypatch.setenv("LORAFLOW_PROJECT", "team")
+    assert project.enter(project="team") == {"directory": str(tmp_path)}
+    with pytest.raises(BadConfig, match="serves another project"):
+        project.enter(project="theirs")
+
+
+def test_a_worker_is_not_talked_out_of_its_folders_project(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "prefect.yaml").write_text("name: ours\n")
+    monkeypatch.setenv("LORAFLOW_HOME", str(tmp_path))
+    monkeypatch.setenv("LORAFLOW_PROJECT", "theirs")
+    monkeypatch.chdir(tmp_path)
+    for asked in ("ours", "theirs"):
+        with pytest.raises(BadConfig, match="serves another project"):
+            project.enter(project=asked)
+
+
 def test_a_flow_that_is_loaded_from_its_file_validates_its_parameters(monkeypatch):
     """`finetune.serve()` makes Prefect load the flow from its file, under another module name."""
     from prefect.flows import load_flow_from_entrypoint
