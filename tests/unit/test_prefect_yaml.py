@@ -1,5 +1,6 @@
 """What `loraflow deploy` reads from prefect.yaml: Prefect's own keys work, and everything else is refused by its field."""
 
+import re
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +17,8 @@ ENTRY = {
     "work_pool": {"name": "local"},
     "parameters": {"recipe": "tiny"},
 }
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -225,3 +228,28 @@ def test_a_folder_without_recipes_is_told_to_make_one(tmp_path, monkeypatch):
     with pytest.raises(BadConfig, match="no recipes") as error:
         find_prefect_yaml()
     assert "loraflow init" in error.value.next_step and not Path("prefect.yaml").exists()
+
+
+def test_the_gpu_team_template_is_deployable_and_its_commented_settings_are_a_valid_recipe(tmp_path, monkeypatch):
+    """The names in the recipe are those of the file, and no flow waits for a stage in its own pool."""
+    from loraflow.config.load import load_recipe
+    from loraflow.flows.server.new_prefect_yaml import team_recipe_lines, write_prefect_yaml
+    from loraflow.flows.server.prefect_yaml import read_specs
+
+    project_folder = tmp_path / "my team ü"
+    (project_folder / "configs").mkdir(parents=True)
+    monkeypatch.chdir(project_folder)
+    text = re.sub(r"^runtime:.*?(?=^\S|\Z)", "", (ROOT / "configs/quickstart.yaml").read_text(), flags=re.M | re.S)
+    lines = team_recipe_lines(Path())
+    Path("configs/chats.yaml").write_text(text + lines)
+    unchanged = load_recipe(Path("configs/chats.yaml")).runtime
+    assert unchanged.placement == {}, "commented out"
+    settings = re.sub(r"^# (?=runtime:|  )", "", lines, flags=re.M)
+    Path("configs/chats.yaml").write_text(text + settings)
+    runtime = load_recipe(Path("configs/chats.yaml")).runtime
+    file = write_prefect_yaml(Path(), "chats", "gpu-team")
+    specs = {spec.full_name: spec for spec in read_specs(file)}
+    assert str(runtime.store).startswith("s3://") and set(runtime.placement) == {"train", "evaluate"}
+    pools = {specs[f"stage/{name}"].work_pool.name for name in runtime.placement.values()}
+    assert not pools & {spec.work_pool.name for spec in specs.values() if spec.flow_name != "stage"}
+    assert {spec.project for spec in specs.values()} == {"my-team"}
