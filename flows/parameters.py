@@ -66,8 +66,11 @@ class DecimalText:
     """Show a number as text: the number box of Prefect's new UI takes whole numbers only, so 2e-4 could not be entered."""
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Return the schema of a number above 0 and at most 1, written as a decimal or with an exponent."""
-        return {"type": "string", "pattern": r"^(?![0.]*$)(0?\.\d+|[1-9](\.\d+)?[eE]-0?[1-9]\d?|1(\.0*)?)$"}
+        """Return the schema of a number above 0 and at most 1, written as a decimal or with an exponent.
+
+        A decimal comma is accepted: the server would answer it with this pattern instead of a sentence.
+        """
+        return {"type": "string", "pattern": r"^(?![0.,]*$)(0?[.,]\d+|[1-9]([.,]\d+)?[eE]-0?[1-9]\d?|1([.,]0*)?)$"}
 
 
 def at(position: int) -> Callable[[JsonDict], None]:
@@ -85,6 +88,11 @@ def _as_text(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
+def _with_a_point(value: object) -> object:
+    """Read a decimal comma as a point. No value of the form is above 1, so a comma never separates thousands."""
+    return value.replace(",", ".") if isinstance(value, str) and value.count(",") == 1 and "." not in value else value
+
+
 RecipeName = Annotated[str, BeforeValidator(_as_text), RecipeChoice()]
 StageName = Annotated[str, StageChoice()]
 NO_STAGES: list[StageName] = []
@@ -93,7 +101,7 @@ Settings = JsonObject  # {dotted key of the recipe: value}
 NO_SETTINGS: Settings = {}
 OptionalInt = Annotated[int | None, MayBeEmpty()]
 OptionalText = Annotated[str | None, MayBeEmpty()]
-OptionalDecimal = Annotated[float | None, DecimalText()]
+OptionalDecimal = Annotated[float | None, BeforeValidator(_with_a_point), DecimalText()]
 OptionalLossOn = Annotated[Literal["assistant", "last_assistant", "all"] | None, MayBeEmpty()]
 
 

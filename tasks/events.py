@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import httpx
 from prefect.client.orchestration import get_client
 from prefect.events import Event, Resource, emit_event
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import get_current_settings
 
+from loraflow.config.project import project_name
 from loraflow.execution.results import Registration
 from loraflow.failures import Network
 
@@ -15,6 +18,7 @@ DATASET = "loraflow.dataset.updated"
 CHAMPION = "loraflow.champion.promoted"
 REJECTED = "loraflow.challenger.rejected"
 RUN_WAITING = "loraflow.run.waits"
+PROJECT_LABEL = "loraflow.project"  # of the resource of a decision: several projects may share a server
 
 
 def announce_waiting(run_id: str) -> None:
@@ -27,9 +31,11 @@ def announce_waiting(run_id: str) -> None:
 
 
 def announce_decision(model: str, registration: Registration) -> None:
-    """Emit an event for a promotion, or for a rejection."""
+    """Emit an event for a promotion, or for a rejection. Its resource names the project of the working directory."""
     decision, entry = registration.decision, registration.entry
     resource = {"prefect.resource.id": f"loraflow.model.{model}", "prefect.resource.name": model}
+    if project := project_name(Path()):
+        resource[PROJECT_LABEL] = project
     payload = {"model": model, "reasons": "; ".join(decision.reasons)}
     if entry is not None:
         emit_event(CHAMPION, resource, payload={**payload, "entry": entry})

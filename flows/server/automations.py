@@ -20,7 +20,7 @@ from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraflow.failures import BadConfig
-from loraflow.tasks.events import CHAMPION, REJECTED, RUN_WAITING
+from loraflow.tasks.events import CHAMPION, PROJECT_LABEL, REJECTED, RUN_WAITING
 
 log = logging.getLogger("loraflow")
 HEARTBEAT_TIMEOUT = timedelta(seconds=540)  # three heartbeats, which are 180 s apart
@@ -52,15 +52,28 @@ class NotificationBlock:
         return SendNotification(block_document_id=self.id, subject=subject, body=body)
 
 
-def wanted_automations(client: SyncPrefectClient, notifications: Notifications) -> Iterator[AutomationCore]:
+@dataclass(frozen=True)
+class Project:
+    """What notifications are about: one project of the server."""
+
+    name: str
+    retrains: tuple[str, ...]  # names of its deployments of the flow `retrain`
+
+
+def wanted_automations(
+    client: SyncPrefectClient, notifications: Notifications, project: Project | None = None
+) -> Iterator[AutomationCore]:
     """Yield the automations that the server should have.
+
+    Those that end runs are the same for all projects of a server. Notifications are about one project; without a
+    project, as with an older `prefect.yaml`, they are about all of them.
 
     Raises:
         BadConfig: a block is not named as TYPE/NAME.
     """
     yield from lost_run_automations()
     for block in _find_blocks(client, notifications.blocks):
-        yield from notification_automations(block, timedelta(days=notifications.champion_older_than_days))
+        yield from notification_automations(block, timedelta(days=notifications.champion_older_than_days), project)
 
 
 def lost_run_automations() -> Iterator[AutomationCore]:
@@ -119,41 +132,63 @@ def _end_silent_runs(
     )
 
 
-def notification_automations(block: NotificationBlock, champion_age: timedelta) -> Iterator[AutomationCore]:
-    """Yield the automations that send messages through a block."""
+def notification_automations(
+    block: NotificationBlock, champion_age: timedelta, project: Project | None = None
+) -> Iterator[AutomationCore]:
+    """Yield the automations that send messages about a project through a block."""
+    about = f"{project.name}: " if project else ""
+    model = {"prefect.resource.id": "loraflow.model.*", **({PROJECT_LABEL: project.name} if project else {})}
+    if project is None or project.retrains:
+        yield AutomationCore(
+            name=f"loraflow: {about}retraining failed → {block.name}",
+            trigger=EventTrigger(
+                expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed", "prefect.flow-run.TimedOut"},
+                match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
+                match_related=_retrainings(project),
+                posture=Posture.Reactive,
+                threshold=1,
+            ),
+            actions=[
+                block.send(
+                    f"{about}Retraining failed",
+                    about + "{{ flow_run.name }} is {{ flow_run.state.name }}: {{ flow_run.state.message }}\n"
+                    "{{ flow_run|ui_url }}",
+                )
+            ],
+        )
     yield AutomationCore(
-        name=f"loraflow: retraining failed → {block.name}",
+        name=f"loraflow: {about}challenger rejected → {block.name}",
         trigger=EventTrigger(
-            expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed", "prefect.flow-run.TimedOut"},
-            match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
-            match_related=ResourceSpecification({"prefect.resource.role": "flow", "prefect.resource.name": "retrain"}),
-            posture=Posture.Reactive,
-            threshold=1,
+            expect={REJECTED}, match=ResourceSpecification(model), posture=Posture.Reactive, threshold=1
         ),
         actions=[
-            block.send(
-                "Retraining failed",
-                "{{ flow_run.name }} is {{ flow_run.state.name }}: {{ flow_run.state.message }}\n{{ flow_run|ui_url }}",
-            )
+            block.send(f"{about}Challenger rejected", about + "{{ event.payload.model }}: {{ event.payload.reasons }}")
         ],
     )
+    days = f"{champion_age / timedelta(days=1):g}"
     yield AutomationCore(
-        name=f"loraflow: challenger rejected → {block.name}",
-        trigger=EventTrigger(expect={REJECTED}, posture=Posture.Reactive, threshold=1),
-        actions=[block.send("Challenger rejected", "{{ event.payload.model }}: {{ event.payload.reasons }}")],
-    )
-    yield AutomationCore(
-        name=f"loraflow: old champion → {block.name}",
+        name=f"loraflow: {about}old champion → {block.name}",
         trigger=EventTrigger(
             after={CHAMPION},
             expect={CHAMPION},
+            match=ResourceSpecification(model),
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
             within=champion_age,
         ),
-        actions=[block.send("Old champion", f"No model was promoted for {champion_age / timedelta(days=1):g} days.")],
+        actions=[block.send(f"{about}Old champion", f"{about}No model was promoted for {days} days.")],
     )
+
+
+def _retrainings(project: Project | None) -> list[ResourceSpecification | dict[str, str | list[str]]]:
+    """Return what a run is related to if it is a retraining of the project: the flow, and one of its deployments."""
+    specifications: list[dict[str, str | list[str]]] = [
+        {"prefect.resource.role": "flow", "prefect.resource.name": "retrain"}
+    ]
+    if project is not None:
+        specifications.append({"prefect.resource.role": "deployment", "prefect.resource.name": list(project.retrains)})
+    return [ResourceSpecification({**specification}) for specification in specifications]
 
 
 def _find_blocks(client: SyncPrefectClient, names: list[str]) -> Iterator[NotificationBlock]:

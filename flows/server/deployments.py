@@ -16,11 +16,11 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectNotFound
 
 from loraflow.failures import BadConfig
-from loraflow.flows.server.automations import Notifications, wanted_automations
+from loraflow.flows.server.automations import Notifications, Project, wanted_automations
 from loraflow.flows.server.comparison import changed_fields, same_automation, same_schedule
 from loraflow.flows.server.connection import require_server
 from loraflow.flows.server.deployment_spec import DeploymentSpec, project_of
-from loraflow.flows.server.prefect_yaml import find_prefect_yaml, read_all
+from loraflow.flows.server.prefect_yaml import find_prefect_yaml, read_all, read_project
 from loraflow.tasks.gpu_lease import create_limit
 
 log = logging.getLogger("loraflow")
@@ -34,7 +34,7 @@ def deploy(only: list[str] | None = None) -> tuple[list[DeploymentSpec], list[st
     specs, notifications = read_all(file, only)
     require_server()
     with get_client(sync_client=True) as client:
-        return specs, Deployer(client).deploy_all(specs, notifications)
+        return specs, Deployer(client).deploy_all(specs, notifications, read_project(file))
 
 
 class Deployer:
@@ -44,8 +44,12 @@ class Deployer:
         self.client = client
         self.changes: list[str] = []
 
-    def deploy_all(self, specs: list[DeploymentSpec], notifications: Notifications) -> list[str]:
+    def deploy_all(
+        self, specs: list[DeploymentSpec], notifications: Notifications, project: Project | None = None
+    ) -> list[str]:
         """Create or update everything; return a line for each change.
+
+        Notifications are about `project`; without one, about all projects of the server.
 
         Raises:
             BadConfig: a deployment on the server belongs to another project. Nothing was changed then.
@@ -58,7 +62,7 @@ class Deployer:
             self.changes.append("limit of one GPU stage at a time on this host created")
         for spec in specs:
             self.deploy(spec)
-        for automation in wanted_automations(self.client, notifications):
+        for automation in wanted_automations(self.client, notifications, project):
             self.deploy_automation(automation)
         self.warn_of_old_deployments()
         return self.changes
@@ -178,7 +182,7 @@ class Deployer:
         """Create an automation, or update it. It stays enabled or disabled as a person left it in the UI."""
         found = self.client.read_automations_by_name(wanted.name)
         if not found:
-            self.client.create_automation(wanted)
+            self.client.create_automation(self._as_before_projects(wanted))
             self.changes.append(f"automation {wanted.name!r} created")
             return
         existing = found[0]
@@ -187,3 +191,20 @@ class Deployer:
             body = wanted.model_dump(mode="json", exclude={"owner_resource"}) | {"enabled": existing.enabled}
             self.client.request("PUT", "/automations/{id}", path_params={"id": existing.id}, json=body)
             self.changes.append(f"automation {wanted.name!r} updated")
+
+    def _as_before_projects(self, wanted: AutomationCore) -> AutomationCore:
+        """Warn if an earlier version's automation of the same kind exists: it reports on all projects of the server.
+
+        It is not removed, because another project may rely on it. If somebody disabled it, the new one is disabled too.
+        """
+        parts = wanted.name.split(": ")
+        earlier = f"{parts[0]}: {parts[-1]}"
+        old = self.client.read_automations_by_name(earlier) if len(parts) > 2 and "→" in earlier else []
+        if not old:
+            return wanted
+        log.warning(
+            "the automation %r of an earlier version reports on all projects; delete it in the UI when each project has "
+            "been deployed again",
+            earlier,
+        )
+        return wanted.model_copy(update={"enabled": old[0].enabled})

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from string import Template
 
+from loraflow.config.project import FILE
 from loraflow.config.recipe_text import find_recipe
 from loraflow.config.yaml import load_plain
-from loraflow.flows.server.project import FILE
 
 TEXT = Template("""\
 # The deployments of this project: what people start from Prefect's UI, and what runs on a schedule.
@@ -82,13 +82,41 @@ deployments:
     parameters: {model: champion, recipe: $recipe}
 """)
 
+TEAM = Template("""
+  # Template gpu-team. The worker of the pool $project runs whole flows, on a machine without a GPU. The worker of the pool
+  # $project-gpu runs the stages that the recipe places there (runtime.placement). Both read the same store: a bucket, or a
+  # folder that both mount. Keep two pools: a flow that waits for its stage in its own pool would block it.
+  #   LORAFLOW_HOME=/path/of/the/project prefect worker start --pool $project
+  #   LORAFLOW_HOME=/path/of/the/project prefect worker start --pool $project-gpu --limit 1      # on the GPU machine
+  - name: $project-gpu
+    entrypoint: loraflow.flows.stage.stage
+    description: Started by other runs, for one stage (runtime.placement in their recipe). Do not start it by hand.
+    tags: [loraflow, heartbeat, stage]
+    work_pool: {name: $project-gpu, job_variables: *environment}
+""")
+TEAM_RECIPE = Template("""
+# For a team: replace BUCKET, remove the first `# ` of the lines below, and give the dataset a remote that all machines read:
+# dvc remote add -d team s3://BUCKET/$project/data
+#
+# runtime:
+#   store: s3://BUCKET/$project/store                        # or a folder that all machines mount at the same path
+#   placement: {train: $project-gpu, evaluate: $project-gpu}   # by the deployment stage/$project-gpu of prefect.yaml
+""")
+TEMPLATES = ("local", "gpu-team")
 
-def write_prefect_yaml(folder: Path, recipe: str | None = None) -> Path | None:
+
+def team_recipe_lines(folder: Path) -> str:
+    """Return what the template gpu-team adds to a recipe: the store and placement of stages, commented out."""
+    return TEAM_RECIPE.substitute(project=slug(folder.absolute().name))
+
+
+def write_prefect_yaml(folder: Path, recipe: str | None = None, template: str = "local") -> Path | None:
     """Write `prefect.yaml` into a project's folder and return its path; None if there is one already.
 
     Args:
         folder: the project's folder. The project is named after it.
         recipe: the name of the recipe that the deployments run by default; None takes the first one of `configs/`.
+        template: one of TEMPLATES; gpu-team adds a work pool for stages on a GPU machine.
 
     Raises:
         BadConfig: there is no recipe.
@@ -99,7 +127,9 @@ def write_prefect_yaml(folder: Path, recipe: str | None = None) -> Path | None:
     if recipe is None:
         names = sorted(path.stem for path in (folder / "configs").glob("*.yaml"))
         recipe = names[0] if names else find_recipe("NAME").stem  # refuses, and says how to make one
-    file.write_text(TEXT.substitute(project=slug(folder.absolute().name), recipe=_quoted(recipe)), encoding="utf-8")
+    values = {"project": slug(folder.absolute().name), "recipe": _quoted(recipe)}
+    text = TEXT.substitute(values) + (TEAM.substitute(values) if template == "gpu-team" else "")
+    file.write_text(text, encoding="utf-8")
     return file
 
 

@@ -16,11 +16,11 @@ from pydantic import JsonValue, ValidationError
 
 import loraflow
 from loraflow.config import yaml
+from loraflow.config.project import FILE
 from loraflow.failures import BadConfig
-from loraflow.flows.server.automations import Notifications
+from loraflow.flows.server.automations import Notifications, Project
 from loraflow.flows.server.deployment_spec import DeploymentEntry, DeploymentSpec, project_of
 from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
-from loraflow.flows.server.project import FILE
 
 log = logging.getLogger("loraflow")
 DOCUMENT_KEYS = ("name", "prefect-version", "build", "push", "pull", "definitions", "notifications", "deployments")
@@ -90,7 +90,17 @@ def _read(file: Path) -> dict[str, JsonValue]:
     return document
 
 
-def _specs(document: dict[str, JsonValue], file: Path, only: list[str] | None) -> list[DeploymentSpec]:
+def read_project(file: Path) -> Project | None:
+    """Return the project of a file, with all of its retrainings; None if its deployments name no project."""
+    specs = _all_specs(_read(file), file).values()
+    names = [spec.project for spec in specs if spec.project is not None]
+    if not names:
+        return None
+    retrains = sorted(spec.name for spec in specs if spec.flow_name == "retrain" and spec.project == names[0])
+    return Project(names[0], tuple(retrains))
+
+
+def _all_specs(document: dict[str, JsonValue], file: Path) -> dict[str, DeploymentSpec]:
     entries = document.get("deployments")
     if not isinstance(entries, list) or not entries:
         raise BadConfig(f"{FILE} has no deployments.", where=str(file), expected="a list under `deployments`")
@@ -101,6 +111,11 @@ def _specs(document: dict[str, JsonValue], file: Path, only: list[str] | None) -
         if spec.full_name in specs:
             raise BadConfig("Two deployments have the same name.", where=str(file), got=spec.full_name)
         specs[spec.full_name] = spec
+    return specs
+
+
+def _specs(document: dict[str, JsonValue], file: Path, only: list[str] | None) -> list[DeploymentSpec]:
+    specs = _all_specs(document, file)
     if missing := set(only or []) - specs.keys():
         raise BadConfig(
             "There is no such deployment.",

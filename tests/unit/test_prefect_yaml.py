@@ -1,5 +1,6 @@
 """What `loraflow deploy` reads from prefect.yaml: Prefect's own keys work, and everything else is refused by its field."""
 
+import re
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +17,8 @@ ENTRY = {
     "work_pool": {"name": "local"},
     "parameters": {"recipe": "tiny"},
 }
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -154,6 +157,36 @@ def test_a_worker_refuses_the_run_of_another_project(tmp_path, monkeypatch):
     assert (error.value.expected, error.value.got.split(",")[0]) == ("the project theirs", "the project ours")
 
 
+@pytest.mark.parametrize("text", [None, "deployments: []\n", "name:\n", ""])
+def test_a_worker_that_does_not_know_its_project_refuses_the_run_of_a_named_one(tmp_path, monkeypatch, text):
+    """Its folder would be used for any project's run, with other recipes and another store."""
+    (tmp_path / "configs").mkdir()
+    if text is not None:
+        (tmp_path / "prefect.yaml").write_text(text)
+    monkeypatch.setenv("LORAFLOW_HOME", str(tmp_path))
+    monkeypatch.delenv("LORAFLOW_PROJECT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert project.enter() == {"directory": str(tmp_path)}, "deployments of older files name no project"
+    with pytest.raises(BadConfig, match="does not say which project") as error:
+        project.enter(project="team")
+    assert "LORAFLOW_PROJECT=team" in error.value.next_step
+    monkeypatch.setenv("LORAFLOW_PROJECT", "team")
+    assert project.enter(project="team") == {"directory": str(tmp_path)}
+    with pytest.raises(BadConfig, match="serves another project"):
+        project.enter(project="theirs")
+
+
+def test_a_worker_is_not_talked_out_of_its_folders_project(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "prefect.yaml").write_text("name: ours\n")
+    monkeypatch.setenv("LORAFLOW_HOME", str(tmp_path))
+    monkeypatch.setenv("LORAFLOW_PROJECT", "theirs")
+    monkeypatch.chdir(tmp_path)
+    for asked in ("ours", "theirs"):
+        with pytest.raises(BadConfig, match="serves another project"):
+            project.enter(project=asked)
+
+
 def test_a_flow_that_is_loaded_from_its_file_validates_its_parameters(monkeypatch):
     """`finetune.serve()` makes Prefect load the flow from its file, under another module name."""
     from prefect.flows import load_flow_from_entrypoint
@@ -195,3 +228,28 @@ def test_a_folder_without_recipes_is_told_to_make_one(tmp_path, monkeypatch):
     with pytest.raises(BadConfig, match="no recipes") as error:
         find_prefect_yaml()
     assert "loraflow init" in error.value.next_step and not Path("prefect.yaml").exists()
+
+
+def test_the_gpu_team_template_is_deployable_and_its_commented_settings_are_a_valid_recipe(tmp_path, monkeypatch):
+    """The names in the recipe are those of the file, and no flow waits for a stage in its own pool."""
+    from loraflow.config.load import load_recipe
+    from loraflow.flows.server.new_prefect_yaml import team_recipe_lines, write_prefect_yaml
+    from loraflow.flows.server.prefect_yaml import read_specs
+
+    project_folder = tmp_path / "my team ü"
+    (project_folder / "configs").mkdir(parents=True)
+    monkeypatch.chdir(project_folder)
+    text = re.sub(r"^runtime:.*?(?=^\S|\Z)", "", (ROOT / "configs/quickstart.yaml").read_text(), flags=re.M | re.S)
+    lines = team_recipe_lines(Path())
+    Path("configs/chats.yaml").write_text(text + lines)
+    unchanged = load_recipe(Path("configs/chats.yaml")).runtime
+    assert unchanged.placement == {}, "commented out"
+    settings = re.sub(r"^# (?=runtime:|  )", "", lines, flags=re.M)
+    Path("configs/chats.yaml").write_text(text + settings)
+    runtime = load_recipe(Path("configs/chats.yaml")).runtime
+    file = write_prefect_yaml(Path(), "chats", "gpu-team")
+    specs = {spec.full_name: spec for spec in read_specs(file)}
+    assert str(runtime.store).startswith("s3://") and set(runtime.placement) == {"train", "evaluate"}
+    pools = {specs[f"stage/{name}"].work_pool.name for name in runtime.placement.values()}
+    assert not pools & {spec.work_pool.name for spec in specs.values() if spec.flow_name != "stage"}
+    assert {spec.project for spec in specs.values()} == {"my-team"}
