@@ -19,6 +19,8 @@ from pydantic import JsonValue
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.chats import GATE_SET, BadRow, ChatRecord, Message, Tool, with_system
 from loraflow.data.check_report import CheckReport, NearDuplicates, Profile, SplitCounts
+from loraflow.data.group_leaks import drop_group_leaks
+from loraflow.data.near_prompts import with_near_prompts
 from loraflow.data.near_split import Clusters, ValidRow, draw_split, place_near
 from loraflow.data.placement import Split
 from loraflow.data.readers import Row, is_partly_learned, match_files, read_rows
@@ -31,7 +33,7 @@ from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 
 Splits = dict[Split, list[CheckedRow]]
-DROPPED = ("duplicate", "leak", "marked_false", "near_leak", "near_both")
+DROPPED = ("duplicate", "leak", "marked_false", "near_leak", "near_both", "group_leak")
 MAX_UNREAD = 50  # keys in the report
 MAX_PROBLEM = 200  # characters of a problem in a failure
 
@@ -81,7 +83,10 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
     splits, clusters = _read(files, config, reading)
     _drop_duplicates(splits, reading, config.duplicates)
     _drop_leaks(splits, reading)
+    drop_group_leaks(splits, reading.drop)
     similar = find_similar(splits["train"] + splits["validation"], splits["heldout"])
+    if config.near_duplicates is not None:
+        similar = with_near_prompts(similar, splits["train"] + splits["validation"])
     _limit(splits, reading, config)
     near = None if clusters is None else _write_clusters(out, splits, clusters, config)
     for split, rows in splits.items():

@@ -61,6 +61,9 @@ class Similar(StoredModel):
     disputed_prompts: int = 0  # training prompts with different answers
     disputed_rows: int = 0  # their rows
     disputed: str = ""  # the places of the first pair
+    # training prompts that are nearly the same as another one with another answer; only with data.near_duplicates
+    near_disputed_prompts: int = 0
+    near_disputed: str = ""  # the places of the first pair
 
 
 class NearDuplicates(StoredModel):
@@ -81,7 +84,7 @@ class CheckReport(StoredModel):
     rows: SplitCounts
     sets: dict[str, int]  # held-out rows of each set
     # rows read, malformed, marked_false, duplicate, leak, near_leak (near to a row of a held-out file),
-    # near_both (near to rows of two splits), over_limit. Not left out are partly_marked (some answers are
+    # near_both (near to rows of two splits), group_leak (its data.group is held out), over_limit. Not left out are partly_marked (some answers are
     # learned), weighted (an answer's weight in the loss is not 0 or 1) and held_out_of_few (the hash had held out none)
     counts: dict[str, int]
     malformed_share: float

@@ -20,6 +20,7 @@ _LEFT_OUT = {
     "leak": "left out of training: its prompt is held out",
     "near_leak": "left out of training: nearly the same as a held-out row",
     "near_both": "left out: nearly the same as rows on two sides of the split",
+    "group_leak": "left out of training: its group (data.group) is held out",
     "over_limit": "left out of training: data.limit",
 }
 
@@ -101,6 +102,11 @@ def check_notes(check: CheckReport) -> list[str]:
         notes.append(
             f"{similar.disputed_prompts} training prompts have different answers, in {similar.disputed_rows} rows, such as "
             f"{similar.disputed}"
+        )
+    if similar.near_disputed_prompts:
+        notes.append(
+            f"{similar.near_disputed_prompts} training prompts are nearly the same as another one and have a different "
+            f"answer, such as {similar.near_disputed}"
         )
     return notes + (near_notes(check.near) if check.near else [])
 
