@@ -17,7 +17,7 @@ from typing import Literal, TypedDict
 from pydantic import JsonValue
 
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.chats import GATE_SET, BadRow, ChatRecord, Message, Tool, with_system
+from loraflow.data.chats import GATE_SET, ChatRecord, Message, with_system
 from loraflow.data.check_report import CheckReport, NearDuplicates, Profile, SplitCounts
 from loraflow.data.group_leaks import drop_group_leaks
 from loraflow.data.near_prompts import with_near_prompts
@@ -27,7 +27,7 @@ from loraflow.data.readers import Row, is_partly_learned, match_files, read_rows
 from loraflow.data.reasoning import NOT_RENDERED, reasoning_key, without_reasoning
 from loraflow.data.similar import CheckedRow, find_similar, is_last_learned
 from loraflow.data.split import draw, group_key, prompt_key, row_id, sample
-from loraflow.data.tools import read_tools
+from loraflow.data.tools import dataset_tools
 from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
@@ -206,7 +206,7 @@ def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> tuple[S
 def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Iterator[ValidRow]:
     """Yield the rows that have a chat; the others go to the quarantine."""
     counts, quarantine = reading.counts, reading.quarantine
-    tools = _tools_of(config)
+    tools = dataset_tools(config.tools, "data.tools")
     for set_name, set_files in _assign_files(files, config).items():
         for row in read_rows(files, set_files, config.format, config.columns, config.group, tools):
             counts["read"] += 1
@@ -255,21 +255,6 @@ def _place(valid: ValidRow, split: Split, splits: Splits, config: CheckDatasetCo
     if record["messages"] is not messages:
         key = prompt_key(record["messages"])
     splits[split].append(CheckedRow(record, key))
-
-
-def _tools_of(config: CheckDatasetConfig) -> list[Tool] | None:
-    """Return the tools of the dataset.
-
-    Raises:
-        BadData: they are not functions with JSON schemas.
-    """
-    try:
-        tools = None if config.tools is None else read_tools(config.tools, "data.tools")
-        if config.tools is not None and tools is None:
-            raise BadRow("a list of names; expected functions with name and parameters")
-        return tools
-    except BadRow as problem:
-        raise BadData("The tools of the dataset are malformed.", where="data.tools", got=str(problem)) from problem
 
 
 def _hold_out_one(splits: Splits, reading: _Reading, config: CheckDatasetConfig) -> None:

@@ -84,8 +84,9 @@ class CheckReport(StoredModel):
     rows: SplitCounts
     sets: dict[str, int]  # held-out rows of each set
     # rows read, malformed, marked_false, duplicate, leak, near_leak (near to a row of a held-out file),
-    # near_both (near to rows of two splits), group_leak (its data.group is held out), over_limit. Not left out are partly_marked (some answers are
-    # learned), weighted (an answer's weight in the loss is not 0 or 1) and held_out_of_few (the hash had held out none)
+    # near_both (near to rows of two splits), group_leak (its data.group is held out), over_limit. Not left out are
+    # partly_marked (some answers are learned), weighted (an answer's weight in the loss is not 0 or 1) and
+    # held_out_of_few (the hash had held out none)
     counts: dict[str, int]
     malformed_share: float
     first_problems: list[str]  # place and problem of the first rows in quarantine

@@ -1,4 +1,4 @@
-"""Drop training rows whose group (`data.group`) has a row in a held-out file: the group says that they are not independent."""
+"""Drop training rows whose group (`data.group`) has a row in a held-out file: such rows are not independent."""
 
 from __future__ import annotations
 
