@@ -18,7 +18,8 @@ from pydantic import JsonValue
 
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.chats import GATE_SET, ChatRecord, Message, with_system
-from loraflow.data.check_report import CheckReport, NearDuplicates, Profile, SplitCounts
+from loraflow.data.check_report import CheckReport, Finding, NearDuplicates, Profile, SplitCounts
+from loraflow.data.findings import leave_out_findings
 from loraflow.data.group_leaks import drop_group_leaks
 from loraflow.data.near_prompts import with_near_prompts
 from loraflow.data.near_split import Clusters, ValidRow, draw_split, place_near
@@ -47,7 +48,7 @@ class Quarantined(TypedDict):
     row: str  # the row's text; empty if the row is valid but was dropped
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Reading:
     """What was left out while the rows were read."""
 
@@ -55,6 +56,7 @@ class _Reading:
     counts: Counter[str]
     unread: Counter[str]  # keys that have values and were not read
     malformed: set[str] = field(default_factory=set)  # places of the first malformed rows
+    findings: list[Finding] = field(default_factory=list)  # of data.profile
 
     def first_problems(self) -> list[str]:
         """Return places and problems of the first rows: the malformed ones, which can stop the run, before the others."""
@@ -101,6 +103,7 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
         first_problems=reading.first_problems(),
         unread=dict(reading.unread.most_common(MAX_UNREAD)),
         similar=similar,
+        findings=reading.findings,
         near=near,
         profile=Profile.of([row.record for row in splits["train"]]),
     ).as_json()
@@ -110,7 +113,9 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
         figures={
             **counts.model_dump(),
             "malformed": reading.counts["malformed"],
-            "dropped": sum(reading.counts[reason] for reason in DROPPED),
+            "dropped": sum(
+                n for reason, n in reading.counts.items() if reason in DROPPED or reason.startswith("profile_")
+            ),
         },
         report=report,
         facets={"train": ["train.jsonl", "validation.jsonl"], "heldout": ["heldout.jsonl"]},
@@ -183,7 +188,9 @@ def _short(problem: str) -> str:
 def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> tuple[Splits, Clusters | None]:
     """Read all files and split their rows; malformed rows go to the quarantine."""
     splits: Splits = {"train": [], "validation": [], "heldout": []}
-    rows = _valid_rows(files, config, reading)
+    rows: Iterable[ValidRow] = _valid_rows(files, config, reading)
+    if config.profile:
+        rows, reading.findings = leave_out_findings(rows, config.profile, reading.leave_out)
     clusters = None
     if config.near_duplicates is None:
         for row in rows:
@@ -207,7 +214,7 @@ def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> I
     """Yield the rows that have a chat; the others go to the quarantine."""
     counts, quarantine = reading.counts, reading.quarantine
     tools = dataset_tools(config.tools, "data.tools")
-    for set_name, set_files in _assign_files(files, config).items():
+    for set_name, set_files in assign_files(files, config).items():
         for row in read_rows(files, set_files, config.format, config.columns, config.group, tools):
             counts["read"] += 1
             if row.unused_keys:
@@ -287,7 +294,7 @@ def _limit(splits: Splits, reading: _Reading, config: CheckDatasetConfig) -> Non
         splits["train"] = [rows[n] for n in sample([row.prompt for row in rows], config.limit, config.seed, "limit")]
 
 
-def _assign_files(files: Path, config: CheckDatasetConfig) -> dict[str, list[str]]:
+def assign_files(files: Path, config: CheckDatasetConfig) -> dict[str, list[str]]:
     """Return {set: files}. A file belongs to the first set that names it; held-out sets come before training.
 
     Raises:

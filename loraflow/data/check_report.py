@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, JsonValue, PlainSerializer
 
+from loraflow.config.data_profile import ProfileCheckName
 from loraflow.data.chats import ChatRecord
 from loraflow.frozen import StoredModel
 
@@ -78,6 +79,22 @@ class NearDuplicates(StoredModel):
     unproposed: int = 0  # pairs that were not compared, because very many rows share a part of their text
 
 
+class Finding(StoredModel):
+    """What a check of data.profile found."""
+
+    check: ProfileCheckName
+    rows: int
+    share: float  # of the valid rows
+    limit: float  # the share above which the check acts
+    action: Literal["warn", "quarantine", "fail"]
+    examples: list[str]  # places, and what was found there
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the check acts."""
+        return self.share > self.limit
+
+
 class CheckReport(StoredModel):
     """The content of report.json, and the report in the artifact's manifest."""
 
@@ -92,6 +109,7 @@ class CheckReport(StoredModel):
     first_problems: list[str]  # place and problem of the first rows in quarantine
     unread: dict[str, int] = {}  # keys that have values and were not read → rows
     similar: Similar = Similar()
+    findings: list[Finding] = []  # left out of the JSON without data.profile
     near: NearDuplicates | None = None  # left out of the JSON without data.near_duplicates
     # In JSON, {} stands for the profile of no rows.
     profile: Annotated[
@@ -102,5 +120,6 @@ class CheckReport(StoredModel):
 
     def as_json(self) -> dict[str, JsonValue]:
         """Return the report as JSON values."""
-        values: dict[str, JsonValue] = self.model_dump(mode="json", exclude={"near"} if self.near is None else None)
+        absent = {name for name in ("near", "findings") if not getattr(self, name)}
+        values: dict[str, JsonValue] = self.model_dump(mode="json", exclude=absent)
         return values

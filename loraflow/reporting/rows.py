@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import JsonValue
 
 from loraflow.data.check_report import CheckReport, NearDuplicates
+from loraflow.data.findings import WHAT, finding_lines
 from loraflow.evaluation.values import EvaluationReport
 from loraflow.registry.runs import RowCount, RowsSummary
 
@@ -59,6 +60,9 @@ def _counts(
     long = "cut" if policy.too_long == "truncate" else "left out of training"
     reasons = {text: check.counts.get(reason, 0) for reason, text in _LEFT_OUT.items()}
     reasons |= {
+        f"left out: {text} (data.profile)": check.counts.get(f"profile_{name}", 0) for name, text in WHAT.items()
+    }
+    reasons |= {
         "left out of training: a control token in its text": figure("rows_special_tokens"),
         f"{long}: longer than max_length, {policy.max_length} tokens": figure("rows_too_long"),
         "left out of training: no token to learn": figure("rows_nothing_to_learn"),
@@ -108,6 +112,7 @@ def check_notes(check: CheckReport) -> list[str]:
             f"{similar.near_disputed_prompts} training prompts are nearly the same as another one and have a different "
             f"answer, such as {similar.near_disputed}"
         )
+    notes += ["; ".join(map(str.strip, finding_lines(f))) for f in check.findings if f.is_over]
     return notes + (near_notes(check.near) if check.near else [])
 
 
