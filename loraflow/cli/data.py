@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loraflow.cli import json_option, parse_overrides, quiet_logging, set_option
+from loraflow.cli import json_option, parse_overrides, quiet_logging, set_option, store_option
 
 if TYPE_CHECKING:
     from loraflow.data.readers import Row
@@ -200,19 +200,19 @@ def _unread_line(counts: Counter[str]) -> str:
 @data.command()
 @click.argument("old")
 @click.argument("new", required=False)
-@click.option("--source", default="data.dvc", show_default=True, help="The dataset's .dvc file.")
-def diff(old: str, new: str | None, source: str) -> None:
-    """Compare the rows of the dataset at git revision OLD with those at NEW. Default of NEW: the work tree."""
-    from loraflow.config.recipe import Data
-    from loraflow.data.compare import row_ids
-    from loraflow.failures import BadConfig
+@click.option("--source", default="data.dvc", show_default=True, help="The dataset's .dvc file, for revisions.")
+@store_option
+def diff(old: str, new: str | None, source: str, store: str) -> None:
+    """Compare the rows of OLD with those of NEW: files, folders, runs' ids, or git revisions of the dataset.
 
-    if not source.endswith(".dvc"):
-        raise BadConfig(
-            "Only a dataset with a .dvc file has revisions.", where=f"--source {source}", expected="data.dvc"
-        )
-    before, after = (row_ids(Data(source=source, rev=revision)) for revision in (old, new))
-    for name in sorted(before.keys() | after.keys()):
-        was, is_now = before.get(name, set()), after.get(name, set())
-        added, removed = len(is_now - was), len(was - is_now)
-        click.echo(f"{name}: {len(was)} → {len(is_now)} rows, {added} added, {removed} removed")
+    Default of NEW: the dataset in the work tree.
+    """
+    from loraflow.cli.data_diff import version_of
+    from loraflow.data.compare import difference_lines
+    from loraflow.store import open_store
+
+    opened = open_store(store)
+    with opened.reader_lock():
+        before, after = version_of(old, source, opened), version_of(new, source, opened)
+    for line in difference_lines(before, after):
+        click.echo(line)
