@@ -118,6 +118,7 @@ CHECK_DATASET = Stage(
         "loraflow.data.group_leaks",
         "loraflow.data.near_prompts",
         "loraflow.data.findings",
+        "loraflow.config.data_profile",
         "loraflow.data.broken_text",
         "loraflow.data.personal_data",
         "loraflow.data.refusals",
