@@ -19,11 +19,13 @@ def check_rows(workspace: Workspace, rows: Ref) -> None:
     """Stop the run if too many rows are malformed or near-duplicates are refused, or no row is left."""
     from loraflow.data import check
     from loraflow.data.check_report import CheckReport
+    from loraflow.data.findings import refuse_findings
 
     report = workspace.store.manifest(rows).report
     where = f"{workspace.store.location(rows)}/report.json"
     for note in check_notes(CheckReport.model_validate(report)):
         log.warning("%s", note)
+    refuse_findings(report, where)
     data = workspace.recipe.data
     refuse = data.near_duplicates == "refuse"
     check.check_limits(report, data.max_quarantined, where, data.source, refuse_near_leaks=refuse)

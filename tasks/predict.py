@@ -9,6 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from loraflow.serving.chat import Sampling
+from loraflow.serving.model_tools import tools_of
 from loraflow.serving.models import find_model
 from loraflow.serving.predict import PredictionReport, PredictOptions, predict
 from loraflow.store import hash_memo, open_store
@@ -43,6 +44,7 @@ def predict_file(
                 sampling=Sampling(max_new_tokens=max_new_tokens),
                 column=column,
                 system=found.system,
+                tools=tools_of(artifacts, found),
                 batch_size=batch_size,
             ),
             memo=memo,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loraflow.cli import json_option, parse_overrides, quiet_logging, set_option
+from loraflow.cli import json_option, parse_overrides, quiet_logging, set_option, store_option
 
 if TYPE_CHECKING:
     from loraflow.data.readers import Row
@@ -77,26 +77,29 @@ def pull(dvc_file: str, remote: str | None) -> None:
 
 
 @data.command()
-@click.argument("source")
+@click.argument("source", metavar="RECIPE|FILE|FOLDER")
 @click.option("--format", "form", default="auto", help="messages, sharegpt, alpaca, prompt_completion or auto.")
+@click.option(
+    "--personal", is_flag=True, help="Look for personal data too: emails, phone and card numbers, IBANs, IPs."
+)
 @json_option
-def check(source: str, form: str, as_json: bool) -> None:
-    """Check the rows of SOURCE, a file or folder of chats. Exit status 1 if a row is malformed or there are no rows."""
-    from loraflow.data.guess_columns import columns_of
-    from loraflow.data.readers import is_partly_learned, match_files, match_nothing, read_rows
+def check(source: str, form: str, personal: bool, as_json: bool) -> None:
+    """Check the rows of a recipe's dataset, or of a file or folder of chats, and say what is striking about them.
+
+    Exit status 1 if a row is malformed, there are no rows, or a check of data.profile with `fail` found too many rows.
+    """
+    from loraflow.cli.data_check import checked_source, print_findings
+    from loraflow.data.findings import Detector
+    from loraflow.data.readers import is_partly_learned, match_nothing
     from loraflow.data.split import prompt_key
 
-    path = Path(source)
-    folder, patterns = (path, ["*"]) if path.is_dir() else (path.parent, [path.name])
-    if not path.exists():
-        raise click.BadParameter(f"{source} does not exist")
-    names = match_files(folder, patterns)
-    columns = columns_of(folder / names[0], names[0]) if names and form == "auto" else {}
+    read = checked_source(source, form, personal=personal)
+    detector = Detector(read.rules)
     rows = marked = partly = weighted = 0
     prompts: set[str] = set()
     problems: list[dict[str, str]] = []
     unread: Counter[str] = Counter()
-    for row in read_rows(folder, names, form, columns):
+    for set_name, row in read.rows():
         rows += 1
         unread.update(row.unused_keys)
         if row.is_marked_false:
@@ -104,23 +107,29 @@ def check(source: str, form: str, as_json: bool) -> None:
         elif row.messages is None:
             problems.append({"place": row.place, "problem": row.problem or ""})
         else:
+            detector.add(row.place, set_name, row.messages)
             partly += is_partly_learned(row)
             weighted += row.weights is not None
             if len(prompts) < 2:
                 prompts.add(prompt_key(row.messages))
+    findings = detector.findings()
     if as_json:
         counts = {"rows": rows, "malformed": len(problems), "marked_false": marked, "partly_marked": partly}
         counts |= {"weighted": weighted} if weighted else {}
-        click.echo(json.dumps({**counts, "columns": columns, "unread": dict(unread), "problems": problems}))
+        found = {"profile": [finding.model_dump() for finding in findings], "scripts": detector.scripts}
+        click.echo(
+            json.dumps({**counts, "columns": read.columns, "unread": dict(unread), "problems": problems, **found})
+        )
     else:
-        _print_check(rows, problems, columns, unread)
+        _print_check(rows, problems, read.columns, unread)
         for line in marked_lines(marked, partly, weighted):
             click.echo(line)
-        for name in match_nothing(folder) if path.is_dir() else ():
+        print_findings(findings, detector.scripts)
+        for name in match_nothing(Path(source)) if Path(source).is_dir() else ():
             click.echo(f"not read  {name}: not one of the supported file types", err=True)
         if len(prompts) == 1:
             click.echo("every row has the same prompt: none can be held out (data.heldout takes a file)", err=True)
-    if problems or not rows:
+    if problems or not rows or any(finding.is_over and finding.action == "fail" for finding in findings):
         raise click.exceptions.Exit(1)
 
 
@@ -191,19 +200,19 @@ def _unread_line(counts: Counter[str]) -> str:
 @data.command()
 @click.argument("old")
 @click.argument("new", required=False)
-@click.option("--source", default="data.dvc", show_default=True, help="The dataset's .dvc file.")
-def diff(old: str, new: str | None, source: str) -> None:
-    """Compare the rows of the dataset at git revision OLD with those at NEW. Default of NEW: the work tree."""
-    from loraflow.config.recipe import Data
-    from loraflow.data.compare import row_ids
-    from loraflow.failures import BadConfig
+@click.option("--source", default="data.dvc", show_default=True, help="The dataset's .dvc file, for revisions.")
+@store_option
+def diff(old: str, new: str | None, source: str, store: str) -> None:
+    """Compare the rows of OLD with those of NEW: files, folders, runs' ids, or git revisions of the dataset.
 
-    if not source.endswith(".dvc"):
-        raise BadConfig(
-            "Only a dataset with a .dvc file has revisions.", where=f"--source {source}", expected="data.dvc"
-        )
-    before, after = (row_ids(Data(source=source, rev=revision)) for revision in (old, new))
-    for name in sorted(before.keys() | after.keys()):
-        was, is_now = before.get(name, set()), after.get(name, set())
-        added, removed = len(is_now - was), len(was - is_now)
-        click.echo(f"{name}: {len(was)} → {len(is_now)} rows, {added} added, {removed} removed")
+    Default of NEW: the dataset in the work tree.
+    """
+    from loraflow.cli.data_diff import version_of
+    from loraflow.data.compare import difference_lines
+    from loraflow.store import open_store
+
+    opened = open_store(store)
+    with opened.reader_lock():
+        before, after = version_of(old, source, opened), version_of(new, source, opened)
+    for line in difference_lines(before, after):
+        click.echo(line)

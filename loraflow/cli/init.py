@@ -78,6 +78,8 @@ register:
   model: {name}
 """
 
+FEW = 20  # rows up to which init warns before anything else
+
 
 @click.command()
 @click.option(
@@ -88,6 +90,11 @@ register:
     help="File or folder with chats (JSONL, JSON, CSV, TSV, Parquet).",
 )
 @click.option("--base", required=True, help="Base model: bundled:smollm2, a folder, or a hub id.")
+@click.option(
+    "--columns",
+    metavar="prompt=COLUMN,completion=COLUMN",
+    help="The columns of question and answer, if init cannot tell.",
+)
 @click.option("--name", help="Name of the recipe. Default: the name of the file.")
 @click.option(
     "--template",
@@ -96,12 +103,13 @@ register:
     show_default=True,
     help="gpu-team adds a work pool for a GPU machine, and a bucket as the store, commented out.",
 )
-def init(data_file: Path, base: str, name: str | None, template: str) -> None:
+def init(data_file: Path, base: str, columns: str | None, name: str | None, template: str) -> None:
     """Write configs/NAME.yaml, a data folder with its .dvc file, and prefect.yaml, from a file or folder of chats."""
     quiet_logging()
+    from loraflow.cli.init_columns import choose_columns
     from loraflow.config.project import FILE
     from loraflow.data import dvc
-    from loraflow.data.guess_columns import columns_of
+    from loraflow.data.guess_columns import is_classification
     from loraflow.data.readers import is_partly_learned, match_files, match_nothing, read_rows
     from loraflow.flows.server.new_prefect_yaml import team_recipe_lines, write_prefect_yaml
 
@@ -119,9 +127,14 @@ def init(data_file: Path, base: str, name: str | None, template: str) -> None:
         )
     folder, patterns = (data_file, ["*"]) if data_file.is_dir() else (data_file.parent, [data_file.name])
     names = match_files(folder, patterns)
-    columns = columns_of(folder / names[0], names[0])
-    rows = list(read_rows(folder, names, "auto", columns))
+    named = choose_columns(folder / names[0], names[0], columns)
+    rows = list(read_rows(folder, names, "auto", named))
+    if len(rows) <= FEW:
+        click.echo(f"only {len(rows)} rows: too few to train or to compare models; a hundred are a beginning")
     chats = _chats(rows, data_file)
+    if is_classification(named):
+        classes = len({chat[-1]["content"] for chat in chats})
+        click.echo(f"a classification set: {named['prompt']} → {named['completion']}, {classes} classes")
     target.mkdir(parents=True)
     for file in names:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +145,7 @@ def init(data_file: Path, base: str, name: str | None, template: str) -> None:
     _, heldout, unused = _split_by_name(names)
     size = _size_settings(chats, base, has_heldout=bool(heldout))
     near = near_policy(chats)
-    recipe.write_text(_recipe(name, recipe, pin.dvc_file, names, base, chats, columns, size, near), encoding="utf-8")
+    recipe.write_text(_recipe(name, recipe, pin.dvc_file, names, base, chats, named, size, near), encoding="utf-8")
     if template == "gpu-team":
         with recipe.open("a", encoding="utf-8") as end:
             end.write(team_recipe_lines(Path()))
@@ -180,7 +193,7 @@ def _chats(rows: list[Row], data_file: Path) -> list[list[Message]]:
             where=str(data_file),
             got=malformed[0].problem or "" if malformed else "no rows",
             expected="messages, ShareGPT, Alpaca or prompt/completion",
-            next_step="rename columns that have other names, or map them with data.columns in a recipe",
+            next_step="name the columns of question and answer: loraflow init --columns prompt=COLUMN,completion=COLUMN",
         )
     return chats
 
@@ -217,7 +230,7 @@ def _recipe(
         heldout=f"heldout: [{', '.join(map(_plain, heldout))}]   # by their names; only the gate uses them"
         if heldout
         else f"heldout_fraction: {size.heldout_fraction}           # by a seeded hash of prompts; only the gate uses them",
-        columns=f"\n  columns: {json.dumps(columns)}  # guessed from the first row" if columns else "",
+        columns=f"\n  columns: {json.dumps(columns)}  # loraflow's names: your columns" if columns else "",
         base=base if re.fullmatch(r"[\w./:-]+", base) else json.dumps(base, ensure_ascii=False),
         repack="\n  repack: phi3                    # fused projections, as in Phi-3"
         if base.startswith("bundled:")

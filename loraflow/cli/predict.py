@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     help="Chat format of the rows; auto detects it by their keys.",
 )
 @click.option("--column", help="The column that holds the question, such as text.")
+@click.option(
+    "--tools", metavar="FILE", help="Tools of rows that have none, as a JSON list. Default: the recipe's data.tools."
+)
 @click.option("--system", help="System message for chats that have none. Default: the recipe's data.system.")
 @sampling_options
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Rows in memory at a time.")
@@ -47,6 +50,7 @@ def predict(
     target: Path,
     format_name: str,
     column: str | None,
+    tools: str | None,
     system: str | None,
     sampling: Sampling,
     batch_size: int,
@@ -58,10 +62,13 @@ def predict(
 ) -> None:
     """Answer the chats of IN (.jsonl, .json, .csv, .tsv, .parquet) and write them with their answers to OUT.
 
-    Rows keep their order and columns; the columns `prediction`, `tokens`, `finish` and `error` are added. A killed run
-    resumes where it stopped. Exit status 1 if a row has an error instead of an answer.
+    Rows keep their order and columns; the columns `prediction`, `tokens`, `finish` and `error` are added, and
+    `tool_calls` if a row has tools. A killed run resumes where it stopped. Exit status 1 if a row has an error instead
+    of an answer.
     """
     quiet_logging(logging.INFO)
+    from loraflow.config.tools_file import read_tools_file
+    from loraflow.serving.model_tools import tools_of
     from loraflow.serving.models import find_model
     from loraflow.serving.predict import PredictOptions
     from loraflow.serving.predict import predict as answer_file
@@ -82,6 +89,7 @@ def predict(
                 format_name=format_name,
                 column=column,
                 system=found.system if system is None else system,
+                tools=tools_of(opened, found) if tools is None else read_tools_file(tools),
                 dtype=dtype,
                 device=device,
                 batch_size=batch_size,

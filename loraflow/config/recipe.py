@@ -23,6 +23,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
+from loraflow.config.data_profile import ProfileCheckName, ProfileRule
 from loraflow.config.runtime import Runtime
 from loraflow.frozen import FrozenModel
 
@@ -98,6 +99,11 @@ class Data(FrozenModel):
         description="What to do with rows whose text is nearly the same (Jaccard index of 5-grams of at least 0.8). report: "
         "count them. drop: never split them, and leave training rows out that are near to a held-out row. refuse: as "
         "drop, but stop the run if training rows are near to a held-out file.",
+    )
+    profile: dict[ProfileCheckName, ProfileRule] = Field(
+        {},
+        description="Checks of the rows' texts, {CHECK: {share: SHARE, action: warn | quarantine | fail}}. CHECK is "
+        "refusals, openings, disputed, scripts, broken_text, control_tokens or personal.",
     )
     max_quarantined: Share = Field(0.01, description="Largest share of malformed rows; the run stops above it.")
     limit: Positive | None = Field(None, description="Use a seeded sample of this many training rows.")

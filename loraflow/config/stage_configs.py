@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
 
+from loraflow.config.data_profile import ProfileCheckName, ProfileRule
 from loraflow.config.recipe import (
     BestCheckpoint,
     LoralibConfig,
@@ -151,6 +152,7 @@ class CheckDatasetConfig(StageConfig):
     group: str | None = None  # set only if rows have groups
     near_duplicates: Literal["report", "drop"] | None = None  # set only if near-duplicates are searched
     tools: list[JsonValue] | None = None  # the content of data.tools; set only if the recipe names it
+    profile: dict[ProfileCheckName, ProfileRule] = {}  # set only if the recipe has checks
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
@@ -169,6 +171,8 @@ class CheckDatasetConfig(StageConfig):
             values["thinking"] = "strip"
         if data.near_duplicates != "off":  # refuse computes the same as drop: the run compares the report with it
             values["near_duplicates"] = "report" if data.near_duplicates == "report" else "drop"
+        if data.profile:
+            values["profile"] = {name: rule.model_dump(exclude_none=True) for name, rule in data.profile.items()}
         if data.tools is not None:
             values["tools"] = read_tools_file(data.tools)
         return cls.of(values)

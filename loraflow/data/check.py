@@ -17,21 +17,24 @@ from typing import Literal, TypedDict
 from pydantic import JsonValue
 
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.chats import GATE_SET, BadRow, ChatRecord, Message, Tool, with_system
-from loraflow.data.check_report import CheckReport, NearDuplicates, Profile, SplitCounts
+from loraflow.data.chats import GATE_SET, ChatRecord, Message, with_system
+from loraflow.data.check_report import CheckReport, Finding, NearDuplicates, Profile, SplitCounts
+from loraflow.data.findings import leave_out_findings
+from loraflow.data.group_leaks import drop_group_leaks
+from loraflow.data.near_prompts import with_near_prompts
 from loraflow.data.near_split import Clusters, ValidRow, draw_split, place_near
 from loraflow.data.placement import Split
 from loraflow.data.readers import Row, is_partly_learned, match_files, read_rows
 from loraflow.data.reasoning import NOT_RENDERED, reasoning_key, without_reasoning
 from loraflow.data.similar import CheckedRow, find_similar, is_last_learned
 from loraflow.data.split import draw, group_key, prompt_key, row_id, sample
-from loraflow.data.tools import read_tools
+from loraflow.data.tools import dataset_tools
 from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 
 Splits = dict[Split, list[CheckedRow]]
-DROPPED = ("duplicate", "leak", "marked_false", "near_leak", "near_both")
+DROPPED = ("duplicate", "leak", "marked_false", "near_leak", "near_both", "group_leak")
 MAX_UNREAD = 50  # keys in the report
 MAX_PROBLEM = 200  # characters of a problem in a failure
 
@@ -45,7 +48,7 @@ class Quarantined(TypedDict):
     row: str  # the row's text; empty if the row is valid but was dropped
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Reading:
     """What was left out while the rows were read."""
 
@@ -53,6 +56,7 @@ class _Reading:
     counts: Counter[str]
     unread: Counter[str]  # keys that have values and were not read
     malformed: set[str] = field(default_factory=set)  # places of the first malformed rows
+    findings: list[Finding] = field(default_factory=list)  # of data.profile
 
     def first_problems(self) -> list[str]:
         """Return places and problems of the first rows: the malformed ones, which can stop the run, before the others."""
@@ -81,7 +85,10 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
     splits, clusters = _read(files, config, reading)
     _drop_duplicates(splits, reading, config.duplicates)
     _drop_leaks(splits, reading)
+    drop_group_leaks(splits, reading.drop)
     similar = find_similar(splits["train"] + splits["validation"], splits["heldout"])
+    if config.near_duplicates is not None:
+        similar = with_near_prompts(similar, splits["train"] + splits["validation"])
     _limit(splits, reading, config)
     near = None if clusters is None else _write_clusters(out, splits, clusters, config)
     for split, rows in splits.items():
@@ -96,6 +103,7 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
         first_problems=reading.first_problems(),
         unread=dict(reading.unread.most_common(MAX_UNREAD)),
         similar=similar,
+        findings=reading.findings,
         near=near,
         profile=Profile.of([row.record for row in splits["train"]]),
     ).as_json()
@@ -105,7 +113,9 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
         figures={
             **counts.model_dump(),
             "malformed": reading.counts["malformed"],
-            "dropped": sum(reading.counts[reason] for reason in DROPPED),
+            "dropped": sum(
+                n for reason, n in reading.counts.items() if reason in DROPPED or reason.startswith("profile_")
+            ),
         },
         report=report,
         facets={"train": ["train.jsonl", "validation.jsonl"], "heldout": ["heldout.jsonl"]},
@@ -178,7 +188,9 @@ def _short(problem: str) -> str:
 def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> tuple[Splits, Clusters | None]:
     """Read all files and split their rows; malformed rows go to the quarantine."""
     splits: Splits = {"train": [], "validation": [], "heldout": []}
-    rows = _valid_rows(files, config, reading)
+    rows: Iterable[ValidRow] = _valid_rows(files, config, reading)
+    if config.profile:
+        rows, reading.findings = leave_out_findings(rows, config.profile, reading.leave_out)
     clusters = None
     if config.near_duplicates is None:
         for row in rows:
@@ -201,8 +213,8 @@ def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> tuple[S
 def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Iterator[ValidRow]:
     """Yield the rows that have a chat; the others go to the quarantine."""
     counts, quarantine = reading.counts, reading.quarantine
-    tools = _tools_of(config)
-    for set_name, set_files in _assign_files(files, config).items():
+    tools = dataset_tools(config.tools, "data.tools")
+    for set_name, set_files in assign_files(files, config).items():
         for row in read_rows(files, set_files, config.format, config.columns, config.group, tools):
             counts["read"] += 1
             if row.unused_keys:
@@ -252,21 +264,6 @@ def _place(valid: ValidRow, split: Split, splits: Splits, config: CheckDatasetCo
     splits[split].append(CheckedRow(record, key))
 
 
-def _tools_of(config: CheckDatasetConfig) -> list[Tool] | None:
-    """Return the tools of the dataset.
-
-    Raises:
-        BadData: they are not functions with JSON schemas.
-    """
-    try:
-        tools = None if config.tools is None else read_tools(config.tools, "data.tools")
-        if config.tools is not None and tools is None:
-            raise BadRow("a list of names; expected functions with name and parameters")
-        return tools
-    except BadRow as problem:
-        raise BadData("The tools of the dataset are malformed.", where="data.tools", got=str(problem)) from problem
-
-
 def _hold_out_one(splits: Splits, reading: _Reading, config: CheckDatasetConfig) -> None:
     """Hold out one prompt (or group) if the seeded hash holds out none, as in a small dataset: the next in its order."""
     rows = splits["train"]
@@ -297,7 +294,7 @@ def _limit(splits: Splits, reading: _Reading, config: CheckDatasetConfig) -> Non
         splits["train"] = [rows[n] for n in sample([row.prompt for row in rows], config.limit, config.seed, "limit")]
 
 
-def _assign_files(files: Path, config: CheckDatasetConfig) -> dict[str, list[str]]:
+def assign_files(files: Path, config: CheckDatasetConfig) -> dict[str, list[str]]:
     """Return {set: files}. A file belongs to the first set that names it; held-out sets come before training.
 
     Raises:

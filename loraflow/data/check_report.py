@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, JsonValue, PlainSerializer
 
+from loraflow.config.data_profile import ProfileCheckName
 from loraflow.data.chats import ChatRecord
 from loraflow.frozen import StoredModel
 
@@ -61,6 +62,9 @@ class Similar(StoredModel):
     disputed_prompts: int = 0  # training prompts with different answers
     disputed_rows: int = 0  # their rows
     disputed: str = ""  # the places of the first pair
+    # training prompts that are nearly the same as another one with another answer; only with data.near_duplicates
+    near_disputed_prompts: int = 0
+    near_disputed: str = ""  # the places of the first pair
 
 
 class NearDuplicates(StoredModel):
@@ -75,19 +79,37 @@ class NearDuplicates(StoredModel):
     unproposed: int = 0  # pairs that were not compared, because very many rows share a part of their text
 
 
+class Finding(StoredModel):
+    """What a check of data.profile found."""
+
+    check: ProfileCheckName
+    rows: int
+    share: float  # of the valid rows
+    limit: float  # the share above which the check acts
+    action: Literal["warn", "quarantine", "fail"]
+    examples: list[str]  # places, and what was found there
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the check acts."""
+        return self.share > self.limit
+
+
 class CheckReport(StoredModel):
     """The content of report.json, and the report in the artifact's manifest."""
 
     rows: SplitCounts
     sets: dict[str, int]  # held-out rows of each set
     # rows read, malformed, marked_false, duplicate, leak, near_leak (near to a row of a held-out file),
-    # near_both (near to rows of two splits), over_limit. Not left out are partly_marked (some answers are
-    # learned), weighted (an answer's weight in the loss is not 0 or 1) and held_out_of_few (the hash had held out none)
+    # near_both (near to rows of two splits), group_leak (its data.group is held out), over_limit. Not left out are
+    # partly_marked (some answers are learned), weighted (an answer's weight in the loss is not 0 or 1) and
+    # held_out_of_few (the hash had held out none)
     counts: dict[str, int]
     malformed_share: float
     first_problems: list[str]  # place and problem of the first rows in quarantine
     unread: dict[str, int] = {}  # keys that have values and were not read → rows
     similar: Similar = Similar()
+    findings: list[Finding] = []  # left out of the JSON without data.profile
     near: NearDuplicates | None = None  # left out of the JSON without data.near_duplicates
     # In JSON, {} stands for the profile of no rows.
     profile: Annotated[
@@ -98,5 +120,6 @@ class CheckReport(StoredModel):
 
     def as_json(self) -> dict[str, JsonValue]:
         """Return the report as JSON values."""
-        values: dict[str, JsonValue] = self.model_dump(mode="json", exclude={"near"} if self.near is None else None)
+        absent = {name for name in ("near", "findings") if not getattr(self, name)}
+        values: dict[str, JsonValue] = self.model_dump(mode="json", exclude=absent)
         return values

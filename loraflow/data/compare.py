@@ -1,22 +1,87 @@
-"""Read the row ids of one version of a dataset, so that `loraflow data diff` can compare two versions."""
+"""Compare the rows of two versions of a dataset for `loraflow data diff`: files, folders, or what a `.dvc` file pins."""
 
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from loraflow.config.recipe import Data
 from loraflow.config.stage_configs import DvcOrigin
 from loraflow.data import dvc
-from loraflow.data.readers import match_files, read_rows
-from loraflow.data.split import row_id
+from loraflow.data.chats import BadRow
+from loraflow.data.guess_columns import columns_of
+from loraflow.data.readers import match_files, read_rows, read_values
+from loraflow.data.row_fields import has_value
+from loraflow.data.split import prompt_key, row_id
 from loraflow.data.version import locate
 from loraflow.failures import BadData
 from loraflow.store.files import HashMemo
 
+MIN_DRIFT = 0.01  # change of a field's share of the rows that is told
 
-def row_ids(data: Data) -> dict[str, set[str]]:
-    """Return {file: ids of its valid rows} of the version of a dataset that the settings name.
+
+@dataclass
+class Version:
+    """The valid rows of a version of a dataset."""
+
+    files: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)  # file → (prompt, row) → how often
+    prompts: list[int] = field(default_factory=list)  # characters
+    answers: list[int] = field(default_factory=list)
+    fields: Counter[str] = field(default_factory=Counter)  # key of the rows → rows where it has a value
+    read: int = 0  # rows, with malformed ones
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What became of the rows. An edited row has the same prompt and another answer."""
+
+    before: int
+    after: int
+    added: int
+    removed: int
+    edited: int
+
+    def __str__(self) -> str:
+        counts = f"{self.added} added, {self.removed} removed, {self.edited} edited"
+        return f"{self.before} → {self.after} rows, {counts}"
+
+
+def read_files(folder: Path, names: Sequence[str], format_name: str, columns: Mapping[str, str]) -> Version:
+    """Read the rows of files.
+
+    Args:
+        folder: of the dataset.
+        names: files relative to it.
+        format_name: of the rows, or auto.
+        columns: `data.columns`; if empty and the format is auto, they are guessed for each file.
+
+    Raises:
+        BadData: a file cannot be read.
+    """
+    found = Version()
+    for name in names:
+        guess = not columns and format_name == "auto"
+        used = columns_of(folder / name, name) if guess else columns
+        rows = found.files.setdefault(name, Counter())
+        for row in read_rows(folder, [name], format_name, used):
+            if row.messages:
+                rows[prompt_key(row.messages), row_id(row.messages)] += 1
+                found.prompts.append(sum(len(message["content"]) for message in row.messages[:-1]))
+                found.answers.append(len(row.messages[-1]["content"]))
+        for value in read_values(folder / name, name):
+            found.read += 1
+            if isinstance(value.value, dict) and not isinstance(value.value, BadRow):
+                found.fields.update(str(key) for key, cell in value.value.items() if has_value(cell))
+    return found
+
+
+def read_revision(data: Data) -> Version:
+    """Read the rows of the version of a dataset that the settings name.
 
     Raises:
         BadData: the dataset has no `.dvc` file, or cannot be read.
@@ -32,7 +97,45 @@ def row_ids(data: Data) -> dict[str, set[str]]:
         target = Path(folder)
         pin = dvc.Pin(origin.dvc_file, origin.path, location.md5)
         dvc.fetch(origin.repo, pin, origin.commit or origin.rev, target, memo)
-        return {
-            name: {row_id(row.messages) for row in read_rows(target, [name], data.format, data.columns) if row.messages}
-            for name in match_files(target, ["*"])
-        }
+        return read_files(target, match_files(target, ["*"]), data.format, data.columns)
+
+
+def changes(before: Mapping[tuple[str, str], int], after: Mapping[tuple[str, str], int]) -> Changes:
+    """Compare two collections of rows. Rows that are there several times count as often."""
+    old, new = Counter(before), Counter(after)
+    gone, come = Counter[str](), Counter[str]()
+    for counts, rows in ((gone, old - new), (come, new - old)):
+        for (prompt, _), count in rows.items():
+            counts[prompt] += count
+    edited = (gone & come).total()
+    return Changes(old.total(), new.total(), come.total() - edited, gone.total() - edited, edited)
+
+
+def difference_lines(before: Version, after: Version) -> Iterator[str]:
+    """Yield what differs: rows of each file and of all, lengths, fields."""
+    old, new = before.files, after.files
+    if len(old) == len(new) == 1 and old.keys() != new.keys():
+        yield f"{next(iter(old))} → {next(iter(new))}: {changes(_all(before), _all(after))}"
+    else:
+        for name in sorted(old.keys() | new.keys()):
+            yield f"{name}: {changes(old.get(name, Counter()), new.get(name, Counter()))}"
+        if len(old.keys() | new.keys()) > 1:
+            yield f"all files: {changes(_all(before), _all(after))}"
+    for what, was, is_now in (("prompts", before.prompts, after.prompts), ("answers", before.answers, after.answers)):
+        if sorted(was) != sorted(is_now):
+            yield f"characters of {what}: {_spread(was)} → {_spread(is_now)}"
+    for name in sorted(before.fields.keys() | after.fields.keys()):
+        shares = [version.fields[name] / max(version.read, 1) for version in (before, after)]
+        if abs(shares[1] - shares[0]) >= MIN_DRIFT:
+            yield f"field {name}: in {shares[0]:.1%} → {shares[1]:.1%} of the rows"
+
+
+def _all(version: Version) -> Counter[tuple[str, str]]:
+    return sum(version.files.values(), Counter())
+
+
+def _spread(lengths: list[int]) -> str:
+    if not lengths:
+        return "no rows"
+    tenth, median, ninth, longest = np.percentile(lengths, [10, 50, 90, 100]).round().astype(int).tolist()
+    return f"median {median} (10 % {tenth}, 90 % {ninth}, max {longest})"

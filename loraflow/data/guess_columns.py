@@ -25,6 +25,29 @@ _PAIRS = (
     ("instruction", "output"),
 )
 
+# usual names of (text, class) in sets for classification
+_TEXTS = (
+    "text",
+    "sentence",
+    "utterance",
+    "message",
+    "body",
+    "content",
+    "document",
+    "review",
+    "ticket",
+    "query",
+    "comment",
+)
+_CLASSES = ("category", "label", "class", "intent", "topic", "sentiment", "label_text", "target", "department")
+MAX_CLASS = 60  # characters of the name of a class
+
+
+def is_classification(columns: dict[str, str]) -> bool:
+    """Tell whether columns are the text and the class of a set for classification, by their names."""
+    answer = columns.get("completion", "").lower()
+    return columns.get("prompt", "").lower() in _TEXTS and answer in _CLASSES
+
 
 def columns_of(path: Path, name: str) -> dict[str, str]:
     """Guess `data.columns` from a file's first row; empty if the row is a chat as it is.
@@ -56,7 +79,16 @@ def guess_columns(row: JsonValue) -> dict[str, str]:
                 return {"prompt": asked, "completion": answered}
             columns = {"instruction": asked, "output": answered}
             return columns if names.get("context", "context") == "context" else {**columns, "input": names["context"]}
-    return _column_of_turns(row)
+    return _column_of_turns(row) or _columns_of_classes(row, names)
+
+
+def _columns_of_classes(row: dict[str, JsonValue], names: dict[str, str]) -> dict[str, str]:
+    """Return the columns of a text and its class, if there is one of each."""
+    texts = [names[name] for name in _TEXTS if name in names and isinstance(row[names[name]], str)]
+    classes = [names[name] for name in _CLASSES if name in names and isinstance(row[names[name]], str)]
+    if len(texts) != 1 or len(classes) != 1 or len(str(row[classes[0]])) > MAX_CLASS:
+        return {}
+    return {"prompt": texts[0], "completion": classes[0]}
 
 
 def _column_of_turns(row: dict[str, JsonValue]) -> dict[str, str]:

@@ -155,6 +155,7 @@ def near_policy(chats: Sequence[Chat]) -> Literal["report", "drop"]:
 
 def _unplaced(rows: Sequence[ValidRow], config: CheckDatasetConfig) -> list[Unplaced]:
     held = {row.key for row in rows if row.set != "train"}
+    groups = {row.row.group for row in rows if row.set != "train" and row.row.group is not None}
     found = []
     for row in rows:
         side: Side = "heldout file" if row.set != "train" else draw_split(row, config)
@@ -165,7 +166,7 @@ def _unplaced(rows: Sequence[ValidRow], config: CheckDatasetConfig) -> list[Unpl
                 unit=_unit(row),
                 has_group=row.row.group is not None,
                 prompt=normalized_key(row.messages[:-1]),
-                is_leak=side in ("train", "validation") and row.key in held,
+                is_leak=side in ("train", "validation") and (row.key in held or row.row.group in groups),
                 may_be_held_out=(learned is None or last in learned)
                 and (config.group is None or row.row.group is not None),
             )

@@ -26,7 +26,7 @@ class Unplaced(NamedTuple):
     unit: str  # what the hash draws: the key of the prompt or of the group
     has_group: bool  # the unit is a group's
     prompt: int  # 64-bit hash of the prompt without differences of case and white space
-    is_leak: bool  # its prompt is held out by a file: it is left out anyway
+    is_leak: bool  # its prompt or its group is held out by a file: it is left out anyway
     may_be_held_out: bool  # its last answer is learned
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -96,6 +97,10 @@ def _group(row: JsonValue, field: str | None) -> str | None:
     value = row.get(field) if field is not None and isinstance(row, dict) else None
     if isinstance(value, bool | list | dict):
         raise BadRow(f"{field}: expected a text or a number that names the row's group")
+    if isinstance(value, float):
+        if math.isnan(value):  # an empty cell of a Parquet column of numbers
+            return None
+        value = int(value) if value.is_integer() else value  # pandas writes 7 as 7.0 if another cell is empty
     return str(value).strip() or None if value is not None else None
 
 

@@ -14,6 +14,7 @@ from pydantic import JsonValue
 
 from loraflow.data.chats import BadRow, Function, Tool, ToolCall
 from loraflow.data.json_text import strict_json
+from loraflow.failures import BadData
 
 if TYPE_CHECKING:
     from jsonschema.protocols import Validator
@@ -72,6 +73,21 @@ def _checked_tools(text: str, where: str) -> list[Tool]:
         _validator(json.dumps(parameters), f"{field}.function.parameters")
         tools.append({"type": "function", "function": cast(Function, function)})
     return tools
+
+
+def dataset_tools(value: list[JsonValue] | None, where: str) -> list[Tool] | None:
+    """Return the tools of all rows of a dataset: the content of the file of `data.tools`.
+
+    Raises:
+        BadData: they are not functions with JSON schemas.
+    """
+    try:
+        tools = None if value is None else read_tools(value, where)
+        if value is not None and tools is None:
+            raise BadRow("a list of names; expected functions with name and parameters")
+        return tools
+    except BadRow as problem:
+        raise BadData("The tools of the dataset are malformed.", where=where, got=str(problem)) from problem
 
 
 def _is_deep(value: JsonValue) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from loraflow.data.refusals import refuses
 from loraflow.evaluation.pairing import refusal
 from loraflow.evaluation.values import BehaviourResult, Decision, FailedRow
 from loraflow.evaluation.worst import LISTED, cut, question
@@ -19,15 +20,6 @@ from loraflow.failures import BadConfig
 
 if TYPE_CHECKING:
     import pandas as pd
-
-# The beginning of an answer that refuses, in English. For others, `matches` takes an expression of your own.
-REFUSALS = re.compile(
-    r"\b(i(['’]m| am) (sorry|afraid|unable|not able|not allowed|not permitted)|i (can(not|['’]t| not)|could not|couldn['’]t"
-    r"|won['’]t|will not|am not going to|must decline|have to decline)|(sorry|apologies),? (but )?(i|we|this|that)"
-    r"|as an ai\b|(we|this assistant) can(not|['’]t))",
-    re.IGNORECASE,
-)
-_BEGINNING = 200  # characters in which a refusal begins
 
 
 @dataclass(frozen=True)
@@ -54,7 +46,7 @@ class BehaviourRule:
             fields = self.json_fields
             return lambda answer: _has_fields(answer, fields)
         wanted = bool(self.refuses)
-        return lambda answer: (REFUSALS.search(answer[:_BEGINNING]) is not None) == wanted
+        return lambda answer: refuses(answer) == wanted
 
     def __str__(self) -> str:
         if self.contains is not None:

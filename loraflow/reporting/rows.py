@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import JsonValue
 
 from loraflow.data.check_report import CheckReport, NearDuplicates
+from loraflow.data.findings import WHAT, finding_lines
 from loraflow.evaluation.values import EvaluationReport
 from loraflow.registry.runs import RowCount, RowsSummary
 
@@ -20,6 +21,7 @@ _LEFT_OUT = {
     "leak": "left out of training: its prompt is held out",
     "near_leak": "left out of training: nearly the same as a held-out row",
     "near_both": "left out: nearly the same as rows on two sides of the split",
+    "group_leak": "left out of training: its group (data.group) is held out",
     "over_limit": "left out of training: data.limit",
 }
 
@@ -57,6 +59,9 @@ def _counts(
     yield RowCount(what="read", rows=check.counts.get("read", 0))
     long = "cut" if policy.too_long == "truncate" else "left out of training"
     reasons = {text: check.counts.get(reason, 0) for reason, text in _LEFT_OUT.items()}
+    reasons |= {
+        f"left out: {text} (data.profile)": check.counts.get(f"profile_{name}", 0) for name, text in WHAT.items()
+    }
     reasons |= {
         "left out of training: a control token in its text": figure("rows_special_tokens"),
         f"{long}: longer than max_length, {policy.max_length} tokens": figure("rows_too_long"),
@@ -102,6 +107,12 @@ def check_notes(check: CheckReport) -> list[str]:
             f"{similar.disputed_prompts} training prompts have different answers, in {similar.disputed_rows} rows, such as "
             f"{similar.disputed}"
         )
+    if similar.near_disputed_prompts:
+        notes.append(
+            f"{similar.near_disputed_prompts} training prompts are nearly the same as another one and have a different "
+            f"answer, such as {similar.near_disputed}"
+        )
+    notes += ["; ".join(map(str.strip, finding_lines(f))) for f in check.findings if f.is_over]
     return notes + (near_notes(check.near) if check.near else [])
 
 

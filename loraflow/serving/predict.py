@@ -11,18 +11,30 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from loraflow import identity
+from loraflow.data.call_parser import parse_calls
 from loraflow.data.readers import readable_files
 from loraflow.data.rendered_calls import call_text, tools_text
+from loraflow.data.tools import dataset_tools
 from loraflow.failures import BadConfig, BadData, BadModel, OutOfMemory, from_os_error
 from loraflow.serving.chat import Sampling
 from loraflow.serving.models import Loaded, Model, load
-from loraflow.serving.tables import NO_ANSWER, OUT_SUFFIXES, Prediction, Question, read_questions, write_answers
+from loraflow.serving.tables import (
+    NO_ANSWER,
+    OUT_SUFFIXES,
+    Prediction,
+    Question,
+    added_columns,
+    read_questions,
+    write_answers,
+)
+from loraflow.serving.written_calls import reads_calls_of, written_calls
 from loraflow.store.files import HashMemo, hash_file, write_json
 from loraflow.store.lock import LockHeld, flock
 
@@ -68,6 +80,7 @@ class PredictOptions(BaseModel):
         dtype: float32, as in evaluation, makes answers independent of the batch.
         device: auto, cpu or cuda.
         batch_size: rows in memory at a time; halved when a GPU runs out of memory.
+        tools: of rows that have none of their own, as in `data.tools`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,6 +92,7 @@ class PredictOptions(BaseModel):
     dtype: str = "float32"
     device: str = "auto"
     batch_size: int = 16
+    tools: list[JsonValue] | None = None
 
     @property
     def recorded(self) -> dict[str, JsonValue]:
@@ -91,7 +105,7 @@ class PredictOptions(BaseModel):
             "dtype": self.dtype,
             # Sampled rows of a batch share random numbers.
             "batch_size": self.batch_size if self.sampling.temperature else None,
-        }
+        } | ({"tools": self.tools} if self.tools is not None else {})
 
 
 def predict(
@@ -125,7 +139,8 @@ def predict(
     )
     with _unfinished(work, target):
         resumed = _resume(work, request)
-        questions = read_questions(source, options.format_name, options.column, options.system)
+        tools = dataset_tools(options.tools, "tools")
+        questions = read_questions(source, options.format_name, options.column, options.system, tools)
         if resumed:
             log.info("resuming: %d of %d rows are answered", resumed, len(questions))
         _try_to_write(work / f"probe{target.suffix}", questions, source)
@@ -265,7 +280,28 @@ def _answer(
     answers = [Prediction(error=error) for error in errors]
     for i, answer in zip(asked, found, strict=True):
         answers[i] = Prediction(answer["text"], answer["tokens"], answer["finish"])
-    return answers
+    return _with_calls(answers, questions, loaded)
+
+
+def _with_calls(answers: list[Prediction], questions: list[Question], loaded: Loaded) -> list[Prediction]:
+    """Return the answers with the calls in their texts, of rows with tools."""
+    if "tool_calls" not in added_columns(questions):
+        return answers
+    if not reads_calls_of(loaded.template):
+        log.warning(
+            "tool_calls is empty: it is not known how this chat template writes calls; prediction has their text"
+        )
+        return answers
+    out, unreadable = list[Prediction](), 0
+    for answer, question in zip(answers, questions, strict=True):
+        chat, text = question.messages, answer.prediction
+        if chat is not None and text is not None and "tools" in chat[0]:
+            unreadable += parse_calls(text) is None
+            answer = replace(answer, tool_calls=written_calls(text, chat))
+        out.append(answer)
+    if unreadable:
+        log.warning("%d answers begin a tool call that cannot be read; their tool_calls is empty", unreadable)
+    return out
 
 
 def _prompts(

@@ -21,9 +21,11 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from loraflow.data.served_template import served_date
+from loraflow.data.tokenizer_config import find_template
 from loraflow.failures import BadConfig, MissingExtra
 from loraflow.identity import fingerprint, short
 from loraflow.serving.models import Model
+from loraflow.serving.written_calls import vllm_parser
 from loraflow.store.base import MANIFEST
 
 EXTRA = ("fastapi", "openai", "uvicorn")  # what `transformers serve` imports beyond transformers itself
@@ -78,7 +80,10 @@ def plan_server(
     command = [sys.executable, "-m", *command]
     if dtype:
         command += ["--dtype", dtype]
-    return Server([*command, *options], cache, _greeting(engine, model, name, host, port))
+    greeting = _greeting(engine, model, name, host, port)
+    if engine == "vllm" and not any(option.startswith("--tool-call-parser") for option in options):
+        greeting += _tools_line(model.folder)
+    return Server([*command, *options], cache, greeting)
 
 
 def _pick_engine(engine: str) -> str:
@@ -171,6 +176,13 @@ def _hub_cache(folder: Path, name: str) -> Path:
     except OSError:  # another server of the same model was faster
         shutil.rmtree(temporary)
     return cache
+
+
+def _tools_line(folder: Path) -> str:
+    """Return a line with vLLM's options for tool calls; empty if the parser of the model's template is not known."""
+    template = find_template(folder)
+    parser = None if template is None else vllm_parser(template)
+    return "" if parser is None else f"\ntools    -- --enable-auto-tool-choice --tool-call-parser {parser}"
 
 
 def _greeting(engine: str, model: Model, name: str, host: str, port: int) -> str:

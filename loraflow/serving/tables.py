@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from loraflow.data.chat_formats import to_prompt
-from loraflow.data.chats import BadRow, Message, with_system
+from loraflow.data.chats import BadRow, Message, Tool, with_system
 from loraflow.data.readers import read_values
 from loraflow.failures import BadConfig, BadData
+from loraflow.serving.written_calls import WrittenCall, calls_type
 from loraflow.store.files import fsync_path
 
 if TYPE_CHECKING:
@@ -44,14 +45,17 @@ class Prediction:
     tokens: int | None = None
     finish: str | None = None  # stop or length
     error: str | None = None
+    tool_calls: list[WrittenCall] | None = None  # the calls in the answer; a column only if a row has tools
 
 
 NO_ANSWER = Prediction()
-ADDED = tuple(field.name for field in fields(Prediction))
+ADDED = ("prediction", "tokens", "finish", "error")
 OUT_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
-def read_questions(path: Path, format_name: str, column: str | None, system: str | None) -> list[Question]:
+def read_questions(
+    path: Path, format_name: str, column: str | None, system: str | None, tools: list[Tool] | None = None
+) -> list[Question]:
     """Read a file's rows.
 
     Args:
@@ -59,6 +63,7 @@ def read_questions(path: Path, format_name: str, column: str | None, system: str
         format_name: messages, sharegpt, alpaca, prompt_completion or auto.
         column: the column that holds the question, instead of a chat format.
         system: a message to put before chats that have none.
+        tools: of rows that have none of their own.
 
     Raises:
         BadData: the file cannot be read, or has no rows.
@@ -72,7 +77,7 @@ def read_questions(path: Path, format_name: str, column: str | None, system: str
         columns: dict[str, Cell] = dict(value) if isinstance(value, dict) else {"row": raw}
         try:
             row = {"prompt": value.get(column)} if column and isinstance(value, dict) else value
-            messages = to_prompt(row, "prompt_completion" if column else format_name)
+            messages = to_prompt(row, "prompt_completion" if column else format_name, tools)
         except BadRow as problem:
             questions.append(Question(columns, None, f"{location}: {problem}"))
             continue
@@ -81,14 +86,20 @@ def read_questions(path: Path, format_name: str, column: str | None, system: str
         questions.append(Question(columns, messages))
     if not questions:
         raise BadData("The file has no rows.", where=str(path))
-    _check_columns(_names(questions), column, path)
+    _check_columns(_names(questions), added_columns(questions), column, path)
     return questions
 
 
-def _check_columns(names: list[str], column: str | None, path: Path) -> None:
+def added_columns(questions: Sequence[Question]) -> tuple[str, ...]:
+    """Return the columns that are added: `tool_calls` only if a row has tools."""
+    has_tools = any(question.messages is not None and "tools" in question.messages[0] for question in questions)
+    return (*ADDED, "tool_calls") if has_tools else ADDED
+
+
+def _check_columns(names: list[str], added: Sequence[str], column: str | None, path: Path) -> None:
     if column and column not in names:
         raise BadConfig("The input has no such column.", where=column, expected=f"one of {', '.join(names)}")
-    taken = sorted(set(names) & set(ADDED))
+    taken = sorted(set(names) & set(added))
     if taken:
         raise BadConfig(
             "The input has columns with the names of the added columns.",
@@ -129,21 +140,22 @@ def _names(questions: Sequence[Question]) -> list[str]:
 
 
 def _write_jsonl(path: Path, questions: Sequence[Question], answers: Sequence[Prediction]) -> None:
+    added = added_columns(questions)
     with path.open("w", encoding="utf-8") as file:
         for question, answer in zip(questions, answers, strict=True):
-            row = {**question.columns, **asdict(answer)}
+            row = {**question.columns, **{name: getattr(answer, name) for name in added}}
             file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
 def _write_csv(path: Path, questions: Sequence[Question], answers: Sequence[Prediction], separator: str) -> None:
     import csv
 
-    names = _names(questions)
+    names, added = _names(questions), added_columns(questions)
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, delimiter=separator, lineterminator="\n")
-        table.writerow([*names, *ADDED])
+        table.writerow([*names, *added])
         for question, answer in zip(questions, answers, strict=True):
-            cells = [*(question.columns.get(name) for name in names), *asdict(answer).values()]
+            cells = [*(question.columns.get(name) for name in names), *(getattr(answer, name) for name in added)]
             table.writerow([_csv_cell(value) for value in cells])
 
 
@@ -161,7 +173,9 @@ def _write_parquet(path: Path, questions: Sequence[Question], answers: Sequence[
         table = pq.read_table(source)  # keeps the columns' own types
     else:
         table = pa.table({name: _column(name, questions) for name in _names(questions)})
-    for name, kind in zip(ADDED, (pa.string(), pa.int64(), pa.string(), pa.string()), strict=True):
+    kinds = {"tokens": pa.int64(), "tool_calls": calls_type()}
+    for name in added_columns(questions):
+        kind = kinds.get(name, pa.string())
         table = table.append_column(name, pa.array([getattr(answer, name) for answer in answers], kind))
     pq.write_table(table, path)
 

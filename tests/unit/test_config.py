@@ -306,6 +306,8 @@ def another(path: str, value: JsonValue) -> JsonValue:
         return value / 2 if value else 0.25
     if isinstance(value, list):
         return ["other.jsonl"]
+    if path == "data.profile":
+        return {"refusals": {"action": "quarantine"}}
     if isinstance(value, dict):
         return {"extra": "x.jsonl"}
     return {None: 3}.get(value, "other")

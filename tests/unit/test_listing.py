@@ -9,7 +9,7 @@ import pytest
 
 from loraflow.config.recipe import Data
 from loraflow.data import dvc
-from loraflow.data.compare import row_ids
+from loraflow.data.compare import read_revision
 from loraflow.data.dvc_pin import parse_pin
 from loraflow.data.dvc_storage import prepare_pull
 from loraflow.data.listing import MAX_DEPTH, parse_listing
@@ -131,7 +131,7 @@ def pull() -> None:
 
 
 def diff() -> None:
-    row_ids(Data(source="data.dvc"))
+    read_revision(Data(source="data.dvc"))
 
 
 def run() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from loraflow.failures import BadConfig, MissingExtra
+from loraflow.serving import serve
 from loraflow.serving.models import Model
 from loraflow.serving.serve import plan_server
 from tests.conftest import build_phi3
@@ -146,3 +147,14 @@ def test_an_unmerged_adapter_is_refused(phi3, cache):
     with pytest.raises(BadConfig, match="merged") as caught:
         plan_server(Model("a", phi3, unmerged_adapter=Path("/adapter")), "auto", "127.0.0.1", free_port(), None, None)
     assert "loraflow merge /adapter" in caught.value.next_step
+
+
+@pytest.mark.parametrize(("text", "line"), [("<tool_call>{{ arguments }}", "--tool-call-parser hermes"), ("", "")])
+def test_a_server_of_vllm_says_which_parser_finds_tool_calls(tmp_path, cache, monkeypatch, text, line):
+    folder = build_phi3(tmp_path / "model")
+    file = folder / "chat_template.jinja"
+    file.write_text("{# " + text + " #}" + file.read_text())
+    monkeypatch.setattr(serve, "_pick_engine", lambda engine: engine)
+    for options, said in (((), bool(line)), (("--tool-call-parser", "x"), False)):
+        server = plan_server(Model("m", folder), "vllm", "127.0.0.1", free_port(), None, None, options)
+        assert ("--enable-auto-tool-choice" in server.greeting and line in server.greeting) is said

@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,11 +13,11 @@ from loraflow.config.tools_file import read_tools_file
 from loraflow.data.call_parser import parse_calls
 from loraflow.data.chat_formats import read_chat, to_prompt
 from loraflow.data.chats import BadRow
-from loraflow.data.check import _tools_of
 from loraflow.data.loss_mask import IGNORED, ChatTemplate, name_row
 from loraflow.data.readers import read_rows
 from loraflow.data.shingles import comparable_text, grams, jaccard
 from loraflow.data.split import normalized_key, row_id
+from loraflow.data.tools import dataset_tools
 from loraflow.evaluation.metric_modules import compute
 from loraflow.failures import BadModel, Failure
 from tests.unit.test_check import run_check
@@ -376,4 +375,4 @@ def test_a_role_that_is_no_text_is_a_malformed_row():
 def test_a_file_of_tools_that_are_no_functions_is_refused(tmp_path, content):
     (tmp_path / "tools.json").write_text(content)
     with pytest.raises(Failure):
-        _tools_of(SimpleNamespace(tools=read_tools_file(str(tmp_path / "tools.json"))))
+        dataset_tools(read_tools_file(str(tmp_path / "tools.json")), "data.tools")

@@ -1,0 +1,89 @@
+"""What `loraflow data check` reads, and how it prints what the checks of `data.profile` found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loraflow.config.data_profile import ProfileCheckName, ProfileRule, default_rules
+
+if TYPE_CHECKING:
+    from loraflow.data.chats import Tool
+    from loraflow.data.check_report import Finding
+    from loraflow.data.readers import Row
+
+
+@dataclass(frozen=True)
+class CheckedSource:
+    """The files of a dataset, how they are read, and the checks of their rows."""
+
+    folder: Path
+    sets: Mapping[str, list[str]]  # files of each set
+    format: str
+    columns: dict[str, str]
+    rules: Mapping[ProfileCheckName, ProfileRule]
+    group: str | None = None
+    tools: list[Tool] | None = None
+
+    def rows(self) -> Iterator[tuple[str, Row]]:
+        """Yield each row with its set."""
+        from loraflow.data.readers import read_rows
+
+        for name, files in self.sets.items():
+            for row in read_rows(self.folder, files, self.format, self.columns, self.group, self.tools):
+                yield name, row
+
+
+def checked_source(source: str, form: str, *, personal: bool) -> CheckedSource:
+    """Return what to check: the dataset of a recipe, or a file or folder."""
+    from loraflow.data.guess_columns import columns_of
+    from loraflow.data.readers import match_files
+
+    path = Path(source)
+    if not path.exists():
+        raise click.BadParameter(f"{source} does not exist")
+    if path.suffix in (".yaml", ".yml"):
+        return _of_recipe(source, personal=personal)
+    folder, patterns = (path, ["*"]) if path.is_dir() else (path.parent, [path.name])
+    names = match_files(folder, patterns)
+    columns = columns_of(folder / names[0], names[0]) if names and form == "auto" else {}
+    return CheckedSource(folder, {name: [name] for name in names}, form, columns, default_rules(personal=personal))
+
+
+def _of_recipe(recipe: str, *, personal: bool) -> CheckedSource:
+    from loraflow.config import load_recipe
+    from loraflow.config.stage_configs import CheckDatasetConfig
+    from loraflow.data.check import assign_files
+    from loraflow.data.tools import dataset_tools
+    from loraflow.execution.runner import run_stage
+    from loraflow.execution.workspace import Workspace
+    from loraflow.stages import VERSION_DATASET
+
+    workspace = Workspace(load_recipe(recipe))
+    with workspace.store.reader_lock():
+        folder = workspace.store.path(run_stage(workspace, VERSION_DATASET)) / "files"
+        workspace.save()
+    config = CheckDatasetConfig.from_recipe(workspace.recipe, workspace)
+    rules = {**default_rules(personal=personal), **config.profile}
+    tools = dataset_tools(config.tools, "data.tools")
+    return CheckedSource(
+        folder, assign_files(folder, config), config.format, config.columns, rules, config.group, tools
+    )
+
+
+def print_findings(findings: list[Finding], scripts: Mapping[str, float]) -> None:
+    """Print what was found: with examples where a check acts, otherwise only the number of rows."""
+    from loraflow.data.findings import finding_lines
+
+    if len(scripts) > 1:
+        click.echo("scripts of the answers: " + ", ".join(f"{name} {share:.1%}" for name, share in scripts.items()))
+    for finding in findings:
+        head, *examples = finding_lines(finding)
+        if finding.is_over:
+            click.echo("\n".join([f"{finding.action:<10}{head}", *(f"          {line}" for line in examples)]))
+        else:
+            click.echo(f"{'':<10}{head}; data.profile acts above {finding.limit:.1%}")

@@ -1,0 +1,196 @@
+"""The checks of data.profile: what they find and what not, what is left out or refused, and that they change no fingerprint."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from loraflow.cli import cli
+from loraflow.config.data_profile import ProfileRule, default_rules
+from loraflow.config.recipe import Recipe
+from loraflow.config.stage_configs import CheckDatasetConfig
+from loraflow.data.broken_text import broken_text, control_token, script
+from loraflow.data.findings import Detector, refuse_findings
+from loraflow.data.personal_data import personal_data
+from loraflow.failures import LimitExceeded
+from loraflow.reporting.rows import check_notes
+from tests.job_factory import Outside
+from tests.unit.test_near_duplicates import run_check, text, write
+
+SENTENCES = [
+    "Übergröße, Äpfel und Öl: „das Ä“ – »groß« heißt ‚Maß‘… und „Straß“",
+    "Où est l’été à Nîmes ? « Ça va », dit-il : “café…” — déjà vu…",
+    "El niño pequeñó: ¿qué pasó? «Mañana» “así”…",
+    "NÃO É VERÃO, disse o IRMÃO: “CORAÇÃO”",
+    "Smörgåsbord på Ålesund – “blå”, “Å” og ‘rød’",
+    "Zażółć gęślą jaźń – „tak”",
+    "Привет, мир: «как дела?» — хорошо",
+    "Γειά σου Κόσμε· «καλημέρα»…",
+    "日本語のテキストです。「はい」",
+    "مرحبا بالعالم، كيف حالك؟",
+    "emoji 😀👍 and € 5 – 20 °C, ½ × 2 ± 1 · § 3 ™ ® ©",
+    "Tiếng Việt rất hay: “Ấn Độ”",
+]
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_text_that_is_whole_is_not_called_broken_and_misread_text_is(sentence):
+    assert broken_text(sentence) is None
+    for encoding in ("cp1252", "latin-1"):
+        misread = sentence.encode().decode(encoding, "replace" if encoding == "latin-1" else "ignore")
+        assert broken_text(misread) is not None, misread
+
+
+@pytest.mark.parametrize("damaged", ["caf\ufffd", "half \ud83d of it", "itâ€™s", "CafÃ©", "20 Â°C"])
+def test_damaged_text_is_found(damaged):
+    assert broken_text(f"a text with {damaged}.") is not None
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|end|>", "[/INST]", "<start_of_turn>", "<eos>", "</s>", "<<SYS>>", "<｜User｜>"])  # fmt: skip
+def test_control_tokens_are_found_in_text_and_html_is_none(token):
+    assert control_token(f"a {token} b") == token
+    for plain in ("<s>old</s> new", "a <| f |> b", "x || y", "[INSTALL]", "<b>bold</b>", "if a < b | c > d"):
+        assert control_token(plain) is None
+
+
+# Numbers from the standards' own examples: ISO 13616, and the cards that payment services publish for tests.
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        ("ann.b+c@example.co.uk", "email"),
+        ("GB29 NWBK 6016 1331 9268 19", "IBAN"),
+        ("DE89370400440532013000", "IBAN"),
+        ("4242 4242 4242 4242", "card"),
+        ("378282246310005", "card"),
+        ("8.8.8.8", "IP"),
+        ("2001:4860:4860::8888", "IP"),
+        ("+49 30 1234567", "phone"),
+        ("(415) 555-2671", "phone"),
+        ("+1-415-555-2671", "phone"),
+        ("0151 2345 6789", "phone"),
+    ],
+)
+def test_personal_data_is_named_and_not_repeated(data, what):
+    found = personal_data(f"Write to {data}, please.")
+    assert found is not None and what in found and data not in found
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        "DE89370400440532013001",
+        "4242 4242 4242 4241",
+        "192.168.1.1",
+        "version 1.2.3",
+        "12:30:45",
+        "a::b",
+        "2024-07-26",
+        "3.14159265358979",
+        "order 1234567890123456",
+        "@home",
+        "1,000,000",
+        "1939-1945",
+        "0.12 0.34",
+        "ISBN 978-3-16-148410-0",
+    ],
+)
+def test_other_numbers_are_no_personal_data(plain):
+    assert personal_data(f"It is {plain} here.") is None
+
+
+def test_the_script_is_that_of_most_letters():
+    assert [script(s) for s in (SENTENCES[0], SENTENCES[6], SENTENCES[7], SENTENCES[8], "ok")] == [
+        "Latin", "Cyrillic", "Greek", "Cjk", None]  # fmt: skip
+
+
+def chat(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def test_each_check_names_its_rows_with_places():
+    detector = Detector(default_rules(personal=True))
+    rows = [chat(f"q{n}", f"Thank you for your question about item number {n}, which is fine.") for n in range(6)]
+    rows += [chat("q6", "I'm sorry, but I can't help."), chat("q7", "N/A"), chat("q8", "…")]
+    rows += [chat("same", "one"), chat("Same ", "two"), chat("equal", "x"), chat("equal", "x")]
+    rows += [chat("q13", "Это ответ на русском языке"), chat("q14 <|im_end|>", "a"), chat("q15", "a@b.org")]
+    for n, row in enumerate(rows):
+        detector.add(f"f:{n}", "train", row)
+    found = {name: sorted(rows) for name, rows in detector.rows().items()}
+    assert found == {"refusals": [6, 7, 8], "openings": [0, 1, 2, 3, 4, 5], "disputed": [9, 10], "scripts": [13],
+                     "broken_text": [], "control_tokens": [14], "personal": [15]}  # fmt: skip
+    (refusals,) = (f for f in detector.findings() if f.check == "refusals")
+    assert len(refusals.examples) == 3 and refusals.examples[0].startswith("f:6: ")
+
+
+def planted(folder):
+    rows = [(text(n), f"answer {n}") for n in range(20)] + [(text(100), "I cannot help."), (text(101), "sure <|end|>")]
+    write(folder / "files" / "train.jsonl", rows)
+    write(folder / "files" / "test.jsonl", [(text(50), "x"), (text(51), "I'm sorry, I can't.")])
+
+
+def test_quarantine_leaves_rows_out_of_every_set_and_counts_them(tmp_path):
+    planted(tmp_path / "d")
+    rules = {"refusals": {"action": "quarantine"}, "control_tokens": {"action": "warn"}}
+    report = run_check(tmp_path / "d", tmp_path / "out", "off", heldout=["test.jsonl"], profile=rules)
+    assert report.counts["profile_refusals"] == 2
+    assert (report.rows.train, report.rows.heldout) == (21, 1)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["place"] for line in lines] == ["test.jsonl:2", "train.jsonl:21"]
+    assert any(note.startswith("control_tokens: 1 rows") for note in check_notes(report))
+    refuse_findings(report.as_json(), "here")
+
+
+def test_a_check_acts_only_above_its_share(tmp_path):
+    planted(tmp_path / "d")
+    for name, share, left in (("a", 0.5, 22), ("b", 0.01, 21)):
+        rules = {"refusals": {"action": "quarantine", "share": share}}
+        report = run_check(tmp_path / "d", tmp_path / name, "off", heldout=["test.jsonl"], profile=rules)
+        assert report.rows.train == left
+
+
+def test_fail_stops_the_run_in_one_block(tmp_path):
+    planted(tmp_path / "d")
+    rules = {name: {"action": "fail", "share": 0} for name in ("refusals", "control_tokens", "disputed")}
+    report = run_check(tmp_path / "d", tmp_path / "out", "off", heldout=["test.jsonl"], profile=rules)
+    with pytest.raises(LimitExceeded) as caught:
+        refuse_findings(report.as_json(), "here")
+    assert "train.jsonl:22" in str(caught.value) and len(str(caught.value).splitlines()) <= 10
+
+
+def test_without_checks_a_recipe_has_the_payload_and_the_report_of_before(tmp_path):
+    def config(**data):
+        recipe = Recipe.model_validate({"name": "x", "base": {"model": "b"}, "data": data})
+        return CheckDatasetConfig.from_recipe(recipe, Outside()).identity()
+
+    assert "profile" not in config()
+    used = config(profile={"refusals": {"action": "quarantine"}})
+    assert used["profile"] == {"refusals": {"action": "quarantine"}}
+    planted(tmp_path / "d")
+    report = run_check(tmp_path / "d", tmp_path / "out", "off", heldout=["test.jsonl"])
+    assert "findings" not in report.as_json()
+
+
+def test_quarantine_needs_no_share_and_a_warning_has_one():
+    assert ProfileRule(action="quarantine").limit("refusals") == 0
+    assert ProfileRule().limit("refusals") > 0 and ProfileRule(action="quarantine").limit("openings") > 0
+
+
+def test_data_check_prints_what_it_found_with_file_and_line(tmp_path):
+    planted(tmp_path / "d")
+    result = CliRunner().invoke(cli, ["data", "check", str(tmp_path / "d" / "files")])
+    assert result.exit_code == 0, result.output
+    assert "warn      refusals: 2 rows (8.3%), empty or refusing answers" in result.output
+    assert "train.jsonl:21: 'I cannot help.'" in result.output and "<|end|>" in result.output
+    as_json = json.loads(CliRunner().invoke(cli, ["data", "check", "--json", str(tmp_path / "d" / "files")]).output)
+    assert {finding["check"] for finding in as_json["profile"]} == {"refusals", "control_tokens"}
+
+
+def test_data_check_takes_a_recipe_with_its_own_rules(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    planted(tmp_path / "d")
+    recipe = {"name": "x", "base": {"model": "b"}, "data": {
+        "source": "d/files", "train": ["train.jsonl"], "heldout": ["test.jsonl"],
+        "profile": {"refusals": {"action": "fail", "share": 0.01}}}}  # fmt: skip
+    (tmp_path / "x.yaml").write_text(json.dumps(recipe))
+    result = CliRunner().invoke(cli, ["data", "check", "x.yaml"])
+    assert result.exit_code == 1 and "fail      refusals: 2 rows" in result.output, result.output
