@@ -172,7 +172,8 @@ TOKENIZE = Stage(
 
 TRAIN = Stage(
     name="train",
-    version=3,  # 3: longrope: each document has its own angles, whatever the padding of packed rows
+    # 3: longrope: each document has its own angles, whatever the padding of packed rows
+    version=4,  # 4: the stock engine's loss is that of the model's own logits, for architectures that trl does not know
     module="loraflow.training.train",
     config=configs.TrainConfig,
     inputs={"tokens": _from(TOKENIZE), "base": _from(RESOLVE_BASE)},
@@ -186,6 +187,7 @@ TRAIN = Stage(
         "loraflow.training.document_check",
         "loraflow.training.base_model",
         "loraflow.training.stock_engine",
+        "loraflow.training.stock_head",
         "loraflow.training.fast_engine",
         "loraflow.training.out_of_memory",
         "loraflow.training.arguments",
@@ -311,7 +313,8 @@ EVALUATE = Stage(
     # 2: the common prefix of the prompts is computed once; the last bits of a loss may differ
     # 3: evaluation.max_rows is a seeded sample; intervals of token-weighted means, and of rows in groups; only the token
     # that closes an answer ends it
-    version=4,  # 4: attention logits are capped with transformers 5.17 too (Gemma 2)
+    # 4: attention logits are capped with transformers 5.17 too (Gemma 2)
+    version=5,  # 5: answers one at a time where padding changes them; logits as untested architectures compute them
     module="loraflow.evaluation.score",
     config=configs.EvaluateConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, part="heldout")},
@@ -320,6 +323,7 @@ EVALUATE = Stage(
         "loraflow.data.call_parser",
         "loraflow.data.split",
         "loraflow.evaluation.generation",
+        "loraflow.evaluation.padding_check",
         "loraflow.data.positions",
         "loraflow.evaluation.likelihood",
         "loraflow.evaluation.prefix_cache",

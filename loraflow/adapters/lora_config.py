@@ -6,7 +6,15 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from loraflow.adapters.targets import ALL_LINEAR, expert_weights, linear_names, matches, names_of_experts, selects
+from loraflow.adapters.targets import (
+    ALL_LINEAR,
+    expert_weights,
+    linear_names,
+    matches,
+    names_of_experts,
+    obstacle_to_adapter,
+    selects,
+)
 from loraflow.config.recipe import PeftConfig
 from loraflow.failures import BadConfig
 
@@ -105,7 +113,7 @@ def check_trainable(model: PreTrainedModel, peft_config: PeftConfig) -> None:
         for name, module in named.items():
             chosen = selects([target] if isinstance(targets, list) else target, name)
             chosen = chosen and not selects(peft_config.exclude_modules, name)
-            reason = _cannot_carry(model, module) if chosen else None
+            reason = (_cannot_carry(model, module) or obstacle_to_adapter(model, name, module)) if chosen else ""
             if chosen and name.rpartition(".")[2] in experts:
                 reason = "peft would adapt all experts instead; name them in target_parameters"
             if reason:

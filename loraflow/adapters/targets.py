@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 ALL_LINEAR = "all-linear"
 _ROUTERS = frozenset({"router", "gate", "wg", "shared_expert_gate"})
+# peft refuses adapters of these modules in these architectures (`_check_lora_target_modules_mamba`).
+_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+_MAMBA_KERNEL = frozenset({"conv1d", "out_proj"})
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -93,7 +96,22 @@ def not_adapted_by_all_linear(model: PreTrainedModel) -> dict[str, str]:
             found[name] = "router"
         elif name.rpartition(".")[2] in experts:
             found[name] = "peft takes its name for the experts"
+        elif reason := obstacle_to_adapter(model, name, module):
+            found[name] = reason
     return found
+
+
+def obstacle_to_adapter(model: PreTrainedModel, name: str, module: nn.Module) -> str:
+    """Return why a linear module cannot carry an adapter: peft refuses it, or x W is not what it computes; else empty."""
+    from torch import nn
+
+    if model.config.model_type in _MAMBA and name.rpartition(".")[2] in _MAMBA_KERNEL:
+        return "the kernel of a state space reads its weight"
+    kind = type(module)
+    is_of_a_model = kind.__module__.startswith("transformers.models.")
+    if isinstance(module, nn.Linear) and is_of_a_model and kind.forward is not nn.Linear.forward:
+        return f"a {kind.__name__} computes another product"
+    return ""
 
 
 def names_of_experts(model: PreTrainedModel) -> frozenset[str]:
@@ -113,6 +131,12 @@ def names_of_experts(model: PreTrainedModel) -> frozenset[str]:
 def expert_weights(model: PreTrainedModel) -> list[str]:
     """Return the names of experts' weights that are parameters with three axes instead of modules."""
     return [name for name, p in model.named_parameters() if p.ndim == 3 and "experts" in name.split(".")]
+
+
+def has_routers(model: PreTrainedModel) -> bool:
+    """Tell whether a model has experts among which a router chooses."""
+    routers = any("router" in name or name.endswith(".gate") for name, _ in model.named_modules())
+    return routers or bool(expert_weights(model))
 
 
 def is_linear(model: PreTrainedModel, module: nn.Module) -> bool:

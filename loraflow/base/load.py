@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from loraflow.base.architecture import scales_logits, stateful_layers
+from loraflow.base.architecture import is_tested, scales_logits, stateful_layers
 from loraflow.config import Runtime
 from loraflow.failures import BadConfig, MissingExtra
 from loraflow.hardware.attention import attention_with_mask, choose_for_loading
@@ -113,12 +113,29 @@ def _nf4(device: str, dtype: str, double: bool) -> BitsAndBytesConfig:
 
 
 def has_linear_head(model: PreTrainedModel) -> bool:
-    """Tell whether a model's logits are the product of its head and its last hidden state, and nothing else."""
-    return (
-        not scales_logits(model.config)
-        and model.get_output_embeddings() is not None
-        and model.get_decoder() is not None
-    )
+    """Tell whether a model's logits are the product of its head and its last hidden state, and nothing else.
+
+    Configs have many names for factors and caps of logits, so that architectures which are not tested compute a few.
+    """
+    if scales_logits(model.config) or model.get_output_embeddings() is None or model.get_decoder() is None:
+        return False
+    return is_tested(model.config) or _is_head_times_state(model)
+
+
+def _is_head_times_state(model: PreTrainedModel) -> bool:
+    import torch
+    from transformers import PreTrainedModel as Model
+
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    if not isinstance(decoder, Model):
+        return False
+    ids = torch.arange(8, device=model.device)[None]
+    with torch.inference_mode():
+        state = getattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        if state is None:
+            return False
+        logits, product = model(input_ids=ids, use_cache=False).logits.float(), head(state).float()
+    return logits.shape == product.shape and torch.allclose(logits, product, rtol=1e-5, atol=1e-5)
 
 
 # Names that models' configs have for the length of an attention window, in positions.

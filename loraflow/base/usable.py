@@ -114,12 +114,23 @@ def refuse_unknown_architecture(config: Mapping[str, JsonValue], *, trust: bool)
     """Refuse a base whose architecture the installed transformers does not have.
 
     Raises:
-        BadModel: it needs code that comes with the model and is not trusted, or a newer transformers.
+        BadModel: it needs code that comes with the model and is not trusted, or a newer transformers; or it is an encoder.
     """
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
 
     kind = str(config.get("model_type"))
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and config.get("is_decoder") is not True and not trust:
+        raise BadModel(
+            "The base is an encoder with a head for text: its tokens see the tokens after them.",
+            where=_WHERE,
+            expected="a decoder; for this architecture, is_decoder: true in config.json",
+            got=f"{kind}, is_decoder: {str(config.get('is_decoder')).lower()}",
+            next_step=_ANOTHER,
+        )
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or trust:
         return
     has_code = bool(config.get("auto_map"))

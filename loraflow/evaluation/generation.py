@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from loraflow.base.longrope import Side, fixed_angles
+from loraflow.evaluation.padding_check import batches_are_exact
 from loraflow.evaluation.prefix_cache import SharedPrefix, has_plain_cache, shared_prefix
 from loraflow.evaluation.row_batches import groups_of
 from loraflow.hardware.process_group import ProcessGroup
@@ -62,6 +63,8 @@ def generate_answers(
     answers = _read_answers(done_file, len(prompts))
     if done_file is not None and not group.is_main:
         done_file = done_file.with_stem(f"{done_file.stem}-{group.rank}")
+    if batch_size > 1 and len(prompts) > 1 and not batches_are_exact(model, tokenizer.pad_token_id):
+        batch_size = 1
     number = 0
     for rows in groups_of(model, [len(prompt) for prompt in prompts], batch_size, max_new_tokens):
         with fixed_angles(model, rows.switch, rows.side):

@@ -6,6 +6,7 @@ hidden, so that each token has the position that it has without padding.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -87,8 +88,10 @@ def has_plain_cache(model: PreTrainedModel, length: int, side: Side = "unchanged
         return False
     rope = getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
+    takes_cache = "past_key_values" in inspect.signature(model.forward).parameters  # OpenAI's first GPT does not
     return (
-        sees_all_before(model, length)
+        takes_cache
+        and sees_all_before(model, length)
         and (kind not in _ROPE_BY_LENGTH or (kind == "longrope" and side != "unchanged"))
         and getattr(model.config, "_attn_implementation", None) in ("sdpa", "eager")
     )

@@ -1,4 +1,4 @@
-"""Check, with the loaded weights, that the documents of a row do not influence each other."""
+"""Check, with the loaded weights, that no token depends on later tokens, nor on other documents of its row."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ _Ids: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 LENGTHS = (24, 40)  # tokens of the two documents
 # Experts group the tokens of a batch, so that the shapes of their products, and the rounding, depend on all documents.
 EXPERT_NOISE = 0.02
+ROUNDING_16_BITS = 0.01
+ROUNDING = 1e-3  # without experts, logits of earlier tokens have equal bits with most kernels
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -64,15 +66,58 @@ def refuse_leaking_documents(
     )
 
 
+def refuse_seeing_later_tokens(
+    model: PreTrainedModel, pad_id: int, *, is_concatenated: bool, compute_dtype: torch.dtype
+) -> None:
+    """Compute a document twice, with another last token. The logits of the tokens before it must not change.
+
+    In an encoder with a head for text, each token sees the answer that it has to predict: training learns nothing.
+
+    Args:
+        model: the base as it is trained, on its device.
+        pad_id: of the padding.
+        is_concatenated: the layout of training: concatenated documents with their borders, else padded rows.
+        compute_dtype: of matrix products.
+
+    Raises:
+        BadModel: they change by more than rounding.
+    """
+    size = model.config.get_text_config().vocab_size
+    ids = np.random.default_rng(0).integers(0, size, sum(LENGTHS))
+    other = np.concatenate([ids[:-1], [(ids[-1] + 1) % size]])
+    expected, found = (
+        _logits(model, [row], pad_id, is_concatenated, compute_dtype, packs=False)[:-1] for row in (ids, other)
+    )
+    difference = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+    text = model.config.get_text_config()
+    has_experts = any(getattr(text, name, None) for name in _EXPERTS)
+    rounding = ROUNDING if compute_dtype == torch.float32 else ROUNDING_16_BITS
+    if difference > (EXPERT_NOISE if has_experts else rounding):
+        raise BadModel(
+            "This model's tokens see the tokens after them, so it would be trained with the answer in sight.",
+            where="base.model",
+            expected="logits of a token that do not depend on later tokens",
+            got=f"architecture {model.config.model_type}: a token's logits change by {difference:.2g} of their norm",
+            next_step="choose a model for text generation; an encoder, such as BERT, is none",
+        )
+
+
 def _logits(
-    model: PreTrainedModel, documents: list[_Ids], pad_id: int, is_concatenated: bool, compute_dtype: torch.dtype
+    model: PreTrainedModel,
+    documents: list[_Ids],
+    pad_id: int,
+    is_concatenated: bool,
+    compute_dtype: torch.dtype,
+    *,
+    packs: bool = True,
 ) -> Tensor:
     """Return the logits of the documents, [tokens, vocabulary], in float32."""
     device = model.device
     row = [[(ids, np.full(len(ids), -100)) for ids in documents]]
     inputs: dict[str, Tensor | int]
     if is_concatenated:
-        batch = concatenated(row, sum(LENGTHS), len(LENGTHS) + 1, max(LENGTHS), pad_id)
+        longest = max(len(ids) for ids in documents)
+        batch = concatenated(row, sum(LENGTHS), len(LENGTHS) + 1, longest, pad_id)
         inputs = {
             "input_ids": batch["input_ids"],
             "position_ids": batch["position_ids"],
@@ -81,6 +126,9 @@ def _logits(
             "max_length_q": batch["max_length_q"],
             "max_length_k": batch["max_length_k"],
         }
+    elif not packs:
+        inputs = {"input_ids": torch.from_numpy(documents[0])[None]}
+        inputs["attention_mask"] = torch.ones(1, len(documents[0]), dtype=torch.long)
     else:
         grid = packed(row, sum(LENGTHS), pad_id)
         inputs = {"input_ids": grid["input_ids"], "position_ids": grid["position_ids"]}

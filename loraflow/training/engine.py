@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from loraflow.hardware.device import device_name
 from loraflow.training.angles import separate_angles
@@ -17,9 +18,12 @@ from loraflow.training.choices import (
     refuse_quantization,
     warn_of_slow_bfloat16,
 )
-from loraflow.training.document_check import refuse_leaking_documents
+from loraflow.training.document_check import refuse_leaking_documents, refuse_seeing_later_tokens
 from loraflow.training.setup import TrainingSetup
 from loraflow.training.trainer import BuiltTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def build_trainer(setup: TrainingSetup) -> BuiltTrainer:
@@ -29,7 +33,6 @@ def build_trainer(setup: TrainingSetup) -> BuiltTrainer:
         BadConfig: the recipe and the hardware do not fit together.
         MissingExtra: a package that was asked for is not installed.
     """
-    import torch
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(setup.base, trust_remote_code=setup.config.base.trust_remote_code)
@@ -43,13 +46,8 @@ def build_trainer(setup: TrainingSetup) -> BuiltTrainer:
     model = load_base(setup, attention, sharded=sharding.is_sharded)
     if setup.longrope_switch is not None:
         separate_angles(model, setup)
-    if (attention.concatenated or setup.rows.row_length is not None) and not sharding.is_sharded:
-        refuse_leaking_documents(
-            model,
-            setup.tokenizer.pad_token_id,
-            is_concatenated=attention.concatenated,
-            compute_dtype=getattr(torch, setup.compute_dtype),
-        )
+    if not sharding.is_sharded:
+        _check_model(setup, model, is_concatenated=attention.concatenated)
     warn_of_slow_bfloat16(setup)
     choices = EngineChoices(
         base_sharded=sharding.is_sharded,
@@ -67,3 +65,17 @@ def build_trainer(setup: TrainingSetup) -> BuiltTrainer:
     from loraflow.training.stock_engine import build_stock_trainer
 
     return build_stock_trainer(setup, model, choices)
+
+
+def _check_model(setup: TrainingSetup, model: PreTrainedModel, *, is_concatenated: bool) -> None:
+    """Compute some tokens, and refuse a model whose tokens depend on what they must not see.
+
+    Raises:
+        BadModel: on later tokens, or on other documents.
+    """
+    import torch
+
+    pad_id, dtype = setup.tokenizer.pad_token_id, getattr(torch, setup.compute_dtype)
+    refuse_seeing_later_tokens(model, pad_id, is_concatenated=is_concatenated, compute_dtype=dtype)
+    if is_concatenated or setup.rows.row_length is not None:
+        refuse_leaking_documents(model, pad_id, is_concatenated=is_concatenated, compute_dtype=dtype)

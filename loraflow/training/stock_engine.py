@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
+from loraflow.adapters.targets import has_routers
 from loraflow.failures import BadConfig
 from loraflow.training.arguments import BatchSettings, trainer_arguments
 from loraflow.training.base_model import adapter_config, initialise_adapter
@@ -13,6 +16,7 @@ from loraflow.training.collation import RowCollator
 from loraflow.training.out_of_memory import MicroBatchSize
 from loraflow.training.schedule import micro_batch_rows
 from loraflow.training.setup import TrainingSetup
+from loraflow.training.stock_head import use_own_logits_where_trl_is_wrong
 from loraflow.training.trainer import BuiltTrainer, StockTrainer
 
 if TYPE_CHECKING:
@@ -51,8 +55,9 @@ def build_stock_trainer(setup: TrainingSetup, model: PreTrainedModel, choices: E
         setup.work,
         setup.checkpoints,
     )
-    if not getattr(model.config.get_text_config(), "num_experts", 0):
-        # trl adds a loss of the router wherever a config has a coefficient for it: Granite 4's has, also without experts.
+    if not getattr(model.config.get_text_config(), "num_experts", 0) or not has_routers(model):
+        # trl adds a loss of the router wherever a config has a coefficient for it: Granite 4's and Doge's have, also
+        # without experts.
         arguments.router_aux_loss_coef = 0.0
     trainer = StockTrainer(
         model=model,
@@ -68,6 +73,10 @@ def build_stock_trainer(setup: TrainingSetup, model: PreTrainedModel, choices: E
         processing_class=setup.tokenizer,
         peft_config=adapter_config(setup, model),
         callbacks=setup.callbacks,
+    )
+    wrapped = getattr(trainer.model, "get_base_model", None)
+    use_own_logits_where_trl_is_wrong(
+        trainer.model if wrapped is None else wrapped(), getattr(torch, setup.compute_dtype)
     )
     return BuiltTrainer(
         trainer,

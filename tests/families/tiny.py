@@ -22,6 +22,7 @@ MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 OPTIONS: dict[str, dict[str, Any]] = {
     "cohere2": SLIDING,
+    "bert": {"is_decoder": False},
     "exaone4": SLIDING,
     "gemma2": {"sliding_window": 8},
     "gemma3_text": SLIDING,
@@ -43,15 +44,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "mamba": {"state_size": 8},
+    "mamba2": {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
     "minimax": {"num_local_experts": 2, "layer_types": ["linear_attention", "full_attention"], "block_size": 16},
     "ministral": {"sliding_window": 8},
     "mistral": {"sliding_window": 8},
     "mixtral": EXPERTS,
     "olmo3": SLIDING,
+    "modernbert-decoder": {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"], "num_key_value_heads": 4},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "phi3": {"sliding_window": 8},
     "qwen3_5_text": LINEAR,
     "qwen3_moe": EXPERTS,
+    "recurrent_gemma": {"lru_width": 64, "attention_window_size": 8, "block_types": ["recurrent", "attention"]},
+    "rwkv": {"attention_hidden_size": 64, "context_length": 512},
     "qwen3_next": {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 32},
 }  # fmt: skip
 

@@ -1,0 +1,88 @@
+"""Whether padding before a prompt changes a model's answers: then its prompts cannot share a batch."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from loraflow.base.architecture import is_tested
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+_LENGTHS = (5, 14)  # tokens of two prompts
+_NEW = 3  # tokens of their answers
+_TOLERANCE = {"float32": 1e-3}  # of the logits' norm; layers with a state that reads padding change by far more
+_ROUNDING = 0.1  # the same in 16 bits, where experts may change
+
+
+def batches_are_exact(model: PreTrainedModel, pad_id: int) -> bool:
+    """Compare a prompt's logits in a padded batch with those of the prompt alone, for untested architectures.
+
+    Some layers with a state, and some with an index of earlier tokens, ignore the mask and read the padding.
+
+    Args:
+        model: in evaluation mode.
+        pad_id: of the padding.
+    """
+    import torch
+
+    if is_tested(model.config):
+        return True
+    size = model.config.get_text_config().vocab_size
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, size, (length,), generator=draw) for length in _LENGTHS]
+    ids = torch.full((2, max(_LENGTHS)), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
+    try:
+        together = _logits(model, ids, mask)[:, 0]
+    except (RuntimeError, IndexError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        log.warning("Answers are generated one at a time: this architecture takes no batch: %s", error)
+        return False
+    alone = _logits(model, prompts[0][None], torch.ones(1, _LENGTHS[0], dtype=torch.long))[:, 0]
+    difference = float(((together - alone).norm(dim=-1) / alone.norm(dim=-1)).max())
+    if difference <= _TOLERANCE.get(str(model.dtype).removeprefix("torch."), _ROUNDING):
+        return True
+    log.warning(
+        "Answers are generated one at a time: padding changes the logits of architecture %s by %.2g of their norm.",
+        model.config.model_type,
+        difference,
+    )
+    return False
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Return the logits [tokens, rows, vocabulary] of the first new tokens, in float32. The tokens are fixed."""
+    import torch
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    found: list[Tensor] = []
+
+    class Fixed(LogitsProcessor):
+        """Note the logits, and let every row continue with the same tokens, so that rows are comparable."""
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            found.append(scores.float().clone())
+            forced = torch.full_like(scores, -1e9)
+            forced[:, 7 + len(found)] = 0
+            return forced
+
+    with torch.inference_mode():
+        model.generate(  # type: ignore[operator]  # hidden by __getattr__ of nn.Module
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            logits_processor=LogitsProcessorList([Fixed()]),
+            max_new_tokens=_NEW,
+            min_new_tokens=None,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=None,
+            pad_token_id=int(ids[0, 0]),
+        )
+    return torch.stack(found)

@@ -1,0 +1,187 @@
+"""Architectures beyond the families of the matrix: what could be silently wrong is noticed with their weights."""
+
+import itertools
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from loraflow.adapters.lora_config import check_trainable
+from loraflow.adapters.targets import find_targets, has_routers
+from loraflow.base.load import has_linear_head
+from loraflow.base.usable import refuse_unknown_architecture
+from loraflow.config.recipe import PeftConfig
+from loraflow.evaluation.generation import generate_answers
+from loraflow.evaluation.padding_check import batches_are_exact
+from loraflow.failures import BadConfig, BadModel
+from loraflow.hardware.attention import DOCUMENTS, attention_with_mask
+from loraflow.training import attention
+from loraflow.training.document_check import refuse_seeing_later_tokens
+from loraflow.training.stock_head import use_own_logits_where_trl_is_wrong
+from tests.families.test_cells import spread
+from tests.families.test_targets import adapted, on_meta
+from tests.families.tiny import COMMON, OPTIONS, tiny_config, tiny_model
+
+FLOAT = torch.float32
+
+
+def known(*families):
+    return [
+        pytest.param(name, marks=pytest.mark.skipif(name not in CONFIG_MAPPING, reason=f"no {name} here"))
+        for name in families
+    ]
+
+
+def model_of(family, **more):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**COMMON, **OPTIONS.get(family, {}), **more})
+    attention_name = attention_with_mask(config)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_name, dtype=FLOAT)
+    return spread(model).eval()
+
+
+# -- later tokens -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "more"), [("bert", {}), ("gemma3_text", {"use_bidirectional_attention": True})])
+def test_a_model_whose_tokens_see_later_ones_is_refused_before_the_first_step(family, more):
+    with pytest.raises(BadModel, match="see the tokens after them") as caught:
+        refuse_seeing_later_tokens(model_of(family, **more), 0, is_concatenated=False, compute_dtype=FLOAT)
+    assert family in caught.value.got
+
+
+@pytest.mark.parametrize("family", known("gemma3_text", "lfm2", "gpt_oss", "mixtral", "opt", "mamba", "rwkv"))
+def test_a_decoder_passes_the_check_of_later_tokens(family):
+    refuse_seeing_later_tokens(model_of(family), 0, is_concatenated=False, compute_dtype=FLOAT)
+
+
+def test_the_check_of_later_tokens_takes_the_layout_of_the_fast_engine():
+    attention.register()
+    refuse_seeing_later_tokens(tiny_model("llama", DOCUMENTS), 0, is_concatenated=True, compute_dtype=FLOAT)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "xlm-roberta"])
+def test_an_encoder_with_a_head_for_text_is_refused_by_its_config(kind):
+    with pytest.raises(BadModel, match="an encoder"):
+        refuse_unknown_architecture({"model_type": kind, "architectures": ["AnyForCausalLM"]}, trust=False)
+    refuse_unknown_architecture({"model_type": kind, "is_decoder": True}, trust=False)
+
+
+# -- logits that are not head times state -----------------------------------------------------------------------------
+
+
+def expected_log_probs(model, ids):
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("family", "replaced"),
+    [
+        *(
+            pytest.param(*p.values, True, marks=p.marks)
+            for p in known("modernbert-decoder", "llama4_text", "recurrent_gemma")
+        ),
+        *(pytest.param(*p.values, False, marks=p.marks) for p in known("mixtral", "gemma2", "falcon_h1", "lfm2")),
+    ],
+)
+def test_the_stock_engines_loss_is_that_of_the_models_own_logits(family, replaced):
+    model, ids = model_of(family), torch.arange(3, 33)[None]
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)  # real logits are large enough for caps
+    expected = expected_log_probs(model, ids)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    assert use_own_logits_where_trl_is_wrong(model, FLOAT) == replaced
+    labels = ids.clone()
+    labels[0, 5:9] = -100
+    found = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    mask = labels[:, 1:] != -100
+    torch.testing.assert_close(found.log_probs, expected.masked_fill(~mask, 0), rtol=1e-4, atol=1e-4)
+    assert found.log_probs.requires_grad and torch.equal(found.label_mask, mask)
+    assert found.entropy.shape == found.is_top1.shape == mask.shape
+    found.log_probs.sum().backward()
+
+
+@pytest.mark.parametrize("family", known("modernbert-decoder", "llama4_text", "recurrent_gemma", "mixtral", "lfm2"))
+def test_a_head_is_linear_only_if_the_logits_are_its_product(family):
+    model, ids = model_of(family), torch.arange(3, 20)[None]
+    linear = has_linear_head(model)
+    assert linear == (family in ("mixtral", "lfm2"))
+    if linear:
+        with torch.no_grad():
+            state = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            torch.testing.assert_close(model.get_output_embeddings()(state), model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(("family", "more", "found"), [("mixtral", {}, True), ("doge", {"num_experts": 4}, False)])
+def test_a_routers_loss_needs_a_router(family, more, found):
+    """Doge's config has a number of experts and a coefficient also without experts."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"no {family} here")
+    assert has_routers(on_meta(AutoConfig.for_model(family, **{**COMMON, **OPTIONS.get(family, {}), **more}))) == found
+
+
+# -- batches of answers -----------------------------------------------------------------------------------------------
+
+
+class Numbers:
+    """A tokenizer whose texts are ids."""
+
+    pad_token_id = 0
+
+    def decode(self, ids, **_):
+        return " ".join(map(str, ids))
+
+
+@pytest.mark.parametrize("family", known("minimax", "recurrent_gemma", "rwkv", "openai-gpt"))
+def test_answers_are_generated_alone_where_padding_changes_them(family):
+    model = model_of(family)
+    assert batches_are_exact(model, 0) == (family == "openai-gpt")
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 300, (length,), generator=draw).tolist() for length in (5, 23, 9, 14)]
+    shared = list(itertools.islice(itertools.cycle(range(3, 30)), 20))
+    prompts = [shared + prompt for prompt in prompts]
+    found = generate_answers(model, Numbers(), prompts, stop_ids=[299], max_new_tokens=6, batch_size=4)
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=299,
+                pad_token_id=0,
+            )  # fmt: skip
+        alone = out[0, len(prompt) :].tolist()
+        assert answer["text"] == Numbers().decode(alone[: alone.index(299)] if 299 in alone else alone)
+
+
+@pytest.mark.parametrize("family", known("mixtral", "qwen3_5_text", "lfm2", "gemma2", "gpt_oss", "falcon_h1"))
+def test_other_architectures_take_batches(family):
+    assert batches_are_exact(model_of(family), 0)
+
+
+# -- modules that cannot carry an adapter -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", known("falcon_h1", "mamba", "mamba2"))
+def test_all_linear_leaves_out_what_peft_refuses_and_a_name_is_refused_in_one_sentence(family):
+    config, recipe = tiny_config(family), PeftConfig(lora_dropout=0)
+    model = on_meta(config)
+    targets = find_targets(model, recipe)
+    left_out = {name.rpartition(".")[2] for name in targets.left_out}
+    assert left_out == {"out_proj"} and "state space" in targets.summary()
+    assert adapted(model, recipe) == set(targets.modules) and targets.modules
+    with pytest.raises(BadConfig, match="out_proj cannot carry an adapter in this base: the kernel") as caught:
+        check_trainable(on_meta(config), PeftConfig(lora_dropout=0, target_modules=["in_proj", "out_proj"]))
+    assert "leave it out" in caught.value.next_step
+
+
+@pytest.mark.skipif("deepseek_v4" not in CONFIG_MAPPING, reason="no deepseek_v4 here")
+def test_all_linear_leaves_out_a_linear_layer_with_a_product_of_its_own():
+    """DeepSeek-V4's o_a_proj multiplies groups of heads by parts of its weight: peft's adapter has other shapes."""
+    targets = find_targets(
+        on_meta(AutoConfig.for_model("deepseek_v4", num_hidden_layers=1)), PeftConfig(lora_dropout=0)
+    )
+    assert {name.rpartition(".")[2] for name, why in targets.left_out.items() if "another product" in why} == {
+        "o_a_proj"
+    }
