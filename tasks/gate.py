@@ -66,6 +66,9 @@ def _protocol(workspace: Workspace, result: PipelineResult) -> str:
     for name in ("worst", "behaviour"):  # decisions of earlier versions, which did not have these, stay valid
         if not rules[name]:
             del rules[name]
+    for check in rules.get("behaviour", {}).values():
+        if check["consistent"] is None:
+            del check["consistent"]
     return identity.fingerprint({"gate": rules, "scores": scores})
 
 
@@ -117,6 +120,7 @@ def _check_behaviour(workspace: Workspace, result: PipelineResult) -> tuple[Beha
             matches=check.matches,
             json_fields=None if check.json_fields is None else tuple(check.json_fields),
             refuses=check.refuses,
+            consistent=check.consistent,
         )
         for name, check in checks.items()
     }
