@@ -45,13 +45,15 @@ def t_bound(values: np.ndarray) -> float:
 def t_or_unseen(values: np.ndarray) -> float:
     """Return the t bound, but no more than the mean less the largest loss that can be unseen."""
     mean = float(values.mean())
-    return min(t_bound(values), mean - (1 - ERROR ** (1 / len(values))) * (1 + mean))
+    unseen = 1.0 - float(ERROR ** (1 / len(values)))
+    return min(t_bound(values), mean - unseen * (1 + mean))
 
 
 def empirical_bernstein(values: np.ndarray) -> float:
     """Return Maurer and Pontil's lower bound."""
     n, log = len(values), np.log(2 / ERROR)
-    return float(values.mean() - np.sqrt(2 * values.var(ddof=1) * log / n) - 2 * 7 * log / (3 * (n - 1)))
+    spread = float(np.sqrt(2 * values.var(ddof=1) * log / n))
+    return float(values.mean()) - spread - 2 * 7 * float(log) / (3 * (n - 1))
 
 
 def betting(values: np.ndarray, orders: int = 1) -> float:

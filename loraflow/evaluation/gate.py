@@ -223,6 +223,11 @@ def _require_same_rows(ours: pd.DataFrame, theirs: pd.DataFrame, name: str) -> N
         )
     if "set" in ours and "set" in theirs and not (ours["set"] == theirs["set"]).all():
         raise refusal("Challenger and other model have an example in different sets.", name, "equal sets", "other ones")
+    if "prompt" in ours and "prompt" in theirs:
+        differs = (ours["prompt"] != theirs["prompt"]).to_numpy()
+        if differs.any():
+            got = f"another prompt in {differs.sum()} of {len(ours)} rows, the first of them {ours.index[differs][0]}"
+            raise refusal("Challenger and other model were asked different questions.", name, "equal prompts", got)
 
 
 def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:
