@@ -360,6 +360,11 @@ class Evaluation(FrozenModel):
     )
     samples: Annotated[int, Field(ge=0)] = Field(5, description="Number of answers shown in the run's report.")
     seed: int = Field(0, description="Seed of the bootstrap and of the sample of max_rows.")
+    slices: list[Literal["length", "script"]] = Field(
+        [],
+        description="Show the gate's scores for parts of the held-out rows. `length`: quarters by the reference's tokens; "
+        "`script`, the script of most letters of the question. They decide nothing.",
+    )
 
 
 class Merge(FrozenModel):
