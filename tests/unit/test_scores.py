@@ -12,6 +12,7 @@ from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadData, CorruptArtifact
 from loraflow.store import Ref, Summary
 from loraflow.tasks.gate import gate
+from loraflow.tasks.report import _slices
 
 
 def scores(workspace: Workspace, name: str, value: float, version=1, config=None, rows_digest="rows", **columns) -> Ref:
@@ -115,3 +116,19 @@ def test_a_row_with_the_same_id_and_another_prompt_is_not_compared(workspace):
     with pytest.raises(BadData, match="different questions"):
         decide(workspace, theirs, ours)
     assert not workspace.looks.entries()
+
+
+def test_the_report_shows_the_gates_scores_by_slice_where_the_recipe_asks_for_it(workspace):
+    columns = {"reference_tokens": range(1, 81), "reference": "x", "finish": "stop", "prompt": '[{"content": "red"}]'}
+    base, tuned = (scores(workspace, name, value, **columns) for name, value in (("base", 2.0), ("tuned", 1.0)))
+    result = SimpleNamespace(base_scores=base, tuned_scores=tuned, champion_scores=None)
+    run = SimpleNamespace(workspace=workspace)
+    assert _slices(run, result) == [], "no table is read"
+    evaluation = workspace.recipe.evaluation.model_copy(update={"slices": ["length", "script"]})
+    workspace.recipe = workspace.recipe.model_copy(update={"evaluation": evaluation})
+    found = _slices(run, result)
+    assert [(one.by, one.rows) for one in found] == [*[("length", 20)] * 4, ("script", 80)]
+    primary = workspace.recipe.gate.primary
+    assert all(one.values["tuned"][primary].value == 1.0 for one in found)
+    improve(workspace.store.path(tuned) / "scores.parquet")
+    assert _slices(run, result) == [], "a damaged table shows nothing"
