@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -45,12 +46,16 @@ class BehaviourRule:
     refuses: bool | None = None
     consistent: bool | None = None
 
-    def met_by(self, rows: pd.DataFrame) -> pd.Series[bool]:
+    def met_by(self, rows: pd.DataFrame) -> list[bool]:
         """Tell for each row of a set whether its answer meets the condition."""
+        answers: list[str] = list(rows["answer"])
         if not self.consistent:
-            return rows["answer"].map(self.condition).astype(bool)
-        plain = rows["answer"].map(_plain)
-        return plain.groupby(rows["group"]).transform("nunique") == 1
+            return list(map(self.condition, answers))
+        groups: list[str] = list(rows["group"])
+        given: dict[str, set[str]] = {group: set() for group in groups}
+        for group, answer in zip(groups, answers, strict=True):
+            given[group].add(_plain(answer))
+        return [len(given[group]) == 1 for group in groups]
 
     @property
     def condition(self) -> Callable[[str], bool]:
@@ -110,13 +115,15 @@ def _check(
     name: str, rule: BehaviourRule, challenger: pd.DataFrame, others: Mapping[str, pd.DataFrame]
 ) -> BehaviourResult:
     rows = _rows_of(challenger, rule, name, "challenger")
-    missed = rows[~rule.met_by(rows)]
+    ids: list[str] = list(rows["id"])
+    answers: list[str] = list(rows["answer"])
     failed = [
-        FailedRow(str(row_id), question(str(prompt)), cut(answer))
-        for row_id, prompt, answer in zip(missed["id"], _prompts(missed), missed["answer"], strict=True)
+        FailedRow(row_id, question(prompt), cut(answer))
+        for row_id, prompt, answer, meets in zip(ids, _prompts(rows), answers, rule.met_by(rows), strict=True)
+        if not meets
     ]
     passed, total = len(rows) - len(failed), len(rows)
-    counts = {other: int(rule.met_by(_rows_of(table, rule, name, other)).sum()) for other, table in others.items()}
+    counts = {other: sum(rule.met_by(_rows_of(table, rule, name, other))) for other, table in others.items()}
     beside = "".join(f", {other} {count}" for other, count in counts.items())
     reason = (
         f"behaviour {name}: {passed} of {total} answers of {rule.set} {rule}{beside}; a share of {rule.share:.4g} must"
@@ -143,16 +150,19 @@ def _rows_of(table: pd.DataFrame, rule: BehaviourRule, check: str, where: str) -
 
 def _paraphrases(rows: pd.DataFrame, check: str) -> pd.DataFrame:
     """Return the rows of groups with several rows, sorted by group."""
-    found = rows[rows["group"].notna() & rows["group"].duplicated(keep=False)] if "group" in rows else rows[:0]
-    if found.empty:
+    groups: list[object] = list(rows["group"]) if "group" in rows else []
+    named = [(group, number) for number, group in enumerate(groups) if isinstance(group, str)]
+    sizes = Counter(group for group, _ in named)
+    found = [number for group, number in sorted(named) if sizes[group] > 1]
+    if not found:
         raise BadConfig(
             "A behaviour check compares the answers to paraphrases, but no rows are paraphrases of each other.",
             where=f"gate.behaviour.{check}.consistent",
             expected="rows with the same value of the field that data.group names",
-            got="no two rows of a group" if "group" in rows else "rows without a group",
+            got="no two rows of a group" if groups else "rows without a group",
             next_step="set data.group to a field that is the same in all paraphrases of a question",
         )
-    return found.sort_values("group", kind="stable")
+    return rows.iloc[found]
 
 
 def _plain(answer: str) -> str:

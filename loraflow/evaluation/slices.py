@@ -5,22 +5,31 @@ With many slices some differ by chance, and each has few rows, so the intervals 
 
 from __future__ import annotations
 
-import json
+import bisect
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
+from pydantic import JsonValue, TypeAdapter
 
 from loraflow.evaluation.score import summarise
 from loraflow.evaluation.values import MetricValue
+from loraflow.frozen import StoredModel
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SliceBy = Literal["length", "script"]
 QUARTERS = ("shortest quarter", "second quarter", "third quarter", "longest quarter")
+
+
+class _Message(StoredModel):
+    content: JsonValue = ""  # as check_dataset wrote it
+
+
+_PROMPT = TypeAdapter(list[_Message])
 
 
 class Slice(NamedTuple):
@@ -49,11 +58,13 @@ def slice_scores(
         confidence: of the intervals, two-sided.
         seed: of the bootstrap.
     """
-    first, found = next(iter(tables.values())), []
+    first = next(iter(tables.values()))
+    rows: list[str] = list(first["id"])
+    found: list[Slice] = []
     for kind in by:
         names = _lengths(first) if kind == "length" else _scripts(first)
         for name in _order(kind, names):
-            ids = set(first["id"][[one == name for one in names]])
+            ids = {row for row, one in zip(rows, names, strict=True) if one == name}
             parts = {model: table[table["id"].isin(ids)] for model, table in tables.items()}
             values = {model: _chosen(summarise(part, confidence, seed), metrics) for model, part in parts.items()}
             found.append(Slice(kind, name, len(ids), values))
@@ -76,14 +87,16 @@ def _lengths(table: pd.DataFrame) -> list[str]:
 
     Rows of equal length are in the same quarter, so quarters may differ in size.
     """
-    tokens = table["reference_tokens"].to_numpy(dtype=float)
-    sizes = tokens if tokens.any() else table["reference"].str.len().to_numpy(dtype=float)
-    limits = np.quantile(sizes, (0.25, 0.5, 0.75))
-    return [QUARTERS[int(np.searchsorted(limits, size))] for size in sizes]
+    tokens: list[int] = list(table["reference_tokens"])
+    texts: list[str] = list(table["reference"])
+    sizes = tokens if any(tokens) else [len(text) for text in texts]
+    limits: list[float] = np.quantile(sizes, (0.25, 0.5, 0.75)).tolist()
+    return [QUARTERS[bisect.bisect_left(limits, size)] for size in sizes]
 
 
 def _scripts(table: pd.DataFrame) -> list[str]:
-    return [script_of(str(json.loads(prompt)[-1]["content"])) for prompt in table["prompt"]]
+    prompts: list[str] = list(table["prompt"])
+    return [script_of(str(_PROMPT.validate_json(prompt)[-1].content)) for prompt in prompts]
 
 
 def script_of(text: str) -> str:
