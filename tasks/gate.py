@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from pydantic import JsonValue
 
 from loraflow import identity
 from loraflow.evaluation.values import BehaviourResult, Decision
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
+from loraflow.failures import BadData
 from loraflow.registry.champions import require_champion_intact
 from loraflow.registry.log import actor
 from loraflow.registry.looks import Look, row_key
@@ -66,6 +68,9 @@ def _protocol(workspace: Workspace, result: PipelineResult) -> str:
     for name in ("worst", "behaviour"):  # decisions of earlier versions, which did not have these, stay valid
         if not rules[name]:
             del rules[name]
+    for check in rules.get("behaviour", {}).values():
+        if check["consistent"] is None:
+            del check["consistent"]
     return identity.fingerprint({"gate": rules, "scores": scores})
 
 
@@ -76,6 +81,7 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
     from loraflow.evaluation.worst import WorseLimit, find_worse, with_worse_rows
 
     rules = workspace.recipe.gate
+    _require_one_protocol(workspace, result)
     ours = _heldout_scores(workspace, result.tuned_scores)
     others = {"base": _heldout_scores(workspace, result.base_scores)}
     if result.champion_scores is not None:
@@ -100,6 +106,36 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
     return replace(with_behaviour(decision, behaviour), look=look.seq, budget=_budget(look, len(ours)))
 
 
+def _require_one_protocol(workspace: Workspace, result: PipelineResult) -> None:
+    """Refuse scores that were computed with other settings or on other rows than the challenger's.
+
+    A run scores all models in the same way, so this finds scores that were put in its place by hand.
+    """
+    ours = _scored_how(workspace, result.tuned_scores)
+    for name, ref in (("base", result.base_scores), ("champion", result.champion_scores)):
+        theirs = ours if ref is None else _scored_how(workspace, ref)
+        differs = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+        if differs:
+            raise BadData(
+                "Challenger and other model were not scored in the same way.",
+                where=f"scores of {name}",
+                expected=f"{differs[0]}: {ours.get(differs[0])}",
+                got=f"{differs[0]}: {theirs.get(differs[0])}",
+                next_step="score them again with one protocol: `loraflow run RECIPE --force evaluate`",
+            )
+
+
+def _scored_how(workspace: Workspace, ref: Ref) -> dict[str, JsonValue]:
+    """Return version, settings and rows of an evaluation: its payload without the model."""
+    payload = workspace.store.manifest(ref).payload
+    flat: dict[str, JsonValue] = {"version": payload["version"]}
+    for part in ("config", "inputs"):
+        values = payload[part]
+        if isinstance(values, dict):
+            flat.update({f"{part} {key}": value for key, value in values.items() if key != "model"})
+    return flat
+
+
 def _check_behaviour(workspace: Workspace, result: PipelineResult) -> tuple[BehaviourResult, ...]:
     """Check the answers to all sets of rows by gate.behaviour."""
     from loraflow.evaluation.behaviour import BehaviourRule, check_behaviour
@@ -117,6 +153,7 @@ def _check_behaviour(workspace: Workspace, result: PipelineResult) -> tuple[Beha
             matches=check.matches,
             json_fields=None if check.json_fields is None else tuple(check.json_fields),
             refuses=check.refuses,
+            consistent=check.consistent,
         )
         for name, check in checks.items()
     }

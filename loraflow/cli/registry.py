@@ -68,6 +68,8 @@ def accept(context: click.Context, reason: str, store: str | None, model: str | 
     lost_looks = LookRecord(opened, log.model).accept_loss(reason, actor())
     if lost_looks is not None:
         click.echo(f"lost: {lost_looks.lost} looks after look {lost_looks.kept.seq}; they count as spent")
+        if lost_looks.unknown_rows or lost_looks.lost_rows:
+            click.echo("it is not known which held-out rows they used: no row counts as never scored from now on")
         if log.is_intact():
             return
     acceptance = log.accept_loss(reason, actor())

@@ -366,6 +366,11 @@ class Evaluation(FrozenModel):
     )
     samples: Annotated[int, Field(ge=0)] = Field(5, description="Number of answers shown in the run's report.")
     seed: int = Field(0, description="Seed of the bootstrap and of the sample of max_rows.")
+    slices: list[Literal["length", "script"]] = Field(
+        [],
+        description="Show the gate's scores for parts of the held-out rows. `length`: quarters by the reference's tokens; "
+        "`script`, the script of most letters of the question. They decide nothing.",
+    )
 
 
 class Merge(FrozenModel):
@@ -414,11 +419,15 @@ class BehaviourCheck(FrozenModel):
     matches: str | None = Field(None, description="A regular expression that must be found in an answer.")
     json_fields: list[str] | None = Field(None, description="An answer must be a JSON object with these fields.")
     refuses: bool | None = Field(None, description="true: an answer must refuse, in English; false: it must not.")
+    consistent: Literal[True] | None = Field(
+        None,
+        description="true: answers to paraphrases must be the same. Paraphrases have the same value of data.group.",
+    )
     share: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Share of the answers that must meet it.")
 
     @model_validator(mode="after")
     def _one_condition(self) -> BehaviourCheck:
-        conditions = ("contains", "matches", "json_fields", "refuses")
+        conditions = ("contains", "matches", "json_fields", "refuses", "consistent")
         is_empty = self.contains == [] or "" in (self.contains or ()) or self.matches == ""  # any answer meets it
         if sum(getattr(self, name) is not None for name in conditions) != 1 or is_empty:
             raise ValueError(f"a check of gate.behaviour needs one of {', '.join(conditions)}")
@@ -454,7 +463,7 @@ class Gate(FrozenModel):
     behaviour: dict[str, BehaviourCheck] = Field(
         {},
         description="{name: {set: SET, CONDITION, share: SHARE}}: what a set's answers must look like. CONDITION is one of "
-        "`contains`, `matches`, `json_fields` and `refuses`. A check that fails rejects the challenger.",
+        "`contains`, `matches`, `json_fields`, `refuses` and `consistent`. A check that fails rejects the challenger.",
     )
     lower_is_better: list[str] = Field([], description="Scores of your own metrics for which lower is better.")
     error: Annotated[float, Field(gt=0, lt=0.5)] = Field(

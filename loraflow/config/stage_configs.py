@@ -361,7 +361,7 @@ class EvaluateConfig(StageConfig):
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """See `StageConfig.from_recipe`."""
-        values = recipe.evaluation.model_dump(exclude={"samples"})
+        values = recipe.evaluation.model_dump(exclude={"samples", "slices"})
         trust = recipe.base.trust_remote_code
         return cls.of({**values, "trust_remote_code": trust, "modules": context.metric_modules})
 

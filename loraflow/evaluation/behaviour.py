@@ -1,5 +1,7 @@
 """Checks of what answers look like: a share of a set's rows must contain a text, match, be JSON with fields, or refuse.
 
+With `consistent`, rows of one group (data.group) are paraphrases, and must have the same answer.
+
 They read the answers of the score tables, so a new check scores nothing again. Like `gate.worst` they are about the rows
 that were scored, and need no level.
 """
@@ -8,6 +10,8 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -32,6 +36,18 @@ class BehaviourRule:
     matches: str | None = None
     json_fields: tuple[str, ...] | None = None
     refuses: bool | None = None
+    consistent: bool | None = None
+
+    def met_by(self, rows: pd.DataFrame) -> list[bool]:
+        """Tell for each row of a set whether its answer meets the condition."""
+        answers: list[str] = list(rows["answer"])
+        if not self.consistent:
+            return list(map(self.condition, answers))
+        groups: list[str] = list(rows["group"])
+        given: dict[str, set[str]] = {group: set() for group in groups}
+        for group, answer in zip(groups, answers, strict=True):
+            given[group].add(_plain(answer))
+        return [len(given[group]) == 1 for group in groups]
 
     @property
     def condition(self) -> Callable[[str], bool]:
@@ -49,6 +65,8 @@ class BehaviourRule:
         return lambda answer: refuses(answer) == wanted
 
     def __str__(self) -> str:
+        if self.consistent:
+            return "are the same for all paraphrases"
         if self.contains is not None:
             return f"contain {', '.join(map(repr, self.contains))}"
         if self.matches is not None:
@@ -88,18 +106,16 @@ def with_behaviour(decision: Decision, found: tuple[BehaviourResult, ...]) -> De
 def _check(
     name: str, rule: BehaviourRule, challenger: pd.DataFrame, others: Mapping[str, pd.DataFrame]
 ) -> BehaviourResult:
-    meets = rule.condition
-    rows = _rows_of(challenger, rule.set, name, "challenger")
+    rows = _rows_of(challenger, rule, name, "challenger")
+    ids: list[str] = list(rows["id"])
+    answers: list[str] = list(rows["answer"])
     failed = [
-        FailedRow(str(row_id), question(str(prompt)), cut(answer))
-        for row_id, prompt, answer in zip(rows["id"], _prompts(rows), rows["answer"], strict=True)
-        if not meets(answer)
+        FailedRow(row_id, question(prompt), cut(answer))
+        for row_id, prompt, answer, meets in zip(ids, _prompts(rows), answers, rule.met_by(rows), strict=True)
+        if not meets
     ]
     passed, total = len(rows) - len(failed), len(rows)
-    counts = {
-        other: int(sum(meets(answer) for answer in _rows_of(table, rule.set, name, other)["answer"]))
-        for other, table in others.items()
-    }
+    counts = {other: sum(rule.met_by(_rows_of(table, rule, name, other))) for other, table in others.items()}
     beside = "".join(f", {other} {count}" for other, count in counts.items())
     reason = (
         f"behaviour {name}: {passed} of {total} answers of {rule.set} {rule}{beside}; a share of {rule.share:.4g} must"
@@ -107,21 +123,43 @@ def _check(
     return BehaviourResult(name, rule.set, passed, total, rule.share, reason, tuple(failed[:LISTED]))
 
 
-def _rows_of(table: pd.DataFrame, name: str, check: str, where: str) -> pd.DataFrame:
+def _rows_of(table: pd.DataFrame, rule: BehaviourRule, check: str, where: str) -> pd.DataFrame:
     if "answer" not in table:
         raise refusal(
             "A score table has no answers.", where, "a column `answer`, for gate.behaviour", ", ".join(table.columns)
         )
-    rows = table[table["set"] == name]
+    rows = table[table["set"] == rule.set]
     if rows.empty:
         raise BadConfig(
             "A behaviour check names a set that has no rows.",
             where=f"gate.behaviour.{check}.set",
             expected=f"one of {', '.join(sorted(set(table['set'])))}",
-            got=name,
+            got=rule.set,
             next_step="name `heldout`, or a set of data.extra_heldout",
         )
-    return rows
+    return _paraphrases(rows, check) if rule.consistent else rows
+
+
+def _paraphrases(rows: pd.DataFrame, check: str) -> pd.DataFrame:
+    """Return the rows of groups with several rows, sorted by group."""
+    groups: list[object] = list(rows["group"]) if "group" in rows else []
+    named = [(group, number) for number, group in enumerate(groups) if isinstance(group, str)]
+    sizes = Counter(group for group, _ in named)
+    found = [number for group, number in sorted(named) if sizes[group] > 1]
+    if not found:
+        raise BadConfig(
+            "A behaviour check compares the answers to paraphrases, but no rows are paraphrases of each other.",
+            where=f"gate.behaviour.{check}.consistent",
+            expected="rows with the same value of the field that data.group names",
+            got="no two rows of a group" if groups else "rows without a group",
+            next_step="set data.group to a field that is the same in all paraphrases of a question",
+        )
+    return rows.iloc[found]
+
+
+def _plain(answer: str) -> str:
+    """Return an answer without what does not make it another one: case, white space, and how characters are encoded."""
+    return " ".join(unicodedata.normalize("NFC", answer).casefold().split())
 
 
 def _prompts(rows: pd.DataFrame) -> list[str]:

@@ -223,6 +223,14 @@ def _require_same_rows(ours: pd.DataFrame, theirs: pd.DataFrame, name: str) -> N
         )
     if "set" in ours and "set" in theirs and not (ours["set"] == theirs["set"]).all():
         raise refusal("Challenger and other model have an example in different sets.", name, "equal sets", "other ones")
+    if "prompt" in ours and "prompt" in theirs:
+        asked: list[str] = list(ours["prompt"])
+        others: list[str] = list(theirs["prompt"])
+        ids: list[str] = list(ours.index)
+        differs = [row for row, prompt, other in zip(ids, asked, others, strict=True) if prompt != other]
+        if differs:
+            got = f"another prompt in {len(differs)} of {len(ids)} rows, the first of them {differs[0]}"
+            raise refusal("Challenger and other model were asked different questions.", name, "equal prompts", got)
 
 
 def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:

@@ -4,36 +4,33 @@ Every comparison of a new challenger is one more chance of a false promotion. Al
 whatever rows; `budget.py` deals it out.
 
     registry/<model>/looks/000001.json   a look; written before its verdict is computed, never changed, hash-chained
-    registry/<model>/rows/<digest>.json  the keys of the rows of looks
+    registry/<model>/rows/<digest>.json  the keys of the rows of looks; a copy is in anchors/ (`scored_rows.py`)
     anchors/<model>/looks.json           number and hash of the last look, so that lost looks are noticed
     runs/<id>.json                       `looks_head`: the last look that the run saw or took, if the anchor is lost too
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 
 from loraflow.failures import DamagedLog
 from loraflow.frozen import StoredModel
-from loraflow.identity import canonical
 from loraflow.registry.anchor import FOLDER as ANCHORS
 from loraflow.registry.budget import Look as Look
 from loraflow.registry.budget import NextLook, next_look
 from loraflow.registry.entry import JSON_OBJECT, Entry
 from loraflow.registry.runs import FOLDER as RUNS
 from loraflow.registry.runs import LogHead, run_ids
+from loraflow.registry.scored_rows import ScoredRows, Sets
+from loraflow.registry.scored_rows import row_key as row_key
 from loraflow.store import LocalStore, Store
 from loraflow.store.files import json_bytes
 
-_ROWS = TypeAdapter(list[str])
 _NEWEST_RUNS = 50  # that are read if there is no anchor: stores of earlier versions have none
 
 
@@ -46,6 +43,14 @@ class LostLooks(StoredModel):
     kept: LogHead = LogHead()  # the last look that was left
     lost: int = 0
     set_aside: dict[str, str] = {}
+    lost_rows: list[str] = []  # digests of sets of rows that were lost
+    unknown_rows: bool = False  # it is not known which rows were scored, so none is fresh any more
+
+
+class _Anchor(LogHead):
+    """The last look, and how many sets of rows the store had then; None in anchors of earlier versions."""
+
+    sets: int | None = None
 
 
 class _Register(StoredModel):
@@ -69,21 +74,6 @@ class _Read(NamedTuple):
     problem: str
 
 
-def row_key(prompt: str) -> str:
-    """Return the identity of a held-out row: 16 hex digits of a hash of its prompt, a JSON list of messages.
-
-    System messages, letter case and white space do not count, nor does the reference: a row with another system message or
-    a corrected answer was still seen before.
-    """
-    try:
-        messages = json.loads(prompt)
-        texts = [str(message["content"]) for message in messages if message["role"] != "system"]
-    except (ValueError, TypeError, KeyError):
-        texts = [prompt]
-    plain = [" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts]
-    return hashlib.sha256(canonical(plain)).hexdigest()[:16]
-
-
 class LookRecord:
     """The looks of one model in a store; `store` may be the folder of a local store."""
 
@@ -91,6 +81,7 @@ class LookRecord:
         self.store: Store = LocalStore(store) if isinstance(store, Path) else store
         self.model = model
         self.folder = f"registry/{model}/looks/"
+        self.scored = ScoredRows(self.store, model)
         self.last_seen: LogHead | None = None  # the last look when the record was read or extended last
 
     def entries(self) -> list[Look]:
@@ -134,15 +125,16 @@ class LookRecord:
         Raises:
             DamagedLog: a look is missing or was changed.
         """
-        keys = sorted(set(rows))
-        digest = hashlib.sha256(canonical(keys)).hexdigest()
-        self.store.create_document(self._rows_name(digest), json_bytes(keys))
+        digest, is_new = self.scored.add(rows)
         while True:
             looks = self.entries()
             known = next((look for look in looks if look.key == key), None)
             if known is not None:
                 return known
-            following = self._next(looks, set(keys), error, horizon, promotions)
+            sets = self._sets(looks, rows)
+            if is_new and all(look.rows != digest for look in looks):
+                del sets[digest]  # this look is the first at these rows
+            following = self._next(looks, sets, rows, error, horizon, promotions)
             look = Look(
                 seq=len(looks) + 1,
                 before=looks[-1].hash if looks else None,
@@ -163,7 +155,7 @@ class LookRecord:
             )
             if self.store.create_document(self._name(look.seq), json_bytes({**look.stored(), "hash": look.hash})):
                 self.last_seen = LogHead(seq=look.seq, hash=look.hash)
-                self._anchor(self.last_seen)
+                self._anchor(self.last_seen, len(sets.keys() | {digest}))
                 return look
 
     def preview(
@@ -174,47 +166,82 @@ class LookRecord:
         Raises:
             DamagedLog: a look is missing or was changed.
         """
-        following = self._next(self.entries(), set(rows), error, horizon, promotions)
+        looks = self.entries()
+        following = self._next(looks, self._sets(looks, rows), rows, error, horizon, promotions)
         return following.number, following.level
 
     def _next(
-        self, looks: Sequence[Look], rows: set[str], error: float, horizon: int, promotions: Sequence[Entry]
+        self,
+        looks: Sequence[Look],
+        sets: Mapping[str, set[str]],
+        rows: Collection[str],
+        error: float,
+        horizon: int,
+        promotions: Sequence[Entry],
     ) -> NextLook:
-        files = self.store.read_documents(f"registry/{self.model}/rows/", ".json")
-        names = {digest: self._rows_name(digest) for digest in {look.rows for look in looks}}
-        sets = {
-            digest: self._keys(digest, files.get(name) or self.store.read_document(name))
-            for digest, name in names.items()  # a listing can miss a file that is written at this moment
-        }
         assumed = self._assumed(len(looks), promotions)
-        return next_look(looks, sets, rows, error=error, horizon=horizon, assumed=assumed, promotions=promotions)
+        return next_look(looks, sets, set(rows), error=error, horizon=horizon, assumed=assumed, promotions=promotions)
+
+    def _sets(self, looks: Sequence[Look], rows: Collection[str]) -> dict[str, set[str]]:
+        """Return the keys of all sets of rows that are known, whether or not a look names them.
+
+        A set whose loss was accepted may have had any row, so it counts as `rows`, those of the next look.
+        """
+        (sets, damaged), accepted = self.scored.read(), self._acceptances()
+        lost = {digest for one in accepted for digest in one.lost_rows}
+        if any(one.unknown_rows for one in accepted):
+            sets[""] = set(rows)
+        for digest in {look.rows for look in looks}:
+            keys = None if digest in damaged else sets.get(digest) or self.scored.find(digest)
+            if digest in damaged or (keys is None and digest not in lost):
+                got = "others" if digest in damaged else "nothing"
+                raise self._damaged(self.scored.name(digest), f"row keys with the hash {digest[:12]}", got)
+            sets[digest] = set(rows) if keys is None else keys
+        return sets
 
     def accept_loss(self, reason: str, actor: str) -> LostLooks | None:
         """Go on with the looks that are intact, and store who decided this and why; None if nothing is damaged.
 
-        Lost looks are counted: the next look has their number added.
+        Lost looks are counted: the next look has their number added. If it is no longer known which rows they used, no row
+        counts as fresh from now on.
         """
-        read, anchor = self._read(), self._read_anchor()
+        read, is_readable = self._read(), True
+        try:
+            anchor = self._read_anchor()
+        except DamagedLog:
+            anchor, is_readable = self._head_of_runs(), False
         kept = len(read.looks)
-        is_met = anchor is None or _is_met(anchor, read.looks)
-        if not read.rest and is_met:
+        sets = self.scored.read()
+        lost_rows = self._lost_rows(read.looks, sets)
+        is_met = is_readable and (anchor is None or _is_met(anchor, read.looks))
+        if not read.rest and is_met and not lost_rows:
             return None
+        has_lost_looks = bool(read.rest) or not is_met
         lost = max(kept + len(read.rest), anchor.seq if anchor else 0) - kept
         acceptance = LostLooks(
             reason=reason,
             actor=actor,
             time=_now(),
             kept=_head(read.looks),
-            lost=max(lost, 1),
+            lost=max(lost, 1) if has_lost_looks else 0,
             set_aside={name: data.decode(errors="backslashreplace") for name, data in read.rest.items()},
+            lost_rows=lost_rows,
+            unknown_rows=has_lost_looks and not _has_all_sets(anchor, len(sets.intact)),
         )
         number = 1
         while not self.store.create_document(self._acceptance_name(number), json_bytes(acceptance.model_dump())):
             number += 1
         for name in reversed(read.rest):
             self.store.remove_document(name)
-        self._write_anchor(_head(read.looks))
+        self.scored.restore({look.rows for look in read.looks})
+        self._write_anchor(_head(read.looks), len(sets.intact))
         return acceptance
+
+    def _lost_rows(self, looks: Sequence[Look], sets: Sets) -> list[str]:
+        """Return the digests of the sets of rows that looks name and that are lost or changed, and not accepted yet."""
+        accepted = {digest for one in self._acceptances() for digest in one.lost_rows}
+        missing = {look.rows for look in looks} - sets.intact.keys() - accepted
+        return sorted(missing | ({look.rows for look in looks} & sets.damaged))
 
     def _checked(self) -> list[Look]:
         anchor = self._read_anchor()  # before the looks, which may only be ahead of it
@@ -246,16 +273,6 @@ class LookRecord:
             found.append(look)
         return _Read(found, {}, "")
 
-    def _keys(self, digest: str, data: bytes | None) -> set[str]:
-        try:
-            keys = _ROWS.validate_json(data or b"")
-        except ValidationError:
-            keys = []
-        if hashlib.sha256(canonical(keys)).hexdigest() != digest:
-            name = self._rows_name(digest)
-            raise self._damaged(name, f"row keys with the hash {digest[:12]}", "nothing" if data is None else "others")
-        return set(keys)
-
     def _assumed(self, seen: int, promotions: Sequence[Entry]) -> int:
         """Return how many looks must be counted that have no record: those of earlier versions, and lost ones."""
         accepted = self._acceptances()
@@ -276,16 +293,16 @@ class LookRecord:
             if name.startswith(f"{prefix}looks-accepted-")
         ]
 
-    def _read_anchor(self) -> LogHead | None:
+    def _read_anchor(self) -> _Anchor | None:
         data = self.store.read_document(self._anchor_name)
         if data is None:
             return self._head_of_runs()
         try:
-            return LogHead.model_validate_json(data)
+            return _Anchor.model_validate_json(data)
         except ValidationError as error:
             raise self._damaged(self._anchor_name, "number and hash of a look", error.errors()[0]["msg"]) from error
 
-    def _head_of_runs(self) -> LogHead | None:
+    def _head_of_runs(self) -> _Anchor | None:
         """Return the last look that the newest run record of this model knows, of the newest fifty records."""
         for run in run_ids(self.store)[: -_NEWEST_RUNS - 1 : -1]:
             try:
@@ -293,17 +310,17 @@ class LookRecord:
             except ValidationError:  # a damaged record, which `loraflow runs` reports
                 continue
             if record.looks_head is not None and record.resolved.register_.model == self.model:
-                return record.looks_head
+                return _Anchor(seq=record.looks_head.seq, hash=record.looks_head.hash)
         return None
 
-    def _anchor(self, head: LogHead) -> None:
+    def _anchor(self, head: LogHead, sets: int) -> None:
         """Write the anchor, unless another process has recorded a look since."""
         anchor = self._read_anchor()
         if anchor is None or anchor.seq <= head.seq:
-            self._write_anchor(head)
+            self._write_anchor(head, sets)
 
-    def _write_anchor(self, head: LogHead) -> None:
-        self.store.write_document(self._anchor_name, json_bytes({**head.model_dump(), "time": _now()}))
+    def _write_anchor(self, head: LogHead, sets: int) -> None:
+        self.store.write_document(self._anchor_name, json_bytes({**head.model_dump(), "sets": sets, "time": _now()}))
 
     def _damaged(self, where: str, expected: str, got: str) -> DamagedLog:
         return DamagedLog(
@@ -317,9 +334,6 @@ class LookRecord:
 
     def _name(self, seq: int) -> str:
         return f"{self.folder}{seq:06d}.json"
-
-    def _rows_name(self, digest: str) -> str:
-        return f"registry/{self.model}/rows/{digest}.json"
 
     @property
     def _anchor_name(self) -> str:
@@ -338,6 +352,11 @@ def models_with_looks(store: Store) -> set[str]:
 
 def _is_met(anchor: LogHead, looks: Sequence[Look]) -> bool:
     return anchor.seq == 0 or (anchor.seq <= len(looks) and looks[anchor.seq - 1].hash == anchor.hash)
+
+
+def _has_all_sets(anchor: _Anchor | None, sets: int) -> bool:
+    """Tell whether the store has as many sets of rows as when the anchor was written: then it knows those of lost looks."""
+    return anchor is not None and anchor.sets is not None and sets >= anchor.sets
 
 
 def _head(looks: Sequence[Look]) -> LogHead:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from loraflow.evaluation.values import Decision, MetricValue, ModelScores, Sample, Scores, SetScores, Verdict
 from loraflow.identity import short
 from loraflow.registry.runs import RowsSummary
 from loraflow.reporting import chart
+from loraflow.reporting.slices import slice_lines
+
+if TYPE_CHECKING:
+    from loraflow.evaluation.slices import Slice
 
 GATE_SET = "heldout"  # its scores are shown first: the gate decides by them
 LOSS_ROWS = 12  # of the table below the loss curve
@@ -73,6 +77,7 @@ class RunReport:
     adapter: str
     merged: str
     rows: RowsSummary | None = None
+    slices: Sequence[Slice] = ()  # by evaluation.slices
 
 
 def run_report(report: RunReport, *, image: bool = False) -> str:
@@ -88,6 +93,7 @@ def run_report(report: RunReport, *, image: bool = False) -> str:
         *([decision.budget, ""] if decision.budget else []),
     ]
     lines += _comparison(report.scores, report.confidence)
+    lines += slice_lines(report.slices)
     lines += _worse(decision)
     lines += _behaviour(decision)
     lines += _rows(report.rows)

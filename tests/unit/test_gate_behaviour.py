@@ -105,3 +105,29 @@ def test_the_gate_reads_all_sets_and_the_recipe_names_the_condition(recipe, monk
 def test_a_check_that_says_nothing_is_refused(recipe, check, message):
     with pytest.raises(BadConfig, match=message):
         load_recipe(recipe, {"gate.behaviour": {"x": check}})
+
+
+STEADY = BehaviourRule(set="heldout", share=0.5, consistent=True)
+
+
+def test_paraphrases_must_get_the_same_answer_and_rows_without_a_paraphrase_do_not_count():
+    answers = ["Red", " red\n", "blue", "green", "x", "y", "Caf\u00e9", "Cafe\u0301", "caf\u00e9"]
+    groups = ["a", "a", "b", "b", "alone", None, "c", "c", "c"]
+    ours = table(answers).assign(group=groups)
+    (found,) = check_behaviour(ours, {"base": table(["same"] * 9).assign(group=groups)}, {"steady": STEADY})
+    assert (found.passed, found.total, found.holds) == (5, 7, True)
+    assert [row.answer for row in found.failed] == ["blue", "green"]
+    assert "base 7" in found.reason and "same for all paraphrases" in found.reason
+
+
+def test_one_other_answer_makes_all_paraphrases_of_a_question_fail():
+    ours = table(["red", "red", "blue"]).assign(group=["a", "a", "a"])
+    (found,) = check_behaviour(ours, {}, {"steady": STEADY})
+    assert (found.passed, found.holds) == (0, False)
+
+
+@pytest.mark.parametrize("groups", [None, ["a", "b", None]])
+def test_a_check_of_paraphrases_without_any_is_refused(groups):
+    rows = table(["red"] * 3) if groups is None else table(["red"] * 3).assign(group=groups)
+    with pytest.raises(BadConfig, match=r"data\.group"):
+        check_behaviour(rows, {}, {"steady": STEADY})

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import shutil
 import threading
 
 import pytest
@@ -264,3 +265,82 @@ def test_whatever_is_promoted_the_levels_of_the_other_looks_of_a_period_add_up_t
             else:
                 others += looks[-1].level
         assert others <= 0.05 * (1 + 1e-9), (horizon, share)
+
+
+def lose_looks(root):
+    for file in (root / "registry/tickets/looks").iterdir():
+        file.unlink()
+
+
+def lose_registry(root):
+    shutil.rmtree(root / "registry/tickets")
+
+
+def lose_all_but_runs(root):
+    for folder in ("registry", "anchors"):
+        shutil.rmtree(root / folder / "tickets")
+
+
+def as_of_an_earlier_version(root):
+    """Looks were lost in a store without copies of rows, and without their number in the anchor."""
+    lose_registry(root)
+    shutil.rmtree(root / "anchors/tickets/rows")
+    anchor = root / "anchors/tickets/looks.json"
+    anchor.write_text(
+        json.dumps({name: value for name, value in json.loads(anchor.read_text()).items() if name != "sets"})
+    )
+
+
+@pytest.mark.parametrize("harm", [lose_looks, lose_registry, lose_all_but_runs, as_of_an_earlier_version])
+def test_rows_of_looks_whose_loss_was_accepted_are_not_fresh_again(store, record, harm):
+    old = {"old1", "old2"}
+    for name, rows in (("a", old), ("b", ROWS)):
+        look = take(record, name, rows=rows, horizon=2)
+    run = {"run": "x", "recipe": "x", "resolved": {"register": {"model": "tickets"}}}
+    run["looks_head"] = {"seq": look.seq, "hash": look.hash}
+    store.write_document("runs/20260101-000000-abcdef.json", json.dumps(run).encode())
+    harm(store.root)
+    assert LookRecord(store, "tickets").accept_loss("no backup", "me").lost == 2
+    take(LookRecord(store, "tickets"), "c", rows={"another"}, horizon=2)  # the one that counts the lost looks
+    again = take(LookRecord(store, "tickets"), "d", rows=old, horizon=2)
+    assert (again.fresh, again.period, again.level) == (0, 1, 0), "the error that was spent on these rows came back"
+
+
+def test_after_an_accepted_loss_rows_that_were_never_scored_still_begin_a_period_if_those_of_the_lost_looks_are_known(
+    store, record
+):
+    for name in ("a", "b"):
+        take(record, name, horizon=2)
+    lose_registry(store.root)
+    LookRecord(store, "tickets").accept_loss("no backup", "me")
+    assert take(LookRecord(store, "tickets"), "c", rows={"another"}, horizon=2).level == 0
+    new = take(LookRecord(store, "tickets"), "d", rows={"new"}, horizon=2)
+    assert (new.fresh, new.period, new.level) == (1, 2, 0.025)
+
+
+def test_lost_row_keys_are_read_from_their_copy_and_accepted_as_any_rows_if_that_is_lost_too(store, record):
+    look = take(record, "a", horizon=1)
+    (store.root / f"registry/tickets/rows/{look.rows}.json").unlink()
+    assert take(LookRecord(store, "tickets"), "b", rows={"row1", "x"}, horizon=1).fresh == 1
+    (store.root / f"anchors/tickets/rows/{look.rows}.json").unlink()
+    with pytest.raises(DamagedLog, match="registry accept"):
+        take(LookRecord(store, "tickets"), "c", rows={"y"}, horizon=1)
+    accepted = LookRecord(store, "tickets").accept_loss("no backup", "me")
+    assert (accepted.lost, accepted.lost_rows) == (0, [look.rows])
+    after = take(LookRecord(store, "tickets"), "c", rows={"y"}, horizon=1)
+    assert (after.fresh, after.number, after.level) == (0, 3, 0)
+
+
+def test_an_edited_set_of_rows_is_restored_from_its_copy_by_an_acceptance(store, record):
+    take(record, "a", horizon=1)
+    HARMS["rows edited"](store.root)
+    assert LookRecord(store, "tickets").accept_loss("no backup", "me").lost == 0
+    assert take(LookRecord(store, "tickets"), "b", rows={"row1", "y"}, horizon=1).number == 2
+    assert LookRecord(store, "tickets").accept_loss("again", "me") is None
+
+
+def test_an_unreadable_anchor_of_looks_can_be_accepted(store, record):
+    take(record, "a")
+    HARMS["the anchor unreadable"](store.root)
+    assert LookRecord(store, "tickets").accept_loss("no backup", "me").lost == 1
+    assert take(LookRecord(store, "tickets"), "b").number == 3

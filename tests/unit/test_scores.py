@@ -12,11 +12,12 @@ from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadData, CorruptArtifact
 from loraflow.store import Ref, Summary
 from loraflow.tasks.gate import gate
+from loraflow.tasks.report import _slices
 
 
-def scores(workspace: Workspace, name: str, value: float, **columns) -> Ref:
+def scores(workspace: Workspace, name: str, value: float, version=1, config=None, rows_digest="rows", **columns) -> Ref:
     """Commit a score table as an evaluation does."""
-    payload = identity.payload("evaluate", 1, {}, {"model": name})
+    payload = identity.payload("evaluate", version, {"model": name, "rows": rows_digest}, config or {})
     staged = workspace.store.staging("evaluate", identity.fingerprint(payload))
     rows = {"id": [f"r{i}" for i in range(80)], "set": "heldout", "token_loss": value, **columns}
     pd.DataFrame(rows).to_parquet(staged / "scores.parquet", index=False)
@@ -96,3 +97,38 @@ def test_new_rules_and_a_new_champion_are_new_looks(workspace):
     assert decide(workspace, base, tuned).verdict == "undecided" and len(workspace.looks.entries()) == 2
     decide(workspace, base, tuned, champion=base)
     assert [look.number for look in workspace.looks.entries()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("other", [{"config": {"max_new_tokens": 8}}, {"rows_digest": "older rows"}, {"version": 2}])
+@pytest.mark.parametrize("who", ["base", "champion"])
+def test_a_model_that_was_scored_by_another_protocol_or_on_other_rows_is_refused_and_costs_no_look(
+    workspace, who, other
+):
+    refs = {name: scores(workspace, name, 2.0, **(other if name == who else {})) for name in ("base", "champion")}
+    with pytest.raises(BadData, match=rf"not scored in the same way(.|\n)*{who}(.|\n)*--force evaluate"):
+        decide(workspace, tuned=scores(workspace, "tuned", 1.0), **refs)
+    assert not workspace.looks.entries()
+
+
+def test_a_row_with_the_same_id_and_another_prompt_is_not_compared(workspace):
+    ours = scores(workspace, "tuned", 1.0, prompt=[f"question {i}" for i in range(80)])
+    theirs = scores(workspace, "base", 2.0, prompt=["older question", *(f"question {i}" for i in range(1, 80))])
+    with pytest.raises(BadData, match="different questions"):
+        decide(workspace, theirs, ours)
+    assert not workspace.looks.entries()
+
+
+def test_the_report_shows_the_gates_scores_by_slice_where_the_recipe_asks_for_it(workspace):
+    columns = {"reference_tokens": range(1, 81), "reference": "x", "finish": "stop", "prompt": '[{"content": "red"}]'}
+    base, tuned = (scores(workspace, name, value, **columns) for name, value in (("base", 2.0), ("tuned", 1.0)))
+    result = SimpleNamespace(base_scores=base, tuned_scores=tuned, champion_scores=None)
+    run = SimpleNamespace(workspace=workspace)
+    assert _slices(run, result) == [], "no table is read"
+    evaluation = workspace.recipe.evaluation.model_copy(update={"slices": ["length", "script"]})
+    workspace.recipe = workspace.recipe.model_copy(update={"evaluation": evaluation})
+    found = _slices(run, result)
+    assert [(one.by, one.rows) for one in found] == [*[("length", 20)] * 4, ("script", 80)]
+    primary = workspace.recipe.gate.primary
+    assert all(one.values["tuned"][primary].value == 1.0 for one in found)
+    improve(workspace.store.path(tuned) / "scores.parquet")
+    assert _slices(run, result) == [], "a damaged table shows nothing"

@@ -1,0 +1,127 @@
+"""Compare lower bounds of a mean difference that lies between -1 and 1: how wide they are, and how often they are wrong.
+
+    python benchmarks/gate_bounds.py            # about two minutes on one core
+    python benchmarks/gate_bounds.py --short    # a tenth of the repetitions
+
+- Gaffke's bound is the gate's.
+- Betting: Waudby-Smith and Ramdas (2023, https://arxiv.org/abs/2010.09686), predictable plug-in, and its capital averaged
+  over orders of the rows, which stays valid for a fixed number of rows.
+- Empirical Bernstein: Maurer and Pontil (2009), for a fixed number of rows.
+- "t or unseen": the lower one of the t bound and of what rows of which none was seen can cost, 1 - error^(1/n) of the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+from scipy import optimize, stats
+
+from loraflow.evaluation.evidence import gaffke_p_value
+
+ERROR = 0.05
+ORDERS = 16  # of the rows, over which the capital is averaged
+Bound = Callable[[np.ndarray], float]
+
+
+def gaffke(values: np.ndarray) -> float:
+    """Return the gate's lower bound."""
+
+    def excess(mean: float) -> float:
+        return gaffke_p_value(values - mean, -1 - mean) - ERROR
+
+    return float(optimize.brentq(excess, -1 + 1e-9, values.mean(), xtol=1e-6))
+
+
+def t_bound(values: np.ndarray) -> float:
+    """Return the lower bound of a t interval."""
+    n = len(values)
+    quantile = float(stats.t.ppf(1 - ERROR, n - 1))
+    return float(values.mean()) - quantile * float(values.std(ddof=1)) / float(np.sqrt(n))
+
+
+def t_or_unseen(values: np.ndarray) -> float:
+    """Return the t bound, but no more than the mean less the largest loss that can be unseen."""
+    mean = float(values.mean())
+    unseen = 1.0 - float(ERROR ** (1 / len(values)))
+    return min(t_bound(values), mean - unseen * (1 + mean))
+
+
+def empirical_bernstein(values: np.ndarray) -> float:
+    """Return Maurer and Pontil's lower bound."""
+    n, log = len(values), np.log(2 / ERROR)
+    spread = float(np.sqrt(2 * values.var(ddof=1) * log / n))
+    return float(values.mean()) - spread - 2 * 7 * float(log) / (3 * (n - 1))
+
+
+def betting(values: np.ndarray, orders: int = 1) -> float:
+    """Return the smallest mean at which the capital stays below 1 / error."""
+    scaled, n, rng = (values + 1) / 2, len(values), np.random.default_rng(0)
+    x = np.stack([scaled, *(rng.permutation(scaled) for _ in range(orders - 1))])
+    count = np.arange(1, n + 1)
+    means = (0.5 + x.cumsum(1)) / (count + 1)
+    variances = (0.25 + ((x - means) ** 2).cumsum(1)) / (count + 1)
+    before = np.concatenate([np.full((orders, 1), 0.25), variances[:, :-1]], 1)
+    stakes = np.sqrt(2 * np.log(1 / ERROR) / (n * before))
+
+    def excess(mean: float) -> float:
+        capital = np.log1p(np.minimum(stakes, 0.75 / mean) * (x - mean)).cumsum(1)
+        largest = capital.max() if orders == 1 else np.log(np.exp(capital[:, -1]).mean())
+        return float(largest - np.log(1 / ERROR))
+
+    low, high = 1e-6, float(scaled.mean())
+    return 2 * float(optimize.brentq(excess, low, high, xtol=1e-6)) - 1 if excess(high) < 0 < excess(low) else -1.0
+
+
+def averaged_betting(values: np.ndarray) -> float:
+    """Return the betting bound with the capital averaged over orders of the rows."""
+    return betting(values, ORDERS)
+
+
+BOUNDS: dict[str, Bound] = {
+    "Gaffke": gaffke,
+    "betting": betting,
+    "betting, averaged over orders": averaged_betting,
+    "empirical Bernstein": empirical_bernstein,
+    "t or unseen": t_or_unseen,
+    "t": t_bound,
+}
+
+
+def width(bound: Bound, n: int, times: int) -> float:
+    """Return how far the bound is below the mean of normal differences with a spread of 0.2, on average."""
+    rng = np.random.default_rng(n)
+    draws = rng.normal(0.04, 0.2, (times, n))
+    return float(np.mean([values.mean() - bound(values) for values in draws]))
+
+
+def largest_error(bound: Bound, times: int) -> tuple[float, str]:
+    """Return the largest rate at which a mean gain of 0 is called a gain, over rare failures and spreads, and where."""
+    worst = 0.0, ""
+    for n, share, spread in itertools.product((50, 100, 500), (0.005, 0.01, 0.02, 0.03), (0.001, 0.05, 0.1, 0.2)):
+        rng, gain = np.random.default_rng(n), share / (1 - share)  # a failure costs 1, so the mean is 0
+        wrong = 0
+        for _ in range(times):
+            values = np.where(rng.random(n) < share, -1.0, gain + spread * rng.uniform(-1.7, 1.7, n))
+            wrong += values.mean() > 0 and bound(values) > 0
+        if wrong / times > worst[0]:
+            worst = wrong / times, f"n = {n}, failures {share:.1%}, spread {spread:g}"
+    return worst
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="a tenth of the repetitions")
+    part = 10 if parser.parse_args().short else 1
+    print("| bound at 95 % | below the mean, 100 rows | 500 rows | largest error | where |\n|---|---:|---:|---:|---|")
+    for name, bound in BOUNDS.items():
+        widths = [width(bound, n, 100 // part) for n in (100, 500)]
+        error, where = largest_error(bound, 1000 // part)
+        print(f"| {name} | {widths[0]:.3f} | {widths[1]:.3f} | {error:.1%} | {where} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""The part of a run's report about slices of the held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loraflow.evaluation.slices import Slice
+
+
+def slice_lines(slices: Sequence[Slice]) -> Iterator[str]:
+    """Yield a table for each kind of slice, as markdown."""
+    if slices:
+        yield from (
+            "## Scores of parts of the held-out rows",
+            "",
+            "They describe, and decide nothing: with many parts,",
+        )
+        yield from ("some differ by chance.", "")
+    for by in dict.fromkeys(one.by for one in slices):
+        found = [one for one in slices if one.by == by]
+        models = list(found[0].values)
+        yield from (f"| {by} | rows | metric | {' | '.join(models)} |", "|---|---:|---|" + "---|" * len(models))
+        for one in found:
+            for metric in one.values[models[0]]:
+                cells = " | ".join(str(one.values[model][metric]) for model in models)
+                yield f"| {one.name} | {one.rows} | {metric} | {cells} |"
+        yield ""
