@@ -88,18 +88,20 @@ register:
 )
 @click.option("--base", required=True, help="Base model: bundled:smollm2, a folder, or a hub id.")
 @click.option("--name", help="Name of the recipe. Default: the name of the file.")
-def init(data_file: Path, base: str, name: str | None) -> None:
+@click.option("--dvc-pipeline", is_flag=True, help="Also write dvc.yaml, for `dvc repro` and `dvc exp run`.")
+def init(data_file: Path, base: str, name: str | None, dvc_pipeline: bool) -> None:
     """Write configs/NAME.yaml, a data folder with its .dvc file, and prefect.yaml, from a file or folder of chats."""
     quiet_logging()
     from loraflow.data import dvc
     from loraflow.data.guess_columns import columns_of
     from loraflow.data.readers import is_partly_learned, match_files, match_nothing, read_rows
     from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
+    from loraflow.tracking.dvc_pipeline import PIPELINE, write_pipeline
 
     name = re.sub(r"[^a-z0-9._-]+", "-", (name or data_file.stem).lower()).strip("-.") or "mine"
     recipe = Path("configs", f"{name}.yaml")
     target = Path("data") if not Path("data").exists() and not Path("data.dvc").exists() else Path("datasets", name)
-    for path in (recipe, target):
+    for path in (recipe, target, *([Path(PIPELINE)] if dvc_pipeline else [])):
         if path.exists():
             raise BadConfig(f"{path} exists already.", next_step="choose another --name, or remove it")
     folder, patterns = (data_file, ["*"]) if data_file.is_dir() else (data_file.parent, [data_file.name])
@@ -139,6 +141,9 @@ def init(data_file: Path, base: str, name: str | None) -> None:
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
     if deployments := write_prefect_yaml(Path(), name):
         click.echo(f"{deployments}   deployments for `loraflow up` and `loraflow deploy`")
+    if dvc_pipeline:
+        write_pipeline(Path(), name, recipe, target)
+        click.echo(f"{PIPELINE}   a stage for `dvc repro`, `dvc metrics diff`, `dvc exp show`")
     click.echo(f"next  loraflow plan {recipe}   ·   loraflow run {recipe}")
 
 

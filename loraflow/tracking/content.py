@@ -38,8 +38,8 @@ def content_of(store: Store, record: RunRecord) -> RunContent:
     report = store.read_document(f"runs/{record.run}.md")
     if report is not None:
         files["report.md"] = mask(report.decode()).encode()
-    curves = _curves(store, record)
-    losses = [(float(step), value) for name, value, step in curves if name == "train/loss"]
+    training = curves(store, record)
+    losses = [(float(step), value) for name, value, step in training if name == "train/loss"]
     if losses:
         files["loss.svg"] = chart.svg(losses, "training loss").encode()
     files["recipe.yaml"] = mask(record.recipe_text).encode()
@@ -54,7 +54,7 @@ def content_of(store: Store, record: RunRecord) -> RunContent:
         state=record.state,
         tags=_tags(record),
         params=dict(_flatten(record.resolved)),
-        points=[*curves, *_scores(record)],
+        points=[*training, *_scores(record)],
         files=files,
         tables={"answers.json": answers} if answers else {},
     )
@@ -99,7 +99,7 @@ def _key(text: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c in "_-. :/") else "_" for c in text)[:250]
 
 
-def _curves(store: Store, record: RunRecord) -> list[Point]:
+def curves(store: Store, record: RunRecord) -> list[Point]:
     """Return all numbers that training logged, by step."""
     ref = _artifact(store, record, "train", "train")
     if ref is None:
