@@ -36,6 +36,7 @@ from loraflow.tasks.placement import run_on_pool
 from loraflow.tasks.run_here import run_here
 from loraflow.tasks.run_name import mask_parameters, show_name
 from loraflow.tasks.run_record import write_record
+from loraflow.tasks.tracking import mirror_run
 
 log = logging.getLogger("loraflow")
 
@@ -160,7 +161,7 @@ def open_run(
             raise
         finally:
             run.workspace.save()
-            write_record(run, error)
+            mirror_run(run, write_record(run, error), error)
     if any(stage.state == "computed" for stage in run.stages.values()):
         _clean_up(run.workspace)
 

@@ -100,8 +100,8 @@ def as_record(run: Run, state: RunState = "running", error: str | None = None) -
     )
 
 
-def write_record(run: Run, error: BaseException | None) -> None:
-    """Write the run's record. If the store cannot be written to, the run has already failed with that error."""
+def write_record(run: Run, error: BaseException | None) -> RunRecord:
+    """Write and return the run's record. If the store cannot be written to, the run has already failed with that error."""
     if error is None:
         record = as_record(run, "done")
     elif isinstance(error, Pause):  # for a person's approval
@@ -110,6 +110,7 @@ def write_record(run: Run, error: BaseException | None) -> None:
         record = as_record(run, "failed", error_line(error))
     with suppress(OSError, Failure):
         run.workspace.store.write_document(f"runs/{run.id}.json", record.document)
+    return record
 
 
 def error_line(error: BaseException) -> str:

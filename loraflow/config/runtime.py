@@ -34,6 +34,22 @@ class Rendezvous(FrozenModel):
         return self
 
 
+class Mlflow(FrozenModel):
+    """The MLflow server or database that shows runs and the champion. It is a view: the store stays the truth."""
+
+    uri: str | None = Field(
+        None,
+        description="Address such as http://host:5000 or sqlite:///mlflow.db; the default is MLFLOW_TRACKING_URI. "
+        "Give a password by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, not here.",
+    )
+    experiment: str | None = Field(
+        None, description="Name of the experiment; the default is MLFLOW_EXPERIMENT_NAME, else loraflow."
+    )
+    model: Annotated[str, Field(pattern=r"^[^/:'\"]+$")] | None = Field(
+        None, description="Name in MLflow's registry; the default is register.model."
+    )
+
+
 class Runtime(FrozenModel):
     """Where and how a run computes: not part of any fingerprint, but recorded in the manifest."""
 
@@ -116,6 +132,11 @@ class Runtime(FrozenModel):
         10,
         description="Number of champions to keep for each registered model: the one in use, and those before it to which "
         "`loraflow rollback` can return.",
+    )
+
+    mlflow: Mlflow | None = Field(
+        None,
+        description="Send each run to MLflow, and move its alias champion with promotions and rollbacks (extra mlflow).",
     )
 
     @model_validator(mode="after")

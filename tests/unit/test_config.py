@@ -261,7 +261,7 @@ BY_THE_FLOW = {
     "base.chat_template",
     "base.revision", "evaluation.samples", "evaluation.slices", "merge.max_kl", "register.model",
     "gate.lower_is_better", "gate.worst", "gate.behaviour",
-    "gate.primary", "gate.min_gain", "gate.guards", "gate.confidence", "gate.error", "gate.looks", "runtime.store", "runtime.keep", "runtime.keep_champions", "runtime.placement",
+    "gate.primary", "gate.min_gain", "gate.guards", "gate.confidence", "gate.error", "gate.looks", "runtime.store", "runtime.keep", "runtime.keep_champions", "runtime.mlflow.uri", "runtime.mlflow.experiment", "runtime.mlflow.model", "runtime.placement",
     "peft_config.task_type", "publish.repo", "publish.what", "publish.private",
 }  # fmt: skip
 

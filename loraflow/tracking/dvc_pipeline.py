@@ -1,0 +1,27 @@
+"""A `dvc.yaml` whose stage runs a recipe, for people who work with `dvc repro` and `dvc exp`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import yaml
+
+PIPELINE = "dvc.yaml"
+SECTIONS = ("training_config", "peft_config")  # shown by `dvc params diff`, set by `dvc exp run -S`
+
+
+def write_pipeline(folder: Path, name: str, recipe: Path, data: Path) -> None:
+    """Write `dvc.yaml` with one stage: it depends on recipe and data, and has the metrics and plots of `--dvclive`."""
+    text = recipe.as_posix()
+    stage = {
+        "cmd": f"loraflow run {shlex.quote(text)} --dvclive",
+        "deps": [text, data.as_posix()],
+        "params": [{text: list(SECTIONS)}],
+        "metrics": [{"dvclive/metrics.json": {"cache": False}}],
+        "plots": [{"dvclive/plots/metrics": {"cache": False, "x": "step"}}],
+    }
+    # A dot separates stage and file in DVC's addresses.
+    document = {"stages": {name.replace(".", "-"): stage}, "params": ["dvclive/params.yaml"]}
+    header = "# `dvc repro` runs the recipe if it or the data changed; `dvc exp show` compares runs. See docs/dvc.md.\n"
+    (folder / PIPELINE).write_text(header + yaml.safe_dump(document, sort_keys=False, allow_unicode=True), "utf-8")

@@ -1,0 +1,65 @@
+"""A run's scores, settings and curves as files that DVC reads: the layout of dvclive, <https://dvc.org/doc/dvclive>.
+
+The library dvclive is not used: it reads the git repository when it starts, and refuses one without a commit.
+The files have no times and no ids, so a run that finds everything cached writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import yaml
+from pydantic import JsonValue
+
+from loraflow.credentials import mask_json
+from loraflow.registry.runs import RunRecord
+from loraflow.store import Store
+from loraflow.tracking.content import curves
+from loraflow.tracking.dvc_pipeline import PIPELINE
+
+PLOTS = "plots/metrics"
+# What DVC needs to find the files, if no stage of a dvc.yaml names them.
+FILES = {"params": ["params.yaml"], "metrics": ["metrics.json"], "plots": [{PLOTS: {"x": "step"}}]}
+
+
+def write_dvclive(store: Store, record: RunRecord, folder: Path) -> None:
+    """Write `metrics.json`, `params.yaml` and `plots/metrics/**.tsv` of a run that is done, in place of earlier ones."""
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(_metrics(record), indent=1, ensure_ascii=False) + "\n")
+    (folder / "params.yaml").write_text(yaml.safe_dump(_settings(record), allow_unicode=True, sort_keys=True))
+    shutil.rmtree(folder / PLOTS, ignore_errors=True)
+    plots: dict[str, list[str]] = {}
+    for point in curves(store, record):
+        rows = plots.setdefault(point.name, [f"step\t{point.name.rpartition('/')[2]}"])
+        rows.append(f"{point.step}\t{point.value!r}")
+    for name, rows in plots.items():
+        path = folder / PLOTS / f"{name}.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(rows) + "\n")
+    if not _is_in_pipeline(folder):
+        (folder / PIPELINE).write_text(yaml.safe_dump(FILES))
+
+
+def _metrics(record: RunRecord) -> dict[str, JsonValue]:
+    """Return the scores with their intervals by model, set and metric, and whether the model was promoted."""
+    summary = record.summary
+    if summary is None:
+        return {}
+    found: dict[str, JsonValue] = {
+        side: {rows: {name: value.model_dump() for name, value in part.items()} for rows, part in scores.items()}
+        for side, scores in summary.metrics.items()
+        if scores
+    }
+    return {**found, "verdict": summary.decision.verdict} if summary.decision else found
+
+
+def _settings(record: RunRecord) -> dict[str, JsonValue]:
+    """Return the recipe with all defaults, but not the machine's settings."""
+    return {key: mask_json(value) for key, value in record.resolved.items() if key != "runtime"}
+
+
+def _is_in_pipeline(folder: Path) -> bool:
+    pipeline = folder.parent / PIPELINE
+    return pipeline.exists() and f"{folder.name}/metrics.json" in pipeline.read_text(encoding="utf-8")
