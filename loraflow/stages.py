@@ -94,7 +94,8 @@ CHECK_DATASET = Stage(
     # reasoning beside its content is malformed
     # 5: labels such as flase or nein are refused, judgements such as correct: false are honoured, weights are read;
     # `**` in a pattern selects files at any depth, as in a .gitignore
-    version=5,
+    # 6: the sample of data.limit is spread over groups or labels
+    version=6,
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},
@@ -113,6 +114,7 @@ CHECK_DATASET = Stage(
         "loraflow.data.json_text",
         "loraflow.data.tools",
         "loraflow.data.split",
+        "loraflow.data.sampling",
         "loraflow.data.similar",
         "loraflow.data.near_split",
         "loraflow.data.placement",
@@ -274,7 +276,7 @@ MERGE = Stage(
 
 VERIFY = Stage(
     name="verify",
-    version=1,
+    version=2,  # 2: a seeded sample of the held-out rows, not the first ones
     module="loraflow.adapters.verify",
     config=configs.VerifyConfig,
     inputs={
@@ -285,6 +287,8 @@ VERIFY = Stage(
     },
     code=(
         "loraflow.adapters.verify",
+        "loraflow.data.sampling",
+        "loraflow.data.split",
         "loraflow.adapters.logits",
         "loraflow.adapters.nf4",
         "loraflow.base.architecture",
@@ -301,13 +305,15 @@ EVALUATE = Stage(
     # 2: the common prefix of the prompts is computed once; the last bits of a loss may differ
     # 3: evaluation.max_rows is a seeded sample; intervals of token-weighted means, and of rows in groups; only the token
     # that closes an answer ends it
-    version=4,  # 4: attention logits are capped with transformers 5.17 too (Gemma 2)
+    # 4: attention logits are capped with transformers 5.17 too (Gemma 2)
+    version=5,  # 5: the sample of max_rows is spread over groups or labels
     module="loraflow.evaluation.score",
     config=configs.EvaluateConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, part="heldout")},
     code=(
         "loraflow.evaluation.score",
         "loraflow.data.call_parser",
+        "loraflow.data.sampling",
         "loraflow.data.split",
         "loraflow.evaluation.generation",
         "loraflow.data.positions",
@@ -319,6 +325,7 @@ EVALUATE = Stage(
         "loraflow.evaluation.greedy_decoding",
         "loraflow.evaluation.intervals",
         "loraflow.evaluation.groups",
+        "loraflow.evaluation.label_scores",
         "loraflow.evaluation.metric_modules",
         "loraflow.evaluation.values",
         "loraflow.hardware.process_group",
