@@ -94,7 +94,8 @@ CHECK_DATASET = Stage(
     # reasoning beside its content is malformed
     # 5: labels such as flase or nein are refused, judgements such as correct: false are honoured, weights are read;
     # `**` in a pattern selects files at any depth, as in a .gitignore
-    # 6: training rows of a group that a held-out file has are left out; the group 7.0 of a Parquet file is 7
+    # 6: training rows of a group that a held-out file has are left out; the group 7.0 of a Parquet file is 7; the sample of
+    # data.limit is spread over groups or labels
     version=6,
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
@@ -114,6 +115,7 @@ CHECK_DATASET = Stage(
         "loraflow.data.json_text",
         "loraflow.data.tools",
         "loraflow.data.split",
+        "loraflow.data.sampling",
         "loraflow.data.similar",
         "loraflow.data.group_leaks",
         "loraflow.data.near_prompts",
@@ -286,7 +288,7 @@ MERGE = Stage(
 
 VERIFY = Stage(
     name="verify",
-    version=1,
+    version=2,  # 2: a seeded sample of the held-out rows, not the first ones
     module="loraflow.adapters.verify",
     config=configs.VerifyConfig,
     inputs={
@@ -297,6 +299,8 @@ VERIFY = Stage(
     },
     code=(
         "loraflow.adapters.verify",
+        "loraflow.data.sampling",
+        "loraflow.data.split",
         "loraflow.adapters.logits",
         "loraflow.adapters.nf4",
         "loraflow.base.architecture",
@@ -314,13 +318,16 @@ EVALUATE = Stage(
     # 3: evaluation.max_rows is a seeded sample; intervals of token-weighted means, and of rows in groups; only the token
     # that closes an answer ends it
     # 4: attention logits are capped with transformers 5.17 too (Gemma 2)
-    version=5,  # 5: answers one at a time where padding changes them; logits as untested architectures compute them
+    # 5: answers one at a time where padding changes them; logits as untested architectures compute them; the sample of
+    # max_rows is spread over groups or labels
+    version=5,
     module="loraflow.evaluation.score",
     config=configs.EvaluateConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, part="heldout")},
     code=(
         "loraflow.evaluation.score",
         "loraflow.data.call_parser",
+        "loraflow.data.sampling",
         "loraflow.data.split",
         "loraflow.evaluation.generation",
         "loraflow.evaluation.padding_check",
@@ -333,6 +340,7 @@ EVALUATE = Stage(
         "loraflow.evaluation.greedy_decoding",
         "loraflow.evaluation.intervals",
         "loraflow.evaluation.groups",
+        "loraflow.evaluation.label_scores",
         "loraflow.evaluation.metric_modules",
         "loraflow.evaluation.values",
         "loraflow.hardware.process_group",

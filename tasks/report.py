@@ -13,6 +13,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from pydantic import JsonValue
 
+from loraflow.data.chats import GATE_SET
 from loraflow.evaluation.values import Decision, scores_to_dict
 from loraflow.execution.results import PipelineResult
 from loraflow.failures import CorruptArtifact
@@ -32,6 +33,7 @@ log = logging.getLogger("loraflow")
 def publish_report(run: Run, result: PipelineResult, decision: Decision, summary: RunSummary) -> None:
     """Publish the report in the UI, and keep it beside the run's record."""
     recipe = run.workspace.recipe
+    tuned = evaluation_report(run, result.tuned_scores)
     report = RunReport(
         run=run.id,
         recipe=recipe.name,
@@ -39,10 +41,11 @@ def publish_report(run: Run, result: PipelineResult, decision: Decision, summary
         scores=model_scores(run, result),
         confidence=recipe.evaluation.confidence,
         losses=_losses(run, result.adapter),
-        samples=evaluation_report(run, result.tuned_scores).samples[: recipe.evaluation.samples],
+        samples=tuned.samples[: recipe.evaluation.samples],
         stages=summary.stages,
         rows=summary.rows,
         slices=_slices(run, result),
+        confusions=tuned.confusions.get(GATE_SET, ()),
         store=run.workspace.store.uri,
         adapter=summary.adapter,
         merged=summary.merged,
@@ -66,6 +69,7 @@ def publish_scores(run: Run, model: str, folder: Path, scores: Ref) -> dict[str,
         folder=str(folder),
         table=str(table),
         available=report.available,
+        confusions=report.confusions,
     )
     _publish(run, text, text, "scores")
     return {"model": str(folder), "metrics": scores_to_dict(metrics), "uri": str(table.parent)}

@@ -13,9 +13,14 @@ from pathlib import Path
 
 from loraflow.adapters.logits import MAX_TOKENS, compare_logits, model_logits, trained_logits
 from loraflow.config.stage_configs import VerifyConfig
+from loraflow.data.chats import ChatRecord
+from loraflow.data.sampling import label_values, spread_sample
+from loraflow.data.split import prompt_key
 from loraflow.failures import LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
+
+SEED = 0  # of the sample of rows: no setting, because any rows will do
 
 
 def run(job: Job[VerifyConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
@@ -26,8 +31,7 @@ def run(job: Job[VerifyConfig], inputs: Inputs, out: Path, progress: Progress) -
     from loraflow.data.loss_mask import ChatTemplate, name_row
 
     trust = job.config.trust_remote_code
-    with (inputs["rows"] / "heldout.jsonl").open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line, _ in zip(file, range(job.config.prompts), strict=False)]
+    rows = sample_rows(inputs["rows"] / "heldout.jsonl", job.config.prompts)
     with name_row([row.get("place", "") for row in rows]):
         chats = ChatTemplate(inputs["base"]).encode([row["messages"] for row in rows], "last_assistant", "context")
     batches = [torch.tensor(chat.ids[:MAX_TOKENS].tolist())[None] for chat in chats]
@@ -40,6 +44,16 @@ def run(job: Job[VerifyConfig], inputs: Inputs, out: Path, progress: Progress) -
     (out / "report.json").write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
     progress(done=2, total=2)
     return Summary(figures=figures, report=figures)
+
+
+def sample_rows(file: Path, size: int) -> list[ChatRecord]:
+    """Return a seeded sample of held-out rows, spread over the sets and, in classification sets, over the labels."""
+    with file.open(encoding="utf-8") as lines:
+        rows: list[ChatRecord] = [json.loads(line) for line in lines]
+    labels = label_values([row["messages"][-1]["content"] or "" for row in rows]) or [""] * len(rows)
+    values = [json.dumps([row["set"], label]) for row, label in zip(rows, labels, strict=True)]
+    keys = [prompt_key(row["messages"]) for row in rows]
+    return [rows[number] for number in spread_sample(keys, values, size, SEED, "verify")]
 
 
 def check_limits(report: Mapping[str, float], max_kl: float) -> None:

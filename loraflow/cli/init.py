@@ -17,6 +17,7 @@ from loraflow.cli.data import marked_lines, unread_keys
 from loraflow.cli.init_settings import SizeSettings, choose_heldout_fraction, choose_settings
 from loraflow.data.near_split import near_policy
 from loraflow.data.rendered_calls import call_text, tools_text
+from loraflow.data.sampling import label_values
 from loraflow.data.split import in_share, prompt_key
 from loraflow.failures import BadConfig, BadData
 
@@ -104,9 +105,7 @@ FEW = 20  # rows up to which init warns before anything else
     help="gpu-team adds a work pool for a GPU machine, and a bucket as the store, commented out.",
 )
 @click.option("--dvc-pipeline", is_flag=True, help="Also write dvc.yaml, for `dvc repro` and `dvc exp run`.")
-def init(
-    data_file: Path, base: str, columns: str | None, name: str | None, template: str, dvc_pipeline: bool
-) -> None:
+def init(data_file: Path, base: str, columns: str | None, name: str | None, template: str, dvc_pipeline: bool) -> None:
     """Write configs/NAME.yaml, a data folder with its .dvc file, and prefect.yaml, from a file or folder of chats."""
     quiet_logging()
     from loraflow.cli.init_columns import choose_columns
@@ -221,6 +220,7 @@ def _recipe(
     answers = [chat[-1]["content"] for chat in chats]
     longest_answer = max(len(chat[-1]["content"] + call_text(chat[-1])) for chat in chats) // 3 + 8
     as_json = all(_is_object(answer) for answer in answers)
+    are_labels = not as_json and label_values(answers) is not None
     train, heldout, _ = _split_by_name(names)
     small = base.startswith("bundled:")
     max_length = min(2048, max(256, 1 << (longest - 1).bit_length()))
@@ -261,12 +261,18 @@ def _recipe(
         why_packing="several short chats share a row; attention stays inside each chat"
         if size.packing or small
         else "packed, these chats would be too few rows for enough steps",
-        metrics="token_loss, exact_match, json_fields" if as_json else "token_loss, exact_match, token_f1, rouge, chrf",
+        metrics="token_loss, exact_match, json_fields"
+        if as_json
+        else "token_loss, labels"  # few short answers: accuracy, macro-F1, confusions
+        if are_labels
+        else "token_loss, exact_match, token_f1, rouge, chrf",
         new_tokens=min(1024, max(32, 1 << (longest_answer - 1).bit_length())),
         longest_answer=longest_answer,
         primary="field_f1" if as_json else "token_loss",
         guards=f"{{json_valid: {_margin(len(chats), 0.01)}}}"
         if as_json
+        else f"{{accuracy: {_margin(len(chats), 0.02)}}}"
+        if are_labels
         else f"{{rougeL: {_margin(len(chats), 0.02)}}}",
     )
 

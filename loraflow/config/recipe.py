@@ -34,6 +34,7 @@ Positive = Annotated[int, Field(ge=1)]
 SCORES = {
     "token_loss": {"token_loss"},
     "exact_match": {"exact_match"},
+    "labels": {"accuracy"},
     "token_f1": {"token_f1"},
     "chrf": {"chrf"},
     "rouge": {"rouge1", "rouge2", "rougeL", "rougeLsum"},
@@ -392,7 +393,7 @@ class Merge(FrozenModel):
         description="Largest allowed difference between the merged model and base plus adapter (mean KL, nats per token). "
         "The run stops above it.",
     )
-    verify_prompts: Positive = Field(8, description="Number of held-out prompts for this comparison.")
+    verify_prompts: Positive = Field(8, description="Number of held-out prompts for this comparison: a seeded sample.")
 
 
 class WorstRule(FrozenModel):
@@ -517,6 +518,11 @@ class Recipe(FrozenModel):
         if all(name in SCORES for name in self.evaluation.metrics):
             scored = {"stops"}.union(*(SCORES[name] for name in self.evaluation.metrics))
             for name in (self.gate.primary, *self.gate.guards, *self.gate.worst):
+                if name == "macro_f1":
+                    raise ValueError(
+                        "the gate names macro_f1, which is no mean over rows, so models cannot be compared by it row by "
+                        "row; use accuracy"
+                    )
                 if name not in scored:
                     raise ValueError(
                         f"the gate names {name}, which is not a score of evaluation.metrics; its scores are "

@@ -265,6 +265,8 @@ class TrainConfig(StageConfig):
     peft_config: TrainedPeftConfig
     loralib_config: LoralibConfig = LoralibConfig()  # set only with method: loralib
     base: FrozenBaseConfig
+    # How validation losses are computed; set only with load_best_model_at_end, where they choose the checkpoint.
+    validation_loss: Literal["mean over tokens"] | None = None
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
@@ -277,7 +279,7 @@ class TrainConfig(StageConfig):
         if training.load_best_model_at_end and training.eval_strategy == "steps" and training.eval_steps is None:
             identity["eval_steps"] = training.logging_steps  # what transformers falls back to
         base_fields = {"dtype", "quantization", "trust_remote_code"}
-        values = {
+        values: dict[str, Any] = {
             "method": recipe.method,
             "training_config": {**identity, "global_batch": training.global_batch},
             # Set only if it is used, so that the fingerprints of other recipes stay.
@@ -286,6 +288,8 @@ class TrainConfig(StageConfig):
             ),
             "base": base.model_dump(include=base_fields | ({"double_quantization"} if base.quantization else set())),
         }
+        if training.load_best_model_at_end:
+            values["validation_loss"] = "mean over tokens"
         if recipe.method == "loralib":
             values["loralib_config"] = recipe.loralib_config.model_dump()
         return cls.of(values)

@@ -26,8 +26,9 @@ from loraflow.data.near_split import Clusters, ValidRow, draw_split, place_near
 from loraflow.data.placement import Split
 from loraflow.data.readers import Row, is_partly_learned, match_files, read_rows
 from loraflow.data.reasoning import NOT_RENDERED, reasoning_key, without_reasoning
+from loraflow.data.sampling import label_values, spread_sample
 from loraflow.data.similar import CheckedRow, find_similar, is_last_learned
-from loraflow.data.split import draw, group_key, prompt_key, row_id, sample
+from loraflow.data.split import draw, group_key, prompt_key, row_id
 from loraflow.data.tools import dataset_tools
 from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
@@ -287,11 +288,14 @@ def _hold_out_one(splits: Splits, reading: _Reading, config: CheckDatasetConfig)
 
 
 def _limit(splits: Splits, reading: _Reading, config: CheckDatasetConfig) -> None:
-    """Keep a seeded sample of the training rows (data.limit)."""
+    """Keep a seeded sample of the training rows, spread over groups or labels (data.limit)."""
     rows = splits["train"]
     if config.limit and config.limit < len(rows):
         reading.counts["over_limit"] = len(rows) - config.limit
-        splits["train"] = [rows[n] for n in sample([row.prompt for row in rows], config.limit, config.seed, "limit")]
+        groups = [row.record.get("group", "") for row in rows]
+        values = groups if any(groups) else label_values([row.record["messages"][-1]["content"] or "" for row in rows])
+        taken = spread_sample([row.prompt for row in rows], values, config.limit, config.seed, "limit")
+        splits["train"] = [rows[n] for n in taken]
 
 
 def assign_files(files: Path, config: CheckDatasetConfig) -> dict[str, list[str]]:

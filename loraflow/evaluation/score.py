@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +15,11 @@ import numpy as np
 
 from loraflow.config.stage_configs import EvaluateConfig
 from loraflow.data.chats import GATE_SET, Message
-from loraflow.data.split import prompt_key, sample
+from loraflow.data.sampling import label_values, spread_sample
+from loraflow.data.split import prompt_key
 from loraflow.evaluation.groups import group_labels
 from loraflow.evaluation.intervals import Interval, mean_interval
+from loraflow.evaluation.label_scores import confusions, macro_f1
 from loraflow.evaluation.values import RANGES, EvaluationReport, MetricValue, Sample, Scores, SetScores, scores_to_dict
 from loraflow.failures import BadData, BadModel
 from loraflow.hardware.device import pick_device
@@ -80,7 +82,10 @@ def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress)
     table = table.assign(**_row_scores(table, config))
     _require_finite(table)
     table.to_parquet(out / "scores.parquet", index=False)
-    scores = {str(name): summarise(part, config.confidence, config.seed) for name, part in table.groupby("set")}
+    scores = {
+        str(name): summarise(part, config.confidence, config.seed, with_labels="labels" in config.metrics)
+        for name, part in table.groupby("set")
+    }
     text = json.dumps(scores_to_dict(scores), indent=1, sort_keys=True) + "\n"
     (out / "metrics.json").write_text(text, encoding="utf-8")
     report = EvaluationReport(
@@ -89,6 +94,12 @@ def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress)
         available=available,
         control_tokens=computed.control_tokens,
         longest=computed.longest,
+        confusions={
+            str(name): confusions(part["answer"].tolist(), part["reference"].tolist())
+            for name, part in table.groupby("set")
+        }
+        if "labels" in config.metrics
+        else {},
     )
     return Summary(figures=_figures(scores), report=report.to_dict())
 
@@ -96,31 +107,40 @@ def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress)
 def read_rows(file: Path, max_rows: int | None, seed: int) -> tuple[list[HeldoutRow], dict[str, int]]:
     """Return the held-out rows in the order of the file, and how many there are of each set.
 
-    At most `max_rows` of a set are returned: a seeded sample, so that a file that is sorted by label gives all labels.
+    At most `max_rows` of a set are returned: a seeded sample, in which each group, or each label of a classification set,
+    has its share of the set.
 
     Raises:
         BadData: there are none.
     """
     with file.open(encoding="utf-8") as lines:
-        values = [json.loads(line) for line in lines]
+        rows, available = sampled_rows(lines, max_rows, seed)
+    if not rows:
+        raise BadData("There are no held-out rows.", where="evaluate", next_step="see data.heldout")
+    return rows, available
+
+
+def sampled_rows(lines: Iterable[str], max_rows: int | None, seed: int) -> tuple[list[HeldoutRow], dict[str, int]]:
+    """Return the rows of heldout.jsonl that are scored, and how many there are of each set; see `read_rows`."""
+    values = [json.loads(line) for line in lines]
     rows = [
         HeldoutRow(row["id"], row["set"], row["messages"], row.get("place", ""), row.get("group")) for row in values
     ]
-    if not rows:
-        raise BadData("There are no held-out rows.", where="evaluate", next_step="see data.heldout")
     sets: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         sets.setdefault(row.set, []).append(number)
     available = {name: len(numbers) for name, numbers in sets.items()}
     if max_rows is None:
         return rows, available
-    keys = [prompt_key(row.messages) for row in rows]
-    taken = (
-        numbers[n]
-        for numbers in sets.values()
-        for n in sample([keys[number] for number in numbers], max_rows, seed, "max_rows")
-    )
+    taken = (numbers[n] for numbers in sets.values() for n in _sample([rows[n] for n in numbers], max_rows, seed))
     return [rows[number] for number in sorted(taken)], available
+
+
+def _sample(rows: list[HeldoutRow], size: int, seed: int) -> list[int]:
+    """Return the positions of a sample of a set's rows."""
+    groups = [row.group or "" for row in rows]
+    values = groups if any(groups) else label_values([row.messages[-1]["content"] or "" for row in rows])
+    return spread_sample([prompt_key(row.messages) for row in rows], values, size, seed, "max_rows")
 
 
 def _ask_model(
@@ -271,7 +291,7 @@ def score_columns(table: pd.DataFrame) -> list[str]:
     return [name for name in table.columns if name not in _ROW_COLUMNS]
 
 
-def summarise(table: pd.DataFrame, confidence: float, seed: int) -> SetScores:
+def summarise(table: pd.DataFrame, confidence: float, seed: int, *, with_labels: bool = False) -> SetScores:
     """Return the value of each metric on one set's rows."""
     scores, groups = {}, group_labels(table)
     for name in score_columns(table):
@@ -281,6 +301,9 @@ def summarise(table: pd.DataFrame, confidence: float, seed: int) -> SetScores:
         scores[name] = _metric_value(interval, table)
         if name == "token_loss":
             scores["perplexity"] = _metric_value(Interval(*(float(np.exp(bound)) for bound in interval)), table)
+    if with_labels:
+        answers, references = table["answer"].tolist(), table["reference"].tolist()
+        scores["macro_f1"] = _metric_value(macro_f1(answers, references, groups, confidence, seed), table)
     stops = (table["finish"] == "stop").to_numpy(dtype=float)
     scores["stops"] = _metric_value(mean_interval(stops, confidence, seed, groups=groups), table)
     return scores

@@ -15,7 +15,9 @@ from pydantic.dataclasses import dataclass
 
 from loraflow.frozen import StoredModel
 
-BINARY = frozenset({"exact_match", "json_valid", "stops", "tool_name", "valid_call_rate"})  # scores of 0 and 1
+BINARY = frozenset(
+    {"exact_match", "accuracy", "json_valid", "stops", "tool_name", "valid_call_rate"}
+)  # scores of 0 and 1
 # Scores between 0 and this number. A score that is not here, or is outside, has no known range.
 RANGES = {
     **dict.fromkeys(BINARY, 1.0),
@@ -57,6 +59,16 @@ class Sample(StoredModel):
     answer: str
 
 
+class Confusion(StoredModel):
+    """A label that is often answered wrongly, and the wrong answer that is given most often."""
+
+    label: str
+    rows: int  # of this label
+    wrong: int
+    as_label: str  # a label of the set, or (no label)
+    as_count: int
+
+
 class EvaluationReport(StoredModel):
     """The report in the manifest of an evaluate artifact."""
 
@@ -65,6 +77,7 @@ class EvaluationReport(StoredModel):
     available: Mapping[str, int] = {}  # held-out rows of each set, of which at most evaluation.max_rows are scored
     control_tokens: int = 0  # scored rows with a control token in a message's text
     longest: int = 0  # tokens of the longest scored row
+    confusions: Mapping[str, tuple[Confusion, ...]] = {}  # set → its worst labels; with the metric `labels` only
 
     @classmethod
     def from_dict(cls, report: Mapping[str, JsonValue]) -> Self:
@@ -77,13 +90,17 @@ class EvaluationReport(StoredModel):
 
     def to_dict(self) -> dict[str, JsonValue]:
         """Return the report as JSON values."""
-        return {
+        confusions: dict[str, JsonValue] = {
+            name: [one.model_dump() for one in found] for name, found in self.confusions.items()
+        }
+        values: dict[str, JsonValue] = {
             "metrics": scores_to_dict(self.metrics),
             "samples": [sample.model_dump() for sample in self.samples],
             "available": dict(self.available),
             "control_tokens": self.control_tokens,
             "longest": self.longest,
         }
+        return {**values, "confusions": confusions} if confusions else values
 
 
 @dataclasses.dataclass(frozen=True)

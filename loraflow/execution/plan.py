@@ -154,7 +154,7 @@ def gate_power(workspace: Workspace) -> GatePower | None:
     rows = look_up(store, workspace.job(CHECK_DATASET, {"dataset": dataset})).ref if dataset else None
     if rows is None:
         return None
-    keys = _heldout_keys(store.read(rows, "heldout.jsonl"), recipe.evaluation.max_rows)
+    keys = _heldout_keys(store.read(rows, "heldout.jsonl"), recipe.evaluation.max_rows, recipe.evaluation.seed)
     if not keys:
         return None
     gate = recipe.gate
@@ -173,14 +173,12 @@ def gate_power(workspace: Workspace) -> GatePower | None:
     )
 
 
-def _heldout_keys(lines: bytes, max_rows: int | None) -> list[str]:
-    """Return the keys of the rows that the gate will compare."""
-    keys: list[str] = []
-    for line in lines.decode().splitlines():
-        row = json.loads(line)
-        if row["set"] == GATE_SET and (max_rows is None or len(keys) < max_rows):
-            keys.append(row_key(json.dumps(row["messages"][:-1], ensure_ascii=False)))
-    return keys
+def _heldout_keys(lines: bytes, max_rows: int | None, seed: int) -> list[str]:
+    """Return the keys of the rows that the gate will compare: those that evaluate scores."""
+    from loraflow.evaluation.score import sampled_rows
+
+    rows, _ = sampled_rows(lines.decode().removesuffix("\n").split("\n") if lines else [], max_rows, seed)
+    return [row_key(json.dumps(row.messages[:-1], ensure_ascii=False)) for row in rows if row.set == GATE_SET]
 
 
 def _vocabulary(workspace: Workspace) -> int:

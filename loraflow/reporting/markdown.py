@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from loraflow.evaluation.values import Decision, MetricValue, ModelScores, Sample, Scores, SetScores, Verdict
+from loraflow.evaluation.values import Confusion, Decision, MetricValue, ModelScores, Sample, Scores, SetScores, Verdict
 from loraflow.identity import short
 from loraflow.registry.runs import RowsSummary
 from loraflow.reporting import chart
@@ -34,6 +34,7 @@ APPROVAL = (
 )
 
 NO_COUNTS: Mapping[str, int] = MappingProxyType({})
+NO_CONFUSIONS: Mapping[str, Sequence[Confusion]] = MappingProxyType({})
 T = TypeVar("T")
 
 
@@ -78,6 +79,7 @@ class RunReport:
     merged: str
     rows: RowsSummary | None = None
     slices: Sequence[Slice] = ()  # by evaluation.slices
+    confusions: Sequence[Confusion] = ()  # the tuned model's worst labels in the gate's set
 
 
 def run_report(report: RunReport, *, image: bool = False) -> str:
@@ -98,6 +100,7 @@ def run_report(report: RunReport, *, image: bool = False) -> str:
     lines += _behaviour(decision)
     lines += _rows(report.rows)
     lines += _training_loss(report.losses, image=image)
+    lines += _confusions(report.confusions)
     lines += _answers(report.samples)
     lines += _lineage(report.stages, report.store)
     lines += ["## Files", "", "Adapter:", "", *_code(report.adapter), "Merged model:", "", *_code(report.merged)]
@@ -114,6 +117,7 @@ def scores_report(
     folder: str,
     table: str,
     available: Mapping[str, int] = NO_COUNTS,
+    confusions: Mapping[str, Sequence[Confusion]] = NO_CONFUSIONS,
 ) -> str:
     """Return the report of one model's scores.
 
@@ -125,6 +129,7 @@ def scores_report(
         folder: the location of the model.
         table: the location of the score table.
         available: held-out rows of each set, of which a sample is scored.
+        confusions: the worst labels of each set.
     """
     lines = [f"# Scores of {model}, recipe {recipe}", ""]
     for rows, part in _gate_set_first(scores):
@@ -132,6 +137,7 @@ def scores_report(
         of = f" of {available[rows]}" if available.get(rows, count) != count else ""
         lines += [f"## {rows} ({count}{of} rows)", "", "| metric | value |", "|---|---|"]
         lines += [*(f"| {name} | {value} |" for name, value in part.items()), ""]
+        lines += _confusions(confusions.get(rows, ()))
     lines += [_intervals(confidence), "", "Model:", "", *_code(folder), "Scores of each row:", "", *_code(table)]
     return "\n".join(lines)
 
@@ -211,6 +217,16 @@ def _rows(rows: RowsSummary | None) -> list[str]:
         return []
     counts = [f"| {count.what.strip()} | {count.rows:,} |" for count in rows.counts]
     return ["## Rows", "", "| rows | |", "|---|---:|", *counts, "", *_items(map(quote, rows.notes)), ""]
+
+
+def _confusions(confusions: Sequence[Confusion]) -> Iterator[str]:
+    if not confusions:
+        return
+    yield from ("### Worst labels", "", "| label | rows | wrong | most often taken for |", "|---|---:|---:|---|")
+    for one in confusions:
+        name, other = (quote(text[:80]).replace("|", "\\|") for text in (one.label, one.as_label))
+        yield f"| {name} | {one.rows} | {one.wrong} | {other} ({one.as_count}) |"
+    yield ""
 
 
 def _answers(samples: Sequence[Sample]) -> Iterator[str]:

@@ -138,6 +138,37 @@ class StockTrainer(LoraPlusTrainer):
         )
         return loss
 
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Grid],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Return the mean -log p of the supervised tokens of the validation rows, weighted as in training.
+
+        Trainer's own loop returns the mean of the batches' means. Each device computes all rows: its sampler would repeat
+        rows, so that all devices have equally many.
+        """
+        assert self.eval_dataset is not None
+        model = self.model.eval()
+        total, weight, rows = 0.0, 0.0, len(self.eval_dataset)
+        for first in range(0, rows, self.args.per_device_eval_batch_size):
+            last = min(rows, first + self.args.per_device_eval_batch_size)
+            inputs = self._prepare_inputs(self.data_collator([self.eval_dataset[row] for row in range(first, last)]))
+            if "loss_weights" in inputs:
+                share = float(label_weights(inputs).sum(dtype=torch.float64))
+            else:
+                share = float((inputs["labels"][:, 1:] != IGNORED).sum())
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, inputs)
+            assert isinstance(loss, torch.Tensor)
+            total += float(loss) * share if share else 0.0
+            weight += share
+        metrics = {f"{metric_key_prefix}_loss": total / (weight or 1)}
+        return EvalLoopOutput(None, None, metrics, rows)  # type: ignore[arg-type]
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 

@@ -107,9 +107,9 @@ def test_equal_weights_train_as_no_weights(base, tmp_path):  # noqa: F811
     assert one[1] == pytest.approx(two[1], abs=2e-4) and same(one[0], two[0], 2e-5)
 
 
-def test_the_validation_loss_is_the_weighted_mean_in_both_engines(base, tmp_path):  # noqa: F811
+def test_the_validation_loss_is_the_weighted_mean_over_all_batches_in_both_engines(base, tmp_path):  # noqa: F811
     options = {"data__validation_fraction": 0.1, "training_config__eval_strategy": "steps",
-               "training_config__eval_steps": 6, "training_config__per_device_eval_batch_size": 5, "training_config__learning_rate": 1e-9}  # fmt: skip
+               "training_config__eval_steps": 6, "training_config__per_device_eval_batch_size": 2, "training_config__learning_rate": 1e-9}  # fmt: skip
     shards = tokenize(base, tmp_path, **options)
     found = []
     for engine in ("fast", "stock"):

@@ -32,9 +32,9 @@ def parts(tmp_path_factory):
     return {"base": base, "adapter": adapter.parent, "rows": folder / "rows", "merged": folder / "merged"}
 
 
-def report_on(parts, out, **overrides):
+def report_on(parts, out, prompts=4, **overrides):
     facets = REF.model_copy(update={"facets": {"adapter": "d", "heldout": "d"}})
-    job = make_job("verify", recipe(merge__verify_prompts=4, **overrides), dict.fromkeys(parts, facets))
+    job = make_job("verify", recipe(merge__verify_prompts=prompts, **overrides), dict.fromkeys(parts, facets))
     out.mkdir()
     report = verify.run(job, Inputs(parts), out, Progress()).report
     assert report == json.loads((out / "report.json").read_text())
@@ -45,11 +45,11 @@ def test_the_distance_equals_one_computed_from_the_logits(parts, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    report = report_on(parts, tmp_path / "out")
+    report = report_on(parts, tmp_path / "out", prompts=6)
     tokenizer = AutoTokenizer.from_pretrained(parts["base"])
     wide = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # noqa: E731
     one, two = PeftModel.from_pretrained(wide(parts["base"]), str(parts["adapter"] / "adapter")), wide(parts["merged"])
-    rows = [json.loads(line)["messages"] for line in (parts["rows"] / "heldout.jsonl").read_text().splitlines()[:4]]
+    rows = [json.loads(line)["messages"] for line in (parts["rows"] / "heldout.jsonl").read_text().splitlines()]
     kl, largest = [], 0.0
     for messages in rows:
         ids = torch.tensor([tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]])
@@ -84,3 +84,16 @@ def test_merge_and_verify_run_in_separate_processes():
     assert STAGES["merge"].in_worker and STAGES["verify"].in_worker, (
         "what a merge left in memory is not what is compared"
     )
+
+
+def test_verify_compares_rows_of_each_set_and_label_not_the_first_ones(tmp_path):
+    file = tmp_path / "heldout.jsonl"
+    sets = [("hard", "yes")] * 40 + [("heldout", "yes")] * 20 + [("heldout", "no")] * 20
+    file.write_text("".join(
+        json.dumps({"id": str(n), "set": name, "place": "", "messages": [
+            {"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": label}]}) + "\n"
+        for n, (name, label) in enumerate(sets)))  # fmt: skip
+    taken = verify.sample_rows(file, 8)
+    found = [(row["set"], row["messages"][-1]["content"]) for row in taken]
+    assert found == [("hard", "yes")] * 4 + [("heldout", "yes")] * 2 + [("heldout", "no")] * 2
+    assert [row["id"] for row in taken[:4]] != ["0", "1", "2", "3"] and taken == verify.sample_rows(file, 8)

@@ -1,0 +1,55 @@
+"""Seeded samples of rows, spread over the values of the rows: sets, groups, or the labels of a classification set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loraflow.data.split import draw, sample
+
+# A set is a classification set if its answers are few and short, and each of them has several rows on average.
+MAX_LABELS = 1000
+MAX_LABEL_CHARACTERS = 80
+ROWS_PER_LABEL = 3
+
+
+def label_values(answers: Sequence[str]) -> list[str] | None:
+    """Return the label of each row of a classification set; None if its answers are no labels.
+
+    Args:
+        answers: the last answer of each row.
+    """
+    labels = [answer.strip() for answer in answers]
+    different = set(labels)
+    if not 2 <= len(different) <= min(MAX_LABELS, len(labels) / ROWS_PER_LABEL):
+        return None
+    return labels if all(len(label) <= MAX_LABEL_CHARACTERS and "\n" not in label for label in different) else None
+
+
+def spread_sample(keys: Sequence[str], values: Sequence[str] | None, size: int, seed: int, purpose: str) -> list[int]:
+    """Return the positions of a seeded sample in which each value has its share of all rows, in ascending order.
+
+    A value gets the whole part of its share. The rows that are left go to the largest fractional parts, so that the mean
+    over the sample estimates the mean over all rows. Within a value, the rows with the smallest random numbers are taken:
+    adding rows changes few rows of the sample.
+
+    Args:
+        keys: a key of each row, such as its prompt key.
+        values: the value of each row; None for a sample that looks at no value.
+        size: the number of rows to take.
+        seed: the seed.
+        purpose: each purpose is an independent draw.
+    """
+    if values is None or size >= len(keys):
+        return sample(keys, size, seed, purpose)
+    rows: dict[str, list[int]] = {}
+    for number, value in enumerate(values):
+        rows.setdefault(value, []).append(number)
+    quota = {value: size * len(numbers) // len(keys) for value, numbers in rows.items()}
+    order = sorted(rows, key=lambda value: (-(size * len(rows[value]) % len(keys)), draw(value, seed, purpose), value))
+    for value in order[: size - sum(quota.values())]:
+        quota[value] += 1
+    return sorted(
+        numbers[n]
+        for value, numbers in rows.items()
+        for n in sample([keys[number] for number in numbers], quota[value], seed, purpose)
+    )
