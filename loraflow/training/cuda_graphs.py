@@ -41,7 +41,7 @@ class GraphedPass:
         self.sums = [torch.zeros_like(parameter) for parameter in trained]
         self.graphs: dict[Key, _Graph] = {}
         self.is_on = True
-        self._pool: tuple[int, int] | None = None
+        self._pool = torch.cuda.graph_pool_handle()  # all graphs share their memory, because one runs at a time
         self._root = torch.zeros((), device=trained[0].device, requires_grad=True)  # so that autograd calls `_Replay`
 
     def start_step(self) -> None:
@@ -95,7 +95,6 @@ class GraphedPass:
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward, pool=self._pool):
             out = self.body(fixed, numbers)
-        self._pool = self._pool or forward.pool()
         slope = torch.zeros_like(out)
         with torch.cuda.graph(backward, pool=self._pool):
             torch._foreach_add_(self.sums, torch.autograd.grad(out, self.trained, slope))
