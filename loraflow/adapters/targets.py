@@ -15,7 +15,7 @@ from loraflow.config.recipe import PeftConfig
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 ALL_LINEAR = "all-linear"
@@ -43,6 +43,14 @@ class Targets:
         if self.experts:
             parts.append(f"experts without an adapter: {_counted(self.experts)}")
         return "; ".join(parts)
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Tell whether a model's config counts experts, by any of the names that architectures use. DBRX nests the count."""
+    text = config.get_text_config()
+    return any(
+        getattr(part, name, None) for part in (text, getattr(text, "ffn_config", None)) for name in _EXPERT_COUNTS
+    )
 
 
 def find_targets(model: PreTrainedModel, peft_config: PeftConfig) -> Targets:
@@ -84,7 +92,7 @@ def not_adapted_by_all_linear(model: PreTrainedModel) -> dict[str, str]:
     """Return the linear modules, other than the head, that all-linear leaves out, with the reason."""
     text = model.config.get_text_config()
     decoder = "" if text is model.config else _name_of(model, model.get_decoder())
-    routed = any(getattr(text, name, None) for name in _EXPERT_COUNTS)
+    routed = has_experts(model.config)
     experts = names_of_experts(model)
     found = {}
     for name, module in model.named_modules():

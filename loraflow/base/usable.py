@@ -23,6 +23,9 @@ _OTHER_TASKS = {
 }
 _WHERE = "base.model"
 _ANOTHER = "choose a model for text generation; its architecture ends in ForCausalLM"
+_WITH_DECODER = frozenset(
+    {"bart", "mbart", "mvp"}
+)  # listed for masked language models, but their causal class is a decoder
 
 
 def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: bool = False) -> None:
@@ -123,7 +126,8 @@ def refuse_unknown_architecture(config: Mapping[str, JsonValue], *, trust: bool)
     )
 
     kind = str(config.get("model_type"))
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and config.get("is_decoder") is not True and not trust:
+    encoders = MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() - _WITH_DECODER
+    if kind in encoders and config.get("is_decoder") is not True and not trust:
         raise BadModel(
             "The base is an encoder with a head for text: its tokens see the tokens after them.",
             where=_WHERE,

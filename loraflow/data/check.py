@@ -26,9 +26,9 @@ from loraflow.data.near_split import Clusters, ValidRow, draw_split, place_near
 from loraflow.data.placement import Split
 from loraflow.data.readers import Row, is_partly_learned, match_files, read_rows
 from loraflow.data.reasoning import NOT_RENDERED, reasoning_key, without_reasoning
-from loraflow.data.sampling import label_values, spread_sample
+from loraflow.data.sampling import spread_sample, spread_values
 from loraflow.data.similar import CheckedRow, find_similar, is_last_learned
-from loraflow.data.split import draw, group_key, prompt_key, row_id
+from loraflow.data.split import CLUSTER, draw, group_key, prompt_key, row_id
 from loraflow.data.tools import dataset_tools
 from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
@@ -292,8 +292,9 @@ def _limit(splits: Splits, reading: _Reading, config: CheckDatasetConfig) -> Non
     rows = splits["train"]
     if config.limit and config.limit < len(rows):
         reading.counts["over_limit"] = len(rows) - config.limit
-        groups = [row.record.get("group", "") for row in rows]
-        values = groups if any(groups) else label_values([row.record["messages"][-1]["content"] or "" for row in rows])
+        values = spread_values(
+            [row.record.get("group") for row in rows], [row.record["messages"][-1]["content"] or "" for row in rows]
+        )
         taken = spread_sample([row.prompt for row in rows], values, config.limit, config.seed, "limit")
         splits["train"] = [rows[n] for n in taken]
 
@@ -381,7 +382,7 @@ def _write_clusters(out: Path, splits: Splits, clusters: Clusters, config: Check
     if config.group is None:
         for row in splits["heldout"]:
             if group := clusters.group.get(row.record["place"]):
-                row.record["group"] = f"near {group}"
+                row.record["group"] = f"{CLUSTER}{group}"
     return clusters.report(lines)
 
 

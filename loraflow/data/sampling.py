@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loraflow.data.split import draw, sample
+from loraflow.data.split import CLUSTER, draw, sample
 
 # A set is a classification set if its answers are few and short, and each of them has several rows on average.
 MAX_LABELS = 1000
@@ -25,12 +25,26 @@ def label_values(answers: Sequence[str]) -> list[str] | None:
     return labels if all(len(label) <= MAX_LABEL_CHARACTERS and "\n" not in label for label in different) else None
 
 
+def spread_values(groups: Sequence[str | None], answers: Sequence[str]) -> list[str] | None:
+    """Return the value by which each row is sampled: its group, or else its label; None if no row has one.
+
+    Args:
+        groups: the group of each row by data.group. Clusters of near-duplicates are none: most rows have no cluster.
+        answers: the last answer of each row.
+    """
+    named = [group if group and not group.startswith(CLUSTER) else "" for group in groups]
+    labels = label_values(answers)
+    if labels is None:
+        return named if any(named) else None
+    return [group or f"label {label}" for group, label in zip(named, labels, strict=True)]
+
+
 def spread_sample(keys: Sequence[str], values: Sequence[str] | None, size: int, seed: int, purpose: str) -> list[int]:
     """Return the positions of a seeded sample in which each value has its share of all rows, in ascending order.
 
-    A value gets the whole part of its share. The rows that are left go to the largest fractional parts, so that the mean
-    over the sample estimates the mean over all rows. Within a value, the rows with the smallest random numbers are taken:
-    adding rows changes few rows of the sample.
+    A value gets the whole part of its share, and one row more with about the probability of its fractional part (Pareto
+    sampling, Rosén 1997): no rare value is left out for certain, and the mean over the sample estimates the mean over all
+    rows. Values and rows keep their random numbers, so adding rows changes few rows of the sample.
 
     Args:
         keys: a key of each row, such as its prompt key.
@@ -45,8 +59,13 @@ def spread_sample(keys: Sequence[str], values: Sequence[str] | None, size: int, 
     for number, value in enumerate(values):
         rows.setdefault(value, []).append(number)
     quota = {value: size * len(numbers) // len(keys) for value, numbers in rows.items()}
-    order = sorted(rows, key=lambda value: (-(size * len(rows[value]) % len(keys)), draw(value, seed, purpose), value))
-    for value in order[: size - sum(quota.values())]:
+    rest = {value: size * len(numbers) % len(keys) / len(keys) for value, numbers in rows.items()}
+
+    def rank(value: str) -> tuple[float, str]:
+        number = (draw(value, seed, purpose) + 0.5) / 2**64
+        return number / (1 - number) * (1 - rest[value]) / rest[value], value
+
+    for value in sorted((value for value in rows if rest[value]), key=rank)[: size - sum(quota.values())]:
         quota[value] += 1
     return sorted(
         numbers[n]

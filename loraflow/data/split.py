@@ -48,6 +48,9 @@ def in_share(key: str, share: float, seed: int, purpose: str) -> bool:
     return draw(key, seed, purpose) < share * 2**64
 
 
+CLUSTER = "near "  # begins the group of rows that are near-duplicates of each other
+
+
 def draw(key: str, seed: int, purpose: str) -> int:
     """Return a row's seeded random number, 0 to 2**64 - 1."""
     return int.from_bytes(hashlib.sha256(f"{purpose}:{seed}:{key}".encode()).digest()[:8], "big")

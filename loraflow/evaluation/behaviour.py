@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loraflow.data.refusals import refuses
+from loraflow.data.split import CLUSTER
 from loraflow.evaluation.pairing import refusal
 from loraflow.evaluation.values import BehaviourResult, Decision, FailedRow
 from loraflow.evaluation.worst import LISTED, cut, question
@@ -143,7 +144,11 @@ def _rows_of(table: pd.DataFrame, rule: BehaviourRule, check: str, where: str) -
 def _paraphrases(rows: pd.DataFrame, check: str) -> pd.DataFrame:
     """Return the rows of groups with several rows, sorted by group."""
     groups: list[object] = list(rows["group"]) if "group" in rows else []
-    named = [(group, number) for number, group in enumerate(groups) if isinstance(group, str)]
+    named = [
+        (group, number)
+        for number, group in enumerate(groups)
+        if isinstance(group, str) and not group.startswith(CLUSTER)
+    ]
     sizes = Counter(group for group, _ in named)
     found = [number for group, number in sorted(named) if sizes[group] > 1]
     if not found:
@@ -152,7 +157,8 @@ def _paraphrases(rows: pd.DataFrame, check: str) -> pd.DataFrame:
             where=f"gate.behaviour.{check}.consistent",
             expected="rows with the same value of the field that data.group names",
             got="no two rows of a group" if groups else "rows without a group",
-            next_step="set data.group to a field that is the same in all paraphrases of a question",
+            next_step="set data.group to a field that is the same in all paraphrases of a question, and leave "
+            "evaluation.max_rows unset: a sample of rows may hold one of each group",
         )
     return rows.iloc[found]
 

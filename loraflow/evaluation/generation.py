@@ -63,8 +63,10 @@ def generate_answers(
     answers = _read_answers(done_file, len(prompts))
     if done_file is not None and not group.is_main:
         done_file = done_file.with_stem(f"{done_file.stem}-{group.rank}")
-    if batch_size > 1 and len(prompts) > 1 and not batches_are_exact(model, tokenizer.pad_token_id):
-        batch_size = 1
+    if batch_size > 1 and len(prompts) > 1:
+        # The main process decides: devices with other batches would leave rows out.
+        is_exact = batches_are_exact(model, tokenizer.pad_token_id) if group.is_main else None
+        batch_size = batch_size if group.broadcast(is_exact) else 1
     number = 0
     for rows in groups_of(model, [len(prompt) for prompt in prompts], batch_size, max_new_tokens):
         with fixed_angles(model, rows.switch, rows.side):

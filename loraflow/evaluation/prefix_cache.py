@@ -81,6 +81,13 @@ def shared_prefix(
     return SharedPrefix(ids, layers) if len(layers) == len(cache.layers) == model.config.num_hidden_layers else None
 
 
+def _innermost(model: PreTrainedModel) -> PreTrainedModel:
+    """Return transformers' model: peft's wrapper, and one that samples, hide the arguments of its forward pass."""
+    get_base_model = getattr(model, "get_base_model", None)
+    base: PreTrainedModel = model if get_base_model is None else get_base_model()
+    return base
+
+
 def has_plain_cache(model: PreTrainedModel, length: int, side: Side = "unchanged") -> bool:
     """Tell whether a model's cache is the keys and values of every position and nothing else, in rows of this length."""
     generation = model.generation_config
@@ -88,7 +95,9 @@ def has_plain_cache(model: PreTrainedModel, length: int, side: Side = "unchanged
         return False
     rope = getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    takes_cache = "past_key_values" in inspect.signature(model.forward).parameters  # OpenAI's first GPT does not
+    takes_cache = (
+        "past_key_values" in inspect.signature(_innermost(model).forward).parameters
+    )  # OpenAI's first GPT does not
     return (
         takes_cache
         and sees_all_before(model, length)

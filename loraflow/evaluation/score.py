@@ -15,7 +15,7 @@ import numpy as np
 
 from loraflow.config.stage_configs import EvaluateConfig
 from loraflow.data.chats import GATE_SET, Message
-from loraflow.data.sampling import label_values, spread_sample
+from loraflow.data.sampling import spread_sample, spread_values
 from loraflow.data.split import prompt_key
 from loraflow.evaluation.groups import group_labels
 from loraflow.evaluation.intervals import Interval, mean_interval
@@ -138,8 +138,7 @@ def sampled_rows(lines: Iterable[str], max_rows: int | None, seed: int) -> tuple
 
 def _sample(rows: list[HeldoutRow], size: int, seed: int) -> list[int]:
     """Return the positions of a sample of a set's rows."""
-    groups = [row.group or "" for row in rows]
-    values = groups if any(groups) else label_values([row.messages[-1]["content"] or "" for row in rows])
+    values = spread_values([row.group for row in rows], [row.messages[-1]["content"] or "" for row in rows])
     return spread_sample([prompt_key(row.messages) for row in rows], values, size, seed, "max_rows")
 
 

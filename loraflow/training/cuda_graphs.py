@@ -34,10 +34,11 @@ class GraphedPass:
     Args:
         body: the function: tensors by name, and numbers by name → output. Its kernels may not depend on values of tensors.
         trained: the parameters whose gradients are computed. The body uses all of them.
+        on_failure: is called when graphs are given up, before the ordinary pass.
     """
 
-    def __init__(self, body: Body, trained: Sequence[torch.nn.Parameter]):
-        self.body, self.trained = body, trained
+    def __init__(self, body: Body, trained: Sequence[torch.nn.Parameter], on_failure: Callable[[], None]):
+        self.body, self.trained, self.on_failure = body, trained, on_failure
         self.sums = [torch.zeros_like(parameter) for parameter in trained]
         self.graphs: dict[Key, _Graph] = {}
         self.is_on = True
@@ -81,6 +82,7 @@ class GraphedPass:
             self.graphs.clear()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+            self.on_failure()
 
     def _record(self, inputs: Mapping[str, Tensor], numbers: Mapping[str, int]) -> _Graph:
         fixed = {name: value.clone() for name, value in inputs.items()}
@@ -93,10 +95,11 @@ class GraphedPass:
             del out
         torch.cuda.current_stream().wait_stream(side)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=self._pool):
+        # "thread_local": another thread may pin the next batch's memory meanwhile.
+        with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
             out = self.body(fixed, numbers)
         slope = torch.zeros_like(out)
-        with torch.cuda.graph(backward, pool=self._pool):
+        with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
             torch._foreach_add_(self.sums, torch.autograd.grad(out, self.trained, slope))
         return _Graph(forward, backward, fixed, out.detach(), slope)
 
@@ -108,7 +111,10 @@ class GraphedPass:
         kept = [total.clone() for total in self.sums]
         try:
             expected = self.body(inputs, numbers)
-            slope = torch.ones_like(expected) / expected.numel()
+            # Random signs of size 1/√n: normalisation has no gradient along a constant, and fp16 cannot hold 1/n.
+            generator = torch.Generator(expected.device).manual_seed(0)
+            signs = torch.randint(0, 2, expected.shape, generator=generator, device=expected.device) * 2 - 1
+            slope = (signs / expected.numel() ** 0.5).to(expected.dtype)
             gradients = torch.autograd.grad(expected, self.trained, slope)
             torch._foreach_zero_(self.sums)
             graph.replay_forward(inputs)

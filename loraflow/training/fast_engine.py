@@ -76,7 +76,16 @@ def build_fast_trainer(
     tokens, passes = _passes(setup, fit.tokens)
     is_graphed, graphs_why = choose_graphs(setup, attention, fit, trainer, sharded=sharded, passes=passes)
     log.info("passes are %srecorded as CUDA graphs: %s", "" if is_graphed else "not ", graphs_why)
-    trainer.graphs = GraphedPass(trainer.hidden_states, trainer.trained) if is_graphed else None
+
+    def compile_after_all() -> None:
+        """Compile the layers, if that was not worthwhile only because passes were to be recorded."""
+        pays_off, why = choose_compile(setup, attention, tokens, passes, graphed=False)
+        if pays_off and not trainer.compiled_layers and not recomputed:
+            log.info("layers are compiled: %s", why)
+            trainer.compiled_layers = prepare_layers(trainer.decoder, compiled=True, recomputed=0.0)
+
+    if is_graphed:
+        trainer.graphs = GraphedPass(trainer.hidden_states, trainer.trained, compile_after_all)
     is_compiled, compiled_why = choose_compile(setup, attention, tokens, passes, graphed=is_graphed)
     log.info("layers are %scompiled: %s", "" if is_compiled else "not ", compiled_why)
     trainer.compiled_layers = prepare_layers(trainer.decoder, compiled=is_compiled, recomputed=recomputed)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
+from loraflow.training.layers import draws_in_passes
 from loraflow.training.memory import GIB, USABLE, fixed_bytes, token_bytes
 
 if TYPE_CHECKING:
@@ -59,10 +58,8 @@ def _obstacle(trainer: FastTrainer, fit: MemoryFit, *, sharded: bool) -> str:
         return "the sharded base is gathered in each pass"
     if fit.recompute == "offload":
         return "activations are moved to main memory"
-    hashed = {id(module) for lora in trainer.loras for module in lora.lora_dropout.values()}
-    for module in trainer.decoder.modules():
-        if isinstance(module, torch.nn.Dropout) and module.p > 0 and id(module) not in hashed:
-            return "dropout draws other numbers in each pass"
+    if draws_in_passes(trainer.decoder):
+        return "dropout draws other numbers in each pass"
     if switching := sorted({"longrope", "dynamic"} & _rope_types(trainer.decoder.config)):
         return f"rotary embeddings of type {switching[0]} depend on the positions of each pass"
     recorded = {id(parameter) for parameter in trainer.decoder.parameters()}

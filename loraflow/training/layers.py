@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from loraflow.training.lora_kernels import FastLora
+
 Forward = Callable[..., Tensor]
 
 
@@ -42,7 +44,7 @@ def prepare_layers(decoder: torch.nn.Module, *, compiled: bool, recomputed: floa
     """
     layers = list(getattr(decoder, "layers", []))
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    draws = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in decoder.modules())
+    draws = draws_in_passes(decoder)
     changed = []
     for i, layer in enumerate(layers):
         plain = layer.forward
@@ -53,6 +55,18 @@ def prepare_layers(decoder: torch.nn.Module, *, compiled: bool, recomputed: floa
         if compiled:
             changed.append(CompiledLayer(layer, plain, is_recomputed))
     return changed
+
+
+def draws_in_passes(decoder: torch.nn.Module) -> bool:
+    """Tell whether a pass draws random numbers. The dropout of `FastLora` does not: its masks are a hash."""
+    hashed: set[int] = set()
+    for module in decoder.modules():
+        if isinstance(module, FastLora):
+            hashed.update(id(dropout) for dropout in module.lora_dropout.values())
+    return any(
+        isinstance(module, torch.nn.Dropout) and module.p > 0 and id(module) not in hashed
+        for module in decoder.modules()
+    )
 
 
 def recomputing(layer: torch.nn.Module, forward: Forward, draws: bool) -> Forward:

@@ -60,7 +60,9 @@ def _differs(model: PreTrainedModel, compute_dtype: torch.dtype) -> bool:
             expected = _log_probs(model(input_ids=ids, use_cache=False).logits, ids[:, 1:])[0]
             try:
                 found = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
-            except (AttributeError, TypeError, IndexError) as error:
+            except (AttributeError, TypeError, IndexError, RuntimeError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
                 log.info("trl's head does not fit this architecture: %s", error)
                 return True
     finally:

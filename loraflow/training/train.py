@@ -61,7 +61,7 @@ def run(job: Job[TrainConfig], inputs: Inputs, out: Path, progress: Progress) ->
     _save_adapter(setup, built, out)
     write_origin(out / "adapter", inputs["base"], job.inputs["base"].digest)
     _write_training_settings(setup, out / "training.json")
-    _write_telemetry(setup, choices, out / "telemetry")
+    _write_telemetry(setup, built.final_choices().to_json(), out / "telemetry")
     losses = _logged_losses(setup.work)
     return Summary(
         figures={

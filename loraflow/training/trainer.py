@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
@@ -375,6 +375,13 @@ class BuiltTrainer:
     choices: EngineChoices
     micro_batch: MicroBatchSize
     initial: dict[str, Tensor]  # see `initialise_adapter`
+
+    def final_choices(self) -> EngineChoices:
+        """Return the choices as they were at the end of training: graphs may have been given up on the way."""
+        graphs = self.trainer.graphs if isinstance(self.trainer, FastTrainer) else None
+        if graphs is None or graphs.is_on:
+            return self.choices
+        return replace(self.choices, cuda_graphs=False, cuda_graphs_why="recording failed; the log says why")
 
 
 class _Unwrapped(torch.nn.Module):

@@ -6,7 +6,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraflow.data.sampling import label_values, spread_sample
+from loraflow.data.sampling import label_values, spread_sample, spread_values
 from loraflow.evaluation.score import read_rows, sampled_rows
 from loraflow.execution.plan import _heldout_keys
 from loraflow.registry.looks import row_key
@@ -25,6 +25,26 @@ def test_each_value_has_its_share_of_a_sample(values, size, seed):
     assert taken == sorted(set(taken)) and len(taken) == min(size, len(values))
     have, all_of = Counter(values[n] for n in taken), Counter(values)
     assert all(abs(have[value] - len(taken) * count / len(values)) < 1 for value, count in all_of.items())
+
+
+def test_a_sample_leaves_no_rare_value_out_for_certain():
+    values = ["common"] * 1910 + [f"rare {n}" for n in range(90)]
+    keys = [f"q{n}" for n in range(len(values))]
+    taken = [spread_sample(keys, values, 50, seed, "max_rows") for seed in range(400)]
+    rare = sum(n >= 1910 for rows in taken for n in rows) / len(taken)
+    assert abs(rare - 50 * 90 / 2000) < 0.2  # on average 2.25 of them
+    pairs = [f"pair {n // 2}" for n in range(1000)] + [f"single {n}" for n in range(1000)]
+    keys = [f"q{n}" for n in range(len(pairs))]
+    shares = [sum(n >= 1000 for n in spread_sample(keys, pairs, 500, seed, "max_rows")) / 500 for seed in range(20)]
+    assert abs(sum(shares) / 20 - 0.5) < 0.03
+
+
+def test_clusters_of_near_duplicates_do_not_replace_labels():
+    answers = ["yes", "no"] * 20
+    groups = ["near 1a", "near 1a", *[None] * 38]
+    assert spread_values(groups, answers) == [f"label {answer}" for answer in answers]
+    assert spread_values(["a", None, *[None] * 38], answers)[:2] == ["a", "label no"]
+    assert spread_values(groups, [f"answer {n}" for n in range(40)]) is None
 
 
 @settings(deadline=None)
