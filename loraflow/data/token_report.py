@@ -59,6 +59,7 @@ class Lengths(StoredModel):
         # One very long row must not press all others into one bar.
         end = int(min(lengths.max(initial=1), 2 * max_length))
         width = max(1, -(-end // BARS))
+        end = max_length - (max_length - end) // width * width  # up to the end of its bar
         bars = -((max_length - lengths[lengths <= end].astype(np.int64)) // width)  # 0: the bar that ends at max_length
         low = int(bars.min()) if len(bars) else 0
         return cls(

@@ -39,8 +39,7 @@ def svg(lengths: Lengths, title: str) -> str:
         size = f'width="{max(1.0, right - left - 1):.1f}" height="{tall:.1f}"'
         colour = INSIDE if to <= lengths.max_length else OVER
         drawn.append(f'<rect x="{left:.1f}" y="{base - tall:.1f}" {size} fill="{colour}"/>')
-    if shows_limit:
-        drawn.append(_limit(across(lengths.max_length), lengths.max_length))
+    drawn.append(_limit(across(lengths.max_length) if shows_limit else None, lengths.max_length))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
         ' font-family="sans-serif" font-size="11" fill="#444">'
@@ -49,7 +48,11 @@ def svg(lengths: Lengths, title: str) -> str:
     )
 
 
-def _limit(x: float, max_length: int) -> str:
+def _limit(x: float | None, max_length: int) -> str:
+    if x is None:
+        return (
+            f'<text x="{WIDTH - RIGHT}" y="{TOP + 2}" text-anchor="end" fill="{LIMIT}">max_length {max_length} →</text>'
+        )
     is_right = x > WIDTH / 2
     anchor, at = ("end", x - 4) if is_right else ("start", x + 4)
     return (
