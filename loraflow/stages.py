@@ -165,6 +165,8 @@ TOKENIZE = Stage(
         "loraflow.data.chunk_encoder",
         "loraflow.data.positions",
         "loraflow.data.token_files",
+        "loraflow.data.token_report",
+        "loraflow.data.mask_view",
         "loraflow.data.prompt_audit",
         *_TEMPLATE,
         "loraflow.data.packing",

@@ -14,10 +14,12 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import JsonValue
 
 from loraflow.data.chats import GATE_SET
+from loraflow.data.token_report import TokenReport
 from loraflow.evaluation.values import Decision, scores_to_dict
 from loraflow.execution.results import PipelineResult
 from loraflow.failures import CorruptArtifact
 from loraflow.registry.runs import RunSummary
+from loraflow.reporting.learned import Learned
 from loraflow.reporting.markdown import RunReport, run_report, scores_report
 from loraflow.store import Ref, read_intact
 from loraflow.tasks.run import Run
@@ -46,6 +48,7 @@ def publish_report(run: Run, result: PipelineResult, decision: Decision, summary
         rows=summary.rows,
         slices=_slices(run, result),
         confusions=tuned.confusions.get(GATE_SET, ()),
+        learned=_learned(run, result.tokens),
         store=run.workspace.store.uri,
         adapter=summary.adapter,
         merged=summary.merged,
@@ -98,6 +101,11 @@ def _slices(run: Run, result: PipelineResult) -> list[Slice]:
         return []
     metrics, settings = list(dict.fromkeys([recipe.gate.primary, *recipe.gate.guards])), recipe.evaluation
     return slice_scores(tables, by, metrics, confidence=settings.confidence, seed=settings.seed)
+
+
+def _learned(run: Run, tokens: Ref) -> Learned:
+    manifest = run.workspace.store.manifest(tokens)
+    return Learned(manifest.figures, TokenReport.model_validate(manifest.report))
 
 
 def _losses(run: Run, adapter: Ref) -> list[tuple[float, float]]:

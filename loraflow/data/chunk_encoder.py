@@ -23,6 +23,7 @@ from loraflow.data.answer_spans import IfCut
 from loraflow.data.chats import ChatRecord
 from loraflow.data.loss_mask import IGNORED, ChatTemplate, Encoded, name_row
 from loraflow.data.token_files import TokenBatch
+from loraflow.data.token_report import LongRow, long_rows
 from loraflow.failures import Killed
 
 CHUNK_ROWS = 500  # rows that are sent to a process at a time
@@ -50,6 +51,8 @@ class Chunk:
 
     batch: TokenBatch
     problems: Problems
+    lengths: np.ndarray  # tokens of each row of the file, before rows are left out or cut, int32
+    longest: list[LongRow]  # of the same rows
 
 
 def encoded_chunks(source: Path, template: ChatTemplate, config: TokenizeConfig, processes: int) -> Iterator[Chunk]:
@@ -132,7 +135,9 @@ def _encode(lines: list[str]) -> Chunk:
     lengths = np.fromiter(map(len, ids), np.int32, len(ids))
     of_tokens = np.concatenate([np.empty(0, np.float32), *weights]) if any(f is not None for f in factors) else None
     batch = TokenBatch(np.concatenate([none, *ids]), np.concatenate([none, *labels]), lengths, of_tokens)
-    return Chunk(batch, problems)
+    all_lengths = [len(row.ids) for row in encoded]
+    longest = long_rows([record["place"] for record in records], all_lengths)
+    return Chunk(batch, problems, np.array(all_lengths, np.int32), longest)
 
 
 def _weights_of(row: Encoded) -> np.ndarray:

@@ -13,7 +13,12 @@ from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.answer_spans import IfCut
 from loraflow.data.chats import ChatRecord
 from loraflow.data.loss_mask import IGNORED, ChatTemplate, name_row
+from loraflow.data.token_report import SampleRow
 from loraflow.failures import BadConfig
+
+SAMPLES = 3  # rows that a report shows
+SAMPLE_PARTS = 20  # of each
+SAMPLE_CHARACTERS = 600  # of each part
 
 
 @dataclass(frozen=True)
@@ -81,3 +86,36 @@ def _left_out(tokens: int, learned: list[bool], control_token: str | None, confi
     if tokens > config.max_length:
         return f"longer than max_length, {config.max_length} tokens (data.too_long: {config.too_long})"
     return None if any(learned[1:]) else "left out: it has no token to learn"
+
+
+def sample_rows(rows: Path, template: ChatTemplate, config: TokenizeConfig) -> list[SampleRow]:
+    """Return the first rows of a file of checked chats for a report.
+
+    Args:
+        rows: the file.
+        template: the base's tokenizer and template.
+        config: how rows are tokenized.
+
+    Raises:
+        BadModel: the template cannot render a row.
+    """
+    with rows.open(encoding="utf-8") as file:
+        count = sum(1 for _ in itertools.islice(file, SAMPLES))
+    shown = (masked_row(rows, number, template, config) for number in range(1, count + 1))
+    return [
+        SampleRow(
+            place=row.place,
+            tokens=row.tokens,
+            learned_tokens=row.learned_tokens,
+            parts=[(_shortened(text), weight) for text, weight in row.parts[:SAMPLE_PARTS]],
+            more_parts=max(0, len(row.parts) - SAMPLE_PARTS),
+            left_out=row.left_out,
+        )
+        for row in shown
+    ]
+
+
+def _shortened(text: str) -> str:
+    """Return a part's beginning and end: what stands beside the next part is what a person checks."""
+    half = SAMPLE_CHARACTERS // 2
+    return text if len(text) <= SAMPLE_CHARACTERS else f"{text[:half]} […] {text[-half:]}"

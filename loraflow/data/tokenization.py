@@ -18,10 +18,12 @@ from pydantic import JsonValue
 from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.chunk_encoder import Chunk, Problem, Problems, encoded_chunks, has_weights
 from loraflow.data.loss_mask import IGNORED, ChatTemplate
+from loraflow.data.mask_view import sample_rows
 from loraflow.data.packing import best_fit_decreasing
 from loraflow.data.positions import Positions
 from loraflow.data.prompt_audit import audit, check_prompts
 from loraflow.data.token_files import open_shard, write_packing
+from loraflow.data.token_report import Lengths, LongRow, TokenReport, longest_of
 from loraflow.failures import BadData, BadModel
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
@@ -34,6 +36,7 @@ class TokenizedFile:
     lengths: np.ndarray  # tokens of each row, int32
     supervised: int  # tokens that are learned
     largest_id: int
+    read: Lengths  # of all rows, with those that are left out or cut
 
     @property
     def tokens(self) -> int:
@@ -117,7 +120,9 @@ def run(job: Job[TokenizeConfig], inputs: Inputs, out: Path, progress: Progress)
     shown: list[JsonValue] = [row.as_json() for row in audited]
     text = json.dumps({"figures": figures, "audit": shown}, indent=1, sort_keys=True, ensure_ascii=False)
     (out / "report.json").write_text(text + "\n", encoding="utf-8")
-    return Summary(figures=figures, report={"audit": shown[:2]})
+    samples = sample_rows(rows / "train.jsonl", template, config)
+    for_people: dict[str, JsonValue] = TokenReport(lengths=train.read, samples=samples).model_dump(mode="json")
+    return Summary(figures=figures, report={"audit": shown[:2], **for_people})
 
 
 def _write(
@@ -134,7 +139,9 @@ def _write(
     Raises:
         BadData: a row has a problem whose policy is error.
     """
-    lengths = [np.empty(0, np.int32)]
+    none = np.empty(0, np.int32)
+    lengths, all_lengths = [none], [none]
+    longest: list[LongRow] = []
     supervised = rows = largest_id = 0
     with open_shard(target, weighted=weighted) as append:
         for chunk in chunks:
@@ -143,11 +150,14 @@ def _write(
             batch = chunk.batch
             append(batch)
             lengths.append(batch.lengths)
+            all_lengths.append(chunk.lengths)
+            longest = longest_of([*longest, *chunk.longest])
             supervised += int((batch.labels != IGNORED).sum())
             rows += len(batch.lengths)
             largest_id = max(largest_id, int(batch.ids.max(initial=0)))
             progress(rows=rows)
-    return TokenizedFile(np.concatenate(lengths), supervised, largest_id)
+    read = Lengths.of(np.concatenate(all_lengths), longest, max_length=config.max_length, too_long=config.too_long)
+    return TokenizedFile(np.concatenate(lengths), supervised, largest_id, read)
 
 
 def _pack(train: TokenizedFile, max_length: int, out: Path) -> Packing:

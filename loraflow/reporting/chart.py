@@ -15,7 +15,12 @@ MAX_TICKS = 7  # on an axis
 
 def image(points: Sequence[tuple[float, float]], title: str) -> str:
     """Return markdown with the curve of (step, loss) points."""
-    return f"![{title}](data:image/svg+xml;base64,{base64.b64encode(svg(points, title).encode()).decode()})"
+    return embedded(svg(points, title), title)
+
+
+def embedded(drawing: str, title: str) -> str:
+    """Return markdown with an SVG in a data URI."""
+    return f"![{title}](data:image/svg+xml;base64,{base64.b64encode(drawing.encode()).decode()})"
 
 
 def svg(points: Sequence[tuple[float, float]], title: str) -> str:
@@ -61,17 +66,17 @@ class _Axes:
 
     def ticks(self) -> str:
         marks = []
-        for level in _round_numbers(self.low, self.high):
+        for level in round_numbers(self.low, self.high):
             _, y = self.pixel(self.first, level)
             marks.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e2e2e2"/>')
             marks.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{level:g}</text>')
-        for step in _round_numbers(self.first, self.last, at_least=1):
+        for step in round_numbers(self.first, self.last, at_least=1):
             x, _ = self.pixel(step, self.low)
             marks.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{step:g}</text>')
         return "".join(marks)
 
 
-def _round_numbers(low: float, high: float, *, at_least: float = 0.0) -> list[float]:
+def round_numbers(low: float, high: float, *, at_least: float = 0.0) -> list[float]:
     """Return at most `MAX_TICKS` numbers from low to high: multiples of 1, 2 or 5 times a power of ten.
 
     `at_least` is the smallest distance between two of them.

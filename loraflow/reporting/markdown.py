@@ -11,6 +11,7 @@ from loraflow.evaluation.values import Confusion, Decision, MetricValue, ModelSc
 from loraflow.identity import short
 from loraflow.registry.runs import RowsSummary
 from loraflow.reporting import chart
+from loraflow.reporting.learned import Learned, learned_lines
 from loraflow.reporting.slices import slice_lines
 
 if TYPE_CHECKING:
@@ -80,10 +81,11 @@ class RunReport:
     rows: RowsSummary | None = None
     slices: Sequence[Slice] = ()  # by evaluation.slices
     confusions: Sequence[Confusion] = ()  # the tuned model's worst labels in the gate's set
+    learned: Learned | None = None
 
 
 def run_report(report: RunReport, *, image: bool = False) -> str:
-    """Return a run's report. The loss curve is an image with `image`, otherwise a sparkline for terminals."""
+    """Return a run's report. Its charts are images with `image`, otherwise lines of bars for terminals."""
     decision = report.decision
     lines = [
         f"# {report.recipe}: {decision.verdict}",
@@ -99,6 +101,7 @@ def run_report(report: RunReport, *, image: bool = False) -> str:
     lines += _worse(decision)
     lines += _behaviour(decision)
     lines += _rows(report.rows)
+    lines += learned_lines(report.learned, sparkline, image=image) if report.learned else []
     lines += _training_loss(report.losses, image=image)
     lines += _confusions(report.confusions)
     lines += _answers(report.samples)
