@@ -64,10 +64,9 @@ def build(out: Path) -> list[Path]:
     """Build both from the last commit into a new folder `out`; the same commit gives the same wheel."""
     with tempfile.TemporaryDirectory() as scratch:
         tree, made = Path(scratch, "tree"), Path(scratch, "dist")
-        with subprocess.Popen(["git", "archive", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE) as archive:
-            tarfile.open(fileobj=archive.stdout, mode="r|").extractall(tree, filter="data")
-        if archive.returncode:
-            sys.exit("git archive HEAD failed")
+        git("archive", "--output", f"{scratch}/tree.tar", "HEAD")
+        with tarfile.open(f"{scratch}/tree.tar") as archive:
+            archive.extractall(tree, filter="data")
         env = {**os.environ, "SOURCE_DATE_EPOCH": git("log", "-1", "--format=%ct").strip()}
         command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(made), str(tree)]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
