@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 TWICE  := -n 2 --dist loadscope --no-loadscope-reorder --durations 12
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-wheel test-faults fuzz test-all test-gpu test-ui test-s3 check lint data clean
+.PHONY: help demo release test test-wheel test-faults fuzz test-all test-gpu test-ui test-s3 check lint data clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,11 @@ test-all: $(STAMP) ## the long ones as well
 
 test-wheel: $(STAMP) ## the built wheel in an environment of its own: init, run, up, deploy, retrain
 	$(BIN)/python -m pytest -m slow tests/e2e/test_wheel.py
+release: $(STAMP) ## wheel and sdist of this version from the last commit, into dist/, checked; then the wheel's test
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,release]'
+	$(BIN)/python .ci/release.py dist
+	LORAFLOW_WHEEL=dist $(BIN)/python -m pytest -m slow tests/e2e/test_wheel.py
+
 test-faults: $(STAMP) ## inject every fault of docs/faults.md, slow ones too, and write that page
 	$(BIN)/python -m tests.faults
 

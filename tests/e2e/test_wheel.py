@@ -30,8 +30,11 @@ class Installed(Api):
         self.project, self.bin = folder / "my project ü", folder / "venv" / "bin"
         self.home = folder / "home"
         wheels = folder / "wheels"
-        build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(ROOT)]
-        subprocess.run([sys.executable, "-m", "pip", *build], check=True)
+        if released := os.environ.get("LORAFLOW_WHEEL"):  # `make release`: the wheel that it has built
+            wheels = ROOT / released
+        else:
+            build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(ROOT)]
+            subprocess.run([sys.executable, "-m", "pip", *build], check=True)
         [self.wheel] = wheels.glob("loraflow-*.whl")
         venv.create(folder / "venv", with_pip=False)
         python = str(self.bin / "python")
