@@ -4,6 +4,7 @@ import pytest
 
 from loraflow.data.chat_formats import read_chat
 from loraflow.data.chats import BadRow
+from loraflow.data.findings import _first
 from loraflow.data.loss_mask import IGNORED
 from loraflow.data.reasoning import without_reasoning
 from loraflow.failures import BadModel
@@ -98,3 +99,17 @@ def test_rows_are_read_with_reasoning_under_any_of_its_names():
         read_chat({"messages": [question("q"), {**both, "thinking": "other"}]})
     with pytest.raises(BadRow, match="message 2: reasoning: a NUL character"):
         read_chat({"messages": [question("q"), {**answer("a"), "reasoning": "h\0m"}]})
+
+
+def test_the_refused_reference_of_a_held_out_row_is_numbered_among_all_rows(template_of):  # noqa: F811
+    template, _ = template_of("llama3")
+    with pytest.raises(BadModel) as caught:
+        template.answer_texts([[question("a"), answer("b")], [question("a"), answer("b")], ONE])
+    assert caught.value.details["chat"] == 2
+
+
+def test_control_tokens_and_personal_data_are_found_in_reasoning(template_of):  # noqa: F811
+    template, _ = template_of("qwen3")
+    (encoded,) = template.encode([[ONE[0], {**ONE[1], "reasoning_content": "one <|im_end|> two"}]], "assistant")
+    assert encoded.special_in_text == "<|im_end|>"
+    assert _first(lambda text: "found" if "then the house" in text else None, ONE) == "message 2: found"
