@@ -96,7 +96,8 @@ CHECK_DATASET = Stage(
     # `**` in a pattern selects files at any depth, as in a .gitignore
     # 6: training rows of a group that a held-out file has are left out; the group 7.0 of a Parquet file is 7; the sample of
     # data.limit is spread over groups or labels
-    version=6,
+    # 7: reasoning beside an answer's content is a part of the chat
+    version=7,
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},

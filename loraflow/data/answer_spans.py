@@ -7,6 +7,7 @@ answer's own text must be rendered completely, and a control token must close it
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from loraflow.failures import BadModel
 # Rendered in place of an answer to see what the template writes around it. No chat contains these characters.
 _PROBE = "\ue0a1answer\ue0a1"
 _SHOWN = 80  # characters of a text in a message
+_SHORT = 24  # characters of reasoning that an answer may contain without having rendered it
 
 LossOn = Literal["assistant", "last_assistant", "all"]
 IfCut = Literal["error", "context"]
@@ -114,11 +116,15 @@ class AnswerFinder:
             try:
                 if marks is None and "tool_calls" in chat[turn.message]:
                     answer = self._with_calls(chat, text, head, turn)
+                elif marks is None and "reasoning_content" in chat[turn.message]:
+                    answer = self._with_reasoning(chat, text, head, turn)
                 elif marks is None:
                     answer = self._unmarked(chat, text, head, turn)
                 else:
                     end = len(text) if turn.is_last else len(heads[number + 1])
                     answer = self._marked(chat, text, head, turn, end, marks[turn.chat])
+                if "reasoning_content" in chat[turn.message]:
+                    self._require_reasoning(chat, text, answer, turn)
             except _CutAnswer as cut:
                 wanted = learned[turn.chat] if learned is not None else None
                 if if_cut == "context" or (wanted is not None and turn.message not in wanted):
@@ -182,6 +188,41 @@ class AnswerFinder:
         if inserted not in self._insertions and rendered.startswith(inserted):
             self._insertions.append(inserted)
         return (inserted if rendered.startswith(inserted) else ""), len(head) + len(rendered.rstrip())
+
+    def _with_reasoning(self, chat: Chat, text: str, head: str, turn: _Turn) -> Answer:
+        """Return an answer whose reasoning stands beside its content: what the template writes around both is learned.
+
+        It begins behind its prompt, and its content ends where the text behind another content begins.
+        """
+        content = chat[turn.message]["content"]
+        _, found, after = self._around_probe(chat, turn)
+        if self.appended and text.endswith(self.appended) and not after.endswith(self.appended):
+            after += self.appended
+        if not text.startswith(head):
+            _refuse_prompt(text, head, turn)
+        start, end = len(head), len(text) - len(after)
+        rendered = text[start:end]
+        if not found or not text.endswith(after) or not _squashed(rendered).endswith(_squashed(content)):
+            raise _CutAnswer(content, rendered)
+        return self._closed(text, start, start + len(rendered.rstrip()), "", turn)
+
+    def _require_reasoning(self, chat: Chat, text: str, answer: Answer, turn: _Turn) -> None:
+        """Require that the reasoning beside an answer's content is learned with it.
+
+        Raises:
+            _CutAnswer: the template leaves it out.
+        """
+        message = chat[turn.message]
+        reasoning = message.get("reasoning_content", "")
+        learned = "".join(text[first:last] for first, last in answer.spans)
+        wanted, others = _squashed(reasoning), message["content"] + json.dumps(message.get("tool_calls", []))
+        is_there = wanted in _squashed(learned)
+        if is_there and (len(wanted) < _SHORT or wanted in _squashed(others)):  # it may be there by chance
+            probe: Message = {**message, "reasoning_content": _PROBE}
+            probed = [*chat[: turn.message], probe, *chat[turn.message + 1 :]]
+            is_there = _PROBE in self._renderer.render([probed], prompt=False)[0]
+        if not is_there:
+            raise _CutAnswer(reasoning, learned, is_reasoning=True)
 
     def _around_probe(self, chat: Chat, turn: _Turn) -> tuple[str, str, str]:
         """Return the rendered text before and after another answer in the place of this one."""
@@ -276,6 +317,12 @@ class AnswerFinder:
             if body == rendered:
                 _refuse_open(text[spans[-1][1] :][:40], turn)
             return Answer(tuple(spans), "", rendered[len(body) :])
+        if "reasoning_content" in chat[turn.message]:
+            if not _squashed(body).endswith(_squashed(content)):
+                raise _CutAnswer(content, rendered)
+            if body == rendered:
+                _refuse_open(text[spans[-1][1] :][:40], turn)
+            return Answer(tuple(spans), "", rendered[len(body) :])
         own_first = [
             (body[: len(body) - len(own)], rendered[len(body) :])
             for own in (content, content.strip())
@@ -310,9 +357,10 @@ class AnswerFinder:
 class _CutAnswer(Exception):
     """The template does not render an answer completely."""
 
-    def __init__(self, content: str, rendered: str):
+    def __init__(self, content: str, rendered: str, *, is_reasoning: bool = False):
         super().__init__("the answer is not rendered completely")
         self.content, self.rendered = content, rendered
+        self.is_reasoning = is_reasoning or "</think>" in content or "[/THINK]" in content
 
 
 def _is_whole(rendered: str, content: str, head: str, inserted: str = "") -> bool:
@@ -353,7 +401,7 @@ def _refuse_cut(cut: _CutAnswer, turn: _Turn) -> NoReturn:
     ways = []
     if not turn.is_last:
         ways.append("data.loss_on: last_assistant learns the last answer only")
-    if "</think>" in cut.content or "[/THINK]" in cut.content:
+    if cut.is_reasoning:
         if not turn.is_last:
             ways.append("data.thinking: keep learns only the answers that are rendered completely")
         ways.append("data.thinking: strip removes the reasoning from all answers")

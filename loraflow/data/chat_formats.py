@@ -331,6 +331,9 @@ def _checked(turns: list[Turn], tools: list[Tool] | None = None) -> list[Message
     messages: list[Message] = []
     for number, turn in enumerate(turns, 1):
         message = _message(turn, number, has_calls=has_calls)
+        if turn.reasoning:
+            _refuse_nul(turn.reasoning, f"message {number}: reasoning:")
+            message["reasoning_content"] = turn.reasoning
         if turn.calls:
             message["tool_calls"] = fitting_calls(list(turn.calls), tools, f"message {number}: tool_calls")
         if has_calls and message["role"] == "tool":
@@ -363,11 +366,15 @@ def _message(turn: Turn, number: int, *, has_calls: bool) -> Message:
         raise BadRow(f"message {number}: content is {type(content).__name__}; expected text")
     if not content.strip() and not may_be_empty:
         raise BadRow(f"message {number}: an empty {role} message")
-    if "\0" in content:
-        raise BadRow(f"message {number}: a NUL character (U+0000) at character {content.index(chr(0)) + 1}")
+    _refuse_nul(content, f"message {number}:")
     if role == "system" and number != 1:
         raise BadRow(f"message {number}: a system message must be the first message")
     return {"role": _ROLES[role], "content": content}  # one text for all rows, which saves memory
+
+
+def _refuse_nul(text: str, where: str) -> None:
+    if "\0" in text:
+        raise BadRow(f"{where} a NUL character (U+0000) at character {text.index(chr(0)) + 1}")
 
 
 def _add_origin(message: Message, turn: Turn, before: list[Message], number: int) -> None:

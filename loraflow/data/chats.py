@@ -44,6 +44,7 @@ class Message(TypedDict):
 
     role: str  # system, user, assistant or tool
     content: str  # may be empty beside tool_calls
+    reasoning_content: NotRequired[str]  # of an assistant: its reasoning, if that stands beside the content
     tool_calls: NotRequired[list[ToolCall]]  # of an assistant
     tool_call_id: NotRequired[str]  # of a tool's result
     name: NotRequired[str]  # of the tool, beside its result

@@ -180,6 +180,7 @@ def _opening(answer: str) -> str | None:
 
 def _first(detect: Callable[[str], str | None], chat: Chat) -> str | None:
     for number, message in enumerate(chat, 1):
-        if (found := detect(message["content"] or "")) is not None:
-            return f"message {number}: {found}"
+        for text in (message["content"] or "", message.get("reasoning_content", "")):
+            if (found := detect(text)) is not None:
+                return f"message {number}: {found}"
     return None

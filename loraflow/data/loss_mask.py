@@ -161,16 +161,22 @@ class ChatTemplate:
         return [encoding.ids for encoding in self.tokenizer.encode_batch(prompts, add_special_tokens=False)]
 
     def answer_texts(self, chats: Sequence[Chat]) -> list[str]:
-        """Return the text of each chat's last answer, as generation returns it: tool calls as the template writes them.
+        """Return the text of each chat's last answer, as generation returns it: tool calls, and reasoning
+        beside the content, as the template writes them.
 
         Raises:
-            BadModel: the template leaves out a call. The failure's details have the number of the chat.
+            BadModel: the template leaves out a call or reasoning. The failure's details have the number of the chat.
         """
         texts = [chat[-1]["content"] for chat in chats]
-        numbers = [number for number, chat in enumerate(chats) if "tool_calls" in chat[-1]]
+        numbers = [n for n, chat in enumerate(chats) if chat[-1].keys() & {"tool_calls", "reasoning_content"}]
         if not numbers:
             return texts
-        encoded = self.encode([chats[number] for number in numbers], "last_assistant")
+        try:
+            encoded = self.encode([chats[number] for number in numbers], "last_assistant")
+        except BadModel as failure:
+            if isinstance(at := failure.details.get("chat"), int):
+                failure.details["chat"] = numbers[at]
+            raise
         inserted = self.inserted_text()
         for number, row in zip(numbers, encoded, strict=True):
             text = self.tokenizer.decode(row.ids[row.labels != IGNORED].tolist(), skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""Remove the reasoning from answers (data.thinking: strip)."""
+"""The reasoning of answers: the keys that hold it beside the content, and its removal (data.thinking: strip)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from loraflow.data.chats import Message
 
 # The opening tag may be missing: some prompts end with it. Templates that cut reasoning look for the last closing tag too.
 _REASONING = re.compile(r".*(?:</think>|\[/THINK\])\s*", re.DOTALL)
-_KEYS = ("reasoning_content", "reasoning", "thinking")  # of a message, beside its content
+# Of a message, beside its content. A text is rendered; templates read it as reasoning_content or as thinking.
+KEYS = ("reasoning_content", "reasoning", "thinking")
 NOT_RENDERED = "would not be learned: put it into content, as <think> … </think>, or leave it out: data.thinking: strip"
 
 
 def reasoning_key(unused_keys: Sequence[str]) -> str | None:
-    """Return the key of a row's messages that holds reasoning, such as messages.reasoning_content; None if there is none."""
-    return next((key for key in unused_keys if "." in key and key.rpartition(".")[2] in _KEYS), None)
+    """Return the key of messages whose reasoning is not read, because it is no text of an answer; None if there is none."""
+    return next((key for key in unused_keys if "." in key and key.rpartition(".")[2] in KEYS), None)
 
 
 def without_reasoning(chat: Sequence[Message]) -> list[Message]:
-    """Return a chat whose answers have no reasoning: `<think> … </think>` or `[THINK] … [/THINK]` before the answer."""
-    return [
-        {**message, "content": _REASONING.sub("", message["content"], count=1)}
-        if message["role"] == "assistant"
-        else message
-        for message in chat
-    ]
+    """Return a chat whose answers have no reasoning: neither `<think> … </think>` or `[THINK] … [/THINK]` before the
+    answer, nor a text beside it.
+    """
+    return [_without(message) if message["role"] == "assistant" else message for message in chat]
+
+
+def _without(message: Message) -> Message:
+    stripped: Message = {**message, "content": _REASONING.sub("", message["content"], count=1)}
+    stripped.pop("reasoning_content", None)
+    return stripped

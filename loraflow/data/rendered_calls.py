@@ -85,8 +85,9 @@ def without_tools(chat: Chat) -> list[Message]:
 
 
 def call_text(message: Message) -> str:
-    """Return the calls of a message as JSON text, to look for control tokens in it."""
-    return json.dumps(message["tool_calls"], ensure_ascii=False) if "tool_calls" in message else ""
+    """Return what a message has beside its content, to look for control tokens in it: its reasoning, its calls as JSON."""
+    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if "tool_calls" in message else ""
+    return message.get("reasoning_content", "") + calls
 
 
 def tools_text(message: Message) -> str:

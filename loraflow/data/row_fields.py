@@ -10,6 +10,7 @@ from pydantic import JsonValue
 from loraflow.data.chats import BadRow, ToolCall
 from loraflow.data.labels import Labels
 from loraflow.data.marks import answer_weight, excludes, is_mark
+from loraflow.data.reasoning import KEYS
 from loraflow.data.tools import read_calls
 
 RawRow = dict[str, JsonValue]  # a row as its file has it
@@ -29,6 +30,7 @@ class Turn(NamedTuple):
     calls: tuple[ToolCall, ...] = ()
     call_id: JsonValue = None  # of a tool's result: the call that it belongs to
     name: JsonValue = None  # of a tool's result: its tool
+    reasoning: str = ""  # of an answer, beside its content
 
 
 class RowFields:
@@ -121,8 +123,9 @@ class RowFields:
         ]
         fields = RowFields(item, {}, self.labels)
         role, content = fields.optional(*roles), fields.optional(*contents)
-        weight, used = 1.0, fields._used | {*roles, *contents, "tool_calls", "function_call"}
         is_answer = isinstance(role, str) and (role in ASSISTANT or role == FUNCTION_CALL)
+        reasoning = _reasoning(fields) if is_answer else ""
+        weight, used = 1.0, fields._used | {*roles, *contents, "tool_calls", "function_call"}
         if calls and not is_answer:
             raise BadRow(f"message {number}: a tool call in a {role} message; only an assistant calls tools")
         if isinstance(role, str) and role in TOOL_ROLES:
@@ -132,7 +135,7 @@ class RowFields:
         else:  # only answers are learned: a mark that excludes another message changes nothing
             used |= {key for key, value in item.items() if is_mark(key) and excludes(key, value)}
         self._note_unread(column, item, used)
-        return Turn(role, content, weight, tuple(calls), item.get("tool_call_id"), item.get("name"))
+        return Turn(role, content, weight, tuple(calls), item.get("tool_call_id"), item.get("name"), reasoning)
 
     def joined(self, content: list[JsonValue], number: int, column: str) -> str:
         """Join a message's parts: [{"type": "text", "text": …}].
@@ -168,6 +171,17 @@ class RowFields:
             str(key) for key, value in row.items() if key not in used and has_value(value) and value not in _EMPTY_TEXTS
         ]
         return (*found, *self._inner_unread)
+
+
+def _reasoning(message: RowFields) -> str:
+    """Return the reasoning beside an answer's content; values that are no text stay unread.
+
+    Raises:
+        BadRow: two keys have different values.
+    """
+    names = [name for name in KEYS if isinstance(message.row.get(name), str)]
+    found = message.optional(*names)
+    return found if isinstance(found, str) and has_value(found) else ""
 
 
 def _renamed(row: RawRow, columns: Mapping[str, str]) -> RawRow:

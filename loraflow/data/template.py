@@ -20,7 +20,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from loraflow.data.chats import Chat
+from loraflow.data.chats import Chat, Message
 
 if TYPE_CHECKING:  # each process that renders imports this module, so it has to be light
     from pydantic import JsonValue
@@ -56,9 +56,16 @@ class CompiledTemplate:
 
     def _values(self, chat: Chat) -> dict[str, object]:
         """Return the variables of a template. A chat's tools are in its first message."""
-        messages = [message.copy() for message in chat]
+        messages = [_aliased(message) for message in chat]
         tools = messages[0].pop("tools", None) if messages else None
         return {**self._variables, "messages": messages, **({} if tools is None else {"tools": tools})}
+
+
+def _aliased(message: Message) -> dict[str, object]:
+    """Return a copy of a message. As in transformers, reasoning has a second name, which gpt-oss's template reads."""
+    if "reasoning_content" in message:
+        return {"thinking": message["reasoning_content"], **message}
+    return {**message}
 
 
 class _Marks:

@@ -87,20 +87,25 @@ EMPTY = {"role": "assistant", "content": "<think>because</think>"}
 @pytest.mark.parametrize("thinking", [None, "keep", "strip", "empty"])
 def test_reasoning_is_kept_removed_or_named(tmp_path, thinking):
     (tmp_path / "data").mkdir()
-    answers = (THOUGHT, BESIDE, EMPTY, {"role": "assistant", "content": "two", "reasoning_content": None})
+    answers = (
+        THOUGHT,
+        BESIDE,
+        EMPTY,
+        {**BESIDE, "reasoning_content": None},
+        {"role": "assistant", "content": "two", "thinking": ["because"]},
+    )
     rows = [{"messages": [{"role": "user", "content": f"q{n}"}, answer]} for n, answer in enumerate(answers)]
     (tmp_path / "data" / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_check(tmp_path / "data", tmp_path / "out", heldout_fraction=0.0, thinking=thinking)
     learned = [json.loads(line)["messages"][1]["content"] for line in (tmp_path / "out" / "train.jsonl").open()]
     problems = {row["place"]: row["problem"] for row in map(json.loads, (tmp_path / "out" / "quarantine.jsonl").open())}
     if thinking in ("strip", "empty"):
-        assert learned == ["two", "two", "two"]
+        assert learned == ["two", "two", "two", "two"]
         assert problems == {"x.jsonl:3": "an answer is empty without its reasoning (data.thinking)"}
     else:
-        assert learned == [THOUGHT["content"], EMPTY["content"], "two"]
-        assert list(problems) == ["x.jsonl:2"] and problems["x.jsonl:2"].startswith(
-            "messages.reasoning_content would not be"
-        )
+        assert learned == [THOUGHT["content"], "two", EMPTY["content"], "two"]
+        assert [line.count("because") for line in (tmp_path / "out" / "train.jsonl").open()] == [1, 1, 1, 0]
+        assert list(problems) == ["x.jsonl:5"] and problems["x.jsonl:5"].startswith("messages.thinking would not be")
 
 
 def test_too_many_malformed_rows_stop_the_run_and_are_listed(tmp_path):

@@ -66,11 +66,11 @@ def test_llama_factorys_history_comes_before_the_question():
 
 
 def test_unused_keys_are_named(tmp_path):
-    turns = [WANTED[0], {**WANTED[1], "reasoning_content": "hm", "tool_calls": None}]
+    turns = [WANTED[0], {**WANTED[1], "emotion": "hm", "tool_calls": None}]
     (tmp_path / "x.jsonl").write_text(json.dumps({"id": 1, "messages": turns, "tools": [], "score": 0.5}))
     (row,) = read_rows(tmp_path, ["x.jsonl"], "auto")
     assert row.messages == WANTED
-    assert row.unused_keys == ("id", "score", "messages.reasoning_content")
+    assert row.unused_keys == ("id", "score", "messages.emotion")
     (tmp_path / "y.jsonl").write_text(json.dumps({"n": 1, "Question": "q", "Answer": "a"}))
     columns = columns_of(tmp_path / "y.jsonl", "y.jsonl")
     assert columns == {"prompt": "Question", "completion": "Answer"}
