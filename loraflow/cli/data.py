@@ -78,19 +78,21 @@ def pull(dvc_file: str, remote: str | None) -> None:
 
 @data.command()
 @click.argument("source", metavar="RECIPE|FILE|FOLDER")
-@click.option("--format", "form", default="auto", help="messages, sharegpt, alpaca, prompt_completion or auto.")
+@click.option(
+    "--format", "form", help="messages, sharegpt, alpaca, prompt_completion or auto (default). Not with a recipe."
+)
 @click.option(
     "--personal", is_flag=True, help="Look for personal data too: emails, phone and card numbers, IBANs, IPs."
 )
 @json_option
-def check(source: str, form: str, personal: bool, as_json: bool) -> None:
+def check(source: str, form: str | None, personal: bool, as_json: bool) -> None:
     """Check the rows of a recipe's dataset, or of a file or folder of chats, and say what is striking about them.
 
     Exit status 1 if a row is malformed, there are no rows, or a check of data.profile with `fail` found too many rows.
     """
     from loraflow.cli.data_check import checked_source, print_findings
     from loraflow.data.findings import Detector
-    from loraflow.data.readers import is_partly_learned, match_nothing
+    from loraflow.data.readers import is_answer_learned, is_partly_learned, match_nothing
     from loraflow.data.split import prompt_key
 
     read = checked_source(source, form, personal=personal)
@@ -107,7 +109,7 @@ def check(source: str, form: str, personal: bool, as_json: bool) -> None:
         elif row.messages is None:
             problems.append({"place": row.place, "problem": row.problem or ""})
         else:
-            detector.add(row.place, set_name, row.messages)
+            detector.add(row.place, set_name, row.messages, is_learned=is_answer_learned(row))
             partly += is_partly_learned(row)
             weighted += row.weights is not None
             if len(prompts) < 2:
@@ -207,12 +209,9 @@ def diff(old: str, new: str | None, source: str, store: str) -> None:
 
     Default of NEW: the dataset in the work tree.
     """
-    from loraflow.cli.data_diff import version_of
+    from loraflow.cli.data_diff import read_versions
     from loraflow.data.compare import difference_lines
-    from loraflow.store import open_store
 
-    opened = open_store(store)
-    with opened.reader_lock():
-        before, after = version_of(old, source, opened), version_of(new, source, opened)
+    before, after = read_versions(old, new, source, store)
     for line in difference_lines(before, after):
         click.echo(line)

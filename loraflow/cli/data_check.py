@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from loraflow.config.data_profile import ProfileCheckName, ProfileRule, default_rules
+from loraflow.failures import BadConfig
 
 if TYPE_CHECKING:
     from loraflow.data.chats import Tool
@@ -28,6 +30,7 @@ class CheckedSource:
     rules: Mapping[ProfileCheckName, ProfileRule]
     group: str | None = None
     tools: list[Tool] | None = None
+    convert: Callable[[Row], Row] = lambda row: row  # what the recipe makes of a row
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         """Yield each row with its set."""
@@ -35,11 +38,20 @@ class CheckedSource:
 
         for name, files in self.sets.items():
             for row in read_rows(self.folder, files, self.format, self.columns, self.group, self.tools):
-                yield name, row
+                yield name, self.convert(row)
 
 
-def checked_source(source: str, form: str, *, personal: bool) -> CheckedSource:
-    """Return what to check: the dataset of a recipe, or a file or folder."""
+def checked_source(source: str, form: str | None, *, personal: bool) -> CheckedSource:
+    """Return what to check: the dataset of a recipe, or a file or folder.
+
+    Args:
+        source: a recipe, file or folder.
+        form: the rows' format, or auto; None if it is not named. A recipe has its own.
+        personal: whether to look for personal data.
+
+    Raises:
+        BadConfig: a format is named for a recipe.
+    """
     from loraflow.data.guess_columns import columns_of
     from loraflow.data.readers import match_files
 
@@ -47,7 +59,15 @@ def checked_source(source: str, form: str, *, personal: bool) -> CheckedSource:
     if not path.exists():
         raise click.BadParameter(f"{source} does not exist")
     if path.suffix in (".yaml", ".yml"):
+        if form is not None:
+            raise BadConfig(
+                "--format and a recipe exclude each other.",
+                where=f"data check {source}",
+                got=f"--format {form}",
+                next_step="leave --format out, and set data.format in the recipe",
+            )
         return _of_recipe(source, personal=personal)
+    form = form or "auto"
     folder, patterns = (path, ["*"]) if path.is_dir() else (path.parent, [path.name])
     names = match_files(folder, patterns)
     columns = columns_of(folder / names[0], names[0]) if names and form == "auto" else {}
@@ -58,6 +78,7 @@ def _of_recipe(recipe: str, *, personal: bool) -> CheckedSource:
     from loraflow.config import load_recipe
     from loraflow.config.stage_configs import CheckDatasetConfig
     from loraflow.data.check import assign_files
+    from loraflow.data.reasoning import with_thinking
     from loraflow.data.tools import dataset_tools
     from loraflow.execution.runner import run_stage
     from loraflow.execution.workspace import Workspace
@@ -71,7 +92,14 @@ def _of_recipe(recipe: str, *, personal: bool) -> CheckedSource:
     rules = {**default_rules(personal=personal), **config.profile}
     tools = dataset_tools(config.tools, "data.tools")
     return CheckedSource(
-        folder, assign_files(folder, config), config.format, config.columns, rules, config.group, tools
+        folder,
+        assign_files(folder, config),
+        config.format,
+        config.columns,
+        rules,
+        config.group,
+        tools,
+        convert=partial(with_thinking, thinking=config.thinking),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from loraflow.failures import BadConfig, BadData
 
@@ -12,13 +12,41 @@ if TYPE_CHECKING:
     from loraflow.store import Store
 
 
-def version_of(name: str | None, source: str, store: Store) -> Version:
+def read_versions(old: str, new: str | None, source: str, store: str) -> tuple[Version, Version]:
+    """Read the rows of two versions. The store is opened only if one of them is a run.
+
+    Args:
+        old: as in version_of.
+        new: as in version_of.
+        source: the dataset's `.dvc` file.
+        store: location of the store.
+    """
+    from loraflow.store import open_store
+
+    if not any(map(_is_run, (old, new))):
+        return version_of(old, source, None), version_of(new, source, None)
+    opened = open_store(store)
+    with opened.reader_lock():
+        return version_of(old, source, opened), version_of(new, source, opened)
+
+
+def _is_path(name: str | None) -> TypeGuard[str]:
+    return name is not None and Path(name).exists() and not name.endswith(".dvc")
+
+
+def _is_run(name: str | None) -> TypeGuard[str]:
+    from loraflow.registry.runs import RUN_ID
+
+    return name is not None and not _is_path(name) and RUN_ID.fullmatch(name) is not None
+
+
+def version_of(name: str | None, source: str, store: Store | None) -> Version:
     """Read the rows of a version.
 
     Args:
         name: a file, a folder, a run's id, or a git revision of `source`; None is the work tree.
         source: the dataset's `.dvc` file.
-        store: where runs are.
+        store: where runs are; None if the name is no run's.
 
     Raises:
         BadConfig: a revision is named, and `source` is no `.dvc` file.
@@ -27,13 +55,12 @@ def version_of(name: str | None, source: str, store: Store) -> Version:
     from loraflow.config.recipe import Data
     from loraflow.data.compare import read_files, read_revision
     from loraflow.data.readers import match_files
-    from loraflow.registry.runs import RUN_ID
 
-    if name is not None and Path(name).exists() and not name.endswith(".dvc"):
+    if _is_path(name):
         path = Path(name)
         folder, patterns = (path, ["*"]) if path.is_dir() else (path.parent, [path.name])
         return read_files(folder, match_files(folder, patterns), "auto", {})
-    if name is not None and RUN_ID.fullmatch(name):
+    if store is not None and _is_run(name):
         return _of_run(name, store)
     if not source.endswith(".dvc"):
         raise BadConfig(

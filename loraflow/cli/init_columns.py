@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import click
 
 from loraflow.config.recipe import COLUMNS
 from loraflow.data.guess_columns import columns_of
-from loraflow.failures import BadConfig
+from loraflow.failures import BadConfig, BadData
 
 EXPECTED = "prompt=COLUMN,completion=COLUMN"
+FIRST_ROWS = 1000  # rows whose keys are columns
 
 
 def choose_columns(path: Path, name: str, given: str | None) -> dict[str, str]:
@@ -24,11 +26,11 @@ def choose_columns(path: Path, name: str, given: str | None) -> dict[str, str]:
 
     Raises:
         BadConfig: --columns is malformed, or names a column that the file does not have.
-        BadData: the file cannot be read.
+        BadData: the file cannot be read, or --columns is given and the first row cannot.
     """
-    names = _names(path, name)
     if given is not None:
-        return _parsed(given, names)
+        return _parsed(given, _names(path, name, is_needed=True))
+    names = _names(path, name, is_needed=False)
     columns = columns_of(path, name)
     if columns or not names or not _is_unknown(path, name) or not sys.stdin.isatty():
         return columns
@@ -57,16 +59,23 @@ def _parsed(text: str, names: list[str]) -> dict[str, str]:
     return columns
 
 
-def first_row(path: Path, name: str) -> dict[str, object]:
-    """Return a file's first row; empty if it is no object."""
+def _names(path: Path, name: str, *, is_needed: bool) -> list[str]:
+    """Return the keys of the first rows: JSON rows may leave out keys without a value.
+
+    Raises:
+        BadData: names are needed, and the first row has none.
+    """
+    from loraflow.data.chats import BadRow
     from loraflow.data.readers import read_values
 
-    value = next((row.value for row in read_values(path, name)), None)
-    return {str(key): cell for key, cell in value.items()} if isinstance(value, dict) else {}
-
-
-def _names(path: Path, name: str) -> list[str]:
-    return list(first_row(path, name))
+    names: dict[str, None] = {}
+    for number, row in enumerate(itertools.islice(read_values(path, name), FIRST_ROWS)):
+        if isinstance(row.value, dict):
+            names.update(dict.fromkeys(map(str, row.value)))
+        elif is_needed and number == 0:
+            got = str(row.value) if isinstance(row.value, BadRow) else "no object"
+            raise BadData("The first row cannot be read.", where=row.place, expected="a row with columns", got=got)
+    return list(names)
 
 
 def _is_unknown(path: Path, name: str) -> bool:

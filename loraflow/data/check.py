@@ -20,12 +20,12 @@ from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.chats import GATE_SET, ChatRecord, Message, with_system
 from loraflow.data.check_report import CheckReport, Finding, NearDuplicates, Profile, SplitCounts
 from loraflow.data.findings import leave_out_findings
-from loraflow.data.group_leaks import drop_group_leaks
+from loraflow.data.group_leaks import drop_group_leaks, heldout_groups
 from loraflow.data.near_prompts import with_near_prompts
 from loraflow.data.near_split import Clusters, ValidRow, draw_split, place_near
 from loraflow.data.placement import Split
 from loraflow.data.readers import Row, is_partly_learned, match_files, read_rows
-from loraflow.data.reasoning import NOT_RENDERED, reasoning_key, without_reasoning
+from loraflow.data.reasoning import with_thinking
 from loraflow.data.sampling import spread_sample, spread_values
 from loraflow.data.similar import CheckedRow, find_similar, is_last_learned
 from loraflow.data.split import CLUSTER, draw, group_key, prompt_key, row_id
@@ -84,9 +84,10 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
     config, files = job.config, inputs["dataset"] / "files"
     reading = _Reading(quarantine=[], counts=Counter(), unread=Counter())
     splits, clusters = _read(files, config, reading)
+    groups = heldout_groups(splits["heldout"])  # of duplicates too
     _drop_duplicates(splits, reading, config.duplicates)
     _drop_leaks(splits, reading)
-    drop_group_leaks(splits, reading.drop)
+    drop_group_leaks(splits, groups, reading.drop)
     similar = find_similar(splits["train"] + splits["validation"], splits["heldout"])
     if config.near_duplicates is not None:
         similar = with_near_prompts(similar, splits["train"] + splits["validation"])
@@ -191,7 +192,9 @@ def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> tuple[S
     splits: Splits = {"train": [], "validation": [], "heldout": []}
     rows: Iterable[ValidRow] = _valid_rows(files, config, reading)
     if config.profile:
-        rows, reading.findings = leave_out_findings(rows, config.profile, reading.leave_out)
+        rows, reading.findings = leave_out_findings(
+            rows, config.profile, reading.leave_out, partial(_may_be_learned, config=config)
+        )
     clusters = None
     if config.near_duplicates is None:
         for row in rows:
@@ -211,31 +214,28 @@ def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> tuple[S
     return splits, clusters
 
 
+def _may_be_learned(row: ValidRow, config: CheckDatasetConfig) -> bool:
+    """Tell whether a row may get into training: which rows of training files do with `drop` depends on other rows."""
+    return row.set == "train" if config.near_duplicates == "drop" else draw_split(row, config) != "heldout"
+
+
 def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Iterator[ValidRow]:
     """Yield the rows that have a chat; the others go to the quarantine."""
     counts, quarantine = reading.counts, reading.quarantine
     tools = dataset_tools(config.tools, "data.tools")
     for set_name, set_files in assign_files(files, config).items():
-        for row in read_rows(files, set_files, config.format, config.columns, config.group, tools):
+        for as_read in read_rows(files, set_files, config.format, config.columns, config.group, tools):
+            row = with_thinking(as_read, config.thinking)
             counts["read"] += 1
             if row.unused_keys:
                 reading.unread.update(row.unused_keys)
-            messages, problem = row.messages, row.problem or ""
-            if messages is not None and config.thinking == "strip":
-                messages = without_reasoning(messages)
-                if any(
-                    not m["content"].strip() for m in messages if m["role"] == "assistant" and "tool_calls" not in m
-                ):
-                    messages, problem = None, "an answer is empty without its reasoning (data.thinking)"
-            elif messages is not None and (reasoning := reasoning_key(row.unused_keys)):
-                messages, problem = None, f"{reasoning} {NOT_RENDERED}"
-            if messages is None:
+            if row.messages is None:
                 counts["marked_false" if row.is_marked_false else "malformed"] += 1
                 if not row.is_marked_false and len(reading.malformed) < 5:
                     reading.malformed.add(row.place)
-                quarantine.append({"place": row.place, "set": set_name, "problem": problem, "row": row.raw})
+                quarantine.append({"place": row.place, "set": set_name, "problem": row.problem or "", "row": row.raw})
                 continue
-            yield ValidRow(row, messages, set_name, prompt_key(messages))
+            yield ValidRow(row, row.messages, set_name, prompt_key(row.messages))
 
 
 def _place(valid: ValidRow, split: Split, splits: Splits, config: CheckDatasetConfig, reading: _Reading) -> None:

@@ -34,6 +34,8 @@ class Version:
     answers: list[int] = field(default_factory=list)
     fields: Counter[str] = field(default_factory=Counter)  # key of the rows → rows where it has a value
     read: int = 0  # rows, with malformed ones
+    malformed: int = 0  # rows that are no chat; rows whose marks exclude every answer are no such rows
+    problem: str = ""  # place and problem of the first of them
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def read_files(folder: Path, names: Sequence[str], format_name: str, columns: Ma
         columns: `data.columns`; if empty and the format is auto, they are guessed for each file.
 
     Raises:
-        BadData: a file cannot be read.
+        BadData: a file cannot be read, or no row is a chat.
     """
     found = Version()
     for name in names:
@@ -73,10 +75,21 @@ def read_files(folder: Path, names: Sequence[str], format_name: str, columns: Ma
                 rows[prompt_key(row.messages), row_id(row.messages)] += 1
                 found.prompts.append(sum(len(message["content"]) for message in row.messages[:-1]))
                 found.answers.append(len(row.messages[-1]["content"]))
+            elif not row.is_marked_false:
+                found.malformed += 1
+                found.problem = found.problem or f"{row.place}: {row.problem}"
         for value in read_values(folder / name, name):
             found.read += 1
             if isinstance(value.value, dict) and not isinstance(value.value, BadRow):
                 found.fields.update(str(key) for key, cell in value.value.items() if has_value(cell))
+    if found.malformed and not found.prompts:
+        raise BadData(
+            f"{found.malformed} of {found.read} rows could not be read, and none is a chat.",
+            where=", ".join(names[:3]),
+            expected="messages, ShareGPT, Alpaca or prompt/completion",
+            got=found.problem,
+            next_step="`loraflow data check FILE` names every problem",
+        )
     return found
 
 
@@ -112,7 +125,10 @@ def changes(before: Mapping[tuple[str, str], int], after: Mapping[tuple[str, str
 
 
 def difference_lines(before: Version, after: Version) -> Iterator[str]:
-    """Yield what differs: rows of each file and of all, lengths, fields."""
+    """Yield what differs: rows that could not be read, rows of each file and of all, lengths, fields."""
+    for name, version in (("OLD", before), ("NEW", after)):
+        if version.malformed:
+            yield f"{name}: {version.malformed} of {version.read} rows could not be read, first {version.problem}"
     old, new = before.files, after.files
     if len(old) == len(new) == 1 and old.keys() != new.keys():
         yield f"{next(iter(old))} → {next(iter(new))}: {changes(_all(before), _all(after))}"

@@ -13,6 +13,8 @@ from loraflow.data.chats import Chat
 from loraflow.data.check_report import CheckReport, Finding
 from loraflow.data.near_split import ValidRow
 from loraflow.data.personal_data import personal_data
+from loraflow.data.placeholders import Placeholders
+from loraflow.data.readers import is_answer_learned
 from loraflow.data.refusals import refuses
 from loraflow.data.split import normalize, normalized_key
 from loraflow.failures import LimitExceeded
@@ -21,10 +23,8 @@ OPENING_WORDS = 5  # of an answer that has at least twice as many words
 MIN_REPEATED = 5  # answers with one opening
 MAX_EXAMPLES = 3
 _QUOTED = 60  # characters of a quoted text
-# Answers without content beside those without letters and digits.
-_PLACEHOLDERS = frozenset({"n/a", "na", "none", "null", "nan", "todo", "tbd", "undefined", "[deleted]", "[removed]"})
 WHAT: dict[ProfileCheckName, str] = {
-    "refusals": "empty or refusing answers",
+    "refusals": "placeholder or refusing answers",
     "openings": "answers with one opening",
     "disputed": "questions with different answers",
     "scripts": "answers in another script than most",
@@ -48,13 +48,26 @@ class Detector:
         self._openings: dict[str, list[int]] = defaultdict(list)
         self._prompts: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
         self._scripts: list[str | None] = []
+        self._placeholders = Placeholders()
 
-    def add(self, place: str, set_name: str, chat: Chat) -> None:
-        """Look at a row."""
+    def add(self, place: str, set_name: str, chat: Chat, *, is_learned: bool = True) -> None:
+        """Look at a row.
+
+        Args:
+            place: where it is.
+            set_name: its set.
+            chat: its messages.
+            is_learned: whether its last answer is. Checks of answers leave out those that are not.
+        """
         number, answer = len(self._places), chat[-1]["content"]
         self._places.append(place)
+        self._add_texts(number, chat)
+        self._scripts.append(script(answer) if is_learned and "scripts" in self._rules else None)
+        if is_learned:
+            self._add_answer(number, set_name, chat, answer)
+
+    def _add_texts(self, number: int, chat: Chat) -> None:
         details: dict[ProfileCheckName, Callable[[], str | None]] = {
-            "refusals": lambda: None if "tool_calls" in chat[-1] else _no_answer(answer),
             "broken_text": lambda: _first(broken_text, chat),
             "control_tokens": lambda: _first(control_token, chat),
             "personal": lambda: _first(personal_data, chat),
@@ -62,12 +75,16 @@ class Detector:
         for name, detail in details.items():
             if name in self._rules and (found := detail()) is not None:
                 self._found[name][number] = found
+
+    def _add_answer(self, number: int, set_name: str, chat: Chat, answer: str) -> None:
+        if "refusals" in self._rules and "tool_calls" not in chat[-1]:
+            self._placeholders.add(number, set_name, answer)
+            if refuses(answer):
+                self._found["refusals"][number] = f"{' '.join(answer.strip()[:_QUOTED].split())!r}"
         if "openings" in self._rules and (opening := _opening(answer)) is not None:
             self._openings[opening].append(number)
         if "disputed" in self._rules:
             self._prompts[set_name, normalized_key(chat[:-1])].append((number, normalized_key(chat[-1:])))
-        if "scripts" in self._rules:
-            self._scripts.append(script(answer))
 
     @property
     def scripts(self) -> dict[str, float]:
@@ -78,6 +95,8 @@ class Detector:
     def rows(self) -> dict[ProfileCheckName, dict[int, str]]:
         """Return {check: {number of a row: what was found in it}}."""
         found = dict(self._found)
+        if "refusals" in found:
+            found["refusals"] = {**found["refusals"], **self._placeholders.rows()}
         if "openings" in found:
             least = max(MIN_REPEATED, self._rules["openings"].limit("openings") * len(self._places))
             repeated = {text: rows for text, rows in self._openings.items() if len(rows) >= least}
@@ -117,6 +136,7 @@ def leave_out_findings(
     rows: Iterable[ValidRow],
     rules: Mapping[ProfileCheckName, ProfileRule],
     leave_out: Callable[[ValidRow, str, str], None],
+    may_leave_out: Callable[[ValidRow], bool],
 ) -> tuple[list[ValidRow], list[Finding]]:
     """Return the rows that stay, and what was found (data.profile).
 
@@ -124,17 +144,20 @@ def leave_out_findings(
         rows: all valid rows, training and held-out ones.
         rules: the recipe's.
         leave_out: is called with each row that a check with `quarantine` concerns, the reason, and a sentence.
+        may_leave_out: tells whether a row is for training. Held-out rows are only counted: without them, scores would be
+            those of other rows.
     """
     read, detector = list(rows), Detector(rules)
     for row in read:
-        detector.add(row.row.place, row.set, row.messages)
+        detector.add(row.row.place, row.set, row.messages, is_learned=is_answer_learned(row.row))
     concerned = detector.rows()
     findings = detector.findings(concerned)
     out: dict[int, tuple[ProfileCheckName, str]] = {}
     for finding in findings:
         if finding.is_over and finding.action == "quarantine":
             for number, detail in concerned[finding.check].items():
-                out.setdefault(number, (finding.check, detail))
+                if may_leave_out(read[number]):
+                    out.setdefault(number, (finding.check, detail))
     for number, (check, detail) in out.items():
         leave_out(read[number], f"profile_{check}", f"{WHAT[check]}: {detail}")
     return [row for number, row in enumerate(read) if number not in out], findings
@@ -161,13 +184,6 @@ def finding_lines(finding: Finding, examples: int = MAX_EXAMPLES) -> Sequence[st
     """Return a line that says what was found, and lines with examples."""
     head = f"{finding.check}: {finding.rows} rows ({finding.share:.1%}), {WHAT[finding.check]}"
     return [head, *(f"  {example}" for example in finding.examples[:examples])]
-
-
-def _no_answer(answer: str) -> str | None:
-    text = answer.strip()
-    if text.casefold().strip(".") in _PLACEHOLDERS or text == "…" or (len(text) > 1 and set(text) <= set(".-–—…_?* ")):
-        return f"no answer: {text[:_QUOTED]!r}"
-    return f"{' '.join(text[:_QUOTED].split())!r}" if refuses(text) else None
 
 
 def _opening(answer: str) -> str | None:

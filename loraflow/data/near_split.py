@@ -14,7 +14,7 @@ from loraflow.data.chats import Chat, ChatRecord, Message
 from loraflow.data.check_report import NearDuplicates
 from loraflow.data.near import Comparison, Sketches
 from loraflow.data.placement import Placement, Placer, Side, Split, Unplaced
-from loraflow.data.readers import Row
+from loraflow.data.readers import Row, is_answer_learned
 from loraflow.data.shingles import comparable_text
 from loraflow.data.split import draw, group_key, in_share, normalized_key
 
@@ -154,12 +154,15 @@ def near_policy(chats: Sequence[Chat]) -> Literal["report", "drop"]:
 
 
 def _unplaced(rows: Sequence[ValidRow], config: CheckDatasetConfig) -> list[Unplaced]:
-    held = {row.key for row in rows if row.set != "train"}
-    groups = {row.row.group for row in rows if row.set != "train" and row.row.group is not None}
+    may_be_held_out = [
+        is_answer_learned(row.row) and (config.group is None or row.row.group is not None) for row in rows
+    ]
+    held_out = [row for row, may in zip(rows, may_be_held_out, strict=True) if row.set != "train" and may]
+    held = {row.key for row in held_out}
+    groups = {row.row.group for row in held_out if row.row.group is not None}
     found = []
-    for row in rows:
+    for row, may in zip(rows, may_be_held_out, strict=True):
         side: Side = "heldout file" if row.set != "train" else draw_split(row, config)
-        learned, last = row.row.learned, len(row.messages) - 1
         found.append(
             Unplaced(
                 side=side,
@@ -167,8 +170,7 @@ def _unplaced(rows: Sequence[ValidRow], config: CheckDatasetConfig) -> list[Unpl
                 has_group=row.row.group is not None,
                 prompt=normalized_key(row.messages[:-1]),
                 is_leak=side in ("train", "validation") and (row.key in held or row.row.group in groups),
-                may_be_held_out=(learned is None or last in learned)
-                and (config.group is None or row.row.group is not None),
+                may_be_held_out=may,
             )
         )
     return found

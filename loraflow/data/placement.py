@@ -27,7 +27,7 @@ class Unplaced(NamedTuple):
     has_group: bool  # the unit is a group's
     prompt: int  # 64-bit hash of the prompt without differences of case and white space
     is_leak: bool  # its prompt or its group is held out by a file: it is left out anyway
-    may_be_held_out: bool  # its last answer is learned
+    may_be_held_out: bool  # its last answer is learned, and it has a group if data.group is set
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ class Placer:
         """
         followed = _Followed(self._rows)
         for number, row in enumerate(self._rows):
-            if row.is_leak:
+            # A row of a held-out file that cannot be held out is never scored: no row is left out because of it.
+            if row.is_leak or (row.side == "heldout file" and not row.may_be_held_out):
                 self._is_out[number] = True
             elif self._place(number, row.side, followed):
                 followed.add(number)

@@ -47,6 +47,11 @@ def is_partly_learned(row: Row) -> bool:
     return row.learned is not None and len(row.learned) < sum(m["role"] == "assistant" for m in row.messages or ())
 
 
+def is_answer_learned(row: Row) -> bool:
+    """Tell whether the marks of a row let its last answer be learned, or be the reference of a held-out row."""
+    return row.learned is None or len(row.messages or ()) - 1 in row.learned
+
+
 def read_rows(
     folder: Path,
     names: list[str],

@@ -76,3 +76,25 @@ def test_a_run_is_compared_by_the_files_and_columns_that_it_read(tmp_path):
     store.find = lambda *_: None
     with pytest.raises(BadData, match="not in the store any more"):
         version_of(run, "data.dvc", store)
+
+
+def test_rows_that_cannot_be_read_are_counted_and_a_version_without_any_chat_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "old.jsonl", OLD)
+    write(tmp_path / "new.jsonl", [*OLD, {"question": "q"}, {"x": 1}])
+    assert diff("old.jsonl", "new.jsonl")[0].startswith("NEW: 2 of 12 rows could not be read, first new.jsonl:11: ")
+    assert "OLD: 2 of 12 rows" in diff("new.jsonl", "old.jsonl")[0]
+    write(tmp_path / "bad.jsonl", [{"x": 1}, {"x": 2}])
+    with pytest.raises(BadData, match="2 of 2 rows could not be read"):
+        version_of("bad.jsonl", "data.dvc", None)
+
+
+def test_only_a_run_opens_the_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "old.jsonl", OLD)
+    opened = []
+    monkeypatch.setattr("loraflow.store.open_store", lambda uri: opened.append(uri) or 1 / 0)
+    diff("old.jsonl", "old.jsonl", "--store", "s")
+    assert not opened
+    CliRunner().invoke(cli, ["data", "diff", "20261127-010203-abcdef", "old.jsonl", "--store", "s"])
+    assert opened == ["s"]

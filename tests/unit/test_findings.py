@@ -128,16 +128,73 @@ def planted(folder):
     write(folder / "files" / "test.jsonl", [(text(50), "x"), (text(51), "I'm sorry, I can't.")])
 
 
-def test_quarantine_leaves_rows_out_of_every_set_and_counts_them(tmp_path):
+def test_quarantine_leaves_training_rows_out_and_only_counts_held_out_rows(tmp_path):
     planted(tmp_path / "d")
     rules = {"refusals": {"action": "quarantine"}, "control_tokens": {"action": "warn"}}
     report = run_check(tmp_path / "d", tmp_path / "out", "off", heldout=["test.jsonl"], profile=rules)
-    assert report.counts["profile_refusals"] == 2
-    assert (report.rows.train, report.rows.heldout) == (21, 1)
+    assert report.counts["profile_refusals"] == 1
+    assert (report.rows.train, report.rows.heldout) == (21, 2)
+    assert [f.rows for f in report.findings if f.check == "refusals"] == [2]
     lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
-    assert [line["place"] for line in lines] == ["test.jsonl:2", "train.jsonl:21"]
+    assert [line["place"] for line in lines] == ["train.jsonl:21"]
     assert any(note.startswith("control_tokens: 1 rows") for note in check_notes(report))
     refuse_findings(report.as_json(), "here")
+
+
+@pytest.mark.parametrize(("policy", "stay"), [("off", True), ("report", True), ("drop", False)])
+def test_quarantine_keeps_the_rows_that_a_seeded_split_holds_out_unless_near_rows_decide_it(tmp_path, policy, stay):
+    rows = [(text(n), f"answer {n} {'I cannot help.' * (n % 2)}") for n in range(60)]
+    write(tmp_path / "d/files/train.jsonl", rows)
+    run_check(tmp_path / "d", tmp_path / "a", policy, heldout_fraction=0.3)
+    rules = {"refusals": {"action": "quarantine"}}
+    run_check(tmp_path / "d", tmp_path / "b", policy, heldout_fraction=0.3, profile=rules)
+    assert ((tmp_path / "a/heldout.jsonl").read_text() == (tmp_path / "b/heldout.jsonl").read_text()) is stay
+    assert "cannot" not in (tmp_path / "b/train.jsonl").read_text()
+
+
+def refusals(*sets: list[str]) -> list[str]:
+    """Return the answers of sets that are found as refusals."""
+    detector = Detector({"refusals": ProfileRule()})
+    rows = [(f"set{n}", answer) for n, answers in enumerate(sets) for answer in answers]
+    for n, (name, answer) in enumerate(rows):
+        detector.add(f"f:{n}", name, chat(f"q{n}", answer))
+    return [rows[n][1] for n in detector.rows()["refusals"]]
+
+
+PROSE = [f"Answer number {n} says a little more than a class." for n in range(60)]
+
+
+@pytest.mark.parametrize("name", ["none", "None", "NA", "null", "undefined", "N/A", "todo", "nan"])
+def test_a_class_is_no_placeholder_in_any_set_and_the_same_word_among_prose_is(name):
+    classes = ["spam", "ham", name] * 5
+    assert refusals(classes) == []
+    assert refusals(classes, ["ham", name], PROSE) == [], "a small held-out set has the same classes"
+    assert refusals([*PROSE, name]) == [name]
+
+
+def test_a_word_that_is_a_usual_answer_is_no_placeholder_but_a_stub_is():
+    assert refusals([*PROSE, *["none"] * 5]) == []
+    assert refusals([*(f"{one} {n}" for one in PROSE for n in range(10)), *["none"] * 5]) == ["none"] * 5, (
+        "less than 1 % of the answers"
+    )
+    assert refusals([*PROSE, *["[deleted]"] * 20]) == ["[deleted]"] * 20
+    assert refusals(["I'm sorry, I can't.", "ham", "spam"] * 5) == ["I'm sorry, I can't."] * 5, "a refusal is no class"
+
+
+def test_an_answer_that_is_not_learned_counts_for_no_check_of_answers_and_its_text_for_the_others(tmp_path):
+    texts = ["I cannot help.", "N/A", "one", "two", *(f"Thank you for your question about item {n}, it is fine." for n in range(6)), "Это ответ на русском языке", "sure <|end|>"]  # fmt: skip
+    rows = [[*chat(f"q{n}", "ok"), *chat("same", answer)] for n, answer in enumerate(texts)]
+    rows[2][:2] = rows[3][:2] = chat("equal", "ok")
+    for row in rows:
+        row[-1]["weight"] = 0
+    rows += [chat(f"q{n}", f"plain answer number {n}") for n in range(20, 30)]
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    done = json.loads(CliRunner().invoke(cli, ["data", "check", "--json", str(file)]).output)
+    assert {finding["check"] for finding in done["profile"]} == {"control_tokens"} and done["partly_marked"] == 12
+    file.write_text(file.read_text().replace('"weight": 0', '"weight": 1'))
+    done = json.loads(CliRunner().invoke(cli, ["data", "check", "--json", str(file)]).output)
+    assert len(done["profile"]) == 5
 
 
 def test_a_check_acts_only_above_its_share(tmp_path):
@@ -179,7 +236,7 @@ def test_data_check_prints_what_it_found_with_file_and_line(tmp_path):
     planted(tmp_path / "d")
     result = CliRunner().invoke(cli, ["data", "check", str(tmp_path / "d" / "files")])
     assert result.exit_code == 0, result.output
-    assert "warn      refusals: 2 rows (8.3%), empty or refusing answers" in result.output
+    assert "warn      refusals: 2 rows (8.3%), placeholder or refusing answers" in result.output
     assert "train.jsonl:21: 'I cannot help.'" in result.output and "<|end|>" in result.output
     as_json = json.loads(CliRunner().invoke(cli, ["data", "check", "--json", str(tmp_path / "d" / "files")]).output)
     assert {finding["check"] for finding in as_json["profile"]} == {"refusals", "control_tokens"}
@@ -194,3 +251,33 @@ def test_data_check_takes_a_recipe_with_its_own_rules(tmp_path, monkeypatch):
     (tmp_path / "x.yaml").write_text(json.dumps(recipe))
     result = CliRunner().invoke(cli, ["data", "check", "x.yaml"])
     assert result.exit_code == 1 and "fail      refusals: 2 rows" in result.output, result.output
+
+
+def recipe_of(folder, **data):
+    settings = {"source": "d/files", "train": ["train.jsonl"], "heldout": ["test.jsonl"], **data}
+    (folder / "x.yaml").write_text(json.dumps({"name": "x", "base": {"model": "b"}, "data": settings}))
+    return ["data", "check", "--json", "x.yaml"]
+
+
+def test_data_check_of_a_recipe_reads_reasoning_as_its_runs_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    planted(tmp_path / "d")
+    thought = [(text(n), "<think>I am sorry, I cannot say.</think>yes") for n in range(3)] + [
+        (text(9), "<think>x</think>")
+    ]
+    write(tmp_path / "d/files/train.jsonl", thought)
+    arguments = recipe_of(tmp_path, thinking="strip")
+    stripped = json.loads(CliRunner().invoke(cli, arguments).output)
+    assert [p["place"] for p in stripped["problems"]] == ["train.jsonl:4"]
+    assert [f["rows"] for f in stripped["profile"] if f["check"] == "refusals"] == [1], "that of test.jsonl"
+    beside = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning": "r"}]}
+    (tmp_path / "d/files/train.jsonl").write_text(json.dumps(beside) + "\n")
+    assert json.loads(CliRunner().invoke(cli, arguments).output)["malformed"] == 0
+    kept = json.loads(CliRunner().invoke(cli, recipe_of(tmp_path)).output)
+    assert "would not be learned" in kept["problems"][0]["problem"]
+
+
+def test_data_check_refuses_a_format_beside_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli, [*recipe_of(tmp_path), "--format", "auto"])
+    assert result.exit_code != 0 and "data.format" in str(result.exception or result.output)

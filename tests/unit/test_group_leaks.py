@@ -39,6 +39,42 @@ def test_training_rows_of_a_group_of_a_held_out_file_are_left_out_and_counted(tm
     )
 
 
+def write_marked(file: Path, rows: list[dict[str, object]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def marked(prompt: str, group: str | None, weight: int = 1) -> dict[str, object]:
+    """Return a chat whose first answer is learned, and whose last is not if its weight is 0."""
+    turns = [("user", "hello"), ("assistant", "hi"), ("user", prompt)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return {"messages": [*messages, {"role": "assistant", "content": "yes", "weight": weight}], "topic": group}
+
+
+@pytest.mark.parametrize("policy", ["off", "report", "drop"])
+def test_a_held_out_row_that_is_never_scored_makes_no_training_row_a_leak(tmp_path, policy):
+    files, out = tmp_path / "d" / "files", tmp_path / "out"
+    never = [marked(text(1), "a", weight=0), marked(text(2), None), marked(text(3), "b", weight=0)]
+    write_marked(files / "test.jsonl", [*never, marked(text(10), "c")])
+    rows = [marked(text(1), "x"), marked(text(2), "y"), marked(near(text(3)), "z"), marked(text(4), "a")]
+    write_marked(files / "train.jsonl", [*rows, marked(near(text(1), 3), "a"), marked(text(5), "c")])
+    report = run_check(tmp_path / "d", out, policy, group="topic", heldout=["test.jsonl"])
+    assert places(out / "heldout.jsonl") == ["test.jsonl:4"]
+    assert places(out / "train.jsonl") == [f"train.jsonl:{line}" for line in range(1, 6)]
+    assert {name: report.counts.get(name, 0) for name in ("leak", "near_leak", "group_leak")} == {
+        "leak": 0, "near_leak": 0, "group_leak": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ["off", "report", "drop"])
+def test_the_group_of_a_held_out_duplicate_is_held_out_too(tmp_path, policy):
+    files, out = tmp_path / "d" / "files", tmp_path / "out"
+    write_grouped(files / "test.jsonl", [(10, "a"), (10, "b")])
+    write_grouped(files / "train.jsonl", [(1, "a"), (2, "b"), (3, "c")])
+    report = run_check(tmp_path / "d", out, policy, group="topic", heldout=["test.jsonl"])
+    assert places(out / "train.jsonl") == ["train.jsonl:3"]
+    assert (report.counts["duplicate"], report.counts["group_leak"]) == (1, 2)
+
+
 def test_validation_rows_of_a_held_out_group_are_left_out_too(tmp_path):
     files = tmp_path / "d" / "files"
     write_grouped(files / "train.jsonl", [(n, f"g{n // 2}") for n in range(60)])

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from loraflow.cli import cli
 from loraflow.cli.init_columns import choose_columns
 from loraflow.data.guess_columns import guess_columns, is_classification
-from loraflow.failures import BadConfig
+from loraflow.failures import BadConfig, BadData
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,21 @@ def test_init_that_finds_no_chat_says_how_to_name_the_columns(tmp_path, monkeypa
     (tmp_path / "t.csv").write_text("frage,antwort\n" + "a,b\n" * 30)
     done = CliRunner().invoke(cli, ["init", "--data", "t.csv", "--base", "bundled:smollm2"])
     assert done.exit_code != 0 and "--columns prompt=COLUMN,completion=COLUMN" in str(done.exception or done.output)
+
+
+def test_columns_may_be_keys_that_the_first_row_leaves_out(tmp_path):
+    file = tmp_path / "t.jsonl"
+    file.write_text('{"frage": "a"}\n[1]\n{"frage": "b", "antwort": "c"}\n')
+    wanted = {"prompt": "frage", "completion": "antwort"}
+    assert choose_columns(file, "t.jsonl", "frage,antwort") == wanted
+    with pytest.raises(BadConfig, match="of frage, antwort"):
+        choose_columns(file, "t.jsonl", "frage,other")
+
+
+@pytest.mark.parametrize(("line", "problem"), [('{"frage": "a"', "column 15: "), ("3", "no object")])
+def test_columns_of_a_file_whose_first_row_is_malformed_give_its_problem(tmp_path, line, problem):
+    file = tmp_path / "t.jsonl"
+    file.write_text(line + '\n{"frage": "b", "antwort": "c"}\n')
+    with pytest.raises(BadData, match="first row cannot be read") as caught:
+        choose_columns(file, "t.jsonl", "frage,antwort")
+    assert problem in str(caught.value) and "t.jsonl:1" in str(caught.value)
