@@ -106,6 +106,7 @@ CHECK_DATASET = Stage(
         "loraflow.data.check",
         "loraflow.data.check_report",
         "loraflow.data.reasoning",
+        "loraflow.data.thinking",
         "loraflow.data.readers",
         "loraflow.data.chat_formats",
         "loraflow.data.row_fields",

@@ -78,7 +78,7 @@ def _of_recipe(recipe: str, *, personal: bool) -> CheckedSource:
     from loraflow.config import load_recipe
     from loraflow.config.stage_configs import CheckDatasetConfig
     from loraflow.data.check import assign_files
-    from loraflow.data.reasoning import with_thinking
+    from loraflow.data.thinking import with_thinking
     from loraflow.data.tools import dataset_tools
     from loraflow.execution.runner import run_stage
     from loraflow.execution.workspace import Workspace

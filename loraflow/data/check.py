@@ -25,10 +25,10 @@ from loraflow.data.near_prompts import with_near_prompts
 from loraflow.data.near_split import Clusters, ValidRow, draw_split, place_near
 from loraflow.data.placement import Split
 from loraflow.data.readers import Row, is_partly_learned, match_files, read_rows
-from loraflow.data.reasoning import with_thinking
 from loraflow.data.sampling import spread_sample, spread_values
 from loraflow.data.similar import CheckedRow, find_similar, is_last_learned
 from loraflow.data.split import CLUSTER, draw, group_key, prompt_key, row_id
+from loraflow.data.thinking import with_thinking
 from loraflow.data.tools import dataset_tools
 from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
