@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import httpx
@@ -12,8 +13,9 @@ from prefect.settings import get_current_settings
 
 from loraflow.config.project import project_name
 from loraflow.execution.results import Registration
-from loraflow.failures import Network
+from loraflow.failures import BadConfig, Network
 
+log = logging.getLogger("loraflow")
 DATASET = "loraflow.dataset.updated"
 CHAMPION = "loraflow.champion.promoted"
 REJECTED = "loraflow.challenger.rejected"
@@ -31,16 +33,27 @@ def announce_waiting(run_id: str) -> None:
 
 
 def announce_decision(model: str, registration: Registration) -> None:
-    """Emit an event for a promotion, or for a rejection. Its resource names the project of the working directory."""
+    """Emit an event for a promotion, or for a rejection. Its resource names the project of the working directory.
+
+    A `prefect.yaml` that cannot be read is a warning: the promotion is in the log already, so the run goes on.
+    """
     decision, entry = registration.decision, registration.entry
     resource = {"prefect.resource.id": f"loraflow.model.{model}", "prefect.resource.name": model}
-    if project := project_name(Path()):
+    if project := _project():
         resource[PROJECT_LABEL] = project
     payload = {"model": model, "reasons": "; ".join(decision.reasons)}
     if entry is not None:
         emit_event(CHAMPION, resource, payload={**payload, "entry": entry})
     elif decision.verdict == "reject":
         emit_event(REJECTED, resource, payload=payload)
+
+
+def _project() -> str | None:
+    try:
+        return project_name(Path())
+    except BadConfig as failure:
+        log.warning("the decision is announced without a project, so notifications of one project miss it: %s", failure)
+        return None
 
 
 def announce_dataset(name: str, md5: str, commit: str, project: str | None = None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import click
 
@@ -11,7 +12,7 @@ from loraflow.failures import BadConfig, CorruptArtifact, Failure
 from loraflow.identity import short
 from loraflow.registry.champions import choose_intact
 from loraflow.registry.log import HeadChanged, PromotionLog, actor
-from loraflow.registry.looks import LookRecord
+from loraflow.registry.looks import LookRecord, LostLooks
 from loraflow.registry.rebuild import how_to_rebuild
 from loraflow.registry.runs import RunRecord, StageRun, read_run
 from loraflow.serving.models import only_model
@@ -68,9 +69,8 @@ def accept(context: click.Context, reason: str, store: str | None, model: str | 
     log = PromotionLog(opened, model or given["model"] or only_model(opened))
     lost_looks = LookRecord(opened, log.model).accept_loss(reason, actor())
     if lost_looks is not None:
-        click.echo(f"lost: {lost_looks.lost} looks after look {lost_looks.kept.seq}; they count as spent")
-        if lost_looks.unknown_rows or lost_looks.lost_rows:
-            click.echo("it is not known which held-out rows they used: no row counts as never scored from now on")
+        for line in _lost_look_lines(lost_looks):
+            click.echo(line)
         if log.is_intact():
             return
     acceptance = log.accept_loss(reason, actor())
@@ -85,6 +85,19 @@ def accept(context: click.Context, reason: str, store: str | None, model: str | 
         )
     else:
         click.echo(f"the log is empty: {log.model} has no champion")
+
+
+def _lost_look_lines(accepted: LostLooks) -> Iterator[str]:
+    """Yield what was lost of a record of looks, and what that means."""
+    if accepted.lost:
+        looks = "1 look" if accepted.lost == 1 else f"{accepted.lost} looks"
+        yield f"lost: {looks} after look {accepted.kept.seq}; counted as spent"
+    for digest in accepted.restored_rows:
+        yield f"restored from its copy: the record of scored rows {short(digest)}"
+    for digest in accepted.lost_rows:
+        yield f"lost: the record of scored rows {short(digest)}"
+    if accepted.unknown_rows or accepted.lost_rows:
+        yield "it is not known any more which held-out rows were scored: no row counts as never scored from now on"
 
 
 @click.command()

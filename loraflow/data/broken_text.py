@@ -30,7 +30,7 @@ _CONTROL = re.compile(
     r"<\|[A-Za-z][\w.-]{0,40}\|>|<｜[^｜\n]{1,40}｜>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>"
 )
 _MIN_LETTERS = 10  # fewer say nothing about the script of an answer
-_JOINED = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}  # Japanese mixes them
+_JOINED = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "IDEOGRAPHIC": "CJK"}  # Japanese mixes them
 
 
 def broken_text(text: str) -> str | None:
@@ -55,17 +55,21 @@ def control_token(text: str) -> str | None:
     return None
 
 
-def script(text: str) -> str | None:
-    """Return the script of most letters of a text, by the first word of their Unicode names; None if there are few."""
+def script(text: str, min_letters: int = _MIN_LETTERS) -> str | None:
+    """Return the script of most letters of a text, such as Latin, Cyrillic or CJK; None if it has fewer letters.
+
+    It is the first word of the letters' Unicode names. Japanese is CJK, and full-width letters are what they stand for.
+    """
     counts = Counter(_script_of(character) for character in text[:2000] if character.isalpha())
-    if counts.total() < _MIN_LETTERS:
+    if counts.total() < min_letters:
         return None
-    return counts.most_common(1)[0][0].capitalize()
+    name = min(counts, key=lambda script: (-counts[script], script))
+    return name if name == "CJK" else name.capitalize()
 
 
 @lru_cache(10_000)
 def _script_of(character: str) -> str:
-    name = unicodedata.name(unicodedata.normalize("NFKC", character)[0], "unknown").split(" ")[0]
+    name = re.split("[ -]", unicodedata.name(unicodedata.normalize("NFKC", character)[0], "unknown"))[0]
     return _JOINED.get(name, name)
 
 

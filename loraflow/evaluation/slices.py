@@ -6,7 +6,6 @@ With many slices some differ by chance, and each has few rows, so the intervals 
 from __future__ import annotations
 
 import bisect
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from pydantic import JsonValue, TypeAdapter
 
+from loraflow.data.broken_text import script
 from loraflow.evaluation.score import summarise
 from loraflow.evaluation.values import MetricValue
 from loraflow.frozen import StoredModel
@@ -96,13 +96,5 @@ def _lengths(table: pd.DataFrame) -> list[str]:
 
 def _scripts(table: pd.DataFrame) -> list[str]:
     prompts: list[str] = list(table["prompt"])
-    return [script_of(str(_PROMPT.validate_json(prompt)[-1].content)) for prompt in prompts]
-
-
-def script_of(text: str) -> str:
-    """Return the script of most of a text's letters, such as Latin, Cyrillic or CJK: Unicode's name for them."""
-    letters = Counter(unicodedata.name(char, "other").split()[0].title() for char in text if char.isalpha())
-    if not letters:
-        return "no letters"
-    name = min(letters, key=lambda script: (-letters[script], script))
-    return "CJK" if name == "Cjk" else name
+    questions = [str(_PROMPT.validate_json(prompt)[-1].content) for prompt in prompts]
+    return [script(question, min_letters=1) or "no letters" for question in questions]

@@ -5,7 +5,8 @@ whatever rows; `budget.py` deals it out.
 
     registry/<model>/looks/000001.json   a look; written before its verdict is computed, never changed, hash-chained
     registry/<model>/rows/<digest>.json  the keys of the rows of looks; a copy is in anchors/ (`scored_rows.py`)
-    anchors/<model>/looks.json           number and hash of the last look, so that lost looks are noticed
+    anchors/<model>/looks.json           number and hash of the last look, and the digests of all rows, so that a loss is
+                                         noticed
     runs/<id>.json                       `looks_head`: the last look that the run saw or took, if the anchor is lost too
 """
 
@@ -43,14 +44,25 @@ class LostLooks(StoredModel):
     kept: LogHead = LogHead()  # the last look that was left
     lost: int = 0
     set_aside: dict[str, str] = {}
-    lost_rows: list[str] = []  # digests of sets of rows that were lost
+    lost_rows: list[str] = []  # digests of sets of rows of which no intact copy was left
+    restored_rows: list[str] = []  # digests of sets of rows that were damaged, and replaced by their copy
     unknown_rows: bool = False  # it is not known which rows were scored, so none is fresh any more
 
 
 class _Anchor(LogHead):
-    """The last look, and how many sets of rows the store had then; None in anchors of earlier versions."""
+    """The last look, and the digests of the sets of rows that were known then; None in anchors of earlier versions.
 
-    sets: int | None = None
+    Earlier versions wrote the number of sets only. It says nothing: a set that was added hides one that was lost.
+    """
+
+    digests: list[str] | None = None
+
+    @property
+    def known(self) -> frozenset[str]:
+        return frozenset(self.digests or ())
+
+
+_NO_ANCHOR = _Anchor()
 
 
 class _Register(StoredModel):
@@ -125,15 +137,21 @@ class LookRecord:
         Raises:
             DamagedLog: a look is missing or was changed.
         """
-        digest, is_new = self.scored.add(rows)
+        is_new = False
         while True:
-            looks = self.entries()
+            looks = self.entries()  # before anything is written: a damaged record stays as it is
             known = next((look for look in looks if look.key == key), None)
             if known is not None:
                 return known
-            sets = self._sets(looks, rows)
-            if is_new and all(look.rows != digest for look in looks):
-                del sets[digest]  # this look is the first at these rows
+            named = self._named(looks)
+            digest, is_created = self.scored.add(rows)
+            is_new = is_new or is_created
+            stored = self.scored.read()
+            sets = self._sets(named, stored, rows)
+            self.scored.write_copies(stored)  # a store of an earlier version has none
+            known_rows = (sets.keys() | named | {digest}) - {""}
+            if is_new and digest not in named:
+                sets.pop(digest, None)  # this look is the first at these rows
             following = self._next(looks, sets, rows, error, horizon, promotions)
             look = Look(
                 seq=len(looks) + 1,
@@ -155,7 +173,7 @@ class LookRecord:
             )
             if self.store.create_document(self._name(look.seq), json_bytes({**look.stored(), "hash": look.hash})):
                 self.last_seen = LogHead(seq=look.seq, hash=look.hash)
-                self._anchor(self.last_seen, len(sets.keys() | {digest}))
+                self._anchor(self.last_seen, known_rows)
                 return look
 
     def preview(
@@ -167,7 +185,8 @@ class LookRecord:
             DamagedLog: a look is missing or was changed.
         """
         looks = self.entries()
-        following = self._next(looks, self._sets(looks, rows), rows, error, horizon, promotions)
+        sets = self._sets(self._named(looks), self.scored.read(), rows)
+        following = self._next(looks, sets, rows, error, horizon, promotions)
         return following.number, following.level
 
     def _next(
@@ -182,16 +201,20 @@ class LookRecord:
         assumed = self._assumed(len(looks), promotions)
         return next_look(looks, sets, set(rows), error=error, horizon=horizon, assumed=assumed, promotions=promotions)
 
-    def _sets(self, looks: Sequence[Look], rows: Collection[str]) -> dict[str, set[str]]:
-        """Return the keys of all sets of rows that are known, whether or not a look names them.
+    def _named(self, looks: Sequence[Look]) -> set[str]:
+        """Return the digests of the sets of rows that must be there: looks or the anchor name them."""
+        return {look.rows for look in looks} | (self._read_anchor() or _NO_ANCHOR).known
+
+    def _sets(self, named: Collection[str], stored: Sets, rows: Collection[str]) -> dict[str, set[str]]:
+        """Return the keys of all sets of rows that are known, whether or not a look or the anchor names them.
 
         A set whose loss was accepted may have had any row, so it counts as `rows`, those of the next look.
         """
-        (sets, damaged), accepted = self.scored.read(), self._acceptances()
+        sets, damaged, accepted = dict(stored.intact), stored.damaged, self._acceptances()
         lost = {digest for one in accepted for digest in one.lost_rows}
         if any(one.unknown_rows for one in accepted):
             sets[""] = set(rows)
-        for digest in {look.rows for look in looks}:
+        for digest in named:
             keys = None if digest in damaged else sets.get(digest) or self.scored.find(digest)
             if digest in damaged or (keys is None and digest not in lost):
                 got = "others" if digest in damaged else "nothing"
@@ -211,10 +234,11 @@ class LookRecord:
         except DamagedLog:
             anchor, is_readable = self._head_of_runs(), False
         kept = len(read.looks)
-        sets = self.scored.read()
-        lost_rows = self._lost_rows(read.looks, sets)
+        stored = self.scored.read()
+        named = {look.rows for look in read.looks} | (anchor or _NO_ANCHOR).known
+        lost_rows, restored_rows = self._lost_rows(named, stored), sorted(named & stored.damaged & stored.intact.keys())
         is_met = is_readable and (anchor is None or _is_met(anchor, read.looks))
-        if not read.rest and is_met and not lost_rows:
+        if not read.rest and is_met and not lost_rows and not restored_rows:
             return None
         has_lost_looks = bool(read.rest) or not is_met
         lost = max(kept + len(read.rest), anchor.seq if anchor else 0) - kept
@@ -226,22 +250,23 @@ class LookRecord:
             lost=max(lost, 1) if has_lost_looks else 0,
             set_aside={name: data.decode(errors="backslashreplace") for name, data in read.rest.items()},
             lost_rows=lost_rows,
-            unknown_rows=has_lost_looks and not _has_all_sets(anchor, len(sets.intact)),
+            restored_rows=restored_rows,
+            unknown_rows=has_lost_looks and not _has_all_sets(anchor, stored),
         )
         number = 1
         while not self.store.create_document(self._acceptance_name(number), json_bytes(acceptance.model_dump())):
             number += 1
         for name in reversed(read.rest):
             self.store.remove_document(name)
-        self.scored.restore({look.rows for look in read.looks})
-        self._write_anchor(_head(read.looks), len(sets.intact))
+        self.scored.restore(named)
+        self._write_anchor(_head(read.looks), named | stored.intact.keys())
         return acceptance
 
-    def _lost_rows(self, looks: Sequence[Look], sets: Sets) -> list[str]:
-        """Return the digests of the sets of rows that looks name and that are lost or changed, and not accepted yet."""
+    def _lost_rows(self, named: set[str], stored: Sets) -> list[str]:
+        """Return those of the digests of which no intact copy is left, and whose loss is not accepted yet."""
         accepted = {digest for one in self._acceptances() for digest in one.lost_rows}
-        missing = {look.rows for look in looks} - sets.intact.keys() - accepted
-        return sorted(missing | ({look.rows for look in looks} & sets.damaged))
+        lost = named - stored.intact.keys()
+        return sorted((lost - accepted) | (lost & stored.damaged))
 
     def _checked(self) -> list[Look]:
         anchor = self._read_anchor()  # before the looks, which may only be ahead of it
@@ -313,14 +338,15 @@ class LookRecord:
                 return _Anchor(seq=record.looks_head.seq, hash=record.looks_head.hash)
         return None
 
-    def _anchor(self, head: LogHead, sets: int) -> None:
+    def _anchor(self, head: LogHead, digests: Collection[str]) -> None:
         """Write the anchor, unless another process has recorded a look since."""
         anchor = self._read_anchor()
         if anchor is None or anchor.seq <= head.seq:
-            self._write_anchor(head, sets)
+            self._write_anchor(head, digests)
 
-    def _write_anchor(self, head: LogHead, sets: int) -> None:
-        self.store.write_document(self._anchor_name, json_bytes({**head.model_dump(), "sets": sets, "time": _now()}))
+    def _write_anchor(self, head: LogHead, digests: Collection[str]) -> None:
+        anchor = {"seq": head.seq, "hash": head.hash, "digests": sorted(digests), "time": _now()}
+        self.store.write_document(self._anchor_name, json_bytes(anchor))
 
     def _damaged(self, where: str, expected: str, got: str) -> DamagedLog:
         return DamagedLog(
@@ -354,9 +380,9 @@ def _is_met(anchor: LogHead, looks: Sequence[Look]) -> bool:
     return anchor.seq == 0 or (anchor.seq <= len(looks) and looks[anchor.seq - 1].hash == anchor.hash)
 
 
-def _has_all_sets(anchor: _Anchor | None, sets: int) -> bool:
-    """Tell whether the store has as many sets of rows as when the anchor was written: then it knows those of lost looks."""
-    return anchor is not None and anchor.sets is not None and sets >= anchor.sets
+def _has_all_sets(anchor: _Anchor | None, stored: Sets) -> bool:
+    """Tell whether the store has all sets of rows that the anchor names: then it knows those of lost looks."""
+    return anchor is not None and anchor.digests is not None and anchor.known <= stored.intact.keys()
 
 
 def _head(looks: Sequence[Look]) -> LogHead:

@@ -42,6 +42,7 @@ class Sets(NamedTuple):
 
     intact: dict[str, set[str]]  # {digest: keys}; the copy's, if only that is intact
     damaged: set[str]  # digests of documents with other keys than their name says, whether or not the copy is intact
+    documents: set[str]  # names of all documents
 
 
 class ScoredRows:
@@ -60,9 +61,10 @@ class ScoredRows:
 
     def read(self) -> Sets:
         """Return all sets, of both places."""
-        found = Sets({}, set())
+        found = Sets({}, set(), set())
         for folder in self._folders:
             for name, data in self._store.read_documents(folder, ".json").items():
+                found.documents.add(name)
                 digest = name.removeprefix(folder).removesuffix(".json")
                 keys = _keys(digest, data)
                 if keys is None:
@@ -70,6 +72,14 @@ class ScoredRows:
                 else:
                     found.intact[digest] = keys
         return found
+
+    def write_copies(self, stored: Sets) -> None:
+        """Write the documents that are missing in one of the two places. Damaged ones stay as they are."""
+        for digest, keys in stored.intact.items():
+            for folder in self._folders:
+                name = f"{folder}{digest}.json"
+                if name not in stored.documents:
+                    self._store.create_document(name, json_bytes(sorted(keys)))
 
     def find(self, digest: str) -> set[str] | None:
         """Return the keys of a set; None if it is in neither place. A listing can miss a new file, this does not."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import JsonValue
 
 from loraflow.config.tools_file import read_tools_file
+from loraflow.failures import BadConfig
 from loraflow.serving.models import Model
 from loraflow.store import Store
 
@@ -27,4 +28,13 @@ def tools_of(store: Store, model: Model) -> list[JsonValue] | None:
         tools = config.get("tools") if isinstance(config, dict) else None
         if isinstance(tools, list):
             return tools
-    return read_tools_file(name)
+    try:
+        return read_tools_file(name)
+    except BadConfig as failure:
+        raise BadConfig(
+            "The tools that the model was trained with are not in the store any more, and their file cannot be used.",
+            where=failure.where,
+            expected=failure.expected,
+            got=failure.got or failure.what,
+            next_step="give them with `loraflow predict … --tools FILE`, or put the file back",
+        ) from failure

@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 
@@ -12,6 +13,7 @@ from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.broken_text import broken_text, control_token, script
 from loraflow.data.findings import Detector, refuse_findings
 from loraflow.data.personal_data import personal_data
+from loraflow.evaluation import slices
 from loraflow.failures import LimitExceeded
 from loraflow.reporting.rows import check_notes
 from tests.job_factory import Outside
@@ -100,7 +102,21 @@ def test_other_numbers_are_no_personal_data(plain):
 
 def test_the_script_is_that_of_most_letters():
     assert [script(s) for s in (SENTENCES[0], SENTENCES[6], SENTENCES[7], SENTENCES[8], "ok")] == [
-        "Latin", "Cyrillic", "Greek", "Cjk", None]  # fmt: skip
+        "Latin", "Cyrillic", "Greek", "CJK", None]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ひらがなとカタカナと漢字", "CJK"), ("コーヒーーーー", "CJK"), ("ｺｰﾋｰを飲む", "CJK"), ("人々", "CJK"),
+        ("ＦＵＬＬ width", "Latin"), ("𝐛𝐨𝐥𝐝", "Latin"), ("한국어 질문", "Hangul"), ("ab где", "Cyrillic"), ("ab гд", "Cyrillic"),
+        ("1 + 2", None),
+    ],
+)  # fmt: skip
+def test_questions_and_answers_have_one_definition_of_script(text, expected):
+    """Equal numbers of letters: the name decides, not the order of the letters."""
+    assert script(text, min_letters=1) == expected
+    assert slices._scripts(pd.DataFrame({"prompt": [json.dumps([{"content": text}])]})) == [expected or "no letters"]
 
 
 def chat(question: str, answer: str) -> list[dict]:

@@ -7,13 +7,16 @@ import shutil
 import threading
 
 import pytest
+from click.testing import CliRunner
 
+from loraflow.cli import cli
 from loraflow.failures import DamagedLog
 from loraflow.identity import canonical
 from loraflow.registry import Entry, PromotionLog
 from loraflow.registry.backup import back_up
 from loraflow.registry.budget import Look, next_look
 from loraflow.registry.looks import LookRecord, models_with_looks, row_key
+from loraflow.registry.scored_rows import ScoredRows, Sets
 from loraflow.store import LocalStore, Ref
 from tests.promoted_models import add_model
 
@@ -282,16 +285,38 @@ def lose_all_but_runs(root):
 
 
 def as_of_an_earlier_version(root):
-    """Looks were lost in a store without copies of rows, and without their number in the anchor."""
+    """Looks were lost in a store without copies of rows, and without their digests in the anchor."""
     lose_registry(root)
     shutil.rmtree(root / "anchors/tickets/rows")
+    without_digests(root)
+
+
+def as_of_a_version_with_counts(root):
+    lose_registry(root)
+    without_digests(root, sets=2)
+
+
+def without_digests(root, **values):
     anchor = root / "anchors/tickets/looks.json"
-    anchor.write_text(
-        json.dumps({name: value for name, value in json.loads(anchor.read_text()).items() if name != "sets"})
-    )
+    values |= json.loads(anchor.read_text())
+    assert len(values.pop("digests")) == 2
+    anchor.write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize("harm", [lose_looks, lose_registry, lose_all_but_runs, as_of_an_earlier_version])
+def lose_the_copy_of_the_oldest_rows_too(root):
+    """As many sets as the anchor knew are left, because a run with new rows added its own."""
+    oldest = json.loads((root / "registry/tickets/looks/000001.json").read_text())["rows"]
+    lose_registry(root)
+    (root / f"anchors/tickets/rows/{oldest}.json").unlink()
+    ScoredRows(LocalStore(root), "tickets").add({"added"})
+
+
+EARLIER = [as_of_an_earlier_version, as_of_a_version_with_counts]
+
+
+@pytest.mark.parametrize(
+    "harm", [lose_looks, lose_registry, lose_all_but_runs, lose_the_copy_of_the_oldest_rows_too, *EARLIER]
+)
 def test_rows_of_looks_whose_loss_was_accepted_are_not_fresh_again(store, record, harm):
     old = {"old1", "old2"}
     for name, rows in (("a", old), ("b", ROWS)):
@@ -322,7 +347,8 @@ def test_lost_row_keys_are_read_from_their_copy_and_accepted_as_any_rows_if_that
     look = take(record, "a", horizon=1)
     (store.root / f"registry/tickets/rows/{look.rows}.json").unlink()
     assert take(LookRecord(store, "tickets"), "b", rows={"row1", "x"}, horizon=1).fresh == 1
-    (store.root / f"anchors/tickets/rows/{look.rows}.json").unlink()
+    for folder in ("registry", "anchors"):  # that look wrote the missing document again
+        (store.root / f"{folder}/tickets/rows/{look.rows}.json").unlink()
     with pytest.raises(DamagedLog, match="registry accept"):
         take(LookRecord(store, "tickets"), "c", rows={"y"}, horizon=1)
     accepted = LookRecord(store, "tickets").accept_loss("no backup", "me")
@@ -344,3 +370,65 @@ def test_an_unreadable_anchor_of_looks_can_be_accepted(store, record):
     HARMS["the anchor unreadable"](store.root)
     assert LookRecord(store, "tickets").accept_loss("no backup", "me").lost == 1
     assert take(LookRecord(store, "tickets"), "b").number == 3
+
+
+@pytest.mark.parametrize("harm", ["the last look deleted", "all looks deleted", "a level edited"])
+def test_a_look_at_a_damaged_record_writes_nothing(store, record, harm):
+    for i in range(3):
+        take(record, f"k{i}")
+    HARMS[harm](store.root)
+    before = sorted(store.root.rglob("*"))
+    with pytest.raises(DamagedLog):
+        take(LookRecord(store, "tickets"), "next", rows={"never seen"})
+    assert sorted(store.root.rglob("*")) == before
+
+
+def test_each_look_writes_the_missing_copies_of_all_rows(store, record):
+    """A store of an earlier version has no copies."""
+    rows = [take(record, name, rows={name}).rows for name in ("a", "b")]
+    shutil.rmtree(store.root / "anchors/tickets/rows")
+    take(record, "c", rows={"b"})
+    assert {file.stem for file in (store.root / "anchors/tickets/rows").iterdir()} == set(rows)
+    lose_registry(store.root)
+    assert not LookRecord(store, "tickets").accept_loss("no backup", "me").unknown_rows
+
+
+def test_rows_that_only_the_anchor_names_are_missed_when_they_are_lost(store, record):
+    """Their look was lost and accepted, so no look names them."""
+    digest = take(record, "a", rows={"old"}, horizon=1).rows
+    lose_looks(store.root)
+    LookRecord(store, "tickets").accept_loss("no backup", "me")
+    take(record, "b", horizon=1)
+    for folder in ("registry", "anchors"):
+        (store.root / f"{folder}/tickets/rows/{digest}.json").unlink()
+    with pytest.raises(DamagedLog, match=digest[:12]):
+        take(record, "c", rows={"new"}, horizon=1)
+    assert LookRecord(store, "tickets").accept_loss("no backup", "me").lost_rows == [digest]
+    assert take(record, "c", rows={"new"}, horizon=1).fresh == 0
+    assert LookRecord(store, "tickets").accept_loss("again", "me") is None
+
+
+def test_rows_that_are_lost_at_the_moment_of_a_look_at_them_are_no_raw_error(store, record, monkeypatch):
+    """A listing can miss documents that were just written."""
+    monkeypatch.setattr(ScoredRows, "read", lambda _: Sets({}, set(), set()))
+    assert take(record, "a").fresh == 50
+
+
+def accept(store):
+    done = CliRunner().invoke(cli, ["registry", "accept", "--reason", "x", "--store", store.uri, "--model", "tickets"])
+    return done.output
+
+
+def test_registry_accept_says_what_is_lost_and_what_was_restored(store, record):
+    digest = take(record, "a").rows
+    HARMS["rows edited"](store.root)
+    restored = accept(store)
+    assert restored.startswith(f"restored from its copy: the record of scored rows {digest[:8]}")
+    assert "lost: " not in restored and "not known" not in restored
+    for folder in ("registry", "anchors"):
+        (store.root / f"{folder}/tickets/rows/{digest}.json").unlink()
+    lost = accept(store)
+    assert "lost: the record of scored rows" in lost and "no row counts as never scored" in lost
+    assert "counted as spent" not in lost
+    lose_looks(store.root)
+    assert "lost: 1 look after look 0; counted as spent" in accept(store)

@@ -71,6 +71,21 @@ def test_a_decision_of_another_project_is_not_reported(tmp_path, monkeypatch, ki
     assert all(matches(of_all, name, dict(event.resource)) for event in sent), "an older prefect.yaml has no name"
 
 
+@pytest.mark.parametrize("content", ["name: [", "name: \x00", None])
+def test_a_prefect_yaml_that_cannot_be_read_does_not_fail_a_run_after_its_promotion(
+    tmp_path, monkeypatch, caplog, content
+):
+    sent = []
+    monkeypatch.setattr(events, "emit_event", lambda event, resource, payload: sent.append((event, resource)))
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "prefect.yaml"
+    file.mkdir() if content is None else file.write_text(content)
+    decision = SimpleNamespace(verdict="promote", reasons=["better"])
+    events.announce_decision("chats", SimpleNamespace(decision=decision, entry=1))
+    assert [event for event, _ in sent] == [events.CHAMPION] and events.PROJECT_LABEL not in sent[0][1]
+    assert "prefect.yaml cannot be read" in caplog.text
+
+
 def test_two_projects_have_automations_of_their_own():
     names = [set(notifications(Project(name, (name,)))) for name in ("team-a", "team-b")]
     assert len(names[0] | names[1]) == 6

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from loraflow.data.chat_formats import read_chat
+from loraflow.failures import BadConfig
 from loraflow.registry.runs import RunRecord, StageRun
 from loraflow.serving import predict as prediction
 from loraflow.serving.chat import Sampling
@@ -99,6 +100,17 @@ def test_data_tools_are_those_of_the_run_and_not_of_the_file_today(tmp_path, mon
     assert tools_of(there, model) == TOOLS
     assert tools_of(gone, model) == [{"name": "another"}]
     assert tools_of(there, Model("m", tmp_path)) is None
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_tools_that_are_gone_can_be_given_by_an_option(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "tools.json").write_text(content)
+    run = RunRecord(run="r", recipe="x", resolved={"data": {"tools": "tools.json"}})
+    with pytest.raises(BadConfig) as caught:
+        tools_of(SimpleNamespace(find=lambda *_: None), Model("m", tmp_path, run=run))
+    assert "--tools FILE" in caught.value.next_step and "tools.json" in caught.value.where and caught.value.got
 
 
 # By vLLM's page "Tool Calling". Templates without tools, and formats whose parser is not known here, have none.
