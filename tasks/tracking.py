@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 from loraflow.failures import Preempted
@@ -12,8 +11,6 @@ from loraflow.tracking import mirror
 
 if TYPE_CHECKING:
     from loraflow.tasks.run import Run
-
-log = logging.getLogger("loraflow")
 
 
 def mirror_run(run: Run, record: RunRecord, error: BaseException | None) -> None:
@@ -28,4 +25,4 @@ def mirror_run(run: Run, record: RunRecord, error: BaseException | None) -> None
         else:
             mirror.mirror_run(store, record)
     except Exception as problem:  # a mistake in the mirror must not fail a run that is done
-        log.warning("the run was not sent to MLflow: %s: %s", type(problem).__name__, problem)
+        mirror.warn_of_mistake(problem)

@@ -114,14 +114,16 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
     from loraflow.data.guess_columns import is_classification
     from loraflow.data.readers import is_partly_learned, match_files, match_nothing, read_rows
     from loraflow.flows.server.new_prefect_yaml import team_recipe_lines, write_prefect_yaml
-    from loraflow.tracking.dvc_pipeline import PIPELINE, write_pipeline
+    from loraflow.tracking.dvc_pipeline import PIPELINE, refuse_second_pipeline, write_pipeline
 
     name = re.sub(r"[^a-z0-9._-]+", "-", (name or data_file.stem).lower()).strip("-.") or "mine"
     recipe = Path("configs", f"{name}.yaml")
     target = Path("data") if not Path("data").exists() and not Path("data.dvc").exists() else Path("datasets", name)
-    for path in (recipe, target, *([Path(PIPELINE)] if dvc_pipeline else [])):
+    for path in (recipe, target):
         if path.exists():
             raise BadConfig(f"{path} exists already.", next_step="choose another --name, or remove it")
+    if dvc_pipeline:
+        refuse_second_pipeline(Path())
     if template != "local" and Path(FILE).exists():
         raise BadConfig(
             f"{FILE} exists already, so the template cannot be applied.",

@@ -12,7 +12,6 @@ from loraflow.failures import BadConfig
 from loraflow.serving.models import only_model
 from loraflow.store import open_store
 from loraflow.tracking.mirror import open_tracker, summary_line, sync, tracking_of_model
-from loraflow.tracking.settings import find_tracking
 
 
 @click.group()
@@ -30,7 +29,7 @@ def sync_command(store: str, model: str | None, uri: str | None, experiment: str
     quiet_logging()
     opened = open_store(store)
     name = model or only_model(opened)
-    tracking = find_tracking({"uri": uri}, name) if uri else tracking_of_model(opened, name)
+    tracking = tracking_of_model(opened, name, uri)
     if tracking is None:
         raise BadConfig(
             "Nothing says where MLflow is.",

@@ -134,7 +134,7 @@ def _answers(store: Store, record: RunRecord) -> dict[str, Sequence[object]]:
     """Return the table of rows: the scores and answer of each model to each row."""
     import pandas as pd
 
-    parts = []
+    frames = []
     for side in SIDES:
         ref = _artifact(store, record, f"evaluate {side}", "evaluate")
         if ref is None:
@@ -145,10 +145,10 @@ def _answers(store: Store, record: RunRecord) -> dict[str, Sequence[object]]:
             log.debug("no scores of %s: %s", record.run, failure)
             continue
         frame.insert(0, "model", side)
-        parts.append(frame.head(MAX_ROWS // len(SIDES)))
-    if not parts:
+        frames.append(frame)
+    if not frames:
         return {}
-    table = pd.concat(parts, ignore_index=True)
+    table = pd.concat([frame.head(MAX_ROWS // len(frames)) for frame in frames], ignore_index=True)
     plain = json.loads(table.to_json(orient="columns"))
     return {str(name): list(values.values()) for name, values in plain.items()}
 

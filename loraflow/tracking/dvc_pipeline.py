@@ -7,8 +7,25 @@ from pathlib import Path
 
 import yaml
 
+from loraflow.failures import BadConfig
+
 PIPELINE = "dvc.yaml"
 SECTIONS = ("training_config", "peft_config")  # shown by `dvc params diff`, set by `dvc exp run -S`
+
+
+def refuse_second_pipeline(folder: Path) -> None:
+    """Refuse a folder that has a `dvc.yaml`.
+
+    Raises:
+        BadConfig: there is one. A stage for a second recipe cannot be added: DVC refuses two stages that write `dvclive/`.
+    """
+    if (folder / PIPELINE).exists():
+        raise BadConfig(
+            f"{PIPELINE} exists already.",
+            where="--dvc-pipeline",
+            expected=f"no {PIPELINE}: two stages of one file cannot both write dvclive/",
+            next_step="omit --dvc-pipeline, and add a stage by hand that runs `loraflow run RECIPE` without --dvclive",
+        )
 
 
 def write_pipeline(folder: Path, name: str, recipe: Path, data: Path) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass
+from uuid import uuid4
 
-from loraflow.failures import Failure, MissingExtra, Network
+from loraflow.failures import Failure, Network
 from loraflow.registry.log import Entry, PromotionLog
 from loraflow.registry.runs import RunRecord, find_run, read_runs
 from loraflow.store import Store
 from loraflow.tracking.content import content_of, content_of_lost_run, is_news
-from loraflow.tracking.settings import Tracking, find_tracking, is_installed
+from loraflow.tracking.pending import add_mark, read_marks, remove_marks
+from loraflow.tracking.settings import Tracking, find_tracking, is_installed, missing_extra
 from loraflow.tracking.tracker import RunContent, TrackedRun, Tracker
 
 log = logging.getLogger("loraflow")
@@ -34,61 +35,86 @@ def mirror_run(store: Store, record: RunRecord) -> None:
     A run that changed nothing imports nothing and sends nothing, unless something is left to send.
     """
     tracking = _tracking_of(record)
-    if tracking is None or record.model is None or (not is_news(record) and not _is_pending(store, record.model)):
-        return
-    try_to_sync(store, record.model, tracking, None if _is_pending(store, record.model) else [record])
+    if tracking is not None and record.model is not None and (is_news(record) or read_marks(store, record.model)):
+        try_to_sync(store, record.model, tracking, record)
 
 
 def mirror_log(store: Store, model: str) -> None:
-    """Mirror a promotion or rollback by hand, to the server of the model's newest run."""
-    tracking = tracking_of_model(store, model)
-    if tracking is not None:
-        try_to_sync(store, model, tracking, [])
+    """Mirror a promotion or rollback by hand, to the server of the model's newest run.
+
+    Nothing that happens here changes the outcome: the promotion log is written by now.
+    """
+    try:
+        tracking = tracking_of_model(store, model)
+        if tracking is not None:
+            try_to_sync(store, model, tracking)
+    except Exception as problem:  # a mistake in the mirror must not fail a promotion that is done
+        warn_of_mistake(problem)
+
+
+def warn_of_mistake(problem: Exception) -> None:
+    """Warn in one sentence of an error that is not the server's."""
+    log.warning(
+        "MLflow was not updated (%s: %s); `loraflow mlflow sync` updates it",
+        type(problem).__name__,
+        _first_line(problem).rstrip("."),
+    )
 
 
 def postpone(store: Store, record: RunRecord) -> None:
     """Remember to mirror a run later, for a run that has to end at once."""
     if record.model is not None and _tracking_of(record) is not None and is_news(record):
-        _set_pending(store, record.model, True)
+        add_mark(store, record.model, record.run)
 
 
-def tracking_of_model(store: Store, model: str) -> Tracking | None:
-    """Return where the model's newest run was mirrored to; None if nowhere."""
+def tracking_of_model(store: Store, model: str, uri: str | None = None) -> Tracking | None:
+    """Return where the model's newest run was mirrored to; None if nowhere. `uri` replaces the address alone."""
     records = [record for record in read_runs(store) if record.model == model]
-    return _tracking_of(records[-1]) if records else find_tracking(None, model)
+    section = records[-1].section("runtime").get("mlflow") if records else None
+    if uri:
+        section = {**(section if isinstance(section, dict) else {}), "uri": uri}
+    return find_tracking(section, model)
 
 
-def try_to_sync(store: Store, model: str, tracking: Tracking, records: Sequence[RunRecord] | None) -> None:
-    """Synchronise; if that fails, warn in one sentence and remember it for the next run."""
+def try_to_sync(store: Store, model: str, tracking: Tracking, record: RunRecord | None = None) -> None:
+    """Send a run and the promotion log, and all that earlier ones left. If that fails, warn and remember it."""
     if not is_installed():
         if tracking.is_asked_for:
-            log.warning("nothing is sent to MLflow: %s", " ".join(_not_installed().what.split()))
+            log.warning("nothing is sent to MLflow: %s", missing_extra().what)
         return
+    writer = record.run if record else uuid4().hex
     try:
-        _set_pending(store, model, True)  # before the first request: this process may be killed at any of them
-        sync(store, model, open_tracker(tracking), records)
-    except (Failure, OSError) as failure:
-        reason = (failure.got or failure.what) if isinstance(failure, Failure) else str(failure)
+        # The marks are read before the runs, so each mark that is removed below belongs to a run that was sent.
+        left = read_marks(store, model)
+        own = add_mark(store, model, writer)  # before the first request: this process may be killed at any of them
+        sync(store, model, open_tracker(tracking), None if left else [record] if record else [])
+    except Exception as error:
+        add_mark(store, model, writer)  # again: another process, which sent this run too, may have removed it
+        if not isinstance(error, Failure | OSError):
+            raise
+        reason = (error.got or error.what) if isinstance(error, Failure) else _first_line(error)
         log.warning(
-            "MLflow at %s does not show this yet (%s); the next run or `loraflow mlflow sync` sends it",
+            "MLflow at %s was not updated (%s); the next run or `loraflow mlflow sync` updates it",
             tracking.uri,
             reason.rstrip("."),
         )
     else:
-        _set_pending(store, model, False)
+        remove_marks(store, [*left, own])
 
 
 def open_tracker(tracking: Tracking) -> Tracker:
     """Connect to MLflow.
 
     Raises:
-        MissingExtra: it is not installed.
+        MissingExtra: it is not installed, or not whole.
         Network: it does not answer.
     """
     if not is_installed():
-        raise _not_installed()
-    from loraflow.tracking.mlflow_tracker import MlflowTracker
-
+        raise missing_extra()
+    try:
+        from loraflow.tracking.mlflow_tracker import MlflowTracker
+    except ImportError as error:
+        raise missing_extra(str(error)) from error
     return MlflowTracker(tracking)
 
 
@@ -172,28 +198,12 @@ def _tracking_of(record: RunRecord) -> Tracking | None:
     return find_tracking(record.section("runtime").get("mlflow"), record.model or record.recipe)
 
 
-def _pending_name(model: str) -> str:
-    return f"mlflow/{model}/pending.json"
-
-
-def _is_pending(store: Store, model: str) -> bool:
-    return store.read_document(_pending_name(model)) is not None
-
-
-def _set_pending(store: Store, model: str, pending: bool) -> None:
-    """Write or remove the mark that something is left to send. Without it, `loraflow mlflow sync` still finds it."""
-    with suppress(Failure, OSError):
-        if pending:
-            store.write_document(_pending_name(model), b"{}\n")
-        elif _is_pending(store, model):
-            store.remove_document(_pending_name(model))
-
-
-def _not_installed() -> MissingExtra:
-    return MissingExtra("The extra mlflow is not installed.", next_step="pip install 'loraflow[mlflow]'")
-
-
 def summary_line(synced: Synced, model: str, uri: str) -> str:
     """Return a line for people about what was done."""
     champion = f"champion is version {synced.champion}" if synced.champion else "no champion yet"
     return f"{model} at {uri}: {synced.runs} runs sent, {synced.versions} models registered, {champion}"
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error's text."""
+    return (str(error).splitlines() or [""])[0][:300]

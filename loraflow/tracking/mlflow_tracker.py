@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from loraflow.credentials import MASK, mask, reveal
 from loraflow.failures import Network
-from loraflow.tracking.settings import Tracking
+from loraflow.tracking.settings import Tracking, missing_extra
 from loraflow.tracking.tracker import RunContent, TrackedRun
 
 RUN_TAG, COMPLETE_TAG, DIGEST_TAG = "loraflow.run", "loraflow.complete", "loraflow.digest"
@@ -29,6 +29,7 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is for loraflow's results, such as those of --json
 }
 
 for _name, _value in {**PATIENCE, **QUIET}.items():
@@ -190,11 +191,13 @@ class MlflowTracker:
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
-        """Turn an error of MLflow into a Network failure, and stop if all requests together take too long."""
+        """Turn an error into a Network or MissingExtra failure, and stop if all requests together take too long."""
         if time.monotonic() > self._end:
             raise self._failure(f"no end after {LIMIT_SECONDS:.0f} s")
         try:
             yield
+        except ImportError as error:  # MLflow imports SQLAlchemy and alembic only when it opens a database
+            raise missing_extra(str(error)) from error
         # MLflow raises its own errors, those of requests, urllib3 and SQLAlchemy, and OSError: there is no common class.
         except Exception as error:
             raise self._failure((f"{type(error).__name__}: {error}".splitlines() or [""])[0][:300]) from error

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pydantic import JsonValue
 
 from loraflow.credentials import hide_in_url
+from loraflow.failures import MissingExtra
 
 VARIABLE = "MLFLOW_TRACKING_URI"
 EXPERIMENT = "loraflow"
@@ -48,3 +49,9 @@ def find_tracking(section: JsonValue, model: str, environment: Mapping[str, str]
 def is_installed() -> bool:
     """Tell whether the extra `mlflow` is installed."""
     return find_spec("mlflow") is not None
+
+
+def missing_extra(got: str = "") -> MissingExtra:
+    """Return the failure that the extra `mlflow` is not installed, or that `got` prevents its import."""
+    what = "A part of the extra mlflow cannot be imported." if got else "The extra mlflow is not installed."
+    return MissingExtra(what, got=got, next_step="pip install 'loraflow[mlflow]'")

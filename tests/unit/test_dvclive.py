@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from loraflow import identity
+from loraflow.failures import BadConfig
 from loraflow.store import LocalStore, Summary
 from loraflow.tracking.dvc_pipeline import write_pipeline
 from loraflow.tracking.dvclive import write_dvclive
@@ -139,3 +141,16 @@ def test_the_pipeline_names_the_files_so_a_run_adds_no_second_dvc_yaml(tmp_path,
     write_pipeline(tmp_path, "t", tmp_path / "t.yaml", tmp_path / "data")
     run(tmp_path, 1.5, 0.1)
     assert not (tmp_path / "dvclive" / "dvc.yaml").exists()
+
+
+def test_init_refuses_a_second_pipeline_with_a_step_that_works(tmp_path, monkeypatch):
+    from loraflow.cli import cli
+
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.yaml").write_text("stages: {}\n")
+    Path("other.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    arguments = ["init", "--data", "other.jsonl", "--base", "bundled:smollm2", "--dvc-pipeline"]
+    with pytest.raises(BadConfig) as caught:
+        CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert "omit --dvc-pipeline" in caught.value.next_step and "--name" not in caught.value.next_step
+    assert not Path("configs").exists() and not Path("datasets").exists()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +11,14 @@ import pytest
 from click.testing import CliRunner
 
 from loraflow.config.load import parse_recipe
-from loraflow.failures import BudgetSpent, Network
+from loraflow.failures import BudgetSpent, MissingExtra, Network
 from loraflow.registry import PromotionLog
 from loraflow.store import LocalStore, Summary
 from loraflow.tasks.tracking import mirror_run as mirror_run_of_flow
+from loraflow.tracking import content as content_module
 from loraflow.tracking import mirror
 from loraflow.tracking.content import content_of, is_news
+from loraflow.tracking.pending import read_marks
 from loraflow.tracking.settings import Tracking, find_tracking
 from loraflow.tracking.tracker import TrackedRun
 from tests.promoted_models import add_model, promote, record_run
@@ -157,7 +160,7 @@ def test_a_server_that_is_away_costs_one_warning_and_the_next_run_sends_all(stor
     monkeypatch.setattr(mirror, "open_tracker", lambda _: tracker)
     mirror.mirror_run(store, records[0])
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "loraflow mlflow sync" in caplog.text
+    assert "MLflow at http://mlflow:5000 was not updated (gone); the next run or `loraflow mlflow sync`" in caplog.text
     tracker.dies_at = None
     unchanged = records[2].model_copy(update={"stages": [], "summary": None})
     mirror.mirror_run(store, unchanged)  # even one that changed nothing
@@ -166,12 +169,120 @@ def test_a_server_that_is_away_costs_one_warning_and_the_next_run_sends_all(stor
     mirror.mirror_run(store, unchanged)
 
 
+@pytest.fixture
+def serve(monkeypatch):
+    """Make every synchronisation talk to the tracker that is given to a call."""
+    monkeypatch.setattr(mirror, "is_installed", lambda: True)
+    return lambda tracker: monkeypatch.setattr(mirror, "open_tracker", lambda _: tracker)
+
+
+def test_a_rollback_sends_the_runs_that_were_not_sent(store, serve):
+    away, there = FakeTracker(), FakeTracker()
+    away.dies_at = 1
+    record = record_run(store, RUNS[2], add_model(store, "m2"), **MLFLOW)
+    serve(away)
+    mirror.mirror_run(store, record)
+    serve(there)
+    PromotionLog(store, "tickets").rollback("worse in use", "me")
+    mirror.mirror_log(store, "tickets")
+    assert RUNS[2] in there.contents and there.runs[RUNS[2]].is_complete
+    assert not read_marks(store, "tickets")
+
+
+def test_a_run_that_is_sent_keeps_the_mark_of_one_whose_sending_fails_meanwhile(store, serve):
+    first, second = (record_run(store, run, add_model(store, "m0"), **MLFLOW) for run in RUNS[:2])
+    away, there = FakeTracker(), FakeTracker()
+    away.dies_at = 1
+    find_runs = there.find_runs
+
+    def find_runs_while_another_fails():
+        serve(away)
+        mirror.mirror_run(store, second)
+        return find_runs()
+
+    there.find_runs = find_runs_while_another_fails
+    serve(there)
+    mirror.mirror_run(store, first)
+    assert [Path(name).stem for name in read_marks(store, "tickets")] == [RUNS[1]]
+
+
+def test_a_run_whose_sending_fails_is_marked_though_another_removed_its_mark_meanwhile(store, serve):
+    first, second = (record_run(store, run, add_model(store, "m0"), **MLFLOW) for run in RUNS[:2])
+    away = FakeTracker()
+
+    def die_after_another_succeeds():
+        serve(FakeTracker())
+        mirror.mirror_run(store, second)
+        raise Network("MLflow does not answer, or refuses.", got="gone")
+
+    away.find_runs = die_after_another_succeeds
+    serve(away)
+    mirror.mirror_run(store, first)
+    assert [Path(name).stem for name in read_marks(store, "tickets")] == [RUNS[0]]
+
+
+def test_the_mark_of_an_earlier_version_is_read_and_removed(store, serve):
+    store.write_document("mlflow/tickets/pending.json", b"{}\n")
+    tracker = FakeTracker()
+    serve(tracker)
+    mirror.mirror_log(store, "tickets")
+    assert set(RUNS) <= set(tracker.contents) and not read_marks(store, "tickets")
+
+
+@pytest.mark.parametrize("broken", ["tracking_of_model", "open_tracker"])
+def test_a_mistake_in_the_mirror_does_not_fail_a_rollback(store, monkeypatch, caplog, broken):
+    from loraflow.cli import cli
+
+    monkeypatch.setattr(mirror, "is_installed", lambda: True)
+    monkeypatch.setattr(mirror, broken, lambda *_: 1 / 0)
+    done = CliRunner().invoke(cli, ["rollback", "--reason", "worse", "--store", str(store.root)])
+    assert (done.exception, done.exit_code) == (None, 0)
+    assert "MLflow was not updated (ZeroDivisionError: division by zero)" in caplog.text
+
+
+def test_a_part_of_mlflow_that_cannot_be_imported_is_a_missing_extra(monkeypatch, store, caplog):
+    monkeypatch.setattr(mirror, "is_installed", lambda: True)
+    for name in ("loraflow.tracking.mlflow_tracker", "mlflow"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtra, match="A part of the extra mlflow"):
+        mirror.open_tracker(Tracking("http://mlflow:5000", "loraflow", "tickets"))
+    mirror.mirror_log(store, "tickets")
+    assert "MLflow at http://mlflow:5000 was not updated (" in caplog.text
+
+
+def test_sync_with_an_address_keeps_the_model_and_experiment_of_the_newest_run(store, monkeypatch):
+    from loraflow.cli import cli
+    from loraflow.cli import mlflow as command
+
+    section = {"uri": "http://old:5000", "experiment": "nightly", "model": "tickets-shown"}
+    resolved = {"register": {"model": "tickets"}, "runtime": {"mlflow": section}}
+    record_run(store, RUNS[2], add_model(store, "m2"), resolved=resolved)
+    asked = []
+    monkeypatch.setattr(command, "open_tracker", lambda tracking: asked.append(tracking) or FakeTracker())
+    arguments = ["mlflow", "sync", "--store", str(store.root), "--uri", "http://new:5000"]
+    assert CliRunner().invoke(cli, arguments, catch_exceptions=False).exit_code == 0
+    assert asked == [Tracking("http://new:5000", "nightly", "tickets-shown")]
+
+
+@pytest.mark.parametrize("sides", [("tuned",), ("base", "tuned"), ("base", "tuned", "champion")])
+def test_the_table_of_answers_shares_its_rows_among_the_models_that_are_there(store, monkeypatch, sides):
+    import pandas as pd
+
+    buffer = BytesIO()
+    pd.DataFrame({"answer": [str(i) for i in range(20)]}).to_parquet(buffer)
+    monkeypatch.setattr(content_module, "MAX_ROWS", 12)
+    monkeypatch.setattr(content_module, "_artifact", lambda _s, _r, label, _n: label.split()[1] in sides or None)
+    monkeypatch.setattr(content_module, "read_intact", lambda *_: buffer.getvalue())
+    table = content_module._answers(store, None)
+    assert [table["model"].count(side) for side in sides] == [12 // len(sides)] * len(sides)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), BudgetSpent("The time is used up.")])
 def test_a_run_that_is_asked_to_end_sends_nothing_and_leaves_that_to_the_next(store, monkeypatch, error):
     monkeypatch.setattr(mirror, "open_tracker", lambda _: pytest.fail("a request"))
     record = record_run(store, RUNS[0], add_model(store, "m0"), **MLFLOW)
     mirror_run_of_flow(SimpleNamespace(workspace=SimpleNamespace(store=store)), record, error)
-    assert mirror._is_pending(store, "tickets")
+    assert read_marks(store, "tickets")
 
 
 def test_a_mistake_in_the_mirror_does_not_fail_a_run(store, monkeypatch, caplog):
@@ -266,6 +377,7 @@ def test_the_real_mlflow_shows_runs_versions_and_the_alias_and_rollback_moves_it
     arguments = ["mlflow", "sync", "--store", str(store.root), "--uri", uri, "--experiment", "nightly"]
     for _ in range(2):
         done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+        assert len(done.stdout.splitlines()) == 1  # MLflow would print the address of each run
     assert "0 runs sent, 0 models registered, champion is version 2" in done.output
     client = MlflowClient(uri, uri)
     runs = client.search_runs([client.get_experiment_by_name("nightly").experiment_id])
