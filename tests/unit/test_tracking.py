@@ -179,13 +179,13 @@ def serve(monkeypatch):
 def test_a_rollback_sends_the_runs_that_were_not_sent(store, serve):
     away, there = FakeTracker(), FakeTracker()
     away.dies_at = 1
-    record = record_run(store, RUNS[2], add_model(store, "m2"), **MLFLOW)
+    record = record_run(store, "20260104-000000-dddddd", add_model(store, "rejected"), **MLFLOW)
     serve(away)
     mirror.mirror_run(store, record)
     serve(there)
     PromotionLog(store, "tickets").rollback("worse in use", "me")
     mirror.mirror_log(store, "tickets")
-    assert RUNS[2] in there.contents and there.runs[RUNS[2]].is_complete
+    assert record.run in there.contents and there.runs[record.run].is_complete
     assert not read_marks(store, "tickets")
 
 
