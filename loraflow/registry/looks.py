@@ -345,8 +345,8 @@ class LookRecord:
             self._write_anchor(head, digests)
 
     def _write_anchor(self, head: LogHead, digests: Collection[str]) -> None:
-        anchor = {"seq": head.seq, "hash": head.hash, "digests": sorted(digests), "time": _now()}
-        self.store.write_document(self._anchor_name, json_bytes(anchor))
+        values = {**head.model_dump(), "digests": sorted(digests), "time": _now()}
+        self.store.write_document(self._anchor_name, json_bytes(values))
 
     def _damaged(self, where: str, expected: str, got: str) -> DamagedLog:
         return DamagedLog(
