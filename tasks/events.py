@@ -11,7 +11,7 @@ from prefect.events import Event, Resource, emit_event
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import get_current_settings
 
-from loraflow.config.project import project_name
+from loraflow.config.project import served_project
 from loraflow.execution.results import Registration
 from loraflow.failures import BadConfig, Network
 
@@ -33,7 +33,7 @@ def announce_waiting(run_id: str) -> None:
 
 
 def announce_decision(model: str, registration: Registration) -> None:
-    """Emit an event for a promotion, or for a rejection. Its resource names the project of the working directory.
+    """Emit an event for a promotion, or for a rejection. Its resource names the project of the working directory, or of LORAFLOW_PROJECT.
 
     A `prefect.yaml` that cannot be read is a warning: the promotion is in the log already, so the run goes on.
     """
@@ -50,7 +50,7 @@ def announce_decision(model: str, registration: Registration) -> None:
 
 def _project() -> str | None:
     try:
-        return project_name(Path())
+        return served_project(Path())
     except BadConfig as failure:
         log.warning("the decision is announced without a project, so notifications of one project miss it: %s", failure)
         return None

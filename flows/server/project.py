@@ -14,13 +14,12 @@ from uuid import UUID
 from pydantic import JsonValue
 
 import loraflow
-from loraflow.config.project import FILE, project_name
+from loraflow.config.project import FILE, PROJECT_VARIABLE, project_name
 from loraflow.failures import BadConfig
 
 if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
 
-PROJECT_VARIABLE = "LORAFLOW_PROJECT"  # names the project of a worker whose folder has no prefect.yaml, as in an image
 DEPLOY_AGAIN = "loraflow deploy, from the version that the worker has; then start the run again"
 # What decides whether a value fits a field of the form. Titles and descriptions do not.
 CONSTRAINTS = ("type", "anyOf", "allOf", "enum", "items", "$ref", "minimum", "maximum", "exclusiveMinimum")

@@ -57,10 +57,10 @@ def add(folder: str, no_push: bool, commit: bool, git_push: bool, remote: str | 
             "next      run it again with --git-push: other machines read the dataset's version from the git remote"
         )
     if os.environ.get("PREFECT_API_URL"):
-        from loraflow.config.project import project_name
+        from loraflow.config.project import served_project
         from loraflow.tasks.events import announce_dataset
 
-        click.echo(f"notified  {announce_dataset(pin.path, pin.md5, revision, project_name(Path()))}")
+        click.echo(f"notified  {announce_dataset(pin.path, pin.md5, revision, served_project(Path()))}")
 
 
 @data.command()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from loraflow.config import yaml
 from loraflow.failures import BadConfig
 
 FILE = "prefect.yaml"
+PROJECT_VARIABLE = "LORAFLOW_PROJECT"  # names the project of a worker whose folder has no prefect.yaml, as in an image
 
 
 def project_name(folder: Path) -> str | None:
@@ -24,3 +26,12 @@ def project_name(folder: Path) -> str | None:
         raise BadConfig(f"{FILE} cannot be read.", where=str(folder / FILE), got=str(error)) from error
     name = document.get("name") if isinstance(document, dict) else None
     return str(name) if name is not None else None
+
+
+def served_project(folder: Path) -> str | None:
+    """Return the project that runs in a folder belong to: that of its `prefect.yaml`, or else LORAFLOW_PROJECT.
+
+    Raises:
+        BadConfig: see `project_name`.
+    """
+    return project_name(folder) or os.environ.get(PROJECT_VARIABLE, "").strip() or None
