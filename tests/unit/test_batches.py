@@ -67,7 +67,8 @@ def test_packed_and_padded_layouts_give_the_same_result(base, tmp_path, monkeypa
     force_end_to_end(monkeypatch)
     calls, counted, by_document = [], {}, attention.by_document
     monkeypatch.setattr(attention, "by_document", lambda *a: calls.append(1) or by_document(*a))
-    monkeypatch.setattr(engine, "refuse_leaking_documents", lambda *a, **k: None)  # it calls the kernel as well
+    for check in ("refuse_leaking_documents", "refuse_seeing_later_tokens"):  # they call the kernel as well
+        monkeypatch.setattr(engine, check, lambda *a, **k: None)
     for name, how in {
         "one": {}, "small": {"runtime__micro_tokens": 150}, "full": {"runtime__checkpointing": "full"},
         "half": {"runtime__checkpointing": "selective"},

@@ -250,7 +250,7 @@ OTHER: dict[str, JsonValue] = {
     "peft_config.target_parameters": ["mlp.experts.down_proj"],
     "evaluation.metrics": ["token_loss"], "evaluation.confidence": 0.9, "evaluation.dtype": "bfloat16", "evaluation.max_rows": 3,
     "merge.dtype": "float32", "merge.onto": "base", "runtime.device": "cpu", "runtime.attn_implementation": "eager", "runtime.engine": "stock",
-    "training_config.gradient_checkpointing": False, "runtime.compile": "on", "runtime.checkpointing": "selective",
+    "training_config.gradient_checkpointing": False, "runtime.compile": "on", "runtime.cuda_graphs": "on", "runtime.checkpointing": "selective",
     "runtime.rendezvous.endpoint": "other:29500", "runtime.rendezvous.id": "other",
     "runtime.shard_base": "on", "runtime.worker_start": "spawn",
 }  # fmt: skip

@@ -485,6 +485,9 @@ class Second(ProcessGroup):
     def gather_results(self, found):
         return found
 
+    def broadcast(self, value):
+        return value
+
 
 def test_a_non_finite_score_ends_the_stage(evaluate, monkeypatch):
     monkeypatch.setattr(metric_modules, "compute", lambda name, *_: ModuleScores({}, {name: [math.nan] * 7}))

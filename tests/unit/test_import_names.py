@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 EVERYTHING = """
-import pkgutil, sys, loraflow
+import importlib.util, pkgutil, sys, loraflow
+extras = {"loraflow.tracking.mlflow_tracker": "mlflow"}  # modules that need a package of an extra
+left_out = {name for name, package in extras.items() if importlib.util.find_spec(package) is None}
 for module in pkgutil.walk_packages(loraflow.__path__, "loraflow."):
-    if ".metrics." not in module.name and module.name not in ("loraflow.cli.__main__",):
+    if ".metrics." not in module.name and module.name not in {"loraflow.cli.__main__", *left_out}:
         __import__(module.name)
 files = {}
 for name, module in list(sys.modules.items()):
