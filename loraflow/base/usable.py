@@ -23,9 +23,8 @@ _OTHER_TASKS = {
 }
 _WHERE = "base.model"
 _ANOTHER = "choose a model for text generation; its architecture ends in ForCausalLM"
-_WITH_DECODER = frozenset(
-    {"bart", "mbart", "mvp"}
-)  # listed for masked language models, but their causal class is a decoder
+# transformers lists these for masked language models too, but their class for causal language models is a decoder.
+_WITH_DECODER = frozenset({"bart", "mbart", "mvp"})
 
 
 def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: bool = False) -> None:

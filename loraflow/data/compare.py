@@ -22,7 +22,7 @@ from loraflow.data.version import locate
 from loraflow.failures import BadData
 from loraflow.store.files import HashMemo
 
-MIN_DRIFT = 0.01  # change of a field's share of the rows that is told
+MIN_DRIFT = 0.01  # smallest change of a field's share of the rows that is shown
 
 
 @dataclass

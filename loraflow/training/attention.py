@@ -7,6 +7,7 @@ flash-attn 3 or 4 is installed, it is used after a check that it gives the resul
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from loraflow.hardware.device import Device
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+log = logging.getLogger(__name__)
 # q, k, v [tokens, heads, head_dim]; where documents begin; tokens of the longest; scaling; window (before, after).
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None, tuple[int, int]], Tensor]
 
@@ -59,7 +61,8 @@ def load_kernel(name: DocumentKernelName) -> Kernel:
     try:
         _compare(_try_out(flash4.attend), expected)
         return flash4.attend
-    except Exception:
+    except Exception as error:  # of a version of the package that takes contiguous tensors only; the second try decides
+        log.info("flash-attn 4 needs contiguous tensors here: %s: %s", type(error).__name__, str(error)[:200])
         _compare(_try_out(flash4.attend_contiguous), expected)
         return flash4.attend_contiguous
 

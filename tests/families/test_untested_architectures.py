@@ -68,6 +68,11 @@ def test_an_encoder_with_a_head_for_text_is_refused_by_its_config(kind):
     refuse_unknown_architecture({"model_type": kind, "is_decoder": True}, trust=False)
 
 
+@pytest.mark.parametrize("kind", ["bart", "mbart", "mvp"])
+def test_a_decoder_that_transformers_also_lists_for_masked_text_is_not_taken_for_an_encoder(kind):
+    refuse_unknown_architecture({"model_type": kind, "architectures": ["AnyForCausalLM"]}, trust=False)
+
+
 # -- logits that are not head times state -----------------------------------------------------------------------------
 
 

@@ -5,11 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraflow.training.compile_gain import COMPILE_SECONDS, TABLE, seconds_saved
 from loraflow.training.fast_engine import _passes, choose_compile
 from loraflow.training.graph_choice import choose_graphs
+from loraflow.training.layers import draws_in_passes
+from loraflow.training.lora_kernels import accelerate_loras
 from loraflow.training.memory import MemoryFit, ModelShape
 
 # (name, hidden, layers, dropout, tokens of a pass, measured: saved milliseconds of a pass on one H100)
@@ -145,3 +148,17 @@ def test_what_a_graph_cannot_hold_is_not_recorded_even_if_asked_for():
         SimpleNamespace(runtime=setup.runtime, device="cpu", shape=setup.shape), FLAT, MemoryFit(1, "none", 0, ""), plain,
         sharded=False, passes=99,
     )[0] is False  # fmt: skip
+
+
+def test_dropout_of_fast_loras_does_not_prevent_recording_and_other_dropout_does():
+    model = get_peft_model(
+        LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                     num_attention_heads=2)),
+        LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"]),
+    )  # fmt: skip
+    decoder = model.get_base_model().get_decoder()
+    assert draws_in_passes(decoder) is True, "peft's own layers"
+    accelerate_loras(model, torch.float32)
+    assert draws_in_passes(decoder) is False
+    decoder.extra = torch.nn.Dropout(0.1)
+    assert draws_in_passes(decoder) is True

@@ -1,4 +1,4 @@
-"""Training rows of a held-out group are left out; near prompts with different answers are told."""
+"""Training rows of a held-out group are left out; near prompts with different answers are reported."""
 
 import json
 import random
