@@ -47,17 +47,25 @@ SETTINGS = {
     "runtime.device": "cpu" if TINY else "cuda",
 }
 RECOMPUTED = {"training_config.gradient_checkpointing": True}
+ELEMENTWISE: dict[str, Setting] = {"runtime.checkpointing": "elementwise"}
 CASES = [
     Case("bf16", "loraflow, bf16, 16k tokens per micro-batch"),
     Case("bf16-8k", "loraflow, bf16, 8k tokens", rows=4),
     Case("bf16-fa2", "loraflow, bf16, 16k tokens, torch's own FA2", settings={"runtime.attn_implementation": "varlen"}),
+    Case("bf16-elementwise", "loraflow, bf16, 16k, elementwise operations recomputed", settings=ELEMENTWISE),
+    Case("bf16-24gib", "loraflow, bf16, 6k tokens, elementwise operations recomputed", rows=6,
+         settings={**ELEMENTWISE, "runtime.micro_tokens": 6144}),
     Case("bf16-dropout", "loraflow, bf16, 16k, dropout 0.05", settings={"peft_config.lora_dropout": 0.05}),
     Case("bf16-eager", "loraflow, bf16, 16k, nothing compiled", settings={"runtime.compile": "off"}, timed=16),
     Case("bf16-small", "loraflow, bf16, 4k tokens, recomputed", rows=8,
          settings={**RECOMPUTED, "runtime.micro_tokens": 4096}),
     Case("fp8", "loraflow, fp8 base, 16k tokens", settings={"base.quantization": "fp8"}),
+    Case("fp8-elementwise", "loraflow, fp8 base, 16k, elementwise operations recomputed",
+         settings={"base.quantization": "fp8", **ELEMENTWISE}),
     Case("fp8-dropout", "loraflow, fp8 base, 16k, dropout 0.05",
          settings={"base.quantization": "fp8", "peft_config.lora_dropout": 0.05}),
+    Case("dropout-elementwise", "loraflow, bf16, 16k, dropout 0.05, elementwise operations recomputed",
+         settings={"peft_config.lora_dropout": 0.05, **ELEMENTWISE}),
     Case("nf4", "loraflow, QLoRA nf4, 8k tokens", rows=4, settings={"base.quantization": "nf4"}),
     Case("nf4-small", "loraflow, QLoRA nf4, 4k tokens, recomputed",
          settings={"base.quantization": "nf4", **RECOMPUTED, "runtime.micro_tokens": 4096}),

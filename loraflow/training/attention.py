@@ -149,6 +149,9 @@ def attend(
     assert cu_seq_lens_q is not None and max_length_q is not None, "concatenated documents need their borders"
     # Under autocast, rotary embeddings leave q and k in float32. The kernels need the dtype of the projections.
     q, k, v = (tensor.squeeze(0).transpose(0, 1).to(value.dtype) for tensor in (query, key, value))
+    if v.stride(0) > v.shape[1] * v.shape[2]:
+        # It is a part of a fused projection, all of which would be kept for the backward pass.
+        v = v.contiguous()
     # A window that no document reaches masks nothing. It is passed as none, because kernels are faster without.
     window = (-1, 0) if sliding_window is None or sliding_window >= max_length_q else (sliding_window - 1, 0)
     kernel = (_kernel or varlen) if query.is_cuda else by_document

@@ -50,6 +50,7 @@ class EngineChoices:
     recompute: Recompute | None = None
     recompute_why: str | None = None
     layers_recomputed: float | None = None
+    elementwise_recomputed: bool | None = None
     shared_prefix: str | None = None
     frozen_bytes: int | None = None
     replicated_bytes: int | None = None

@@ -22,7 +22,7 @@ from loraflow.training.cuda_graphs import GraphedPass
 from loraflow.training.graph_choice import choose_graphs
 from loraflow.training.layers import prepare_layers
 from loraflow.training.lora_kernels import accelerate_loras, to_fp8
-from loraflow.training.memory import MemoryFit, Recompute, fit_memory
+from loraflow.training.memory import ENOUGH_TOKENS, MemoryFit, Recompute, fit_memory
 from loraflow.training.out_of_memory import MicroBatchSize
 from loraflow.training.prefix_sharing import PrefixSharing
 from loraflow.training.setup import TrainingSetup
@@ -41,6 +41,10 @@ def build_fast_trainer(
     """Build the trainer, and prepare its model's layers."""
     sharded = choices.base_sharded
     fit = choose_memory_fit(setup, attention, sharded=sharded)
+    tokens, passes = _passes(setup, fit.tokens)
+    if fit.elementwise and not choose_compile(setup, attention, tokens, passes, graphed=False)[0]:
+        fit = choose_memory_fit(setup, attention, sharded=sharded, compiled=False)
+        tokens, passes = _passes(setup, fit.tokens)
     sharing, sharing_note = choose_prefix_sharing(setup, model, attention)
     micro_batch_rows = None if attention.concatenated else _micro_batch_rows(setup)
     base_dtype: torch.dtype = getattr(torch, setup.config.base.dtype)
@@ -72,23 +76,26 @@ def build_fast_trainer(
     initial = initialise_adapter(setup, trainer)
     _prepare_adapter(setup, trainer, base_dtype, compute_dtype)
     # Offloaded activations are not recomputed.
-    recomputed = 0.0 if fit.recompute in ("none", "offload") else fit.share
-    tokens, passes = _passes(setup, fit.tokens)
+    recomputed = 0.0 if fit.recompute == "offload" else fit.share
     is_graphed, graphs_why = choose_graphs(setup, attention, fit, trainer, sharded=sharded, passes=passes)
     log.info("passes are %srecorded as CUDA graphs: %s", "" if is_graphed else "not ", graphs_why)
 
     def compile_after_all() -> None:
         """Compile the layers, if that was not worthwhile only because passes were to be recorded."""
         pays_off, why = choose_compile(setup, attention, tokens, passes, graphed=False)
-        if pays_off and not trainer.compiled_layers and not recomputed:
+        if pays_off and not trainer.compiled_layers and fit.recompute == "none":
             log.info("layers are compiled: %s", why)
             trainer.compiled_layers = prepare_layers(trainer.decoder, compiled=True, recomputed=0.0)
 
     if is_graphed:
         trainer.graphs = GraphedPass(trainer.hidden_states, trainer.trained, compile_after_all)
     is_compiled, compiled_why = choose_compile(setup, attention, tokens, passes, graphed=is_graphed)
+    if fit.elementwise and not is_compiled:
+        is_compiled, compiled_why = True, fit.why
     log.info("layers are %scompiled: %s", "" if is_compiled else "not ", compiled_why)
-    trainer.compiled_layers = prepare_layers(trainer.decoder, compiled=is_compiled, recomputed=recomputed)
+    trainer.compiled_layers = prepare_layers(
+        trainer.decoder, compiled=is_compiled, recomputed=recomputed, elementwise=fit.elementwise
+    )
     frozen_bytes, replicated_bytes = sharding.frozen_bytes(trainer.model)
     choices = replace(
         choices,
@@ -97,6 +104,7 @@ def build_fast_trainer(
         recompute=fit.recompute,
         recompute_why=fit.why,
         layers_recomputed=fit.share,
+        elementwise_recomputed=fit.elementwise,
         shared_prefix=sharing_note,
         frozen_bytes=frozen_bytes,
         replicated_bytes=replicated_bytes,
@@ -110,8 +118,15 @@ def build_fast_trainer(
     return BuiltTrainer(trainer, choices, size, initial)
 
 
-def choose_memory_fit(setup: TrainingSetup, attention: Attention, *, sharded: bool) -> MemoryFit:
-    """Choose the tokens of a micro-batch, and the layers that recompute their activations."""
+def choose_memory_fit(setup: TrainingSetup, attention: Attention, *, sharded: bool, compiled: bool = True) -> MemoryFit:
+    """Choose the tokens of a micro-batch, and what is recomputed in the backward pass.
+
+    Args:
+        setup: of the training.
+        attention: that was chosen.
+        sharded: whether the base is sharded over the devices.
+        compiled: whether the layers may be compiled, unless the runtime says otherwise.
+    """
     recompute: Recompute | None = None if setup.runtime.checkpointing == "auto" else setup.runtime.checkpointing
     if recompute is None and setup.settings.gradient_checkpointing is not None:
         recompute = "full" if setup.settings.gradient_checkpointing else "none"
@@ -120,6 +135,10 @@ def choose_memory_fit(setup: TrainingSetup, attention: Attention, *, sharded: bo
     if setup.device == "cpu" or setup.shape is None or not attention.concatenated:
         share = {"full": 1.0, "selective": 0.5}.get(recompute or "none", 0.0)
         why = "asked for" if recompute else "not asked for"
+        if recompute == "elementwise":
+            return MemoryFit(
+                tokens or max(least, 4096), "none", 0.0, "elementwise needs concatenated documents on a GPU"
+            )
         return MemoryFit(tokens or max(least, 4096), recompute or "none", share, why)
     if setup.rows.row_length:
         step_tokens = setup.rows_per_device * setup.rows.row_length
@@ -134,6 +153,8 @@ def choose_memory_fit(setup: TrainingSetup, attention: Attention, *, sharded: bo
         wanted=tokens or step_tokens,
         recompute=recompute,
         devices=setup.group.size if sharded else 1,
+        compiled=compiled and setup.runtime.compile != "off",
+        enough=tokens or ENOUGH_TOKENS,
     )
     return replace(found, tokens=max(least, tokens)) if tokens else found
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -28,7 +29,9 @@ class CompiledLayer:
         self.layer.forward = forward
 
 
-def prepare_layers(decoder: torch.nn.Module, *, compiled: bool, recomputed: float) -> list[CompiledLayer]:
+def prepare_layers(
+    decoder: torch.nn.Module, *, compiled: bool, recomputed: float, elementwise: bool = False
+) -> list[CompiledLayer]:
     """Compile each layer of a decoder by itself, and let a share of them recompute their activations.
 
     With fixed shapes, one graph serves all layers. Recomputation is put around the compiled code: inside of it,
@@ -38,12 +41,15 @@ def prepare_layers(decoder: torch.nn.Module, *, compiled: bool, recomputed: floa
         decoder: its `layers` are changed in place.
         compiled: compile them.
         recomputed: share of the layers that recompute their activations.
+        elementwise: compiled layers recompute norms, activation functions, rotations and dropout masks instead of
+            storing their results.
 
     Returns:
         the layers that are compiled.
     """
     layers = list(getattr(decoder, "layers", []))
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    _recompute_elementwise(elementwise)
     draws = draws_in_passes(decoder)
     changed = []
     for i, layer in enumerate(layers):
@@ -55,6 +61,17 @@ def prepare_layers(decoder: torch.nn.Module, *, compiled: bool, recomputed: floa
         if compiled:
             changed.append(CompiledLayer(layer, plain, is_recomputed))
     return changed
+
+
+def _recompute_elementwise(is_wanted: bool) -> None:
+    """Say what the layers that are compiled from here on store for their backward pass.
+
+    By default, the compiler stores the result of an elementwise operation where a matrix product of the backward pass
+    reads it, and where operations that use it are far apart. Within one layer, all of them are cheap to compute again.
+    """
+    torch._functorch.config.ban_recompute_materialized_backward = not is_wanted
+    torch._functorch.config.ban_recompute_used_far_apart = not is_wanted
+    torch._functorch.config.ban_recompute_long_fusible_chains = not is_wanted
 
 
 def draws_in_passes(decoder: torch.nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Estimate the memory of a training from a model's config.json, and choose the tokens of a micro-batch.
 
 Arithmetic only, no torch, because `loraflow plan` shows the estimate too. The figures were fitted on one H100 with
-Phi-3 mini's shape (docs/performance.md): measured 2.7 MiB a token without recomputation, estimated 3.0.
+Phi-3 mini's shape (docs/performance.md), 16,384 tokens at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-Recompute = Literal["none", "selective", "full", "offload"]
+Recompute = Literal["none", "elementwise", "selective", "full", "offload"]
 GIB = 2**30
 RESERVE = 2.5 * GIB  # workspaces of kernels, logits of the head, fragmentation
 USABLE = 0.92  # of the free memory
@@ -49,9 +49,14 @@ class ModelShape:
 
     @property
     def activations(self) -> int:
-        """Values that a layer stores per token: norms, residual, q, k, v, attention's output, gate, up, their product."""
+        """Values that a layer stores per token: residual and norm twice, q, k, v, attention's output, gate, up, product."""
+        return self.products + 2 * self.hidden + self.intermediate
+
+    @property
+    def products(self) -> int:
+        """Values that a layer stores per token if it computes norms and the product of gate and up a second time."""
         attention = self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return 3 * self.hidden + attention + 3 * self.intermediate
+        return 2 * self.hidden + attention + 2 * self.intermediate
 
 
 def shape_of(config: Mapping[str, JsonValue]) -> ModelShape | None:
@@ -114,18 +119,29 @@ def weight_bytes(shape: ModelShape, weights: str, devices: int = 1) -> float:
     return base + shape.embedding_weights * WEIGHT_BYTES["bfloat16" if weights in ("nf4", "fp8") else weights]
 
 
-def token_bytes(shape: ModelShape, recompute: Recompute, width: int = 2, recomputed: float | None = None) -> float:
+def token_bytes(
+    shape: ModelShape,
+    recompute: Recompute,
+    width: int = 2,
+    recomputed: float | None = None,
+    *,
+    elementwise: bool = False,
+) -> float:
     """Return the bytes of a token's activations.
 
     Args:
         shape: the model's.
-        recompute: none keeps the activations of all layers; full keeps the input of each layer, and the activations of
-            one layer at a time.
+        recompute: none keeps the activations of all layers; elementwise keeps those of matrix products and attention;
+            full keeps the input of each layer, and the activations of one layer at a time.
         width: bytes of a number.
         recomputed: share of the layers that are recomputed, if recompute is selective.
+        elementwise: if recompute is selective, the other layers recompute their elementwise operations.
     """
-    share = {"none": 0.0, "full": 1.0, "offload": 1.0}.get(recompute, recomputed if recomputed is not None else 0.5)
-    layers = shape.layers * ((1 - share) * shape.activations + share * shape.hidden)
+    share = {"none": 0.0, "elementwise": 0.0, "full": 1.0, "offload": 1.0}.get(
+        recompute, recomputed if recomputed is not None else 0.5
+    )
+    kept = shape.products if elementwise or recompute == "elementwise" else shape.activations
+    layers = shape.layers * ((1 - share) * kept + share * shape.hidden)
     working = 2 * shape.activations  # the layer that computes, and its gradients
     return (layers + working) * width
 
@@ -153,6 +169,7 @@ class MemoryFit:
     recompute: Recompute
     share: float  # of the layers that are recomputed
     why: str
+    elementwise: bool = False  # the other layers recompute their elementwise operations, for which they are compiled
 
 
 def fit_memory(
@@ -166,6 +183,8 @@ def fit_memory(
     recompute: Recompute | None = None,
     width: int = 2,
     devices: int = 1,
+    compiled: bool = False,
+    enough: int = ENOUGH_TOKENS,
 ) -> MemoryFit:
     """Choose the tokens of a micro-batch, and how many layers are recomputed.
 
@@ -179,22 +198,31 @@ def fit_memory(
         recompute: what to recompute, if the recipe or the runtime asks for it.
         width: bytes of a number.
         devices: see `fixed_bytes`.
+        compiled: the layers can be compiled, so that they can recompute their elementwise operations only.
+        enough: tokens of a micro-batch for which activations are recomputed if they do not fit.
     """
     room = max(0.0, free * USABLE - fixed_bytes(shape, weights, rank, devices))
     useful = max(least, min(wanted, MAX_TOKENS))
 
     def most(how: Recompute, share: float | None = None) -> int:
-        return int(room / token_bytes(shape, how, width, share))
+        return int(room / token_bytes(shape, how, width, share, elementwise=compiled))
 
+    if recompute == "elementwise" and not compiled:
+        tokens = max(least, min(useful, most("none")))
+        return MemoryFit(tokens, "none", 0.0, "elementwise is asked for, but the layers are not compiled")
     if recompute is not None:
         tokens = max(least, min(useful, most(recompute)))
-        return MemoryFit(tokens, recompute, {"none": 0.0, "selective": 0.5}.get(recompute, 1.0), "asked for")
-    enough = max(least, min(useful, ENOUGH_TOKENS))
+        share = {"none": 0.0, "elementwise": 0.0, "selective": 0.5}.get(recompute, 1.0)
+        return MemoryFit(tokens, recompute, share, "asked for", compiled and recompute in ("elementwise", "selective"))
+    enough = max(least, min(useful, enough))
     if most("none") >= enough:
         return MemoryFit(max(least, min(useful, most("none"))), "none", 0.0, "activations fit")
+    if compiled and most("elementwise") >= enough:
+        why = "activations fit if elementwise operations are recomputed"
+        return MemoryFit(max(least, min(useful, most("elementwise"))), "elementwise", 0.0, why, elementwise=True)
     for eighth in range(1, 8):
         share = eighth / 8
         if most("selective", share) >= enough:
             why = f"activations fit if {share:.0%} of the layers are recomputed"
-            return MemoryFit(enough, "selective", share, why)
+            return MemoryFit(enough, "selective", share, why, elementwise=compiled)
     return MemoryFit(max(least, min(useful, most("full"))), "full", 1.0, "activations fit only if all are recomputed")

@@ -48,6 +48,7 @@ class MicroBatch:
     learned: float = 1.0  # share of the tokens that count in the loss
     recompute: Recompute = "none"
     recomputed: float | None = None  # share of the layers, if recompute is selective
+    elementwise: bool = False  # the other layers recompute their elementwise operations
 
 
 def training_parts(
@@ -78,7 +79,8 @@ def training_parts(
         weights=memory.weight_bytes(shape, weights, devices),
         adapters=trained * memory.ADAPTER_BYTES,
         optimizer=trained * memory.OPTIMIZER_BYTES,
-        activations=batch.tokens * memory.token_bytes(shape, batch.recompute, width, batch.recomputed),
+        activations=batch.tokens
+        * memory.token_bytes(shape, batch.recompute, width, batch.recomputed, elementwise=batch.elementwise),
         logits=logits,
     )
 

@@ -101,7 +101,9 @@ def _expected_memory(setup: TrainingSetup, shape: ModelShape, choices: EngineCho
         setup.device,
         setup.weight_format,
         setup.config.peft_config.r,
-        MicroBatch(tokens, setup.learned_share, recompute, choices.layers_recomputed),
+        MicroBatch(
+            tokens, setup.learned_share, recompute, choices.layers_recomputed, bool(choices.elementwise_recomputed)
+        ),
         width=4 if setup.compute_dtype == "float32" else 2,
         devices=setup.group.size if choices.base_sharded else 1,
     )

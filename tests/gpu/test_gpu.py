@@ -197,6 +197,7 @@ def plain(tiny, shards, tmp_path_factory):
     [
         {"runtime.compile": "on"}, {"runtime.micro_tokens": 256}, {"runtime.checkpointing": "full"},
         {"runtime.checkpointing": "selective", "runtime.compile": "on"}, {"runtime.checkpointing": "offload"},
+        {"runtime.checkpointing": "elementwise", "runtime.compile": "on"},
         {"runtime.attn_implementation": "varlen"}, {"runtime.attn_implementation": "sdpa"},
         {"runtime.engine": "stock"}, {"base.dtype": "float32"},
         {"runtime.cuda_graphs": "on", "runtime.compile": "on"},
