@@ -205,7 +205,7 @@ def fit_memory(
     useful = max(least, min(wanted, MAX_TOKENS))
 
     def most(how: Recompute, share: float | None = None) -> int:
-        return int(room / token_bytes(shape, how, width, share, elementwise=compiled))
+        return int(room / token_bytes(shape, how, width, share, elementwise=compiled and how == "selective"))
 
     if recompute == "elementwise" and not compiled:
         tokens = max(least, min(useful, most("none")))
