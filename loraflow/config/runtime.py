@@ -86,7 +86,7 @@ class Runtime(FrozenModel):
     checkpointing: Literal["auto", "none", "elementwise", "selective", "full", "offload"] = Field(
         "auto",
         description="Activations that are recomputed in the backward pass instead of stored: those of elementwise "
-        "operations, if layers are compiled (2 % slower, a quarter less memory), of half of the layers, or of all. auto follows "
+        "operations, if layers are compiled (2 % slower, a quarter less memory), of half or all layers. auto uses "
         "gradient_checkpointing if that is set, else the free memory.",
     )
     micro_tokens: Annotated[int, Field(ge=1)] | None = Field(
