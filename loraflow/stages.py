@@ -105,6 +105,10 @@ CHECK_DATASET = Stage(
     code=(
         "loraflow.data.check",
         "loraflow.data.check_report",
+        "loraflow.data.chat_table",
+        "loraflow.data.chat_profile",
+        "loraflow.data.quarantine",
+        "loraflow.data.row_drops",
         "loraflow.data.reasoning",
         "loraflow.data.thinking",
         "loraflow.data.readers",

@@ -64,6 +64,14 @@ def with_system(chat: list[Message], system: str) -> list[Message]:
     return [message, first, *chat[1:]]
 
 
+def without_system(chat: list[Message]) -> list[Message]:
+    """Return the chat to which `with_system` added a system message."""
+    first = chat[1].copy()
+    if "tools" in chat[0]:
+        first["tools"] = chat[0]["tools"]
+    return [first, *chat[2:]]
+
+
 class BadRow(Exception):
     """A row that is not a valid chat. The message says what was expected; it is written to quarantine.jsonl."""
 

@@ -7,72 +7,64 @@ recipe's limits and stops the run if a limit is exceeded.
 from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypedDict
 
+import numpy as np
 from pydantic import JsonValue
 
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.chats import GATE_SET, ChatRecord, Message, with_system
-from loraflow.data.check_report import CheckReport, Finding, NearDuplicates, Profile, SplitCounts
+from loraflow.data.chat_profile import profile
+from loraflow.data.chat_table import LAST_LEARNED, PARTLY_LEARNED, TRAIN, WEIGHTED, ChatTable, Columns, Rows, ValidRow
+from loraflow.data.chats import GATE_SET
+from loraflow.data.check_report import CheckReport, Finding, NearDuplicates, SplitCounts
 from loraflow.data.findings import leave_out_findings
 from loraflow.data.group_leaks import drop_group_leaks, heldout_groups
 from loraflow.data.near_prompts import with_near_prompts
-from loraflow.data.near_split import Clusters, ValidRow, draw_split, place_near
-from loraflow.data.placement import Split
-from loraflow.data.readers import Row, is_partly_learned, match_files, read_rows
+from loraflow.data.near_split import Clusters, place_near
+from loraflow.data.placement import SPLITS, Split
+from loraflow.data.quarantine import Quarantine
+from loraflow.data.readers import match_files, read_rows
+from loraflow.data.row_drops import drop_duplicates, drop_leaks
 from loraflow.data.sampling import spread_sample, spread_values
-from loraflow.data.similar import CheckedRow, find_similar, is_last_learned
-from loraflow.data.split import CLUSTER, draw, group_key, prompt_key, row_id
+from loraflow.data.similar import find_similar
+from loraflow.data.split import CLUSTER, draw, to_json
 from loraflow.data.thinking import with_thinking
 from loraflow.data.tools import dataset_tools
 from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 
-Splits = dict[Split, list[CheckedRow]]
 DROPPED = ("duplicate", "leak", "marked_false", "near_leak", "near_both", "group_leak")
 MAX_UNREAD = 50  # keys in the report
 MAX_PROBLEM = 200  # characters of a problem in a failure
 
 
-class Quarantined(TypedDict):
-    """A line of quarantine.jsonl."""
-
-    place: str  # file:line, or file:row
-    set: str  # train, or the name of a held-out set
-    problem: str
-    row: str  # the row's text; empty if the row is valid but was dropped
-
-
 @dataclass
 class _Reading:
-    """What was left out while the rows were read."""
+    """The rows that have a chat, and what was left out while rows were read."""
 
-    quarantine: list[Quarantined]
-    counts: Counter[str]
-    unread: Counter[str]  # keys that have values and were not read
-    malformed: set[str] = field(default_factory=set)  # places of the first malformed rows
+    table: ChatTable
+    quarantine: Quarantine
+    unread: Counter[str] = field(default_factory=Counter)  # keys that have values and were not read
     findings: list[Finding] = field(default_factory=list)  # of data.profile
 
-    def first_problems(self) -> list[str]:
-        """Return places and problems of the first rows: the malformed ones, which can stop the run, before the others."""
-        rows = sorted(self.quarantine, key=lambda row: row["place"] not in self.malformed)[:5]
-        return [f"{row['place']}: {row['problem']}" for row in rows]
+    @property
+    def counts(self) -> Counter[str]:
+        """Rows by what happened to them."""
+        return self.quarantine.counts
 
-    def drop(self, record: ChatRecord, set_name: str, reason: str, problem: str) -> None:
+    def drop(self, number: int, set_name: str, reason: str, problem: str) -> None:
         """Count a row that is left out, and put it into the quarantine."""
-        self.counts[reason] += 1
-        self.quarantine.append({"place": record["place"], "set": set_name, "problem": problem, "row": ""})
+        self.quarantine.add(reason, self.table.place(number), set_name, problem)
 
-    def leave_out(self, valid: ValidRow, reason: str, problem: str) -> None:
+    def leave_out(self, number: int, reason: str, problem: str) -> None:
         """Count a row that is left out before it has a split, and put it into the quarantine."""
-        self.counts[reason] += 1
-        self.quarantine.append({"place": valid.row.place, "set": valid.set, "problem": problem, "row": ""})
+        self.drop(number, self.table.set_read(number), reason, problem)
 
 
 def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
@@ -81,46 +73,51 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
     Raises:
         BadData: a file is missing or cannot be read.
     """
-    config, files = job.config, inputs["dataset"] / "files"
-    reading = _Reading(quarantine=[], counts=Counter(), unread=Counter())
-    splits, clusters = _read(files, config, reading)
-    groups = heldout_groups(splits["heldout"])  # of duplicates too
-    _drop_duplicates(splits, reading, config.duplicates)
-    _drop_leaks(splits, reading)
-    drop_group_leaks(splits, groups, reading.drop)
-    similar = find_similar(splits["train"] + splits["validation"], splits["heldout"])
+    with (out / "quarantine.jsonl").open("w", encoding="utf-8") as file, ChatTable(out, job.config) as table:
+        report = _check(inputs["dataset"] / "files", job.config, _Reading(table, Quarantine(file)), out)
+    values = report.as_json()
+    text = json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False)
+    (out / "report.json").write_text(text + "\n", encoding="utf-8")
+    return Summary(
+        figures={
+            **report.rows.model_dump(),
+            "malformed": report.counts.get("malformed", 0),
+            "dropped": sum(
+                n for reason, n in report.counts.items() if reason in DROPPED or reason.startswith("profile_")
+            ),
+        },
+        report=values,
+        facets={"train": ["train.jsonl", "validation.jsonl"], "heldout": ["heldout.jsonl"]},
+    )
+
+
+def _check(files: Path, config: CheckDatasetConfig, reading: _Reading, out: Path) -> CheckReport:
+    """Read, split and write the rows; return the report."""
+    table, counts = reading.table, reading.counts
+    splits, columns, clusters = _read(files, config, reading)
+    groups = heldout_groups(columns, splits["heldout"])  # of duplicates too
+    drop_duplicates(table, columns, splits, config.duplicates, reading.drop)
+    drop_leaks(table, columns, splits, reading.drop)
+    drop_group_leaks(table, columns, splits, groups, reading.drop)
+    learnable = np.concatenate([splits["train"], splits["validation"]])
+    similar = find_similar(table, columns, learnable, splits["heldout"])
     if config.near_duplicates is not None:
-        similar = with_near_prompts(similar, splits["train"] + splits["validation"])
-    _limit(splits, reading, config)
-    near = None if clusters is None else _write_clusters(out, splits, clusters, config)
+        similar = with_near_prompts(similar, table, columns, learnable)
+    _limit(table, columns, splits, reading, config)
+    near = None if clusters is None else _write_clusters(out, table, splits, clusters)
     for split, rows in splits.items():
-        _write(out / f"{split}.jsonl", (row.record for row in rows))
-    _write(out / "quarantine.jsonl", reading.quarantine)
-    counts = SplitCounts(**{split: len(rows) for split, rows in splits.items()})
-    report = CheckReport(
-        rows=counts,
-        sets=dict(Counter(row.record["set"] for row in splits["heldout"])),
-        counts=dict(reading.counts),
-        malformed_share=reading.counts["malformed"] / max(reading.counts["read"], 1),
-        first_problems=reading.first_problems(),
+        _write_rows(out / f"{split}.jsonl", table, rows, split, clusters if config.group is None else None)
+    return CheckReport(
+        rows=SplitCounts(**{split: len(rows) for split, rows in splits.items()}),
+        sets=dict(Counter(table.set_of(number, "heldout") for number in splits["heldout"].tolist())),
+        counts=dict(counts),
+        malformed_share=counts["malformed"] / max(counts["read"], 1),
+        first_problems=reading.quarantine.first_problems(),
         unread=dict(reading.unread.most_common(MAX_UNREAD)),
         similar=similar,
         findings=reading.findings,
         near=near,
-        profile=Profile.of([row.record for row in splits["train"]]),
-    ).as_json()
-    text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)
-    (out / "report.json").write_text(text + "\n", encoding="utf-8")
-    return Summary(
-        figures={
-            **counts.model_dump(),
-            "malformed": reading.counts["malformed"],
-            "dropped": sum(
-                n for reason, n in reading.counts.items() if reason in DROPPED or reason.startswith("profile_")
-            ),
-        },
-        report=report,
-        facets={"train": ["train.jsonl", "validation.jsonl"], "heldout": ["heldout.jsonl"]},
+        profile=profile(columns, splits["train"]),
     )
 
 
@@ -187,36 +184,44 @@ def _short(problem: str) -> str:
     return line if len(line) <= MAX_PROBLEM else line[: MAX_PROBLEM - 1] + "…"
 
 
-def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> tuple[Splits, Clusters | None]:
+def _read(
+    files: Path, config: CheckDatasetConfig, reading: _Reading
+) -> tuple[dict[Split, Rows], Columns, Clusters | None]:
     """Read all files and split their rows; malformed rows go to the quarantine."""
-    splits: Splits = {"train": [], "validation": [], "heldout": []}
-    rows: Iterable[ValidRow] = _valid_rows(files, config, reading)
+    table, found = reading.table, {split: array("q") for split in SPLITS}
+    place = partial(_place, found=found, config=config, reading=reading)
+    rows = _valid_rows(files, config, reading)
+    numbers: Iterable[int] = (valid.number for valid in rows)
     if config.profile:
-        rows, reading.findings = leave_out_findings(
-            rows, config.profile, reading.leave_out, partial(_may_be_learned, config=config)
+        numbers, reading.findings = leave_out_findings(
+            rows, config.profile, reading.leave_out, partial(_may_be_learned, table=table, config=config)
         )
     clusters = None
     if config.near_duplicates is None:
-        for row in rows:
-            _place(row, draw_split(row, config), splits, config, reading)
+        for number in numbers:
+            place(number, SPLITS[table.drawn[number]])
     else:
-        clusters = place_near(
-            rows, config, partial(_place, splits=splits, config=config, reading=reading), reading.leave_out
-        )
-        reading.counts.update(clusters.counts)
+        placed = np.fromiter(numbers, np.int64)
+        clusters = place_near(table, table.columns(), placed, config, place, reading.leave_out)
+        if clusters.held_out_of_few:
+            reading.counts["held_out_of_few"] += clusters.held_out_of_few
+    splits: dict[Split, Rows] = {split: np.frombuffer(rows, np.int64) for split, rows in found.items()}
+    columns = table.columns()
     if (
         config.heldout_fraction
         and not config.heldout
         and config.near_duplicates != "drop"  # has held out a cluster
-        and not any(r.record["set"] == GATE_SET for r in splits["heldout"])
+        and not (columns.sets[splits["heldout"]] <= 1).any()  # the gate's set
     ):
-        _hold_out_one(splits, reading, config)
-    return splits, clusters
+        _hold_out_one(table, columns, splits, reading, config)
+    return splits, columns, clusters
 
 
-def _may_be_learned(row: ValidRow, config: CheckDatasetConfig) -> bool:
+def _may_be_learned(number: int, table: ChatTable, config: CheckDatasetConfig) -> bool:
     """Tell whether a row may get into training: which rows of training files do with `drop` depends on other rows."""
-    return row.set == "train" if config.near_duplicates == "drop" else draw_split(row, config) != "heldout"
+    if config.near_duplicates == "drop":
+        return table.set_read(number) == TRAIN
+    return SPLITS[table.drawn[number]] != "heldout"
 
 
 def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Iterator[ValidRow]:
@@ -230,73 +235,70 @@ def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> I
             if row.unused_keys:
                 reading.unread.update(row.unused_keys)
             if row.messages is None:
-                counts["marked_false" if row.is_marked_false else "malformed"] += 1
-                if not row.is_marked_false and len(reading.malformed) < 5:
-                    reading.malformed.add(row.place)
-                quarantine.append({"place": row.place, "set": set_name, "problem": row.problem or "", "row": row.raw})
+                reason = "marked_false" if row.is_marked_false else "malformed"
+                first = not row.is_marked_false
+                quarantine.add(reason, row.place, set_name, row.problem or "", row.raw, first=first)
                 continue
-            yield ValidRow(row, row.messages, set_name, prompt_key(row.messages))
+            yield ValidRow(reading.table.add(row, row.messages, set_name), row, row.messages, set_name)
 
 
-def _place(valid: ValidRow, split: Split, splits: Splits, config: CheckDatasetConfig, reading: _Reading) -> None:
+def _place(
+    number: int, split: Split, found: Mapping[Split, array[int]], config: CheckDatasetConfig, reading: _Reading
+) -> None:
     """Put a row into its split, or into the quarantine if it cannot be held out."""
-    row, messages, set_name, key = valid
-    counts, quarantine = reading.counts, reading.quarantine
-    if config.group is not None and row.group is None and split == "heldout":
-        counts["malformed"] += 1
+    table, flags = reading.table, reading.table.flags[number]
+    if split == "heldout" and config.group is not None and table.group[number] < 0:
         problem = f"expected the field {config.group} (data.group), which names the row's group"
-        quarantine.append({"place": row.place, "set": set_name, "problem": problem, "row": row.raw})
+        _refuse(number, "malformed", problem, reading)
         return
-    name = split if split != "heldout" else GATE_SET if set_name == "train" else set_name
-    if split == "heldout" and row.learned is not None and len(messages) - 1 not in row.learned:
-        counts["marked_false"] += 1
-        problem = "its last answer, the reference, is marked as not to be learned"
-        quarantine.append({"place": row.place, "set": set_name, "problem": problem, "row": row.raw})
+    if split == "heldout" and not flags & LAST_LEARNED:
+        _refuse(number, "marked_false", "its last answer, the reference, is marked as not to be learned", reading)
         return
-    record = _record(messages, row, name, config.system, is_heldout=split == "heldout")
-    if row.group is not None:
-        record["group"] = row.group
-    if "weights" in record:
-        counts["weighted"] += 1
-    if "learned" in record and is_partly_learned(row):
-        counts["partly_marked"] += 1
-    if record["messages"] is not messages:
-        key = prompt_key(record["messages"])
-    splits[split].append(CheckedRow(record, key))
+    if split != "heldout" and flags & WEIGHTED:
+        reading.counts["weighted"] += 1
+    if split != "heldout" and flags & PARTLY_LEARNED:
+        reading.counts["partly_marked"] += 1
+    found[split].append(number)
 
 
-def _hold_out_one(splits: Splits, reading: _Reading, config: CheckDatasetConfig) -> None:
+def _refuse(number: int, reason: str, problem: str, reading: _Reading) -> None:
+    table = reading.table
+    reading.quarantine.add(reason, table.place(number), table.set_read(number), problem, table.raw(number))
+
+
+def _hold_out_one(
+    table: ChatTable, columns: Columns, splits: dict[Split, Rows], reading: _Reading, config: CheckDatasetConfig
+) -> None:
     """Hold out one prompt (or group) if the seeded hash holds out none, as in a small dataset: the next in its order."""
     rows = splits["train"]
-
-    def unit(row: CheckedRow) -> str:
-        group = row.record.get("group")
-        return row.prompt if group is None else group_key(group)
-
-    may = {unit(r) for r in rows if is_last_learned(r.record) and (config.group is None or "group" in r.record)}
-    if len({unit(row) for row in rows}) < 2 or not may:
+    units = [table.unit(number, int(columns.keys[number])) for number in rows.tolist()]
+    is_learned = columns.has(LAST_LEARNED)[rows]
+    may_be_held_out = is_learned if config.group is None else is_learned & (columns.groups[rows] >= 0)
+    may = {units[position] for position in np.flatnonzero(may_be_held_out).tolist()}
+    if len(set(units)) < 2 or not may:
         return
     chosen = min(may, key=lambda key: draw(key, config.seed, "heldout"))
-    splits["train"] = [row for row in rows if unit(row) != chosen]
-    for row in rows:
-        if unit(row) == chosen and is_last_learned(row.record):
-            record: ChatRecord = {**row.record, "set": GATE_SET}
-            record.pop("learned", None)
-            record.pop("weights", None)
-            splits["heldout"].append(CheckedRow(record, row.prompt))
-            reading.counts["held_out_of_few"] += 1
+    is_chosen = np.array([unit == chosen for unit in units], bool)
+    splits["train"] = rows[~is_chosen]
+    held_out = rows[is_chosen & is_learned]
+    splits["heldout"] = np.concatenate([splits["heldout"], held_out])
+    reading.counts["held_out_of_few"] += len(held_out)
 
 
-def _limit(splits: Splits, reading: _Reading, config: CheckDatasetConfig) -> None:
+def _limit(
+    table: ChatTable, columns: Columns, splits: dict[Split, Rows], reading: _Reading, config: CheckDatasetConfig
+) -> None:
     """Keep a seeded sample of the training rows, spread over groups or labels (data.limit)."""
     rows = splits["train"]
     if config.limit and config.limit < len(rows):
         reading.counts["over_limit"] = len(rows) - config.limit
+        numbers = rows.tolist()
         values = spread_values(
-            [row.record.get("group") for row in rows], [row.record["messages"][-1]["content"] or "" for row in rows]
+            [table.group_name(number) for number in numbers],
+            (table.messages(number)[-1]["content"] or "" for number in numbers),
         )
-        taken = spread_sample([row.prompt for row in rows], values, config.limit, config.seed, "limit")
-        splits["train"] = [rows[n] for n in taken]
+        keys = [f"{key:016x}" for key in columns.keys[rows].tolist()]
+        splits["train"] = rows[spread_sample(keys, values, config.limit, config.seed, "limit")]
 
 
 def assign_files(files: Path, config: CheckDatasetConfig) -> dict[str, list[str]]:
@@ -327,66 +329,19 @@ def assign_files(files: Path, config: CheckDatasetConfig) -> dict[str, list[str]
     return names
 
 
-def _record(messages: list[Message], row: Row, set_name: str, system: str | None, *, is_heldout: bool) -> ChatRecord:
-    """Return a row's record. Of a held-out row, only the last answer is used: marks and weights are left out."""
-    added = bool(system) and messages[0]["role"] != "system"
-    if system and added:
-        messages = with_system(messages, system)
-    record: ChatRecord = {"id": row_id(messages), "set": set_name, "place": row.place, "messages": messages}
-    if row.learned is not None and not is_heldout:
-        record["learned"] = [number + added for number in row.learned]
-        if row.weights is not None:
-            record["weights"] = list(row.weights)
-    return record
+def _write_clusters(out: Path, table: ChatTable, splits: Mapping[Split, Rows], clusters: Clusters) -> NearDuplicates:
+    """Write clusters.jsonl, which is in no facet: no stage depends on it."""
+    numbers, of_splits = clusters.among(splits)
+    with (out / "clusters.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(to_json(line) + "\n" for line in clusters.lines(table, numbers, of_splits))
+    return clusters.report(table, numbers, of_splits)
 
 
-def _drop_duplicates(splits: Splits, reading: _Reading, policy: Literal["drop", "keep"]) -> None:
-    """Drop duplicates within a split. Held-out duplicates are always dropped: ids join the scores of two models.
-
-    Chats with other marks are not duplicates.
-    """
-    for split, rows in splits.items():
-        places: dict[str, dict[str, str]] = {}  # set → chat → place of its first row
-        unique: list[CheckedRow] = []
-        for row in rows:
-            record = row.record
-            seen = places.setdefault(record["set"], {})
-            chat = f"{record['id']} {record['learned']}" if "learned" in record else record["id"]
-            chat += f" {record['weights']}" if "weights" in record else ""
-            if chat in seen and (policy == "drop" or split == "heldout"):
-                reading.drop(record, record["set"], "duplicate", f"same as {seen[chat]}")
-                continue
-            seen.setdefault(chat, record["place"])
-            unique.append(row)
-        splits[split] = unique
-
-
-def _drop_leaks(splits: Splits, reading: _Reading) -> None:
-    """Drop training and validation rows whose prompt is held out: scores must not come from rows that were learned."""
-    heldout = {row.prompt: row.record["place"] for row in splits["heldout"]}
-    for split in ("train", "validation"):
-        remaining: list[CheckedRow] = []
-        for row in splits[split]:
-            place = heldout.get(row.prompt)
-            if place is None:
-                remaining.append(row)
-            else:
-                reading.drop(row.record, split, "leak", f"its prompt is held out ({place})")
-        splits[split] = remaining
-
-
-def _write_clusters(out: Path, splits: Splits, clusters: Clusters, config: CheckDatasetConfig) -> NearDuplicates:
-    """Write clusters.jsonl, which is in no facet: no stage depends on it. Held-out rows of a cluster become a group."""
-    lines = clusters.lines([row.record for rows in splits.values() for row in rows])
-    _write(out / "clusters.jsonl", lines)
-    if config.group is None:
-        for row in splits["heldout"]:
-            if group := clusters.group.get(row.record["place"]):
-                row.record["group"] = f"{CLUSTER}{group}"
-    return clusters.report(lines)
-
-
-def _write(path: Path, rows: Iterable[ChatRecord] | Iterable[Quarantined] | Iterable[dict[str, str]]) -> None:
-    encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each row
+def _write_rows(path: Path, table: ChatTable, rows: Rows, split: Split, clusters: Clusters | None) -> None:
+    """Write the rows of a split. Held-out rows of a cluster become a group, if `clusters` is given."""
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(encode(row) + "\n" for row in rows)
+        for number in rows.tolist():
+            group = table.group_name(number)
+            if clusters is not None and split == "heldout" and (cluster := clusters.group(number)):
+                group = f"{CLUSTER}{cluster}"
+            file.write(table.line(number, split, group) + "\n")

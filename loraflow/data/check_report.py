@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, JsonValue, PlainSerializer
 
 from loraflow.config.data_profile import ProfileCheckName
-from loraflow.data.chats import ChatRecord
 from loraflow.frozen import StoredModel
 
 
@@ -34,24 +32,6 @@ class Profile(StoredModel):
     with_system: float  # share of chats with a system message
     prompt_characters: Spread
     answer_characters: Spread
-
-    @classmethod
-    def of(cls, records: list[ChatRecord]) -> Profile | None:
-        """Return the profile of training rows; None if there are none."""
-        if not records:
-            return None
-        chats = [record["messages"] for record in records]
-        return cls(
-            turns=dict(sorted(Counter(str(len(chat)) for chat in chats).items())),
-            with_system=sum(chat[0]["role"] == "system" for chat in chats) / len(chats),
-            prompt_characters=_spread([sum(len(m["content"]) for m in chat[:-1]) for chat in chats]),
-            answer_characters=_spread([len(chat[-1]["content"]) for chat in chats]),
-        )
-
-
-def _spread(lengths: list[int]) -> Spread:
-    ordered = sorted(lengths)
-    return Spread(median=ordered[len(ordered) // 2], max=ordered[-1])
 
 
 class Similar(StoredModel):

@@ -9,9 +9,9 @@ from pydantic import JsonValue
 
 from loraflow.config.data_profile import ProfileCheckName, ProfileRule
 from loraflow.data.broken_text import broken_text, control_token, script
+from loraflow.data.chat_table import ValidRow
 from loraflow.data.chats import Chat
 from loraflow.data.check_report import CheckReport, Finding
-from loraflow.data.near_split import ValidRow
 from loraflow.data.personal_data import personal_data
 from loraflow.data.placeholders import Placeholders
 from loraflow.data.readers import is_answer_learned
@@ -49,6 +49,9 @@ class Detector:
         self._prompts: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
         self._scripts: list[str | None] = []
         self._placeholders = Placeholders()
+
+    def __len__(self) -> int:
+        return len(self._places)
 
     def add(self, place: str, set_name: str, chat: Chat, *, is_learned: bool = True) -> None:
         """Look at a row.
@@ -135,32 +138,32 @@ class Detector:
 def leave_out_findings(
     rows: Iterable[ValidRow],
     rules: Mapping[ProfileCheckName, ProfileRule],
-    leave_out: Callable[[ValidRow, str, str], None],
-    may_leave_out: Callable[[ValidRow], bool],
-) -> tuple[list[ValidRow], list[Finding]]:
-    """Return the rows that stay, and what was found (data.profile).
+    leave_out: Callable[[int, str, str], None],
+    may_leave_out: Callable[[int], bool],
+) -> tuple[list[int], list[Finding]]:
+    """Return the numbers of the rows that stay, and what was found (data.profile).
 
     Args:
-        rows: all valid rows, training and held-out ones.
+        rows: all valid rows, training and held-out ones, numbered from 0.
         rules: the recipe's.
         leave_out: is called with each row that a check with `quarantine` concerns, the reason, and a sentence.
         may_leave_out: tells whether a row is for training. Held-out rows are only counted: without them, scores would be
             those of other rows.
     """
-    read, detector = list(rows), Detector(rules)
-    for row in read:
-        detector.add(row.row.place, row.set, row.messages, is_learned=is_answer_learned(row.row))
+    detector = Detector(rules)
+    for valid in rows:
+        detector.add(valid.row.place, valid.set, valid.messages, is_learned=is_answer_learned(valid.row))
     concerned = detector.rows()
     findings = detector.findings(concerned)
     out: dict[int, tuple[ProfileCheckName, str]] = {}
     for finding in findings:
         if finding.is_over and finding.action == "quarantine":
             for number, detail in concerned[finding.check].items():
-                if may_leave_out(read[number]):
+                if may_leave_out(number):
                     out.setdefault(number, (finding.check, detail))
     for number, (check, detail) in out.items():
-        leave_out(read[number], f"profile_{check}", f"{WHAT[check]}: {detail}")
-    return [row for number, row in enumerate(read) if number not in out], findings
+        leave_out(number, f"profile_{check}", f"{WHAT[check]}: {detail}")
+    return [number for number in range(len(detector)) if number not in out], findings
 
 
 def refuse_findings(report: Mapping[str, JsonValue], where: str) -> None:

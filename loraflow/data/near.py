@@ -6,10 +6,16 @@ is proposed with a probability of 0.998, and one of 0.9 practically always.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loraflow.data.shingles import HASHES, grams, jaccard, sketch
 from loraflow.data.split import text_key
@@ -20,40 +26,50 @@ BAND = 5  # MinHash values of a band
 MIN_EQUAL = 50
 WINDOW = 64  # rows before a row that are proposed to it in a band: keeps time linear if thousands of rows share a text
 _BATCH = 2000  # texts that are sketched together
+_BATCH_CHARACTERS = 1_000_000  # of these texts, about: each takes 30 bytes for a moment
 _CHUNK = 100_000  # pairs whose sketches are compared together
 
 
 class Sketches:
-    """The sketches of rows, which are added one after another. They take 88 bytes a row."""
+    """The sketches of rows, which are added one after another.
 
-    def __init__(self) -> None:
+    They take 88 bytes a row: in a temporary file, or in memory.
+
+    Args:
+        folder: where the file is; None for memory.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
         self._waiting: list[str] = []
-        self._parts: list[np.ndarray] = []
-        self._keys: list[np.ndarray] = []
+        self._characters = 0
+        self._file: IO[bytes] = BytesIO() if folder is None else TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
+        self._keys = array("Q")
 
-    def add(self, text: str) -> None:
-        """Add a row's comparable text."""
+    def add(self, text: str, key: int | None = None) -> None:
+        """Add a row's comparable text. `key` is its `text_key`, if it is known."""
         self._waiting.append(text)
-        if len(self._waiting) >= _BATCH:
+        self._keys.append(text_key(text) if key is None else key)
+        self._characters += len(text)
+        if len(self._waiting) >= _BATCH or self._characters >= _BATCH_CHARACTERS:
             self._flush()
 
     def _flush(self) -> None:
         if self._waiting:
-            self._parts.append(sketch(self._waiting))
-            self._keys.append(np.fromiter(map(text_key, self._waiting), np.uint64, len(self._waiting)))
-            self._waiting = []
+            self._file.write(sketch(self._waiting).data)
+            self._waiting, self._characters = [], 0
 
-    def candidates(self, order: np.ndarray | None = None) -> Candidates:
+    def candidates(self, order: NDArray[np.int64] | None = None) -> Candidates:
         """Return the pairs that are worth comparing, and forget the sketches.
 
         Args:
-            order: the rows in another order [rows]; the pairs have the positions in it.
+            order: some or all rows, in another order; the pairs have the positions in it.
         """
         self._flush()
-        sketches = np.concatenate([np.empty((0, HASHES), np.uint8), *self._parts])
-        keys = np.concatenate([np.empty(0, np.uint64), *self._keys])
-        self._parts, self._keys = [], []
-        return Candidates(sketches, keys) if order is None else Candidates(sketches[order], keys[order])
+        self._file.seek(0)
+        sketches = np.frombuffer(self._file.read(), np.uint8).reshape(-1, HASHES)
+        keys = np.frombuffer(self._keys, np.uint64)
+        self._file.close()
+        return Candidates(sketches, keys, np.arange(len(keys)) if order is None else order)
 
 
 class Candidates:
@@ -61,18 +77,22 @@ class Candidates:
 
     Attributes:
         first: for each row [rows], the first row with the same text; its own number if there is none before it.
+        has_before: for each row [rows], whether `before` returns a row.
+        alone: for each row [rows], whether there is neither such a row nor one before it with the same text.
         unproposed: pairs that share a band and were not proposed, because more than WINDOW rows share it.
     """
 
-    def __init__(self, sketches: np.ndarray, keys: np.ndarray):
-        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    def __init__(self, sketches: NDArray[np.uint8], keys: NDArray[np.uint64], order: NDArray[np.int64]):
+        _, first, inverse = np.unique(keys[order], return_index=True, return_inverse=True)
         self.first: np.ndarray = first[inverse]
         self.unproposed = 0
-        unique = np.flatnonzero(self.first == np.arange(len(keys)))
-        pairs = self._propose(sketches[unique], unique)
+        unique = np.flatnonzero(self.first == np.arange(len(order)))
+        pairs = self._propose(sketches, order[unique], unique)
         pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
         self._earlier = pairs[:, 0]
-        self._starts = np.searchsorted(pairs[:, 1], np.arange(len(keys) + 1))
+        self._starts = np.searchsorted(pairs[:, 1], np.arange(len(order) + 1))
+        self.has_before = np.diff(self._starts) > 0
+        self.alone = (self.first == np.arange(len(order))) & ~self.has_before
 
     def __len__(self) -> int:
         return len(self.first)
@@ -82,16 +102,16 @@ class Candidates:
         found: list[int] = self._earlier[self._starts[row] : self._starts[row + 1]].tolist()
         return found
 
-    def _propose(self, sketches: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Return pairs of row numbers [pairs, 2], the smaller one first."""
+    def _propose(self, sketches: NDArray[np.uint8], of: NDArray[np.int64], rows: NDArray[np.int64]) -> np.ndarray:
+        """Return pairs of row numbers [pairs, 2], the smaller one first. The sketch of rows[n] is sketches[of[n]]."""
         packed = [np.empty(0, np.int64)]
         for start in range(0, HASHES, BAND):
-            band = np.zeros((len(sketches), 8), np.uint8)
-            band[:, :BAND] = sketches[:, start : start + BAND]
+            band = np.zeros((len(of), 8), np.uint8)
+            band[:, :BAND] = sketches[of, start : start + BAND]
             for one, other in self._in_bands(band.view(np.uint64)[:, 0]):
                 for begin in range(0, len(one), _CHUNK):
                     a, b = one[begin : begin + _CHUNK], other[begin : begin + _CHUNK]
-                    near = np.count_nonzero(sketches[a] == sketches[b], axis=1) >= MIN_EQUAL
+                    near = np.count_nonzero(sketches[of[a]] == sketches[of[b]], axis=1) >= MIN_EQUAL
                     packed.append(a[near] * len(rows) + b[near])
             packed = [np.unique(np.concatenate(packed))]
         one, other = np.divmod(packed[0], max(len(rows), 1))
@@ -101,6 +121,8 @@ class Candidates:
         """Yield pairs of positions whose keys are equal, at most WINDOW for each position."""
         order = np.argsort(keys, kind="stable")
         ordered = keys[order]
+        if len(order) == 0:
+            return
         same = ordered[1:] == ordered[:-1]
         shared = np.append(same, False) | np.append(False, same)
         order, ordered = order[shared], ordered[shared]

