@@ -113,7 +113,11 @@ def main() -> None:
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
+        from loraflow.cli.usage_hints import usage_hint
+
         error.show()
+        if hint := usage_hint(error):
+            click.echo(hint, err=True)
         sys.exit(error.exit_code)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)

@@ -171,6 +171,9 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
         click.echo(f"chosen for {len(chats):,} rows:")
         for line in lines:
             click.echo(f"  {line}")
+    click.echo(
+        f"{target}/   a copy of your {'files' if len(names) > 1 else 'file'}: what runs read; change and add rows there"
+    )
     click.echo(f"{recipe}   the recipe; its comments explain each line")
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
     if deployments := write_prefect_yaml(Path(), name, template):
@@ -230,7 +233,7 @@ def _recipe(
     why_epochs = "enough to train on each once"
     if few:
         why_epochs = "few, so train on each several times" if size.epochs > 3 else "few, so train on each three times"
-    return RECIPE.format(
+    text = RECIPE.format(
         title=f"{name}: LoRA on {base}",
         name=name,
         file=file,
@@ -261,7 +264,9 @@ def _recipe(
         bf16="false                     # as the base" if small else "true                      # as the base",
         packing="true" if size.packing else "false",
         why_packing="several short chats share a row; attention stays inside each chat"
-        if size.packing or small
+        if size.packing
+        else "one chat a row; with true, several short chats share a row"
+        if small
         else "packed, these chats would be too few rows for enough steps",
         metrics="token_loss, exact_match, json_fields"
         if as_json
@@ -277,6 +282,18 @@ def _recipe(
         if are_labels
         else f"{{rougeL: {_margin(len(chats), 0.02)}}}",
     )
+    return "".join(map(_align_comment, text.splitlines(keepends=True)))
+
+
+COMMENT_COLUMN = 34
+
+
+def _align_comment(line: str) -> str:
+    """Move the comment behind a setting to the column of the others, if the setting ends before it."""
+    setting, hash_sign, comment = line.rpartition("  # ")
+    if not hash_sign or line.startswith("#") or setting.count('"') % 2:  # in a quoted text, it is no comment
+        return line
+    return f"{setting.rstrip():<{COMMENT_COLUMN - 2}}  # {comment.lstrip()}"
 
 
 def _margin(chats: int, least: float) -> float:
