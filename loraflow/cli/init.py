@@ -14,6 +14,7 @@ import click
 
 from loraflow.cli import quiet_logging
 from loraflow.cli.data import marked_lines, unread_keys
+from loraflow.cli.gitignore import extend_gitignore
 from loraflow.cli.init_settings import SizeSettings, choose_heldout_fraction, choose_settings
 from loraflow.data.near_split import near_policy
 from loraflow.data.rendered_calls import call_text, tools_text
@@ -146,7 +147,7 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
         shutil.copyfile(folder / file, target / file)
     pin = dvc.add(str(target))
     recipe.parent.mkdir(exist_ok=True)
-    _extend_gitignore(target)
+    extend_gitignore(target)
     _, heldout, unused = _split_by_name(names)
     size = _size_settings(chats, base, has_heldout=bool(heldout))
     near = near_policy(chats)
@@ -326,27 +327,6 @@ def _held_out_line(chats: list[list[Message]], share: float) -> str:
     count = sum(in_share(key, share, 0, "heldout") for key in keys)
     few = "" if count else ", the one that comes first, because the seeded hash takes none of so few"
     return f"held out: {count or 1} of {len(chats)} rows{few}"
-
-
-GITIGNORED = (
-    "/.loraflow/",
-    "/.dvc/cache",
-    "/.dvc/tmp",
-    "/.dvc/config.local",
-)  # the store, and what DVC ignores by itself
-
-
-def _extend_gitignore(target: Path) -> None:
-    """Add the store and the dataset to .gitignore: DVC does so only inside of a git repository, which may come later."""
-    file = Path(".gitignore")
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    have = {line.strip().strip("/") for line in text.splitlines()}
-    inside_git = Path(".git").exists()
-    wanted = GITIGNORED[:1] if inside_git else (*GITIGNORED, f"/{target.as_posix()}")
-    missing = [line for line in wanted if line.strip("/") not in have]
-    if missing:
-        text += "" if not text or text.endswith("\n") else "\n"
-        file.write_text(text + "".join(f"{line}\n" for line in missing), encoding="utf-8")
 
 
 def _split_by_name(names: list[str]) -> tuple[list[str], list[str], list[str]]:
