@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from loraflow.cli.init import _extend_gitignore, _held_out_line
+from loraflow.cli.gitignore import extend_gitignore
+from loraflow.cli.init import _held_out_line
 from loraflow.cli.init_settings import choose_heldout_fraction, choose_settings
 
 
@@ -62,8 +63,8 @@ def test_the_store_and_the_dataset_are_kept_out_of_git_that_comes_before_or_afte
     ):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text("x")
-    _extend_gitignore(Path("data"))
-    _extend_gitignore(Path("data"))
+    extend_gitignore(Path("data"))
+    extend_gitignore(Path("data"))
     if not git_first:
         git("init", "-q")
     seen = set(git("ls-files", "--others", "--exclude-standard").split())
