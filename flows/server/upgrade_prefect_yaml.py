@@ -43,7 +43,18 @@ def upgrade_prefect_yaml(text: str, folder: Path) -> Upgraded:
         else:
             edits.append(edit)
     new = apply(text, edits)
+    if new != text and not _has_name(new, name):
+        return Upgraded(text, [*notes, "left as it is: the file is written in another style than one key a line"])
     return Upgraded(new, notes)
+
+
+def _has_name(text: str, name: str) -> bool:
+    """Return whether a text is valid YAML whose project has this name; any, if none was needed."""
+    try:
+        document = yaml.load_plain(text)
+    except yaml.Syntax:
+        return False
+    return isinstance(document, dict) and (not name or str(document.get("name")) == name)
 
 
 def _entrypoint(scalar: Scalar, folder: Path) -> Edit | None:

@@ -110,6 +110,7 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
     """Write configs/NAME.yaml, a data folder with its .dvc file, and prefect.yaml, from a file or folder of chats."""
     quiet_logging()
     from loraflow.cli.init_columns import choose_columns
+    from loraflow.cli.project_readme import write_readme
     from loraflow.config.project import FILE
     from loraflow.data import dvc
     from loraflow.data.guess_columns import is_classification
@@ -179,6 +180,8 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
     if deployments := write_prefect_yaml(Path(), name, template):
         click.echo(f"{deployments}   deployments for `loraflow up` and `loraflow deploy`")
+    if readme := write_readme(Path(), recipe, target):
+        click.echo(f"{readme}   what lies where, and the commands of every day")
     if dvc_pipeline:
         write_pipeline(Path(), name, recipe, target)
         click.echo(f"{PIPELINE}   a stage for `dvc repro`, `dvc metrics diff`, `dvc exp show`")

@@ -70,3 +70,16 @@ def test_the_store_and_the_dataset_are_kept_out_of_git_that_comes_before_or_afte
     seen = set(git("ls-files", "--others", "--exclude-standard").split())
     assert seen - {".dvc/.gitignore"} == {".gitignore", "configs/x.yaml", "data.dvc"}
     assert Path(".gitignore").read_text().splitlines().count("/.loraflow/") == 1
+
+
+def test_a_project_gets_a_short_readme_once(tmp_path):
+    from loraflow.cli.project_readme import write_readme
+
+    folder = tmp_path / "Mein Projekt ü"
+    folder.mkdir()
+    written = write_readme(folder, Path("configs/chats.yaml"), Path("data"))
+    assert written is not None and written.read_text(encoding="utf-8").startswith("# Mein Projekt ü\n")
+    assert "loraflow run  configs/chats.yaml" in written.read_text(encoding="utf-8")
+    assert write_readme(folder, Path("configs/b.yaml"), Path("data")) is None
+    written.rename(folder / "readme.rst")
+    assert write_readme(folder, Path("configs/b.yaml"), Path("data")) is None
