@@ -62,15 +62,20 @@ class MayBeEmpty:
         return {**shown}
 
 
+DECIMAL = "a number above 0 and at most 1, such as 0.0002 or 2e-4"
+
+
 class DecimalText:
     """Show a number as text: the number box of Prefect's new UI takes whole numbers only, so 2e-4 could not be entered."""
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Return the schema of a number above 0 and at most 1, written as a decimal or with an exponent.
 
-        A decimal comma is accepted: the server would answer it with this pattern instead of a sentence.
+        The server answers a wrong text with the schema's own words: for a `pattern` with the regular expression, for a
+        `const` with "'a number above 0 …' was expected". Pydantic refuses that sentence itself.
         """
-        return {"type": "string", "pattern": r"^(?![0.,]*$)(0?[.,]\d+|[1-9]([.,]\d+)?[eE]-0?[1-9]\d?|1([.,]0*)?)$"}
+        pattern = r"^(?![0.,]*$)(0?[.,]\d+|[1-9]([.,]\d+)?[eE]-0?[1-9]\d?|1([.,]0*)?)$"
+        return {"type": "string", "if": {"pattern": pattern}, "else": {"const": DECIMAL}}
 
 
 def at(position: int) -> Callable[[JsonDict], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from string import Template
@@ -127,7 +128,7 @@ def write_prefect_yaml(folder: Path, recipe: str | None = None, template: str = 
     if recipe is None:
         names = sorted(path.stem for path in (folder / "configs").glob("*.yaml"))
         recipe = names[0] if names else find_recipe("NAME").stem  # refuses, and says how to make one
-    values = {"project": slug(folder.absolute().name), "recipe": _quoted(recipe)}
+    values = {"project": slug(folder.absolute().name), "recipe": quoted(recipe)}
     text = TEXT.substitute(values) + (TEAM.substitute(values) if template == "gpu-team" else "")
     file.write_text(text, encoding="utf-8")
     return file
@@ -139,5 +140,7 @@ def slug(text: str) -> str:
     return name if name[:1].isalpha() and isinstance(load_plain(name), str) else f"project-{name}".strip("-")
 
 
-def _quoted(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z][\w-]*", name) and isinstance(load_plain(name), str) else f'"{name}"'
+def quoted(name: str) -> str:
+    """Return a name as YAML reads it back: as text, whatever it looks like."""
+    is_plain = re.fullmatch(r"[A-Za-z][\w-]*", name) and isinstance(load_plain(name), str)
+    return name if is_plain else json.dumps(name, ensure_ascii=False)

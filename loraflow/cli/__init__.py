@@ -54,6 +54,7 @@ COMMANDS = {
     "mlflow": ("loraflow.cli.mlflow", "Send runs and champion to MLflow that it does not show yet."),
     "up": ("loraflow.cli.deploy", "Start a Prefect server, a worker and all deployments on this machine."),
     "deploy": ("loraflow.cli.deploy", "Create or update the deployments on the server at PREFECT_API_URL."),
+    "upgrade": ("loraflow.cli.upgrade", "Bring a project's files forward to this version, after showing the changes."),
     "base": ("loraflow.cli.base", "Install the bundled base model."),
     "doctor": ("loraflow.cli.doctor", "Show what this machine supports and what is missing."),
 }
@@ -113,7 +114,11 @@ def main() -> None:
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
+        from loraflow.cli.usage_hints import usage_hint
+
         error.show()
+        if hint := usage_hint(error):
+            click.echo(hint, err=True)
         sys.exit(error.exit_code)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)

@@ -58,6 +58,9 @@ def up(port: int, host: str, pools: tuple[str, ...], limit: int, home: Path, onl
 
     os.environ.update(environment(home, host, port))
     require_free_port(host, port)
+    from loraflow.flows.server.prefect_yaml import find_prefect_yaml, read_all  # prefect, which reads the environment
+
+    read_all(find_prefect_yaml(), list(only))  # what is wrong there is reported at once, not after a server's start
     try:
         with flock(home / "up.lock", wait=False), Processes(home) as processes:
             _start_all(processes, port, host, pools, limit, only)

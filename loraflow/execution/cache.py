@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+
+from pydantic import JsonValue
 
 from loraflow import identity
 from loraflow.config.stage_configs import StageConfig
@@ -47,6 +50,23 @@ class Lookup:
         if self.ref is None:
             return False
         return not is_current(STAGES[self.job.stage], str(self.store.manifest(self.ref).provenance.get("code")))
+
+
+def known_changes(store: Store, known: Mapping[str, JsonValue], unknown: Collection[str]) -> list[str]:
+    """Return why a job runs whatever its unknown inputs are; empty if an artifact may be reused.
+
+    Args:
+        store: the store.
+        known: the job's payload, without the inputs that are not computed yet.
+        unknown: the names of those inputs.
+    """
+    nearest = store.newest_payload(str(known["stage"]), known)
+    if nearest is None:
+        return [NEVER_COMPUTED]
+    recorded = nearest["inputs"]
+    assert isinstance(recorded, Mapping)
+    comparable = {name: digest for name, digest in recorded.items() if name not in unknown}
+    return identity.explain({**nearest, "inputs": comparable}, known)
 
 
 NEVER_COMPUTED = "not in the store yet"

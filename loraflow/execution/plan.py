@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import JsonValue
 
+from loraflow import identity
 from loraflow.config.stage_configs import FolderOrigin
 from loraflow.data.chats import GATE_SET
 from loraflow.data.positions import Positions
 from loraflow.evaluation.values import LARGEST_VOCABULARY
-from loraflow.execution.cache import NEVER_COMPUTED, OTHER_CODE, look_up
+from loraflow.execution.cache import OTHER_CODE, known_changes, look_up
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import Failure
 from loraflow.registry.looks import row_key
@@ -113,9 +114,9 @@ def _plan_step(
     waiting = [sources[key] for key, ref in refs.items() if ref is None]
     if waiting:
         last_time = _seconds_last_time(workspace, name)
-        if forced or last_time is None:  # it runs, whatever its inputs are
-            reason = "--force" if forced else NEVER_COMPUTED
-            return PlannedStep(step.label, name, "runs", [reason], seconds=last_time), None
+        certain = ["--force"] if forced else _certain_changes(workspace, step.stage, refs)
+        if certain:  # it runs, whatever its inputs are
+            return PlannedStep(step.label, name, "runs", certain, seconds=last_time), None
         first, last = ", ".join(waiting[:-1]), waiting[-1]
         names, its = (f"{first} and {last}", "their") if first else (last, "its")
         reason = f"depends on {names}: reused if {its} output does not change"
@@ -128,6 +129,15 @@ def _plan_step(
     seconds = workspace.store.manifest(found.ref).seconds
     why = [OTHER_CODE] if found.by_other_code() else []
     return PlannedStep(step.label, name, "cached", why, job.fingerprint, seconds), found.ref
+
+
+def _certain_changes(workspace: Workspace, stage: Stage, refs: Mapping[str, Ref | None]) -> list[str]:
+    """Return what differs from every artifact of the stage, beside the inputs that are not computed yet."""
+    parts = {name: given.part for name, given in stage.inputs.items()}
+    inputs = {name: ref.identity(parts[name]) for name, ref in refs.items() if ref is not None}
+    config = stage.config.from_recipe(workspace.recipe, workspace).identity()
+    known = identity.payload(stage.name, stage.version, inputs, config)
+    return known_changes(workspace.store, known, [name for name, ref in refs.items() if ref is None])
 
 
 def _seconds_last_time(workspace: Workspace, stage: str) -> float | None:

@@ -190,3 +190,16 @@ def test_concurrent_transactions_that_read_first_wait_only_in_our_server(tmp_pat
         assert done.stdout == "[0, 1, 2]\n", done.stderr
     else:
         assert "database is locked" in done.stderr
+
+
+def test_up_names_what_is_wrong_in_prefect_yaml_before_it_starts_a_server(tmp_path, monkeypatch):
+    from loraflow.cli.deploy import up
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("loraflow.flows.server.local_server.Processes", None)  # nothing may be started
+    monkeypatch.setattr("loraflow.flows.server.local_server.environment", lambda *server: {})
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "prefect.yaml").write_text("name: p\ndeployments:\n  - name: one\n    entrypoint: nothing.at.all\n")
+    with pytest.raises(BadConfig, match="one|entrypoint|nothing"):
+        up.callback(port=4799, host="127.0.0.1", pools=(), limit=1, home=tmp_path / "home", only=())
+    assert not (tmp_path / "home").exists()

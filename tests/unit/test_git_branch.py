@@ -107,3 +107,15 @@ def test_a_commit_contains_only_the_pin_and_a_dataset_in_git_is_read_without_a_p
     dvc.fetch(found.repo, pin, found.commit, tmp_path / "out", HashMemo(None))
     assert (tmp_path / "out" / "train.jsonl").read_text().count("\n") == 3
     assert not (worker / "data.dvc").exists()
+
+
+def test_a_commit_without_an_author_says_how_to_name_one(repos, monkeypatch):
+    _, mine, _ = repos
+    monkeypatch.chdir(mine)
+    for variable, value in {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null", "EMAIL": ""}.items():
+        monkeypatch.setenv(variable, value)
+    git(mine, "config", "user.useConfigOnly", "true")
+    (mine / "data.dvc").write_text("outs:\n- md5: 0123\n  path: data\n")
+    with pytest.raises(BadConfig, match="cannot commit the dataset's version") as caught:
+        branch.commit(dvc.Pin(path="data", md5="0123", dvc_file="data.dvc"))
+    assert "git config user.name" in str(caught.value)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from loraflow.cli.init import _extend_gitignore, _held_out_line
+from loraflow.cli.gitignore import extend_gitignore
+from loraflow.cli.init import _held_out_line
 from loraflow.cli.init_settings import choose_heldout_fraction, choose_settings
 
 
@@ -62,10 +63,23 @@ def test_the_store_and_the_dataset_are_kept_out_of_git_that_comes_before_or_afte
     ):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text("x")
-    _extend_gitignore(Path("data"))
-    _extend_gitignore(Path("data"))
+    extend_gitignore(Path("data"))
+    extend_gitignore(Path("data"))
     if not git_first:
         git("init", "-q")
     seen = set(git("ls-files", "--others", "--exclude-standard").split())
     assert seen - {".dvc/.gitignore"} == {".gitignore", "configs/x.yaml", "data.dvc"}
     assert Path(".gitignore").read_text().splitlines().count("/.loraflow/") == 1
+
+
+def test_a_project_gets_a_short_readme_once(tmp_path):
+    from loraflow.cli.project_readme import write_readme
+
+    folder = tmp_path / "Mein Projekt ü"
+    folder.mkdir()
+    written = write_readme(folder, Path("configs/chats.yaml"), Path("data"))
+    assert written is not None and written.read_text(encoding="utf-8").startswith("# Mein Projekt ü\n")
+    assert "loraflow run  configs/chats.yaml" in written.read_text(encoding="utf-8")
+    assert write_readme(folder, Path("configs/b.yaml"), Path("data")) is None
+    written.rename(folder / "readme.rst")
+    assert write_readme(folder, Path("configs/b.yaml"), Path("data")) is None

@@ -64,7 +64,7 @@ def test_every_field_of_the_form_has_a_title_a_description_a_position_and_bounds
     assert sorted(field["position"] for field in fields.values()) == list(range(len(fields)))
     for name, field in fields.items():
         assert field["title"][0].isupper() and field["description"].endswith("."), name
-        assert field.keys() & {"enum", "minLength", "pattern"} or {"minimum", "maximum"} <= field.keys(), name
+        assert field.keys() & {"enum", "minLength", "if"} or {"minimum", "maximum"} <= field.keys(), name
         assert "default" not in field and "anyOf" not in field, "an empty box, not two tabs"
 
 
@@ -113,7 +113,7 @@ def test_a_learning_rate_is_accepted_in_the_usual_notations(text):
     assert Overrides.model_validate({"learning_rate": text}).settings() == {
         "training_config.learning_rate": float(text)
     }
-    assert re.search(schema()["definitions"]["Overrides"]["properties"]["learning_rate"]["pattern"], text)
+    assert re.search(schema()["definitions"]["Overrides"]["properties"]["learning_rate"]["if"]["pattern"], text)
 
 
 @pytest.mark.parametrize("text", ["2e-4", "2,5e-4", "0,0002", ",5", "1,0", "9,5E-6"])
@@ -134,6 +134,19 @@ def test_a_comma_that_is_no_decimal_comma_is_refused_by_form_and_flow(text):
         validate({"recipe": "one", "overrides": {"learning_rate": text}}, schema(), raise_on_error=True)
     with pytest.raises(ValidationError):
         Overrides.model_validate({"learning_rate": text})
+
+
+@pytest.mark.parametrize("text", ["much", "2", "0,0", "a number above 0 and at most 1, such as 0.0002 or 2e-4"])
+def test_a_wrong_learning_rate_is_answered_with_a_sentence(text):
+    from prefect.utilities.schema_tools.validation import build_error_obj, validate
+
+    errors = validate({"recipe": "one", "overrides": {"learning_rate": text}}, schema())
+    if text.startswith("a number"):
+        with pytest.raises(ValidationError):
+            Overrides.model_validate({"learning_rate": text})
+    else:
+        shown = build_error_obj(errors)["errors"][0]["errors"][0]["errors"]
+        assert shown == ["'a number above 0 and at most 1, such as 0.0002 or 2e-4' was expected"]
 
 
 def test_flows_that_are_called_from_python_take_a_path():

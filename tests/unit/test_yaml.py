@@ -95,7 +95,7 @@ def test_a_byte_order_mark_is_no_part_of_the_recipe(tmp_path):
         ("loop.yaml", "Too many levels of symbolic links"),
         ("folder", "a folder"),
         ("/dev/null", "not a regular file"),
-        ("a\0b", "embedded null byte"),
+        ("a\0b", "a name with a null character"),
         ("file/inside", "Not a directory"),
         ("", "a folder"),
         ("nowhere", ""),

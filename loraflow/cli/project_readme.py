@@ -1,0 +1,37 @@
+"""The short README.md of a new project: what lies where, and the commands of every day."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TEXT = """\
+# {title}
+
+A model that is fine-tuned with loraflow on the chats in `{data}`.
+
+```
+loraflow plan {recipe}    what a run computes, and why
+loraflow run  {recipe}    check the data, train, score, promote the model if it is better
+loraflow chat champion    talk to the model in use
+loraflow data add {data}   after a change of the data: make a version of it
+loraflow up               a server with a form for runs, and a nightly schedule that you can switch on
+```
+
+| file | is | in git |
+|---|---|---|
+| `{recipe}` | all settings, with a reason on every line | yes |
+| `{data}.dvc` | the version of the data: its hash | yes |
+| `{data}/` | the data itself; DVC keeps and fetches its versions (`dvc remote add -d NAME URL` once, for a team) | no |
+| `prefect.yaml` | the deployments: what people start in the UI, and schedules | yes |
+| `.loraflow/` | the store: models, scores, the promotion log | no |
+"""
+
+
+def write_readme(folder: Path, recipe: Path, data: Path) -> Path | None:
+    """Write README.md into a project's folder and return its path; None if there is one already."""
+    file = folder / "README.md"
+    if any(path.name.lower().startswith("readme") for path in folder.iterdir()):
+        return None
+    title = folder.absolute().name
+    file.write_text(TEXT.format(title=title, recipe=recipe.as_posix(), data=data.as_posix()), encoding="utf-8")
+    return file

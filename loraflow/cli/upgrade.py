@@ -1,0 +1,120 @@
+"""`loraflow upgrade`: bring the files of an older project forward, after showing what would change."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loraflow.cli import quiet_logging
+from loraflow.failures import BadConfig
+
+if TYPE_CHECKING:
+    from loraflow.config.upgrade_recipe import Upgraded
+
+
+@click.command()
+@click.option("--write", is_flag=True, help="Write the changes without asking.")
+def upgrade(write: bool) -> None:
+    """Bring this project's files forward: recipes in configs/, prefect.yaml, .gitignore and .dvcignore.
+
+    Shows the changes as a unified diff, and writes them with --write or after a yes. Comments and everything else in the
+    files stay as they are. What cannot be changed for certain is named, and left to you.
+    """
+    quiet_logging()
+    changes: dict[Path, tuple[bytes, bytes]] = {}
+    for file, upgraded, before in _upgraded_files():
+        for note in upgraded.notes:
+            click.echo(f"note  {file}: {note}", err=True)
+        if upgraded.text != before:
+            changes[file] = before.encode(), upgraded.text.encode()
+            _show_difference(file, before, upgraded.text)
+    if not changes:
+        click.echo("the files of this project are up to date")
+        return
+    if not write:
+        if not sys.stdin.isatty():
+            click.echo("\nnothing was written  ·  next  loraflow upgrade --write")
+            return
+        click.confirm("\nWrite these changes?", abort=True)
+    for file, (old, new) in changes.items():
+        _write(file, old, new)
+        click.echo(f"{file}   written")
+    if Path("prefect.yaml") in changes:
+        click.echo("next  loraflow deploy   (or loraflow up), so that the server has the new deployments")
+
+
+def _upgraded_files() -> Iterator[tuple[Path, Upgraded, str]]:
+    """Yield each file of the project, with its new and its present text."""
+    from loraflow.cli.gitignore import OF_DVC, STORE, with_lines
+    from loraflow.config.project import FILE
+    from loraflow.config.upgrade_recipe import Upgraded, upgrade_recipe
+    from loraflow.flows.server.upgrade_prefect_yaml import upgrade_prefect_yaml
+
+    recipes = sorted(path for pattern in ("*.yaml", "*.yml") for path in Path("configs").glob(pattern))
+    if not recipes and not Path(FILE).exists():
+        raise BadConfig(
+            "This folder is no project of loraflow.",
+            where=str(Path.cwd()),
+            expected=f"configs/ with recipes, or {FILE}",
+            next_step="go to the project's folder; or make one: loraflow init --data FILE --base MODEL",
+        )
+    how: dict[Path, Callable[[str], Upgraded]] = {
+        recipe: lambda text, name=recipe.stem: upgrade_recipe(text, name)  # type: ignore[misc]
+        for recipe in recipes
+    }
+    how[Path(FILE)] = lambda text: upgrade_prefect_yaml(text, Path())
+    for file, change in how.items():
+        if file.is_file():
+            text = _read(file)
+            yield file, change(text), text
+    ignore, lines = Path(".gitignore"), (STORE, *(OF_DVC if Path(".dvc").is_dir() else ()))
+    text = _read(ignore) if ignore.is_file() else ""
+    yield ignore, Upgraded(with_lines(text, lines), []), text
+    dvcignore = Path(".dvcignore")
+    if Path(".dvc").is_dir():  # DVC would walk through the store at each `dvc status`
+        text = _read(dvcignore) if dvcignore.is_file() else ""
+        yield dvcignore, Upgraded(with_lines(text, (STORE,)), []), text
+
+
+def _read(file: Path) -> str:
+    """Return a file's text with its own line ends.
+
+    Raises:
+        BadConfig: it is not UTF-8, or cannot be read.
+    """
+    try:
+        return file.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig(f"{file} cannot be read.", where=str(file), got=str(error)) from error
+
+
+def _show_difference(file: Path, before: str, after: str) -> None:
+    lines = difflib.unified_diff(
+        before.splitlines(), after.splitlines(), f"a/{file.as_posix()}", f"b/{file.as_posix()}", lineterm="", n=1
+    )
+    colours = {"+": "green", "-": "red", "@": "cyan"}
+    for line in lines:
+        click.echo(click.style(line, fg=colours.get(line[:1])))
+
+
+def _write(file: Path, old: bytes, new: bytes) -> None:
+    """Replace a file atomically, with its permissions; a link stays a link.
+
+    Raises:
+        BadConfig: somebody changed the file after the changes were shown.
+    """
+    target = file.resolve()
+    present = target.read_bytes() if target.exists() else b""
+    if present != old:
+        raise BadConfig(f"{file} was changed meanwhile.", where=str(file), next_step="run loraflow upgrade again")
+    temporary = target.with_name(f".{target.name}.upgrade")
+    temporary.write_bytes(new)
+    if target.exists():
+        temporary.chmod(target.stat().st_mode & 0o777)
+    os.replace(temporary, target)
