@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -66,6 +66,8 @@ def _marked(tokenizer: PreTrainedTokenizerBase, marking: str, chat: Chat, ids: n
                 return_assistant_tokens_mask=True,
             )
         except (TemplateError, TypeError, ValueError):
+            continue
+        if not isinstance(found, Mapping):  # a text, if nothing is tokenized
             continue
         theirs = list(found["input_ids"])
         if theirs == ids[: len(theirs)].tolist():
