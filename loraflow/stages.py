@@ -151,6 +151,7 @@ RESOLVE_BASE = Stage(
         "loraflow.base.gguf_file",
         "loraflow.base.base_checks",
         "loraflow.base.model_files",
+        "loraflow.base.mask_check",
         "loraflow.base.template_check",
         "loraflow.data.served_template",
         "loraflow.base.hub",
@@ -164,7 +165,7 @@ RESOLVE_BASE = Stage(
 
 TOKENIZE = Stage(
     name="tokenize",
-    version=2,  # 2: whole answers only; special tokens as transformers reads them
+    version=3,  # 3: what a template leaves unmarked in an answer is learned; a question that it cuts is refused
     module="loraflow.data.tokenization",
     config=configs.TokenizeConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train"), "base": _from(RESOLVE_BASE, part="tokenizer")},
@@ -256,7 +257,7 @@ TRAIN = Stage(
 
 MERGE = Stage(
     name="merge",
-    version=3,  # 3: only the token that closes an answer is a stop token
+    version=4,  # 4: the bits of peft for ranks above 128, narrow matrices and a last block of few rows
     module="loraflow.adapters.merge",
     config=configs.MergeConfig,
     inputs={
@@ -330,7 +331,8 @@ EVALUATE = Stage(
     # 4: attention logits are capped with transformers 5.17 too (Gemma 2)
     # 5: answers one at a time where padding changes them; logits as untested architectures compute them; the sample of
     # max_rows is spread over groups or labels
-    version=5,
+    # 6: no shared prefix for an architecture whose answers change with the padding behind it
+    version=6,
     module="loraflow.evaluation.score",
     config=configs.EvaluateConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, part="heldout")},

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from loraflow.adapters.targets import (
     ALL_LINEAR,
     expert_weights,
+    find_targets,
     linear_names,
     matches,
     names_of_experts,
@@ -104,7 +105,8 @@ def check_trainable(model: PreTrainedModel, peft_config: PeftConfig) -> None:
     """Refuse, before training, settings that peft would ignore, and modules that cannot be trained or merged.
 
     Raises:
-        BadConfig: a target cannot carry an adapter, a pattern matches nothing, or a layer does not exist.
+        BadConfig: a target cannot carry an adapter, a pattern matches nothing, a layer does not exist, or nothing is
+            adapted.
     """
     named = dict(model.named_modules())
     targets = [] if peft_config.target_modules == ALL_LINEAR else peft_config.target_modules
@@ -129,6 +131,15 @@ def check_trainable(model: PreTrainedModel, peft_config: PeftConfig) -> None:
                     f"No module matches {pattern}.", where=f"peft_config.{field}", next_step="correct the name"
                 )
     _check_layers(model, peft_config.layers_to_transform, by_name=isinstance(peft_config.target_modules, list))
+    found = find_targets(model, peft_config)
+    if not found.modules and not found.parameters:
+        raise BadConfig(
+            "The recipe adapts nothing in this base.",
+            where="peft_config.target_modules",
+            expected="at least one linear layer",
+            got=found.summary(),
+            next_step="name modules of the base, or leave out exclude_modules and layers_to_transform",
+        )
 
 
 def _cannot_carry(model: PreTrainedModel, module: nn.Module) -> str | None:

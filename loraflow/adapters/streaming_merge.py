@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 # Rows of a block. The product's bits depend on how a matrix is cut: powers of two gave peft's on every shape tried (64 to
 # 1024 rows), 2 MiB blocks did not (14 of 400 million elements). 256 rows of fp32 stay in the second-level cache.
 ROWS = 256
+FEW_ROWS = 16  # no block is so short: kernels for few rows add products in another order (1 to 3 were seen)
+# Within these, adding to the weight while multiplying gives the bits of a product that is added afterwards.
+FUSED_RANK, FUSED_COLUMNS = 128, 16
 
 
 def merge_streaming(
@@ -211,8 +214,7 @@ class TensorWriter:
 
         rows, columns = (source.shape[0], math.prod(source.shape[1:])) if source.shape else (1, 1)
         row_size = columns * files.SIZES[source.dtype]
-        for first in range(0, rows, ROWS):
-            count = min(ROWS, rows - first)
+        for first, count in _cut(rows):
             size = count * row_size
             raw = self._scratch.bytes(size) if in_scratch else memoryview(bytearray(size))
             files.read_all(self._fds[source.file], raw, source.offset + first * row_size)
@@ -228,6 +230,15 @@ class TensorWriter:
         raw = bytearray(entry.size)
         files.read_all(self._fds[entry.file], memoryview(raw), entry.offset)
         return torch.frombuffer(raw, dtype=self._dtypes[entry.dtype]).view(entry.shape).float()
+
+
+def _cut(rows: int) -> Iterator[tuple[int, int]]:
+    """Yield the first row and the number of rows of each block of a matrix."""
+    first = 0
+    while first < rows:
+        count = ROWS if rows - first >= ROWS + FEW_ROWS else rows - first
+        yield first, count
+        first += count
 
 
 def _bytes_of(block: torch.Tensor, dtype: torch.dtype) -> memoryview:
@@ -256,7 +267,8 @@ def _add_update(block: torch.Tensor, factors: _Factors, rows: slice, scratch: _S
         block += torch.mm(up, down) * scale
         return
     total = scratch.floats(*block.shape)
-    if math.frexp(scale)[0] == 0.5:  # for a power of two, scaling B gives the same bits as scaling the product
+    fuses = down.shape[0] <= FUSED_RANK and len(block) >= FEW_ROWS and block.shape[1] >= FUSED_COLUMNS
+    if fuses and math.frexp(scale)[0] == 0.5:  # for a power of two, scaling B gives the bits of a scaled product
         total.copy_(block)
         total.addmm_(up * scale, down)
     else:

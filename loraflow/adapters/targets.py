@@ -6,6 +6,7 @@ their projectors, and the routers of experts: they are small, and training them 
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from dataclasses import dataclass
@@ -117,9 +118,30 @@ def obstacle_to_adapter(model: PreTrainedModel, name: str, module: nn.Module) ->
         return "the kernel of a state space reads its weight"
     kind = type(module)
     is_of_a_model = kind.__module__.startswith("transformers.models.")
-    if isinstance(module, nn.Linear) and is_of_a_model and kind.forward is not nn.Linear.forward:
+    changed = isinstance(module, nn.Linear) and is_of_a_model and kind.forward is not nn.Linear.forward
+    if changed and not _multiplies_as_linear(module):
         return f"a {kind.__name__} computes another product"
     return ""
+
+
+def _multiplies_as_linear(module: nn.Module) -> bool:
+    """Tell whether a module's own forward pass is x W, tried on a copy with small weights: Falcon's is, in its own steps."""
+    import torch
+
+    small, draw = copy.copy(module), torch.Generator().manual_seed(0)
+    weight, inputs, bias = (
+        torch.randn(*shape, generator=draw, device="cpu")  # also where a model is built without weights
+        for shape in ((3, 2), (1, 4, 2), (3,))
+    )
+    small._parameters = {"weight": torch.nn.Parameter(weight)}
+    small._parameters["bias"] = None if module.bias is None else torch.nn.Parameter(bias)
+    try:
+        with torch.no_grad():
+            found = small(inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, ZeroDivisionError):
+        return False  # it needs inputs of another shape
+    expected = torch.nn.functional.linear(inputs, weight, None if module.bias is None else bias)
+    return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
 
 
 def names_of_experts(model: PreTrainedModel) -> frozenset[str]:

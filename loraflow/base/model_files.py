@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraflow.base.weight_files import refuse_pickles
+from loraflow.data.tokenizer_config import TOOL_TEMPLATE
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
@@ -35,11 +36,12 @@ def model_files(folder: Path, trust: bool) -> list[str]:
 
 
 def _names(folder: Path, *, trust: bool) -> list[str]:
-    return sorted(
+    found = [
         path.name
         for path in folder.iterdir()
         if path.is_file() and (_MODEL_FILES.match(path.name) or (trust and path.suffix == ".py"))
-    )
+    ]
+    return sorted(found + [TOOL_TEMPLATE] * (folder / TOOL_TEMPLATE).is_file())
 
 
 def copy_model(folder: Path, out: Path, *, trust: bool, with_weights: bool = True) -> None:
@@ -68,6 +70,7 @@ def copy_model(folder: Path, out: Path, *, trust: bool, with_weights: bool = Tru
         elif name in ("config.json", "tokenizer_config.json") and not trust:
             _copy_without_auto_map(source, target)
         else:
+            target.parent.mkdir(exist_ok=True)
             shutil.copyfile(source, target)
     if not (out / "tokenizer.json").exists() or not (out / "tokenizer_config.json").exists():
         from transformers import AutoTokenizer

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from loraflow.base.mask_check import check_mask
 from loraflow.data.chats import Chat, Message
 from loraflow.data.loss_mask import ChatTemplate
 from loraflow.data.rendered_calls import without_tools
@@ -105,6 +106,7 @@ def check_template(folder: Path, *, trust: bool = False) -> None:
         template, tokenizer = ChatTemplate(folder), _open(folder, trust=trust)
         if (difference := _first_difference(template, tokenizer, chats)) is not None:
             raise difference
+    check_mask(folder, template, tokenizer, [chat for chat, prompt in chats if not prompt and "tools" not in chat[0]])
     template.stop_ids()  # refuses a template whose answers cannot be found
 
 
@@ -123,14 +125,20 @@ def _open(folder: Path, *, trust: bool) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _rendered_by_transformers(tokenizer: PreTrainedTokenizerBase, chat: Chat, *, prompt: bool) -> str | None:
+def _rendered_by_transformers(
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, *, prompt: bool, in_parts: bool = False
+) -> str | None:
     """Return transformers' text of a chat; None if the template refuses the chat."""
     from jinja2.exceptions import TemplateError
 
     tools = chat[0].get("tools")
+    messages = [
+        {**message, "content": [{"type": "text", "text": message["content"]}]} if in_parts else message
+        for message in without_tools(chat)
+    ]
     try:
         text = tokenizer.apply_chat_template(
-            cast("list[dict[str, str]]", without_tools(chat)),
+            cast("list[dict[str, str]]", messages),
             tools=None if tools is None else [dict(tool) for tool in tools],
             tokenize=False,
             add_generation_prompt=prompt,
@@ -156,7 +164,8 @@ def _accepted(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> lis
             except BadModel:
                 continue  # some templates refuse system messages
             theirs = _rendered_by_transformers(tokenizer, rows[0], prompt=prompt)
-            if theirs != ours:
+            # Some templates of vision models read texts only in lists of parts; servers find that out.
+            if theirs != ours and _rendered_by_transformers(tokenizer, rows[0], prompt=prompt, in_parts=True) != ours:
                 raise _difference("renders a chat", ours, theirs or "(refused)")
             found.append((rows[0], prompt))
     return found

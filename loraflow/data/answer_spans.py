@@ -34,7 +34,7 @@ IfCut = Literal["error", "context"]
 class Answer:
     """An answer in the rendered text of its chat."""
 
-    spans: tuple[Span, ...]  # the characters that are learned; several, if the template marks its parts
+    spans: tuple[Span, ...]  # the characters that are learned; none if it is only context
     inserted: str  # what the template writes before the answer and a server does not send
     closing: str  # the learned text behind the answer's own text: control tokens, perhaps with white space
     is_learned: bool = True  # False: only the context of later answers
@@ -293,15 +293,16 @@ class AnswerFinder:
     # -- templates with {% generation %} blocks ---------------------------------------------------------------------
 
     def _marked(self, chat: Chat, text: str, head: str, turn: _Turn, end: int, marks: Sequence[Span]) -> Answer:
-        """Return the marked part of an answer. What a server sends as its prompt is not a part of it.
+        """Return an answer up to the end of its last mark. What a server sends as its prompt is not a part of it.
 
+        What the template leaves unmarked in front of the marks or between them is learned too: the model has to write it.
         `end` is where the next answer's prompt ends. A mark belongs to the answer in which it ends.
         """
         if not text.startswith(head):
             _refuse_prompt(text, head, turn)
         start, content = len(head), chat[turn.message]["content"]
-        spans = _joined([(max(first, start), last) for first, last in marks if start < last <= end and first < last])
-        if not spans:
+        ends = [last for first, last in marks if start < last <= end and first < last]
+        if not ends:
             raise BadModel(
                 "The chat template does not mark the answer of a chat.",
                 where="chat_template",
@@ -309,20 +310,21 @@ class AnswerFinder:
                 next_step="put {% generation %} … {% endgeneration %} around every answer in chat_template.jinja",
                 chat=turn.chat,
             )
-        rendered = "".join(text[first:last] for first, last in spans)
+        span = (start, max(ends))
+        rendered = text[start : span[1]]
         body = rendered[: self._before_closing(rendered)]
         if "tool_calls" in chat[turn.message]:
-            self._refuse_result(chat, text, spans[-1][1], turn)
+            self._refuse_result(chat, text, span[1], turn)
             _refuse_missing_call(rendered, chat[turn.message], turn)
             if body == rendered:
-                _refuse_open(text[spans[-1][1] :][:40], turn)
-            return Answer(tuple(spans), "", rendered[len(body) :])
+                _refuse_open(text[span[1] :][:40], turn)
+            return Answer((span,), "", rendered[len(body) :])
         if "reasoning_content" in chat[turn.message]:
             if not _squashed(body).endswith(_squashed(content)):
                 raise _CutAnswer(content, rendered)
             if body == rendered:
-                _refuse_open(text[spans[-1][1] :][:40], turn)
-            return Answer(tuple(spans), "", rendered[len(body) :])
+                _refuse_open(text[span[1] :][:40], turn)
+            return Answer((span,), "", rendered[len(body) :])
         own_first = [
             (body[: len(body) - len(own)], rendered[len(body) :])
             for own in (content, content.strip())
@@ -339,10 +341,10 @@ class AnswerFinder:
             if closing[: self._before_closing(closing)].strip():
                 continue  # another text than control tokens follows
             if not _thinks_twice(inserted, content) and self._is_of_the_template(inserted, chat, text, turn):
-                return Answer(tuple(spans), inserted, closing)
+                return Answer((span,), inserted, closing)
         if not _is_whole(body, content, head):
             raise _CutAnswer(content, rendered)
-        return Answer(tuple(spans), "", rendered[len(body) :])
+        return Answer((span,), "", rendered[len(body) :])
 
     def _before_closing(self, text: str) -> int:
         """Return where the control tokens begin with which a text ends; its length if it ends with another text."""
@@ -384,17 +386,6 @@ def _thinks_twice(inserted: str, content: str) -> bool:
 
 def _squashed(text: str) -> str:
     return "".join(text.split())
-
-
-def _joined(spans: Sequence[Span]) -> list[Span]:
-    """Join spans that touch each other."""
-    out: list[Span] = []
-    for first, end in spans:
-        if out and out[-1][1] == first:
-            out[-1] = (out[-1][0], end)
-        else:
-            out.append((first, end))
-    return out
 
 
 def _refuse_cut(cut: _CutAnswer, turn: _Turn) -> NoReturn:
@@ -439,7 +430,7 @@ def _refuse_prompt(text: str, head: str, turn: _Turn) -> NoReturn:
     at = next((i for i, (a, b) in enumerate(zip(text, head, strict=False)) if a != b), min(len(text), len(head)))
     ways = [] if turn.is_last else ["data.loss_on: last_assistant learns the last answer only"]
     if "think" in head[max(0, at - 10) :].lower():
-        ways.append("data.thinking: empty, if the template knows enable_thinking")
+        ways.append("data.thinking: empty serves a prompt without reasoning")
         ways.append("base.chat_template names another template")
     else:
         ways.append(

@@ -133,6 +133,7 @@ class ChatTemplate:
         self._refuse_ignored_tools(chats, texts, prompt=False)
         numbers = learned or [None] * len(chats)
         found = self._answers.find(chats, texts, loss_on, if_cut, numbers)
+        _refuse_cut_questions(chats, texts)
         if loss_on != "all":
             self._refuse_other_ends(chats, found)
         spans = [[span for answer in answers for span in answer.spans] for answers in found]
@@ -377,7 +378,7 @@ def eos_ids(folder: Path) -> set[int]:
 
 
 def _refuse_left_out(chats: Sequence[Chat], texts: Sequence[str]) -> None:
-    """Refuse messages that the template does not render. Answers have checks of their own.
+    """Refuse messages that the template does not render. Questions and answers have checks of their own.
 
     Raises:
         BadModel: there is one. The failure's details have the number of the chat.
@@ -399,6 +400,24 @@ def _refuse_left_out(chats: Sequence[Chat], texts: Sequence[str]) -> None:
                     got=missing[:80],
                     next_step="choose a base whose chat template knows tools, name another template (base.chat_template), "
                     "or remove these rows",
+                    chat=number,
+                )
+
+
+def _refuse_cut_questions(chats: Sequence[Chat], texts: Sequence[str]) -> None:
+    """Refuse questions that the template does not render completely.
+
+    Raises:
+        BadModel: there is one. The failure's details have the number of the chat.
+    """
+    for number, (chat, text) in enumerate(zip(chats, texts, strict=True)):
+        for message in chat:
+            if message["role"] == "user" and not has_text(text, message["content"]):
+                raise BadModel(
+                    "The chat template leaves out or changes a part of a question, so the model would not see it.",
+                    where="chat_template",
+                    got=message["content"][:80],
+                    next_step="correct the template, name another one (base.chat_template), or remove these rows",
                     chat=number,
                 )
 

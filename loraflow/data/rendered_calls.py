@@ -67,8 +67,8 @@ def _forms(text: str) -> Iterator[str]:
 
 
 def has_text(rendered: str, text: str) -> bool:
-    """Tell whether a rendered chat contains a text, as it is or in JSON."""
-    return any(form in rendered for form in _forms(text.strip()))
+    """Tell whether a rendered chat contains a text, as it is or in JSON; the template may change its white space."""
+    return any(form in rendered for form in _forms(text.strip())) or _squashed(text) in _squashed(rendered)
 
 
 def call_end(text: str, start: int, ends: Sequence[str]) -> int | None:

@@ -13,11 +13,24 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from loraflow.data.template import MARKERS, TODAY
-from loraflow.data.tokenizer_config import FILE, MAX_BYTES, MAX_TEMPLATE, TEMPLATE, TRAINING_TEMPLATE, find_template
+from loraflow.data.tokenizer_config import (
+    FILE,
+    MAX_BYTES,
+    MAX_TEMPLATE,
+    TEMPLATE,
+    TOOL_TEMPLATE,
+    TRAINING_TEMPLATE,
+    find_template,
+    find_tool_template,
+)
 from loraflow.failures import BadConfig, BadModel
 
 _DATE_CALL = re.compile(r"""strftime_now\s*\(\s*(["'])((?:(?!\1)[^\\{}])*)\1\s*\)""")
+_DATE_USE = re.compile(r"\bstrftime_now\b(?!\s+is\b)")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _NOTE = re.compile(r"\A\{#- The date is fixed to (\S+),")
+_OPENS = re.compile(r"<think>(?:\\n|\s)*[\"']")  # the end of a text in the template
+_TEXT = "loraflow_text"  # a variable of a template: what the base's own one writes
 _SWITCHES = ("enable_thinking", "thinking")
 
 
@@ -77,17 +90,22 @@ def write_served_template(folder: Path, chosen: str | None, *, no_thinking: bool
     source = own if chosen is None or marks_only else chosen
     if source is None:
         return None
+    with_tools = find_tool_template(folder)
+    if with_tools is not None and source is own:
+        source = _joined(with_tools, source)
     served = pinned(source, no_thinking=no_thinking)
     if marks_only and chosen is not None:
         (folder / TRAINING_TEMPLATE).write_text(pinned(chosen, no_thinking=no_thinking), encoding="utf-8")
-    if served != own:
+    if served != own or with_tools is not None:
         _write(folder, served)
     return pinned_date(served)
 
 
 def _write(folder: Path, template: str) -> None:
-    """Write a model's template. A second one in tokenizer_config.json, which other programs may read, is removed."""
+    """Write a model's template. Others beside it and in tokenizer_config.json, which programs may read, are removed."""
     (folder / TEMPLATE).write_text(template, encoding="utf-8")
+    if (folder / TOOL_TEMPLATE).exists():
+        (folder / TOOL_TEMPLATE).unlink()
     file = folder / FILE
     with file.open("rb") as opened:
         values = json.loads(opened.read(MAX_BYTES))
@@ -99,22 +117,63 @@ def pinned(source: str, *, no_thinking: bool = False) -> str:
     """Return a template in which the date, and thinking if the recipe says so, is fixed.
 
     Raises:
-        BadModel: the template has no switch for thinking.
+        BadModel: the template cannot be served without thinking, or prints a date in a way that cannot be fixed.
     """
     if no_thinking:
         switch = next((s for s in _SWITCHES if re.search(rf"\b{s}\b", source)), None)
         if switch is None:
-            raise BadModel(
-                "The chat template cannot put an empty think block before an answer.",
-                where="data.thinking",
-                expected="a template that reads enable_thinking",
-                next_step="set data.thinking to strip, or name another template: base.chat_template",
-            )
+            return pinned(_without_open_block(source))
         source = f"{{%- if {switch} is not defined %}}{{%- set {switch} = false %}}{{%- endif -%}}\n" + source
     if _DATE_CALL.search(source) and not _NOTE.match(source):
         source = _DATE_CALL.sub(lambda call: json.dumps(time.strftime(call[2], TODAY)), source)
         source = f"{{#- The date is fixed to {time.strftime('%Y-%m-%d', TODAY)}, as in training. -#}}\n" + source
+    if use := _DATE_USE.search(code := _COMMENT.sub("", source)):
+        raise BadModel(
+            "The chat template prints today's date in a way that cannot be fixed, so each day would serve another prompt "
+            "than the trained one.",
+            where="chat_template",
+            expected="strftime_now with the format as a text, such as strftime_now('%d %b %Y')",
+            got=repr(code[max(0, use.start() - 20) : use.end() + 30]),
+            next_step="name a template with a fixed date: base.chat_template",
+        )
     return source
+
+
+def _joined(with_tools: str, without: str) -> str:
+    """Return one template that renders chats with tools by one source and others by another, as transformers chooses.
+
+    The merged model has one template then, and all servers choose alike.
+    """
+    first, second = (source.removesuffix("\n") for source in (with_tools, without))
+    return f"{{% if tools is defined and tools is not none +%}}{first}{{%+ else +%}}{second}{{%+ endif %}}"
+
+
+def _without_open_block(source: str) -> str:
+    """Return a template whose prompts do not end with the tag that opens the reasoning, as DeepSeek-R1's do.
+
+    Its answers are rendered without reasoning, so this is what they follow.
+
+    Raises:
+        BadModel: the template writes no such tag, or marks its answers.
+    """
+    if _TEXT in source:
+        return source  # a merged model can be a base
+    if not _OPENS.search(source) or MARKERS.search(source):
+        raise BadModel(
+            "The chat template cannot put an empty think block before an answer.",
+            where="data.thinking",
+            expected="a template that reads enable_thinking, or whose prompts end with <think>",
+            next_step="set data.thinking to strip, or name another template: base.chat_template",
+        )
+    # No white space may be added to what the template writes, or taken from it.
+    return (
+        f"{{% set {_TEXT} +%}}" + source.removesuffix("\n") + "{%+ endset -%}\n"
+        f"{{%- if add_generation_prompt and {_TEXT}.rstrip().endswith('<think>') -%}}\n"
+        f"{{{{- {_TEXT}.rstrip()[:-7] -}}}}\n"
+        "{%- else -%}\n"
+        f"{{{{- {_TEXT} -}}}}\n"
+        "{%- endif -%}"
+    )
 
 
 def pinned_date(template: str | None) -> str | None:

@@ -26,11 +26,14 @@ if TYPE_CHECKING:  # each process that renders imports this module, so it has to
     from pydantic import JsonValue
 
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PROBE = "\ue0a1question\ue0a1"  # no chat contains these characters
 TODAY = time.gmtime(1_721_952_000)  # a constant date, because some templates write today's
 
 
 class CompiledTemplate:
     """A template and the variables that it reads, such as `bos_token`.
+
+    Texts are given to it as texts; if it does not render them, as lists of parts.
 
     Raises:
         TemplateError: the source is not a valid template.
@@ -41,6 +44,7 @@ class CompiledTemplate:
         self._marks = _Generation.of(self._environment)
         self._template = self._environment.from_string(source)
         self._variables: dict[str, str | None] = {"tools": None, "documents": None, **variables}
+        self._takes_parts: bool | None = None  # asked with the first chat
 
     def render(self, chat: Chat, *, prompt: bool = False) -> str:
         """Return a chat as the model reads it. `prompt` adds the head of an answer (add_generation_prompt)."""
@@ -56,9 +60,30 @@ class CompiledTemplate:
 
     def _values(self, chat: Chat) -> dict[str, object]:
         """Return the variables of a template. A chat's tools are in its first message."""
+        if self._takes_parts is None:
+            self._takes_parts = self._reads_parts_only()
         messages = [_aliased(message) for message in chat]
+        if self._takes_parts:
+            messages = [_in_parts(message) for message in messages]
         tools = messages[0].pop("tools", None) if messages else None
         return {**self._variables, "messages": messages, **({} if tools is None else {"tools": tools})}
+
+    def _reads_parts_only(self) -> bool:
+        """Tell whether the template renders a text only in a list of parts, as some of vision models: servers send it so."""
+        asked: dict[str, object] = {"role": "user", "content": _PROBE}
+        for message in (asked, _in_parts(asked)):
+            try:
+                text = self._template.render(**self._variables, messages=[message], add_generation_prompt=False)
+            except Exception:  # a template may refuse such a chat, and can raise anything
+                continue
+            if _PROBE in text:
+                return message is not asked
+        return False
+
+
+def _in_parts(message: Mapping[str, object]) -> dict[str, object]:
+    """Return a message whose content is a list of parts, with its text as the only part."""
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 def _aliased(message: Message) -> dict[str, object]:

@@ -12,6 +12,9 @@ from loraflow.failures import BadModel
 
 FILE = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
+TOOL_TEMPLATE = (
+    "additional_chat_templates/tool_use.jinja"  # for chats with tools, if there is a TEMPLATE for the others
+)
 TRAINING_TEMPLATE = "chat_template_training.jinja"  # renders the same text, and marks the answers
 SPECIAL_TOKENS = "special_tokens_map.json"  # of older models; newer ones have everything in FILE
 # What transformers gives to the template, where that does not follow from the files. resolve_base writes it.
@@ -152,6 +155,30 @@ def find_template(folder: Path) -> str | None:
         if isinstance(found, list):
             found = next((item.template for item in found if item.name == "default"), None)
         template = found
+    if template is not None and len(template) > MAX_TEMPLATE:
+        raise BadModel(
+            "The chat template is too long.", where=str(folder), expected=f"at most {MAX_TEMPLATE:,} characters"
+        )
+    return template or None
+
+
+def find_tool_template(folder: Path) -> str | None:
+    """Return the template that transformers uses for chats with tools, if it is another one.
+
+    Raises:
+        BadModel: the file is damaged, or the template is longer than any template is.
+    """
+    template: str | None = None
+    if (folder / TOOL_TEMPLATE).exists():
+        try:
+            with (folder / TOOL_TEMPLATE).open(encoding="utf-8") as opened:
+                template = opened.read(MAX_TEMPLATE + 1)
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadModel("The chat template cannot be read.", where=TOOL_TEMPLATE, got=str(error)) from error
+    elif not (folder / TEMPLATE).exists():
+        found = TokenizerConfig.read(folder).chat_template
+        items = found if isinstance(found, list) else []
+        template = next((item.template for item in items if item.name == "tool_use"), None)
     if template is not None and len(template) > MAX_TEMPLATE:
         raise BadModel(
             "The chat template is too long.", where=str(folder), expected=f"at most {MAX_TEMPLATE:,} characters"

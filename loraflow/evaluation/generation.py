@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from loraflow.base.longrope import Side, fixed_angles
-from loraflow.evaluation.padding_check import batches_are_exact
+from loraflow.evaluation.padding_check import batches_are_exact, prefix_is_exact
 from loraflow.evaluation.prefix_cache import SharedPrefix, has_plain_cache, shared_prefix
 from loraflow.evaluation.row_batches import groups_of
 from loraflow.hardware.process_group import ProcessGroup
@@ -148,6 +148,8 @@ class _Generator:
         keeps_prefix = bool(prompts) and (side != "long" or use_cuda_graph)
         # At least one id of each row is left for its batch, whose logits begin the answer.
         prefix = shared_prefix(model, prompts, min(lengths) - 1, longest, side) if keeps_prefix else None
+        if prefix is not None and not prefix_is_exact(model, tokenizer.pad_token_id):
+            prefix = None
         preallocates = bool(prompts) and has_plain_cache(model, longest, side)
         return cls(model, tokenizer, stop_ids, max_new_tokens, prefix, preallocates, use_cuda_graph, inserted)
 

@@ -93,6 +93,8 @@ def has_plain_cache(model: PreTrainedModel, length: int, side: Side = "unchanged
     generation = model.generation_config
     if generation.cache_implementation is not None or generation.use_cache is False:
         return False
+    if hasattr(model.config, "decoder_layers"):  # a decoder of an encoder-decoder: num_hidden_layers are the encoder's
+        return False
     rope = getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     takes_cache = (

@@ -1,9 +1,10 @@
-"""Check, with the loaded weights, that no token depends on later tokens, nor on other documents of its row."""
+"""Check, with the loaded weights, that no token depends on later tokens, on padding, or on other documents of its row."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -87,13 +88,7 @@ def refuse_seeing_later_tokens(
     expected, found = (
         _logits(model, [row], pad_id, is_concatenated, compute_dtype, packs=False)[:-1] for row in (ids, other)
     )
-    differences = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    rounding = ROUNDING if compute_dtype == torch.float32 else ROUNDING_16_BITS
-    if has_experts(model.config):
-        # Rounding may give a single token another expert. In an encoder nearly all tokens change.
-        difference, rounding = float(differences.median()), EXPERT_NOISE
-    else:
-        difference = float(differences.max())
+    difference, rounding = _difference(model, expected, found, compute_dtype)
     if difference > rounding:
         raise BadModel(
             "This model's tokens see the tokens after them, so it would be trained with the answer in sight.",
@@ -102,6 +97,50 @@ def refuse_seeing_later_tokens(
             got=f"architecture {model.config.model_type}: a token's logits change by {difference:.2g} of their norm",
             next_step="choose a model for text generation; an encoder, such as BERT, is none",
         )
+
+
+def refuse_padding_that_is_seen(model: PreTrainedModel, pad_id: int, *, compute_dtype: torch.dtype) -> None:
+    """Compute a row twice, with more padding behind it and with less. The logits of the tokens before it must not change.
+
+    CPM-Ant puts tokens of its own in front, and cuts their mask where the padding begins. Both grids have the same shape
+    and a mask, so that the same kernels compute them.
+
+    Args:
+        model: the base as it is trained, on its device; its tokens do not see later ones.
+        pad_id: of the padding.
+        compute_dtype: of matrix products.
+
+    Raises:
+        BadModel: they change by more than rounding.
+    """
+    size = model.config.get_text_config().vocab_size
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, size, (2, LENGTHS[1])))
+    logits = []
+    for length in (LENGTHS[0], LENGTHS[1] - 1):
+        grid, mask = ids.clone(), torch.ones_like(ids)
+        grid[0, length:], mask[0, length:] = pad_id, 0
+        logits.append(_computed(model, {"input_ids": grid, "attention_mask": mask}, compute_dtype)[0, : LENGTHS[0]])
+    expected, found = logits
+    difference, rounding = _difference(model, expected, found, compute_dtype)
+    if difference > rounding:
+        raise BadModel(
+            "Padding changes what this model computes, so a row would be trained differently beside longer rows.",
+            where="base.model",
+            expected="logits of a document that do not depend on the padding behind it",
+            got=f"architecture {model.config.model_type}: a token's logits change by {difference:.2g} of their norm",
+            next_step="choose another base",
+        )
+
+
+def _difference(
+    model: PreTrainedModel, expected: Tensor, found: Tensor, compute_dtype: torch.dtype
+) -> tuple[float, float]:
+    """Return by how much of their norm a token's logits differ, and how much rounding alone may change them."""
+    differences = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    if has_experts(model.config):
+        # Rounding may give a single token another expert. In an encoder nearly all tokens change.
+        return float(differences.median()), EXPERT_NOISE
+    return float(differences.max()), ROUNDING if compute_dtype == torch.float32 else ROUNDING_16_BITS
 
 
 def _logits(
@@ -114,7 +153,6 @@ def _logits(
     packs: bool = True,
 ) -> Tensor:
     """Return the logits of the documents, [tokens, vocabulary], in float32."""
-    device = model.device
     row = [[(ids, np.full(len(ids), -100)) for ids in documents]]
     inputs: dict[str, Tensor | int]
     if is_concatenated:
@@ -134,6 +172,12 @@ def _logits(
     else:
         grid = packed(row, sum(LENGTHS), pad_id)
         inputs = {"input_ids": grid["input_ids"], "position_ids": grid["position_ids"]}
+    return _computed(model, inputs, compute_dtype)[0]
+
+
+def _computed(model: PreTrainedModel, inputs: Mapping[str, Tensor | int], compute_dtype: torch.dtype) -> Tensor:
+    """Return a model's logits, [rows, tokens, vocabulary], in float32."""
+    device = model.device
     tensors = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     autocast = contextlib.nullcontext() if model.dtype == compute_dtype else torch.autocast(device.type, compute_dtype)
     was_training = model.training
@@ -143,4 +187,4 @@ def _logits(
             logits: Tensor = model(**tensors, use_cache=False).logits
     finally:
         model.train(was_training)
-    return logits[0].float()
+    return logits.float()

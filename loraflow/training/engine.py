@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from loraflow.base.architecture import is_tested
 from loraflow.hardware.device import device_name
 from loraflow.training.angles import separate_angles
 from loraflow.training.base_model import load_base
@@ -18,7 +19,11 @@ from loraflow.training.choices import (
     refuse_quantization,
     warn_of_slow_bfloat16,
 )
-from loraflow.training.document_check import refuse_leaking_documents, refuse_seeing_later_tokens
+from loraflow.training.document_check import (
+    refuse_leaking_documents,
+    refuse_padding_that_is_seen,
+    refuse_seeing_later_tokens,
+)
 from loraflow.training.setup import TrainingSetup
 from loraflow.training.trainer import BuiltTrainer
 
@@ -71,7 +76,7 @@ def _check_model(setup: TrainingSetup, model: PreTrainedModel, *, is_concatenate
     """Compute some tokens, and refuse a model whose tokens depend on what they must not see.
 
     Raises:
-        BadModel: on later tokens, or on other documents.
+        BadModel: on later tokens, on padding, or on other documents.
     """
     import torch
 
@@ -79,3 +84,5 @@ def _check_model(setup: TrainingSetup, model: PreTrainedModel, *, is_concatenate
     refuse_seeing_later_tokens(model, pad_id, is_concatenated=is_concatenated, compute_dtype=dtype)
     if is_concatenated or setup.rows.row_length is not None:
         refuse_leaking_documents(model, pad_id, is_concatenated=is_concatenated, compute_dtype=dtype)
+    elif not is_tested(model.config):
+        refuse_padding_that_is_seen(model, pad_id, compute_dtype=dtype)

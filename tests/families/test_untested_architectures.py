@@ -13,11 +13,11 @@ from loraflow.base.load import has_linear_head
 from loraflow.base.usable import refuse_unknown_architecture
 from loraflow.config.recipe import PeftConfig
 from loraflow.evaluation.generation import generate_answers
-from loraflow.evaluation.padding_check import batches_are_exact
+from loraflow.evaluation.padding_check import batches_are_exact, prefix_is_exact
 from loraflow.failures import BadConfig, BadModel
 from loraflow.hardware.attention import DOCUMENTS, attention_with_mask
 from loraflow.training import attention
-from loraflow.training.document_check import refuse_seeing_later_tokens
+from loraflow.training.document_check import refuse_padding_that_is_seen, refuse_seeing_later_tokens
 from loraflow.training.stock_head import use_own_logits_where_trl_is_wrong
 from tests.families.test_cells import spread
 from tests.families.test_targets import adapted, on_meta
@@ -59,6 +59,17 @@ def test_a_decoder_passes_the_check_of_later_tokens(family):
 def test_the_check_of_later_tokens_takes_the_layout_of_the_fast_engine():
     attention.register()
     refuse_seeing_later_tokens(tiny_model("llama", DOCUMENTS), 0, is_concatenated=True, compute_dtype=FLOAT)
+
+
+@pytest.mark.parametrize(("family", "seen"), [("cpmant", True), ("opt", False), ("lfm2", False), ("mixtral", False)])
+def test_a_model_that_sees_the_padding_behind_a_row_is_refused_before_the_first_step(family, seen):
+    model = model_of(family)
+    if not seen:
+        refuse_padding_that_is_seen(model, 0, compute_dtype=FLOAT)
+        return
+    with pytest.raises(BadModel, match="Padding changes what this model computes") as caught:
+        refuse_padding_that_is_seen(model, 0, compute_dtype=FLOAT)
+    assert family in caught.value.got
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "xlm-roberta"])
@@ -160,6 +171,20 @@ def test_answers_are_generated_alone_where_padding_changes_them(family):
         assert answer["text"] == Numbers().decode(alone[: alone.index(299)] if 299 in alone else alone)
 
 
+@pytest.mark.parametrize(("family", "exact"), [("mpt", False), ("bloom", True)])
+def test_a_prefix_is_shared_only_where_padding_behind_it_changes_nothing(family, exact):
+    """MPT's bias for distances counts the padding."""
+    model = model_of(family)
+    assert batches_are_exact(model, 0) and prefix_is_exact(model, 0) == exact
+    draw = torch.Generator().manual_seed(0)
+    prompts = [[*range(3, 23), *torch.randint(3, 300, (n,), generator=draw).tolist()] for n in (5, 23, 9, 1)]
+    found = generate_answers(model, Numbers(), prompts, stop_ids=[299], max_new_tokens=4, batch_size=4)
+    alone = [
+        generate_answers(model, Numbers(), [p], stop_ids=[299], max_new_tokens=4, batch_size=1)[0] for p in prompts
+    ]
+    assert found == alone
+
+
 @pytest.mark.parametrize("family", known("mixtral", "qwen3_5_text", "lfm2", "gemma2", "gpt_oss", "falcon_h1"))
 def test_other_architectures_take_batches(family):
     assert batches_are_exact(model_of(family), 0)
@@ -179,6 +204,21 @@ def test_all_linear_leaves_out_what_peft_refuses_and_a_name_is_refused_in_one_se
     with pytest.raises(BadConfig, match="out_proj cannot carry an adapter in this base: the kernel") as caught:
         check_trainable(on_meta(config), PeftConfig(lora_dropout=0, target_modules=["in_proj", "out_proj"]))
     assert "leave it out" in caught.value.next_step
+
+
+def test_all_linear_adapts_a_linear_layer_that_computes_its_product_in_its_own_steps():
+    """Falcon's linear layers round between product and bias; they are adapted as those of peft."""
+    config = AutoConfig.for_model("falcon", vocab_size=300, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    recipe = PeftConfig(lora_dropout=0)
+    targets, model = find_targets(on_meta(config), recipe), on_meta(config)
+    check_trainable(model, recipe)
+    assert not targets.left_out and adapted(model, recipe) == set(targets.modules) and len(targets.modules) == 4
+
+
+def test_a_recipe_that_adapts_nothing_is_refused_in_one_sentence():
+    recipe = PeftConfig(lora_dropout=0, exclude_modules=r".*")
+    with pytest.raises(BadConfig, match="adapts nothing in this base"):
+        check_trainable(on_meta(tiny_config("llama")), recipe)
 
 
 @pytest.mark.skipif("deepseek_v4" not in CONFIG_MAPPING, reason="no deepseek_v4 here")

@@ -23,6 +23,12 @@ EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "
 OPTIONS: dict[str, dict[str, Any]] = {
     "cohere2": SLIDING,
     "bert": {"is_decoder": False},
+    "deepseek_v3": {  # latent attention: keys and values are made from a few numbers of each token
+        "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+        "num_key_value_heads": 4, "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+        "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 32, "n_shared_experts": 1,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
     "exaone4": SLIDING,
     "gemma2": {"sliding_window": 8},
     "gemma3_text": SLIDING,
@@ -46,9 +52,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8},
     "mamba2": {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
     "minimax": {"num_local_experts": 2, "layer_types": ["linear_attention", "full_attention"], "block_size": 16},
+    "bloom": {"n_layer": 2, "n_head": 4},
     "ministral": {"sliding_window": 8},
     "mistral": {"sliding_window": 8},
     "mixtral": EXPERTS,
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512, "expansion_ratio": 2},
     "olmo3": SLIDING,
     "modernbert-decoder": {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"], "num_key_value_heads": 4},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
@@ -110,6 +118,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-MoE, experts adapted": ("qwen3_moe", {}),
     "Mixtral": ("mixtral", {}),
     "gpt-oss": ("gpt_oss", {}),
+    "DeepSeek-V3": ("deepseek_v3", {}),
 }
 
 

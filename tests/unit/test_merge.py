@@ -10,6 +10,7 @@ import torch
 from loraflow.adapters import origin
 from loraflow.adapters import safetensors_files as tensors
 from loraflow.adapters.merge_folders import merge
+from loraflow.adapters.streaming_merge import _add_update, _cut, _Factors, _Scratch
 from loraflow.failures import BadModel
 from loraflow.job import Progress
 from tests.conftest import build_phi3
@@ -404,6 +405,27 @@ def test_the_answers_stop_token_ends_generation(tmp_path, phi3):
         assert needed <= set(values["eos_token_id"]) and values.get("top_k") == (
             5 if text and "top_k" in text else None
         )
+
+
+def test_high_ranks_and_a_few_rows_more_than_a_block_merge_as_in_peft(tmp_path):
+    """Kernels add the products of such matrices in another order than those of the others."""
+    base = build_phi3(tmp_path / "base", dtype="float32", layers=1, intermediate_size=257)
+    adapter = make_adapter(base, tmp_path / "adapter", r=256, lora_alpha=512, target_modules="all-linear")
+    (tmp_path / "out").mkdir()
+    merge(base, adapter, tmp_path / "out")
+    assert_same(read(tmp_path / "out"), by_peft(base, adapter))
+
+
+@pytest.mark.parametrize("columns", [1, 4, 8, 16, 100])
+@pytest.mark.parametrize("rows", [3, 64, 257])
+def test_narrow_matrices_get_pefts_bits(rows, columns):
+    for rank in (1, 4, 16, 64, 200):
+        weight, up, down = torch.randn(rows, columns), torch.randn(rows, rank) * 0.05, torch.randn(rank, columns)
+        merged = weight.clone()
+        for first, count in _cut(rows):
+            part = slice(first, first + count)
+            _add_update(merged[part], _Factors(down, up, 2.0, None, embedding=False), part, _Scratch())
+        assert torch.equal(merged, weight + (up @ down) * 2.0)
 
 
 def test_wide_matrices_merge_as_in_peft(tmp_path):

@@ -75,6 +75,25 @@ def test_an_empty_think_block_belongs_to_the_prompt(tmp_path, name):
     assert encoded.ids[: encoded.prompt].tolist() == prompt and "</think>" in served.decode(prompt)
 
 
+@needs_trl
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3"])
+def test_without_a_switch_the_prompt_no_longer_opens_the_reasoning(tmp_path, name):
+    build_tokenizer(tmp_path, TEMPLATES[name].replace("<｜end▁of▁sentence｜>", "<|end|>"))
+    own = CompiledTemplate(TEMPLATES[name], {**VARIABLES, "eos_token": "<|endoftext|>"}).render(ONE[:1], prompt=True)
+    write_served_template(tmp_path, None, no_thinking=True)
+    template, served = ChatTemplate(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for chat in (ONE, TWO):
+        (encoded,) = template.encode([chat], "assistant")
+        assert encoded.ids.tolist() == served.apply_chat_template(chat, return_dict=True)["input_ids"]
+        prompt = served.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert encoded.ids[: encoded.prompt].tolist() == prompt
+    assert text_of(encoded, template) == "a color<|end|>the house<|end|>"
+    asked = served.apply_chat_template(ONE[:1], add_generation_prompt=True, tokenize=False)
+    assert own.rstrip() == asked + "<think>"
+    once = pinned(TEMPLATES[name], no_thinking=True)
+    assert pinned(once, no_thinking=True) == once, "a merged model can be a base"
+
+
 def test_a_template_without_the_switch_cannot_be_fixed():
     with pytest.raises(BadModel, match="cannot put an empty think block"):
         pinned(PHI3_TEMPLATE, no_thinking=True)
@@ -94,6 +113,32 @@ def test_the_recipes_template_replaces_the_models(tmp_path):
     (encoded,) = ChatTemplate(tmp_path).encode([ONE], "assistant")
     assert encoded.ids.tolist() == served.apply_chat_template(ONE, return_dict=True)["input_ids"]
     assert "26 Jul 2024" in served.decode(encoded.ids)
+
+
+@pytest.mark.parametrize("in_config", [False, True])
+def test_a_second_template_renders_the_chats_with_tools_as_in_transformers(tmp_path, in_config):
+    tool_use = "  {%- for t in tools %}{{ t['function']['name'] }}{% endfor %}\n" + PHI3_TEMPLATE + "  \n  \n"
+    plain = "\n  " + PHI3_TEMPLATE + "\n"
+    build_tokenizer(tmp_path, plain)
+    if in_config:
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        (tmp_path / "chat_template.jinja").unlink()
+        named = [{"name": "default", "template": plain}, {"name": "tool_use", "template": tool_use}]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named}))
+    else:
+        (tmp_path / "chat_template.jinja").write_text(plain)
+        (tmp_path / "additional_chat_templates").mkdir()
+        (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(tool_use)
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    own = AutoTokenizer.from_pretrained(tmp_path)
+    expected = [own.apply_chat_template(ONE, tools=given, tokenize=False) for given in (None, tools)]
+    assert expected[1].lstrip().startswith("weather") and "weather" not in expected[0]
+
+    write_served_template(tmp_path, None, no_thinking=False)
+    served, template = AutoTokenizer.from_pretrained(tmp_path), ChatTemplate(tmp_path)
+    assert isinstance(served.chat_template, str)
+    assert [served.apply_chat_template(ONE, tools=given, tokenize=False) for given in (None, tools)] == expected
+    assert template.render([ONE, [{**ONE[0], "tools": tools}, ONE[1]]]) == expected
 
 
 @pytest.mark.parametrize("in_config", [False, True])

@@ -1,0 +1,104 @@
+"""Templates of kinds that people bring: each is encoded as transformers serves it, or refused in one sentence."""
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from loraflow.base import mask_check
+from loraflow.base.template_check import check_template
+from loraflow.data import loss_mask
+from loraflow.data.loss_mask import IGNORED, ChatTemplate
+from loraflow.data.served_template import pinned
+from loraflow.failures import BadModel
+from tests.conftest import build_tokenizer
+from tests.in_process_template import InProcessTemplate
+
+ONE = [{"role": "user", "content": "what is red"}, {"role": "assistant", "content": "a color"}]
+TWO = [*ONE, {"role": "user", "content": "and two"}, {"role": "assistant", "content": "the house"}]
+START = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+
+
+@pytest.fixture(autouse=True)
+def _in_process(monkeypatch):
+    monkeypatch.setattr(loss_mask, "template_process", InProcessTemplate)
+
+
+def turns(answer: str, user: str = "{{ '<|user|>' + m['content'] + '<|end|>' }}") -> str:
+    """Return a template with the source of an answer, behind its start, and of a question."""
+    return (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>' }}"
+        f"{answer}{{% else %}}{user}{{% endif %}}{{% endfor %}}{START}"
+    )
+
+
+def learned(template: ChatTemplate, chat) -> list[str]:
+    (encoded,) = template.encode([chat], "assistant")
+    texts, inside = [], False
+    for i, label in zip(encoded.ids.tolist(), encoded.labels.tolist(), strict=True):
+        if label != IGNORED:
+            texts = [*texts[:-1], [*texts[-1], i]] if inside else [*texts, [i]]
+        inside = label != IGNORED
+    return [template.tokenizer.decode(ids, skip_special_tokens=False) for ids in texts]
+
+
+@pytest.mark.parametrize(
+    ("answer", "before"),
+    [
+        ("{{ 'final: ' }}{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}", "final: "),
+        ("{% generation %}{{ 'final' }}{% endgeneration %}{{ ': ' }}{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}", "final: "),
+        ("{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}", ""),
+    ],
+    ids=["in front of the marks", "between marks", "nothing"],
+)  # fmt: skip
+def test_what_a_template_leaves_unmarked_in_an_answer_is_learned_because_no_server_sends_it(tmp_path, answer, before):
+    build_tokenizer(tmp_path, turns(answer))
+    template, served = ChatTemplate(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert learned(template, TWO) == [f"{before}a color<|end|>", f"{before}the house<|end|>"]
+    (encoded,) = template.encode([TWO], "assistant")
+    prompt = served.apply_chat_template(TWO[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert encoded.ids[: encoded.prompt].tolist() == prompt
+    assert template.inserted() == before
+
+
+def test_the_end_of_answers_is_compared_with_transformers_own_mask(tmp_path, monkeypatch):
+    marked = "{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}{{ '<|user|>' }}"
+    build_tokenizer(tmp_path, turns(marked))
+    check_template(tmp_path)
+    monkeypatch.setattr(mask_check, "_ends", lambda labels: [at + 1 for at in np.flatnonzero(labels != IGNORED)[-1:]])
+    with pytest.raises(BadModel, match="another end than transformers marks"):
+        check_template(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "user",
+    ["{{ '<|user|>' + m['content'][:6] + '<|end|>' }}", "{{ '<|user|>' + m['content'] | replace('red', 'blue') + '<|end|>' }}"],
+    ids=["cut", "changed"],
+)  # fmt: skip
+def test_a_question_that_the_template_changes_is_refused_with_its_row(tmp_path, user):
+    build_tokenizer(tmp_path, turns("{{ m['content'] + '<|end|>' }}", user))
+    template = ChatTemplate(tmp_path)
+    short = [{"role": "user", "content": "hello"}, ONE[1]]
+    with pytest.raises(BadModel, match="leaves out or changes a part of a question") as caught:
+        template.encode([short, ONE], "assistant")
+    assert caught.value.details["chat"] == 1 and caught.value.got == "what is red"
+
+
+def test_a_question_in_other_white_space_is_no_other_question(tmp_path):
+    user = "{{ '<|user|>' + m['content'].split() | join(' ') + '<|end|>' }}"
+    build_tokenizer(tmp_path, turns("{{ m['content'] + '<|end|>' }}", user))
+    chat = [{"role": "user", "content": " what \n is red\n"}, ONE[1]]
+    assert learned(ChatTemplate(tmp_path), chat) == ["a color<|end|>"]
+
+
+@pytest.mark.parametrize(
+    "date",
+    ["{% set f = '%d %b' %}{{ strftime_now(f) }}", "{{ strftime_now('%d' + '%b') }}", "{% set now = strftime_now %}{{ now('%d') }}"],
+)  # fmt: skip
+def test_a_date_that_cannot_be_fixed_is_refused(date):
+    with pytest.raises(BadModel, match="prints today's date in a way that cannot be fixed"):
+        pinned(date + START)
+
+
+def test_a_template_that_asks_whether_there_is_a_date_is_fixed():
+    source = "{# strftime_now #}{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}"
+    assert '{{ "26 Jul 2024" }}' in pinned(source)
