@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from loraflow import identity
 from loraflow.credentials import mask_json
 from loraflow.execution.workspace import Workspace
-from loraflow.stages import STAGES
+from loraflow.stages import DEAL_ROWS, STAGES
 
 log = logging.getLogger("loraflow")
 SHOWN = 8  # characters of the dataset's md5 and of the fingerprint
@@ -49,7 +49,9 @@ def mask_parameters(given: Mapping[str, JsonValue]) -> None:
 def full_name(workspace: Workspace) -> str:
     """Return recipe, md5 of the dataset, and a fingerprint over what every stage takes from the recipe."""
     configs = {name: stage.config.from_recipe(workspace.recipe, workspace) for name, stage in STAGES.items()}
-    slices = {name: config.identity() for name, config in configs.items()}
+    slices = {
+        name: config.identity() for name, config in configs.items() if name != DEAL_ROWS.name
+    }  # not from the recipe
     md5 = workspace.dataset.md5
     whole = identity.fingerprint({"dataset": md5, "stages": slices})
     return f"{workspace.recipe.name} {md5[:SHOWN]} {whole[:SHOWN]}"

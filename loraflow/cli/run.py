@@ -121,6 +121,8 @@ def show(summary: RunSummary) -> None:
     console.print(f"[bold]gate: {verdict}[/bold]{entry}")
     for reason in decision.reasons if decision else ():
         console.print(f"  {reason}")
+    if summary.reserve is not None:
+        console.print(f"reserve       {summary.reserve}", soft_wrap=True)
     console.print(f"adapter       {_relative_to_cwd(summary.adapter)}", soft_wrap=True)
     console.print(f"merged model  {_relative_to_cwd(summary.merged)}", soft_wrap=True)
     if published := summary.published:
