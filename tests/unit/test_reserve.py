@@ -113,7 +113,9 @@ def test_rows_of_a_group_or_with_one_prompt_are_dealt_together(record):
     dealt = [take(record, f"m{i}", rows=rows, wanted=Wanted(90, None, 0)) for i in range(4)]
     for one in dealt:
         for unit in units:
-            assert {row.key in one.keys for row in unit} in ({True}, {False}), "a unit is dealt as a whole or not at all"
+            assert {row.key in one.keys for row in unit} in ({True}, {False}), (
+                "a unit is dealt as a whole or not at all"
+            )
         assert 25 <= one.rows <= 35 or not one.state.is_fresh
 
 
