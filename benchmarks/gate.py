@@ -2,7 +2,7 @@
 
     python benchmarks/gate.py            # all tables; some minutes on one core
     python benchmarks/gate.py --short    # a twentieth of the repetitions
-    python benchmarks/gate.py --table budget    # one of: looks, budget, reserve, nights, groups, tails, power, coverage, speed
+    python benchmarks/gate.py --table budget    # or looks, reserve, nights, groups, tails, power, coverage, speed
 
 Only counts of wins and losses are simulated for long streams of nights; `exact_p_value` and `share_of_error` decide them
 as in a run. The tables about groups, catastrophes and speed call `decide` on score tables.

@@ -133,7 +133,7 @@ def test_the_rows_of_a_deal_are_a_random_sample_that_the_seed_decides():
     dealt = {seed: deal(ROWS, frozenset(), 20, seed).keys for seed in range(200)}
     assert dealt[0] == deal(list(reversed(ROWS)), frozenset(), 20, 0).keys, "the order of the file does not matter"
     counts = [sum(row.key in keys for keys in dealt.values()) for row in ROWS]
-    assert sum(counts) == 200 * 20 and 15 <= min(counts) and max(counts) <= 65, "each row in about a fifth"
+    assert sum(counts) == 200 * 20 and min(counts) >= 15 and max(counts) <= 65, "each row in about a fifth"
 
 
 def test_models_that_are_dealt_rows_at_once_get_rows_of_their_own(store):
@@ -242,7 +242,7 @@ def test_scores_depend_on_the_dealt_rows_and_on_no_other_row(recipe, dataset):
 def test_a_model_that_gets_all_rows_is_scored_as_without_a_reserve(recipe):
     workspace, rows = checked(recipe, {"data.heldout_reserve": 10})
     for name in "abc":
-        dealt, fingerprint = scored(workspace, rows, model(name))
+        _, fingerprint = scored(workspace, rows, model(name))
     assert not workspace.reserve.is_fresh
     assert fingerprint == workspace.job(EVALUATE, {"model": model("c"), "rows": rows}).fingerprint
 
