@@ -59,7 +59,9 @@ def test_a_reserve_of_held_out_rows_does_not_add_to_the_error_and_a_gain_of_five
     """The rows of each night are those that the code of a run deals."""
     reserve = benchmark.Reserve("", 300, 200, new=10)
     nights = [sum(dealt.values()) for dealt in reserve.dealt(40)]
-    assert nights[:4] == [100, 100, 100, 300] and nights.count(100) > 4, "fresh rows come back when enough are collected"
+    assert nights[:4] == [100, 100, 100, 300] and nights.count(100) > 4, (
+        "fresh rows come back when enough are collected"
+    )
     _, share, _ = benchmark.false_promotions(np.random.default_rng(5), 150, 40, reserve, 0.0)
     assert share <= 0.09
     assert next(benchmark.power_of_reserve(benchmark.RESERVES[0]))[1] >= 0.9
