@@ -2,7 +2,7 @@
 
     python benchmarks/gate.py            # all tables; some minutes on one core
     python benchmarks/gate.py --short    # a twentieth of the repetitions
-    python benchmarks/gate.py --table budget    # one of: looks, budget, nights, groups, tails, power, coverage, speed
+    python benchmarks/gate.py --table budget    # or looks, reserve, nights, groups, tails, power, coverage, speed
 
 Only counts of wins and losses are simulated for long streams of nights; `exact_p_value` and `share_of_error` decide them
 as in a run. The tables about groups, catastrophes and speed call `decide` on score tables.
@@ -14,6 +14,7 @@ import argparse
 import functools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from loraflow.evaluation.evidence import Evidence, exact_p_value
 from loraflow.evaluation.gate import decide
 from loraflow.evaluation.intervals import mean_interval
 from loraflow.registry.budget import passed_on, share_of_error
+from loraflow.registry.reserve import ReserveRow, deal, rows_of_a_look
 
 ERROR, LOOKS = 0.05, 365
 Row = tuple[str, float, float]  # what, share, upper 95 % limit of the share
@@ -43,7 +45,7 @@ def level_of(number: int) -> float:
 def confirmed(wins: np.ndarray, losses: np.ndarray, n: int, level: float) -> np.ndarray:
     """Return for each pair of counts whether the gain is confirmed at a level [streams]."""
     found = np.zeros(len(wins), dtype=bool)
-    likely = wins - losses > 1.5 * np.sqrt(wins + losses)  # below, p is above 0.06
+    likely = wins - losses > (1.5 if level > 0.001 else 2.5) * np.sqrt(wins + losses)  # below, p is above 0.06 or 0.005
     for i in np.flatnonzero(likely):
         found[i] = exact_p_value(int(wins[i]), int(losses[i]), n, 0.0, level) <= level
     return found
@@ -87,7 +89,62 @@ STREAMS = (
 )
 
 
-def false_promotions(rng: np.random.Generator, streams: int, nights: int, held_out: HeldOut, gain: float) -> Row:
+class Reserve(NamedTuple):
+    """Held-out rows that `loraflow.registry.reserve` deals, night by night (data.heldout_reserve)."""
+
+    name: str
+    rows: int  # at first
+    reserve: int  # of them
+    new: int = 0  # that are collected each night
+
+    @functools.cache  # noqa: B019
+    def dealt(self, nights: int) -> tuple[Counter[int], ...]:
+        """Return for each night its rows: how many of them were dealt first in which night.
+
+        The order of the rows does not depend on scores, so it is the same in all streams.
+        """
+        size, rows = rows_of_a_look(self.reserve, self.rows), [ReserveRow(str(i)) for i in range(self.rows)]
+        nightly: list[Counter[int]] = []
+        first: dict[str, int] = {}  # row → the night in which it was dealt first
+        for night in range(nights):
+            found = deal(rows, first.keys(), size, 0)
+            first |= dict.fromkeys(found.keys - first.keys(), night)
+            nightly.append(Counter(first[key] for key in found.keys))
+            rows += [ReserveRow(str(i)) for i in range(len(rows), len(rows) + self.new)]
+        return tuple(nightly)
+
+    def drawn(self, rng: np.random.Generator, streams: int, nights: int, right: float = 0.5) -> Iterator[np.ndarray]:
+        """Yield for each night [streams, 2] how many of its rows the base answers wrong and right."""
+        batches: dict[int, np.ndarray] = {}
+        for dealt in self.dealt(nights):
+            for batch, rows in dealt.items():  # a batch is dealt again as a whole
+                if batch not in batches:
+                    batches[batch] = rng.binomial(rows, right, streams)
+            hits = np.sum([batches[batch] for batch in dealt], axis=0)
+            yield np.stack([dealt.total() - hits, hits], 1)
+
+
+RESERVES = (
+    Reserve("500 rows of 5,500, then all of them", 5500, 5000),
+    Reserve("100 rows of 2,000, and 20 new rows every night", 2000, 1900, new=20),
+)
+
+
+def power_of_reserve(reserve: Reserve) -> Iterator[tuple[str, float]]:
+    """Yield the exact probability that +5 points are promoted within three nights, at disagreement 0.1.
+
+    Rows that were dealt before are counted as if other challengers were scored on them: each night's outcome is its own.
+    """
+    rows = [dealt.total() for dealt in reserve.dealt(60)]
+    for first in (1, 6, 57):
+        nights = range(first, first + 3)
+        share = any_of(chance(rows[night - 1], 0.075, 0.025, level_of(night)) for night in nights)
+        yield f"{reserve.name}, nights {first} to {first + 2} ({rows[first - 1]:,} rows)", share
+
+
+def false_promotions(
+    rng: np.random.Generator, streams: int, nights: int, held_out: HeldOut | Reserve, gain: float
+) -> Row:
     """Count the streams with any promotion: each night a challenger of the same true gain over the base.
 
     Base and challenger disagree on a tenth of the rows, the base answers half of them right.
@@ -285,6 +342,19 @@ def budget_table(rng: np.random.Generator, part: int) -> None:
         print(f"| {what} | {share:.1%} | {limit:.1%} |", flush=True)
 
 
+def reserve_table(rng: np.random.Generator, part: int) -> None:
+    """Print the false promotions and the power of streams with a reserve of held-out rows."""
+    print("| data.heldout_reserve, any false promotion in 365 nights | share | upper 95 % limit |\n|---|---:|---:|")
+    for reserve in RESERVES:
+        for gain in (0.0, -0.01):
+            what, share, limit = false_promotions(rng, 2000 // part, LOOKS, reserve, gain)
+            print(f"| {what} | {share:.1%} | {limit:.1%} |", flush=True)
+    print("\n| +5 points, disagreement 0.1, promoted within three nights | share |\n|---|---:|")
+    for reserve in RESERVES:
+        for what, share in power_of_reserve(reserve):
+            print(f"| {what} | {share:.1%} |", flush=True)
+
+
 def nights_table(rng: np.random.Generator, part: int) -> None:
     """Print the power of streams with held-out rows that change."""
     print("| +5 points, disagreement 0.1, promoted within three nights | share |\n|---|---:|")
@@ -335,6 +405,7 @@ def speed_table(rng: np.random.Generator, part: int) -> None:
 TABLES = {
     "looks": looks_table,
     "budget": budget_table,
+    "reserve": reserve_table,
     "nights": nights_table,
     "groups": groups_table,
     "tails": tails_table,

@@ -6,11 +6,12 @@ from prefect import flow
 from prefect.runtime import flow_run
 from pydantic import JsonValue
 
+from loraflow.execution.deal import deal_for_scores
 from loraflow.execution.runner import find_scorable_model, with_model
 from loraflow.flows.parameters import NO_SETTINGS, RecipeName, Settings
 from loraflow.tasks.report import publish_scores
 from loraflow.tasks.run import open_run
-from loraflow.tasks.stages import check_dataset, resolve_base, version_dataset
+from loraflow.tasks.stages import check_dataset, deal_rows, resolve_base, version_dataset
 from loraflow.tasks.stages import evaluate as task_evaluate
 
 
@@ -33,5 +34,9 @@ def evaluate(
         found = find_scorable_model(run.workspace, model)
         rows = check_dataset(run, dataset=version_dataset(run))
         run.workspace, ref = with_model(run.workspace, found)
-        scores = task_evaluate(run, model=ref or resolve_base(run), rows=rows)
+        ref = ref or resolve_base(run)
+        if run.workspace.recipe.deals_rows:
+            deal_for_scores(run.workspace, rows, ref)
+            rows = deal_rows(run, rows=rows)
+        scores = task_evaluate(run, model=ref, rows=rows)
         return publish_scores(run, model, found.folder, scores)

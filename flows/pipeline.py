@@ -6,17 +6,22 @@ Beside this chain, tokenize, train, merge, verify and "evaluate base" read the o
 adapter, and verify and evaluate the held-out rows of check_dataset. The gate compares the scores of base, tuned model and
 champion.
 
-`loraflow.execution.plan.STEPS` lists the same steps for `loraflow plan`, which does not import prefect; a test compares
+With data.heldout_reserve, deal_rows follows verify. It writes the held-out rows that the new model is dealt, and all three
+models are scored on these; the base after training, too.
+
+`loraflow.execution.plan.steps_of` lists the same steps for `loraflow plan`, which does not import prefect; a test compares
 the two.
 """
 
 from __future__ import annotations
 
+from loraflow.execution.deal import deal_heldout
 from loraflow.execution.results import PipelineResult
 from loraflow.tasks.limits import check_merge, check_rows
 from loraflow.tasks.run import Run
 from loraflow.tasks.stages import (
     check_dataset,
+    deal_rows,
     evaluate,
     merge,
     resolve_base,
@@ -29,21 +34,28 @@ from loraflow.tasks.stages import (
 
 def pipeline(run: Run) -> PipelineResult:
     """Run all stages, one after another. A stage whose artifact is in the store is a cache hit."""
-    # If you change the steps, change STEPS in loraflow/execution/plan.py too.
+    # If you change the steps, change STEPS and steps_of in loraflow/execution/plan.py too.
     dataset = version_dataset(run)
     rows = check_dataset(run, dataset=dataset)
     check_rows(run.workspace, rows)
     base = resolve_base(run)
     tokens = tokenize(run, rows=rows, base=base)
-    base_scores = evaluate(run, model=base, rows=rows, label="evaluate base")
+    deals = run.workspace.recipe.deals_rows  # then all models are scored on rows that the new model is dealt
+    base_scores = None if deals else evaluate(run, model=base, rows=rows, label="evaluate base")
     adapter = train(run, tokens=tokens, base=base)
     probes = tokens if run.workspace.recipe.compares_merges else None
     merged = merge(run, base=base, adapter=adapter, tokens=probes)
     verified = verify(run, base=base, adapter=adapter, merged=merged, rows=rows)
     check_merge(run.workspace, verified)
-    tuned_scores = evaluate(run, model=merged, rows=rows, label="evaluate tuned")
+    scored = rows
+    if deals:
+        deal_heldout(run.workspace, rows, merged)
+        scored = deal_rows(run, rows=rows)
+    if base_scores is None:
+        base_scores = evaluate(run, model=base, rows=scored, label="evaluate base")
+    tuned_scores = evaluate(run, model=merged, rows=scored, label="evaluate tuned")
     champion = run.workspace.champion()
-    champion_scores = evaluate(run, model=champion, rows=rows, label="evaluate champion") if champion else None
+    champion_scores = evaluate(run, model=champion, rows=scored, label="evaluate champion") if champion else None
     return PipelineResult(
         dataset=dataset,
         rows=rows,

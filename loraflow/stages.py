@@ -323,6 +323,16 @@ VERIFY = Stage(
     placeable=True,
 )
 
+DEAL_ROWS = Stage(
+    name="deal_rows",
+    version=1,
+    module="loraflow.data.deal_rows",
+    config=configs.DealRowsConfig,
+    inputs={"rows": _from(CHECK_DATASET, part="heldout")},
+    code=("loraflow.data.deal_rows", "loraflow.data.row_key", "loraflow.data.chats"),
+    in_worker=False,
+)
+
 EVALUATE = Stage(
     name="evaluate",
     # 2: the common prefix of the prompts is computed once; the last bits of a loss may differ
@@ -335,7 +345,7 @@ EVALUATE = Stage(
     version=6,
     module="loraflow.evaluation.score",
     config=configs.EvaluateConfig,
-    inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, part="heldout")},
+    inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, DEAL_ROWS, part="heldout")},
     code=(
         "loraflow.evaluation.score",
         "loraflow.data.call_parser",
@@ -370,7 +380,7 @@ EVALUATE = Stage(
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
-    for stage in (VERSION_DATASET, CHECK_DATASET, RESOLVE_BASE, TOKENIZE, TRAIN, MERGE, VERIFY, EVALUATE)
+    for stage in (VERSION_DATASET, CHECK_DATASET, RESOLVE_BASE, TOKENIZE, TRAIN, MERGE, VERIFY, DEAL_ROWS, EVALUATE)
 }
 
 

@@ -46,6 +46,7 @@ def publish_report(run: Run, result: PipelineResult, decision: Decision, summary
         samples=tuned.samples[: recipe.evaluation.samples],
         stages=summary.stages,
         rows=summary.rows,
+        reserve="" if summary.reserve is None else str(summary.reserve),
         slices=_slices(run, result),
         confusions=tuned.confusions.get(GATE_SET, ()),
         learned=_learned(run, result.tokens),

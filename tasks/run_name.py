@@ -49,7 +49,7 @@ def mask_parameters(given: Mapping[str, JsonValue]) -> None:
 def full_name(workspace: Workspace) -> str:
     """Return recipe, md5 of the dataset, and a fingerprint over what every stage takes from the recipe."""
     configs = {name: stage.config.from_recipe(workspace.recipe, workspace) for name, stage in STAGES.items()}
-    slices = {name: config.identity() for name, config in configs.items()}
+    slices = {name: config.identity() for name, config in configs.items() if config.identity()}
     md5 = workspace.dataset.md5
     whole = identity.fingerprint({"dataset": md5, "stages": slices})
     return f"{workspace.recipe.name} {md5[:SHOWN]} {whole[:SHOWN]}"

@@ -63,6 +63,7 @@ def set_summary(run: Run, result: PipelineResult, registration: Registration) ->
         metrics=dict(vars(model_scores(run, result))),
         decision=RecordedDecision(verdict=decision.verdict, reasons=list(decision.reasons)),
         registered=registration.entry,
+        reserve=run.workspace.reserve,
         adapter=f"{store.location(result.adapter)}/adapter",
         merged=store.location(result.merged),
     )

@@ -1,4 +1,4 @@
-"""The eight stages as Prefect tasks. Each is a thin wrapper: the work is in the module that its docstring names.
+"""The stages as Prefect tasks. Each is a thin wrapper: the work is in the module that its docstring names.
 
 `Run.find_or_run` looks the artifact up in the store first. If it is there, the task ends as Cached. Otherwise the stage runs
 in a worker process, here or on another work pool (`runtime.placement`). A call of a task returns the artifact's `Ref`.
@@ -76,6 +76,16 @@ def verify(run: Run, *, base: Ref, adapter: Ref, merged: Ref, rows: Ref) -> Stag
     Output: `report.json` with the KL divergence in nats per token. Work: `loraflow/adapters/verify.py`.
     """
     return run.find_or_run(stages.VERIFY, base=base, adapter=adapter, merged=merged, rows=rows)
+
+
+@stage_task
+def deal_rows(run: Run, *, rows: Ref) -> StageResult:
+    """Write the held-out rows that the models of this run are scored on, if the recipe keeps others in reserve.
+
+    Input: the held-out rows. Output: `heldout.jsonl` with those that were dealt. Work: `loraflow/data/deal_rows.py`;
+    which rows these are is decided in `loraflow/registry/deals.py`.
+    """
+    return run.find_or_run(stages.DEAL_ROWS, rows=rows)
 
 
 @stage_task

@@ -32,6 +32,7 @@ class Outside:
     dataset: DatasetLocation = DATASET
     base: BaseLocation = BASE
     metric_modules: dict[str, str] = field(default_factory=dict)
+    dealt: frozenset[str] | None = None
 
 
 def from_gguf(file: str) -> Outside:

@@ -58,6 +58,8 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
             document["base"] = [line.strip() for line in base]
         if note:
             document["note"] = note
+        if workspace.reserve is not None:
+            document["reserve"] = workspace.reserve.model_dump()
         if power:
             document["gate"] = {
                 "rows": power.rows,
@@ -74,6 +76,8 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
             click.echo(f"note: {note}")
         if problem:
             click.secho(f"\ngate: {problem}", fg="yellow")
+        if workspace.reserve is not None:
+            click.echo(f"\nreserve after this run: {workspace.reserve}")
         if power:
             click.echo()
             click.secho("\n".join(power.lines()), fg="yellow" if power.is_warning() else None)

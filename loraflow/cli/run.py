@@ -127,6 +127,8 @@ def show(summary: RunSummary) -> None:
         console.print(f"  {reason}")
     if verdict == "undecided":
         console.print(f"  {UNDECIDED.format(run=summary.run)}", markup=False)
+    if summary.reserve is not None:
+        console.print(f"reserve       {summary.reserve}", soft_wrap=True)
     console.print(f"adapter       {_relative_to_cwd(summary.adapter)}", soft_wrap=True)
     console.print(f"merged model  {_relative_to_cwd(summary.merged)}", soft_wrap=True)
     if published := summary.published:

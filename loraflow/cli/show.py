@@ -128,6 +128,8 @@ def _champion_lines(champion: Champion) -> Iterator[str]:
         yield from _rows("scores", "not recorded: no run with this model has a summary in the store")
     else:
         yield from _score_lines(champion.scores)
+    if champion.reserve is not None:
+        yield from _rows("reserve", str(champion.reserve))
     yield from _rows("merged", *_file_parts(champion.merged))
     if champion.adapter is None:
         yield from _rows("adapter", "not recorded")

@@ -29,6 +29,7 @@ from loraflow.frozen import FrozenModel
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+ShareOrCount = Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1)]
 
 # The scores of each built-in metric, to check the names in the gate before anything runs.
 SCORES = {
@@ -76,6 +77,11 @@ class Data(FrozenModel):
         [], description="Files with held-out rows; if empty, heldout_fraction of the training files is held out."
     )
     heldout_fraction: Share = Field(0.1, description="Share of rows to hold out, by a seeded hash of the prompt.")
+    heldout_reserve: ShareOrCount | None = Field(
+        None,
+        description="Share or number of the held-out rows to keep in reserve. The first model is scored on the other ones, "
+        "and each later model on as many rows of the reserve, which no model was scored on before.",
+    )
     extra_heldout: dict[str, str] = Field(
         {}, description="More held-out sets, {name: file}; reported, but not used by the gate."
     )
@@ -539,6 +545,11 @@ class Recipe(FrozenModel):
     def compares_merges(self) -> bool:
         """Whether merge tries two ways, and needs token rows to compare their results."""
         return self.base.quantization == "nf4" and self.merge.onto == "auto"
+
+    @property
+    def deals_rows(self) -> bool:
+        """Whether each model is scored on held-out rows of its own (data.heldout_reserve)."""
+        return self.data.heldout_reserve is not None
 
     def _check_method(self) -> None:
         how = str(self.peft_config.init_lora_weights)

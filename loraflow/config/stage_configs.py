@@ -8,6 +8,7 @@ does not matter for a job is left unset, not null, so that a new field does not 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Set
 from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
@@ -97,6 +98,10 @@ class RecipeContext(Protocol):
     @property
     def metric_modules(self) -> dict[str, str]:
         """The hash of each metric's module, by name."""
+
+    @property
+    def dealt(self) -> Set[str] | None:
+        """The keys of the held-out rows that models are scored on; None if none were dealt (data.heldout_reserve)."""
 
 
 # -- the configs ----------------------------------------------------------------------------------------------------
@@ -348,6 +353,17 @@ class VerifyConfig(StageConfig):
         """See `StageConfig.from_recipe`."""
         values = {"prompts": recipe.merge.verify_prompts, "trust_remote_code": recipe.base.trust_remote_code}
         return cls.of({**values, "nf4": _nf4(recipe)} if recipe.base.quantization == "nf4" else values)
+
+
+class DealRowsConfig(StageConfig):
+    """Config of deal_rows."""
+
+    keys: list[str] | None = None  # of the rows of the gate's set, sorted; unset before they are dealt
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
+        """See `StageConfig.from_recipe`."""
+        return cls.of({} if context.dealt is None else {"keys": sorted(context.dealt)})
 
 
 class EvaluateConfig(StageConfig):

@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import JsonValue
 
 from loraflow import identity
+from loraflow.config import Recipe
 from loraflow.config.stage_configs import FolderOrigin
 from loraflow.data.chats import GATE_SET
 from loraflow.data.positions import Positions
 from loraflow.evaluation.values import LARGEST_VOCABULARY
-from loraflow.execution.cache import OTHER_CODE, known_changes, look_up
+from loraflow.execution.cache import NEVER_COMPUTED, OTHER_CODE, known_changes, look_up
+from loraflow.execution.deal import preview_heldout
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import Failure
 from loraflow.registry.looks import row_key
 from loraflow.stages import (
     CHECK_DATASET,
+    DEAL_ROWS,
     EVALUATE,
     MERGE,
     RESOLVE_BASE,
@@ -63,6 +66,18 @@ STEPS = (
 )
 
 
+_WITH_DEALT_ROWS = (
+    *(step for step in STEPS if step.stage != EVALUATE),
+    Step(DEAL_ROWS.name, DEAL_ROWS, {"rows": "check_dataset"}),
+    *(Step(step.label, EVALUATE, {**step.inputs, "rows": DEAL_ROWS.name}) for step in STEPS if step.stage == EVALUATE),
+)
+
+
+def steps_of(recipe: Recipe) -> tuple[Step, ...]:
+    """Return the steps of a recipe's pipeline. With data.heldout_reserve, all models are scored on rows that are dealt."""
+    return _WITH_DEALT_ROWS if recipe.deals_rows else STEPS
+
+
 def inputs_of(step: Step, *, compares_merges: bool) -> dict[str, str]:
     """Return the inputs that a step takes in a run: merge reads tokens only to compare two ways of merging."""
     optional = () if compares_merges else [name for name, given in step.stage.inputs.items() if given.optional]
@@ -90,7 +105,7 @@ def plan(workspace: Workspace, force: Iterable[str] = ()) -> list[PlannedStep]:
     """Return what a recipe's run would do, step by step. Reports are not checked: only a run does that."""
     planned: list[PlannedStep] = []
     artifacts: dict[str, Ref | None] = {}  # of each step so far; None where it has to run first
-    for step in STEPS:
+    for step in steps_of(workspace.recipe):
         inputs = inputs_of(step, compares_merges=workspace.recipe.compares_merges)
         if CHAMPION in inputs.values():
             try:
@@ -102,9 +117,36 @@ def plan(workspace: Workspace, force: Iterable[str] = ()) -> list[PlannedStep]:
                 continue
             artifacts[CHAMPION] = champion
         refs = {name: artifacts[source] for name, source in inputs.items()}
+        if step.stage == DEAL_ROWS:
+            deal, artifacts[step.label] = _plan_deal(workspace, step, refs["rows"], artifacts["merge"], force)
+            planned.append(deal)
+            continue
         planned_step, artifacts[step.label] = _plan_step(workspace, step, inputs, refs, forced=step.stage.name in force)
         planned.append(planned_step)
     return planned
+
+
+def _plan_deal(
+    workspace: Workspace, step: Step, rows: Ref | None, merged: Ref | None, force: Iterable[str]
+) -> tuple[PlannedStep, Ref | None]:
+    """Plan deal_rows: which rows it writes depends on the model, and on what other models were scored on."""
+    label, name = step.label, step.stage.name
+    if rows is None:
+        return PlannedStep(label, name, "runs", ["deals rows when check_dataset is done"]), None
+    try:
+        dealt = preview_heldout(workspace, rows, merged)
+    except Failure as failure:
+        return PlannedStep(label, name, "runs", [f"will fail: {failure.what}"]), None
+    what = f"{dealt.rows} rows"
+    if not dealt.is_new:
+        planned, ref = _plan_step(workspace, step, {"rows": "check_dataset"}, {"rows": rows}, forced=name in force)
+        planned.why.append(f"deals nothing: the model has its {what}")
+        return planned, ref
+    kind = "that were never scored" if dealt.state.is_fresh else "that were scored before: the reserve is used up"
+    if merged is None:
+        why = f"deals {what} {kind}, unless the model has its rows already"
+        return PlannedStep(label, name, "depends", [why]), None
+    return PlannedStep(label, name, "runs", [f"deals {what} {kind}"]), None
 
 
 def _plan_step(
@@ -165,6 +207,8 @@ def gate_power(workspace: Workspace) -> GatePower | None:
     if rows is None:
         return None
     keys = _heldout_keys(store.read(rows, "heldout.jsonl"), recipe.evaluation.max_rows, recipe.evaluation.seed)
+    if workspace.dealt is not None:  # `plan` has found out which rows the model is dealt; max_rows limits their number
+        keys = list(workspace.dealt)
     if not keys:
         return None
     gate = recipe.gate

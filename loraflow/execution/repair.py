@@ -13,7 +13,8 @@ from pathlib import PurePosixPath
 
 from loraflow.config import Recipe
 from loraflow.config.load import parse_recipe
-from loraflow.execution.plan import CHAMPION, STEPS, Step, inputs_of
+from loraflow.execution.deal import use_dealt_rows
+from loraflow.execution.plan import CHAMPION, STEPS, Step, inputs_of, steps_of
 from loraflow.execution.runner import run_stage
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import CorruptArtifact, Failure
@@ -21,10 +22,11 @@ from loraflow.registry.champions import missing_models
 from loraflow.registry.log import PromotionLog, models
 from loraflow.registry.rebuild import UNKNOWN, made_by, revision_of
 from loraflow.registry.runs import RunRecord, StageRun
+from loraflow.stages import DEAL_ROWS, MERGE
 from loraflow.store import Ref, Store
 from loraflow.store.artifact import MANIFEST, QUARANTINE, Manifest
 
-_STEPS = {step.label: step for step in STEPS}
+_LABELS = (*(step.label for step in STEPS), DEAL_ROWS.name)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def find_loss(store: Store) -> Loss:
             except CorruptArtifact as failure:
                 loss.logs.append(failure)
         described = [_described(store, lost) for lost in found.values()]
-    order = [*_STEPS, ""]
+    order = [*_LABELS, ""]
     loss.artifacts = sorted(described, key=lambda lost: order.index(lost.label))
     return loss
 
@@ -115,7 +117,7 @@ def _described(store: Store, lost: Lost) -> Lost:
     record = made_by(store, lost.ref)
     name = (lost.ref.fingerprint, lost.ref.digest)
     runs = record.stages if record else []
-    stage = next((run for run in runs if (run.fingerprint, run.digest) == name and run.stage in _STEPS), None)
+    stage = next((run for run in runs if (run.fingerprint, run.digest) == name and run.stage in _LABELS), None)
     if record is None or stage is None:
         return replace(lost, why_not=UNKNOWN)
     seconds = stage.seconds if lost.seconds is None and stage.state == "computed" else lost.seconds
@@ -127,7 +129,8 @@ def _described(store: Store, lost: Lost) -> Lost:
 def _why_not(store: Store, lost: Lost, record: RunRecord, stage: StageRun) -> str:
     """Return why a run's recipe does not compute a lost artifact today; an empty string if nothing is known against it."""
     try:
-        workspace, step = Workspace(_recipe(store, record)), _STEPS[stage.stage]
+        workspace = _workspace(store, record)
+        step = _step(workspace, stage.stage)
         inputs = _inputs(workspace, step, lost.model, compute=False)
         if inputs is None or workspace.job(step.stage, inputs).fingerprint == lost.ref.fingerprint:
             return ""
@@ -144,6 +147,17 @@ def _recipe(store: Store, record: RunRecord) -> Recipe:
     return parse_recipe(record.recipe_text, name=f"the recipe of run {record.run}", overrides=settings)
 
 
+def _workspace(store: Store, record: RunRecord) -> Workspace:
+    workspace, merged = Workspace(_recipe(store, record)), record.stage(MERGE.name)
+    if merged is not None:
+        use_dealt_rows(workspace, store, merged.digest)
+    return workspace
+
+
+def _step(workspace: Workspace, label: str) -> Step:
+    return next(step for step in steps_of(workspace.recipe) if step.label == label)
+
+
 def _artifact(workspace: Workspace, step: Step, champion: Ref | None, *, compute: bool) -> Ref | None:
     """Return a step's artifact; None if it, or what it needs, is missing and is not to be computed."""
     inputs = _inputs(workspace, step, champion, compute=compute)
@@ -158,7 +172,11 @@ def _artifact(workspace: Workspace, step: Step, champion: Ref | None, *, compute
 def _inputs(workspace: Workspace, step: Step, champion: Ref | None, *, compute: bool) -> dict[str, Ref] | None:
     inputs: dict[str, Ref] = {}
     for name, source in inputs_of(step, compares_merges=workspace.recipe.compares_merges).items():
-        ref = champion if source == CHAMPION else _artifact(workspace, _STEPS[source], champion, compute=compute)
+        ref = (
+            champion
+            if source == CHAMPION
+            else _artifact(workspace, _step(workspace, source), champion, compute=compute)
+        )
         if ref is None:
             return None
         inputs[name] = ref
@@ -172,9 +190,9 @@ def recompute(store: Store, lost: Lost) -> Ref:
         Failure: the stage's own; or the result differs from the artifact that was lost.
     """
     assert lost.record is not None
-    workspace = Workspace(_recipe(store, lost.record))
+    workspace = _workspace(store, lost.record)
     with store.reader_lock():
-        ref = _artifact(workspace, _STEPS[lost.label], lost.model, compute=True)
+        ref = _artifact(workspace, _step(workspace, lost.label), lost.model, compute=True)
     workspace.save()
     if ref is None:
         raise Failure(

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 from loraflow import identity
 from loraflow.config.load import parse_recipe
-from loraflow.execution.plan import CHAMPION, STEPS, inputs_of
+from loraflow.execution.deal import use_dealt_rows
+from loraflow.execution.plan import CHAMPION, inputs_of, steps_of
 from loraflow.execution.runner import run_stage
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, Failure
 from loraflow.registry.rebuild import revision_of
 from loraflow.registry.runs import RunRecord, StageRun
 from loraflow.serving.lineage import device_of
+from loraflow.stages import MERGE
 from loraflow.store import Manifest, Ref, Store
 
 _MACHINE = ("python", "machine")  # of a manifest's provenance
@@ -64,9 +66,12 @@ def reproduce(store: Store, record: RunRecord, fresh: str) -> Iterator[Reproduce
             where=fresh,
             next_step="name a folder that does not exist yet: --into FOLDER",
         )
+    merged = record.stage(MERGE.name)
+    if merged is not None:
+        use_dealt_rows(workspace, store, merged.digest)
     done: dict[str, Ref] = {}
     with workspace.store.reader_lock():
-        for step in STEPS:
+        for step in steps_of(workspace.recipe):
             sources = inputs_of(step, compares_merges=workspace.recipe.compares_merges)
             if CHAMPION in sources.values():
                 continue

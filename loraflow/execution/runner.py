@@ -6,10 +6,11 @@ from pathlib import Path
 
 from loraflow.config import Recipe
 from loraflow.execution.cache import look_up
+from loraflow.execution.deal import deal_for_scores
 from loraflow.execution.launcher import run_job
 from loraflow.execution.workspace import Workspace
 from loraflow.serving.models import Model, find_model
-from loraflow.stages import CHECK_DATASET, EVALUATE, RESOLVE_BASE, VERSION_DATASET, Stage
+from loraflow.stages import CHECK_DATASET, DEAL_ROWS, EVALUATE, RESOLVE_BASE, VERSION_DATASET, Stage
 from loraflow.store import Ref, require_intact
 
 
@@ -37,6 +38,9 @@ def score_model(recipe: Recipe, model: str) -> tuple[Workspace, Model, Ref]:
         workspace, ref = with_model(workspace, found)
         if ref is None:
             ref = run_stage(workspace, RESOLVE_BASE)
+        if workspace.recipe.deals_rows:
+            deal_for_scores(workspace, rows, ref)
+            rows = run_stage(workspace, DEAL_ROWS, rows=rows)
         scores = run_stage(workspace, EVALUATE, model=ref, rows=rows)
         workspace.save()
     return workspace, found, scores

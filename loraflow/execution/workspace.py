@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from functools import cached_property
 
 from loraflow.config import Recipe
@@ -12,6 +12,7 @@ from loraflow.job import Job
 from loraflow.registry import Entry, PromotionLog
 from loraflow.registry.looks import LookRecord
 from loraflow.registry.rebuild import how_to_rebuild
+from loraflow.registry.reserve import ReserveState
 from loraflow.stages import MERGE, Stage
 from loraflow.store import Ref, open_store
 from loraflow.store.files import HashMemo
@@ -27,6 +28,8 @@ class Workspace:
         self.looks = LookRecord(self.store, recipe.register_.model)
         self.memo = HashMemo(self.store.scratch / "hashes.json")
         self.seen_head: Entry | None = None  # the promotion log's head at the last call of `champion`
+        self.dealt: Set[str] | None = None  # keys of the held-out rows that models are scored on (`execution/deal.py`)
+        self.reserve: ReserveState | None = None  # what was left of data.heldout_reserve then
 
     @cached_property
     def dataset(self) -> DatasetLocation:

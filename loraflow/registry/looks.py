@@ -13,7 +13,7 @@ whatever rows; `budget.py` deals it out.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,6 +188,15 @@ class LookRecord:
         sets = self._sets(self._named(looks), self.scored.read(), rows)
         following = self._next(looks, sets, rows, error, horizon, promotions)
         return following.number, following.level
+
+    def scored_keys(self, rows: Set[str]) -> set[str]:
+        """Return those of the rows that were scored in a look, or may have been: only the others are fresh.
+
+        Raises:
+            DamagedLog: a look is missing or was changed.
+        """
+        sets = self._sets(self._named(self.entries()), self.scored.read(), rows)
+        return set(rows).intersection(set().union(*sets.values()))
 
     def _next(
         self,

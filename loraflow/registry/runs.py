@@ -21,6 +21,7 @@ from pydantic import (
 from loraflow.evaluation.values import Scores
 from loraflow.failures import CorruptArtifact
 from loraflow.frozen import StoredModel
+from loraflow.registry.reserve import ReserveState
 from loraflow.store import Ref, Store
 
 log = logging.getLogger("loraflow")
@@ -87,6 +88,7 @@ class RunSummary(StoredModel):
     metrics: dict[str, Scores | None] = {}  # of base, tuned and champion
     decision: RecordedDecision | None = None
     registered: int | None = None  # number of the entry in the promotion log
+    reserve: ReserveState | None = None  # with data.heldout_reserve: what was left of it after this run
     adapter: str = ""
     merged: str = ""
     published: Publication | None = None

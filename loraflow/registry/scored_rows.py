@@ -7,34 +7,18 @@ anchors/<model>/rows/<digest>.json   a copy: whatever is left of the two counts,
 from __future__ import annotations
 
 import hashlib
-import json
-import unicodedata
 from collections.abc import Collection
 from typing import NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
+from loraflow.data.row_key import row_key as row_key
 from loraflow.identity import canonical
 from loraflow.registry.anchor import FOLDER as ANCHORS
 from loraflow.store import Store
 from loraflow.store.files import json_bytes
 
 _ROWS = TypeAdapter(list[str])
-
-
-def row_key(prompt: str) -> str:
-    """Return the identity of a held-out row: 16 hex digits of a hash of its prompt, a JSON list of messages.
-
-    System messages, letter case and white space do not count, nor does the reference: a row with another system message or
-    a corrected answer was still seen before.
-    """
-    try:
-        messages = json.loads(prompt)
-        texts = [str(message["content"]) for message in messages if message["role"] != "system"]
-    except (ValueError, TypeError, KeyError):
-        texts = [prompt]
-    plain = [" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts]
-    return hashlib.sha256(canonical(plain)).hexdigest()[:16]
 
 
 class Sets(NamedTuple):

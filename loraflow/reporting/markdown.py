@@ -82,6 +82,7 @@ class RunReport:
     slices: Sequence[Slice] = ()  # by evaluation.slices
     confusions: Sequence[Confusion] = ()  # the tuned model's worst labels in the gate's set
     learned: Learned | None = None
+    reserve: str = ""  # what is left of data.heldout_reserve
 
 
 def run_report(report: RunReport, *, image: bool = False) -> str:
@@ -95,6 +96,7 @@ def run_report(report: RunReport, *, image: bool = False) -> str:
         *_items(decision.reasons),
         "",
         *([decision.budget, ""] if decision.budget else []),
+        *([f"Reserve: {report.reserve}.", ""] if report.reserve else []),
     ]
     lines += _comparison(report.scores, report.confidence)
     lines += slice_lines(report.slices)

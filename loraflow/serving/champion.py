@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 from loraflow.evaluation.values import Scores
 from loraflow.frozen import FrozenModel
 from loraflow.registry.log import Entry, PromotionLog
+from loraflow.registry.reserve import ReserveState
 from loraflow.registry.runs import RunRecord, computed, has_model, read_runs
 from loraflow.serving.card import Settings, training_settings
 from loraflow.serving.lineage import Lineage, read_lineage
@@ -117,6 +118,7 @@ class Champion(FrozenModel):
     recipe: RecipeFacts
     scores: RunScores | None
     made_with: MadeWith
+    reserve: ReserveState | None  # what the newest run of this registry name left of data.heldout_reserve
     merged: Files
     adapter: Files | None
 
@@ -130,7 +132,9 @@ def describe_champion(store: Store, model: str) -> Champion:
     """
     head = champion_entry(store, model)
     promoted = _promotion(PromotionLog(store, model), head)
-    runs = [run for run in reversed(read_runs(store)) if has_model(run, head.merged)]
+    records = list(reversed(read_runs(store)))
+    runs = [run for run in records if has_model(run, head.merged)]
+    newest = next((run for run in records if run.model == model and run.summary is not None), None)
     made_by = next((run for run in runs if computed(run, "merge")), runs[0] if runs else None)
     promoted_by = next((run for run in runs if _promoted(run, promoted)), None)
     scored = next((run for run in (promoted_by, made_by, *runs) if run is not None and run.summary is not None), None)
@@ -149,6 +153,7 @@ def describe_champion(store: Store, model: str) -> Champion:
         made_with=MadeWith(
             versions=lineage.versions, device=lineage.device, machine=lineage.machine, artifacts=lineage.artifacts
         ),
+        reserve=newest.summary.reserve if newest and newest.summary else None,
         merged=_files(store, head.merged),
         adapter=_files(store, adapter, "/adapter") if adapter else None,
     )

@@ -257,7 +257,7 @@ OTHER: dict[str, JsonValue] = {
 
 # Keys that the flow reads, not a stage: `locate`, the checks between stages, the gate, the registry, the report.
 BY_THE_FLOW = {
-    "name", "data.source", "data.repo", "data.rev", "data.add", "data.remote", "data.max_quarantined", "base.model",
+    "name", "data.heldout_reserve", "data.source", "data.repo", "data.rev", "data.add", "data.remote", "data.max_quarantined", "base.model",
     "base.chat_template",
     "base.revision", "evaluation.samples", "evaluation.slices", "merge.max_kl", "register.model",
     "gate.lower_is_better", "gate.worst", "gate.behaviour",
@@ -285,7 +285,7 @@ def jobs_of(recipe: Recipe) -> dict[str, dict[str, JsonValue]]:
     )
     inputs = {
         "check_dataset": ["dataset"], "tokenize": ["rows", "base"], "train": ["tokens", "base"], "merge": ["base", "adapter"],
-        "verify": ["base", "adapter", "merged", "rows"], "evaluate": ["model", "rows"],
+        "verify": ["base", "adapter", "merged", "rows"], "evaluate": ["model", "rows"], "deal_rows": ["rows"],
     }  # fmt: skip
     dataset = DatasetLocation(md5="0.dir", name="data", origin=FolderOrigin(folder="data"))
     outside = Outside(dataset=dataset, metric_modules=dict.fromkeys(recipe.evaluation.metrics, "0"))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from loraflow.execution.plan import CHAMPION, STEPS, inputs_of
+from loraflow.execution.plan import CHAMPION, inputs_of, steps_of
 from loraflow.flows import pipeline as module
 from loraflow.stages import STAGES
 from loraflow.store import Ref
@@ -23,10 +23,10 @@ class RecordingRun:
 
     is_deployed = False
 
-    def __init__(self, compares_merges: bool, champion: bool):
+    def __init__(self, compares_merges: bool, champion: bool, deals_rows: bool):
         self.steps: list[tuple[str, str, dict[str, str]]] = []
         self.champion = ref(CHAMPION) if champion else None
-        recipe = SimpleNamespace(compares_merges=compares_merges)
+        recipe = SimpleNamespace(compares_merges=compares_merges, deals_rows=deals_rows)
         self.workspace = SimpleNamespace(recipe=recipe, champion=lambda: self.champion)
 
     def find_or_run(self, stage, label="", /, **inputs):
@@ -37,20 +37,24 @@ class RecordingRun:
 
 @pytest.mark.parametrize("compares_merges", [False, True])
 @pytest.mark.parametrize("champion", [False, True])
-def test_plan_lists_the_steps_of_the_pipeline(monkeypatch, compares_merges, champion):
-    run = RecordingRun(compares_merges, champion)
+@pytest.mark.parametrize("deals_rows", [False, True])
+def test_plan_lists_the_steps_of_the_pipeline(monkeypatch, compares_merges, champion, deals_rows):
+    run = RecordingRun(compares_merges, champion, deals_rows)
     for name in STAGES:
         monkeypatch.setattr(module, name, getattr(tasks, name).fn)
-    for name in ("check_rows", "check_merge"):
+    for name in ("check_rows", "check_merge", "deal_heldout"):
         monkeypatch.setattr(module, name, lambda *_: None)
     module.pipeline(run)
-    planned = [(step.label, step.stage.name, inputs_of(step, compares_merges=compares_merges)) for step in STEPS]
+    steps = steps_of(run.workspace.recipe)
+    planned = [(step.label, step.stage.name, inputs_of(step, compares_merges=compares_merges)) for step in steps]
     assert run.steps == [step for step in planned if champion or CHAMPION not in step[2].values()]
 
 
-def test_every_step_takes_its_inputs_from_stages_that_the_table_allows():
-    by_label = {step.label: step for step in STEPS}
-    for step in STEPS:
+@pytest.mark.parametrize("deals_rows", [False, True])
+def test_every_step_takes_its_inputs_from_stages_that_the_table_allows(deals_rows):
+    steps = steps_of(SimpleNamespace(deals_rows=deals_rows))
+    by_label = {step.label: step for step in steps}
+    for step in steps:
         for name, source in step.inputs.items():
             if source != CHAMPION:
                 assert by_label[source].stage.name in step.stage.inputs[name].source, (step.label, name)

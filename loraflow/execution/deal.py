@@ -1,0 +1,80 @@
+"""Deal held-out rows to the model of a run (data.heldout_reserve), or say which rows it would be dealt."""
+
+from __future__ import annotations
+
+from loraflow.execution.workspace import Workspace
+from loraflow.registry.deals import DealRecord, DealtRows, Wanted
+from loraflow.registry.log import actor
+from loraflow.registry.reserve import read_rows
+from loraflow.store import Ref, Store, read_intact
+
+
+def deal_heldout(workspace: Workspace, rows: Ref, merged: Ref) -> DealtRows:
+    """Deal held-out rows to a model, unless it has its rows already. The workspace's next jobs are about these rows.
+
+    Raises:
+        BadConfig: no row is left for a look.
+        DamagedLog: the record of looks or of deals is damaged.
+    """
+    heldout = read_rows(read_intact(workspace.store, rows, "heldout.jsonl"))
+    dealt = _record(workspace).take(
+        merged.digest, heldout, workspace.looks.scored_keys, _wanted(workspace), actor=actor()
+    )
+    workspace.dealt, workspace.reserve = dealt.keys, dealt.state
+    return dealt
+
+
+def preview_heldout(workspace: Workspace, rows: Ref, merged: Ref | None) -> DealtRows:
+    """Return what `deal_heldout` would, without dealing; `merged` is None if the model is not trained yet.
+
+    Raises:
+        BadConfig: no row is left for a look.
+        DamagedLog: the record of looks or of deals is damaged.
+    """
+    heldout = read_rows(workspace.store.read(rows, "heldout.jsonl"))
+    challenger = None if merged is None else merged.digest
+    dealt = _record(workspace).preview(challenger, heldout, workspace.looks.scored_keys, _wanted(workspace))
+    workspace.dealt, workspace.reserve = dealt.keys, dealt.state
+    return dealt
+
+
+def deal_for_scores(workspace: Workspace, rows: Ref, model: Ref) -> None:
+    """Choose rows to score a model on without a look: rows that were dealt before, so that the reserve stays unseen.
+
+    If no rows were dealt yet, the model is dealt some.
+
+    Raises:
+        BadConfig: no row is left for a look.
+        DamagedLog: the record of looks or of deals is damaged.
+    """
+    heldout = read_rows(read_intact(workspace.store, rows, "heldout.jsonl"))
+    workspace.dealt = _record(workspace).for_scores(model.digest, heldout)
+    if workspace.dealt is None:
+        deal_heldout(workspace, rows, model)
+
+
+def use_dealt_rows(workspace: Workspace, store: Store, merged: str) -> None:
+    """Score models on the rows that a model was dealt before, such as those of an earlier run.
+
+    Args:
+        workspace: whose next jobs are about these rows; without data.heldout_reserve, nothing changes.
+        store: has the record of deals.
+        merged: digest of the model.
+
+    Raises:
+        DamagedLog: the record of deals is damaged.
+    """
+    recipe = workspace.recipe
+    if recipe.data.heldout_reserve is not None:
+        record = DealRecord(store, recipe.register_.model)
+        workspace.dealt = record.of_model(merged, recipe.data.heldout_reserve)
+
+
+def _record(workspace: Workspace) -> DealRecord:
+    return DealRecord(workspace.store, workspace.recipe.register_.model)
+
+
+def _wanted(workspace: Workspace) -> Wanted:
+    recipe = workspace.recipe
+    assert recipe.data.heldout_reserve is not None
+    return Wanted(recipe.data.heldout_reserve, recipe.evaluation.max_rows, recipe.data.seed)

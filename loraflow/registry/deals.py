@@ -1,0 +1,228 @@
+"""The record of deals: which held-out rows each model of a registry name is scored on (data.heldout_reserve).
+
+    registry/<model>/deals/000001.json    a deal: a model, and the digest of its rows; never changed
+    registry/<model>/dealt/<digest>.json  the keys of these rows
+
+A deal is recorded before a model is scored. The same model gets the same rows again, so a repeated run is cached, and of
+several processes each gets rows of its own. Rows of a deal are no longer fresh, whether or not a look followed: somebody
+may have seen their scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from loraflow.failures import DamagedLog
+from loraflow.frozen import StoredModel
+from loraflow.identity import canonical
+from loraflow.registry.entry import JSON_OBJECT
+from loraflow.registry.reserve import ReserveRow, ReserveState, deal, rows_of_a_look, state
+from loraflow.store import Store
+from loraflow.store.files import json_bytes
+
+_KEYS = TypeAdapter(list[str])
+
+
+class Deal(StoredModel):
+    """The rows that one model is scored on."""
+
+    seq: int
+    model: str  # the registry's name
+    challenger: str  # digest of the merged model
+    reserve: int | float  # data.heldout_reserve
+    outside: int  # rows that were not in the reserve when the first model was dealt rows
+    size: int  # rows of a look: `outside`, or evaluation.max_rows if that is less
+    rows: str  # digest of the rows' keys
+    is_fresh: bool  # whether no model was scored on them before
+    actor: str
+    time: str
+
+    @property
+    def hash(self) -> str:
+        """Hash of all values, which is stored beside them."""
+        return hashlib.sha256(canonical(self.model_dump())).hexdigest()
+
+
+class Wanted(NamedTuple):
+    """What a recipe asks for."""
+
+    reserve: int | float  # data.heldout_reserve
+    max_rows: int | None  # evaluation.max_rows
+    seed: int  # data.seed
+
+
+class DealtRows(NamedTuple):
+    """The rows that a model is scored on, and what is left."""
+
+    keys: frozenset[str]
+    rows: int
+    state: ReserveState
+    is_new: bool  # they are dealt now; otherwise the model has these rows already
+
+
+Scored = Callable[[Set[str]], Set[str]]
+
+
+class DealRecord:
+    """The deals of one model in a store."""
+
+    def __init__(self, store: Store, model: str):
+        self._store, self._model = store, model
+        self._folder, self._rows = f"registry/{model}/deals/", f"registry/{model}/dealt/"
+
+    def take(
+        self, challenger: str, rows: Sequence[ReserveRow], scored: Scored, wanted: Wanted, *, actor: str
+    ) -> DealtRows:
+        """Return the rows that a model is scored on. If it has none yet, they are dealt and recorded.
+
+        Args:
+            challenger: digest of the merged model.
+            rows: all held-out rows of the gate's set.
+            scored: returns those of some keys that were scored in a look (`LookRecord.scored_keys`).
+            wanted: what the recipe asks for.
+            actor: who runs this.
+
+        Raises:
+            BadConfig: no row is left for a look.
+            DamagedLog: a deal was changed, or its rows are missing.
+        """
+        while True:
+            entries, dealt = self._read()
+            found = _find(entries, dealt, challenger, rows, scored, wanted)
+            if not found.is_new:
+                return found
+            outside, size = _sizes(entries, rows, wanted)
+            digest = self._write_rows(found.keys)
+            new = Deal(
+                seq=max((entry.seq for entry in entries), default=0) + 1,
+                model=self._model,
+                challenger=challenger,
+                reserve=wanted.reserve,
+                outside=outside,
+                size=size,
+                rows=digest,
+                is_fresh=found.state.is_fresh,
+                actor=actor,
+                time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            )
+            name = f"{self._folder}{new.seq:06d}.json"
+            if self._store.create_document(name, json_bytes({**new.model_dump(), "hash": new.hash})):
+                return found
+
+    def preview(self, challenger: str | None, rows: Sequence[ReserveRow], scored: Scored, wanted: Wanted) -> DealtRows:
+        """Return what `take` would, without dealing. `challenger` is None for a model that is not trained yet.
+
+        Raises:
+            BadConfig: no row is left for a look.
+            DamagedLog: a deal was changed, or its rows are missing.
+        """
+        entries, dealt = self._read()
+        return _find(entries, dealt, challenger, rows, scored, wanted)
+
+    def for_scores(self, model: str, rows: Sequence[ReserveRow]) -> frozenset[str] | None:
+        """Return the keys of rows to score a model on without a look: its own, or else those that were dealt last.
+
+        None if no rows were dealt, or some of them are not in the dataset any more.
+
+        Raises:
+            DamagedLog: a deal was changed, or its rows are missing.
+        """
+        entries, dealt = self._read()
+        present = {row.key for row in rows}
+        there = [entry for entry in entries if dealt[entry.rows] <= present]
+        own = [entry for entry in there if entry.challenger == model]
+        return dealt[(own or there)[-1].rows] if there else None
+
+    def of_model(self, challenger: str, reserve: int | float) -> frozenset[str] | None:
+        """Return the keys of the rows that a model was dealt last with this reserve; None if it was dealt none.
+
+        Raises:
+            DamagedLog: a deal was changed, or its rows are missing.
+        """
+        entries, dealt = self._read()
+        wanted = (challenger, reserve)
+        return next((dealt[one.rows] for one in reversed(entries) if (one.challenger, one.reserve) == wanted), None)
+
+    def _read(self) -> tuple[list[Deal], dict[str, frozenset[str]]]:
+        """Return the deals, oldest first, and the keys of their rows by digest."""
+        found = []
+        for name, content in sorted(self._store.read_documents(self._folder, ".json").items()):
+            try:
+                values = JSON_OBJECT.validate_json(content)
+                claimed = values.pop("hash", None)
+                entry = Deal.model_validate(values)
+            except ValidationError as error:
+                raise self._damaged(name, "a deal of held-out rows", str(error).splitlines()[0]) from error
+            if claimed != entry.hash or entry.model != self._model:
+                raise self._damaged(name, f"values with the hash {str(claimed)[:12]}", f"the hash {entry.hash[:12]}")
+            found.append(entry)
+        stored = self._store.read_documents(self._rows, ".json") if found else {}
+        return found, {digest: self._keys(digest, stored) for digest in {entry.rows for entry in found}}
+
+    def _keys(self, digest: str, stored: Mapping[str, bytes]) -> frozenset[str]:
+        name = f"{self._rows}{digest}.json"
+        data = stored.get(name) or self._store.read_document(name)  # a listing can miss a new file
+        try:
+            keys = _KEYS.validate_json(data or b"")
+        except ValidationError:
+            keys = []
+        if _digest(keys) != digest:
+            raise self._damaged(name, f"row keys with the hash {digest[:12]}", "others" if data else "nothing")
+        return frozenset(keys)
+
+    def _write_rows(self, keys: frozenset[str]) -> str:
+        digest = _digest(sorted(keys))
+        self._store.create_document(f"{self._rows}{digest}.json", json_bytes(sorted(keys)))
+        return digest
+
+    def _damaged(self, name: str, expected: str, got: str) -> DamagedLog:
+        return DamagedLog(
+            "The record of dealt held-out rows is damaged.",
+            where=f"{self._store.uri}/{name}",
+            expected=expected,
+            got=got,
+            next_step="restore it from a backup of the store (docs/backup.md). Without a backup, remove the folders "
+            f"{self._folder} and {self._rows}: models are then dealt other rows. Rows of a look stay known as scored",
+        )
+
+
+def _find(
+    entries: Sequence[Deal],
+    dealt: Mapping[str, frozenset[str]],
+    challenger: str | None,
+    rows: Sequence[ReserveRow],
+    scored: Scored,
+    wanted: Wanted,
+) -> DealtRows:
+    _, size = _sizes(entries, rows, wanted)
+    present = frozenset(row.key for row in rows)
+    used = frozenset(scored(present)).union(*(dealt[entry.rows] for entry in entries if entry.is_fresh))
+    for entry in reversed(entries):
+        keys = dealt[entry.rows]
+        is_same = (entry.challenger, entry.reserve, entry.size) == (challenger, wanted.reserve, size)
+        if is_same and keys <= present:  # if rows were removed since, the model gets others
+            left = state(rows, used, size, is_fresh=entry.is_fresh)
+            return DealtRows(keys, _count(rows, keys), left, is_new=False)
+    new = deal(rows, used, size, wanted.seed)
+    left = state(rows, used | new.keys, size, is_fresh=new.is_fresh)
+    return DealtRows(new.keys, _count(rows, new.keys), left, is_new=True)
+
+
+def _count(rows: Sequence[ReserveRow], keys: Set[str]) -> int:
+    return sum(row.key in keys for row in rows)
+
+
+def _sizes(entries: Sequence[Deal], rows: Sequence[ReserveRow], wanted: Wanted) -> tuple[int, int]:
+    """Return the rows outside of the reserve, and the rows of a look. Rows that are added later join the reserve."""
+    before = next((entry.outside for entry in reversed(entries) if entry.reserve == wanted.reserve), None)
+    outside = rows_of_a_look(wanted.reserve, len(rows)) if before is None else before
+    return outside, min(outside, wanted.max_rows or outside)
+
+
+def _digest(keys: list[str]) -> str:
+    return hashlib.sha256(canonical(keys)).hexdigest()
