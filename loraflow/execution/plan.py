@@ -17,7 +17,7 @@ from loraflow.config.stage_configs import FolderOrigin
 from loraflow.data.chats import GATE_SET
 from loraflow.data.positions import Positions
 from loraflow.evaluation.values import LARGEST_VOCABULARY
-from loraflow.execution.cache import NEVER_COMPUTED, OTHER_CODE, known_changes, look_up
+from loraflow.execution.cache import OTHER_CODE, known_changes, look_up
 from loraflow.execution.deal import preview_heldout
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import Failure
