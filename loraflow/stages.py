@@ -98,7 +98,9 @@ CHECK_DATASET = Stage(
     # data.limit is spread over groups or labels
     # 6, too: reasoning beside an answer's content is a part of the chat; rows of held-out files that cannot be held out make
     # no training row a leak
-    version=6,
+    # 7: marks in other spellings and in `metadata`, cells that are no texts (nan, #NAME?), lists that were written as text,
+    # a second header, quotes that are not quotes; hidden files are no data
+    version=7,
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},
@@ -109,6 +111,7 @@ CHECK_DATASET = Stage(
         "loraflow.data.thinking",
         "loraflow.data.readers",
         "loraflow.data.chat_formats",
+        "loraflow.data.cell_values",
         "loraflow.data.row_fields",
         "loraflow.data.labels",
         "loraflow.data.marks",

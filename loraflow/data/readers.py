@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
+from loraflow.data.cell_values import parsed_list
 from loraflow.data.chat_formats import RawRow, read_chat
 from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.csv_reader import read_table
 from loraflow.data.json_reader import RawValue, read_json, read_json_lines, row_text
-from loraflow.data.json_text import strict_json
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MarkedFalse
 from loraflow.failures import BadData
@@ -168,6 +168,13 @@ def match_files(folder: Path, patterns: list[str]) -> list[str]:
     found: list[str] = []
     for pattern in patterns:
         hits = _matches(pattern, have)
+        if (
+            not hits
+            and _is_hidden(pattern)
+            and (folder / pattern).is_file()
+            and Path(pattern).suffix.lower() in _READERS
+        ):
+            hits = [pattern]
         if not hits and (folder / pattern).is_file():
             raise _unknown_kind(pattern)
         if not hits:
@@ -201,6 +208,8 @@ def _refuse_binary(begin: bytes, name: str) -> None:
     Raises:
         BadData: it is not text in UTF-8.
     """
+    if begin[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        raise _not_utf8(name, name, "UTF-32", "UTF-32")
     if begin[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise _not_utf8(name, name, "UTF-16", "UTF-16")
     if len(begin) > 3 and begin[1:2] == b"\0" != begin[:1] and begin[3:4] == b"\0":
@@ -218,18 +227,25 @@ def _refuse_binary(begin: bytes, name: str) -> None:
 
 
 def readable_files(folder: Path) -> list[str]:
-    """Return the names of a folder's files whose type is read, sorted."""
-    return sorted(
-        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in _READERS
+    """Return the names of a folder's files whose type is read, sorted.
+
+    Hidden files are left out, as the old copies in `.ipynb_checkpoints` and macOS's `._train.jsonl`: a pattern would take
+    them for data. A recipe can name one exactly.
+    """
+    names = (
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in _READERS and p.is_file()
     )
+    return sorted(name for name in names if not _is_hidden(name))
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in Path(name).parts)
 
 
 def match_nothing(folder: Path) -> list[str]:
     """Return the names of a folder's files whose type is not read, such as train.jsonl.gz. Hidden files are left out."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return [
-        n for n in names if Path(n).suffix.lower() not in _READERS and not any(q.startswith(".") for q in Path(n).parts)
-    ]
+    return [name for name in names if Path(name).suffix.lower() not in _READERS and not _is_hidden(name)]
 
 
 def _read_table(path: Path, name: str) -> Iterator[RawValue]:
@@ -295,9 +311,9 @@ def _with_parsed_turns(row: RawRow, place: str) -> RawValue:
         cell = row.get(key)
         if isinstance(cell, str) and cell.strip():
             try:
-                row[key] = strict_json(cell)
-            except ValueError as error:
-                return RawValue(place, BadRow(f"column {key} is not valid JSON: {error}"), str(row)[:2000])
+                row[key] = parsed_list(cell, f"column {key}")
+            except BadRow as problem:
+                return RawValue(place, problem, str(row)[:2000])
     return RawValue(place, row, row_text(row))
 
 
