@@ -76,6 +76,7 @@ VERSION_DATASET = Stage(
     runtime=JobRuntime.of_dataset,
     code=(
         "loraflow.data.version",
+        "loraflow.data.source_files",
         "loraflow.data.dvc",
         "loraflow.data.dvc_command",
         "loraflow.data.dataset_files",
@@ -112,6 +113,8 @@ CHECK_DATASET = Stage(
         "loraflow.data.readers",
         "loraflow.data.chat_formats",
         "loraflow.data.cell_values",
+        "loraflow.data.sources",
+        "loraflow.data.sqlite_reader",
         "loraflow.data.row_fields",
         "loraflow.data.labels",
         "loraflow.data.marks",

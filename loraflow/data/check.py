@@ -17,16 +17,18 @@ from typing import Literal, TypedDict
 from pydantic import JsonValue
 
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.chats import GATE_SET, ChatRecord, Message, with_system
+from loraflow.data.chats import GATE_SET, ChatRecord, Message, Tool, with_system
 from loraflow.data.check_report import CheckReport, Finding, NearDuplicates, Profile, SplitCounts
 from loraflow.data.findings import leave_out_findings
 from loraflow.data.group_leaks import drop_group_leaks, heldout_groups
 from loraflow.data.near_prompts import with_near_prompts
-from loraflow.data.near_split import Clusters, ValidRow, draw_split, place_near
+from loraflow.data.near_split import Clusters, ValidRow, draw_split, is_pinned_to_train, place_near
 from loraflow.data.placement import Split
 from loraflow.data.readers import Row, is_partly_learned, match_files, read_rows
 from loraflow.data.sampling import spread_sample, spread_values
 from loraflow.data.similar import CheckedRow, find_similar, is_last_learned
+from loraflow.data.source_limits import refuse_poor_sources
+from loraflow.data.sources import SourceCounts, count_read, count_sources, drawn_rows, repeated, source_rows
 from loraflow.data.split import CLUSTER, draw, group_key, prompt_key, row_id
 from loraflow.data.thinking import with_thinking
 from loraflow.data.tools import dataset_tools
@@ -58,6 +60,7 @@ class _Reading:
     unread: Counter[str]  # keys that have values and were not read
     malformed: set[str] = field(default_factory=set)  # places of the first malformed rows
     findings: list[Finding] = field(default_factory=list)  # of data.profile
+    sources: SourceCounts = field(default_factory=dict)  # of data.sources
 
     def first_problems(self) -> list[str]:
         """Return places and problems of the first rows: the malformed ones, which can stop the run, before the others."""
@@ -93,6 +96,7 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
         similar = with_near_prompts(similar, splits["train"] + splits["validation"])
     _limit(splits, reading, config)
     near = None if clusters is None else _write_clusters(out, splits, clusters, config)
+    splits["train"] = repeated(splits["train"], config)
     for split, rows in splits.items():
         _write(out / f"{split}.jsonl", (row.record for row in rows))
     _write(out / "quarantine.jsonl", reading.quarantine)
@@ -106,6 +110,7 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
         unread=dict(reading.unread.most_common(MAX_UNREAD)),
         similar=similar,
         findings=reading.findings,
+        sources=count_sources(splits, config, reading.sources),
         near=near,
         profile=Profile.of([row.record for row in splits["train"]]),
     ).as_json()
@@ -148,6 +153,7 @@ def check_limits(
     found = CheckReport.model_validate(report)
     problems = "".join(f"\n            {_short(problem)}" for problem in found.first_problems)
     read = found.counts.get("read", 0)
+    refuse_poor_sources(found, max_quarantined, where)
     if found.malformed_share > max_quarantined:
         raise LimitExceeded(
             f"{found.counts.get('malformed', 0)} of {read} rows are malformed.",
@@ -191,6 +197,8 @@ def _read(files: Path, config: CheckDatasetConfig, reading: _Reading) -> tuple[S
     """Read all files and split their rows; malformed rows go to the quarantine."""
     splits: Splits = {"train": [], "validation": [], "heldout": []}
     rows: Iterable[ValidRow] = _valid_rows(files, config, reading)
+    if config.sources:
+        rows = drawn_rows(rows, config, reading.sources)
     if config.profile:
         rows, reading.findings = leave_out_findings(
             rows, config.profile, reading.leave_out, partial(_may_be_learned, config=config)
@@ -222,20 +230,34 @@ def _may_be_learned(row: ValidRow, config: CheckDatasetConfig) -> bool:
 def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Iterator[ValidRow]:
     """Yield the rows that have a chat; the others go to the quarantine."""
     counts, quarantine = reading.counts, reading.quarantine
-    tools = dataset_tools(config.tools, "data.tools")
+    for set_name, as_read in rows_of_sets(files, config, dataset_tools(config.tools, "data.tools")):
+        row = with_thinking(as_read, config.thinking)
+        counts["read"] += 1
+        if config.sources:
+            count_read(reading.sources, row.place, malformed=row.messages is None and not row.is_marked_false)
+        if row.unused_keys:
+            reading.unread.update(row.unused_keys)
+        if row.messages is None:
+            counts["marked_false" if row.is_marked_false else "malformed"] += 1
+            if not row.is_marked_false and len(reading.malformed) < 5:
+                reading.malformed.add(row.place)
+            quarantine.append({"place": row.place, "set": set_name, "problem": row.problem or "", "row": row.raw})
+            continue
+        yield ValidRow(row, row.messages, set_name, prompt_key(row.messages))
+
+
+def rows_of_sets(files: Path, config: CheckDatasetConfig, tools: list[Tool] | None) -> Iterator[tuple[str, Row]]:
+    """Yield (set, row) for the rows of a dataset, as they are read.
+
+    Raises:
+        BadData: a file is missing or cannot be read.
+    """
+    if config.sources:
+        yield from source_rows(files, config, tools)
+        return
     for set_name, set_files in assign_files(files, config).items():
-        for as_read in read_rows(files, set_files, config.format, config.columns, config.group, tools):
-            row = with_thinking(as_read, config.thinking)
-            counts["read"] += 1
-            if row.unused_keys:
-                reading.unread.update(row.unused_keys)
-            if row.messages is None:
-                counts["marked_false" if row.is_marked_false else "malformed"] += 1
-                if not row.is_marked_false and len(reading.malformed) < 5:
-                    reading.malformed.add(row.place)
-                quarantine.append({"place": row.place, "set": set_name, "problem": row.problem or "", "row": row.raw})
-                continue
-            yield ValidRow(row, row.messages, set_name, prompt_key(row.messages))
+        for row in read_rows(files, set_files, config.format, config.columns, config.group, tools):
+            yield set_name, row
 
 
 def _place(valid: ValidRow, split: Split, splits: Splits, config: CheckDatasetConfig, reading: _Reading) -> None:
@@ -273,13 +295,19 @@ def _hold_out_one(splits: Splits, reading: _Reading, config: CheckDatasetConfig)
         group = row.record.get("group")
         return row.prompt if group is None else group_key(group)
 
-    may = {unit(r) for r in rows if is_last_learned(r.record) and (config.group is None or "group" in r.record)}
+    may = {
+        unit(r)
+        for r in rows
+        if is_last_learned(r.record)
+        and (config.group is None or "group" in r.record)
+        and not is_pinned_to_train(r.record["place"], config)
+    }
     if len({unit(row) for row in rows}) < 2 or not may:
         return
     chosen = min(may, key=lambda key: draw(key, config.seed, "heldout"))
     splits["train"] = [row for row in rows if unit(row) != chosen]
     for row in rows:
-        if unit(row) == chosen and is_last_learned(row.record):
+        if unit(row) == chosen and is_last_learned(row.record) and not is_pinned_to_train(row.record["place"], config):
             record: ChatRecord = {**row.record, "set": GATE_SET}
             record.pop("learned", None)
             record.pop("weights", None)

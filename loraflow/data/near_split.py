@@ -79,11 +79,17 @@ def draw_split(row: ValidRow, config: CheckDatasetConfig) -> Split:
     if row.set != "train":
         return "heldout"
     key = _unit(row)
-    if not config.heldout and in_share(key, config.heldout_fraction, config.seed, "heldout"):
+    may_be_held_out = not config.heldout and not is_pinned_to_train(row.row.place, config)
+    if may_be_held_out and in_share(key, config.heldout_fraction, config.seed, "heldout"):
         return "heldout"
     if config.validation_fraction and in_share(key, config.validation_fraction, config.seed, "validation"):
         return "validation"
     return "train"
+
+
+def is_pinned_to_train(place: str, config: CheckDatasetConfig) -> bool:
+    """Tell whether a row's source is used for training only (data.sources, split: train)."""
+    return any(source.split == "train" and place.startswith(f"{source.name}/") for source in config.sources)
 
 
 def _unit(row: ValidRow) -> str:
@@ -155,7 +161,10 @@ def near_policy(chats: Sequence[Chat]) -> Literal["report", "drop"]:
 
 def _unplaced(rows: Sequence[ValidRow], config: CheckDatasetConfig) -> list[Unplaced]:
     may_be_held_out = [
-        is_answer_learned(row.row) and (config.group is None or row.row.group is not None) for row in rows
+        is_answer_learned(row.row)
+        and (config.group is None or row.row.group is not None)
+        and not is_pinned_to_train(row.row.place, config)
+        for row in rows
     ]
     held_out = [row for row, may in zip(rows, may_be_held_out, strict=True) if row.set != "train" and may]
     held = {row.key for row in held_out}

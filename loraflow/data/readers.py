@@ -21,6 +21,7 @@ from loraflow.data.csv_reader import read_table
 from loraflow.data.json_reader import RawValue, read_json, read_json_lines, row_text
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MarkedFalse
+from loraflow.data.sqlite_reader import SUFFIXES, read_sqlite
 from loraflow.failures import BadData
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def read_rows(
     columns: Mapping[str, str] = MappingProxyType({}),
     group: str | None = None,
     tools: list[Tool] | None = None,
+    query: str | None = None,
 ) -> Iterator[Row]:
     """Read files row by row. A malformed row is yielded with its problem.
 
@@ -69,14 +71,15 @@ def read_rows(
         columns: {loraflow's column: the files' column}, for columns with other names.
         group: the field that names a row's group.
         tools: of rows that have none of their own.
+        query: of databases: the table, or a SELECT statement; None for the only table.
 
     Raises:
         BadData: a file cannot be read, or its kind is unknown.
     """
     for name in names:
         path = folder / name
-        labels = Labels(partial(_rows_of, path, name))
-        for place, value, text in read_values(path, name):
+        labels = Labels(partial(_rows_of, path, name, query))
+        for place, value, text in read_values(path, name, query):
             if isinstance(value, BadRow):
                 yield Row(place, None, str(value), text)
                 continue
@@ -91,8 +94,8 @@ def read_rows(
                 yield Row(place, None, str(problem), text)
 
 
-def _rows_of(path: Path, name: str) -> Iterator[JsonValue]:
-    for row in read_values(path, name):
+def _rows_of(path: Path, name: str, query: str | None) -> Iterator[JsonValue]:
+    for row in read_values(path, name, query):
         if not isinstance(row.value, BadRow):
             yield row.value
 
@@ -109,12 +112,13 @@ def _group(row: JsonValue, field: str | None) -> str | None:
     return str(value).strip() or None if value is not None else None
 
 
-def read_values(path: Path, name: str) -> Iterator[RawValue]:
+def read_values(path: Path, name: str, query: str | None = None) -> Iterator[RawValue]:
     """Read a file's rows as they are, without converting them to chats.
 
     Args:
         path: the file.
         name: the file's name in messages.
+        query: of a database: the table, or a SELECT statement; None for the only table.
 
     Raises:
         BadData: the file cannot be read, or its kind is unknown.
@@ -130,6 +134,9 @@ def read_values(path: Path, name: str) -> Iterator[RawValue]:
     reader = _READERS.get(suffix)
     if reader is None:
         raise _unknown_kind(name)
+    if suffix in SUFFIXES:
+        yield from _read_database(path, name, query)
+        return
     if suffix != ".parquet":
         _refuse_binary(begin, name)
     try:
@@ -170,7 +177,7 @@ def match_files(folder: Path, patterns: list[str]) -> list[str]:
         hits = _matches(pattern, have)
         if (
             not hits
-            and _is_hidden(pattern)
+            and is_hidden(pattern)
             and (folder / pattern).is_file()
             and Path(pattern).suffix.lower() in _READERS
         ):
@@ -235,17 +242,18 @@ def readable_files(folder: Path) -> list[str]:
     names = (
         p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in _READERS and p.is_file()
     )
-    return sorted(name for name in names if not _is_hidden(name))
+    return sorted(name for name in names if not is_hidden(name))
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in Path(name).parts)
+def is_hidden(name: str) -> bool:
+    """Tell whether a file, relative to its dataset, is hidden or left by an operating system."""
+    return any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db") for part in Path(name).parts)
 
 
 def match_nothing(folder: Path) -> list[str]:
     """Return the names of a folder's files whose type is not read, such as train.jsonl.gz. Hidden files are left out."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return [name for name in names if Path(name).suffix.lower() not in _READERS and not _is_hidden(name)]
+    return [name for name in names if Path(name).suffix.lower() not in _READERS and not is_hidden(name)]
 
 
 def _read_table(path: Path, name: str) -> Iterator[RawValue]:
@@ -254,6 +262,11 @@ def _read_table(path: Path, name: str) -> Iterator[RawValue]:
             yield RawValue(f"{name}:row {number}", BadRow(row), text[:2000])
         else:
             yield _with_parsed_turns({**row}, f"{name}:row {number}")
+
+
+def _read_database(path: Path, name: str, query: str | None = None) -> Iterator[RawValue]:
+    for number, row in enumerate(read_sqlite(path, name, query), 1):
+        yield _with_parsed_turns(row, f"{name}:row {number}")
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[RawValue]:
@@ -324,6 +337,7 @@ _READERS = {
     ".csv": _read_table,
     ".tsv": _read_table,
     ".parquet": _read_parquet,
+    **dict.fromkeys(SUFFIXES, _read_database),
 }
 
 

@@ -1,0 +1,147 @@
+"""The rows of the sources of a mixture (`data.sources`): which rows each of them gives, and how often they are trained on.
+
+The files of a source are in a folder with its name, so the place of each of its rows begins with that name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from loraflow.config.stage_configs import CheckDatasetConfig, SourceConfig
+from loraflow.data.chats import GATE_SET, Tool
+from loraflow.data.near_split import ValidRow
+from loraflow.data.placement import Split
+from loraflow.data.readers import Row, match_files, read_rows
+from loraflow.data.similar import CheckedRow
+from loraflow.data.split import in_share, sample
+from loraflow.failures import BadData
+
+SourceCounts = dict[str, dict[str, int]]  # source → what is counted → rows
+
+
+def source_of(place: str) -> str:
+    """Return the name of the source that a row comes from."""
+    return place.split("/", 1)[0]
+
+
+def source_rows(files: Path, config: CheckDatasetConfig, tools: list[Tool] | None) -> Iterator[tuple[str, Row]]:
+    """Yield (set, row) for the rows of all sources: those that are held out first.
+
+    Raises:
+        BadData: a file cannot be read, a pattern matches no file, or two sources have the same file.
+    """
+    names = _names(files, config.sources)
+    for source in sorted(config.sources, key=lambda source: source.split != "heldout"):
+        set_name = GATE_SET if source.split == "heldout" else "train"
+        found = names[source.name]
+        for row in read_rows(files, found, source.format, source.columns, config.group, tools, query=source.query):
+            yield set_name, row
+
+
+def _names(files: Path, sources: Sequence[SourceConfig]) -> dict[str, list[str]]:
+    """Return the files of each source, relative to the folder of all.
+
+    Raises:
+        BadData: a pattern matches no file, or two files of sources have the same content.
+    """
+    names: dict[str, list[str]] = {}
+    sizes: dict[int, list[tuple[str, str]]] = {}  # of files that are not empty
+    for number, source in enumerate(sources, 1):
+        try:
+            found = match_files(files / source.name, source.files)
+        except BadData as failure:
+            failure.what = f"Source {number} ({source.name}): {failure.what}"
+            failure.next_step = "correct source or files"
+            raise
+        names[source.name] = [f"{source.name}/{name}" for name in found]
+        for name in names[source.name]:
+            if size := (files / name).stat().st_size:
+                sizes.setdefault(size, []).append((source.name, name))
+    for same in sizes.values():
+        if len({source for source, _ in same}) > 1:
+            _refuse_same(files, same)
+    return names
+
+
+def _refuse_same(files: Path, candidates: Sequence[tuple[str, str]]) -> None:
+    first: dict[str, tuple[str, str]] = {}
+    for source, name in candidates:
+        with (files / name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        other, other_name = first.setdefault(digest, (source, name))
+        if other != source:
+            raise BadData(
+                f"The sources {other} and {source} have the same file.",
+                where=f"{other_name} and {name}",
+                expected="each file in one source: its weight says how often its rows are used",
+                next_step="remove it from one of them, or choose others by files",
+            )
+
+
+def drawn_rows(rows: Iterable[ValidRow], config: CheckDatasetConfig, counts: SourceCounts) -> Iterator[ValidRow]:
+    """Yield the rows that the limits and weights of their sources take; the others are counted.
+
+    The sample depends only on a row's prompt and its source: other rows and sources do not change it, but for those that a
+    limit has to leave out.
+    """
+    sources = {source.name: source for source in config.sources}
+    for name, group in groupby(rows, key=lambda row: source_of(row.row.place)):
+        source, of_source = sources[name], counts.setdefault(name, {})
+        for row in _limited(group, source.limit, config.seed, of_source):
+            if source.weight < 1 and not in_share(row.key, source.weight, config.seed, f"weight of {name}"):
+                _count(of_source, "not_drawn", 1)
+            else:
+                yield row
+
+
+def _limited(group: Iterable[ValidRow], limit: int | None, seed: int, counts: dict[str, int]) -> Iterable[ValidRow]:
+    if limit is None:
+        return group
+    rows = list(group)
+    taken = sample([row.key for row in rows], limit, seed, "limit of a source")
+    _count(counts, "over_limit", len(rows) - len(taken))
+    return [rows[number] for number in taken]
+
+
+def repeated(rows: list[CheckedRow], config: CheckDatasetConfig) -> list[CheckedRow]:
+    """Return training rows as often as the weights of their sources say; of a fraction, a seeded share once more."""
+    weights = {source.name: source.weight for source in config.sources if source.weight > 1}
+    if not weights:
+        return rows
+    found: list[CheckedRow] = []
+    for row in rows:
+        name = source_of(row.record["place"])
+        times, fraction = divmod(weights.get(name, 1.0), 1)
+        more = bool(fraction) and in_share(row.prompt, fraction, config.seed, f"repeat of {name}")
+        found += [row] * (int(times) + more)
+    return found
+
+
+def count_sources(
+    splits: Mapping[Split, Sequence[CheckedRow]], config: CheckDatasetConfig, counts: SourceCounts
+) -> SourceCounts:
+    """Return the rows of each source: read, malformed, left out by limit and weight, and those of each split."""
+    rows = {split: Counter(source_of(row.record["place"]) for row in rows) for split, rows in splits.items()}
+    different = Counter(source_of(place) for place in {row.record["place"] for row in splits["train"]})
+    found: SourceCounts = {}
+    for source in config.sources:
+        name = source.name
+        found[name] = {"read": 0, **counts.get(name, {}), **{split: count[name] for split, count in rows.items()}}
+        _count(found[name], "repeated", rows["train"][name] - different[name])
+    return found
+
+
+def _count(counts: dict[str, int], what: str, number: int) -> None:
+    if number:
+        counts[what] = counts.get(what, 0) + number
+
+
+def count_read(counts: SourceCounts, place: str, *, malformed: bool) -> None:
+    """Count a row that was read."""
+    of_source = counts.setdefault(source_of(place), {})
+    _count(of_source, "read", 1)
+    _count(of_source, "malformed", int(malformed))
