@@ -77,6 +77,8 @@ VERSION_DATASET = Stage(
     code=(
         "loraflow.data.version",
         "loraflow.data.source_files",
+        "loraflow.data.hidden_files",
+        "loraflow.data.sqlite_reader",
         "loraflow.data.dvc",
         "loraflow.data.dvc_command",
         "loraflow.data.dataset_files",
@@ -114,6 +116,8 @@ CHECK_DATASET = Stage(
         "loraflow.data.chat_formats",
         "loraflow.data.cell_values",
         "loraflow.data.sources",
+        "loraflow.data.source_limits",
+        "loraflow.data.hidden_files",
         "loraflow.data.sqlite_reader",
         "loraflow.data.row_fields",
         "loraflow.data.labels",

@@ -18,6 +18,7 @@ from loraflow.data.cell_values import parsed_list
 from loraflow.data.chat_formats import RawRow, read_chat
 from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.csv_reader import read_table
+from loraflow.data.hidden_files import is_hidden
 from loraflow.data.json_reader import RawValue, read_json, read_json_lines, row_text
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MarkedFalse
@@ -243,11 +244,6 @@ def readable_files(folder: Path) -> list[str]:
         p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in _READERS and p.is_file()
     )
     return sorted(name for name in names if not is_hidden(name))
-
-
-def is_hidden(name: str) -> bool:
-    """Tell whether a file, relative to its dataset, is hidden or left by an operating system."""
-    return any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db") for part in Path(name).parts)
 
 
 def match_nothing(folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ from loraflow.config.stage_configs import (
     VersionDatasetConfig,
 )
 from loraflow.data import dvc
-from loraflow.data.readers import is_hidden
+from loraflow.data.hidden_files import is_hidden
 from loraflow.data.sqlite_reader import refuse_unsaved
 from loraflow.failures import BadData, Failure
 from loraflow.store.files import HashMemo
