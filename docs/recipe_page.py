@@ -88,6 +88,12 @@ def page() -> str:
             text += f" Keys without a note have the meaning that {SAME_AS[name]} documents."
         text = textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
         parts.append(f"## {name}\n\n{text}\n\n{table(name, leaves(model))}")
+        for key, item in fields(model):
+            if (of_item := item_model(item)) is not None:
+                doc = " ".join((of_item.__doc__ or "").split())
+                parts.append(
+                    f"### {name}.{key}\n\nEach item: {doc[0].lower()}{doc[1:]}\n\n{table('', fields(of_item))}"
+                )
     parts.append(renamed())
     return "\n".join(parts)
 
@@ -96,6 +102,12 @@ def fields(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
     """Yield the keys of a model, as a recipe writes them."""
     for name, field in model.model_fields.items():
         yield field.alias or name, field
+
+
+def item_model(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the model of the items of a list; None if the field is no list of models."""
+    arguments = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is list else ()
+    return next((kind for kind in arguments if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -160,6 +172,8 @@ def kind(annotation: object) -> str:
         return f"list of {kind(arguments[0])}"
     if origin is dict:
         return f"{{{kind(arguments[0])}: {kind(arguments[1])}}}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
     names = {bool: "true, false", int: "integer", float: "number", str: "text", type(None): "null"}
     return names.get(annotation, "any value") if isinstance(annotation, type) else "any value"
 

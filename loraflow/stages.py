@@ -76,6 +76,9 @@ VERSION_DATASET = Stage(
     runtime=JobRuntime.of_dataset,
     code=(
         "loraflow.data.version",
+        "loraflow.data.source_files",
+        "loraflow.data.hidden_files",
+        "loraflow.data.sqlite_reader",
         "loraflow.data.dvc",
         "loraflow.data.dvc_command",
         "loraflow.data.dataset_files",
@@ -98,7 +101,9 @@ CHECK_DATASET = Stage(
     # data.limit is spread over groups or labels
     # 6, too: reasoning beside an answer's content is a part of the chat; rows of held-out files that cannot be held out make
     # no training row a leak
-    version=6,
+    # 7: marks in other spellings and in `metadata`, cells that are no texts (nan, #NAME?), lists that were written as text,
+    # a second header, quotes that are not quotes; hidden files are no data
+    version=7,
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},
@@ -113,6 +118,11 @@ CHECK_DATASET = Stage(
         "loraflow.data.thinking",
         "loraflow.data.readers",
         "loraflow.data.chat_formats",
+        "loraflow.data.cell_values",
+        "loraflow.data.sources",
+        "loraflow.data.source_limits",
+        "loraflow.data.hidden_files",
+        "loraflow.data.sqlite_reader",
         "loraflow.data.row_fields",
         "loraflow.data.labels",
         "loraflow.data.marks",

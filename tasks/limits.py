@@ -28,7 +28,13 @@ def check_rows(workspace: Workspace, rows: Ref) -> None:
     refuse_findings(report, where)
     data = workspace.recipe.data
     refuse = data.near_duplicates == "refuse"
-    check.check_limits(report, data.max_quarantined, where, data.source, refuse_near_leaks=refuse)
+    check.check_limits(
+        report,
+        data.max_quarantined,
+        where,
+        data.source if not data.sources else "The mixture",
+        refuse_near_leaks=refuse,
+    )
 
 
 @task(name="check", task_run_name="check merge", cache_policy=NO_CACHE, persist_result=False)

@@ -93,6 +93,7 @@ def check(source: str, form: str | None, personal: bool, as_json: bool) -> None:
     from loraflow.cli.data_check import checked_source, print_findings
     from loraflow.data.findings import Detector
     from loraflow.data.readers import is_answer_learned, is_partly_learned, match_nothing
+    from loraflow.data.sources import source_of
     from loraflow.data.split import prompt_key
 
     read = checked_source(source, form, personal=personal)
@@ -101,8 +102,11 @@ def check(source: str, form: str | None, personal: bool, as_json: bool) -> None:
     prompts: set[str] = set()
     problems: list[dict[str, str]] = []
     unread: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
     for set_name, row in read.rows():
         rows += 1
+        if read.config is not None:
+            sources[source_of(row.place)] += 1
         unread.update(row.unused_keys)
         if row.is_marked_false:
             marked += 1
@@ -118,12 +122,17 @@ def check(source: str, form: str | None, personal: bool, as_json: bool) -> None:
     if as_json:
         counts = {"rows": rows, "malformed": len(problems), "marked_false": marked, "partly_marked": partly}
         counts |= {"weighted": weighted} if weighted else {}
+        of_sources = {"sources": dict(sources)} if sources else {}
         found = {"profile": [finding.model_dump() for finding in findings], "scripts": detector.scripts}
         click.echo(
-            json.dumps({**counts, "columns": read.columns, "unread": dict(unread), "problems": problems, **found})
+            json.dumps(
+                {**counts, "columns": read.columns, "unread": dict(unread), "problems": problems, **found, **of_sources}
+            )
         )
     else:
         _print_check(rows, problems, read.columns, unread)
+        for name, count in sources.items():
+            click.echo(f"source {name}: {count} rows")
         for line in marked_lines(marked, partly, weighted):
             click.echo(line)
         print_findings(findings, detector.scripts)

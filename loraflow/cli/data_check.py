@@ -14,6 +14,7 @@ from loraflow.config.data_profile import ProfileCheckName, ProfileRule, default_
 from loraflow.failures import BadConfig
 
 if TYPE_CHECKING:
+    from loraflow.config.stage_configs import CheckDatasetConfig
     from loraflow.data.chats import Tool
     from loraflow.data.check_report import Finding
     from loraflow.data.readers import Row
@@ -31,11 +32,16 @@ class CheckedSource:
     group: str | None = None
     tools: list[Tool] | None = None
     convert: Callable[[Row], Row] = lambda row: row  # what the recipe makes of a row
+    config: CheckDatasetConfig | None = None  # of a recipe with data.sources, which name their own files
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         """Yield each row with its set."""
         from loraflow.data.readers import read_rows
+        from loraflow.data.sources import source_rows
 
+        if self.config is not None:
+            for name, row in source_rows(self.folder, self.config, self.tools):
+                yield name, self.convert(row)
         for name, files in self.sets.items():
             for row in read_rows(self.folder, files, self.format, self.columns, self.group, self.tools):
                 yield name, self.convert(row)
@@ -93,13 +99,14 @@ def _of_recipe(recipe: str, *, personal: bool) -> CheckedSource:
     tools = dataset_tools(config.tools, "data.tools")
     return CheckedSource(
         folder,
-        assign_files(folder, config),
+        {} if config.sources else assign_files(folder, config),
         config.format,
         config.columns,
         rules,
         config.group,
         tools,
         convert=partial(with_thinking, thinking=config.thinking),
+        config=config if config.sources else None,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from loraflow.config.recipe import COLUMNS
+from loraflow.config.data_sources import COLUMNS
 from loraflow.data.guess_columns import columns_of
 from loraflow.failures import BadConfig, BadData
 

@@ -27,6 +27,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     from loraflow.execution.plan import base_report, gate_power, too_few_positions
     from loraflow.execution.plan import plan as plan_run
     from loraflow.execution.plan_memory import planned_memory
+    from loraflow.execution.plan_sources import planned_sources
     from loraflow.execution.workspace import Workspace
     from loraflow.failures import Failure
     from loraflow.stages import TRAIN, check_names
@@ -39,6 +40,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     memory = planned_memory(workspace) if trains else None
     note = too_few_positions(workspace) if trains else ""
     base = base_report(workspace) if trains else []
+    sources = planned_sources(workspace)
     power, problem = None, ""
     try:
         power = gate_power(workspace)
@@ -54,6 +56,8 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
                 "training": {**memory.training.as_bytes()},
                 "evaluation": {**memory.evaluation.as_bytes()},
             }
+        if sources:
+            document["sources"] = [*sources]
         if base:
             document["base"] = [line.strip() for line in base]
         if note:
@@ -72,6 +76,8 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
         click.echo(json.dumps(document, ensure_ascii=False))
     else:
         _show(steps, memory, base)
+        for line in sources:
+            click.echo(line)
         if note:
             click.echo(f"note: {note}")
         if problem:

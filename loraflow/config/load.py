@@ -9,7 +9,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 from pydantic.fields import FieldInfo
 
 from loraflow.config import yaml
+from loraflow.config.data_sources import DataSource
 from loraflow.config.recipe import Recipe
 from loraflow.config.recipe_text import find_and_read, shorten
 from loraflow.config.renamed_keys import TRANSLATED, translate
@@ -110,7 +111,7 @@ def parse_recipe(text: str, name: str = "recipe", overrides: Mapping[str, JsonVa
         problems += [
             Problem(
                 _line(lines, problem["loc"]),
-                _message(problem),
+                _message(problem, document),
                 _find_override(overrides, problem["loc"], problem["msg"], lines),
             )
             for problem in found[:MAX_PROBLEMS]
@@ -248,12 +249,12 @@ def _line(lines: dict[yaml.Path, int], loc: tuple[str | int, ...]) -> int:
     return 0
 
 
-def _message(error: ErrorDetails) -> str:
+def _message(error: ErrorDetails, document: Mapping[str, JsonValue]) -> str:
     """Return the message for a validation error, with the key that was probably meant."""
     loc = [part for part in error["loc"] if not _is_branch(part)]
     if error["type"] == "extra_forbidden":  # the key is the user's, and may look like a branch
         loc = list(error["loc"])
-    dotted = shorten(".".join(str(part) for part in loc)) or "recipe"
+    dotted = shorten(_dotted(loc, document)) or "recipe"
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(loc[-1]), _names(loc[:-1]), 1, 0.5)
         elsewhere = [".".join(path) for path in _all_paths(Recipe) if path[-1] == loc[-1]]
@@ -262,6 +263,19 @@ def _message(error: ErrorDetails) -> str:
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     got = "" if error["type"] in ("missing", "value_error") else f", not {shorten(repr(error['input']))}"
     return f"{dotted}: {message}{got}"
+
+
+def _dotted(loc: Sequence[str | int], document: Mapping[str, JsonValue]) -> str:
+    """Return a location as text. A source of a mixture has its number and name: people do not count from 0."""
+    match loc:
+        case ["data", "sources", int(index), *rest]:
+            data = document.get("data")
+            sources = data.get("sources") if isinstance(data, dict) else None
+            source = sources[index] if isinstance(sources, list) else None
+            name = (source.get("name") or source.get("source")) if isinstance(source, dict) else None
+            label = f"source {index + 1}" + (f" ({name})" if isinstance(name, str) else "")
+            return ": ".join(["data.sources", label, *([".".join(map(str, rest))] if rest else [])])
+    return ".".join(str(part) for part in loc)
 
 
 def _is_branch(part: str | int) -> bool:
@@ -285,6 +299,8 @@ def section_model(field: FieldInfo) -> type[BaseModel] | None:
 def _names(loc: list[str | int]) -> list[str]:
     """Return the keys of a section."""
     model: type[BaseModel] | None = Recipe
+    if loc[:2] == ["data", "sources"]:
+        model, loc = DataSource, []
     for part in loc:
         field = next((f for n, f in (model.model_fields if model else {}).items() if (f.alias or n) == part), None)
         model = section_model(field) if field else None

@@ -24,6 +24,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from loraflow.config.data_profile import ProfileCheckName, ProfileRule
+from loraflow.config.data_sources import REPLACED, DataSource, RowFormat, checked_sources, known_columns
 from loraflow.config.runtime import Runtime
 from loraflow.frozen import FrozenModel
 
@@ -43,8 +44,6 @@ SCORES = {
     "tool_calls": {"tool_name", "tool_arguments_f1", "valid_call_rate"},
 }
 
-COLUMNS = ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "system")
-
 
 class Data(FrozenModel):
     """The dataset, and the use of its rows."""
@@ -56,9 +55,11 @@ class Data(FrozenModel):
     remote: str | None = Field(
         None, description="DVC remote to push to and fetch from; the default is DVC's default remote."
     )
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = Field(
-        "auto", description="Format of the rows; auto detects it for each row by its keys."
+    sources: list[DataSource] = Field(
+        [],
+        description="A mixture of several sources, each with its own files, format, columns and weight; instead of source.",
     )
+    format: RowFormat = Field("auto", description="Format of the rows; auto detects it for each row by its keys.")
     columns: dict[str, str] = Field({}, description="Columns with other names: {prompt: question, completion: answer}.")
     tools: str | None = Field(
         None,
@@ -116,14 +117,15 @@ class Data(FrozenModel):
     limit: Positive | None = Field(None, description="Use a seeded sample of this many training rows.")
     seed: int = Field(0, description="Seed of the split and of the sample of limit.")
 
-    @field_validator("columns")
-    @classmethod
-    def _columns(cls, value: dict[str, str]) -> dict[str, str]:
-        if unknown := value.keys() - set(COLUMNS):
-            raise ValueError(
-                f"{', '.join(sorted(unknown))}: should be one of {', '.join(COLUMNS)}; your column's name is the value"
-            )
-        return value
+    _columns = field_validator("columns")(known_columns)
+    _sources = field_validator("sources")(checked_sources)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        changed = [name for name in REPLACED if getattr(self, name) != type(self).model_fields[name].default]
+        if self.sources and changed:
+            raise ValueError(f"{', '.join(changed)}: with sources, each source has its own; remove it here")
+        return self
 
     @field_validator("extra_heldout")
     @classmethod

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Protocol, Self
 from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
 
 from loraflow.config.data_profile import ProfileCheckName, ProfileRule
+from loraflow.config.data_sources import RowFormat, source_settings
 from loraflow.config.recipe import (
     BestCheckpoint,
     LoralibConfig,
@@ -52,6 +53,20 @@ class DvcOrigin(FrozenModel):
     remote: str | None = Field(None, description="DVC remote to fetch from; None is the default remote.")
 
 
+class SourcePart(FrozenModel):
+    """A file of a source, or its folder."""
+
+    path: str = Field(description="Below the source's folder; empty if it is the folder.")
+    md5: str
+    origin: FolderOrigin | DvcOrigin
+
+
+class SourcesOrigin(FrozenModel):
+    """The sources of a mixture (data.sources)."""
+
+    sources: dict[str, list[SourcePart]]
+
+
 class HubOrigin(FrozenModel):
     """A commit of a model on the Hugging Face hub."""
 
@@ -65,7 +80,7 @@ class GgufOrigin(FrozenModel):
     gguf: str
 
 
-Origin = FolderOrigin | DvcOrigin | HubOrigin | GgufOrigin
+Origin = FolderOrigin | DvcOrigin | SourcesOrigin | HubOrigin | GgufOrigin
 
 
 class DatasetLocation(FrozenModel):
@@ -73,7 +88,7 @@ class DatasetLocation(FrozenModel):
 
     md5: str
     name: str
-    origin: FolderOrigin | DvcOrigin
+    origin: FolderOrigin | DvcOrigin | SourcesOrigin
 
 
 class BaseLocation(FrozenModel):
@@ -131,18 +146,37 @@ class VersionDatasetConfig(StageConfig):
 
     md5: str
     name: str | None = None  # a folder's md5 covers its files' names; a single file's does not
+    sources: dict[
+        str, dict[str, str]
+    ] = {}  # {source: {file, or "" for a folder: md5}}; set only if the recipe has some
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """See `StageConfig.from_recipe`."""
         dataset = context.dataset
+        if isinstance(dataset.origin, SourcesOrigin):
+            parts = {name: {part.path: part.md5 for part in parts} for name, parts in dataset.origin.sources.items()}
+            return cls.of({"md5": dataset.md5, "sources": parts})
         return cls.of({"md5": dataset.md5} | ({} if dataset.md5.endswith(".dir") else {"name": dataset.name}))
+
+
+class SourceConfig(FrozenModel):
+    """How the rows of a source are read and used."""
+
+    name: str
+    files: list[str] = ["*"]
+    query: str | None = None
+    weight: float = 1.0
+    limit: Positive | None = None
+    format: RowFormat = "auto"
+    columns: dict[str, str] = {}
+    split: Literal["train", "heldout"] | None = None
 
 
 class CheckDatasetConfig(StageConfig):
     """Config of check_dataset."""
 
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"]
+    format: RowFormat
     columns: dict[str, str]
     train: list[str]
     heldout: list[str]
@@ -158,6 +192,7 @@ class CheckDatasetConfig(StageConfig):
     near_duplicates: Literal["report", "drop"] | None = None  # set only if near-duplicates are searched
     tools: list[JsonValue] | None = None  # the content of data.tools; set only if the recipe names it
     profile: dict[ProfileCheckName, ProfileRule] = {}  # set only if the recipe has checks
+    sources: list[SourceConfig] = []  # set only if the recipe has sources
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
@@ -165,9 +200,10 @@ class CheckDatasetConfig(StageConfig):
         data = recipe.data
         fields = {"format", "columns", "train", "heldout", "extra_heldout", "validation_fraction", "system"}
         fields |= {"duplicates", "limit"}
-        if not data.heldout:
+        is_held_out = bool(data.heldout) or any(source.split == "heldout" for source in data.sources)
+        if not is_held_out:
             fields.add("heldout_fraction")
-        if not data.heldout or data.validation_fraction:
+        if not is_held_out or data.validation_fraction or data.sources:
             fields.add("seed")
         if data.group is not None:
             fields.add("group")
@@ -180,6 +216,8 @@ class CheckDatasetConfig(StageConfig):
             values["profile"] = {name: rule.model_dump(exclude_none=True) for name, rule in data.profile.items()}
         if data.tools is not None:
             values["tools"] = read_tools_file(data.tools)
+        if data.sources:
+            values["sources"] = [source_settings(source) for source in data.sources]
         return cls.of(values)
 
 

@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 from pydantic import JsonValue
 
+from loraflow.data.cell_values import is_chat_as_text, is_missing, parsed_list, refuse_error_value, refuse_media
 from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
@@ -81,6 +82,7 @@ def read_chat(
     """
     fields = RowFields(_object(row), columns, labels or Labels())
     turns = _turns(fields, format_name)
+    refuse_media(fields.row, [turn.content for turn in turns])
     row_weight = 1.0 if fields.row.keys() <= _FORMAT_KEYS else fields.row_weight()
     messages = _checked(turns, _tools(fields, tools))
     if not row_weight:
@@ -175,7 +177,7 @@ def _with_system(fields: RowFields, chat: list[Turn]) -> list[Turn]:
     system = fields.optional(*_SYSTEM_KEYS)
     if isinstance(system, list):
         system = fields.joined(system, 0, "system")
-    if not has_value(system):
+    if not has_value(system) or is_missing(system):
         return chat
     if not isinstance(system, str):
         raise BadRow(f"the system column is {type(system).__name__}; expected text")
@@ -190,13 +192,15 @@ def _with_dummy_answer(row: RawRow) -> RawRow:
     """Put a dummy answer where the answer belongs, so that a prompt passes the checks of a whole chat."""
     out = dict(row)
     for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
-        turns = objects(out.get(key))
+        turns = objects(parsed_list(out.get(key), key))
         if turns:
             last = turns[-1].get(role)
             answered = isinstance(last, str) and (last in ASSISTANT or last == FUNCTION_CALL)
             out[key] = [*(turns[:-1] if answered else turns), {role: "assistant", content: "."}]
     for question, answer in (("instruction", "output"), ("prompt", "completion")):
         if question in out:
+            if is_chat_as_text(out[question]):
+                out[question] = parsed_list(out[question], question)
             out.pop("response", None)
             out[answer] = [{"role": "assistant", "content": "."}] if isinstance(out[question], list) else "."
     return out
@@ -232,14 +236,14 @@ def has_known_keys(row: RawRow) -> bool:
 
 
 def _messages(fields: RowFields) -> list[Turn]:
-    messages = objects(fields.value("messages"))
+    messages = objects(parsed_list(fields.value("messages"), "messages"))
     if messages is None:
         raise BadRow("messages: expected a list of {role, content}")
     return fields.turns("messages", messages, ("role",), ("content",))
 
 
 def _sharegpt(fields: RowFields) -> list[Turn]:
-    turns = objects(fields.value("conversations"))
+    turns = objects(parsed_list(fields.value("conversations"), "conversations"))
     if turns is None:
         raise BadRow("conversations: expected a list of {from, value}")
     out: list[Turn] = []
@@ -263,10 +267,13 @@ def _alpaca(fields: RowFields) -> list[Turn]:
         raise BadRow(f"instruction is {type(instruction).__name__}; expected text")
     if context is not None and not isinstance(context, str):
         raise BadRow(f"input is {type(context).__name__}; expected text")
-    user = f"{instruction}\n\n{context}" if context is not None and context.strip() else instruction
+    _refuse_chat_as_text("instruction", instruction)
+    user = instruction
+    if context is not None and context.strip() and not is_missing(context):
+        user = f"{instruction}\n\n{context}" if instruction.strip() else context
     out: list[Turn] = []
-    history = fields.optional("history")  # LLaMA-Factory's: earlier questions and answers
-    if has_value(history) and history not in ("[]", "null"):
+    history = parsed_list(fields.optional("history"), "history")  # LLaMA-Factory's: earlier questions and answers
+    if has_value(history) and not is_missing(history):
         if not isinstance(history, list):
             raise BadRow("history: expected a list of [question, answer]")
         for pair in history:
@@ -278,6 +285,11 @@ def _alpaca(fields: RowFields) -> list[Turn]:
 
 def _prompt_completion(fields: RowFields) -> list[Turn]:
     prompt, completion = fields.value("prompt"), fields.value("completion", "response")
+    if is_chat_as_text(prompt) and is_chat_as_text(completion):  # CSV has no lists
+        prompt, completion = parsed_list(prompt, "prompt"), parsed_list(completion, "completion")
+    _refuse_chat_as_text("prompt", prompt)
+    if isinstance(prompt, list) and isinstance(completion, str):
+        raise BadRow("prompt is a list of messages, and completion a text; expected both as text or both as lists")
     if isinstance(prompt, list) and isinstance(completion, list):  # trl's conversational format
         asked, answered = objects(prompt), objects(completion)
         if asked is None or answered is None:
@@ -288,6 +300,14 @@ def _prompt_completion(fields: RowFields) -> list[Turn]:
             *fields.turns("completion", answered, *keys, first=len(asked) + 1),
         ]
     return [Turn("user", prompt), Turn("assistant", completion)]
+
+
+def _refuse_chat_as_text(key: str, value: JsonValue) -> None:
+    """Refuse a prompt that was a list of messages before it was written as text: its brackets would be learned."""
+    if is_chat_as_text(value):
+        raise BadRow(
+            f"{key} is a list of messages as text; write it as a list, with a list of messages as the completion"
+        )
 
 
 @dataclass(frozen=True)
@@ -366,6 +386,7 @@ def _message(turn: Turn, number: int, *, has_calls: bool) -> Message:
         raise BadRow(f"message {number}: content is {type(content).__name__}; expected text")
     if not content.strip() and not may_be_empty:
         raise BadRow(f"message {number}: an empty {role} message")
+    refuse_error_value(content, f"message {number}:")
     _refuse_nul(content, f"message {number}:")
     if role == "system" and number != 1:
         raise BadRow(f"message {number}: a system message must be the first message")

@@ -33,6 +33,7 @@ HAS_SYSTEM = 2  # with data.system
 ADDED_SYSTEM = 4  # by data.system
 PARTLY_LEARNED = 8
 WEIGHTED = 16
+PINNED_TO_TRAIN = 32  # its source is used for training only (data.sources, split: train)
 TRAIN = "train"  # the set of rows that are not in a held-out file
 
 Keys = NDArray[np.uint64]
@@ -57,6 +58,7 @@ class ChatTable:
 
     Attributes:
         flags: bits of each row, see above.
+        source: the position of each row's source in data.sources; -1 without sources.
         drawn: the position in SPLITS of each row's split by its file or by the seeded hash.
         group: the number of each row's group (data.group); -1 if it has none.
         texts: sketches of the chats; None if near-duplicates are not searched.
@@ -69,7 +71,8 @@ class ChatTable:
         self._is_unflushed = False
         self._start = array("q", [0])
         self.flags, self.drawn, self.group = array("B"), array("b"), array("i")
-        self._set = array("h")
+        self._set, self.source = array("h"), array("h")
+        self._sources = {source.name: number for number, source in enumerate(config.sources)}
         self._ids, self._marks, self._keys = array("Q"), array("Q"), array("Q")
         # Without data.system, the prompt is what is drawn.
         self._drawn_keys = array("Q") if config.system else self._keys
@@ -111,7 +114,10 @@ class ChatTable:
             if is_added:
                 prompt_key = _key([_hashed(_message_json(message), message) for message in messages[:-1]])
             self._drawn_keys.append(int(prompt_key, 16))
-        self.drawn.append(SPLITS.index(self._draw(prompt_key, row.group, set_name)))
+        source = self._sources.get(source_of(row.place), -1) if self._sources else -1
+        self.source.append(source)
+        is_pinned = source >= 0 and self._config.sources[source].split == TRAIN
+        self.drawn.append(SPLITS.index(self._draw(prompt_key, row.group, set_name, is_pinned=is_pinned)))
         self._add_normalized(messages, chat, is_simple=is_simple)
         is_learned = is_answer_learned(row)
         self._add_text(
@@ -129,16 +135,18 @@ class ChatTable:
             | ADDED_SYSTEM * is_added
             | PARTLY_LEARNED * (row.learned is not None and is_partly_learned(row))
             | WEIGHTED * (row.weights is not None)
+            | PINNED_TO_TRAIN * is_pinned
         )
         return len(self.flags) - 1
 
-    def _draw(self, prompt_key: str, group: str | None, set_name: str) -> Split:
+    def _draw(self, prompt_key: str, group: str | None, set_name: str, *, is_pinned: bool) -> Split:
         """Return a row's split by its file, or by the seeded hash of its prompt or group."""
         config = self._config
         if set_name != TRAIN:
             return "heldout"
         key = prompt_key if group is None else group_key(group)
-        if not config.heldout and in_share(key, config.heldout_fraction, config.seed, "heldout"):
+        may_be_held_out = not config.heldout and not is_pinned
+        if may_be_held_out and in_share(key, config.heldout_fraction, config.seed, "heldout"):
             return "heldout"
         if config.validation_fraction and in_share(key, config.validation_fraction, config.seed, "validation"):
             return "validation"
@@ -237,6 +245,10 @@ class ChatTable:
         """Return a row's group (data.group)."""
         return None if self.group[number] < 0 else self._group_names[self.group[number]]
 
+    def drawn_key(self, number: int) -> str:
+        """Return the key of a row's prompt, without data.system."""
+        return f"{self._drawn_keys[number]:016x}"
+
     def unit(self, number: int, key: int) -> str:
         """Return what the seeded hash draws: the key of the row's group or of its prompt, which is `key`."""
         group = self.group_name(number)
@@ -255,6 +267,7 @@ class ChatTable:
             answers=np.frombuffer(self._answers, np.uint64),
             asked=np.frombuffer(self._asked, np.uint64),
             sets=np.frombuffer(self._set, np.int16),
+            sources=np.frombuffer(self.source, np.int16),
             groups=np.frombuffer(self.group, np.int32),
             flags=np.frombuffer(self.flags, np.uint8),
             drawn=np.frombuffer(self.drawn, np.int8),
@@ -276,6 +289,7 @@ class Columns:
     answers: Keys  # of the last answer, the same
     asked: Keys  # of the prompt without data.system, the same
     sets: NDArray[np.int16]  # 0: training files; 1: the gate's set
+    sources: NDArray[np.int16]  # position in data.sources; -1: none
     groups: NDArray[np.int32]  # -1: none
     flags: NDArray[np.uint8]
     drawn: NDArray[np.int8]  # position in SPLITS
@@ -286,6 +300,11 @@ class Columns:
     def has(self, flag: int) -> NDArray[np.bool_]:
         """Tell for each row whether it has a flag."""
         return (self.flags & flag).astype(bool)
+
+
+def source_of(place: str) -> str:
+    """Return the name of the source that a row comes from (data.sources): its place begins with it."""
+    return place.split("/", 1)[0]
 
 
 def _number(name: str, numbers: dict[str, int], names: list[str]) -> int:

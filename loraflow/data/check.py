@@ -19,8 +19,18 @@ from pydantic import JsonValue
 
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.chat_profile import profile
-from loraflow.data.chat_table import LAST_LEARNED, PARTLY_LEARNED, TRAIN, WEIGHTED, ChatTable, Columns, Rows, ValidRow
-from loraflow.data.chats import GATE_SET
+from loraflow.data.chat_table import (
+    LAST_LEARNED,
+    PARTLY_LEARNED,
+    PINNED_TO_TRAIN,
+    TRAIN,
+    WEIGHTED,
+    ChatTable,
+    Columns,
+    Rows,
+    ValidRow,
+)
+from loraflow.data.chats import GATE_SET, Tool
 from loraflow.data.check_report import CheckReport, Finding, NearDuplicates, SplitCounts
 from loraflow.data.findings import leave_out_findings
 from loraflow.data.group_leaks import drop_group_leaks, heldout_groups
@@ -28,10 +38,12 @@ from loraflow.data.near_prompts import with_near_prompts
 from loraflow.data.near_split import Clusters, place_near
 from loraflow.data.placement import SPLITS, Split
 from loraflow.data.quarantine import Quarantine
-from loraflow.data.readers import match_files, read_rows
+from loraflow.data.readers import Row, match_files, read_rows
 from loraflow.data.row_drops import drop_duplicates, drop_leaks
 from loraflow.data.sampling import spread_sample, spread_values
 from loraflow.data.similar import find_similar
+from loraflow.data.source_limits import refuse_poor_sources
+from loraflow.data.sources import SourceCounts, count_read, count_sources, drawn_rows, repeated, source_rows
 from loraflow.data.split import CLUSTER, draw, to_json
 from loraflow.data.thinking import with_thinking
 from loraflow.data.tools import dataset_tools
@@ -52,6 +64,7 @@ class _Reading:
     quarantine: Quarantine
     unread: Counter[str] = field(default_factory=Counter)  # keys that have values and were not read
     findings: list[Finding] = field(default_factory=list)  # of data.profile
+    sources: SourceCounts = field(default_factory=dict)  # of data.sources
 
     @property
     def counts(self) -> Counter[str]:
@@ -105,6 +118,7 @@ def _check(files: Path, config: CheckDatasetConfig, reading: _Reading, out: Path
         similar = with_near_prompts(similar, table, columns, learnable)
     _limit(table, columns, splits, reading, config)
     near = None if clusters is None else _write_clusters(out, table, splits, clusters)
+    splits["train"] = repeated(columns, splits["train"], config)
     for split, rows in splits.items():
         _write_rows(out / f"{split}.jsonl", table, rows, split, clusters if config.group is None else None)
     return CheckReport(
@@ -116,6 +130,7 @@ def _check(files: Path, config: CheckDatasetConfig, reading: _Reading, out: Path
         unread=dict(reading.unread.most_common(MAX_UNREAD)),
         similar=similar,
         findings=reading.findings,
+        sources=count_sources(columns, splits, config, reading.sources),
         near=near,
         profile=profile(columns, splits["train"]),
     )
@@ -145,6 +160,7 @@ def check_limits(
     found = CheckReport.model_validate(report)
     problems = "".join(f"\n            {_short(problem)}" for problem in found.first_problems)
     read = found.counts.get("read", 0)
+    refuse_poor_sources(found, max_quarantined, where)
     if found.malformed_share > max_quarantined:
         raise LimitExceeded(
             f"{found.counts.get('malformed', 0)} of {read} rows are malformed.",
@@ -190,7 +206,9 @@ def _read(
     """Read all files and split their rows; malformed rows go to the quarantine."""
     table, found = reading.table, {split: array("q") for split in SPLITS}
     place = partial(_place, found=found, config=config, reading=reading)
-    rows = _valid_rows(files, config, reading)
+    rows: Iterable[ValidRow] = _valid_rows(files, config, reading)
+    if config.sources:
+        rows = drawn_rows(rows, table, config, reading.sources)
     numbers: Iterable[int] = (valid.number for valid in rows)
     if config.profile:
         numbers, reading.findings = leave_out_findings(
@@ -227,19 +245,33 @@ def _may_be_learned(number: int, table: ChatTable, config: CheckDatasetConfig) -
 def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Iterator[ValidRow]:
     """Yield the rows that have a chat; the others go to the quarantine."""
     counts, quarantine = reading.counts, reading.quarantine
-    tools = dataset_tools(config.tools, "data.tools")
+    for set_name, as_read in rows_of_sets(files, config, dataset_tools(config.tools, "data.tools")):
+        row = with_thinking(as_read, config.thinking)
+        counts["read"] += 1
+        if config.sources:
+            count_read(reading.sources, row.place, malformed=row.messages is None and not row.is_marked_false)
+        if row.unused_keys:
+            reading.unread.update(row.unused_keys)
+        if row.messages is None:
+            reason = "marked_false" if row.is_marked_false else "malformed"
+            first = not row.is_marked_false
+            quarantine.add(reason, row.place, set_name, row.problem or "", row.raw, first=first)
+            continue
+        yield ValidRow(reading.table.add(row, row.messages, set_name), row, row.messages, set_name)
+
+
+def rows_of_sets(files: Path, config: CheckDatasetConfig, tools: list[Tool] | None) -> Iterator[tuple[str, Row]]:
+    """Yield (set, row) for the rows of a dataset, as they are read.
+
+    Raises:
+        BadData: a file is missing or cannot be read.
+    """
+    if config.sources:
+        yield from source_rows(files, config, tools)
+        return
     for set_name, set_files in assign_files(files, config).items():
-        for as_read in read_rows(files, set_files, config.format, config.columns, config.group, tools):
-            row = with_thinking(as_read, config.thinking)
-            counts["read"] += 1
-            if row.unused_keys:
-                reading.unread.update(row.unused_keys)
-            if row.messages is None:
-                reason = "marked_false" if row.is_marked_false else "malformed"
-                first = not row.is_marked_false
-                quarantine.add(reason, row.place, set_name, row.problem or "", row.raw, first=first)
-                continue
-            yield ValidRow(reading.table.add(row, row.messages, set_name), row, row.messages, set_name)
+        for row in read_rows(files, set_files, config.format, config.columns, config.group, tools):
+            yield set_name, row
 
 
 def _place(
@@ -272,15 +304,16 @@ def _hold_out_one(
     """Hold out one prompt (or group) if the seeded hash holds out none, as in a small dataset: the next in its order."""
     rows = splits["train"]
     units = [table.unit(number, int(columns.keys[number])) for number in rows.tolist()]
-    is_learned = columns.has(LAST_LEARNED)[rows]
-    may_be_held_out = is_learned if config.group is None else is_learned & (columns.groups[rows] >= 0)
+    is_pinned = columns.has(PINNED_TO_TRAIN)[rows]
+    may_be_reference = columns.has(LAST_LEARNED)[rows] & ~is_pinned
+    may_be_held_out = may_be_reference if config.group is None else may_be_reference & (columns.groups[rows] >= 0)
     may = {units[position] for position in np.flatnonzero(may_be_held_out).tolist()}
     if len(set(units)) < 2 or not may:
         return
     chosen = min(may, key=lambda key: draw(key, config.seed, "heldout"))
     is_chosen = np.array([unit == chosen for unit in units], bool)
-    splits["train"] = rows[~is_chosen]
-    held_out = rows[is_chosen & is_learned]
+    splits["train"] = rows[~is_chosen | is_pinned]  # pinned rows with this prompt are leaks, and counted as such
+    held_out = rows[is_chosen & may_be_reference]
     splits["heldout"] = np.concatenate([splits["heldout"], held_out])
     reading.counts["held_out_of_few"] += len(held_out)
 

@@ -90,6 +90,9 @@ class CheckReport(StoredModel):
     unread: dict[str, int] = {}  # keys that have values and were not read → rows
     similar: Similar = Similar()
     findings: list[Finding] = []  # left out of the JSON without data.profile
+    # of each of data.sources, its rows: read, malformed, over_limit, not_drawn (by its weight), train, validation, heldout,
+    # and repeated (of train); left out of the JSON without sources
+    sources: dict[str, dict[str, int]] = {}
     near: NearDuplicates | None = None  # left out of the JSON without data.near_duplicates
     # In JSON, {} stands for the profile of no rows.
     profile: Annotated[
@@ -100,6 +103,6 @@ class CheckReport(StoredModel):
 
     def as_json(self) -> dict[str, JsonValue]:
         """Return the report as JSON values."""
-        absent = {name for name in ("near", "findings") if not getattr(self, name)}
+        absent = {name for name in ("near", "findings", "sources") if not getattr(self, name)}
         values: dict[str, JsonValue] = self.model_dump(mode="json", exclude=absent)
         return values

@@ -1,6 +1,8 @@
 """Read CSV and TSV as common tools write them: Excel's semicolons and `sep=` line, multi-line cells, ragged rows.
 
 A row with too few or too many cells is malformed. It is never repaired: an unquoted comma shifts every cell after it.
+So are rows whose cells are not what the file's author wrote: quotes that did not count as quotes, rows that an open quote
+joined, and a second header, as `cat a.csv b.csv` leaves it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from loraflow.data.cell_values import is_null
 from loraflow.failures import BadData
 
 MAX_CELL = 50_000_000  # characters; Python's own limit is 131,072
@@ -33,7 +36,9 @@ def read_table(path: Path, name: str) -> Iterator[tuple[dict[str, str] | str, st
     csv.field_size_limit(MAX_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         separator = _separator(file, "\t" if path.suffix.lower() == ".tsv" else ",")
-        reader = csv.reader(file, delimiter=separator, strict=True)
+        is_padded = _is_padded(file, separator)
+        lines: list[str] = []  # of the row that is read
+        reader = csv.reader(_noted(file, lines), delimiter=separator, strict=True, skipinitialspace=is_padded)
         header: list[str] | None = None
         begin = 1
         while True:
@@ -50,12 +55,15 @@ def read_table(path: Path, name: str) -> Iterator[tuple[dict[str, str] | str, st
                     next_step="correct that row",
                 ) from error
             begin = reader.line_num + 1
+            text = "".join(lines)
+            lines.clear()
             if not cells:
                 continue
             if header is None:
                 header = _header(cells, name)
             else:
-                yield _row(header, cells, separator), separator.join(cells)
+                problem = _misread(header, cells, text, separator)
+                yield problem or _row(header, cells, separator), separator.join(cells)
     if header is None:
         raise BadData("The table is empty.", where=name, expected="a first line with the column names", got="no line")
 
@@ -70,6 +78,40 @@ def _separator(file: IO[str], usual: str) -> str:
         return declared[1]
     file.seek(0)
     return usual if usual in first else next((other for other in (";", "\t", ",") if other in first), usual)
+
+
+def _noted(file: IO[str], lines: list[str]) -> Iterator[str]:
+    for line in file:
+        lines.append(line)
+        yield line
+
+
+def _is_padded(file: IO[str], separator: str) -> bool:
+    """Tell whether the header has a blank after each separator, as every row has then; it is no part of the cells."""
+    begin = file.tell()
+    names = file.readline().rstrip("\r\n").split(separator)[1:]
+    file.seek(begin)
+    return separator != "\t" and bool(names) and all(name.startswith(" ") and name.strip() for name in names)
+
+
+def _misread(header: list[str], cells: list[str], text: str, separator: str) -> str | None:
+    """Return why the cells are not what the author of a row wrote; None if nothing speaks for that."""
+    plain = [cell.strip().lstrip("\ufeff").strip('"') for cell in cells]
+    if plain == header:
+        return "the header, once more; remove this line"
+    for cell in cells:
+        quoted = cell.lstrip(" ")
+        if len(quoted) > 1 and cell != quoted and quoted[0] == quoted[-1] == '"' and f"{separator}{cell}" in text:
+            return f"a blank before a quote makes the quotes a part of the cell: {cell[:40]!r}; remove the blank"
+    values = [cell for cell in plain if cell]
+    if len(values) > 1 and all(len(cell) > 1 and cell[0] == cell[-1] == "'" for cell in values):
+        return "every cell is in single quotes, which are a part of it; use double quotes"
+    rows = text.splitlines()
+    if separator == "\t" and len(rows) > 1 and all(row.count(separator) == len(header) - 1 for row in rows):
+        return (
+            f"a quote that is not closed in its line joins {len(rows)} rows; write it as two quotes, in a quoted cell"
+        )
+    return None
 
 
 def _header(cells: list[str], name: str) -> list[str]:
@@ -93,4 +135,5 @@ def _row(header: list[str], cells: list[str], separator: str) -> dict[str, str] 
     if len(cells) < len(header) or any(cells[len(header) :]):
         hint = "" if len(cells) < len(header) else f"; put a cell that contains {separator!r} in quotes"
         return f"{len(cells)} cells, but the header has {len(header)} columns{hint}"
+    cells = ["" if is_null(cell) else cell for cell in cells]
     return dict(zip(header, cells, strict=False))  # surplus cells are empty: separators at the line's end

@@ -74,12 +74,25 @@ def guess_columns(row: JsonValue) -> dict[str, str]:
     for question, answer in _PAIRS:
         asked, answered = names.get(question), names.get(answer)
         if asked and answered and isinstance(row[asked], str) and isinstance(row[answered], str):
-            # The context of a question is part of it, and only Alpaca's format has a key for it.
-            if "context" not in names and question != "instruction":
-                return {"prompt": asked, "completion": answered}
-            columns = {"instruction": asked, "output": answered}
-            return columns if names.get("context", "context") == "context" else {**columns, "input": names["context"]}
+            return {**_question_and_answer(names, asked, answered), **_system(row, names)}
     return _column_of_turns(row) or _columns_of_classes(row, names)
+
+
+def _question_and_answer(names: dict[str, str], asked: str, answered: str) -> dict[str, str]:
+    """Return the columns of a question and its answer. A task or context beside it is a part of the prompt: Alpaca's."""
+    if (task := names.get("instruction", asked)) != asked:
+        return {"instruction": task, "input": asked, "output": answered}
+    beside = next((names[name] for name in ("context", "input") if name in names and names[name] != asked), None)
+    if beside is None and asked.lower() != "instruction":
+        return {"prompt": asked, "completion": answered}
+    columns = {"instruction": asked, "output": answered}
+    return columns if beside in (None, "context", "input") else {**columns, "input": beside}
+
+
+def _system(row: dict[str, JsonValue], names: dict[str, str]) -> dict[str, str]:
+    """Return the column of the system message, if it is there in another spelling, such as System."""
+    found = names.get("system", names.get("system_prompt", "system"))
+    return {"system": found} if found not in ("system", "system_prompt") and isinstance(row[found], str) else {}
 
 
 def _columns_of_classes(row: dict[str, JsonValue], names: dict[str, str]) -> dict[str, str]:

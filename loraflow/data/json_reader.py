@@ -11,7 +11,7 @@ from typing import IO, NamedTuple
 
 from pydantic import JsonValue
 
-from loraflow.data.chat_formats import BARE_CHAT, is_bare_chat
+from loraflow.data.chat_formats import BARE_CHAT, has_known_keys, is_bare_chat
 from loraflow.data.chats import BadRow
 from loraflow.data.json_text import strict_json
 from loraflow.failures import BadData
@@ -33,7 +33,11 @@ def read_json_lines(path: Path, name: str) -> Iterator[RawValue]:
     Args:
         path: the file.
         name: the file's name in messages.
+
+    Raises:
+        BadData: the rows are spread over several lines, or end with the line breaks of old Macs.
     """
+    _refuse_spread_rows(path, name)
     with path.open("rb") as file:
         for number in itertools.count(1):
             line = file.readline(MAX_ROW_BYTES + 1)
@@ -47,6 +51,31 @@ def read_json_lines(path: Path, name: str) -> Iterator[RawValue]:
                 yield RawValue(place, BadRow(f"a row of {size:,} bytes; at most {MAX_ROW_BYTES:,}"), "")
             elif not line.isspace():
                 yield _json_line(line, place)
+
+
+def _refuse_spread_rows(path: Path, name: str) -> None:
+    """Refuse a file whose lines are no rows: each line would be a problem of its own that hides the real one."""
+    with path.open("rb") as file:
+        first, second = (file.readline(MAX_ROW_BYTES).removeprefix(b"\xef\xbb\xbf") for _ in range(2))
+    if first.strip() in (b"[", b"{") and not _is_row(second):
+        what = ".[]" if first.strip() == b"[" else "."
+        got, convert = "a row that is spread over several lines", f"jq -c {shlex.quote(what)}"
+    elif not second and b"}\r" in first and _is_row(first.split(b"\r")[0]):
+        got, convert = "rows that end with a carriage return only", "tr '\\r' '\\n' <"
+    else:
+        return
+    new = shlex.quote(f"{Path(name).stem}-rows.jsonl")
+    raise BadData(
+        "The file does not have one row per line.",
+        where=name,
+        expected="one JSON object per line",
+        got=got,
+        next_step=f"{convert} {shlex.quote(name)} > {new}",
+    )
+
+
+def _is_row(line: bytes) -> bool:
+    return line.strip().startswith(b"{") and _is_json(line.decode("utf-8", "replace"))
 
 
 def _skip_line(file: IO[bytes]) -> int:
@@ -69,6 +98,10 @@ def _json_line(line: bytes, place: str) -> RawValue:
         value = strict_json(text)
     except json.JSONDecodeError as error:
         problem = f"column {error.pos + 1}: {error.msg}; expected one JSON object per line"
+        if text.rstrip().endswith(",") and _is_json(text.rstrip().rstrip(",")):
+            problem = "a comma after the row; expected one JSON object per line, without commas between them"
+        elif text.startswith("\ufeff"):
+            problem = "a byte order mark before the row, as if files were joined; remove it"
         return RawValue(place, BadRow(problem), text.rstrip("\n")[:2000])
     except ValueError as error:
         return RawValue(place, BadRow(str(error)), text[:2000])
@@ -135,7 +168,14 @@ def _not_a_list(value: JsonValue, name: str) -> BadData:
         got = f"an object with the keys {', '.join(list(value)[:8])}"
         lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
     next_step = "name the chat files in data.train, or move this file out of their folder"
-    if lists:
+    if isinstance(value, dict) and has_known_keys(value):
+        columns = list(value.values())
+        if all(isinstance(column, dict | list) for column in columns) and not is_bare_chat(columns[0]):
+            got += " that hold whole columns"
+            next_step = 'write the rows instead: in pandas, to_json(FILE, orient="records", lines=True)'
+        else:
+            got, next_step = "a single row", "put the rows in a list, or one per line in a .jsonl file"
+    elif lists:
         new = shlex.quote(f"{Path(name).stem}.jsonl")
         next_step = f"jq -c {shlex.quote(f'.[{json.dumps(lists[0])}][]')} {shlex.quote(name)} > {new}"
     return BadData(

@@ -57,6 +57,7 @@ _WEAK = frozenset({
 _MISSPELT_FALSE = ("false", "wrong", "incorrect", "rejected", "undesirable")
 _MISSPELT_TRUE = ("true", "correct", "chosen", "desirable")
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:[eE][-+]?\d+)?")
+_THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2},\d{3}")  # 1,000 is one or a thousand
 ENOUGH = 8  # other values beside true and false that make them classes, such as the 150 intents of CLINC
 # The keys of an answer: a label that is the answer, or is named by it, is its class.
 _ANSWERS = ("completion", "response", "output", "answer", "messages", "conversations")
@@ -108,7 +109,9 @@ def as_number(value: JsonValue) -> float | None:
     text = value.strip().lower()
     if text in TRUE or text in FALSE:
         return float(text in TRUE)
-    return float(text.replace(",", ".")) if _NUMBER.fullmatch(text) else None
+    if _THOUSANDS.fullmatch(text) or not _NUMBER.fullmatch(text):
+        return None
+    return float(text.replace(",", "."))
 
 
 def plain(text: str) -> str:

@@ -6,7 +6,9 @@ A mark is honoured or refused, in any spelling: CSV has only text, and spreadshe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 from pydantic import JsonValue
 
@@ -16,26 +18,50 @@ from loraflow.data.labels import Labels, as_number, is_absent, label_side, reads
 # Keys in lower case with underscores. Of these, 0 and false exclude an answer; other numbers multiply its loss.
 _WEIGHTS = frozenset({
     "weight", "weights", "loss", "loss_weight", "sample_weight", "loss_mask", "compute_loss", "train", "training",
-    "trainable", "train_on", "train_on_turn", "learn", "learned", "supervised",
+    "trainable", "is_trainable", "train_on", "train_on_turn", "learn", "learned", "learnable", "supervised", "loss_scale",
+    "loss_multiplier", "example_weight", "message_weight", "turn_weight", "calculate_loss", "use_loss", "with_loss",
+    "has_loss", "requires_loss", "is_train", "to_train", "to_learn", "for_training", "use_for_training",
+    "include_in_training", "include_in_loss",
 })  # fmt: skip
 # Of these, 1 and true exclude an answer.
 _EXCLUSIONS = frozenset({
-    "masked", "is_masked", "ignore", "ignored", "ignore_loss", "no_loss", "exclude", "excluded", "skip",
+    "masked", "is_masked", "ignore", "ignored", "ignore_loss", "no_loss", "exclude", "excluded", "skip", "without_loss",
+    "skip_loss", "mask_loss", "skip_training", "no_train", "do_not_train", "dont_train", "do_not_learn", "dont_learn",
+    "exclude_from_training", "exclude_from_loss", "ignore_in_training", "ignore_in_loss",
 })  # fmt: skip
 # KTO's: true is a desirable answer. Many datasets have a class by the name `label`, so other values may be no mark.
 _LABELS = frozenset({"label", "kto_tag", "kto_label", "desirable", "is_desirable"})
+
+
 # Judgements that count only as true or false: other values, such as the correct answer's text, are named as not read.
-_VERDICTS = frozenset(
-    {"correct", "is_correct", "accepted", "is_accepted", "approved", "is_approved", "good", "is_good"}
+def _with_is(*names: str) -> frozenset[str]:
+    return frozenset(names) | {f"is_{name}" for name in names}
+
+
+_VERDICTS = _with_is(
+    "correct", "accepted", "approved", "good", "valid", "acceptable", "usable", "keep", "include", "included", "enabled"
 )
-_BAD_VERDICTS = frozenset(
-    {"incorrect", "is_incorrect", "rejected", "is_rejected", "wrong", "is_wrong", "bad", "is_bad"}
-)
+_BAD_VERDICTS = _with_is(
+    "incorrect", "rejected", "wrong", "bad", "invalid", "unusable", "deleted", "removed", "discard", "discarded", "drop",
+    "dropped", "hidden", "disabled",
+)  # fmt: skip
+# Of these, a number may be a count of votes, or the number of an answer.
+_WORD_VERDICTS = _with_is("chosen", "preferred", "passed", "thumbs_up", "upvoted", "liked")
+_WORD_BAD_VERDICTS = _with_is("failed", "thumbs_down", "downvoted", "disliked")
 # The meaning of these depends on the tool: `mask: 1` is learned in some, and left out in others.
 _UNCLEAR = frozenset({"mask", "training_detail", "train_detail"})
-_KEYS = _WEIGHTS | _EXCLUSIONS | _LABELS | _VERDICTS | _BAD_VERDICTS | _UNCLEAR
+_GOOD = _VERDICTS | _WORD_VERDICTS
+_JUDGEMENTS = _GOOD | _BAD_VERDICTS | _WORD_BAD_VERDICTS
+_KEYS = _WEIGHTS | _EXCLUSIONS | _LABELS | _JUDGEMENTS | _UNCLEAR
+# Objects beside an answer, whose marks count only if they exclude it: a weight in there may be that of a product.
+_CONTAINERS = frozenset({
+    "metadata", "meta", "extra", "info", "annotation", "annotations", "attributes", "properties", "flags", "options",
+    "additional_info", "extra_info", "custom",
+})  # fmt: skip
 # A row's `loss` or `train` with other values than true and false may be a measurement, or a split.
-_ROW_WEIGHTS = frozenset({"weight", "weights", "loss_weight", "sample_weight"})
+_ROW_WEIGHTS = frozenset({
+    "weight", "weights", "loss_weight", "sample_weight", "loss_scale", "loss_multiplier", "example_weight",
+})  # fmt: skip
 MAX_WEIGHT = 10
 
 
@@ -48,8 +74,14 @@ def is_mark(key: str) -> bool:
     return _normal(key) in _KEYS
 
 
+_WORDS = re.compile(
+    r"(?<=[a-z0-9])(?=[A-Z])|[-\s.]+"
+)  # where isCorrect, is-correct and "is correct" have their underscore
+
+
+@lru_cache(4096)
 def _normal(key: str) -> str:
-    return key.strip().lower().replace("-", "_").replace(" ", "_")
+    return _WORDS.sub("_", key.strip().rstrip("?")).lower()
 
 
 def answer_weight(values: Mapping[str, JsonValue], where: str, used: set[str], labels: Labels) -> float:
@@ -66,7 +98,12 @@ def answer_weight(values: Mapping[str, JsonValue], where: str, used: set[str], l
     """
     weight = 1.0
     for key, value in values.items():
-        if not isinstance(key, str) or (name := _normal(key)) not in _KEYS:
+        if not isinstance(key, str):
+            continue
+        name = _normal(key)
+        if _container_excludes(_contained(key, name, value)):
+            weight = 0.0
+        if name not in _KEYS:
             continue
         mark = _mark(key, name, value, where, labels)
         if mark is not None:
@@ -85,6 +122,34 @@ def excludes(key: str, value: JsonValue) -> bool:
         return False
 
 
+def _contained(key: str, name: str, value: JsonValue) -> Mapping[str, JsonValue]:
+    """Return the members of an object beside an answer: also of one that was flattened to the columns meta.weight, …"""
+    if name in _CONTAINERS:
+        return value if isinstance(value, dict) else {}
+    container, found, member = key.partition(".")
+    return {member: value} if found and _normal(container) in _CONTAINERS else {}
+
+
+def _container_excludes(values: Mapping[str, JsonValue]) -> bool:
+    """Tell whether an object beside an answer, such as `metadata`, has a mark that excludes the answer."""
+    for key, value in values.items():
+        name = _normal(key) if isinstance(key, str) else ""
+        if (name in _WEIGHTS and as_number(value) == 0) or (name in _EXCLUSIONS and as_number(value) == 1):
+            return True
+        if name in _JUDGEMENTS and _verdict(name, value) is False:
+            return True
+    return False
+
+
+def _verdict(name: str, value: JsonValue) -> bool | None:
+    """Return what a judgement says about an answer; None if it is none, such as a text or a number of votes."""
+    side = label_side(value)
+    is_word = isinstance(value, bool) or (isinstance(value, str) and not value.strip().isdigit())
+    if side is None or side == "other" or (name in _WORD_VERDICTS | _WORD_BAD_VERDICTS and not is_word):
+        return None
+    return side is (name in _GOOD)
+
+
 def _mark(key: str, name: str, value: JsonValue, where: str, labels: Labels) -> float | None:
     """Return what a mark multiplies the weight of an answer by; None if it says nothing."""
     if name in _LABELS:
@@ -96,9 +161,9 @@ def _mark(key: str, name: str, value: JsonValue, where: str, labels: Labels) -> 
                 return None
             raise BadRow(where + labels.problem(key, value))
         return float(side)
-    if name in _VERDICTS or name in _BAD_VERDICTS:
-        side = label_side(value)
-        return None if side is None or side == "other" else float(side is (name in _VERDICTS))
+    if name in _JUDGEMENTS:
+        verdict = _verdict(name, value)
+        return None if verdict is None else float(verdict)
     if name in _UNCLEAR:
         if is_absent(value) or (isinstance(value, str) and value.strip().lower() in ("user", "human", "system")):
             return None

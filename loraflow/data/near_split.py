@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.chat_table import LAST_LEARNED, ChatTable, Columns, Keys, Rows
+from loraflow.data.chat_table import LAST_LEARNED, PINNED_TO_TRAIN, ChatTable, Columns, Keys, Rows
 from loraflow.data.chats import Chat
 from loraflow.data.check_report import NearDuplicates
 from loraflow.data.near import Comparison, Sketches
@@ -203,7 +203,7 @@ def _unplaced(
     table: ChatTable, columns: Columns, sides: NDArray[np.int8], order: Rows, config: CheckDatasetConfig
 ) -> Unplaced:
     keys, groups, ordered = columns.drawn_keys[order], columns.groups[order], sides[order]
-    may_be_held_out = columns.has(LAST_LEARNED)[order]
+    may_be_held_out = columns.has(LAST_LEARNED)[order] & ~columns.has(PINNED_TO_TRAIN)[order]
     if config.group is not None:
         may_be_held_out &= groups >= 0
     held = (ordered == HELDOUT_FILE) & may_be_held_out

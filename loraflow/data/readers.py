@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
+from loraflow.data.cell_values import parsed_list
 from loraflow.data.chat_formats import RawRow, read_chat
 from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.csv_reader import read_table
+from loraflow.data.hidden_files import is_hidden
 from loraflow.data.json_reader import RawValue, read_json, read_json_lines, row_text
-from loraflow.data.json_text import strict_json
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MarkedFalse
+from loraflow.data.sqlite_reader import SUFFIXES, read_sqlite
 from loraflow.failures import BadData
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ def read_rows(
     columns: Mapping[str, str] = MappingProxyType({}),
     group: str | None = None,
     tools: list[Tool] | None = None,
+    query: str | None = None,
 ) -> Iterator[Row]:
     """Read files row by row. A malformed row is yielded with its problem.
 
@@ -69,14 +72,15 @@ def read_rows(
         columns: {loraflow's column: the files' column}, for columns with other names.
         group: the field that names a row's group.
         tools: of rows that have none of their own.
+        query: of databases: the table, or a SELECT statement; None for the only table.
 
     Raises:
         BadData: a file cannot be read, or its kind is unknown.
     """
     for name in names:
         path = folder / name
-        labels = Labels(partial(_rows_of, path, name))
-        for place, value, text in read_values(path, name):
+        labels = Labels(partial(_rows_of, path, name, query))
+        for place, value, text in read_values(path, name, query):
             if isinstance(value, BadRow):
                 yield Row(place, None, str(value), text)
                 continue
@@ -91,8 +95,8 @@ def read_rows(
                 yield Row(place, None, str(problem), text)
 
 
-def _rows_of(path: Path, name: str) -> Iterator[JsonValue]:
-    for row in read_values(path, name):
+def _rows_of(path: Path, name: str, query: str | None) -> Iterator[JsonValue]:
+    for row in read_values(path, name, query):
         if not isinstance(row.value, BadRow):
             yield row.value
 
@@ -109,12 +113,13 @@ def _group(row: JsonValue, field: str | None) -> str | None:
     return str(value).strip() or None if value is not None else None
 
 
-def read_values(path: Path, name: str) -> Iterator[RawValue]:
+def read_values(path: Path, name: str, query: str | None = None) -> Iterator[RawValue]:
     """Read a file's rows as they are, without converting them to chats.
 
     Args:
         path: the file.
         name: the file's name in messages.
+        query: of a database: the table, or a SELECT statement; None for the only table.
 
     Raises:
         BadData: the file cannot be read, or its kind is unknown.
@@ -130,6 +135,9 @@ def read_values(path: Path, name: str) -> Iterator[RawValue]:
     reader = _READERS.get(suffix)
     if reader is None:
         raise _unknown_kind(name)
+    if suffix in SUFFIXES:
+        yield from _read_database(path, name, query)
+        return
     if suffix != ".parquet":
         _refuse_binary(begin, name)
     try:
@@ -168,6 +176,13 @@ def match_files(folder: Path, patterns: list[str]) -> list[str]:
     found: list[str] = []
     for pattern in patterns:
         hits = _matches(pattern, have)
+        if (
+            not hits
+            and is_hidden(pattern)
+            and (folder / pattern).is_file()
+            and Path(pattern).suffix.lower() in _READERS
+        ):
+            hits = [pattern]
         if not hits and (folder / pattern).is_file():
             raise _unknown_kind(pattern)
         if not hits:
@@ -201,6 +216,8 @@ def _refuse_binary(begin: bytes, name: str) -> None:
     Raises:
         BadData: it is not text in UTF-8.
     """
+    if begin[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        raise _not_utf8(name, name, "UTF-32", "UTF-32")
     if begin[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise _not_utf8(name, name, "UTF-16", "UTF-16")
     if len(begin) > 3 and begin[1:2] == b"\0" != begin[:1] and begin[3:4] == b"\0":
@@ -218,18 +235,21 @@ def _refuse_binary(begin: bytes, name: str) -> None:
 
 
 def readable_files(folder: Path) -> list[str]:
-    """Return the names of a folder's files whose type is read, sorted."""
-    return sorted(
-        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in _READERS
+    """Return the names of a folder's files whose type is read, sorted.
+
+    Hidden files are left out, as the old copies in `.ipynb_checkpoints` and macOS's `._train.jsonl`: a pattern would take
+    them for data. A recipe can name one exactly.
+    """
+    names = (
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in _READERS and p.is_file()
     )
+    return sorted(name for name in names if not is_hidden(name))
 
 
 def match_nothing(folder: Path) -> list[str]:
     """Return the names of a folder's files whose type is not read, such as train.jsonl.gz. Hidden files are left out."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return [
-        n for n in names if Path(n).suffix.lower() not in _READERS and not any(q.startswith(".") for q in Path(n).parts)
-    ]
+    return [name for name in names if Path(name).suffix.lower() not in _READERS and not is_hidden(name)]
 
 
 def _read_table(path: Path, name: str) -> Iterator[RawValue]:
@@ -238,6 +258,11 @@ def _read_table(path: Path, name: str) -> Iterator[RawValue]:
             yield RawValue(f"{name}:row {number}", BadRow(row), text[:2000])
         else:
             yield _with_parsed_turns({**row}, f"{name}:row {number}")
+
+
+def _read_database(path: Path, name: str, query: str | None = None) -> Iterator[RawValue]:
+    for number, row in enumerate(read_sqlite(path, name, query), 1):
+        yield _with_parsed_turns(row, f"{name}:row {number}")
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[RawValue]:
@@ -295,9 +320,9 @@ def _with_parsed_turns(row: RawRow, place: str) -> RawValue:
         cell = row.get(key)
         if isinstance(cell, str) and cell.strip():
             try:
-                row[key] = strict_json(cell)
-            except ValueError as error:
-                return RawValue(place, BadRow(f"column {key} is not valid JSON: {error}"), str(row)[:2000])
+                row[key] = parsed_list(cell, f"column {key}")
+            except BadRow as problem:
+                return RawValue(place, problem, str(row)[:2000])
     return RawValue(place, row, row_text(row))
 
 
@@ -308,6 +333,7 @@ _READERS = {
     ".csv": _read_table,
     ".tsv": _read_table,
     ".parquet": _read_parquet,
+    **dict.fromkeys(SUFFIXES, _read_database),
 }
 
 

@@ -175,6 +175,10 @@ def _call(item: JsonValue, where: str) -> ToolCall:
         raise BadRow(f"{where}.function.arguments are nested too deeply; at most {MAX_DEPTH} levels")
     if not isinstance(arguments, dict):
         raise BadRow(f"{where}.function.arguments is {type(arguments).__name__}; expected an object, or its JSON text")
+    try:
+        json.dumps(arguments, allow_nan=False)
+    except (TypeError, ValueError) as error:  # a date, a Decimal or NaN of a Parquet column
+        raise BadRow(f"{where}.function.arguments cannot be written as JSON: {error}") from None
     call: ToolCall = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if isinstance(identifier := item.get("id"), str) and identifier:
         call["id"] = identifier

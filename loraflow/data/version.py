@@ -7,10 +7,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from loraflow.config.data_sources import DataSource
 from loraflow.config.recipe import Data
-from loraflow.config.stage_configs import DatasetLocation, DvcOrigin, FolderOrigin, VersionDatasetConfig
+from loraflow.config.stage_configs import (
+    DatasetLocation,
+    DvcOrigin,
+    FolderOrigin,
+    SourcesOrigin,
+    VersionDatasetConfig,
+)
 from loraflow.data import dvc
 from loraflow.data.git import is_url
+from loraflow.data.source_files import locate_sources, refuse_other_sources
 from loraflow.failures import BadData
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
@@ -24,6 +32,13 @@ def locate(data: Data, memo: HashMemo) -> DatasetLocation:
         DirtyData: the files in the work tree differ from the pin.
         BadData: the dataset does not exist, or its `.dvc` file cannot be read.
     """
+    if data.sources:
+        return locate_sources(data.sources, memo, locate_one)
+    return locate_one(data, memo)
+
+
+def locate_one(data: Data | DataSource, memo: HashMemo) -> DatasetLocation:
+    """Return a single dataset: see `locate`."""
     if data.source.endswith(".dvc"):
         pin = dvc.read_pin(data.repo, data.source, data.rev)
         if data.rev is None and not is_url(data.repo):
@@ -46,7 +61,7 @@ def locate(data: Data, memo: HashMemo) -> DatasetLocation:
             "The dataset does not exist.",
             where=data.source,
             expected="a .dvc file, or a folder or file of chats",
-            next_step="correct data.source",
+            next_step="correct data.source" if isinstance(data, Data) else "correct source",
         )
     origin_folder = FolderOrigin(folder=str(source.absolute()))
     return DatasetLocation(md5=dvc.dvc_md5(source, memo), name=source.name, origin=origin_folder)
@@ -63,14 +78,26 @@ def run(job: Job[VersionDatasetConfig], inputs: Inputs, out: Path, progress: Pro
     files = out / "files"
     files.mkdir()
     memo = HashMemo(None)
-    if isinstance(origin, FolderOrigin):
-        source = Path(origin.folder)
-        dvc.fetch(str(source.parent), dvc.Pin("", source.name, md5), None, files, memo)
-    elif isinstance(origin, DvcOrigin):
-        pin = dvc.Pin(origin.dvc_file, origin.path, md5)
-        dvc.fetch(origin.repo, pin, origin.commit or origin.rev, files, memo, origin.remote)
+    if isinstance(origin, SourcesOrigin):
+        refuse_other_sources(origin, job.config)
+        for name, parts in origin.sources.items():
+            for part in parts:
+                target = (files / name / part.path).parent if part.path else files / name
+                target.mkdir(parents=True, exist_ok=True)
+                _fetch(part.origin, part.md5, target, memo)
+    elif isinstance(origin, FolderOrigin | DvcOrigin):
+        _fetch(origin, md5, files, memo)
     else:
         raise TypeError(f"not the origin of a dataset: {origin!r}")
     names = sorted(path.relative_to(files).as_posix() for path in files.rglob("*") if path.is_file())
     size = sum((files / name).stat().st_size for name in names)
     return Summary(figures={"md5": md5, "files": len(names), "bytes": size})
+
+
+def _fetch(origin: FolderOrigin | DvcOrigin, md5: str, target: Path, memo: HashMemo) -> None:
+    if isinstance(origin, FolderOrigin):
+        source = Path(origin.folder)
+        dvc.fetch(str(source.parent), dvc.Pin("", source.name, md5), None, target, memo)
+    else:
+        pin = dvc.Pin(origin.dvc_file, origin.path, md5)
+        dvc.fetch(origin.repo, pin, origin.commit or origin.rev, target, memo, origin.remote)

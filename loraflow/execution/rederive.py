@@ -13,8 +13,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from loraflow import __version__
-from loraflow.config.stage_configs import DvcOrigin, JobRuntime, StageConfig
+from loraflow.config.stage_configs import DvcOrigin, JobRuntime, StageConfig, VersionDatasetConfig
 from loraflow.data import dvc
+from loraflow.data.source_files import wrong_sources
 from loraflow.execution.stage_function import stage_function
 from loraflow.failures import Failure
 from loraflow.job import Inputs, Job, Progress
@@ -93,6 +94,11 @@ def _check_dataset(store: Store, ref: Ref, manifest: Manifest) -> Iterator[Check
     config = manifest.payload["config"]
     recorded = config.get("md5") if isinstance(config, dict) else None
     files = store.path(ref) / "files"
+    if isinstance(config, dict) and config.get("sources"):
+        sources = VersionDatasetConfig.model_validate(config).sources
+        wrong = tuple(wrong_sources(files, sources))
+        yield Check(f"the files of {len(sources)} sources have their recorded md5", wrong)
+        return
     is_folder = isinstance(recorded, str) and recorded.endswith(".dir")
     source = files if is_folder else next(iter(sorted(files.iterdir())), files)
     got = dvc.dvc_md5(source, HashMemo(None))

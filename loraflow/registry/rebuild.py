@@ -104,7 +104,11 @@ def revision_of(store: Store, record: RunRecord) -> dict[str, JsonValue]:
     data, stage = record.section("data"), record.stage("version_dataset")
     source = data.get("source")
     in_work_tree = (
-        isinstance(source, str) and source.endswith(".dvc") and data.get("repo") == "." and not data.get("rev")
+        isinstance(source, str)
+        and source.endswith(".dvc")
+        and data.get("repo") == "."
+        and not data.get("rev")
+        and not data.get("sources")
     )
     if not (in_work_tree and isinstance(source, str) and stage and record.commit):
         return {}

@@ -10,6 +10,7 @@ from pydantic import JsonValue
 
 from loraflow.data.check_report import CheckReport, NearDuplicates
 from loraflow.data.findings import WHAT, finding_lines
+from loraflow.data.source_limits import source_lines
 from loraflow.evaluation.values import EvaluationReport
 from loraflow.registry.runs import RowCount, RowsSummary
 
@@ -23,6 +24,11 @@ _LEFT_OUT = {
     "near_both": "left out: nearly the same as rows on two sides of the split",
     "group_leak": "left out of training: its group (data.group) is held out",
     "over_limit": "left out of training: data.limit",
+}
+_OF_SOURCES = {
+    "over_limit": "left out: the limit of its source",
+    "not_drawn": "left out: not drawn by the weight of its source",
+    "repeated": "added to training: repeated by the weight of its source",
 }
 
 
@@ -59,6 +65,7 @@ def _counts(
     yield RowCount(what="read", rows=check.counts.get("read", 0))
     long = "cut" if policy.too_long == "truncate" else "left out of training"
     reasons = {text: check.counts.get(reason, 0) for reason, text in _LEFT_OUT.items()}
+    reasons |= {text: sum(c.get(key, 0) for c in check.sources.values()) for key, text in _OF_SOURCES.items()}
     reasons |= {
         f"left out: {text} (data.profile)": check.counts.get(f"profile_{name}", 0) for name, text in WHAT.items()
     }
@@ -81,7 +88,7 @@ def _counts(
 
 def check_notes(check: CheckReport) -> list[str]:
     """Return sentences about what a report of check_dataset says beside its counts."""
-    notes: list[str] = []
+    notes = source_lines(check)
     if check.unread:
         keys = [f"{key} ({count} rows)" for key, count in check.unread.items()]
         more = f" and {len(keys) - MAX_KEYS} more keys" if len(keys) > MAX_KEYS else ""

@@ -1,0 +1,132 @@
+"""The sources of a mixture: `data.sources` of a recipe."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from loraflow.frozen import FrozenModel
+
+RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"]
+COLUMNS = ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "system")
+MAX_WEIGHT = 100
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# Settings of `data` that each source has for itself.
+REPLACED = ("source", "repo", "rev", "add", "remote", "format", "columns", "train", "heldout", "extra_heldout")
+
+
+def known_columns(value: dict[str, str]) -> dict[str, str]:
+    """Return columns whose keys are those of a format.
+
+    Raises:
+        ValueError: a key is unknown.
+    """
+    if unknown := value.keys() - set(COLUMNS):
+        raise ValueError(
+            f"{', '.join(sorted(unknown))}: should be one of {', '.join(COLUMNS)}; your column's name is the value"
+        )
+    return value
+
+
+class DataSource(FrozenModel):
+    """A source of rows."""
+
+    source: str = Field(
+        description="A .dvc file, a folder or file of chats, a pattern such as chats/*.jsonl, or a SQLite database."
+    )
+    name: str | None = Field(None, description="Name in reports; the default is that of the file or folder.")
+    repo: str = Field(".", description="Git repository, a folder or URL, that has the .dvc file.")
+    rev: str | None = Field(None, description="Git revision or branch of the .dvc file; the default is the work tree.")
+    remote: str | None = Field(None, description="DVC remote to fetch from; the default is DVC's default remote.")
+    files: list[str] = Field(["*"], description="The files of the source to read: names or patterns.")
+    query: str | None = Field(
+        None, description="Of a SQLite database: the table, or a SELECT statement. The default is its only table."
+    )
+    weight: Annotated[float, Field(gt=0, le=MAX_WEIGHT)] = Field(
+        1.0,
+        description="How often a row enters training. Below 1: a seeded share of the rows is used. 2: every row twice. "
+        "Held-out rows are not repeated.",
+    )
+    limit: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Use a seeded sample of this many rows, before weight and split."
+    )
+    format: RowFormat = Field("auto", description="Format of the rows.")
+    columns: dict[str, str] = Field({}, description="Columns with other names: {prompt: question, completion: answer}.")
+    split: Literal["train", "heldout"] | None = Field(
+        None,
+        description="train: no row is held out. heldout: all rows are; then heldout_fraction holds out none of the others.",
+    )
+
+    _columns = field_validator("columns")(known_columns)
+
+    @field_validator("source")
+    @classmethod
+    def _is_local(cls, value: str) -> str:
+        scheme = re.match(r"([a-z0-9]+)://", value)
+        if scheme:
+            download = {
+                "hf": "`hf download --repo-type dataset --revision COMMIT NAME --local-dir FOLDER`",
+                "s3": "`aws s3 sync URL FOLDER`",
+            }.get(scheme[1], "download it")
+            raise ValueError(
+                f"{scheme[0]} is not read; {download}, pin it with `loraflow data add FOLDER`, and name FOLDER.dvc"
+            )
+        if not value.strip():
+            raise ValueError("should be a .dvc file, a folder, a file or a pattern")
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _is_plain(cls, value: str | None) -> str | None:
+        if value is not None and not _NAME.fullmatch(value):
+            raise ValueError("should be letters, digits, and - _ . between them")
+        return value
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        if self.split == "heldout" and self.weight > 1:
+            raise ValueError(f"weight {self.weight:g}: held-out rows are scored once each; remove it")
+        if self.rev is not None and not self.source.endswith(".dvc"):
+            raise ValueError(f"rev: only a .dvc file has revisions, and source is {self.source}")
+        return self
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether the source is a pattern of file names."""
+        return any(sign in self.source for sign in "*?[")
+
+    @property
+    def key(self) -> str:
+        """The name, or what stands for it: the last part of the source that is no pattern, without its suffix."""
+        if self.name is not None:
+            return self.name
+        parts = [part for part in PurePosixPath(self.source).parts if not any(sign in part for sign in "*?[")]
+        plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", PurePosixPath(parts[-1]).stem if parts else "").strip("-.")
+        return plain or "data"
+
+
+def checked_sources(sources: list[DataSource]) -> list[DataSource]:
+    """Return sources that do not contradict each other.
+
+    Raises:
+        ValueError: two have the same name, or every row would be held out.
+    """
+    first: dict[str, int] = {}
+    for number, source in enumerate(sources, 1):
+        if source.key in first:
+            raise ValueError(f"sources {first[source.key]} and {number} are both named {source.key}: set name")
+        first[source.key] = number
+    if sources and all(source.split == "heldout" for source in sources):
+        raise ValueError("every source is held out (split: heldout), so no row is left to train on")
+    return sources
+
+
+def source_settings(source: DataSource) -> dict[str, Any]:
+    """Return what decides which chats a source gives: its part of the fingerprint of check_dataset."""
+    values = source.model_dump(
+        include={"files", "query", "weight", "limit", "format", "columns", "split"}, exclude_defaults=True
+    )
+    return {"name": source.key, **values}

@@ -1,0 +1,148 @@
+"""The rows of the sources of a mixture (`data.sources`): which rows each of them gives, and how often they are trained on.
+
+The files of a source are in a folder with its name, so the place of each of its rows begins with that name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from loraflow.config.stage_configs import CheckDatasetConfig, SourceConfig
+from loraflow.data.chat_table import ChatTable, Columns, Rows, ValidRow, source_of
+from loraflow.data.chats import GATE_SET, Tool
+from loraflow.data.placement import Split
+from loraflow.data.readers import Row, match_files, read_rows
+from loraflow.data.split import in_share, sample
+from loraflow.failures import BadData
+
+SourceCounts = dict[str, dict[str, int]]  # source → what is counted → rows
+
+
+def source_rows(files: Path, config: CheckDatasetConfig, tools: list[Tool] | None) -> Iterator[tuple[str, Row]]:
+    """Yield (set, row) for the rows of all sources: those that are held out first.
+
+    Raises:
+        BadData: a file cannot be read, a pattern matches no file, or two sources have the same file.
+    """
+    names = _names(files, config.sources)
+    for source in sorted(config.sources, key=lambda source: source.split != "heldout"):
+        set_name = GATE_SET if source.split == "heldout" else "train"
+        found = names[source.name]
+        for row in read_rows(files, found, source.format, source.columns, config.group, tools, query=source.query):
+            yield set_name, row
+
+
+def _names(files: Path, sources: Sequence[SourceConfig]) -> dict[str, list[str]]:
+    """Return the files of each source, relative to the folder of all.
+
+    Raises:
+        BadData: a pattern matches no file, or two files of sources have the same content.
+    """
+    names: dict[str, list[str]] = {}
+    sizes: dict[int, list[tuple[str, str]]] = {}  # of files that are not empty
+    for number, source in enumerate(sources, 1):
+        try:
+            found = match_files(files / source.name, source.files)
+        except BadData as failure:
+            failure.what = f"Source {number} ({source.name}): {failure.what}"
+            failure.next_step = "correct source or files"
+            raise
+        names[source.name] = [f"{source.name}/{name}" for name in found]
+        for name in names[source.name]:
+            if size := (files / name).stat().st_size:
+                sizes.setdefault(size, []).append((source.name, name))
+    for same in sizes.values():
+        if len({source for source, _ in same}) > 1:
+            _refuse_same(files, same)
+    return names
+
+
+def _refuse_same(files: Path, candidates: Sequence[tuple[str, str]]) -> None:
+    first: dict[str, tuple[str, str]] = {}
+    for source, name in candidates:
+        with (files / name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        other, other_name = first.setdefault(digest, (source, name))
+        if other != source:
+            raise BadData(
+                f"The sources {other} and {source} have the same file.",
+                where=f"{other_name} and {name}",
+                expected="each file in one source: its weight says how often its rows are used",
+                next_step="remove it from one of them, or choose others by files",
+            )
+
+
+def drawn_rows(
+    rows: Iterable[ValidRow], table: ChatTable, config: CheckDatasetConfig, counts: SourceCounts
+) -> Iterator[ValidRow]:
+    """Yield the rows that the limits and weights of their sources take; the others are counted.
+
+    The sample depends only on a row's prompt and its source: other rows and sources do not change it, but for those that a
+    limit has to leave out.
+    """
+    sources = {source.name: source for source in config.sources}
+    for name, group in groupby(rows, key=lambda row: source_of(row.row.place)):
+        source, of_source = sources[name], counts.setdefault(name, {})
+        for row in _limited(group, table, source.limit, config.seed, of_source):
+            key = table.drawn_key(row.number)
+            if source.weight < 1 and not in_share(key, source.weight, config.seed, f"weight of {name}"):
+                _count(of_source, "not_drawn", 1)
+            else:
+                yield row
+
+
+def _limited(
+    group: Iterable[ValidRow], table: ChatTable, limit: int | None, seed: int, counts: dict[str, int]
+) -> Iterable[ValidRow]:
+    if limit is None:
+        return group
+    rows = list(group)
+    taken = sample([table.drawn_key(row.number) for row in rows], limit, seed, "limit of a source")
+    _count(counts, "over_limit", len(rows) - len(taken))
+    return [rows[number] for number in taken]
+
+
+def repeated(columns: Columns, rows: Rows, config: CheckDatasetConfig) -> Rows:
+    """Return training rows as often as the weights of their sources say; of a fraction, a seeded share once more."""
+    if all(source.weight <= 1 for source in config.sources):
+        return rows
+    times = np.ones(len(rows), np.int64)
+    for position, number in enumerate(rows.tolist()):
+        source = config.sources[int(columns.sources[number])]
+        if source.weight <= 1:
+            continue
+        whole, fraction = divmod(source.weight, 1)
+        key = f"{int(columns.keys[number]):016x}"
+        more = bool(fraction) and in_share(key, fraction, config.seed, f"repeat of {source.name}")
+        times[position] = int(whole) + more
+    return np.repeat(rows, times)
+
+
+def count_sources(
+    columns: Columns, splits: Mapping[Split, Rows], config: CheckDatasetConfig, counts: SourceCounts
+) -> SourceCounts:
+    """Return the rows of each source: read, malformed, left out by limit and weight, and those of each split."""
+    found: SourceCounts = {}
+    for number, source in enumerate(config.sources):
+        of_splits = {split: rows[columns.sources[rows] == number] for split, rows in splits.items()}
+        numbers = {split: len(rows) for split, rows in of_splits.items()}
+        found[source.name] = {"read": 0, **counts.get(source.name, {}), **numbers}
+        _count(found[source.name], "repeated", len(of_splits["train"]) - len(np.unique(of_splits["train"])))
+    return found
+
+
+def _count(counts: dict[str, int], what: str, number: int) -> None:
+    if number:
+        counts[what] = counts.get(what, 0) + number
+
+
+def count_read(counts: SourceCounts, place: str, *, malformed: bool) -> None:
+    """Count a row that was read."""
+    of_source = counts.setdefault(source_of(place), {})
+    _count(of_source, "read", 1)
+    _count(of_source, "malformed", int(malformed))
