@@ -65,6 +65,7 @@ def set_summary(run: Run, result: PipelineResult, registration: Registration) ->
         registered=registration.entry,
         adapter=f"{store.location(result.adapter)}/adapter",
         merged=store.location(result.merged),
+        sweep=run.sweep,
     )
     return run.summary
 
