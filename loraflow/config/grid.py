@@ -108,7 +108,8 @@ def check_grid(
             next_step="`loraflow run` trains a single model",
         )
     if grid.size > max_trials:
-        sizes = " x ".join([*(f"{len(tried)} of {shorten(key)}" for key, tried in values.items()), f"{seeds} seeds"])
+        sizes = " x ".join(f"{len(tried)} values of {shorten(key)}" for key, tried in values.items())
+        sizes = " x ".join(filter(None, [sizes, f"{seeds:,} seeds" if seeds > 1 else ""]))
         raise BadConfig(
             f"The sweep has {grid.size:,} trials.",
             where="loraflow sweep",

@@ -86,6 +86,8 @@ def make_trials(recipe_file: RecipeFile, grid: Grid, workspace: Workspace) -> li
                 workspace = workspace.with_recipe(measured.recipe)
                 _ = workspace.dataset, workspace.base  # the workspaces of later trials have them too
                 label = _label(settings, names, seed if grid.seeds > 1 else None)
+                if any(trial.label == label for trial in trials):  # long values are cut
+                    label += f" ({len(trials) + 1})"
                 trials.append(Trial(label, settings, seed, measured, workspace))
     _refuse_without_effect(trials, grid)
     return trials
@@ -113,6 +115,9 @@ def sharing_lines(trials: Sequence[Trial], keys: Iterable[str]) -> list[str]:
             if label in changed and len(changed[label]) == 1:
                 because = f"{changed[label][0]} differs"
             lines.append(f"{label} runs {count} times, because {because} between trials")
+    trainings = len({trial.identities[TRAIN.name] for trial in trials})
+    if trainings < len(trials):
+        lines.append(f"the {len(trials)} trials are {trainings} different trainings; equal ones are trained once")
     return lines
 
 
@@ -160,7 +165,7 @@ def _refuse_incomparable(grid: Grid) -> None:
                 "This key changes the validation rows or their tokens, so the trials' losses could not be compared.",
                 where=f"--grid {shorten(key)}",
                 expected="keys that leave the validation rows as they are, such as peft_config.r or data.limit",
-                next_step="make a recipe for each value, and compare the models by `loraflow run` and `loraflow compare`",
+                next_step="run each value by `loraflow run`; the gate compares the models",
             )
 
 
