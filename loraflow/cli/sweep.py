@@ -146,7 +146,9 @@ def _show_plan(planned: SweepPlan) -> None:
         click.echo(note)
     to_run = [f"{count} x {label}" for label, count in planned.to_run.items() if count]
     left = sum(trial.status != "cached" for trial in planned.trials)
-    click.echo(f"to run: {', '.join([*to_run, f'{left} x train'])}; then the chosen trial is merged, scored and judged")
+    to_run += [f"{left} x train"] if left else []
+    before = f"to run: {', '.join(to_run)}; then" if to_run else "all trials are trained;"
+    click.echo(f"{before} the chosen trial is merged, scored and judged")
     times = [trial.seconds for trial in planned.trials if trial.status != "cached"]
     if times and all(time is not None for time in times):
         click.echo(f"such trainings took {sum(time for time in times if time is not None):.0f} s the last time")
