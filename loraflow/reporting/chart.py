@@ -104,6 +104,7 @@ class Curve:
 
 COLOURS = ("#1860f2", "#d1495b", "#2e933c", "#e0a030", "#7b4fa3", "#1f9ea8", "#8c5a2b", "#777777")
 LEGEND_LINE = 16  # pixels
+MAX_LABEL = 90  # characters that fit into the width
 
 
 def curves_image(curves: Sequence[Curve], title: str) -> str:
@@ -131,7 +132,7 @@ def curves_svg(curves: Sequence[Curve], title: str) -> str:
         weight = ' font-weight="bold"' if curve.is_main else ""
         legend.append(
             f'<line x1="{LEFT}" x2="{LEFT + 24}" y1="{top}" y2="{top}" {style}/>'
-            f'<text x="{LEFT + 32}" y="{top + 4}"{weight}>{escape(curve.label)}</text>'
+            f'<text x="{LEFT + 32}" y="{top + 4}"{weight}>{escape(curve.label[:MAX_LABEL])}</text>'
         )
     drawn_lines = "".join(drawn for _, drawn in sorted(lines, key=lambda item: item[0]))
     return (
