@@ -22,6 +22,7 @@ from loraflow.registry.runs import StageRun
 from loraflow.stages import TRAIN
 from loraflow.tasks.approval import refuse_without_deployment
 from loraflow.tasks.run import Run, open_run
+from loraflow.tasks.run_name import mask_parameters
 from loraflow.tasks.trials import refuse_if_all_failed, run_trials
 
 NO_GRID: JsonObject = {}
@@ -52,6 +53,7 @@ def sweep(
     """
     if approval:
         refuse_without_deployment()
+    mask_parameters({"grid": grid})
     checked = check_grid(grid, seeds, settings, max_trials)
     with open_run(recipe, settings, [], rename=False) as run:
         trials = make_trials(run.recipe_file, checked, run.workspace)

@@ -184,7 +184,7 @@ def refuse_if_all_failed(record: SweepRecord) -> str:
         return record.chosen
     kinds = {trial.problem.partition(":")[0] for trial in record.trials}
     classes = {cls.__name__: cls for cls in OF_THE_TRIAL}
-    failure = classes[kinds.pop()] if len(kinds) == 1 else Failure
+    failure = classes.get(kinds.pop(), Failure) if len(kinds) == 1 else Failure
     problems = "".join(f"\n            {trial.label}: {trial.problem}" for trial in record.trials[:5])
     raise failure(
         f"All {len(record.trials)} trials failed.",

@@ -15,6 +15,7 @@ from loraflow.config.grid import MAX_TRIALS, check_grid, parse_grid
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
+    from loraflow.execution.sweep import Trial
     from loraflow.execution.sweep_plan import SweepPlan
     from loraflow.registry.runs import RunSummary
     from loraflow.registry.sweeps import SweepRecord
@@ -69,10 +70,11 @@ def sweep(
     from loraflow.config.recipe_text import recipes_read_once
 
     with recipes_read_once():
-        planned = _plan(recipe, grid, seeds, overrides, max_trials)
         if plans:
+            planned = _plan(recipe, grid, seeds, overrides, max_trials)
             click.echo(json.dumps(planned.to_json(), ensure_ascii=False)) if as_json else _show_plan(planned)
             return
+        _check(recipe, grid, seeds, overrides, max_trials)
         summary, document = _run_flow(recipe, grid, seeds, overrides, max_trials, quiet)
     if as_json:
         click.echo(json.dumps(document, ensure_ascii=False))
@@ -86,21 +88,36 @@ def sweep(
         raise click.exceptions.Exit(3)
 
 
+def _check(
+    recipe: str, grid: dict[str, JsonValue], seeds: int, overrides: dict[str, JsonValue], max_trials: int
+) -> None:
+    """Check the trials before prefect starts, so that a mistake is reported at once."""
+    from loraflow.config.load import read_recipe
+
+    if not read_recipe(recipe, overrides).recipe.data.add:  # the flow versions the dataset first, then checks the same
+        _trials(recipe, grid, seeds, overrides, max_trials)
+
+
 def _plan(
     recipe: str, grid: dict[str, JsonValue], seeds: int, overrides: dict[str, JsonValue], max_trials: int
 ) -> SweepPlan:
-    """Return the plan. Before prefect starts, so that a mistake is reported at once."""
+    from loraflow.execution.sweep_plan import plan_sweep
+
+    return plan_sweep(_trials(recipe, grid, seeds, overrides, max_trials), [*grid])
+
+
+def _trials(
+    recipe: str, grid: dict[str, JsonValue], seeds: int, overrides: dict[str, JsonValue], max_trials: int
+) -> list[Trial]:
     from loraflow.config.load import read_recipe
     from loraflow.execution.sweep import make_trials
-    from loraflow.execution.sweep_plan import plan_sweep
     from loraflow.execution.workspace import Workspace
 
     recipe_file = read_recipe(recipe, overrides)
     workspace = Workspace(recipe_file.recipe)
     trials = make_trials(recipe_file, check_grid(grid, seeds, overrides, max_trials), workspace)
-    planned = plan_sweep(trials, [*grid])
     workspace.save()
-    return planned
+    return trials
 
 
 def _run_flow(

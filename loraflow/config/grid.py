@@ -69,7 +69,7 @@ def parse_grid(options: Sequence[str]) -> dict[str, JsonValue]:
             ) from None
         if not isinstance(values, list) or text.rstrip().endswith(","):
             raise BadConfig("--grid has an empty value.", where=where, expected=EXAMPLE)
-        grid[key] = hide_in_json(values)
+        grid[key] = hide_in_json(values)  # before prefect sees them
     return grid
 
 
@@ -97,7 +97,8 @@ def check_grid(
                 "A key of the grid needs a list of values.", where=where, expected="such as [8, 16]", got=_text(listed)
             )
         _refuse_repeated_values(listed, where)
-        values[key] = tuple(listed)
+        # Labels and records show the values, and a form may have them in clear.
+        values[key] = tuple(hide_in_json(value) for value in listed)
     _refuse_repeated_keys([*values], overrides, seeds)
     grid = Grid(values, seeds)
     if grid.size == 1:

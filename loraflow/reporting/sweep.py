@@ -63,7 +63,8 @@ def _row(number: int, one: Combination, sweep: SweepRecord) -> TableRow:
 def sweep_lines(sweep: SweepRecord, curves: Mapping[str, TrialCurves], *, image: bool) -> Iterator[str]:
     """Yield the section of a run's report. `curves` are by the trials' labels; they are drawn with `image` only."""
     keys, rows = columns(sweep), table_rows(sweep)
-    seeds = f"{len(sweep.trials) // len(rows)} seed(s) for each combination"
+    count = len(sweep.trials) // len(rows)
+    seeds = f"{count} seed{'s' if count > 1 else ''} for each combination"
     yield from (f"## Trials ({len(sweep.trials)})", "", f"Chosen by the loss on validation rows: {sweep.chosen}.", "")
     header = ["rank", *keys, "validation loss", "mean", "spread", "seconds"]
     yield from (f"| {' | '.join(map(_cell, header))} |", "|---:" * len(header) + "|")

@@ -195,6 +195,28 @@ def test_the_plan_of_a_new_store_runs_everything_once(file):
     json.dumps(planned)
 
 
+def test_the_command_prints_the_plan_and_refuses_a_mistake_before_a_flow_starts(file):
+    from click.testing import CliRunner
+
+    from loraflow.cli.sweep import sweep
+
+    grid = [str(file), "--grid", "peft_config.r=2,4"]
+    result = CliRunner().invoke(sweep, [*grid, "--seeds", "2", "--plan", "--json"])
+    assert [trial["label"] for trial in json.loads(result.stdout)["trials"]] == [
+        "train r=2 seed=0", "train r=2 seed=1", "train r=4 seed=0", "train r=4 seed=1",
+    ]  # fmt: skip
+    text = CliRunner().invoke(sweep, [*grid, "--plan"]).stdout
+    assert "run once for all 2 trials: version_dataset, check_dataset, resolve_base, tokenize" in text
+    assert "to run: 1 x version_dataset, 1 x check_dataset, 1 x resolve_base, 1 x tokenize, 2 x train; then" in text
+    refused = CliRunner().invoke(sweep, [*grid, "--grid", "runtime.threads=1,2"])
+    assert isinstance(refused.exception, BadConfig) and refused.exception.exit_code == 2
+
+
+def test_credentials_in_a_value_are_hidden():
+    grid = check_grid({"base.model": ["https://me:secret-token@host/a", "b"]}, 1, {})
+    assert "secret-token" not in str(grid)
+
+
 def record(r, seed, loss, problem=""):
     state = "computed" if loss is not None else "failed"
     return TrialRecord(
