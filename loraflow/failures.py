@@ -85,6 +85,12 @@ class BadConfig(Failure):
     kind, exit_code = "bad_config", 2
 
 
+class BadPlacement(BadConfig):
+    """The recipe places a stage on a work pool that cannot run it: no deployment, no worker, or another store."""
+
+    kind = "bad_placement"
+
+
 class BadData(Failure):
     """The dataset cannot be used: it is unreadable or malformed, or no row is left to train on."""
 

@@ -21,7 +21,7 @@ from prefect.states import Cancelled, Cancelling
 from pydantic import JsonValue, ValidationError
 
 from loraflow.config.stage_configs import StageConfig
-from loraflow.failures import BadConfig, Crashed, Failure, Killed, Network, from_dict
+from loraflow.failures import BadConfig, BadPlacement, Crashed, Failure, Killed, Network, from_dict
 from loraflow.job import Job
 from loraflow.stages import STAGES
 from loraflow.store import LocalStore, Ref, Store, open_store
@@ -46,7 +46,7 @@ def run_on_pool(job: Job[StageConfig], store: Store, label: str, name: str, *, f
         try:
             deployment = client.read_deployment_by_name(f"stage/{name}")
         except ObjectNotFound:
-            raise BadConfig(
+            raise BadPlacement(
                 f"There is no deployment stage/{name}, which runtime.placement names.",
                 where=f"runtime.placement.{job.stage}",
                 next_step="`loraflow deploy` creates stage/cpu and stage/gpu; or add another to prefect.yaml",
@@ -93,7 +93,7 @@ def _watch(client: SyncPrefectClient, run: FlowRun, pool: str | None, label: str
             waiting_since = time.monotonic()
         elif time.monotonic() - waiting_since > PATIENCE:
             if not _has_worker(client, run, pool):
-                raise BadConfig(
+                raise BadPlacement(
                     f"No worker took {label} within {PATIENCE:.0f} s.",
                     where=f"work pool {pool}" if pool else f"deployment of sub-run {run.id}",
                     got="no worker is online",
@@ -205,9 +205,9 @@ def accept(job: dict[str, JsonValue], store: str) -> tuple[Job[StageConfig], Sto
 MISSING = "manifest.json: FileNotFoundError"
 
 
-def _other_store(store: Store, got: str) -> BadConfig:
+def _other_store(store: Store, got: str) -> BadPlacement:
     advice = "set runtime.store to s3://bucket/prefix, or to a folder that both sides mount at the same path"
-    return BadConfig(
+    return BadPlacement(
         "The run and the worker do not share a store.",
         where=store.uri,
         got=got,

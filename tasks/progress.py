@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from uuid import UUID
 
@@ -46,7 +47,7 @@ class ProgressArtifact:
         text, percent = ", ".join([f"{self.label} {done}/{total}", *details]), 100.0 * done / total
         log.info("%s", text)
         if self.artifact is None:
-            key = self.label.lower().replace(" ", "-").replace("_", "-") + "-progress"
+            key = re.sub(r"[^a-z0-9]+", "-", self.label.lower()) + "-progress"
             created = create_progress_artifact(progress=percent, key=key, description=text)
             assert isinstance(created, UUID)  # a coroutine only where an event loop runs
             self.artifact = created

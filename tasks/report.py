@@ -17,10 +17,13 @@ from loraflow.data.chats import GATE_SET
 from loraflow.data.token_report import TokenReport
 from loraflow.evaluation.values import Decision, scores_to_dict
 from loraflow.execution.results import PipelineResult
+from loraflow.execution.trial_loss import read_curves
 from loraflow.failures import CorruptArtifact
 from loraflow.registry.runs import RunSummary
 from loraflow.reporting.learned import Learned
 from loraflow.reporting.markdown import RunReport, run_report, scores_report
+from loraflow.reporting.sweep import TrialCurves
+from loraflow.stages import TRAIN
 from loraflow.store import Ref, read_intact
 from loraflow.tasks.run import Run
 from loraflow.tasks.run_record import evaluation_report, model_scores
@@ -50,6 +53,8 @@ def publish_report(run: Run, result: PipelineResult, decision: Decision, summary
         slices=_slices(run, result),
         confusions=tuned.confusions.get(GATE_SET, ()),
         learned=_learned(run, result.tokens),
+        sweep=run.sweep,
+        trial_curves=_trial_curves(run),
         store=run.workspace.store.uri,
         adapter=summary.adapter,
         merged=summary.merged,
@@ -117,6 +122,19 @@ def _losses(run: Run, adapter: Ref) -> list[tuple[float, float]]:
         log.warning("the report has no training loss. %s", failure)
         return []
     return [(row["step"], row["loss"]) for row in map(json.loads, lines) if "loss" in row]
+
+
+def _trial_curves(run: Run) -> dict[str, TrialCurves]:
+    """Return the losses of a sweep's trials; those whose log is damaged are left out."""
+    found = {}
+    for trial in run.sweep.trials if run.sweep else ():
+        if trial.state != "failed":
+            uri = run.workspace.store.uri
+            ref = Ref(stage=TRAIN.name, fingerprint=trial.fingerprint, digest=trial.digest, uri=uri)
+            curves = read_curves(run.workspace.store, ref)
+            if curves is not None:
+                found[trial.label] = TrialCurves(curves.training, curves.validation)
+    return found
 
 
 def _publish(run: Run, text: str, shown: str, what: str) -> None:

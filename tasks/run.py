@@ -27,6 +27,7 @@ from loraflow.failures import BudgetSpent, DamagedLog, Failure, from_os_error, m
 from loraflow.job import Job
 from loraflow.registry.cleanup import remove_unused
 from loraflow.registry.runs import RunSummary, StageRun
+from loraflow.registry.sweeps import SweepRecord
 from loraflow.stages import Stage, check_names
 from loraflow.store import Ref, require_intact
 from loraflow.tasks.continuation import go_on_in_another_run
@@ -63,6 +64,8 @@ class Run:
         self.stages: dict[str, StageRun] = {}  # by label
         self.started = time.time()
         self.summary: RunSummary | None = None
+        self.sweep: SweepRecord | None = None  # the trials, in a run that chose among several
+        self.recompute: set[str] = set()  # fingerprints whose artifacts lack something that this run needs
         self.is_deployed = False  # it was started by a deployment; set once, because Prefect asks the server each time
         self._forced: set[str] = set()  # fingerprints that --force has recomputed
         self._verified_digests: set[str] = set()  # of artifacts that were hashed, or written, in this run
@@ -76,7 +79,8 @@ class Run:
         """
         label, store, started = label or stage.name, self.workspace.store, time.monotonic()
         job = self.workspace.job(stage, inputs)
-        force = stage.name in self.force and job.fingerprint not in self._forced
+        force = stage.name in self.force or job.fingerprint in self.recompute
+        force = force and job.fingerprint not in self._forced
         lookup = look_up(store, job, force=force)
         ref = lookup.ref
         if ref is None:

@@ -66,6 +66,7 @@ def set_summary(run: Run, result: PipelineResult, registration: Registration) ->
         reserve=run.workspace.reserve,
         adapter=f"{store.location(result.adapter)}/adapter",
         merged=store.location(result.merged),
+        sweep=run.sweep,
     )
     return run.summary
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "init": ("loraflow.cli.init", "Create a recipe and a versioned dataset from your own file."),
     "run": ("loraflow.cli.run", "Run a recipe on this machine, from dataset to registered model."),
+    "sweep": ("loraflow.cli.sweep", "Run a recipe with several settings, and judge the best of them."),
     "plan": ("loraflow.cli.plan", "Show which stages of a recipe will run, and why."),
     "data": ("loraflow.cli.data", "Version, check, pull and compare datasets."),
     "evaluate": ("loraflow.cli.models", "Score a model on a recipe's held-out rows."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -78,6 +78,15 @@ def steps_of(recipe: Recipe) -> tuple[Step, ...]:
     return _WITH_DEALT_ROWS if recipe.deals_rows else STEPS
 
 
+def steps_to(label: str) -> tuple[Step, ...]:
+    """Return a step and all that it takes its inputs from, in the order of the pipeline."""
+    wanted = {label}
+    for step in reversed(STEPS):
+        if step.label in wanted:
+            wanted |= set(step.inputs.values())
+    return tuple(step for step in STEPS if step.label in wanted)
+
+
 def inputs_of(step: Step, *, compares_merges: bool) -> dict[str, str]:
     """Return the inputs that a step takes in a run: merge reads tokens only to compare two ways of merging."""
     optional = () if compares_merges else [name for name, given in step.stage.inputs.items() if given.optional]
@@ -101,11 +110,17 @@ class PlannedStep:
         return {"verdict" if name == "status" else name: value for name, value in values.items()}
 
 
-def plan(workspace: Workspace, force: Iterable[str] = ()) -> list[PlannedStep]:
-    """Return what a recipe's run would do, step by step. Reports are not checked: only a run does that."""
+def plan(workspace: Workspace, force: Iterable[str] = (), steps: Sequence[Step] = ()) -> list[PlannedStep]:
+    """Return what a recipe's run would do, step by step. Reports are not checked: only a run does that.
+
+    Args:
+        workspace: the recipe's.
+        force: stages to plan as if they were recomputed.
+        steps: those to plan, with all that they take their inputs from; all of the recipe's pipeline if none are given.
+    """
     planned: list[PlannedStep] = []
     artifacts: dict[str, Ref | None] = {}  # of each step so far; None where it has to run first
-    for step in steps_of(workspace.recipe):
+    for step in steps or steps_of(workspace.recipe):
         inputs = inputs_of(step, compares_merges=workspace.recipe.compares_merges)
         if CHAMPION in inputs.values():
             try:

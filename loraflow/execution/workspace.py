@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Set
 from functools import cached_property
 
@@ -51,6 +52,23 @@ class Workspace:
         from loraflow.evaluation.metric_modules import module_hashes
 
         return module_hashes(self.recipe.evaluation.metrics, self.memo)
+
+    def with_recipe(self, recipe: Recipe) -> Workspace:
+        """Return the workspace of a variant of the recipe. What both name in the same way is looked up only once."""
+        mine = self.recipe
+        if recipe.runtime.store != mine.runtime.store or recipe.register_ != mine.register_:
+            return Workspace(recipe)
+        other = copy.copy(self)
+        other.recipe = recipe
+        is_equal = {
+            "dataset": recipe.data == mine.data,
+            "base": recipe.base == mine.base,
+            "metric_modules": recipe.evaluation == mine.evaluation,
+        }
+        for name, equal in is_equal.items():
+            if not equal:
+                other.__dict__.pop(name, None)  # where cached_property keeps its value
+        return other
 
     def job(self, stage: Stage, inputs: Mapping[str, Ref]) -> Job[StageConfig]:
         """Return the job of a stage."""

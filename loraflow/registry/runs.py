@@ -22,6 +22,7 @@ from loraflow.evaluation.values import Scores
 from loraflow.failures import CorruptArtifact
 from loraflow.frozen import StoredModel
 from loraflow.registry.reserve import ReserveState
+from loraflow.registry.sweeps import SweepRecord
 from loraflow.store import Ref, Store
 
 log = logging.getLogger("loraflow")
@@ -92,6 +93,11 @@ class RunSummary(StoredModel):
     adapter: str = ""
     merged: str = ""
     published: Publication | None = None
+    sweep: SweepRecord | None = None  # the trials, in a run that chose among several
+
+    @model_serializer(mode="wrap")
+    def _without_absent_sweep(self, handler: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        return {key: value for key, value in handler(self).items() if key != "sweep" or value is not None}
 
 
 class LogHead(StoredModel):

@@ -6,6 +6,7 @@ import base64
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 36  # margins, in pixels
@@ -90,3 +91,54 @@ def round_numbers(low: float, high: float, *, at_least: float = 0.0) -> list[flo
         if math.floor(high / (power * factor)) - math.ceil(low / (power * factor)) < MAX_TICKS
     )
     return [every * count for count in range(math.ceil(low / every), math.floor(high / every) + 1)]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One of several curves in an image."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    is_main: bool = False  # drawn thicker, over the others
+
+
+COLOURS = ("#1860f2", "#d1495b", "#2e933c", "#e0a030", "#7b4fa3", "#1f9ea8", "#8c5a2b", "#777777")
+LEGEND_LINE = 16  # pixels
+MAX_LABEL = 90  # characters that fit into the width
+
+
+def curves_image(curves: Sequence[Curve], title: str) -> str:
+    """Return markdown with several curves of (step, loss) points in one image. Each needs a point."""
+    return embedded(curves_svg(curves, title), title)
+
+
+def curves_svg(curves: Sequence[Curve], title: str) -> str:
+    """Draw several curves with common axes, and a legend below them."""
+    axes = _Axes.around([point for curve in curves for point in curve.points])
+    height = HEIGHT + LEGEND_LINE * len(curves) + 8
+    lines, legend = [], []
+    for number, curve in enumerate(curves):
+        colour, width = COLOURS[number % len(COLOURS)], 3 if curve.is_main else 1.2
+        pixels = [axes.pixel(*point) for point in _thin(curve.points)]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
+        dashes = ' stroke-dasharray="5 3"' if number >= len(COLOURS) else ""
+        style = f'stroke="{colour}" stroke-width="{width}"{dashes}'
+        x, y = pixels[-1]
+        drawn = (
+            f'<polyline points="{line}" fill="none" {style}/><circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>'
+        )
+        lines.append((curve.is_main, drawn))
+        top = HEIGHT + 8 + LEGEND_LINE * number
+        weight = ' font-weight="bold"' if curve.is_main else ""
+        legend.append(
+            f'<line x1="{LEFT}" x2="{LEFT + 24}" y1="{top}" y2="{top}" {style}/>'
+            f'<text x="{LEFT + 32}" y="{top + 4}"{weight}>{escape(curve.label[:MAX_LABEL])}</text>'
+        )
+    drawn_lines = "".join(drawn for _, drawn in sorted(lines, key=lambda item: item[0]))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
+        ' font-family="sans-serif" font-size="11" fill="#444">'
+        f'<title>{escape(title)}</title><rect width="{WIDTH}" height="{height}" fill="white"/>{axes.ticks()}'
+        f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>'
+        f"{drawn_lines}{''.join(legend)}</svg>"
+    )

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from loraflow.evaluation.values import Confusion, Decision, MetricValue, ModelScores, Sample, Scores, SetScores, Verdict
 from loraflow.identity import short
 from loraflow.registry.runs import RowsSummary
+from loraflow.registry.sweeps import SweepRecord
 from loraflow.reporting import chart
 from loraflow.reporting.learned import Learned, learned_lines
 from loraflow.reporting.slices import slice_lines
+from loraflow.reporting.sweep import TrialCurves, sweep_lines
 
 if TYPE_CHECKING:
     from loraflow.evaluation.slices import Slice
@@ -83,6 +85,8 @@ class RunReport:
     confusions: Sequence[Confusion] = ()  # the tuned model's worst labels in the gate's set
     learned: Learned | None = None
     reserve: str = ""  # what is left of data.heldout_reserve
+    sweep: SweepRecord | None = None  # the trials among which the model was chosen
+    trial_curves: Mapping[str, TrialCurves] | None = None  # by the trials' labels
 
 
 def run_report(report: RunReport, *, image: bool = False) -> str:
@@ -98,6 +102,7 @@ def run_report(report: RunReport, *, image: bool = False) -> str:
         *([decision.budget, ""] if decision.budget else []),
         *([f"Reserve: {report.reserve}.", ""] if report.reserve else []),
     ]
+    lines += sweep_lines(report.sweep, report.trial_curves or {}, image=image) if report.sweep else []
     lines += _comparison(report.scores, report.confidence)
     lines += slice_lines(report.slices)
     lines += _worse(decision)

@@ -31,6 +31,7 @@ def test_all_deployments_are_defined():
         "stage/cpu",
         "stage/gpu",
         "evaluate/local",
+        "sweep/local",
     }
 
 

@@ -193,7 +193,7 @@ def test_a_flow_that_is_loaded_from_its_file_validates_its_parameters(monkeypatc
 
     import loraflow.flows
 
-    for name in ("finetune", "retrain", "evaluate_model", "predict", "stage"):
+    for name in ("finetune", "retrain", "evaluate_model", "predict", "stage", "sweep"):
         file = Path(loraflow.flows.__path__[0]) / f"{name}.py"
         flow = load_flow_from_entrypoint(f"{file}:{'evaluate' if name == 'evaluate_model' else name}")
         arguments = {"predict": {"source": "a", "target": "b"}, "stage": {"job": {}, "store": "s", "label": "l"}}

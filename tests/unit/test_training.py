@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 from loraflow.config import parse_recipe
+from loraflow.config.recipe import BestCheckpoint
+from loraflow.config.stage_configs import FingerprintedTraining
 from loraflow.data import tokenization as tokens
 from loraflow.data.token_rows import TokenRows
 from loraflow.failures import BadConfig, NonFiniteLoss, Preempted
@@ -21,6 +23,7 @@ from loraflow.store.checkpoints import prune_to_newest_intact
 from loraflow.training import collation, train
 from loraflow.training.callbacks import PreemptionHandler
 from loraflow.training.schedule import count_steps, micro_batch_rows, row_order
+from loraflow.training.validation_loss import Curves
 from tests.conftest import build_phi3, chat
 from tests.job_factory import make_job
 
@@ -83,6 +86,9 @@ def straight(base, tmp_path_factory):
 def same(one, two, tolerance=0.0):
     assert one.keys() == two.keys()
     return all(torch.allclose(one[name], two[name], rtol=0, atol=tolerance) for name in one)
+
+
+BEST_FIELDS = {*BestCheckpoint.model_fields, "save_steps"}
 
 
 def test_losses_equal_those_of_an_independent_training_loop(base, straight):
@@ -232,6 +238,43 @@ BEST = {
     "data__validation_fraction": 0.1, "training_config__eval_strategy": "steps", "training_config__eval_steps": 2,
     "training_config__load_best_model_at_end": True, "training_config__learning_rate": 3.0,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "losses", [[5, 4, 3, 2], [5, 2, 3, 4], [5, 4, 1, 2], [1, 2, 3, 4], [5, 4, 3, 3], [5, 4, 6, 6, 3], [3, 3, 3, 1]]
+)
+def test_the_loss_of_the_best_checkpoint_is_of_the_one_that_transformers_loads(tmp_path, losses):
+    """A sweep compares trials by it. transformers' Trainer gets these losses, and loads a checkpoint at its end."""
+    from transformers import Trainer, TrainingArguments
+
+    class Scripted(Trainer):
+        def evaluate(self, *args, **kwargs):
+            metrics = {"eval_loss": float(losses[self.state.global_step - 1])}
+            self.log(metrics)
+            return metrics
+
+    class Line(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return {"loss": (self.weight * x).mean()}
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=len(losses), eval_strategy="steps", eval_steps=1, save_steps=2, use_cpu=True,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, report_to="none",
+        per_device_train_batch_size=1, disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    rows = [{"x": torch.ones(1)}] * len(losses)
+    trainer = Scripted(model=Line(), args=arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    loaded = int(Path(best).name.removeprefix("checkpoint-")) if best else len(losses)
+    lines = "".join(json.dumps(row) + "\n" for row in trainer.state.log_history)
+    settings = recipe(**BEST | {"training_config__eval_steps": 1}).training_config
+    config = FingerprintedTraining.model_validate({**settings.model_dump(include=BEST_FIELDS), "global_batch": 1})
+    assert Curves.parse(lines.encode()).validation_loss(config) == losses[loaded - 1]
 
 
 def test_the_best_checkpoint_is_found_in_a_moved_folder(base, straight, tmp_path):

@@ -1,0 +1,192 @@
+"""`loraflow sweep`: train a recipe with several settings, and take the best adapter to the gate."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from typing import TYPE_CHECKING
+
+import click
+
+from loraflow.cli import json_option, parse_overrides, quiet_logging, set_option, stop_at_second_interrupt
+from loraflow.config.grid import MAX_TRIALS, check_grid, parse_grid
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+    from loraflow.execution.sweep import Trial
+    from loraflow.execution.sweep_plan import SweepPlan
+    from loraflow.registry.runs import RunSummary
+    from loraflow.registry.sweeps import SweepRecord
+
+
+@click.command()
+@click.argument("recipe")
+@click.option(
+    "--grid",
+    "grids",
+    multiple=True,
+    metavar="KEY=VALUE,VALUE",
+    help="Values to try for a key of the recipe, such as peft_config.r=8,16; repeat for several keys.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Train each combination with this many seeds, and compare the means.",
+)
+@set_option
+@click.option("--plan", "plans", is_flag=True, help="Only show the trials, and which of them are trained already.")
+@click.option(
+    "--max-trials",
+    type=click.IntRange(min=1),
+    default=MAX_TRIALS,
+    show_default=True,
+    help="Refuse a sweep of more trainings than this.",
+)
+@json_option
+@click.option("--strict-gate", is_flag=True, help="Exit with 3 when nothing was promoted.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only warnings and the final tables.")
+def sweep(
+    recipe: str,
+    grids: tuple[str, ...],
+    seeds: int,
+    sets: tuple[str, ...],
+    plans: bool,
+    max_trials: int,
+    as_json: bool,
+    strict_gate: bool,
+    quiet: bool,
+) -> None:
+    """Train RECIPE with each combination of settings; merge, score and judge the one with the lowest validation loss."""
+    overrides, grid = parse_overrides(sets), parse_grid(grids)
+    check_grid(grid, seeds, overrides, max_trials)
+    if quiet:
+        os.environ["PREFECT_LOGGING_LEVEL"] = "WARNING"
+    if plans:
+        quiet_logging()
+    from loraflow.config.recipe_text import recipes_read_once
+
+    with recipes_read_once():
+        if plans:
+            planned = _plan(recipe, grid, seeds, overrides, max_trials)
+            click.echo(json.dumps(planned.to_json(), ensure_ascii=False)) if as_json else _show_plan(planned)
+            return
+        _check(recipe, grid, seeds, overrides, max_trials)
+        summary, document = _run_flow(recipe, grid, seeds, overrides, max_trials, quiet)
+    if as_json:
+        click.echo(json.dumps(document, ensure_ascii=False))
+    else:
+        from loraflow.cli.run import show
+
+        if summary.sweep is not None:
+            show_trials(summary.sweep)
+        show(summary)
+    if strict_gate and (summary.decision is None or summary.decision.verdict != "promote"):
+        raise click.exceptions.Exit(3)
+
+
+def _check(
+    recipe: str, grid: dict[str, JsonValue], seeds: int, overrides: dict[str, JsonValue], max_trials: int
+) -> None:
+    """Check the trials before prefect starts, so that a mistake is reported at once."""
+    from loraflow.config.load import read_recipe
+
+    if not read_recipe(recipe, overrides).recipe.data.add:  # the flow versions the dataset first, then checks the same
+        _trials(recipe, grid, seeds, overrides, max_trials)
+
+
+def _plan(
+    recipe: str, grid: dict[str, JsonValue], seeds: int, overrides: dict[str, JsonValue], max_trials: int
+) -> SweepPlan:
+    from loraflow.execution.sweep_plan import plan_sweep
+
+    return plan_sweep(_trials(recipe, grid, seeds, overrides, max_trials), [*grid])
+
+
+def _trials(
+    recipe: str, grid: dict[str, JsonValue], seeds: int, overrides: dict[str, JsonValue], max_trials: int
+) -> list[Trial]:
+    from loraflow.config.load import read_recipe
+    from loraflow.execution.sweep import make_trials
+    from loraflow.execution.workspace import Workspace
+
+    recipe_file = read_recipe(recipe, overrides)
+    workspace = Workspace(recipe_file.recipe)
+    trials = make_trials(recipe_file, check_grid(grid, seeds, overrides, max_trials), workspace)
+    workspace.save()
+    return trials
+
+
+def _run_flow(
+    recipe: str,
+    grid: dict[str, JsonValue],
+    seeds: int,
+    overrides: dict[str, JsonValue],
+    max_trials: int,
+    quiet: bool,
+) -> tuple[RunSummary, dict[str, JsonValue]]:
+    """Run the flow; return its summary, also as the JSON document."""
+    from loraflow.flows.server.temporary_server import prepare_server
+    from loraflow.flows.sweep import sweep as flow
+    from loraflow.registry.runs import RunSummary
+    from loraflow.tasks.failure_log import is_server_error, server_lost, show_failures_once
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("loraflow").setLevel(logging.WARNING if quiet else logging.INFO)
+    show_failures_once()
+    stop_at_second_interrupt()
+    prepare_server()
+    try:
+        document = flow(recipe=recipe, grid=grid, seeds=seeds, settings=overrides, max_trials=max_trials)
+    except Exception as error:
+        if is_server_error(error):
+            raise server_lost(error) from error
+        raise
+    return RunSummary.model_validate(document), document
+
+
+def _show_plan(planned: SweepPlan) -> None:
+    colours = {"cached": "green", "runs": "yellow", "depends": "cyan"}
+    width = max(len(trial.label) for trial in planned.trials)
+    for trial in planned.trials:
+        seconds = f"{trial.seconds:7.1f} s" if trial.seconds is not None else " " * 9
+        loss = f"  validation loss {trial.loss:.4f}" if trial.loss is not None else ""
+        click.echo(
+            f"{trial.label:<{width}}  {click.style(f'{trial.status:<8}', fg=colours[trial.status])}"
+            f"{seconds}  {(trial.fingerprint or '')[:12]:<12}  {'; '.join(trial.why)}{loss}".rstrip()
+        )
+    click.echo()
+    for note in planned.notes:
+        click.echo(note)
+    to_run = [f"{count} x {label}" for label, count in planned.to_run.items() if count]
+    left = sum(trial.status != "cached" for trial in planned.trials)
+    to_run += [f"{left} x train"] if left else []
+    before = f"to run: {', '.join(to_run)}; then" if to_run else "all trials are trained;"
+    click.echo(f"{before} the chosen trial is merged, scored and judged")
+    times = [trial.seconds for trial in planned.trials if trial.status != "cached"]
+    if times and all(time is not None for time in times):
+        click.echo(f"such trainings took {sum(time for time in times if time is not None):.0f} s the last time")
+
+
+def show_trials(record: SweepRecord) -> None:
+    """Print the table of trials, the best combination first, and how much of its lead may be chance."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from loraflow.reporting.sweep import columns, table_rows
+
+    console = Console(highlight=False)
+    table = Table(title="trials, by the loss on validation rows", title_justify="left")
+    for name in ("", *columns(record), "validation loss", "mean", "spread", "seconds"):
+        table.add_column(name, justify="right")
+    rows = table_rows(record)
+    for row in rows:
+        cells = (row.rank, *row.settings, row.losses, row.mean, row.deviation, row.seconds)
+        table.add_row(*cells, style="bold" if row.is_chosen else None)
+    console.print(table)
+    for text in (*record.notes, *(row.problem for row in rows if row.problem)):
+        console.print(f"note: {text}", markup=False)
+    console.print(f"chosen        {record.chosen}", markup=False, soft_wrap=True)
