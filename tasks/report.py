@@ -18,7 +18,7 @@ from loraflow.data.token_report import TokenReport
 from loraflow.evaluation.values import Decision, scores_to_dict
 from loraflow.execution.results import PipelineResult
 from loraflow.failures import CorruptArtifact
-from loraflow.registry.runs import RunSummary
+from loraflow.registry.runs import RunSummary, write_report
 from loraflow.reporting.learned import Learned
 from loraflow.reporting.markdown import RunReport, run_report, scores_report
 from loraflow.store import Ref, read_intact
@@ -121,7 +121,7 @@ def _losses(run: Run, adapter: Ref) -> list[tuple[float, float]]:
 def _publish(run: Run, text: str, shown: str, what: str) -> None:
     key = f"{run.workspace.recipe.name}-{what}".replace("_", "-").replace(".", "-")
     try:
-        run.workspace.store.write_document(f"runs/{run.id}.md", text.encode())
+        write_report(run.workspace.store, run.id, text)
         create_markdown_artifact(markdown=shown, key=key)
     except Exception as error:  # the model is registered by now: a missing report must not undo that
         log.warning("the report could not be published: %s", error)

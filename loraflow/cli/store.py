@@ -85,7 +85,7 @@ def verify(what: str | None, deep: bool, rederive: bool, model: str | None, stor
         )
     if missing:
         raise CorruptArtifact(
-            "The store lacks a champion or a rollback target, or a promotion log or record of looks is damaged.",
+            "The store lacks a champion or a rollback target, or a promotion log, record of looks or run record is damaged.",
             where=opened.uri,
             next_step=missing,
         )
@@ -97,6 +97,7 @@ def _missing_champions(store: Store) -> str:
     from loraflow.registry.log import PromotionLog, models
     from loraflow.registry.looks import LookRecord, models_with_looks
     from loraflow.registry.rebuild import how_to_rebuild
+    from loraflow.registry.runs import damaged_runs
 
     steps = []
     for model in models(store, of_runs=True):
@@ -116,10 +117,13 @@ def _missing_champions(store: Store) -> str:
             steps.append(failure.next_step)
     for model in sorted(models_with_looks(store)):
         try:
-            LookRecord(store, model).entries()
+            LookRecord(store, model).entries(all_runs=True)
         except CorruptArtifact as failure:
             click.echo(f"damaged  record of looks of {model}: {failure.got}", err=True)
             steps.append(failure.next_step)
+    for name, problem in damaged_runs(store).items():
+        click.echo(f"damaged  {name}: {problem.got or problem.what}", err=True)
+        steps.append(problem.next_step)
     return steps[0] if steps else ""
 
 

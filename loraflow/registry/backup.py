@@ -50,7 +50,7 @@ def back_up(store: Store, target: Path) -> Iterator[Copied]:
         for model in models(store, of_runs=True):
             PromotionLog(store, model).entries(all_runs=True)
         for model in models_with_looks(store):
-            LookRecord(store, model).entries()
+            LookRecord(store, model).entries(all_runs=True)
         registry = store.read_documents(_REGISTRY)
         yield from _copy_artifacts(store, copy)
     _write_documents(copy, registry)

@@ -6,7 +6,6 @@ all but the names of run and recipe may be missing, so that records of other ver
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from typing import Literal
@@ -22,12 +21,15 @@ from loraflow.evaluation.values import Scores
 from loraflow.failures import CorruptArtifact
 from loraflow.frozen import StoredModel
 from loraflow.store import Ref, Store
+from loraflow.store.checksum import ChangedDocument, add_checksum, check_document, checksum
+from loraflow.store.files import json_bytes
 
 log = logging.getLogger("loraflow")
 
 RunState = Literal["running", "done", "waiting", "failed"]
 RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 FOLDER = "runs/"
+_COMMENT = "<!-- checksum: "
 
 
 class StageRun(StoredModel):
@@ -125,8 +127,8 @@ class RunRecord(StoredModel):
 
     @property
     def document(self) -> bytes:
-        """The record as the bytes of its file."""
-        return (json.dumps(self.model_dump(), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        """The record as the bytes of its file, with a checksum."""
+        return add_checksum(f"{FOLDER}{self.run}.json", json_bytes(self.model_dump()))
 
     @property
     def model(self) -> str | None:
@@ -175,6 +177,39 @@ def read_run(store: Store, run: str) -> RunRecord | None:
     return None if data is None else _parse(store, name, data)
 
 
+def write_report(store: Store, run: str, text: str) -> None:
+    """Write the markdown report of a run. Its last line is a comment with the checksum."""
+    name, content = f"{FOLDER}{run}.md", text.rstrip("\n") + "\n"
+    store.write_document(name, f"{content}{_comment(name, content)}".encode())
+
+
+def read_report(store: Store, run: str) -> str | None:
+    """Return the markdown report of a run, without its checksum; None if there is none.
+
+    Raises:
+        CorruptArtifact: it was changed, or is the report of another run.
+    """
+    name = f"{FOLDER}{run}.md"
+    data = store.read_document(name)
+    if data is None:
+        return None
+    text = data.decode(errors="replace")
+    content, start, _ = text.rpartition(_COMMENT)
+    if not start:  # of an earlier version
+        return text
+    if text != content + _comment(name, content):
+        raise CorruptArtifact(
+            "The report of a run was changed, or belongs to another run.",
+            where=f"{store.uri}/{name}",
+            next_step=f"`loraflow show {run} --json` has the run's record; remove the report, or restore it from a backup",
+        )
+    return content
+
+
+def _comment(name: str, content: str) -> str:
+    return f"{_COMMENT}{checksum(name, content.encode())} -->\n"
+
+
 def read_runs(store: Store) -> list[RunRecord]:
     """Return the records of all runs, oldest first. One that cannot be read is logged and left out."""
     found = []
@@ -184,6 +219,18 @@ def read_runs(store: Store) -> list[RunRecord]:
                 found.append(_parse(store, name, data))
             except CorruptArtifact as failure:
                 log.warning("%s", failure)
+    return found
+
+
+def damaged_runs(store: Store) -> dict[str, CorruptArtifact]:
+    """Return the failure of each run record and report that was changed or cannot be read, by its name in the store."""
+    found = {}
+    for run in run_ids(store):
+        for suffix, read in ((".json", read_run), (".md", read_report)):
+            try:
+                read(store, run)
+            except CorruptArtifact as failure:
+                found[f"{FOLDER}{run}{suffix}"] = failure
     return found
 
 
@@ -218,12 +265,18 @@ def computed(record: RunRecord, label: str) -> bool:
 
 def _parse(store: Store, name: str, data: bytes) -> RunRecord:
     try:
-        return RunRecord.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
+        record = RunRecord.model_validate_json(check_document(name, data))
+        if f"{FOLDER}{record.run}.json" != name:
+            raise ChangedDocument(f"it is the record of run {record.run}")
+        return record
+    except ValueError as error:  # pydantic's error is one, too
+        got = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            got = f"{'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}"
         raise CorruptArtifact(
             "A run's record cannot be read.",
             where=f"{store.uri}/{name}",
-            got=f"{'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}",
+            got=got,
             next_step="restore the file from a backup, or remove it; artifacts and promotion log do not depend on it",
         ) from error
