@@ -57,6 +57,7 @@ FAULTS = (
            "unit/test_launcher.py::test_the_time_of_a_run_ends_in_a_failure_that_is_not_retried_and_resumes",
            "flows/test_continuation.py::test_a_run_without_time_goes_on_in_a_new_run_of_its_deployment_and_only_in_one",
            "flows/test_continuation.py::test_a_run_without_progress_is_not_followed_by_another",
+           "flows/test_continuation.py::test_a_run_that_gets_sigterm_goes_on_unless_the_server_says_that_it_is_cancelled",
            "flows/test_finetune.py::test_signals_leave_no_worker_and_an_intact_store")),
     Fault(9, "Ctrl-C twice", "command", "SIGINT to the command, once and twice",
           "the first one saves and ends; the second one kills the worker at once",
