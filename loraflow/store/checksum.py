@@ -45,6 +45,19 @@ def check_document(name: str, document: bytes) -> bytes:
     return _START + rest
 
 
+def lost_checksum(name: str, before: bytes, now: bytes) -> bool:
+    """Tell whether a document is damaged that was intact before."""
+    return _is_intact(name, before) and not _is_intact(name, now)
+
+
+def _is_intact(name: str, document: bytes) -> bool:
+    """Tell whether a document has a checksum, and the right one."""
+    try:
+        return check_document(name, document) != document
+    except ChangedDocument:
+        return False
+
+
 def checksum(name: str, content: bytes) -> str:
     """Return the sha256 of a name and a content, 64 hex digits."""
     return hashlib.sha256(name.encode() + b"\0" + content).hexdigest()

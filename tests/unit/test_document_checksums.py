@@ -26,7 +26,7 @@ from loraflow.store.checksum import ChangedDocument, add_checksum, check_documen
 from loraflow.store.files import json_bytes
 from loraflow.tasks.gate import _decided_before
 from tests.job_factory import make_job
-from tests.promoted_models import add_model, promote, record_run
+from tests.promoted_models import add_model, commit, promote, record_run
 
 FIRST, SECOND = "20260101-000000-aaaaaa", "20260102-000000-bbbbbb"
 ROWS = {f"row{i}" for i in range(50)}
@@ -248,3 +248,14 @@ def test_a_checkpoint_of_another_job_or_another_step_is_not_resumed_from(tmp_pat
     shutil.copytree(ours / "checkpoint-2", ours / "checkpoint-6")
     assert not is_intact(ours / "checkpoint-4") and not is_intact(ours / "checkpoint-6")
     assert prune_to_newest_intact(ours) == ours / "checkpoint-2"
+
+
+def test_a_manifest_that_was_edited_and_has_lost_its_pointer_is_not_committed_again(store):
+    ref = commit(store, "merge", "a")
+    file = store.path(ref) / "manifest.json"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"figures": {}', b'"figures": {"gain": 1}'))
+    (file.parents[1] / "current.json").unlink()
+    assert store.find("merge", ref.fingerprint) is None
+    again = commit(store, "merge", "a")
+    assert again == ref and store.manifest(again).figures == {} and store.verify(again) == []
