@@ -133,10 +133,10 @@ def _is_complete(shard: Path) -> bool:
 
 
 def _checksum(shard: Path) -> str:
-    """Return a checksum of the file's bytes and of the job, whose fingerprint is the name of the work folder."""
+    """Return a checksum of the file's bytes and of its place, in which the work folder is named by the job's fingerprint."""
     with shard.open("rb") as handle:
         sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
-    return hashlib.sha256(f"{shard.parent.parent.name} {shard.name} {sha256}".encode()).hexdigest()
+    return hashlib.sha256(f"{'/'.join(shard.parts[-5:])} {sha256}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,24 @@
 """Documents that are read back have checksums: one that was damaged, or belongs to another run, is not believed."""
 
 import json
+import logging
 import shutil
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
+from loraflow.base import hub
 from loraflow.cli import cli
 from loraflow.config import load_recipe
 from loraflow.evaluation.answers_file import append_answers, read_answers
 from loraflow.evaluation.values import Decision
 from loraflow.execution.job_file import JobFile
 from loraflow.execution.outcome import parse_outcome, report_outcome
-from loraflow.failures import CorruptArtifact, DamagedLog
+from loraflow.failures import BadConfig, CorruptArtifact, DamagedLog
 from loraflow.registry import PromotionLog
 from loraflow.registry.anchor import write_anchor
 from loraflow.registry.looks import LookRecord
@@ -24,6 +28,7 @@ from loraflow.store import LocalStore, Ref, Summary
 from loraflow.store.checkpoints import finalize_checkpoint, is_intact, prune_to_newest_intact
 from loraflow.store.checksum import ChangedDocument, add_checksum, check_document
 from loraflow.store.files import json_bytes
+from loraflow.store.lock import flock
 from loraflow.tasks.gate import _decided_before
 from tests.job_factory import make_job
 from tests.promoted_models import add_model, commit, promote, record_run
@@ -259,3 +264,31 @@ def test_a_manifest_that_was_edited_and_has_lost_its_pointer_is_not_committed_ag
     assert store.find("merge", ref.fingerprint) is None
     again = commit(store, "merge", "a")
     assert again == ref and store.manifest(again).figures == {} and store.verify(again) == []
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a@main": "1', b"[]", b'{"a@main": "abc"}', b'{"a@main": 3}', b"\xff"])
+def test_a_damaged_lock_file_of_base_models_is_named(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    hub.LOCK.write_bytes(content)
+    with pytest.raises(BadConfig, match=r"loraflow\.lock"):
+        hub.commit_of("a", "main")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"pid": 12}{"p', b'{"pid"}', b"{}", b"[]", b"\xff"])
+def test_waiting_for_a_lock_whose_file_is_damaged_is_no_error(tmp_path, caplog, content):
+    path, waiting = tmp_path / "lock", threading.Event()
+    with caplog.at_level(logging.INFO), flock(path, shared=True):
+        path.write_bytes(content)
+
+        def wait():
+            waiting.set()
+            with flock(path):
+                pass
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        waiting.wait(10)
+        while "held by another process" not in caplog.text and thread.is_alive():
+            time.sleep(0.01)
+    thread.join(10)
+    assert "held by another process" in caplog.text and not thread.is_alive()
