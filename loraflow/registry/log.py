@@ -33,6 +33,7 @@ from loraflow.registry.anchor import (
 from loraflow.registry.entry import JSON_OBJECT, Action, active_promotions, parse_entry
 from loraflow.registry.entry import Entry as Entry
 from loraflow.registry.runs import LogHead
+from loraflow.registry.signature import sign, signing_key
 from loraflow.store import LocalStore, Ref, Store
 from loraflow.store.checksum import add_checksum, check_document
 from loraflow.store.files import json_bytes
@@ -241,6 +242,7 @@ class PromotionLog:
             raise self._not_created(f"{self.folder}/log/{entry.seq:06d}.json", head)
         self.last_seen = LogHead(seq=entry.seq, hash=entry.hash)
         self._anchor(self.last_seen)
+        self._sign(self.last_seen)
         return entry
 
     def _not_created(self, name: str, head: Entry | None) -> Exception:
@@ -264,6 +266,15 @@ class PromotionLog:
                 write_anchor(self.store, self.model, head)
         except (Failure, OSError) as error:
             log.warning("entry %d is written, but not its anchor: %s", head.seq, error)
+
+    def _sign(self, head: LogHead) -> None:
+        """Sign the entry, if the environment names a key. If that fails, the entry is valid, but not signed."""
+        key = signing_key()
+        if key is not None:
+            try:
+                sign(self.store, self.model, head, key)
+            except (Failure, OSError) as error:
+                log.warning("entry %d is written, but not signed: %s", head.seq, error)
 
     def _hashes(self) -> list[str]:
         return [entry.hash for entry in self._read().entries]
