@@ -16,8 +16,10 @@ from typing import NamedTuple
 
 from loraflow.failures import BadConfig, CorruptArtifact, Failure
 from loraflow.registry.anchor import FOLDER as ANCHORS
+from loraflow.registry.champions import missing_models
 from loraflow.registry.log import PromotionLog, models
 from loraflow.registry.looks import LookRecord, models_with_looks
+from loraflow.registry.rebuild import how_to_rebuild
 from loraflow.registry.runs import FOLDER as RUNS
 from loraflow.store import LocalStore, Ref, Store, hash_memo
 from loraflow.store.checksum import lost_checksum
@@ -143,11 +145,11 @@ def _is_current(copy: LocalStore, ref: Ref) -> bool:
     return found is not None and found.digest == ref.digest
 
 
-def require_complete(failed: int, store: Store) -> None:
-    """Refuse to call a backup complete in which artifacts are missing.
+def require_complete(failed: int, store: Store, target: Path) -> None:
+    """Refuse to call a backup complete in which artifacts, a champion or the model before it are missing.
 
     Raises:
-        Failure: some could not be copied.
+        Failure: some could not be copied, or the store does not have them.
     """
     if failed:
         raise Failure(
@@ -155,3 +157,13 @@ def require_complete(failed: int, store: Store) -> None:
             where=store.uri,
             next_step="`loraflow verify --deep` moves them to the quarantine; run their recipes, then back up again",
         )
+    copy = LocalStore(target)
+    for model in models(copy, of_runs=True):
+        for missing in missing_models(PromotionLog(copy, model)):
+            if missing.is_needed:
+                raise CorruptArtifact(
+                    f"The backup lacks a model of {model}, because the store lacks it. Everything else is in it.",
+                    where=store.location(missing.ref),
+                    got=f"entry {missing.entry.seq} of the promotion log names it",
+                    next_step=f"{how_to_rebuild(store, missing.ref)}; then back up again",
+                )

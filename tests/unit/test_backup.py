@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from loraflow.cli import cli
-from loraflow.failures import BadConfig, DamagedLog, Failure
+from loraflow.failures import BadConfig, CorruptArtifact, DamagedLog, Failure
 from loraflow.registry import PromotionLog
 from loraflow.registry.backup import back_up
 from loraflow.registry.cleanup import remove_unused
@@ -116,6 +116,12 @@ def test_a_second_backup_replaces_what_was_damaged_in_the_copy(store, tmp_path, 
     assert [item.ref.digest for item in back_up(store, tmp_path / "copy")] == [merged.digest]
     assert file.read_bytes() == data
     check_copy(tmp_path / "copy", store)
+
+
+def test_a_backup_of_a_store_that_lacks_its_champion_is_not_called_complete(store, tmp_path):
+    (store.path(PromotionLog(store, "tickets").head().merged) / "manifest.json").unlink()
+    refused = loraflow("backup", tmp_path / "copy", "--store", store.uri, fails=CorruptArtifact)
+    assert "lacks a model of tickets" in str(refused.exception) and "rebuilds it" in str(refused.exception)
 
 
 def test_a_document_that_is_damaged_in_the_store_does_not_replace_its_copy(store, tmp_path, caplog):
