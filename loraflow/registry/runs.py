@@ -191,8 +191,10 @@ def read_report(store: Store, run: str) -> str | None:
     """
     name = f"{FOLDER}{run}.md"
     data = store.read_document(name)
-    if data is None:
-        return None
+    return None if data is None else _checked_report(store, name, data)
+
+
+def _checked_report(store: Store, name: str, data: bytes) -> str:
     text = data.decode(errors="replace")
     content, start, _ = text.rpartition(_COMMENT)
     if not start:  # of an earlier version
@@ -201,7 +203,7 @@ def read_report(store: Store, run: str) -> str | None:
         raise CorruptArtifact(
             "The report of a run was changed, or belongs to another run.",
             where=f"{store.uri}/{name}",
-            next_step=f"`loraflow show {run} --json` has the run's record; remove the report, or restore it from a backup",
+            next_step="restore the file from a backup, or remove it; `loraflow show --json` has the run's record",
         )
     return content
 
@@ -225,12 +227,14 @@ def read_runs(store: Store) -> list[RunRecord]:
 def damaged_runs(store: Store) -> dict[str, CorruptArtifact]:
     """Return the failure of each run record and report that was changed or cannot be read, by its name in the store."""
     found = {}
-    for run in run_ids(store):
-        for suffix, read in ((".json", read_run), (".md", read_report)):
-            try:
-                read(store, run)
-            except CorruptArtifact as failure:
-                found[f"{FOLDER}{run}{suffix}"] = failure
+    for name, data in store.read_documents(FOLDER).items():
+        run, _, suffix = name.removeprefix(FOLDER).partition(".")
+        check = {"json": _parse, "md": _checked_report}.get(suffix) if RUN_ID.fullmatch(run) else None
+        try:
+            if check is not None:
+                check(store, name, data)
+        except CorruptArtifact as failure:
+            found[name] = failure
     return found
 
 
