@@ -361,6 +361,7 @@ EVALUATE = Stage(
         "loraflow.data.call_parser",
         "loraflow.data.sampling",
         "loraflow.data.split",
+        "loraflow.evaluation.answers_file",
         "loraflow.evaluation.generation",
         "loraflow.evaluation.padding_check",
         "loraflow.data.positions",

@@ -1,4 +1,8 @@
-"""A deployed run whose time is over (runtime.max_hours) goes on in another run of its deployment."""
+"""A deployed run whose time is over, or whose machine is taken away, goes on in another run of its deployment.
+
+Prefect cancels a run with SIGTERM, the signal that also announces the end of a machine. What tells them apart is the run's
+state on the server: a run that is cancelled is Cancelling before its process gets the signal.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import logging
 from collections.abc import Sequence
 
 from prefect import get_client
+from prefect.client.schemas.objects import StateType
 from prefect.runtime import flow_run
 
 from loraflow.credentials import MASK, mask
@@ -38,6 +43,29 @@ def go_on_in_another_run(spent: BudgetSpent, computed: Sequence[str]) -> None:
         return
     spent.next_step = f"nothing: the run {name} of the same deployment goes on from the last checkpoint"
     log.warning("the time of this run is over; it goes on in the run %s", name)
+
+
+def go_on_after_signal(computed: Sequence[str]) -> None:
+    """Schedule the run that goes on after SIGTERM, unless this run is being cancelled (runtime.preemptible).
+
+    Args:
+        computed: stages that this run finished.
+    """
+    try:
+        if _is_cancelled():
+            log.info("this run was cancelled, so no other run goes on")
+            return
+        name = _schedule(computed)
+    except Exception as error:  # the server is gone: a run that may have been cancelled must not come back
+        log.warning("no other run was scheduled: %s", mask(str(error)))
+        return
+    log.warning("this run was asked to end; it goes on in the run %s", name)
+
+
+def _is_cancelled() -> bool:
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(flow_run.id).state
+    return state is None or state.type in (StateType.CANCELLING, StateType.CANCELLED)
 
 
 def _schedule(computed: Sequence[str]) -> str:

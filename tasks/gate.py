@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 
 from loraflow import identity
 from loraflow.evaluation.values import BehaviourResult, Decision
@@ -46,13 +46,21 @@ def gate(workspace: Workspace, result: PipelineResult) -> Decision:
     if why is not None:
         return Decision.unchanged(f"it was rolled back ({why}); `loraflow promote` promotes it again by hand")
     protocol = _protocol(workspace, result)
-    earlier = workspace.log.read_decision(head, merged, protocol)
-    if earlier is not None and earlier["verdict"] != "promote":
-        known = Decision.from_dict(earlier)
+    known = _decided_before(workspace, merged, protocol)
+    if known is not None and known.verdict != "promote":
         return Decision.unchanged(f"decided before against this champion: {known.verdict}", known)
     decision = _compare(workspace, result, protocol)
     workspace.log.write_decision(head, merged, protocol, decision.to_dict())
     return decision
+
+
+def _decided_before(workspace: Workspace, merged: str, protocol: str) -> Decision | None:
+    """Return the stored decision about these models under these rules; None if there is none that can be read."""
+    stored = workspace.log.read_decision(workspace.seen_head, merged, protocol)
+    try:
+        return Decision.from_dict(stored) if stored is not None else None
+    except ValidationError:  # of another version: the models are compared again, in the same look
+        return None
 
 
 def remember(workspace: Workspace, result: PipelineResult, decision: Decision) -> None:

@@ -19,7 +19,7 @@ from loraflow.evaluation.values import Decision, scores_to_dict
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.trial_loss import read_curves
 from loraflow.failures import CorruptArtifact
-from loraflow.registry.runs import RunSummary
+from loraflow.registry.runs import RunSummary, write_report
 from loraflow.reporting.learned import Learned
 from loraflow.reporting.markdown import RunReport, run_report, scores_report
 from loraflow.reporting.sweep import TrialCurves
@@ -140,7 +140,7 @@ def _trial_curves(run: Run) -> dict[str, TrialCurves]:
 def _publish(run: Run, text: str, shown: str, what: str) -> None:
     key = f"{run.workspace.recipe.name}-{what}".replace("_", "-").replace(".", "-")
     try:
-        run.workspace.store.write_document(f"runs/{run.id}.md", text.encode())
+        write_report(run.workspace.store, run.id, text)
         create_markdown_artifact(markdown=shown, key=key)
     except Exception as error:  # the model is registered by now: a missing report must not undo that
         log.warning("the report could not be published: %s", error)

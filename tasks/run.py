@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from prefect.exceptions import Pause
+from prefect.exceptions import Pause, TerminationSignal
 from prefect.runtime import deployment, flow_run
 from pydantic import JsonValue
 
@@ -30,7 +30,7 @@ from loraflow.registry.runs import RunSummary, StageRun
 from loraflow.registry.sweeps import SweepRecord
 from loraflow.stages import Stage, check_names
 from loraflow.store import Ref, require_intact
-from loraflow.tasks.continuation import go_on_in_another_run
+from loraflow.tasks.continuation import go_on_after_signal, go_on_in_another_run
 from loraflow.tasks.events import announce_waiting
 from loraflow.tasks.failure_log import shorten_failures
 from loraflow.tasks.placement import run_on_pool
@@ -101,6 +101,11 @@ class Run:
         )
         return result
 
+    @property
+    def computed(self) -> list[str]:
+        """The labels of the stages that this run computed, rather than finding them in the cache."""
+        return [stage.stage for stage in self.stages.values() if stage.state == "computed"]
+
     def _run_here_or_on_pool(self, job: Job[StageConfig], label: str, *, force: bool) -> Ref:
         store, pool = self.workspace.store, job.pool
         if pool is not None:  # the worker there hashes the inputs that it reads
@@ -155,7 +160,12 @@ def open_run(
         except BudgetSpent as caught:
             error = caught
             if is_deployed:
-                go_on_in_another_run(caught, [s.stage for s in run.stages.values() if s.state == "computed"])
+                go_on_in_another_run(caught, run.computed)
+            raise
+        except TerminationSignal as caught:
+            error = caught
+            if is_deployed and run.workspace.recipe.runtime.preemptible:
+                go_on_after_signal(run.computed)
             raise
         except OSError as caught:
             error = caught
@@ -166,7 +176,7 @@ def open_run(
         finally:
             run.workspace.save()
             mirror_run(run, write_record(run, error), error)
-    if any(stage.state == "computed" for stage in run.stages.values()):
+    if run.computed:
         _clean_up(run.workspace)
 
 

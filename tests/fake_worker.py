@@ -91,7 +91,7 @@ def run(job, inputs, out, report):
             (folder / "checkpoint-4" / "weights").write_bytes(b"0" * 100)
             raise OSError(28, "No space left on device", str(folder / "checkpoint-4" / "weights"))
     elif how == "no-outcome":
-        worker.report_outcome.__globals__["write_json"] = no_space
+        worker.report_outcome.__globals__["write_atomic"] = no_space
         sys.stderr = FullStream()
         raise RuntimeError("something odd on a full disk")
     elif how == "import":

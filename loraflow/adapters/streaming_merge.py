@@ -45,8 +45,8 @@ def merge_streaming(
 ) -> None:
     """Write the merged shards and their index to `out`.
 
-    With a `progress.work` folder, finished shards are written there first, each with its sha256. An attempt after a kill
-    uses those whose bytes still have that sha256.
+    With a `progress.work` folder, finished shards are written there first, each with a checksum. An attempt of the same job
+    after a kill uses those whose bytes still have that checksum.
 
     Raises:
         BadModel: a tensor of the adapter has no counterpart in the base, or another shape.
@@ -126,18 +126,20 @@ def _checksum_file(shard: Path) -> Path:
 
 def _write_checksum(shard: Path) -> None:
     part = _checksum_file(shard).with_suffix(".part")
-    part.write_text(_sha256(shard))
+    part.write_text(_checksum(shard))
     part.replace(_checksum_file(shard))
 
 
 def _is_complete(shard: Path) -> bool:
     checksum = _checksum_file(shard)
-    return shard.exists() and checksum.exists() and checksum.read_text() == _sha256(shard)
+    return shard.exists() and checksum.exists() and checksum.read_text() == _checksum(shard)
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def _checksum(shard: Path) -> str:
+    """Return a checksum of the file's bytes and of its place, in which the work folder is named by the job's fingerprint."""
+    with shard.open("rb") as handle:
+        sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
+    return hashlib.sha256(f"{'/'.join(shard.parts[-5:])} {sha256}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)

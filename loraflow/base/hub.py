@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
+from typing import Annotated
 
-from loraflow.failures import BadModel, Network
+from pydantic import StringConstraints, TypeAdapter, ValidationError
+
+from loraflow.failures import BadConfig, BadModel, Network
 from loraflow.store.files import write_json
 
 LOCK = Path("loraflow.lock")  # in the working folder: {"model@revision": commit}
+_LOCKED = TypeAdapter(dict[str, Annotated[str, StringConstraints(pattern="^[0-9a-f]{40}$")]])
 
 
 def commit_of(model: str, revision: str) -> str:
@@ -22,12 +25,27 @@ def commit_of(model: str, revision: str) -> str:
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     key = f"{model}@{revision}"
-    locked: dict[str, str] = json.loads(LOCK.read_text()) if LOCK.exists() else {}
+    locked = _read_lock()
     if key in locked:
         return locked[key]
     commit = _ask_the_hub(model, revision, key)
     write_json(LOCK, {**locked, key: commit})
     return commit
+
+
+def _read_lock() -> dict[str, str]:
+    if not LOCK.exists():
+        return {}
+    try:
+        return _LOCKED.validate_json(LOCK.read_bytes())
+    except ValidationError as error:
+        raise BadConfig(
+            "The lock file of the base models cannot be read.",
+            where=str(LOCK),
+            expected='{"model@revision": commit of 40 hex digits}',
+            got=error.errors()[0]["msg"],
+            next_step=f"restore it with git (git checkout {LOCK}), or set base.revision to a commit and remove the file",
+        ) from error
 
 
 def _ask_the_hub(model: str, revision: str, key: str) -> str:

@@ -32,4 +32,4 @@ def backup(target: Path, store: str) -> None:
     click.echo(
         f"{copied} artifacts copied ({size / 2**20:.1f} MiB), with the promotion logs and run records, to {target}"
     )
-    require_complete(failed, opened)
+    require_complete(failed, opened, target)

@@ -15,6 +15,7 @@ from loraflow.registry.log import HeadChanged, PromotionLog, actor
 from loraflow.registry.looks import LookRecord, LostLooks
 from loraflow.registry.rebuild import how_to_rebuild
 from loraflow.registry.runs import RunRecord, StageRun, read_run
+from loraflow.registry.signature import sign
 from loraflow.serving.models import only_model
 from loraflow.store import Ref, Store, hash_memo, open_store, require_intact_in_store
 from loraflow.tracking.mirror import mirror_log
@@ -85,6 +86,26 @@ def accept(context: click.Context, reason: str, store: str | None, model: str | 
         )
     else:
         click.echo(f"the log is empty: {log.model} has no champion")
+
+
+@registry.command(name="sign")
+@click.option("--key", required=True, help="A private SSH key, or the public one of a key in ssh-agent.")
+@click.option("--store", help="The store; the default is that of `loraflow registry`.")
+@model_option
+@click.pass_context
+def sign_log(context: click.Context, key: str, store: str | None, model: str | None) -> None:
+    """Sign the promotion log, so that `loraflow verify --signers FILE` notices whoever rewrites it.
+
+    All entries are signed, so read them first: `loraflow registry`.
+    """
+    given = context.parent.params if context.parent else {}
+    opened = open_store(store or given["store"])
+    log = PromotionLog(opened, model or given["model"] or only_model(opened))
+    log.entries(all_runs=True)
+    if log.last_seen is None or not log.last_seen.seq:
+        raise BadConfig("There is no entry to sign.", where=f"registry of {log.model}", next_step="loraflow registry")
+    sign(opened, log.model, log.last_seen, key)
+    click.echo(f"signed: entry {log.last_seen.seq} of {log.model} with hash {log.last_seen.hash}")
 
 
 def _lost_look_lines(accepted: LostLooks) -> Iterator[str]:

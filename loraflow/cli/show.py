@@ -14,6 +14,7 @@ from loraflow.cli.memory_lines import memory_of, run_memory_lines
 from loraflow.credentials import mask
 from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.identity import short
+from loraflow.registry.runs import RUN_ID, RunRecord, read_report, read_run
 from loraflow.store import Manifest, Ref, Store, open_store
 
 if TYPE_CHECKING:
@@ -41,12 +42,12 @@ def show(what: str, model: str | None, store: str, as_json: bool) -> None:
         return
     if model is not None:
         raise BadConfig("--model belongs to `loraflow show champion`.", where=what, next_step="leave --model out")
-    record = opened.read_document(f"runs/{what}.json")
+    record = _find_record(opened, what)
     if record is not None:
-        report = None if as_json else opened.read_document(f"runs/{what}.md")
-        click.echo((report or record).decode())
+        report = None if as_json else read_report(opened, what)
+        click.echo(report or json.dumps(record.model_dump(), indent=1, sort_keys=True, ensure_ascii=False))
         if not as_json:
-            _show_memory(opened, what)
+            _show_memory(opened, record)
         return
     ref = _find_artifact(opened, what)
     if ref is None:
@@ -59,11 +60,12 @@ def show(what: str, model: str | None, store: str, as_json: bool) -> None:
         click.echo(line)
 
 
-def _show_memory(store: Store, run: str) -> None:
-    from loraflow.registry.runs import read_run
+def _find_record(store: Store, run: str) -> RunRecord | None:
+    return read_run(store, run) if RUN_ID.fullmatch(run) else None
 
-    found = read_run(store, run)
-    lines = list(run_memory_lines(store, found.stages)) if found else []
+
+def _show_memory(store: Store, record: RunRecord) -> None:
+    lines = list(run_memory_lines(store, record.stages))
     if lines:
         click.echo("\nMemory of the stages in GiB, measured when they were computed\n")
         click.echo("\n".join(lines))

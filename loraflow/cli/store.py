@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import click
 
 from loraflow.cli import json_option, model_option, quiet_logging, store_option
-from loraflow.failures import BadConfig, CorruptArtifact
+from loraflow.failures import BadConfig, CorruptArtifact, DamagedLog
+from loraflow.registry.log import PromotionLog
 from loraflow.store import Store, open_store
 
 
@@ -41,9 +43,14 @@ def runs(store: str, as_json: bool) -> None:
 @click.option(
     "--rederive", is_flag=True, help="Check all that WHAT was made from, and merge base and adapter again, bit for bit."
 )
+@click.option(
+    "--signers",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Check that all entries of the promotion logs were signed by a key in this file: `NAME KEY-TYPE KEY` on each line.",
+)
 @model_option
 @store_option
-def verify(what: str | None, deep: bool, rederive: bool, model: str | None, store: str) -> None:
+def verify(what: str | None, deep: bool, rederive: bool, signers: Path | None, model: str | None, store: str) -> None:
     """Check the manifests, names and sizes of all artifacts, with --deep also their contents. Quarantine damaged ones.
 
     With --rederive, WHAT is `champion`, `champion:NAME` or a run's id. Every byte of the artifacts that it was made from is
@@ -75,7 +82,7 @@ def verify(what: str | None, deep: bool, rederive: bool, model: str | None, stor
                 damaged += 1
                 quarantined = opened.quarantine(ref, problems)
                 click.echo(f"damaged  {ref}: {'; '.join(problems)}; quarantined as {quarantined}", err=True)
-        missing = _missing_champions(opened)
+        missing = _missing_champions(opened, signers)
     click.echo(f"{checked} artifacts checked{' byte by byte' if deep else ''}, {damaged} damaged")
     if damaged:
         raise CorruptArtifact(
@@ -85,24 +92,41 @@ def verify(what: str | None, deep: bool, rederive: bool, model: str | None, stor
         )
     if missing:
         raise CorruptArtifact(
-            "The store lacks a champion or a rollback target, or a promotion log or record of looks is damaged.",
+            "The store lacks a champion or a rollback target, or a promotion log, record of looks or run record is damaged.",
             where=opened.uri,
             next_step=missing,
         )
 
 
-def _missing_champions(store: Store) -> str:
+def _check_signature(log: PromotionLog, signers: Path) -> None:
+    from loraflow.registry.signature import check_signature
+
+    hashes = [entry.hash for entry in log.entries()]
+    signed = check_signature(log.store, log.model, hashes, signers)
+    if signed.entries < len(hashes):
+        raise DamagedLog(
+            "Entries of the promotion log are not signed.",
+            where=f"{log.store.uri}/{log.folder}/log",
+            got=f"entries {signed.entries + 1} to {len(hashes)} are not signed",
+            next_step="look at `loraflow registry`; if they are right, `loraflow registry sign --key FILE`",
+        )
+    click.echo(f"{signed.entries} entries of {log.model} are signed by {signed.signer}")
+
+
+def _missing_champions(store: Store, signers: Path | None) -> str:
     """Report damaged promotion logs and missing champions; return the next step for the first that is needed."""
     from loraflow.registry.champions import missing_models
-    from loraflow.registry.log import PromotionLog, models
+    from loraflow.registry.log import models
     from loraflow.registry.looks import LookRecord, models_with_looks
     from loraflow.registry.rebuild import how_to_rebuild
+    from loraflow.registry.runs import damaged_runs
 
     steps = []
     for model in models(store, of_runs=True):
         try:
             log = PromotionLog(store, model)
-            log.entries(all_runs=True)
+            if log.entries(all_runs=True) and signers is not None:
+                _check_signature(log, signers)
             for found in missing_models(log):
                 what = f"{found.ref} of {model}, entry {found.entry.seq}: {'; '.join(found.problems[:3])}"
                 click.echo(
@@ -116,10 +140,13 @@ def _missing_champions(store: Store) -> str:
             steps.append(failure.next_step)
     for model in sorted(models_with_looks(store)):
         try:
-            LookRecord(store, model).entries()
+            LookRecord(store, model).entries(all_runs=True)
         except CorruptArtifact as failure:
             click.echo(f"damaged  record of looks of {model}: {failure.got}", err=True)
             steps.append(failure.next_step)
+    for name, problem in damaged_runs(store).items():
+        click.echo(f"damaged  {name}: {problem.got or problem.what}", err=True)
+        steps.append(problem.next_step)
     return steps[0] if steps else ""
 
 

@@ -121,6 +121,11 @@ class Runtime(FrozenModel):
         description="Time that a run may take on its machine. Shortly before its end, training saves a checkpoint and the "
         "run ends as preempted; the next run resumes. A run of a deployment schedules it by itself, if it made progress.",
     )
+    preemptible: bool = Field(
+        False,
+        description="A run of a deployment that is ended by SIGTERM, and was not cancelled, schedules another run of its "
+        "deployment, which resumes: for machines that are taken away. A worker that a person stops sends SIGTERM, too.",
+    )
     grace_seconds: Annotated[float, Field(ge=0)] = Field(
         20.0, description="Time between SIGTERM and SIGKILL for a worker, in which it saves a checkpoint."
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING
 
 from loraflow.base.longrope import Side, fixed_angles
+from loraflow.evaluation.answers_file import GeneratedAnswer as GeneratedAnswer
+from loraflow.evaluation.answers_file import append_answers, read_answers
 from loraflow.evaluation.padding_check import batches_are_exact, prefix_is_exact
 from loraflow.evaluation.prefix_cache import SharedPrefix, has_plain_cache, shared_prefix
 from loraflow.evaluation.row_batches import groups_of
@@ -21,14 +22,6 @@ if TYPE_CHECKING:
 SINGLE_PROCESS = ProcessGroup()
 
 
-class GeneratedAnswer(TypedDict):
-    """A model's answer to a prompt."""
-
-    text: str
-    tokens: int
-    finish: Literal["stop", "length"]
-
-
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -38,6 +31,7 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int,
     done_file: Path | None = None,
+    owner: str = "",
     on_batch: Callable[[int], None] | None = None,
     inserted: str = "",
     group: ProcessGroup = SINGLE_PROCESS,
@@ -56,11 +50,13 @@ def generate_answers(
         max_new_tokens: of each answer.
         batch_size: prompts at a time.
         done_file: finished answers, a line of JSON each; None keeps nothing.
+        owner: identity of model, prompts and settings. Finished answers of another owner are not used.
         on_batch: is called with the number of finished answers after each batch.
         inserted: text that the chat template writes before each answer; it is removed from the answers.
         group: the devices that share the work.
     """
-    answers = _read_answers(done_file, len(prompts))
+    finished = {} if done_file is None else read_answers(done_file, owner, len(prompts))
+    answers = [finished.get(i) for i in range(len(prompts))]
     if done_file is not None and not group.is_main:
         done_file = done_file.with_stem(f"{done_file.stem}-{group.rank}")
     if batch_size > 1 and len(prompts) > 1:
@@ -84,33 +80,12 @@ def generate_answers(
                 for i, answer in found.items():
                     answers[i] = answer
                 if done_file is not None:
-                    _append_answers(done_file, found)
+                    append_answers(done_file, owner, found)
                 if on_batch is not None:
                     # The other devices have done about as many.
                     done = min(number * batch_size, len(prompts))
                     on_batch(sum(answer is not None for answer in answers) if group.size == 1 else done)
     return [answer for answer in group.gather_results(answers) if answer is not None]
-
-
-def _append_answers(done_file: Path, answers: dict[int, GeneratedAnswer]) -> None:
-    lines = [json.dumps({"index": i, **answer}, ensure_ascii=False) + "\n" for i, answer in answers.items()]
-    with done_file.open("a", encoding="utf-8") as file:
-        file.write("".join(lines))
-
-
-def _read_answers(done_file: Path | None, rows: int) -> list[GeneratedAnswer | None]:
-    """Return the answers of earlier attempts, which may have used another number of devices."""
-    answers: list[GeneratedAnswer | None] = [None] * rows
-    if done_file is None:
-        return answers
-    for file in (done_file, *sorted(done_file.parent.glob(f"{done_file.stem}-*{done_file.suffix}"))):
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # the line at which an earlier attempt was killed
-                continue
-            answers[row.pop("index")] = row
-    return answers
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,7 @@ def _ask_model(
         max_new_tokens=config.max_new_tokens,
         batch_size=batch_size,
         done_file=progress.work / "answers.jsonl" if progress.work else None,
+        owner=job.fingerprint,
         on_batch=(lambda done: progress(done=done, total=len(rows))) if group.is_main else None,
         group=group,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -17,6 +16,7 @@ from loraflow import failures
 from loraflow.config.runtime import Rendezvous
 from loraflow.execution.classify import full_folder
 from loraflow.execution.job_file import JobFile
+from loraflow.execution.outcome import parse_outcome
 from loraflow.store import Summary
 
 if TYPE_CHECKING:
@@ -168,11 +168,12 @@ def _first_summary(work: Path, exit_codes: dict[int, int]) -> Summary:
     When a rank ends, the others crash with a closed connection. So a failure with a known cause, or a killed rank, comes
     first.
     """
-    outcomes = {int(path.stem.split("-")[1]): json.loads(path.read_bytes()) for path in work.glob("outcome-*.json")}
+    found = {int(path.stem.split("-")[1]): parse_outcome(path) for path in work.glob("outcome-*.json")}
+    outcomes = {rank: outcome for rank, outcome in found.items() if outcome is not None}  # a damaged one counts as none
     failed = [
         failures.from_dict(outcome["failure"])
         for _, outcome in sorted(outcomes.items())
-        if outcome["status"] == "failed"
+        if outcome["status"] == "failed" and isinstance(outcome["failure"], dict)
     ]
     for failure in failed:
         if not isinstance(failure, failures.Preempted | failures.Crashed):

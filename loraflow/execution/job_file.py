@@ -16,7 +16,8 @@ from pathlib import Path
 from loraflow.config.stage_configs import StageConfig
 from loraflow.job import Inputs, Job
 from loraflow.stages import STAGES, Stage
-from loraflow.store.files import write_json
+from loraflow.store.checksum import add_checksum, check_document
+from loraflow.store.files import json_bytes, write_atomic
 
 
 @dataclass(frozen=True)
@@ -53,24 +54,31 @@ class JobFile:
     def write(self) -> Path:
         """Write the file and return its path."""
         path = self.work / "job.json"
-        write_json(
-            path,
-            {
-                **self.job.model_dump(mode="json"),
-                "fingerprint": self.job.fingerprint,
-                "out": str(self.out),
-                "input_folders": {name: str(folder) for name, folder in self.input_folders.items()},
-            },
-        )
+        values = {
+            **self.job.model_dump(mode="json"),
+            "fingerprint": self.job.fingerprint,
+            "out": str(self.out),
+            "input_folders": {name: str(folder) for name, folder in self.input_folders.items()},
+        }
+        write_atomic(path, add_checksum(_name(path), json_bytes(values)))
         return path
 
     @classmethod
     def read(cls, path: Path) -> JobFile:
-        """Read a file that `write` wrote."""
-        values = json.loads(path.read_text(encoding="utf-8"))
+        """Read a file that `write` wrote.
+
+        Raises:
+            ValueError: it was changed, or is the file of another job.
+        """
+        values = json.loads(check_document(_name(path), path.read_bytes()))
         return cls(
             Job[StageConfig].model_validate({key: values[key] for key in Job.model_fields if key in values}),
             Path(values["out"]),
             {name: Path(folder) for name, folder in values["input_folders"].items()},
             path.parent,
         )
+
+
+def _name(path: Path) -> str:
+    """Return the name that the checksum covers: the work folder is named by the job's fingerprint."""
+    return f"{path.parent.name}/{path.name}"

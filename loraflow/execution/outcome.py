@@ -19,7 +19,8 @@ from loraflow.execution.classify import classify, full_folder
 from loraflow.execution.job_file import JobFile
 from loraflow.execution.log_file import read_tail
 from loraflow.store import Summary
-from loraflow.store.files import write_json
+from loraflow.store.checksum import ChangedDocument, add_checksum, check_document
+from loraflow.store.files import json_bytes, write_atomic
 
 PIPE = "LORAFLOW_OUTCOME"  # environment: the number of the pipe's end that the worker writes to
 FILE = "outcome.json"
@@ -48,7 +49,7 @@ def report_outcome(
         else {"status": "failed", "failure": failure.to_dict()}
     )
     try:
-        write_json(file.work / name, outcome)
+        write_atomic(file.work / name, add_checksum(f"{file.work.name}/{name}", json_bytes(outcome)))
     except OSError as error:
         if failure is None or isinstance(failure, failures.Crashed):  # the full disk may be what it crashed of
             failure = classify(error, file.job.stage, [file.work])
@@ -113,8 +114,20 @@ def _from_file(path: Path) -> dict[str, JsonValue] | None:
     try:
         if path.stat().st_size > _MAX_FILE:
             return None
-        return _parsed(path.read_bytes())
+        return parse_outcome(path)
     except FileNotFoundError:
+        return None
+
+
+def parse_outcome(path: Path) -> dict[str, JsonValue] | None:
+    """Return an outcome's values; None if the file is damaged, or that of another job.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    try:
+        return _parsed(check_document(f"{path.parent.name}/{path.name}", path.read_bytes()))
+    except ChangedDocument:
         return None
 
 

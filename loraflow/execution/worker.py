@@ -37,7 +37,11 @@ from loraflow.store.lock import flock
 
 def main(argv: list[str]) -> int:
     """Run the job of a file, write `outcome.json`, and return the exit status: 0 if the job succeeded, 1 if it failed."""
-    file = JobFile.read(Path(argv[0]).absolute())
+    try:
+        file = JobFile.read(Path(argv[0]).absolute())
+    except (OSError, ValueError) as error:
+        print(f"The job file {argv[0]} cannot be read: {error}", file=sys.stderr, flush=True)
+        return 1
     pipe = take_pipe()
     _end_with_launcher(file.job.runtime.grace_seconds)
     faulthandler.enable()

@@ -24,10 +24,12 @@ from loraflow.identity import short
 from loraflow.registry.runs import FOLDER as RUNS
 from loraflow.registry.runs import LogHead, run_ids
 from loraflow.store import Store
+from loraflow.store.checksum import check_document
 from loraflow.store.files import json_bytes
 
 log = logging.getLogger("loraflow")
 FOLDER = "anchors"
+_NEWEST_RUNS = 10  # that are read beside an anchor
 
 
 class Claim(NamedTuple):
@@ -76,8 +78,8 @@ class Known:
 def read_known(store: Store, model: str, *, all_runs: bool) -> Known:
     """Read what is known about a model's log.
 
-    If the anchor is missing, the run records are read, the newest first, until one knows the log. With `all_runs`, all
-    of them are read in any case.
+    The run records are read, the newest first, until one knows the log: at most ten of them if there is an anchor. With
+    `all_runs`, all of them are read.
     """
     accepted, anchor, problem = [], None, ""
     for name, data in store.read_documents(f"{FOLDER}/{model}/", ".json").items():
@@ -95,8 +97,8 @@ def read_known(store: Store, model: str, *, all_runs: bool) -> Known:
     from_runs: list[Claim] = []
     if all_runs:
         from_runs = list(_claims_of_runs(model, store.read_documents(RUNS, ".json").items()))
-    elif anchor is None:
-        from_runs = list(_newest_claim(store, model))
+    else:  # an anchor of an earlier time, beside a log of that time, is noticed by the newest run
+        from_runs = list(_newest_claim(store, model, None if anchor is None else _NEWEST_RUNS))
     return Known(anchor, accepted, [claim for claim in from_runs if claim.head.seq], problem)
 
 
@@ -122,8 +124,9 @@ def anchored_models(store: Store) -> set[str]:
 
 def models_of_runs(store: Store) -> set[str]:
     """Return the names of the models of which a run record names an entry."""
-    documents = store.read_documents(RUNS, ".json").values()
-    return {run.resolved.register_.model for run in map(_parse, documents) if run is not None and run.head.seq}
+    documents = store.read_documents(RUNS, ".json").items()
+    runs = (_parse(name, data) for name, data in documents)
+    return {run.resolved.register_.model for run in runs if run is not None and run.head.seq}
 
 
 def damaged_log(store: Store, model: str, where: str, *, got: str, expected: str = "", intact: int) -> DamagedLog:
@@ -172,25 +175,28 @@ class _Run(StoredModel):
         return self.promotion_head or LogHead(seq=registered or 0)
 
 
-def _parse(data: bytes) -> _Run | None:
+def _parse(name: str, data: bytes) -> _Run | None:
     try:
-        return _Run.model_validate_json(data)
-    except ValidationError:  # not a run record, or a damaged one, which `loraflow runs` reports
+        return _Run.model_validate_json(check_document(name, data))
+    except ValueError:  # not a run record, or a damaged one, which `loraflow verify` reports
         return None
 
 
 def _claims_of_runs(model: str, documents: Iterable[tuple[str, bytes]]) -> Iterator[Claim]:
     for name, data in documents:
-        run = _parse(data)
+        run = _parse(name, data)
         if run is not None and run.resolved.register_.model == model:
             yield Claim(run.head, name)
 
 
-def _newest_claim(store: Store, model: str) -> Iterator[Claim]:
-    """Yield the claim of the newest run record that knows the log; number 0 if that run saw an empty log."""
-    for run in reversed(run_ids(store)):
+def _newest_claim(store: Store, model: str, newest: int | None) -> Iterator[Claim]:
+    """Yield the claim of the newest run record that knows the log; number 0 if that run saw an empty log.
+
+    Of the newest `newest` records, or of all.
+    """
+    for run in run_ids(store)[::-1][:newest]:
         name = f"{RUNS}{run}.json"
-        parsed = _parse(store.read_document(name) or b"")
+        parsed = _parse(name, store.read_document(name) or b"")
         if (
             parsed is not None
             and parsed.resolved.register_.model == model

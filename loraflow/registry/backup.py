@@ -8,6 +8,7 @@ is written in the opposite order, so that it is a consistent store at any moment
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,12 +16,16 @@ from typing import NamedTuple
 
 from loraflow.failures import BadConfig, CorruptArtifact, Failure
 from loraflow.registry.anchor import FOLDER as ANCHORS
+from loraflow.registry.champions import missing_models
 from loraflow.registry.log import PromotionLog, models
 from loraflow.registry.looks import LookRecord, models_with_looks
+from loraflow.registry.rebuild import how_to_rebuild
 from loraflow.registry.runs import FOLDER as RUNS
-from loraflow.store import LocalStore, Ref, Store
-from loraflow.store.files import is_inside, json_bytes
+from loraflow.store import LocalStore, Ref, Store, hash_memo
+from loraflow.store.checksum import lost_checksum
+from loraflow.store.files import HashMemo, is_inside, json_bytes
 
+log = logging.getLogger("loraflow")
 MARKER = "backup.json"  # in the copy: which store it is a copy of
 _REGISTRY = "registry/"
 
@@ -37,7 +42,7 @@ def back_up(store: Store, target: Path) -> Iterator[Copied]:
     """Copy artifacts, promotion logs, anchors and run records to a folder; yield each artifact that is new there.
 
     The folder is a store itself. A second backup to the same folder copies what is new. Artifacts that the store no longer
-    has stay in the copy. Unfinished work and the quarantine are not copied.
+    has stay in the copy. What was damaged in the copy is copied again. Unfinished work and the quarantine are not copied.
 
     Raises:
         BadConfig: the folder has other files, or a copy of another store.
@@ -50,7 +55,7 @@ def back_up(store: Store, target: Path) -> Iterator[Copied]:
         for model in models(store, of_runs=True):
             PromotionLog(store, model).entries(all_runs=True)
         for model in models_with_looks(store):
-            LookRecord(store, model).entries()
+            LookRecord(store, model).entries(all_runs=True)
         registry = store.read_documents(_REGISTRY)
         yield from _copy_artifacts(store, copy)
     _write_documents(copy, registry)
@@ -62,9 +67,13 @@ def back_up(store: Store, target: Path) -> Iterator[Copied]:
 
 
 def _write_documents(copy: LocalStore, documents: Mapping[str, bytes]) -> None:
+    """Write documents that differ. One that is damaged in the store does not replace the copy's."""
     for name, data in documents.items():
-        if is_inside(name) and copy.read_document(name) != data:
+        before = copy.read_document(name) if is_inside(name) else data
+        if before is None or (before != data and not lost_checksum(name, before, data)):
             copy.write_document(name, data)
+        elif before != data:
+            log.warning("%s is damaged in the store; the backup keeps its earlier copy", name)
 
 
 def _open_copy(store: Store, target: Path) -> LocalStore:
@@ -96,8 +105,16 @@ def _open_copy(store: Store, target: Path) -> LocalStore:
 
 
 def _copy_artifacts(store: Store, copy: LocalStore) -> Iterator[Copied]:
+    memo = hash_memo(copy)
+    try:
+        yield from _copy_each(store, copy, memo)
+    finally:
+        memo.save()
+
+
+def _copy_each(store: Store, copy: LocalStore, memo: HashMemo) -> Iterator[Copied]:
     for ref in store.artifacts():
-        if is_new := bool(copy.check(ref)):
+        if is_new := not _has_intact_copy(store, copy, ref, memo):
             try:
                 manifest = store.manifest(ref)
                 problems = copy.adopt(store.path(ref), manifest)
@@ -112,16 +129,27 @@ def _copy_artifacts(store: Store, copy: LocalStore) -> Iterator[Copied]:
             copy.make_current(ref)
 
 
+def _has_intact_copy(store: Store, copy: LocalStore, ref: Ref, memo: HashMemo) -> bool:
+    """Tell whether the copy has an artifact with the store's manifest and the bytes that it names.
+
+    Files that changed since they were hashed are hashed.
+    """
+    try:
+        return not copy.check_changed(ref, memo) and copy.manifest(ref) == store.manifest(ref)
+    except CorruptArtifact:
+        return False
+
+
 def _is_current(copy: LocalStore, ref: Ref) -> bool:
     found = copy.find(ref.stage, ref.fingerprint)
     return found is not None and found.digest == ref.digest
 
 
-def require_complete(failed: int, store: Store) -> None:
-    """Refuse to call a backup complete in which artifacts are missing.
+def require_complete(failed: int, store: Store, target: Path) -> None:
+    """Refuse to call a backup complete in which artifacts, a champion or the model before it are missing.
 
     Raises:
-        Failure: some could not be copied.
+        Failure: some could not be copied, or the store does not have them.
     """
     if failed:
         raise Failure(
@@ -129,3 +157,13 @@ def require_complete(failed: int, store: Store) -> None:
             where=store.uri,
             next_step="`loraflow verify --deep` moves them to the quarantine; run their recipes, then back up again",
         )
+    copy = LocalStore(target)
+    for model in models(copy, of_runs=True):
+        for missing in missing_models(PromotionLog(copy, model)):
+            if missing.is_needed:
+                raise CorruptArtifact(
+                    f"The backup lacks a model of {model}, because the store lacks it. Everything else is in it.",
+                    where=store.location(missing.ref),
+                    got=f"entry {missing.entry.seq} of the promotion log names it",
+                    next_step=f"{how_to_rebuild(store, missing.ref)}; then back up again",
+                )

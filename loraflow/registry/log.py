@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
 from loraflow.failures import BadConfig, DamagedLog, Failure
 from loraflow.identity import short
@@ -33,7 +33,9 @@ from loraflow.registry.anchor import (
 from loraflow.registry.entry import JSON_OBJECT, Action, active_promotions, parse_entry
 from loraflow.registry.entry import Entry as Entry
 from loraflow.registry.runs import LogHead
+from loraflow.registry.signature import sign, signing_key
 from loraflow.store import LocalStore, Ref, Store
+from loraflow.store.checksum import add_checksum, check_document
 from loraflow.store.files import json_bytes
 
 log = logging.getLogger("loraflow")
@@ -240,6 +242,7 @@ class PromotionLog:
             raise self._not_created(f"{self.folder}/log/{entry.seq:06d}.json", head)
         self.last_seen = LogHead(seq=entry.seq, hash=entry.hash)
         self._anchor(self.last_seen)
+        self._sign(self.last_seen)
         return entry
 
     def _not_created(self, name: str, head: Entry | None) -> Exception:
@@ -263,6 +266,15 @@ class PromotionLog:
                 write_anchor(self.store, self.model, head)
         except (Failure, OSError) as error:
             log.warning("entry %d is written, but not its anchor: %s", head.seq, error)
+
+    def _sign(self, head: LogHead) -> None:
+        """Sign the entry, if the environment names a key. If that fails, the entry is valid, but not signed."""
+        key = signing_key()
+        if key is not None:
+            try:
+                sign(self.store, self.model, head, key)
+            except (Failure, OSError) as error:
+                log.warning("entry %d is written, but not signed: %s", head.seq, error)
 
     def _hashes(self) -> list[str]:
         return [entry.hash for entry in self._read().entries]
@@ -318,16 +330,24 @@ class PromotionLog:
     # Decisions that add no entry are stored too, so that the same challenger is not compared again with the same head.
 
     def read_decision(self, head: Entry | None, digest: str, protocol: str) -> dict[str, JsonValue] | None:
-        """Return the stored decision about a model, against this head, under these rules; None if there is none."""
-        document = self.store.read_document(self._decision_name(head, digest, protocol))
+        """Return the stored decision about a model, against this head, under these rules; None if there is none.
+
+        A damaged one, or that of another comparison, counts as missing: the models are compared again, in the same look.
+        """
+        name = self._decision_name(head, digest, protocol)
+        document = self.store.read_document(name)
+        if document is None:
+            return None
         try:
-            return JSON_OBJECT.validate_json(document) if document is not None else None
-        except ValidationError:  # a damaged document counts as missing: the models are compared again
+            return JSON_OBJECT.validate_json(check_document(name, document))
+        except ValueError as error:  # pydantic's error is one, too
+            log.warning("a stored decision is not used, %s: %s", name, str(error).splitlines()[0])
             return None
 
     def write_decision(self, head: Entry | None, digest: str, protocol: str, decision: Mapping[str, JsonValue]) -> None:
         """Store a decision about a model against this head."""
-        self.store.write_document(self._decision_name(head, digest, protocol), json_bytes(decision))
+        name = self._decision_name(head, digest, protocol)
+        self.store.write_document(name, add_checksum(name, json_bytes(decision)))
 
     def _decision_name(self, head: Entry | None, digest: str, protocol: str) -> str:
         seen = short(head.hash) if head else "none"

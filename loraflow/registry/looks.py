@@ -17,36 +17,21 @@ from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from loraflow.failures import DamagedLog
-from loraflow.frozen import StoredModel
 from loraflow.registry.anchor import FOLDER as ANCHORS
+from loraflow.registry.anchor import Claim
 from loraflow.registry.budget import Look as Look
 from loraflow.registry.budget import NextLook, next_look
 from loraflow.registry.entry import JSON_OBJECT, Entry
-from loraflow.registry.runs import FOLDER as RUNS
-from loraflow.registry.runs import LogHead, run_ids
+from loraflow.registry.look_claims import LostLooks as LostLooks
+from loraflow.registry.look_claims import claims_of_runs, newest_claim, read_losses, write_loss
+from loraflow.registry.runs import LogHead
 from loraflow.registry.scored_rows import ScoredRows, Sets
 from loraflow.registry.scored_rows import row_key as row_key
 from loraflow.store import LocalStore, Store
 from loraflow.store.files import json_bytes
-
-_NEWEST_RUNS = 50  # that are read if there is no anchor: stores of earlier versions have none
-
-
-class LostLooks(StoredModel):
-    """A person's decision to go on without looks that were lost or changed. They are counted nevertheless."""
-
-    reason: str
-    actor: str
-    time: str
-    kept: LogHead = LogHead()  # the last look that was left
-    lost: int = 0
-    set_aside: dict[str, str] = {}
-    lost_rows: list[str] = []  # digests of sets of rows of which no intact copy was left
-    restored_rows: list[str] = []  # digests of sets of rows that were damaged, and replaced by their copy
-    unknown_rows: bool = False  # it is not known which rows were scored, so none is fresh any more
 
 
 class _Anchor(LogHead):
@@ -56,6 +41,7 @@ class _Anchor(LogHead):
     """
 
     digests: list[str] | None = None
+    accepted: int = 0  # losses that were accepted
 
     @property
     def known(self) -> frozenset[str]:
@@ -63,21 +49,6 @@ class _Anchor(LogHead):
 
 
 _NO_ANCHOR = _Anchor()
-
-
-class _Register(StoredModel):
-    model: str = ""
-
-
-class _Resolved(StoredModel):
-    register_: _Register = Field(_Register(), alias="register")
-
-
-class _Run(StoredModel):
-    """The part of a run record that is about looks."""
-
-    resolved: _Resolved = _Resolved()
-    looks_head: LogHead | None = None
 
 
 class _Read(NamedTuple):
@@ -96,16 +67,16 @@ class LookRecord:
         self.scored = ScoredRows(self.store, model)
         self.last_seen: LogHead | None = None  # the last look when the record was read or extended last
 
-    def entries(self) -> list[Look]:
-        """Return all looks, oldest first.
+    def entries(self, *, all_runs: bool = False) -> list[Look]:
+        """Return all looks, oldest first. With `all_runs`, they are also compared with all run records.
 
         Raises:
             DamagedLog: a look is missing or was changed.
         """
         try:
-            looks = self._checked()
+            looks = self._checked(all_runs)
         except DamagedLog:  # a listing can miss a file that another process adds at this moment
-            looks = self._checked()
+            looks = self._checked(all_runs)
         self.last_seen = _head(looks)
         return looks
 
@@ -139,7 +110,7 @@ class LookRecord:
         """
         is_new = False
         while True:
-            looks = self.entries()  # before anything is written: a damaged record stays as it is
+            looks = self.entries(all_runs=True)  # before anything is written: a damaged record stays as it is
             known = next((look for look in looks if look.key == key), None)
             if known is not None:
                 return known
@@ -242,43 +213,46 @@ class LookRecord:
             anchor = self._read_anchor()
         except DamagedLog:
             anchor, is_readable = self._head_of_runs(), False
-        kept = len(read.looks)
+        kept, losses = len(read.looks), read_losses(self.store, self.model)
+        claims = _unmet(claims_of_runs(self.store, self.model), read.looks, losses.intact)
         stored = self.scored.read()
         named = {look.rows for look in read.looks} | (anchor or _NO_ANCHOR).known
-        lost_rows, restored_rows = self._lost_rows(named, stored), sorted(named & stored.damaged & stored.intact.keys())
-        is_met = is_readable and (anchor is None or _is_met(anchor, read.looks))
-        if not read.rest and is_met and not lost_rows and not restored_rows:
+        lost_rows, restored_rows = (
+            _lost_rows(named, stored, losses.intact),
+            sorted(named & stored.damaged & stored.intact.keys()),
+        )
+        is_met = is_readable and not claims and (anchor is None or _is_met(anchor, read.looks))
+        forgot = bool(losses.damaged) or (anchor or _NO_ANCHOR).accepted > len(losses.intact)
+        if not read.rest and is_met and not forgot and not lost_rows and not restored_rows:
             return None
-        has_lost_looks = bool(read.rest) or not is_met
-        lost = max(kept + len(read.rest), anchor.seq if anchor else 0) - kept
+        has_lost_looks = bool(read.rest) or not is_met or forgot
+        lost = max(kept + len(read.rest), anchor.seq if anchor else 0, *(claim.head.seq for claim in claims)) - kept
+        removed = {**losses.damaged, **read.rest}
         acceptance = LostLooks(
             reason=reason,
             actor=actor,
             time=_now(),
             kept=_head(read.looks),
             lost=max(lost, 1) if has_lost_looks else 0,
-            set_aside={name: data.decode(errors="backslashreplace") for name, data in read.rest.items()},
+            lost_heads=[claim.head for claim in claims],
+            set_aside={name: data.decode(errors="backslashreplace") for name, data in removed.items()},
             lost_rows=lost_rows,
             restored_rows=restored_rows,
-            unknown_rows=has_lost_looks and not _has_all_sets(anchor, stored),
+            unknown_rows=forgot or (has_lost_looks and not _has_all_sets(anchor, stored)),
         )
-        number = 1
-        while not self.store.create_document(self._acceptance_name(number), json_bytes(acceptance.model_dump())):
-            number += 1
-        for name in reversed(read.rest):
+        write_loss(self.store, self.model, acceptance)
+        for name in reversed(removed):
             self.store.remove_document(name)
         self.scored.restore(named)
         self._write_anchor(_head(read.looks), named | stored.intact.keys())
         return acceptance
 
-    def _lost_rows(self, named: set[str], stored: Sets) -> list[str]:
-        """Return those of the digests of which no intact copy is left, and whose loss is not accepted yet."""
-        accepted = {digest for one in self._acceptances() for digest in one.lost_rows}
-        lost = named - stored.intact.keys()
-        return sorted((lost - accepted) | (lost & stored.damaged))
-
-    def _checked(self) -> list[Look]:
+    def _checked(self, all_runs: bool) -> list[Look]:
         anchor = self._read_anchor()  # before the looks, which may only be ahead of it
+        claims = claims_of_runs(self.store, self.model) if all_runs else []
+        accepted = self._acceptances()
+        if anchor is not None and anchor.accepted > len(accepted):
+            raise self._damaged(f"{ANCHORS}/{self.model}", f"accepted losses: {anchor.accepted}", str(len(accepted)))
         read = self._read()
         if read.rest:
             raise self._damaged(next(iter(read.rest)), "", read.problem)
@@ -287,6 +261,8 @@ class LookRecord:
                 f"intact looks: {len(read.looks)}" if anchor.seq > len(read.looks) else "another look with this number"
             )
             raise self._damaged(self.folder, f"look {anchor.seq}, as the anchor or the newest run says", got)
+        for claim in _unmet(claims, read.looks, accepted):
+            raise self._damaged(self.folder, f"look {claim.head.seq}, as {claim.source} says", "another look, or none")
         return read.looks
 
     def _read(self) -> _Read:
@@ -319,13 +295,12 @@ class LookRecord:
         return len(names) + len(others)
 
     def _acceptances(self) -> list[LostLooks]:
-        prefix = f"{ANCHORS}/{self.model}/"
-        documents = self.store.read_documents(prefix, ".json")
-        return [
-            LostLooks.model_validate_json(data)
-            for name, data in documents.items()
-            if name.startswith(f"{prefix}looks-accepted-")
-        ]
+        """Return the accepted losses. What they say is counted, so one that is lost or damaged is refused."""
+        found = read_losses(self.store, self.model)
+        if found.damaged:
+            name = min(found.damaged)
+            raise self._damaged(name, "the decision that a person took", "another document, or a damaged one")
+        return found.intact
 
     def _read_anchor(self) -> _Anchor | None:
         data = self.store.read_document(self._anchor_name)
@@ -337,15 +312,8 @@ class LookRecord:
             raise self._damaged(self._anchor_name, "number and hash of a look", error.errors()[0]["msg"]) from error
 
     def _head_of_runs(self) -> _Anchor | None:
-        """Return the last look that the newest run record of this model knows, of the newest fifty records."""
-        for run in run_ids(self.store)[: -_NEWEST_RUNS - 1 : -1]:
-            try:
-                record = _Run.model_validate_json(self.store.read_document(f"{RUNS}{run}.json") or b"")
-            except ValidationError:  # a damaged record, which `loraflow runs` reports
-                continue
-            if record.looks_head is not None and record.resolved.register_.model == self.model:
-                return _Anchor(seq=record.looks_head.seq, hash=record.looks_head.hash)
-        return None
+        claim = newest_claim(self.store, self.model)
+        return _Anchor(seq=claim.head.seq, hash=claim.head.hash) if claim is not None else None
 
     def _anchor(self, head: LogHead, digests: Collection[str]) -> None:
         """Write the anchor, unless another process has recorded a look since."""
@@ -354,7 +322,8 @@ class LookRecord:
             self._write_anchor(head, digests)
 
     def _write_anchor(self, head: LogHead, digests: Collection[str]) -> None:
-        values = {**head.model_dump(), "digests": sorted(digests), "time": _now()}
+        accepted = len(read_losses(self.store, self.model).intact)
+        values = {**head.model_dump(), "digests": sorted(digests), "accepted": accepted, "time": _now()}
         self.store.write_document(self._anchor_name, json_bytes(values))
 
     def _damaged(self, where: str, expected: str, got: str) -> DamagedLog:
@@ -374,9 +343,6 @@ class LookRecord:
     def _anchor_name(self) -> str:
         return f"{ANCHORS}/{self.model}/looks.json"
 
-    def _acceptance_name(self, number: int) -> str:
-        return f"{ANCHORS}/{self.model}/looks-accepted-{number:06d}.json"
-
 
 def models_with_looks(store: Store) -> set[str]:
     """Return the names of the models of which a look is recorded, or known to have been."""
@@ -389,9 +355,22 @@ def _is_met(anchor: LogHead, looks: Sequence[Look]) -> bool:
     return anchor.seq == 0 or (anchor.seq <= len(looks) and looks[anchor.seq - 1].hash == anchor.hash)
 
 
+def _lost_rows(named: set[str], stored: Sets, losses: Sequence[LostLooks]) -> list[str]:
+    """Return those of the digests of which no intact copy is left, and whose loss is not accepted yet."""
+    accepted = {digest for one in losses for digest in one.lost_rows}
+    lost = named - stored.intact.keys()
+    return sorted((lost - accepted) | (lost & stored.damaged))
+
+
 def _has_all_sets(anchor: _Anchor | None, stored: Sets) -> bool:
     """Tell whether the store has all sets of rows that the anchor names: then it knows those of lost looks."""
     return anchor is not None and anchor.digests is not None and anchor.known <= stored.intact.keys()
+
+
+def _unmet(claims: Sequence[Claim], looks: Sequence[Look], accepted: Sequence[LostLooks]) -> list[Claim]:
+    """Return the claims of run records that a record of looks does not meet, without losses that were accepted."""
+    unmet = [claim for claim in claims if not _is_met(claim.head, looks)]
+    return [claim for claim in unmet if not any(one.explains(claim.head) for one in accepted)]
 
 
 def _head(looks: Sequence[Look]) -> LogHead:

@@ -6,7 +6,6 @@ all but the names of run and recipe may be missing, so that records of other ver
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from typing import Literal
@@ -24,12 +23,15 @@ from loraflow.frozen import StoredModel
 from loraflow.registry.reserve import ReserveState
 from loraflow.registry.sweeps import SweepRecord
 from loraflow.store import Ref, Store
+from loraflow.store.checksum import ChangedDocument, add_checksum, check_document, checksum
+from loraflow.store.files import json_bytes
 
 log = logging.getLogger("loraflow")
 
 RunState = Literal["running", "done", "waiting", "failed"]
 RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 FOLDER = "runs/"
+_COMMENT = "<!-- checksum: "
 
 
 class StageRun(StoredModel):
@@ -133,8 +135,8 @@ class RunRecord(StoredModel):
 
     @property
     def document(self) -> bytes:
-        """The record as the bytes of its file."""
-        return (json.dumps(self.model_dump(), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        """The record as the bytes of its file, with a checksum."""
+        return add_checksum(f"{FOLDER}{self.run}.json", json_bytes(self.model_dump()))
 
     @property
     def model(self) -> str | None:
@@ -183,6 +185,41 @@ def read_run(store: Store, run: str) -> RunRecord | None:
     return None if data is None else _parse(store, name, data)
 
 
+def write_report(store: Store, run: str, text: str) -> None:
+    """Write the markdown report of a run. Its last line is a comment with the checksum."""
+    name, content = f"{FOLDER}{run}.md", text.rstrip("\n") + "\n"
+    store.write_document(name, f"{content}{_comment(name, content)}".encode())
+
+
+def read_report(store: Store, run: str) -> str | None:
+    """Return the markdown report of a run, without its checksum; None if there is none.
+
+    Raises:
+        CorruptArtifact: it was changed, or is the report of another run.
+    """
+    name = f"{FOLDER}{run}.md"
+    data = store.read_document(name)
+    return None if data is None else _checked_report(store, name, data)
+
+
+def _checked_report(store: Store, name: str, data: bytes) -> str:
+    text = data.decode(errors="replace")
+    content, start, _ = text.rpartition(_COMMENT)
+    if not start:  # of an earlier version
+        return text
+    if text != content + _comment(name, content):
+        raise CorruptArtifact(
+            "The report of a run was changed, or belongs to another run.",
+            where=f"{store.uri}/{name}",
+            next_step="restore the file from a backup, or remove it; `loraflow show --json` has the run's record",
+        )
+    return content
+
+
+def _comment(name: str, content: str) -> str:
+    return f"{_COMMENT}{checksum(name, content.encode())} -->\n"
+
+
 def read_runs(store: Store) -> list[RunRecord]:
     """Return the records of all runs, oldest first. One that cannot be read is logged and left out."""
     found = []
@@ -192,6 +229,20 @@ def read_runs(store: Store) -> list[RunRecord]:
                 found.append(_parse(store, name, data))
             except CorruptArtifact as failure:
                 log.warning("%s", failure)
+    return found
+
+
+def damaged_runs(store: Store) -> dict[str, CorruptArtifact]:
+    """Return the failure of each run record and report that was changed or cannot be read, by its name in the store."""
+    found = {}
+    for name, data in store.read_documents(FOLDER).items():
+        run, _, suffix = name.removeprefix(FOLDER).partition(".")
+        check = {"json": _parse, "md": _checked_report}.get(suffix) if RUN_ID.fullmatch(run) else None
+        try:
+            if check is not None:
+                check(store, name, data)
+        except CorruptArtifact as failure:
+            found[name] = failure
     return found
 
 
@@ -226,12 +277,18 @@ def computed(record: RunRecord, label: str) -> bool:
 
 def _parse(store: Store, name: str, data: bytes) -> RunRecord:
     try:
-        return RunRecord.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
+        record = RunRecord.model_validate_json(check_document(name, data))
+        if f"{FOLDER}{record.run}.json" != name:
+            raise ChangedDocument(f"it is the record of run {record.run}")
+        return record
+    except ValueError as error:  # pydantic's error is one, too
+        got = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            got = f"{'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}"
         raise CorruptArtifact(
             "A run's record cannot be read.",
             where=f"{store.uri}/{name}",
-            got=f"{'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}",
+            got=got,
             next_step="restore the file from a backup, or remove it; artifacts and promotion log do not depend on it",
         ) from error

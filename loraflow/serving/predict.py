@@ -22,6 +22,7 @@ from loraflow.data.call_parser import parse_calls
 from loraflow.data.readers import readable_files
 from loraflow.data.rendered_calls import call_text, tools_text
 from loraflow.data.tools import dataset_tools
+from loraflow.evaluation.answers_file import read_answers
 from loraflow.failures import BadConfig, BadData, BadModel, OutOfMemory, from_os_error
 from loraflow.serving.chat import Sampling
 from loraflow.serving.models import Loaded, Model, load
@@ -35,7 +36,8 @@ from loraflow.serving.tables import (
     write_answers,
 )
 from loraflow.serving.written_calls import reads_calls_of, written_calls
-from loraflow.store.files import HashMemo, hash_file, write_json
+from loraflow.store.checksum import add_checksum, check_document
+from loraflow.store.files import HashMemo, hash_file, json_bytes, write_atomic
 from loraflow.store.lock import LockHeld, flock
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     GenerateArgument: TypeAlias = torch.Tensor | Cache | list[int] | float | bool | None
 
 log = logging.getLogger("loraflow")
+ANSWERS = "answers.jsonl"  # finished answers, in the folder of the unfinished output
 OnBatch = Callable[[int, int], None]  # rows done, rows in all
 
 
@@ -67,6 +70,11 @@ class _RequestIdentity(BaseModel):
     input: str  # sha256
     model: str  # digest
     settings: dict[str, JsonValue]
+
+    @property
+    def owner(self) -> str:
+        """The owner of the finished answers."""
+        return identity.fingerprint(self.model_dump())
 
 
 class PredictOptions(BaseModel):
@@ -145,7 +153,7 @@ def predict(
             log.info("resuming: %d of %d rows are answered", resumed, len(questions))
         _try_to_write(work / f"probe{target.suffix}", questions, source)
         loaded = load(model, options.dtype, options.device)
-        answers = _answer(loaded, questions, options, work / "answers.jsonl", on_batch)
+        answers = _answer(loaded, questions, options, work / ANSWERS, request.owner, on_batch)
         if hash_file(source) != request.input:
             raise BadData(
                 "The input changed during the prediction.", where=str(source), next_step="run the command again"
@@ -196,7 +204,7 @@ def _unfinished(work: Path, target: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                if target.exists() or not _done(work):
+                if target.exists() or not _has_answers(work):
                     shutil.rmtree(work)
     except LockHeld:
         raise BadConfig(
@@ -213,10 +221,9 @@ def _resume(work: Path, request: _RequestIdentity) -> int:
         BadConfig: the unfinished answers belong to another input, model or setting.
     """
     file = work / "begun.json"
-    if not _done(work) or not file.exists():
-        write_json(file, request.model_dump())
-        return 0
-    before = _RequestIdentity.model_validate_json(file.read_bytes())
+    if not _has_answers(work) or not file.exists():
+        write_atomic(file, add_checksum(file.name, json_bytes(request.model_dump())))
+    before = _read_request(file)
     if before != request:
         changed = ["input"] if before.input != request.input else []
         changed += ["model"] if before.model != request.model else []
@@ -227,13 +234,24 @@ def _resume(work: Path, request: _RequestIdentity) -> int:
             got=f"changed: {', '.join(changed)}",
             next_step=f"repeat the earlier command to finish it, or start over: rm -r {work}",
         )
-    return _done(work)
+    return len(read_answers(work / ANSWERS, request.owner))
 
 
-def _done(work: Path) -> int:
-    """Return the number of rows that have answers."""
-    file = work / "answers.jsonl"
-    return file.read_bytes().count(b"\n") if file.exists() else 0
+def _read_request(file: Path) -> _RequestIdentity:
+    try:
+        return _RequestIdentity.model_validate_json(check_document(file.name, file.read_bytes()))
+    except ValueError as error:  # pydantic's error is one, too
+        raise BadConfig(
+            "It is not known what the unfinished output was asked for.",
+            where=str(file),
+            got=str(error).splitlines()[0],
+            next_step=f"start over: rm -r {file.parent}",
+        ) from error
+
+
+def _has_answers(work: Path) -> bool:
+    file = work / ANSWERS
+    return file.exists() and b"\n" in file.read_bytes()
 
 
 def _try_to_write(probe: Path, questions: list[Question], source: Path) -> None:
@@ -247,6 +265,7 @@ def _answer(
     questions: list[Question],
     options: PredictOptions,
     done_file: Path,
+    owner: str,
     on_batch: OnBatch | None,
 ) -> list[Prediction]:
     """Answer the rows that have a prompt; the other rows get the reason as their error."""
@@ -267,6 +286,7 @@ def _answer(
                 max_new_tokens=sampling.max_new_tokens,
                 batch_size=batch_size,
                 done_file=done_file,
+                owner=owner,
                 on_batch=lambda done: on_batch(done, len(asked)) if on_batch else None,
             )
             break

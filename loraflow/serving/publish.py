@@ -6,6 +6,7 @@ The token comes from the environment (HF_TOKEN, or the login of `hf auth login`)
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 import time
@@ -24,12 +25,14 @@ from loraflow.serving.card import Facts, PublishedForm, collect_facts, write_car
 from loraflow.serving.models import MODEL_FILE_SUFFIXES, Model, check_unmerged
 from loraflow.store import Store, open_store
 from loraflow.store.base import MANIFEST
-from loraflow.store.files import HashMemo
+from loraflow.store.checksum import add_checksum, check_document
+from loraflow.store.files import HashMemo, json_bytes
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+log = logging.getLogger("loraflow")
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 _PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "base_model_name_or_path")
@@ -124,8 +127,16 @@ def _operations(api: HfApi, repo: str, folder: Path) -> list[CommitOperationAdd 
 
 def find_publication(store: Store, model: Model, repo: str, what: PublishedForm) -> Publication | None:
     """Return the record of an earlier upload of the same model to a repository; None if there was none."""
-    data = store.read_document(_record_name(model, repo, what))
-    return Publication.model_validate_json(data) if data is not None else None
+    name = _record_name(model, repo, what)
+    data = store.read_document(name)
+    if data is None:
+        return None
+    try:
+        found = Publication.model_validate_json(check_document(name, data))
+    except ValueError as error:  # pydantic's error is one, too; the hub does not take the same files twice
+        log.warning("the record of an upload is not used, %s: %s", name, str(error).splitlines()[0])
+        return None
+    return found if (found.repo, found.what) == (repo, what) else None
 
 
 def _write_publication(store: Store, model: Model, publication: Publication) -> None:
@@ -134,8 +145,9 @@ def _write_publication(store: Store, model: Model, publication: Publication) -> 
     ):  # a model that is not an artifact of the store has no record there
         return
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    document = publication.model_copy(update={"time": now}).model_dump_json(indent=1)
-    store.write_document(_record_name(model, publication.repo, publication.what), document.encode())
+    document = publication.model_copy(update={"time": now}).model_dump(mode="json")
+    name = _record_name(model, publication.repo, publication.what)
+    store.write_document(name, add_checksum(name, json_bytes(document)))
 
 
 def _record_name(model: Model, repo: str, what: PublishedForm) -> str:

@@ -18,15 +18,16 @@ from typing import TypedDict
 from pydantic import JsonValue
 
 from loraflow.failures import StorageError
+from loraflow.store.checksum import ChangedDocument, add_checksum, check_document
 from loraflow.store.files import (
     files_below,
     fsync_tree,
     hash_file,
     is_inside,
+    json_bytes,
     raise_machine_fault,
     set_default_modes,
     write_atomic,
-    write_json,
 )
 
 log = logging.getLogger(__name__)
@@ -50,17 +51,25 @@ def finalize_checkpoint(checkpoint: Path, needs: str | None = None) -> None:
     set_default_modes(checkpoint)
     fsync_tree(checkpoint)
     hashes = {name: hash_file(path) for name, path in files_below(checkpoint) if name != COMPLETE}
-    write_json(checkpoint / COMPLETE, {"files": hashes, "needs": needs})
+    document = json_bytes({"files": hashes, "needs": needs})
+    write_atomic(checkpoint / COMPLETE, add_checksum(_name(checkpoint), document))
+
+
+def _name(checkpoint: Path) -> str:
+    """Return the name that the checksum covers: the work folder is named by the job's fingerprint."""
+    return f"{checkpoint.parent.parent.name}/{checkpoint.name}"
 
 
 def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest | None:
-    """Read a checkpoint's manifest; return None if it is missing or not valid, or the disk cannot read it.
+    """Read a checkpoint's manifest; return None if it is missing, damaged or of another job, or the disk cannot read it.
 
     Raises:
         Failure: the process has too many open files, or may not read it. The checkpoint may be intact.
     """
     try:
-        return parse_checkpoint_manifest((checkpoint / COMPLETE).read_bytes())
+        return parse_checkpoint_manifest(check_document(_name(checkpoint), (checkpoint / COMPLETE).read_bytes()))
+    except ChangedDocument:
+        return None
     except OSError as error:
         with suppress(StorageError):  # an older checkpoint is better than none
             raise_machine_fault(error)

@@ -299,7 +299,8 @@ class LocalStore:
                 staging.discard(staged)
                 return current
             ref, target = manifest.ref(self.uri), home / manifest.digest
-            if target.exists() and not self.verify(ref):  # it stays in place: it may be a champion's model
+            is_same = target.exists() and not self.verify(ref) and self._is_committed(ref, manifest)
+            if is_same:  # it stays in place: it may be a champion's model
                 staging.discard(staged)
                 ref = self.manifest(ref).ref(self.uri)
             else:
@@ -310,6 +311,17 @@ class LocalStore:
                 fsync_path(home)
             self.make_current(ref)
             return ref
+
+    def _is_committed(self, ref: Ref, manifest: Manifest) -> bool:
+        """Tell whether the pointer knows the manifest of an artifact, or the manifest says the same as a new one.
+
+        Without its pointer, figures, report and facets of a manifest could have been changed.
+        """
+        pointer, found = self._pointer(ref.stage, ref.fingerprint), self.manifest(ref)
+        is_known = pointer is not None and ref.digest in pointer.manifests
+        return is_known or (found.facets, found.figures, found.report, found.inputs) == (
+            manifest.facets, manifest.figures, manifest.report, manifest.inputs
+        )  # fmt: skip
 
     def adopt(self, folder: Path, manifest: Manifest) -> list[str]:
         """Copy an artifact of another store into this one, without making it current; return the copy's problems.

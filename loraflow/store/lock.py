@@ -61,5 +61,7 @@ def _lock(fd: int, mode: int, path: Path) -> None:
 
 
 def _holder(path: Path) -> str:
-    text = path.read_text().strip()
-    return f"process {json.loads(text)['pid']}" if text.startswith("{") and text.endswith("}") else "another process"
+    try:
+        return f"process {json.loads(path.read_bytes())['pid']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it is being written, or damaged: only the message is poorer
+        return "another process"

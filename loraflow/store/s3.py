@@ -26,6 +26,7 @@ from loraflow.store.artifact import (
     Ref,
     Summary,
     build_manifest,
+    check_consistency,
     check_content,
     check_folder,
     damaged_artifact,
@@ -262,7 +263,8 @@ class S3Store:
         pending = self.scratch / "pending" / stage / fingerprint
         try:
             manifest = Manifest.model_validate_json((pending / MANIFEST).read_bytes())
-            is_intact = not check_folder(pending, manifest, contents=True) and manifest.fingerprint == fingerprint
+            ref = manifest.ref(self.uri).model_copy(update={"fingerprint": fingerprint})
+            is_intact = not check_folder(pending, manifest, contents=True) and not check_consistency(manifest, ref)
         except (OSError, ValueError) as error:
             raise_machine_fault(error)
             return None

@@ -12,7 +12,7 @@ from pydantic import JsonValue
 
 from loraflow.credentials import mask
 from loraflow.failures import CorruptArtifact
-from loraflow.registry.runs import RunRecord
+from loraflow.registry.runs import RunRecord, read_report
 from loraflow.reporting import chart
 from loraflow.store import Ref, Store, read_intact
 from loraflow.tracking.tracker import Point, RunContent
@@ -35,9 +35,13 @@ def is_news(record: RunRecord) -> bool:
 def content_of(store: Store, record: RunRecord) -> RunContent:
     """Return what is sent of a run. Files that the store no longer has are left out."""
     files: dict[str, bytes] = {}
-    report = store.read_document(f"runs/{record.run}.md")
+    try:
+        report = read_report(store, record.run)
+    except CorruptArtifact as failure:
+        log.warning("%s", failure)
+        report = None
     if report is not None:
-        files["report.md"] = mask(report.decode()).encode()
+        files["report.md"] = mask(report).encode()
     training = curves(store, record)
     losses = [(float(step), value) for name, value, step in training if name == "train/loss"]
     if losses:

@@ -35,8 +35,15 @@ def main() -> int:
     parser.add_argument("numbers", nargs="*", type=int, help=f"faults, 1 to {FAULTS[-1].number}; all by default")
     parser.add_argument("--quick", action="store_true", help="leave out the tests that are marked slow, gpu or ui")
     parser.add_argument("--folder", default="", help="only the tests below this folder of tests/, such as unit")
+    parser.add_argument("--missing", action="store_true", help="only the tests that have no result yet")
+    parser.add_argument("--most", type=int, help="at most this many tests")
     arguments = parser.parse_args()
+    before = json.loads(RESULTS.read_text()) if arguments.missing and RESULTS.exists() else {}
     tests = [test for test in node_ids(arguments.numbers) if test.startswith(arguments.folder)]
+    tests = [test for test in tests if not any(belongs(name, test) for name in before)][: arguments.most]
+    if not tests:
+        print("every test has a result")
+        return 0
     collector = Collector()
     options = ["-q", "-p", "no:cacheprovider", *(["-m", "not slow and not gpu and not ui"] if arguments.quick else [])]
     code = pytest.main([*options, *(str(ROOT / "tests" / test) for test in tests)], plugins=[collector])

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from prefect.client.schemas.objects import StateType
+from prefect.exceptions import TerminationSignal
 from prefect.states import Pending, Running
 
 from loraflow.failures import BudgetSpent
@@ -102,3 +103,63 @@ def test_a_run_whose_credentials_are_masked_on_the_server_is_not_started_with_th
     runs = [run for run in client.read_flow_runs() if run.deployment_id == deployed.id and run.id != first.id]
     assert [run for run in runs if not run.auto_scheduled] == []
     assert "without their credentials" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("state", "follows"),
+    [("RUNNING", True), ("PENDING", True), ("CANCELLING", False), ("CANCELLED", False), (None, False)],
+)
+def test_a_run_that_gets_sigterm_goes_on_unless_the_server_says_that_it_is_cancelled(monkeypatch, state, follows):
+    """`None` is a run without a state."""
+    created = []
+
+    class Client:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def read_flow_run(self, _):
+            known = SimpleNamespace(type=StateType[state]) if state else None
+            values = dict(
+                id="r", deployment_id="d", parameters={"recipe": "a", "force": ["train", "merge"]}, run_count=1
+            )
+            return SimpleNamespace(state=known, tags=[], work_queue_name=None, job_variables={}, **values)
+
+        def create_flow_run_from_deployment(self, deployment, **values):
+            created.append((deployment, values["parameters"]["force"], values["idempotency_key"]))
+            return SimpleNamespace(name="next")
+
+    monkeypatch.setattr(continuation, "get_client", lambda **_: Client())
+    monkeypatch.setattr(continuation, "flow_run", SimpleNamespace(id="r"))
+    continuation.go_on_after_signal(["train"])
+    assert created == ([("d", ["merge"], "goes-on-r-1")] if follows else [])
+
+
+def test_a_run_whose_server_does_not_answer_after_sigterm_is_not_followed_by_another(monkeypatch, caplog):
+    def gone(**_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(continuation, "get_client", gone)
+    continuation.go_on_after_signal(["train"])
+    assert "no other run was scheduled: no route" in caplog.text
+
+
+@pytest.mark.parametrize(("is_deployed", "preemptible"), [(True, True), (True, False), (False, True)])
+def test_only_a_deployed_run_that_is_preemptible_goes_on_after_sigterm(tmp_path, monkeypatch, is_deployed, preemptible):
+    asked = []
+    monkeypatch.setattr(running, "deployment", SimpleNamespace(id="d" if is_deployed else None))
+    for name in ("end_with_parent", "mask_parameters"):
+        monkeypatch.setattr(running, name, lambda *_: None)
+    monkeypatch.setattr(running, "write_record", lambda *_: None)
+    monkeypatch.setattr(running, "mirror_run", lambda *_: None)
+    monkeypatch.setattr(running, "go_on_after_signal", asked.append)
+    (tmp_path / "r.yaml").write_text(
+        f"name: r\ndata: {{source: {tmp_path}}}\nbase: {{model: {tmp_path}}}\n"
+        f"runtime: {{store: {tmp_path}/store, preemptible: {str(preemptible).lower()}}}\n"
+    )
+    with pytest.raises(TerminationSignal), running.open_run(str(tmp_path / "r.yaml"), {}, [], rename=False) as run:
+        run.stages = {"train": SimpleNamespace(stage="train", state="computed")}
+        raise TerminationSignal(signal=15)
+    assert asked == ([["train"]] if is_deployed and preemptible else [])

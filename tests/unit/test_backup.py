@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from loraflow.cli import cli
-from loraflow.failures import BadConfig, DamagedLog, Failure
+from loraflow.failures import BadConfig, CorruptArtifact, DamagedLog, Failure
 from loraflow.registry import PromotionLog
 from loraflow.registry.backup import back_up
 from loraflow.registry.cleanup import remove_unused
@@ -100,6 +100,39 @@ def test_the_documented_restore_gives_a_store_with_the_same_champion(store, tmp_
     log = check_copy(store.root, store)
     assert log.head() == champion and len(read_runs(store)) == 2
     promote_next(store, 3)
+
+
+@pytest.mark.parametrize("name", ["weights", "manifest.json"])
+def test_a_second_backup_replaces_what_was_damaged_in_the_copy(store, tmp_path, name):
+    list(back_up(store, tmp_path / "copy"))
+    copy, merged = LocalStore(tmp_path / "copy"), PromotionLog(store, "tickets").head().merged
+    file = copy.path(merged) / name
+    data = file.read_bytes()
+    if name == "manifest.json":  # with its pointer, which has the manifest's hash
+        (file.parents[1] / "current.json").unlink()
+        file.write_bytes(data.replace(b'"figures": {}', b'"figures": {"x": 1}'))
+    else:
+        file.write_bytes(data.swapcase())
+    assert [item.ref.digest for item in back_up(store, tmp_path / "copy")] == [merged.digest]
+    assert file.read_bytes() == data
+    check_copy(tmp_path / "copy", store)
+
+
+def test_a_backup_of_a_store_that_lacks_its_champion_is_not_called_complete(store, tmp_path):
+    (store.path(PromotionLog(store, "tickets").head().merged) / "manifest.json").unlink()
+    refused = loraflow("backup", tmp_path / "copy", "--store", store.uri, fails=CorruptArtifact)
+    assert "lacks a model of tickets" in str(refused.exception) and "rebuilds it" in str(refused.exception)
+
+
+def test_a_document_that_is_damaged_in_the_store_does_not_replace_its_copy(store, tmp_path, caplog):
+    list(back_up(store, tmp_path / "copy"))
+    for harm in (lambda data: data.replace(b"tickets", b"Tickets"), lambda data: b"", lambda data: data[:-9]):
+        name = store.documents("runs/")[0]
+        intact = store.read_document(name)
+        store.write_document(name, harm(intact))
+        list(back_up(store, tmp_path / "copy"))
+        assert LocalStore(tmp_path / "copy").read_document(name) == intact and name in caplog.text
+        store.write_document(name, intact)
 
 
 def test_a_second_backup_copies_only_what_is_new(store, tmp_path):

@@ -8,6 +8,7 @@ from loraflow.failures import CorruptArtifact, Failure
 from loraflow.registry import PromotionLog
 from loraflow.registry.log import HeadChanged, models
 from loraflow.store import LocalStore, Ref, open_store
+from loraflow.store.checksum import check_document
 
 
 def ref(name):
@@ -172,11 +173,12 @@ def test_a_log_of_an_older_release_is_read_and_continued(log):
     ]
 
 
-def test_a_decision_is_serialized_to_the_bytes_of_existing_stores_and_a_damaged_one_is_ignored(log):
+def test_a_decision_is_serialized_to_the_bytes_of_existing_stores_with_a_checksum_and_a_damaged_one_is_ignored(log):
     promote(log, "a")
     log.write_decision(log.head(), "b" * 64, "p" * 64, {"verdict": "reject", "reasons": ["worse"]})
     [name] = log.store.documents("registry/tickets/decisions/")
-    assert log.store.read_document(name) == b'{\n "reasons": [\n  "worse"\n ],\n "verdict": "reject"\n}\n'
+    document = check_document(name, log.store.read_document(name))
+    assert document == b'{\n "reasons": [\n  "worse"\n ],\n "verdict": "reject"\n}\n'
     log.store.write_document(name, b"{")
     assert log.read_decision(log.head(), "b" * 64, "p" * 64) is None
 

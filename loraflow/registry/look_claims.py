@@ -1,0 +1,109 @@
+"""What is known about a record of looks outside of it: losses that a person accepted, and the looks that run records name.
+
+anchors/<model>/looks-accepted-000001.json  an accepted loss; the anchor has their number, so that none is forgotten
+runs/<id>.json                              `looks_head`: the last look that the run saw or took
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from pydantic import Field
+
+from loraflow.frozen import StoredModel
+from loraflow.registry.anchor import FOLDER as ANCHORS
+from loraflow.registry.anchor import Claim
+from loraflow.registry.runs import FOLDER as RUNS
+from loraflow.registry.runs import LogHead, run_ids
+from loraflow.store import Store
+from loraflow.store.checksum import add_checksum, check_document
+from loraflow.store.files import json_bytes
+
+_NEWEST_RUNS = 50  # that are read if there is no anchor: stores of earlier versions have none
+
+
+class LostLooks(StoredModel):
+    """A person's decision to go on without looks that were lost or changed. They are counted nevertheless."""
+
+    reason: str
+    actor: str
+    time: str
+    kept: LogHead = LogHead()  # the last look that was left
+    lost: int = 0
+    lost_heads: list[LogHead] | None = None  # those of them that run records name; None in earlier versions
+    set_aside: dict[str, str] = {}
+    lost_rows: list[str] = []  # digests of sets of rows of which no intact copy was left
+    restored_rows: list[str] = []  # digests of sets of rows that were damaged, and replaced by their copy
+    unknown_rows: bool = False  # it is not known which rows were scored, so none is fresh any more
+
+    def explains(self, head: LogHead) -> bool:
+        """Tell whether a look that a run record names is one of the lost ones."""
+        if self.lost_heads is not None:
+            return head in self.lost_heads
+        return self.kept.seq < head.seq <= self.kept.seq + self.lost
+
+
+class AcceptedLosses(NamedTuple):
+    """The accepted losses of a model, oldest first, and the documents that cannot be read."""
+
+    intact: list[LostLooks]
+    damaged: dict[str, bytes]
+
+
+def read_losses(store: Store, model: str) -> AcceptedLosses:
+    """Read the accepted losses of a model."""
+    found = AcceptedLosses([], {})
+    for name, data in store.read_documents(f"{ANCHORS}/{model}/", ".json").items():
+        if name.startswith(f"{ANCHORS}/{model}/looks-accepted-"):
+            try:
+                found.intact.append(LostLooks.model_validate_json(check_document(name, data)))
+            except ValueError:  # pydantic's error is one, too
+                found.damaged[name] = data
+    return found
+
+
+def write_loss(store: Store, model: str, loss: LostLooks) -> None:
+    """Store a person's decision under the next free number."""
+    number, document = 1, json_bytes(loss.model_dump())
+    while True:
+        name = f"{ANCHORS}/{model}/looks-accepted-{number:06d}.json"
+        if store.create_document(name, add_checksum(name, document)):
+            return
+        number += 1
+
+
+class _Register(StoredModel):
+    model: str = ""
+
+
+class _Resolved(StoredModel):
+    register_: _Register = Field(_Register(), alias="register")
+
+
+class _Run(StoredModel):
+    """The part of a run record that is about looks."""
+
+    resolved: _Resolved = _Resolved()
+    looks_head: LogHead | None = None
+
+
+def claims_of_runs(store: Store, model: str) -> list[Claim]:
+    """Return the last looks that all run records of a model name."""
+    return list(_claims(model, store.read_documents(RUNS, ".json").items()))
+
+
+def newest_claim(store: Store, model: str) -> Claim | None:
+    """Return the last look that the newest run record of a model names, of the newest fifty records."""
+    names = (f"{RUNS}{run}.json" for run in run_ids(store)[: -_NEWEST_RUNS - 1 : -1])
+    return next(_claims(model, ((name, store.read_document(name) or b"") for name in names)), None)
+
+
+def _claims(model: str, documents: Iterable[tuple[str, bytes]]) -> Iterator[Claim]:
+    for name, data in documents:
+        try:
+            run = _Run.model_validate_json(check_document(name, data))
+        except ValueError:  # not a run record, or a damaged one, which `loraflow verify` reports
+            continue
+        if run.looks_head is not None and run.resolved.register_.model == model:
+            yield Claim(run.looks_head, name)

@@ -1,0 +1,138 @@
+"""Signatures of a promotion log with an SSH key, for stores that somebody else can write to. Off by default.
+
+    anchors/<model>/signed.json   number and hash of the last entry that was signed, and the signature
+
+The chain of hashes ties all earlier entries to the signed one. Who changes log, anchor and run records together cannot sign
+the result. A signature does not tell that newer signed entries were taken away together with their signature.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from loraflow.failures import BadConfig, DamagedLog, Failure
+from loraflow.frozen import StoredModel
+from loraflow.registry.anchor import FOLDER
+from loraflow.registry.runs import LogHead
+from loraflow.store import Store
+from loraflow.store.files import json_bytes
+
+KEY = "LORAFLOW_SIGNING_KEY"  # environment: the key's file, with which each promotion is signed
+_NAMESPACE = "loraflow-promotion-log"
+
+
+class _Signed(StoredModel):
+    seq: int
+    hash: str
+    signature: str
+
+
+class Signed(NamedTuple):
+    """What a signature covers: who signed, and how many entries from the first one."""
+
+    signer: str
+    entries: int
+
+
+def signing_key() -> str | None:
+    """Return the key's file that the environment names; None if promotions are not signed."""
+    return os.environ.get(KEY) or None
+
+
+def sign(store: Store, model: str, head: LogHead, key: str) -> None:
+    """Sign the last entry of a log, and with it all entries before.
+
+    Args:
+        store: has the log.
+        model: its name.
+        head: the last entry.
+        key: file of a private SSH key, or of the public one if ssh-agent has the private one.
+
+    Raises:
+        BadConfig: there is no ssh-keygen, or it cannot sign with the key.
+    """
+    signature = _ssh_keygen(
+        ["-Y", "sign", "-f", str(Path(key).expanduser()), "-n", _NAMESPACE], _statement(model, head), key
+    )
+    document = _Signed(seq=head.seq, hash=head.hash, signature=signature.decode())
+    store.write_document(_name(model), json_bytes(document.model_dump()))
+
+
+def check_signature(store: Store, model: str, hashes: Sequence[str], signers: Path) -> Signed:
+    """Check that a person on the list signed the log.
+
+    Args:
+        store: has the log.
+        model: its name.
+        hashes: of the log's entries, oldest first.
+        signers: a file of allowed signers, as in ssh-keygen's manual: `NAME KEY-TYPE KEY` on each line.
+
+    Raises:
+        DamagedLog: the log is not signed, nobody on the list signed it, or an entry that was signed is gone or changed.
+        BadConfig: there is no ssh-keygen, or no list of signers.
+    """
+    if not signers.is_file():
+        raise BadConfig("There is no list of signers.", where=str(signers), expected="a line `NAME KEY-TYPE KEY` each")
+    data = store.read_document(_name(model))
+    try:
+        signed = _Signed.model_validate_json(data or b"")
+    except ValueError as error:  # pydantic's error is one
+        raise _not_signed(
+            store, model, "no signature" if data is None else "a signature that cannot be read"
+        ) from error
+    head = LogHead(seq=signed.seq, hash=signed.hash)
+    with tempfile.NamedTemporaryFile(prefix="loraflow-signature-") as file:
+        file.write(signed.signature.encode())
+        file.flush()
+        try:
+            found = _ssh_keygen(["-Y", "find-principals", "-s", file.name, "-f", str(signers)], b"", str(signers))
+            signer = found.decode().splitlines()[0]
+            options = ["-Y", "verify", "-f", str(signers), "-I", signer, "-n", _NAMESPACE, "-s", file.name]
+            _ssh_keygen(options, _statement(model, head), str(signers))
+        except (BadConfig, IndexError) as failure:
+            got = failure.got if isinstance(failure, Failure) else "no signer"
+            raise _not_signed(store, model, got) from failure
+    if not 0 < head.seq <= len(hashes) or hashes[head.seq - 1] != head.hash:
+        raise _not_signed(store, model, f"a log without entry {head.seq}, which {signer} signed")
+    return Signed(signer, head.seq)
+
+
+def _not_signed(store: Store, model: str, got: str) -> DamagedLog:
+    return DamagedLog(
+        "The promotion log is not signed by anybody on the list of signers.",
+        where=f"{store.uri}/{_name(model)}",
+        got=got,
+        next_step="compare the log with a backup of the store; if it is right, sign it: `loraflow registry sign --key FILE`",
+    )
+
+
+def _statement(model: str, head: LogHead) -> bytes:
+    return f"loraflow promotion log of {model}, entry {head.seq}, {head.hash}\n".encode()
+
+
+def _name(model: str) -> str:
+    return f"{FOLDER}/{model}/signed.json"
+
+
+def _ssh_keygen(options: list[str], text: bytes, where: str) -> bytes:
+    try:
+        done = subprocess.run(["ssh-keygen", *options], input=text, capture_output=True, timeout=60, check=True)
+    except FileNotFoundError as error:
+        raise BadConfig(
+            "Signing needs OpenSSH's ssh-keygen.", where="PATH", next_step="install OpenSSH 8.1 or newer"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise BadConfig(
+            "ssh-keygen did not end.", where=where, got="60 s", next_step="use a key in ssh-agent"
+        ) from error
+    except subprocess.CalledProcessError as error:
+        got = (error.stderr or error.stdout).decode(errors="replace").strip().splitlines() or [
+            f"status {error.returncode}"
+        ]
+        raise BadConfig("ssh-keygen refuses the key or the signature.", where=where, got=got[-1][:200]) from error
+    return done.stdout

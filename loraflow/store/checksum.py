@@ -1,0 +1,63 @@
+"""Checksums of small JSON documents, such as run records: what is damaged, or belongs to another run, is not believed.
+
+The checksum is the first line of the object. It covers the document's name and all bytes after that line, so a document that
+was edited, damaged, or copied over another one is refused. It does not protect against a person who computes it again. A
+document of an earlier version has none, and is taken as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+_START = b"{\n"
+_LINE = re.compile(rb'\{\n "checksum": "([0-9a-f]{64})",\n')
+
+
+class ChangedDocument(ValueError):
+    """A document has other bytes, or another name, than those that were written."""
+
+
+def add_checksum(name: str, document: bytes) -> bytes:
+    """Return a document of `json_bytes`, an object that is not empty, with its checksum.
+
+    Args:
+        name: where the document belongs, such as its name in the store.
+        document: indented JSON.
+    """
+    assert document.startswith(_START), name
+    rest = document.removeprefix(_START)
+    return b'{\n "checksum": "%s",\n%s' % (checksum(name, rest).encode(), rest)
+
+
+def check_document(name: str, document: bytes) -> bytes:
+    """Return a document without its checksum.
+
+    Raises:
+        ChangedDocument: the checksum is not that of this name and content.
+    """
+    found = _LINE.match(document)
+    if found is None:
+        return document
+    rest = document[found.end() :]
+    if checksum(name, rest).encode() != found[1]:
+        raise ChangedDocument("the document was changed, or belongs elsewhere: its checksum is another one")
+    return _START + rest
+
+
+def lost_checksum(name: str, before: bytes, now: bytes) -> bool:
+    """Tell whether a document is damaged that was intact before."""
+    return _is_intact(name, before) and not _is_intact(name, now)
+
+
+def _is_intact(name: str, document: bytes) -> bool:
+    """Tell whether a document has a checksum, and the right one."""
+    try:
+        return check_document(name, document) != document
+    except ChangedDocument:
+        return False
+
+
+def checksum(name: str, content: bytes) -> str:
+    """Return the sha256 of a name and a content, 64 hex digits."""
+    return hashlib.sha256(name.encode() + b"\0" + content).hexdigest()

@@ -1,0 +1,92 @@
+"""Signatures of promotion logs, with ssh-keygen: whoever rewrites log, anchor and run records together is noticed."""
+
+import shutil
+import subprocess
+
+import pytest
+from click.testing import CliRunner
+
+from loraflow.cli import cli
+from loraflow.failures import BadConfig, CorruptArtifact
+from loraflow.registry import PromotionLog
+from loraflow.store import LocalStore
+from tests.promoted_models import add_model, promote
+
+pytestmark = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="OpenSSH is not installed")
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """Two key pairs; only the first one's owner is an allowed signer."""
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("mine", "other"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+    kind, key, *_ = (folder / "mine.pub").read_text().split()
+    (folder / "signers").write_text(f"ada@acme.example {kind} {key}\n")
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = LocalStore(tmp_path / "store")
+    for name in "ab":
+        promote(PromotionLog(store, "tickets"), add_model(store, name))
+    return store
+
+
+def loraflow(store, *arguments, fails=None):
+    done = CliRunner().invoke(cli, [*map(str, arguments), "--store", store.uri])
+    assert type(done.exception) is (fails or type(None)), done.exception
+    return done.output
+
+
+def verify(store, keys, fails=None):
+    return loraflow(store, "verify", "--signers", keys / "signers", fails=fails)
+
+
+def test_a_signed_log_is_verified_and_a_later_entry_is_named_until_it_is_signed_too(store, keys):
+    assert "no signature" in str(verify(store, keys, fails=CorruptArtifact))
+    assert "signed: entry 2" in loraflow(store, "registry", "sign", "--key", keys / "mine")
+    assert "2 entries of tickets are signed by ada@acme.example" in verify(store, keys)
+    loraflow(store, "rollback", "--reason", "x")
+    assert "entries 3 to 3 are not signed" in verify(store, keys, fails=CorruptArtifact)
+
+
+def test_a_key_in_the_environment_signs_each_promotion(store, keys, monkeypatch, caplog):
+    monkeypatch.setenv("LORAFLOW_SIGNING_KEY", str(keys / "mine"))
+    promote(PromotionLog(store, "tickets"), add_model(store, "c"))
+    assert "3 entries of tickets are signed" in verify(store, keys)
+    monkeypatch.setenv("LORAFLOW_SIGNING_KEY", str(keys / "missing"))
+    promote(PromotionLog(store, "tickets"), add_model(store, "d"))
+    assert "entry 4 is written, but not signed" in caplog.text, "the promotion stands"
+
+
+def test_whoever_rewrites_log_anchor_and_run_records_together_is_noticed(store, keys, tmp_path):
+    loraflow(store, "registry", "sign", "--key", keys / "mine")
+    signature = store.read_document("anchors/tickets/signed.json")
+    for folder in ("registry", "anchors"):
+        shutil.rmtree(store.root / folder)
+    for name in "ba":
+        promote(PromotionLog(store, "tickets"), add_model(store, name))
+    loraflow(store, "verify")
+    assert "no signature" in str(verify(store, keys, fails=CorruptArtifact))
+    store.write_document("anchors/tickets/signed.json", signature)
+    assert "without entry 2, which ada@acme.example signed" in verify(store, keys, fails=CorruptArtifact)
+    loraflow(store, "registry", "sign", "--key", keys / "other")
+    verify(store, keys, fails=CorruptArtifact)
+
+
+@pytest.mark.parametrize("change", [(b'"seq": 2', b'"seq": 1'), (b"AAAA", b"AAAB"), (b'"signature"', b'"signatur"')])
+def test_a_changed_signature_is_refused(store, keys, change):
+    loraflow(store, "registry", "sign", "--key", keys / "mine")
+    data = store.read_document("anchors/tickets/signed.json")
+    assert change[0] in data
+    store.write_document("anchors/tickets/signed.json", data.replace(*change))
+    verify(store, keys, fails=CorruptArtifact)
+
+
+def test_without_a_key_a_list_or_a_program_there_is_one_sentence(store, keys, monkeypatch):
+    loraflow(store, "registry", "sign", "--key", keys / "missing", fails=BadConfig)
+    loraflow(store, "verify", "--signers", keys / "missing", fails=BadConfig)
+    monkeypatch.setenv("PATH", "/nowhere")
+    loraflow(store, "registry", "sign", "--key", keys / "mine", fails=BadConfig)
