@@ -6,6 +6,8 @@ Beside this chain, tokenize, train, merge, verify and "evaluate base" read the o
 adapter, and verify and evaluate the held-out rows of check_dataset. The gate compares the scores of base, tuned model and
 champion.
 
+With `gate.seeds`, the chain from train on is repeated for each further seed (`flows/seeds.py`).
+
 `loraflow.execution.plan.STEPS` lists the same steps for `loraflow plan`, which does not import prefect; a test compares
 the two.
 """
@@ -13,6 +15,7 @@ the two.
 from __future__ import annotations
 
 from loraflow.execution.results import PipelineResult
+from loraflow.flows.seeds import train_seed
 from loraflow.tasks.limits import check_merge, check_rows
 from loraflow.tasks.run import Run
 from loraflow.tasks.stages import (
@@ -42,6 +45,10 @@ def pipeline(run: Run) -> PipelineResult:
     verified = verify(run, base=base, adapter=adapter, merged=merged, rows=rows)
     check_merge(run.workspace, verified)
     tuned_scores = evaluate(run, model=merged, rows=rows, label="evaluate tuned")
+    further = [
+        train_seed(run, seed, tokens=tokens, base=base, rows=rows, probes=probes)
+        for seed in run.workspace.recipe.seeds[1:]
+    ]
     champion = run.workspace.champion()
     champion_scores = evaluate(run, model=champion, rows=rows, label="evaluate champion") if champion else None
     return PipelineResult(
@@ -55,4 +62,5 @@ def pipeline(run: Run) -> PipelineResult:
         base_scores=base_scores,
         tuned_scores=tuned_scores,
         champion_scores=champion_scores,
+        further_seeds=tuple(further),
     )

@@ -27,6 +27,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     from loraflow.execution.plan import base_report, gate_power, too_few_positions
     from loraflow.execution.plan import plan as plan_run
     from loraflow.execution.plan_memory import planned_memory
+    from loraflow.execution.plan_slices import slice_power_lines
     from loraflow.execution.workspace import Workspace
     from loraflow.failures import Failure
     from loraflow.stages import TRAIN, check_names
@@ -40,8 +41,10 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     note = too_few_positions(workspace) if trains else ""
     base = base_report(workspace) if trains else []
     power, problem = None, ""
+    parts: list[str] = []
     try:
         power = gate_power(workspace)
+        parts = slice_power_lines(workspace)
     except Failure as failure:  # planning goes on, as for a champion that is missing
         problem = f"will fail: {failure.what}"
     if as_json:
@@ -63,7 +66,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
                 "rows": power.rows,
                 "look": power.look,
                 "level": power.level,
-                "shows": [*power.lines()[1:]],
+                "shows": [*power.lines()[1:], *parts],
             }
         if problem:
             document["gate"] = {"problem": problem}
@@ -76,7 +79,8 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
             click.secho(f"\ngate: {problem}", fg="yellow")
         if power:
             click.echo()
-            click.secho("\n".join(power.lines()), fg="yellow" if power.is_warning() else None)
+            lines = [*power.lines(), *parts]
+            click.secho("\n".join(lines), fg="yellow" if parts or power.is_warning() else None)
 
 
 def _show(steps: list[PlannedStep], memory: PlannedMemory | None, base: list[str]) -> None:

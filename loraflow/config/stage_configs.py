@@ -153,6 +153,7 @@ class CheckDatasetConfig(StageConfig):
     near_duplicates: Literal["report", "drop"] | None = None  # set only if near-duplicates are searched
     tools: list[JsonValue] | None = None  # the content of data.tools; set only if the recipe names it
     profile: dict[ProfileCheckName, ProfileRule] = {}  # set only if the recipe has checks
+    heldout_fields: list[str] = []  # set only if rows are divided by fields of theirs
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
@@ -175,6 +176,8 @@ class CheckDatasetConfig(StageConfig):
             values["profile"] = {name: rule.model_dump(exclude_none=True) for name, rule in data.profile.items()}
         if data.tools is not None:
             values["tools"] = read_tools_file(data.tools)
+        if recipe.slice_fields:
+            values["heldout_fields"] = list(recipe.slice_fields)
         return cls.of(values)
 
 

@@ -21,6 +21,7 @@ from loraflow.data.chats import GATE_SET, ChatRecord, Message, with_system
 from loraflow.data.check_report import CheckReport, Finding, NearDuplicates, Profile, SplitCounts
 from loraflow.data.findings import leave_out_findings
 from loraflow.data.group_leaks import drop_group_leaks, heldout_groups
+from loraflow.data.heldout_fields import write_field_values
 from loraflow.data.near_prompts import with_near_prompts
 from loraflow.data.near_split import Clusters, ValidRow, draw_split, place_near
 from loraflow.data.placement import Split
@@ -79,7 +80,7 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
     """Write train.jsonl, validation.jsonl, heldout.jsonl, quarantine.jsonl and report.json.
 
     Raises:
-        BadData: a file is missing or cannot be read.
+        BadData: a file is missing or cannot be read, or rows cannot be divided by a field of `slices`.
     """
     config, files = job.config, inputs["dataset"] / "files"
     reading = _Reading(quarantine=[], counts=Counter(), unread=Counter())
@@ -96,6 +97,8 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
     for split, rows in splits.items():
         _write(out / f"{split}.jsonl", (row.record for row in rows))
     _write(out / "quarantine.jsonl", reading.quarantine)
+    if config.heldout_fields:
+        write_field_values(files, (row.record for row in splits["heldout"]), config.heldout_fields, out)
     counts = SplitCounts(**{split: len(rows) for split, rows in splits.items()})
     report = CheckReport(
         rows=counts,

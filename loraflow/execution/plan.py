@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import JsonValue
 
+from loraflow.config import Recipe
 from loraflow.config.stage_configs import FolderOrigin
 from loraflow.data.chats import GATE_SET
 from loraflow.data.positions import Positions
@@ -43,6 +45,7 @@ class Step:
     label: str
     stage: Stage
     inputs: Mapping[str, str] = field(default_factory=dict)
+    seed: int | None = None  # of the training, if it is not the recipe's own
 
 
 CHAMPION = "champion"  # an input that no step computes: the model in use
@@ -60,6 +63,34 @@ STEPS = (
     Step("evaluate tuned", EVALUATE, {"model": "merge", "rows": "check_dataset"}),
     Step("evaluate champion", EVALUATE, {"model": CHAMPION, "rows": "check_dataset"}),
 )
+
+
+_OF_SEED = re.compile(r"(train|merge|verify|evaluate) seed (\d+)")
+
+
+def steps_of(recipe: Recipe) -> tuple[Step, ...]:
+    """Return the steps of a recipe's run: with gate.seeds, a training for each further seed before the champion's scores."""
+    further = [step for seed in recipe.seeds[1:] for step in _steps_of_seed(seed)]
+    return (*STEPS[:-1], *further, STEPS[-1])
+
+
+def find_step(label: str) -> Step | None:
+    """Return the step with a label; None if there is none."""
+    match = _OF_SEED.fullmatch(label)
+    steps = STEPS if match is None else _steps_of_seed(int(match[2]))
+    return next((step for step in steps if step.label == label), None)
+
+
+def _steps_of_seed(seed: int) -> tuple[Step, ...]:
+    """Return the steps of `flows/seeds.py`."""
+    adapter, merged = f"train seed {seed}", f"merge seed {seed}"
+    inputs = {"base": "resolve_base", "adapter": adapter, "merged": merged, "rows": "check_dataset"}
+    return (
+        Step(adapter, TRAIN, {"tokens": "tokenize", "base": "resolve_base"}, seed),
+        Step(merged, MERGE, {"base": "resolve_base", "adapter": adapter, "tokens": "tokenize"}),
+        Step(f"verify seed {seed}", VERIFY, inputs),
+        Step(f"evaluate seed {seed}", EVALUATE, {"model": merged, "rows": "check_dataset"}),
+    )
 
 
 def inputs_of(step: Step, *, compares_merges: bool) -> dict[str, str]:
@@ -89,7 +120,7 @@ def plan(workspace: Workspace, force: Iterable[str] = ()) -> list[PlannedStep]:
     """Return what a recipe's run would do, step by step. Reports are not checked: only a run does that."""
     planned: list[PlannedStep] = []
     artifacts: dict[str, Ref | None] = {}  # of each step so far; None where it has to run first
-    for step in STEPS:
+    for step in steps_of(workspace.recipe):
         inputs = inputs_of(step, compares_merges=workspace.recipe.compares_merges)
         if CHAMPION in inputs.values():
             try:
@@ -120,7 +151,7 @@ def _plan_step(
         names, its = (f"{first} and {last}", "their") if first else (last, "its")
         reason = f"depends on {names}: reused if {its} output does not change"
         return PlannedStep(step.label, name, "depends", [reason], seconds=last_time), None
-    job = workspace.job(step.stage, {key: ref for key, ref in refs.items() if ref is not None})
+    job = workspace.job(step.stage, {key: ref for key, ref in refs.items() if ref is not None}, step.seed)
     found = look_up(workspace.store, job, force=forced)
     if found.ref is None:
         seconds = _seconds_last_time(workspace, name)

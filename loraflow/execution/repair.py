@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 
 from loraflow.config import Recipe
 from loraflow.config.load import parse_recipe
-from loraflow.execution.plan import CHAMPION, STEPS, Step, inputs_of
+from loraflow.execution.plan import CHAMPION, STEPS, Step, find_step, inputs_of
 from loraflow.execution.runner import run_stage
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import CorruptArtifact, Failure
@@ -24,7 +24,7 @@ from loraflow.registry.runs import RunRecord, StageRun
 from loraflow.store import Ref, Store
 from loraflow.store.artifact import MANIFEST, QUARANTINE, Manifest
 
-_STEPS = {step.label: step for step in STEPS}
+_ORDER = [step.label for step in STEPS]
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,13 @@ def find_loss(store: Store) -> Loss:
             except CorruptArtifact as failure:
                 loss.logs.append(failure)
         described = [_described(store, lost) for lost in found.values()]
-    order = [*_STEPS, ""]
-    loss.artifacts = sorted(described, key=lambda lost: order.index(lost.label))
+    loss.artifacts = sorted(described, key=lambda lost: _place(lost.label))
     return loss
+
+
+def _place(label: str) -> int:
+    """Return the place of a step in the pipeline. Those of further seeds are the last ones; they keep their order."""
+    return _ORDER.index(label) if label in _ORDER else len(_ORDER)
 
 
 def _quarantined(store: Store) -> Iterator[Lost]:
@@ -115,7 +119,7 @@ def _described(store: Store, lost: Lost) -> Lost:
     record = made_by(store, lost.ref)
     name = (lost.ref.fingerprint, lost.ref.digest)
     runs = record.stages if record else []
-    stage = next((run for run in runs if (run.fingerprint, run.digest) == name and run.stage in _STEPS), None)
+    stage = next((run for run in runs if (run.fingerprint, run.digest) == name and find_step(run.stage)), None)
     if record is None or stage is None:
         return replace(lost, why_not=UNKNOWN)
     seconds = stage.seconds if lost.seconds is None and stage.state == "computed" else lost.seconds
@@ -127,9 +131,9 @@ def _described(store: Store, lost: Lost) -> Lost:
 def _why_not(store: Store, lost: Lost, record: RunRecord, stage: StageRun) -> str:
     """Return why a run's recipe does not compute a lost artifact today; an empty string if nothing is known against it."""
     try:
-        workspace, step = Workspace(_recipe(store, record)), _STEPS[stage.stage]
+        workspace, step = Workspace(_recipe(store, record)), _step(stage.stage)
         inputs = _inputs(workspace, step, lost.model, compute=False)
-        if inputs is None or workspace.job(step.stage, inputs).fingerprint == lost.ref.fingerprint:
+        if inputs is None or workspace.job(step.stage, inputs, step.seed).fingerprint == lost.ref.fingerprint:
             return ""
     except (Failure, OSError) as failure:
         return " ".join(str(failure).split())
@@ -144,21 +148,27 @@ def _recipe(store: Store, record: RunRecord) -> Recipe:
     return parse_recipe(record.recipe_text, name=f"the recipe of run {record.run}", overrides=settings)
 
 
+def _step(label: str) -> Step:
+    step = find_step(label)
+    assert step is not None  # `_described` has found it
+    return step
+
+
 def _artifact(workspace: Workspace, step: Step, champion: Ref | None, *, compute: bool) -> Ref | None:
     """Return a step's artifact; None if it, or what it needs, is missing and is not to be computed."""
     inputs = _inputs(workspace, step, champion, compute=compute)
     if inputs is None:
         return None
     if compute:
-        return run_stage(workspace, step.stage, **inputs)
-    job = workspace.job(step.stage, inputs)
+        return run_stage(workspace, step.stage, step.seed, **inputs)
+    job = workspace.job(step.stage, inputs, step.seed)
     return workspace.store.find(job.stage, job.fingerprint)
 
 
 def _inputs(workspace: Workspace, step: Step, champion: Ref | None, *, compute: bool) -> dict[str, Ref] | None:
     inputs: dict[str, Ref] = {}
     for name, source in inputs_of(step, compares_merges=workspace.recipe.compares_merges).items():
-        ref = champion if source == CHAMPION else _artifact(workspace, _STEPS[source], champion, compute=compute)
+        ref = champion if source == CHAMPION else _artifact(workspace, _step(source), champion, compute=compute)
         if ref is None:
             return None
         inputs[name] = ref
@@ -174,7 +184,7 @@ def recompute(store: Store, lost: Lost) -> Ref:
     assert lost.record is not None
     workspace = Workspace(_recipe(store, lost.record))
     with store.reader_lock():
-        ref = _artifact(workspace, _STEPS[lost.label], lost.model, compute=True)
+        ref = _artifact(workspace, _step(lost.label), lost.model, compute=True)
     workspace.save()
     if ref is None:
         raise Failure(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from loraflow import identity
 from loraflow.config.load import parse_recipe
-from loraflow.execution.plan import CHAMPION, STEPS, inputs_of
+from loraflow.execution.plan import CHAMPION, inputs_of, steps_of
 from loraflow.execution.runner import run_stage
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, Failure
@@ -66,12 +66,12 @@ def reproduce(store: Store, record: RunRecord, fresh: str) -> Iterator[Reproduce
         )
     done: dict[str, Ref] = {}
     with workspace.store.reader_lock():
-        for step in STEPS:
+        for step in steps_of(workspace.recipe):
             sources = inputs_of(step, compares_merges=workspace.recipe.compares_merges)
             if CHAMPION in sources.values():
                 continue
             done[step.label] = run_stage(
-                workspace, step.stage, **{name: done[source] for name, source in sources.items()}
+                workspace, step.stage, step.seed, **{name: done[source] for name, source in sources.items()}
             )
             stage = record.stage(step.label)
             if stage is not None:

@@ -5,17 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from loraflow.evaluation.values import Confusion, Decision, MetricValue, ModelScores, Sample, Scores, SetScores, Verdict
+from loraflow.data.drift import DataDrift
+from loraflow.evaluation.values import (
+    Confusion,
+    Decision,
+    MetricValue,
+    ModelScores,
+    Sample,
+    Scores,
+    SeedScores,
+    SetScores,
+    Slice,
+    Verdict,
+)
 from loraflow.identity import short
 from loraflow.registry.runs import RowsSummary
 from loraflow.reporting import chart
+from loraflow.reporting.drift import drift_lines
 from loraflow.reporting.learned import Learned, learned_lines
+from loraflow.reporting.seeds import seed_lines
 from loraflow.reporting.slices import slice_lines
-
-if TYPE_CHECKING:
-    from loraflow.evaluation.slices import Slice
 
 GATE_SET = "heldout"  # its scores are shown first: the gate decides by them
 LOSS_ROWS = 12  # of the table below the loss curve
@@ -80,6 +91,8 @@ class RunReport:
     merged: str
     rows: RowsSummary | None = None
     slices: Sequence[Slice] = ()  # by evaluation.slices
+    seeds: Sequence[SeedScores] = ()  # by gate.seeds
+    drift: DataDrift | None = None  # of the training rows since the champion
     confusions: Sequence[Confusion] = ()  # the tuned model's worst labels in the gate's set
     learned: Learned | None = None
 
@@ -97,10 +110,12 @@ def run_report(report: RunReport, *, image: bool = False) -> str:
         *([decision.budget, ""] if decision.budget else []),
     ]
     lines += _comparison(report.scores, report.confidence)
+    lines += seed_lines(report.seeds)
     lines += slice_lines(report.slices)
     lines += _worse(decision)
     lines += _behaviour(decision)
     lines += _rows(report.rows)
+    lines += drift_lines(report.drift)
     lines += learned_lines(report.learned, sparkline, image=image) if report.learned else []
     lines += _training_loss(report.losses, image=image)
     lines += _confusions(report.confusions)

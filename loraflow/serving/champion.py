@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from loraflow.evaluation.values import Scores
+from loraflow.evaluation.values import Scores, Slice
 from loraflow.frozen import FrozenModel
 from loraflow.registry.log import Entry, PromotionLog
 from loraflow.registry.runs import RunRecord, computed, has_model, read_runs
@@ -90,6 +90,7 @@ class RunScores(FrozenModel):
     run: str
     confidence: float  # of the intervals
     metrics: dict[str, Scores | None]
+    slices: list[Slice] = []  # parts of the held-out rows
 
 
 class Files(FrozenModel):
@@ -229,8 +230,8 @@ def _recipe(record: RunRecord | None, promoted: Entry) -> RecipeFacts:
 
 
 def _scores(record: RunRecord) -> RunScores:
-    metrics = record.summary.metrics if record.summary else {}
-    return RunScores(run=record.run, confidence=record.confidence, metrics=metrics)
+    metrics, slices = (record.summary.metrics, record.summary.slices) if record.summary else ({}, [])
+    return RunScores(run=record.run, confidence=record.confidence, metrics=metrics, slices=slices)
 
 
 def _files(store: Store, ref: Ref, folder: str = "") -> Files:
