@@ -493,6 +493,17 @@ class Register(FrozenModel):
     """The registry entry of a promotion."""
 
     model: str = Field("default", pattern=r"^[a-z0-9][a-z0-9._-]*$", description="The model's name in the registry.")
+    git_tags: bool = Field(
+        False, description="Tag promotions and rollbacks in the project's git repository, in the format of GTO."
+    )
+
+    @model_validator(mode="after")
+    def _taggable(self) -> Self:
+        if self.git_tags and not re.fullmatch(r"[a-z0-9]([a-z0-9_-]*[a-z0-9])?", self.model):
+            raise ValueError(
+                "register.git_tags needs a model's name of letters, digits, - and _, with a letter or digit last"
+            )
+        return self
 
 
 class Publish(FrozenModel):
