@@ -229,6 +229,11 @@ def _score_lines(scores: RunScores) -> Iterator[str]:
                     [f"  {part.name}, {part.rows} rows, {metric}", *(str(one) if one else "" for one in cells)]
                 )
         yield from _table_lines(table)
+    if scores.seeds:
+        table = [["by training seed", *scores.seeds[0].values, "mean", "deviation"]]
+        for one in scores.seeds:
+            table.append([f"  {one.metric}", *(f"{x:.3f}" for x in (*one.values.values(), one.mean, one.deviation))])
+        yield from _table_lines(table)
 
 
 def _table_lines(table: list[list[str]]) -> Iterator[str]:

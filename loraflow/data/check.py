@@ -231,7 +231,7 @@ def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> I
             row = with_thinking(as_read, config.thinking)
             counts["read"] += 1
             if row.unused_keys:
-                reading.unread.update(row.unused_keys)
+                reading.unread.update(key for key in row.unused_keys if key not in config.heldout_fields)
             if row.messages is None:
                 counts["marked_false" if row.is_marked_false else "malformed"] += 1
                 if not row.is_marked_false and len(reading.malformed) < 5:

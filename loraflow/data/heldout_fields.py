@@ -47,7 +47,7 @@ def write_field_values(files: Path, records: Iterable[ChatRecord], fields: Seque
             if place in rows and isinstance(value, dict) and not isinstance(value, BadRow):
                 others.update(str(key) for key in value)
                 values[place] = {field: _text(value.get(field), field, place) for field in fields}
-    for field in fields:
+    for field in fields if rows else ():  # without rows, the run stops with a message about that
         _require_few_values(field, [values[place][field] for place in rows], others)
     lines = (
         json.dumps({"id": record["id"], **values[place]}, ensure_ascii=False) + "\n" for place, record in rows.items()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from loraflow.evaluation.values import Scores, Slice
+from loraflow.evaluation.values import Scores, SeedScores, Slice
 from loraflow.frozen import FrozenModel
 from loraflow.registry.log import Entry, PromotionLog
 from loraflow.registry.runs import RunRecord, computed, has_model, read_runs
@@ -91,6 +91,7 @@ class RunScores(FrozenModel):
     confidence: float  # of the intervals
     metrics: dict[str, Scores | None]
     slices: list[Slice] = []  # parts of the held-out rows
+    seeds: list[SeedScores] = []  # by gate.seeds
 
 
 class Files(FrozenModel):
@@ -230,8 +231,16 @@ def _recipe(record: RunRecord | None, promoted: Entry) -> RecipeFacts:
 
 
 def _scores(record: RunRecord) -> RunScores:
-    metrics, slices = (record.summary.metrics, record.summary.slices) if record.summary else ({}, [])
-    return RunScores(run=record.run, confidence=record.confidence, metrics=metrics, slices=slices)
+    if record.summary is None:
+        return RunScores(run=record.run, confidence=record.confidence, metrics={})
+    summary = record.summary
+    return RunScores(
+        run=record.run,
+        confidence=record.confidence,
+        metrics=summary.metrics,
+        slices=summary.slices,
+        seeds=summary.seeds,
+    )
 
 
 def _files(store: Store, ref: Ref, folder: str = "") -> Files:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from loraflow.cli.show import _score_lines
 from loraflow.config import load_recipe
 from loraflow.config.recipe import Data
 from loraflow.config.stage_configs import CheckDatasetConfig
@@ -14,9 +15,14 @@ from loraflow.data.heldout_fields import FILE, MAX_VALUES, NO_VALUE, parse_field
 from loraflow.evaluation.gate import decide
 from loraflow.evaluation.slice_guards import partition_of, power_lines, slice_guards
 from loraflow.evaluation.slices import divide, slice_scores
-from loraflow.evaluation.values import Decision
+from loraflow.evaluation.values import Decision, MetricValue, SeedScores, Slice
+from loraflow.execution.launcher import run_job
+from loraflow.execution.plan_slices import slice_power_lines
+from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, BadData
 from loraflow.job import Inputs, Job, Progress
+from loraflow.serving.champion import RunScores
+from loraflow.stages import CHECK_DATASET, VERSION_DATASET
 
 
 def write(folder, values, name="heldout.jsonl", field="language"):
@@ -196,6 +202,7 @@ def test_a_field_is_read_without_a_change_of_what_the_models_are_scored_on(tmp_p
         job = Job(stage="check_dataset", version=1, config=config | {"system": None, "limit": None} | more)
         summary = check.run(job, Inputs({"dataset": tmp_path / "dataset"}), tmp_path / name, Progress())
         assert FILE not in [file for part in summary.facets.values() for file in part]
+        assert ("language" in summary.report["unread"]) == (name == "without"), "it is used"
     for file in ("train.jsonl", "heldout.jsonl"):
         assert (tmp_path / "with" / file).read_bytes() == (tmp_path / "without" / file).read_bytes()
     found = parse_field_values((tmp_path / "with" / FILE).read_bytes())
@@ -204,3 +211,39 @@ def test_a_field_is_read_without_a_change_of_what_the_models_are_scored_on(tmp_p
     assert {row: values["language"] for row, values in found.items()} == {
         row: "de" if number % 3 else "en" for row, number in asked.items()
     }
+
+
+def test_a_dataset_without_held_out_rows_is_not_refused_for_its_fields(tmp_path):
+    write_field_values(tmp_path, [], ["language"], tmp_path)
+    assert parse_field_values((tmp_path / FILE).read_bytes()) == {}
+
+
+def test_a_plan_counts_the_rows_of_each_part_once_they_are_checked(recipe, dataset):
+    file = dataset / "heldout.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["language"] = "en" if number < 3 else "de"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"gate.slices": {"language": {"exact_match": 0.9}}, "evaluation.max_rows": None}
+    workspace = Workspace(load_recipe(recipe, settings))
+    assert slice_power_lines(workspace) == [], "the rows are not known yet"
+    found = run_job(workspace.job(VERSION_DATASET, {}), workspace.store)
+    run_job(workspace.job(CHECK_DATASET, {"dataset": found}), workspace.store)
+    lines = slice_power_lines(workspace)
+    assert "on language en" in lines[-1] and "needs 20 rows, you have 3" in lines[-1]
+    assert slice_power_lines(Workspace(load_recipe(recipe))) == []
+
+
+def test_show_champion_lists_the_parts_and_the_training_seeds():
+    value = MetricValue(value=0.5, low=0.1, high=0.9, n=7)
+    scored = {"exact_match": value}
+    part = Slice(by="language", name="de", rows=7, values={"base": scored, "tuned": scored})
+    seeds = SeedScores(metric="exact_match", values={"42": 0.4, "43": 0.6}, mean=0.5, deviation=0.141)
+    metrics = {"base": {"heldout": scored}, "tuned": {"heldout": scored}}
+    scores = RunScores(run="r", confidence=0.95, metrics=metrics, slices=[part], seeds=[seeds])
+    shown = [" ".join(line.split()) for line in _score_lines(scores)]
+    interval = "0.500 [0.100, 0.900]"
+    assert shown[-4:] == [
+        "by language base tuned", f"de, 7 rows, exact_match {interval} {interval}",
+        "by training seed 42 43 mean deviation", "exact_match 0.400 0.600 0.500 0.141",
+    ]  # fmt: skip
