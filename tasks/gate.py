@@ -87,11 +87,15 @@ def _protocol(workspace: Workspace, result: PipelineResult) -> str:
 
 def _slice_guards(workspace: Workspace, result: PipelineResult) -> list[SliceGuard]:
     """Return the guards of gate.slices, for the parts of the rows that were scored."""
+    from loraflow.evaluation.gate import require_comparable
     from loraflow.evaluation.slice_guards import slice_guards
 
     rules = workspace.recipe.gate.slices
-    table = _heldout_scores(workspace, result.tuned_scores) if rules else None
-    return [] if table is None else slice_guards(table, rules, read_field_values(workspace, result))
+    if not rules:
+        return []
+    table = _heldout_scores(workspace, result.tuned_scores)
+    require_comparable(table, {}, ())
+    return slice_guards(table, rules, read_field_values(workspace, result))
 
 
 def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Decision:
@@ -164,9 +168,11 @@ def _require_one_protocol(workspace: Workspace, result: PipelineResult) -> None:
 
 def _mean_over_seeds(workspace: Workspace, result: PipelineResult, own: pd.DataFrame) -> pd.DataFrame:
     """Return the mean of each row's scores over the models of gate.seeds."""
+    from loraflow.evaluation.gate import require_comparable
     from loraflow.evaluation.seeds import mean_scores
 
     further = {one.seed: _heldout_scores(workspace, one.scores) for one in result.further_seeds}
+    require_comparable(own, {f"seed {seed}": table for seed, table in further.items()}, ())
     return mean_scores({workspace.recipe.training_config.seed: own, **further})
 
 

@@ -147,6 +147,11 @@ def test_the_gate_decides_on_the_mean_and_one_seed_is_the_rule_that_it_was(recip
     assert gate.fn(Workspace(load_recipe(recipe)), one).verdict == "promote"
     decision = gate.fn(workspace, several)
     assert decision.verdict == "reject" and decision.comparisons[0].difference == pytest.approx(-0.5)
+    nameless = commit_scores(workspace, "e", 1.0, id=[None, *(f"r{i}" for i in range(1, 80))])
+    with pytest.raises(BadData, match="no valid `id`"):
+        gate.fn(
+            workspace, SimpleNamespace(**vars(one) | {"further_seeds": (SimpleNamespace(seed=1, scores=nameless),)})
+        )
     bad = commit_scores(workspace, "d", 1.0, config={"max_new_tokens": 8})
     with pytest.raises(BadData, match="seed 2"):
         gate.fn(
