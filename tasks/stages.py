@@ -66,7 +66,7 @@ def merge(run: Run, *, base: Ref, adapter: Ref, tokens: Ref | None = None, label
     Input: base and adapter; also tokens where two ways of merging are compared (QLoRA). Output: a folder for
     `from_pretrained`. Work: `loraflow/adapters/merge.py`.
     """
-    optional = {} if tokens is None else {"tokens": tokens}
+    optional: dict[str, Ref] = {} if tokens is None else {"tokens": tokens}
     return run.find_or_run(stages.MERGE, label, base=base, adapter=adapter, **optional)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from loraflow.evaluation.slice_guards import SliceGuard
+    from loraflow.evaluation.slices import Part
 
 
 def mean_scores(tables: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
@@ -101,7 +102,8 @@ def with_seeds(
     if decision.verdict != "promote":
         return noted
     mine = own.set_index("id").sort_index()
-    rules = [(primary, min_gain, None), *((metric, -margin, None) for metric, margin in guards.items())]
+    rules: list[tuple[str, float, Part | None]] = [(primary, min_gain, None)]
+    rules += [(metric, -margin, None) for metric, margin in guards.items()]
     rules += [(guard.metric, -guard.margin, guard.part) for guard in parts]
     worse = []
     for name, other in others.items():
