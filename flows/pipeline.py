@@ -9,6 +9,8 @@ champion.
 With data.heldout_reserve, deal_rows follows verify. It writes the held-out rows that the new model is dealt, and all three
 models are scored on these; the base after training, too.
 
+With `gate.seeds`, the chain from train on is repeated for each further seed (`flows/seeds.py`).
+
 `loraflow.execution.plan.steps_of` lists the same steps for `loraflow plan`, which does not import prefect; a test compares
 the two.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 from loraflow.execution.deal import deal_heldout
 from loraflow.execution.results import PipelineResult
+from loraflow.flows.seeds import train_seed
 from loraflow.tasks.limits import check_merge, check_rows
 from loraflow.tasks.run import Run
 from loraflow.tasks.stages import (
@@ -54,6 +57,10 @@ def pipeline(run: Run) -> PipelineResult:
     if base_scores is None:
         base_scores = evaluate(run, model=base, rows=scored, label="evaluate base")
     tuned_scores = evaluate(run, model=merged, rows=scored, label="evaluate tuned")
+    further = [
+        train_seed(run, seed, tokens=tokens, base=base, rows=rows, scored=scored, probes=probes)
+        for seed in run.workspace.recipe.seeds[1:]
+    ]
     champion = run.workspace.champion()
     champion_scores = evaluate(run, model=champion, rows=scored, label="evaluate champion") if champion else None
     return PipelineResult(
@@ -67,4 +74,5 @@ def pipeline(run: Run) -> PipelineResult:
         base_scores=base_scores,
         tuned_scores=tuned_scores,
         champion_scores=champion_scores,
+        further_seeds=tuple(further),
     )

@@ -135,6 +135,7 @@ CHECK_DATASET = Stage(
         "loraflow.data.sampling",
         "loraflow.data.similar",
         "loraflow.data.group_leaks",
+        "loraflow.data.heldout_fields",
         "loraflow.data.near_prompts",
         "loraflow.data.findings",
         "loraflow.data.placeholders",

@@ -20,9 +20,12 @@ from loraflow.registry.champions import require_champion_intact
 from loraflow.registry.log import actor
 from loraflow.registry.looks import Look, row_key
 from loraflow.store import Ref, read_intact, require_unchanged
+from loraflow.tasks.slices import read_field_values
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from loraflow.evaluation.slice_guards import SliceGuard
 
 
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, persist_result=False)
@@ -72,29 +75,53 @@ def remember(workspace: Workspace, result: PipelineResult, decision: Decision) -
 def _protocol(workspace: Workspace, result: PipelineResult) -> str:
     """Return the identity of the rules and scores that a decision is taken by."""
     scores = [ref.digest for ref in (result.base_scores, result.tuned_scores, result.champion_scores) if ref]
+    scores += [further.scores.digest for further in result.further_seeds]
     rules = workspace.recipe.gate.model_dump()
-    for name in ("worst", "behaviour"):  # decisions of earlier versions, which did not have these, stay valid
+    for name in ("worst", "behaviour", "slices"):  # decisions of earlier versions, which did not have these, stay valid
         if not rules[name]:
             del rules[name]
+    if rules["seeds"] == 1:
+        del rules["seeds"]
     for check in rules.get("behaviour", {}).values():
         if check["consistent"] is None:
             del check["consistent"]
+    if rules.get("slices"):
+        from loraflow.evaluation.slice_guards import partition_of
+
+        # Another value of a row's field is another rule, although no score changed.
+        rules["partition"] = partition_of(_slice_guards(workspace, result))
     return identity.fingerprint({"gate": rules, "scores": scores})
+
+
+def _slice_guards(workspace: Workspace, result: PipelineResult) -> list[SliceGuard]:
+    """Return the guards of gate.slices, for the parts of the rows that were scored."""
+    from loraflow.evaluation.gate import require_comparable
+    from loraflow.evaluation.slice_guards import slice_guards
+
+    rules = workspace.recipe.gate.slices
+    if not rules:
+        return []
+    table = _heldout_scores(workspace, result.tuned_scores)
+    require_comparable(table, {}, ())
+    return slice_guards(table, rules, read_field_values(workspace, result))
 
 
 def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Decision:
     """Spend a look at the held-out rows, then compare. A crash in between loses the look, and grants none."""
     from loraflow.evaluation.behaviour import with_behaviour
     from loraflow.evaluation.gate import decide, require_comparable
+    from loraflow.evaluation.seeds import with_seeds
     from loraflow.evaluation.worst import WorseLimit, find_worse, with_worse_rows
 
     rules = workspace.recipe.gate
     _require_one_protocol(workspace, result)
-    ours = _heldout_scores(workspace, result.tuned_scores)
+    own = _heldout_scores(workspace, result.tuned_scores)  # of the model that would be registered
+    ours = _mean_over_seeds(workspace, result, own)
     others = {"base": _heldout_scores(workspace, result.base_scores)}
     if result.champion_scores is not None:
         others["champion"] = _heldout_scores(workspace, result.champion_scores)
-    require_comparable(ours, others, {rules.primary, *rules.guards, *rules.worst})
+    parts = _slice_guards(workspace, result)
+    require_comparable(ours, others, {rules.primary, *rules.guards, *rules.worst, *(guard.metric for guard in parts)})
     behaviour = _check_behaviour(workspace, result)  # refuses a set without rows before a look is spent
     look = _take_look(workspace, result, protocol, ours)
     decision = decide(
@@ -108,9 +135,22 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
         level=look.level,
         look=str(look),
         vocabulary=_vocabulary(workspace, result.base_scores),
+        parts=parts,
     )
+    if result.further_seeds:
+        decision = with_seeds(
+            decision,
+            own,
+            others,
+            seeds=workspace.recipe.seeds,
+            primary=rules.primary,
+            min_gain=rules.min_gain,
+            guards=rules.guards,
+            lower_is_better=rules.lower_is_better,
+            parts=parts,
+        )
     limits = {metric: WorseLimit(rule.drop, rule.rows, rule.share) for metric, rule in rules.worst.items()}
-    decision = with_worse_rows(decision, find_worse(ours, others, limits, rules.lower_is_better))
+    decision = with_worse_rows(decision, find_worse(own, others, limits, rules.lower_is_better))
     return replace(with_behaviour(decision, behaviour), look=look.seq, budget=_budget(look, len(ours)))
 
 
@@ -120,7 +160,8 @@ def _require_one_protocol(workspace: Workspace, result: PipelineResult) -> None:
     A run scores all models in the same way, so this finds scores that were put in its place by hand.
     """
     ours = _scored_how(workspace, result.tuned_scores)
-    for name, ref in (("base", result.base_scores), ("champion", result.champion_scores)):
+    further = [(f"seed {one.seed}", one.scores) for one in result.further_seeds]
+    for name, ref in (("base", result.base_scores), ("champion", result.champion_scores), *further):
         theirs = ours if ref is None else _scored_how(workspace, ref)
         differs = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         if differs:
@@ -131,6 +172,16 @@ def _require_one_protocol(workspace: Workspace, result: PipelineResult) -> None:
                 got=f"{differs[0]}: {theirs.get(differs[0])}",
                 next_step="score them again with one protocol: `loraflow run RECIPE --force evaluate`",
             )
+
+
+def _mean_over_seeds(workspace: Workspace, result: PipelineResult, own: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean of each row's scores over the models of gate.seeds."""
+    from loraflow.evaluation.gate import require_comparable
+    from loraflow.evaluation.seeds import mean_scores
+
+    further = {one.seed: _heldout_scores(workspace, one.scores) for one in result.further_seeds}
+    require_comparable(own, {f"seed {seed}": table for seed, table in further.items()}, ())
+    return mean_scores({workspace.recipe.training_config.seed: own, **further})
 
 
 def _scored_how(workspace: Workspace, ref: Ref) -> dict[str, JsonValue]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
@@ -20,16 +18,14 @@ from loraflow.execution.results import PipelineResult
 from loraflow.execution.trial_loss import read_curves
 from loraflow.failures import CorruptArtifact
 from loraflow.registry.runs import RunSummary, write_report
+from loraflow.reporting.drift import drift_lines
 from loraflow.reporting.learned import Learned
 from loraflow.reporting.markdown import RunReport, run_report, scores_report
 from loraflow.reporting.sweep import TrialCurves
 from loraflow.stages import TRAIN
-from loraflow.store import Ref, read_intact
+from loraflow.store import Ref
 from loraflow.tasks.run import Run
 from loraflow.tasks.run_record import evaluation_report, model_scores
-
-if TYPE_CHECKING:
-    from loraflow.evaluation.slices import Slice
 
 log = logging.getLogger("loraflow")
 
@@ -50,7 +46,9 @@ def publish_report(run: Run, result: PipelineResult, decision: Decision, summary
         stages=summary.stages,
         rows=summary.rows,
         reserve="" if summary.reserve is None else str(summary.reserve),
-        slices=_slices(run, result),
+        slices=summary.slices,
+        seeds=summary.seeds,
+        drift=summary.drift,
         confusions=tuned.confusions.get(GATE_SET, ()),
         learned=_learned(run, result.tokens),
         sweep=run.sweep,
@@ -60,6 +58,13 @@ def publish_report(run: Run, result: PipelineResult, decision: Decision, summary
         merged=summary.merged,
     )
     _publish(run, run_report(report), run_report(report, image=True), "report")
+
+
+@task(name="report", task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
+def publish_waiting(run: Run, why: str) -> None:
+    """Publish the report of a retraining that waits for more data."""
+    text = "\n".join([f"# {run.workspace.recipe.name}: waits for data", "", why, "", *drift_lines(run.drift)])
+    _publish(run, text, text, "report")
 
 
 @task(name="report", task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
@@ -82,31 +87,6 @@ def publish_scores(run: Run, model: str, folder: Path, scores: Ref) -> dict[str,
     )
     _publish(run, text, text, "scores")
     return {"model": str(folder), "metrics": scores_to_dict(metrics), "uri": str(table.parent)}
-
-
-def _slices(run: Run, result: PipelineResult) -> list[Slice]:
-    """Return the scores of evaluation.slices; none if a score table is damaged, since the gate has decided by now."""
-    recipe = run.workspace.recipe
-    by = list(dict.fromkeys(recipe.evaluation.slices))
-    if not by:
-        return []
-    import pandas as pd
-
-    from loraflow.evaluation.gate import heldout_rows
-    from loraflow.evaluation.slices import slice_scores
-
-    store, tables = run.workspace.store, {}
-    refs = {"base": result.base_scores, "tuned": result.tuned_scores, "champion": result.champion_scores}
-    try:
-        for name, ref in refs.items():
-            if ref is not None:
-                table = pd.read_parquet(io.BytesIO(read_intact(store, ref, "scores.parquet")))
-                tables[name] = heldout_rows(table, store.location(ref))
-    except CorruptArtifact as failure:
-        log.warning("the report has no slices. %s", failure)
-        return []
-    metrics, settings = list(dict.fromkeys([recipe.gate.primary, *recipe.gate.guards])), recipe.evaluation
-    return slice_scores(tables, by, metrics, confidence=settings.confidence, seed=settings.seed)
 
 
 def _learned(run: Run, tokens: Ref) -> Learned:

@@ -20,6 +20,7 @@ from loraflow.config.load import RecipeFile, read_recipe
 from loraflow.config.stage_configs import StageConfig
 from loraflow.credentials import protect_output
 from loraflow.data import dvc
+from loraflow.data.drift import DataDrift
 from loraflow.execution.cache import OTHER_CODE, Lookup, look_up
 from loraflow.execution.parent_death import end_with_parent
 from loraflow.execution.workspace import Workspace
@@ -66,19 +67,26 @@ class Run:
         self.summary: RunSummary | None = None
         self.sweep: SweepRecord | None = None  # the trials, in a run that chose among several
         self.recompute: set[str] = set()  # fingerprints whose artifacts lack something that this run needs
+        self.drift: DataDrift | None = None  # of the training rows since the champion; a retraining measures it
         self.is_deployed = False  # it was started by a deployment; set once, because Prefect asks the server each time
         self._forced: set[str] = set()  # fingerprints that --force has recomputed
         self._verified_digests: set[str] = set()  # of artifacts that were hashed, or written, in this run
 
-    def find_or_run(self, stage: Stage, label: str = "", /, **inputs: Ref) -> StageResult:
+    def find_or_run(self, stage: Stage, label: str = "", seed: int | None = None, /, **inputs: Ref) -> StageResult:
         """Find a stage's artifact in the store, or run the stage. Call it inside the stage's task.
+
+        Args:
+            stage: to find or run.
+            label: its name in this run, if it runs several times.
+            seed: of the training, if it is not the recipe's own.
+            **inputs: of the stage.
 
         Raises:
             CorruptArtifact: an input is damaged; it is quarantined by now.
             Failure: the stage's own.
         """
         label, store, started = label or stage.name, self.workspace.store, time.monotonic()
-        job = self.workspace.job(stage, inputs)
+        job = self.workspace.job(stage, inputs, seed)
         force = stage.name in self.force or job.fingerprint in self.recompute
         force = force and job.fingerprint not in self._forced
         lookup = look_up(store, job, force=force)
@@ -91,14 +99,16 @@ class Run:
         elif lookup.by_other_code():
             log.warning("%s: cached, but %s", label, OTHER_CODE)
         result = StageResult(ref, lookup)
-        self.stages[label] = StageRun(
-            stage=label,
-            state="cached" if result.is_cached else "computed",
-            fingerprint=ref.fingerprint,
-            digest=ref.digest,
-            seconds=round(time.monotonic() - started, 3),
-            uri=store.location(ref),
-        )
+        earlier = self.stages.get(label)
+        if earlier is None or earlier.digest != ref.digest or not result.is_cached:  # else this run has computed it
+            self.stages[label] = StageRun(
+                stage=label,
+                state="cached" if result.is_cached else "computed",
+                fingerprint=ref.fingerprint,
+                digest=ref.digest,
+                seconds=round(time.monotonic() - started, 3),
+                uri=store.location(ref),
+            )
         return result
 
     @property
@@ -204,8 +214,9 @@ def _announce_suspension() -> Iterator[None]:
 def _clean_up(workspace: Workspace) -> None:
     """Clean up the store as `loraflow gc` does, unless another run is using it."""
     try:
-        bounds = workspace.recipe.runtime
-        for path, size, why in remove_unused(workspace.store, keep=bounds.keep, keep_champions=bounds.keep_champions):
+        bounds, seeds = workspace.recipe.runtime, workspace.recipe.gate.seeds
+        keep = bounds.keep if seeds == 1 else max(bounds.keep, seeds + 1)  # else the next run would merge them again
+        for path, size, why in remove_unused(workspace.store, keep=keep, keep_champions=bounds.keep_champions):
             log.info("removed %s (%.0f MiB, %s)", path.parent.name[:12], size / 2**20, why)
     except DamagedLog as failure:  # of another model: the store grows until a person resolves it
         log.warning("not cleaned up: %s", failure)

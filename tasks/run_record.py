@@ -12,15 +12,18 @@ from prefect.runtime import flow_run
 
 from loraflow import __version__
 from loraflow.credentials import mask, mask_json
+from loraflow.data.chats import GATE_SET
 from loraflow.data.check_report import CheckReport
+from loraflow.data.drift import DataDrift
 from loraflow.data.git import has_uncommitted_changes, head_commit
-from loraflow.evaluation.values import EvaluationReport, ModelScores
+from loraflow.evaluation.values import EvaluationReport, ModelScores, SeedScores
 from loraflow.execution.results import PipelineResult, Registration
 from loraflow.failures import Failure
 from loraflow.registry.log import actor
-from loraflow.registry.runs import Publication, RecordedDecision, RowsSummary, RunRecord, RunState, RunSummary
+from loraflow.registry.runs import Publication, RecordedDecision, RowsSummary, RunRecord, RunState, RunSummary, find_run
 from loraflow.reporting.rows import LengthPolicy, summarise_rows
 from loraflow.store import Ref
+from loraflow.tasks.slices import heldout_slices
 
 if TYPE_CHECKING:
     from loraflow.tasks.run import Run
@@ -61,6 +64,9 @@ def set_summary(run: Run, result: PipelineResult, registration: Registration) ->
         stages=list(run.stages.values()),
         rows=rows_summary(run, result),
         metrics=dict(vars(model_scores(run, result))),
+        slices=heldout_slices(run.workspace, result),
+        seeds=_seed_scores(run, result),
+        drift=_with_base_loss(run, result),
         decision=RecordedDecision(verdict=decision.verdict, reasons=list(decision.reasons)),
         registered=registration.entry,
         reserve=run.workspace.reserve,
@@ -69,6 +75,31 @@ def set_summary(run: Run, result: PipelineResult, registration: Registration) ->
         sweep=run.sweep,
     )
     return run.summary
+
+
+def _seed_scores(run: Run, result: PipelineResult) -> list[SeedScores]:
+    """Return the scores of the models of gate.seeds; nothing if there is only one."""
+    if not result.further_seeds:
+        return []
+    from loraflow.evaluation.seeds import seed_scores
+
+    refs = {run.workspace.recipe.training_config.seed: result.tuned_scores}
+    refs |= {one.seed: one.scores for one in result.further_seeds}
+    return seed_scores({seed: evaluation_report(run, ref).metrics.get(GATE_SET, {}) for seed, ref in refs.items()})
+
+
+def _with_base_loss(run: Run, result: PipelineResult) -> DataDrift | None:
+    """Return how the data changed since the champion, with the base's loss on the held-out rows before and now."""
+    drift, seen = run.drift, run.workspace.seen_head
+    trained = find_run(run.workspace.store, seen.merged) if drift is not None and seen is not None else None
+    if drift is None or trained is None or trained.summary is None:
+        return drift
+    before = (trained.summary.metrics.get("base") or {}).get(GATE_SET, {}).get("token_loss")
+    now = evaluation_report(run, result.base_scores).metrics.get(GATE_SET, {}).get("token_loss")
+    if before is None or now is None or before == now:
+        return drift
+    line = f"the base's token_loss on the held-out rows: {before} → {now}"
+    return drift.model_copy(update={"lines": [*drift.lines, line]})
 
 
 def set_publication(run: Run, published: Publication | None) -> RunSummary:

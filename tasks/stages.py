@@ -51,31 +51,32 @@ def tokenize(run: Run, *, rows: Ref, base: Ref) -> StageResult:
 
 
 @stage_task
-def train(run: Run, *, tokens: Ref, base: Ref) -> StageResult:
+def train(run: Run, *, tokens: Ref, base: Ref, label: str = "train", seed: int | None = None) -> StageResult:
     """Train a LoRA adapter on the tokens. A run that was interrupted resumes from its last checkpoint.
 
     Input: tokens, and the base model. Output: `adapter/` in PEFT's format. Work: `loraflow/training/train.py`.
     """
-    return run.find_or_run(stages.TRAIN, tokens=tokens, base=base)
+    return run.find_or_run(stages.TRAIN, label, seed, tokens=tokens, base=base)
 
 
 @stage_task
-def merge(run: Run, *, base: Ref, adapter: Ref, tokens: Ref | None = None) -> StageResult:
+def merge(run: Run, *, base: Ref, adapter: Ref, tokens: Ref | None = None, label: str = "merge") -> StageResult:
     """Merge the adapter into the base's weights, bit for bit as PEFT does.
 
     Input: base and adapter; also tokens where two ways of merging are compared (QLoRA). Output: a folder for
     `from_pretrained`. Work: `loraflow/adapters/merge.py`.
     """
-    return run.find_or_run(stages.MERGE, base=base, adapter=adapter, **({} if tokens is None else {"tokens": tokens}))
+    optional: dict[str, Ref] = {} if tokens is None else {"tokens": tokens}
+    return run.find_or_run(stages.MERGE, label, base=base, adapter=adapter, **optional)
 
 
 @stage_task
-def verify(run: Run, *, base: Ref, adapter: Ref, merged: Ref, rows: Ref) -> StageResult:
+def verify(run: Run, *, base: Ref, adapter: Ref, merged: Ref, rows: Ref, label: str = "verify") -> StageResult:
     """Compare the merged model's logits with those of base and adapter, on held-out chats.
 
     Output: `report.json` with the KL divergence in nats per token. Work: `loraflow/adapters/verify.py`.
     """
-    return run.find_or_run(stages.VERIFY, base=base, adapter=adapter, merged=merged, rows=rows)
+    return run.find_or_run(stages.VERIFY, label, base=base, adapter=adapter, merged=merged, rows=rows)
 
 
 @stage_task

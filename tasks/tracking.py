@@ -8,6 +8,7 @@ from loraflow.failures import Preempted
 from loraflow.registry.runs import RunRecord
 from loraflow.store import Store
 from loraflow.tracking import mirror
+from loraflow.tracking.git_tags import tag_log
 
 if TYPE_CHECKING:
     from loraflow.tasks.run import Run
@@ -26,3 +27,5 @@ def mirror_run(run: Run, record: RunRecord, error: BaseException | None) -> None
             mirror.mirror_run(store, record)
     except Exception as problem:  # a mistake in the mirror must not fail a run that is done
         mirror.warn_of_mistake(problem)
+    if error is None and record.model is not None and record.summary is not None and record.summary.registered:
+        tag_log(store, record.model)

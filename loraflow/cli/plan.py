@@ -27,6 +27,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     from loraflow.execution.plan import base_report, gate_power, too_few_positions
     from loraflow.execution.plan import plan as plan_run
     from loraflow.execution.plan_memory import planned_memory
+    from loraflow.execution.plan_slices import slice_power_lines
     from loraflow.execution.plan_sources import planned_sources
     from loraflow.execution.workspace import Workspace
     from loraflow.failures import Failure
@@ -42,8 +43,10 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     base = base_report(workspace) if trains else []
     sources = planned_sources(workspace)
     power, problem = None, ""
+    parts: list[str] = []
     try:
         power = gate_power(workspace)
+        parts = slice_power_lines(workspace)
     except Failure as failure:  # planning goes on, as for a champion that is missing
         problem = f"will fail: {failure.what}"
     if as_json:
@@ -69,7 +72,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
                 "rows": power.rows,
                 "look": power.look,
                 "level": power.level,
-                "shows": [*power.lines()[1:]],
+                "shows": [*power.lines()[1:], *parts],
             }
         if problem:
             document["gate"] = {"problem": problem}
@@ -86,7 +89,8 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
             click.echo(f"\nreserve after this run: {workspace.reserve}")
         if power:
             click.echo()
-            click.secho("\n".join(power.lines()), fg="yellow" if power.is_warning() else None)
+            lines = [*power.lines(), *parts]
+            click.secho("\n".join(lines), fg="yellow" if parts or power.is_warning() else None)
 
 
 def _show(steps: list[PlannedStep], memory: PlannedMemory | None, base: list[str]) -> None:

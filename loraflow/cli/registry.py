@@ -18,6 +18,7 @@ from loraflow.registry.runs import RunRecord, StageRun, read_run
 from loraflow.registry.signature import sign
 from loraflow.serving.models import only_model
 from loraflow.store import Ref, Store, hash_memo, open_store, require_intact_in_store
+from loraflow.tracking.git_tags import tag_log
 from loraflow.tracking.mirror import mirror_log
 
 reason_option = click.option("--reason", required=True, help="The reason, for readers of the promotion log.")
@@ -152,6 +153,7 @@ def promote(run: str, reason: str, store: str) -> None:
             raise _changed_meanwhile() from None
     click.echo(f"entry {entry.seq}: {short(entry.merged.digest)} is the champion of {log.model}")
     mirror_log(opened, log.model)
+    tag_log(opened, log.model)
 
 
 def _artifact(store: Store, record: RunRecord, stage: str) -> Ref:
@@ -202,6 +204,7 @@ def rollback(reason: str, store: str, model: str | None, skip_missing: bool) -> 
             raise _changed_meanwhile() from None
     click.echo(f"entry {entry.seq}: back to {short(entry.merged.digest)}")
     mirror_log(opened, log.model)
+    tag_log(opened, log.model)
 
 
 def _changed_meanwhile() -> Failure:

@@ -222,10 +222,29 @@ def _score_lines(scores: RunScores) -> Iterator[str]:
         for metric in tuned:
             cells = [(scores.metrics.get(side) or {}).get(rows, {}).get(metric) for side in sides]
             table.append([f"  {metric}", *(str(score) if score else "" for score in cells)])
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for row in table:
-            line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
-            yield f"{'':<{LABEL}}{line}".rstrip()
+        yield from _table_lines(table)
+    for by in dict.fromkeys(one.by for one in scores.slices):
+        parts = [one for one in scores.slices if one.by == by]
+        table = [[f"by {by}", *sides]]
+        for part in parts:
+            for metric in part.values["tuned"]:
+                cells = [part.values.get(side, {}).get(metric) for side in sides]
+                table.append(
+                    [f"  {part.name}, {part.rows} rows, {metric}", *(str(one) if one else "" for one in cells)]
+                )
+        yield from _table_lines(table)
+    if scores.seeds:
+        table = [["by training seed", *scores.seeds[0].values, "mean", "deviation"]]
+        for one in scores.seeds:
+            table.append([f"  {one.metric}", *(f"{x:.3f}" for x in (*one.values.values(), one.mean, one.deviation))])
+        yield from _table_lines(table)
+
+
+def _table_lines(table: list[list[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        yield f"{'':<{LABEL}}{line}".rstrip()
 
 
 def _file_parts(files: Files) -> list[str]:

@@ -31,6 +31,8 @@ from loraflow.frozen import FrozenModel
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 ShareOrCount = Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1)]
+SliceBy = Annotated[str, Field(min_length=1)]  # of BUILT_IN_SLICES, or a field of the rows
+BUILT_IN_SLICES = ("length", "script")
 
 # The scores of each built-in metric, to check the names in the gate before anything runs.
 SCORES = {
@@ -375,10 +377,11 @@ class Evaluation(FrozenModel):
     )
     samples: Annotated[int, Field(ge=0)] = Field(5, description="Number of answers shown in the run's report.")
     seed: int = Field(0, description="Seed of the bootstrap and of the sample of max_rows.")
-    slices: list[Literal["length", "script"]] = Field(
+    slices: list[SliceBy] = Field(
         [],
         description="Show the gate's scores for parts of the held-out rows. `length`: quarters by the reference's tokens; "
-        "`script`, the script of most letters of the question. They decide nothing.",
+        "`script`: the script of most letters of the question; else a field of the rows, such as `language`. They decide "
+        "nothing.",
     )
 
 
@@ -469,6 +472,11 @@ class Gate(FrozenModel):
         description="{score: {drop: POINTS, rows: NUMBER}}, or `share` instead of `rows`: how many rows may get worse by at "
         "least `drop`. More of them reject the challenger; the report lists them.",
     )
+    slices: dict[SliceBy, Annotated[dict[str, Annotated[float, Field(ge=0)]], Field(min_length=1)]] = Field(
+        {},
+        description="{part: {score: largest drop that is allowed}}: guards for each part of the held-out rows. `part` is "
+        "`length`, `script`, or a field of the rows, as in evaluation.slices.",
+    )
     behaviour: dict[str, BehaviourCheck] = Field(
         {},
         description="{name: {set: SET, CONDITION, share: SHARE}}: what a set's answers must look like. CONDITION is one of "
@@ -479,6 +487,11 @@ class Gate(FrozenModel):
         0.05, description="Probability of any false promotion in all looks of the model, whatever its held-out rows."
     )
     looks: Positive = Field(365, description="Number of challengers that share this error: a year of nights.")
+    seeds: Annotated[int, Field(ge=1, le=20)] = Field(
+        1,
+        description="Train so many models, with the seeds training_config.seed, seed + 1 and so on, and compare the mean of "
+        "their scores. The first one is registered.",
+    )
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
         0.95, description="Confidence level of the guards, and of the one-sided bounds that are shown."
     )
@@ -488,6 +501,17 @@ class Register(FrozenModel):
     """The registry entry of a promotion."""
 
     model: str = Field("default", pattern=r"^[a-z0-9][a-z0-9._-]*$", description="The model's name in the registry.")
+    git_tags: bool = Field(
+        False, description="Tag promotions and rollbacks in the project's git repository, in the format of GTO."
+    )
+
+    @model_validator(mode="after")
+    def _taggable(self) -> Self:
+        if self.git_tags and not re.fullmatch(r"[a-z0-9]([a-z0-9_-]*[a-z0-9])?", self.model):
+            raise ValueError(
+                "register.git_tags needs a model's name of letters, digits, - and _, with a letter or digit last"
+            )
+        return self
 
 
 class Publish(FrozenModel):
@@ -525,7 +549,8 @@ class Recipe(FrozenModel):
             )
         if all(name in SCORES for name in self.evaluation.metrics):
             scored = {"stops"}.union(*(SCORES[name] for name in self.evaluation.metrics))
-            for name in (self.gate.primary, *self.gate.guards, *self.gate.worst):
+            parts = [name for guards in self.gate.slices.values() for name in guards]
+            for name in (self.gate.primary, *self.gate.guards, *self.gate.worst, *parts):
                 if name == "macro_f1":
                     raise ValueError(
                         "the gate names macro_f1, which is no mean over rows, so models cannot be compared by it row by "
@@ -542,6 +567,22 @@ class Recipe(FrozenModel):
             raise ValueError("merge.onto dequantized needs base.quantization: nf4; no other weights are dequantized")
         self._check_method()
         return self
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The training seeds of the models that the gate compares by their mean; the first one's model is registered."""
+        first = self.training_config.seed
+        return tuple(range(first, first + self.gate.seeds))
+
+    def with_seed(self, seed: int) -> Self:
+        """Return the recipe with another training seed."""
+        training = self.training_config.model_copy(update={"seed": seed})
+        return self.model_copy(update={"training_config": training})
+
+    @property
+    def slice_fields(self) -> tuple[str, ...]:
+        """The fields of the rows that divide them into parts, sorted."""
+        return tuple(sorted({*self.evaluation.slices, *self.gate.slices} - {*BUILT_IN_SLICES}))
 
     @property
     def compares_merges(self) -> bool:

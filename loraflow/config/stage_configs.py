@@ -193,6 +193,7 @@ class CheckDatasetConfig(StageConfig):
     tools: list[JsonValue] | None = None  # the content of data.tools; set only if the recipe names it
     profile: dict[ProfileCheckName, ProfileRule] = {}  # set only if the recipe has checks
     sources: list[SourceConfig] = []  # set only if the recipe has sources
+    heldout_fields: list[str] = []  # set only if rows are divided by fields of theirs
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
@@ -218,6 +219,8 @@ class CheckDatasetConfig(StageConfig):
             values["tools"] = read_tools_file(data.tools)
         if data.sources:
             values["sources"] = [source_settings(source) for source in data.sources]
+        if recipe.slice_fields:
+            values["heldout_fields"] = list(recipe.slice_fields)
         return cls.of(values)
 
 

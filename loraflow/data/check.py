@@ -34,6 +34,7 @@ from loraflow.data.chats import GATE_SET, Tool
 from loraflow.data.check_report import CheckReport, Finding, NearDuplicates, SplitCounts
 from loraflow.data.findings import leave_out_findings
 from loraflow.data.group_leaks import drop_group_leaks, heldout_groups
+from loraflow.data.heldout_fields import write_field_values
 from loraflow.data.near_prompts import with_near_prompts
 from loraflow.data.near_split import Clusters, place_near
 from loraflow.data.placement import SPLITS, Split
@@ -84,7 +85,7 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
     """Write train.jsonl, validation.jsonl, heldout.jsonl, quarantine.jsonl and report.json.
 
     Raises:
-        BadData: a file is missing or cannot be read.
+        BadData: a file is missing or cannot be read, or rows cannot be divided by a field of `slices`.
     """
     with (out / "quarantine.jsonl").open("w", encoding="utf-8") as file, ChatTable(out, job.config) as table:
         report = _check(inputs["dataset"] / "files", job.config, _Reading(table, Quarantine(file)), out)
@@ -119,6 +120,13 @@ def _check(files: Path, config: CheckDatasetConfig, reading: _Reading, out: Path
     _limit(table, columns, splits, reading, config)
     near = None if clusters is None else _write_clusters(out, table, splits, clusters)
     splits["train"] = repeated(columns, splits["train"], config)
+    if config.heldout_fields:
+        gate_rows = (
+            (table.id_of(n), table.place(n))
+            for n in splits["heldout"].tolist()
+            if table.set_of(n, "heldout") == GATE_SET
+        )
+        write_field_values(files, gate_rows, config.heldout_fields, out)
     for split, rows in splits.items():
         _write_rows(out / f"{split}.jsonl", table, rows, split, clusters if config.group is None else None)
     return CheckReport(
@@ -251,7 +259,7 @@ def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> I
         if config.sources:
             count_read(reading.sources, row.place, malformed=row.messages is None and not row.is_marked_false)
         if row.unused_keys:
-            reading.unread.update(row.unused_keys)
+            reading.unread.update(key for key in row.unused_keys if key not in config.heldout_fields)
         if row.messages is None:
             reason = "marked_false" if row.is_marked_false else "malformed"
             first = not row.is_marked_false

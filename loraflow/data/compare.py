@@ -78,10 +78,7 @@ def read_files(folder: Path, names: Sequence[str], format_name: str, columns: Ma
             elif not row.is_marked_false:
                 found.malformed += 1
                 found.problem = found.problem or f"{row.place}: {row.problem}"
-        for value in read_values(folder / name, name):
-            found.read += 1
-            if isinstance(value.value, dict) and not isinstance(value.value, BadRow):
-                found.fields.update(str(key) for key, cell in value.value.items() if has_value(cell))
+        count_fields(folder, name, found)
     if found.malformed and not found.prompts:
         raise BadData(
             f"{found.malformed} of {found.read} rows could not be read, and none is a chat.",
@@ -91,6 +88,18 @@ def read_files(folder: Path, names: Sequence[str], format_name: str, columns: Ma
             next_step="`loraflow data check FILE` names every problem",
         )
     return found
+
+
+def count_fields(folder: Path, name: str, found: Version) -> None:
+    """Count a file's rows, and in how many of them each field has a value.
+
+    Raises:
+        BadData: the file cannot be read.
+    """
+    for value in read_values(folder / name, name):
+        found.read += 1
+        if isinstance(value.value, dict) and not isinstance(value.value, BadRow):
+            found.fields.update(str(key) for key, cell in value.value.items() if has_value(cell))
 
 
 def read_revision(data: Data) -> Version:
@@ -131,22 +140,30 @@ def difference_lines(before: Version, after: Version) -> Iterator[str]:
             yield f"{name}: {version.malformed} of {version.read} rows could not be read, first {version.problem}"
     old, new = before.files, after.files
     if len(old) == len(new) == 1 and old.keys() != new.keys():
-        yield f"{next(iter(old))} → {next(iter(new))}: {changes(_all(before), _all(after))}"
+        yield f"{next(iter(old))} → {next(iter(new))}: {changes(all_rows(before), all_rows(after))}"
     else:
         for name in sorted(old.keys() | new.keys()):
             yield f"{name}: {changes(old.get(name, Counter()), new.get(name, Counter()))}"
         if len(old.keys() | new.keys()) > 1:
-            yield f"all files: {changes(_all(before), _all(after))}"
+            yield f"all files: {changes(all_rows(before), all_rows(after))}"
     for what, was, is_now in (("prompts", before.prompts, after.prompts), ("answers", before.answers, after.answers)):
         if sorted(was) != sorted(is_now):
             yield f"characters of {what}: {_spread(was)} → {_spread(is_now)}"
-    for name in sorted(before.fields.keys() | after.fields.keys()):
-        shares = [version.fields[name] / max(version.read, 1) for version in (before, after)]
-        if abs(shares[1] - shares[0]) >= MIN_DRIFT:
-            yield f"field {name}: in {shares[0]:.1%} → {shares[1]:.1%} of the rows"
+    for name, (share, share_now) in field_shares(before, after).items():
+        if abs(share_now - share) >= MIN_DRIFT:
+            yield f"field {name}: in {share:.1%} → {share_now:.1%} of the rows"
 
 
-def _all(version: Version) -> Counter[tuple[str, str]]:
+def field_shares(before: Version, after: Version) -> dict[str, tuple[float, float]]:
+    """Return for each field the shares of the rows where it has a value, before and after."""
+    names = sorted(before.fields.keys() | after.fields.keys())
+    return {
+        name: (before.fields[name] / max(before.read, 1), after.fields[name] / max(after.read, 1)) for name in names
+    }
+
+
+def all_rows(version: Version) -> Counter[tuple[str, str]]:
+    """Return the rows of all files: (prompt, row) → how often."""
     return sum(version.files.values(), Counter())
 
 

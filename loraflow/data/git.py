@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from loraflow.credentials import git_environment
 
@@ -18,12 +19,15 @@ class GitError(Exception):
         super().__init__(message)
 
 
-def git(arguments: Sequence[str], folder: str | Path | None = None) -> str:
+def git(
+    arguments: Sequence[str], folder: str | Path | None = None, variables: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """Run a git command and return its standard output.
 
     Args:
         arguments: the command and its arguments, such as `["rev-parse", "HEAD"]`.
         folder: a folder inside the repository; None is the current folder.
+        variables: of git's environment, such as GIT_COMMITTER_DATE.
 
     Raises:
         GitError: git exits with an error, or is not installed.
@@ -38,7 +42,7 @@ def git(arguments: Sequence[str], folder: str | Path | None = None) -> str:
             encoding="utf-8",
             errors="surrogateescape",  # the file of a revision may hold any bytes
             stdin=subprocess.DEVNULL,
-            env=git_environment(os.environ),
+            env={**git_environment(os.environ), **variables},
         )
     except (OSError, ValueError) as error:  # ValueError: an argument has a NUL
         raise GitError(arguments, str(error)) from error

@@ -23,6 +23,8 @@ from loraflow.evaluation.evidence import Evidence
 from loraflow.evaluation.intervals import Bounds
 from loraflow.evaluation.pairing import pair, refusal, scores
 from loraflow.evaluation.power import MINIMUM_ROWS
+from loraflow.evaluation.slice_guards import SliceGuard
+from loraflow.evaluation.slices import Part
 from loraflow.evaluation.values import Comparison, Decision
 
 if TYPE_CHECKING:
@@ -39,6 +41,11 @@ class _Rule:
     metric: str
     bound: float
     kind: Literal["gain", "guard"]
+    part: Part | None = None  # of the rows; None: all of them
+
+    def rows_of(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Return the rows that the rule is about, of a table with its ids as the index."""
+        return table if self.part is None else table[table.index.isin(self.part.ids)]
 
     def __str__(self) -> str:
         return f"gain over {self.bound:g}" if self.kind == "gain" else f"drop within {-self.bound:g}"
@@ -101,6 +108,7 @@ def decide(
     level: float | None = None,
     look: str = "",
     vocabulary: int | None = None,
+    parts: Sequence[SliceGuard] = (),
 ) -> Decision:
     """Compare score tables of one set, row by row.
 
@@ -114,6 +122,7 @@ def decide(
         level: largest p-value of the gain; by default 1 - confidence. 0 promotes nothing.
         look: which look at these rows it is, for the reasons.
         vocabulary: number of tokens of the models, which limits a loss.
+        parts: guards for parts of the rows.
 
     Raises:
         BadData: an id is missing, duplicated or not a text, the tables have different rows, or a score is not a finite
@@ -121,13 +130,19 @@ def decide(
         BadConfig: there is no score of this name.
     """
     rules = [_Rule(primary, min_gain, "gain"), *(_Rule(metric, -margin, "guard") for metric, margin in guards.items())]
+    rules += [_Rule(guard.metric, -guard.margin, "guard", guard.part) for guard in parts]
     ours, tests = _by_id(challenger, "challenger"), []
     for name, other in others.items():
         theirs = _by_id(other, name)
         _require_same_rows(ours, theirs, name)
         for rule in rules:
             evidence, reported = pair(
-                ours, theirs, rule.metric, name, lower_is_better=lower_is_better or (), vocabulary=vocabulary
+                rule.rows_of(ours),
+                rule.rows_of(theirs),
+                rule.metric,
+                name,
+                lower_is_better=lower_is_better or (),
+                vocabulary=vocabulary,
             )
             bounds = evidence.bounds(confidence)
             allowed = 1 - confidence if level is None else level
@@ -237,6 +252,7 @@ def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:
     rule, evidence = test.rule, test.evidence
     state: Literal["passed", "failed", "open"] = "failed" if is_refuted else "passed" if test.is_confirmed() else "open"
     p_value = test.p_value() if rule.kind == "gain" else None
+    on = "" if rule.part is None else f" on {rule.part}"
     return Comparison(
         against=test.against,
         metric=rule.metric,
@@ -246,12 +262,13 @@ def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:
         upper=test.bounds.upper,
         n=evidence.rows,
         state=state,
-        reason=f"{rule.metric} against {test.against}: {test.bounds.mean:+.4f} [{test.bounds.lower:+.4f}, "
+        reason=f"{rule.metric}{on} against {test.against}: {test.bounds.mean:+.4f} [{test.bounds.lower:+.4f}, "
         f"{test.bounds.upper:+.4f}] (one-sided {100 * test.confidence:.4g} % bounds), {rule} {_outcome(test, state, look)}",
         p_value=p_value,
         level=test.level if rule.kind == "gain" else None,
         groups=evidence.groups,
         effective_rows=evidence.effective_rows,
+        part=None if rule.part is None else str(rule.part),
     )
 
 

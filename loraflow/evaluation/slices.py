@@ -1,6 +1,7 @@
-"""Scores of parts of the gate's rows, such as short and long answers: they describe, and decide nothing.
+"""Parts of the gate's rows, such as short and long answers or the values of a field of theirs, and their scores.
 
-With many slices some differ by chance, and each has few rows, so the intervals are wide and not corrected.
+The scores describe, and decide nothing: with many parts some differ by chance, and each has few rows, so the intervals are
+wide and not corrected. `slice_guards.py` has the rules that decide.
 """
 
 from __future__ import annotations
@@ -8,20 +9,22 @@ from __future__ import annotations
 import bisect
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from pydantic import JsonValue, TypeAdapter
 
 from loraflow.data.broken_text import script
+from loraflow.data.heldout_fields import NO_VALUE, FieldValues
 from loraflow.evaluation.score import summarise
-from loraflow.evaluation.values import MetricValue
+from loraflow.evaluation.values import MetricValue, Slice
 from loraflow.frozen import StoredModel
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SliceBy = Literal["length", "script"]
+NO_FIELDS: FieldValues = MappingProxyType({})
 QUARTERS = ("shortest quarter", "second quarter", "third quarter", "longest quarter")
 
 
@@ -32,42 +35,64 @@ class _Message(StoredModel):
 _PROMPT = TypeAdapter(list[_Message])
 
 
-class Slice(NamedTuple):
-    """The scores of some rows."""
+class Part(NamedTuple):
+    """Some of the rows."""
 
-    by: SliceBy
+    by: str  # length, script, or a field
     name: str
-    rows: int
-    values: Mapping[str, Mapping[str, MetricValue]]  # model → metric → value
+    ids: frozenset[str]
+
+    def __str__(self) -> str:
+        return f"{self.by} {self.name}"
+
+
+def divide(table: pd.DataFrame, by: str, fields: FieldValues = NO_FIELDS) -> list[Part]:
+    """Return the parts of a table's rows.
+
+    Args:
+        table: scores of the gate's set.
+        by: `length`, `script`, or a field.
+        fields: the values of fields; rows that it lacks have no value.
+    """
+    ids: list[str] = list(table["id"])
+    if by == "length":
+        names = _lengths(table)
+    elif by == "script":
+        names = _scripts(table)
+    else:
+        names = [fields.get(row, {}).get(by, NO_VALUE) for row in ids]
+    return [
+        Part(by, name, frozenset(row for row, one in zip(ids, names, strict=True) if one == name))
+        for name in _order(by, names)
+    ]
 
 
 def slice_scores(
     tables: Mapping[str, pd.DataFrame],
-    by: Sequence[SliceBy],
+    by: Sequence[str],
     metrics: Sequence[str],
     *,
     confidence: float,
     seed: int,
+    fields: FieldValues = NO_FIELDS,
 ) -> list[Slice]:
     """Return the scores of each slice of the rows.
 
     Args:
         tables: {model: score table of the gate's set}; the slices are those of the first one, by row ids.
-        by: what the rows are divided by.
+        by: what the rows are divided by: `length`, `script`, or a field.
         metrics: the scores that are returned, where a table has them.
         confidence: of the intervals, two-sided.
         seed: of the bootstrap.
+        fields: the values of the rows' fields.
     """
     first = next(iter(tables.values()))
-    rows: list[str] = list(first["id"])
     found: list[Slice] = []
     for kind in by:
-        names = _lengths(first) if kind == "length" else _scripts(first)
-        for name in _order(kind, names):
-            ids = {row for row, one in zip(rows, names, strict=True) if one == name}
-            parts = {model: table[table["id"].isin(ids)] for model, table in tables.items()}
-            values = {model: _chosen(summarise(part, confidence, seed), metrics) for model, part in parts.items()}
-            found.append(Slice(kind, name, len(ids), values))
+        for part in divide(first, kind, fields):
+            rows = {model: table[table["id"].isin(part.ids)] for model, table in tables.items()}
+            values = {model: _chosen(summarise(one, confidence, seed), metrics) for model, one in rows.items()}
+            found.append(Slice(by=kind, name=part.name, rows=len(part.ids), values=values))
     return found
 
 
@@ -75,8 +100,8 @@ def _chosen(scores: Mapping[str, MetricValue], metrics: Sequence[str]) -> dict[s
     return {name: scores[name] for name in metrics if name in scores}
 
 
-def _order(kind: SliceBy, names: Sequence[str]) -> list[str]:
-    """Return the slices that have rows: quarters by length, scripts by their number of rows."""
+def _order(kind: str, names: Sequence[str]) -> list[str]:
+    """Return the parts that have rows: quarters by length, others by their number of rows."""
     if kind == "length":
         return [name for name in QUARTERS if name in names]
     return [name for name, _ in sorted(Counter(names).items(), key=lambda item: (-item[1], item[0]))]

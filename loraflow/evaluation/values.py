@@ -103,6 +103,24 @@ class EvaluationReport(StoredModel):
         return {**values, "confusions": confusions} if confusions else values
 
 
+class Slice(StoredModel):
+    """The scores of some of the gate's rows."""
+
+    by: str  # length, script, or a field of the rows
+    name: str
+    rows: int
+    values: Mapping[str, SetScores]  # model → metric → value
+
+
+class SeedScores(StoredModel):
+    """A metric's value on the gate's rows for each training seed, the registered model's seed first."""
+
+    metric: str
+    values: Mapping[str, float]  # seed → value
+    mean: float
+    deviation: float  # standard deviation of the values, with n - 1
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelScores:
     """The scores of the three models that a run compares."""
@@ -141,6 +159,7 @@ class Comparison:
     level: float | None = None  # the largest p-value that confirms the gain
     groups: int | None = None  # of rows that are independent of each other
     effective_rows: float | None = None  # independent rows with the same standard error
+    part: str | None = None  # of the rows, by gate.slices; None: all of them
 
 
 @dataclass(frozen=True)

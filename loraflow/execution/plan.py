@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -47,6 +48,7 @@ class Step:
     label: str
     stage: Stage
     inputs: Mapping[str, str] = field(default_factory=dict)
+    seed: int | None = None  # of the training, if it is not the recipe's own
 
 
 CHAMPION = "champion"  # an input that no step computes: the model in use
@@ -66,16 +68,47 @@ STEPS = (
 )
 
 
-_WITH_DEALT_ROWS = (
-    *(step for step in STEPS if step.stage != EVALUATE),
-    Step(DEAL_ROWS.name, DEAL_ROWS, {"rows": "check_dataset"}),
-    *(Step(step.label, EVALUATE, {**step.inputs, "rows": DEAL_ROWS.name}) for step in STEPS if step.stage == EVALUATE),
-)
+_OF_SEED = re.compile(r"(train|merge|verify|evaluate) seed (\d+)")
+_DEAL = Step(DEAL_ROWS.name, DEAL_ROWS, {"rows": "check_dataset"})
 
 
 def steps_of(recipe: Recipe) -> tuple[Step, ...]:
-    """Return the steps of a recipe's pipeline. With data.heldout_reserve, all models are scored on rows that are dealt."""
-    return _WITH_DEALT_ROWS if recipe.deals_rows else STEPS
+    """Return the steps of a recipe's pipeline.
+
+    With gate.seeds, there is a training for each further seed before the champion's scores. With data.heldout_reserve, all
+    models are scored on rows that are dealt.
+    """
+    further = [step for seed in recipe.seeds[1:] for step in _steps_of_seed(seed)]
+    steps = [*STEPS[:-1], *further, STEPS[-1]]
+    if not recipe.deals_rows:
+        return tuple(steps)
+    base = next(step for step in steps if step.label == "evaluate base")
+    steps.remove(base)
+    at = next(number for number, step in enumerate(steps) if step.stage == EVALUATE)
+    return tuple(map(_on_dealt_rows, (*steps[:at], _DEAL, base, *steps[at:])))
+
+
+def _on_dealt_rows(step: Step) -> Step:
+    return replace(step, inputs={**step.inputs, "rows": DEAL_ROWS.name}) if step.stage == EVALUATE else step
+
+
+def find_step(label: str) -> Step | None:
+    """Return the step with a label, of any recipe; None if there is none."""
+    match = _OF_SEED.fullmatch(label)
+    steps = (*STEPS, _DEAL) if match is None else _steps_of_seed(int(match[2]))
+    return next((step for step in steps if step.label == label), None)
+
+
+def _steps_of_seed(seed: int) -> tuple[Step, ...]:
+    """Return the steps of `flows/seeds.py`."""
+    adapter, merged = f"train seed {seed}", f"merge seed {seed}"
+    inputs = {"base": "resolve_base", "adapter": adapter, "merged": merged, "rows": "check_dataset"}
+    return (
+        Step(adapter, TRAIN, {"tokens": "tokenize", "base": "resolve_base"}, seed),
+        Step(merged, MERGE, {"base": "resolve_base", "adapter": adapter, "tokens": "tokenize"}),
+        Step(f"verify seed {seed}", VERIFY, inputs),
+        Step(f"evaluate seed {seed}", EVALUATE, {"model": merged, "rows": "check_dataset"}),
+    )
 
 
 def steps_to(label: str) -> tuple[Step, ...]:
@@ -178,7 +211,7 @@ def _plan_step(
         names, its = (f"{first} and {last}", "their") if first else (last, "its")
         reason = f"depends on {names}: reused if {its} output does not change"
         return PlannedStep(step.label, name, "depends", [reason], seconds=last_time), None
-    job = workspace.job(step.stage, {key: ref for key, ref in refs.items() if ref is not None})
+    job = workspace.job(step.stage, {key: ref for key, ref in refs.items() if ref is not None}, step.seed)
     found = look_up(workspace.store, job, force=forced)
     if found.ref is None:
         seconds = _seconds_last_time(workspace, name)

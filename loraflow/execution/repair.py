@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from loraflow.config import Recipe
 from loraflow.config.load import parse_recipe
 from loraflow.execution.deal import use_dealt_rows
-from loraflow.execution.plan import CHAMPION, STEPS, Step, inputs_of, steps_of
+from loraflow.execution.plan import CHAMPION, STEPS, Step, find_step, inputs_of, steps_of
 from loraflow.execution.runner import run_stage
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import CorruptArtifact, Failure
@@ -26,7 +26,7 @@ from loraflow.stages import DEAL_ROWS, MERGE
 from loraflow.store import Ref, Store
 from loraflow.store.artifact import MANIFEST, QUARANTINE, Manifest
 
-_LABELS = (*(step.label for step in STEPS), DEAL_ROWS.name)
+_ORDER = [*(step.label for step in STEPS), DEAL_ROWS.name]
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,13 @@ def find_loss(store: Store) -> Loss:
             except CorruptArtifact as failure:
                 loss.logs.append(failure)
         described = [_described(store, lost) for lost in found.values()]
-    order = [*_LABELS, ""]
-    loss.artifacts = sorted(described, key=lambda lost: order.index(lost.label))
+    loss.artifacts = sorted(described, key=lambda lost: _place(lost.label))
     return loss
+
+
+def _place(label: str) -> int:
+    """Return the place of a step in the pipeline. Those of further seeds are the last ones; they keep their order."""
+    return _ORDER.index(label) if label in _ORDER else len(_ORDER)
 
 
 def _quarantined(store: Store) -> Iterator[Lost]:
@@ -117,7 +121,7 @@ def _described(store: Store, lost: Lost) -> Lost:
     record = made_by(store, lost.ref)
     name = (lost.ref.fingerprint, lost.ref.digest)
     runs = record.stages if record else []
-    stage = next((run for run in runs if (run.fingerprint, run.digest) == name and run.stage in _LABELS), None)
+    stage = next((run for run in runs if (run.fingerprint, run.digest) == name and find_step(run.stage)), None)
     if record is None or stage is None:
         return replace(lost, why_not=UNKNOWN)
     seconds = stage.seconds if lost.seconds is None and stage.state == "computed" else lost.seconds
@@ -132,7 +136,7 @@ def _why_not(store: Store, lost: Lost, record: RunRecord, stage: StageRun) -> st
         workspace = _workspace(store, record)
         step = _step(workspace, stage.stage)
         inputs = _inputs(workspace, step, lost.model, compute=False)
-        if inputs is None or workspace.job(step.stage, inputs).fingerprint == lost.ref.fingerprint:
+        if inputs is None or workspace.job(step.stage, inputs, step.seed).fingerprint == lost.ref.fingerprint:
             return ""
     except (Failure, OSError) as failure:
         return " ".join(str(failure).split())
@@ -164,8 +168,8 @@ def _artifact(workspace: Workspace, step: Step, champion: Ref | None, *, compute
     if inputs is None:
         return None
     if compute:
-        return run_stage(workspace, step.stage, **inputs)
-    job = workspace.job(step.stage, inputs)
+        return run_stage(workspace, step.stage, step.seed, **inputs)
+    job = workspace.job(step.stage, inputs, step.seed)
     return workspace.store.find(job.stage, job.fingerprint)
 
 

@@ -76,7 +76,7 @@ def reproduce(store: Store, record: RunRecord, fresh: str) -> Iterator[Reproduce
             if CHAMPION in sources.values():
                 continue
             done[step.label] = run_stage(
-                workspace, step.stage, **{name: done[source] for name, source in sources.items()}
+                workspace, step.stage, step.seed, **{name: done[source] for name, source in sources.items()}
             )
             stage = record.stage(step.label)
             if stage is not None:

@@ -9,6 +9,16 @@ from loraflow.store import Ref
 
 
 @dataclass(frozen=True)
+class SeedResult:
+    """The artifacts of a further training seed."""
+
+    seed: int
+    adapter: Ref
+    merged: Ref
+    scores: Ref
+
+
+@dataclass(frozen=True)
 class PipelineResult:
     """The artifacts of a run."""
 
@@ -22,6 +32,7 @@ class PipelineResult:
     base_scores: Ref
     tuned_scores: Ref
     champion_scores: Ref | None  # None if there is no champion yet
+    further_seeds: tuple[SeedResult, ...] = ()  # by gate.seeds
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,16 @@ from loraflow.stages import CHECK_DATASET, DEAL_ROWS, EVALUATE, RESOLVE_BASE, VE
 from loraflow.store import Ref, require_intact
 
 
-def run_stage(workspace: Workspace, stage: Stage, **inputs: Ref) -> Ref:
-    """Return a stage's artifact: from the store, or computed by a worker process of this process."""
-    job, store = workspace.job(stage, inputs), workspace.store
+def run_stage(workspace: Workspace, stage: Stage, seed: int | None = None, /, **inputs: Ref) -> Ref:
+    """Return a stage's artifact: from the store, or computed by a worker process of this process.
+
+    Args:
+        workspace: builds the job.
+        stage: to find or run.
+        seed: of the training, if it is not the recipe's own.
+        **inputs: of the stage.
+    """
+    job, store = workspace.job(stage, inputs, seed), workspace.store
     found = look_up(store, job).ref
     if found is not None:
         return found

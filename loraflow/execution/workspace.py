@@ -70,9 +70,10 @@ class Workspace:
                 other.__dict__.pop(name, None)  # where cached_property keeps its value
         return other
 
-    def job(self, stage: Stage, inputs: Mapping[str, Ref]) -> Job[StageConfig]:
-        """Return the job of a stage."""
-        return make_job(stage, self.recipe, self, inputs)
+    def job(self, stage: Stage, inputs: Mapping[str, Ref], seed: int | None = None) -> Job[StageConfig]:
+        """Return the job of a stage; with `seed`, for another training seed than the recipe's."""
+        recipe = self.recipe if seed is None else self.recipe.with_seed(seed)
+        return make_job(stage, recipe, self, inputs)
 
     def champion(self) -> Ref | None:
         """Return the champion's merged model, and remember the log's head: the gate decides against that champion.

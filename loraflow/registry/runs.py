@@ -17,7 +17,8 @@ from pydantic import (
     model_serializer,
 )
 
-from loraflow.evaluation.values import Scores
+from loraflow.data.drift import DataDrift
+from loraflow.evaluation.values import Scores, SeedScores, Slice
 from loraflow.failures import CorruptArtifact
 from loraflow.frozen import StoredModel
 from loraflow.registry.reserve import ReserveState
@@ -89,6 +90,9 @@ class RunSummary(StoredModel):
     stages: list[StageRun] = []
     rows: RowsSummary | None = None
     metrics: dict[str, Scores | None] = {}  # of base, tuned and champion
+    slices: list[Slice] = []  # by evaluation.slices
+    seeds: list[SeedScores] = []  # by gate.seeds
+    drift: DataDrift | None = None  # of the training rows since the champion, in a retraining
     decision: RecordedDecision | None = None
     registered: int | None = None  # number of the entry in the promotion log
     reserve: ReserveState | None = None  # with data.heldout_reserve: what was left of it after this run

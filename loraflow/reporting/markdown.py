@@ -5,19 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from loraflow.evaluation.values import Confusion, Decision, MetricValue, ModelScores, Sample, Scores, SetScores, Verdict
+from loraflow.data.drift import DataDrift
+from loraflow.evaluation.values import (
+    Confusion,
+    Decision,
+    MetricValue,
+    ModelScores,
+    Sample,
+    Scores,
+    SeedScores,
+    SetScores,
+    Slice,
+    Verdict,
+)
 from loraflow.identity import short
 from loraflow.registry.runs import RowsSummary
 from loraflow.registry.sweeps import SweepRecord
 from loraflow.reporting import chart
+from loraflow.reporting.drift import drift_lines
 from loraflow.reporting.learned import Learned, learned_lines
+from loraflow.reporting.seeds import seed_lines
 from loraflow.reporting.slices import slice_lines
 from loraflow.reporting.sweep import TrialCurves, sweep_lines
-
-if TYPE_CHECKING:
-    from loraflow.evaluation.slices import Slice
 
 GATE_SET = "heldout"  # its scores are shown first: the gate decides by them
 LOSS_ROWS = 12  # of the table below the loss curve
@@ -82,6 +93,8 @@ class RunReport:
     merged: str
     rows: RowsSummary | None = None
     slices: Sequence[Slice] = ()  # by evaluation.slices
+    seeds: Sequence[SeedScores] = ()  # by gate.seeds
+    drift: DataDrift | None = None  # of the training rows since the champion
     confusions: Sequence[Confusion] = ()  # the tuned model's worst labels in the gate's set
     learned: Learned | None = None
     reserve: str = ""  # what is left of data.heldout_reserve
@@ -104,10 +117,12 @@ def run_report(report: RunReport, *, image: bool = False) -> str:
     ]
     lines += sweep_lines(report.sweep, report.trial_curves or {}, image=image) if report.sweep else []
     lines += _comparison(report.scores, report.confidence)
+    lines += seed_lines(report.seeds)
     lines += slice_lines(report.slices)
     lines += _worse(decision)
     lines += _behaviour(decision)
     lines += _rows(report.rows)
+    lines += drift_lines(report.drift)
     lines += learned_lines(report.learned, sparkline, image=image) if report.learned else []
     lines += _training_loss(report.losses, image=image)
     lines += _confusions(report.confusions)

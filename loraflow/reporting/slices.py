@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from loraflow.evaluation.slices import Slice
+from loraflow.evaluation.values import Slice
 
 
 def slice_lines(slices: Sequence[Slice]) -> Iterator[str]:
@@ -15,9 +13,9 @@ def slice_lines(slices: Sequence[Slice]) -> Iterator[str]:
         yield from (
             "## Scores of parts of the held-out rows",
             "",
-            "They describe, and decide nothing: with many parts,",
+            "They describe, and decide nothing, apart from gate.slices: with many parts, some differ by chance.",
+            "",
         )
-        yield from ("some differ by chance.", "")
     for by in dict.fromkeys(one.by for one in slices):
         found = [one for one in slices if one.by == by]
         models = list(found[0].values)

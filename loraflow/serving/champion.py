@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from loraflow.evaluation.values import Scores
+from loraflow.evaluation.values import Scores, SeedScores, Slice
 from loraflow.frozen import FrozenModel
 from loraflow.registry.log import Entry, PromotionLog
 from loraflow.registry.reserve import ReserveState
@@ -91,6 +91,8 @@ class RunScores(FrozenModel):
     run: str
     confidence: float  # of the intervals
     metrics: dict[str, Scores | None]
+    slices: list[Slice] = []  # parts of the held-out rows
+    seeds: list[SeedScores] = []  # by gate.seeds
 
 
 class Files(FrozenModel):
@@ -234,8 +236,16 @@ def _recipe(record: RunRecord | None, promoted: Entry) -> RecipeFacts:
 
 
 def _scores(record: RunRecord) -> RunScores:
-    metrics = record.summary.metrics if record.summary else {}
-    return RunScores(run=record.run, confidence=record.confidence, metrics=metrics)
+    if record.summary is None:
+        return RunScores(run=record.run, confidence=record.confidence, metrics={})
+    summary = record.summary
+    return RunScores(
+        run=record.run,
+        confidence=record.confidence,
+        metrics=summary.metrics,
+        slices=summary.slices,
+        seeds=summary.seeds,
+    )
 
 
 def _files(store: Store, ref: Ref, folder: str = "") -> Files:

@@ -66,6 +66,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "peft_config.exclude_modules": ["lm_head"],
         },
     ),
+    "slices": (
+        "quickstart",
+        {"evaluation.slices": ["length", "language"], "gate.slices": {"tone": {"exact_match": 0.1}}},
+    ),
     "pissa": ("phi3-mini", {"peft_config.init_lora_weights": "pissa_niter_4"}),
     "eva": ("phi3-mini", {"peft_config.init_lora_weights": "eva", "peft_config.eva_config": {"rho": 1.5}}),
     "loftq": ("phi3-mini-qlora", {"peft_config.init_lora_weights": "loftq"}),

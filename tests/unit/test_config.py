@@ -249,7 +249,7 @@ OTHER: dict[str, JsonValue] = {
     "peft_config.loraplus_lr_ratio": 16.0, "peft_config.eva_config.tau": 0.5, "peft_config.rank_pattern": {"o_proj": 2},
     "peft_config.alpha_pattern": {"o_proj": 2.0}, "peft_config.layers_to_transform": [0], "peft_config.exclude_modules": ["o_proj"],
     "peft_config.target_parameters": ["mlp.experts.down_proj"],
-    "evaluation.metrics": ["token_loss"], "evaluation.confidence": 0.9, "evaluation.dtype": "bfloat16", "evaluation.max_rows": 3,
+    "gate.slices": {"language": {"token_loss": 0.1}}, "evaluation.metrics": ["token_loss"], "evaluation.confidence": 0.9, "evaluation.dtype": "bfloat16", "evaluation.max_rows": 3,
     "merge.dtype": "float32", "merge.onto": "base", "runtime.device": "cpu", "runtime.attn_implementation": "eager", "runtime.engine": "stock",
     "training_config.gradient_checkpointing": False, "runtime.compile": "on", "runtime.cuda_graphs": "on", "runtime.checkpointing": "selective",
     "runtime.rendezvous.endpoint": "other:29500", "runtime.rendezvous.id": "other",
@@ -260,9 +260,9 @@ OTHER: dict[str, JsonValue] = {
 BY_THE_FLOW = {
     "name", "data.heldout_reserve", "data.source", "data.repo", "data.rev", "data.add", "data.remote", "data.max_quarantined", "base.model",
     "base.chat_template",
-    "base.revision", "evaluation.samples", "evaluation.slices", "merge.max_kl", "register.model",
+    "base.revision", "evaluation.samples", "merge.max_kl", "register.model", "register.git_tags",
     "gate.lower_is_better", "gate.worst", "gate.behaviour",
-    "gate.primary", "gate.min_gain", "gate.guards", "gate.confidence", "gate.error", "gate.looks", "runtime.store", "runtime.keep", "runtime.keep_champions", "runtime.mlflow.uri", "runtime.mlflow.experiment", "runtime.mlflow.model", "runtime.placement",
+    "gate.primary", "gate.min_gain", "gate.guards", "gate.confidence", "gate.error", "gate.looks", "gate.seeds", "runtime.store", "runtime.keep", "runtime.keep_champions", "runtime.mlflow.uri", "runtime.mlflow.experiment", "runtime.mlflow.model", "runtime.placement",
     "peft_config.task_type", "publish.repo", "publish.what", "publish.private",
 }  # fmt: skip
 

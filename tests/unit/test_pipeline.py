@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from loraflow.execution.plan import CHAMPION, inputs_of, steps_of
+from loraflow.execution.plan import CHAMPION, find_step, inputs_of, steps_of
 from loraflow.flows import pipeline as module
+from loraflow.flows import seeds as module_of_seeds
 from loraflow.stages import STAGES
 from loraflow.store import Ref
 from loraflow.tasks import stages as tasks
@@ -23,36 +24,47 @@ class RecordingRun:
 
     is_deployed = False
 
-    def __init__(self, compares_merges: bool, champion: bool, deals_rows: bool):
+    def __init__(self, compares_merges: bool, champion: bool, deals_rows: bool, seeds: tuple[int, ...] = (42,)):
         self.steps: list[tuple[str, str, dict[str, str]]] = []
         self.champion = ref(CHAMPION) if champion else None
-        recipe = SimpleNamespace(compares_merges=compares_merges, deals_rows=deals_rows)
+        self.seeds: dict[str, int | None] = {}  # label → training seed
+        recipe = SimpleNamespace(compares_merges=compares_merges, deals_rows=deals_rows, seeds=seeds)
         self.workspace = SimpleNamespace(recipe=recipe, champion=lambda: self.champion)
 
-    def find_or_run(self, stage, label="", /, **inputs):
+    def find_or_run(self, stage, label="", seed=None, /, **inputs):
         label = label or stage.name
+        self.seeds[label] = seed
         self.steps.append((label, stage.name, {name: given.fingerprint for name, given in inputs.items()}))
         return StageResult(ref(label), SimpleNamespace(ref=None))
 
 
+@pytest.mark.parametrize("seeds", [(42,), (42, 43, 44)])
 @pytest.mark.parametrize("compares_merges", [False, True])
 @pytest.mark.parametrize("champion", [False, True])
 @pytest.mark.parametrize("deals_rows", [False, True])
-def test_plan_lists_the_steps_of_the_pipeline(monkeypatch, compares_merges, champion, deals_rows):
-    run = RecordingRun(compares_merges, champion, deals_rows)
+def test_plan_lists_the_steps_of_the_pipeline(monkeypatch, compares_merges, champion, deals_rows, seeds):
+    run = RecordingRun(compares_merges, champion, deals_rows, seeds)
     for name in STAGES:
-        monkeypatch.setattr(module, name, getattr(tasks, name).fn)
+        for where in (module, module_of_seeds):
+            monkeypatch.setattr(where, name, getattr(tasks, name).fn, raising=False)
     for name in ("check_rows", "check_merge", "deal_heldout"):
         monkeypatch.setattr(module, name, lambda *_: None)
-    module.pipeline(run)
+    monkeypatch.setattr(module_of_seeds, "check_merge", lambda *_: None)
+    result = module.pipeline(run)
     steps = steps_of(run.workspace.recipe)
     planned = [(step.label, step.stage.name, inputs_of(step, compares_merges=compares_merges)) for step in steps]
     assert run.steps == [step for step in planned if champion or CHAMPION not in step[2].values()]
+    assert run.seeds == {step.label: step.seed for step in steps if step.label in run.seeds}
+    assert sum(step.stage.name == "train" for step in steps) == len(seeds)
+    assert [one.seed for one in result.further_seeds] == [*seeds[1:]]
+    assert [find_step(step.label).label for step in steps] == [step.label for step in steps] and find_step(
+        "train seed x"
+    ) is None
 
 
 @pytest.mark.parametrize("deals_rows", [False, True])
 def test_every_step_takes_its_inputs_from_stages_that_the_table_allows(deals_rows):
-    steps = steps_of(SimpleNamespace(deals_rows=deals_rows))
+    steps = steps_of(SimpleNamespace(deals_rows=deals_rows, seeds=(42, 43)))
     by_label = {step.label: step for step in steps}
     for step in steps:
         for name, source in step.inputs.items():
@@ -66,6 +78,7 @@ def test_every_stage_has_a_task_of_its_name_with_its_inputs_and_a_docstring():
         parameters = dict(inspect.signature(task.fn).parameters)
         del parameters["run"]
         parameters.pop("label", None)
+        parameters.pop("seed", None)
         assert parameters.keys() == stage.inputs.keys()
         optional = {name for name, one in stage.inputs.items() if one.optional}
         assert {name for name, one in parameters.items() if one.default is None} == optional

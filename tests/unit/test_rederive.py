@@ -160,7 +160,8 @@ def test_a_name_that_is_no_run_is_refused(copy):
 @pytest.fixture
 def recorded(made, copy, monkeypatch):
     """The store with a record of a run, of which only the stages of the dataset are run again."""
-    monkeypatch.setattr(reproducing, "STEPS", reproducing.STEPS[:2])
+    steps = reproducing.steps_of
+    monkeypatch.setattr(reproducing, "steps_of", lambda recipe: steps(recipe)[:2])
     store, refs = copy
     stages = [
         StageRun(stage=ref.stage, state="computed", fingerprint=ref.fingerprint, digest=ref.digest)

@@ -12,7 +12,7 @@ from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadData, CorruptArtifact
 from loraflow.store import Ref, Summary
 from loraflow.tasks.gate import gate
-from loraflow.tasks.report import _slices
+from loraflow.tasks.slices import heldout_slices
 
 
 def scores(workspace: Workspace, name: str, value: float, version=1, config=None, rows_digest="rows", **columns) -> Ref:
@@ -31,7 +31,9 @@ def workspace(recipe):
 
 def decide(workspace, base, tuned, champion=None):
     merged = Ref(stage="merge", fingerprint="f" * 64, digest="d" * 64, uri=workspace.store.uri)
-    result = SimpleNamespace(merged=merged, base_scores=base, tuned_scores=tuned, champion_scores=champion)
+    result = SimpleNamespace(
+        merged=merged, base_scores=base, tuned_scores=tuned, champion_scores=champion, further_seeds=()
+    )
     return gate.fn(workspace, result)
 
 
@@ -123,12 +125,12 @@ def test_the_report_shows_the_gates_scores_by_slice_where_the_recipe_asks_for_it
     base, tuned = (scores(workspace, name, value, **columns) for name, value in (("base", 2.0), ("tuned", 1.0)))
     result = SimpleNamespace(base_scores=base, tuned_scores=tuned, champion_scores=None)
     run = SimpleNamespace(workspace=workspace)
-    assert _slices(run, result) == [], "no table is read"
+    assert heldout_slices(run.workspace, result) == [], "no table is read"
     evaluation = workspace.recipe.evaluation.model_copy(update={"slices": ["length", "script"]})
     workspace.recipe = workspace.recipe.model_copy(update={"evaluation": evaluation})
-    found = _slices(run, result)
+    found = heldout_slices(run.workspace, result)
     assert [(one.by, one.rows) for one in found] == [*[("length", 20)] * 4, ("script", 80)]
     primary = workspace.recipe.gate.primary
     assert all(one.values["tuned"][primary].value == 1.0 for one in found)
     improve(workspace.store.path(tuned) / "scores.parquet")
-    assert _slices(run, result) == [], "a damaged table shows nothing"
+    assert heldout_slices(run.workspace, result) == [], "a damaged table shows nothing"

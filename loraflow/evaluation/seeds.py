@@ -1,0 +1,120 @@
+"""Scores of models that were trained with several seeds: their mean for the gate, and how much they differ (`gate.seeds`).
+
+The gate compares the mean of each row's scores, so that a lucky seed is not taken for a better recipe. Only the model of the
+first seed is registered: to choose the best one by the held-out rows would favour luck again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loraflow.evaluation.pairing import pair, refusal, scores
+from loraflow.evaluation.score import score_columns
+from loraflow.evaluation.values import Decision, SeedScores, SetScores
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from loraflow.evaluation.slice_guards import SliceGuard
+    from loraflow.evaluation.slices import Part
+
+
+def mean_scores(tables: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
+    """Return a score table with the mean of each row's scores; everything else, such as answers, is the first table's.
+
+    Args:
+        tables: {seed: score table of one set}. The first one is that of the model that would be registered.
+
+    Raises:
+        BadData: the tables have different rows, or a score is not a finite number.
+    """
+    first_seed, first = next(iter(tables.items()))
+    if len(tables) == 1:
+        return first
+    indexed = {seed: table.set_index("id") for seed, table in tables.items()}
+    rows = indexed[first_seed].index
+    for seed, table in indexed.items():
+        if not table.index.is_unique or set(table.index) != set(rows):
+            raise refusal(
+                "Models of different seeds were not scored on the same examples.",
+                f"seed {seed}",
+                f"the {len(rows)} examples of seed {first_seed}",
+                f"{len(table)} examples",
+            )
+    ordered = {seed: table.loc[rows] for seed, table in indexed.items()}
+    names = [*score_columns(first), *(["stops"] if "finish" in first else [])]
+    means = {
+        name: np.mean([scores(table, name, f"seed {seed}") for seed, table in ordered.items()], axis=0)
+        for name in dict.fromkeys(names)
+    }
+    return first.assign(**means)
+
+
+def seed_scores(values: Mapping[int, SetScores]) -> list[SeedScores]:
+    """Return each metric's value for each seed, with their mean and standard deviation.
+
+    Args:
+        values: {seed: the scores of the gate's set, as they are reported}.
+    """
+    first = next(iter(values.values()))
+    found = []
+    for metric in first:
+        each = {str(seed): part[metric].value for seed, part in values.items() if metric in part}
+        if len(each) == len(values) and all(map(math.isfinite, each.values())):
+            numbers = [*each.values()]
+            found.append(SeedScores(metric=metric, values=each, mean=fmean(numbers), deviation=stdev(numbers)))
+    return found
+
+
+def with_seeds(
+    decision: Decision,
+    own: pd.DataFrame,
+    others: Mapping[str, pd.DataFrame],
+    *,
+    seeds: Sequence[int],
+    primary: str,
+    min_gain: float,
+    guards: Mapping[str, float],
+    lower_is_better: Collection[str] = (),
+    parts: Sequence[SliceGuard] = (),
+) -> Decision:
+    """Return the decision about the mean, unless the model that would be registered is itself shown as worse.
+
+    Args:
+        decision: of the mean over the seeds.
+        own: the scores of the model that would be registered.
+        others: {"base": table, "champion": table}.
+        seeds: of all models, the registered one first.
+        primary: as for `decide`.
+        min_gain: as for `decide`.
+        guards: as for `decide`.
+        lower_is_better: as for `decide`.
+        parts: as for `decide`.
+    """
+    names = ", ".join(map(str, seeds))
+    noted = decision.with_reason(f"compared is the mean of {len(seeds)} models, of the seeds {names}")
+    if decision.verdict != "promote":
+        return noted
+    mine = own.set_index("id").sort_index()
+    rules: list[tuple[str, float, Part | None]] = [(primary, min_gain, None)]
+    rules += [(metric, -margin, None) for metric, margin in guards.items()]
+    rules += [(guard.metric, -guard.margin, guard.part) for guard in parts]
+    worse = []
+    for name, other in others.items():
+        theirs = other.set_index("id").sort_index()
+        for metric, bound, part in rules:
+            ours, base = (one if part is None else one[one.index.isin(part.ids)] for one in (mine, theirs))
+            found = pair(ours, base, metric, name, lower_is_better=lower_is_better).reported
+            if found <= bound:
+                on = "" if part is None else f" on {part}"
+                worse.append(
+                    f"{metric}{on} against {name}: {found:+.4f} for the model of seed {seeds[0]}, which would be "
+                    f"registered; more than {bound:+g} is needed"
+                )
+    return replace(noted, verdict="undecided", reasons=(*worse, *noted.reasons)) if worse else noted

@@ -1,0 +1,77 @@
+"""Guards for parts of the held-out rows (`gate.slices`): no part may get worse by more than its margin.
+
+All parts must hold, so they need no correction, as other guards. A part with few rows leaves the decision open, and the
+reason names the rows that it would need: a part that is too small to compare is not known to be as good as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from loraflow.evaluation.power import MINIMUM_ROWS, margin_of_unchanged, rows_for_margin
+from loraflow.evaluation.slices import NO_FIELDS, Part, divide
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from loraflow.data.heldout_fields import FieldValues
+
+
+class SliceGuard(NamedTuple):
+    """The largest drop of a metric that is accepted on a part of the rows."""
+
+    part: Part
+    metric: str
+    margin: float
+
+
+def slice_guards(
+    table: pd.DataFrame, rules: Mapping[str, Mapping[str, float]], fields: FieldValues = NO_FIELDS
+) -> list[SliceGuard]:
+    """Return the guards of each part of the rows.
+
+    Args:
+        table: the scores that are compared, of the gate's set.
+        rules: {`length`, `script` or a field: {metric: margin}}.
+        fields: the values of the rows' fields.
+    """
+    return [
+        SliceGuard(part, metric, margin)
+        for by, margins in rules.items()
+        for part in divide(table, by, fields)
+        for metric, margin in margins.items()
+    ]
+
+
+def partition_of(guards: Iterable[SliceGuard]) -> list[list[str]]:
+    """Return the parts with their rows, as JSON values: a decision depends on them."""
+    parts = {(guard.part.by, guard.part.name): guard.part.ids for guard in guards}
+    return [[by, name, *sorted(ids)] for (by, name), ids in sorted(parts.items())]
+
+
+def power_lines(parts: Mapping[str, int], margins: Mapping[str, float], confidence: float) -> list[str]:
+    """Return for people which guards even unchanged outputs do not pass, before anything is trained.
+
+    Args:
+        parts: {name of a part: its independent rows}.
+        margins: of each metric.
+        confidence: of the guards.
+    """
+    lines = []
+    for name, rows in parts.items():
+        for metric, margin in margins.items():
+            if not margin:
+                lines.append(
+                    f"  {metric} on {name}: a margin of 0 is passed by better outputs only, never by unchanged ones"
+                )
+                continue
+            needed = max(rows_for_margin(margin, confidence, metric) or 0, MINIMUM_ROWS)
+            if rows < needed:
+                unchanged = margin_of_unchanged(rows, confidence, metric)
+                out = "" if unchanged is None else f", which can rule out a drop of {unchanged:.2g}"
+                lines.append(
+                    f"  {metric} on {name}: even unchanged outputs do not pass: a margin of {margin:g} needs {needed} "
+                    f"rows, you have {rows}{out}"
+                )
+    return lines

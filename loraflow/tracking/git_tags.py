@@ -1,0 +1,138 @@
+"""Git tags of promotions and rollbacks in the format of GTO (https://dvc.org/doc/gto): `register.git_tags`.
+
+| tag | names |
+|---|---|
+| `MODEL@vN.0.0` | the promotion that is entry N of the log, on the commit of its run |
+| `MODEL#champion#N` | the model in use since entry N, on the commit of that model's version |
+| `MODEL#champion!#N` | the model that entry N replaced; without it, GTO takes the highest version, also after a rollback |
+
+GTO knows one version for a commit. If the commit of a run has one already, the tag is on a new commit without changes, a
+child of it that is on no branch. The promotion log decides: missing tags are made at the next promotion or rollback.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from loraflow.data.git import GitError, git, git_or_none
+from loraflow.failures import Failure
+from loraflow.registry.log import Entry, PromotionLog
+from loraflow.registry.runs import RunRecord, read_runs
+from loraflow.store import Store
+
+log = logging.getLogger("loraflow")
+STAGE = "champion"
+_IDENTITY = ("-c", "user.name=loraflow", "-c", "user.email=loraflow@localhost")  # where git has none, as on servers
+
+
+def tag_log(store: Store, model: str, folder: Path | None = None) -> None:
+    """Make the tags that are missing, in the git repository of the folder, if the model's newest run asks for them.
+
+    Nothing that happens here changes the outcome: the promotion log is written by now.
+
+    Args:
+        store: has the promotion log.
+        model: the name in the registry.
+        folder: None is the current folder.
+    """
+    try:
+        records = [record for record in read_runs(store) if record.model == model]
+        if not records or records[-1].section("register").get("git_tags") is not True:
+            return
+        for problem in make_tags(PromotionLog(store, model).entries(), records, model, folder or Path.cwd()):
+            log.warning("%s", problem)
+    except (Failure, OSError, GitError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        log.warning("%s is not tagged in git (%s); the next promotion or rollback does it", model, reason)
+
+
+def make_tags(entries: Sequence[Entry], records: Iterable[RunRecord], model: str, folder: Path) -> list[str]:
+    """Make the tags of a promotion log that are missing; return what is wrong with those that there are.
+
+    Raises:
+        GitError: git fails, or the folder is in no repository.
+    """
+    tags, problems = _read_tags(model, folder), list[str]()
+    commits = _commits(records)
+    versions: dict[str, str] = {}  # digest of a merged model → tag of its newest version
+    in_use = ""  # tag of the champion's version
+    for entry, date in zip(entries, _dates(entries), strict=True):
+        digest, version = entry.merged.digest, f"{model}@v{entry.seq}.0.0"
+        wanted: dict[str, str] = {}  # tag → what it is on
+        if entry.action == "promote":
+            versions[digest] = version
+            wanted[version] = version
+        if digest not in versions:  # the promotion is not in the log any more (`loraflow registry accept`)
+            problems.append(f"{model}: entry {entry.seq} is not tagged, because the log has no promotion of its model")
+            continue
+        if in_use not in ("", versions[digest]):
+            wanted[f"{model}#{STAGE}!#{entry.seq}"] = in_use
+        wanted[f"{model}#{STAGE}#{entry.seq}"] = in_use = versions[digest]
+        for name, where in wanted.items():
+            if name not in tags:
+                commit = _commit_for(name, commits.get(entry.seq), model, folder) if name == where else where
+                _tag(name, f"{commit}^{{commit}}", _message(entry), date, folder)
+            elif digest not in tags[name]:
+                problems.append(
+                    f"the git tag {name} is about another model than entry {entry.seq} of the promotion log"
+                )
+    return problems
+
+
+def _read_tags(model: str, folder: Path) -> dict[str, str]:
+    """Return the messages of the tags of a model, by name."""
+    form = "--format=%(refname:strip=2)%00%(contents)%01"
+    listed = git(["for-each-ref", form, f"refs/tags/{model}@*", f"refs/tags/{model}#*"], folder)
+    parts = [part.strip("\n").partition("\0") for part in listed.split("\1") if part.strip("\n")]
+    return {name: message for name, _, message in parts}
+
+
+def _commits(records: Iterable[RunRecord]) -> Mapping[int, str]:
+    """Return the git commit of each promotion's run, by the number of its entry."""
+    return {
+        record.summary.registered: record.commit
+        for record in records
+        if record.summary and record.summary.registered and record.commit
+    }
+
+
+def _commit_for(name: str, recorded: str | None, model: str, folder: Path) -> str:
+    """Return the commit for a version: that of its run, or a child of it if another version of the model is there."""
+    known = recorded and git_or_none(["rev-parse", "--verify", "--quiet", f"{recorded}^{{commit}}"], folder)
+    commit = known or git(["rev-parse", "--verify", "HEAD"], folder).strip()
+    if not git(["tag", "--points-at", commit, "--list", f"{model}@*"], folder).strip():
+        return commit
+    message = f"{name}: no changes, because GTO knows one version for a commit"
+    arguments = ["commit-tree", f"{commit}^{{tree}}", "-p", commit, "-m", message]
+    return git([*_as_somebody(folder), *arguments], folder).strip()
+
+
+def _dates(entries: Iterable[Entry]) -> Iterator[datetime]:
+    """Yield the times of entries, each later than the one before: GTO sorts tags by their dates, in seconds."""
+    last = datetime.fromtimestamp(0, UTC)
+    for entry in entries:
+        last = max(datetime.fromisoformat(entry.time), last + timedelta(seconds=1))
+        yield last
+
+
+def _tag(name: str, where: str, message: str, date: datetime, folder: Path) -> None:
+    arguments = [*_as_somebody(folder), "tag", "--annotate", "--no-sign", "-m", message, name, where]
+    try:
+        git(arguments, folder, {"GIT_COMMITTER_DATE": date.isoformat()})
+    except GitError:
+        if git_or_none(["rev-parse", "--verify", "--quiet", f"refs/tags/{name}"], folder) is None:
+            raise  # else another process made it at the same time
+
+
+def _as_somebody(folder: Path) -> Sequence[str]:
+    """Return git's options for an identity, if none is configured."""
+    return () if git_or_none(["var", "GIT_COMMITTER_IDENT"], folder) else _IDENTITY
+
+
+def _message(entry: Entry) -> str:
+    facts = [f"{key}: {value}" for key, value in {"merged model": entry.merged.digest, **entry.inputs}.items()]
+    title = f"{entry.action} of {entry.model}, entry {entry.seq} of the promotion log, by {entry.actor} at {entry.time}"
+    return "\n".join([title, "", *facts, *entry.reasons])

@@ -1,0 +1,56 @@
+"""The parts of a run's held-out rows: the values of the fields that divide them, and their scores."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+from loraflow.data.heldout_fields import FILE, FieldValues, parse_field_values
+from loraflow.evaluation.values import Slice
+from loraflow.execution.results import PipelineResult
+from loraflow.execution.workspace import Workspace
+from loraflow.failures import CorruptArtifact
+from loraflow.store import read_intact
+
+log = logging.getLogger("loraflow")
+
+
+def read_field_values(workspace: Workspace, result: PipelineResult) -> FieldValues:
+    """Return the values of the held-out rows' fields, as check_dataset wrote them; none if the recipe names no field.
+
+    Raises:
+        CorruptArtifact: the file is damaged; the artifact is quarantined by now.
+    """
+    if not workspace.recipe.slice_fields:
+        return {}
+    return parse_field_values(read_intact(workspace.store, result.rows, FILE))
+
+
+def heldout_slices(workspace: Workspace, result: PipelineResult) -> list[Slice]:
+    """Return the scores of the parts that evaluation.slices and gate.slices name.
+
+    None if a score table is damaged, since the gate has decided by now.
+    """
+    recipe, gate = workspace.recipe, workspace.recipe.gate
+    by = list(dict.fromkeys([*recipe.evaluation.slices, *gate.slices]))
+    if not by:
+        return []
+    import pandas as pd
+
+    from loraflow.evaluation.gate import heldout_rows
+    from loraflow.evaluation.slices import slice_scores
+
+    store, tables = workspace.store, {}
+    refs = {"base": result.base_scores, "tuned": result.tuned_scores, "champion": result.champion_scores}
+    try:
+        for name, ref in refs.items():
+            if ref is not None:
+                table = pd.read_parquet(io.BytesIO(read_intact(store, ref, "scores.parquet")))
+                tables[name] = heldout_rows(table, store.location(ref))
+        fields = read_field_values(workspace, result)
+    except CorruptArtifact as failure:
+        log.warning("the scores of slices are missing. %s", failure)
+        return []
+    guarded = [name for margins in gate.slices.values() for name in margins]
+    metrics, settings = list(dict.fromkeys([gate.primary, *gate.guards, *guarded])), recipe.evaluation
+    return slice_scores(tables, by, metrics, confidence=settings.confidence, seed=settings.seed, fields=fields)
