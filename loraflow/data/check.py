@@ -121,12 +121,10 @@ def _check(files: Path, config: CheckDatasetConfig, reading: _Reading, out: Path
     near = None if clusters is None else _write_clusters(out, table, splits, clusters)
     splits["train"] = repeated(columns, splits["train"], config)
     if config.heldout_fields:
-        gate_rows = (
-            (table.id_of(n), table.place(n))
-            for n in splits["heldout"].tolist()
-            if table.set_of(n, "heldout") == GATE_SET
-        )
-        write_field_values(files, gate_rows, config.heldout_fields, out)
+        heldout: list[int] = splits["heldout"].tolist()
+        gate_rows = (number for number in heldout if table.set_of(number, "heldout") == GATE_SET)
+        places = ((table.id_of(number), table.place(number)) for number in gate_rows)
+        write_field_values(files, places, config.heldout_fields, out)
     for split, rows in splits.items():
         _write_rows(out / f"{split}.jsonl", table, rows, split, clusters if config.group is None else None)
     return CheckReport(

@@ -130,7 +130,7 @@ def count_sources(
     found: SourceCounts = {}
     for number, source in enumerate(config.sources):
         of_splits = {split: rows[columns.sources[rows] == number] for split, rows in splits.items()}
-        numbers = {split: len(rows) for split, rows in of_splits.items()}
+        numbers: dict[str, int] = {split: len(rows) for split, rows in of_splits.items()}
         found[source.name] = {"read": 0, **counts.get(source.name, {}), **numbers}
         _count(found[source.name], "repeated", len(of_splits["train"]) - len(np.unique(of_splits["train"])))
     return found

@@ -26,10 +26,10 @@ from loraflow.stages import CHECK_DATASET, VERSION_DATASET
 
 
 def write(folder, values, name="heldout.jsonl", field="language"):
-    """Write rows with a field; return their records as check_dataset has them."""
+    """Write rows with a field; return (id, place) of each."""
     rows = [{"prompt": f"q{i}", "completion": "a"} | ({} if v is ... else {field: v}) for i, v in enumerate(values)]
     (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [{"id": f"r{i}", "set": "heldout", "place": f"{name}:{i + 1}", "messages": []} for i in range(len(rows))]
+    return [(f"r{i}", f"{name}:{i + 1}") for i in range(len(rows))]
 
 
 def values_of(folder, values, fields=("language",), **kwargs):
@@ -49,16 +49,14 @@ def test_a_cell_of_a_table_and_of_parquet_is_the_same_value_as_one_of_json(tmp_p
     table.to_csv(tmp_path / "x.csv", index=False)
     table.assign(level=[1.0, np.nan]).to_parquet(tmp_path / "x.parquet")
     for name in ("x.csv", "x.parquet"):
-        records = [{"id": f"r{i}", "set": "heldout", "place": f"{name}:row {i}", "messages": []} for i in (1, 2)]
+        records = [(f"r{i}", f"{name}:row {i}") for i in (1, 2)]
         write_field_values(tmp_path, records, ["level"], tmp_path)
         found = parse_field_values((tmp_path / FILE).read_bytes())
         assert [found["r1"]["level"], found["r2"]["level"]] == ["1", NO_VALUE], name
 
 
 def test_rows_of_other_sets_are_not_read(tmp_path):
-    records = write(tmp_path, ["de", "en"])
-    records[1]["set"] = "hard"
-    write_field_values(tmp_path, records, ["language"], tmp_path)
+    write_field_values(tmp_path, write(tmp_path, ["de", "en"])[:1], ["language"], tmp_path)
     assert parse_field_values((tmp_path / FILE).read_bytes()).keys() == {"r0"}
 
 
