@@ -218,6 +218,7 @@ TRAIN = Stage(
         "loraflow.training.trainer",
         "loraflow.training.schedule",
         "loraflow.training.batches",
+        "loraflow.training.row_lengths",
         "loraflow.training.collation",
         "loraflow.training.prefix_sharing",
         "loraflow.training.sharding",

@@ -35,9 +35,11 @@ from loraflow.training.collation import (
     with_targets,
 )
 from loraflow.training.prefix_sharing import PrefixSharing, share_prefix
+from loraflow.training.row_lengths import choose_lengths
 
 ROUND = 64  # tokens; lengths of concatenated micro-batches are multiples of it
-SHAPES = 4  # number of lengths of concatenated micro-batches if rows are not packed
+MEASURED_STEPS = 2000  # optimizer steps by which the lengths of micro-batches are chosen
+MOST_PADDING = 0.03  # of packed rows, if all micro-batches have the same length
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class GridRows:
 Layout = Concatenated | GridRows
 
 
-def concatenated_layout(rows: TokenRows, steps: NDArray[np.int64], budget: int, devices: int = 1) -> Concatenated:
+def concatenated_layout(
+    rows: TokenRows, steps: NDArray[np.int64], budget: int, devices: int = 1, length_cost: float = 0.0
+) -> Concatenated:
     """Choose the allowed lengths of concatenated micro-batches.
 
     Args:
@@ -70,18 +74,24 @@ def concatenated_layout(rows: TokenRows, steps: NDArray[np.int64], budget: int, 
         steps: row numbers of each optimizer step, [steps, global batch].
         budget: tokens of a micro-batch that fit into memory.
         devices: number of devices that share the micro-batches of a step.
+        length_cost: what one more length costs, in tokens of padding. It depends on how the layers are computed.
     """
     longest = int(rows.lengths.max())
     most = int(rows.tokens[steps].sum(1).max())
     if rows.row_length is not None:
         micro_batch_rows = max(1, min(budget // rows.row_length, math.ceil(steps.shape[1] / devices)))
         count = math.ceil(steps.shape[1] / micro_batch_rows / devices) * devices
-        return Concatenated((_round_up(math.ceil(steps.shape[1] / count) * rows.row_length),), longest)
+        length = _round_up(math.ceil(steps.shape[1] / count) * rows.row_length)
+        if rows.tokens[steps].sum() >= (1 - MOST_PADDING) * len(steps) * count * length:
+            return Concatenated((length,), longest)
     count = math.ceil(most / max(budget, longest) / devices) * devices
     # 5 % more than the average, because a row is never divided between micro-batches.
     full = _round_up(max(int(rows.tokens[steps].max()), math.ceil(most / count * (1.05 if count > 1 else 1.0))))
-    lengths = {_round_up(math.ceil(full * k / SHAPES)) for k in range(1, SHAPES + 1)}
-    return Concatenated(tuple(sorted(lengths)), longest)
+    measured = steps[:: -(-len(steps) // MEASURED_STEPS)]
+    used = [int(rows.tokens[step][part].sum()) for step in measured for part in assign(rows.tokens[step], full)]
+    if len(measured) < len(steps):
+        used.append(full)
+    return Concatenated(choose_lengths(np.array([_round_up(tokens) for tokens in used]), length_cost), longest)
 
 
 def _round_up(tokens: int) -> int:

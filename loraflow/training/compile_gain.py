@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 COMPILE_SECONDS = 30.0  # in a new process without a cache of compiled code; 5 to 12 s were measured in a warm process
+LENGTH_SECONDS = 10.0  # to compile for one more length of micro-batches
 MEASURED_TOKENS = 8192
 
 

@@ -17,9 +17,9 @@ from loraflow.training.arguments import BatchSettings, trainer_arguments
 from loraflow.training.base_model import adapter_config, initialise_adapter
 from loraflow.training.batches import GridRows, Layout, StepDataset, concatenated_layout
 from loraflow.training.choices import EngineChoices
-from loraflow.training.compile_gain import COMPILE_SECONDS, seconds_saved
+from loraflow.training.compile_gain import COMPILE_SECONDS, LENGTH_SECONDS, seconds_saved
 from loraflow.training.cuda_graphs import GraphedPass
-from loraflow.training.graph_choice import choose_graphs
+from loraflow.training.graph_choice import FLOPS, RECORDING_PASSES, choose_graphs
 from loraflow.training.layers import prepare_layers
 from loraflow.training.lora_kernels import accelerate_loras, to_fp8
 from loraflow.training.memory import ENOUGH_TOKENS, MemoryFit, Recompute, fit_memory
@@ -42,7 +42,8 @@ def build_fast_trainer(
     sharded = choices.base_sharded
     fit = choose_memory_fit(setup, attention, sharded=sharded)
     tokens, passes = _passes(setup, fit.tokens)
-    if fit.elementwise and not choose_compile(setup, attention, tokens, passes, graphed=False)[0]:
+    is_compiling = choose_compile(setup, attention, tokens, passes, graphed=False)[0]
+    if fit.elementwise and not is_compiling:
         fit = choose_memory_fit(setup, attention, sharded=sharded, compiled=False)
         tokens, passes = _passes(setup, fit.tokens)
     sharing, sharing_note = choose_prefix_sharing(setup, model, attention)
@@ -64,7 +65,14 @@ def build_fast_trainer(
             setup.work,
             setup.checkpoints,
         ),
-        steps=_training_steps(setup, fit, micro_batch_rows, sharing, sharded=sharded),
+        steps=_training_steps(
+            setup,
+            fit,
+            micro_batch_rows,
+            sharing,
+            length_cost=_length_cost(setup, tokens, is_compiling),
+            sharded=sharded,
+        ),
         validation=_validation_steps(setup, fit, attention, sharing, sharded=sharded),
         group=setup.group,
         preemption=setup.preemption,
@@ -182,10 +190,16 @@ def _micro_batch_rows(setup: TrainingSetup) -> int:
 
 
 def _training_steps(
-    setup: TrainingSetup, fit: MemoryFit, micro_batch_rows: int | None, sharing: PrefixSharing | None, *, sharded: bool
+    setup: TrainingSetup,
+    fit: MemoryFit,
+    micro_batch_rows: int | None,
+    sharing: PrefixSharing | None,
+    *,
+    length_cost: float,
+    sharded: bool,
 ) -> StepDataset:
     layout: Layout = (
-        concatenated_layout(setup.rows, setup.step_rows, fit.tokens, setup.group.size)
+        concatenated_layout(setup.rows, setup.step_rows, fit.tokens, setup.group.size, length_cost)
         if micro_batch_rows is None
         else GridRows(micro_batch_rows)
     )
@@ -230,6 +244,19 @@ def _step_dataset(
         equal_count=equal_count,
         with_positions=setup.longrope_switch is not None,
     )
+
+
+def _length_cost(setup: TrainingSetup, tokens: int, is_compiling: bool) -> float:
+    """Return what one more length of micro-batches costs, in tokens of padding.
+
+    Args:
+        setup: of the training.
+        tokens: of a pass.
+        is_compiling: whether the layers are compiled, once for each length. Otherwise, passes may be recorded.
+    """
+    if not is_compiling or setup.shape is None:
+        return RECORDING_PASSES * tokens
+    return LENGTH_SECONDS * FLOPS / (4 * setup.shape.linear_weights)
 
 
 def _passes(setup: TrainingSetup, micro_batch_tokens: int) -> tuple[int, int]:

@@ -22,7 +22,8 @@ LAUNCH_SECONDS = (
     4.3e-3  # to start the kernels of a compiled layer, forward and backward; uncompiled ones take twice that
 )
 FLOPS = 6e14  # of the frozen products in bfloat16, in a second
-LEAST_PASSES = 50  # recording a shape takes as long as about ten passes; there are up to four shapes
+RECORDING_PASSES = 10  # recording a shape takes as long
+LEAST_PASSES = 50
 
 
 def choose_graphs(

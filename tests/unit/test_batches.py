@@ -90,7 +90,7 @@ def test_compiled_layers_give_the_same_result(base, straight, tmp_path, monkeypa
     monkeypatch.setattr(attention, "by_document", _compilable)
     counters.clear()
     other, found = run(base, straight[0], tmp_path, runtime__compile="on", peft_config__lora_dropout=0.1)
-    assert counters["stats"]["unique_graphs"] <= 2 * batches.SHAPES, "all layers share a graph"
+    assert counters["stats"]["unique_graphs"] <= 2, "all layers share a graph, and a small model's rows have one length"
     monkeypatch.undo()
     plain, losses = run(base, straight[0], tmp_path / "plain", peft_config__lora_dropout=0.1)
     assert same(plain, other, 1e-4)
