@@ -14,7 +14,7 @@ from pydantic import Field, JsonValue
 
 from loraflow.config import Recipe
 from loraflow.data.drift import why_wait
-from loraflow.data.git_branch import find_newest_commit
+from loraflow.data.git_branch import newest_settings
 from loraflow.flows.finetune import decide_and_register, publish_and_report, repairs
 from loraflow.flows.parameters import NO_SETTINGS, RecipeName, Settings
 from loraflow.flows.pipeline import pipeline
@@ -49,8 +49,8 @@ def retrain(
     if approval:
         refuse_without_deployment()
 
-    def newest_dataset(read: Recipe) -> dict[str, str]:
-        return find_newest_commit(read.data.repo, branch).settings()
+    def newest_dataset(read: Recipe) -> dict[str, JsonValue]:
+        return newest_settings(read.data, branch)
 
     with open_run(recipe, settings, [], newest_dataset) as run:
         for attempt in repairs(run):

@@ -10,11 +10,17 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import JsonValue
 
 from loraflow.data.dvc import Pin
 from loraflow.data.git import GitError, git, git_or_none, head_commit, is_url
 from loraflow.failures import BadConfig, Network
 from loraflow.store.lock import flock
+
+if TYPE_CHECKING:
+    from loraflow.config.recipe import Data
 
 log = logging.getLogger("loraflow")
 FOLDER = Path(".loraflow", "branches")
@@ -31,6 +37,30 @@ class DatasetCommit:
     def settings(self) -> dict[str, str]:
         """Return the recipe settings that select this commit."""
         return {"data.repo": self.repo, "data.rev": self.commit}
+
+
+def newest_settings(data: Data, branch: str) -> dict[str, JsonValue]:
+    """Return the recipe settings that select the newest dataset of a branch.
+
+    Of a mixture, each `.dvc` file is read from the branch of its repository, unless it names a revision of its own. Sources
+    that are files or folders are read as they are.
+
+    Raises:
+        BadConfig: the branch does not exist, or the folder is not a git repository.
+        Network: the remote does not answer.
+    """
+    if not data.sources:
+        return {**find_newest_commit(data.repo, branch).settings()}
+    newest: dict[str, DatasetCommit] = {}  # by repository, which several sources may share
+    sources: list[JsonValue] = []
+    for source in data.sources:
+        values = source.model_dump(mode="json", exclude_defaults=True)
+        if source.source.endswith(".dvc") and source.rev is None:
+            found = newest.get(source.repo) or find_newest_commit(source.repo, branch)
+            newest[source.repo] = found
+            values |= {"repo": found.repo, "rev": found.commit}
+        sources.append(values)
+    return {"data.sources": sources} if newest else {}
 
 
 def find_newest_commit(repo: str, branch: str, remote: str = "origin") -> DatasetCommit:

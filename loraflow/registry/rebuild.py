@@ -82,19 +82,23 @@ def _command(store: Store, record: RunRecord, file: Path, text: str) -> str:
 
 
 def _differences(record: RunRecord, recipe: Recipe) -> Iterator[tuple[str, JsonValue]]:
-    """Yield (dotted key, recorded value) of the settings in which a run differs from a recipe."""
-    now = dict(_leaves(recipe.model_dump(by_alias=True, mode="json")))
-    for key, value in _leaves(record.resolved):
+    """Yield (dotted key, recorded value) of the settings in which a run differs from a recipe.
+
+    A setting that is a mapping, such as data.columns, is compared and given as a whole: its keys are not those of recipes.
+    """
+    now = dict(_settings(recipe.model_dump(by_alias=True, mode="json")))
+    for key, value in _settings(record.resolved):
         if key in now and now[key] != value:
             yield key, value
 
 
-def _leaves(values: Mapping[str, JsonValue], prefix: str = "") -> Iterator[tuple[str, JsonValue]]:
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
+def _settings(values: Mapping[str, JsonValue]) -> Iterator[tuple[str, JsonValue]]:
+    """Yield (dotted key, value) of a recipe: its sections' settings, and what is in no section."""
+    for section, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{section}.{name}", setting) for name, setting in value.items())
         else:
-            yield f"{prefix}{name}", value
+            yield section, value
 
 
 def revision_of(store: Store, record: RunRecord) -> dict[str, JsonValue]:

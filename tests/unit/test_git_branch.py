@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from loraflow.config.load import parse_recipe
 from loraflow.data import dvc
 from loraflow.data import git_branch as branch
 from loraflow.failures import BadConfig, Network
@@ -48,6 +49,32 @@ def test_the_remote_branch_is_read_without_a_checkout(repos):
     assert branch.find_newest_commit(str(worker), "main") == branch.DatasetCommit(str(worker), new)
     assert git(worker, "rev-parse", "HEAD") == before and (worker / "x").read_text() == "1"
     assert branch.find_newest_commit(str(repos[0].as_uri()), "main").commit == new, "a repository by URL"
+
+
+def test_a_mixture_reads_each_pin_from_the_branch_of_its_repository(repos):
+    _, mine, worker = repos
+    new = commit(mine, "2")
+    git(mine, "push", "-q")
+    text = f"""
+name: mix
+base: {{model: bundled:smollm2}}
+register: {{model: mix}}
+data:
+  sources:
+    - {{source: x.dvc, repo: {worker}, weight: 2}}
+    - {{source: y.dvc, repo: {worker}, rev: v1, name: replay}}
+    - {{source: faq.db, query: faq, columns: {{prompt: question}}}}
+"""
+    recipe = parse_recipe(text, name="mix.yaml")
+    found = parse_recipe(text, name="mix.yaml", overrides=branch.newest_settings(recipe.data, "main")).data
+    pinned = recipe.data.sources[0].model_copy(update={"rev": new})
+    assert found.sources == [pinned, *recipe.data.sources[1:]], "a revision of its own stays, and so do files"
+    files = recipe.data.model_copy(update={"sources": recipe.data.sources[1:]})
+    assert branch.newest_settings(files, "no such branch") == {}
+    assert branch.newest_settings(parse_recipe(text.split("data:")[0], name="x").data, "main").keys() == {
+        "data.repo",
+        "data.rev",
+    }
 
 
 def test_a_local_branch_that_is_ahead_is_used_and_a_diverged_branch_is_not(repos):

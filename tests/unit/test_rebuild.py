@@ -45,6 +45,7 @@ OVERRIDES = {
     "data.system": 'it\'s "brief": yes, é',
     "merge.dtype": "float32",
     "training_config.bf16": False,
+    "data.columns": {"prompt": "question"},
 }
 
 
