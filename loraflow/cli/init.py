@@ -174,14 +174,14 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
         for line in lines:
             click.echo(f"  {line}")
     click.echo(
-        f"{target}/   a copy of your {'files' if len(names) > 1 else 'file'}: what runs read; change and add rows there"
+        f"{target}/   a copy of your {'files' if len(names) > 1 else 'file'}: runs read it, so change and add rows there"
     )
     click.echo(f"{recipe}   the recipe; its comments explain each line")
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
     if deployments := write_prefect_yaml(Path(), name, template):
         click.echo(f"{deployments}   deployments for `loraflow up` and `loraflow deploy`")
     if readme := write_readme(Path(), recipe, target):
-        click.echo(f"{readme}   what lies where, and the commands of every day")
+        click.echo(f"{readme}   what each file is for, and the everyday commands")
     if dvc_pipeline:
         write_pipeline(Path(), name, recipe, target)
         click.echo(f"{PIPELINE}   a stage for `dvc repro`, `dvc metrics diff`, `dvc exp show`")
