@@ -91,9 +91,9 @@ def check(source: str, form: str | None, personal: bool, as_json: bool) -> None:
     Exit status 1 if a row is malformed, there are no rows, or a check of data.profile with `fail` found too many rows.
     """
     from loraflow.cli.data_check import checked_source, print_findings
+    from loraflow.data.chat_table import source_of
     from loraflow.data.findings import Detector
     from loraflow.data.readers import is_answer_learned, is_partly_learned, match_nothing
-    from loraflow.data.sources import source_of
     from loraflow.data.split import prompt_key
 
     read = checked_source(source, form, personal=personal)
