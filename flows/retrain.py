@@ -43,8 +43,8 @@ def retrain(
         branch: Git branch to read the .dvc file from. If the branch of `origin` has newer commits, they are used.
         approval: Require manual approval before promotion.
         settings: Any other key of the recipe, such as {"evaluation.max_rows": 50}.
-        min_changed_rows: Train only if so many training rows were added, removed or edited since the champion.
-        min_shift: Train only if the training rows shifted so much, from 0 to 1. With both, one of them is enough.
+        min_changed_rows: Train only if at least this many training rows were added, removed or edited since the champion.
+        min_shift: Train only if the training rows shifted at least this much, from 0 to 1. If both are set, one is enough.
     """
     if approval:
         refuse_without_deployment()

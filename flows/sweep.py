@@ -49,7 +49,7 @@ def sweep(
         seeds: Train each combination with this many seeds, and compare the means.
         approval: Require manual approval before promotion.
         settings: Any other key of the recipe, for all trials, such as {"evaluation.max_rows": 50}.
-        max_trials: Refuse a sweep of more trainings than this.
+        max_trials: Refuse a sweep with more trials than this.
     """
     if approval:
         refuse_without_deployment()

@@ -120,7 +120,6 @@ CHECK_DATASET = Stage(
         "loraflow.data.chat_formats",
         "loraflow.data.cell_values",
         "loraflow.data.sources",
-        "loraflow.data.source_limits",
         "loraflow.data.hidden_files",
         "loraflow.data.sqlite_reader",
         "loraflow.data.row_fields",

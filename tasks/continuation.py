@@ -42,7 +42,7 @@ def go_on_in_another_run(spent: BudgetSpent, computed: Sequence[str]) -> None:
         log.warning("no other run was scheduled: %s", mask(str(error)))
         return
     spent.next_step = f"nothing: the run {name} of the same deployment goes on from the last checkpoint"
-    log.warning("the time of this run is over; it goes on in the run %s", name)
+    log.warning("the time of this run is over; the run %s continues it", name)
 
 
 def go_on_after_signal(computed: Sequence[str]) -> None:
@@ -53,13 +53,13 @@ def go_on_after_signal(computed: Sequence[str]) -> None:
     """
     try:
         if _is_cancelled():
-            log.info("this run was cancelled, so no other run goes on")
+            log.info("this run was cancelled, so no other run continues it")
             return
         name = _schedule(computed)
     except Exception as error:  # the server is gone: a run that may have been cancelled must not come back
         log.warning("no other run was scheduled: %s", mask(str(error)))
         return
-    log.warning("this run was asked to end; it goes on in the run %s", name)
+    log.warning("this run was asked to end; the run %s continues it", name)
 
 
 def _is_cancelled() -> bool:

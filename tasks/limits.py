@@ -17,9 +17,9 @@ log = logging.getLogger("loraflow")
 @task(name="check", task_run_name="check rows", cache_policy=NO_CACHE, persist_result=False)
 def check_rows(workspace: Workspace, rows: Ref) -> None:
     """Stop the run if too many rows are malformed or near-duplicates are refused, or no row is left."""
-    from loraflow.data import check
     from loraflow.data.check_report import CheckReport
     from loraflow.data.findings import refuse_findings
+    from loraflow.data.row_limits import check_limits
 
     report = workspace.store.manifest(rows).report
     where = f"{workspace.store.location(rows)}/report.json"
@@ -28,7 +28,7 @@ def check_rows(workspace: Workspace, rows: Ref) -> None:
     refuse_findings(report, where)
     data = workspace.recipe.data
     refuse = data.near_duplicates == "refuse"
-    check.check_limits(
+    check_limits(
         report,
         data.max_quarantined,
         where,

@@ -121,7 +121,7 @@ def _require_same_validation(run: Run, trials: Sequence[Trial], inputs: dict[str
     expected = validation(inputs[first.label].tokens)
     if not expected:
         raise BadData(
-            "The dataset has no validation rows, which a sweep chooses by.",
+            "The dataset has no validation rows, and a sweep chooses by their loss.",
             where=first.workspace.recipe.data.source,
             got=f"data.validation_fraction {first.workspace.recipe.data.validation_fraction:g} took none of the rows",
             next_step="raise data.validation_fraction, or add rows",
@@ -132,7 +132,7 @@ def _require_same_validation(run: Run, trials: Sequence[Trial], inputs: dict[str
                 "The trials have different validation rows, so their losses cannot be compared.",
                 where=trial.label,
                 expected=f"the validation tokens of {first.label!r}",
-                next_step="leave the keys out of --grid that change the dataset, the tokenizer or the length of rows",
+                next_step="remove the keys from --grid that change the dataset, the tokenizer or the length of rows",
             )
 
 
@@ -190,5 +190,5 @@ def refuse_if_all_failed(record: SweepRecord) -> str:
         f"All {len(record.trials)} trials failed.",
         where="loraflow sweep",
         got=f"the first problems:{problems}",
-        next_step="train one of them by `loraflow run` with its settings, and see its whole message",
+        next_step="run one of them by `loraflow run` with its settings, to see the full message",
     )

@@ -44,7 +44,7 @@ def upgrade_prefect_yaml(text: str, folder: Path) -> Upgraded:
             edits.append(edit)
     new = apply(text, edits)
     if new != text and not _has_name(new, name):
-        return Upgraded(text, [*notes, "left as it is: the file is written in another style than one key a line"])
+        return Upgraded(text, [*notes, "left unchanged: the file does not have one key per line"])
     return Upgraded(new, notes)
 
 

@@ -134,7 +134,7 @@ def check_trainable(model: PreTrainedModel, peft_config: PeftConfig) -> None:
     found = find_targets(model, peft_config)
     if not found.modules and not found.parameters:
         raise BadConfig(
-            "The recipe adapts nothing in this base.",
+            "The recipe adapts no module of this base.",
             where="peft_config.target_modules",
             expected="at least one linear layer",
             got=found.summary(),

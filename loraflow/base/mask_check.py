@@ -46,7 +46,7 @@ def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokeni
         for last in _ends(encoded.labels):
             if last < len(theirs) and (not theirs[last] or any(theirs[last + 1 : last + 2])):
                 raise BadModel(
-                    "Training learns answers with another end than transformers marks.",
+                    "A learned answer ends at another token than the answer that transformers marks.",
                     where="chat_template",
                     expected=f"the last marked token at {_last(theirs, last)}",
                     got=f"at {last}: {template.tokenizer.decode(encoded.ids[: last + 1].tolist(), False)[-60:]!r}",

@@ -1,4 +1,4 @@
-"""The short README.md of a new project: what lies where, and the commands of every day."""
+"""The short README.md of a new project: what each file is for, and the everyday commands."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ A model that is fine-tuned with loraflow on the chats in `{data}`.
 loraflow plan {recipe}    what a run computes, and why
 loraflow run  {recipe}    check the data, train, score, promote the model if it is better
 loraflow chat champion    talk to the model in use
-loraflow data add {data}   after a change of the data: make a version of it
+loraflow data add {data}   after you changed the data: pin the new version
 loraflow up               a server with a form for runs, and a nightly schedule that you can switch on
 ```
 
-| file | is | in git |
+| file | content | in git |
 |---|---|---|
 | `{recipe}` | all settings, with a reason on every line | yes |
 | `{data}.dvc` | the version of the data: its hash | yes |
 | `{data}/` | the data itself; DVC keeps and fetches its versions (`dvc remote add -d NAME URL` once, for a team) | no |
-| `prefect.yaml` | the deployments: what people start in the UI, and schedules | yes |
+| `prefect.yaml` | deployments and schedules for Prefect's UI | yes |
 | `.loraflow/` | the store: models, scores, the promotion log | no |
 """
 

@@ -102,8 +102,8 @@ def _write_dvclive(recipe: str, overrides: dict[str, JsonValue], run: str) -> No
 
 SIDES = ("base", "tuned", "champion")
 UNDECIDED = (
-    "Nothing was promoted: these held-out rows do not show a difference for certain. More of them do: add rows, or raise "
-    "data.heldout_fraction. By hand: loraflow promote {run} --reason …"
+    "Nothing was promoted: the held-out rows do not show a clear difference. Add rows, or raise "
+    "data.heldout_fraction. To promote by hand: loraflow promote {run} --reason …"
 )
 
 

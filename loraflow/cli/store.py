@@ -108,7 +108,7 @@ def _check_signature(log: PromotionLog, signers: Path) -> None:
             "Entries of the promotion log are not signed.",
             where=f"{log.store.uri}/{log.folder}/log",
             got=f"entries {signed.entries + 1} to {len(hashes)} are not signed",
-            next_step="look at `loraflow registry`; if they are right, `loraflow registry sign --key FILE`",
+            next_step="check them with `loraflow registry`; if they are right, `loraflow registry sign --key FILE`",
         )
     click.echo(f"{signed.entries} entries of {log.model} are signed by {signed.signer}")
 

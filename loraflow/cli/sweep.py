@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     default=MAX_TRIALS,
     show_default=True,
-    help="Refuse a sweep of more trainings than this.",
+    help="Refuse a sweep with more trials than this.",
 )
 @json_option
 @click.option("--strict-gate", is_flag=True, help="Exit with 3 when nothing was promoted.")
@@ -168,7 +168,7 @@ def _show_plan(planned: SweepPlan) -> None:
     click.echo(f"{before} the chosen trial is merged, scored and judged")
     times = [trial.seconds for trial in planned.trials if trial.status != "cached"]
     if times and all(time is not None for time in times):
-        click.echo(f"such trainings took {sum(time for time in times if time is not None):.0f} s the last time")
+        click.echo(f"trainings like these took {sum(time for time in times if time is not None):.0f} s the last time")
 
 
 def show_trials(record: SweepRecord) -> None:
@@ -179,7 +179,7 @@ def show_trials(record: SweepRecord) -> None:
     from loraflow.reporting.sweep import columns, table_rows
 
     console = Console(highlight=False)
-    table = Table(title="trials, by the loss on validation rows", title_justify="left")
+    table = Table(title="trials, ordered by validation loss", title_justify="left")
     for name in ("", *columns(record), "validation loss", "mean", "spread", "seconds"):
         table.add_column(name, justify="right")
     rows = table_rows(record)

@@ -24,7 +24,7 @@ def upgrade(write: bool) -> None:
     """Bring this project's files forward: recipes in configs/, prefect.yaml, .gitignore and .dvcignore.
 
     Shows the changes as a unified diff, and writes them with --write or after a yes. Comments and everything else in the
-    files stay as they are. What cannot be changed for certain is named, and left to you.
+    files stay as they are. What cannot be changed safely is named, and left to you.
     """
     quiet_logging()
     changes: dict[Path, tuple[bytes, bytes]] = {}
@@ -59,10 +59,10 @@ def _upgraded_files() -> Iterator[tuple[Path, Upgraded, str]]:
     recipes = sorted(path for pattern in ("*.yaml", "*.yml") for path in Path("configs").glob(pattern))
     if not recipes and not Path(FILE).exists():
         raise BadConfig(
-            "This folder is no project of loraflow.",
+            "This folder is not a loraflow project.",
             where=str(Path.cwd()),
             expected=f"configs/ with recipes, or {FILE}",
-            next_step="go to the project's folder; or make one: loraflow init --data FILE --base MODEL",
+            next_step="go to the project's folder, or make a project: loraflow init --data FILE --base MODEL",
         )
     how: dict[Path, Callable[[str], Upgraded]] = {
         recipe: lambda text, name=recipe.stem: upgrade_recipe(text, name)  # type: ignore[misc]
@@ -83,7 +83,7 @@ def _upgraded_files() -> Iterator[tuple[Path, Upgraded, str]]:
 
 
 def _read(file: Path) -> str:
-    """Return a file's text with its own line ends.
+    """Return a file's text with its own line endings.
 
     Raises:
         BadConfig: it is not UTF-8, or cannot be read.
@@ -112,7 +112,7 @@ def _write(file: Path, old: bytes, new: bytes) -> None:
     target = file.resolve()
     present = target.read_bytes() if target.exists() else b""
     if present != old:
-        raise BadConfig(f"{file} was changed meanwhile.", where=str(file), next_step="run loraflow upgrade again")
+        raise BadConfig(f"{file} was changed in the meantime.", where=str(file), next_step="run loraflow upgrade again")
     temporary = target.with_name(f".{target.name}.upgrade")
     temporary.write_bytes(new)
     if target.exists():

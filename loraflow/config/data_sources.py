@@ -43,7 +43,7 @@ class DataSource(FrozenModel):
     remote: str | None = Field(None, description="DVC remote to fetch from; the default is DVC's default remote.")
     files: list[str] = Field(["*"], description="The files of the source to read: names or patterns.")
     query: str | None = Field(
-        None, description="Of a SQLite database: the table, or a SELECT statement. The default is its only table."
+        None, description="For a SQLite database: a table, or a SELECT statement. The default is its only table."
     )
     weight: Annotated[float, Field(gt=0, le=MAX_WEIGHT)] = Field(
         1.0,
@@ -57,7 +57,7 @@ class DataSource(FrozenModel):
     columns: dict[str, str] = Field({}, description="Columns with other names: {prompt: question, completion: answer}.")
     split: Literal["train", "heldout"] | None = Field(
         None,
-        description="train: no row is held out. heldout: all rows are; then heldout_fraction holds out none of the others.",
+        description="train: no row is held out. heldout: all rows are, and heldout_fraction does not apply to the others.",
     )
 
     _columns = field_validator("columns")(known_columns)

@@ -82,8 +82,8 @@ class Data(FrozenModel):
     heldout_fraction: Share = Field(0.1, description="Share of rows to hold out, by a seeded hash of the prompt.")
     heldout_reserve: ShareOrCount | None = Field(
         None,
-        description="Share or number of the held-out rows to keep in reserve. The first model is scored on the other ones, "
-        "and each later model on as many rows of the reserve, which no model was scored on before.",
+        description="Share or number of the held-out rows to keep in reserve. The first model is scored on the other rows. "
+        "Each later model is scored on as many rows of the reserve, on which no model was scored before.",
     )
     extra_heldout: dict[str, str] = Field(
         {}, description="More held-out sets, {name: file}; reported, but not used by the gate."
@@ -380,8 +380,8 @@ class Evaluation(FrozenModel):
     slices: list[SliceBy] = Field(
         [],
         description="Show the gate's scores for parts of the held-out rows. `length`: quarters by the reference's tokens; "
-        "`script`: the script of most letters of the question; else a field of the rows, such as `language`. They decide "
-        "nothing.",
+        "`script`: the script of most letters of the question; else a field of the rows, such as `language`. The gate "
+        "does not use them.",
     )
 
 
@@ -489,8 +489,8 @@ class Gate(FrozenModel):
     looks: Positive = Field(365, description="Number of challengers that share this error: a year of nights.")
     seeds: Annotated[int, Field(ge=1, le=20)] = Field(
         1,
-        description="Train so many models, with the seeds training_config.seed, seed + 1 and so on, and compare the mean of "
-        "their scores. The first one is registered.",
+        description="Number of models to train, with the seeds training_config.seed, seed + 1 and so on. The gate compares "
+        "the mean of their scores. The model of the first seed is registered.",
     )
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
         0.95, description="Confidence level of the guards, and of the one-sided bounds that are shown."
@@ -509,7 +509,7 @@ class Register(FrozenModel):
     def _taggable(self) -> Self:
         if self.git_tags and not re.fullmatch(r"[a-z0-9]([a-z0-9_-]*[a-z0-9])?", self.model):
             raise ValueError(
-                "register.git_tags needs a model's name of letters, digits, - and _, with a letter or digit last"
+                "register.git_tags needs a model name of letters, digits, - and _ that ends with a letter or digit"
             )
         return self
 

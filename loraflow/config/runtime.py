@@ -85,8 +85,9 @@ class Runtime(FrozenModel):
     )
     checkpointing: Literal["auto", "none", "elementwise", "selective", "full", "offload"] = Field(
         "auto",
-        description="Activations that are recomputed in the backward pass instead of stored: those of elementwise "
-        "operations, if layers are compiled (2 % slower, a quarter less memory), of half or all layers. auto uses "
+        description="Activations that are recomputed in the backward pass instead of stored. elementwise: those of norms, "
+        "rotations and activation functions, if layers are compiled (2 % slower, a quarter less memory). selective: those "
+        "of half of the layers. full: of all layers. offload: nothing is recomputed; main memory stores them. auto uses "
         "gradient_checkpointing if that is set, else the free memory.",
     )
     micro_tokens: Annotated[int, Field(ge=1)] | None = Field(
@@ -123,8 +124,8 @@ class Runtime(FrozenModel):
     )
     preemptible: bool = Field(
         False,
-        description="A run of a deployment that is ended by SIGTERM, and was not cancelled, schedules another run of its "
-        "deployment, which resumes: for machines that are taken away. A worker that a person stops sends SIGTERM, too.",
+        description="For machines that can be taken away: a run of a deployment that is ended by SIGTERM, and was not "
+        "cancelled, schedules another run of its deployment, which resumes. Stopping a worker sends SIGTERM, too.",
     )
     grace_seconds: Annotated[float, Field(ge=0)] = Field(
         20.0, description="Time between SIGTERM and SIGKILL for a worker, in which it saves a checkpoint."

@@ -19,7 +19,7 @@ class Upgraded(NamedTuple):
 
 
 def upgrade_recipe(text: str, name: str) -> Upgraded:
-    """Rename the old keys of a recipe. The recipe means the same afterwards, or it is left as it is, with a note."""
+    """Rename the old keys of a recipe. The recipe means the same afterwards, or it is left unchanged, with a note."""
     try:
         edits, notes = _edits(text)
     except yaml.Syntax as error:
@@ -30,8 +30,10 @@ def upgrade_recipe(text: str, name: str) -> Upgraded:
     try:
         same = parse_recipe(text, name) == parse_recipe(new, name)
     except BadConfig as failure:
-        return Upgraded(text, [*notes, f"left as it is, because it has other problems: {failure.got or failure.what}"])
-    return Upgraded(new, notes) if same else Upgraded(text, [*notes, "left as it is: the new names would change it"])
+        return Upgraded(text, [*notes, f"left unchanged, because it has other problems: {failure.got or failure.what}"])
+    return (
+        Upgraded(new, notes) if same else Upgraded(text, [*notes, "left unchanged: new names would change its meaning"])
+    )
 
 
 def _edits(text: str) -> tuple[list[Edit], list[str]]:

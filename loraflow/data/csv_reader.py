@@ -98,11 +98,11 @@ def _misread(header: list[str], cells: list[str], text: str, separator: str) -> 
     """Return why the cells are not what the author of a row wrote; None if nothing speaks for that."""
     plain = [cell.strip().lstrip("\ufeff").strip('"') for cell in cells]
     if plain == header:
-        return "the header, once more; remove this line"
+        return "the header is repeated; remove this line"
     for cell in cells:
         quoted = cell.lstrip(" ")
         if len(quoted) > 1 and cell != quoted and quoted[0] == quoted[-1] == '"' and f"{separator}{cell}" in text:
-            return f"a blank before a quote makes the quotes a part of the cell: {cell[:40]!r}; remove the blank"
+            return f"a space before a quote makes the quotes a part of the cell: {cell[:40]!r}; remove the space"
     values = [cell for cell in plain if cell]
     if len(values) > 1 and all(len(cell) > 1 and cell[0] == cell[-1] == "'" for cell in values):
         return "every cell is in single quotes, which are a part of it; use double quotes"

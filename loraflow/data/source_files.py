@@ -44,7 +44,7 @@ def locate_sources(sources: list[DataSource], memo: HashMemo, locate_one: _Locat
             place = _place(part)
             if place in places and source.files == ["*"]:
                 raise BadData(
-                    f"{label[0].upper()}{label[1:]} has a file that {places[place]} has too.",
+                    f"{label[0].upper()}{label[1:]} and {places[place]} have the same file.",
                     where=place,
                     expected="each file in one source: its weight says how often its rows are used",
                     next_step="remove it from one of them",

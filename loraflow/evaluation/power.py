@@ -95,7 +95,7 @@ class GatePower:
             )
         for metric, (margin, unchanged, needed) in self.guards.items():
             if not margin:
-                found.append(f"  {metric}: a margin of 0 is passed by better outputs only, never by unchanged ones")
+                found.append(f"  {metric}: a margin of 0 passes only better outputs, never unchanged ones")
             if needed is None:
                 continue
             if needed > self.rows:

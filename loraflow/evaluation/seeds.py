@@ -98,7 +98,7 @@ def with_seeds(
         parts: as for `decide`.
     """
     names = ", ".join(map(str, seeds))
-    noted = decision.with_reason(f"compared is the mean of {len(seeds)} models, of the seeds {names}")
+    noted = decision.with_reason(f"the mean of {len(seeds)} models (seeds {names}) is compared")
     if decision.verdict != "promote":
         return noted
     mine = own.set_index("id").sort_index()

@@ -62,9 +62,7 @@ def power_lines(parts: Mapping[str, int], margins: Mapping[str, float], confiden
     for name, rows in parts.items():
         for metric, margin in margins.items():
             if not margin:
-                lines.append(
-                    f"  {metric} on {name}: a margin of 0 is passed by better outputs only, never by unchanged ones"
-                )
+                lines.append(f"  {metric} on {name}: a margin of 0 passes only better outputs, never unchanged ones")
                 continue
             needed = max(rows_for_margin(margin, confidence, metric) or 0, MINIMUM_ROWS)
             if rows < needed:

@@ -127,7 +127,7 @@ def _variant(recipe_file: RecipeFile, settings: Mapping[str, JsonValue]) -> Reci
     except BadConfig as failure:
         shown = " ".join(f"{shorten(key)}={show_value(value)}" for key, value in settings.items())
         _, _, problems = failure.what.partition("\n")
-        what = "A trial of the sweep is no valid recipe" + (f":\n{problems}" if problems else f". {failure.what}")
+        what = "A trial of the sweep is not a valid recipe" + (f":\n{problems}" if problems else f". {failure.what}")
         for key in settings:  # the recipe's reader knows overrides only as --set
             what = what.replace(f"--set {shorten(key)}:", f"--grid {shorten(key)}:")
         raise BadConfig(what, where=f"the trial {shown}", next_step="correct --grid, --set or the recipe") from None
@@ -164,7 +164,7 @@ def _refuse_incomparable(grid: Grid) -> None:
             raise BadConfig(
                 "This key changes the validation rows or their tokens, so the trials' losses could not be compared.",
                 where=f"--grid {shorten(key)}",
-                expected="keys that leave the validation rows as they are, such as peft_config.r or data.limit",
+                expected="keys that do not change the validation rows, such as peft_config.r or data.limit",
                 next_step="run each value by `loraflow run`; the gate compares the models",
             )
 

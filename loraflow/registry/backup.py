@@ -162,7 +162,7 @@ def require_complete(failed: int, store: Store, target: Path) -> None:
         for missing in missing_models(PromotionLog(copy, model)):
             if missing.is_needed:
                 raise CorruptArtifact(
-                    f"The backup lacks a model of {model}, because the store lacks it. Everything else is in it.",
+                    f"The backup lacks a model of {model}, because the store lacks it. Everything else was copied.",
                     where=store.location(missing.ref),
                     got=f"entry {missing.entry.seq} of the promotion log names it",
                     next_step=f"{how_to_rebuild(store, missing.ref)}; then back up again",

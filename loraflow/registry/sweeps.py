@@ -104,12 +104,16 @@ def _notes(order: Sequence[Combination]) -> list[str]:
     notes = []
     first, second = order[0], order[1] if len(order) > 1 else None
     if first.failed:
-        notes.append("of every combination, a seed failed; the one with the fewest failures was chosen")
+        notes.append(
+            "at least one seed of every combination failed; the combination with the fewest failures was chosen"
+        )
     if second is None or first.mean is None or second.mean is None:
         return notes
     gap = second.mean - first.mean
     if first.deviation is None or second.deviation is None:
-        notes.append("one seed for a combination does not show how much of a difference is chance; --seeds 3 does")
+        notes.append(
+            "with one seed per combination, it is unknown how much of a difference is chance; --seeds 3 shows it"
+        )
         return notes
     error = math.sqrt(first.deviation**2 / len(first.losses) + second.deviation**2 / len(second.losses))
     if gap < 2 * error:

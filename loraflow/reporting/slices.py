@@ -13,7 +13,7 @@ def slice_lines(slices: Sequence[Slice]) -> Iterator[str]:
         yield from (
             "## Scores of parts of the held-out rows",
             "",
-            "They describe, and decide nothing, apart from gate.slices: with many parts, some differ by chance.",
+            "Only the parts in gate.slices affect the decision. With many parts, some differ by chance.",
             "",
         )
     for by in dict.fromkeys(one.by for one in slices):

@@ -242,7 +242,7 @@ def _read_request(file: Path) -> _RequestIdentity:
         return _RequestIdentity.model_validate_json(check_document(file.name, file.read_bytes()))
     except ValueError as error:  # pydantic's error is one, too
         raise BadConfig(
-            "It is not known what the unfinished output was asked for.",
+            "The settings of the unfinished output are unknown.",
             where=str(file),
             got=str(error).splitlines()[0],
             next_step=f"start over: rm -r {file.parent}",

@@ -41,7 +41,7 @@ def check_document(name: str, document: bytes) -> bytes:
         return document
     rest = document[found.end() :]
     if checksum(name, rest).encode() != found[1]:
-        raise ChangedDocument("the document was changed, or belongs elsewhere: its checksum is another one")
+        raise ChangedDocument("its checksum is wrong: the document was changed, or is a copy of another one")
     return _START + rest
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from loraflow.config.recipe import Data
 from loraflow.config.tools_file import read_tools_file
-from loraflow.data import check, dvc
+from loraflow.data import check, dvc, row_limits
 from loraflow.data.check_report import CheckReport
 from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
@@ -114,16 +114,16 @@ def test_too_many_malformed_rows_stop_the_run_and_are_listed(tmp_path):
         file.write("{nonsense\n")
     report = run_check(tmp_path / "data", tmp_path / "out")
     with pytest.raises(LimitExceeded) as caught:
-        check.check_limits(report, 0.01, "report.json")
+        row_limits.check_limits(report, 0.01, "report.json")
     assert "train.jsonl:51: column 2" in str(caught.value)
-    check.check_limits(report, 0.05, "report.json")
+    row_limits.check_limits(report, 0.05, "report.json")
 
 
 def test_an_empty_split_stops_the_run(tmp_path):
     write_chats(tmp_path / "data" / "train.jsonl", range(5))
     report = run_check(tmp_path / "data", tmp_path / "out", heldout_fraction=0.0)
     with pytest.raises(BadData, match="no heldout rows"):
-        check.check_limits(report, 0.01, "report.json")
+        row_limits.check_limits(report, 0.01, "report.json")
 
 
 def test_a_file_in_two_held_out_sets_is_refused(tmp_path):
@@ -139,7 +139,7 @@ def test_a_report_without_training_rows_has_an_empty_profile(tmp_path):
     assert report["profile"] == {} == json.loads((tmp_path / "out" / "report.json").read_text())["profile"]
     assert CheckReport.model_validate(report).profile is None
     with pytest.raises(BadData, match="no train rows"):
-        check.check_limits(report, 0.01, "report.json")
+        row_limits.check_limits(report, 0.01, "report.json")
 
 
 def test_the_quickstarts_splits_share_no_phrase():
@@ -188,7 +188,7 @@ def test_of_a_few_rows_one_prompt_at_least_is_held_out(tmp_path, count):
     for name, part in (("a", rows), ("b", rows[::-1])):
         write_rows(tmp_path / name / "data" / "train.jsonl", part)
         report = run_check(tmp_path / name / "data", tmp_path / name / "out", heldout_fraction=0.001)
-        check.check_limits(report, 0.01, "report.json")
+        row_limits.check_limits(report, 0.01, "report.json")
         assert report["sets"] == {"heldout": 1} and report["counts"]["held_out_of_few"] == 1
         assert report["rows"]["train"] == count - 1
         held += ids(tmp_path / name / "out" / "heldout.jsonl")
@@ -199,7 +199,7 @@ def test_a_dataset_without_held_out_rows_is_named_with_what_to_do(tmp_path):
     write_rows(tmp_path / "data" / "train.jsonl", [{"prompt": "q", "completion": str(n)} for n in range(5)])
     report = run_check(tmp_path / "data", tmp_path / "out")
     with pytest.raises(BadData) as caught:
-        check.check_limits(report, 0.01, "report.json", "mine.dvc")
+        row_limits.check_limits(report, 0.01, "report.json", "mine.dvc")
     assert str(caught.value).startswith("mine.dvc has no heldout rows.") and "data.heldout" in str(caught.value)
     assert "5 rows read, 5 left to train on" in str(caught.value)
 
@@ -211,7 +211,7 @@ def test_a_refusal_has_at_most_ten_lines(tmp_path):
     report = run_check(tmp_path / "data", tmp_path / "out")
     for limit, kind in ((0.01, LimitExceeded), (1.0, BadData)):
         with pytest.raises(kind) as caught:
-            check.check_limits(report, limit, "report.json")
+            row_limits.check_limits(report, limit, "report.json")
         lines = str(caught.value).splitlines()
         assert len(lines) <= 10 and max(map(len, lines)) < 260
 
@@ -243,7 +243,7 @@ def test_the_first_problems_are_those_that_stop_the_run(tmp_path):
     assert report["counts"]["marked_false"] == 21 and report["counts"]["malformed"] == 1
     assert report["first_problems"][0].startswith("train.jsonl:61: expected messages")
     with pytest.raises(LimitExceeded, match="train.jsonl:61"):
-        check.check_limits(report, 0.01, "report.json")
+        row_limits.check_limits(report, 0.01, "report.json")
 
 
 def test_keys_that_are_not_read_are_in_the_report(tmp_path):

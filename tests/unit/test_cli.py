@@ -77,7 +77,7 @@ def test_init_accepts_any_file_name_and_reports_unused_columns(tmp_path, phi3):
 
 
 def test_init_does_not_train_on_files_named_test(tmp_path, phi3):
-    from loraflow.cli.init import _split_by_name
+    from loraflow.cli.init_recipe import split_by_name
     from loraflow.config import load_recipe
 
     folder = tmp_path / "splits"
@@ -91,8 +91,8 @@ def test_init_does_not_train_on_files_named_test(tmp_path, phi3):
     assert "neither trained on nor held out: data/validation-00000-of-00001.jsonl" in done.stdout
     data = load_recipe(str(tmp_path / "configs/mine.yaml")).data
     assert data.train == ["data/train-00000-of-00001.jsonl"] and data.heldout == ["data/test-00000-of-00001.jsonl"]
-    assert _split_by_name(["test.jsonl"]) == (["test.jsonl"], [], []), "a file alone is what there is"
-    assert _split_by_name(["a.json", "dev.json", "devices.json"]) == (["a.json", "devices.json"], ["dev.json"], [])
+    assert split_by_name(["test.jsonl"]) == (["test.jsonl"], [], []), "a file alone is what there is"
+    assert split_by_name(["a.json", "dev.json", "devices.json"]) == (["a.json", "devices.json"], ["dev.json"], [])
 
 
 def test_data_check_names_file_and_line_and_fails(tmp_path):

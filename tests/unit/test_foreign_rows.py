@@ -68,12 +68,12 @@ def test_a_second_header_is_no_chat(tmp_path):
     for again in ("prompt,completion", '"prompt","completion"', '\ufeff"prompt", completion'):
         rows = read(tmp_path, "t.csv", f"prompt,completion\na,b\n{again}\nc,d\n")
         assert [bool(row.messages) for row in rows] == [True, False, True]
-        assert "the header, once more" in rows[1].problem
+        assert "the header is repeated" in rows[1].problem
 
 
 def test_quotes_that_do_not_count_as_quotes_are_refused_unless_all_cells_are_padded(tmp_path):
     rows = read(tmp_path, "a.csv", 'prompt,completion\nx, "b c"\n"x"," ""b c"""\ny, plain\n')
-    assert "a blank before a quote" in rows[0].problem
+    assert "a space before a quote" in rows[0].problem
     assert texts(rows[1]) == ["x", ' "b c"'], "quotes that the author wrote"
     assert texts(rows[2]) == ["y", " plain"]
     rows = read(tmp_path, "b.csv", 'prompt, completion\nx, "b, c"\nd, e\n')

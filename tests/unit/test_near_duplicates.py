@@ -10,7 +10,7 @@ import pytest
 from benchmarks.near_duplicates import all_pairs, found_pairs, make_chats
 from loraflow.config.recipe import Data, Recipe
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data import check
+from loraflow.data import check, row_limits
 from loraflow.data.check_report import CheckReport
 from loraflow.data.near import Comparison, Sketches
 from loraflow.data.near_split import near_policy
@@ -121,9 +121,9 @@ def test_refusing_names_the_rows_and_dropping_does_not_stop(tmp_path):
     write(tmp_path / "files/heldout.jsonl", held)
     write(tmp_path / "files/train.jsonl", [(near(held[0][0]), "x"), *((text(n), "y") for n in range(50, 60))])
     report = run_check(tmp_path, tmp_path / "out", policy="refuse", heldout=["heldout.jsonl"])
-    check.check_limits(report.as_json(), 0.01, "here")
+    row_limits.check_limits(report.as_json(), 0.01, "here")
     with pytest.raises(LimitExceeded, match=r"1 training rows are nearly the same as held-out rows") as stopped:
-        check.check_limits(report.as_json(), 0.01, "here", refuse_near_leaks=True)
+        row_limits.check_limits(report.as_json(), 0.01, "here", refuse_near_leaks=True)
     assert "train.jsonl:1" in str(stopped.value) and "heldout.jsonl:1" in str(stopped.value)
 
 

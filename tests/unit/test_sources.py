@@ -12,7 +12,7 @@ import pytest
 from loraflow.config import Recipe
 from loraflow.config.load import parse_recipe
 from loraflow.config.stage_configs import CheckDatasetConfig, VersionDatasetConfig
-from loraflow.data import check, version
+from loraflow.data import check, row_limits, version
 from loraflow.data.check_report import CheckReport
 from loraflow.data.dvc import dvc_md5
 from loraflow.data.readers import read_rows
@@ -52,7 +52,7 @@ class Mixture:
         version.run(job, Inputs({}), dataset, Progress())
         job = Job(stage="check_dataset", version=1, config=self.config.identity())
         report = check.run(job, Inputs({"dataset": dataset}), self.out, Progress()).report
-        check.check_limits(report, wanted.data.max_quarantined, "report.json")
+        row_limits.check_limits(report, wanted.data.max_quarantined, "report.json")
         self.report = CheckReport.model_validate(report)
 
     def places(self, split: str) -> list[str]:
@@ -248,7 +248,7 @@ def test_a_wrong_source_is_named_before_anything_runs(sources, data, problem):
     [
         ([{"source": "faq"}, {"source": "nothing"}], BadData, r"Source 2 \(nothing\): The dataset does not exist"),
         ([{"source": "faq/*.csv"}], BadData, r"Source 1 \(faq\): no file has a name of this pattern"),
-        ([{"source": "faq"}, {"source": "faq/", "name": "again"}], BadData, r"Source 2 \(again\) has a file that source 1"),
+        ([{"source": "faq"}, {"source": "faq/", "name": "again"}], BadData, r"Source 2 \(again\) and source 1"),
         ([{"source": "faq"}, {"source": "copy.jsonl"}], BadData, "The sources faq and copy have the same file"),
         ([{"source": "faq"}, {"source": "empty.jsonl"}], BadData, r"Source 2 \(empty\) gives no rows"),
         ([{"source": "faq"}, {"source": "general"}], LimitExceeded, r"400 of 400 rows of source 2 \(general\) are malformed"),

@@ -65,7 +65,7 @@ def test_the_end_of_answers_is_compared_with_transformers_own_mask(tmp_path, mon
     build_tokenizer(tmp_path, turns(marked))
     check_template(tmp_path)
     monkeypatch.setattr(mask_check, "_ends", lambda labels: [at + 1 for at in np.flatnonzero(labels != IGNORED)[-1:]])
-    with pytest.raises(BadModel, match="another end than transformers marks"):
+    with pytest.raises(BadModel, match="ends at another token"):
         check_template(tmp_path)
 
 

@@ -134,7 +134,7 @@ def test_a_pull_step_with_other_values_is_named_and_left(tmp_path):
 def test_a_file_in_another_style_is_left_with_a_note(tmp_path):
     text = "{pull: [{flows.project.enter: {}}], deployments: []}\n"
     new, notes = upgrade_prefect_yaml(text, tmp_path)
-    assert new == text and "another style" in notes[-1]
+    assert new == text and "one key per line" in notes[-1]
 
 
 def test_a_flow_of_the_projects_own_keeps_its_entrypoint(tmp_path):

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import loraflow.cli
-from loraflow.cli.init import COMMENT_COLUMN, _align_comment
+from loraflow.cli.init_recipe import COMMENT_COLUMN, align_comment
 
 
 def said(arguments: list[str], monkeypatch, capsys) -> str:
@@ -49,6 +49,6 @@ def test_another_wrong_call_says_what_click_says(monkeypatch, capsys):
     ],
 )  # fmt: skip
 def test_comments_of_a_new_recipe_are_in_one_column_and_values_stay(line, aligned):
-    found = _align_comment(line)
+    found = align_comment(line)
     assert found == line if not aligned else found.index("# ") == COMMENT_COLUMN
     assert found.split() == line.split()

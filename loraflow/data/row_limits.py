@@ -1,0 +1,77 @@
+"""What stops a run because of its rows: too many are malformed, near-duplicates are refused, or none are left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import JsonValue
+
+from loraflow.data.check_report import CheckReport
+from loraflow.data.source_limits import refuse_poor_sources
+from loraflow.failures import BadData, LimitExceeded
+
+MAX_PROBLEM = 200  # characters of a problem in a failure
+
+
+def check_limits(
+    report: Mapping[str, JsonValue],
+    max_quarantined: float,
+    where: str,
+    dataset: str = "The dataset",
+    *,
+    refuse_near_leaks: bool = False,
+) -> None:
+    """Stop the run if a report of check_dataset exceeds the recipe's limits.
+
+    Args:
+        report: the report in the artifact's manifest.
+        max_quarantined: largest share of malformed rows (data.max_quarantined).
+        where: location of the report, for messages.
+        dataset: the dataset's name, for messages.
+        refuse_near_leaks: whether training rows that are near to a held-out row stop the run (data.near_duplicates).
+
+    Raises:
+        LimitExceeded: too many rows are malformed, or training rows are near to held-out rows.
+        BadData: there are no training rows, or no held-out rows.
+    """
+    found = CheckReport.model_validate(report)
+    problems = "".join(f"\n            {_short(problem)}" for problem in found.first_problems)
+    read = found.counts.get("read", 0)
+    refuse_poor_sources(found, max_quarantined, where)
+    if found.malformed_share > max_quarantined:
+        raise LimitExceeded(
+            f"{found.counts.get('malformed', 0)} of {read} rows are malformed.",
+            where=where,
+            expected=f"at most {max_quarantined:.2%} (data.max_quarantined)",
+            got=f"{found.malformed_share:.2%}; the first problems:{problems}",
+            next_step="fix these rows, then run `loraflow data add`, or raise data.max_quarantined",
+        )
+    if refuse_near_leaks and (leaks := found.counts.get("near_leak", 0)):
+        raise LimitExceeded(
+            f"{leaks} training rows are nearly the same as held-out rows.",
+            where=where,
+            expected="none (data.near_duplicates: refuse)",
+            got=f"the first problems:{problems}",
+            next_step="remove them, then run `loraflow data add`, or set data.near_duplicates: drop; quarantine.jsonl "
+            "in the artifact names all of them",
+        )
+    for name, count, next_step in (
+        ("train", found.rows.train, "add rows, or correct data.train, data.columns or data.heldout_fraction"),
+        (
+            "heldout",
+            found.rows.heldout,
+            "name a file with held-out rows in data.heldout, or set data.heldout_fraction; it needs two different prompts",
+        ),
+    ):
+        if not count:
+            raise BadData(
+                f"{dataset} has no {name} rows.",
+                where=where,
+                got=f"{read} rows read, {found.rows.train} left to train on{problems}",
+                next_step=next_step,
+            )
+
+
+def _short(problem: str) -> str:
+    line = " ".join(problem.split())
+    return line if len(line) <= MAX_PROBLEM else line[: MAX_PROBLEM - 1] + "…"
