@@ -13,7 +13,7 @@ from loraflow.adapters.lora_updates import PREFIX
 from loraflow.adapters.origin import check_origin
 from loraflow.adapters.safetensors_files import TensorEntry
 from loraflow.adapters.tokenizer_files import check_tokenizer_files, refuse_other_ids
-from loraflow.adapters.validation import check_tensors, check_vocabulary
+from loraflow.adapters.validation import check_initialisation, check_tensors, check_vocabulary
 from loraflow.adapters.vocabulary import embedding_names, fit_vocabulary
 from loraflow.base.meta import model_without_weights
 from loraflow.base.weight_files import refuse_pickles
@@ -40,6 +40,7 @@ def check_adapter(
     """
     refuse_pickles(adapter)
     config = AdapterConfig.read(adapter)
+    check_initialisation(config, adapter)
     check_tensors(adapter)
     check_tokenizer_files(adapter)
     check_origin(adapter, base, base_digest)

@@ -16,9 +16,14 @@ from loraflow.failures import BadModel
 FILE = "adapter_config.json"
 
 
+_LARGEST = 1e30  # more is no alpha or rank of a trained adapter; float32 ends at 3e38
+
+
 def _number(value: JsonValue) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("not a number")
+    if not -_LARGEST < value < _LARGEST:  # json reads NaN and Infinity, too; neither is within the limits
+        raise ValueError("not a finite number")
     return value
 
 
@@ -28,6 +33,8 @@ Number = Annotated[int | float, PlainValidator(_number)]  # an integer stays one
 # two from the weights alone. The others need what the adapter does not contain: data, gradients, or a random state.
 RECOMPUTED = ("pissa", "olora")
 NOT_RECOMPUTED = ("pissa_niter", "corda", "loftq", "lora_ga")
+# Initialisations that leave the base as it is: all others of peft 0.21.
+_BASE_UNCHANGED = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 
 
 class AdapterConfig(BaseModel):
@@ -64,7 +71,7 @@ class AdapterConfig(BaseModel):
             raise BadModel(
                 "The adapter's configuration is damaged.",
                 where=str(file),
-                expected=f"a number at {'.'.join(map(str, first['loc']))}",
+                expected=f"a finite number at {'.'.join(map(str, first['loc']))}",
                 got=repr(first["input"]),
             ) from error
         except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -88,6 +95,11 @@ class AdapterConfig(BaseModel):
     def initialisation(self) -> str:
         """The value of `init_lora_weights` in lower case."""
         return str(self.init_lora_weights).lower()
+
+    @property
+    def initialisation_is_known(self) -> bool:
+        """Whether it is known if the initialisation changed the base's weights."""
+        return self.base_was_modified or self.initialisation in _BASE_UNCHANGED
 
     @property
     def base_was_modified(self) -> bool:

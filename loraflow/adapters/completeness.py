@@ -7,6 +7,7 @@ which tensors it would save: the adapter's configuration is applied to the base 
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 WEIGHTS = "adapter_model.safetensors"
 Shape = tuple[int, ...]
+# What peft raises for settings that it does not know, or that need a package which is not installed.
+_ERRORS = (
+    ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, NotImplementedError, ImportError, re.error,
+)  # fmt: skip
 # What peft may save of embeddings and head beside what is trained: if the vocabulary was resized, or if they are targets.
 _SAVED_WITH_EMBEDDINGS = (
     "weight", "bias", "base_layer.weight", "base_layer.bias", "original_module.weight", "original_module.bias",
@@ -126,15 +131,27 @@ def _apply(adapter: Path, model: PreTrainedModel) -> PeftModel:
 
     try:
         settings: PeftConfig = PeftConfig.from_pretrained(str(adapter))
+    except _ERRORS as error:
+        raise BadModel(
+            "peft does not accept the adapter's configuration.",
+            where=str(adapter / FILE),
+            got=_first_line(error),
+            next_step="save or fetch the adapter again, or correct this file",
+        ) from error
+    try:
         settings.init_lora_weights = False  # an initialisation from the base's weights needs weights
         return PeftModel(model, settings, low_cpu_mem_usage=True)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, NotImplementedError) as error:
+    except _ERRORS as error:
         raise BadModel(
             "The adapter does not fit the base.",
             where=str(adapter / FILE),
-            got=(str(error).strip() or type(error).__name__).splitlines()[0][:300],
+            got=_first_line(error),
             next_step="name the base that it was trained on",
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _renamed(found: Mapping[str, Shape], wrapped: PeftModel) -> dict[str, Shape]:

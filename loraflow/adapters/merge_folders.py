@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -25,6 +26,8 @@ from loraflow.adapters.nf4 import Nf4, quantized_names
 from loraflow.adapters.origin import ORIGIN, check_origin, template_hash, write_origin
 from loraflow.adapters.streaming_merge import merge_streaming
 from loraflow.adapters.tokenizer_files import has_own, tokenizer_files, write_tokenizer
+from loraflow.adapters.vocabulary import embedding_names, is_tied
+from loraflow.base.meta import model_without_weights
 from loraflow.base.weight_files import refuse_pickles
 from loraflow.failures import BadModel
 from loraflow.job import Progress
@@ -32,6 +35,7 @@ from loraflow.job import Progress
 log = logging.getLogger(__name__)
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
 _HEADS = ("lm_head", "embed_out")
+_IN_A_LAYER = re.compile(r"\.\d+\.")  # neither embeddings nor head
 
 
 class MergeOptions(TypedDict, total=False):
@@ -133,9 +137,8 @@ def _plan(
     """Plan a merge from disk to disk; return None if only peft can merge this adapter."""
     plan = plan_merge(config, adapter)
     # Names on the disk are others than in memory for some architectures, and new tokens need more rows than the base has.
-    if plan is None or not fits(entries, plan) or _unties(base, entries, plan):
+    if plan is None or not fits(entries, plan) or _unties(base, entries, plan, trust=trust):
         return None
-    _warn_of_tied(base, entries, plan)
     if nf4 is None:
         return plan
     names = quantized_names(base, trust=trust)
@@ -153,19 +156,18 @@ def _check_vocabulary(base: Path, adapter: Path, entries: list[files.TensorEntry
         validation.check_vocabulary(base, adapter, rows[0])
 
 
-def _unties(base: Path, entries: list[files.TensorEntry], plan: MergePlan) -> bool:
-    """Tell whether fully trained embeddings or a head (modules_to_save) give a tied base two weights instead of one."""
+def _unties(base: Path, entries: list[files.TensorEntry], plan: MergePlan, *, trust: bool) -> bool:
+    """Tell whether an adapter of embeddings or head gives a tied base two weights instead of one.
+
+    Any architecture may have its own names for both, so the model is asked.
+    """
     # With LoRA on embeddings, peft also saves the base's own ones (`base_layer`), which were not trained.
-    return _is_tied(base, entries) and any(
-        _module_of(name) in _EMBEDDINGS + _HEADS and ".base_layer." not in entry.name
-        for name, entry in plan.replaced.items()
-    )
-
-
-def _warn_of_tied(base: Path, entries: list[files.TensorEntry], plan: MergePlan) -> None:
-    for name, update in plan.updates.items() if _is_tied(base, entries) else ():
-        if update.embedding and _module_of(name) in _EMBEDDINGS:
-            log.warning("%s is the head's weight too: the merge changes both, while training changed one.", name)
+    trained = {name for name, entry in plan.replaced.items() if ".base_layer." not in entry.name} | plan.updates.keys()
+    if all(_IN_A_LAYER.search(name) for name in trained):
+        return False
+    model = model_without_weights(base, trust=trust)
+    names = {f"{name}.weight" for name in embedding_names(model)}
+    return not trained.isdisjoint(names) and (is_tied(model) or _is_tied(base, entries))
 
 
 def _is_tied(base: Path, entries: list[files.TensorEntry]) -> bool:

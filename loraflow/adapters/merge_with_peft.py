@@ -49,6 +49,7 @@ def merge_with_peft(
         nf4.apply(model)
     wrapped = _load_adapter(model, adapter)
     adapted = _check_all_loaded(wrapped, adapter)
+    _untie(model)
     try:
         merged = wrapped.merge_and_unload(safe_merge=False)
     except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -64,6 +65,23 @@ def merge_with_peft(
         merged = merged.to(getattr(torch, dtype))
     merged.save_pretrained(out, max_shard_size=max_shard_bytes)
     return adapted
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give embeddings and head two weights before the merge if LoRA adapts one or both of them.
+
+    In training, each has its own update. peft would add both to the one weight, and so to both modules:
+    https://github.com/huggingface/peft/issues/2777. It records in the config that they are not tied any more.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    if not any(isinstance(layer, LoraLayer) for layer in layers):
+        return
+    embeddings, head = (layer.get_base_layer() if isinstance(layer, LoraLayer) else layer for layer in layers)
+    if head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", None):
+        head.weight = torch.nn.Parameter(head.get_parameter("weight").detach().clone(), requires_grad=False)
 
 
 def _load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 _NOT_MERGEABLE = {
     "layer_replication": "it adds layers to the base",
     "alora_invocation_tokens": "it applies only after certain tokens",
+    "arrow_config": "it chooses among several adapters for each token",
+    "megatron_config": "its layers are Megatron's",
 }
 
 
@@ -25,9 +27,15 @@ def check_config(config: AdapterConfig, adapter: Path) -> None:
     """Refuse an adapter that cannot be merged into one checkpoint, by its config alone.
 
     Raises:
-        BadModel: the weights that it was trained on are unknown, or no checkpoint can express its changes.
+        BadModel: it is not LoRA, the weights that it was trained on are unknown, or no checkpoint can express its
+            changes.
     """
     where = str(adapter / FILE)
+    if config.peft_type != "LORA":
+        raise BadModel(
+            "This is not a LoRA adapter.", where=where, expected="peft_type: LORA", got=str(config.peft_type)
+        )
+    check_initialisation(config, adapter)
     if config.initialisation.startswith(NOT_RECOMPUTED):
         raise BadModel(
             "The adapter's initialisation changed the base's weights, and the adapter does not contain the changed weights.",
@@ -45,6 +53,22 @@ def check_config(config: AdapterConfig, adapter: Path) -> None:
             where=f"{where}: {setting}",
             got=str(getattr(config, setting))[:200],
             next_step="serve base and adapter together, with peft",
+        )
+
+
+def check_initialisation(config: AdapterConfig, adapter: Path) -> None:
+    """Refuse an adapter of an unknown initialisation: some, as MiLoRA's, change the base's weights before training.
+
+    Raises:
+        BadModel: peft has no such initialisation.
+    """
+    if not config.initialisation_is_known:
+        raise BadModel(
+            "The adapter's initialisation is unknown, and it may have changed the base's weights.",
+            where=f"{adapter / FILE}: init_lora_weights",
+            expected="one of peft's, such as true or gaussian",
+            got=str(config.init_lora_weights)[:200],
+            next_step="save it again where it was trained, as LoRA on the published base with init_lora_weights: true",
         )
 
 

@@ -93,9 +93,10 @@ def _without_rows(
         if not whole and not by_token:
             missing.append(name)
     # One weight for both: it is enough that the adapter contains it once.
-    return [] if _is_tied(model) and len(missing) < len(names) else missing
+    return [] if is_tied(model) and len(missing) < len(names) else missing
 
 
-def _is_tied(model: PreTrainedModel) -> bool:
+def is_tied(model: PreTrainedModel) -> bool:
+    """Tell whether a model's embeddings and head are one weight."""
     head = model.get_output_embeddings()
     return head is not None and head.get_parameter("weight") is model.get_input_embeddings().get_parameter("weight")

@@ -162,10 +162,31 @@ def _from_gguf(file: Path, out: Path, config: ResolveBaseConfig) -> Figures:
 
     with parsed_once():
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, **_unpacked()
+        )
     if tokenizer.pad_token == tokenizer.eos_token and tokenizer.unk_token:
         tokenizer.pad_token = tokenizer.unk_token  # padding is left out of the loss, and the stop token must not be
+    _forget_gguf(model)
     return _save(model.eval(), tokenizer, out, config)
+
+
+def _unpacked() -> dict[str, object]:
+    """Return the option that unpacks a GGUF file's weights: with its GPU kernels, transformers 5.23 keeps them packed."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """Let a model that was read from a GGUF file be saved: its weights are plain float32 numbers now.
+
+    transformers 5.23 keeps the reader of the file with the model, and refuses to save it.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
 
 
 def _repack(folder: Path, out: Path, config: ResolveBaseConfig) -> Figures:
