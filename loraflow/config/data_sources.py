@@ -91,6 +91,8 @@ class DataSource(FrozenModel):
             raise ValueError(f"weight {self.weight:g}: held-out rows are scored once each; remove it")
         if self.rev is not None and not self.source.endswith(".dvc"):
             raise ValueError(f"rev: only a .dvc file has revisions, and source is {self.source}")
+        if not self.source.endswith(".dvc") and (self.repo != "." or self.remote is not None):
+            raise ValueError(f"repo and remote: only a .dvc file comes from a repository, and source is {self.source}")
         return self
 
     @property

@@ -121,7 +121,8 @@ def _check(files: Path, config: CheckDatasetConfig, reading: _Reading, out: Path
         heldout: list[int] = splits["heldout"].tolist()
         gate_rows = (number for number in heldout if table.set_of(number, "heldout") == GATE_SET)
         places = ((table.id_of(number), table.place(number)) for number in gate_rows)
-        write_field_values(files, places, config.heldout_fields, out)
+        queries = {source.name: source.query for source in config.sources if source.query is not None}
+        write_field_values(files, places, config.heldout_fields, out, queries)
     for split, rows in splits.items():
         _write_rows(out / f"{split}.jsonl", table, rows, split, clusters if config.group is None else None)
     return CheckReport(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pydantic import JsonValue, TypeAdapter
 
+from loraflow.data.chat_table import source_of
 from loraflow.data.chats import BadRow
 from loraflow.data.readers import read_values
 from loraflow.failures import BadData
@@ -27,7 +28,13 @@ _LINE = TypeAdapter(dict[str, str])
 FieldValues = Mapping[str, Mapping[str, str]]  # row id → field → value
 
 
-def write_field_values(files: Path, gate_rows: Iterable[tuple[str, str]], fields: Sequence[str], out: Path) -> None:
+def write_field_values(
+    files: Path,
+    gate_rows: Iterable[tuple[str, str]],
+    fields: Sequence[str],
+    out: Path,
+    queries: Mapping[str, str] | None = None,
+) -> None:
     """Read the fields of the gate's held-out rows from the dataset's files, and write their values.
 
     Args:
@@ -35,6 +42,7 @@ def write_field_values(files: Path, gate_rows: Iterable[tuple[str, str]], fields
         gate_rows: (id, place) of each of them.
         fields: the names of the fields.
         out: the folder that `heldout_fields.jsonl` is written to.
+        queries: of the sources that are databases, by their names.
 
     Raises:
         BadData: no row has one of the fields, it has many different values, or a value is a list or an object.
@@ -43,7 +51,7 @@ def write_field_values(files: Path, gate_rows: Iterable[tuple[str, str]], fields
     values: dict[str, dict[str, str]] = {}
     others: Counter[str] = Counter()  # fields that rows have
     for name in dict.fromkeys(place.rpartition(":")[0] for place in rows):
-        for place, value, _ in read_values(files / name, name):
+        for place, value, _ in read_values(files / name, name, (queries or {}).get(source_of(name))):
             if place in rows and isinstance(value, dict) and not isinstance(value, BadRow):
                 others.update(str(key) for key in value)
                 values[place] = {field: _text(value.get(field), field, place) for field in fields}

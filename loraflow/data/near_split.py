@@ -164,9 +164,13 @@ def place_near(
         placement = placer.separate(None)
     else:
         placement = placer.separate(lambda units: min(units, key=lambda unit: draw(unit, config.seed, "heldout")))
+    is_pinned = columns.has(PINNED_TO_TRAIN)
     positions = np.argsort(order, kind="stable")  # of each of `numbers`, which ascend
     for number, position in zip(numbers.tolist(), positions.tolist(), strict=True):
         side = int(placement.sides[position])
+        if side == HELDOUT_SIDE and is_pinned[number]:
+            leave_out(number, "near_leak", "its prompt, its group, or a row that is nearly the same is held out")
+            continue
         if side >= 0:
             place(number, SPLITS[side])
             continue

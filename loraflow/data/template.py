@@ -53,8 +53,9 @@ class CompiledTemplate:
 
     def marked(self, chat: Chat) -> list[tuple[int, int]]:
         """Return the spans of characters that are inside `{% generation %}` blocks."""
+        values = self._values(chat)  # before marks are collected, because it may render a probe
         with self._marks.collect() as marks:
-            for block in self._template.generate(**self._values(chat), add_generation_prompt=False):
+            for block in self._template.generate(**values, add_generation_prompt=False):
                 marks.at += len(block)
         return marks.spans
 

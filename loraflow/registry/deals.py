@@ -201,7 +201,7 @@ def _find(
 ) -> DealtRows:
     _, size = _sizes(entries, rows, wanted)
     present = frozenset(row.key for row in rows)
-    used = frozenset(scored(present)).union(*(dealt[entry.rows] for entry in entries if entry.is_fresh))
+    used = frozenset(scored(present)).union(*(dealt[entry.rows] for entry in entries))
     for entry in reversed(entries):
         keys = dealt[entry.rows]
         is_same = (entry.challenger, entry.reserve, entry.size) == (challenger, wanted.reserve, size)

@@ -203,6 +203,8 @@ def _run(record: RunRecord) -> ModelRun:
 
 def _dataset(lineage: Lineage, record: RunRecord | None, promoted: Entry) -> Dataset:
     source, repo, revision = (_setting(record, "data", key) for key in ("source", "repo", "rev"))
+    if record and _sources(record):  # data.source has only its default then
+        source, repo, revision = ", ".join(_sources(record)), None, None
     commit = lineage.dataset_commit
     if record and source and source.endswith(".dvc") and repo == "." and revision is None:
         commit = record.commit
@@ -214,6 +216,13 @@ def _dataset(lineage: Lineage, record: RunRecord | None, promoted: Entry) -> Dat
         commit=commit,
         rows=lineage.rows,
     )
+
+
+def _sources(record: RunRecord) -> list[str]:
+    """Return the sources of a run's mixture (data.sources)."""
+    sources = record.section("data").get("sources")
+    found = sources if isinstance(sources, list) else []
+    return [str(source.get("source")) for source in found if isinstance(source, dict)]
 
 
 def _base(lineage: Lineage, record: RunRecord | None, promoted: Entry) -> BaseModelSource:

@@ -43,7 +43,8 @@ def build_fast_trainer(
     fit = choose_memory_fit(setup, attention, sharded=sharded)
     tokens, passes = _passes(setup, fit.tokens)
     is_compiling = choose_compile(setup, attention, tokens, passes, graphed=False)[0]
-    if fit.elementwise and not is_compiling:
+    # If it is asked for, the layers are compiled for it, whatever time that saves.
+    if fit.elementwise and not is_compiling and setup.runtime.checkpointing != "elementwise":
         fit = choose_memory_fit(setup, attention, sharded=sharded, compiled=False)
         tokens, passes = _passes(setup, fit.tokens)
     sharing, sharing_note = choose_prefix_sharing(setup, model, attention)

@@ -18,7 +18,7 @@ from loraflow.failures import BadConfig, CorruptArtifact, LimitExceeded
 from loraflow.job import Job
 from loraflow.registry import PromotionLog
 from loraflow.registry.runs import RunRecord, StageRun
-from loraflow.stages import CHECK_DATASET, VERSION_DATASET
+from loraflow.stages import CHECK_DATASET, MERGE, VERSION_DATASET
 from loraflow.store import LocalStore, Summary
 from tests.conftest import build_phi3
 from tests.unit.test_merge import make_adapter
@@ -54,7 +54,7 @@ def made(tmp_path_factory):
     adapter = commit(store, "train", folder / "trained", {"base": base, "rows": rows}, {"adapter": ["adapter/"]})
     job = Job(
         stage="merge",
-        version=3,
+        version=MERGE.version,
         inputs={"base": base, "adapter": adapter},
         facets={"adapter": "adapter"},
         config={"dtype": None, "max_shard_size_gb": 5.0},

@@ -270,3 +270,36 @@ def test_a_changed_weight_is_another_fingerprint_and_a_recipe_without_sources_ha
     assert one["sources"] == [{"name": "faq"}] and other["sources"] == [{"name": "faq", "weight": 2.0}]
     plain = Recipe.model_validate({"name": "r", "base": {"model": "m"}})
     assert "sources" not in CheckDatasetConfig.from_recipe(plain, Outside()).identity()
+
+
+@pytest.mark.parametrize("pinned_first", [False, True])
+def test_rows_of_a_source_for_training_are_not_held_out_though_they_are_near_to_held_out_rows(here, pinned_first):
+    """With near_duplicates: drop, a row goes to the side of its neighbours, but not if its source is pinned."""
+    for name in ("a", "b"):
+        rows = [
+            {"prompt": f"How do I change the number of my account {n}, today?", "completion": name} for n in "123456789"
+        ]
+        rows += [{"prompt": f"{name} {n * 7919} {n * 104729}?", "completion": name} for n in range(1, 30)]
+        (here / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [{"source": "a.jsonl", "split": "train"}, {"source": "b.jsonl"}]
+    found = Mixture(
+        here / "out", recipe(*sources[:: 1 if pinned_first else -1], heldout_fraction=0.3, near_duplicates="drop")
+    )
+    assert found.names("heldout")["a"] == 0 and found.names("heldout")["b"] > 0
+
+
+def test_parts_by_a_field_of_a_database_are_those_of_its_query(here):
+    with closing(sqlite3.connect(here / "faq.db")) as db:
+        db.execute("CREATE TABLE faq (prompt, completion, language)")
+        db.executemany(
+            "INSERT INTO faq VALUES (?, ?, ?)", [(f"q{n}", "a", "de" if n < 20 else "en") for n in range(40)]
+        )
+        db.execute("CREATE TABLE other (x)")
+        db.commit()
+    wanted = recipe({"source": "faq.db", "query": "SELECT * FROM faq ORDER BY prompt DESC"}, heldout_fraction=0.5)
+    wanted = wanted.model_copy(update={"evaluation": wanted.evaluation.model_copy(update={"slices": ["language"]})})
+    found = Mixture(here / "out", wanted)
+    heldout = [json.loads(line) for line in (found.out / "heldout.jsonl").open()]
+    fields = {row["id"]: row["language"] for row in map(json.loads, (found.out / "heldout_fields.jsonl").open())}
+    expected = {row["id"]: "de" if int(row["messages"][-2]["content"][1:]) < 20 else "en" for row in heldout}
+    assert fields == expected and len(set(expected.values())) == 2

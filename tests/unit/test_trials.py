@@ -59,7 +59,7 @@ class RecordingRun:
         self.validation = lambda recipe: "same"
         self.cached: dict[str, list[dict]] = {}
 
-    def find_or_run(self, stage, label="", /, **inputs):
+    def find_or_run(self, stage, label="", seed=None, /, **inputs):
         label, recipe = label or stage.name, self.workspace.recipe
         self.labels.append(label)
         config = stage.config.from_recipe(recipe, self.workspace).identity() if stage is not STAGES["evaluate"] else {}
