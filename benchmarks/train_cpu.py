@@ -35,7 +35,7 @@ PRECISIONS = {
     "fp32": {"base.dtype": "float32", "training_config.bf16": False},
     "bf16": {"base.dtype": "bfloat16", "training_config.bf16": True},
 }
-REF = Ref(stage="s", fingerprint="f", digest="d", uri="", facets={"train": "d", "tokenizer": "d"})
+REF = Ref(stage="s", fingerprint="f", digest="d", uri="", facets={"train": "d", "tokenizer": "d", "heldout": "d"})
 
 
 class StepBarrier(Progress):

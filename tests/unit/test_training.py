@@ -27,7 +27,7 @@ from loraflow.training.validation_loss import Curves
 from tests.conftest import build_phi3, chat
 from tests.job_factory import make_job
 
-REF = Ref(stage="s", fingerprint="f", digest="d", uri="", facets={"train": "d", "tokenizer": "d"})
+REF = Ref(stage="s", fingerprint="f", digest="d", uri="", facets={"train": "d", "tokenizer": "d", "heldout": "d"})
 SETTINGS = {
     "base.dtype": "float32", "training_config.bf16": False, "training_config.learning_rate": 1e-2,
     "training_config.max_steps": 6, "training_config.per_device_train_batch_size": 4, "training_config.max_length": 128,
