@@ -45,11 +45,16 @@ def change_tensors(adapter: Path, change) -> None:
     save_file({name: tensor.clone() for name, tensor in changed.items() if tensor is not None}, file)
 
 
-def by_peft(base: Path, adapter: Path, dtype: str | None = None) -> dict[str, torch.Tensor]:
+def by_peft(base: Path, adapter: Path, dtype: str | None = None, *, untied: bool = False) -> dict[str, torch.Tensor]:
+    """Return peft's merge; `untied`: into a base whose head is a weight of its own, as peft recommends."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), str(adapter))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    if untied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model = PeftModel.from_pretrained(model, str(adapter))
     merged = model.merge_and_unload()
     return (merged.to(getattr(torch, dtype)) if dtype else merged).state_dict()
 
