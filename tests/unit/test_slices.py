@@ -74,6 +74,9 @@ def test_the_script_of_a_question_is_that_of_most_of_its_letters(text, script):
 def test_the_report_has_a_table_for_each_kind_of_slice():
     shown = table([1, 1, 0], questions=["red", "blue", "\u0447\u0442\u043e"], tokens=[1, 2, 3])
     lines = list(slice_lines(slices({"base": shown, "tuned": shown}, ["length", "script"])))
-    assert "| script | rows | metric | base | tuned |" in lines and "Only the parts in gate.slices affect the decision" in lines[2]
+    assert (
+        "| script | rows | metric | base | tuned |" in lines
+        and "Only the parts in gate.slices affect the decision" in lines[2]
+    )
     assert any(line.startswith("| Latin | 2 | exact_match | 1.000 [") for line in lines)
     assert not list(slice_lines([]))
