@@ -92,8 +92,8 @@ def _with_base_loss(run: Run, result: PipelineResult) -> DataDrift | None:
     """Return how the data changed since the champion, with the base's loss on the held-out rows before and now."""
     drift, seen = run.drift, run.workspace.seen_head
     trained = find_run(run.workspace.store, seen.merged) if drift is not None and seen is not None else None
-    if drift is None or trained is None or trained.summary is None:
-        return drift
+    if drift is None or trained is None or trained.summary is None or run.workspace.recipe.deals_rows:
+        return drift  # with data.heldout_reserve, the base is scored on other rows in each run
     before = (trained.summary.metrics.get("base") or {}).get(GATE_SET, {}).get("token_loss")
     now = evaluation_report(run, result.base_scores).metrics.get(GATE_SET, {}).get("token_loss")
     if before is None or now is None or before == now:

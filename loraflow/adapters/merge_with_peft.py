@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.adapters.nf4 import Nf4
+from loraflow.adapters.streaming_merge import require_finite
 from loraflow.adapters.vocabulary import fit_vocabulary
 from loraflow.failures import BadModel
 
@@ -63,6 +64,9 @@ def merge_with_peft(
         ) from error
     if dtype is not None:
         merged = merged.to(getattr(torch, dtype))
+    for name, tensor in merged.state_dict().items():
+        if tensor.is_floating_point():
+            require_finite(name, tensor)
     merged.save_pretrained(out, max_shard_size=max_shard_bytes)
     return adapted
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from loraflow.adapters import safetensors_files as files
 from loraflow.adapters.merge_plan import MatrixUpdate, MergePlan, check_fit
 from loraflow.adapters.safetensors_files import PlannedTensor, TensorEntry
+from loraflow.failures import BadModel
 from loraflow.job import Progress
 
 if TYPE_CHECKING:
@@ -206,7 +207,9 @@ class TensorWriter:
             merged = block.to(self._dtypes[planned.source.dtype])
             if factors is not None:
                 _add_update(merged, factors, slice(row, row + len(merged)), self._scratch)
-            files.write_all(target, _bytes_of(merged, self._dtypes[planned.dtype]), offset)
+            merged = merged.to(self._dtypes[planned.dtype])
+            require_finite(name, merged)
+            files.write_all(target, _bytes_of(merged), offset)
             offset += merged.numel() * files.SIZES[planned.dtype]
             row += len(merged)
 
@@ -243,11 +246,28 @@ def _cut(rows: int) -> Iterator[tuple[int, int]]:
         first += count
 
 
-def _bytes_of(block: torch.Tensor, dtype: torch.dtype) -> memoryview:
-    """Return a block's bytes in a dtype, without a copy if it has that dtype already."""
+def _bytes_of(block: torch.Tensor) -> memoryview:
+    """Return a block's bytes, without a copy."""
     import torch
 
-    return block.to(dtype).contiguous().view(torch.uint8).numpy().data.cast("B")
+    return block.contiguous().view(torch.uint8).numpy().data.cast("B")
+
+
+def require_finite(name: str, merged: torch.Tensor) -> None:
+    """Refuse merged values that are not finite: a model with one of them answers nothing.
+
+    Raises:
+        BadModel: a value is NaN or infinite.
+    """
+    import torch
+
+    if merged.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(merged))).all()):
+        raise BadModel(
+            "A merged weight is not finite: NaN, or too large for its type.",
+            where=name,
+            expected=f"finite values of {str(merged.dtype).removeprefix('torch.')}",
+            next_step="check base and adapter for values that are not finite; if the type is float16, merge in bfloat16",
+        )
 
 
 def _add_update(block: torch.Tensor, factors: _Factors, rows: slice, scratch: _Scratch) -> None:

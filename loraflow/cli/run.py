@@ -102,8 +102,8 @@ def _write_dvclive(recipe: str, overrides: dict[str, JsonValue], run: str) -> No
 
 SIDES = ("base", "tuned", "champion")
 UNDECIDED = (
-    "Nothing was promoted: the held-out rows do not show a clear difference. Add rows, or raise "
-    "data.heldout_fraction. To promote by hand: loraflow promote {run} --reason …"
+    "Nothing was promoted. If the rows are too few, score more: raise evaluation.max_rows, or hold out more rows. "
+    "To promote by hand: loraflow promote {run} --reason …"
 )
 
 

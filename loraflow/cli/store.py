@@ -120,12 +120,18 @@ def _missing_champions(store: Store, signers: Path | None) -> str:
     from loraflow.registry.looks import LookRecord, models_with_looks
     from loraflow.registry.rebuild import how_to_rebuild
     from loraflow.registry.runs import damaged_runs
+    from loraflow.registry.signature import signed_models
 
     steps = []
-    for model in models(store, of_runs=True):
+    signed = signed_models(store) if signers is not None else set()
+    found_models = sorted({*models(store, of_runs=True), *signed})
+    if signers is not None and not found_models:
+        click.echo("damaged  there is no promotion log, and no signature of one", err=True)
+        steps.append("restore the store's registry and anchors from a backup (docs/backup.md)")
+    for model in found_models:
         try:
             log = PromotionLog(store, model)
-            if log.entries(all_runs=True) and signers is not None:
+            if (log.entries(all_runs=True) or model in signed) and signers is not None:
                 _check_signature(log, signers)
             for found in missing_models(log):
                 what = f"{found.ref} of {model}, entry {found.entry.seq}: {'; '.join(found.problems[:3])}"
@@ -136,7 +142,7 @@ def _missing_champions(store: Store, signers: Path | None) -> str:
                 if found.is_needed:
                     steps.append(how_to_rebuild(store, found.ref))
         except CorruptArtifact as failure:
-            click.echo(f"damaged  promotion log of {model}: {failure.got}", err=True)
+            click.echo(f"damaged  promotion log of {model}: {failure.got or failure.what}", err=True)
             steps.append(failure.next_step)
     for model in sorted(models_with_looks(store)):
         try:

@@ -88,7 +88,7 @@ def drawn_rows(
     sources = {source.name: source for source in config.sources}
     for name, group in groupby(rows, key=lambda row: source_of(row.row.place)):
         source, of_source = sources[name], counts.setdefault(name, {})
-        for row in _limited(group, table, source.limit, config.seed, of_source):
+        for row in _limited(name, group, table, source.limit, config.seed, of_source):
             key = table.drawn_key(row.number)
             if source.weight < 1 and not in_share(key, source.weight, config.seed, f"weight of {name}"):
                 _count(of_source, "not_drawn", 1)
@@ -97,12 +97,12 @@ def drawn_rows(
 
 
 def _limited(
-    group: Iterable[ValidRow], table: ChatTable, limit: int | None, seed: int, counts: dict[str, int]
+    name: str, group: Iterable[ValidRow], table: ChatTable, limit: int | None, seed: int, counts: dict[str, int]
 ) -> Iterable[ValidRow]:
     if limit is None:
         return group
     rows = list(group)
-    taken = sample([table.drawn_key(row.number) for row in rows], limit, seed, "limit of a source")
+    taken = sample([table.drawn_key(row.number) for row in rows], limit, seed, f"limit of {name}")
     _count(counts, "over_limit", len(rows) - len(taken))
     return [rows[number] for number in taken]
 
@@ -117,7 +117,7 @@ def repeated(columns: Columns, rows: Rows, config: CheckDatasetConfig) -> Rows:
         if source.weight <= 1:
             continue
         whole, fraction = divmod(source.weight, 1)
-        key = f"{int(columns.keys[number]):016x}"
+        key = f"{int(columns.drawn_keys[number]):016x}"
         more = bool(fraction) and in_share(key, fraction, config.seed, f"repeat of {source.name}")
         times[position] = int(whole) + more
     return np.repeat(rows, times)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from loraflow.execution.workspace import Workspace
+from loraflow.failures import Failure
 from loraflow.registry.deals import DealRecord, DealtRows, Wanted
 from loraflow.registry.log import actor
 from loraflow.registry.reserve import read_rows
+from loraflow.registry.runs import StageRun
+from loraflow.stages import DEAL_ROWS
 from loraflow.store import Ref, Store, read_intact
 
 
@@ -53,21 +56,38 @@ def deal_for_scores(workspace: Workspace, rows: Ref, model: Ref) -> None:
         deal_heldout(workspace, rows, model)
 
 
-def use_dealt_rows(workspace: Workspace, store: Store, merged: str) -> None:
+def use_dealt_rows(workspace: Workspace, store: Store, merged: str, recorded: StageRun | None = None) -> None:
     """Score models on the rows that a model was dealt before, such as those of an earlier run.
+
+    A model can be dealt rows more than once, if the dataset or evaluation.max_rows changed.
 
     Args:
         workspace: whose next jobs are about these rows; without data.heldout_reserve, nothing changes.
         store: has the record of deals.
         merged: digest of the model.
+        recorded: deal_rows in that run. Without it, or if its artifact is gone, the model's last deal counts.
 
     Raises:
         DamagedLog: the record of deals is damaged.
     """
     recipe = workspace.recipe
-    if recipe.data.heldout_reserve is not None:
+    if recipe.data.heldout_reserve is None:
+        return
+    workspace.dealt = _dealt_to(store, recorded) if recorded else None
+    if workspace.dealt is None:
         record = DealRecord(store, recipe.register_.model)
         workspace.dealt = record.of_model(merged, recipe.data.heldout_reserve)
+
+
+def _dealt_to(store: Store, recorded: StageRun) -> frozenset[str] | None:
+    """Return the keys of the rows in an artifact of deal_rows; None if the artifact is gone or damaged."""
+    try:
+        ref = Ref(stage=DEAL_ROWS.name, fingerprint=recorded.fingerprint, digest=recorded.digest, uri=store.uri)
+        config = store.manifest(ref).payload.get("config")
+    except Failure:
+        return None
+    keys = config.get("keys") if isinstance(config, dict) else None
+    return frozenset(map(str, keys)) if isinstance(keys, list) else None
 
 
 def _record(workspace: Workspace) -> DealRecord:

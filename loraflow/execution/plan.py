@@ -15,14 +15,13 @@ from pydantic import JsonValue
 from loraflow import identity
 from loraflow.config import Recipe
 from loraflow.config.stage_configs import FolderOrigin
-from loraflow.data.chats import GATE_SET
 from loraflow.data.positions import Positions
 from loraflow.evaluation.values import LARGEST_VOCABULARY
 from loraflow.execution.cache import OTHER_CODE, known_changes, look_up
 from loraflow.execution.deal import preview_heldout
+from loraflow.execution.look_rows import checked_rows, rows_of_a_look
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import Failure
-from loraflow.registry.looks import row_key
 from loraflow.stages import (
     CHECK_DATASET,
     DEAL_ROWS,
@@ -204,7 +203,7 @@ def _plan_step(
     waiting = [sources[key] for key, ref in refs.items() if ref is None]
     if waiting:
         last_time = _seconds_last_time(workspace, name)
-        certain = ["--force"] if forced else _certain_changes(workspace, step.stage, refs)
+        certain = ["--force"] if forced else _certain_changes(workspace, step, refs)
         if certain:  # it runs, whatever its inputs are
             return PlannedStep(step.label, name, "runs", certain, seconds=last_time), None
         first, last = ", ".join(waiting[:-1]), waiting[-1]
@@ -221,11 +220,12 @@ def _plan_step(
     return PlannedStep(step.label, name, "cached", why, job.fingerprint, seconds), found.ref
 
 
-def _certain_changes(workspace: Workspace, stage: Stage, refs: Mapping[str, Ref | None]) -> list[str]:
+def _certain_changes(workspace: Workspace, step: Step, refs: Mapping[str, Ref | None]) -> list[str]:
     """Return what differs from every artifact of the stage, beside the inputs that are not computed yet."""
+    stage, recipe = step.stage, workspace.recipe if step.seed is None else workspace.recipe.with_seed(step.seed)
     parts = {name: given.part for name, given in stage.inputs.items()}
     inputs = {name: ref.identity(parts[name]) for name, ref in refs.items() if ref is not None}
-    config = stage.config.from_recipe(workspace.recipe, workspace).identity()
+    config = stage.config.from_recipe(recipe, workspace).identity()
     known = identity.payload(stage.name, stage.version, inputs, config)
     return known_changes(workspace.store, known, [name for name, ref in refs.items() if ref is None])
 
@@ -249,22 +249,17 @@ def gate_power(workspace: Workspace) -> GatePower | None:
     """Return what the gate can show with the held-out rows; None if they are not in the store yet."""
     from loraflow.evaluation.power import gate_power as power_of
 
-    recipe, store = workspace.recipe, workspace.store
-    dataset = look_up(store, workspace.job(VERSION_DATASET, {})).ref
-    rows = look_up(store, workspace.job(CHECK_DATASET, {"dataset": dataset})).ref if dataset else None
-    if rows is None:
-        return None
-    keys = _heldout_keys(store.read(rows, "heldout.jsonl"), recipe.evaluation.max_rows, recipe.evaluation.seed)
-    if workspace.dealt is not None:  # `plan` has found out which rows the model is dealt; max_rows limits their number
-        keys = list(workspace.dealt)
+    recipe = workspace.recipe
+    rows = checked_rows(workspace)
+    keys = {key for key, _ in rows_of_a_look(workspace, rows)} if rows else set()
     if not keys:
         return None
     gate = recipe.gate
     number, level = workspace.looks.preview(
-        set(keys), error=gate.error, horizon=gate.looks, promotions=workspace.log.entries()
+        keys, error=gate.error, horizon=gate.looks, promotions=workspace.log.entries()
     )
     return power_of(
-        len(set(keys)),
+        len(keys),
         look=f"look {number} of {gate.looks}",
         level=level,
         primary=gate.primary,
@@ -273,14 +268,6 @@ def gate_power(workspace: Workspace) -> GatePower | None:
         confidence=gate.confidence,
         largest_loss=math.log(_vocabulary(workspace)),
     )
-
-
-def _heldout_keys(lines: bytes, max_rows: int | None, seed: int) -> list[str]:
-    """Return the keys of the rows that the gate will compare: those that evaluate scores."""
-    from loraflow.evaluation.score import sampled_rows
-
-    rows, _ = sampled_rows(lines.decode().removesuffix("\n").split("\n") if lines else [], max_rows, seed)
-    return [row_key(json.dumps(row.messages[:-1], ensure_ascii=False)) for row in rows if row.set == GATE_SET]
 
 
 def _vocabulary(workspace: Workspace) -> int:

@@ -11,6 +11,7 @@ from loraflow.execution.plan import base_config
 from loraflow.execution.workspace import Workspace
 from loraflow.stages import CHECK_DATASET, RESOLVE_BASE, TOKENIZE, VERSION_DATASET
 from loraflow.training import memory
+from loraflow.training.memory import Recompute
 from loraflow.training.memory_parts import MemoryParts, MicroBatch, generation_parts, training_parts
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def planned_memory(workspace: Workspace) -> PlannedMemory | None:
     width = 2 if training.bf16 or training.fp16 else {"float32": 4}.get(recipe.base.dtype, 2)
     weights = recipe.base.quantization or recipe.base.dtype
     device, (longest, learned) = _device(recipe), _rows(workspace)
-    batch = MicroBatch(_tokens(recipe, device, longest), learned, "full" if training.gradient_checkpointing else "none")
+    batch = MicroBatch(_tokens(recipe, device, longest), learned, _recompute(recipe, device))
     least, _ = memory.needed(shape, weights, rank, longest, width)
     scored = recipe.evaluation
     return PlannedMemory(
@@ -65,6 +66,16 @@ def _tokens(recipe: Recipe, device: str, longest: int) -> int:
     if device == "cpu":
         return (runtime.micro_batch or training.per_device_train_batch_size) * longest
     return runtime.micro_tokens or max(longest, memory.ENOUGH_TOKENS)
+
+
+def _recompute(recipe: Recipe, device: str) -> Recompute:
+    """Return what the recipe or the runtime asks to be recomputed; what `auto` chooses is not known before the training."""
+    asked = recipe.runtime.checkpointing
+    if asked == "elementwise" and (device == "cpu" or recipe.runtime.compile == "off"):
+        return "none"  # only compiled layers do so
+    if asked != "auto":
+        return asked
+    return "full" if recipe.training_config.gradient_checkpointing else "none"
 
 
 def _device(recipe: Recipe) -> Literal["cpu", "cuda"]:

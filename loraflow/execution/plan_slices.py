@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 
-from loraflow.data.chats import GATE_SET
 from loraflow.data.heldout_fields import FILE, parse_field_values
-from loraflow.execution.cache import look_up
+from loraflow.execution.look_rows import checked_rows, rows_of_a_look
 from loraflow.execution.workspace import Workspace
-from loraflow.registry.looks import row_key
-from loraflow.stages import CHECK_DATASET, VERSION_DATASET
 
 
 def slice_power_lines(workspace: Workspace) -> list[str]:
@@ -19,29 +16,22 @@ def slice_power_lines(workspace: Workspace) -> list[str]:
     """
     recipe, store = workspace.recipe, workspace.store
     rules = recipe.gate.slices
-    dataset = look_up(store, workspace.job(VERSION_DATASET, {})).ref if rules else None
-    rows = look_up(store, workspace.job(CHECK_DATASET, {"dataset": dataset})).ref if dataset else None
-    if rows is None:
+    rows = checked_rows(workspace) if rules else None
+    compared = rows_of_a_look(workspace, rows) if rows else []
+    if rows is None or not compared:
         return []
     import pandas as pd
 
-    from loraflow.evaluation.score import sampled_rows
     from loraflow.evaluation.slice_guards import power_lines
     from loraflow.evaluation.slices import divide
 
     fields = parse_field_values(store.read(rows, FILE)) if recipe.slice_fields else {}
-    lines = store.read(rows, "heldout.jsonl").decode().removesuffix("\n").split("\n")
-    sampled, _ = sampled_rows(filter(None, lines), recipe.evaluation.max_rows, recipe.evaluation.seed)
-    compared = [row for row in sampled if row.set == GATE_SET]
-    if not compared:
-        return []
-    prompts = [json.dumps(row.messages[:-1], ensure_ascii=False) for row in compared]
-    keys = {row.id: row_key(prompt) for row, prompt in zip(compared, prompts, strict=True)}
+    keys = {row.id: key for key, row in compared}
     table = pd.DataFrame(
         {
-            "id": [row.id for row in compared],
-            "prompt": prompts,
-            "reference": [row.messages[-1]["content"] or "" for row in compared],
+            "id": [row.id for _, row in compared],
+            "prompt": [json.dumps(row.messages[:-1], ensure_ascii=False) for _, row in compared],
+            "reference": [row.messages[-1]["content"] or "" for _, row in compared],
             "reference_tokens": 0,
         }
     )

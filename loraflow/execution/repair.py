@@ -154,7 +154,7 @@ def _recipe(store: Store, record: RunRecord) -> Recipe:
 def _workspace(store: Store, record: RunRecord) -> Workspace:
     workspace, merged = Workspace(_recipe(store, record)), record.stage(MERGE.name)
     if merged is not None:
-        use_dealt_rows(workspace, store, merged.digest)
+        use_dealt_rows(workspace, store, merged.digest, record.stage(DEAL_ROWS.name))
     return workspace
 
 

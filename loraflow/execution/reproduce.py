@@ -19,7 +19,7 @@ from loraflow.failures import BadConfig, Failure
 from loraflow.registry.rebuild import revision_of
 from loraflow.registry.runs import RunRecord, StageRun
 from loraflow.serving.lineage import device_of
-from loraflow.stages import MERGE
+from loraflow.stages import DEAL_ROWS, MERGE
 from loraflow.store import Manifest, Ref, Store
 
 _MACHINE = ("python", "machine")  # of a manifest's provenance
@@ -68,7 +68,7 @@ def reproduce(store: Store, record: RunRecord, fresh: str) -> Iterator[Reproduce
         )
     merged = record.stage(MERGE.name)
     if merged is not None:
-        use_dealt_rows(workspace, store, merged.digest)
+        use_dealt_rows(workspace, store, merged.digest, record.stage(DEAL_ROWS.name))
     done: dict[str, Ref] = {}
     with workspace.store.reader_lock():
         for step in steps_of(workspace.recipe):

@@ -28,7 +28,7 @@ STEPS = steps_to(TRAIN.name)  # the steps of a trial
 SHARED = tuple(step.label for step in STEPS if step.stage is not TRAIN)
 # Keys that decide which tokens the validation loss is a mean over: trials that differ in them cannot be compared.
 MEASURE = (
-    "data.source", "data.repo", "data.rev", "data.train", "data.heldout", "data.heldout_fraction",
+    "data.source", "data.sources", "data.repo", "data.rev", "data.train", "data.heldout", "data.heldout_fraction",
     "data.validation_fraction", "data.seed", "data.group", "data.system", "data.loss_on", "data.thinking",
     "base.chat_template",
 )  # fmt: skip
@@ -185,7 +185,9 @@ def _changes(trials: Sequence[Trial], key: str, labels: Sequence[str]) -> bool:
     groups: dict[str, set[tuple[str, ...]]] = defaultdict(set)
     for trial in trials:
         others = {name: value for name, value in trial.settings.items() if name != key}
-        groups[json.dumps([others, trial.seed], sort_keys=True)].add(tuple(trial.own[label] for label in labels))
+        if key != SEED:
+            others["seed of the trial"] = trial.seed
+        groups[json.dumps(others, sort_keys=True)].add(tuple(trial.own[label] for label in labels))
     return any(len(found) > 1 for found in groups.values())
 
 

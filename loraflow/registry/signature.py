@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from loraflow.failures import BadConfig, DamagedLog, Failure
+from loraflow.failures import BadConfig, DamagedLog
 from loraflow.frozen import StoredModel
 from loraflow.registry.anchor import FOLDER
 from loraflow.registry.runs import LogHead
@@ -24,6 +24,11 @@ from loraflow.store.files import json_bytes
 
 KEY = "LORAFLOW_SIGNING_KEY"  # environment: the key's file, with which each promotion is signed
 _NAMESPACE = "loraflow-promotion-log"
+_FILE = "signed.json"
+
+
+class _Refused(Exception):
+    """ssh-keygen ran, and refuses the key or the signature, for this reason."""
 
 
 class _Signed(StoredModel):
@@ -44,6 +49,12 @@ def signing_key() -> str | None:
     return os.environ.get(KEY) or None
 
 
+def signed_models(store: Store) -> set[str]:
+    """Return the names of the models whose promotion log was signed, also if the log is gone."""
+    names = (name.split("/") for name in store.documents(f"{FOLDER}/"))
+    return {parts[1] for parts in names if len(parts) == 3 and parts[2] == _FILE}
+
+
 def sign(store: Store, model: str, head: LogHead, key: str) -> None:
     """Sign the last entry of a log, and with it all entries before.
 
@@ -56,9 +67,11 @@ def sign(store: Store, model: str, head: LogHead, key: str) -> None:
     Raises:
         BadConfig: there is no ssh-keygen, or it cannot sign with the key.
     """
-    signature = _ssh_keygen(
-        ["-Y", "sign", "-f", str(Path(key).expanduser()), "-n", _NAMESPACE], _statement(model, head), key
-    )
+    options = ["-Y", "sign", "-f", str(Path(key).expanduser()), "-n", _NAMESPACE]
+    try:
+        signature = _ssh_keygen(options, _statement(model, head), key)
+    except _Refused as refused:
+        raise BadConfig("ssh-keygen refuses the key.", where=key, got=str(refused)) from refused
     document = _Signed(seq=head.seq, hash=head.hash, signature=signature.decode())
     store.write_document(_name(model), json_bytes(document.model_dump()))
 
@@ -94,9 +107,8 @@ def check_signature(store: Store, model: str, hashes: Sequence[str], signers: Pa
             signer = found.decode().splitlines()[0]
             options = ["-Y", "verify", "-f", str(signers), "-I", signer, "-n", _NAMESPACE, "-s", file.name]
             _ssh_keygen(options, _statement(model, head), str(signers))
-        except (BadConfig, IndexError) as failure:
-            got = failure.got if isinstance(failure, Failure) else "no signer"
-            raise _not_signed(store, model, got) from failure
+        except (_Refused, IndexError) as failure:
+            raise _not_signed(store, model, str(failure) if isinstance(failure, _Refused) else "no signer") from failure
     if not 0 < head.seq <= len(hashes) or hashes[head.seq - 1] != head.hash:
         raise _not_signed(store, model, f"a log without entry {head.seq}, which {signer} signed")
     return Signed(signer, head.seq)
@@ -116,7 +128,7 @@ def _statement(model: str, head: LogHead) -> bytes:
 
 
 def _name(model: str) -> str:
-    return f"{FOLDER}/{model}/signed.json"
+    return f"{FOLDER}/{model}/{_FILE}"
 
 
 def _ssh_keygen(options: list[str], text: bytes, where: str) -> bytes:
@@ -134,5 +146,5 @@ def _ssh_keygen(options: list[str], text: bytes, where: str) -> bytes:
         got = (error.stderr or error.stdout).decode(errors="replace").strip().splitlines() or [
             f"status {error.returncode}"
         ]
-        raise BadConfig("ssh-keygen refuses the key or the signature.", where=where, got=got[-1][:200]) from error
+        raise _Refused(got[-1][:200]) from error
     return done.stdout

@@ -19,9 +19,13 @@ def slice_lines(slices: Sequence[Slice]) -> Iterator[str]:
     for by in dict.fromkeys(one.by for one in slices):
         found = [one for one in slices if one.by == by]
         models = list(found[0].values)
-        yield from (f"| {by} | rows | metric | {' | '.join(models)} |", "|---|---:|---|" + "---|" * len(models))
+        yield from (f"| {_cell(by)} | rows | metric | {' | '.join(models)} |", "|---|---:|---|" + "---|" * len(models))
         for one in found:
             for metric in one.values[models[0]]:
                 cells = " | ".join(str(one.values[model][metric]) for model in models)
-                yield f"| {one.name} | {one.rows} | {metric} | {cells} |"
+                yield f"| {_cell(one.name)} | {one.rows} | {metric} | {cells} |"
         yield ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

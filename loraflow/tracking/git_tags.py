@@ -6,8 +6,9 @@
 | `MODEL#champion#N` | the model in use since entry N, on the commit of that model's version |
 | `MODEL#champion!#N` | the model that entry N replaced; without it, GTO takes the highest version, also after a rollback |
 
-GTO knows one version for a commit. If the commit of a run has one already, the tag is on a new commit without changes, a
-child of it that is on no branch. The promotion log decides: missing tags are made at the next promotion or rollback.
+If the commit of a run is not in this repository, the tag is on the current one, and a warning says so. GTO knows one
+version for a commit. If a commit has one already, the tag is on a new commit without changes, a child of it that is on no
+branch. The promotion log decides: missing tags are made at the next promotion or rollback.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def make_tags(entries: Sequence[Entry], records: Iterable[RunRecord], model: str
         GitError: git fails, or the folder is in no repository.
     """
     tags, problems = _read_tags(model, folder), list[str]()
-    commits = _commits(records)
+    commits = _commits(entries, records)
     versions: dict[str, str] = {}  # digest of a merged model → tag of its newest version
     in_use = ""  # tag of the champion's version
     for entry, date in zip(entries, _dates(entries), strict=True):
@@ -73,7 +74,15 @@ def make_tags(entries: Sequence[Entry], records: Iterable[RunRecord], model: str
         wanted[f"{model}#{STAGE}#{entry.seq}"] = in_use = versions[digest]
         for name, where in wanted.items():
             if name not in tags:
-                commit = _commit_for(name, commits.get(entry.seq), model, folder) if name == where else where
+                recorded = commits.get(entry.seq)
+                if name == where and not _is_here(recorded, folder):
+                    known = (
+                        f"the commit {recorded} of its run is not in this repository"
+                        if recorded
+                        else "its run has none"
+                    )
+                    problems.append(f"the git tag {name} is on the current commit, because {known}")
+                commit = _commit_for(name, recorded, model, folder) if name == where else where
                 _tag(name, f"{commit}^{{commit}}", _message(entry), date, folder)
             elif digest not in tags[name]:
                 problems.append(
@@ -90,19 +99,23 @@ def _read_tags(model: str, folder: Path) -> dict[str, str]:
     return {name: message for name, _, message in parts}
 
 
-def _commits(records: Iterable[RunRecord]) -> Mapping[int, str]:
+def _commits(entries: Iterable[Entry], records: Iterable[RunRecord]) -> Mapping[int, str]:
     """Return the git commit of each promotion's run, by the number of its entry."""
-    return {
-        record.summary.registered: record.commit
-        for record in records
-        if record.summary and record.summary.registered and record.commit
-    }
+    known = {record.run: record for record in records if record.commit}
+    by_hand = {entry.seq: known.get(entry.inputs.get("run", "")) for entry in entries}
+    by_run = {run.summary.registered: run for run in known.values() if run.summary and run.summary.registered}
+    return {seq: run.commit for seq, run in {**by_hand, **by_run}.items() if run and run.commit}
+
+
+def _is_here(commit: str | None, folder: Path) -> bool:
+    found = commit and git_or_none(["rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}"], folder)
+    return bool(found)
 
 
 def _commit_for(name: str, recorded: str | None, model: str, folder: Path) -> str:
     """Return the commit for a version: that of its run, or a child of it if another version of the model is there."""
-    known = recorded and git_or_none(["rev-parse", "--verify", "--quiet", f"{recorded}^{{commit}}"], folder)
-    commit = known or git(["rev-parse", "--verify", "HEAD"], folder).strip()
+    commit = recorded if recorded and _is_here(recorded, folder) else git(["rev-parse", "--verify", "HEAD"], folder)
+    commit = commit.strip()
     if not git(["tag", "--points-at", commit, "--list", f"{model}@*"], folder).strip():
         return commit
     message = f"{name}: no changes, because GTO knows one version for a commit"

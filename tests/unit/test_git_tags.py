@@ -120,3 +120,18 @@ def test_a_name_that_gto_does_not_read_is_refused_before_the_run(recipe):
     for name in ("a.b", "a-", "a_"):
         with pytest.raises(BadConfig, match="git_tags"):
             load_recipe(recipe, {"register.git_tags": True, "register.model": name})
+
+
+def test_a_promotion_by_hand_is_tagged_on_the_commit_of_its_run_and_an_unknown_commit_is_named(log, folder):
+    merged = add_model(log.store, "a")
+    adapter = log.store.manifest(merged).input_refs(log.store.uri)["adapter"]
+    run = add_run(log, 1, merged, None, revision(folder, "HEAD~1"))
+    log.append(
+        log.head(), action="promote", merged=merged, adapter=adapter, inputs={"run": run.run}, reasons=[], actor="me"
+    )
+    assert make_tags(log.entries(), [run], "tickets", folder) == []
+    assert revision(folder, "tickets@v1.0.0") == revision(folder, "HEAD~1")
+    promote(log, add_model(log.store, "b"))
+    lost = add_run(log, 2, log.head().merged, 2, "0" * 40)
+    [problem] = make_tags(log.entries(), [run, lost], "tickets", folder)
+    assert "tickets@v2.0.0 is on the current commit, because the commit 000" in problem

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraflow.adapters import origin
+from loraflow.adapters import merge_folders, origin
 from loraflow.adapters import safetensors_files as tensors
 from loraflow.adapters.merge_folders import merge
 from loraflow.adapters.streaming_merge import _add_update, _cut, _Factors, _Scratch
@@ -532,3 +532,14 @@ def test_insufficient_memory_is_not_reported_as_a_bad_adapter(tmp_path, monkeypa
     monkeypatch.setattr("peft.tuners.tuners_utils.BaseTuner.merge_and_unload", full)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         merge(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("by_peft", [False, True])
+def test_merged_weights_that_are_not_finite_are_refused(tmp_path, quick_phi3, monkeypatch, by_peft):
+    adapter = make_adapter(quick_phi3, tmp_path / "adapter")
+    change_tensors(adapter, lambda name, tensor: tensor * 1e25 if "lora_" in name else tensor)
+    if by_peft:
+        monkeypatch.setattr(merge_folders, "_plan", lambda *a, **k: None)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadModel, match="not finite"):
+        merge(quick_phi3, adapter, tmp_path / "out")

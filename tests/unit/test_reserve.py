@@ -11,11 +11,13 @@ from loraflow.config.recipe import Data
 from loraflow.execution.deal import deal_for_scores, deal_heldout, use_dealt_rows
 from loraflow.execution.launcher import run_job
 from loraflow.execution.plan import gate_power, plan
+from loraflow.execution.plan_slices import slice_power_lines
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, DamagedLog
 from loraflow.registry.deals import DealRecord, Wanted
 from loraflow.registry.looks import LookRecord
 from loraflow.registry.reserve import ReserveRow, deal, together
+from loraflow.registry.runs import StageRun
 from loraflow.stages import CHECK_DATASET, DEAL_ROWS, EVALUATE, VERSION_DATASET
 from loraflow.store import LocalStore, Ref
 
@@ -286,3 +288,40 @@ def test_a_run_that_is_repeated_in_another_store_uses_the_rows_of_that_time(reci
     fresh = Workspace(load_recipe(recipe, {**settings, "runtime.store": str(tmp_path / "fresh")}))
     use_dealt_rows(fresh, workspace.store, model("b").digest)
     assert fresh.dealt == workspace.dealt
+
+
+def test_the_rows_of_a_run_are_those_that_it_recorded_though_the_model_was_dealt_others_later(recipe, tmp_path):
+    settings = {"data.heldout_reserve": 0.5, "evaluation.max_rows": 4}
+    workspace, rows = checked(recipe, settings)
+    dealt, _ = scored(workspace, rows, model("a"))
+    first = workspace.dealt
+    later = Workspace(load_recipe(recipe, {**settings, "evaluation.max_rows": None}))
+    deal_heldout(later, rows, model("a"))
+    assert later.dealt != first
+    recorded = StageRun(stage="deal_rows", state="computed", fingerprint=dealt.fingerprint, digest=dealt.digest)
+    fresh = Workspace(load_recipe(recipe, {**settings, "runtime.store": str(tmp_path / "fresh")}))
+    use_dealt_rows(fresh, workspace.store, model("a").digest, recorded)
+    assert fresh.dealt == first
+
+
+def test_rows_of_a_look_on_which_the_reserve_was_used_up_are_not_dealt_as_fresh_later(record):
+    """After a dataset that was smaller for a while, some of its rows had been scored by the second model only."""
+    first = take(record, "m0")
+    small = [row for row in ROWS if row.key in first.keys][:10] + [row for row in ROWS if row.key not in first.keys][:9]
+    second = take(record, "m1", rows=small)
+    assert not second.state.is_fresh
+    third = take(record, "m2")
+    assert third.state.is_fresh and third.keys.isdisjoint(first.keys | second.keys)
+
+
+def test_the_plan_counts_the_rows_that_are_scored_when_the_reserve_is_used_up(recipe):
+    settings = {"data.heldout_reserve": 0.8, "evaluation.max_rows": 4, "gate.slices": {"length": {"exact_match": 0.9}}}
+    workspace, rows = checked(recipe, settings)
+    plan(workspace)
+    assert gate_power(workspace).rows == 4 and "needs 20 rows" in slice_power_lines(workspace)[0]
+    for name in "abcde":
+        scored(workspace, rows, model(name))
+    after = Workspace(load_recipe(recipe, settings))
+    plan(after)
+    assert not after.reserve.is_fresh and len(after.dealt) == 20
+    assert gate_power(after).rows == 4, "evaluation.max_rows of the rows that were scored before"

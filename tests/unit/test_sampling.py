@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from loraflow.data.sampling import label_values, spread_sample, spread_values
 from loraflow.evaluation.score import read_rows, sampled_rows
-from loraflow.execution.plan import _heldout_keys
+from loraflow.execution.look_rows import compared_rows
 from loraflow.registry.looks import row_key
 
 
@@ -74,5 +74,5 @@ def test_plan_counts_the_rows_that_evaluate_scores():
     text = "".join(line(n, f"answer {n}") for n in range(50))
     rows, _ = sampled_rows(text.split("\n")[:-1], 8, 3)
     expected = [row_key(json.dumps(row.messages[:-1], ensure_ascii=False)) for row in rows]
-    assert _heldout_keys(text.encode(), 8, 3) == expected and len(expected) == 8
-    assert _heldout_keys(b"", 8, 3) == []
+    assert [key for key, _ in compared_rows(text.encode(), 8, 3)] == expected and len(expected) == 8
+    assert compared_rows(b"", 8, 3) == []

@@ -12,10 +12,12 @@ from loraflow.evaluation.gate import decide
 from loraflow.evaluation.seeds import mean_scores, seed_scores, with_seeds
 from loraflow.evaluation.slice_guards import slice_guards
 from loraflow.evaluation.values import MetricValue
-from loraflow.execution.plan import find_step, steps_of
+from loraflow.execution.plan import _certain_changes, find_step, steps_of
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, BadData
+from loraflow.identity import payload
 from loraflow.reporting.seeds import seed_lines
+from loraflow.stages import TRAIN
 from loraflow.store import Ref
 from loraflow.tasks.gate import _protocol, gate
 from tests.job_factory import make_job
@@ -130,6 +132,17 @@ def test_a_plan_has_a_training_for_each_seed(recipe):
     for count in (0, 21):
         with pytest.raises(BadConfig):
             load_recipe(recipe, {"gate.seeds": count})
+
+
+def test_a_plan_compares_a_further_seed_with_the_trainings_of_that_seed(recipe):
+    workspace = Workspace(load_recipe(recipe, {"gate.seeds": 2, "training_config.seed": 7}))
+    own, further = (find_step(label) for label in ("train", "train seed 8"))
+    config = TRAIN.config.from_recipe(workspace.recipe, workspace).identity()
+    known = payload(TRAIN.name, TRAIN.version, {"tokens": "t", "base": "b"}, config)
+    workspace.store.newest_payload = lambda stage, wanted: known
+    inputs = {"tokens": None, "base": None}
+    assert _certain_changes(workspace, own, inputs) == []
+    assert _certain_changes(workspace, further, inputs) == ["training_config.seed 7 → 8"]
 
 
 def test_the_gate_decides_on_the_mean_and_one_seed_is_the_rule_that_it_was(recipe):

@@ -90,3 +90,17 @@ def test_without_a_key_a_list_or_a_program_there_is_one_sentence(store, keys, mo
     loraflow(store, "verify", "--signers", keys / "missing", fails=BadConfig)
     monkeypatch.setenv("PATH", "/nowhere")
     loraflow(store, "registry", "sign", "--key", keys / "mine", fails=BadConfig)
+    monkeypatch.undo()
+    loraflow(store, "registry", "sign", "--key", keys / "mine")
+    monkeypatch.setenv("PATH", "/nowhere")
+    verify(store, keys, fails=BadConfig)  # not known, which is another thing than not signed
+
+
+def test_a_signed_log_that_was_emptied_is_noticed(store, keys):
+    loraflow(store, "registry", "sign", "--key", keys / "mine")
+    shutil.rmtree(store.root / "registry")
+    (store.root / "anchors" / "tickets" / "head.json").unlink()
+    assert "without entry 2, which ada@acme.example signed" in verify(store, keys, fails=CorruptArtifact)
+    shutil.rmtree(store.root / "anchors")
+    assert "no promotion log" in verify(store, keys, fails=CorruptArtifact)
+    assert "0 damaged" in loraflow(store, "verify")

@@ -139,6 +139,11 @@ def test_trials_that_are_the_same_training_are_counted_once(file):
     assert "the 4 trials are 3 different trainings; equal ones are trained once" in sharing_lines(trials, [])
 
 
+def test_seeds_can_be_a_key_of_the_grid(file):
+    seeds = [trial.workspace.recipe.training_config.seed for trial in trials_of(file, "training_config.seed=3,5")]
+    assert seeds == [3, 5]
+
+
 @pytest.mark.parametrize(
     "key",
     ["runtime.threads=1,2", "gate.min_gain=0,1", "evaluation.max_rows=2,3", "merge.max_kl=0.1,0.2", "name=a,b",
