@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from loraflow.cli import json_option, parse_overrides, set_option, stop_at_second_interrupt
+from loraflow.cli import json_option, parse_overrides, set_option
 from loraflow.stages import STAGES, check_names
 
 if TYPE_CHECKING:
@@ -69,23 +68,10 @@ def _run_flow(
     from loraflow.config import load_recipe
 
     load_recipe(recipe, overrides)  # before prefect starts, so that a mistake is reported at once
+    from loraflow.cli.flow_call import call_flow
     from loraflow.flows.finetune import finetune
-    from loraflow.flows.server.temporary_server import prepare_server
-    from loraflow.registry.runs import RunSummary
-    from loraflow.tasks.failure_log import is_server_error, server_lost, show_failures_once
 
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("loraflow").setLevel(logging.WARNING if quiet else logging.INFO)
-    show_failures_once()
-    stop_at_second_interrupt()
-    prepare_server()
-    try:
-        document = finetune(recipe=recipe, settings=overrides, force=list(force))
-    except Exception as error:
-        if is_server_error(error):
-            raise server_lost(error) from error
-        raise
-    return RunSummary.model_validate(document), document
+    return call_flow(finetune, {"recipe": recipe, "settings": overrides, "force": list(force)}, quiet=quiet)
 
 
 def _write_dvclive(recipe: str, overrides: dict[str, JsonValue], run: str) -> None:

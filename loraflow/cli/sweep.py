@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from typing import TYPE_CHECKING
 
 import click
 
-from loraflow.cli import json_option, parse_overrides, quiet_logging, set_option, stop_at_second_interrupt
+from loraflow.cli import json_option, parse_overrides, quiet_logging, set_option
 from loraflow.config.grid import MAX_TRIALS, check_grid, parse_grid
 
 if TYPE_CHECKING:
@@ -129,23 +128,17 @@ def _run_flow(
     quiet: bool,
 ) -> tuple[RunSummary, dict[str, JsonValue]]:
     """Run the flow; return its summary, also as the JSON document."""
-    from loraflow.flows.server.temporary_server import prepare_server
+    from loraflow.cli.flow_call import call_flow
     from loraflow.flows.sweep import sweep as flow
-    from loraflow.registry.runs import RunSummary
-    from loraflow.tasks.failure_log import is_server_error, server_lost, show_failures_once
 
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("loraflow").setLevel(logging.WARNING if quiet else logging.INFO)
-    show_failures_once()
-    stop_at_second_interrupt()
-    prepare_server()
-    try:
-        document = flow(recipe=recipe, grid=grid, seeds=seeds, settings=overrides, max_trials=max_trials)
-    except Exception as error:
-        if is_server_error(error):
-            raise server_lost(error) from error
-        raise
-    return RunSummary.model_validate(document), document
+    parameters: dict[str, JsonValue] = {
+        "recipe": recipe,
+        "grid": grid,
+        "seeds": seeds,
+        "settings": overrides,
+        "max_trials": max_trials,
+    }
+    return call_flow(flow, parameters, quiet=quiet)
 
 
 def _show_plan(planned: SweepPlan) -> None:
