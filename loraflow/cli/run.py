@@ -110,7 +110,7 @@ def show(summary: RunSummary) -> None:
     entry = f" (entry {summary.registered})" if summary.registered else ""
     console.print(f"[bold]gate: {verdict}[/bold]{entry}")
     for reason in decision.reasons if decision else ():
-        console.print(f"  {reason}", markup=False)  # it can have names from the data
+        console.print(f"  {reason}", markup=False, soft_wrap=True)  # it can have names from the data
     if verdict == "undecided":
         console.print(f"  {UNDECIDED.format(run=summary.run)}", markup=False)
     if summary.reserve is not None:
