@@ -276,9 +276,16 @@ print(tokenizer.decode(merged.generate(**ids, max_new_tokens=5)[0]))
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def cli(*arguments: str, env: dict | None = None, **options) -> subprocess.CompletedProcess:
+def with_server() -> dict[str, str]:
+    """Return the environment of a command that uses the tests' server: a temporary one takes seconds to start."""
+    from prefect.settings import PREFECT_API_URL
+
+    return {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value()}
+
+
+def cli(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", "from loraflow.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, **options)
+    return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
 def test_the_command_prints_one_json_document(project):
@@ -286,7 +293,7 @@ def test_the_command_prints_one_json_document(project):
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads(done.stdout)
     assert set(summary) >= {"run", "stages", "metrics", "decision", "adapter", "merged"}
-    strict = cli("run", str(project.recipe), "--json", "--strict-gate")
+    strict = cli("run", str(project.recipe), "--json", "--strict-gate", env=with_server())
     assert strict.returncode == (0 if json.loads(strict.stdout)["decision"]["verdict"] == "promote" else 3)
 
 
@@ -320,7 +327,7 @@ def test_a_cached_run_and_a_plan_import_no_torch(project):
 )
 def test_invalid_input_exits_with_its_status_a_message_and_a_next_step(project, change, code, says):
     sets = [part for key, value in change.items() for part in ("--set", f"{key}={value}")]
-    done = cli("run", str(project.recipe), "-q", *sets)
+    done = cli("run", str(project.recipe), "-q", *sets, env=with_server())
     assert done.returncode == code, done.stderr[-3000:]
     tail = done.stderr[-3000:]
     assert says in tail and "next:" in tail

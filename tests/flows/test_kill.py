@@ -11,7 +11,7 @@ import time
 import pytest
 
 from loraflow.store import LocalStore
-from tests.flows.test_finetune import last_record, processes_with
+from tests.flows.test_finetune import last_record, processes_with, with_server
 
 STAGES = ["version_dataset", "check_dataset", "resolve_base", "tokenize", "train", "merge", "verify", "evaluate"]
 
@@ -21,7 +21,8 @@ def test_sigkill_in_any_stage_leaves_an_intact_store(project, stage):
     before = {one["stage"]: one["digest"] for one in last_record(project)["stages"]}
     shutil.rmtree(project.store / stage)
     command = [sys.executable, "-c", "from loraflow.cli import main; main()", "run", str(project.recipe), "-q"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+                               env=with_server())  # fmt: skip
     for _ in range(3000):
         if list((project.store / "staging").glob(f"{stage}-*")) or process.poll() is not None:
             break

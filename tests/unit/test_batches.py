@@ -61,7 +61,9 @@ def force_end_to_end(monkeypatch):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_packed_and_padded_layouts_give_the_same_result(base, tmp_path, monkeypatch, packing):  # noqa: F811
-    options = {"peft_config__lora_dropout": 0.1, "training_config__packing": packing}
+    options = {
+        "peft_config__lora_dropout": 0.1, "training_config__packing": packing, "training_config__save_steps": 6,
+    }  # fmt: skip
     shards = tokenize(base, tmp_path, **options)
     adapter, losses = run(base, shards, tmp_path / "grid", **options)
     force_end_to_end(monkeypatch)

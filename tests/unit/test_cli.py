@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +11,26 @@ import pytest
 from click.testing import CliRunner
 
 from loraflow.cli import COMMANDS, cli
+from loraflow.failures import BadConfig
 from tests.conftest import chat
+from tests.unit.test_dvc import run_dvc
 
 
 def loraflow(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", "from loraflow.cli import main; main()", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def in_this_process(*arguments: str, cwd: Path):
+    """Call a command that needs torch here, where it is imported already."""
+    with chdir(cwd):
+        return CliRunner().invoke(cli, arguments)
+
+
+@pytest.fixture
+def quick_dvc(monkeypatch):
+    """Let `init` call DVC in this process; other tests call it as a process."""
+    monkeypatch.setattr("loraflow.data.dvc.run_dvc", lambda arguments: run_dvc(*arguments, cwd=Path.cwd()))
 
 
 FOREIGN = {
@@ -30,22 +45,21 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_init_writes_a_recipe_that_can_be_planned(tmp_path, phi3, name, monkeypatch):
+def test_init_writes_a_recipe_that_can_be_planned(tmp_path, phi3, quick_dvc, name):
     mine = tmp_path / "my files"
     mine.mkdir()
     (mine / name).write_text(FOREIGN[name])
     work = tmp_path / "work"
     work.mkdir()
-    done = loraflow("init", "--data", str(mine / name), "--base", str(phi3), cwd=work)
-    assert done.returncode == 0, done.stderr
+    done = in_this_process("init", "--data", str(mine / name), "--base", str(phi3), cwd=work)
+    assert done.exit_code == 0, done.exception
     recipe = f"configs/{Path(name).stem}.yaml"
     assert (work / "data.dvc").exists() and (work / "data" / name).exists()
     assert "chats: 60; malformed rows: " in done.stdout and recipe in done.stdout
     if name == "tickets.jsonl":
         assert "tickets.jsonl:61: column 2" in done.stderr
         assert "primary: field_f1" in (work / recipe).read_text(), "its answers are JSON"
-    monkeypatch.chdir(work)
-    plan = CliRunner().invoke(cli, ["plan", recipe, "--json"])  # in this process, which has imported torch
+    plan = in_this_process("plan", recipe, "--json", cwd=work)
     assert plan.exit_code == 0, plan.output
     memory = json.loads(plan.stdout)["memory_bytes"]
     assert 0.5 * 2**30 < memory["full_speed"] < 2**30, "Python with torch, and a tiny model"
@@ -55,8 +69,8 @@ def test_init_writes_a_recipe_that_can_be_planned(tmp_path, phi3, name, monkeypa
     assert [stage["verdict"] for stage in json.loads(plan.stdout)["stages"]].count("runs") == 9, (
         "nothing is in the store yet"
     )
-    again = loraflow("init", "--data", str(mine / name), "--base", str(phi3), cwd=work)
-    assert again.returncode == 2 and "exists already" in again.stderr
+    again = in_this_process("init", "--data", str(mine / name), "--base", str(phi3), cwd=work)
+    assert isinstance(again.exception, BadConfig) and "exists already" in str(again.exception)
 
 
 def test_init_accepts_any_file_name_and_reports_unused_columns(tmp_path, phi3):
@@ -65,18 +79,18 @@ def test_init_accepts_any_file_name_and_reports_unused_columns(tmp_path, phi3):
     name = "meine Fragen, Teil 1: [neu] #2 (Ü).csv"
     table = "\ufeffFrage;question;answer\r\n" + "".join(f"{i};q {i};a {i}\r\n" for i in range(60))
     (tmp_path / name).write_text(table, encoding="utf-8", newline="")
-    done = loraflow("init", "--data", name, "--base", str(phi3), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = in_this_process("init", "--data", name, "--base", str(phi3), cwd=tmp_path)
+    assert done.exit_code == 0, done.exception
     assert "not read  Frage (60 rows)" in done.stderr
     (file,) = (tmp_path / "configs").iterdir()
     recipe = load_recipe(str(file))
     assert recipe.data.train == [name] and recipe.data.columns == {"prompt": "question", "completion": "answer"}
-    done = loraflow("data", "check", name, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = in_this_process("data", "check", name, cwd=tmp_path)
+    assert done.exit_code == 0, done.exception
     assert "not read  Frage (60 rows)" in done.stderr and '"prompt": "question"' in done.stderr
 
 
-def test_init_does_not_train_on_files_named_test(tmp_path, phi3):
+def test_init_does_not_train_on_files_named_test(tmp_path, phi3, quick_dvc):
     from loraflow.cli.init_recipe import split_by_name
     from loraflow.config import load_recipe
 
@@ -85,8 +99,8 @@ def test_init_does_not_train_on_files_named_test(tmp_path, phi3):
     for number, name in enumerate(("train-00000-of-00001", "test-00000-of-00001", "validation-00000-of-00001")):
         rows = (json.dumps(chat(i)) + "\n" for i in range(30 * number, 30 * number + 30))
         (folder / "data" / f"{name}.jsonl").write_text("".join(rows))
-    done = loraflow("init", "--data", "splits", "--base", str(phi3), "--name", "mine", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = in_this_process("init", "--data", "splits", "--base", str(phi3), "--name", "mine", cwd=tmp_path)
+    assert done.exit_code == 0, done.exception
     assert "held out, by their names: data/test-00000-of-00001.jsonl" in done.stdout
     assert "neither trained on nor held out: data/validation-00000-of-00001.jsonl" in done.stdout
     data = load_recipe(str(tmp_path / "configs/mine.yaml")).data
@@ -111,15 +125,8 @@ def test_data_check_names_file_and_line_and_fails(tmp_path):
         (["nonsense"], 2, "No such command"),
         (["run", "x", "--set", "novalue"], 2, "key=value"),
         (["show", "abcdef"], 2, "no such run"),
-        (["show", "champion"], 2, "registry is empty"),
-        (["show", "champion:tiny"], 2, "no champion of tiny yet"),
-        (["chat", "champion"], 2, "registry is empty"),
-        (["predict", "champion", "x.jsonl", "y.jsonl"], 2, "registry is empty"),
-        (["publish", "nothing", "--repo", "a/b"], 2, "no such model"),
-        (["rollback", "--reason", "x"], 2, "registry is empty"),
         (["--help"], 0, ""),
         (["--version"], 0, ""),
-        (["runs"], 0, ""),
         (["verify", "--deep"], 0, ""),
     ],
 )
@@ -128,6 +135,24 @@ def test_failures_have_their_exit_statuses(tmp_path, arguments, code, says):
     assert done.returncode == code, done.stderr
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["show", "champion"], "registry is empty"),
+        (["show", "champion:tiny"], "no champion of tiny yet"),
+        (["chat", "champion"], "registry is empty"),
+        (["predict", "champion", "x.jsonl", "y.jsonl"], "registry is empty"),
+        (["publish", "nothing", "--repo", "a/b"], "no such model"),
+        (["rollback", "--reason", "x"], "registry is empty"),
+    ],
+)
+def test_an_empty_store_is_named_as_the_reason(tmp_path, arguments, says):
+    done = in_this_process(*arguments, cwd=tmp_path)
+    assert isinstance(done.exception, BadConfig) and says in str(done.exception)
+    assert done.exception.exit_code == 2
+    assert in_this_process("runs", cwd=tmp_path).exit_code == 0
 
 
 def test_verify_quarantines_a_damaged_artifact_and_reports_it(tmp_path):
@@ -176,8 +201,8 @@ def test_every_command_has_help(name):
 
 
 def test_doctor_does_not_treat_a_bucket_as_a_folder(tmp_path):
-    done = loraflow("doctor", "--store", "s3://team/store", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = in_this_process("doctor", "--store", "s3://team/store", cwd=tmp_path)
+    assert done.exit_code == 0, done.exception
     assert "boto3 for the store s3://team/store" in done.stdout and "free at the store" not in done.stdout
-    here = loraflow("doctor", cwd=tmp_path)
+    here = in_this_process("doctor", cwd=tmp_path)
     assert "store .loraflow/store is writable" in here.stdout and "free at the store" in here.stdout

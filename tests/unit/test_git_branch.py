@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from loraflow.data import dvc
 from loraflow.data import git_branch as branch
 from loraflow.failures import BadConfig, Network
 from loraflow.store.files import HashMemo
+from tests.unit.test_dvc import run_dvc
 
 
 def git(where: Path, *arguments: str) -> str:
@@ -113,8 +113,8 @@ def test_a_commit_contains_only_the_pin_and_a_dataset_in_git_is_read_without_a_p
     for key, value in (("user.name", "a"), ("user.email", "a@b.c")):
         git(mine, "config", key, value)
     monkeypatch.chdir(mine)
-    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
-    subprocess.run([sys.executable, "-m", "dvc", "remote", "add", "-q", "-d", "here", ".dvc/remote"], check=True)
+    run_dvc("init", cwd=mine)
+    run_dvc("remote", "add", "-d", "here", ".dvc/remote", cwd=mine)
     pin = add_data(mine, 3)
     (mine / "x").write_text("not to be committed")
     assert branch.committed(pin) is None

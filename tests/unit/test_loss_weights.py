@@ -80,7 +80,7 @@ def weighted_loop(base, rows: TokenRows, steps: int = 6):  # noqa: F811
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_weighted_losses_and_adapters_equal_those_of_a_loop_over_single_tokens(base, tmp_path, monkeypatch, packing):  # noqa: F811
-    options = {"training_config__packing": packing}
+    options = {"training_config__packing": packing, "training_config__save_steps": 6}
     shards = tokenize(base, tmp_path, **options)
     rows = TokenRows(shards / "train", shards / "packing.parquet" if packing else None)
     adapter, losses = weighted_loop(base, rows)
