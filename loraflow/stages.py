@@ -231,6 +231,7 @@ TRAIN = Stage(
         "loraflow.training.lora_kernels",
         "loraflow.training.frozen_linear",
         "loraflow.training.loss_head",
+        "loraflow.training.loss_kernel",
         "loraflow.data.token_rows",
         "loraflow.data.packing",
         "loraflow.data.common_prefix",

@@ -1,4 +1,4 @@
-"""The cases of the GPU training benchmark, and the size of the model."""
+"""The cases of the GPU training benchmark, and the shapes of their models."""
 
 from __future__ import annotations
 
@@ -11,12 +11,32 @@ if TYPE_CHECKING:
 
 TINY = os.environ.get("LORAFLOW_BENCH_TINY") == "1"  # a dry run on a CPU: says nothing about speed
 LENGTH = 256 if TINY else 2048
-SHAPE = (
-    {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    if TINY
-    else {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32}
-)
-VOCABULARY = 507 if TINY else 32064
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model. `targets` are the linear layers that get adapters."""
+
+    name: str
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    targets: tuple[str, ...]
+    tied: bool = False
+
+
+FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+if TINY:
+    PHI3 = Shape("phi3", 96, 256, 2, 4, 4, 507, FUSED)
+    LLAMA_1B = Shape("llama-1b", 96, 256, 2, 4, 2, 507, SPLIT, tied=True)
+else:
+    PHI3 = Shape("phi3", 3072, 8192, 32, 32, 32, 32064, FUSED)
+    LLAMA_1B = Shape("llama-1b", 2048, 8192, 16, 32, 8, 128256, SPLIT, tied=True)
+VOCABULARY = PHI3.vocabulary  # every model has these tokens
 WARM_UP, TIMED = (5, 11) if TINY else (10, 26)
 
 Setting = str | float | bool | list[str] | None
@@ -32,6 +52,8 @@ class Case:
     settings: dict[str, Setting] = field(default_factory=dict)
     baseline: dict[str, Setting] | None = None  # of trl's SFTConfig
     timed: int = TIMED
+    shape: Shape = PHI3
+    peer: str | None = None  # trl or unsloth
 
 
 SETTINGS = {
@@ -42,7 +64,6 @@ SETTINGS = {
     "training_config.logging_steps": 5,
     "training_config.save_strategy": "no",
     "peft_config.lora_dropout": 0.0,
-    "peft_config.target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     "runtime.compile": "on",
     "runtime.device": "cpu" if TINY else "cuda",
 }
@@ -71,11 +92,19 @@ CASES = [
          settings={"base.quantization": "nf4", **RECOMPUTED, "runtime.micro_tokens": 4096}),
     Case("stock", "loraflow with runtime.engine: stock, 8k tokens", rows=4, timed=11,
          settings={"runtime.engine": "stock", "training_config.gradient_checkpointing": False}),
-    Case("trl-best", "trl: bfd packing, padding-free, liger, varlen FA2, nothing recomputed", rows=4, timed=16,
+    Case("llama-1b", "loraflow, Llama-3.2-1B's shape, bf16, 16k tokens", shape=LLAMA_1B),
+    Case("llama-1b-elementwise", "the same, elementwise operations recomputed", shape=LLAMA_1B, settings=ELEMENTWISE),
+    Case("unsloth", "unsloth: packing, its varlen branch, nothing recomputed, 16k tokens", peer="unsloth",
+         baseline={"packing": True}),
+    Case("unsloth-nf4", "unsloth: QLoRA nf4, 8k tokens", rows=4, peer="unsloth",
+         baseline={"packing": True, "load_in_4bit": True}),
+    Case("unsloth-llama", "unsloth: Llama-3.2-1B's shape, bf16, 16k tokens", peer="unsloth", shape=LLAMA_1B,
+         baseline={"packing": True}),
+    Case("trl-best", "trl: bfd packing, padding-free, liger, varlen FA2, nothing recomputed", rows=4, timed=16, peer="trl",
          baseline={"packing": True, "gradient_checkpointing": False, "use_liger_kernel": True}),
-    Case("card", "the model card's recipe: padded batches of 4, recomputed, sdpa, dropout 0.05", timed=20,
+    Case("card", "the model card's recipe: padded batches of 4, recomputed, sdpa, dropout 0.05", timed=20, peer="trl",
          baseline={"per_device_train_batch_size": 4, "gradient_checkpointing": True}),
-    Case("card-nocudnn", "the same without cuDNN's attention, which makes a plan for each shape", timed=20,
+    Case("card-nocudnn", "the same without cuDNN's attention, which makes a plan for each shape", timed=20, peer="trl",
          baseline={"per_device_train_batch_size": 4, "gradient_checkpointing": True, "cudnn": False}),
 ]  # fmt: skip
 
@@ -88,6 +117,7 @@ def recipe_of(case: Case, **overrides: Setting) -> Recipe:
     settings = {
         **SETTINGS,
         "training_config.max_steps": steps,
+        "peft_config.target_modules": list(case.shape.targets),
         "training_config.per_device_train_batch_size": case.rows,
     }
     return parse_recipe("name: bench\nbase: {model: x}\n", overrides={**settings, **case.settings, **overrides})

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from gpu_training.cases import CASES, TINY
+from gpu_training.cases import CASES, PHI3, TINY, Case, Shape
 from gpu_training.model import flops_per_token
 
 
@@ -29,25 +29,44 @@ def measure_peak_flops() -> float:
 
 
 def print_table(results: dict[str, dict[str, Any]], work: Path, peak_flops: float) -> None:
-    """Print speed, memory and losses of each case, and the speed limit of the card."""
+    """Print speed, memory and losses of each case, and the speed limit of the card for each shape."""
+    limits = {case.shape.name: speed_limit(case.shape, work, peak_flops) for case in CASES if case.name in results}
+    for name, limit in limits.items():
+        print(f"\n{name}: ceiling {limit:,.0f} tokens/s, {peak_flops / 1e12:.0f} TFLOP/s")
+    print(f"{'case':20s} {'tok/s':>8s} {'ms/step':>8s} {'GiB':>6s} {'% ceil':>6s} {'x trl':>6s} {'x card':>6s} "
+          f"{'x unsloth':>9s} {'GiB/unsloth':>11s} {'1st s':>6s}")  # fmt: skip
+    for case in CASES:
+        if (result := results.get(case.name)) is None:
+            continue
+        speed, memory = result["tokens_per_second"], result["peak_gib"] or 0
+        unsloth = results.get(unsloth_case(case), {})
+        best, card = (ratio(speed, results.get(name, {}).get("tokens_per_second")) if case.shape is PHI3 else "-"
+                      for name in ("trl-best", "card"))  # fmt: skip
+        print(f"{case.name:20s} {speed:8,.0f} {result['step_ms']:8.1f} {memory:6.1f} "
+              f"{100 * speed / limits[case.shape.name]:6.1f} {best:>6s} {card:>6s} "
+              f"{ratio(speed, unsloth.get('tokens_per_second')):>9s} {ratio(memory, unsloth.get('peak_gib')):>11s} "
+              f"{result.get('first_step_s', 0):6.1f}  "
+              f"{case.description}")  # fmt: skip
+        print(f"{'':20s} losses {[round(x, 3) for x in result['losses'][::2]]}")
+    print("1st s: from the start of the process to the end of the first step, compiling included")
+
+
+def unsloth_case(case: Case) -> str:
+    """Return the name of unsloth's case with the same shape and the same frozen weights."""
+    if case.shape is not PHI3:
+        return "unsloth-llama"
+    return "unsloth-nf4" if case.settings.get("base.quantization") == "nf4" else "unsloth"
+
+
+def ratio(value: float, reference: float | None) -> str:
+    """Return value over reference as text, or a dash where there is no reference."""
+    return f"{value / reference:.2f}" if reference else "-"
+
+
+def speed_limit(shape: Shape, work: Path, peak_flops: float) -> float:
+    """Return the tokens per second that the card's measured rate allows."""
     from loraflow.data.token_rows import TokenRows
 
     rows = TokenRows(work / "tokens" / "train")
     target_share = sum(int((rows.document(i)[1][1:] != -100).sum()) for i in range(len(rows))) / rows.lengths.sum()
-    limit = peak_flops / flops_per_token(rows.lengths.astype(float), float(target_share))
-    print(f"\nceiling {limit:,.0f} tokens/s: {peak_flops / 1e12:.0f} TFLOP/s over "
-          f"{flops_per_token(rows.lengths.astype(float), float(target_share)) / 1e9:.2f} GFLOP a token")  # fmt: skip
-    best, card = (results.get(name, {}).get("tokens_per_second") for name in ("trl-best", "card"))
-    print(
-        f"{'case':14s} {'tok/s':>8s} {'ms/step':>8s} {'GiB':>6s} {'% ceil':>6s} {'x trl':>6s} {'x card':>6s} {'1st s':>6s}"
-    )
-    for case in CASES:
-        if (result := results.get(case.name)) is None:
-            continue
-        speed = result["tokens_per_second"]
-        print(f"{case.name:14s} {speed:8,.0f} {result['step_ms']:8.1f} {result['peak_gib'] or 0:6.1f} "
-              f"{100 * speed / limit:6.1f} {speed / best if best else 0:6.2f} {speed / card if card else 0:6.1f} "
-              f"{result.get('first_step_s', 0):6.1f}  "
-              f"{case.description}")  # fmt: skip
-        print(f"{'':14s} losses {[round(x, 3) for x in result['losses'][::2]]}")
-    print("1st s: from the start of the process to the end of the first step, compiling included")
+    return peak_flops / flops_per_token(shape, rows.lengths.astype(float), float(target_share))

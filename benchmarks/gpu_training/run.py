@@ -1,4 +1,4 @@
-"""Run a case with loraflow's train stage, or with trl's SFTTrainer as the baseline."""
+"""Run a case with loraflow's train stage, or with a peer: trl's SFTTrainer, or unsloth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from gpu_training import ROOT
 from gpu_training.cases import LENGTH, TINY, WARM_UP, Case, recipe_of
-from gpu_training.model import documents, step_tokens
+from gpu_training.model import base_folder, documents, step_tokens
 
 
 def run_loraflow(case: Case, work: Path) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def run_loraflow(case: Case, work: Path) -> dict[str, Any]:
     home = work / case.name
     shutil.rmtree(home, ignore_errors=True)  # of an earlier call; compiled code is in another folder
     home.mkdir()
-    folders = {"tokens": work / "tokens", "base": work / "base"}
+    folders = {"tokens": work / "tokens", "base": base_folder(work, case)}
     job_file = JobFile(job, home / "out", folders, home).write()
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(work / "compiled")}
     started = time.time()
@@ -57,9 +57,13 @@ def run_loraflow(case: Case, work: Path) -> dict[str, Any]:
     }
 
 
-def run_baseline(case: Case, work: Path) -> dict[str, Any]:
-    """Run trl's trainer with a case's settings, in its own process."""
+def run_baseline(case: Case, work: Path, unsloth: Path | None) -> dict[str, Any]:
+    """Run trl or unsloth with a case's settings, in its own process. `unsloth` is the folder of its environment."""
     env = {**os.environ, "LORAFLOW_BENCH_BASELINE": json.dumps([case.name, str(work)])}
+    if case.peer == "unsloth":
+        if unsloth is None:
+            raise RuntimeError("needs --unsloth FOLDER, its environment (see benchmarks/README.md)")
+        env["PYTHONPATH"] = os.pathsep.join([str(unsloth), env.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "train_gpu.py")], capture_output=True, text=True, env=env, cwd=ROOT
     )
@@ -87,10 +91,10 @@ def baseline_main(case: Case, work: Path) -> None:
         options["liger_kernel_config"] = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False}
     if TINY:
         options.pop("use_liger_kernel", None), options.pop("liger_kernel_config", None)
-    timed_trainer, times, tokens = make_timed_trainer()
+    timed_trainer, times, tokens = make_timed_trainer(wait_every=1)  # trl waits in every step for its own metrics
     trainer = timed_trainer(
         model=AutoModelForCausalLM.from_pretrained(
-            work / "base", dtype=torch.bfloat16, attn_implementation=baseline_attention(bool(packing)),
+            base_folder(work, case), dtype=torch.bfloat16, attn_implementation=baseline_attention(bool(packing)),
             device_map=None if TINY else {"": 0},
         ),
         args=SFTConfig(
@@ -99,7 +103,7 @@ def baseline_main(case: Case, work: Path) -> None:
             use_cpu=TINY, gradient_checkpointing_kwargs={"use_reentrant": False}, **options,
         ),
         train_dataset=data,
-        processing_class=AutoTokenizer.from_pretrained(work / "base"),
+        processing_class=AutoTokenizer.from_pretrained(base_folder(work, case)),
         peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0 if packing else 0.05, target_modules="all-linear",
                                task_type="CAUSAL_LM"),
     )  # fmt: skip
@@ -131,8 +135,11 @@ def baseline_attention(packing: bool) -> str:
     return DOCUMENTS
 
 
-def make_timed_trainer() -> tuple[type, list[float], list[int]]:
-    """Return an SFTTrainer that records when each step starts and its tokens, and the two lists."""
+def make_timed_trainer(wait_every: int) -> tuple[type, list[float], list[int]]:
+    """Return an SFTTrainer that records when each step starts and its tokens, and the two lists.
+
+    It waits for the GPU at every `wait_every`-th step: the times of the other steps are those of the host.
+    """
     import torch
     from trl import SFTTrainer
 
@@ -141,8 +148,8 @@ def make_timed_trainer() -> tuple[type, list[float], list[int]]:
 
     class TimedTrainer(SFTTrainer):
         def training_step(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # trl waits in every step for its own metrics
+            if torch.cuda.is_available() and len(times) % wait_every == 0:
+                torch.cuda.synchronize()
             times.append(time.perf_counter())
             tokens.append(int((inputs["input_ids"] != 0).sum()))
             if len(times) == WARM_UP and torch.cuda.is_available():

@@ -6,6 +6,9 @@ best token, which takes as long again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -44,7 +47,7 @@ class FrozenHeadLoss(torch.autograd.Function):
             if factor != 1:
                 logits *= factor
             weights = None if loss_weights is None else loss_weights[at : at + CHUNK]
-            loss, slope = nll_and_slope(logits, targets[at : at + CHUNK], weights)
+            loss, slope = _loss_of(logits)(logits, targets[at : at + CHUNK], weights)
             total += loss
             if factor != 1:
                 slope *= factor
@@ -76,6 +79,14 @@ def nll_and_slope(logits: Tensor, targets: Tensor, weights: Tensor | None = None
         slope *= weights[:, None]
     loss = loss.sum()
     return loss, slope.to(logits.dtype)
+
+
+def _loss_of(logits: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+    if logits.is_cuda and find_spec("triton") is not None:
+        from loraflow.training.loss_kernel import nll_and_slope_in_place
+
+        return nll_and_slope_in_place
+    return nll_and_slope
 
 
 def head_loss(
