@@ -162,7 +162,11 @@ def _run_lines(champion: Champion) -> Iterator[str]:
     if promoted_by and promoted_by != run.run:
         lines.append(f"promoted with run {promoted_by}, which found the model in the cache")
     changed = {True: ", with uncommitted changes", False: ", nothing uncommitted", None: ""}[run.uncommitted]
-    lines.append(f"git commit {run.commit}{changed}" if run.commit else "not in a git repository")
+    lines.append(
+        f"git commit {run.commit}{changed}"
+        if run.commit
+        else "no git commit: not in a repository, or before its first commit"
+    )
     yield from _rows("run", *lines)
 
 
