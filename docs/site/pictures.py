@@ -67,15 +67,19 @@ class Server:
         request = urllib.request.Request(f"{self.url}/api{path}", data, {"content-type": "application/json"})
         return json.loads(urllib.request.urlopen(request, timeout=60).read())
 
-    def wait_for_run(self) -> dict[str, Any]:
-        """Return the newest run that a person started, when it has ended.
+    def runs(self) -> list[dict[str, Any]]:
+        """Return the runs that a person started, newest first."""
+        found = self.read("/flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 50})
+        return [run for run in found if not run["auto_scheduled"]]
+
+    def wait_for_run(self, before: set[str]) -> dict[str, Any]:
+        """Return the run that is not one of those before, when it has ended.
 
         Raises:
             SystemExit: it failed, or took too long.
         """
         for _ in range(MINUTES * 60):
-            runs = self.read("/flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 50})
-            run: dict[str, Any] = next((run for run in runs if not run["auto_scheduled"]), {})
+            run: dict[str, Any] = next((run for run in self.runs() if run["id"] not in before), {})
             if run and run["state"]["type"] == "COMPLETED":
                 return run
             if run and run["state"]["type"] in {"FAILED", "CRASHED", "CANCELLED"}:
@@ -129,8 +133,9 @@ def take(page: Page, server: Server, project: Path) -> None:
     page.get_by_label("Epochs").fill("1")
     page.get_by_label("Learning rate").fill("5e-4")
     keep(page, "form", 900, left=SIDEBAR)
+    before = {run["id"] for run in server.runs()}
     page.get_by_role("button", name="Submit").click()
-    run = server.wait_for_run()
+    run = server.wait_for_run(before)
     page.goto(f"{server.url}/v2/runs/flow-run/{run['id']}")
     page.get_by_role("tab", name="Task Runs").click()
     page.get_by_text("evaluate tuned").first.wait_for()
