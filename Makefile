@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 TWICE  := -n 2 --dist loadscope --no-loadscope-reorder --durations 12
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo docs release test test-wheel test-faults fuzz test-all test-gpu test-ui test-s3 check lint data clean
+.PHONY: help demo docs release lint-image test test-wheel test-faults fuzz test-all test-gpu test-ui test-s3 check lint data clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,10 @@ release: $(STAMP) ## wheel and sdist of this version from the last commit, into 
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,release]'
 	$(BIN)/python .ci/release.py dist
 	LORAFLOW_WHEEL=dist $(BIN)/python -m pytest -m slow tests/e2e/test_wheel.py
+
+lint-image: $(STAMP) ## the definition of the worker's image, with hadolint
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,image]'
+	$(BIN)/hadolint docs/deploy/Dockerfile
 
 docs: $(STAMP) ## the documents as a site, into build/site; a broken link fails
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'

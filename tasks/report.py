@@ -43,6 +43,7 @@ def publish_report(run: Run, result: PipelineResult, decision: Decision, summary
         confidence=recipe.evaluation.confidence,
         losses=_losses(run, result.adapter),
         samples=tuned.samples[: recipe.evaluation.samples],
+        base_answers={sample.id: sample.answer for sample in evaluation_report(run, result.base_scores).samples},
         stages=summary.stages,
         rows=summary.rows,
         reserve="" if summary.reserve is None else str(summary.reserve),

@@ -37,7 +37,7 @@ def stage(target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     for file in sorted(DOCS.rglob("*")):
         inside = file.relative_to(DOCS)
-        if inside.parts[0] == "site" or file.name == "text.md" or file.suffix not in {".md", ".png", ".svg"}:
+        if inside.parts[0] == "site" or file.name == "text.md" or file.suffix not in {".md", ".png", ".svg", ".cast"}:
             continue
         _put(file, target / inside)
     _put(ROOT / "CHANGELOG.md", target / "changelog.md")

@@ -13,7 +13,20 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentU
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
 from prefect.client.schemas.schedules import SCHEDULE_TYPES, CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.events.schemas.deployment_triggers import DeploymentTriggerTypes
-from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, field_validator, model_validator
+from prefect.types import BANNED_CHARACTERS
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
+
+from loraflow.flows.server.triggers import check_triggers
 
 DEFAULT_QUEUE = "default"  # the work queue that every pool has
 # Prefect starts an interval without `anchor_date` at the time of deploying, so that each deploy would move the schedule.
@@ -21,26 +34,58 @@ ANCHOR = datetime(2020, 1, 1, tzinfo=UTC)
 ENTER_PROJECT = "loraflow.flows.server.project.enter"  # the pull step
 
 
+def _name(value: str) -> str:
+    """Check a name, which is part of addresses. The server would refuse it after other deployments were changed."""
+    if not value.strip():
+        raise ValueError("the name is empty")
+    if found := [character for character in BANNED_CHARACTERS if character in value]:
+        raise ValueError(f"Prefect's names must not contain {' '.join(found)}")
+    return value
+
+
+def _not_reserved(value: str) -> str:
+    if value.lower().startswith("prefect"):
+        raise ValueError(f"Prefect reserves names of work pools that begin with prefect: {value}")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
+
+
 class StrictModel(BaseModel):
-    """A part of `prefect.yaml`. Unknown keys are refused."""
+    """A part of `prefect.yaml`. Unknown keys are refused. A key without a value counts as not given, as in Prefect."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if value is not None}
 
 
 class WorkPool(StrictModel):
     """The work pool and queue of a deployment, and what its runs change in the pool's job template."""
 
-    name: str
-    work_queue_name: str = DEFAULT_QUEUE
+    name: Annotated[Name, AfterValidator(_not_reserved)]
+    work_queue_name: Name = DEFAULT_QUEUE
     job_variables: dict[str, JsonValue] = {}
 
 
 class ConcurrencyLimit(StrictModel):
     """How many runs of a deployment there are at a time, and what happens to the next one."""
 
-    limit: int
+    limit: int = Field(ge=1, strict=True)  # 0 would let no run start; `paused` says that
     collision_strategy: ConcurrencyLimitStrategy | None = None
     grace_period_seconds: int | None = None
+
+    @model_validator(mode="after")
+    def _fits_prefect(self) -> ConcurrencyLimit:
+        if self.grace_period_seconds is not None and self.collision_strategy is None:
+            raise ValueError("grace_period_seconds needs a collision_strategy: ENQUEUE or CANCEL_NEW")
+        self.options()
+        return self
 
     def options(self) -> ConcurrencyOptions | None:
         """Return everything but the limit itself; None leaves it to the server."""
@@ -89,17 +134,37 @@ class Schedule(StrictModel):
 
 
 def _limit(value: object) -> object:
-    return {"limit": value} if isinstance(value, int) else value
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    return {"limit": value} if isinstance(value, int | float) else value
 
 
 def _tags(value: object) -> object:
-    return [tag.strip() for tag in value.split(",")] if isinstance(value, str) else value
+    """Read tags as a list, or as one text with commas; each tag once."""
+    if isinstance(value, str):
+        value = [tag.strip() for tag in value.split(",")]
+    return list(dict.fromkeys(tag for tag in value if tag != "")) if isinstance(value, list) else value
+
+
+def _steps(value: object) -> object:
+    """Read a single step as a list of one, as Prefect does."""
+    return ([value] if value else []) if isinstance(value, dict) else value
+
+
+def _one_key(steps: list[dict[str, JsonValue]] | None) -> list[dict[str, JsonValue]] | None:
+    for number, step in enumerate(steps or []):
+        if len(step) != 1:
+            raise ValueError(f"step {number} has {len(step)} keys; a step is one function with its inputs")
+    return steps
+
+
+Steps = Annotated[list[dict[str, JsonValue]] | None, BeforeValidator(_steps), AfterValidator(_one_key)]
 
 
 class DeploymentEntry(StrictModel):
     """One item of `deployments`."""
 
-    name: str
+    name: Name
     entrypoint: str
     description: str | None = None
     version: str | None = None
@@ -110,17 +175,20 @@ class DeploymentEntry(StrictModel):
     work_pool: WorkPool
     concurrency_limit: Annotated[ConcurrencyLimit | None, BeforeValidator(_limit)] = None
     schedules: list[Schedule] = []
-    triggers: list[DeploymentTriggerTypes] = []
-    pull: list[dict[str, JsonValue]] | None = None  # None: the file's own `pull`
+    triggers: Annotated[list[DeploymentTriggerTypes], WrapValidator(check_triggers)] = []
+    pull: Steps = None  # None: the file's own `pull`
 
     @model_validator(mode="before")
     @classmethod
     def _one_schedule(cls, values: Any) -> Any:
-        """Take `schedule` as a list of one, as Prefect does, and drop empty keys."""
+        """Take `schedule` as a list of one, as Prefect does, and drop keys that say nothing."""
         if not isinstance(values, dict):
             return values
         values = {key: value for key, value in values.items() if value is not None and value != {}}
-        if "schedule" in values and "schedules" not in values:
+        values = {key: value for key, value in values.items() if value != [] or key not in ("build", "push")}
+        if "schedule" in values and values.get("schedules"):
+            raise ValueError("both schedule and schedules are given; write all of them under schedules")
+        if "schedule" in values:
             values["schedules"] = [values.pop("schedule")]
         return values
 
@@ -143,7 +211,7 @@ class DeploymentSpec(DeploymentEntry):
 
     flow_name: str
     parameter_openapi_schema: dict[str, JsonValue]
-    pull_steps: list[dict[str, JsonValue]]
+    pull_steps: Annotated[list[dict[str, JsonValue]], BeforeValidator(_steps), AfterValidator(_one_key)]
 
     @property
     def full_name(self) -> str:

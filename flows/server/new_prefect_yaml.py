@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from string import Template
 
 from loraflow.config.project import FILE
 from loraflow.config.recipe_text import find_recipe
-from loraflow.config.yaml import load_plain
+from loraflow.config.yaml import Syntax, load_plain
 
 TEXT = Template("""\
 # The deployments of this project: what people start from Prefect's UI, and what runs on a schedule.
@@ -103,6 +104,13 @@ TEAM_RECIPE = Template("""
 #   store: s3://BUCKET/$project/store                        # or a folder that all machines mount at the same path
 #   placement: {train: $project-gpu, evaluate: $project-gpu}   # by the deployment stage/$project-gpu of prefect.yaml
 """)
+OWN_FILE = Template("""\
+prefect.yaml   yours, left as it is: it has no deployment of loraflow. To start runs from Prefect's UI, add this to it:
+  - name: $project
+    entrypoint: loraflow.flows.finetune.finetune
+    work_pool: {name: $pool}
+    parameters: {recipe: $recipe}
+    pull: [{loraflow.flows.server.project.enter: {project: $name}}]""")
 TEMPLATES = ("local", "gpu-team")
 
 
@@ -134,10 +142,33 @@ def write_prefect_yaml(folder: Path, recipe: str | None = None, template: str = 
     return file
 
 
+def deployment_to_add(folder: Path, recipe: str) -> str | None:
+    """Return what to add to a project's own `prefect.yaml`; None if it has a flow of loraflow, or cannot be read."""
+    try:
+        document = load_plain((folder / FILE).read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, Syntax):
+        return None
+    entries = document.get("deployments") if isinstance(document, dict) else None
+    if not isinstance(document, dict) or "loraflow.flows." in str(entries):
+        return None
+    pools = (
+        [entry.get("work_pool") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    )
+    used = [str(pool["name"]) for pool in pools if isinstance(pool, dict) and pool.get("name")]
+    project = slug(folder.absolute().name)
+    name = document.get("name")
+    values = {"pool": quoted(used[0]) if used else project, "name": project if name is None else quoted(str(name))}
+    return OWN_FILE.substitute(values, project=project, recipe=quoted(recipe))
+
+
 def slug(text: str) -> str:
     """Return a text as a name of deployments and work pools that YAML reads as text: a to z, digits and hyphens."""
     name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-    return name if name[:1].isalpha() and isinstance(load_plain(name), str) else f"project-{name}".strip("-")
+    if not name:  # no letter that a name may have: two such folders are two projects
+        return f"project-{hashlib.md5(text.encode()).hexdigest()[:6]}"
+    # Prefect reserves work pools whose names begin with "prefect".
+    fits = name[:1].isalpha() and isinstance(load_plain(name), str) and not name.startswith("prefect")
+    return name if fits else f"project-{name}"
 
 
 def quoted(name: str) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import Flow
 from prefect.exceptions import MissingFlowError, ScriptError
@@ -19,8 +19,13 @@ from loraflow.config import yaml
 from loraflow.config.project import FILE
 from loraflow.failures import BadConfig
 from loraflow.flows.server.automations import Notifications, Project
+from loraflow.flows.server.deployed_parameters import check_parameters, check_settings
 from loraflow.flows.server.deployment_spec import DeploymentEntry, DeploymentSpec, project_of
 from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
+from loraflow.flows.server.templates import is_filled_in_later, texts
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 log = logging.getLogger("loraflow")
 DOCUMENT_KEYS = ("name", "prefect-version", "build", "push", "pull", "definitions", "notifications", "deployments")
@@ -111,7 +116,24 @@ def _all_specs(document: dict[str, JsonValue], file: Path) -> dict[str, Deployme
         if spec.full_name in specs:
             raise BadConfig("Two deployments have the same name.", where=str(file), got=spec.full_name)
         specs[spec.full_name] = spec
+    _refuse_equal_triggers(specs.values(), file)
     return specs
+
+
+def _refuse_equal_triggers(specs: Iterable[DeploymentSpec], file: Path) -> None:
+    """Refuse two triggers with one name: an automation is found by its name, so each deploy would replace one of them."""
+    owners: dict[str, str] = {}
+    for spec in specs:
+        for trigger in spec.triggers:
+            if trigger.name and (owner := owners.get(trigger.name)):
+                raise BadConfig(
+                    "Two triggers have the same name.",
+                    where=f"{file}: {spec.full_name}.triggers",
+                    got=f"{trigger.name}, also in {owner}",
+                    next_step=f"give each trigger a name of its own in {FILE}",
+                )
+            if trigger.name:
+                owners[trigger.name] = spec.full_name
 
 
 def _specs(document: dict[str, JsonValue], file: Path, only: list[str] | None) -> list[DeploymentSpec]:
@@ -126,12 +148,13 @@ def _specs(document: dict[str, JsonValue], file: Path, only: list[str] | None) -
     wanted = [spec for name, spec in specs.items() if not only or name in only]
     for spec in wanted:
         _require_recipes(spec, file)
+        check_settings(spec, file.parent, f"{file}: {spec.full_name}")
     return wanted
 
 
 def _check_document(document: dict[str, JsonValue], file: Path) -> None:
     """Check the keys of the file itself."""
-    unknown = [key for key in document if key not in DOCUMENT_KEYS and not key.startswith("x-")]
+    unknown = [str(key) for key in document if key not in DOCUMENT_KEYS and not str(key).startswith("x-")]
     if unknown:
         raise BadConfig(
             f"{FILE} has a key that has no effect.",
@@ -142,13 +165,23 @@ def _check_document(document: dict[str, JsonValue], file: Path) -> None:
     for key in ("build", "push"):
         if document.get(key):
             raise BadConfig(f"{FILE} has {key} steps.", where=f"{file}: {key}", got=NO_STEPS.format(key))
-    pull, name = document.get("pull"), document.get("name")
-    steps = [step for step in pull if isinstance(step, dict)] if isinstance(pull, list) else []
-    entered = project_of(steps)
-    if entered is not None and entered != name:
+    pulls = [("pull", document.get("pull"))]
+    entries = document.get("deployments")
+    for number, entry in enumerate(entries if isinstance(entries, list) else []):
+        if isinstance(entry, dict):
+            pulls.append((f"deployments[{number}].pull", entry.get("pull")))
+    for where, pull in pulls:
+        _check_project(pull, document.get("name"), f"{file}: {where}")
+
+
+def _check_project(pull: JsonValue, name: JsonValue, where: str) -> None:
+    """Check that a pull step enters the project of the file."""
+    listed = [pull] if isinstance(pull, dict) else pull if isinstance(pull, list) else []
+    entered = project_of([step for step in listed if isinstance(step, dict)])
+    if entered is not None and entered != (None if name is None else str(name)):
         raise BadConfig(
-            f"The pull step of {FILE} names another project than the file.",
-            where=f"{file}: pull",
+            f"A pull step of {FILE} names another project than the file.",
+            where=where,
             expected=f"project: {name}",
             got=f"project: {entered}",
         )
@@ -161,8 +194,8 @@ def _to_spec(entry: JsonValue, document: Mapping[str, JsonValue], where: str) ->
         for key in ("build", "push"):
             if entry.get(key):
                 raise BadConfig(f"A deployment has {key} steps.", where=f"{where}.{key}", got=NO_STEPS.format(key))
-    for path, text in _texts(entry):
-        if "{{" in text and path != ".description":
+    for path, text in texts(entry):
+        if "{{" in text and not is_filled_in_later(path, text):
             raise BadConfig(
                 "A deployment contains a template, which loraflow deploy does not fill in.",
                 where=where + path,
@@ -176,7 +209,7 @@ def _to_spec(entry: JsonValue, document: Mapping[str, JsonValue], where: str) ->
     flow = _load_flow(checked.entrypoint, where)
     pull = checked.pull if checked.pull is not None else document.get("pull") or []
     try:
-        return DeploymentSpec.model_validate(
+        spec = DeploymentSpec.model_validate(
             {
                 **dict(checked),
                 "flow_name": flow.name,
@@ -187,27 +220,24 @@ def _to_spec(entry: JsonValue, document: Mapping[str, JsonValue], where: str) ->
         )
     except ValidationError as error:
         raise _problems("The pull steps are not valid.", where, error) from None
-
-
-def _texts(value: JsonValue, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every text in a document, with its path."""
-    if isinstance(value, str):
-        yield path, value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _texts(inner, f"{path}.{key}")
-    elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            yield from _texts(inner, f"{path}[{number}]")
+    check_parameters(spec, flow, where)
+    return spec
 
 
 def _problems(what: str, where: str, error: ValidationError) -> BadConfig:
     """Return a failure that lists the first problems, each with its field."""
     problems = [
-        f"{'.'.join(map(str, problem['loc'])) or 'the entry'}: {problem['msg'].removeprefix('Value error, ')}"
+        f"{'.'.join(map(str, problem['loc'])) or 'the entry'}: {_message(problem)}"
         for problem in error.errors(include_url=False)[:MAX_PROBLEMS]
     ]
     return BadConfig(what, where=where, got="; ".join(problems), next_step=f"correct {FILE}")
+
+
+def _message(problem: ErrorDetails) -> str:
+    """Return pydantic's message; of a key that is not allowed, it does not say why."""
+    if problem["type"] == "extra_forbidden":
+        return "loraflow deploy does not know or apply this key"
+    return problem["msg"].removeprefix("Value error, ")
 
 
 def _load_flow(entrypoint: str, where: str) -> Flow[..., Any]:

@@ -1,21 +1,39 @@
-"""The lines of a project's `.gitignore`: the store, and what DVC ignores by itself only inside of a git repository."""
+"""The lines of a project's `.gitignore` and `.dvcignore`: the store, and what DVC writes only inside of a git repository."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 STORE = "/.loraflow/"
+FOR_DVCIGNORE = (STORE,)  # DVC would walk through the store at each `dvc status`
 OF_DVC = ("/.dvc/cache", "/.dvc/tmp", "/.dvc/config.local")
 
 
 def extend_gitignore(target: Path) -> None:
     """Add the store and the dataset to .gitignore: DVC does so only inside of a git repository, which may come later."""
-    file = Path(".gitignore")
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    inside_git = Path(".git").exists()
-    new = with_lines(text, (STORE,) if inside_git else (STORE, *OF_DVC, f"/{target.as_posix()}"))
+    outside_git = () if Path(".git").exists() else (f"/{target.as_posix()}",)
+    _extend(Path(".gitignore"), (*for_gitignore(), *outside_git))
+
+
+def extend_dvcignore() -> None:
+    """Add the store to .dvcignore, where the DVC repository is."""
+    if Path(".dvc").is_dir():
+        _extend(Path(".dvcignore"), FOR_DVCIGNORE)
+
+
+def for_gitignore() -> tuple[str, ...]:
+    """Return the lines that the .gitignore of this folder needs. `dvc init` writes those of DVC inside of a repository."""
+    own = Path(".dvc", ".gitignore")
+    if not Path(".dvc").is_dir() or (own.is_file() and "/cache" in own.read_text(encoding="utf-8").split()):
+        return (STORE,)
+    return (STORE, *OF_DVC)
+
+
+def _extend(file: Path, lines: tuple[str, ...]) -> None:
+    text = file.read_bytes().decode() if file.exists() else ""  # with its own line endings
+    new = with_lines(text, lines)
     if new != text:
-        file.write_text(new, encoding="utf-8")
+        file.write_bytes(new.encode())
 
 
 def with_lines(text: str, wanted: tuple[str, ...]) -> str:

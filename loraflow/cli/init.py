@@ -12,7 +12,7 @@ import click
 
 from loraflow.cli import quiet_logging
 from loraflow.cli.data import marked_lines, unread_keys
-from loraflow.cli.gitignore import extend_gitignore
+from loraflow.cli.gitignore import extend_dvcignore, extend_gitignore
 from loraflow.cli.init_recipe import recipe_text, split_by_name, tokens_of
 from loraflow.cli.init_settings import SizeSettings, choose_heldout_fraction, choose_settings
 from loraflow.data.near_split import near_policy
@@ -59,7 +59,7 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
     from loraflow.data import dvc
     from loraflow.data.guess_columns import is_classification
     from loraflow.data.readers import is_partly_learned, match_files, match_nothing, read_rows
-    from loraflow.flows.server.new_prefect_yaml import team_recipe_lines, write_prefect_yaml
+    from loraflow.flows.server.new_prefect_yaml import deployment_to_add, team_recipe_lines, write_prefect_yaml
     from loraflow.tracking.dvc_pipeline import PIPELINE, refuse_second_pipeline, write_pipeline
 
     name = re.sub(r"[^a-z0-9._-]+", "-", (name or data_file.stem).lower()).strip("-.") or "mine"
@@ -93,6 +93,7 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
     pin = dvc.add(str(target))
     recipe.parent.mkdir(exist_ok=True)
     extend_gitignore(target)
+    extend_dvcignore()
     _, heldout, unused = split_by_name(names)
     size = _size_settings(chats, base, has_heldout=bool(heldout))
     near = near_policy(chats)
@@ -124,6 +125,8 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
     if deployments := write_prefect_yaml(Path(), name, template):
         click.echo(f"{deployments}   deployments for `loraflow up` and `loraflow deploy`")
+    elif own := deployment_to_add(Path(), name):
+        click.echo(own)
     if readme := write_readme(Path(), recipe, target):
         click.echo(f"{readme}   what each file is for, and the everyday commands")
     if dvc_pipeline:

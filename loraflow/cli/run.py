@@ -66,8 +66,11 @@ def _run_flow(
 ) -> tuple[RunSummary, dict[str, JsonValue]]:
     """Run the flow; return its summary, also as the JSON document."""
     from loraflow.config import load_recipe
+    from loraflow.tracking.dvc_pipeline import lost_with_experiment
 
-    load_recipe(recipe, overrides)  # before prefect starts, so that a mistake is reported at once
+    read = load_recipe(recipe, overrides)  # before prefect starts, so that a mistake is reported at once
+    if lost := lost_with_experiment(Path.cwd(), read.runtime.store):
+        click.echo(f"WARNING {lost}", err=True)
     from loraflow.cli.flow_call import call_flow
     from loraflow.flows.finetune import finetune
 

@@ -14,7 +14,7 @@ from loraflow.cli.memory_lines import memory_of, run_memory_lines
 from loraflow.credentials import mask
 from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.identity import short
-from loraflow.registry.runs import RUN_ID, RunRecord, read_report, read_run
+from loraflow.registry.runs import PREFECT_ID, RUN_ID, RunRecord, find_named_run, read_report
 from loraflow.store import Manifest, Ref, Store, open_store
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def show(what: str, model: str | None, store: str, as_json: bool) -> None:
         raise BadConfig("--model belongs to `loraflow show champion`.", where=what, next_step="leave --model out")
     record = _find_record(opened, what)
     if record is not None:
-        report = None if as_json else read_report(opened, what)
+        report = None if as_json else read_report(opened, record.run)
         click.echo(report or json.dumps(record.model_dump(), indent=1, sort_keys=True, ensure_ascii=False))
         if not as_json:
             _show_memory(opened, record)
@@ -61,7 +61,7 @@ def show(what: str, model: str | None, store: str, as_json: bool) -> None:
 
 
 def _find_record(store: Store, run: str) -> RunRecord | None:
-    return read_run(store, run) if RUN_ID.fullmatch(run) else None
+    return find_named_run(store, run) if RUN_ID.fullmatch(run) or PREFECT_ID.fullmatch(run) else None
 
 
 def _show_memory(store: Store, record: RunRecord) -> None:
@@ -162,7 +162,11 @@ def _run_lines(champion: Champion) -> Iterator[str]:
     if promoted_by and promoted_by != run.run:
         lines.append(f"promoted with run {promoted_by}, which found the model in the cache")
     changed = {True: ", with uncommitted changes", False: ", nothing uncommitted", None: ""}[run.uncommitted]
-    lines.append(f"git commit {run.commit}{changed}" if run.commit else "not in a git repository")
+    lines.append(
+        f"git commit {run.commit}{changed}"
+        if run.commit
+        else "no git commit: not in a repository, or before its first commit"
+    )
     yield from _rows("run", *lines)
 
 

@@ -51,7 +51,7 @@ def upgrade(write: bool) -> None:
 
 def _upgraded_files() -> Iterator[tuple[Path, Upgraded, str]]:
     """Yield each file of the project, with its new and its present text."""
-    from loraflow.cli.gitignore import OF_DVC, STORE, with_lines
+    from loraflow.cli.gitignore import FOR_DVCIGNORE, for_gitignore, with_lines
     from loraflow.config.project import FILE
     from loraflow.config.upgrade_recipe import Upgraded, upgrade_recipe
     from loraflow.flows.server.upgrade_prefect_yaml import upgrade_prefect_yaml
@@ -73,13 +73,13 @@ def _upgraded_files() -> Iterator[tuple[Path, Upgraded, str]]:
         if file.is_file():
             text = _read(file)
             yield file, change(text), text
-    ignore, lines = Path(".gitignore"), (STORE, *(OF_DVC if Path(".dvc").is_dir() else ()))
+    ignore = Path(".gitignore")
     text = _read(ignore) if ignore.is_file() else ""
-    yield ignore, Upgraded(with_lines(text, lines), []), text
+    yield ignore, Upgraded(with_lines(text, for_gitignore()), []), text
     dvcignore = Path(".dvcignore")
-    if Path(".dvc").is_dir():  # DVC would walk through the store at each `dvc status`
+    if Path(".dvc").is_dir():
         text = _read(dvcignore) if dvcignore.is_file() else ""
-        yield dvcignore, Upgraded(with_lines(text, (STORE,)), []), text
+        yield dvcignore, Upgraded(with_lines(text, FOR_DVCIGNORE), []), text
 
 
 def _read(file: Path) -> str:

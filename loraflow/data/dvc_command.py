@@ -26,8 +26,12 @@ def run_dvc(arguments: list[str], repo: str = ".") -> str:
         env={**os.environ, "DVC_NO_ANALYTICS": "1"},
     )
     if done.returncode:
+        is_locked = "nable to acquire lock" in done.stderr
         raise BadData(
-            f"dvc {' '.join(arguments)} failed.", where=str(Path(repo).absolute()), got=done.stderr.strip()[-800:]
+            f"dvc {' '.join(arguments)} failed.",
+            where=str(Path(repo).absolute()),
+            got=done.stderr.strip()[-800:],
+            next_step="wait until the other DVC process has ended, then repeat the command" if is_locked else "",
         )
     return done.stdout
 

@@ -44,11 +44,12 @@ def read_pin(repo: str, dvc_file: str, rev: str | None) -> Pin:
             with Path(repo, dvc_file).open(encoding="utf-8") as file:
                 text = file.read(MAX_BYTES + 1)
         except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a NUL
+            add = "`loraflow data add FOLDER` versions a folder with DVC; data.source names its .dvc file"
             raise BadData(
                 "The dataset's .dvc file cannot be read.",
-                where=where,
+                where=where if Path(dvc_file).is_absolute() else f"{dvc_file} in {Path(repo).absolute()}",
                 got=(error.strerror if isinstance(error, OSError) else None) or str(error),
-                next_step="`loraflow data add FOLDER` versions a folder with DVC; data.source names its .dvc file",
+                next_step=f"go to the project's folder, where paths start; or {add}",
             ) from error
     else:
         text = _git_show(repo, rev or "HEAD", dvc_file, where)
@@ -72,9 +73,15 @@ def parse_pin(text: str, dvc_file: str, where: str) -> Pin:
     try:
         _check_yaml(text)
         document = yaml.load(text, Loader=yaml.BaseLoader)  # all scalars are text: an md5 can be all digits
+        if not isinstance(document, dict) or not isinstance(document.get("outs"), list):
+            raise ValueError("no list `outs`, which every .dvc file has")
+        if len(document["outs"]) != 1:
+            raise ValueError(f"{len(document['outs'])} outputs")
         (out,) = document["outs"]
         if "files" in out or "cloud" in out:
             raise _cloud_versioned(where, str(out.get("path")))
+        if "md5" not in out and "deps" in document:
+            raise _not_downloaded(where, dvc_file)
         md5, path, algorithm, wdir = out["md5"], out["path"], out.get("hash"), document.get("wdir", ".")
         if not isinstance(md5, str) or not isinstance(path, str):
             raise TypeError("md5 and path must be text")
@@ -83,8 +90,8 @@ def parse_pin(text: str, dvc_file: str, where: str) -> Pin:
             "The .dvc file does not pin exactly one output by md5.",
             where=where,
             expected="one entry under `outs` with `md5`, `hash: md5` and `path`",
-            got=f"{type(error).__name__}: {error}"[:300],
-            next_step="version the folder with `dvc add`",
+            got=(str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}")[:300],
+            next_step="version the folder with `dvc add`; data.source names the .dvc file that it writes",
         ) from error
     if algorithm != "md5":
         raise BadData(
@@ -140,6 +147,16 @@ def _cloud_versioned(where: str, path: str) -> BadData:
         expected="one md5 for the whole output, as for a remote without cloud versioning",
         got="a list of `files` or `cloud` versions in the .dvc file",
         next_step=f"dvc remote modify NAME version_aware false; dvc add {path[:200]}; dvc push",
+    )
+
+
+def _not_downloaded(where: str, dvc_file: str) -> BadData:
+    return BadData(
+        "The dataset was imported with `--no-download`, so its .dvc file does not say yet which bytes it has.",
+        where=where,
+        expected="an md5 of the output",
+        got="an output without md5",
+        next_step=f"dvc update {dvc_file}   (downloads it and writes the md5)",
     )
 
 

@@ -30,6 +30,7 @@ from loraflow.store.files import json_bytes
 log = logging.getLogger("loraflow")
 
 RunState = Literal["running", "done", "waiting", "failed"]
+PREFECT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 FOLDER = "runs/"
 _COMMENT = "<!-- checksum: "
@@ -187,6 +188,17 @@ def read_run(store: Store, run: str) -> RunRecord | None:
     name = f"{FOLDER}{run}.json"
     data = store.read_document(name)
     return None if data is None else _parse(store, name, data)
+
+
+def find_named_run(store: Store, name: str) -> RunRecord | None:
+    """Return the record of a run by its own id, or by the id that Prefect's UI shows in the address of a run's page.
+
+    Raises:
+        CorruptArtifact: it cannot be read.
+    """
+    if PREFECT_ID.fullmatch(name):
+        return next((record for record in reversed(read_runs(store)) if record.prefect_run == name), None)
+    return read_run(store, name)
 
 
 def write_report(store: Store, run: str, text: str) -> None:

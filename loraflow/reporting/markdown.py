@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol, TypeVar
 
@@ -100,6 +100,7 @@ class RunReport:
     reserve: str = ""  # what is left of data.heldout_reserve
     sweep: SweepRecord | None = None  # the trials among which the model was chosen
     trial_curves: Mapping[str, TrialCurves] | None = None  # by the trials' labels
+    base_answers: Mapping[str, str] = field(default_factory=dict)  # the base's answers, by a sample's id
 
 
 def run_report(report: RunReport, *, image: bool = False) -> str:
@@ -126,7 +127,7 @@ def run_report(report: RunReport, *, image: bool = False) -> str:
     lines += learned_lines(report.learned, sparkline, image=image) if report.learned else []
     lines += _training_loss(report.losses, image=image)
     lines += _confusions(report.confusions)
-    lines += _answers(report.samples)
+    lines += _answers(report.samples, report.base_answers)
     lines += _lineage(report.stages, report.store)
     lines += ["## Files", "", "Adapter:", "", *_code(report.adapter), "Merged model:", "", *_code(report.merged)]
     lines += ["Chat with the model:", "", *_code(f"loraflow chat {report.run}")]
@@ -254,12 +255,15 @@ def _confusions(confusions: Sequence[Confusion]) -> Iterator[str]:
     yield ""
 
 
-def _answers(samples: Sequence[Sample]) -> Iterator[str]:
+def _answers(samples: Sequence[Sample], base: Mapping[str, str]) -> Iterator[str]:
     if samples:
         yield from ("## Sample answers", "")
     for sample in samples:
         yield from (f"**{quote(sample.prompt)}**", "")
-        yield from (f"- expected: `{quote(sample.reference)}`", f"- tuned: `{quote(sample.answer)}`", "")
+        yield f"- expected: `{quote(sample.reference)}`"
+        if sample.id in base:
+            yield f"- base: `{quote(base[sample.id])}`"
+        yield from (f"- tuned: `{quote(sample.answer)}`", "")
 
 
 def _lineage(stages: Iterable[StageRow], store: str) -> list[str]:

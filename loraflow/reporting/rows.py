@@ -130,8 +130,9 @@ def near_notes(near: NearDuplicates) -> list[str]:
         within = ", ".join(f"{count} of {name}" for name, count in near.within.items())
         between = "; ".join(f"{count} rows, of {sets}" for sets, count in near.between.items())
         notes.append(
-            f"{near.rows} rows are nearly the same as another one, in {near.clusters} clusters, such as {near.pair}; the "
-            f"largest cluster has {near.largest} rows" + (f"; beyond the first of each: {within}" if within else "")
+            f"{near.rows} rows are nearly the same as another one, in {near.clusters} cluster{'s'[: near.clusters != 1]}, "
+            f"such as {near.pair}; the largest cluster has {near.largest} rows"
+            + (f"; beyond the first row of each cluster: {within}" if within else "")
         )
         if between:
             notes.append(f"near-duplicates in two sets: {between} (clusters.jsonl in the artifact of check_dataset)")

@@ -14,7 +14,7 @@ from loraflow import identity
 from loraflow.evaluation.compare import TableComparison, compare_tables
 from loraflow.evaluation.gate import heldout_rows
 from loraflow.failures import BadConfig, CorruptArtifact
-from loraflow.registry.runs import RunRecord, find_run, read_run
+from loraflow.registry.runs import RunRecord, find_named_run, find_run
 from loraflow.serving.models import champion_entry, only_model
 from loraflow.store import Ref, Store, read_intact
 
@@ -80,7 +80,7 @@ def _find(store: Store, name: str) -> Compared:
         entry = champion_entry(store, name.partition(":")[2] or only_model(store))
         record = find_run(store, entry.merged)
     else:
-        record = read_run(store, name)
+        record = find_named_run(store, name)
     if record is None:
         raise BadConfig("There is no such run or champion.", where=name, next_step="loraflow runs")
     stage = record.stage("evaluate tuned")

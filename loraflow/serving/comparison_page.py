@@ -19,7 +19,7 @@ table { border-collapse: collapse; margin: 0.5rem 0 1.5rem } th, td { border: 1p
 th { background: #f2f4f7; text-align: left } td.n { text-align: right; font-variant-numeric: tabular-nums }
 td.text { max-width: 20rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px }
 .better { color: #0a6b2d } .worse { color: #a3161d } code { background: #f2f4f7; padding: 0 0.25rem }
-figure { display: inline-block; margin: 0 1rem 1rem 0 } svg { max-width: 100%; height: auto }
+figure { display: inline-block; width: calc(50% - 1.5rem); margin: 0 1rem 1rem 0 } svg { max-width: 100%; height: auto }
 """
 
 

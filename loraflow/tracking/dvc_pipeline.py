@@ -42,3 +42,13 @@ def write_pipeline(folder: Path, name: str, recipe: Path, data: Path) -> None:
     document = {"stages": {name.replace(".", "-"): stage}, "params": ["dvclive/params.yaml"]}
     header = "# `dvc repro` runs the recipe if it or the data changed; `dvc exp show` compares runs. See docs/dvc.md.\n"
     (folder / PIPELINE).write_text(header + yaml.safe_dump(document, sort_keys=False, allow_unicode=True), "utf-8")
+
+
+def lost_with_experiment(folder: Path, store: str) -> str | None:
+    """Return what is lost if `dvc exp run --temp` or `--queue` runs in this copy of the project; None if nothing is."""
+    if "/.dvc/tmp/exps/" not in f"{folder.as_posix()}/" or "://" in store or Path(store).is_absolute():
+        return None
+    return (
+        "this is a copy of the project that DVC removes after the experiment (--temp, --queue): its models, its run record "
+        "and a promotion go with it; its metrics stay. To keep them, set runtime.store to an absolute path or a bucket"
+    )

@@ -112,3 +112,9 @@ def test_the_image_has_the_extra_that_the_store_needs_and_caches_where_the_pools
     assert "'.[s3]'" in text and "LORAFLOW_CACHE=/cache" in text and "--constraint constraints.txt" in text
     copied = set(re.findall(r"^COPY (\w+) \w+$", text, re.MULTILINE))
     assert copied == {"flows", "tasks", "loraflow", "configs"}
+
+
+def test_the_image_runs_as_a_user_that_kubernetes_can_tell_from_root():
+    text = (FOLDER / "Dockerfile").read_text()
+    [user] = re.findall(r"^USER (.+)$", text, re.MULTILINE)
+    assert user.isdigit() and int(user) > 0 and f"--uid {user} " in text

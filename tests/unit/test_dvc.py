@@ -136,6 +136,8 @@ def test_a_damaged_object_is_refused(clone, tmp_path):
     [
         (None, "cannot be read"),
         ("outs: []", "not pin exactly one output"),
+        ("- a", "not pin exactly one output"),
+        ("deps:\n- path: a\nouts:\n- hash: md5\n  path: data\n", "imported with `--no-download`"),
         ("outs:\n- md5: abc.dir\n  path: data\n", "DVC 2"),
         ("outs:\n- md5: abc.dir\n  path: ../../etc\n  hash: md5\n", "a path outside"),
         (": [", "not pin exactly one output"),

@@ -154,3 +154,12 @@ def test_init_refuses_a_second_pipeline_with_a_step_that_works(tmp_path, monkeyp
         CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert "omit --dvc-pipeline" in caught.value.next_step and "--name" not in caught.value.next_step
     assert not Path("configs").exists() and not Path("datasets").exists()
+
+
+def test_a_run_in_dvcs_copy_of_a_project_warns_unless_its_store_is_elsewhere(tmp_path):
+    from loraflow.tracking.dvc_pipeline import lost_with_experiment
+
+    copy = tmp_path / ".dvc" / "tmp" / "exps" / "standalone" / "tmpabc"
+    assert "a promotion" in lost_with_experiment(copy, ".loraflow/store")
+    for folder, store in ((copy, "/shared/store"), (copy, "s3://bucket/x"), (tmp_path, ".loraflow/store")):
+        assert lost_with_experiment(folder, store) is None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loraflow.cli.gitignore import extend_gitignore
+from loraflow.cli.gitignore import extend_dvcignore, extend_gitignore
 from loraflow.cli.init import _held_out_line
 from loraflow.cli.init_settings import choose_heldout_fraction, choose_settings
 
@@ -70,6 +70,26 @@ def test_the_store_and_the_dataset_are_kept_out_of_git_that_comes_before_or_afte
     seen = set(git("ls-files", "--others", "--exclude-standard").split())
     assert seen - {".dvc/.gitignore"} == {".gitignore", "configs/x.yaml", "data.dvc"}
     assert Path(".gitignore").read_text().splitlines().count("/.loraflow/") == 1
+
+
+@pytest.mark.parametrize("own", ["/config.local\n/tmp\n/cache\n", None])
+def test_a_new_project_needs_no_upgrade(tmp_path, monkeypatch, own):
+    from click.testing import CliRunner
+
+    from loraflow.cli.upgrade import upgrade
+
+    monkeypatch.chdir(tmp_path)
+    Path(".dvc").mkdir()
+    Path("configs").mkdir()
+    Path("configs", "x.yaml").write_text("name: x\n")
+    Path(".gitignore").write_bytes(b"mine\r\n")
+    if own:  # as `dvc init` writes it inside of a git repository
+        Path(".dvc", ".gitignore").write_text(own)
+    extend_gitignore(Path("data"))
+    extend_dvcignore()
+    assert "up to date" in CliRunner().invoke(upgrade).output
+    assert Path(".gitignore").read_bytes().startswith(b"mine\r\n/.loraflow/\r\n")
+    assert Path(".dvcignore").read_text() == "/.loraflow/\n"
 
 
 def test_a_project_gets_a_short_readme_once(tmp_path):

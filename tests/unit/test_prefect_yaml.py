@@ -98,14 +98,76 @@ def test_queue_version_limit_tags_and_pause_are_applied(specs):
         ({"entrypoint": "nowhere.py:flow"}, "entrypoint"),
         ({"entrypoint": None}, "entrypoint"),
         ({"parameters": {"recipe": "{{ $RECIPE }}"}}, ".parameters.recipe"),
+        ({"name": "a/b"}, "name: Prefect's names must not contain /"),
+        ({"name": " "}, "name: the name is empty"),
+        ({"work_pool": {"name": "Prefect-gpu"}}, "work_pool.name"),
+        ({"work_pool": {"name": "local", "work_queue_name": "a%b"}}, "work_pool.work_queue_name"),
+        ({"concurrency_limit": 0}, "concurrency_limit.limit"),
+        ({"concurrency_limit": True}, "concurrency_limit.limit"),
+        ({"concurrency_limit": {"limit": 1, "grace_period_seconds": 90}}, "grace_period_seconds needs"),
+        (
+            {"concurrency_limit": {"limit": 1, "collision_strategy": "ENQUEUE", "grace_period_seconds": 1}},
+            "grace_period",
+        ),
+        ({"schedule": {"cron": "@daily"}, "schedules": [{"cron": "@daily"}]}, "both schedule and schedules"),
+        ({"pull": [{"a.b": {}, "c.d": {}}]}, "step 0 has 2 keys"),
+        ({"triggers": [{"expct": ["a"], "match": {"b": "c"}}]}, "0.expct: unknown key"),
+        ({"triggers": [{"name": "n"}]}, "0: without expect or match"),
+        ({"triggers": [{"type": "sequence", "triggers": [{"expect": ["a"]}, {"expct": ["b"]}]}]}, "0.triggers.1.expct"),
+        ({"triggers": [{"expect": ["a"]}, {"expect": ["b"]}]}, "have no name"),
+        ({"triggers": [{"expect": ["a"], "parameters": {"nope": 1}}]}, ".triggers[0].parameters"),
+        (
+            {"triggers": [{"expect": ["a"], "parameters": {"recipe": "{{ $RECIPE }}"}}]},
+            ".triggers[0].parameters.recipe",
+        ),
+        ({"parameters": {"recipe": "tiny", "nope": 1}}, "(mine).parameters nope"),
+        ({"parameters": {"recipe": "tiny", "min_shift": 7}}, ".parameters.min_shift"),
+        ({"schedules": [{"cron": "@daily", "parameters": {"min_shift": 7}}]}, "schedules[0].parameters.min_shift"),
+        ({"work_pool": {"name": "local", "job_variables": {"env": {"A": "{{ $SECRET }}"}}}}, ".job_variables.env.A"),
         ({"build": [{"prefect.deployments.steps.run_shell_script": {"script": "true"}}]}, ".build"),
     ],
 )
 def test_a_refusal_names_file_deployment_and_field(specs, fields, field):
     with pytest.raises(BadConfig) as error:
         specs(**fields)
-    assert "prefect.yaml: deployments[0] (mine)" in error.value.where
+    assert f"prefect.yaml: deployments[0] ({fields.get('name', 'mine')})" in error.value.where
     assert field in f"{error.value.where} {error.value.got}"
+
+
+def test_what_prefect_deploy_writes_for_nothing_is_read_as_nothing(specs):
+    empty = {"work_queue_name": None, "job_variables": None, "name": "local"}
+    none = {"build": [], "push": {}, "version": None, "description": None, "concurrency_limit": None, "tags": "a,, a"}
+    [spec] = specs(
+        work_pool=empty, schedules=[{"cron": "@daily", "slug": None, "active": None, "day_or": None}], **none
+    )
+    assert (spec.work_pool.work_queue_name, spec.tags) == ("default", ["a"])
+    assert spec.new_schedules()[0].active and specs(concurrency_limit="2")[0].concurrency_limit.limit == 2
+
+
+def test_templates_that_are_filled_in_for_each_run_are_kept(specs):
+    secret = {"env": {"KEY": "{{ prefect.blocks.secret.key }}", "B": "{{ prefect.variables.b }}"}}
+    step = {"prefect.deployments.steps.git_clone": {"repository": "{{ prefect.variables.url }}"}}
+    trigger = {"expect": ["a"], "parameters": {"branch": "{{ event.resource.name }}"}}
+    [spec] = specs(work_pool={"name": "local", "job_variables": secret}, pull=step, triggers=[trigger])
+    assert (spec.work_pool.job_variables, spec.pull_steps) == (secret, [step])
+    assert spec.triggers[0].parameters == trigger["parameters"]
+
+
+def test_settings_that_the_recipe_does_not_have_are_not_deployed(specs, tmp_path, monkeypatch):
+    from tests.conftest import RECIPE
+
+    specs()
+    (tmp_path / "configs" / "real.yaml").write_text(RECIPE.format(data="data.dvc", base="b", store=".s"))
+    with pytest.raises(BadConfig, match="do not fit its recipe") as error:
+        specs(parameters={"recipe": "real", "settings": {"training_config.max_step": 3}})
+    assert error.value.where.endswith("retrain/mine.parameters.settings") and "max_step" in str(error.value)
+    assert specs(parameters={"recipe": "real", "settings": {"training_config.max_steps": 3}})
+
+
+def test_parameters_of_a_flow_that_takes_any_are_not_checked_by_name(specs, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text("from prefect import flow\n\n\n@flow\ndef anything(**more):\n    return more\n")
+    monkeypatch.chdir(tmp_path)
+    assert specs(entrypoint="own.py:anything", parameters={"n": 2})
 
 
 @pytest.mark.parametrize(
@@ -139,6 +201,16 @@ def test_a_flow_of_the_users_own_is_read_from_its_file(specs, tmp_path, monkeypa
         ({"deployments": [ENTRY, ENTRY]}, "same name"),
         ({"deployments": [{"name": "x"}, 3]}, "not valid"),
         ({"pull": [{"loraflow.flows.server.project.enter": {"project": "q"}}]}, "names another project"),
+        ({"pull": {"loraflow.flows.server.project.enter": {"project": "q"}}}, "names another project"),
+        (
+            {"deployments": [{**ENTRY, "pull": [{"loraflow.flows.server.project.enter": {"project": "q"}}]}]},
+            "another proj",
+        ),
+        ({5: 1}, "no effect"),
+        (
+            {"deployments": [{**ENTRY, "name": name, "triggers": [{"name": "n", "expect": ["a"]}]} for name in "ab"]},
+            "name",
+        ),
     ],
 )
 def test_a_wrong_document_is_refused(specs, document, what):
@@ -200,7 +272,7 @@ def test_a_flow_that_is_loaded_from_its_file_validates_its_parameters(monkeypatc
         flow.validate_parameters(arguments.get(name, {}))
 
 
-@pytest.mark.parametrize("folder", ["tickets", "Meine Tickets ü", "2026", "on"])
+@pytest.mark.parametrize("folder", ["tickets", "Meine Tickets ü", "2026", "on", "Prefect demo", "日本"])
 def test_a_project_gets_deployments_of_its_own_name_for_recipes_that_exist(tmp_path, monkeypatch, folder):
     from loraflow.flows.server.new_prefect_yaml import slug, write_prefect_yaml
     from loraflow.flows.server.prefect_yaml import find_prefect_yaml
@@ -253,3 +325,24 @@ def test_the_gpu_team_template_is_deployable_and_its_commented_settings_are_a_va
     pools = {specs[f"stage/{name}"].work_pool.name for name in runtime.placement.values()}
     assert not pools & {spec.work_pool.name for spec in specs.values() if spec.flow_name != "stage"}
     assert {spec.project for spec in specs.values()} == {"my-team"}
+
+
+def test_a_prefect_yaml_of_the_users_own_gets_the_deployment_that_init_shows(specs, tmp_path, monkeypatch):
+    from loraflow.flows.server.new_prefect_yaml import deployment_to_add
+
+    (tmp_path / "own.py").write_text("from prefect import flow\n\n\n@flow\ndef nothing():\n    return 1\n")
+    monkeypatch.chdir(tmp_path)
+    specs(entrypoint="own.py:nothing", parameters=None, work_pool={"name": "theirs"})
+    shown = deployment_to_add(tmp_path, "tiny").split("\n", 1)[1]
+    file = tmp_path / "prefect.yaml"
+    entries = yaml.safe_load(file.read_text())["deployments"] + yaml.safe_load(shown)
+    file.write_text(yaml.safe_dump({"name": "p", "pull": [], "deployments": entries}))
+    [_, added] = read_specs(file)
+    assert (added.flow_name, added.project, added.work_pool.name) == ("finetune", "p", "theirs")
+    assert deployment_to_add(tmp_path, "tiny") is None
+
+
+def test_folders_without_latin_letters_are_projects_of_their_own():
+    from loraflow.flows.server.new_prefect_yaml import slug
+
+    assert slug("日本") != slug("中国") and slug("日本") == slug("日本")

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from loraflow.failures import BudgetSpent, CorruptArtifact
-from loraflow.registry.runs import Publication, RunRecord, RunSummary, find_run, read_run, read_runs
+from loraflow.registry.runs import Publication, RunRecord, RunSummary, find_named_run, find_run, read_run, read_runs
 from loraflow.store import LocalStore, Ref
 
 FIRST, SECOND, THIRD = "20260101-000000-aaaaaa", "20260102-000000-bbbbbb", "20260103-000000-cccccc"
@@ -44,6 +44,14 @@ def test_a_record_is_unchanged_by_writing_and_reading_even_with_infinite_bounds(
     assert read_run(store, FIRST) == written
     assert read_run(store, FIRST).document == store.read_document(f"runs/{FIRST}.json")
     assert written.system_message == "be brief" and written.summary.metrics["base"] is None
+
+
+def test_a_run_is_found_by_the_id_that_prefects_page_has_in_its_address(store):
+    prefect = "1736bff6-7f1f-4f02-900f-b93b4e13749f"
+    for run, flow_run in ((FIRST, None), (SECOND, prefect), (THIRD, prefect[::-1])):
+        write(store, run, prefect_run=flow_run)
+    assert find_named_run(store, prefect).run == SECOND and find_named_run(store, FIRST).run == FIRST
+    assert find_named_run(store, prefect.replace("1", "2")) is None
 
 
 def test_old_records_with_unknown_and_missing_keys_are_readable(store):

@@ -86,3 +86,18 @@ def test_the_tutorial_writes_outputs_below_the_commands_and_takes_known_ones_fro
     tutorial.write_csv(folder / "tickets.csv")
     rows = (folder / "tickets.csv").read_text("utf-8").splitlines()
     assert len(set(rows)) == len(rows) == 181 and rows[0] == "text,category"
+
+
+def test_a_recording_has_what_a_command_prints_and_no_long_pauses(tmp_path, monkeypatch):
+    session = load("site/session")
+    monkeypatch.setattr(session, "COMMANDS", ["printf 'ü\\n'; sleep 0.3; pwd"])
+    monkeypatch.setattr(session, "PAUSE", 0.1)
+    events = list(session.events(tmp_path))
+    shown = "".join(text for _, text in events)
+    times = [seconds for seconds, _ in events]
+    assert "ü\r\n~/tickets\r\n" in shown and times == sorted(times)
+    printed = [seconds for seconds, text in events if "ü" in text or "~" in text]
+    assert 0 < printed[-1] - printed[-2] <= 0.11
+    monkeypatch.setattr(session, "COMMANDS", ["exit 3"])
+    with pytest.raises(SystemExit, match="ended with 3"):
+        list(session.events(tmp_path))
