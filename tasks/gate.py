@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from loraflow.registry.champions import require_champion_intact
 from loraflow.registry.log import actor
 from loraflow.registry.looks import Look, row_key
 from loraflow.store import Ref, read_intact, require_unchanged
+from loraflow.tasks.forgetting import read_general_guards
 from loraflow.tasks.slices import read_field_values
 
 if TYPE_CHECKING:
@@ -76,8 +78,10 @@ def _protocol(workspace: Workspace, result: PipelineResult) -> str:
     """Return the identity of the rules and scores that a decision is taken by."""
     scores = [ref.digest for ref in (result.base_scores, result.tuned_scores, result.champion_scores) if ref]
     scores += [further.scores.digest for further in result.further_seeds]
+    scores += [ref.digest for ref in result.general.values()] if workspace.recipe.gate.forgetting else []
     rules = workspace.recipe.gate.model_dump()
-    for name in ("worst", "behaviour", "slices"):  # decisions of earlier versions, which did not have these, stay valid
+    # Decisions of earlier versions, which did not have these, stay valid.
+    for name in ("worst", "behaviour", "slices", "forgetting"):
         if not rules[name]:
             del rules[name]
     if rules["seeds"] == 1:
@@ -122,6 +126,9 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
         others["champion"] = _heldout_scores(workspace, result.champion_scores)
     parts = _slice_guards(workspace, result)
     require_comparable(ours, others, {rules.primary, *rules.guards, *rules.worst, *(guard.metric for guard in parts)})
+    general = read_general_guards(workspace, result)
+    for guard in general:
+        require_comparable(guard.challenger, guard.others, {guard.metric})
     behaviour = _check_behaviour(workspace, result)  # refuses a set without rows before a look is spent
     look = _take_look(workspace, result, protocol, ours)
     decision = decide(
@@ -136,6 +143,7 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
         look=str(look),
         vocabulary=_vocabulary(workspace, result.base_scores),
         parts=parts,
+        general=general,
     )
     if result.further_seeds:
         decision = with_seeds(
@@ -159,9 +167,17 @@ def _require_one_protocol(workspace: Workspace, result: PipelineResult) -> None:
 
     A run scores all models in the same way, so this finds scores that were put in its place by hand.
     """
-    ours = _scored_how(workspace, result.tuned_scores)
-    further = [(f"seed {one.seed}", one.scores) for one in result.further_seeds]
-    for name, ref in (("base", result.base_scores), ("champion", result.champion_scores), *further):
+    further = {f"seed {one.seed}": one.scores for one in result.further_seeds}
+    others = {"base": result.base_scores, "champion": result.champion_scores, **further}
+    _require_scored_alike(workspace, result.tuned_scores, others, "evaluate")
+    if "tuned" in result.general:
+        general = {f"{name} on general rows": ref for name, ref in result.general.items()}
+        _require_scored_alike(workspace, result.general["tuned"], general, "score_general")
+
+
+def _require_scored_alike(workspace: Workspace, tuned: Ref, others: Mapping[str, Ref | None], stage: str) -> None:
+    ours = _scored_how(workspace, tuned)
+    for name, ref in others.items():
         theirs = ours if ref is None else _scored_how(workspace, ref)
         differs = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         if differs:
@@ -170,7 +186,7 @@ def _require_one_protocol(workspace: Workspace, result: PipelineResult) -> None:
                 where=f"scores of {name}",
                 expected=f"{differs[0]}: {ours.get(differs[0])}",
                 got=f"{differs[0]}: {theirs.get(differs[0])}",
-                next_step="score them again with one protocol: `loraflow run RECIPE --force evaluate`",
+                next_step=f"score them again with one protocol: `loraflow run RECIPE --force {stage}`",
             )
 
 

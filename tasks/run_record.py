@@ -16,7 +16,7 @@ from loraflow.data.chats import GATE_SET
 from loraflow.data.check_report import CheckReport
 from loraflow.data.drift import DataDrift
 from loraflow.data.git import has_uncommitted_changes, head_commit
-from loraflow.evaluation.values import EvaluationReport, ModelScores, SeedScores
+from loraflow.evaluation.values import EvaluationReport, ModelScores, Scores, SeedScores
 from loraflow.execution.results import PipelineResult, Registration
 from loraflow.failures import Failure
 from loraflow.registry.log import actor
@@ -33,10 +33,16 @@ def model_scores(run: Run, result: PipelineResult) -> ModelScores:
     """Return the scores of base, tuned model and champion."""
     champion = result.champion_scores
     return ModelScores(
-        evaluation_report(run, result.base_scores).metrics,
-        evaluation_report(run, result.tuned_scores).metrics,
-        evaluation_report(run, champion).metrics if champion else None,
+        _with_general(run, result.base_scores, result.general.get("base")),
+        _with_general(run, result.tuned_scores, result.general.get("tuned")),
+        _with_general(run, champion, result.general.get("champion")) if champion else None,
     )
+
+
+def _with_general(run: Run, scores: Ref, general: Ref | None) -> Scores:
+    """Return the scores of a model on all sets, those of general rows last."""
+    found = evaluation_report(run, scores).metrics
+    return found if general is None else {**found, **evaluation_report(run, general).metrics}
 
 
 def evaluation_report(run: Run, scores: Ref) -> EvaluationReport:

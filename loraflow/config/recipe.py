@@ -375,6 +375,11 @@ class Evaluation(FrozenModel):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
         0.95, description="Confidence level of the reported intervals."
     )
+    general: str | None = Field(
+        None,
+        description="A JSONL file, or its .dvc file, with general chats and multiple-choice questions. Base, tuned model "
+        "and champion are scored on them: the loss of the chats' last answers, and the share of questions that are right.",
+    )
     samples: Annotated[int, Field(ge=0)] = Field(5, description="Number of answers shown in the run's report.")
     seed: int = Field(0, description="Seed of the bootstrap and of the sample of max_rows.")
     slices: list[SliceBy] = Field(
@@ -482,6 +487,14 @@ class Gate(FrozenModel):
         description="{name: {set: SET, CONDITION, share: SHARE}}: what a set's answers must look like. CONDITION is one of "
         "`contains`, `matches`, `json_fields`, `refuses` and `consistent`. A check that fails rejects the challenger.",
     )
+    forgetting: dict[
+        Literal["loss", "accuracy", "accuracy_norm"], Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    ] = Field(
+        {},
+        description="{score: how much worse the tuned model may be on the rows of evaluation.general}: `loss` of the "
+        "chats in nats per token; `accuracy` of the questions by the likelihood of a choice, `accuracy_norm` by its "
+        "likelihood per character.",
+    )
     lower_is_better: list[str] = Field([], description="Scores of your own metrics for which lower is better.")
     error: Annotated[float, Field(gt=0, lt=0.5)] = Field(
         0.05, description="Probability of any false promotion in all looks of the model, whatever its held-out rows."
@@ -495,6 +508,11 @@ class Gate(FrozenModel):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
         0.95, description="Confidence level of the guards, and of the one-sided bounds that are shown."
     )
+
+    @property
+    def forgetting_margins(self) -> dict[str, float]:
+        """The margins of `forgetting`, by the name of the score."""
+        return {str(score): margin for score, margin in self.forgetting.items()}
 
 
 class Register(FrozenModel):
@@ -561,6 +579,8 @@ class Recipe(FrozenModel):
                         f"the gate names {name}, which is not a score of evaluation.metrics; its scores are "
                         f"{', '.join(sorted(scored))}"
                     )
+        if self.gate.forgetting and self.evaluation.general is None:
+            raise ValueError("gate.forgetting needs evaluation.general, a file with general rows")
         if self.base.quantization == "nf4" and self.base.dtype == "float32":
             raise ValueError("base.quantization nf4 computes in 16 bits: set base.dtype to bfloat16 or float16")
         if self.merge.onto == "dequantized" and self.base.quantization != "nf4":
@@ -593,6 +613,11 @@ class Recipe(FrozenModel):
     def deals_rows(self) -> bool:
         """Whether each model is scored on held-out rows of its own (data.heldout_reserve)."""
         return self.data.heldout_reserve is not None
+
+    @property
+    def scores_general(self) -> bool:
+        """Whether models are scored on general rows too (evaluation.general)."""
+        return self.evaluation.general is not None
 
     def _check_method(self) -> None:
         how = str(self.peft_config.init_lora_weights)
