@@ -429,6 +429,7 @@ SCORE_GENERAL = Stage(
         "loraflow.evaluation.general",
         "loraflow.evaluation.choices",
         "loraflow.evaluation.generation",
+        "loraflow.evaluation.answers_file",
         "loraflow.evaluation.padding_check",
         "loraflow.evaluation.greedy_decoding",
         "loraflow.evaluation.values",

@@ -22,7 +22,7 @@ from loraflow.registry.champions import missing_models
 from loraflow.registry.log import PromotionLog, models
 from loraflow.registry.rebuild import UNKNOWN, made_by, revision_of
 from loraflow.registry.runs import RunRecord, StageRun
-from loraflow.stages import MERGE
+from loraflow.stages import DEAL_ROWS, MERGE
 from loraflow.store import Ref, Store
 from loraflow.store.artifact import MANIFEST, QUARANTINE, Manifest
 

@@ -165,9 +165,11 @@ def test_scores_are_those_of_a_slow_loop_over_the_logits_of_transformers(recipe,
         prompt = tokenizer.apply_chat_template(
             one["messages"][:1], add_generation_prompt=True, tokenize=True, return_dict=False
         )
-        answer = tokenizer(one["messages"][1]["content"] + "<|end|>", add_special_tokens=False)["input_ids"]
-        assert row.token_loss == pytest.approx(-log_likelihood(prompt + answer, len(prompt)) / len(answer), rel=1e-5)
-        assert row.reference_tokens == len(answer)
+        whole = tokenizer.apply_chat_template(one["messages"], tokenize=True, return_dict=False)
+        answer = len(whole) - len(prompt)  # with the end of turn and the end of text, which the template writes behind it
+        assert whole[: len(prompt)] == prompt and tokenizer.decode(whole[-2:]) == "<|end|><|endoftext|>"
+        assert row.token_loss == pytest.approx(-log_likelihood(whole, len(prompt)) / answer, rel=1e-5)
+        assert row.reference_tokens == answer
     weighted = np.average(losses["token_loss"], weights=losses["reference_tokens"])
     assert summary.report["metrics"][CHATS]["loss"]["value"] == pytest.approx(weighted)
     assert summary.report["metrics"][CHOICES]["accuracy"]["value"] == table["accuracy"].mean()
