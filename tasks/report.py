@@ -44,6 +44,7 @@ def publish_report(run: Run, result: PipelineResult, decision: Decision, summary
         losses=_losses(run, result.adapter),
         samples=tuned.samples[: recipe.evaluation.samples],
         stages=summary.stages,
+        advice=summary.advice,
         rows=summary.rows,
         reserve="" if summary.reserve is None else str(summary.reserve),
         slices=summary.slices,

@@ -17,6 +17,7 @@ SCORES = {
     "accuracy": (CHOICES, "accuracy"),
     "accuracy_norm": (CHOICES, "accuracy_norm"),
 }
+PREFIX = "general_"  # of the names of these scores in reasons
 Tables = Mapping[str, "pd.DataFrame"]  # of one model, by the name of the set
 
 
@@ -45,5 +46,5 @@ def general_guards(
     for score, margin in margins.items():
         rows, column = SCORES[score]
         tables = {name: tables[rows] for name, tables in others.items()}
-        found.append(GeneralGuard(f"general_{score}", column, margin, challenger[rows], tables))
+        found.append(GeneralGuard(f"{PREFIX}{score}", column, margin, challenger[rows], tables))
     return found

@@ -267,6 +267,8 @@ def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:
     state: Literal["passed", "failed", "open"] = "failed" if is_refuted else "passed" if test.is_confirmed() else "open"
     p_value = test.p_value() if rule.kind == "gain" else None
     on = "" if rule.part is None else f" on {rule.part}"
+    needed = test.rows_needed() if state == "open" else None
+    outcome = _outcome(test, state, look, needed)
     return Comparison(
         against=test.against,
         metric=rule.metric,
@@ -277,16 +279,17 @@ def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:
         n=evidence.rows,
         state=state,
         reason=f"{rule.metric}{on} against {test.against}: {test.bounds.mean:+.4f} [{test.bounds.lower:+.4f}, "
-        f"{test.bounds.upper:+.4f}] (one-sided {100 * test.confidence:.4g} % bounds), {rule} {_outcome(test, state, look)}",
+        f"{test.bounds.upper:+.4f}] (one-sided {100 * test.confidence:.4g} % bounds), {rule} {outcome}",
         p_value=p_value,
         level=test.level if rule.kind == "gain" else None,
         groups=evidence.groups,
         effective_rows=evidence.effective_rows,
         part=None if rule.part is None else str(rule.part),
+        rows_needed=needed,
     )
 
 
-def _outcome(test: _Test, state: str, look: str) -> str:
+def _outcome(test: _Test, state: str, look: str, needed: int | None) -> str:
     """Return how a claim was decided, in words."""
     evidence = test.evidence
     rows = f"{evidence.rows} rows"
@@ -306,7 +309,6 @@ def _outcome(test: _Test, state: str, look: str) -> str:
     if state == "open":
         if not test.has_enough_rows:
             parts.append(f"at least {MINIMUM_ROWS} independent rows are needed")
-        needed = test.rows_needed() if test.level > 0 else None
         if needed is not None:
             parts.append(f"about {needed:,} such rows would be enough")
         elif test.reported <= test.rule.bound:

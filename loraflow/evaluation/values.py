@@ -160,6 +160,7 @@ class Comparison:
     groups: int | None = None  # of rows that are independent of each other
     effective_rows: float | None = None  # independent rows with the same standard error
     part: str | None = None  # of the rows, by gate.slices; None: all of them
+    rows_needed: int | None = None  # of an inconclusive claim: such rows that would confirm it; None: no number would
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,9 @@ def test_scores_are_those_of_a_slow_loop_over_the_logits_of_transformers(recipe,
             one["messages"][:1], add_generation_prompt=True, tokenize=True, return_dict=False
         )
         whole = tokenizer.apply_chat_template(one["messages"], tokenize=True, return_dict=False)
-        answer = len(whole) - len(prompt)  # with the end of turn and the end of text, which the template writes behind it
+        answer = len(whole) - len(
+            prompt
+        )  # with the end of turn and the end of text, which the template writes behind it
         assert whole[: len(prompt)] == prompt and tokenizer.decode(whole[-2:]) == "<|end|><|endoftext|>"
         assert row.token_loss == pytest.approx(-log_likelihood(whole, len(prompt)) / answer, rel=1e-5)
         assert row.reference_tokens == answer
