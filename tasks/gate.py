@@ -22,7 +22,7 @@ from loraflow.registry.log import actor
 from loraflow.registry.looks import Look, row_key
 from loraflow.store import Ref, read_intact, require_unchanged
 from loraflow.tasks.forgetting import read_general_guards
-from loraflow.tasks.slices import read_field_values
+from loraflow.tasks.slices import read_field_values, read_unscored_parts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,6 +94,8 @@ def _protocol(workspace: Workspace, result: PipelineResult) -> str:
 
         # Another value of a row's field is another rule, although no score changed.
         rules["partition"] = partition_of(_slice_guards(workspace, result))
+        unscored = _unscored_parts(workspace, result)
+        rules |= {"unscored": unscored} if unscored else {}
     return identity.fingerprint({"gate": rules, "scores": scores})
 
 
@@ -108,6 +110,10 @@ def _slice_guards(workspace: Workspace, result: PipelineResult) -> list[SliceGua
     table = _heldout_scores(workspace, result.tuned_scores)
     require_comparable(table, {}, ())
     return slice_guards(table, rules, read_field_values(workspace, result))
+
+
+def _unscored_parts(workspace: Workspace, result: PipelineResult) -> list[str]:
+    return read_unscored_parts(workspace, result, set(_heldout_scores(workspace, result.tuned_scores)["id"]))
 
 
 def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Decision:
@@ -125,7 +131,8 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
     if result.champion_scores is not None:
         others["champion"] = _heldout_scores(workspace, result.champion_scores)
     parts = _slice_guards(workspace, result)
-    require_comparable(ours, others, {rules.primary, *rules.guards, *rules.worst, *(guard.metric for guard in parts)})
+    named = {rules.primary, *rules.guards, *rules.worst, *rules.lower_is_better, *(guard.metric for guard in parts)}
+    require_comparable(ours, others, named)
     general = read_general_guards(workspace, result)
     for guard in general:
         require_comparable(guard.challenger, guard.others, {guard.metric})
@@ -157,6 +164,7 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
             lower_is_better=rules.lower_is_better,
             parts=parts,
         )
+    decision = decision.with_unscored(_unscored_parts(workspace, result))
     limits = {metric: WorseLimit(rule.drop, rule.rows, rule.share) for metric, rule in rules.worst.items()}
     decision = with_worse_rows(decision, find_worse(own, others, limits, rules.lower_is_better))
     return replace(with_behaviour(decision, behaviour), look=look.seq, budget=_budget(look, len(ours)))

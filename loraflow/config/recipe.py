@@ -25,6 +25,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from loraflow.config.data_profile import ProfileCheckName, ProfileRule
 from loraflow.config.data_sources import REPLACED, DataSource, RowFormat, checked_sources, known_columns
+from loraflow.config.gate_rules import contradictions
 from loraflow.config.runtime import Runtime
 from loraflow.frozen import FrozenModel
 
@@ -45,6 +46,9 @@ SCORES = {
     "json_fields": {"json_valid", "field_f1"},
     "tool_calls": {"tool_name", "tool_arguments_f1", "valid_call_rate"},
 }
+
+
+GENERAL_SETS = ("general chats", "general questions")  # of evaluation.general, in reports
 
 
 class Data(FrozenModel):
@@ -132,7 +136,7 @@ class Data(FrozenModel):
     @field_validator("extra_heldout")
     @classmethod
     def _names(cls, value: dict[str, str]) -> dict[str, str]:
-        if taken := {"heldout", "train", "validation"} & value.keys():
+        if taken := {"heldout", "train", "validation", *GENERAL_SETS} & value.keys():
             raise ValueError(f"{', '.join(sorted(taken))} is a reserved name; choose another")
         return value
 
@@ -412,6 +416,9 @@ class Merge(FrozenModel):
     verify_prompts: Positive = Field(8, description="Number of held-out prompts for this comparison: a seeded sample.")
 
 
+Margin = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class WorstRule(FrozenModel):
     """How many held-out rows may get worse by at least `drop`."""
 
@@ -466,18 +473,16 @@ class Gate(FrozenModel):
         "token_loss",
         description="The score that must improve. A score of your own metric is first checked when the gate decides.",
     )
-    min_gain: Annotated[float, Field(ge=0)] = Field(
+    min_gain: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         0.0, description="The improvement must be larger than this, in the score's unit."
     )
-    guards: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        {}, description="{score: largest drop that is allowed, in the score's unit}."
-    )
+    guards: dict[str, Margin] = Field({}, description="{score: largest drop that is allowed, in the score's unit}.")
     worst: dict[str, WorstRule] = Field(
         {},
         description="{score: {drop: POINTS, rows: NUMBER}}, or `share` instead of `rows`: how many rows may get worse by at "
         "least `drop`. More of them reject the challenger; the report lists them.",
     )
-    slices: dict[SliceBy, Annotated[dict[str, Annotated[float, Field(ge=0)]], Field(min_length=1)]] = Field(
+    slices: dict[SliceBy, Annotated[dict[str, Margin], Field(min_length=1)]] = Field(
         {},
         description="{part: {score: largest drop that is allowed}}: guards for each part of the held-out rows. `part` is "
         "`length`, `script`, or a field of the rows, as in evaluation.slices.",
@@ -568,7 +573,8 @@ class Recipe(FrozenModel):
         if all(name in SCORES for name in self.evaluation.metrics):
             scored = {"stops"}.union(*(SCORES[name] for name in self.evaluation.metrics))
             parts = [name for guards in self.gate.slices.values() for name in guards]
-            for name in (self.gate.primary, *self.gate.guards, *self.gate.worst, *parts):
+            named = (self.gate.primary, *self.gate.guards, *self.gate.worst, *parts, *self.gate.lower_is_better)
+            for name in named:
                 if name == "macro_f1":
                     raise ValueError(
                         "the gate names macro_f1, which is no mean over rows, so models cannot be compared by it row by "
@@ -579,6 +585,9 @@ class Recipe(FrozenModel):
                         f"the gate names {name}, which is not a score of evaluation.metrics; its scores are "
                         f"{', '.join(sorted(scored))}"
                     )
+        known = {"stops"}.union(*(SCORES.get(name, ()) for name in self.evaluation.metrics))
+        for problem in contradictions(self.gate, known, {"heldout", *self.data.extra_heldout}):
+            raise ValueError(problem)
         if self.gate.forgetting and self.evaluation.general is None:
             raise ValueError("gate.forgetting needs evaluation.general, a file with general rows")
         if self.base.quantization == "nf4" and self.base.dtype == "float32":

@@ -27,7 +27,10 @@ def _steps(decision: Decision, rows: HeldoutRows) -> Iterator[str]:
     unsure = [one for one in decision.comparisons if one.state == "open"]
     for one in unsure:
         yield _step(one, rows)
-    if not unsure and len(decision.reasons) > 1:  # by gate.seeds
+    if decision.unscored:
+        how = "a smaller data.heldout_reserve" if rows.deals_rows else "a larger evaluation.max_rows"
+        yield f"score rows of {', '.join(decision.unscored)}: {how}, or more such rows"
+    elif not unsure and len(decision.reasons) > 1:  # by gate.seeds
         yield (
             "the models of all seeds are better on average, but not the one that would be registered: another training, "
             "such as with another training_config.seed, is a new look"

@@ -7,11 +7,13 @@ base and the champion (`gate.forgetting`).
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from loraflow.config.recipe import GENERAL_SETS
 from loraflow.config.stage_configs import ScoreGeneralConfig
 from loraflow.data.general_rows import FILE, GeneralRow, read_general
 from loraflow.evaluation.choices import encode_choice, is_right
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
     from loraflow.data.loss_mask import Encoded
 
-CHATS, CHOICES = "general chats", "general questions"  # the names of the sets in reports
+CHATS, CHOICES = GENERAL_SETS
 TABLES = {CHATS: "loss.parquet", CHOICES: "choices.parquet"}
 Losses = list[tuple[float, int]]  # (sum of -log p in nats, number of tokens) of each row
 
@@ -103,6 +105,8 @@ def _losses(
 def _chat_table(chats: list[GeneralRow], losses: Losses) -> pd.DataFrame:
     import pandas as pd
 
+    for row, (loss, _) in zip(chats, losses, strict=True):
+        _require_finite([loss], f"{row['place']} (evaluation.general)", "-log p of its answer")
     return pd.DataFrame(
         {
             "id": [row["id"] for row in chats],
@@ -118,6 +122,8 @@ def _question_table(questions: list[GeneralRow], losses: Losses) -> pd.DataFrame
 
     of_choice = iter(loss for loss, _ in losses)
     nll = [[next(of_choice) for _ in row["choices"]] for row in questions]
+    for row, sums in zip(questions, nll, strict=True):
+        _require_finite(sums, f"{row['place']} (evaluation.general)", "-log p of its choices")
     right = [is_right(of_row, row["choices"], row["answer"]) for of_row, row in zip(nll, questions, strict=True)]
     return pd.DataFrame(
         {
@@ -130,12 +136,22 @@ def _question_table(questions: list[GeneralRow], losses: Losses) -> pd.DataFrame
     )
 
 
+def _require_finite(sums: Sequence[float], where: str, what: str) -> None:
+    """Refuse scores that are no numbers: of these, the largest would be an answer like any other."""
+    if not np.isfinite(sums).all():
+        raise BadData(
+            "A model gave a score that is not a finite number.",
+            where=where,
+            expected=f"finite numbers: {what}",
+            got=", ".join(f"{value:g}" for value in sums),
+            next_step="check the model: weights or activations overflow; evaluation.dtype: float32 has the largest range",
+        )
+
+
 def _value(
     table: pd.DataFrame, name: str, config: ScoreGeneralConfig, weights: np.ndarray | None = None
 ) -> MetricValue:
     scores = table[name].to_numpy(dtype=float)
-    if not np.isfinite(scores).all():
-        raise BadData("A score is not a finite number.", where="score_general", got=name, next_step="check the model")
     interval = mean_interval(scores, config.confidence, config.seed, weights)
     return MetricValue(value=interval.value, low=interval.low, high=interval.high, n=len(table))
 

@@ -49,9 +49,7 @@ def test_a_look_without_error_asks_for_rows_that_were_never_scored():
 
 
 def test_a_guard_that_rows_would_confirm_asks_for_rows_although_no_error_is_left():
-    gain, guard = said(
-        decided(table(50, 100), table(50, 100), level=0.0, guards={"exact_match": 0.01})
-    )
+    gain, guard = said(decided(table(50, 100), table(50, 100), level=0.0, guards={"exact_match": 0.01}))
     assert "never scored" in gain and guard.startswith("add held-out rows")
 
 
