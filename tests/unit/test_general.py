@@ -1,5 +1,6 @@
 """General rows show whether a model forgets: they are checked, scored as transformers scores them, and guard a promotion."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -20,7 +21,7 @@ from loraflow.evaluation.power import rows_that_rule_out
 from loraflow.execution.launcher import run_job
 from loraflow.execution.plan_general import forgetting_lines
 from loraflow.execution.workspace import Workspace
-from loraflow.failures import BadConfig, BadData
+from loraflow.failures import BadConfig, BadData, DirtyData
 from loraflow.job import Inputs, Progress
 from loraflow.stages import CHECK_DATASET, CHECK_GENERAL, SCORE_GENERAL, VERSION_DATASET
 from loraflow.store import Ref
@@ -193,6 +194,35 @@ def test_a_missing_file_is_refused_with_the_key_of_the_recipe(recipe):
     with pytest.raises(BadData, match="file with general rows does not exist") as caught:
         _ = Workspace(load_recipe(recipe, {"evaluation.general": "absent.jsonl"})).general
     assert caught.value.next_step == "correct evaluation.general"
+
+
+def test_rows_that_dvc_pins_are_read_and_a_changed_file_is_refused(recipe, monkeypatch):
+    monkeypatch.chdir(recipe.parent)
+    file = recipe.parent / "general.jsonl"
+    file.write_text(json.dumps(QUESTION) + "\n")
+    md5 = hashlib.md5(file.read_bytes()).hexdigest()
+    (recipe.parent / "general.jsonl.dvc").write_text(f"outs:\n- md5: {md5}\n  hash: md5\n  path: general.jsonl\n")
+    pinned = {"evaluation.general": "general.jsonl.dvc"}
+    workspace = Workspace(load_recipe(recipe, pinned))
+    assert workspace.general.md5 == md5
+    assert (
+        workspace.job(SCORE_GENERAL, {}).payload
+        == Workspace(load_recipe(recipe, {"evaluation.general": "general.jsonl"})).job(SCORE_GENERAL, {}).payload
+    )
+    file.write_text(json.dumps({**QUESTION, "answer": 1}) + "\n")
+    with pytest.raises(DirtyData):
+        _ = Workspace(load_recipe(recipe, pinned)).general
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_score_that_is_no_number_chooses_no_answer_and_stops_the_run_with_the_row(bad):
+    rows = [{"id": "a", "place": "g.jsonl:3", "context": "q", "choices": ["x", "y"], "answer": 0}]
+    with pytest.raises(BadData, match="not a finite number") as caught:
+        stage._question_table(rows, [(bad, 1), (2.0, 1)])
+    assert caught.value.where.startswith("g.jsonl:3")
+    chat = [{"id": "a", "place": "g.jsonl:4", "messages": CHAT["messages"]}]
+    with pytest.raises(BadData, match="not a finite number"):
+        stage._chat_table(chat, [(bad, 1)])
 
 
 def test_a_long_choice_wins_by_its_likelihood_per_character_only():
