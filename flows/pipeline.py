@@ -7,7 +7,8 @@ adapter, and verify and evaluate the held-out rows of check_dataset. The gate co
 champion.
 
 With data.heldout_reserve, deal_rows follows verify. It writes the held-out rows that the new model is dealt, and all three
-models are scored on these; the base after training, too.
+models are scored on these; the base after training, too. With evaluation.general, check_general reads general rows, and
+score_general scores the base on them before the training and the other two models at the end (`flows/general.py`).
 
 With `gate.seeds`, the chain from train on is repeated for each further seed (`flows/seeds.py`).
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from loraflow.execution.deal import deal_heldout
 from loraflow.execution.results import PipelineResult
+from loraflow.flows.general import read_general_rows, score_on_general_rows
 from loraflow.flows.seeds import train_seed
 from loraflow.tasks.limits import check_merge, check_rows
 from loraflow.tasks.run import Run
@@ -41,10 +43,12 @@ def pipeline(run: Run) -> PipelineResult:
     dataset = version_dataset(run)
     rows = check_dataset(run, dataset=dataset)
     check_rows(run.workspace, rows)
+    general = read_general_rows(run, rows)
     base = resolve_base(run)
     tokens = tokenize(run, rows=rows, base=base)
     deals = run.workspace.recipe.deals_rows  # then all models are scored on rows that the new model is dealt
     base_scores = None if deals else evaluate(run, model=base, rows=rows, label="evaluate base")
+    on_general = score_on_general_rows(run, general, base=base)
     adapter = train(run, tokens=tokens, base=base)
     probes = tokens if run.workspace.recipe.compares_merges else None
     merged = merge(run, base=base, adapter=adapter, tokens=probes)
@@ -75,4 +79,5 @@ def pipeline(run: Run) -> PipelineResult:
         tuned_scores=tuned_scores,
         champion_scores=champion_scores,
         further_seeds=tuple(further),
+        general={**on_general, **score_on_general_rows(run, general, tuned=merged, champion=champion)},
     )

@@ -391,9 +391,85 @@ EVALUATE = Stage(
     oom_field="eval_batch_size",
 )
 
+CHECK_GENERAL = Stage(
+    name="check_general",
+    version=1,
+    module="loraflow.data.general",
+    config=configs.CheckGeneralConfig,
+    inputs={"rows": _from(CHECK_DATASET, part="train")},
+    runtime=JobRuntime.of_general,
+    code=(
+        "loraflow.data.general",
+        "loraflow.data.general_rows",
+        *VERSION_DATASET.code,
+        "loraflow.data.readers",
+        "loraflow.data.json_reader",
+        "loraflow.data.json_text",
+        "loraflow.data.csv_reader",
+        "loraflow.data.chat_formats",
+        "loraflow.data.cell_values",
+        "loraflow.data.row_fields",
+        "loraflow.data.reasoning",
+        "loraflow.data.tools",
+        "loraflow.data.labels",
+        "loraflow.data.marks",
+        "loraflow.data.row_key",
+        "loraflow.data.split",
+        "loraflow.data.chats",
+    ),
+    in_worker=False,
+)
+
+SCORE_GENERAL = Stage(
+    name="score_general",
+    version=1,
+    module="loraflow.evaluation.general",
+    config=configs.ScoreGeneralConfig,
+    inputs={"model": _from(RESOLVE_BASE, MERGE), "general": _from(CHECK_GENERAL, part="general")},
+    code=(
+        "loraflow.evaluation.general",
+        "loraflow.evaluation.choices",
+        "loraflow.evaluation.generation",
+        "loraflow.evaluation.answers_file",
+        "loraflow.evaluation.padding_check",
+        "loraflow.evaluation.greedy_decoding",
+        "loraflow.evaluation.values",
+        "loraflow.data.general_rows",
+        "loraflow.evaluation.likelihood",
+        "loraflow.evaluation.prefix_cache",
+        "loraflow.data.common_prefix",
+        "loraflow.evaluation.kv_cache",
+        "loraflow.evaluation.row_batches",
+        "loraflow.evaluation.intervals",
+        "loraflow.data.positions",
+        "loraflow.hardware.process_group",
+        "loraflow.base.architecture",
+        "loraflow.base.load",
+        "loraflow.base.longrope",
+        *_HARDWARE,
+        *_TEMPLATE,
+    ),
+    uses_gpu=True,
+    placeable=True,
+    several_devices=True,
+    oom_field="eval_batch_size",
+)
+
 STAGES: dict[str, Stage] = {
     stage.name: stage
-    for stage in (VERSION_DATASET, CHECK_DATASET, RESOLVE_BASE, TOKENIZE, TRAIN, MERGE, VERIFY, DEAL_ROWS, EVALUATE)
+    for stage in (
+        VERSION_DATASET,
+        CHECK_DATASET,
+        CHECK_GENERAL,
+        RESOLVE_BASE,
+        TOKENIZE,
+        TRAIN,
+        MERGE,
+        VERIFY,
+        DEAL_ROWS,
+        EVALUATE,
+        SCORE_GENERAL,
+    )
 }
 
 

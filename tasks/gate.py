@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,8 @@ from loraflow.registry.champions import require_champion_intact
 from loraflow.registry.log import actor
 from loraflow.registry.looks import Look, row_key
 from loraflow.store import Ref, read_intact, require_unchanged
-from loraflow.tasks.slices import read_field_values
+from loraflow.tasks.forgetting import read_general_guards
+from loraflow.tasks.slices import read_field_values, read_unscored_parts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,8 +78,10 @@ def _protocol(workspace: Workspace, result: PipelineResult) -> str:
     """Return the identity of the rules and scores that a decision is taken by."""
     scores = [ref.digest for ref in (result.base_scores, result.tuned_scores, result.champion_scores) if ref]
     scores += [further.scores.digest for further in result.further_seeds]
+    scores += [ref.digest for ref in result.general.values()] if workspace.recipe.gate.forgetting else []
     rules = workspace.recipe.gate.model_dump()
-    for name in ("worst", "behaviour", "slices"):  # decisions of earlier versions, which did not have these, stay valid
+    # Decisions of earlier versions, which did not have these, stay valid.
+    for name in ("worst", "behaviour", "slices", "forgetting"):
         if not rules[name]:
             del rules[name]
     if rules["seeds"] == 1:
@@ -90,6 +94,8 @@ def _protocol(workspace: Workspace, result: PipelineResult) -> str:
 
         # Another value of a row's field is another rule, although no score changed.
         rules["partition"] = partition_of(_slice_guards(workspace, result))
+        unscored = _unscored_parts(workspace, result)
+        rules |= {"unscored": unscored} if unscored else {}
     return identity.fingerprint({"gate": rules, "scores": scores})
 
 
@@ -104,6 +110,10 @@ def _slice_guards(workspace: Workspace, result: PipelineResult) -> list[SliceGua
     table = _heldout_scores(workspace, result.tuned_scores)
     require_comparable(table, {}, ())
     return slice_guards(table, rules, read_field_values(workspace, result))
+
+
+def _unscored_parts(workspace: Workspace, result: PipelineResult) -> list[str]:
+    return read_unscored_parts(workspace, result, set(_heldout_scores(workspace, result.tuned_scores)["id"]))
 
 
 def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Decision:
@@ -121,7 +131,11 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
     if result.champion_scores is not None:
         others["champion"] = _heldout_scores(workspace, result.champion_scores)
     parts = _slice_guards(workspace, result)
-    require_comparable(ours, others, {rules.primary, *rules.guards, *rules.worst, *(guard.metric for guard in parts)})
+    named = {rules.primary, *rules.guards, *rules.worst, *rules.lower_is_better, *(guard.metric for guard in parts)}
+    require_comparable(ours, others, named)
+    general = read_general_guards(workspace, result)
+    for guard in general:
+        require_comparable(guard.challenger, guard.others, {guard.metric})
     behaviour = _check_behaviour(workspace, result)  # refuses a set without rows before a look is spent
     look = _take_look(workspace, result, protocol, ours)
     decision = decide(
@@ -136,6 +150,7 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
         look=str(look),
         vocabulary=_vocabulary(workspace, result.base_scores),
         parts=parts,
+        general=general,
     )
     if result.further_seeds:
         decision = with_seeds(
@@ -149,6 +164,7 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
             lower_is_better=rules.lower_is_better,
             parts=parts,
         )
+    decision = decision.with_unscored(_unscored_parts(workspace, result))
     limits = {metric: WorseLimit(rule.drop, rule.rows, rule.share) for metric, rule in rules.worst.items()}
     decision = with_worse_rows(decision, find_worse(own, others, limits, rules.lower_is_better))
     return replace(with_behaviour(decision, behaviour), look=look.seq, budget=_budget(look, len(ours)))
@@ -159,9 +175,17 @@ def _require_one_protocol(workspace: Workspace, result: PipelineResult) -> None:
 
     A run scores all models in the same way, so this finds scores that were put in its place by hand.
     """
-    ours = _scored_how(workspace, result.tuned_scores)
-    further = [(f"seed {one.seed}", one.scores) for one in result.further_seeds]
-    for name, ref in (("base", result.base_scores), ("champion", result.champion_scores), *further):
+    further = {f"seed {one.seed}": one.scores for one in result.further_seeds}
+    others = {"base": result.base_scores, "champion": result.champion_scores, **further}
+    _require_scored_alike(workspace, result.tuned_scores, others, "evaluate")
+    if "tuned" in result.general:
+        general = {f"{name} on general rows": ref for name, ref in result.general.items()}
+        _require_scored_alike(workspace, result.general["tuned"], general, "score_general")
+
+
+def _require_scored_alike(workspace: Workspace, tuned: Ref, others: Mapping[str, Ref | None], stage: str) -> None:
+    ours = _scored_how(workspace, tuned)
+    for name, ref in others.items():
         theirs = ours if ref is None else _scored_how(workspace, ref)
         differs = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         if differs:
@@ -170,7 +194,7 @@ def _require_one_protocol(workspace: Workspace, result: PipelineResult) -> None:
                 where=f"scores of {name}",
                 expected=f"{differs[0]}: {ours.get(differs[0])}",
                 got=f"{differs[0]}: {theirs.get(differs[0])}",
-                next_step="score them again with one protocol: `loraflow run RECIPE --force evaluate`",
+                next_step=f"score them again with one protocol: `loraflow run RECIPE --force {stage}`",
             )
 
 

@@ -45,3 +45,12 @@ def check_merge(workspace: Workspace, verified: Ref) -> None:
     report = workspace.store.manifest(verified).report
     figures = {name: value for name, value in report.items() if isinstance(value, int | float)}
     verify.check_limits(figures, workspace.recipe.merge.max_kl)
+
+
+@task(name="check", task_run_name="check general rows", cache_policy=NO_CACHE, persist_result=False)
+def check_general_rows(workspace: Workspace, general: Ref) -> None:
+    """Stop the run before training if the general rows are too few for gate.forgetting."""
+    from loraflow.data import general as rows
+    from loraflow.evaluation.power import MINIMUM_ROWS
+
+    rows.check_limits(workspace.store.manifest(general).figures, workspace.recipe.gate.forgetting_margins, MINIMUM_ROWS)

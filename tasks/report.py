@@ -45,6 +45,7 @@ def publish_report(run: Run, result: PipelineResult, decision: Decision, summary
         samples=tuned.samples[: recipe.evaluation.samples],
         base_answers={sample.id: sample.answer for sample in evaluation_report(run, result.base_scores).samples},
         stages=summary.stages,
+        advice=summary.advice,
         rows=summary.rows,
         reserve="" if summary.reserve is None else str(summary.reserve),
         slices=summary.slices,

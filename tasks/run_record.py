@@ -16,12 +16,13 @@ from loraflow.data.chats import GATE_SET
 from loraflow.data.check_report import CheckReport
 from loraflow.data.drift import DataDrift
 from loraflow.data.git import has_uncommitted_changes, head_commit
-from loraflow.evaluation.values import EvaluationReport, ModelScores, SeedScores
+from loraflow.evaluation.advice import HeldoutRows, advice
+from loraflow.evaluation.values import EvaluationReport, ModelScores, Scores, SeedScores
 from loraflow.execution.results import PipelineResult, Registration
 from loraflow.failures import Failure
 from loraflow.registry.log import actor
 from loraflow.registry.runs import Publication, RecordedDecision, RowsSummary, RunRecord, RunState, RunSummary, find_run
-from loraflow.reporting.rows import LengthPolicy, summarise_rows
+from loraflow.reporting.rows import RowPolicy, summarise_rows
 from loraflow.store import Ref
 from loraflow.tasks.slices import heldout_slices
 
@@ -33,10 +34,16 @@ def model_scores(run: Run, result: PipelineResult) -> ModelScores:
     """Return the scores of base, tuned model and champion."""
     champion = result.champion_scores
     return ModelScores(
-        evaluation_report(run, result.base_scores).metrics,
-        evaluation_report(run, result.tuned_scores).metrics,
-        evaluation_report(run, champion).metrics if champion else None,
+        _with_general(run, result.base_scores, result.general.get("base")),
+        _with_general(run, result.tuned_scores, result.general.get("tuned")),
+        _with_general(run, champion, result.general.get("champion")) if champion else None,
     )
+
+
+def _with_general(run: Run, scores: Ref, general: Ref | None) -> Scores:
+    """Return the scores of a model on all sets, those of general rows last."""
+    found = evaluation_report(run, scores).metrics
+    return found if general is None else {**found, **evaluation_report(run, general).metrics}
 
 
 def evaluation_report(run: Run, scores: Ref) -> EvaluationReport:
@@ -51,7 +58,7 @@ def rows_summary(run: Run, result: PipelineResult) -> RowsSummary:
         CheckReport.model_validate(store.manifest(result.rows).report),
         store.manifest(result.tokens).figures,
         evaluation_report(run, result.tuned_scores),
-        LengthPolicy(recipe.training_config.max_length, recipe.data.too_long),
+        RowPolicy(recipe.training_config.max_length, recipe.data.too_long, recipe.deals_rows),
     )
 
 
@@ -68,6 +75,7 @@ def set_summary(run: Run, result: PipelineResult, registration: Registration) ->
         seeds=_seed_scores(run, result),
         drift=_with_base_loss(run, result),
         decision=RecordedDecision(verdict=decision.verdict, reasons=list(decision.reasons)),
+        advice=advice(decision, heldout_rows(run, result)),
         registered=registration.entry,
         reserve=run.workspace.reserve,
         adapter=f"{store.location(result.adapter)}/adapter",
@@ -75,6 +83,12 @@ def set_summary(run: Run, result: PipelineResult, registration: Registration) ->
         sweep=run.sweep,
     )
     return run.summary
+
+
+def heldout_rows(run: Run, result: PipelineResult) -> HeldoutRows:
+    """Return how many held-out rows the gate's set has, and whether they are dealt to models."""
+    check = CheckReport.model_validate(run.workspace.store.manifest(result.rows).report)
+    return HeldoutRows(check.sets.get(GATE_SET, 0), run.workspace.recipe.deals_rows)
 
 
 def _seed_scores(run: Run, result: PipelineResult) -> list[SeedScores]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
+from collections.abc import Set
 
 from loraflow.data.heldout_fields import FILE, FieldValues, parse_field_values
 from loraflow.evaluation.values import Slice
+from loraflow.execution.look_rows import compared_rows
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import CorruptArtifact
@@ -24,6 +27,25 @@ def read_field_values(workspace: Workspace, result: PipelineResult) -> FieldValu
     if not workspace.recipe.slice_fields:
         return {}
     return parse_field_values(read_intact(workspace.store, result.rows, FILE))
+
+
+def read_unscored_parts(workspace: Workspace, result: PipelineResult, scored: Set[str]) -> list[str]:
+    """Return the parts that gate.slices guards and of which no row was scored.
+
+    Raises:
+        CorruptArtifact: the held-out rows are damaged; the artifact is quarantined by now.
+    """
+    rules = workspace.recipe.gate.slices
+    if not rules:
+        return []
+    import pandas as pd
+
+    from loraflow.evaluation.slice_guards import unscored_parts
+
+    rows = compared_rows(read_intact(workspace.store, result.rows, "heldout.jsonl"), None, 0)
+    prompts = [json.dumps(row.messages[:-1], ensure_ascii=False) for _, row in rows]
+    everything = pd.DataFrame({"id": [row.id for _, row in rows], "prompt": prompts})
+    return unscored_parts(everything, scored, rules, read_field_values(workspace, result))
 
 
 def heldout_slices(workspace: Workspace, result: PipelineResult) -> list[Slice]:

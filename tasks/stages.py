@@ -97,3 +97,22 @@ def evaluate(run: Run, *, model: Ref, rows: Ref, label: str = "evaluate") -> Sta
     `metrics.json` with intervals. Work: `loraflow/evaluation/score.py`.
     """
     return run.find_or_run(stages.EVALUATE, label, model=model, rows=rows)
+
+
+@stage_task
+def check_general(run: Run, *, rows: Ref) -> StageResult:
+    """Read the general chats and questions that show what a model forgets, and refuse those that it was trained on.
+
+    Input: the training rows. Output: `general.jsonl`. Work: `loraflow/data/general.py`.
+    """
+    return run.find_or_run(stages.CHECK_GENERAL, rows=rows)
+
+
+@stage_task
+def score_general(run: Run, *, model: Ref, general: Ref, label: str = "score_general") -> StageResult:
+    """Measure a model's loss on general chats, and its answers to general multiple-choice questions.
+
+    Input: a base or merged model, and the general rows. Output: a table of scores per kind of row. Work:
+    `loraflow/evaluation/general.py`.
+    """
+    return run.find_or_run(stages.SCORE_GENERAL, label, model=model, general=general)

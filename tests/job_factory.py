@@ -32,6 +32,7 @@ class Outside:
     dataset: DatasetLocation = DATASET
     base: BaseLocation = BASE
     metric_modules: dict[str, str] = field(default_factory=dict)
+    general: DatasetLocation | None = None
     dealt: frozenset[str] | None = None
 
 

@@ -26,6 +26,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     from loraflow.config import load_recipe
     from loraflow.execution.plan import base_report, gate_power, too_few_positions
     from loraflow.execution.plan import plan as plan_run
+    from loraflow.execution.plan_general import forgetting_lines
     from loraflow.execution.plan_memory import planned_memory
     from loraflow.execution.plan_slices import slice_power_lines
     from loraflow.execution.plan_sources import planned_sources
@@ -49,6 +50,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
         parts = slice_power_lines(workspace)
     except Failure as failure:  # planning goes on, as for a champion that is missing
         problem = f"will fail: {failure.what}"
+    forgetting = forgetting_lines(workspace)
     if as_json:
         document: dict[str, JsonValue] = {"stages": [step.to_json() for step in steps]}
         if memory:
@@ -67,6 +69,8 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
             document["note"] = note
         if workspace.reserve is not None:
             document["reserve"] = workspace.reserve.model_dump()
+        if forgetting:
+            document["forgetting"] = [line.strip() for line in forgetting]
         if power:
             document["gate"] = {
                 "rows": power.rows,
@@ -91,6 +95,8 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
             click.echo()
             lines = [*power.lines(), *parts]
             click.secho("\n".join(lines), fg="yellow" if parts or power.is_warning() else None)
+        if forgetting:
+            click.echo("\n".join(forgetting))
 
 
 def _show(steps: list[PlannedStep], memory: PlannedMemory | None, base: list[str]) -> None:

@@ -90,10 +90,6 @@ def _write_dvclive(recipe: str, overrides: dict[str, JsonValue], run: str) -> No
 
 
 SIDES = ("base", "tuned", "champion")
-UNDECIDED = (
-    "Nothing was promoted. If the rows are too few, score more: raise evaluation.max_rows, or hold out more rows. "
-    "To promote by hand: loraflow promote {run} --reason …"
-)
 
 
 def show(summary: RunSummary) -> None:
@@ -115,7 +111,10 @@ def show(summary: RunSummary) -> None:
     for reason in decision.reasons if decision else ():
         console.print(f"  {reason}", markup=False, soft_wrap=True)  # it can have names from the data
     if verdict == "undecided":
-        console.print(f"  {UNDECIDED.format(run=summary.run)}", markup=False)
+        steps = [*summary.advice, f"to promote it by hand: loraflow promote {summary.run} --reason …"]
+        console.print("  Nothing was promoted. What can be done:")
+        for step in steps:
+            console.print(f"  - {step}", markup=False, soft_wrap=True)
     if summary.reserve is not None:
         console.print(f"reserve       {summary.reserve}", soft_wrap=True)
     console.print(f"adapter       {_relative_to_cwd(summary.adapter)}", soft_wrap=True)

@@ -25,6 +25,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from loraflow.config.data_profile import ProfileCheckName, ProfileRule
 from loraflow.config.data_sources import REPLACED, DataSource, RowFormat, checked_sources, known_columns
+from loraflow.config.gate_rules import contradictions
 from loraflow.config.runtime import Runtime
 from loraflow.frozen import FrozenModel
 
@@ -45,6 +46,9 @@ SCORES = {
     "json_fields": {"json_valid", "field_f1"},
     "tool_calls": {"tool_name", "tool_arguments_f1", "valid_call_rate"},
 }
+
+
+GENERAL_SETS = ("general chats", "general questions")  # of evaluation.general, in reports
 
 
 class Data(FrozenModel):
@@ -132,7 +136,7 @@ class Data(FrozenModel):
     @field_validator("extra_heldout")
     @classmethod
     def _names(cls, value: dict[str, str]) -> dict[str, str]:
-        if taken := {"heldout", "train", "validation"} & value.keys():
+        if taken := {"heldout", "train", "validation", *GENERAL_SETS} & value.keys():
             raise ValueError(f"{', '.join(sorted(taken))} is a reserved name; choose another")
         return value
 
@@ -375,6 +379,11 @@ class Evaluation(FrozenModel):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
         0.95, description="Confidence level of the reported intervals."
     )
+    general: str | None = Field(
+        None,
+        description="A JSONL file, or its .dvc file, with general chats and multiple-choice questions. Base, tuned model "
+        "and champion are scored on them: the loss of the chats' last answers, and the share of questions that are right.",
+    )
     samples: Annotated[int, Field(ge=0)] = Field(5, description="Number of answers shown in the run's report.")
     seed: int = Field(0, description="Seed of the bootstrap and of the sample of max_rows.")
     slices: list[SliceBy] = Field(
@@ -405,6 +414,9 @@ class Merge(FrozenModel):
         "The run stops above it.",
     )
     verify_prompts: Positive = Field(8, description="Number of held-out prompts for this comparison: a seeded sample.")
+
+
+Margin = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class WorstRule(FrozenModel):
@@ -461,18 +473,16 @@ class Gate(FrozenModel):
         "token_loss",
         description="The score that must improve. A score of your own metric is first checked when the gate decides.",
     )
-    min_gain: Annotated[float, Field(ge=0)] = Field(
+    min_gain: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         0.0, description="The improvement must be larger than this, in the score's unit."
     )
-    guards: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        {}, description="{score: largest drop that is allowed, in the score's unit}."
-    )
+    guards: dict[str, Margin] = Field({}, description="{score: largest drop that is allowed, in the score's unit}.")
     worst: dict[str, WorstRule] = Field(
         {},
         description="{score: {drop: POINTS, rows: NUMBER}}, or `share` instead of `rows`: how many rows may get worse by at "
         "least `drop`. More of them reject the challenger; the report lists them.",
     )
-    slices: dict[SliceBy, Annotated[dict[str, Annotated[float, Field(ge=0)]], Field(min_length=1)]] = Field(
+    slices: dict[SliceBy, Annotated[dict[str, Margin], Field(min_length=1)]] = Field(
         {},
         description="{part: {score: largest drop that is allowed}}: guards for each part of the held-out rows. `part` is "
         "`length`, `script`, or a field of the rows, as in evaluation.slices.",
@@ -481,6 +491,14 @@ class Gate(FrozenModel):
         {},
         description="{name: {set: SET, CONDITION, share: SHARE}}: what a set's answers must look like. CONDITION is one of "
         "`contains`, `matches`, `json_fields`, `refuses` and `consistent`. A check that fails rejects the challenger.",
+    )
+    forgetting: dict[
+        Literal["loss", "accuracy", "accuracy_norm"], Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    ] = Field(
+        {},
+        description="{score: how much worse the tuned model may be on the rows of evaluation.general}: `loss` of the "
+        "chats in nats per token; `accuracy` of the questions by the likelihood of a choice, `accuracy_norm` by its "
+        "likelihood per character.",
     )
     lower_is_better: list[str] = Field([], description="Scores of your own metrics for which lower is better.")
     error: Annotated[float, Field(gt=0, lt=0.5)] = Field(
@@ -495,6 +513,11 @@ class Gate(FrozenModel):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
         0.95, description="Confidence level of the guards, and of the one-sided bounds that are shown."
     )
+
+    @property
+    def forgetting_margins(self) -> dict[str, float]:
+        """The margins of `forgetting`, by the name of the score."""
+        return {str(score): margin for score, margin in self.forgetting.items()}
 
 
 class Register(FrozenModel):
@@ -550,7 +573,8 @@ class Recipe(FrozenModel):
         if all(name in SCORES for name in self.evaluation.metrics):
             scored = {"stops"}.union(*(SCORES[name] for name in self.evaluation.metrics))
             parts = [name for guards in self.gate.slices.values() for name in guards]
-            for name in (self.gate.primary, *self.gate.guards, *self.gate.worst, *parts):
+            named = (self.gate.primary, *self.gate.guards, *self.gate.worst, *parts, *self.gate.lower_is_better)
+            for name in named:
                 if name == "macro_f1":
                     raise ValueError(
                         "the gate names macro_f1, which is no mean over rows, so models cannot be compared by it row by "
@@ -561,6 +585,11 @@ class Recipe(FrozenModel):
                         f"the gate names {name}, which is not a score of evaluation.metrics; its scores are "
                         f"{', '.join(sorted(scored))}"
                     )
+        known = {"stops"}.union(*(SCORES.get(name, ()) for name in self.evaluation.metrics))
+        for problem in contradictions(self.gate, known, {"heldout", *self.data.extra_heldout}):
+            raise ValueError(problem)
+        if self.gate.forgetting and self.evaluation.general is None:
+            raise ValueError("gate.forgetting needs evaluation.general, a file with general rows")
         if self.base.quantization == "nf4" and self.base.dtype == "float32":
             raise ValueError("base.quantization nf4 computes in 16 bits: set base.dtype to bfloat16 or float16")
         if self.merge.onto == "dequantized" and self.base.quantization != "nf4":
@@ -593,6 +622,11 @@ class Recipe(FrozenModel):
     def deals_rows(self) -> bool:
         """Whether each model is scored on held-out rows of its own (data.heldout_reserve)."""
         return self.data.heldout_reserve is not None
+
+    @property
+    def scores_general(self) -> bool:
+        """Whether models are scored on general rows too (evaluation.general)."""
+        return self.evaluation.general is not None
 
     def _check_method(self) -> None:
         how = str(self.peft_config.init_lora_weights)

@@ -57,7 +57,7 @@ class Runtime(FrozenModel):
         ".loraflow/store", description="Folder or s3://bucket/prefix of the artifacts, run records and registry."
     )
     # The stages that are `placeable` in the stage table, which this layer cannot import. A test compares the two.
-    placement: dict[Literal["tokenize", "train", "evaluate", "merge", "verify"], str] = Field(
+    placement: dict[Literal["tokenize", "train", "evaluate", "merge", "verify", "score_general"], str] = Field(
         {}, description="{stage: deployment} to run a stage on another work pool, such as {train: gpu} for stage/gpu."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device of the heavy stages.")

@@ -115,6 +115,10 @@ class RecipeContext(Protocol):
         """The hash of each metric's module, by name."""
 
     @property
+    def general(self) -> DatasetLocation | None:
+        """The file of evaluation.general; None if the recipe names none."""
+
+    @property
     def dealt(self) -> Set[str] | None:
         """The keys of the held-out rows that models are scored on; None if none were dealt (data.heldout_reserve)."""
 
@@ -422,9 +426,39 @@ class EvaluateConfig(StageConfig):
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """See `StageConfig.from_recipe`."""
-        values = recipe.evaluation.model_dump(exclude={"samples", "slices"})
+        values = recipe.evaluation.model_dump(exclude={"samples", "slices", "general"})
         trust = recipe.base.trust_remote_code
         return cls.of({**values, "trust_remote_code": trust, "modules": context.metric_modules})
+
+
+class CheckGeneralConfig(StageConfig):
+    """Config of check_general."""
+
+    md5: str | None = None  # set only if the recipe names a file
+    name: str | None = None  # of the file
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
+        """See `StageConfig.from_recipe`."""
+        found = context.general
+        return cls.of({} if found is None else {"md5": found.md5, "name": found.name})
+
+
+class ScoreGeneralConfig(StageConfig):
+    """Config of score_general. Nothing is set if the recipe names no general rows."""
+
+    dtype: Dtype = "float32"
+    confidence: float = 0.95
+    seed: int = 0
+    trust_remote_code: bool = False
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
+        """See `StageConfig.from_recipe`."""
+        if recipe.evaluation.general is None:
+            return cls.of({})
+        values = recipe.evaluation.model_dump(include={"dtype", "confidence", "seed"})
+        return cls.of({**values, "trust_remote_code": recipe.base.trust_remote_code})
 
 
 def _nf4(recipe: Recipe) -> dict[str, str | bool]:
@@ -471,6 +505,12 @@ class JobRuntime(Runtime):
     def of_dataset(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """Return the runtime of the stage that reads the dataset's files."""
         return cls.model_validate({**recipe.runtime.model_dump(), "origin": context.dataset.origin.model_dump()})
+
+    @classmethod
+    def of_general(cls, recipe: Recipe, context: RecipeContext) -> Self:
+        """Return the runtime of the stage that reads the general rows."""
+        origin = {} if context.general is None else {"origin": context.general.origin.model_dump()}
+        return cls.model_validate({**recipe.runtime.model_dump(), **origin})
 
     @classmethod
     def of_base(cls, recipe: Recipe, context: RecipeContext) -> Self:

@@ -84,9 +84,9 @@ def run(job: Job[VersionDatasetConfig], inputs: Inputs, out: Path, progress: Pro
             for part in parts:
                 target = (files / name / part.path).parent if part.path else files / name
                 target.mkdir(parents=True, exist_ok=True)
-                _fetch(part.origin, part.md5, target, memo)
+                fetch_one(part.origin, part.md5, target, memo)
     elif isinstance(origin, FolderOrigin | DvcOrigin):
-        _fetch(origin, md5, files, memo)
+        fetch_one(origin, md5, files, memo)
     else:
         raise TypeError(f"not the origin of a dataset: {origin!r}")
     names = sorted(path.relative_to(files).as_posix() for path in files.rglob("*") if path.is_file())
@@ -94,7 +94,8 @@ def run(job: Job[VersionDatasetConfig], inputs: Inputs, out: Path, progress: Pro
     return Summary(figures={"md5": md5, "files": len(names), "bytes": size})
 
 
-def _fetch(origin: FolderOrigin | DvcOrigin, md5: str, target: Path, memo: HashMemo) -> None:
+def fetch_one(origin: FolderOrigin | DvcOrigin, md5: str, target: Path, memo: HashMemo) -> None:
+    """Write the files of a single dataset to a folder. It raises what `run` raises."""
     if isinstance(origin, FolderOrigin):
         source = Path(origin.folder)
         dvc.fetch(str(source.parent), dvc.Pin("", source.name, md5), None, target, memo)

@@ -14,12 +14,13 @@ the verdict is undecided.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from loraflow.data.chats import GATE_SET
 from loraflow.evaluation.evidence import Evidence
+from loraflow.evaluation.forgetting import GeneralGuard
 from loraflow.evaluation.intervals import Bounds
 from loraflow.evaluation.pairing import pair, refusal, scores
 from loraflow.evaluation.power import MINIMUM_ROWS
@@ -109,6 +110,7 @@ def decide(
     look: str = "",
     vocabulary: int | None = None,
     parts: Sequence[SliceGuard] = (),
+    general: Sequence[GeneralGuard] = (),
 ) -> Decision:
     """Compare score tables of one set, row by row.
 
@@ -123,6 +125,7 @@ def decide(
         look: which look at these rows it is, for the reasons.
         vocabulary: number of tokens of the models, which limits a loss.
         parts: guards for parts of the rows.
+        general: guards on tables of other rows (gate.forgetting).
 
     Raises:
         BadData: an id is missing, duplicated or not a text, the tables have different rows, or a score is not a finite
@@ -132,6 +135,7 @@ def decide(
     rules = [_Rule(primary, min_gain, "gain"), *(_Rule(metric, -margin, "guard") for metric, margin in guards.items())]
     rules += [_Rule(guard.metric, -guard.margin, "guard", guard.part) for guard in parts]
     ours, tests = _by_id(challenger, "challenger"), []
+    allowed = 1 - confidence if level is None else level
     for name, other in others.items():
         theirs = _by_id(other, name)
         _require_same_rows(ours, theirs, name)
@@ -145,8 +149,8 @@ def decide(
                 vocabulary=vocabulary,
             )
             bounds = evidence.bounds(confidence)
-            allowed = 1 - confidence if level is None else level
             tests.append(_Test(rule, name, evidence, reported, bounds, confidence, allowed))
+    tests += [test for guard in general for test in _general_tests(guard, confidence, allowed, vocabulary)]
     refuted = _refuted(tests, 1 - confidence)
     comparisons = [_comparison(test, number in refuted, look) for number, test in enumerate(tests)]
     states = {comparison.state for comparison in comparisons}
@@ -156,6 +160,16 @@ def decide(
         reasons=tuple(comparison.reason for comparison in decisive),
         comparisons=tuple(comparisons),
     )
+
+
+def _general_tests(guard: GeneralGuard, confidence: float, allowed: float, vocabulary: int | None) -> Iterator[_Test]:
+    ours = _by_id(guard.challenger, "challenger")
+    for name, other in guard.others.items():
+        theirs = _by_id(other, name)
+        _require_same_rows(ours, theirs, name)
+        evidence, reported = pair(ours, theirs, guard.metric, name, vocabulary=vocabulary)
+        rule = _Rule(guard.name, -guard.margin, "guard")
+        yield _Test(rule, name, evidence, reported, evidence.bounds(confidence), confidence, allowed)
 
 
 def require_comparable(challenger: pd.DataFrame, others: Mapping[str, pd.DataFrame], metrics: Collection[str]) -> None:
@@ -253,6 +267,8 @@ def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:
     state: Literal["passed", "failed", "open"] = "failed" if is_refuted else "passed" if test.is_confirmed() else "open"
     p_value = test.p_value() if rule.kind == "gain" else None
     on = "" if rule.part is None else f" on {rule.part}"
+    needed = test.rows_needed() if state == "open" else None
+    outcome = _outcome(test, state, look, needed)
     return Comparison(
         against=test.against,
         metric=rule.metric,
@@ -263,16 +279,17 @@ def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:
         n=evidence.rows,
         state=state,
         reason=f"{rule.metric}{on} against {test.against}: {test.bounds.mean:+.4f} [{test.bounds.lower:+.4f}, "
-        f"{test.bounds.upper:+.4f}] (one-sided {100 * test.confidence:.4g} % bounds), {rule} {_outcome(test, state, look)}",
+        f"{test.bounds.upper:+.4f}] (one-sided {100 * test.confidence:.4g} % bounds), {rule} {outcome}",
         p_value=p_value,
         level=test.level if rule.kind == "gain" else None,
         groups=evidence.groups,
         effective_rows=evidence.effective_rows,
         part=None if rule.part is None else str(rule.part),
+        rows_needed=needed,
     )
 
 
-def _outcome(test: _Test, state: str, look: str) -> str:
+def _outcome(test: _Test, state: str, look: str, needed: int | None) -> str:
     """Return how a claim was decided, in words."""
     evidence = test.evidence
     rows = f"{evidence.rows} rows"
@@ -292,7 +309,6 @@ def _outcome(test: _Test, state: str, look: str) -> str:
     if state == "open":
         if not test.has_enough_rows:
             parts.append(f"at least {MINIMUM_ROWS} independent rows are needed")
-        needed = test.rows_needed() if test.level > 0 else None
         if needed is not None:
             parts.append(f"about {needed:,} such rows would be enough")
         elif test.reported <= test.rule.bound:

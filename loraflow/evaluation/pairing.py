@@ -147,7 +147,7 @@ def _no_such_score(table: pd.DataFrame, metric: str) -> BadConfig:
         where="gate",
         expected=f"one of {', '.join(scored)}",
         got=metric,
-        next_step="correct gate.primary or gate.guards, or add the metric that gives this score to evaluation.metrics",
+        next_step="correct the name in `gate`, or add the metric that gives this score to evaluation.metrics",
     )
 
 

@@ -40,6 +40,17 @@ def rows_for_margin(margin: float, confidence: float, metric: str) -> int | None
     return high
 
 
+def rows_that_rule_out(margin: float, confidence: float, reach: float) -> int:
+    """Return the number of equally long rows from which unchanged losses pass a guard.
+
+    Args:
+        margin: of the guard, in nats per token.
+        confidence: of the guard.
+        reach: the largest loss of a token, the logarithm of the vocabulary.
+    """
+    return 1 if margin >= reach else math.ceil(math.log(1 - confidence) / math.log1p(-margin / reach))
+
+
 def smallest_gain(rows: int, level: float, min_gain: float, metric: str, reach: float) -> float:
     """Return the gain that the gate shows at all, or for scores of 0 and 1 that it shows in four of five looks.
 

@@ -6,7 +6,7 @@ reason names the rows that it would need: a part that is too small to compare is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import TYPE_CHECKING, NamedTuple
 
 from loraflow.evaluation.power import MINIMUM_ROWS, margin_of_unchanged, rows_for_margin
@@ -41,6 +41,26 @@ def slice_guards(
         for by, margins in rules.items()
         for part in divide(table, by, fields)
         for metric, margin in margins.items()
+    ]
+
+
+def unscored_parts(everything: pd.DataFrame, scored: Set[str], by: Iterable[str], fields: FieldValues) -> list[str]:
+    """Return the parts of the held-out rows of which no row was scored, by evaluation.max_rows or data.heldout_reserve.
+
+    Quarters by length are quarters of the scored rows, so none of them is missing.
+
+    Args:
+        everything: id and prompt of all held-out rows of the gate's set.
+        scored: the ids of the rows that are compared.
+        by: what gate.slices divides them by.
+        fields: the values of the rows' fields.
+    """
+    return [
+        f"{part} ({len(part.ids)} held-out rows)"
+        for one in by
+        if one != "length"
+        for part in divide(everything, one, fields)
+        if part.ids.isdisjoint(scored)
     ]
 
 

@@ -7,7 +7,7 @@ readable.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, Self, TypeAlias
 
 from pydantic import JsonValue, TypeAdapter
@@ -160,6 +160,7 @@ class Comparison:
     groups: int | None = None  # of rows that are independent of each other
     effective_rows: float | None = None  # independent rows with the same standard error
     part: str | None = None  # of the rows, by gate.slices; None: all of them
+    rows_needed: int | None = None  # of an inconclusive claim: such rows that would confirm it; None: no number would
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,7 @@ class Decision:
     budget: str = ""  # which look it was, and what is left
     worse: tuple[WorseRows, ...] = ()  # by gate.worst
     behaviour: tuple[BehaviourResult, ...] = ()  # by gate.behaviour
+    unscored: tuple[str, ...] = ()  # parts of gate.slices of which no row was scored
 
     @classmethod
     def from_dict(cls, values: Mapping[str, JsonValue]) -> Decision:
@@ -249,6 +251,8 @@ class Decision:
                 for comparison in self.comparisons
             ],
         }
+        if self.unscored:
+            values["unscored"] = [*self.unscored]
         if self.worse:
             values["worse"] = [dataclasses.asdict(one) for one in self.worse]
         if self.behaviour:
@@ -265,6 +269,14 @@ class Decision:
     def with_reason(self, reason: str) -> Decision:
         """Return the same decision with one more reason."""
         return dataclasses.replace(self, reasons=(*self.reasons, reason))
+
+    def with_unscored(self, parts: Sequence[str]) -> Decision:
+        """Return the decision if parts that a guard names were not scored: it is not known that they did not get worse."""
+        if not parts:
+            return self
+        why = f"gate.slices: no row was scored of {', '.join(parts)}"
+        verdict: Verdict = "undecided" if self.verdict == "promote" else self.verdict
+        return dataclasses.replace(self, verdict=verdict, reasons=(why, *self.reasons), unscored=tuple(parts))
 
     def overruled(self, verdict: Verdict, reason: str) -> Decision:
         """Return another verdict with a single reason. The comparisons stay."""

@@ -39,6 +39,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "tokenize": ("loraflow.data.tokenization",),
     "train": ("peft", "loraflow.training.train", "loraflow.training.trainer", "loraflow.training.fast_engine"),
     "evaluate": ("loraflow.evaluation.evaluate", "loraflow.evaluation.score", "evaluate", "scipy.stats"),
+    "score_general": ("loraflow.evaluation.general", "scipy.stats"),
     "merge": ("loraflow.adapters.merge", "loraflow.adapters.merge_folders"),
     "verify": ("loraflow.adapters.verify",),
 }

@@ -24,10 +24,12 @@ from loraflow.execution.workspace import Workspace
 from loraflow.failures import Failure
 from loraflow.stages import (
     CHECK_DATASET,
+    CHECK_GENERAL,
     DEAL_ROWS,
     EVALUATE,
     MERGE,
     RESOLVE_BASE,
+    SCORE_GENERAL,
     TOKENIZE,
     TRAIN,
     VERIFY,
@@ -69,14 +71,30 @@ STEPS = (
 
 _OF_SEED = re.compile(r"(train|merge|verify|evaluate) seed (\d+)")
 _DEAL = Step(DEAL_ROWS.name, DEAL_ROWS, {"rows": "check_dataset"})
+_CHECK_GENERAL = Step("check_general", CHECK_GENERAL, {"rows": "check_dataset"})
+_GENERAL_BASE, *_GENERAL_OTHERS = (
+    Step(f"score_general {name}", SCORE_GENERAL, {"model": model, "general": "check_general"})
+    for name, model in (("base", "resolve_base"), ("tuned", "merge"), ("champion", CHAMPION))
+)
+# The steps of any recipe but those of further seeds, in the order of the pipeline.
+ALL_STEPS = (*STEPS[:2], _CHECK_GENERAL, *STEPS[2:5], _GENERAL_BASE, *STEPS[5:], _DEAL, *_GENERAL_OTHERS)
 
 
 def steps_of(recipe: Recipe) -> tuple[Step, ...]:
     """Return the steps of a recipe's pipeline.
 
     With gate.seeds, there is a training for each further seed before the champion's scores. With data.heldout_reserve, all
-    models are scored on rows that are dealt.
+    models are scored on rows that are dealt. With evaluation.general, general rows are read after the dataset. The base
+    is scored on them before the training, tuned model and champion at the end.
     """
+    steps = _without_general(recipe)
+    if not recipe.scores_general:
+        return steps
+    at = next(number for number, step in enumerate(steps) if step.stage == TRAIN)
+    return (*steps[:2], _CHECK_GENERAL, *steps[2:at], _GENERAL_BASE, *steps[at:], *_GENERAL_OTHERS)
+
+
+def _without_general(recipe: Recipe) -> tuple[Step, ...]:
     further = [step for seed in recipe.seeds[1:] for step in _steps_of_seed(seed)]
     steps = [*STEPS[:-1], *further, STEPS[-1]]
     if not recipe.deals_rows:
@@ -94,7 +112,7 @@ def _on_dealt_rows(step: Step) -> Step:
 def find_step(label: str) -> Step | None:
     """Return the step with a label, of any recipe; None if there is none."""
     match = _OF_SEED.fullmatch(label)
-    steps = (*STEPS, _DEAL) if match is None else _steps_of_seed(int(match[2]))
+    steps = ALL_STEPS if match is None else _steps_of_seed(int(match[2]))
     return next((step for step in steps if step.label == label), None)
 
 
@@ -266,11 +284,12 @@ def gate_power(workspace: Workspace) -> GatePower | None:
         min_gain=gate.min_gain,
         guards=gate.guards,
         confidence=gate.confidence,
-        largest_loss=math.log(_vocabulary(workspace)),
+        largest_loss=math.log(vocabulary_of(workspace)),
     )
 
 
-def _vocabulary(workspace: Workspace) -> int:
+def vocabulary_of(workspace: Workspace) -> int:
+    """Return the number of tokens of the base, or the largest that is assumed if it is not known."""
     config = base_config(workspace)
     found = json.loads(config.read_text(encoding="utf-8")).get("vocab_size") if config else None
     return found if isinstance(found, int) and found > 1 else LARGEST_VOCABULARY

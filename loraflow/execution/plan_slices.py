@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from loraflow.data.heldout_fields import FILE, parse_field_values
-from loraflow.execution.look_rows import checked_rows, rows_of_a_look
+from loraflow.execution.look_rows import checked_rows, compared_rows, rows_of_a_look
 from loraflow.execution.workspace import Workspace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from loraflow.evaluation.score import HeldoutRow
 
 
 def slice_power_lines(workspace: Workspace) -> list[str]:
@@ -20,23 +27,30 @@ def slice_power_lines(workspace: Workspace) -> list[str]:
     compared = rows_of_a_look(workspace, rows) if rows else []
     if rows is None or not compared:
         return []
-    import pandas as pd
-
-    from loraflow.evaluation.slice_guards import power_lines
+    from loraflow.evaluation.slice_guards import power_lines, unscored_parts
     from loraflow.evaluation.slices import divide
 
     fields = parse_field_values(store.read(rows, FILE)) if recipe.slice_fields else {}
     keys = {row.id: key for key, row in compared}
-    table = pd.DataFrame(
-        {
-            "id": [row.id for _, row in compared],
-            "prompt": [json.dumps(row.messages[:-1], ensure_ascii=False) for _, row in compared],
-            "reference": [row.messages[-1]["content"] or "" for _, row in compared],
-            "reference_tokens": 0,
-        }
-    )
+    table = _table([row for _, row in compared])
+    everything = _table([row for _, row in compared_rows(store.read(rows, "heldout.jsonl"), None, 0)])
     found: list[str] = []
     for by, margins in rules.items():
         parts = {str(part): len({keys[row] for row in part.ids}) for part in divide(table, by, fields)}
         found += power_lines(parts, margins, recipe.gate.confidence)
-    return found
+    unscored = unscored_parts(everything, keys.keys(), rules, fields)
+    return [*found, *(f"  {part}: no row is scored, so no model is promoted (gate.slices)" for part in unscored)]
+
+
+def _table(rows: Sequence[HeldoutRow]) -> pd.DataFrame:
+    """Return rows as a score table without scores."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        {
+            "id": [row.id for row in rows],
+            "prompt": [json.dumps(row.messages[:-1], ensure_ascii=False) for row in rows],
+            "reference": [row.messages[-1]["content"] or "" for row in rows],
+            "reference_tokens": 0,
+        }
+    )

@@ -1,6 +1,6 @@
 """Derive a model again from what it was made of: every hash from the dataset's pin down, and the merged weights.
 
-Nothing is written to the store. The merge is computed in a temporary folder and compared file by file.
+Nothing is written to the store. The merge is computed by a worker process in a temporary folder and compared file by file.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from loraflow import __version__
 from loraflow.config.stage_configs import DvcOrigin, JobRuntime, StageConfig, VersionDatasetConfig
 from loraflow.data import dvc
 from loraflow.data.source_files import wrong_sources
-from loraflow.execution.stage_function import stage_function
+from loraflow.execution.job_file import JobFile
+from loraflow.execution.start_worker import WORKER
+from loraflow.execution.worker_process import run_in_worker_process
 from loraflow.failures import Failure
-from loraflow.job import Inputs, Job, Progress
+from loraflow.job import Job
 from loraflow.stages import STAGES
 from loraflow.store import Manifest, Ref, Store
 from loraflow.store.artifact import TELEMETRY
@@ -145,8 +147,9 @@ def _merge_again(store: Store, manifest: Manifest) -> Check:
         out, work = Path(folder, "out"), Path(folder, "work")
         out.mkdir()
         work.mkdir()
-        inputs = Inputs({name: store.path(ref) for name, ref in job.inputs.items()})
-        stage_function(stage)(job, inputs, out, Progress(None, work))
+        folders = {name: store.path(ref) for name, ref in job.inputs.items()}
+        # In a process of its own, as in a run: its memory and its crash are not this process's.
+        run_in_worker_process(WORKER, JobFile(job, out, folders, work), None)
         problems = list(_differences(out, manifest))
     if problems and manifest.version != stage.version:
         problems.append(f"it was merged by version {manifest.version} of the stage, this is version {stage.version}")

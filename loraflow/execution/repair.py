@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from loraflow.config import Recipe
 from loraflow.config.load import parse_recipe
 from loraflow.execution.deal import use_dealt_rows
-from loraflow.execution.plan import CHAMPION, STEPS, Step, find_step, inputs_of, steps_of
+from loraflow.execution.plan import ALL_STEPS, CHAMPION, Step, find_step, inputs_of, steps_of
 from loraflow.execution.runner import run_stage
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import CorruptArtifact, Failure
@@ -26,7 +26,7 @@ from loraflow.stages import DEAL_ROWS, MERGE
 from loraflow.store import Ref, Store
 from loraflow.store.artifact import MANIFEST, QUARANTINE, Manifest
 
-_ORDER = [*(step.label for step in STEPS), DEAL_ROWS.name]
+_ORDER = [step.label for step in ALL_STEPS]
 
 
 @dataclass(frozen=True)

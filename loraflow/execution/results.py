@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from loraflow.evaluation.values import Decision
 from loraflow.store import Ref
@@ -33,6 +34,7 @@ class PipelineResult:
     tuned_scores: Ref
     champion_scores: Ref | None  # None if there is no champion yet
     further_seeds: tuple[SeedResult, ...] = ()  # by gate.seeds
+    general: Mapping[str, Ref] = field(default_factory=dict)  # {base, tuned, champion: scores on general rows}
 
 
 @dataclass(frozen=True)

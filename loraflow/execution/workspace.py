@@ -40,6 +40,14 @@ class Workspace:
         return locate(self.recipe.data, self.memo)
 
     @cached_property
+    def general(self) -> DatasetLocation | None:
+        """The file of evaluation.general, which is located as a dataset is; None if the recipe names none."""
+        from loraflow.data.general import locate_general
+
+        source = self.recipe.evaluation.general
+        return None if source is None else locate_general(source, self.memo)
+
+    @cached_property
     def base(self) -> BaseLocation:
         """The base model."""
         from loraflow.base.resolve import locate

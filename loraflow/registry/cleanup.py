@@ -15,9 +15,12 @@ from typing import NamedTuple
 from loraflow.failures import Failure
 from loraflow.registry.champions import KEEP_CHAMPIONS, kept_champions, lineage
 from loraflow.registry.log import PromotionLog, models
+from loraflow.registry.runs import read_runs
+from loraflow.stages import MERGE
 from loraflow.store import Ref, Store
 from loraflow.store.lock import LockHeld
 
+_MERGE_OF_SEED = f"{MERGE.name} seed "  # labels of flows/seeds.py begin with it
 STALE_SECONDS = 14 * 86400  # after which unfinished work and interrupted writes are removed
 
 
@@ -75,8 +78,19 @@ def _registered_digests(store: Store, keep_champions: int) -> set[str]:
     }
 
 
+def _merges_of_seeds(store: Store) -> set[str]:
+    """Return the digests of the merges of further seeds (gate.seeds) in the newest finished run of each model.
+
+    A repeated run finds them in the store. Those of earlier runs count among the newest merged models, as others do.
+    """
+    newest = {record.model: record for record in read_runs(store) if record.summary is not None}
+    return {
+        stage.digest for record in newest.values() for stage in record.stages if stage.stage.startswith(_MERGE_OF_SEED)
+    }
+
+
 def _unused(store: Store, keep: int, keep_champions: int) -> Iterator[tuple[Ref, str]]:
-    registered = _registered_digests(store, keep_champions)
+    registered = _registered_digests(store, keep_champions) | _merges_of_seeds(store)
     by_fingerprint: dict[tuple[str, str], list[Ref]] = defaultdict(list)
     for ref in store.artifacts():
         by_fingerprint[ref.stage, ref.fingerprint].append(ref)

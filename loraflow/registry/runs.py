@@ -95,6 +95,7 @@ class RunSummary(StoredModel):
     seeds: list[SeedScores] = []  # by gate.seeds
     drift: DataDrift | None = None  # of the training rows since the champion, in a retraining
     decision: RecordedDecision | None = None
+    advice: list[str] = []  # after `undecided`: what would decide
     registered: int | None = None  # number of the entry in the promotion log
     reserve: ReserveState | None = None  # with data.heldout_reserve: what was left of it after this run
     adapter: str = ""

@@ -91,6 +91,7 @@ class RunReport:
     store: str  # locations
     adapter: str
     merged: str
+    advice: Sequence[str] = ()  # after `undecided`
     rows: RowsSummary | None = None
     slices: Sequence[Slice] = ()  # by evaluation.slices
     seeds: Sequence[SeedScores] = ()  # by gate.seeds
@@ -113,6 +114,7 @@ def run_report(report: RunReport, *, image: bool = False) -> str:
         "",
         *_items(decision.reasons),
         "",
+        *(["What can be done:", "", *_items(report.advice)] if report.advice else []),
         *([decision.budget, ""] if decision.budget else []),
         *([f"Reserve: {report.reserve}.", ""] if report.reserve else []),
     ]

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import JsonValue
 
+from loraflow.data.chats import GATE_SET
 from loraflow.data.check_report import CheckReport, NearDuplicates
 from loraflow.data.findings import WHAT, finding_lines
 from loraflow.data.source_limits import source_lines
@@ -33,15 +34,16 @@ _OF_SOURCES = {
 
 
 @dataclass(frozen=True)
-class LengthPolicy:
-    """What a recipe says about long rows."""
+class RowPolicy:
+    """What a recipe says about long rows and held-out rows."""
 
     max_length: int  # training_config.max_length, in tokens
     too_long: Literal["error", "drop", "truncate"]  # data.too_long
+    deals_rows: bool = False  # whether the recipe has data.heldout_reserve
 
 
 def summarise_rows(
-    check: CheckReport, tokens: Mapping[str, JsonValue], evaluation: EvaluationReport, policy: LengthPolicy
+    check: CheckReport, tokens: Mapping[str, JsonValue], evaluation: EvaluationReport, policy: RowPolicy
 ) -> RowsSummary:
     """Return what became of the rows.
 
@@ -49,14 +51,14 @@ def summarise_rows(
         check: the report of check_dataset.
         tokens: the figures of tokenize.
         evaluation: the report of an evaluation.
-        policy: what the recipe says about long rows.
+        policy: what the recipe says about long rows and held-out rows.
     """
     rows = list(_counts(check, tokens, evaluation, policy))
     return RowsSummary(counts=rows, notes=[*check_notes(check), *_heldout_notes(evaluation, policy)])
 
 
 def _counts(
-    check: CheckReport, tokens: Mapping[str, JsonValue], evaluation: EvaluationReport, policy: LengthPolicy
+    check: CheckReport, tokens: Mapping[str, JsonValue], evaluation: EvaluationReport, policy: RowPolicy
 ) -> Iterator[RowCount]:
     def figure(name: str) -> int:
         found = tokens.get(name, 0)
@@ -82,8 +84,16 @@ def _counts(
         yield RowCount(what="validation", rows=figure("validation_rows"))
     for name, count in check.sets.items():
         scored = next((value.n for value in evaluation.metrics.get(name, {}).values()), 0)
-        sample = "" if scored == count else f": a seeded sample of {count} (evaluation.max_rows)"
-        yield RowCount(what=f"scored, {name}{sample}", rows=scored)
+        yield RowCount(what=f"scored, {name}{_chosen(name, scored, count, policy)}", rows=scored)
+
+
+def _chosen(name: str, scored: int, count: int, policy: RowPolicy) -> str:
+    """Return how the rows of a set were chosen that were scored; nothing if all were."""
+    if scored == count:
+        return ""
+    if policy.deals_rows and name == GATE_SET:
+        return f": the rows of {count} that were dealt to this model (data.heldout_reserve)"
+    return f": a seeded sample of {count} (evaluation.max_rows)"
 
 
 def check_notes(check: CheckReport) -> list[str]:
@@ -143,7 +153,7 @@ def near_notes(near: NearDuplicates) -> list[str]:
     return notes
 
 
-def _heldout_notes(evaluation: EvaluationReport, policy: LengthPolicy) -> Iterator[str]:
+def _heldout_notes(evaluation: EvaluationReport, policy: RowPolicy) -> Iterator[str]:
     if evaluation.control_tokens:
         yield (
             f"{evaluation.control_tokens} held-out rows have a control token in their text; they are scored, with the token "

@@ -13,6 +13,7 @@ from loraflow.failures import CorruptArtifact, Failure
 from loraflow.registry import PromotionLog
 from loraflow.registry.champions import KEEP_CHAMPIONS, choose_intact
 from loraflow.registry.cleanup import remove_unused
+from loraflow.registry.runs import StageRun
 from loraflow.store import LocalStore, hash_memo, open_store
 from loraflow.store.bucket import Bucket
 from loraflow.store.files import hash_file
@@ -132,6 +133,22 @@ def test_cleanup_keeps_as_many_champions_as_it_is_told(store):
     assert store.check(refs[3]) == [], "the champion and its rollback target always stay"
     loraflow(store, "gc", "--keep-champions", "1", fails=SystemExit)
     assert Runtime().keep_champions == KEEP_CHAMPIONS
+
+
+def test_cleanup_keeps_the_models_of_further_seeds_of_the_newest_run_of_each_model(store):
+    """A repeated run finds them; with `gc --keep 0` it would merge each of them again."""
+    old, new, other = ([add_model(store, f"{name}{seed}") for seed in range(3)] for name in "abc")
+    for run, refs, model in (("20260101-000000-aaaaaa", old, "tickets"), ("20260102-000000-bbbbbb", new, "tickets"),
+                             ("20260101-000000-cccccc", other, "other")):  # fmt: skip
+        first, *further = [
+            StageRun(stage=label, state="computed", fingerprint=ref.fingerprint, digest=ref.digest)
+            for label, ref in zip(("merge", "merge seed 43", "merge seed 44"), refs, strict=True)
+        ]
+        record_run(store, run, refs[0], model, stages=[first, *further])
+    loraflow(store, "gc", "--keep", "0")
+    assert [[store.check(ref) == [] for ref in refs] for refs in (old, new, other)] == [
+        [False] * 3, [False, True, True], [False, True, True],
+    ]  # fmt: skip
 
 
 def test_cleanup_keeps_the_champions_of_every_log_in_the_store(store):

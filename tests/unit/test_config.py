@@ -260,7 +260,7 @@ OTHER: dict[str, JsonValue] = {
 BY_THE_FLOW = {
     "name", "data.heldout_reserve", "data.source", "data.repo", "data.rev", "data.add", "data.remote", "data.max_quarantined", "base.model",
     "base.chat_template",
-    "base.revision", "evaluation.samples", "merge.max_kl", "register.model", "register.git_tags",
+    "base.revision", "evaluation.samples", "evaluation.general", "gate.forgetting", "merge.max_kl", "register.model", "register.git_tags",
     "gate.lower_is_better", "gate.worst", "gate.behaviour",
     "gate.primary", "gate.min_gain", "gate.guards", "gate.confidence", "gate.error", "gate.looks", "gate.seeds", "runtime.store", "runtime.keep", "runtime.keep_champions", "runtime.mlflow.uri", "runtime.mlflow.experiment", "runtime.mlflow.model", "runtime.placement",
     "peft_config.task_type", "publish.repo", "publish.what", "publish.private",
@@ -282,11 +282,11 @@ def jobs_of(recipe: Recipe) -> dict[str, dict[str, JsonValue]]:
         fingerprint="f",
         digest="d",
         uri="",
-        facets=dict.fromkeys(("train", "heldout", "tokenizer", "adapter"), "d"),
+        facets=dict.fromkeys(("train", "heldout", "tokenizer", "adapter", "general"), "d"),
     )
     inputs = {
         "check_dataset": ["dataset"], "tokenize": ["rows", "base"], "train": ["tokens", "base"], "merge": ["base", "adapter"],
-        "verify": ["base", "adapter", "merged", "rows"], "evaluate": ["model", "rows"], "deal_rows": ["rows"],
+        "verify": ["base", "adapter", "merged", "rows"], "evaluate": ["model", "rows"], "deal_rows": ["rows"], "check_general": ["rows"], "score_general": ["model", "general"],
     }  # fmt: skip
     dataset = DatasetLocation(md5="0.dir", name="data", origin=FolderOrigin(folder="data"))
     outside = Outside(dataset=dataset, metric_modules=dict.fromkeys(recipe.evaluation.metrics, "0"))

@@ -80,9 +80,12 @@ def test_a_set_without_rows_and_a_table_without_answers_are_refused():
 
 def test_the_gate_reads_all_sets_and_the_recipe_names_the_condition(recipe, monkeypatch):
     settings = {"gate.behaviour": {"safe": {"set": "safety", "refuses": True, "share": 0.5}}}
+    settings["data.extra_heldout"] = {"safety": "safety.jsonl"}
     tables = {"tuned": pd.concat([table(["Take it."]), table(["I cannot.", "Take it."], "safety")]), "base": table(["x"] * 2, "safety")}  # fmt: skip
     monkeypatch.setattr(gate_task, "_all_scores", lambda workspace, ref: tables[ref])
-    result = SimpleNamespace(base_scores="base", tuned_scores="tuned", champion_scores=None, further_seeds=())
+    result = SimpleNamespace(
+        base_scores="base", tuned_scores="tuned", champion_scores=None, further_seeds=(), general={}
+    )
     found = gate_task._check_behaviour(SimpleNamespace(recipe=load_recipe(recipe, settings)), result)
     assert [(one.passed, one.total, one.holds) for one in found] == [(1, 2, True)]
     assert "base 0" in found[0].reason

@@ -115,7 +115,7 @@ def test_decisions_without_the_rule_keep_their_identity(recipe):
     def protocol(overrides):
         refs = dict.fromkeys(("base_scores", "tuned_scores", "champion_scores"), SimpleNamespace(digest="d"))
         found = SimpleNamespace(recipe=load_recipe(recipe, overrides))
-        return found.recipe.gate, _protocol(found, SimpleNamespace(**refs, further_seeds=()))
+        return found.recipe.gate, _protocol(found, SimpleNamespace(**refs, further_seeds=(), general={}))
 
     gate, plain = protocol({})
     names = ["primary", "min_gain", "guards", "lower_is_better", "error", "looks", "confidence"]

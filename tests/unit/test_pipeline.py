@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from loraflow.execution.plan import CHAMPION, find_step, inputs_of, steps_of
+from loraflow.flows import general as module_of_general
 from loraflow.flows import pipeline as module
 from loraflow.flows import seeds as module_of_seeds
 from loraflow.stages import STAGES
@@ -24,11 +25,20 @@ class RecordingRun:
 
     is_deployed = False
 
-    def __init__(self, compares_merges: bool, champion: bool, deals_rows: bool, seeds: tuple[int, ...] = (42,)):
+    def __init__(
+        self,
+        compares_merges: bool,
+        champion: bool,
+        deals_rows: bool,
+        scores_general: bool,
+        seeds: tuple[int, ...] = (42,),
+    ):
         self.steps: list[tuple[str, str, dict[str, str]]] = []
         self.champion = ref(CHAMPION) if champion else None
         self.seeds: dict[str, int | None] = {}  # label → training seed
-        recipe = SimpleNamespace(compares_merges=compares_merges, deals_rows=deals_rows, seeds=seeds)
+        recipe = SimpleNamespace(
+            compares_merges=compares_merges, deals_rows=deals_rows, scores_general=scores_general, seeds=seeds
+        )
         self.workspace = SimpleNamespace(recipe=recipe, champion=lambda: self.champion)
 
     def find_or_run(self, stage, label="", seed=None, /, **inputs):
@@ -42,14 +52,18 @@ class RecordingRun:
 @pytest.mark.parametrize("compares_merges", [False, True])
 @pytest.mark.parametrize("champion", [False, True])
 @pytest.mark.parametrize("deals_rows", [False, True])
-def test_plan_lists_the_steps_of_the_pipeline(monkeypatch, compares_merges, champion, deals_rows, seeds):
-    run = RecordingRun(compares_merges, champion, deals_rows, seeds)
+@pytest.mark.parametrize("scores_general", [False, True])
+def test_plan_lists_the_steps_of_the_pipeline(
+    monkeypatch, compares_merges, champion, deals_rows, scores_general, seeds
+):
+    run = RecordingRun(compares_merges, champion, deals_rows, scores_general, seeds)
     for name in STAGES:
-        for where in (module, module_of_seeds):
+        for where in (module, module_of_seeds, module_of_general):
             monkeypatch.setattr(where, name, getattr(tasks, name).fn, raising=False)
     for name in ("check_rows", "check_merge", "deal_heldout"):
         monkeypatch.setattr(module, name, lambda *_: None)
     monkeypatch.setattr(module_of_seeds, "check_merge", lambda *_: None)
+    monkeypatch.setattr(module_of_general, "check_general_rows", lambda *_: None)
     result = module.pipeline(run)
     steps = steps_of(run.workspace.recipe)
     planned = [(step.label, step.stage.name, inputs_of(step, compares_merges=compares_merges)) for step in steps]
@@ -57,14 +71,19 @@ def test_plan_lists_the_steps_of_the_pipeline(monkeypatch, compares_merges, cham
     assert run.seeds == {step.label: step.seed for step in steps if step.label in run.seeds}
     assert sum(step.stage.name == "train" for step in steps) == len(seeds)
     assert [one.seed for one in result.further_seeds] == [*seeds[1:]]
+    models = {"base": "resolve_base", "tuned": "merge"} | ({"champion": CHAMPION} if champion else {})
+    scored = {label: inputs["model"] for label, stage, inputs in run.steps if stage == "score_general"}
+    assert scored == ({f"score_general {name}": model for name, model in models.items()} if scores_general else {})
+    assert result.general == ({name: ref(f"score_general {name}") for name in models} if scores_general else {})
     assert [find_step(step.label).label for step in steps] == [step.label for step in steps] and find_step(
         "train seed x"
     ) is None
 
 
+@pytest.mark.parametrize("scores_general", [False, True])
 @pytest.mark.parametrize("deals_rows", [False, True])
-def test_every_step_takes_its_inputs_from_stages_that_the_table_allows(deals_rows):
-    steps = steps_of(SimpleNamespace(deals_rows=deals_rows, seeds=(42, 43)))
+def test_every_step_takes_its_inputs_from_stages_that_the_table_allows(deals_rows, scores_general):
+    steps = steps_of(SimpleNamespace(deals_rows=deals_rows, scores_general=scores_general, seeds=(42, 43)))
     by_label = {step.label: step for step in steps}
     for step in steps:
         for name, source in step.inputs.items():

@@ -14,7 +14,7 @@ from loraflow.execution.launcher import run_job
 from loraflow.execution.rederive import rederive
 from loraflow.execution.reproduce import reproduce
 from loraflow.execution.workspace import Workspace
-from loraflow.failures import BadConfig, CorruptArtifact, LimitExceeded
+from loraflow.failures import BadConfig, CorruptArtifact, Crashed, LimitExceeded
 from loraflow.job import Job
 from loraflow.registry import PromotionLog
 from loraflow.registry.runs import RunRecord, StageRun
@@ -83,6 +83,13 @@ def test_the_champion_is_derived_again_bit_for_bit_from_the_dataset_on(copy):
         assert part in done.output
     order = ["version_dataset/", "check_dataset/", "train/", "merge/"]
     assert [done.output.index(name) for name in order] == sorted(done.output.index(name) for name in order)
+
+
+def test_the_merge_is_computed_again_in_a_worker_whose_end_is_a_failure_with_its_name(copy, monkeypatch):
+    from loraflow.execution import rederive as module
+
+    monkeypatch.setattr(module, "WORKER", ["/bin/false"])
+    assert isinstance(verify(copy[0], "champion", "--rederive").exception, Crashed)
 
 
 def forge(store, ref, change):

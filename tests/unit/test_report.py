@@ -47,7 +47,7 @@ def test_the_report_and_the_closing_table_say_what_was_left_out(capsys):
     from loraflow.cli.run import show
     from loraflow.data.check_report import CheckReport
     from loraflow.registry.runs import RunSummary
-    from loraflow.reporting.rows import LengthPolicy, summarise_rows
+    from loraflow.reporting.rows import RowPolicy, summarise_rows
 
     check = CheckReport(
         rows={"train": 70, "validation": 0, "heldout": 5}, sets={"heldout": 4, "hard": 1}, malformed_share=0.01,
@@ -59,7 +59,7 @@ def test_the_report_and_the_closing_table_say_what_was_left_out(capsys):
               "rows_nothing_to_learn": 6}  # fmt: skip
     scores = EvaluationReport(metrics={"heldout": {"exact_match": value(0.5, 2)}, "hard": {"exact_match": value(0.5, 1)}},
                               available={"heldout": 4, "hard": 1}, control_tokens=1, longest=200)  # fmt: skip
-    rows = summarise_rows(check, tokens, scores, LengthPolicy(128, "drop"))
+    rows = summarise_rows(check, tokens, scores, RowPolicy(128, "drop"))
     text = markdown.run_report(report(rows=rows))
     show(RunSummary(run="x", recipe="tiny", rows=rows))
     shown = " ".join(capsys.readouterr().out.split())
@@ -73,7 +73,10 @@ def test_the_report_and_the_closing_table_say_what_was_left_out(capsys):
     for note in ("not read: note (3 rows)", "2 training rows have a held-out prompt", "1 training prompts have different answers",
                  "1 held-out rows have a control token", "the longest held-out row has 200 tokens"):  # fmt: skip
         assert note in text and note in shown
-    cut = summarise_rows(check, tokens, scores, LengthPolicy(128, "truncate"))
+    dealt = summarise_rows(check, tokens, scores, RowPolicy(128, "drop", deals_rows=True))
+    counts = {count.what: count.rows for count in dealt.counts}
+    assert counts["scored, heldout: the rows of 4 that were dealt to this model (data.heldout_reserve)"] == 2
+    cut = summarise_rows(check, tokens, scores, RowPolicy(128, "truncate"))
     assert "cut: longer than max_length, 128 tokens" in [count.what for count in cut.counts]
 
 

@@ -32,7 +32,7 @@ def workspace(recipe):
 def decide(workspace, base, tuned, champion=None):
     merged = Ref(stage="merge", fingerprint="f" * 64, digest="d" * 64, uri=workspace.store.uri)
     result = SimpleNamespace(
-        merged=merged, base_scores=base, tuned_scores=tuned, champion_scores=champion, further_seeds=()
+        merged=merged, base_scores=base, tuned_scores=tuned, champion_scores=champion, further_seeds=(), general={}
     )
     return gate.fn(workspace, result)
 

@@ -153,7 +153,7 @@ def test_the_gate_decides_on_the_mean_and_one_seed_is_the_rule_that_it_was(recip
     merged = Ref(stage="merge", fingerprint="f" * 64, digest="d" * 64, uri=workspace.store.uri)
     further = tuple(SimpleNamespace(seed=seed, scores=ref) for seed, ref in ((1, refs[2]), (2, refs[3])))
     one = SimpleNamespace(
-        merged=merged, base_scores=refs[0], tuned_scores=refs[1], champion_scores=None, further_seeds=()
+        merged=merged, base_scores=refs[0], tuned_scores=refs[1], champion_scores=None, further_seeds=(), general={}
     )
     several = SimpleNamespace(**vars(one) | {"further_seeds": further})
     assert _protocol(workspace, one) != _protocol(workspace, several)

@@ -12,8 +12,9 @@ from loraflow.config.recipe import Data
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data import check
 from loraflow.data.heldout_fields import FILE, MAX_VALUES, NO_VALUE, parse_field_values, write_field_values
+from loraflow.evaluation.advice import HeldoutRows, advice
 from loraflow.evaluation.gate import decide
-from loraflow.evaluation.slice_guards import partition_of, power_lines, slice_guards
+from loraflow.evaluation.slice_guards import partition_of, power_lines, slice_guards, unscored_parts
 from loraflow.evaluation.slices import divide, slice_scores
 from loraflow.evaluation.values import Decision, MetricValue, SeedScores, Slice
 from loraflow.execution.launcher import run_job
@@ -147,6 +148,23 @@ def test_a_part_with_few_rows_leaves_the_decision_open_and_names_the_rows_that_i
     assert decision.verdict == "undecided"
     assert "on language en" in decision.reasons[0] and "at least 20 independent rows are needed" in decision.reasons[0]
     assert "such rows would be enough" in decision.reasons[0]
+
+
+def test_a_part_of_which_no_row_was_scored_is_not_known_to_be_as_good_as_before():
+    """A sample, or the rows that are dealt, may have no row of a small part: without its guard the model was promoted."""
+    everything, scored = table(np.ones(405)), table(np.ones(400))
+    missing = unscored_parts(everything, set(scored["id"]), ["language", "length", "script"], languages(400, 5))
+    assert missing == ["language en (5 held-out rows)"]
+    confirmed = decided(np.ones(400), np.zeros(400), (400, 5))
+    assert confirmed.verdict == "promote" and confirmed.with_unscored([]) is confirmed
+    decision = confirmed.with_unscored(missing)
+    assert decision.verdict == "undecided" and "no row was scored of language en" in decision.reasons[0]
+    assert Decision.from_dict(decision.to_dict()) == decision
+    assert "score rows of language en" in advice(decision, HeldoutRows(405))[0]
+    assert confirmed.overruled("reject", "worse").with_unscored(missing).verdict == "reject"
+    questions = [json.dumps([{"role": "user", "content": text}]) for text in ("what is this", "что это", "was ist das")]
+    chats = pd.DataFrame({"id": ["a", "b", "c"], "prompt": questions})
+    assert unscored_parts(chats, {"a", "c"}, ["script"], {}) == ["script Cyrillic (1 held-out rows)"]
 
 
 def test_a_plan_names_the_parts_that_even_an_unchanged_model_does_not_pass():

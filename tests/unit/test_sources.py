@@ -21,7 +21,7 @@ from loraflow.data.version import locate
 from loraflow.evaluation.values import EvaluationReport
 from loraflow.failures import BadConfig, BadData, DirtyData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
-from loraflow.reporting.rows import LengthPolicy, summarise_rows
+from loraflow.reporting.rows import RowPolicy, summarise_rows
 from loraflow.store.files import HashMemo
 from tests.job_factory import Outside
 
@@ -108,7 +108,7 @@ def test_sources_have_their_own_format_weight_and_split_and_each_row_names_its_s
 def test_the_table_of_rows_adds_up(here):
     found = Mixture(here / "out", recipe({"source": "faq", "weight": 2.5, "limit": 80}, {**GENERAL, "weight": 0.2}))
     tokens = {"train_rows": found.report.rows.train}
-    policy = LengthPolicy(max_length=10, too_long="drop")
+    policy = RowPolicy(max_length=10, too_long="drop")
     rows = summarise_rows(found.report, tokens, EvaluationReport(metrics={}), policy)
     counts = {count.what: count.rows for count in rows.counts}
     left_out = sum(number for what, number in counts.items() if what.startswith("left out"))

@@ -1,0 +1,201 @@
+"""Stage check_general: read the rows that show whether a model keeps its general ability (evaluation.general).
+
+A row is a chat, whose last answer's loss is measured, or a multiple-choice question:
+
+    {"messages": [{"role": "user", "content": "Is tea a herb?"}, {"role": "assistant", "content": "No, a shrub."}]}
+    {"question": "What is tea made of?", "choices": ["leaves", "stones"], "answer": 0}
+    {"prompt": "Question: What is tea made of?\\nAnswer:", "choices": ["leaves", "stones"], "answer": "leaves"}
+
+These rows are few and chosen by hand, so none is left out: a bad row stops the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from loraflow.config.recipe import Data
+from loraflow.config.stage_configs import CheckGeneralConfig, DatasetLocation, DvcOrigin, FolderOrigin
+from loraflow.data.chat_formats import to_messages
+from loraflow.data.chats import BadRow, Message
+from loraflow.data.general_rows import FILE, GeneralRow
+from loraflow.data.readers import read_values, readable_files
+from loraflow.data.row_key import row_key
+from loraflow.data.split import normalize, normalized_key, row_id
+from loraflow.data.version import fetch_one, locate
+from loraflow.failures import BadConfig, BadData
+from loraflow.job import Inputs, Job, Progress
+from loraflow.store import Summary
+from loraflow.store.files import HashMemo
+
+SHOWN = 5  # problems in a failure
+KINDS = {"loss": "chats", "accuracy": "choices", "accuracy_norm": "choices"}  # what a score of gate.forgetting needs
+
+
+def locate_general(source: str, memo: HashMemo) -> DatasetLocation:
+    """Return the file that evaluation.general names: its md5, and where to read it.
+
+    Raises:
+        BadData: the file does not exist, or its `.dvc` file cannot be read.
+        DirtyData: the file in the work tree differs from the pin.
+    """
+    if not source.endswith(".dvc") and not Path(source).exists():
+        raise BadData(
+            "The file with general rows does not exist.",
+            where=f"evaluation.general: {source}",
+            expected="a file of chats and questions, or its .dvc file",
+            next_step="correct evaluation.general",
+        )
+    return locate(Data(source=source), memo)
+
+
+def run(job: Job[CheckGeneralConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
+    """Write general.jsonl.
+
+    Raises:
+        BadData: a row is neither a chat nor a question, is there twice, or is a training row; or there are no rows.
+        MissingData: neither DVC's cache nor a remote has the file.
+    """
+    origin, files = job.runtime.origin, out / "files"
+    if not isinstance(origin, FolderOrigin | DvcOrigin):
+        raise TypeError(f"not the origin of general rows: {origin!r}")
+    files.mkdir()
+    fetch_one(origin, job.config.md5 or "", files, HashMemo(None))
+    rows, problems = _read(files)
+    problems += _repeated(rows)
+    problems += _trained_on(rows, inputs["rows"])
+    _remove(files)
+    if problems or not rows:
+        raise BadData(
+            f"{len(problems)} rows of the general set cannot be used." if problems else "The general set has no rows.",
+            where=problems[0].split(" ", 1)[0].rstrip(":") if problems else "evaluation.general",
+            expected='chats, or {"question": …, "choices": [...], "answer": POSITION}, none of them twice or in training',
+            got="".join(f"\n            {line}" for line in problems[:SHOWN]),
+            next_step="correct or remove these rows",
+        )
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (out / FILE).write_text(text, encoding="utf-8")
+    counts = {"chats": sum(row["kind"] == "chat" for row in rows)}
+    counts["choices"] = len(rows) - counts["chats"]
+    return Summary(figures=dict(counts), facets={"general": [FILE]})
+
+
+def check_limits(counts: Mapping[str, JsonValue], wanted: Mapping[str, float], minimum: int) -> None:
+    """Stop the run before it trains, if the general set cannot confirm what gate.forgetting asks for.
+
+    Args:
+        counts: the figures of check_general.
+        wanted: gate.forgetting.
+        minimum: independent rows that the gate needs to decide anything.
+
+    Raises:
+        BadConfig: there are too few rows of the kind that a score needs.
+    """
+    for score in wanted:
+        found = counts.get(KINDS[score], 0)
+        if not isinstance(found, int) or found < minimum:
+            kind = "chats" if KINDS[score] == "chats" else "multiple-choice questions"
+            raise BadConfig(
+                f"The general set has too few {kind} for gate.forgetting, so no model could be promoted.",
+                where=f"gate.forgetting: {score}",
+                expected=f"at least {minimum} {kind} in the file of evaluation.general",
+                got=str(found),
+                next_step=f"add {kind}, or remove {score} from gate.forgetting",
+            )
+
+
+def _read(folder: Path) -> tuple[list[GeneralRow], list[str]]:
+    rows: list[GeneralRow] = []
+    problems: list[str] = []
+    for name in readable_files(folder):
+        for place, value, _ in read_values(folder / name, name):
+            try:
+                if isinstance(value, BadRow):
+                    raise value
+                rows.append(_general_row(value, place))
+            except BadRow as problem:
+                problems.append(f"{place}: {problem}")
+    return rows, problems
+
+
+def _general_row(value: JsonValue, place: str) -> GeneralRow:
+    if not isinstance(value, dict):
+        raise BadRow(f"expected an object, got {type(value).__name__}")
+    if "choices" in value or "question" in value:
+        return _question(value, place)
+    messages = to_messages(value)
+    return {"id": row_id(messages), "kind": "chat", "place": place, "messages": messages}
+
+
+def _question(value: Mapping[str, JsonValue], place: str) -> GeneralRow:
+    choices = value.get("choices")
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise BadRow("choices: expected a list of at least two texts")
+    texts = [choice for choice in choices if isinstance(choice, str) and choice.strip()]
+    if len(texts) < len(choices):
+        raise BadRow("choices: expected texts that are not empty")
+    if len(set(map(normalize, texts))) < len(texts):
+        raise BadRow("choices: two of them are the same text")
+    answer = value.get("answer")
+    if isinstance(answer, str) and answer in texts:
+        answer = texts.index(answer)
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(texts):
+        raise BadRow(
+            f"answer: expected a position from 0 to {len(texts) - 1}, or the text of a choice, got {json.dumps(answer)}"
+        )
+    asked = [key for key in ("question", "prompt") if value.get(key) is not None]
+    text = value.get(asked[0]) if len(asked) == 1 else None
+    if not isinstance(text, str) or not text.strip():
+        raise BadRow("expected either a question or a prompt, a text that is not empty")
+    context = f"Question: {text}\nAnswer:" if asked == ["question"] else text
+    name = hashlib.sha256(json.dumps([context, texts], ensure_ascii=False).encode()).hexdigest()[:16]
+    return {"id": name, "kind": "choice", "place": place, "context": context, "choices": texts, "answer": answer}
+
+
+def _repeated(rows: list[GeneralRow]) -> Iterator[str]:
+    first: dict[tuple[object, ...], str] = {}
+    for row in rows:
+        if "messages" in row:
+            key: tuple[object, ...] = ("chat", normalized_key(row["messages"]))
+        else:
+            key = ("choice", normalize(row["context"]), *sorted(map(normalize, row["choices"])))
+        if key in first:
+            yield f"{row['place']}: the same row as {first[key]}"
+        first.setdefault(key, row["place"])
+
+
+def _trained_on(rows: list[GeneralRow], checked: Path) -> Iterator[str]:
+    """Yield the rows whose prompt is a prompt of a training or validation row: their scores would measure memory."""
+    prompts: dict[str, str] = {}
+    questions: dict[str, str] = {}
+    for name in ("train.jsonl", "validation.jsonl"):
+        with (checked / name).open(encoding="utf-8", newline="\n") as lines:
+            for row in map(json.loads, lines):
+                place = row.get("place", name)
+                prompts.setdefault(_prompt_key(row["messages"]), place)
+                for message in row["messages"]:
+                    if message["role"] == "user" and isinstance(message["content"], str):
+                        questions.setdefault(normalize(message["content"]), place)
+    for row in rows:
+        if "messages" in row:
+            place = prompts.get(_prompt_key(row["messages"]))
+        else:
+            bare = row["context"].removeprefix("Question: ").removesuffix("\nAnswer:")
+            place = questions.get(normalize(bare)) or questions.get(normalize(row["context"]))
+        if place is not None:
+            yield f"{row['place']}: its prompt is that of the training row {place}"
+
+
+def _prompt_key(messages: list[Message]) -> str:
+    return row_key(json.dumps(messages[:-1], ensure_ascii=False))
+
+
+def _remove(files: Path) -> None:
+    """Remove the copies of the files: general.jsonl has their rows."""
+    for path in sorted(files.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    files.rmdir()

@@ -1,0 +1,54 @@
+"""Multiple-choice questions: the tokens of each choice after its question, and which choice a model finds most likely.
+
+As in lm-eval (Gao et al.): a choice follows its question after a space, as plain text without a chat template. `accuracy`
+compares the sums of the log likelihoods of the choices' tokens (acc), `accuracy_norm` these sums by the number of the
+choices' characters (acc_norm). Of equal ones the first is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loraflow.data.loss_mask import IGNORED, Encoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode_choice(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> Encoded:
+    """Return question and choice as token ids, where the tokens of the choice are learned.
+
+    White space at the end of the question goes to the choice: most tokenizers join it with the next word.
+
+    Raises:
+        ValueError: the question or the choice has no token.
+    """
+    bare = context.rstrip()
+    before = _ids(tokenizer, bare)
+    ids = _ids(tokenizer, f"{context} {choice}" if bare == context else f"{context}{choice}")
+    after = ids[len(before) :]
+    if not before or not after:
+        raise ValueError("no token")
+    labels = [IGNORED] * len(before) + after
+    return Encoded(np.array(before + after, dtype=np.int32), np.array(labels, dtype=np.int32), prompt=len(before))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    found: list[int] = tokenizer(text)["input_ids"]
+    return found
+
+
+def is_right(losses: Sequence[float], choices: Sequence[str], answer: int) -> tuple[float, float]:
+    """Return accuracy and accuracy_norm of a question, 0 or 1.
+
+    Args:
+        losses: the sum of -log p of each choice's tokens, in nats.
+        choices: the texts.
+        answer: the position of the right one.
+    """
+    sums = -np.asarray(losses)
+    by_length = sums / np.array([len(choice) for choice in choices])
+    return float(sums.argmax() == answer), float(by_length.argmax() == answer)

@@ -1,0 +1,160 @@
+"""Stage score_general: a model's loss on general chats, and its answers to general multiple-choice questions.
+
+`loss.parquet` has a row per chat, `choices.parquet` one per question. The gate compares them row by row with those of the
+base and the champion (`gate.forgetting`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loraflow.config.recipe import GENERAL_SETS
+from loraflow.config.stage_configs import ScoreGeneralConfig
+from loraflow.data.general_rows import FILE, GeneralRow, read_general
+from loraflow.evaluation.choices import encode_choice, is_right
+from loraflow.evaluation.intervals import mean_interval
+from loraflow.evaluation.values import MetricValue, Scores, SetScores, scores_to_dict
+from loraflow.failures import BadData
+from loraflow.hardware.device import pick_device
+from loraflow.hardware.process_group import ProcessGroup, join
+from loraflow.job import Inputs, Job, Progress
+from loraflow.store import Summary
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from loraflow.data.loss_mask import Encoded
+
+CHATS, CHOICES = GENERAL_SETS
+TABLES = {CHATS: "loss.parquet", CHOICES: "choices.parquet"}
+Losses = list[tuple[float, int]]  # (sum of -log p in nats, number of tokens) of each row
+
+
+def run(job: Job[ScoreGeneralConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
+    """Write the scores of each row.
+
+    Raises:
+        BadData: a choice has no token of its own.
+        BadModel: the chat template cannot render a chat.
+    """
+    config, group = job.config, join(pick_device(job.runtime))
+    rows = read_general(inputs["general"] / FILE)
+    chats = [row for row in rows if row["kind"] == "chat"]
+    questions = [row for row in rows if row["kind"] == "choice"]
+    of_chats, of_choices = _losses(job, inputs["model"], chats, questions, group)
+    if not group.is_main:
+        return Summary()
+    progress(done=len(rows))
+    scores: dict[str, SetScores] = {}
+    if chats:
+        table = _chat_table(chats, of_chats)
+        table.to_parquet(out / TABLES[CHATS], index=False)
+        scores[CHATS] = {"loss": _value(table, "token_loss", config, table["reference_tokens"].to_numpy(dtype=float))}
+    if questions:
+        table = _question_table(questions, of_choices)
+        table.to_parquet(out / TABLES[CHOICES], index=False)
+        scores[CHOICES] = {name: _value(table, name, config) for name in ("accuracy", "accuracy_norm")}
+    text = json.dumps(scores_to_dict(scores), indent=1, sort_keys=True) + "\n"
+    (out / "metrics.json").write_text(text, encoding="utf-8")
+    return Summary(figures=_figures(scores), report={"metrics": scores_to_dict(scores)})
+
+
+def _losses(
+    job: Job[ScoreGeneralConfig],
+    folder: Path,
+    chats: list[GeneralRow],
+    questions: list[GeneralRow],
+    group: ProcessGroup,
+) -> tuple[Losses, Losses]:
+    """Return the losses of the chats' last answers, and of all choices of all questions."""
+    from loraflow.base.load import load_model, load_tokenizer
+    from loraflow.data.loss_mask import ChatTemplate, name_row
+    from loraflow.data.positions import Positions
+    from loraflow.evaluation.likelihood import answer_losses
+
+    tokenizer = load_tokenizer(folder)
+    with name_row([f"{row['place']} (evaluation.general)" for row in chats]):
+        encoded = ChatTemplate(folder).encode([row["messages"] for row in chats], "last_assistant") if chats else []
+    choices: list[Encoded] = []
+    for row in questions:
+        for choice in row["choices"]:
+            try:
+                choices.append(encode_choice(tokenizer, row["context"], choice))
+            except ValueError:
+                raise BadData(
+                    "A choice, or its question, has no token of its own in the model's vocabulary.",
+                    where=f"{row['place']} (evaluation.general)",
+                    got=choice[:100],
+                    next_step="change or remove the row",
+                ) from None
+    lengths = [len(row.ids) for row in (*encoded, *choices)]
+    Positions(Positions.of_folder(folder).limit).check(lengths, "general rows")
+    model = load_model(folder, job.config.dtype, job.runtime, trust=job.config.trust_remote_code)
+    pad, size = tokenizer.pad_token_id, job.runtime.eval_batch_size
+    return (
+        answer_losses(model, encoded, pad, size, group) if encoded else [],
+        answer_losses(model, choices, pad, size, group) if choices else [],
+    )
+
+
+def _chat_table(chats: list[GeneralRow], losses: Losses) -> pd.DataFrame:
+    import pandas as pd
+
+    for row, (loss, _) in zip(chats, losses, strict=True):
+        _require_finite([loss], f"{row['place']} (evaluation.general)", "-log p of its answer")
+    return pd.DataFrame(
+        {
+            "id": [row["id"] for row in chats],
+            "prompt": [json.dumps(row["messages"][:-1], ensure_ascii=False) for row in chats],
+            "token_loss": [loss / tokens for loss, tokens in losses],
+            "reference_tokens": [tokens for _, tokens in losses],
+        }
+    )
+
+
+def _question_table(questions: list[GeneralRow], losses: Losses) -> pd.DataFrame:
+    import pandas as pd
+
+    of_choice = iter(loss for loss, _ in losses)
+    nll = [[next(of_choice) for _ in row["choices"]] for row in questions]
+    for row, sums in zip(questions, nll, strict=True):
+        _require_finite(sums, f"{row['place']} (evaluation.general)", "-log p of its choices")
+    right = [is_right(of_row, row["choices"], row["answer"]) for of_row, row in zip(nll, questions, strict=True)]
+    return pd.DataFrame(
+        {
+            "id": [row["id"] for row in questions],
+            "prompt": [row["context"] for row in questions],
+            "nll": nll,
+            "accuracy": [one for one, _ in right],
+            "accuracy_norm": [one for _, one in right],
+        }
+    )
+
+
+def _require_finite(sums: Sequence[float], where: str, what: str) -> None:
+    """Refuse scores that are no numbers: of these, the largest would be an answer like any other."""
+    if not np.isfinite(sums).all():
+        raise BadData(
+            "A model gave a score that is not a finite number.",
+            where=where,
+            expected=f"finite numbers: {what}",
+            got=", ".join(f"{value:g}" for value in sums),
+            next_step="check the model: weights or activations overflow; evaluation.dtype: float32 has the largest range",
+        )
+
+
+def _value(
+    table: pd.DataFrame, name: str, config: ScoreGeneralConfig, weights: np.ndarray | None = None
+) -> MetricValue:
+    scores = table[name].to_numpy(dtype=float)
+    interval = mean_interval(scores, config.confidence, config.seed, weights)
+    return MetricValue(value=interval.value, low=interval.low, high=interval.high, n=len(table))
+
+
+def _figures(scores: Scores) -> dict[str, float]:
+    return {f"{rows}.{name}": round(value.value, 6) for rows, part in scores.items() for name, value in part.items()}

@@ -1,0 +1,35 @@
+"""The guards of gate.forgetting, with the scores on general rows that they compare."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from loraflow.execution.results import PipelineResult
+from loraflow.execution.workspace import Workspace
+from loraflow.store import read_intact
+
+if TYPE_CHECKING:
+    from loraflow.evaluation.forgetting import GeneralGuard
+
+
+def read_general_guards(workspace: Workspace, result: PipelineResult) -> list[GeneralGuard]:
+    """Return what gate.forgetting asks for; nothing if it is not set. The bytes that are parsed are those that were hashed.
+
+    Raises:
+        CorruptArtifact: scores are damaged; they are quarantined by now.
+    """
+    margins, store = workspace.recipe.gate.forgetting_margins, workspace.store
+    if not margins:
+        return []
+    import pandas as pd
+
+    from loraflow.evaluation.forgetting import SCORES, general_guards
+    from loraflow.evaluation.general import TABLES
+
+    sets = {SCORES[score][0] for score in margins}
+    tables = {
+        model: {rows: pd.read_parquet(io.BytesIO(read_intact(store, ref, TABLES[rows]))) for rows in sets}
+        for model, ref in result.general.items()
+    }
+    return general_guards(margins, tables.pop("tuned"), tables)
