@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from loraflow.base.model_config import read_config
 from loraflow.failures import BadModel
 
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -36,7 +37,7 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
         known_to_transformers: check also that the installed transformers has the architecture. This imports it.
 
     Raises:
-        BadModel: see `refuse_unusable` and `refuse_unknown_architecture`; or there are only GGUF files.
+        BadModel: see `refuse_unusable`, `refuse_unknown_architecture` and `read_config`; or there are only GGUF files.
     """
     ggufs = [folder] if folder.suffix == ".gguf" and folder.is_file() else []
     if folder.is_dir() and not (folder / "config.json").exists():
@@ -62,6 +63,8 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
     refuse_unusable(config, trust=trust)
     if known_to_transformers:
         refuse_unknown_architecture(config, trust=trust)
+        if not trust:
+            read_config(folder)
 
 
 def refuse_unusable(config: Mapping[str, JsonValue], *, trust: bool) -> None:
