@@ -40,7 +40,7 @@ def forced_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, pad_id: int
             found.append(scores.float().clone())
             return forced
 
-    with torch.inference_mode():
+    with torch.no_grad():  # a module may keep a tensor of inference mode, which no later training step could save
         model.generate(  # type: ignore[operator]  # hidden by __getattr__ of nn.Module
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),

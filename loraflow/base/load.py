@@ -100,7 +100,7 @@ def refuse_missing_weights(folder: Path, report: Mapping[str, set[str]]) -> None
             "The base's files lack weights, which transformers would fill with random numbers.",
             where=str(folder),
             expected="every weight of the language model",
-            got=f"{len(missing)} missing, such as {', '.join(missing[:3])}",
+            got=", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
             next_step="fetch the base again, or choose another one; if its embeddings are its head too, config.json needs "
             "tie_word_embeddings: true",
         )

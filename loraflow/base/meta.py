@@ -29,7 +29,7 @@ def model_without_weights(base: Path, *, trust: bool = False) -> PreTrainedModel
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    except (*config_errors(), RuntimeError) as error:
+    except config_errors() as error:
         raise BadModel(
             "The base's model cannot be built from its configuration.",
             where=str(base),

@@ -17,7 +17,7 @@ def config_errors() -> tuple[type[Exception], ...]:
         StrictDataclassError,
     )  # of values with a wrong type, or that contradict each other
 
-    return OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError
+    return OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, StrictDataclassError
 
 
 def read_config(folder: Path, *, trust: bool = False) -> PreTrainedConfig:

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
 from loraflow.base.load import has_linear_head
 from loraflow.failures import BadModel
 from loraflow.hardware.attention import attention_with_mask
 from loraflow.training.document_check import refuse_seeing_later_tokens
 from loraflow.training.generation_check import NO_ROW, errors_as_refusal, refuse_other_generation
+from loraflow.training.stock_head import use_own_logits_where_trl_is_wrong
 from tests.families.test_cells import spread
 from tests.families.test_untested_architectures import known, model_of
 
@@ -84,3 +86,12 @@ def test_an_error_of_the_machine_is_no_refusal_of_the_model(error):
 
 def test_a_head_behind_a_layer_of_its_own_is_not_applied_to_the_last_hidden_state():
     assert not has_linear_head(model_of("rembert", is_decoder=True, output_embedding_size=48))
+
+
+def test_a_cap_that_trl_does_not_know_is_kept_however_small_the_logits_are():
+    """The cap of small logits changes the loss by less than rounding in 16 bits, and that of real logits by far more."""
+    model = model_of("recurrent_gemma")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(0.01)
+    add_fused_lm_head(model, outputs=("log_probs",))
+    assert use_own_logits_where_trl_is_wrong(model, FLOAT)

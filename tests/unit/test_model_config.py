@@ -41,3 +41,17 @@ def test_a_model_with_several_language_models_is_refused(tmp_path):
 
 def test_a_usable_configuration_is_read(tmp_path):
     assert read_config(written(tmp_path, LLAMA)).hidden_size == 64
+
+
+def test_an_encoder_decoder_is_refused_though_its_file_does_not_say_that_it_is_one(tmp_path):
+    values = {"architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper"}
+    with pytest.raises(BadModel, match="encoder-decoder"):
+        refuse_unusable_folder(written(tmp_path, values), trust=False, known_to_transformers=True)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "paligemma", "llava", "idefics3"])
+def test_a_model_for_images_whose_language_model_cannot_be_loaded_alone_is_refused(tmp_path, kind):
+    values = {"architectures": ["AnyForConditionalGeneration"], "model_type": kind}
+    with pytest.raises(BadModel, match="reads images") as caught:
+        refuse_unusable_folder(written(tmp_path, values), trust=False, known_to_transformers=True)
+    assert caught.value.got == kind
