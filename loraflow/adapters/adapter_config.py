@@ -36,6 +36,8 @@ NOT_RECOMPUTED = ("pissa_niter", "corda", "loftq", "lora_ga")
 # Initialisations that leave the base as it is: all others of peft 0.21.
 _BASE_UNCHANGED = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 
+_NO_TEXT = ("true", "false", "none")  # these are values of JSON
+
 
 class AdapterConfig(BaseModel):
     """The settings that loraflow computes with. All others are kept as they were read."""
@@ -65,7 +67,7 @@ class AdapterConfig(BaseModel):
             values = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(values, dict):
                 raise TypeError(f"expected a JSON object, got {type(values).__name__}")
-            return cls.model_validate(values)
+            config = cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
             raise BadModel(
@@ -81,6 +83,38 @@ class AdapterConfig(BaseModel):
                 expected="the JSON that peft writes beside adapter_model.safetensors",
                 got=f"{type(error).__name__}: {error}".splitlines()[0][:200],
             ) from error
+        config._check_patterns(file)
+        config._check_tokens(file)
+        return config
+
+    def _check_patterns(self, file: Path) -> None:
+        for setting in ("rank_pattern", "alpha_pattern"):
+            patterns: dict[str, int | float] = getattr(self, setting) or {}
+            for pattern in patterns:
+                try:
+                    re.compile(_expression(pattern))
+                except re.error as error:
+                    raise BadModel(
+                        "A pattern of the adapter's configuration is not a regular expression.",
+                        where=f"{file}: {setting}",
+                        expected="the end of a module's name, or a regular expression for it",
+                        got=f"{pattern!r}: {error}",
+                        next_step="correct the pattern in this file, or use the file that peft saved",
+                    ) from error
+
+    def _check_tokens(self, file: Path) -> None:
+        tokens = getattr(self, "trainable_token_indices", None) or []
+        lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
+        for ids in lists:
+            for token in ids if isinstance(ids, list) else [ids]:
+                if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                    raise BadModel(
+                        "The adapter's configuration is damaged.",
+                        where=f"{file}: trainable_token_indices",
+                        expected="ids of tokens, 0 or more",
+                        got=repr(token),
+                        next_step="use the file that peft saved",
+                    )
 
     def write(self, adapter: Path) -> None:
         """Write the settings that were read or set, sorted by name."""
@@ -99,6 +133,8 @@ class AdapterConfig(BaseModel):
     @property
     def initialisation_is_known(self) -> bool:
         """Whether it is known if the initialisation changed the base's weights."""
+        if isinstance(self.init_lora_weights, str) and self.initialisation in _NO_TEXT:
+            return False  # peft does not load it
         return self.base_was_modified or self.initialisation in _BASE_UNCHANGED
 
     @property
@@ -133,6 +169,10 @@ class AdapterConfig(BaseModel):
 def _by_pattern(patterns: dict[str, int | float] | None, module: str, default: int | float) -> int | float:
     """Look a module up as peft does: a pattern is the end of a name, or a regular expression for it."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(_expression(pattern), module):
             return value
     return default
+
+
+def _expression(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"

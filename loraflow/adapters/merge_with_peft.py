@@ -9,10 +9,12 @@ from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.adapters.nf4 import Nf4
 from loraflow.adapters.streaming_merge import require_finite
 from loraflow.adapters.vocabulary import fit_vocabulary
+from loraflow.base.load import refuse_missing_weights
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -37,14 +39,7 @@ def merge_with_peft(
 
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True, output_loading_info=True)
     model, report = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
-    if report["missing_keys"]:
-        raise BadModel(
-            "The base's files lack weights, which transformers would fill with random numbers.",
-            where=str(base),
-            got=", ".join(sorted(report["missing_keys"])[:3]),
-            next_step="fetch the base again; if its embeddings are its head too, config.json needs "
-            "tie_word_embeddings: true",
-        )
+    refuse_missing_weights(base, report)
     fit_vocabulary(model, adapter, AdapterConfig.read(adapter))
     if nf4 is not None:
         nf4.apply(model)
@@ -62,6 +57,7 @@ def merge_with_peft(
             got=str(error).strip()[:300],
             next_step="serve base and adapter together, with peft",
         ) from error
+    _check_unloaded(merged, adapter)
     if dtype is not None:
         merged = merged.to(getattr(torch, dtype))
     for name, tensor in merged.state_dict().items():
@@ -72,20 +68,62 @@ def merge_with_peft(
 
 
 def _untie(model: PreTrainedModel) -> None:
-    """Give embeddings and head two weights before the merge if LoRA adapts one or both of them.
+    """Give embeddings and head two weights before the merge, if one has an update that the other has not.
 
     In training, each has its own update. peft would add both to the one weight, and so to both modules:
-    https://github.com/huggingface/peft/issues/2777. It records in the config that they are not tied any more.
+    https://github.com/huggingface/peft/issues/2777. Trained tokens of the embeddings are those of a tied head too,
+    unless the adapter names other tokens for it.
     """
     import torch
     from peft.tuners.lora import LoraLayer
+    from peft.utils import TrainableTokensWrapper
 
     layers = model.get_input_embeddings(), model.get_output_embeddings()
-    if not any(isinstance(layer, LoraLayer) for layer in layers):
+    trains_tokens = any(isinstance(layer, TrainableTokensWrapper) for layer in layers)
+    if not any(isinstance(layer, LoraLayer) for layer in layers) and not (trains_tokens and not _follows(layers[1])):
         return
-    embeddings, head = (layer.get_base_layer() if isinstance(layer, LoraLayer) else layer for layer in layers)
+    embeddings, head = (_innermost(layer) for layer in layers)
     if head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", None):
         head.weight = torch.nn.Parameter(head.get_parameter("weight").detach().clone(), requires_grad=False)
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
+def _follows(head: nn.Module | None) -> bool:
+    """Tell whether a head's trained tokens are those of the embeddings."""
+    from peft.utils import TrainableTokensWrapper
+
+    return isinstance(head, TrainableTokensWrapper) and head.token_adapter.tied_adapter is not None
+
+
+def _innermost(layer: nn.Module | None) -> nn.Module | None:
+    """Return a layer of the base, which peft may have wrapped several times."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import TrainableTokensWrapper
+
+    while isinstance(layer, LoraLayer | TrainableTokensWrapper):
+        layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer.token_adapter.base_layer
+    return layer
+
+
+def _check_unloaded(merged: PreTrainedModel, adapter: Path) -> None:
+    """Refuse a model in which peft left parts of the adapter: it merges one update of a module, not one in another.
+
+    Raises:
+        BadModel: a module still has an update.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    for name, module in merged.named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            raise BadModel(
+                f"peft cannot merge this adapter: {name} has two kinds of updates.",
+                where=str(adapter),
+                expected="one of trainable_token_indices, modules_to_save and target_modules; tokens of tied embeddings "
+                "are trained in the head too",
+                next_step="serve base and adapter together, with peft",
+            )
 
 
 def _load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
+_MLX = "adapters.safetensors"
 _NOT_MERGEABLE = {
     "layer_replication": "it adds layers to the base",
     "alora_invocation_tokens": "it applies only after certain tokens",
@@ -33,7 +35,12 @@ def check_config(config: AdapterConfig, adapter: Path) -> None:
     where = str(adapter / FILE)
     if config.peft_type != "LORA":
         raise BadModel(
-            "This is not a LoRA adapter.", where=where, expected="peft_type: LORA", got=str(config.peft_type)
+            "This is not a LoRA adapter.",
+            where=where,
+            expected="peft_type: LORA",
+            got=str(config.peft_type),
+            next_step="serve base and adapter together, with peft; or merge it with peft's merge_and_unload, and name the "
+            "merged model as base.model",
         )
     check_initialisation(config, adapter)
     if config.initialisation.startswith(NOT_RECOMPUTED):
@@ -63,12 +70,16 @@ def check_initialisation(config: AdapterConfig, adapter: Path) -> None:
         BadModel: peft has no such initialisation.
     """
     if not config.initialisation_is_known:
+        value = config.init_lora_weights
+        is_quoted = isinstance(value, str) and config.initialisation in ("true", "false", "none")
         raise BadModel(
             "The adapter's initialisation is unknown, and it may have changed the base's weights.",
             where=f"{adapter / FILE}: init_lora_weights",
             expected="one of peft's, such as true or gaussian",
-            got=str(config.init_lora_weights)[:200],
-            next_step="save it again where it was trained, as LoRA on the published base with init_lora_weights: true",
+            got=json.dumps(value)[:200],
+            next_step="write it without quotation marks: true, false or null"
+            if is_quoted
+            else "save it again where it was trained, as LoRA on the published base with init_lora_weights: true",
         )
 
 
@@ -81,6 +92,14 @@ def check_tensors(adapter: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     file = adapter / "adapter_model.safetensors"
+    if not file.exists() and (adapter / _MLX).exists():
+        raise BadModel(
+            "This is an adapter of mlx-lm. Its matrices have other names, and are transposed.",
+            where=str(adapter),
+            expected=f"{file.name}, which peft writes",
+            got=_MLX,
+            next_step="merge it with mlx_lm.fuse and name the merged model as base.model, or save it in peft's format",
+        )
     if not file.exists():
         parts = sorted(path.name for path in adapter.glob("adapter_model-*.safetensors"))
         raise BadModel(

@@ -22,7 +22,10 @@ FAST = frozenset({
 })  # fmt: skip
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Names that models' configs have for a factor between the head's product and the logits.
-LOGIT_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier")
+_UNKNOWN_TO_TRL = ("logits_soft_cap", "output_logit_soft_cap", "logits_mup_width_multiplier")
+LOGIT_SCALES = (
+    "final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier", *_UNKNOWN_TO_TRL,
+)  # fmt: skip
 
 
 def stateful_layers(config: PreTrainedConfig) -> list[str]:
@@ -40,6 +43,12 @@ def scales_logits(config: PreTrainedConfig) -> bool:
     """Tell whether a model changes its head's product by a factor or a cap."""
     text = config.get_text_config()
     return any(getattr(text, key, None) not in (None, 1, 1.0) for key in LOGIT_SCALES)
+
+
+def scales_logits_unknown_to_trl(config: PreTrainedConfig) -> bool:
+    """Tell whether a model has a factor or cap that trl's loss leaves out. Small logits would hardly show a cap."""
+    text = config.get_text_config()
+    return any(getattr(text, key, None) not in (None, 1, 1.0) for key in _UNKNOWN_TO_TRL)
 
 
 def logit_factor(config: PreTrainedConfig) -> float | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from loraflow.base.architecture import is_tested, scales_logits, stateful_layers
+from loraflow.base.model_config import read_config
 from loraflow.config import Runtime
-from loraflow.failures import BadConfig, MissingExtra
+from loraflow.failures import BadConfig, BadModel, MissingExtra
 from loraflow.hardware.attention import attention_with_mask, choose_for_loading
 from loraflow.hardware.device import Device, pick_device
 
@@ -52,6 +54,7 @@ def load_model(
     Raises:
         MissingExtra: NF4 without CUDA or bitsandbytes.
         BadConfig: the device cannot compute in this dtype.
+        BadModel: the model's files lack weights.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -75,19 +78,40 @@ def load_model(
         # cuDNN's attention builds a plan for each padded shape, which takes seconds per step on Hopper.
         torch.backends.cuda.enable_cudnn_sdp(False)
         options["device_map"] = {"": weights_device or int(os.environ.get("LOCAL_RANK", "0"))}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    model, report = cast("tuple[PreTrainedModel, Mapping[str, set[str]]]", loaded)
+    refuse_missing_weights(folder, report)
     model.eval()
     return model
 
 
+def refuse_missing_weights(folder: Path, report: Mapping[str, set[str]]) -> None:
+    """Refuse a model that transformers loaded with random numbers for some weights, which it only warns of.
+
+    Args:
+        folder: the model's.
+        report: of `from_pretrained`.
+
+    Raises:
+        BadModel: the model's files lack a weight, or have it under a name that its class does not know.
+    """
+    if missing := sorted(report["missing_keys"]):
+        raise BadModel(
+            "The base's files lack weights, which transformers would fill with random numbers.",
+            where=str(folder),
+            expected="every weight of the language model",
+            got=", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
+            next_step="fetch the base again, or choose another one; if its embeddings are its head too, config.json needs "
+            "tie_word_embeddings: true",
+        )
+
+
 def _attention(folder: Path, runtime: Runtime, device: Device, dtype: str, *, trust: bool) -> str:
     """Return the attention of a model that is loaded to generate or to score, in transformers' name."""
-    from transformers import AutoConfig
-
     chosen = choose_for_loading(runtime, device, dtype)
     if chosen != "sdpa" or runtime.attn_implementation == "sdpa":
         return chosen
-    return attention_with_mask(AutoConfig.from_pretrained(folder, trust_remote_code=trust))
+    return attention_with_mask(read_config(folder, trust=trust))
 
 
 def _nf4(device: str, dtype: str, double: bool) -> BitsAndBytesConfig:
@@ -132,8 +156,8 @@ def _is_head_times_state(model: PreTrainedModel) -> bool:
     ids = torch.arange(8, device=model.device)[None]
     with torch.inference_mode():
         state = getattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state", None)
-        if state is None:
-            return False
+        if state is None or state.shape[-1] != getattr(head, "in_features", state.shape[-1]):
+            return False  # RemBERT has a layer between both
         logits, product = model(input_ids=ids, use_cache=False).logits.float(), head(state).float()
     return logits.shape == product.shape and torch.allclose(logits, product, rtol=1e-5, atol=1e-5)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraflow.base.model_config import config_errors, read_config, reason_of
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
@@ -22,17 +23,17 @@ def model_without_weights(base: Path, *, trust: bool = False) -> PreTrainedModel
         BadModel: the folder has no config of a causal model that transformers knows.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = read_config(base, trust=trust)
     try:
-        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=trust)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except config_errors() as error:
         raise BadModel(
             "The base's model cannot be built from its configuration.",
             where=str(base),
             expected="config.json of a causal model",
-            got=(str(error).strip() or type(error).__name__).splitlines()[0][:200],
+            got=reason_of(error),
         ) from error
     return model

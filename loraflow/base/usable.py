@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from loraflow.base.model_config import read_config
 from loraflow.failures import BadModel
 
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -36,7 +37,7 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
         known_to_transformers: check also that the installed transformers has the architecture. This imports it.
 
     Raises:
-        BadModel: see `refuse_unusable` and `refuse_unknown_architecture`; or there are only GGUF files.
+        BadModel: see `refuse_unusable`, `refuse_unknown_architecture` and `read_config`; or there are only GGUF files.
     """
     ggufs = [folder] if folder.suffix == ".gguf" and folder.is_file() else []
     if folder.is_dir() and not (folder / "config.json").exists():
@@ -62,6 +63,8 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
     refuse_unusable(config, trust=trust)
     if known_to_transformers:
         refuse_unknown_architecture(config, trust=trust)
+        if not trust and getattr(read_config(folder), "is_encoder_decoder", False):  # some classes say it, not the file
+            raise _encoder_decoder(config)
 
 
 def refuse_unusable(config: Mapping[str, JsonValue], *, trust: bool) -> None:
@@ -80,8 +83,7 @@ def refuse_unusable(config: Mapping[str, JsonValue], *, trust: bool) -> None:
             got=f"quantization_config: {method or 'a method that it does not name'}",
             next_step="name the original model; base.quantization: nf4 or fp8 quantizes it for the training only",
         )
-    named = config.get("architectures")
-    architectures = [str(name) for name in named] if isinstance(named, list) else []
+    architectures = _architectures(config)
     if not architectures:
         raise BadModel(
             "The base's config.json does not say which model it is.",
@@ -91,12 +93,7 @@ def refuse_unusable(config: Mapping[str, JsonValue], *, trust: bool) -> None:
             next_step="add the name of the model's class to config.json, or choose another copy of the model",
         )
     if config.get("is_encoder_decoder") is True:
-        raise BadModel(
-            "The base is an encoder-decoder; loraflow trains decoders.",
-            where=_WHERE,
-            got=", ".join(architectures),
-            next_step=_ANOTHER,
-        )
+        raise _encoder_decoder(config)
     if any(name.endswith(_GENERATES) for name in architectures):
         return
     mapped = config.get("auto_map")
@@ -112,6 +109,20 @@ def refuse_unusable(config: Mapping[str, JsonValue], *, trust: bool) -> None:
     )
 
 
+def _encoder_decoder(config: Mapping[str, JsonValue]) -> BadModel:
+    return BadModel(
+        "The base is an encoder-decoder; loraflow trains decoders.",
+        where=_WHERE,
+        got=f"{config.get('model_type')}: {', '.join(_architectures(config))}",
+        next_step=_ANOTHER,
+    )
+
+
+def _architectures(config: Mapping[str, JsonValue]) -> list[str]:
+    named = config.get("architectures")
+    return [str(name) for name in named] if isinstance(named, list) else []
+
+
 def refuse_unknown_architecture(config: Mapping[str, JsonValue], *, trust: bool) -> None:
     """Refuse a base whose architecture the installed transformers does not have.
 
@@ -121,6 +132,7 @@ def refuse_unknown_architecture(config: Mapping[str, JsonValue], *, trust: bool)
     import transformers
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
@@ -136,6 +148,14 @@ def refuse_unknown_architecture(config: Mapping[str, JsonValue], *, trust: bool)
         )
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or trust:
         return
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise BadModel(
+            "The base reads images: it is not a causal language model, and transformers cannot load the one in it alone.",
+            where=_WHERE,
+            expected="a model_type for text, or one whose language model is trained alone, such as gemma3",
+            got=kind,
+            next_step="choose another base, such as a text model of the same family",
+        )
     has_code = bool(config.get("auto_map"))
     raise BadModel(
         "The base needs Python code that comes with it."

@@ -306,8 +306,8 @@ class PeftConfig(FrozenModel):
     loraplus_lr_embedding: Annotated[float, Field(gt=0)] = Field(
         1e-6, description="LoRA+: learning rate of adapters on embeddings."
     )
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
     layers_to_transform: list[int] | None = None
     target_parameters: list[str] | None = Field(
         None,
@@ -330,6 +330,16 @@ class PeftConfig(FrozenModel):
                 re.compile(value)
             except re.error as error:
                 raise ValueError(f"{value} is not a regular expression: {error}") from error
+        return value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns(cls, value: dict[str, int | float]) -> dict[str, int | float]:
+        for pattern in value:
+            try:
+                re.compile(f"({pattern})$")
+            except re.error as error:
+                raise ValueError(f"{pattern} is not a regular expression: {error}") from error
         return value
 
     @model_validator(mode="after")

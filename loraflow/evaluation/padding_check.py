@@ -8,9 +8,9 @@ import logging
 from typing import TYPE_CHECKING
 
 from loraflow.base.architecture import is_tested
+from loraflow.base.forced_logits import forced_logits
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
@@ -66,14 +66,14 @@ def _is_exact(model: PreTrainedModel, pad_id: int, prefix: int, otherwise: str) 
         for part, at in ((shared, 0), (prompt, width - len(prompt))):
             ids[row, at : at + len(part)], mask[row, at : at + len(part)] = part, 1
     try:
-        together = _logits(model, ids, mask, pad_id)[:, 0]
+        together = forced_logits(model, ids, mask, pad_id, _NEW)[:, 0]
     except (RuntimeError, IndexError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         log.warning("%s: this architecture takes no batch: %s", otherwise, error)
         return False
     first = torch.cat([shared, prompts[0]])[None]
-    alone = _logits(model, first, torch.ones_like(first), pad_id)[:, 0]
+    alone = forced_logits(model, first, torch.ones_like(first), pad_id, _NEW)[:, 0]
     difference = float(((together - alone).norm(dim=-1) / alone.norm(dim=-1)).max())
     if difference <= _TOLERANCE.get(str(model.dtype).removeprefix("torch."), _ROUNDING):
         return True
@@ -84,34 +84,3 @@ def _is_exact(model: PreTrainedModel, pad_id: int, prefix: int, otherwise: str) 
         difference,
     )
     return False
-
-
-def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, pad_id: int) -> Tensor:
-    """Return the logits [tokens, rows, vocabulary] of the first new tokens, in float32. The tokens are fixed."""
-    import torch
-    from transformers import LogitsProcessor, LogitsProcessorList
-
-    found: list[Tensor] = []
-
-    class Fixed(LogitsProcessor):
-        """Note the logits, and let every row continue with the same tokens, so that rows are comparable."""
-
-        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            found.append(scores.float().clone())
-            forced = torch.full_like(scores, -1e9)
-            forced[:, 7 + len(found)] = 0
-            return forced
-
-    with torch.inference_mode():
-        model.generate(  # type: ignore[operator]  # hidden by __getattr__ of nn.Module
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            logits_processor=LogitsProcessorList([Fixed()]),
-            max_new_tokens=_NEW,
-            min_new_tokens=None,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=None,
-            pad_token_id=pad_id,
-        )
-    return torch.stack(found)

@@ -14,6 +14,7 @@ from torch import Tensor
 from loraflow.adapters.targets import has_experts
 from loraflow.failures import BadModel
 from loraflow.training.collation import concatenated, packed
+from loraflow.training.generation_check import NO_ROW, errors_as_refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -183,7 +184,7 @@ def _computed(model: PreTrainedModel, inputs: Mapping[str, Tensor | int], comput
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast, errors_as_refusal(model, NO_ROW, "rows of any length"):
             logits: Tensor = model(**tensors, use_cache=False).logits
     finally:
         model.train(was_training)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loraflow.base.architecture import is_tested
+from loraflow.base.model_config import read_config
 from loraflow.hardware.device import device_name
 from loraflow.training.angles import separate_angles
 from loraflow.training.base_model import load_base
@@ -24,6 +25,7 @@ from loraflow.training.document_check import (
     refuse_padding_that_is_seen,
     refuse_seeing_later_tokens,
 )
+from loraflow.training.generation_check import refuse_other_generation
 from loraflow.training.setup import TrainingSetup
 from loraflow.training.trainer import BuiltTrainer
 
@@ -38,9 +40,7 @@ def build_trainer(setup: TrainingSetup) -> BuiltTrainer:
         BadConfig: the recipe and the hardware do not fit together.
         MissingExtra: a package that was asked for is not installed.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(setup.base, trust_remote_code=setup.config.base.trust_remote_code)
+    config = read_config(setup.base, trust=setup.config.base.trust_remote_code)
     engine = choose_engine(setup, config)
     setup = replace(setup, runtime=setup.runtime.model_copy(update={"engine": engine}))
     attention = choose_attention(setup, config)
@@ -76,11 +76,13 @@ def _check_model(setup: TrainingSetup, model: PreTrainedModel, *, is_concatenate
     """Compute some tokens, and refuse a model whose tokens depend on what they must not see.
 
     Raises:
-        BadModel: on later tokens, on padding, or on other documents.
+        BadModel: on later tokens, on padding, or on other documents; or it does not generate what it was trained for.
     """
     import torch
 
     pad_id, dtype = setup.tokenizer.pad_token_id, getattr(torch, setup.compute_dtype)
+    if not is_tested(model.config) and not is_concatenated:
+        refuse_other_generation(model, pad_id, compute_dtype=dtype)
     refuse_seeing_later_tokens(model, pad_id, is_concatenated=is_concatenated, compute_dtype=dtype)
     if is_concatenated or setup.rows.row_length is not None:
         refuse_leaking_documents(model, pad_id, is_concatenated=is_concatenated, compute_dtype=dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput
 
-from loraflow.base.architecture import is_tested
+from loraflow.base.architecture import is_tested, scales_logits_unknown_to_trl
 from loraflow.data.loss_mask import IGNORED
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def use_own_logits_where_trl_is_wrong(model: PreTrainedModel, compute_dtype: tor
     Returns:
         whether trl's were replaced. The model's own logits take more memory.
     """
-    if is_tested(model.config) or not _differs(model, compute_dtype):
+    if is_tested(model.config) or not (scales_logits_unknown_to_trl(model.config) or _differs(model, compute_dtype)):
         return False
     log.info("The loss is computed from the model's own logits: trl's head computes others for this architecture.")
     fused = model.forward

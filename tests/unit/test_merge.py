@@ -543,3 +543,49 @@ def test_merged_weights_that_are_not_finite_are_refused(tmp_path, quick_phi3, mo
     (tmp_path / "out").mkdir()
     with pytest.raises(BadModel, match="not finite"):
         merge(quick_phi3, adapter, tmp_path / "out")
+
+
+def logits_of(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 40)[None], use_cache=False).logits
+
+
+@pytest.mark.parametrize(
+    "tokens", [{"lm_head": [3, 5]}, {"lm_head": [3, 5], "embed_tokens": [3, 7]}, {"embed_tokens": [3, 7]}, [3, 5]]
+)
+def test_trained_tokens_of_tied_embeddings_give_the_adapter_s_logits(tmp_path, tokens):
+    """Where head and embeddings train other tokens, one weight for both would give each the other's, too."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+                         tie_word_embeddings=True)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    base = tmp_path / "base"
+    adapter = make_adapter(base, tmp_path / "adapter", trainable_token_indices=tokens, target_modules=["o_proj"])
+    change_tensors(adapter, lambda name, tensor: tensor + 0.3 if "trainable_tokens" in name else tensor)
+    (tmp_path / "out").mkdir()
+    assert merge(base, adapter, tmp_path / "out")["route"] == "peft"
+    expected = logits_of(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits_of(merged), expected)
+    assert merged.config.tie_word_embeddings == ("lm_head" not in tokens)
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["o_proj", "lm_head"]}])
+def test_two_kinds_of_updates_of_one_tied_head_are_refused_in_one_sentence(tmp_path, options):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+                         tie_word_embeddings=True)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    adapter = make_adapter(
+        tmp_path / "base",
+        tmp_path / "adapter",
+        **{"trainable_token_indices": [3, 5], "target_modules": ["o_proj"], **options},
+    )
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadModel, match="lm_head has two kinds of updates"):
+        merge(tmp_path / "base", adapter, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())

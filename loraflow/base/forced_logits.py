@@ -1,0 +1,55 @@
+"""The logits that `generate` of transformers computes, for a continuation that is fixed beforehand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+_FIRST = 8  # id of the first token of every continuation; the next ones follow it
+
+
+def continuation(tokens: int) -> range:
+    """Return the ids that every row goes on with."""
+    return range(_FIRST, _FIRST + tokens)
+
+
+def forced_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, pad_id: int, tokens: int) -> Tensor:
+    """Return the logits [tokens, rows, vocabulary] of the next tokens, in float32. All rows go on with `continuation`.
+
+    Args:
+        model: in evaluation mode.
+        ids: of the prompts, [rows, width], padded on the left.
+        mask: 0 where there is padding.
+        pad_id: of the padding.
+        tokens: how many are generated.
+    """
+    import torch
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    found: list[Tensor] = []
+
+    class Fixed(LogitsProcessor):
+        """Note the logits, and let every row continue with the same tokens, so that rows are comparable."""
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            forced = torch.full_like(scores, -1e4)
+            forced[:, _FIRST + len(found)] = 0
+            found.append(scores.float().clone())
+            return forced
+
+    with torch.no_grad():  # a module may keep a tensor of inference mode, which no later training step could save
+        model.generate(  # type: ignore[operator]  # hidden by __getattr__ of nn.Module
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            logits_processor=LogitsProcessorList([Fixed()]),
+            max_new_tokens=tokens,
+            min_new_tokens=None,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=None,
+            pad_token_id=pad_id,
+        )
+    return torch.stack(found)
