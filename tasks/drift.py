@@ -14,7 +14,7 @@ from loraflow.execution.workspace import Workspace
 from loraflow.failures import Failure
 from loraflow.registry.champions import lineage
 from loraflow.stages import CHECK_DATASET
-from loraflow.store import Ref
+from loraflow.store import Ref, require_intact
 
 if TYPE_CHECKING:
     from loraflow.data.compare_rows import CheckedRows
@@ -68,6 +68,7 @@ def _read(workspace: Workspace, rows: Ref) -> CheckedRows:
     for name in ("train.jsonl", "validation.jsonl"):
         found.add(store.read(rows, name))
     dataset = store.manifest(rows).input_refs(store.uri)["dataset"]
+    require_intact(store, dataset, workspace.memo)  # a damaged one must not decide whether to train
     folder = store.path(dataset) / "files"
     for name in match_files(folder, ["*"]):
         count_fields(folder, name, found.version)

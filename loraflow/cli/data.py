@@ -154,15 +154,15 @@ def show_row(recipe: str, row: int, sets: tuple[str, ...]) -> None:
     from loraflow.config.stage_configs import TokenizeConfig
     from loraflow.data.loss_mask import ChatTemplate
     from loraflow.data.mask_view import masked_row
-    from loraflow.execution.runner import run_stage
+    from loraflow.execution.runner import intact_result, run_stage
     from loraflow.execution.workspace import Workspace
     from loraflow.stages import CHECK_DATASET, RESOLVE_BASE, VERSION_DATASET
 
     workspace = Workspace(load_recipe(recipe, parse_overrides(sets)))
     store = workspace.store
     with store.reader_lock():
-        rows = run_stage(workspace, CHECK_DATASET, dataset=run_stage(workspace, VERSION_DATASET))
-        base = run_stage(workspace, RESOLVE_BASE)
+        rows = intact_result(workspace, CHECK_DATASET, dataset=run_stage(workspace, VERSION_DATASET))
+        base = intact_result(workspace, RESOLVE_BASE)
         config = TokenizeConfig.from_recipe(workspace.recipe, workspace)
         shown = masked_row(store.path(rows) / "train.jsonl", row, ChatTemplate(store.path(base)), config)
         workspace.save()

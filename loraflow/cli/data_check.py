@@ -86,13 +86,13 @@ def _of_recipe(recipe: str, *, personal: bool) -> CheckedSource:
     from loraflow.data.check import assign_files
     from loraflow.data.thinking import with_thinking
     from loraflow.data.tools import dataset_tools
-    from loraflow.execution.runner import run_stage
+    from loraflow.execution.runner import intact_result
     from loraflow.execution.workspace import Workspace
     from loraflow.stages import VERSION_DATASET
 
     workspace = Workspace(load_recipe(recipe))
     with workspace.store.reader_lock():
-        folder = workspace.store.path(run_stage(workspace, VERSION_DATASET)) / "files"
+        folder = workspace.store.path(intact_result(workspace, VERSION_DATASET)) / "files"
         workspace.save()
     config = CheckDatasetConfig.from_recipe(workspace.recipe, workspace)
     rules = {**default_rules(personal=personal), **config.profile}

@@ -74,6 +74,7 @@ def _of_run(name: str, store: Store) -> Version:
     from loraflow.data.compare import read_files
     from loraflow.data.readers import match_files
     from loraflow.registry.runs import read_run
+    from loraflow.store import hash_memo, require_intact
 
     record = read_run(store, name)
     if record is None:
@@ -86,6 +87,7 @@ def _of_run(name: str, store: Store) -> Version:
             where=name,
             next_step="name the git revision of its .dvc file instead",
         )
+    require_intact(store, ref, hash_memo(store))
     data = record.section("data")
     columns, form = data.get("columns"), data.get("format")
     folder = store.path(ref) / "files"

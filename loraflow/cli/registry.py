@@ -105,7 +105,7 @@ def sign_log(context: click.Context, key: str, store: str | None, model: str | N
     log.entries(all_runs=True)
     if log.last_seen is None or not log.last_seen.seq:
         raise BadConfig("There is no entry to sign.", where=f"registry of {log.model}", next_step="loraflow registry")
-    sign(opened, log.model, log.last_seen, key)
+    sign(opened, log.model, log.last_seen, key, log.hashes)
     click.echo(f"signed: entry {log.last_seen.seq} of {log.model} with hash {log.last_seen.hash}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,8 +114,11 @@ def _write(file: Path, old: bytes, new: bytes) -> None:
     present = target.read_bytes() if target.exists() else b""
     if present != old:
         raise BadConfig(f"{file} was changed in the meantime.", where=str(file), next_step="run loraflow upgrade again")
-    temporary = target.with_name(f".{target.name}.upgrade")
-    temporary.write_bytes(new)
-    if target.exists():
-        temporary.chmod(target.stat().st_mode & 0o777)
-    os.replace(temporary, target)
+    temporary = target.with_name(f".{target.name}.upgrade-{secrets.token_hex(4)}")  # of this process alone
+    try:
+        temporary.write_bytes(new)
+        if target.exists():
+            temporary.chmod(target.stat().st_mode & 0o777)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from loraflow.config import Recipe
@@ -9,9 +10,12 @@ from loraflow.execution.cache import look_up
 from loraflow.execution.deal import deal_for_scores
 from loraflow.execution.launcher import run_job
 from loraflow.execution.workspace import Workspace
+from loraflow.failures import CorruptArtifact
 from loraflow.serving.models import Model, find_model
 from loraflow.stages import CHECK_DATASET, DEAL_ROWS, EVALUATE, RESOLVE_BASE, VERSION_DATASET, Stage
 from loraflow.store import Ref, require_intact
+
+log = logging.getLogger("loraflow")
 
 
 def run_stage(workspace: Workspace, stage: Stage, seed: int | None = None, /, **inputs: Ref) -> Ref:
@@ -30,6 +34,24 @@ def run_stage(workspace: Workspace, stage: Stage, seed: int | None = None, /, **
     for ref in inputs.values():
         require_intact(store, ref)
     return run_job(job, store)
+
+
+def intact_result(workspace: Workspace, stage: Stage, **inputs: Ref) -> Ref:
+    """Run a stage, if it is not cached, and hash its result: for whoever reads the files, and not through a stage.
+
+    A damaged artifact is moved to the quarantine, and computed again.
+
+    Raises:
+        CorruptArtifact: it is damaged again.
+    """
+    ref = run_stage(workspace, stage, **inputs)
+    try:
+        require_intact(workspace.store, ref, workspace.memo)
+    except CorruptArtifact as failure:
+        log.warning("%s", failure)
+        ref = run_stage(workspace, stage, **inputs)
+        require_intact(workspace.store, ref, workspace.memo)
+    return ref
 
 
 def score_model(recipe: Recipe, model: str) -> tuple[Workspace, Model, Ref]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from loraflow.store.files import HashMemo, is_inside, json_bytes
 log = logging.getLogger("loraflow")
 MARKER = "backup.json"  # in the copy: which store it is a copy of
 _REGISTRY = "registry/"
+_NUMBERED = re.compile(r"(registry/[^/]+/(?:log|looks|deals)/)(\d+)\.json")  # that refer to those before, and to others
 
 
 class Copied(NamedTuple):
@@ -56,7 +58,7 @@ def back_up(store: Store, target: Path) -> Iterator[Copied]:
             PromotionLog(store, model).entries(all_runs=True)
         for model in models_with_looks(store):
             LookRecord(store, model).entries(all_runs=True)
-        registry = store.read_documents(_REGISTRY)
+        registry = _read_registry(store)
         yield from _copy_artifacts(store, copy)
     _write_documents(copy, registry)
     for name in copy.documents(_REGISTRY):  # entries whose loss was accepted
@@ -64,6 +66,25 @@ def back_up(store: Store, target: Path) -> Iterator[Copied]:
             copy.remove_document(name)
     _write_documents(copy, anchors)
     _write_documents(copy, runs)
+
+
+def _read_registry(store: Store) -> dict[str, bytes]:
+    """Read the registry's documents, as they were at one moment.
+
+    The listing of a folder may lack a file that is written meanwhile, and have a later one; and one folder is listed before
+    another. So all are read twice: the second time has all that the first one names, and all that this refers to. Entries,
+    looks and deals that are newer than the first time are left out.
+    """
+    last = dict[str, int]()
+    for name in store.documents(_REGISTRY):
+        if numbered := _NUMBERED.fullmatch(name):
+            last[numbered[1]] = max(last.get(numbered[1], 0), int(numbered[2]))
+    found = {}
+    for name, data in store.read_documents(_REGISTRY).items():
+        numbered = _NUMBERED.fullmatch(name)
+        if numbered is None or int(numbered[2]) <= last.get(numbered[1], 0):
+            found[name] = data
+    return found
 
 
 def _write_documents(copy: LocalStore, documents: Mapping[str, bytes]) -> None:

@@ -99,7 +99,7 @@ class DealRecord:
             outside, size = _sizes(entries, rows, wanted)
             digest = self._write_rows(found.keys)
             new = Deal(
-                seq=max((entry.seq for entry in entries), default=0) + 1,
+                seq=len(entries) + 1,
                 model=self._model,
                 challenger=challenger,
                 reserve=wanted.reserve,
@@ -110,8 +110,7 @@ class DealRecord:
                 actor=actor,
                 time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             )
-            name = f"{self._folder}{new.seq:06d}.json"
-            if self._store.create_document(name, json_bytes({**new.model_dump(), "hash": new.hash})):
+            if self._store.create_document(self._name(new.seq), json_bytes({**new.model_dump(), "hash": new.hash})):
                 return found
 
     def preview(self, challenger: str | None, rows: Sequence[ReserveRow], scored: Scored, wanted: Wanted) -> DealtRows:
@@ -150,7 +149,13 @@ class DealRecord:
 
     def _read(self) -> tuple[list[Deal], dict[str, frozenset[str]]]:
         """Return the deals, oldest first, and the keys of their rows by digest."""
-        found = []
+        try:
+            return self._read_once()
+        except DamagedLog:  # a listing can miss a file that another process adds at this moment
+            return self._read_once()
+
+    def _read_once(self) -> tuple[list[Deal], dict[str, frozenset[str]]]:
+        found: list[Deal] = []
         for name, content in sorted(self._store.read_documents(self._folder, ".json").items()):
             try:
                 values = JSON_OBJECT.validate_json(content)
@@ -160,6 +165,8 @@ class DealRecord:
                 raise self._damaged(name, "a deal of held-out rows", str(error).splitlines()[0]) from error
             if claimed != entry.hash or entry.model != self._model:
                 raise self._damaged(name, f"values with the hash {str(claimed)[:12]}", f"the hash {entry.hash[:12]}")
+            if entry.seq != len(found) + 1 or name != self._name(entry.seq):  # its rows would count as fresh
+                raise self._damaged(self._name(len(found) + 1), f"deal {len(found) + 1}", f"deal {entry.seq} in {name}")
             found.append(entry)
         stored = self._store.read_documents(self._rows, ".json") if found else {}
         return found, {digest: self._keys(digest, stored) for digest in {entry.rows for entry in found}}
@@ -179,6 +186,9 @@ class DealRecord:
         digest = _digest(sorted(keys))
         self._store.create_document(f"{self._rows}{digest}.json", json_bytes(sorted(keys)))
         return digest
+
+    def _name(self, seq: int) -> str:
+        return f"{self._folder}{seq:06d}.json"
 
     def _damaged(self, name: str, expected: str, got: str) -> DamagedLog:
         return DamagedLog(

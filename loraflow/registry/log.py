@@ -258,12 +258,20 @@ class PromotionLog:
     def _anchor(self, head: LogHead) -> None:
         """Write the anchor, unless another writer has appended an entry and written it since.
 
+        Another writer may do both between the look at its anchor and the write of this one. So the log is read again
+        afterwards: whoever writes last names the last entry.
+
         If that fails, the entry is valid nevertheless, and the next append writes the anchor.
         """
         try:
-            known = self._known(all_runs=False)
-            if known.anchor is None or known.anchor.head.seq <= head.seq or not known.anchor.is_met_by(self._hashes()):
-                write_anchor(self.store, self.model, head)
+            while True:
+                anchor, hashes = self._known(all_runs=False).anchor, self.hashes()
+                if anchor is None or anchor.head.seq <= head.seq or not anchor.is_met_by(hashes):
+                    write_anchor(self.store, self.model, head)
+                newest = _head(self._read().entries)
+                if newest.seq <= head.seq:
+                    return
+                head = newest
         except (Failure, OSError) as error:
             log.warning("entry %d is written, but not its anchor: %s", head.seq, error)
 
@@ -272,11 +280,12 @@ class PromotionLog:
         key = signing_key()
         if key is not None:
             try:
-                sign(self.store, self.model, head, key)
+                sign(self.store, self.model, head, key, self.hashes)
             except (Failure, OSError) as error:
                 log.warning("entry %d is written, but not signed: %s", head.seq, error)
 
-    def _hashes(self) -> list[str]:
+    def hashes(self) -> list[str]:
+        """Return the hashes of the intact entries, read now."""
         return [entry.hash for entry in self._read().entries]
 
     def active_promotions(self) -> list[Entry]:

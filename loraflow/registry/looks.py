@@ -316,10 +316,21 @@ class LookRecord:
         return _Anchor(seq=claim.head.seq, hash=claim.head.hash) if claim is not None else None
 
     def _anchor(self, head: LogHead, digests: Collection[str]) -> None:
-        """Write the anchor, unless another process has recorded a look since."""
-        anchor = self._read_anchor()
-        if anchor is None or anchor.seq <= head.seq:
-            self._write_anchor(head, digests)
+        """Write the anchor, unless another process has recorded a look since.
+
+        Another process may do that between the look at its anchor and the write of this one. So the record is read again
+        afterwards: whoever writes last names the last look.
+        """
+        rows = set(digests)
+        while True:
+            anchor = self._read_anchor()
+            if anchor is None or anchor.seq <= head.seq:
+                self._write_anchor(head, rows | (anchor or _NO_ANCHOR).known)
+            looks = self._read().looks
+            if len(looks) <= head.seq:
+                return
+            head = _head(looks)
+            rows |= {look.rows for look in looks}
 
     def _write_anchor(self, head: LogHead, digests: Collection[str]) -> None:
         accepted = len(read_losses(self.store, self.model).intact)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,14 +55,17 @@ def signed_models(store: Store) -> set[str]:
     return {parts[1] for parts in names if len(parts) == 3 and parts[2] == _FILE}
 
 
-def sign(store: Store, model: str, head: LogHead, key: str) -> None:
+def sign(store: Store, model: str, head: LogHead, key: str, hashes: Callable[[], Sequence[str]]) -> None:
     """Sign the last entry of a log, and with it all entries before.
+
+    The signature of a later entry, which another process wrote meanwhile, is kept: it covers this one too.
 
     Args:
         store: has the log.
         model: its name.
         head: the last entry.
         key: file of a private SSH key, or of the public one if ssh-agent has the private one.
+        hashes: reads the hashes of the log's entries, oldest first.
 
     Raises:
         BadConfig: there is no ssh-keygen, or it cannot sign with the key.
@@ -73,7 +76,18 @@ def sign(store: Store, model: str, head: LogHead, key: str) -> None:
     except _Refused as refused:
         raise BadConfig("ssh-keygen refuses the key.", where=key, got=str(refused)) from refused
     document = _Signed(seq=head.seq, hash=head.hash, signature=signature.decode())
-    store.write_document(_name(model), json_bytes(document.model_dump()))
+    with store.lock("signature", model):
+        present = _read(store, model)
+        if present is None or present.seq <= head.seq or hashes()[present.seq - 1 : present.seq] != [present.hash]:
+            store.write_document(_name(model), json_bytes(document.model_dump()))
+
+
+def _read(store: Store, model: str) -> _Signed | None:
+    """Return the stored signature; None if there is none, or it cannot be read."""
+    try:
+        return _Signed.model_validate_json(store.read_document(_name(model)) or b"")
+    except ValueError:  # pydantic's error is one
+        return None
 
 
 def check_signature(store: Store, model: str, hashes: Sequence[str], signers: Path) -> Signed:

@@ -67,7 +67,12 @@ def test_a_run_is_compared_by_the_files_and_columns_that_it_read(tmp_path):
     }
     documents = {f"runs/{run}.json": json.dumps(record).encode()}
     store = SimpleNamespace(
-        read_document=documents.get, find=lambda *_: "ref", path=lambda _: tmp_path / "artifact", uri="s"
+        read_document=documents.get,
+        find=lambda *_: "ref",
+        path=lambda _: tmp_path / "artifact",
+        uri="s",
+        scratch=tmp_path,
+        fetch=lambda *_: [],
     )
     old, new = version_of(run, "data.dvc", store), version_of(str(tmp_path / "new.jsonl"), "data.dvc", store)
     assert "10 → 9 rows, 1 added, 2 removed, 1 edited" in next(difference_lines(old, new))

@@ -226,6 +226,21 @@ def texts(store, ref):
     return store.read(ref, "heldout.jsonl").decode().splitlines()
 
 
+@pytest.mark.parametrize("harm", ["lost", "swapped", "copied"])
+def test_a_deal_that_is_lost_or_in_the_place_of_another_stops_the_run(record, store, harm):
+    for number in range(3):
+        take(record, f"m{number}")
+    first, second = (store.root / f"registry/tickets/deals/00000{number}.json" for number in (1, 2))
+    old, new = first.read_bytes(), second.read_bytes()
+    if harm == "lost":
+        first.unlink()
+    else:
+        first.write_bytes(new)
+        second.write_bytes(old if harm == "swapped" else new)
+    with pytest.raises(DamagedLog, match="000001"):
+        take(record, "m3")
+
+
 def test_scores_depend_on_the_dealt_rows_and_on_no_other_row(recipe, dataset):
     settings = {"data.heldout_reserve": 16}
     workspace, rows = checked(recipe, settings)
