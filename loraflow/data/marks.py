@@ -6,13 +6,15 @@ A mark is honoured or refused, in any spelling: CSV has only text, and spreadshe
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 
 from pydantic import JsonValue
 
 from loraflow.data.chats import BadRow
+from loraflow.data.json_text import strict_json
 from loraflow.data.labels import Labels, as_number, is_absent, label_side, reads_like_a_judgement
 
 # Keys in lower case with underscores. Of these, 0 and false exclude an answer; other numbers multiply its loss.
@@ -53,16 +55,26 @@ _UNCLEAR = frozenset({"mask", "training_detail", "train_detail"})
 _GOOD = _VERDICTS | _WORD_VERDICTS
 _JUDGEMENTS = _GOOD | _BAD_VERDICTS | _WORD_BAD_VERDICTS
 _KEYS = _WEIGHTS | _EXCLUSIONS | _LABELS | _JUDGEMENTS | _UNCLEAR
+# Two answers of a preference pair, or two judgements of one answer: better → worse.
+_PAIRS = {
+    "chosen": ("rejected",),
+    "preferred": ("rejected", "dispreferred"),
+    "accepted": ("rejected",),
+    "good": ("bad",),
+    "correct": ("incorrect", "wrong"),
+}
 # Objects beside an answer, whose marks count only if they exclude it: a weight in there may be that of a product.
 _CONTAINERS = frozenset({
     "metadata", "meta", "extra", "info", "annotation", "annotations", "attributes", "properties", "flags", "options",
-    "additional_info", "extra_info", "custom",
+    "additional_info", "extra_info", "custom", "meta_data", "metainfo", "meta_info", "feedback", "review", "reviews",
+    "quality", "moderation", "evaluation", "judgement", "judgment", "verdict",
 })  # fmt: skip
 # A row's `loss` or `train` with other values than true and false may be a measurement, or a split.
 _ROW_WEIGHTS = frozenset({
     "weight", "weights", "loss_weight", "sample_weight", "loss_scale", "loss_multiplier", "example_weight",
 })  # fmt: skip
 MAX_WEIGHT = 10
+_MAX_PYTHON = 20_000  # characters of an object in Python's notation; a longer text is none
 
 
 class MarkedFalse(BadRow):
@@ -84,7 +96,9 @@ def _normal(key: str) -> str:
     return _WORDS.sub("_", key.strip().rstrip("?")).lower()
 
 
-def answer_weight(values: Mapping[str, JsonValue], where: str, used: set[str], labels: Labels) -> float:
+def answer_weight(
+    values: Mapping[str, JsonValue], where: str, used: set[str], labels: Labels, answers: Collection[str] = ()
+) -> float:
     """Return the weight of an answer in the loss by the marks of its row or message: their product, 1 without any.
 
     Args:
@@ -92,13 +106,15 @@ def answer_weight(values: Mapping[str, JsonValue], where: str, used: set[str], l
         where: the message, for the problem's text; empty for a row.
         used: the keys that are read as marks are added to it.
         labels: tells whether a label is a class.
+        answers: the columns of a row that are read as texts, such as `chosen`; beside it, `rejected` is a text too.
 
     Raises:
         BadRow: a mark is unclear, or a weight is not between 0 and 10.
     """
     weight = 1.0
+    texts = set() if where else _answer_texts(values, labels, answers)
     for key, value in values.items():
-        if not isinstance(key, str):
+        if not isinstance(key, str) or key in texts:
             continue
         name = _normal(key)
         if _container_excludes(_contained(key, name, value)):
@@ -122,23 +138,85 @@ def excludes(key: str, value: JsonValue) -> bool:
         return False
 
 
-def _contained(key: str, name: str, value: JsonValue) -> Mapping[str, JsonValue]:
-    """Return the members of an object beside an answer: also of one that was flattened to the columns meta.weight, …"""
-    if name in _CONTAINERS:
-        return value if isinstance(value, dict) else {}
+def _answer_texts(values: Mapping[str, JsonValue], labels: Labels, answers: Collection[str]) -> set[str]:
+    """Return the keys of a row that are no marks, because their texts are the answers of a preference pair.
+
+    Raises:
+        BadRow: the two keys of a pair may be answers or marks.
+    """
+    names = {_normal(key): key for key in values if isinstance(key, str)}
+    if names.keys().isdisjoint(_BAD_VERDICTS):
+        return set()
+    read, found = {_normal(key) for key in answers}, set[str]()
+    for better, worse in ((better, worse) for better, others in _PAIRS.items() for worse in others if worse in names):
+        other = names[worse]
+        if not isinstance(values[other], str):
+            continue
+        if better in read:
+            found.add(other)
+        elif better in names and all(_is_verdict_text(values[key]) for key in (names[better], other)):
+            what = labels.of_pair(names[better], other)
+            if what == "unclear":
+                raise BadRow(
+                    f"{names[better]} {_shown(values[names[better]])} and {other} {_shown(values[other])} may be two answers, "
+                    f"or say whether the answer is right; set data.columns: {{completion: {names[better]}}} if they are "
+                    "answers, else write true and false"
+                )
+            found.update((names[better], other) if what == "answers" else ())
+    return found
+
+
+def _is_verdict_text(value: JsonValue) -> bool:
+    return isinstance(value, str) and label_side(value) in (True, False)
+
+
+def _contained(key: str, name: str, value: JsonValue) -> Iterator[Mapping[str, JsonValue]]:
+    """Yield the objects beside an answer that a key has: of one that was flattened to the columns meta.weight, … too."""
+    if name.removesuffix("_json") in _CONTAINERS:
+        yield from _objects(value)
+        return
     container, found, member = key.partition(".")
-    return {member: value} if found and _normal(container) in _CONTAINERS else {}
+    if found and _normal(container) in _CONTAINERS:
+        yield {member: value}
 
 
-def _container_excludes(values: Mapping[str, JsonValue]) -> bool:
+def _objects(value: JsonValue) -> Iterator[Mapping[str, JsonValue]]:
+    """Yield an object, or the objects of a list; tables have them as text, in JSON's or Python's notation."""
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        value = _parsed(value)
+    if isinstance(value, dict):
+        yield value
+    for item in value if isinstance(value, list) else ():
+        if isinstance(item, dict):
+            yield item
+
+
+def _parsed(text: str) -> JsonValue:
+    try:
+        return strict_json(text)
+    except ValueError:
+        pass
+    try:
+        value: JsonValue = ast.literal_eval(text.strip()[:_MAX_PYTHON])
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None  # a text
+    return value
+
+
+def _container_excludes(containers: Iterable[Mapping[str, JsonValue]]) -> bool:
     """Tell whether an object beside an answer, such as `metadata`, has a mark that excludes the answer."""
-    for key, value in values.items():
-        name = _normal(key) if isinstance(key, str) else ""
-        if (name in _WEIGHTS and as_number(value) == 0) or (name in _EXCLUSIONS and as_number(value) == 1):
-            return True
-        if name in _JUDGEMENTS and _verdict(name, value) is False:
-            return True
-    return False
+    return any(_member_excludes(key, value) for members in containers for key, value in members.items())
+
+
+def _member_excludes(key: JsonValue, value: JsonValue) -> bool:
+    if not isinstance(key, str):
+        return False
+    name = _normal(key)
+    if (name in _WEIGHTS and as_number(value) == 0) or (name in _EXCLUSIONS and as_number(value) == 1):
+        return True
+    if name in _JUDGEMENTS:
+        return _verdict(name, value) is False
+    return isinstance(value, dict | list | str) and _container_excludes(_contained(key, name, value))
 
 
 def _verdict(name: str, value: JsonValue) -> bool | None:

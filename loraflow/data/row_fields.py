@@ -86,7 +86,7 @@ class RowFields:
             return 1.0
         read = {*self._used, *self._columns.values()}
         others = {key: value for key, value in self.row.items() if key not in read}
-        return answer_weight(others, "", self._used, self.labels)
+        return answer_weight(others, "", self._used, self.labels, read)
 
     def turns(
         self, column: str, items: list[RawRow], roles: tuple[str, ...], contents: tuple[str, ...], first: int = 1

@@ -61,6 +61,11 @@ def refuse_unsaved(path: Path) -> None:
         )
 
 
+def plain_query(query: str | None) -> str | None:
+    """Return a query by which equal ones are recognised: without differences of white space and a final semicolon."""
+    return None if query is None else " ".join(query.split()).rstrip("; ")
+
+
 def _statement(database: sqlite3.Connection, name: str, query: str | None) -> str:
     tables = [
         row[0]
