@@ -204,9 +204,7 @@ class CheckDatasetConfig(StageConfig):
         is_held_out = bool(data.heldout) or any(source.split == "heldout" for source in data.sources)
         if not is_held_out:
             fields.add("heldout_fraction")
-        if not is_held_out or data.validation_fraction or data.sources:
-            fields.add("seed")
-        elif data.limit and data.seed:  # 0 is the default of the stage: recipes without a seed keep their fingerprint
+        if not is_held_out or data.validation_fraction or data.sources or (data.limit and data.seed):
             fields.add("seed")
         if data.group is not None:
             fields.add("group")

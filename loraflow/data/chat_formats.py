@@ -19,6 +19,7 @@ from loraflow.data.cell_values import is_chat_as_text, is_missing, parsed_list, 
 from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
+from loraflow.data.preference_pairs import refuse_rejected
 from loraflow.data.row_fields import ASSISTANT, FUNCTION_CALL, RawRow, RowFields, Turn, has_value, objects
 from loraflow.data.tools import fitting_calls, read_calls, read_tools
 
@@ -85,6 +86,8 @@ def read_chat(
     refuse_media(fields.row, [turn.content for turn in turns])
     row_weight = 1.0 if fields.row.keys() <= _FORMAT_KEYS else fields.row_weight()
     messages = _checked(turns, _tools(fields, tools))
+    if row_weight and not fields.row.keys() <= _FORMAT_KEYS:
+        refuse_rejected(fields.row, messages, tuple(columns.values()))
     if not row_weight:
         raise MarkedFalse("the row is marked as not to be learned")
     learned, weights = _marked(turns, row_weight, messages)

@@ -86,6 +86,11 @@ def reads_like_a_judgement(value: JsonValue) -> bool:
     return isinstance(value, str) and _kind(value) in ("like_true", "like_false", "true", "false")
 
 
+def judges_badly(value: str) -> bool:
+    """Tell whether a text says that an answer is wrong, misspelled or in another language."""
+    return _kind(value) == "like_false"
+
+
 def is_absent(value: JsonValue) -> bool:
     """Tell whether a mark has no value: null, a blank cell, pandas' NaN."""
     if isinstance(value, float):
