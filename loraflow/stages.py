@@ -187,6 +187,7 @@ TOKENIZE = Stage(
         "loraflow.data.tokenization",
         "loraflow.data.chunk_encoder",
         "loraflow.data.positions",
+        "loraflow.data.token_cache",
         "loraflow.data.token_files",
         "loraflow.data.token_report",
         "loraflow.data.mask_view",

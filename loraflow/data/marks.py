@@ -142,8 +142,8 @@ def _objects(value: JsonValue, name: str = "") -> Iterator[Mapping[str, JsonValu
         yield value
     if not isinstance(value, list):
         return
-    if all(isinstance(item, tuple) and len(item) == 2 for item in value):  # a map of Parquet
-        yield dict(value)
+    items: list[object] = list(value)
+    yield {item[0]: item[1] for item in items if isinstance(item, tuple) and len(item) == 2}  # a map of Parquet
     for item in value:
         if isinstance(item, dict):
             yield item

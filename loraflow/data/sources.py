@@ -108,7 +108,8 @@ def _limited(
     draws = np.fromiter((draw(key, seed, f"limit of {source.name}") for key in keys), np.uint64, len(numbers))
     taken = np.sort(np.argsort(draws, kind="stable")[: source.limit])  # as `sample` does, with 16 bytes a row
     _count(counts, "over_limit", len(numbers) - len(taken))
-    return numbers[taken].tolist()
+    found: list[int] = numbers[taken].tolist()
+    return found
 
 
 def repeated(columns: Columns, rows: Rows, config: CheckDatasetConfig) -> Rows:
