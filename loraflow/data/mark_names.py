@@ -37,8 +37,23 @@ BAD_VERDICTS = _with_is(
     "dropped", "hidden", "disabled", "delete", "to_delete", "do_not_use", "dont_use", "quarantined",
 )  # fmt: skip
 # Of these, a number may be a count of votes, or the number of an answer.
-WORD_VERDICTS = _with_is("chosen", "preferred", "passed", "thumbs_up", "upvoted", "liked")
-WORD_BAD_VERDICTS = _with_is("failed", "thumbs_down", "downvoted", "disliked", "hallucination", "hallucinated")
+WORD_VERDICTS = _with_is(
+    "chosen",
+    "preferred",
+    "passed",
+    "thumbs_up",
+    "upvoted",
+    "liked",
+    "selected",
+    "best",
+    "helpful",
+    "accurate",
+    "factual",
+    "faithful",
+)
+WORD_BAD_VERDICTS = _with_is(
+    "failed", "thumbs_down", "downvoted", "disliked", "hallucination", "hallucinated", "unhelpful", "inaccurate"
+)
 # The meaning of these depends on the tool: `mask: 1` is learned in some, and left out in others.
 UNCLEAR = frozenset({"mask", "training_detail", "train_detail"})
 GOOD = VERDICTS | WORD_VERDICTS

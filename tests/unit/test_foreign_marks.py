@@ -70,7 +70,7 @@ WRONG = [
     {"quality": "bad"}, {"verdict": "Incorrect"}, {"judgement": "wrong"}, {"review": "Rejected"}, {"status": "rejected"},
     {"state": "deleted"}, {"correctness": "incorrect"}, {"human_label": "bad"}, {"isAnswerCorrect": False},
     {"answer_correct": "no"}, {"response_is_valid": "No"}, {"is_wrong_answer": True}, {"label_correct": 0}, {"ok": "no"},
-    {"do_not_use": True}, {"hallucination": "yes"}, {"vote": "down"}, {"feedback": "👎"}, {"feedback": {"thumbs_up": False}},
+    {"do_not_use": True}, {"is_best_answer": False}, {"selected": "no"}, {"helpful": False}, {"hallucination": "yes"}, {"vote": "down"}, {"feedback": "👎"}, {"feedback": {"thumbs_up": False}},
     {"feedback": {"rating": "bad"}}, {"metadata": '{"train": false}'}, {"metadata": "{'correct': 'no'}"},
     {"meta_json": '[{"valid": false}]'}, {"metadata": {"quality": {"correct": False}}}, {"annotations": [{"correct": "no"}]},
     {"metadata": '{"annotations": "[{\\"correct\\": false}]"}'},
@@ -92,7 +92,7 @@ RIGHT = [
     {"quality": "good"}, {"status": "open"}, {"state": "off"}, {"verdict": "false"}, {"rating": 1}, {"vote": "up"},
     {"correctness": 0}, {"correct_answer": "no"}, {"wrong_answer": "yes"}, {"metadata": '{"train": true}'},
     {"metadata": "{not json"}, {"correct.responses": ["yes"]}, {"responses.status": ["submitted", "discarded"]},
-    {"product": {"train": False}}, {"use": "at home"}, {"feedback": "negative"},
+    {"product": {"train": False}}, {"selected": 0}, {"best": "the answer"}, {"helpful": 0}, {"use": "at home"}, {"feedback": "negative"},
 ]  # fmt: skip
 
 
