@@ -24,20 +24,21 @@ def lines(numbers) -> list[str]:
     ]
 
 
-def cut(folder: Path, numbers) -> list[list[str]]:
+def cut(folder: Path, rows: list[str]) -> list[list[str]]:
     file = folder / "rows.jsonl"
-    file.write_text("".join(lines(numbers)))
-    return list(segments(file))
+    file.write_text("".join(rows))
+    found = list(segments(file))
+    assert [line for segment in found for line in segment] == rows
+    return found
 
 
-@pytest.mark.parametrize("at", [0, 10_000, 20_000])
-def test_rows_that_are_added_anywhere_change_few_segments(tmp_path, at):
-    rows, more = list(range(20_000)), list(range(50_000, 50_200))
+def test_rows_that_are_added_anywhere_change_few_segments(tmp_path):
+    rows, more = lines(range(20_000)), lines(range(50_000, 50_200))
     before = {key_of_rows(b"", segment) for segment in cut(tmp_path, rows)}
-    after = cut(tmp_path, [*rows[:at], *more, *rows[at:]])
-    assert [line for segment in after for line in segment] == lines([*rows[:at], *more, *rows[at:]])
-    new = sum(len(segment) for segment in after if key_of_rows(b"", segment) not in before)
-    assert new <= 0.03 * len(rows) + token_cache.MEAN_ROWS and max(map(len, after)) <= token_cache.MAX_ROWS
+    for at in (0, 10_000, 20_000):
+        after = cut(tmp_path, [*rows[:at], *more, *rows[at:]])
+        new = sum(len(segment) for segment in after if key_of_rows(b"", segment) not in before)
+        assert new <= 0.03 * len(rows) + token_cache.MEAN_ROWS and max(map(len, after)) <= token_cache.MAX_ROWS
 
 
 def test_the_key_of_rows_is_their_content_and_not_their_place():
@@ -115,8 +116,8 @@ def test_appended_rows_alone_are_encoded_and_the_result_is_that_without_a_cache(
     assert first[0] == 3000 and tokenized(tmp_path, range(3000), cache) == (0, first[1])
     count, batches = tokenized(tmp_path, range(3030), cache)
     assert count <= 30 + token_cache.MAX_ROWS and batches == tokenized(tmp_path, range(3030), None)[1]
-    shorter = tokenized(tmp_path, range(3000), cache, max_length=86)
-    assert shorter[0] == 0 and shorter[1] == tokenized(tmp_path, range(3000), None, max_length=86)[1] != first[1]
+    shorter = tokenized(tmp_path, range(3000), cache, max_length=75)
+    assert shorter[0] == 0 and shorter[1] == tokenized(tmp_path, range(3000), None, max_length=75)[1] != first[1]
 
 
 def test_a_damaged_entry_is_named_removed_and_computed_again(tmp_path, caplog):
