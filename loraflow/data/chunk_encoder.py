@@ -167,7 +167,7 @@ def _chunk(lines: list[str], rows: EncodedRows, *, is_new: bool) -> Chunk:
         problems.add("nothing_to_learn", places[number])
     kept &= ~nothing
     lengths = np.where(kept, lengths, 0).astype(np.int32)
-    is_in = _of_rows(starts, lengths, rows.lengths)
+    is_in = slice(None) if np.array_equal(lengths, rows.lengths) else _of_rows(starts, lengths, rows.lengths)
     weights = None if rows.weights is None else rows.weights[is_in]
     batch = TokenBatch(rows.ids[is_in], rows.labels[is_in], lengths[kept], weights)
     return Chunk(batch, kept, problems, rows.lengths, long_rows(places, rows.lengths.tolist()), is_new)

@@ -25,6 +25,7 @@ from loraflow.job import Job
 FORMAT = 1  # of the entries
 MEAN_ROWS = 256  # of a segment
 MAX_ROWS = 1024
+MAX_CHARACTERS = 4_000_000  # of a segment, but for its last row: the arrays of long documents must fit into memory
 _CONTENT = ', "messages": '  # of a row begins here; what stands before it is its id, set and place
 
 
@@ -117,12 +118,15 @@ def key_of_rows(of_job: bytes, lines: Iterable[str]) -> str:
 def segments(source: Path) -> Iterator[list[str]]:
     """Yield the lines of a file of checked rows, cut into segments by their content."""
     lines: list[str] = []
+    characters = 0
     with source.open(encoding="utf-8") as file:
         for line in file:
             lines.append(line)
-            if len(lines) == MAX_ROWS or zlib.crc32(_content(line)) % MEAN_ROWS == 0:
+            characters += len(line)
+            is_full = len(lines) == MAX_ROWS or characters >= MAX_CHARACTERS
+            if is_full or zlib.crc32(_content(line)) % MEAN_ROWS == 0:
                 yield lines
-                lines = []
+                lines, characters = [], 0
     if lines:
         yield lines
 

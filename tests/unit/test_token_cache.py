@@ -41,6 +41,12 @@ def test_rows_that_are_added_anywhere_change_few_segments(tmp_path):
         assert new <= 0.03 * len(rows) + token_cache.MEAN_ROWS and max(map(len, after)) <= token_cache.MAX_ROWS
 
 
+def test_segments_of_long_rows_are_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "MAX_CHARACTERS", 1000)
+    rows = lines(range(500))
+    assert max(len("".join(segment[:-1])) for segment in cut(tmp_path, rows)) < 1000
+
+
 def test_the_key_of_rows_is_their_content_and_not_their_place():
     one, moved = lines([1, 2]), lines([0, 1, 2])[1:]
     assert one != moved and key_of_rows(b"", one) == key_of_rows(b"", moved)
