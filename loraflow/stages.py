@@ -188,6 +188,7 @@ TOKENIZE = Stage(
         "loraflow.data.chunk_encoder",
         "loraflow.data.positions",
         "loraflow.data.token_cache",
+        "loraflow.store.chunk_cache",
         "loraflow.data.token_files",
         "loraflow.data.token_report",
         "loraflow.data.mask_view",
