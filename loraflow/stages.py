@@ -103,7 +103,9 @@ CHECK_DATASET = Stage(
     # no training row a leak
     # 7: marks in other spellings and in `metadata`, cells that are no texts (nan, #NAME?), lists that were written as text,
     # a second header, quotes that are not quotes; hidden files are no data
-    version=7,
+    # 8: two answers of a preference pair are no marks, and a rejected answer is refused; marks in JSON text and in opinions
+    # such as `quality: bad`; data.profile looks at the rows that sources use
+    version=8,
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},
@@ -125,6 +127,8 @@ CHECK_DATASET = Stage(
         "loraflow.data.row_fields",
         "loraflow.data.labels",
         "loraflow.data.marks",
+        "loraflow.data.mark_names",
+        "loraflow.data.preference_pairs",
         "loraflow.data.chats",
         "loraflow.data.csv_reader",
         "loraflow.data.json_reader",
@@ -184,6 +188,8 @@ TOKENIZE = Stage(
         "loraflow.data.tokenization",
         "loraflow.data.chunk_encoder",
         "loraflow.data.positions",
+        "loraflow.data.token_cache",
+        "loraflow.store.chunk_cache",
         "loraflow.data.token_files",
         "loraflow.data.token_report",
         "loraflow.data.mask_view",

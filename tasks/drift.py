@@ -9,7 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from loraflow.data.check_report import CheckReport
-from loraflow.data.drift import DataDrift, unchanged_rows
+from loraflow.data.drift import DataDrift, StoredSources, unchanged_rows
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import Failure
 from loraflow.registry.champions import lineage
@@ -70,6 +70,11 @@ def _read(workspace: Workspace, rows: Ref) -> CheckedRows:
     dataset = store.manifest(rows).input_refs(store.uri)["dataset"]
     require_intact(store, dataset, workspace.memo)  # a damaged one must not decide whether to train
     folder = store.path(dataset) / "files"
-    for name in match_files(folder, ["*"]):
+    config = store.manifest(rows).payload["config"]
+    sources = StoredSources.model_validate(config).sources
+    for source in sources:
+        for name in match_files(folder / source.name, source.files):
+            count_fields(folder, f"{source.name}/{name}", found.version, source.query)
+    for name in () if sources else match_files(folder, ["*"]):
         count_fields(folder, name, found.version)
     return found

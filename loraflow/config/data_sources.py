@@ -114,7 +114,7 @@ def checked_sources(sources: list[DataSource]) -> list[DataSource]:
     """Return sources that do not contradict each other.
 
     Raises:
-        ValueError: two have the same name, or every row would be held out.
+        ValueError: two have the same name, every row would be held out, or none could be.
     """
     first: dict[str, int] = {}
     for number, source in enumerate(sources, 1):
@@ -123,6 +123,11 @@ def checked_sources(sources: list[DataSource]) -> list[DataSource]:
         first[source.key] = number
     if sources and all(source.split == "heldout" for source in sources):
         raise ValueError("every source is held out (split: heldout), so no row is left to train on")
+    if sources and all(source.split == "train" for source in sources):
+        raise ValueError(
+            "every source is for training only (split: train), so no row can be held out for the gate; remove split from a "
+            "source, or add a source with split: heldout"
+        )
     return sources
 
 

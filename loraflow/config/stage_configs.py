@@ -190,7 +190,7 @@ class CheckDatasetConfig(StageConfig):
     duplicates: Literal["drop", "keep"]
     limit: Positive | None
     heldout_fraction: Share = 0.0  # set only if no file is held out
-    seed: int = 0  # set only if rows are split by their hash
+    seed: int = 0  # set only if rows are split or sampled by their hash
     thinking: Literal["strip"] | None = None  # set only if reasoning is removed from the rows
     group: str | None = None  # set only if rows have groups
     near_duplicates: Literal["report", "drop"] | None = None  # set only if near-duplicates are searched
@@ -208,7 +208,7 @@ class CheckDatasetConfig(StageConfig):
         is_held_out = bool(data.heldout) or any(source.split == "heldout" for source in data.sources)
         if not is_held_out:
             fields.add("heldout_fraction")
-        if not is_held_out or data.validation_fraction or data.sources:
+        if not is_held_out or data.validation_fraction or data.sources or (data.limit and data.seed):
             fields.add("seed")
         if data.group is not None:
             fields.add("group")

@@ -19,6 +19,7 @@ from loraflow.data.cell_values import is_chat_as_text, is_missing, parsed_list, 
 from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
+from loraflow.data.preference_pairs import refuse_rejected
 from loraflow.data.row_fields import ASSISTANT, FUNCTION_CALL, RawRow, RowFields, Turn, has_value, objects
 from loraflow.data.tools import fitting_calls, read_calls, read_tools
 
@@ -80,15 +81,50 @@ def read_chat(
         MarkedFalse: marks exclude every answer of the row.
         BadRow: the row is not a valid chat.
     """
+    if (
+        not columns
+        and tools is None
+        and format_name in ("auto", "messages")
+        and isinstance(row, dict)
+        and len(row) == 1
+    ):
+        plain = _plain_messages(row.get("messages"))
+        if plain is not None:
+            return ReadChat(plain)
     fields = RowFields(_object(row), columns, labels or Labels())
     turns = _turns(fields, format_name)
     refuse_media(fields.row, [turn.content for turn in turns])
     row_weight = 1.0 if fields.row.keys() <= _FORMAT_KEYS else fields.row_weight()
     messages = _checked(turns, _tools(fields, tools))
+    if row_weight and not fields.row.keys() <= _FORMAT_KEYS:
+        refuse_rejected(fields.row, messages, tuple(columns.values()))
     if not row_weight:
         raise MarkedFalse("the row is marked as not to be learned")
     learned, weights = _marked(turns, row_weight, messages)
     return ReadChat(messages, learned, weights, fields.unread())
+
+
+def _plain_messages(turns: JsonValue) -> list[Message] | None:
+    """Return the chat of the most frequent kind of row, as all checks would; None for every other row.
+
+    Texts alone, of user and assistant in turn, which the checks of `_checked` have no reason to refuse. Half of the time of
+    reading a file is saved.
+    """
+    if not isinstance(turns, list) or not turns:
+        return None
+    has_system = len(turns) % 2 == 1  # else the last message is not the assistant's
+    messages: list[Message] = []
+    for number, turn in enumerate(turns):
+        role = "assistant" if (number + has_system) % 2 else "user"
+        if has_system and number == 0:
+            role = "system"
+        if not isinstance(turn, dict) or len(turn) != 2 or turn.get("role") != role:
+            return None
+        content = turn.get("content")
+        if not isinstance(content, str) or not content or content.isspace() or content[0] == "#" or "\0" in content:
+            return None
+        messages.append({"role": _ROLES[role], "content": content})
+    return messages if len(messages) > 1 else None
 
 
 def _marked(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,15 +38,6 @@ TRAIN = "train"  # the set of rows that are not in a held-out file
 
 Keys = NDArray[np.uint64]
 Rows = NDArray[np.int64]  # row numbers
-
-
-class ValidRow(NamedTuple):
-    """A row with a chat."""
-
-    number: int  # in the table
-    row: Row
-    messages: list[Message]
-    set: str  # train, or the name of a held-out set
 
 
 class ChatTable:

@@ -27,7 +27,6 @@ from loraflow.data.chat_table import (
     ChatTable,
     Columns,
     Rows,
-    ValidRow,
 )
 from loraflow.data.chats import GATE_SET, Tool
 from loraflow.data.check_report import CheckReport, Finding, NearDuplicates, SplitCounts
@@ -146,13 +145,12 @@ def _read(
     """Read all files and split their rows; malformed rows go to the quarantine."""
     table, found = reading.table, {split: array("q") for split in SPLITS}
     place = partial(_place, found=found, config=config, reading=reading)
-    rows: Iterable[ValidRow] = _valid_rows(files, config, reading)
+    numbers: Iterable[int] = _valid_rows(files, config, reading)
     if config.sources:
-        rows = drawn_rows(rows, table, config, reading.sources)
-    numbers: Iterable[int] = (valid.number for valid in rows)
+        numbers = drawn_rows(numbers, table, config, reading.sources)
     if config.profile:
         numbers, reading.findings = leave_out_findings(
-            rows, config.profile, reading.leave_out, partial(_may_be_learned, table=table, config=config)
+            numbers, table, config.profile, reading.leave_out, partial(_may_be_learned, table=table, config=config)
         )
     clusters = None
     if config.near_duplicates is None:
@@ -182,8 +180,8 @@ def _may_be_learned(number: int, table: ChatTable, config: CheckDatasetConfig) -
     return SPLITS[table.drawn[number]] != "heldout"
 
 
-def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Iterator[ValidRow]:
-    """Yield the rows that have a chat; the others go to the quarantine."""
+def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Iterator[int]:
+    """Yield the numbers of the rows that have a chat; the others go to the quarantine."""
     counts, quarantine = reading.counts, reading.quarantine
     for set_name, as_read in rows_of_sets(files, config, dataset_tools(config.tools, "data.tools")):
         row = with_thinking(as_read, config.thinking)
@@ -197,7 +195,7 @@ def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> I
             first = not row.is_marked_false
             quarantine.add(reason, row.place, set_name, row.problem or "", row.raw, first=first)
             continue
-        yield ValidRow(reading.table.add(row, row.messages, set_name), row, row.messages, set_name)
+        yield reading.table.add(row, row.messages, set_name)
 
 
 def rows_of_sets(files: Path, config: CheckDatasetConfig, tools: list[Tool] | None) -> Iterator[tuple[str, Row]]:

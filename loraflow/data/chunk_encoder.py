@@ -8,25 +8,26 @@ import mmap
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 
 from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.answer_spans import IfCut
 from loraflow.data.chats import ChatRecord
-from loraflow.data.loss_mask import IGNORED, ChatTemplate, Encoded, name_row
+from loraflow.data.loss_mask import IGNORED, ChatTemplate, name_row
+from loraflow.data.token_cache import EncodedRows, key_of_rows, segments
 from loraflow.data.token_files import TokenBatch
 from loraflow.data.token_report import LongRow, long_rows
 from loraflow.failures import Killed
+from loraflow.store.chunk_cache import ChunkCache
 
-CHUNK_ROWS = 500  # rows that are sent to a process at a time
 ONE_PROCESS_BYTES = 1_000_000  # a smaller file is encoded in this process
 
 Problem = Literal["special_tokens", "too_long", "nothing_to_learn", "cut_reasoning"]
@@ -50,19 +51,36 @@ class Chunk:
     """Encoded rows, and the problems of the others."""
 
     batch: TokenBatch
+    kept: np.ndarray  # whether a row of the file is in the batch, bool
     problems: Problems
     lengths: np.ndarray  # tokens of each row of the file, before rows are left out or cut, int32
     longest: list[LongRow]  # of the same rows
+    is_new: bool = True  # they were not in the cache
 
 
-def encoded_chunks(source: Path, template: ChatTemplate, config: TokenizeConfig, processes: int) -> Iterator[Chunk]:
+def encoded_chunks(
+    source: Path,
+    template: ChatTemplate,
+    config: TokenizeConfig,
+    processes: int,
+    cache: ChunkCache | None = None,
+    key: bytes = b"",
+) -> Iterator[Chunk]:
     """Encode a file's rows in order.
+
+    Args:
+        source: the file.
+        template: of the base.
+        config: the stage's config.
+        processes: how many to use.
+        cache: of encoded rows; None encodes all of them.
+        key: what the cache's entries depend on beside their rows.
 
     Raises:
         Killed: a process was killed.
     """
-    _set_worker_state(template, config)
-    chunks = _line_chunks(source)
+    _set_worker_state(template, config, cache, key)
+    chunks = segments(source)
     if processes == 1 or source.stat().st_size < ONE_PROCESS_BYTES:
         yield from map(_encode, chunks)
         return
@@ -91,76 +109,92 @@ def has_weights(source: Path) -> bool:
         return re.search(rb'"learned": \[[\d, ]*\], "weights": \[', content) is not None
 
 
-def _line_chunks(source: Path) -> Iterator[list[str]]:
-    lines: list[str] = []
-    with source.open(encoding="utf-8") as file:
-        for line in file:
-            lines.append(line)
-            if len(lines) == CHUNK_ROWS:
-                yield lines
-                lines = []
-    if lines:
-        yield lines
-
-
 # State of a process. Forked processes inherit it, so that the template is neither pickled nor loaded again.
 _template: ChatTemplate
 _config: TokenizeConfig
+_cache: ChunkCache | None
+_key: bytes
 
 
-def _set_worker_state(template: ChatTemplate, config: TokenizeConfig) -> None:
-    global _template, _config
-    _template, _config = template, config
+def _set_worker_state(template: ChatTemplate, config: TokenizeConfig, cache: ChunkCache | None, key: bytes) -> None:
+    global _template, _config, _cache, _key
+    _template, _config, _cache, _key = template, config, cache, key
 
 
 def _encode(lines: list[str]) -> Chunk:
+    if _cache is None:
+        return _chunk(lines, _encoded(lines), is_new=True)
+    key = key_of_rows(_key, lines)
+    content = _cache.read(key)
+    if content is not None:
+        return _chunk(lines, EncodedRows.from_bytes(content), is_new=False)
+    rows = _encoded(lines)
+    _cache.write(key, rows.as_bytes())
+    return _chunk(lines, rows, is_new=True)
+
+
+def _encoded(lines: list[str]) -> EncodedRows:
     records: list[ChatRecord] = [json.loads(line) for line in lines]
-    ids: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    weights: list[np.ndarray] = []
-    problems = Problems()
     if_cut: IfCut = "context" if _config.thinking == "keep" else "error"
     with name_row([record["place"] for record in records]):
         learned = [record.get("learned") for record in records]
         factors = [record.get("weights") for record in records]
         chats = [record["messages"] for record in records]
-        encoded = _template.encode(chats, _config.loss_on, if_cut, learned, factors)
-    for record, row in zip(records, encoded, strict=True):
-        part = _part_to_learn(row, record["place"], _config, problems)
-        if part is not None:
-            ids.append(part[0])
-            labels.append(part[1])
-            weights.append(_weights_of(row)[: len(part[0])])
-    none = np.empty(0, np.int32)
-    lengths = np.fromiter(map(len, ids), np.int32, len(ids))
-    of_tokens = np.concatenate([np.empty(0, np.float32), *weights]) if any(f is not None for f in factors) else None
-    batch = TokenBatch(np.concatenate([none, *ids]), np.concatenate([none, *labels]), lengths, of_tokens)
-    all_lengths = [len(row.ids) for row in encoded]
-    longest = long_rows([record["place"] for record in records], all_lengths)
-    return Chunk(batch, problems, np.array(all_lengths, np.int32), longest)
+        return EncodedRows.of(_template.encode(chats, _config.loss_on, if_cut, learned, factors))
 
 
-def _weights_of(row: Encoded) -> np.ndarray:
-    return (row.labels != IGNORED).astype(np.float32) if row.weights is None else row.weights
-
-
-def _part_to_learn(
-    row: Encoded, place: str, config: TokenizeConfig, problems: Problems
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return a row's ids and labels, cut to max_length if the config says so; None if the row is dropped."""
-    ids, labels = row.ids, row.labels
-    if row.not_learned:
-        problems.add("cut_reasoning", place)
-    if row.special_in_text and config.special_tokens != "allow":
-        problems.add("special_tokens", f"{place}: {row.special_in_text}")
-        return None
-    if len(ids) > config.max_length:
-        problems.add("too_long", f"{place}: {len(ids)} tokens")
-        if config.too_long != "truncate":
-            return None
+def _chunk(lines: list[str], rows: EncodedRows, *, is_new: bool) -> Chunk:
+    """Leave rows out, or cut them, as the config says."""
+    places, problems = _Places(lines), Problems()
+    ends = np.cumsum(rows.lengths, dtype=np.int64)
+    starts = ends - rows.lengths
+    for number in rows.cut:
+        problems.add("cut_reasoning", places[number])
+    kept = np.ones(len(lines), bool)
+    if _config.special_tokens != "allow":
+        for number, token in rows.special.items():
+            problems.add("special_tokens", f"{places[number]}: {token}")
+            kept[number] = False
+    for number in np.flatnonzero(kept & (rows.lengths > _config.max_length)).tolist():
+        problems.add("too_long", f"{places[number]}: {rows.lengths[number]} tokens")
         # No stop token is added at the cut: the model would learn to stop in the middle of a sentence.
-        ids, labels = ids[: config.max_length], labels[: config.max_length]
-    if not (labels[1:] != IGNORED).any():  # the first token is never predicted
-        problems.add("nothing_to_learn", place)
-        return None
-    return ids, labels
+        kept[number] = _config.too_long == "truncate"
+    lengths = np.minimum(rows.lengths, _config.max_length)
+    learned = np.concatenate(([0], np.cumsum(rows.labels != IGNORED)))
+    # The first token is never predicted.
+    nothing = kept & (learned[starts + lengths] == learned[np.minimum(starts + 1, starts + lengths)])
+    for number in np.flatnonzero(nothing).tolist():
+        problems.add("nothing_to_learn", places[number])
+    kept &= ~nothing
+    lengths = np.where(kept, lengths, 0).astype(np.int32)
+    is_in = slice(None) if np.array_equal(lengths, rows.lengths) else _of_rows(starts, lengths, rows.lengths)
+    weights = None if rows.weights is None else rows.weights[is_in]
+    batch = TokenBatch(rows.ids[is_in], rows.labels[is_in], lengths[kept], weights)
+    return Chunk(batch, kept, problems, rows.lengths, long_rows(places, rows.lengths.tolist()), is_new)
+
+
+def _of_rows(starts: np.ndarray, lengths: np.ndarray, of_rows: np.ndarray) -> np.ndarray:
+    """Tell for each token whether it is among the first `lengths` tokens of its row."""
+    position = np.arange(int(of_rows.sum())) - np.repeat(starts, of_rows)
+    is_in: np.ndarray = position < np.repeat(lengths, of_rows)
+    return is_in
+
+
+class _Places(Sequence[str]):
+    """The places of rows, which are parsed only where they are needed."""
+
+    def __init__(self, lines: list[str]):
+        self._lines = lines
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    @overload
+    def __getitem__(self, number: int) -> str: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[str]: ...
+    def __getitem__(self, number: int | slice) -> str | list[str]:
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
+        record: ChatRecord = json.loads(self._lines[number])
+        return record["place"]

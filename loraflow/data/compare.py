@@ -90,13 +90,19 @@ def read_files(folder: Path, names: Sequence[str], format_name: str, columns: Ma
     return found
 
 
-def count_fields(folder: Path, name: str, found: Version) -> None:
+def count_fields(folder: Path, name: str, found: Version, query: str | None = None) -> None:
     """Count a file's rows, and in how many of them each field has a value.
+
+    Args:
+        folder: of the dataset.
+        name: the file, relative to it.
+        found: is added to.
+        query: of a database: the table, or a SELECT statement; None for the only table.
 
     Raises:
         BadData: the file cannot be read.
     """
-    for value in read_values(folder / name, name):
+    for value in read_values(folder / name, name, query):
         found.read += 1
         if isinstance(value.value, dict) and not isinstance(value.value, BadRow):
             found.fields.update(str(key) for key, cell in value.value.items() if has_value(cell))

@@ -107,7 +107,11 @@ def _misread(header: list[str], cells: list[str], text: str, separator: str) -> 
     if len(values) > 1 and all(len(cell) > 1 and cell[0] == cell[-1] == "'" for cell in values):
         return "every cell is in single quotes, which are a part of it; use double quotes"
     rows = text.splitlines()
-    if separator == "\t" and len(rows) > 1 and all(row.count(separator) == len(header) - 1 for row in rows):
+    if (
+        separator == "\t"
+        and len(rows) > 1 < len(header)
+        and all(row.count(separator) == len(header) - 1 for row in rows)
+    ):
         return (
             f"a quote that is not closed in its line joins {len(rows)} rows; write it as two quotes, in a quoted cell"
         )

@@ -24,6 +24,20 @@ class DataDrift(StoredModel):
         return self.added + self.removed + self.edited
 
 
+class StoredSource(StoredModel):
+    """A source of a mixture, as an artifact of check_dataset names it, and how its files are read."""
+
+    name: str
+    files: list[str] = ["*"]
+    query: str | None = None
+
+
+class StoredSources(StoredModel):
+    """The part of check_dataset's config that names its sources. Those of earlier versions are read too."""
+
+    sources: list[StoredSource] = []
+
+
 def unchanged_rows(report: CheckReport) -> DataDrift:
     """Return the drift of a dataset whose training rows are the champion's."""
     rows = report.rows.train + report.rows.validation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -9,12 +10,11 @@ from pydantic import JsonValue
 
 from loraflow.config.data_profile import ProfileCheckName, ProfileRule
 from loraflow.data.broken_text import broken_text, control_token, script
-from loraflow.data.chat_table import ValidRow
+from loraflow.data.chat_table import LAST_LEARNED, ChatTable
 from loraflow.data.chats import Chat
 from loraflow.data.check_report import CheckReport, Finding
 from loraflow.data.personal_data import personal_data
 from loraflow.data.placeholders import Placeholders
-from loraflow.data.readers import is_answer_learned
 from loraflow.data.refusals import refuses
 from loraflow.data.split import normalize, normalized_key
 from loraflow.failures import LimitExceeded
@@ -136,7 +136,8 @@ class Detector:
 
 
 def leave_out_findings(
-    rows: Iterable[ValidRow],
+    numbers: Iterable[int],
+    table: ChatTable,
     rules: Mapping[ProfileCheckName, ProfileRule],
     leave_out: Callable[[int, str, str], None],
     may_leave_out: Callable[[int], bool],
@@ -144,26 +145,30 @@ def leave_out_findings(
     """Return the numbers of the rows that stay, and what was found (data.profile).
 
     Args:
-        rows: all valid rows, training and held-out ones, numbered from 0.
+        numbers: of the valid rows, training and held-out ones, in the table. Rows that a source does not use are not
+            among them.
+        table: all rows.
         rules: the recipe's.
         leave_out: is called with each row that a check with `quarantine` concerns, the reason, and a sentence.
         may_leave_out: tells whether a row is for training. Held-out rows are only counted: without them, scores would be
             those of other rows.
     """
-    detector = Detector(rules)
-    for valid in rows:
-        detector.add(valid.row.place, valid.set, valid.messages, is_learned=is_answer_learned(valid.row))
+    detector, in_table = Detector(rules), array("q")
+    for number in numbers:
+        is_learned = bool(table.flags[number] & LAST_LEARNED)
+        detector.add(table.place(number), table.set_read(number), table.messages(number), is_learned=is_learned)
+        in_table.append(number)
     concerned = detector.rows()
     findings = detector.findings(concerned)
     out: dict[int, tuple[ProfileCheckName, str]] = {}
     for finding in findings:
         if finding.is_over and finding.action == "quarantine":
-            for number, detail in concerned[finding.check].items():
-                if may_leave_out(number):
-                    out.setdefault(number, (finding.check, detail))
+            for position, detail in concerned[finding.check].items():
+                if may_leave_out(in_table[position]):
+                    out.setdefault(in_table[position], (finding.check, detail))
     for number, (check, detail) in out.items():
         leave_out(number, f"profile_{check}", f"{WHAT[check]}: {detail}")
-    return [number for number in range(len(detector)) if number not in out], findings
+    return [number for number in in_table if number not in out], findings
 
 
 def refuse_findings(report: Mapping[str, JsonValue], where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -40,6 +41,8 @@ _TEXTS = (
     "comment",
 )
 _CLASSES = ("category", "label", "class", "intent", "topic", "sentiment", "label_text", "target", "department")
+# Names of one of several chats about the same prompt: the better, the worse, those of two models
+_COMPARED = re.compile(r"chosen|reject|prefer|winn|loser|\b(good|bad|positive|negative)\b|[-_. ](a|b|w|l|[1-9])$")
 MAX_CLASS = 60  # characters of the name of a class
 
 
@@ -105,14 +108,18 @@ def _columns_of_classes(row: dict[str, JsonValue], names: dict[str, str]) -> dic
 
 
 def _column_of_turns(row: dict[str, JsonValue]) -> dict[str, str]:
-    """Return the first column that holds a valid list of turns. Preference pairs are left to the user."""
+    """Return the column that holds a valid list of turns. Preference pairs, and chats to compare, are left to the user."""
+    found: dict[str, str] = {}  # column of the row → loraflow's
     for name, turns in row.items():
-        if not isinstance(turns, list) or name in ("chosen", "rejected"):
-            continue
-        for column in ("messages", "conversations"):
-            try:
-                to_messages({column: turns})
-            except BadRow:
-                continue
-            return {column: name}
-    return {}
+        if isinstance(turns, list) and not _COMPARED.search(name.lower()):
+            ours = next((column for column in ("messages", "conversations") if _is_chat(column, turns)), None)
+            found |= {} if ours is None else {name: ours}
+    return {ours: name for name, ours in found.items()} if len(found) == 1 else {}
+
+
+def _is_chat(column: str, turns: JsonValue) -> bool:
+    try:
+        to_messages({column: turns})
+    except BadRow:
+        return False
+    return True

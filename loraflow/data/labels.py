@@ -62,6 +62,7 @@ ENOUGH = 8  # other values beside true and false that make them classes, such as
 # The keys of an answer: a label that is the answer, or is named by it, is its class.
 _ANSWERS = ("completion", "response", "output", "answer", "messages", "conversations")
 
+PairMeaning = Literal["answers", "marks", "unclear"]
 Side = Literal[True, False, "other"] | None  # what a label says; None: there is no value
 _Kind = Literal["binary", "true", "false", "like_true", "like_false", "weak", "number", "score", "other"]
 
@@ -83,6 +84,11 @@ def label_side(value: JsonValue) -> Side:
 def reads_like_a_judgement(value: JsonValue) -> bool:
     """Tell whether a label says that an answer is right or wrong, misspelled or in another language."""
     return isinstance(value, str) and _kind(value) in ("like_true", "like_false", "true", "false")
+
+
+def judges_badly(value: str) -> bool:
+    """Tell whether a text says that an answer is wrong, misspelled or in another language."""
+    return _kind(value) == "like_false"
 
 
 def is_absent(value: JsonValue) -> bool:
@@ -170,7 +176,7 @@ class _Values:
         kind = _kind(value)
         self.kinds.add(kind)
         text = plain(str(value))
-        self.are_answers = self.are_answers and any(text == plain(answer) for answer in _answers(row))
+        self.are_answers = self.are_answers and any(text == plain(answer) for answer in answers_of(row))
         if kind in ("number", "binary"):
             number = as_number(value)
             assert number is not None
@@ -178,7 +184,7 @@ class _Values:
         if kind in ("number", "other"):
             self.others.setdefault(text, repr(value)[:60])
             if self.are_named:
-                self.are_named = any(text in plain(answer) for answer in _answers(row))
+                self.are_named = any(text in plain(answer) for answer in answers_of(row))
 
     def are_classes(self) -> bool:
         """Return whether the labels are classes."""
@@ -196,7 +202,8 @@ class _Values:
         return others != 2 or self.are_named or all(" " in text for text in self.others)
 
 
-def _answers(row: dict[str, JsonValue]) -> Iterable[str]:
+def answers_of(row: dict[str, JsonValue]) -> Iterable[str]:
+    """Yield the answers of a row, as far as its usual keys have them."""
     for key in _ANSWERS:
         value = row.get(key)
         last = value[-1] if isinstance(value, list) and value else None
@@ -210,6 +217,28 @@ def _answers(row: dict[str, JsonValue]) -> Iterable[str]:
 class _Column:
     is_class: bool
     others: tuple[str, ...]
+
+
+def pair_meaning(better: str, worse: str, rows: Iterable[JsonValue]) -> PairMeaning:
+    """Return what two columns such as `chosen` and `rejected` are in a file.
+
+    `chosen: no` beside `rejected: yes` may be a question with the answers no and yes, or an answer that was not chosen. They
+    are answers if the answer of each row is its better one; marks if they say nothing but yes and no, and never what the
+    row's answer says. Otherwise a row must neither be learned nor left out by mistake.
+    """
+    is_answer, are_words, is_said = True, True, False
+    for row in rows:
+        if not isinstance(row, dict) or is_absent(row.get(better)) or is_absent(row.get(worse)):
+            continue
+        pair = row[better], row[worse]
+        said = [plain(answer) for answer in answers_of(row)]
+        texts = [plain(value) if isinstance(value, str) else None for value in pair]
+        is_answer = is_answer and texts[0] in said
+        is_said = is_said or any(text in said for text in texts)
+        are_words = are_words and all(label_side(value) != "other" for value in pair)
+    if is_answer:
+        return "answers"
+    return "marks" if are_words and not is_said else "unclear"
 
 
 class Labels:
@@ -229,6 +258,14 @@ class Labels:
     def __init__(self, rows: Callable[[], Iterable[JsonValue]] | None = None):
         self._rows = rows
         self._found: dict[str, _Column] = {}
+        self._pairs: dict[tuple[str, str], PairMeaning] = {}
+
+    def of_pair(self, better: str, worse: str) -> PairMeaning:
+        """Return what two columns such as chosen and rejected are. Without rows, they are marks."""
+        if (better, worse) not in self._pairs:
+            rows = () if self._rows is None else self._rows()
+            self._pairs[better, worse] = pair_meaning(better, worse, rows) if rows else "marks"
+        return self._pairs[better, worse]
 
     def are_classes(self, key: str) -> bool:
         """Return whether the labels of a key are classes. Without rows, they are marks."""

@@ -86,7 +86,7 @@ def read_rows(
                 continue
             try:
                 chat = read_chat(value, format_name, columns, labels, tools)
-                unread = tuple(key for key in chat.unread if key != group)
+                unread = chat.unread if group is None else tuple(key for key in chat.unread if key != group)
                 learned, weights = chat.learned, chat.weights
                 yield Row(place, chat.messages, None, text, unread, learned, weights, group=_group(value, group))
             except MarkedFalse as marked:

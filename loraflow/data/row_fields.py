@@ -8,7 +8,8 @@ from typing import NamedTuple
 from pydantic import JsonValue
 
 from loraflow.data.chats import BadRow, ToolCall
-from loraflow.data.labels import Labels
+from loraflow.data.labels import Labels, answers_of, plain
+from loraflow.data.mark_names import is_opinion
 from loraflow.data.marks import answer_weight, excludes, is_mark
 from loraflow.data.reasoning import KEYS
 from loraflow.data.tools import read_calls
@@ -86,7 +87,12 @@ class RowFields:
             return 1.0
         read = {*self._used, *self._columns.values()}
         others = {key: value for key, value in self.row.items() if key not in read}
-        return answer_weight(others, "", self._used, self.labels)
+        if opinions := [key for key, value in others.items() if isinstance(value, str) and is_opinion(key)]:
+            answers = {plain(answer) for answer in answers_of(self.row)}
+            for key in opinions:  # a class is often there twice: as the answer, and as a key
+                if plain(str(others[key])) in answers:
+                    del others[key]
+        return answer_weight(others, "", self._used, self.labels, read)
 
     def turns(
         self, column: str, items: list[RawRow], roles: tuple[str, ...], contents: tuple[str, ...], first: int = 1

@@ -5,9 +5,7 @@ The exact index decides. A sketch only says which pairs are worth comparing, so 
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -58,8 +56,7 @@ def sketch(texts: Sequence[str]) -> np.ndarray:
     """
     hashes, offsets = _hashed_grams(texts)
     matrix = _rensa().RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, HASHES, _SEED)
-    values = np.frombuffer(array("I", chain.from_iterable(matrix.to_rows())), np.uint32)
-    return values.reshape(len(texts), HASHES).astype(np.uint8)
+    return np.array(matrix.to_rows(), np.uint32).astype(np.uint8)
 
 
 def _hashed_grams(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from loraflow.config.stage_configs import (
 )
 from loraflow.data import dvc
 from loraflow.data.hidden_files import is_hidden
-from loraflow.data.sqlite_reader import refuse_unsaved
+from loraflow.data.sqlite_reader import plain_query, refuse_unsaved
 from loraflow.failures import BadData, Failure
 from loraflow.store.files import HashMemo
 
@@ -42,6 +42,8 @@ def locate_sources(sources: list[DataSource], memo: HashMemo, locate_one: _Locat
             raise
         for part in parts:
             place = _place(part)
+            if query := plain_query(source.query):
+                place += f", {query}"  # another query of the same database gives other rows
             if place in places and source.files == ["*"]:
                 raise BadData(
                     f"{label[0].upper()}{label[1:]} and {places[place]} have the same file.",
@@ -76,7 +78,7 @@ def wrong_sources(files: Path, sources: Mapping[str, Mapping[str, str]]) -> list
 
 
 def _parts(source: DataSource, memo: HashMemo, locate_one: _Locate) -> list[SourcePart]:
-    if not source.is_pattern:
+    if not source.is_pattern or Path(source.source).exists():  # chats[1].jsonl is also a file's name
         found = locate_one(source, memo)
         assert isinstance(found.origin, FolderOrigin | DvcOrigin)
         if isinstance(found.origin, FolderOrigin):

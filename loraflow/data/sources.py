@@ -6,6 +6,7 @@ The files of a source are in a folder with its name, so the place of each of its
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -13,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from loraflow.config.stage_configs import CheckDatasetConfig, SourceConfig
-from loraflow.data.chat_table import ChatTable, Columns, Rows, ValidRow, source_of
+from loraflow.data.chat_table import ChatTable, Columns, Rows, source_of
 from loraflow.data.chats import GATE_SET, Tool
 from loraflow.data.placement import Split
 from loraflow.data.readers import Row, match_files, read_rows
-from loraflow.data.split import in_share, sample
+from loraflow.data.split import draw, in_share
+from loraflow.data.sqlite_reader import plain_query
 from loraflow.failures import BadData
 
 SourceCounts = dict[str, dict[str, int]]  # source → what is counted → rows
@@ -44,7 +46,7 @@ def _names(files: Path, sources: Sequence[SourceConfig]) -> dict[str, list[str]]
         BadData: a pattern matches no file, or two files of sources have the same content.
     """
     names: dict[str, list[str]] = {}
-    sizes: dict[int, list[tuple[str, str]]] = {}  # of files that are not empty
+    sizes: dict[tuple[int, str | None], list[tuple[str, str]]] = {}  # of files that are not empty, and their query
     for number, source in enumerate(sources, 1):
         try:
             found = match_files(files / source.name, source.files)
@@ -55,7 +57,7 @@ def _names(files: Path, sources: Sequence[SourceConfig]) -> dict[str, list[str]]
         names[source.name] = [f"{source.name}/{name}" for name in found]
         for name in names[source.name]:
             if size := (files / name).stat().st_size:
-                sizes.setdefault(size, []).append((source.name, name))
+                sizes.setdefault((size, plain_query(source.query)), []).append((source.name, name))
     for same in sizes.values():
         if len({source for source, _ in same}) > 1:
             _refuse_same(files, same)
@@ -78,33 +80,36 @@ def _refuse_same(files: Path, candidates: Sequence[tuple[str, str]]) -> None:
 
 
 def drawn_rows(
-    rows: Iterable[ValidRow], table: ChatTable, config: CheckDatasetConfig, counts: SourceCounts
-) -> Iterator[ValidRow]:
-    """Yield the rows that the limits and weights of their sources take; the others are counted.
+    numbers: Iterable[int], table: ChatTable, config: CheckDatasetConfig, counts: SourceCounts
+) -> Iterator[int]:
+    """Yield the numbers of the rows that the limits and weights of their sources take; the others are counted.
 
     The sample depends only on a row's prompt and its source: other rows and sources do not change it, but for those that a
     limit has to leave out.
     """
-    sources = {source.name: source for source in config.sources}
-    for name, group in groupby(rows, key=lambda row: source_of(row.row.place)):
-        source, of_source = sources[name], counts.setdefault(name, {})
-        for row in _limited(name, group, table, source.limit, config.seed, of_source):
-            key = table.drawn_key(row.number)
-            if source.weight < 1 and not in_share(key, source.weight, config.seed, f"weight of {name}"):
+    for position, group in groupby(numbers, key=table.source.__getitem__):
+        source = config.sources[position]
+        of_source = counts.setdefault(source.name, {})
+        for number in _limited(source, group, table, config.seed, of_source):
+            key = table.drawn_key(number)
+            if source.weight < 1 and not in_share(key, source.weight, config.seed, f"weight of {source.name}"):
                 _count(of_source, "not_drawn", 1)
             else:
-                yield row
+                yield number
 
 
 def _limited(
-    name: str, group: Iterable[ValidRow], table: ChatTable, limit: int | None, seed: int, counts: dict[str, int]
-) -> Iterable[ValidRow]:
-    if limit is None:
+    source: SourceConfig, group: Iterable[int], table: ChatTable, seed: int, counts: dict[str, int]
+) -> Iterable[int]:
+    if source.limit is None:
         return group
-    rows = list(group)
-    taken = sample([table.drawn_key(row.number) for row in rows], limit, seed, f"limit of {name}")
-    _count(counts, "over_limit", len(rows) - len(taken))
-    return [rows[number] for number in taken]
+    numbers = np.frombuffer(array("q", group), np.int64)
+    keys = (table.drawn_key(number) for number in numbers.tolist())
+    draws = np.fromiter((draw(key, seed, f"limit of {source.name}") for key in keys), np.uint64, len(numbers))
+    taken = np.sort(np.argsort(draws, kind="stable")[: source.limit])  # as `sample` does, with 16 bytes a row
+    _count(counts, "over_limit", len(numbers) - len(taken))
+    found: list[int] = numbers[taken].tolist()
+    return found
 
 
 def repeated(columns: Columns, rows: Rows, config: CheckDatasetConfig) -> Rows:

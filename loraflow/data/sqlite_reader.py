@@ -61,6 +61,11 @@ def refuse_unsaved(path: Path) -> None:
         )
 
 
+def plain_query(query: str | None) -> str | None:
+    """Return a query by which equal ones are recognised: without differences of white space and a final semicolon."""
+    return None if query is None else " ".join(query.split()).rstrip("; ")
+
+
 def _statement(database: sqlite3.Connection, name: str, query: str | None) -> str:
     tables = [
         row[0]
@@ -75,10 +80,12 @@ def _statement(database: sqlite3.Connection, name: str, query: str | None) -> st
             name, f"no table {query!r}", f"one of its tables, {', '.join(tables[:10])}, or a SELECT statement"
         )
     if query is None and len(tables) != 1:
-        raise _failure(name, f"the tables {', '.join(tables[:10]) or '(none)'}", "one table; name it in query")
+        got = f"the tables {', '.join(tables[:10]) or '(none)'}"
+        next_step = f"name it in the recipe: data.sources: [{{source: {name.rpartition('/')[2]}, query: TABLE}}]"
+        raise _failure(name, got, "one table; name it in query", next_step)
     table = (query or tables[0]).replace('"', '""')
     return f'SELECT * FROM "{table}"'
 
 
-def _failure(name: str, got: str, expected: str) -> BadData:
-    return BadData("The database cannot be read.", where=name, expected=expected, got=got, next_step="correct query")
+def _failure(name: str, got: str, expected: str, next_step: str = "correct query") -> BadData:
+    return BadData("The database cannot be read.", where=name, expected=expected, got=got, next_step=next_step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,54 @@ class TokenBatch:
     labels: np.ndarray  # int32
     lengths: np.ndarray  # int32
     weights: np.ndarray | None = None  # float32, of each token in the loss; None: 1 for all that have a label
+
+
+BATCH_ROWS = 500  # rows of the file in an Arrow batch. Another number gives other bytes, and so another digest
+
+
+def batches_of(parts: Iterable[tuple[TokenBatch, np.ndarray]]) -> Iterator[TokenBatch]:
+    """Yield batches of BATCH_ROWS rows of the file.
+
+    Args:
+        parts: batches of any size; and, for each row of the file, whether it is in the batch.
+    """
+    pieces: list[TokenBatch] = []
+    filled = 0
+    for batch, kept in parts:
+        rows = np.concatenate(([0], np.cumsum(kept)))
+        tokens = np.concatenate(([0], np.cumsum(batch.lengths, dtype=np.int64)))
+        begin = 0
+        while begin < len(kept):
+            end = min(begin + BATCH_ROWS - filled, len(kept))
+            first, last = int(rows[begin]), int(rows[end])
+            pieces.append(_piece(batch, first, last, int(tokens[first]), int(tokens[last])))
+            filled, begin = filled + end - begin, end
+            if filled == BATCH_ROWS:
+                yield _joined(pieces)
+                pieces, filled = [], 0
+    if pieces:
+        yield _joined(pieces)
+
+
+def _piece(batch: TokenBatch, first: int, last: int, begin: int, end: int) -> TokenBatch:
+    weights = None if batch.weights is None else batch.weights[begin:end]
+    return TokenBatch(batch.ids[begin:end], batch.labels[begin:end], batch.lengths[first:last], weights)
+
+
+def _joined(pieces: list[TokenBatch]) -> TokenBatch:
+    weights = None
+    if any(piece.weights is not None for piece in pieces):
+        weights = np.concatenate([_weights_of(piece) for piece in pieces])
+    return TokenBatch(
+        np.concatenate([piece.ids for piece in pieces]),
+        np.concatenate([piece.labels for piece in pieces]),
+        np.concatenate([piece.lengths for piece in pieces]),
+        weights,
+    )
+
+
+def _weights_of(batch: TokenBatch) -> np.ndarray:
+    return (batch.labels != IGNORED).astype(np.float32) if batch.weights is None else batch.weights
 
 
 @contextmanager
@@ -92,7 +140,7 @@ def _record_batch(batch: TokenBatch, schema: pa.Schema) -> pa.RecordBatch:
         _arrow(batch.lengths),
     ]
     if "loss_weights" in schema.names:
-        weights = (batch.labels != IGNORED).astype(np.float32) if batch.weights is None else batch.weights
+        weights = _weights_of(batch)
         values = pa.Array.from_buffers(pa.float32(), len(weights), [None, pa.py_buffer(weights)])
         columns.append(pa.ListArray.from_arrays(_arrow(offsets), values))
     return pa.record_batch(columns, schema=schema)

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +23,15 @@ from loraflow.data.mask_view import sample_rows
 from loraflow.data.packing import best_fit_decreasing
 from loraflow.data.positions import Positions
 from loraflow.data.prompt_audit import audit, check_prompts
-from loraflow.data.token_files import open_shard, write_packing
+from loraflow.data.token_cache import key_of_job
+from loraflow.data.token_files import TokenBatch, batches_of, open_shard, write_packing
 from loraflow.data.token_report import Lengths, LongRow, TokenReport, longest_of
 from loraflow.failures import BadData, BadModel
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
+from loraflow.store.chunk_cache import ChunkCache
+
+log = logging.getLogger("loraflow")
 
 
 @dataclass(frozen=True)
@@ -95,9 +100,11 @@ def run(job: Job[TokenizeConfig], inputs: Inputs, out: Path, progress: Progress)
     rows, vocabulary = inputs["rows"], vocabulary_of(inputs["base"])
     positions = Positions.of_folder(inputs["base"])
     problems: Counter[Problem] = Counter()
+    cache = ChunkCache.beside(progress.work, job.stage)
+    key = b"" if cache is None else key_of_job(job)
 
     def tokenize(name: str) -> TokenizedFile:
-        chunks = encoded_chunks(rows / f"{name}.jsonl", template, config, processes)
+        chunks = encoded_chunks(rows / f"{name}.jsonl", template, config, processes, cache, key)
         weighted = has_weights(rows / f"{name}.jsonl")
         file = _write(chunks, out / name, config, progress, problems, weighted=weighted)
         refuse_ids_beyond(file.largest_id, vocabulary, template)
@@ -142,20 +149,28 @@ def _write(
     none = np.empty(0, np.int32)
     lengths, all_lengths = [none], [none]
     longest: list[LongRow] = []
-    supervised = rows = largest_id = 0
-    with open_shard(target, weighted=weighted) as append:
+    supervised = rows = largest_id = cached = 0
+
+    def noted() -> Iterator[tuple[TokenBatch, np.ndarray]]:
+        nonlocal longest, cached
         for chunk in chunks:
             problems.update(chunk.problems.counts)
             _refuse(chunk.problems, config)
-            batch = chunk.batch
-            append(batch)
-            lengths.append(batch.lengths)
             all_lengths.append(chunk.lengths)
             longest = longest_of([*longest, *chunk.longest])
+            cached += 0 if chunk.is_new else len(chunk.lengths)
+            yield chunk.batch, chunk.kept
+
+    with open_shard(target, weighted=weighted) as append:
+        for batch in batches_of(noted()):
+            append(batch)
+            lengths.append(batch.lengths)
             supervised += int((batch.labels != IGNORED).sum())
             rows += len(batch.lengths)
             largest_id = max(largest_id, int(batch.ids.max(initial=0)))
             progress(rows=rows)
+    if cached:
+        log.info("%s: %d of %d rows were tokenized before", target.name, cached, sum(map(len, all_lengths)))
     read = Lengths.of(np.concatenate(all_lengths), longest, max_length=config.max_length, too_long=config.too_long)
     return TokenizedFile(np.concatenate(lengths), supervised, largest_id, read)
 

@@ -19,7 +19,7 @@ from loraflow.store.files import files_below, hash_file
 MANIFEST = "manifest.json"
 TELEMETRY = "telemetry/"  # files below it are stored and hashed, but stay out of the digest
 # Top-level folders of a store that are not stages.
-RESERVED_FOLDERS = {"work", "staging", "locks", "set-aside", "runs", "registry", "anchors"}
+RESERVED_FOLDERS = {"work", "staging", "locks", "set-aside", "runs", "registry", "anchors", "cache"}
 QUARANTINE = "set-aside"  # the folder of quarantined artifacts; stores on disk have this name
 
 PreviousState = Literal["damaged", "removed"]

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from loraflow.store import staging
 from loraflow.store.artifact import MANIFEST, QUARANTINE, RESERVED_FOLDERS
 from loraflow.store.bucket import Bucket, ObjectInfo
+from loraflow.store.chunk_cache import stale_entries
 from loraflow.store.files import folder_size, stale_folders
 from loraflow.store.uploads import abort_upload, unfinished_uploads
 
@@ -33,6 +34,7 @@ def stale_items(bucket: Bucket, scratch: Path, before: float, *, remove: bool) -
             yield PurePosixPath("cache", "staging", unused.name), folder_size(unused)
         if remove:
             staging.discard(unused)
+    yield from stale_entries(scratch, before, remove=remove)
     for folder, size in stale_folders(scratch, _LOCAL_PATTERNS, before):
         if remove:
             shutil.rmtree(scratch / folder)

@@ -36,6 +36,7 @@ from loraflow.store.artifact import (
     unreadable_manifest,
 )
 from loraflow.store.checkpoints import recompute_digest, reset_work_folder
+from loraflow.store.chunk_cache import stale_entries
 from loraflow.store.files import (
     HashMemo,
     folder_size,
@@ -414,6 +415,7 @@ class LocalStore:
             if remove:
                 self._remove(self.root / name)
             yield name, size
+        yield from stale_entries(self.root, before, remove=remove)
         drafts = ("*/*/.*", "runs/.*", f"{QUARANTINE}/.*", "registry/*/*/.*")
         for name, size in stale_drafts(self.root, drafts, before):
             if remove:

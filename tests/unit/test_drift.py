@@ -1,7 +1,8 @@
 """How the training rows changed since the champion: what is counted, the largest shift, and when a retraining waits."""
 
 import json
-from contextlib import contextmanager
+import sqlite3
+from contextlib import closing, contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from loraflow.execution.workspace import Workspace
 from loraflow.flows import retrain as flow
 from loraflow.reporting.drift import drift_lines
 from loraflow.stages import CHECK_DATASET, VERSION_DATASET
+from loraflow.tasks import drift as drift_task
 from loraflow.tasks import run as run_module
 from loraflow.tasks.drift import compare_data
 from loraflow.tasks.run import Run
@@ -177,3 +179,21 @@ def test_a_stage_that_a_run_computed_and_then_found_is_recorded_as_computed(monk
     for _ in range(2):
         run.find_or_run(CHECK_DATASET)
     assert run.stages["check_dataset"].state == "computed"
+
+
+def test_fields_of_a_database_with_several_tables_are_those_of_each_sources_query(tmp_path):
+    folder = tmp_path / "files" / "faq"
+    folder.mkdir(parents=True)
+    with closing(sqlite3.connect(folder / "faq.db")) as database:
+        database.execute("CREATE TABLE chats (prompt, completion, note)")
+        database.executemany("INSERT INTO chats VALUES ('q', 'a', ?)", [(None,), ("n",)])
+        database.execute("CREATE TABLE others (x)")
+        database.commit()
+    config = {"sources": [{"name": "faq", "query": "SELECT * FROM chats", "weight": 2.0}], "format": "auto"}
+    payload, of_rows = {"config": config}, report(2).model_dump(mode="json")
+    manifest = SimpleNamespace(payload=payload, report=of_rows, input_refs=lambda uri: {"dataset": "dataset"})
+    store = SimpleNamespace(
+        uri="", manifest=lambda rows: manifest, read=lambda rows, name: b"", path=lambda dataset: tmp_path
+    )
+    found = drift_task._read(SimpleNamespace(store=store), "rows").version
+    assert found.read == 2 and found.fields == {"prompt": 2, "completion": 2, "note": 1}

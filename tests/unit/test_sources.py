@@ -303,3 +303,55 @@ def test_parts_by_a_field_of_a_database_are_those_of_its_query(here):
     fields = {row["id"]: row["language"] for row in map(json.loads, (found.out / "heldout_fields.jsonl").open())}
     expected = {row["id"]: "de" if int(row["messages"][-2]["content"][1:]) < 20 else "en" for row in heldout}
     assert fields == expected and len(set(expected.values())) == 2
+
+
+def test_two_queries_of_one_database_are_two_sources_and_the_same_query_twice_is_refused(here):
+    with closing(sqlite3.connect(here / "faq.db")) as db:
+        for table in ("tea", "rice"):
+            db.execute(f"CREATE TABLE {table} (prompt, completion)")
+            db.executemany(f"INSERT INTO {table} VALUES (?, 'a')", [(f"{table} {n}",) for n in range(20)])
+        db.commit()
+    tea = {"source": "faq.db", "name": "tea", "query": "tea"}
+    rice = {"source": "faq.db", "name": "rice", "query": "SELECT * FROM rice"}
+    found = Mixture(here / "out", recipe(tea, rice, heldout_fraction=0.5))
+    assert found.report.sources["tea"]["read"] == found.report.sources["rice"]["read"] == 20
+    with pytest.raises(BadData, match="have the same file"):
+        Mixture(here / "same", recipe(rice, {**rice, "name": "again", "query": " SELECT *  FROM rice; "}))
+
+
+def test_sources_that_are_all_for_training_are_refused_before_anything_runs():
+    sources = [{"source": "faq", "split": "train"}, {"source": "general", "split": "train"}]
+    text = json.dumps({"name": "r", "base": {"model": "m"}, "data": {"sources": sources}}, indent=1)
+    with pytest.raises(BadConfig, match="no row can be held out for the gate; remove split from a source"):
+        parse_recipe(text, name="r.yaml")
+
+
+@pytest.mark.parametrize("name", ["chats[1].jsonl", "what?.jsonl", "a*b.jsonl"])
+def test_a_file_whose_name_looks_like_a_pattern_is_a_file(here, name):
+    write(here / name, range(40), "q")
+    write(here / "chats1.jsonl", range(100, 110), "no")
+    found = Mixture(here / "out", recipe({"source": name, "name": "x"}, heldout_fraction=0.5))
+    assert found.report.sources["x"]["read"] == 40 and all(f"x/{name}:" in place for place in found.places("train"))
+
+
+def test_checks_of_texts_leave_out_the_rows_that_they_name_if_a_source_uses_a_share_of_its_rows(here):
+    rows = [{"prompt": f"q {n}", "completion": f"Ã© {n}" if n % 7 == 0 else f"answer {n}"} for n in range(200)]
+    (here / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    profile = {"broken_text": {"action": "quarantine"}}
+    source = {"source": "x.jsonl", "weight": 0.5, "limit": 150}
+    found = Mixture(here / "out", recipe(source, heldout_fraction=0.1, profile=profile))
+    plain = Mixture(here / "plain", recipe(source, heldout_fraction=0.1))
+    broken = {f"x/x.jsonl:{n + 1}" for n in range(0, 200, 7)}
+    assert set(found.places("train")) == set(plain.places("train")) - broken
+    assert len(set(plain.places("train")) & broken) > 3 and found.places("heldout") == plain.places("heldout")
+
+
+def test_the_sample_of_limit_depends_on_the_seed_if_files_are_held_out(here):
+    def fields(**data):
+        settings = {"limit": 3, "heldout": ["test*"], "train": ["train*"], **data}
+        return CheckDatasetConfig.from_recipe(
+            Recipe.model_validate({"name": "r", "base": {"model": "m"}, "data": settings}), Outside()
+        ).identity()
+
+    assert fields(seed=1)["seed"] == 1
+    assert "seed" not in fields() and "seed" not in fields(seed=1, limit=None)  # fingerprints of before stay

@@ -1,0 +1,103 @@
+"""The names of keys by which datasets mark answers, in lower case with underscores."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+# Keys in lower case with underscores. Of these, 0 and false exclude an answer; other numbers multiply its loss.
+WEIGHTS = frozenset({
+    "weight", "weights", "loss", "loss_weight", "sample_weight", "loss_mask", "compute_loss", "train", "training",
+    "trainable", "is_trainable", "train_on", "train_on_turn", "learn", "learned", "learnable", "supervised", "loss_scale",
+    "loss_multiplier", "example_weight", "message_weight", "turn_weight", "calculate_loss", "use_loss", "with_loss",
+    "has_loss", "requires_loss", "is_train", "to_train", "to_learn", "for_training", "use_for_training",
+    "include_in_training", "include_in_loss",
+})  # fmt: skip
+# Of these, 1 and true exclude an answer.
+EXCLUSIONS = frozenset({
+    "masked", "is_masked", "ignore", "ignored", "ignore_loss", "no_loss", "exclude", "excluded", "skip", "without_loss",
+    "skip_loss", "mask_loss", "skip_training", "no_train", "do_not_train", "dont_train", "do_not_learn", "dont_learn",
+    "exclude_from_training", "exclude_from_loss", "ignore_in_training", "ignore_in_loss",
+})  # fmt: skip
+# KTO's: true is a desirable answer. Many datasets have a class by the name `label`, so other values may be no mark.
+LABELS = frozenset({"label", "kto_tag", "kto_label", "desirable", "is_desirable"})
+
+
+# Judgements that count only as true or false: other values, such as the correct answer's text, are named as not read.
+def _with_is(*names: str) -> frozenset[str]:
+    return frozenset(names) | {f"is_{name}" for name in names}
+
+
+VERDICTS = _with_is(
+    "correct", "accepted", "approved", "good", "valid", "acceptable", "usable", "keep", "include", "included", "enabled",
+    "ok", "okay", "use",
+)  # fmt: skip
+BAD_VERDICTS = _with_is(
+    "incorrect", "rejected", "wrong", "bad", "invalid", "unusable", "deleted", "removed", "discard", "discarded", "drop",
+    "dropped", "hidden", "disabled", "delete", "to_delete", "do_not_use", "dont_use", "quarantined",
+)  # fmt: skip
+# Of these, a number may be a count of votes, or the number of an answer.
+WORD_VERDICTS = _with_is(
+    "chosen",
+    "preferred",
+    "passed",
+    "thumbs_up",
+    "upvoted",
+    "liked",
+    "selected",
+    "best",
+    "helpful",
+    "accurate",
+    "factual",
+    "faithful",
+)
+WORD_BAD_VERDICTS = _with_is(
+    "failed", "thumbs_down", "downvoted", "disliked", "hallucination", "hallucinated", "unhelpful", "inaccurate"
+)
+# The meaning of these depends on the tool: `mask: 1` is learned in some, and left out in others.
+UNCLEAR = frozenset({"mask", "training_detail", "train_detail"})
+GOOD = VERDICTS | WORD_VERDICTS
+JUDGEMENTS = GOOD | BAD_VERDICTS | WORD_BAD_VERDICTS
+KEYS = WEIGHTS | EXCLUSIONS | LABELS | JUDGEMENTS | UNCLEAR
+# Objects beside an answer, whose marks count only if they exclude it: a weight in there may be that of a product.
+CONTAINERS = frozenset({
+    "metadata", "meta", "extra", "info", "annotation", "annotations", "attributes", "properties", "flags", "options",
+    "additional_info", "extra_info", "custom", "meta_data", "metainfo", "meta_info", "feedback", "review", "reviews",
+    "quality", "moderation", "evaluation", "judgement", "judgment", "verdict",
+})  # fmt: skip
+# A row's `loss` or `train` with other values than true and false may be a measurement, or a split.
+ROW_WEIGHTS = frozenset({
+    "weight", "weights", "loss_weight", "sample_weight", "loss_scale", "loss_multiplier", "example_weight",
+})  # fmt: skip
+# Opinions about an answer. They count only as a text that plainly says "wrong": other values are classes, or states.
+OPINIONS = frozenset({
+    "quality", "verdict", "judgement", "judgment", "review", "review_result", "review_status", "feedback", "human_feedback",
+    "user_feedback", "evaluation", "assessment", "human_label", "correctness", "grade", "rating", "thumbs", "thumb", "vote",
+    "reaction", "human_evaluation", "human_rating", "annotation", "answer_quality", "response_quality", "user_rating",
+})  # fmt: skip
+# The same, where a word such as "failed" may be about anything.
+STATES = frozenset({"status", "state", "result", "outcome", "decision", "annotation_status", "record_status"})
+
+_SEPARATORS = re.compile(
+    r"(?<=[a-z0-9])(?=[A-Z])|[-\s.]+"
+)  # where isCorrect, is-correct and "is correct" have their underscore
+# is_answer_correct and response_is_valid judge an answer; correct_answer may be its text
+_OF_ANSWER = re.compile(
+    r"(?:is_|was_)?(?:the_)?(?:answer|response|completion|output|reply|label|human|annotator|row|sample|example)_(?:is_|was_)?(\w+)"
+    r"|(?:is|was)_(\w+)_(?:answer|response|completion|output|reply)"
+)
+
+
+def is_opinion(key: object) -> bool:
+    """Tell whether a key may have an opinion about an answer, or its state."""
+    return isinstance(key, str) and normal_name(key) in OPINIONS | STATES
+
+
+@lru_cache(4096)
+def normal_name(key: str) -> str:
+    """Return a key's name: `is_correct` for isCorrect and "Is correct?", `correct` for is_answer_correct."""
+    name = _SEPARATORS.sub("_", key.strip().rstrip("?")).lower()
+    if name not in KEYS and (found := _OF_ANSWER.fullmatch(name)):
+        inner = found[1] or found[2]
+        return inner if inner in JUDGEMENTS else name
+    return name

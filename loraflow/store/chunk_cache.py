@@ -1,0 +1,94 @@
+"""A cache of parts of a stage's result, by the hash of what they are made from. It is beside the artifacts of a store.
+
+An entry begins with the SHA-256 of its content, so that a damaged one is noticed: it is removed and computed again. Cleanup
+removes entries that nobody read for two weeks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from loraflow.store.checkpoints import recompute_digest
+
+FOLDER = "cache"
+_HASH = hashlib.sha256().digest_size
+log = logging.getLogger("loraflow")
+
+
+class ChunkCache:
+    """The entries of a stage.
+
+    Args:
+        folder: where they are; it is made when the first one is written.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @classmethod
+    def beside(cls, work: Path | None, stage: str) -> ChunkCache | None:
+        """Return the cache of the store that a job's work folder belongs to.
+
+        None if it belongs to no store, and if the job computes an artifact again on purpose (`--force`): it would only copy.
+        """
+        if work is None or work.parent.name != stage or work.parent.parent.name != "work" or recompute_digest(work):
+            return None
+        return cls(work.parents[2] / FOLDER / stage)
+
+    def read(self, key: str) -> bytes | None:
+        """Return the content of an entry; None if there is none, or a damaged one, which is removed."""
+        file = self._file(key)
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:
+            return None
+        content = data[_HASH:]
+        if hashlib.sha256(content).digest() != data[:_HASH]:
+            log.warning("%s is damaged; it is computed again", file)
+            file.unlink(missing_ok=True)
+            return None
+        os.utime(file)  # cleanup removes what was not used for long
+        return content
+
+    def write(self, key: str, content: bytes) -> None:
+        """Write an entry. Its hash makes up for a flush to the disk: an incomplete one is damaged.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        file = self._file(key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_name(f".draft-{secrets.token_hex(4)}")
+        try:
+            draft.write_bytes(hashlib.sha256(content).digest() + content)
+            draft.replace(file)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _file(self, key: str) -> Path:
+        return self.folder / key[:2] / key
+
+
+def stale_entries(root: Path, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
+    """Yield (name, bytes) of each stage's entries that were last used before a time, together.
+
+    Args:
+        root: of the store, or its local copy.
+        before: in seconds since 1970.
+        remove: whether to remove them.
+    """
+    for folder in sorted((root / FOLDER).glob("*")):
+        size = 0
+        for file in folder.glob("*/*"):
+            found = file.stat()
+            if found.st_mtime < before:
+                size += found.st_size
+                if remove:
+                    file.unlink(missing_ok=True)
+        if size:
+            yield PurePosixPath(FOLDER, folder.name), size
