@@ -14,6 +14,7 @@ from loraflow.config.stage_configs import (
     GgufOrigin,
     HubOrigin,
     StageConfig,
+    TrainConfig,
 )
 from loraflow.execution import workspace
 from loraflow.job import Job
@@ -33,6 +34,7 @@ class Outside:
     base: BaseLocation = BASE
     metric_modules: dict[str, str] = field(default_factory=dict)
     dealt: frozenset[str] | None = None
+    grouped: tuple[TrainConfig, ...] = ()
 
 
 def from_gguf(file: str) -> Outside:

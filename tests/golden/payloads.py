@@ -141,7 +141,8 @@ def payloads() -> dict[str, dict[str, str]]:
         found[name] = {
             name: identity.canonical(make_job(name, recipe, inputs_of(name, recipe), OUTSIDE).payload).decode()
             for name in STAGES
-            if name != "deal_rows"  # its config is not in a recipe: it names the rows that were dealt
+            # Their configs are not in a recipe: which rows were dealt, and which trials are trained together.
+            if name not in ("deal_rows", "train_group")
         }
     file = DatasetLocation(md5="9" * 32, name="chats.jsonl", origin=FolderOrigin(folder="chats.jsonl"))
     quickstart = load_recipe(REPOSITORY / "configs" / "quickstart.yaml")

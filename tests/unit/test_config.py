@@ -287,6 +287,7 @@ def jobs_of(recipe: Recipe) -> dict[str, dict[str, JsonValue]]:
     inputs = {
         "check_dataset": ["dataset"], "tokenize": ["rows", "base"], "train": ["tokens", "base"], "merge": ["base", "adapter"],
         "verify": ["base", "adapter", "merged", "rows"], "evaluate": ["model", "rows"], "deal_rows": ["rows"],
+        "train_group": ["tokens", "base"],
     }  # fmt: skip
     dataset = DatasetLocation(md5="0.dir", name="data", origin=FolderOrigin(folder="data"))
     outside = Outside(dataset=dataset, metric_modules=dict.fromkeys(recipe.evaluation.metrics, "0"))
