@@ -50,6 +50,7 @@ def settings(options: argparse.Namespace, device: str) -> dict[str, object]:
         "training_config.per_device_train_batch_size": options.tokens // LENGTH,
         "training_config.gradient_accumulation_steps": 1, "training_config.max_steps": options.steps,
         "training_config.logging_steps": options.steps, "training_config.save_strategy": "no",
+        "training_config.log_level": "error",
         "peft_config.lora_dropout": options.dropout, "runtime.compile": options.compile, "runtime.device": device,
     }  # fmt: skip
 
@@ -115,7 +116,8 @@ def main() -> None:
     build_base(base, shape, device, dtype)
     build_tokens(work / "tokens", LENGTH, options.steps * options.tokens // LENGTH)
     shared, grid = settings(options, device), trials(options.trials)
-    short = {**shared, "training_config.max_steps": min(options.steps, WARM_UP + 5)}
+    few = min(options.steps, WARM_UP + 5)
+    short = {**shared, "training_config.max_steps": few, "training_config.logging_steps": few}
     train(work, base, short, grid[:1])  # warms the libraries up
     alone = [train(work, base, shared, [one]) for one in grid]
     together = train(work, base, shared, grid)
