@@ -359,13 +359,12 @@ class TrainConfig(StageConfig):
 class TrainGroupConfig(StageConfig):
     """Config of train_group: that of each trial's training, in the order of the group."""
 
-    trials: list[TrainConfig]
+    trials: list[TrainConfig] = []  # unset before a sweep has made groups
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
         """See `StageConfig.from_recipe`. Which trials a group has is not in a recipe."""
-        trials = context.grouped or (TrainConfig.from_recipe(recipe, context),)
-        return cls.of({"trials": [trial.identity() for trial in trials]})
+        return cls.of({"trials": [trial.identity() for trial in context.grouped]} if context.grouped else {})
 
 
 class Nf4Config(FrozenModel):
