@@ -278,6 +278,7 @@ TRAIN_GROUP = Stage(
         "loraflow.training.group_trainer",
         "loraflow.training.group_batches",
         "loraflow.training.group_lora",
+        "loraflow.training.validation_loss",
         *TRAIN.code,
     ),
     uses_gpu=True,

@@ -426,5 +426,6 @@ def test_a_jobs_runtime_records_only_settings_of_its_stage():
     jobs = {name: job["runtime"] for name, job in jobs_of(recipe).items()}
     assert {name: own & runtime.keys() for name, runtime in jobs.items() if own & runtime.keys()} == {
         "version_dataset": {"origin"}, "resolve_base": {"origin"}, "train": {"training_config", "use_cache"},
+        "train_group": {"training_config", "use_cache"},
     }  # fmt: skip
     assert jobs["merge"] == recipe.runtime.model_dump()
