@@ -19,6 +19,7 @@ from loraflow.execution.trial_groups import (
     read_result,
     why_alone,
 )
+from loraflow.execution.trial_loss import read_curves
 from loraflow.failures import (
     CannotGroup,
     Crashed,
@@ -28,7 +29,7 @@ from loraflow.failures import (
     Stalled,
 )
 from loraflow.registry.sweeps import SweepRecord, TrialRecord
-from loraflow.stages import TRAIN_GROUP
+from loraflow.stages import TRAIN, TRAIN_GROUP
 from loraflow.store import Ref
 from loraflow.tasks.run import Run, StageResult
 from loraflow.tasks.stage_task import stage_task
@@ -68,7 +69,7 @@ def run_groups(run: Run, trials: Sequence[Trial], inputs: Mapping[str, Mapping[s
     records = {
         trial.label: _record(run, trial, known[trial.label], "cached") for trial in trials if trial.label in known
     }
-    left = [trial for trial in trials if trial.label not in known]
+    left = [trial for trial in trials if trial.label not in known and not _is_trained(run, trial, inputs[trial.label])]
     reads = {label: str([ref.digest for ref in found.values()]) for label, found in inputs.items()}
     groups = make_groups(left, reads, size)
     for line in groups.lines():
@@ -76,6 +77,14 @@ def run_groups(run: Run, trials: Sequence[Trial], inputs: Mapping[str, Mapping[s
     for number, group in enumerate(groups.groups, 1):
         records |= _run_group(run, list(group), inputs[group[0].label], f"{TRAIN_GROUP} {number}")
     return records
+
+
+def _is_trained(run: Run, trial: Trial, inputs: Mapping[str, Ref]) -> bool:
+    """Tell whether the store has a trial's own adapter, with its validation loss."""
+    store = run.workspace.store
+    ref = store.find(TRAIN.name, trial.workspace.job(TRAIN, inputs).fingerprint)
+    curves = None if ref is None else read_curves(store, ref)
+    return curves is not None and curves.validation_loss(config_of(trial).training_config) is not None
 
 
 def group_labels(stages: Iterable[str]) -> set[str]:
