@@ -19,8 +19,12 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -53,8 +57,8 @@ CASES = [
 ]  # fmt: skip
 
 
-def build_base(folder: Path, shape: Shape) -> None:
-    """Write a Llama of random weights."""
+def build_base(folder: Path, shape: Shape, device: str | None = None, dtype: torch.dtype | None = None) -> None:
+    """Write a Llama of random weights, by default in bfloat16."""
     import torch
     from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -69,12 +73,13 @@ def build_base(folder: Path, shape: Shape) -> None:
         num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim, eos_token_id=eos, pad_token_id=0, bos_token_id=1,
         max_position_embeddings=4096, tie_word_embeddings=False,
     )  # fmt: skip
-    with torch.device("cpu" if TINY else "cuda"):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    device = device or ("cpu" if TINY else "cuda")
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=dtype or torch.bfloat16)
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0)
     model.save_pretrained(folder)
     del model
-    if not TINY:
+    if device == "cuda":
         torch.cuda.empty_cache()
 
 

@@ -23,7 +23,8 @@ from loraflow.stages import TRAIN
 from loraflow.tasks.approval import refuse_without_deployment
 from loraflow.tasks.run import Run, open_run
 from loraflow.tasks.run_name import mask_parameters
-from loraflow.tasks.trials import refuse_if_all_failed, run_trials
+from loraflow.tasks.trial_groups import group_labels, note_alone
+from loraflow.tasks.trials import refuse_if_all_failed, run_trials, validation_loss
 
 NO_GRID: JsonObject = {}
 
@@ -63,6 +64,7 @@ def sweep(
                 label = refuse_if_all_failed(run.sweep)
                 chosen = next(trial for trial in trials if trial.label == label)
                 result = _finish(run, chosen, trials)
+                run.sweep = note_alone(run.sweep, validation_loss(run, result.adapter))
                 registration = decide_and_register(run, result, approval)
         return publish_and_report(run, result, registration).model_dump(mode="json")
 
@@ -70,9 +72,11 @@ def sweep(
 def _finish(run: Run, chosen: Trial, trials: list[Trial]) -> PipelineResult:
     """Continue as the run of the chosen trial: its stages up to training are cached, the others are computed."""
     run.workspace, run.recipe_file = chosen.workspace, chosen.recipe_file
-    before = {**run.stages, TRAIN.name: run.stages[chosen.label].model_copy(update={"stage": TRAIN.name})}
+    before, of_trials = dict(run.stages), {trial.label for trial in trials} | group_labels(run.stages)
+    if chosen.label in before:  # otherwise it was trained in a group, and is trained by itself now
+        before[TRAIN.name] = before[chosen.label].model_copy(update={"stage": TRAIN.name})
     result = pipeline(run)
-    run.stages = _as_computed(run.stages, before, {trial.label for trial in trials})
+    run.stages = _as_computed(run.stages, before, of_trials)
     return result
 
 

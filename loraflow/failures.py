@@ -163,6 +163,12 @@ class OutOfMemory(Failure):
     kind = "out_of_memory"
 
 
+class CannotGroup(Failure):
+    """Trials of a sweep cannot be trained in one process. A sweep then trains each by itself."""
+
+    kind = "cannot_group"
+
+
 class NonFiniteLoss(Failure):
     """The loss or a gradient became NaN or infinite."""
 

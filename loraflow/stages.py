@@ -277,6 +277,24 @@ TRAIN = Stage(
     oom_field="micro_batch",
 )
 
+TRAIN_GROUP = Stage(
+    name="train_group",
+    version=1,
+    module="loraflow.training.train_group",
+    config=configs.TrainGroupConfig,
+    inputs={"tokens": _from(TOKENIZE), "base": _from(RESOLVE_BASE)},
+    runtime=JobRuntime.of_training,
+    code=(
+        "loraflow.training.train_group",
+        "loraflow.training.group_trainer",
+        "loraflow.training.group_batches",
+        "loraflow.training.group_lora",
+        "loraflow.training.validation_loss",
+        *TRAIN.code,
+    ),
+    uses_gpu=True,
+)
+
 MERGE = Stage(
     name="merge",
     version=4,  # 4: the bits of peft for ranks above 128, narrow matrices and a last block of few rows
@@ -478,6 +496,7 @@ STAGES: dict[str, Stage] = {
         RESOLVE_BASE,
         TOKENIZE,
         TRAIN,
+        TRAIN_GROUP,
         MERGE,
         VERIFY,
         DEAL_ROWS,

@@ -15,14 +15,14 @@ from loraflow.data.chats import GATE_SET
 from loraflow.data.token_report import TokenReport
 from loraflow.evaluation.values import Decision, scores_to_dict
 from loraflow.execution.results import PipelineResult
-from loraflow.execution.trial_loss import read_curves
+from loraflow.execution.trial_loss import CURVES, read_curves
 from loraflow.failures import CorruptArtifact
 from loraflow.registry.runs import RunSummary, write_report
 from loraflow.reporting.drift import drift_lines
 from loraflow.reporting.learned import Learned
 from loraflow.reporting.markdown import RunReport, run_report, scores_report
 from loraflow.reporting.sweep import TrialCurves
-from loraflow.stages import TRAIN
+from loraflow.stages import TRAIN, TRAIN_GROUP
 from loraflow.store import Ref
 from loraflow.tasks.run import Run
 from loraflow.tasks.run_record import evaluation_report, model_scores
@@ -111,9 +111,10 @@ def _trial_curves(run: Run) -> dict[str, TrialCurves]:
     found = {}
     for trial in run.sweep.trials if run.sweep else ():
         if trial.state != "failed":
-            uri = run.workspace.store.uri
-            ref = Ref(stage=TRAIN.name, fingerprint=trial.fingerprint, digest=trial.digest, uri=uri)
-            curves = read_curves(run.workspace.store, ref)
+            store, is_grouped = run.workspace.store, trial.group_number is not None
+            stage, name = (TRAIN_GROUP, f"curves-{trial.group_number}.jsonl") if is_grouped else (TRAIN, CURVES)
+            ref = Ref(stage=stage.name, fingerprint=trial.fingerprint, digest=trial.digest, uri=store.uri)
+            curves = read_curves(store, ref, name)
             if curves is not None:
                 found[trial.label] = TrialCurves(curves.training, curves.validation)
     return found

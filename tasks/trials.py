@@ -29,6 +29,7 @@ from loraflow.tasks.limits import check_rows
 from loraflow.tasks.run import Run, StageResult
 from loraflow.tasks.stage_task import stage_task
 from loraflow.tasks.stages import check_dataset, resolve_base, tokenize, version_dataset
+from loraflow.tasks.trial_groups import run_groups
 
 log = logging.getLogger("loraflow")
 # Failures that a trial's settings may have caused. Any other, such as a full disk, would end the next trial too.
@@ -63,27 +64,30 @@ def train_trial(run: Run, *, tokens: Ref, base: Ref, label: str) -> StageResult:
 
 
 def run_trials(run: Run, trials: Sequence[Trial]) -> SweepRecord:
-    """Run all trials, one after another, and choose one by its validation loss.
+    """Run all trials, in groups (`runtime.trials_together`) or one after another, and choose one by its validation loss.
 
     Raises:
         BadConfig: the trials' validation rows differ.
         BadData: there are no validation rows.
         Failure: all trials failed; or a failure that is not a trial's, such as a full disk.
     """
-    records: list[TrialRecord] = []
+    records: dict[str, TrialRecord] = {}
     own = run.workspace
     try:
         inputs = _shared_stages(run, trials)
+        refs = {label: {"tokens": found.tokens, "base": found.base} for label, found in inputs.items()}
+        records |= run_groups(run, trials, refs)
         for number, trial in enumerate(trials, 1):
-            run.workspace = trial.workspace
-            log.info("trial %d of %d: %s", number, len(trials), trial.label)
-            record = _run_trial(run, trial, inputs[trial.label])
-            records.append(record)
-            if record.loss is not None:
-                log.info("trial %d of %d: validation loss %.4f", number, len(trials), record.loss)
+            if trial.label not in records:
+                run.workspace = trial.workspace
+                log.info("trial %d of %d: %s", number, len(trials), trial.label)
+                records[trial.label] = _run_trial(run, trial, inputs[trial.label])
+            loss = records[trial.label].loss
+            if loss is not None:
+                log.info("trial %d of %d: validation loss %.4f", number, len(trials), loss)
     finally:
         run.workspace = own  # the record of a sweep that ends here has the recipe, not a trial's
-    return choose(records)
+    return choose([records[trial.label] for trial in trials])
 
 
 def _shared_stages(run: Run, trials: Sequence[Trial]) -> dict[str, TrialInputs]:
@@ -144,12 +148,12 @@ def _run_trial(run: Run, trial: Trial, inputs: TrialInputs) -> TrialRecord:
     store = run.workspace.store
     try:
         ref = train_trial(run, tokens=inputs.tokens, base=inputs.base, label=trial.label)
-        loss = _loss(run, ref)
+        loss = validation_loss(run, ref)
         if loss is None:
             log.info("%s runs: %s", trial.label, NOT_MEASURED)
             run.recompute.add(ref.fingerprint)
             ref = train_trial(run, tokens=inputs.tokens, base=inputs.base, label=trial.label)
-            loss = _loss(run, ref)
+            loss = validation_loss(run, ref)
         if loss is None:
             raise Crashed(
                 "A training ended without a validation loss.", where=store.location(ref), next_step="report this"
@@ -169,7 +173,8 @@ def _run_trial(run: Run, trial: Trial, inputs: TrialInputs) -> TrialRecord:
     )
 
 
-def _loss(run: Run, adapter: Ref) -> float | None:
+def validation_loss(run: Run, adapter: Ref) -> float | None:
+    """Return the loss of an adapter on the validation rows; None if it was not measured."""
     curves = read_curves(run.workspace.store, adapter)
     return None if curves is None else curves.validation_loss(training_config(run.workspace))
 

@@ -14,6 +14,7 @@ from loraflow.config.stage_configs import (
     GgufOrigin,
     HubOrigin,
     StageConfig,
+    TrainConfig,
 )
 from loraflow.execution import workspace
 from loraflow.job import Job
@@ -34,6 +35,7 @@ class Outside:
     metric_modules: dict[str, str] = field(default_factory=dict)
     general: DatasetLocation | None = None
     dealt: frozenset[str] | None = None
+    grouped: tuple[TrainConfig, ...] = ()
 
 
 def from_gguf(file: str) -> Outside:

@@ -83,6 +83,11 @@ class Runtime(FrozenModel):
         description="Record forward and backward passes on a GPU as CUDA graphs; auto does so where starting the kernels "
         "takes longer than computing them, as in small models, and logs why.",
     )
+    trials_together: Annotated[int, Field(ge=1, le=64)] = Field(
+        1,
+        description="Number of a sweep's trials that one process trains at once, over one base. Faster on a GPU with a "
+        "small model; the chosen trial is then trained again by itself.",
+    )
     checkpointing: Literal["auto", "none", "elementwise", "selective", "full", "offload"] = Field(
         "auto",
         description="Activations that are recomputed in the backward pass instead of stored. elementwise: those of norms, "

@@ -122,6 +122,10 @@ class RecipeContext(Protocol):
     def dealt(self) -> Set[str] | None:
         """The keys of the held-out rows that models are scored on; None if none were dealt (data.heldout_reserve)."""
 
+    @property
+    def grouped(self) -> tuple[TrainConfig, ...]:
+        """The trainings of the trials of a sweep that are trained together; empty if none are."""
+
 
 # -- the configs ----------------------------------------------------------------------------------------------------
 
@@ -354,6 +358,17 @@ class TrainConfig(StageConfig):
             raise ValueError("a train job needs runtime.training_config")
         identity = self.training_config.model_dump(exclude_unset=True, exclude={"global_batch"})
         return TrainerSettings.model_validate({**runtime.training_config.model_dump(exclude_unset=True), **identity})
+
+
+class TrainGroupConfig(StageConfig):
+    """Config of train_group: that of each trial's training, in the order of the group."""
+
+    trials: list[TrainConfig] = []  # unset before a sweep has made groups
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
+        """See `StageConfig.from_recipe`. Which trials a group has is not in a recipe."""
+        return cls.of({"trials": [trial.identity() for trial in context.grouped]} if context.grouped else {})
 
 
 class Nf4Config(FrozenModel):

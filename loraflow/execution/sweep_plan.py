@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,9 +11,12 @@ from pydantic import JsonValue
 
 from loraflow.execution.plan import plan
 from loraflow.execution.sweep import SHARED, STEPS, Trial, sharing_lines, stage_counts
+from loraflow.execution.trial_groups import GroupResult, group_job, known_results, make_groups, why_alone
 from loraflow.execution.trial_loss import NOT_MEASURED, read_curves, training_config
 from loraflow.stages import TRAIN
 from loraflow.store import Ref
+
+TRAIN_INPUTS = {"tokens": "tokenize", "base": "resolve_base"}  # input of train → step
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class SweepPlan:
 def plan_sweep(trials: Sequence[Trial], keys: Sequence[str]) -> SweepPlan:
     """Return what a sweep would do. `keys` are those of its grid."""
     planned: list[PlannedTrial] = []
+    known, groups = _groups(trials)
     missing: dict[str, set[str]] = {label: set() for label in SHARED}
     for trial in trials:
         steps = {step.label: step for step in plan(trial.workspace, steps=STEPS)}
@@ -65,6 +70,8 @@ def plan_sweep(trials: Sequence[Trial], keys: Sequence[str]) -> SweepPlan:
             loss = _known_loss(trial, train.fingerprint)
             if loss is None:
                 status, why = "runs", (NOT_MEASURED,)
+        if (result := known.get(trial.label)) is not None:
+            status, why, loss = "cached", (result.problem or "it was trained in a group",), result.loss
         planned.append(
             PlannedTrial(
                 trial.label, dict(trial.settings), trial.seed, status, why, train.fingerprint, train.seconds, loss
@@ -74,8 +81,38 @@ def plan_sweep(trials: Sequence[Trial], keys: Sequence[str]) -> SweepPlan:
         tuple(planned),
         stage_counts(trials),
         {label: len(found) for label, found in missing.items()},
-        tuple(sharing_lines(trials, keys)),
+        (*sharing_lines(trials, keys), *groups),
     )
+
+
+def _groups(trials: Sequence[Trial]) -> tuple[dict[str, GroupResult], list[str]]:
+    """Return what is known of trials that were trained in a group, and how the others are trained."""
+    first = trials[0].workspace
+    size = first.recipe.runtime.trials_together
+    if size == 1:
+        return {}, []
+    jobs = {}
+    for trial in trials:
+        refs = {} if why_alone(trial) else _inputs(trial)
+        if len(refs) == len(TRAIN.inputs):
+            jobs[trial.label] = group_job([trial], refs)
+    known = known_results(first.store, trials, jobs)
+    left = [trial for trial in trials if trial.label not in known]
+    reads = {trial.label: json.dumps([trial.identities[label] for label in TRAIN_INPUTS.values()]) for trial in left}
+    return known, make_groups(left, reads, size).lines()
+
+
+def _inputs(trial: Trial) -> dict[str, Ref]:
+    """Return what a trial trains on, as far as it is in the store."""
+    steps = {step.label: step for step in plan(trial.workspace, steps=STEPS)}
+    found = {}
+    for name, label in TRAIN_INPUTS.items():
+        step = steps[label]
+        if step.status == "cached" and step.fingerprint is not None:
+            ref = trial.workspace.store.find(step.stage, step.fingerprint)
+            if ref is not None:
+                found[name] = ref
+    return found
 
 
 def _known_loss(trial: Trial, fingerprint: str) -> float | None:

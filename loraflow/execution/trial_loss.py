@@ -11,13 +11,14 @@ from loraflow.store import Ref, Store
 from loraflow.training.validation_loss import Curves
 
 log = logging.getLogger("loraflow")
+CURVES = "telemetry/curves.jsonl"  # in an adapter's artifact
 NOT_MEASURED = "its adapter is in the store, but its validation loss was not measured"
 
 
-def read_curves(store: Store, adapter: Ref) -> Curves | None:
+def read_curves(store: Store, adapter: Ref, name: str = CURVES) -> Curves | None:
     """Return the losses that a training logged; None if the log is damaged, which the adapter's digest does not cover."""
     try:
-        return Curves.parse(store.read(adapter, "telemetry/curves.jsonl"))
+        return Curves.parse(store.read(adapter, name))
     except CorruptArtifact as failure:
         log.warning("the losses of an adapter cannot be read. %s", failure)
         return None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Set
 from functools import cached_property
 
 from loraflow.config import Recipe
-from loraflow.config.stage_configs import BaseLocation, DatasetLocation, RecipeContext, StageConfig
+from loraflow.config.stage_configs import BaseLocation, DatasetLocation, RecipeContext, StageConfig, TrainConfig
 from loraflow.failures import Failure
 from loraflow.job import Job
 from loraflow.registry import Entry, PromotionLog
@@ -30,6 +30,7 @@ class Workspace:
         self.memo = HashMemo(self.store.scratch / "hashes.json")
         self.seen_head: Entry | None = None  # the promotion log's head at the last call of `champion`
         self.dealt: Set[str] | None = None  # keys of the held-out rows that models are scored on (`execution/deal.py`)
+        self.grouped: tuple[TrainConfig, ...] = ()  # trials that are trained together (`execution/trial_groups.py`)
         self.reserve: ReserveState | None = None  # what was left of data.heldout_reserve then
 
     @cached_property
@@ -76,6 +77,12 @@ class Workspace:
         for name, equal in is_equal.items():
             if not equal:
                 other.__dict__.pop(name, None)  # where cached_property keeps its value
+        return other
+
+    def with_group(self, grouped: tuple[TrainConfig, ...]) -> Workspace:
+        """Return the workspace of a group of trials, for the job of train_group."""
+        other = copy.copy(self)
+        other.grouped = grouped
         return other
 
     def job(self, stage: Stage, inputs: Mapping[str, Ref], seed: int | None = None) -> Job[StageConfig]:

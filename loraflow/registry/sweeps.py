@@ -25,10 +25,11 @@ class TrialRecord(StoredModel):
     seed: int
     state: Literal["cached", "computed", "failed"]
     loss: float | None = None  # of the adapter on the validation rows, in nats per token
-    seconds: float | None = None  # that the training took, now or when it was computed
+    seconds: float | None = None  # that the training took, now or when it was computed; of a group, its share
     fingerprint: str = ""
     digest: str = ""
     problem: str = ""  # why it failed
+    group_number: int | None = None  # of several trials in the artifact, which is train_group's; None: it has its own
 
 
 class SweepRecord(StoredModel):

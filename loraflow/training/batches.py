@@ -202,27 +202,33 @@ class StepDataset(Dataset[StepItem]):
         for indices in [*local, *assignment[:padding_batches]]:
             documents = [self.rows[int(chosen[index])] for index in indices]
             weights = [self.rows.weights(int(chosen[index])) for index in indices]
-            keys = [self._token_keys(step, index, int(self.rows.tokens[chosen[index]])) for index in indices]
+            keys = [self.token_keys(step, index, int(self.rows.tokens[chosen[index]])) for index in indices]
             micro_batches.append(self._micro_batch(documents, weights, keys if self.dropout else None))
         for batch in micro_batches[len(local) :]:  # without targets, so without a loss
             batch["loss_index"], batch["targets"] = batch["loss_index"][:0], batch["targets"][:0]
             if "loss_weights" in batch:
                 batch["loss_weights"] = batch["loss_weights"][:0]
-        num_supervised_tokens = sum(
-            int((labels[1:] != IGNORED).sum()) for row in chosen.tolist() for _, labels in self.rows[int(row)]
-        )
+        num_supervised_tokens = self._supervised_tokens(step)
         return {
             "micro_batches": micro_batches,
             "num_supervised_tokens": num_supervised_tokens,
-            "loss_weight": self._loss_weight(chosen, num_supervised_tokens),
+            "loss_weight": self.loss_weight(step, num_supervised_tokens),
             "tokens": int(self.rows.tokens[chosen].sum()),
         }
 
-    def _loss_weight(self, chosen: NDArray[np.int64], num_supervised_tokens: int) -> float:
-        """Return the sum of the weights of a step's supervised tokens: their number, if no row has weights."""
+    def _supervised_tokens(self, step: int) -> int:
+        chosen = self.steps[step].tolist()
+        return sum(int((labels[1:] != IGNORED).sum()) for row in chosen for _, labels in self.rows[int(row)])
+
+    def loss_weight(self, step: int, num_supervised_tokens: int | None = None) -> float:
+        """Return the sum of the weights of a step's supervised tokens: their number, if no row has weights.
+
+        The number is counted if it is not given.
+        """
+        chosen = self.steps[step]
         weights = [self.rows.weights(int(row)) for row in chosen]
         if not has_weights(weights):
-            return num_supervised_tokens
+            return self._supervised_tokens(step) if num_supervised_tokens is None else num_supervised_tokens
         documents = [self.rows[int(row)] for row in chosen]
         return float(learned_weights(documents, weights).sum(dtype=torch.float64))
 
@@ -237,19 +243,24 @@ class StepDataset(Dataset[StepItem]):
         elif self.sharing and (prefix := self.sharing.shared_length([row[0][0] for row in rows])):
             return share_prefix([row[0] for row in rows], prefix, weights)
         else:
-            length = self.rows.row_length
-            grid = (
-                packed(rows, length, self.pad_id, weights)
-                if length
-                else padded(rows, self.pad_id, weights, with_positions=self.with_positions)
-            )
-            batch = with_targets(grid)
-            row_width = batch["input_ids"].shape[1]
+            return self.grid(rows, weights, keys)
         if keys is not None:
             batch["token_keys"] = _spread(keys, row_width, batch["input_ids"].numel())
         return batch
 
-    def _token_keys(self, step: int, index: int, tokens: int) -> NDArray[np.int32]:
+    def grid(self, rows: list[list[Document]], weights: Weights, keys: list[NDArray[np.int32]] | None) -> MicroBatch:
+        """Return rows as a grid. `keys` are those of each row's tokens, for dropout."""
+        length = self.rows.row_length
+        batch = with_targets(
+            packed(rows, length, self.pad_id, weights)
+            if length
+            else padded(rows, self.pad_id, weights, with_positions=self.with_positions)
+        )
+        if keys is not None:
+            batch["token_keys"] = _spread(keys, batch["input_ids"].shape[1], batch["input_ids"].numel())
+        return batch
+
+    def token_keys(self, step: int, index: int, tokens: int) -> NDArray[np.int32]:
         """Return a hash of seed, step, row (its index in the step) and token, for each token of a row."""
         token = np.arange(tokens, dtype=np.uint64) + np.uint64(index << 32)
         return (mix(token ^ mix(np.array([(self.seed << 32) ^ step], np.uint64))) >> np.uint64(32)).astype(np.int32)

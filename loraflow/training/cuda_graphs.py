@@ -35,11 +35,18 @@ class GraphedPass:
         body: the function: tensors by name, and numbers by name → output. Its kernels may not depend on values of tensors.
         trained: the parameters whose gradients are computed. The body uses all of them.
         on_failure: is called when graphs are given up, before the ordinary pass.
+        sums: where the gradients of the parameters are added up; new tensors by default.
     """
 
-    def __init__(self, body: Body, trained: Sequence[torch.nn.Parameter], on_failure: Callable[[], None]):
+    def __init__(
+        self,
+        body: Body,
+        trained: Sequence[torch.nn.Parameter],
+        on_failure: Callable[[], None],
+        sums: Sequence[Tensor] | None = None,
+    ):
         self.body, self.trained, self.on_failure = body, trained, on_failure
-        self.sums = [torch.zeros_like(parameter) for parameter in trained]
+        self.sums = [torch.zeros_like(parameter) for parameter in trained] if sums is None else list(sums)
         self.graphs: dict[Key, _Graph] = {}
         self.is_on = True
         self._pool = torch.cuda.graph_pool_handle()  # all graphs share their memory, because one runs at a time

@@ -41,12 +41,12 @@ def build_fast_trainer(
     """Build the trainer, and prepare its model's layers."""
     sharded = choices.base_sharded
     fit = choose_memory_fit(setup, attention, sharded=sharded)
-    tokens, passes = _passes(setup, fit.tokens)
+    tokens, passes = passes_of(setup, fit.tokens)
     is_compiling = choose_compile(setup, attention, tokens, passes, graphed=False)[0]
     # If it is asked for, the layers are compiled for it, whatever time that saves.
     if fit.elementwise and not is_compiling and setup.runtime.checkpointing != "elementwise":
         fit = choose_memory_fit(setup, attention, sharded=sharded, compiled=False)
-        tokens, passes = _passes(setup, fit.tokens)
+        tokens, passes = passes_of(setup, fit.tokens)
     sharing, sharing_note = choose_prefix_sharing(setup, model, attention)
     micro_batch_rows = None if attention.concatenated else _micro_batch_rows(setup)
     base_dtype: torch.dtype = getattr(torch, setup.config.base.dtype)
@@ -71,7 +71,7 @@ def build_fast_trainer(
             fit,
             micro_batch_rows,
             sharing,
-            length_cost=_length_cost(setup, tokens, is_compiling),
+            length_cost=cost_of_length(setup, tokens, is_compiling),
             sharded=sharded,
         ),
         validation=_validation_steps(setup, fit, attention, sharing, sharded=sharded),
@@ -127,7 +127,9 @@ def build_fast_trainer(
     return BuiltTrainer(trainer, choices, size, initial)
 
 
-def choose_memory_fit(setup: TrainingSetup, attention: Attention, *, sharded: bool, compiled: bool = True) -> MemoryFit:
+def choose_memory_fit(
+    setup: TrainingSetup, attention: Attention, *, sharded: bool, compiled: bool = True, adapters: int = 1
+) -> MemoryFit:
     """Choose the tokens of a micro-batch, and what is recomputed in the backward pass.
 
     Args:
@@ -135,6 +137,7 @@ def choose_memory_fit(setup: TrainingSetup, attention: Attention, *, sharded: bo
         attention: that was chosen.
         sharded: whether the base is sharded over the devices.
         compiled: whether the layers may be compiled, unless the runtime says otherwise.
+        adapters: that are trained in one pass. A micro-batch has the tokens of all of them.
     """
     recompute: Recompute | None = None if setup.runtime.checkpointing == "auto" else setup.runtime.checkpointing
     if recompute is None and setup.settings.gradient_checkpointing is not None:
@@ -149,6 +152,7 @@ def choose_memory_fit(setup: TrainingSetup, attention: Attention, *, sharded: bo
                 tokens or max(least, 4096), "none", 0.0, "elementwise needs concatenated documents on a GPU"
             )
         return MemoryFit(tokens or max(least, 4096), recompute or "none", share, why)
+    least *= adapters
     if setup.rows.row_length:
         step_tokens = setup.rows_per_device * setup.rows.row_length
     else:
@@ -157,9 +161,9 @@ def choose_memory_fit(setup: TrainingSetup, attention: Attention, *, sharded: bo
         setup.shape,
         setup.free_bytes(),
         setup.weight_format,
-        setup.config.peft_config.r,
+        setup.config.peft_config.r * adapters,
         least=least,
-        wanted=tokens or step_tokens,
+        wanted=tokens or step_tokens * adapters,
         recompute=recompute,
         devices=setup.group.size if sharded else 1,
         compiled=compiled and setup.runtime.compile != "off",
@@ -247,7 +251,7 @@ def _step_dataset(
     )
 
 
-def _length_cost(setup: TrainingSetup, tokens: int, is_compiling: bool) -> float:
+def cost_of_length(setup: TrainingSetup, tokens: int, is_compiling: bool) -> float:
     """Return what one more length of micro-batches costs, in tokens of padding.
 
     Args:
@@ -260,7 +264,7 @@ def _length_cost(setup: TrainingSetup, tokens: int, is_compiling: bool) -> float
     return LENGTH_SECONDS * FLOPS / (4 * setup.shape.linear_weights)
 
 
-def _passes(setup: TrainingSetup, micro_batch_tokens: int) -> tuple[int, int]:
+def passes_of(setup: TrainingSetup, micro_batch_tokens: int) -> tuple[int, int]:
     """Return (tokens of a pass, passes of the whole training), on one device."""
     tokens = int(setup.rows.tokens[setup.order].sum()) / setup.group.size
     passes = max(len(setup.step_rows), math.ceil(tokens / micro_batch_tokens))

@@ -5,18 +5,19 @@ The figures were measured by `benchmarks/compile_gain.py` on one H100 with 16 co
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from loraflow.training.layers import draws_in_passes
 from loraflow.training.memory import GIB, USABLE, fixed_bytes, token_bytes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from loraflow.hardware.attention import Attention
     from loraflow.training.memory import MemoryFit, ModelShape
     from loraflow.training.setup import TrainingSetup
-    from loraflow.training.trainer import FastTrainer
 
 LAUNCH_SECONDS = (
     4.3e-3  # to start the kernels of a compiled layer, forward and backward; uncompiled ones take twice that
@@ -26,8 +27,24 @@ RECORDING_PASSES = 10  # recording a shape takes as long
 LEAST_PASSES = 50
 
 
+class Recordable(Protocol):
+    """What passes through a model: its decoder, its embedding, and the parameters whose gradients are computed."""
+
+    @property
+    def decoder(self) -> PreTrainedModel:
+        """The decoder."""
+
+    @property
+    def embed(self) -> torch.nn.Module:
+        """The embedding of the input."""
+
+    @property
+    def trained(self) -> Sequence[torch.nn.Parameter]:
+        """The trained parameters."""
+
+
 def choose_graphs(
-    setup: TrainingSetup, attention: Attention, fit: MemoryFit, trainer: FastTrainer, *, sharded: bool, passes: int
+    setup: TrainingSetup, attention: Attention, fit: MemoryFit, trainer: Recordable, *, sharded: bool, passes: int
 ) -> tuple[bool, str]:
     """Return whether passes are recorded, and why. A resumed training decides the same: the whole training counts.
 
@@ -53,7 +70,7 @@ def choose_graphs(
     return _pays_off(setup, setup.shape, fit)
 
 
-def _obstacle(trainer: FastTrainer, fit: MemoryFit, *, sharded: bool) -> str:
+def _obstacle(trainer: Recordable, fit: MemoryFit, *, sharded: bool) -> str:
     """Return why a pass cannot be recorded; empty if it can."""
     if sharded:
         return "the sharded base is gathered in each pass"

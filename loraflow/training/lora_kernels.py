@@ -116,8 +116,10 @@ class LoraProduct(torch.autograd.Function):
         return (dx, dh.t() @ dropped, dy.t() @ h, None, None, None, None, *[None] * len(frozen))
 
 
-def keep_mask(token_keys: Tensor, module_key: Tensor | None, features: int, keep_from: int) -> Tensor:
+def keep_mask(token_keys: Tensor, module_key: Tensor | None, features: int, keep_from: int | Tensor) -> Tensor:
     """Return which elements dropout keeps, bool [tokens, features]: a hash of token, module and feature.
+
+    `keep_from` may differ from token to token [tokens, 1].
 
     The hash is the finalizer of MurmurHash3 (Appleby 2011) over 32 bits, of which 16 decide.
     """
@@ -147,7 +149,7 @@ def accelerate_loras(model: torch.nn.Module, dtype: torch.dtype) -> list[FastLor
     """
     changed: list[FastLora] = []
     for name, module in model.named_modules():
-        frozen = _frozen_weight(module, dtype)
+        frozen = frozen_weight(module, dtype)
         if frozen is None:
             continue
         peft_class: type[torch.nn.Module] = type(module)
@@ -178,7 +180,7 @@ def to_fp8(loras: Sequence[FastLora]) -> None:
             module.base_layer.weight = torch.nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
 
 
-def _frozen_weight(module: torch.nn.Module, dtype: torch.dtype) -> FrozenWeight | None:
+def frozen_weight(module: torch.nn.Module, dtype: torch.dtype) -> FrozenWeight | None:
     """Return a module's frozen weight if it is peft's plain LoRA layer, and None if it is anything else."""
     from peft.tuners.lora.layer import LoraLayer
 

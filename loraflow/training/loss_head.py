@@ -6,7 +6,6 @@ best token, which takes as long again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
@@ -47,8 +46,8 @@ class FrozenHeadLoss(torch.autograd.Function):
             if factor != 1:
                 logits *= factor
             weights = None if loss_weights is None else loss_weights[at : at + CHUNK]
-            loss, slope = _loss_of(logits)(logits, targets[at : at + CHUNK], weights)
-            total += loss
+            losses, slope = nll_and_slope(logits, targets[at : at + CHUNK], weights)
+            total += losses.sum()
             if factor != 1:
                 slope *= factor
             torch.mm(slope, weight, out=gradient[at : at + CHUNK])
@@ -64,29 +63,64 @@ class FrozenHeadLoss(torch.autograd.Function):
 
 
 def nll_and_slope(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the sum of -log p in fp32, and its derivative with respect to the logits in their dtype.
+    """Return -log p of each target [n] in fp32, and its derivative with respect to its logits in their dtype.
 
-    `weights` [n], fp32, multiply the -log p of each target.
+    On a GPU the derivative is written over the logits. `weights` [n], fp32, multiply both.
     """
-    wide = logits.float()
-    log_p = wide - wide.logsumexp(-1, keepdim=True)
-    chosen = targets[:, None]
-    loss = -log_p.gather(1, chosen)
-    slope = log_p.exp()
-    slope.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=slope.dtype))
-    if weights is not None:
-        loss *= weights[:, None]
-        slope *= weights[:, None]
-    loss = loss.sum()
-    return loss, slope.to(logits.dtype)
-
-
-def _loss_of(logits: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
     if logits.is_cuda and find_spec("triton") is not None:
         from loraflow.training.loss_kernel import nll_and_slope_in_place
 
-        return nll_and_slope_in_place
-    return nll_and_slope
+        return nll_and_slope_in_place(logits, targets, weights)
+    wide = logits.float()
+    log_p = wide - wide.logsumexp(-1, keepdim=True)
+    chosen = targets[:, None]
+    losses = -log_p.gather(1, chosen)
+    slope = log_p.exp()
+    slope.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=slope.dtype))
+    if weights is not None:
+        losses *= weights[:, None]
+        slope *= weights[:, None]
+    return losses.squeeze(1), slope.to(logits.dtype)
+
+
+class EachTokenLoss(torch.autograd.Function):
+    """-log p of each target under a head that is not trained: what `FrozenHeadLoss` adds up. In fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: _Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, factor: float
+    ) -> Tensor:
+        """Return the losses [n], and save the gradient of the hidden states for each."""
+        gradient = torch.empty_like(hidden)
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for at in range(0, len(hidden), CHUNK):
+            logits = torch.nn.functional.linear(hidden[at : at + CHUNK], weight, bias)
+            if factor != 1:
+                logits *= factor
+            losses[at : at + CHUNK], slope = nll_and_slope(logits, targets[at : at + CHUNK])
+            if factor != 1:
+                slope *= factor
+            torch.mm(slope, weight, out=gradient[at : at + CHUNK])
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: _Context, up: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """Return the gradient of the hidden states."""
+        (gradient,) = ctx.saved_tensors
+        return (gradient.float() * up[:, None]).to(gradient.dtype), None, None, None, None
+
+
+def each_token_loss(head: torch.nn.Linear, hidden: Tensor, targets: Tensor, factor: float = 1.0) -> Tensor:
+    """Return -log p of each of the targets [n] given hidden states [n, width], in fp32; see `head_loss`."""
+    if not torch.is_grad_enabled():
+        parts = [
+            cross_entropy((head(hidden[at : at + CHUNK]) * factor).float(), targets[at : at + CHUNK], reduction="none")
+            for at in range(0, len(hidden), CHUNK)
+        ]
+        return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+    losses: Tensor = EachTokenLoss.apply(hidden, head.weight, head.bias, targets, factor)  # type: ignore[no-untyped-call]
+    return losses
 
 
 def head_loss(
@@ -102,7 +136,7 @@ def head_loss(
         weights: of each target's -log p [n], fp32; None: 1.
     """
     learning = torch.is_grad_enabled() and hidden.requires_grad
-    if learning and _is_frozen_linear(head, hidden.dtype) and not torch.is_autocast_enabled(hidden.device.type):
+    if learning and is_frozen_linear(head, hidden.dtype) and not torch.is_autocast_enabled(hidden.device.type):
         loss: Tensor = FrozenHeadLoss.apply(hidden, head.weight, head.bias, targets, factor, weights)  # type: ignore[no-untyped-call]
         return loss
 
@@ -124,5 +158,6 @@ def head_loss(
     return torch.stack([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
 
-def _is_frozen_linear(head: torch.nn.Module, dtype: torch.dtype) -> bool:
+def is_frozen_linear(head: torch.nn.Module, dtype: torch.dtype) -> bool:
+    """Tell whether a head is a linear layer in this dtype that is not trained."""
     return type(head) is torch.nn.Linear and not head.weight.requires_grad and head.weight.dtype == dtype

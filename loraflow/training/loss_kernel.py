@@ -44,7 +44,7 @@ def _softmax_slope(  # type: ignore[no-untyped-def]
 
 
 def nll_and_slope_in_place(logits: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the sum of -log p in fp32, and its derivative with respect to the logits, written over them.
+    """Return -log p of each target [n] in fp32, and its derivative with respect to its logits, written over them.
 
     Args:
         logits: [n, vocabulary] on a GPU, rows contiguous.
@@ -58,5 +58,5 @@ def nll_and_slope_in_place(logits: Tensor, targets: Tensor, weights: Tensor | No
             logits, targets, sums if weights is None else weights, sums, logits.stride(0), logits.shape[1],
             weighted=weights is not None, block=BLOCK, num_warps=WARPS,
         )  # fmt: skip
-    loss = sums - chosen
-    return (loss if weights is None else loss * weights).sum(), logits
+    losses = sums - chosen
+    return losses if weights is None else losses * weights, logits

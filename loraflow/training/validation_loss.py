@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from loraflow.config.stage_configs import FingerprintedTraining
 
+GROUP_PROBLEMS = "trials.json"  # of an artifact of train_group: why each trial failed; empty if it did not
+
 
 @dataclass(frozen=True)
 class Curves:

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraflow.training.compile_gain import COMPILE_SECONDS, TABLE, seconds_saved
-from loraflow.training.fast_engine import _passes, choose_compile
+from loraflow.training.fast_engine import choose_compile, passes_of
 from loraflow.training.graph_choice import choose_graphs
 from loraflow.training.layers import draws_in_passes
 from loraflow.training.lora_kernels import accelerate_loras
@@ -53,7 +53,7 @@ FLAT, GRID = SimpleNamespace(concatenated=True), SimpleNamespace(concatenated=Fa
 
 
 def compiles(setup, attention, micro_batch_tokens, *, graphed: bool = False):
-    return choose_compile(setup, attention, *_passes(setup, micro_batch_tokens), graphed=graphed)
+    return choose_compile(setup, attention, *passes_of(setup, micro_batch_tokens), graphed=graphed)
 
 
 def test_a_training_is_compiled_once_it_saves_more_than_compiling_takes():

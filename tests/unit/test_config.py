@@ -286,7 +286,8 @@ def jobs_of(recipe: Recipe) -> dict[str, dict[str, JsonValue]]:
     )
     inputs = {
         "check_dataset": ["dataset"], "tokenize": ["rows", "base"], "train": ["tokens", "base"], "merge": ["base", "adapter"],
-        "verify": ["base", "adapter", "merged", "rows"], "evaluate": ["model", "rows"], "deal_rows": ["rows"], "check_general": ["rows"], "score_general": ["model", "general"],
+        "verify": ["base", "adapter", "merged", "rows"], "evaluate": ["model", "rows"], "deal_rows": ["rows"],
+        "train_group": ["tokens", "base"], "check_general": ["rows"], "score_general": ["model", "general"],
     }  # fmt: skip
     dataset = DatasetLocation(md5="0.dir", name="data", origin=FolderOrigin(folder="data"))
     outside = Outside(dataset=dataset, metric_modules=dict.fromkeys(recipe.evaluation.metrics, "0"))
@@ -425,5 +426,6 @@ def test_a_jobs_runtime_records_only_settings_of_its_stage():
     jobs = {name: job["runtime"] for name, job in jobs_of(recipe).items()}
     assert {name: own & runtime.keys() for name, runtime in jobs.items() if own & runtime.keys()} == {
         "version_dataset": {"origin"}, "resolve_base": {"origin"}, "train": {"training_config", "use_cache"},
+        "train_group": {"training_config", "use_cache"},
     }  # fmt: skip
     assert jobs["merge"] == recipe.runtime.model_dump()

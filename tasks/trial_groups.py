@@ -1,0 +1,145 @@
+"""Train the trials of a sweep in groups (`runtime.trials_together`), each group in one process over one base.
+
+A group only measures: the losses of its trials choose one of them, and the chosen one is trained by itself afterwards.
+A trial that cannot be in a group, or whose group cannot be trained, is left to `run_trials`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+from loraflow.execution.sweep import Trial
+from loraflow.execution.trial_groups import (
+    GroupResult,
+    config_of,
+    group_job,
+    known_results,
+    make_groups,
+    read_result,
+    why_alone,
+)
+from loraflow.execution.trial_loss import read_curves
+from loraflow.failures import (
+    CannotGroup,
+    Crashed,
+    DeadlineExceeded,
+    Killed,
+    OutOfMemory,
+    Stalled,
+)
+from loraflow.registry.sweeps import SweepRecord, TrialRecord
+from loraflow.stages import TRAIN, TRAIN_GROUP
+from loraflow.store import Ref
+from loraflow.tasks.run import Run, StageResult
+from loraflow.tasks.stage_task import stage_task
+
+log = logging.getLogger("loraflow")
+# Failures that a smaller group, or trials by themselves, may not have. Any other would end the next training too.
+OF_THE_GROUP = (CannotGroup, OutOfMemory, Killed, Crashed, Stalled, DeadlineExceeded)
+
+
+@stage_task
+def train_group(run: Run, *, tokens: Ref, base: Ref, label: str) -> StageResult:
+    """Train the adapters of several trials at once, to compare their losses.
+
+    Input: tokens, and the base model. Output: the losses of each trial. Work: `loraflow/training/train_group.py`.
+    """
+    return run.find_or_run(TRAIN_GROUP, label, tokens=tokens, base=base)
+
+
+def run_groups(run: Run, trials: Sequence[Trial], inputs: Mapping[str, Mapping[str, Ref]]) -> dict[str, TrialRecord]:
+    """Train the trials that can be trained together; return their records by label.
+
+    Trials that were in a group of an earlier sweep are not trained again, also if this sweep would make other groups.
+
+    Args:
+        run: of the sweep.
+        trials: of it.
+        inputs: what each trial trains on, by label.
+
+    Raises:
+        Failure: that of a group, if it would end the trials' own trainings as well, such as a full disk.
+    """
+    size = run.workspace.recipe.runtime.trials_together
+    if size == 1:
+        return {}
+    jobs = {trial.label: group_job([trial], inputs[trial.label]) for trial in trials if not why_alone(trial)}
+    known = known_results(run.workspace.store, trials, jobs)
+    records = {
+        trial.label: _record(run, trial, known[trial.label], "cached") for trial in trials if trial.label in known
+    }
+    left = [trial for trial in trials if trial.label not in known and not _is_trained(run, trial, inputs[trial.label])]
+    reads = {label: str([ref.digest for ref in found.values()]) for label, found in inputs.items()}
+    groups = make_groups(left, reads, size)
+    for line in groups.lines():
+        log.info("%s", line)
+    for number, group in enumerate(groups.groups, 1):
+        records |= _run_group(run, list(group), inputs[group[0].label], f"{TRAIN_GROUP} {number}")
+    return records
+
+
+def _is_trained(run: Run, trial: Trial, inputs: Mapping[str, Ref]) -> bool:
+    """Tell whether the store has a trial's own adapter, with its validation loss."""
+    store = run.workspace.store
+    ref = store.find(TRAIN.name, trial.workspace.job(TRAIN, inputs).fingerprint)
+    curves = None if ref is None else read_curves(store, ref)
+    return curves is not None and curves.validation_loss(config_of(trial).training_config) is not None
+
+
+def group_labels(stages: Iterable[str]) -> set[str]:
+    """Return the labels of groups among those of a run's stages."""
+    return {label for label in stages if label.startswith(f"{TRAIN_GROUP} ")}
+
+
+def note_alone(record: SweepRecord, alone: float | None) -> SweepRecord:
+    """Return a sweep's record with the validation loss of the chosen trial alone, if it was chosen by that in a group."""
+    chosen = next(trial for trial in record.trials if trial.label == record.chosen)
+    if chosen.group_number is None or alone is None or chosen.loss is None:
+        return record
+    note = (
+        f"trained by itself, {chosen.label} has a validation loss of {alone:.4f}; in its group it had {chosen.loss:.4f}"
+    )
+    log.info("%s", note)
+    return record.model_copy(update={"notes": [*record.notes, note]})
+
+
+def _run_group(run: Run, group: list[Trial], inputs: Mapping[str, Ref], label: str) -> dict[str, TrialRecord]:
+    """Train a group, or its halves if the memory is not enough; return the records of the trials that were trained."""
+    log.info("%s: %d trials in one pass", label, len(group))
+    run.workspace = group[0].workspace.with_group(tuple(map(config_of, group)))
+    try:
+        ref = train_group(run, tokens=inputs["tokens"], base=inputs["base"], label=label)
+    except OF_THE_GROUP as failure:
+        half = (len(group) + 1) // 2
+        if not isinstance(failure, OutOfMemory | Killed) or half < 2:
+            log.warning("%s: its trials are trained by themselves. %s", label, failure)
+            return {}
+        log.warning("%s: its %d trials are trained in two groups. %s", label, len(group), failure.what)
+        parts = ((group[:half], f"{label}a"), (group[half:], f"{label}b"))
+        found = [_run_group(run, part, inputs, name) for part, name in parts if len(part) > 1]
+        return {name: record for records in found for name, record in records.items()}
+    state = run.stages[label].state
+    results = [read_result(run.workspace.store, ref, number, trial) for number, trial in enumerate(group)]
+    return {trial.label: _record(run, trial, result, state) for trial, result in zip(group, results, strict=True)}
+
+
+def _record(run: Run, trial: Trial, result: GroupResult, state: str) -> TrialRecord:
+    if not result.problem and result.loss is None:
+        raise Crashed("A group ended without a trial's validation loss.", where=trial.label, next_step="report this")
+    seconds = run.workspace.store.manifest(result.ref).seconds
+    problem = f"NonFiniteLoss: {result.problem}" if result.problem else ""
+    return TrialRecord.model_validate(
+        {
+            "label": trial.label,
+            "settings": dict(trial.settings),
+            "seed": trial.seed,
+            "state": "failed" if problem else state,
+            "loss": result.loss,
+            "seconds": None if problem or seconds is None else seconds / result.size,
+            "fingerprint": result.ref.fingerprint,
+            "digest": result.ref.digest,
+            "problem": problem,
+            "group_number": result.number,
+        }
+    )

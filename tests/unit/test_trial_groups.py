@@ -1,0 +1,217 @@
+"""Which trials of a sweep are trained together, and what the sweep does with a group's losses and failures."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from loraflow.execution.sweep_plan import plan_sweep
+from loraflow.execution.trial_groups import make_groups, why_alone
+from loraflow.failures import CannotGroup, DiskFull, NonFiniteLoss, OutOfMemory
+from loraflow.identity import canonical
+from loraflow.stages import TRAIN, TRAIN_GROUP
+from loraflow.store import Ref
+from loraflow.tasks import trial_groups as groups_module
+from loraflow.tasks.run import StageResult
+from tests.unit.test_sweep import file, trials_of  # noqa: F401  (file is a fixture)
+from tests.unit.test_trials import LOSS, FakeStore, RecordingRun, sweep  # noqa: F401  (sweep is a fixture)
+
+TOGETHER = {"runtime.trials_together": 8}
+
+
+def groups_of(trials, size=8, reads=None):
+    return make_groups(trials, reads or {trial.label: "same" for trial in trials}, size)
+
+
+def test_trials_that_differ_in_what_belongs_to_an_adapter_are_trained_together(file):  # noqa: F811
+    trials = trials_of(
+        file,
+        "peft_config.r=4,8",
+        "training_config.learning_rate=1e-4,2e-4",
+        "peft_config.lora_dropout=0.0,0.1",
+        seeds=2,
+    )
+    found = groups_of(trials)
+    assert [len(group) for group in found.groups] == [8, 8] and not found.apart
+    assert [len(group) for group in groups_of(trials, size=5).groups] == [5, 5, 5]
+    assert [*groups_of(trials, size=5).apart.values()] == ["it is the only one that is left"]
+
+
+@pytest.mark.parametrize(
+    "grid", ["training_config.max_steps=4,6", "training_config.per_device_train_batch_size=2,4", "peft_config.target_modules=[o_proj],[down_proj]"]
+)  # fmt: skip
+def test_trials_with_other_rows_steps_or_modules_are_in_groups_of_their_own(file, grid):  # noqa: F811
+    found = groups_of(trials_of(file, grid, "peft_config.r=4,8"))
+    assert len(found.groups) == 2
+    assert all(
+        len({trial.settings[grid.partition("=")[0]].__repr__() for trial in group}) == 1 for group in found.groups
+    )
+
+
+def test_trials_that_read_other_tokens_are_not_trained_together(file):  # noqa: F811
+    trials = trials_of(file, "peft_config.r=4,8")
+    found = groups_of(trials, reads={trials[0].label: "one", trials[1].label: "another"})
+    assert not found.groups
+    assert set(found.apart.values()) == {"no other trial has the same rows, batch and steps"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        ({"runtime__engine": "stock"}, "stock"),
+        ({"runtime__devices": 2}, "several devices"),
+        ({"runtime__placement": {"train": "gpu"}}, "another work pool"),
+        ({"peft_config__use_dora": True}, "use_dora"),
+        ({"training_config__optim": "adafactor"}, "neither AdamW nor SGD"),
+        ({"base__dtype": "float32", "training_config__bf16": True}, "computes in bfloat16"),
+        ({"peft_config__init_lora_weights": "pissa"}, "init_lora_weights"),
+    ],
+)
+def test_a_trial_that_needs_a_training_of_its_own_says_why(file, overrides, why):  # noqa: F811
+    trials = trials_of(file, "peft_config.r=4,8", **overrides)
+    assert all(why in why_alone(trial) for trial in trials)
+    found = groups_of(trials)
+    assert not found.groups
+    (line,) = found.lines()
+    assert line.startswith(f"trained by itself: {trials[0].label}, {trials[1].label} (") and why in line
+
+
+def test_the_plan_names_the_groups_and_the_trials_by_themselves(file):  # noqa: F811
+    grid = ["peft_config.r=4,8", "peft_config.use_dora=true,false"]
+    trials = trials_of(file, *grid, runtime__trials_together=8)
+    notes = plan_sweep(trials, ["peft_config.r", "peft_config.use_dora"]).notes
+    assert "trained together, in one process: train r=4 use_dora=false, train r=8 use_dora=false" in notes
+    assert "trained by itself: train r=4 use_dora=true, train r=8 use_dora=true (peft_config.use_dora)" in notes
+    apart = plan_sweep(trials_of(file, *grid), ["peft_config.r", "peft_config.use_dora"]).notes
+    assert not any("trained" in note for note in apart)
+
+
+class GroupStore(FakeStore):
+    """Has groups as well: {fingerprint: (payload, losses)}."""
+
+    def __init__(self):
+        super().__init__()
+        self.groups = {}
+
+    def artifacts(self):
+        return [Ref(stage=TRAIN_GROUP.name, fingerprint=key, digest=key, uri="") for key in self.groups]
+
+    def find(self, stage, key):
+        return key in self.groups or None
+
+    def manifest(self, ref):
+        if ref.stage != TRAIN_GROUP.name:
+            return super().manifest(ref)
+        payload, losses = self.groups[ref.fingerprint]
+        return SimpleNamespace(payload=payload, figures={"trials": len(losses)}, seconds=12.0)
+
+    def read(self, ref, name):
+        if ref.stage != TRAIN_GROUP.name:
+            return super().read(ref, name)
+        losses = self.groups[ref.fingerprint][1]
+        if name == "trials.json":
+            return json.dumps(["" if loss else "loss became nan at step 3" for loss in losses]).encode()
+        number = int(name.removeprefix("curves-").removesuffix(".jsonl"))
+        return (json.dumps({"step": 6, "eval_loss": losses[number]}) + "\n").encode()
+
+
+@pytest.fixture
+def grouped(sweep, monkeypatch):  # noqa: F811
+    """Return a function that runs a sweep with groups; its run has the sizes of the groups that were trained."""
+    monkeypatch.setattr(groups_module, "train_group", groups_module.train_group.fn)
+    store = GroupStore()
+    find_or_run = RecordingRun.find_or_run
+
+    def recorded(run, stage, label="", seed=None, /, **inputs):
+        if stage is not TRAIN_GROUP:
+            return find_or_run(run, stage, label, seed, **inputs)
+        run.labels.append(label)
+        job = run.workspace.job(stage, inputs)
+        ref = Ref(stage=stage.name, fingerprint=job.fingerprint, digest=job.fingerprint, uri="")
+        run.sizes.append(len(job.config.trials))
+        if error := run.refuses(job):
+            raise error
+        ranks = [trial.peft_config.r for trial in job.config.trials]
+        seeds = [trial.training_config.seed for trial in job.config.trials]
+        losses = [run.losses.get(r, 1) and LOSS[r] + seed / 100 for r, seed in zip(ranks, seeds, strict=True)]
+        store.groups[job.fingerprint] = json.loads(canonical(job.payload)), losses
+        run.stages[label] = computed_stage(label, ref)
+        return StageResult(ref, SimpleNamespace(ref=None))
+
+    monkeypatch.setattr(RecordingRun, "find_or_run", recorded)
+
+    def run(grid=None, seeds=1, refuses=lambda job: None, losses=None, **settings):
+        def prepare(found):
+            found.recipe_file = found.recipe_file.with_overrides({**TOGETHER, **settings})
+            found.workspace = found.own = found.workspace.with_recipe(found.recipe_file.recipe)
+            found.workspace.store, found.sizes, found.refuses, found.losses = store, [], refuses, losses or {}
+
+        return sweep(grid, seeds, prepare)
+
+    return run
+
+
+def computed_stage(label, ref):
+    from loraflow.registry.runs import StageRun
+
+    return StageRun(stage=label, state="computed", fingerprint=ref.fingerprint, digest=ref.digest)
+
+
+def test_a_group_chooses_and_the_chosen_trial_is_trained_by_itself(grouped):
+    run = grouped()
+    assert run.sizes == [3]
+    assert [trial.loss for trial in run.sweep.trials] == [2.0, 1.0, 3.0]
+    assert [trial.group_number for trial in run.sweep.trials] == [0, 1, 2]
+    assert {trial.seconds for trial in run.sweep.trials} == {4.0}, "its share of the group's"
+    assert run.sweep.chosen == "train r=4" and run.judged[-1][0].peft_config.r == 4
+    assert [label for label in run.labels if label.startswith("train")] == ["train_group 1", "train"]
+    assert run.stages["train"].state == "computed" and "train_group 1" not in run.stages
+    assert "trained by itself, train r=4 has a validation loss of 1.0000; in its group it had 1.0000" in run.sweep.notes
+
+
+def test_a_sweep_with_more_values_trains_only_the_new_trials(grouped):
+    grouped({"peft_config.r": [2, 4]}, seeds=2)
+    run = grouped({"peft_config.r": [2, 4, 8]}, seeds=2)
+    assert run.sizes == [2], "r=8 with both seeds"
+    assert [trial.state for trial in run.sweep.trials] == ["cached"] * 4 + ["computed"] * 2
+    assert grouped({"peft_config.r": [2, 4, 8]}, seeds=2).sizes == []
+
+
+def test_a_group_that_does_not_fit_into_memory_is_halved(grouped):
+    def refuses(job):
+        return OutOfMemory("No memory.") if len(job.config.trials) > 2 else None
+
+    run = grouped(seeds=2, refuses=refuses)
+    assert run.sizes == [6, 3, 2, 3, 2]
+    assert [label for label in run.labels if label.startswith("train ")] == ["train r=4 seed=0", "train r=8 seed=1"]
+    assert all(trial.loss for trial in run.sweep.trials)
+
+
+def test_trials_that_cannot_be_grouped_after_all_are_trained_by_themselves(grouped):
+    run = grouped(refuses=lambda job: CannotGroup("a recurrent model."))
+    assert [label for label in run.labels if label.startswith("train ")] == [f"train r={r}" for r in (2, 4, 8)]
+    assert {trial.group_number for trial in run.sweep.trials} == {None}
+
+
+def test_a_failure_of_the_machine_ends_the_sweep_of_groups_too(grouped):
+    with pytest.raises(DiskFull):
+        grouped(refuses=lambda job: DiskFull("full."))
+
+
+def test_a_trial_that_failed_in_its_group_is_not_chosen(grouped):
+    run = grouped(losses={4: None})
+    failed = run.sweep.trials[1]
+    assert (failed.state, failed.loss) == ("failed", None) and failed.problem.startswith(
+        "NonFiniteLoss: loss became nan"
+    )
+    assert run.sweep.chosen == "train r=2"
+
+
+def test_if_all_trials_of_all_groups_fail_the_sweep_fails_as_they_did(grouped):
+    with pytest.raises(NonFiniteLoss):
+        grouped(losses={2: None, 4: None, 8: None})
+
+
+def test_groups_are_off_unless_they_are_asked_for(grouped):
+    run = grouped(**{"runtime.trials_together": 1})
+    assert not run.sizes and TRAIN.name in run.labels
