@@ -157,8 +157,9 @@ def _add_adapters(setups: list[TrainingSetup], attention: Attention) -> tuple[Pr
     from peft import get_peft_model
     from transformers import set_seed
 
-    base: torch.nn.Module = load_base(setups[0], attention, sharded=False)
-    base.to(setups[0].device)
+    base = load_base(setups[0], attention, sharded=False)
+    module: torch.nn.Module = base  # transformers' own `to` has no usable type
+    module.to(setups[0].device)
     names = [f"trial{number}" for number in range(len(setups))]
     settings = [lora_config(setup.config.peft_config, base) for setup in setups]
     set_seed(setups[0].settings.seed)
