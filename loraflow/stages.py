@@ -297,7 +297,7 @@ TRAIN_GROUP = Stage(
 
 MERGE = Stage(
     name="merge",
-    version=4,  # 4: the bits of peft for ranks above 128, narrow matrices and a last block of few rows
+    version=5,  # 5: trained tokens of a tied head are merged into a head of its own
     module="loraflow.adapters.merge",
     config=configs.MergeConfig,
     inputs={
