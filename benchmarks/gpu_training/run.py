@@ -15,7 +15,7 @@ from typing import Any
 
 from gpu_training import ROOT
 from gpu_training.cases import LENGTH, TINY, WARM_UP, Case, recipe_of
-from gpu_training.model import base_folder, documents, step_tokens
+from gpu_training.model import base_folder, documents, split_base, step_tokens
 
 
 def run_loraflow(case: Case, work: Path) -> dict[str, Any]:
@@ -62,7 +62,8 @@ def run_baseline(case: Case, work: Path, unsloth: Path | None) -> dict[str, Any]
     env = {**os.environ, "LORAFLOW_BENCH_BASELINE": json.dumps([case.name, str(work)])}
     if case.peer == "unsloth":
         if unsloth is None:
-            raise RuntimeError("needs --unsloth FOLDER, its environment (see benchmarks/README.md)")
+            raise RuntimeError("needs --unsloth FOLDER, its environment (docs/performance.md)")
+        split_base(work, case)
         env["PYTHONPATH"] = os.pathsep.join([str(unsloth), env.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "train_gpu.py")], capture_output=True, text=True, env=env, cwd=ROOT

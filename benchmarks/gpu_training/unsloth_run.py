@@ -16,13 +16,15 @@ from gpu_training.run import baseline_dataset, make_timed_trainer
 def unsloth_main(case: Case, work: Path) -> None:
     """Train with unsloth in this process. Print the figures as JSON.
 
-    Its environment must come first in PYTHONPATH (see benchmarks/README.md), because it needs older trl and datasets.
+    Its environment must come first in PYTHONPATH (docs/performance.md), because it needs older trl and datasets.
     """
-    folder = split_base(work, case)
+    # isort: off
+    from unsloth import FastLanguageModel, is_bfloat16_supported  # patches transformers and trl, so it comes first
     import torch
     from trl import SFTConfig
-    from unsloth import FastLanguageModel, is_bfloat16_supported  # before transformers and trl, which it patches
+    # isort: on
 
+    folder = split_base(work, case)  # written by the parent process, without the patches
     switch_on_varlen()
     options = dict(case.baseline or {})
     model, tokenizer = FastLanguageModel.from_pretrained(

@@ -6,13 +6,20 @@ best token, which takes as long again.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+
+log = logging.getLogger(__name__)
+
+Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 CHUNK = 1024  # positions whose logits are in memory at a time
 
@@ -67,10 +74,8 @@ def nll_and_slope(logits: Tensor, targets: Tensor, weights: Tensor | None = None
 
     On a GPU the derivative is written over the logits. `weights` [n], fp32, multiply both.
     """
-    if logits.is_cuda and find_spec("triton") is not None:
-        from loraflow.training.loss_kernel import nll_and_slope_in_place
-
-        return nll_and_slope_in_place(logits, targets, weights)
+    if logits.is_cuda and (kernel := gpu_kernel()) is not None:
+        return kernel(logits, targets, weights)
     wide = logits.float()
     log_p = wide - wide.logsumexp(-1, keepdim=True)
     chosen = targets[:, None]
@@ -81,6 +86,23 @@ def nll_and_slope(logits: Tensor, targets: Tensor, weights: Tensor | None = None
         losses *= weights[:, None]
         slope *= weights[:, None]
     return losses.squeeze(1), slope.to(logits.dtype)
+
+
+@cache
+def gpu_kernel() -> Kernel | None:
+    """Return the Triton kernel of `nll_and_slope`, or None where it does not run.
+
+    Triton builds its launcher with a C compiler when the first kernel starts; small images have none.
+    """
+    try:
+        from loraflow.training.loss_kernel import nll_and_slope_in_place
+
+        nll_and_slope_in_place(torch.zeros(1, 8, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda"), None)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        log.warning("the loss is computed without its Triton kernel, which takes longer: %s", reason)
+        return None
+    return nll_and_slope_in_place
 
 
 class EachTokenLoss(torch.autograd.Function):

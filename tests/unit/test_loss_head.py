@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from loraflow.training import loss_head
 from loraflow.training.loss_head import CHUNK, head_loss
 
 
@@ -40,3 +41,11 @@ def test_a_factor_of_the_logits_is_in_loss_and_gradient(trained):
     torch.testing.assert_close(two.grad, one.grad)
     with torch.no_grad():
         torch.testing.assert_close(head_loss(head, hidden, targets, 0.25), expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs here")
+def test_a_kernel_that_does_not_run_is_replaced_by_torchs_operations_with_a_warning(caplog):
+    loss_head.gpu_kernel.cache_clear()
+    assert loss_head.gpu_kernel() is None and loss_head.gpu_kernel() is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    loss_head.gpu_kernel.cache_clear()
