@@ -21,7 +21,7 @@ from loraflow.registry.champions import require_champion_intact
 from loraflow.registry.log import actor
 from loraflow.registry.looks import Look, row_key
 from loraflow.store import Ref, read_intact, require_unchanged
-from loraflow.tasks.forgetting import read_general_guards
+from loraflow.tasks.forgetting import read_general_guards, require_general_comparable
 from loraflow.tasks.slices import read_field_values, read_unscored_parts
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def gate(workspace: Workspace, result: PipelineResult) -> Decision:
     protocol = _protocol(workspace, result)
     known = _decided_before(workspace, merged, protocol)
     if known is not None and known.verdict != "promote":
-        return Decision.unchanged(f"decided before against this champion: {known.verdict}", known)
+        against = "" if head is None else " against this champion"
+        return Decision.unchanged(f"decided before{against}: {known.verdict}", known)
     decision = _compare(workspace, result, protocol)
     workspace.log.write_decision(head, merged, protocol, decision.to_dict())
     return decision
@@ -134,8 +135,7 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
     named = {rules.primary, *rules.guards, *rules.worst, *rules.lower_is_better, *(guard.metric for guard in parts)}
     require_comparable(ours, others, named)
     general = read_general_guards(workspace, result)
-    for guard in general:
-        require_comparable(guard.challenger, guard.others, {guard.metric})
+    require_general_comparable(general)
     behaviour = _check_behaviour(workspace, result)  # refuses a set without rows before a look is spent
     look = _take_look(workspace, result, protocol, ours)
     decision = decide(

@@ -60,6 +60,15 @@ def train(run: Run, *, tokens: Ref, base: Ref, label: str = "train", seed: int |
 
 
 @stage_task
+def train_group(run: Run, *, tokens: Ref, base: Ref, label: str) -> StageResult:
+    """Train the adapters of several trials at once, to compare their losses.
+
+    Input: tokens, and the base model. Output: the losses of each trial. Work: `loraflow/training/train_group.py`.
+    """
+    return run.find_or_run(stages.TRAIN_GROUP, label, tokens=tokens, base=base)
+
+
+@stage_task
 def merge(run: Run, *, base: Ref, adapter: Ref, tokens: Ref | None = None, label: str = "merge") -> StageResult:
     """Merge the adapter into the base's weights, bit for bit as PEFT does.
 

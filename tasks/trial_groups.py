@@ -31,21 +31,12 @@ from loraflow.failures import (
 from loraflow.registry.sweeps import SweepRecord, TrialRecord
 from loraflow.stages import TRAIN, TRAIN_GROUP
 from loraflow.store import Ref
-from loraflow.tasks.run import Run, StageResult
-from loraflow.tasks.stage_task import stage_task
+from loraflow.tasks.run import Run
+from loraflow.tasks.stages import train_group
 
 log = logging.getLogger("loraflow")
 # Failures that a smaller group, or trials by themselves, may not have. Any other would end the next training too.
 OF_THE_GROUP = (CannotGroup, OutOfMemory, Killed, Crashed, Stalled, DeadlineExceeded)
-
-
-@stage_task
-def train_group(run: Run, *, tokens: Ref, base: Ref, label: str) -> StageResult:
-    """Train the adapters of several trials at once, to compare their losses.
-
-    Input: tokens, and the base model. Output: the losses of each trial. Work: `loraflow/training/train_group.py`.
-    """
-    return run.find_or_run(TRAIN_GROUP, label, tokens=tokens, base=base)
 
 
 def run_groups(run: Run, trials: Sequence[Trial], inputs: Mapping[str, Mapping[str, Ref]]) -> dict[str, TrialRecord]:

@@ -32,11 +32,13 @@ def memory_of(manifest: Manifest) -> str | None:
 
 def run_memory_lines(store: Store, stages: Iterable[StageRun]) -> Iterator[str]:
     """Yield a line for each stage of a run whose artifact is still in the store and whose memory was measured."""
-    for stage in stages:
+    shown = list(stages)
+    width = max((len(stage.stage) for stage in shown), default=0) + 2
+    for stage in shown:
         ref = Ref(stage=stage.stage.split()[0], fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
         try:
             line = memory_of(store.manifest(ref))
         except Failure:  # removed since then
             continue
         if line:
-            yield f"  {stage.stage:<18}{line}"
+            yield f"  {stage.stage:<{width}}{line}"

@@ -58,7 +58,8 @@ def _step(one: Comparison, rows: HeldoutRows) -> str:
     if rows.deals_rows:
         return f"score more rows in each look{_about(one)}: a smaller data.heldout_reserve, or more held-out rows"
     if rows.available > one.n:
-        return f"raise evaluation.max_rows{_about(one)}: there are {rows.available:,} held-out rows"
+        more = "" if rows.available >= (one.rows_needed or 0) else ", and add held-out rows"
+        return f"raise evaluation.max_rows{more}{_about(one)}: there are {rows.available:,} held-out rows"
     return f"add held-out rows{_about(one)}"
 
 

@@ -73,6 +73,7 @@ class Workspace:
             "dataset": recipe.data == mine.data,
             "base": recipe.base == mine.base,
             "metric_modules": recipe.evaluation == mine.evaluation,
+            "general": recipe.evaluation == mine.evaluation,
         }
         for name, equal in is_equal.items():
             if not equal:

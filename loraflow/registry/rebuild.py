@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -15,7 +16,7 @@ from loraflow.config.recipe_text import find_recipe
 from loraflow.credentials import mask
 from loraflow.failures import Failure
 from loraflow.registry.runs import RunRecord, computed, read_runs
-from loraflow.store import Ref, Store
+from loraflow.store import Ref, Store, open_store
 
 UNKNOWN = (
     "no run on record made it: run its recipe again (`loraflow registry` names it); "
@@ -76,7 +77,7 @@ def _command(store: Store, record: RunRecord, file: Path, text: str) -> str:
         recipe = parse_recipe(text, name=str(file))
     except Failure:  # a recipe of another version; `loraflow run` says what to correct
         return command
-    settings = {**dict(_differences(record, recipe)), **revision_of(store, record)}
+    settings = {**dict(_differences(record, recipe)), **revision_of(store, record), **_place_of(store, record)}
     sets = [f"--set {shlex.quote(f'{key}={json.dumps(value, ensure_ascii=False)}')}" for key, value in settings.items()]
     return " ".join([command, *sets])
 
@@ -90,6 +91,17 @@ def _differences(record: RunRecord, recipe: Recipe) -> Iterator[tuple[str, JsonV
     for key, value in _settings(record.resolved):
         if key in now and now[key] != value:
             yield key, value
+
+
+def _place_of(store: Store, record: RunRecord) -> dict[str, JsonValue]:
+    """Return the setting for a store that is at another place than in the run, such as a backup that was restored."""
+    named = record.section("runtime").get("store")
+    if not isinstance(named, str) or named == store.uri:
+        return {}
+    with suppress(Failure):  # it cannot be opened, so it is not this one
+        if open_store(named).uri == store.uri:
+            return {}
+    return {"runtime.store": store.uri}
 
 
 def _settings(values: Mapping[str, JsonValue]) -> Iterator[tuple[str, JsonValue]]:

@@ -38,7 +38,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 VERDICTS: dict[Verdict, str] = {
     "promote": "The new model is the champion now.",
     "reject": "The new model was not promoted.",
-    "undecided": "The new model was not promoted: it is not certain that it is better.",
+    "undecided": "The new model was not promoted: the gate could not decide.",
     "unchanged": "There was nothing to decide.",
 }
 
@@ -46,6 +46,8 @@ APPROVAL = (
     "The gate would promote the new model. With *Promote* on, it becomes the champion. With *Promote* off, it is "
     "declined. The reason is recorded."
 )
+
+SIGN = "A difference above 0 means that the new model is better than the other one, also for a loss."  # in reasons
 
 NO_COUNTS: Mapping[str, int] = MappingProxyType({})
 NO_CONFUSIONS: Mapping[str, Sequence[Confusion]] = MappingProxyType({})
@@ -114,6 +116,7 @@ def run_report(report: RunReport, *, image: bool = False) -> str:
         "",
         *_items(decision.reasons),
         "",
+        *([SIGN, ""] if decision.comparisons else []),
         *(["What can be done:", "", *_items(report.advice)] if report.advice else []),
         *([decision.budget, ""] if decision.budget else []),
         *([f"Reserve: {report.reserve}.", ""] if report.reserve else []),
@@ -173,6 +176,7 @@ def scores_report(
 def approval_request(recipe: str, decision: Decision, scores: ModelScores, *, confidence: float) -> str:
     """Return the question whether a model is promoted, with the gate's reasons and the scores."""
     lines = [f"# {recipe}: promote?", "", APPROVAL, "", *_items(decision.reasons), ""]
+    lines += [SIGN, ""] if decision.comparisons else []
     return "\n".join([*lines, *_comparison(scores, confidence), *_worse(decision), *_behaviour(decision)])
 
 

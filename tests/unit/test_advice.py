@@ -33,6 +33,10 @@ SMALL_GAIN = decided(table(52, 100), table(50, 100))
 def test_too_few_rows_ask_for_more_of_them_where_they_are():
     (scored,) = said(SMALL_GAIN, available=400)
     assert scored.startswith("raise evaluation.max_rows (about 200 are needed, 100 were scored)")
+    (few,) = said(SMALL_GAIN, available=150)
+    assert few.startswith(
+        "raise evaluation.max_rows, and add held-out rows (about 200 are needed, 100 were scored): there are 150"
+    )
     assert said(SMALL_GAIN) == ["add held-out rows (about 200 are needed, 100 were scored)"]
     (dealt,) = said(SMALL_GAIN, available=400, deals_rows=True)
     assert "data.heldout_reserve" in dealt and "max_rows" not in dealt

@@ -25,6 +25,7 @@ from loraflow.failures import BadConfig, BadData, DirtyData
 from loraflow.job import Inputs, Progress
 from loraflow.stages import CHECK_DATASET, CHECK_GENERAL, SCORE_GENERAL, VERSION_DATASET
 from loraflow.store import Ref
+from loraflow.tasks.forgetting import require_general_comparable
 from tests.conftest import write_chats
 from tests.job_factory import make_job
 
@@ -210,6 +211,18 @@ def test_rows_that_dvc_pins_are_read_and_a_changed_file_is_refused(recipe, monke
         _ = Workspace(load_recipe(recipe, pinned)).general
 
 
+def test_a_variant_of_a_recipe_that_names_other_general_rows_does_not_use_those_of_the_recipe(recipe):
+    names = ("general.jsonl", "other.jsonl")
+    for answer, name in enumerate(names):
+        (recipe.parent / name).write_text(json.dumps({**QUESTION, "answer": answer}) + "\n")
+    first, other = (load_recipe(recipe, {"evaluation.general": str(recipe.parent / name)}) for name in names)
+    workspace = Workspace(first)
+    assert workspace.general.name == "general.jsonl"
+    assert workspace.with_recipe(other).general.name == "other.jsonl"
+    assert workspace.with_recipe(load_recipe(recipe)).general is None
+    assert workspace.with_recipe(first).general is workspace.general
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_score_that_is_no_number_chooses_no_answer_and_stops_the_run_with_the_row(bad):
     rows = [{"id": "a", "place": "g.jsonl:3", "context": "q", "choices": ["x", "y"], "answer": 0}]
@@ -294,6 +307,15 @@ def test_models_that_were_scored_on_other_general_rows_are_not_compared():
     other[CHATS]["id"] = [f"x{i}" for i in range(N)]
     with pytest.raises(BadData, match="not scored on the same examples"):
         gate(MARGINS, rows(), base=other)
+
+
+@pytest.mark.parametrize(("column", "value"), [("id", "g4"), ("prompt", "another"), ("token_loss", float("nan"))])
+def test_general_scores_that_cannot_be_compared_are_said_to_be_those_and_how_they_are_scored_again(column, value):
+    other = rows(n=120)
+    other[CHATS].loc[3, column] = value
+    with pytest.raises(BadData) as caught:
+        require_general_comparable(general_guards({"loss": 0.05}, rows(n=120), {"champion": other}))
+    assert "champion on general rows" in caught.value.where and "--force score_general" in caught.value.next_step
 
 
 def test_a_guard_without_enough_rows_of_its_kind_stops_the_run_before_training():

@@ -7,10 +7,11 @@ import time
 
 import pytest
 
-from loraflow.cli.memory_lines import memory_of
+from loraflow.cli.memory_lines import memory_of, run_memory_lines
 from loraflow.execution.memory_record import clear_memory, read_memory, record_peak
 from loraflow.execution.saved_progress import saves_since
 from loraflow.job import Progress
+from loraflow.registry.runs import StageRun
 from loraflow.training import memory
 from loraflow.training.memory_parts import MicroBatch, generation_parts, training_parts
 
@@ -90,6 +91,23 @@ def test_a_line_compares_the_estimate_with_the_peak():
     for old in ({}, {"memory": 3}, {"memory": {"peak_bytes": {}}}):
         Fake.provenance = old
         assert memory_of(Fake) is None
+
+
+def test_the_lines_of_a_run_are_aligned_whatever_its_stages_are_called():
+    class Fake:
+        uri, provenance = "", {"memory": {"peak_bytes": {"host": 2**30}}}
+
+        def manifest(self, ref):
+            return self
+
+    stages = [
+        StageRun(stage=stage, state="cached", fingerprint="f", digest="d") for stage in ("train", "score_general tuned")
+    ]
+    line = "peak 1.00 GiB of main memory"
+    assert list(run_memory_lines(Fake(), stages)) == [
+        f"  train                {line}",
+        f"  score_general tuned  {line}",
+    ]
 
 
 @pytest.mark.parametrize(

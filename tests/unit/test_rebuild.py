@@ -79,7 +79,25 @@ def test_a_recipe_that_is_gone_is_written_from_the_record(recipe, tmp_path, monk
     subprocess.run(
         f"loraflow() {{ cat '{store.root}/runs/20260101-000001-abcdef.json'; }}\n{write}", shell=True, check=True
     )
-    assert load(run) == resolved
+    assert load(run) == {**resolved, "runtime": {**resolved["runtime"], "store": store.uri}}
+
+
+def test_the_command_computes_in_the_store_that_lost_the_model_although_it_was_moved_since(
+    recipe, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    resolved = record(LocalStore(tmp_path / "store"), recipe)
+    (tmp_path / "store").rename(tmp_path / "restored")
+    command = re.match("`(.*)` rebuilds it", how_to_rebuild(LocalStore(tmp_path / "restored"), REF))[1]
+    assert load(command)["runtime"] == {**resolved["runtime"], "store": str(tmp_path / "restored")}
+
+
+def test_a_store_that_the_run_named_by_a_relative_path_is_not_named_again(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe.write_text(recipe.read_text().replace(str(tmp_path / "store"), "store"))
+    store = LocalStore(tmp_path / "store")
+    record(store, recipe)
+    assert "`loraflow run tiny.yaml` rebuilds it" in how_to_rebuild(store, REF)
 
 
 def test_of_several_runs_the_one_that_computed_the_model_is_named(recipe, tmp_path):

@@ -266,6 +266,25 @@ COMPARISON = {
 }  # fmt: skip
 
 
+def test_a_report_says_what_the_sign_of_a_difference_means_where_it_shows_one():
+    compared = Decision.from_dict({"verdict": "undecided", "reasons": ["r"], "comparisons": [COMPARISON]})
+    scores = ModelScores(base=BASE, tuned=TUNED)
+    for decision, shown in ((compared, True), (Decision(verdict="unchanged", reasons=("r",)), False)):
+        for text in (
+            markdown.run_report(report(decision=decision)),
+            markdown.approval_request("quickstart", decision, scores, confidence=0.95),
+        ):
+            assert ("- r\n\nA difference above 0 means that the new model is better" in text) == shown
+
+
+def test_an_undecided_guard_does_not_make_the_report_say_that_no_gain_was_shown():
+    guard = {**COMPARISON, "metric": "general_loss"}
+    gain = {**COMPARISON, "metric": "exact_match", "kind": "gain", "state": "passed"}
+    values = {"verdict": "undecided", "reasons": [guard["reason"]], "comparisons": [gain, guard]}
+    text = markdown.run_report(report(decision=Decision.from_dict(values)))
+    assert "not promoted: the gate could not decide" in text and "better." not in text.partition("\n- ")[0]
+
+
 def test_a_decision_is_unchanged_by_writing_and_reading_json():
     values = {"verdict": "undecided", "reasons": ["too few rows"], "comparisons": [COMPARISON]}
     decision = Decision.from_dict(values)
