@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jsonschema import ValidationError as JSONSchemaError
 from prefect import Flow
 from prefect.utilities.schema_tools import validate
 from pydantic import JsonValue
@@ -44,9 +46,21 @@ def check_parameters(spec: DeploymentSpec, flow: Flow[..., Any], where: str) -> 
             raise BadConfig(
                 "A parameter of a deployment does not fit its flow.",
                 where=f"{where}.{part}{error.json_path.removeprefix('$')}",
-                got=error.message,
+                got=_message(error),
                 next_step=f"correct {FILE}",
             )
+
+
+def _message(error: JSONSchemaError) -> str:
+    """Say what a value should be. An optional field has two schemas, and jsonschema says only that neither fits."""
+    parts = error.context if error.context else [error]
+    wrong_type = next((part for part in parts if part.validator == "type" and part.validator_value != "null"), None)
+    if wrong_type is None:
+        return error.message
+    value = json.dumps(error.instance, ensure_ascii=False)
+    if wrong_type.validator_value == "string" and isinstance(error.instance, int | float):
+        return f"{value} must be a text in quotes: {json.dumps(value)}"  # true and false too
+    return wrong_type.message
 
 
 def check_settings(spec: DeploymentSpec, folder: Path, where: str) -> None:

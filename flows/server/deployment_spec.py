@@ -73,10 +73,16 @@ class WorkPool(StrictModel):
     job_variables: dict[str, JsonValue] = {}
 
 
+def _digits(value: object) -> object:
+    """Read a whole number in quotes, as Prefect does."""
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+
 class ConcurrencyLimit(StrictModel):
     """How many runs of a deployment there are at a time, and what happens to the next one."""
 
-    limit: int = Field(ge=1, strict=True)  # 0 would let no run start; `paused` says that
+    # 0 would let no run start; `paused` says that
+    limit: Annotated[int, Field(ge=1, strict=True), BeforeValidator(_digits)]
     collision_strategy: ConcurrencyLimitStrategy | None = None
     grace_period_seconds: int | None = None
 
@@ -134,9 +140,8 @@ class Schedule(StrictModel):
 
 
 def _limit(value: object) -> object:
-    if isinstance(value, str) and value.isdecimal():
-        value = int(value)
-    return {"limit": value} if isinstance(value, int | float) else value
+    """Read a limit alone as one without options."""
+    return {"limit": value} if isinstance(value, int | float | str) else value
 
 
 def _tags(value: object) -> object:

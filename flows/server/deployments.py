@@ -12,7 +12,8 @@ from uuid import UUID
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.events.schemas.automations import AutomationCore
+from prefect.events.schemas.automations import Automation, AutomationCore
+from prefect.events.schemas.deployment_triggers import DeploymentTriggerTypes
 from prefect.exceptions import ObjectNotFound
 
 from loraflow.failures import BadConfig
@@ -21,6 +22,7 @@ from loraflow.flows.server.comparison import changed_fields, same_automation, sa
 from loraflow.flows.server.connection import require_server
 from loraflow.flows.server.deployment_spec import DeploymentSpec, project_of
 from loraflow.flows.server.prefect_yaml import find_prefect_yaml, read_all, read_project
+from loraflow.flows.server.triggers import automation_of, starts
 from loraflow.tasks.gpu_lease import create_limit
 
 log = logging.getLogger("loraflow")
@@ -102,10 +104,24 @@ class Deployer:
         else:
             deployment_id = existing.id
             self._update(spec, existing)
-        for trigger in spec.triggers:
-            own = trigger.model_copy()
-            own.set_deployment_id(deployment_id)
-            self.deploy_automation(own.as_automation())
+        self.deploy_triggers(spec.triggers, spec.name, deployment_id)
+
+    def deploy_triggers(self, triggers: list[DeploymentTriggerTypes], name: str, deployment_id: UUID) -> None:
+        """Create or update the automations of a deployment's triggers."""
+        for number, trigger in enumerate(triggers, 1):
+            wanted = automation_of(trigger, number, name, deployment_id)
+            self._deploy_automation(wanted, None if trigger.name else self._find_unnamed(wanted.name, deployment_id))
+
+    def _find_unnamed(self, name: str, deployment_id: UUID) -> list[Automation]:
+        """Find the automation of a trigger without a name: a deployment of another flow or project may have the same one.
+
+        Earlier versions of loraflow left Prefect's name for it.
+        """
+        for known in (name, f"Automation for deployment {deployment_id}"):
+            found = self.client.read_automations_by_name(known)
+            if own := [automation for automation in found if starts(automation, deployment_id)]:
+                return own
+        return []
 
     def _create(self, spec: DeploymentSpec) -> UUID:
         fields = spec.to_update()
@@ -180,7 +196,12 @@ class Deployer:
 
     def deploy_automation(self, wanted: AutomationCore) -> None:
         """Create an automation, or update it. It stays enabled or disabled as a person left it in the UI."""
-        found = self.client.read_automations_by_name(wanted.name)
+        self._deploy_automation(wanted)
+
+    def _deploy_automation(self, wanted: AutomationCore, found: list[Automation] | None = None) -> None:
+        """Create or update an automation: `found`, or by default the one of its name."""
+        if found is None:
+            found = self.client.read_automations_by_name(wanted.name)
         if not found:
             self.client.create_automation(self._as_before_projects(wanted))
             self.changes.append(f"automation {wanted.name!r} created")

@@ -10,7 +10,7 @@ from string import Template
 
 from loraflow.config.project import FILE
 from loraflow.config.recipe_text import find_recipe
-from loraflow.config.yaml import Syntax, load_plain
+from loraflow.config.yaml import load_plain
 
 TEXT = Template("""\
 # The deployments of this project: what people start from Prefect's UI, and what runs on a schedule.
@@ -104,13 +104,6 @@ TEAM_RECIPE = Template("""
 #   store: s3://BUCKET/$project/store                        # or a folder that all machines mount at the same path
 #   placement: {train: $project-gpu, evaluate: $project-gpu}   # by the deployment stage/$project-gpu of prefect.yaml
 """)
-OWN_FILE = Template("""\
-prefect.yaml   yours, left as it is: it has no deployment of loraflow. To start runs from Prefect's UI, add this to it:
-  - name: $project
-    entrypoint: loraflow.flows.finetune.finetune
-    work_pool: {name: $pool}
-    parameters: {recipe: $recipe}
-    pull: [{loraflow.flows.server.project.enter: {project: $name}}]""")
 TEMPLATES = ("local", "gpu-team")
 
 
@@ -140,25 +133,6 @@ def write_prefect_yaml(folder: Path, recipe: str | None = None, template: str = 
     text = TEXT.substitute(values) + (TEAM.substitute(values) if template == "gpu-team" else "")
     file.write_text(text, encoding="utf-8")
     return file
-
-
-def deployment_to_add(folder: Path, recipe: str) -> str | None:
-    """Return what to add to a project's own `prefect.yaml`; None if it has a flow of loraflow, or cannot be read."""
-    try:
-        document = load_plain((folder / FILE).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, Syntax):
-        return None
-    entries = document.get("deployments") if isinstance(document, dict) else None
-    if not isinstance(document, dict) or "loraflow.flows." in str(entries):
-        return None
-    pools = (
-        [entry.get("work_pool") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-    )
-    used = [str(pool["name"]) for pool in pools if isinstance(pool, dict) and pool.get("name")]
-    project = slug(folder.absolute().name)
-    name = document.get("name")
-    values = {"pool": quoted(used[0]) if used else project, "name": project if name is None else quoted(str(name))}
-    return OWN_FILE.substitute(values, project=project, recipe=quoted(recipe))
 
 
 def slug(text: str) -> str:

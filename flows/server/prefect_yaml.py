@@ -112,12 +112,23 @@ def _all_specs(document: dict[str, JsonValue], file: Path) -> dict[str, Deployme
     _check_document(document, file)
     specs: dict[str, DeploymentSpec] = {}
     for number, entry in enumerate(entries):
+        if _is_empty(entry):
+            continue
         spec = _to_spec(entry, document, f"{file}: deployments[{number}]")
         if spec.full_name in specs:
             raise BadConfig("Two deployments have the same name.", where=str(file), got=spec.full_name)
         specs[spec.full_name] = spec
+    if not specs:
+        raise BadConfig(
+            f"{FILE} has no deployment with a name.", where=str(file), expected="a list under `deployments`"
+        )
     _refuse_equal_triggers(specs.values(), file)
     return specs
+
+
+def _is_empty(entry: JsonValue) -> bool:
+    """Tell whether an entry is the form that `prefect init` writes. `prefect deploy` skips it, too."""
+    return isinstance(entry, dict) and "name" in entry and not entry["name"] and not entry.get("entrypoint")
 
 
 def _refuse_equal_triggers(specs: Iterable[DeploymentSpec], file: Path) -> None:

@@ -7,10 +7,12 @@ events of that run start the next ones.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeGuard
+from uuid import UUID
 
-from prefect.events.schemas.automations import EventTrigger
+from prefect.events.schemas.automations import AutomationCore, EventTrigger
 from prefect.events.schemas.deployment_triggers import DeploymentTriggerTypes
-from pydantic import BaseModel, ValidatorFunctionWrapHandler
+from pydantic import BaseModel, RootModel, ValidatorFunctionWrapHandler
 
 CONDITIONS = ("expect", "match", "match_related", "after")
 
@@ -19,7 +21,7 @@ def check_triggers(values: object, validate: ValidatorFunctionWrapHandler) -> li
     """Validate triggers with Prefect's classes, and refuse what these would ignore.
 
     Raises:
-        ValueError: a key is unknown, a trigger has no condition, or two have no name.
+        ValueError: a key is unknown, or a trigger has no condition.
     """
     triggers: list[DeploymentTriggerTypes] = validate(values)
     if isinstance(values, list):
@@ -30,9 +32,29 @@ def check_triggers(values: object, validate: ValidatorFunctionWrapHandler) -> li
         ]
         if problems:
             raise ValueError("; ".join(problems))
-    if sum(not trigger.name for trigger in triggers) > 1:
-        raise ValueError("several triggers have no name, so each would replace the one before it; name them")
     return triggers
+
+
+def automation_of(trigger: DeploymentTriggerTypes, number: int, deployment: str, deployment_id: UUID) -> AutomationCore:
+    """Return the automation of a trigger; without a name it is called as `prefect deploy` calls it.
+
+    Args:
+        trigger: as it was read.
+        number: its position in the list of the deployment, from 1.
+        deployment: the deployment's name, without its flow's.
+        deployment_id: of the deployment on the server.
+    """
+    own = trigger.model_copy()
+    own.set_deployment_id(deployment_id)
+    automation = own.as_automation()
+    if trigger.name:
+        return automation
+    return automation.model_copy(update={"name": f"{deployment}__automation_{number}"})
+
+
+def starts(automation: AutomationCore, deployment_id: UUID) -> bool:
+    """Tell whether an automation starts runs of a deployment."""
+    return any(getattr(action, "deployment_id", None) == deployment_id for action in automation.actions)
 
 
 def _problems(value: object, trigger: BaseModel, path: str) -> Iterator[str]:
@@ -47,9 +69,14 @@ def _problems(value: object, trigger: BaseModel, path: str) -> Iterator[str]:
         yield f"{path}: without expect or match, every event of the server would start a run"
     for key, part in value.items():
         inner = getattr(trigger, str(key), None)
-        if isinstance(inner, BaseModel) and key != "match":
+        if _has_fields(inner):
             yield from _problems(part, inner, f"{path}.{key}")
         elif isinstance(inner, list) and isinstance(part, list):
             for number, (item, model) in enumerate(zip(part, inner, strict=False)):
-                if isinstance(model, BaseModel):
+                if _has_fields(model):
                     yield from _problems(item, model, f"{path}.{key}.{number}")
+
+
+def _has_fields(part: object) -> TypeGuard[BaseModel]:
+    """Tell whether a part has keys that Prefect defines; those of `match` and `match_related` are labels of resources."""
+    return isinstance(part, BaseModel) and not isinstance(part, RootModel)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loraflow.base.generation_settings import plain_generation
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -18,6 +20,8 @@ def continuation(tokens: int) -> range:
 
 def forced_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, pad_id: int, tokens: int) -> Tensor:
     """Return the logits [tokens, rows, vocabulary] of the next tokens, in float32. All rows go on with `continuation`.
+
+    They are the model's own: settings of its generation_config.json, such as suppressed tokens, do not apply.
 
     Args:
         model: in evaluation mode.
@@ -40,13 +44,13 @@ def forced_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, pad_id: int
             found.append(scores.float().clone())
             return forced
 
-    with torch.no_grad():  # a module may keep a tensor of inference mode, which no later training step could save
+    # not inference mode: a module may keep a tensor of it, which no later training step could save
+    with plain_generation(model), torch.no_grad():
         model.generate(  # type: ignore[operator]  # hidden by __getattr__ of nn.Module
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             logits_processor=LogitsProcessorList([Fixed()]),
             max_new_tokens=tokens,
-            min_new_tokens=None,
             do_sample=False,
             num_beams=1,
             eos_token_id=None,

@@ -59,7 +59,8 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
     from loraflow.data import dvc
     from loraflow.data.guess_columns import is_classification
     from loraflow.data.readers import is_partly_learned, match_files, match_nothing, read_rows
-    from loraflow.flows.server.new_prefect_yaml import deployment_to_add, team_recipe_lines, write_prefect_yaml
+    from loraflow.flows.server.new_prefect_yaml import team_recipe_lines, write_prefect_yaml
+    from loraflow.flows.server.own_prefect_yaml import deployment_to_add
     from loraflow.tracking.dvc_pipeline import PIPELINE, refuse_second_pipeline, write_pipeline
 
     name = re.sub(r"[^a-z0-9._-]+", "-", (name or data_file.stem).lower()).strip("-.") or "mine"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraflow.base.generation_settings import ONE_ANSWER
 from loraflow.base.longrope import Side, fixed_angles
 from loraflow.evaluation.answers_file import GeneratedAnswer as GeneratedAnswer
 from loraflow.evaluation.answers_file import append_answers, read_answers
@@ -192,6 +193,7 @@ class _Generator:
                 top_k=None,
                 eos_token_id=self.stop_ids,
                 pad_token_id=self.tokenizer.pad_token_id,
+                **ONE_ANSWER,
             )
         return output[:, ids.shape[1] :]
 

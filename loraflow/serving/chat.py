@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from loraflow.base.generation_settings import ONE_ANSWER
 from loraflow.data.chats import Message
 from loraflow.failures import Failure
 from loraflow.serving.models import Loaded
@@ -137,6 +138,7 @@ class Chat:
                     eos_token_id=stops,
                     pad_token_id=self.loaded.tokenizer.pad_token_id,
                     streamer=stream,
+                    **ONE_ANSWER,
                     **self.sampling.arguments(),
                 )
         except KeyboardInterrupt:

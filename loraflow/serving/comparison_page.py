@@ -81,8 +81,12 @@ def _describe(model: Compared) -> str:
 
 def _rows(pairing: Pairing) -> str:
     scores = pairing.scores
-    left_out = f"; {scores.only_first} rows of A and {scores.only_second} of the other were not scored for both"
-    return f"{scores.rows} held-out rows{left_out if scores.only_first or scores.only_second else ''}"
+    left_out = f"; {_count(scores.only_first)} of A and {scores.only_second} of the other were not scored for both"
+    return f"{_count(scores.rows, 'held-out ')}{left_out if scores.only_first or scores.only_second else ''}"
+
+
+def _count(rows: int, kind: str = "") -> str:
+    return f"{rows} {kind}{'row' if rows == 1 else 'rows'}"
 
 
 def _bounds_name(confidence: float) -> str:
@@ -127,7 +131,7 @@ def _changed_rows(pairing: Pairing, letter: str) -> Iterator[str]:
         ):
             if rows:
                 of = "" if len(rows) == count else f", the {len(rows)} that changed most"
-                yield f'<h3>{escape(difference.metric)}: <span class="{word}">{count} rows {word}{of}</span></h3>'
+                yield f'<h3>{escape(difference.metric)}: <span class="{word}">{_count(count)} {word}{of}</span></h3>'
                 head = ("row", "A", letter, "question", "expected", "answer of A", f"answer of {letter}")
                 yield from _table(head, map(_row, rows))
 

@@ -5,6 +5,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
+from loraflow.base.generation_settings import ONE_ANSWER
 from loraflow.base.load import has_linear_head
 from loraflow.failures import BadModel
 from loraflow.hardware.attention import attention_with_mask
@@ -36,6 +37,45 @@ def decoder_of(family, **options):
 )
 def test_a_model_that_generates_what_it_is_trained_for_passes(family):
     refuse_other_generation(model_of(family), 0, compute_dtype=FLOAT)
+
+
+SETTINGS = [
+    {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "guidance_scale": 1.5, "min_length": 40},
+    {"suppress_tokens": [9, 12], "bad_words_ids": [[9]], "begin_suppress_tokens": [8], "sequence_bias": [[[9], 5.0]]},
+    {"forced_bos_token_id": 3, "forced_eos_token_id": 2, "max_length": 10, "max_time": 1e-4},
+    {"num_return_sequences": 2, "num_beams": 4, "return_dict_in_generate": True, "cache_implementation": "static"},
+    {"stop_strings": ["a"], "token_healing": True, "prompt_lookup_num_tokens": 3},
+    {"penalty_alpha": 0.6, "top_k": 4},
+    {"dola_layers": "high"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings))
+def test_settings_of_generation_are_no_fault_of_the_model(settings):
+    """The model is the same as without them, and the check leaves them as they were."""
+    model = model_of("stablelm")
+    model.generation_config.update(**settings)
+    before = model.generation_config.to_dict()
+    refuse_other_generation(model, 0, compute_dtype=FLOAT)
+    assert model.generation_config.to_dict() == before
+    assert before.items() >= settings.items(), "the settings are those of the model"
+
+
+def test_a_model_that_is_refused_keeps_its_settings():
+    model = decoder_of("bart", **DECODER, encoder_layers=1, decoder_layers=2)
+    own = model.generation_config
+    with pytest.raises(BadModel):
+        refuse_other_generation(model, 0, compute_dtype=FLOAT)
+    assert model.generation_config is own
+
+
+@pytest.mark.parametrize("settings", SETTINGS[3:], ids=lambda settings: "-".join(settings))
+def test_an_answer_is_one_row_of_ids_whatever_the_settings_of_generation_ask_for(settings):
+    model, ids = model_of("stablelm").eval(), torch.arange(3, 20)[None]
+    greedy = {"input_ids": ids, "max_new_tokens": 3, "do_sample": False, "num_beams": 1, "top_k": None, **ONE_ANSWER}
+    expected = model.generate(**greedy, eos_token_id=None)
+    model.generation_config.update(**settings)
+    assert torch.equal(model.generate(**greedy, eos_token_id=None), expected)
 
 
 def test_a_model_that_counts_positions_differently_in_generation_is_refused():

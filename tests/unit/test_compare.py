@@ -134,3 +134,11 @@ def test_a_row_with_the_same_id_and_another_prompt_is_not_compared():
 @pytest.mark.parametrize("names", [[A], [A, B, C, A], [A, "20990101-000000-abcdef"], [A, "champion"]])
 def test_names_that_cannot_be_compared_are_refused(store, names):
     assert isinstance(compare(store, *names).exception, BadConfig)
+
+
+def test_a_single_row_is_no_plural(tmp_path):
+    store, page = LocalStore(tmp_path / "store"), tmp_path / "page.html"
+    add_run(store, A, table([True] * 9 + [False]))
+    add_run(store, B, table([True] * 10))
+    assert compare(store, A, B, "--html", str(page)).exit_code == 0
+    assert "1 row better" in page.read_text() and "1 rows" not in page.read_text()

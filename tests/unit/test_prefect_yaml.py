@@ -104,6 +104,8 @@ def test_queue_version_limit_tags_and_pause_are_applied(specs):
         ({"work_pool": {"name": "local", "work_queue_name": "a%b"}}, "work_pool.work_queue_name"),
         ({"concurrency_limit": 0}, "concurrency_limit.limit"),
         ({"concurrency_limit": True}, "concurrency_limit.limit"),
+        ({"concurrency_limit": {"limit": "0"}}, "concurrency_limit.limit"),
+        ({"concurrency_limit": {"limit": "one"}}, "concurrency_limit.limit"),
         ({"concurrency_limit": {"limit": 1, "grace_period_seconds": 90}}, "grace_period_seconds needs"),
         (
             {"concurrency_limit": {"limit": 1, "collision_strategy": "ENQUEUE", "grace_period_seconds": 1}},
@@ -114,7 +116,6 @@ def test_queue_version_limit_tags_and_pause_are_applied(specs):
         ({"triggers": [{"expct": ["a"], "match": {"b": "c"}}]}, "0.expct: unknown key"),
         ({"triggers": [{"name": "n"}]}, "0: without expect or match"),
         ({"triggers": [{"type": "sequence", "triggers": [{"expect": ["a"]}, {"expct": ["b"]}]}]}, "0.triggers.1.expct"),
-        ({"triggers": [{"expect": ["a"]}, {"expect": ["b"]}]}, "have no name"),
         ({"triggers": [{"expect": ["a"], "parameters": {"nope": 1}}]}, ".triggers[0].parameters"),
         (
             {"triggers": [{"expect": ["a"], "parameters": {"recipe": "{{ $RECIPE }}"}}]},
@@ -132,6 +133,33 @@ def test_a_refusal_names_file_deployment_and_field(specs, fields, field):
         specs(**fields)
     assert f"prefect.yaml: deployments[0] ({fields.get('name', 'mine')})" in error.value.where
     assert field in f"{error.value.where} {error.value.got}"
+
+
+@pytest.mark.parametrize("limit", ["3", {"limit": "3"}, {"limit": 3}, 3])
+def test_a_limit_is_a_number_in_quotes_or_without_alone_or_with_options(specs, limit):
+    assert specs(concurrency_limit=limit)[0].to_update().concurrency_limit == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"learning_rate": 0.0002}, '0.0002 must be a text in quotes: "0.0002"'),
+        ({"dataset_rev": 7}, '7 must be a text in quotes: "7"'),
+        ({"dataset_rev": True}, 'true must be a text in quotes: "true"'),
+        ({"rank": "8"}, "'8' is not of type 'integer'"),
+    ],
+)
+def test_a_parameter_of_the_wrong_type_is_refused_with_the_right_type(specs, overrides, message):
+    entry = {"entrypoint": "loraflow.flows.finetune.finetune", "parameters": {"recipe": "tiny", "overrides": overrides}}
+    with pytest.raises(BadConfig) as error:
+        specs(**entry)
+    assert error.value.got == message and error.value.where.endswith(f".parameters.overrides.{next(iter(overrides))}")
+
+
+def test_the_text_that_a_refused_number_asks_for_is_accepted(specs):
+    entry = {"entrypoint": "loraflow.flows.finetune.finetune"}
+    [spec] = specs(**entry, parameters={"recipe": "tiny", "overrides": {"learning_rate": "0.0002"}})
+    assert spec.parameters["overrides"] == {"learning_rate": "0.0002"}
 
 
 def test_what_prefect_deploy_writes_for_nothing_is_read_as_nothing(specs):
@@ -325,21 +353,6 @@ def test_the_gpu_team_template_is_deployable_and_its_commented_settings_are_a_va
     pools = {specs[f"stage/{name}"].work_pool.name for name in runtime.placement.values()}
     assert not pools & {spec.work_pool.name for spec in specs.values() if spec.flow_name != "stage"}
     assert {spec.project for spec in specs.values()} == {"my-team"}
-
-
-def test_a_prefect_yaml_of_the_users_own_gets_the_deployment_that_init_shows(specs, tmp_path, monkeypatch):
-    from loraflow.flows.server.new_prefect_yaml import deployment_to_add
-
-    (tmp_path / "own.py").write_text("from prefect import flow\n\n\n@flow\ndef nothing():\n    return 1\n")
-    monkeypatch.chdir(tmp_path)
-    specs(entrypoint="own.py:nothing", parameters=None, work_pool={"name": "theirs"})
-    shown = deployment_to_add(tmp_path, "tiny").split("\n", 1)[1]
-    file = tmp_path / "prefect.yaml"
-    entries = yaml.safe_load(file.read_text())["deployments"] + yaml.safe_load(shown)
-    file.write_text(yaml.safe_dump({"name": "p", "pull": [], "deployments": entries}))
-    [_, added] = read_specs(file)
-    assert (added.flow_name, added.project, added.work_pool.name) == ("finetune", "p", "theirs")
-    assert deployment_to_add(tmp_path, "tiny") is None
 
 
 def test_folders_without_latin_letters_are_projects_of_their_own():
