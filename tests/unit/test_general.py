@@ -72,7 +72,7 @@ def test_chats_and_questions_are_read_and_counted(recipe):
     ],
 )
 def test_a_question_that_cannot_be_scored_is_refused_with_file_and_line(recipe, change, problem):
-    with pytest.raises(BadData, match="1 rows of the general set cannot be used") as caught:
+    with pytest.raises(BadData, match="1 row of the general set cannot be used") as caught:
         general_of(recipe, CHAT, {**QUESTION, **change})
     assert caught.value.where == "general.jsonl:2" and problem in str(caught.value)
 
