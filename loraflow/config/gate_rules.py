@@ -29,14 +29,18 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     for name in gate.lower_is_better:
         path = ("gate", "lower_is_better")
         if name in scored and name not in _NO_RANGE:
-            yield path, f"gate.lower_is_better names {name}, where higher is better: the gate would promote the worse model"
+            yield (
+                path,
+                f"gate.lower_is_better names {name}, where higher is better: the gate would promote the worse model",
+            )
         elif name not in scored and knows_all:
             known = ", ".join(sorted(scored))
             yield path, f"the gate names {name}, which is not a score of evaluation.metrics; its scores are {known}"
     for key, name, margin in _margins(gate):
         limit = largest_difference(name) if name in scored else None
         if limit is not None and margin >= limit:
-            why = f"no model can gain more than {margin:g}" if key[-1] == "min_gain" else f"a margin of {margin:g} guards nothing"
+            is_gain = key[-1] == "min_gain"
+            why = f"no model can gain more than {margin:g}" if is_gain else f"a margin of {margin:g} guards nothing"
             yield key, f"{'.'.join(key)}: {name} is between 0 and {limit:g}: {why}; 0.05 are five points of 0 to 1"
     for name, rule in gate.worst.items():
         limit = largest_difference(name) if name in scored else None

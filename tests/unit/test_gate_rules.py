@@ -10,7 +10,12 @@ from loraflow.config.gate_rules import largest_difference
 from loraflow.config.recipe import SCORES, Gate
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.values import RANGES
+from loraflow.execution import reproduce as reproducing
+from loraflow.execution.repair import _recipe
 from loraflow.failures import BadConfig
+from loraflow.registry.rebuild import _command
+from loraflow.registry.runs import RunRecord
+from loraflow.store import LocalStore
 
 METRICS = ["token_loss", "exact_match", "chrf"]
 INF = float("inf")
@@ -66,6 +71,19 @@ def test_margins_are_finite(gate):
 )
 def test_a_recorded_recipe_is_read_with_rules_that_an_earlier_version_accepted(gate):
     recipe(is_recorded=True, **gate)
+
+
+def test_a_run_with_such_a_rule_is_reproduced_repaired_and_rebuilt(tmp_path, monkeypatch):
+    text = "name: r\nbase: {model: b}\nevaluation: {metrics: [token_loss, exact_match]}\ngate: {guards: {exact_match: 1.0}}\n"
+    with pytest.raises(BadConfig, match="a margin of 1 guards nothing"):
+        parse_recipe(text)
+    resolved = parse_recipe(text, overrides={"training_config.seed": 7}, is_recorded=True)
+    values = {"recipe_text": text, "resolved": resolved.model_dump(by_alias=True, mode="json")}
+    record, store = RunRecord(run="20260101-000000-abcdef", recipe="r", **values), LocalStore(tmp_path / "store")
+    monkeypatch.setattr(reproducing, "steps_of", lambda recipe: [])
+    assert not reproducing.reproduce(store, record, str(tmp_path / "fresh"))
+    assert _recipe(store, record).gate.guards == {"exact_match": 1.0}
+    assert "--set training_config.seed=7" in _command(store, record, tmp_path / "r.yaml", text)
 
 
 def test_all_rules_without_effect_are_named_at_once_each_with_its_line_or_override():
