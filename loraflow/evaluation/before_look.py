@@ -35,7 +35,7 @@ def why_not_promoted(
     tables |= {f"rows of {guard.name}": guard.challenger for guard in general}
     independent = {name: len(set(group_labels(rows))) for name, rows in tables.items()}
     few = [
-        f"{count} independent {name}, and {MINIMUM_ROWS} are the least"
+        f"{name}: {count} independent, and {MINIMUM_ROWS} are the least"
         for name, count in independent.items()
         if count < MINIMUM_ROWS
     ]

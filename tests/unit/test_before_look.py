@@ -10,7 +10,9 @@ from loraflow.evaluation.values import Decision
 from loraflow.execution.workspace import Workspace
 from tests.unit.test_scores import decide, scores
 
-GERMAN, CHINESE = (json.dumps([{"role": "user", "content": text}]) for text in ("was ist {}", "\u4ec0\u4e48"))
+
+def asked(text):
+    return json.dumps([{"role": "user", "content": text}])
 
 
 def decided(recipe, monkeypatch, unscored=(), settings=None, **columns):
@@ -40,11 +42,11 @@ def test_a_part_of_which_no_row_was_scored_leaves_it_undecided_without_a_look(re
 @pytest.mark.parametrize(
     ("columns", "settings", "said"),
     [
-        ({"group": ["a", "b"] * 40}, {}, "2 independent held-out rows, and 20 are the least"),
+        ({"group": ["a", "b"] * 40}, {}, "held-out rows: 2 independent, and 20 are the least"),
         (
-            {"prompt": [GERMAN.format(i) for i in range(75)] + [CHINESE] * 5},
+            {"prompt": [asked(f"was ist {i}") for i in range(75)] + [asked("\u4ec0\u4e48")] * 5},
             {"gate.slices": {"script": {"token_loss": 3}}},
-            "1 independent rows of script CJK, and 20 are the least",
+            "rows of script CJK: 1 independent, and 20 are the least",
         ),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_run_with_such_a_rule_is_reproduced_repaired_and_rebuilt(tmp_path, mon
     values = {"recipe_text": text, "resolved": resolved.model_dump(by_alias=True, mode="json")}
     record, store = RunRecord(run="20260101-000000-abcdef", recipe="r", **values), LocalStore(tmp_path / "store")
     monkeypatch.setattr(reproducing, "steps_of", lambda recipe: [])
-    assert not reproducing.reproduce(store, record, str(tmp_path / "fresh"))
+    assert not list(reproducing.reproduce(store, record, str(tmp_path / "fresh")))
     assert _recipe(store, record).gate.guards == {"exact_match": 1.0}
     assert "--set training_config.seed=7" in _command(store, record, tmp_path / "r.yaml", text)
 
