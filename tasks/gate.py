@@ -118,7 +118,11 @@ def _unscored_parts(workspace: Workspace, result: PipelineResult) -> list[str]:
 
 
 def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Decision:
-    """Spend a look at the held-out rows, then compare. A crash in between loses the look, and grants none."""
+    """Spend a look at the held-out rows, then compare. A crash in between loses the look, and grants none.
+
+    A comparison that cannot promote, because of its numbers of rows, spends none.
+    """
+    from loraflow.evaluation.before_look import why_not_promoted
     from loraflow.evaluation.behaviour import with_behaviour
     from loraflow.evaluation.gate import decide, require_comparable
     from loraflow.evaluation.seeds import with_seeds
@@ -137,7 +141,9 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
     general = read_general_guards(workspace, result)
     require_general_comparable(general)
     behaviour = _check_behaviour(workspace, result)  # refuses a set without rows before a look is spent
-    look = _take_look(workspace, result, protocol, ours)
+    unscored = _unscored_parts(workspace, result)
+    hopeless = why_not_promoted(ours, parts, general, unscored)
+    look = None if hopeless else _take_look(workspace, result, protocol, ours)
     decision = decide(
         ours,
         others,
@@ -146,8 +152,8 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
         guards=rules.guards,
         confidence=rules.confidence,
         lower_is_better=rules.lower_is_better,
-        level=look.level,
-        look=str(look),
+        level=None if look is None else look.level,
+        look="" if look is None else str(look),
         vocabulary=_vocabulary(workspace, result.base_scores),
         parts=parts,
         general=general,
@@ -164,10 +170,13 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
             lower_is_better=rules.lower_is_better,
             parts=parts,
         )
-    decision = decision.with_unscored(_unscored_parts(workspace, result))
+    decision = decision.with_unscored(unscored)
     limits = {metric: WorseLimit(rule.drop, rule.rows, rule.share) for metric, rule in rules.worst.items()}
     decision = with_worse_rows(decision, find_worse(own, others, limits, rules.lower_is_better))
-    return replace(with_behaviour(decision, behaviour), look=look.seq, budget=_budget(look, len(ours)))
+    decision = with_behaviour(decision, behaviour)
+    if look is None:
+        return replace(decision, budget=f"No look was used: it could not promote ({'; '.join(hopeless)}).")
+    return replace(decision, look=look.seq, budget=_budget(look, len(ours)))
 
 
 def _require_one_protocol(workspace: Workspace, result: PipelineResult) -> None:

@@ -1,16 +1,14 @@
 """Rules of the gate that decide nothing, or the opposite of what they say: a recipe with one of them is refused.
 
 A margin of 5 for a score between 0 and 1, meant as five points, guards nothing. A score that is named as lower-is-better by
-mistake promotes the worse model.
+mistake promotes the worse model. Recorded recipes are not checked: a run that was made can be made again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
-if TYPE_CHECKING:
-    from loraflow.config.recipe import Gate
+from loraflow.config.recipe import SCORES, Gate, Recipe
 
 # The largest difference of loraflow's own scores; the loss of a token has none that a recipe knows. A test compares this
 # with the ranges by which the gate bounds them.
@@ -23,33 +21,52 @@ def largest_difference(score: str) -> float | None:
     return None if score in _NO_RANGE else _LARGEST.get(score, 1.0)
 
 
-def contradictions(gate: Gate, scored: Set[str], sets: Set[str]) -> Iterator[str]:
-    """Yield what is wrong in the rules.
-
-    Args:
-        gate: the rules.
-        scored: the scores of the built-in metrics that the recipe computes.
-        sets: the held-out sets.
-    """
+def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield what is wrong in the rules: the path of the key, and the problem."""
+    gate, metrics = recipe.gate, recipe.evaluation.metrics
+    scored = {"stops"}.union(*(SCORES.get(name, ()) for name in metrics))
+    knows_all = all(name in SCORES for name in metrics)  # scores of other metrics are known once they have run
     for name in gate.lower_is_better:
+        path = ("gate", "lower_is_better")
         if name in scored and name not in _NO_RANGE:
-            yield f"gate.lower_is_better names {name}, where higher is better: the gate would promote the worse model"
-    limits = {name: largest_difference(name) for name in scored}
-    ranges = {name: (largest, f"{name} is between 0 and {largest:g}") for name, largest in limits.items() if largest}
-    rules: list[tuple[str, Mapping[str, float]]] = [("guards", gate.guards)]
-    rules += [(f"slices.{part}", margins) for part, margins in gate.slices.items()]
-    for key, margins in rules:
-        for name, margin in margins.items():
-            if name in ranges and margin >= ranges[name][0]:
-                yield f"gate.{key}: {ranges[name][1]}: a margin of {margin:g} guards nothing; 0.05 are five points of 0 to 1"
+            yield (
+                path,
+                f"gate.lower_is_better names {name}, where higher is better: the gate would promote the worse model",
+            )
+        elif name not in scored and knows_all:
+            known = ", ".join(sorted(scored))
+            yield path, f"the gate names {name}, which is not a score of evaluation.metrics; its scores are {known}"
+    for key, name, margin in _margins(gate):
+        limit = largest_difference(name) if name in scored else None
+        if limit is not None and margin >= limit:
+            is_gain = key[-1] == "min_gain"
+            why = f"no model can gain more than {margin:g}" if is_gain else f"a margin of {margin:g} guards nothing"
+            yield key, f"{'.'.join(key)}: {name} is between 0 and {limit:g}: {why}; 0.05 are five points of 0 to 1"
     for name, rule in gate.worst.items():
-        if name in ranges and rule.drop > ranges[name][0]:
-            yield f"gate.worst: {ranges[name][1]}: no row can be worse by {rule.drop:g}"
-    if gate.primary in ranges and gate.min_gain >= ranges[gate.primary][0]:
-        yield f"gate.min_gain: {ranges[gate.primary][1]}: no model can gain more than {gate.min_gain:g}"
+        limit = largest_difference(name) if name in scored else None
+        if limit is not None and rule.drop > limit:
+            yield (
+                ("gate", "worst", name),
+                f"gate.worst: {name} is between 0 and {limit:g}: no row can be worse by {rule.drop:g}",
+            )
     for score, margin in gate.forgetting.items():
         if score != "loss" and margin >= 1:
-            yield f"gate.forgetting: {score} is between 0 and 1: a margin of {margin:g} guards nothing"
+            yield (
+                ("gate", "forgetting", score),
+                f"gate.forgetting: {score} is between 0 and 1: a margin of {margin:g} guards nothing",
+            )
+    sets = {"heldout", *recipe.data.extra_heldout}
     for name, check in gate.behaviour.items():
         if check.set not in sets:
-            yield f"gate.behaviour.{name}: there is no set {check.set}; the sets are {', '.join(sorted(sets))}"
+            problem = f"there is no set {check.set}; the sets are {', '.join(sorted(sets))}"
+            yield ("gate", "behaviour", name), f"gate.behaviour.{name}: {problem}"
+
+
+def _margins(gate: Gate) -> Iterator[tuple[tuple[str, ...], str, float]]:
+    """Yield the path, the score and the margin of each rule that compares means of held-out rows."""
+    yield ("gate", "min_gain"), gate.primary, gate.min_gain
+    for name, margin in gate.guards.items():
+        yield ("gate", "guards", name), name, margin
+    for part, margins in gate.slices.items():
+        for name, margin in margins.items():
+            yield ("gate", "slices", part, name), name, margin

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from loraflow.config import yaml
 from loraflow.config.data_sources import DataSource
+from loraflow.config.gate_rules import contradictions
 from loraflow.config.recipe import Recipe
 from loraflow.config.recipe_text import find_and_read, shorten
 from loraflow.config.renamed_keys import TRANSLATED, translate
@@ -81,8 +82,21 @@ def _parse_file(file: Path, text: str, overrides: Mapping[str, JsonValue]) -> Re
     return RecipeFile(file, text, dict(overrides), parse_recipe(text, name=str(file), overrides=overrides))
 
 
-def parse_recipe(text: str, name: str = "recipe", overrides: Mapping[str, JsonValue] | None = None) -> Recipe:
-    """Parse a recipe. `name` is the file's name in messages. See `load_recipe`."""
+def parse_recipe(
+    text: str, name: str = "recipe", overrides: Mapping[str, JsonValue] | None = None, *, is_recorded: bool = False
+) -> Recipe:
+    """Parse a recipe. See `load_recipe`.
+
+    Args:
+        text: the recipe.
+        name: the file's name in messages.
+        overrides: {dotted key: value}, which replace the text's values.
+        is_recorded: it is the recipe of a run that was made. Rules of the gate that earlier versions accepted are no
+            problem then: they do not change what the run's stages compute.
+
+    Raises:
+        BadConfig: the recipe has problems.
+    """
     try:
         parsed, lines = yaml.parse(text)
     except yaml.Syntax as error:
@@ -117,6 +131,11 @@ def parse_recipe(text: str, name: str = "recipe", overrides: Mapping[str, JsonVa
             for problem in found[:MAX_PROBLEMS]
         ]
         unlisted = max(0, len(found) - MAX_PROBLEMS)
+    else:
+        problems += [
+            Problem(_line(lines, path), message, _find_override(overrides, path, message, lines))
+            for path, message in (() if is_recorded else contradictions(recipe))
+        ]
     if problems:
         raise _problems_of(name, problems, unlisted)
     return recipe

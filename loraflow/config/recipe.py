@@ -25,7 +25,6 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from loraflow.config.data_profile import ProfileCheckName, ProfileRule
 from loraflow.config.data_sources import REPLACED, DataSource, RowFormat, checked_sources, known_columns
-from loraflow.config.gate_rules import contradictions
 from loraflow.config.runtime import Runtime
 from loraflow.frozen import FrozenModel
 
@@ -583,8 +582,7 @@ class Recipe(FrozenModel):
         if all(name in SCORES for name in self.evaluation.metrics):
             scored = {"stops"}.union(*(SCORES[name] for name in self.evaluation.metrics))
             parts = [name for guards in self.gate.slices.values() for name in guards]
-            named = (self.gate.primary, *self.gate.guards, *self.gate.worst, *parts, *self.gate.lower_is_better)
-            for name in named:
+            for name in (self.gate.primary, *self.gate.guards, *self.gate.worst, *parts):
                 if name == "macro_f1":
                     raise ValueError(
                         "the gate names macro_f1, which is no mean over rows, so models cannot be compared by it row by "
@@ -595,9 +593,6 @@ class Recipe(FrozenModel):
                         f"the gate names {name}, which is not a score of evaluation.metrics; its scores are "
                         f"{', '.join(sorted(scored))}"
                     )
-        known = {"stops"}.union(*(SCORES.get(name, ()) for name in self.evaluation.metrics))
-        for problem in contradictions(self.gate, known, {"heldout", *self.data.extra_heldout}):
-            raise ValueError(problem)
         if self.gate.forgetting and self.evaluation.general is None:
             raise ValueError("gate.forgetting needs evaluation.general, a file with general rows")
         if self.base.quantization == "nf4" and self.base.dtype == "float32":

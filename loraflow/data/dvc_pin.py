@@ -32,8 +32,8 @@ class Pin:
         return self.md5.endswith(".dir")
 
 
-def read_pin(repo: str, dvc_file: str, rev: str | None) -> Pin:
-    """Read a `.dvc` file from the work tree, or from a git revision.
+def read_pin(repo: str, dvc_file: str, rev: str | None, key: str = "data.source") -> Pin:
+    """Read a `.dvc` file from the work tree, or from a git revision. `key` is the recipe's, for messages.
 
     Raises:
         BadData: the file or the revision is missing, or the pin cannot be verified.
@@ -44,7 +44,7 @@ def read_pin(repo: str, dvc_file: str, rev: str | None) -> Pin:
             with Path(repo, dvc_file).open(encoding="utf-8") as file:
                 text = file.read(MAX_BYTES + 1)
         except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a NUL
-            add = "`loraflow data add FOLDER` versions a folder with DVC; data.source names its .dvc file"
+            add = f"`loraflow data add FOLDER` versions a folder with DVC; {key} names its .dvc file"
             raise BadData(
                 "The dataset's .dvc file cannot be read.",
                 where=where if Path(dvc_file).is_absolute() else f"{dvc_file} in {Path(repo).absolute()}",
@@ -53,10 +53,10 @@ def read_pin(repo: str, dvc_file: str, rev: str | None) -> Pin:
             ) from error
     else:
         text = _git_show(repo, rev or "HEAD", dvc_file, where)
-    return parse_pin(text, dvc_file, where)
+    return parse_pin(text, dvc_file, where, key)
 
 
-def parse_pin(text: str, dvc_file: str, where: str) -> Pin:
+def parse_pin(text: str, dvc_file: str, where: str, key: str = "data.source") -> Pin:
     """Return what the text of a `.dvc` file pins.
 
     Raises:
@@ -91,7 +91,7 @@ def parse_pin(text: str, dvc_file: str, where: str) -> Pin:
             where=where,
             expected="one entry under `outs` with `md5`, `hash: md5` and `path`",
             got=(str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}")[:300],
-            next_step="version the folder with `dvc add`; data.source names the .dvc file that it writes",
+            next_step=f"version the folder with `dvc add`; {key} names the .dvc file that it writes",
         ) from error
     if algorithm != "md5":
         raise BadData(

@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import JsonValue
 
@@ -23,10 +24,10 @@ from loraflow.config.stage_configs import CheckGeneralConfig, DatasetLocation, D
 from loraflow.data.chat_formats import to_messages
 from loraflow.data.chats import BadRow, Message
 from loraflow.data.general_rows import FILE, GeneralRow
-from loraflow.data.readers import read_values, readable_files
+from loraflow.data.readers import READABLE, match_nothing, read_values, readable_files
 from loraflow.data.row_key import row_key
 from loraflow.data.split import normalize, normalized_key, row_id
-from loraflow.data.version import fetch_one, locate
+from loraflow.data.version import fetch_one, locate_one
 from loraflow.failures import BadConfig, BadData
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
@@ -36,6 +37,13 @@ SHOWN = 5  # problems in a failure
 KINDS = {"loss": "chats", "accuracy": "choices", "accuracy_norm": "choices"}  # what a score of gate.forgetting needs
 
 
+class Problem(NamedTuple):
+    """A row that cannot be used."""
+
+    place: str  # file:line, or file:row
+    why: str
+
+
 def locate_general(source: str, memo: HashMemo) -> DatasetLocation:
     """Return the file that evaluation.general names: its md5, and where to read it.
 
@@ -43,21 +51,22 @@ def locate_general(source: str, memo: HashMemo) -> DatasetLocation:
         BadData: the file does not exist, or its `.dvc` file cannot be read.
         DirtyData: the file in the work tree differs from the pin.
     """
-    if not source.endswith(".dvc") and not Path(source).exists():
+    if not Path(source).exists():
         raise BadData(
             "The file with general rows does not exist.",
             where=f"evaluation.general: {source}",
             expected="a file of chats and questions, or its .dvc file",
             next_step="correct evaluation.general",
         )
-    return locate(Data(source=source), memo)
+    return locate_one(Data(source=source), memo, key="evaluation.general")
 
 
 def run(job: Job[CheckGeneralConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
     """Write general.jsonl.
 
     Raises:
-        BadData: a row is neither a chat nor a question, is there twice, or is a training row; or there are no rows.
+        BadData: no file is of a type that is read; a row is neither a chat nor a question, is there twice, or is a
+            training row; or there are no rows.
         MissingData: neither DVC's cache nor a remote has the file.
     """
     origin, files = job.runtime.origin, out / "files"
@@ -65,17 +74,27 @@ def run(job: Job[CheckGeneralConfig], inputs: Inputs, out: Path, progress: Progr
         raise TypeError(f"not the origin of general rows: {origin!r}")
     files.mkdir()
     fetch_one(origin, job.config.md5 or "", files, HashMemo(None))
-    rows, problems = _read(files)
+    names = readable_files(files) or match_nothing(files)[:1]  # one of another type is refused when it is read
+    rows, problems = _read(files, names)
     problems += _repeated(rows)
     problems += _trained_on(rows, inputs["rows"])
     _remove(files)
-    if problems or not rows:
+    if problems:
         raise BadData(
-            f"{len(problems)} rows of the general set cannot be used." if problems else "The general set has no rows.",
-            where=problems[0].split(" ", 1)[0].rstrip(":") if problems else "evaluation.general",
+            f"{len(problems)} row{'s' if len(problems) > 1 else ''} of the general set cannot be used.",
+            where=problems[0].place,
             expected='chats, or {"question": …, "choices": [...], "answer": POSITION}, none of them twice or in training',
-            got="".join(f"\n            {line}" for line in problems[:SHOWN]),
-            next_step="correct or remove these rows",
+            got="".join(f"\n            {place}: {why}" for place, why in problems[:SHOWN]),
+            next_step="correct or remove " + ("these rows" if len(problems) > 1 else "this row"),
+        )
+    if not rows:
+        source = origin.folder if isinstance(origin, FolderOrigin) else origin.dvc_file
+        raise BadData(
+            "The general set has no rows.",
+            where=f"evaluation.general: {source}",
+            expected=f"chats and questions, in a file that is not hidden, of a type among {', '.join(READABLE)}",
+            got=f"no row in {', '.join(names[:SHOWN])}" if names else "no such file",
+            next_step="add rows, or remove evaluation.general",
         )
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (out / FILE).write_text(text, encoding="utf-8")
@@ -108,17 +127,17 @@ def check_limits(counts: Mapping[str, JsonValue], wanted: Mapping[str, float], m
             )
 
 
-def _read(folder: Path) -> tuple[list[GeneralRow], list[str]]:
+def _read(folder: Path, names: list[str]) -> tuple[list[GeneralRow], list[Problem]]:
     rows: list[GeneralRow] = []
-    problems: list[str] = []
-    for name in readable_files(folder):
+    problems: list[Problem] = []
+    for name in names:
         for place, value, _ in read_values(folder / name, name):
             try:
                 if isinstance(value, BadRow):
                     raise value
                 rows.append(_general_row(value, place))
             except BadRow as problem:
-                problems.append(f"{place}: {problem}")
+                problems.append(Problem(place, str(problem)))
     return rows, problems
 
 
@@ -156,7 +175,7 @@ def _question(value: Mapping[str, JsonValue], place: str) -> GeneralRow:
     return {"id": name, "kind": "choice", "place": place, "context": context, "choices": texts, "answer": answer}
 
 
-def _repeated(rows: list[GeneralRow]) -> Iterator[str]:
+def _repeated(rows: list[GeneralRow]) -> Iterator[Problem]:
     first: dict[tuple[object, ...], str] = {}
     for row in rows:
         if "messages" in row:
@@ -164,11 +183,11 @@ def _repeated(rows: list[GeneralRow]) -> Iterator[str]:
         else:
             key = ("choice", normalize(row["context"]), *sorted(map(normalize, row["choices"])))
         if key in first:
-            yield f"{row['place']}: the same row as {first[key]}"
+            yield Problem(row["place"], f"the same row as {first[key]}")
         first.setdefault(key, row["place"])
 
 
-def _trained_on(rows: list[GeneralRow], checked: Path) -> Iterator[str]:
+def _trained_on(rows: list[GeneralRow], checked: Path) -> Iterator[Problem]:
     """Yield the rows whose prompt is a prompt of a training or validation row: their scores would measure memory."""
     prompts: dict[str, str] = {}
     questions: dict[str, str] = {}
@@ -187,7 +206,7 @@ def _trained_on(rows: list[GeneralRow], checked: Path) -> Iterator[str]:
             bare = row["context"].removeprefix("Question: ").removesuffix("\nAnswer:")
             place = questions.get(normalize(bare)) or questions.get(normalize(row["context"]))
         if place is not None:
-            yield f"{row['place']}: its prompt is that of the training row {place}"
+            yield Problem(row["place"], f"its prompt is that of the training row {place}")
 
 
 def _prompt_key(messages: list[Message]) -> str:

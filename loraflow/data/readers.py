@@ -335,6 +335,7 @@ _READERS = {
     ".parquet": _read_parquet,
     **dict.fromkeys(SUFFIXES, _read_database),
 }
+READABLE = tuple(sorted(_READERS))  # the types of files that are read, by their suffix
 
 
 def _unknown_kind(name: str) -> BadData:

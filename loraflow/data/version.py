@@ -37,10 +37,10 @@ def locate(data: Data, memo: HashMemo) -> DatasetLocation:
     return locate_one(data, memo)
 
 
-def locate_one(data: Data | DataSource, memo: HashMemo) -> DatasetLocation:
-    """Return a single dataset: see `locate`."""
+def locate_one(data: Data | DataSource, memo: HashMemo, key: str = "data.source") -> DatasetLocation:
+    """Return a single dataset: see `locate`. `key` is the recipe's, for messages."""
     if data.source.endswith(".dvc"):
-        pin = dvc.read_pin(data.repo, data.source, data.rev)
+        pin = dvc.read_pin(data.repo, data.source, data.rev, key)
         if data.rev is None and not is_url(data.repo):
             dvc.refuse_modified(data.repo, pin, memo)
         commit = dvc.resolve_commit(data.repo, data.rev) if data.rev else None

@@ -1,6 +1,7 @@
 """Multiple-choice questions: the tokens of each choice after its question, and which choice a model finds most likely.
 
-As in lm-eval (Gao et al.): a choice follows its question after a space, as plain text without a chat template. `accuracy`
+As in lm-eval (Gao et al.): a choice follows its question after a space, as plain text without a chat template, and the
+tokenizer's own BOS is in front. A question that ends in white space gets no further space (lm-eval adds one). `accuracy`
 compares the sums of the log likelihoods of the choices' tokens (acc), `accuracy_norm` these sums by the number of the
 choices' characters (acc_norm). Of equal ones the first is taken.
 """
@@ -21,15 +22,17 @@ if TYPE_CHECKING:
 def encode_choice(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> Encoded:
     """Return question and choice as token ids, where the tokens of the choice are learned.
 
-    White space at the end of the question goes to the choice: most tokenizers join it with the next word.
+    White space at the end of the question goes to the choice, in place of the space: most tokenizers join it with the next
+    word. Of the special tokens that the tokenizer writes around a text, only those before it are there: an EOS after the
+    question would end it, and one after the choice would be scored.
 
     Raises:
         ValueError: the question or the choice has no token.
     """
     bare = context.rstrip()
-    before = _ids(tokenizer, bare)
-    ids = _ids(tokenizer, f"{context} {choice}" if bare == context else f"{context}{choice}")
-    after = ids[len(before) :]
+    asked = _ids(tokenizer, bare)
+    whole = _ids(tokenizer, f"{context} {choice}" if bare == context else f"{context}{choice}")
+    before, after = _tokens_before(tokenizer, bare, asked) + asked, whole[len(asked) :]
     if not before or not after:
         raise ValueError("no token")
     labels = [IGNORED] * len(before) + after
@@ -37,8 +40,16 @@ def encode_choice(tokenizer: PreTrainedTokenizerBase, context: str, choice: str)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    found: list[int] = tokenizer(text)["input_ids"]
+    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return found
+
+
+def _tokens_before(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
+    """Return the tokens that the tokenizer writes before a text with these ids, such as a BOS; none that it begins with."""
+    around: list[int] = tokenizer(text)["input_ids"]
+    extra = len(around) - len(ids)
+    before = next((around[:start] for start in range(extra + 1) if around[start : start + len(ids)] == ids), [])
+    return [] if ids[: len(before)] == before else before
 
 
 def is_right(losses: Sequence[float], choices: Sequence[str], answer: int) -> tuple[float, float]:

@@ -56,7 +56,7 @@ def unscored_parts(everything: pd.DataFrame, scored: Set[str], by: Iterable[str]
         fields: the values of the rows' fields.
     """
     return [
-        f"{part} ({len(part.ids)} held-out rows)"
+        f"{part} ({len(part.ids)} held-out row{'s' if len(part.ids) > 1 else ''})"
         for one in by
         if one != "length"
         for part in divide(everything, one, fields)

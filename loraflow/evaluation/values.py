@@ -227,7 +227,7 @@ class Decision:
     reasons: tuple[str, ...]
     comparisons: tuple[Comparison, ...] = ()
     look: int | None = None  # its number in the record of looks
-    budget: str = ""  # which look it was, and what is left
+    budget: str = ""  # which look it was, and what is left; or why none was used
     worse: tuple[WorseRows, ...] = ()  # by gate.worst
     behaviour: tuple[BehaviourResult, ...] = ()  # by gate.behaviour
     unscored: tuple[str, ...] = ()  # parts of gate.slices of which no row was scored
@@ -257,7 +257,9 @@ class Decision:
             values["worse"] = [dataclasses.asdict(one) for one in self.worse]
         if self.behaviour:
             values["behaviour"] = [dataclasses.asdict(one) for one in self.behaviour]
-        return values if self.look is None else {**values, "look": self.look, "budget": self.budget}
+        if self.look is not None:
+            values["look"] = self.look
+        return {**values, "budget": self.budget} if self.budget else values
 
     @classmethod
     def unchanged(cls, reason: str, known: Decision | None = None) -> Decision:

@@ -148,7 +148,8 @@ def _why_not(store: Store, lost: Lost, record: RunRecord, stage: StageRun) -> st
 def _recipe(store: Store, record: RunRecord) -> Recipe:
     """Return the recipe of a run, with its settings and its version of the data, for this store."""
     settings = {**record.overrides, **revision_of(store, record), "runtime.store": store.uri}
-    return parse_recipe(record.recipe_text, name=f"the recipe of run {record.run}", overrides=settings)
+    name = f"the recipe of run {record.run}"
+    return parse_recipe(record.recipe_text, name=name, overrides=settings, is_recorded=True)
 
 
 def _workspace(store: Store, record: RunRecord) -> Workspace:

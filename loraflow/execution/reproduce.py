@@ -59,7 +59,8 @@ def reproduce(store: Store, record: RunRecord, fresh: str) -> Iterator[Reproduce
             next_step="run its recipe with `loraflow run`; records since version 0.1 have it",
         )
     settings = {**record.overrides, **revision_of(store, record), "runtime.store": fresh}
-    workspace = Workspace(parse_recipe(record.recipe_text, name=f"the recipe of run {record.run}", overrides=settings))
+    name = f"the recipe of run {record.run}"
+    workspace = Workspace(parse_recipe(record.recipe_text, name=name, overrides=settings, is_recorded=True))
     if next(workspace.store.artifacts(), None) is not None:
         raise BadConfig(
             "The store to reproduce into has artifacts, which would be used instead of being computed.",

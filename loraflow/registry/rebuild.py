@@ -74,7 +74,7 @@ def _command(store: Store, record: RunRecord, file: Path, text: str) -> str:
     """Return the command for a recipe's file with this text; `--set` has what differs from the run's settings."""
     command = f"loraflow run {shlex.quote(str(file))}"
     try:
-        recipe = parse_recipe(text, name=str(file))
+        recipe = parse_recipe(text, name=str(file), is_recorded=True)
     except Failure:  # a recipe of another version; `loraflow run` says what to correct
         return command
     settings = {**dict(_differences(record, recipe)), **revision_of(store, record), **_place_of(store, record)}

@@ -1,27 +1,35 @@
 """Rules of the gate that decide nothing, or the opposite of what they say, are refused when the recipe is read."""
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
+from loraflow.config import parse_recipe
 from loraflow.config.gate_rules import largest_difference
-from loraflow.config.recipe import SCORES, Recipe
+from loraflow.config.recipe import SCORES, Gate
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.values import RANGES
+from loraflow.execution import reproduce as reproducing
+from loraflow.execution.repair import _recipe
+from loraflow.failures import BadConfig
+from loraflow.registry.rebuild import _command
+from loraflow.registry.runs import RunRecord
+from loraflow.store import LocalStore
 
 METRICS = ["token_loss", "exact_match", "chrf"]
 INF = float("inf")
 
 
-def recipe(metrics=METRICS, **gate):
-    return Recipe.model_validate(
-        {
-            "name": "r",
-            "base": {"model": "b"},
-            "data": {"extra_heldout": {"hard": "hard.jsonl"}},
-            "evaluation": {"metrics": metrics, "general": "g.jsonl"},
-            "gate": gate,
-        }
-    )
+def recipe(metrics=METRICS, *, is_recorded=False, **gate):
+    document = {
+        "name": "r",
+        "base": {"model": "b"},
+        "data": {"extra_heldout": {"hard": "hard.jsonl"}},
+        "evaluation": {"metrics": metrics, "general": "g.jsonl"},
+        "gate": gate,
+    }
+    return parse_recipe(json.dumps(document), is_recorded=is_recorded)
 
 
 @pytest.mark.parametrize(
@@ -31,19 +39,60 @@ def recipe(metrics=METRICS, **gate):
         ({"lower_is_better": ["brevty"]}, "the gate names brevty"),
         ({"guards": {"exact_match": 5}}, "a margin of 5 guards nothing"),
         ({"guards": {"chrf": 100}}, "chrf is between 0 and 100"),
-        ({"guards": {"token_loss": INF}}, "finite"),
         ({"slices": {"language": {"exact_match": 1}}}, "gate.slices.language"),
-        ({"slices": {"language": {"token_loss": INF}}}, "finite"),
         ({"worst": {"exact_match": {"drop": 2, "rows": 0}}}, "no row can be worse by 2"),
         ({"primary": "exact_match", "min_gain": 1}, "no model can gain more than 1"),
-        ({"min_gain": INF}, "finite"),
         ({"forgetting": {"accuracy": 2}}, "a margin of 2 guards nothing"),
         ({"behaviour": {"polite": {"set": "harder", "refuses": True}}}, "there is no set harder; the sets are hard, heldout"),
     ],
 )  # fmt: skip
 def test_a_rule_without_effect_or_in_the_wrong_direction_is_refused(gate, said):
-    with pytest.raises(ValidationError, match=said):
+    with pytest.raises(BadConfig, match=said):
         recipe(**gate)
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [{"guards": {"token_loss": INF}}, {"slices": {"language": {"token_loss": INF}}}, {"min_gain": INF}],
+)
+def test_margins_are_finite(gate):
+    with pytest.raises(ValidationError, match="finite"):
+        Gate.model_validate(gate)
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        {"guards": {"exact_match": 1.0}, "primary": "exact_match", "min_gain": 1},
+        {"lower_is_better": ["exact_match", "brevty"]},
+        {"slices": {"language": {"exact_match": 1}}, "worst": {"exact_match": {"drop": 2, "rows": 0}}},
+        {"behaviour": {"polite": {"set": "harder", "refuses": True}}},
+    ],
+)
+def test_a_recorded_recipe_is_read_with_rules_that_an_earlier_version_accepted(gate):
+    recipe(is_recorded=True, **gate)
+
+
+def test_a_run_with_such_a_rule_is_reproduced_repaired_and_rebuilt(tmp_path, monkeypatch):
+    text = "name: r\nbase: {model: b}\nevaluation: {metrics: [token_loss, exact_match]}\ngate: {guards: {exact_match: 1.0}}\n"
+    with pytest.raises(BadConfig, match="a margin of 1 guards nothing"):
+        parse_recipe(text)
+    resolved = parse_recipe(text, overrides={"training_config.seed": 7}, is_recorded=True)
+    values = {"recipe_text": text, "resolved": resolved.model_dump(by_alias=True, mode="json")}
+    record, store = RunRecord(run="20260101-000000-abcdef", recipe="r", **values), LocalStore(tmp_path / "store")
+    monkeypatch.setattr(reproducing, "steps_of", lambda recipe: [])
+    assert not list(reproducing.reproduce(store, record, str(tmp_path / "fresh")))
+    assert _recipe(store, record).gate.guards == {"exact_match": 1.0}
+    assert "--set training_config.seed=7" in _command(store, record, tmp_path / "r.yaml", text)
+
+
+def test_all_rules_without_effect_are_named_at_once_each_with_its_line_or_override():
+    text = "name: r\nbase: {model: b}\nevaluation: {metrics: [exact_match]}\ngate:\n  primary: exact_match\n  guards:\n    exact_match: 2\n"
+    with pytest.raises(BadConfig) as caught:
+        parse_recipe(text, "r.yaml", {"gate.min_gain": 3})
+    said = str(caught.value)
+    assert "has 2 problems" in said and "r.yaml:7: gate.guards.exact_match" in said
+    assert "--set gate.min_gain: gate.min_gain: exact_match is between 0 and 1" in said
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from loraflow.config import load_recipe
 from loraflow.config.recipe import Recipe
 from loraflow.data.general import check_limits
+from loraflow.data.general import run as check_general
 from loraflow.data.general_rows import read_general
 from loraflow.evaluation import general as stage
 from loraflow.evaluation.choices import encode_choice, is_right
@@ -73,7 +74,7 @@ def test_chats_and_questions_are_read_and_counted(recipe):
     ],
 )
 def test_a_question_that_cannot_be_scored_is_refused_with_file_and_line(recipe, change, problem):
-    with pytest.raises(BadData, match="1 rows of the general set cannot be used") as caught:
+    with pytest.raises(BadData, match="1 row of the general set cannot be used") as caught:
         general_of(recipe, CHAT, {**QUESTION, **change})
     assert caught.value.where == "general.jsonl:2" and problem in str(caught.value)
 
@@ -195,6 +196,59 @@ def test_a_missing_file_is_refused_with_the_key_of_the_recipe(recipe):
     with pytest.raises(BadData, match="file with general rows does not exist") as caught:
         _ = Workspace(load_recipe(recipe, {"evaluation.general": "absent.jsonl"})).general
     assert caught.value.next_step == "correct evaluation.general"
+
+
+@pytest.mark.parametrize(
+    ("outs", "said"), [("outs: []", "evaluation.general names the .dvc file"), (None, "correct evaluation.general")]
+)
+def test_a_dvc_file_that_pins_nothing_or_is_missing_names_the_key_of_the_recipe(recipe, monkeypatch, outs, said):
+    monkeypatch.chdir(recipe.parent)
+    if outs is not None:
+        (recipe.parent / "general.jsonl.dvc").write_text(outs)
+    with pytest.raises(BadData, match=said):
+        _ = Workspace(load_recipe(recipe, {"evaluation.general": "general.jsonl.dvc"})).general
+
+
+def check_file(recipe, source, tmp_path):
+    """Run check_general on a file or folder, with no training rows."""
+    workspace = Workspace(load_recipe(recipe, {"evaluation.general": str(source)}))
+    rows, out = tmp_path / "rows", tmp_path / "out"
+    rows.mkdir(), out.mkdir()
+    for name in ("train.jsonl", "validation.jsonl"):
+        (rows / name).touch()
+    given = Ref(stage="check_dataset", fingerprint="f", digest="d", uri="")
+    return check_general(workspace.job(CHECK_GENERAL, {"rows": given}), Inputs({"rows": rows}), out, Progress())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("g.txt", "g.txt\n  expected: .csv, .db, .json, .jsonl"),
+        ("g", "give it the suffix .jsonl"),
+        ("g.jsonl.gz", "gunzip --keep g.jsonl.gz"),
+        ("g.jsonl", r"general: .*g.jsonl\n  expected: .*of a type among .csv, .db, .json(.|\n)*no row in g.jsonl"),
+    ],
+)
+def test_a_file_of_another_type_or_without_rows_is_named_with_the_types_that_are_read(recipe, tmp_path, name, said):
+    (tmp_path / name).write_bytes(b"\n")
+    with pytest.raises(BadData, match=said):
+        check_file(recipe, tmp_path / name, tmp_path)
+
+
+def test_a_folder_of_hidden_files_is_named(recipe, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / ".g.jsonl").write_text(json.dumps(QUESTION))
+    with pytest.raises(BadData, match=r"evaluation.general: .*folder\n  expected: .*not hidden") as caught:
+        check_file(recipe, tmp_path / "folder", tmp_path)
+    assert caught.value.got == "no such file"
+
+
+@pytest.mark.parametrize("name", ["g.csv", "my rows.csv"])
+def test_a_bad_row_of_a_table_is_named_with_file_and_row(recipe, tmp_path, name):
+    (tmp_path / name).write_text("question,choices,answer\nq,a|b,0\nr,a|b,0\n")
+    with pytest.raises(BadData, match="2 rows of the general set cannot be used") as caught:
+        check_file(recipe, tmp_path / name, tmp_path)
+    assert caught.value.where == f"{name}:row 1" and f"{name}:row 2: choices" in str(caught.value)
 
 
 def test_rows_that_dvc_pins_are_read_and_a_changed_file_is_refused(recipe, monkeypatch):

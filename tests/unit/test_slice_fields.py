@@ -164,7 +164,7 @@ def test_a_part_of_which_no_row_was_scored_is_not_known_to_be_as_good_as_before(
     assert confirmed.overruled("reject", "worse").with_unscored(missing).verdict == "reject"
     questions = [json.dumps([{"role": "user", "content": text}]) for text in ("what is this", "что это", "was ist das")]
     chats = pd.DataFrame({"id": ["a", "b", "c"], "prompt": questions})
-    assert unscored_parts(chats, {"a", "c"}, ["script"], {}) == ["script Cyrillic (1 held-out rows)"]
+    assert unscored_parts(chats, {"a", "c"}, ["script"], {}) == ["script Cyrillic (1 held-out row)"]
 
 
 def test_a_plan_names_the_parts_that_even_an_unchanged_model_does_not_pass():
