@@ -482,6 +482,7 @@ SCORE_GENERAL = Stage(
         "loraflow.base.architecture",
         "loraflow.base.load",
         "loraflow.base.forced_logits",
+        "loraflow.base.generation_settings",
         "loraflow.base.longrope",
         "loraflow.base.model_config",
         *_HARDWARE,

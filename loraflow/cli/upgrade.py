@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loraflow.cli import quiet_logging
+from loraflow.cli.project_lock import project_lock
 from loraflow.failures import BadConfig
 
 if TYPE_CHECKING:
@@ -43,9 +44,10 @@ def upgrade(write: bool) -> None:
             click.echo("\nnothing was written  ·  next  loraflow upgrade --write")
             return
         click.confirm("\nWrite these changes?", abort=True)
-    for file, (old, new) in changes.items():
-        _write(file, old, new)
-        click.echo(f"{file}   written")
+    with project_lock(Path()):
+        for file, (old, new) in changes.items():
+            _write(file, old, new)
+            click.echo(f"{file}   written")
     if Path("prefect.yaml") in changes:
         click.echo("next  loraflow deploy   (or loraflow up), so that the server has the new deployments")
 

@@ -21,6 +21,7 @@ from loraflow.data.git import is_url
 from loraflow.data.listing import check_names
 from loraflow.failures import BadData, DirtyData
 from loraflow.store.files import HashMemo
+from loraflow.store.lock import flock
 
 __all__ = ["Pin", "add", "dvc_md5", "fetch", "pull", "read_pin", "refuse_modified", "resolve_commit", "work_tree_md5"]
 log = logging.getLogger(__name__)
@@ -161,8 +162,8 @@ def add(folder: str, *, push: bool = True, remote: str | None = None) -> Pin:
     repo = Path.cwd()
     if push and remote is not None:
         check_remote(remote, ".")
-    if not (repo / ".dvc").exists():
-        run_dvc(["init", *([] if (repo / ".git").exists() else ["--no-scm"])])
+    if not (repo / ".dvc" / "config").exists():
+        _init(repo)
     run_dvc(["add", "--", folder])
     pin = read_pin(".", f"{folder.rstrip('/')}.dvc", None)
     if push and remotes("."):
@@ -172,6 +173,14 @@ def add(folder: str, *, push: bool = True, remote: str | None = None) -> Pin:
             "no DVC remote is set up: the data is versioned on this machine only (`dvc remote add -d NAME URL`)"
         )
     return pin
+
+
+def _init(repo: Path) -> None:
+    """Make a folder a repository of DVC, in one process at a time."""
+    ignored_by_git = repo / (".git" if (repo / ".git").is_dir() else ".loraflow")
+    with flock(ignored_by_git / "loraflow-dvc.lock"):
+        if not (repo / ".dvc").exists():
+            run_dvc(["init", *([] if (repo / ".git").exists() else ["--no-scm"])])
 
 
 def pull(dvc_file: str, *, remote: str | None = None) -> Pin:

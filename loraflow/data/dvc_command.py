@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -10,23 +11,22 @@ from pathlib import Path
 
 from loraflow.failures import BadConfig, BadData
 
+log = logging.getLogger(__name__)
+_LOCKED = "nable to acquire lock"
+
 
 def run_dvc(arguments: list[str], repo: str = ".") -> str:
-    """Run a DVC command and return its standard output.
+    """Run a DVC command and return its standard output. Wait for another DVC process that uses the repository.
 
     Raises:
         BadData: DVC failed.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments],
-        cwd=repo,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        env={**os.environ, "DVC_NO_ANALYTICS": "1"},
-    )
+    done = _call(arguments, repo)
+    if done.returncode and _LOCKED in done.stderr:
+        log.warning("waiting for another DVC process in %s", Path(repo).absolute())
+        done = _call(["--wait-for-lock", *arguments], repo)
     if done.returncode:
-        is_locked = "nable to acquire lock" in done.stderr
+        is_locked = _LOCKED in done.stderr
         raise BadData(
             f"dvc {' '.join(arguments)} failed.",
             where=str(Path(repo).absolute()),
@@ -34,6 +34,17 @@ def run_dvc(arguments: list[str], repo: str = ".") -> str:
             next_step="wait until the other DVC process has ended, then repeat the command" if is_locked else "",
         )
     return done.stdout
+
+
+def _call(arguments: list[str], repo: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=repo,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "DVC_NO_ANALYTICS": "1"},
+    )
 
 
 def remotes(repo: str) -> list[str]:

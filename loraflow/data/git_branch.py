@@ -100,8 +100,10 @@ def _fetch_branch(repo: str, branch: str, remote: str) -> str | None:
     if not _git(["ls-remote", remote, f"refs/heads/{branch}"], repo):
         return None
     ref = f"refs/loraflow/{remote}/{branch}"  # a ref of our own: any other git process may overwrite FETCH_HEAD
-    _git(["fetch", "--quiet", "--no-tags", remote, f"+refs/heads/{branch}:{ref}"], repo)
-    return git_or_none(["rev-parse", "--verify", "--quiet", ref], repo)
+    folder = Path(repo, _git(["rev-parse", "--git-common-dir"], repo).strip())
+    with flock(folder / "loraflow-fetch.lock"):  # git refuses to write a ref that another process has just written
+        _git(["fetch", "--quiet", "--no-tags", "--refmap=", remote, f"+refs/heads/{branch}:{ref}"], repo)
+        return git_or_none(["rev-parse", "--verify", "--quiet", ref], repo)
 
 
 def _contains(repo: str, commit: str, ancestor: str) -> bool:

@@ -30,8 +30,8 @@ def check_free_space(job: Job[StageConfig], store: Store) -> None:
         raise failures.DiskFull(
             f"The {job.stage} stage needs more disk space than is free.",
             where=str(store.scratch),
-            expected=f"{need * 1.05 / 2**30:.1f} GiB free",
-            got=f"{free / 2**30:.1f} GiB",
+            expected=f"{_readable(int(need * 1.05))} free",
+            got=f"{_readable(free)} free",
             next_step="`loraflow gc` removes what no run needs; or set runtime.store to another disk",
         )
 
@@ -47,11 +47,13 @@ def explain_disk_full(
     newest = next(iter(finalized_checkpoints(checkpoints)), None)
     if failure.where.startswith((str(staged), str(work), str(store.scratch))) and not failure.expected:
         if newest is not None and failure.where.startswith(str(work)):
-            failure.expected = f"about {_mib(folder_size(newest))} for a checkpoint, as {newest.name} has"
+            failure.expected = f"about {_readable(folder_size(newest))} for a checkpoint, as {newest.name} has"
         elif (need := _size_of_source(job, store)) is not None:
-            failure.expected = f"about {_mib(need)} for the result"
+            failure.expected = f"about {_readable(need)} for the result"
         else:
-            failure.expected = f"more than the {_mib(folder_size(staged) + folder_size(work))} that the job had written"
+            failure.expected = (
+                f"more than the {_readable(folder_size(staged) + folder_size(work))} that the job had written"
+            )
     if newest is not None:
         failure.next_step += f": training resumes from {newest.name}"
     with contextlib.suppress(LockHeld), flock(work / "worker.lock", wait=False):
@@ -68,5 +70,5 @@ def _size_of_source(job: Job[StageConfig], store: Store) -> int | None:
     return None
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
+def _readable(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB"

@@ -38,6 +38,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "resolve_base": ("loraflow.base.resolve", "transformers.modeling_utils"),
     "tokenize": ("loraflow.data.tokenization",),
     "train": ("peft", "loraflow.training.train", "loraflow.training.trainer", "loraflow.training.fast_engine"),
+    "train_group": ("peft", "loraflow.training.train_group", "loraflow.training.group_trainer"),
     "evaluate": ("loraflow.evaluation.evaluate", "loraflow.evaluation.score", "evaluate", "scipy.stats"),
     "score_general": ("loraflow.evaluation.general", "scipy.stats"),
     "merge": ("loraflow.adapters.merge", "loraflow.adapters.merge_folders"),

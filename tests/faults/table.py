@@ -80,7 +80,9 @@ FAULTS = (
     Fault(13, "A crash in the gate", "gate", "a crash before each step of writing the decision",
           "the decision is there as a whole, or is taken again",
           ("faults/test_faults.py::test_a_crash_while_a_decision_is_written_leaves_all_of_it_or_nothing",)),
-    Fault(14, "Disk full", "all stages", "a file system and a file size limit that are really full; ENOSPC in each library",
+    Fault(14, "Disk full", "all stages",
+          "by hand: `benchmarks/full_disk.py`, each stage; a file system and a file size limit that are really full; "
+          "ENOSPC in each library",
           "one sentence with what is free and needed; nothing is committed; the next run goes on",
           ("unit/test_launcher.py::test_a_real_full_disk_is_named_by_the_stage_that_fills_it",
            "unit/test_launcher.py::test_what_torch_safetensors_arrow_and_numpy_raise_on_a_real_full_disk_is_recognized",

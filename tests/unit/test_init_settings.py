@@ -1,13 +1,19 @@
 """The settings that `loraflow init` chooses by the size of a dataset, and the files that it keeps out of git."""
 
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from loraflow.cli.gitignore import extend_dvcignore, extend_gitignore
-from loraflow.cli.init import _held_out_line
+from loraflow.cli.init import _held_out_line, init
 from loraflow.cli.init_settings import choose_heldout_fraction, choose_settings
+from loraflow.cli.project_lock import FILE, project_lock
+from loraflow.failures import BadConfig
+from loraflow.store.lock import flock
 
 
 @pytest.mark.parametrize("rows", [2, 8, 20, 60, 150, 500, 1999])
@@ -103,3 +109,33 @@ def test_a_project_gets_a_short_readme_once(tmp_path):
     assert write_readme(folder, Path("configs/b.yaml"), Path("data")) is None
     written.rename(folder / "readme.rst")
     assert write_readme(folder, Path("configs/b.yaml"), Path("data")) is None
+
+
+def test_an_init_that_waited_for_another_does_not_take_its_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text('{"prompt": "q", "completion": "a"}\n' * 30)
+
+    @contextmanager
+    def another_first(folder):
+        (tmp_path / "configs").mkdir()
+        (tmp_path / "configs" / "x.yaml").write_text("name: x")
+        (tmp_path / "data").mkdir()
+        yield
+
+    monkeypatch.setattr("loraflow.cli.init.project_lock", another_first)
+    done = CliRunner().invoke(init, ["--data", "x.jsonl", "--base", "bundled:smollm2"])
+    assert isinstance(done.exception, BadConfig) and "exists already" in str(done.exception)
+    assert not any((tmp_path / "data").iterdir()) and not (tmp_path / "datasets").exists()
+
+
+def test_a_command_that_waits_for_another_in_the_same_project_says_so(tmp_path, capsys):
+    def use() -> str:
+        with project_lock(tmp_path):
+            return capsys.readouterr().err
+
+    with ThreadPoolExecutor(1) as pool:
+        with flock(tmp_path / FILE):
+            waiting = pool.submit(use)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.2)
+        assert "waiting for another loraflow command" in waiting.result(timeout=10)

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from loraflow import identity
-from loraflow.failures import CorruptArtifact, DiskFull, Failure, ReadOnlyStore, StorageError
+from loraflow.failures import CorruptArtifact, DiskFull, Failure, ReadOnlyStore, StorageError, from_os_error
 from loraflow.registry.cleanup import remove_unused
 from loraflow.store import (
     LocalStore,
@@ -791,6 +792,18 @@ def test_drafts_of_interrupted_writes_are_cleaned_up(tmp_path):
     assert len(list(remove_unused(store, keep=1))) == 2
     assert not any(path.exists() for path in old) and (tmp_path / "runs" / ".new.json.0123abcd").exists()
     assert store.find("tokenize", FP)
+
+
+def test_a_copy_to_a_full_disk_names_the_disk_that_is_full_and_not_the_file_that_is_copied(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "source").write_bytes(b"x")
+    monkeypatch.setattr(os, "sendfile", fail)
+    with pytest.raises(OSError) as caught:
+        shutil.copyfile(tmp_path / "source", tmp_path / "copy")
+    failure = from_os_error(caught.value, "store")
+    assert isinstance(failure, DiskFull) and failure.where == str(tmp_path / "copy")
 
 
 @pytest.mark.parametrize(
