@@ -79,7 +79,7 @@ def read_rows(
     """
     for name in names:
         path = folder / name
-        labels = Labels(partial(_rows_of, path, name, query))
+        labels = Labels(partial(_rows_of, path, name, query, columns))
         for place, value, text in read_values(path, name, query):
             if isinstance(value, BadRow):
                 yield Row(place, None, str(value), text)
@@ -95,10 +95,10 @@ def read_rows(
                 yield Row(place, None, str(problem), text)
 
 
-def _rows_of(path: Path, name: str, query: str | None) -> Iterator[JsonValue]:
+def _rows_of(path: Path, name: str, query: str | None, columns: Mapping[str, str]) -> Iterator[JsonValue]:
     for row in read_values(path, name, query):
-        if not isinstance(row.value, BadRow):
-            yield row.value
+        if isinstance(row.value, dict):
+            yield {**row.value, **{ours: row.value[theirs] for ours, theirs in columns.items() if theirs in row.value}}
 
 
 def _group(row: JsonValue, field: str | None) -> str | None:
