@@ -129,6 +129,7 @@ CHECK_DATASET = Stage(
         "loraflow.data.container_text",
         "loraflow.data.containers",
         "loraflow.data.judgements",
+        "loraflow.data.marked_rows",
         "loraflow.data.marks",
         "loraflow.data.mark_names",
         "loraflow.data.preference_pairs",

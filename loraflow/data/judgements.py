@@ -77,8 +77,8 @@ def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
     if side is None or side == "other" or (name in WORD_VERDICTS | WORD_BAD_VERDICTS and not is_word):
         return None
     # `correct: no` beside the answer no is a mark, unless the column has the answer in every row
-    may_be_class = isinstance(value, str) and beside.labels is not None and _is_answer(value, beside.said)
-    if may_be_class and not beside.labels.some_row(("not the answer", *here), lambda row: _differs(row, here)):
+    labels = beside.labels if isinstance(value, str) and _is_answer(value, beside.said) else None
+    if labels is not None and not labels.some_row(("not the answer", *here), lambda row: _differs(row, here)):
         return None
     return side is (name in GOOD)
 
@@ -102,19 +102,19 @@ def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
         return None
     if is_down or (is_direct and is_wrong) or (name in RECORD_STATES and text == "discarded"):
         return Said(False, shown(here, value))
-    may_be_class = not is_direct and beside.labels is not None
-    if may_be_class and beside.labels.some_row(("other", text, *here), lambda row: _has_other(row, here, text)):
+    labels = None if is_direct else beside.labels
+    if labels is not None and labels.some_row(("other", text, *here), lambda row: _has_other(row, here, text)):
         return None
     return Said(
         None,
-        f"{'.'.join(here)} {value[:60]!r} may mark the answer as wrong, or be a class of the row: rename the column if it is "
-        "a class; if it is a mark, write it as is_correct, train or weight, whose false or 0 leaves the answer out",
+        f"{'.'.join(here)} {value[:60]!r} may mark the answer as wrong, or be a class of the row: rename the column if it "
+        "is a class; if it is a mark, write it as is_correct, train or weight, whose false or 0 leaves the answer out",
     )
 
 
 def objects_of(value: JsonValue) -> list[Mapping[str, JsonValue]]:
-    """Return the objects of a value: itself, or those of a list; also of their text. None if it has none."""
-    if is_object_text(value):
+    """Return the objects of a value: itself, or those of a list; also if it is their text."""
+    if isinstance(value, str) and is_object_text(value):
         try:
             value = parsed_text(value)
         except Unreadable:

@@ -83,9 +83,8 @@ STATES = frozenset(
 )
 # Of these, a thumb down is always one about the answer.
 REACTIONS = frozenset({"feedback", "human_feedback", "user_feedback", "thumbs", "thumb", "vote", "reaction"})
-RECORD_STATES = frozenset(
-    {"annotation_status", "record_status", "response_status"}
-)  # Argilla's, which may be `discarded`
+# Argilla's, which may be `discarded`.
+RECORD_STATES = frozenset({"annotation_status", "record_status", "response_status"})
 
 _SEPARATORS = re.compile(
     r"(?<=[a-z0-9])(?=[A-Z])|[-\s.]+"

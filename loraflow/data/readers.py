@@ -42,6 +42,7 @@ class Row:
     weights: tuple[float, ...] | None = None  # of each of `learned` in the loss; None: 1 for all
     is_marked_false: bool = False  # it has no chat, because its marks exclude every answer
     group: str | None = None  # the value of the field that names the row's group
+    marked_by: str = ""  # of a row that is marked false: keys and values of its marks, such as `is_correct: False`
 
 
 def is_partly_learned(row: Row) -> bool:
@@ -90,7 +91,7 @@ def read_rows(
                 learned, weights = chat.learned, chat.weights
                 yield Row(place, chat.messages, None, text, unread, learned, weights, group=_group(value, group))
             except MarkedFalse as marked:
-                yield Row(place, None, str(marked), text, is_marked_false=True)
+                yield Row(place, None, str(marked), text, is_marked_false=True, marked_by=marked.by)
             except BadRow as problem:
                 yield Row(place, None, str(problem), text)
 
