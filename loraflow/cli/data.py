@@ -93,12 +93,14 @@ def check(source: str, form: str | None, personal: bool, as_json: bool) -> None:
     from loraflow.cli.data_check import checked_source, print_findings
     from loraflow.data.chat_table import source_of
     from loraflow.data.findings import Detector
+    from loraflow.data.marked_rows import without_marks
     from loraflow.data.readers import is_answer_learned, is_partly_learned, match_nothing
     from loraflow.data.split import prompt_key
 
     read = checked_source(source, form, personal=personal)
     detector = Detector(read.rules)
-    rows = marked = partly = weighted = 0
+    rows = partly = weighted = 0
+    marks: Counter[str] = Counter()
     prompts: set[str] = set()
     problems: list[dict[str, str]] = []
     unread: Counter[str] = Counter()
@@ -109,7 +111,7 @@ def check(source: str, form: str | None, personal: bool, as_json: bool) -> None:
             sources[source_of(row.place)] += 1
         unread.update(row.unused_keys)
         if row.is_marked_false:
-            marked += 1
+            marks[row.marked_by] += 1
         elif row.messages is None:
             problems.append({"place": row.place, "problem": row.problem or ""})
         else:
@@ -119,21 +121,31 @@ def check(source: str, form: str | None, personal: bool, as_json: bool) -> None:
             if len(prompts) < 2:
                 prompts.add(prompt_key(row.messages))
     findings = detector.findings()
+    marked, unread = marks.total(), Counter(without_marks(unread, marks))
     if as_json:
         counts = {"rows": rows, "malformed": len(problems), "marked_false": marked, "partly_marked": partly}
         counts |= {"weighted": weighted} if weighted else {}
+        by_marks = {"marks": dict(marks)} if marks else {}
         of_sources = {"sources": dict(sources)} if sources else {}
         found = {"profile": [finding.model_dump() for finding in findings], "scripts": detector.scripts}
         click.echo(
             json.dumps(
-                {**counts, "columns": read.columns, "unread": dict(unread), "problems": problems, **found, **of_sources}
+                {
+                    **counts,
+                    "columns": read.columns,
+                    "unread": dict(unread),
+                    "problems": problems,
+                    **found,
+                    **of_sources,
+                    **by_marks,
+                }
             )
         )
     else:
         _print_check(rows, problems, read.columns, unread)
         for name, count in sources.items():
             click.echo(f"source {name}: {count} rows")
-        for line in marked_lines(marked, partly, weighted):
+        for line in marked_lines(marks, partly, weighted):
             click.echo(line)
         print_findings(findings, detector.scripts)
         for name in match_nothing(Path(source)) if Path(source).is_dir() else ():
@@ -179,9 +191,13 @@ def _masked_part(text: str, weight: float) -> str:
     return click.style(f"⟦{text}⟧" + ("" if weight == 1 else f"×{weight:g}"), fg="green", bold=True)
 
 
-def marked_lines(marked: int, partly: int, weighted: int = 0) -> list[str]:
-    """Say how many rows are left out, or learned in part or with weights, because of their marks."""
-    lines = [f"{marked} rows are left out: their answers are marked as not to be learned"] if marked else []
+def marked_lines(marks: Counter[str], partly: int, weighted: int = 0) -> list[str]:
+    """Say how many rows are left out, and by which marks, or learned in part or with weights, because of their marks."""
+    from loraflow.data.marked_rows import named_marks
+
+    marked = marks.total()
+    why = f"their answers are marked as not to be learned ({named_marks(marks)})"
+    lines = [f"{marked} rows are left out: {why}"] if marked else []
     lines += [f"{partly} rows are learned in part: some of their answers are marked so"] if partly else []
     return lines + ([f"{weighted} rows have weights other than 0 and 1 in the loss"] if weighted else [])
 
@@ -200,7 +216,11 @@ def _print_check(rows: int, problems: list[dict[str, str]], columns: dict[str, s
 
 def unread_keys(rows: Iterable[Row]) -> str:
     """Return a line that names the keys of the rows that are not read although they have values; empty if there are none."""
-    counts = Counter(key for row in rows for key in row.unused_keys)
+    from loraflow.data.marked_rows import without_marks
+
+    read = list(rows)
+    marks = Counter(row.marked_by for row in read if row.is_marked_false)
+    counts = Counter(without_marks(Counter(key for row in read for key in row.unused_keys), marks))
     return _unread_line(counts) if counts else ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,9 +93,9 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
     if template == "gpu-team":
         with recipe.open("a", encoding="utf-8") as end:
             end.write(team_recipe_lines(Path()))
-    marked = sum(row.is_marked_false for row in rows)
-    click.echo(f"chats: {len(chats)}; malformed rows: {len(rows) - len(chats) - marked}")
-    for line in marked_lines(marked, sum(map(is_partly_learned, rows)), sum(row.weights is not None for row in rows)):
+    marks = Counter(row.marked_by for row in rows if row.is_marked_false)
+    click.echo(f"chats: {len(chats)}; malformed rows: {len(rows) - len(chats) - marks.total()}")
+    for line in marked_lines(marks, sum(map(is_partly_learned, rows)), sum(row.weights is not None for row in rows)):
         click.echo(line)
     for file in match_nothing(data_file) if data_file.is_dir() else ():
         click.echo(f"not read  {file}: not one of the supported file types", err=True)

@@ -94,12 +94,12 @@ def read_chat(
     fields = RowFields(_object(row), columns, labels or Labels())
     turns = _turns(fields, format_name)
     refuse_media(fields.row, [turn.content for turn in turns])
-    row_weight = 1.0 if fields.row.keys() <= _FORMAT_KEYS else fields.row_weight()
+    row_weight, excluded_by = (1.0, "") if fields.row.keys() <= _FORMAT_KEYS else fields.row_weight()
     messages = _checked(turns, _tools(fields, tools))
     if row_weight and not fields.row.keys() <= _FORMAT_KEYS:
         refuse_rejected(fields.row, messages, tuple(columns.values()))
     if not row_weight:
-        raise MarkedFalse("the row is marked as not to be learned")
+        raise MarkedFalse("the row is marked as not to be learned", excluded_by)
     learned, weights = _marked(turns, row_weight, messages)
     return ReadChat(messages, learned, weights, fields.unread())
 
@@ -141,7 +141,8 @@ def _marked(
     answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     learned = tuple(n for n in answers if turns[n].weight)
     if not learned:
-        raise MarkedFalse("its answers are marked as not to be learned")
+        by = dict.fromkeys(turns[n].excluded_by for n in answers)
+        raise MarkedFalse("its answers are marked as not to be learned", ", ".join(by))
     weights = tuple(turns[n].weight * row_weight for n in learned)
     if max(weights) > MAX_WEIGHT:
         raise BadRow(

@@ -33,6 +33,7 @@ from loraflow.data.check_report import CheckReport, Finding, NearDuplicates, Spl
 from loraflow.data.findings import leave_out_findings
 from loraflow.data.group_leaks import drop_group_leaks, heldout_groups
 from loraflow.data.heldout_fields import write_field_values
+from loraflow.data.marked_rows import without_marks
 from loraflow.data.near_prompts import with_near_prompts
 from loraflow.data.near_split import Clusters, place_near
 from loraflow.data.placement import SPLITS, Split
@@ -60,6 +61,7 @@ class _Reading:
     table: ChatTable
     quarantine: Quarantine
     unread: Counter[str] = field(default_factory=Counter)  # keys that have values and were not read
+    marks: Counter[str] = field(default_factory=Counter)  # keys and values that left rows out
     findings: list[Finding] = field(default_factory=list)  # of data.profile
     sources: SourceCounts = field(default_factory=dict)  # of data.sources
 
@@ -130,7 +132,8 @@ def _check(files: Path, config: CheckDatasetConfig, reading: _Reading, out: Path
         counts=dict(counts),
         malformed_share=counts["malformed"] / max(counts["read"], 1),
         first_problems=reading.quarantine.first_problems(),
-        unread=dict(reading.unread.most_common(MAX_UNREAD)),
+        unread=without_marks(dict(reading.unread.most_common(MAX_UNREAD)), reading.marks),
+        marks=dict(reading.marks.most_common(MAX_UNREAD)),
         similar=similar,
         findings=reading.findings,
         sources=count_sources(columns, splits, config, reading.sources),
@@ -193,6 +196,8 @@ def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> I
         if row.messages is None:
             reason = "marked_false" if row.is_marked_false else "malformed"
             first = not row.is_marked_false
+            if row.is_marked_false:
+                reading.marks[row.marked_by] += 1
             quarantine.add(reason, row.place, set_name, row.problem or "", row.raw, first=first)
             continue
         yield reading.table.add(row, row.messages, set_name)

@@ -88,6 +88,7 @@ class CheckReport(StoredModel):
     malformed_share: float
     first_problems: list[str]  # place and problem of the first rows in quarantine
     unread: dict[str, int] = {}  # keys that have values and were not read → rows
+    marks: dict[str, int] = {}  # key and value of a mark → rows that it left out; left out of the JSON without any
     similar: Similar = Similar()
     findings: list[Finding] = []  # left out of the JSON without data.profile
     # of each of data.sources, its rows: read, malformed, over_limit, not_drawn (by its weight), train, validation, heldout,
@@ -103,6 +104,6 @@ class CheckReport(StoredModel):
 
     def as_json(self) -> dict[str, JsonValue]:
         """Return the report as JSON values."""
-        absent = {name for name in ("near", "findings", "sources") if not getattr(self, name)}
+        absent = {name for name in ("near", "findings", "sources", "marks") if not getattr(self, name)}
         values: dict[str, JsonValue] = self.model_dump(mode="json", exclude=absent)
         return values

@@ -60,7 +60,7 @@ _NUMBER = re.compile(r"[-+]?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:[eE][-+]?\d+)?")
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2},\d{3}")  # 1,000 is one or a thousand
 ENOUGH = 8  # other values beside true and false that make them classes, such as the 150 intents of CLINC
 # The keys of an answer: a label that is the answer, or is named by it, is its class.
-_ANSWERS = ("completion", "response", "output", "answer", "messages", "conversations")
+ANSWERS = ("completion", "response", "output", "answer", "messages", "conversations")
 
 PairMeaning = Literal["answers", "marks", "unclear"]
 Side = Literal[True, False, "other"] | None  # what a label says; None: there is no value
@@ -204,7 +204,7 @@ class _Values:
 
 def answers_of(row: dict[str, JsonValue]) -> Iterable[str]:
     """Yield the answers of a row, as far as its usual keys have them."""
-    for key in _ANSWERS:
+    for key in ANSWERS:
         value = row.get(key)
         last = value[-1] if isinstance(value, list) and value else None
         if isinstance(last, dict):
@@ -259,6 +259,19 @@ class Labels:
         self._rows = rows
         self._found: dict[str, _Column] = {}
         self._pairs: dict[tuple[str, str], PairMeaning] = {}
+        self._facts: dict[tuple[str, ...], bool] = {}
+
+    def some_row(self, question: tuple[str, ...], holds: Callable[[dict[str, JsonValue]], bool]) -> bool:
+        """Tell whether something holds for a row of the file. Without rows, it does not.
+
+        Args:
+            question: names it; the file is read once for each.
+            holds: tells it of a row.
+        """
+        if question not in self._facts:
+            rows = () if self._rows is None else self._rows()
+            self._facts[question] = any(holds(row) for row in rows if isinstance(row, dict))
+        return self._facts[question]
 
     def of_pair(self, better: str, worse: str) -> PairMeaning:
         """Return what two columns such as chosen and rejected are. Without rows, they are marks."""

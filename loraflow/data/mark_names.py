@@ -65,18 +65,26 @@ CONTAINERS = frozenset({
     "additional_info", "extra_info", "custom", "meta_data", "metainfo", "meta_info", "feedback", "review", "reviews",
     "quality", "moderation", "evaluation", "judgement", "judgment", "verdict",
 })  # fmt: skip
+# Of these, a list has what may be chosen, such as the wrong answers of a quiz, and no judgements of the answer.
+WITHOUT_LISTS = frozenset({"options", "attributes", "properties"})
 # A row's `loss` or `train` with other values than true and false may be a measurement, or a split.
 ROW_WEIGHTS = frozenset({
     "weight", "weights", "loss_weight", "sample_weight", "loss_scale", "loss_multiplier", "example_weight",
 })  # fmt: skip
-# Opinions about an answer. They count only as a text that plainly says "wrong": other values are classes, or states.
+# Opinions, about the answer or anything else of the row (loraflow/data/judgements.py).
 OPINIONS = frozenset({
     "quality", "verdict", "judgement", "judgment", "review", "review_result", "review_status", "feedback", "human_feedback",
     "user_feedback", "evaluation", "assessment", "human_label", "correctness", "grade", "rating", "thumbs", "thumb", "vote",
     "reaction", "human_evaluation", "human_rating", "annotation", "answer_quality", "response_quality", "user_rating",
 })  # fmt: skip
 # The same, where a word such as "failed" may be about anything.
-STATES = frozenset({"status", "state", "result", "outcome", "decision", "annotation_status", "record_status"})
+STATES = frozenset(
+    {"status", "state", "result", "outcome", "decision", "annotation_status", "record_status", "response_status"}
+)
+# Of these, a thumb down is always one about the answer.
+REACTIONS = frozenset({"feedback", "human_feedback", "user_feedback", "thumbs", "thumb", "vote", "reaction"})
+# Argilla's, which may be `discarded`.
+RECORD_STATES = frozenset({"annotation_status", "record_status", "response_status"})
 
 _SEPARATORS = re.compile(
     r"(?<=[a-z0-9])(?=[A-Z])|[-\s.]+"
@@ -86,11 +94,13 @@ _OF_ANSWER = re.compile(
     r"(?:is_|was_)?(?:the_)?(?:answer|response|completion|output|reply|label|human|annotator|row|sample|example)_(?:is_|was_)?(\w+)"
     r"|(?:is|was)_(\w+)_(?:answer|response|completion|output|reply)"
 )
+_OPINION_OF_ANSWER = re.compile(r"(?:answer|response|completion|reply)_(\w+)")  # not output_quality: that of a printer
 
 
-def is_opinion(key: object) -> bool:
-    """Tell whether a key may have an opinion about an answer, or its state."""
-    return isinstance(key, str) and normal_name(key) in OPINIONS | STATES
+def judges_the_answer(name: str) -> bool:
+    """Tell whether a normal name is that of an opinion about the answer itself, such as answer_quality."""
+    found = _OPINION_OF_ANSWER.fullmatch(name)
+    return found is not None and found[1] in OPINIONS
 
 
 @lru_cache(4096)

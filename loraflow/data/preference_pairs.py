@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 
 from pydantic import JsonValue
 
 from loraflow.data.chats import BadRow, Message
-from loraflow.data.labels import Labels, label_side
+from loraflow.data.labels import Labels, answers_of, as_number, is_absent, label_side, plain
 from loraflow.data.mark_names import BAD_VERDICTS, normal_name
 
 # Two answers of a pair, or two judgements of one answer: better → worse.
@@ -36,29 +37,66 @@ _WORSE = {
 }
 
 
-def answer_texts(values: Mapping[str, JsonValue], labels: Labels, read: Collection[str]) -> set[str]:
+# A column with such a word that is read as the answer has the better answer of a pair.
+_BETTER = frozenset(
+    {"chosen", "preferred", "accepted", "good", "correct", "best", "better", "right", "winner", "winning"}
+)
+_MARKS_OR_TEXTS = BAD_VERDICTS | {"dispreferred"}
+# A pair of answers to a yes-or-no question; beside the answer yes, `rejected: False` is a mark.
+_OPPOSITES = frozenset(
+    frozenset(pair.split())
+    for pair in ("yes no", "true false", "1 0", "y n", "t f", "on off", "right wrong", "correct incorrect", "good bad")
+)
+
+
+def answer_texts(
+    values: Mapping[str, JsonValue], labels: Labels, columns: Collection[str], said: Collection[str] = ()
+) -> set[str]:
     """Return the keys of a row that are no marks, because their texts are the answers of a preference pair.
 
     Args:
         values: the row, without the columns that are read.
         labels: knows the other rows of the file.
-        read: the columns that are read, such as `chosen`; beside it, a text `rejected` is the other answer.
+        columns: the columns that a recipe names as the answer, such as `chosen`; beside it, a text `rejected` is the other
+            answer.
+        said: the answers of the row.
 
     Raises:
-        BadRow: the two keys of a pair may be answers or marks.
+        BadRow: the keys may be answers or marks.
     """
     names = {normal_name(key): key for key in values if isinstance(key, str)}
     found: set[str] = set()
-    if names.keys().isdisjoint(BAD_VERDICTS | {"dispreferred"}):
-        return found
-    read_names = {normal_name(key) for key in read}
-    for better, worse in ((better, worse) for better, others in _PAIRS.items() for worse in others if worse in names):
-        other = names[worse]
-        if better in read_names and isinstance(values[other], str):
-            found.add(other)
-        elif better in names and _is_verdict_text(values[names[better]]) and _is_verdict_text(values[other]):
-            found |= _texts_of_pair(names[better], other, values, labels)
+    is_better = any(not _BETTER.isdisjoint(normal_name(column).split("_")) for column in columns)
+    for name in names.keys() & _MARKS_OR_TEXTS:
+        worse = names[name]
+        value = values[worse]
+        if not isinstance(value, str):
+            continue
+        betters = [names[better] for better, others in _PAIRS.items() if name in others and better in names]
+        if is_better:
+            found.add(worse)
+        elif not _is_verdict_text(value):
+            continue
+        elif betters:
+            for better in betters:
+                found |= _texts_of_pair(better, worse, values, labels) if _is_verdict_text(values[better]) else set()
+        elif _is_opposite(value, said) and not labels.some_row(("no pair", worse), partial(_is_no_pair, worse=worse)):
+            if not columns:
+                raise BadRow(
+                    f"{worse} {value!r} may be the other answer, or say whether the answer is right; set data.columns: "
+                    "{completion: the column of the answer} if it is an answer, else write it as true or false"
+                )
+            found.add(worse)
     return found
+
+
+def _is_opposite(value: str, said: Collection[str]) -> bool:
+    return any(frozenset((plain(value), plain(answer).rstrip(".!"))) in _OPPOSITES for answer in said)
+
+
+def _is_no_pair(row: dict[str, JsonValue], worse: str) -> bool:
+    value = row.get(worse)
+    return not is_absent(value) and not (isinstance(value, str) and _is_opposite(value, tuple(answers_of(row))))
 
 
 def _texts_of_pair(better: str, worse: str, values: Mapping[str, JsonValue], labels: Labels) -> set[str]:
@@ -88,20 +126,24 @@ def refuse_rejected(row: Mapping[str, JsonValue], messages: list[Message], read:
     """
     answer = messages[-1]["content"].strip()
     for key, value in row.items():
-        better = _WORSE.get(normal_name(key)) if isinstance(key, str) and key not in read else None
-        if better is None or not answer or _is_verdict_text(value) or _text(value) != answer:
+        name = normal_name(key) if isinstance(key, str) and key not in read else ""
+        better = _WORSE.get(name)
+        is_mark = name in BAD_VERDICTS and isinstance(label_side(value), bool)  # `rejected: no` beside the answer no
+        if better is None or not answer or is_mark or not _is_text(value, answer):
             continue
-        others = [
-            other for name, other in row.items() if isinstance(name, str) and normal_name(name).startswith(better)
-        ]
-        if all(_text(other) != answer for other in others):
+        others = [other for key, other in row.items() if isinstance(key, str) and normal_name(key).startswith(better)]
+        if all(not _is_text(other, answer) for other in others):
             raise BadRow(f"its answer is the text of {key}: an answer that was not chosen would be learned")
 
 
-def _text(value: JsonValue) -> str | None:
-    """Return the text of an answer, which may be a message or a whole chat; None if it is none."""
+def _is_text(value: JsonValue, answer: str) -> bool:
+    """Tell whether a value is the text of an answer. It may be a number, a message or a whole chat."""
     if isinstance(value, list) and value:
         value = value[-1]
     if isinstance(value, dict):
         value = value.get("content", value.get("value"))
-    return value.strip() if isinstance(value, str) else None
+    if isinstance(value, bool):
+        return plain(answer) == str(value).lower()
+    if isinstance(value, int | float):
+        return as_number(value) is not None and as_number(answer) == as_number(value)
+    return isinstance(value, str) and value.strip() == answer

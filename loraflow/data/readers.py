@@ -42,6 +42,7 @@ class Row:
     weights: tuple[float, ...] | None = None  # of each of `learned` in the loss; None: 1 for all
     is_marked_false: bool = False  # it has no chat, because its marks exclude every answer
     group: str | None = None  # the value of the field that names the row's group
+    marked_by: str = ""  # of a row that is marked false: keys and values of its marks, such as `is_correct: False`
 
 
 def is_partly_learned(row: Row) -> bool:
@@ -79,7 +80,7 @@ def read_rows(
     """
     for name in names:
         path = folder / name
-        labels = Labels(partial(_rows_of, path, name, query))
+        labels = Labels(partial(_rows_of, path, name, query, columns))
         for place, value, text in read_values(path, name, query):
             if isinstance(value, BadRow):
                 yield Row(place, None, str(value), text)
@@ -90,15 +91,15 @@ def read_rows(
                 learned, weights = chat.learned, chat.weights
                 yield Row(place, chat.messages, None, text, unread, learned, weights, group=_group(value, group))
             except MarkedFalse as marked:
-                yield Row(place, None, str(marked), text, is_marked_false=True)
+                yield Row(place, None, str(marked), text, is_marked_false=True, marked_by=marked.by)
             except BadRow as problem:
                 yield Row(place, None, str(problem), text)
 
 
-def _rows_of(path: Path, name: str, query: str | None) -> Iterator[JsonValue]:
+def _rows_of(path: Path, name: str, query: str | None, columns: Mapping[str, str]) -> Iterator[JsonValue]:
     for row in read_values(path, name, query):
-        if not isinstance(row.value, BadRow):
-            yield row.value
+        if isinstance(row.value, dict):
+            yield {**row.value, **{ours: row.value[theirs] for ours, theirs in columns.items() if theirs in row.value}}
 
 
 def _group(row: JsonValue, field: str | None) -> str | None:

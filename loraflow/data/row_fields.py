@@ -8,9 +8,8 @@ from typing import NamedTuple
 from pydantic import JsonValue
 
 from loraflow.data.chats import BadRow, ToolCall
-from loraflow.data.labels import Labels, answers_of, plain
-from loraflow.data.mark_names import is_opinion
-from loraflow.data.marks import answer_weight, excludes, is_mark
+from loraflow.data.labels import ANSWERS, Labels, answers_of
+from loraflow.data.marks import Weight, answer_weight, excludes, is_mark
 from loraflow.data.reasoning import KEYS
 from loraflow.data.tools import read_calls
 
@@ -32,6 +31,7 @@ class Turn(NamedTuple):
     call_id: JsonValue = None  # of a tool's result: the call that it belongs to
     name: JsonValue = None  # of a tool's result: its tool
     reasoning: str = ""  # of an answer, beside its content
+    excluded_by: str = ""  # the mark that excludes it from the loss
 
 
 class RowFields:
@@ -77,22 +77,18 @@ class RowFields:
         """Return the value of the first key that has one; None if none of the keys is there."""
         return self.value(*names) if any(name in self.row for name in names) else None
 
-    def row_weight(self) -> float:
+    def row_weight(self) -> Weight:
         """Return the weight of the row's answers in the loss, by the row's marks; 0: they are not learned.
 
         Raises:
             BadRow: a mark is unclear.
         """
         if self.labels is None:
-            return 1.0
+            return Weight(1.0)
         read = {*self._used, *self._columns.values()}
         others = {key: value for key, value in self.row.items() if key not in read}
-        if opinions := [key for key, value in others.items() if isinstance(value, str) and is_opinion(key)]:
-            answers = {plain(answer) for answer in answers_of(self.row)}
-            for key in opinions:  # a class is often there twice: as the answer, and as a key
-                if plain(str(others[key])) in answers:
-                    del others[key]
-        return answer_weight(others, "", self._used, self.labels, read)
+        answers = [theirs for ours, theirs in self._columns.items() if ours in ANSWERS]
+        return answer_weight(others, "", self._used, self.labels, answers, tuple(answers_of(self.row)))
 
     def turns(
         self, column: str, items: list[RawRow], roles: tuple[str, ...], contents: tuple[str, ...], first: int = 1
@@ -131,17 +127,19 @@ class RowFields:
         role, content = fields.optional(*roles), fields.optional(*contents)
         is_answer = isinstance(role, str) and (role in ASSISTANT or role == FUNCTION_CALL)
         reasoning = _reasoning(fields) if is_answer else ""
-        weight, used = 1.0, fields._used | {*roles, *contents, "tool_calls", "function_call"}
+        weight, used = Weight(1.0), fields._used | {*roles, *contents, "tool_calls", "function_call"}
         if calls and not is_answer:
             raise BadRow(f"message {number}: a tool call in a {role} message; only an assistant calls tools")
         if isinstance(role, str) and role in TOOL_ROLES:
             used |= {"tool_call_id", "name"}
         if is_answer and self.labels is not None:
-            weight = answer_weight(item, f"message {number}: ", used, self.labels)
+            said = [content] if isinstance(content, str) else []
+            weight = answer_weight(item, f"message {number}: ", used, self.labels, said=said)
         else:  # only answers are learned: a mark that excludes another message changes nothing
             used |= {key for key, value in item.items() if is_mark(key) and excludes(key, value)}
         self._note_unread(column, item, used)
-        return Turn(role, content, weight, tuple(calls), item.get("tool_call_id"), item.get("name"), reasoning)
+        ids = item.get("tool_call_id"), item.get("name")
+        return Turn(role, content, weight.value, tuple(calls), *ids, reasoning, weight.excluded_by)
 
     def joined(self, content: list[JsonValue], number: int, column: str) -> str:
         """Join a message's parts: [{"type": "text", "text": …}].

@@ -11,6 +11,7 @@ from pydantic import JsonValue
 from loraflow.data.chats import GATE_SET
 from loraflow.data.check_report import CheckReport, NearDuplicates
 from loraflow.data.findings import WHAT, finding_lines
+from loraflow.data.marked_rows import named_marks
 from loraflow.data.source_limits import source_lines
 from loraflow.evaluation.values import EvaluationReport
 from loraflow.registry.runs import RowCount, RowsSummary
@@ -66,7 +67,9 @@ def _counts(
 
     yield RowCount(what="read", rows=check.counts.get("read", 0))
     long = "cut" if policy.too_long == "truncate" else "left out of training"
-    reasons = {text: check.counts.get(reason, 0) for reason, text in _LEFT_OUT.items()}
+    by = f" ({named_marks(check.marks)})" if check.marks else ""
+    texts = {reason: text + (by if reason == "marked_false" else "") for reason, text in _LEFT_OUT.items()}
+    reasons = {text: check.counts.get(reason, 0) for reason, text in texts.items()}
     reasons |= {text: sum(c.get(key, 0) for c in check.sources.values()) for key, text in _OF_SOURCES.items()}
     reasons |= {
         f"left out: {text} (data.profile)": check.counts.get(f"profile_{name}", 0) for name, text in WHAT.items()
@@ -104,7 +107,8 @@ def check_notes(check: CheckReport) -> list[str]:
         more = f" and {len(keys) - MAX_KEYS} more keys" if len(keys) > MAX_KEYS else ""
         notes.append(f"not read: {', '.join(keys[:MAX_KEYS])}{more}")
     if marked := check.counts.get("marked_false", 0):
-        notes.append(f"{marked} rows are left out, because their answers are marked as not to be learned")
+        by = f": {named_marks(check.marks)}" if check.marks else ""
+        notes.append(f"{marked} rows are left out, because their answers are marked as not to be learned{by}")
     if partly := check.counts.get("partly_marked", 0):
         notes.append(f"{partly} rows have answers that are marked as not to be learned; only their other answers are")
     if weighted := check.counts.get("weighted", 0):

@@ -21,7 +21,7 @@ log = logging.getLogger("loraflow")
 
 
 class ChunkCache:
-    """The entries of a stage.
+    """The entries of a stage. An entry that cannot be read or written is named in the log: the result does not need it.
 
     Args:
         folder: where they are; it is made when the first one is written.
@@ -29,6 +29,7 @@ class ChunkCache:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._has_failed = False
 
     @classmethod
     def beside(cls, work: Path | None, stage: str) -> ChunkCache | None:
@@ -45,30 +46,37 @@ class ChunkCache:
         file = self._file(key)
         try:
             data = file.read_bytes()
+            content = data[_HASH:]
+            if hashlib.sha256(content).digest() != data[:_HASH]:
+                log.warning("%s is damaged; it is computed again", file)
+                file.unlink(missing_ok=True)
+                return None
+            os.utime(file)  # cleanup removes what was not used for long
         except FileNotFoundError:
             return None
-        content = data[_HASH:]
-        if hashlib.sha256(content).digest() != data[:_HASH]:
-            log.warning("%s is damaged; it is computed again", file)
-            file.unlink(missing_ok=True)
+        except OSError as error:
+            self._say("read", error)
             return None
-        os.utime(file)  # cleanup removes what was not used for long
         return content
 
     def write(self, key: str, content: bytes) -> None:
-        """Write an entry. Its hash makes up for a flush to the disk: an incomplete one is damaged.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write an entry. Its hash makes up for a flush to the disk: an incomplete one is damaged."""
         file = self._file(key)
-        file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_name(f".draft-{secrets.token_hex(4)}")
         try:
-            draft.write_bytes(hashlib.sha256(content).digest() + content)
-            draft.replace(file)
-        finally:
-            draft.unlink(missing_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                draft.write_bytes(hashlib.sha256(content).digest() + content)
+                draft.replace(file)
+            finally:
+                draft.unlink(missing_ok=True)
+        except OSError as error:
+            self._say("written", error)
+
+    def _say(self, what: str, error: OSError) -> None:
+        if not self._has_failed:  # once: a full disk fails for every entry
+            log.warning("the cache %s cannot be %s (%s); rows are computed without it", self.folder, what, error)
+        self._has_failed = True
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / key

@@ -67,14 +67,14 @@ def test_an_answer_beside_another_rejected_one_is_learned(other):
 
 
 WRONG = [
-    {"quality": "bad"}, {"verdict": "Incorrect"}, {"judgement": "wrong"}, {"review": "Rejected"}, {"status": "rejected"},
-    {"state": "deleted"}, {"correctness": "incorrect"}, {"human_label": "bad"}, {"isAnswerCorrect": False},
+    {"answer_quality": "bad"}, {"response_rating": "Bad"}, {"thumbs": "down"}, {"record_status": "discarded"},
+    {"metadata": {"desirable": False}}, {"metadata": '{"kto_tag": false}'}, {"isAnswerCorrect": False},
     {"answer_correct": "no"}, {"response_is_valid": "No"}, {"is_wrong_answer": True}, {"label_correct": 0}, {"ok": "no"},
     {"do_not_use": True}, {"is_best_answer": False}, {"selected": "no"}, {"helpful": False}, {"hallucination": "yes"}, {"vote": "down"}, {"feedback": "👎"}, {"feedback": {"thumbs_up": False}},
-    {"feedback": {"rating": "bad"}}, {"metadata": '{"train": false}'}, {"metadata": "{'correct': 'no'}"},
+    {"feedback": {"rating": "👎", "vote": "down"}}, {"metadata": '{"train": false}'}, {"metadata": "{'correct': 'no'}"},
     {"meta_json": '[{"valid": false}]'}, {"metadata": {"quality": {"correct": False}}}, {"annotations": [{"correct": "no"}]},
     {"metadata": '{"annotations": "[{\\"correct\\": false}]"}'},
-    {"quality": [{"user_id": "1", "value": "bad", "status": "submitted"}]}, {"correct.responses": ["no"]},
+    {"feedback": [{"user_id": "1", "value": "👎", "status": "submitted"}]}, {"correct.responses": ["no"]},
     {"responses.status": ["discarded"]}, {"correct.responses": "['no']"},
 ]  # fmt: skip
 
@@ -86,6 +86,23 @@ def test_an_opinion_that_an_answer_is_wrong_leaves_its_row_out(mark):
     if not any("responses" in key for key in mark):  # the same beside a message
         with pytest.raises(MarkedFalse):
             read_chat({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **mark}]})
+
+
+UNCLEAR = [
+    {"quality": "bad"}, {"verdict": "Incorrect"}, {"judgement": "wrong"}, {"review": "Rejected"}, {"status": "rejected"},
+    {"state": "deleted"}, {"correctness": "incorrect"}, {"human_label": "bad"}, {"feedback": {"rating": "bad"}},
+    {"result": "rejected"}, {"outcome": "removed"}, {"decision": "Rejected"}, {"metadata": '{"status": "rejected"}'},
+    {"quality": [{"user_id": "1", "value": "bad", "status": "submitted"}]}, {"answer_quality": "poor"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", UNCLEAR, ids=json.dumps)
+def test_a_word_that_may_be_about_anything_is_refused_and_leaves_no_row_out(key):
+    with pytest.raises(
+        BadRow, match=r"may mark the answer as wrong, or be a class.*rename the column.*is_correct"
+    ) as caught:
+        read_chat({**PAIR, **key})
+    assert not isinstance(caught.value, MarkedFalse)
 
 
 RIGHT = [

@@ -8,12 +8,15 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pytest
 
+from loraflow.config import Recipe
 from loraflow.data import chunk_encoder, token_cache
 from loraflow.data.loss_mask import IGNORED, Encoded
 from loraflow.data.token_cache import EncodedRows, key_of_rows, segments
 from loraflow.data.token_files import BATCH_ROWS, TokenBatch, batches_of
+from loraflow.store import Ref
 from loraflow.store.checkpoints import reset_work_folder
 from loraflow.store.chunk_cache import ChunkCache, stale_entries
+from tests.job_factory import make_job
 
 
 def lines(numbers) -> list[str]:
@@ -159,3 +162,31 @@ def test_a_forced_computation_and_a_folder_of_no_store_use_no_cache(tmp_path):
     assert ChunkCache.beside(tmp_path, "tokenize") is None and ChunkCache.beside(None, "tokenize") is None
     reset_work_folder(work, "d" * 64)
     assert ChunkCache.beside(work, "tokenize") is None
+
+
+def test_a_cache_that_cannot_be_read_or_written_is_named_once_and_ends_nothing(tmp_path, caplog, monkeypatch):
+    (tmp_path / "cache").write_text("a file of somebody")
+    expected = tokenized(tmp_path, range(1000), None)
+    assert tokenized(tmp_path, range(1000), ChunkCache(tmp_path / "cache" / "tokenize")) == expected
+    assert caplog.text.count("rows are computed without it") == 1
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert tokenized(tmp_path, range(1000), ChunkCache(tmp_path / "other")) == expected
+    assert caplog.text.count("No space left on device") == 1
+
+
+def test_the_key_of_a_job_is_all_that_the_tokens_of_a_row_depend_on():
+    def key(tokenizer="t", **settings) -> bytes:
+        recipe = {"name": "r", "base": {"model": "m"}, "data": {"source": "d.dvc"}, **settings}
+        base = Ref(stage="resolve_base", fingerprint="f", digest="d", uri="", facets={"tokenizer": tokenizer})
+        rows = Ref(stage="check_dataset", fingerprint="f", digest="d", uri="", facets={"train": "x"})
+        return token_cache.key_of_job(make_job("tokenize", Recipe.model_validate(recipe), {"rows": rows, "base": base}))
+
+    data = {"source": "d.dvc"}
+    changed = [key("t2"), key(data={**data, "loss_on": "all"}), key(data={**data, "thinking": "keep"})]
+    assert len({key(), *changed}) == 4, "tokenizer and template, loss_on, thinking"
+    same = [key(training_config={"max_length": 77}), key(data={**data, "special_tokens": "allow"})]
+    assert {key()} == set(same), "these concern the encoded rows"

@@ -1,0 +1,202 @@
+"""What words, lists, texts of objects and classes beside an answer say about it, by the whole file."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from loraflow.data.chat_formats import read_chat
+from loraflow.data.chats import BadRow
+from loraflow.data.check_report import CheckReport, SplitCounts
+from loraflow.data.container_text import Unreadable, parsed_text
+from loraflow.data.marked_rows import named_marks, without_marks
+from loraflow.data.marks import MarkedFalse
+from loraflow.data.readers import read_rows
+from loraflow.reporting.rows import check_notes
+
+PAIR = {"prompt": "q", "completion": "a"}
+
+
+def read(folder, rows, **settings):
+    (folder / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return list(read_rows(folder, ["x.jsonl"], "auto", **settings))
+
+
+def read_csv(folder, text, **settings):
+    (folder / "x.csv").write_text(text)
+    return list(read_rows(folder, ["x.csv"], "auto", **settings))
+
+
+def rows_of(key, values, answer="a"):
+    return [{"prompt": f"q{n}", "completion": answer.format(value), key: value} for n, value in enumerate(values)]
+
+
+WORDS = ["decision", "status", "state", "result", "outcome", "review", "quality", "rating"]
+
+
+@pytest.mark.parametrize("key", WORDS)
+def test_a_row_whose_answer_names_the_word_is_learned(tmp_path, key):
+    rows = rows_of(key, ["Rejected", "approved"], "Your application is {}: your income …")
+    assert all(row.messages and row.unused_keys == (key,) for row in read(tmp_path, rows))
+
+
+@pytest.mark.parametrize("key", WORDS)
+def test_a_column_with_values_that_judge_nothing_is_a_class(tmp_path, key):
+    assert all(row.messages for row in read(tmp_path, rows_of(key, ["paid", "rejected", "pending", "deleted"])))
+    nested = [{**row, key: None, "metadata": {key: row[key]}} for row in rows_of(key, ["paid", "rejected"])]
+    assert all(row.messages for row in read(tmp_path, nested))
+
+
+@pytest.mark.parametrize("key", WORDS)
+@pytest.mark.parametrize("other", ["approved", "good", "neutral", None, "correct"])
+def test_a_column_with_judgements_alone_is_refused_with_the_ways_out(tmp_path, key, other):
+    first, second = read(tmp_path, rows_of(key, ["rejected", other]))
+    assert first.place == "x.jsonl:1" and not first.is_marked_false and second.messages
+    assert first.problem.startswith(f"{key} 'rejected' may mark") and "rename the column" in first.problem
+
+
+def test_argillas_discarded_is_a_mark_and_a_class_of_orders_is_none(tmp_path):
+    assert [bool(row.messages) for row in read(tmp_path, rows_of("record_status", ["discarded", "submitted"]))] == [
+        0,
+        1,
+    ]
+    refused, _ = read(tmp_path, rows_of("status", ["discarded", "Validated"]))
+    assert refused.messages is None and not refused.is_marked_false
+    assert all(row.messages for row in read(tmp_path, rows_of("status", ["discarded", "shipped"])))
+
+
+@pytest.mark.parametrize("key", ["options", "attributes", "properties", "choices", "candidates"])
+def test_a_list_of_what_may_be_chosen_judges_no_answer(key):
+    items = [{"text": "a", "correct": True}, {"text": "b", "correct": False}]
+    assert read_chat({**PAIR, key: items}).learned is read_chat({**PAIR, key: items[1:]}).learned is None
+    assert read_chat({**PAIR, key: repr(items)}).learned is None
+
+
+def test_a_list_leaves_a_row_out_only_if_all_items_that_judge_agree():
+    for key in ("reviews", "annotations", "metadata"):
+        bad, good, none = {"helpful": "no"}, {"helpful": "yes"}, {"text": "x"}
+        assert read_chat({**PAIR, key: [bad, good, none]}).learned is None
+        with pytest.raises(MarkedFalse):
+            read_chat({**PAIR, key: [bad, none, bad]})
+    assert read_chat({**PAIR, "correct.responses": ["no", "yes"]}).learned is None
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"correct": false, "score": NaN}', "{'correct': False, 'score': nan}", "{'correct': np.False_}",
+        "{'correct': False, 'at': Timestamp('2024-01-01 00:00:00')}", '{"a": 1, "a": 1, "correct": false}',
+        "{'correct': numpy.bool_(False)}", "{'weight': np.float64(0.0)}", "{'a': array([1, 2], dtype=int64), 'valid': 'no'}",
+        "{'correct': false, 'x': null}", "[('correct', False)]", str({"correct": False, "raw": "x" * 21_000}),
+        "{'weight': -0.0, 'd': datetime.datetime(2024, 1, 1)}", "OrderedDict({'correct': False})"[12:-1],
+    ],
+    ids=lambda text: text[:40],
+)  # fmt: skip
+def test_a_mark_in_any_text_of_an_object_is_honoured(text):
+    with pytest.raises(MarkedFalse, match="by metadata"):
+        read_chat({**PAIR, "metadata": text})
+
+
+def test_what_pandas_writes_of_an_object_with_nan_is_read(tmp_path):
+    marks = [{"correct": True, "score": 0.5}, {"correct": False, "score": NAN}]
+    pd.DataFrame({"prompt": ["q", "r"], "completion": ["a", "b"], "metadata": marks}).to_csv(
+        tmp_path / "x.csv", index=False
+    )
+    first, second = read_rows(tmp_path, ["x.csv"], "auto")
+    assert first.messages and first.unused_keys == () and second.marked_by == "metadata.correct: False"
+
+
+@pytest.mark.parametrize(
+    "text", ["{'correct': <NA>}", '{"correct": fal', "[{'valid': no way}]", '{"train": true, "train": false}']
+)
+def test_a_text_of_an_object_with_a_mark_that_cannot_be_read_is_refused(tmp_path, text):
+    (row,) = read(tmp_path, [{**PAIR, "metadata": text}])
+    assert row.place == "x.jsonl:1" and "metadata is a text that begins as an object and has the mark" in row.problem
+    with pytest.raises(Unreadable):
+        parsed_text(text)
+
+
+@pytest.mark.parametrize("text", ["[sic] a good one", "{not json", "{'score': <NA>}"])
+def test_a_text_without_a_mark_is_no_object(text):
+    assert read_chat({**PAIR, "info": text}).unread == ("info",)
+
+
+def test_a_verdict_that_is_the_answer_of_every_row_is_its_class(tmp_path):
+    for key in ("valid", "hallucination", "use", "correct"):
+        rows = rows_of(key, ["no", "Yes"], "{}")
+        assert all(row.messages for row in read(tmp_path, rows)), key
+        nested = [
+            {"prompt": row["prompt"], "completion": row["completion"], "metadata": {key: row[key]}} for row in rows
+        ]
+        assert all(row.messages for row in read(tmp_path, nested)), key
+    assert read_chat({"prompt": "q", "completion": "bad", "metadata": {"rating": "bad"}}).learned is None
+
+
+def test_correct_no_beside_the_answer_no_is_a_mark_if_another_answer_differs(tmp_path):
+    rows = [{**PAIR, "completion": "no", "correct": "no"}, {**PAIR, "completion": "no", "correct": "yes"}]
+    assert [row.is_marked_false for row in read(tmp_path, rows)] == [True, False]
+
+
+PAIRS = [
+    ("prompt,completion,wrong_answer,correct_answer\nq,no,no,yes\n", "its answer is the text of wrong_answer"),
+    ("prompt,completion,rejected_response\nq,yes,yes\n", "its answer is the text of rejected_response"),
+    ("prompt,completion,rejected\nq,no,yes\nr,yes,no\n", "rejected 'yes' may be the other answer"),
+]
+
+
+@pytest.mark.parametrize(("text", "problem"), PAIRS)
+def test_an_answer_that_may_be_the_worse_one_is_refused_if_it_is_yes_or_no(tmp_path, text, problem):
+    assert read_csv(tmp_path, text)[0].problem.startswith(problem)
+
+
+def test_a_worse_answer_that_is_a_number_is_compared():
+    with pytest.raises(BadRow, match="its answer is the text of wrong_answer"):
+        read_chat({"prompt": "2 + 2", "completion": "5", "wrong_answer": 5, "correct_answer": 4})
+    assert read_chat({"prompt": "2 + 2", "completion": "4", "wrong_answer": 5, "correct_answer": 4}).learned is None
+
+
+@pytest.mark.parametrize(
+    ("header", "columns"),
+    [
+        ("question,reply,chosen,rejected\nq,no,no,yes\nr,yes,yes,no", {"completion": "reply", "prompt": "question"}),
+        ("prompt,chosen_response,rejected\nq,no,yes\nr,yes,no", {"completion": "chosen_response"}),
+        ("prompt,correct_answer,incorrect\nq,no,yes\nr,yes,no", {"completion": "correct_answer"}),
+        ("prompt,winner,rejected\nq,no,yes\nr,yes,no", {"completion": "winner"}),
+        ("prompt,reply,rejected\nq,no,yes\nr,yes,no", {"completion": "reply"}),
+        ("prompt,reply,label\nq,no,no\nr,yes,yes", {"completion": "reply"}),
+    ],
+)
+def test_columns_of_a_recipe_are_the_answers_that_the_file_is_judged_by(tmp_path, header, columns):
+    rows = read_csv(tmp_path, header + "\n", columns=columns)
+    assert [row.messages and row.messages[-1]["content"] for row in rows] == ["no", "yes"]
+
+
+def test_rejected_is_a_mark_beside_a_renamed_answer_that_is_no_yes_or_no(tmp_path):
+    rows = read_csv(tmp_path, "prompt,reply,rejected\nq,Tea.,yes\nr,Rice.,no\n", columns={"completion": "reply"})
+    assert [row.marked_by for row in rows] == ["rejected: yes", ""]
+    rows = read_csv(tmp_path, "prompt,completion,rejected\nq,no,True\nr,yes,False\n")
+    assert [row.is_marked_false for row in rows] == [True, False]
+
+
+@pytest.mark.parametrize("depth", [60, 300, 900])
+def test_objects_that_are_nested_too_deeply_are_refused(tmp_path, depth):
+    value = {"a": 1}
+    for _ in range(depth):
+        value = {"metadata": value}
+    (row,) = read(tmp_path, [{**PAIR, **value}])
+    assert "nested more than 50 deep" in row.problem or "deeply" in row.problem
+
+
+def test_marks_that_left_rows_out_are_named_with_their_values_and_not_as_not_read():
+    marks = {"is_correct: no": 2, "rejected: True": 30, "metadata.valid: no": 1}
+    assert named_marks(marks) == "30 by rejected: True, 2 by is_correct: no, 1 by metadata.valid: no"
+    assert without_marks({"rejected": 3, "metadata": 4, "score": 5}, marks) == {"score": 5}
+    splits = SplitCounts(train=1, validation=0, heldout=0)
+    report = CheckReport(
+        rows=splits, sets={}, counts={"marked_false": 33}, malformed_share=0, first_problems=[], marks=marks
+    )
+    assert any("30 by rejected: True" in note for note in check_notes(report))
+    assert "marks" not in report.model_copy(update={"marks": {}}).as_json()
