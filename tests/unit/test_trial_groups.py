@@ -5,11 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from loraflow.cli.sweep import _show_plan
+from loraflow.execution import sweep_plan
+from loraflow.execution.plan import PlannedStep
 from loraflow.execution.sweep_plan import plan_sweep
-from loraflow.execution.trial_groups import make_groups, why_alone
+from loraflow.execution.trial_groups import group_job, make_groups, why_alone
 from loraflow.failures import BadConfig, BadPlacement, CannotGroup, DiskFull, MissingExtra, NonFiniteLoss, OutOfMemory
 from loraflow.identity import canonical
-from loraflow.stages import TRAIN, TRAIN_GROUP
+from loraflow.stages import STAGES, TRAIN, TRAIN_GROUP
 from loraflow.store import Ref
 from loraflow.tasks import trial_groups as groups_module
 from loraflow.tasks.run import StageResult
@@ -18,6 +21,7 @@ from tests.unit.test_sweep import file, trials_of  # noqa: F401  (file is a fixt
 from tests.unit.test_trials import LOSS, FakeStore, RecordingRun, sweep  # noqa: F401  (sweep is a fixture)
 
 TOGETHER = {"runtime.trials_together": 8}
+TOGETHER_KEYS = {"runtime__trials_together": 8}
 
 
 def groups_of(trials, size=8, reads=None):
@@ -109,6 +113,76 @@ def test_the_plan_names_the_groups_and_the_trials_by_themselves(file):  # noqa: 
     assert not any("trained" in note for note in apart)
 
 
+def cached(label, fingerprint):
+    return PlannedStep(label, label, "cached", [], fingerprint=fingerprint)
+
+
+@pytest.fixture
+def plan_of(monkeypatch):
+    """Return a function that plans a sweep whose shared stages are in a store, with the adapters of some trials alone."""
+
+    def plan_of(trials, store, alone=()):
+        def plan(workspace, steps):
+            (label,) = [trial.label for trial in trials if trial.workspace is workspace]
+            found = [cached(step.label, step.stage.name) for step in steps if step.stage is not TRAIN]
+            if label in alone:
+                return [*found, cached(TRAIN.name, workspace.job(TRAIN, INPUTS).fingerprint)]
+            return [*found, PlannedStep(TRAIN.name, TRAIN.name, "runs", ["new"])]
+
+        for trial in trials:
+            trial.workspace.store = store
+            if trial.label in alone:
+                key = trial.workspace.job(TRAIN, INPUTS).fingerprint
+                store.curves[key] = [{"step": 6, "eval_loss": LOSS[trial.workspace.recipe.peft_config.r]}]
+        monkeypatch.setattr(sweep_plan, "plan", plan)
+        return plan_sweep(trials, [*trials[0].settings])
+
+    return plan_of
+
+
+def ref_of(stage):
+    return Ref(stage=stage.name, fingerprint=stage.name, digest=stage.name, uri="")
+
+
+INPUTS = {"tokens": ref_of(STAGES["tokenize"]), "base": ref_of(STAGES["resolve_base"])}
+
+
+def grouped_in(store, trials):
+    """Put a group of trials into a store."""
+    job = group_job(trials, INPUTS)
+    ranks = [trial.workspace.recipe.peft_config.r for trial in trials]
+    store.groups[job.fingerprint] = json.loads(canonical(job.payload)), [LOSS[r] for r in ranks]
+
+
+def test_the_plan_groups_no_trial_whose_own_adapter_is_in_the_store(file, plan_of):  # noqa: F811
+    trials = trials_of(file, "peft_config.r=2,4,8", **TOGETHER_KEYS)
+    planned = plan_of(trials, GroupStore(), alone=["train r=2"])
+    assert planned.notes[-1] == "trained together, in one process: train r=4, train r=8"
+    planned = plan_of(trials, GroupStore(), alone=["train r=2", "train r=8"])
+    assert planned.notes[-1] == "trained by itself: train r=4 (it is the only one that is left)"
+    assert planned.trainings == {"train": 1}
+
+
+def test_the_plan_counts_the_training_that_follows_a_group(file, plan_of):  # noqa: F811
+    trials = trials_of(file, "peft_config.r=2,4,8", **TOGETHER_KEYS)
+    follows = {"train for the chosen trial": 1}
+    assert plan_of(trials, GroupStore()).trainings == {"train_group": 1} | follows
+    store = GroupStore()
+    grouped_in(store, trials)
+    assert plan_of(trials, store).trainings == follows
+    assert plan_of(trials, store, alone=["train r=8"]).trainings == follows, "r=4 has the lowest loss"
+    assert plan_of(trials, store, alone=["train r=4"]).trainings == {}
+
+
+def test_the_command_says_that_the_chosen_trial_is_trained_again(file, plan_of, monkeypatch, capsys):  # noqa: F811
+    trials, store = trials_of(file, "peft_config.r=2,4", **TOGETHER_KEYS), GroupStore()
+    grouped_in(store, trials)
+    _show_plan(plan_of(trials, store))
+    assert "to run: 1 x train for the chosen trial; then the chosen trial is merged" in capsys.readouterr().out
+    _show_plan(plan_of(trials, store, alone=["train r=4"]))
+    assert "all trials are trained; the chosen trial is merged" in capsys.readouterr().out
+
+
 class GroupStore(FakeStore):
     """Has groups as well: {fingerprint: (payload, losses)}."""
 
@@ -120,7 +194,8 @@ class GroupStore(FakeStore):
         return [Ref(stage=TRAIN_GROUP.name, fingerprint=key, digest=key, uri="") for key in self.groups]
 
     def find(self, stage, key):
-        return key in self.groups or None
+        known = {TRAIN_GROUP.name: self.groups, TRAIN.name: self.curves}.get(stage)
+        return Ref(stage=stage, fingerprint=key, digest=key, uri="") if known is None or key in known else None
 
     def manifest(self, ref):
         if ref.stage != TRAIN_GROUP.name:
