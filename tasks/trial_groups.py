@@ -10,33 +10,21 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 from loraflow.execution.sweep import Trial
-from loraflow.execution.trial_groups import (
-    GroupResult,
-    config_of,
-    group_job,
-    known_results,
-    make_groups,
-    read_result,
-    why_alone,
-)
-from loraflow.execution.trial_loss import read_curves
-from loraflow.failures import (
-    CannotGroup,
-    Crashed,
-    DeadlineExceeded,
-    Killed,
-    OutOfMemory,
-    Stalled,
-)
+from loraflow.execution.trial_groups import GroupResult, config_of, divide, read_result
+from loraflow.failures import BadPlacement, Crashed, Killed, OutOfMemory
 from loraflow.registry.sweeps import SweepRecord, TrialRecord
-from loraflow.stages import TRAIN, TRAIN_GROUP
+from loraflow.stages import TRAIN_GROUP
 from loraflow.store import Ref
+<<<<<<< HEAD
 from loraflow.tasks.run import Run
 from loraflow.tasks.stages import train_group
+=======
+from loraflow.tasks.run import Run, StageResult
+from loraflow.tasks.stage_task import stage_task
+from loraflow.tasks.trial_failures import OF_THE_GROUP
+>>>>>>> part/fixgroup
 
 log = logging.getLogger("loraflow")
-# Failures that a smaller group, or trials by themselves, may not have. Any other would end the next training too.
-OF_THE_GROUP = (CannotGroup, OutOfMemory, Killed, Crashed, Stalled, DeadlineExceeded)
 
 
 def run_groups(run: Run, trials: Sequence[Trial], inputs: Mapping[str, Mapping[str, Ref]]) -> dict[str, TrialRecord]:
@@ -52,30 +40,25 @@ def run_groups(run: Run, trials: Sequence[Trial], inputs: Mapping[str, Mapping[s
     Raises:
         Failure: that of a group, if it would end the trials' own trainings as well, such as a full disk.
     """
-    size = run.workspace.recipe.runtime.trials_together
-    if size == 1:
-        return {}
-    jobs = {trial.label: group_job([trial], inputs[trial.label]) for trial in trials if not why_alone(trial)}
-    known = known_results(run.workspace.store, trials, jobs)
-    records = {
-        trial.label: _record(run, trial, known[trial.label], "cached") for trial in trials if trial.label in known
-    }
-    left = [trial for trial in trials if trial.label not in known and not _is_trained(run, trial, inputs[trial.label])]
-    reads = {label: str([ref.digest for ref in found.values()]) for label, found in inputs.items()}
-    groups = make_groups(left, reads, size)
+    division = divide(trials, inputs)
+    known, groups = division.known, division.groups
+    by_label = {trial.label: trial for trial in trials}
+    records = {label: _record(run, by_label[label], result, "cached") for label, result in known.items()}
     for line in groups.lines():
         log.info("%s", line)
     for number, group in enumerate(groups.groups, 1):
         records |= _run_group(run, list(group), inputs[group[0].label], f"{TRAIN_GROUP} {number}")
+    for label, other in groups.equal.items():
+        if other in records:
+            records[label] = _as_equal(records[other], by_label[label])
     return records
 
 
-def _is_trained(run: Run, trial: Trial, inputs: Mapping[str, Ref]) -> bool:
-    """Tell whether the store has a trial's own adapter, with its validation loss."""
-    store = run.workspace.store
-    ref = store.find(TRAIN.name, trial.workspace.job(TRAIN, inputs).fingerprint)
-    curves = None if ref is None else read_curves(store, ref)
-    return curves is not None and curves.validation_loss(config_of(trial).training_config) is not None
+def _as_equal(record: TrialRecord, trial: Trial) -> TrialRecord:
+    """Return the record of a trial which is the same training as a recorded one."""
+    own = {"label": trial.label, "settings": dict(trial.settings), "seed": trial.seed}
+    state = "failed" if record.problem else "cached"
+    return TrialRecord.model_validate({**record.model_dump(), **own, "state": state})
 
 
 def group_labels(stages: Iterable[str]) -> set[str]:
@@ -101,6 +84,8 @@ def _run_group(run: Run, group: list[Trial], inputs: Mapping[str, Ref], label: s
     run.workspace = group[0].workspace.with_group(tuple(map(config_of, group)))
     try:
         ref = train_group(run, tokens=inputs["tokens"], base=inputs["base"], label=label)
+    except BadPlacement:  # no trial would find a worker
+        raise
     except OF_THE_GROUP as failure:
         half = (len(group) + 1) // 2
         if not isinstance(failure, OutOfMemory | Killed) or half < 2:

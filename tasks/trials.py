@@ -8,20 +8,7 @@ from dataclasses import dataclass
 
 from loraflow.execution.sweep import Trial
 from loraflow.execution.trial_loss import NOT_MEASURED, read_curves, training_config
-from loraflow.failures import (
-    BadConfig,
-    BadData,
-    BadModel,
-    BadPlacement,
-    Crashed,
-    DeadlineExceeded,
-    Failure,
-    Killed,
-    MissingExtra,
-    NonFiniteLoss,
-    OutOfMemory,
-    Stalled,
-)
+from loraflow.failures import BadConfig, BadData, BadPlacement, Crashed, Failure
 from loraflow.registry.sweeps import SweepRecord, TrialRecord, choose
 from loraflow.stages import TRAIN
 from loraflow.store import Ref
@@ -29,21 +16,10 @@ from loraflow.tasks.limits import check_rows
 from loraflow.tasks.run import Run, StageResult
 from loraflow.tasks.stage_task import stage_task
 from loraflow.tasks.stages import check_dataset, resolve_base, tokenize, version_dataset
+from loraflow.tasks.trial_failures import OF_THE_TRIAL
 from loraflow.tasks.trial_groups import run_groups
 
 log = logging.getLogger("loraflow")
-# Failures that a trial's settings may have caused. Any other, such as a full disk, would end the next trial too.
-OF_THE_TRIAL = (
-    NonFiniteLoss,
-    OutOfMemory,
-    Killed,
-    Crashed,
-    Stalled,
-    DeadlineExceeded,
-    BadConfig,
-    BadModel,
-    MissingExtra,
-)
 
 
 @dataclass(frozen=True)

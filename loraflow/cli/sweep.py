@@ -142,6 +142,8 @@ def _run_flow(
 
 
 def _show_plan(planned: SweepPlan) -> None:
+    from loraflow.stages import TRAIN_GROUP
+
     colours = {"cached": "green", "runs": "yellow", "depends": "cyan"}
     width = max(len(trial.label) for trial in planned.trials)
     for trial in planned.trials:
@@ -155,13 +157,14 @@ def _show_plan(planned: SweepPlan) -> None:
     for note in planned.notes:
         click.echo(note)
     to_run = [f"{count} x {label}" for label, count in planned.to_run.items() if count]
-    left = sum(trial.status != "cached" for trial in planned.trials)
-    to_run += [f"{left} x train"] if left else []
+    to_run += [f"{count} x {way}" for way, count in planned.trainings.items()]
     before = f"to run: {', '.join(to_run)}; then" if to_run else "all trials are trained;"
     click.echo(f"{before} the chosen trial is merged, scored and judged")
     times = [trial.seconds for trial in planned.trials if trial.status != "cached"]
     if times and all(time is not None for time in times):
-        click.echo(f"trainings like these took {sum(time for time in times if time is not None):.0f} s the last time")
+        total = sum(time for time in times if time is not None)
+        apart = ", one after another" if TRAIN_GROUP.name in planned.trainings else ""
+        click.echo(f"trainings like these took {total:.0f} s the last time{apart}")
 
 
 def show_trials(record: SweepRecord) -> None:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import JsonValue
 
-from loraflow.execution.plan import plan
+from loraflow.execution.plan import PlannedStep, plan
 from loraflow.execution.sweep import SHARED, STEPS, Trial, sharing_lines, stage_counts
-from loraflow.execution.trial_groups import GroupResult, group_job, known_results, make_groups, why_alone
+from loraflow.execution.trial_groups import TRAIN_INPUTS, Division, divide
 from loraflow.execution.trial_loss import NOT_MEASURED, read_curves, training_config
-from loraflow.stages import TRAIN
+from loraflow.registry.sweeps import TrialRecord, choose
+from loraflow.stages import TRAIN, TRAIN_GROUP
 from loraflow.store import Ref
 
-TRAIN_INPUTS = {"tokens": "tokenize", "base": "resolve_base"}  # input of train → step
+TRAIN_CHOSEN = "train for the chosen trial"  # of a group, which only measured it
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class SweepPlan:
     trials: tuple[PlannedTrial, ...]
     times: dict[str, int]  # how often each shared stage runs, at most
     to_run: dict[str, int]  # and how many of these are not cached
+    trainings: dict[
+        str, int
+    ]  # that will run: of groups, of trials by themselves, and of the chosen one after its group
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, JsonValue]:
@@ -51,16 +54,22 @@ class SweepPlan:
         stages: list[JsonValue] = [
             {"stage": label, "times": count, "to_run": self.to_run[label]} for label, count in self.times.items()
         ]
-        return {"trials": [trial.to_json() for trial in self.trials], "stages": stages, "notes": [*self.notes]}
+        return {
+            "trials": [trial.to_json() for trial in self.trials],
+            "stages": stages,
+            "trainings": {**self.trainings},
+            "notes": [*self.notes],
+        }
 
 
 def plan_sweep(trials: Sequence[Trial], keys: Sequence[str]) -> SweepPlan:
     """Return what a sweep would do. `keys` are those of its grid."""
     planned: list[PlannedTrial] = []
-    known, groups = _groups(trials)
+    by_trial = {trial.label: {step.label: step for step in plan(trial.workspace, steps=STEPS)} for trial in trials}
+    division = divide(trials, {trial.label: _inputs(trial, by_trial[trial.label]) for trial in trials})
     missing: dict[str, set[str]] = {label: set() for label in SHARED}
     for trial in trials:
-        steps = {step.label: step for step in plan(trial.workspace, steps=STEPS)}
+        steps = by_trial[trial.label]
         for label in SHARED:
             if steps[label].status != "cached":
                 missing[label].add(trial.identities[label])
@@ -70,41 +79,60 @@ def plan_sweep(trials: Sequence[Trial], keys: Sequence[str]) -> SweepPlan:
             loss = _known_loss(trial, train.fingerprint)
             if loss is None:
                 status, why = "runs", (NOT_MEASURED,)
-        if (result := known.get(trial.label)) is not None:
+        if (result := division.known.get(trial.label)) is not None:
             status, why, loss = "cached", (result.problem or "it was trained in a group",), result.loss
         planned.append(
             PlannedTrial(
                 trial.label, dict(trial.settings), trial.seed, status, why, train.fingerprint, train.seconds, loss
             )
         )
+    trained = {label for label, steps in by_trial.items() if steps[TRAIN.name].status == "cached"}
     return SweepPlan(
         tuple(planned),
         stage_counts(trials),
         {label: len(found) for label, found in missing.items()},
-        (*sharing_lines(trials, keys), *groups),
+        _trainings(planned, division, trained),
+        (*sharing_lines(trials, keys), *division.groups.lines()),
     )
 
 
-def _groups(trials: Sequence[Trial]) -> tuple[dict[str, GroupResult], list[str]]:
-    """Return what is known of trials that were trained in a group, and how the others are trained."""
-    first = trials[0].workspace
-    size = first.recipe.runtime.trials_together
-    if size == 1:
-        return {}, []
-    jobs = {}
-    for trial in trials:
-        refs = {} if why_alone(trial) else _inputs(trial)
-        if len(refs) == len(TRAIN.inputs):
-            jobs[trial.label] = group_job([trial], refs)
-    known = known_results(first.store, trials, jobs)
-    left = [trial for trial in trials if trial.label not in known]
-    reads = {trial.label: json.dumps([trial.identities[label] for label in TRAIN_INPUTS.values()]) for trial in left}
-    return known, make_groups(left, reads, size).lines()
+def _trainings(planned: Sequence[PlannedTrial], division: Division, trained: Set[str]) -> dict[str, int]:
+    """Return how many trainings of each way will run.
+
+    Args:
+        planned: the trials.
+        division: of them.
+        trained: labels of those whose own adapter is in the store.
+    """
+    groups, equal = division.groups.groups, division.groups.equal
+    together = {trial.label for group in groups for trial in group}
+    left = sum(trial.status != "cached" and trial.label not in together | equal.keys() for trial in planned)
+    grouped = together | division.known.keys() | {label for label, other in equal.items() if other in together}
+    counts = {TRAIN_GROUP.name: len(groups), TRAIN.name: left, TRAIN_CHOSEN: 0}
+    if all(trial.status == "cached" for trial in planned):  # so it is known which one is chosen
+        counts[TRAIN_CHOSEN] = int(_chosen(planned) in grouped - trained)
+    elif grouped - trained:
+        counts[TRAIN_CHOSEN] = 1
+    return {way: count for way, count in counts.items() if count}
 
 
-def _inputs(trial: Trial) -> dict[str, Ref]:
+def _chosen(planned: Sequence[PlannedTrial]) -> str | None:
+    return choose(
+        [
+            TrialRecord(
+                label=trial.label,
+                settings=trial.settings,
+                seed=trial.seed,
+                state="failed" if trial.loss is None else "cached",
+                loss=trial.loss,
+            )
+            for trial in planned
+        ]
+    ).chosen
+
+
+def _inputs(trial: Trial, steps: Mapping[str, PlannedStep]) -> dict[str, Ref]:
     """Return what a trial trains on, as far as it is in the store."""
-    steps = {step.label: step for step in plan(trial.workspace, steps=STEPS)}
     found = {}
     for name, label in TRAIN_INPUTS.items():
         step = steps[label]

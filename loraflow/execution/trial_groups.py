@@ -7,6 +7,7 @@ and its schedule, the seed, and rank, scale and dropout of LoRA.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,11 +15,13 @@ from pydantic import JsonValue
 
 from loraflow.config.stage_configs import TrainConfig, TrainGroupConfig
 from loraflow.execution.sweep import Trial
+from loraflow.execution.trial_loss import read_curves
 from loraflow.job import Job
 from loraflow.stages import TRAIN, TRAIN_GROUP
 from loraflow.store import Ref, Store
 from loraflow.training.validation_loss import GROUP_PROBLEMS, Curves
 
+TRAIN_INPUTS = {"tokens": "tokenize", "base": "resolve_base"}  # input of train → step
 # Keys of training_config and peft_config in which the trials of a group may differ.
 OWN_TRAINING = {
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm",
@@ -33,6 +36,7 @@ class Groups:
 
     groups: tuple[tuple[Trial, ...], ...]  # of two trials at least
     apart: Mapping[str, str]  # label of a trial → reason
+    equal: Mapping[str, str]  # label of a trial → that of an earlier one, which is the same training
 
     def lines(self) -> list[str]:
         """Return the groups, as lines for people."""
@@ -40,7 +44,10 @@ class Groups:
         by_reason: dict[str, list[str]] = {}
         for label, why in self.apart.items():
             by_reason.setdefault(why, []).append(label)
-        return lines + [f"trained by itself: {', '.join(labels)} ({why})" for why, labels in by_reason.items()]
+        lines += [f"trained by itself: {', '.join(labels)} ({why})" for why, labels in by_reason.items()]
+        return lines + [
+            f"not trained again: {label} is the same training as {one}" for label, one in self.equal.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -54,13 +61,59 @@ class GroupResult:
     loss: float | None  # on the validation rows
 
 
+@dataclass(frozen=True)
+class Division:
+    """What a sweep that trains trials together does with each of them. Its plan and its run both ask `divide`."""
+
+    known: Mapping[str, GroupResult]  # by label: what the store has of trials that were trained in some group
+    groups: Groups  # of the trials that are left; neither known nor trained by themselves
+
+
+def divide(trials: Sequence[Trial], inputs: Mapping[str, Mapping[str, Ref]]) -> Division:
+    """Look up trials in the store, and divide those that are left into groups.
+
+    Args:
+        trials: of a sweep.
+        inputs: {label: what the trial trains on}, as far as it is in the store.
+    """
+    workspace = trials[0].workspace
+    size = workspace.recipe.runtime.trials_together
+    if size == 1:
+        return Division({}, Groups((), {}, {}))
+    ready = {trial.label for trial in trials if inputs[trial.label].keys() >= TRAIN.inputs.keys()}
+    jobs = {
+        trial.label: group_job([trial], inputs[trial.label])
+        for trial in trials
+        if trial.label in ready and not why_alone(trial)
+    }
+    known = known_results(workspace.store, trials, jobs)
+    left, reads = [], {}
+    for trial in trials:
+        label, refs = trial.label, inputs[trial.label]
+        if label in known or (label in ready and _is_trained(trial, refs)):
+            continue
+        left.append(trial)
+        reads[label] = json.dumps(
+            [refs[name].digest if label in ready else trial.identities[step] for name, step in TRAIN_INPUTS.items()]
+        )
+    return Division(known, make_groups(left, reads, size))
+
+
+def _is_trained(trial: Trial, inputs: Mapping[str, Ref]) -> bool:
+    """Tell whether the store has a trial's own adapter, with its validation loss."""
+    store = trial.workspace.store
+    ref = store.find(TRAIN.name, trial.workspace.job(TRAIN, inputs).fingerprint)
+    curves = None if ref is None else read_curves(store, ref)
+    return curves is not None and curves.validation_loss(config_of(trial).training_config) is not None
+
+
 def config_of(trial: Trial) -> TrainConfig:
     """Return the config of a trial's training."""
     return TrainConfig.from_recipe(trial.workspace.recipe, trial.workspace)
 
 
 def make_groups(trials: Sequence[Trial], inputs: Mapping[str, str], size: int) -> Groups:
-    """Divide trials into groups.
+    """Divide trials into groups of about equal sizes. Of trials that are the same training, a group has only one.
 
     Args:
         trials: that are to be trained.
@@ -69,27 +122,49 @@ def make_groups(trials: Sequence[Trial], inputs: Mapping[str, str], size: int) -
     """
     alike: dict[str, list[Trial]] = {}
     apart: dict[str, str] = {}
+    equal: dict[str, str] = {}
+    first: dict[str, str] = {}  # training → label of the first trial that is this training
     for trial in trials:
-        why = why_alone(trial)
-        if why:
-            apart[trial.label] = why
+        label, reads = trial.label, inputs[trial.label]
+        training = json.dumps([config_of(trial).identity(), reads], sort_keys=True)
+        if why := why_alone(trial):
+            apart[label] = why
+        elif first.setdefault(training, label) != label:
+            equal[label] = first[training]
         else:
-            alike.setdefault(json.dumps([_shared(trial), inputs[trial.label]], sort_keys=True), []).append(trial)
+            alike.setdefault(json.dumps([_shared(trial), reads], sort_keys=True), []).append(trial)
     groups = []
     for found in alike.values():
-        for first in range(0, len(found), size):
-            part = tuple(found[first : first + size])
+        for part in _parts(found, size):
             if len(part) > 1:
                 groups.append(part)
             else:
-                apart[part[0].label] = _why_left(size, len(alike))
-    return Groups(tuple(groups), apart)
+                apart[part[0].label] = _why_left(size, len(found), len(alike))
+    return Groups(tuple(groups), apart, equal)
 
 
-def _why_left(size: int, kinds: int) -> str:
+def _parts(trials: Sequence[Trial], size: int) -> Iterator[tuple[Trial, ...]]:
+    """Yield as few parts of at most `size` trials as possible. Their sizes differ by one at most; larger ones come first.
+
+    So a sweep that goes on after some of its groups were trained makes the others again as they were.
+    """
+    count = math.ceil(len(trials) / size)
+    start = 0
+    for left in range(count, 0, -1):
+        end = start + math.ceil((len(trials) - start) / left)
+        yield tuple(trials[start:end])
+        start = end
+
+
+def _why_left(size: int, count: int, kinds: int) -> str:
+    """Return why a trial is by itself, although `count` trials have the same rows, batch and steps as it."""
     if size == 1:
         return "runtime.trials_together is 1"
-    return "no other trial has the same rows, batch and steps" if kinds > 1 else "it is the only one that is left"
+    if count > 1:
+        return f"the others fill groups of {size}: runtime.trials_together"
+    if kinds > 1:
+        return "no other trial that is left has the same rows, batch and steps"
+    return "it is the only one that is left"
 
 
 def _shared(trial: Trial) -> JsonValue:
@@ -147,7 +222,10 @@ def known_results(
         trials: to look up.
         jobs: {label: the job of a group that has only this trial}; labels that are absent are not looked up.
     """
-    wanted = {_key(jobs[trial.label].payload, 0): trial for trial in trials if trial.label in jobs}
+    wanted: dict[str, list[Trial]] = {}  # several trials may be the same training
+    for trial in trials:
+        if trial.label in jobs:
+            wanted.setdefault(_key(jobs[trial.label].payload, 0), []).append(trial)
     found: dict[str, GroupResult] = {}
     if not wanted:
         return found
@@ -156,8 +234,7 @@ def known_results(
             continue
         payload = store.manifest(ref).payload
         for number in range(_size(payload)):
-            trial = wanted.get(_key(payload, number))
-            if trial is not None and trial.label not in found:
+            for trial in wanted.pop(_key(payload, number), []):
                 found[trial.label] = read_result(store, ref, number, trial)
     return found
 

@@ -71,12 +71,13 @@ class Workspace:
         other.recipe = recipe
         is_equal = {
             "dataset": recipe.data == mine.data,
+            "general": recipe.evaluation.general == mine.evaluation.general,
             "base": recipe.base == mine.base,
             "metric_modules": recipe.evaluation == mine.evaluation,
             "general": recipe.evaluation == mine.evaluation,
         }
-        for name, equal in is_equal.items():
-            if not equal:
+        for name, value in vars(Workspace).items():
+            if isinstance(value, cached_property) and not is_equal.get(name, False):
                 other.__dict__.pop(name, None)  # where cached_property keeps its value
         return other
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from loraflow.config.recipe import PeftConfig
     from loraflow.training.trainer import LoraPlusTrainer
 
 log = logging.getLogger(__name__)
@@ -45,9 +46,7 @@ def load_base(setup: TrainingSetup, attention: Attention, *, sharded: bool) -> P
         weights_device="cpu" if sharded else None,
     )
     model.config.use_cache = setup.runtime.use_cache
-    check_targets(model, peft_config)
-    check_trainable(model, peft_config)
-    variants.check(model, peft_config)
+    check_adapter(model, peft_config)
     targets = find_targets(model, peft_config)
     (log.warning if targets.experts else log.info)("%s", targets.summary())
     if setup.config.method == "loralib":
@@ -57,6 +56,17 @@ def load_base(setup: TrainingSetup, attention: Attention, *, sharded: bool) -> P
         settings = Settings.of(peft_config, setup.config.loralib_config)
         model = prepare(model, settings, setup.settings.seed, checkpointing=setup.uses_gradient_checkpointing)
     return sharding.shard(model, setup.device, setup.group.size) if sharded else model
+
+
+def check_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> None:
+    """Refuse, before training, an adapter of which a setting has no effect in the base, or that cannot be merged.
+
+    Raises:
+        BadConfig: see `check_targets`, `check_trainable` and `variants.check`.
+    """
+    check_targets(model, peft_config)
+    check_trainable(model, peft_config)
+    variants.check(model, peft_config)
 
 
 def adapter_config(setup: TrainingSetup, model: PreTrainedModel) -> LoraConfig | None:

@@ -152,7 +152,7 @@ def _sharding(setup: TrainingSetup) -> ShardingChoice:
         return ShardingChoice(True, "asked for")
     if setup.device == "cpu" or setup.shape is None:
         return ShardingChoice(False, "not asked for")
-    least, _ = memory.needed(setup.shape, setup.weight_format, setup.config.peft_config.r, setup.longest_row)
+    least, _ = memory.needed(setup.shape, setup.weight_format, setup.rank, setup.longest_row)
     free = setup.free_bytes()
     return ShardingChoice(
         least > free, f"one device needs {least / memory.GIB:.1f} GiB, and has {free / memory.GIB:.1f}"

@@ -161,7 +161,7 @@ def choose_memory_fit(
         setup.shape,
         setup.free_bytes(),
         setup.weight_format,
-        setup.config.peft_config.r * adapters,
+        setup.rank,
         least=least,
         wanted=tokens or step_tokens * adapters,
         recompute=recompute,

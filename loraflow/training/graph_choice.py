@@ -101,7 +101,7 @@ def _pays_off(setup: TrainingSetup, shape: ModelShape, fit: MemoryFit) -> tuple[
         return False, f"starting a pass takes about {launching * 1e3:.0f} ms and its products {computing * 1e3:.0f} ms"
     # A recorded pass keeps the memory of its activations. The first passes of a shape are ordinary ones beside it.
     activations = fit.tokens * token_bytes(shape, fit.recompute, recomputed=fit.share, elementwise=fit.elementwise)
-    needed = fixed_bytes(shape, setup.weight_format, setup.config.peft_config.r) + 2 * activations
+    needed = fixed_bytes(shape, setup.weight_format, setup.rank) + 2 * activations
     free = setup.free_bytes() * USABLE
     if needed > free:
         return False, f"a recorded and an ordinary pass need {needed / GIB:.1f} GiB, and {free / GIB:.1f} are free"

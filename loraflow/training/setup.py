@@ -52,6 +52,7 @@ class TrainingSetup:
     preemption: callbacks.PreemptionHandler
     callbacks: list[TrainerCallback]
     resumed_from: Path | None  # a checkpoint
+    group_rank: int | None = None  # of all adapters that are trained in one pass, summed; None: there is only this one
     longrope_switch: int | None = None  # angles are computed for each document, because some have more tokens
 
     @property
@@ -85,6 +86,11 @@ class TrainingSetup:
     def rows_per_device(self) -> int:
         """Largest number of rows of an optimizer step on a device."""
         return math.ceil(self.config.training_config.global_batch / self.group.size)
+
+    @property
+    def rank(self) -> int:
+        """The rank for which memory is needed: the adapter's, or the sum of those that are trained in one pass."""
+        return self.config.peft_config.r if self.group_rank is None else self.group_rank
 
     @cached_property
     def longest_row(self) -> int:

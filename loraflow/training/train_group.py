@@ -25,7 +25,7 @@ from loraflow.job import Inputs, Job, Progress
 from loraflow.stages import TRAIN
 from loraflow.store import Summary
 from loraflow.training.arguments import BatchSettings, trainer_arguments
-from loraflow.training.base_model import load_base
+from loraflow.training.base_model import check_adapter, load_base
 from loraflow.training.batches import GridRows, Layout, StepDataset, concatenated_layout
 from loraflow.training.choices import choose_attention
 from loraflow.training.cuda_graphs import GraphedPass
@@ -55,6 +55,7 @@ def run(job: Job[TrainGroupConfig], inputs: Inputs, out: Path, progress: Progres
     """Train the adapters of all trials, resuming from the newest intact checkpoint of an earlier attempt.
 
     Raises:
+        BadConfig: an adapter of the group does not fit the base; trained alone, it is refused too.
         CannotGroup: base, device or settings need a training of its own for each trial.
         OutOfMemory: the GPU's memory is not enough for so many adapters.
         Preempted: training was asked to stop; a checkpoint was saved.
@@ -87,13 +88,19 @@ def _prepare(job: Job[TrainGroupConfig], inputs: Inputs, progress: Progress) -> 
     alone = Job[TrainConfig](
         stage=TRAIN.name, version=TRAIN.version, inputs=job.inputs, config=trials[0], runtime=job.runtime
     )
-    first = prepare_training(alone, inputs, progress)
+    first = replace(prepare_training(alone, inputs, progress), group_rank=_padded_rank(trials))
     setups = []
     for trial in trials:
         settings = trial.trainer_settings(job.runtime)
         order = row_order(len(first.rows), len(first.order), settings.seed)
         setups.append(replace(first, config=trial, settings=settings, order=order))
     return setups
+
+
+def _padded_rank(trials: list[TrainConfig]) -> int:
+    """Return the sum of the adapters' ranks, each padded up to the largest: modules of `rank_pattern` count as all."""
+    adapters = [trial.peft_config for trial in trials]
+    return len(trials) * max(rank for one in adapters for rank in (one.r, *one.rank_pattern.values()))
 
 
 def _refuse(why: str) -> CannotGroup:
@@ -108,6 +115,7 @@ def build_group(setups: list[TrainingSetup], progress: Progress) -> tuple[GroupT
     """Return the trainer of a group, and what was chosen for it.
 
     Raises:
+        BadConfig: an adapter does not fit the base.
         CannotGroup: the base, its adapters or the device do not allow a group.
     """
     from transformers import AutoConfig
@@ -157,7 +165,9 @@ def _add_adapters(setups: list[TrainingSetup], attention: Attention) -> tuple[Pr
     from peft import get_peft_model
     from transformers import set_seed
 
-    base = load_base(setups[0], attention, sharded=False)
+    base = load_base(setups[0], attention, sharded=False)  # it checks the first adapter
+    for setup in setups[1:]:
+        check_adapter(base, setup.config.peft_config)
     module: torch.nn.Module = base  # transformers' own `to` has no usable type
     module.to(setups[0].device)
     names = [f"trial{number}" for number in range(len(setups))]
@@ -195,7 +205,8 @@ def _prepare_passes(
     tokens, passes = passes_of(setup, fit.tokens)
     whole = replace(fit, tokens=fit.tokens * count)
     is_graphed, graphs_why = choose_graphs(setup, attention, whole, group, sharded=False, passes=passes)
-    is_compiled, compiled_why = choose_compile(setup, attention, tokens * count, passes, graphed=is_graphed)
+    dropping = max(setups, key=lambda one: one.config.peft_config.lora_dropout)  # masks are computed for all rows
+    is_compiled, compiled_why = choose_compile(dropping, attention, tokens * count, passes, graphed=is_graphed)
     if is_graphed:
         sums = [parameter.grad for parameter in group.adapters.parameters]
         group.graphs = GraphedPass(group.hidden_states, group.adapters.parameters, lambda: None, sums)  # type: ignore[arg-type]

@@ -217,6 +217,19 @@ def test_the_command_prints_the_plan_and_refuses_a_mistake_before_a_flow_starts(
     assert isinstance(refused.exception, BadConfig) and refused.exception.exit_code == 2
 
 
+def test_a_variant_of_a_recipe_locates_what_it_names_itself(file, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(name)
+    found = read_recipe(file, {"evaluation.general": str(tmp_path / "a.jsonl")})
+    workspace = Workspace(found.recipe)
+    first, base = workspace.general, workspace.base
+    other = workspace.with_recipe(found.with_overrides({"evaluation.general": str(tmp_path / "b.jsonl")}).recipe)
+    assert other.general is not None and other.general.md5 != first.md5 and other.base is base
+    assert workspace.with_recipe(read_recipe(file, {}).recipe).general is None
+    same = found.with_overrides({"evaluation.general": str(tmp_path / "a.jsonl"), "evaluation.max_rows": 2})
+    assert workspace.with_recipe(same.recipe).general is first
+
+
 def test_credentials_in_a_value_are_hidden():
     grid = check_grid({"base.model": ["https://me:secret-token@host/a", "b"]}, 1, {})
     assert "secret-token" not in str(grid)

@@ -1,15 +1,18 @@
 """Adapters that are trained in one pass, each against the one that the stage train makes alone. A tiny Phi-3 in fp32."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from loraflow.config.stage_configs import TrainConfig
-from loraflow.failures import CannotGroup, OutOfMemory, Preempted
+from loraflow.failures import BadConfig, CannotGroup, OutOfMemory, Preempted
 from loraflow.job import Inputs, Progress
-from loraflow.training import train_group
+from loraflow.training import fast_engine, train_group
 from loraflow.training.group_lora import adapter_weights
+from loraflow.training.memory import MemoryFit, lora_weights
 from tests.job_factory import Outside, make_job
 from tests.unit.test_training import REF, StopAt, base, recipe, run, tokenize  # noqa: F401  (base is a fixture)
 
@@ -18,6 +21,7 @@ MEASURED = {
     "training_config__eval_strategy": "epoch",
     "training_config__max_steps": 5,
 }
+FIT = MemoryFit(4096, "none", 0.0, "made up")
 TRIALS = (
     {"peft_config__r": 2, "training_config__learning_rate": 1e-2},
     {"peft_config__r": 8, "peft_config__lora_dropout": 0.3, "training_config__learning_rate": 3e-3},
@@ -118,6 +122,39 @@ def test_a_resumed_group_equals_an_uninterrupted_one_bit_for_bit(base, shards, t
     found, _, resumed = group(TRIALS[:2], tmp_path, base, shards)
     assert found == expected
     assert torch.equal(resumed.model.adapters.values, straight.model.adapters.values)
+
+
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_an_adapter_that_is_refused_alone_is_refused_in_a_group(base, shards, tmp_path, pattern):  # noqa: F811
+    wrong = {f"peft_config__{pattern}": {"nonexistent": 4}}
+    with pytest.raises(BadConfig, match="No module matches nonexistent"):
+        group([TRIALS[0], TRIALS[0] | wrong], tmp_path, base, shards)
+
+
+def test_the_memory_of_a_group_is_that_of_its_padded_adapters(base, shards, tmp_path, monkeypatch):  # noqa: F811
+    class Estimated(Exception):
+        pass
+
+    def stop(self):
+        raise Estimated(self.model.adapters.values.numel())
+
+    prepared, prepare = [], train_group._prepare
+    monkeypatch.setattr(train_group, "_prepare", lambda *args: prepared.extend(prepare(*args)) or prepared)
+    monkeypatch.setattr(train_group.GroupTrainer, "train", stop)
+    ranks = ({"peft_config__r": 2}, {"peft_config__r": 4, "peft_config__rank_pattern": {".*_proj": 16}})
+    with pytest.raises(Estimated) as caught:
+        group(ranks, tmp_path, base, shards)
+    assert {setup.rank for setup in prepared} == {2 * 16}
+    assert caught.value.args == (lora_weights(prepared[0].shape, prepared[0].rank),), (
+        "of the tensors, with their padding"
+    )
+    needed = []
+    monkeypatch.setattr(
+        fast_engine, "fit_memory", lambda shape, free, weights, rank, **sizes: needed.append(rank) or FIT
+    )
+    monkeypatch.setattr("loraflow.training.setup.free_gpu_bytes", lambda: 2**30)
+    train_group._fit([replace(one, device="cuda") for one in prepared], SimpleNamespace(concatenated=True))
+    assert needed == [2 * 16]
 
 
 @pytest.mark.parametrize(
