@@ -15,14 +15,9 @@ from loraflow.failures import BadPlacement, Crashed, Killed, OutOfMemory
 from loraflow.registry.sweeps import SweepRecord, TrialRecord
 from loraflow.stages import TRAIN_GROUP
 from loraflow.store import Ref
-<<<<<<< HEAD
 from loraflow.tasks.run import Run
 from loraflow.tasks.stages import train_group
-=======
-from loraflow.tasks.run import Run, StageResult
-from loraflow.tasks.stage_task import stage_task
 from loraflow.tasks.trial_failures import OF_THE_GROUP
->>>>>>> part/fixgroup
 
 log = logging.getLogger("loraflow")
 

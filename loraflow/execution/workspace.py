@@ -74,7 +74,6 @@ class Workspace:
             "general": recipe.evaluation.general == mine.evaluation.general,
             "base": recipe.base == mine.base,
             "metric_modules": recipe.evaluation == mine.evaluation,
-            "general": recipe.evaluation == mine.evaluation,
         }
         for name, value in vars(Workspace).items():
             if isinstance(value, cached_property) and not is_equal.get(name, False):
