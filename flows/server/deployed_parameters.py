@@ -56,11 +56,11 @@ def _message(error: JSONSchemaError) -> str:
     parts = error.context if error.context else [error]
     wrong_type = next((part for part in parts if part.validator == "type" and part.validator_value != "null"), None)
     if wrong_type is None:
-        return error.message
+        return str(error.message)
     value = json.dumps(error.instance, ensure_ascii=False)
     if wrong_type.validator_value == "string" and isinstance(error.instance, int | float):
         return f"{value} must be a text in quotes: {json.dumps(value)}"  # true and false too
-    return wrong_type.message
+    return str(wrong_type.message)
 
 
 def check_settings(spec: DeploymentSpec, folder: Path, where: str) -> None:
