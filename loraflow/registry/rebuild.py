@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from loraflow.config import Recipe
+from loraflow.config import Recipe, yaml
 from loraflow.config.load import parse_recipe
 from loraflow.config.recipe_text import find_recipe
 from loraflow.credentials import mask
@@ -78,8 +78,17 @@ def _command(store: Store, record: RunRecord, file: Path, text: str) -> str:
     except Failure:  # a recipe of another version; `loraflow run` says what to correct
         return command
     settings = {**dict(_differences(record, recipe)), **revision_of(store, record), **_place_of(store, record)}
-    sets = [f"--set {shlex.quote(f'{key}={json.dumps(value, ensure_ascii=False)}')}" for key, value in settings.items()]
+    sets = [f"--set {shlex.quote(f'{key}={_written(value)}')}" for key, value in settings.items()]
     return " ".join([command, *sets])
+
+
+def _written(value: JsonValue) -> str:
+    """Return a value as `--set` takes it: a text without quotes where it needs none."""
+    if isinstance(value, str):
+        with suppress(yaml.Syntax):
+            if yaml.scalar(value) == value:
+                return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _differences(record: RunRecord, recipe: Recipe) -> Iterator[tuple[str, JsonValue]]:

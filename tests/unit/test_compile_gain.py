@@ -105,7 +105,7 @@ def graph_setup(layers: int, linear_weights: int, free: float = 70e9, **runtime)
     assert shape.linear_weights == linear_weights
     return SimpleNamespace(
         runtime=SimpleNamespace(**{"cuda_graphs": "auto", **runtime}), device="cuda", shape=shape,
-        weight_format="bfloat16", config=SimpleNamespace(peft_config=SimpleNamespace(r=16)), free_bytes=lambda: free,
+        weight_format="bfloat16", rank=16, free_bytes=lambda: free,
     )  # fmt: skip
 
 
