@@ -104,7 +104,7 @@ def is_intact(checkpoint: Path) -> bool:
 
 def step_of(name: str) -> int | None:
     """Return the step in a checkpoint's name; return None for any other name."""
-    found = re.fullmatch(r"checkpoint-(\d+)", name)
+    found = re.fullmatch(r"checkpoint-([0-9]{1,18})", name)  # Python refuses numbers of more than 4,300 digits
     return int(found[1]) if found else None
 
 
