@@ -1,4 +1,4 @@
-"""What a person is told to do after `undecided` depends on the claims that were inconclusive."""
+"""The next steps that a report names after `undecided`, by the comparisons that were inconclusive."""
 
 import numpy as np
 import pandas as pd
