@@ -31,7 +31,7 @@ TIME = {
     "number": "{{ (messages | length + 6) ** 99999999 % 3 }}",
 }
 OTHER = {
-    "output": ("{{ messages[0].content * 100000000 }}", "far more text"),
+    "output": ("{{ messages[0].content * 18000000 }}", "far more text"),
     "macro": ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "in each other"),
 }
 BOMBS = {
