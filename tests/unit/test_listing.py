@@ -243,11 +243,11 @@ def test_a_cloud_versioned_output_is_named():
 
 
 def test_deeply_nested_yaml_is_refused_at_once():
-    start = time.monotonic()
+    start = time.process_time()
     for text in ("[" * 40_000, "{a: " * 40_000, "- " * 40_000, "x" * 10_000_000):
         with pytest.raises(BadData):
             parse_pin(text, "data.dvc", "data.dvc")
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_a_dvc_file_that_is_not_text_is_refused(tmp_path):
