@@ -9,8 +9,11 @@ from __future__ import annotations
 _HARDWARE = ("loraflow.hardware.device", "loraflow.hardware.attention")
 _TEMPLATE = (
     "loraflow.data.loss_mask",
+    "loraflow.data.token_labels",
+    "loraflow.data.render_checks",
     "loraflow.data.rendered_calls",
     "loraflow.data.answer_spans",
+    "loraflow.data.answer_refusals",
     "loraflow.data.alignment",
     "loraflow.data.template",
     "loraflow.data.template_child",
@@ -45,6 +48,7 @@ CHECK_DATASET = (
     "loraflow.data.thinking",
     "loraflow.data.readers",
     "loraflow.data.chat_formats",
+    "loraflow.data.message_checks",
     "loraflow.data.cell_values",
     "loraflow.data.sources",
     "loraflow.data.hidden_files",
@@ -269,6 +273,7 @@ CHECK_GENERAL = (
     "loraflow.data.json_text",
     "loraflow.data.csv_reader",
     "loraflow.data.chat_formats",
+    "loraflow.data.message_checks",
     "loraflow.data.cell_values",
     "loraflow.data.row_fields",
     "loraflow.data.reasoning",
