@@ -62,8 +62,9 @@ def write_base(folder: Path) -> None:
 
 def run_stage(stage: str, folder: Path) -> None:
     """Run a stage in this process, and print its CPU seconds."""
-    from loraflow.config.recipe import Data
-    from loraflow.config.stage_configs import JobRuntime, TokenizeConfig
+    from loraflow.config.data import Data
+    from loraflow.config.job_runtime import JobRuntime
+    from loraflow.config.stage_configs import TokenizeConfig
     from loraflow.data import check, tokenization
     from loraflow.job import Inputs, Job, Progress
 

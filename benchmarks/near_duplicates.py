@@ -29,7 +29,7 @@ Chat = list[dict[str, str]]
 CHECK = """
 import sys, tempfile, time
 from pathlib import Path
-from loraflow.config.recipe import Data
+from loraflow.config.data import Data
 from loraflow.data import check
 from loraflow.job import Inputs, Job, Progress
 fields = {"format", "columns", "train", "heldout", "extra_heldout", "validation_fraction", "system", "duplicates", "limit"}

@@ -88,7 +88,8 @@ def build_dataset(folder: Path, rows: int) -> Path:
 
 def run_loraflow(folder: Path, processes: int, out: Path) -> Times:
     """Run the tokenize stage: parse, render, encode, mask, write, pack. Return its times."""
-    from loraflow.config.stage_configs import JobRuntime, TokenizeConfig
+    from loraflow.config.job_runtime import JobRuntime
+    from loraflow.config.stage_configs import TokenizeConfig
     from loraflow.data import tokenization
     from loraflow.job import Inputs, Job, Progress
 

@@ -48,7 +48,7 @@ NOTES = {
 INTRO = """\
 # Recipe
 
-<!-- Written by docs/recipe_page.py from loraflow/config/recipe.py and runtime.py. Do not edit it by hand. -->
+<!-- Written by docs/recipe_page.py from the models in loraflow/config/. Do not edit it by hand. -->
 
 A recipe is a YAML file in `configs/` with all settings of a run. `loraflow init` writes one, with a reason on every line;
 [configs/quickstart.yaml](../configs/quickstart.yaml) is another example. Only `name` and `base.model` are required. An

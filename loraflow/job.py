@@ -12,7 +12,8 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, JsonValue, SerializeAsAny, field_serializer, model_validator
 
 from loraflow import identity
-from loraflow.config.stage_configs import JobRuntime, StageConfig
+from loraflow.config.job_runtime import JobRuntime
+from loraflow.config.stage_configs import StageConfig
 from loraflow.stages import STAGES
 from loraflow.store import Ref
 

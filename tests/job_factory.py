@@ -7,15 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraflow.config import Recipe
-from loraflow.config.stage_configs import (
-    BaseLocation,
-    DatasetLocation,
-    FolderOrigin,
-    GgufOrigin,
-    HubOrigin,
-    StageConfig,
-    TrainConfig,
-)
+from loraflow.config.locations import BaseLocation, DatasetLocation, FolderOrigin, GgufOrigin, HubOrigin
+from loraflow.config.stage_configs import StageConfig, TrainConfig
 from loraflow.execution import workspace
 from loraflow.job import Job
 from loraflow.stages import STAGES

@@ -16,7 +16,7 @@ from loraflow.adapters.targets import (
     obstacle_to_adapter,
     selects,
 )
-from loraflow.config.recipe import PeftConfig
+from loraflow.config.lora import PeftConfig
 from loraflow.failures import BadConfig
 
 if TYPE_CHECKING:

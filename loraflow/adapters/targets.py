@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loraflow.config.recipe import PeftConfig
+from loraflow.config.lora import PeftConfig
 
 if TYPE_CHECKING:
     from torch import nn

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.adapters.targets import ALL_LINEAR, matches, selects
-from loraflow.config.recipe import PeftConfig
+from loraflow.config.lora import PeftConfig
 from loraflow.failures import BadConfig
 
 if TYPE_CHECKING:

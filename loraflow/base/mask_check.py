@@ -10,8 +10,9 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 
 from loraflow.data.chats import Chat
-from loraflow.data.loss_mask import IGNORED, ChatTemplate
+from loraflow.data.loss_mask import ChatTemplate
 from loraflow.data.template import MARKERS
+from loraflow.data.token_labels import IGNORED
 from loraflow.data.tokenizer_config import TRAINING_TEMPLATE
 from loraflow.failures import BadModel
 

@@ -16,14 +16,9 @@ from loraflow.base import hub
 from loraflow.base.base_checks import check_weights, prepare_tokenizer
 from loraflow.base.model_files import copy_model, model_files
 from loraflow.base.usable import refuse_unusable_folder
+from loraflow.config.locations import BaseLocation, FolderOrigin, GgufOrigin, HubOrigin
 from loraflow.config.recipe import Base
-from loraflow.config.stage_configs import (
-    BaseLocation,
-    FolderOrigin,
-    GgufOrigin,
-    HubOrigin,
-    ResolveBaseConfig,
-)
+from loraflow.config.stage_configs import ResolveBaseConfig
 from loraflow.data.served_template import read_named_template
 from loraflow.failures import BadModel, MissingExtra
 from loraflow.identity import digest

@@ -52,7 +52,7 @@ def version_of(name: str | None, source: str, store: Store | None) -> Version:
         BadConfig: a revision is named, and `source` is no `.dvc` file.
         BadData: the version cannot be read.
     """
-    from loraflow.config.recipe import Data
+    from loraflow.config.data import Data
     from loraflow.data.compare import read_files, read_revision
     from loraflow.data.readers import match_files
 

@@ -81,68 +81,89 @@ def recipe_text(
     near: str,
 ) -> str:
     """Fill in the template from the lengths and formats of the chats."""
-    longest = max(map(tokens_of, chats))
-    answers = [chat[-1]["content"] for chat in chats]
-    longest_answer = max(len(chat[-1]["content"] + call_text(chat[-1])) for chat in chats) // 3 + 8
-    as_json = all(_is_object(answer) for answer in answers)
-    are_labels = not as_json and label_values(answers) is not None
-    train, heldout, _ = split_by_name(names)
-    small = base.startswith("bundled:")
-    max_length = min(2048, max(256, 1 << (longest - 1).bit_length()))
-    few = len(chats) < 2000
-    why_epochs = "enough to train on each once"
-    if few:
-        why_epochs = "few, so train on each several times" if size.epochs > 3 else "few, so train on each three times"
     text = RECIPE.format(
         title=f"{name}: LoRA on {base}",
         name=name,
         file=file,
         source=source,
-        train=", ".join(map(_plain, train)),
-        heldout=f"heldout: [{', '.join(map(_plain, heldout))}]   # by their names; only the gate uses them"
+        rows=f"{len(chats):,}",
+        **_data_values(names, columns, size, near),
+        **_base_values(base, size),
+        **_training_values(chats, size),
+        **_scoring_values(chats),
+    )
+    return "".join(map(align_comment, text.splitlines(keepends=True)))
+
+
+def _data_values(names: list[str], columns: dict[str, str], size: SizeSettings, near: str) -> dict[str, object]:
+    train, heldout, _ = split_by_name(names)
+    return {
+        "train": ", ".join(map(_plain, train)),
+        "heldout": f"heldout: [{', '.join(map(_plain, heldout))}]   # by their names; only the gate uses them"
         if heldout
         else f"heldout_fraction: {size.heldout_fraction}           # by a seeded hash of prompts; only the gate uses them",
-        columns=f"\n  columns: {json.dumps(columns)}  # loraflow's names: your columns" if columns else "",
-        base=base if re.fullmatch(r"[\w./:-]+", base) else json.dumps(base, ensure_ascii=False),
-        repack="\n  repack: phi3                    # fused projections, as in Phi-3"
-        if base.startswith("bundled:")
-        else "",
-        epochs=size.epochs,
-        near=near,
-        why_near="nearly equal rows are on one side of the split, or are left out of training"
+        "columns": f"\n  columns: {json.dumps(columns)}  # loraflow's names: your columns" if columns else "",
+        "near": near,
+        "why_near": "nearly equal rows are on one side of the split, or are left out of training"
         if near == "drop"
         else "many of your rows are nearly equal; drop would put all of them on one side",
-        warmup=f"{size.warmup_steps:g}",
-        why_warmup="a share of the steps" if size.warmup_steps else "with so few steps, all of them learn",
-        accumulation=size.accumulation,
-        logging_steps=size.logging_steps,
-        rows=f"{len(chats):,}",
-        why_epochs=why_epochs,
-        max_length=max_length,
-        longest=longest,
-        dtype="float32                  # any CPU computes in it" if small else "bfloat16",
-        bf16="false                     # as the base" if small else "true                      # as the base",
-        packing="true" if size.packing else "false",
-        why_packing="several short chats share a row; attention stays inside each chat"
+    }
+
+
+def _base_values(base: str, size: SizeSettings) -> dict[str, object]:
+    """Return the base and what depends on it: a bundled base is small, and is trained on any CPU."""
+    small = base.startswith("bundled:")
+    return {
+        "base": base if re.fullmatch(r"[\w./:-]+", base) else json.dumps(base, ensure_ascii=False),
+        "repack": "\n  repack: phi3                    # fused projections, as in Phi-3" if small else "",
+        "dtype": "float32                  # any CPU computes in it" if small else "bfloat16",
+        "bf16": "false                     # as the base" if small else "true                      # as the base",
+        "packing": "true" if size.packing else "false",
+        "why_packing": "several short chats share a row; attention stays inside each chat"
         if size.packing
         else "one chat a row; with true, several short chats share a row"
         if small
         else "packed, these chats would be too few rows for enough steps",
-        metrics="token_loss, exact_match, json_fields"
-        if as_json
-        else "token_loss, labels"  # few short answers: accuracy, macro-F1, confusions
-        if are_labels
-        else "token_loss, exact_match, token_f1, rouge, chrf",
-        new_tokens=min(1024, max(32, 1 << (longest_answer - 1).bit_length())),
-        longest_answer=longest_answer,
-        primary="field_f1" if as_json else "token_loss",
-        guards=f"{{json_valid: {_margin(len(chats), 0.01)}}}"
-        if as_json
-        else f"{{accuracy: {_margin(len(chats), 0.02)}}}"
-        if are_labels
-        else f"{{rougeL: {_margin(len(chats), 0.02)}}}",
-    )
-    return "".join(map(align_comment, text.splitlines(keepends=True)))
+    }
+
+
+def _training_values(chats: list[list[Message]], size: SizeSettings) -> dict[str, object]:
+    longest = max(map(tokens_of, chats))
+    why_epochs = "enough to train on each once"
+    if len(chats) < 2000:
+        why_epochs = "few, so train on each several times" if size.epochs > 3 else "few, so train on each three times"
+    return {
+        "epochs": size.epochs,
+        "why_epochs": why_epochs,
+        "warmup": f"{size.warmup_steps:g}",
+        "why_warmup": "a share of the steps" if size.warmup_steps else "with so few steps, all of them learn",
+        "accumulation": size.accumulation,
+        "logging_steps": size.logging_steps,
+        "max_length": min(2048, max(256, 1 << (longest - 1).bit_length())),
+        "longest": longest,
+    }
+
+
+def _scoring_values(chats: list[list[Message]]) -> dict[str, object]:
+    """Return the settings of evaluation and gate for answers that are JSON, labels, or other texts."""
+    answers = [chat[-1]["content"] for chat in chats]
+    longest_answer = max(len(chat[-1]["content"] + call_text(chat[-1])) for chat in chats) // 3 + 8
+    primary = "token_loss"
+    if all(map(_is_object, answers)):
+        metrics, primary = "token_loss, exact_match, json_fields", "field_f1"
+        guards = f"{{json_valid: {_margin(len(chats), 0.01)}}}"
+    elif label_values(answers) is not None:  # few short answers: accuracy, macro-F1, confusions
+        metrics, guards = "token_loss, labels", f"{{accuracy: {_margin(len(chats), 0.02)}}}"
+    else:
+        metrics = "token_loss, exact_match, token_f1, rouge, chrf"
+        guards = f"{{rougeL: {_margin(len(chats), 0.02)}}}"
+    return {
+        "metrics": metrics,
+        "primary": primary,
+        "guards": guards,
+        "new_tokens": min(1024, max(32, 1 << (longest_answer - 1).bit_length())),
+        "longest_answer": longest_answer,
+    }
 
 
 COMMENT_COLUMN = 34

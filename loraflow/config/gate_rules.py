@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from loraflow.config.recipe import SCORES, Gate, Recipe
+from loraflow.config.evaluation import SCORES
+from loraflow.config.gate import Gate
+from loraflow.config.recipe import Recipe
 
 # The largest difference of loraflow's own scores; the loss of a token has none that a recipe knows. A test compares this
 # with the ranges by which the gate bounds them.

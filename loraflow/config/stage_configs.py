@@ -1,8 +1,8 @@
-"""The config of each stage, built from the recipe, and the runtime of a job.
+"""The config of each stage, built from the recipe.
 
 A stage's config has the settings that decide its result. All fields that are set are part of the fingerprint. A field that
 does not matter for a job is left unset, not null, so that a new field does not change existing fingerprints.
-`JobRuntime` has the settings that decide only where and how a stage runs.
+`loraflow.config.job_runtime` has the settings that decide only where and how a stage runs.
 """
 
 from __future__ import annotations
@@ -11,92 +11,17 @@ import hashlib
 from collections.abc import Set
 from typing import Annotated, Any, Literal, Protocol, Self
 
-from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, JsonValue
 
 from loraflow.config.data_profile import ProfileCheckName, ProfileRule
 from loraflow.config.data_sources import RowFormat, source_settings
-from loraflow.config.recipe import (
-    BestCheckpoint,
-    LoralibConfig,
-    PeftConfig,
-    Positive,
-    Recipe,
-    Share,
-    TrainerSettings,
-    TrainingMath,
-    UnfingerprintedTraining,
-)
-from loraflow.config.runtime import Runtime
+from loraflow.config.field_types import Dtype, Positive, Share
+from loraflow.config.locations import BaseLocation, DatasetLocation, SourcesOrigin
+from loraflow.config.lora import LoralibConfig, PeftConfig
+from loraflow.config.recipe import Recipe
 from loraflow.config.tools_file import read_tools_file
+from loraflow.config.training import BestCheckpoint, TrainingMath
 from loraflow.frozen import FrozenModel
-
-Dtype = Literal["bfloat16", "float16", "float32"]
-
-# -- facts that are not in the recipe: files, commits, hashes --------------------------------------------------------
-
-
-class FolderOrigin(FrozenModel):
-    """A folder or file on this machine."""
-
-    folder: str
-
-
-class DvcOrigin(FrozenModel):
-    """The output of a `.dvc` file in a git repository."""
-
-    dvc_file: str = Field(description="Relative to the repository.")
-    path: str = Field(description="Of the output, relative to the repository.")
-    md5: str
-    repo: str = Field(description="Folder or URL of the git repository.")
-    rev: str | None = Field(description="Git revision or branch; None is the work tree.")
-    commit: str | None = Field(description="The commit that `rev` named when the run began.")
-    remote: str | None = Field(None, description="DVC remote to fetch from; None is the default remote.")
-
-
-class SourcePart(FrozenModel):
-    """A file of a source, or its folder."""
-
-    path: str = Field(description="Below the source's folder; empty if it is the folder.")
-    md5: str
-    origin: FolderOrigin | DvcOrigin
-
-
-class SourcesOrigin(FrozenModel):
-    """The sources of a mixture (data.sources)."""
-
-    sources: dict[str, list[SourcePart]]
-
-
-class HubOrigin(FrozenModel):
-    """A commit of a model on the Hugging Face hub."""
-
-    hub: str
-    commit: str
-
-
-class GgufOrigin(FrozenModel):
-    """A GGUF file on this machine."""
-
-    gguf: str
-
-
-Origin = FolderOrigin | DvcOrigin | SourcesOrigin | HubOrigin | GgufOrigin
-
-
-class DatasetLocation(FrozenModel):
-    """The identity of a recipe's dataset, and where its files are read from."""
-
-    md5: str
-    name: str
-    origin: FolderOrigin | DvcOrigin | SourcesOrigin
-
-
-class BaseLocation(FrozenModel):
-    """The identity of a recipe's base model (content or commit), and where its files are read from."""
-
-    source: dict[str, str]
-    origin: FolderOrigin | HubOrigin | GgufOrigin
-    chat_template: str | None = None  # the text of base.chat_template; None is the model's own
 
 
 class RecipeContext(Protocol):
@@ -125,9 +50,6 @@ class RecipeContext(Protocol):
     @property
     def grouped(self) -> tuple[TrainConfig, ...]:
         """The trainings of the trials of a sweep that are trained together; empty if none are."""
-
-
-# -- the configs ----------------------------------------------------------------------------------------------------
 
 
 class StageConfig(FrozenModel):
@@ -348,17 +270,6 @@ class TrainConfig(StageConfig):
             values["loralib_config"] = recipe.loralib_config.model_dump()
         return cls.of(values)
 
-    def trainer_settings(self, runtime: JobRuntime) -> TrainerSettings:
-        """Return the settings of the trainer: those of this config and those of the runtime.
-
-        Raises:
-            ValueError: the runtime has no training_config.
-        """
-        if runtime.training_config is None:
-            raise ValueError("a train job needs runtime.training_config")
-        identity = self.training_config.model_dump(exclude_unset=True, exclude={"global_batch"})
-        return TrainerSettings.model_validate({**runtime.training_config.model_dump(exclude_unset=True), **identity})
-
 
 class TrainGroupConfig(StageConfig):
     """Config of train_group: that of each trial's training, in the order of the group."""
@@ -478,71 +389,3 @@ class ScoreGeneralConfig(StageConfig):
 
 def _nf4(recipe: Recipe) -> dict[str, str | bool]:
     return {"dtype": recipe.base.dtype, "double": recipe.base.double_quantization}
-
-
-# -- the runtime of a job -------------------------------------------------------------------------------------------
-
-
-class JobTrainingRuntime(UnfingerprintedTraining, BestCheckpoint):
-    """The part of training_config that is not in a train job's fingerprint."""
-
-
-class JobRuntime(Runtime):
-    """Where and how a job runs: the recipe's runtime, and further settings of some stages."""
-
-    training_config: JobTrainingRuntime | None = None  # train only
-    use_cache: bool = False  # train only: base.use_cache
-    origin: Origin | None = None  # version_dataset and resolve_base: where files are read from
-    chat_template: str | None = None  # resolve_base only: the text of base.chat_template
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
-        """Leave out the fields that this stage does not use, because manifests record the runtime."""
-        absent = {"training_config", "use_cache", "origin", "chat_template"} - self.model_fields_set
-        return {name: value for name, value in handler(self).items() if name not in absent}
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
-        """Return the runtime of a stage that needs only the recipe's runtime."""
-        return cls.model_validate(recipe.runtime.model_dump())
-
-    @classmethod
-    def of_training(cls, recipe: Recipe, context: RecipeContext) -> Self:
-        """Return the runtime of the train stage."""
-        training = recipe.training_config
-        fields = set(UnfingerprintedTraining.model_fields)
-        if not training.load_best_model_at_end:
-            fields |= set(BestCheckpoint.model_fields)
-        values = {"training_config": training.model_dump(include=fields), "use_cache": recipe.base.use_cache}
-        return cls.model_validate({**recipe.runtime.model_dump(), **values})
-
-    @classmethod
-    def of_dataset(cls, recipe: Recipe, context: RecipeContext) -> Self:
-        """Return the runtime of the stage that reads the dataset's files."""
-        return cls.model_validate({**recipe.runtime.model_dump(), "origin": context.dataset.origin.model_dump()})
-
-    @classmethod
-    def of_general(cls, recipe: Recipe, context: RecipeContext) -> Self:
-        """Return the runtime of the stage that reads the general rows."""
-        origin = {} if context.general is None else {"origin": context.general.origin.model_dump()}
-        return cls.model_validate({**recipe.runtime.model_dump(), **origin})
-
-    @classmethod
-    def of_base(cls, recipe: Recipe, context: RecipeContext) -> Self:
-        """Return the runtime of the stage that reads the base model's files."""
-        values = {**recipe.runtime.model_dump(), "origin": context.base.origin.model_dump()}
-        if context.base.chat_template is not None:
-            values["chat_template"] = context.base.chat_template
-        return cls.model_validate(values)
-
-
-class RetryWith(FrozenModel):
-    """Runtime settings that need less memory and give the same result: what a stage proposes when memory runs out."""
-
-    micro_batch: Positive | None = None
-    micro_tokens: Positive | None = None
-    checkpointing: Literal["full"] | None = None
-
-    def changes(self) -> dict[str, int | str]:
-        """Return the settings to change; empty if the stage cannot run with less memory."""
-        return self.model_dump(exclude_none=True)

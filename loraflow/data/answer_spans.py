@@ -12,18 +12,27 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import Literal
 
 from loraflow.data.alignment import Span
+from loraflow.data.answer_refusals import (
+    AnswerTurn,
+    CutAnswer,
+    refuse_cut,
+    refuse_ignored_prompt,
+    refuse_missing_call,
+    refuse_open,
+    refuse_prompt,
+    refuse_unmarked,
+)
 from loraflow.data.chats import Chat, Message
-from loraflow.data.rendered_calls import CALL_ENDS, call_end, missing_part
+from loraflow.data.rendered_calls import CALL_ENDS, call_end
 from loraflow.data.template import MARKERS
 from loraflow.data.template_process import TemplateProcess
 from loraflow.failures import BadModel
 
 # Rendered in place of an answer to see what the template writes around it. No chat contains these characters.
 _PROBE = "\ue0a1answer\ue0a1"
-_SHOWN = 80  # characters of a text in a message
 _SHORT = 24  # characters of reasoning that an answer may contain without having rendered it
 
 LossOn = Literal["assistant", "last_assistant", "all"]
@@ -41,20 +50,6 @@ class Answer:
 
 
 NOT_LEARNED = Answer((), "", "", is_learned=False)
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """Which answer of which chat."""
-
-    chat: int
-    message: int
-    number: int  # of the answer, from 1
-    of: int  # answers in the chat
-    is_last: bool
-
-    def __str__(self) -> str:
-        return f"answer {self.number} of {self.of}" if self.of > 1 else "the answer"
 
 
 class AnswerFinder:
@@ -102,12 +97,12 @@ class AnswerFinder:
             BadModel: the template changes an answer, does not render it behind its prompt, or does not close it. The
                 failure's details have the number of the chat.
         """
-        turns: list[_Turn] = []
+        turns: list[AnswerTurn] = []
         found: list[list[Answer]] = []
         for n, chat in enumerate(chats):
             at = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
             found.append([NOT_LEARNED] * len(at))
-            of_chat = [_Turn(n, i, k, len(at), is_last=i == at[-1]) for k, i in enumerate(at, 1)]
+            of_chat = [AnswerTurn(n, i, k, len(at), is_last=i == at[-1]) for k, i in enumerate(at, 1)]
             turns += of_chat[-1:] if loss_on == "last_assistant" else of_chat
         heads = self._heads(chats, turns)
         marks = None if self._marking is None else self._marking.marked(chats)
@@ -125,15 +120,15 @@ class AnswerFinder:
                     answer = self._marked(chat, text, head, turn, end, marks[turn.chat])
                 if "reasoning_content" in chat[turn.message]:
                     self._require_reasoning(chat, text, answer, turn)
-            except _CutAnswer as cut:
+            except CutAnswer as cut:
                 wanted = learned[turn.chat] if learned is not None else None
                 if if_cut == "context" or (wanted is not None and turn.message not in wanted):
                     continue
-                _refuse_cut(cut, turn)
+                refuse_cut(cut, turn)
             found[turn.chat][turn.number - 1] = answer
         return found
 
-    def _heads(self, chats: Sequence[Chat], turns: Sequence[_Turn]) -> list[str]:
+    def _heads(self, chats: Sequence[Chat], turns: Sequence[AnswerTurn]) -> list[str]:
         """Return the prompt that a server sends for each answer."""
         try:
             return self._renderer.render([chats[turn.chat][: turn.message] for turn in turns], prompt=True)
@@ -144,7 +139,7 @@ class AnswerFinder:
 
     # -- templates without {% generation %} blocks ------------------------------------------------------------------
 
-    def _unmarked(self, chat: Chat, text: str, head: str, turn: _Turn) -> Answer:
+    def _unmarked(self, chat: Chat, text: str, head: str, turn: AnswerTurn) -> Answer:
         start, content = len(head), chat[turn.message]["content"]
         if text.startswith(head):
             for inserted in self._insertions:
@@ -158,7 +153,7 @@ class AnswerFinder:
         inserted, end = self._probed(chat, text, head, turn)
         return self._closed(text, start, end, inserted, turn)
 
-    def _probed(self, chat: Chat, text: str, head: str, turn: _Turn) -> tuple[str, int]:
+    def _probed(self, chat: Chat, text: str, head: str, turn: AnswerTurn) -> tuple[str, int]:
         """Return what the template inserts before an answer, and where the answer's own text ends.
 
         Both are found by rendering the chat with another answer: what is equal in the two texts is the template's.
@@ -168,28 +163,21 @@ class AnswerFinder:
         if self.appended and text.endswith(self.appended) and not after.endswith(self.appended):
             after += self.appended
         if not found:
-            raise _CutAnswer(content, "")
+            raise CutAnswer(content, "")
         if not text.startswith(head):
-            _refuse_prompt(text, head, turn)
+            refuse_prompt(text, head, turn)
         inserted = before[len(head) :] if before.startswith(head) else ""
         end = len(text) - len(after)
         rendered = text[len(head) : end]
         if not text.endswith(after) or end < len(head) or not _is_whole(rendered, content, head, inserted):
-            raise _CutAnswer(content, rendered)
+            raise CutAnswer(content, rendered)
         if inserted.strip() and not self._asks_for_answers:
-            raise BadModel(
-                "The chat template does not render an answer right after the rendered prompt, because it ignores "
-                "add_generation_prompt: a server would not ask for an answer.",
-                where="chat_template",
-                got=repr(inserted[:_SHOWN]),
-                next_step="add the start of an answer to the template, for add_generation_prompt",
-                chat=turn.chat,
-            )
+            refuse_ignored_prompt(inserted, turn)
         if inserted not in self._insertions and rendered.startswith(inserted):
             self._insertions.append(inserted)
         return (inserted if rendered.startswith(inserted) else ""), len(head) + len(rendered.rstrip())
 
-    def _with_reasoning(self, chat: Chat, text: str, head: str, turn: _Turn) -> Answer:
+    def _with_reasoning(self, chat: Chat, text: str, head: str, turn: AnswerTurn) -> Answer:
         """Return an answer whose reasoning stands beside its content: what the template writes around both is learned.
 
         It begins behind its prompt, and its content ends where the text behind another content begins.
@@ -199,18 +187,18 @@ class AnswerFinder:
         if self.appended and text.endswith(self.appended) and not after.endswith(self.appended):
             after += self.appended
         if not text.startswith(head):
-            _refuse_prompt(text, head, turn)
+            refuse_prompt(text, head, turn)
         start, end = len(head), len(text) - len(after)
         rendered = text[start:end]
         if not found or not text.endswith(after) or not _squashed(rendered).endswith(_squashed(content)):
-            raise _CutAnswer(content, rendered)
+            raise CutAnswer(content, rendered)
         return self._closed(text, start, start + len(rendered.rstrip()), "", turn)
 
-    def _require_reasoning(self, chat: Chat, text: str, answer: Answer, turn: _Turn) -> None:
+    def _require_reasoning(self, chat: Chat, text: str, answer: Answer, turn: AnswerTurn) -> None:
         """Require that the reasoning beside an answer's content is learned with it.
 
         Raises:
-            _CutAnswer: the template leaves it out.
+            CutAnswer: the template leaves it out.
         """
         message = chat[turn.message]
         reasoning = message.get("reasoning_content", "")
@@ -222,15 +210,15 @@ class AnswerFinder:
             probed = [*chat[: turn.message], probe, *chat[turn.message + 1 :]]
             is_there = _PROBE in self._renderer.render([probed], prompt=False)[0]
         if not is_there:
-            raise _CutAnswer(reasoning, learned, is_reasoning=True)
+            raise CutAnswer(reasoning, learned, is_reasoning=True)
 
-    def _around_probe(self, chat: Chat, turn: _Turn) -> tuple[str, str, str]:
+    def _around_probe(self, chat: Chat, turn: AnswerTurn) -> tuple[str, str, str]:
         """Return the rendered text before and after another answer in the place of this one."""
         probe: Message = {**chat[turn.message], "content": _PROBE}
         (probed,) = self._renderer.render([[*chat[: turn.message], probe, *chat[turn.message + 1 :]]], prompt=False)
         return probed.partition(_PROBE)
 
-    def _is_of_the_template(self, inserted: str, chat: Chat, text: str, turn: _Turn) -> bool:
+    def _is_of_the_template(self, inserted: str, chat: Chat, text: str, turn: AnswerTurn) -> bool:
         """Tell whether the template writes a text before every answer: it may also be a part of this one."""
         if inserted in self._insertions:
             return True
@@ -240,30 +228,30 @@ class AnswerFinder:
         self._insertions.append(inserted)
         return True
 
-    def _closed(self, text: str, start: int, end: int, inserted: str, turn: _Turn) -> Answer:
+    def _closed(self, text: str, start: int, end: int, inserted: str, turn: AnswerTurn) -> Answer:
         """Return the answer with the control tokens that close it."""
         stop = self._stop.match(text, end) if self._stop else None
         if stop is None:
-            _refuse_open(text[end : end + 40], turn)
+            refuse_open(text[end : end + 40], turn)
         closed = stop.end()
         if turn.is_last:  # Phi-3's template ends a whole chat with a second stop token, which is learned too
             while self._stop and (more := self._stop.match(text, closed)):
                 closed = more.end()
         return Answer(((start, closed),), inserted, text[end:closed])
 
-    def _with_calls(self, chat: Chat, text: str, head: str, turn: _Turn) -> Answer:
+    def _with_calls(self, chat: Chat, text: str, head: str, turn: AnswerTurn) -> Answer:
         """Return an answer with tool calls: from its prompt to the first token that ends an answer."""
         if not text.startswith(head):
-            _refuse_prompt(text, head, turn)
+            refuse_prompt(text, head, turn)
         start, ends = len(head), self._ends_of_calls()
         end = call_end(text, start, ends)
         if end is None:
-            _refuse_open(text[-40:], turn)
+            refuse_open(text[-40:], turn)
         self._refuse_result(chat, text, end, turn)
-        _refuse_missing_call(text[start:end], chat[turn.message], turn)
+        refuse_missing_call(text[start:end], chat[turn.message], turn)
         return Answer(((start, end),), "", next(token for token in ends if text[:end].endswith(token)))
 
-    def _refuse_result(self, chat: Chat, text: str, end: int, turn: _Turn) -> None:
+    def _refuse_result(self, chat: Chat, text: str, end: int, turn: AnswerTurn) -> None:
         """Refuse an answer whose end comes behind the start of the tool's result: the model would learn the result.
 
         The result starts where the text changes with it.
@@ -274,7 +262,7 @@ class AnswerFinder:
         probe: Message = {**chat[at], "content": _PROBE}
         (probed,) = self._renderer.render([[*chat[:at], probe, *chat[at + 1 :]]], prompt=False)
         if end > len(os.path.commonprefix([text, probed])):  # noqa: RUF071 (letters, not folders)
-            _refuse_open(text[end - 40 : end], turn)
+            refuse_open(text[end - 40 : end], turn)
 
     def _ends_of_calls(self) -> list[str]:
         """Return the tokens that end answers, of which one also ends an answer with calls."""
@@ -292,38 +280,32 @@ class AnswerFinder:
 
     # -- templates with {% generation %} blocks ---------------------------------------------------------------------
 
-    def _marked(self, chat: Chat, text: str, head: str, turn: _Turn, end: int, marks: Sequence[Span]) -> Answer:
+    def _marked(self, chat: Chat, text: str, head: str, turn: AnswerTurn, end: int, marks: Sequence[Span]) -> Answer:
         """Return an answer up to the end of its last mark. What a server sends as its prompt is not a part of it.
 
         What the template leaves unmarked in front of the marks or between them is learned too: the model has to write it.
         `end` is where the next answer's prompt ends. A mark belongs to the answer in which it ends.
         """
         if not text.startswith(head):
-            _refuse_prompt(text, head, turn)
+            refuse_prompt(text, head, turn)
         start, content = len(head), chat[turn.message]["content"]
         ends = [last for first, last in marks if start < last <= end and first < last]
         if not ends:
-            raise BadModel(
-                "The chat template does not mark the answer of a chat.",
-                where="chat_template",
-                got=str(turn),
-                next_step="put {% generation %} … {% endgeneration %} around every answer in chat_template.jinja",
-                chat=turn.chat,
-            )
+            refuse_unmarked(turn)
         span = (start, max(ends))
         rendered = text[start : span[1]]
         body = rendered[: self._before_closing(rendered)]
         if "tool_calls" in chat[turn.message]:
             self._refuse_result(chat, text, span[1], turn)
-            _refuse_missing_call(rendered, chat[turn.message], turn)
+            refuse_missing_call(rendered, chat[turn.message], turn)
             if body == rendered:
-                _refuse_open(text[span[1] :][:40], turn)
+                refuse_open(text[span[1] :][:40], turn)
             return Answer((span,), "", rendered[len(body) :])
         if "reasoning_content" in chat[turn.message]:
             if not _squashed(body).endswith(_squashed(content)):
-                raise _CutAnswer(content, rendered)
+                raise CutAnswer(content, rendered)
             if body == rendered:
-                _refuse_open(text[span[1] :][:40], turn)
+                refuse_open(text[span[1] :][:40], turn)
             return Answer((span,), "", rendered[len(body) :])
         own_first = [
             (body[: len(body) - len(own)], rendered[len(body) :])
@@ -343,7 +325,7 @@ class AnswerFinder:
             if not _thinks_twice(inserted, content) and self._is_of_the_template(inserted, chat, text, turn):
                 return Answer((span,), inserted, closing)
         if not _is_whole(body, content, head):
-            raise _CutAnswer(content, rendered)
+            raise CutAnswer(content, rendered)
         return Answer((span,), "", rendered[len(body) :])
 
     def _before_closing(self, text: str) -> int:
@@ -354,15 +336,6 @@ class AnswerFinder:
             if not body.endswith(self._special):
                 return at
             at = len(body) - len(next(token for token in self._special if body.endswith(token)))
-
-
-class _CutAnswer(Exception):
-    """The template does not render an answer completely."""
-
-    def __init__(self, content: str, rendered: str, *, is_reasoning: bool = False):
-        super().__init__("the answer is not rendered completely")
-        self.content, self.rendered = content, rendered
-        self.is_reasoning = is_reasoning or "</think>" in content or "[/THINK]" in content
 
 
 def _is_whole(rendered: str, content: str, head: str, inserted: str = "") -> bool:
@@ -386,72 +359,3 @@ def _thinks_twice(inserted: str, content: str) -> bool:
 
 def _squashed(text: str) -> str:
     return "".join(text.split())
-
-
-def _refuse_cut(cut: _CutAnswer, turn: _Turn) -> NoReturn:
-    ways = []
-    if not turn.is_last:
-        ways.append("data.loss_on: last_assistant learns the last answer only")
-    if cut.is_reasoning:
-        if not turn.is_last:
-            ways.append("data.thinking: keep learns only the answers that are rendered completely")
-        ways.append("data.thinking: strip removes the reasoning from all answers")
-    ways.append("base.chat_template names another template")
-    raise BadModel(
-        "The chat template leaves out or changes a part of an answer, so the model would learn another answer.",
-        where="chat_template",
-        expected=repr(cut.content[:_SHOWN]),
-        got=f"{turn}: {cut.rendered[:_SHOWN]!r}",
-        next_step="; ".join(ways),
-        chat=turn.chat,
-    ) from cut
-
-
-def _refuse_missing_call(rendered: str, message: Message, turn: _Turn) -> None:
-    """Refuse an answer whose calls the template does not render completely.
-
-    Raises:
-        BadModel: a part is missing.
-    """
-    missing = missing_part(rendered, message)
-    if missing is not None:
-        raise BadModel(
-            "The chat template leaves out a tool call, or a part of it.",
-            where="chat_template",
-            expected=missing[:_SHOWN],
-            got=f"{turn}: {rendered[:_SHOWN]!r}",
-            next_step="choose a base whose chat template knows tools, name another template (base.chat_template), or remove "
-            "these rows",
-            chat=turn.chat,
-        )
-
-
-def _refuse_prompt(text: str, head: str, turn: _Turn) -> NoReturn:
-    at = next((i for i, (a, b) in enumerate(zip(text, head, strict=False)) if a != b), min(len(text), len(head)))
-    ways = [] if turn.is_last else ["data.loss_on: last_assistant learns the last answer only"]
-    if "think" in head[max(0, at - 10) :].lower():
-        ways.append("data.thinking: empty serves a prompt without reasoning")
-        ways.append("base.chat_template names another template")
-    else:
-        ways.append(
-            "make add_generation_prompt add exactly the text before an answer, and put {% generation %} after it"
-        )
-    raise BadModel(
-        "The chat template renders prompts differently in training and in generation, so the model would see prompts that "
-        "it was not trained on.",
-        where="chat_template",
-        expected=f"{turn} after the prompt that a server sends, which ends with {head[max(0, at - 20) :][:_SHOWN]!r}",
-        got=repr(text[max(0, at - 20) : at + 60]),
-        next_step="; ".join(ways),
-        chat=turn.chat,
-    )
-
-
-def _refuse_open(following: str, turn: _Turn) -> NoReturn:
-    raise BadModel(
-        "The chat template does not end an answer with a control token, so the model would not learn to stop.",
-        where="chat_template",
-        got=repr(following),
-        next_step="choose an instruct model, or add the stop token to its chat template",
-        chat=turn.chat,
-    )

@@ -7,21 +7,20 @@ with different texts are refused. Marks that exclude an answer from the loss are
 
 from __future__ import annotations
 
-import itertools
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from pydantic import JsonValue
 
-from loraflow.data.cell_values import is_chat_as_text, is_missing, parsed_list, refuse_error_value, refuse_media
+from loraflow.data.cell_values import is_chat_as_text, is_missing, parsed_list, refuse_media
 from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
+from loraflow.data.message_checks import ROLES, checked_messages
 from loraflow.data.preference_pairs import refuse_rejected
 from loraflow.data.row_fields import ASSISTANT, FUNCTION_CALL, RawRow, RowFields, Turn, has_value, objects
-from loraflow.data.tools import fitting_calls, read_calls, read_tools
+from loraflow.data.tools import read_calls, read_tools
 
 __all__ = [
     "FORMATS",
@@ -34,8 +33,6 @@ __all__ = [
     "to_messages",
     "to_prompt",
 ]
-ROLES = ("system", "user", "assistant", "tool")
-_ROLES = {role: role for role in ROLES}
 _SHAREGPT_ROLES = {
     **dict.fromkeys(ASSISTANT, "assistant"),
     "human": "user",
@@ -46,7 +43,6 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "function": "tool",
 }
-_OTHER_ROLES = {"developer": "system", "function": "tool"}  # OpenAI's newer name, and its older one
 _SYSTEM_KEYS = ("system", "system_prompt")  # Anthropic's and Alpaca's; OpenOrca's
 _NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 
@@ -95,7 +91,7 @@ def read_chat(
     turns = _turns(fields, format_name)
     refuse_media(fields.row, [turn.content for turn in turns])
     row_weight, excluded_by = (1.0, "") if fields.row.keys() <= _FORMAT_KEYS else fields.row_weight()
-    messages = _checked(turns, _tools(fields, tools))
+    messages = checked_messages(turns, _tools(fields, tools))
     if row_weight and not fields.row.keys() <= _FORMAT_KEYS:
         refuse_rejected(fields.row, messages, tuple(columns.values()))
     if not row_weight:
@@ -107,8 +103,8 @@ def read_chat(
 def _plain_messages(turns: JsonValue) -> list[Message] | None:
     """Return the chat of the most frequent kind of row, as all checks would; None for every other row.
 
-    Texts alone, of user and assistant in turn, which the checks of `_checked` have no reason to refuse. Half of the time of
-    reading a file is saved.
+    These are texts of user and assistant in turn, which `checked_messages` accepts. This saves half of the time of reading a
+    file.
     """
     if not isinstance(turns, list) or not turns:
         return None
@@ -123,7 +119,7 @@ def _plain_messages(turns: JsonValue) -> list[Message] | None:
         content = turn.get("content")
         if not isinstance(content, str) or not content or content.isspace() or content[0] == "#" or "\0" in content:
             return None
-        messages.append({"role": _ROLES[role], "content": content})
+        messages.append({"role": ROLES[role], "content": content})
     return messages if len(messages) > 1 else None
 
 
@@ -172,7 +168,7 @@ def to_prompt(row: JsonValue, format_name: str = "auto", tools: list[Tool] | Non
     """
     fields = RowFields(_with_dummy_answer(_object(row)), _NO_COLUMNS, None)
     turns = _turns(fields, format_name)
-    return _checked(turns, _tools(fields, tools))[:-1]
+    return checked_messages(turns, _tools(fields, tools))[:-1]
 
 
 def _object(row: JsonValue) -> RawRow:
@@ -375,81 +371,3 @@ def _tools(fields: RowFields, of_dataset: list[Tool] | None) -> list[Tool] | Non
             fields.value(key)
             return found
     return of_dataset
-
-
-def _checked(turns: list[Turn], tools: list[Tool] | None = None) -> list[Message]:
-    """Check roles, their order, contents and tool calls.
-
-    A system message comes first or not at all; user and assistant alternate; the last message is the assistant's.
-    """
-    if not turns:
-        raise BadRow("the chat has no messages")
-    has_calls = any(turn.calls for turn in turns)
-    messages: list[Message] = []
-    for number, turn in enumerate(turns, 1):
-        message = _message(turn, number, has_calls=has_calls)
-        if turn.reasoning:
-            _refuse_nul(turn.reasoning, f"message {number}: reasoning:")
-            message["reasoning_content"] = turn.reasoning
-        if turn.calls:
-            message["tool_calls"] = fitting_calls(list(turn.calls), tools, f"message {number}: tool_calls")
-        if has_calls and message["role"] == "tool":
-            _add_origin(message, turn, messages, number)
-        messages.append(message)
-    speakers = [message["role"] for message in messages if message["role"] not in ("system", "tool")]
-    if not speakers or speakers[0] != "user":
-        raise BadRow("the first message (after the system message) must be a user message")
-    if messages[-1]["role"] != "assistant":
-        raise BadRow(f"the last message has the role {messages[-1]['role']}; expected assistant")
-    for number, (speaker, following) in enumerate(itertools.pairwise(speakers), 1):
-        if speaker == following == "user":
-            raise BadRow(f"two user messages in a row (turns {number} and {number + 1})")
-    if tools is not None:
-        messages[0]["tools"] = tools
-    return messages
-
-
-def _message(turn: Turn, number: int, *, has_calls: bool) -> Message:
-    role, content = turn.role, turn.content
-    role = _OTHER_ROLES.get(role, role) if isinstance(role, str) else role
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadRow(f"message {number}: unknown role {role!r}; expected one of {', '.join(ROLES)}")
-    may_be_empty = role == "system" or bool(turn.calls) or (role == "tool" and has_calls)
-    if content is None and may_be_empty:
-        content = ""
-    if role == "tool" and isinstance(content, dict):  # a result that is JSON
-        content = json.dumps(content, ensure_ascii=False, default=str)
-    if not isinstance(content, str):
-        raise BadRow(f"message {number}: content is {type(content).__name__}; expected text")
-    if not content.strip() and not may_be_empty:
-        raise BadRow(f"message {number}: an empty {role} message")
-    refuse_error_value(content, f"message {number}:")
-    _refuse_nul(content, f"message {number}:")
-    if role == "system" and number != 1:
-        raise BadRow(f"message {number}: a system message must be the first message")
-    return {"role": _ROLES[role], "content": content}  # one text for all rows, which saves memory
-
-
-def _refuse_nul(text: str, where: str) -> None:
-    if "\0" in text:
-        raise BadRow(f"{where} a NUL character (U+0000) at character {text.index(chr(0)) + 1}")
-
-
-def _add_origin(message: Message, turn: Turn, before: list[Message], number: int) -> None:
-    """Note to which call a tool's result belongs, as far as the row says so.
-
-    Raises:
-        BadRow: it does not follow a call, or names another one.
-    """
-    calls = next((m.get("tool_calls", []) for m in reversed(before) if m["role"] != "tool"), [])
-    if not calls:
-        raise BadRow(f"message {number}: a tool's result that does not follow a call")
-    if isinstance(turn.call_id, str) and turn.call_id:
-        identifiers = [call["id"] for call in calls if "id" in call]
-        if identifiers and turn.call_id not in identifiers:
-            raise BadRow(f"message {number}: tool_call_id {turn.call_id!r} is not among the calls before it")
-        message["tool_call_id"] = turn.call_id
-    if isinstance(turn.name, str) and turn.name:
-        if turn.name not in (names := [call["function"]["name"] for call in calls]):
-            raise BadRow(f"message {number}: name {turn.name!r} is not a tool that was called: {', '.join(names)}")
-        message["name"] = turn.name

@@ -21,9 +21,10 @@ import numpy as np
 from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.answer_spans import IfCut
 from loraflow.data.chats import ChatRecord
-from loraflow.data.loss_mask import IGNORED, ChatTemplate, name_row
+from loraflow.data.loss_mask import ChatTemplate, name_row
 from loraflow.data.token_cache import EncodedRows, key_of_rows, segments
 from loraflow.data.token_files import TokenBatch
+from loraflow.data.token_labels import IGNORED
 from loraflow.data.token_report import LongRow, long_rows
 from loraflow.failures import Killed
 from loraflow.store.chunk_cache import ChunkCache

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from loraflow.config.recipe import Data
-from loraflow.config.stage_configs import DvcOrigin
+from loraflow.config.data import Data
+from loraflow.config.locations import DvcOrigin
 from loraflow.data import dvc
 from loraflow.data.chats import BadRow
 from loraflow.data.guess_columns import columns_of

@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from loraflow.config.recipe import Data
-from loraflow.config.stage_configs import CheckGeneralConfig, DatasetLocation, DvcOrigin, FolderOrigin
+from loraflow.config.data import Data
+from loraflow.config.locations import DatasetLocation, DvcOrigin, FolderOrigin
+from loraflow.config.stage_configs import CheckGeneralConfig
 from loraflow.data.chat_formats import to_messages
 from loraflow.data.chats import BadRow, Message
 from loraflow.data.general_rows import FILE, GeneralRow

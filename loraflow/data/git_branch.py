@@ -20,7 +20,7 @@ from loraflow.failures import BadConfig, Network
 from loraflow.store.lock import flock
 
 if TYPE_CHECKING:
-    from loraflow.config.recipe import Data
+    from loraflow.config.data import Data
 
 log = logging.getLogger("loraflow")
 FOLDER = Path(".loraflow", "branches")

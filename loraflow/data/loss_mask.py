@@ -1,6 +1,6 @@
 """Convert chats to token ids and a loss mask, both from one tokenization of one rendered text.
 
-The span of an answer is found in the text (`answer_spans`), and is then mapped to token ids.
+The span of an answer is found in the text (`answer_spans`), and is then mapped to token ids (`token_labels`).
 Counting tokens would be wrong, because control tokens swallow white space. Searching for control tokens would be wrong as
 soon as a message contains one. The mapping uses the tokenizer's offsets, or the faster `alignment` for rows where that is
 verified to be exact.
@@ -14,24 +14,34 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from loraflow.data.alignment import ByteAlignment, Span
 from loraflow.data.answer_spans import Answer, AnswerFinder, IfCut, LossOn
 from loraflow.data.chats import Chat
-from loraflow.data.rendered_calls import call_text, has_text, missing_part, without_tools
+from loraflow.data.render_checks import (
+    refuse_cut_questions,
+    refuse_ignored_tools,
+    refuse_left_out,
+    refuse_other_text,
+)
+from loraflow.data.rendered_calls import call_text
 from loraflow.data.template_process import TemplateProcess, template_process
+from loraflow.data.token_labels import (
+    IGNORED,
+    labels_of_spans,
+    mask_others,
+    spans_by_message,
+    token_span,
+    token_weights,
+)
 from loraflow.data.tokenizer_config import TRAINING_TEMPLATE, read_template, special_tokens
 from loraflow.failures import BadModel
 
-if TYPE_CHECKING:
-    from tokenizers import Encoding
-
-IGNORED = -100  # the label of a token that is not learned: torch's ignore_index
 # Templates for reasoning may refuse or change an answer without any.
 _PROBES: tuple[Chat, ...] = (
     [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
@@ -127,38 +137,38 @@ class ChatTemplate:
         """
         texts = self.render(chats)
         if self._marking is not None:
-            _refuse_other_text(texts, self._marking.render(chats, prompt=False))
+            refuse_other_text(texts, self._marking.render(chats, prompt=False))
         texts = self._closed(chats, texts)
-        _refuse_left_out(chats, texts)
-        self._refuse_ignored_tools(chats, texts, prompt=False)
+        refuse_left_out(chats, texts)
+        refuse_ignored_tools(chats, texts, self.render)
         numbers = learned or [None] * len(chats)
         found = self._answers.find(chats, texts, loss_on, if_cut, numbers)
-        _refuse_cut_questions(chats, texts)
+        refuse_cut_questions(chats, texts)
         if loss_on != "all":
             self._refuse_other_ends(chats, found)
         spans = [[span for answer in answers for span in answer.spans] for answers in found]
         out = []
         aligned = self._aligned(texts, spans)
         of_chats = weights or [None] * len(chats)
-        for chat, answers, wanted, factors, (ids, tokens) in zip(chats, found, numbers, of_chats, aligned, strict=True):
-            labels = ids.copy() if loss_on == "all" else _labels(ids, tokens)
-            token_weights = None
-            if wanted is not None:
-                spans_of = _spans_by_message(chat, answers, tokens)
-                _mask_others(labels, spans_of, wanted)
-                token_weights = None if factors is None else _token_weights(labels, spans_of, wanted, factors)
+        for chat, answers, chosen, factors, (ids, tokens) in zip(chats, found, numbers, of_chats, aligned, strict=True):
+            labels = ids.copy() if loss_on == "all" else labels_of_spans(ids, tokens)
+            of_tokens = None
+            if chosen is not None:
+                spans_of = spans_by_message(chat, answers, tokens)
+                mask_others(labels, spans_of, chosen)
+                of_tokens = None if factors is None else token_weights(labels, spans_of, chosen, factors)
             # A span of the last answer, or of the last one that is learned.
             first = len(tokens) - len(next((a.spans for a in reversed(answers) if a.spans), ()))
             prompt = tokens[first][0] if tokens else len(ids)
             cut = 0 if loss_on == "last_assistant" else sum(not answer.is_learned for answer in answers)
-            out.append(Encoded(ids, labels, prompt, self._special_in(chat), cut, token_weights))
+            out.append(Encoded(ids, labels, prompt, self._special_in(chat), cut, of_tokens))
         return out
 
     def prompt_ids(self, chats: Sequence[Chat]) -> list[list[int]]:
         """Return the ids that generation starts from: the chats without their last answer."""
         asked = [chat[:-1] if chat[-1]["role"] == "assistant" else chat for chat in chats]
         prompts = self.render(asked, prompt=True)
-        self._refuse_ignored_tools(asked, prompts, prompt=True)
+        refuse_ignored_tools(asked, prompts, partial(self.render, prompt=True))
         return [encoding.ids for encoding in self.tokenizer.encode_batch(prompts, add_special_tokens=False)]
 
     def answer_texts(self, chats: Sequence[Chat]) -> list[str]:
@@ -260,29 +270,6 @@ class ChatTemplate:
         known = token is not None and self.tokenizer.token_to_id(token.group()) in self._eos
         return token.group() if token is not None and known else None
 
-    def _refuse_ignored_tools(self, chats: Sequence[Chat], texts: Sequence[str], *, prompt: bool) -> None:
-        """Refuse tools that the template does not render.
-
-        Raises:
-            BadModel: a chat is rendered as without its tools. The failure's details have the number of the chat.
-        """
-        numbers = [number for number, chat in enumerate(chats) if "tools" in chat[0]]
-        if not numbers:
-            return
-        without = self.render([without_tools(chats[number]) for number in numbers], prompt=prompt)
-        for number, plain in zip(numbers, without, strict=True):
-            names = [tool["function"]["name"] for tool in chats[number][0]["tools"]]
-            lost = next((name for name in names if name not in texts[number]), None)
-            if plain == texts[number] or lost is not None:
-                raise BadModel(
-                    "The chat template leaves out the tools of a chat, so the model would not know what it can call.",
-                    where="chat_template",
-                    got=f"the tools {', '.join(names[:8])}",
-                    next_step="choose a base whose chat template knows tools, name another template (base.chat_template), "
-                    "or remove the tools",
-                    chat=number,
-                )
-
     def _control(self, text: str) -> list[str]:
         return self._any_special.findall(text) if self._any_special else []
 
@@ -333,7 +320,7 @@ class ChatTemplate:
         self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
     ) -> list[tuple[np.ndarray, list[Span]]]:
         return [
-            (np.array(encoding.ids, np.int32), [_token_span(encoding, start, end) for start, end in found])
+            (np.array(encoding.ids, np.int32), [token_span(encoding, start, end) for start, end in found])
             for encoding, found in zip(self.tokenizer.encode_batch(texts, add_special_tokens=False), spans, strict=True)
         ]
 
@@ -375,118 +362,3 @@ def eos_ids(folder: Path) -> set[int]:
             raise BadModel("The file is not a JSON object.", where=str(file), got=str(error)[:200]) from error
         found |= {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)}
     return found
-
-
-def _refuse_left_out(chats: Sequence[Chat], texts: Sequence[str]) -> None:
-    """Refuse messages that the template does not render. Questions and answers have checks of their own.
-
-    Raises:
-        BadModel: there is one. The failure's details have the number of the chat.
-    """
-    for number, (chat, text) in enumerate(zip(chats, texts, strict=True)):
-        for message in chat:
-            if message["role"] in ("system", "tool") and not has_text(text, message["content"]):
-                raise BadModel(
-                    f"The chat template leaves out {message['role']} messages.",
-                    where="chat_template",
-                    got=message["content"][:80],
-                    next_step=f"remove {message['role']} messages from the dataset, or correct the template",
-                    chat=number,
-                )
-            if "tool_calls" in message and (missing := missing_part(text, message)) is not None:
-                raise BadModel(
-                    "The chat template leaves out a tool call, or a part of it.",
-                    where="chat_template",
-                    got=missing[:80],
-                    next_step="choose a base whose chat template knows tools, name another template (base.chat_template), "
-                    "or remove these rows",
-                    chat=number,
-                )
-
-
-def _refuse_cut_questions(chats: Sequence[Chat], texts: Sequence[str]) -> None:
-    """Refuse questions that the template does not render completely.
-
-    Raises:
-        BadModel: there is one. The failure's details have the number of the chat.
-    """
-    for number, (chat, text) in enumerate(zip(chats, texts, strict=True)):
-        for message in chat:
-            if message["role"] == "user" and not has_text(text, message["content"]):
-                raise BadModel(
-                    "The chat template leaves out or changes a part of a question, so the model would not see it.",
-                    where="chat_template",
-                    got=message["content"][:80],
-                    next_step="correct the template, name another one (base.chat_template), or remove these rows",
-                    chat=number,
-                )
-
-
-def _refuse_other_text(texts: Sequence[str], marked: Sequence[str]) -> None:
-    """Refuse a training template that renders another text than the template that a server uses.
-
-    Raises:
-        BadModel: a text differs. The failure's details have the number of the chat.
-    """
-    for number, (served, trained) in enumerate(zip(texts, marked, strict=True)):
-        if served != trained:
-            at = len(os.path.commonprefix([served, trained]))  # noqa: RUF071 (letters, not folders)
-            raise BadModel(
-                "The training template renders another text than the model's own template, which serves it.",
-                where="base.chat_template",
-                expected=f"{served[max(0, at - 30) : at + 40]!r}, the first difference at character {at}",
-                got=repr(trained[max(0, at - 30) : at + 40]),
-                next_step="remove base.chat_template; or write the template without {% generation %} blocks, to serve it",
-                chat=number,
-            )
-
-
-def _labels(ids: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    labels = np.full(len(ids), IGNORED, np.int32)
-    for first, last in spans:
-        labels[first:last] = ids[first:last]
-    return labels
-
-
-def _spans_by_message(chat: Chat, answers: Sequence[Answer], tokens: Sequence[Span]) -> dict[int, Sequence[Span]]:
-    """Return {number of an answer's message: its spans of tokens}. `tokens` are the spans of all answers in order."""
-    found: dict[int, Sequence[Span]] = {}
-    at = 0
-    for number, answer in zip((n for n, m in enumerate(chat) if m["role"] == "assistant"), answers, strict=True):
-        found[number] = tokens[at : at + len(answer.spans)]
-        at += len(answer.spans)
-    return found
-
-
-def _mask_others(labels: np.ndarray, spans: dict[int, Sequence[Span]], learned: Sequence[int]) -> None:
-    """Take the answers that are not learned out of the labels, in place."""
-    for number, parts in spans.items():
-        if number not in learned:
-            for first, last in parts:
-                labels[first:last] = IGNORED
-
-
-def _token_weights(
-    labels: np.ndarray, spans: dict[int, Sequence[Span]], learned: Sequence[int], weights: Sequence[float]
-) -> np.ndarray:
-    """Return the weight of each token in the loss."""
-    found: np.ndarray = (labels != IGNORED).astype(np.float32)
-    for number, weight in zip(learned, weights, strict=True):
-        for first, last in spans.get(number, ()):
-            found[first:last] *= np.float32(weight)
-    return found
-
-
-def _token_span(encoding: Encoding, start: int, end: int) -> Span:
-    """Map a span of characters to the tokens that begin inside it."""
-    first = next((t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None)
-    last = next((t for c in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(c)) is not None), None)
-    if first is None or last is None:
-        return len(encoding.ids), len(encoding.ids)
-    # "<|assistant|>" swallows the white space after it, even white space of the answer. That token belongs to the prompt.
-    while first <= last and (chars := encoding.token_to_chars(first)) is not None and chars[0] < start:
-        first += 1
-    # One character can be several tokens (the bytes of an emoji), which all have its offsets.
-    while last + 1 < len(encoding.ids) and encoding.token_to_chars(last + 1) == encoding.token_to_chars(last):
-        last += 1
-    return first, last + 1

@@ -12,7 +12,8 @@ import numpy as np
 from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.answer_spans import IfCut
 from loraflow.data.chats import ChatRecord
-from loraflow.data.loss_mask import IGNORED, ChatTemplate, name_row
+from loraflow.data.loss_mask import ChatTemplate, name_row
+from loraflow.data.token_labels import IGNORED
 from loraflow.data.token_report import SampleRow
 from loraflow.failures import BadConfig
 

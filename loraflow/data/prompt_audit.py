@@ -13,7 +13,8 @@ from pydantic import JsonValue
 from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.answer_spans import IfCut
 from loraflow.data.chats import ChatRecord
-from loraflow.data.loss_mask import IGNORED, ChatTemplate, name_row
+from loraflow.data.loss_mask import ChatTemplate, name_row
+from loraflow.data.token_labels import IGNORED
 from loraflow.failures import BadModel
 
 log = logging.getLogger(__name__)

@@ -8,14 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from loraflow.config.data_sources import DataSource
-from loraflow.config.stage_configs import (
-    DatasetLocation,
-    DvcOrigin,
-    FolderOrigin,
-    SourcePart,
-    SourcesOrigin,
-    VersionDatasetConfig,
-)
+from loraflow.config.locations import DatasetLocation, DvcOrigin, FolderOrigin, SourcePart, SourcesOrigin
+from loraflow.config.stage_configs import VersionDatasetConfig
 from loraflow.data import dvc
 from loraflow.data.hidden_files import is_hidden
 from loraflow.data.sqlite_reader import plain_query, refuse_unsaved

@@ -19,7 +19,8 @@ import numpy as np
 from pydantic import JsonValue
 
 from loraflow.config.stage_configs import TokenizeConfig
-from loraflow.data.loss_mask import IGNORED, Encoded
+from loraflow.data.loss_mask import Encoded
+from loraflow.data.token_labels import IGNORED
 from loraflow.job import Job
 
 FORMAT = 1  # of the entries

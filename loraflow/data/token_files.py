@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import JsonValue
 
-from loraflow.data.loss_mask import IGNORED
+from loraflow.data.token_labels import IGNORED
 
 SHARD = "data-00000-of-00001.arrow"
 _FEATURES: dict[str, JsonValue] = {

@@ -7,15 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from loraflow.config.data import Data
 from loraflow.config.data_sources import DataSource
-from loraflow.config.recipe import Data
-from loraflow.config.stage_configs import (
-    DatasetLocation,
-    DvcOrigin,
-    FolderOrigin,
-    SourcesOrigin,
-    VersionDatasetConfig,
-)
+from loraflow.config.locations import DatasetLocation, DvcOrigin, FolderOrigin, SourcesOrigin
+from loraflow.config.stage_configs import VersionDatasetConfig
 from loraflow.data import dvc
 from loraflow.data.git import is_url
 from loraflow.data.source_files import locate_sources, refuse_other_sources

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraflow.data.loss_mask import IGNORED, Encoded
+from loraflow.data.loss_mask import Encoded
+from loraflow.data.token_labels import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

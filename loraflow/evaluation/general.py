@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraflow.config.recipe import GENERAL_SETS
+from loraflow.config.data import GENERAL_SETS
 from loraflow.config.stage_configs import ScoreGeneralConfig
 from loraflow.data.general_rows import FILE, GeneralRow, read_general
 from loraflow.evaluation.choices import encode_choice, is_right

@@ -9,7 +9,8 @@ import numpy as np
 
 from loraflow.base.load import has_linear_head
 from loraflow.base.longrope import fixed_angles
-from loraflow.data.loss_mask import IGNORED, Encoded
+from loraflow.data.loss_mask import Encoded
+from loraflow.data.token_labels import IGNORED
 from loraflow.evaluation.generation import SINGLE_PROCESS
 from loraflow.evaluation.prefix_cache import SharedPrefix, shared_prefix
 from loraflow.evaluation.row_batches import groups_of

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 from loraflow import failures
-from loraflow.config.stage_configs import FolderOrigin, StageConfig
+from loraflow.config.locations import FolderOrigin
+from loraflow.config.stage_configs import StageConfig
 from loraflow.job import Job
 from loraflow.stages import STAGES
 from loraflow.store import Store

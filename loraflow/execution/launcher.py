@@ -16,7 +16,8 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from loraflow import __version__, failures
-from loraflow.config.stage_configs import JobRuntime, RetryWith, StageConfig
+from loraflow.config.job_runtime import JobRuntime, RetryWith
+from loraflow.config.stage_configs import StageConfig
 from loraflow.execution.cache import look_up
 from loraflow.execution.classify import storage_failure
 from loraflow.execution.code_digest import code_digest

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from loraflow import identity
 from loraflow.config import Recipe
-from loraflow.config.stage_configs import FolderOrigin
+from loraflow.config.locations import FolderOrigin
 from loraflow.data.positions import Positions
 from loraflow.evaluation.values import LARGEST_VOCABULARY
 from loraflow.execution.cache import OTHER_CODE, known_changes, look_up

@@ -13,7 +13,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from loraflow import __version__
-from loraflow.config.stage_configs import DvcOrigin, JobRuntime, StageConfig, VersionDatasetConfig
+from loraflow.config.job_runtime import JobRuntime
+from loraflow.config.locations import DvcOrigin
+from loraflow.config.stage_configs import StageConfig, VersionDatasetConfig
 from loraflow.data import dvc
 from loraflow.data.source_files import wrong_sources
 from loraflow.execution.job_file import JobFile

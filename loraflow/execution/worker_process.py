@@ -15,7 +15,8 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from loraflow import failures
-from loraflow.config.stage_configs import HubOrigin, StageConfig
+from loraflow.config.locations import HubOrigin
+from loraflow.config.stage_configs import StageConfig
 from loraflow.execution.job_file import JobFile
 from loraflow.execution.log_file import LOGS, ProgressReader, limit_log, mask_log
 from loraflow.execution.memory_record import clear_memory

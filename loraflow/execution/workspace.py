@@ -7,7 +7,8 @@ from collections.abc import Mapping, Set
 from functools import cached_property
 
 from loraflow.config import Recipe
-from loraflow.config.stage_configs import BaseLocation, DatasetLocation, RecipeContext, StageConfig, TrainConfig
+from loraflow.config.locations import BaseLocation, DatasetLocation
+from loraflow.config.stage_configs import RecipeContext, StageConfig, TrainConfig
 from loraflow.failures import Failure
 from loraflow.job import Job
 from loraflow.registry import Entry, PromotionLog

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import JsonValue
 
 from loraflow import __version__
-from loraflow.config.recipe import UnfingerprintedTraining
+from loraflow.config.training import UnfingerprintedTraining
 from loraflow.data.served_template import served_date
 from loraflow.evaluation.values import Scores
 from loraflow.identity import short

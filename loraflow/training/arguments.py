@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import JsonValue
 
-from loraflow.config.recipe import TrainerSettings
+from loraflow.config.training import TrainerSettings
 from loraflow.failures import BadConfig, MissingExtra
 from loraflow.hardware.device import Device
 from loraflow.training.schedule import StepCount

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from loraflow.config.recipe import PeftConfig
+    from loraflow.config.lora import PeftConfig
     from loraflow.training.trainer import LoraPlusTrainer
 
 log = logging.getLogger(__name__)

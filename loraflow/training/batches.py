@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from loraflow.data.loss_mask import IGNORED
+from loraflow.data.token_labels import IGNORED
 from loraflow.data.token_rows import Document, TokenRows
 from loraflow.hardware.process_group import ProcessGroup
 from loraflow.training.collation import (

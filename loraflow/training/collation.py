@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraflow.data.loss_mask import IGNORED
+from loraflow.data.token_labels import IGNORED
 from loraflow.data.token_rows import Document, TokenRows
 
 

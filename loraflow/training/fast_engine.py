@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,8 +31,28 @@ from loraflow.training.trainer import BuiltTrainer, FastTrainer
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
+    from trl import SFTConfig
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """The passes of a training on one device."""
+
+    fit: MemoryFit
+    tokens: int  # of a pass
+    count: int  # in the whole training
+    is_compiling: bool  # whether compiling pays off if no passes are recorded
+
+
+@dataclass(frozen=True)
+class _Acceleration:
+    """Whether passes are recorded as CUDA graphs and layers are compiled, and why."""
+
+    is_graphed: bool
+    graphs_why: str
+    compiled_why: str
 
 
 def build_fast_trainer(
@@ -40,38 +60,21 @@ def build_fast_trainer(
 ) -> BuiltTrainer:
     """Build the trainer, and prepare its model's layers."""
     sharded = choices.base_sharded
-    fit = choose_memory_fit(setup, attention, sharded=sharded)
-    tokens, passes = passes_of(setup, fit.tokens)
-    is_compiling = choose_compile(setup, attention, tokens, passes, graphed=False)[0]
-    # If it is asked for, the layers are compiled for it, whatever time that saves.
-    if fit.elementwise and not is_compiling and setup.runtime.checkpointing != "elementwise":
-        fit = choose_memory_fit(setup, attention, sharded=sharded, compiled=False)
-        tokens, passes = passes_of(setup, fit.tokens)
+    passes = _plan_passes(setup, attention, sharded=sharded)
+    fit = passes.fit
     sharing, sharing_note = choose_prefix_sharing(setup, model, attention)
     micro_batch_rows = None if attention.concatenated else _micro_batch_rows(setup)
     base_dtype: torch.dtype = getattr(torch, setup.config.base.dtype)
     compute_dtype: torch.dtype = getattr(torch, setup.compute_dtype)
-    # The dataset's items are whole optimizer steps.
-    batch_settings = BatchSettings(
-        rows=1, accumulation=1, gradient_checkpointing=False, activation_offloading=fit.recompute == "offload"
-    )
     trainer = FastTrainer(
         model=model,
-        args=trainer_arguments(
-            setup.settings,
-            setup.steps,
-            batch_settings,
-            setup.device,
-            setup.runtime.engine,
-            setup.work,
-            setup.checkpoints,
-        ),
+        args=_arguments(setup, fit),
         steps=_training_steps(
             setup,
             fit,
             micro_batch_rows,
             sharing,
-            length_cost=cost_of_length(setup, tokens, is_compiling),
+            length_cost=cost_of_length(setup, passes.tokens, passes.is_compiling),
             sharded=sharded,
         ),
         validation=_validation_steps(setup, fit, attention, sharing, sharded=sharded),
@@ -84,27 +87,7 @@ def build_fast_trainer(
     )
     initial = initialise_adapter(setup, trainer)
     _prepare_adapter(setup, trainer, base_dtype, compute_dtype)
-    # Offloaded activations are not recomputed.
-    recomputed = 0.0 if fit.recompute == "offload" else fit.share
-    is_graphed, graphs_why = choose_graphs(setup, attention, fit, trainer, sharded=sharded, passes=passes)
-    log.info("passes are %srecorded as CUDA graphs: %s", "" if is_graphed else "not ", graphs_why)
-
-    def compile_after_all() -> None:
-        """Compile the layers, if that was not worthwhile only because passes were to be recorded."""
-        pays_off, why = choose_compile(setup, attention, tokens, passes, graphed=False)
-        if pays_off and not trainer.compiled_layers and fit.recompute == "none":
-            log.info("layers are compiled: %s", why)
-            trainer.compiled_layers = prepare_layers(trainer.decoder, compiled=True, recomputed=0.0)
-
-    if is_graphed:
-        trainer.graphs = GraphedPass(trainer.hidden_states, trainer.trained, compile_after_all)
-    is_compiled, compiled_why = choose_compile(setup, attention, tokens, passes, graphed=is_graphed)
-    if fit.elementwise and not is_compiled:
-        is_compiled, compiled_why = True, fit.why
-    log.info("layers are %scompiled: %s", "" if is_compiled else "not ", compiled_why)
-    trainer.compiled_layers = prepare_layers(
-        trainer.decoder, compiled=is_compiled, recomputed=recomputed, elementwise=fit.elementwise
-    )
+    acceleration = _accelerate(setup, attention, passes, trainer, sharded=sharded)
     frozen_bytes, replicated_bytes = sharding.frozen_bytes(trainer.model)
     choices = replace(
         choices,
@@ -119,12 +102,70 @@ def build_fast_trainer(
         replicated_bytes=replicated_bytes,
         fast_loras=len(trainer.loras),
         compiled_layers=len(trainer.compiled_layers),
-        compiled_why=compiled_why,
-        cuda_graphs=is_graphed,
-        cuda_graphs_why=graphs_why,
+        compiled_why=acceleration.compiled_why,
+        cuda_graphs=acceleration.is_graphed,
+        cuda_graphs_why=acceleration.graphs_why,
     )
     size = MicroBatchSize(setup.longest_row, rows=micro_batch_rows, tokens=fit.tokens, recompute=fit.recompute)
     return BuiltTrainer(trainer, choices, size, initial)
+
+
+def _plan_passes(setup: TrainingSetup, attention: Attention, *, sharded: bool) -> _Passes:
+    """Choose the size of a micro-batch. Layers recompute elementwise operations only if they are compiled."""
+    fit = choose_memory_fit(setup, attention, sharded=sharded)
+    tokens, count = passes_of(setup, fit.tokens)
+    is_compiling = choose_compile(setup, attention, tokens, count, graphed=False)[0]
+    # If it is asked for, the layers are compiled for it, whatever time that saves.
+    if fit.elementwise and not is_compiling and setup.runtime.checkpointing != "elementwise":
+        fit = choose_memory_fit(setup, attention, sharded=sharded, compiled=False)
+        tokens, count = passes_of(setup, fit.tokens)
+    return _Passes(fit, tokens, count, is_compiling)
+
+
+def _arguments(setup: TrainingSetup, fit: MemoryFit) -> SFTConfig:
+    """Return the trainer's arguments. The dataset's items are whole optimizer steps."""
+    batch_settings = BatchSettings(
+        rows=1, accumulation=1, gradient_checkpointing=False, activation_offloading=fit.recompute == "offload"
+    )
+    return trainer_arguments(
+        setup.settings,
+        setup.steps,
+        batch_settings,
+        setup.device,
+        setup.runtime.engine,
+        setup.work,
+        setup.checkpoints,
+    )
+
+
+def _accelerate(
+    setup: TrainingSetup, attention: Attention, passes: _Passes, trainer: FastTrainer, *, sharded: bool
+) -> _Acceleration:
+    """Record passes as CUDA graphs and compile the trainer's layers, where that pays off."""
+    fit = passes.fit
+    is_graphed, graphs_why = choose_graphs(setup, attention, fit, trainer, sharded=sharded, passes=passes.count)
+    log.info("passes are %srecorded as CUDA graphs: %s", "" if is_graphed else "not ", graphs_why)
+
+    def compile_after_all() -> None:
+        """Compile the layers, if that was not worthwhile only because passes were to be recorded."""
+        pays_off, why = choose_compile(setup, attention, passes.tokens, passes.count, graphed=False)
+        if pays_off and not trainer.compiled_layers and fit.recompute == "none":
+            log.info("layers are compiled: %s", why)
+            trainer.compiled_layers = prepare_layers(trainer.decoder, compiled=True, recomputed=0.0)
+
+    if is_graphed:
+        trainer.graphs = GraphedPass(trainer.hidden_states, trainer.trained, compile_after_all)
+    is_compiled, compiled_why = choose_compile(setup, attention, passes.tokens, passes.count, graphed=is_graphed)
+    if fit.elementwise and not is_compiled:
+        is_compiled, compiled_why = True, fit.why
+    log.info("layers are %scompiled: %s", "" if is_compiled else "not ", compiled_why)
+    trainer.compiled_layers = prepare_layers(
+        trainer.decoder,
+        compiled=is_compiled,
+        recomputed=0.0 if fit.recompute == "offload" else fit.share,  # offloaded activations are not recomputed
+        elementwise=fit.elementwise,
+    )
+    return _Acceleration(is_graphed, graphs_why, compiled_why)
 
 
 def choose_memory_fit(

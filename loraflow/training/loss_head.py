@@ -7,7 +7,7 @@ best token, which takes as long again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TypeAlias
 
@@ -47,17 +47,8 @@ class FrozenHeadLoss(torch.autograd.Function):
         """Return the sum in fp32, and save the gradient of the hidden states."""
         gradient = torch.empty_like(hidden)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for at in range(0, len(hidden), CHUNK):
-            part = hidden[at : at + CHUNK]
-            logits = torch.nn.functional.linear(part, weight, bias)
-            if factor != 1:
-                logits *= factor
-            weights = None if loss_weights is None else loss_weights[at : at + CHUNK]
-            losses, slope = nll_and_slope(logits, targets[at : at + CHUNK], weights)
+        for losses in _losses_by_chunk(hidden, weight, bias, targets, factor, gradient, loss_weights):
             total += losses.sum()
-            if factor != 1:
-                slope *= factor
-            torch.mm(slope, weight, out=gradient[at : at + CHUNK])
         ctx.save_for_backward(gradient)
         return total
 
@@ -67,6 +58,28 @@ class FrozenHeadLoss(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         # In float, because fp16's loss scale does not fit into fp16.
         return (gradient.float() * up).to(gradient.dtype), None, None, None, None, None
+
+
+def _losses_by_chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    factor: float,
+    gradient: Tensor,
+    loss_weights: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Yield -log p of the targets, weighted, a chunk at a time. Write the gradient of the hidden states into `gradient`."""
+    for at in range(0, len(hidden), CHUNK):
+        logits = torch.nn.functional.linear(hidden[at : at + CHUNK], weight, bias)
+        if factor != 1:
+            logits *= factor
+        weights = None if loss_weights is None else loss_weights[at : at + CHUNK]
+        losses, slope = nll_and_slope(logits, targets[at : at + CHUNK], weights)
+        if factor != 1:
+            slope *= factor
+        torch.mm(slope, weight, out=gradient[at : at + CHUNK])
+        yield losses
 
 
 def nll_and_slope(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -115,14 +128,9 @@ class EachTokenLoss(torch.autograd.Function):
         """Return the losses [n], and save the gradient of the hidden states for each."""
         gradient = torch.empty_like(hidden)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        for at in range(0, len(hidden), CHUNK):
-            logits = torch.nn.functional.linear(hidden[at : at + CHUNK], weight, bias)
-            if factor != 1:
-                logits *= factor
-            losses[at : at + CHUNK], slope = nll_and_slope(logits, targets[at : at + CHUNK])
-            if factor != 1:
-                slope *= factor
-            torch.mm(slope, weight, out=gradient[at : at + CHUNK])
+        chunks = _losses_by_chunk(hidden, weight, bias, targets, factor, gradient)
+        for number, of_chunk in enumerate(chunks):
+            losses[number * CHUNK : (number + 1) * CHUNK] = of_chunk
         ctx.save_for_backward(gradient)
         return losses
 
@@ -162,11 +170,11 @@ def head_loss(
         loss: Tensor = FrozenHeadLoss.apply(hidden, head.weight, head.bias, targets, factor, weights)  # type: ignore[no-untyped-call]
         return loss
 
-    def part(states: Tensor, wanted: Tensor, factors: Tensor | None) -> Tensor:
+    def part(states: Tensor, following: Tensor, factors: Tensor | None) -> Tensor:
         logits = head(states) if factor == 1 else head(states) * factor
         if factors is None:
-            return cross_entropy(logits.float(), wanted, reduction="sum")
-        return (cross_entropy(logits.float(), wanted, reduction="none") * factors).sum()
+            return cross_entropy(logits.float(), following, reduction="sum")
+        return (cross_entropy(logits.float(), following, reduction="none") * factors).sum()
 
     if len(hidden) <= CHUNK:
         return part(hidden, targets, weights)

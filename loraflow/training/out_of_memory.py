@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from loraflow.config.stage_configs import RetryWith
+from loraflow.config.job_runtime import RetryWith
 from loraflow.failures import OutOfMemory
 from loraflow.training.memory import Recompute
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from loraflow.data.common_prefix import common_prefix_length
-from loraflow.data.loss_mask import IGNORED
+from loraflow.data.token_labels import IGNORED
 from loraflow.data.token_rows import Document
 from loraflow.training.collation import MicroBatch, Weights, has_weights, learned_weights
 from loraflow.training.memory import ModelShape

@@ -11,7 +11,8 @@ from loraflow.adapters.targets import find_targets
 from loraflow.base.architecture import obstacle_to_packing, obstacle_to_quantization
 from loraflow.base.meta import model_without_weights
 from loraflow.base.support import Support
-from loraflow.config.recipe import PeftConfig, Recipe
+from loraflow.config.lora import PeftConfig
+from loraflow.config.recipe import Recipe
 from loraflow.failures import BadConfig
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from loraflow.adapters.variants import EVA_FILE
 from loraflow.base.load import load_tokenizer
-from loraflow.config.recipe import TrainerSettings
-from loraflow.config.stage_configs import JobRuntime, TrainConfig
+from loraflow.config.job_runtime import JobRuntime
+from loraflow.config.stage_configs import TrainConfig
+from loraflow.config.training import TrainerSettings
 from loraflow.data.positions import Positions
 from loraflow.data.token_rows import TokenRows
 from loraflow.hardware.device import Device, free_gpu_bytes, pick_device
@@ -121,7 +122,7 @@ def prepare_training(job: Job[TrainConfig], inputs: Inputs, progress: Progress) 
     """
     config, work = job.config, progress.work
     assert work is not None
-    settings = config.trainer_settings(job.runtime)
+    settings = job.runtime.trainer_settings(config)
     check_trackers(settings.report_to)
     rows, validation = _read_rows(inputs["tokens"], with_validation=settings.eval_strategy != "no")
     figures = _figures(inputs["tokens"])

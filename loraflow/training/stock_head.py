@@ -13,7 +13,7 @@ from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput
 
 from loraflow.base.architecture import is_tested, scales_logits_unknown_to_trl
-from loraflow.data.loss_mask import IGNORED
+from loraflow.data.token_labels import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

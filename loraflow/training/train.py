@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from loraflow.adapters.origin import write_origin
-from loraflow.config.stage_configs import RetryWith, TrainConfig
+from loraflow.config.job_runtime import RetryWith
+from loraflow.config.stage_configs import TrainConfig
 from loraflow.hardware.device import peak_gpu_gib
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary

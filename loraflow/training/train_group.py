@@ -18,7 +18,8 @@ from pydantic import JsonValue
 
 from loraflow.adapters.lora_config import lora_config
 from loraflow.base.architecture import logit_factor, obstacle_to_fast_engine
-from loraflow.config.stage_configs import RetryWith, TrainConfig, TrainGroupConfig
+from loraflow.config.job_runtime import RetryWith
+from loraflow.config.stage_configs import TrainConfig, TrainGroupConfig
 from loraflow.failures import CannotGroup
 from loraflow.hardware.device import peak_gpu_gib
 from loraflow.job import Inputs, Job, Progress
@@ -91,7 +92,7 @@ def _prepare(job: Job[TrainGroupConfig], inputs: Inputs, progress: Progress) -> 
     first = replace(prepare_training(alone, inputs, progress), group_rank=_padded_rank(trials))
     setups = []
     for trial in trials:
-        settings = trial.trainer_settings(job.runtime)
+        settings = job.runtime.trainer_settings(trial)
         order = row_order(len(first.rows), len(first.order), settings.seed)
         setups.append(replace(first, config=trial, settings=settings, order=order))
     return setups

@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from loraflow.base.architecture import logit_factor
-from loraflow.data.loss_mask import IGNORED
+from loraflow.data.token_labels import IGNORED
 from loraflow.hardware.process_group import ProcessGroup
 from loraflow.training.batches import StepDataset, StepItem
 from loraflow.training.callbacks import PreemptionHandler

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from loraflow.adapters.targets import find_targets
 from loraflow.base.support import Support
-from loraflow.config.recipe import PeftConfig
+from loraflow.config.lora import PeftConfig
 from tests.families.tiny import FAMILIES, family_config
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "models.md"

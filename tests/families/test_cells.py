@@ -14,7 +14,7 @@ from loraflow.adapters.merge_folders import merge
 from loraflow.base.architecture import logit_factor
 from loraflow.base.load import load_model, load_tokenizer, stop_ids
 from loraflow.base.support import Support
-from loraflow.config.recipe import PeftConfig
+from loraflow.config.lora import PeftConfig
 from loraflow.evaluation.generation import generate_answers
 from loraflow.hardware.attention import DOCUMENTS, attention_with_mask
 from loraflow.training import attention

@@ -13,7 +13,7 @@ from loraflow.adapters.accept import check_adapter
 from loraflow.adapters.lora_config import lora_config
 from loraflow.adapters.merge_folders import merge
 from loraflow.base.meta import model_without_weights
-from loraflow.config.recipe import PeftConfig
+from loraflow.config.lora import PeftConfig
 from tests.conftest import build_tokenizer
 from tests.families.test_matrix import EXPERTS
 from tests.families.tiny import FAMILIES, family_config

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from loraflow.adapters.lora_config import check_targets, check_trainable, lora_config
 from loraflow.adapters.targets import find_targets
-from loraflow.config.recipe import PeftConfig
+from loraflow.config.lora import PeftConfig
 from loraflow.failures import BadConfig
 from tests.families.tiny import COMMON, tiny_config
 

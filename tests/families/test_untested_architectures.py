@@ -11,7 +11,7 @@ from loraflow.adapters.lora_config import check_trainable
 from loraflow.adapters.targets import find_targets, has_routers
 from loraflow.base.load import has_linear_head
 from loraflow.base.usable import refuse_unknown_architecture
-from loraflow.config.recipe import PeftConfig
+from loraflow.config.lora import PeftConfig
 from loraflow.evaluation.generation import generate_answers
 from loraflow.evaluation.padding_check import batches_are_exact, prefix_is_exact
 from loraflow.failures import BadConfig, BadModel

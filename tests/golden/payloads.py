@@ -12,7 +12,7 @@ from typing import Any
 
 from loraflow import identity
 from loraflow.config import Recipe, load_recipe
-from loraflow.config.stage_configs import BaseLocation, DatasetLocation, FolderOrigin, HubOrigin
+from loraflow.config.locations import BaseLocation, DatasetLocation, FolderOrigin, HubOrigin
 from loraflow.stages import STAGES
 from loraflow.store import Ref
 from tests.job_factory import Outside, make_job

@@ -6,7 +6,7 @@ import pytest
 
 from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.adapters.validation import check_config, check_initialisation, check_tensors
-from loraflow.config.recipe import PeftConfig
+from loraflow.config.lora import PeftConfig
 from loraflow.failures import BadModel
 
 

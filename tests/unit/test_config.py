@@ -11,8 +11,8 @@ from pydantic.fields import FieldInfo
 
 from loraflow.config import Runtime, parse_recipe
 from loraflow.config.load import section_model
+from loraflow.config.locations import BaseLocation, DatasetLocation, FolderOrigin
 from loraflow.config.recipe import Recipe
-from loraflow.config.stage_configs import BaseLocation, DatasetLocation, FolderOrigin
 from loraflow.failures import BadConfig
 from loraflow.stages import STAGES
 from loraflow.store import Ref

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from loraflow.config.recipe import Data
+from loraflow.config.data import Data
 from loraflow.data import dvc, version
 from loraflow.failures import BadConfig, BadData, DirtyData, MissingData
 from loraflow.job import Inputs, Job, Progress

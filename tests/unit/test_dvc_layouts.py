@@ -10,7 +10,7 @@ import pytest
 from dvc.repo import Repo
 from dvc_data.hashfile.build import IgnoreInCollectedDirError, build
 
-from loraflow.config.recipe import Data
+from loraflow.config.data import Data
 from loraflow.data import dvc, version
 from loraflow.failures import BadData
 from loraflow.store.files import HashMemo

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loraflow.config.recipe import Data
+from loraflow.config.data import Data
 from loraflow.data import dataset_files, dvc, version
 from loraflow.failures import BadData, DirtyData
 from loraflow.store.files import HashMemo

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from loraflow.config.recipe import SCORES
+from loraflow.config.evaluation import SCORES
 from loraflow.evaluation.evidence import Evidence, exact_p_value, gaffke_p_value
 from loraflow.evaluation.gate import decide, heldout_rows
 from loraflow.evaluation.intervals import mean_interval, tango_bound

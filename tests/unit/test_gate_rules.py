@@ -6,8 +6,9 @@ import pytest
 from pydantic import ValidationError
 
 from loraflow.config import parse_recipe
+from loraflow.config.evaluation import SCORES
+from loraflow.config.gate import Gate
 from loraflow.config.gate_rules import largest_difference
-from loraflow.config.recipe import SCORES, Gate
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.values import RANGES
 from loraflow.execution import reproduce as reproducing

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loraflow.config.recipe import Data
+from loraflow.config.data import Data
 from loraflow.data import dvc
 from loraflow.data.compare import read_revision
 from loraflow.data.dvc_pin import parse_pin

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from loraflow.data import tokenization as tokens
-from loraflow.data.loss_mask import IGNORED
+from loraflow.data.token_labels import IGNORED
 from loraflow.data.token_rows import TokenRows
 from loraflow.job import Inputs, Progress
 from loraflow.training import collation, prefix_sharing

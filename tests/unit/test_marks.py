@@ -9,9 +9,10 @@ import pytest
 
 from loraflow.data.chat_formats import read_chat, to_prompt
 from loraflow.data.chats import BadRow
-from loraflow.data.loss_mask import IGNORED, ChatTemplate
+from loraflow.data.loss_mask import ChatTemplate
 from loraflow.data.marks import MarkedFalse
 from loraflow.data.readers import read_rows
+from loraflow.data.token_labels import IGNORED
 from tests.unit.test_check import run_check
 
 QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.near_duplicates import all_pairs, found_pairs, make_chats
-from loraflow.config.recipe import Data, Recipe
+from loraflow.config.data import Data
+from loraflow.config.recipe import Recipe
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data import check, row_limits
 from loraflow.data.check_report import CheckReport

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from loraflow.config import load_recipe
-from loraflow.config.recipe import Data
+from loraflow.config.data import Data
 from loraflow.execution.deal import deal_for_scores, deal_heldout, use_dealt_rows
 from loraflow.execution.launcher import run_job
 from loraflow.execution.plan import gate_power, plan

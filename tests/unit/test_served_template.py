@@ -9,10 +9,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from loraflow.data import loss_mask
-from loraflow.data.loss_mask import IGNORED, ChatTemplate
+from loraflow.data.loss_mask import ChatTemplate
 from loraflow.data.reasoning import without_reasoning
 from loraflow.data.served_template import pinned, pinned_date, read_named_template, write_served_template
 from loraflow.data.template import CompiledTemplate
+from loraflow.data.token_labels import IGNORED
 from loraflow.failures import BadConfig, BadModel
 from tests.conftest import PHI3_TEMPLATE, build_tokenizer
 from tests.in_process_template import InProcessTemplate

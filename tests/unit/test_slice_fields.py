@@ -8,7 +8,7 @@ import pytest
 
 from loraflow.cli.show import _score_lines
 from loraflow.config import load_recipe
-from loraflow.config.recipe import Data
+from loraflow.config.data import Data
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data import check
 from loraflow.data.heldout_fields import FILE, MAX_VALUES, NO_VALUE, parse_field_values, write_field_values

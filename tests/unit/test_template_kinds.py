@@ -7,8 +7,9 @@ from transformers import AutoTokenizer
 from loraflow.base import mask_check
 from loraflow.base.template_check import check_template
 from loraflow.data import loss_mask
-from loraflow.data.loss_mask import IGNORED, ChatTemplate
+from loraflow.data.loss_mask import ChatTemplate
 from loraflow.data.served_template import pinned
+from loraflow.data.token_labels import IGNORED
 from loraflow.failures import BadModel
 from tests.conftest import build_tokenizer
 from tests.in_process_template import InProcessTemplate

@@ -10,9 +10,10 @@ import pytest
 
 from loraflow.config import Recipe
 from loraflow.data import chunk_encoder, token_cache
-from loraflow.data.loss_mask import IGNORED, Encoded
+from loraflow.data.loss_mask import Encoded
 from loraflow.data.token_cache import EncodedRows, key_of_rows, segments
 from loraflow.data.token_files import BATCH_ROWS, TokenBatch, batches_of
+from loraflow.data.token_labels import IGNORED
 from loraflow.store import Ref
 from loraflow.store.checkpoints import reset_work_folder
 from loraflow.store.chunk_cache import ChunkCache, stale_entries

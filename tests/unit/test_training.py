@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 from loraflow.config import parse_recipe
-from loraflow.config.recipe import BestCheckpoint
 from loraflow.config.stage_configs import FingerprintedTraining
+from loraflow.config.training import BestCheckpoint
 from loraflow.data import tokenization as tokens
 from loraflow.data.token_rows import TokenRows
 from loraflow.failures import BadConfig, NonFiniteLoss, Preempted

@@ -6,8 +6,8 @@ import pytest
 
 from loraflow.base import hub, resolve
 from loraflow.base.usable import refuse_unusable
+from loraflow.config.locations import HubOrigin
 from loraflow.config.recipe import Base
-from loraflow.config.stage_configs import HubOrigin
 from loraflow.failures import BadModel
 from loraflow.store.files import HashMemo
 
@@ -69,7 +69,7 @@ def test_a_model_on_the_hub_is_refused_before_its_weights_are_downloaded(name, t
     ],
 )  # fmt: skip
 def test_an_architecture_that_transformers_does_not_have_is_refused_before_it_is_copied(config, says, advice, tmp_path):
-    from loraflow.config.stage_configs import FolderOrigin
+    from loraflow.config.locations import FolderOrigin
 
     origin = FolderOrigin(folder=str(folder_with(config, tmp_path)))
     with pytest.raises(BadModel, match=says) as caught:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from loraflow.adapters import origin, variants
 from loraflow.adapters.lora_config import lora_config
-from loraflow.config.recipe import PeftConfig
+from loraflow.config.lora import PeftConfig
 from loraflow.failures import BadConfig
 from tests.conftest import build_phi3
 from tests.unit.test_loralib import IDS, perturb, pretrained

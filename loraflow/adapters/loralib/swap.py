@@ -18,7 +18,7 @@ from loraflow.adapters.lora_updates import Bias
 from loraflow.adapters.loralib.layers import wrap_module
 from loraflow.adapters.loralib.mergeable_layer import MergeableLayer
 from loraflow.adapters.targets import ALL_LINEAR, matches, not_adapted_by_all_linear, selects
-from loraflow.config.recipe import LoralibConfig, PeftConfig
+from loraflow.config.lora import LoralibConfig, PeftConfig
 from loraflow.failures import BadConfig
 
 
