@@ -232,6 +232,11 @@ def _to_spec(entry: JsonValue, document: Mapping[str, JsonValue], where: str) ->
     except ValidationError as error:
         raise _problems("The pull steps are not valid.", where, error) from None
     check_parameters(spec, flow, where)
+    for number, schedule in enumerate(spec.schedules):
+        if schedule.has_ended:
+            log.warning(
+                "%s.schedules[%d]: all dates of this schedule are in the past, so it starts no run", where, number
+            )
     return spec
 
 

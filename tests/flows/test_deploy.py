@@ -65,7 +65,7 @@ def test_an_updated_schedule_stays_paused_and_an_updated_trigger_stays_disabled(
 
 
 def test_schedules_of_a_person_stay_and_those_that_prefect_yaml_no_longer_has_are_removed(put, client):
-    from loraflow.flows.server.deployment_spec import Schedule
+    from loraflow.flows.server.schedules import Schedule
 
     put()
     nightly = client.read_deployment_by_name("retrain/nightly")
