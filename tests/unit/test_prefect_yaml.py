@@ -171,6 +171,7 @@ def test_queue_version_limit_tags_and_pause_are_applied(specs):
         ({"schedule": {"cron": "@daily"}, "schedules": [{"cron": "@daily"}]}, "both schedule and schedules"),
         ({"pull": [{"a.b": {}, "c.d": {}}]}, "step 0 has 2 keys"),
         ({"triggers": [{"expct": ["a"], "match": {"b": "c"}}]}, "0.expct: unknown key"),
+        ({"triggers": [{"name": "n", "expect": ["a"]}, {"name": "n", "expect": ["b"]}]}, ".triggers"),
         ({"triggers": [{"name": "n"}]}, "0: without expect or match"),
         ({"triggers": [{"type": "sequence", "triggers": [{"expect": ["a"]}, {"expct": ["b"]}]}]}, "0.triggers.1.expct"),
         ({"triggers": [{"expect": ["a"], "parameters": {"nope": 1}}]}, ".triggers[0].parameters"),
@@ -292,15 +293,17 @@ def test_a_flow_of_the_users_own_is_read_from_its_file(specs, tmp_path, monkeypa
             "another proj",
         ),
         ({5: 1}, "no effect"),
-        (
-            {"deployments": [{**ENTRY, "name": name, "triggers": [{"name": "n", "expect": ["a"]}]} for name in "ab"]},
-            "name",
-        ),
     ],
 )
 def test_a_wrong_document_is_refused(specs, document, what):
     with pytest.raises(BadConfig, match=what):
         specs(document)
+
+
+def test_triggers_of_two_deployments_may_have_one_name(specs):
+    trigger = {"name": "n", "expect": ["a"]}
+    found = specs({"deployments": [{**ENTRY, "name": name, "triggers": [trigger]} for name in "ab"]})
+    assert [spec.triggers[0].name for spec in found] == ["n", "n"]
 
 
 def test_a_worker_refuses_the_run_of_another_project(tmp_path, monkeypatch):
