@@ -6,19 +6,15 @@ triggers are checked by Prefect's own classes.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
-from prefect.client.schemas.schedules import SCHEDULE_TYPES, CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.events.schemas.deployment_triggers import DeploymentTriggerTypes
 from prefect.types import BANNED_CHARACTERS
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     JsonValue,
     WrapValidator,
@@ -26,11 +22,11 @@ from pydantic import (
     model_validator,
 )
 
+from loraflow.flows.server.schedules import Schedule
+from loraflow.flows.server.strict_model import StrictModel
 from loraflow.flows.server.triggers import check_triggers
 
 DEFAULT_QUEUE = "default"  # the work queue that every pool has
-# Prefect starts an interval without `anchor_date` at the time of deploying, so that each deploy would move the schedule.
-ANCHOR = datetime(2020, 1, 1, tzinfo=UTC)
 ENTER_PROJECT = "loraflow.flows.server.project.enter"  # the pull step
 
 
@@ -50,19 +46,6 @@ def _not_reserved(value: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_name)]
-
-
-class StrictModel(BaseModel):
-    """A part of `prefect.yaml`. Unknown keys are refused. A key without a value counts as not given, as in Prefect."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {key: value for key, value in values.items() if value is not None}
 
 
 class WorkPool(StrictModel):
@@ -97,46 +80,6 @@ class ConcurrencyLimit(StrictModel):
         """Return everything but the limit itself; None leaves it to the server."""
         options = self.model_dump(exclude={"limit"}, exclude_none=True)
         return ConcurrencyOptions.model_validate(options) if options else None
-
-
-class Schedule(StrictModel):
-    """A schedule: exactly one of cron, interval and rrule.
-
-    `active` counts when the schedule is created; later a person switches it in the UI. The slug, unique in a deployment,
-    lets a later deploy find the schedule again.
-    """
-
-    cron: str | None = None
-    interval: timedelta | None = None  # in YAML: seconds, or an ISO 8601 duration
-    rrule: str | None = None
-    timezone: str | None = None
-    anchor_date: datetime | None = None  # of an interval
-    day_or: bool = True  # of a cron schedule: either of day of month and day of week, or both
-    active: bool = True
-    parameters: dict[str, JsonValue] = {}
-    slug: str = ""
-
-    @model_validator(mode="after")
-    def _is_a_schedule(self) -> Schedule:
-        given = [name for name in ("cron", "interval", "rrule") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"expected exactly one of cron, interval and rrule; got {' and '.join(given) or 'none'}")
-        for name, value, of in (("anchor_date", self.anchor_date, "interval"), ("day_or", not self.day_or, "cron")):
-            if value and given != [of]:
-                raise ValueError(f"{name} is only for schedules with {of}")
-        self.to_prefect()
-        return self
-
-    def to_prefect(self) -> SCHEDULE_TYPES:
-        """Return Prefect's schedule, which checks the expression and the timezone."""
-        if self.cron is not None:
-            return CronSchedule(cron=self.cron, timezone=self.timezone, day_or=self.day_or)
-        if self.rrule is not None:
-            return RRuleSchedule(rrule=self.rrule, timezone=self.timezone or "UTC")
-        assert self.interval is not None
-        return IntervalSchedule(
-            interval=self.interval, anchor_date=self.anchor_date or ANCHOR, timezone=self.timezone or "UTC"
-        )
 
 
 def _limit(value: object) -> object:

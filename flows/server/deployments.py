@@ -7,10 +7,12 @@ to the file, and gives triggers new ids.)
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.schemas.automations import Automation, AutomationCore
 from prefect.events.schemas.deployment_triggers import DeploymentTriggerTypes
@@ -21,8 +23,9 @@ from loraflow.flows.server.automations import Notifications, Project, wanted_aut
 from loraflow.flows.server.comparison import changed_fields, same_automation, same_schedule
 from loraflow.flows.server.connection import require_server
 from loraflow.flows.server.deployment_spec import DeploymentSpec, project_of
+from loraflow.flows.server.job_variables import refuse_ignored_job_variables
 from loraflow.flows.server.prefect_yaml import find_prefect_yaml, read_all, read_project
-from loraflow.flows.server.triggers import automation_of, starts
+from loraflow.flows.server.triggers import automation_of, is_trigger_of, starts
 from loraflow.tasks.gpu_lease import create_limit
 
 log = logging.getLogger("loraflow")
@@ -36,7 +39,11 @@ def deploy(only: list[str] | None = None) -> tuple[list[DeploymentSpec], list[st
     specs, notifications = read_all(file, only)
     require_server()
     with get_client(sync_client=True) as client:
-        return specs, Deployer(client).deploy_all(specs, notifications, read_project(file))
+        deployer = Deployer(client)
+        changes = deployer.deploy_all(specs, notifications, read_project(file))
+        if not only:
+            deployer.warn_of_removed_deployments(specs)
+        return specs, changes
 
 
 class Deployer:
@@ -54,10 +61,12 @@ class Deployer:
         Notifications are about `project`; without one, about all projects of the server.
 
         Raises:
-            BadConfig: a deployment on the server belongs to another project. Nothing was changed then.
+            BadConfig: a deployment on the server belongs to another project, or its work pool would ignore its job
+                variables. Nothing was changed then.
         """
         for spec in specs:
             self._refuse_another_projects(spec)
+            refuse_ignored_job_variables(spec, self._find_pool(spec.work_pool.name))
         for pool in sorted({spec.work_pool.name for spec in specs}):
             self.create_work_pool(pool)
         if create_limit(self.client):
@@ -90,11 +99,15 @@ class Deployer:
 
     def create_work_pool(self, name: str) -> None:
         """Create a work pool of type process, unless a pool of this name exists, of any type."""
-        try:
-            self.client.read_work_pool(name)
-        except ObjectNotFound:
+        if self._find_pool(name) is None:
             self.client.create_work_pool(WorkPoolCreate(name=name, type="process"))
             self.changes.append(f"pool {name} created")
+
+    def _find_pool(self, name: str) -> WorkPool | None:
+        try:
+            return self.client.read_work_pool(name)
+        except ObjectNotFound:
+            return None
 
     def deploy(self, spec: DeploymentSpec) -> None:
         """Create a deployment with its triggers, or update what differs."""
@@ -107,21 +120,43 @@ class Deployer:
         self.deploy_triggers(spec.triggers, spec.name, deployment_id)
 
     def deploy_triggers(self, triggers: list[DeploymentTriggerTypes], name: str, deployment_id: UUID) -> None:
-        """Create or update the automations of a deployment's triggers."""
-        for number, trigger in enumerate(triggers, 1):
-            wanted = automation_of(trigger, number, name, deployment_id)
-            self._deploy_automation(wanted, None if trigger.name else self._find_unnamed(wanted.name, deployment_id))
+        """Create or update the automations of a deployment's triggers, and remove those of triggers that are gone.
 
-    def _find_unnamed(self, name: str, deployment_id: UUID) -> list[Automation]:
-        """Find the automation of a trigger without a name: a deployment of another flow or project may have the same one.
+        Automations that a person made in the UI stay.
+        """
+        wanted = [automation_of(trigger, number, name, deployment_id) for number, trigger in enumerate(triggers, 1)]
+        for automation in wanted:
+            self._deploy_automation(automation, self._find_trigger(automation.name, deployment_id))
+        names = {automation.name for automation in wanted}
+        for found in self.client.read_resource_related_automations(f"prefect.deployment.{deployment_id}"):
+            if is_trigger_of(found, deployment_id) and found.name not in names:
+                self.client.delete_automation(found.id)
+                self.changes.append(f"automation {found.name!r} removed")
 
-        Earlier versions of loraflow left Prefect's name for it.
+    def _find_trigger(self, name: str, deployment_id: UUID) -> list[Automation]:
+        """Find the automation of a trigger: a deployment of another flow or project may have one of the same name.
+
+        Earlier versions of loraflow left Prefect's name for a trigger without a name. An automation whose deployment was
+        deleted is taken over.
         """
         for known in (name, f"Automation for deployment {deployment_id}"):
             found = self.client.read_automations_by_name(known)
             if own := [automation for automation in found if starts(automation, deployment_id)]:
                 return own
+            if unused := [automation for automation in found if self._starts_deleted_deployments(automation)]:
+                return unused
         return []
+
+    def _starts_deleted_deployments(self, automation: Automation) -> bool:
+        ids = {getattr(action, "deployment_id", None) for action in automation.actions}
+        return bool(ids) and all(isinstance(one, UUID) and not self._exists(one) for one in ids)
+
+    def _exists(self, deployment_id: UUID) -> bool:
+        try:
+            self.client.read_deployment(deployment_id)
+        except ObjectNotFound:
+            return False
+        return True
 
     def _create(self, spec: DeploymentSpec) -> UUID:
         fields = spec.to_update()
@@ -183,15 +218,37 @@ class Deployer:
 
         They stay as they are: their workers may still have that version.
         """
+        for deployment in self._all_deployments():
+            if any(OLD_PULL_STEP in step for step in deployment.pull_steps or []):
+                log.warning(
+                    "deployment %s was created by an earlier version of loraflow; its runs may crash on workers of "
+                    "this version (`loraflow deploy` without --only updates all deployments in prefect.yaml)",
+                    deployment.name,
+                )
+
+    def warn_of_removed_deployments(self, specs: list[DeploymentSpec]) -> None:
+        """Warn of deployments of this project that `prefect.yaml` does not have: their schedules and triggers still count.
+
+        They are not deleted, because a deployment may be described in another file, and its runs would lose it.
+        """
+        projects = {spec.project for spec in specs} - {None}
+        known = {spec.full_name for spec in specs}
+        for deployment in self._all_deployments():
+            if project_of(deployment.pull_steps) not in projects:
+                continue
+            name = f"{self.client.read_flow(deployment.flow_id).name}/{deployment.name}"
+            if name not in known:
+                log.warning(
+                    "deployment %s of this project is on the server, but not in prefect.yaml; its schedules and triggers "
+                    "still start runs. To delete it: prefect deployment delete '%s'",
+                    name,
+                    name,
+                )
+
+    def _all_deployments(self) -> Iterator[DeploymentResponse]:
         offset = 0
         while page := self.client.read_deployments(limit=PAGE, offset=offset):
-            for deployment in page:
-                if any(OLD_PULL_STEP in step for step in deployment.pull_steps or []):
-                    log.warning(
-                        "deployment %s was created by an earlier version of loraflow; its runs may crash on workers of "
-                        "this version (`loraflow deploy` without --only updates all deployments in prefect.yaml)",
-                        deployment.name,
-                    )
+            yield from page
             offset += len(page)
 
     def deploy_automation(self, wanted: AutomationCore) -> None:

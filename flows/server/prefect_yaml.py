@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +122,6 @@ def _all_specs(document: dict[str, JsonValue], file: Path) -> dict[str, Deployme
         raise BadConfig(
             f"{FILE} has no deployment with a name.", where=str(file), expected="a list under `deployments`"
         )
-    _refuse_equal_triggers(specs.values(), file)
     return specs
 
 
@@ -131,20 +130,16 @@ def _is_empty(entry: JsonValue) -> bool:
     return isinstance(entry, dict) and "name" in entry and not entry["name"] and not entry.get("entrypoint")
 
 
-def _refuse_equal_triggers(specs: Iterable[DeploymentSpec], file: Path) -> None:
-    """Refuse two triggers with one name: an automation is found by its name, so each deploy would replace one of them."""
-    owners: dict[str, str] = {}
-    for spec in specs:
-        for trigger in spec.triggers:
-            if trigger.name and (owner := owners.get(trigger.name)):
-                raise BadConfig(
-                    "Two triggers have the same name.",
-                    where=f"{file}: {spec.full_name}.triggers",
-                    got=f"{trigger.name}, also in {owner}",
-                    next_step=f"give each trigger a name of its own in {FILE}",
-                )
-            if trigger.name:
-                owners[trigger.name] = spec.full_name
+def _refuse_equal_triggers(spec: DeploymentSpec, where: str) -> None:
+    """Refuse two triggers of a deployment with one name, by which a deploy finds a trigger's automation again."""
+    names = [trigger.name for trigger in spec.triggers if trigger.name]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise BadConfig(
+            "Two triggers have the same name.",
+            where=f"{where}.triggers",
+            got=repeated[0],
+            next_step=f"give each trigger of the deployment a name of its own in {FILE}",
+        )
 
 
 def _specs(document: dict[str, JsonValue], file: Path, only: list[str] | None) -> list[DeploymentSpec]:
@@ -231,7 +226,13 @@ def _to_spec(entry: JsonValue, document: Mapping[str, JsonValue], where: str) ->
         )
     except ValidationError as error:
         raise _problems("The pull steps are not valid.", where, error) from None
+    _refuse_equal_triggers(spec, where)
     check_parameters(spec, flow, where)
+    for number, schedule in enumerate(spec.schedules):
+        if schedule.has_ended:
+            log.warning(
+                "%s.schedules[%d]: all dates of this schedule are in the past, so it starts no run", where, number
+            )
     return spec
 
 

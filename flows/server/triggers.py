@@ -14,6 +14,8 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger
 from prefect.events.schemas.deployment_triggers import DeploymentTriggerTypes
 from pydantic import BaseModel, RootModel, ValidatorFunctionWrapHandler
 
+# On the automation of each trigger: an automation without it was made by a person, and stays.
+TAG = "prefect.yaml"
 CONDITIONS = ("expect", "match", "match_related", "after")
 
 
@@ -46,15 +48,18 @@ def automation_of(trigger: DeploymentTriggerTypes, number: int, deployment: str,
     """
     own = trigger.model_copy()
     own.set_deployment_id(deployment_id)
-    automation = own.as_automation()
-    if trigger.name:
-        return automation
-    return automation.model_copy(update={"name": f"{deployment}__automation_{number}"})
+    name = trigger.name or f"{deployment}__automation_{number}"
+    return own.as_automation().model_copy(update={"name": name, "tags": [TAG]})
 
 
 def starts(automation: AutomationCore, deployment_id: UUID) -> bool:
     """Tell whether an automation starts runs of a deployment."""
     return any(getattr(action, "deployment_id", None) == deployment_id for action in automation.actions)
+
+
+def is_trigger_of(automation: AutomationCore, deployment_id: UUID) -> bool:
+    """Tell whether `loraflow deploy` made an automation for a trigger of a deployment."""
+    return TAG in automation.tags and starts(automation, deployment_id)
 
 
 def _problems(value: object, trigger: BaseModel, path: str) -> Iterator[str]:

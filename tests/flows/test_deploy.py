@@ -1,5 +1,6 @@
 """Deployments on a real server: twice changes nothing, and what people did in the UI stays."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from prefect.settings import PREFECT_API_URL
 from loraflow.failures import BadConfig, Network
 
 ONLY = ["finetune/local", "finetune/gpu", "retrain/nightly", "retrain/on-dataset-update", "evaluate/local"]
-FILE = Path(__file__).parent.parent.parent / "prefect.yaml"
+ROOT = Path(__file__).parent.parent.parent
+FILE = ROOT / "prefect.yaml"
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def test_an_updated_schedule_stays_paused_and_an_updated_trigger_stays_disabled(
 
 
 def test_schedules_of_a_person_stay_and_those_that_prefect_yaml_no_longer_has_are_removed(put, client):
-    from loraflow.flows.server.deployment_spec import Schedule
+    from loraflow.flows.server.schedules import Schedule
 
     put()
     nightly = client.read_deployment_by_name("retrain/nightly")
@@ -103,6 +105,43 @@ def test_a_changed_queue_or_limit_is_updated(put, client):
     ]
     assert client.read_deployment_by_name("evaluate/local").work_queue_name == "high"
     assert put() == ["deployment evaluate/local updated: work_queue_name"]
+
+
+def test_job_variables_that_the_work_pool_would_ignore_are_refused(put, client):
+    from loraflow.flows.server.deployment_spec import WorkPool
+
+    put()
+    for pool, kind in (("local", "process"), ("a-new-pool", "process"), ("containers", "docker")):
+        if pool == "containers":
+            template = json.loads((ROOT / "docs" / "deploy" / "docker-pool.json").read_text())
+            client.create_work_pool(WorkPoolCreate(name=pool, type="docker", base_job_template=template))
+        wanted = WorkPool(name=pool, job_variables={"image": "python", "env": {}, "cpus": 2})
+        with pytest.raises(BadConfig, match=f"The work pool {pool} has no such job variables") as error:
+            put({"evaluate/local": {"work_pool": wanted}})
+        assert error.value.got == ("cpus" if kind == "docker" else "cpus, image")
+        assert f"of a pool of type {kind}" in error.value.expected
+    assert put() == []
+
+
+def test_a_deployment_that_is_not_in_prefect_yaml_any_more_is_named(put, client, caplog):
+    from loraflow.flows.server.deployments import Deployer
+    from loraflow.flows.server.prefect_yaml import read_specs
+
+    put()
+    left = [spec for spec in read_specs(FILE, ONLY) if spec.full_name != "retrain/nightly"]
+    Deployer(client).warn_of_removed_deployments(left)
+    [warning] = [record.message for record in caplog.records if "not in prefect.yaml" in record.message]
+    assert warning.startswith("deployment retrain/nightly of this project")
+
+
+def test_a_deployment_that_is_paused_in_the_ui_stays_paused(put, client):
+    put()
+    nightly = client.read_deployment_by_name("retrain/nightly")
+    client.pause_deployment(nightly.id)
+    assert put() == [] and put({"retrain/nightly": {"description": "another"}})
+    assert client.read_deployment_by_name("retrain/nightly").paused
+    client.resume_deployment(nightly.id)
+    put()
 
 
 def test_a_retraining_has_one_run_at_a_time_and_the_second_waits(put, client):

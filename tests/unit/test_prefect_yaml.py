@@ -1,7 +1,8 @@
 """What `loraflow deploy` reads from prefect.yaml: Prefect's own keys work, and everything else is refused by its field."""
 
+import asyncio
 import re
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from loraflow.failures import BadConfig
 from loraflow.flows.server import project
 from loraflow.flows.server.prefect_yaml import read_specs
+from loraflow.flows.server.schedules import next_run
 
 ENTRY = {
     "name": "mine",
@@ -55,6 +57,39 @@ def test_every_kind_of_schedule_is_read_and_slug_and_active_are_optional(specs, 
     assert single.schedules == spec.schedules
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"rrule": "DTSTART:20240101T090000\nRRULE:FREQ=DAILY", "timezone": "America/New_York"},
+        {"rrule": "DTSTART;TZID=America/New_York:20240101T090000\nRRULE:FREQ=DAILY", "timezone": "America/New_York"},
+        {"rrule": "DTSTART:20240101T000000\nRRULE:FREQ=WEEKLY;BYDAY=MO\nEXDATE:20270104T000000"},
+        {"rrule": "FREQ=YEARLY;BYMONTH=2;BYMONTHDAY=29;COUNT=100"},
+        {"rrule": "FREQ=DAILY;UNTIL=20990101T000000", "timezone": "Asia/Tokyo"},
+        {"rrule": "DTSTART:20240101T090000Z\nRRULE:FREQ=DAILY;UNTIL=20990101T000000Z"},
+        {"cron": "0 9 29 2 *", "timezone": "Asia/Tokyo"},
+        {"interval": 86400, "anchor_date": "2026-01-01T09:00:00+01:00", "timezone": "Europe/Berlin"},
+    ],
+)
+def test_a_schedule_that_is_accepted_runs_when_the_server_says_so(specs, caplog, schedule):
+    from prefect.server.schemas import schedules as of_server
+
+    [spec] = specs(schedules=[schedule])
+    assert not caplog.records
+    created = spec.new_schedules()[0].schedule
+    now = datetime(2026, 11, 27, 12, tzinfo=UTC)
+    [date] = asyncio.run(getattr(of_server, type(created).__name__)(**created.model_dump()).get_dates(n=1, start=now))
+    found = next_run(created, now)
+    assert found == date or "interval" in schedule
+    if "America/New_York" in str(schedule):
+        assert date == datetime(2026, 11, 27, 14, tzinfo=UTC), "at nine o'clock in New York"
+
+
+@pytest.mark.parametrize("rule", ["FREQ=DAILY;UNTIL=20240101T000000", "FREQ=HOURLY;COUNT=3"])
+def test_a_schedule_that_has_ended_is_deployed_with_a_warning(specs, caplog, rule):
+    assert specs(schedules=[{"cron": "@daily"}, {"rrule": rule}])
+    assert "deployments[0] (mine).schedules[1]: all dates of this schedule are in the past" in caplog.text
+
+
 def test_an_interval_starts_at_the_same_time_at_each_deploy(specs):
     first, second = (specs(schedules=[{"interval": 3600}])[0].new_schedules() for _ in range(2))
     assert first == second
@@ -80,6 +115,28 @@ def test_queue_version_limit_tags_and_pause_are_applied(specs):
         ({"schedules": [{"cron": "0 25 * * *"}]}, "schedules.0"),
         ({"schedules": [{"cron": "0 2 * * *", "timezone": "Europe/Berln"}]}, "schedules.0"),
         ({"schedules": [{"rrule": "FREQ=SOMETIMES"}]}, "schedules.0"),
+        (
+            {"schedules": [{"rrule": "DTSTART;TZID=America/New_York:20240101T090000\nRRULE:FREQ=DAILY"}]},
+            "timezone: America/New_York",
+        ),
+        (
+            {"schedules": [{"rrule": "DTSTART;TZID=No/Where:20240101T090000\nRRULE:FREQ=DAILY"}]},
+            "ignores TZID=No/Where",
+        ),
+        (
+            {"schedules": [{"rrule": "DTSTART:20240101T090000Z\nRRULE:FREQ=DAILY", "timezone": "Asia/Tokyo"}]},
+            "without Z",
+        ),
+        ({"schedules": [{"rrule": "FREQ=DAILY;UNTIL=20990101T000000Z"}]}, "schedules.0: RRULE UNTIL values"),
+        ({"schedules": [{"rrule": "FREQ=YEARLY;BYMONTH=2;BYMONTHDAY=30"}]}, "never runs"),
+        ({"schedules": [{"rrule": "FREQ=SECONDLY;BYMONTH=2;BYMONTHDAY=30"}]}, "never runs"),
+        ({"schedules": [{"rrule": "FREQ=MINUTELY;BYHOUR=25"}]}, "schedules.0"),
+        ({"schedules": [{"cron": "0 0 30 2 *"}]}, "never runs"),
+        ({"schedules": [{"cron": "0 0 31 4,6 *", "active": False}]}, "never runs"),
+        (
+            {"schedules": [{"interval": 86400, "anchor_date": "2026-01-01T09:00:00", "timezone": "Europe/Berlin"}]},
+            "anchor_date has no offset",
+        ),
         ({"schedules": [{"interval": 0}]}, "schedules.0"),
         ({"schedules": [{"interval": 60, "cron": "0 2 * * *"}]}, "exactly one of cron, interval and rrule"),
         ({"schedules": [{"active": True}]}, "got none"),
@@ -114,6 +171,7 @@ def test_queue_version_limit_tags_and_pause_are_applied(specs):
         ({"schedule": {"cron": "@daily"}, "schedules": [{"cron": "@daily"}]}, "both schedule and schedules"),
         ({"pull": [{"a.b": {}, "c.d": {}}]}, "step 0 has 2 keys"),
         ({"triggers": [{"expct": ["a"], "match": {"b": "c"}}]}, "0.expct: unknown key"),
+        ({"triggers": [{"name": "n", "expect": ["a"]}, {"name": "n", "expect": ["b"]}]}, ".triggers"),
         ({"triggers": [{"name": "n"}]}, "0: without expect or match"),
         ({"triggers": [{"type": "sequence", "triggers": [{"expect": ["a"]}, {"expct": ["b"]}]}]}, "0.triggers.1.expct"),
         ({"triggers": [{"expect": ["a"], "parameters": {"nope": 1}}]}, ".triggers[0].parameters"),
@@ -235,15 +293,17 @@ def test_a_flow_of_the_users_own_is_read_from_its_file(specs, tmp_path, monkeypa
             "another proj",
         ),
         ({5: 1}, "no effect"),
-        (
-            {"deployments": [{**ENTRY, "name": name, "triggers": [{"name": "n", "expect": ["a"]}]} for name in "ab"]},
-            "name",
-        ),
     ],
 )
 def test_a_wrong_document_is_refused(specs, document, what):
     with pytest.raises(BadConfig, match=what):
         specs(document)
+
+
+def test_triggers_of_two_deployments_may_have_one_name(specs):
+    trigger = {"name": "n", "expect": ["a"]}
+    found = specs({"deployments": [{**ENTRY, "name": name, "triggers": [trigger]} for name in "ab"]})
+    assert [spec.triggers[0].name for spec in found] == ["n", "n"]
 
 
 def test_a_worker_refuses_the_run_of_another_project(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 from prefect.cli.deploy._triggers import _initialize_deployment_triggers
 from prefect.events.schemas.automations import Automation
 from prefect.events.schemas.deployment_triggers import DeploymentTriggerTypes
+from prefect.exceptions import ObjectNotFound
 from pydantic import TypeAdapter, ValidationError
 
 from loraflow.flows.server.comparison import _comparable_trigger
@@ -65,6 +66,16 @@ class Server:
     def read_automations_by_name(self, name):
         return [automation for automation in self.automations if automation.name == name]
 
+    def read_resource_related_automations(self, resource):
+        return [one for one in self.automations if f"prefect.deployment.{one.actions[0].deployment_id}" == resource]
+
+    def delete_automation(self, automation_id):
+        self.automations = [one for one in self.automations if one.id != automation_id]
+
+    def read_deployment(self, deployment_id):
+        if deployment_id not in (ONE, TWO):
+            raise ObjectNotFound(LookupError())
+
     def create_automation(self, automation):
         self.automations.append(Automation(id=uuid4(), **automation.model_dump()))
 
@@ -94,10 +105,30 @@ def test_each_trigger_without_a_name_gets_an_automation_and_a_second_deploy_chan
 
 def test_deployments_of_one_name_do_not_take_each_others_automations(server):
     """Those of two flows, or of two projects on a server."""
-    deploy(server, ONE, {"expect": ["a"]})
-    deploy(server, TWO, {"expect": ["b"]})
-    assert [automation.actions[0].deployment_id for automation in server.automations] == [ONE, TWO]
-    assert deploy(server, ONE, {"expect": ["a"]}) == []
+    for name in ({}, {"name": "on new data"}):
+        server.automations = []
+        deploy(server, ONE, {"expect": ["a"], **name})
+        deploy(server, TWO, {"expect": ["b"], **name})
+        assert [automation.actions[0].deployment_id for automation in server.automations] == [ONE, TWO]
+        assert deploy(server, ONE, {"expect": ["a"], **name}) == deploy(server, TWO, {"expect": ["b"], **name}) == []
+
+
+def test_a_trigger_that_is_removed_from_the_file_starts_no_more_runs(server):
+    first, second = {"name": "first", "expect": ["a"]}, {"name": "second", "expect": ["b"]}
+    deploy(server, ONE, first, second)
+    deploy(server, TWO, second)
+    [trigger] = read({"name": "of a person", "expect": ["c"]})
+    trigger.set_deployment_id(ONE)
+    server.create_automation(trigger.as_automation())
+    assert deploy(server, ONE, first) == ["automation 'second' removed"]
+    left = [(one.name, one.actions[0].deployment_id) for one in server.automations]
+    assert left == [("first", ONE), ("second", TWO), ("of a person", ONE)]
+
+
+def test_the_automation_of_a_deleted_deployment_is_taken_over(server):
+    deploy(server, UUID(int=3), {"name": "on new data", "expect": ["a"]})
+    assert deploy(server, ONE, {"name": "on new data", "expect": ["a"]}) == ["automation 'on new data' updated"]
+    assert [automation.actions[0].deployment_id for automation in server.automations] == [ONE]
 
 
 def test_the_automation_of_an_earlier_version_is_renamed_not_duplicated(server):
