@@ -17,6 +17,7 @@ from loraflow.evaluation.values import BehaviourResult, Decision
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadData
+from loraflow.registry.budget import error_of_period
 from loraflow.registry.champions import require_champion_intact
 from loraflow.registry.log import actor
 from loraflow.registry.looks import Look, row_key
@@ -176,7 +177,8 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
     decision = with_behaviour(decision, behaviour)
     if look is None:
         return replace(decision, budget=f"No look was used: it could not promote ({'; '.join(hopeless)}).")
-    return replace(decision, look=look.seq, budget=_budget(look, len(ours)))
+    error = error_of_period(workspace.looks.entries(), look)
+    return replace(decision, look=look.seq, budget=_budget(look, len(ours), error))
 
 
 def _require_one_protocol(workspace: Workspace, result: PipelineResult) -> None:
@@ -252,12 +254,13 @@ def _check_behaviour(workspace: Workspace, result: PipelineResult) -> tuple[Beha
     return check_behaviour(_all_scores(workspace, result.tuned_scores), others, rules)
 
 
-def _budget(look: Look, rows: int) -> str:
-    """Return for people which look it was, what is left, and how many of the rows were new."""
+def _budget(look: Look, rows: int, error: float) -> str:
+    """Return for people which look it was, what is left, how many of the rows were new, and the error of all looks."""
     fresh = "" if look.fresh is None else f", of which {look.fresh} were never scored before"
+    lowered = f" An earlier look had gate.error {error:g}; now it is {look.error:g}." if error > look.error else ""
     return (
-        f"{str(look).capitalize()}, {look.left} left, at {rows} held-out rows{fresh}: at most {look.error:.0%} for any "
-        f"false promotion in {look.horizon} looks of this model, whatever its held-out rows."
+        f"{str(look).capitalize()}, {look.left} left, at {rows} held-out rows{fresh}: at most {100 * error:.4g}% for any "
+        f"false promotion in {look.horizon} looks of this model, whatever its held-out rows.{lowered}"
     )
 
 

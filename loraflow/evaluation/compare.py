@@ -11,7 +11,7 @@ import numpy as np
 
 from loraflow.evaluation.intervals import Bounds
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
-from loraflow.evaluation.pairing import pair, scores
+from loraflow.evaluation.pairing import pair, rows_with_other_tokens, scores
 from loraflow.evaluation.score import score_columns
 from loraflow.failures import BadData
 
@@ -55,6 +55,7 @@ class TableComparison:
     only_first: int
     only_second: int
     differences: tuple[Difference, ...]
+    left_out: tuple[str, ...] = ()  # metrics that cannot be compared: losses per token of different tokenizers
 
 
 def compare_tables(
@@ -92,8 +93,15 @@ def compare_tables(
     one, two = one.loc[common], two.loc[common]
     metrics = [name for name in score_columns(one) if name in score_columns(two)]
     metrics += ["stops"] if "finish" in one and "finish" in two else []
-    found = tuple(_difference(one, two, metric, confidence, lower_is_better, listed) for metric in metrics)
-    return TableComparison(len(common), *only, found)
+    left_out = (
+        ("token_loss",) if "token_loss" in metrics and rows_with_other_tokens(one, two, "the second model") else ()
+    )
+    found = tuple(
+        _difference(one, two, metric, confidence, lower_is_better, listed)
+        for metric in metrics
+        if metric not in left_out
+    )
+    return TableComparison(len(common), *only, found, left_out)
 
 
 def _difference(

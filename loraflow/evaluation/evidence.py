@@ -98,7 +98,7 @@ class Evidence:
             return low
         if self._p_of_mean(estimate) <= error:  # all groups differ by the same amount
             return estimate
-        root = optimize.brentq(lambda c: self._p_of_mean(c) - error, low, estimate, xtol=1e-7 * scale)
+        root = optimize.brentq(lambda c: self._p_of_mean(c) - error, low, estimate, xtol=max(1e-7 * scale, 1e-300))
         return float(root)
 
     @property
@@ -122,6 +122,7 @@ def _t_p_value(values: np.ndarray, times: int) -> float:
     n = len(values) * times
     if n < 2:
         return 1.0
+    values = values / (float(np.abs(values).max()) or 1.0)  # squares of very small differences would be 0
     mean, error = float(values.mean()), float(values.std()) / np.sqrt(n - 1)
     if error <= 1e-14 * abs(mean):
         return 0.0 if mean > 0 else 1.0

@@ -22,7 +22,7 @@ from loraflow.data.chats import GATE_SET
 from loraflow.evaluation.evidence import Evidence
 from loraflow.evaluation.forgetting import GeneralGuard
 from loraflow.evaluation.intervals import Bounds
-from loraflow.evaluation.pairing import pair, refusal, scores
+from loraflow.evaluation.pairing import pair, refusal, require_same_tokens, scores
 from loraflow.evaluation.power import MINIMUM_ROWS
 from loraflow.evaluation.slice_guards import SliceGuard
 from loraflow.evaluation.slices import Part
@@ -130,7 +130,7 @@ def decide(
     Raises:
         BadData: an id is missing, duplicated or not a text, the tables have different rows, or a score is not a finite
             number. Such scores are never compared in part.
-        BadConfig: there is no score of this name.
+        BadConfig: there is no score of this name, or it is a loss per token of different tokenizers.
     """
     rules = [_Rule(primary, min_gain, "gain"), *(_Rule(metric, -margin, "guard") for metric, margin in guards.items())]
     rules += [_Rule(guard.metric, -guard.margin, "guard", guard.part) for guard in parts]
@@ -177,7 +177,7 @@ def require_comparable(challenger: pd.DataFrame, others: Mapping[str, pd.DataFra
 
     Raises:
         BadData: they cannot be compared; see `decide`.
-        BadConfig: there is no score of a name.
+        BadConfig: there is no score of a name, or it is a loss per token of different tokenizers.
     """
     ours = _by_id(challenger, "challenger")
     for metric in metrics:
@@ -187,6 +187,8 @@ def require_comparable(challenger: pd.DataFrame, others: Mapping[str, pd.DataFra
         _require_same_rows(ours, theirs, name)
         for metric in metrics:
             scores(theirs, metric, name)
+        if "token_loss" in metrics:
+            require_same_tokens(ours, theirs, name)
 
 
 def _refuted(tests: Sequence[_Test], error: float) -> set[int]:

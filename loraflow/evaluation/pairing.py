@@ -16,7 +16,7 @@ from loraflow.evaluation.evidence import Evidence
 from loraflow.evaluation.groups import group_labels
 from loraflow.evaluation.intervals import is_binary
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
-from loraflow.evaluation.values import BINARY, LARGEST_VOCABULARY, RANGES
+from loraflow.evaluation.values import BINARY, LARGEST_SCORE, LARGEST_VOCABULARY, RANGES, ROW_COLUMNS
 from loraflow.failures import BadConfig, BadData
 
 if TYPE_CHECKING:
@@ -50,13 +50,14 @@ def pair(
         vocabulary: the number of tokens; a loss counts at most its logarithm, in nats per token.
 
     Raises:
-        BadData: a score is not a finite number.
-        BadConfig: there is no score of this name.
+        BadData: a score is not a finite number, or too large to compute with.
+        BadConfig: there is no score of this name, or it is a loss per token of different tokenizers.
     """
     labels = group_labels(ours)
     mine, other = scores(ours, metric, "challenger"), scores(theirs, metric, name)
     if metric == "token_loss":
-        return _pair_of_losses(mine, other, _tokens(ours, "challenger"), _tokens(theirs, name), labels, vocabulary)
+        require_same_tokens(ours, theirs, name)
+        return _pair_of_losses(mine, other, _tokens(ours, "challenger"), labels, vocabulary)
     sign = -1.0 if metric in LOWER_IS_BETTER | set(lower_is_better) else 1.0
     differences = sign * (mine - other)
     evidence = _grouped(differences, np.ones(len(differences)), labels, _reach(metric, mine, other))
@@ -74,22 +75,13 @@ def _reach(metric: str, mine: np.ndarray, other: np.ndarray) -> float | None:
 
 
 def _pair_of_losses(
-    mine: np.ndarray,
-    other: np.ndarray,
-    tokens: np.ndarray,
-    other_tokens: np.ndarray,
-    labels: np.ndarray,
-    vocabulary: int | None,
+    mine: np.ndarray, other: np.ndarray, tokens: np.ndarray, labels: np.ndarray, vocabulary: int | None
 ) -> Pair:
     """Pair losses in nats per token [rows]. Only sums over rows are stored, so the cap is for each row's mean."""
     cap = math.log(vocabulary or LARGEST_VOCABULARY)
-    total, other_total = float(tokens.sum()), float(other_tokens.sum())
-    reported = float((other * other_tokens).sum() / other_total - (mine * tokens).sum() / total)
-    mine, other = np.minimum(mine, cap), np.minimum(other, cap)
-    loss, other_loss = float((mine * tokens).sum() / total), float((other * other_tokens).sum() / other_total)
-    # Linearised, so that rows count by their tokens; with equal tokens it is the plain difference of the sums.
-    residuals = (other - other_loss) * other_tokens * (total / other_total) - (mine - loss) * tokens
-    gains = residuals + (other_loss - loss) * tokens
+    total = float(tokens.sum())
+    reported = float((other * tokens).sum() / total - (mine * tokens).sum() / total)
+    gains = (np.minimum(other, cap) - np.minimum(mine, cap)) * tokens
     return Pair(_grouped(gains, tokens, labels, cap), reported)
 
 
@@ -109,24 +101,64 @@ def _tokens(table: pd.DataFrame, where: str) -> np.ndarray:
     """Return the numbers of tokens by which a table's losses are weighted in the report [rows]."""
     if "reference_tokens" not in table:
         return np.ones(len(table))
-    tokens = scores(table, "reference_tokens", where)
+    tokens = _numbers(table, "reference_tokens", where)
     if tokens.min() < 0 or tokens.sum() <= 0:
         raise refusal("A number of tokens is not positive.", where, "tokens in every row", f"{tokens.min():g}")
     return tokens
+
+
+def require_same_tokens(ours: pd.DataFrame, theirs: pd.DataFrame, name: str) -> None:
+    """Refuse to compare losses per token if the models' tokenizers split the references differently.
+
+    With half as many tokens, the same likelihood of a text is twice the loss per token. A champion can be from another base
+    model than the challenger.
+
+    Args:
+        ours: the challenger's table, with its ids as the index.
+        theirs: the other model's table, with the same index.
+        name: of the other model.
+
+    Raises:
+        BadConfig: a reference has another number of tokens.
+    """
+    differs = rows_with_other_tokens(ours, theirs, name)
+    if differs:
+        mine, other = (float(_numbers(table, "reference_tokens", name).sum()) for table in (ours, theirs))
+        raise BadConfig(
+            "The models have different tokenizers, so their losses per token cannot be compared.",
+            where=f"token_loss of challenger and {name}",
+            expected="the same number of tokens in each reference answer",
+            got=f"other numbers in {differs} of {len(ours)} rows; {mine:.0f} and {other:.0f} tokens in all",
+            next_step="compare answers: in `gate`, name scores such as exact_match or token_f1 instead of token_loss, and "
+            "accuracy instead of loss in gate.forgetting (the training stays cached). Or give models of this base a name of "
+            "their own: register.model",
+        )
+
+
+def rows_with_other_tokens(ours: pd.DataFrame, theirs: pd.DataFrame, name: str) -> int:
+    """Return in how many rows two tables with the same index have another number of tokens in the reference."""
+    if "reference_tokens" not in ours or "reference_tokens" not in theirs:
+        return 0
+    mine, other = _numbers(ours, "reference_tokens", "challenger"), _numbers(theirs, "reference_tokens", name)
+    return int((mine != other).sum())
 
 
 def scores(table: pd.DataFrame, metric: str, where: str) -> np.ndarray:
     """Return the scores of a metric [rows]. `stops` is 1 where an answer ended with a stop token.
 
     Raises:
-        BadData: a score is not a finite number.
+        BadData: a score is not a finite number, or too large to compute with.
         BadConfig: there is no score of this name.
     """
     if metric == "stops" and metric not in table and "finish" in table:
         stopped: np.ndarray = (table["finish"] == "stop").to_numpy(dtype=float)
         return stopped
-    if metric not in table:
+    if metric not in table or metric in ROW_COLUMNS:
         raise _no_such_score(table, metric)
+    return _numbers(table, metric, where)
+
+
+def _numbers(table: pd.DataFrame, metric: str, where: str) -> np.ndarray:
     column = table[metric]
     if column.dtype.kind not in "biuf":
         raise refusal("A score is not a number.", f"{metric} of {where}", "numbers", f"a column of {column.dtype}")
@@ -135,6 +167,15 @@ def scores(table: pd.DataFrame, metric: str, where: str) -> np.ndarray:
     if bad.any():
         got = f"{values[bad][0]} in {bad.sum()} of {len(values)} rows, the first of them {table.index[bad][0]}"
         raise refusal("A score is not a finite number.", f"{metric} of {where}", "finite numbers", got)
+    if (np.abs(values) > LARGEST_SCORE).any():
+        largest = int(np.abs(values).argmax())
+        raise BadData(
+            "A score is too large to compute with.",
+            where=f"{metric} of {where}",
+            expected=f"scores of at most {LARGEST_SCORE:g}",
+            got=f"{values[largest]:g} in row {table.index[largest]}",
+            next_step="limit the score in its metric's module",
+        )
     return values
 
 

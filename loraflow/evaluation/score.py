@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +20,19 @@ from loraflow.data.split import prompt_key
 from loraflow.evaluation.groups import group_labels
 from loraflow.evaluation.intervals import Interval, mean_interval
 from loraflow.evaluation.label_scores import confusions, macro_f1
-from loraflow.evaluation.values import RANGES, EvaluationReport, MetricValue, Sample, Scores, SetScores, scores_to_dict
-from loraflow.failures import BadData, BadModel
+from loraflow.evaluation.values import (
+    LARGEST_SCORE,
+    OF_ALL_ROWS,
+    RANGES,
+    ROW_COLUMNS,
+    EvaluationReport,
+    MetricValue,
+    Sample,
+    Scores,
+    SetScores,
+    scores_to_dict,
+)
+from loraflow.failures import BadConfig, BadData, BadModel
 from loraflow.hardware.device import pick_device
 from loraflow.hardware.process_group import ProcessGroup, join
 from loraflow.job import Inputs, Job, Progress
@@ -33,20 +44,6 @@ if TYPE_CHECKING:
     from loraflow.evaluation.generation import GeneratedAnswer
 
 SAMPLES = 20  # answers in the report
-# Columns of scores.parquet that are not metrics.
-_ROW_COLUMNS = {
-    "id",
-    "set",
-    "prompt",
-    "reference",
-    "reference_calls",
-    "answer",
-    "answer_tokens",
-    "finish",
-    "nll",
-    "reference_tokens",
-    "group",
-}
 
 
 @dataclass(frozen=True)
@@ -247,10 +244,38 @@ def _row_scores(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, list[f
         if name == "tool_calls":
             reference = "reference_calls"
             _require_calls(table)
-        columns |= compute(name, table[prediction].tolist(), table[reference].tolist()).rows
+        found = compute(name, table[prediction].tolist(), table[reference].tolist()).rows
+        _require_own_names(name, found, columns, len(table))
+        columns |= found
     for name, sha256 in config.modules.items():  # after they were imported, so that an edit before that is seen too
         require_unchanged(name, sha256)
     return columns
+
+
+def _require_own_names(metric: str, found: Mapping[str, Sequence[float]], known: Iterable[str], rows: int) -> None:
+    """Refuse a metric whose scores would replace other columns of the table, or have no value for some rows.
+
+    Raises:
+        BadConfig: it does.
+    """
+    taken = sorted(found.keys() & (ROW_COLUMNS | OF_ALL_ROWS | set(known)))
+    if taken:
+        raise BadConfig(
+            "A metric gives a score that has the name of another column of the score table.",
+            where=f"evaluation.metrics: {metric}",
+            expected="a name that no other score, and none of the table's own columns, has",
+            got=", ".join(taken),
+            next_step="rename the score in the metric's module, or remove one of the two metrics",
+        )
+    for name, values in found.items():
+        if len(values) != rows:
+            raise BadConfig(
+                "A metric does not give a score for each row.",
+                where=f"evaluation.metrics: {metric}",
+                expected=f"{rows} values in {name}_scores",
+                got=str(len(values)),
+                next_step="correct the metric's module",
+            )
 
 
 def _require_calls(table: pd.DataFrame) -> None:
@@ -284,11 +309,20 @@ def _require_finite(table: pd.DataFrame) -> None:
         raise BadData(
             "A score is not a finite number.", where="evaluate", got=", ".join(bad), next_step="fix the metric"
         )
+    large = [str(name) for name in numbers if (numbers[name].abs() > LARGEST_SCORE).any()]
+    if large:
+        raise BadData(
+            "A score is too large to compute with.",
+            where="evaluate",
+            expected=f"scores of at most {LARGEST_SCORE:g}",
+            got=", ".join(large),
+            next_step="limit the score in its metric's module",
+        )
 
 
 def score_columns(table: pd.DataFrame) -> list[str]:
     """Return the names of a score table's metrics."""
-    return [name for name in table.columns if name not in _ROW_COLUMNS]
+    return [name for name in table.columns if name not in ROW_COLUMNS]
 
 
 def summarise(table: pd.DataFrame, confidence: float, seed: int, *, with_labels: bool = False) -> SetScores:

@@ -24,6 +24,13 @@ RANGES = {
     **dict.fromkeys(("token_f1", "field_f1", "tool_arguments_f1", "rouge1", "rouge2", "rougeL", "rougeLsum"), 1.0),
     "chrf": 100.0,
 }
+# Columns of a score table that are not scores.
+ROW_COLUMNS = frozenset(
+    {"id", "set", "group", "prompt", "reference", "reference_calls", "reference_tokens"}
+    | {"answer", "answer_tokens", "finish", "nll"}
+)
+OF_ALL_ROWS = frozenset({"stops", "perplexity", "macro_f1"})  # scores that evaluate computes without a metric's module
+LARGEST_SCORE = 1e100  # squares and sums of larger ones may be no finite numbers
 LARGEST_VOCABULARY = 2**18  # assumed if the base's config does not say how many tokens there are
 
 Verdict = Literal["promote", "reject", "undecided", "unchanged"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
-from loraflow.evaluation.pairing import scores
+from loraflow.evaluation.pairing import require_same_tokens, scores
 from loraflow.evaluation.values import Decision, WorseRow, WorseRows
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def find_worse(
 
     Raises:
         BadData: a score is not a finite number.
-        BadConfig: there is no score of this name.
+        BadConfig: there is no score of this name, or it is a loss per token of different tokenizers.
     """
     ours = challenger.set_index("id").sort_index()
     return tuple(
@@ -77,6 +77,8 @@ def _worse(
 ) -> WorseRows:
     sign = -1.0 if is_lower_better or metric in LOWER_IS_BETTER else 1.0
     mine, other = scores(ours, metric, "challenger"), scores(theirs, metric, name)
+    if metric == "token_loss":
+        require_same_tokens(ours, theirs, name)
     drops = sign * (other - mine)
     order = np.argsort(-drops, kind="stable")
     count = int((drops >= limit.drop - _ROUNDING).sum())

@@ -12,7 +12,7 @@ When the looks of a period are used up, the next period begins with rows of whic
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -127,6 +127,14 @@ def next_look(
     spent = _own_level(counted, number, assumed, error, horizon)
     level = min(spent + _recycled(counted, number, promotions), error)  # the recipe may have lowered the error
     return NextLook(number, spent, level, assumed, period, fresh)
+
+
+def error_of_period(looks: Iterable[Look], look: Look) -> float:
+    """Return the probability of any false promotion that the looks up to this one of its period may have.
+
+    A recipe that lowers gate.error takes nothing back from the looks before.
+    """
+    return max(one.error for one in looks if one.seq <= look.seq and (one.period or 1) == (look.period or 1))
 
 
 def _counted(looks: Sequence[Look], sets: Mapping[str, Set[str]], rows: Set[str], period: int) -> list[Look]:

@@ -177,6 +177,7 @@ def approval_request(recipe: str, decision: Decision, scores: ModelScores, *, co
     """Return the question whether a model is promoted, with the gate's reasons and the scores."""
     lines = [f"# {recipe}: promote?", "", APPROVAL, "", *_items(decision.reasons), ""]
     lines += [SIGN, ""] if decision.comparisons else []
+    lines += [decision.budget, ""] if decision.budget else []
     return "\n".join([*lines, *_comparison(scores, confidence), *_worse(decision), *_behaviour(decision)])
 
 
@@ -198,7 +199,7 @@ def _gate_set_first(scores: Scores) -> list[tuple[str, SetScores]]:
 
 
 def _intervals(confidence: float) -> str:
-    return f"In brackets: {confidence:.0%} confidence intervals."
+    return f"In brackets: {100 * confidence:.4g}% confidence intervals."
 
 
 def _count(values: Iterable[MetricValue]) -> int:

@@ -164,7 +164,7 @@ def _scores(facts: Facts) -> list[str]:
     lines = [
         "## Scores",
         "",
-        f"Values with their {facts.confidence:.0%} intervals, on rows that training did not see.",
+        f"Values with their {100 * facts.confidence:.4g}% intervals, on rows that training did not see.",
         "",
     ]
     for rows, tuned in facts.metrics.get("tuned", {}).items():

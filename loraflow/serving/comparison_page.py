@@ -82,7 +82,8 @@ def _describe(model: Compared) -> str:
 def _rows(pairing: Pairing) -> str:
     scores = pairing.scores
     left_out = f"; {_count(scores.only_first)} of A and {scores.only_second} of the other were not scored for both"
-    return f"{_count(scores.rows, 'held-out ')}{left_out if scores.only_first or scores.only_second else ''}"
+    tokens = "".join(f"; {metric} is per token, and the models have different tokenizers" for metric in scores.left_out)
+    return f"{_count(scores.rows, 'held-out ')}{left_out if scores.only_first or scores.only_second else ''}{tokens}"
 
 
 def _count(rows: int, kind: str = "") -> str:

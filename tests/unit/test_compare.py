@@ -122,6 +122,15 @@ def test_the_bounds_are_those_of_the_gate_and_a_lower_loss_is_better():
     assert match.bounds.lower == pytest.approx(exact.low, abs=0.02)
 
 
+def test_losses_of_different_tokenizers_are_left_out_and_named(store):
+    columns = {"token_loss": np.full(100, 2.0), "reference_tokens": 10}
+    add_run(store, A, table([True] * 100, **columns))
+    add_run(store, B, table([True] * 100, **columns | {"reference_tokens": 20}))
+    done = compare(store, A, B)
+    assert "token_loss is per token, and the models have different tokenizers" in done.output, done.exception
+    assert not any(line.split()[:1] == ["token_loss"] for line in done.output.splitlines())
+
+
 def test_a_row_with_the_same_id_and_another_prompt_is_not_compared():
     one, two = table([True] * 30), table([True] * 30)
     two.loc[0, "prompt"] = two.loc[1, "prompt"]

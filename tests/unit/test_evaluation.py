@@ -2,6 +2,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -116,6 +117,26 @@ def test_a_users_metric_module_is_scored_row_by_row(tmp_path):
     )
     values, rows = compute(str(folder), ["ab", "c"], ["xy", "zz"])
     assert values == {"same_length": 0.5} and rows == {"same_length": [1.0, 0.0]}
+
+
+@pytest.mark.parametrize("name", ["prompt", "group", "nll", "stops", "perplexity", "macro_f1", "exact_match"])
+def test_a_metric_whose_score_would_replace_another_column_is_refused(name, monkeypatch):
+    """Groups and prompts say which rows are independent; and the gate decides on the score that the report shows."""
+    table = pd.DataFrame({"prompt": ["q"], "answer": ["x"], "reference": ["x"]})
+    own = compute("exact_match", ["x"], ["x"])._replace(rows={name: [1.0]})
+    monkeypatch.setattr(
+        metric_modules, "compute", lambda metric, *texts: own if "/" in metric else compute(metric, *texts)
+    )
+    config = SimpleNamespace(metrics=["exact_match", "./metrics/own"], modules={})
+    with pytest.raises(BadConfig, match=rf"name of another column(.|\n)*metrics/own(.|\n)*{name}"):
+        score._row_scores(table, config)
+
+
+def test_a_metric_without_a_score_for_each_row_is_refused(monkeypatch):
+    table = pd.DataFrame({"answer": ["x", "y"], "reference": ["x", "x"]})
+    monkeypatch.setattr(metric_modules, "compute", lambda *_: ModuleScores({"own": 1.0}, {"own": [1.0]}))
+    with pytest.raises(BadConfig, match=r"a score for each row(.|\n)*2 values in own_scores(.|\n)*got: +1"):
+        score._row_scores(table, SimpleNamespace(metrics=["./metrics/own"], modules={}))
 
 
 def test_a_bare_name_is_never_looked_up_on_the_hub():

@@ -8,10 +8,11 @@ from scipy import stats
 
 from loraflow.config.evaluation import SCORES
 from loraflow.evaluation.evidence import Evidence, exact_p_value, gaffke_p_value
-from loraflow.evaluation.gate import decide, heldout_rows
+from loraflow.evaluation.gate import decide, heldout_rows, require_comparable
 from loraflow.evaluation.intervals import mean_interval, tango_bound
 from loraflow.evaluation.power import margin_of_unchanged, rows_for_margin, smallest_gain
 from loraflow.evaluation.score import summarise
+from loraflow.evaluation.worst import WorseLimit, find_worse
 from loraflow.failures import BadConfig, BadData
 
 
@@ -333,6 +334,40 @@ def test_a_loss_counts_at_most_the_logarithm_of_the_vocabulary():
     assert "losses capped; uncapped +0.9050" in found.reason and found.state == "passed"
     ours.loc[399, "token_loss"] = 1000.0  # now the reported loss is worse
     assert gate(ours, theirs, primary="token_loss", vocabulary=1000).verdict != "promote"
+
+
+def test_losses_per_token_of_different_tokenizers_are_not_compared():
+    """The challenger's tokenizer writes twice the tokens: the same likelihood of each text is half the loss per token."""
+    theirs = table(token_loss=np.full(400, 2.0), reference_tokens=np.full(400, 10), exact_match=np.zeros(400))
+    ours = table(token_loss=np.full(400, 1.0), reference_tokens=np.full(400, 20), exact_match=np.ones(400))
+    for rules in ({"primary": "token_loss"}, {"guards": {"token_loss": 0.1}}):
+        with pytest.raises(BadConfig, match=r"different tokenizers(.|\n)*400 of 400 rows; 8000 and 4000 tokens"):
+            gate(ours, theirs, **rules)
+    with pytest.raises(BadConfig, match="different tokenizers"):
+        require_comparable(ours.assign(set="heldout"), {"champion": theirs.assign(set="heldout")}, {"token_loss"})
+    with pytest.raises(BadConfig, match="different tokenizers"):
+        find_worse(ours, {"champion": theirs}, {"token_loss": WorseLimit(0.5, 1)})
+    assert gate(ours, theirs).verdict == "promote", "answers can be compared"
+
+
+@pytest.mark.parametrize("column", ["nll", "reference_tokens", "answer_tokens"])
+def test_a_column_that_is_no_score_decides_nothing(column):
+    """The report does not show it, and a higher `nll` would be taken for a better one."""
+    with pytest.raises(BadConfig, match="does not exist"):
+        gate(table(**{column: ones}), table(**{column: zeros}), primary=column)
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e-200, 1.0, 1e99])
+def test_scores_of_any_size_are_decided_alike(scale):
+    rng = np.random.default_rng(0)
+    gains = rng.normal(0.2, 1, (3, 60))
+    for values in gains:
+        found, expected = (gate(table(mine=values * by), table(mine=zeros[:60]), primary="mine") for by in (scale, 1.0))
+        assert found.verdict == expected.verdict
+        tolerance = 1e-3 if scale < 1e-300 else 1e-9  # such small numbers have few digits
+        assert found.comparisons[0].p_value == pytest.approx(expected.comparisons[0].p_value, rel=tolerance)
+    with pytest.raises(BadData, match=r"too large(.|\n)*1e\+308 in row r0"):
+        gate(table(mine=np.r_[1e308, values]), table(mine=np.zeros(61)), primary="mine")
 
 
 def test_stops_can_be_a_guard():

@@ -1,5 +1,6 @@
 """Reports as markdown, and the values that they show."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -211,6 +212,13 @@ def test_the_approval_request_shows_reasons_and_scores():
         "With *Promote* off, it is declined. The reason is recorded.\n\n"
         "- better than base\n- better than champion\n\n" + scores_of_the_report
     )
+
+
+def test_the_approval_request_says_what_the_look_may_risk():
+    decision = dataclasses.replace(DECISION, budget="Look 3 of 365, 362 left: at most 5% for any false promotion.")
+    text = markdown.approval_request("quickstart", decision, ModelScores(base=BASE, tuned=TUNED), confidence=0.975)
+    assert text.index("better than champion") < text.index(decision.budget) < text.index("## Scores")
+    assert "97.5% confidence intervals" in text
 
 
 def test_the_scores_of_one_model_are_reported():

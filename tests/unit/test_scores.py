@@ -9,7 +9,7 @@ import pytest
 from loraflow import identity
 from loraflow.config import load_recipe
 from loraflow.execution.workspace import Workspace
-from loraflow.failures import BadData, CorruptArtifact
+from loraflow.failures import BadConfig, BadData, CorruptArtifact
 from loraflow.store import Ref, Summary
 from loraflow.tasks.gate import gate
 from loraflow.tasks.slices import heldout_slices
@@ -88,6 +88,35 @@ def test_a_look_is_spent_before_the_verdict_and_a_crash_in_between_grants_none(w
     other = Workspace(workspace.recipe.model_copy(update={"name": "renamed"}))
     changed = decide(other, base, scores(workspace, "tuned 2", 1.9))
     assert changed.look == 2 and "6.9e-05 allowed at look 2 of 365" in changed.comparisons[0].reason
+
+
+def test_a_champion_with_another_tokenizer_costs_no_look(workspace):
+    base, tuned = (
+        scores(workspace, "base", 2.0, reference_tokens=20),
+        scores(workspace, "tuned", 1.0, reference_tokens=20),
+    )
+    with pytest.raises(BadConfig, match=r"token_loss of challenger and champion(.|\n)*register.model"):
+        decide(workspace, base, tuned, champion=scores(workspace, "champion", 1.9, reference_tokens=10))
+    assert not workspace.looks.entries()
+
+
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [
+        ([0.025], "at most 2.5% for any"),
+        ([0.001], "at most 0.1% for any"),
+        ([0.4, 0.05], "at most 40% for any false promotion in 365 looks of this model, whatever its held-out rows. "
+         "An earlier look had gate.error 0.4; now it is 0.05."),
+        ([0.05, 0.4], "at most 40% for any"),
+    ],
+)  # fmt: skip
+def test_the_error_that_is_shown_is_that_of_all_looks_of_the_period(workspace, errors, said):
+    base, tuned = scores(workspace, "base", 2.0), scores(workspace, "tuned", 1.99)
+    for error in errors:
+        rules = workspace.recipe.gate.model_copy(update={"error": error})
+        workspace.recipe = workspace.recipe.model_copy(update={"gate": rules})
+        decision = decide(workspace, base, tuned)
+    assert said in decision.budget, decision.budget
 
 
 def test_new_rules_and_a_new_champion_are_new_looks(workspace):
