@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import StringConstraints, TypeAdapter, ValidationError
 
 from loraflow.failures import BadConfig, BadModel, Network
-from loraflow.store.files import write_json
+from loraflow.store.files import hash_file, write_json
 
 LOCK = Path("loraflow.lock")  # in the working folder: {"model@revision": commit}
+# A file of the hub's cache is named by its content: git's id of a blob, or the sha256 of a large file.
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _LOCKED = TypeAdapter(dict[str, Annotated[str, StringConstraints(pattern="^[0-9a-f]{40}$")]])
 
 
@@ -104,6 +108,7 @@ def download(model: str, commit: str, *, trust: bool, with_weights: bool = True)
 
     Raises:
         Network: the hub did not deliver them.
+        BadModel: a file of the hub's cache on this machine is damaged.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
@@ -112,8 +117,36 @@ def download(model: str, commit: str, *, trust: bool, with_weights: bool = True)
     if not with_weights:
         patterns = ["[!m]*.json", "*.jinja", "tokenizer*", "vocab*", "merges*"]  # without model.safetensors.index.json
     try:
-        return Path(snapshot_download(model, revision=commit, allow_patterns=patterns + ["*.py"] * trust))
+        folder = Path(snapshot_download(model, revision=commit, allow_patterns=patterns + ["*.py"] * trust))
     except (OSError, HTTPError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename:
             raise  # the local disk's failure, not the network's
         raise _not_delivered(model, commit, error) from error
+    _refuse_damaged(folder)
+    return folder
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """Hash the files of a snapshot: the hub's library does not look again at what it has downloaded once.
+
+    The base's fingerprint is its commit, so damaged weights would be taken for those of the commit from then on. Where the
+    cache has no links (on Windows), nothing says what the files should be.
+    """
+    for file in sorted(folder.rglob("*")):
+        blob = file.resolve()
+        if not (file.is_symlink() and _BLOB.fullmatch(blob.name)):
+            continue
+        found = hash_file(blob) if len(blob.name) == 64 else _git_id(blob.read_bytes())
+        if found != blob.name:
+            raise BadModel(
+                "A file of the base is damaged in the hub's cache on this machine.",
+                where=str(file),
+                expected=f"the hash {blob.name[:12]}",
+                got=found[:12],
+                next_step=f"rm {shlex.quote(str(blob))}, then run again: it is downloaded again",
+            )
+
+
+def _git_id(content: bytes) -> str:
+    """Return the id that git gives to a file."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -23,7 +23,7 @@ from loraflow.data.loss_mask import Encoded
 from loraflow.data.token_labels import IGNORED
 from loraflow.job import Job
 
-FORMAT = 1  # of the entries
+FORMAT = 2  # of the entries; those of version 1 had no key in their hash
 MEAN_ROWS = 256  # of a segment
 MAX_ROWS = 1024
 MAX_CHARACTERS = 4_000_000  # of a segment, but for its last row: the arrays of long documents must fit into memory

@@ -1,13 +1,14 @@
 """Checksums of small JSON documents, such as run records: what is damaged, or belongs to another run, is not believed.
 
 The checksum is the first line of the object. It covers the document's name and all bytes after that line, so a document that
-was edited, damaged, or copied over another one is refused. It does not protect against a person who computes it again. A
-document of an earlier version has none, and is taken as it is.
+was edited, damaged, formatted in another way, or copied over another one is refused. It does not protect against a person
+who computes it again. A document of an earlier version has none, and is taken as it is.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 
 _START = b"{\n"
@@ -38,11 +39,24 @@ def check_document(name: str, document: bytes) -> bytes:
     """
     found = _LINE.match(document)
     if found is None:
+        if _has_checksum(document):
+            raise ChangedDocument("its checksum is not in the first line: the document was written again by another program")
         return document
     rest = document[found.end() :]
     if checksum(name, rest).encode() != found[1]:
         raise ChangedDocument("its checksum is wrong: the document was changed, or is a copy of another one")
     return _START + rest
+
+
+def _has_checksum(document: bytes) -> bool:
+    """Tell whether a document is an object with a checksum that is not where `add_checksum` writes it."""
+    if b"checksum" not in document:
+        return False
+    try:
+        value = json.loads(document)
+    except (ValueError, RecursionError):  # its reader says what is wrong
+        return False
+    return isinstance(value, dict) and "checksum" in value
 
 
 def lost_checksum(name: str, before: bytes, now: bytes) -> bool:

@@ -1,7 +1,7 @@
 """A cache of parts of a stage's result, by the hash of what they are made from. It is beside the artifacts of a store.
 
-An entry begins with the SHA-256 of its content, so that a damaged one is noticed: it is removed and computed again. Cleanup
-removes entries that nobody read for two weeks.
+An entry begins with the SHA-256 of its key and content. So an entry that is damaged, or was copied over another one, is
+noticed: it is removed and computed again. Cleanup removes entries that nobody read for two weeks.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ChunkCache:
         try:
             data = file.read_bytes()
             content = data[_HASH:]
-            if hashlib.sha256(content).digest() != data[:_HASH]:
+            if _hash(key, content) != data[:_HASH]:
                 log.warning("%s is damaged; it is computed again", file)
                 file.unlink(missing_ok=True)
                 return None
@@ -66,7 +66,7 @@ class ChunkCache:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             try:
-                draft.write_bytes(hashlib.sha256(content).digest() + content)
+                draft.write_bytes(_hash(key, content) + content)
                 draft.replace(file)
             finally:
                 draft.unlink(missing_ok=True)
@@ -80,6 +80,10 @@ class ChunkCache:
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / key
+
+
+def _hash(key: str, content: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + b"\0" + content).digest()
 
 
 def stale_entries(root: Path, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraflow.base import resolve
+from loraflow.base import hub, resolve
 from loraflow.base.load import load_tokenizer, stop_ids
 from loraflow.config.recipe import Base
 from loraflow.data.loss_mask import ChatTemplate
@@ -179,6 +179,31 @@ def test_a_branch_is_resolved_to_the_commit_in_the_lock_file(tmp_path, monkeypat
     assert "40 hex digits" in str(caught.value)
     (tmp_path / "loraflow.lock").write_text(json.dumps({"microsoft/Phi-3-mini-4k-instruct@main": commit}))
     assert resolve.locate(branch, HashMemo(None)) == pinned
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_of_the_hubs_cache_that_was_damaged_is_refused(tmp_path, phi3, monkeypatch, name):
+    """The cache has the layout of the hub's library. The names of its files are those of git and sha256sum."""
+    commit, home = "c" * 40, tmp_path / "models--acme--tiny"
+    blobs, snapshot = home / "blobs", home / "snapshots" / commit
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (home / "refs").mkdir()
+    for file in phi3.iterdir():
+        large = file.suffix == ".safetensors"
+        command = ["sha256sum", file] if large else ["git", "hash-object", "--no-filters", file]
+        blob = blobs / subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+        shutil.copyfile(file, blob)
+        (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder = hub.download("acme/tiny", commit, trust=False)
+    assert (folder / "model.safetensors").read_bytes() == (phi3 / "model.safetensors").read_bytes()
+    damaged = (snapshot / name).resolve()
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    with pytest.raises(BadModel, match="damaged in the hub's cache") as caught:
+        hub.download("acme/tiny", commit, trust=False)
+    assert str(damaged) in caught.value.next_step
 
 
 def test_an_unreachable_hub_is_a_network_failure(tmp_path):

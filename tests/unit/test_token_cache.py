@@ -141,6 +141,17 @@ def test_a_damaged_entry_is_named_removed_and_computed_again(tmp_path, caplog):
     assert tokenized(tmp_path, range(800), cache) == (0, expected)
 
 
+def test_an_entry_that_was_copied_over_another_one_is_computed_again(tmp_path, caplog):
+    cache = ChunkCache(tmp_path / "cache")
+    expected = tokenized(tmp_path, range(3000), cache)[1]
+    files = sorted(file for file in cache.folder.rglob("*") if file.is_file())
+    contents = [file.read_bytes() for file in files]
+    for file, content in zip(files, [*contents[1:], contents[0]], strict=True):
+        file.write_bytes(content)
+    count, batches = tokenized(tmp_path, range(3000), cache)
+    assert count == 3000 and batches == expected and caplog.text.count("is damaged") == len(files) > 1
+
+
 def test_cleanup_removes_entries_that_were_not_used_for_long(tmp_path):
     cache = ChunkCache(tmp_path / "cache" / "tokenize")
     cache.write("aa1", b"old")
