@@ -81,7 +81,9 @@ CHECK_DATASET = Stage(
     # a second header, quotes that are not quotes; hidden files are no data
     # 8: two answers of a preference pair are no marks, and a rejected answer is refused; marks in JSON text and in opinions
     # such as `quality: bad`; data.profile looks at the rows that sources use
-    version=8,
+    # 9: rows that a column `split` keeps for tests are left out of training; false, -1, grades and a label in `metadata` are
+    # opinions; images, corrected answers and choices are refused; systemPrompt and its like are system messages
+    version=9,
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},

@@ -33,6 +33,7 @@ class CheckedSource:
     tools: list[Tool] | None = None
     convert: Callable[[Row], Row] = lambda row: row  # what the recipe makes of a row
     config: CheckDatasetConfig | None = None  # of a recipe with data.sources, which name their own files
+    heldout: frozenset[str] = frozenset()  # sets whose files are held out
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         """Yield each row with its set."""
@@ -43,7 +44,10 @@ class CheckedSource:
             for name, row in source_rows(self.folder, self.config, self.tools):
                 yield name, self.convert(row)
         for name, files in self.sets.items():
-            for row in read_rows(self.folder, files, self.format, self.columns, self.group, self.tools):
+            is_training = name not in self.heldout
+            for row in read_rows(
+                self.folder, files, self.format, self.columns, self.group, self.tools, is_training=is_training
+            ):
                 yield name, self.convert(row)
 
 
@@ -83,6 +87,7 @@ def checked_source(source: str, form: str | None, *, personal: bool) -> CheckedS
 def _of_recipe(recipe: str, *, personal: bool) -> CheckedSource:
     from loraflow.config import load_recipe
     from loraflow.config.stage_configs import CheckDatasetConfig
+    from loraflow.data.chat_table import TRAIN
     from loraflow.data.check import assign_files
     from loraflow.data.thinking import with_thinking
     from loraflow.data.tools import dataset_tools
@@ -97,9 +102,10 @@ def _of_recipe(recipe: str, *, personal: bool) -> CheckedSource:
     config = CheckDatasetConfig.from_recipe(workspace.recipe, workspace)
     rules = {**default_rules(personal=personal), **config.profile}
     tools = dataset_tools(config.tools, "data.tools")
+    sets = {} if config.sources else assign_files(folder, config)
     return CheckedSource(
         folder,
-        {} if config.sources else assign_files(folder, config),
+        sets,
         config.format,
         config.columns,
         rules,
@@ -107,6 +113,7 @@ def _of_recipe(recipe: str, *, personal: bool) -> CheckedSource:
         tools,
         convert=partial(with_thinking, thinking=config.thinking),
         config=config if config.sources else None,
+        heldout=frozenset(sets) - {TRAIN},
     )
 
 

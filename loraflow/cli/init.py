@@ -69,7 +69,7 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
     folder, patterns = (data_file, ["*"]) if data_file.is_dir() else (data_file.parent, [data_file.name])
     names = match_files(folder, patterns)
     named = choose_columns(folder / names[0], names[0], columns)
-    rows = list(read_rows(folder, names, "auto", named))
+    rows = list(read_rows(folder, names, "auto", named, is_training=True))
     if len(rows) <= FEW:
         click.echo(f"only {len(rows)} rows: too few to train or to compare models; a hundred are a beginning")
     chats = _chats(rows, data_file)

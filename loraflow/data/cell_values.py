@@ -70,12 +70,26 @@ def _is_python(text: str) -> bool:
     return re.match(r"\s*[\[{(]+\s*'", text) is not None
 
 
+def _is_media(value: JsonValue) -> bool:
+    """Tell whether a value is an image, video or sound as `datasets` stores it: {bytes, path}, or a list of them."""
+    if isinstance(value, list) and value:
+        value = value[0]
+    return isinstance(value, bytes) or (
+        isinstance(value, dict) and "path" in value and not value.keys().isdisjoint({"bytes", "array"})
+    )
+
+
 def refuse_media(row: Mapping[str, JsonValue], texts: Sequence[JsonValue]) -> None:
-    """Refuse a row whose text has a placeholder for an image, video or sound that stands in another key.
+    """Refuse a row with an image, video or sound: its answer would be learned without it.
+
+    A path or URL alone may belong to a text that does not need it, so it counts only beside a placeholder in the text.
 
     Raises:
         BadRow: it has one.
     """
+    for key, value in row.items():
+        if _is_media(value) and _MEDIA.fullmatch(str(key)):
+            raise BadRow(f"{key} is not read: only text is supported; remove it if the answer does not depend on it")
     for text in texts:
         found = _PLACEHOLDER.search(text) if isinstance(text, str) else None
         if found and (keys := [key for key, value in row.items() if value and _MEDIA.fullmatch(str(key))]):

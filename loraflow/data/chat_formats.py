@@ -18,7 +18,7 @@ from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
 from loraflow.data.message_checks import ROLES, checked_messages
-from loraflow.data.preference_pairs import refuse_rejected
+from loraflow.data.preference_pairs import refuse_corrected, refuse_rejected
 from loraflow.data.row_fields import ASSISTANT, FUNCTION_CALL, RawRow, RowFields, Turn, has_value, objects
 from loraflow.data.tools import read_calls, read_tools
 
@@ -43,7 +43,8 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "function": "tool",
 }
-_SYSTEM_KEYS = ("system", "system_prompt")  # Anthropic's and Alpaca's; OpenOrca's
+# Anthropic's and Alpaca's; OpenOrca's; others'
+_SYSTEM_KEYS = ("system", "system_prompt", "systemPrompt", "system_message", "systemMessage", "system_instruction")
 _NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -91,9 +92,10 @@ def read_chat(
     turns = _turns(fields, format_name)
     refuse_media(fields.row, [turn.content for turn in turns])
     row_weight, excluded_by = (1.0, "") if fields.row.keys() <= _FORMAT_KEYS else fields.row_weight()
-    messages = checked_messages(turns, _tools(fields, tools))
+    messages = checked_messages(turns, _tools(fields, turns, tools))
     if row_weight and not fields.row.keys() <= _FORMAT_KEYS:
         refuse_rejected(fields.row, messages, tuple(columns.values()))
+        refuse_corrected(fields.row, messages, tuple(columns.values()))
     if not row_weight:
         raise MarkedFalse("the row is marked as not to be learned", excluded_by)
     learned, weights = _marked(turns, row_weight, messages)
@@ -168,7 +170,7 @@ def to_prompt(row: JsonValue, format_name: str = "auto", tools: list[Tool] | Non
     """
     fields = RowFields(_with_dummy_answer(_object(row)), _NO_COLUMNS, None)
     turns = _turns(fields, format_name)
-    return checked_messages(turns, _tools(fields, tools))[:-1]
+    return checked_messages(turns, _tools(fields, turns, tools))[:-1]
 
 
 def _object(row: JsonValue) -> RawRow:
@@ -249,10 +251,16 @@ def detect_format(row: RawRow) -> str:
         for name, needed in _NEEDS:
             if needed <= keys:
                 return name
-    pairs = "; for the chosen answers of preference pairs, set data.columns: {completion: chosen} or {messages: chosen}"
+    hint = ""
+    if "chosen" in row:
+        hint = (
+            "; for the chosen answers of preference pairs, set data.columns: {completion: chosen} or {messages: chosen}"
+        )
+    elif choices := next((key for key in ("choices", "options", "endings") if has_value(row.get(key))), None):
+        hint = f"; {choices} is a part of the question: write a prompt that has it"
     raise BadRow(
         "expected messages, conversations, instruction/output or prompt/completion; "
-        f"got the keys {', '.join(map(str, list(row)[:8])) or '(none)'}{pairs if 'chosen' in row else ''}"
+        f"got the keys {', '.join(map(str, list(row)[:8])) or '(none)'}{hint}"
     )
 
 
@@ -364,8 +372,13 @@ _NEEDS = [(name, needed) for name, chat_format in FORMATS.items() for needed in 
 _FORMAT_KEYS = {*_SYSTEM_KEYS, "input", "context", "history"}.union(*(needed for _, needed in _NEEDS))
 
 
-def _tools(fields: RowFields, of_dataset: list[Tool] | None) -> list[Tool] | None:
-    """Return the tools of a row. A row's own replace those of the dataset."""
+def _tools(fields: RowFields, turns: list[Turn], of_dataset: list[Tool] | None) -> list[Tool] | None:
+    """Return the tools of a row. A row's own replace those of the dataset.
+
+    Hermes' rows have their tools in the system message too, as the template would write them: they are not read twice.
+    """
+    if turns and turns[0].role == "system" and isinstance(turns[0].content, str) and "<tools>" in turns[0].content:
+        return None
     for key in ("tools", "functions"):
         if has_value(fields.row.get(key)) and (found := read_tools(fields.row[key], key)) is not None:
             fields.value(key)

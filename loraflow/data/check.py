@@ -213,7 +213,10 @@ def rows_of_sets(files: Path, config: CheckDatasetConfig, tools: list[Tool] | No
         yield from source_rows(files, config, tools)
         return
     for set_name, set_files in assign_files(files, config).items():
-        for row in read_rows(files, set_files, config.format, config.columns, config.group, tools):
+        is_training = set_name == TRAIN
+        for row in read_rows(
+            files, set_files, config.format, config.columns, config.group, tools, is_training=is_training
+        ):
             yield set_name, row
 
 

@@ -9,7 +9,16 @@ from pydantic import JsonValue
 
 from loraflow.data.chats import BadRow
 from loraflow.data.container_text import Unreadable, parsed_text
-from loraflow.data.judgements import Beside, Said, is_object_text, objects_of, opinion, shown, verdict
+from loraflow.data.judgements import (
+    Beside,
+    Said,
+    is_object_text,
+    objects_of,
+    opinion,
+    part_of_dataset,
+    shown,
+    verdict,
+)
 from loraflow.data.labels import as_number, judges_badly, label_side
 from loraflow.data.mark_names import (
     CONTAINERS,
@@ -86,12 +95,14 @@ def _responses(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside
 
 
 def _of_member(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:
-    """Return what a key of an object says. A weight between 0 and 1, and a `label`, may be those of something else."""
+    """Return what a key of an object says. A weight between 0 and 1, and a `label` of 0, may be those of something else."""
     name, text = normal_name(key), shown(here, value)
     if name in WEIGHTS | EXCLUSIONS:
         number = as_number(value)
         return Said((number == 1) is (name in WEIGHTS), text) if number in (0, 1) else None
-    if name in LABELS - {"label"}:
+    if name == "label":
+        return opinion("human_label", here, value, beside)
+    if name in LABELS:
         side = label_side(value)
         if isinstance(side, bool):
             return Said(side, text)
@@ -101,7 +112,7 @@ def _of_member(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside
     if name in JUDGEMENTS and not isinstance(value, list):
         is_learned = verdict(name, here, value, beside)
         return None if is_learned is None else Said(is_learned, text)
-    said = opinion(name, here, value, beside)
+    said = opinion(name, here, value, beside) or part_of_dataset(name, here, value, beside)
     return said or (contained(key, here, value, beside) if isinstance(value, dict | list | str) else None)
 
 

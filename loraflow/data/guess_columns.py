@@ -26,6 +26,23 @@ _PAIRS = (
     ("instruction", "output"),
 )
 
+# usual names of a text that a question is about, in lower case
+_PASSAGES = (
+    "context",
+    "input",
+    "passage",
+    "paragraph",
+    "document",
+    "article",
+    "story",
+    "premise",
+)
+# Parts of a question that are no text: without them, the answer cannot be known.
+_PARTS = frozenset({
+    "choices", "options", "candidates", "documents", "contexts", "passages", "paragraphs", "endings", "table", "image",
+    "images", "audio", "video", "schema",
+})  # fmt: skip
+_LETTERS = frozenset("abcd")
 # usual names of (text, class) in sets for classification
 _TEXTS = (
     "text",
@@ -74,6 +91,8 @@ def guess_columns(row: JsonValue) -> dict[str, str]:
     if not isinstance(row, dict):
         return {}
     names = {name.lower(): name for name in row}
+    if _has_unread_parts(row, names):
+        return {}
     for question, answer in _PAIRS:
         asked, answered = names.get(question), names.get(answer)
         if asked and answered and isinstance(row[asked], str) and isinstance(row[answered], str):
@@ -81,11 +100,17 @@ def guess_columns(row: JsonValue) -> dict[str, str]:
     return _column_of_turns(row) or _columns_of_classes(row, names)
 
 
+def _has_unread_parts(row: dict[str, JsonValue], names: dict[str, str]) -> bool:
+    """Tell whether a row has parts of its question that no columns can name, such as the choices of a quiz."""
+    parts = [row[names[name]] for name in names.keys() & _PARTS]
+    return any(isinstance(part, dict | list) and part for part in parts) or names.keys() >= _LETTERS
+
+
 def _question_and_answer(names: dict[str, str], asked: str, answered: str) -> dict[str, str]:
     """Return the columns of a question and its answer. A task or context beside it is a part of the prompt: Alpaca's."""
     if (task := names.get("instruction", asked)) != asked:
         return {"instruction": task, "input": asked, "output": answered}
-    beside = next((names[name] for name in ("context", "input") if name in names and names[name] != asked), None)
+    beside = next((names[name] for name in _PASSAGES if name in names and names[name] != asked), None)
     if beside is None and asked.lower() != "instruction":
         return {"prompt": asked, "completion": answered}
     columns = {"instruction": asked, "output": answered}

@@ -60,7 +60,7 @@ def _refuse_spread_rows(path: Path, name: str) -> None:
     if first.strip() in (b"[", b"{") and not _is_row(second):
         what = ".[]" if first.strip() == b"[" else "."
         got, convert = "a row that is spread over several lines", f"jq -c {shlex.quote(what)}"
-    elif not second and b"}\r" in first and _is_row(first.split(b"\r")[0]):
+    elif not second and b"}\r" in first.rstrip() and _is_row(first.split(b"\r")[0]):
         got, convert = "rows that end with a carriage return only", "tr '\\r' '\\n' <"
     else:
         return

@@ -13,12 +13,25 @@ from typing import NamedTuple
 from pydantic import JsonValue
 
 from loraflow.data.container_text import Unreadable, parsed_text
-from loraflow.data.labels import Labels, answers_of, is_absent, judges_badly, label_side, plain, reads_like_a_judgement
+from loraflow.data.labels import (
+    Labels,
+    answers_of,
+    as_number,
+    is_absent,
+    judges_badly,
+    label_side,
+    plain,
+    reads_like_a_judgement,
+)
 from loraflow.data.mark_names import (
+    FALSE_IS_WRONG,
     GOOD,
+    GRADES,
     OPINIONS,
     REACTIONS,
     RECORD_STATES,
+    SAID_FALSE,
+    SPLITS,
     STATES,
     WORD_BAD_VERDICTS,
     WORD_VERDICTS,
@@ -35,10 +48,21 @@ _DOWN = frozenset(
     {"down", "thumbs down", "thumbsdown", "thumb down", "downvote", "downvoted", "dislike", "disliked", "👎", "❌"}
 )
 _UP = frozenset({"up", "thumbs up", "thumbsup", "thumb up", "upvote", "upvoted", "like", "liked", "👍", "✅"})
-# Between right and wrong: no evidence that a column with `bad` is about something else than the answer.
-_BETWEEN = frozenset(
-    {"neutral", "unsure", "unknown", "unclear", "mixed", "partial", "partly correct", "partially correct", "n/a"}
-)
+# Between right and wrong, or a grade: no evidence that a column with `bad` is about something else than the answer.
+_BETWEEN = frozenset({
+    "neutral", "unsure", "unknown", "unclear", "mixed", "partial", "partly correct", "partially correct", "n/a",
+    "normal", "medium", "moderate", "average", "mediocre", "fair", "decent", "high", "very high", "low", "very low",
+    "very good", "very bad", "very poor", "great", "excellent", "perfect", "best", "better", "satisfactory", "unsatisfactory", "terrible",
+    "success", "successful", "succeeded",
+})  # fmt: skip
+_LOW = frozenset(
+    {"low", "very low", "very bad", "very poor", "terrible", "unsatisfactory"}
+)  # wrong in a column of grades
+_HELD_OUT = frozenset({
+    "test", "testing", "tests", "validation", "valid", "val", "dev", "development", "eval", "evaluation", "held out",
+    "heldout", "holdout", "hold out",
+})  # fmt: skip
+_TRAINED_ON = frozenset({"train", "training"})
 _OF_ARGILLA = frozenset({"default", "edited", "validated", "submitted", "pending", "draft", "completed"})
 
 
@@ -90,12 +114,17 @@ def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
     a class of the row if the answer names it, or other rows have values that judge nothing; else it is unclear.
     """
     is_direct = judges_the_answer(name)
-    if not isinstance(value, str) or not (is_direct or name in OPINIONS | STATES):
+    if not (is_direct or name in OPINIONS | STATES):
         return None
-    text = plain(value)
+    if name in FALSE_IS_WRONG and _is_false_of_two(value, here, beside):
+        return Said(False, shown(here, value))
+    text = _word(name, value)
+    if text is None:
+        return None
     is_down = name in REACTIONS and text in _DOWN
-    is_wrong = text in _WRONG or is_down
-    if not is_wrong and not (name not in STATES and judges_badly(value)):
+    is_wrong = text in _WRONG or is_down or (text == "false" and name not in STATES)
+    is_unclear = text == "-1" or (name in GRADES and text in _LOW) or (name not in STATES and judges_badly(text))
+    if not is_wrong and not is_unclear:
         is_right = (name in REACTIONS and text in _UP) or (is_direct and label_side(value) is True)
         return Said(True, shown(here, value)) if is_right else None
     if any(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", answer) for answer in beside.said):
@@ -105,11 +134,60 @@ def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
     labels = None if is_direct else beside.labels
     if labels is not None and labels.some_row(("other", text, *here), lambda row: _has_other(row, here, text)):
         return None
+    got = repr(value[:60]) if isinstance(value, str) else repr(value)
     return Said(
         None,
-        f"{'.'.join(here)} {value[:60]!r} may mark the answer as wrong, or be a class of the row: rename the column if it "
+        f"{'.'.join(here)} {got} may mark the answer as wrong, or be a class of the row: rename the column if it "
         "is a class; if it is a mark, write it as is_correct, train or weight, whose false or 0 leaves the answer out",
     )
+
+
+def _word(name: str, value: JsonValue) -> str | None:
+    """Return the word of an opinion as `plain` does; None if it is no word.
+
+    A measurement is none, nor is false where it is an answer.
+    """
+    if isinstance(value, bool):
+        return None if name in STATES else str(value).lower()
+    if name in REACTIONS and as_number(value) == -1:
+        return "-1"
+    if not isinstance(value, str):
+        return None
+    text = plain(value)
+    return None if text == "false" and name not in SAID_FALSE and not judges_the_answer(name) else text
+
+
+def _is_false_of_two(value: JsonValue, here: tuple[str, ...], beside: Beside) -> bool:
+    """Tell whether a value says false: 0 only if the column has nothing but 0 and 1, because it may be the lowest grade."""
+    if as_number(value) != 0:
+        return False
+    if isinstance(value, bool) or (isinstance(value, str) and not any(sign.isdigit() for sign in value)):
+        return True
+    labels = beside.labels
+    if labels is None or not labels.some_row(("is 1", *here), lambda row: 1.0 in _numbers_at(row, here)):
+        return False
+    return not labels.some_row(("above 1", *here), lambda row: bool(_numbers_at(row, here) - {0.0, 1.0}))
+
+
+def part_of_dataset(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:
+    """Return that a row of a training file is not learned, because its column `split` says test or validation.
+
+    A column without the value train says nothing: a file that consists of test rows was chosen for training.
+    """
+    labels = beside.labels
+    if name not in SPLITS or not isinstance(value, str) or labels is None or not labels.is_training:
+        return None
+    if plain(value) not in _HELD_OUT or not labels.some_row(("train", *here), lambda row: _is_trained_on(row, here)):
+        return None
+    return Said(False, shown(here, value))
+
+
+def _is_trained_on(row: dict[str, JsonValue], here: tuple[str, ...]) -> bool:
+    return any(isinstance(value, str) and plain(value) in _TRAINED_ON for value in _values_at(row, here))
+
+
+def _numbers_at(row: dict[str, JsonValue], here: tuple[str, ...]) -> set[float]:
+    return {number for value in _values_at(row, here) if (number := as_number(value)) is not None}
 
 
 def objects_of(value: JsonValue) -> list[Mapping[str, JsonValue]]:
@@ -159,6 +237,8 @@ def _has_other(row: dict[str, JsonValue], here: tuple[str, ...], text: str) -> b
     """Tell whether a row has a value in a column that judges nothing, such as paid or open."""
     for value in _values_at(row, here):
         if is_absent(value) or isinstance(value, dict | list):
+            continue
+        if text == "-1" and as_number(value) in (-1, 0, 1):
             continue
         word = plain(value) if isinstance(value, str) else ""
         is_known = word in _WRONG | _DOWN | _UP | _BETWEEN or (text == "discarded" and word in _OF_ARGILLA)

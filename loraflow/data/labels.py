@@ -46,6 +46,14 @@ _LIKE_TRUE = frozenset({
     "adevarat", "corect", "dogru", "benar", "dung", "истина", "верно", "правильно", "хорошо", "σωστο", "صحيح", "נכון", "सही",
     "ถูก", "对", "正确", "正確", "真", "好", "正しい", "正解", "참", "정답", "맞음", "👍", "✅", "✓", "✔", "○",
 })  # fmt: skip
+# Two classes that no annotator uses for right and wrong.
+_CLASS_PAIRS = frozenset(
+    frozenset(pair.split("/"))
+    for pair in (
+        "spam/ham", "entailment/contradiction", "human/ai", "human/machine", "male/female", "question/statement",
+        "subjective/objective", "formal/informal", "odd/even", "cat/dog", "positive/neutral", "negative/neutral",
+    )
+)  # fmt: skip
 # Answers to a question more than judgements: beside two other values they are classes, as yes, no, maybe and unknown are.
 _WEAK = frozenset({
     "nope", "nah", "yep", "yeah", "yup", "nein", "ja", "jein", "non", "oui", "si", "nao", "sim", "nee", "nej", "nei", "ei",
@@ -199,7 +207,12 @@ class _Values:
             return False
         if kinds & {"true", "like_true", "weak", "binary"}:
             return others >= 2
-        return others != 2 or self.are_named or all(" " in text for text in self.others)
+        return (
+            others != 2
+            or self.are_named
+            or frozenset(self.others) in _CLASS_PAIRS
+            or all(" " in text for text in self.others)
+        )
 
 
 def answers_of(row: dict[str, JsonValue]) -> Iterable[str]:
@@ -253,10 +266,15 @@ class Labels:
     - there are two more texts beside yes and no, or eight beside true and false.
 
     Otherwise they are marks, and a label that is neither true nor false is refused.
+
+    Args:
+        rows: reads the file.
+        is_training: the file's rows may be learned; they are not all held out.
     """
 
-    def __init__(self, rows: Callable[[], Iterable[JsonValue]] | None = None):
+    def __init__(self, rows: Callable[[], Iterable[JsonValue]] | None = None, *, is_training: bool = False):
         self._rows = rows
+        self.is_training = is_training
         self._found: dict[str, _Column] = {}
         self._pairs: dict[tuple[str, str], PairMeaning] = {}
         self._facts: dict[tuple[str, ...], bool] = {}

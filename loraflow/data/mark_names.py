@@ -50,6 +50,9 @@ WORD_VERDICTS = _with_is(
     "accurate",
     "factual",
     "faithful",
+    "tests_passed",
+    "all_tests_passed",
+    "passes_tests",
 )
 WORD_BAD_VERDICTS = _with_is(
     "failed", "thumbs_down", "downvoted", "disliked", "hallucination", "hallucinated", "unhelpful", "inaccurate"
@@ -76,13 +79,28 @@ OPINIONS = frozenset({
     "quality", "verdict", "judgement", "judgment", "review", "review_result", "review_status", "feedback", "human_feedback",
     "user_feedback", "evaluation", "assessment", "human_label", "correctness", "grade", "rating", "thumbs", "thumb", "vote",
     "reaction", "human_evaluation", "human_rating", "annotation", "answer_quality", "response_quality", "user_rating",
+    "review_decision", "quality_label", "quality_check", "qa_status", "verification_status", "verification_result",
+    "validation_status", "validation_result", "test_status", "test_result", "execution_status", "approval_status",
+    "safe", "is_safe",
 })  # fmt: skip
+# Of these, false is a judgement; of the others it may be the answer to a question, as a verdict about a claim is.
+SAID_FALSE = frozenset({
+    "review_result", "correctness", "quality", "feedback", "human_feedback", "user_feedback", "answer_quality",
+    "response_quality", "quality_check", "verification_result", "validation_result", "test_result", "safe", "is_safe",
+    "human_label",
+})  # fmt: skip
+# Of these, false cannot be about anything else than the answer.
+FALSE_IS_WRONG = frozenset({"review_result", "correctness"})
+# Of these, `low` is a grade.
+GRADES = frozenset({"quality", "answer_quality", "response_quality", "quality_label", "rating", "grade"})
 # The same, where a word such as "failed" may be about anything.
 STATES = frozenset(
     {"status", "state", "result", "outcome", "decision", "annotation_status", "record_status", "response_status"}
 )
 # Of these, a thumb down is always one about the answer.
 REACTIONS = frozenset({"feedback", "human_feedback", "user_feedback", "thumbs", "thumb", "vote", "reaction"})
+# Which part of its dataset a row belongs to.
+SPLITS = frozenset({"split", "data_split", "dataset_split", "partition"})
 # Argilla's, which may be `discarded`.
 RECORD_STATES = frozenset({"annotation_status", "record_status", "response_status"})
 
@@ -94,7 +112,9 @@ _OF_ANSWER = re.compile(
     r"(?:is_|was_)?(?:the_)?(?:answer|response|completion|output|reply|label|human|annotator|row|sample|example)_(?:is_|was_)?(\w+)"
     r"|(?:is|was)_(\w+)_(?:answer|response|completion|output|reply)"
 )
-_OPINION_OF_ANSWER = re.compile(r"(?:answer|response|completion|reply)_(\w+)")  # not output_quality: that of a printer
+_OPINION_OF_ANSWER = re.compile(
+    r"(?:is_)?(?:answer|response|completion|reply)_(\w+)"
+)  # not output_quality: that of a printer
 
 
 def judges_the_answer(name: str) -> bool:

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from loraflow.data.chats import BadRow
 from loraflow.data.containers import contained
-from loraflow.data.judgements import Beside, opinion, shown, verdict
+from loraflow.data.judgements import Beside, opinion, part_of_dataset, shown, verdict
 from loraflow.data.labels import Labels, as_number, is_absent, label_side, plain, reads_like_a_judgement
 from loraflow.data.mark_names import (
     CONTAINERS,
@@ -24,6 +24,7 @@ from loraflow.data.mark_names import (
     LABELS,
     OPINIONS,
     ROW_WEIGHTS,
+    SPLITS,
     STATES,
     UNCLEAR,
     judges_the_answer,
@@ -102,7 +103,7 @@ def _may_mark(key: str) -> bool:
     """Tell whether a key may be a mark, or an object with marks. Most keys of most rows are neither."""
     name = normal_name(key)
     return (
-        name in KEYS | OPINIONS | STATES
+        name in KEYS | OPINIONS | STATES | SPLITS
         or judges_the_answer(name)
         or name.removesuffix("_json") in CONTAINERS
         or name.endswith(("responses", "responses_status"))
@@ -120,7 +121,11 @@ def _mark_or_opinion(key: str, value: JsonValue, where: str, labels: Labels, bes
     weight = _mark(key, name, value, where, labels, beside) if name in KEYS else None
     if weight is not None:
         return Weight(weight, shown((key,), value) if weight == 0 else "")
-    said = opinion(name, (key,), value, beside) or contained(key, (key,), value, beside)
+    said = (
+        opinion(name, (key,), value, beside)
+        or part_of_dataset(name, (key,), value, beside)
+        or contained(key, (key,), value, beside)
+    )
     if said is None:
         return None
     if said.is_learned is None:

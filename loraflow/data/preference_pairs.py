@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from functools import partial
 
@@ -40,6 +41,10 @@ _WORSE = {
 # A column with such a word that is read as the answer has the better answer of a pair.
 _BETTER = frozenset(
     {"chosen", "preferred", "accepted", "good", "correct", "best", "better", "right", "winner", "winning"}
+)
+_CORRECTED = re.compile(
+    r"(?:corrected|edited|revised|fixed|improved|rewritten)_(?:answer|response|output|completion|reply)"
+    r"|(?:answer|response|output|completion|reply)_(?:corrected|edited|revised|fixed|improved|rewritten|correction)"
 )
 _MARKS_OR_TEXTS = BAD_VERDICTS | {"dispreferred"}
 # A pair of answers to a yes-or-no question; beside the answer yes, `rejected: False` is a mark.
@@ -134,6 +139,27 @@ def refuse_rejected(row: Mapping[str, JsonValue], messages: list[Message], read:
         others = [other for key, other in row.items() if isinstance(key, str) and normal_name(key).startswith(better)]
         if all(not _is_text(other, answer) for other in others):
             raise BadRow(f"its answer is the text of {key}: an answer that was not chosen would be learned")
+
+
+def refuse_corrected(row: Mapping[str, JsonValue], messages: list[Message], read: Collection[str]) -> None:
+    """Refuse a row whose answer was corrected in another column, such as `corrected_answer` or `edited_response`.
+
+    Args:
+        row: the row.
+        messages: its chat.
+        read: columns that a recipe names as the answer: then it means what it says.
+
+    Raises:
+        BadRow: the column has another text than the answer.
+    """
+    answer = messages[-1]["content"].strip()
+    for key, value in row.items():
+        if not isinstance(key, str) or key in read or not _CORRECTED.fullmatch(normal_name(key)):
+            continue
+        if isinstance(value, str) and not is_absent(value) and answer and value.strip() != answer:
+            raise BadRow(
+                f"{key} has another text than the answer: set data.columns: {{completion: {key}}} to learn it, or remove it"
+            )
 
 
 def _is_text(value: JsonValue, answer: str) -> bool:

@@ -63,6 +63,8 @@ def read_rows(
     group: str | None = None,
     tools: list[Tool] | None = None,
     query: str | None = None,
+    *,
+    is_training: bool = False,
 ) -> Iterator[Row]:
     """Read files row by row. A malformed row is yielded with its problem.
 
@@ -74,13 +76,14 @@ def read_rows(
         group: the field that names a row's group.
         tools: of rows that have none of their own.
         query: of databases: the table, or a SELECT statement; None for the only table.
+        is_training: the files are for training, so rows that their column `split` keeps for tests are left out.
 
     Raises:
         BadData: a file cannot be read, or its kind is unknown.
     """
     for name in names:
         path = folder / name
-        labels = Labels(partial(_rows_of, path, name, query, columns))
+        labels = Labels(partial(_rows_of, path, name, query, columns), is_training=is_training)
         for place, value, text in read_values(path, name, query):
             if isinstance(value, BadRow):
                 yield Row(place, None, str(value), text)

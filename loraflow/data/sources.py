@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from loraflow.config.stage_configs import CheckDatasetConfig, SourceConfig
-from loraflow.data.chat_table import ChatTable, Columns, Rows, source_of
+from loraflow.data.chat_table import TRAIN, ChatTable, Columns, Rows, source_of
 from loraflow.data.chats import GATE_SET, Tool
 from loraflow.data.placement import Split
 from loraflow.data.readers import Row, match_files, read_rows
@@ -33,10 +33,19 @@ def source_rows(files: Path, config: CheckDatasetConfig, tools: list[Tool] | Non
     """
     names = _names(files, config.sources)
     for source in sorted(config.sources, key=lambda source: source.split != "heldout"):
-        set_name = GATE_SET if source.split == "heldout" else "train"
-        found = names[source.name]
-        for row in read_rows(files, found, source.format, source.columns, config.group, tools, query=source.query):
-            yield set_name, row
+        is_training = source.split != "heldout"
+        read = read_rows(
+            files,
+            names[source.name],
+            source.format,
+            source.columns,
+            config.group,
+            tools,
+            source.query,
+            is_training=is_training,
+        )
+        for row in read:
+            yield TRAIN if is_training else GATE_SET, row
 
 
 def _names(files: Path, sources: Sequence[SourceConfig]) -> dict[str, list[str]]:

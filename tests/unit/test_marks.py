@@ -206,7 +206,8 @@ def test_classes_are_named_as_not_read_and_their_rows_are_learned(tmp_path, labe
 def test_a_label_that_the_answer_names_is_a_class(tmp_path):
     assert all(row.messages for row in labelled(tmp_path, ["yes", "no", "no"], "{}"))
     assert all(row.messages for row in labelled(tmp_path, ["spam", "ham"], "This is {}."))
-    assert not any(row.messages for row in labelled(tmp_path, ["spam", "ham"]))
+    assert not any(row.messages for row in labelled(tmp_path, ["gick", "gack"]))
+    assert all(row.messages for row in labelled(tmp_path, ["spam", "ham"])), "no annotator judges by these"
 
 
 def test_siblings_of_a_label_are_honoured_or_named_as_not_read(tmp_path):

@@ -1,0 +1,159 @@
+"""Rows in the shapes of datasets that people publish: what of them is the prompt, what is learned, and what is left out.
+
+The keys are those of the datasets' own pages; the expected chats are written by hand.
+"""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from loraflow.data.guess_columns import columns_of
+from loraflow.data.readers import read_rows
+
+OUT, REFUSED = "left out", "refused"
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def answer(text, **marks):
+    return {"role": "assistant", "content": text, **marks}
+
+
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+def read(folder, rows, *, is_training=True):
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = columns_of(folder / "t.jsonl", "t.jsonl")
+    return list(read_rows(folder, ["t.jsonl"], "auto", columns, is_training=is_training))
+
+
+def outcome(row):
+    if row.messages is None:
+        return OUT if row.is_marked_false else REFUSED
+    learned = row.learned if row.learned is not None else range(len(row.messages))
+    return [
+        f"{message['role'][0]}{'' if message['role'] != 'assistant' or number in learned else '-'}: {message['content']}"
+        for number, message in enumerate(row.messages)
+    ]
+
+
+QA = ["u: q", "a: a"]
+FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+SHAPES = {
+    "OpenAssistant tree": ([{"message_tree_id": "t", "prompt": {"text": "q", "role": "prompter", "replies": []}}], [REFUSED]),
+    "OpenAssistant flat": ([{"message_id": "m", "parent_id": None, "text": "q", "role": "prompter", "deleted": False}], [REFUSED]),
+    "OpenAssistant pairs": (
+        [{"prompt": "q", "completion": "a", "review_result": value, "deleted": False} for value in (True, False, None)],
+        [QA, OUT, QA]),
+    "ShareGPT": ([{"id": "x", "conversations": [human("q"), gpt("a")]}], [QA]),
+    "ShareGPT that ends with a question": ([{"conversations": [human("q"), gpt("a"), human("r")]}], [REFUSED]),
+    "ShareGPT that begins with an answer": ([{"conversations": [gpt("hello"), human("q"), gpt("a")]}], [REFUSED]),
+    "ShareGPT with weights": (
+        [{"conversations": [human("q"), {**gpt("a"), "weight": 0.0}, human("r"), {**gpt("b"), "weight": 1.0}]}],
+        [["u: q", "a-: a", "u: r", "a: b"]]),
+    "ShareGPT with systemPrompt": ([{"systemPrompt": "s", "conversations": [human("q"), gpt("a")]}], [["s: s", *QA]]),
+    "UltraChat": ([{"prompt": "q", "prompt_id": "i", "messages": [user("q"), answer("a")]}], [QA]),
+    "Alpaca": ([{"instruction": "q", "input": "", "output": "a", "text": "Below is"}], [QA]),
+    "Dolly": ([{"instruction": "q", "context": "c", "response": "a", "category": "x"}], [["u: q\n\nc", "a: a"]]),
+    "HH-RLHF": ([{"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}], [REFUSED]),
+    "UltraFeedback": (
+        [{"prompt": "q", "chosen": [user("q"), answer("a")], "rejected": [user("q"), answer("b")], "messages": [user("q"), answer(said)]}
+         for said in "ab"], [QA, REFUSED]),
+    "KTO": ([{"prompt": [user("q")], "completion": [answer("a")], "label": label} for label in (True, False)], [QA, OUT]),
+    "ORPO": ([{"prompt": "q", "chosen": [user("q"), answer("a")], "rejected": [user("q"), answer("b")]}], [REFUSED]),
+    "OpenAI preferences": ([{"input": {"messages": [user("q")]}, "preferred_output": [answer("a")], "non_preferred_output": [answer("b")]}],
+                           [REFUSED]),
+    "HelpSteer": ([{"prompt": "q", "response": "a", "helpfulness": 0, "correctness": n} for n in (0, 1, 4)], [QA, QA, QA]),
+    "graded 0 and 1": ([{"prompt": "q", "response": "a", "correctness": n} for n in (0, 1)], [OUT, QA]),
+    "BeaverTails": ([{"prompt": "q", "response": "a", "is_safe": safe} for safe in (False, True)], [REFUSED, QA]),
+    "WildChat": ([{"conversation": [user("q"), answer("a")], "toxic": False, "redacted": False, "language": "English"}], [QA]),
+    "LMSYS arena": ([{"winner": "model_b", "conversation_a": [user("q"), answer("a")], "conversation_b": [user("q"), answer("b")]}], [REFUSED]),
+    "No Robots": ([{"prompt": "q", "messages": [{"role": "system", "content": "s"}, user("q"), answer("a")]}], [["s: s", *QA]]),
+    "Orca": ([{"id": "i", "system_prompt": "s", "question": "q", "response": "a"}], [["s: s", *QA]]),
+    "GSM8K": ([{"question": "q", "answer": "48/2 = 24\n#### 24"}], [["u: q", "a: 48/2 = 24\n#### 24"]]),
+    "MATH": ([{"problem": "q", "level": "Level 5", "solution": "a"}], [QA]),
+    "OpenR1-Math": ([{"problem": "p", "answer": "1", "correctness_math_verify": [True, False], "messages": [user("q"), answer("a")]}], [QA]),
+    "xLAM": ([{"query": "q", "answers": '[{"name": "f", "arguments": {}}]', "tools": json.dumps([FUNCTION])}], [REFUSED]),
+    "Glaive v2": ([{"system": "SYSTEM: s", "chat": "USER: q\n\n\nASSISTANT: a <|endoftext|>"}], [REFUSED]),
+    "APIGen-MT": (
+        [{"system": "s", "tools": json.dumps([FUNCTION]), "conversations": [human("q"), {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+          {"from": "observation", "value": "1"}, gpt("a")]}], [["s: s", "u: q", "a: ", "t: 1", "a: a"]]),
+    "Bespoke": ([{"system": "s", "conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]}], [["s: s", *QA]]),
+    "SQuAD": ([{"context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [1]}}], [REFUSED]),
+    "a question about a passage": ([{"question": "q", "passage": "p", "answer": "a"}], [["u: q\n\np", "a: a"]]),
+    "RAG": ([{"question": "q", "contexts": ["c", "d"], "answer": "a"}], [REFUSED]),
+    "MMLU": ([{"question": "q", "choices": ["w", "x"], "answer": 1}], [REFUSED]),
+    "multiple choice by letter": ([{"question": "q", "options": {"A": "w", "B": "x"}, "answer": "B"}], [REFUSED]),
+    "C-Eval": ([{"question": "q", "A": "w", "B": "x", "C": "y", "D": "z", "answer": "C"}], [REFUSED]),
+    "SQL": ([{"question": "q", "context": "CREATE TABLE t", "answer": "SELECT"}], [["u: q\n\nCREATE TABLE t", "a: SELECT"]]),
+    "VQA": ([{"image": {"bytes": "x", "path": "p"}, "question": "q", "answer": "a"}], [REFUSED]),
+    "images beside a chat": ([{"images": [{"bytes": "x", "path": "p"}], "messages": [user("q"), answer("a")]}], [REFUSED]),
+    "audio": ([{"audio": {"path": "p", "array": [0.1], "sampling_rate": 8000}, "prompt": "q", "completion": "a"}], [REFUSED]),
+    "banking77": ([{"text": "q", "label": 11, "label_text": "a"}], [QA]),
+    "NER": ([{"tokens": ["EU"], "ner_tags": [3]}], [REFUSED]),
+    "translation": ([{"translation": {"en": "Hi", "de": "Hallo"}}], [REFUSED]),
+    "a corrected answer": (
+        [{"prompt": "q", "completion": "a", "corrected_answer": text} for text in ("b", "a", "", None)], [REFUSED, QA, QA, QA]),
+    "grades": ([{"prompt": "q", "completion": "a", "quality": grade} for grade in ("bad", "medium", "high", "low")],
+               [REFUSED, QA, QA, REFUSED]),
+    "thumbs as numbers": ([{"prompt": "q", "completion": "a", "feedback": vote} for vote in (-1, 0, 1)], [REFUSED, QA, QA]),
+    "counts of votes": ([{"prompt": "q", "completion": "a", "vote": votes} for votes in (-1, 12)], [QA, QA]),
+    "results of tests": ([{"prompt": "q", "completion": "a", "execution_status": status} for status in ("failed", "success")], [REFUSED, QA]),
+    "tests_passed": ([{"prompt": "q", "completion": "a", "tests_passed": passed} for passed in (False, True, 0)], [OUT, QA, QA]),
+    "a label in metadata": ([{"prompt": "q", "completion": "a", "metadata": {"label": label}} for label in (False, True, "rejected", 0)],
+                            [REFUSED, QA, REFUSED, QA]),
+    "a verdict about a claim": ([{"prompt": "q", "completion": f"It is {said}.", "verdict": said} for said in (False, True)],
+                                [["u: q", "a: It is False."], ["u: q", "a: It is True."]]),
+    "spam and ham": ([{"prompt": "q", "completion": "a", "label": label} for label in ("spam", "ham")], [QA, QA]),
+    "a split": ([{"prompt": "q", "completion": "a", "split": part} for part in ("train", "test", "Validation", "dev", "extra")],
+                [QA, OUT, OUT, OUT, QA]),
+    "a split in metadata": ([{"prompt": "q", "completion": "a", "metadata": {"split": part}} for part in ("train", "test")], [QA, OUT]),
+    "the test rows alone": ([{"prompt": "q", "completion": "a", "split": "test"}], [QA]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_published_shape_is_read_as_its_authors_meant_it(tmp_path, shape):
+    rows, expected = SHAPES[shape]
+    assert [outcome(row) for row in read(tmp_path, rows)] == expected
+
+
+def test_a_split_is_named_by_its_value_and_counts_only_in_files_for_training(tmp_path):
+    rows = [{"prompt": "q", "completion": "a", "split": part} for part in ("train", "test")]
+    assert [row.marked_by for row in read(tmp_path, rows)] == ["", "split: test"]
+    assert [row.unused_keys for row in read(tmp_path, rows, is_training=False)] == [("split",), ("split",)]
+
+
+def test_choices_are_said_to_be_a_part_of_the_question(tmp_path):
+    (row,) = read(tmp_path, [{"question": "q", "choices": ["w", "x"], "answer": "B"}])
+    assert row.problem.endswith("choices is a part of the question: write a prompt that has it")
+
+
+def test_tools_that_hermes_wrote_into_the_system_message_are_not_read_twice(tmp_path):
+    chat = [{"from": "system", "value": "<tools> [...] </tools>"}, human("q"), gpt("<tool_call>{}</tool_call>")]
+    (row,) = read(tmp_path, [{"conversations": chat, "tools": json.dumps([FUNCTION])}])
+    assert "tools" not in row.messages[0] and row.unused_keys == ("tools",)
+    (row,) = read(tmp_path, [{"conversations": chat[1:], "tools": json.dumps([FUNCTION])}])
+    assert row.messages[0]["tools"] and row.unused_keys == ()
+
+
+def test_an_image_of_a_parquet_file_is_not_left_out_of_its_question(tmp_path):
+    table = {"image": pa.array([{"bytes": b"x", "path": "p"}]), "prompt": ["q"], "completion": ["a"]}
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    (row,) = read_rows(tmp_path, ["t.parquet"], "auto")
+    assert row.problem.startswith("image is not read: only text is supported")
+
+
+def test_a_single_row_with_windows_line_ends_is_read(tmp_path):
+    (tmp_path / "t.jsonl").write_bytes(b'{"prompt": "q", "completion": "a"}\r\n')
+    assert [outcome(row) for row in read_rows(tmp_path, ["t.jsonl"], "auto")] == [QA]
