@@ -52,7 +52,8 @@ _UP = frozenset({"up", "thumbs up", "thumbsup", "thumb up", "upvote", "upvoted",
 _BETWEEN = frozenset({
     "neutral", "unsure", "unknown", "unclear", "mixed", "partial", "partly correct", "partially correct", "n/a",
     "normal", "medium", "moderate", "average", "mediocre", "fair", "decent", "high", "very high", "low", "very low",
-    "very good", "very bad", "very poor", "great", "excellent", "perfect", "best", "better", "satisfactory", "unsatisfactory", "terrible",
+    "very good", "very bad", "very poor", "great", "excellent", "perfect", "best", "better",
+    "satisfactory", "unsatisfactory", "terrible",
     "success", "successful", "succeeded",
 })  # fmt: skip
 _LOW = frozenset(
