@@ -269,7 +269,7 @@ def test_requests_to_a_busy_server_are_repeated(bucket_uri, proxy, status, code)
     refused: list[Request] = []
 
     def busy_once_for_each_key(request: Request) -> Answer | None:
-        if request.operation != "PutObject" or request.key in [one.key for one in refused]:
+        if request.operation != "PutObject" or request.key in [sent.key for sent in refused]:
             return None
         refused.append(request)
         return Answer(status, code)
