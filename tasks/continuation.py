@@ -42,7 +42,7 @@ def go_on_in_another_run(spent: BudgetSpent, computed: Sequence[str]) -> None:
         log.warning("no other run was scheduled: %s", mask(str(error)))
         return
     spent.next_step = f"nothing: the run {name} of the same deployment goes on from the last checkpoint"
-    log.warning("the time of this run is over; the run %s continues it", name)
+    log.warning("this run reached its time limit; the run %s continues it", name)
 
 
 def go_on_after_signal(computed: Sequence[str]) -> None:

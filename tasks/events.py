@@ -52,7 +52,10 @@ def _project() -> str | None:
     try:
         return served_project(Path())
     except BadConfig as failure:
-        log.warning("the decision is announced without a project, so notifications of one project miss it: %s", failure)
+        log.warning(
+            "the decision's event names no project, so notifications for one project are not sent: %s",
+            failure,
+        )
         return None
 
 

@@ -201,7 +201,7 @@ def _require_scored_alike(workspace: Workspace, tuned: Ref, others: Mapping[str,
         differs = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         if differs:
             raise BadData(
-                "Challenger and other model were not scored in the same way.",
+                "The challenger and the other model were not scored in the same way.",
                 where=f"scores of {name}",
                 expected=f"{differs[0]}: {ours.get(differs[0])}",
                 got=f"{differs[0]}: {theirs.get(differs[0])}",

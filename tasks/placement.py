@@ -176,7 +176,7 @@ def accept(job: dict[str, JsonValue], store: str) -> tuple[Job[StageConfig], Sto
     stage = STAGES.get(str(job.get("stage", "")))
     if stage is None or stage.version != job.get("version"):
         raise BadConfig(
-            "The worker has other code than the run.",
+            "The worker has another version of loraflow than the run.",
             where=here,
             expected=f"stage {job.get('stage')} version {job.get('version')}",
             got=f"version {stage.version}" if stage else "no such stage",
@@ -186,7 +186,7 @@ def accept(job: dict[str, JsonValue], store: str) -> tuple[Job[StageConfig], Sto
         accepted = Job[StageConfig].model_validate(job)
     except ValidationError as error:
         raise BadConfig(
-            "The worker does not understand the job: it has other code than the run.",
+            "The worker cannot read the job: it has another version of loraflow than the run.",
             where=here,
             got=str(error.errors()[0]["msg"]),
             next_step="bring both to the same version of loraflow and start the worker again",

@@ -198,7 +198,7 @@ def _despite_parsing_threads(step: Callable[[], T]) -> T:
     try:
         return step()
     except SystemError as error:
-        log.warning("once more, because of an error of the Python interpreter: %s", error)
+        log.warning("trying again after an error of the Python interpreter: %s", error)
         return step()
 
 
@@ -219,9 +219,9 @@ def _clean_up(workspace: Workspace) -> None:
         for path, size, why in remove_unused(workspace.store, keep=keep, keep_champions=bounds.keep_champions):
             log.info("removed %s (%.0f MiB, %s)", path.parent.name[:12], size / 2**20, why)
     except DamagedLog as failure:  # of another model: the store grows until a person resolves it
-        log.warning("not cleaned up: %s", failure)
+        log.warning("the store was not cleaned up: %s", failure)
     except (Failure, OSError) as error:  # the run is done; `loraflow gc` shows what is in the way
-        log.debug("not cleaned up: %s", error)
+        log.debug("the store was not cleaned up: %s", error)
 
 
 def _add_data(workspace: Workspace) -> None:

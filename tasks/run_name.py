@@ -64,4 +64,4 @@ def show_name(workspace: Workspace) -> None:
         with get_client(sync_client=True) as client:
             client.update_flow_run(flow_run.id, name=name)  # type: ignore[arg-type]
     except (httpx.HTTPError, PrefectHTTPStatusError) as error:
-        log.warning("the run keeps its name: %s", error)
+        log.warning("the run could not be renamed: %s", error)

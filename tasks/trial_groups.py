@@ -97,7 +97,11 @@ def _run_group(run: Run, group: list[Trial], inputs: Mapping[str, Ref], label: s
 
 def _record(run: Run, trial: Trial, result: GroupResult, state: str) -> TrialRecord:
     if not result.problem and result.loss is None:
-        raise Crashed("A group ended without a trial's validation loss.", where=trial.label, next_step="report this")
+        raise Crashed(
+            "A group ended without a trial's validation loss.",
+            where=trial.label,
+            next_step="this is a bug in loraflow: report it, with the run's log",
+        )
     seconds = run.workspace.store.manifest(result.ref).seconds
     problem = f"NonFiniteLoss: {result.problem}" if result.problem else ""
     return TrialRecord.model_validate(

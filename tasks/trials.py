@@ -132,7 +132,9 @@ def _run_trial(run: Run, trial: Trial, inputs: TrialInputs) -> TrialRecord:
             loss = validation_loss(run, ref)
         if loss is None:
             raise Crashed(
-                "A training ended without a validation loss.", where=store.location(ref), next_step="report this"
+                "A training ended without a validation loss.",
+                where=store.location(ref),
+                next_step="this is a bug in loraflow: report it, with the run's log",
             )
     except BadPlacement:  # no trial would find a worker
         raise

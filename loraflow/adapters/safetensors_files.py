@@ -92,7 +92,7 @@ def model_entries(folder: Path) -> list[TensorEntry]:
         if held != weight_map or len(held) < len(entries):
             wrong = sorted(name for name in held.keys() | weight_map.keys() if held.get(name) != weight_map.get(name))
             raise BadModel(
-                "The index does not say what the files hold.",
+                "The index does not match the tensors in the files.",
                 where=str(index),
                 got=f"{len(wrong)} tensors, such as {wrong[0]}" if wrong else "a tensor in two files",
                 next_step="fetch the base again",

@@ -163,7 +163,7 @@ def check_vocabulary(base: Path, adapter: Path, rows: int) -> None:
     refused |= {(adapter, token) for token in _tokens_beyond(adapter, rows) - unused}
     for folder, token in sorted(refused):
         raise BadModel(
-            "The tokenizer has tokens that the embeddings have no row for.",
+            "The tokenizer has tokens without an embedding.",
             where=str(folder / "tokenizer.json"),
             expected=f"ids below {rows}",
             got=f"{token}, {len(refused)} in all",

@@ -64,7 +64,7 @@ def _ask_the_hub(model: str, revision: str, key: str) -> str:
         ) from error
     except (OSError, HTTPError, HfHubHTTPError, OfflineModeIsEnabled, RuntimeError) as error:
         raise Network(
-            "The hub did not say which commit the branch is at.",
+            "The hub did not return the commit of the branch.",
             where=key,
             got=f"{type(error).__name__}: {error}".splitlines()[0][:200],
             next_step="set base.revision to the commit's 40 hex digits, or base.model to a local folder",
@@ -96,7 +96,7 @@ def download_config(model: str, commit: str) -> Path:
 
 def _not_delivered(model: str, commit: str, error: Exception) -> Network:
     return Network(
-        "The hub did not deliver the model.",
+        "The model could not be downloaded from the hub.",
         where=f"{model} at {commit}",
         got=f"{type(error).__name__}: {error}".splitlines()[0][:200],
         next_step="check the network (and HF_TOKEN for a gated model), or set base.model to a local folder",

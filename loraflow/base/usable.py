@@ -150,7 +150,7 @@ def refuse_unknown_architecture(config: Mapping[str, JsonValue], *, trust: bool)
         return
     if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise BadModel(
-            "The base reads images: it is not a causal language model, and transformers cannot load the one in it alone.",
+            "The base reads images, and transformers cannot load its language model alone.",
             where=_WHERE,
             expected="a model_type for text, or one whose language model is trained alone, such as gemma3",
             got=kind,

@@ -30,7 +30,7 @@ def compare(models: tuple[str, ...], html: str | None, store: str, as_json: bool
             "Two or three models can be compared.",
             where="loraflow compare",
             got=str(len(models)),
-            next_step="loraflow runs",
+            next_step="`loraflow runs` lists the runs",
         )
     from loraflow.serving.compared import compare_models
     from loraflow.serving.comparison_page import html_page, terminal_lines

@@ -91,68 +91,33 @@ def check(source: str, form: str | None, personal: bool, as_json: bool) -> None:
     Exit status 1 if a row is malformed, there are no rows, or a check of data.profile with `fail` found too many rows.
     """
     from loraflow.cli.data_check import checked_source, print_findings
-    from loraflow.data.chat_table import source_of
+    from loraflow.cli.row_counts import RowCounts
     from loraflow.data.findings import Detector
     from loraflow.data.marked_rows import without_marks
-    from loraflow.data.readers import is_answer_learned, is_partly_learned, match_nothing
-    from loraflow.data.split import prompt_key
+    from loraflow.data.readers import match_nothing
 
     read = checked_source(source, form, personal=personal)
-    detector = Detector(read.rules)
-    rows = partly = weighted = 0
-    marks: Counter[str] = Counter()
-    prompts: set[str] = set()
-    problems: list[dict[str, str]] = []
-    unread: Counter[str] = Counter()
-    sources: Counter[str] = Counter()
+    detector, counts = Detector(read.rules), RowCounts()
     for set_name, row in read.rows():
-        rows += 1
-        if read.config is not None:
-            sources[source_of(row.place)] += 1
-        unread.update(row.unused_keys)
-        if row.is_marked_false:
-            marks[row.marked_by] += 1
-        elif row.messages is None:
-            problems.append({"place": row.place, "problem": row.problem or ""})
-        else:
-            detector.add(row.place, set_name, row.messages, is_learned=is_answer_learned(row))
-            partly += is_partly_learned(row)
-            weighted += row.weights is not None
-            if len(prompts) < 2:
-                prompts.add(prompt_key(row.messages))
+        counts.add(row, set_name, detector, by_source=read.config is not None)
     findings = detector.findings()
-    marked, unread = marks.total(), Counter(without_marks(unread, marks))
+    unread = Counter(without_marks(counts.unread, counts.marks))
     if as_json:
-        counts = {"rows": rows, "malformed": len(problems), "marked_false": marked, "partly_marked": partly}
-        counts |= {"weighted": weighted} if weighted else {}
-        by_marks = {"marks": dict(marks)} if marks else {}
-        of_sources = {"sources": dict(sources)} if sources else {}
         found = {"profile": [finding.model_dump() for finding in findings], "scripts": detector.scripts}
-        click.echo(
-            json.dumps(
-                {
-                    **counts,
-                    "columns": read.columns,
-                    "unread": dict(unread),
-                    "problems": problems,
-                    **found,
-                    **of_sources,
-                    **by_marks,
-                }
-            )
-        )
+        document = counts.document(read.columns, unread, found)
+        click.echo(json.dumps(document))
     else:
-        _print_check(rows, problems, read.columns, unread)
-        for name, count in sources.items():
+        _print_check(counts.rows, counts.problems, read.columns, unread)
+        for name, count in counts.sources.items():
             click.echo(f"source {name}: {count} rows")
-        for line in marked_lines(marks, partly, weighted):
+        for line in marked_lines(counts.marks, counts.partly, counts.weighted):
             click.echo(line)
         print_findings(findings, detector.scripts)
         for name in match_nothing(Path(source)) if Path(source).is_dir() else ():
             click.echo(f"not read  {name}: not one of the supported file types", err=True)
-        if len(prompts) == 1:
+        if len(counts.prompts) == 1:
             click.echo("every row has the same prompt: none can be held out (data.heldout takes a file)", err=True)
-    if problems or not rows or any(finding.is_over and finding.action == "fail" for finding in findings):
+    if counts.problems or not counts.rows or any(f.is_over and f.action == "fail" for f in findings):
         raise click.exceptions.Exit(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
@@ -11,8 +12,11 @@ from pydantic import JsonValue
 from loraflow.cli import json_option, parse_overrides, quiet_logging, set_option
 
 if TYPE_CHECKING:
+    from loraflow.evaluation.power import GatePower
     from loraflow.execution.plan import PlannedStep
     from loraflow.execution.plan_memory import PlannedMemory
+    from loraflow.execution.workspace import Workspace
+    from loraflow.registry.reserve import ReserveState
 
 
 @click.command()
@@ -24,19 +28,43 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     """Show for each stage of RECIPE whether it is cached or will run, and why."""
     quiet_logging()
     from loraflow.config import load_recipe
-    from loraflow.execution.plan import base_report, gate_power, too_few_positions
-    from loraflow.execution.plan import plan as plan_run
+    from loraflow.execution.workspace import Workspace
+    from loraflow.stages import check_names
+
+    check_names(force, "--force")
+    planned = _plan_run(Workspace(load_recipe(recipe, parse_overrides(sets))), force)
+    if as_json:
+        click.echo(json.dumps(_document(planned), ensure_ascii=False))
+    else:
+        _show_run(planned)
+
+
+@dataclass(frozen=True)
+class _PlannedRun:
+    """What `loraflow plan` shows."""
+
+    steps: list[PlannedStep]
+    memory: PlannedMemory | None  # None: train is cached
+    base: list[str]
+    sources: list[str]
+    note: str  # about the base's positions
+    reserve: ReserveState | None
+    power: GatePower | None  # what the held-out rows can show
+    slices: list[str]
+    problem: str  # of the gate
+    forgetting: list[str]
+
+
+def _plan_run(workspace: Workspace, force: tuple[str, ...]) -> _PlannedRun:
+    from loraflow.execution.plan import base_report, gate_power, plan, too_few_positions
     from loraflow.execution.plan_general import forgetting_lines
     from loraflow.execution.plan_memory import planned_memory
     from loraflow.execution.plan_slices import slice_power_lines
     from loraflow.execution.plan_sources import planned_sources
-    from loraflow.execution.workspace import Workspace
     from loraflow.failures import Failure
-    from loraflow.stages import TRAIN, check_names
+    from loraflow.stages import TRAIN
 
-    check_names(force, "--force")
-    workspace = Workspace(load_recipe(recipe, parse_overrides(sets)))
-    steps = plan_run(workspace, force)
+    steps = plan(workspace, force)
     workspace.save()
     trains = any(step.stage == TRAIN.name and step.status != "cached" for step in steps)
     memory = planned_memory(workspace) if trains else None
@@ -44,59 +72,65 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
     base = base_report(workspace) if trains else []
     sources = planned_sources(workspace)
     power, problem = None, ""
-    parts: list[str] = []
+    slices: list[str] = []
     try:
         power = gate_power(workspace)
-        parts = slice_power_lines(workspace)
+        slices = slice_power_lines(workspace)
     except Failure as failure:  # planning goes on, as for a champion that is missing
         problem = f"will fail: {failure.what}"
     forgetting = forgetting_lines(workspace)
-    if as_json:
-        document: dict[str, JsonValue] = {"stages": [step.to_json() for step in steps]}
-        if memory:
-            document["memory_bytes"] = {
-                "device": memory.device,
-                **({"least": round(memory.least)} if memory.device == "cuda" else {}),
-                "full_speed": round(memory.training.total),
-                "training": {**memory.training.as_bytes()},
-                "evaluation": {**memory.evaluation.as_bytes()},
-            }
-        if sources:
-            document["sources"] = [*sources]
-        if base:
-            document["base"] = [line.strip() for line in base]
-        if note:
-            document["note"] = note
-        if workspace.reserve is not None:
-            document["reserve"] = workspace.reserve.model_dump()
-        if forgetting:
-            document["forgetting"] = [line.strip() for line in forgetting]
-        if power:
-            document["gate"] = {
-                "rows": power.rows,
-                "look": power.look,
-                "level": power.level,
-                "shows": [*power.lines()[1:], *parts],
-            }
-        if problem:
-            document["gate"] = {"problem": problem}
-        click.echo(json.dumps(document, ensure_ascii=False))
-    else:
-        _show(steps, memory, base)
-        for line in sources:
-            click.echo(line)
-        if note:
-            click.echo(f"note: {note}")
-        if problem:
-            click.secho(f"\ngate: {problem}", fg="yellow")
-        if workspace.reserve is not None:
-            click.echo(f"\nreserve after this run: {workspace.reserve}")
-        if power:
-            click.echo()
-            lines = [*power.lines(), *parts]
-            click.secho("\n".join(lines), fg="yellow" if parts or power.is_warning() else None)
-        if forgetting:
-            click.echo("\n".join(forgetting))
+    return _PlannedRun(steps, memory, base, sources, note, workspace.reserve, power, slices, problem, forgetting)
+
+
+def _document(planned: _PlannedRun) -> dict[str, JsonValue]:
+    """Return the plan as the document of --json. Parts that a run does not have are left out."""
+    document: dict[str, JsonValue] = {"stages": [step.to_json() for step in planned.steps]}
+    if memory := planned.memory:
+        document["memory_bytes"] = {
+            "device": memory.device,
+            **({"least": round(memory.least)} if memory.device == "cuda" else {}),
+            "full_speed": round(memory.training.total),
+            "training": {**memory.training.as_bytes()},
+            "evaluation": {**memory.evaluation.as_bytes()},
+        }
+    if planned.sources:
+        document["sources"] = [*planned.sources]
+    if planned.base:
+        document["base"] = [line.strip() for line in planned.base]
+    if planned.note:
+        document["note"] = planned.note
+    if planned.reserve is not None:
+        document["reserve"] = planned.reserve.model_dump()
+    if planned.forgetting:
+        document["forgetting"] = [line.strip() for line in planned.forgetting]
+    if power := planned.power:
+        document["gate"] = {
+            "rows": power.rows,
+            "look": power.look,
+            "level": power.level,
+            "shows": [*power.lines()[1:], *planned.slices],
+        }
+    if planned.problem:
+        document["gate"] = {"problem": planned.problem}
+    return document
+
+
+def _show_run(planned: _PlannedRun) -> None:
+    _show(planned.steps, planned.memory, planned.base)
+    for line in planned.sources:
+        click.echo(line)
+    if planned.note:
+        click.echo(f"note: {planned.note}")
+    if planned.problem:
+        click.secho(f"\ngate: {planned.problem}", fg="yellow")
+    if planned.reserve is not None:
+        click.echo(f"\nreserve after this run: {planned.reserve}")
+    if planned.power:
+        click.echo()
+        lines = [*planned.power.lines(), *planned.slices]
+        click.secho("\n".join(lines), fg="yellow" if planned.slices or planned.power.is_warning() else None)
+    if planned.forgetting:
+        click.echo("\n".join(planned.forgetting))
 
 
 def _show(steps: list[PlannedStep], memory: PlannedMemory | None, base: list[str]) -> None:

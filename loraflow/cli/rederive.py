@@ -32,7 +32,9 @@ def verify_model(store: Store, what: str, model: str | None) -> None:
         stage = record.stage("merge") if record else None
         if stage is None:
             raise BadConfig(
-                "There is no champion or run of this name with a model.", where=what, next_step="loraflow runs"
+                "There is no champion or run of this name with a model.",
+                where=what,
+                next_step="`loraflow runs` lists the runs",
             )
         merged = Ref(stage="merge", fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
     started, failed = time.perf_counter(), 0
@@ -45,7 +47,7 @@ def verify_model(store: Store, what: str, model: str | None) -> None:
     click.echo(f"{what}: {merged}, {failed} differences, {time.perf_counter() - started:.1f} s")
     if failed:
         raise CorruptArtifact(
-            "The model is not what its lineage says.",
+            "The model does not match its recorded lineage.",
             where=store.location(merged),
             got=f"{failed} differences, see above",
             next_step=f"`loraflow verify --deep` quarantines damaged artifacts; {how_to_rebuild(store, merged)}",
@@ -71,7 +73,7 @@ def reproduce(run: str, into: str, store: str, as_json: bool) -> None:
     opened = open_store(store)
     record = read_run(opened, run)
     if record is None:
-        raise BadConfig("There is no such run.", where=run, next_step="loraflow runs")
+        raise BadConfig("There is no such run.", where=run, next_step="`loraflow runs` lists the runs")
     results = []
     for result in run_again(opened, record, into):
         results.append(result)
@@ -81,7 +83,9 @@ def reproduce(run: str, into: str, store: str, as_json: bool) -> None:
                 click.echo(f"{'':<8}   {reason}")
     if not results:
         raise BadConfig(
-            "The record of this run has no stages.", where=run, next_step="choose another run: loraflow runs"
+            "The record of this run has no stages.",
+            where=run,
+            next_step="choose another run: `loraflow runs` lists them",
         )
     different = [result.label for result in results if not result.is_same]
     if as_json:

@@ -104,7 +104,11 @@ def sign_log(context: click.Context, key: str, store: str | None, model: str | N
     log = PromotionLog(opened, model or given["model"] or only_model(opened))
     log.entries(all_runs=True)
     if log.last_seen is None or not log.last_seen.seq:
-        raise BadConfig("There is no entry to sign.", where=f"registry of {log.model}", next_step="loraflow registry")
+        raise BadConfig(
+            "There is no entry to sign.",
+            where=f"registry of {log.model}",
+            next_step="`loraflow registry` lists the entries",
+        )
     sign(opened, log.model, log.last_seen, key, log.hashes)
     click.echo(f"signed: entry {log.last_seen.seq} of {log.model} with hash {log.last_seen.hash}")
 
@@ -131,7 +135,7 @@ def promote(run: str, reason: str, store: str) -> None:
     opened = open_store(store)
     record = read_run(opened, run)
     if record is None or record.summary is None or record.model is None:
-        raise BadConfig("There is no such finished run.", where=run, next_step="loraflow runs")
+        raise BadConfig("There is no such finished run.", where=run, next_step="`loraflow runs` lists the runs")
     log = PromotionLog(opened, record.model)
     with opened.reader_lock():  # a cleanup at the same time could remove the model before the log names it
         head = log.head()
@@ -168,7 +172,7 @@ def _artifact(store: Store, record: RunRecord, stage: str) -> Ref:
         raise CorruptArtifact(
             f"The {stage} artifact of {record.run} is gone.",
             where=store.uri,
-            next_step=how_to_rebuild(store, _recorded(store, done)) if done else "loraflow runs",
+            next_step=how_to_rebuild(store, _recorded(store, done)) if done else "`loraflow runs` lists the runs",
         )
     try:
         require_intact_in_store(store, found, hash_memo(store))

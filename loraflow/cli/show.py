@@ -51,7 +51,7 @@ def show(what: str, model: str | None, store: str, as_json: bool) -> None:
         return
     ref = _find_artifact(opened, what)
     if ref is None:
-        raise BadConfig("There is no such run or artifact.", where=what, next_step="loraflow runs")
+        raise BadConfig("There is no such run or artifact.", where=what, next_step="`loraflow runs` lists the runs")
     manifest = opened.manifest(ref)
     if as_json:
         click.echo(manifest.model_dump_json())

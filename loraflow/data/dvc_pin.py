@@ -70,6 +70,33 @@ def parse_pin(text: str, dvc_file: str, where: str, key: str = "data.source") ->
             got="lines such as `<<<<<<<` and `>>>>>>>`",
             next_step=f"choose a side: `git checkout --ours {dvc_file}` or `--theirs`, then `git add {dvc_file}`",
         )
+    md5, path, algorithm, wdir = _only_output(text, dvc_file, where, key)
+    if algorithm != "md5":
+        raise BadData(
+            "The .dvc file was written by DVC 2 or older, whose md5 is not the md5 of the bytes.",
+            where=where,
+            expected="hash: md5",
+            got=f"hash: {algorithm}"[:100],
+            next_step=f"dvc add {path}   (rewrites the .dvc file)",
+        )
+    output = _output_path(path, wdir, dvc_file, where)
+    if not is_md5(md5):
+        raise BadData(
+            "The .dvc file does not pin exactly one output by md5.",
+            where=where,
+            expected="md5: 32 hex digits, and `.dir` for a folder",
+            got=f"md5: {md5[:100]!a}",
+            next_step="version the folder with `dvc add`",
+        )
+    return Pin(dvc_file, output, md5)
+
+
+def _only_output(text: str, dvc_file: str, where: str, key: str) -> tuple[str, str, object, object]:
+    """Return md5, path, hash algorithm and wdir of the file's single output.
+
+    Raises:
+        BadData: it has no such output.
+    """
     try:
         _check_yaml(text)
         document = yaml.load(text, Loader=yaml.BaseLoader)  # all scalars are text: an md5 can be all digits
@@ -93,14 +120,15 @@ def parse_pin(text: str, dvc_file: str, where: str, key: str = "data.source") ->
             got=(str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}")[:300],
             next_step=f"version the folder with `dvc add`; {key} names the .dvc file that it writes",
         ) from error
-    if algorithm != "md5":
-        raise BadData(
-            "The .dvc file was written by DVC 2 or older, whose md5 is not the md5 of the bytes.",
-            where=where,
-            expected="hash: md5",
-            got=f"hash: {algorithm}"[:100],
-            next_step=f"dvc add {path}   (rewrites the .dvc file)",
-        )
+    return md5, path, algorithm, wdir
+
+
+def _output_path(path: str, wdir: object, dvc_file: str, where: str) -> str:
+    """Return the output's path relative to the repository.
+
+    Raises:
+        BadData: it is outside the repository, or a name that must not be written.
+    """
     output = (PurePosixPath(dvc_file).parent / path).as_posix()
     reason = wrong_name(output) or (f"wdir is {wdir!a}"[:100] if wdir != "." else None)
     if reason is None and "://" in path:
@@ -113,15 +141,7 @@ def parse_pin(text: str, dvc_file: str, where: str, key: str = "data.source") ->
             got=f"{output[:200]}: {reason}",
             next_step="`git log` shows who wrote it; version the folder with `dvc add`",
         )
-    if not is_md5(md5):
-        raise BadData(
-            "The .dvc file does not pin exactly one output by md5.",
-            where=where,
-            expected="md5: 32 hex digits, and `.dir` for a folder",
-            got=f"md5: {md5[:100]!a}",
-            next_step="version the folder with `dvc add`",
-        )
-    return Pin(dvc_file, output, md5)
+    return output
 
 
 def _check_yaml(text: str) -> None:

@@ -84,7 +84,7 @@ def run(job: Job[CheckGeneralConfig], inputs: Inputs, out: Path, progress: Progr
         raise BadData(
             f"{len(problems)} row{'s' if len(problems) > 1 else ''} of the general set cannot be used.",
             where=problems[0].place,
-            expected='chats, or {"question": …, "choices": [...], "answer": POSITION}, none of them twice or in training',
+            expected='chats, or {"question": …, "choices": [...], "answer": POSITION}; no duplicates, no training rows',
             got="".join(f"\n            {place}: {why}" for place, why in problems[:SHOWN]),
             next_step="correct or remove " + ("these rows" if len(problems) > 1 else "this row"),
         )

@@ -215,7 +215,7 @@ def refuse_ids_beyond(largest: int, rows: int | None, template: ChatTemplate) ->
     """
     if rows is not None and largest >= rows:
         raise BadModel(
-            "The tokenizer has tokens that the embeddings have no row for, and the chats use them.",
+            "The chats contain tokens that have no embedding.",
             where="tokenize",
             expected=f"ids below {rows}",
             got=f"{template.tokenizer.id_to_token(largest)}, id {largest}",

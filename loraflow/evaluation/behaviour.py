@@ -97,11 +97,8 @@ def check_behaviour(
 
 def with_behaviour(decision: Decision, found: tuple[BehaviourResult, ...]) -> Decision:
     """Return the decision with these results. One that does not hold rejects the challenger."""
-    failed = tuple(one.reason for one in found if not one.holds)
-    if not failed:
-        return replace(decision, behaviour=found)
-    others = () if decision.verdict == "promote" else decision.reasons
-    return replace(decision, verdict="reject", reasons=(*failed, *others), behaviour=found)
+    failed = [result.reason for result in found if not result.holds]
+    return replace(decision.rejected_for(failed), behaviour=found)
 
 
 def _check(

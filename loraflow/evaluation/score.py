@@ -113,7 +113,9 @@ def read_rows(file: Path, max_rows: int | None, seed: int) -> tuple[list[Heldout
     with file.open(encoding="utf-8") as lines:
         rows, available = sampled_rows(lines, max_rows, seed)
     if not rows:
-        raise BadData("There are no held-out rows.", where="evaluate", next_step="see data.heldout")
+        raise BadData(
+            "There are no held-out rows.", where="evaluate", next_step="set data.heldout or data.heldout_fraction"
+        )
     return rows, available
 
 

@@ -287,6 +287,13 @@ class Decision:
         verdict: Verdict = "undecided" if self.verdict == "promote" else self.verdict
         return dataclasses.replace(self, verdict=verdict, reasons=(why, *self.reasons), unscored=tuple(parts))
 
+    def rejected_for(self, reasons: Sequence[str]) -> Decision:
+        """Return the decision, rejected if there are reasons. Its own reasons follow, unless they were for a promotion."""
+        if not reasons:
+            return self
+        others = () if self.verdict == "promote" else self.reasons
+        return dataclasses.replace(self, verdict="reject", reasons=(*reasons, *others))
+
     def overruled(self, verdict: Verdict, reason: str) -> Decision:
         """Return another verdict with a single reason. The comparisons stay."""
         return dataclasses.replace(self, verdict=verdict, reasons=(reason,))

@@ -65,11 +65,8 @@ def find_worse(
 
 def with_worse_rows(decision: Decision, found: tuple[WorseRows, ...]) -> Decision:
     """Return the decision with these rows. Too many of them reject the challenger."""
-    failed = tuple(one.reason for one in found if not one.holds)
-    if not failed:
-        return replace(decision, worse=found)
-    others = () if decision.verdict == "promote" else decision.reasons
-    return replace(decision, verdict="reject", reasons=(*failed, *others), worse=found)
+    failed = [rows.reason for rows in found if not rows.holds]
+    return replace(decision.rejected_for(failed), worse=found)
 
 
 def _worse(

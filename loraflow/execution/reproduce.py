@@ -63,7 +63,7 @@ def reproduce(store: Store, record: RunRecord, fresh: str) -> Iterator[Reproduce
     workspace = Workspace(parse_recipe(record.recipe_text, name=name, overrides=settings, is_recorded=True))
     if next(workspace.store.artifacts(), None) is not None:
         raise BadConfig(
-            "The store to reproduce into has artifacts, which would be used instead of being computed.",
+            "The target store already has artifacts, which would be reused instead of recomputed.",
             where=fresh,
             next_step="name a folder that does not exist yet: --into FOLDER",
         )

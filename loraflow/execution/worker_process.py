@@ -129,7 +129,7 @@ def check_budget(job: Job[StageConfig], ends: float | None) -> None:
     """
     if ends is not None and time.time() > ends - job.runtime.grace_seconds:
         raise failures.BudgetSpent(
-            "The run has used its time.",
+            "The run reached its time limit.",
             where=f"{job.stage} {job.short}",
             expected=f"at most {job.runtime.max_hours} hours (runtime.max_hours)",
             next_step="run again, here or on another machine that uses the store: training resumes from its last checkpoint",

@@ -323,7 +323,7 @@ class PromotionLog:
                 "There is no earlier model to roll back to.",
                 where=f"registry of {self.model}",
                 got=f"{len(entries)} entries",
-                next_step="look at `loraflow registry`",
+                next_step="`loraflow registry` lists the entries",
             )
         target = pick(targets) if pick else targets[0]
         return self.append(

@@ -82,10 +82,10 @@ def _find(store: Store, name: str) -> Compared:
     else:
         record = find_named_run(store, name)
     if record is None:
-        raise BadConfig("There is no such run or champion.", where=name, next_step="loraflow runs")
+        raise BadConfig("There is no such run or champion.", where=name, next_step="`loraflow runs` lists the runs")
     stage = record.stage("evaluate tuned")
     if stage is None:
-        raise BadConfig("This run did not score a model.", where=name, next_step="loraflow runs")
+        raise BadConfig("This run did not score a model.", where=name, next_step="`loraflow runs` lists the runs")
     ref = Ref(stage="evaluate", fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
     table = pd.read_parquet(io.BytesIO(read_intact(store, ref, "scores.parquet")))
     return Compared(name, record, heldout_rows(table, store.location(ref)), _losses(store, record))

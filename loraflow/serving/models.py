@@ -120,7 +120,7 @@ def find_model(store: Store, model: str, base: str | None = None, memo: HashMemo
         record = read_run(store, model)
         stage = record.stage("merge") if record else None
         if record is None or stage is None:
-            raise BadConfig("This run made no merged model.", where=model, next_step="loraflow runs")
+            raise BadConfig("This run made no merged model.", where=model, next_step="`loraflow runs` lists the runs")
         ref = Ref(stage="merge", fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
         # Other runs may have made the same model with another recipe, so set the run that was named.
         return replace(_of_artifact(store, ref, model, given, memo), run=record)
@@ -134,7 +134,7 @@ def find_model(store: Store, model: str, base: str | None = None, memo: HashMemo
         "There is no such model.",
         where=model,
         expected="champion, champion:NAME, a run's id, a model's folder or an adapter's folder",
-        next_step="loraflow runs, loraflow registry",
+        next_step="`loraflow runs` lists the runs, `loraflow registry` the models",
     )
 
 

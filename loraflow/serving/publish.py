@@ -211,7 +211,7 @@ def _refuse_leaks(folder: Path, secrets: list[str]) -> None:
         text = path.read_text(encoding="utf-8")
         if any(len(secret) > 4 and secret in text for secret in secrets):
             raise BadModel(
-                "A file holds a path of this machine, or the token; nothing was sent.",
+                "A file contains a path of this machine, or the token; nothing was uploaded.",
                 where=path.name,
                 next_step="remove it from the model's file, then run the command again",
             )

@@ -203,7 +203,7 @@ def _set_mode(path: Path, mode: int) -> None:
         try:
             path.chmod(mode)
         except PermissionError as error:  # another user's process wrote it, on another node
-            log.warning("the mode of %s stays: %s", path, error.strerror)
+            log.warning("the mode of %s could not be set: %s", path, error.strerror)
 
 
 def json_bytes(value: Json) -> bytes:

@@ -217,7 +217,9 @@ class S3Store:
         try:
             self._checkpoints(stage, fingerprint).remove()
         except Failure as failure:  # the job is done; the cleanup removes its checkpoints in two weeks
-            log.warning("the checkpoints of %s %s stay: %s", stage, identity.short(fingerprint), failure)
+            log.warning(
+                "the checkpoints of %s %s could not be removed: %s", stage, identity.short(fingerprint), failure
+            )
 
     def _checkpoints(self, stage: str, fingerprint: str) -> CheckpointMirror:
         return CheckpointMirror(self.bucket, f"work/{stage}/{fingerprint}", self.scratch / "work" / stage / fingerprint)

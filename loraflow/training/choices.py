@@ -184,7 +184,7 @@ def refuse_fp8(setup: TrainingSetup) -> None:
     """
     if setup.device != "cuda" or not gpu_has_fp8():
         raise BadConfig(
-            "The products of an fp8 base need a GPU that computes in fp8.",
+            "An fp8 base needs a GPU that computes in fp8.",
             where="base.quantization",
             expected="compute capability 8.9 or newer (Ada, Hopper, Blackwell)",
             got=device_name(setup.device),

@@ -92,7 +92,7 @@ def refuse_seeing_later_tokens(
     difference, rounding = _difference(model, expected, found, compute_dtype)
     if difference > rounding:
         raise BadModel(
-            "This model's tokens see the tokens after them, so it would be trained with the answer in sight.",
+            "This model's attention is not causal: in training, each token would see the tokens that it should predict.",
             where="base.model",
             expected="logits of a token that do not depend on later tokens",
             got=f"architecture {model.config.model_type}: a token's logits change by {difference:.2g} of their norm",

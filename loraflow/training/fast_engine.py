@@ -13,7 +13,7 @@ import torch
 from loraflow.data.token_rows import TokenRows
 from loraflow.hardware.attention import Attention
 from loraflow.training import prefix_sharing, sharding
-from loraflow.training.arguments import BatchSettings, trainer_arguments
+from loraflow.training.arguments import BatchSettings
 from loraflow.training.base_model import adapter_config, initialise_adapter
 from loraflow.training.batches import GridRows, Layout, StepDataset, concatenated_layout
 from loraflow.training.choices import EngineChoices
@@ -127,15 +127,7 @@ def _arguments(setup: TrainingSetup, fit: MemoryFit) -> SFTConfig:
     batch_settings = BatchSettings(
         rows=1, accumulation=1, gradient_checkpointing=False, activation_offloading=fit.recompute == "offload"
     )
-    return trainer_arguments(
-        setup.settings,
-        setup.steps,
-        batch_settings,
-        setup.device,
-        setup.runtime.engine,
-        setup.work,
-        setup.checkpoints,
-    )
+    return setup.trainer_arguments(batch_settings, setup.runtime.engine)
 
 
 def _accelerate(

@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +25,13 @@ from loraflow.hardware.process_group import ProcessGroup, join
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store.checkpoints import FOLDER, prune_to_newest_intact, step_of
 from loraflow.training import callbacks
-from loraflow.training.arguments import check_trackers
+from loraflow.training.arguments import BatchSettings, check_trackers, trainer_arguments
 from loraflow.training.memory import ModelShape, shape_of
 from loraflow.training.schedule import StepCount, count_steps, row_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from trl import SFTConfig
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,12 @@ class TrainingSetup:
     def shape(self) -> ModelShape | None:
         """The base's shape; None if it is not a decoder-only transformer."""
         return shape_of(json.loads((self.base / "config.json").read_text(encoding="utf-8")))
+
+    def trainer_arguments(self, batch_settings: BatchSettings, engine: Literal["fast", "stock"]) -> SFTConfig:
+        """Return the arguments of an engine's trainer."""
+        return trainer_arguments(
+            self.settings, self.steps, batch_settings, self.device, engine, self.work, self.checkpoints
+        )
 
     def free_bytes(self) -> int:
         """Return the bytes of GPU memory that every device of the group can use."""

@@ -9,7 +9,7 @@ import torch
 
 from loraflow.adapters.targets import has_routers
 from loraflow.failures import BadConfig
-from loraflow.training.arguments import BatchSettings, trainer_arguments
+from loraflow.training.arguments import BatchSettings
 from loraflow.training.base_model import adapter_config, initialise_adapter
 from loraflow.training.choices import EngineChoices
 from loraflow.training.collation import RowCollator
@@ -46,15 +46,7 @@ def build_stock_trainer(setup: TrainingSetup, model: PreTrainedModel, choices: E
         gradient_checkpointing=setup.uses_gradient_checkpointing,
         gradient_checkpointing_kwargs=setup.settings.gradient_checkpointing_kwargs,
     )
-    arguments = trainer_arguments(
-        setup.settings,
-        setup.steps,
-        batch_settings,
-        setup.device,
-        setup.runtime.engine,
-        setup.work,
-        setup.checkpoints,
-    )
+    arguments = setup.trainer_arguments(batch_settings, setup.runtime.engine)
     if not getattr(model.config.get_text_config(), "num_experts", 0) or not has_routers(model):
         # trl adds a loss of the router wherever a config has a coefficient for it: Granite 4's and Doge's have, also
         # without experts.

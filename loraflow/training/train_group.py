@@ -25,7 +25,7 @@ from loraflow.hardware.device import peak_gpu_gib
 from loraflow.job import Inputs, Job, Progress
 from loraflow.stages import TRAIN
 from loraflow.store import Summary
-from loraflow.training.arguments import BatchSettings, trainer_arguments
+from loraflow.training.arguments import BatchSettings
 from loraflow.training.base_model import check_adapter, load_base
 from loraflow.training.batches import GridRows, Layout, StepDataset, concatenated_layout
 from loraflow.training.choices import choose_attention
@@ -263,4 +263,4 @@ def _steps(
 
 def _arguments(setup: TrainingSetup) -> SFTConfig:
     batch = BatchSettings(rows=1, accumulation=1, gradient_checkpointing=False)
-    return trainer_arguments(setup.settings, setup.steps, batch, setup.device, "fast", setup.work, setup.checkpoints)
+    return setup.trainer_arguments(batch, "fast")

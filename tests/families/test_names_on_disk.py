@@ -57,10 +57,12 @@ def test_a_resolved_base_keeps_its_names_on_the_disk_and_merges_bit_for_bit(fami
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert names_on_disk(tmp_path / "merged") == names
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    theirs = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload().state_dict()
+    by_peft = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload().state_dict()
     merged, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", dtype=torch.float32, output_loading_info=True
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    ours = merged.state_dict()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    merged_weights = merged.state_dict()
+    assert merged_weights.keys() == by_peft.keys() and all(
+        torch.equal(merged_weights[name], by_peft[name]) for name in merged_weights
+    )

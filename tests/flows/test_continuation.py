@@ -1,4 +1,4 @@
-"""A deployed run that has used its time goes on in another run of its deployment, as long as it makes progress."""
+"""A deployed run that reached its time limit goes on in another run of its deployment, as long as it makes progress."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,9 +41,9 @@ def test_a_run_without_time_goes_on_in_a_new_run_of_its_deployment_and_only_in_o
     for state in (Pending(), Running()):
         client.set_flow_run_state(first.id, state)
     monkeypatch.setattr(continuation, "flow_run", SimpleNamespace(id=str(first.id)))
-    spent = BudgetSpent("The run has used its time.", saved=True)
+    spent = BudgetSpent("The run reached its time limit.", saved=True)
     continuation.go_on_in_another_run(spent, ["tokenize", "evaluate base"])
-    continuation.go_on_in_another_run(BudgetSpent("The run has used its time.", saved=True), ["tokenize"])
+    continuation.go_on_in_another_run(BudgetSpent("The run reached its time limit.", saved=True), ["tokenize"])
     runs = [run for run in client.read_flow_runs() if run.deployment_id == deployed.id and run.id != first.id]
     [following] = [run for run in runs if not run.auto_scheduled]
     assert following.state.type == StateType.SCHEDULED and following.work_queue_name == first.work_queue_name
@@ -56,7 +56,7 @@ def test_a_run_without_time_goes_on_in_a_new_run_of_its_deployment_and_only_in_o
 def test_a_run_without_progress_is_not_followed_by_another(monkeypatch):
     monkeypatch.setattr(continuation, "get_client", lambda **_: pytest.fail("the server was asked"))
     for details in ({}, {"saved": False}):
-        spent = BudgetSpent("The run has used its time.", **details)
+        spent = BudgetSpent("The run reached its time limit.", **details)
         continuation.go_on_in_another_run(spent, [])
         assert "runtime.max_hours" in spent.next_step and "no other run was scheduled" in spent.next_step
 
@@ -66,7 +66,7 @@ def test_a_server_that_is_gone_leaves_the_failure_as_it_was(monkeypatch, caplog)
         raise ConnectionError("no route")
 
     monkeypatch.setattr(continuation, "get_client", gone)
-    spent = BudgetSpent("The run has used its time.", next_step="run again", saved=True)
+    spent = BudgetSpent("The run reached its time limit.", next_step="run again", saved=True)
     with caplog.at_level("WARNING", logger="loraflow"):
         continuation.go_on_in_another_run(spent, ["train"])
     assert spent.next_step == "run again" and "no route" in caplog.text
@@ -82,7 +82,7 @@ def test_only_a_deployed_run_goes_on_by_itself(tmp_path, monkeypatch, is_deploye
     (tmp_path / "r.yaml").write_text(
         f"name: r\ndata: {{source: {tmp_path}}}\nbase: {{model: {tmp_path}}}\nruntime: {{store: {tmp_path}/store}}\n"
     )
-    spent = BudgetSpent("The run has used its time.")
+    spent = BudgetSpent("The run reached its time limit.")
     with pytest.raises(BudgetSpent) as caught, running.open_run(str(tmp_path / "r.yaml"), {}, [], rename=False) as run:
         run.stages = {
             "tokenize": SimpleNamespace(stage="tokenize", state="cached"),
@@ -99,7 +99,7 @@ def test_a_run_whose_credentials_are_masked_on_the_server_is_not_started_with_th
 ):
     first = client.create_flow_run_from_deployment(deployed.id, parameters={"recipe": "https://user:***@host/x"})
     monkeypatch.setattr(continuation, "flow_run", SimpleNamespace(id=str(first.id)))
-    continuation.go_on_in_another_run(BudgetSpent("The run has used its time.", saved=True), ["tokenize"])
+    continuation.go_on_in_another_run(BudgetSpent("The run reached its time limit.", saved=True), ["tokenize"])
     runs = [run for run in client.read_flow_runs() if run.deployment_id == deployed.id and run.id != first.id]
     assert [run for run in runs if not run.auto_scheduled] == []
     assert "without their credentials" in caplog.text

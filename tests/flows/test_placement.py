@@ -192,7 +192,7 @@ def test_a_worker_with_other_code_refuses_the_job(started_project):
     job, store = placing.accept(sent, str(started_project.store))
     assert job == job_of(started_project) and isinstance(store, LocalStore)
     for change in ({"version": 99}, {"stage": "distil"}, {"something": "new"}):
-        with pytest.raises(BadConfig, match="other code") as caught:
+        with pytest.raises(BadConfig, match="another version of loraflow") as caught:
             placing.accept({**sent, **change}, str(started_project.store))
         assert "same version of loraflow" in str(caught.value)
 

@@ -157,7 +157,7 @@ def test_an_empty_store_is_named_as_the_reason(tmp_path, arguments, says):
 
 def test_verify_quarantines_a_damaged_artifact_and_reports_it(tmp_path):
     from loraflow.store import LocalStore
-    from tests.unit.test_store import put
+    from tests.stored_artifacts import put
 
     store = LocalStore(tmp_path / ".loraflow" / "store")
     old = put(store)

@@ -41,14 +41,14 @@ def expected(folder: Path, chat: list[dict]) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("chat", CHATS, ids=range(len(CHATS)))
 def test_ids_and_mask_equal_trls(phi3, chat):
-    (ours,) = ChatTemplate(phi3).encode([chat], "assistant")
+    (of_chat,) = ChatTemplate(phi3).encode([chat], "assistant")
     ids, mask = expected(phi3, chat)
-    assert ours.ids.tolist() == list(ids)
-    learned = (ours.labels != IGNORED).astype(int)
+    assert of_chat.ids.tolist() == list(ids)
+    learned = (of_chat.labels != IGNORED).astype(int)
     # If an answer begins with white space, the head's token swallows it. trl counts that token as learned.
     difference = np.flatnonzero(learned != np.array(mask))
     heads = ChatTemplate(phi3).tokenizer.token_to_id("<|assistant|>")
-    assert all(ours.ids[i] == heads for i in difference)
+    assert all(of_chat.ids[i] == heads for i in difference)
     assert len(difference) == (1 if chat[-1]["content"].startswith(" ") else 0)
 
 

@@ -103,8 +103,8 @@ def test_equal_weights_train_as_no_weights(base, tmp_path):  # noqa: F811
     plain = tokenize(base, tmp_path / "plain", [1.0])
     half = tokenize(base, tmp_path / "half", [0.5])
     assert "loss_weights" not in (plain / "train" / "dataset_info.json").read_text()
-    one, two = run(base, plain, tmp_path / "plain" / "t"), run(base, half, tmp_path / "half" / "t")
-    assert one[1] == pytest.approx(two[1], abs=2e-4) and same(one[0], two[0], 2e-5)
+    first, second = run(base, plain, tmp_path / "plain" / "t"), run(base, half, tmp_path / "half" / "t")
+    assert first[1] == pytest.approx(second[1], abs=2e-4) and same(first[0], second[0], 2e-5)
 
 
 def test_the_validation_loss_is_the_weighted_mean_over_all_batches_in_both_engines(base, tmp_path):  # noqa: F811
@@ -141,19 +141,19 @@ def test_load_from_disk_reads_the_weights_column(base, tmp_path):  # noqa: F811
 def test_a_weighted_head_loss_equals_torchs_cross_entropy(n, trained):
     head = torch.nn.Linear(12, 50, bias=False).requires_grad_(trained)
     hidden, targets, weights = torch.randn(n, 12), torch.randint(0, 50, (n,)), torch.rand(n) * 3
-    one, two = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    wanted = (cross_entropy(head(one), targets, reduction="none") * weights).sum()
-    wanted.backward()
+    first, second = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    weighted_sum = (cross_entropy(head(first), targets, reduction="none") * weights).sum()
+    weighted_sum.backward()
     expected = head.weight.grad.clone() if trained else None
     head.zero_grad()
-    got = head_loss(head, two, targets, 1.0, weights)
+    got = head_loss(head, second, targets, 1.0, weights)
     got.backward()
-    torch.testing.assert_close(got, wanted)
-    torch.testing.assert_close(two.grad, one.grad)
+    torch.testing.assert_close(got, weighted_sum)
+    torch.testing.assert_close(second.grad, first.grad)
     if trained:
         torch.testing.assert_close(head.weight.grad, expected)
     with torch.no_grad():
-        torch.testing.assert_close(head_loss(head, hidden, targets, 1.0, weights), wanted)
+        torch.testing.assert_close(head_loss(head, hidden, targets, 1.0, weights), weighted_sum)
 
 
 def test_a_shared_prefix_keeps_the_weight_of_each_documents_tokens():

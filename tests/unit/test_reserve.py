@@ -47,10 +47,17 @@ def take(record, model, rows=ROWS, scored=frozenset(), wanted=RESERVE):
 
 def test_each_model_gets_rows_that_no_model_had_until_the_reserve_is_used_up(record):
     dealt = [take(record, f"m{i}") for i in range(6)]
-    assert [one.rows for one in dealt] == [20, 20, 20, 20, 20, 100]
-    assert len(frozenset().union(*(one.keys for one in dealt[:5]))) == 100, "no row was dealt twice"
-    assert [(one.state.fresh, one.state.looks) for one in dealt] == [(80, 4), (60, 3), (40, 2), (20, 1), (0, 0), (0, 0)]
-    assert [one.state.is_fresh for one in dealt] == [True] * 5 + [False]
+    assert [dealt_rows.rows for dealt_rows in dealt] == [20, 20, 20, 20, 20, 100]
+    assert len(frozenset().union(*(dealt_rows.keys for dealt_rows in dealt[:5]))) == 100, "no row was dealt twice"
+    assert [(dealt_rows.state.fresh, dealt_rows.state.looks) for dealt_rows in dealt] == [
+        (80, 4),
+        (60, 3),
+        (40, 2),
+        (20, 1),
+        (0, 0),
+        (0, 0),
+    ]
+    assert [dealt_rows.state.is_fresh for dealt_rows in dealt] == [True] * 5 + [False]
     assert "used up" in str(dealt[5].state) and "enough for 4 more looks of 20 rows" in str(dealt[0].state)
 
 
@@ -113,12 +120,12 @@ def test_rows_of_a_group_or_with_one_prompt_are_dealt_together(record):
     units = together(rows)
     assert sorted(map(len, units)) == [2] * 30 + [10] * 6
     dealt = [take(record, f"m{i}", rows=rows, wanted=Wanted(90, None, 0)) for i in range(4)]
-    for one in dealt:
+    for dealt_rows in dealt:
         for unit in units:
-            assert {row.key in one.keys for row in unit} in ({True}, {False}), (
+            assert {row.key in dealt_rows.keys for row in unit} in ({True}, {False}), (
                 "a unit is dealt as a whole or not at all"
             )
-        assert 25 <= one.rows <= 35 or not one.state.is_fresh
+        assert 25 <= dealt_rows.rows <= 35 or not dealt_rows.state.is_fresh
 
 
 def test_groups_that_share_a_prompt_are_one_part():

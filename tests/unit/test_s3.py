@@ -20,7 +20,7 @@ from loraflow.store.lease import lease
 from loraflow.store.lock import LockHeld
 from loraflow.store.s3 import S3Store
 from tests.s3_proxy import Answer, DropConnection, LoseReply, Request, s3_proxy  # noqa: F401
-from tests.unit.test_store import FP, PAYLOAD, put, rewrite
+from tests.stored_artifacts import FP, PAYLOAD, put, rewrite
 
 ROOT = Path(__file__).parent.parent.parent
 MIB = 2**20
@@ -29,7 +29,7 @@ MIB = 2**20
 def machine(tmp_path: Path, name: str, script: str, *arguments: str) -> subprocess.Popen:
     """Run a script as on another machine: with its own cache."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "LORAFLOW_CACHE": str(tmp_path / f"cache of {name}")}
-    head = "import sys, time\nfrom loraflow.store.s3 import S3Store\nfrom tests.unit.test_store import FP, put\n"
+    head = "import sys, time\nfrom loraflow.store.s3 import S3Store\nfrom tests.stored_artifacts import FP, put\n"
     return subprocess.Popen(
         [sys.executable, "-c", head + script, *arguments], env=env, stdout=subprocess.PIPE, text=True
     )
@@ -186,7 +186,7 @@ def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(tmp_path, bu
 
 UPLOADER = """
 from loraflow.store import Summary, uploads
-from tests.unit.test_store import PAYLOAD
+from tests.stored_artifacts import PAYLOAD
 uploads.PART_SIZE = 5 * 2**20
 store = S3Store(sys.argv[1])
 if sys.argv[2] == "first":
@@ -269,7 +269,7 @@ def test_requests_to_a_busy_server_are_repeated(bucket_uri, proxy, status, code)
     refused: list[Request] = []
 
     def busy_once_for_each_key(request: Request) -> Answer | None:
-        if request.operation != "PutObject" or request.key in [one.key for one in refused]:
+        if request.operation != "PutObject" or request.key in [sent.key for sent in refused]:
             return None
         refused.append(request)
         return Answer(status, code)

@@ -108,34 +108,34 @@ def test_scores_of_each_value_are_those_of_its_rows_and_the_rest_is_a_part_of_it
         {"base": table(np.zeros(60)), "tuned": table(hits)}, ["language"], ["exact_match"],
         confidence=0.95, seed=0, fields=languages(30, 20),
     )  # fmt: skip
-    shown = [(one.name, one.rows, one.values["tuned"]["exact_match"].value) for one in found]
+    shown = [(item.name, item.rows, item.values["tuned"]["exact_match"].value) for item in found]
     assert shown == [("de", 30, 1.0), ("en", 20, 0.0), (NO_VALUE, 10, 0.5)]
 
 
-def decided(ours, theirs, sizes, margin=0.05, metric="exact_match", **rules):
+def decided(tuned, base, sizes, margin=0.05, metric="exact_match", **rules):
     fields = languages(*sizes)
-    guards = slice_guards(table(ours), {"language": {metric: margin}}, fields)
+    guards = slice_guards(table(tuned), {"language": {metric: margin}}, fields)
     rules = {"primary": "exact_match", "min_gain": 0.0, "guards": {}, "confidence": 0.95} | rules
-    return decide(table(ours), {"base": table(theirs)}, parts=guards, **rules)
+    return decide(table(tuned), {"base": table(base)}, parts=guards, **rules)
 
 
 def test_a_part_that_gets_worse_rejects_a_challenger_that_is_better_as_a_whole():
-    theirs = np.array([0.0] * 400 + [1.0] * 100)
-    ours = np.array([1.0] * 400 + [1.0] * 70 + [0.0] * 30)
-    assert decided(ours, theirs, (400, 100), margin=0.99).verdict == "promote"
-    decision = decided(ours, theirs, (400, 100))
+    base = np.array([0.0] * 400 + [1.0] * 100)
+    tuned = np.array([1.0] * 400 + [1.0] * 70 + [0.0] * 30)
+    assert decided(tuned, base, (400, 100), margin=0.99).verdict == "promote"
+    decision = decided(tuned, base, (400, 100))
     assert decision.verdict == "reject"
     assert "exact_match on language en against base: -0.3000" in decision.reasons[0]
-    assert [one.part for one in decision.comparisons] == [None, "language de", "language en"]
+    assert [item.part for item in decision.comparisons] == [None, "language de", "language en"]
     assert Decision.from_dict(decision.to_dict()) == decision
 
 
 def test_a_part_counts_as_the_same_guard_on_a_table_of_its_rows_alone():
     rng = np.random.default_rng(3)
-    ours, theirs = rng.integers(0, 2, 300), rng.integers(0, 2, 300)
-    inside = decided(ours, theirs, (200, 100)).comparisons[2]
+    tuned, base = rng.integers(0, 2, 300), rng.integers(0, 2, 300)
+    inside = decided(tuned, base, (200, 100)).comparisons[2]
     rules = {"primary": "exact_match", "min_gain": 0.0, "confidence": 0.95}
-    alone = decide(table(ours[200:]), {"base": table(theirs[200:])}, guards={"exact_match": 0.05}, **rules).comparisons[
+    alone = decide(table(tuned[200:]), {"base": table(base[200:])}, guards={"exact_match": 0.05}, **rules).comparisons[
         1
     ]
     assert (inside.difference, inside.lower, inside.upper, inside.n) == (

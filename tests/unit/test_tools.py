@@ -247,16 +247,16 @@ def test_masks_with_tools_and_weights_equal_those_of_a_slow_renderer(template_of
     slow = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = [match.span(1) for match in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)]
     assert len(spans) == len(answers)
-    wanted = np.zeros(len(slow["input_ids"]), np.float32)
+    expected = np.zeros(len(slow["input_ids"]), np.float32)
     for number, span in zip(answers, spans, strict=True):
         if number in learned:
             for token, (start, end) in enumerate(slow["offset_mapping"]):
                 if span[0] <= start < span[1] and end > start:
-                    wanted[token] = weights[learned.index(number)]
+                    expected[token] = weights[learned.index(number)]
     (encoded,) = template.encode([chat], "assistant", learned=[learned], weights=[weights])
     assert encoded.ids.tolist() == slow["input_ids"]
-    assert (encoded.labels != IGNORED).tolist() == (wanted > 0).tolist()
-    assert encoded.weights.tolist() == wanted.tolist()
+    assert (encoded.labels != IGNORED).tolist() == (expected > 0).tolist()
+    assert encoded.weights.tolist() == expected.tolist()
 
 
 # -- scores of calls ----------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def test_scores_of_calls_are_the_name_the_arguments_and_the_schema():
     def text(called) -> str:
         return f"<tool_call>{json.dumps(called['function'])}</tool_call>"
 
-    wanted = reference(call("Rom", days=3))
+    expected = reference(call("Rom", days=3))
     answers = [
         text(call("Rom", days=3)),
         text(call("Rom", days=4)),
@@ -303,7 +303,7 @@ def test_scores_of_calls_are_the_name_the_arguments_and_the_schema():
         "Rain.",
         "<tool_call>{",
     ]
-    scores = compute("tool_calls", [*answers, "Rain."], [wanted] * 5 + [reference()])
+    scores = compute("tool_calls", [*answers, "Rain."], [expected] * 5 + [reference()])
     assert scores.rows["tool_name"] == [1, 1, 1, 0, 0, 1]
     assert scores.rows["tool_arguments_f1"] == [1, 0.5, 0.5, 0, 0, 1]
     assert scores.rows["valid_call_rate"] == [1, 1, 0, 0, 0, 1]

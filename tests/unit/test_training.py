@@ -83,9 +83,9 @@ def straight(base, tmp_path_factory):
     return shards, *run(base, shards, folder)
 
 
-def same(one, two, tolerance=0.0):
-    assert one.keys() == two.keys()
-    return all(torch.allclose(one[name], two[name], rtol=0, atol=tolerance) for name in one)
+def same(left, right, tolerance=0.0):
+    assert left.keys() == right.keys()
+    return all(torch.allclose(left[name], right[name], rtol=0, atol=tolerance) for name in left)
 
 
 BEST_FIELDS = {*BestCheckpoint.model_fields, "save_steps"}
@@ -279,7 +279,7 @@ def test_the_loss_of_the_best_checkpoint_is_of_the_one_that_transformers_loads(t
 
 def test_the_best_checkpoint_is_found_in_a_moved_folder(base, straight, tmp_path):
     """transformers keeps its absolute path, and where that is gone finds it again only when it saves once more."""
-    wanted, _ = run(base, straight[0], tmp_path / "uninterrupted", **BEST)
+    uninterrupted, _ = run(base, straight[0], tmp_path / "uninterrupted", **BEST)
     curve = [
         json.loads(line) for line in (tmp_path / "uninterrupted" / "work" / "curves.jsonl").read_text().splitlines()
     ]
@@ -288,7 +288,7 @@ def test_the_best_checkpoint_is_found_in_a_moved_folder(base, straight, tmp_path
     with pytest.raises(Preempted):
         run(base, straight[0], tmp_path / "here", StopAt(6, tmp_path / "here" / "work"), **BEST)
     (tmp_path / "here").rename(tmp_path / "there")
-    assert same(wanted, run(base, straight[0], tmp_path / "there", **BEST)[0])
+    assert same(uninterrupted, run(base, straight[0], tmp_path / "there", **BEST)[0])
 
 
 def test_a_checkpoint_contains_evas_initialization(base, straight, tmp_path):

@@ -71,20 +71,23 @@ def test_an_adapter_of_a_residual_base_becomes_lora_on_the_original_base(tmp_pat
     model.peft_config["default"].init_lora_weights = how
     perturb(model, 0.05)
     with torch.no_grad():
-        wanted = model.eval()(IDS).logits
+        expected = model.eval()(IDS).logits
     model.save_pretrained(tmp_path / "ours")
     variants.convert_to_plain_lora(tmp_path / "ours", initial)
     loaded = PeftModel.from_pretrained(pretrained(base), str(tmp_path / "ours")).eval()
     with torch.no_grad():
-        assert torch.allclose(loaded(IDS).logits, wanted, atol=1e-4)
-        assert not torch.allclose(pretrained(base).eval()(IDS).logits, wanted, atol=1e-2)
+        assert torch.allclose(loaded(IDS).logits, expected, atol=1e-4)
+        assert not torch.allclose(pretrained(base).eval()(IDS).logits, expected, atol=1e-2)
     if not (options.get("use_rslora") and options.get("rank_pattern")):
         model.save_pretrained(tmp_path / "theirs", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
-        ours, theirs = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-        one, two = (json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs"))
-        assert one["r"] == two["r"] and one["lora_alpha"] == pytest.approx(two["lora_alpha"])
+        actual, by_peft = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
+        assert actual.keys() == by_peft.keys()
+        assert all(torch.equal(actual[name], by_peft[name]) for name in actual)
+        actual_config, config = (
+            json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")
+        )
+        assert actual_config["r"] == config["r"]
+        assert actual_config["lora_alpha"] == pytest.approx(config["lora_alpha"])
 
 
 def test_lora_plus_learning_rates_equal_pefts_optimizer(phi3):
@@ -94,13 +97,13 @@ def test_lora_plus_learning_rates_equal_pefts_optimizer(phi3):
     values = recipe(peft_config__target_modules=[*ALL, "embed_tokens"]).peft_config
     model = get_peft_model(pretrained(phi3), lora_config(values))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    ours = torch.optim.AdamW([{"params": parameters[:9], "weight_decay": 0.1}, {"params": parameters[9:]}], lr=1e-3)
-    variants.loraplus(ours, model, 16.0, 1e-6)
-    theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
-    rates = [{id(p): g["lr"] for g in one.param_groups for p in g["params"]} for one in (ours, theirs)]
+    actual = torch.optim.AdamW([{"params": parameters[:9], "weight_decay": 0.1}, {"params": parameters[9:]}], lr=1e-3)
+    variants.loraplus(actual, model, 16.0, 1e-6)
+    by_peft = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
+    rates = [{id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]} for optimizer in (actual, by_peft)]
     assert rates[0] == rates[1]
     assert sorted(set(rates[0].values())) == [1e-6, 1e-3, 16e-3]
-    assert {g["weight_decay"] for g in ours.param_groups} == {0.1, 0.01}
+    assert {g["weight_decay"] for g in actual.param_groups} == {0.1, 0.01}
 
 
 def test_unmergeable_settings_are_refused_before_training(tmp_path, phi3):
