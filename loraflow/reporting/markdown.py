@@ -117,7 +117,7 @@ def run_report(report: RunReport, *, image: bool = False) -> str:
         *_items(decision.reasons),
         "",
         *([SIGN, ""] if decision.comparisons else []),
-        *(["What can be done:", "", *_items(report.advice)] if report.advice else []),
+        *(["What can be done:", "", *_items(report.advice), ""] if report.advice else []),
         *([decision.budget, ""] if decision.budget else []),
         *([f"Reserve: {report.reserve}.", ""] if report.reserve else []),
     ]

@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
+from prefect.client.schemas.actions import (
+    DeploymentUpdate,
+    GlobalConcurrencyLimitUpdate,
+    WorkPoolCreate,
+    WorkPoolUpdate,
+)
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL
 
@@ -121,6 +126,33 @@ def test_job_variables_that_the_work_pool_would_ignore_are_refused(put, client):
         assert error.value.got == ("cpus" if kind == "docker" else "cpus, image")
         assert f"of a pool of type {kind}" in error.value.expected
     assert put() == []
+
+
+@pytest.mark.parametrize("closed", [{"is_paused": True}, {"concurrency_limit": 0}])
+def test_a_closed_work_pool_stays_closed_and_is_named(put, client, caplog, closed):
+    put()
+    client.update_work_pool("gpu", WorkPoolUpdate(**closed))
+    assert put() == []
+    [warning] = [record.message for record in caplog.records if "the work pool gpu" in record.message]
+    assert "do not start: prefect work-pool" in warning
+    client.update_work_pool("gpu", WorkPoolUpdate(is_paused=False, concurrency_limit=None))
+
+
+def test_a_stage_that_waits_for_the_gpu_says_so(put, client, caplog, monkeypatch):
+    from loraflow.tasks import gpu_lease
+
+    put()
+    caplog.set_level("INFO", "loraflow")
+    name = gpu_lease.limit_name()
+    gpu_lease._say_if_it_waits(client)
+    assert not caplog.records
+    client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(active_slots=1))
+    gpu_lease._say_if_it_waits(client)
+    client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(limit=0, active_slots=0))
+    gpu_lease._say_if_it_waits(client)
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    assert f"prefect gcl update {name} --limit 1" in caplog.text
+    client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(limit=1))
 
 
 def test_a_deployment_that_is_not_in_prefect_yaml_any_more_is_named(put, client, caplog):

