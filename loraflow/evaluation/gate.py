@@ -22,7 +22,7 @@ from loraflow.data.chats import GATE_SET
 from loraflow.evaluation.evidence import Evidence
 from loraflow.evaluation.forgetting import GeneralGuard
 from loraflow.evaluation.intervals import Bounds
-from loraflow.evaluation.pairing import pair, refusal, require_same_tokens, scores
+from loraflow.evaluation.pairing import NO_RANGES, pair, refusal, require_in_range, require_same_tokens, scores
 from loraflow.evaluation.power import MINIMUM_ROWS
 from loraflow.evaluation.slice_guards import SliceGuard
 from loraflow.evaluation.slices import Part
@@ -109,6 +109,7 @@ def decide(
     level: float | None = None,
     look: str = "",
     vocabulary: int | None = None,
+    ranges: Mapping[str, tuple[float, float]] = NO_RANGES,
     parts: Sequence[SliceGuard] = (),
     general: Sequence[GeneralGuard] = (),
 ) -> Decision:
@@ -124,6 +125,7 @@ def decide(
         level: largest p-value of the gain; by default 1 - confidence. 0 promotes nothing.
         look: which look at these rows it is, for the reasons.
         vocabulary: number of tokens of the models, which limits a loss.
+        ranges: {metric: (smallest, largest value)} of the user's metrics. Without one, the range that was seen counts.
         parts: guards for parts of the rows.
         general: guards on tables of other rows (gate.forgetting).
 
@@ -147,6 +149,7 @@ def decide(
                 name,
                 lower_is_better=lower_is_better or (),
                 vocabulary=vocabulary,
+                ranges=ranges,
             )
             bounds = evidence.bounds(confidence)
             tests.append(_Test(rule, name, evidence, reported, bounds, confidence, allowed))
@@ -172,23 +175,41 @@ def _general_tests(guard: GeneralGuard, confidence: float, allowed: float, vocab
         yield _Test(rule, name, evidence, reported, evidence.bounds(confidence), confidence, allowed)
 
 
-def require_comparable(challenger: pd.DataFrame, others: Mapping[str, pd.DataFrame], metrics: Collection[str]) -> None:
+def require_comparable(
+    challenger: pd.DataFrame,
+    others: Mapping[str, pd.DataFrame],
+    metrics: Collection[str],
+    ranges: Mapping[str, tuple[float, float]] = NO_RANGES,
+) -> None:
     """Check score tables before a look is spent on them.
+
+    Args:
+        challenger: as for `decide`.
+        others: as for `decide`.
+        metrics: the names that the rules use.
+        ranges: as for `decide`.
 
     Raises:
         BadData: they cannot be compared; see `decide`.
         BadConfig: there is no score of a name, or it is a loss per token of different tokenizers.
     """
     ours = _by_id(challenger, "challenger")
-    for metric in metrics:
-        scores(ours, metric, "challenger")
+    _require_scores(ours, metrics, ranges, "challenger")
     for name, other in others.items():
         theirs = _by_id(other, name)
         _require_same_rows(ours, theirs, name)
-        for metric in metrics:
-            scores(theirs, metric, name)
+        _require_scores(theirs, metrics, ranges, name)
         if "token_loss" in metrics:
             require_same_tokens(ours, theirs, name)
+
+
+def _require_scores(
+    table: pd.DataFrame, metrics: Collection[str], ranges: Mapping[str, tuple[float, float]], where: str
+) -> None:
+    for metric in metrics:
+        scores(table, metric, where)
+        if metric in ranges:
+            require_in_range(table, ranges[metric], metric, where)
 
 
 def _refuted(tests: Sequence[_Test], error: float) -> set[int]:
@@ -308,6 +329,8 @@ def _outcome(test: _Test, state: str, look: str, needed: int | None) -> str:
             parts.append(f"p {test.p_value():.2g}, {test.level:.2g} allowed{f' at {look}' if look else ''}")
     if test.reported != test.bounds.mean and abs(test.reported - test.bounds.mean) > 1e-9:
         parts.append(f"losses capped; uncapped {test.reported:+.4f}")
+    if evidence.reach is None and test.rule.kind == "gain":
+        parts.append("range not known: rare failures that no row shows are not allowed for; see gate.ranges")
     if state == "open":
         if not test.has_enough_rows:
             parts.append(f"at least {MINIMUM_ROWS} independent rows are needed")
