@@ -11,7 +11,7 @@ import numpy as np
 
 from loraflow.evaluation.intervals import Bounds
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
-from loraflow.evaluation.pairing import NO_RANGES, pair, rows_with_other_tokens, scores
+from loraflow.evaluation.pairing import NO_RANGES, pair, rows_with_other_tokens, scores, token_weights
 from loraflow.evaluation.score import score_columns
 from loraflow.failures import BadData
 
@@ -136,7 +136,7 @@ def _difference(
 def _mean(table: pd.DataFrame, metric: str, values: np.ndarray) -> float:
     if metric != "token_loss" or "reference_tokens" not in table:
         return float(values.mean())
-    tokens = scores(table, "reference_tokens", "a model")
+    tokens = token_weights(table, "a model")
     return float((values * tokens).sum() / tokens.sum())
 
 

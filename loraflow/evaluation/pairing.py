@@ -63,7 +63,7 @@ def pair(
     mine, other = scores(ours, metric, "challenger"), scores(theirs, metric, name)
     if metric == "token_loss":
         require_same_tokens(ours, theirs, name)
-        return _pair_of_losses(mine, other, _tokens(ours, "challenger"), labels, vocabulary)
+        return _pair_of_losses(mine, other, token_weights(ours, "challenger"), labels, vocabulary)
     sign = -1.0 if metric in LOWER_IS_BETTER | set(lower_is_better) else 1.0
     differences = sign * (mine - other)
     if metric in ranges:
@@ -128,7 +128,7 @@ def _grouped(gains: np.ndarray, weights: np.ndarray, labels: np.ndarray, reach: 
     )
 
 
-def _tokens(table: pd.DataFrame, where: str) -> np.ndarray:
+def token_weights(table: pd.DataFrame, where: str) -> np.ndarray:
     """Return the numbers of tokens by which a table's losses are weighted in the report [rows]."""
     if "reference_tokens" not in table:
         return np.ones(len(table))
