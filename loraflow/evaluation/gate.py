@@ -14,6 +14,7 @@ the verdict is undecided.
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -301,8 +302,8 @@ def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:
         upper=test.bounds.upper,
         n=evidence.rows,
         state=state,
-        reason=f"{rule.metric}{on} against {test.against}: {test.bounds.mean:+.4f} [{test.bounds.lower:+.4f}, "
-        f"{test.bounds.upper:+.4f}] (one-sided {100 * test.confidence:.4g} % bounds), {rule} {outcome}",
+        reason=f"{rule.metric}{on} against {test.against}: {_shown(test.bounds)} (one-sided "
+        f"{100 * test.confidence:.4g} % bounds), {rule} {outcome}",
         p_value=p_value,
         level=test.level if rule.kind == "gain" else None,
         groups=evidence.groups,
@@ -310,6 +311,13 @@ def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:
         part=None if rule.part is None else str(rule.part),
         rows_needed=needed,
     )
+
+
+def _shown(bounds: Bounds) -> str:
+    """Return a difference with its bounds: with four decimals, or four digits if they are very small or large."""
+    largest = max(map(abs, bounds))
+    style = "+.4f" if bounds.mean == 0 or 1e-3 <= largest < 1e6 or math.isinf(largest) else "+.4g"
+    return f"{bounds.mean:{style}} [{bounds.lower:{style}}, {bounds.upper:{style}}]"
 
 
 def _outcome(test: _Test, state: str, look: str, needed: int | None) -> str:

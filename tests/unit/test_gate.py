@@ -399,6 +399,12 @@ def test_a_range_that_the_recipe_says_allows_for_failures_that_no_row_shows():
             require_comparable(tables[0], {"base": tables[1]}, {"mine"}, {"mine": (0.0, 1.0)})
 
 
+@pytest.mark.parametrize(("scale", "shown"), [(1.0, "+0.5000 ["), (1e-5, "+5e-06 ["), (1e9, "+5e+08 [")])
+def test_a_difference_is_shown_with_its_digits_whatever_its_size(scale, shown):
+    ours, theirs = table(mine=scale * (0.5 + 0.1 * (np.arange(100) % 2))), table(mine=np.full(100, scale * 0.05))
+    assert f"mine against base: {shown}" in gate(ours, theirs, primary="mine").reasons[0]
+
+
 def test_stops_can_be_a_guard():
     ours, theirs = table(exact_match=ones, finish="length"), table(exact_match=zeros, finish="stop")
     assert gate(ours, theirs, guards={"stops": 0.05}).verdict == "reject"
