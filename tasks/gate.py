@@ -83,7 +83,7 @@ def _protocol(workspace: Workspace, result: PipelineResult) -> str:
     scores += [ref.digest for ref in result.general.values()] if workspace.recipe.gate.forgetting else []
     rules = workspace.recipe.gate.model_dump()
     # Decisions of earlier versions, which did not have these, stay valid.
-    for name in ("worst", "behaviour", "slices", "forgetting"):
+    for name in ("worst", "behaviour", "slices", "forgetting", "ranges"):
         if not rules[name]:
             del rules[name]
     if rules["seeds"] == 1:
@@ -138,7 +138,7 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
         others["champion"] = _heldout_scores(workspace, result.champion_scores)
     parts = _slice_guards(workspace, result)
     named = {rules.primary, *rules.guards, *rules.worst, *rules.lower_is_better, *(guard.metric for guard in parts)}
-    require_comparable(ours, others, named)
+    require_comparable(ours, others, named | rules.ranges.keys(), rules.score_ranges)
     general = read_general_guards(workspace, result)
     require_general_comparable(general)
     behaviour = _check_behaviour(workspace, result)  # refuses a set without rows before a look is spent
@@ -156,6 +156,7 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
         level=None if look is None else look.level,
         look="" if look is None else str(look),
         vocabulary=_vocabulary(workspace, result.base_scores),
+        ranges=rules.score_ranges,
         parts=parts,
         general=general,
     )

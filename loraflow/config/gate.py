@@ -5,13 +5,23 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from loraflow.config.evaluation import SliceBy
 from loraflow.config.field_types import Positive
 from loraflow.frozen import FrozenModel
 
 Margin = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _increasing(ends: list[float]) -> list[float]:
+    if not ends[0] < ends[1]:
+        raise ValueError(f"the first number must be smaller than the second one, not {ends[0]:g} and {ends[1]:g}")
+    return ends
+
+
+_Finite = Annotated[float, Field(ge=-1e100, le=1e100, allow_inf_nan=False)]
+ScoreRange = Annotated[list[_Finite], Field(min_length=2, max_length=2), AfterValidator(_increasing)]
 
 
 class WorstRule(FrozenModel):
@@ -96,6 +106,11 @@ class Gate(FrozenModel):
         "likelihood per character.",
     )
     lower_is_better: list[str] = Field([], description="Scores of your own metrics for which lower is better.")
+    ranges: dict[str, ScoreRange] = Field(
+        {},
+        description="{score: [smallest, largest]}: the possible values of scores of your own metrics that are not only 0 "
+        "and 1. Without it, a rare failure that no held-out row shows is not allowed for.",
+    )
     error: Annotated[float, Field(gt=0, lt=0.5)] = Field(
         0.05, description="Probability of any false promotion in all looks of the model, whatever its held-out rows."
     )
@@ -108,6 +123,11 @@ class Gate(FrozenModel):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
         0.95, description="Confidence level of the guards, and of the one-sided bounds that are shown."
     )
+
+    @property
+    def score_ranges(self) -> dict[str, tuple[float, float]]:
+        """The smallest and the largest value of scores, by `ranges`."""
+        return {score: (ends[0], ends[1]) for score, ends in self.ranges.items()}
 
     @property
     def forgetting_margins(self) -> dict[str, float]:

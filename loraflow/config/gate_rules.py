@@ -6,7 +6,7 @@ mistake promotes the worse model. Recorded recipes are not checked: a run that w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from loraflow.config.evaluation import SCORES
 from loraflow.config.gate import Gate
@@ -38,18 +38,28 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         elif name not in scored and knows_all:
             known = ", ".join(sorted(scored))
             yield path, f"the gate names {name}, which is not a score of evaluation.metrics; its scores are {known}"
+    for name in gate.ranges:
+        if name in scored:
+            yield (
+                ("gate", "ranges", name),
+                f"gate.ranges names {name}, whose range is known: it is for your own metrics",
+            )
+        elif knows_all:
+            yield ("gate", "ranges", name), f"gate.ranges names {name}, which is not a score of evaluation.metrics"
     for key, name, margin in _margins(gate):
-        limit = largest_difference(name) if name in scored else None
+        limit = _largest(gate, name, scored)
         if limit is not None and margin >= limit:
             is_gain = key[-1] == "min_gain"
             why = f"no model can gain more than {margin:g}" if is_gain else f"a margin of {margin:g} guards nothing"
-            yield key, f"{'.'.join(key)}: {name} is between 0 and {limit:g}: {why}; 0.05 are five points of 0 to 1"
+            low = gate.ranges[name][0] if name in gate.ranges else 0
+            points = "" if name in gate.ranges else "; 0.05 are five points of 0 to 1"
+            yield key, f"{'.'.join(key)}: {name} is between {low:g} and {low + limit:g}: {why}{points}"
     for name, rule in gate.worst.items():
-        limit = largest_difference(name) if name in scored else None
+        limit = _largest(gate, name, scored)
         if limit is not None and rule.drop > limit:
             yield (
                 ("gate", "worst", name),
-                f"gate.worst: {name} is between 0 and {limit:g}: no row can be worse by {rule.drop:g}",
+                f"gate.worst: {name} differs by at most {limit:g}: no row can be worse by {rule.drop:g}",
             )
     for score, margin in gate.forgetting.items():
         if score != "loss" and margin >= 1:
@@ -62,6 +72,13 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         if check.set not in sets:
             problem = f"there is no set {check.set}; the sets are {', '.join(sorted(sets))}"
             yield ("gate", "behaviour", name), f"gate.behaviour.{name}: {problem}"
+
+
+def _largest(gate: Gate, score: str, scored: Set[str]) -> float | None:
+    """Return the largest difference of a score that the recipe computes, or whose range it says; None if there is none."""
+    if score in gate.ranges:
+        return gate.ranges[score][1] - gate.ranges[score][0]
+    return largest_difference(score) if score in scored else None
 
 
 def _margins(gate: Gate) -> Iterator[tuple[tuple[str, ...], str, float]]:

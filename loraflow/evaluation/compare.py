@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from loraflow.evaluation.intervals import Bounds
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
-from loraflow.evaluation.pairing import pair, rows_with_other_tokens, scores
+from loraflow.evaluation.pairing import NO_RANGES, pair, rows_with_other_tokens, scores, token_weights
 from loraflow.evaluation.score import score_columns
 from loraflow.failures import BadData
 
@@ -64,6 +64,7 @@ def compare_tables(
     *,
     confidence: float = 0.95,
     lower_is_better: Collection[str] = (),
+    ranges: Mapping[str, tuple[float, float]] = NO_RANGES,
     listed: int = 10,
 ) -> TableComparison:
     """Compare two score tables on the rows that both have.
@@ -73,6 +74,7 @@ def compare_tables(
         second: another one.
         confidence: one-sided, of each bound.
         lower_is_better: metrics, in addition to loraflow's own, where lower is better.
+        ranges: the smallest and the largest value of scores of the user's metrics, as for the gate.
         listed: rows that are listed for each metric and direction.
 
     Raises:
@@ -97,7 +99,7 @@ def compare_tables(
         ("token_loss",) if "token_loss" in metrics and rows_with_other_tokens(one, two, "the second model") else ()
     )
     found = tuple(
-        _difference(one, two, metric, confidence, lower_is_better, listed)
+        _difference(one, two, metric, confidence, lower_is_better, ranges, listed)
         for metric in metrics
         if metric not in left_out
     )
@@ -105,9 +107,15 @@ def compare_tables(
 
 
 def _difference(
-    one: pd.DataFrame, two: pd.DataFrame, metric: str, confidence: float, lower: Collection[str], listed: int
+    one: pd.DataFrame,
+    two: pd.DataFrame,
+    metric: str,
+    confidence: float,
+    lower: Collection[str],
+    ranges: Mapping[str, tuple[float, float]],
+    listed: int,
 ) -> Difference:
-    evidence, _ = pair(two, one, metric, "the first model", lower_is_better=lower)
+    evidence, _ = pair(two, one, metric, "the first model", lower_is_better=lower, ranges=ranges)
     before, after = scores(one, metric, "the first model"), scores(two, metric, "the second model")
     gains = (before - after) if metric in LOWER_IS_BETTER | set(lower) else (after - before)
     order = np.argsort(-gains, kind="stable")
@@ -128,7 +136,7 @@ def _difference(
 def _mean(table: pd.DataFrame, metric: str, values: np.ndarray) -> float:
     if metric != "token_loss" or "reference_tokens" not in table:
         return float(values.mean())
-    tokens = scores(table, "reference_tokens", "a model")
+    tokens = token_weights(table, "a model")
     return float((values * tokens).sum() / tokens.sum())
 
 

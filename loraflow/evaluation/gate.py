@@ -14,6 +14,7 @@ the verdict is undecided.
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -22,7 +23,7 @@ from loraflow.data.chats import GATE_SET
 from loraflow.evaluation.evidence import Evidence
 from loraflow.evaluation.forgetting import GeneralGuard
 from loraflow.evaluation.intervals import Bounds
-from loraflow.evaluation.pairing import pair, refusal, require_same_tokens, scores
+from loraflow.evaluation.pairing import NO_RANGES, pair, refusal, require_in_range, require_same_tokens, scores
 from loraflow.evaluation.power import MINIMUM_ROWS
 from loraflow.evaluation.slice_guards import SliceGuard
 from loraflow.evaluation.slices import Part
@@ -109,6 +110,7 @@ def decide(
     level: float | None = None,
     look: str = "",
     vocabulary: int | None = None,
+    ranges: Mapping[str, tuple[float, float]] = NO_RANGES,
     parts: Sequence[SliceGuard] = (),
     general: Sequence[GeneralGuard] = (),
 ) -> Decision:
@@ -124,6 +126,7 @@ def decide(
         level: largest p-value of the gain; by default 1 - confidence. 0 promotes nothing.
         look: which look at these rows it is, for the reasons.
         vocabulary: number of tokens of the models, which limits a loss.
+        ranges: {metric: (smallest, largest value)} of the user's metrics. Without one, the range that was seen counts.
         parts: guards for parts of the rows.
         general: guards on tables of other rows (gate.forgetting).
 
@@ -147,6 +150,7 @@ def decide(
                 name,
                 lower_is_better=lower_is_better or (),
                 vocabulary=vocabulary,
+                ranges=ranges,
             )
             bounds = evidence.bounds(confidence)
             tests.append(_Test(rule, name, evidence, reported, bounds, confidence, allowed))
@@ -172,23 +176,41 @@ def _general_tests(guard: GeneralGuard, confidence: float, allowed: float, vocab
         yield _Test(rule, name, evidence, reported, evidence.bounds(confidence), confidence, allowed)
 
 
-def require_comparable(challenger: pd.DataFrame, others: Mapping[str, pd.DataFrame], metrics: Collection[str]) -> None:
+def require_comparable(
+    challenger: pd.DataFrame,
+    others: Mapping[str, pd.DataFrame],
+    metrics: Collection[str],
+    ranges: Mapping[str, tuple[float, float]] = NO_RANGES,
+) -> None:
     """Check score tables before a look is spent on them.
+
+    Args:
+        challenger: as for `decide`.
+        others: as for `decide`.
+        metrics: the names that the rules use.
+        ranges: as for `decide`.
 
     Raises:
         BadData: they cannot be compared; see `decide`.
         BadConfig: there is no score of a name, or it is a loss per token of different tokenizers.
     """
     ours = _by_id(challenger, "challenger")
-    for metric in metrics:
-        scores(ours, metric, "challenger")
+    _require_scores(ours, metrics, ranges, "challenger")
     for name, other in others.items():
         theirs = _by_id(other, name)
         _require_same_rows(ours, theirs, name)
-        for metric in metrics:
-            scores(theirs, metric, name)
+        _require_scores(theirs, metrics, ranges, name)
         if "token_loss" in metrics:
             require_same_tokens(ours, theirs, name)
+
+
+def _require_scores(
+    table: pd.DataFrame, metrics: Collection[str], ranges: Mapping[str, tuple[float, float]], where: str
+) -> None:
+    for metric in metrics:
+        scores(table, metric, where)
+        if metric in ranges:
+            require_in_range(table, ranges[metric], metric, where)
 
 
 def _refuted(tests: Sequence[_Test], error: float) -> set[int]:
@@ -280,8 +302,8 @@ def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:
         upper=test.bounds.upper,
         n=evidence.rows,
         state=state,
-        reason=f"{rule.metric}{on} against {test.against}: {test.bounds.mean:+.4f} [{test.bounds.lower:+.4f}, "
-        f"{test.bounds.upper:+.4f}] (one-sided {100 * test.confidence:.4g} % bounds), {rule} {outcome}",
+        reason=f"{rule.metric}{on} against {test.against}: {_shown(test.bounds)} (one-sided "
+        f"{100 * test.confidence:.4g} % bounds), {rule} {outcome}",
         p_value=p_value,
         level=test.level if rule.kind == "gain" else None,
         groups=evidence.groups,
@@ -289,6 +311,13 @@ def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:
         part=None if rule.part is None else str(rule.part),
         rows_needed=needed,
     )
+
+
+def _shown(bounds: Bounds) -> str:
+    """Return a difference with its bounds: with four decimals, or four digits if they are very small or large."""
+    largest = max(map(abs, bounds))
+    style = "+.4f" if bounds.mean == 0 or 1e-3 <= largest < 1e6 or math.isinf(largest) else "+.4g"
+    return f"{bounds.mean:{style}} [{bounds.lower:{style}}, {bounds.upper:{style}}]"
 
 
 def _outcome(test: _Test, state: str, look: str, needed: int | None) -> str:
@@ -308,6 +337,8 @@ def _outcome(test: _Test, state: str, look: str, needed: int | None) -> str:
             parts.append(f"p {test.p_value():.2g}, {test.level:.2g} allowed{f' at {look}' if look else ''}")
     if test.reported != test.bounds.mean and abs(test.reported - test.bounds.mean) > 1e-9:
         parts.append(f"losses capped; uncapped {test.reported:+.4f}")
+    if evidence.reach is None and test.rule.kind == "gain":
+        parts.append("range not known: rare failures that no row shows are not allowed for; see gate.ranges")
     if state == "open":
         if not test.has_enough_rows:
             parts.append(f"at least {MINIMUM_ROWS} independent rows are needed")

@@ -7,7 +7,8 @@ The difference of a pair of tables is the difference of the two numbers that the
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,6 +22,9 @@ from loraflow.failures import BadConfig, BadData
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+NO_RANGES: Mapping[str, tuple[float, float]] = MappingProxyType({})
 
 
 class Pair(NamedTuple):
@@ -38,6 +42,7 @@ def pair(
     *,
     lower_is_better: Collection[str] = (),
     vocabulary: int | None = None,
+    ranges: Mapping[str, tuple[float, float]] = NO_RANGES,
 ) -> Pair:
     """Return the paired differences of a metric, positive where the challenger is better.
 
@@ -48,23 +53,49 @@ def pair(
         name: of the other model, for messages.
         lower_is_better: metrics, in addition to loraflow's own, where lower is better.
         vocabulary: the number of tokens; a loss counts at most its logarithm, in nats per token.
+        ranges: the smallest and the largest value of scores of the user's metrics (gate.ranges).
 
     Raises:
-        BadData: a score is not a finite number, or too large to compute with.
+        BadData: a score is not a finite number, too large to compute with, or outside of its range.
         BadConfig: there is no score of this name, or it is a loss per token of different tokenizers.
     """
     labels = group_labels(ours)
     mine, other = scores(ours, metric, "challenger"), scores(theirs, metric, name)
     if metric == "token_loss":
         require_same_tokens(ours, theirs, name)
-        return _pair_of_losses(mine, other, _tokens(ours, "challenger"), labels, vocabulary)
+        return _pair_of_losses(mine, other, token_weights(ours, "challenger"), labels, vocabulary)
     sign = -1.0 if metric in LOWER_IS_BETTER | set(lower_is_better) else 1.0
     differences = sign * (mine - other)
-    evidence = _grouped(differences, np.ones(len(differences)), labels, _reach(metric, mine, other))
-    if (metric in BINARY or metric not in RANGES) and is_binary(mine) and is_binary(other):
+    if metric in ranges:
+        require_in_range(ours, ranges[metric], metric, "challenger")
+        require_in_range(theirs, ranges[metric], metric, name)
+        reach: float | None = ranges[metric][1] - ranges[metric][0]
+    else:
+        reach = _reach(metric, mine, other)
+    evidence = _grouped(differences, np.ones(len(differences)), labels, reach)
+    if (metric in BINARY or metric not in {*RANGES, *ranges}) and is_binary(mine) and is_binary(other):
         independent = evidence.groups == evidence.rows
         evidence = Evidence(evidence.gains, evidence.weights, 1.0, independent, evidence.rows, evidence.spread)
     return Pair(evidence, float(differences.mean()))
+
+
+def require_in_range(table: pd.DataFrame, ends: tuple[float, float], metric: str, where: str) -> None:
+    """Refuse a score outside of the range that the recipe says it has.
+
+    Raises:
+        BadData: there is one.
+    """
+    values = scores(table, metric, where)
+    outside = (values < ends[0]) | (values > ends[1])
+    if outside.any():
+        first = table.index[outside][0]
+        raise BadData(
+            "A score is outside of the range that the recipe says it has.",
+            where=f"gate.ranges: {metric} of {where}",
+            expected=f"values from {ends[0]:g} to {ends[1]:g}",
+            got=f"{values[outside][0]:g} in {outside.sum()} of {len(values)} rows, the first of them {first}",
+            next_step="correct gate.ranges, or limit the score in its metric's module",
+        )
 
 
 def _reach(metric: str, mine: np.ndarray, other: np.ndarray) -> float | None:
@@ -97,7 +128,7 @@ def _grouped(gains: np.ndarray, weights: np.ndarray, labels: np.ndarray, reach: 
     )
 
 
-def _tokens(table: pd.DataFrame, where: str) -> np.ndarray:
+def token_weights(table: pd.DataFrame, where: str) -> np.ndarray:
     """Return the numbers of tokens by which a table's losses are weighted in the report [rows]."""
     if "reference_tokens" not in table:
         return np.ones(len(table))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
+from types import MappingProxyType
 
 from loraflow.evaluation.values import BINARY, RANGES
 
@@ -15,25 +16,39 @@ POWER = 0.8
 _NORMAL = NormalDist()
 
 
-def margin_of_unchanged(rows: int, confidence: float, metric: str) -> float | None:
-    """Return the margin above which a guard passes if all outputs are unchanged; None if the metric has no range."""
+def margin_of_unchanged(rows: int, confidence: float, metric: str, reach: float | None = None) -> float | None:
+    """Return the margin above which a guard passes if all outputs are unchanged; None if the metric has no range.
+
+    Args:
+        rows: independent rows.
+        confidence: of the guard.
+        metric: its name.
+        reach: the largest difference of a metric of the user's own.
+    """
     if metric in BINARY:  # where Tango's bound of no differences is
         z2 = _NORMAL.inv_cdf(confidence) ** 2
         return z2 / (rows + z2)
-    reach = RANGES.get(metric)
+    reach = RANGES.get(metric, reach)
     return None if reach is None else -reach * math.expm1(math.log(1 - confidence) / rows)
 
 
-def rows_for_margin(margin: float, confidence: float, metric: str) -> int | None:
-    """Return the number of rows from which unchanged outputs pass a guard; None if it is not known."""
-    if margin <= 0 or margin_of_unchanged(1, confidence, metric) is None:
+def rows_for_margin(margin: float, confidence: float, metric: str, reach: float | None = None) -> int | None:
+    """Return the number of rows from which unchanged outputs pass a guard; None if it is not known.
+
+    The arguments are those of `margin_of_unchanged`.
+    """
+
+    def unchanged(rows: int) -> float:
+        return margin_of_unchanged(rows, confidence, metric, reach) or 0.0
+
+    if margin <= 0 or margin_of_unchanged(1, confidence, metric, reach) is None:
         return None
     low, high = 0, 1
-    while (margin_of_unchanged(high, confidence, metric) or 0.0) >= margin:
+    while unchanged(high) >= margin:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        if (margin_of_unchanged(middle, confidence, metric) or 0.0) >= margin:
+        if unchanged(middle) >= margin:
             low = middle
         else:
             high = middle
@@ -82,14 +97,22 @@ class GatePower:
     level: float
     primary: str
     min_gain: float
-    gain: float | None  # that can be shown; None if nothing can be
+    gain: float | None  # that can be shown; None if nothing can be, or if the primary has no known range
     guards: Mapping[str, tuple[float, float | None, int | None]]  # margin, margin of unchanged outputs, rows needed
+    has_range: bool = True  # the primary
 
     def lines(self) -> list[str]:
         """Return what people read in a plan."""
         found = [f"gate: {self.rows} held-out rows, {self.look}, level {self.level:.2g}"]
         if self.rows < MINIMUM_ROWS:
             found.append(f"  no model can be promoted: at least {MINIMUM_ROWS} independent rows are needed")
+        elif self.level > 0 and not self.has_range:
+            found.append(
+                f"  {self.primary}: what gain can be shown is not known without its range: see gate.ranges, unless it is "
+                "0 or 1 in each row"
+            )
+        elif self.level > 0 and self.gain is None:
+            found.append(f"  no model can be promoted: so few rows show no gain over {self.min_gain:g} at this level")
         elif self.gain is None:
             found.append(
                 "  no model can be promoted: gate.error is used up. After the last look, rows that were never scored get a "
@@ -100,7 +123,7 @@ class GatePower:
                 f"  {self.primary}: a gain of {self.gain:.3g} is shown in 4 of 5 looks, if the models disagree on "
                 f"{max(DISAGREEMENT, self.gain):.0%} of the rows"
             )
-        elif self.primary in RANGES or self.primary == "token_loss":
+        else:
             found.append(
                 f"  {self.primary}: no gain below {self.gain:.2g} can be shown, and more is needed if rows differ"
             )
@@ -124,7 +147,8 @@ class GatePower:
         """Tell whether the gate can never promote, or an unchanged model does not pass a guard."""
         missing = any(needed is not None and needed > self.rows for _, _, needed in self.guards.values())
         no_margin = any(not margin for margin, _, _ in self.guards.values())
-        return self.rows < MINIMUM_ROWS or self.gain is None or missing or no_margin
+        cannot = self.level <= 0 or (self.gain is None and self.has_range)
+        return self.rows < MINIMUM_ROWS or cannot or missing or no_margin
 
 
 def gate_power(
@@ -137,6 +161,7 @@ def gate_power(
     guards: Mapping[str, float],
     confidence: float,
     largest_loss: float,
+    ranges: Mapping[str, tuple[float, float]] = MappingProxyType({}),
 ) -> GatePower:
     """Return what a gate can show with this number of independent rows.
 
@@ -149,22 +174,29 @@ def gate_power(
         guards: of the gate.
         confidence: of the guards.
         largest_loss: the logarithm of the vocabulary.
+        ranges: the smallest and the largest value of scores of the user's metrics.
     """
-    reach = RANGES.get(primary, largest_loss)
-    gain = smallest_gain(rows, level, min_gain, primary, reach) if level > 0 and rows else None
+    reaches = {"token_loss": largest_loss, **RANGES, **{name: high - low for name, (low, high) in ranges.items()}}
+    reach = reaches.get(primary)
+    gain = smallest_gain(rows, level, min_gain, primary, reach) if level > 0 and rows and reach is not None else None
     return GatePower(
         rows=rows,
         look=look,
         level=level,
         primary=primary,
         min_gain=min_gain,
-        gain=gain if gain is not None and gain < reach else None,
+        gain=gain if gain is not None and reach is not None and gain < reach else None,
+        has_range=reach is not None,
         guards={
             metric: (
                 margin,
-                margin_of_unchanged(rows, confidence, metric),
-                rows_for_margin(margin, confidence, metric),
+                margin_of_unchanged(rows, confidence, metric, _reach(metric, ranges)),
+                rows_for_margin(margin, confidence, metric, _reach(metric, ranges)),
             )
             for metric, margin in guards.items()
         },
     )
+
+
+def _reach(metric: str, ranges: Mapping[str, tuple[float, float]]) -> float | None:
+    return ranges[metric][1] - ranges[metric][0] if metric in ranges else None

@@ -273,7 +273,8 @@ class Decision:
         """Return the decision that nothing changes; `known` is an earlier decision that still holds."""
         if known is None:
             return cls("unchanged", (reason,))
-        return dataclasses.replace(known, verdict="unchanged", reasons=(reason, *known.reasons))
+        budget = f"When it was decided: {known.budget}" if known.budget else ""  # other looks may have followed
+        return dataclasses.replace(known, verdict="unchanged", reasons=(reason, *known.reasons), budget=budget)
 
     def with_reason(self, reason: str) -> Decision:
         """Return the same decision with one more reason."""

@@ -285,6 +285,7 @@ def gate_power(workspace: Workspace) -> GatePower | None:
         guards=gate.guards,
         confidence=gate.confidence,
         largest_loss=math.log(vocabulary_of(workspace)),
+        ranges=gate.score_ranges,
     )
 
 

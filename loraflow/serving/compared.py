@@ -14,11 +14,19 @@ from loraflow import identity
 from loraflow.evaluation.compare import TableComparison, compare_tables
 from loraflow.evaluation.gate import heldout_rows
 from loraflow.failures import BadConfig, CorruptArtifact
+from loraflow.frozen import StoredModel
 from loraflow.registry.runs import RunRecord, find_named_run, find_run
 from loraflow.serving.models import champion_entry, only_model
 from loraflow.store import Ref, Store, read_intact
 
 _NOT_ABOUT_THE_MODEL = {"runtime", "publish", "name"}  # sections of a recipe
+
+
+class _Rules(StoredModel):
+    """The part of a run's gate that says how scores are compared."""
+
+    lower_is_better: list[str] = []
+    ranges: dict[str, tuple[float, float]] = {}
 
 
 @dataclass(frozen=True)
@@ -62,12 +70,11 @@ def compare_models(store: Store, names: tuple[str, ...], confidence: float = 0.9
     first = models[0]
     pairings = []
     for other in models[1:]:
-        found = other.record.section("gate").get("lower_is_better")
-        lower = [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+        gate = _Rules.model_validate(other.record.section("gate"))
         pairings.append(
             Pairing(
                 other.name,
-                compare_tables(first.table, other.table, confidence=confidence, lower_is_better=lower),
+                compare_tables(first.table, other.table, confidence=confidence, **gate.model_dump()),
                 tuple(_changed(first.record, other.record)),
                 _digest(first.record) == _digest(other.record),
             )

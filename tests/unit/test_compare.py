@@ -122,7 +122,8 @@ def test_the_bounds_are_those_of_the_gate_and_a_lower_loss_is_better():
     assert match.bounds.lower == pytest.approx(exact.low, abs=0.02)
 
 
-def test_losses_of_different_tokenizers_are_left_out_and_named(store):
+def test_losses_of_different_tokenizers_are_left_out_and_named(tmp_path):
+    store = LocalStore(tmp_path / "store")
     columns = {"token_loss": np.full(100, 2.0), "reference_tokens": 10}
     add_run(store, A, table([True] * 100, **columns))
     add_run(store, B, table([True] * 100, **columns | {"reference_tokens": 20}))

@@ -370,6 +370,41 @@ def test_scores_of_any_size_are_decided_alike(scale):
         gate(table(mine=np.r_[1e308, values]), table(mine=np.zeros(61)), primary="mine")
 
 
+def test_a_range_that_the_recipe_says_allows_for_failures_that_no_row_shows():
+    """A gain on 50 rows of 50 by 0.1 of 1: if one row in a hundred loses 1, it is seen in 39 % of samples only."""
+    ours, theirs = table(mine=np.full(50, 0.91) + np.arange(50) * 1e-4), table(mine=np.full(50, 0.9))
+    seen = gate(ours, theirs, primary="mine").comparisons[0]
+    assert seen.state == "passed" and "see gate.ranges" in seen.reason
+    ranged = gate(ours, theirs, primary="mine", ranges={"mine": (0.0, 1.0)}).comparisons[0]
+    assert ranged.state == "open" and "gate.ranges" not in ranged.reason
+    like = gate(
+        ours.rename(columns={"mine": "token_f1"}), theirs.rename(columns={"mine": "token_f1"}), primary="token_f1"
+    )
+    assert ranged.lower == like.comparisons[0].lower, "as a built-in score between 0 and 1"
+    moved = {"mine": (-50.0, 50.0)}
+    wide = gate(
+        ours.assign(mine=100 * ours["mine"] - 50),
+        theirs.assign(mine=100 * theirs["mine"] - 50),
+        primary="mine",
+        ranges=moved,
+    )
+    assert wide.comparisons[0].p_value == pytest.approx(ranged.p_value)
+    two = gate(table(mine=ones), table(mine=zeros), primary="mine", ranges={"mine": (-100.0, 1.0)})
+    assert two.verdict != "promote", "0 and 1 in these rows only"
+    for where, tables in {
+        "challenger": (ours.assign(mine=2.0), theirs),
+        "base": (ours, theirs.assign(mine=-1.0)),
+    }.items():
+        with pytest.raises(BadData, match=rf"outside of the range(.|\n)*mine of {where}(.|\n)*in 50 of 50 rows"):
+            require_comparable(tables[0], {"base": tables[1]}, {"mine"}, {"mine": (0.0, 1.0)})
+
+
+@pytest.mark.parametrize(("scale", "shown"), [(1.0, "+0.5000 ["), (1e-5, "+5e-06 ["), (1e9, "+5e+08 [")])
+def test_a_difference_is_shown_with_its_digits_whatever_its_size(scale, shown):
+    ours, theirs = table(mine=scale * (0.5 + 0.1 * (np.arange(100) % 2))), table(mine=np.full(100, scale * 0.05))
+    assert f"mine against base: {shown}" in gate(ours, theirs, primary="mine").reasons[0]
+
+
 def test_stops_can_be_a_guard():
     ours, theirs = table(exact_match=ones, finish="length"), table(exact_match=zeros, finish="stop")
     assert gate(ours, theirs, guards={"stops": 0.05}).verdict == "reject"

@@ -6,8 +6,10 @@ import pandas as pd
 import pytest
 
 from loraflow.config import load_recipe
+from loraflow.evaluation.gate import decide
 from loraflow.evaluation.generation import GeneratedAnswer
 from loraflow.evaluation.groups import group_labels
+from loraflow.evaluation.power import gate_power as power_of
 from loraflow.evaluation.score import _Computed, _table, read_rows
 from loraflow.execution.launcher import run_job
 from loraflow.execution.plan import gate_power
@@ -35,6 +37,27 @@ def test_the_plan_counts_rows_and_looks_and_warns_of_a_gate_that_cannot_promote(
     more = gate_power(Workspace(load_recipe(recipe, {"evaluation.max_rows": 20, "gate.guards": {"field_f1": 0.01}})))
     assert (more.rows, more.look) == (20, "look 2 of 365") and more.level == pytest.approx(0.025 / 364)
     assert "a margin of 0.01 needs 299 rows, you have 20" in "\n".join(more.lines())
+
+
+def test_the_plan_knows_what_a_score_of_the_users_can_show_once_its_range_is_known():
+    fixed = {"look": "look 1 of 365", "level": 0.025, "confidence": 0.95, "largest_loss": 10.4, "primary": "brevity"}
+    rules = {"min_gain": 20.0, "guards": {"brevity": 3.0}}
+    unknown = power_of(100, **fixed, **rules)
+    assert "is not known without its range" in unknown.lines()[1] and not unknown.is_warning()
+    known = power_of(100, **fixed, **rules, ranges={"brevity": (0.0, 100.0)})
+    assert known.gain == pytest.approx(20 + 120 * (0.025 ** (-1 / 100) - 1))
+    assert "no gain below" in known.lines()[1] and "unchanged outputs pass" in known.lines()[2]
+    table = pd.DataFrame({"id": [f"r{i}" for i in range(100)], "brevity": 50.0})
+    for margin, state in ((3.0, "passed"), (2.9, "open")):
+        found = decide(
+            table, {"base": table}, primary="brevity", min_gain=20, guards={"brevity": margin}, confidence=0.95,
+            ranges={"brevity": (0.0, 100.0)},
+        )  # fmt: skip
+        assert found.comparisons[1].state == state, "as the plan says: 100·(1 − 0.05^(1/100)) = 2.95"
+    few = power_of(20, **fixed, min_gain=90.0, guards={}, ranges={"brevity": (0.0, 100.0)})
+    assert "so few rows show no gain over 90" in few.lines()[1] and few.is_warning()
+    spent = power_of(100, **{**fixed, "level": 0.0}, min_gain=0.0, guards={})
+    assert "gate.error is used up" in spent.lines()[1] and spent.is_warning()
 
 
 def test_rows_of_a_group_are_held_out_together_and_have_its_name_in_the_scores(recipe, dataset):

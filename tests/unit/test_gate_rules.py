@@ -38,6 +38,8 @@ def recipe(metrics=METRICS, *, is_recorded=False, **gate):
     [
         ({"primary": "exact_match", "lower_is_better": ["exact_match"]}, "would promote the worse model"),
         ({"lower_is_better": ["brevty"]}, "the gate names brevty"),
+        ({"ranges": {"exact_match": [0, 2]}}, "exact_match, whose range is known"),
+        ({"ranges": {"brevity": [0, 2]}}, "brevity, which is not a score"),
         ({"guards": {"exact_match": 5}}, "a margin of 5 guards nothing"),
         ({"guards": {"chrf": 100}}, "chrf is between 0 and 100"),
         ({"slices": {"language": {"exact_match": 1}}}, "gate.slices.language"),
@@ -113,6 +115,17 @@ def test_scores_of_own_metrics_have_any_range_and_direction():
     recipe(
         ["exact_match", "./metrics/brevity"], primary="exact_match", guards={"brevity": 20}, lower_is_better=["brevity"]
     )
+
+
+def test_margins_of_own_metrics_are_compared_with_the_range_that_the_recipe_says():
+    own = ["exact_match", "./metrics/brevity"]
+    assert recipe(own, guards={"brevity": 20}, ranges={"brevity": [0, 400]}, primary="exact_match").gate.ranges == {
+        "brevity": [0, 400]
+    }
+    with pytest.raises(BadConfig, match=r"brevity is between -5 and 5: a margin of 20 guards nothing"):
+        recipe(own, guards={"brevity": 20}, ranges={"brevity": [-5, 5]}, primary="exact_match")
+    with pytest.raises(BadConfig, match=r"smaller than the second one, not 5 and 5"):
+        recipe(own, ranges={"brevity": [5, 5]}, primary="exact_match")
 
 
 def test_ranges_are_those_by_which_the_gate_bounds_scores():
