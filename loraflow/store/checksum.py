@@ -40,7 +40,9 @@ def check_document(name: str, document: bytes) -> bytes:
     found = _LINE.match(document)
     if found is None:
         if _has_checksum(document):
-            raise ChangedDocument("its checksum is not in the first line: the document was written again by another program")
+            raise ChangedDocument(
+                "its checksum is not in the first line: the document was written again by another program"
+            )
         return document
     rest = document[found.end() :]
     if checksum(name, rest).encode() != found[1]:

@@ -1,6 +1,7 @@
 """`plan` says what the held-out rows can show, once they are checked; rows have the groups that the dataset names."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -10,10 +11,11 @@ from loraflow.evaluation.generation import GeneratedAnswer
 from loraflow.evaluation.groups import group_labels
 from loraflow.evaluation.score import _Computed, _table, read_rows
 from loraflow.execution.launcher import run_job
-from loraflow.execution.plan import gate_power
+from loraflow.execution.plan import base_config, gate_power, vocabulary_of
 from loraflow.execution.workspace import Workspace
 from loraflow.registry.looks import row_key
-from loraflow.stages import CHECK_DATASET, VERSION_DATASET
+from loraflow.stages import CHECK_DATASET, RESOLVE_BASE, VERSION_DATASET
+from loraflow.store import Summary
 
 
 def checked(workspace):
@@ -35,6 +37,20 @@ def test_the_plan_counts_rows_and_looks_and_warns_of_a_gate_that_cannot_promote(
     more = gate_power(Workspace(load_recipe(recipe, {"evaluation.max_rows": 20, "gate.guards": {"field_f1": 0.01}})))
     assert (more.rows, more.look) == (20, "look 2 of 365") and more.level == pytest.approx(0.025 / 364)
     assert "a margin of 0.01 needs 299 rows, you have 20" in "\n".join(more.lines())
+
+
+def test_a_damaged_config_of_the_base_in_the_store_is_not_used(recipe, phi3, caplog):
+    workspace = Workspace(load_recipe(recipe))
+    job, store = workspace.job(RESOLVE_BASE, {}), workspace.store
+    staged = store.staging(job.stage, job.fingerprint)
+    shutil.copytree(phi3, staged, dirs_exist_ok=True)
+    ref = store.commit(staged, payload=job.payload, inputs={}, summary=Summary(), provenance={})
+    stored = store.path(ref) / "config.json"
+    size = json.loads(stored.read_text())["vocab_size"]
+    assert base_config(workspace) == stored and vocabulary_of(workspace) == size
+    stored.write_text(stored.read_text().replace(f'"vocab_size": {size}', f'"vocab_size": {size + 1}'))
+    assert base_config(workspace) == phi3 / "config.json" and vocabulary_of(workspace) == size
+    assert "config.json is damaged" in caplog.text
 
 
 def test_rows_of_a_group_are_held_out_together_and_have_its_name_in_the_scores(recipe, dataset):
