@@ -65,6 +65,14 @@ def copy_is_whole(place: Place, outcomes: list[str]) -> Iterator[str]:
     LookRecord(place.store, MODEL).entries(all_runs=True)
 
 
+def copy_is_whole_or_refused(place: Place, outcomes: list[str]) -> Iterator[str]:
+    """Yield what is wrong, if a backup was made before or after a loss was accepted: before, it is refused."""
+    if outcomes[0].startswith("DamagedLog"):
+        yield from store_is_whole(place)
+    else:
+        yield from copy_is_whole(place, outcomes)
+
+
 def looks_are_apart(place: Place, outcomes: list[str]) -> Iterator[str]:
     """Yield what is wrong, if each process has a look of its own, and all of them keep to the budget."""
     yield from store_is_whole(place)

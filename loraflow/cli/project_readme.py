@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+README = "README.md"
 TEXT = """\
 # {title}
 
@@ -29,7 +30,7 @@ loraflow up               a server with a form for runs, and a nightly schedule 
 
 def write_readme(folder: Path, recipe: Path, data: Path) -> Path | None:
     """Write README.md into a project's folder and return its path; None if there is one already."""
-    file = folder / "README.md"
+    file = folder / README
     if any(path.name.lower().startswith("readme") for path in folder.iterdir()):
         return None
     title = folder.absolute().name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from loraflow.execution.cache import OTHER_CODE, known_changes, look_up
 from loraflow.execution.deal import preview_heldout
 from loraflow.execution.look_rows import checked_rows, rows_of_a_look
 from loraflow.execution.workspace import Workspace
-from loraflow.failures import Failure
+from loraflow.failures import CorruptArtifact, Failure
 from loraflow.stages import (
     CHECK_DATASET,
     CHECK_GENERAL,
@@ -36,10 +37,13 @@ from loraflow.stages import (
     VERSION_DATASET,
     Stage,
 )
-from loraflow.store import LocalStore, Ref
+from loraflow.store import LocalStore, Ref, Store
 
 if TYPE_CHECKING:
     from loraflow.evaluation.power import GatePower
+
+
+log = logging.getLogger("loraflow")
 
 
 @dataclass(frozen=True)
@@ -297,13 +301,28 @@ def vocabulary_of(workspace: Workspace) -> int:
 
 
 def base_config(workspace: Workspace) -> Path | None:
-    """Return the base's config.json: from its artifact in a local store, or from the folder that it is taken from."""
+    """Return the base's config.json: from its artifact in a local store, or from the folder that it is taken from.
+
+    A damaged one of the store is not used: the run that is planned recomputes the artifact.
+    """
     store, origin = workspace.store, workspace.base.origin
     ref = look_up(store, workspace.job(RESOLVE_BASE, {})).ref
-    folders = [store.path(ref)] if ref is not None and isinstance(store, LocalStore) else []
+    folders = [store.path(ref)] if ref is not None and _has_intact_config(store, ref) else []
     if isinstance(origin, FolderOrigin):
         folders.append(Path(origin.folder))
     return next((folder / "config.json" for folder in folders if (folder / "config.json").exists()), None)
+
+
+def _has_intact_config(store: Store, ref: Ref) -> bool:
+    """Tell whether a local store has the config.json that a base was committed with. Its content is hashed."""
+    if not isinstance(store, LocalStore):
+        return False
+    try:
+        store.read(ref, "config.json")
+    except CorruptArtifact as failure:
+        log.warning("the base's config.json is damaged, so it is not used: %s", failure.where)
+        return False
+    return True
 
 
 def base_report(workspace: Workspace) -> list[str]:

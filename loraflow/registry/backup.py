@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,13 +52,7 @@ def back_up(store: Store, target: Path) -> Iterator[Copied]:
     """
     copy = _open_copy(store, target)
     with store.reader_lock():  # no cleanup removes artifacts meanwhile
-        runs = store.read_documents(RUNS)
-        anchors = store.read_documents(f"{ANCHORS}/")
-        for model in models(store, of_runs=True):
-            PromotionLog(store, model).entries(all_runs=True)
-        for model in models_with_looks(store):
-            LookRecord(store, model).entries(all_runs=True)
-        registry = _read_registry(store)
+        runs, anchors, registry = _read_consistently(store)
         yield from _copy_artifacts(store, copy)
     _write_documents(copy, registry)
     for name in copy.documents(_REGISTRY):  # entries whose loss was accepted
@@ -66,6 +60,39 @@ def back_up(store: Store, target: Path) -> Iterator[Copied]:
             copy.remove_document(name)
     _write_documents(copy, anchors)
     _write_documents(copy, runs)
+
+
+class _Documents(NamedTuple):
+    """The documents of a store, by name."""
+
+    runs: dict[str, bytes]
+    anchors: dict[str, bytes]
+    registry: dict[str, bytes]
+
+
+def _read_consistently(store: Store) -> _Documents:
+    """Read run records and anchors, then the registry, which may only be ahead of them.
+
+    If a person accepts a loss meanwhile, the registry is behind the anchors that were read before: then all are read again.
+
+    Raises:
+        DamagedLog: a promotion log or a record of looks is damaged.
+    """
+    while True:
+        runs = store.read_documents(RUNS)
+        anchors = store.read_documents(f"{ANCHORS}/")
+        for model in models(store, of_runs=True):
+            PromotionLog(store, model).entries(all_runs=True)
+        for model in models_with_looks(store):
+            LookRecord(store, model).entries(all_runs=True)
+        registry = _read_registry(store)
+        if _accepted(store.documents(f"{ANCHORS}/")) == _accepted(anchors):
+            return _Documents(runs, anchors, registry)
+
+
+def _accepted(names: Iterable[str]) -> list[str]:
+    """Return those of the documents that say that a person accepted a loss. They are written first, and never removed."""
+    return sorted(name for name in names if "accepted-" in name.rsplit("/", 1)[1])
 
 
 def _read_registry(store: Store) -> dict[str, bytes]:

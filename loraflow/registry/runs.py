@@ -222,15 +222,24 @@ def read_report(store: Store, run: str) -> str | None:
 def _checked_report(store: Store, name: str, data: bytes) -> str:
     text = data.decode(errors="replace")
     content, start, _ = text.rpartition(_COMMENT)
-    if not start:  # of an earlier version
+    if not start and not _has_checksum(store, f"{name.removesuffix('.md')}.json"):  # of an earlier version
         return text
-    if text != content + _comment(name, content):
+    if not start or text != content + _comment(name, content):
         raise CorruptArtifact(
             "The report of a run was changed, or belongs to another run.",
             where=f"{store.uri}/{name}",
             next_step="restore the file from a backup, or remove it; `loraflow show --json` has the run's record",
         )
     return content
+
+
+def _has_checksum(store: Store, name: str) -> bool:
+    """Tell whether a run record has a checksum. Then the run wrote one into its report, too."""
+    data = store.read_document(name)
+    try:
+        return data is not None and check_document(name, data) != data
+    except ChangedDocument:
+        return True
 
 
 def _comment(name: str, content: str) -> str:

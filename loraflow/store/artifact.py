@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NotRequired, TypeAlias
+from typing import Annotated, Literal, NotRequired, Self, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, model_validator
 from typing_extensions import TypedDict  # before Python 3.12, pydantic refuses that of typing
 
 from loraflow import identity
@@ -137,6 +137,13 @@ class Pointer(StoredModel):
 
     digest: str
     manifests: dict[str, str] = {}  # digest → sha256 of its manifest.json
+
+    @model_validator(mode="after")
+    def _has_own_hash(self) -> Self:
+        """Refuse a pointer that lost the hash of its own manifest: an edited manifest would then be believed."""
+        if self.manifests and self.digest not in self.manifests:
+            raise ValueError("the hash of the current manifest is missing")
+        return self
 
     def pointing_to(self, digest: str, manifest: bytes) -> dict[str, str | dict[str, str]]:
         """Return the JSON value of the pointer after a commit; what it knows of other digests stays."""

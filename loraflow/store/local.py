@@ -249,7 +249,8 @@ class LocalStore(LocalDocuments):
             home.mkdir(parents=True, exist_ok=True)
             fsync_path(home.parent)
             current = self.find(manifest.stage, manifest.fingerprint)
-            if current is not None and (not replace or current.digest == manifest.digest):
+            keeps_current = current is not None and (not replace or current.digest == manifest.digest)
+            if current is not None and keeps_current and not self.verify(current):
                 staging.discard(staged)
                 return current
             ref, target = manifest.ref(self.uri), home / manifest.digest
@@ -259,7 +260,7 @@ class LocalStore(LocalDocuments):
                 ref = self.manifest(ref).ref(self.uri)
             else:
                 if target.exists():
-                    self._quarantine(target, ["found in place of a new artifact"])
+                    self._quarantine(target, ["damaged, and replaced by a new artifact"])
                 os.rename(staged, target)
                 staging.release(staged)
                 fsync_path(home)
@@ -317,8 +318,14 @@ class LocalStore(LocalDocuments):
         return None
 
     def quarantine(self, ref: Ref, problems: list[str]) -> str:
-        """Move a damaged artifact to the quarantine (`set-aside/`), with its problems; return its new location."""
+        """Move a damaged artifact to the quarantine (`set-aside/`), with its problems; return its new location.
+
+        An intact one stays: while the caller hashed it, another process may have moved the damaged one away, and committed
+        it again.
+        """
         with translate_os_errors(self.uri):
+            if not self.verify(ref):
+                return self.location(ref)
             return str(self._quarantine(self._folder(ref), problems))
 
     def _quarantine(self, folder: Path, problems: list[str]) -> Path:

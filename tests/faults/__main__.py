@@ -1,6 +1,7 @@
 """Run the tests of the faults and write docs/faults.md: `make test-faults`, or `python -m tests.faults [NUMBER ...]`.
 
-The results are collected in `build/faults.json`, so that the tests of some faults can be run again.
+The results are collected in `build/faults.json`, so that the tests of some faults can be run again. Without this file, the
+faults of which no test was run keep the cases that the page has.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main() -> int:
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     kept = {name: outcome for name, outcome in known.items() if any(belongs(name, test) for test in node_ids([]))}
     save(RESULTS, json.dumps({**kept, **collector.outcomes}, indent=1, sort_keys=True))
-    save(PAGE, render({**kept, **collector.outcomes}))
+    save(PAGE, render({**kept, **collector.outcomes}, PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""))
     return int(code)
 
 

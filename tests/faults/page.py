@@ -26,17 +26,31 @@ from outside are fuzzed by `make fuzz`.
 """
 
 
-def render(results: Results) -> str:
-    """Return the page."""
+def render(results: Results, before: str = "") -> str:
+    """Return the page.
+
+    Args:
+        results: of the tests.
+        before: the page of an earlier run: a fault of which no test has a result keeps its cases.
+    """
     struck = [fault for fault in FAULTS if fault.struck]
-    lines = [_line(fault, results) for fault in FAULTS if not fault.struck]
+    earlier = cases_of(before)
+    lines = [_line(fault, results, earlier) for fault in FAULTS if not fault.struck]
     left_out = [f"- ~~{fault.number}. {fault.fault} ({fault.stage})~~: {fault.struck}." for fault in struck]
     return "\n".join([_HEAD.rstrip("\n"), *lines, "", "## Struck out", "", *left_out, ""])
 
 
-def _line(fault: Fault, results: Results) -> str:
+def cases_of(page: str) -> dict[int, str]:
+    """Return the cases of each fault that a page has."""
+    rows = [[cell.strip() for cell in line.replace("\\|", "").split("|")] for line in page.splitlines()]
+    return {int(row[1]): row[6] for row in rows if len(row) == 9 and row[1].isdigit()}
+
+
+def _line(fault: Fault, results: Results, earlier: Mapping[int, str]) -> str:
+    has_result = any(belongs(name, test) for name in results for test in fault.tests)
+    found = cases(fault, results) if has_result else earlier.get(fault.number, cases(fault, results))
     shown = "<br>".join(f"`{test.partition('::')[2]}`" for test in fault.tests)
-    cells = (fault.number, fault.fault, fault.stage, fault.injected, fault.happens, cases(fault, results), shown)
+    cells = (fault.number, fault.fault, fault.stage, fault.injected, fault.happens, found, shown)
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 

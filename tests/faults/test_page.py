@@ -3,7 +3,7 @@
 import re
 from functools import cache
 
-from tests.faults.page import PAGE, ROOT, node_ids, render
+from tests.faults.page import PAGE, ROOT, cases_of, node_ids, render
 from tests.faults.table import FAULTS
 
 
@@ -31,3 +31,11 @@ def test_the_page_is_written_from_the_table_and_nothing_failed():
     text = PAGE.read_text(encoding="utf-8")
     assert without_cases(text) == without_cases(render({})), "`make test-faults` writes it"
     assert " failed" not in text
+
+
+def test_a_fault_of_which_no_test_was_run_keeps_the_cases_of_the_page():
+    text = PAGE.read_text(encoding="utf-8")
+    assert render({}, text) == text
+    first = next(fault for fault in FAULTS if fault.number == 3)
+    again = cases_of(render({first.tests[0]: "failed"}, text))
+    assert again[3] == "1 failed" and {**again, 3: cases_of(text)[3]} == cases_of(text)

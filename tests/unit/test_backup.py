@@ -58,6 +58,24 @@ def check_copy(folder, source):
     return log
 
 
+def test_a_copy_made_while_a_loss_is_accepted_is_consistent(store, tmp_path, monkeypatch):
+    """Anchors are read, then a person accepts the loss of the last entry, then the log is read."""
+    promote_next(store, 3)
+    (store.root / "registry/tickets/log/000003.json").unlink()
+    read, accepted = LocalStore.read_documents, []
+
+    def read_documents(self, prefix, suffix=""):
+        found = read(self, prefix, suffix)
+        if prefix == "anchors/" and self.root == store.root and not accepted:
+            accepted.append(PromotionLog(store, "tickets").accept_loss("disk", "me"))
+        return found
+
+    monkeypatch.setattr(LocalStore, "read_documents", read_documents)
+    loraflow("backup", tmp_path / "copy", "--store", store.uri)
+    log = check_copy(tmp_path / "copy", store)
+    assert accepted and len(log.entries()) == 2 and [one.reason for one in log.acceptances()] == ["disk"]
+
+
 def test_a_copy_made_while_runs_commit_promote_and_clean_up_is_complete_and_keeps_its_champion(store, tmp_path):
     done, refused = threading.Event(), []
 

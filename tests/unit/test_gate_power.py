@@ -1,6 +1,7 @@
 """`plan` says what the held-out rows can show, once they are checked; rows have the groups that the dataset names."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -12,10 +13,11 @@ from loraflow.evaluation.groups import group_labels
 from loraflow.evaluation.power import gate_power as power_of
 from loraflow.evaluation.score import _Computed, _table, read_rows
 from loraflow.execution.launcher import run_job
-from loraflow.execution.plan import gate_power
+from loraflow.execution.plan import base_config, gate_power, vocabulary_of
 from loraflow.execution.workspace import Workspace
 from loraflow.registry.looks import row_key
-from loraflow.stages import CHECK_DATASET, VERSION_DATASET
+from loraflow.stages import CHECK_DATASET, RESOLVE_BASE, VERSION_DATASET
+from loraflow.store import Summary
 
 
 def checked(workspace):
@@ -58,6 +60,20 @@ def test_the_plan_knows_what_a_score_of_the_users_can_show_once_its_range_is_kno
     assert "so few rows show no gain over 90" in few.lines()[1] and few.is_warning()
     spent = power_of(100, **{**fixed, "level": 0.0}, min_gain=0.0, guards={})
     assert "gate.error is used up" in spent.lines()[1] and spent.is_warning()
+
+
+def test_a_damaged_config_of_the_base_in_the_store_is_not_used(recipe, phi3, caplog):
+    workspace = Workspace(load_recipe(recipe))
+    job, store = workspace.job(RESOLVE_BASE, {}), workspace.store
+    staged = store.staging(job.stage, job.fingerprint)
+    shutil.copytree(phi3, staged, dirs_exist_ok=True)
+    ref = store.commit(staged, payload=job.payload, inputs={}, summary=Summary(), provenance={})
+    stored = store.path(ref) / "config.json"
+    size = json.loads(stored.read_text())["vocab_size"]
+    assert base_config(workspace) == stored and vocabulary_of(workspace) == size
+    stored.write_text(stored.read_text().replace(f'"vocab_size": {size}', f'"vocab_size": {size + 1}'))
+    assert base_config(workspace) == phi3 / "config.json" and vocabulary_of(workspace) == size
+    assert "config.json is damaged" in caplog.text
 
 
 def test_rows_of_a_group_are_held_out_together_and_have_its_name_in_the_scores(recipe, dataset):

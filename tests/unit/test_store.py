@@ -58,6 +58,18 @@ def test_a_forced_computation_replaces_the_first(store):
     assert store.find("tokenize", FP) == second
 
 
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_computation_replaces_an_artifact_of_the_same_size_that_is_damaged(tmp_path, replace):
+    """`--force` with a damaged artifact in the cache: the new files, and not the damaged ones, are kept."""
+    store = LocalStore(tmp_path)
+    ref = put(store)
+    rewrite(store, ref, "sub/a.txt", "hellO")
+    assert store.find("tokenize", FP) == ref, "names and sizes are right"
+    assert put(store, replace=replace) == ref and store.verify(ref) == []
+    record = json.loads(next((tmp_path / "set-aside").glob("*.json")).read_text())
+    assert record["problems"] == ["damaged, and replaced by a new artifact"]
+
+
 @pytest.mark.parametrize("harm", ["delete", "shorten", "extra", "manifest", "pointer"])
 def test_names_and_sizes_are_checked_on_every_hit(store, harm):
     ref = put(store)
@@ -173,10 +185,32 @@ def stored_name(store, ref: Ref, name: str) -> str:
 
 def test_quarantine_keeps_the_files_and_the_problems(store):
     ref = put(store)
+    rewrite(store, ref, "sub/a.txt", "hellO")
     path = store.quarantine(ref, ["why"]).removeprefix(store.uri + "/")
-    assert store.read_document(f"{path}/sub/a.txt") == b"hello"
+    assert store.read_document(f"{path}/sub/a.txt") == b"hellO"
     assert json.loads(store.read_document(f"{path}.json"))["problems"] == ["why"]
     assert store.find("tokenize", FP) is None
+
+
+def test_an_artifact_that_another_process_recomputed_meanwhile_is_not_quarantined(tmp_path):
+    store, other = LocalStore(tmp_path), LocalStore(tmp_path)
+    ref = put(store)
+    rewrite(store, ref, "sub/a.txt", "hellO")
+    problems = store.verify(ref)  # hashing large files takes minutes, in which another run does the same
+    other.quarantine(ref, other.verify(ref))
+    assert put(other) == ref
+    assert store.quarantine(ref, problems) == store.location(ref)
+    assert store.find("tokenize", FP) == ref and len(list((tmp_path / "set-aside").glob("*.json"))) == 1
+
+
+def test_a_pointer_without_the_hash_of_its_own_manifest_is_not_believed(store):
+    """Pointers of older stores have no hashes at all; this one lost the hash that an edited manifest would contradict."""
+    ref = put(store)
+    pointer = json.loads(store.read_document(f"tokenize/{FP}/current.json"))
+    pointer["manifests"] = {"0" * 64: pointer["manifests"][ref.digest]}
+    store.write_document(f"tokenize/{FP}/current.json", json_bytes(pointer))
+    assert store.find("tokenize", FP) is None
+    assert put(store) == ref == store.find("tokenize", FP)
 
 
 def test_a_link_in_an_artifact_is_refused(store):
