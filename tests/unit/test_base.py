@@ -78,6 +78,22 @@ def test_weights_that_do_not_fit_the_config_are_refused_before_training(tmp_path
         describe_files(llama)
 
 
+def tie(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+
+
+def test_two_weights_that_are_one_by_the_config_are_refused_if_they_differ(tmp_path):
+    """transformers trains them as two; a server that follows the config would answer with the embeddings as the head."""
+    llama = build_llama(tmp_path / "llama", tie_word_embeddings=False)
+    tie(llama)
+    with pytest.raises(BadModel, match="two weights are one") as caught:
+        resolve_base(llama, tmp_path / "out")
+    assert "lm_head.weight, model.embed_tokens.weight" in caught.value.where
+    change_weights(llama, lambda weights: {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()})
+    resolve_base(llama, tmp_path / "equal")
+
+
 def test_weights_that_the_model_does_not_use_are_named(tmp_path, caplog):
     """A config.json with fewer layers than the files makes another model of them; predictors of later tokens are unused too."""
     llama = build_llama(tmp_path / "llama")
