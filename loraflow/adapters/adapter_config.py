@@ -89,6 +89,16 @@ class AdapterConfig(BaseModel):
 
     def _check_patterns(self, file: Path) -> None:
         for setting in ("rank_pattern", "alpha_pattern"):
+            if (
+                setting in self.model_fields_set and getattr(self, setting) is None
+            ):  # peft fails on it, without its name
+                raise BadModel(
+                    "A pattern of the adapter's configuration is null.",
+                    where=f"{file}: {setting}",
+                    expected="{} if no module has a value of its own",
+                    got="null",
+                    next_step="write {} in this file, or use the file that peft saved",
+                )
             patterns: dict[str, int | float] = getattr(self, setting) or {}
             for pattern in patterns:
                 try:

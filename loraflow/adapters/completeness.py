@@ -6,10 +6,13 @@ which tensors it would save: the adapter's configuration is applied to the base 
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,6 +67,7 @@ def check_complete(adapter: Path, config: AdapterConfig, model: PreTrainedModel)
             next_step="save or fetch the adapter again: its file is empty",
         )
     _refuse_other_projections(found, model)
+    _name_unknown_settings(adapter, config)
     layers = embedding_names(model)
     expected, optional, wrapped = _expected(adapter, model, layers)
     if found.keys() - expected.keys() - optional.keys():
@@ -83,6 +87,24 @@ def check_complete(adapter: Path, config: AdapterConfig, model: PreTrainedModel)
         if missing and not unexpected and not other
         else "name the base that it was trained on",
     )
+
+
+def _name_unknown_settings(adapter: Path, config: AdapterConfig) -> None:
+    """Log a warning for settings that the installed peft does not know, and so leaves out of what it computes.
+
+    They are a newer peft's, or of another program: nothing tells whether they change the adapter's product.
+    """
+    from peft import LoraConfig
+
+    known = {field.name for field in fields(LoraConfig)}
+    if unknown := sorted(config.enabled(config.model_fields_set - known)):
+        log.warning(
+            "%s: peft %s does not know these settings, so they are left out: %s. If they change what the adapter computes, "
+            "install the peft that it was saved with.",
+            adapter / FILE,
+            version("peft"),
+            ", ".join(f"{name}: {json.dumps(getattr(config, name))[:80]}" for name in unknown),
+        )
 
 
 def _differences(

@@ -122,7 +122,9 @@ def check_trainable(model: PreTrainedModel, peft_config: PeftConfig) -> None:
                 raise BadConfig(
                     f"{target if isinstance(targets, list) else name} cannot carry an adapter in this base: {reason}.",
                     where="peft_config.target_modules",
-                    next_step="leave it out; modules_to_save trains a whole module",
+                    next_step="leave it out; trainable_token_indices trains single tokens"
+                    if getattr(model.config, "tie_word_embeddings", False)
+                    else "leave it out; modules_to_save trains a whole module",
                 )
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(peft_config, field) or {}:

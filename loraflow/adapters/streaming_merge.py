@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # 1024 rows), 2 MiB blocks did not (14 of 400 million elements). 256 rows of fp32 stay in the second-level cache.
 ROWS = 256
 FEW_ROWS = 16  # no block is so short: kernels for few rows add products in another order (1 to 3 were seen)
+CHECKED_BYTES = 8 * 2**20  # of a tensor that is copied, at a time
 # Within these, adding to the weight while multiplying gives the bits of a product that is added afterwards.
 FUSED_RANK, FUSED_COLUMNS = 128, 16
 
@@ -194,6 +195,7 @@ class TensorWriter:
         source, update = self._plan.replaced.get(name, planned.source), self._plan.updates.get(name)
         nf4 = self._plan.nf4 if name in self._plan.quantized else None
         if update is None and nf4 is None and planned.dtype == source.dtype:
+            self._refuse_non_finite(source)
             files.copy_range(self._fds[source.file], target, source.size, source.offset, offset)
             return
         factors = None if update is None else self._factors(update)
@@ -224,6 +226,29 @@ class TensorWriter:
             raw = self._scratch.bytes(size) if in_scratch else memoryview(bytearray(size))
             files.read_all(self._fds[source.file], raw, source.offset + first * row_size)
             yield torch.frombuffer(raw, dtype=self._dtypes[source.dtype]).view(count, columns)
+
+    def _refuse_non_finite(self, source: TensorEntry) -> None:
+        """Refuse a tensor that is copied and holds NaN or infinity. Integers and unknown types are not read.
+
+        Raises:
+            BadModel: it does.
+        """
+        import torch
+
+        dtype = self._dtypes.get(source.dtype)
+        if dtype is None:
+            return
+        for start in range(0, source.size, CHECKED_BYTES):  # a mixture's experts can be one tensor of many gigabytes
+            raw = self._scratch.bytes(min(CHECKED_BYTES, source.size - start))
+            files.read_all(self._fds[source.file], raw, source.offset + start)
+            if not _is_finite(torch.frombuffer(raw, dtype=dtype)):
+                raise BadModel(
+                    "A weight of the base is not finite, and the adapter does not change it.",
+                    where=f"{source.file}: {source.name}",
+                    expected="finite values",
+                    got="NaN or infinity",
+                    next_step="fetch the base again, or choose another one",
+                )
 
     def _factors(self, update: MatrixUpdate) -> _Factors:
         magnitude = None if update.magnitude is None else self._read(update.magnitude)
@@ -259,15 +284,20 @@ def require_finite(name: str, merged: torch.Tensor) -> None:
     Raises:
         BadModel: a value is NaN or infinite.
     """
-    import torch
-
-    if merged.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(merged))).all()):
+    if not _is_finite(merged):
         raise BadModel(
             "A merged weight is not finite: NaN, or too large for its type.",
             where=name,
             expected=f"finite values of {str(merged.dtype).removeprefix('torch.')}",
             next_step="check base and adapter for values that are not finite; if the type is float16, merge in bfloat16",
         )
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """Tell whether no value is NaN or infinite. The smallest and the largest show it, without a copy of all values."""
+    import torch
+
+    return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 def _add_update(block: torch.Tensor, factors: _Factors, rows: slice, scratch: _Scratch) -> None:

@@ -6,6 +6,7 @@ difference, s·(BA − B₀A₀), as LoRA of twice the rank on W itself, so that
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.adapters.targets import ALL_LINEAR, matches, selects
+from loraflow.adapters.vocabulary import embedding_names, is_tied
 from loraflow.config.lora import PeftConfig
 from loraflow.failures import BadConfig
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
 EVA_FILE = "eva.safetensors"  # in the work folder, and with each checkpoint
 EVA_ROWS = 256  # rows whose activations EVA decomposes; it repeats them until the vectors converge
 
@@ -49,6 +52,13 @@ def check(model: PreTrainedModel, peft_config: PeftConfig) -> None:
                 expected=f"0 to {vocabulary - 1}",
                 got=str(index),
             )
+    names = embedding_names(model)
+    if isinstance(tokens, list) and tokens and len(names) > 1 and not is_tied(model):
+        log.warning(
+            "peft_config.trainable_token_indices trains the rows of the embeddings alone: the model reads these tokens, but "
+            "hardly learns to write them. To train the head's rows too: {%s}.",
+            ", ".join(f"{name.rpartition('.')[2]}: {tokens}" for name in names),
+        )
 
 
 def _check_modules_to_save(model: PreTrainedModel, peft_config: PeftConfig) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraflow.base import hub
-from loraflow.base.base_checks import check_weights, prepare_tokenizer
+from loraflow.base.base_checks import check_fits_config, check_weights, prepare_tokenizer
 from loraflow.base.model_files import copy_model, model_files
 from loraflow.base.usable import refuse_unusable_folder
 from loraflow.config.locations import BaseLocation, FolderOrigin, GgufOrigin, HubOrigin
@@ -87,8 +87,10 @@ def run(job: Job[ResolveBaseConfig], inputs: Inputs, out: Path, progress: Progre
     else:
         raise TypeError(f"a base model has no origin such as {origin!r}")
     _require_unchanged(origin, config)
-    check_weights(out)
     no_thinking, trust = config.thinking == "empty", config.trust_remote_code
+    check_weights(out)
+    if not trust:  # code that comes with a model may not run without memory for weights: the training notices it then
+        check_fits_config(out)
     date = prepare_tokenizer(out, job.runtime.chat_template, no_thinking=no_thinking, trust=trust)
     if date is not None:
         log.info("The chat template prints a date: it is fixed to %s, in training and in the served model.", date)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraflow.base.generation_settings import ONE_ANSWER
+from loraflow.base.generation_settings import ONE_ANSWER, forget_earlier_prompts
 from loraflow.base.longrope import Side, fixed_angles
 from loraflow.evaluation.answers_file import GeneratedAnswer as GeneratedAnswer
 from loraflow.evaluation.answers_file import append_answers, read_answers
@@ -180,6 +180,7 @@ class _Generator:
                 max_new_tokens=self.max_new_tokens,
                 pad_id=self.tokenizer.pad_token_id,
             )
+        forget_earlier_prompts(self.model)
         with torch.inference_mode():
             output: Tensor = self.model.generate(  # type: ignore[operator]  # hidden by __getattr__ of nn.Module
                 input_ids=ids,

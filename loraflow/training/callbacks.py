@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import signal
@@ -19,6 +20,7 @@ from loraflow.hardware.process_group import ProcessGroup
 from loraflow.job import Progress
 from loraflow.store.checkpoints import finalize_checkpoint, read_checkpoint_manifest
 
+log = logging.getLogger(__name__)
 Logs = dict[str, float]
 
 
@@ -195,3 +197,22 @@ def refuse_non_finite(model: torch.nn.Module, step: int) -> None:
             raise NonFiniteLoss(
                 f"{name} holds a NaN or an infinity.", where=f"step {step}", next_step="lower the learning rate"
             )
+
+
+def warn_of_untrained(model: torch.nn.Module) -> None:
+    """Log a warning if adapters still have B = 0: no gradient reached them, because the model does not call their modules.
+
+    Some models read a layer's weight instead of calling the layer (Mamba's dt_proj), or use a layer with images only.
+    """
+    untrained = [
+        name.partition(".lora_B")[0].removeprefix("base_model.model.")
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and ".lora_B" in name and not bool(parameter.detach().any())
+    ]
+    if untrained:
+        log.warning(
+            "%d adapted modules were not trained, such as %s: the model does not call them. They change nothing; "
+            "peft_config.exclude_modules leaves them out.",
+            len(untrained),
+            untrained[0],
+        )

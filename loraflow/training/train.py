@@ -19,7 +19,7 @@ from loraflow.config.stage_configs import TrainConfig
 from loraflow.hardware.device import peak_gpu_gib
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
-from loraflow.training.callbacks import refuse_non_finite
+from loraflow.training.callbacks import refuse_non_finite, warn_of_untrained
 from loraflow.training.engine import build_trainer
 from loraflow.training.memory_parts import MemoryParts, MicroBatch, training_parts
 from loraflow.training.out_of_memory import explain_out_of_memory
@@ -56,6 +56,7 @@ def run(job: Job[TrainConfig], inputs: Inputs, out: Path, progress: Progress) ->
         result = trainer.train(resume_from_checkpoint=str(setup.resumed_from) if setup.resumed_from else None)
     setup.preemption.raise_if_requested(trainer.state.global_step)
     refuse_non_finite(trainer.model, setup.steps.total)
+    warn_of_untrained(trainer.model)
     setup.group.barrier()
     if not setup.group.is_main:
         return Summary()

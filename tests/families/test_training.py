@@ -88,3 +88,12 @@ def test_quantized_weights_are_refused_from_the_config_whatever_the_device(
     with pytest.raises(BadConfig, match=f"cannot be trained on quantized weights in {kind}") as caught:
         run(base, shards, tmp_path / "run", **options, **mixed)
     assert words in caught.value.got
+
+
+def test_adapters_that_no_gradient_reaches_are_named(phi3, tmp_path, monkeypatch, caplog):
+    """Mamba multiplies by dt_proj's weight itself, so an adapter on it does nothing."""
+    base = base_of("mamba", phi3, tmp_path / "base", monkeypatch)
+    options = settings("in_proj", "dt_proj")
+    adapter, _ = run(base, tokenize(base, tmp_path, **options), tmp_path / "run", **options)
+    assert all(("dt_proj" in name) != bool(tensor.any()) for name, tensor in adapter.items() if "lora_B" in name)
+    assert "2 adapted modules were not trained, such as backbone.layers.0.mixer.dt_proj" in caplog.text

@@ -171,6 +171,17 @@ def test_answers_are_generated_alone_where_padding_changes_them(family):
         assert answer["text"] == Numbers().decode(alone[: alone.index(299)] if 299 in alone else alone)
 
 
+@pytest.mark.parametrize("family", known("recurrent_gemma"))
+def test_a_prompt_of_one_token_does_not_go_on_from_the_prompt_before_it(family):
+    """Its convolutions keep their state in the model, and take one token for the next one of an answer."""
+    prompts = [[*range(3, 20)], [7], [9, 30, 5]]
+    found = generate_answers(model_of(family), Numbers(), prompts, stop_ids=[299], max_new_tokens=6, batch_size=4)
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids, model = torch.tensor([prompt]), model_of(family)  # which has seen nothing
+        out = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, eos_token_id=299, pad_token_id=0)
+        assert answer["text"] == Numbers().decode(out[0, len(prompt) :].tolist())
+
+
 @pytest.mark.parametrize(("family", "exact"), [("mpt", False), ("bloom", True)])
 def test_a_prefix_is_shared_only_where_padding_behind_it_changes_nothing(family, exact):
     """MPT's bias for distances counts the padding."""

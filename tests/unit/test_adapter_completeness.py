@@ -150,6 +150,13 @@ def test_a_configuration_of_other_tensors_is_refused(values, tmp_path, quick_phi
         check_adapter(adapter, quick_phi3)
 
 
+def test_settings_that_peft_does_not_know_are_named(tmp_path, quick_phi3, caplog):
+    """A newer peft's may change the product: peft itself leaves them out, with a warning."""
+    values = {"lora_scaling_override": 3.0, "enable_lora": None, "merge_weights": False}
+    check_adapter(configured(make_adapter(quick_phi3, tmp_path / "adapter"), **values), quick_phi3)
+    assert "left out: lora_scaling_override: 3.0. If" in caplog.text
+
+
 def test_unexpected_tensors_are_refused(tmp_path, quick_phi3):
     adapter = make_adapter(quick_phi3, tmp_path / "adapter")
     tensors = load_file(adapter / "adapter_model.safetensors")

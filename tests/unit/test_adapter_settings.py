@@ -25,6 +25,14 @@ def test_a_pattern_that_is_no_regular_expression_is_refused_by_name(tmp_path, se
 
 
 @pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_is_null_is_refused_with_what_to_write(tmp_path, setting):
+    """peft fails on it while it builds the layers."""
+    with pytest.raises(BadModel, match="is null") as caught:
+        AdapterConfig.read(written(tmp_path, **{setting: None}))
+    assert setting in caught.value.where and "{}" in caught.value.next_step
+
+
+@pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
 @pytest.mark.parametrize("pattern", [{"q_proj(": 4}, {"q_proj": float("nan")}, {"q_proj": float("inf")}])
 def test_a_recipe_s_pattern_that_peft_cannot_use_is_refused(setting, pattern):
     with pytest.raises(ValueError, match=setting):

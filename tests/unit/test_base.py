@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from loraflow.base import hub, resolve
+from loraflow.base.base_checks import describe_files
 from loraflow.base.load import load_tokenizer, stop_ids
 from loraflow.config.recipe import Base
 from loraflow.data.loss_mask import ChatTemplate
@@ -46,6 +47,60 @@ def build_llama(folder: Path, **config) -> Path:
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
     model.save_pretrained(folder)
     return folder
+
+
+def change_weights(folder: Path, change) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+
+
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "got"),
+    [
+        (lambda weights: {n: w for n, w in weights.items() if n != K_PROJ}, "lack weights", K_PROJ),
+        (lambda weights: {**weights, K_PROJ: torch.zeros(16, 64)}, "another shape than config.json says", "[16, 64]"),
+    ],
+    ids=["missing", "another shape"],
+)
+def test_weights_that_do_not_fit_the_config_are_refused_before_training(tmp_path, change, says, got):
+    """transformers would train on random numbers in their place, with a warning in the log."""
+    llama = build_llama(tmp_path / "llama")
+    change_weights(llama, change)
+    with pytest.raises(BadModel, match=says) as caught:
+        resolve_base(llama, tmp_path / "out")
+    assert caught.value.got == got
+    with pytest.raises(BadModel, match=says):
+        describe_files(llama)
+
+
+def tie(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+
+
+def test_two_weights_that_are_one_by_the_config_are_refused_if_they_differ(tmp_path):
+    """transformers trains them as two; a server that follows the config would answer with the embeddings as the head."""
+    llama = build_llama(tmp_path / "llama", tie_word_embeddings=False)
+    tie(llama)
+    with pytest.raises(BadModel, match="two weights are one") as caught:
+        resolve_base(llama, tmp_path / "out")
+    assert "lm_head.weight, model.embed_tokens.weight" in caught.value.where
+    change_weights(llama, lambda weights: {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()})
+    resolve_base(llama, tmp_path / "equal")
+
+
+def test_weights_that_the_model_does_not_use_are_named(tmp_path, caplog):
+    """A config.json with fewer layers than the files makes another model of them; predictors of later tokens are unused too."""
+    llama = build_llama(tmp_path / "llama")
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    resolve_base(llama, tmp_path / "out")
+    assert "9 weights that its model does not use, such as model.layers.1.input_layernorm.weight" in caplog.text
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -210,6 +265,7 @@ def test_an_unreachable_hub_is_a_network_failure(tmp_path):
     """In a process of its own: the hub's library reads its address once. Its own errors are no OSError."""
     code = """
 from loraflow.base import resolve
+from loraflow.base.base_checks import describe_files
 from loraflow.config.recipe import Base
 from loraflow.failures import Network
 from loraflow.store.files import HashMemo

@@ -545,6 +545,25 @@ def test_merged_weights_that_are_not_finite_are_refused(tmp_path, quick_phi3, mo
         merge(quick_phi3, adapter, tmp_path / "out")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tensor", ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"])
+def test_a_base_with_a_weight_that_is_not_finite_is_refused_also_where_the_adapter_changes_nothing(
+    tmp_path, value, tensor, monkeypatch
+):
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.setattr("loraflow.adapters.streaming_merge.CHECKED_BYTES", 1000)
+    base = build_phi3(tmp_path / "base", dtype="bfloat16")
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["o_proj"])
+    weights = load_file(base / "model.safetensors")
+    weights[tensor].view(-1)[-1] = value
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadModel, match="not finite, and the adapter does not change it") as caught:
+        merge(base, adapter, tmp_path / "out")
+    assert tensor in caught.value.where
+
+
 def logits_of(model) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=torch.arange(3, 40)[None], use_cache=False).logits
