@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from loraflow.adapters.variants import EVA_FILE
 from loraflow.base.load import load_tokenizer
-from loraflow.config.recipe import TrainerSettings
+from loraflow.config.recipe import PeftConfig, TrainerSettings
 from loraflow.config.stage_configs import JobRuntime, TrainConfig
 from loraflow.data.positions import Positions
 from loraflow.data.token_rows import TokenRows
@@ -24,6 +24,7 @@ from loraflow.hardware.process_group import ProcessGroup, join
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store.checkpoints import FOLDER, prune_to_newest_intact, step_of
 from loraflow.training import callbacks
+from loraflow.training.adapter_rank import adapter_rank
 from loraflow.training.arguments import check_trackers
 from loraflow.training.memory import ModelShape, shape_of
 from loraflow.training.schedule import StepCount, count_steps, row_order
@@ -52,7 +53,7 @@ class TrainingSetup:
     preemption: callbacks.PreemptionHandler
     callbacks: list[TrainerCallback]
     resumed_from: Path | None  # a checkpoint
-    group_rank: int | None = None  # of all adapters that are trained in one pass, summed; None: there is only this one
+    together: tuple[PeftConfig, ...] = ()  # the adapters that are trained in one pass; empty: there is only this one
     longrope_switch: int | None = None  # angles are computed for each document, because some have more tokens
 
     @property
@@ -87,10 +88,11 @@ class TrainingSetup:
         """Largest number of rows of an optimizer step on a device."""
         return math.ceil(self.config.training_config.global_batch / self.group.size)
 
-    @property
-    def rank(self) -> int:
-        """The rank for which memory is needed: the adapter's, or the sum of those that are trained in one pass."""
-        return self.config.peft_config.r if self.group_rank is None else self.group_rank
+    @cached_property
+    def rank(self) -> float:
+        """The rank for which memory is needed: see `adapter_rank`. Without a known shape, nothing is estimated."""
+        adapters = self.together or (self.config.peft_config,)
+        return float(self.config.peft_config.r) if self.shape is None else adapter_rank(self.shape, adapters)
 
     @cached_property
     def longest_row(self) -> int:

@@ -100,7 +100,7 @@ def _expected_memory(setup: TrainingSetup, shape: ModelShape, choices: EngineCho
         shape,
         setup.device,
         setup.weight_format,
-        setup.config.peft_config.r,
+        setup.rank,
         MicroBatch(
             tokens, setup.learned_share, recompute, choices.layers_recomputed, bool(choices.elementwise_recomputed)
         ),
