@@ -132,7 +132,6 @@ def _save_adapter(setup: TrainingSetup, built: BuiltTrainer, out: Path) -> None:
 def _save_peft_adapter(model: PreTrainedModel, target: Path) -> None:
     """Save the adapter as peft does, without what would differ between two equal runs: paths, and the order of sets."""
     model.save_pretrained(str(target))
-    (target / "README.md").unlink(missing_ok=True)
     file = target / "adapter_config.json"
     values = json.loads(file.read_text(encoding="utf-8"))
     values["base_model_name_or_path"] = None
