@@ -63,7 +63,7 @@ def find_targets(model: PreTrainedModel, peft_config: PeftConfig) -> Targets:
         if name
         and name not in left_out
         and not selects(peft_config.exclude_modules, name)
-        and _in_layers(name, peft_config.layers_to_transform)
+        and in_layers(name, peft_config.layers_to_transform)
         and (
             is_linear(model, module)
             if peft_config.target_modules == ALL_LINEAR
@@ -189,7 +189,8 @@ def selects(targets: list[str] | str, module: str) -> bool:
     return any(matches(module, target) for target in targets)
 
 
-def _in_layers(module: str, layers: list[int] | None) -> bool:
+def in_layers(module: str, layers: list[int] | None) -> bool:
+    """Tell whether a module is in one of some layers; with None, all layers count."""
     if layers is None:
         return True
     number = next((int(part) for part in module.split(".") if part.isdigit()), None)

@@ -39,11 +39,10 @@ def as_phi3(model: PreTrainedModel, bos: int | None, eos: int | None, pad: int |
         )
     with torch.device("meta"):
         phi3 = Phi3ForCausalLM(_phi3_config(model.config, bos, eos, pad))
-    phi3.to_empty(device="cpu")
-    torch.nn.Module.to(phi3, next(model.parameters()).dtype)
-    # to_empty leaves the rotary buffers without content, so compute them again.
+    # The rotary buffers are not in the state, so compute them.
     phi3.model.rotary_emb = type(phi3.model.rotary_emb)(config=phi3.config)
-    missing, unexpected = phi3.load_state_dict(_fused_weights(model.state_dict()), strict=False)
+    # assign: what is not fused is shared with the model, which saves a copy of all weights.
+    missing, unexpected = phi3.load_state_dict(_fused_weights(model.state_dict()), strict=False, assign=True)
     if unexpected or [key for key in missing if key != "lm_head.weight"]:
         raise BadModel(
             "Repacking lost weights.", where="base.repack", got=f"missing {missing}, unexpected {unexpected}"

@@ -11,6 +11,7 @@ from loraflow.execution.plan import base_config
 from loraflow.execution.workspace import Workspace
 from loraflow.stages import CHECK_DATASET, RESOLVE_BASE, TOKENIZE, VERSION_DATASET
 from loraflow.training import memory
+from loraflow.training.adapter_rank import adapter_rank
 from loraflow.training.memory import Recompute
 from loraflow.training.memory_parts import MemoryParts, MicroBatch, generation_parts, training_parts
 
@@ -37,7 +38,7 @@ def planned_memory(workspace: Workspace) -> PlannedMemory | None:
     shape = memory.shape_of(json.loads(config.read_text(encoding="utf-8"))) if config else None
     if shape is None:
         return None
-    training, rank = recipe.training_config, recipe.peft_config.r
+    training, rank = recipe.training_config, adapter_rank(shape, [recipe.peft_config])
     width = 2 if training.bf16 or training.fp16 else {"float32": 4}.get(recipe.base.dtype, 2)
     weights = recipe.base.quantization or recipe.base.dtype
     device, (longest, learned) = _device(recipe), _rows(workspace)

@@ -86,8 +86,11 @@ def _integer(value: JsonValue) -> int:
     return int(value)
 
 
-def lora_weights(shape: ModelShape, rank: int) -> int:
-    """Return the number of trainable weights of rank-r adapters on all projections of fused attention and MLP."""
+def lora_weights(shape: ModelShape, rank: float) -> int:
+    """Return the number of trainable weights of rank-r adapters on all projections of fused attention and MLP.
+
+    Of adapters with several ranks, or on some projections, `adapter_rank` has the rank.
+    """
     attention = shape.head_dim * (shape.heads + 2 * shape.kv_heads)
     modules = (
         (shape.hidden, attention),
@@ -95,16 +98,16 @@ def lora_weights(shape: ModelShape, rank: int) -> int:
         (shape.hidden, 2 * shape.intermediate),
         (shape.intermediate, shape.hidden),
     )
-    return shape.layers * rank * sum(into + out for into, out in modules)
+    return round(shape.layers * rank * sum(into + out for into, out in modules))
 
 
-def fixed_bytes(shape: ModelShape, weights: str, rank: int, devices: int = 1) -> float:
+def fixed_bytes(shape: ModelShape, weights: str, rank: float, devices: int = 1) -> float:
     """Return the bytes that do not depend on the number of tokens: weights, adapter, gradients, AdamW's two moments.
 
     Args:
         shape: the model's.
         weights: dtype of the frozen weights, or fp8, or nf4.
-        rank: of the adapters.
+        rank: of the adapters; see `lora_weights`.
         devices: over how many devices the frozen weights are sharded; 1 if each holds all of them.
     """
     adapters = lora_weights(shape, rank) * (ADAPTER_BYTES + OPTIMIZER_BYTES)
@@ -146,7 +149,7 @@ def token_bytes(
     return (layers + working) * width
 
 
-def needed(shape: ModelShape, weights: str, rank: int, longest: int, width: int = 2) -> tuple[float, float]:
+def needed(shape: ModelShape, weights: str, rank: float, longest: int, width: int = 2) -> tuple[float, float]:
     """Return the bytes that training needs at least, and those that it needs at full speed.
 
     Args:
@@ -176,7 +179,7 @@ def fit_memory(
     shape: ModelShape,
     free: float,
     weights: str,
-    rank: int,
+    rank: float,
     *,
     least: int,
     wanted: int,

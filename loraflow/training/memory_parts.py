@@ -55,7 +55,7 @@ def training_parts(
     shape: ModelShape,
     device: Literal["cpu", "cuda"],
     weights: str,
-    rank: int,
+    rank: float,
     batch: MicroBatch,
     *,
     width: int,
@@ -67,7 +67,7 @@ def training_parts(
         shape: the base's.
         device: cpu or cuda.
         weights: dtype of the frozen weights, or fp8, or nf4.
-        rank: of the adapters.
+        rank: of the adapters; see `memory.lora_weights`.
         batch: what is computed at a time.
         width: bytes of a number of the activations.
         devices: over how many devices the frozen weights are sharded; 1 if each holds all of them.

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from loraflow.adapters.variants import EVA_FILE
 from loraflow.base.load import load_tokenizer
 from loraflow.config.job_runtime import JobRuntime
+from loraflow.config.lora import PeftConfig
 from loraflow.config.stage_configs import TrainConfig
 from loraflow.config.training import TrainerSettings
 from loraflow.data.positions import Positions
@@ -25,6 +26,7 @@ from loraflow.hardware.process_group import ProcessGroup, join
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store.checkpoints import FOLDER, prune_to_newest_intact, step_of
 from loraflow.training import callbacks
+from loraflow.training.adapter_rank import adapter_rank
 from loraflow.training.arguments import BatchSettings, check_trackers, trainer_arguments
 from loraflow.training.memory import ModelShape, shape_of
 from loraflow.training.schedule import StepCount, count_steps, row_order
@@ -54,7 +56,7 @@ class TrainingSetup:
     preemption: callbacks.PreemptionHandler
     callbacks: list[TrainerCallback]
     resumed_from: Path | None  # a checkpoint
-    group_rank: int | None = None  # of all adapters that are trained in one pass, summed; None: there is only this one
+    together: tuple[PeftConfig, ...] = ()  # the adapters that are trained in one pass; empty: there is only this one
     longrope_switch: int | None = None  # angles are computed for each document, because some have more tokens
 
     @property
@@ -89,10 +91,11 @@ class TrainingSetup:
         """Largest number of rows of an optimizer step on a device."""
         return math.ceil(self.config.training_config.global_batch / self.group.size)
 
-    @property
-    def rank(self) -> int:
-        """The rank for which memory is needed: the adapter's, or the sum of those that are trained in one pass."""
-        return self.config.peft_config.r if self.group_rank is None else self.group_rank
+    @cached_property
+    def rank(self) -> float:
+        """The rank for which memory is needed: see `adapter_rank`. Without a known shape, nothing is estimated."""
+        adapters = self.together or (self.config.peft_config,)
+        return float(self.config.peft_config.r) if self.shape is None else adapter_rank(self.shape, adapters)
 
     @cached_property
     def longest_row(self) -> int:

@@ -102,7 +102,7 @@ def _expected_memory(setup: TrainingSetup, shape: ModelShape, choices: EngineCho
         shape,
         setup.device,
         setup.weight_format,
-        setup.config.peft_config.r,
+        setup.rank,
         MicroBatch(
             tokens, setup.learned_share, recompute, choices.layers_recomputed, bool(choices.elementwise_recomputed)
         ),
@@ -134,7 +134,6 @@ def _save_adapter(setup: TrainingSetup, built: BuiltTrainer, out: Path) -> None:
 def _save_peft_adapter(model: PreTrainedModel, target: Path) -> None:
     """Save the adapter as peft does, without what would differ between two equal runs: paths, and the order of sets."""
     model.save_pretrained(str(target))
-    (target / "README.md").unlink(missing_ok=True)
     file = target / "adapter_config.json"
     values = json.loads(file.read_text(encoding="utf-8"))
     values["base_model_name_or_path"] = None

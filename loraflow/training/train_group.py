@@ -89,19 +89,13 @@ def _prepare(job: Job[TrainGroupConfig], inputs: Inputs, progress: Progress) -> 
     alone = Job[TrainConfig](
         stage=TRAIN.name, version=TRAIN.version, inputs=job.inputs, config=trials[0], runtime=job.runtime
     )
-    first = replace(prepare_training(alone, inputs, progress), group_rank=_padded_rank(trials))
+    first = replace(prepare_training(alone, inputs, progress), together=tuple(trial.peft_config for trial in trials))
     setups = []
     for trial in trials:
         settings = job.runtime.trainer_settings(trial)
         order = row_order(len(first.rows), len(first.order), settings.seed)
         setups.append(replace(first, config=trial, settings=settings, order=order))
     return setups
-
-
-def _padded_rank(trials: list[TrainConfig]) -> int:
-    """Return the sum of the adapters' ranks, each padded up to the largest: modules of `rank_pattern` count as all."""
-    adapters = [trial.peft_config for trial in trials]
-    return len(trials) * max(rank for one in adapters for rank in (one.r, *one.rank_pattern.values()))
 
 
 def _refuse(why: str) -> CannotGroup:

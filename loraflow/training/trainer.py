@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -53,9 +53,21 @@ class _Outputs(Protocol):
 
 
 class LoraPlusTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer with LoRA+'s learning rates, if they are set: (ratio of B's to A's, rate of embeddings)."""
+    """SFTTrainer with LoRA+'s learning rates, if they are set: (ratio of B's to A's, rate of embeddings).
+
+    It writes no model cards. trl and peft write three for each checkpoint, which take longer than saving a small adapter,
+    and `loraflow publish` writes the card of a model.
+    """
 
     loraplus: tuple[float, float] | None = None
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        if hasattr(self.model, "create_or_update_model_card"):  # peft's
+            self.model.create_or_update_model_card = lambda folder: None
+
+    def create_model_card(self, *args: object, **options: object) -> None:
+        """Write no card."""
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Return the optimizer, and set LoRA+'s learning rates when it is first created."""

@@ -60,20 +60,14 @@ def test_sigkill_to_the_command_ends_a_starting_server(command):
     wait_for(lambda: ended(server, watchdog), 20)
 
 
-def test_a_command_that_ends_leaves_neither_server_nor_watchdog(command):
-    assert command.stdout.readline() == "up\n"
-    children = [*child_with(command, "uvicorn"), *child_with(command, "watchdog.py")]
-    assert len(children) == 2
-    command.communicate("\n", timeout=60)
-    assert command.returncode == 0
-    wait_for(lambda: ended(*children), 10)
-
-
-def test_a_signal_for_the_commands_group_does_not_reach_the_server(command):
+def test_the_server_is_out_of_reach_of_signals_for_the_command_and_ends_with_it(command):
     """An interrupted run tells the server how it ended, so the server must still be there."""
     assert command.stdout.readline() == "up\n"
-    (server,) = child_with(command, "uvicorn")
+    (server,), (watchdog,) = child_with(command, "uvicorn"), child_with(command, "watchdog.py")
     assert os.getpgid(server.pid) == os.getsid(server.pid) == server.pid != os.getpgid(command.pid)
+    command.communicate("\n", timeout=60)
+    assert command.returncode == 0
+    wait_for(lambda: ended(server, watchdog), 10)
 
 
 def refused_start(folder: Path, **env: str) -> str:

@@ -42,7 +42,7 @@ def work_of(store: LocalStore, one: Job) -> Path:
 
 
 def wait_for(path: Path) -> str:
-    for _ in range(200):
+    for _ in range(1200):  # a minute: on a loaded machine a process takes many seconds to start
         if path.exists() and path.read_text():
             return path.read_text()
         time.sleep(0.05)

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from loraflow.adapters.lora_config import lora_config
+from loraflow.config.recipe import PeftConfig
 from loraflow.failures import OutOfMemory
 from loraflow.training import memory
+from loraflow.training.adapter_rank import adapter_rank
 from loraflow.training.out_of_memory import MicroBatchSize, explain_out_of_memory
 
 PHI3 = memory.ModelShape(3072, 8192, 32, 32, 32, 96, 32064, False)
@@ -69,3 +72,62 @@ def test_out_of_memory_proposes_smaller_settings_until_none_is_left():
         {"checkpointing": "full"},
         {},
     ]
+
+
+TINY = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+ALL = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+
+def trained_by_peft(adapters):
+    """Return the shape of a tiny Phi-3, and the number of weights that peft trains in adapters, each module's padded."""
+    import torch
+    from peft import get_peft_model
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    config, counts = Phi3Config(**TINY), []
+    for adapter in adapters:
+        with torch.device("meta"):
+            model = get_peft_model(Phi3ForCausalLM(config), lora_config(adapter))
+        counts.append({name: p.numel() for name, p in model.named_parameters() if p.requires_grad})
+    names = {name for count in counts for name in count}
+    padded = sum(max(count.get(name, 0) for count in counts) for name in names)
+    return memory.shape_of(config.to_dict()), len(adapters) * padded
+
+
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        [{"r": 4, "target_modules": ALL, "rank_pattern": {"down_proj": 64, r"layers\.0\.self_attn\.qkv_proj": 1}}],
+        [{"r": 4, "target_modules": ["o_proj"], "layers_to_transform": [0, 2]}],
+        [{"r": 4, "target_modules": "all-linear", "exclude_modules": ["lm_head"], "rank_pattern": {".*_proj": 16}}],
+        [{"r": 8, "target_modules": r".*layers\.1\..*(o_proj|down_proj)"}],
+        [
+            {"r": 2, "target_modules": ALL, "rank_pattern": {"o_proj": 32}},
+            {"r": 8, "target_modules": ALL, "rank_pattern": {"down_proj": 1}},
+        ],
+    ],
+    ids=["ranks", "layers", "all-linear", "expression", "two in one pass"],
+)
+def test_the_memory_of_adapters_counts_the_weights_that_peft_trains(adapters):
+    configs = [PeftConfig(**adapter) for adapter in adapters]
+    shape, trained = trained_by_peft(configs)
+    assert memory.lora_weights(shape, adapter_rank(shape, configs)) == trained
+
+
+def test_modules_with_names_of_their_own_count_with_the_largest_rank():
+    for adapter in (
+        {"r": 4, "target_modules": ["query_key_value"], "rank_pattern": {"dense": 32}},
+        {"r": 4, "target_modules": ["q_proj", "fc1"], "rank_pattern": {"q_proj": 32}},
+        {"r": 4, "rank_pattern": {"dense_h_to_4h": 32}},
+    ):
+        assert adapter_rank(PHI3, [PeftConfig(**adapter)]) == 32
+
+
+def test_the_split_names_of_a_projection_count_by_their_widths():
+    grouped = memory.ModelShape(64, 96, 2, 4, 2, 16, 100, True)  # q is as wide as k and v together
+    adapter = {"r": 4, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 8}}
+    share = (64 + 128) / (64 + 128 + 64 + 64 + 64 + 2 * 96 + 96 + 64)  # of a layer's weights: those of q, k and v
+    assert adapter_rank(grouped, [PeftConfig(**adapter)]) == pytest.approx(8 * 0.5 * share)
