@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from loraflow.base.load import refuse_missing_weights
 from loraflow.base.model_config import config_errors, reason_of
@@ -20,6 +20,7 @@ from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def check_fits_config(folder: Path) -> None:
     verbosity = their_logging.get_verbosity()
     their_logging.set_verbosity_error()  # its table of names says the same in many lines
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             folder, device_map="meta", output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
         )
     except config_errors() as error:
@@ -76,6 +77,7 @@ def check_fits_config(folder: Path) -> None:
         ) from error
     finally:
         their_logging.set_verbosity(verbosity)
+    model, report = cast("tuple[PreTrainedModel, Mapping[str, Any]]", loaded)
     refuse_missing_weights(folder, report)
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise BadModel(

@@ -103,7 +103,10 @@ def check(source: str, form: str | None, personal: bool, as_json: bool) -> None:
     findings = detector.findings()
     unread = Counter(without_marks(counts.unread, counts.marks))
     if as_json:
-        found = {"profile": [finding.model_dump() for finding in findings], "scripts": detector.scripts}
+        found: dict[str, object] = {
+            "profile": [finding.model_dump() for finding in findings],
+            "scripts": detector.scripts,
+        }
         document = counts.document(read.columns, unread, found)
         click.echo(json.dumps(document))
     else:

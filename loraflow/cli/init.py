@@ -143,7 +143,7 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
 
 
 def _require_base(base: str) -> None:
-    """Check a base model as far as that needs no network: a folder has to exist, and a hub id (`gpt2` is one) to look like one.
+    """Check a base model as far as that needs no network: a folder has to exist, and a hub id to look like one.
 
     Raises:
         BadModel: it can be neither.

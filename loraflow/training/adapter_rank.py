@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from loraflow.adapters.targets import ALL_LINEAR, in_layers, selects
-from loraflow.config.recipe import PeftConfig
+from loraflow.config.lora import PeftConfig
 from loraflow.training.memory import ModelShape
 
 Spelling = tuple[tuple[str, int], ...]  # the modules of a product, with their shares of its adapter's weights
