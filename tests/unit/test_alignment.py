@@ -100,7 +100,7 @@ def by_both_alignments(template: ChatTemplate, found: list, loss_on: str) -> tup
 
 
 @pytest.mark.parametrize("name", [SMOLLM2, "phi3", "marked", "bare", "trimmed offsets", "NFC"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(found=st.lists(chats(), min_size=1, max_size=4), loss_on=st.sampled_from(["assistant", "last_assistant", "all"]))
 def test_alignment_from_ids_equals_the_tokenizers(templates, name, found, loss_on):
     for fast, slow in zip(*by_both_alignments(templates[name], found, loss_on), strict=True):

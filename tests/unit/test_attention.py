@@ -12,7 +12,7 @@ from loraflow.failures import BadModel
 from loraflow.training import attention
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.sampled_from([None, 1, 3, 20]), st.sampled_from([1, 2]))
 def test_attention_stays_inside_a_document_and_its_window(lengths, window, groups):
     tokens, heads, width = sum(lengths), 4, 8

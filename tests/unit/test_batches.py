@@ -14,7 +14,7 @@ from loraflow.training import attention, batches, choices, engine
 from tests.unit.test_training import base, run, same, straight, tokenize  # noqa: F401
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 60), min_size=8, max_size=40), st.integers(1, 8), st.integers(1, 200), st.integers(1, 4))
 def test_every_row_of_a_step_is_in_one_micro_batch_of_one_device(lengths, width, budget, devices):
     rows = TokenRows.__new__(TokenRows)

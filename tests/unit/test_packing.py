@@ -18,7 +18,7 @@ def slow_best_fit(lengths, capacity):
     return sorted(rooms)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.integers(1, 64), max_size=120), st.integers(64, 100))
 def test_packing_equals_best_fit_decreasing(lengths, capacity):
     rows = best_fit_decreasing(np.array(lengths, np.int32), capacity)

@@ -26,7 +26,7 @@ def model(tmp_path_factory):
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").train()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_loss_and_gradients_equal_those_of_complete_documents(model, data):
     prefix = data.draw(st.integers(1, 9))

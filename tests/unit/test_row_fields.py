@@ -89,7 +89,7 @@ KEYS = [
 
 
 @given(st.dictionaries(st.sampled_from(KEYS), TEXTS), st.sampled_from(["auto", "alpaca", "prompt_completion"]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_text_of_a_row_is_in_the_chat_or_named(row, format_name):
     try:
         chat = read_chat(row, format_name)

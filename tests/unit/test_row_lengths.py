@@ -16,7 +16,7 @@ def padding(used, lengths):
     return sum(next(length for length in sorted(lengths) if length >= tokens) - tokens for tokens in used)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.floats(0, 100))
 def test_no_other_lengths_have_less_padding_and_cost(used, cost):
     values = sorted(set(used))

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loraflow.data.sampling import label_values, spread_sample, spread_values
@@ -17,7 +17,6 @@ def line(n, answer, **more):
     return json.dumps({"id": f"r{n}", "set": "heldout", "messages": chat, **more}, ensure_ascii=False) + "\n"
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=80), st.integers(1, 80), st.integers(0, 3))
 def test_each_value_has_its_share_of_a_sample(values, size, seed):
     keys = [f"{value}{n}" for n, value in enumerate(values)]
@@ -47,7 +46,6 @@ def test_clusters_of_near_duplicates_do_not_replace_labels():
     assert spread_values(groups, [f"answer {n}" for n in range(40)]) is None
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from("abcd"), min_size=30, max_size=60), st.sampled_from("abcde"))
 def test_an_added_row_changes_few_rows_of_a_sample(values, new):
     keys = [f"{n}" for n in range(len(values))]

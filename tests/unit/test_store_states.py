@@ -345,7 +345,7 @@ def explore(examples):
     checks = list(HealthCheck)
     run_state_machine_as_test(
         StoreAndLog,
-        settings=settings(max_examples=examples, stateful_step_count=30, deadline=None, suppress_health_check=checks),
+        settings=settings(max_examples=examples, stateful_step_count=30, suppress_health_check=checks),
     )
 
 

@@ -236,7 +236,7 @@ def weighted_chats(draw):
     return chat, answers, learned, weights
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=weighted_chats())
 def test_masks_with_tools_and_weights_equal_those_of_a_slow_renderer(template_of, case):  # noqa: F811
     """ChatML: what is between an assistant's head and its end is learned, found in transformers' text by its characters."""
