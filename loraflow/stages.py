@@ -156,6 +156,7 @@ CHECK_DATASET = Stage(
         "loraflow.data.placement",
         "loraflow.data.near",
         "loraflow.data.shingles",
+        "loraflow.data.sketch_process",
     ),
     in_worker=False,
 )

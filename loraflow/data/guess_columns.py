@@ -39,8 +39,8 @@ _PASSAGES = (
 )
 # Parts of a question that are no text: without them, the answer cannot be known.
 _PARTS = frozenset({
-    "choices", "options", "candidates", "documents", "contexts", "passages", "paragraphs", "endings", "table", "image", "images",
-    "audio", "video", "schema",
+    "choices", "options", "candidates", "documents", "contexts", "passages", "paragraphs", "endings", "table", "image",
+    "images", "audio", "video", "schema",
 })  # fmt: skip
 _LETTERS = frozenset("abcd")
 # usual names of (text, class) in sets for classification
@@ -103,7 +103,7 @@ def guess_columns(row: JsonValue) -> dict[str, str]:
 def _has_unread_parts(row: dict[str, JsonValue], names: dict[str, str]) -> bool:
     """Tell whether a row has parts of its question that no columns can name, such as the choices of a quiz."""
     parts = [row[names[name]] for name in names.keys() & _PARTS]
-    return any(isinstance(part, dict | list) and part for part in parts) or _LETTERS <= names.keys()
+    return any(isinstance(part, dict | list) and part for part in parts) or names.keys() >= _LETTERS
 
 
 def _question_and_answer(names: dict[str, str], asked: str, answered: str) -> dict[str, str]:

@@ -51,9 +51,9 @@ _UP = frozenset({"up", "thumbs up", "thumbsup", "thumb up", "upvote", "upvoted",
 # Between right and wrong, or a grade: no evidence that a column with `bad` is about something else than the answer.
 _BETWEEN = frozenset({
     "neutral", "unsure", "unknown", "unclear", "mixed", "partial", "partly correct", "partially correct", "n/a",
-    "normal", "medium", "moderate", "average", "mediocre", "fair", "decent", "high", "very high", "low", "very low", "very good",
-    "very bad", "very poor", "great", "excellent", "perfect", "best", "better", "satisfactory", "unsatisfactory", "terrible",
-    "success", "successful", "succeeded",
+    "normal", "medium", "moderate", "average", "mediocre", "fair", "decent", "high", "very high", "low", "very low",
+    "very good", "very bad", "very poor", "great", "excellent", "perfect", "best", "better", "satisfactory",
+    "unsatisfactory", "terrible", "success", "successful", "succeeded",
 })  # fmt: skip
 _LOW = frozenset(
     {"low", "very low", "very bad", "very poor", "terrible", "unsatisfactory"}
@@ -143,7 +143,7 @@ def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
 
 
 def _word(name: str, value: JsonValue) -> str | None:
-    """Return the word of an opinion as `plain` does; None if it is no word: a measurement, or false where it is an answer."""
+    """Return the word of an opinion as `plain` does; None if it is a measurement, or false where that is an answer."""
     if isinstance(value, bool):
         return None if name in STATES else str(value).lower()
     if name in REACTIONS and as_number(value) == -1:
