@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -36,6 +37,7 @@ class SketchProcess:
 
         Raises:
             Killed: the process has ended.
+            OSError: the disk is full.
         """
         assert self._child.stdin is not None
         lines = f"{len(texts)}\n" + "".join(f"{text}\n" for text in texts)
@@ -50,6 +52,7 @@ class SketchProcess:
 
         Raises:
             Killed: the process ended before that.
+            OSError: the disk is full.
         """
         self.send(())  # not the end of the pipe, which a forked process may hold open
         if self._child.wait() != 0:
@@ -66,11 +69,13 @@ class SketchProcess:
             self._child.stdin.close()
         self._errors.close()
 
-    def _ended(self) -> Killed:
+    def _ended(self) -> Killed | OSError:
         code = self._child.wait()
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         self.close()
+        if lines and os.strerror(errno.ENOSPC) in lines[-1]:
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write of this process would raise
         return Killed(
             "The process that searches near-duplicates ended early.",
             where="data.near_duplicates",

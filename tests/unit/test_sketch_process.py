@@ -1,5 +1,7 @@
 """The process that sketches rows beside the reader of a large dataset."""
 
+import errno
+
 import pytest
 
 from loraflow.data import near
@@ -49,3 +51,14 @@ def test_the_sketching_process_ends_with_the_table_also_after_an_error(tmp_path,
     assert child.poll() is None
     sketches.close()
     assert child.poll() is not None
+
+
+def test_a_full_disk_is_the_same_failure_as_without_the_process(tmp_path, monkeypatch):
+    sketches = sketches_of(tmp_path, monkeypatch, 0)
+    with open("/dev/full", "r+b", buffering=0) as full:
+        sketches._file = full
+        for text in TEXTS:
+            sketches.add(text)
+        with pytest.raises(OSError) as caught:
+            sketches.candidates()
+    assert caught.value.errno == errno.ENOSPC
