@@ -2,9 +2,10 @@
 
     python benchmarks/data_scale.py [ROWS ...]          default: 20000 200000
 
-Each stage runs in its own process. CPU seconds are of all its processes. Memory is the largest sum over its processes of
-their own memory (Pss: a shared page counts once), without pages of files that the kernel can drop at any time. The slopes
-between the smallest and the largest number of rows say what a row costs.
+Each stage runs in its own process. CPU seconds are of all its processes, and of the process that runs the stage alone: with
+an idle core for each process, check_dataset takes about that long. Memory is the largest sum over its processes of their own
+memory (Pss: a shared page counts once), without pages of files that the kernel can drop at any time. The slopes between the
+smallest and the largest number of rows say what a row costs.
 """
 
 from __future__ import annotations
@@ -60,6 +61,12 @@ def write_base(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def cpu_seconds() -> tuple[float, float]:
+    """Return the CPU seconds of this process and its children, and of this process alone."""
+    own, children = (sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own + children, own
+
+
 def run_stage(stage: str, folder: Path) -> None:
     """Run a stage in this process, and print its CPU seconds."""
     from loraflow.config.data import Data
@@ -70,7 +77,7 @@ def run_stage(stage: str, folder: Path) -> None:
 
     out = folder / stage.replace(", ", "-")
     out.mkdir()
-    before = sum(resource.getrusage(who)[n] for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN) for n in (0, 1))
+    before = cpu_seconds()
     if stage.startswith("check"):
         fields = {"format", "columns", "train", "heldout", "extra_heldout", "validation_fraction", "system"}
         config = Data().model_dump(include=fields | {"duplicates", "limit", "heldout_fraction", "seed"})
@@ -84,8 +91,7 @@ def run_stage(stage: str, folder: Path) -> None:
         token_job = Job[TokenizeConfig](stage="tokenize", version=1, config=settings, runtime=JobRuntime(processes=2))
         inputs = Inputs({"rows": folder / "check", "base": folder.parent / "base"})
         tokenization.run(token_job, inputs, out, Progress())
-    after = sum(resource.getrusage(who)[n] for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN) for n in (0, 1))
-    print(after - before)
+    print(*(after - before for after, before in zip(cpu_seconds(), before, strict=True)))
 
 
 def tree(pid: int) -> Iterator[int]:
@@ -112,8 +118,8 @@ def memory(pid: int) -> float:
     return total / 1024
 
 
-def measure(stage: str, folder: Path) -> tuple[float, float]:
-    """Run a stage in its own process; return its CPU seconds and its largest MiB."""
+def measure(stage: str, folder: Path) -> tuple[float, float, float]:
+    """Run a stage in its own process; return its CPU seconds, those of that process alone, and its largest MiB."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, __file__, "--stage", stage, str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -132,7 +138,8 @@ def measure(stage: str, folder: Path) -> tuple[float, float]:
     watcher.join()
     if process.returncode:
         sys.exit(f"{stage} ended with {process.returncode}")
-    return float(printed.split()[-1]), peak
+    total, own = map(float, printed.split()[-2:])
+    return total, own, peak
 
 
 def main() -> None:
@@ -141,24 +148,25 @@ def main() -> None:
         run_stage(sys.argv[2], Path(sys.argv[3]))
         return
     sizes = sorted(int(text) for text in sys.argv[1:] or ("20000", "200000"))
-    found: dict[tuple[str, int], tuple[float, float]] = {}
+    found: dict[tuple[str, int], tuple[float, float, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         write_base(Path(name, "base"))
-        print_row("stage", "rows", "rows per CPU second", "peak MiB")
+        print_row("stage", "rows", "rows per CPU second", "of its own process", "peak MiB")
         for rows in sizes:
             folder = Path(name, str(rows))
             (folder / "files").mkdir(parents=True)
             write_chats(folder / "files" / "train.jsonl", rows)
             for stage in STAGES:
-                found[stage, rows] = seconds, mib = measure(stage, folder)
-                print_row(stage, rows, f"{rows / seconds:,.0f}", f"{mib:,.0f}")
+                found[stage, rows] = seconds, own, mib = measure(stage, folder)
+                print_row(stage, rows, f"{rows / seconds:,.0f}", f"{rows / own:,.0f}", f"{mib:,.0f}")
     first, last = sizes[0], sizes[-1]
     for stage in STAGES if first < last else ():
-        seconds, mib = (found[stage, last][n] - found[stage, first][n] for n in (0, 1))
+        seconds, own, mib = (found[stage, last][n] - found[stage, first][n] for n in (0, 1, 2))
         print_row(
             stage,
             "each row more",
             f"{seconds / (last - first) * 1e6:.0f} µs",
+            f"{own / (last - first) * 1e6:.0f} µs",
             f"{mib / (last - first) * 2**20:.0f} bytes",
         )
 

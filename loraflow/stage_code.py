@@ -83,6 +83,7 @@ CHECK_DATASET = (
     "loraflow.data.placement",
     "loraflow.data.near",
     "loraflow.data.shingles",
+    "loraflow.data.sketch_process",
 )
 
 RESOLVE_BASE = (

@@ -82,6 +82,9 @@ class ChatTable:
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
+        for sketches in (self.texts, self.prompts):
+            if sketches is not None:
+                sketches.close()
 
     def __len__(self) -> int:
         return len(self.flags)
@@ -96,8 +99,8 @@ class ChatTable:
         items = [_message_json(message) for message in chat]
         is_simple = all(len(message) == 2 for message in chat)
         hashed = items if is_simple else [_hashed(item, message) for item, message in zip(items, chat, strict=True)]
-        prompt_key = _key(hashed[:-1])
-        self._ids.append(int(_key(hashed), 16))
+        prompt_key, row_key = _keys(hashed)
+        self._ids.append(int(row_key, 16))
         self._keys.append(int(prompt_key, 16))
         self._set.append(_number(set_name, self._sets, self._set_names))
         self.group.append(-1 if row.group is None else _number(row.group, self._groups, self._group_names))
@@ -317,6 +320,15 @@ def _message_json(message: Message) -> str:
 def _hashed(item: str, message: Message) -> str:
     """Return the text of a message of which the chat's id is made. `item` is its JSON."""
     return item if len(message) == 2 else to_json(without_call_ids(message))
+
+
+def _keys(items: list[str]) -> tuple[str, str]:
+    """Return `_key` of the prompt's messages and of all messages. The prompt is hashed once."""
+    prompt = hashlib.sha256(f"[{', '.join(items[:-1])}".encode())
+    row = prompt.copy()
+    prompt.update(b"]")
+    row.update(f"{', ' if len(items) > 1 else ''}{items[-1]}]".encode())
+    return prompt.hexdigest()[:16], row.hexdigest()[:16]
 
 
 def _key(items: Iterable[str]) -> str:

@@ -27,12 +27,14 @@ from loraflow.data.mark_names import (
     FALSE_IS_WRONG,
     GOOD,
     GRADES,
+    HELD_OUT_FLAGS,
     OPINIONS,
     REACTIONS,
     RECORD_STATES,
     SAID_FALSE,
     SPLITS,
     STATES,
+    TRUE_IS_BAD,
     WORD_BAD_VERDICTS,
     WORD_VERDICTS,
     judges_the_answer,
@@ -52,9 +54,8 @@ _UP = frozenset({"up", "thumbs up", "thumbsup", "thumb up", "upvote", "upvoted",
 _BETWEEN = frozenset({
     "neutral", "unsure", "unknown", "unclear", "mixed", "partial", "partly correct", "partially correct", "n/a",
     "normal", "medium", "moderate", "average", "mediocre", "fair", "decent", "high", "very high", "low", "very low",
-    "very good", "very bad", "very poor", "great", "excellent", "perfect", "best", "better",
-    "satisfactory", "unsatisfactory", "terrible",
-    "success", "successful", "succeeded",
+    "very good", "very bad", "very poor", "great", "excellent", "perfect", "best", "better", "satisfactory",
+    "unsatisfactory", "terrible", "success", "successful", "succeeded",
 })  # fmt: skip
 _LOW = frozenset(
     {"low", "very low", "very bad", "very poor", "terrible", "unsatisfactory"}
@@ -144,10 +145,10 @@ def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
 
 
 def _word(name: str, value: JsonValue) -> str | None:
-    """Return the word of an opinion as `plain` does; None if it is no word.
-
-    A measurement is none, nor is false where it is an answer.
-    """
+    """Return the word of an opinion as `plain` does; None if it is a measurement, or false where that is an answer."""
+    if name in TRUE_IS_BAD:
+        side = label_side(value)
+        return None if not isinstance(side, bool) else str(not side).lower()
     if isinstance(value, bool):
         return None if name in STATES else str(value).lower()
     if name in REACTIONS and as_number(value) == -1:
@@ -171,20 +172,43 @@ def _is_false_of_two(value: JsonValue, here: tuple[str, ...], beside: Beside) ->
 
 
 def part_of_dataset(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:
-    """Return that a row of a training file is not learned, because its column `split` says test or validation.
+    """Return that a row of a training file is not learned, because its column `split` says test, or `is_test` is true.
 
     A column without the value train says nothing: a file that consists of test rows was chosen for training.
     """
     labels = beside.labels
-    if name not in SPLITS or not isinstance(value, str) or labels is None or not labels.is_training:
+    if name not in SPLITS | HELD_OUT_FLAGS or labels is None or not labels.is_training:
         return None
-    if plain(value) not in _HELD_OUT or not labels.some_row(("train", *here), lambda row: _is_trained_on(row, here)):
+    if _is_trained_on(name, value) is not False:
+        return None
+    if not labels.some_row(("train", *here), lambda row: any(_is_trained_on(name, v) for v in _values_at(row, here))):
         return None
     return Said(False, shown(here, value))
 
 
-def _is_trained_on(row: dict[str, JsonValue], here: tuple[str, ...]) -> bool:
-    return any(isinstance(value, str) and plain(value) in _TRAINED_ON for value in _values_at(row, here))
+def _is_trained_on(name: str, value: JsonValue) -> bool | None:
+    """Tell whether a split is for training: also `train_sft` and `test[:10%]`; None if it is no split."""
+    if name in HELD_OUT_FLAGS:
+        side = label_side(value)
+        return not side if isinstance(side, bool) else None
+    if not isinstance(value, str):
+        return None
+    words = {plain(value), re.split(r"[-_\[.]", value.strip().lower(), maxsplit=1)[0]}
+    return True if words & _TRAINED_ON else False if words & _HELD_OUT else None
+
+
+def rejected_of_pair(here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:
+    """Return that an answer is the rejected one of its pair, if a column says chosen of some rows and rejected of others."""
+    labels = beside.labels
+    if labels is None or not isinstance(value, str) or plain(value) != "rejected":
+        return None
+    if not labels.some_row(("chosen", *here), lambda row: _is_chosen(row.get(here[0]))):
+        return None
+    return Said(False, shown(here, value))
+
+
+def _is_chosen(value: JsonValue) -> bool:
+    return isinstance(value, str) and plain(value) == "chosen"
 
 
 def _numbers_at(row: dict[str, JsonValue], here: tuple[str, ...]) -> set[float]:

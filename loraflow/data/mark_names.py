@@ -17,7 +17,7 @@ WEIGHTS = frozenset({
 EXCLUSIONS = frozenset({
     "masked", "is_masked", "ignore", "ignored", "ignore_loss", "no_loss", "exclude", "excluded", "skip", "without_loss",
     "skip_loss", "mask_loss", "skip_training", "no_train", "do_not_train", "dont_train", "do_not_learn", "dont_learn",
-    "exclude_from_training", "exclude_from_loss", "ignore_in_training", "ignore_in_loss",
+    "do_not_train_on", "exclude_from_training", "exclude_from_loss", "ignore_in_training", "ignore_in_loss",
 })  # fmt: skip
 # KTO's: true is a desirable answer. Many datasets have a class by the name `label`, so other values may be no mark.
 LABELS = frozenset({"label", "kto_tag", "kto_label", "desirable", "is_desirable"})
@@ -30,11 +30,12 @@ def _with_is(*names: str) -> frozenset[str]:
 
 VERDICTS = _with_is(
     "correct", "accepted", "approved", "good", "valid", "acceptable", "usable", "keep", "include", "included", "enabled",
-    "ok", "okay", "use",
+    "ok", "okay", "use", "accept", "approve",
 )  # fmt: skip
 BAD_VERDICTS = _with_is(
     "incorrect", "rejected", "wrong", "bad", "invalid", "unusable", "deleted", "removed", "discard", "discarded", "drop",
     "dropped", "hidden", "disabled", "delete", "to_delete", "do_not_use", "dont_use", "quarantined",
+    "reject", "remove", "to_remove", "corrupted", "low_quality", "filtered_out",
 )  # fmt: skip
 # Of these, a number may be a count of votes, or the number of an answer.
 WORD_VERDICTS = _with_is(
@@ -50,6 +51,7 @@ WORD_VERDICTS = _with_is(
     "accurate",
     "factual",
     "faithful",
+    "winner",
     "tests_passed",
     "all_tests_passed",
     "passes_tests",
@@ -81,13 +83,16 @@ OPINIONS = frozenset({
     "reaction", "human_evaluation", "human_rating", "annotation", "answer_quality", "response_quality", "user_rating",
     "review_decision", "quality_label", "quality_check", "qa_status", "verification_status", "verification_result",
     "validation_status", "validation_result", "test_status", "test_result", "execution_status", "approval_status",
-    "safe", "is_safe",
+    "safe", "is_safe", "unsafe", "is_unsafe", "harmful", "is_harmful", "success", "successful", "is_successful", "solved",
+    "is_solved", "resolved", "is_resolved",
 })  # fmt: skip
+# Of these, true says what false says of the others.
+TRUE_IS_BAD = frozenset({"unsafe", "is_unsafe", "harmful", "is_harmful"})
 # Of these, false is a judgement; of the others it may be the answer to a question, as a verdict about a claim is.
 SAID_FALSE = frozenset({
     "review_result", "correctness", "quality", "feedback", "human_feedback", "user_feedback", "answer_quality",
     "response_quality", "quality_check", "verification_result", "validation_result", "test_result", "safe", "is_safe",
-    "human_label",
+    "human_label", "success", "successful", "is_successful", "solved", "is_solved", "resolved", "is_resolved",
 })  # fmt: skip
 # Of these, false cannot be about anything else than the answer.
 FALSE_IS_WRONG = frozenset({"review_result", "correctness"})
@@ -100,7 +105,14 @@ STATES = frozenset(
 # Of these, a thumb down is always one about the answer.
 REACTIONS = frozenset({"feedback", "human_feedback", "user_feedback", "thumbs", "thumb", "vote", "reaction"})
 # Which part of its dataset a row belongs to.
-SPLITS = frozenset({"split", "data_split", "dataset_split", "partition"})
+SPLITS = frozenset({
+    "split", "data_split", "dataset_split", "partition", "set", "subset", "fold", "train_test", "train_test_split",
+    "ml_use", "usage",
+})  # fmt: skip
+HELD_OUT_FLAGS = frozenset({
+    "is_test", "is_validation", "is_val", "is_dev", "is_eval", "is_heldout", "is_held_out", "is_holdout", "heldout",
+    "held_out", "holdout",
+})  # fmt: skip
 # Argilla's, which may be `discarded`.
 RECORD_STATES = frozenset({"annotation_status", "record_status", "response_status"})
 

@@ -14,11 +14,12 @@ from pydantic import JsonValue
 
 from loraflow.data.chats import BadRow
 from loraflow.data.containers import contained
-from loraflow.data.judgements import Beside, opinion, part_of_dataset, shown, verdict
+from loraflow.data.judgements import Beside, opinion, part_of_dataset, rejected_of_pair, shown, verdict
 from loraflow.data.labels import Labels, as_number, is_absent, label_side, plain, reads_like_a_judgement
 from loraflow.data.mark_names import (
     CONTAINERS,
     EXCLUSIONS,
+    HELD_OUT_FLAGS,
     JUDGEMENTS,
     KEYS,
     LABELS,
@@ -85,7 +86,7 @@ def answer_weight(
     texts = set() if where else answer_texts(values, labels, columns, said)
     beside: Beside | None = None
     for key, value in values.items():
-        if not isinstance(key, str) or key in texts or not _may_mark(key):
+        if not isinstance(key, str) or key in texts or not (_may_mark(key) or _is_rejected(value)):
             continue
         beside = beside or Beside(tuple(map(plain, said)), None if where else labels)
         mark = _mark_or_opinion(key, value, where, labels, beside)
@@ -98,12 +99,16 @@ def answer_weight(
     return Weight(weight, excluded_by)
 
 
+def _is_rejected(value: JsonValue) -> bool:
+    return isinstance(value, str) and len(value) < 20 and value.strip().lower() == "rejected"
+
+
 @lru_cache(4096)
 def _may_mark(key: str) -> bool:
     """Tell whether a key may be a mark, or an object with marks. Most keys of most rows are neither."""
     name = normal_name(key)
     return (
-        name in KEYS | OPINIONS | STATES | SPLITS
+        name in KEYS | OPINIONS | STATES | SPLITS | HELD_OUT_FLAGS
         or judges_the_answer(name)
         or name.removesuffix("_json") in CONTAINERS
         or name.endswith(("responses", "responses_status"))
@@ -122,7 +127,8 @@ def _mark_or_opinion(key: str, value: JsonValue, where: str, labels: Labels, bes
     if weight is not None:
         return Weight(weight, shown((key,), value) if weight == 0 else "")
     said = (
-        opinion(name, (key,), value, beside)
+        rejected_of_pair((key,), value, beside)
+        or opinion(name, (key,), value, beside)
         or part_of_dataset(name, (key,), value, beside)
         or contained(key, (key,), value, beside)
     )

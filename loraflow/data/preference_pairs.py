@@ -14,7 +14,8 @@ from loraflow.data.mark_names import BAD_VERDICTS, normal_name
 
 # Two answers of a pair, or two judgements of one answer: better → worse.
 _PAIRS = {
-    "chosen": ("rejected",),
+    "chosen": ("rejected", "reject"),
+    "accept": ("reject",),
     "preferred": ("rejected", "dispreferred"),
     "accepted": ("rejected",),
     "good": ("bad",),
@@ -23,6 +24,7 @@ _PAIRS = {
 # Columns with the worse answer, and the beginning of the name of the better one.
 _WORSE = {
     "rejected": "chosen",
+    "reject": "chosen",
     "rejected_response": "chosen",
     "rejected_answer": "chosen",
     "rejected_output": "chosen",

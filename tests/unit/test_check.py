@@ -251,3 +251,14 @@ def test_keys_that_are_not_read_are_in_the_report(tmp_path):
         tmp_path / "data" / "train.jsonl", [{"prompt": f"q{n}", "completion": "a", "note": "TEXT"} for n in range(9)]
     )
     assert run_check(tmp_path / "data", tmp_path / "out")["unread"] == {"note": 9}
+
+
+def test_rows_kept_for_tests_are_left_out_of_training_files_only(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("train", "heldout"):
+        rows = [{"prompt": f"{name} {part}", "completion": "a", "split": part} for part in ("train", "test", "test")]
+        rows[2]["prompt"] += " again"
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = run_check(tmp_path / "data", tmp_path / "out", heldout=["heldout.jsonl"])
+    assert report["rows"] == {"train": 1, "validation": 0, "heldout": 3}
+    assert report["marks"] == {"split: test": 2} and report["counts"]["marked_false"] == 2

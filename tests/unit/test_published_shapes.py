@@ -117,6 +117,13 @@ SHAPES = {
     "spam and ham": ([{"prompt": "q", "completion": "a", "label": label} for label in ("spam", "ham")], [QA, QA]),
     "a split": ([{"prompt": "q", "completion": "a", "split": part} for part in ("train", "test", "Validation", "dev", "extra")],
                 [QA, OUT, OUT, OUT, QA]),
+    "names of splits": ([{"prompt": "q", "completion": "a", "set": part} for part in ("train_sft", "test_sft", "test[:10%]", "tests of cars")],
+                        [QA, OUT, OUT, QA]),
+    "is_test": ([{"prompt": "q", "completion": "a", "is_test": value} for value in (True, False, None)], [OUT, QA, QA]),
+    "pairs in long form": ([{"prompt": "q", "completion": "a", "type": value} for value in ("chosen", "rejected", "Rejected")], [QA, OUT, OUT]),
+    "rejected loans": ([{"prompt": "q", "completion": "a", "loan": value} for value in ("paid", "rejected")], [QA, QA]),
+    "trajectories": ([{"prompt": "q", "completion": "a", "success": value} for value in (True, False)], [QA, REFUSED]),
+    "harmful answers": ([{"prompt": "q", "completion": "a", "is_harmful": value} for value in (True, False)], [REFUSED, QA]),
     "a split in metadata": ([{"prompt": "q", "completion": "a", "metadata": {"split": part}} for part in ("train", "test")], [QA, OUT]),
     "the test rows alone": ([{"prompt": "q", "completion": "a", "split": "test"}], [QA]),
 }  # fmt: skip
@@ -157,3 +164,8 @@ def test_an_image_of_a_parquet_file_is_not_left_out_of_its_question(tmp_path):
 def test_a_single_row_with_windows_line_ends_is_read(tmp_path):
     (tmp_path / "t.jsonl").write_bytes(b'{"prompt": "q", "completion": "a"}\r\n')
     assert [outcome(row) for row in read_rows(tmp_path, ["t.jsonl"], "auto")] == [QA]
+
+
+def test_an_answer_that_is_the_text_of_reject_is_refused(tmp_path):
+    rows = [{"prompt": "q", "completion": said, "chosen": "good", "reject": "bad one"} for said in ("bad one", "good")]
+    assert [outcome(row) for row in read(tmp_path, rows)] == [REFUSED, ["u: q", "a: good"]]
