@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from loraflow.base.load import refuse_missing_weights
 from loraflow.base.model_config import config_errors, reason_of
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+
+
+class _LoadReport(TypedDict):
+    """What transformers says of the weights that it loaded."""
+
+    missing_keys: set[str]
+    unexpected_keys: set[str]
+    mismatched_keys: set[tuple[str, tuple[int, ...], tuple[int, ...]]]  # name, shape in the file, shape in the model
 
 
 def check_weights(folder: Path) -> None:
@@ -77,8 +85,8 @@ def check_fits_config(folder: Path) -> None:
         ) from error
     finally:
         their_logging.set_verbosity(verbosity)
-    model, report = cast("tuple[PreTrainedModel, Mapping[str, Any]]", loaded)
-    refuse_missing_weights(folder, report)
+    model, report = cast("tuple[PreTrainedModel, _LoadReport]", loaded)
+    refuse_missing_weights(folder, {"missing_keys": report["missing_keys"]})
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise BadModel(
             "A weight of the base has another shape than config.json says.",
