@@ -136,17 +136,22 @@ def _refuse_damaged(folder: Path) -> None:
         blob = file.resolve()
         if not (file.is_symlink() and _BLOB.fullmatch(blob.name)):
             continue
-        found = hash_file(blob) if len(blob.name) == 64 else _git_id(blob.read_bytes())
-        if found != blob.name:
+        found = _hashes(blob)
+        if blob.name not in found:
             raise BadModel(
                 "A file of the base is damaged in the hub's cache on this machine.",
                 where=str(file),
                 expected=f"the hash {blob.name[:12]}",
-                got=found[:12],
+                got=found[0][:12],
                 next_step=f"rm {shlex.quote(str(blob))}, then run again: it is downloaded again",
             )
 
 
-def _git_id(content: bytes) -> str:
-    """Return the id that git gives to a file."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+def _hashes(blob: Path) -> list[str]:
+    """Return the names that a blob may have by its content: the hub's is the first one."""
+    if len(blob.name) == 64:
+        return [hash_file(blob)]
+    content = blob.read_bytes()
+    # A mirror of the hub may name a file by its sha1, as Artifactory's ETags do.
+    parts = (b"blob %d\0" % len(content) + content, content)
+    return [hashlib.sha1(part, usedforsecurity=False).hexdigest() for part in parts]

@@ -236,8 +236,11 @@ def test_a_branch_is_resolved_to_the_commit_in_the_lock_file(tmp_path, monkeypat
     assert resolve.locate(branch, HashMemo(None)) == pinned
 
 
+@pytest.mark.parametrize(
+    "git", [["git", "hash-object", "--no-filters"], ["sha1sum"]]
+)  # the hub's names, and a mirror's
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_file_of_the_hubs_cache_that_was_damaged_is_refused(tmp_path, phi3, monkeypatch, name):
+def test_a_file_of_the_hubs_cache_that_was_damaged_is_refused(tmp_path, phi3, monkeypatch, name, git):
     """The cache has the layout of the hub's library. The names of its files are those of git and sha256sum."""
     commit, home = "c" * 40, tmp_path / "models--acme--tiny"
     blobs, snapshot = home / "blobs", home / "snapshots" / commit
@@ -246,8 +249,8 @@ def test_a_file_of_the_hubs_cache_that_was_damaged_is_refused(tmp_path, phi3, mo
     (home / "refs").mkdir()
     for file in phi3.iterdir():
         large = file.suffix == ".safetensors"
-        command = ["sha256sum", file] if large else ["git", "hash-object", "--no-filters", file]
-        blob = blobs / subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+        command = ["sha256sum"] if large else git
+        blob = blobs / subprocess.run([*command, file], check=True, capture_output=True, text=True).stdout.split()[0]
         shutil.copyfile(file, blob)
         (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
