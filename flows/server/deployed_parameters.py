@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from pydantic import JsonValue
 
 from loraflow.config.load import load_recipe
 from loraflow.config.project import FILE
+from loraflow.data.git_branch import MAIN, branches
 from loraflow.failures import BadConfig
 from loraflow.flows.server.deployment_spec import DeploymentSpec
 
+log = logging.getLogger("loraflow")
+RETRAIN = "loraflow.flows.retrain."
 HYDRATED = "__prefect_kind"  # marks a value that the server computes when a run is created
 
 
@@ -75,8 +79,7 @@ def check_settings(spec: DeploymentSpec, folder: Path, where: str) -> None:
         settings, recipe = parameters.get("settings"), parameters.get("recipe")
         if not isinstance(settings, dict) or not settings or not isinstance(recipe, str) or _is_computed(settings):
             continue
-        paths = (folder / name for name in (recipe, f"configs/{recipe}.yaml", f"configs/{recipe}.yml"))
-        if file := next((path for path in paths if path.is_file()), None):
+        if file := _recipe_file(folder, recipe):
             load_recipe(file)  # a problem of the recipe itself is reported as such
             try:
                 load_recipe(file, settings)
@@ -87,6 +90,32 @@ def check_settings(spec: DeploymentSpec, folder: Path, where: str) -> None:
                     got=error.got or str(error),
                     next_step=f"correct {FILE}",
                 ) from None
+
+
+def warn_of_missing_branches(spec: DeploymentSpec, folder: Path, where: str) -> None:
+    """Warn of a retraining from a branch that the project's repository does not have: each of its runs would fail."""
+    if not spec.entrypoint.startswith(RETRAIN) or not (known := branches(folder)):
+        return
+    for part, parameters in parameter_sets(spec):
+        branch, recipe = parameters.get("branch", MAIN), parameters.get("recipe")
+        if not isinstance(branch, str) or _is_computed(branch) or branch in known or parameters.get("settings"):
+            continue
+        file = _recipe_file(folder, recipe) if isinstance(recipe, str) else None
+        if file and load_recipe(file).data.repo == ".":
+            log.warning(
+                "%s.%s: the repository has no branch %s, so this retraining will fail; it has: %s "
+                "(next: `branch: %s` there)",
+                where,
+                part,
+                branch,
+                ", ".join(known),
+                known[0],
+            )
+
+
+def _recipe_file(folder: Path, recipe: str) -> Path | None:
+    paths = (folder / name for name in (recipe, f"configs/{recipe}.yaml", f"configs/{recipe}.yml"))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def parameter_sets(spec: DeploymentSpec) -> Iterator[tuple[str, Mapping[str, JsonValue]]]:

@@ -11,6 +11,7 @@ from string import Template
 from loraflow.config.project import FILE
 from loraflow.config.recipe_text import find_recipe
 from loraflow.config.yaml import load_plain
+from loraflow.data.git_branch import MAIN, branch_for_retraining
 
 TEXT = Template("""\
 # The deployments of this project: what people start from Prefect's UI, and what runs on a schedule.
@@ -51,7 +52,7 @@ deployments:
       becomes the champion. If nothing is new, the run ends after a few seconds in the state UpToDate.
     tags: [loraflow, heartbeat]
     work_pool: {name: $project, job_variables: *environment}
-    parameters: {recipe: $recipe}
+    parameters: {recipe: $recipe$branch}
     concurrency_limit: {limit: 1, collision_strategy: ENQUEUE}  # a second run waits, then finds every stage cached
     schedules:
       - slug: nightly
@@ -65,7 +66,7 @@ deployments:
       Runs the recipe when `loraflow data add --commit` has announced a new dataset of this project.
     tags: [loraflow, heartbeat]
     work_pool: {name: $project, job_variables: *environment}
-    parameters: {recipe: $recipe}
+    parameters: {recipe: $recipe$branch}
     concurrency_limit: {limit: 1, collision_strategy: ENQUEUE}
     triggers:
       - type: event
@@ -129,7 +130,12 @@ def write_prefect_yaml(folder: Path, recipe: str | None = None, template: str = 
     if recipe is None:
         names = sorted(path.stem for path in (folder / "configs").glob("*.yaml"))
         recipe = names[0] if names else find_recipe("NAME").stem  # refuses, and says how to make one
-    values = {"project": slug(folder.absolute().name), "recipe": quoted(recipe)}
+    branch = branch_for_retraining(folder)
+    values = {
+        "project": slug(folder.absolute().name),
+        "recipe": quoted(recipe),
+        "branch": "" if branch == MAIN else f", branch: {quoted(branch)}",
+    }
     text = TEXT.substitute(values) + (TEAM.substitute(values) if template == "gpu-team" else "")
     file.write_text(text, encoding="utf-8")
     return file

@@ -19,7 +19,7 @@ from loraflow.config import yaml
 from loraflow.config.project import FILE
 from loraflow.failures import BadConfig
 from loraflow.flows.server.automations import Notifications, Project
-from loraflow.flows.server.deployed_parameters import check_parameters, check_settings
+from loraflow.flows.server.deployed_parameters import check_parameters, check_settings, warn_of_missing_branches
 from loraflow.flows.server.deployment_spec import DeploymentEntry, DeploymentSpec, project_of
 from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
 from loraflow.flows.server.templates import is_filled_in_later, texts
@@ -155,6 +155,7 @@ def _specs(document: dict[str, JsonValue], file: Path, only: list[str] | None) -
     for spec in wanted:
         _require_recipes(spec, file)
         check_settings(spec, file.parent, f"{file}: {spec.full_name}")
+        warn_of_missing_branches(spec, file.parent, f"{file}: {spec.full_name}")
     return wanted
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("loraflow")
 FOLDER = Path(".loraflow", "branches")
 DAY = 24 * 3600
+MAIN = "main"  # the default of retrain's parameter `branch`
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,33 @@ def _checkout_with_data(repo: str, commit: str) -> str:
     return str(checkout)
 
 
+def branch_for_retraining(folder: str | Path) -> str:
+    """Return the branch from which a new project is retrained: main; without it, the branch that is checked out.
+
+    git calls the first branch of a repository master, unless `init.defaultBranch` says otherwise.
+    """
+    checked_out = git_or_none(["symbolic-ref", "--quiet", "--short", "HEAD"], folder)
+    return checked_out if checked_out and MAIN not in branches(folder) else MAIN
+
+
+def branches(repo: str | Path, remote: str = "origin") -> list[str]:
+    """Return the names of a repository's branches, its own and those of a remote; none before the first commit."""
+    patterns = ["refs/heads", f"refs/remotes/{remote}"]
+    listed = git_or_none(["for-each-ref", "--format=%(refname)", *patterns], repo) or ""
+    names = (line.removeprefix("refs/heads/").removeprefix(f"refs/remotes/{remote}/") for line in listed.split())
+    return sorted(set(names) - {"HEAD"})
+
+
 def _no_branch(branch: str, repo: str) -> BadConfig:
+    known = [] if is_url(repo) else branches(repo)
     return BadConfig(
-        "There is no such branch.", where=f"{branch} in {repo}", next_step="correct retrain's `branch` parameter"
+        "There is no such branch.",
+        where=f"{branch} in {repo}",
+        expected=f"one of {', '.join(known)}" if known else "",
+        next_step=f"set `branch` in the parameters of the deployment in prefect.yaml, such as branch: {known[0]}, then "
+        "`loraflow deploy`"
+        if known
+        else "correct retrain's `branch` parameter",
     )
 
 

@@ -9,6 +9,8 @@ from loraflow.evaluation.forgetting import PREFIX
 from loraflow.evaluation.power import MINIMUM_ROWS
 from loraflow.evaluation.values import Comparison, Decision
 
+MORE = ", and add held-out rows"
+
 
 @dataclass(frozen=True)
 class HeldoutRows:
@@ -25,7 +27,12 @@ def advice(decision: Decision, rows: HeldoutRows) -> list[str]:
 
 def _steps(decision: Decision, rows: HeldoutRows) -> Iterator[str]:
     unsure = [one for one in decision.comparisons if one.state == "open"]
+    most: dict[str, Comparison] = {}  # the same step for two claims: the one that needs more rows
     for one in unsure:
+        step = _step(one, rows).replace(_about(one), "").replace(MORE, "")
+        if step not in most or (one.rows_needed or 0) > (most[step].rows_needed or 0):
+            most[step] = one
+    for one in most.values():
         yield _step(one, rows)
     if decision.unscored:
         how = "a smaller data.heldout_reserve" if rows.deals_rows else "a larger evaluation.max_rows"
@@ -58,7 +65,7 @@ def _step(one: Comparison, rows: HeldoutRows) -> str:
     if rows.deals_rows:
         return f"score more rows in each look{_about(one)}: a smaller data.heldout_reserve, or more held-out rows"
     if rows.available > one.n:
-        more = "" if rows.available >= (one.rows_needed or 0) else ", and add held-out rows"
+        more = "" if rows.available >= (one.rows_needed or 0) else MORE
         return f"raise evaluation.max_rows{more}{_about(one)}: there are {rows.available:,} held-out rows"
     return f"add held-out rows{_about(one)}"
 

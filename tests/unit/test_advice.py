@@ -1,5 +1,7 @@
 """The next steps that a report names after `undecided`, by the comparisons that were inconclusive."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -40,6 +42,15 @@ def test_too_few_rows_ask_for_more_of_them_where_they_are():
     assert said(SMALL_GAIN) == ["add held-out rows (about 200 are needed, 100 were scored)"]
     (dealt,) = said(SMALL_GAIN, available=400, deals_rows=True)
     assert "data.heldout_reserve" in dealt and "max_rows" not in dealt
+
+
+def test_two_claims_that_need_rows_ask_for_the_larger_number_once():
+    gain, guard = SMALL_GAIN.comparisons[0], replace(SMALL_GAIN.comparisons[0], kind="guard", rows_needed=130)
+    for claims in ([gain, guard], [guard, gain]):
+        both = replace(SMALL_GAIN, comparisons=claims)
+        assert said(both) == ["add held-out rows (about 200 are needed, 100 were scored)"]
+        (step,) = said(both, available=150)
+        assert step.startswith("raise evaluation.max_rows, and add held-out rows (about 200 are needed")
 
 
 def test_a_model_that_is_not_better_is_not_told_to_score_more_rows():

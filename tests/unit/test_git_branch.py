@@ -157,3 +157,12 @@ def test_a_commit_without_an_author_says_how_to_name_one(repos, monkeypatch):
     with pytest.raises(BadConfig, match="cannot commit the dataset's version") as caught:
         branch.commit(dvc.Pin(path="data", md5="0123", dvc_file="data.dvc"))
     assert "git config user.name" in str(caught.value)
+
+
+def test_a_missing_branch_is_refused_with_those_that_exist(repos):
+    _, mine, worker = repos
+    git(mine, "push", "-q", "origin", "main:next")
+    git(worker, "fetch", "-q")
+    with pytest.raises(BadConfig, match="no such branch") as error:
+        branch.find_newest_commit(str(worker), "master")
+    assert error.value.expected == "one of main, next" and "branch: main" in error.value.next_step

@@ -12,6 +12,7 @@ from loraflow.failures import BadConfig
 from loraflow.flows.server import project
 from loraflow.flows.server.prefect_yaml import read_specs
 from loraflow.flows.server.schedules import next_run
+from tests.unit.test_git_branch import git
 
 ENTRY = {
     "name": "mine",
@@ -298,6 +299,29 @@ def test_a_flow_of_the_users_own_is_read_from_its_file(specs, tmp_path, monkeypa
 def test_a_wrong_document_is_refused(specs, document, what):
     with pytest.raises(BadConfig, match=what):
         specs(document)
+
+
+@pytest.mark.parametrize("first", ["master", "main"])
+def test_a_new_project_is_retrained_from_the_branch_that_its_repository_has(tmp_path, monkeypatch, caplog, first):
+    """git calls the first branch master, where nothing else is configured: the nightly run failed each night."""
+    from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.yaml").write_text("name: tiny\nbase: {model: x}\ndata: {train: [a.jsonl]}\n")
+    git(tmp_path, "init", "-q", "-b", first)  # `loraflow init` comes before the first commit, or after it
+    write_prefect_yaml(tmp_path)
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "one")
+    retrains = [spec for spec in read_specs(tmp_path / "prefect.yaml") if spec.flow_name == "retrain"]
+    assert [spec.parameters.get("branch", "main") for spec in retrains] == [first] * 2
+    assert not caplog.records
+    git(tmp_path, "branch", "-q", "-m", "trunk")
+    read_specs(tmp_path / "prefect.yaml")
+    assert caplog.records[0].message.endswith(
+        f"parameters: the repository has no branch {first}, so this retraining will fail; it has: trunk "
+        "(next: `branch: trunk` there)"
+    )
 
 
 def test_triggers_of_two_deployments_may_have_one_name(specs):
