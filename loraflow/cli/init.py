@@ -148,7 +148,9 @@ def _require_base(base: str) -> None:
     Raises:
         BadModel: it can be neither.
     """
-    if base == "bundled:smollm2" or Path(base).expanduser().is_dir() or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", base):
+    folder = Path(base).expanduser()
+    is_hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", base) and not folder.exists()  # `gpt2` is one, too
+    if base == "bundled:smollm2" or folder.is_dir() or is_hub_id:
         return
     raise BadModel(
         "There is no such base model.",

@@ -229,7 +229,7 @@ def test_a_branch_is_resolved_to_the_commit_in_the_lock_file(tmp_path, monkeypat
     pinned = resolve.locate(Base(model="microsoft/Phi-3-mini-4k-instruct", revision=commit), HashMemo(None))
     assert pinned.source == {"hub": "microsoft/Phi-3-mini-4k-instruct", "commit": commit}
     branch = Base(model="microsoft/Phi-3-mini-4k-instruct", revision="main")
-    with pytest.raises(Network, match="which commit") as caught:  # HF_HUB_OFFLINE is set for all tests
+    with pytest.raises(Network, match="the commit of the branch") as caught:  # HF_HUB_OFFLINE is set for all tests
         resolve.locate(branch, HashMemo(None))
     assert "40 hex digits" in str(caught.value)
     (tmp_path / "loraflow.lock").write_text(json.dumps({"microsoft/Phi-3-mini-4k-instruct@main": commit}))
