@@ -123,11 +123,7 @@ def _next_of_cron(schedule: CronSchedule, now: datetime) -> datetime | None:
     from prefect.server.schemas.schedules import CronSchedule as OfServer  # imports the server: only for deployments
 
     try:
-<<<<<<< HEAD
-        dates: list[datetime] = run_coro_as_sync(OfServer(**schedule.model_dump()).get_dates(n=1, start=now))
-=======
         dates: Any = run_coro_as_sync(OfServer(**schedule.model_dump()).get_dates(n=1, start=now))
->>>>>>> part/adopt
     except ValueError:  # croniter's CroniterBadDateError: no date within 50 years
         return None
     first: datetime | None = dates[0] if dates else None
