@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -19,6 +19,7 @@ from pydantic import (
     JsonValue,
     SerializerFunctionWrapHandler,
     model_serializer,
+    model_validator,
 )
 from pydantic.config import JsonDict
 from pydantic.json_schema import JsonSchemaValue
@@ -115,19 +116,42 @@ class Overrides(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="Changes to the recipe")
 
+    base: OptionalText = Field(
+        None,
+        title="Base model",
+        description="A hub id, a folder on the worker, or bundled:smollm2. The revision in the recipe is not used with it.",
+        json_schema_extra=at(0),
+        min_length=1,
+    )
     epochs: OptionalInt = Field(
         None,
         title="Epochs",
-        description="How many times training reads each row. Also replaces the recipe's max_steps.",
-        json_schema_extra=at(0),
+        description="How many times training reads each row. Replaces the recipe's number of steps, too.",
+        json_schema_extra=at(1),
         ge=1,
         le=1000,
+    )
+    steps: OptionalInt = Field(
+        None,
+        title="Steps",
+        description="Train for this number of optimizer steps, instead of a number of epochs.",
+        json_schema_extra=at(2),
+        ge=1,
+        le=100_000_000,
+    )
+    batch_size: OptionalInt = Field(
+        None,
+        title="Batch size",
+        description="The number of rows of an optimizer step, on all devices together.",
+        json_schema_extra=at(3),
+        ge=1,
+        le=65_536,
     )
     learning_rate: OptionalDecimal = Field(
         None,
         title="Learning rate",
         description="The peak learning rate, such as 2e-4 or 0.0002. LoRA usually works with 1e-5 to 1e-3.",
-        json_schema_extra=at(1),
+        json_schema_extra=at(4),
         gt=0,
         le=1,
     )
@@ -135,7 +159,7 @@ class Overrides(BaseModel):
         None,
         title="LoRA rank",
         description="The rank of the adapter's matrices. A higher rank can learn more, and needs more memory.",
-        json_schema_extra=at(2),
+        json_schema_extra=at(5),
         ge=1,
         le=1024,
     )
@@ -143,7 +167,7 @@ class Overrides(BaseModel):
         None,
         title="LoRA alpha",
         description="The adapter's output is multiplied by alpha / rank.",
-        json_schema_extra=at(3),
+        json_schema_extra=at(6),
         ge=1,
         le=4096,
     )
@@ -151,7 +175,7 @@ class Overrides(BaseModel):
         None,
         title="Longest row, in tokens",
         description="Longer rows are dropped, cut, or refused with an error, as the recipe's data.too_long says.",
-        json_schema_extra=at(4),
+        json_schema_extra=at(7),
         ge=8,
         le=1_048_576,
     )
@@ -159,14 +183,14 @@ class Overrides(BaseModel):
         None,
         title="Dataset revision",
         description="Git commit, tag or branch from which the .dvc file is read.",
-        json_schema_extra=at(5),
+        json_schema_extra=at(8),
         min_length=1,
     )
     seed: OptionalInt = Field(
         None,
         title="Seed",
         description="Random seed of the adapter's initial weights and of the order of the rows.",
-        json_schema_extra=at(6),
+        json_schema_extra=at(9),
         ge=0,
         le=2**32 - 1,
     )
@@ -174,8 +198,14 @@ class Overrides(BaseModel):
         None,
         title="Learn from",
         description="What to learn. assistant: all answers; last_assistant: the last answer of a chat; all: everything.",
-        json_schema_extra=at(7),
+        json_schema_extra=at(10),
     )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("fill in Epochs or Steps, not both")
+        return self
 
     @model_serializer(mode="wrap")
     def _without_empty_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
@@ -186,13 +216,23 @@ class Overrides(BaseModel):
         out: dict[str, JsonValue] = {KEYS[name]: value for name, value in self if value is not None}
         if self.epochs is not None:
             out["training_config.max_steps"] = -1  # otherwise max_steps would take precedence over the epochs
+        if self.batch_size is not None:
+            # The batch is the product of both; on a CPU, the first one is also the number of rows in memory.
+            rows = max(rows for rows in range(1, 9) if self.batch_size % rows == 0)
+            out[KEYS["batch_size"]] = rows
+            out["training_config.gradient_accumulation_steps"] = self.batch_size // rows
+        if self.base is not None:
+            out["base.revision"] = None  # a revision of the recipe's base
         return out
 
 
 NO_OVERRIDES = Overrides()
 # field of the form → dotted key of the recipe
 KEYS = {
+    "base": "base.model",
     "epochs": "training_config.num_train_epochs",
+    "steps": "training_config.max_steps",
+    "batch_size": "training_config.per_device_train_batch_size",
     "learning_rate": "training_config.learning_rate",
     "rank": "peft_config.r",
     "alpha": "peft_config.lora_alpha",

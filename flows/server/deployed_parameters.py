@@ -79,7 +79,7 @@ def check_settings(spec: DeploymentSpec, folder: Path, where: str) -> None:
         settings, recipe = parameters.get("settings"), parameters.get("recipe")
         if not isinstance(settings, dict) or not settings or not isinstance(recipe, str) or _is_computed(settings):
             continue
-        if file := _recipe_file(folder, recipe):
+        if file := recipe_file(folder, recipe):
             load_recipe(file)  # a problem of the recipe itself is reported as such
             try:
                 load_recipe(file, settings)
@@ -100,7 +100,7 @@ def warn_of_missing_branches(spec: DeploymentSpec, folder: Path, where: str) -> 
         branch, recipe = parameters.get("branch", MAIN), parameters.get("recipe")
         if not isinstance(branch, str) or _is_computed(branch) or branch in known or parameters.get("settings"):
             continue
-        file = _recipe_file(folder, recipe) if isinstance(recipe, str) else None
+        file = recipe_file(folder, recipe) if isinstance(recipe, str) else None
         if file and load_recipe(file).data.repo == ".":
             log.warning(
                 "%s.%s: the repository has no branch %s, so this retraining will fail; it has: %s "
@@ -113,7 +113,8 @@ def warn_of_missing_branches(spec: DeploymentSpec, folder: Path, where: str) -> 
             )
 
 
-def _recipe_file(folder: Path, recipe: str) -> Path | None:
+def recipe_file(folder: Path, recipe: str) -> Path | None:
+    """Return the file of a recipe: a path, or a name in `configs/`; None if there is none."""
     paths = (folder / name for name in (recipe, f"configs/{recipe}.yaml", f"configs/{recipe}.yml"))
     return next((path for path in paths if path.is_file()), None)
 

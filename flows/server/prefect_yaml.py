@@ -21,6 +21,7 @@ from loraflow.failures import BadConfig
 from loraflow.flows.server.automations import Notifications, Project
 from loraflow.flows.server.deployed_parameters import check_parameters, check_settings, warn_of_missing_branches
 from loraflow.flows.server.deployment_spec import DeploymentEntry, DeploymentSpec, project_of
+from loraflow.flows.server.form_values import with_recipe_values
 from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
 from loraflow.flows.server.templates import is_filled_in_later, texts
 
@@ -156,7 +157,7 @@ def _specs(document: dict[str, JsonValue], file: Path, only: list[str] | None) -
         _require_recipes(spec, file)
         check_settings(spec, file.parent, f"{file}: {spec.full_name}")
         warn_of_missing_branches(spec, file.parent, f"{file}: {spec.full_name}")
-    return wanted
+    return [with_recipe_values(spec, file.parent, f"{file}: {spec.full_name}") for spec in wanted]
 
 
 def _check_document(document: dict[str, JsonValue], file: Path) -> None:

@@ -73,6 +73,45 @@ def test_every_field_of_the_form_is_a_key_of_the_recipe():
     assert set(KEYS.values()) <= {".".join(path) for path in _all_paths(Recipe)}
 
 
+def test_the_batch_size_is_that_of_an_optimizer_step(recipe):
+    for size in (1, 6, 13, 64, 96):
+        training = load_recipe(recipe, Overrides(batch_size=size).settings()).training_config
+        assert training.global_batch == size and training.per_device_train_batch_size <= 8
+
+
+def test_another_base_does_not_keep_the_revision_of_the_recipes_base(recipe):
+    settings = {"base.revision": "a" * 40, **Overrides(base="org/other").settings()}
+    base = load_recipe(recipe, settings).base
+    assert (base.model, base.revision) == ("org/other", None)
+
+
+def test_a_number_of_steps_replaces_the_epochs_and_not_both_are_accepted(recipe):
+    assert load_recipe(recipe, Overrides(steps=7).settings()).training_config.max_steps == 7
+    with pytest.raises(ValidationError, match="fill in Epochs or Steps, not both"):
+        Overrides(epochs=1, steps=7)
+
+
+def test_a_deployments_form_shows_the_values_of_its_recipe(recipe, tmp_path, monkeypatch):
+    from loraflow.flows.server.prefect_yaml import read_specs
+
+    monkeypatch.chdir(tmp_path)
+    document = {
+        "name": "walk",
+        "deployments": [
+            {"name": "own", "entrypoint": "loraflow.flows.finetune.finetune", "parameters": {"recipe": recipe.name}, "work_pool": {"name": "p"}},
+        ],
+    }  # fmt: skip
+    (tmp_path / "prefect.yaml").write_text(json.dumps(document))
+    (spec,) = read_specs(tmp_path / "prefect.yaml")
+    fields = spec.parameter_openapi_schema["definitions"]["Overrides"]["properties"]
+    loaded, before = load_recipe(recipe), schema()["definitions"]["Overrides"]["properties"]
+    assert fields["rank"]["description"] == f"{before['rank']['description']} In {recipe.name}: {loaded.peft_config.r}."
+    assert fields["batch_size"]["description"].endswith(f": {loaded.training_config.global_batch}.")
+    assert fields["base"]["description"].endswith(f": {loaded.base.model}.")
+    assert fields["steps"]["description"].endswith(f": {loaded.training_config.max_steps}.")
+    assert "not used because max_steps is" in fields["epochs"]["description"]
+
+
 def test_empty_fields_keep_the_recipes_values(recipe):
     assert Overrides().settings() == {} and Overrides().model_dump() == {}
     assert load_recipe(recipe, Overrides().settings()) == load_recipe(recipe)
