@@ -331,7 +331,7 @@ def test_an_index_that_contradicts_its_files_is_refused(tmp_path, phi3):
     index["weight_map"].pop("model.norm.weight")
     file.write_text(json.dumps(index))
     (tmp_path / "out").mkdir()
-    with pytest.raises(BadModel, match="index does not say"):
+    with pytest.raises(BadModel, match="index does not match the tensors"):
         merge(tmp_path / "base", adapter, tmp_path / "out")
 
 

@@ -65,7 +65,7 @@ def test_a_model_on_the_hub_is_refused_before_its_weights_are_downloaded(name, t
     [
         ({"model_type": "made_up", "architectures": ["MadeUpForCausalLM"]}, "not a causal language model", "newer transformers"),
         ({"model_type": "made_up", "architectures": ["MadeUpForCausalLM"], "auto_map": {"AutoModelForCausalLM": "m.M"}}, "needs Python code", "if you trust it"),
-        ({"model_type": "blip", "architectures": ["BlipForConditionalGeneration"]}, "not a causal language model", "another base"),
+        ({"model_type": "blip", "architectures": ["BlipForConditionalGeneration"]}, "reads images", "another base"),
     ],
 )  # fmt: skip
 def test_an_architecture_that_transformers_does_not_have_is_refused_before_it_is_copied(config, says, advice, tmp_path):
