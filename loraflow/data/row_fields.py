@@ -88,7 +88,7 @@ class RowFields:
         read = {*self._used, *self._columns.values()}
         others = {key: value for key, value in self.row.items() if key not in read}
         answers = [theirs for ours, theirs in self._columns.items() if ours in ANSWERS]
-        return answer_weight(others, "", self._used, self.labels, answers, tuple(answers_of(self.row)))
+        return answer_weight(others, "", self._used, self.labels, answers, tuple(answers_of(self.row)), self.row)
 
     def turns(
         self, column: str, items: list[RawRow], roles: tuple[str, ...], contents: tuple[str, ...], first: int = 1
