@@ -22,7 +22,22 @@ _SPREADSHEET_ERRORS = frozenset({
 _CHAT = re.compile(r"""\[\s*\{\s*['"](?:role|from|content|value)['"]\s*:.*\}\s*\]""", re.DOTALL)
 _PLACEHOLDER = re.compile(r"<(image|video|audio)>")
 _MEDIA = re.compile(
-    r"(image|video|audio|img|picture|photo)s?(_?(path|paths|url|urls|file|files|bytes))?", re.IGNORECASE
+    r"([a-z]+_)*(image|video|audio|img|picture|photo|screenshot)s?(_?\d+)?(_?(path|paths|url|urls|file|files|bytes))?",
+    re.IGNORECASE,
+)
+_DATA_URLS = ("data:image/", "data:audio/", "data:video/")
+_MAGIC = (
+    b"\x89PNG",
+    b"\xff\xd8\xff",
+    b"GIF8",
+    b"RIFF",
+    b"ID3",
+    b"OggS",
+    b"fLaC",
+    b"II*\0",
+    b"MM\0*",
+    b"BM",
+    b"\x1aE\xdf\xa3",
 )
 
 
@@ -70,13 +85,24 @@ def _is_python(text: str) -> bool:
     return re.match(r"\s*[\[{(]+\s*'", text) is not None
 
 
-def _is_media(value: JsonValue) -> bool:
-    """Tell whether a value is an image, video or sound as `datasets` stores it: {bytes, path}, or a list of them."""
-    if isinstance(value, list) and value:
-        value = value[0]
-    return isinstance(value, bytes) or (
-        isinstance(value, dict) and "path" in value and not value.keys().isdisjoint({"bytes", "array"})
-    )
+def _is_media(key: str, value: JsonValue) -> bool:
+    """Tell whether a value is an image, video or sound, or a list with one.
+
+    `datasets` stores it as {bytes, path} or {array, path, sampling_rate}, in a column of any name; a page as a data URL.
+    """
+    if isinstance(value, list):
+        return any(_is_media(key, item) for item in value if isinstance(item, dict | bytes | str))
+    if isinstance(value, str):
+        return value.startswith(_DATA_URLS)
+    has_name = _MEDIA.fullmatch(key) is not None
+    if isinstance(value, bytes):
+        return bool(value) and (has_name or value.startswith(_MAGIC))
+    if not isinstance(value, dict):
+        return False
+    content = value.get("bytes") or value.get("array")
+    if isinstance(content, str | bytes | list) and content:
+        return has_name or isinstance(content, bytes) or not value.keys().isdisjoint({"path", "sampling_rate"})
+    return has_name and isinstance(value.get("path"), str) and bool(value["path"])
 
 
 def refuse_media(row: Mapping[str, JsonValue], texts: Sequence[JsonValue]) -> None:
@@ -88,7 +114,7 @@ def refuse_media(row: Mapping[str, JsonValue], texts: Sequence[JsonValue]) -> No
         BadRow: it has one.
     """
     for key, value in row.items():
-        if _is_media(value) and _MEDIA.fullmatch(str(key)):
+        if isinstance(value, dict | list | bytes | str) and _is_media(str(key), value) and value not in texts:
             raise BadRow(f"{key} is not read: only text is supported; remove it if the answer does not depend on it")
     for text in texts:
         found = _PLACEHOLDER.search(text) if isinstance(text, str) else None

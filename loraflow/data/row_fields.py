@@ -62,6 +62,8 @@ class RowFields:
         """
         row = self.row
         found = None
+        if self._columns and (chosen := [name for name in names if name in self._columns]):
+            names = tuple(chosen)  # the recipe says which one is read
         for name in names:
             if name in row and has_value(row[name]):
                 self._used.add(name)
@@ -76,6 +78,15 @@ class RowFields:
     def optional(self, *names: str) -> JsonValue:
         """Return the value of the first key that has one; None if none of the keys is there."""
         return self.value(*names) if any(name in self.row for name in names) else None
+
+    @property
+    def used(self) -> Mapping[str, str]:
+        """The keys that were read: loraflow's name → the row's own; the same unless a recipe names the column."""
+        return {key: self._columns.get(key, key) for key in self._used}
+
+    def chosen_answers(self) -> tuple[str, ...]:
+        """Return the row's columns that a recipe names as the answer and that were read as such."""
+        return tuple(theirs for ours, theirs in self._columns.items() if ours in self._used and ours in ANSWERS)
 
     def row_weight(self) -> Weight:
         """Return the weight of the row's answers in the loss, by the row's marks; 0: they are not learned.
