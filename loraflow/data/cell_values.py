@@ -115,7 +115,9 @@ def refuse_media(row: Mapping[str, JsonValue], texts: Sequence[JsonValue]) -> No
     """
     for key, value in row.items():
         if isinstance(value, dict | list | bytes | str) and _is_media(str(key), value) and value not in texts:
-            raise BadRow(f"{key} is not read: only text is supported; remove it if the answer does not depend on it")
+            raise BadRow(
+                f"{key} is not read: only text is supported; if the answer does not depend on it, name it in data.ignore"
+            )
     for text in texts:
         found = _PLACEHOLDER.search(text) if isinstance(text, str) else None
         if found and (keys := [key for key, value in row.items() if value and _MEDIA.fullmatch(str(key))]):

@@ -8,7 +8,7 @@ with different texts are refused. Marks that exclude an answer from the loss are
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -72,6 +72,7 @@ def read_chat(
     columns: Mapping[str, str] = _NO_COLUMNS,
     labels: Labels | None = None,
     tools: list[Tool] | None = None,
+    ignore: Collection[str] = (),
 ) -> ReadChat:
     """Return a row's chat, which answers of it are learned, and which keys were not read.
 
@@ -81,6 +82,7 @@ def read_chat(
         columns: {loraflow's column: the row's column}, for columns with other names.
         labels: tells whether a label is a class. By default none is.
         tools: of a row that has none of its own (data.tools).
+        ignore: keys of the row and its messages that are not looked at.
 
     Raises:
         MarkedFalse: marks exclude every answer of the row.
@@ -96,7 +98,7 @@ def read_chat(
         plain = _plain_messages(row.get("messages"))
         if plain is not None:
             return ReadChat(plain)
-    fields = RowFields(_object(row), columns, labels or Labels())
+    fields = RowFields(_object(row), columns, labels or Labels(), ignore)
     turns = _turns(fields, format_name)
     has_others = not fields.row.keys() <= _FORMAT_KEYS
     row_weight, excluded_by = fields.row_weight() if has_others else (1.0, "")

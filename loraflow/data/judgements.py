@@ -123,8 +123,9 @@ def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
     got = repr(value[:60]) if isinstance(value, str) else repr(value)
     return Said(
         None,
-        f"{'.'.join(here)} {got} may mark the answer as wrong, or be a class of the row: rename the column if it "
-        "is a class; if it is a mark, write it as is_correct, train or weight, whose false or 0 leaves the answer out",
+        f"{'.'.join(here)} {got} may mark the answer as wrong, or be a class of the row: if it is a class, "
+        f"rename the column or name {here[0]} in data.ignore; if it is a mark, write it as is_correct, train or weight, "
+        "whose false or 0 leaves the answer out",
     )
 
 

@@ -319,7 +319,8 @@ class Labels:
         why = f"{key} {repr(value)[:60]} is neither true nor false, as other rows' are"
         if len(others) == 2 or (others and reads_like_a_judgement(value)):
             why = f"{key} {repr(value)[:60]} may mark an answer as wrong, but is neither true nor false"
-        return f"{why}: write true (the answer is learned) or false (it is not); if it is a class, rename the column"
+        ways = "write true (the answer is learned) or false (it is not)"
+        return f"{why}: {ways}; if it is a class, rename the column or name it in data.ignore"
 
     def _column(self, key: str) -> _Column:
         if key not in self._found:

@@ -193,7 +193,7 @@ def _unsupported(where: str, key: str, value: JsonValue, weight: float | None, *
     ways = "write 1 (the answer is left out) or 0 (it is learned)"
     if not is_exclusion:
         ways = "write 1 (the answer is learned) or 0 (it is not), or a number between that multiplies its loss"
-    column = "" if where else "; if it is no mark, rename or remove the column"
+    column = "" if where else "; if it is no mark, rename the column or name it in data.ignore"
     return f"{where}{key} {_shown(value)} {why}; {ways}{column}"
 
 

@@ -212,10 +212,10 @@ def _says_whether(text: str) -> bool:
 
 def _way_out(key: str, used: Mapping[str, str]) -> str:
     if used.keys() & {"messages", "conversations"}:
-        return "write it into the chat, or remove it"
+        return f"write it into the chat, or name {key} in data.ignore"
     ours = "output" if "instruction" in used else "completion"
     own = ours if ours in used else "response"
-    return f"set data.columns: {{{ours}: {key}}} if each row has it, else write it into {own}, or remove it"
+    return f"set data.columns: {{{ours}: {key}}} if each row has it, else write it into {own}, or name {key} in data.ignore"
 
 
 def _is_text(value: JsonValue, answer: str) -> bool:

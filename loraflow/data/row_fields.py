@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from pydantic import JsonValue
@@ -41,15 +41,18 @@ class RowFields:
         row: the row.
         columns: {loraflow's column: the row's column}, for columns with other names.
         labels: tells whether a label is a class; None if marks are not read.
+        ignore: keys of the row and its messages that are not looked at.
 
     Raises:
         BadRow: the row lacks a column of `columns`.
     """
 
-    __slots__ = ("_columns", "_inner_unread", "_own", "_used", "labels", "row")
+    __slots__ = ("_columns", "_inner_unread", "_own", "_used", "ignore", "labels", "row")
 
-    def __init__(self, row: RawRow, columns: Mapping[str, str], labels: Labels | None):
-        self._own, self._columns, self.labels = row, columns, labels
+    def __init__(self, row: RawRow, columns: Mapping[str, str], labels: Labels | None, ignore: Collection[str] = ()):
+        if ignore:
+            row = {key: value for key, value in row.items() if key not in ignore}
+        self._own, self._columns, self.labels, self.ignore = row, columns, labels, ignore
         self.row = _renamed(row, columns) if columns else row
         self._used: set[str] = set()
         self._inner_unread: dict[str, None] = {}
@@ -129,6 +132,8 @@ class RowFields:
         return out
 
     def _turn(self, column: str, item: RawRow, roles: tuple[str, ...], contents: tuple[str, ...], number: int) -> Turn:
+        if self.ignore:
+            item = {key: value for key, value in item.items() if key not in self.ignore}
         calls = [
             call
             for key in ("tool_calls", "function_call")

@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from loraflow.data.chat_formats import to_prompt
+from loraflow.data.compare import read_files
 from loraflow.data.guess_columns import columns_of
+from loraflow.data.marked_rows import split_hint
 from loraflow.data.readers import read_rows
 
 OUT, REFUSED = "left out", "refused"
@@ -265,3 +267,46 @@ def test_an_answer_that_the_recipe_chose_is_learned_beside_corrections(tmp_path)
     for chosen, said in (("answer", "a: a"), ("corrected_answer", "a: b")):
         (found,) = read_rows(tmp_path, ["t.jsonl"], "auto", {"prompt": "question", "completion": chosen})
         assert outcome(found) == ["u: q", said]
+
+
+IGNORED = [
+    ({"quality": "bad"}, "quality"), ({"metadata": {"label": "rejected"}}, "metadata"), ({"label": "flase"}, "label"), ({"loss": 0.3}, "loss"),
+    ({"corrected_answer": "b"}, "corrected_answer"), ({"image": {"bytes": "x", "path": "p"}}, "image"),
+    ({"photo": "x.png", "prompt": "<image> q"}, "photo"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("extra", "key"), IGNORED, ids=lambda value: str(value)[:40])
+def test_a_key_that_the_recipe_ignores_is_not_looked_at(tmp_path, extra, key):
+    (row,) = read(tmp_path, [{"prompt": "q", "completion": "a", **extra}])
+    assert outcome(row) == REFUSED
+    (row,) = read_rows(tmp_path, ["t.jsonl"], "auto", ignore=[key])
+    assert row.messages and row.unused_keys == ()
+
+
+def test_refusals_name_the_key_to_ignore(tmp_path):
+    for extra in ({"quality": "bad"}, {"metadata": {"quality": "bad"}}):
+        (row,) = read(tmp_path, [{"prompt": "q", "completion": "a", **extra}])
+        assert f"name {next(iter(extra))} in data.ignore" in row.problem
+
+
+def test_a_key_of_a_message_is_ignored_and_rows_without_it_are_left_out_as_before(tmp_path):
+    rows = [{"messages": [user("q"), answer("a", **mark)]} for mark in ({"quality": "bad"}, {"weight": 0}, {})]
+    assert [outcome(row) for row in read(tmp_path, rows)] == [REFUSED, OUT, QA]
+    found = read_rows(tmp_path, ["t.jsonl"], "auto", ignore=["quality"])
+    assert [outcome(row) for row in found] == [QA, OUT, QA]
+
+
+def test_data_diff_counts_the_rows_that_training_reads(tmp_path):
+    read(
+        tmp_path,
+        [{"prompt": f"q{n}", "completion": "a", "split": part} for n, part in enumerate(("train_sft", "test_sft"))],
+    )
+    version = read_files(tmp_path, ["t.jsonl"], "auto", {})
+    assert (version.read, len(version.prompts), version.malformed) == (2, 1, 0)
+
+
+def test_the_way_to_score_rows_of_a_split_is_named():
+    for mark in ("split: test", "metadata.split: test", "is_test: True"):
+        assert split_hint({mark: 40}).endswith("put them into a file of data.heldout")
+    assert split_hint({"is_correct: no": 40}) == ""
