@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from pydantic import JsonValue
 
@@ -94,27 +94,34 @@ def _is_media(key: str, value: JsonValue) -> bool:
         return any(_is_media(key, item) for item in value if isinstance(item, dict | bytes | str))
     if isinstance(value, str):
         return value.startswith(_DATA_URLS)
-    has_name = _MEDIA.fullmatch(key) is not None
     if isinstance(value, bytes):
-        return bool(value) and (has_name or value.startswith(_MAGIC))
-    if not isinstance(value, dict):
+        return value.startswith(_MAGIC) or (bool(value) and _MEDIA.fullmatch(key) is not None)
+    if not isinstance(value, dict) or value.keys().isdisjoint({"bytes", "array", "path"}):
         return False
+    has_name = _MEDIA.fullmatch(key) is not None
     content = value.get("bytes") or value.get("array")
     if isinstance(content, str | bytes | list) and content:
         return has_name or isinstance(content, bytes) or not value.keys().isdisjoint({"path", "sampling_rate"})
     return has_name and isinstance(value.get("path"), str) and bool(value["path"])
 
 
-def refuse_media(row: Mapping[str, JsonValue], texts: Sequence[JsonValue]) -> None:
+def refuse_media(row: Mapping[str, JsonValue], texts: Sequence[JsonValue], read: Collection[str]) -> None:
     """Refuse a row with an image, video or sound: its answer would be learned without it.
 
     A path or URL alone may belong to a text that does not need it, so it counts only beside a placeholder in the text.
+
+    Args:
+        row: the row.
+        texts: the texts of its chat.
+        read: the keys that were read.
 
     Raises:
         BadRow: it has one.
     """
     for key, value in row.items():
-        if isinstance(value, dict | list | bytes | str) and _is_media(str(key), value) and value not in texts:
+        if isinstance(value, str) and not value.startswith("data:"):
+            continue
+        if isinstance(value, dict | list | bytes | str) and key not in read and _is_media(str(key), value):
             raise BadRow(
                 f"{key} is not read: only text is supported; if the answer does not depend on it, name it in data.ignore"
             )

@@ -20,7 +20,7 @@ from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
 from loraflow.data.message_checks import ROLES, checked_messages
 from loraflow.data.preference_pairs import refuse_corrected, refuse_rejected
-from loraflow.data.question_parts import question_parts
+from loraflow.data.question_parts import question_parts, refuse_answers_by_letter
 from loraflow.data.row_fields import ASSISTANT, FUNCTION_CALL, RawRow, RowFields, Turn, has_value, objects
 from loraflow.data.tools import read_calls, read_tools
 
@@ -107,9 +107,12 @@ def read_chat(
         raise MarkedFalse("the row is marked as not to be learned", excluded_by)
     learned, weights = _marked(turns, row_weight, messages)
     if has_others:  # only of what is learned
-        refuse_media(fields.row, [turn.content for turn in turns])
+        used = fields.used
+        read = {*used, *used.values()}
+        refuse_media(fields.row, [turn.content for turn in turns], read)
+        refuse_answers_by_letter(fields.row, messages, read)
         refuse_rejected(fields.row, messages, fields.chosen_answers())
-        refuse_corrected(fields.row, messages, fields.used)
+        refuse_corrected(fields.row, messages, used)
     return ReadChat(messages, learned, weights, fields.unread())
 
 

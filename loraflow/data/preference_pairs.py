@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from functools import partial
+from functools import lru_cache, partial
 
 from pydantic import JsonValue
 
@@ -160,6 +160,11 @@ def refuse_rejected(row: Mapping[str, JsonValue], messages: list[Message], read:
             raise BadRow(f"its answer is the text of {key}: an answer that was not chosen would be learned")
 
 
+@lru_cache(4096)
+def _correction(name: str) -> re.Match[str] | None:
+    return _CORRECTED.fullmatch(name)
+
+
 def refuse_corrected(row: Mapping[str, JsonValue], messages: list[Message], used: Mapping[str, str]) -> None:
     """Refuse a row whose answer was corrected in another column, such as `corrected_answer` or `edited_response`.
 
@@ -175,8 +180,9 @@ def refuse_corrected(row: Mapping[str, JsonValue], messages: list[Message], used
     if not answer or any(ours != theirs for ours, theirs in used.items() if ours in ANSWERS):
         return
     for key, value in row.items():
-        name = normal_name(key) if isinstance(key, str) and key not in used else ""
-        found = _CORRECTED.fullmatch(name)
+        if not isinstance(key, str) or key in used:
+            continue
+        found = _correction(normal_name(key))
         if found and _corrects(value, answer, is_flag=found["flag"] is not None):
             raise BadRow(f"{key} has another text than the answer; {_way_out(key, used)}")
 

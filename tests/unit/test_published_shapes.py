@@ -112,6 +112,15 @@ SHAPES = {
     "a chat with settings": ([{"conversation": [user("q"), answer("a")], "options": {"temperature": 0.7}}], [QA]),
     "a chat with documents": ([{"dialog": [user("q"), answer("a")], "documents": ["d"]}], [QA]),
     "a chat with names of images": ([{"conversation": [user("q"), answer("a")], "images": ["x"]}], [QA]),
+    "choices that the prompt has": (
+        [{"prompt": "q A. w B. x", "options": options, "completion": "B"} for options in (["w", "x"], {"A": "w", "B": "x"}, "A. w\nB. x", "['w', 'x']")],
+        [["u: q A. w B. x", "a: B"]] * 4),
+    "choices that the prompt lacks": (
+        [{"prompt": "q", "options": options, "completion": "B"} for options in (["w", "x"], {"A": "w", "B": "x"}, "A. w\nB. x", "['w', 'x']", {"text": ["w", "x"]})],
+        [REFUSED] * 5),
+    "choices of a task": ([{"instruction": "q", "choices": ["w", "x"], "output": said} for said in ("(b)", "1", "x", "It is B.")],
+                          [REFUSED, REFUSED, ["u: q", "a: x"], ["u: q", "a: It is B."]]),
+    "choices that are numbers": ([{"prompt": "1 + 2", "options": [3, 4], "completion": "3"}], [["u: 1 + 2", "a: 3"]]),
     "VQA": ([{"image": {"bytes": "x", "path": "p"}, "question": "q", "answer": "a"}], [REFUSED]),
     "images beside a chat": ([{"images": [{"bytes": "x", "path": "p"}], "messages": [user("q"), answer("a")]}], [REFUSED]),
     "MMMU": ([{"image_1": {"bytes": "x", "path": "p"}, "prompt": "q", "completion": "a"}], [REFUSED]),
