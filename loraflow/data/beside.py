@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from pydantic import JsonValue
@@ -23,9 +24,14 @@ class Said(NamedTuple):
 class Beside:
     """What a key stands beside."""
 
-    said: tuple[str, ...] = ()  # the answers of the row, or the message, as `plain` returns them
+    answers: tuple[str, ...] = ()  # of the row, or the message
     labels: Labels | None = None  # knows the other rows of the file; None for a message
     row: Mapping[str, JsonValue] | None = None  # the row; None for a message
+
+    @cached_property
+    def said(self) -> tuple[str, ...]:
+        """The answers as `plain` returns them. Few keys need them, and long texts take time."""
+        return tuple(map(plain, self.answers))
 
 
 def shown(here: tuple[str, ...], value: JsonValue) -> str:

@@ -16,7 +16,7 @@ from loraflow.data.beside import Beside, shown
 from loraflow.data.chats import BadRow
 from loraflow.data.containers import contained
 from loraflow.data.judgements import opinion, part_of_dataset, rejected_of_pair, verdict
-from loraflow.data.labels import Labels, as_number, is_absent, label_side, plain, reads_like_a_judgement
+from loraflow.data.labels import Labels, as_number, is_absent, label_side, reads_like_a_judgement
 from loraflow.data.mark_names import (
     CONTAINERS,
     EXCLUSIONS,
@@ -93,7 +93,7 @@ def answer_weight(
     for key, value in values.items():
         if not isinstance(key, str) or key in texts or not (_may_mark(key) or _is_rejected(value)):
             continue
-        beside = beside or Beside(tuple(map(plain, said)), None if where else labels, row)
+        beside = beside or Beside(tuple(said), None if where else labels, row)
         mark = _mark_or_opinion(key, value, where, labels, beside)
         if mark is not None:
             used.add(key)

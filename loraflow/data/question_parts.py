@@ -55,10 +55,10 @@ def refuse_answers_by_letter(row: Mapping[str, JsonValue], messages: list[Messag
     keys = [key for key in question_parts(row) if key not in read and key.lower() not in _PARTS]
     choices = {plain(text) for key in keys for text in _texts_of(row[key])} - {""}
     asked = plain(" ".join(message["content"] for message in messages[:-1]))
-    if choices and plain(answer) not in choices and not any(choice in asked for choice in choices):
+    if len(choices) > 1 and plain(answer) not in choices and not any(choice in asked for choice in choices):
         raise BadRow(
-            f"the answer {answer!r} is the label of a choice, and {keys[0]} is not read: write a prompt that has the choices, "
-            f"or name {keys[0]} in data.ignore"
+            f"the answer {answer!r} is the label of a choice, and {keys[0]} is not read: write a prompt that has "
+            f"the choices, or name {keys[0]} in data.ignore"
         )
 
 
@@ -70,7 +70,7 @@ def _texts_of(value: JsonValue) -> Iterable[str]:
     elif isinstance(value, str):
         texts = _QUOTED.findall(value) if value.lstrip().startswith(("[", "{")) else value.splitlines()
         yield from (_NUMBERING.sub("", text).strip() for text in texts)
-    elif isinstance(value, int | float):
+    elif isinstance(value, int | float) and not isinstance(value, bool):
         yield str(value)
 
 
