@@ -47,7 +47,7 @@ _SHAREGPT_ROLES = {
 }
 # Anthropic's and Alpaca's; OpenOrca's
 _SYSTEM_KEYS = ("system", "system_prompt")
-# Read only if they are texts: they may be flags, or Gemini's objects.
+# Read only if they are texts and none of the former has a value: they may be flags, events or Gemini's objects.
 _SYSTEM_TEXTS = (
     "systemPrompt", "SystemPrompt", "system_message", "systemMessage", "SystemMessage", "system_instruction",
     "systemInstruction",
@@ -223,8 +223,13 @@ def _refuse_two_chats(fields: RowFields) -> None:
 
 def _with_system(fields: RowFields, chat: list[Turn]) -> list[Turn]:
     """Put the system message of a row's own column before the chat."""
-    texts = [key for key in _SYSTEM_TEXTS if isinstance(fields.row.get(key), str)]
-    system = fields.optional(*_SYSTEM_KEYS, *texts)
+    texts = {
+        key: text for key in _SYSTEM_TEXTS if isinstance(text := fields.row.get(key), str) and not is_missing(text)
+    }
+    if texts and not any(has_value(fields.row.get(key)) for key in _SYSTEM_KEYS):
+        system = fields.optional(*texts)
+    else:
+        system = fields.optional(*_SYSTEM_KEYS)
     if isinstance(system, list):
         system = fields.joined(system, 0, "system")
     if not has_value(system) or is_missing(system):

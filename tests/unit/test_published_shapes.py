@@ -68,6 +68,9 @@ SHAPES = {
     "SystemPrompt": ([{"SystemPrompt": "s", "prompt": "q", "completion": "a"}], [["s: s", *QA]]),
     "flags of system messages": ([{key: value, "prompt": "q", "completion": "a"} for key, value in (
         ("system_message", True), ("systemMessage", 3), ("system_instruction", {"parts": [{"text": "s"}]}))], [QA] * 3),
+    "a system column beside an event": ([{"system": "s", "system_message": "Order sent.", "prompt": "q", "completion": "a"}], [["s: s", *QA]]),
+    "two texts of the system": ([{"systemPrompt": "s", "system_message": said, "prompt": "q", "completion": "a"} for said in ("s", "t", "None")],
+                                [["s: s", *QA], REFUSED, ["s: s", *QA]]),
     "a system column that is no text": ([{"system_prompt": {"a": 1}, "prompt": "q", "completion": "a"}], [REFUSED]),
     "UltraChat": ([{"prompt": "q", "prompt_id": "i", "messages": [user("q"), answer("a")]}], [QA]),
     "Alpaca": ([{"instruction": "q", "input": "", "output": "a", "text": "Below is"}], [QA]),
