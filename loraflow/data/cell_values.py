@@ -25,7 +25,8 @@ _MEDIA = re.compile(
     r"([a-z]+_)*(image|video|audio|img|picture|photo|screenshot)s?(_?\d+)?(_?(path|paths|url|urls|file|files|bytes))?",
     re.IGNORECASE,
 )
-_DATA_URLS = ("data:image/", "data:audio/", "data:video/")
+# Data URLs; PNG, JPEG, and WAV or WebP in base64
+_MEDIA_TEXTS = ("data:image/", "data:audio/", "data:video/", "iVBORw0KGgo", "/9j/4", "UklGR")
 _MAGIC = (
     b"\x89PNG",
     b"\xff\xd8\xff",
@@ -88,12 +89,13 @@ def _is_python(text: str) -> bool:
 def _is_media(key: str, value: JsonValue) -> bool:
     """Tell whether a value is an image, video or sound, or a list with one.
 
-    `datasets` stores it as {bytes, path} or {array, path, sampling_rate}, in a column of any name; a page as a data URL.
+    `datasets` stores it as {bytes, path} or {array, path, sampling_rate}, in a column of any name; others
+    as a data URL or base64.
     """
     if isinstance(value, list):
         return any(_is_media(key, item) for item in value if isinstance(item, dict | bytes | str))
     if isinstance(value, str):
-        return value.startswith(_DATA_URLS)
+        return value.startswith(_MEDIA_TEXTS)
     if isinstance(value, bytes):
         return value.startswith(_MAGIC) or (bool(value) and _MEDIA.fullmatch(key) is not None)
     if not isinstance(value, dict) or value.keys().isdisjoint({"bytes", "array", "path"}):
@@ -105,7 +107,22 @@ def _is_media(key: str, value: JsonValue) -> bool:
     return has_name and isinstance(value.get("path"), str) and bool(value["path"])
 
 
-def refuse_media(row: Mapping[str, JsonValue], texts: Sequence[JsonValue], read: Collection[str]) -> None:
+def media_key(row: Mapping[str, JsonValue], read: Collection[str]) -> str | None:
+    """Return the key of a row or message that has an image, video or sound; None without.
+
+    Args:
+        row: the row or message.
+        read: the keys that were read.
+    """
+    for key, value in row.items():
+        if isinstance(value, str) and not value.startswith(_MEDIA_TEXTS):
+            continue
+        if isinstance(value, dict | list | bytes | str) and key not in read and _is_media(str(key), value):
+            return key
+    return None
+
+
+def refuse_media(row: Mapping[str, JsonValue], texts: Sequence[JsonValue], found: str | None) -> None:
     """Refuse a row with an image, video or sound: its answer would be learned without it.
 
     A path or URL alone may belong to a text that does not need it, so it counts only beside a placeholder in the text.
@@ -113,19 +130,17 @@ def refuse_media(row: Mapping[str, JsonValue], texts: Sequence[JsonValue], read:
     Args:
         row: the row.
         texts: the texts of its chat.
-        read: the keys that were read.
+        found: the key of the row, or of a message, that has one.
 
     Raises:
         BadRow: it has one.
     """
-    for key, value in row.items():
-        if isinstance(value, str) and not value.startswith("data:"):
-            continue
-        if isinstance(value, dict | list | bytes | str) and key not in read and _is_media(str(key), value):
-            raise BadRow(
-                f"{key} is not read: only text is supported; if the answer does not depend on it, name it in data.ignore"
-            )
+    if found is not None:
+        name = found if found in row else found.rpartition(".")[2]  # of a message: messages.images
+        raise BadRow(
+            f"{found} is not read: only text is supported; if the answer does not depend on it, name {name} in data.ignore"
+        )
     for text in texts:
-        found = _PLACEHOLDER.search(text) if isinstance(text, str) else None
-        if found and (keys := [key for key, value in row.items() if value and _MEDIA.fullmatch(str(key))]):
-            raise BadRow(f"the text has {found[0]}, and {keys[0]} is not read: only text is supported")
+        placeholder = _PLACEHOLDER.search(text) if isinstance(text, str) else None
+        if placeholder and (keys := [key for key, value in row.items() if value and _MEDIA.fullmatch(str(key))]):
+            raise BadRow(f"the text has {placeholder[0]}, and {keys[0]} is not read: only text is supported")

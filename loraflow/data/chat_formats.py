@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from pydantic import JsonValue
 
-from loraflow.data.cell_values import is_chat_as_text, is_missing, parsed_list, refuse_media
+from loraflow.data.cell_values import is_chat_as_text, is_missing, media_key, parsed_list, refuse_media
 from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
@@ -106,10 +106,10 @@ def read_chat(
     if not row_weight:
         raise MarkedFalse("the row is marked as not to be learned", excluded_by)
     learned, weights = _marked(turns, row_weight, messages)
-    if has_others:  # only of what is learned
+    if has_others or fields.media:  # only of what is learned
         used = fields.used
         read = {*used, *used.values()}
-        refuse_media(fields.row, [turn.content for turn in turns], read)
+        refuse_media(fields.row, [turn.content for turn in turns], fields.media or media_key(fields.row, read))
         refuse_answers_by_letter(fields.row, messages, read)
         refuse_rejected(fields.row, messages, fields.chosen_answers())
         refuse_corrected(fields.row, messages, used)

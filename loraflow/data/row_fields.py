@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
+from loraflow.data.cell_values import media_key
 from loraflow.data.chats import BadRow, ToolCall
 from loraflow.data.labels import ANSWERS, Labels, answers_of
 from loraflow.data.marks import Weight, answer_weight, excludes, is_mark
@@ -47,7 +48,7 @@ class RowFields:
         BadRow: the row lacks a column of `columns`.
     """
 
-    __slots__ = ("_columns", "_inner_unread", "_own", "_used", "ignore", "labels", "row")
+    __slots__ = ("_columns", "_inner_unread", "_own", "_used", "ignore", "labels", "media", "row")
 
     def __init__(self, row: RawRow, columns: Mapping[str, str], labels: Labels | None, ignore: Collection[str] = ()):
         if ignore:
@@ -56,6 +57,7 @@ class RowFields:
         self.row = _renamed(row, columns) if columns else row
         self._used: set[str] = set()
         self._inner_unread: dict[str, None] = {}
+        self.media: str | None = None  # the key of a message that has an image, such as messages.images
 
     def value(self, *names: str) -> JsonValue:
         """Return the value of the first key that has one.
@@ -154,6 +156,8 @@ class RowFields:
         else:  # only answers are learned: a mark that excludes another message changes nothing
             used |= {key for key, value in item.items() if is_mark(key) and excludes(key, value)}
         self._note_unread(column, item, used)
+        if self.media is None and (key := media_key(item, used)):
+            self.media = f"{self._columns.get(column, column)}.{key}"
         ids = item.get("tool_call_id"), item.get("name")
         return Turn(role, content, weight.value, tuple(calls), *ids, reasoning, weight.excluded_by)
 

@@ -132,6 +132,9 @@ SHAPES = {
     "the second image": ([{"images": [None, {"bytes": "x", "path": "p"}], "prompt": "q", "completion": "a"}], [REFUSED]),
     "sound without a path": ([{"audio": {"array": [0.1], "sampling_rate": 8000}, "prompt": "q", "completion": "a"}], [REFUSED]),
     "a path of an image": ([{"image": {"path": "p"}, "prompt": "q", "completion": "a"}], [REFUSED]),
+    "an image of a message": ([{"messages": [{**user("q"), key: value}, answer("a")]} for key, value in (
+        ("images", ["iVBORw0KGgoAAAA"]), ("image", {"bytes": "x", "path": "p"}), ("image", "x.png"))], [REFUSED, REFUSED, QA]),
+    "an image of a message that is left out": ([{"messages": [{**user("q"), "images": ["/9j/4AAQ"]}, answer("a", weight=0)]}], [OUT]),
     "a data URL": ([{"page": "data:image/png;base64,iVBOR", "prompt": "q", "completion": "a"}], [REFUSED]),
     "no image": ([{"image": value, "prompt": "q", "completion": "a"} for value in ({"bytes": None, "path": None}, [], "x.png")], [QA] * 3),
     "sizes and lists": ([{key: value, "prompt": "q", "completion": "a"} for key, value in (("file", {"bytes": 7, "path": "p"}), ("p", {"array": [1]}))],
@@ -284,7 +287,7 @@ def test_an_answer_that_the_recipe_chose_is_learned_beside_corrections(tmp_path)
 IGNORED = [
     ({"quality": "bad"}, "quality"), ({"metadata": {"label": "rejected"}}, "metadata"), ({"label": "flase"}, "label"), ({"loss": 0.3}, "loss"),
     ({"corrected_answer": "b"}, "corrected_answer"), ({"image": {"bytes": "x", "path": "p"}}, "image"),
-    ({"photo": "x.png", "prompt": "<image> q"}, "photo"),
+    ({"messages": [{**user("q"), "images": ["/9j/4AAQ"]}, answer("a")]}, "images"), ({"photo": "x.png", "prompt": "<image> q"}, "photo"),
 ]  # fmt: skip
 
 
@@ -293,7 +296,7 @@ def test_a_key_that_the_recipe_ignores_is_not_looked_at(tmp_path, extra, key):
     (row,) = read(tmp_path, [{"prompt": "q", "completion": "a", **extra}])
     assert outcome(row) == REFUSED
     (row,) = read_rows(tmp_path, ["t.jsonl"], "auto", ignore=[key])
-    assert row.messages and row.unused_keys == ()
+    assert row.messages and not {key, f"messages.{key}"} & set(row.unused_keys)
 
 
 def test_refusals_name_the_key_to_ignore(tmp_path):
