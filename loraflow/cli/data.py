@@ -161,11 +161,11 @@ def _masked_part(text: str, weight: float) -> str:
 
 def marked_lines(marks: Counter[str], partly: int, weighted: int = 0) -> list[str]:
     """Say how many rows are left out, and by which marks, or learned in part or with weights, because of their marks."""
-    from loraflow.data.marked_rows import named_marks
+    from loraflow.data.marked_rows import named_marks, split_hint
 
     marked = marks.total()
     why = f"their answers are marked as not to be learned ({named_marks(marks)})"
-    lines = [f"{marked} rows are left out: {why}"] if marked else []
+    lines = [f"{marked} rows are left out: {why}{split_hint(marks)}"] if marked else []
     lines += [f"{partly} rows are learned in part: some of their answers are marked so"] if partly else []
     return lines + ([f"{weighted} rows have weights other than 0 and 1 in the loss"] if weighted else [])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ class CheckedSource:
     rules: Mapping[ProfileCheckName, ProfileRule]
     group: str | None = None
     tools: list[Tool] | None = None
+    ignore: Collection[str] = ()
     convert: Callable[[Row], Row] = lambda row: row  # what the recipe makes of a row
     config: CheckDatasetConfig | None = None  # of a recipe with data.sources, which name their own files
     heldout: frozenset[str] = frozenset()  # sets whose files are held out
@@ -46,7 +47,14 @@ class CheckedSource:
         for name, files in self.sets.items():
             is_training = name not in self.heldout
             for row in read_rows(
-                self.folder, files, self.format, self.columns, self.group, self.tools, is_training=is_training
+                self.folder,
+                files,
+                self.format,
+                self.columns,
+                self.group,
+                self.tools,
+                ignore=self.ignore,
+                is_training=is_training,
             ):
                 yield name, self.convert(row)
 
@@ -111,6 +119,7 @@ def _of_recipe(recipe: str, *, personal: bool) -> CheckedSource:
         rules,
         config.group,
         tools,
+        config.ignore,
         convert=partial(with_thinking, thinking=config.thinking),
         config=config if config.sources else None,
         heldout=frozenset(sets) - {TRAIN},

@@ -92,4 +92,6 @@ def _of_run(name: str, store: Store) -> Version:
     columns, form = data.get("columns"), data.get("format")
     folder = store.path(ref) / "files"
     used = {key: str(value) for key, value in columns.items()} if isinstance(columns, dict) else {}
-    return read_files(folder, match_files(folder, ["*"]), form if isinstance(form, str) else "auto", used)
+    ignore = data.get("ignore")
+    ignored = [str(key) for key in ignore] if isinstance(ignore, list) else []
+    return read_files(folder, match_files(folder, ["*"]), form if isinstance(form, str) else "auto", used, ignored)

@@ -7,7 +7,14 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from loraflow.config.data_profile import ProfileCheckName, ProfileRule
-from loraflow.config.data_sources import REPLACED, DataSource, RowFormat, checked_sources, known_columns
+from loraflow.config.data_sources import (
+    REPLACED,
+    DataSource,
+    RowFormat,
+    checked_sources,
+    known_columns,
+    refuse_ignored_columns,
+)
 from loraflow.config.field_types import Positive, Share, ShareOrCount
 from loraflow.frozen import FrozenModel
 
@@ -30,6 +37,9 @@ class Data(FrozenModel):
     )
     format: RowFormat = Field("auto", description="Format of the rows; auto detects it for each row by its keys.")
     columns: dict[str, str] = Field({}, description="Columns with other names: {prompt: question, completion: answer}.")
+    ignore: list[str] = Field(
+        [], description="Keys of rows and messages that are not looked at: neither marks nor parts of the chat."
+    )
     tools: str | None = Field(
         None,
         description="A JSON file with the tools of all rows that have none of their own: a list of functions as in OpenAI's "
@@ -91,6 +101,7 @@ class Data(FrozenModel):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
+        refuse_ignored_columns(self.columns, self.ignore)
         changed = [name for name in REPLACED if getattr(self, name) != type(self).model_fields[name].default]
         if self.sources and changed:
             raise ValueError(f"{', '.join(changed)}: with sources, each source has its own; remove it here")

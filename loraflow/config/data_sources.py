@@ -15,7 +15,19 @@ COLUMNS = ("messages", "conversations", "instruction", "input", "output", "promp
 MAX_WEIGHT = 100
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Settings of `data` that each source has for itself.
-REPLACED = ("source", "repo", "rev", "add", "remote", "format", "columns", "train", "heldout", "extra_heldout")
+REPLACED = (
+    "source",
+    "repo",
+    "rev",
+    "add",
+    "remote",
+    "format",
+    "columns",
+    "ignore",
+    "train",
+    "heldout",
+    "extra_heldout",
+)
 
 
 def known_columns(value: dict[str, str]) -> dict[str, str]:
@@ -29,6 +41,16 @@ def known_columns(value: dict[str, str]) -> dict[str, str]:
             f"{', '.join(sorted(unknown))}: should be one of {', '.join(COLUMNS)}; your column's name is the value"
         )
     return value
+
+
+def refuse_ignored_columns(columns: dict[str, str], ignore: list[str]) -> None:
+    """Refuse to ignore a column that is read.
+
+    Raises:
+        ValueError: columns names it.
+    """
+    if both := sorted(set(columns.values()) & set(ignore)):
+        raise ValueError(f"ignore: {', '.join(both)} is named in columns; remove it from one of them")
 
 
 class DataSource(FrozenModel):
@@ -55,6 +77,9 @@ class DataSource(FrozenModel):
     )
     format: RowFormat = Field("auto", description="Format of the rows.")
     columns: dict[str, str] = Field({}, description="Columns with other names: {prompt: question, completion: answer}.")
+    ignore: list[str] = Field(
+        [], description="Keys of rows and messages that are not looked at: neither marks nor parts of the chat."
+    )
     split: Literal["train", "heldout"] | None = Field(
         None,
         description="train: no row is held out. heldout: all rows are, and heldout_fraction does not apply to the others.",
@@ -87,6 +112,7 @@ class DataSource(FrozenModel):
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
+        refuse_ignored_columns(self.columns, self.ignore)
         if self.split == "heldout" and self.weight > 1:
             raise ValueError(f"weight {self.weight:g}: held-out rows are scored once each; remove it")
         if self.rev is not None and not self.source.endswith(".dvc"):
@@ -134,6 +160,6 @@ def checked_sources(sources: list[DataSource]) -> list[DataSource]:
 def source_settings(source: DataSource) -> dict[str, Any]:
     """Return what decides which chats a source gives: its part of the fingerprint of check_dataset."""
     values = source.model_dump(
-        include={"files", "query", "weight", "limit", "format", "columns", "split"}, exclude_defaults=True
+        include={"files", "query", "weight", "limit", "format", "columns", "ignore", "split"}, exclude_defaults=True
     )
     return {"name": source.key, **values}

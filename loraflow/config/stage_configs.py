@@ -100,6 +100,7 @@ class SourceConfig(FrozenModel):
     limit: Positive | None = None
     format: RowFormat = "auto"
     columns: dict[str, str] = {}
+    ignore: list[str] = []
     split: Literal["train", "heldout"] | None = None
 
 
@@ -123,6 +124,7 @@ class CheckDatasetConfig(StageConfig):
     tools: list[JsonValue] | None = None  # the content of data.tools; set only if the recipe names it
     profile: dict[ProfileCheckName, ProfileRule] = {}  # set only if the recipe has checks
     sources: list[SourceConfig] = []  # set only if the recipe has sources
+    ignore: list[str] = []  # set only if the recipe ignores keys
     heldout_fields: list[str] = []  # set only if rows are divided by fields of theirs
 
     @classmethod
@@ -138,6 +140,8 @@ class CheckDatasetConfig(StageConfig):
             fields.add("seed")
         if data.group is not None:
             fields.add("group")
+        if data.ignore:
+            fields.add("ignore")
         values = data.model_dump(include=fields)
         if data.thinking in ("strip", "empty"):
             values["thinking"] = "strip"

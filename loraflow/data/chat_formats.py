@@ -7,18 +7,20 @@ with different texts are refused. Marks that exclude an answer from the loss are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from pydantic import JsonValue
 
-from loraflow.data.cell_values import is_chat_as_text, is_missing, parsed_list, refuse_media
+from loraflow.data.cell_values import is_chat_as_text, is_missing, media_key, parsed_list, refuse_media
 from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
 from loraflow.data.message_checks import ROLES, checked_messages
 from loraflow.data.preference_pairs import refuse_corrected, refuse_rejected
+from loraflow.data.question_parts import question_parts, refuse_answers_by_letter
 from loraflow.data.row_fields import ASSISTANT, FUNCTION_CALL, RawRow, RowFields, Turn, has_value, objects
 from loraflow.data.tools import read_calls, read_tools
 
@@ -43,8 +45,14 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "function": "tool",
 }
-# Anthropic's and Alpaca's; OpenOrca's; others'
-_SYSTEM_KEYS = ("system", "system_prompt", "systemPrompt", "system_message", "systemMessage", "system_instruction")
+# Anthropic's and Alpaca's; OpenOrca's
+_SYSTEM_KEYS = ("system", "system_prompt")
+# Read only if they are texts and none of the former has a value: they may be flags, events or Gemini's objects.
+_SYSTEM_TEXTS = (
+    "systemPrompt", "SystemPrompt", "system_message", "systemMessage", "SystemMessage", "system_instruction",
+    "systemInstruction",
+)  # fmt: skip
+_TOOLS = re.compile(r"<tools>(.*?)(?:</tools>|$)", re.DOTALL)
 _NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -64,6 +72,7 @@ def read_chat(
     columns: Mapping[str, str] = _NO_COLUMNS,
     labels: Labels | None = None,
     tools: list[Tool] | None = None,
+    ignore: Collection[str] = (),
 ) -> ReadChat:
     """Return a row's chat, which answers of it are learned, and which keys were not read.
 
@@ -73,6 +82,7 @@ def read_chat(
         columns: {loraflow's column: the row's column}, for columns with other names.
         labels: tells whether a label is a class. By default none is.
         tools: of a row that has none of its own (data.tools).
+        ignore: keys of the row and its messages that are not looked at.
 
     Raises:
         MarkedFalse: marks exclude every answer of the row.
@@ -88,17 +98,21 @@ def read_chat(
         plain = _plain_messages(row.get("messages"))
         if plain is not None:
             return ReadChat(plain)
-    fields = RowFields(_object(row), columns, labels or Labels())
+    fields = RowFields(_object(row), columns, labels or Labels(), ignore)
     turns = _turns(fields, format_name)
-    refuse_media(fields.row, [turn.content for turn in turns])
-    row_weight, excluded_by = (1.0, "") if fields.row.keys() <= _FORMAT_KEYS else fields.row_weight()
-    messages = checked_messages(turns, _tools(fields, turns, tools))
-    if row_weight and not fields.row.keys() <= _FORMAT_KEYS:
-        refuse_rejected(fields.row, messages, tuple(columns.values()))
-        refuse_corrected(fields.row, messages, tuple(columns.values()))
+    has_others = not fields.row.keys() <= _FORMAT_KEYS
+    row_weight, excluded_by = fields.row_weight() if has_others else (1.0, "")
+    messages = _with_tools(turns, *_tools(fields, turns, tools))
     if not row_weight:
         raise MarkedFalse("the row is marked as not to be learned", excluded_by)
     learned, weights = _marked(turns, row_weight, messages)
+    if has_others or fields.media:  # only of what is learned
+        used = fields.used
+        read = {*used, *used.values()}
+        refuse_media(fields.row, [turn.content for turn in turns], fields.media or media_key(fields.row, read))
+        refuse_answers_by_letter(fields.row, messages, read)
+        refuse_rejected(fields.row, messages, fields.chosen_answers())
+        refuse_corrected(fields.row, messages, used)
     return ReadChat(messages, learned, weights, fields.unread())
 
 
@@ -170,7 +184,7 @@ def to_prompt(row: JsonValue, format_name: str = "auto", tools: list[Tool] | Non
     """
     fields = RowFields(_with_dummy_answer(_object(row)), _NO_COLUMNS, None)
     turns = _turns(fields, format_name)
-    return checked_messages(turns, _tools(fields, turns, tools))[:-1]
+    return _with_tools(turns, *_tools(fields, turns, tools))[:-1]
 
 
 def _object(row: JsonValue) -> RawRow:
@@ -209,13 +223,20 @@ def _refuse_two_chats(fields: RowFields) -> None:
 
 def _with_system(fields: RowFields, chat: list[Turn]) -> list[Turn]:
     """Put the system message of a row's own column before the chat."""
-    system = fields.optional(*_SYSTEM_KEYS)
+    texts = {
+        key: text for key in _SYSTEM_TEXTS if isinstance(text := fields.row.get(key), str) and not is_missing(text)
+    }
+    if texts and not any(has_value(fields.row.get(key)) for key in _SYSTEM_KEYS):
+        system = fields.optional(*texts)
+    else:
+        system = fields.optional(*_SYSTEM_KEYS)
     if isinstance(system, list):
         system = fields.joined(system, 0, "system")
     if not has_value(system) or is_missing(system):
         return chat
     if not isinstance(system, str):
-        raise BadRow(f"the system column is {type(system).__name__}; expected text")
+        key = next(key for key in _SYSTEM_KEYS if has_value(fields.row.get(key)))
+        raise BadRow(f"the system column {key} is {type(system).__name__}; expected text")
     if chat and chat[0].role in ("system", "developer"):
         if chat[0].content == system:
             return chat
@@ -256,8 +277,8 @@ def detect_format(row: RawRow) -> str:
         hint = (
             "; for the chosen answers of preference pairs, set data.columns: {completion: chosen} or {messages: chosen}"
         )
-    elif choices := next((key for key in ("choices", "options", "endings") if has_value(row.get(key))), None):
-        hint = f"; {choices} is a part of the question: write a prompt that has it"
+    elif (parts := question_parts(row)) and not row.keys().isdisjoint(("question", "problem", "query")):
+        hint = f"; {parts[0]} is a part of the question: write a prompt that has it"
     raise BadRow(
         "expected messages, conversations, instruction/output or prompt/completion; "
         f"got the keys {', '.join(map(str, list(row)[:8])) or '(none)'}{hint}"
@@ -369,18 +390,41 @@ FORMATS = {
 }
 _NEEDS = [(name, needed) for name, chat_format in FORMATS.items() for needed in chat_format.needs]
 # A row with only these has no mark.
-_FORMAT_KEYS = {*_SYSTEM_KEYS, "input", "context", "history"}.union(*(needed for _, needed in _NEEDS))
+_FORMAT_KEYS = {*_SYSTEM_KEYS, *_SYSTEM_TEXTS, "input", "context", "history"}.union(*(needed for _, needed in _NEEDS))
 
 
-def _tools(fields: RowFields, turns: list[Turn], of_dataset: list[Tool] | None) -> list[Tool] | None:
-    """Return the tools of a row. A row's own replace those of the dataset.
+def _tools(
+    fields: RowFields, turns: list[Turn], of_dataset: list[Tool] | None
+) -> tuple[list[Tool] | None, list[Tool] | None]:
+    """Return the tools by which the calls of a row are checked, and those that the template writes.
 
-    Hermes' rows have their tools in the system message too, as the template would write them: they are not read twice.
+    A row's own tools replace those of the dataset. Hermes' rows have them in the system message too, as the template would
+    write them: they are not written twice.
     """
-    if turns and turns[0].role == "system" and isinstance(turns[0].content, str) and "<tools>" in turns[0].content:
-        return None
+    tools, key_of_tools = of_dataset, None
     for key in ("tools", "functions"):
         if has_value(fields.row.get(key)) and (found := read_tools(fields.row[key], key)) is not None:
-            fields.value(key)
-            return found
-    return of_dataset
+            tools, key_of_tools = found, key
+            break
+    if tools is not None and _has_tools(turns, tools):
+        return tools, None
+    if key_of_tools is not None:
+        fields.value(key_of_tools)
+    return tools, tools
+
+
+def _has_tools(turns: list[Turn], tools: list[Tool]) -> bool:
+    """Tell whether the system message has tools: the name of each, in quotes or tags, in <tools> … </tools>."""
+    system = turns[0].content if turns and turns[0].role == "system" else None
+    if not isinstance(system, str) or "<tools>" not in system:
+        return False
+    written = " ".join(_TOOLS.findall(system))
+    names = (re.escape(tool["function"]["name"]) for tool in tools)
+    return all(re.search(rf"""["'>]{name}["'<]""", written) for name in names)
+
+
+def _with_tools(turns: list[Turn], tools: list[Tool] | None, written: list[Tool] | None) -> list[Message]:
+    messages = checked_messages(turns, tools)
+    if written is None:
+        messages[0].pop("tools", None)
+    return messages

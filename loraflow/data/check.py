@@ -215,7 +215,14 @@ def rows_of_sets(files: Path, config: CheckDatasetConfig, tools: list[Tool] | No
     for set_name, set_files in assign_files(files, config).items():
         is_training = set_name == TRAIN
         for row in read_rows(
-            files, set_files, config.format, config.columns, config.group, tools, is_training=is_training
+            files,
+            set_files,
+            config.format,
+            config.columns,
+            config.group,
+            tools,
+            ignore=config.ignore,
+            is_training=is_training,
         ):
             yield set_name, row
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,14 +53,17 @@ class Changes:
         return f"{self.before} → {self.after} rows, {counts}"
 
 
-def read_files(folder: Path, names: Sequence[str], format_name: str, columns: Mapping[str, str]) -> Version:
-    """Read the rows of files.
+def read_files(
+    folder: Path, names: Sequence[str], format_name: str, columns: Mapping[str, str], ignore: Collection[str] = ()
+) -> Version:
+    """Read the rows of files, as they are read for training: without those that a column `split` keeps for tests.
 
     Args:
         folder: of the dataset.
         names: files relative to it.
         format_name: of the rows, or auto.
         columns: `data.columns`; if empty and the format is auto, they are guessed for each file.
+        ignore: `data.ignore`.
 
     Raises:
         BadData: a file cannot be read, or no row is a chat.
@@ -70,7 +73,7 @@ def read_files(folder: Path, names: Sequence[str], format_name: str, columns: Ma
         guess = not columns and format_name == "auto"
         used = columns_of(folder / name, name) if guess else columns
         rows = found.files.setdefault(name, Counter())
-        for row in read_rows(folder, [name], format_name, used):
+        for row in read_rows(folder, [name], format_name, used, ignore=ignore, is_training=True):
             if row.messages:
                 rows[prompt_key(row.messages), row_id(row.messages)] += 1
                 found.prompts.append(sum(len(message["content"]) for message in row.messages[:-1]))
@@ -125,7 +128,7 @@ def read_revision(data: Data) -> Version:
         target = Path(folder)
         pin = dvc.Pin(origin.dvc_file, origin.path, location.md5)
         dvc.fetch(origin.repo, pin, origin.commit or origin.rev, target, memo)
-        return read_files(target, match_files(target, ["*"]), data.format, data.columns)
+        return read_files(target, match_files(target, ["*"]), data.format, data.columns, data.ignore)
 
 
 def changes(before: Mapping[tuple[str, str], int], after: Mapping[tuple[str, str], int]) -> Changes:

@@ -7,18 +7,10 @@ from collections.abc import Iterable, Mapping
 
 from pydantic import JsonValue
 
+from loraflow.data.beside import Beside, Said, is_object_text, objects_of, shown
 from loraflow.data.chats import BadRow
 from loraflow.data.container_text import Unreadable, parsed_text
-from loraflow.data.judgements import (
-    Beside,
-    Said,
-    is_object_text,
-    objects_of,
-    opinion,
-    part_of_dataset,
-    shown,
-    verdict,
-)
+from loraflow.data.judgements import opinion, part_of_dataset, verdict
 from loraflow.data.labels import as_number, judges_badly, label_side
 from loraflow.data.mark_names import (
     CONTAINERS,

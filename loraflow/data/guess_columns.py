@@ -9,6 +9,7 @@ from pydantic import JsonValue
 
 from loraflow.data.chat_formats import has_known_keys, to_messages
 from loraflow.data.chats import BadRow
+from loraflow.data.question_parts import question_parts
 from loraflow.data.readers import read_values
 
 # usual names of (question, answer), in lower case
@@ -37,12 +38,6 @@ _PASSAGES = (
     "story",
     "premise",
 )
-# Parts of a question that are no text: without them, the answer cannot be known.
-_PARTS = frozenset({
-    "choices", "options", "candidates", "documents", "contexts", "passages", "paragraphs", "endings", "table", "image",
-    "images", "audio", "video", "schema",
-})  # fmt: skip
-_LETTERS = frozenset("abcd")
 # usual names of (text, class) in sets for classification
 _TEXTS = (
     "text",
@@ -91,19 +86,13 @@ def guess_columns(row: JsonValue) -> dict[str, str]:
     if not isinstance(row, dict):
         return {}
     names = {name.lower(): name for name in row}
-    if _has_unread_parts(row, names):
-        return {}
+    if question_parts(row):  # an answer without them cannot be learned; a chat has them in its messages
+        return _column_of_turns(row)
     for question, answer in _PAIRS:
         asked, answered = names.get(question), names.get(answer)
         if asked and answered and isinstance(row[asked], str) and isinstance(row[answered], str):
             return {**_question_and_answer(names, asked, answered), **_system(row, names)}
     return _column_of_turns(row) or _columns_of_classes(row, names)
-
-
-def _has_unread_parts(row: dict[str, JsonValue], names: dict[str, str]) -> bool:
-    """Tell whether a row has parts of its question that no columns can name, such as the choices of a quiz."""
-    parts = [row[names[name]] for name in names.keys() & _PARTS]
-    return any(isinstance(part, dict | list) and part for part in parts) or names.keys() >= _LETTERS
 
 
 def _question_and_answer(names: dict[str, str], asked: str, answered: str) -> dict[str, str]:

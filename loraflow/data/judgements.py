@@ -6,15 +6,11 @@ A word such as `rejected` may be about anything: a loan, an order, a film. So a 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from loraflow.data.container_text import Unreadable, parsed_text
+from loraflow.data.beside import Beside, Said, is_answer, shown, values_at
 from loraflow.data.labels import (
-    Labels,
     answers_of,
     as_number,
     is_absent,
@@ -31,21 +27,31 @@ from loraflow.data.mark_names import (
     OPINIONS,
     REACTIONS,
     RECORD_STATES,
-    SAID_FALSE,
+    RUNS,
+    SAFETY,
     SPLITS,
     STATES,
     TRUE_IS_BAD,
+    TRUE_OR_FALSE,
     WORD_BAD_VERDICTS,
     WORD_VERDICTS,
     judges_the_answer,
+    may_be_false,
+    opinion_name,
 )
+from loraflow.data.named_classes import has_word, is_asked_for, names_the_class
 
 # What an opinion or a state says of a wrong answer, as `plain` returns it.
 _WRONG = frozenset({
     "rejected", "reject", "incorrect", "wrong", "bad", "invalid", "undesirable", "not correct", "not right", "not good",
     "not accepted", "not approved", "disapproved", "unacceptable", "discarded", "deleted", "removed", "thumbs down",
     "thumbsdown", "thumb down", "downvote", "downvoted", "dislike", "disliked", "unusable", "👎", "❌",
+    # what judges of programs say
+    "wrong answer", "runtime error", "compile error", "compilation error", "time limit exceeded", "memory limit exceeded",
+    "output limit exceeded", "idleness limit exceeded", "presentation error",
 })  # fmt: skip
+# What the run of an answer says of a wrong one, beside "failed".
+_FAILED_RUNS = frozenset({"error", "errored", "timeout", "timed out", "time out", "crash", "crashed", "exception"})
 _DOWN = frozenset(
     {"down", "thumbs down", "thumbsdown", "thumb down", "downvote", "downvoted", "dislike", "disliked", "👎", "❌"}
 )
@@ -55,7 +61,8 @@ _BETWEEN = frozenset({
     "neutral", "unsure", "unknown", "unclear", "mixed", "partial", "partly correct", "partially correct", "n/a",
     "normal", "medium", "moderate", "average", "mediocre", "fair", "decent", "high", "very high", "low", "very low",
     "very good", "very bad", "very poor", "great", "excellent", "perfect", "best", "better", "satisfactory",
-    "unsatisfactory", "terrible", "success", "successful", "succeeded",
+    "unsatisfactory", "terrible", "success", "successful", "succeeded", "med", "mid", "middle", "meh", "so so", "middling",
+    "passable", "borderline", "avg", "partially accepted",
 })  # fmt: skip
 _LOW = frozenset(
     {"low", "very low", "very bad", "very poor", "terrible", "unsatisfactory"}
@@ -66,27 +73,6 @@ _HELD_OUT = frozenset({
 })  # fmt: skip
 _TRAINED_ON = frozenset({"train", "training"})
 _OF_ARGILLA = frozenset({"default", "edited", "validated", "submitted", "pending", "draft", "completed"})
-
-
-class Said(NamedTuple):
-    """What a key says about an answer."""
-
-    is_learned: bool | None  # None: it may say that it is wrong
-    text: str  # the key and its value; what is unclear
-
-
-@dataclass(frozen=True)
-class Beside:
-    """What a key stands beside."""
-
-    said: tuple[str, ...] = ()  # the answers of the row, or the message, as `plain` returns them
-    labels: Labels | None = None  # knows the other rows of the file; None for a message
-
-
-def shown(here: tuple[str, ...], value: JsonValue) -> str:
-    """Return a key and its value for people."""
-    text = value if isinstance(value, str) else "" if isinstance(value, dict | list) else repr(value)
-    return f"{'.'.join(here)}: {' '.join(text.split())[:40]}"
 
 
 def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> bool | None:
@@ -103,7 +89,7 @@ def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
     if side is None or side == "other" or (name in WORD_VERDICTS | WORD_BAD_VERDICTS and not is_word):
         return None
     # `correct: no` beside the answer no is a mark, unless the column has the answer in every row
-    labels = beside.labels if isinstance(value, str) and _is_answer(value, beside.said) else None
+    labels = beside.labels if isinstance(value, str | bool) and is_answer(str(value), beside.said) else None
     if labels is not None and not labels.some_row(("not the answer", *here), lambda row: _differs(row, here)):
         return None
     return side is (name in GOOD)
@@ -115,58 +101,79 @@ def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
     It leaves the answer out only if it cannot be about anything else: `vote: down`, `answer_quality: bad`. Otherwise it is
     a class of the row if the answer names it, or other rows have values that judge nothing; else it is unclear.
     """
-    is_direct = judges_the_answer(name)
-    if not (is_direct or name in OPINIONS | STATES):
+    is_direct, inner = judges_the_answer(name), opinion_name(name)
+    if not (is_direct or name in OPINIONS | STATES or inner in SAFETY):
         return None
-    if name in FALSE_IS_WRONG and _is_false_of_two(value, here, beside):
+    text = _word(name, here, value, beside)
+    if text is None or (text == "false" and inner in TRUE_OR_FALSE and names_the_class(inner, here, value, beside)):
+        return None
+    if text == "false" and inner in FALSE_IS_WRONG:
         return Said(False, shown(here, value))
-    text = _word(name, value)
-    if text is None:
-        return None
     is_down = name in REACTIONS and text in _DOWN
-    is_wrong = text in _WRONG or is_down or (text == "false" and name not in STATES)
-    is_unclear = text == "-1" or (name in GRADES and text in _LOW) or (name not in STATES and judges_badly(text))
-    if not is_wrong and not is_unclear:
+    is_wrong = text in _WRONG or is_down or text == "false"
+    if not is_wrong and not _is_unclear(name, text):
         is_right = (name in REACTIONS and text in _UP) or (is_direct and label_side(value) is True)
         return Said(True, shown(here, value)) if is_right else None
-    if any(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", answer) for answer in beside.said):
+    if inner not in TRUE_OR_FALSE and any(has_word(answer, text) for answer in beside.said):
         return None
     if is_down or (is_direct and is_wrong) or (name in RECORD_STATES and text == "discarded"):
         return Said(False, shown(here, value))
-    labels = None if is_direct else beside.labels
-    if labels is not None and labels.some_row(("other", text, *here), lambda row: _has_other(row, here, text)):
+    if not is_direct and _is_class(name, here, text, beside):
         return None
     got = repr(value[:60]) if isinstance(value, str) else repr(value)
     return Said(
         None,
-        f"{'.'.join(here)} {got} may mark the answer as wrong, or be a class of the row: rename the column if it "
-        "is a class; if it is a mark, write it as is_correct, train or weight, whose false or 0 leaves the answer out",
+        f"{'.'.join(here)} {got} may mark the answer as wrong, or be a class of the row: if it is a class, "
+        f"rename the column or name {here[0]} in data.ignore; if it is a mark, write it as is_correct, train or weight, "
+        "whose false or 0 leaves the answer out",
     )
 
 
-def _word(name: str, value: JsonValue) -> str | None:
-    """Return the word of an opinion as `plain` does; None if it is a measurement, or false where that is an answer."""
-    if name in TRUE_IS_BAD:
-        side = label_side(value)
-        return None if not isinstance(side, bool) else str(not side).lower()
-    if isinstance(value, bool):
-        return None if name in STATES else str(value).lower()
-    if name in REACTIONS and as_number(value) == -1:
+def _is_unclear(name: str, text: str) -> bool:
+    """Tell whether a word of an opinion may say that the answer is wrong."""
+    if text == "-1" or (name in GRADES and text in _LOW) or (name in RUNS and text in _FAILED_RUNS):
+        return True
+    return name not in STATES and judges_badly(text)
+
+
+def _is_class(name: str, here: tuple[str, ...], text: str, beside: Beside) -> bool:
+    """Tell whether a word is a class of the row, by the other rows of the file or by what is asked for."""
+    labels = beside.labels
+    if labels is None:
+        return False
+    if labels.some_row(("other", text, *here), lambda row: _has_other(name, row, here, text)):
+        return True
+    return text not in ("false", "-1") and is_asked_for(text, here, beside)
+
+
+def _word(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> str | None:
+    """Return the word of an opinion as `plain` does; None if it is a measurement, or false where that judges nothing.
+
+    The word of `is_harmful: true` is false.
+    """
+    inner, number = opinion_name(name), as_number(value)
+    if inner in TRUE_OR_FALSE and number is not None:
+        is_bad = number == float(inner in TRUE_IS_BAD) and _is_flag(number, here, value, beside)
+        return "false" if is_bad else "true" if number in (0, 1) else None
+    if name in REACTIONS and number == -1:
         return "-1"
+    if isinstance(value, bool):
+        value = str(value)
     if not isinstance(value, str):
         return None
     text = plain(value)
-    return None if text == "false" and name not in SAID_FALSE and not judges_the_answer(name) else text
+    return None if text == "false" and not may_be_false(name) else text
 
 
-def _is_false_of_two(value: JsonValue, here: tuple[str, ...], beside: Beside) -> bool:
-    """Tell whether a value says false: 0 only if the column has nothing but 0 and 1, because it may be the lowest grade."""
-    if as_number(value) != 0:
-        return False
+def _is_flag(number: float, here: tuple[str, ...], value: JsonValue, beside: Beside) -> bool:
+    """Tell whether 0 or 1 says false or true: a digit only if the column has nothing but 0 and 1, and has both.
+
+    Otherwise 0 may be the lowest grade.
+    """
     if isinstance(value, bool) or (isinstance(value, str) and not any(sign.isdigit() for sign in value)):
         return True
-    labels = beside.labels
-    if labels is None or not labels.some_row(("is 1", *here), lambda row: 1.0 in _numbers_at(row, here)):
+    labels, other = beside.labels, 1.0 - number
+    if labels is None or not labels.some_row((f"is {other}", *here), lambda row: other in _numbers_at(row, here)):
         return False
     return not labels.some_row(("above 1", *here), lambda row: bool(_numbers_at(row, here) - {0.0, 1.0}))
 
@@ -181,7 +188,7 @@ def part_of_dataset(name: str, here: tuple[str, ...], value: JsonValue, beside: 
         return None
     if _is_trained_on(name, value) is not False:
         return None
-    if not labels.some_row(("train", *here), lambda row: any(_is_trained_on(name, v) for v in _values_at(row, here))):
+    if not labels.some_row(("train", *here), lambda row: any(_is_trained_on(name, v) for v in values_at(row, here))):
         return None
     return Said(False, shown(here, value))
 
@@ -212,61 +219,27 @@ def _is_chosen(value: JsonValue) -> bool:
 
 
 def _numbers_at(row: dict[str, JsonValue], here: tuple[str, ...]) -> set[float]:
-    return {number for value in _values_at(row, here) if (number := as_number(value)) is not None}
-
-
-def objects_of(value: JsonValue) -> list[Mapping[str, JsonValue]]:
-    """Return the objects of a value: itself, or those of a list; also if it is their text."""
-    if isinstance(value, str) and is_object_text(value):
-        try:
-            value = parsed_text(value)
-        except Unreadable:
-            return []
-    if isinstance(value, dict):
-        return [value]
-    if not isinstance(value, list):
-        return []
-    items: list[object] = list(value)
-    pairs = {item[0]: item[1] for item in items if isinstance(item, tuple) and len(item) == 2}  # a map of Parquet
-    return [pairs] if pairs else [item for item in value if isinstance(item, dict)]
-
-
-def is_object_text(value: JsonValue) -> bool:
-    """Tell whether a value is a text that begins as an object or a list."""
-    return isinstance(value, str) and value.lstrip().startswith(("{", "["))
-
-
-def _values_at(row: Mapping[str, JsonValue], here: tuple[str, ...]) -> list[JsonValue]:
-    """Return the values of a key in a row, which may be in objects and lists."""
-    found = [row.get(here[0])]
-    for key in here[1:]:
-        found = [members[key] for value in found for members in objects_of(value) if key in members]
-    flat = [item for value in found for item in (value if isinstance(value, list) else [value])]
-    return [item.get("value") if isinstance(item, dict) else item for item in flat]
-
-
-def _is_answer(value: str, said: tuple[str, ...]) -> bool:
-    text = plain(value).rstrip(".!")
-    return any(text == answer.rstrip(".!") for answer in said)
+    return {number for value in values_at(row, here) if (number := as_number(value)) is not None}
 
 
 def _differs(row: dict[str, JsonValue], here: tuple[str, ...]) -> bool:
     said = tuple(plain(answer) for answer in answers_of(row))
     return any(
-        not is_absent(value) and not (isinstance(value, str) and _is_answer(value, said))
-        for value in _values_at(row, here)
+        not is_absent(value) and not (isinstance(value, str | bool) and is_answer(str(value), said))
+        for value in values_at(row, here)
     )
 
 
-def _has_other(row: dict[str, JsonValue], here: tuple[str, ...], text: str) -> bool:
+def _has_other(name: str, row: dict[str, JsonValue], here: tuple[str, ...], text: str) -> bool:
     """Tell whether a row has a value in a column that judges nothing, such as paid or open."""
-    for value in _values_at(row, here):
+    for value in values_at(row, here):
         if is_absent(value) or isinstance(value, dict | list):
             continue
         if text == "-1" and as_number(value) in (-1, 0, 1):
             continue
         word = plain(value) if isinstance(value, str) else ""
         is_known = word in _WRONG | _DOWN | _UP | _BETWEEN or (text == "discarded" and word in _OF_ARGILLA)
+        is_known = is_known or (name in RUNS and word in _FAILED_RUNS)
         if not is_known and label_side(value) == "other" and not reads_like_a_judgement(value):
             return True
     return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Literal
@@ -215,7 +215,7 @@ class _Values:
         )
 
 
-def answers_of(row: dict[str, JsonValue]) -> Iterable[str]:
+def answers_of(row: Mapping[str, JsonValue]) -> Iterable[str]:
     """Yield the answers of a row, as far as its usual keys have them."""
     for key in ANSWERS:
         value = row.get(key)
@@ -224,6 +224,17 @@ def answers_of(row: dict[str, JsonValue]) -> Iterable[str]:
             value = last.get("content", last.get("value"))
         if isinstance(value, str):
             yield value
+
+
+def questions_of(row: Mapping[str, JsonValue]) -> Iterable[str]:
+    """Yield the questions of a row, as far as its usual keys have them."""
+    for key in ("prompt", "instruction", "input", "question", "messages", "conversations"):
+        value = row.get(key)
+        items = value if isinstance(value, list) else [value]
+        for item in items[:-1] if key in ("messages", "conversations") else items:
+            text = item.get("content", item.get("value")) if isinstance(item, dict) else item
+            if isinstance(text, str):
+                yield text
 
 
 @dataclass(frozen=True)
@@ -308,7 +319,8 @@ class Labels:
         why = f"{key} {repr(value)[:60]} is neither true nor false, as other rows' are"
         if len(others) == 2 or (others and reads_like_a_judgement(value)):
             why = f"{key} {repr(value)[:60]} may mark an answer as wrong, but is neither true nor false"
-        return f"{why}: write true (the answer is learned) or false (it is not); if it is a class, rename the column"
+        ways = "write true (the answer is learned) or false (it is not)"
+        return f"{why}: {ways}; if it is a class, rename the column or name it in data.ignore"
 
     def _column(self, key: str) -> _Column:
         if key not in self._found:

@@ -88,14 +88,27 @@ OPINIONS = frozenset({
 })  # fmt: skip
 # Of these, true says what false says of the others.
 TRUE_IS_BAD = frozenset({"unsafe", "is_unsafe", "harmful", "is_harmful"})
-# Of these, false is a judgement; of the others it may be the answer to a question, as a verdict about a claim is.
-SAID_FALSE = frozenset({
-    "review_result", "correctness", "quality", "feedback", "human_feedback", "user_feedback", "answer_quality",
-    "response_quality", "quality_check", "verification_result", "validation_result", "test_result", "safe", "is_safe",
-    "human_label", "success", "successful", "is_successful", "solved", "is_solved", "resolved", "is_resolved",
-})  # fmt: skip
-# Of these, false cannot be about anything else than the answer.
+# Beside an answer, these may also be the class that a moderator's answer names, even in `response_is_safe`.
+SAFETY = TRUE_IS_BAD | {"safe", "is_safe"}
+# Of these, false cannot be about anything else than the answer, or is the class that the answer names.
 FALSE_IS_WRONG = frozenset({"review_result", "correctness"})
+# Values of these are true and false, so 0 and "no" say what false says.
+TRUE_OR_FALSE = SAFETY | FALSE_IS_WRONG | {
+    "success", "successful", "is_successful", "solved", "is_solved", "resolved", "is_resolved",
+}  # fmt: skip
+# Of these, false is a judgement. Of the others it may be the answer to a question, as a verdict about a claim is, or say
+# that something was not done or not found, as in `review: false` and `quality_check: false`.
+SAID_FALSE = TRUE_OR_FALSE | {
+    "quality", "answer_quality", "response_quality", "verification_result", "validation_result", "test_result",
+    "human_label",
+}  # fmt: skip
+# The same of opinions about the answer itself, such as answer_verdict.
+_SAID_FALSE_OF_ANSWER = frozenset({"quality", "verdict", "judgement", "judgment", "correctness"})
+# Of these, `timeout` and `error` are results of running the answer.
+RUNS = frozenset({
+    "verdict", "test_status", "test_result", "execution_status", "verification_status", "verification_result",
+    "validation_status", "validation_result", "qa_status",
+})  # fmt: skip
 # Of these, `low` is a grade.
 GRADES = frozenset({"quality", "answer_quality", "response_quality", "quality_label", "rating", "grade"})
 # The same, where a word such as "failed" may be about anything.
@@ -121,7 +134,7 @@ _SEPARATORS = re.compile(
 )  # where isCorrect, is-correct and "is correct" have their underscore
 # is_answer_correct and response_is_valid judge an answer; correct_answer may be its text
 _OF_ANSWER = re.compile(
-    r"(?:is_|was_)?(?:the_)?(?:answer|response|completion|output|reply|label|human|annotator|row|sample|example)_(?:is_|was_)?(\w+)"
+    r"(?:is_|was_)?(?:the_)?(?:answer|response|completion|output|reply|solution|label|human|annotator|row|sample|example)_(?:is_|was_)?(\w+)"
     r"|(?:is|was)_(\w+)_(?:answer|response|completion|output|reply)"
 )
 _OPINION_OF_ANSWER = re.compile(
@@ -132,7 +145,19 @@ _OPINION_OF_ANSWER = re.compile(
 def judges_the_answer(name: str) -> bool:
     """Tell whether a normal name is that of an opinion about the answer itself, such as answer_quality."""
     found = _OPINION_OF_ANSWER.fullmatch(name)
-    return found is not None and found[1] in OPINIONS
+    return found is not None and found[1] in OPINIONS - SAFETY
+
+
+def opinion_name(name: str) -> str:
+    """Return the name of an opinion without the answer's: `correctness` for answer_correctness; others unchanged."""
+    found = _OPINION_OF_ANSWER.fullmatch(name)
+    return found[1] if found is not None and found[1] in OPINIONS else name
+
+
+def may_be_false(name: str) -> bool:
+    """Tell whether false in a column of this normal name says that the answer is wrong."""
+    inner = opinion_name(name)
+    return name in SAID_FALSE or inner in TRUE_OR_FALSE or (inner != name and inner in _SAID_FALSE_OF_ANSWER)
 
 
 @lru_cache(4096)

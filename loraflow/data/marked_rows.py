@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from loraflow.data.mark_names import HELD_OUT_FLAGS, SPLITS, normal_name
+
 MAX_SHOWN = 5
 
 
@@ -16,6 +18,18 @@ def named_marks(marks: Mapping[str, int]) -> str:
     most = sorted(marks.items(), key=lambda item: -item[1])
     names = [f"{count} by {mark}" for mark, count in most[:MAX_SHOWN]]
     return ", ".join(names) + (f" and {len(most) - MAX_SHOWN} more marks" if len(most) > MAX_SHOWN else "")
+
+
+def split_hint(marks: Mapping[str, int]) -> str:
+    """Return how rows are scored that a column such as `split` keeps for tests; empty if marks name none.
+
+    Args:
+        marks: as in named_marks.
+    """
+    keys = {normal_name(mark.partition(": ")[0].rpartition(".")[2]) for mark in marks}
+    if not keys & (SPLITS | HELD_OUT_FLAGS):
+        return ""
+    return "; to score the rows that a split keeps for tests, put them into a file of data.heldout"
 
 
 def without_marks(unread: Mapping[str, int], marks: Mapping[str, int]) -> dict[str, int]:

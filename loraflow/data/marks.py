@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
+from loraflow.data.beside import Beside, shown
 from loraflow.data.chats import BadRow
 from loraflow.data.containers import contained
-from loraflow.data.judgements import Beside, opinion, part_of_dataset, rejected_of_pair, shown, verdict
-from loraflow.data.labels import Labels, as_number, is_absent, label_side, plain, reads_like_a_judgement
+from loraflow.data.judgements import opinion, part_of_dataset, rejected_of_pair, verdict
+from loraflow.data.labels import Labels, as_number, is_absent, label_side, reads_like_a_judgement
 from loraflow.data.mark_names import (
     CONTAINERS,
     EXCLUSIONS,
@@ -25,11 +26,13 @@ from loraflow.data.mark_names import (
     LABELS,
     OPINIONS,
     ROW_WEIGHTS,
+    SAFETY,
     SPLITS,
     STATES,
     UNCLEAR,
     judges_the_answer,
     normal_name,
+    opinion_name,
 )
 from loraflow.data.preference_pairs import answer_texts
 
@@ -68,6 +71,7 @@ def answer_weight(
     labels: Labels,
     columns: Collection[str] = (),
     said: Collection[str] = (),
+    row: Mapping[str, JsonValue] | None = None,
 ) -> Weight:
     """Return the weight of an answer in the loss by the marks of its row or message: their product, 1 without any.
 
@@ -78,6 +82,7 @@ def answer_weight(
         labels: tells whether a label is a class.
         columns: the columns that a recipe names as the answer, such as `chosen`; beside it, `rejected` is a text too.
         said: the answers.
+        row: the whole row; None for a message.
 
     Raises:
         BadRow: a mark is unclear, or a weight is not between 0 and 10.
@@ -88,7 +93,7 @@ def answer_weight(
     for key, value in values.items():
         if not isinstance(key, str) or key in texts or not (_may_mark(key) or _is_rejected(value)):
             continue
-        beside = beside or Beside(tuple(map(plain, said)), None if where else labels)
+        beside = beside or Beside(tuple(said), None if where else labels, row)
         mark = _mark_or_opinion(key, value, where, labels, beside)
         if mark is not None:
             used.add(key)
@@ -110,6 +115,7 @@ def _may_mark(key: str) -> bool:
     return (
         name in KEYS | OPINIONS | STATES | SPLITS | HELD_OUT_FLAGS
         or judges_the_answer(name)
+        or opinion_name(name) in SAFETY
         or name.removesuffix("_json") in CONTAINERS
         or name.endswith(("responses", "responses_status"))
         or normal_name(key.partition(".")[0]) in CONTAINERS
@@ -187,7 +193,7 @@ def _unsupported(where: str, key: str, value: JsonValue, weight: float | None, *
     ways = "write 1 (the answer is left out) or 0 (it is learned)"
     if not is_exclusion:
         ways = "write 1 (the answer is learned) or 0 (it is not), or a number between that multiplies its loss"
-    column = "" if where else "; if it is no mark, rename or remove the column"
+    column = "" if where else "; if it is no mark, rename the column or name it in data.ignore"
     return f"{where}{key} {_shown(value)} {why}; {ways}{column}"
 
 

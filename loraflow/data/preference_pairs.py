@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from functools import partial
+from functools import lru_cache, partial
 
 from pydantic import JsonValue
 
+from loraflow.data.cell_values import is_missing
 from loraflow.data.chats import BadRow, Message
-from loraflow.data.labels import Labels, answers_of, as_number, is_absent, label_side, plain
+from loraflow.data.labels import (
+    ANSWERS,
+    Labels,
+    answers_of,
+    as_number,
+    is_absent,
+    label_side,
+    plain,
+    reads_like_a_judgement,
+)
 from loraflow.data.mark_names import BAD_VERDICTS, normal_name
 
 # Two answers of a pair, or two judgements of one answer: better → worse.
@@ -46,8 +56,15 @@ _BETTER = frozenset(
 )
 _CORRECTED = re.compile(
     r"(?:corrected|edited|revised|fixed|improved|rewritten)_(?:answer|response|output|completion|reply)"
-    r"|(?:answer|response|output|completion|reply)_(?:corrected|edited|revised|fixed|improved|rewritten|correction)"
+    r"|(?:answer|response|output|completion|reply)_(?:(?P<flag>corrected|edited|revised|fixed|improved|rewritten)|correction)"
 )
+_UNCHANGED = frozenset({
+    "n/a", "na", "same", "same as above", "same as answer", "same as original", "as is", "unchanged", "no change",
+    "no changes", "not changed", "no correction", "no edit", "no edits", "original",
+})  # fmt: skip
+_DATE = re.compile(
+    r"\d{4} \d\d? \d\d?(?:[ t][\d:.,+z ]*)?|\d\d?[./]\d\d?[./]\d{2,4}(?: [\d:]*)?"
+)  # as `plain` writes them
 _MARKS_OR_TEXTS = BAD_VERDICTS | {"dispreferred"}
 # A pair of answers to a yes-or-no question; beside the answer yes, `rejected: False` is a mark.
 _OPPOSITES = frozenset(
@@ -143,25 +160,68 @@ def refuse_rejected(row: Mapping[str, JsonValue], messages: list[Message], read:
             raise BadRow(f"its answer is the text of {key}: an answer that was not chosen would be learned")
 
 
-def refuse_corrected(row: Mapping[str, JsonValue], messages: list[Message], read: Collection[str]) -> None:
+@lru_cache(4096)
+def _correction(name: str) -> re.Match[str] | None:
+    return _CORRECTED.fullmatch(name)
+
+
+def refuse_corrected(row: Mapping[str, JsonValue], messages: list[Message], used: Mapping[str, str]) -> None:
     """Refuse a row whose answer was corrected in another column, such as `corrected_answer` or `edited_response`.
 
     Args:
         row: the row.
         messages: its chat.
-        read: columns that a recipe names as the answer: then it means what it says.
+        used: the keys that were read: loraflow's name → the row's column. An answer that a recipe names was chosen.
 
     Raises:
         BadRow: the column has another text than the answer.
     """
     answer = messages[-1]["content"].strip()
+    if not answer or any(ours != theirs for ours, theirs in used.items() if ours in ANSWERS):
+        return
     for key, value in row.items():
-        if not isinstance(key, str) or key in read or not _CORRECTED.fullmatch(normal_name(key)):
+        if not isinstance(key, str) or key in used:
             continue
-        if isinstance(value, str) and not is_absent(value) and answer and value.strip() != answer:
-            raise BadRow(
-                f"{key} has another text than the answer: set data.columns: {{completion: {key}}} to learn it, or remove it"
-            )
+        found = _correction(normal_name(key))
+        if found and _corrects(value, answer, is_flag=found["flag"] is not None):
+            raise BadRow(f"{key} has another text than the answer; {_way_out(key, used)}")
+
+
+def _corrects(value: JsonValue, answer: str, *, is_flag: bool) -> bool:
+    """Tell whether a value replaces an answer: not if it says that nothing was changed, or whether or when it was.
+
+    Args:
+        value: the value.
+        answer: the answer.
+        is_flag: the name may be that of a flag, as `answer_edited` is.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        number = None if is_flag else as_number(answer)
+        return number is not None and number != as_number(value)
+    if not isinstance(value, str) or is_absent(value) or is_missing(value) or value.strip() == answer:
+        return False
+    text, said = plain(value), plain(answer)
+    if text in _UNCHANGED or not any(sign.isalnum() for sign in text):
+        return False
+    if _DATE.fullmatch(text):
+        return not is_flag and _DATE.fullmatch(said) is not None
+    if _says_whether(text):
+        first = re.match(r"\w+", said)
+        return not is_flag and first is not None and isinstance(label_side(first[0]), bool)
+    return True
+
+
+def _says_whether(text: str) -> bool:
+    """Tell whether a text says only yes or no, or right or wrong, in any of their words."""
+    return isinstance(label_side(text), bool) or reads_like_a_judgement(text)
+
+
+def _way_out(key: str, used: Mapping[str, str]) -> str:
+    if used.keys() & {"messages", "conversations"}:
+        return f"write it into the chat, or name {key} in data.ignore"
+    ours = "output" if "instruction" in used else "completion"
+    own = ours if ours in used else "response"
+    return f"set data.columns: {{{ours}: {key}}} if each row has it, else write it into {own}, or name {key} in data.ignore"
 
 
 def _is_text(value: JsonValue, answer: str) -> bool:

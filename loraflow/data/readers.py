@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,7 @@ def read_rows(
     tools: list[Tool] | None = None,
     query: str | None = None,
     *,
+    ignore: Collection[str] = (),
     is_training: bool = False,
 ) -> Iterator[Row]:
     """Read files row by row. A malformed row is yielded with its problem.
@@ -76,6 +77,7 @@ def read_rows(
         group: the field that names a row's group.
         tools: of rows that have none of their own.
         query: of databases: the table, or a SELECT statement; None for the only table.
+        ignore: keys of rows and messages that are not looked at.
         is_training: the files are for training, so rows that their column `split` keeps for tests are left out.
 
     Raises:
@@ -83,13 +85,13 @@ def read_rows(
     """
     for name in names:
         path = folder / name
-        labels = Labels(partial(_rows_of, path, name, query, columns), is_training=is_training)
+        labels = Labels(partial(_rows_of, path, name, query, columns, ignore), is_training=is_training)
         for place, value, text in read_values(path, name, query):
             if isinstance(value, BadRow):
                 yield Row(place, None, str(value), text)
                 continue
             try:
-                chat = read_chat(value, format_name, columns, labels, tools)
+                chat = read_chat(value, format_name, columns, labels, tools, ignore)
                 unread = chat.unread if group is None else tuple(key for key in chat.unread if key != group)
                 learned, weights = chat.learned, chat.weights
                 yield Row(place, chat.messages, None, text, unread, learned, weights, group=_group(value, group))
@@ -99,10 +101,13 @@ def read_rows(
                 yield Row(place, None, str(problem), text)
 
 
-def _rows_of(path: Path, name: str, query: str | None, columns: Mapping[str, str]) -> Iterator[JsonValue]:
+def _rows_of(
+    path: Path, name: str, query: str | None, columns: Mapping[str, str], ignore: Collection[str]
+) -> Iterator[JsonValue]:
     for row in read_values(path, name, query):
         if isinstance(row.value, dict):
-            yield {**row.value, **{ours: row.value[theirs] for ours, theirs in columns.items() if theirs in row.value}}
+            kept = {key: value for key, value in row.value.items() if key not in ignore} if ignore else row.value
+            yield {**kept, **{ours: row.value[theirs] for ours, theirs in columns.items() if theirs in row.value}}
 
 
 def _group(row: JsonValue, field: str | None) -> str | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from pydantic import JsonValue
 
+from loraflow.data.cell_values import media_key
 from loraflow.data.chats import BadRow, ToolCall
 from loraflow.data.labels import ANSWERS, Labels, answers_of
 from loraflow.data.marks import Weight, answer_weight, excludes, is_mark
@@ -41,18 +42,22 @@ class RowFields:
         row: the row.
         columns: {loraflow's column: the row's column}, for columns with other names.
         labels: tells whether a label is a class; None if marks are not read.
+        ignore: keys of the row and its messages that are not looked at.
 
     Raises:
         BadRow: the row lacks a column of `columns`.
     """
 
-    __slots__ = ("_columns", "_inner_unread", "_own", "_used", "labels", "row")
+    __slots__ = ("_columns", "_inner_unread", "_own", "_used", "ignore", "labels", "media", "row")
 
-    def __init__(self, row: RawRow, columns: Mapping[str, str], labels: Labels | None):
-        self._own, self._columns, self.labels = row, columns, labels
+    def __init__(self, row: RawRow, columns: Mapping[str, str], labels: Labels | None, ignore: Collection[str] = ()):
+        if ignore:
+            row = {key: value for key, value in row.items() if key not in ignore}
+        self._own, self._columns, self.labels, self.ignore = row, columns, labels, ignore
         self.row = _renamed(row, columns) if columns else row
         self._used: set[str] = set()
         self._inner_unread: dict[str, None] = {}
+        self.media: str | None = None  # the key of a message that has an image, such as messages.images
 
     def value(self, *names: str) -> JsonValue:
         """Return the value of the first key that has one.
@@ -62,6 +67,8 @@ class RowFields:
         """
         row = self.row
         found = None
+        if self._columns and (chosen := [name for name in names if name in self._columns]):
+            names = tuple(chosen)  # the recipe says which one is read
         for name in names:
             if name in row and has_value(row[name]):
                 self._used.add(name)
@@ -77,6 +84,15 @@ class RowFields:
         """Return the value of the first key that has one; None if none of the keys is there."""
         return self.value(*names) if any(name in self.row for name in names) else None
 
+    @property
+    def used(self) -> Mapping[str, str]:
+        """The keys that were read: loraflow's name → the row's own; the same unless a recipe names the column."""
+        return {key: self._columns.get(key, key) for key in self._used}
+
+    def chosen_answers(self) -> tuple[str, ...]:
+        """Return the row's columns that a recipe names as the answer and that were read as such."""
+        return tuple(theirs for ours, theirs in self._columns.items() if ours in self._used and ours in ANSWERS)
+
     def row_weight(self) -> Weight:
         """Return the weight of the row's answers in the loss, by the row's marks; 0: they are not learned.
 
@@ -88,7 +104,7 @@ class RowFields:
         read = {*self._used, *self._columns.values()}
         others = {key: value for key, value in self.row.items() if key not in read}
         answers = [theirs for ours, theirs in self._columns.items() if ours in ANSWERS]
-        return answer_weight(others, "", self._used, self.labels, answers, tuple(answers_of(self.row)))
+        return answer_weight(others, "", self._used, self.labels, answers, tuple(answers_of(self.row)), self.row)
 
     def turns(
         self, column: str, items: list[RawRow], roles: tuple[str, ...], contents: tuple[str, ...], first: int = 1
@@ -118,6 +134,8 @@ class RowFields:
         return out
 
     def _turn(self, column: str, item: RawRow, roles: tuple[str, ...], contents: tuple[str, ...], number: int) -> Turn:
+        if self.ignore:
+            item = {key: value for key, value in item.items() if key not in self.ignore}
         calls = [
             call
             for key in ("tool_calls", "function_call")
@@ -138,6 +156,8 @@ class RowFields:
         else:  # only answers are learned: a mark that excludes another message changes nothing
             used |= {key for key, value in item.items() if is_mark(key) and excludes(key, value)}
         self._note_unread(column, item, used)
+        if self.media is None and (key := media_key(item, used)):
+            self.media = f"{self._columns.get(column, column)}.{key}"
         ids = item.get("tool_call_id"), item.get("name")
         return Turn(role, content, weight.value, tuple(calls), *ids, reasoning, weight.excluded_by)
 

@@ -42,6 +42,7 @@ def source_rows(files: Path, config: CheckDatasetConfig, tools: list[Tool] | Non
             config.group,
             tools,
             source.query,
+            ignore=source.ignore,
             is_training=is_training,
         )
         for row in read:

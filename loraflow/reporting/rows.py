@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from loraflow.data.chats import GATE_SET
 from loraflow.data.check_report import CheckReport, NearDuplicates
 from loraflow.data.findings import WHAT, finding_lines
-from loraflow.data.marked_rows import named_marks
+from loraflow.data.marked_rows import named_marks, split_hint
 from loraflow.data.source_limits import source_lines
 from loraflow.evaluation.values import EvaluationReport
 from loraflow.registry.runs import RowCount, RowsSummary
@@ -107,7 +107,7 @@ def check_notes(check: CheckReport) -> list[str]:
         more = f" and {len(keys) - MAX_KEYS} more keys" if len(keys) > MAX_KEYS else ""
         notes.append(f"not read: {', '.join(keys[:MAX_KEYS])}{more}")
     if marked := check.counts.get("marked_false", 0):
-        by = f": {named_marks(check.marks)}" if check.marks else ""
+        by = f": {named_marks(check.marks)}{split_hint(check.marks)}" if check.marks else ""
         notes.append(f"{marked} rows are left out, because their answers are marked as not to be learned{by}")
     if partly := check.counts.get("partly_marked", 0):
         notes.append(f"{partly} rows have answers that are marked as not to be learned; only their other answers are")

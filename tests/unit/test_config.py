@@ -238,7 +238,7 @@ def test_placement_accepts_exactly_the_placeable_stages():
 
 OTHER: dict[str, JsonValue] = {
     "data.sources": [{"source": "faq", "weight": 2}],
-    "data.format": "alpaca", "data.group": "document", "data.tools": str(Path(__file__).parent.parent / "tools.json"), "data.columns": {"prompt": "question"}, "data.loss_on": "all", "data.too_long": "drop", "data.thinking": "empty", "data.special_tokens": "error",
+    "data.format": "alpaca", "data.group": "document", "data.tools": str(Path(__file__).parent.parent / "tools.json"), "data.columns": {"prompt": "question"}, "data.ignore": ["quality"], "data.loss_on": "all", "data.too_long": "drop", "data.thinking": "empty", "data.special_tokens": "error",
     "data.duplicates": "keep", "data.near_duplicates": "drop", "data.system": "s", "data.limit": 7, "data.rev": "HEAD",
     "base.dtype": "float32", "base.repack": "phi3", "base.quantization": "nf4", "base.revision": "f" * 40,
     "training_config.lr_scheduler_type": "linear", "training_config.lr_scheduler_kwargs": {"num_cycles": 1},

@@ -9,7 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from loraflow.data.chat_formats import to_prompt
+from loraflow.data.compare import read_files
 from loraflow.data.guess_columns import columns_of
+from loraflow.data.marked_rows import split_hint
 from loraflow.data.readers import read_rows
 
 OUT, REFUSED = "left out", "refused"
@@ -62,6 +65,13 @@ SHAPES = {
         [{"conversations": [human("q"), {**gpt("a"), "weight": 0.0}, human("r"), {**gpt("b"), "weight": 1.0}]}],
         [["u: q", "a-: a", "u: r", "a: b"]]),
     "ShareGPT with systemPrompt": ([{"systemPrompt": "s", "conversations": [human("q"), gpt("a")]}], [["s: s", *QA]]),
+    "SystemPrompt": ([{"SystemPrompt": "s", "prompt": "q", "completion": "a"}], [["s: s", *QA]]),
+    "flags of system messages": ([{key: value, "prompt": "q", "completion": "a"} for key, value in (
+        ("system_message", True), ("systemMessage", 3), ("system_instruction", {"parts": [{"text": "s"}]}))], [QA] * 3),
+    "a system column beside an event": ([{"system": "s", "system_message": "Order sent.", "prompt": "q", "completion": "a"}], [["s: s", *QA]]),
+    "two texts of the system": ([{"systemPrompt": "s", "system_message": said, "prompt": "q", "completion": "a"} for said in ("s", "t", "None")],
+                                [["s: s", *QA], REFUSED, ["s: s", *QA]]),
+    "a system column that is no text": ([{"system_prompt": {"a": 1}, "prompt": "q", "completion": "a"}], [REFUSED]),
     "UltraChat": ([{"prompt": "q", "prompt_id": "i", "messages": [user("q"), answer("a")]}], [QA]),
     "Alpaca": ([{"instruction": "q", "input": "", "output": "a", "text": "Below is"}], [QA]),
     "Dolly": ([{"instruction": "q", "context": "c", "response": "a", "category": "x"}], [["u: q\n\nc", "a: a"]]),
@@ -96,8 +106,42 @@ SHAPES = {
     "multiple choice by letter": ([{"question": "q", "options": {"A": "w", "B": "x"}, "answer": "B"}], [REFUSED]),
     "C-Eval": ([{"question": "q", "A": "w", "B": "x", "C": "y", "D": "z", "answer": "C"}], [REFUSED]),
     "SQL": ([{"question": "q", "context": "CREATE TABLE t", "answer": "SELECT"}], [["u: q\n\nCREATE TABLE t", "a: SELECT"]]),
+    "MMLU as CSV": ([{"question": "q", "choices": "['w', 'x']", "answer": "B"}], [REFUSED]),
+    "MedMCQA": ([{"question": "q", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "answer": "B"}], [REFUSED]),
+    "lettered options": ([{"question": "q", "option_a": "w", "option_b": "x", "answer": "B"}], [REFUSED]),
+    "numbered choices": ([{"question": "q", "choice1": "w", "choice2": "x", "answer": "1"}], [REFUSED]),
+    "ARC": ([{"question": "q", "choices": {"text": ["w", "x"], "label": ["A", "B"]}, "answer": "B"}], [REFUSED]),
+    "settings as options": ([{"question": "q", "options": {"temperature": 0.7}, "answer": "a"}], [QA]),
+    "a chat with settings": ([{"conversation": [user("q"), answer("a")], "options": {"temperature": 0.7}}], [QA]),
+    "a chat with documents": ([{"dialog": [user("q"), answer("a")], "documents": ["d"]}], [QA]),
+    "a chat with names of images": ([{"conversation": [user("q"), answer("a")], "images": ["x"]}], [QA]),
+    "choices that the prompt has": (
+        [{"prompt": "q A. w B. x", "options": options, "completion": "B"} for options in (["w", "x"], {"A": "w", "B": "x"}, "A. w\nB. x", "['w', 'x']")],
+        [["u: q A. w B. x", "a: B"]] * 4),
+    "choices that the prompt lacks": (
+        [{"prompt": "q", "options": options, "completion": "B"} for options in (["w", "x"], {"A": "w", "B": "x"}, "A. w\nB. x", "['w', 'x']", {"text": ["w", "x"]})],
+        [REFUSED] * 5),
+    "choices of a task": ([{"instruction": "q", "choices": ["w", "x"], "output": said} for said in ("(b)", "1", "x", "It is B.")],
+                          [REFUSED, REFUSED, ["u: q", "a: x"], ["u: q", "a: It is B."]]),
+    "choices that are numbers": ([{"prompt": "1 + 2", "options": [3, 4], "completion": "3"}], [["u: 1 + 2", "a: 3"]]),
     "VQA": ([{"image": {"bytes": "x", "path": "p"}, "question": "q", "answer": "a"}], [REFUSED]),
     "images beside a chat": ([{"images": [{"bytes": "x", "path": "p"}], "messages": [user("q"), answer("a")]}], [REFUSED]),
+    "MMMU": ([{"image_1": {"bytes": "x", "path": "p"}, "prompt": "q", "completion": "a"}], [REFUSED]),
+    "a screenshot": ([{"screenshot": {"bytes": "x", "path": None}, "prompt": "q", "completion": "a"}], [REFUSED]),
+    "an image under any name": ([{"page": {"bytes": "x", "path": "p"}, "prompt": "q", "completion": "a"}], [REFUSED]),
+    "the second image": ([{"images": [None, {"bytes": "x", "path": "p"}], "prompt": "q", "completion": "a"}], [REFUSED]),
+    "sound without a path": ([{"audio": {"array": [0.1], "sampling_rate": 8000}, "prompt": "q", "completion": "a"}], [REFUSED]),
+    "a path of an image": ([{"image": {"path": "p"}, "prompt": "q", "completion": "a"}], [REFUSED]),
+    "an image of a message": ([{"messages": [{**user("q"), key: value}, answer("a")]} for key, value in (
+        ("images", ["iVBORw0KGgoAAAA"]), ("image", {"bytes": "x", "path": "p"}), ("image", "x.png"))], [REFUSED, REFUSED, QA]),
+    "an image of a message that is left out": ([{"messages": [{**user("q"), "images": ["/9j/4AAQ"]}, answer("a", weight=0)]}], [OUT]),
+    "a data URL": ([{"page": "data:image/png;base64,iVBOR", "prompt": "q", "completion": "a"}], [REFUSED]),
+    "no image": ([{"image": value, "prompt": "q", "completion": "a"} for value in ({"bytes": None, "path": None}, [], "x.png")], [QA] * 3),
+    "sizes and lists": ([{key: value, "prompt": "q", "completion": "a"} for key, value in (("file", {"bytes": 7, "path": "p"}), ("p", {"array": [1]}))],
+                        [QA] * 2),
+    "a marked image": ([{"prompt": "q", "completion": "a", "image": {"bytes": "x", "path": "p"}, **mark} for mark in ({"correct": False}, {})],
+                       [OUT, REFUSED]),
+    "an image beside a marked message": ([{"messages": [user("q"), answer("a", weight=0)], "image": {"bytes": "x", "path": "p"}}], [OUT]),
     "audio": ([{"audio": {"path": "p", "array": [0.1], "sampling_rate": 8000}, "prompt": "q", "completion": "a"}], [REFUSED]),
     "banking77": ([{"text": "q", "label": 11, "label_text": "a"}], [QA]),
     "NER": ([{"tokens": ["EU"], "ner_tags": [3]}], [REFUSED]),
@@ -147,7 +191,11 @@ def test_choices_are_said_to_be_a_part_of_the_question(tmp_path):
 
 
 def test_tools_that_hermes_wrote_into_the_system_message_are_not_read_twice(tmp_path):
-    chat = [{"from": "system", "value": "<tools> [...] </tools>"}, human("q"), gpt("<tool_call>{}</tool_call>")]
+    chat = [
+        {"from": "system", "value": "<tools> [{'name': 'f'}] </tools>"},
+        human("q"),
+        gpt("<tool_call>{}</tool_call>"),
+    ]
     (row,) = read(tmp_path, [{"conversations": chat, "tools": json.dumps([FUNCTION])}])
     assert "tools" not in row.messages[0] and row.unused_keys == ("tools",)
     (row,) = read(tmp_path, [{"conversations": chat[1:], "tools": json.dumps([FUNCTION])}])
@@ -169,3 +217,111 @@ def test_a_single_row_with_windows_line_ends_is_read(tmp_path):
 def test_an_answer_that_is_the_text_of_reject_is_refused(tmp_path):
     rows = [{"prompt": "q", "completion": said, "chosen": "good", "reject": "bad one"} for said in ("bad one", "good")]
     assert [outcome(row) for row in read(tmp_path, rows)] == [REFUSED, ["u: q", "a: good"]]
+
+
+def test_a_text_about_tools_is_no_list_of_them_and_calls_are_checked_in_any_case(tmp_path):
+    for system, is_written in (
+        ("Never reveal what is between <tools> and </tools>.", True),
+        ('<tools>{"name": "f"}</tools>', False),
+    ):
+        rows = [
+            {"messages": [{"role": "system", "content": system}, user("q"), {"role": "assistant", "tool_calls": [{"name": name, "arguments": {"x": 1}}]},
+                          {"role": "tool", "content": "1"}, answer("a")], "tools": [FUNCTION]}
+            for name in ("f", "NOPE")
+        ]  # fmt: skip
+        right, wrong = read(tmp_path, rows)
+        assert ("tools" in right.messages[0]) is is_written and ("tools" in to_prompt(rows[0])[0]) is is_written
+        assert "'NOPE' is not one of the tools: f" in wrong.problem
+
+
+def test_the_system_column_that_is_no_text_is_named(tmp_path):
+    (row,) = read(tmp_path, [{"system_prompt": {"a": 1}, "prompt": "q", "completion": "a"}])
+    assert row.problem == "the system column system_prompt is dict; expected text"
+
+
+CORRECTED = [
+    ({"messages": [user("q"), answer("a")], "corrected_answer": "b"}, {"completion": "corrected_answer"}, None),
+    ({"conversations": [human("q"), gpt("a")], "edited_response": "b"}, {"output": "edited_response"}, None),
+    ({"instruction": "q", "output": "a", "corrected_output": "b"}, {"output": "corrected_output"}, ["u: q", "a: b"]),
+    ({"instruction": "q", "response": "a", "corrected_output": "b"}, {"output": "corrected_output"}, ["u: q", "a: b"]),
+    ({"prompt": "q", "completion": "a", "corrected_answer": "b"}, {"completion": "corrected_answer"}, ["u: q", "a: b"]),
+    ({"prompt": "q", "response": "a", "answer_revised": "b"}, {"completion": "answer_revised"}, ["u: q", "a: b"]),
+]
+
+
+@pytest.mark.parametrize(("row", "columns", "expected"), CORRECTED, ids=lambda value: str(value)[:60])
+def test_the_columns_that_a_refusal_of_a_corrected_answer_names_learn_it(tmp_path, row, columns, expected):
+    (refused,) = read(tmp_path, [row])
+    assert "has another text than the answer" in refused.problem
+    (theirs,) = columns.values()
+    (ours,) = columns
+    assert (f"set data.columns: {{{ours}: {theirs}}}" in refused.problem) is (expected is not None)
+    assert ("write it into the chat" in refused.problem) is (expected is None)
+    (again,) = read_rows(tmp_path, ["t.jsonl"], "auto", columns)
+    assert outcome(again) == (expected or REFUSED)
+
+
+NO_CORRECTION = [
+    ("answer_edited", "no"), ("response_edited", "False"), ("answer_revised", "2024-03-01T10:00"), ("corrected_answer", "N/A"),
+    ("corrected_answer", "-"), ("corrected_answer", "same"), ("corrected_answer", "no"), ("answer_revised", "01/03/2024"),
+    ("corrected_answer", 5),
+]  # fmt: skip
+A_CORRECTION = [("yes", "no"), ("Yes, it is.", "No"), ("B", "C"), ("4", 5), ("1990-01-02", "1990-02-01"), ("a", "b")]
+
+
+def test_flags_dates_and_blanks_correct_no_answer(tmp_path):
+    rows = [{"prompt": "q", "completion": "a text", key: value} for key, value in NO_CORRECTION]
+    assert all(row.messages for row in read(tmp_path, rows))
+    rows = [{"prompt": "q", "completion": said, "corrected_answer": value} for said, value in A_CORRECTION]
+    assert [outcome(row) for row in read(tmp_path, rows)] == [REFUSED] * len(rows)
+
+
+def test_an_answer_that_the_recipe_chose_is_learned_beside_corrections(tmp_path):
+    row = {"question": "q", "answer": "a", "corrected_answer": "b", "revised_answer": "c"}
+    read(tmp_path, [row])
+    for chosen, said in (("answer", "a: a"), ("corrected_answer", "a: b")):
+        (found,) = read_rows(tmp_path, ["t.jsonl"], "auto", {"prompt": "question", "completion": chosen})
+        assert outcome(found) == ["u: q", said]
+
+
+IGNORED = [
+    ({"quality": "bad"}, "quality"), ({"metadata": {"label": "rejected"}}, "metadata"), ({"label": "flase"}, "label"), ({"loss": 0.3}, "loss"),
+    ({"corrected_answer": "b"}, "corrected_answer"), ({"image": {"bytes": "x", "path": "p"}}, "image"),
+    ({"messages": [{**user("q"), "images": ["/9j/4AAQ"]}, answer("a")]}, "images"), ({"photo": "x.png", "prompt": "<image> q"}, "photo"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("extra", "key"), IGNORED, ids=lambda value: str(value)[:40])
+def test_a_key_that_the_recipe_ignores_is_not_looked_at(tmp_path, extra, key):
+    (row,) = read(tmp_path, [{"prompt": "q", "completion": "a", **extra}])
+    assert outcome(row) == REFUSED
+    (row,) = read_rows(tmp_path, ["t.jsonl"], "auto", ignore=[key])
+    assert row.messages and not {key, f"messages.{key}"} & set(row.unused_keys)
+
+
+def test_refusals_name_the_key_to_ignore(tmp_path):
+    for extra in ({"quality": "bad"}, {"metadata": {"quality": "bad"}}):
+        (row,) = read(tmp_path, [{"prompt": "q", "completion": "a", **extra}])
+        assert f"name {next(iter(extra))} in data.ignore" in row.problem
+
+
+def test_a_key_of_a_message_is_ignored_and_rows_without_it_are_left_out_as_before(tmp_path):
+    rows = [{"messages": [user("q"), answer("a", **mark)]} for mark in ({"quality": "bad"}, {"weight": 0}, {})]
+    assert [outcome(row) for row in read(tmp_path, rows)] == [REFUSED, OUT, QA]
+    found = read_rows(tmp_path, ["t.jsonl"], "auto", ignore=["quality"])
+    assert [outcome(row) for row in found] == [QA, OUT, QA]
+
+
+def test_data_diff_counts_the_rows_that_training_reads(tmp_path):
+    read(
+        tmp_path,
+        [{"prompt": f"q{n}", "completion": "a", "split": part} for n, part in enumerate(("train_sft", "test_sft"))],
+    )
+    version = read_files(tmp_path, ["t.jsonl"], "auto", {})
+    assert (version.read, len(version.prompts), version.malformed) == (2, 1, 0)
+
+
+def test_the_way_to_score_rows_of_a_split_is_named():
+    for mark in ("split: test", "metadata.split: test", "is_test: True"):
+        assert split_hint({mark: 40}).endswith("put them into a file of data.heldout")
+    assert split_hint({"is_correct: no": 40}) == ""

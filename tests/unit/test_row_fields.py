@@ -107,7 +107,7 @@ def test_a_renamed_column_does_not_hide_a_column_of_its_name():
 
 
 def test_a_system_column_that_is_no_text_is_refused():
-    with pytest.raises(BadRow, match="the system column is dict"):
+    with pytest.raises(BadRow, match="the system column system is dict"):
         read_chat({"prompt": "q", "completion": "a", "system": {"text": "s"}})
 
 

@@ -355,3 +355,25 @@ def test_the_sample_of_limit_depends_on_the_seed_if_files_are_held_out(here):
 
     assert fields(seed=1)["seed"] == 1
     assert "seed" not in fields() and "seed" not in fields(seed=1, limit=None)  # fingerprints of before stay
+
+
+@pytest.mark.parametrize("is_source", [True, False])
+def test_a_source_or_dataset_ignores_the_keys_that_its_recipe_names(here, is_source):
+    rows = [{"prompt": f"q {n}", "completion": f"a {n}", "quality": "bad"} for n in range(20)]
+    (here / "faq" / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = {"source": "faq"} if is_source else {"source": "faq", "train": ["chats.jsonl"]}
+
+    def of(**settings) -> Recipe:
+        return recipe({**where, **settings}) if is_source else recipe(**where, **settings)
+
+    with pytest.raises(LimitExceeded, match="20 of 20 rows"):
+        Mixture(here / "refused", of())
+    found = Mixture(here / "out", of(ignore=["quality"]))
+    assert len(found.places("train")) + len(found.places("heldout")) == 20
+    assert "quality" not in found.report.unread and '"ignore":["quality"]' in json.dumps(
+        found.config.identity(), separators=(",", ":")
+    )
+    unset = CheckDatasetConfig.from_recipe(of(), Outside(dataset=locate(of().data, HashMemo(None))))
+    assert "ignore" not in json.dumps(unset.identity())
+    with pytest.raises(ValueError, match="ignore: answer is named in columns"):
+        of(columns={"completion": "answer"}, ignore=["answer"])
