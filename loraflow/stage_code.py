@@ -92,6 +92,8 @@ RESOLVE_BASE = (
     "loraflow.base.base_checks",
     "loraflow.base.weight_checks",
     "loraflow.base.load",
+    "loraflow.base.architecture",
+    *_HARDWARE,
     "loraflow.base.model_files",
     "loraflow.base.mask_check",
     "loraflow.base.template_check",
