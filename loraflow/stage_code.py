@@ -175,6 +175,8 @@ TRAIN = (
     "loraflow.adapters.validation",
     "loraflow.adapters.peft_folder",
     "loraflow.adapters.variants",
+    "loraflow.adapters.vocabulary",
+    "loraflow.adapters.safetensors_files",
     "loraflow.adapters.loralib",
     "loraflow.adapters.loralib.mergeable_layer",
     "loraflow.adapters.loralib.layers",
