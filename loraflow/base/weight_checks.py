@@ -190,12 +190,12 @@ def _stored(folder: Path) -> dict[str, Path]:
 
 def _blocks(tensors: safe_open, name: str) -> Iterator[Tensor]:
     """Yield a weight of a floating-point type in blocks of rows: a mixture's experts can be one tensor of gigabytes."""
-    part = tensors.get_slice(name)
+    part = tensors.get_slice(name)  # type: ignore[no-untyped-call]
     if part.get_dtype() not in FLOATS:
         return
     shape = part.get_shape()
     if not shape:
-        yield tensors.get_tensor(name)
+        yield tensors.get_tensor(name)  # type: ignore[no-untyped-call]
         return
     rows = max(1, BLOCK_VALUES // max(1, math.prod(shape[1:])))
     for first in range(0, shape[0], rows):
