@@ -28,6 +28,7 @@ from loraflow.adapters.streaming_merge import merge_streaming
 from loraflow.adapters.tokenizer_files import has_own, tokenizer_files, write_tokenizer
 from loraflow.adapters.vocabulary import embedding_names, is_tied
 from loraflow.base.meta import model_without_weights
+from loraflow.base.weight_checks import check_fits_config
 from loraflow.base.weight_files import refuse_pickles
 from loraflow.failures import BadModel
 from loraflow.job import Progress
@@ -86,11 +87,13 @@ def merge(
         base_digest: digest of the base's artifact, compared with the one that the adapter records.
         nf4: merge into the base's weights as training saw them.
         trust: run code that comes with the base, to know which of its weights were quantized.
-        checked: the adapter is an intact artifact of the train stage, so it is complete. Checking it takes seconds.
+        checked: base and adapter are intact artifacts of resolve_base and train, so they are complete. Checking them takes
+            seconds.
 
     Raises:
-        BadModel: weights are a pickle, damaged or not finite; the adapter belongs to another base or chat template; a
-            tensor has no counterpart in the base; the tokenizer has more tokens than the embeddings have rows.
+        BadModel: weights are a pickle, damaged or not finite; the base's files do not fit its config.json; the adapter
+            belongs to another base or chat template; a tensor has no counterpart in the base; the tokenizer has more tokens
+            than the embeddings have rows.
     """
     config, entries = _check_inputs(base, adapter, base_digest, trust=trust, checked=checked)
     started = time.perf_counter()
@@ -122,6 +125,8 @@ def _check_inputs(
         _check_vocabulary(base, adapter, entries)
     else:
         check_adapter(adapter, base, base_digest=base_digest, trust=trust)
+        if not trust:
+            check_fits_config(base)
     return config, entries
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from loraflow.adapters import safetensors_files as files
 from loraflow.adapters.merge_plan import MatrixUpdate, MergePlan, check_fit
 from loraflow.adapters.safetensors_files import PlannedTensor, TensorEntry
+from loraflow.base.weight_checks import is_finite, unused_weights
 from loraflow.failures import BadModel
 from loraflow.job import Progress
 
@@ -65,7 +66,7 @@ def merge_streaming(
     sources = {entry.file for entry in (*entries, *plan.adapter_entries)}
     fds = {file: os.open(file, os.O_RDONLY) for file in sources}
     try:
-        writer = TensorWriter(plan, fds)
+        writer = TensorWriter(base, plan, fds)
         with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
             for done, (name, planned) in enumerate(shards.items(), 1):
                 if folder == out:
@@ -178,16 +179,19 @@ class TensorWriter:
     """Writes single tensors of the merged model. Several threads may share it.
 
     Args:
+        base: the base's folder.
         plan: what the adapter does.
         fds: open file descriptors of all files of the base and the adapter.
     """
 
-    def __init__(self, plan: MergePlan, fds: dict[Path, int]):
+    def __init__(self, base: Path, plan: MergePlan, fds: dict[Path, int]):
         import torch
 
         self._plan, self._fds = plan, fds
         self._dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
         self._scratch = _Scratch()
+        self._base, self._unused, self._asks = base, frozenset[str](), threading.Lock()
+        self._has_asked = False
 
     def write(self, planned: PlannedTensor, target: int, offset: int) -> None:
         """Write a tensor at an offset of the file descriptor `target`: merged, replaced, cast or copied."""
@@ -210,7 +214,8 @@ class TensorWriter:
             if factors is not None:
                 _add_update(merged, factors, slice(row, row + len(merged)), self._scratch)
             merged = merged.to(self._dtypes[planned.dtype])
-            require_finite(name, merged)
+            if not is_finite(merged) and not self._is_unused(name):
+                raise _not_finite(name, merged)
             files.write_all(target, _bytes_of(merged), offset)
             offset += merged.numel() * files.SIZES[planned.dtype]
             row += len(merged)
@@ -228,7 +233,7 @@ class TensorWriter:
             yield torch.frombuffer(raw, dtype=self._dtypes[source.dtype]).view(count, columns)
 
     def _refuse_non_finite(self, source: TensorEntry) -> None:
-        """Refuse a tensor that is copied and holds NaN or infinity. Integers and unknown types are not read.
+        """Refuse a tensor that is copied, holds NaN or infinity, and is used. Integers and unknown types are not read.
 
         Raises:
             BadModel: it does.
@@ -241,7 +246,7 @@ class TensorWriter:
         for start in range(0, source.size, CHECKED_BYTES):  # a mixture's experts can be one tensor of many gigabytes
             raw = self._scratch.bytes(min(CHECKED_BYTES, source.size - start))
             files.read_all(self._fds[source.file], raw, source.offset + start)
-            if not _is_finite(torch.frombuffer(raw, dtype=dtype)):
+            if not is_finite(torch.frombuffer(raw, dtype=dtype)) and not self._is_unused(source.name):
                 raise BadModel(
                     "A weight of the base is not finite, and the adapter does not change it.",
                     where=f"{source.file}: {source.name}",
@@ -249,6 +254,13 @@ class TensorWriter:
                     got="NaN or infinity",
                     next_step="fetch the base again, or choose another one",
                 )
+
+    def _is_unused(self, name: str) -> bool:
+        """Tell whether the base's model does not load a tensor. It is opened to know that, once."""
+        with self._asks:
+            if not self._has_asked:
+                self._unused, self._has_asked = unused_weights(self._base), True
+        return name in self._unused
 
     def _factors(self, update: MatrixUpdate) -> _Factors:
         magnitude = None if update.magnitude is None else self._read(update.magnitude)
@@ -284,20 +296,17 @@ def require_finite(name: str, merged: torch.Tensor) -> None:
     Raises:
         BadModel: a value is NaN or infinite.
     """
-    if not _is_finite(merged):
-        raise BadModel(
-            "A merged weight is not finite: NaN, or too large for its type.",
-            where=name,
-            expected=f"finite values of {str(merged.dtype).removeprefix('torch.')}",
-            next_step="check base and adapter for values that are not finite; if the type is float16, merge in bfloat16",
-        )
+    if not is_finite(merged):
+        raise _not_finite(name, merged)
 
 
-def _is_finite(values: torch.Tensor) -> bool:
-    """Tell whether no value is NaN or infinite. The smallest and the largest show it, without a copy of all values."""
-    import torch
-
-    return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+def _not_finite(name: str, merged: torch.Tensor) -> BadModel:
+    return BadModel(
+        "A merged weight is not finite: NaN, or too large for its type.",
+        where=name,
+        expected=f"finite values of {str(merged.dtype).removeprefix('torch.')}",
+        next_step="check base and adapter for values that are not finite; if the type is float16, merge in bfloat16",
+    )
 
 
 def _add_update(block: torch.Tensor, factors: _Factors, rows: slice, scratch: _Scratch) -> None:

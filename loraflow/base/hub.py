@@ -107,44 +107,56 @@ def download(model: str, commit: str, *, trust: bool, with_weights: bool = True)
     """Download a model's files, with its Python code only if `trust` is set, and return their folder.
 
     Raises:
-        Network: the hub did not deliver them.
+        Network: the hub did not deliver them; also if a file was removed from its cache, and there is no network.
         BadModel: a file of the hub's cache on this machine is damaged.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import filter_repo_objects
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges*"]
     if not with_weights:
         patterns = ["[!m]*.json", "*.jinja", "tokenizer*", "vocab*", "merges*"]  # without model.safetensors.index.json
+    patterns += ["*.py"] * trust
     try:
-        folder = Path(snapshot_download(model, revision=commit, allow_patterns=patterns + ["*.py"] * trust))
+        folder = Path(snapshot_download(model, revision=commit, allow_patterns=patterns))
     except (OSError, HTTPError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename:
             raise  # the local disk's failure, not the network's
         raise _not_delivered(model, commit, error) from error
-    _refuse_damaged(folder)
+    links = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_symlink()]
+    for name in filter_repo_objects(links, allow_patterns=patterns):  # the cache may have other files, in any state
+        if not (folder / name).exists():
+            gone = FileNotFoundError(f"{name} was removed from the hub's cache on this machine")
+            raise _not_delivered(model, commit, gone)
+        _refuse_damaged(folder / name)
     return folder
 
 
-def _refuse_damaged(folder: Path) -> None:
-    """Hash the files of a snapshot: the hub's library does not look again at what it has downloaded once.
+def _refuse_damaged(file: Path) -> None:
+    """Hash a file of a snapshot: the hub's library does not look again at what it has downloaded once.
 
     The base's fingerprint is its commit, so damaged weights would be taken for those of the commit from then on. Where the
     cache has no links (on Windows), nothing says what the files should be.
+
+    Args:
+        file: a link to a file that is named by its content.
+
+    Raises:
+        BadModel: it is damaged.
     """
-    for file in sorted(folder.rglob("*")):
-        blob = file.resolve()
-        if not (file.is_symlink() and _BLOB.fullmatch(blob.name)):
-            continue
-        found = _hashes(blob)
-        if blob.name not in found:
-            raise BadModel(
-                "A file of the base is damaged in the hub's cache on this machine.",
-                where=str(file),
-                expected=f"the hash {blob.name[:12]}",
-                got=found[0][:12],
-                next_step=f"rm {shlex.quote(str(blob))}, then run again: it is downloaded again",
-            )
+    blob = file.resolve()
+    if not _BLOB.fullmatch(blob.name):
+        return
+    found = _hashes(blob)
+    if blob.name not in found:
+        raise BadModel(
+            "A file of the base is damaged in the hub's cache on this machine.",
+            where=str(file),
+            expected=f"the hash {blob.name[:12]}",
+            got=found[0][:12],
+            next_step=f"rm {shlex.quote(str(blob))}, then run again: it is downloaded again",
+        )
 
 
 def _hashes(blob: Path) -> list[str]:

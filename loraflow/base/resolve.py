@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraflow.base import hub
-from loraflow.base.base_checks import check_fits_config, check_weights, prepare_tokenizer
+from loraflow.base.base_checks import prepare_tokenizer
 from loraflow.base.model_files import copy_model, model_files
 from loraflow.base.usable import refuse_unusable_folder
+from loraflow.base.weight_checks import check_fits_config, check_weights, refuse_non_finite_weights
 from loraflow.config.locations import BaseLocation, FolderOrigin, GgufOrigin, HubOrigin
 from loraflow.config.recipe import Base
 from loraflow.config.stage_configs import ResolveBaseConfig
@@ -76,7 +77,8 @@ def run(job: Job[ResolveBaseConfig], inputs: Inputs, out: Path, progress: Progre
     """Write config, tokenizer, template and weights to `out/`.
 
     Raises:
-        BadModel: the base is not a causal language model, or it has no safetensors or no chat template.
+        BadModel: the base is not a causal language model, it has no safetensors or no chat template, or its weights do not
+            fit its config.json or are not finite.
     """
     origin, config = job.runtime.origin, job.config
     if isinstance(origin, GgufOrigin):
@@ -91,6 +93,7 @@ def run(job: Job[ResolveBaseConfig], inputs: Inputs, out: Path, progress: Progre
     check_weights(out)
     if not trust:  # code that comes with a model may not run without memory for weights: the training notices it then
         check_fits_config(out)
+    refuse_non_finite_weights(out)
     date = prepare_tokenizer(out, job.runtime.chat_template, no_thinking=no_thinking, trust=trust)
     if date is not None:
         log.info("The chat template prints a date: it is fixed to %s, in training and in the served model.", date)

@@ -127,7 +127,8 @@ def refuse_unknown_architecture(config: Mapping[str, JsonValue], *, trust: bool)
     """Refuse a base whose architecture the installed transformers does not have.
 
     Raises:
-        BadModel: it needs code that comes with the model and is not trusted, or a newer transformers; or it is an encoder.
+        BadModel: it needs code that comes with the model and is not trusted, or a newer transformers; it is an encoder; or
+            it reads images.
     """
     import transformers
     from transformers.models.auto.modeling_auto import (
@@ -146,7 +147,8 @@ def refuse_unknown_architecture(config: Mapping[str, JsonValue], *, trust: bool)
             got=f"{kind}, is_decoder: {str(config.get('is_decoder')).lower()}",
             next_step=_ANOTHER,
         )
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or trust:
+    has_code = bool(config.get("auto_map"))
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (trust and has_code):
         return
     if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise BadModel(
@@ -156,7 +158,6 @@ def refuse_unknown_architecture(config: Mapping[str, JsonValue], *, trust: bool)
             got=kind,
             next_step="choose another base, such as a text model of the same family",
         )
-    has_code = bool(config.get("auto_map"))
     raise BadModel(
         "The base needs Python code that comes with it."
         if has_code
@@ -166,5 +167,5 @@ def refuse_unknown_architecture(config: Mapping[str, JsonValue], *, trust: bool)
         got=kind,
         next_step="base.trust_remote_code: true runs it, if you trust it; or choose another base"
         if has_code
-        else "choose another base, or a newer transformers; base.trust_remote_code: true runs the model's own code",
+        else "choose another base, or a newer transformers; config.json names no code of the model's own (auto_map)",
     )

@@ -33,6 +33,7 @@ from loraflow.failures import BadModel
 
 # Rendered in place of an answer to see what the template writes around it. No chat contains these characters.
 _PROBE = "\ue0a1answer\ue0a1"
+_TAGS = re.compile(r"\s*(</?think>|\[/?THINK\])\s*")
 _SHORT = 24  # characters of reasoning that an answer may contain without having rendered it
 
 LossOn = Literal["assistant", "last_assistant", "all"]
@@ -190,7 +191,7 @@ class AnswerFinder:
             refuse_prompt(text, head, turn)
         start, end = len(head), len(text) - len(after)
         rendered = text[start:end]
-        if not found or not text.endswith(after) or not _squashed(rendered).endswith(_squashed(content)):
+        if not found or not text.endswith(after) or not _trimmed(rendered).endswith(_trimmed(content)):
             raise CutAnswer(content, rendered)
         return self._closed(text, start, start + len(rendered.rstrip()), "", turn)
 
@@ -203,9 +204,9 @@ class AnswerFinder:
         message = chat[turn.message]
         reasoning = message.get("reasoning_content", "")
         learned = "".join(text[first:last] for first, last in answer.spans)
-        wanted, others = _squashed(reasoning), message["content"] + json.dumps(message.get("tool_calls", []))
-        is_there = wanted in _squashed(learned)
-        if is_there and (len(wanted) < _SHORT or wanted in _squashed(others)):  # it may be there by chance
+        wanted, others = reasoning.strip(), message["content"] + json.dumps(message.get("tool_calls", []))
+        is_there = wanted in learned
+        if is_there and (len(wanted) < _SHORT or wanted in others):  # it may be there by chance
             probe: Message = {**message, "reasoning_content": _PROBE}
             probed = [*chat[: turn.message], probe, *chat[turn.message + 1 :]]
             is_there = _PROBE in self._renderer.render([probed], prompt=False)[0]
@@ -302,7 +303,7 @@ class AnswerFinder:
                 refuse_open(text[span[1] :][:40], turn)
             return Answer((span,), "", rendered[len(body) :])
         if "reasoning_content" in chat[turn.message]:
-            if not _squashed(body).endswith(_squashed(content)):
+            if not _trimmed(body).endswith(_trimmed(content)):
                 raise CutAnswer(content, rendered)
             if body == rendered:
                 refuse_open(text[span[1] :][:40], turn)
@@ -343,13 +344,16 @@ def _is_whole(rendered: str, content: str, head: str, inserted: str = "") -> boo
 
     A prompt may end with the tag that opens the reasoning: then the model does not write it.
     """
-    found, wanted = _squashed(rendered), _squashed(content)
+    found, wanted = _trimmed(rendered), _trimmed(content)
     opening = next(
         (tag for tag in ("<think>", "[THINK]") if head.rstrip().endswith(tag) and wanted.startswith(tag)), ""
     )
     if found == wanted or (opening and found == wanted.removeprefix(opening)):
         return True
-    return found == _squashed(inserted) + wanted and not _thinks_twice(inserted, content)
+    before = _trimmed(inserted)
+    if not found.startswith(before) or _thinks_twice(inserted, content):
+        return False
+    return found.removeprefix(before).lstrip() == wanted
 
 
 def _thinks_twice(inserted: str, content: str) -> bool:
@@ -357,5 +361,6 @@ def _thinks_twice(inserted: str, content: str) -> bool:
     return "</think>" in inserted and "</think>" in content
 
 
-def _squashed(text: str) -> str:
-    return "".join(text.split())
+def _trimmed(text: str) -> str:
+    """Return a text without the white space that templates change: at both ends, and around the tags of reasoning."""
+    return _TAGS.sub(r"\1", text).strip()

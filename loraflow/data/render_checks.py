@@ -20,7 +20,7 @@ def refuse_left_out(chats: Sequence[Chat], texts: Sequence[str]) -> None:
         for message in chat:
             if message["role"] in ("system", "tool") and not has_text(text, message["content"]):
                 raise BadModel(
-                    f"The chat template leaves out {message['role']} messages.",
+                    f"The chat template leaves out or changes a part of {message['role']} messages.",
                     where="chat_template",
                     got=message["content"][:80],
                     next_step=f"remove {message['role']} messages from the dataset, or correct the template",

@@ -20,8 +20,7 @@ def missing_part(rendered: str, message: Message) -> str | None:
 
     The calls must be rendered in their order, each with its name, and with the names and values of its arguments.
     """
-    squashed = _squashed(rendered)
-    if _squashed(message["content"]) not in squashed:
+    if message["content"].strip() not in rendered:
         return message["content"]
     at = 0
     for call in message.get("tool_calls", []):
@@ -30,14 +29,14 @@ def missing_part(rendered: str, message: Message) -> str | None:
         if found < 0:
             return f"the call of {name}"
         at = found + len(name)
-        if (part := _missing_argument(squashed[len(_squashed(rendered[:found])) :], call)) is not None:
+        if (part := _missing_argument(rendered[found:], call)) is not None:
             return f"{name}: {part}"
     return None
 
 
 def _missing_argument(rendered: str, call: ToolCall) -> str | None:
     for text in _leaves(call["function"]["arguments"]):
-        if not any(_squashed(form) in rendered for form in _forms(text)):
+        if not any(form in rendered for form in _forms(text.strip())):
             return text
     return None
 
@@ -67,8 +66,8 @@ def _forms(text: str) -> Iterator[str]:
 
 
 def has_text(rendered: str, text: str) -> bool:
-    """Tell whether a rendered chat contains a text, as it is or in JSON; the template may change its white space."""
-    return any(form in rendered for form in _forms(text.strip())) or _squashed(text) in _squashed(rendered)
+    """Tell whether a rendered chat contains a text, as it is or in JSON; the template may trim white space at its ends."""
+    return any(form in rendered for form in _forms(text.strip()))
 
 
 def call_end(text: str, start: int, ends: Sequence[str]) -> int | None:
@@ -93,7 +92,3 @@ def call_text(message: Message) -> str:
 def tools_text(message: Message) -> str:
     """Return the tools of a chat as JSON text, which its first message has."""
     return json.dumps(message["tools"], ensure_ascii=False) if "tools" in message else ""
-
-
-def _squashed(text: str) -> str:
-    return "".join(text.split())

@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from loraflow.adapters.targets import ALL_LINEAR, in_layers, selects
+from loraflow.adapters.targets import ALL_LINEAR, in_layers, matches, selects
 from loraflow.config.lora import PeftConfig
-from loraflow.training.memory import ModelShape
+from loraflow.training.memory import ModelShape, lora_weights
 
-Spelling = tuple[tuple[str, int], ...]  # the modules of a product, with their shares of its adapter's weights
+
+class Matrix(NamedTuple):
+    """A linear layer, the embeddings or the head, by its full name and its size."""
+
+    name: str
+    into: int
+    out: int
+
+
+Spelling = tuple[Matrix, ...]  # the modules that compute a product: one that is fused, or several
 
 
 def adapter_rank(shape: ModelShape, adapters: Sequence[PeftConfig]) -> float:
-    """Return the rank at which adapters on all projections have as many weights as these adapters together.
+    """Return the rank r for which `lora_weights(shape, r)` is the number of weights that these adapters train together.
 
-    Each module's rank is the largest of its adapters' ranks, since adapters that are trained in one pass are padded to
-    it. Modules are found by the names that most architectures use (q_proj or qkv_proj). If the recipe names a module
-    otherwise, all projections count with the largest rank.
+    It counts projections, embeddings and head, with adapters or trained fully (modules_to_save). It may be larger than
+    all ranks: an adapter of q_proj, k_proj and v_proj has more weights than one of qkv_proj. Each module's rank is the
+    largest of its adapters' ranks, since adapters that are trained in one pass are padded to it. Modules are found by the
+    names that most architectures use. If the recipe names a module otherwise, all projections count with the largest
+    rank.
 
     Args:
         shape: the base's.
         adapters: those that are trained in one pass; one in most trainings.
     """
     largest = max(rank for one in adapters for rank in (one.r, *one.rank_pattern.values()))
-    products = [product for layer in range(shape.layers) for product in _products(shape, layer)]
-    names = [name for spellings, _ in products for spelling in spellings for name, _ in spelling]
+    products = [*(one for layer in range(shape.layers) for one in _projections(shape, layer)), *_vocabulary(shape)]
+    names = [matrix.name for spellings in products for spelling in spellings for matrix in spelling]
     if not all(_names_only(one, names) for one in adapters):
         return float(len(adapters) * largest)
-    total = sum(size * max(_rank_of_product(one, spellings) for one in adapters) for spellings, size in products)
-    weights = sum(size for _, size in products)
-    return len(adapters) * (total / weights if total else largest)
+    total = sum(max(_weights(adapters, one) for one in _named(adapters, spellings)) for spellings in products)
+    return len(adapters) * (total / lora_weights(shape, 1) if total else largest)
 
 
 def _names_only(adapter: PeftConfig, names: Sequence[str]) -> bool:
@@ -41,34 +52,52 @@ def _names_only(adapter: PeftConfig, names: Sequence[str]) -> bool:
     return all(any(selects(one, name) for name in names) for one in [*each, *patterns])
 
 
-def _products(shape: ModelShape, layer: int) -> Iterator[tuple[tuple[Spelling, ...], int]]:
-    """Yield the products of a layer: how their modules may be called, and the weights of an adapter of rank 1."""
-    query, key, up = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate
+def _projections(shape: ModelShape, layer: int) -> Iterator[tuple[Spelling, ...]]:
+    """Yield the products of a layer, each with the modules that may compute it."""
+    hidden, up = shape.hidden, shape.intermediate
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
-    split = ((f"{attention}.q_proj", query), (f"{attention}.k_proj", key), (f"{attention}.v_proj", key))
-    yield (((f"{attention}.qkv_proj", 1),), split), shape.hidden + query + 2 * key
-    yield (((f"{attention}.o_proj", 1),),), query + shape.hidden
-    gated = ((f"{mlp}.gate_proj", up), (f"{mlp}.up_proj", up))
-    yield (((f"{mlp}.gate_up_proj", 1),), gated), shape.hidden + 2 * up
-    yield (((f"{mlp}.down_proj", 1),),), up + shape.hidden
+    fused: Spelling = (Matrix(f"{attention}.qkv_proj", hidden, query + 2 * key),)
+    split: Spelling = (
+        Matrix(f"{attention}.q_proj", hidden, query),
+        Matrix(f"{attention}.k_proj", hidden, key),
+        Matrix(f"{attention}.v_proj", hidden, key),
+    )
+    yield (fused,) if shape.fused_attention else (fused, split)
+    yield ((Matrix(f"{attention}.o_proj", query, hidden),),)
+    fused = (Matrix(f"{mlp}.gate_up_proj", hidden, 2 * up),)
+    split = (Matrix(f"{mlp}.gate_proj", hidden, up), Matrix(f"{mlp}.up_proj", hidden, up))
+    yield (fused,) if shape.fused_mlp else (fused, split)
+    yield ((Matrix(f"{mlp}.down_proj", up, hidden),),)
 
 
-def _rank_of_product(adapter: PeftConfig, spellings: Sequence[Spelling]) -> float:
-    """Return the mean rank of a product's modules. Of two spellings, the recipe means the one that a pattern names."""
-    for spelling in spellings:
-        if any(_pattern_of(adapter, name) for name, _ in spelling):
-            return _mean_rank(adapter, spelling)
-    return max(_mean_rank(adapter, spelling) for spelling in spellings)
+def _vocabulary(shape: ModelShape) -> list[tuple[Spelling, ...]]:
+    """Return embeddings and head, which all-linear leaves out."""
+    embeddings = Matrix("model.embed_tokens", shape.vocabulary, shape.hidden)
+    return [((embeddings,),), ((Matrix("lm_head", shape.hidden, shape.vocabulary),),)]
 
 
-def _mean_rank(adapter: PeftConfig, spelling: Spelling) -> float:
-    return sum(share * _rank_of(adapter, name) for name, share in spelling) / sum(share for _, share in spelling)
+def _named(adapters: Sequence[PeftConfig], spellings: Sequence[Spelling]) -> Sequence[Spelling]:
+    """Return the spellings of a product that the base may have: those that a rank_pattern names, or else all."""
+    found = [one for one in spellings if any(_pattern_of(adapter, m.name) for adapter in adapters for m in one)]
+    return found or spellings
+
+
+def _weights(adapters: Sequence[PeftConfig], spelling: Spelling) -> int:
+    """Return the weights of the largest of some adapters on a product's modules."""
+    return sum(max(_trained(adapter, matrix) for adapter in adapters) for matrix in spelling)
+
+
+def _trained(adapter: PeftConfig, matrix: Matrix) -> int:
+    if any(matches(matrix.name, one) for one in adapter.modules_to_save or []):
+        return matrix.into * matrix.out
+    return _rank_of(adapter, matrix.name) * (matrix.into + matrix.out)
 
 
 def _rank_of(adapter: PeftConfig, name: str) -> int:
     """Return a module's rank; 0 without an adapter."""
     targets = adapter.target_modules
-    is_adapted = targets == ALL_LINEAR or selects(targets, name)
+    is_adapted = "layers" in name.split(".") if targets == ALL_LINEAR else selects(targets, name)
     if not is_adapted or selects(adapter.exclude_modules, name) or not in_layers(name, adapter.layers_to_transform):
         return 0
     pattern = _pattern_of(adapter, name)

@@ -8,6 +8,7 @@ import math
 import shutil
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -200,19 +201,42 @@ def refuse_non_finite(model: torch.nn.Module, step: int) -> None:
 
 
 def warn_of_untrained(model: torch.nn.Module) -> None:
-    """Log a warning if adapters still have B = 0: no gradient reached them, because the model does not call their modules.
+    """Log a warning if modules of a model's adapter still have B = 0, as before the training; see `log_untrained`."""
+    log_untrained(
+        {
+            name.partition(".lora_B")[0]: bool(parameter.detach().any())
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and ".lora_B" in name
+        }
+    )
 
-    Some models read a layer's weight instead of calling the layer (Mamba's dt_proj), or use a layer with images only.
+
+def log_untrained(trained: Mapping[str, bool], whose: str = "") -> None:
+    """Log a warning if modules of an adapter were not trained: a step changed other modules, or none at all.
+
+    Some models read a layer's weight instead of calling the layer (Mamba's dt_proj), or use a layer with images only; and
+    a router may choose an expert for no token.
+
+    Args:
+        trained: names of the adapted modules, in peft's model, and whether B of their adapter is other than 0.
+        whose: the start of the message, which names one of several adapters.
     """
-    untrained = [
-        name.partition(".lora_B")[0].removeprefix("base_model.model.")
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and ".lora_B" in name and not bool(parameter.detach().any())
-    ]
-    if untrained:
+    untrained = [name.removeprefix("base_model.model.") for name, is_trained in trained.items() if not is_trained]
+    if not untrained:
+        return
+    if len(untrained) == len(trained):
         log.warning(
-            "%d adapted modules were not trained, such as %s: the model does not call them. They change nothing; "
-            "peft_config.exclude_modules leaves them out.",
-            len(untrained),
-            untrained[0],
+            "%sNo step changed the adapter, so the model answers as the base does: the learning rate was 0 in every step, "
+            "as in the first step of a warm-up, or no gradient reached the adapted modules.",
+            whose,
         )
+        return
+    log.warning(
+        "%s%d of %d adapted modules were not trained, such as %s: no gradient reached them, because the model does not call "
+        "them or, in a mixture, no token was routed to them. Their adapters change nothing. If they should not be adapted, "
+        "name them in peft_config.exclude_modules.",
+        whose,
+        len(untrained),
+        len(trained),
+        untrained[0],
+    )

@@ -20,6 +20,9 @@ WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 2.0, "nf
 ADAPTER_BYTES, OPTIMIZER_BYTES = 8, 8  # of a trained weight in fp32: itself and its gradient; AdamW's two moments
 # Micro-batches of this size use the GPU fully. Smaller ones cost little speed; recomputation costs a third.
 ENOUGH_TOKENS = 4096
+# Architectures of transformers whose layers have one module qkv_proj, or one gate_up_proj.
+_FUSED_ATTENTION = frozenset({"phi3", "phi4_multimodal"})
+_FUSED_MLP = frozenset({"phi3", "phi4_multimodal", "glm", "glm4", "glm4v_text", "glm_ocr_text"})
 MAX_TOKENS = 16384  # of a micro-batch; larger ones were not faster
 
 
@@ -35,6 +38,8 @@ class ModelShape:
     head_dim: int
     vocabulary: int
     tied: bool
+    fused_attention: bool = False  # one module computes q, k and v
+    fused_mlp: bool = False  # one module computes gate and up
 
     @property
     def linear_weights(self) -> int:
@@ -75,6 +80,8 @@ def shape_of(config: Mapping[str, JsonValue]) -> ModelShape | None:
             head_dim=_integer(text.get("head_dim") or hidden // heads),
             vocabulary=_integer(text["vocab_size"]),
             tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+            fused_attention=text.get("model_type") in _FUSED_ATTENTION,
+            fused_mlp=text.get("model_type") in _FUSED_MLP,
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None

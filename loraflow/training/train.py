@@ -56,10 +56,10 @@ def run(job: Job[TrainConfig], inputs: Inputs, out: Path, progress: Progress) ->
         result = trainer.train(resume_from_checkpoint=str(setup.resumed_from) if setup.resumed_from else None)
     setup.preemption.raise_if_requested(trainer.state.global_step)
     refuse_non_finite(trainer.model, setup.steps.total)
-    warn_of_untrained(trainer.model)
     setup.group.barrier()
     if not setup.group.is_main:
         return Summary()
+    warn_of_untrained(trainer.model)
     _save_adapter(setup, built, out)
     write_origin(out / "adapter", inputs["base"], job.inputs["base"].digest)
     _write_training_settings(setup, out / "training.json")

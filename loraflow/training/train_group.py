@@ -28,12 +28,13 @@ from loraflow.store import Summary
 from loraflow.training.arguments import BatchSettings
 from loraflow.training.base_model import check_adapter, load_base
 from loraflow.training.batches import GridRows, Layout, StepDataset, concatenated_layout
+from loraflow.training.callbacks import log_untrained
 from loraflow.training.choices import choose_attention
 from loraflow.training.cuda_graphs import GraphedPass
 from loraflow.training.fast_engine import choose_compile, choose_memory_fit, cost_of_length, passes_of
 from loraflow.training.graph_choice import choose_graphs
 from loraflow.training.group_batches import GroupSteps
-from loraflow.training.group_lora import stack_adapters
+from loraflow.training.group_lora import GroupLora, stack_adapters
 from loraflow.training.group_trainer import GroupModel, GroupTrainer, base_of, build_member
 from loraflow.training.layers import draws_in_passes, prepare_layers
 from loraflow.training.loss_head import is_frozen_linear
@@ -71,6 +72,7 @@ def run(job: Job[TrainGroupConfig], inputs: Inputs, out: Path, progress: Progres
         trainer.train()
     setups[0].preemption.raise_if_requested(trainer.step)
     problems = [member.problem for member in trainer.members]
+    _warn_of_untrained(trainer)
     (out / GROUP_PROBLEMS).write_text(json.dumps(problems, indent=1) + "\n")
     for number, member in enumerate(trainer.members):
         lines = "".join(json.dumps(row) + "\n" for row in member.logs)
@@ -81,6 +83,15 @@ def run(job: Job[TrainGroupConfig], inputs: Inputs, out: Path, progress: Progres
     return Summary(
         figures={"trials": len(setups), "failed": sum(map(bool, problems)), "steps": len(trainer.steps)},
     )
+
+
+def _warn_of_untrained(trainer: GroupTrainer) -> None:
+    """Log a warning for each trial that has modules that were not trained, unless it ended with a problem."""
+    modules = [(name, one) for name, one in trainer.model.model.named_modules() if isinstance(one, GroupLora)]
+    for number, member in enumerate(trainer.members):
+        if not member.problem:
+            trained = {name: bool(module.ups[number].detach().any()) for name, module in modules}
+            log_untrained(trained, f"Trial {number + 1} of {len(trainer.members)}: ")
 
 
 def _prepare(job: Job[TrainGroupConfig], inputs: Inputs, progress: Progress) -> list[TrainingSetup]:

@@ -236,39 +236,60 @@ def test_a_branch_is_resolved_to_the_commit_in_the_lock_file(tmp_path, monkeypat
     assert resolve.locate(branch, HashMemo(None)) == pinned
 
 
-@pytest.mark.parametrize(
-    "git", [["git", "hash-object", "--no-filters"], ["sha1sum"]]
-)  # the hub's names, and a mirror's
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_file_of_the_hubs_cache_that_was_damaged_is_refused(tmp_path, phi3, monkeypatch, name, git):
-    """The cache has the layout of the hub's library. The names of its files are those of git and sha256sum."""
-    commit, home = "c" * 40, tmp_path / "models--acme--tiny"
-    blobs, snapshot = home / "blobs", home / "snapshots" / commit
+COMMIT = "c" * 40
+HASH_OF_GIT = ["git", "hash-object", "--no-filters"]
+
+
+def cache_of_the_hub(folder: Path, model: Path, git: list[str], monkeypatch) -> Path:
+    """Return the snapshot of acme/tiny in a cache with the layout of the hub's library."""
+    home = folder / "models--acme--tiny"
+    blobs, snapshot = home / "blobs", home / "snapshots" / COMMIT
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     (home / "refs").mkdir()
-    for file in phi3.iterdir():
-        large = file.suffix == ".safetensors"
-        command = ["sha256sum"] if large else git
+    for file in model.iterdir():
+        command = ["sha256sum"] if file.suffix == ".safetensors" else git
         blob = blobs / subprocess.run([*command, file], check=True, capture_output=True, text=True).stdout.split()[0]
         shutil.copyfile(file, blob)
         (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    folder = hub.download("acme/tiny", commit, trust=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    return snapshot
+
+
+@pytest.mark.parametrize("git", [HASH_OF_GIT, ["sha1sum"]])  # the hub's names, and a mirror's
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_of_the_hubs_cache_that_was_damaged_is_refused(tmp_path, phi3, monkeypatch, name, git):
+    """The names of the cache's files are those of git and sha256sum."""
+    snapshot = cache_of_the_hub(tmp_path, phi3, git, monkeypatch)
+    folder = hub.download("acme/tiny", COMMIT, trust=False)
     assert (folder / "model.safetensors").read_bytes() == (phi3 / "model.safetensors").read_bytes()
     damaged = (snapshot / name).resolve()
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     with pytest.raises(BadModel, match="damaged in the hub's cache") as caught:
-        hub.download("acme/tiny", commit, trust=False)
+        hub.download("acme/tiny", COMMIT, trust=False)
     assert str(damaged) in caught.value.next_step
+
+
+def test_a_file_that_was_removed_from_the_hubs_cache_is_a_network_failure_if_it_is_needed(tmp_path, phi3, monkeypatch):
+    """Without a network, the hub's library returns the snapshot as it is. Files that nobody asked for may be missing."""
+    snapshot = cache_of_the_hub(tmp_path, phi3, HASH_OF_GIT, monkeypatch)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("pytorch_model.bin", "original/params.json.gz"):
+        (snapshot / name).parent.mkdir(exist_ok=True)
+        (snapshot / name).symlink_to("../../blobs/" + "d" * 64)
+    assert hub.download("acme/tiny", COMMIT, trust=False) == snapshot
+    (snapshot / "model.safetensors").resolve().unlink()
+    assert hub.download("acme/tiny", COMMIT, trust=False, with_weights=False) == snapshot
+    with pytest.raises(Network, match="could not be downloaded") as caught:
+        hub.download("acme/tiny", COMMIT, trust=False)
+    assert "model.safetensors was removed from the hub's cache" in caught.value.got
 
 
 def test_an_unreachable_hub_is_a_network_failure(tmp_path):
     """In a process of its own: the hub's library reads its address once. Its own errors are no OSError."""
     code = """
 from loraflow.base import resolve
-from loraflow.base.base_checks import describe_files
 from loraflow.config.recipe import Base
 from loraflow.failures import Network
 from loraflow.store.files import HashMemo

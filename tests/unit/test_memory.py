@@ -81,16 +81,18 @@ TINY = {
 ALL = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
-def trained_by_peft(adapters):
-    """Return the shape of a tiny Phi-3, and the number of weights that peft trains in adapters, each module's padded."""
-    import torch
-    from peft import get_peft_model
-    from transformers import Phi3Config, Phi3ForCausalLM
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-    config, counts = Phi3Config(**TINY), []
+
+def trained_by_peft(config, adapters):
+    """Return the shape of a model, and the number of weights that peft trains in adapters, each module's padded."""
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    counts = []
     for adapter in adapters:
         with torch.device("meta"):
-            model = get_peft_model(Phi3ForCausalLM(config), lora_config(adapter))
+            model = get_peft_model(AutoModelForCausalLM.from_config(config), lora_config(adapter))
         counts.append({name: p.numel() for name, p in model.named_parameters() if p.requires_grad})
     names = {name for count in counts for name in count}
     padded = sum(max(count.get(name, 0) for count in counts) for name in names)
@@ -112,8 +114,10 @@ def trained_by_peft(adapters):
     ids=["ranks", "layers", "all-linear", "expression", "two in one pass"],
 )
 def test_the_memory_of_adapters_counts_the_weights_that_peft_trains(adapters):
+    from transformers import Phi3Config
+
     configs = [PeftConfig(**adapter) for adapter in adapters]
-    shape, trained = trained_by_peft(configs)
+    shape, trained = trained_by_peft(Phi3Config(**TINY), configs)
     assert memory.lora_weights(shape, adapter_rank(shape, configs)) == trained
 
 
@@ -126,8 +130,35 @@ def test_modules_with_names_of_their_own_count_with_the_largest_rank():
         assert adapter_rank(PHI3, [PeftConfig(**adapter)]) == 32
 
 
-def test_the_split_names_of_a_projection_count_by_their_widths():
-    grouped = memory.ModelShape(64, 96, 2, 4, 2, 16, 100, True)  # q is as wide as k and v together
-    adapter = {"r": 4, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 8}}
-    share = (64 + 128) / (64 + 128 + 64 + 64 + 64 + 2 * 96 + 96 + 64)  # of a layer's weights: those of q, k and v
-    assert adapter_rank(grouped, [PeftConfig(**adapter)]) == pytest.approx(8 * 0.5 * share)
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        [{"target_modules": ["q_proj", "v_proj"]}],
+        [{"target_modules": ["v_proj"]}],
+        [{"target_modules": SEVEN}],
+        [{"target_modules": "all-linear"}],
+        [{"target_modules": "all-linear", "rank_pattern": {"k_proj": 64, "gate_proj": 2}}],
+        [{"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}],
+        [{"target_modules": r".*(q_proj|embed_tokens|lm_head)", "r": 256}],
+        [{"target_modules": ["o_proj", "lm_head"], "layers_to_transform": None, "exclude_modules": ["layers.0.self_attn.o_proj"]}],
+        [{"target_modules": ["q_proj"], "r": 4}, {"target_modules": ["q_proj", "k_proj"], "r": 2}],
+    ],
+    ids=["q and v", "v", "seven", "all-linear", "ranks", "saved", "expression with the head", "head", "two in one pass"],
+)  # fmt: skip
+def test_split_projections_embeddings_and_head_count_as_peft_trains_them(adapters):
+    """With the shape of Llama 3.1 8B in four layers: q_proj, k_proj and v_proj each have an A of their own."""
+    from transformers import LlamaConfig
+
+    llama = LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=4,
+                        num_attention_heads=32, num_key_value_heads=8)  # fmt: skip
+    configs = [PeftConfig(**adapter) for adapter in adapters]
+    shape, trained = trained_by_peft(llama, configs)
+    assert memory.lora_weights(shape, adapter_rank(shape, configs)) == trained
+
+
+def test_fused_projections_of_a_glm_count_as_peft_trains_them():
+    from transformers import GlmConfig
+
+    configs = [PeftConfig(r=4)]
+    shape, trained = trained_by_peft(GlmConfig(**TINY, head_dim=8), configs)
+    assert memory.lora_weights(shape, adapter_rank(shape, configs)) == trained

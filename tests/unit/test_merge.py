@@ -331,7 +331,7 @@ def test_an_index_that_contradicts_its_files_is_refused(tmp_path, phi3):
     index["weight_map"].pop("model.norm.weight")
     file.write_text(json.dumps(index))
     (tmp_path / "out").mkdir()
-    with pytest.raises(BadModel, match="index does not match the tensors"):
+    with pytest.raises(BadModel, match="index does not match"):
         merge(tmp_path / "base", adapter, tmp_path / "out")
 
 
@@ -608,3 +608,27 @@ def test_two_kinds_of_updates_of_one_tied_head_are_refused_in_one_sentence(tmp_p
     with pytest.raises(BadModel, match="lm_head has two kinds of updates"):
         merge(tmp_path / "base", adapter, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("change", ["missing", "two values"])
+def test_a_foreign_base_whose_files_do_not_fit_its_config_is_refused(tmp_path, change):
+    """Its merged model would be loaded with random numbers, or answer with another head than a server's."""
+    from safetensors.torch import load_file, save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    base, out = tmp_path / "base", tmp_path / "out"
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+                         tie_word_embeddings=False)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(base)
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["o_proj"])
+    if change == "missing":
+        weights = load_file(base / "model.safetensors")
+        del weights["model.layers.0.mlp.up_proj.weight"]
+        save_file(weights, base / "model.safetensors", {"format": "pt"})
+    else:
+        values = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**values, "tie_word_embeddings": True}))
+    out.mkdir()
+    with pytest.raises(BadModel, match="lack weights" if change == "missing" else "two weights are one"):
+        merge(base, adapter, out)
+    assert not list(out.iterdir())

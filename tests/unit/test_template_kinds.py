@@ -8,6 +8,7 @@ from loraflow.base import mask_check
 from loraflow.base.template_check import check_template
 from loraflow.data import loss_mask
 from loraflow.data.loss_mask import ChatTemplate
+from loraflow.data.rendered_calls import missing_part
 from loraflow.data.served_template import pinned
 from loraflow.data.token_labels import IGNORED
 from loraflow.failures import BadModel
@@ -84,11 +85,64 @@ def test_a_question_that_the_template_changes_is_refused_with_its_row(tmp_path, 
     assert caught.value.details["chat"] == 1 and caught.value.got == "what is red"
 
 
-def test_a_question_in_other_white_space_is_no_other_question(tmp_path):
-    user = "{{ '<|user|>' + m['content'].split() | join(' ') + '<|end|>' }}"
-    build_tokenizer(tmp_path, turns("{{ m['content'] + '<|end|>' }}", user))
-    chat = [{"role": "user", "content": " what \n is red\n"}, ONE[1]]
+SPACED = " def f():\n\n    return  1\n"
+
+
+def joined(role: str) -> str:
+    """Return a template that replaces all white space inside the messages of a role by single spaces."""
+    plain, words = "m['content']", "(m['content'].split() | join(' '))"
+    return turns(
+        f"{{{{ {words if role == 'assistant' else plain} + '<|end|>' }}}}",
+        f"{{{{ '<|' + m['role'] + '|>' + ({words} if m['role'] == '{role}' else {plain}) + '<|end|>' }}}}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("role", "says"),
+    [
+        ("assistant", "changes a part of an answer"),
+        ("user", "changes a part of a question"),
+        ("system", "leaves out or changes a part of system messages"),
+        ("tool", "leaves out or changes a part of tool messages"),
+    ],
+)
+def test_a_text_whose_inner_white_space_the_template_changes_is_refused_with_its_row(tmp_path, role, says):
+    """The model would learn code without its lines, or not see them in a question."""
+    build_tokenizer(tmp_path, joined(role))
+    template = ChatTemplate(tmp_path)
+    chat = [{"role": "system", "content": "be kind"}, *TWO]
+    if role == "tool":
+        chat.insert(3, {"role": "tool", "content": "found"})
+    template.encode([chat], "assistant")
+    spaced = [{**message, "content": SPACED} if message["role"] == role else message for message in chat]
+    with pytest.raises(BadModel, match=says) as caught:
+        template.encode([chat, spaced], "assistant")
+    assert caught.value.details["chat"] == 1
+
+
+@pytest.mark.parametrize("space", [" {}", "{}\n", "\n\n {}  "])
+def test_white_space_around_texts_may_be_trimmed(tmp_path, space):
+    trimmed = "m['content'] | trim + '<|end|>'"
+    build_tokenizer(tmp_path, turns(f"{{{{ {trimmed} }}}}", f"{{{{ '<|user|>' + {trimmed} }}}}"))
+    chat = [{**message, "content": space.format(message["content"])} for message in ONE]
     assert learned(ChatTemplate(tmp_path), chat) == ["a color<|end|>"]
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "missing"),
+    [
+        ("I\n look", "a\n  b", None),
+        ("I\n look", '"a\\n  b"', None),
+        ("I\n look", "a b", "run: a\n  b"),
+        ("I\n look", '"a\\n b"', "run: a\n  b"),
+        ("I look", "a\n  b", " I\n look "),
+    ],
+    ids=["plain", "json", "joined", "joined in json", "joined text"],
+)
+def test_a_call_whose_inner_white_space_the_template_changes_is_refused(content, code, missing):
+    call = {"type": "function", "function": {"name": "run", "arguments": {"code": "a\n  b"}}}
+    message = {"role": "assistant", "content": " I\n look ", "tool_calls": [call]}
+    assert missing_part(f"<|assistant|>{content} run(code={code})<|end|>", message) == missing
 
 
 @pytest.mark.parametrize(

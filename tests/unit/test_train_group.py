@@ -131,6 +131,23 @@ def test_a_resumed_group_equals_an_uninterrupted_one_bit_for_bit(base, shards, t
     assert torch.equal(resumed.model.adapters.values, straight.model.adapters.values)
 
 
+def test_a_trial_of_a_group_whose_modules_are_not_trained_is_named(base, shards, tmp_path, monkeypatch, caplog):  # noqa: F811
+    warn = train_group._warn_of_untrained
+
+    def with_one_unreached_module(trainer):
+        with torch.no_grad():
+            trainer.model.adapters.modules[1].ups[1].zero_()
+        trainer.members[2].problem = "ended"
+        warn(trainer)
+
+    monkeypatch.setattr(train_group, "_warn_of_untrained", with_one_unreached_module)
+    still, moves = ({**TRIALS[0], "training_config__warmup_steps": steps} for steps in (1, 0))
+    group([still, moves, still], tmp_path, base, shards, training_config__max_steps=1)
+    assert "Trial 1 of 3: No step changed the adapter" in caplog.text
+    assert "Trial 2 of 3: 1 of" in caplog.text and "such as model.layers.0." in caplog.text
+    assert "Trial 3" not in caplog.text
+
+
 @pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
 def test_an_adapter_that_is_refused_alone_is_refused_in_a_group(base, shards, tmp_path, pattern):  # noqa: F811
     wrong = {f"peft_config__{pattern}": {"nonexistent": 4}}

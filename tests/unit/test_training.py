@@ -353,3 +353,10 @@ def test_the_row_order_depends_only_on_seed_and_epoch():
     assert count_steps(10, 4, 2.0, 7) == (7, 3)
     assert [micro_batch_rows(12, n) for n in (1, 5, 7, 12, 99)] == [1, 4, 6, 12, 12]
     assert isinstance(order, np.ndarray)
+
+
+def test_a_training_whose_only_step_has_a_rate_of_0_says_that_nothing_was_trained(base, tmp_path, caplog):
+    one = {"training_config__max_steps": 1, "training_config__warmup_steps": 1}
+    adapter, _ = run(base, tokenize(base, tmp_path), tmp_path, **one)
+    assert not any(bool(tensor.any()) for name, tensor in adapter.items() if "lora_B" in name)
+    assert "No step changed the adapter" in caplog.text and "exclude_modules" not in caplog.text

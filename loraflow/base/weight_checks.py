@@ -1,0 +1,239 @@
+"""Checks of a base's weights, before anything is trained or merged: names, shapes and values."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict, cast
+
+from loraflow.base.load import refuse_missing_weights
+from loraflow.base.model_config import config_errors, reason_of
+from loraflow.failures import BadModel
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+FLOATS = ("BF16", "F16", "F32", "F64")  # in the names of safetensors; other types are not read
+BLOCK_VALUES = 2**22  # of a weight, at a time
+
+
+class _LoadReport(TypedDict):
+    """What transformers says of the weights that it loaded."""
+
+    missing_keys: set[str]
+    unexpected_keys: set[str]
+    mismatched_keys: set[tuple[str, tuple[int, ...], tuple[int, ...]]]  # name, shape in the file, shape in the model
+
+
+def check_weights(folder: Path) -> None:
+    """Check that a folder's files of weights can be opened, and that none is missing.
+
+    Raises:
+        BadModel: one is damaged or missing.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, "np") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise BadModel("A file of weights is damaged.", where=file.name, got=str(error)[:200]) from error
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        missing = set(json.loads(index.read_text())["weight_map"].values()) - {p.name for p in folder.iterdir()}
+        if missing:
+            raise BadModel("Files of weights are missing.", where="base.model", got=", ".join(sorted(missing)))
+
+
+def check_fits_config(folder: Path) -> None:
+    """Check that a folder's files have every weight of the model that its config.json describes, in the right shape.
+
+    transformers opens the model on torch's meta device: it reads names and shapes only, and converts names of older files.
+
+    Args:
+        folder: the model's; its architecture is transformers' own.
+
+    Raises:
+        BadModel: a weight is missing, which transformers would fill with random numbers, or has another shape; or the
+            config says that two weights are one, and the files have them with different values.
+    """
+    model, report = _open_without_weights(folder)
+    refuse_missing_weights(folder, {"missing_keys": report["missing_keys"]})
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise BadModel(
+            "A weight of the base has another shape than config.json says.",
+            where=f"{folder}: {name}",
+            expected=str(list(expected)),
+            got=str(list(found)),
+            next_step="fetch the base again: config.json and weights are of two models",
+        )
+    _refuse_two_values(folder, getattr(model, "all_tied_weights_keys", {}))
+    if unused := sorted(report["unexpected_keys"]):
+        log.warning("The base's files have %d weights that its model does not use, such as %s.", len(unused), unused[0])
+
+
+def _open_without_weights(folder: Path) -> tuple[PreTrainedModel, _LoadReport]:
+    """Open a model on torch's meta device, and return what transformers says of its files' weights.
+
+    Raises:
+        BadModel: transformers cannot open it.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as their_logging
+
+    verbosity = their_logging.get_verbosity()
+    their_logging.set_verbosity_error()  # its table of names says the same in many lines
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            device_map="meta",
+            output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+        )
+    except config_errors() as error:
+        raise BadModel(
+            "transformers cannot open the base's weights.",
+            where=str(folder),
+            expected="weights that fit config.json",
+            got=reason_of(error),
+            next_step="fetch the base again, or choose another one",
+        ) from error
+    finally:
+        their_logging.set_verbosity(verbosity)
+    return cast("tuple[PreTrainedModel, _LoadReport]", loaded)
+
+
+def unused_weights(folder: Path) -> frozenset[str]:
+    """Return the names of stored weights that the model does not load, such as buffers of older transformers.
+
+    Of a model that only code of its own can open, all weights count as used.
+    """
+    try:
+        model, report = _open_without_weights(folder)
+    except BadModel:
+        return frozenset()
+    # transformers leaves the weights that match these expressions out of its report. A weight that the model has is loaded.
+    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq$"]
+    expression = re.compile("|".join(f"(?:{one})" for one in ignored))
+    prefix, loaded, unexpected = f"{model.base_model_prefix}.", model.state_dict().keys(), report["unexpected_keys"]
+
+    def is_unused(name: str) -> bool:
+        spellings = {name, name.removeprefix(prefix), prefix + name}
+        return spellings.isdisjoint(loaded) and bool(spellings & unexpected or expression.search(name))
+
+    return frozenset(name for name in _stored(folder) if is_unused(name))
+
+
+def refuse_non_finite_weights(folder: Path) -> None:
+    """Refuse a model with NaN or infinity in a weight that it loads. All weights are read, in blocks.
+
+    Raises:
+        BadModel: there is such a weight.
+    """
+    from safetensors import safe_open
+
+    unused: frozenset[str] | None = None
+    for file in _loaded_files(folder):
+        with safe_open(file, "pt") as tensors:
+            for name in sorted(tensors.keys()):
+                if all(is_finite(block) for block in _blocks(tensors, name)):
+                    continue
+                if unused is None:
+                    unused = unused_weights(folder)
+                if name not in unused:
+                    raise BadModel(
+                        "A weight of the base is not finite.",
+                        where=f"{file}: {name}",
+                        expected="finite values",
+                        got="NaN or infinity",
+                        next_step="fetch the base again, or choose another one",
+                    )
+
+
+def is_finite(values: Tensor) -> bool:
+    """Tell whether no value is NaN or infinite. The smallest and the largest show it, without a copy of all values."""
+    import torch
+
+    return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
+def _loaded_files(folder: Path) -> list[Path]:
+    """Return the files of weights that transformers loads."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if index.exists():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _stored(folder: Path) -> dict[str, Path]:
+    """Return the names of the weights that transformers finds, each with its file."""
+    from safetensors import safe_open
+
+    stored: dict[str, Path] = {}
+    for file in _loaded_files(folder):
+        with safe_open(file, "pt") as tensors:
+            stored |= dict.fromkeys(tensors.keys(), file)
+    return stored
+
+
+def _blocks(tensors: safe_open, name: str) -> Iterator[Tensor]:
+    """Yield a weight of a floating-point type in blocks of rows: a mixture's experts can be one tensor of gigabytes."""
+    part = tensors.get_slice(name)  # type: ignore[no-untyped-call]
+    if part.get_dtype() not in FLOATS:
+        return
+    shape = part.get_shape()
+    if not shape:
+        yield tensors.get_tensor(name)  # type: ignore[no-untyped-call]
+        return
+    rows = max(1, BLOCK_VALUES // max(1, math.prod(shape[1:])))
+    for first in range(0, shape[0], rows):
+        yield part[first : first + rows]
+
+
+def _refuse_two_values(folder: Path, tied: Mapping[str, str]) -> None:
+    """Refuse weights that are one weight by the config, but are stored with different values.
+
+    transformers 5 trains them as two, and a server that follows the config serves them as one.
+
+    Args:
+        folder: the model's.
+        tied: names of such weights → the name of the weight that they are.
+
+    Raises:
+        BadModel: there are such weights.
+    """
+    import torch
+
+    stored = _stored(folder)
+    for pair in tied.items():
+        if not all(name in stored for name in pair):
+            continue
+        first, second = (_read(stored[name], name) for name in pair)
+        if not torch.equal(first, second):
+            raise BadModel(
+                "config.json says that two weights are one, but the base's files have them with different values.",
+                where=f"{folder}: {', '.join(pair)}",
+                expected="tie_word_embeddings: false, or equal weights",
+                got="tie_word_embeddings: true, which is also the default of some architectures",
+                next_step="set tie_word_embeddings to false in config.json, if the head is a weight of its own",
+            )
+
+
+def _read(file: Path, name: str) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as tensors:
+        tensor: Tensor = tensors.get_tensor(name)
+        return tensor
