@@ -19,6 +19,7 @@ the two.
 from __future__ import annotations
 
 from loraflow.execution.deal import deal_heldout
+from loraflow.execution.plan_tokens import warn_of_other_tokens
 from loraflow.execution.results import PipelineResult
 from loraflow.flows.general import read_general_rows, score_on_general_rows
 from loraflow.flows.seeds import train_seed
@@ -49,6 +50,7 @@ def pipeline(run: Run) -> PipelineResult:
     deals = run.workspace.recipe.deals_rows  # then all models are scored on rows that the new model is dealt
     base_scores = None if deals else evaluate(run, model=base, rows=rows, label="evaluate base")
     on_general = score_on_general_rows(run, general, base=base)
+    warn_of_other_tokens(run.workspace)
     adapter = train(run, tokens=tokens, base=base)
     probes = tokens if run.workspace.recipe.compares_merges else None
     merged = merge(run, base=base, adapter=adapter, tokens=probes)

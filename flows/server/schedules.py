@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from dateutil.rrule import YEARLY, rrule
+from dateutil.rrule import DAILY, HOURLY, MINUTELY, MONTHLY, SECONDLY, YEARLY, rrule, rruleset
 from prefect.client.schemas.schedules import SCHEDULE_TYPES, CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.utilities.asyncutils import run_coro_as_sync
 from pydantic import JsonValue, model_validator
@@ -19,6 +21,9 @@ from loraflow.flows.server.strict_model import StrictModel
 
 # Prefect starts an interval without `anchor_date` at the time of deploying, so that each deploy would move the schedule.
 ANCHOR = datetime(2020, 1, 1, tzinfo=UTC)
+
+_MOST_DATES = 50_000  # of a rule with an end, to find whether it has ended: under a second
+_MOST_EXCLUDED = 1000  # dates in sequence that the exclusions of a set of rules may remove
 
 
 class Schedule(StrictModel):
@@ -46,14 +51,17 @@ class Schedule(StrictModel):
         for name, value, of in (("anchor_date", self.anchor_date, "interval"), ("day_or", not self.day_or, "cron")):
             if value and given != [of]:
                 raise ValueError(f"{name} is only for schedules with {of}")
+        schedule = self.to_prefect()
         self._means_what_prefect_reads()
-        if not has_dates(self.to_prefect()):
+        if not has_dates(schedule):
             raise ValueError(f"the schedule never runs: no date fits {getattr(self, given[0])!r}")
         return self
 
     def _means_what_prefect_reads(self) -> None:
         """Refuse a time in another timezone than `timezone`, which Prefect would shift."""
-        is_utc = self.timezone in (None, "UTC", "Etc/UTC")
+        if self.cron is not None:
+            return
+        is_utc = _same_zone(self.timezone or "UTC", "UTC")
         if self.anchor_date is not None and self.anchor_date.tzinfo is None and not is_utc:
             raise ValueError(
                 f"anchor_date has no offset, and Prefect reads it as UTC, not as {self.timezone}; "
@@ -62,7 +70,7 @@ class Schedule(StrictModel):
         if self.rrule is None:
             return
         for zone in re.findall(r"TZID=([^:;,\s]+)", self.rrule):
-            if zone != (self.timezone or "UTC"):
+            if not _same_zone(zone, self.timezone or "UTC"):
                 raise ValueError(
                     f"Prefect ignores TZID={zone} in an rrule and would run at these hours of {self.timezone or 'UTC'}; "
                     f"remove TZID, and write timezone: {zone}"
@@ -87,20 +95,8 @@ class Schedule(StrictModel):
     @property
     def has_ended(self) -> bool:
         """Tell whether all dates of the schedule are in the past."""
-        return next_run(self.to_prefect(), datetime.now(UTC)) is None
-
-
-def next_run(schedule: SCHEDULE_TYPES, now: datetime) -> datetime | None:
-    """Return the first date from `now` on on which a schedule runs, as Prefect's server computes it; None if there is none.
-
-    An interval has no end; `now` is returned.
-    """
-    if isinstance(schedule, CronSchedule):
-        return _next_of_cron(schedule, now)
-    if isinstance(schedule, RRuleSchedule):
-        date: datetime | None = _rule(schedule).after(now, inc=True)
-        return date
-    return now
+        schedule = self.to_prefect()
+        return isinstance(schedule, RRuleSchedule) and _has_ended(_rule(schedule), datetime.now(UTC))
 
 
 def has_dates(schedule: SCHEDULE_TYPES) -> bool:
@@ -114,9 +110,73 @@ def has_dates(schedule: SCHEDULE_TYPES) -> bool:
     if not isinstance(schedule, RRuleSchedule):
         return True
     rule = _rule(schedule)
-    # dateutil looks for a date until the year 9999: that takes 2 s year by year, and a minute day by day.
-    days = rule.replace(freq=YEARLY, interval=1) if isinstance(rule, rrule) else rule
-    return next(iter(days), None) is not None
+    if isinstance(rule, rrule):
+        return _rule_has_dates(rule)
+    rules = [one for one in rule._rrule if _rule_has_dates(one)]
+    if not (rule._exrule or rule._exdate):
+        return bool(rules or rule._rdate)
+    left = rruleset()
+    for one in rules:
+        left.rrule(list(islice(one, _MOST_EXCLUDED)))
+    for date in rule._rdate:
+        left.rdate(date)
+    for date in rule._exdate:
+        left.exdate(date)
+    for one in filter(_fits_a_day, rule._exrule):
+        left.exrule(one)
+    return next(iter(left), None) is not None
+
+
+def _rule_has_dates(rule: Any) -> bool:
+    """Tell whether dateutil finds a date. A rule that no day fits is not searched: that would take a minute, until 9999."""
+    times = 1  # in a period of an hour or less, or in a day
+    for part, freq in (("_byhour", HOURLY), ("_byminute", MINUTELY), ("_bysecond", SECONDLY)):
+        times *= len(getattr(rule, part) or (None,)) if rule._freq < freq else 1
+    if rule._bysetpos and rule._freq >= DAILY and min(map(abs, rule._bysetpos)) > times:
+        return False
+    return _fits_a_day(rule) and next(iter(rule), None) is not None
+
+
+def _fits_a_day(rule: Any) -> bool:
+    """Tell whether a day of any year fits the parts of a rule that are about days, without its interval and its end.
+
+    The rule is searched year by year. For a yearly rule without such a part, dateutil takes the day of DTSTART, so another
+    rule gets a day of its own; and the first Monday of a monthly rule is one of each month.
+    """
+    parts: dict[str, Any] = {"freq": YEARLY, "interval": 1, "until": None, "count": None, "bysetpos": None}
+    names = ("bymonthday", "byyearday", "byweekno", "byweekday", "byeaster")
+    if rule._freq > MONTHLY and not any(rule._original_rule.get(name) for name in names):
+        parts["bymonthday"] = 1
+    if rule._freq == MONTHLY and not rule._original_rule.get("bymonth"):
+        parts["bymonth"] = range(1, 13)
+    return next(iter(rule.replace(**parts)), None) is not None
+
+
+def _has_ended(rule: Any, now: datetime) -> bool:
+    """Tell whether all dates of dateutil's rule or set of rules are before `now`.
+
+    Only rules with an end are searched, and only their first `_MOST_DATES` dates: a rule for each minute since 2020 has
+    millions. A longer one counts as not ended.
+    """
+    rules = [rule] if isinstance(rule, rrule) else rule._rrule
+    if all(one._until is not None and one._until < now for one in rules):
+        return isinstance(rule, rrule) or all(date < now for date in rule._rdate)
+    if any(one._until is None and one._count is None for one in rules):
+        return False
+    return all(date < now and number < _MOST_DATES for number, date in enumerate(rule))
+
+
+def _same_zone(one: str, other: str) -> bool:
+    """Tell whether two names are of one timezone: the offsets are equal in each hour of the next ten years."""
+    if one == other:
+        return True
+    try:
+        zones = ZoneInfo(one), ZoneInfo(other)
+    except (ValueError, ZoneInfoNotFoundError):  # an unknown one is like no other
+        return False
+    start = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    hours = (start + timedelta(hours=hour) for hour in range(10 * 366 * 24))
+    return all(hour.astimezone(zones[0]).utcoffset() == hour.astimezone(zones[1]).utcoffset() for hour in hours)
 
 
 def _next_of_cron(schedule: CronSchedule, now: datetime) -> datetime | None:

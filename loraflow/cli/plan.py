@@ -53,6 +53,7 @@ class _PlannedRun:
     slices: list[str]
     problem: str  # of the gate
     forgetting: list[str]
+    tokens: list[str]  # of base and champion
 
 
 def _plan_run(workspace: Workspace, force: tuple[str, ...]) -> _PlannedRun:
@@ -61,6 +62,7 @@ def _plan_run(workspace: Workspace, force: tuple[str, ...]) -> _PlannedRun:
     from loraflow.execution.plan_memory import planned_memory
     from loraflow.execution.plan_slices import slice_power_lines
     from loraflow.execution.plan_sources import planned_sources
+    from loraflow.execution.plan_tokens import token_lines
     from loraflow.failures import Failure
     from loraflow.stages import TRAIN
 
@@ -73,13 +75,17 @@ def _plan_run(workspace: Workspace, force: tuple[str, ...]) -> _PlannedRun:
     sources = planned_sources(workspace)
     power, problem = None, ""
     slices: list[str] = []
+    tokens: list[str] = []
     try:
         power = gate_power(workspace)
         slices = slice_power_lines(workspace)
+        tokens = token_lines(workspace)
     except Failure as failure:  # planning goes on, as for a champion that is missing
         problem = f"will fail: {failure.what}"
     forgetting = forgetting_lines(workspace)
-    return _PlannedRun(steps, memory, base, sources, note, workspace.reserve, power, slices, problem, forgetting)
+    return _PlannedRun(
+        steps, memory, base, sources, note, workspace.reserve, power, slices, problem, forgetting, tokens
+    )
 
 
 def _document(planned: _PlannedRun) -> dict[str, JsonValue]:
@@ -103,6 +109,8 @@ def _document(planned: _PlannedRun) -> dict[str, JsonValue]:
         document["reserve"] = planned.reserve.model_dump()
     if planned.forgetting:
         document["forgetting"] = [line.strip() for line in planned.forgetting]
+    if planned.tokens:
+        document["champion"] = [*planned.tokens]
     if power := planned.power:
         document["gate"] = {
             "rows": power.rows,
@@ -131,6 +139,8 @@ def _show_run(planned: _PlannedRun) -> None:
         click.secho("\n".join(lines), fg="yellow" if planned.slices or planned.power.is_warning() else None)
     if planned.forgetting:
         click.echo("\n".join(planned.forgetting))
+    for line in planned.tokens:
+        click.secho(f"\n{line}", fg="yellow")
 
 
 def _show(steps: list[PlannedStep], memory: PlannedMemory | None, base: list[str]) -> None:

@@ -15,6 +15,11 @@ from loraflow.config.recipe import Recipe
 # The largest difference of loraflow's own scores; the loss of a token has none that a recipe knows. A test compares this
 # with the ranges by which the gate bounds them.
 _LARGEST = {"chrf": 100.0}
+# Columns of a score table that are not scores, and scores that are no mean over rows. A test compares this, too.
+NOT_SCORES = frozenset(
+    {"id", "set", "group", "prompt", "reference", "reference_calls", "reference_tokens", "answer", "answer_tokens"}
+    | {"finish", "nll", "perplexity", "macro_f1"}
+)
 _NO_RANGE = frozenset({"token_loss"})
 
 
@@ -28,6 +33,8 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     gate, metrics = recipe.gate, recipe.evaluation.metrics
     scored = {"stops"}.union(*(SCORES.get(name, ()) for name in metrics))
     knows_all = all(name in SCORES for name in metrics)  # scores of other metrics are known once they have run
+    if not knows_all:
+        yield from _names_that_no_score_has(gate)
     for name in gate.lower_is_better:
         path = ("gate", "lower_is_better")
         if name in scored and name not in _NO_RANGE:
@@ -72,6 +79,22 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         if check.set not in sets:
             problem = f"there is no set {check.set}; the sets are {', '.join(sorted(sets))}"
             yield ("gate", "behaviour", name), f"gate.behaviour.{name}: {problem}"
+
+
+def _names_that_no_score_has(gate: Gate) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the names that a score of the user's metrics cannot have, either: the gate would fail after the training."""
+    named: list[tuple[tuple[str, ...], str]] = [(("gate", "primary"), gate.primary)]
+    named += [(("gate", "lower_is_better"), name) for name in gate.lower_is_better]
+    for key, names in (("guards", gate.guards), ("worst", gate.worst), ("ranges", gate.ranges)):
+        named += [(("gate", key, name), name) for name in names]
+    named += [(("gate", "slices", part, name), name) for part, margins in gate.slices.items() for name in margins]
+    for path, name in named:
+        if name in NOT_SCORES:
+            yield (
+                path,
+                f"{'.'.join(path[:-1] if path[-1] == name else path)} names {name}, which the gate cannot compare row by "
+                "row: it is no score of a metric",
+            )
 
 
 def _largest(gate: Gate, score: str, scored: Set[str]) -> float | None:

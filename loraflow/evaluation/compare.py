@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,8 @@ class TableComparison:
     only_first: int
     only_second: int
     differences: tuple[Difference, ...]
-    left_out: tuple[str, ...] = ()  # metrics that cannot be compared: losses per token of different tokenizers
+    left_out: tuple[str, ...] = ()  # metrics that cannot be compared: losses per token of different tokens
+    out_of_range: tuple[str, ...] = ()  # metrics with values outside of their range, which is not used
 
 
 def compare_tables(
@@ -74,7 +75,8 @@ def compare_tables(
         second: another one.
         confidence: one-sided, of each bound.
         lower_is_better: metrics, in addition to loraflow's own, where lower is better.
-        ranges: the smallest and the largest value of scores of the user's metrics, as for the gate.
+        ranges: the smallest and the largest value of scores of the user's metrics. Unlike the gate, a comparison does
+            not use a range that a score is outside of.
         listed: rows that are listed for each metric and direction.
 
     Raises:
@@ -98,12 +100,21 @@ def compare_tables(
     left_out = (
         ("token_loss",) if "token_loss" in metrics and rows_with_other_tokens(one, two, "the second model") else ()
     )
+    outside = tuple(
+        metric for metric in metrics if metric in ranges and _is_outside((one, two), metric, ranges[metric])
+    )
+    known = {metric: ends for metric, ends in ranges.items() if metric not in outside}
     found = tuple(
-        _difference(one, two, metric, confidence, lower_is_better, ranges, listed)
+        _difference(one, two, metric, confidence, lower_is_better, known, listed)
         for metric in metrics
         if metric not in left_out
     )
-    return TableComparison(len(common), *only, found, left_out)
+    return TableComparison(len(common), *only, found, left_out, outside)
+
+
+def _is_outside(tables: Iterable[pd.DataFrame], metric: str, ends: tuple[float, float]) -> bool:
+    values = np.concatenate([scores(table, metric, "a model") for table in tables])
+    return bool(values.min() < ends[0] or values.max() > ends[1])
 
 
 def _difference(

@@ -15,7 +15,7 @@ bound or 4,000 bootstrap resamples are not valid there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -40,6 +40,7 @@ class Evidence:
     binary: bool = False  # each group is one row, and scores are 0 or 1
     rows: int = 0
     spread: float = 0.0  # sum over rows of squared residuals, for the effective number of rows
+    is_assumed: bool = False  # the reach: all scores of a metric of the user's own are 0 or 1 in these rows
 
     @property
     def estimate(self) -> float:
@@ -62,7 +63,7 @@ class Evidence:
 
     def flipped(self) -> Evidence:
         """Return the same differences from the other model's side."""
-        return Evidence(-self.gains, self.weights, self.reach, self.binary, self.rows, self.spread)
+        return replace(self, gains=-self.gains)
 
     def p_above(self, bound: float, level: float, times: int = 1) -> float:
         """Return the p-value of "the true difference is at most `bound`", for a test at `level`.

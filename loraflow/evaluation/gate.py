@@ -133,7 +133,7 @@ def decide(
     Raises:
         BadData: an id is missing, duplicated or not a text, the tables have different rows, or a score is not a finite
             number. Such scores are never compared in part.
-        BadConfig: there is no score of this name, or it is a loss per token of different tokenizers.
+        BadConfig: there is no score of this name, or it is a loss per token of different tokens.
     """
     rules = [_Rule(primary, min_gain, "gain"), *(_Rule(metric, -margin, "guard") for metric, margin in guards.items())]
     rules += [_Rule(guard.metric, -guard.margin, "guard", guard.part) for guard in parts]
@@ -192,7 +192,7 @@ def require_comparable(
 
     Raises:
         BadData: they cannot be compared; see `decide`.
-        BadConfig: there is no score of a name, or it is a loss per token of different tokenizers.
+        BadConfig: there is no score of a name, or it is a loss per token of different tokens.
     """
     ours = _by_id(challenger, "challenger")
     _require_scores(ours, metrics, ranges, "challenger")
@@ -337,8 +337,10 @@ def _outcome(test: _Test, state: str, look: str, needed: int | None) -> str:
             parts.append(f"p {test.p_value():.2g}, {test.level:.2g} allowed{f' at {look}' if look else ''}")
     if test.reported != test.bounds.mean and abs(test.reported - test.bounds.mean) > 1e-9:
         parts.append(f"losses capped; uncapped {test.reported:+.4f}")
-    if evidence.reach is None and test.rule.kind == "gain":
+    if evidence.reach is None and state != "failed":
         parts.append("range not known: rare failures that no row shows are not allowed for; see gate.ranges")
+    if evidence.is_assumed and state != "failed":
+        parts.append("taken as 0 or 1 in every row, as in these; see gate.ranges")
     if state == "open":
         if not test.has_enough_rows:
             parts.append(f"at least {MINIMUM_ROWS} independent rows are needed")

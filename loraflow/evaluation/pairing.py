@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -57,7 +58,7 @@ def pair(
 
     Raises:
         BadData: a score is not a finite number, too large to compute with, or outside of its range.
-        BadConfig: there is no score of this name, or it is a loss per token of different tokenizers.
+        BadConfig: there is no score of this name, or it is a loss per token of different tokens.
     """
     labels = group_labels(ours)
     mine, other = scores(ours, metric, "challenger"), scores(theirs, metric, name)
@@ -75,7 +76,7 @@ def pair(
     evidence = _grouped(differences, np.ones(len(differences)), labels, reach)
     if (metric in BINARY or metric not in {*RANGES, *ranges}) and is_binary(mine) and is_binary(other):
         independent = evidence.groups == evidence.rows
-        evidence = Evidence(evidence.gains, evidence.weights, 1.0, independent, evidence.rows, evidence.spread)
+        evidence = replace(evidence, reach=1.0, binary=independent, is_assumed=metric not in BINARY)
     return Pair(evidence, float(differences.mean()))
 
 
@@ -139,10 +140,10 @@ def token_weights(table: pd.DataFrame, where: str) -> np.ndarray:
 
 
 def require_same_tokens(ours: pd.DataFrame, theirs: pd.DataFrame, name: str) -> None:
-    """Refuse to compare losses per token if the models' tokenizers split the references differently.
+    """Refuse to compare losses per token if the models split the references into different tokens.
 
     With half as many tokens, the same likelihood of a text is twice the loss per token. A champion can be from another base
-    model than the challenger.
+    model than the challenger, or have another chat template, which ends an answer with other tokens.
 
     Args:
         ours: the challenger's table, with its ids as the index.
@@ -156,13 +157,14 @@ def require_same_tokens(ours: pd.DataFrame, theirs: pd.DataFrame, name: str) -> 
     if differs:
         mine, other = (float(_numbers(table, "reference_tokens", name).sum()) for table in (ours, theirs))
         raise BadConfig(
-            "The models have different tokenizers, so their losses per token cannot be compared.",
+            "The models split the reference answers into different tokens (another tokenizer or chat template), so their "
+            "losses per token cannot be compared.",
             where=f"token_loss of challenger and {name}",
             expected="the same number of tokens in each reference answer",
             got=f"other numbers in {differs} of {len(ours)} rows; {mine:.0f} and {other:.0f} tokens in all",
             next_step="compare answers: in `gate`, name scores such as exact_match or token_f1 instead of token_loss, and "
-            "accuracy instead of loss in gate.forgetting (the training stays cached). Or give models of this base a name of "
-            "their own: register.model",
+            "accuracy instead of loss in gate.forgetting (the training stays cached). Or give models with these tokens a "
+            "name of their own: register.model",
         )
 
 

@@ -273,8 +273,10 @@ class Decision:
         """Return the decision that nothing changes; `known` is an earlier decision that still holds."""
         if known is None:
             return cls("unchanged", (reason,))
-        budget = f"When it was decided: {known.budget}" if known.budget else ""  # other looks may have followed
-        return dataclasses.replace(known, verdict="unchanged", reasons=(reason, *known.reasons), budget=budget)
+        then = "When it was decided: "  # other looks may have followed
+        budget = then + known.budget.removeprefix(then) if known.budget else ""
+        reasons = known.reasons if known.reasons[:1] == (reason,) else (reason, *known.reasons)
+        return dataclasses.replace(known, verdict="unchanged", reasons=reasons, budget=budget)
 
     def with_reason(self, reason: str) -> Decision:
         """Return the same decision with one more reason."""

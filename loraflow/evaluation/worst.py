@@ -53,7 +53,7 @@ def find_worse(
 
     Raises:
         BadData: a score is not a finite number.
-        BadConfig: there is no score of this name, or it is a loss per token of different tokenizers.
+        BadConfig: there is no score of this name, or it is a loss per token of different tokens.
     """
     ours = challenger.set_index("id").sort_index()
     return tuple(

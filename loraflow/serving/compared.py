@@ -28,6 +28,14 @@ class _Rules(StoredModel):
     lower_is_better: list[str] = []
     ranges: dict[str, tuple[float, float]] = {}
 
+    def joined(self, other: _Rules) -> _Rules:
+        """Return the rules of two runs: what one of them says of a score, or the range that both of its ranges are in."""
+        ranges = self.ranges | other.ranges
+        for name in self.ranges.keys() & other.ranges.keys():
+            (low, high), (other_low, other_high) = self.ranges[name], other.ranges[name]
+            ranges[name] = min(low, other_low), max(high, other_high)
+        return _Rules(lower_is_better=sorted({*self.lower_is_better, *other.lower_is_better}), ranges=ranges)
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -70,7 +78,7 @@ def compare_models(store: Store, names: tuple[str, ...], confidence: float = 0.9
     first = models[0]
     pairings = []
     for other in models[1:]:
-        gate = _Rules.model_validate(other.record.section("gate"))
+        gate = _rules(first).joined(_rules(other))
         pairings.append(
             Pairing(
                 other.name,
@@ -80,6 +88,10 @@ def compare_models(store: Store, names: tuple[str, ...], confidence: float = 0.9
             )
         )
     return ModelComparison(models, tuple(pairings), confidence)
+
+
+def _rules(model: Compared) -> _Rules:
+    return _Rules.model_validate(model.record.section("gate"))
 
 
 def _find(store: Store, name: str) -> Compared:

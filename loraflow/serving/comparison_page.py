@@ -82,8 +82,17 @@ def _describe(model: Compared) -> str:
 def _rows(pairing: Pairing) -> str:
     scores = pairing.scores
     left_out = f"; {_count(scores.only_first)} of A and {scores.only_second} of the other were not scored for both"
-    tokens = "".join(f"; {metric} is per token, and the models have different tokenizers" for metric in scores.left_out)
-    return f"{_count(scores.rows, 'held-out ')}{left_out if scores.only_first or scores.only_second else ''}{tokens}"
+    tokens = "".join(
+        f"; {metric} is per token, and the models split the references into different tokens (another tokenizer or chat "
+        "template)"
+        for metric in scores.left_out
+    )
+    ranges = "".join(
+        f"; {metric} has values outside of gate.ranges, so its bounds allow for no failure that no row shows"
+        for metric in scores.out_of_range
+    )
+    which = left_out if scores.only_first or scores.only_second else ""
+    return f"{_count(scores.rows, 'held-out ')}{which}{tokens}{ranges}"
 
 
 def _count(rows: int, kind: str = "") -> str:

@@ -27,7 +27,7 @@ def table(right, **columns):
     return pd.DataFrame({**fixed, **texts, "exact_match": np.asarray(right, dtype=float), **columns})
 
 
-def add_run(store, run, scores, **settings):
+def add_run(store, run, scores, gate=None, **settings):
     payload = identity.payload("evaluate", 1, {}, {"x": run})
     staged = store.staging("evaluate", identity.fingerprint(payload))
     scores.to_parquet(staged / "scores.parquet")
@@ -43,7 +43,7 @@ def add_run(store, run, scores, **settings):
         for label, found in (("evaluate tuned", ref), ("train", train))
     ]
     merged = StageRun(stage="merge", state="computed", fingerprint="f", digest=run)
-    resolved = {"training_config": {"learning_rate": 0.01, **settings}, "runtime": {"store": run}}
+    resolved = {"training_config": {"learning_rate": 0.01, **settings}, "runtime": {"store": run}, "gate": gate or {}}
     record = RunRecord(run=run, recipe="tickets", stages=[*stages, merged], resolved=resolved)
     store.write_document(f"runs/{run}.json", record.document)
 
@@ -128,8 +128,53 @@ def test_losses_of_different_tokenizers_are_left_out_and_named(tmp_path):
     add_run(store, A, table([True] * 100, **columns))
     add_run(store, B, table([True] * 100, **columns | {"reference_tokens": 20}))
     done = compare(store, A, B)
-    assert "token_loss is per token, and the models have different tokenizers" in done.output, done.exception
+    assert "token_loss is per token, and the models split the references into different tokens" in done.output, (
+        done.exception
+    )
     assert not any(line.split()[:1] == ["token_loss"] for line in done.output.splitlines())
+
+
+def own_scores(store, run, values, ranges, **gate):
+    """Add a run with scores of a metric of the user's own, and the gate of its recipe."""
+    add_run(store, run, table([True] * len(values), brevity=values), {"ranges": ranges, **gate})
+
+
+@pytest.mark.parametrize("order", [(A, B), (B, A)])
+def test_a_range_that_a_recorded_recipe_has_wrong_is_not_used_and_is_named(tmp_path, order):
+    store = LocalStore(tmp_path / "store")
+    values = np.linspace(0, 10, 100)
+    own_scores(store, A, values, {"brevity": [0, 10]})
+    own_scores(store, B, values + 1, {})
+    done = compare(store, *order)
+    assert done.exit_code == 0, done.exception
+    assert "brevity has values outside of gate.ranges" in done.output
+    sure = 1 if order == (A, B) else -1
+    [found] = [
+        one
+        for one in json.loads(compare(store, *order, "--json").output)["against_first"][0]["scores"]["differences"]
+        if one["metric"] == "brevity"
+    ]
+    assert found["bounds"] == pytest.approx([sure] * 3), "of the differences that were seen"
+
+
+def test_ranges_and_directions_of_both_recipes_count(tmp_path):
+    store = LocalStore(tmp_path / "store")
+    values = np.linspace(0, 10, 100)
+    own_scores(store, A, values, {"brevity": [0, 10]}, lower_is_better=["brevity"])
+    own_scores(store, B, values + 1, {"brevity": [0, 20]})
+    bounds = []
+    for order in ((A, B), (B, A)):
+        done = compare(store, *order, "--json")
+        scores = json.loads(done.output)["against_first"][0]["scores"]
+        assert scores["out_of_range"] == []
+        bounds.append(next(one["bounds"] for one in scores["differences"] if one["metric"] == "brevity"))
+    (gain, low, high), reversed_order = bounds
+    assert gain == pytest.approx(-1) and reversed_order == pytest.approx([-gain, -high, -low])
+    tables = table([True] * 100, brevity=values), table([True] * 100, brevity=values + 1)
+    expected = compare_tables(*tables, lower_is_better=["brevity"], ranges={"brevity": (0, 20)})
+    assert next(one.bounds for one in expected.differences if one.metric == "brevity") == pytest.approx(
+        (gain, low, high)
+    )
 
 
 def test_a_row_with_the_same_id_and_another_prompt_is_not_compared():

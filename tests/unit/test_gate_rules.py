@@ -8,9 +8,9 @@ from pydantic import ValidationError
 from loraflow.config import parse_recipe
 from loraflow.config.evaluation import SCORES
 from loraflow.config.gate import Gate
-from loraflow.config.gate_rules import largest_difference
+from loraflow.config.gate_rules import NOT_SCORES, largest_difference
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
-from loraflow.evaluation.values import RANGES
+from loraflow.evaluation.values import OF_ALL_ROWS, RANGES, ROW_COLUMNS
 from loraflow.execution import reproduce as reproducing
 from loraflow.execution.repair import _recipe
 from loraflow.failures import BadConfig
@@ -115,6 +115,35 @@ def test_scores_of_own_metrics_have_any_range_and_direction():
     recipe(
         ["exact_match", "./metrics/brevity"], primary="exact_match", guards={"brevity": 20}, lower_is_better=["brevity"]
     )
+
+
+@pytest.mark.parametrize(
+    ("gate", "where"),
+    [
+        ({"primary": "nll"}, "gate.primary names nll"),
+        ({"primary": "perplexity"}, "gate.primary names perplexity"),
+        ({"guards": {"reference": 0.1}}, "gate.guards names reference"),
+        ({"worst": {"macro_f1": {"drop": 0.5, "rows": 0}}}, "gate.worst names macro_f1"),
+        ({"slices": {"language": {"answer_tokens": 3}}}, "gate.slices.language names answer_tokens"),
+        ({"ranges": {"nll": [0, 20]}}, "gate.ranges names nll"),
+        ({"lower_is_better": ["perplexity"]}, "gate.lower_is_better names perplexity"),
+    ],
+)
+def test_a_name_that_no_score_can_have_is_refused_beside_a_metric_of_ones_own(gate, where):
+    gate = {"primary": "exact_match", **gate}
+    with pytest.raises(BadConfig, match=where):
+        recipe(["exact_match", "./metrics/brevity"], **gate)
+    recipe(["exact_match", "./metrics/brevity"], is_recorded=True, **gate)
+    with pytest.raises(BadConfig):
+        recipe(["exact_match"], **gate)
+
+
+def test_the_share_of_answers_that_stop_is_a_score_beside_a_metric_of_ones_own():
+    recipe(["exact_match", "./metrics/brevity"], primary="exact_match", guards={"stops": 0.02})
+
+
+def test_names_that_no_score_has_are_those_that_an_evaluation_refuses():
+    assert ROW_COLUMNS | (OF_ALL_ROWS - {"stops"}) == NOT_SCORES
 
 
 def test_margins_of_own_metrics_are_compared_with_the_range_that_the_recipe_says():

@@ -64,7 +64,11 @@ def test_plan_lists_the_steps_of_the_pipeline(
         monkeypatch.setattr(module, name, lambda *_: None)
     monkeypatch.setattr(module_of_seeds, "check_merge", lambda *_: None)
     monkeypatch.setattr(module_of_general, "check_general_rows", lambda *_: None)
+    warned: list[str] = []  # the last step before the warning
+    monkeypatch.setattr(module, "warn_of_other_tokens", lambda _: warned.append(run.steps[-1][0]))
     result = module.pipeline(run)
+    labels = [label for label, _, _ in run.steps]
+    assert len(warned) == 1 and labels[labels.index(warned[0]) + 1] == "train"
     steps = steps_of(run.workspace.recipe)
     planned = [(step.label, step.stage.name, inputs_of(step, compares_merges=compares_merges)) for step in steps]
     assert run.steps == [step for step in planned if champion or CHAMPION not in step[2].values()]

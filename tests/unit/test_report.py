@@ -322,6 +322,9 @@ def test_a_decision_is_immutable():
     assert (declined.verdict, declined.reasons) == ("reject", ("declined by hand",))
     known = Decision.unchanged("decided before", declined)
     assert (known.verdict, known.reasons) == ("unchanged", ("decided before", "declined by hand"))
+    again = Decision.unchanged("decided before", dataclasses.replace(known, budget="Look 1 of 365."))
+    assert again.budget == "When it was decided: Look 1 of 365."
+    assert Decision.unchanged("decided before", again) == again, "nothing is said twice"
     assert approved.comparisons == declined.comparisons == known.comparisons == decision.comparisons
     assert Decision.unchanged("the challenger is the champion").comparisons == ()
     reasons = ["better"]
