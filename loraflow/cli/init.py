@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import unicodedata
@@ -174,16 +175,30 @@ def _free_places(name: str, template: str, *, dvc_pipeline: bool) -> tuple[Path,
     """Return where the recipe and the dataset go.
 
     Raises:
-        BadConfig: one of the files that would be written exists.
+        BadConfig: one of the files that would be written exists, or is a link to a file that does not exist.
     """
+    from loraflow.cli.project_readme import README
     from loraflow.config.project import FILE
     from loraflow.tracking.dvc_pipeline import refuse_second_pipeline
 
     recipe = Path("configs", f"{name}.yaml")
-    target = Path("data") if not Path("data").exists() and not Path("data.dvc").exists() else Path("datasets", name)
-    for path in (recipe, target):
-        if path.exists():
+    # `lexists`: a link to a disk that is not mounted has its place, too.
+    is_free = not os.path.lexists("data") and not os.path.lexists("data.dvc")
+    target = Path("data") if is_free else Path("datasets", name)
+    for path in (
+        recipe,
+        target,
+        Path(f"{target}.dvc"),
+    ):  # a .dvc file without its data pins a dataset that is not pulled
+        if os.path.lexists(path):
             raise BadConfig(f"{path} exists already.", next_step="choose another --name, or remove it")
+    for path in _written_files(recipe, target):
+        if path.is_symlink() and not path.exists() and path.name != README:  # a README that is there is not written
+            raise BadConfig(
+                f"{path} is a link to a file that does not exist.",
+                got=f"{path} -> {path.readlink()}",
+                next_step="restore the file, or remove the link",
+            )
     if dvc_pipeline:
         refuse_second_pipeline(Path())
     if template != "local" and Path(FILE).exists():
