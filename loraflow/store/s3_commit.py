@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from loraflow.failures import Network
-from loraflow.store.artifact import Manifest, Pointer, Ref
+from loraflow.store.artifact import DamagedPointer, Manifest, Pointer, Ref, parse_pointer
 from loraflow.store.bucket import CONCURRENCY, StoredObject
 from loraflow.store.files import json_bytes
 from loraflow.store.s3_artifacts import S3Artifacts
@@ -95,6 +95,6 @@ def _manifest_bytes(manifest: Manifest) -> bytes:
 def _pointer(seen: StoredObject | None, ref: Ref) -> Pointer:
     """Return the pointer that a commit replaces; an empty one if there is none that can be read."""
     try:
-        return Pointer.model_validate_json(seen.data) if seen else Pointer(digest=ref.digest)
-    except ValueError:
+        return parse_pointer(seen.data) if seen else Pointer(digest=ref.digest)
+    except DamagedPointer:
         return Pointer(digest=ref.digest)

@@ -208,9 +208,47 @@ def test_a_pointer_without_the_hash_of_its_own_manifest_is_not_believed(store):
     ref = put(store)
     pointer = json.loads(store.read_document(f"tokenize/{FP}/current.json"))
     pointer["manifests"] = {"0" * 64: pointer["manifests"][ref.digest]}
+    edit_report(store, ref)
     store.write_document(f"tokenize/{FP}/current.json", json_bytes(pointer))
+    require_unbelieved(store, ref, "the hash of the current manifest is missing")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"digest": 3}', b"\xff"])
+def test_a_pointer_that_cannot_be_read_vouches_for_no_manifest(store, content):
+    """It is not taken for a pointer that is missing: copies of artifacts that were never current have none."""
+    ref = put(store)
+    edit_report(store, ref)
+    store.write_document(f"tokenize/{FP}/current.json", content)
+    require_unbelieved(store, ref, "cannot be read")
+
+
+def edit_report(store, ref: Ref) -> None:
+    values = store.manifest(ref).model_dump() | {"report": {"promote": True}}
+    rewrite(store, ref, "manifest.json", json.dumps(values))
+
+
+def require_unbelieved(store, ref: Ref, why: str) -> None:
+    """Require that an artifact is a miss, damaged for every check, and right after it is computed again."""
     assert store.find("tokenize", FP) is None
+    problems = [f"current.json: {why}"]
+    assert store.check(ref) == store.verify(ref) == problems
+    with pytest.raises(CorruptArtifact, match=rf"cannot be checked(.|\n)*{why}"):
+        store.manifest(ref)
     assert put(store) == ref == store.find("tokenize", FP)
+    assert store.verify(ref) == [] and store.manifest(ref).report == {}
+
+
+def test_a_pointer_that_lost_one_hash_still_has_those_of_other_digests(store):
+    """The older digest may be a champion's model."""
+    first, second = put(store), put(store, content="other", replace=True)
+    pointer = json.loads(store.read_document(f"tokenize/{FP}/current.json"))
+    del pointer["manifests"][second.digest]
+    store.write_document(f"tokenize/{FP}/current.json", json_bytes(pointer))
+    assert store.verify(first) == [] and store.verify(second) != []
+    edit_report(store, first)
+    assert store.verify(first) == ["manifest.json: hash mismatch"]
+    assert put(store, content="other") == second and store.verify(second) == []
+    assert store.verify(first) == ["manifest.json: hash mismatch"], "the commit kept the hash"
 
 
 def test_a_link_in_an_artifact_is_refused(store):
