@@ -21,6 +21,7 @@ POINTER = "current.json"
 TELEMETRY = "telemetry/"  # files below it are stored and hashed, but stay out of the digest
 # Top-level folders of a store that are not stages.
 RESERVED_FOLDERS = {"work", "staging", "locks", "set-aside", "runs", "registry", "anchors", "cache"}
+REPLACED = "damaged, and replaced by a new artifact"  # the problem of an artifact that a commit quarantines
 QUARANTINE = "set-aside"  # the folder of quarantined artifacts; stores on disk have this name
 
 PreviousState = Literal["damaged", "removed"]

@@ -19,6 +19,7 @@ from loraflow.store.artifact import (
     MANIFEST,
     POINTER,
     QUARANTINE,
+    REPLACED,
     RESERVED_FOLDERS,
     DamagedPointer,
     HasHash,
@@ -263,7 +264,7 @@ class LocalStore(LocalDocuments):
                 ref = self.manifest(ref).ref(self.uri)
             else:
                 if target.exists():
-                    self._quarantine(target, ["damaged, and replaced by a new artifact"])
+                    self._quarantine(target, [REPLACED])
                 os.rename(staged, target)
                 staging.release(staged)
                 fsync_path(home)
@@ -321,15 +322,15 @@ class LocalStore(LocalDocuments):
         """Return None: a commit in a folder is a rename, which leaves nothing to finish."""
         return None
 
-    def quarantine(self, ref: Ref, problems: list[str]) -> str:
+    def quarantine(self, ref: Ref, problems: list[str]) -> str | None:
         """Move a damaged artifact to the quarantine (`set-aside/`), with its problems; return its new location.
 
-        An intact one stays: while the caller hashed it, another process may have moved the damaged one away, and committed
-        it again.
+        None if it is intact by now: while the caller hashed it, another process may have moved the damaged one away, and
+        committed it again.
         """
         with translate_os_errors(self.uri):
             if not self.verify(ref):
-                return self.location(ref)
+                return None
             return str(self._quarantine(self._folder(ref), problems))
 
     def _quarantine(self, folder: Path, problems: list[str]) -> Path:
