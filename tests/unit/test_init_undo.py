@@ -8,7 +8,9 @@ from click.testing import CliRunner
 
 from loraflow.cli.init import init
 from loraflow.cli.undo import undone_on_failure
+from loraflow.data import dvc
 from loraflow.failures import BadConfig
+from tests.unit.test_dvc import run_dvc, sh
 
 FILES = (".gitignore", "README.md", "prefect.yaml", "data", "datasets/rows")
 
@@ -36,6 +38,16 @@ def everything(folder: Path) -> dict[str, object]:
     }
 
 
+@pytest.fixture
+def quick_dvc(monkeypatch):
+    """Let `init` call the real DVC in this process."""
+    monkeypatch.setattr(dvc, "run_dvc", lambda arguments: run_dvc(*arguments, cwd=Path.cwd()))
+
+
+def disk_full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
 class Stopped(Exception):
     pass
 
@@ -54,12 +66,9 @@ def test_links_whose_target_is_not_mounted_stay(folder):
 
 
 def test_init_with_a_data_link_that_is_not_mounted_uses_another_folder(folder, monkeypatch):
-    def fail(*_, **__):
-        raise OSError(28, "No space left on device")
-
     Path("data").symlink_to("/not-mounted/data")
     before = everything(folder)
-    monkeypatch.setattr("loraflow.data.dvc.add", fail)
+    monkeypatch.setattr("loraflow.data.dvc.add", disk_full)
     copied = []
     monkeypatch.setattr("loraflow.cli.init.shutil.copyfile", lambda _, copy: copied.append(copy))
     assert call_init().exception.errno == 28
@@ -112,3 +121,65 @@ def test_a_step_of_the_undo_that_fails_hides_neither_the_error_nor_the_other_ste
     else:
         assert Path("first").read_text() == "mine" and Path("first").stat().st_mode & 0o777 == 0o640
         assert len(messages) == 2 and "new could not be restored" in messages[0]
+
+
+FAILS = {
+    "copy": "loraflow.cli.init.shutil.copyfile",
+    "after dvc add": "loraflow.data.dvc.read_pin",
+    "readme": "loraflow.cli.project_readme.write_readme",
+    "push": "loraflow.data.dvc.push_pin",
+}
+
+
+@pytest.mark.parametrize("fails", FAILS)
+@pytest.mark.parametrize("in_git", [True, False])
+def test_an_init_that_fails_leaves_the_folder_as_it_was(folder, monkeypatch, quick_dvc, fails, in_git):
+    """With the real DVC: no copy of the data in its cache, no trace in git's index."""
+    Path(".gitignore").write_text("mine\n")
+    if in_git:
+        sh("git", "init", "-q", cwd=folder)
+        sh("git", "add", ".gitignore", cwd=folder)
+        Path(".gitignore").write_text("mine\nnot staged yet\n")
+        index = sh("git", "ls-files", "--stage", cwd=folder)
+    before = everything(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(FAILS[fails], disk_full)
+        assert call_init().exception.errno == 28
+    after = everything(folder)
+    assert {path: content for path, content in after.items() if not path.startswith(".git/")} == {
+        path: content for path, content in before.items() if not path.startswith(".git/")
+    }
+    if in_git:
+        assert sh("git", "ls-files", "--stage", cwd=folder) == index
+    if fails == "readme":
+        done = call_init()
+        assert done.exception is None and Path("data.dvc").exists() and Path(".dvc/cache").is_dir(), done.output
+
+
+def test_an_init_that_fails_leaves_the_objects_that_the_cache_had(folder, monkeypatch, quick_dvc):
+    """In a repository of DVC whose cache is shared with others."""
+    sh("git", "init", "-q", cwd=folder)
+    run_dvc("init", cwd=folder)
+    run_dvc("cache", "dir", str(folder / "shared cache"), cwd=folder)
+    Path("files").mkdir()
+    Path("files/new.jsonl").write_text('{"prompt": "new", "completion": "a"}\n' * 30)
+    Path("files/known.jsonl").write_text('{"prompt": "known", "completion": "a"}\n' * 30)
+    run_dvc("add", "files/known.jsonl", cwd=folder)
+
+    def kept() -> dict[str, object]:
+        found = everything(folder)
+        return {path: found[path] for path in found if not path.startswith((".git/", ".dvc/tmp"))}
+
+    before, index = kept(), sh("git", "ls-files", "--stage", cwd=folder)
+    assert len([path for path, content in before.items() if path.startswith("shared") and content]) == 1
+    in_cache = []
+
+    def fail(*_):
+        in_cache.extend(path for path, content in kept().items() if path.startswith("shared") and content)
+        disk_full()
+
+    monkeypatch.setattr(FAILS["readme"], fail)
+    done = CliRunner().invoke(init, ["--data", "files", "--base", "bundled:smollm2"])
+    assert done.exception.errno == 28, done.output
+    assert len(in_cache) == 3, "the known file, the new one, and the list of both"
+    assert kept() == before and sh("git", "ls-files", "--stage", cwd=folder) == index
