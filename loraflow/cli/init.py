@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import unicodedata
@@ -19,6 +20,7 @@ from loraflow.cli.init_recipe import recipe_text, split_by_name, tokens_of
 from loraflow.cli.init_settings import SizeSettings, choose_heldout_fraction, choose_settings
 from loraflow.cli.project_lock import project_lock
 from loraflow.cli.undo import undone_on_failure
+from loraflow.cli.undo_dvc import dvc_undone_on_failure
 from loraflow.data.near_split import near_policy
 from loraflow.data.split import in_share, prompt_key
 from loraflow.failures import BadConfig, BadData, BadModel
@@ -88,23 +90,25 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
         for file in names:
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / file, target / file)
-        pin = dvc.add(str(target))
-        recipe.parent.mkdir(exist_ok=True)
-        extend_gitignore(target)
-        extend_dvcignore()
-        _, heldout, unused = split_by_name(names)
-        size = _size_settings(chats, base, has_heldout=bool(heldout))
-        near = near_policy(chats)
-        recipe.write_text(
-            recipe_text(name, recipe, pin.dvc_file, names, base, chats, named, size, near), encoding="utf-8"
-        )
-        if template == "gpu-team":
-            with recipe.open("a", encoding="utf-8") as end:
-                end.write(team_recipe_lines(Path()))
-        deployments = write_prefect_yaml(Path(), name, template)
-        readme = write_readme(Path(), recipe, target)
-        if dvc_pipeline:
-            write_pipeline(Path(), name, recipe, target)
+        with dvc_undone_on_failure(target):
+            pin = dvc.add(str(target), push=False)
+            recipe.parent.mkdir(exist_ok=True)
+            extend_gitignore(target)
+            extend_dvcignore()
+            _, heldout, unused = split_by_name(names)
+            size = _size_settings(chats, base, has_heldout=bool(heldout))
+            near = near_policy(chats)
+            recipe.write_text(
+                recipe_text(name, recipe, pin.dvc_file, names, base, chats, named, size, near), encoding="utf-8"
+            )
+            if template == "gpu-team":
+                with recipe.open("a", encoding="utf-8") as end:
+                    end.write(team_recipe_lines(Path()))
+            deployments = write_prefect_yaml(Path(), name, template)
+            readme = write_readme(Path(), recipe, target)
+            if dvc_pipeline:
+                write_pipeline(Path(), name, recipe, target)
+            dvc.push_pin(pin)  # last: it cannot be undone
     marks = Counter(row.marked_by for row in rows if row.is_marked_false)
     click.echo(f"chats: {len(chats)}; malformed rows: {len(rows) - len(chats) - marks.total()}")
     for line in marked_lines(marks, sum(map(is_partly_learned, rows)), sum(row.weights is not None for row in rows)):
@@ -174,16 +178,30 @@ def _free_places(name: str, template: str, *, dvc_pipeline: bool) -> tuple[Path,
     """Return where the recipe and the dataset go.
 
     Raises:
-        BadConfig: one of the files that would be written exists.
+        BadConfig: one of the files that would be written exists, or is a link to a file that does not exist.
     """
+    from loraflow.cli.project_readme import README
     from loraflow.config.project import FILE
     from loraflow.tracking.dvc_pipeline import refuse_second_pipeline
 
     recipe = Path("configs", f"{name}.yaml")
-    target = Path("data") if not Path("data").exists() and not Path("data.dvc").exists() else Path("datasets", name)
-    for path in (recipe, target):
-        if path.exists():
+    # `lexists`: a link to a disk that is not mounted has its place, too.
+    is_free = not os.path.lexists("data") and not os.path.lexists("data.dvc")
+    target = Path("data") if is_free else Path("datasets", name)
+    for path in (
+        recipe,
+        target,
+        Path(f"{target}.dvc"),
+    ):  # a .dvc file without its data pins a dataset that is not pulled
+        if os.path.lexists(path):
             raise BadConfig(f"{path} exists already.", next_step="choose another --name, or remove it")
+    for path in _written_files(recipe, target):
+        if path.is_symlink() and not path.exists() and path.name != README:  # a README that is there is not written
+            raise BadConfig(
+                f"{path} is a link to a file that does not exist.",
+                got=f"{path} -> {path.readlink()}",
+                next_step="restore the file, or remove the link",
+            )
     if dvc_pipeline:
         refuse_second_pipeline(Path())
     if template != "local" and Path(FILE).exists():

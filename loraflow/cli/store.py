@@ -79,8 +79,11 @@ def verify(what: str | None, deep: bool, rederive: bool, signers: Path | None, m
             checked += 1
             problems = opened.verify(ref) if deep else opened.check(ref)
             if problems:
-                damaged += 1
                 quarantined = opened.quarantine(ref, problems)
+                if quarantined is None:
+                    click.echo(f"intact   {ref}: recomputed meanwhile; it was damaged: {'; '.join(problems)}", err=True)
+                    continue
+                damaged += 1
                 click.echo(f"damaged  {ref}: {'; '.join(problems)}; quarantined as {quarantined}", err=True)
         missing = _missing_champions(opened, signers)
     click.echo(f"{checked} artifacts checked{' byte by byte' if deep else ''}, {damaged} damaged")

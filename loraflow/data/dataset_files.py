@@ -92,9 +92,9 @@ def _linked_md5(path: Path) -> str | None:
     if stat.S_ISLNK(mode):
         target = Path(os.path.realpath(path))
         root = dvc_root(path)
-        cache_folder = _cache_folder(root) if root else None
-        if cache_folder is not None and target.is_relative_to(cache_folder):
-            match = _OBJECT.fullmatch(target.relative_to(cache_folder).as_posix())
+        folder = cache_folder(root) if root else None
+        if folder is not None and target.is_relative_to(folder):
+            match = _OBJECT.fullmatch(target.relative_to(folder).as_posix())
             if match and target.is_file():
                 return match[1] + match[2]
             if match and not target.exists():
@@ -112,7 +112,7 @@ def _linked_md5(path: Path) -> str | None:
 
 
 @cache
-def _cache_folder(root: Path) -> Path | None:
+def cache_folder(root: Path) -> Path | None:
     """Return the folder of a repository's local cache, as DVC's settings say; None if it has none."""
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     from dvc.exceptions import DvcException

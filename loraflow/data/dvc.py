@@ -12,7 +12,7 @@ import logging
 import shutil
 from pathlib import Path, PurePosixPath
 
-from loraflow.data.dataset_files import dataset_file, dataset_files
+from loraflow.data.dataset_files import cache_folder, dataset_file, dataset_files
 from loraflow.data.dvc_command import check_remote, remotes, run_dvc
 from loraflow.data.dvc_ignore import IgnoreRules
 from loraflow.data.dvc_pin import Pin, read_pin, show_git
@@ -159,24 +159,53 @@ def add(folder: str, *, push: bool = True, remote: str | None = None) -> Pin:
     work_tree_md5(source)  # refuses links before DVC follows them
     names = [file.name for file in dataset_files(source, IgnoreRules(source))] if source.is_dir() else [source.name]
     check_names(names, folder, "rename the file")  # a pull would refuse it
-    repo = Path.cwd()
     if push and remote is not None:
         check_remote(remote, ".")
-    if not (repo / ".dvc" / "config").exists():
-        _init(repo)
+    make_repository()
     run_dvc(["add", "--", folder])
     pin = read_pin(".", f"{folder.rstrip('/')}.dvc", None)
-    if push and remotes("."):
-        run_dvc(["push", *(["--remote", remote] if remote else []), "--", pin.dvc_file])
-    elif push:
-        log.warning(
-            "no DVC remote is set up: the data is versioned on this machine only (`dvc remote add -d NAME URL`)"
-        )
+    if push:
+        push_pin(pin, remote)
     return pin
 
 
-def _init(repo: Path) -> None:
-    """Make a folder a repository of DVC, in one process at a time."""
+def push_pin(pin: Pin, remote: str | None = None) -> None:
+    """Push a pinned dataset; without any remote, only warn.
+
+    Args:
+        pin: the pin.
+        remote: the DVC remote to push to; None is the default remote.
+
+    Raises:
+        BadData: DVC failed.
+    """
+    if remotes("."):
+        run_dvc(["push", *(["--remote", remote] if remote else []), "--", pin.dvc_file])
+    else:
+        log.warning(
+            "no DVC remote is set up: the data is versioned on this machine only (`dvc remote add -d NAME URL`)"
+        )
+
+
+def cache_objects(folder: Path) -> list[Path]:
+    """Return the files in the cache of the current repository that `dvc add` of a folder writes, if they are not there.
+
+    Raises:
+        BadData: as `dvc_md5`.
+    """
+    cache = cache_folder(Path.cwd())
+    if cache is None:
+        return []
+    ignored = IgnoreRules(folder)
+    hashes = {file.md5(HashMemo(None)) for file in dataset_files(folder, ignored)} | {work_tree_md5(folder)}
+    return [cache / "files" / "md5" / md5[:2] / md5[2:] for md5 in sorted(hashes)]
+
+
+def make_repository() -> None:
+    """Make the current folder a repository of DVC if it is not one, in one process at a time."""
+    repo = Path.cwd()
+    if (repo / ".dvc" / "config").exists():
+        return
     ignored_by_git = repo / (".git" if (repo / ".git").is_dir() else ".loraflow")
     with flock(ignored_by_git / "loraflow-dvc.lock"):
         if not (repo / ".dvc").exists():

@@ -58,7 +58,8 @@ def require_champion_intact(store: Store, champion: Entry, memo: HashMemo) -> No
         return
     if _has_manifest(store, champion.adapter):
         with suppress(ReadOnlyStore):
-            store.quarantine(champion.adapter, problems)
+            if store.quarantine(champion.adapter, problems) is None:
+                return  # another worker recomputed it meanwhile
     log.warning(
         "the adapter of the champion of %s is missing or damaged (%s): %s",
         champion.model,
@@ -79,8 +80,14 @@ def choose_intact(store: Store, targets: Sequence[Entry], *, skip_missing: bool 
         problems = store.verify(entry.merged)
         if not problems:
             return entry
-        if not skip_missing:
-            raise _cannot_return(store, entry, problems)
+        if skip_missing:
+            continue
+        where: str | None = store.location(entry.merged)
+        if _has_manifest(store, entry.merged):  # otherwise a run would find it in the cache
+            where = store.quarantine(entry.merged, problems)
+        if where is None:  # another worker recomputed it meanwhile
+            return entry
+        raise _cannot_return(store, entry, where, problems)
     raise CorruptArtifact(
         "None of the earlier models is intact.",
         where=f"registry of {targets[0].model}",
@@ -89,10 +96,7 @@ def choose_intact(store: Store, targets: Sequence[Entry], *, skip_missing: bool 
     )
 
 
-def _cannot_return(store: Store, entry: Entry, problems: list[str]) -> CorruptArtifact:
-    where = store.location(entry.merged)
-    if _has_manifest(store, entry.merged):  # otherwise a run would find it in the cache
-        where = store.quarantine(entry.merged, problems)
+def _cannot_return(store: Store, entry: Entry, where: str, problems: list[str]) -> CorruptArtifact:
     return CorruptArtifact(
         f"The model of entry {entry.seq} is missing or damaged, so there was no rollback.",
         where=where,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NotRequired, Self, TypeAlias
+from typing import Annotated, Literal, NotRequired, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, ValidationError
 from typing_extensions import TypedDict  # before Python 3.12, pydantic refuses that of typing
 
 from loraflow import identity
@@ -17,9 +17,11 @@ from loraflow.identity import short
 from loraflow.store.files import files_below, hash_file
 
 MANIFEST = "manifest.json"
+POINTER = "current.json"
 TELEMETRY = "telemetry/"  # files below it are stored and hashed, but stay out of the digest
 # Top-level folders of a store that are not stages.
 RESERVED_FOLDERS = {"work", "staging", "locks", "set-aside", "runs", "registry", "anchors", "cache"}
+REPLACED = "damaged, and replaced by a new artifact"  # the problem of an artifact that a commit quarantines
 QUARANTINE = "set-aside"  # the folder of quarantined artifacts; stores on disk have this name
 
 PreviousState = Literal["damaged", "removed"]
@@ -138,12 +140,15 @@ class Pointer(StoredModel):
     digest: str
     manifests: dict[str, str] = {}  # digest → sha256 of its manifest.json
 
-    @model_validator(mode="after")
-    def _has_own_hash(self) -> Self:
-        """Refuse a pointer that lost the hash of its own manifest: an edited manifest would then be believed."""
-        if self.manifests and self.digest not in self.manifests:
-            raise ValueError("the hash of the current manifest is missing")
-        return self
+    def committed_hash(self, digest: str) -> str | None:
+        """Return the hash of a digest's manifest; None if it was committed by an older release, or not made current.
+
+        Raises:
+            DamagedPointer: the hash of the current manifest is missing beside others: an edited one would be believed.
+        """
+        if digest == self.digest and self.manifests and digest not in self.manifests:
+            raise DamagedPointer(f"{POINTER}: the hash of the current manifest is missing")
+        return self.manifests.get(digest)
 
     def pointing_to(self, digest: str, manifest: bytes) -> dict[str, str | dict[str, str]]:
         """Return the JSON value of the pointer after a commit; what it knows of other digests stays."""
@@ -154,15 +159,36 @@ class ChangedManifest(ValueError):
     """A manifest is not the one that was committed. The text is a line for each problem, joined by semicolons."""
 
 
+class DamagedPointer(ChangedManifest):
+    """The pointer, which has the hash of the manifest, was changed or cannot be read."""
+
+
+def parse_pointer(content: bytes) -> Pointer:
+    """Parse `current.json`.
+
+    Raises:
+        DamagedPointer: it cannot be parsed.
+    """
+    try:
+        return Pointer.model_validate_json(content)
+    except ValidationError as error:
+        raise DamagedPointer(f"{POINTER}: cannot be read") from error
+
+
 def parse_manifest(content: bytes, ref: Ref, pointer: Pointer | None) -> Manifest:
     """Parse the manifest of an artifact and compare it with the artifact's address, and with its hash in the pointer.
 
+    Args:
+        content: the bytes of `manifest.json`.
+        ref: the artifact.
+        pointer: the pointer of its fingerprint; None if there is none: then only the address is compared.
+
     Raises:
-        ValueError: it cannot be parsed, or it was changed after its commit (`ChangedManifest`).
+        ValueError: it cannot be parsed, or it was changed after its commit (`ChangedManifest`), or the pointer was.
     """
     manifest = Manifest.model_validate_json(content)
     problems = check_consistency(manifest, ref)
-    committed = pointer.manifests.get(ref.digest) if pointer else None
+    committed = pointer.committed_hash(ref.digest) if pointer else None
     if not problems and committed not in (None, hashlib.sha256(content).hexdigest()):
         problems = [content_problem(MANIFEST)]
     if problems:
@@ -277,8 +303,9 @@ def check_consistency(manifest: Manifest, ref: Ref) -> list[str]:
 def unreadable_manifest(ref: Ref, where: str, error: Exception) -> CorruptArtifact:
     """Return the failure for a manifest that is missing, cannot be parsed, or was changed."""
     changed = isinstance(error, ChangedManifest)
+    what = "was changed after it was written" if changed else "cannot be read"
     return CorruptArtifact(
-        f"The manifest of {ref} {'was changed after it was written' if changed else 'cannot be read'}.",
+        f"The manifest of {ref} {'cannot be checked' if isinstance(error, DamagedPointer) else what}.",
         where=where,
         got=str(error) if changed else f"{type(error).__name__}: {error}".splitlines()[0],
         next_step="run again: the stage recomputes it",

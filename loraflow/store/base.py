@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -71,8 +71,11 @@ class Store(Protocol):
     def is_remembered(self, ref: Ref, memo: HashMemo) -> bool:
         """Tell whether all files were hashed on this machine, were intact, and have not changed since. Nothing is read."""
 
-    def quarantine(self, ref: Ref, problems: list[str]) -> str:
-        """Move a damaged artifact to the quarantine (`set-aside/`), with its problems; return its new location."""
+    def quarantine(self, ref: Ref, problems: list[str]) -> str | None:
+        """Move a damaged artifact to the quarantine (`set-aside/`), with its problems; return its new location.
+
+        It is hashed again. None if it is intact by now, and stays: another worker recomputed it meanwhile.
+        """
 
     def staging(self, stage: str, fingerprint: str) -> Path:
         """Return a new empty local folder for a job to write into."""
@@ -179,7 +182,7 @@ def require_intact(store: Store, ref: Ref, memo: HashMemo | None = None) -> None
     Raises:
         CorruptArtifact: it is damaged. It was moved to the quarantine, so that its stage recomputes it.
     """
-    _require(store, ref, store.fetch(ref, memo), memo)
+    _require(store, ref, lambda: store.fetch(ref, memo), memo)
 
 
 def require_intact_in_store(store: Store, ref: Ref, memo: HashMemo | None = None) -> None:
@@ -188,7 +191,7 @@ def require_intact_in_store(store: Store, ref: Ref, memo: HashMemo | None = None
     Raises:
         CorruptArtifact: it is damaged. It was moved to the quarantine, so that its stage recomputes it.
     """
-    _require(store, ref, store.verify(ref, memo), memo)
+    _require(store, ref, lambda: store.verify(ref, memo), memo)
 
 
 def require_unchanged(store: Store, ref: Ref, memo: HashMemo) -> None:
@@ -197,14 +200,19 @@ def require_unchanged(store: Store, ref: Ref, memo: HashMemo) -> None:
     Raises:
         CorruptArtifact: it is damaged. It was moved to the quarantine, so that its stage recomputes it.
     """
-    _require(store, ref, store.check_changed(ref, memo), memo)
+    _require(store, ref, lambda: store.check_changed(ref, memo), memo)
 
 
-def _require(store: Store, ref: Ref, problems: list[str], memo: HashMemo | None) -> None:
+def _require(store: Store, ref: Ref, check: Callable[[], list[str]], memo: HashMemo | None) -> None:
+    """Check an artifact; quarantine it if it is damaged. One that was recomputed meanwhile is checked again."""
+    problems = check()
+    where = _quarantine(store, ref, problems) if problems else None
+    if problems and where is None:
+        problems = check()
     if memo is not None:
         memo.save()
     if problems:
-        raise _quarantined(store, ref, problems)
+        raise damaged_artifact(ref, where or store.location(ref), problems)
 
 
 def read_intact(store: Store, ref: Ref, name: str) -> bytes:
@@ -216,13 +224,15 @@ def read_intact(store: Store, ref: Ref, name: str) -> bytes:
     try:
         return store.read(ref, name)
     except CorruptArtifact as failure:
-        raise _quarantined(store, ref, [failure.got]) from failure
+        where = _quarantine(store, ref, [failure.got])
+        if where is None:
+            return store.read(ref, name)
+        raise damaged_artifact(ref, where, [failure.got]) from failure
 
 
-def _quarantined(store: Store, ref: Ref, problems: list[str]) -> CorruptArtifact:
-    """Quarantine an artifact, and return the failure. In a read-only store it stays where it is."""
+def _quarantine(store: Store, ref: Ref, problems: list[str]) -> str | None:
+    """Quarantine an artifact and return its place; None if it is intact by now. In a read-only store it stays in place."""
     try:
-        where = store.quarantine(ref, problems)
+        return store.quarantine(ref, problems)
     except ReadOnlyStore:
-        where = store.location(ref)
-    return damaged_artifact(ref, where, problems)
+        return store.location(ref)

@@ -17,8 +17,11 @@ from loraflow.failures import ReadOnlyStore
 from loraflow.store import staging
 from loraflow.store.artifact import (
     MANIFEST,
+    POINTER,
     QUARANTINE,
+    REPLACED,
     RESERVED_FOLDERS,
+    DamagedPointer,
     HasHash,
     Manifest,
     Pointer,
@@ -33,6 +36,7 @@ from loraflow.store.artifact import (
     has_hash,
     manifest_problem,
     parse_manifest,
+    parse_pointer,
     unreadable_manifest,
 )
 from loraflow.store.checkpoints import recompute_digest, reset_work_folder
@@ -66,11 +70,11 @@ class LocalStore(LocalDocuments):
 
     def find(self, stage: str, fingerprint: str) -> Ref | None:
         """Return the current artifact if its manifest, names and sizes are right, else None."""
-        pointer = self._pointer(stage, fingerprint)
-        if pointer is None:
-            return None
-        ref = Ref(stage=stage, fingerprint=fingerprint, digest=pointer.digest, uri=self.uri)
         try:
+            pointer = self._pointer(stage, fingerprint)
+            if pointer is None:
+                return None
+            ref = Ref(stage=stage, fingerprint=fingerprint, digest=pointer.digest, uri=self.uri)
             manifest = parse_manifest(self._manifest_file(ref).read_bytes(), ref, pointer)
         except (OSError, ValueError) as error:
             raise_machine_fault(error)
@@ -175,7 +179,7 @@ class LocalStore(LocalDocuments):
     def previous_state(self, stage: str, fingerprint: str) -> PreviousState | None:
         """Return what is left of an artifact that existed and is not found; None if there was none."""
         home = self.root / stage / fingerprint
-        if not (home / "current.json").exists():
+        if not (home / POINTER).exists():
             return None
         return "damaged" if any(home.glob("*/")) else "removed"
 
@@ -260,7 +264,7 @@ class LocalStore(LocalDocuments):
                 ref = self.manifest(ref).ref(self.uri)
             else:
                 if target.exists():
-                    self._quarantine(target, ["damaged, and replaced by a new artifact"])
+                    self._quarantine(target, [REPLACED])
                 os.rename(staged, target)
                 staging.release(staged)
                 fsync_path(home)
@@ -307,25 +311,26 @@ class LocalStore(LocalDocuments):
     def make_current(self, ref: Ref) -> None:
         """Let the pointer of a fingerprint name an artifact, with the hash of its manifest."""
         with translate_os_errors(self.uri):
-            pointer = self._pointer(ref.stage, ref.fingerprint) or Pointer(digest=ref.digest)
+            try:
+                pointer = self._pointer(ref.stage, ref.fingerprint) or Pointer(digest=ref.digest)
+            except DamagedPointer:
+                pointer = Pointer(digest=ref.digest)
             content = self._manifest_file(ref).read_bytes()
-            write_json(
-                self.root / ref.stage / ref.fingerprint / "current.json", pointer.pointing_to(ref.digest, content)
-            )
+            write_json(self.root / ref.stage / ref.fingerprint / POINTER, pointer.pointing_to(ref.digest, content))
 
     def resume_commit(self, stage: str, fingerprint: str) -> Ref | None:
         """Return None: a commit in a folder is a rename, which leaves nothing to finish."""
         return None
 
-    def quarantine(self, ref: Ref, problems: list[str]) -> str:
+    def quarantine(self, ref: Ref, problems: list[str]) -> str | None:
         """Move a damaged artifact to the quarantine (`set-aside/`), with its problems; return its new location.
 
-        An intact one stays: while the caller hashed it, another process may have moved the damaged one away, and committed
-        it again.
+        None if it is intact by now: while the caller hashed it, another process may have moved the damaged one away, and
+        committed it again.
         """
         with translate_os_errors(self.uri):
             if not self.verify(ref):
-                return self.location(ref)
+                return None
             return str(self._quarantine(self._folder(ref), problems))
 
     def _quarantine(self, folder: Path, problems: list[str]) -> Path:
@@ -408,11 +413,18 @@ class LocalStore(LocalDocuments):
         return parse_manifest(self._manifest_file(ref).read_bytes(), ref, self._pointer(ref.stage, ref.fingerprint))
 
     def _pointer(self, stage: str, fingerprint: str) -> Pointer | None:
+        """Return the pointer of a fingerprint; None if there is none.
+
+        Raises:
+            DamagedPointer: it cannot be read.
+        """
         try:
-            return Pointer.model_validate_json((self.root / stage / fingerprint / "current.json").read_bytes())
-        except (OSError, ValueError) as error:
-            raise_machine_fault(error)
+            return parse_pointer((self.root / stage / fingerprint / POINTER).read_bytes())
+        except FileNotFoundError:
             return None
+        except OSError as error:
+            raise_machine_fault(error)
+            raise DamagedPointer(f"{POINTER}: {error.strerror}") from error
 
 
 def _check(folder: Path, manifest: Manifest) -> list[str]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
-import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
@@ -20,7 +17,6 @@ from loraflow.store import lease as leases
 from loraflow.store import staging
 from loraflow.store.artifact import (
     MANIFEST,
-    QUARANTINE,
     Manifest,
     PreviousState,
     Ref,
@@ -44,11 +40,11 @@ from loraflow.store.files import (
     write_json,
 )
 from loraflow.store.lock import flock
-from loraflow.store.object_memo import ObjectMemo
 from loraflow.store.s3_artifacts import S3Artifacts
 from loraflow.store.s3_cache import ArtifactCache, cache_folder
 from loraflow.store.s3_commit import commit_artifact
-from loraflow.store.s3_layout import artifact_prefix, file_key, manifest_key
+from loraflow.store.s3_layout import file_key, manifest_key
+from loraflow.store.s3_quarantine import move_to_quarantine, remove_artifact
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +88,13 @@ class S3Store:
         if self.cache.has(ref):
             os.utime(folder)  # it is in use: the cleanup removes copies that were not used for two weeks
             return folder
-        problems = self.cache.download(ref)
+        where: str | None = None
+        if problems := self.cache.download(ref):
+            where = self.quarantine(ref, problems)
+            if where is None:  # intact by now
+                problems = self.cache.download(ref)
         if problems:
-            raise damaged_artifact(ref, self.quarantine(ref, problems), problems)
+            raise damaged_artifact(ref, where or self.location(ref), problems)
         return folder
 
     def read(self, ref: Ref, name: str) -> bytes:
@@ -121,7 +121,7 @@ class S3Store:
 
     def verify(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
         """Read and hash all of an artifact in the bucket; return the problems, a line each."""
-        return self._artifacts.verify(ref, self._object_memo())
+        return self._artifacts.verify(ref, self.cache.object_memo())
 
     def fetch(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
         """Download an artifact if need be, and hash the copy; return the problems, a line each.
@@ -141,10 +141,7 @@ class S3Store:
         """
         if self.cache.has(ref) and not self.cache.is_intact(ref, memo.has_hash):
             self.cache.drop(ref)
-        return self._artifacts.verify(ref, self._object_memo(), changed_only=True)
-
-    def _object_memo(self) -> ObjectMemo:
-        return ObjectMemo(self.scratch / "objects.json")
+        return self._artifacts.verify(ref, self.cache.object_memo(), changed_only=True)
 
     def is_remembered(self, ref: Ref, memo: HashMemo) -> bool:
         """Tell whether this machine's copy was hashed, was intact, and has not changed since. Nothing is read."""
@@ -276,21 +273,19 @@ class S3Store:
         with translate_os_errors(str(self.scratch)):
             return commit_artifact(self._artifacts, self.cache, pending, manifest, replace=False)
 
-    def quarantine(self, ref: Ref, problems: list[str]) -> str:
-        """Move a damaged artifact to the quarantine (`set-aside/`), with its problems; return its new location."""
-        target = f"{QUARANTINE}/{ref.stage}-{identity.short(ref.digest)}-{uuid.uuid4().hex[:6]}"
-        before = self.bucket.get(manifest_key(ref))
+    def quarantine(self, ref: Ref, problems: list[str]) -> str | None:
+        """Move a damaged artifact to the quarantine (`set-aside/`), with its problems; return its new location.
+
+        None if it is intact by now: while the caller hashed it, another worker may have moved the damaged one away, and
+        committed it again; or only the copy on this machine was damaged.
+        """
         with self.lock(ref.stage, ref.fingerprint):
-            now = self.bucket.get(manifest_key(ref))
-            if before is not None and (now is None or now.etag != before.etag):
-                self.cache.drop(ref)
-                return self.location(ref)  # another worker quarantined it, and may have recomputed it
-            for key in self._artifacts.keys(ref):
-                self.bucket.copy(key, target + key.removeprefix(artifact_prefix(ref)))
-            record = {"was": self.location(ref), "problems": problems, "time": time.time()}
-            self.bucket.put(f"{target}.json", json.dumps(record, indent=1).encode())
-            self.remove(ref)
-        return f"{self.uri}/{target}"
+            self.cache.drop(ref)
+            if not self._artifacts.keys(ref):
+                return self.location(ref)  # another worker quarantined it
+            if not self._artifacts.verify(ref, self.cache.object_memo()):
+                return None
+            return move_to_quarantine(self._artifacts, self.cache, ref, problems)
 
     # cleanup
 
@@ -322,9 +317,7 @@ class S3Store:
 
     def remove(self, ref: Ref) -> None:
         """Delete an artifact, its manifest first: without it the other files are not an artifact."""
-        self.bucket.delete([manifest_key(ref)])
-        self.bucket.delete(self._artifacts.keys(ref))
-        self.cache.drop(ref)
+        remove_artifact(self._artifacts, self.cache, ref)
 
     def stale_items(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
         """Yield (name, bytes) of unfinished work, quarantined artifacts and unused copies from before a time."""

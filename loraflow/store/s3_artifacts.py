@@ -20,6 +20,7 @@ from loraflow.store.artifact import (
     content_problem,
     manifest_problem,
     parse_manifest,
+    parse_pointer,
     unreadable_manifest,
 )
 from loraflow.store.bucket import CONCURRENCY, Bucket, ObjectInfo, retry_network
@@ -44,12 +45,12 @@ class S3Artifacts:
 
     def find(self, stage: str, fingerprint: str) -> Ref | None:
         """Return the current artifact if its manifest, names and sizes are right, else None."""
-        pointer = self.pointer(stage, fingerprint)
-        if pointer is None:
-            return None
-        ref = Ref(stage=stage, fingerprint=fingerprint, digest=pointer.digest, uri=self.uri)
-        listed = self._objects(ref)
         try:
+            pointer = self.pointer(stage, fingerprint)
+            if pointer is None:
+                return None
+            ref = Ref(stage=stage, fingerprint=fingerprint, digest=pointer.digest, uri=self.uri)
+            listed = self._objects(ref)
             manifest = self._listed_manifest(ref, listed, pointer)
         except (FileNotFoundError, ValueError):
             return None
@@ -82,12 +83,13 @@ class S3Artifacts:
         return parse_manifest(found.data, ref, self.pointer(ref.stage, ref.fingerprint))
 
     def pointer(self, stage: str, fingerprint: str) -> Pointer | None:
-        """Return the pointer of a fingerprint; None if there is none that can be read."""
+        """Return the pointer of a fingerprint; None if there is none.
+
+        Raises:
+            DamagedPointer: it cannot be read.
+        """
         found = self.bucket.get(pointer_key(stage, fingerprint))
-        try:
-            return Pointer.model_validate_json(found.data) if found else None
-        except ValueError:
-            return None
+        return parse_pointer(found.data) if found else None
 
     def forget(self, ref: Ref) -> None:
         """Forget an artifact's manifest, because it is removed or written again."""
@@ -99,6 +101,7 @@ class S3Artifacts:
 
     def check(self, ref: Ref) -> list[str]:
         """Compare an artifact's names and sizes with its manifest; return the problems, a line each."""
+        self.forget(ref)
         listed = self._objects(ref)
         try:
             manifest = self._listed_manifest(ref, listed, self.pointer(ref.stage, ref.fingerprint))
@@ -111,6 +114,7 @@ class S3Artifacts:
 
         The hashes are remembered. With `changed_only`, objects that have not changed since they were hashed are not read.
         """
+        self.forget(ref)
         listed = self._objects(ref)
         try:
             manifest = self._listed_manifest(ref, listed, self.pointer(ref.stage, ref.fingerprint))

@@ -15,6 +15,7 @@ from loraflow.store.artifact import MANIFEST, HasHash, Manifest, Ref, check_cons
 from loraflow.store.bucket import CONCURRENCY, retry_network
 from loraflow.store.files import fsync_tree, is_inside, raise_machine_fault, translate_os_errors, write_json
 from loraflow.store.lock import flock
+from loraflow.store.object_memo import ObjectMemo
 from loraflow.store.s3_artifacts import S3Artifacts
 from loraflow.store.s3_layout import file_key
 
@@ -36,6 +37,10 @@ class ArtifactCache:
     def folder(self, ref: Ref) -> Path:
         """Return the folder of an artifact's copy, whether it exists or not."""
         return self.root / "artifacts" / ref.stage / ref.fingerprint / ref.digest
+
+    def object_memo(self) -> ObjectMemo:
+        """Return the hashes that this machine remembers of the bucket's objects."""
+        return ObjectMemo(self.root / "objects.json")
 
     def local_folder(self, *parts: str) -> Path:
         """Return a folder of this machine, made if need be."""

@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from loraflow.failures import Network
-from loraflow.store.artifact import Manifest, Pointer, Ref
+from loraflow.store.artifact import REPLACED, DamagedPointer, Manifest, Pointer, Ref, parse_pointer
 from loraflow.store.bucket import CONCURRENCY, StoredObject
 from loraflow.store.files import json_bytes
 from loraflow.store.s3_artifacts import S3Artifacts
 from loraflow.store.s3_cache import ArtifactCache
 from loraflow.store.s3_layout import file_key, is_telemetry, manifest_key, pointer_key
+from loraflow.store.s3_quarantine import move_to_quarantine
 from loraflow.store.uploads import upload_file
 
 ATTEMPTS = 8  # at replacing the pointer while other machines commit
@@ -28,8 +29,8 @@ def commit_artifact(
 ) -> Ref:
     """Upload a folder as an artifact and return its ref, or the ref of the artifact that is current already.
 
-    The first committed digest of a fingerprint stays current while it is intact, unless `replace` is set. The folder is
-    moved to the cache or removed.
+    The first committed digest of a fingerprint stays current while it is intact, unless `replace` is set: its objects are
+    read and hashed. The folder is moved to the cache or removed.
 
     Raises:
         Network: the store did not answer, or other workers kept changing the artifact.
@@ -39,9 +40,13 @@ def commit_artifact(
     for _ in range(ATTEMPTS):
         seen = bucket.get(key)
         current = artifacts.find(ref.stage, ref.fingerprint)
-        if current is not None and (not replace or current.digest == ref.digest):
+        keeps_current = current is not None and (not replace or current.digest == ref.digest)
+        if current is not None and keeps_current and not artifacts.verify(current, cache.object_memo()):
             shutil.rmtree(folder)
             return current
+        # Objects of the same digest that are damaged are not used, whatever hash their metadata names.
+        if bucket.get(manifest_key(ref)) and artifacts.verify(ref, cache.object_memo()):
+            move_to_quarantine(artifacts, cache, ref, [REPLACED])
         _upload_files(artifacts, folder, ref, manifest)
         stored = _write_manifest(artifacts, ref, ours)
         if stored is None:
@@ -95,6 +100,6 @@ def _manifest_bytes(manifest: Manifest) -> bytes:
 def _pointer(seen: StoredObject | None, ref: Ref) -> Pointer:
     """Return the pointer that a commit replaces; an empty one if there is none that can be read."""
     try:
-        return Pointer.model_validate_json(seen.data) if seen else Pointer(digest=ref.digest)
-    except ValueError:
+        return parse_pointer(seen.data) if seen else Pointer(digest=ref.digest)
+    except DamagedPointer:
         return Pointer(digest=ref.digest)

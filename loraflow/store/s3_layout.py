@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from loraflow import identity
-from loraflow.store.artifact import MANIFEST, RESERVED_FOLDERS, TELEMETRY, Manifest, Ref
+from loraflow.store.artifact import MANIFEST, POINTER, RESERVED_FOLDERS, TELEMETRY, Manifest, Ref
 from loraflow.store.bucket import ObjectInfo
 
 
@@ -25,7 +25,7 @@ def manifest_key(ref: Ref) -> str:
 
 def pointer_key(stage: str, fingerprint: str) -> str:
     """Return the key of the pointer to the current digest."""
-    return f"{stage}/{fingerprint}/current.json"
+    return f"{stage}/{fingerprint}/{POINTER}"
 
 
 def file_key(ref: Ref, manifest: Manifest, name: str) -> str:

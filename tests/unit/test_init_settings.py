@@ -12,7 +12,6 @@ from loraflow.cli.gitignore import extend_dvcignore, extend_gitignore
 from loraflow.cli.init import _held_out_line, init
 from loraflow.cli.init_settings import choose_heldout_fraction, choose_settings
 from loraflow.cli.project_lock import FILE, project_lock
-from loraflow.data.dvc_pin import Pin
 from loraflow.failures import BadConfig
 from loraflow.store.lock import flock
 
@@ -127,33 +126,6 @@ def test_an_init_that_waited_for_another_does_not_take_its_places(tmp_path, monk
     done = CliRunner().invoke(init, ["--data", "x.jsonl", "--base", "bundled:smollm2"])
     assert isinstance(done.exception, BadConfig) and "exists already" in str(done.exception)
     assert not any((tmp_path / "data").iterdir()) and not (tmp_path / "datasets").exists()
-
-
-@pytest.mark.parametrize("fails", ["loraflow.cli.init.shutil.copyfile", "loraflow.data.dvc.add",
-                                   "loraflow.cli.project_readme.write_readme"])  # fmt: skip
-def test_an_init_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch, fails):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "x.jsonl").write_text('{"prompt": "q", "completion": "a"}\n' * 30)
-    (tmp_path / ".gitignore").write_text("mine\n")
-
-    def add(folder):
-        Path(f"{folder}.dvc").write_text("outs: []\n")
-        Path(".gitignore").write_text(f"mine\n/{folder}\n")
-        return Pin(path=folder, md5="0" * 32 + ".dir", dvc_file=f"{folder}.dvc")
-
-    def fail(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("loraflow.data.dvc.add", add)
-    monkeypatch.setattr(fails, fail)
-    done = CliRunner().invoke(init, ["--data", "x.jsonl", "--base", "bundled:smollm2"])
-    assert isinstance(done.exception, OSError), done.exception
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".gitignore", ".loraflow", "x.jsonl"]
-    assert (tmp_path / ".gitignore").read_text() == "mine\n"
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("loraflow.data.dvc.add", add)
-    assert CliRunner().invoke(init, ["--data", "x.jsonl", "--base", "bundled:smollm2"]).exception is None
 
 
 def test_a_command_that_waits_for_another_in_the_same_project_says_so(tmp_path, capsys):

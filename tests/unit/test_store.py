@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from loraflow import identity
 from loraflow.failures import CorruptArtifact
@@ -59,15 +60,33 @@ def test_a_forced_computation_replaces_the_first(store):
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_a_computation_replaces_an_artifact_of_the_same_size_that_is_damaged(tmp_path, replace):
+@pytest.mark.parametrize("other", [False, True])
+def test_a_computation_replaces_an_artifact_of_the_same_size_that_is_damaged(store, replace, other):
     """`--force` with a damaged artifact in the cache: the new files, and not the damaged ones, are kept."""
-    store = LocalStore(tmp_path)
     ref = put(store)
-    rewrite(store, ref, "sub/a.txt", "hellO")
-    assert store.find("tokenize", FP) == ref, "names and sizes are right"
-    assert put(store, replace=replace) == ref and store.verify(ref) == []
-    record = json.loads(next((tmp_path / "set-aside").glob("*.json")).read_text())
+    if other:  # the damaged digest is not the current one
+        put(store, content="other", replace=True)
+    damage_keeping_metadata(store, ref)
+    assert other or store.find("tokenize", FP) == ref, "names and sizes are right"
+    assert put(store, replace=replace or other) == ref == store.find("tokenize", FP) and store.verify(ref) == []
+    assert (store.path(ref) / "sub" / "a.txt").read_text() == "hello"
+    [record] = records_of_quarantine(store)
     assert record["problems"] == ["damaged, and replaced by a new artifact"]
+
+
+def damage_keeping_metadata(store, ref: Ref) -> None:
+    """Change one byte; the metadata of an object, which names its hash, stay as they are."""
+    if isinstance(store, LocalStore):
+        rewrite(store, ref, "sub/a.txt", "hellO")
+    else:
+        key = f"{store.bucket.prefix}{ref.stage}/{ref.fingerprint}/{ref.digest}/sub/a.txt"
+        metadata = store.bucket.client.head_object(Bucket=store.bucket.name, Key=key)["Metadata"]
+        assert metadata, "the upload stored the hash"
+        store.bucket.client.put_object(Bucket=store.bucket.name, Key=key, Body=b"hellO", Metadata=metadata)
+
+
+def records_of_quarantine(store) -> list[dict]:
+    return [json.loads(data) for data in store.read_documents("set-aside/", ".json").values() if b'"was"' in data]
 
 
 @pytest.mark.parametrize("harm", ["delete", "shorten", "extra", "manifest", "pointer"])
@@ -192,15 +211,56 @@ def test_quarantine_keeps_the_files_and_the_problems(store):
     assert store.find("tokenize", FP) is None
 
 
-def test_an_artifact_that_another_process_recomputed_meanwhile_is_not_quarantined(tmp_path):
-    store, other = LocalStore(tmp_path), LocalStore(tmp_path)
+def test_an_artifact_that_another_process_recomputed_meanwhile_is_not_quarantined(store):
+    other = open_store(store.uri)
     ref = put(store)
     rewrite(store, ref, "sub/a.txt", "hellO")
     problems = store.verify(ref)  # hashing large files takes minutes, in which another run does the same
     other.quarantine(ref, other.verify(ref))
     assert put(other) == ref
-    assert store.quarantine(ref, problems) == store.location(ref)
-    assert store.find("tokenize", FP) == ref and len(list((tmp_path / "set-aside").glob("*.json"))) == 1
+    assert store.quarantine(ref, problems) is None
+    assert store.find("tokenize", FP) == ref and store.verify(ref) == []
+    assert len(records_of_quarantine(store)) == 1
+    other.remove(ref)  # another worker was faster
+    assert store.quarantine(ref, problems) is not None and store.find("tokenize", FP) is None
+
+
+@pytest.mark.parametrize(
+    "require", [require_intact, require_intact_in_store, lambda *args: read_intact(*args, "sub/a.txt")]
+)
+def test_whoever_requires_an_artifact_that_is_recomputed_meanwhile_goes_on(store, monkeypatch, require):
+    ref = put(store)
+    if not isinstance(store, LocalStore):
+        store.cache.drop(ref)
+    rewrite(store, ref, "sub/a.txt", "hellO")
+    quarantine = store.quarantine
+
+    def after_another(ref, problems):
+        rewrite(store, ref, "sub/a.txt", "hello")
+        return quarantine(ref, problems)
+
+    monkeypatch.setattr(store, "quarantine", after_another)
+    require(store, ref)
+    assert store.find("tokenize", FP) == ref and records_of_quarantine(store) == []
+
+
+@pytest.mark.parametrize("deep", [(), ("--deep",)])
+def test_verify_does_not_count_an_artifact_that_was_recomputed_meanwhile(tmp_path, monkeypatch, deep):
+    from loraflow.cli.store import verify
+
+    store = LocalStore(tmp_path / "store")
+    ref = put(store)
+    rewrite(store, ref, "sub/a.txt", "hellO" if deep else "hell")
+    quarantine = LocalStore.quarantine
+
+    def after_another(self, ref, problems):
+        rewrite(store, ref, "sub/a.txt", "hello")
+        return quarantine(self, ref, problems)
+
+    monkeypatch.setattr(LocalStore, "quarantine", after_another)
+    done = CliRunner().invoke(verify, [*deep, "--store", str(store.root)])
+    assert done.exit_code == 0, done.output
+    assert "recomputed meanwhile" in done.output and "0 damaged" in done.output and "quarantined" not in done.output
 
 
 def test_a_pointer_without_the_hash_of_its_own_manifest_is_not_believed(store):
@@ -208,9 +268,47 @@ def test_a_pointer_without_the_hash_of_its_own_manifest_is_not_believed(store):
     ref = put(store)
     pointer = json.loads(store.read_document(f"tokenize/{FP}/current.json"))
     pointer["manifests"] = {"0" * 64: pointer["manifests"][ref.digest]}
+    edit_report(store, ref)
     store.write_document(f"tokenize/{FP}/current.json", json_bytes(pointer))
+    require_unbelieved(store, ref, "the hash of the current manifest is missing")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"digest": 3}', b"\xff"])
+def test_a_pointer_that_cannot_be_read_vouches_for_no_manifest(store, content):
+    """It is not taken for a pointer that is missing: copies of artifacts that were never current have none."""
+    ref = put(store)
+    edit_report(store, ref)
+    store.write_document(f"tokenize/{FP}/current.json", content)
+    require_unbelieved(store, ref, "cannot be read")
+
+
+def edit_report(store, ref: Ref) -> None:
+    values = store.manifest(ref).model_dump() | {"report": {"promote": True}}
+    rewrite(store, ref, "manifest.json", json.dumps(values))
+
+
+def require_unbelieved(store, ref: Ref, why: str) -> None:
+    """Require that an artifact is a miss, damaged for every check, and right after it is computed again."""
     assert store.find("tokenize", FP) is None
+    problems = [f"current.json: {why}"]
+    assert store.check(ref) == store.verify(ref) == problems
+    with pytest.raises(CorruptArtifact, match=rf"cannot be checked(.|\n)*{why}"):
+        store.manifest(ref)
     assert put(store) == ref == store.find("tokenize", FP)
+    assert store.verify(ref) == [] and store.manifest(ref).report == {}
+
+
+def test_a_pointer_that_lost_one_hash_still_has_those_of_other_digests(store):
+    """The older digest may be a champion's model."""
+    first, second = put(store), put(store, content="other", replace=True)
+    pointer = json.loads(store.read_document(f"tokenize/{FP}/current.json"))
+    del pointer["manifests"][second.digest]
+    store.write_document(f"tokenize/{FP}/current.json", json_bytes(pointer))
+    assert store.verify(first) == [] and store.verify(second) != []
+    edit_report(store, first)
+    assert store.verify(first) == ["manifest.json: hash mismatch"]
+    assert put(store, content="other") == second and store.verify(second) == []
+    assert store.verify(first) == ["manifest.json: hash mismatch"], "the commit kept the hash"
 
 
 def test_a_link_in_an_artifact_is_refused(store):

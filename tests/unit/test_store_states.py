@@ -67,6 +67,7 @@ class StoreAndLog(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp(prefix="states-"))
         self.artifacts: dict[tuple[int, str], str] = {}  # (key, digest) → intact, flipped (only hashes show it) or torn
         self.current: dict[int, str] = {}  # key → digest
+        self.broken: set[int] = set()  # keys whose pointer cannot be read: none of their manifests can be checked
         self.entries: list[str] = []  # digests of the champions, in the order of the log
         self.active: list[tuple[int, str]] = []  # (key, digest) of the champion and its rollback targets
         self.reopen()
@@ -103,14 +104,20 @@ class StoreAndLog(RuleBasedStateMachine):
         digest = self.current.get(key)
         return digest if self.artifacts.get((key, digest)) in ("intact", "flipped") else None
 
+    def _state(self, key, digest):
+        """Return what a check of an artifact shows."""
+        return "torn" if key in self.broken else self.artifacts.get((key, digest))
+
     def _digest(self, key, content):
         return identity.digest({"weights": hashlib.sha256(f"{content} of {key}".encode()).hexdigest()})
 
     def _after_commit(self, key, content, replace):
         digest, found = self._digest(key, content), self._found(key)
-        if found is None or (replace and found != digest):
+        keeps = found is not None and (not replace or found == digest)
+        if not keeps or self.artifacts[key, found] != "intact":
             self.artifacts[key, digest] = "intact"
             self.current[key] = digest
+            self.broken.discard(key)
         return self.current[key]
 
     @rule(key=KEYS, content=CONTENTS, replace=st.booleans(), handle=HANDLES)
@@ -122,7 +129,7 @@ class StoreAndLog(RuleBasedStateMachine):
     @rule(key=KEYS, content=CONTENTS, replace=st.booleans(), step=st.integers(0, 30))
     def put_and_crash(self, key, content, replace, step):
         digest, before = self._digest(key, content), self._found(key)
-        was = self.artifacts.get((key, digest))
+        was = self._state(key, digest)
         try:
             with crash_at(step):
                 self._commit(key, content, replace, 0)
@@ -145,10 +152,15 @@ class StoreAndLog(RuleBasedStateMachine):
     def _look_at(self, key, digest):
         store = self.stores[0]
         ref = Ref(stage="merge", fingerprint=fingerprint(key), digest=digest, uri=store.uri)
+        pointer = self._path(key, digest).parent / "current.json"
+        if key in self.broken:
+            pointer.unlink()
         if not (Path(store.location(ref)) / "manifest.json").exists() and not Path(store.location(ref)).exists():
             self.artifacts.pop((key, digest), None)
         else:
             self.artifacts[key, digest] = "torn" if store.check(ref) else "flipped" if store.verify(ref) else "intact"
+        if key in self.broken:
+            pointer.write_text("{")
 
     @rule(key=KEYS, contents=st.tuples(CONTENTS, CONTENTS))
     def put_twice_at_once(self, key, contents):
@@ -158,10 +170,12 @@ class StoreAndLog(RuleBasedStateMachine):
         assert len(digests) == 1, "both agree on one artifact"
         [digest] = digests
         found = self._found(key)
-        assert digest == found if found else digest in {self._digest(key, content) for content in contents}
-        self.artifacts[key, digest] = self.artifacts[key, digest] if found else "intact"
+        is_kept = found is not None and self.artifacts[key, found] == "intact"
+        assert digest == found if is_kept else digest in {self._digest(key, content) for content in contents}
+        self.artifacts[key, digest] = "intact"
         self.current[key] = digest
-        if not found and contents[0] != contents[1]:  # go on from one state, whichever of the two was first
+        self.broken.discard(key)
+        if not is_kept and contents[0] != contents[1]:  # go on from one state, whichever of the two was first
             for content in (*contents, contents[0]):
                 self.put(key, content, True, 0)
 
@@ -174,8 +188,10 @@ class StoreAndLog(RuleBasedStateMachine):
         if harm == "pointer":
             (home / "current.json").unlink(missing_ok=True)
             self.current.pop(key, None)
+            self.broken.discard(key)
         elif harm == "broken pointer":
             (home / "current.json").write_text("{")
+            self.broken.add(key)
             self.current.pop(key, None)
         elif self.artifacts[key, digest] != "intact":
             return
@@ -200,7 +216,7 @@ class StoreAndLog(RuleBasedStateMachine):
             name = by_name[ref.fingerprint, ref.digest]
             seen.add(name)
             problems = store.verify(ref)
-            assert bool(problems) == (self.artifacts[name] != "intact")
+            assert bool(problems) == (self._state(*name) != "intact")
             if problems:
                 store.quarantine(ref, problems)
                 del self.artifacts[name]
@@ -279,19 +295,20 @@ class StoreAndLog(RuleBasedStateMachine):
         except Crash:
             self.reopen()
             for name in [name for name in self.artifacts if not self._path(*name).exists()]:
-                assert self.artifacts.pop(name) != "intact", "only damaged artifacts are quarantined"
+                assert self._state(*name) != "intact", "only damaged artifacts are quarantined"
+                del self.artifacts[name]
             if len(self.logs[0].entries()) == len(self.entries):
                 return
         except CorruptArtifact:
             target = self.active[-2]
-            assert self.artifacts.get(target) != "intact"
+            assert self._state(*target) != "intact"
             if not self._path(*target).exists():
                 self.artifacts.pop(target, None)
             return
         except Failure:
             assert len(self.active) < 2
             return
-        assert self.artifacts[self.active[-2]] == "intact"
+        assert self._state(*self.active[-2]) == "intact"
         del self.active[-1]
         self.entries.append(self.active[-1][1])
 
