@@ -108,7 +108,7 @@ class _ServerProcess(subprocess.Popen[bytes]):
         with self.log.open("ab") as file:
             if file.tell() > MAX_LOG:
                 file.truncate(0)
-            super().__init__(args, env=env, stderr=file, start_new_session=True)
+            super().__init__(writing_in_turn(args), env=env, stderr=file, start_new_session=True)
 
     def poll(self) -> int | None:
         """Return the exit status.
@@ -125,6 +125,12 @@ class _ServerProcess(subprocess.Popen[bytes]):
                 next_step="read the log; with `export PREFECT_HOME=FOLDER` the server uses another folder and database",
             )
         return code
+
+
+def writing_in_turn(command: Sequence[str]) -> list[str]:
+    """Return the command of Prefect's temporary server, `python -m uvicorn ...`, with transactions that wait in turn."""
+    at = command.index("-m") + 1
+    return [*command[:at], "loraflow.flows.server.sqlite_writes", *command[at:]]
 
 
 def _last_error(log: Path) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +20,19 @@ def prefect_server(tmp_path_factory):
     os.environ["PREFECT_HOME"] = str(home)
     os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
     os.environ["PREFECT_LOCAL_STORAGE_PATH"] = str(home / "storage")
+    from prefect.server.api import server as module
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
+    from loraflow.flows.server.temporary_server import writing_in_turn
+
+    def start(args: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(writing_in_turn(args), **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "subprocess", SimpleNamespace(Popen=start))
+        with prefect_test_harness(server_startup_timeout=120):
+            patch.undo()
+            yield
 
 
 class Project:
