@@ -42,5 +42,5 @@ def test_a_family_passes_the_checks_and_takes_batches(family):
 
 
 def test_an_encoder_does_not_pass():
-    with pytest.raises(BadModel, match="see the tokens after them"):
+    with pytest.raises(BadModel, match="attention is not causal"):
         refuse_seeing_later_tokens(model_of("bert").to("cuda", BF16), 0, is_concatenated=False, compute_dtype=BF16)
