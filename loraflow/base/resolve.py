@@ -7,7 +7,6 @@ folder, or a hub id. A local model is pinned by its content, a hub id by its com
 from __future__ import annotations
 
 import logging
-import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 from loraflow.base import hub
 from loraflow.base.base_checks import prepare_tokenizer
 from loraflow.base.model_files import copy_model, model_files
-from loraflow.base.usable import refuse_unusable_folder
+from loraflow.base.usable import refuse_unusable_folder, require_base_name
 from loraflow.base.weight_checks import check_fits_config, check_weights, refuse_non_finite_weights
 from loraflow.config.locations import BaseLocation, FolderOrigin, GgufOrigin, HubOrigin
 from loraflow.config.recipe import Base
@@ -60,14 +59,7 @@ def _locate_model(base: Base, memo: HashMemo) -> BaseLocation:
     if folder.is_dir():
         source = _content(folder, base.trust_remote_code, memo)
         return BaseLocation(source=source, origin=FolderOrigin(folder=str(folder.absolute())))
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", base.model):
-        raise BadModel(
-            "There is no such base model.",
-            where="base.model",
-            expected="bundled:smollm2, a folder, or a hub id such as microsoft/Phi-3-mini-4k-instruct",
-            got=base.model,
-            next_step="correct base.model",
-        )
+    require_base_name(base.model)
     commit = hub.commit_of(base.model, base.revision or "main")
     source = {"hub": base.model, "commit": commit}
     return BaseLocation(source=source, origin=HubOrigin(hub=base.model, commit=commit))

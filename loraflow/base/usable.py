@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,9 +24,37 @@ _OTHER_TASKS = {
     "EncoderModel": "an encoder",
 }
 _WHERE = "base.model"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # with its owner: the hub only redirects old names such as gpt2
 _ANOTHER = "choose a model for text generation; its architecture ends in ForCausalLM"
 # transformers lists these for masked language models too, but their class for causal language models is a decoder.
 _WITH_DECODER = frozenset({"bart", "mbart", "mvp"})
+
+
+def is_hub_id(model: str) -> bool:
+    """Tell whether a text has the form of a hub id, OWNER/NAME."""
+    return _HUB_ID.fullmatch(model) is not None
+
+
+def require_base_name(model: str, where: str = _WHERE) -> None:
+    """Check the name of a base as far as that needs no network.
+
+    Args:
+        model: what the recipe or the command names.
+        where: the key or option that names it.
+
+    Raises:
+        BadModel: it is neither `bundled:smollm2` nor a folder, and has not the form of a hub id.
+    """
+    if model == "bundled:smollm2" or Path(model).expanduser().is_dir() or is_hub_id(model):
+        return
+    raise BadModel(
+        "There is no such base model.",
+        where=where,
+        expected="bundled:smollm2, a folder that exists, or a hub id as OWNER/NAME, such as "
+        "microsoft/Phi-3-mini-4k-instruct",
+        got=model,
+        next_step=f"correct {where}",
+    )
 
 
 def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: bool = False) -> None:

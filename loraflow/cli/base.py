@@ -39,7 +39,20 @@ def install(name: str) -> None:
         ) from error
     if done.returncode:
         raise click.exceptions.Exit(done.returncode)
-    recipes = [file for file in sorted(Path("configs").glob("*.yaml")) if f"bundled:{name}" in file.read_text("utf-8")]
-    click.echo(
-        f"next  loraflow run {recipes[0]}" if recipes else f"next  loraflow init --data FILE --base bundled:{name}"
-    )
+    recipes = [file for file in Path("configs").glob("*.yaml") if _base_model(file) == f"bundled:{name}"]
+    if not recipes:
+        click.echo(f"next  loraflow init --data FILE --base bundled:{name}")
+    else:
+        click.echo(f"next  loraflow run {recipes[0] if len(recipes) == 1 else 'configs/RECIPE.yaml'}")
+
+
+def _base_model(recipe: Path) -> object:
+    """Return `base.model` of a file, for a hint; None if it has none or is no recipe: its faults are for `loraflow run`."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(recipe.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    base = values.get("base") if isinstance(values, dict) else None
+    return base.get("model") if isinstance(base, dict) else None

