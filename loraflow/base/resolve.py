@@ -50,16 +50,29 @@ def locate(base: Base, memo: HashMemo) -> BaseLocation:
     return found if template is None else found.model_copy(update={"chat_template": template})
 
 
+def require_base(base: Base) -> None:
+    """Check as far as that takes no time and no network that there is such a base model.
+
+    Raises:
+        MissingExtra: the bundled model's package is not installed.
+        BadModel: there is no such model, or a folder's model cannot be trained.
+    """
+    if base.model.startswith("bundled:"):
+        _bundled(base.model)
+        return
+    refuse_unusable_folder(Path(base.model).expanduser(), trust=base.trust_remote_code)
+    require_base_name(base.model)
+
+
 def _locate_model(base: Base, memo: HashMemo) -> BaseLocation:
+    require_base(base)
     if base.model.startswith("bundled:"):
         file = _bundled(base.model)
         return BaseLocation(source={"gguf": memo.hash(file)}, origin=GgufOrigin(gguf=str(file)))
     folder = Path(base.model).expanduser()
-    refuse_unusable_folder(folder, trust=base.trust_remote_code)
     if folder.is_dir():
         source = _content(folder, base.trust_remote_code, memo)
         return BaseLocation(source=source, origin=FolderOrigin(folder=str(folder.absolute())))
-    require_base_name(base.model)
     commit = hub.commit_of(base.model, base.revision or "main")
     source = {"hub": base.model, "commit": commit}
     return BaseLocation(source=source, origin=HubOrigin(hub=base.model, commit=commit))

@@ -65,10 +65,12 @@ def _run_flow(
     recipe: str, overrides: dict[str, JsonValue], force: tuple[str, ...], quiet: bool
 ) -> tuple[RunSummary, dict[str, JsonValue]]:
     """Run the flow; return its summary, also as the JSON document."""
+    from loraflow.base.resolve import require_base
     from loraflow.config import load_recipe
     from loraflow.tracking.dvc_pipeline import lost_with_experiment
 
     read = load_recipe(recipe, overrides)  # before prefect starts, so that a mistake is reported at once
+    require_base(read.base)
     if lost := lost_with_experiment(Path.cwd(), read.runtime.store):
         click.echo(f"WARNING {lost}", err=True)
     from loraflow.cli.flow_call import call_flow

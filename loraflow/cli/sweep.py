@@ -91,9 +91,12 @@ def _check(
     recipe: str, grid: dict[str, JsonValue], seeds: int, overrides: dict[str, JsonValue], max_trials: int
 ) -> None:
     """Check the trials before prefect starts, so that a mistake is reported at once."""
+    from loraflow.base.resolve import require_base
     from loraflow.config.load import read_recipe
 
-    if not read_recipe(recipe, overrides).recipe.data.add:  # the flow versions the dataset first, then checks the same
+    read = read_recipe(recipe, overrides).recipe
+    require_base(read.base)
+    if not read.data.add:  # the flow versions the dataset first, then checks the same
         _trials(recipe, grid, seeds, overrides, max_trials)
 
 

@@ -115,6 +115,15 @@ def test_init_refuses_a_base_that_a_plan_refuses_and_leaves_no_file(tmp_path, ba
         locate(Base(model=base), HashMemo(None))
 
 
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_a_base_that_is_not_there_is_refused_before_a_server_starts(tmp_path, monkeypatch, command):
+    monkeypatch.setattr("loraflow.flows.server.temporary_server.prepare_server", None)  # it may not be called
+    (tmp_path / "mine.yaml").write_text("name: mine\nbase: {model: ./tiny}\n")
+    options = ["--grid", "peft_config.r=8,16"] if command == "sweep" else []
+    done = in_this_process(command, "mine.yaml", *options, cwd=tmp_path)
+    assert isinstance(done.exception, BadModel) and done.exception.got == "./tiny"
+
+
 def test_init_does_not_train_on_files_named_test(tmp_path, phi3, quick_dvc):
     from loraflow.cli.init_recipe import split_by_name
     from loraflow.config import load_recipe
