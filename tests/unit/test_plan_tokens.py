@@ -71,6 +71,7 @@ def test_the_plan_warns_where_tokenizer_or_template_are_others_and_a_loss_is_com
     assert "another tokenizer or chat template than the base: if it splits" in line and "compare token_loss" in line
     assert token_lines(Workspace(load_recipe(recipe, other_base | PLAIN))) == [], "answers can be compared"
     assert token_lines(Workspace(load_recipe(recipe, other_base | PLAIN | {"gate.guards": {"token_loss": 0.1}})))
+    caplog.clear()
     warn_of_other_tokens(workspace)
     assert caplog.messages == [line], "a run says it before the training"
     sets = [part for key, value in other_base.items() for part in ("--set", f"{key}={value}")]
