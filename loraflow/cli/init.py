@@ -194,7 +194,7 @@ def _free_places(name: str, template: str, *, dvc_pipeline: bool) -> tuple[Path,
         if os.path.lexists(path):
             raise BadConfig(f"{path} exists already.", next_step="choose another --name, or remove it")
     for path in _written_files(recipe, target):
-        if path.is_symlink() and not path.exists() and path.name != README:  # a README that is there is not written
+        if path.is_symlink() and not path.exists() and path.name != README:  # an existing README is kept
             raise BadConfig(
                 f"{path} is a link to a file that does not exist.",
                 got=f"{path} -> {path.readlink()}",
