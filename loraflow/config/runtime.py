@@ -112,7 +112,7 @@ class Runtime(FrozenModel):
     worker_start: Literal["fork", "spawn"] = Field(
         "fork",
         description="How a heavy stage's process starts. fork: from a process that has imported the libraries once (on "
-        "Linux, but not with bitsandbytes and a GPU). spawn: a new Python, which imports them again.",
+        "Linux, unless the stage needs bitsandbytes). spawn: a new Python, which imports them again.",
     )
     deadline_minutes: Annotated[float, Field(gt=0)] | None = Field(
         None, description="A heavy stage that runs longer is stopped; by default there is no limit."

@@ -33,6 +33,8 @@ from loraflow.execution.outcome import PIPE
 
 # Environment: torch counts GPUs without starting CUDA. A process that has started it cannot be forked.
 NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
+# Starts CUDA while it is imported, and peft imports it. The server and its workers do as if it was not installed.
+STARTS_CUDA = "bitsandbytes"
 # What each stage imports, before its worker is forked or earlier while nothing is asked; in the order of a run.
 MODULES: dict[str, tuple[str, ...]] = {
     "resolve_base": ("loraflow.base.resolve", "transformers.modeling_utils"),
@@ -62,6 +64,7 @@ def main(argv: list[str]) -> int:
     PARENT is the process id of the launcher, which may have died before this process could ask for it.
     """
     parent = int(argv[1])
+    sys.modules[STARTS_CUDA] = None  # type: ignore[assignment]  # Python's way to say that it cannot be imported
     with socket.socket(fileno=int(argv[0])) as connection:
         connection.set_inheritable(False)
         job_file = Server(connection, parent).serve()

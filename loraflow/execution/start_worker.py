@@ -19,10 +19,10 @@ import subprocess
 import sys
 import threading
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from loraflow.config.stage_configs import MergeConfig, StageConfig, TrainConfig, TrainGroupConfig, VerifyConfig
 from loraflow.execution.device_group import PARENT
 from loraflow.execution.fork_server import NVML_CHECK
 from loraflow.execution.job_file import JobFile
@@ -194,7 +194,7 @@ def start_worker(
         outcome: the file descriptor of the pipe for its outcome.
     """
     job_file = file.write()
-    if command == WORKER and file.job.runtime.worker_start == "fork" and _can_fork():
+    if command == WORKER and file.job.runtime.worker_start == "fork" and _can_fork(file.job.config):
         try:
             with _lock:
                 own = {key: value for key, value in environment.items() if key.startswith(_NOT_READ_AT_IMPORT)}
@@ -213,13 +213,24 @@ def start_worker(
     )
 
 
-def _can_fork() -> bool:
-    """Tell whether a process that has imported the libraries can be forked: on Linux, if none of them starts CUDA.
+def _can_fork(config: StageConfig) -> bool:
+    """Tell whether a worker can be a fork: on Linux, unless it needs bitsandbytes.
 
-    bitsandbytes starts CUDA when it is imported, and peft imports it.
+    bitsandbytes starts CUDA when it is imported, so the fork server and its workers do as if it was not installed.
     """
-    has_gpu = Path("/dev/nvidiactl").exists()
-    return sys.platform == "linux" and not (has_gpu and find_spec("bitsandbytes") is not None)
+    return sys.platform == "linux" and not _needs_bitsandbytes(config)
+
+
+def _needs_bitsandbytes(config: StageConfig) -> bool:
+    match config:
+        case TrainGroupConfig():
+            return any(_needs_bitsandbytes(trial) for trial in config.trials)
+        case TrainConfig():
+            return config.base.quantization == "nf4" or config.training_config.optim.startswith("paged_")
+        case MergeConfig() | VerifyConfig():
+            return config.nf4 is not None
+        case _:
+            return False
 
 
 def _server_for(environment: dict[str, str]) -> _ForkServer:

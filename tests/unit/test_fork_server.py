@@ -13,6 +13,7 @@ import pytest
 
 from loraflow import failures
 from loraflow.config import parse_recipe
+from loraflow.config.stage_configs import TrainGroupConfig
 from loraflow.execution import launcher, start_worker
 from loraflow.execution.fork_server import MODULES
 from loraflow.execution.runner import run_stage
@@ -80,9 +81,16 @@ def test_every_stage_that_runs_in_a_worker_has_its_modules_listed():
         assert STAGES[name].module in modules
 
 
-def test_artifacts_of_forked_workers_equal_those_of_new_processes(parts, tmp_path):
-    forked = walk(workspace(parts, tmp_path / "forked"))
-    again = walk(workspace(parts, tmp_path / "again"))  # by the same server, after all other stages
+def test_artifacts_of_forked_workers_equal_those_of_new_processes(parts, tmp_path, monkeypatch):
+    imported = tmp_path / "imported"
+    package = tmp_path / "packages" / "bitsandbytes" / "__init__.py"
+    package.parent.mkdir(parents=True)
+    package.write_text(f"open({str(imported)!r}, 'w').close()\n")  # the real one starts CUDA
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent.parent), os.environ.get("PYTHONPATH", "")]))
+        forked = walk(workspace(parts, tmp_path / "forked"))
+        again = walk(workspace(parts, tmp_path / "again"))  # by the same server, after all other stages
+    assert not imported.exists(), "a process that has started CUDA cannot be forked"
     new = walk(workspace(parts, tmp_path / "new", runtime="worker_start: spawn"), until="train")
     assert {name: ref.digest for name, ref in again.items()} == {name: ref.digest for name, ref in forked.items()}
     assert {name: ref.digest for name, ref in new.items()} == {name: forked[name].digest for name in new}
@@ -167,6 +175,23 @@ def test_jobs_share_a_server_until_the_environment_changes(parts, tmp_path, monk
     run_stage(workspace(parts, tmp_path / "three"), STAGES["resolve_base"])
     assert server() != first
     assert_gone(first)
+
+
+@pytest.mark.parametrize(
+    "key, value, stages",
+    [
+        ("base.quantization", "nf4", {"train", "merge", "verify"}),
+        ("training_config.optim", "paged_adamw_8bit", {"train"}),
+        ("base.quantization", "fp8", set()),
+    ],
+)
+def test_a_stage_that_needs_bitsandbytes_starts_as_a_new_python(parts, tmp_path, key, value, stages):
+    text = RECIPE.format(data=parts, base=parts / "base", store=tmp_path, steps=4, runtime="")
+    space = Workspace(parse_recipe(text, overrides={key: value}))
+    names = ("resolve_base", "tokenize", "train", "merge", "verify", "evaluate")
+    configs = {name: STAGES[name].config.from_recipe(space.recipe, space) for name in names}
+    assert {name for name in names if not start_worker._can_fork(configs[name])} == stages
+    assert start_worker._can_fork(TrainGroupConfig(trials=[configs["train"]])) == ("train" not in stages)
 
 
 def test_a_server_that_ends_at_its_start_is_replaced_by_a_new_python(parts, tmp_path, monkeypatch, caplog):
