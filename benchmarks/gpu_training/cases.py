@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,7 +15,14 @@ LENGTH = 256 if TINY else 2048
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model. `targets` are the linear layers that get adapters."""
+    """The sizes of a model.
+
+    Attributes:
+        targets: the linear layers that get adapters.
+        config: the class of its configuration in transformers, where it is not Phi-3 or Llama.
+        head_dim: the width of a head; None is hidden // heads.
+        options: further settings of the configuration.
+    """
 
     name: str
     hidden: int
@@ -26,6 +33,14 @@ class Shape:
     vocabulary: int
     targets: tuple[str, ...]
     tied: bool = False
+    config: str | None = None
+    head_dim: int | None = None
+    options: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def head_width(self) -> int:
+        """The width of a head."""
+        return self.head_dim or self.hidden // self.heads
 
 
 FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -36,6 +51,25 @@ if TINY:
 else:
     PHI3 = Shape("phi3", 3072, 8192, 32, 32, 32, 32064, FUSED)
     LLAMA_1B = Shape("llama-1b", 2048, 8192, 16, 32, 8, 128256, SPLIT, tied=True)
+# Other families in their own sizes, from the configurations that were published with their models.
+FAMILIES = [
+    Shape("qwen3-0.6b", 1024, 3072, 28, 16, 8, 151936, SPLIT, tied=True, config="Qwen3Config", head_dim=128),
+    Shape("qwen2.5-1.5b", 1536, 8960, 28, 12, 2, 151936, SPLIT, tied=True, config="Qwen2Config"),
+    Shape("llama-3b", 3072, 8192, 28, 24, 8, 128256, SPLIT, tied=True, head_dim=128),
+    Shape("gemma3-1b", 1152, 6912, 26, 4, 1, 262144, SPLIT, tied=True, config="Gemma3TextConfig", head_dim=256,
+          options=(("sliding_window", 512), ("query_pre_attn_scalar", 256))),
+    Shape("granite3-2b", 2048, 8192, 40, 32, 8, 49159, SPLIT, tied=True, config="GraniteConfig",
+          options=(("embedding_multiplier", 12.0), ("residual_multiplier", 0.22), ("attention_multiplier", 1 / 64),
+                   ("logits_scaling", 8.0))),
+    Shape("olmo2-1b", 2048, 8192, 16, 16, 16, 100352, SPLIT, config="Olmo2Config"),
+    Shape("smollm3-3b", 2048, 11008, 36, 16, 4, 128256, SPLIT, tied=True, config="SmolLM3Config"),
+    Shape("phi4-mini", 3072, 8192, 32, 24, 8, 200064, FUSED, tied=True, config="Phi3Config",
+          options=(("partial_rotary_factor", 0.75),)),
+]  # fmt: skip
+if TINY:
+    FAMILIES = [
+        replace(shape, hidden=96, inner=256, layers=2, heads=4, kv_heads=2, vocabulary=507) for shape in FAMILIES
+    ]
 VOCABULARY = PHI3.vocabulary  # every model has these tokens
 WARM_UP, TIMED = (5, 11) if TINY else (10, 26)
 
@@ -107,6 +141,14 @@ CASES = [
     Case("card-nocudnn", "the same without cuDNN's attention, which makes a plan for each shape", timed=20, peer="trl",
          baseline={"per_device_train_batch_size": 4, "gradient_checkpointing": True, "cudnn": False}),
 ]  # fmt: skip
+for shape in FAMILIES:  # `train_gpu.py qwen3-0.6b qwen3-0.6b-unsloth qwen3-0.6b-trl`
+    CASES += [
+        Case(shape.name, "loraflow, bf16, 16k tokens", shape=shape),
+        Case(f"{shape.name}-unsloth", "unsloth: packing, 16k tokens", peer="unsloth", shape=shape,
+             baseline={"packing": True}),
+        Case(f"{shape.name}-trl", "trl: packing, padding-free, liger, varlen FA2, 8k tokens", rows=4, timed=16, peer="trl",
+             shape=shape, baseline={"packing": True, "gradient_checkpointing": False, "use_liger_kernel": True}),
+    ]  # fmt: skip
 
 
 def recipe_of(case: Case, **overrides: Setting) -> Recipe:

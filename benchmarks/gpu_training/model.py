@@ -42,7 +42,7 @@ def build_base(folder: Path, shape: Shape = PHI3) -> None:
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.mul_(64**-0.5)
             layer.mlp.down_proj.weight.mul_(64**-0.5)
-        if not shape.tied:
+        if not shape.tied and shape.config is None:
             model.model.embed_tokens.weight.mul_(25.0)
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0)
     model.save_pretrained(folder)
@@ -50,6 +50,7 @@ def build_base(folder: Path, shape: Shape = PHI3) -> None:
 
 def model_config(shape: Shape, eos: int, split: bool = False) -> PreTrainedConfig:
     """Return the configuration of a shape. `split` is Phi-3 with split projections, which is a Mistral."""
+    import transformers
     from transformers import LlamaConfig, MistralConfig, Phi3Config
 
     sizes = {
@@ -66,6 +67,10 @@ def model_config(shape: Shape, eos: int, split: bool = False) -> PreTrainedConfi
         "tie_word_embeddings": shape.tied,
         "max_position_embeddings": 4096,
     }
+    if shape.head_dim is not None:
+        sizes["head_dim"] = shape.head_dim
+    if shape.config is not None:
+        return getattr(transformers, shape.config)(**sizes, **dict(shape.options))
     if shape.targets != PHI3.targets:
         return LlamaConfig(**sizes)
     if split:
@@ -147,12 +152,14 @@ def build_tokens(folder: Path, rows: int) -> None:
 def flops_per_token(shape: Shape, lengths: np.ndarray, target_share: float) -> float:
     """Return the FLOPs of frozen products (forward and activation gradients), head at target tokens, LoRA and attention."""
     hidden, inner = shape.hidden, shape.inner
-    qkv = hidden + 2 * hidden // shape.heads * shape.kv_heads
-    frozen = shape.layers * (hidden * qkv + hidden * hidden + hidden * 2 * inner + inner * hidden)
-    inputs = sum(inner if name == "down_proj" else hidden for name in shape.targets)
+    attended = shape.heads * shape.head_width
+    qkv = attended + 2 * shape.head_width * shape.kv_heads
+    frozen = shape.layers * (hidden * qkv + attended * hidden + hidden * 2 * inner + inner * hidden)
+    widths = {"down_proj": inner, "o_proj": attended}
+    inputs = sum(widths.get(name, hidden) for name in shape.targets)
     lora = shape.layers * 16 * (inputs + qkv + hidden + 2 * inner + hidden)
     context = (lengths * (lengths + 1) / 2).sum() / lengths.sum()
-    return 4 * frozen + 4 * shape.vocabulary * hidden * target_share + 6 * lora + shape.layers * 12 * hidden * context
+    return 4 * frozen + 4 * shape.vocabulary * hidden * target_share + 6 * lora + shape.layers * 12 * attended * context
 
 
 def step_tokens(work: Path, case: Case) -> np.ndarray:

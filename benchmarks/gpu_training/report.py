@@ -39,11 +39,11 @@ def print_table(results: dict[str, dict[str, Any]], work: Path, peak_flops: floa
         if (result := results.get(case.name)) is None:
             continue
         speed, memory = result["tokens_per_second"], result["peak_gib"] or 0
-        unsloth = results.get(unsloth_case(case), {})
-        best, card = (ratio(speed, results.get(name, {}).get("tokens_per_second")) if case.shape is PHI3 else "-"
-                      for name in ("trl-best", "card"))  # fmt: skip
+        unsloth, best = (results.get(peer_case(case, peer) or "", {}) for peer in ("unsloth", "trl"))
+        card = results.get("card", {}) if case.shape is PHI3 else {}
         print(f"{case.name:20s} {speed:8,.0f} {result['step_ms']:8.1f} {memory:6.1f} "
-              f"{100 * speed / limits[case.shape.name]:6.1f} {best:>6s} {card:>6s} "
+              f"{100 * speed / limits[case.shape.name]:6.1f} {ratio(speed, best.get('tokens_per_second')):>6s} "
+              f"{ratio(speed, card.get('tokens_per_second')):>6s} "
               f"{ratio(speed, unsloth.get('tokens_per_second')):>9s} {ratio(memory, unsloth.get('peak_gib')):>11s} "
               f"{result.get('first_step_s', 0):6.1f}  "
               f"{case.description}")  # fmt: skip
@@ -51,11 +51,17 @@ def print_table(results: dict[str, dict[str, Any]], work: Path, peak_flops: floa
     print("1st s: from the start of the process to the end of the first step, compiling included")
 
 
-def unsloth_case(case: Case) -> str:
-    """Return the name of unsloth's case with the same shape and the same frozen weights."""
-    if case.shape is not PHI3:
-        return "unsloth-llama"
-    return "unsloth-nf4" if case.settings.get("base.quantization") == "nf4" else "unsloth"
+def peer_case(case: Case, peer: str) -> str | None:
+    """Return the name of a peer's first case with the same shape and, with unsloth, the same frozen weights."""
+    for other in CASES:
+        if other.peer == peer and other.shape is case.shape and (peer == "trl" or is_nf4(other) == is_nf4(case)):
+            return other.name
+    return None
+
+
+def is_nf4(case: Case) -> bool:
+    """Return whether a case's frozen weights are packed in NF4."""
+    return case.settings.get("base.quantization") == "nf4" or bool((case.baseline or {}).get("load_in_4bit"))
 
 
 def ratio(value: float, reference: float | None) -> str:
