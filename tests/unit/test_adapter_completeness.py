@@ -16,7 +16,7 @@ from loraflow.serving.publish import package
 from loraflow.store import open_store
 from tests.conftest import build_phi3
 from tests.families.tiny import save_tiny
-from tests.unit.test_merge import TARGETS, by_peft, change_tensors, configured, make_adapter, read
+from tests.tiny_adapters import TARGETS, by_peft, change_tensors, configured, make_adapter, read
 
 FULL = {
     "plain": {},

@@ -14,7 +14,7 @@ from loraflow.failures import MissingExtra
 from loraflow.job import Inputs, Progress
 from tests.conftest import build_phi3, chat
 from tests.job_factory import make_job
-from tests.unit.test_merge import assert_same, make_adapter, read
+from tests.tiny_adapters import assert_same, make_adapter, read
 from tests.unit.test_training import REF, recipe, tokenize
 
 pytest.importorskip("bitsandbytes")
