@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from loraflow.cli.gitignore import extend_dvcignore, extend_gitignore
-from loraflow.cli.init import _held_out_line, init
+from loraflow.cli.init import init
+from loraflow.cli.init_report import _held_out_line
 from loraflow.cli.init_settings import choose_heldout_fraction, choose_settings
 from loraflow.cli.project_lock import FILE, project_lock
 from loraflow.failures import BadConfig
