@@ -76,14 +76,14 @@ class Run:
         """Find a stage's artifact in the store, or run the stage. Call it inside the stage's task.
 
         Args:
-            stage: to find or run.
-            label: its name in this run, if it runs several times.
-            seed: of the training, if it is not the recipe's own.
-            **inputs: of the stage.
+            stage: the stage.
+            label: the stage's name in this run, if it runs several times.
+            seed: the training seed, if it is not the recipe's own.
+            **inputs: the stage's input artifacts.
 
         Raises:
             CorruptArtifact: an input is damaged; it is quarantined by now.
-            Failure: the stage's own.
+            Failure: the stage failed.
         """
         label, store, started = label or stage.name, self.workspace.store, time.monotonic()
         job = self.workspace.job(stage, inputs, seed)

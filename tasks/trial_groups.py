@@ -28,12 +28,12 @@ def run_groups(run: Run, trials: Sequence[Trial], inputs: Mapping[str, Mapping[s
     Trials that were in a group of an earlier sweep are not trained again, also if this sweep would make other groups.
 
     Args:
-        run: of the sweep.
-        trials: of it.
-        inputs: what each trial trains on, by label.
+        run: the sweep's run.
+        trials: all trials of the sweep.
+        inputs: {label: what the trial trains on}.
 
     Raises:
-        Failure: that of a group, if it would end the trials' own trainings as well, such as a full disk.
+        Failure: a group failed for a reason that would also end the trials' own trainings, such as a full disk.
     """
     division = divide(trials, inputs)
     known, groups = division.known, division.groups

@@ -43,8 +43,8 @@ def convert(
             torch's `weights_only` reader, which builds tensors and refuses everything else.
         base: folder of the model that the adapter is to fit; its weights are not read.
         out: a folder that does not exist yet.
-        lora_alpha: of a loralib checkpoint, which does not contain it.
-        enable_lora: of a loralib checkpoint: the adapted blocks of fused modules, if not all blocks are adapted.
+        lora_alpha: alpha of a loralib checkpoint, which does not contain it.
+        enable_lora: the adapted blocks of fused modules in a loralib checkpoint, if not all blocks are adapted.
 
     Raises:
         BadModel: the adapter does not fit the base, split or fused; it is damaged, or contains more than LoRA.

@@ -75,7 +75,7 @@ def convolution(down: torch.Tensor, up: torch.Tensor, shape: tuple[int, ...]) ->
     Args:
         down: loralib's A.
         up: loralib's B.
-        shape: of the kernel, [out, in, k, k].
+        shape: the kernel's shape, [out, in, k, k].
 
     Raises:
         BadModel: a convolution in groups, whose kernels share rows.

@@ -81,8 +81,8 @@ def merge(
         adapter: PEFT's folder.
         out: an empty folder for the merged model.
         dtype: bfloat16, float16 or float32; None leaves each tensor's own.
-        max_shard_bytes: of one file.
-        threads: of a streamed merge; None is one for each core.
+        max_shard_bytes: the largest size of a file.
+        threads: the number of threads of a streamed merge; None is one for each core.
         progress: reports tensors; finished shards survive a kill in its `work` folder.
         base_digest: digest of the base's artifact, compared with the one that the adapter records.
         nf4: merge into the base's weights as training saw them.

@@ -153,7 +153,7 @@ def check_vocabulary(base: Path, adapter: Path, rows: int) -> None:
     Args:
         base: the model's folder.
         adapter: PEFT's folder; it may hold a tokenizer.
-        rows: of the embeddings.
+        rows: the number of rows of the embeddings.
 
     Raises:
         BadModel: tokens were added without resizing the embeddings.

@@ -186,7 +186,7 @@ def loraplus(optimizer: torch.optim.Optimizer, model: torch.nn.Module, ratio: fl
     Args:
         optimizer: just built; its groups keep their other settings.
         model: whose parameters it holds.
-        ratio: of B's learning rate to A's, 1 or more.
+        ratio: the learning rate of B divided by that of A, 1 or more.
         embedding: learning rate of adapters on embeddings.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -25,9 +25,9 @@ def forced_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, pad_id: int
 
     Args:
         model: in evaluation mode.
-        ids: of the prompts, [rows, width], padded on the left.
+        ids: the prompts' ids [rows, width], padded on the left.
         mask: 0 where there is padding.
-        pad_id: of the padding.
+        pad_id: the token id of the padding.
         tokens: how many are generated.
     """
     import torch

@@ -32,7 +32,7 @@ def plain_generation(model: PreTrainedModel) -> Iterator[None]:
     `generate` fills what its arguments leave open from the model's settings, so these are replaced meanwhile.
 
     Args:
-        model: of transformers, without a wrapper.
+        model: a model of transformers, without a wrapper.
     """
     from transformers import GenerationConfig
 

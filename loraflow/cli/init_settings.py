@@ -57,9 +57,9 @@ def choose_settings(
     """Choose settings for a dataset.
 
     Args:
-        rows: its chats, with those that are held out.
-        heldout_fraction: the share that is held out; 0 if other files are.
-        tokens: of all chats, roughly.
+        rows: the number of chats, held-out ones included.
+        heldout_fraction: the share of rows to hold out; 0 if whole files are held out.
+        tokens: the number of tokens of all chats, roughly.
         max_length: tokens of a packed row.
         may_pack: whether several chats may share a row.
     """

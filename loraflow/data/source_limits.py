@@ -10,7 +10,7 @@ def refuse_poor_sources(report: CheckReport, max_quarantined: float, where: str)
     """Stop the run if a source gives no row, or too many malformed ones: the other sources would hide it.
 
     Args:
-        report: of check_dataset.
+        report: the report of check_dataset.
         max_quarantined: largest share of malformed rows (data.max_quarantined).
         where: location of the report, for messages.
 

@@ -44,12 +44,12 @@ def generate_answers(
     device appends to its own file, and a retry reads all files.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: the model's.
+        model: the model, in evaluation mode.
+        tokenizer: the model's tokenizer.
         prompts: ids of each prompt.
         stop_ids: ids that end an answer.
-        max_new_tokens: of each answer.
-        batch_size: prompts at a time.
+        max_new_tokens: the largest number of tokens of an answer.
+        batch_size: the number of prompts at a time.
         done_file: finished answers, a line of JSON each; None keeps nothing.
         owner: identity of model, prompts and settings. Finished answers of another owner are not used.
         on_batch: is called with the number of finished answers after each batch.

@@ -168,9 +168,9 @@ def plan(workspace: Workspace, force: Iterable[str] = (), steps: Sequence[Step] 
     """Return what a recipe's run would do, step by step. Reports are not checked: only a run does that.
 
     Args:
-        workspace: the recipe's.
+        workspace: the recipe's workspace.
         force: stages to plan as if they were recomputed.
-        steps: those to plan, with all that they take their inputs from; all of the recipe's pipeline if none are given.
+        steps: the steps to plan, with the steps that they read from; by default the recipe's whole pipeline.
     """
     planned: list[PlannedStep] = []
     artifacts: dict[str, Ref | None] = {}  # of each step so far; None where it has to run first

@@ -101,8 +101,8 @@ def _trainings(planned: Sequence[PlannedTrial], division: Division, trained: Set
 
     Args:
         planned: the trials.
-        division: of them.
-        trained: labels of those whose own adapter is in the store.
+        division: how the trials are divided into groups.
+        trained: labels of the trials whose own adapter is in the store.
     """
     groups, equal = division.groups.groups, division.groups.equal
     together = {trial.label for group in groups for trial in group}

@@ -73,7 +73,7 @@ def divide(trials: Sequence[Trial], inputs: Mapping[str, Mapping[str, Ref]]) -> 
     """Look up trials in the store, and divide those that are left into groups.
 
     Args:
-        trials: of a sweep.
+        trials: the trials of a sweep.
         inputs: {label: what the trial trains on}, as far as it is in the store.
     """
     workspace = trials[0].workspace
@@ -116,7 +116,7 @@ def make_groups(trials: Sequence[Trial], inputs: Mapping[str, str], size: int) -
     """Divide trials into groups of about equal sizes. Of trials that are the same training, a group has only one.
 
     Args:
-        trials: that are to be trained.
+        trials: the trials to train.
         inputs: {label of a trial: what its training reads}; trials with an equal value read the same.
         size: the largest number of trials of a group (`runtime.trials_together`).
     """
@@ -218,8 +218,8 @@ def known_results(
     """Return what the store has of trials that were trained in some group: {label: result}.
 
     Args:
-        store: of the artifacts.
-        trials: to look up.
+        store: the artifact store.
+        trials: the trials to look up.
         jobs: {label: the job of a group that has only this trial}; labels that are absent are not looked up.
     """
     wanted: dict[str, list[Trial]] = {}  # several trials may be the same training

@@ -61,11 +61,11 @@ def sign(store: Store, model: str, head: LogHead, key: str, hashes: Callable[[],
     The signature of a later entry, which another process wrote meanwhile, is kept: it covers this one too.
 
     Args:
-        store: has the log.
-        model: its name.
+        store: the store with the log.
+        model: the model's name in the registry.
         head: the last entry.
         key: file of a private SSH key, or of the public one if ssh-agent has the private one.
-        hashes: reads the hashes of the log's entries, oldest first.
+        hashes: a function that reads the hashes of the log's entries, oldest first.
 
     Raises:
         BadConfig: there is no ssh-keygen, or it cannot sign with the key.
@@ -94,9 +94,9 @@ def check_signature(store: Store, model: str, hashes: Sequence[str], signers: Pa
     """Check that a person on the list signed the log.
 
     Args:
-        store: has the log.
-        model: its name.
-        hashes: of the log's entries, oldest first.
+        store: the store with the log.
+        model: the model's name in the registry.
+        hashes: the hashes of the log's entries, oldest first.
         signers: a file of allowed signers, as in ssh-keygen's manual: `NAME KEY-TYPE KEY` on each line.
 
     Raises:

@@ -155,8 +155,8 @@ def scores_report(
     Args:
         model: its name.
         recipe: the name of the recipe by which it was scored.
-        scores: of the model.
-        confidence: of the scores' intervals.
+        scores: the model's scores.
+        confidence: the level of the scores' intervals.
         folder: the location of the model.
         table: the location of the score table.
         available: held-out rows of each set, of which a sample is scored.

@@ -88,7 +88,7 @@ class PredictOptions(BaseModel):
         dtype: float32, as in evaluation, makes answers independent of the batch.
         device: auto, cpu or cuda.
         batch_size: rows in memory at a time; halved when a GPU runs out of memory.
-        tools: of rows that have none of their own, as in `data.tools`.
+        tools: the tools of rows that have none of their own, as in `data.tools`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -63,7 +63,7 @@ def read_questions(
         format_name: messages, sharegpt, alpaca, prompt_completion or auto.
         column: the column that holds the question, instead of a chat format.
         system: a message to put before chats that have none.
-        tools: of rows that have none of their own.
+        tools: the tools of rows that have none of their own.
 
     Raises:
         BadData: the file cannot be read, or has no rows.

@@ -90,7 +90,7 @@ def stale_entries(root: Path, before: float, *, remove: bool) -> Iterator[tuple[
     """Yield (name, bytes) of each stage's entries that were last used before a time, together.
 
     Args:
-        root: of the store, or its local copy.
+        root: the folder of the store, or of its local copy.
         before: in seconds since 1970.
         remove: whether to remove them.
     """

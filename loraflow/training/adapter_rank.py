@@ -32,8 +32,8 @@ def adapter_rank(shape: ModelShape, adapters: Sequence[PeftConfig]) -> float:
     rank.
 
     Args:
-        shape: the base's.
-        adapters: those that are trained in one pass; one in most trainings.
+        shape: the base's sizes.
+        adapters: the adapters that are trained in one pass; most trainings have one.
     """
     largest = max(rank for one in adapters for rank in (one.r, *one.rank_pattern.values()))
     products = [*(one for layer in range(shape.layers) for one in _projections(shape, layer)), *_vocabulary(shape)]

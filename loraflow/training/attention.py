@@ -127,7 +127,7 @@ def attend(
         key: as the query, with as many or fewer heads.
         value: as the key.
         attention_mask: unused; the borders of the documents say which tokens a token attends to.
-        scaling: of the products; default 1/√head_dim.
+        scaling: the factor of the products q kᵀ; default 1/√head_dim.
         sliding_window: how many tokens a token attends to, itself included; None is all earlier ones.
         cu_seq_lens_q: where documents begin, [entries] int32; the last entries are the number of tokens.
         max_length_q: tokens of the longest document, a constant.

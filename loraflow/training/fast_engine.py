@@ -166,11 +166,11 @@ def choose_memory_fit(
     """Choose the tokens of a micro-batch, and what is recomputed in the backward pass.
 
     Args:
-        setup: of the training.
-        attention: that was chosen.
+        setup: the training.
+        attention: the attention that was chosen.
         sharded: whether the base is sharded over the devices.
         compiled: whether the layers may be compiled, unless the runtime says otherwise.
-        adapters: that are trained in one pass. A micro-batch has the tokens of all of them.
+        adapters: the adapters that are trained in one pass. A micro-batch has the tokens of all of them.
     """
     recompute: Recompute | None = None if setup.runtime.checkpointing == "auto" else setup.runtime.checkpointing
     if recompute is None and setup.settings.gradient_checkpointing is not None:
@@ -288,8 +288,8 @@ def cost_of_length(setup: TrainingSetup, tokens: int, is_compiling: bool) -> flo
     """Return what one more length of micro-batches costs, in tokens of padding.
 
     Args:
-        setup: of the training.
-        tokens: of a pass.
+        setup: the training.
+        tokens: the tokens of a pass.
         is_compiling: whether the layers are compiled, once for each length. Otherwise, passes may be recorded.
     """
     if not is_compiling or setup.shape is None:
@@ -310,9 +310,9 @@ def choose_compile(
     """Return whether the layers are compiled, and why. A resumed training decides the same: the whole training counts.
 
     Args:
-        setup: of the training.
-        attention: that was chosen.
-        tokens: of a pass.
+        setup: the training.
+        attention: the attention that was chosen.
+        tokens: the tokens of a pass.
         passes: micro-batches of the whole training, on one device.
         graphed: whether passes are recorded as CUDA graphs.
     """

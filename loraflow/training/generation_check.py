@@ -34,8 +34,8 @@ def refuse_other_generation(model: PreTrainedModel, pad_id: int, *, compute_dtyp
 
     Args:
         model: the base as it is trained, on its device.
-        pad_id: of the padding.
-        compute_dtype: of matrix products.
+        pad_id: the token id of the padding.
+        compute_dtype: the dtype of matrix products.
 
     Raises:
         BadModel: the model does not generate, cannot compute the row, or computes other logits.

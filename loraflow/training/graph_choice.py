@@ -49,10 +49,10 @@ def choose_graphs(
     """Return whether passes are recorded, and why. A resumed training decides the same: the whole training counts.
 
     Args:
-        setup: of the training.
-        attention: that was chosen.
+        setup: the training.
+        attention: the attention that was chosen.
         fit: the micro-batch that was chosen.
-        trainer: with its adapter.
+        trainer: the trainer, with its adapter.
         sharded: whether the base is sharded over the devices.
         passes: micro-batches of the whole training, on one device.
     """

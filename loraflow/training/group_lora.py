@@ -133,9 +133,9 @@ def stack_adapters(model: PreTrainedModel, names: Sequence[str], dtype: torch.dt
     """Put the weights of a model's adapters into one tensor, and replace the passes of its LoRA layers.
 
     Args:
-        model: peft's model, with these adapters on the same linear layers.
-        names: of the adapters.
-        dtype: in which the base computes.
+        model: peft's model, with all adapters on the same linear layers.
+        names: the adapters' names.
+        dtype: the dtype in which the base computes.
 
     Returns:
         the adapters; None if a trained parameter is not one of plain LoRA on a linear layer in this dtype.

@@ -142,7 +142,7 @@ def accelerate_loras(model: torch.nn.Module, dtype: torch.dtype) -> list[FastLor
 
     Args:
         model: peft's model.
-        dtype: in which the base computes. A base in another dtype needs autocast, and is left alone.
+        dtype: the dtype in which the base computes. A base in another dtype needs autocast, and is left alone.
 
     Returns:
         the layers that were changed.

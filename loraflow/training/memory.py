@@ -112,9 +112,9 @@ def fixed_bytes(shape: ModelShape, weights: str, rank: float, devices: int = 1) 
     """Return the bytes that do not depend on the number of tokens: weights, adapter, gradients, AdamW's two moments.
 
     Args:
-        shape: the model's.
+        shape: the model's sizes.
         weights: dtype of the frozen weights, or fp8, or nf4.
-        rank: of the adapters; see `lora_weights`.
+        rank: the adapters' rank; see `lora_weights`.
         devices: over how many devices the frozen weights are sharded; 1 if each holds all of them.
     """
     adapters = lora_weights(shape, rank) * (ADAPTER_BYTES + OPTIMIZER_BYTES)
@@ -140,7 +140,7 @@ def token_bytes(
     """Return the bytes of a token's activations.
 
     Args:
-        shape: the model's.
+        shape: the model's sizes.
         recompute: none keeps the activations of all layers; elementwise keeps those of matrix products and attention;
             full keeps the input of each layer, and the activations of one layer at a time.
         width: bytes of a number.
@@ -160,9 +160,9 @@ def needed(shape: ModelShape, weights: str, rank: float, longest: int, width: in
     """Return the bytes that training needs at least, and those that it needs at full speed.
 
     Args:
-        shape: the model's.
+        shape: the model's sizes.
         weights: see `fixed_bytes`.
-        rank: of the adapters.
+        rank: the adapters' rank; see `lora_weights`.
         longest: tokens of the longest row: the smallest micro-batch has as many, with all layers recomputed.
         width: bytes of a number.
     """
@@ -199,16 +199,16 @@ def fit_memory(
     """Choose the tokens of a micro-batch, and how many layers are recomputed.
 
     Args:
-        shape: the model's.
+        shape: the model's sizes.
         free: bytes of memory, including what the model itself takes.
         weights: see `fixed_bytes`.
-        rank: of the adapters.
+        rank: the adapters' rank; see `lora_weights`.
         least: tokens of the longest document, or of a packed row: a micro-batch cannot have fewer.
         wanted: tokens of an optimizer step: a micro-batch does not need more.
         recompute: what to recompute, if the recipe or the runtime asks for it.
         width: bytes of a number.
         devices: see `fixed_bytes`.
-        compiled: the layers can be compiled, so that they can recompute their elementwise operations only.
+        compiled: whether the layers can be compiled. Only compiled layers can recompute elementwise operations alone.
         enough: tokens of a micro-batch for which activations are recomputed if they do not fit.
     """
     room = max(0.0, free * USABLE - fixed_bytes(shape, weights, rank, devices))

@@ -64,10 +64,10 @@ def training_parts(
     """Return the memory of a training process.
 
     Args:
-        shape: the base's.
+        shape: the base's sizes.
         device: cpu or cuda.
         weights: dtype of the frozen weights, or fp8, or nf4.
-        rank: of the adapters; see `memory.lora_weights`.
+        rank: the adapters' rank; see `memory.lora_weights`.
         batch: what is computed at a time.
         width: bytes of a number of the activations.
         devices: over how many devices the frozen weights are sharded; 1 if each holds all of them.
@@ -91,7 +91,7 @@ def generation_parts(
     """Return the memory of a process that generates answers.
 
     Args:
-        shape: the model's.
+        shape: the model's sizes.
         device: cpu or cuda.
         weights: the dtype.
         rows: answers at a time.
