@@ -20,7 +20,7 @@ DATASET = "loraflow.dataset.updated"
 CHAMPION = "loraflow.champion.promoted"
 REJECTED = "loraflow.challenger.rejected"
 RUN_WAITING = "loraflow.run.waits"
-PROJECT_LABEL = "loraflow.project"  # of the resource of a decision: several projects may share a server
+PROJECT_LABEL = "loraflow.project"  # label of a decision's resource: several projects may share a server
 
 
 def announce_waiting(run_id: str) -> None:

@@ -96,7 +96,7 @@ def is_server_error(error: BaseException) -> bool:
         return False
     try:
         host = error.request.url
-    except RuntimeError:  # it has none
+    except RuntimeError:  # a record without a run
         return False
     configured = get_current_settings().api.url
     if configured:

@@ -66,7 +66,7 @@ def _decided_before(workspace: Workspace, merged: str, protocol: str) -> Decisio
     stored = workspace.log.read_decision(workspace.seen_head, merged, protocol)
     try:
         return Decision.from_dict(stored) if stored is not None else None
-    except ValidationError:  # of another version: the models are compared again, in the same look
+    except ValidationError:  # written by another version: the models are compared again, in the same look
         return None
 
 
@@ -131,7 +131,7 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
 
     rules = workspace.recipe.gate
     _require_one_protocol(workspace, result)
-    own = _heldout_scores(workspace, result.tuned_scores)  # of the model that would be registered
+    own = _heldout_scores(workspace, result.tuned_scores)  # the scores of the model that would be registered
     ours = _mean_over_seeds(workspace, result, own)
     others = {"base": _heldout_scores(workspace, result.base_scores)}
     if result.champion_scores is not None:

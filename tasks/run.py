@@ -65,12 +65,14 @@ class Run:
         self.stages: dict[str, StageRun] = {}  # by label
         self.started = time.time()
         self.summary: RunSummary | None = None
-        self.sweep: SweepRecord | None = None  # the trials, in a run that chose among several
+        self.sweep: SweepRecord | None = None  # the trials, in a sweep
         self.recompute: set[str] = set()  # fingerprints whose artifacts lack something that this run needs
-        self.drift: DataDrift | None = None  # of the training rows since the champion; a retraining measures it
-        self.is_deployed = False  # it was started by a deployment; set once, because Prefect asks the server each time
+        self.drift: DataDrift | None = (
+            None  # how the training rows changed since the champion; only retrain measures it
+        )
+        self.is_deployed = False  # whether a deployment started it; set once, because Prefect asks the server each time
         self._forced: set[str] = set()  # fingerprints that --force has recomputed
-        self._verified_digests: set[str] = set()  # of artifacts that were hashed, or written, in this run
+        self._verified_digests: set[str] = set()  # artifacts that this run hashed or wrote
 
     def find_or_run(self, stage: Stage, label: str = "", seed: int | None = None, /, **inputs: Ref) -> StageResult:
         """Find a stage's artifact in the store, or run the stage. Call it inside the stage's task.
@@ -218,7 +220,7 @@ def _clean_up(workspace: Workspace) -> None:
         keep = bounds.keep if seeds == 1 else max(bounds.keep, seeds + 1)  # else the next run would merge them again
         for path, size, why in remove_unused(workspace.store, keep=keep, keep_champions=bounds.keep_champions):
             log.info("removed %s (%.0f MiB, %s)", path.parent.name[:12], size / 2**20, why)
-    except DamagedLog as failure:  # of another model: the store grows until a person resolves it
+    except DamagedLog as failure:  # another model's log is damaged: the store grows until a person resolves it
         log.warning("the store was not cleaned up: %s", failure)
     except (Failure, OSError) as error:  # the run is done; `loraflow gc` shows what is in the way
         log.debug("the store was not cleaned up: %s", error)

@@ -141,7 +141,7 @@ def _expected(
         wrapped = _apply(adapter, model)
         state: dict[str, torch.Tensor] = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     expected: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name, shape in expected.items():  # of tied weights, peft may save the trained rows twice
+    for name, shape in expected.items():  # peft may save the trained rows of tied weights twice
         if name.endswith(".trainable_tokens_delta"):
             optional |= {f"{PREFIX}{layer}.token_adapter.trainable_tokens_delta": shape for layer in layers}
     return expected, optional, wrapped

@@ -25,7 +25,7 @@ class ConvertFigures(TypedDict):
     kept: int
     split: int
     fused: int
-    ranks: list[int]  # of the new adapter's modules, each once
+    ranks: list[int]  # the distinct ranks of the new adapter's modules
 
 
 def convert(

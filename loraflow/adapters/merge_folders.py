@@ -54,9 +54,9 @@ class MergeFigures(TypedDict):
 
     adapted: int  # matrices
     route: Literal["streamed", "peft"]
-    seconds: float  # of the merge alone
+    seconds: float  # duration of the merge alone
     onto: NotRequired[str]  # base or dequantized: for an adapter that was trained in NF4
-    kl_base: NotRequired[float]  # of the trained model, where both ways were compared; nats per token
+    kl_base: NotRequired[float]  # KL to the trained model, where both ways were compared; nats per token
     kl_dequantized: NotRequired[float]
 
 

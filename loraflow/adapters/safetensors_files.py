@@ -27,7 +27,7 @@ class _HeaderEntry(TypedDict):
 
     dtype: str
     shape: list[int]
-    data_offsets: list[int]  # of the first byte and after the last one, counted from the end of the header
+    data_offsets: list[int]  # begin and end of the data, counted from the end of the header
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TensorEntry:
     file: Path
     dtype: str
     shape: tuple[int, ...]
-    offset: int  # of the first byte, from the start of the file
+    offset: int  # position of the first byte in the file
     size: int  # bytes
 
 

@@ -139,7 +139,7 @@ def _multiplies_as_linear(module: nn.Module) -> bool:
         with torch.no_grad():
             found = small(inputs)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, ZeroDivisionError):
-        return False  # it needs inputs of another shape
+        return False  # a module that needs inputs of another shape
     expected = torch.nn.functional.linear(inputs, weight, None if module.bias is None else bias)
     return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
 

@@ -142,7 +142,7 @@ def main() -> None:
         _fail(known)
 
 
-MAX_LINES = 10  # of a failure on the terminal
+MAX_LINES = 10  # lines of a failure on the terminal
 
 
 def shown(failure: Failure) -> str:

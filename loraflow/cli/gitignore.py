@@ -30,7 +30,7 @@ def for_gitignore() -> tuple[str, ...]:
 
 
 def _extend(file: Path, lines: tuple[str, ...]) -> None:
-    text = file.read_bytes().decode() if file.exists() else ""  # with its own line endings
+    text = file.read_bytes().decode() if file.exists() else ""  # keeps the file's line endings
     new = with_lines(text, lines)
     if new != text:
         file.write_bytes(new.encode())

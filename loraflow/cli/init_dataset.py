@@ -34,7 +34,7 @@ class UserDataset:
     unused_files: list[str]
     columns: dict[str, str]  # data.columns
     rows: list[Row]
-    chats: list[list[Message]]  # of the well-formed rows
+    chats: list[list[Message]]  # messages of the well-formed rows
     size: SizeSettings
     near_duplicates: Literal["report", "drop"]
 

@@ -44,7 +44,7 @@ def from_system(error: OSError) -> Failure | None:
     if not isinstance(error.errno, int) or error.strerror is None:
         return None
     where = error.filename if isinstance(error.filename, str) else ""
-    if where and isinstance(error.filename2, str):  # of a rename or link
+    if where and isinstance(error.filename2, str):  # the target of a rename or link
         where += f" → {error.filename2}"
     if isinstance(error, socket.gaierror) or error.errno in _NETWORK:
         return Network("A remote service did not answer.", where=where, got=error.strerror, next_step="try again")

@@ -51,9 +51,9 @@ class _PlannedRun:
     reserve: ReserveState | None
     power: GatePower | None  # what the held-out rows can show
     slices: list[str]
-    problem: str  # of the gate
+    problem: str  # why the gate cannot decide
     forgetting: list[str]
-    tokens: list[str]  # of base and champion
+    tokens: list[str]  # warnings about the tokens of base and champion
 
 
 def _plan_run(workspace: Workspace, force: tuple[str, ...]) -> _PlannedRun:

@@ -116,7 +116,7 @@ def _write(file: Path, old: bytes, new: bytes) -> None:
     present = target.read_bytes() if target.exists() else b""
     if present != old:
         raise BadConfig(f"{file} was changed in the meantime.", where=str(file), next_step="run loraflow upgrade again")
-    temporary = target.with_name(f".{target.name}.upgrade-{secrets.token_hex(4)}")  # of this process alone
+    temporary = target.with_name(f".{target.name}.upgrade-{secrets.token_hex(4)}")  # a name that no other process uses
     try:
         temporary.write_bytes(new)
         if target.exists():

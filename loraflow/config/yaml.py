@@ -18,7 +18,7 @@ MAX_VALUES = (
     5_000  # also after aliases are replaced by what they stand for: a few hundred bytes can expand to gigabytes
 )
 MAX_DEPTH = 40  # sections and lists inside each other
-MAX_DIGITS = 300  # of a number
+MAX_DIGITS = 300  # digits of a number
 TOO_DEEP = f"values are nested more than {MAX_DEPTH} deep"
 Path = tuple[str | int, ...]  # keys and indices that lead to a value
 

@@ -40,7 +40,7 @@ class Difference:
     metric: str
     first: float
     second: float
-    bounds: Bounds  # of second against first, positive where the second is better; each one-sided
+    bounds: Bounds  # the second model against the first, positive where the second is better; each one-sided
     better: tuple[ChangedRow, ...]  # the rows on which the second is better, those that changed most first
     worse: tuple[ChangedRow, ...]
     better_rows: int

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 _LENGTHS = (5, 14)  # tokens of two prompts
 _PREFIX = 6  # tokens that both share
 _NEW = 3  # tokens of their answers
-_TOLERANCE = {"float32": 1e-3}  # of the logits' norm; layers with a state that reads padding change by far more
+_TOLERANCE = {"float32": 1e-3}  # share of the logits' norm; layers with a state that reads padding change by far more
 _ROUNDING = 0.1  # the same in 16 bits, where experts may change
 
 

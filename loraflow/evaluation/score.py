@@ -73,7 +73,7 @@ def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress)
     config, group = job.config, join(pick_device(job.runtime))
     rows, available = read_rows(inputs["rows"] / "heldout.jsonl", config.max_rows, config.seed)
     computed = _ask_model(job, inputs["model"], rows, progress, group)
-    if not group.is_main:  # of several devices, the first one scores and writes
+    if not group.is_main:  # with several devices, only the first one scores and writes
         return Summary()
     table = _table(rows, computed)
     table = table.assign(**_row_scores(table, config))

@@ -53,7 +53,7 @@ class Step:
     label: str
     stage: Stage
     inputs: Mapping[str, str] = field(default_factory=dict)
-    seed: int | None = None  # of the training, if it is not the recipe's own
+    seed: int | None = None  # training seed, if it is not the recipe's own
 
 
 CHAMPION = "champion"  # an input that no step computes: the model in use
@@ -156,7 +156,7 @@ class PlannedStep:
     status: Literal["cached", "runs", "depends"]
     why: list[str] = field(default_factory=list)
     fingerprint: str | None = None
-    seconds: float | None = None  # that the step took, or took the last time
+    seconds: float | None = None  # duration of the step when it was computed, or the last time
 
     def to_json(self) -> dict[str, JsonValue]:
         """Return the step as `loraflow plan --json` prints it, with the status under its recorded key `verdict`."""
@@ -173,7 +173,7 @@ def plan(workspace: Workspace, force: Iterable[str] = (), steps: Sequence[Step] 
         steps: the steps to plan, with the steps that they read from; by default the recipe's whole pipeline.
     """
     planned: list[PlannedStep] = []
-    artifacts: dict[str, Ref | None] = {}  # of each step so far; None where it has to run first
+    artifacts: dict[str, Ref | None] = {}  # each step's artifact; None if the step has to run first
     for step in steps or steps_of(workspace.recipe):
         inputs = inputs_of(step, compares_merges=workspace.recipe.compares_merges)
         if CHAMPION in inputs.values():
@@ -226,7 +226,7 @@ def _plan_step(
     if waiting:
         last_time = _seconds_last_time(workspace, name)
         certain = ["--force"] if forced else _certain_changes(workspace, step, refs)
-        if certain:  # it runs, whatever its inputs are
+        if certain:  # the step runs, whatever its inputs are
             return PlannedStep(step.label, name, "runs", certain, seconds=last_time), None
         first, last = ", ".join(waiting[:-1]), waiting[-1]
         names, its = (f"{first} and {last}", "their") if first else (last, "its")

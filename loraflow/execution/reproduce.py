@@ -22,7 +22,7 @@ from loraflow.serving.lineage import device_of
 from loraflow.stages import DEAL_ROWS, MERGE
 from loraflow.store import Manifest, Ref, Store
 
-_MACHINE = ("python", "machine")  # of a manifest's provenance
+_MACHINE = ("python", "machine")  # keys of a manifest's provenance
 
 
 @dataclass(frozen=True)

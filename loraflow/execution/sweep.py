@@ -39,7 +39,7 @@ class Trial:
     """One training of a sweep: a combination of the grid's values, with one seed."""
 
     label: str  # also the name of its task run
-    settings: Mapping[str, JsonValue]  # of the grid
+    settings: Mapping[str, JsonValue]  # values of the grid
     seed: int
     recipe_file: RecipeFile
     workspace: Workspace

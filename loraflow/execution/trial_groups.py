@@ -34,7 +34,7 @@ OWN_PEFT = {"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"
 class Groups:
     """The trials that are trained together, and why the others are not."""
 
-    groups: tuple[tuple[Trial, ...], ...]  # of two trials at least
+    groups: tuple[tuple[Trial, ...], ...]  # each has two trials at least
     apart: Mapping[str, str]  # label of a trial → reason
     equal: Mapping[str, str]  # label of a trial → that of an earlier one, which is the same training
 
@@ -55,10 +55,10 @@ class GroupResult:
     """What a group's artifact has of one trial."""
 
     ref: Ref
-    number: int  # of the trial in the group
-    size: int  # of the group
+    number: int  # position of the trial in the group
+    size: int  # number of trials in the group
     problem: str  # why it failed; empty if it did not
-    loss: float | None  # on the validation rows
+    loss: float | None  # validation loss
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Division:
     """What a sweep that trains trials together does with each of them. Its plan and its run both ask `divide`."""
 
     known: Mapping[str, GroupResult]  # by label: what the store has of trials that were trained in some group
-    groups: Groups  # of the trials that are left; neither known nor trained by themselves
+    groups: Groups  # groups of the remaining trials, which are neither known nor trained by themselves
 
 
 def divide(trials: Sequence[Trial], inputs: Mapping[str, Mapping[str, Ref]]) -> Division:

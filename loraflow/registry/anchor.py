@@ -29,7 +29,7 @@ from loraflow.store.files import json_bytes
 
 log = logging.getLogger("loraflow")
 FOLDER = "anchors"
-_NEWEST_RUNS = 10  # that are read beside an anchor
+_NEWEST_RUNS = 10  # run records to read beside an anchor
 
 
 class Claim(NamedTuple):

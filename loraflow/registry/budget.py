@@ -32,10 +32,10 @@ class Look(BaseModel):
     seq: int
     before: str | None  # hash of the look before this one
     model: str
-    key: str  # of scores, rules and champion: the same comparison again is the same look
+    key: str  # identity of scores, rules and champion: the same comparison again is the same look
     challenger: str  # digest of the merged model
     rows: str  # digest of the rows' keys
-    number: int  # of looks of this period, this one included
+    number: int  # number of looks in this period, this one included
     horizon: int  # gate.looks
     error: float  # gate.error
     spent: float  # share of the error that this look takes

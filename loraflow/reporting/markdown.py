@@ -31,7 +31,7 @@ from loraflow.reporting.slices import slice_lines
 from loraflow.reporting.sweep import TrialCurves, sweep_lines
 
 GATE_SET = "heldout"  # its scores are shown first: the gate decides by them
-LOSS_ROWS = 12  # of the table below the loss curve
+LOSS_ROWS = 12  # rows of the table below the loss curve
 QUOTED = 300  # characters of a quoted text
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -83,10 +83,10 @@ class RunReport:
     """The content of a run's report."""
 
     run: str
-    recipe: str  # its name
+    recipe: str  # the recipe's name
     decision: Decision
     scores: ModelScores
-    confidence: float  # of the scores' intervals
+    confidence: float  # the level of the scores' intervals
     losses: Sequence[tuple[float, float]]  # (step, training loss)
     samples: Sequence[Sample]  # answers of the tuned model
     stages: Sequence[StageRow]
@@ -97,7 +97,7 @@ class RunReport:
     rows: RowsSummary | None = None
     slices: Sequence[Slice] = ()  # by evaluation.slices
     seeds: Sequence[SeedScores] = ()  # by gate.seeds
-    drift: DataDrift | None = None  # of the training rows since the champion
+    drift: DataDrift | None = None  # how the training rows changed since the champion
     confusions: Sequence[Confusion] = ()  # the tuned model's worst labels in the gate's set
     learned: Learned | None = None
     reserve: str = ""  # what is left of data.heldout_reserve

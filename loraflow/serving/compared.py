@@ -53,7 +53,7 @@ class Pairing:
 
     name: str
     scores: TableComparison
-    settings: tuple[str, ...]  # that differ
+    settings: tuple[str, ...]  # the settings that differ
     same_model: bool
 
 

@@ -40,11 +40,11 @@ class Model:
     name: str
     folder: Path
     unmerged_adapter: Path | None = None  # a PEFT folder to apply to the model in `folder`, which is then its base
-    ref: Ref | None = None  # of the merged model, where it is an artifact of this store
-    adapter_ref: Ref | None = None  # of the adapter that was trained, merged or not
+    ref: Ref | None = None  # the merged model, if it is an artifact of this store
+    adapter_ref: Ref | None = None  # the adapter that was trained, merged or not
     base: Path | None = None  # the model that was fine-tuned, where that is known
-    base_ref: Ref | None = None  # of the base, where it is an artifact; it is not hashed yet
-    run: RunRecord | None = None  # of the run that made it
+    base_ref: Ref | None = None  # the base, if it is an artifact; it is not hashed yet
+    run: RunRecord | None = None  # the run that made it
 
     @property
     def system(self) -> str | None:

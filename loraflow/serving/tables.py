@@ -25,7 +25,7 @@ from loraflow.store.files import fsync_path
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Cell = JsonValue | date | time | timedelta | Decimal | bytes  # of a JSON file, or of a Parquet column
+Cell = JsonValue | date | time | timedelta | Decimal | bytes  # a value in a JSON file or a Parquet column
 
 
 @dataclass(frozen=True)

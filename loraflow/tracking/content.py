@@ -19,7 +19,7 @@ from loraflow.tracking.tracker import Point, RunContent
 
 log = logging.getLogger("loraflow")
 MAX_VALUE = 500  # characters of a parameter that every version of MLflow takes
-MAX_ROWS = 5000  # of the table of answers: MLflow's page loads all of it
+MAX_ROWS = 5000  # rows of the table of answers: MLflow's page loads all of it
 SIDES = ("base", "tuned", "champion")
 
 

@@ -17,7 +17,7 @@ from loraflow.tracking.settings import Tracking, find_tracking, is_installed, mi
 from loraflow.tracking.tracker import RunContent, TrackedRun, Tracker
 
 log = logging.getLogger("loraflow")
-MAX_MOVES = 10  # of the alias in one call, if others promote at the same time
+MAX_MOVES = 10  # moves of the alias in one call, if others promote at the same time
 
 
 @dataclass(frozen=True)

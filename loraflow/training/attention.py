@@ -61,7 +61,7 @@ def load_kernel(name: DocumentKernelName) -> Kernel:
     try:
         _compare(_try_out(flash4.attend), expected)
         return flash4.attend
-    except Exception as error:  # of a version of the package that takes contiguous tensors only; the second try decides
+    except Exception as error:  # some versions of the package take contiguous tensors only; the second try decides
         log.info("flash-attn 4 needs contiguous tensors here: %s: %s", type(error).__name__, str(error)[:200])
         _compare(_try_out(flash4.attend_contiguous), expected)
         return flash4.attend_contiguous

@@ -39,7 +39,7 @@ from loraflow.training.row_lengths import choose_lengths
 
 ROUND = 64  # tokens; lengths of concatenated micro-batches are multiples of it
 MEASURED_STEPS = 2000  # optimizer steps by which the lengths of micro-batches are chosen
-MOST_PADDING = 0.03  # of packed rows, if all micro-batches have the same length
+MOST_PADDING = 0.03  # share of padding in packed rows, if all micro-batches have the same length
 
 
 @dataclass(frozen=True)

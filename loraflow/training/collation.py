@@ -30,7 +30,7 @@ class Grid(TypedDict):
 
 Weights = Sequence[
     list[NDArray[np.float32]] | None
-]  # of each row, the weights of its documents' tokens; None: all are 1
+]  # for each row, the weights of its documents' tokens; None: all are 1
 
 
 class MicroBatch(TypedDict):

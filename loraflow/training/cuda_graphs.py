@@ -25,7 +25,7 @@ Key = tuple[tuple[tuple[str, tuple[int, ...], torch.dtype], ...], tuple[tuple[st
 
 WARM_UP = 2  # ordinary passes before recording: libraries initialise, and compiled code is compiled
 MAX_GRAPHS = 16  # further shapes are computed without a graph
-TOLERANCE = 0.02  # of the replayed result and its gradients; kernels that add in any order differ by less
+TOLERANCE = 0.02  # relative, for the replayed result and its gradients; kernels that add in any order differ by less
 
 
 class GraphedPass:
@@ -82,7 +82,7 @@ class GraphedPass:
             action()
         except Exception as error:
             if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise  # of the compiled layers, not of the graph
+                raise  # an error of the compiled layers, not of the graph
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             log.warning("training continues without CUDA graphs: %s", reason)
             self.is_on = False
@@ -150,7 +150,7 @@ class _Graph:
     backward: torch.cuda.CUDAGraph
     inputs: Mapping[str, Tensor]
     out: Tensor
-    slope: Tensor  # of the loss, with respect to the output
+    slope: Tensor  # gradient of the loss with respect to the output
     is_checked: bool = False
 
     def replay_forward(self, inputs: Mapping[str, Tensor]) -> None:

@@ -41,7 +41,7 @@ class _Passes:
     """The passes of a training on one device."""
 
     fit: MemoryFit
-    tokens: int  # of a pass
+    tokens: int  # tokens of a pass
     count: int  # in the whole training
     is_compiling: bool  # whether compiling pays off if no passes are recorded
 

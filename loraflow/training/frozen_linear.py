@@ -32,7 +32,7 @@ class FrozenWeight:
 
     kind: str  # dense, fp8, or nf4 with its packing
     tensors: tuple[Tensor, ...]
-    dtype: torch.dtype  # in which it computes
+    dtype: torch.dtype  # the dtype of its products
     bias: Tensor | None = None
 
 

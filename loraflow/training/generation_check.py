@@ -25,7 +25,7 @@ NO_ROW = "transformers fails to compute a row of tokens with this model."
 _NO_ANSWER = "transformers fails to generate with this model, so it could not be evaluated."
 _PROMPT = 14  # tokens; a prime number with the new ones, because some kernels compute whole blocks only
 _NEW = 4
-_ROUNDING = 0.01  # of the logits' norm; states of recurrent layers are computed in blocks and in steps
+_ROUNDING = 0.01  # share of the logits' norm; states of recurrent layers are computed in blocks and in steps
 _ROUNDING_16_BITS = 0.1  # a cache and a whole row are computed by different kernels, and experts may change
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LAUNCH_SECONDS = (
     4.3e-3  # to start the kernels of a compiled layer, forward and backward; uncompiled ones take twice that
 )
-FLOPS = 6e14  # of the frozen products in bfloat16, in a second
+FLOPS = 6e14  # operations per second of the frozen products in bfloat16
 RECORDING_PASSES = 10  # recording a shape takes as long
 LEAST_PASSES = 50
 

@@ -34,8 +34,8 @@ class Adapters:
 
     names: tuple[str, ...]  # peft's
     values: Tensor  # [K, weights of an adapter with the largest rank], fp32
-    gradients: Tensor  # the same
-    parameters: tuple[torch.nn.Parameter, ...]  # of the modules: parts of `values`; their gradients are in `gradients`
+    gradients: Tensor  # as values
+    parameters: tuple[torch.nn.Parameter, ...]  # parts of `values`; their gradients are in `gradients`
     modules: tuple[GroupLora, ...]
 
 

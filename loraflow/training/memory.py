@@ -15,15 +15,18 @@ from pydantic import JsonValue
 Recompute = Literal["none", "elementwise", "selective", "full", "offload"]
 GIB = 2**30
 RESERVE = 2.5 * GIB  # workspaces of kernels, logits of the head, fragmentation
-USABLE = 0.92  # of the free memory
+USABLE = 0.92  # share of the free memory
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 2.0, "nf4": 0.57}
-ADAPTER_BYTES, OPTIMIZER_BYTES = 8, 8  # of a trained weight in fp32: itself and its gradient; AdamW's two moments
+ADAPTER_BYTES, OPTIMIZER_BYTES = (
+    8,
+    8,
+)  # for each trained weight in fp32: the weight and its gradient; AdamW's two moments
 # Micro-batches of this size use the GPU fully. Smaller ones cost little speed; recomputation costs a third.
 ENOUGH_TOKENS = 4096
 # Architectures of transformers whose layers have one module qkv_proj, or one gate_up_proj.
 _FUSED_ATTENTION = frozenset({"phi3", "phi4_multimodal"})
 _FUSED_MLP = frozenset({"phi3", "phi4_multimodal", "glm", "glm4", "glm4v_text", "glm_ocr_text"})
-MAX_TOKENS = 16384  # of a micro-batch; larger ones were not faster
+MAX_TOKENS = 16384  # tokens of a micro-batch; larger ones were not faster
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ class MemoryFit:
 
     tokens: int
     recompute: Recompute
-    share: float  # of the layers that are recomputed
+    share: float  # share of the layers that are recomputed
     why: str
     elementwise: bool = False  # the other layers recompute their elementwise operations, for which they are compiled
 

@@ -24,7 +24,7 @@ class MemoryParts:
 
     program: float  # CPU: Python and its libraries. GPU: workspaces of kernels, fragmentation
     weights: float  # frozen
-    adapters: float = 0.0  # with their gradients
+    adapters: float = 0.0  # weights and gradients
     optimizer: float = 0.0
     activations: float = 0.0
     logits: float = 0.0
@@ -44,7 +44,7 @@ class MemoryParts:
 class MicroBatch:
     """What a training step has in memory at a time."""
 
-    tokens: int  # with padding
+    tokens: int  # tokens, padding included
     learned: float = 1.0  # share of the tokens that count in the loss
     recompute: Recompute = "none"
     recomputed: float | None = None  # share of the layers, if recompute is selective

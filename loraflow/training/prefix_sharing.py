@@ -24,7 +24,7 @@ from loraflow.training.memory import ModelShape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MAX_COST = 0.95  # of the arithmetic of padded rows
+MAX_COST = 0.95  # as a share of the arithmetic of padded rows
 
 
 @dataclass(frozen=True)

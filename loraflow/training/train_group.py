@@ -171,7 +171,7 @@ def _add_adapters(setups: list[TrainingSetup], attention: Attention) -> tuple[Pr
     from peft import get_peft_model
     from transformers import set_seed
 
-    base = load_base(setups[0], attention, sharded=False)  # it checks the first adapter
+    base = load_base(setups[0], attention, sharded=False)  # this also checks the first adapter
     for setup in setups[1:]:
         check_adapter(base, setup.config.peft_config)
     module: torch.nn.Module = base  # transformers' own `to` has no usable type

@@ -49,7 +49,7 @@ T = TypeVar("T")
 class _Outputs(Protocol):
     """The outputs of a model with trl's fused head."""
 
-    log_probs: Tensor  # of the labels but the first [rows, tokens - 1]
+    log_probs: Tensor  # log p of all labels but the first [rows, tokens - 1]
 
 
 class LoraPlusTrainer(SFTTrainer):  # type: ignore[misc]
