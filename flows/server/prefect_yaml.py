@@ -152,12 +152,12 @@ def _specs(document: dict[str, JsonValue], file: Path, only: list[str] | None) -
             expected=", ".join(sorted(specs)),
             got=", ".join(sorted(missing)),
         )
-    wanted = [spec for name, spec in specs.items() if not only or name in only]
-    for spec in wanted:
+    selected = [spec for name, spec in specs.items() if not only or name in only]
+    for spec in selected:
         _require_recipes(spec, file)
         check_settings(spec, file.parent, f"{file}: {spec.full_name}")
         warn_of_missing_branches(spec, file.parent, f"{file}: {spec.full_name}")
-    return [with_recipe_values(spec, file.parent, f"{file}: {spec.full_name}") for spec in wanted]
+    return [with_recipe_values(spec, file.parent, f"{file}: {spec.full_name}") for spec in selected]
 
 
 def _check_document(document: dict[str, JsonValue], file: Path) -> None:

@@ -245,13 +245,13 @@ def give_projections_of(adapter: Iterable[str], model: PreTrainedModel) -> None:
         adapter: names of the modules that it adapts.
         model: the base without weights; it is changed.
     """
-    wanted = {name.rpartition(".")[2] for name in adapter}
+    adapted = {name.rpartition(".")[2] for name in adapter}
     heads = AttentionHeads.of(model.config.get_text_config())
     for fused, parts in SPLIT.items():
         for parent in [module for _, module in model.named_modules()]:
-            if wanted & set(parts) and hasattr(parent, fused):
+            if adapted & set(parts) and hasattr(parent, fused):
                 _split(parent, fused, parts, heads)
-            elif fused in wanted and all(hasattr(parent, part) for part in parts):
+            elif fused in adapted and all(hasattr(parent, part) for part in parts):
                 _fuse(parent, fused, parts)
 
 

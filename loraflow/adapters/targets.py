@@ -197,8 +197,8 @@ def in_layers(module: str, layers: list[int] | None) -> bool:
     return number in layers
 
 
-def _name_of(model: PreTrainedModel, wanted: nn.Module | None) -> str:
-    return next((name for name, module in model.named_modules() if module is wanted), "")
+def _name_of(model: PreTrainedModel, module: nn.Module | None) -> str:
+    return next((name for name, candidate in model.named_modules() if candidate is module), "")
 
 
 def _counted(names: list[str]) -> str:

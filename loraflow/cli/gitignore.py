@@ -36,10 +36,10 @@ def _extend(file: Path, lines: tuple[str, ...]) -> None:
         file.write_bytes(new.encode())
 
 
-def with_lines(text: str, wanted: tuple[str, ...]) -> str:
+def with_lines(text: str, needed: tuple[str, ...]) -> str:
     """Return the text with the lines that it lacks at its end. A line with other slashes at its ends counts as there."""
     have = {line.strip().strip("/") for line in text.splitlines()}
-    missing = [line for line in wanted if line.strip("/") not in have]
+    missing = [line for line in needed if line.strip("/") not in have]
     newline = "\r\n" if "\r\n" in text else "\n"
     if missing and text and not text.endswith("\n"):
         text += newline

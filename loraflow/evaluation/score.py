@@ -226,14 +226,14 @@ def _calls_column(rows: Sequence[HeldoutRow]) -> dict[str, list[str]]:
     """Return the calls of the references, and the tools, as JSON, if a row has tools."""
     if not any("tools" in row.messages[0] or "tool_calls" in row.messages[-1] for row in rows):
         return {}
-    wanted = [
+    calls = [
         {
             "calls": [call["function"] for call in row.messages[-1].get("tool_calls", [])],
             "tools": row.messages[0].get("tools"),
         }
         for row in rows
     ]
-    return {"reference_calls": [json.dumps(value, ensure_ascii=False) for value in wanted]}
+    return {"reference_calls": [json.dumps(value, ensure_ascii=False) for value in calls]}
 
 
 def _row_scores(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, list[float]]:

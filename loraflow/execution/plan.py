@@ -134,11 +134,11 @@ def _steps_of_seed(seed: int) -> tuple[Step, ...]:
 
 def steps_to(label: str) -> tuple[Step, ...]:
     """Return a step and all that it takes its inputs from, in the order of the pipeline."""
-    wanted = {label}
+    labels = {label}
     for step in reversed(STEPS):
-        if step.label in wanted:
-            wanted |= set(step.inputs.values())
-    return tuple(step for step in STEPS if step.label in wanted)
+        if step.label in labels:
+            labels |= set(step.inputs.values())
+    return tuple(step for step in STEPS if step.label in labels)
 
 
 def inputs_of(step: Step, *, compares_merges: bool) -> dict[str, str]:
@@ -259,12 +259,15 @@ def _seconds_last_time(workspace: Workspace, stage: str) -> float | None:
 
 def too_few_positions(workspace: Workspace) -> str:
     """Return a sentence if rows of max_length are longer than the base allows; empty if not, or if that is not known."""
-    config, wanted = base_config(workspace), workspace.recipe.training_config.max_length
+    config, max_length = base_config(workspace), workspace.recipe.training_config.max_length
     positions = Positions.of_folder(config.parent) if config else Positions(None)
     limit = positions.limit
-    if limit is None or wanted <= limit:
+    if limit is None or max_length <= limit:
         return ""
-    return f"training_config.max_length is {wanted}, but rows of more than {limit} tokens are refused: the base's positions"
+    return (
+        f"training_config.max_length is {max_length}, but rows of more than {limit} tokens are refused: the base has no "
+        "more positions"
+    )
 
 
 def gate_power(workspace: Workspace) -> GatePower | None:

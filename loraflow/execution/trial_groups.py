@@ -222,19 +222,19 @@ def known_results(
         trials: the trials to look up.
         jobs: {label: the job of a group that has only this trial}; labels that are absent are not looked up.
     """
-    wanted: dict[str, list[Trial]] = {}  # several trials may be the same training
+    by_key: dict[str, list[Trial]] = {}  # several trials may be the same training
     for trial in trials:
         if trial.label in jobs:
-            wanted.setdefault(_key(jobs[trial.label].payload, 0), []).append(trial)
+            by_key.setdefault(_key(jobs[trial.label].payload, 0), []).append(trial)
     found: dict[str, GroupResult] = {}
-    if not wanted:
+    if not by_key:
         return found
     for ref in store.artifacts():
         if ref.stage != TRAIN_GROUP.name or store.find(ref.stage, ref.fingerprint) is None:
             continue
         payload = store.manifest(ref).payload
         for number in range(_size(payload)):
-            for trial in wanted.pop(_key(payload, number), []):
+            for trial in by_key.pop(_key(payload, number), []):
                 found[trial.label] = read_result(store, ref, number, trial)
     return found
 

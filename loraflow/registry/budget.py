@@ -134,7 +134,9 @@ def error_of_period(looks: Iterable[Look], look: Look) -> float:
 
     A recipe that lowers gate.error takes nothing back from the looks before.
     """
-    return max(one.error for one in looks if one.seq <= look.seq and (one.period or 1) == (look.period or 1))
+    return max(
+        earlier.error for earlier in looks if earlier.seq <= look.seq and (earlier.period or 1) == (look.period or 1)
+    )
 
 
 def _counted(looks: Sequence[Look], sets: Mapping[str, Set[str]], rows: Set[str], period: int) -> list[Look]:

@@ -87,8 +87,8 @@ def ranked(trials: Sequence[TrialRecord]) -> list[Combination]:
     groups: dict[str, list[TrialRecord]] = {}
     for trial in trials:
         groups.setdefault(json.dumps(trial.settings, sort_keys=True), []).append(trial)
-    found = [Combination(group[0].settings, tuple(group)) for group in groups.values()]
-    return sorted(found, key=lambda one: (one.failed, math.inf if one.mean is None else one.mean))
+    combinations = [Combination(group[0].settings, tuple(group)) for group in groups.values()]
+    return sorted(combinations, key=lambda group: (group.failed, math.inf if group.mean is None else group.mean))
 
 
 def choose(trials: Sequence[TrialRecord]) -> SweepRecord:

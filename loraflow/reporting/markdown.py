@@ -214,11 +214,11 @@ def _worse(decision: Decision) -> Iterator[str]:
     """Yield the rows that got much worse, for each rule of gate.worst."""
     if decision.worse:
         yield from ("## Rows that got much worse", "")
-    for one in decision.worse:
-        yield from (f"{one.reason}.", "")
-        if one.rows:
-            yield from (f"| row | {one.against} | tuned | question | answer |", "|---|---:|---:|---|---|")
-            for row in one.rows:
+    for found in decision.worse:
+        yield from (f"{found.reason}.", "")
+        if found.rows:
+            yield from (f"| row | {found.against} | tuned | question | answer |", "|---|---:|---:|---|---|")
+            for row in found.rows:
                 texts = f"{quote(row.question)} | {quote(row.answer)}"
                 yield f"| {quote(row.id)} | {row.other:.3f} | {row.score:.3f} | {texts} |"
             yield ""
@@ -228,11 +228,11 @@ def _behaviour(decision: Decision) -> Iterator[str]:
     """Yield the results of gate.behaviour, with the answers that do not meet them."""
     if decision.behaviour:
         yield from ("## Behaviour", "")
-    for one in decision.behaviour:
-        yield from (f"- {'holds' if one.holds else '**fails**'}: {quote(one.reason)}", "")
-        if one.failed:
+    for result in decision.behaviour:
+        yield from (f"- {'holds' if result.holds else '**fails**'}: {quote(result.reason)}", "")
+        if result.failed:
             yield from ("| row | question | answer |", "|---|---|---|")
-            for row in one.failed:
+            for row in result.failed:
                 yield f"| {quote(row.id)} | {quote(row.question)} | {quote(row.answer)} |"
             yield ""
 
@@ -256,9 +256,9 @@ def _confusions(confusions: Sequence[Confusion]) -> Iterator[str]:
     if not confusions:
         return
     yield from ("### Worst labels", "", "| label | rows | wrong | most often taken for |", "|---|---:|---:|---|")
-    for one in confusions:
-        name, other = (quote(text[:80]).replace("|", "\\|") for text in (one.label, one.as_label))
-        yield f"| {name} | {one.rows} | {one.wrong} | {other} ({one.as_count}) |"
+    for confusion in confusions:
+        name, other = (quote(text[:80]).replace("|", "\\|") for text in (confusion.label, confusion.as_label))
+        yield f"| {name} | {confusion.rows} | {confusion.wrong} | {other} ({confusion.as_count}) |"
     yield ""
 
 

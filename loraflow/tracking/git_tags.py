@@ -62,17 +62,17 @@ def make_tags(entries: Sequence[Entry], records: Iterable[RunRecord], model: str
     in_use = ""  # tag of the champion's version
     for entry, date in zip(entries, _dates(entries), strict=True):
         digest, version = entry.merged.digest, f"{model}@v{entry.seq}.0.0"
-        wanted: dict[str, str] = {}  # tag → what it is on
+        targets: dict[str, str] = {}  # tag → what it is on
         if entry.action == "promote":
             versions[digest] = version
-            wanted[version] = version
+            targets[version] = version
         if digest not in versions:  # the promotion is not in the log any more (`loraflow registry accept`)
             problems.append(f"{model}: entry {entry.seq} is not tagged, because the log has no promotion of its model")
             continue
         if in_use not in ("", versions[digest]):
-            wanted[f"{model}#{STAGE}!#{entry.seq}"] = in_use
-        wanted[f"{model}#{STAGE}#{entry.seq}"] = in_use = versions[digest]
-        for name, where in wanted.items():
+            targets[f"{model}#{STAGE}!#{entry.seq}"] = in_use
+        targets[f"{model}#{STAGE}#{entry.seq}"] = in_use = versions[digest]
+        for name, where in targets.items():
             if name not in tags:
                 recorded = commits.get(entry.seq)
                 if name == where and not _is_here(recorded, folder):

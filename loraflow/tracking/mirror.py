@@ -170,12 +170,12 @@ def _mirror_registry(
             if entry.merged.digest not in versions:
                 versions[entry.merged.digest] = _register(store, tracker, known, entry)
                 created += 1
-        wanted = versions[entries[-1].merged.digest]
-        if tracker.champion() != wanted:
-            tracker.set_champion(wanted)
+        version = versions[entries[-1].merged.digest]
+        if tracker.champion() != version:
+            tracker.set_champion(version)
         # Another process may have promoted in between, and moved the alias before this one moved it back.
         if promotions.entries()[-1].hash == entries[-1].hash:
-            return created, wanted
+            return created, version
     raise Network("The promotion log changes faster than MLflow's alias can follow.", next_step="loraflow mlflow sync")
 
 

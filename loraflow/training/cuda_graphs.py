@@ -136,8 +136,8 @@ class GraphedPass:
 def _compare(what: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     """Raise ValueError if tensors differ by more than the tolerance, as a share of their common norm."""
     pairs = list(zip(found, expected, strict=True))
-    error = torch.stack([(mine.float() - other.float()).square().sum() for mine, other in pairs]).sum()
-    size = torch.stack([other.float().square().sum() for _, other in pairs]).sum()
+    error = torch.stack([(actual.float() - reference.float()).square().sum() for actual, reference in pairs]).sum()
+    size = torch.stack([reference.float().square().sum() for _, reference in pairs]).sum()
     if not float(error) <= TOLERANCE**2 * float(size):
         raise ValueError(f"the replayed {what} differs from that of an ordinary pass")
 

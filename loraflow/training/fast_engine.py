@@ -196,7 +196,7 @@ def choose_memory_fit(
         setup.weight_format,
         setup.rank,
         least=least,
-        wanted=tokens or step_tokens * adapters,
+        step_tokens=tokens or step_tokens * adapters,
         recompute=recompute,
         devices=setup.group.size if sharded else 1,
         compiled=compiled and setup.runtime.compile != "off",
@@ -223,8 +223,8 @@ def choose_prefix_sharing(
 
 
 def _micro_batch_rows(setup: TrainingSetup) -> int:
-    wanted = setup.runtime.micro_batch or setup.settings.per_device_train_batch_size
-    return min(wanted, setup.rows_per_device)
+    rows = setup.runtime.micro_batch or setup.settings.per_device_train_batch_size
+    return min(rows, setup.rows_per_device)
 
 
 def _training_steps(

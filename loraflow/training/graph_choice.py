@@ -56,14 +56,14 @@ def choose_graphs(
         sharded: whether the base is sharded over the devices.
         passes: micro-batches of the whole training, on one device.
     """
-    wanted = setup.runtime.cuda_graphs
-    if wanted == "off":
+    setting = setup.runtime.cuda_graphs
+    if setting == "off":
         return False, "runtime.cuda_graphs is off"
     if setup.device != "cuda" or not attention.concatenated or setup.shape is None:
         return False, "only concatenated documents on a GPU have the fixed shapes that they need"
     if obstacle := _obstacle(trainer, fit, sharded=sharded):
         return False, obstacle
-    if wanted == "on":
+    if setting == "on":
         return True, "runtime.cuda_graphs is on"
     if passes < LEAST_PASSES:
         return False, f"{passes} passes are too few to pay for recording"

@@ -142,10 +142,12 @@ def stack_adapters(model: PreTrainedModel, names: Sequence[str], dtype: torch.dt
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     frozen = {name: frozen_weight(module, dtype) for name, module in found.items()}
-    mine = {id(p) for module in found.values() for p in [*module.lora_A.parameters(), *module.lora_B.parameters()]}
-    if any(id(p) not in mine for p in model.parameters() if p.requires_grad):
+    adapter_ids = {
+        id(p) for module in found.values() for p in [*module.lora_A.parameters(), *module.lora_B.parameters()]
+    }
+    if any(id(p) not in adapter_ids for p in model.parameters() if p.requires_grad):
         return None
-    if any(one is None or one.kind != "dense" for one in frozen.values()) or not all(
+    if any(weight is None or weight.kind != "dense" for weight in frozen.values()) or not all(
         name in module.lora_A for module in found.values() for name in names
     ):
         return None

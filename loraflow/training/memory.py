@@ -192,7 +192,7 @@ def fit_memory(
     rank: float,
     *,
     least: int,
-    wanted: int,
+    step_tokens: int,
     recompute: Recompute | None = None,
     width: int = 2,
     devices: int = 1,
@@ -207,7 +207,7 @@ def fit_memory(
         weights: see `fixed_bytes`.
         rank: the adapters' rank; see `lora_weights`.
         least: tokens of the longest document, or of a packed row: a micro-batch cannot have fewer.
-        wanted: tokens of an optimizer step: a micro-batch does not need more.
+        step_tokens: the tokens of an optimizer step: a micro-batch does not need more.
         recompute: what to recompute, if the recipe or the runtime asks for it.
         width: bytes of a number.
         devices: see `fixed_bytes`.
@@ -215,7 +215,7 @@ def fit_memory(
         enough: tokens of a micro-batch for which activations are recomputed if they do not fit.
     """
     room = max(0.0, free * USABLE - fixed_bytes(shape, weights, rank, devices))
-    useful = max(least, min(wanted, MAX_TOKENS))
+    useful = max(least, min(step_tokens, MAX_TOKENS))
 
     def most(how: Recompute, share: float | None = None) -> int:
         return int(room / token_bytes(shape, how, width, share, elementwise=compiled and how == "selective"))
