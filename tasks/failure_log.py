@@ -64,7 +64,7 @@ def shorten_failures() -> None:
     """Make Prefect's engine log failures without traceback, in this process. A second call changes nothing."""
     for name in ENGINE_LOGS:
         logger = logging.getLogger(name)
-        if not any(isinstance(one, SentenceInsteadOfTraceback) for one in logger.filters):
+        if not any(isinstance(entry, SentenceInsteadOfTraceback) for entry in logger.filters):
             logger.addFilter(SentenceInsteadOfTraceback())
 
 

@@ -159,9 +159,9 @@ def _has_ended(rule: Any, now: datetime) -> bool:
     millions. A longer one counts as not ended.
     """
     rules = [rule] if isinstance(rule, rrule) else rule._rrule
-    if all(one._until is not None and one._until < now for one in rules):
+    if all(part._until is not None and part._until < now for part in rules):
         return isinstance(rule, rrule) or all(date < now for date in rule._rdate)
-    if any(one._until is None and one._count is None for one in rules):
+    if any(part._until is None and part._count is None for part in rules):
         return False
     return all(date < now and number < _MOST_DATES for number, date in enumerate(rule))
 

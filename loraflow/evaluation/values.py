@@ -98,7 +98,7 @@ class EvaluationReport(StoredModel):
     def to_dict(self) -> dict[str, JsonValue]:
         """Return the report as JSON values."""
         confusions: dict[str, JsonValue] = {
-            name: [one.model_dump() for one in found] for name, found in self.confusions.items()
+            name: [entry.model_dump() for entry in found] for name, found in self.confusions.items()
         }
         values: dict[str, JsonValue] = {
             "metrics": scores_to_dict(self.metrics),
@@ -261,9 +261,9 @@ class Decision:
         if self.unscored:
             values["unscored"] = [*self.unscored]
         if self.worse:
-            values["worse"] = [dataclasses.asdict(one) for one in self.worse]
+            values["worse"] = [dataclasses.asdict(entry) for entry in self.worse]
         if self.behaviour:
-            values["behaviour"] = [dataclasses.asdict(one) for one in self.behaviour]
+            values["behaviour"] = [dataclasses.asdict(entry) for entry in self.behaviour]
         if self.look is not None:
             values["look"] = self.look
         return {**values, "budget": self.budget} if self.budget else values
