@@ -205,15 +205,3 @@ def _replace(
     limits = torch.tensor(below, dtype=torch.int32, device=device)
     module.register_buffer("dropped_below", limits.view(-1, 1, 1), persistent=False)
     return module
-
-
-def adapter_weights(adapters: Adapters) -> list[dict[str, Tensor]]:
-    """Return the weights of each adapter: `N.A` [rank, in] and `N.B` [rank, out] of the N-th module, with padded ranks."""
-    return [
-        {
-            f"{number}.{letter}": part[k].detach().cpu()
-            for number, module in enumerate(adapters.modules)
-            for letter, part in (("A", module.downs), ("B", module.ups))
-        }
-        for k in range(len(adapters.names))
-    ]
