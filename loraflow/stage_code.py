@@ -204,7 +204,7 @@ MERGE = (
     "loraflow.adapters.adapter_config",
     "loraflow.adapters.validation",
     "loraflow.adapters.origin",
-    "loraflow.adapters.accept",
+    "loraflow.adapters.adapter_check",
     "loraflow.adapters.completeness",
     "loraflow.adapters.vocabulary",
     "loraflow.adapters.tokenizer_files",

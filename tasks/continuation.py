@@ -20,7 +20,7 @@ from loraflow.failures import BudgetSpent
 log = logging.getLogger("loraflow")
 
 
-def go_on_in_another_run(spent: BudgetSpent, computed: Sequence[str]) -> None:
+def schedule_continuation(spent: BudgetSpent, computed: Sequence[str]) -> None:
     """Schedule the run that goes on, and name it in the failure that ends this one.
 
     A run that neither finished a stage nor saved anything is not followed by another, so a stage that never gets to its
@@ -45,7 +45,7 @@ def go_on_in_another_run(spent: BudgetSpent, computed: Sequence[str]) -> None:
     log.warning("this run reached its time limit; the run %s continues it", name)
 
 
-def go_on_after_signal(computed: Sequence[str]) -> None:
+def schedule_continuation_after_signal(computed: Sequence[str]) -> None:
     """Schedule the run that goes on after SIGTERM, unless this run is being cancelled (runtime.preemptible).
 
     Args:

@@ -70,7 +70,7 @@ def _decided_before(workspace: Workspace, merged: str, protocol: str) -> Decisio
         return None
 
 
-def remember(workspace: Workspace, result: PipelineResult, decision: Decision) -> None:
+def record_decision(workspace: Workspace, result: PipelineResult, decision: Decision) -> None:
     """Record a person's decision in place of the gate's, so that a rerun finds it."""
     protocol = _protocol(workspace, result)
     workspace.log.write_decision(workspace.seen_head, result.merged.digest, protocol, decision.to_dict())

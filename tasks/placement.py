@@ -100,12 +100,12 @@ def _watch(client: SyncPrefectClient, run: FlowRun, pool: str | None, label: str
                     next_step=f"prefect worker start --pool {pool}" if pool else "start the process that serves it",
                 )
             if not is_reported:
-                log.warning("%s has waited for %.0f s: %s", label, PATIENCE, _what_it_waits_for(client, run, pool))
+                log.warning("%s has waited for %.0f s: %s", label, PATIENCE, _waiting_reason(client, run, pool))
                 is_reported = True
         time.sleep(POLL)
 
 
-def _what_it_waits_for(client: SyncPrefectClient, run: FlowRun, pool: str | None) -> str:
+def _waiting_reason(client: SyncPrefectClient, run: FlowRun, pool: str | None) -> str:
     """Return a sentence on why workers are online but have not started a sub-run."""
     if pool is None:
         return "the process that serves its deployment is busy"
@@ -165,7 +165,7 @@ def _raise_failure(run: FlowRun, label: str, name: str) -> None:
 # -- on the worker that runs the stage ------------------------------------------------------------------------------
 
 
-def accept(job: dict[str, JsonValue], store: str) -> tuple[Job[StageConfig], Store]:
+def accept_job(job: dict[str, JsonValue], store: str) -> tuple[Job[StageConfig], Store]:
     """Check that this worker has the same code and store as the run, and return the job and the store.
 
     Raises:

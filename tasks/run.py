@@ -31,7 +31,7 @@ from loraflow.registry.runs import RunSummary, StageRun
 from loraflow.registry.sweeps import SweepRecord
 from loraflow.stages import Stage, check_names
 from loraflow.store import Ref, require_intact
-from loraflow.tasks.continuation import go_on_after_signal, go_on_in_another_run
+from loraflow.tasks.continuation import schedule_continuation, schedule_continuation_after_signal
 from loraflow.tasks.events import announce_waiting
 from loraflow.tasks.failure_log import shorten_failures
 from loraflow.tasks.placement import run_on_pool
@@ -153,7 +153,7 @@ def open_run(
         end_with_parent()
         log.setLevel(logging.INFO)
     mask_parameters({"recipe": recipe, **overrides})
-    recipe_file = _despite_parsing_threads(lambda: read_recipe(recipe, overrides))
+    recipe_file = _retry_system_error(lambda: read_recipe(recipe, overrides))
     run = Run(Workspace(recipe_file.recipe), recipe_file, force)
     run.is_deployed = is_deployed
     store = run.workspace.store
@@ -167,17 +167,17 @@ def open_run(
             if run.workspace.recipe.data.add:
                 _add_data(run.workspace)
             if rename:
-                _despite_parsing_threads(lambda: show_name(run.workspace))
+                _retry_system_error(lambda: show_name(run.workspace))
             yield run
         except BudgetSpent as caught:
             error = caught
             if is_deployed:
-                go_on_in_another_run(caught, run.computed)
+                schedule_continuation(caught, run.computed)
             raise
         except TerminationSignal as caught:
             error = caught
             if is_deployed and run.workspace.recipe.runtime.preemptible:
-                go_on_after_signal(run.computed)
+                schedule_continuation_after_signal(run.computed)
             raise
         except OSError as caught:
             error = caught
@@ -195,7 +195,7 @@ def open_run(
 T = TypeVar("T")
 
 
-def _despite_parsing_threads(step: Callable[[], T]) -> T:
+def _retry_system_error(step: Callable[[], T]) -> T:
     """Do a step that is in no task, and once more on the SystemError that `is_retryable` retries in tasks."""
     try:
         return step()

@@ -61,7 +61,7 @@ def group_labels(stages: Iterable[str]) -> set[str]:
     return {label for label in stages if label.startswith(f"{TRAIN_GROUP} ")}
 
 
-def note_alone(record: SweepRecord, alone: float | None) -> SweepRecord:
+def note_loss_alone(record: SweepRecord, alone: float | None) -> SweepRecord:
     """Return a sweep's record with the validation loss of the chosen trial alone, if it was chosen by that in a group."""
     chosen = next(trial for trial in record.trials if trial.label == record.chosen)
     if chosen.group_number is None or alone is None or chosen.loss is None:

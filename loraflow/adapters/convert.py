@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
-from loraflow.adapters.accept import check_adapter
+from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.base_shapes import BaseShapes
 from loraflow.adapters.fit_to_base import fit
 from loraflow.adapters.loralib_checkpoint import LoralibSettings, from_loralib, read_tensors

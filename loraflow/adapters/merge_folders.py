@@ -18,7 +18,7 @@ from pydantic import JsonValue
 
 from loraflow.adapters import safetensors_files as files
 from loraflow.adapters import validation
-from loraflow.adapters.accept import check_adapter
+from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.adapters.merge_plan import MergePlan, fits, plan_merge
 from loraflow.adapters.merge_with_peft import merge_with_peft

@@ -145,7 +145,7 @@ def main() -> None:
 MAX_LINES = 10  # lines of a failure on the terminal
 
 
-def shown(failure: Failure) -> str:
+def short_message(failure: Failure) -> str:
     """Return a failure in at most ten lines: an error of DVC or git that it quotes may have more."""
     lines = str(failure).splitlines()
     if len(lines) <= MAX_LINES:
@@ -155,7 +155,7 @@ def shown(failure: Failure) -> str:
 
 
 def _fail(failure: Failure) -> NoReturn:
-    click.secho(shown(failure), fg="red" if sys.stderr.isatty() else None, err=True)
+    click.secho(short_message(failure), fg="red" if sys.stderr.isatty() else None, err=True)
     sys.exit(failure.exit_code)
 
 

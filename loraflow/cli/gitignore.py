@@ -12,7 +12,7 @@ OF_DVC = ("/.dvc/cache", "/.dvc/tmp", "/.dvc/config.local")
 def extend_gitignore(target: Path) -> None:
     """Add the store and the dataset to .gitignore: DVC does so only inside of a git repository, which may come later."""
     outside_git = () if Path(".git").exists() else (f"/{target.as_posix()}",)
-    _extend(Path(".gitignore"), (*for_gitignore(), *outside_git))
+    _extend(Path(".gitignore"), (*gitignore_lines(), *outside_git))
 
 
 def extend_dvcignore() -> None:
@@ -21,7 +21,7 @@ def extend_dvcignore() -> None:
         _extend(Path(".dvcignore"), FOR_DVCIGNORE)
 
 
-def for_gitignore() -> tuple[str, ...]:
+def gitignore_lines() -> tuple[str, ...]:
     """Return the lines that the .gitignore of this folder needs. `dvc init` writes those of DVC inside of a repository."""
     own = Path(".dvc", ".gitignore")
     if not Path(".dvc").is_dir() or (own.is_file() and "/cache" in own.read_text(encoding="utf-8").split()):

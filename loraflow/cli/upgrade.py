@@ -54,7 +54,7 @@ def upgrade(write: bool) -> None:
 
 def _upgraded_files() -> Iterator[tuple[Path, Upgraded, str]]:
     """Yield each file of the project, with its new and its present text."""
-    from loraflow.cli.gitignore import FOR_DVCIGNORE, for_gitignore, with_lines
+    from loraflow.cli.gitignore import FOR_DVCIGNORE, gitignore_lines, with_lines
     from loraflow.config.project import FILE
     from loraflow.config.upgrade_recipe import Upgraded, upgrade_recipe
     from loraflow.flows.server.upgrade_prefect_yaml import upgrade_prefect_yaml
@@ -78,7 +78,7 @@ def _upgraded_files() -> Iterator[tuple[Path, Upgraded, str]]:
             yield file, change(text), text
     ignore = Path(".gitignore")
     text = _read(ignore) if ignore.is_file() else ""
-    yield ignore, Upgraded(with_lines(text, for_gitignore()), []), text
+    yield ignore, Upgraded(with_lines(text, gitignore_lines()), []), text
     dvcignore = Path(".dvcignore")
     if Path(".dvc").is_dir():
         text = _read(dvcignore) if dvcignore.is_file() else ""

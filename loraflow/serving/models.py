@@ -286,7 +286,7 @@ def check_unmerged(model: Model) -> None:
     Raises:
         BadModel: see `check_adapter`.
     """
-    from loraflow.adapters.accept import check_adapter
+    from loraflow.adapters.adapter_check import check_adapter
 
     if model.unmerged_adapter is not None:
         check_adapter(

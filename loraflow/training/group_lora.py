@@ -147,7 +147,7 @@ def stack_adapters(model: PreTrainedModel, names: Sequence[str], dtype: torch.dt
     }
     if any(id(p) not in adapter_ids for p in model.parameters() if p.requires_grad):
         return None
-    if any(weight is None or weight.kind != "dense" for weight in frozen.values()) or not all(
+    if any(weight is None or weight.format != "dense" for weight in frozen.values()) or not all(
         name in module.lora_A for module in found.values() for name in names
     ):
         return None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraflow.adapters.accept import check_adapter
+from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.convert import convert
 from loraflow.adapters.merge_folders import merge
 from loraflow.failures import BadModel

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraflow.adapters.accept import check_adapter
+from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.merge_folders import merge
 from loraflow.failures import BadConfig
 from tests.conftest import build_phi3
