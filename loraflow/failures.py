@@ -244,7 +244,9 @@ def mask_errors() -> Iterator[None]:
         text = f"{type(error).__name__}: {error}"
         if mask(text) == text:
             raise
-        raise Crashed("An unexpected error occurred.", got=text[:2000]) from None
+        raise Crashed(
+            "An unexpected error occurred.", got=text[:2000], next_step="this is probably a bug in loraflow: report it"
+        ) from None
 
 
 def failure_names() -> list[str]:

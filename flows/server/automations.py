@@ -199,6 +199,7 @@ def _find_blocks(client: SyncPrefectClient, names: list[str]) -> Iterator[Notifi
                 "A block is named by type and name.",
                 where=f"notifications.blocks: {name}",
                 expected="slack-webhook/NAME, webhook/NAME, custom-webhook/NAME or sendgrid-email/NAME",
+                next_step="correct the name in prefect.yaml; the UI lists the blocks under Blocks",
             )
         try:
             block = client.read_block_document_by_name(block_name, block_type)

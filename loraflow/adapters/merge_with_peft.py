@@ -170,5 +170,9 @@ def _check_all_loaded(wrapped: PeftModel, adapter: Path) -> int:
         )
     adapted = sum(isinstance(module, BaseTunerLayer) for module in wrapped.modules())
     if adapted == 0:
-        raise BadModel("The adapter adapts nothing in this base.", where=str(adapter))
+        raise BadModel(
+            "The adapter adapts nothing in this base.",
+            where=str(adapter),
+            next_step="merge it into the base that it was trained on",
+        )
     return adapted

@@ -66,7 +66,9 @@ def read_entries(file: Path) -> list[TensorEntry]:
                 TensorEntry(name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
             )
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise BadModel("A safetensors file is damaged.", where=str(file.name), got=str(error)[:200]) from error
+        raise BadModel(
+            "A safetensors file is damaged.", where=str(file.name), got=str(error)[:200], next_step="fetch it again"
+        ) from error
     return sorted(found, key=lambda entry: entry.offset)
 
 
@@ -85,7 +87,12 @@ def model_entries(folder: Path) -> list[TensorEntry]:
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise BadModel("The base has no safetensors.", where=str(folder), expected="model.safetensors")
+        raise BadModel(
+            "The base has no safetensors.",
+            where=str(folder),
+            expected="model.safetensors",
+            next_step="fetch the base again, or save it with save_pretrained",
+        )
     entries = [entry for file in files for entry in read_entries(file)]
     if index.exists() and not single.exists():
         held = {entry.name: entry.file.name for entry in entries}
@@ -109,7 +116,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = {str(name): str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadModel("The index of the weights is damaged.", where=str(index), got=str(error)[:200]) from error
+        raise BadModel(
+            "The index of the weights is damaged.", where=str(index), got=str(error)[:200], next_step="fetch it again"
+        ) from error
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise BadModel(

@@ -133,6 +133,7 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: Path) -> No
                 where=f"{where}: {name}",
                 expected="bfloat16, float16, float32 or float64",
                 got=str(tensor.dtype).removeprefix("torch."),
+                next_step="save the adapter again in one of these types",
             )
         finite = tensor.isfinite()
         if not finite.all():

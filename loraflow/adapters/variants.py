@@ -51,6 +51,7 @@ def check(model: PreTrainedModel, peft_config: PeftConfig) -> None:
                 where="peft_config.trainable_token_indices",
                 expected=f"0 to {vocabulary - 1}",
                 got=str(index),
+                next_step="correct the id, or add the token to the base and resize its embeddings first",
             )
     names = embedding_names(model)
     if isinstance(tokens, list) and tokens and len(names) > 1 and not is_tied(model):

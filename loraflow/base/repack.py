@@ -45,7 +45,10 @@ def as_phi3(model: PreTrainedModel, bos: int | None, eos: int | None, pad: int |
     missing, unexpected = phi3.load_state_dict(_fused_weights(model.state_dict()), strict=False, assign=True)
     if unexpected or [key for key in missing if key != "lm_head.weight"]:
         raise BadModel(
-            "Repacking lost weights.", where="base.repack", got=f"missing {missing}, unexpected {unexpected}"
+            "Repacking lost weights.",
+            where="base.repack",
+            got=f"missing {missing}, unexpected {unexpected}",
+            next_step="set base.repack to null: LoRA works on split projections as well",
         )
     phi3.tie_weights()
     phi3.eval()

@@ -45,12 +45,19 @@ def check_weights(folder: Path) -> None:
             with safe_open(file, "np") as tensors:
                 tensors.keys()
         except (SafetensorError, OSError) as error:
-            raise BadModel("A file of weights is damaged.", where=file.name, got=str(error)[:200]) from error
+            raise BadModel(
+                "A file of weights is damaged.", where=file.name, got=str(error)[:200], next_step="fetch the base again"
+            ) from error
     index = folder / "model.safetensors.index.json"
     if index.exists():
         missing = set(json.loads(index.read_text())["weight_map"].values()) - {p.name for p in folder.iterdir()}
         if missing:
-            raise BadModel("Files of weights are missing.", where="base.model", got=", ".join(sorted(missing)))
+            raise BadModel(
+                "Files of weights are missing.",
+                where="base.model",
+                got=", ".join(sorted(missing)),
+                next_step="fetch the base again",
+            )
 
 
 def check_fits_config(folder: Path) -> None:

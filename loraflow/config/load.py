@@ -101,11 +101,17 @@ def parse_recipe(
         parsed, lines = yaml.parse(text)
     except yaml.Syntax as error:
         raise BadConfig(
-            "The recipe is not plain YAML.", where=f"{name}:{error.line}", got=shorten(str(error))
+            "The recipe is not plain YAML.",
+            where=f"{name}:{error.line}",
+            got=shorten(str(error)),
+            next_step="correct this line",
         ) from None
     if not isinstance(parsed, dict):
         raise BadConfig(
-            "The recipe is empty, or is not a mapping.", where=f"{name}:1", expected="keys such as name and base"
+            "The recipe is empty, or is not a mapping.",
+            where=f"{name}:1",
+            expected="keys such as name and base",
+            next_step="`loraflow init` writes a recipe",
         )
     document, overrides = copy.deepcopy(parsed), dict(overrides or {})
     problems: list[Problem] = []

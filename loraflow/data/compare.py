@@ -122,7 +122,10 @@ def read_revision(data: Data) -> Version:
     origin = location.origin
     if not isinstance(origin, DvcOrigin):
         raise BadData(
-            "Only datasets with a .dvc file have versions to compare.", where=data.source, expected="a .dvc file"
+            "Only datasets with a .dvc file have versions to compare.",
+            where=data.source,
+            expected="a .dvc file",
+            next_step="`loraflow data add FOLDER` versions a folder; or compare files, folders or runs",
         )
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder)

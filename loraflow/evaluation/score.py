@@ -291,7 +291,9 @@ def _require_calls(table: pd.DataFrame) -> None:
 
     if "reference_calls" not in table:
         raise BadData(
-            "No held-out row has tools, so tool calls cannot be scored.", where="evaluation.metrics: tool_calls"
+            "No held-out row has tools, so tool calls cannot be scored.",
+            where="evaluation.metrics: tool_calls",
+            next_step="remove tool_calls from evaluation.metrics, or hold out rows with tools",
         )
     for row in table.itertuples():
         if parse_calls(row.reference) != json.loads(row.reference_calls)["calls"]:

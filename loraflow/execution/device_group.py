@@ -188,5 +188,9 @@ def _first_summary(work: Path, exit_codes: dict[int, int]) -> Summary:
     if failed:
         raise next((failure for failure in failed if isinstance(failure, failures.Crashed)), failed[0])
     if not outcomes:
-        raise failures.Crashed("No device's process left an outcome.", got=str(exit_codes))
+        raise failures.Crashed(
+            "No device's process left an outcome.",
+            got=str(exit_codes),
+            next_step="run again: it resumes; the reason is in the stage's log",
+        )
     return Summary.model_validate(outcomes[min(outcomes)]["summary"])

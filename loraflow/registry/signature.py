@@ -74,7 +74,12 @@ def sign(store: Store, model: str, head: LogHead, key: str, hashes: Callable[[],
     try:
         signature = _ssh_keygen(options, _statement(model, head), key)
     except _Refused as refused:
-        raise BadConfig("ssh-keygen refuses the key.", where=key, got=str(refused)) from refused
+        raise BadConfig(
+            "ssh-keygen refuses the key.",
+            where=key,
+            got=str(refused),
+            next_step="name another key, or correct its permissions",
+        ) from refused
     document = _Signed(seq=head.seq, hash=head.hash, signature=signature.decode())
     with store.lock("signature", model):
         present = _read(store, model)
@@ -104,7 +109,12 @@ def check_signature(store: Store, model: str, hashes: Sequence[str], signers: Pa
         BadConfig: there is no ssh-keygen, or no list of signers.
     """
     if not signers.is_file():
-        raise BadConfig("There is no list of signers.", where=str(signers), expected="a line `NAME KEY-TYPE KEY` each")
+        raise BadConfig(
+            "There is no list of signers.",
+            where=str(signers),
+            expected="a line `NAME KEY-TYPE KEY` each",
+            next_step="write the file, or correct --signers",
+        )
     data = store.read_document(_name(model))
     try:
         signed = _Signed.model_validate_json(data or b"")

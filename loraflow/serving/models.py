@@ -110,7 +110,10 @@ def find_model(store: Store, model: str, base: str | None = None, memo: HashMemo
     given = Path(base).expanduser() if base else None
     if given is not None and not (given / "config.json").exists():
         raise BadConfig(
-            "The base is not a model's folder.", where=f"--base {base}", expected="a folder with config.json"
+            "The base is not a model's folder.",
+            where=f"--base {base}",
+            expected="a folder with config.json",
+            next_step="correct --base",
         )
     if model.split(":")[0] == "champion":
         name = model.partition(":")[2] or only_model(store)

@@ -85,7 +85,7 @@ def read_questions(
             messages = with_system(messages, system)
         questions.append(Question(columns, messages))
     if not questions:
-        raise BadData("The file has no rows.", where=str(path))
+        raise BadData("The file has no rows.", where=str(path), next_step="name a file with at least one row")
     _check_columns(_names(questions), added_columns(questions), column, path)
     return questions
 
@@ -98,7 +98,12 @@ def added_columns(questions: Sequence[Question]) -> tuple[str, ...]:
 
 def _check_columns(names: list[str], added: Sequence[str], column: str | None, path: Path) -> None:
     if column and column not in names:
-        raise BadConfig("The input has no such column.", where=column, expected=f"one of {', '.join(names)}")
+        raise BadConfig(
+            "The input has no such column.",
+            where=column,
+            expected=f"one of {', '.join(names)}",
+            next_step="correct --column",
+        )
     taken = sorted(set(names) & set(added))
     if taken:
         raise BadConfig(
