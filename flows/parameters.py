@@ -72,8 +72,8 @@ class DecimalText:
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Return the schema of a number above 0 and at most 1, written as a decimal or with an exponent.
 
-        The server answers a wrong text with the schema's own words: for a `pattern` with the regular expression, for a
-        `const` with "'a number above 0 …' was expected". Pydantic refuses that sentence itself.
+        For a wrong text, the server's answer quotes the schema. A `pattern` would show the regular expression, a `const`
+        shows "'a number above 0 …' was expected". Pydantic refuses a person who enters that sentence.
         """
         pattern = r"^(?![0.,]*$)(0?[.,]\d+|[1-9]([.,]\d+)?[eE]-0?[1-9]\d?|1([.,]0*)?)$"
         return {"type": "string", "if": {"pattern": pattern}, "else": {"const": DECIMAL}}

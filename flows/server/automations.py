@@ -54,7 +54,7 @@ class NotificationBlock:
 
 @dataclass(frozen=True)
 class Project:
-    """What notifications are about: one project of the server."""
+    """A project of the server, which notifications are about."""
 
     name: str
     retrains: tuple[str, ...]  # names of its deployments of the flow `retrain`
@@ -113,7 +113,7 @@ def _end_silent_runs(
     tag: str | None = None,
     state: StateType = StateType.CRASHED,
 ) -> AutomationCore:
-    """Return an automation that ends a run, of a deployment with this tag, if nothing follows an event in time."""
+    """Return an automation that ends runs of deployments with this tag, if no event follows in time."""
     tagged = {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{tag}"} if tag else {}
     return AutomationCore(
         name=f"loraflow: {title}",

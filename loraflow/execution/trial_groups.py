@@ -1,7 +1,7 @@
 """Which trials of a sweep are trained together, over one base. Imports no prefect and no torch.
 
-Trials of a group share base, tokens, batch and number of steps. What may differ is their own in a group: the optimizer
-and its schedule, the seed, and rank, scale and dropout of LoRA.
+Trials of a group share base, tokens, batch and number of steps. Each has its own optimizer, schedule and seed, and its own
+rank, scale and dropout of LoRA.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Groups:
 
     groups: tuple[tuple[Trial, ...], ...]  # each has two trials at least
     apart: Mapping[str, str]  # label of a trial → reason
-    equal: Mapping[str, str]  # label of a trial → that of an earlier one, which is the same training
+    equal: Mapping[str, str]  # label of a trial → label of an earlier trial that is the same training
 
     def lines(self) -> list[str]:
         """Return the groups, as lines for people."""

@@ -141,7 +141,7 @@ def attend(
     """
     if unsupported := [name for name in _UNSUPPORTED if _is_set(other.get(name))]:
         raise BadModel(
-            "The attention kernel does not compute this model's attention.",
+            "The attention kernel does not support this model's attention.",
             where="runtime.attn_implementation",
             got=f"attention with {', '.join(unsupported)}",
             next_step="set runtime.engine to stock",

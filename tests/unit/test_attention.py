@@ -37,6 +37,6 @@ def test_attention_stays_inside_a_document_and_its_window(lengths, window, group
 def test_an_argument_that_the_kernels_would_ignore_is_refused(argument):
     q, borders = torch.randn(1, 2, 8, 16), torch.tensor([0, 8], dtype=torch.int32)
     attention.attend(None, q, q, q, cu_seq_lens_q=borders, max_length_q=8, **{argument: None})
-    with pytest.raises(BadModel, match="does not compute this model's attention") as caught:
+    with pytest.raises(BadModel, match="does not support this model's attention") as caught:
         attention.attend(None, q, q, q, cu_seq_lens_q=borders, max_length_q=8, **{argument: 0.5})
     assert argument in caught.value.got
