@@ -222,7 +222,7 @@ def _clean_up(workspace: Workspace) -> None:
             log.info("removed %s (%.0f MiB, %s)", path.parent.name[:12], size / 2**20, why)
     except DamagedLog as failure:  # another model's log is damaged: the store grows until a person resolves it
         log.warning("the store was not cleaned up: %s", failure)
-    except (Failure, OSError) as error:  # the run is done; `loraflow gc` shows what is in the way
+    except (Failure, OSError) as error:  # the run is done; `loraflow gc` shows what prevents it
         log.debug("the store was not cleaned up: %s", error)
 
 

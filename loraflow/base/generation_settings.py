@@ -48,7 +48,7 @@ def forget_earlier_prompts(model: PreTrainedModel) -> None:
     """Reset what a model keeps in its modules between two calls of `generate`.
 
     RecurrentGemma's convolutions keep their last inputs there, not in the cache. A prompt of one token looks like the next
-    token of an answer to them, so it would go on from the prompt before it.
+    token of an answer to them, so it would continue from the prompt before it.
     """
     for module in model.modules():
         if getattr(module, "conv1d_state", None) is not None:

@@ -80,7 +80,7 @@ def _plan_run(workspace: Workspace, force: tuple[str, ...]) -> _PlannedRun:
         power = gate_power(workspace)
         slices = slice_power_lines(workspace)
         tokens = token_lines(workspace)
-    except Failure as failure:  # planning goes on, as for a champion that is missing
+    except Failure as failure:  # planning continues, as for a champion that is missing
         problem = f"will fail: {failure.what}"
     forgetting = forgetting_lines(workspace)
     return _PlannedRun(

@@ -1,4 +1,4 @@
-"""Find a recipe's file and read its text, with one sentence for whatever is in the way."""
+"""Find a recipe's file and read its text, with one sentence for each thing that prevents it."""
 
 from __future__ import annotations
 

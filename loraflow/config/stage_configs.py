@@ -125,7 +125,7 @@ class CheckDatasetConfig(StageConfig):
     profile: dict[ProfileCheckName, ProfileRule] = {}  # set only if the recipe has checks
     sources: list[SourceConfig] = []  # set only if the recipe has sources
     ignore: list[str] = []  # set only if the recipe ignores keys
-    heldout_fields: list[str] = []  # set only if rows are divided by fields of theirs
+    heldout_fields: list[str] = []  # set only if rows are divided by their fields
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:

@@ -96,7 +96,7 @@ class ForkedWorker:
         return self._code
 
     def close(self) -> None:
-        """Close the pipe. The process goes on."""
+        """Close the pipe. The process continues."""
         self._pipe.close()
 
     def _read(self, timeout: float | None) -> bool:

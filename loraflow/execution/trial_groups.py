@@ -146,7 +146,7 @@ def make_groups(trials: Sequence[Trial], inputs: Mapping[str, str], size: int) -
 def _parts(trials: Sequence[Trial], size: int) -> Iterator[tuple[Trial, ...]]:
     """Yield as few parts of at most `size` trials as possible. Their sizes differ by one at most; larger ones come first.
 
-    So a sweep that goes on after some of its groups were trained makes the others again as they were.
+    So a sweep that continues after some of its groups were trained makes the others again as they were.
     """
     count = math.ceil(len(trials) / size)
     start = 0

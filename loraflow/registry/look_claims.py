@@ -24,7 +24,7 @@ _NEWEST_RUNS = 50  # run records to read if there is no anchor: stores of earlie
 
 
 class LostLooks(StoredModel):
-    """A person's decision to go on without looks that were lost or changed. They are counted nevertheless."""
+    """A person's decision to continue without looks that were lost or changed. They are counted nevertheless."""
 
     reason: str
     actor: str

@@ -281,7 +281,7 @@ def _answer(
     while True:
         try:
             found = generate_answers(
-                model,  # type: ignore[arg-type]  # a sampler stands in for the model
+                model,  # type: ignore[arg-type]  # a sampler, which has the model's interface
                 loaded.tokenizer,
                 [prompts[i] for i in asked],
                 stop_ids=loaded.stops,

@@ -5,7 +5,7 @@ compute them. A graph starts all of them at once. The kernels, their order and t
 
 A graph is recorded for the shapes of a micro-batch's inputs. Its gradients are added to tensors that stay where they are,
 because a graph writes to fixed addresses. If recording fails, or the replayed result differs from an ordinary pass,
-training goes on without graphs.
+training continues without graphs.
 """
 
 from __future__ import annotations
