@@ -151,7 +151,7 @@ TRAIN = (
     "loraflow.training.cuda_graphs",
     "loraflow.training.layers",
     "loraflow.training.attention",
-    "loraflow.training.angles",
+    "loraflow.training.longrope_angles",
     "loraflow.training.flash4",
     "loraflow.training.lora_kernels",
     "loraflow.training.frozen_linear",

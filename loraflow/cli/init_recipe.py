@@ -137,7 +137,7 @@ def _training_values(chats: list[list[Message]], size: SizeSettings) -> dict[str
         "epochs": size.epochs,
         "why_epochs": why_epochs,
         "warmup": f"{size.warmup_steps:g}",
-        "why_warmup": "a share of the steps" if size.warmup_steps else "with so few steps, all of them learn",
+        "why_warmup": "a share of the steps" if size.warmup_steps else "so few steps have no warm-up",
         "accumulation": size.accumulation,
         "logging_steps": size.logging_steps,
         "max_length": min(2048, max(256, 1 << (longest - 1).bit_length())),

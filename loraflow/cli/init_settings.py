@@ -40,9 +40,9 @@ class SizeSettings:
             found.append(f"gradient_accumulation_steps: {self.accumulation}   {self.batch} rows a step, for more steps")
         found.append(f"num_train_epochs: {self.epochs}   about {self.steps} optimizer steps in all")
         if self.warmup_steps == 0:
-            found.append("warmup_steps: 0   a warm-up takes the first of so few steps at rate 0")
+            found.append("warmup_steps: 0   a warm-up would spend the first of so few steps at rate 0")
         if self.logging_steps < 10:
-            found.append(f"logging_steps: {self.logging_steps}   so that the loss of so few steps is seen")
+            found.append(f"logging_steps: {self.logging_steps}   few steps: log their loss more often")
         return found
 
 

@@ -115,7 +115,7 @@ def check_notes(check: CheckReport) -> list[str]:
         notes.append(f"{weighted} rows have answers whose weight in the loss is not 0 or 1")
     if few := check.counts.get("held_out_of_few", 0):
         notes.append(
-            f"the seeded hash held out no row of so few, so {few} with the next prompt in its order are held out"
+            f"the seeded hash held out none of so few rows, so {few} with the next prompt in its order are held out"
         )
     similar = check.similar
     if similar.near_leaks:
