@@ -20,7 +20,7 @@ from loraflow.evaluation.likelihood import answer_losses
 from loraflow.evaluation.row_batches import group_rows
 from loraflow.failures import BadModel
 from loraflow.hardware.attention import DOCUMENTS
-from loraflow.training import angles, attention
+from loraflow.training import attention, longrope_angles
 from loraflow.training.collation import concatenated, packed, padded
 from tests.families.test_cells import documents
 from tests.families.tiny import family_config
