@@ -187,7 +187,7 @@ def test_both_engines_and_all_layouts_train_the_same_adapter_on_rows_of_both_sid
 
 
 def test_code_that_comes_with_a_model_is_refused_on_rows_of_both_sides(base, rows_of_both_sides, tmp_path, monkeypatch):
-    monkeypatch.setattr(angles, "compute_angles_per_document", lambda model, switch: False)
+    monkeypatch.setattr(longrope_angles, "compute_angles_per_document", lambda model, switch: False)
     with pytest.raises(BadModel, match="both sides of the model's longrope switch"):
         run(base, rows_of_both_sides, tmp_path / "run")
 
