@@ -18,8 +18,8 @@ def job(how: str, **runtime) -> Job:
     return Job(stage=FAKE_STAGE.name, version=1, config={"how": how}, runtime=values)
 
 
-def work_of(store: LocalStore, one: Job) -> Path:
-    return store.root / "work" / one.stage / one.fingerprint
+def work_of(store: LocalStore, submitted: Job) -> Path:
+    return store.root / "work" / submitted.stage / submitted.fingerprint
 
 
 def wait_for(path: Path) -> str:

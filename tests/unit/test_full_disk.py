@@ -33,9 +33,9 @@ def store(tmp_path):
 
 @pytest.mark.parametrize("how", ["fsize", "no-outcome"])
 def test_a_worker_that_cannot_write_says_so_even_if_its_outcome_has_no_room(store, how):
-    one = job(how)
+    submitted = job(how)
     with pytest.raises(failures.DiskFull) as caught:
-        launch.run_job(one, store)
+        launch.run_job(submitted, store)
     assert caught.value.where.startswith(str(store.root))
     assert "free" in caught.value.got and caught.value.expected and "run again" in caught.value.next_step
     assert len(str(caught.value).splitlines()) == 5
@@ -43,14 +43,14 @@ def test_a_worker_that_cannot_write_says_so_even_if_its_outcome_has_no_room(stor
 
 
 def test_a_full_disk_in_a_checkpoint_names_its_size_and_training_resumes_from_the_one_before(store):
-    one = job("checkpoint")
+    submitted = job("checkpoint")
     with pytest.raises(failures.DiskFull) as caught:
-        launch.run_job(one, store)
+        launch.run_job(submitted, store)
     assert "about 1.0 MiB for a checkpoint, as checkpoint-2 has" in caught.value.expected
     assert "resumes from checkpoint-2" in caught.value.next_step
-    checkpoints = work_of(store, one) / "checkpoints"
+    checkpoints = work_of(store, submitted) / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"], "the one that was cut off takes no space"
-    assert launch.run_job(one, store)
+    assert launch.run_job(submitted, store)
 
 
 def test_a_real_full_disk_is_named_by_the_stage_that_fills_it(tmp_path):

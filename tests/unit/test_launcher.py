@@ -29,13 +29,13 @@ def store(tmp_path):
 
 def test_a_finished_job_commits_an_artifact_and_leaves_no_work_folder(store):
     seen = []
-    one = job("fine")
-    ref = launch.run_job(one, store, seen.append)
+    submitted = job("fine")
+    ref = launch.run_job(submitted, store, seen.append)
     assert (store.path(ref) / "result.txt").read_text() == "done"
     assert [figures["step"] for figures in seen] == [1, 2]
-    assert not work_of(store, one).exists()
+    assert not work_of(store, submitted).exists()
     assert list((store.root / "staging").iterdir()) == []
-    assert launch.run_job(one, store) == ref
+    assert launch.run_job(submitted, store) == ref
 
 
 @pytest.mark.parametrize(
@@ -51,32 +51,32 @@ def test_a_finished_job_commits_an_artifact_and_leaves_no_work_folder(store):
     ],
 )
 def test_each_exit_has_its_failure_class_and_next_step(store, how, kind, retryable):
-    one = job(how)
+    submitted = job(how)
     with pytest.raises(failures.Failure) as caught:
-        launch.run_job(one, store)
+        launch.run_job(submitted, store)
     assert type(caught.value) is kind
     assert caught.value.retryable is retryable
     assert caught.value.next_step
     assert list(store.artifacts()) == []
     assert list((store.root / "staging").iterdir()) == [], "nothing half-written is left"
-    assert (work_of(store, one) / "log.txt").exists(), "the log is still there for a retry or a person"
+    assert (work_of(store, submitted) / "log.txt").exists(), "the log is still there for a retry or a person"
 
 
 @pytest.mark.parametrize("how", ["kill-once", "term-once"])
 def test_a_second_attempt_resumes_the_work_of_the_first(store, how):
-    one = job(how)
+    submitted = job(how)
     with pytest.raises(failures.Failure):
-        launch.run_job(one, store)
-    launch.run_job(one, store)
-    assert store.find("evaluate", one.fingerprint)
+        launch.run_job(submitted, store)
+    launch.run_job(submitted, store)
+    assert store.find("evaluate", submitted.fingerprint)
 
 
 def test_a_failed_job_can_be_rerun_by_hand_with_one_command(store):
-    one = job("nan")
+    submitted = job("nan")
     with pytest.raises(failures.NonFiniteLoss):
-        launch.run_job(one, store)
+        launch.run_job(submitted, store)
     env = {k: v for k, v in os.environ.items() if k != "LORAFLOW_PARENT"}
-    done = subprocess.run([*FAKE, str(work_of(store, one) / "job.json")], capture_output=True, text=True, env=env)
+    done = subprocess.run([*FAKE, str(work_of(store, submitted) / "job.json")], capture_output=True, text=True, env=env)
     assert done.returncode == 1
     assert "loss became nan." in done.stderr
 
@@ -87,19 +87,19 @@ def test_out_of_memory_halves_the_micro_batch(store):
 
 
 def test_a_deadline_ends_the_process_group(store):
-    one = job("sleep", deadline_minutes=0.1)
+    submitted = job("sleep", deadline_minutes=0.1)
     with pytest.raises(failures.DeadlineExceeded):
-        launch.run_job(one, store)
-    assert alive_in_group(int((work_of(store, one) / "pid").read_text())) == []
+        launch.run_job(submitted, store)
+    assert alive_in_group(int((work_of(store, submitted) / "pid").read_text())) == []
 
 
 def test_a_worker_that_ignores_sigterm_is_killed(store):
-    one = job("stubborn", deadline_minutes=0.1)
+    submitted = job("stubborn", deadline_minutes=0.1)
     started = time.monotonic()
     with pytest.raises(failures.DeadlineExceeded):
-        launch.run_job(one, store)
+        launch.run_job(submitted, store)
     assert time.monotonic() - started < 20
-    assert alive_in_group(int((work_of(store, one) / "pid").read_text())) == []
+    assert alive_in_group(int((work_of(store, submitted) / "pid").read_text())) == []
 
 
 LAUNCHER = f"""
@@ -135,9 +135,9 @@ def test_signals_to_the_launcher_end_the_worker_and_its_children(tmp_path, how):
 
 
 def test_two_runs_of_one_job_compute_it_once(store):
-    one, found = job("fine"), []
+    submitted, found = job("fine"), []
     threads = [
-        threading.Thread(target=lambda: found.append(launch.run_job(one, LocalStore(store.root)))) for _ in range(2)
+        threading.Thread(target=lambda: found.append(launch.run_job(submitted, LocalStore(store.root)))) for _ in range(2)
     ]
     for thread in threads:
         thread.start()
@@ -161,14 +161,14 @@ def test_failures_survive_serialization_between_processes():
 
 
 def test_a_forced_computation_resumes(store):
-    one = job("kill-once")
+    submitted = job("kill-once")
     with pytest.raises(failures.Killed):
-        launch.run_job(one, store)
-    first = launch.run_job(one, store)
+        launch.run_job(submitted, store)
+    first = launch.run_job(submitted, store)
     with pytest.raises(failures.Killed):  # forced: it starts from scratch
-        launch.run_job(one, store, force=True)
-    assert (work_of(store, one) / "attempts").read_text() == "1"
-    assert launch.run_job(one, store, force=True) == first, "the retry resumes the forced attempt"
+        launch.run_job(submitted, store, force=True)
+    assert (work_of(store, submitted) / "attempts").read_text() == "1"
+    assert launch.run_job(submitted, store, force=True) == first, "the retry resumes the forced attempt"
 
 
 def test_an_error_in_the_progress_callback_does_not_end_the_job(store):
@@ -179,10 +179,10 @@ def test_an_error_in_the_progress_callback_does_not_end_the_job(store):
 
 
 def test_the_time_of_a_run_ends_in_a_failure_that_is_not_retried_and_resumes(store):
-    one = job("stubborn", max_hours=5 / 3600, grace_seconds=1.0)
+    submitted = job("stubborn", max_hours=5 / 3600, grace_seconds=1.0)
     started = time.time()
     with pytest.raises(failures.BudgetSpent) as caught:
-        launch.run_job(one, store)
+        launch.run_job(submitted, store)
     assert isinstance(caught.value, failures.Preempted) and not caught.value.retryable
     assert caught.value.details["saved"] is False
     assert "resumes" in caught.value.next_step and time.time() - started < 60

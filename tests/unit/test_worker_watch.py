@@ -27,23 +27,23 @@ def store(tmp_path):
 
 
 def test_a_worker_without_progress_is_warned_about_with_its_stacks_then_ended_and_retried(store, caplog):
-    one = job("sleep", stall_minutes=0.1)
+    submitted = job("sleep", stall_minutes=0.1)
     with pytest.raises(failures.Stalled) as caught:
-        launch.run_job(one, store)
+        launch.run_job(submitted, store)
     assert caught.value.retryable and "runtime.stall_minutes" in caught.value.next_step
     warning = next(record.getMessage() for record in caplog.records if "no progress" in record.getMessage())
     assert "fake_worker.py" in warning and " in run" in warning, warning
     assert "fake_worker.py" in caught.value.got
-    assert alive_in_group(int((work_of(store, one) / "pid").read_text())) == []
+    assert alive_in_group(int((work_of(store, submitted) / "pid").read_text())) == []
 
 
 def test_a_stopped_worker_is_named_as_such_and_a_retry_resumes(store, caplog):
-    one = job("stop-once", stall_minutes=0.05)
+    submitted = job("stop-once", stall_minutes=0.05)
     with pytest.raises(failures.Stalled, match="no progress") as caught:
-        launch.run_job(one, store)
+        launch.run_job(submitted, store)
     assert "is stopped by a signal (state T)" in caught.value.got and "kill -CONT" in caught.value.got
     assert any("state T" in record.getMessage() for record in caplog.records)
-    assert launch.run_job(one.with_runtime(stall_minutes=None), store)
+    assert launch.run_job(submitted.with_runtime(stall_minutes=None), store)
 
 
 def test_a_suspended_machine_is_not_taken_for_a_stalled_worker(tmp_path):
@@ -62,29 +62,29 @@ def test_signs_of_progress_are_output_processes_processor_time_and_reads():
 
 
 def test_a_log_of_3_gb_is_neither_read_whole_nor_kept(store):
-    one = job("large-log")
+    submitted = job("large-log")
     tracemalloc.start()
     try:
         with pytest.raises(failures.Crashed) as caught:
-            launch.run_job(one, store)
+            launch.run_job(submitted, store)
         assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
     finally:
         tracemalloc.stop()
     assert len(str(caught.value)) < 5000
-    logs = [work_of(store, one) / name for name in ("log.txt", "log-before.txt")]
+    logs = [work_of(store, submitted) / name for name in ("log.txt", "log-before.txt")]
     assert sum(path.stat().st_size for path in logs) < 2 * 64 * 2**20
     assert "the last line" in "".join(path.read_text()[-2000:] for path in logs)
 
 
 def test_what_libraries_and_programs_print_in_a_worker_is_masked_in_its_log(store, monkeypatch):
     monkeypatch.setenv("CANARY", "c4nary-0f-16-token")
-    one = job("leak")
+    submitted = job("leak")
     with pytest.raises(failures.Crashed) as caught:
-        launch.run_job(one, store)
-    text = (work_of(store, one) / "log.txt").read_text()
+        launch.run_job(submitted, store)
+    text = (work_of(store, submitted) / "log.txt").read_text()
     assert "c4nary" not in text and "c4nary" not in str(caught.value)
     assert text.count("https://***@host/data.git") >= 4 and "a program: " in text and "the last line" in text
-    assert not list(work_of(store, one).glob(".*masked"))
+    assert not list(work_of(store, submitted).glob(".*masked"))
 
 
 def test_progress_is_read_line_by_line_whatever_a_worker_writes(tmp_path, monkeypatch):
