@@ -137,7 +137,8 @@ def test_signals_to_the_launcher_end_the_worker_and_its_children(tmp_path, how):
 def test_two_runs_of_one_job_compute_it_once(store):
     submitted, found = job("fine"), []
     threads = [
-        threading.Thread(target=lambda: found.append(launch.run_job(submitted, LocalStore(store.root)))) for _ in range(2)
+        threading.Thread(target=lambda: found.append(launch.run_job(submitted, LocalStore(store.root))))
+        for _ in range(2)
     ]
     for thread in threads:
         thread.start()

@@ -72,9 +72,9 @@ def test_the_same_biases_are_trained_saved_and_exported(tmp_path, bias):
         return LlamaForCausalLM(config)
 
     model = prepare(fresh(), Settings(r=2, targets=["q_proj", "down_proj"], bias=bias), 0)
-    wanted = get_peft_model(fresh(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"], bias=bias))
+    expected = get_peft_model(fresh(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"], bias=bias))
     trainable = {n.removeprefix("base_model.model.").replace("base_layer.", "").replace(".default.weight", "")
-                 for n, p in wanted.named_parameters() if p.requires_grad}  # fmt: skip
+                 for n, p in expected.named_parameters() if p.requires_grad}  # fmt: skip
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trainable
     perturb(model)
     assert state_of(model, bias).keys() == trainable
