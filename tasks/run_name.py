@@ -1,4 +1,4 @@
-"""What Prefect's server shows of a run: a name that equal runs share (recipe, dataset and fingerprint), and parameters."""
+"""The name and parameters that Prefect's server shows for a run. Equal runs have equal names: recipe, dataset, fingerprint."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def read_specs(file: Path, only: list[str] | None = None) -> list[DeploymentSpec
 
 
 def read_notifications(file: Path) -> Notifications:
-    """Read who is notified of what.
+    """Read the notifications.
 
     Raises:
         BadConfig: the section has an unknown key, or a wrong value.

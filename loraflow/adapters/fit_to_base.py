@@ -22,7 +22,7 @@ class FitFigures:
 
 
 def fit(adapter: Adapter, base: BaseShapes) -> tuple[Adapter, FitFigures]:
-    """Convert an adapter for a base whose projections are fused or split; return it with the counts of what was done.
+    """Convert an adapter for a base whose projections are fused or split; return it with the counts of modules.
 
     Raises:
         BadModel: the base has a module neither as it is, nor fused, nor split; or a shape differs.

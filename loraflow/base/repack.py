@@ -56,7 +56,7 @@ def as_phi3(model: PreTrainedModel, bos: int | None, eos: int | None, pad: int |
 
 
 def _obstacles(config: PreTrainedConfig) -> list[str]:
-    """Return what the model has that Phi-3 has not."""
+    """Return the model's features that Phi-3 lacks."""
     rope_type = config.rope_parameters.get("rope_type", "default")
     head_dim = getattr(config, "head_dim", None)
     found = {

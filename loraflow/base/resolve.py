@@ -51,7 +51,7 @@ def locate(base: Base, memo: HashMemo) -> BaseLocation:
 
 
 def require_base(base: Base) -> None:
-    """Check as far as that takes no time and no network that there is such a base model.
+    """Check that the base model exists, as far as that takes no time and no network.
 
     Raises:
         MissingExtra: the bundled model's package is not installed.

@@ -36,7 +36,7 @@ def is_hub_id(model: str) -> bool:
 
 
 def require_base_name(model: str, where: str = _WHERE) -> None:
-    """Check the name of a base as far as that needs no network.
+    """Check the name of a base, without the network.
 
     Args:
         model: what the recipe or the command names.

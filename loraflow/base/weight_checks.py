@@ -25,7 +25,7 @@ BLOCK_VALUES = 2**22  # of a weight, at a time
 
 
 class _LoadReport(TypedDict):
-    """What transformers says of the weights that it loaded."""
+    """What transformers reports about the weights that it loaded."""
 
     missing_keys: set[str]
     unexpected_keys: set[str]
@@ -88,7 +88,7 @@ def check_fits_config(folder: Path) -> None:
 
 
 def _open_without_weights(folder: Path) -> tuple[PreTrainedModel, _LoadReport]:
-    """Open a model on torch's meta device, and return what transformers says of its files' weights.
+    """Open a model on torch's meta device, and return what transformers reports about its files' weights.
 
     Raises:
         BadModel: transformers cannot open it.

@@ -1,4 +1,4 @@
-"""What stops a run because of one source of a mixture, and what is said of each source."""
+"""The limits of a mixture's sources, which stop a run, and a line about each source."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def _counts(
 
 
 def _chosen(name: str, scored: int, count: int, policy: RowPolicy) -> str:
-    """Return how the rows of a set were chosen that were scored; nothing if all were."""
+    """Return how the scored rows of a set were chosen; nothing if all rows were scored."""
     if scored == count:
         return ""
     if policy.deals_rows and name == GATE_SET:
@@ -100,7 +100,7 @@ def _chosen(name: str, scored: int, count: int, policy: RowPolicy) -> str:
 
 
 def check_notes(check: CheckReport) -> list[str]:
-    """Return sentences about what a report of check_dataset says beside its counts."""
+    """Return the notes of a check_dataset report, apart from its counts."""
     notes = source_lines(check)
     if check.unread:
         keys = [f"{key} ({count} rows)" for key, count in check.unread.items()]

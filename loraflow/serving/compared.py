@@ -29,7 +29,7 @@ class _Rules(StoredModel):
     ranges: dict[str, tuple[float, float]] = {}
 
     def joined(self, other: _Rules) -> _Rules:
-        """Return the rules of two runs: what one of them says of a score, or the range that both of its ranges are in."""
+        """Return the rules of two runs. If both give a score a range, return a range that includes both."""
         ranges = self.ranges | other.ranges
         for name in self.ranges.keys() & other.ranges.keys():
             (low, high), (other_low, other_high) = self.ranges[name], other.ranges[name]

@@ -1,4 +1,4 @@
-"""A cache of parts of a stage's result, by the hash of what they are made from. It is beside the artifacts of a store.
+"""A cache of parts of a stage's result, by the hash of their sources. It is beside the artifacts of a store.
 
 An entry begins with the SHA-256 of its key and content. So an entry that is damaged, or was copied over another one, is
 noticed: it is removed and computed again. Cleanup removes entries that nobody read for two weeks.

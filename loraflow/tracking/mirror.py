@@ -77,7 +77,7 @@ def tracking_of_model(store: Store, model: str, uri: str | None = None) -> Track
 
 
 def try_to_sync(store: Store, model: str, tracking: Tracking, record: RunRecord | None = None) -> None:
-    """Send a run and the promotion log, and all that earlier ones left. If that fails, warn and remember it."""
+    """Send a run, the promotion log, and what earlier calls left unsent. If that fails, warn and remember it."""
     if not is_installed():
         if tracking.is_asked_for:
             log.warning("nothing is sent to MLflow: %s", missing_extra().what)
@@ -142,7 +142,7 @@ def sync(store: Store, model: str, tracker: Tracker, records: Iterable[RunRecord
 
 
 def _send(tracker: Tracker, known: dict[str, TrackedRun], content: RunContent) -> bool:
-    """Send a run, unless the server has all of it. One that was interrupted is completed."""
+    """Send a run, unless the server has all of it. Complete an interrupted one."""
     run = known.get(content.run)
     if run is not None and run.is_complete:
         return False
