@@ -1,4 +1,4 @@
-"""The name and parameters that Prefect's server shows for a run. Equal runs have equal names: recipe, dataset, fingerprint."""
+"""The name and parameters of a run on Prefect's server. Equal runs have equal names: recipe, dataset and fingerprint."""
 
 from __future__ import annotations
 

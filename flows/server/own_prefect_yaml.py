@@ -11,7 +11,10 @@ from loraflow.config.project import FILE
 from loraflow.config.yaml import Syntax, load_plain
 from loraflow.flows.server.new_prefect_yaml import quoted, slug
 
-INTRODUCTION = "prefect.yaml   unchanged: it is your own file, without a deployment of loraflow. To start runs from Prefect's UI, {}:"
+INTRODUCTION = (
+    "prefect.yaml   unchanged: it is your own file, without a deployment of loraflow. "
+    "To start runs from Prefect's UI, {}:"
+)
 
 
 def deployment_to_add(folder: Path, recipe: str) -> str | None:
