@@ -1,6 +1,6 @@
 """Train the trials of a sweep in groups (`runtime.trials_together`), each group in one process over one base.
 
-A group only measures: the losses of its trials choose one of them, and the chosen one is trained by itself afterwards.
+A group only measures. The losses of its trials choose a trial, which is trained by itself afterwards.
 A trial that cannot be in a group, or whose group cannot be trained, is left to `run_trials`.
 """
 

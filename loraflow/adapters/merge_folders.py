@@ -84,7 +84,7 @@ def merge(
         max_shard_bytes: the largest size of a file.
         threads: the number of threads of a streamed merge; None is one for each core.
         progress: reports tensors; finished shards survive a kill in its `work` folder.
-        base_digest: digest of the base's artifact, compared with the one that the adapter records.
+        base_digest: digest of the base's artifact, compared with the digest that the adapter records.
         nf4: merge into the base's weights as training saw them.
         trust: run code that comes with the base, to know which of its weights were quantized.
         checked: base and adapter are intact artifacts of resolve_base and train, so they are complete. Checking them takes

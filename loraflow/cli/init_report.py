@@ -86,5 +86,5 @@ def _held_out_line(chats: list[list[Message]], share: float) -> str:
     if len(set(keys)) < 2:
         return "held out: none, because every row has the same prompt; name a file with held-out rows in data.heldout"
     count = sum(in_share(key, share, 0, "heldout") for key in keys)
-    few = "" if count else ", the one that comes first, because the seeded hash takes none of so few"
+    few = "" if count else ", because the seeded hash takes none of so few rows"
     return f"held out: {count or 1} of {len(chats)} rows{few}"

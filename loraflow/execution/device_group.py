@@ -90,7 +90,7 @@ def _watched_by_ranks() -> Iterator[None]:
 
 
 def _launch(file: JobFile, job_path: Path) -> dict[int, int]:
-    """Run this node's ranks to their end; return the exit codes by rank if one of them failed, and nothing otherwise.
+    """Run this node's ranks to their end; return the exit codes by rank if a rank failed, and nothing otherwise.
 
     Raises:
         Network: the nodes did not meet.

@@ -345,7 +345,7 @@ def base_report(workspace: Workspace) -> list[str]:
     if config is None or recipe.base.trust_remote_code:
         return []
     refuse_unusable_folder(config.parent, trust=False, known_to_transformers=True)
-    # Before the base is repacked, it has other modules than the ones that are trained.
+    # Before the base is repacked, it has other modules than training sees.
     if recipe.base.repack and look_up(workspace.store, workspace.job(RESOLVE_BASE, {})).ref is None:
         return []
     from loraflow.training.preview import preview

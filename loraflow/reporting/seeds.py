@@ -13,7 +13,7 @@ def seed_lines(found: Sequence[SeedScores]) -> Iterator[str]:
         return
     seeds = [*found[0].values]
     yield from ("## Scores by training seed", "")
-    yield f"The gate compares the means. The model of seed {seeds[0]} is the one that is registered."
+    yield f"The gate compares the means. The model of seed {seeds[0]} is registered."
     yield from ("", f"| metric | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | standard deviation |")
     yield "|---|" + "---:|" * (len(seeds) + 2)
     for scores in found:
