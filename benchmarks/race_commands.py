@@ -20,7 +20,7 @@ from loraflow.cli.registry import promote, registry, rollback
 from loraflow.cli.store import gc
 from loraflow.cli.upgrade import upgrade
 from loraflow.registry import PromotionLog
-from loraflow.registry.deals import DealRecord, Wanted
+from loraflow.registry.deals import DealRecord, DealRequest
 from loraflow.registry.looks import LookRecord
 from loraflow.registry.reserve import ReserveRow
 from loraflow.registry.signature import KEY
@@ -143,7 +143,7 @@ def take_deal(number: int) -> Actor:
     def act(place: Place, _: random.Random) -> None:
         looks, deals = LookRecord(place.store, MODEL), DealRecord(place.store, MODEL)
         rows = [ReserveRow(f"row {row}") for row in range(40)]
-        wanted = Wanted(reserve=30, max_rows=None, seed=0)
+        wanted = DealRequest(reserve=30, max_rows=None, seed=0)
         dealt = deals.take(f"{number:064x}", rows, looks.scored_keys, wanted, actor="me")
         (place.folder / f"dealt-{number}.json").write_text(json.dumps(sorted(dealt.keys)))
         looks.take(

@@ -1,6 +1,6 @@
 """Read general rows before the training, and score models on them: what a model has forgotten (`evaluation.general`).
 
-With `gate.seeds`, only the model of the recipe's own seed is scored, because it is the one that would be registered.
+With `gate.seeds`, only the model of the recipe's own seed is scored, because only that model can be registered.
 """
 
 from __future__ import annotations

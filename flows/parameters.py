@@ -46,7 +46,7 @@ class StageChoice:
         return core_schema.literal_schema(list(STAGES))
 
 
-class FreeForm:
+class AnyObject:
     """Show an object as a JSON editor; the schema of JsonValue itself would show no field at all."""
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -54,7 +54,7 @@ class FreeForm:
         return {"type": "object", "additionalProperties": True}
 
 
-class MayBeEmpty:
+class OptionalField:
     """Show an optional field as one box; `X | None` would be shown as two tabs."""
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -72,8 +72,8 @@ class DecimalText:
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Return the schema of a number above 0 and at most 1, written as a decimal or with an exponent.
 
-        The server answers a wrong text with the schema's own words: for a `pattern` with the regular expression, for a
-        `const` with "'a number above 0 …' was expected". Pydantic refuses that sentence itself.
+        For a wrong text, the server's answer quotes the schema. A `pattern` would show the regular expression, a `const`
+        shows "'a number above 0 …' was expected". Pydantic refuses a person who enters that sentence.
         """
         pattern = r"^(?![0.,]*$)(0?[.,]\d+|[1-9]([.,]\d+)?[eE]-0?[1-9]\d?|1([.,]0*)?)$"
         return {"type": "string", "if": {"pattern": pattern}, "else": {"const": DECIMAL}}
@@ -94,7 +94,7 @@ def _as_text(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-def _with_a_point(value: object) -> object:
+def _decimal_point(value: object) -> object:
     """Read a decimal comma as a point. No value of the form is above 1, so a comma never separates thousands."""
     return value.replace(",", ".") if isinstance(value, str) and value.count(",") == 1 and "." not in value else value
 
@@ -102,13 +102,13 @@ def _with_a_point(value: object) -> object:
 RecipeName = Annotated[str, BeforeValidator(_as_text), RecipeChoice()]
 StageName = Annotated[str, StageChoice()]
 NO_STAGES: list[StageName] = []
-JsonObject = Annotated[dict[str, JsonValue], FreeForm()]
+JsonObject = Annotated[dict[str, JsonValue], AnyObject()]
 Settings = JsonObject  # {dotted key of the recipe: value}
 NO_SETTINGS: Settings = {}
-OptionalInt = Annotated[int | None, MayBeEmpty()]
-OptionalText = Annotated[str | None, MayBeEmpty()]
-OptionalDecimal = Annotated[float | None, BeforeValidator(_with_a_point), DecimalText()]
-OptionalLossOn = Annotated[Literal["assistant", "last_assistant", "all"] | None, MayBeEmpty()]
+OptionalInt = Annotated[int | None, OptionalField()]
+OptionalText = Annotated[str | None, OptionalField()]
+OptionalDecimal = Annotated[float | None, BeforeValidator(_decimal_point), DecimalText()]
+OptionalLossOn = Annotated[Literal["assistant", "last_assistant", "all"] | None, OptionalField()]
 
 
 class Overrides(BaseModel):

@@ -1,7 +1,7 @@
 """Train, merge, verify and score the models of the further seeds of `gate.seeds`.
 
 They share every stage before the training with the model of the recipe's own seed. Each stage is an artifact of its own, so
-a run that was interrupted goes on with the seed where it stopped.
+an interrupted run continues with the seed where it stopped.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from loraflow.execution.parent_death import end_with_parent
 from loraflow.failures import Failure, from_os_error
 from loraflow.flows.parameters import JsonObject
 from loraflow.store import require_intact
-from loraflow.tasks.placement import accept, failure_message
+from loraflow.tasks.placement import accept_job, failure_message
 from loraflow.tasks.run_here import run_here
 
 
@@ -28,7 +28,7 @@ def stage(job: JsonObject, store: str, label: str, force: bool = False) -> State
     protect_output()
     end_with_parent()
     try:
-        accepted, artifacts = accept(job, store)
+        accepted, artifacts = accept_job(job, store)
         with artifacts.reader_lock():
             for ref in accepted.inputs.values():
                 require_intact(artifacts, ref)

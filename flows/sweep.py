@@ -23,7 +23,7 @@ from loraflow.stages import TRAIN
 from loraflow.tasks.approval import refuse_without_deployment
 from loraflow.tasks.run import Run, open_run
 from loraflow.tasks.run_name import mask_parameters
-from loraflow.tasks.trial_groups import group_labels, note_alone
+from loraflow.tasks.trial_groups import group_labels, note_loss_alone
 from loraflow.tasks.trials import refuse_if_all_failed, run_trials, validation_loss
 
 NO_GRID: JsonObject = {}
@@ -64,7 +64,7 @@ def sweep(
                 label = refuse_if_all_failed(run.sweep)
                 chosen = next(trial for trial in trials if trial.label == label)
                 result = _finish(run, chosen, trials)
-                run.sweep = note_alone(run.sweep, validation_loss(run, result.adapter))
+                run.sweep = note_loss_alone(run.sweep, validation_loss(run, result.adapter))
                 registration = decide_and_register(run, result, approval)
         return publish_and_report(run, result, registration).model_dump(mode="json")
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
 
 MASK = "***"
-MIN_LENGTH = 8  # of a secret that is searched for by itself; a shorter one would mask ordinary words
+MIN_LENGTH = 8  # characters of a secret that is searched for by itself; a shorter one would mask ordinary words
 
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*://"
 # Up to the last @ before a slash: a password may contain an @.
@@ -50,7 +50,7 @@ _SECRET_NAME = re.compile(
 _NAMES_A_PLACE = re.compile(r"(?:FILE|PATH|DIR|CREDENTIALS|URL|URI)$", re.IGNORECASE)
 
 _hidden: dict[str, str] = {}  # masked URL: the URL
-_secrets: set[str] = set()  # of the hidden URLs
+_secrets: set[str] = set()  # the credentials of the hidden URLs
 
 
 def mask(text: str) -> str:

@@ -244,7 +244,9 @@ def mask_errors() -> Iterator[None]:
         text = f"{type(error).__name__}: {error}"
         if mask(text) == text:
             raise
-        raise Crashed("An unexpected error occurred.", got=text[:2000]) from None
+        raise Crashed(
+            "An unexpected error occurred.", got=text[:2000], next_step="this is probably a bug in loraflow: report it"
+        ) from None
 
 
 def failure_names() -> list[str]:
@@ -271,7 +273,7 @@ def from_os_error(error: OSError, where: str) -> Failure | None:
     number, place = error.errno, error.filename if isinstance(error.filename, str) and error.filename else where
     got = error.strerror or type(error).__name__
     if number in _NO_SPACE:
-        target = error.filename2  # of a copy, link or rename: what is full is the disk that is written to
+        target = error.filename2  # the target of a copy, link or rename: its disk is the one that is full
         return disk_full(target if isinstance(target, str) and target else place, number)
     if number in (errno.EACCES, errno.EPERM) and place != where and not place.startswith(where):
         return Failure("A file cannot be read or written.", where=place, got=got, next_step="correct its permissions")

@@ -251,5 +251,9 @@ def check_names(names: Iterable[str], where: str) -> None:
     unknown = [name for name in names if name not in STAGES]
     if unknown:
         raise BadConfig(
-            "There is no such stage.", where=where, expected=f"one of {', '.join(STAGES)}", got=", ".join(unknown)
+            "There is no such stage.",
+            where=where,
+            expected=f"one of {', '.join(STAGES)}",
+            got=", ".join(unknown),
+            next_step="correct the name",
         )

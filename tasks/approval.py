@@ -13,7 +13,7 @@ from loraflow.evaluation.values import Decision
 from loraflow.execution.results import PipelineResult
 from loraflow.failures import BadConfig
 from loraflow.reporting.markdown import approval_request
-from loraflow.tasks.gate import remember
+from loraflow.tasks.gate import record_decision
 from loraflow.tasks.run import Run
 from loraflow.tasks.run_record import model_scores
 
@@ -61,6 +61,6 @@ def ask_for_approval(run: Run, result: PipelineResult, decision: Decision) -> De
     if answer.promote:
         return decision.with_reason(f"approved by hand{words}")
     declined = decision.overruled("reject", f"declined by hand{words}")
-    remember(workspace, result, declined)
+    record_decision(workspace, result, declined)
     log.warning("not promoted: %s", declined.reasons[0])
     return declined

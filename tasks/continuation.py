@@ -1,4 +1,4 @@
-"""A deployed run whose time is over, or whose machine is taken away, goes on in another run of its deployment.
+"""A deployed run whose time is over, or whose machine is taken away, continues in another run of its deployment.
 
 Prefect cancels a run with SIGTERM, the signal that also announces the end of a machine. What tells them apart is the run's
 state on the server: a run that is cancelled is Cancelling before its process gets the signal.
@@ -20,8 +20,8 @@ from loraflow.failures import BudgetSpent
 log = logging.getLogger("loraflow")
 
 
-def go_on_in_another_run(spent: BudgetSpent, computed: Sequence[str]) -> None:
-    """Schedule the run that goes on, and name it in the failure that ends this one.
+def schedule_continuation(spent: BudgetSpent, computed: Sequence[str]) -> None:
+    """Schedule the run that continues, and name it in the failure that ends this one.
 
     A run that neither finished a stage nor saved anything is not followed by another, so a stage that never gets to its
     first checkpoint within the time does not run for ever.
@@ -41,12 +41,12 @@ def go_on_in_another_run(spent: BudgetSpent, computed: Sequence[str]) -> None:
     except Exception as error:  # the server is gone or refuses: the run ends as it would have ended
         log.warning("no other run was scheduled: %s", mask(str(error)))
         return
-    spent.next_step = f"nothing: the run {name} of the same deployment goes on from the last checkpoint"
+    spent.next_step = f"nothing: the run {name} of the same deployment continues from the last checkpoint"
     log.warning("this run reached its time limit; the run %s continues it", name)
 
 
-def go_on_after_signal(computed: Sequence[str]) -> None:
-    """Schedule the run that goes on after SIGTERM, unless this run is being cancelled (runtime.preemptible).
+def schedule_continuation_after_signal(computed: Sequence[str]) -> None:
+    """Schedule the run that continues after SIGTERM, unless this run is being cancelled (runtime.preemptible).
 
     Args:
         computed: stages that this run finished.

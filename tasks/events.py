@@ -20,7 +20,7 @@ DATASET = "loraflow.dataset.updated"
 CHAMPION = "loraflow.champion.promoted"
 REJECTED = "loraflow.challenger.rejected"
 RUN_WAITING = "loraflow.run.waits"
-PROJECT_LABEL = "loraflow.project"  # of the resource of a decision: several projects may share a server
+PROJECT_LABEL = "loraflow.project"  # label of a decision's resource: several projects may share a server
 
 
 def announce_waiting(run_id: str) -> None:
@@ -35,7 +35,7 @@ def announce_waiting(run_id: str) -> None:
 def announce_decision(model: str, registration: Registration) -> None:
     """Emit an event for a promotion, or for a rejection. Its resource names the project (see `served_project`).
 
-    A `prefect.yaml` that cannot be read is a warning: the promotion is in the log already, so the run goes on.
+    A `prefect.yaml` that cannot be read is a warning: the promotion is in the log already, so the run continues.
     """
     decision, entry = registration.decision, registration.entry
     resource = {"prefect.resource.id": f"loraflow.model.{model}", "prefect.resource.name": model}

@@ -66,11 +66,11 @@ def _decided_before(workspace: Workspace, merged: str, protocol: str) -> Decisio
     stored = workspace.log.read_decision(workspace.seen_head, merged, protocol)
     try:
         return Decision.from_dict(stored) if stored is not None else None
-    except ValidationError:  # of another version: the models are compared again, in the same look
+    except ValidationError:  # written by another version: the models are compared again, in the same look
         return None
 
 
-def remember(workspace: Workspace, result: PipelineResult, decision: Decision) -> None:
+def record_decision(workspace: Workspace, result: PipelineResult, decision: Decision) -> None:
     """Record a person's decision in place of the gate's, so that a rerun finds it."""
     protocol = _protocol(workspace, result)
     workspace.log.write_decision(workspace.seen_head, result.merged.digest, protocol, decision.to_dict())
@@ -131,7 +131,7 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
 
     rules = workspace.recipe.gate
     _require_one_protocol(workspace, result)
-    own = _heldout_scores(workspace, result.tuned_scores)  # of the model that would be registered
+    own = _heldout_scores(workspace, result.tuned_scores)  # the scores of the model that would be registered
     ours = _mean_over_seeds(workspace, result, own)
     others = {"base": _heldout_scores(workspace, result.base_scores)}
     if result.champion_scores is not None:

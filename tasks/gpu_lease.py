@@ -41,7 +41,7 @@ def create_limit(client: SyncPrefectClient) -> bool:
         return True
 
 
-def _say_if_it_waits(client: SyncPrefectClient) -> None:
+def _log_waiting(client: SyncPrefectClient) -> None:
     """Log that the limit has no free slot: Prefect waits without a word, for ever if a person has set the limit to 0."""
     limit = client.read_global_concurrency_limit_by_name(limit_name())
     if not limit.active or limit.active_slots < limit.limit:
@@ -70,7 +70,7 @@ def gpu_lease(job: Job[StageConfig]) -> Iterator[None]:
     elif get_current_settings().api.url:
         with get_client(sync_client=True) as client:
             create_limit(client)
-            _say_if_it_waits(client)
+            _log_waiting(client)
         # Without the last argument, a server that is slow to renew the lease would end the training.
         with concurrency(limit_name(), occupy=1, strict=True, raise_on_lease_renewal_failure=False):
             yield

@@ -80,15 +80,15 @@ def _is_own_queue(deployment: DeploymentResponse) -> bool:
 
 def _watch(client: SyncPrefectClient, run: FlowRun, pool: str | None, label: str) -> FlowRun:
     """Wait for a sub-run's end. Once a sub-run waits longer than `PATIENCE`, say what it waits for."""
-    waiting_since, shown, said = time.monotonic(), None, False
+    waiting_since, logged_state, is_reported = time.monotonic(), None, False
     while True:
         run = client.read_flow_run(run.id)
         assert run.state is not None
         if run.state.is_final():
             return run
-        if run.state.name != shown:
+        if run.state.name != logged_state:
             log.info("%s: %s", label, run.state.name)
-            shown = run.state.name
+            logged_state = run.state.name
         if run.state.is_running():
             waiting_since = time.monotonic()
         elif time.monotonic() - waiting_since > PATIENCE:
@@ -99,13 +99,13 @@ def _watch(client: SyncPrefectClient, run: FlowRun, pool: str | None, label: str
                     got="no worker is online",
                     next_step=f"prefect worker start --pool {pool}" if pool else "start the process that serves it",
                 )
-            if not said:
-                log.warning("%s has waited for %.0f s: %s", label, PATIENCE, _what_it_waits_for(client, run, pool))
-                said = True
+            if not is_reported:
+                log.warning("%s has waited for %.0f s: %s", label, PATIENCE, _waiting_reason(client, run, pool))
+                is_reported = True
         time.sleep(POLL)
 
 
-def _what_it_waits_for(client: SyncPrefectClient, run: FlowRun, pool: str | None) -> str:
+def _waiting_reason(client: SyncPrefectClient, run: FlowRun, pool: str | None) -> str:
     """Return a sentence on why workers are online but have not started a sub-run."""
     if pool is None:
         return "the process that serves its deployment is busy"
@@ -165,7 +165,7 @@ def _raise_failure(run: FlowRun, label: str, name: str) -> None:
 # -- on the worker that runs the stage ------------------------------------------------------------------------------
 
 
-def accept(job: dict[str, JsonValue], store: str) -> tuple[Job[StageConfig], Store]:
+def accept_job(job: dict[str, JsonValue], store: str) -> tuple[Job[StageConfig], Store]:
     """Check that this worker has the same code and store as the run, and return the job and the store.
 
     Raises:

@@ -43,7 +43,7 @@ def publish(run: Run, result: PipelineResult) -> Publication | None:
     if earlier is not None:
         return earlier
     try:
-        if rules.what == "merged":  # of the adapter, `publish` requires the same
+        if rules.what == "merged":  # `publish` itself requires an intact adapter
             require_intact(store, result.merged, workspace.memo)
         publication = hub.publish(store, model, rules.repo, what=rules.what, private=rules.private)
         log.info("published: %s", publication.url)

@@ -31,7 +31,7 @@ from loraflow.registry.runs import RunSummary, StageRun
 from loraflow.registry.sweeps import SweepRecord
 from loraflow.stages import Stage, check_names
 from loraflow.store import Ref, require_intact
-from loraflow.tasks.continuation import go_on_after_signal, go_on_in_another_run
+from loraflow.tasks.continuation import schedule_continuation, schedule_continuation_after_signal
 from loraflow.tasks.events import announce_waiting
 from loraflow.tasks.failure_log import shorten_failures
 from loraflow.tasks.placement import run_on_pool
@@ -65,25 +65,27 @@ class Run:
         self.stages: dict[str, StageRun] = {}  # by label
         self.started = time.time()
         self.summary: RunSummary | None = None
-        self.sweep: SweepRecord | None = None  # the trials, in a run that chose among several
+        self.sweep: SweepRecord | None = None  # the trials, in a sweep
         self.recompute: set[str] = set()  # fingerprints whose artifacts lack something that this run needs
-        self.drift: DataDrift | None = None  # of the training rows since the champion; a retraining measures it
-        self.is_deployed = False  # it was started by a deployment; set once, because Prefect asks the server each time
+        self.drift: DataDrift | None = (
+            None  # how the training rows changed since the champion; only retrain measures it
+        )
+        self.is_deployed = False  # whether a deployment started it; set once, because Prefect asks the server each time
         self._forced: set[str] = set()  # fingerprints that --force has recomputed
-        self._verified_digests: set[str] = set()  # of artifacts that were hashed, or written, in this run
+        self._verified_digests: set[str] = set()  # artifacts that this run hashed or wrote
 
     def find_or_run(self, stage: Stage, label: str = "", seed: int | None = None, /, **inputs: Ref) -> StageResult:
         """Find a stage's artifact in the store, or run the stage. Call it inside the stage's task.
 
         Args:
-            stage: to find or run.
-            label: its name in this run, if it runs several times.
-            seed: of the training, if it is not the recipe's own.
-            **inputs: of the stage.
+            stage: the stage.
+            label: the stage's name in this run, if it runs several times.
+            seed: the training seed, if it is not the recipe's own.
+            **inputs: the stage's input artifacts.
 
         Raises:
             CorruptArtifact: an input is damaged; it is quarantined by now.
-            Failure: the stage's own.
+            Failure: the stage failed.
         """
         label, store, started = label or stage.name, self.workspace.store, time.monotonic()
         job = self.workspace.job(stage, inputs, seed)
@@ -151,7 +153,7 @@ def open_run(
         end_with_parent()
         log.setLevel(logging.INFO)
     mask_parameters({"recipe": recipe, **overrides})
-    recipe_file = _despite_parsing_threads(lambda: read_recipe(recipe, overrides))
+    recipe_file = _retry_system_error(lambda: read_recipe(recipe, overrides))
     run = Run(Workspace(recipe_file.recipe), recipe_file, force)
     run.is_deployed = is_deployed
     store = run.workspace.store
@@ -165,17 +167,17 @@ def open_run(
             if run.workspace.recipe.data.add:
                 _add_data(run.workspace)
             if rename:
-                _despite_parsing_threads(lambda: show_name(run.workspace))
+                _retry_system_error(lambda: show_name(run.workspace))
             yield run
         except BudgetSpent as caught:
             error = caught
             if is_deployed:
-                go_on_in_another_run(caught, run.computed)
+                schedule_continuation(caught, run.computed)
             raise
         except TerminationSignal as caught:
             error = caught
             if is_deployed and run.workspace.recipe.runtime.preemptible:
-                go_on_after_signal(run.computed)
+                schedule_continuation_after_signal(run.computed)
             raise
         except OSError as caught:
             error = caught
@@ -193,7 +195,7 @@ def open_run(
 T = TypeVar("T")
 
 
-def _despite_parsing_threads(step: Callable[[], T]) -> T:
+def _retry_system_error(step: Callable[[], T]) -> T:
     """Do a step that is in no task, and once more on the SystemError that `is_retryable` retries in tasks."""
     try:
         return step()
@@ -218,9 +220,9 @@ def _clean_up(workspace: Workspace) -> None:
         keep = bounds.keep if seeds == 1 else max(bounds.keep, seeds + 1)  # else the next run would merge them again
         for path, size, why in remove_unused(workspace.store, keep=keep, keep_champions=bounds.keep_champions):
             log.info("removed %s (%.0f MiB, %s)", path.parent.name[:12], size / 2**20, why)
-    except DamagedLog as failure:  # of another model: the store grows until a person resolves it
+    except DamagedLog as failure:  # another model's log is damaged: the store grows until a person resolves it
         log.warning("the store was not cleaned up: %s", failure)
-    except (Failure, OSError) as error:  # the run is done; `loraflow gc` shows what is in the way
+    except (Failure, OSError) as error:  # the run is done; `loraflow gc` shows what prevents it
         log.debug("the store was not cleaned up: %s", error)
 
 

@@ -1,4 +1,4 @@
-"""What Prefect's server shows of a run: a name that equal runs share (recipe, dataset and fingerprint), and parameters."""
+"""The name and parameters of a run on Prefect's server. Equal runs have equal names: recipe, dataset and fingerprint."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def _seed_scores(run: Run, result: PipelineResult) -> list[SeedScores]:
     from loraflow.evaluation.seeds import seed_scores
 
     refs = {run.workspace.recipe.training_config.seed: result.tuned_scores}
-    refs |= {one.seed: one.scores for one in result.further_seeds}
+    refs |= {further.seed: further.scores for further in result.further_seeds}
     return seed_scores({seed: evaluation_report(run, ref).metrics.get(GATE_SET, {}) for seed, ref in refs.items()})
 
 

@@ -1,4 +1,4 @@
-"""The failures that a trial of a sweep may have by itself: the sweep goes on with the other trials."""
+"""The failures that a trial of a sweep may have by itself: the sweep continues with the other trials."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Train the trials of a sweep in groups (`runtime.trials_together`), each group in one process over one base.
 
-A group only measures: the losses of its trials choose one of them, and the chosen one is trained by itself afterwards.
+A group only measures. The losses of its trials choose a trial, which is trained by itself afterwards.
 A trial that cannot be in a group, or whose group cannot be trained, is left to `run_trials`.
 """
 
@@ -28,12 +28,12 @@ def run_groups(run: Run, trials: Sequence[Trial], inputs: Mapping[str, Mapping[s
     Trials that were in a group of an earlier sweep are not trained again, also if this sweep would make other groups.
 
     Args:
-        run: of the sweep.
-        trials: of it.
-        inputs: what each trial trains on, by label.
+        run: the sweep's run.
+        trials: all trials of the sweep.
+        inputs: {label: what the trial trains on}.
 
     Raises:
-        Failure: that of a group, if it would end the trials' own trainings as well, such as a full disk.
+        Failure: a group failed for a reason that would also end the trials' own trainings, such as a full disk.
     """
     division = divide(trials, inputs)
     known, groups = division.known, division.groups
@@ -61,7 +61,7 @@ def group_labels(stages: Iterable[str]) -> set[str]:
     return {label for label in stages if label.startswith(f"{TRAIN_GROUP} ")}
 
 
-def note_alone(record: SweepRecord, alone: float | None) -> SweepRecord:
+def note_loss_alone(record: SweepRecord, alone: float | None) -> SweepRecord:
     """Return a sweep's record with the validation loss of the chosen trial alone, if it was chosen by that in a group."""
     chosen = next(trial for trial in record.trials if trial.label == record.chosen)
     if chosen.group_number is None or alone is None or chosen.loss is None:

@@ -139,7 +139,7 @@ def _run_trial(run: Run, trial: Trial, inputs: TrialInputs) -> TrialRecord:
     except BadPlacement:  # no trial would find a worker
         raise
     except OF_THE_TRIAL as failure:
-        log.warning("%s failed; the sweep goes on. %s", trial.label, failure)
+        log.warning("%s failed; the sweep continues. %s", trial.label, failure)
         return record(state="failed", problem=f"{type(failure).__name__}: {failure.what}")
     stage = run.stages[trial.label]
     return record(

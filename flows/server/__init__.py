@@ -6,7 +6,7 @@
   earlier `loraflow up` left unfinished.
 - a deployment's pull step: `project`.
 
-No process may outlive the one that started it, even if that is killed by SIGKILL:
+No process may outlive its parent, even if the parent is killed by SIGKILL:
 
 - `prefect_process` wraps the server and workers of `loraflow up`. They end with `loraflow up`. `sqlite_writes` lets the
   transactions of that server, and of a temporary one, wait in turn.

@@ -54,7 +54,7 @@ class NotificationBlock:
 
 @dataclass(frozen=True)
 class Project:
-    """What notifications are about: one project of the server."""
+    """A project of the server, which notifications are about."""
 
     name: str
     retrains: tuple[str, ...]  # names of its deployments of the flow `retrain`
@@ -113,7 +113,7 @@ def _end_silent_runs(
     tag: str | None = None,
     state: StateType = StateType.CRASHED,
 ) -> AutomationCore:
-    """Return an automation that ends a run, of a deployment with this tag, if nothing follows an event in time."""
+    """Return an automation that ends runs of deployments with this tag, if no event follows in time."""
     tagged = {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{tag}"} if tag else {}
     return AutomationCore(
         name=f"loraflow: {title}",
@@ -199,6 +199,7 @@ def _find_blocks(client: SyncPrefectClient, names: list[str]) -> Iterator[Notifi
                 "A block is named by type and name.",
                 where=f"notifications.blocks: {name}",
                 expected="slack-webhook/NAME, webhook/NAME, custom-webhook/NAME or sendgrid-email/NAME",
+                next_step="correct the name in prefect.yaml; the UI lists the blocks under Blocks",
             )
         try:
             block = client.read_block_document_by_name(block_name, block_type)

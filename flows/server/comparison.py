@@ -12,9 +12,9 @@ from pydantic import JsonValue
 NOT_COMPARED = {"id", "enabled", "owner_resource", "created", "updated"}
 
 
-def changed_fields(wanted: DeploymentUpdate, existing: DeploymentResponse) -> list[str]:
+def changed_fields(desired: DeploymentUpdate, existing: DeploymentResponse) -> list[str]:
     """Return the names of the fields in which a deployment differs, schedules apart."""
-    fields = wanted.model_dump(mode="json", exclude_unset=True)
+    fields = desired.model_dump(mode="json", exclude_unset=True)
     found = existing.model_dump(mode="json", exclude_none=True, include={"concurrency_options"})
     found |= existing.model_dump(mode="json", include=fields.keys() - {"concurrency_options", "concurrency_limit"})
     # The server answers with the limit as an object of its own.
@@ -23,23 +23,23 @@ def changed_fields(wanted: DeploymentUpdate, existing: DeploymentResponse) -> li
     return sorted(name for name, value in fields.items() if value != found.get(name))
 
 
-def same_schedule(wanted: DeploymentScheduleCreate, existing: DeploymentSchedule) -> bool:
+def same_schedule(desired: DeploymentScheduleCreate, existing: DeploymentSchedule) -> bool:
     """Tell whether two schedules start the same runs. Whether one is paused does not matter."""
-    return (wanted.schedule, wanted.parameters) == (existing.schedule, existing.parameters)
+    return (desired.schedule, desired.parameters) == (existing.schedule, existing.parameters)
 
 
-def same_automation(wanted: AutomationCore, existing: AutomationCore) -> bool:
+def same_automation(desired: AutomationCore, existing: AutomationCore) -> bool:
     """Tell whether two automations do the same. Whether one is disabled does not matter."""
-    wanted_fields, existing_fields = (
-        automation.model_dump(mode="json", exclude=NOT_COMPARED) for automation in (wanted, existing)
+    desired_fields, existing_fields = (
+        automation.model_dump(mode="json", exclude=NOT_COMPARED) for automation in (desired, existing)
     )
-    return same_automation_fields(wanted_fields, existing_fields)
+    return same_automation_fields(desired_fields, existing_fields)
 
 
-def same_automation_fields(wanted: dict[str, JsonValue], existing: dict[str, JsonValue]) -> bool:
+def same_automation_fields(desired: dict[str, JsonValue], existing: dict[str, JsonValue]) -> bool:
     """Tell whether two automations, as JSON, do the same. The ids in their triggers are ignored."""
-    wanted_trigger, existing_trigger = (_comparable_trigger(fields["trigger"]) for fields in (wanted, existing))
-    return {**wanted, "trigger": wanted_trigger} == {**existing, "trigger": existing_trigger}
+    desired_trigger, existing_trigger = (_comparable_trigger(fields["trigger"]) for fields in (desired, existing))
+    return {**desired, "trigger": desired_trigger} == {**existing, "trigger": existing_trigger}
 
 
 def _comparable_trigger(part: JsonValue) -> JsonValue:

@@ -68,7 +68,7 @@ def require_server() -> None:
 
 
 def require_server_for_run() -> None:
-    """Check the configured server before a run. All that can be wrong is the command's environment, so it is BadConfig.
+    """Check the configured server before a run. Any fault is in the command's environment, so each failure is BadConfig.
 
     Raises:
         BadConfig: the server cannot be used.

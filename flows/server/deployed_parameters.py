@@ -26,7 +26,9 @@ HYDRATED = "__prefect_kind"  # marks a value that the server computes when a run
 
 
 def check_parameters(spec: DeploymentSpec, flow: Flow[..., Any], where: str) -> None:
-    """Check that every set of parameters fits the flow, as the server checks a run; schema enforcement off: only names.
+    """Check that every set of parameters fits the flow, as the server checks a run.
+
+    Without schema enforcement, only the names are checked.
 
     Raises:
         BadConfig: a parameter is unknown, or its value does not fit.

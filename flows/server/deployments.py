@@ -138,10 +138,12 @@ class Deployer:
 
         Automations that a person made in the UI stay.
         """
-        wanted = [automation_of(trigger, number, name, deployment_id) for number, trigger in enumerate(triggers, 1)]
-        for automation in wanted:
+        automations = [
+            automation_of(trigger, number, name, deployment_id) for number, trigger in enumerate(triggers, 1)
+        ]
+        for automation in automations:
             self._deploy_automation(automation, self._find_trigger(automation.name, deployment_id))
-        names = {automation.name for automation in wanted}
+        names = {automation.name for automation in automations}
         for found in self.client.read_resource_related_automations(f"prefect.deployment.{deployment_id}"):
             if is_trigger_of(found, deployment_id) and found.name not in names:
                 self.client.delete_automation(found.id)
@@ -163,7 +165,7 @@ class Deployer:
 
     def _starts_deleted_deployments(self, automation: Automation) -> bool:
         ids = {getattr(action, "deployment_id", None) for action in automation.actions}
-        return bool(ids) and all(isinstance(one, UUID) and not self._exists(one) for one in ids)
+        return bool(ids) and all(isinstance(key, UUID) and not self._exists(key) for key in ids)
 
     def _exists(self, deployment_id: UUID) -> bool:
         try:
@@ -265,38 +267,38 @@ class Deployer:
             yield from page
             offset += len(page)
 
-    def deploy_automation(self, wanted: AutomationCore) -> None:
+    def deploy_automation(self, automation: AutomationCore) -> None:
         """Create an automation, or update it. It stays enabled or disabled as a person left it in the UI."""
-        self._deploy_automation(wanted)
+        self._deploy_automation(automation)
 
-    def _deploy_automation(self, wanted: AutomationCore, found: list[Automation] | None = None) -> None:
+    def _deploy_automation(self, automation: AutomationCore, found: list[Automation] | None = None) -> None:
         """Create or update an automation: `found`, or by default the one of its name."""
         if found is None:
-            found = self.client.read_automations_by_name(wanted.name)
+            found = self.client.read_automations_by_name(automation.name)
         if not found:
-            self.client.create_automation(self._as_before_projects(wanted))
-            self.changes.append(f"automation {wanted.name!r} created")
+            self.client.create_automation(self._as_before_projects(automation))
+            self.changes.append(f"automation {automation.name!r} created")
             return
         existing = found[0]
-        if not same_automation(wanted, existing):
+        if not same_automation(automation, existing):
             # Not update_automation: it omits the actions' types, and sends an owner, which the server refuses.
-            body = wanted.model_dump(mode="json", exclude={"owner_resource"}) | {"enabled": existing.enabled}
+            body = automation.model_dump(mode="json", exclude={"owner_resource"}) | {"enabled": existing.enabled}
             self.client.request("PUT", "/automations/{id}", path_params={"id": existing.id}, json=body)
-            self.changes.append(f"automation {wanted.name!r} updated")
+            self.changes.append(f"automation {automation.name!r} updated")
 
-    def _as_before_projects(self, wanted: AutomationCore) -> AutomationCore:
+    def _as_before_projects(self, automation: AutomationCore) -> AutomationCore:
         """Warn if an earlier version's automation of the same kind exists: it reports on all projects of the server.
 
         It is not removed, because another project may rely on it. If somebody disabled it, the new one is disabled too.
         """
-        parts = wanted.name.split(": ")
+        parts = automation.name.split(": ")
         earlier = f"{parts[0]}: {parts[-1]}"
         old = self.client.read_automations_by_name(earlier) if len(parts) > 2 and "→" in earlier else []
         if not old:
-            return wanted
+            return automation
         log.warning(
             "the automation %r of an earlier version reports on all projects; delete it in the UI when each project has "
             "been deployed again",
             earlier,
         )
-        return wanted.model_copy(update={"enabled": old[0].enabled})
+        return automation.model_copy(update={"enabled": old[0].enabled})

@@ -12,7 +12,8 @@ from loraflow.config.yaml import Syntax, load_plain
 from loraflow.flows.server.new_prefect_yaml import quoted, slug
 
 INTRODUCTION = (
-    "prefect.yaml   yours, left as it is: it has no deployment of loraflow. To start runs from Prefect's UI, {}:"
+    "prefect.yaml   unchanged: it is your own file, without a deployment of loraflow. "
+    "To start runs from Prefect's UI, {}:"
 )
 
 

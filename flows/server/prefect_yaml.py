@@ -76,7 +76,7 @@ def read_specs(file: Path, only: list[str] | None = None) -> list[DeploymentSpec
 
 
 def read_notifications(file: Path) -> Notifications:
-    """Read who is notified of what.
+    """Read the notifications.
 
     Raises:
         BadConfig: the section has an unknown key, or a wrong value.
@@ -88,11 +88,26 @@ def _read(file: Path) -> dict[str, JsonValue]:
     try:
         document = yaml.load_plain(file.read_text(encoding="utf-8-sig"))
     except yaml.Syntax as error:
-        raise BadConfig(f"{FILE} is not plain YAML.", where=f"{file}:{error.line}", got=str(error)) from None
+        raise BadConfig(
+            f"{FILE} is not plain YAML.",
+            where=f"{file}:{error.line}",
+            got=str(error),
+            next_step=f"correct the line in {FILE}",
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig(f"{FILE} cannot be read.", where=str(file), got=str(error)) from error
+        raise BadConfig(
+            f"{FILE} cannot be read.",
+            where=str(file),
+            got=str(error),
+            next_step="correct its permissions, or save it as UTF-8",
+        ) from error
     if not isinstance(document, dict):
-        raise BadConfig(f"{FILE} is empty, or is not a mapping.", where=str(file), expected="pull and deployments")
+        raise BadConfig(
+            f"{FILE} is empty, or is not a mapping.",
+            where=str(file),
+            expected="pull and deployments",
+            next_step=f"remove {FILE}, and `loraflow deploy` writes one",
+        )
     return document
 
 
@@ -109,7 +124,12 @@ def read_project(file: Path) -> Project | None:
 def _all_specs(document: dict[str, JsonValue], file: Path) -> dict[str, DeploymentSpec]:
     entries = document.get("deployments")
     if not isinstance(entries, list) or not entries:
-        raise BadConfig(f"{FILE} has no deployments.", where=str(file), expected="a list under `deployments`")
+        raise BadConfig(
+            f"{FILE} has no deployments.",
+            where=str(file),
+            expected="a list under `deployments`",
+            next_step=f"add one; without a {FILE}, `loraflow deploy` writes one for the recipes in configs/",
+        )
     _check_document(document, file)
     specs: dict[str, DeploymentSpec] = {}
     for number, entry in enumerate(entries):
@@ -117,11 +137,19 @@ def _all_specs(document: dict[str, JsonValue], file: Path) -> dict[str, Deployme
             continue
         spec = _to_spec(entry, document, f"{file}: deployments[{number}]")
         if spec.full_name in specs:
-            raise BadConfig("Two deployments have the same name.", where=str(file), got=spec.full_name)
+            raise BadConfig(
+                "Two deployments have the same name.",
+                where=str(file),
+                got=spec.full_name,
+                next_step=f"rename one of them in {FILE}",
+            )
         specs[spec.full_name] = spec
     if not specs:
         raise BadConfig(
-            f"{FILE} has no deployment with a name.", where=str(file), expected="a list under `deployments`"
+            f"{FILE} has no deployment with a name.",
+            where=str(file),
+            expected="a list under `deployments`",
+            next_step="give a deployment a name and an entrypoint",
         )
     return specs
 
@@ -151,13 +179,14 @@ def _specs(document: dict[str, JsonValue], file: Path, only: list[str] | None) -
             where=str(file),
             expected=", ".join(sorted(specs)),
             got=", ".join(sorted(missing)),
+            next_step="correct --only",
         )
-    wanted = [spec for name, spec in specs.items() if not only or name in only]
-    for spec in wanted:
+    selected = [spec for name, spec in specs.items() if not only or name in only]
+    for spec in selected:
         _require_recipes(spec, file)
         check_settings(spec, file.parent, f"{file}: {spec.full_name}")
         warn_of_missing_branches(spec, file.parent, f"{file}: {spec.full_name}")
-    return [with_recipe_values(spec, file.parent, f"{file}: {spec.full_name}") for spec in wanted]
+    return [with_recipe_values(spec, file.parent, f"{file}: {spec.full_name}") for spec in selected]
 
 
 def _check_document(document: dict[str, JsonValue], file: Path) -> None:
@@ -169,10 +198,16 @@ def _check_document(document: dict[str, JsonValue], file: Path) -> None:
             where=str(file),
             expected=", ".join(DOCUMENT_KEYS),
             got=", ".join(unknown),
+            next_step="remove it, or correct its name",
         )
     for key in ("build", "push"):
         if document.get(key):
-            raise BadConfig(f"{FILE} has {key} steps.", where=f"{file}: {key}", got=NO_STEPS.format(key))
+            raise BadConfig(
+                f"{FILE} has {key} steps.",
+                where=f"{file}: {key}",
+                got=NO_STEPS.format(key),
+                next_step="remove these steps, or use `prefect deploy`",
+            )
     pulls = [("pull", document.get("pull"))]
     entries = document.get("deployments")
     for number, entry in enumerate(entries if isinstance(entries, list) else []):
@@ -192,6 +227,7 @@ def _check_project(pull: JsonValue, name: JsonValue, where: str) -> None:
             where=where,
             expected=f"project: {name}",
             got=f"project: {entered}",
+            next_step=f"write the same project in both places of {FILE}",
         )
 
 
@@ -201,7 +237,12 @@ def _to_spec(entry: JsonValue, document: Mapping[str, JsonValue], where: str) ->
     if isinstance(entry, dict):
         for key in ("build", "push"):
             if entry.get(key):
-                raise BadConfig(f"A deployment has {key} steps.", where=f"{where}.{key}", got=NO_STEPS.format(key))
+                raise BadConfig(
+                    f"A deployment has {key} steps.",
+                    where=f"{where}.{key}",
+                    got=NO_STEPS.format(key),
+                    next_step="remove these steps, or use `prefect deploy`",
+                )
     for path, text in texts(entry):
         if "{{" in text and not is_filled_in_later(path, text):
             raise BadConfig(
@@ -263,12 +304,14 @@ def _load_flow(entrypoint: str, where: str) -> Flow[..., Any]:
             where=f"{where}.entrypoint",
             expected="package.module.flow or path/of/file.py:flow",
             got=f"{entrypoint}: {type(error).__name__}: {error}",
+            next_step="correct the entrypoint, or install what the flow's file imports",
         ) from error
     if not isinstance(flow, Flow):
         raise BadConfig(
             "The entrypoint of a deployment is not a flow.",
             where=f"{where}.entrypoint",
             got=f"{entrypoint} is a {type(flow).__name__}",
+            next_step="name a function with the decorator @flow",
         )
     return flow
 
@@ -312,4 +355,5 @@ def _notifications(document: dict[str, JsonValue], file: Path) -> Notifications:
             "The notifications cannot be read.",
             where=f"{file}: notifications.{'.'.join(map(str, first['loc']))}",
             got=first["msg"],
+            next_step=f"correct this part of {FILE}",
         ) from error

@@ -112,18 +112,18 @@ def has_dates(schedule: SCHEDULE_TYPES) -> bool:
     rule = _rule(schedule)
     if isinstance(rule, rrule):
         return _rule_has_dates(rule)
-    rules = [one for one in rule._rrule if _rule_has_dates(one)]
+    rules = [part for part in rule._rrule if _rule_has_dates(part)]
     if not (rule._exrule or rule._exdate):
         return bool(rules or rule._rdate)
     left = rruleset()
-    for one in rules:
-        left.rrule(list(islice(one, _MOST_EXCLUDED)))
+    for part in rules:
+        left.rrule(list(islice(part, _MOST_EXCLUDED)))
     for date in rule._rdate:
         left.rdate(date)
     for date in rule._exdate:
         left.exdate(date)
-    for one in filter(_fits_a_day, rule._exrule):
-        left.exrule(one)
+    for part in filter(_fits_a_day, rule._exrule):
+        left.exrule(part)
     return next(iter(left), None) is not None
 
 
@@ -159,19 +159,19 @@ def _has_ended(rule: Any, now: datetime) -> bool:
     millions. A longer one counts as not ended.
     """
     rules = [rule] if isinstance(rule, rrule) else rule._rrule
-    if all(one._until is not None and one._until < now for one in rules):
+    if all(part._until is not None and part._until < now for part in rules):
         return isinstance(rule, rrule) or all(date < now for date in rule._rdate)
-    if any(one._until is None and one._count is None for one in rules):
+    if any(part._until is None and part._count is None for part in rules):
         return False
     return all(date < now and number < _MOST_DATES for number, date in enumerate(rule))
 
 
-def _same_zone(one: str, other: str) -> bool:
+def _same_zone(first: str, second: str) -> bool:
     """Tell whether two names are of one timezone: the offsets are equal in each hour of the next ten years."""
-    if one == other:
+    if first == second:
         return True
     try:
-        zones = ZoneInfo(one), ZoneInfo(other)
+        zones = ZoneInfo(first), ZoneInfo(second)
     except (ValueError, ZoneInfoNotFoundError):  # an unknown one is like no other
         return False
     start = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)

@@ -31,7 +31,7 @@ def write_in_turn() -> None:
 
     The transactions wait in asyncio, not in SQLite. A connection that waits in SQLite holds its mutex. If the garbage
     collector then frees a cursor of that connection, the server's only thread for requests waits for the mutex too, and
-    the writer that would free the database cannot go on: the server answers nothing for up to a minute.
+    the writer that would free the database cannot proceed: the server answers nothing for up to a minute.
     """
     from prefect.server.database.configurations import AioSqliteConfiguration
 

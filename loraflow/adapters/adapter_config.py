@@ -75,6 +75,7 @@ class AdapterConfig(BaseModel):
                 where=str(file),
                 expected=f"a finite number at {'.'.join(map(str, first['loc']))}",
                 got=repr(first["input"]),
+                next_step="correct the number, or fetch the adapter again",
             ) from error
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise BadModel(
@@ -82,6 +83,7 @@ class AdapterConfig(BaseModel):
                 where=str(file),
                 expected="the JSON that peft writes beside adapter_model.safetensors",
                 got=f"{type(error).__name__}: {error}".splitlines()[0][:200],
+                next_step="save or fetch the adapter again",
             ) from error
         config._check_patterns(file)
         config._check_tokens(file)

@@ -141,7 +141,7 @@ def _expected(
         wrapped = _apply(adapter, model)
         state: dict[str, torch.Tensor] = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     expected: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name, shape in expected.items():  # of tied weights, peft may save the trained rows twice
+    for name, shape in expected.items():  # peft may save the trained rows of tied weights twice
         if name.endswith(".trainable_tokens_delta"):
             optional |= {f"{PREFIX}{layer}.token_adapter.trainable_tokens_delta": shape for layer in layers}
     return expected, optional, wrapped
@@ -245,13 +245,13 @@ def give_projections_of(adapter: Iterable[str], model: PreTrainedModel) -> None:
         adapter: names of the modules that it adapts.
         model: the base without weights; it is changed.
     """
-    wanted = {name.rpartition(".")[2] for name in adapter}
+    adapted = {name.rpartition(".")[2] for name in adapter}
     heads = AttentionHeads.of(model.config.get_text_config())
     for fused, parts in SPLIT.items():
         for parent in [module for _, module in model.named_modules()]:
-            if wanted & set(parts) and hasattr(parent, fused):
+            if adapted & set(parts) and hasattr(parent, fused):
                 _split(parent, fused, parts, heads)
-            elif fused in wanted and all(hasattr(parent, part) for part in parts):
+            elif fused in adapted and all(hasattr(parent, part) for part in parts):
                 _fuse(parent, fused, parts)
 
 

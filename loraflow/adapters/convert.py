@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
-from loraflow.adapters.accept import check_adapter
+from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.base_shapes import BaseShapes
 from loraflow.adapters.fit_to_base import fit
 from loraflow.adapters.loralib_checkpoint import LoralibSettings, from_loralib, read_tensors
@@ -25,7 +25,7 @@ class ConvertFigures(TypedDict):
     kept: int
     split: int
     fused: int
-    ranks: list[int]  # of the new adapter's modules, each once
+    ranks: list[int]  # the distinct ranks of the new adapter's modules
 
 
 def convert(
@@ -43,8 +43,8 @@ def convert(
             torch's `weights_only` reader, which builds tensors and refuses everything else.
         base: folder of the model that the adapter is to fit; its weights are not read.
         out: a folder that does not exist yet.
-        lora_alpha: of a loralib checkpoint, which does not contain it.
-        enable_lora: of a loralib checkpoint: the adapted blocks of fused modules, if not all blocks are adapted.
+        lora_alpha: alpha of a loralib checkpoint, which does not contain it.
+        enable_lora: the adapted blocks of fused modules in a loralib checkpoint, if not all blocks are adapted.
 
     Raises:
         BadModel: the adapter does not fit the base, split or fused; it is damaged, or contains more than LoRA.

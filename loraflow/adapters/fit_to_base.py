@@ -22,7 +22,7 @@ class FitFigures:
 
 
 def fit(adapter: Adapter, base: BaseShapes) -> tuple[Adapter, FitFigures]:
-    """Convert an adapter for a base whose projections are fused or split; return it with the counts of what was done.
+    """Convert an adapter for a base whose projections are fused or split; return it with the counts of modules.
 
     Raises:
         BadModel: the base has a module neither as it is, nor fused, nor split; or a shape differs.
@@ -48,7 +48,11 @@ def fit(adapter: Adapter, base: BaseShapes) -> tuple[Adapter, FitFigures]:
     for name in updates:
         _check_shape(name, updates[name], base)
     if adapter.biases and (groups or split):
-        raise BadModel("Biases of projections cannot be fused or split.", where="bias")
+        raise BadModel(
+            "Biases of projections cannot be fused or split.",
+            where="bias",
+            next_step="merge the adapter into the base that it was trained on: loraflow merge",
+        )
     fitted = Adapter(updates, adapter.biases, adapter.bias, adapter.fan_in_fan_out)
     kept = len(adapter.updates) - split - sum(map(len, groups.values()))
     return fitted, FitFigures(kept, split, len(groups))
@@ -87,6 +91,7 @@ def _split(parent: str, module_name: str, update: LoraUpdate, base: BaseShapes) 
             where=f"{parent}.{module_name}",
             expected=str(update.up.shape[0]),
             got=str(sizes),
+            next_step="give the base that it was trained on, or one with the same shapes",
         )
     parts: dict[str, LoraUpdate] = {}
     start = 0
@@ -116,6 +121,7 @@ def _fuse(fused_name: str, projections: dict[str, LoraUpdate], base: BaseShapes)
             where=fused_name,
             expected=f"{', '.join(names)} of {sizes} rows",
             got=str({name: update.up.shape[0] for name, update in projections.items()}),
+            next_step="give the base that it was trained on, or one with the same shapes",
         )
     present = [projections[name] for name in names if name in projections]
     first, complete = present[0], len(present) == len(names)
@@ -126,6 +132,7 @@ def _fuse(fused_name: str, projections: dict[str, LoraUpdate], base: BaseShapes)
             where=fused_name,
             expected=f"DoRA on {', '.join(names)}",
             got=", ".join(name for name in names if name in projections and projections[name].magnitude is not None),
+            next_step="merge the adapter into the base that it was trained on: loraflow merge",
         )
     magnitude = torch.cat(magnitudes) if magnitudes else None
     if complete and all(update.scale == first.scale and torch.equal(update.down, first.down) for update in present):

@@ -30,9 +30,9 @@ def block_sizes(heads: AttentionHeads, module: str, rows: int) -> list[int] | No
     """Return the rows of each block of a fused module, or None if the heads do not divide its rows.
 
     Args:
-        heads: of the model.
-        module: its own name, such as qkv_proj.
-        rows: of the fused matrix.
+        heads: the numbers of the model's heads.
+        module: the module's own name, such as qkv_proj.
+        rows: the number of rows of the fused matrix.
     """
     count = len(NAMES[module])
     key_value = heads.key_value or heads.query

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from loraflow.adapters.nf4 import Nf4
 
-MAX_TOKENS = 512  # of a chat; the rest is not compared
+MAX_TOKENS = 512  # tokens of a chat; the rest is not compared
 
 
 @dataclass(frozen=True)

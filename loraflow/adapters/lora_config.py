@@ -174,6 +174,7 @@ def _check_layers(model: PreTrainedModel, layers: list[int] | None, *, by_name: 
             where="peft_config.layers_to_transform",
             expected=f"0 to {count - 1}",
             got=str(layers),
+            next_step="correct the number; layers count from 0",
         )
 
 

@@ -75,7 +75,7 @@ def convolution(down: torch.Tensor, up: torch.Tensor, shape: tuple[int, ...]) ->
     Args:
         down: loralib's A.
         up: loralib's B.
-        shape: of the kernel, [out, in, k, k].
+        shape: the kernel's shape, [out, in, k, k].
 
     Raises:
         BadModel: a convolution in groups, whose kernels share rows.
@@ -86,6 +86,7 @@ def convolution(down: torch.Tensor, up: torch.Tensor, shape: tuple[int, ...]) ->
             "A loralib convolution in groups has no PEFT form.",
             expected=f"A [·, {inner * k}], B [{out * k}, ·]",
             got=f"A {list(down.shape)}, B {list(up.shape)}",
+            next_step="merge it where it was trained",
         )
     rank = down.shape[0]
     kernels = down.new_zeros(k, rank, k, inner * k)

@@ -60,12 +60,18 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
             where=str(file),
             expected="safetensors, or torch.save of lora_state_dict(model)",
             got=str(error).strip().splitlines()[0][:200],
+            next_step="save it again where you trust it, with torch.save(lora_state_dict(model), FILE)",
         ) from error
     # loralib's examples save {"model_state_dict": state}.
     inner = loaded.get("model_state_dict") if isinstance(loaded, dict) and len(loaded) == 1 else None
     state = inner if isinstance(inner, dict) else loaded
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise BadModel("The checkpoint is not a dictionary of tensors.", where=str(file), got=type(state).__name__)
+        raise BadModel(
+            "The checkpoint is not a dictionary of tensors.",
+            where=str(file),
+            got=type(state).__name__,
+            next_step="save it with torch.save(lora_state_dict(model), FILE)",
+        )
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     check_finite(tensors.items(), file)
     return {name: tensor.float() for name, tensor in tensors.items()}
@@ -87,12 +93,18 @@ def from_loralib(state: Mapping[str, torch.Tensor], base: BaseShapes, settings: 
             where=unmatched[0] if unmatched else "",
             expected="pairs of x.lora_A and x.lora_B, and biases",
             got=f"{len(state)} tensors, {len(unmatched)} without a counterpart",
+            next_step="save it with torch.save(lora_state_dict(model), FILE)",
         )
     updates = {stem: _update(stem, state[f"{stem}.lora_A"], state[f"{stem}.lora_B"], base, settings)
                for stem in sorted(stems)}  # fmt: skip
     for name, tensor in biases.items():
         if base.shapes.get(name) != tuple(tensor.shape):
-            raise BadModel("The base has no such bias.", where=name, expected=str(base.shapes.get(name)))
+            raise BadModel(
+                "The base has no such bias.",
+                where=name,
+                expected=str(base.shapes.get(name)),
+                next_step="name the base that it was trained on",
+            )
     adapted = {f"{stem}.bias" for stem in stems}
     bias: Bias = "none" if not biases else "lora_only" if biases.keys() <= adapted else "all"
     return Adapter(updates, biases, bias, bool(base.transposed & stems))

@@ -18,7 +18,7 @@ from pydantic import JsonValue
 
 from loraflow.adapters import safetensors_files as files
 from loraflow.adapters import validation
-from loraflow.adapters.accept import check_adapter
+from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.adapters.merge_plan import MergePlan, fits, plan_merge
 from loraflow.adapters.merge_with_peft import merge_with_peft
@@ -54,9 +54,9 @@ class MergeFigures(TypedDict):
 
     adapted: int  # matrices
     route: Literal["streamed", "peft"]
-    seconds: float  # of the merge alone
+    seconds: float  # duration of the merge alone
     onto: NotRequired[str]  # base or dequantized: for an adapter that was trained in NF4
-    kl_base: NotRequired[float]  # of the trained model, where both ways were compared; nats per token
+    kl_base: NotRequired[float]  # KL to the trained model, where both ways were compared; nats per token
     kl_dequantized: NotRequired[float]
 
 
@@ -81,10 +81,10 @@ def merge(
         adapter: PEFT's folder.
         out: an empty folder for the merged model.
         dtype: bfloat16, float16 or float32; None leaves each tensor's own.
-        max_shard_bytes: of one file.
-        threads: of a streamed merge; None is one for each core.
+        max_shard_bytes: the largest size of a file.
+        threads: the number of threads of a streamed merge; None is one for each core.
         progress: reports tensors; finished shards survive a kill in its `work` folder.
-        base_digest: digest of the base's artifact, compared with the one that the adapter records.
+        base_digest: digest of the base's artifact, compared with the digest that the adapter records.
         nf4: merge into the base's weights as training saw them.
         trust: run code that comes with the base, to know which of its weights were quantized.
         checked: base and adapter are intact artifacts of resolve_base and train, so they are complete. Checking them takes

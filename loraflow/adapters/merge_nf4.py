@@ -48,7 +48,7 @@ def merge_trained_in_nf4(
         progress: reports tensors; its `work` folder holds the merges that are compared.
         runtime: the job's.
         config: how training quantized the base, and into which weights to merge.
-        options: of `merge`.
+        options: the options of `merge`.
 
     Returns:
         Figures of `merge`; `onto`; for auto also `kl_base` and `kl_dequantized`, nats per token, to the trained model.

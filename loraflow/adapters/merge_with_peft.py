@@ -28,7 +28,7 @@ def merge_with_peft(
         adapter: PEFT's folder.
         out: a folder for the merged model.
         dtype: bfloat16, float16 or float32; None leaves each tensor's own.
-        max_shard_bytes: of one file.
+        max_shard_bytes: the largest size of a file.
         nf4: merge into the base's weights as training saw them.
 
     Raises:
@@ -170,5 +170,9 @@ def _check_all_loaded(wrapped: PeftModel, adapter: Path) -> int:
         )
     adapted = sum(isinstance(module, BaseTunerLayer) for module in wrapped.modules())
     if adapted == 0:
-        raise BadModel("The adapter adapts nothing in this base.", where=str(adapter))
+        raise BadModel(
+            "The adapter adapts nothing in this base.",
+            where=str(adapter),
+            next_step="merge it into the base that it was trained on",
+        )
     return adapted

@@ -50,7 +50,7 @@ class Nf4:
         """Yield a weight's blocks with the values that training saw.
 
         Args:
-            blocks: of ROWS rows each; the last one may have fewer. All are read before the first is yielded.
+            blocks: blocks of ROWS rows each; the last block may have fewer. All are read before the first result is yielded.
         """
         import torch
         from bitsandbytes import functional

@@ -50,13 +50,20 @@ def read_peft(folder: Path) -> Adapter:
         used.update(names)
         down, up, magnitude = tensors[name], tensors.get(names[1]), tensors.get(names[2])
         if up is None or up.ndim != 2 or up.shape[1] != down.shape[0]:
-            raise BadModel("A has no B that fits it.", where=f"{folder}: {stem}")
+            raise BadModel(
+                "A has no B that fits it.",
+                where=f"{folder}: {stem}",
+                next_step="save or fetch the adapter again: it is incomplete",
+            )
         module = stem.removeprefix(PREFIX)
         scale = config.scale_of(module, up.shape[1])
         updates[module] = LoraUpdate(down.float(), up.float(), scale, magnitude=magnitude)
     if rest := sorted(tensors.keys() - used):
         raise BadModel(
-            "The adapter holds more than LoRA.", where=f"{folder}: {rest[0]}", got=f"{len(rest)} other tensors"
+            "The adapter holds more than LoRA.",
+            where=f"{folder}: {rest[0]}",
+            got=f"{len(rest)} other tensors",
+            next_step="merge it into its own base instead: loraflow merge",
         )
     return Adapter(updates)
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # 1024 rows), 2 MiB blocks did not (14 of 400 million elements). 256 rows of fp32 stay in the second-level cache.
 ROWS = 256
 FEW_ROWS = 16  # no block is so short: kernels for few rows add products in another order (1 to 3 were seen)
-CHECKED_BYTES = 8 * 2**20  # of a tensor that is copied, at a time
+CHECKED_BYTES = 8 * 2**20  # bytes of a copied tensor that are checked at a time
 # Within these, adding to the weight while multiplying gives the bits of a product that is added afterwards.
 FUSED_RANK, FUSED_COLUMNS = 128, 16
 
@@ -291,7 +291,7 @@ def _bytes_of(block: torch.Tensor) -> memoryview:
 
 
 def require_finite(name: str, merged: torch.Tensor) -> None:
-    """Refuse merged values that are not finite: a model with one of them answers nothing.
+    """Refuse merged values that are not finite: a model with such a value answers nothing.
 
     Raises:
         BadModel: a value is NaN or infinite.

@@ -139,7 +139,7 @@ def _multiplies_as_linear(module: nn.Module) -> bool:
         with torch.no_grad():
             found = small(inputs)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, ZeroDivisionError):
-        return False  # it needs inputs of another shape
+        return False  # a module that needs inputs of another shape
     expected = torch.nn.functional.linear(inputs, weight, None if module.bias is None else bias)
     return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
 
@@ -197,8 +197,8 @@ def in_layers(module: str, layers: list[int] | None) -> bool:
     return number in layers
 
 
-def _name_of(model: PreTrainedModel, wanted: nn.Module | None) -> str:
-    return next((name for name, module in model.named_modules() if module is wanted), "")
+def _name_of(model: PreTrainedModel, module: nn.Module | None) -> str:
+    return next((name for name, candidate in model.named_modules() if candidate is module), "")
 
 
 def _counted(names: list[str]) -> str:

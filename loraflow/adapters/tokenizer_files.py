@@ -122,7 +122,10 @@ def refuse_other_ids(base: Path, adapter: Path) -> None:
             tokenizer = Tokenizer.from_file(str(folder / VOCABULARY))
         except Exception as error:  # the library raises no type of its own
             raise BadModel(
-                "The tokenizer cannot be read.", where=str(folder / VOCABULARY), got=str(error)[:300]
+                "The tokenizer cannot be read.",
+                where=str(folder / VOCABULARY),
+                got=str(error)[:300],
+                next_step="fetch it again, or save it with AutoTokenizer's save_pretrained",
             ) from error
         vocabularies.append(tokenizer.get_vocab(with_added_tokens=True))
     theirs, ours = vocabularies

@@ -133,6 +133,7 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: Path) -> No
                 where=f"{where}: {name}",
                 expected="bfloat16, float16, float32 or float64",
                 got=str(tensor.dtype).removeprefix("torch."),
+                next_step="save the adapter again in one of these types",
             )
         finite = tensor.isfinite()
         if not finite.all():
@@ -153,7 +154,7 @@ def check_vocabulary(base: Path, adapter: Path, rows: int) -> None:
     Args:
         base: the model's folder.
         adapter: PEFT's folder; it may hold a tokenizer.
-        rows: of the embeddings.
+        rows: the number of rows of the embeddings.
 
     Raises:
         BadModel: tokens were added without resizing the embeddings.

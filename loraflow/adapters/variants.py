@@ -51,6 +51,7 @@ def check(model: PreTrainedModel, peft_config: PeftConfig) -> None:
                 where="peft_config.trainable_token_indices",
                 expected=f"0 to {vocabulary - 1}",
                 got=str(index),
+                next_step="correct the id, or add the token to the base and resize its embeddings first",
             )
     names = embedding_names(model)
     if isinstance(tokens, list) and tokens and len(names) > 1 and not is_tied(model):
@@ -186,7 +187,7 @@ def loraplus(optimizer: torch.optim.Optimizer, model: torch.nn.Module, ratio: fl
     Args:
         optimizer: just built; its groups keep their other settings.
         model: whose parameters it holds.
-        ratio: of B's learning rate to A's, 1 or more.
+        ratio: the learning rate of B divided by that of A, 1 or more.
         embedding: learning rate of adapters on embeddings.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}

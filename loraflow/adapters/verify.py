@@ -20,7 +20,7 @@ from loraflow.failures import LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 
-SEED = 0  # of the sample of rows: no setting, because any rows will do
+SEED = 0  # seed of the sample of rows: not a setting, because any rows will do
 
 
 def run(job: Job[VerifyConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:

@@ -24,8 +24,8 @@ _WHOLE = ("weight", "base_layer.weight", "modules_to_save.weight", "token_adapte
 
 def embedding_names(model: PreTrainedModel) -> list[str]:
     """Return the names of the modules with the input embeddings and the head."""
-    wanted = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-    return [name for name, module in model.named_modules() if id(module) in wanted]
+    ids = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    return [name for name, module in model.named_modules() if id(module) in ids]
 
 
 def fit_vocabulary(model: PreTrainedModel, adapter: Path, config: AdapterConfig) -> bool:

@@ -14,20 +14,20 @@ _FIRST = 8  # id of the first token of every continuation; the next ones follow 
 
 
 def continuation(tokens: int) -> range:
-    """Return the ids that every row goes on with."""
+    """Return the ids that every row continues with."""
     return range(_FIRST, _FIRST + tokens)
 
 
 def forced_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, pad_id: int, tokens: int) -> Tensor:
-    """Return the logits [tokens, rows, vocabulary] of the next tokens, in float32. All rows go on with `continuation`.
+    """Return the logits [tokens, rows, vocabulary] of the next tokens, in float32. All rows continue with `continuation`.
 
     They are the model's own: settings of its generation_config.json, such as suppressed tokens, do not apply.
 
     Args:
         model: in evaluation mode.
-        ids: of the prompts, [rows, width], padded on the left.
+        ids: the prompts' ids [rows, width], padded on the left.
         mask: 0 where there is padding.
-        pad_id: of the padding.
+        pad_id: the token id of the padding.
         tokens: how many are generated.
     """
     import torch

@@ -32,7 +32,7 @@ def plain_generation(model: PreTrainedModel) -> Iterator[None]:
     `generate` fills what its arguments leave open from the model's settings, so these are replaced meanwhile.
 
     Args:
-        model: of transformers, without a wrapper.
+        model: a model of transformers, without a wrapper.
     """
     from transformers import GenerationConfig
 
@@ -48,7 +48,7 @@ def forget_earlier_prompts(model: PreTrainedModel) -> None:
     """Reset what a model keeps in its modules between two calls of `generate`.
 
     RecurrentGemma's convolutions keep their last inputs there, not in the cache. A prompt of one token looks like the next
-    token of an answer to them, so it would go on from the prompt before it.
+    token of an answer to them, so it would continue from the prompt before it.
     """
     for module in model.modules():
         if getattr(module, "conv1d_state", None) is not None:

@@ -87,7 +87,11 @@ def download_config(model: str, commit: str) -> Path:
     except (OSError, HTTPError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise BadModel(
-                "The hub's repository does not contain a model.", where=model, expected="config.json", got="none"
+                "The hub's repository does not contain a model.",
+                where=model,
+                expected="config.json",
+                got="none",
+                next_step="name the repository of a model, such as microsoft/Phi-3-mini-4k-instruct",
             ) from error
         if isinstance(error, OSError) and error.errno is not None and error.filename:
             raise  # the local disk's failure, not the network's

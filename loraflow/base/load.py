@@ -90,7 +90,7 @@ def refuse_missing_weights(folder: Path, report: Mapping[str, set[str]]) -> None
 
     Args:
         folder: the model's.
-        report: of `from_pretrained`.
+        report: the loading report of `from_pretrained`.
 
     Raises:
         BadModel: the model's files lack a weight, or have it under a name that its class does not know.

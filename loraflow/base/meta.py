@@ -35,5 +35,6 @@ def model_without_weights(base: Path, *, trust: bool = False) -> PreTrainedModel
             where=str(base),
             expected="config.json of a causal model",
             got=reason_of(error),
+            next_step="fetch config.json again, or choose another base",
         ) from error
     return model

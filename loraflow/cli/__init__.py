@@ -142,10 +142,10 @@ def main() -> None:
         _fail(known)
 
 
-MAX_LINES = 10  # of a failure on the terminal
+MAX_LINES = 10  # lines of a failure on the terminal
 
 
-def shown(failure: Failure) -> str:
+def short_message(failure: Failure) -> str:
     """Return a failure in at most ten lines: an error of DVC or git that it quotes may have more."""
     lines = str(failure).splitlines()
     if len(lines) <= MAX_LINES:
@@ -155,7 +155,7 @@ def shown(failure: Failure) -> str:
 
 
 def _fail(failure: Failure) -> NoReturn:
-    click.secho(shown(failure), fg="red" if sys.stderr.isatty() else None, err=True)
+    click.secho(short_message(failure), fg="red" if sys.stderr.isatty() else None, err=True)
     sys.exit(failure.exit_code)
 
 
@@ -231,13 +231,21 @@ def parse_overrides(pairs: tuple[str, ...]) -> dict[str, JsonValue]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            raise BadConfig("--set needs key=value.", where=f"--set {pair[:80]}", expected="training_config.seed=1")
+            raise BadConfig(
+                "--set needs key=value.",
+                where=f"--set {pair[:80]}",
+                expected="training_config.seed=1",
+                next_step="write --set KEY=VALUE",
+            )
         try:
             # Prefect saves a flow's parameters in its database, so they get the masked URL.
             overrides[key.strip()] = hide_in_json(yaml.scalar(text)) if text.strip() else ""
         except yaml.Syntax as error:
             raise BadConfig(
-                "The value of --set is not a plain value.", where=f"--set {pair[:80]}", got=str(error)
+                "The value of --set is not a plain value.",
+                where=f"--set {pair[:80]}",
+                got=str(error),
+                next_step="quote the value, as in --set 'evaluation.metrics=[exact_match]'",
             ) from None
     return overrides
 

@@ -41,7 +41,11 @@ def convert(source: Path, base: Path, out: Path, alpha: float | None, enable_lor
     if out.exists():
         raise BadConfig("The target exists already.", where=str(out), next_step="name a folder that does not exist")
     if source.is_dir() and (alpha is not None or enable_lora):
-        raise BadConfig("--alpha and --enable-lora are for loralib checkpoints only.", where=str(source))
+        raise BadConfig(
+            "--alpha and --enable-lora are for loralib checkpoints only.",
+            where=str(source),
+            next_step="omit these options: a PEFT adapter contains both",
+        )
     require_intact_files(source, base)
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -33,7 +33,7 @@ class CheckedSource:
     tools: list[Tool] | None = None
     ignore: Collection[str] = ()
     convert: Callable[[Row], Row] = lambda row: row  # what the recipe makes of a row
-    config: CheckDatasetConfig | None = None  # of a recipe with data.sources, which name their own files
+    config: CheckDatasetConfig | None = None  # set for a recipe with data.sources, which name their own files
     heldout: frozenset[str] = frozenset()  # sets whose files are held out
 
     def rows(self) -> Iterator[tuple[str, Row]]:

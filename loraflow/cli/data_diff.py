@@ -64,7 +64,10 @@ def version_of(name: str | None, source: str, store: Store | None) -> Version:
         return _of_run(name, store)
     if not source.endswith(".dvc"):
         raise BadConfig(
-            "Only a dataset with a .dvc file has revisions.", where=f"--source {source}", expected="data.dvc"
+            "Only a dataset with a .dvc file has revisions.",
+            where=f"--source {source}",
+            expected="data.dvc",
+            next_step="name its .dvc file with --source, or compare files, folders or runs",
         )
     return read_revision(Data(source=source, rev=name))
 

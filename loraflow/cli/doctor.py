@@ -72,10 +72,16 @@ def _check_base(base: str) -> None:
                 where="--base",
                 expected="a folder, or a hub id such as org/name",
                 got=base,
+                next_step="correct --base",
             )
         folder = hub.download_config(base, "main")
     elif not (folder / "config.json").exists():
-        raise BadConfig("The folder does not contain a model.", where=f"--base {base}", expected="config.json")
+        raise BadConfig(
+            "The folder does not contain a model.",
+            where=f"--base {base}",
+            expected="config.json",
+            next_step="name the folder that holds config.json and the weights",
+        )
     refuse_unusable_folder(folder, trust=False, known_to_transformers=True)
     for line in describe(folder):
         click.echo(line)

@@ -47,7 +47,11 @@ def _parsed(text: str, names: list[str]) -> dict[str, str]:
     columns = {pair[0].strip(): pair[1].strip() for pair in pairs if len(pair) == 2}
     if len(columns) != len(parts) or not columns.keys() <= set(COLUMNS):
         raise BadConfig(
-            "--columns is malformed.", where="--columns", expected=f"{EXPECTED}; keys: {', '.join(COLUMNS)}", got=text
+            "--columns is malformed.",
+            where="--columns",
+            expected=f"{EXPECTED}; keys: {', '.join(COLUMNS)}",
+            got=text,
+            next_step="write --columns prompt=COLUMN,completion=COLUMN",
         )
     if missing := [column for column in columns.values() if column not in names]:
         raise BadConfig(
@@ -55,6 +59,7 @@ def _parsed(text: str, names: list[str]) -> dict[str, str]:
             where="--columns",
             expected=f"of {', '.join(names[:20])}",
             got=", ".join(missing),
+            next_step="name columns of the file",
         )
     return columns
 
@@ -74,7 +79,13 @@ def _names(path: Path, name: str, *, is_needed: bool) -> list[str]:
             names.update(dict.fromkeys(map(str, row.value)))
         elif is_needed and number == 0:
             got = str(row.value) if isinstance(row.value, BadRow) else "no object"
-            raise BadData("The first row cannot be read.", where=row.place, expected="a row with columns", got=got)
+            raise BadData(
+                "The first row cannot be read.",
+                where=row.place,
+                expected="a row with columns",
+                got=got,
+                next_step="correct the row, or omit --columns",
+            )
     return list(names)
 
 

@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraflow.cli.init_dataset import UserDataset, tokens_of
 from loraflow.cli.init_settings import SizeSettings
-from loraflow.data.rendered_calls import call_text, tools_text
+from loraflow.data.rendered_calls import call_text
 from loraflow.data.sampling import label_values
 
 if TYPE_CHECKING:
@@ -69,25 +70,24 @@ register:
 """
 
 
-def recipe_text(
-    name: str,
-    file: Path,
-    source: str,
-    names: list[str],
-    base: str,
-    chats: list[list[Message]],
-    columns: dict[str, str],
-    size: SizeSettings,
-    near: str,
-) -> str:
-    """Fill in the template from the lengths and formats of the chats."""
+def recipe_text(name: str, file: Path, source: str, base: str, dataset: UserDataset) -> str:
+    """Fill in the template from the lengths and formats of the chats.
+
+    Args:
+        name: the recipe's name.
+        file: where the recipe is written.
+        source: the dataset's `.dvc` file.
+        base: the base model.
+        dataset: the chats.
+    """
+    chats, size = dataset.chats, dataset.size
     text = RECIPE.format(
         title=f"{name}: LoRA on {base}",
         name=name,
         file=file,
         source=source,
         rows=f"{len(chats):,}",
-        **_data_values(names, columns, size, near),
+        **_data_values(dataset),
         **_base_values(base, size),
         **_training_values(chats, size),
         **_scoring_values(chats),
@@ -95,13 +95,14 @@ def recipe_text(
     return "".join(map(align_comment, text.splitlines(keepends=True)))
 
 
-def _data_values(names: list[str], columns: dict[str, str], size: SizeSettings, near: str) -> dict[str, object]:
-    train, heldout, _ = split_by_name(names)
+def _data_values(dataset: UserDataset) -> dict[str, object]:
+    columns, heldout, near = dataset.columns, dataset.heldout_files, dataset.near_duplicates
+    fraction = dataset.size.heldout_fraction
     return {
-        "train": ", ".join(map(_plain, train)),
+        "train": ", ".join(map(_plain, dataset.train_files)),
         "heldout": f"heldout: [{', '.join(map(_plain, heldout))}]   # by their names; only the gate uses them"
         if heldout
-        else f"heldout_fraction: {size.heldout_fraction}           # by a seeded hash of prompts; only the gate uses them",
+        else f"heldout_fraction: {fraction}           # by a seeded hash of prompts; only the gate uses them",
         "columns": f"\n  columns: {json.dumps(columns)}  # loraflow's names: your columns" if columns else "",
         "near": near,
         "why_near": "nearly equal rows are on one side of the split, or are left out of training"
@@ -136,7 +137,7 @@ def _training_values(chats: list[list[Message]], size: SizeSettings) -> dict[str
         "epochs": size.epochs,
         "why_epochs": why_epochs,
         "warmup": f"{size.warmup_steps:g}",
-        "why_warmup": "a share of the steps" if size.warmup_steps else "with so few steps, all of them learn",
+        "why_warmup": "a share of the steps" if size.warmup_steps else "so few steps have no warm-up",
         "accumulation": size.accumulation,
         "logging_steps": size.logging_steps,
         "max_length": min(2048, max(256, 1 << (longest - 1).bit_length())),
@@ -183,26 +184,6 @@ def _margin(chats: int, least: float) -> float:
 
     of_unchanged = margin_of_unchanged(max(chats // 10, 1), 0.95, "rougeL") or least
     return min(max(least, math.ceil(100 * of_unchanged + 0.5) / 100), 0.5)
-
-
-def tokens_of(chat: list[Message]) -> int:
-    """Return the tokens of a chat, at about three characters a token: a safe guess."""
-    return sum(len(message["content"] + call_text(message) + tools_text(message)) for message in chat) // 3 + 40
-
-
-def split_by_name(names: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Return the files to train on, to hold out, and to leave out, by the usual names of splits.
-
-    Test files are held out. Validation files are held out if there are no test files, and left out otherwise.
-    """
-    splits: dict[str, list[str]] = {"train": [], "test": [], "validation": []}
-    for name in names:
-        found = re.match(r"(?:(tests?|held-?out)|(valid(?:ation)?|val|dev|eval))(?![a-z])", Path(name).stem.lower())
-        splits["train" if found is None else "test" if found[1] else "validation"].append(name)
-    train, test, validation = splits.values()
-    if not train:
-        return names, [], []
-    return (train, test, validation) if test else (train, validation, [])
 
 
 def _plain(text: str) -> str:

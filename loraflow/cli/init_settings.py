@@ -40,9 +40,9 @@ class SizeSettings:
             found.append(f"gradient_accumulation_steps: {self.accumulation}   {self.batch} rows a step, for more steps")
         found.append(f"num_train_epochs: {self.epochs}   about {self.steps} optimizer steps in all")
         if self.warmup_steps == 0:
-            found.append("warmup_steps: 0   a warm-up takes the first of so few steps at rate 0")
+            found.append("warmup_steps: 0   a warm-up would spend the first of so few steps at rate 0")
         if self.logging_steps < 10:
-            found.append(f"logging_steps: {self.logging_steps}   so that the loss of so few steps is seen")
+            found.append(f"logging_steps: {self.logging_steps}   few steps: log their loss more often")
         return found
 
 
@@ -57,9 +57,9 @@ def choose_settings(
     """Choose settings for a dataset.
 
     Args:
-        rows: its chats, with those that are held out.
-        heldout_fraction: the share that is held out; 0 if other files are.
-        tokens: of all chats, roughly.
+        rows: the number of chats, held-out ones included.
+        heldout_fraction: the share of rows to hold out; 0 if whole files are held out.
+        tokens: the number of tokens of all chats, roughly.
         max_length: tokens of a packed row.
         may_pack: whether several chats may share a row.
     """

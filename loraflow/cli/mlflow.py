@@ -35,6 +35,7 @@ def sync_command(store: str, model: str | None, uri: str | None, experiment: str
             "Nothing says where MLflow is.",
             where="runtime.mlflow.uri, MLFLOW_TRACKING_URI or --uri",
             expected="an address such as http://localhost:5000 or sqlite:///mlflow.db",
+            next_step="loraflow mlflow sync --uri ADDRESS",
         )
     if experiment:
         tracking = dataclasses.replace(tracking, experiment=experiment)

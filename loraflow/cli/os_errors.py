@@ -10,14 +10,14 @@ from loraflow.failures import Failure, Network, from_os_error
 _FILE = "A file or folder cannot be used."
 # errno → (what, next step)
 _SENTENCES = {
-    errno.EACCES: ("There is no permission for a file or folder.", "correct its permissions, or name another place"),
-    errno.EPERM: ("There is no permission for a file or folder.", "correct its permissions, or name another place"),
-    errno.EROFS: ("The file system is read-only.", "name a place that can be written to"),
+    errno.EACCES: ("There is no permission for a file or folder.", "correct its permissions, or name another path"),
+    errno.EPERM: ("There is no permission for a file or folder.", "correct its permissions, or name another path"),
+    errno.EROFS: ("The file system is read-only.", "name a path that can be written to"),
     errno.ENOENT: ("A file or folder does not exist.", "correct the path"),
     errno.ENOTDIR: ("A part of the path is a file and not a folder.", "correct the path"),
-    errno.EISDIR: ("A folder is at the place of a file.", "name a file"),
-    errno.EEXIST: ("The target exists already.", "name another place, or remove it"),
-    errno.ENOTEMPTY: ("The target exists already.", "name another place, or remove it"),
+    errno.EISDIR: ("A folder exists where a file is expected.", "name a file"),
+    errno.EEXIST: ("The target exists already.", "name another path, or remove it"),
+    errno.ENOTEMPTY: ("The target exists already.", "name another path, or remove it"),
     errno.ELOOP: ("A path has too many symbolic links, perhaps in a circle.", "correct the links"),
     errno.ENAMETOOLONG: ("A path is too long for the file system.", "use shorter names"),
     errno.EFBIG: ("A file is larger than a limit of the system allows.", "raise the limit: `ulimit -f unlimited`"),
@@ -44,7 +44,7 @@ def from_system(error: OSError) -> Failure | None:
     if not isinstance(error.errno, int) or error.strerror is None:
         return None
     where = error.filename if isinstance(error.filename, str) else ""
-    if where and isinstance(error.filename2, str):  # of a rename or link
+    if where and isinstance(error.filename2, str):  # the target of a rename or link
         where += f" → {error.filename2}"
     if isinstance(error, socket.gaierror) or error.errno in _NETWORK:
         return Network("A remote service did not answer.", where=where, got=error.strerror, next_step="try again")

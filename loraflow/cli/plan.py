@@ -51,9 +51,9 @@ class _PlannedRun:
     reserve: ReserveState | None
     power: GatePower | None  # what the held-out rows can show
     slices: list[str]
-    problem: str  # of the gate
+    problem: str  # why the gate cannot decide
     forgetting: list[str]
-    tokens: list[str]  # of base and champion
+    tokens: list[str]  # warnings about the tokens of base and champion
 
 
 def _plan_run(workspace: Workspace, force: tuple[str, ...]) -> _PlannedRun:
@@ -80,7 +80,7 @@ def _plan_run(workspace: Workspace, force: tuple[str, ...]) -> _PlannedRun:
         power = gate_power(workspace)
         slices = slice_power_lines(workspace)
         tokens = token_lines(workspace)
-    except Failure as failure:  # planning goes on, as for a champion that is missing
+    except Failure as failure:  # planning continues, as for a champion that is missing
         problem = f"will fail: {failure.what}"
     forgetting = forgetting_lines(workspace)
     return _PlannedRun(

@@ -18,6 +18,7 @@ from loraflow.failures import Failure
 
 if TYPE_CHECKING:
     from loraflow.serving.chat import Sampling
+    from loraflow.serving.predict import PredictionReport
 
 
 @click.command()
@@ -98,11 +99,20 @@ def predict(
             on_batch=_progress(started),
         )
     memo.save()
+    _print_report(report, target, time.monotonic() - started, as_json=as_json)
+
+
+def _print_report(report: PredictionReport, target: Path, seconds: float, *, as_json: bool) -> None:
+    """Print how many rows were answered.
+
+    Raises:
+        Failure: a row has an error instead of an answer.
+    """
     rows, errors = report["rows"], report["errors"]
     if as_json:
         click.echo(json.dumps(report, ensure_ascii=False))
     else:
-        click.echo(f"{rows} rows in {time.monotonic() - started:.1f} s, {errors} with an error: {target}")
+        click.echo(f"{rows} rows in {seconds:.1f} s, {errors} with an error: {target}")
     if errors:
         raise Failure(
             f"{errors} of {rows} rows have no answer.",

@@ -91,13 +91,13 @@ def reproduce(run: str, into: str, store: str, as_json: bool) -> None:
     if as_json:
         values = [
             {
-                "stage": one.label,
-                "expected": one.expected,
-                "got": one.got,
-                "same": one.is_same,
-                "reasons": [*one.reasons],
+                "stage": item.label,
+                "expected": item.expected,
+                "got": item.got,
+                "same": item.is_same,
+                "reasons": [*item.reasons],
             }
-            for one in results
+            for item in results
         ]
         click.echo(json.dumps({"run": run, "stages": values}, ensure_ascii=False))
     if different:

@@ -67,5 +67,5 @@ def repair(yes: bool, store: str) -> None:
 
 
 def _confirmed() -> bool:
-    """Ask the person at the terminal. Without one, the answer is no."""
+    """Ask the person at the terminal. Without a terminal, the answer is no."""
     return sys.stdin.isatty() and click.confirm("Recompute now?")

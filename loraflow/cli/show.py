@@ -227,20 +227,25 @@ def _score_lines(scores: RunScores) -> Iterator[str]:
             cells = [(scores.metrics.get(side) or {}).get(rows, {}).get(metric) for side in sides]
             table.append([f"  {metric}", *(str(score) if score else "" for score in cells)])
         yield from _table_lines(table)
-    for by in dict.fromkeys(one.by for one in scores.slices):
-        parts = [one for one in scores.slices if one.by == by]
+    for by in dict.fromkeys(part.by for part in scores.slices):
+        parts = [part for part in scores.slices if part.by == by]
         table = [[f"by {by}", *sides]]
         for part in parts:
             for metric in part.values["tuned"]:
                 cells = [part.values.get(side, {}).get(metric) for side in sides]
                 table.append(
-                    [f"  {part.name}, {part.rows} rows, {metric}", *(str(one) if one else "" for one in cells)]
+                    [f"  {part.name}, {part.rows} rows, {metric}", *(str(score) if score else "" for score in cells)]
                 )
         yield from _table_lines(table)
     if scores.seeds:
         table = [["by training seed", *scores.seeds[0].values, "mean", "deviation"]]
-        for one in scores.seeds:
-            table.append([f"  {one.metric}", *(f"{x:.3f}" for x in (*one.values.values(), one.mean, one.deviation))])
+        for by_seed in scores.seeds:
+            table.append(
+                [
+                    f"  {by_seed.metric}",
+                    *(f"{x:.3f}" for x in (*by_seed.values.values(), by_seed.mean, by_seed.deviation)),
+                ]
+            )
         yield from _table_lines(table)
 
 

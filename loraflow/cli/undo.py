@@ -50,7 +50,7 @@ def undone_on_failure(paths: Sequence[Path]) -> Iterator[None]:
 
 @contextmanager
 def logged_failure(path: Path) -> Iterator[None]:
-    """Log an error of the system about a file that cannot be restored or removed, and go on."""
+    """Log an error of the system about a file that cannot be restored or removed, and continue."""
     try:
         yield
     except OSError as error:

@@ -54,7 +54,7 @@ def upgrade(write: bool) -> None:
 
 def _upgraded_files() -> Iterator[tuple[Path, Upgraded, str]]:
     """Yield each file of the project, with its new and its present text."""
-    from loraflow.cli.gitignore import FOR_DVCIGNORE, for_gitignore, with_lines
+    from loraflow.cli.gitignore import FOR_DVCIGNORE, gitignore_lines, with_lines
     from loraflow.config.project import FILE
     from loraflow.config.upgrade_recipe import Upgraded, upgrade_recipe
     from loraflow.flows.server.upgrade_prefect_yaml import upgrade_prefect_yaml
@@ -78,7 +78,7 @@ def _upgraded_files() -> Iterator[tuple[Path, Upgraded, str]]:
             yield file, change(text), text
     ignore = Path(".gitignore")
     text = _read(ignore) if ignore.is_file() else ""
-    yield ignore, Upgraded(with_lines(text, for_gitignore()), []), text
+    yield ignore, Upgraded(with_lines(text, gitignore_lines()), []), text
     dvcignore = Path(".dvcignore")
     if Path(".dvc").is_dir():
         text = _read(dvcignore) if dvcignore.is_file() else ""
@@ -94,7 +94,12 @@ def _read(file: Path) -> str:
     try:
         return file.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig(f"{file} cannot be read.", where=str(file), got=str(error)) from error
+        raise BadConfig(
+            f"{file} cannot be read.",
+            where=str(file),
+            got=str(error),
+            next_step="correct its permissions, or save it as UTF-8",
+        ) from error
 
 
 def _show_difference(file: Path, before: str, after: str) -> None:
@@ -116,7 +121,7 @@ def _write(file: Path, old: bytes, new: bytes) -> None:
     present = target.read_bytes() if target.exists() else b""
     if present != old:
         raise BadConfig(f"{file} was changed in the meantime.", where=str(file), next_step="run loraflow upgrade again")
-    temporary = target.with_name(f".{target.name}.upgrade-{secrets.token_hex(4)}")  # of this process alone
+    temporary = target.with_name(f".{target.name}.upgrade-{secrets.token_hex(4)}")  # a name that no other process uses
     try:
         temporary.write_bytes(new)
         if target.exists():

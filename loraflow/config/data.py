@@ -18,7 +18,7 @@ from loraflow.config.data_sources import (
 from loraflow.config.field_types import Positive, Share, ShareOrCount
 from loraflow.frozen import FrozenModel
 
-GENERAL_SETS = ("general chats", "general questions")  # of evaluation.general, in reports
+GENERAL_SETS = ("general chats", "general questions")  # the names in reports of the sets of evaluation.general
 
 
 class Data(FrozenModel):

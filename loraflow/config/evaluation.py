@@ -9,7 +9,7 @@ from pydantic import Field
 from loraflow.config.field_types import Dtype, Positive
 from loraflow.frozen import FrozenModel
 
-SliceBy = Annotated[str, Field(min_length=1)]  # of BUILT_IN_SLICES, or a field of the rows
+SliceBy = Annotated[str, Field(min_length=1)]  # one of BUILT_IN_SLICES, or a field of the rows
 BUILT_IN_SLICES = ("length", "script")
 # The scores of each built-in metric, to check the names in the gate before anything runs.
 SCORES = {

@@ -1,4 +1,4 @@
-"""Rules of the gate that decide nothing, or the opposite of what they say: a recipe with one of them is refused.
+"""Refuse rules of the gate that decide nothing, or the opposite of what their author means.
 
 A margin of 5 for a score between 0 and 1, meant as five points, guards nothing. A score that is named as lower-is-better by
 mistake promotes the worse model. Recorded recipes are not checked: a run that was made can be made again.

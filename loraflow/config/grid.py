@@ -50,7 +50,12 @@ def parse_grid(options: Sequence[str]) -> dict[str, JsonValue]:
         key, equals, text = option.partition("=")
         key, where = key.strip(), f"--grid {shorten(option)}"
         if not equals or not key or not text.strip():
-            raise BadConfig("--grid needs KEY=VALUE,VALUE.", where=where, expected=EXAMPLE)
+            raise BadConfig(
+                "--grid needs KEY=VALUE,VALUE.",
+                where=where,
+                expected=EXAMPLE,
+                next_step="write the values after the key, separated by commas",
+            )
         if key in grid:
             raise BadConfig(
                 "Two --grid options have the same key.",
@@ -66,9 +71,15 @@ def parse_grid(options: Sequence[str]) -> dict[str, JsonValue]:
                 where=where,
                 expected=f"{EXAMPLE}; a value with a comma or a bracket in quotes",
                 got=str(error),
+                next_step="quote the option, and the values that have commas or brackets",
             ) from None
         if not isinstance(values, list) or text.rstrip().endswith(","):
-            raise BadConfig("--grid has an empty value.", where=where, expected=EXAMPLE)
+            raise BadConfig(
+                "--grid has an empty value.",
+                where=where,
+                expected=EXAMPLE,
+                next_step="remove the comma that has no value behind it",
+            )
         grid[key] = hide_in_json(values)  # before prefect sees them
     return grid
 
@@ -88,13 +99,19 @@ def check_grid(
         BadConfig: there is nothing to try, a key or a value is given twice, or there are too many trials.
     """
     if seeds < 1:
-        raise BadConfig("A sweep needs at least one seed.", where="--seeds", got=str(seeds))
+        raise BadConfig(
+            "A sweep needs at least one seed.", where="--seeds", got=str(seeds), next_step="use --seeds 1 or more"
+        )
     values: dict[str, tuple[JsonValue, ...]] = {}
     for key, listed in given.items():
         where = f"--grid {shorten(key)}"
         if not isinstance(listed, list) or not listed:
             raise BadConfig(
-                "A key of the grid needs a list of values.", where=where, expected="such as [8, 16]", got=_text(listed)
+                "A key of the grid needs a list of values.",
+                where=where,
+                expected="such as [8, 16]",
+                got=_text(listed),
+                next_step="write the values as a list",
             )
         _refuse_repeated_values(listed, where)
         # Labels and records show the values, and a form may have them in clear.

@@ -101,11 +101,17 @@ def parse_recipe(
         parsed, lines = yaml.parse(text)
     except yaml.Syntax as error:
         raise BadConfig(
-            "The recipe is not plain YAML.", where=f"{name}:{error.line}", got=shorten(str(error))
+            "The recipe is not plain YAML.",
+            where=f"{name}:{error.line}",
+            got=shorten(str(error)),
+            next_step="correct this line",
         ) from None
     if not isinstance(parsed, dict):
         raise BadConfig(
-            "The recipe is empty, or is not a mapping.", where=f"{name}:1", expected="keys such as name and base"
+            "The recipe is empty, or is not a mapping.",
+            where=f"{name}:1",
+            expected="keys such as name and base",
+            next_step="`loraflow init` writes a recipe",
         )
     document, overrides = copy.deepcopy(parsed), dict(overrides or {})
     problems: list[Problem] = []
@@ -188,12 +194,12 @@ def _why_unusable(dotted: str, value: JsonValue) -> str:
         if depth > yaml.MAX_DEPTH:
             return yaml.TOO_DEEP
         inner: list[JsonValue] = []
-        for one in values:
-            if isinstance(one, float) and not math.isfinite(one):
-                return f"{one} is not a number"
-            if isinstance(one, str) and any("\ud800" <= character <= "\udfff" for character in one):
+        for item in values:
+            if isinstance(item, float) and not math.isfinite(item):
+                return f"{item} is not a number"
+            if isinstance(item, str) and any("\ud800" <= character <= "\udfff" for character in item):
                 return "the text has half a character (a lone surrogate)"
-            inner += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+            inner += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
         values, depth = inner, depth + 1
     return ""
 

@@ -1,4 +1,4 @@
-"""Find a recipe's file and read its text, with one sentence for whatever is in the way."""
+"""Find a recipe's file and read its text, with one sentence for each thing that prevents it."""
 
 from __future__ import annotations
 
@@ -99,7 +99,12 @@ def _read_text(file: Path) -> str:
             next_step="save it as UTF-8",
         ) from None
     except OSError as error:
-        raise BadConfig("The recipe cannot be read.", where=str(file), got=error.strerror or str(error)) from error
+        raise BadConfig(
+            "The recipe cannot be read.",
+            where=str(file),
+            got=error.strerror or str(error),
+            next_step="correct its permissions, or name another file",
+        ) from error
 
 
 def shorten(text: str) -> str:

@@ -125,7 +125,7 @@ class CheckDatasetConfig(StageConfig):
     profile: dict[ProfileCheckName, ProfileRule] = {}  # set only if the recipe has checks
     sources: list[SourceConfig] = []  # set only if the recipe has sources
     ignore: list[str] = []  # set only if the recipe ignores keys
-    heldout_fields: list[str] = []  # set only if rows are divided by fields of theirs
+    heldout_fields: list[str] = []  # set only if rows are divided by their fields
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
@@ -333,7 +333,7 @@ class VerifyConfig(StageConfig):
 class DealRowsConfig(StageConfig):
     """Config of deal_rows."""
 
-    keys: list[str] | None = None  # of the rows of the gate's set, sorted; unset before they are dealt
+    keys: list[str] | None = None  # keys of the rows of the gate's set, sorted; unset before rows are dealt
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
@@ -365,7 +365,7 @@ class CheckGeneralConfig(StageConfig):
     """Config of check_general."""
 
     md5: str | None = None  # set only if the recipe names a file
-    name: str | None = None  # of the file
+    name: str | None = None  # the file's name
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:

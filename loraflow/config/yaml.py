@@ -18,7 +18,7 @@ MAX_VALUES = (
     5_000  # also after aliases are replaced by what they stand for: a few hundred bytes can expand to gigabytes
 )
 MAX_DEPTH = 40  # sections and lists inside each other
-MAX_DIGITS = 300  # of a number
+MAX_DIGITS = 300  # digits of a number
 TOO_DEEP = f"values are nested more than {MAX_DEPTH} deep"
 Path = tuple[str | int, ...]  # keys and indices that lead to a value
 
@@ -172,7 +172,7 @@ def _count_nodes(node: yaml.Node, counted: dict[int, int], parents: set[int]) ->
         raise Syntax(line, "an alias names a value that it is part of")
     if id(node) not in counted:
         inside = parents | {id(node)}
-        children = [one for pair in node.value for one in (pair if isinstance(pair, tuple) else (pair,))]
+        children = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
         counted[id(node)] = 1 + sum(_count_nodes(child, counted, inside) for child in children)
         if counted[id(node)] > MAX_VALUES:
             raise Syntax(line, f"with its aliases the file has more than {MAX_VALUES:,} values")

@@ -38,7 +38,7 @@ def scalars(text: str) -> Iterator[Scalar]:
     Raises:
         Syntax: the text is not valid YAML, or beyond the limits of `loraflow.config.yaml`.
     """
-    load_plain(text)  # with its limits
+    load_plain(text)  # also refuses a text beyond the limits
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:

@@ -81,7 +81,7 @@ def read_chat(
         format_name: messages, sharegpt, alpaca, prompt_completion or auto.
         columns: {loraflow's column: the row's column}, for columns with other names.
         labels: tells whether a label is a class. By default none is.
-        tools: of a row that has none of its own (data.tools).
+        tools: the tools of a row that has none of its own (data.tools).
         ignore: keys of the row and its messages that are not looked at.
 
     Raises:

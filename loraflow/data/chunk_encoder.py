@@ -71,10 +71,10 @@ def encoded_chunks(
 
     Args:
         source: the file.
-        template: of the base.
+        template: the base's template.
         config: the stage's config.
         processes: how many to use.
-        cache: of encoded rows; None encodes all of them.
+        cache: the cache of encoded rows; None encodes all of them.
         key: what the cache's entries depend on beside their rows.
 
     Raises:

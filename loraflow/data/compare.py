@@ -59,9 +59,9 @@ def read_files(
     """Read the rows of files, as they are read for training: without those that a column `split` keeps for tests.
 
     Args:
-        folder: of the dataset.
+        folder: the dataset's folder.
         names: files relative to it.
-        format_name: of the rows, or auto.
+        format_name: the format of the rows, or auto.
         columns: `data.columns`; if empty and the format is auto, they are guessed for each file.
         ignore: `data.ignore`.
 
@@ -97,10 +97,10 @@ def count_fields(folder: Path, name: str, found: Version, query: str | None = No
     """Count a file's rows, and in how many of them each field has a value.
 
     Args:
-        folder: of the dataset.
+        folder: the dataset's folder.
         name: the file, relative to it.
         found: is added to.
-        query: of a database: the table, or a SELECT statement; None for the only table.
+        query: for a database, a table or a SELECT statement; None takes its only table.
 
     Raises:
         BadData: the file cannot be read.
@@ -122,7 +122,10 @@ def read_revision(data: Data) -> Version:
     origin = location.origin
     if not isinstance(origin, DvcOrigin):
         raise BadData(
-            "Only datasets with a .dvc file have versions to compare.", where=data.source, expected="a .dvc file"
+            "Only datasets with a .dvc file have versions to compare.",
+            where=data.source,
+            expected="a .dvc file",
+            next_step="`loraflow data add FOLDER` versions a folder; or compare files, folders or runs",
         )
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder)

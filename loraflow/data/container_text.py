@@ -1,4 +1,4 @@
-"""Parse the text of an object that stands in a table's cell: JSON, or Python's notation as `str` and pandas write it."""
+"""Parse the text of an object in a table's cell: JSON, or Python's notation as `str` and pandas write it."""
 
 from __future__ import annotations
 

@@ -65,7 +65,13 @@ def read_table(path: Path, name: str) -> Iterator[tuple[dict[str, str] | str, st
                 problem = _misread(header, cells, text, separator)
                 yield problem or _row(header, cells, separator), separator.join(cells)
     if header is None:
-        raise BadData("The table is empty.", where=name, expected="a first line with the column names", got="no line")
+        raise BadData(
+            "The table is empty.",
+            where=name,
+            expected="a first line with the column names",
+            got="no line",
+            next_step="add rows, or remove the file",
+        )
 
 
 def _separator(file: IO[str], usual: str) -> str:

@@ -88,7 +88,12 @@ def prepare_pull(repo: str, pin: Pin, remote: str | None) -> None:
         run_dvc(["fetch", *(["--remote", remote] if remote else []), "--", pin.dvc_file], repo)  # `dvc import`
         with Repo(repo) as opened:
             if _find_listing(opened, pin, remote) is None:
-                raise BadData("DVC has no list of the dataset's files.", where=where, expected=f"md5 {pin.md5}")
+                raise BadData(
+                    "DVC has no list of the dataset's files.",
+                    where=where,
+                    expected=f"md5 {pin.md5}",
+                    next_step="run `dvc push` where the data was added, then run again",
+                )
 
 
 def _outputs(repo: Repo, pin: Pin) -> list[Output]:
@@ -148,7 +153,12 @@ def _translate_errors(repo: str, pin: Pin, rev: str | None, remote: str | None) 
     except Failure:
         raise
     except (ConnectionError, TimeoutError) as error:
-        raise Network("The DVC remote did not answer.", where=where, got=str(error)) from error
+        raise Network(
+            "The DVC remote did not answer.",
+            where=where,
+            got=str(error),
+            next_step="check the network and `dvc remote list`, then run again",
+        ) from error
     except Exception as error:  # DVC and its file systems raise dozens of types; all mean that the data is unavailable
         if remote is not None and not is_url(repo):
             check_remote(remote, repo)

@@ -27,7 +27,7 @@ def git(
     Args:
         arguments: the command and its arguments, such as `["rev-parse", "HEAD"]`.
         folder: a folder inside the repository; None is the current folder.
-        variables: of git's environment, such as GIT_COMMITTER_DATE.
+        variables: variables of git's environment, such as GIT_COMMITTER_DATE.
 
     Raises:
         GitError: git exits with an error, or is not installed.

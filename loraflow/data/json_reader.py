@@ -132,13 +132,20 @@ def read_json(path: Path, name: str) -> Iterator[RawValue]:
             where=f"{name}:{error.lineno}:{error.colno}",
             got=error.msg if text.strip() else "an empty file",
             expected="a list of rows",
+            next_step="correct the file; one JSON object per line is read from a .jsonl file",
         ) from error
     except ValueError as error:
         first, *others = text.strip().split("\n", 1)
         if others and _is_json(first):  # JSON lines, one of which has a duplicated key: the other rows are read
             yield from read_json_lines(path, name)
             return
-        raise BadData("The file is not valid JSON.", where=name, got=str(error), expected="a list of rows") from error
+        raise BadData(
+            "The file is not valid JSON.",
+            where=name,
+            got=str(error),
+            expected="a list of rows",
+            next_step="correct the file; one JSON object per line is read from a .jsonl file",
+        ) from error
     if not isinstance(rows, list):
         raise _not_a_list(rows, name)
     for number, row in enumerate(rows, 1):

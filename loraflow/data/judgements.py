@@ -41,7 +41,7 @@ from loraflow.data.mark_names import (
 )
 from loraflow.data.named_classes import has_word, is_asked_for, names_the_class
 
-# What an opinion or a state says of a wrong answer, as `plain` returns it.
+# Opinions and states that mark a wrong answer, as `plain` returns them.
 _WRONG = frozenset({
     "rejected", "reject", "incorrect", "wrong", "bad", "invalid", "undesirable", "not correct", "not right", "not good",
     "not accepted", "not approved", "disapproved", "unacceptable", "discarded", "deleted", "removed", "thumbs down",
@@ -50,7 +50,7 @@ _WRONG = frozenset({
     "wrong answer", "runtime error", "compile error", "compilation error", "time limit exceeded", "memory limit exceeded",
     "output limit exceeded", "idleness limit exceeded", "presentation error",
 })  # fmt: skip
-# What the run of an answer says of a wrong one, beside "failed".
+# Results of running an answer that mark it as wrong, beside "failed".
 _FAILED_RUNS = frozenset({"error", "errored", "timeout", "timed out", "time out", "crash", "crashed", "exception"})
 _DOWN = frozenset(
     {"down", "thumbs down", "thumbsdown", "thumb down", "downvote", "downvoted", "dislike", "disliked", "👎", "❌"}

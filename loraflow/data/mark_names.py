@@ -86,7 +86,7 @@ OPINIONS = frozenset({
     "safe", "is_safe", "unsafe", "is_unsafe", "harmful", "is_harmful", "success", "successful", "is_successful", "solved",
     "is_solved", "resolved", "is_resolved",
 })  # fmt: skip
-# Of these, true says what false says of the others.
+# For these, true means what false means for the others.
 TRUE_IS_BAD = frozenset({"unsafe", "is_unsafe", "harmful", "is_harmful"})
 # Beside an answer, these may also be the class that a moderator's answer names, even in `response_is_safe`.
 SAFETY = TRUE_IS_BAD | {"safe", "is_safe"}

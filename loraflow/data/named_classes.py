@@ -66,7 +66,7 @@ def is_asked_for(text: str, here: tuple[str, ...], beside: Beside) -> bool:
 
 
 def has_word(text: str, word: str) -> bool:
-    """Tell whether a word stands in a text; both as `plain` returns them."""
+    """Tell whether a text contains a word; both as `plain` returns them."""
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
 
 

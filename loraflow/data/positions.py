@@ -69,8 +69,8 @@ class Positions:
         """Return the switch, if a call with some of the documents, and padding, has positions on both sides of it.
 
         Args:
-            lengths: of all documents.
-            row_length: of packed rows, whose padding counts its own positions; None if rows are not packed.
+            lengths: the lengths of all documents.
+            row_length: the length of packed rows, whose padding counts its own positions; None if rows are not packed.
         """
         if self.switch is None or not len(lengths) or min(lengths) > self.switch:
             return None

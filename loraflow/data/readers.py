@@ -75,8 +75,8 @@ def read_rows(
         format_name: the rows' format: messages, sharegpt, alpaca, prompt_completion or auto.
         columns: {loraflow's column: the files' column}, for columns with other names.
         group: the field that names a row's group.
-        tools: of rows that have none of their own.
-        query: of databases: the table, or a SELECT statement; None for the only table.
+        tools: the tools of rows that have none of their own.
+        query: for databases, a table or a SELECT statement; None takes the only table.
         ignore: keys of rows and messages that are not looked at.
         is_training: the files are for training, so rows that their column `split` keeps for tests are left out.
 
@@ -128,7 +128,7 @@ def read_values(path: Path, name: str, query: str | None = None) -> Iterator[Raw
     Args:
         path: the file.
         name: the file's name in messages.
-        query: of a database: the table, or a SELECT statement; None for the only table.
+        query: for a database, a table or a SELECT statement; None takes its only table.
 
     Raises:
         BadData: the file cannot be read, or its kind is unknown.

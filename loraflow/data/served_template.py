@@ -50,18 +50,25 @@ def read_named_template(name: str) -> str:
             where="base.chat_template",
             expected="auto, a file, or a name that trl ships: " + (", ".join(shipped) or "trl is not installed"),
             got=name,
+            next_step="correct base.chat_template",
         )
     try:
         with file.open(encoding="utf-8") as opened:
             text = opened.read(MAX_TEMPLATE + 1)
     except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig("The chat template cannot be read.", where="base.chat_template", got=str(error)) from error
+        raise BadConfig(
+            "The chat template cannot be read.",
+            where="base.chat_template",
+            got=str(error),
+            next_step="correct its permissions, or save it as UTF-8",
+        ) from error
     if not text.strip() or len(text) > MAX_TEMPLATE:
         raise BadConfig(
             "The file is not a chat template.",
             where="base.chat_template",
             expected=f"1 to {MAX_TEMPLATE:,} characters",
             got=f"{len(text):,} in {file}",
+            next_step="name a file with a Jinja template",
         )
     return text
 

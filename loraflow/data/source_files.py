@@ -58,7 +58,13 @@ def refuse_other_sources(origin: SourcesOrigin, config: VersionDatasetConfig) ->
     """
     got = _md5s(origin.sources)
     if got != config.sources or _md5(got) != config.md5:
-        raise BadData("The sources are not those of the job.", where="data.sources", expected=config.md5, got=_md5(got))
+        raise BadData(
+            "The sources are not those of the job.",
+            where="data.sources",
+            expected=config.md5,
+            got=_md5(got),
+            next_step="run again when nothing writes to the files",
+        )
 
 
 def wrong_sources(files: Path, sources: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What stops a run because of one source of a mixture, and what is said of each source."""
+"""The limits of a mixture's sources, which stop a run, and a line about each source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def refuse_poor_sources(report: CheckReport, max_quarantined: float, where: str)
     """Stop the run if a source gives no row, or too many malformed ones: the other sources would hide it.
 
     Args:
-        report: of check_dataset.
+        report: the report of check_dataset.
         max_quarantined: largest share of malformed rows (data.max_quarantined).
         where: location of the report, for messages.
 

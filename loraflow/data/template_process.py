@@ -170,7 +170,12 @@ def _refused(reply: Reply, chats: Sequence[Chat], number: int, first: int) -> Ba
     if reply["kind"] in LIMITS:
         return _limit(reply["kind"], chats, number, first)
     if not chats:
-        return BadModel("The chat template is not valid.", where="chat_template", got=reply["error"][:300])
+        return BadModel(
+            "The chat template is not valid.",
+            where="chat_template",
+            got=reply["error"][:300],
+            next_step="correct the template, or name another one (base.chat_template)",
+        )
     return BadModel(
         "The chat template raises an error for a chat.",
         where="chat_template",

@@ -149,7 +149,9 @@ def find_template(folder: Path) -> str | None:
             with file.open(encoding="utf-8") as opened:
                 template = opened.read(MAX_TEMPLATE + 1)
         except (OSError, UnicodeDecodeError) as error:
-            raise BadModel("The chat template cannot be read.", where=str(file), got=str(error)) from error
+            raise BadModel(
+                "The chat template cannot be read.", where=str(file), got=str(error), next_step="fetch the base again"
+            ) from error
     else:
         found = TokenizerConfig.read(folder).chat_template
         if isinstance(found, list):
@@ -157,7 +159,10 @@ def find_template(folder: Path) -> str | None:
         template = found
     if template is not None and len(template) > MAX_TEMPLATE:
         raise BadModel(
-            "The chat template is too long.", where=str(folder), expected=f"at most {MAX_TEMPLATE:,} characters"
+            "The chat template is too long.",
+            where=str(folder),
+            expected=f"at most {MAX_TEMPLATE:,} characters",
+            next_step="choose another base, or shorten the template",
         )
     return template or None
 
@@ -174,14 +179,22 @@ def find_tool_template(folder: Path) -> str | None:
             with (folder / TOOL_TEMPLATE).open(encoding="utf-8") as opened:
                 template = opened.read(MAX_TEMPLATE + 1)
         except (OSError, UnicodeDecodeError) as error:
-            raise BadModel("The chat template cannot be read.", where=TOOL_TEMPLATE, got=str(error)) from error
+            raise BadModel(
+                "The chat template cannot be read.",
+                where=TOOL_TEMPLATE,
+                got=str(error),
+                next_step="fetch the base again",
+            ) from error
     elif not (folder / TEMPLATE).exists():
         found = TokenizerConfig.read(folder).chat_template
         items = found if isinstance(found, list) else []
         template = next((item.template for item in items if item.name == "tool_use"), None)
     if template is not None and len(template) > MAX_TEMPLATE:
         raise BadModel(
-            "The chat template is too long.", where=str(folder), expected=f"at most {MAX_TEMPLATE:,} characters"
+            "The chat template is too long.",
+            where=str(folder),
+            expected=f"at most {MAX_TEMPLATE:,} characters",
+            next_step="choose another base, or shorten the template",
         )
     return template or None
 

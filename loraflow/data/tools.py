@@ -87,7 +87,12 @@ def dataset_tools(value: list[JsonValue] | None, where: str) -> list[Tool] | Non
             raise BadRow("a list of names; expected functions with name and parameters")
         return tools
     except BadRow as problem:
-        raise BadData("The tools of the dataset are malformed.", where=where, got=str(problem)) from problem
+        raise BadData(
+            "The tools of the dataset are malformed.",
+            where=where,
+            got=str(problem),
+            next_step="correct the file of data.tools",
+        ) from problem
 
 
 def _is_deep(value: JsonValue) -> bool:

@@ -39,7 +39,7 @@ def append_answers(file: Path, owner: str, answers: Mapping[int, GeneratedAnswer
     """Append answers by the number of their prompt.
 
     Args:
-        file: of this process.
+        file: this process's file.
         owner: identity of the job: model, prompts and settings.
         answers: to append.
     """
@@ -57,7 +57,7 @@ def read_answers(file: Path, owner: str, rows: int | None = None) -> dict[int, G
     """Return the finished answers of a job by the number of their prompt.
 
     Args:
-        file: of the main process; the files of others, of any earlier number of devices, are beside it.
+        file: the main process's file. The files of other processes, also those of earlier attempts, are beside it.
         owner: identity of the job.
         rows: how many prompts there are; None if that is not known.
     """

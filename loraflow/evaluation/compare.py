@@ -40,7 +40,7 @@ class Difference:
     metric: str
     first: float
     second: float
-    bounds: Bounds  # of second against first, positive where the second is better; each one-sided
+    bounds: Bounds  # the second model against the first, positive where the second is better; each one-sided
     better: tuple[ChangedRow, ...]  # the rows on which the second is better, those that changed most first
     worse: tuple[ChangedRow, ...]
     better_rows: int
@@ -82,10 +82,10 @@ def compare_tables(
     Raises:
         BadData: they have no row in common, or a score is not a finite number.
     """
-    one, two = (table.drop_duplicates("id").set_index("id").sort_index() for table in (first, second))
-    common = one.index.intersection(two.index)
-    if "prompt" in one and "prompt" in two:  # an id that was given to another row
-        common = common[(one.loc[common, "prompt"] == two.loc[common, "prompt"]).to_numpy()]
+    first_rows, second_rows = (table.drop_duplicates("id").set_index("id").sort_index() for table in (first, second))
+    common = first_rows.index.intersection(second_rows.index)
+    if "prompt" in first_rows and "prompt" in second_rows:  # an id that was given to another row
+        common = common[(first_rows.loc[common, "prompt"] == second_rows.loc[common, "prompt"]).to_numpy()]
     if common.empty:
         raise BadData(
             "These models were not scored on a common row.",
@@ -93,19 +93,23 @@ def compare_tables(
             expected="rows with the same id and prompt",
             next_step="score one on the other's rows: `loraflow evaluate MODEL RECIPE`, or run both recipes on one dataset",
         )
-    only = len(one) - len(common), len(two) - len(common)
-    one, two = one.loc[common], two.loc[common]
-    metrics = [name for name in score_columns(one) if name in score_columns(two)]
-    metrics += ["stops"] if "finish" in one and "finish" in two else []
+    only = len(first_rows) - len(common), len(second_rows) - len(common)
+    first_rows, second_rows = first_rows.loc[common], second_rows.loc[common]
+    metrics = [name for name in score_columns(first_rows) if name in score_columns(second_rows)]
+    metrics += ["stops"] if "finish" in first_rows and "finish" in second_rows else []
     left_out = (
-        ("token_loss",) if "token_loss" in metrics and rows_with_other_tokens(one, two, "the second model") else ()
+        ("token_loss",)
+        if "token_loss" in metrics and rows_with_other_tokens(first_rows, second_rows, "the second model")
+        else ()
     )
     outside = tuple(
-        metric for metric in metrics if metric in ranges and _is_outside((one, two), metric, ranges[metric])
+        metric
+        for metric in metrics
+        if metric in ranges and _is_outside((first_rows, second_rows), metric, ranges[metric])
     )
     known = {metric: ends for metric, ends in ranges.items() if metric not in outside}
     found = tuple(
-        _difference(one, two, metric, confidence, lower_is_better, known, listed)
+        _difference(first_rows, second_rows, metric, confidence, lower_is_better, known, listed)
         for metric in metrics
         if metric not in left_out
     )
@@ -118,27 +122,27 @@ def _is_outside(tables: Iterable[pd.DataFrame], metric: str, ends: tuple[float, 
 
 
 def _difference(
-    one: pd.DataFrame,
-    two: pd.DataFrame,
+    first: pd.DataFrame,
+    second: pd.DataFrame,
     metric: str,
     confidence: float,
     lower: Collection[str],
     ranges: Mapping[str, tuple[float, float]],
     listed: int,
 ) -> Difference:
-    evidence, _ = pair(two, one, metric, "the first model", lower_is_better=lower, ranges=ranges)
-    before, after = scores(one, metric, "the first model"), scores(two, metric, "the second model")
+    evidence, _ = pair(second, first, metric, "the first model", lower_is_better=lower, ranges=ranges)
+    before, after = scores(first, metric, "the first model"), scores(second, metric, "the second model")
     gains = (before - after) if metric in LOWER_IS_BETTER | set(lower) else (after - before)
     order = np.argsort(-gains, kind="stable")
     better = [int(i) for i in order[:listed] if gains[i] > 0]
     worse = [int(i) for i in order[::-1][:listed] if gains[i] < 0]
     return Difference(
         metric,
-        _mean(one, metric, before),
-        _mean(two, metric, after),
+        _mean(first, metric, before),
+        _mean(second, metric, after),
         evidence.bounds(confidence),
-        tuple(_row(one, two, metric, before, after, i) for i in better),
-        tuple(_row(one, two, metric, before, after, i) for i in worse),
+        tuple(_row(first, second, metric, before, after, i) for i in better),
+        tuple(_row(first, second, metric, before, after, i) for i in worse),
         int((gains > 0).sum()),
         int((gains < 0).sum()),
     )
@@ -152,17 +156,17 @@ def _mean(table: pd.DataFrame, metric: str, values: np.ndarray) -> float:
 
 
 def _row(
-    one: pd.DataFrame, two: pd.DataFrame, metric: str, before: np.ndarray, after: np.ndarray, i: int
+    first: pd.DataFrame, second: pd.DataFrame, metric: str, before: np.ndarray, after: np.ndarray, i: int
 ) -> ChangedRow:
     return ChangedRow(
-        str(one.index[i]),
+        str(first.index[i]),
         metric,
         float(before[i]),
         float(after[i]),
-        _question(_text(one, "prompt", i)),
-        _text(one, "reference", i),
-        _text(one, "answer", i),
-        _text(two, "answer", i),
+        _question(_text(first, "prompt", i)),
+        _text(first, "reference", i),
+        _text(first, "answer", i),
+        _text(second, "answer", i),
     )
 
 

@@ -17,8 +17,8 @@ SCORES = {
     "accuracy": (CHOICES, "accuracy"),
     "accuracy_norm": (CHOICES, "accuracy_norm"),
 }
-PREFIX = "general_"  # of the names of these scores in reasons
-Tables = Mapping[str, "pd.DataFrame"]  # of one model, by the name of the set
+PREFIX = "general_"  # these scores' names begin with it in the gate's reasons
+Tables = Mapping[str, "pd.DataFrame"]  # one model's tables, by the name of the set
 
 
 @dataclass(frozen=True)

@@ -44,12 +44,12 @@ def generate_answers(
     device appends to its own file, and a retry reads all files.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: the model's.
+        model: the model, in evaluation mode.
+        tokenizer: the model's tokenizer.
         prompts: ids of each prompt.
         stop_ids: ids that end an answer.
-        max_new_tokens: of each answer.
-        batch_size: prompts at a time.
+        max_new_tokens: the largest number of tokens of an answer.
+        batch_size: the number of prompts at a time.
         done_file: finished answers, a line of JSON each; None keeps nothing.
         owner: identity of model, prompts and settings. Finished answers of another owner are not used.
         on_batch: is called with the number of finished answers after each batch.
@@ -60,10 +60,8 @@ def generate_answers(
     answers = [finished.get(i) for i in range(len(prompts))]
     if done_file is not None and not group.is_main:
         done_file = done_file.with_stem(f"{done_file.stem}-{group.rank}")
-    if batch_size > 1 and len(prompts) > 1:
-        # The main process decides: devices with other batches would leave rows out.
-        is_exact = batches_are_exact(model, tokenizer.pad_token_id) if group.is_main else None
-        batch_size = batch_size if group.broadcast(is_exact) else 1
+    if len(prompts) > 1:
+        batch_size = _exact_batch_size(model, tokenizer, batch_size, group)
     number = 0
     for rows in groups_of(model, [len(prompt) for prompt in prompts], batch_size, max_new_tokens):
         with fixed_angles(model, rows.switch, rows.side):
@@ -73,9 +71,9 @@ def generate_answers(
                 if not group.owns(number - 1) or all(answers[i] is not None for i in batch):
                     continue
                 if generator is None:
-                    of_group = [prompts[i] for i in rows.rows]
+                    grouped = [prompts[i] for i in rows.rows]
                     generator = _Generator.prepare(
-                        model, tokenizer, of_group, stop_ids, max_new_tokens, inserted, rows.side
+                        model, tokenizer, grouped, stop_ids, max_new_tokens, inserted, rows.side
                     )
                 found = dict(zip(batch, generator.answer([prompts[i] for i in batch]), strict=True))
                 for i, answer in found.items():
@@ -87,6 +85,17 @@ def generate_answers(
                     done = min(number * batch_size, len(prompts))
                     on_batch(sum(answer is not None for answer in answers) if group.size == 1 else done)
     return [answer for answer in group.gather_results(answers) if answer is not None]
+
+
+def _exact_batch_size(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, group: ProcessGroup
+) -> int:
+    """Return the batch size, or 1 if padding would change the model's answers."""
+    if batch_size == 1:
+        return 1
+    # The main process decides: devices with other batches would leave rows out.
+    is_exact = batches_are_exact(model, tokenizer.pad_token_id) if group.is_main else None
+    return batch_size if group.broadcast(is_exact) else 1
 
 
 @dataclass(frozen=True)

@@ -93,13 +93,13 @@ def decode(
     """Return the answers' ids [rows, max_new_tokens]; pads follow a row's stop id.
 
     Args:
-        model: for which `is_supported` holds.
+        model: a model for which `is_supported` holds.
         ids: prompts [rows, width], padded on the left.
         mask: 1 where an id counts.
-        cache: of `PreallocatedLayer`s with a capacity of at least `width + max_new_tokens`, best a multiple of ALIGNED.
+        cache: `PreallocatedLayer`s with a capacity of at least `width + max_new_tokens`, best a multiple of ALIGNED.
             It may already hold the first tokens of each row.
         stop_ids: ids that end an answer.
-        max_new_tokens: of each answer.
+        max_new_tokens: the largest number of tokens of an answer.
         pad_id: the id of padding.
     """
     answers = _Answers(len(ids), max_new_tokens, stop_ids, pad_id, ids.device)
@@ -147,10 +147,10 @@ def _decoding_step(
     Args:
         model: see `decode`.
         token: the last token [rows, 1] of each row.
-        mask: of the prompts [rows, width].
-        position: of the next token [rows, 1].
-        cache: of `PreallocatedLayer`s that hold the prompts.
-        answers: to which the step adds the tokens.
+        mask: the prompts' mask [rows, width].
+        position: the position of the next token [rows, 1].
+        cache: `PreallocatedLayer`s that hold the prompts.
+        answers: the answers, to which the step adds its tokens.
     """
     rows, width = mask.shape
     slot = torch.tensor([width], device=mask.device)

@@ -48,9 +48,9 @@ def mean_interval(
     """Return the mean of scores [rows] with its interval.
 
     Args:
-        scores: of the rows.
-        confidence: two-sided.
-        seed: of the bootstrap.
+        scores: the scores of the rows.
+        confidence: the two-sided level.
+        seed: the seed of the bootstrap.
         weights: the numbers of tokens of the rows.
         groups: a number for each row; rows with the same number are not independent.
         largest: the score's largest possible value, 100 for chrf. If every score is 0 or this, the mean is a share of it.

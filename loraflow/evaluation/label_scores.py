@@ -33,11 +33,11 @@ def macro_f1(
     that resample's mean.
 
     Args:
-        answers: of the rows.
-        references: of the rows.
+        answers: the answers of the rows.
+        references: the references of the rows.
         groups: a number for each row; rows with the same number are drawn together.
-        confidence: two-sided.
-        seed: of the bootstrap.
+        confidence: the two-sided level.
+        seed: the seed of the bootstrap.
     """
     names = {name: number for number, name in enumerate(dict.fromkeys(map(label, references)))}
     count = len(names)

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 _LENGTHS = (5, 14)  # tokens of two prompts
 _PREFIX = 6  # tokens that both share
 _NEW = 3  # tokens of their answers
-_TOLERANCE = {"float32": 1e-3}  # of the logits' norm; layers with a state that reads padding change by far more
+_TOLERANCE = {"float32": 1e-3}  # share of the logits' norm; layers with a state that reads padding change by far more
 _ROUNDING = 0.1  # the same in 16 bits, where experts may change
 
 
@@ -27,8 +27,8 @@ def batches_are_exact(model: PreTrainedModel, pad_id: int) -> bool:
     Some layers with a state, and some with an index of earlier tokens, ignore the mask and read the padding.
 
     Args:
-        model: in evaluation mode.
-        pad_id: of the padding.
+        model: the model, in evaluation mode.
+        pad_id: the token id of the padding.
     """
     return is_tested(model.config) or _is_exact(model, pad_id, 0, "Answers are generated one at a time")
 
@@ -45,8 +45,8 @@ def _is_exact(model: PreTrainedModel, pad_id: int, prefix: int, otherwise: str) 
     """Compare a prompt's logits in a padded batch with those of the prompt alone.
 
     Args:
-        model: in evaluation mode.
-        pad_id: of the padding.
+        model: the model, in evaluation mode.
+        pad_id: the token id of the padding.
         prefix: tokens that the prompts share, before the padding.
         otherwise: what is logged if they differ.
     """

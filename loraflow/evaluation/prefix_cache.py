@@ -51,7 +51,7 @@ def shared_prefix(
     rotary angles that depend on the sequence length, no attention window shorter than a row.
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         rows: ids of each row.
         longest: the largest number of ids to share.
         length: positions of the longest row, with its padding and its answer.

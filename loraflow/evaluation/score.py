@@ -73,7 +73,7 @@ def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress)
     config, group = job.config, join(pick_device(job.runtime))
     rows, available = read_rows(inputs["rows"] / "heldout.jsonl", config.max_rows, config.seed)
     computed = _ask_model(job, inputs["model"], rows, progress, group)
-    if not group.is_main:  # of several devices, the first one scores and writes
+    if not group.is_main:  # with several devices, only the first one scores and writes
         return Summary()
     table = _table(rows, computed)
     table = table.assign(**_row_scores(table, config))
@@ -226,14 +226,14 @@ def _calls_column(rows: Sequence[HeldoutRow]) -> dict[str, list[str]]:
     """Return the calls of the references, and the tools, as JSON, if a row has tools."""
     if not any("tools" in row.messages[0] or "tool_calls" in row.messages[-1] for row in rows):
         return {}
-    wanted = [
+    calls = [
         {
             "calls": [call["function"] for call in row.messages[-1].get("tool_calls", [])],
             "tools": row.messages[0].get("tools"),
         }
         for row in rows
     ]
-    return {"reference_calls": [json.dumps(value, ensure_ascii=False) for value in wanted]}
+    return {"reference_calls": [json.dumps(value, ensure_ascii=False) for value in calls]}
 
 
 def _row_scores(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, list[float]]:
@@ -291,7 +291,9 @@ def _require_calls(table: pd.DataFrame) -> None:
 
     if "reference_calls" not in table:
         raise BadData(
-            "No held-out row has tools, so tool calls cannot be scored.", where="evaluation.metrics: tool_calls"
+            "No held-out row has tools, so tool calls cannot be scored.",
+            where="evaluation.metrics: tool_calls",
+            next_step="remove tool_calls from evaluation.metrics, or hold out rows with tools",
         )
     for row in table.itertuples():
         if parse_calls(row.reference) != json.loads(row.reference_calls)["calls"]:

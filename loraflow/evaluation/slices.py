@@ -1,4 +1,4 @@
-"""Parts of the gate's rows, such as short and long answers or the values of a field of theirs, and their scores.
+"""Parts of the gate's rows, such as short and long answers or the values of one of their fields, and their scores.
 
 The scores describe, and decide nothing: with many parts some differ by chance, and each has few rows, so the intervals are
 wide and not corrected. `slice_guards.py` has the rules that decide.
@@ -82,8 +82,8 @@ def slice_scores(
         tables: {model: score table of the gate's set}; the slices are those of the first one, by row ids.
         by: what the rows are divided by: `length`, `script`, or a field.
         metrics: the scores that are returned, where a table has them.
-        confidence: of the intervals, two-sided.
-        seed: of the bootstrap.
+        confidence: the two-sided level of the intervals.
+        seed: the seed of the bootstrap.
         fields: the values of the rows' fields.
     """
     first = next(iter(tables.values()))

@@ -70,7 +70,7 @@ class Confusion(StoredModel):
     """A label that is often answered wrongly, and the wrong answer that is given most often."""
 
     label: str
-    rows: int  # of this label
+    rows: int  # rows of this label
     wrong: int
     as_label: str  # a label of the set, or (no label)
     as_count: int
@@ -98,7 +98,7 @@ class EvaluationReport(StoredModel):
     def to_dict(self) -> dict[str, JsonValue]:
         """Return the report as JSON values."""
         confusions: dict[str, JsonValue] = {
-            name: [one.model_dump() for one in found] for name, found in self.confusions.items()
+            name: [entry.model_dump() for entry in found] for name, found in self.confusions.items()
         }
         values: dict[str, JsonValue] = {
             "metrics": scores_to_dict(self.metrics),
@@ -162,12 +162,12 @@ class Comparison:
     n: int  # rows
     state: Literal["passed", "failed", "open"]
     reason: str
-    p_value: float | None = None  # of the gain
+    p_value: float | None = None  # the p-value of the gain
     level: float | None = None  # the largest p-value that confirms the gain
-    groups: int | None = None  # of rows that are independent of each other
+    groups: int | None = None  # groups of rows that are independent of each other
     effective_rows: float | None = None  # independent rows with the same standard error
-    part: str | None = None  # of the rows, by gate.slices; None: all of them
-    rows_needed: int | None = None  # of an inconclusive claim: such rows that would confirm it; None: no number would
+    part: str | None = None  # a part of the rows, by gate.slices; None: all rows
+    rows_needed: int | None = None  # rows that would confirm an inconclusive claim; None: no number would
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,10 @@ class WorseRow:
     """A row on which the challenger is worse."""
 
     id: str
-    score: float  # of the challenger
-    other: float  # of the other model
+    score: float  # the challenger's score
+    other: float  # the other model's score
     question: str = ""  # the last message before the answer, cut
-    answer: str = ""  # of the challenger, cut
+    answer: str = ""  # the challenger's answer, cut
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class BehaviourResult:
     set: str
     passed: int
     total: int
-    share: float  # of the answers that must meet it
+    share: float  # the share of the answers that must meet the condition
     reason: str
     failed: tuple[FailedRow, ...] = ()  # the first ones
 
@@ -233,7 +233,7 @@ class Decision:
     verdict: Verdict
     reasons: tuple[str, ...]
     comparisons: tuple[Comparison, ...] = ()
-    look: int | None = None  # its number in the record of looks
+    look: int | None = None  # number of the look in the record of looks
     budget: str = ""  # which look it was, and what is left; or why none was used
     worse: tuple[WorseRows, ...] = ()  # by gate.worst
     behaviour: tuple[BehaviourResult, ...] = ()  # by gate.behaviour
@@ -261,9 +261,9 @@ class Decision:
         if self.unscored:
             values["unscored"] = [*self.unscored]
         if self.worse:
-            values["worse"] = [dataclasses.asdict(one) for one in self.worse]
+            values["worse"] = [dataclasses.asdict(entry) for entry in self.worse]
         if self.behaviour:
-            values["behaviour"] = [dataclasses.asdict(one) for one in self.behaviour]
+            values["behaviour"] = [dataclasses.asdict(entry) for entry in self.behaviour]
         if self.look is not None:
             values["look"] = self.look
         return {**values, "budget": self.budget} if self.budget else values

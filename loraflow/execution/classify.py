@@ -52,14 +52,29 @@ def classify(error: BaseException, stage: str, folders: Sequence[Path] = ()) -> 
             return known
     text, name = f"{type(error).__name__}: {error}", type(error).__name__
     if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text.lower():
-        return failures.OutOfMemory("There is not enough memory.", where=stage, got=text[:500])
+        return failures.OutOfMemory(
+            "There is not enough memory.",
+            where=stage,
+            got=text[:500],
+            next_step="close other programs, or use a machine with more memory",
+        )
     if isinstance(error, ImportError) and getattr(error, "name", None):
         return failures.MissingExtra(
             f"The Python package {error.name} is missing.", where=stage, got=text[:300], next_step="loraflow doctor"
         )
     if name in ("ConnectionError", "ConnectTimeout", "ReadTimeout", "LocalEntryNotFoundError", "ConnectError"):
-        return failures.Network("A remote did not answer.", where=stage, got=text[:500])
-    return failures.Crashed("The stage ended with an unexpected exception.", where=stage, got=text[:2000])
+        return failures.Network(
+            "A remote did not answer.",
+            where=stage,
+            got=text[:500],
+            next_step="check the network, then run again: finished stages are cached",
+        )
+    return failures.Crashed(
+        "The stage ended with an unexpected exception.",
+        where=stage,
+        got=text[:2000],
+        next_step="read the traceback in the stage's log",
+    )
 
 
 def storage_failure(error: BaseException, where: str, folders: Sequence[Path] = ()) -> failures.Failure | None:

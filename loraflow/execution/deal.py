@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import Failure
-from loraflow.registry.deals import DealRecord, DealtRows, Wanted
+from loraflow.registry.deals import DealRecord, DealRequest, DealtRows
 from loraflow.registry.log import actor
 from loraflow.registry.reserve import read_rows
 from loraflow.registry.runs import StageRun
@@ -21,7 +21,7 @@ def deal_heldout(workspace: Workspace, rows: Ref, merged: Ref) -> DealtRows:
     """
     heldout = read_rows(read_intact(workspace.store, rows, "heldout.jsonl"))
     dealt = _record(workspace).take(
-        merged.digest, heldout, workspace.looks.scored_keys, _wanted(workspace), actor=actor()
+        merged.digest, heldout, workspace.looks.scored_keys, _request(workspace), actor=actor()
     )
     workspace.dealt, workspace.reserve = dealt.keys, dealt.state
     return dealt
@@ -36,7 +36,7 @@ def preview_heldout(workspace: Workspace, rows: Ref, merged: Ref | None) -> Deal
     """
     heldout = read_rows(workspace.store.read(rows, "heldout.jsonl"))
     challenger = None if merged is None else merged.digest
-    dealt = _record(workspace).preview(challenger, heldout, workspace.looks.scored_keys, _wanted(workspace))
+    dealt = _record(workspace).preview(challenger, heldout, workspace.looks.scored_keys, _request(workspace))
     workspace.dealt, workspace.reserve = dealt.keys, dealt.state
     return dealt
 
@@ -94,7 +94,7 @@ def _record(workspace: Workspace) -> DealRecord:
     return DealRecord(workspace.store, workspace.recipe.register_.model)
 
 
-def _wanted(workspace: Workspace) -> Wanted:
+def _request(workspace: Workspace) -> DealRequest:
     recipe = workspace.recipe
     assert recipe.data.heldout_reserve is not None
-    return Wanted(recipe.data.heldout_reserve, recipe.evaluation.max_rows, recipe.data.seed)
+    return DealRequest(recipe.data.heldout_reserve, recipe.evaluation.max_rows, recipe.data.seed)

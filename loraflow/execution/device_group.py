@@ -90,7 +90,7 @@ def _watched_by_ranks() -> Iterator[None]:
 
 
 def _launch(file: JobFile, job_path: Path) -> dict[int, int]:
-    """Run this node's ranks to their end; return the exit codes by rank if one of them failed, and nothing otherwise.
+    """Run this node's ranks to their end; return the exit codes by rank if a rank failed, and nothing otherwise.
 
     Raises:
         Network: the nodes did not meet.
@@ -188,5 +188,9 @@ def _first_summary(work: Path, exit_codes: dict[int, int]) -> Summary:
     if failed:
         raise next((failure for failure in failed if isinstance(failure, failures.Crashed)), failed[0])
     if not outcomes:
-        raise failures.Crashed("No device's process left an outcome.", got=str(exit_codes))
+        raise failures.Crashed(
+            "No device's process left an outcome.",
+            got=str(exit_codes),
+            next_step="run again: it resumes; the reason is in the stage's log",
+        )
     return Summary.model_validate(outcomes[min(outcomes)]["summary"])

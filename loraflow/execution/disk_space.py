@@ -62,7 +62,7 @@ def explain_disk_full(
 
 
 def _size_of_source(job: Job[StageConfig], store: Store) -> int | None:
-    """Return the size in bytes of what the stage's result is a copy of; None if it is no copy."""
+    """Return the bytes of the input that the stage's result is a copy of; None if the result is no copy."""
     source, origin = STAGES[job.stage].disk_estimate, job.runtime.origin
     if source == "base":
         return store.manifest(job.inputs["base"]).size

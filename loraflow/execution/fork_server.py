@@ -35,13 +35,13 @@ from loraflow.execution.outcome import PIPE
 NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 # Starts CUDA while it is imported, and peft imports it. The server and its workers do as if it was not installed.
 STARTS_CUDA = "bitsandbytes"
-# What each stage imports, before its worker is forked or earlier while nothing is asked; in the order of a run.
+# What each stage imports, in the order of a run. The server imports it before it forks the worker, or earlier while idle.
 MODULES: dict[str, tuple[str, ...]] = {
     "resolve_base": ("loraflow.base.resolve", "transformers.modeling_utils"),
     "tokenize": ("loraflow.data.tokenization",),
     "train": ("peft", "loraflow.training.train", "loraflow.training.trainer", "loraflow.training.fast_engine"),
     "train_group": ("peft", "loraflow.training.train_group", "loraflow.training.group_trainer"),
-    "evaluate": ("loraflow.evaluation.evaluate", "loraflow.evaluation.score", "evaluate", "scipy.stats"),
+    "evaluate": ("loraflow.evaluation.score", "evaluate", "scipy.stats"),
     "score_general": ("loraflow.evaluation.general", "scipy.stats"),
     "merge": ("loraflow.adapters.merge", "loraflow.adapters.merge_folders"),
     "verify": ("loraflow.adapters.verify",),

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import platform
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -45,9 +46,9 @@ def run_job(
     force: bool = False,
     run_started: float | None = None,
 ) -> Ref:
-    """Hold a job's lock, run the job and commit its artifact. If another run committed it meanwhile, return that one.
+    """Hold a job's lock, run the job and commit its artifact. If another run committed it meanwhile, return that artifact.
 
-    `run_started`, in seconds since 1970, is what `runtime.max_hours` is counted from; by default it is now.
+    `runtime.max_hours` is counted from `run_started`, in seconds since 1970; by default from now.
 
     Raises:
         Failure: the stage's own failure; or Killed, Preempted, Crashed, Stalled, DeadlineExceeded or BudgetSpent, if its
@@ -69,35 +70,49 @@ def run_job(
         staged = store.staging(job.stage, job.fingerprint)
         started = time.time()
         try:
-            with store.mirror_checkpoints(job.stage, job.fingerprint):
-                summary, runtime = _run_with_less_memory_if_needed(job, store, staged, work, on_progress, ends)
-            ref = store.commit(
-                staged,
-                payload=job.payload,
-                inputs=job.inputs,
-                summary=summary,
-                provenance=_provenance(job, runtime, started, work),
-                replace=force,
-            )
-        except failures.DiskFull as disk_full:
-            explain_disk_full(disk_full, job, store, staged, work)
-            raise
-        except failures.BudgetSpent as spent:
-            spent.details["saved"] = saves_since(work, started, is_shared=isinstance(store, LocalStore))
-            raise
-        except failures.Failure:
-            raise
-        except Exception as error:  # of a stage in this process, or of a write beside the worker's
-            failure = storage_failure(error, str(staged), [staged, work])
-            if failure is None:
-                raise
-            if isinstance(failure, failures.DiskFull):
-                explain_disk_full(failure, job, store, staged, work)
-            raise failure from error
+            with _explained_failures(job, store, staged, work, started):
+                with store.mirror_checkpoints(job.stage, job.fingerprint):
+                    summary, runtime = _run_with_less_memory_if_needed(job, store, staged, work, on_progress, ends)
+                ref = store.commit(
+                    staged,
+                    payload=job.payload,
+                    inputs=job.inputs,
+                    summary=summary,
+                    provenance=_provenance(job, runtime, started, work),
+                    replace=force,
+                )
         finally:
             staging.discard(staged)
         store.remove_work_folder(job.stage, job.fingerprint)
         return ref
+
+
+@contextlib.contextmanager
+def _explained_failures(
+    job: Job[StageConfig], store: Store, staged: Path, work: Path, started: float
+) -> Iterator[None]:
+    """Add to a failure what the launcher knows: the space that the job needs, and whether the job saved anything.
+
+    A stage in this process, and a write beside the worker's, may fail with a library's exception: one that is about a
+    disk becomes a `Failure`.
+    """
+    try:
+        yield
+    except failures.DiskFull as disk_full:
+        explain_disk_full(disk_full, job, store, staged, work)
+        raise
+    except failures.BudgetSpent as spent:
+        spent.details["saved"] = saves_since(work, started, is_shared=isinstance(store, LocalStore))
+        raise
+    except failures.Failure:
+        raise
+    except Exception as error:
+        failure = storage_failure(error, str(staged), [staged, work])
+        if failure is None:
+            raise
+        if isinstance(failure, failures.DiskFull):
+            explain_disk_full(failure, job, store, staged, work)
+        raise failure from error
 
 
 def _run_with_less_memory_if_needed(

@@ -39,7 +39,7 @@ def compared_rows(
     """Return (key, row) for each row of the gate's set in a heldout.jsonl that evaluate scores.
 
     Args:
-        lines: of the file.
+        lines: the lines of the file.
         max_rows: evaluation.max_rows.
         seed: evaluation.seed.
         dealt: the keys of the rows that are dealt; None without data.heldout_reserve.

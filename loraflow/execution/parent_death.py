@@ -19,8 +19,8 @@ def end_with_parent() -> None:
 def end_group_with_parent(parent: int, grace: float) -> None:
     """End this process, and `grace` seconds later its whole process group, when the process `parent` has ended.
 
-    The kernel's signal comes first; a thread that watches the parent's id stands behind it, since the signal reaches
-    neither the rest of the group nor systems other than Linux.
+    The kernel's signal comes first. A thread also watches the parent's id, because the signal reaches neither the rest of
+    the group nor systems other than Linux.
     """
     end_with_parent()
 

@@ -53,7 +53,7 @@ class Step:
     label: str
     stage: Stage
     inputs: Mapping[str, str] = field(default_factory=dict)
-    seed: int | None = None  # of the training, if it is not the recipe's own
+    seed: int | None = None  # training seed, if it is not the recipe's own
 
 
 CHAMPION = "champion"  # an input that no step computes: the model in use
@@ -134,11 +134,11 @@ def _steps_of_seed(seed: int) -> tuple[Step, ...]:
 
 def steps_to(label: str) -> tuple[Step, ...]:
     """Return a step and all that it takes its inputs from, in the order of the pipeline."""
-    wanted = {label}
+    labels = {label}
     for step in reversed(STEPS):
-        if step.label in wanted:
-            wanted |= set(step.inputs.values())
-    return tuple(step for step in STEPS if step.label in wanted)
+        if step.label in labels:
+            labels |= set(step.inputs.values())
+    return tuple(step for step in STEPS if step.label in labels)
 
 
 def inputs_of(step: Step, *, compares_merges: bool) -> dict[str, str]:
@@ -156,7 +156,7 @@ class PlannedStep:
     status: Literal["cached", "runs", "depends"]
     why: list[str] = field(default_factory=list)
     fingerprint: str | None = None
-    seconds: float | None = None  # that the step took, or took the last time
+    seconds: float | None = None  # duration of the step when it was computed, or the last time
 
     def to_json(self) -> dict[str, JsonValue]:
         """Return the step as `loraflow plan --json` prints it, with the status under its recorded key `verdict`."""
@@ -168,12 +168,12 @@ def plan(workspace: Workspace, force: Iterable[str] = (), steps: Sequence[Step] 
     """Return what a recipe's run would do, step by step. Reports are not checked: only a run does that.
 
     Args:
-        workspace: the recipe's.
+        workspace: the recipe's workspace.
         force: stages to plan as if they were recomputed.
-        steps: those to plan, with all that they take their inputs from; all of the recipe's pipeline if none are given.
+        steps: the steps to plan, with the steps that they read from; by default the recipe's whole pipeline.
     """
     planned: list[PlannedStep] = []
-    artifacts: dict[str, Ref | None] = {}  # of each step so far; None where it has to run first
+    artifacts: dict[str, Ref | None] = {}  # each step's artifact; None if the step has to run first
     for step in steps or steps_of(workspace.recipe):
         inputs = inputs_of(step, compares_merges=workspace.recipe.compares_merges)
         if CHAMPION in inputs.values():
@@ -226,7 +226,7 @@ def _plan_step(
     if waiting:
         last_time = _seconds_last_time(workspace, name)
         certain = ["--force"] if forced else _certain_changes(workspace, step, refs)
-        if certain:  # it runs, whatever its inputs are
+        if certain:  # the step runs, whatever its inputs are
             return PlannedStep(step.label, name, "runs", certain, seconds=last_time), None
         first, last = ", ".join(waiting[:-1]), waiting[-1]
         names, its = (f"{first} and {last}", "their") if first else (last, "its")
@@ -259,12 +259,15 @@ def _seconds_last_time(workspace: Workspace, stage: str) -> float | None:
 
 def too_few_positions(workspace: Workspace) -> str:
     """Return a sentence if rows of max_length are longer than the base allows; empty if not, or if that is not known."""
-    config, wanted = base_config(workspace), workspace.recipe.training_config.max_length
+    config, max_length = base_config(workspace), workspace.recipe.training_config.max_length
     positions = Positions.of_folder(config.parent) if config else Positions(None)
     limit = positions.limit
-    if limit is None or wanted <= limit:
+    if limit is None or max_length <= limit:
         return ""
-    return f"training_config.max_length is {wanted}, but rows of more than {limit} tokens are refused: the base's positions"
+    return (
+        f"training_config.max_length is {max_length}, but rows of more than {limit} tokens are refused: the base has no "
+        "more positions"
+    )
 
 
 def gate_power(workspace: Workspace) -> GatePower | None:
@@ -342,7 +345,7 @@ def base_report(workspace: Workspace) -> list[str]:
     if config is None or recipe.base.trust_remote_code:
         return []
     refuse_unusable_folder(config.parent, trust=False, known_to_transformers=True)
-    # Before the base is repacked, it has other modules than the ones that are trained.
+    # Before the base is repacked, it has other modules than training sees.
     if recipe.base.repack and look_up(workspace.store, workspace.job(RESOLVE_BASE, {})).ref is None:
         return []
     from loraflow.training.preview import preview

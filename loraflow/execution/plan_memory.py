@@ -24,7 +24,7 @@ class PlannedMemory:
     """The memory of training and evaluation, in bytes."""
 
     device: Literal["cpu", "cuda"]
-    least: float  # of a training that recomputes all activations
+    least: float  # memory of a training that recomputes all activations
     training: MemoryParts  # at full speed
     evaluation: MemoryParts
 

@@ -1,4 +1,4 @@
-"""What a plan says of the sources of a mixture (data.sources)."""
+"""The lines of a plan about the sources of a mixture (data.sources)."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def _chain(store: Store, merged: Ref) -> list[Ref]:
 
 
 def _wrong_inputs(manifest: Manifest, store: Store, checked: Mapping[str, Manifest]) -> list[str]:
-    """Return the inputs whose digest is not the one that the artifact's name was computed from.
+    """Return the inputs whose digest differs from the digest that the artifact's name was computed from.
 
     The digests of an input's parts are those of its own manifest, which was checked before.
     """
@@ -89,7 +89,7 @@ def _wrong_inputs(manifest: Manifest, store: Store, checked: Mapping[str, Manife
     for name, ref in refs.items():
         own = checked.get(ref.digest)
         if used.get(name) not in {ref.digest, *(own.facets.values() if own else ())}:
-            wrong.append(f"input {name}: its digest is not the one that was used")
+            wrong.append(f"input {name}: its digest differs from the digest that was used")
     return wrong
 
 

@@ -22,7 +22,7 @@ from loraflow.serving.lineage import device_of
 from loraflow.stages import DEAL_ROWS, MERGE
 from loraflow.store import Manifest, Ref, Store
 
-_MACHINE = ("python", "machine")  # of a manifest's provenance
+_MACHINE = ("python", "machine")  # keys of a manifest's provenance
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ def reproduce(store: Store, record: RunRecord, fresh: str) -> Iterator[Reproduce
     """Compute the stages of a run again in another store, in their order.
 
     Args:
-        store: has the run and, if they are still there, its artifacts.
-        record: of the run.
+        store: the store with the run's record and, if they are still there, its artifacts.
+        record: the run's record.
         fresh: the address of a store without artifacts.
 
     Raises:

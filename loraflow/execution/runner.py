@@ -23,9 +23,9 @@ def run_stage(workspace: Workspace, stage: Stage, seed: int | None = None, /, **
 
     Args:
         workspace: builds the job.
-        stage: to find or run.
-        seed: of the training, if it is not the recipe's own.
-        **inputs: of the stage.
+        stage: the stage.
+        seed: the training seed, if it is not the recipe's own.
+        **inputs: the stage's input artifacts.
     """
     job, store = workspace.job(stage, inputs, seed), workspace.store
     found = look_up(store, job).ref

@@ -1,4 +1,4 @@
-"""Whether a stage that was ended has saved something that its next attempt goes on from."""
+"""Whether an interrupted stage saved anything that its next attempt can resume from."""
 
 from __future__ import annotations
 

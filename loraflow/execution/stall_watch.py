@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # imported where a worker is followed: a cached run does not 
 log = logging.getLogger(__name__)
 
 LONGEST_STEP = 5.0  # seconds of a step of `AwakeClock`
-_CPU_SHARE = 0.01  # of one core: idle threads of torch and Python take less, a slow download takes more
+_CPU_SHARE = 0.01  # share of one core: idle threads of torch and Python take less, a slow download takes more
 _IO_BYTES = 2**20  # read or written since the last sign of progress
 _DUMP_SECONDS = 1.0  # to wait for the stacks
 _STACKS = "stacks-"  # files in the work folder

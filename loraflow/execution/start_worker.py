@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 WORKER = [sys.executable, "-m", "loraflow.execution.worker"]
 SERVER = [sys.executable, "-m", "loraflow.execution.fork_server"]
-START_SECONDS = 600.0  # in which a fork server has imported the libraries, from a slow disk too
+START_SECONDS = 600.0  # time for a fork server to import the libraries, also from a slow disk
 # Environment: no library reads these variables while it is imported, so each worker gets its own values.
 _NOT_READ_AT_IMPORT = ("LORAFLOW_", "PREFECT_", "PYTEST_")
 
@@ -96,7 +96,7 @@ class ForkedWorker:
         return self._code
 
     def close(self) -> None:
-        """Close the pipe. The process goes on."""
+        """Close the pipe. The process continues."""
         self._pipe.close()
 
     def _read(self, timeout: float | None) -> bool:
@@ -121,7 +121,7 @@ class _ForkServer:
 
     def __init__(self, environment: dict[str, str]):
         self.environment, self.owner = environment, os.getpid()
-        self._workers: list[ForkedWorker] = []  # those that may still run
+        self._workers: list[ForkedWorker] = []  # workers that may still run
         self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with other:
             self.process = subprocess.Popen(
@@ -161,7 +161,7 @@ class _ForkServer:
         ):  # an interruption too: the server may be about to fork, and nobody would follow the worker
             worker.close()
             self._socket.close()
-            self.process.kill()  # its workers end with it
+            self.process.kill()  # the server's workers end with it
             self.process.wait()
             raise
         finally:
@@ -173,7 +173,7 @@ class _ForkServer:
         """Let the server end: at once if it has no workers, otherwise after its last one."""
         self._socket.close()
         if self.owner == os.getpid() and all(worker.has_ended for worker in self._workers):
-            self.process.kill()  # it may be importing
+            self.process.kill()  # the server may be importing
             self.process.wait()
 
 

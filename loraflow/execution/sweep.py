@@ -39,7 +39,7 @@ class Trial:
     """One training of a sweep: a combination of the grid's values, with one seed."""
 
     label: str  # also the name of its task run
-    settings: Mapping[str, JsonValue]  # of the grid
+    settings: Mapping[str, JsonValue]  # values of the grid
     seed: int
     recipe_file: RecipeFile
     workspace: Workspace
@@ -81,8 +81,8 @@ def make_trials(recipe_file: RecipeFile, grid: Grid, workspace: Workspace) -> li
             found = _variant(recipe_file, settings)
             first = found.recipe.training_config.seed
             for seed in range(first, first + grid.seeds):
-                one = found if seed == first else _variant(recipe_file, {**settings, SEED: seed})
-                measured = _measured(one)
+                variant = found if seed == first else _variant(recipe_file, {**settings, SEED: seed})
+                measured = _measured(variant)
                 workspace = workspace.with_recipe(measured.recipe)
                 _ = workspace.dataset, workspace.base  # the workspaces of later trials have them too
                 label = _label(settings, names, seed if grid.seeds > 1 else None)

@@ -16,7 +16,7 @@ from loraflow.registry.sweeps import TrialRecord, choose
 from loraflow.stages import TRAIN, TRAIN_GROUP
 from loraflow.store import Ref
 
-TRAIN_CHOSEN = "train for the chosen trial"  # of a group, which only measured it
+TRAIN_CHOSEN = "train for the chosen trial"  # for the trial that was chosen in a group, which only measured it
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class PlannedTrial:
     status: Literal["cached", "runs", "depends"]
     why: tuple[str, ...]
     fingerprint: str | None  # None until the stages before it have run
-    seconds: float | None  # that it took, or that a training took the last time
-    loss: float | None  # on the validation rows, if it is known
+    seconds: float | None  # duration of the training, or that of the last training
+    loss: float | None  # validation loss, if it is known
 
     def to_json(self) -> dict[str, JsonValue]:
         """Return the trial as `loraflow sweep --plan --json` prints it."""
@@ -43,10 +43,10 @@ class SweepPlan:
 
     trials: tuple[PlannedTrial, ...]
     times: dict[str, int]  # how often each shared stage runs, at most
-    to_run: dict[str, int]  # and how many of these are not cached
+    to_run: dict[str, int]  # how many of these runs are not cached
     trainings: dict[
         str, int
-    ]  # that will run: of groups, of trials by themselves, and of the chosen one after its group
+    ]  # trainings that will run: of groups, of single trials, and of the chosen trial after its group
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, JsonValue]:
@@ -101,8 +101,8 @@ def _trainings(planned: Sequence[PlannedTrial], division: Division, trained: Set
 
     Args:
         planned: the trials.
-        division: of them.
-        trained: labels of those whose own adapter is in the store.
+        division: how the trials are divided into groups.
+        trained: labels of the trials whose own adapter is in the store.
     """
     groups, equal = division.groups.groups, division.groups.equal
     together = {trial.label for group in groups for trial in group}

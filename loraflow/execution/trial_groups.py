@@ -1,7 +1,7 @@
 """Which trials of a sweep are trained together, over one base. Imports no prefect and no torch.
 
-Trials of a group share base, tokens, batch and number of steps. What may differ is their own in a group: the optimizer
-and its schedule, the seed, and rank, scale and dropout of LoRA.
+Trials of a group share base, tokens, batch and number of steps. Each has its own optimizer, schedule and seed, and its own
+rank, scale and dropout of LoRA.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ OWN_PEFT = {"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"
 class Groups:
     """The trials that are trained together, and why the others are not."""
 
-    groups: tuple[tuple[Trial, ...], ...]  # of two trials at least
+    groups: tuple[tuple[Trial, ...], ...]  # each has two trials at least
     apart: Mapping[str, str]  # label of a trial → reason
-    equal: Mapping[str, str]  # label of a trial → that of an earlier one, which is the same training
+    equal: Mapping[str, str]  # label of a trial → label of an earlier trial that is the same training
 
     def lines(self) -> list[str]:
         """Return the groups, as lines for people."""
@@ -55,10 +55,10 @@ class GroupResult:
     """What a group's artifact has of one trial."""
 
     ref: Ref
-    number: int  # of the trial in the group
-    size: int  # of the group
+    number: int  # position of the trial in the group
+    size: int  # number of trials in the group
     problem: str  # why it failed; empty if it did not
-    loss: float | None  # on the validation rows
+    loss: float | None  # validation loss
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class Division:
     """What a sweep that trains trials together does with each of them. Its plan and its run both ask `divide`."""
 
     known: Mapping[str, GroupResult]  # by label: what the store has of trials that were trained in some group
-    groups: Groups  # of the trials that are left; neither known nor trained by themselves
+    groups: Groups  # groups of the remaining trials, which are neither known nor trained by themselves
 
 
 def divide(trials: Sequence[Trial], inputs: Mapping[str, Mapping[str, Ref]]) -> Division:
     """Look up trials in the store, and divide those that are left into groups.
 
     Args:
-        trials: of a sweep.
+        trials: the trials of a sweep.
         inputs: {label: what the trial trains on}, as far as it is in the store.
     """
     workspace = trials[0].workspace
@@ -116,7 +116,7 @@ def make_groups(trials: Sequence[Trial], inputs: Mapping[str, str], size: int) -
     """Divide trials into groups of about equal sizes. Of trials that are the same training, a group has only one.
 
     Args:
-        trials: that are to be trained.
+        trials: the trials to train.
         inputs: {label of a trial: what its training reads}; trials with an equal value read the same.
         size: the largest number of trials of a group (`runtime.trials_together`).
     """
@@ -146,7 +146,7 @@ def make_groups(trials: Sequence[Trial], inputs: Mapping[str, str], size: int) -
 def _parts(trials: Sequence[Trial], size: int) -> Iterator[tuple[Trial, ...]]:
     """Yield as few parts of at most `size` trials as possible. Their sizes differ by one at most; larger ones come first.
 
-    So a sweep that goes on after some of its groups were trained makes the others again as they were.
+    So a sweep that continues after some of its groups were trained makes the others again as they were.
     """
     count = math.ceil(len(trials) / size)
     start = 0
@@ -218,23 +218,23 @@ def known_results(
     """Return what the store has of trials that were trained in some group: {label: result}.
 
     Args:
-        store: of the artifacts.
-        trials: to look up.
+        store: the artifact store.
+        trials: the trials to look up.
         jobs: {label: the job of a group that has only this trial}; labels that are absent are not looked up.
     """
-    wanted: dict[str, list[Trial]] = {}  # several trials may be the same training
+    by_key: dict[str, list[Trial]] = {}  # several trials may be the same training
     for trial in trials:
         if trial.label in jobs:
-            wanted.setdefault(_key(jobs[trial.label].payload, 0), []).append(trial)
+            by_key.setdefault(_key(jobs[trial.label].payload, 0), []).append(trial)
     found: dict[str, GroupResult] = {}
-    if not wanted:
+    if not by_key:
         return found
     for ref in store.artifacts():
         if ref.stage != TRAIN_GROUP.name or store.find(ref.stage, ref.fingerprint) is None:
             continue
         payload = store.manifest(ref).payload
         for number in range(_size(payload)):
-            for trial in wanted.pop(_key(payload, number), []):
+            for trial in by_key.pop(_key(payload, number), []):
                 found[trial.label] = read_result(store, ref, number, trial)
     return found
 

@@ -79,7 +79,7 @@ def _attempt(file: JobFile, run: Callable[[JobFile], Summary]) -> tuple[failures
     except failures.Failure as failure:
         return failure, Summary()
     except KeyboardInterrupt:
-        return failures.Preempted("The worker was interrupted."), Summary()
+        return failures.Preempted("The worker was interrupted.", next_step="run again: it resumes"), Summary()
     except BaseException as error:
         with contextlib.suppress(OSError):  # the log's disk is full
             print(format_masked(error), file=sys.stderr)

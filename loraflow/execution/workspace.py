@@ -65,16 +65,16 @@ class Workspace:
 
     def with_recipe(self, recipe: Recipe) -> Workspace:
         """Return the workspace of a variant of the recipe. What both name in the same way is looked up only once."""
-        mine = self.recipe
-        if recipe.runtime.store != mine.runtime.store or recipe.register_ != mine.register_:
+        own = self.recipe
+        if recipe.runtime.store != own.runtime.store or recipe.register_ != own.register_:
             return Workspace(recipe)
         other = copy.copy(self)
         other.recipe = recipe
         is_equal = {
-            "dataset": recipe.data == mine.data,
-            "general": recipe.evaluation.general == mine.evaluation.general,
-            "base": recipe.base == mine.base,
-            "metric_modules": recipe.evaluation == mine.evaluation,
+            "dataset": recipe.data == own.data,
+            "general": recipe.evaluation.general == own.evaluation.general,
+            "base": recipe.base == own.base,
+            "metric_modules": recipe.evaluation == own.evaluation,
         }
         for name, value in vars(Workspace).items():
             if isinstance(value, cached_property) and not is_equal.get(name, False):

@@ -73,14 +73,14 @@ def choose_for_loading(runtime: Runtime, device: Device, dtype: str = "bfloat16"
     Raises:
         MissingExtra: flash_attention_2 is asked for and is not available.
     """
-    wanted = runtime.attn_implementation
-    if wanted == "varlen" or wanted in DOCUMENT_KERNEL_PACKAGES:  # kernels of training
-        wanted = "auto"
-    if wanted == "flash_attention_2":
-        _require(FLASH_ATTENTION_2, wanted, device)
-    if wanted == "auto":
+    requested = runtime.attn_implementation
+    if requested == "varlen" or requested in DOCUMENT_KERNEL_PACKAGES:  # kernels of training
+        requested = "auto"
+    if requested == "flash_attention_2":
+        _require(FLASH_ATTENTION_2, requested, device)
+    if requested == "auto":
         return "flash_attention_2" if dtype != "float32" and _is_usable(FLASH_ATTENTION_2, device) else "sdpa"
-    return "sdpa" if wanted == "flash_attention_2" and dtype == "float32" else wanted
+    return "sdpa" if requested == "flash_attention_2" and dtype == "float32" else requested
 
 
 def attention_with_mask(config: PreTrainedConfig) -> str:
@@ -102,7 +102,7 @@ def choose_for_training(
     Args:
         runtime: its `attn_implementation`.
         device: where the model computes.
-        dtype: in which the model computes.
+        dtype: the dtype in which the model computes.
         config: the model's.
         load: returns a document kernel, or raises if the kernel does not work on this GPU.
 
@@ -110,24 +110,24 @@ def choose_for_training(
         MissingExtra: the kernel that is asked for is not available.
         BadConfig: the kernel that is asked for cannot compute this model, or does not work on this GPU.
     """
-    wanted = runtime.attn_implementation
+    requested = runtime.attn_implementation
     obstacle = _obstacle(device, dtype, config.get_text_config())
-    if (wanted == "varlen" or wanted in DOCUMENT_KERNEL_PACKAGES) and obstacle:
+    if (requested == "varlen" or requested in DOCUMENT_KERNEL_PACKAGES) and obstacle:
         raise BadConfig(
-            f"Attention {wanted} is not available here.",
+            f"Attention {requested} is not available here.",
             where="runtime.attn_implementation",
             got=obstacle,
             next_step=_AUTO,
         )
-    if wanted == "flash_attention_2":
-        _require(FLASH_ATTENTION_2, wanted, device)
-        return Attention(wanted, True, FLASH_ATTENTION_2.title, "asked for"), None
-    if wanted in ("sdpa", "eager"):
-        return Attention(wanted, False, wanted, "asked for"), None
+    if requested == "flash_attention_2":
+        _require(FLASH_ATTENTION_2, requested, device)
+        return Attention(requested, True, FLASH_ATTENTION_2.title, "asked for"), None
+    if requested in ("sdpa", "eager"):
+        return Attention(requested, False, requested, "asked for"), None
     if obstacle:
         with_mask = attention_with_mask(config)
         return Attention(with_mask, False, with_mask, obstacle), None
-    kernel, title, why = _fastest(wanted, load)
+    kernel, title, why = _fastest(requested, load)
     return Attention(DOCUMENTS, True, title, why), kernel
 
 
@@ -151,24 +151,24 @@ def _obstacle(device: Device, dtype: str, config: PreTrainedConfig) -> str:
     return ""
 
 
-def _fastest(wanted: str, load: Callable[[DocumentKernelName], K]) -> tuple[K, str, str]:
+def _fastest(requested: str, load: Callable[[DocumentKernelName], K]) -> tuple[K, str, str]:
     """Return (kernel, its title, why): the newest that is installed and works on this GPU, else torch's own."""
     import torch
 
-    if wanted == "varlen":
+    if requested == "varlen":
         return load("varlen"), "torch varlen (FA2)", "asked for"
     capability = torch.cuda.get_device_capability()[0]
     why = "no newer flash attention is installed"
     for name, kernel in DOCUMENT_KERNEL_PACKAGES.items():
-        if wanted == name:
-            _require(kernel, wanted, "cuda")
-        if wanted not in ("auto", name) or capability not in kernel.capabilities or not kernel.is_installed:
+        if requested == name:
+            _require(kernel, requested, "cuda")
+        if requested not in ("auto", name) or capability not in kernel.capabilities or not kernel.is_installed:
             continue
         try:
             return load(name), kernel.title, "installed, and agrees with torch's own kernel on this GPU"
         except Exception as error:  # another version of the package may raise anything; torch's own kernel remains
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            if wanted == name:
+            if requested == name:
                 raise BadConfig(
                     f"{name.upper()} does not work here.",
                     where="runtime.attn_implementation",
@@ -177,9 +177,9 @@ def _fastest(wanted: str, load: Callable[[DocumentKernelName], K]) -> tuple[K, s
                 ) from error
             log.warning("%s is installed, but does not work here: %s", kernel.module, reason)
             why = f"{kernel.module} is installed, but does not work here: {reason}"
-    if wanted in DOCUMENT_KERNEL_PACKAGES:
+    if requested in DOCUMENT_KERNEL_PACKAGES:
         raise BadConfig(
-            f"{wanted.upper()} does not run on this GPU.",
+            f"{requested.upper()} does not run on this GPU.",
             where="runtime.attn_implementation",
             got=torch.cuda.get_device_name(),
             next_step=_AUTO,

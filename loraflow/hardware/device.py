@@ -19,14 +19,14 @@ def pick_device(runtime: Runtime) -> Device:
     """
     import torch
 
-    wanted, has_cuda = runtime.device, torch.cuda.is_available()
-    if wanted == "cuda" and not has_cuda:
+    requested, has_cuda = runtime.device, torch.cuda.is_available()
+    if requested == "cuda" and not has_cuda:
         raise MissingExtra(
             "There is no CUDA device.", where="runtime.device", next_step="set runtime.device to auto or cpu"
         )
-    if wanted == "auto":
+    if requested == "auto":
         return "cuda" if has_cuda else "cpu"
-    return wanted
+    return requested
 
 
 def device_name(device: Device) -> str:

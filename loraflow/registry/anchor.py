@@ -29,7 +29,7 @@ from loraflow.store.files import json_bytes
 
 log = logging.getLogger("loraflow")
 FOLDER = "anchors"
-_NEWEST_RUNS = 10  # that are read beside an anchor
+_NEWEST_RUNS = 10  # run records to read beside an anchor
 
 
 class Claim(NamedTuple):
@@ -48,7 +48,7 @@ class Claim(NamedTuple):
 
 
 class Acceptance(StoredModel):
-    """A person's decision to go on without entries that were lost or changed."""
+    """A person's decision to continue without entries that were lost or changed."""
 
     reason: str
     actor: str
@@ -137,7 +137,7 @@ def damaged_log(store: Store, model: str, where: str, *, got: str, expected: str
         expected=expected,
         got=got,
         next_step="restore it from a backup of the store (docs/backup.md). Without a backup, `loraflow registry accept "
-        f"--model {model} --reason …` goes on with {_entries(intact)}. Until then no model of it is used or promoted",
+        f"--model {model} --reason …` continues with {_entries(intact)}. Until then no model of it is used or promoted",
     )
 
 

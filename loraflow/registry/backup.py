@@ -29,7 +29,7 @@ from loraflow.store.files import HashMemo, is_inside, json_bytes
 log = logging.getLogger("loraflow")
 MARKER = "backup.json"  # in the copy: which store it is a copy of
 _REGISTRY = "registry/"
-_NUMBERED = re.compile(r"(registry/[^/]+/(?:log|looks|deals)/)(\d+)\.json")  # that refer to those before, and to others
+_NUMBERED = re.compile(r"(registry/[^/]+/(?:log|looks|deals)/)(\d+)\.json")  # they refer to earlier ones, and to others
 
 
 class Copied(NamedTuple):

@@ -32,10 +32,10 @@ class Look(BaseModel):
     seq: int
     before: str | None  # hash of the look before this one
     model: str
-    key: str  # of scores, rules and champion: the same comparison again is the same look
+    key: str  # identity of scores, rules and champion: the same comparison again is the same look
     challenger: str  # digest of the merged model
     rows: str  # digest of the rows' keys
-    number: int  # of looks of this period, this one included
+    number: int  # number of looks in this period, this one included
     horizon: int  # gate.looks
     error: float  # gate.error
     spent: float  # share of the error that this look takes
@@ -134,7 +134,9 @@ def error_of_period(looks: Iterable[Look], look: Look) -> float:
 
     A recipe that lowers gate.error takes nothing back from the looks before.
     """
-    return max(one.error for one in looks if one.seq <= look.seq and (one.period or 1) == (look.period or 1))
+    return max(
+        earlier.error for earlier in looks if earlier.seq <= look.seq and (earlier.period or 1) == (look.period or 1)
+    )
 
 
 def _counted(looks: Sequence[Look], sets: Mapping[str, Set[str]], rows: Set[str], period: int) -> list[Look]:

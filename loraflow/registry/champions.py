@@ -36,7 +36,7 @@ def lineage(store: Store, entry: Entry) -> list[Ref]:
         refs.append(ref)
         try:
             todo += store.manifest(ref).input_refs(store.uri).values()
-        except Failure:  # it is gone or damaged, which `loraflow verify` reports
+        except Failure:  # a missing or damaged artifact, which `loraflow verify` reports
             continue
     return refs
 
@@ -120,7 +120,7 @@ class MissingModel(NamedTuple):
     entry: Entry
     ref: Ref
     problems: list[str]
-    is_needed: bool  # it is the champion or the model to which the next rollback returns
+    is_needed: bool  # whether it is the champion or the model to which the next rollback returns
 
 
 def missing_models(log: PromotionLog, keep_champions: int = KEEP_CHAMPIONS) -> Iterator[MissingModel]:

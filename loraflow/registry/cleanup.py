@@ -64,7 +64,7 @@ def remove_unused(
 def _size(store: Store, ref: Ref) -> int:
     try:
         return store.manifest(ref).size
-    except Failure:  # its manifest is unreadable; the artifact is removed anyway
+    except Failure:  # an unreadable manifest; the artifact is removed anyway
         return 0
 
 

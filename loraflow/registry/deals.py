@@ -48,7 +48,7 @@ class Deal(StoredModel):
         return hashlib.sha256(canonical(self.model_dump())).hexdigest()
 
 
-class Wanted(NamedTuple):
+class DealRequest(NamedTuple):
     """What a recipe asks for."""
 
     reserve: int | float  # data.heldout_reserve
@@ -76,7 +76,7 @@ class DealRecord:
         self._folder, self._rows = f"registry/{model}/deals/", f"registry/{model}/dealt/"
 
     def take(
-        self, challenger: str, rows: Sequence[ReserveRow], scored: Scored, wanted: Wanted, *, actor: str
+        self, challenger: str, rows: Sequence[ReserveRow], scored: Scored, request: DealRequest, *, actor: str
     ) -> DealtRows:
         """Return the rows that a model is scored on. If it has none yet, they are dealt and recorded.
 
@@ -84,7 +84,7 @@ class DealRecord:
             challenger: digest of the merged model.
             rows: all held-out rows of the gate's set.
             scored: returns those of some keys that were scored in a look (`LookRecord.scored_keys`).
-            wanted: what the recipe asks for.
+            request: what the recipe asks for.
             actor: who runs this.
 
         Raises:
@@ -93,16 +93,16 @@ class DealRecord:
         """
         while True:
             entries, dealt = self._read()
-            found = _find(entries, dealt, challenger, rows, scored, wanted)
+            found = _find(entries, dealt, challenger, rows, scored, request)
             if not found.is_new:
                 return found
-            outside, size = _sizes(entries, rows, wanted)
+            outside, size = _sizes(entries, rows, request)
             digest = self._write_rows(found.keys)
             new = Deal(
                 seq=len(entries) + 1,
                 model=self._model,
                 challenger=challenger,
-                reserve=wanted.reserve,
+                reserve=request.reserve,
                 outside=outside,
                 size=size,
                 rows=digest,
@@ -113,7 +113,9 @@ class DealRecord:
             if self._store.create_document(self._name(new.seq), json_bytes({**new.model_dump(), "hash": new.hash})):
                 return found
 
-    def preview(self, challenger: str | None, rows: Sequence[ReserveRow], scored: Scored, wanted: Wanted) -> DealtRows:
+    def preview(
+        self, challenger: str | None, rows: Sequence[ReserveRow], scored: Scored, request: DealRequest
+    ) -> DealtRows:
         """Return what `take` would, without dealing. `challenger` is None for a model that is not trained yet.
 
         Raises:
@@ -121,7 +123,7 @@ class DealRecord:
             DamagedLog: a deal was changed, or its rows are missing.
         """
         entries, dealt = self._read()
-        return _find(entries, dealt, challenger, rows, scored, wanted)
+        return _find(entries, dealt, challenger, rows, scored, request)
 
     def for_scores(self, model: str, rows: Sequence[ReserveRow]) -> frozenset[str] | None:
         """Return the keys of rows to score a model on without a look: its own, or else those that were dealt last.
@@ -144,8 +146,8 @@ class DealRecord:
             DamagedLog: a deal was changed, or its rows are missing.
         """
         entries, dealt = self._read()
-        wanted = (challenger, reserve)
-        return next((dealt[one.rows] for one in reversed(entries) if (one.challenger, one.reserve) == wanted), None)
+        own = [entry for entry in entries if (entry.challenger, entry.reserve) == (challenger, reserve)]
+        return dealt[own[-1].rows] if own else None
 
     def _read(self) -> tuple[list[Deal], dict[str, frozenset[str]]]:
         """Return the deals, oldest first, and the keys of their rows by digest."""
@@ -165,7 +167,9 @@ class DealRecord:
                 raise self._damaged(name, "a deal of held-out rows", str(error).splitlines()[0]) from error
             if claimed != entry.hash or entry.model != self._model:
                 raise self._damaged(name, f"values with the hash {str(claimed)[:12]}", f"the hash {entry.hash[:12]}")
-            if entry.seq != len(found) + 1 or name != self._name(entry.seq):  # its rows would count as fresh
+            if entry.seq != len(found) + 1 or name != self._name(
+                entry.seq
+            ):  # a missing deal: its rows would count as fresh
                 raise self._damaged(self._name(len(found) + 1), f"deal {len(found) + 1}", f"deal {entry.seq} in {name}")
             found.append(entry)
         stored = self._store.read_documents(self._rows, ".json") if found else {}
@@ -207,18 +211,18 @@ def _find(
     challenger: str | None,
     rows: Sequence[ReserveRow],
     scored: Scored,
-    wanted: Wanted,
+    request: DealRequest,
 ) -> DealtRows:
-    _, size = _sizes(entries, rows, wanted)
+    _, size = _sizes(entries, rows, request)
     present = frozenset(row.key for row in rows)
     used = frozenset(scored(present)).union(*(dealt[entry.rows] for entry in entries))
     for entry in reversed(entries):
         keys = dealt[entry.rows]
-        is_same = (entry.challenger, entry.reserve, entry.size) == (challenger, wanted.reserve, size)
+        is_same = (entry.challenger, entry.reserve, entry.size) == (challenger, request.reserve, size)
         if is_same and keys <= present:  # if rows were removed since, the model gets others
             left = state(rows, used, size, is_fresh=entry.is_fresh)
             return DealtRows(keys, _count(rows, keys), left, is_new=False)
-    new = deal(rows, used, size, wanted.seed)
+    new = deal(rows, used, size, request.seed)
     left = state(rows, used | new.keys, size, is_fresh=new.is_fresh)
     return DealtRows(new.keys, _count(rows, new.keys), left, is_new=True)
 
@@ -227,11 +231,11 @@ def _count(rows: Sequence[ReserveRow], keys: Set[str]) -> int:
     return sum(row.key in keys for row in rows)
 
 
-def _sizes(entries: Sequence[Deal], rows: Sequence[ReserveRow], wanted: Wanted) -> tuple[int, int]:
+def _sizes(entries: Sequence[Deal], rows: Sequence[ReserveRow], request: DealRequest) -> tuple[int, int]:
     """Return the rows outside of the reserve, and the rows of a look. Rows that are added later join the reserve."""
-    before = next((entry.outside for entry in reversed(entries) if entry.reserve == wanted.reserve), None)
-    outside = rows_of_a_look(wanted.reserve, len(rows)) if before is None else before
-    return outside, min(outside, wanted.max_rows or outside)
+    before = next((entry.outside for entry in reversed(entries) if entry.reserve == request.reserve), None)
+    outside = rows_of_a_look(request.reserve, len(rows)) if before is None else before
+    return outside, min(outside, request.max_rows or outside)
 
 
 def _digest(keys: list[str]) -> str:

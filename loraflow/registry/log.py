@@ -90,6 +90,7 @@ class PromotionLog:
                 where="register.model, or --model",
                 expected="lower-case letters, digits, and . _ - after the first",
                 got=model[:80],
+                next_step="correct the name",
             )
         self.store: Store = LocalStore(store) if isinstance(store, Path) else store
         self.folder = f"registry/{model}"
@@ -184,7 +185,11 @@ class PromotionLog:
         known, read = self._known(all_runs=True), self._read()
         lost = {claim.head for claim in known.unmet([entry.hash for entry in read.entries])}
         if not (read.rest or lost or known.problem):
-            raise Failure("The promotion log is not damaged.", where=f"{self.store.uri}/{self.folder}/log")
+            raise Failure(
+                "The promotion log is not damaged.",
+                where=f"{self.store.uri}/{self.folder}/log",
+                next_step="nothing has to be accepted; `loraflow registry` shows the log",
+            )
         kept = _head(read.entries)
         acceptance = Acceptance(
             reason=reason,

@@ -20,22 +20,22 @@ from loraflow.store import Store
 from loraflow.store.checksum import add_checksum, check_document
 from loraflow.store.files import json_bytes
 
-_NEWEST_RUNS = 50  # that are read if there is no anchor: stores of earlier versions have none
+_NEWEST_RUNS = 50  # run records to read if there is no anchor: stores of earlier versions have none
 
 
 class LostLooks(StoredModel):
-    """A person's decision to go on without looks that were lost or changed. They are counted nevertheless."""
+    """A person's decision to continue without looks that were lost or changed. They are counted nevertheless."""
 
     reason: str
     actor: str
     time: str
     kept: LogHead = LogHead()  # the last look that was left
     lost: int = 0
-    lost_heads: list[LogHead] | None = None  # those of them that run records name; None in earlier versions
+    lost_heads: list[LogHead] | None = None  # the lost looks that run records name; None in earlier versions
     set_aside: dict[str, str] = {}
     lost_rows: list[str] = []  # digests of sets of rows of which no intact copy was left
     restored_rows: list[str] = []  # digests of sets of rows that were damaged, and replaced by their copy
-    unknown_rows: bool = False  # it is not known which rows were scored, so none is fresh any more
+    unknown_rows: bool = False  # whether it is unknown which rows were scored: then no row is fresh any more
 
     def explains(self, head: LogHead) -> bool:
         """Tell whether a look that a run record names is one of the lost ones."""

@@ -107,7 +107,7 @@ def _place_of(store: Store, record: RunRecord) -> dict[str, JsonValue]:
     named = record.section("runtime").get("store")
     if not isinstance(named, str) or named == store.uri:
         return {}
-    with suppress(Failure):  # it cannot be opened, so it is not this one
+    with suppress(Failure):  # a store that cannot be opened is not this store
         if open_store(named).uri == store.uri:
             return {}
     return {"runtime.store": store.uri}

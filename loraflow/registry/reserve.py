@@ -20,13 +20,13 @@ from loraflow.data.split import draw
 from loraflow.failures import BadConfig
 from loraflow.frozen import StoredModel
 
-_ENOUGH = 0.9  # of a look's rows: where groups stay together, looks differ a little in size
+_ENOUGH = 0.9  # share of a look's rows: where groups stay together, looks differ a little in size
 
 
 class ReserveRow(NamedTuple):
     """A held-out row of the gate's set."""
 
-    key: str  # by which it is known whether it was scored (`row_key`)
+    key: str  # identifies the row in the record of looks (`row_key`)
     group: str | None = None
 
 
@@ -41,9 +41,9 @@ class ReserveState(StoredModel):
     """How many rows are left that no model was scored on."""
 
     rows: int  # held-out rows of the gate's set
-    fresh: int  # of which no model was scored on
+    fresh: int  # rows that no model was scored on
     size: int  # rows of a look
-    looks: int  # that the fresh rows are enough for
+    looks: int  # how many looks the fresh rows are enough for
     is_fresh: bool = True  # whether the rows of this run's look were dealt from the reserve
 
     def __str__(self) -> str:

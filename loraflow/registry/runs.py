@@ -90,10 +90,10 @@ class RunSummary(StoredModel):
     recipe: str
     stages: list[StageRun] = []
     rows: RowsSummary | None = None
-    metrics: dict[str, Scores | None] = {}  # of base, tuned and champion
+    metrics: dict[str, Scores | None] = {}  # scores of base, tuned and champion
     slices: list[Slice] = []  # by evaluation.slices
     seeds: list[SeedScores] = []  # by gate.seeds
-    drift: DataDrift | None = None  # of the training rows since the champion, in a retraining
+    drift: DataDrift | None = None  # how the training rows changed since the champion, in a retraining
     decision: RecordedDecision | None = None
     advice: list[str] = []  # after `undecided`: what would decide
     registered: int | None = None  # number of the entry in the promotion log
@@ -119,7 +119,7 @@ class RunRecord(StoredModel):
     """The record of a run."""
 
     run: str
-    recipe: str  # its name
+    recipe: str  # the recipe's name
     state: RunState = "done"
     error: str | None = None
     started: float = 0.0  # seconds since 1970
@@ -129,14 +129,14 @@ class RunRecord(StoredModel):
     commit: str | None = None  # HEAD of the project's git repository when the run ended
     uncommitted: bool | None = None  # whether tracked files differed from it
     prefect_run: str | None = None
-    recipe_text: str = ""  # of the file, as it was read when the run started
+    recipe_text: str = ""  # the file's text when the run started
     overrides: dict[
         str, JsonValue
     ] = {}  # {dotted key: value} of `--set` and the form, which replaced the file's values
     resolved: dict[str, JsonValue] = {}  # the recipe with all its defaults
     stages: list[StageRun] = []
     summary: RunSummary | None = None
-    promotion_head: LogHead | None = None  # of the recipe's model, when the run read or extended the log last
+    promotion_head: LogHead | None = None  # the last entry that the run read or wrote in the log of the recipe's model
     looks_head: LogHead | None = None  # the last look at held-out rows that the run took
 
     @property
@@ -222,7 +222,7 @@ def read_report(store: Store, run: str) -> str | None:
 def _checked_report(store: Store, name: str, data: bytes) -> str:
     text = data.decode(errors="replace")
     content, start, _ = text.rpartition(_COMMENT)
-    if not start and not _has_checksum(store, f"{name.removesuffix('.md')}.json"):  # of an earlier version
+    if not start and not _has_checksum(store, f"{name.removesuffix('.md')}.json"):  # a report of an earlier version
         return text
     if not start or text != content + _comment(name, content):
         raise CorruptArtifact(

@@ -61,11 +61,11 @@ def sign(store: Store, model: str, head: LogHead, key: str, hashes: Callable[[],
     The signature of a later entry, which another process wrote meanwhile, is kept: it covers this one too.
 
     Args:
-        store: has the log.
-        model: its name.
+        store: the store with the log.
+        model: the model's name in the registry.
         head: the last entry.
         key: file of a private SSH key, or of the public one if ssh-agent has the private one.
-        hashes: reads the hashes of the log's entries, oldest first.
+        hashes: a function that reads the hashes of the log's entries, oldest first.
 
     Raises:
         BadConfig: there is no ssh-keygen, or it cannot sign with the key.
@@ -74,7 +74,12 @@ def sign(store: Store, model: str, head: LogHead, key: str, hashes: Callable[[],
     try:
         signature = _ssh_keygen(options, _statement(model, head), key)
     except _Refused as refused:
-        raise BadConfig("ssh-keygen refuses the key.", where=key, got=str(refused)) from refused
+        raise BadConfig(
+            "ssh-keygen refuses the key.",
+            where=key,
+            got=str(refused),
+            next_step="name another key, or correct its permissions",
+        ) from refused
     document = _Signed(seq=head.seq, hash=head.hash, signature=signature.decode())
     with store.lock("signature", model):
         present = _read(store, model)
@@ -94,9 +99,9 @@ def check_signature(store: Store, model: str, hashes: Sequence[str], signers: Pa
     """Check that a person on the list signed the log.
 
     Args:
-        store: has the log.
-        model: its name.
-        hashes: of the log's entries, oldest first.
+        store: the store with the log.
+        model: the model's name in the registry.
+        hashes: the hashes of the log's entries, oldest first.
         signers: a file of allowed signers, as in ssh-keygen's manual: `NAME KEY-TYPE KEY` on each line.
 
     Raises:
@@ -104,7 +109,12 @@ def check_signature(store: Store, model: str, hashes: Sequence[str], signers: Pa
         BadConfig: there is no ssh-keygen, or no list of signers.
     """
     if not signers.is_file():
-        raise BadConfig("There is no list of signers.", where=str(signers), expected="a line `NAME KEY-TYPE KEY` each")
+        raise BadConfig(
+            "There is no list of signers.",
+            where=str(signers),
+            expected="a line `NAME KEY-TYPE KEY` each",
+            next_step="write the file, or correct --signers",
+        )
     data = store.read_document(_name(model))
     try:
         signed = _Signed.model_validate_json(data or b"")

@@ -21,15 +21,15 @@ class TrialRecord(StoredModel):
     """A trial: one training."""
 
     label: str
-    settings: dict[str, JsonValue]  # of the grid
+    settings: dict[str, JsonValue]  # values of the grid
     seed: int
     state: Literal["cached", "computed", "failed"]
-    loss: float | None = None  # of the adapter on the validation rows, in nats per token
-    seconds: float | None = None  # that the training took, now or when it was computed; of a group, its share
+    loss: float | None = None  # validation loss of the adapter, in nats per token
+    seconds: float | None = None  # duration of the training, also of a cached one; in a group, the trial's share
     fingerprint: str = ""
     digest: str = ""
     problem: str = ""  # why it failed
-    group_number: int | None = None  # of several trials in the artifact, which is train_group's; None: it has its own
+    group_number: int | None = None  # position in train_group's artifact; None: the trial has an artifact of its own
 
 
 class SweepRecord(StoredModel):
@@ -87,8 +87,8 @@ def ranked(trials: Sequence[TrialRecord]) -> list[Combination]:
     groups: dict[str, list[TrialRecord]] = {}
     for trial in trials:
         groups.setdefault(json.dumps(trial.settings, sort_keys=True), []).append(trial)
-    found = [Combination(group[0].settings, tuple(group)) for group in groups.values()]
-    return sorted(found, key=lambda one: (one.failed, math.inf if one.mean is None else one.mean))
+    combinations = [Combination(group[0].settings, tuple(group)) for group in groups.values()]
+    return sorted(combinations, key=lambda group: (group.failed, math.inf if group.mean is None else group.mean))
 
 
 def choose(trials: Sequence[TrialRecord]) -> SweepRecord:

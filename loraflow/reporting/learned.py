@@ -16,7 +16,7 @@ from loraflow.reporting import histogram
 class Learned:
     """What tokenize says about the training rows."""
 
-    figures: Mapping[str, JsonValue]  # of tokenize
+    figures: Mapping[str, JsonValue]  # the figures of tokenize's report
     report: TokenReport
 
 

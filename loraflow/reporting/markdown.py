@@ -31,7 +31,7 @@ from loraflow.reporting.slices import slice_lines
 from loraflow.reporting.sweep import TrialCurves, sweep_lines
 
 GATE_SET = "heldout"  # its scores are shown first: the gate decides by them
-LOSS_ROWS = 12  # of the table below the loss curve
+LOSS_ROWS = 12  # rows of the table below the loss curve
 QUOTED = 300  # characters of a quoted text
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -83,10 +83,10 @@ class RunReport:
     """The content of a run's report."""
 
     run: str
-    recipe: str  # its name
+    recipe: str  # the recipe's name
     decision: Decision
     scores: ModelScores
-    confidence: float  # of the scores' intervals
+    confidence: float  # the level of the scores' intervals
     losses: Sequence[tuple[float, float]]  # (step, training loss)
     samples: Sequence[Sample]  # answers of the tuned model
     stages: Sequence[StageRow]
@@ -97,7 +97,7 @@ class RunReport:
     rows: RowsSummary | None = None
     slices: Sequence[Slice] = ()  # by evaluation.slices
     seeds: Sequence[SeedScores] = ()  # by gate.seeds
-    drift: DataDrift | None = None  # of the training rows since the champion
+    drift: DataDrift | None = None  # how the training rows changed since the champion
     confusions: Sequence[Confusion] = ()  # the tuned model's worst labels in the gate's set
     learned: Learned | None = None
     reserve: str = ""  # what is left of data.heldout_reserve
@@ -155,8 +155,8 @@ def scores_report(
     Args:
         model: its name.
         recipe: the name of the recipe by which it was scored.
-        scores: of the model.
-        confidence: of the scores' intervals.
+        scores: the model's scores.
+        confidence: the level of the scores' intervals.
         folder: the location of the model.
         table: the location of the score table.
         available: held-out rows of each set, of which a sample is scored.
@@ -214,11 +214,11 @@ def _worse(decision: Decision) -> Iterator[str]:
     """Yield the rows that got much worse, for each rule of gate.worst."""
     if decision.worse:
         yield from ("## Rows that got much worse", "")
-    for one in decision.worse:
-        yield from (f"{one.reason}.", "")
-        if one.rows:
-            yield from (f"| row | {one.against} | tuned | question | answer |", "|---|---:|---:|---|---|")
-            for row in one.rows:
+    for found in decision.worse:
+        yield from (f"{found.reason}.", "")
+        if found.rows:
+            yield from (f"| row | {found.against} | tuned | question | answer |", "|---|---:|---:|---|---|")
+            for row in found.rows:
                 texts = f"{quote(row.question)} | {quote(row.answer)}"
                 yield f"| {quote(row.id)} | {row.other:.3f} | {row.score:.3f} | {texts} |"
             yield ""
@@ -228,11 +228,11 @@ def _behaviour(decision: Decision) -> Iterator[str]:
     """Yield the results of gate.behaviour, with the answers that do not meet them."""
     if decision.behaviour:
         yield from ("## Behaviour", "")
-    for one in decision.behaviour:
-        yield from (f"- {'holds' if one.holds else '**fails**'}: {quote(one.reason)}", "")
-        if one.failed:
+    for result in decision.behaviour:
+        yield from (f"- {'holds' if result.holds else '**fails**'}: {quote(result.reason)}", "")
+        if result.failed:
             yield from ("| row | question | answer |", "|---|---|---|")
-            for row in one.failed:
+            for row in result.failed:
                 yield f"| {quote(row.id)} | {quote(row.question)} | {quote(row.answer)} |"
             yield ""
 
@@ -256,9 +256,9 @@ def _confusions(confusions: Sequence[Confusion]) -> Iterator[str]:
     if not confusions:
         return
     yield from ("### Worst labels", "", "| label | rows | wrong | most often taken for |", "|---|---:|---:|---|")
-    for one in confusions:
-        name, other = (quote(text[:80]).replace("|", "\\|") for text in (one.label, one.as_label))
-        yield f"| {name} | {one.rows} | {one.wrong} | {other} ({one.as_count}) |"
+    for confusion in confusions:
+        name, other = (quote(text[:80]).replace("|", "\\|") for text in (confusion.label, confusion.as_label))
+        yield f"| {name} | {confusion.rows} | {confusion.wrong} | {other} ({confusion.as_count}) |"
     yield ""
 
 

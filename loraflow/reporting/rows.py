@@ -91,7 +91,7 @@ def _counts(
 
 
 def _chosen(name: str, scored: int, count: int, policy: RowPolicy) -> str:
-    """Return how the rows of a set were chosen that were scored; nothing if all were."""
+    """Return how the scored rows of a set were chosen; nothing if all rows were scored."""
     if scored == count:
         return ""
     if policy.deals_rows and name == GATE_SET:
@@ -100,7 +100,7 @@ def _chosen(name: str, scored: int, count: int, policy: RowPolicy) -> str:
 
 
 def check_notes(check: CheckReport) -> list[str]:
-    """Return sentences about what a report of check_dataset says beside its counts."""
+    """Return the notes of a check_dataset report, apart from its counts."""
     notes = source_lines(check)
     if check.unread:
         keys = [f"{key} ({count} rows)" for key, count in check.unread.items()]
@@ -115,7 +115,7 @@ def check_notes(check: CheckReport) -> list[str]:
         notes.append(f"{weighted} rows have answers whose weight in the loss is not 0 or 1")
     if few := check.counts.get("held_out_of_few", 0):
         notes.append(
-            f"the seeded hash held out no row of so few, so {few} with the next prompt in its order are held out"
+            f"the seeded hash held out none of so few rows, so {few} with the next prompt in its order are held out"
         )
     similar = check.similar
     if similar.near_leaks:

@@ -13,10 +13,10 @@ def seed_lines(found: Sequence[SeedScores]) -> Iterator[str]:
         return
     seeds = [*found[0].values]
     yield from ("## Scores by training seed", "")
-    yield f"The gate compares the means. The model of seed {seeds[0]} is the one that is registered."
+    yield f"The gate compares the means. The model of seed {seeds[0]} is registered."
     yield from ("", f"| metric | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | standard deviation |")
     yield "|---|" + "---:|" * (len(seeds) + 2)
-    for one in found:
-        cells = " | ".join(f"{value:.3f}" for value in one.values.values())
-        yield f"| {one.metric} | {cells} | {one.mean:.3f} | {one.deviation:.3f} |"
+    for scores in found:
+        cells = " | ".join(f"{value:.3f}" for value in scores.values.values())
+        yield f"| {scores.metric} | {cells} | {scores.mean:.3f} | {scores.deviation:.3f} |"
     yield ""

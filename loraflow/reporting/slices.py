@@ -16,14 +16,14 @@ def slice_lines(slices: Sequence[Slice]) -> Iterator[str]:
             "Only the parts in gate.slices affect the decision. With many parts, some differ by chance.",
             "",
         )
-    for by in dict.fromkeys(one.by for one in slices):
-        found = [one for one in slices if one.by == by]
+    for by in dict.fromkeys(part.by for part in slices):
+        found = [part for part in slices if part.by == by]
         models = list(found[0].values)
         yield from (f"| {_cell(by)} | rows | metric | {' | '.join(models)} |", "|---|---:|---|" + "---|" * len(models))
-        for one in found:
-            for metric in one.values[models[0]]:
-                cells = " | ".join(str(one.values[model][metric]) for model in models)
-                yield f"| {_cell(one.name)} | {one.rows} | {metric} | {cells} |"
+        for part in found:
+            for metric in part.values[models[0]]:
+                cells = " | ".join(str(part.values[model][metric]) for model in models)
+                yield f"| {_cell(part.name)} | {part.rows} | {metric} | {cells} |"
         yield ""
 
 

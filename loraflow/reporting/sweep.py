@@ -46,16 +46,16 @@ def table_rows(sweep: SweepRecord) -> list[TableRow]:
     return [_row(number, one, sweep) for number, one in enumerate(order, 1)]
 
 
-def _row(number: int, one: Combination, sweep: SweepRecord) -> TableRow:
-    problems = [trial.problem for trial in one.trials if trial.problem]
+def _row(number: int, combination: Combination, sweep: SweepRecord) -> TableRow:
+    problems = [trial.problem for trial in combination.trials if trial.problem]
     return TableRow(
         rank=str(number),
-        settings=tuple(show_value(value) for value in one.settings.values()),
-        losses=", ".join("failed" if trial.loss is None else f"{trial.loss:.4f}" for trial in one.trials),
-        mean="" if one.mean is None else f"{one.mean:.4f}",
-        deviation="" if one.deviation is None else f"{one.deviation:.4f}",
-        seconds=f"{one.seconds:.1f}",
-        is_chosen=any(trial.label == sweep.chosen for trial in one.trials),
+        settings=tuple(show_value(value) for value in combination.settings.values()),
+        losses=", ".join("failed" if trial.loss is None else f"{trial.loss:.4f}" for trial in combination.trials),
+        mean="" if combination.mean is None else f"{combination.mean:.4f}",
+        deviation="" if combination.deviation is None else f"{combination.deviation:.4f}",
+        seconds=f"{combination.seconds:.1f}",
+        is_chosen=any(trial.label == sweep.chosen for trial in combination.trials),
         problem=problems[0] if problems else "",
     )
 

@@ -47,7 +47,7 @@ class Facts:
     reasons: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     template_date: str | None = None  # the date that the chat template prints
-    device: str | None = None  # that trained: the GPU's product name, or cpu
+    device: str | None = None  # where it was trained: the GPU's product name, or cpu
     commit: str | None = None  # HEAD of the project's git repository
     uncommitted: bool = False  # tracked files differed from it
     artifacts: dict[str, str] = field(default_factory=dict)  # stage → fingerprint/digest

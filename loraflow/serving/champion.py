@@ -72,7 +72,7 @@ class BaseModelSource(FrozenModel):
     """The base model: its name in the recipe, what identifies its files, and the digest of its artifact."""
 
     model: str | None
-    commit: str | None  # of the hub
+    commit: str | None  # commit on the hub
     content: str | None  # sha256 over the files of a folder, or of the bundled GGUF file
     digest: str | None
 
@@ -89,7 +89,7 @@ class RunScores(FrozenModel):
     """The scores of a run: base, tuned (this model), and the champion at that time."""
 
     run: str
-    confidence: float  # of the intervals
+    confidence: float  # level of the intervals
     metrics: dict[str, Scores | None]
     slices: list[Slice] = []  # parts of the held-out rows
     seeds: list[SeedScores] = []  # by gate.seeds

@@ -57,10 +57,8 @@ def html_page(comparison: ModelComparison) -> str:
         body += [f"<h2>{letter} ({escape(pairing.name)}) against A</h2>", f"<p>On {_rows(pairing)}.</p>"]
         body += ["<p>The same model.</p>"] if pairing.same_model else []
         head = ("metric", "A", letter, "difference", _bounds_name(comparison.confidence), "rows better, worse")
-        body += _table(
-            head,
-            ([_text(cell, number=i > 0) for i, cell in enumerate(_cells(one))] for one in pairing.scores.differences),
-        )
+        rows = map(_cells, pairing.scores.differences)
+        body += _table(head, ([_text(cell, number=i > 0) for i, cell in enumerate(row)] for row in rows))
         body += ["<h3>Settings that differ</h3>", *_settings(pairing), *_changed_rows(pairing, letter)]
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
@@ -103,15 +101,15 @@ def _bounds_name(confidence: float) -> str:
     return f"one-sided {100 * confidence:g} % bounds"
 
 
-def _cells(one: Difference) -> list[str]:
-    bounds = one.bounds
+def _cells(difference: Difference) -> list[str]:
+    bounds = difference.bounds
     return [
-        one.metric,
-        f"{one.first:.4f}",
-        f"{one.second:.4f}",
+        difference.metric,
+        f"{difference.first:.4f}",
+        f"{difference.second:.4f}",
         f"{bounds.mean:+.4f}",
         f"[{bounds.lower:+.4f}, {bounds.upper:+.4f}]",
-        f"{one.better_rows}, {one.worse_rows}",
+        f"{difference.better_rows}, {difference.worse_rows}",
     ]
 
 

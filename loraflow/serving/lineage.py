@@ -60,11 +60,11 @@ class Lineage:
     dataset_commit: str | None = None  # git commit of the revision that the recipe names
     rows: dict[str, int] = field(default_factory=dict)  # train and heldout → rows
     base: BaseSource = field(default_factory=BaseSource)
-    base_digest: str | None = None  # of the base's artifact
+    base_digest: str | None = None  # digest of the base's artifact
     repacked: bool = False  # the base's projections were fused: its adapter does not fit the model on the hub
     versions: dict[str, str] = field(default_factory=dict)  # loraflow, python or library → version that trained
-    device: str | None = None  # that trained: the GPU's product name, or cpu
-    machine: str | None = None  # its architecture, such as x86_64
+    device: str | None = None  # where it was trained: the GPU's product name, or cpu
+    machine: str | None = None  # the machine's architecture, such as x86_64
     artifacts: dict[str, str] = field(default_factory=dict)  # stage → fingerprint/digest
 
 

@@ -40,11 +40,11 @@ class Model:
     name: str
     folder: Path
     unmerged_adapter: Path | None = None  # a PEFT folder to apply to the model in `folder`, which is then its base
-    ref: Ref | None = None  # of the merged model, where it is an artifact of this store
-    adapter_ref: Ref | None = None  # of the adapter that was trained, merged or not
+    ref: Ref | None = None  # the merged model, if it is an artifact of this store
+    adapter_ref: Ref | None = None  # the adapter that was trained, merged or not
     base: Path | None = None  # the model that was fine-tuned, where that is known
-    base_ref: Ref | None = None  # of the base, where it is an artifact; it is not hashed yet
-    run: RunRecord | None = None  # of the run that made it
+    base_ref: Ref | None = None  # the base, if it is an artifact; it is not hashed yet
+    run: RunRecord | None = None  # the run that made it
 
     @property
     def system(self) -> str | None:
@@ -110,7 +110,10 @@ def find_model(store: Store, model: str, base: str | None = None, memo: HashMemo
     given = Path(base).expanduser() if base else None
     if given is not None and not (given / "config.json").exists():
         raise BadConfig(
-            "The base is not a model's folder.", where=f"--base {base}", expected="a folder with config.json"
+            "The base is not a model's folder.",
+            where=f"--base {base}",
+            expected="a folder with config.json",
+            next_step="correct --base",
         )
     if model.split(":")[0] == "champion":
         name = model.partition(":")[2] or only_model(store)
@@ -286,7 +289,7 @@ def check_unmerged(model: Model) -> None:
     Raises:
         BadModel: see `check_adapter`.
     """
-    from loraflow.adapters.accept import check_adapter
+    from loraflow.adapters.adapter_check import check_adapter
 
     if model.unmerged_adapter is not None:
         check_adapter(

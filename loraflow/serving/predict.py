@@ -88,7 +88,7 @@ class PredictOptions(BaseModel):
         dtype: float32, as in evaluation, makes answers independent of the batch.
         device: auto, cpu or cuda.
         batch_size: rows in memory at a time; halved when a GPU runs out of memory.
-        tools: of rows that have none of their own, as in `data.tools`.
+        tools: the tools of rows that have none of their own, as in `data.tools`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -175,13 +175,16 @@ def _check_paths(source: Path, target: Path) -> None:
             next_step=f"predict each file by itself, such as {source / names[0]}" if names else "name a file",
         )
     if not source.is_file():
-        raise BadConfig("There is no such file.", where=str(source), expected="one file of chats")
+        raise BadConfig(
+            "There is no such file.", where=str(source), expected="one file of chats", next_step="correct the path"
+        )
     if target.suffix.lower() not in OUT_SUFFIXES:
         raise BadConfig(
             "This file format is not supported for output.",
             where=str(target),
             expected=", ".join(OUT_SUFFIXES),
             got=target.suffix or "no suffix",
+            next_step="give the output one of these suffixes",
         )
     if not target.parent.is_dir():
         raise BadConfig("There is no such folder.", where=str(target.parent), next_step="create the folder")
@@ -278,7 +281,7 @@ def _answer(
     while True:
         try:
             found = generate_answers(
-                model,  # type: ignore[arg-type]  # a sampler stands in for the model
+                model,  # type: ignore[arg-type]  # a sampler, which has the model's interface
                 loaded.tokenizer,
                 [prompts[i] for i in asked],
                 stop_ids=loaded.stops,

@@ -49,7 +49,9 @@ def package(
         BadModel: a file still holds a path of this machine.
     """
     if not REPO.fullmatch(repo):
-        raise BadConfig("The repository's name is not ORG/NAME.", where="--repo", got=repo)
+        raise BadConfig(
+            "The repository's name is not ORG/NAME.", where="--repo", got=repo, next_step="write --repo ORG/NAME"
+        )
     model = _select(model, what)
     facts = collect_facts(model, model.digest(HashMemo(None)), licence)
     with tempfile.TemporaryDirectory(prefix="loraflow-publish-") as name:

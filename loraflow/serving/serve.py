@@ -66,7 +66,11 @@ def plan_server(
     name = name or re.sub(r"[^\w.]+", "-", model.name).strip("-.") or "model"
     if not re.fullmatch(r"\w(?:[.-]?\w)*", name, re.ASCII):
         raise BadConfig(
-            "This is not a valid name of a model.", where="--name", got=name, expected="a name such as tickets-v2"
+            "This is not a valid name of a model.",
+            where="--name",
+            got=name,
+            expected="a name such as tickets-v2",
+            next_step="choose another --name",
         )
     engine = _pick_engine(engine)
     _refuse_taken(host, port)

@@ -13,7 +13,7 @@ HELP = """\
 /reset                 forget the conversation
 /system TEXT           set the system message and start again; without TEXT, remove it
 /set                   show temperature, top_p, max_new_tokens and seed
-/set temperature 0.7   change one of them (seed none: a different answer each time)
+/set temperature 0.7   change a setting (seed none: a different answer each time)
 /help                  show this text
 /quit                  end; so does Ctrl-D. Ctrl-C ends an answer, not the program
 //text                 send a message that begins with a slash"""

@@ -89,7 +89,7 @@ def reads_calls_of(template: ChatTemplate) -> bool:
     }
     try:
         (text,) = template.answer_texts([[question, answer]])
-    except BadModel:  # it knows no tools
+    except BadModel:  # a template without tools
         return False
     return parse_calls(text) == [answer["tool_calls"][0]["function"]]
 

@@ -156,7 +156,7 @@ class Pointer(StoredModel):
 
 
 class ChangedManifest(ValueError):
-    """A manifest is not the one that was committed. The text is a line for each problem, joined by semicolons."""
+    """A manifest differs from the committed one. The text is a line for each problem, joined by semicolons."""
 
 
 class DamagedPointer(ChangedManifest):

@@ -66,7 +66,13 @@ class Bucket:
         name, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
         self.uri = f"s3://{name}/{prefix}".rstrip("/")
         if not name:
-            raise BadConfig("The store names no bucket.", where="runtime.store", expected="s3://bucket/prefix", got=uri)
+            raise BadConfig(
+                "The store names no bucket.",
+                where="runtime.store",
+                expected="s3://bucket/prefix",
+                got=uri,
+                next_step="set runtime.store: s3://bucket/prefix",
+            )
         self.name, self.prefix = name, prefix + "/" if prefix else ""
         self.client: S3Client = make_client()
         self._content: dict[str, tuple[str, bytes]] = {}  # small objects that were read: {key: (etag, content)}
@@ -189,7 +195,12 @@ class Bucket:
             "", lambda: self.client.delete_objects(Bucket=self.name, Delete={"Objects": names, "Quiet": True})
         )
         for error in reply.get("Errors", []):
-            raise Failure("An object cannot be deleted.", where=error["Key"], got=error.get("Message", ""))
+            raise Failure(
+                "An object cannot be deleted.",
+                where=error["Key"],
+                got=error.get("Message", ""),
+                next_step="allow s3:DeleteObject on the prefix, then run again",
+            )
 
     def copy(self, key: str, to: str) -> None:
         """Copy an object within the bucket; boto3 copies large objects in parts."""

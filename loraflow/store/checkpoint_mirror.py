@@ -118,7 +118,7 @@ class CheckpointMirror:
         except Network as failure:  # the network may come back, and the next checkpoint may be hours away
             log.warning("%s is not in the bucket yet: %s", newest.name, failure)
             return
-        except (Failure, OSError) as error:  # the training goes on; only other machines cannot resume from it
+        except (Failure, OSError) as error:  # the training continues; only other machines cannot resume from it
             log.warning("%s is not uploaded to the bucket: %s", newest.name, error)
         self._last_handled = newest.name
 

@@ -1,4 +1,4 @@
-"""A cache of parts of a stage's result, by the hash of what they are made from. It is beside the artifacts of a store.
+"""A cache of parts of a stage's result, by the hash of their sources. It is beside the artifacts of a store.
 
 An entry begins with the SHA-256 of its key and content. So an entry that is damaged, or was copied over another one, is
 noticed: it is removed and computed again. Cleanup removes entries that nobody read for two weeks.
@@ -90,7 +90,7 @@ def stale_entries(root: Path, before: float, *, remove: bool) -> Iterator[tuple[
     """Yield (name, bytes) of each stage's entries that were last used before a time, together.
 
     Args:
-        root: of the store, or its local copy.
+        root: the folder of the store, or of its local copy.
         before: in seconds since 1970.
         remove: whether to remove them.
     """

@@ -53,7 +53,9 @@ def hash_file(path: Path, algorithm: str = "sha256") -> str:
 
 def _machine_fault(error: OSError, path: Path) -> Failure:
     fault = OSError(error.errno, error.strerror, error.filename or str(path))
-    return from_os_error(fault, str(path)) or Failure("The system failed.", where=str(path), got=str(error))
+    return from_os_error(fault, str(path)) or Failure(
+        "The system failed.", where=str(path), got=str(error), next_step="check the disk (`dmesg`), then run again"
+    )
 
 
 def raise_machine_fault(error: Exception) -> None:

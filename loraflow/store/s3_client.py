@@ -281,7 +281,12 @@ def client_error_failure(error: ClientError, where: str, bucket: str) -> Failure
         )
     if status >= 500 or code in _BUSY:
         return Network("The store did not answer.", where=where, got=got, next_step="run again: uploads resume")
-    return Failure("The store refused a request.", where=where, got=f"{error.operation_name}: {got}")
+    return Failure(
+        "The store refused a request.",
+        where=where,
+        got=f"{error.operation_name}: {got}",
+        next_step="check the bucket's settings; `aws s3 ls` sends a similar request",
+    )
 
 
 def request_failure(error: BotoCoreError, where: str) -> Failure:
@@ -294,6 +299,7 @@ def request_failure(error: BotoCoreError, where: str) -> Failure:
             where="runtime.store",
             expected="s3://bucket/prefix",
             got=str(error)[:200],
+            next_step="correct runtime.store",
         )
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return BadConfig(

@@ -1,4 +1,4 @@
-"""What is sent of a run: settings, curves, scores with intervals, the answers to each row, report and picture."""
+"""What MLflow gets about a run: settings, curves, scores with intervals, the answers to each row, report and picture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loraflow.tracking.tracker import Point, RunContent
 
 log = logging.getLogger("loraflow")
 MAX_VALUE = 500  # characters of a parameter that every version of MLflow takes
-MAX_ROWS = 5000  # of the table of answers: MLflow's page loads all of it
+MAX_ROWS = 5000  # rows of the table of answers: MLflow's page loads all of it
 SIDES = ("base", "tuned", "champion")
 
 
@@ -33,7 +33,7 @@ def is_news(record: RunRecord) -> bool:
 
 
 def content_of(store: Store, record: RunRecord) -> RunContent:
-    """Return what is sent of a run. Files that the store no longer has are left out."""
+    """Return what MLflow gets about a run. Files that the store no longer has are left out."""
     files: dict[str, bytes] = {}
     try:
         report = read_report(store, record.run)
@@ -65,7 +65,7 @@ def content_of(store: Store, record: RunRecord) -> RunContent:
 
 
 def content_of_lost_run(run: str, recipe: str, location: str) -> RunContent:
-    """Return what is sent of a promotion whose run has no record any more."""
+    """Return what MLflow gets about a promotion whose run has no record any more."""
     files = {"model/location.json": _location(location, "", run)}
     return RunContent(run, recipe, 0.0, 0.0, "done", {}, {}, [], files)
 

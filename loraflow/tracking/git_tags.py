@@ -51,7 +51,7 @@ def tag_log(store: Store, model: str, folder: Path | None = None) -> None:
 
 
 def make_tags(entries: Sequence[Entry], records: Iterable[RunRecord], model: str, folder: Path) -> list[str]:
-    """Make the tags of a promotion log that are missing; return what is wrong with those that there are.
+    """Make the missing tags of a promotion log; return the problems of its existing tags.
 
     Raises:
         GitError: git fails, or the folder is in no repository.
@@ -62,17 +62,17 @@ def make_tags(entries: Sequence[Entry], records: Iterable[RunRecord], model: str
     in_use = ""  # tag of the champion's version
     for entry, date in zip(entries, _dates(entries), strict=True):
         digest, version = entry.merged.digest, f"{model}@v{entry.seq}.0.0"
-        wanted: dict[str, str] = {}  # tag → what it is on
+        targets: dict[str, str] = {}  # tag → what it is on
         if entry.action == "promote":
             versions[digest] = version
-            wanted[version] = version
+            targets[version] = version
         if digest not in versions:  # the promotion is not in the log any more (`loraflow registry accept`)
             problems.append(f"{model}: entry {entry.seq} is not tagged, because the log has no promotion of its model")
             continue
         if in_use not in ("", versions[digest]):
-            wanted[f"{model}#{STAGE}!#{entry.seq}"] = in_use
-        wanted[f"{model}#{STAGE}#{entry.seq}"] = in_use = versions[digest]
-        for name, where in wanted.items():
+            targets[f"{model}#{STAGE}!#{entry.seq}"] = in_use
+        targets[f"{model}#{STAGE}#{entry.seq}"] = in_use = versions[digest]
+        for name, where in targets.items():
             if name not in tags:
                 recorded = commits.get(entry.seq)
                 if name == where and not _is_here(recorded, folder):
@@ -113,7 +113,7 @@ def _is_here(commit: str | None, folder: Path) -> bool:
 
 
 def _commit_for(name: str, recorded: str | None, model: str, folder: Path) -> str:
-    """Return the commit for a version: that of its run, or a child of it if another version of the model is there."""
+    """Return the commit for a version: the commit of its run, or a child of that commit if it has a version already."""
     commit = recorded if recorded and _is_here(recorded, folder) else git(["rev-parse", "--verify", "HEAD"], folder)
     commit = commit.strip()
     if not git(["tag", "--points-at", commit, "--list", f"{model}@*"], folder).strip():

@@ -17,7 +17,7 @@ from loraflow.tracking.settings import Tracking, find_tracking, is_installed, mi
 from loraflow.tracking.tracker import RunContent, TrackedRun, Tracker
 
 log = logging.getLogger("loraflow")
-MAX_MOVES = 10  # of the alias in one call, if others promote at the same time
+MAX_MOVES = 10  # moves of the alias in one call, if others promote at the same time
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def tracking_of_model(store: Store, model: str, uri: str | None = None) -> Track
 
 
 def try_to_sync(store: Store, model: str, tracking: Tracking, record: RunRecord | None = None) -> None:
-    """Send a run and the promotion log, and all that earlier ones left. If that fails, warn and remember it."""
+    """Send a run, the promotion log, and what earlier calls left unsent. If that fails, warn and remember it."""
     if not is_installed():
         if tracking.is_asked_for:
             log.warning("nothing is sent to MLflow: %s", missing_extra().what)
@@ -142,7 +142,7 @@ def sync(store: Store, model: str, tracker: Tracker, records: Iterable[RunRecord
 
 
 def _send(tracker: Tracker, known: dict[str, TrackedRun], content: RunContent) -> bool:
-    """Send a run, unless the server has all of it. One that was interrupted is completed."""
+    """Send a run, unless the server has all of it. Complete an interrupted one."""
     run = known.get(content.run)
     if run is not None and run.is_complete:
         return False
@@ -170,12 +170,12 @@ def _mirror_registry(
             if entry.merged.digest not in versions:
                 versions[entry.merged.digest] = _register(store, tracker, known, entry)
                 created += 1
-        wanted = versions[entries[-1].merged.digest]
-        if tracker.champion() != wanted:
-            tracker.set_champion(wanted)
+        version = versions[entries[-1].merged.digest]
+        if tracker.champion() != version:
+            tracker.set_champion(version)
         # Another process may have promoted in between, and moved the alias before this one moved it back.
         if promotions.entries()[-1].hash == entries[-1].hash:
-            return created, wanted
+            return created, version
     raise Network("The promotion log changes faster than MLflow's alias can follow.", next_step="loraflow mlflow sync")
 
 

@@ -20,7 +20,7 @@ from loraflow.tracking.tracker import RunContent, TrackedRun
 RUN_TAG, COMPLETE_TAG, DIGEST_TAG = "loraflow.run", "loraflow.complete", "loraflow.digest"
 TABLES_TAG = "mlflow.loggedArtifacts"  # names the files that MLflow's page shows as tables
 ALIAS = "champion"
-LIMIT_SECONDS = 90.0  # of one synchronisation: a slow server must not hold up a run
+LIMIT_SECONDS = 90.0  # duration of one synchronisation: a slow server must not hold up a run
 PARAMS, METRICS, TAGS = 100, 1000, 100  # MLflow's limits of one request
 MAX_TAG = 5000  # characters
 # MLflow waits 120 s for an answer and tries again seven times, if these are not set.

@@ -1,4 +1,4 @@
-"""Marks in the store that MLflow was not sent something. Each writer has a mark of its own, so none removes another's."""
+"""Marks in the store for what MLflow has not received. Each writer has its own mark, so none removes another writer's."""
 
 from __future__ import annotations
 

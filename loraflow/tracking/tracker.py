@@ -25,7 +25,7 @@ class TrackedRun:
 
 @dataclass(frozen=True)
 class RunContent:
-    """What is sent of a loraflow run."""
+    """What MLflow gets about a loraflow run."""
 
     run: str  # loraflow's id
     recipe: str

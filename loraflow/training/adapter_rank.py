@@ -32,24 +32,27 @@ def adapter_rank(shape: ModelShape, adapters: Sequence[PeftConfig]) -> float:
     rank.
 
     Args:
-        shape: the base's.
-        adapters: those that are trained in one pass; one in most trainings.
+        shape: the base's sizes.
+        adapters: the adapters that are trained in one pass; most trainings have one.
     """
-    largest = max(rank for one in adapters for rank in (one.r, *one.rank_pattern.values()))
-    products = [*(one for layer in range(shape.layers) for one in _projections(shape, layer)), *_vocabulary(shape)]
+    largest = max(rank for adapter in adapters for rank in (adapter.r, *adapter.rank_pattern.values()))
+    products = [
+        *(spellings for layer in range(shape.layers) for spellings in _projections(shape, layer)),
+        *_vocabulary(shape),
+    ]
     names = [matrix.name for spellings in products for spelling in spellings for matrix in spelling]
-    if not all(_names_only(one, names) for one in adapters):
+    if not all(_names_only(adapter, names) for adapter in adapters):
         return float(len(adapters) * largest)
-    total = sum(max(_weights(adapters, one) for one in _named(adapters, spellings)) for spellings in products)
+    total = sum(max(_weights(adapters, modules) for modules in _named(adapters, spellings)) for spellings in products)
     return len(adapters) * (total / lora_weights(shape, 1) if total else largest)
 
 
 def _names_only(adapter: PeftConfig, names: Sequence[str]) -> bool:
     """Tell whether all targets and patterns of a recipe select some of these modules."""
     targets = adapter.target_modules
-    each = [] if targets == ALL_LINEAR else [targets] if isinstance(targets, str) else [[one] for one in targets]
+    each = [] if targets == ALL_LINEAR else [targets] if isinstance(targets, str) else [[target] for target in targets]
     patterns = [f"(.*\\.)?({pattern})" for pattern in adapter.rank_pattern]
-    return all(any(selects(one, name) for name in names) for one in [*each, *patterns])
+    return all(any(selects(target, name) for name in names) for target in [*each, *patterns])
 
 
 def _projections(shape: ModelShape, layer: int) -> Iterator[tuple[Spelling, ...]]:
@@ -79,8 +82,11 @@ def _vocabulary(shape: ModelShape) -> list[tuple[Spelling, ...]]:
 
 def _named(adapters: Sequence[PeftConfig], spellings: Sequence[Spelling]) -> Sequence[Spelling]:
     """Return the spellings of a product that the base may have: those that a rank_pattern names, or else all."""
-    found = [one for one in spellings if any(_pattern_of(adapter, m.name) for adapter in adapters for m in one)]
-    return found or spellings
+
+    def is_named(spelling: Spelling) -> bool:
+        return any(_pattern_of(adapter, matrix.name) for adapter in adapters for matrix in spelling)
+
+    return [spelling for spelling in spellings if is_named(spelling)] or spellings
 
 
 def _weights(adapters: Sequence[PeftConfig], spelling: Spelling) -> int:
@@ -89,7 +95,7 @@ def _weights(adapters: Sequence[PeftConfig], spelling: Spelling) -> int:
 
 
 def _trained(adapter: PeftConfig, matrix: Matrix) -> int:
-    if any(matches(matrix.name, one) for one in adapter.modules_to_save or []):
+    if any(matches(matrix.name, pattern) for pattern in adapter.modules_to_save or []):
         return matrix.into * matrix.out
     return _rank_of(adapter, matrix.name) * (matrix.into + matrix.out)
 
@@ -106,4 +112,4 @@ def _rank_of(adapter: PeftConfig, name: str) -> int:
 
 def _pattern_of(adapter: PeftConfig, name: str) -> str | None:
     """Return the first pattern that matches a module, as peft chooses it."""
-    return next((one for one in adapter.rank_pattern if re.match(rf"(.*\.)?({one})$", name)), None)
+    return next((pattern for pattern in adapter.rank_pattern if re.match(rf"(.*\.)?({pattern})$", name)), None)

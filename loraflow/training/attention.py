@@ -61,7 +61,7 @@ def load_kernel(name: DocumentKernelName) -> Kernel:
     try:
         _compare(_try_out(flash4.attend), expected)
         return flash4.attend
-    except Exception as error:  # of a version of the package that takes contiguous tensors only; the second try decides
+    except Exception as error:  # some versions of the package take contiguous tensors only; the second try decides
         log.info("flash-attn 4 needs contiguous tensors here: %s: %s", type(error).__name__, str(error)[:200])
         _compare(_try_out(flash4.attend_contiguous), expected)
         return flash4.attend_contiguous
@@ -127,7 +127,7 @@ def attend(
         key: as the query, with as many or fewer heads.
         value: as the key.
         attention_mask: unused; the borders of the documents say which tokens a token attends to.
-        scaling: of the products; default 1/√head_dim.
+        scaling: the factor of the products q kᵀ; default 1/√head_dim.
         sliding_window: how many tokens a token attends to, itself included; None is all earlier ones.
         cu_seq_lens_q: where documents begin, [entries] int32; the last entries are the number of tokens.
         max_length_q: tokens of the longest document, a constant.
@@ -141,7 +141,7 @@ def attend(
     """
     if unsupported := [name for name in _UNSUPPORTED if _is_set(other.get(name))]:
         raise BadModel(
-            "The attention kernel does not compute this model's attention.",
+            "The attention kernel does not support this model's attention.",
             where="runtime.attn_implementation",
             got=f"attention with {', '.join(unsupported)}",
             next_step="set runtime.engine to stock",

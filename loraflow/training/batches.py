@@ -39,7 +39,7 @@ from loraflow.training.row_lengths import choose_lengths
 
 ROUND = 64  # tokens; lengths of concatenated micro-batches are multiples of it
 MEASURED_STEPS = 2000  # optimizer steps by which the lengths of micro-batches are chosen
-MOST_PADDING = 0.03  # of packed rows, if all micro-batches have the same length
+MOST_PADDING = 0.03  # share of padding in packed rows, if all micro-batches have the same length
 
 
 @dataclass(frozen=True)
@@ -135,15 +135,15 @@ class StepDataset(Dataset[StepItem]):
     Args:
         rows: all training rows, or all validation rows.
         steps: row numbers of each step, [steps, global batch].
-        layout: of the micro-batches.
+        layout: the layout of the micro-batches.
         pad_id: token id of the padding.
-        seed: of dropout.
-        dropout: give every token a key, from which its dropout mask is computed.
+        seed: the seed of dropout.
+        dropout: whether to give every token a key, from which its dropout mask is computed.
         group: the processes that share the micro-batches.
         sharing: when to compute the common prefix of a grid's rows only once; None is never.
-        equal_count: give all processes the same number of micro-batches, as a sharded base needs. A process with fewer
-            also computes padding batches, which have no loss.
-        with_positions: give padded rows position ids that show where a document ends.
+        equal_count: whether all processes get the same number of micro-batches, as a sharded base needs. A process that has
+            fewer also computes padding batches, which have no loss.
+        with_positions: whether padded rows get position ids that show where a document ends.
     """
 
     def __init__(

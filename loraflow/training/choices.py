@@ -122,12 +122,12 @@ def refuse_quantization(setup: TrainingSetup, config: PreTrainedConfig) -> None:
         BadConfig: the recipe quantizes the base in a way that its architecture does not allow. (For the GPU's part of
             fp8, see `refuse_fp8`.)
     """
-    kind = setup.config.base.quantization
-    if kind is not None and (obstacle := obstacle_to_quantization(config, kind)):
+    quantization = setup.config.base.quantization
+    if quantization is not None and (obstacle := obstacle_to_quantization(config, quantization)):
         raise BadConfig(
-            f"This model cannot be trained on quantized weights in {kind}.",
+            f"This model cannot be trained on quantized weights in {quantization}.",
             where="base.quantization",
-            expected="a model that the fast engine trains" if kind == "fp8" else "attention layers only",
+            expected="a model that the fast engine trains" if quantization == "fp8" else "attention layers only",
             got=f"architecture {config.model_type}: {obstacle}",
             next_step="set base.quantization to null",
         )

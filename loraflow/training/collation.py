@@ -30,7 +30,7 @@ class Grid(TypedDict):
 
 Weights = Sequence[
     list[NDArray[np.float32]] | None
-]  # of each row, the weights of its documents' tokens; None: all are 1
+]  # for each row, the weights of its documents' tokens; None: all are 1
 
 
 class MicroBatch(TypedDict):
@@ -62,9 +62,9 @@ def padded(
     """Return one document a row, padded on the right to the longest.
 
     Args:
-        rows: of one document each.
-        pad_id: of the padding.
-        weights: of the documents' tokens in the loss.
+        rows: rows of one document each.
+        pad_id: the token id of the padding.
+        weights: the loss weights of the documents' tokens.
         with_positions: add position ids that show where a document ends: the padding repeats its last one.
     """
     longest = max(len(ids) for ((ids, _),) in rows)
@@ -171,7 +171,7 @@ def concatenated(
         tokens: length of the result.
         entries: length of `cu_seq_lens_q`; unused entries are `tokens`.
         longest: tokens of the longest document of all rows, the constant `max_length_q`.
-        pad_id: of the padding.
+        pad_id: the token id of the padding.
     """
     ids, positions = np.full(tokens, pad_id, np.int64), np.zeros(tokens, np.int64)
     begins, index, targets = [0], [np.empty(0, np.int64)], [np.empty(0, np.int64)]

@@ -35,11 +35,11 @@ def seconds_saved(width: int, layers: int, dropout: float, passes: int, tokens: 
 
     Args:
         width: the model's hidden size. Between and beyond the measured widths, the next narrower one counts.
-        layers: of the model.
-        dropout: LoRA's; its masks are most of what an uncompiled layer computes in addition.
+        layers: the number of the model's layers.
+        dropout: LoRA's dropout. Its masks are most of what an uncompiled layer computes in addition.
         passes: micro-batches of the whole training, on one device.
-        tokens: of a pass.
-        graphed: the passes are recorded as CUDA graphs.
+        tokens: the tokens of a pass.
+        graphed: whether the passes are recorded as CUDA graphs.
     """
     if graphed:
         return passes * layers * tokens * width * (GRAPHED_WITH_DROPOUT if dropout > 0 else GRAPHED) / 1e3

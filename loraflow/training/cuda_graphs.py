@@ -5,7 +5,7 @@ compute them. A graph starts all of them at once. The kernels, their order and t
 
 A graph is recorded for the shapes of a micro-batch's inputs. Its gradients are added to tensors that stay where they are,
 because a graph writes to fixed addresses. If recording fails, or the replayed result differs from an ordinary pass,
-training goes on without graphs.
+training continues without graphs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Key = tuple[tuple[tuple[str, tuple[int, ...], torch.dtype], ...], tuple[tuple[st
 
 WARM_UP = 2  # ordinary passes before recording: libraries initialise, and compiled code is compiled
 MAX_GRAPHS = 16  # further shapes are computed without a graph
-TOLERANCE = 0.02  # of the replayed result and its gradients; kernels that add in any order differ by less
+TOLERANCE = 0.02  # relative, for the replayed result and its gradients; kernels that add in any order differ by less
 
 
 class GraphedPass:
@@ -82,7 +82,7 @@ class GraphedPass:
             action()
         except Exception as error:
             if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise  # of the compiled layers, not of the graph
+                raise  # an error of the compiled layers, not of the graph
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             log.warning("training continues without CUDA graphs: %s", reason)
             self.is_on = False
@@ -136,8 +136,8 @@ class GraphedPass:
 def _compare(what: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     """Raise ValueError if tensors differ by more than the tolerance, as a share of their common norm."""
     pairs = list(zip(found, expected, strict=True))
-    error = torch.stack([(mine.float() - other.float()).square().sum() for mine, other in pairs]).sum()
-    size = torch.stack([other.float().square().sum() for _, other in pairs]).sum()
+    error = torch.stack([(actual.float() - reference.float()).square().sum() for actual, reference in pairs]).sum()
+    size = torch.stack([reference.float().square().sum() for _, reference in pairs]).sum()
     if not float(error) <= TOLERANCE**2 * float(size):
         raise ValueError(f"the replayed {what} differs from that of an ordinary pass")
 
@@ -150,7 +150,7 @@ class _Graph:
     backward: torch.cuda.CUDAGraph
     inputs: Mapping[str, Tensor]
     out: Tensor
-    slope: Tensor  # of the loss, with respect to the output
+    slope: Tensor  # gradient of the loss with respect to the output
     is_checked: bool = False
 
     def replay_forward(self, inputs: Mapping[str, Tensor]) -> None:

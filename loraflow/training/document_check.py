@@ -36,9 +36,9 @@ def refuse_leaking_documents(
 
     Args:
         model: the base as it is trained, on its device.
-        pad_id: of the padding.
+        pad_id: the token id of the padding.
         is_concatenated: the layout of training: concatenated documents with their borders, else packed rows.
-        compute_dtype: of matrix products.
+        compute_dtype: the dtype of matrix products.
 
     Raises:
         BadModel: the second document's logits depend on the first document.
@@ -76,9 +76,9 @@ def refuse_seeing_later_tokens(
 
     Args:
         model: the base as it is trained, on its device.
-        pad_id: of the padding.
+        pad_id: the token id of the padding.
         is_concatenated: the layout of training: concatenated documents with their borders, else padded rows.
-        compute_dtype: of matrix products.
+        compute_dtype: the dtype of matrix products.
 
     Raises:
         BadModel: they change by more than rounding.
@@ -108,8 +108,8 @@ def refuse_padding_that_is_seen(model: PreTrainedModel, pad_id: int, *, compute_
 
     Args:
         model: the base as it is trained, on its device; its tokens do not see later ones.
-        pad_id: of the padding.
-        compute_dtype: of matrix products.
+        pad_id: the token id of the padding.
+        compute_dtype: the dtype of matrix products.
 
     Raises:
         BadModel: they change by more than rounding.

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from loraflow.base.architecture import is_tested
 from loraflow.base.model_config import read_config
 from loraflow.hardware.device import device_name
-from loraflow.training.angles import separate_angles
 from loraflow.training.base_model import load_base
 from loraflow.training.choices import (
     EngineChoices,
@@ -26,6 +25,7 @@ from loraflow.training.document_check import (
     refuse_seeing_later_tokens,
 )
 from loraflow.training.generation_check import refuse_other_generation
+from loraflow.training.longrope_angles import separate_angles
 from loraflow.training.setup import TrainingSetup
 from loraflow.training.trainer import BuiltTrainer
 

@@ -41,7 +41,7 @@ class _Passes:
     """The passes of a training on one device."""
 
     fit: MemoryFit
-    tokens: int  # of a pass
+    tokens: int  # tokens of a pass
     count: int  # in the whole training
     is_compiling: bool  # whether compiling pays off if no passes are recorded
 
@@ -166,11 +166,11 @@ def choose_memory_fit(
     """Choose the tokens of a micro-batch, and what is recomputed in the backward pass.
 
     Args:
-        setup: of the training.
-        attention: that was chosen.
+        setup: the training.
+        attention: the attention that was chosen.
         sharded: whether the base is sharded over the devices.
         compiled: whether the layers may be compiled, unless the runtime says otherwise.
-        adapters: that are trained in one pass. A micro-batch has the tokens of all of them.
+        adapters: the adapters that are trained in one pass. A micro-batch has the tokens of all of them.
     """
     recompute: Recompute | None = None if setup.runtime.checkpointing == "auto" else setup.runtime.checkpointing
     if recompute is None and setup.settings.gradient_checkpointing is not None:
@@ -196,7 +196,7 @@ def choose_memory_fit(
         setup.weight_format,
         setup.rank,
         least=least,
-        wanted=tokens or step_tokens * adapters,
+        step_tokens=tokens or step_tokens * adapters,
         recompute=recompute,
         devices=setup.group.size if sharded else 1,
         compiled=compiled and setup.runtime.compile != "off",
@@ -223,8 +223,8 @@ def choose_prefix_sharing(
 
 
 def _micro_batch_rows(setup: TrainingSetup) -> int:
-    wanted = setup.runtime.micro_batch or setup.settings.per_device_train_batch_size
-    return min(wanted, setup.rows_per_device)
+    rows = setup.runtime.micro_batch or setup.settings.per_device_train_batch_size
+    return min(rows, setup.rows_per_device)
 
 
 def _training_steps(
@@ -288,8 +288,8 @@ def cost_of_length(setup: TrainingSetup, tokens: int, is_compiling: bool) -> flo
     """Return what one more length of micro-batches costs, in tokens of padding.
 
     Args:
-        setup: of the training.
-        tokens: of a pass.
+        setup: the training.
+        tokens: the tokens of a pass.
         is_compiling: whether the layers are compiled, once for each length. Otherwise, passes may be recorded.
     """
     if not is_compiling or setup.shape is None:
@@ -310,9 +310,9 @@ def choose_compile(
     """Return whether the layers are compiled, and why. A resumed training decides the same: the whole training counts.
 
     Args:
-        setup: of the training.
-        attention: that was chosen.
-        tokens: of a pass.
+        setup: the training.
+        attention: the attention that was chosen.
+        tokens: the tokens of a pass.
         passes: micro-batches of the whole training, on one device.
         graphed: whether passes are recorded as CUDA graphs.
     """

@@ -75,7 +75,7 @@ def flash4(
         v: see q.
         begins: where documents begin, int32; the last entry is the number of tokens.
         longest: tokens of the longest document.
-        scale: of the products.
+        scale: the factor of the products q kᵀ.
         window: how many earlier tokens a token attends to; -1 is all of its document.
     """
     out, lse, *_ = _forward_kernel()(

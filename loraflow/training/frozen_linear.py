@@ -30,44 +30,44 @@ class FrozenWeight:
     there only while the layer computes.
     """
 
-    kind: str  # dense, fp8, or nf4 with its packing
+    format: str  # dense, fp8, or nf4 with its packing
     tensors: tuple[Tensor, ...]
-    dtype: torch.dtype  # in which it computes
+    dtype: torch.dtype  # the dtype of its products
     bias: Tensor | None = None
 
 
-def forward_product(kind: str, tensors: Sequence[Tensor], x: Tensor, h: Tensor, up: Tensor) -> Tensor:
+def forward_product(weight_format: str, tensors: Sequence[Tensor], x: Tensor, h: Tensor, up: Tensor) -> Tensor:
     """Return h @ up + x Wᵀ [tokens, out]."""
-    if kind == "fp8":
+    if weight_format == "fp8":
         codes, scales = rowwise(x)
         y: Tensor = fp8_mm_add(codes, tensors[0].t(), scales, tensors[1], h, up)
-    elif kind.startswith("nf4"):
-        y = nf4_mm_add(x, list(tensors), kind, True, h, up)
+    elif weight_format.startswith("nf4"):
+        y = nf4_mm_add(x, list(tensors), weight_format, True, h, up)
     else:
         y = mm_add(x, tensors[0].t(), h, up)
     return y
 
 
-def backward_product(kind: str, tensors: Sequence[Tensor], dy: Tensor, dh: Tensor, down: Tensor) -> Tensor:
+def backward_product(weight_format: str, tensors: Sequence[Tensor], dy: Tensor, dh: Tensor, down: Tensor) -> Tensor:
     """Return dh @ down + dy W [tokens, in]."""
-    if kind == "fp8":
+    if weight_format == "fp8":
         codes, scales = rowwise(dy)
         dx: Tensor = fp8_mm_add(codes, tensors[2].t(), scales, tensors[3], dh, down)
-    elif kind.startswith("nf4"):
-        dx = nf4_mm_add(dy, list(tensors), kind, False, dh, down)
+    elif weight_format.startswith("nf4"):
+        dx = nf4_mm_add(dy, list(tensors), weight_format, False, dh, down)
     else:
         dx = mm_add(dy, tensors[0], dh, down)
     return dx
 
 
-def backward_product_onto(update: Tensor, kind: str, tensors: Sequence[Tensor], dy: Tensor) -> Tensor:
+def backward_product_onto(update: Tensor, weight_format: str, tensors: Sequence[Tensor], dy: Tensor) -> Tensor:
     """Return update + dy W [tokens, in]. `update` is overwritten."""
-    if kind == "fp8":
+    if weight_format == "fp8":
         codes, scales = rowwise(dy)
         product: Tensor = fp8_mm(codes, tensors[2].t(), scales, tensors[3])
         return update + product
-    if kind.startswith("nf4"):
-        mm_onto(update, dy, nf4_weight(list(tensors), kind))
+    if weight_format.startswith("nf4"):
+        mm_onto(update, dy, nf4_weight(list(tensors), weight_format))
     else:
         mm_onto(update, dy, tensors[0])
     return update
@@ -92,16 +92,16 @@ def nf4(linear: torch.nn.Linear, dtype: torch.dtype) -> FrozenWeight | None:
     if state is None or state.quant_type != "nf4" or state.dtype != dtype:
         return None
     tensors: list[Tensor] = [linear.weight.detach(), state.absmax]
-    kind = f"nf4:{state.shape[0]}:{state.shape[1]}:{state.blocksize}:{str(dtype).removeprefix('torch.')}"
+    weight_format = f"nf4:{state.shape[0]}:{state.shape[1]}:{state.blocksize}:{str(dtype).removeprefix('torch.')}"
     if state.nested:
         tensors += [state.state2.absmax, state.state2.code, state.offset]
-        kind += f":{state.state2.blocksize}"
-    return FrozenWeight(kind, tuple(tensors), dtype, linear.bias)
+        weight_format += f":{state.state2.blocksize}"
+    return FrozenWeight(weight_format, tuple(tensors), dtype, linear.bias)
 
 
-def nf4_weight(tensors: list[Tensor], kind: str) -> Tensor:
+def nf4_weight(tensors: list[Tensor], weight_format: str) -> Tensor:
     """Unpack a weight to [out, in]."""
-    _, out, into, block, dtype, *nested = kind.split(":")
+    _, out, into, block, dtype, *nested = weight_format.split(":")
     absmax = tensors[1]
     ops = torch.ops.bitsandbytes
     if nested:
@@ -168,12 +168,12 @@ def _(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("loraflow::nf4_mm_add", mutates_args=())
-def nf4_mm_add(a: Tensor, packed: list[Tensor], kind: str, transposed: bool, h: Tensor, m: Tensor) -> Tensor:
+def nf4_mm_add(a: Tensor, packed: list[Tensor], weight_format: str, transposed: bool, h: Tensor, m: Tensor) -> Tensor:
     """Return h @ m + a Wᵀ (or a W), with W unpacked for this product only."""
-    weight = nf4_weight(packed, kind)
+    weight = nf4_weight(packed, weight_format)
     return (h @ m).addmm_(a, weight.t() if transposed else weight)
 
 
 @nf4_mm_add.register_fake
-def _(a: Tensor, packed: list[Tensor], kind: str, transposed: bool, h: Tensor, m: Tensor) -> Tensor:
+def _(a: Tensor, packed: list[Tensor], weight_format: str, transposed: bool, h: Tensor, m: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], m.shape[1])

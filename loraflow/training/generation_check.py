@@ -25,7 +25,7 @@ NO_ROW = "transformers fails to compute a row of tokens with this model."
 _NO_ANSWER = "transformers fails to generate with this model, so it could not be evaluated."
 _PROMPT = 14  # tokens; a prime number with the new ones, because some kernels compute whole blocks only
 _NEW = 4
-_ROUNDING = 0.01  # of the logits' norm; states of recurrent layers are computed in blocks and in steps
+_ROUNDING = 0.01  # share of the logits' norm; states of recurrent layers are computed in blocks and in steps
 _ROUNDING_16_BITS = 0.1  # a cache and a whole row are computed by different kernels, and experts may change
 
 
@@ -34,8 +34,8 @@ def refuse_other_generation(model: PreTrainedModel, pad_id: int, *, compute_dtyp
 
     Args:
         model: the base as it is trained, on its device.
-        pad_id: of the padding.
-        compute_dtype: of matrix products.
+        pad_id: the token id of the padding.
+        compute_dtype: the dtype of matrix products.
 
     Raises:
         BadModel: the model does not generate, cannot compute the row, or computes other logits.

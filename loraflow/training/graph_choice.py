@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LAUNCH_SECONDS = (
     4.3e-3  # to start the kernels of a compiled layer, forward and backward; uncompiled ones take twice that
 )
-FLOPS = 6e14  # of the frozen products in bfloat16, in a second
+FLOPS = 6e14  # operations per second of the frozen products in bfloat16
 RECORDING_PASSES = 10  # recording a shape takes as long
 LEAST_PASSES = 50
 
@@ -49,21 +49,21 @@ def choose_graphs(
     """Return whether passes are recorded, and why. A resumed training decides the same: the whole training counts.
 
     Args:
-        setup: of the training.
-        attention: that was chosen.
+        setup: the training.
+        attention: the attention that was chosen.
         fit: the micro-batch that was chosen.
-        trainer: with its adapter.
+        trainer: the trainer, with its adapter.
         sharded: whether the base is sharded over the devices.
         passes: micro-batches of the whole training, on one device.
     """
-    wanted = setup.runtime.cuda_graphs
-    if wanted == "off":
+    setting = setup.runtime.cuda_graphs
+    if setting == "off":
         return False, "runtime.cuda_graphs is off"
     if setup.device != "cuda" or not attention.concatenated or setup.shape is None:
         return False, "only concatenated documents on a GPU have the fixed shapes that they need"
     if obstacle := _obstacle(trainer, fit, sharded=sharded):
         return False, obstacle
-    if wanted == "on":
+    if setting == "on":
         return True, "runtime.cuda_graphs is on"
     if passes < LEAST_PASSES:
         return False, f"{passes} passes are too few to pay for recording"

@@ -34,7 +34,7 @@ class GroupStep:
 
     micro_batches: tuple[GroupMicroBatch, ...]
     loss_weights: Tensor  # [trainings]: the sum of the weights of the supervised tokens of each
-    tokens: int  # of all trainings, without padding
+    tokens: int  # tokens of all trainings, without padding
 
 
 class GroupSteps:

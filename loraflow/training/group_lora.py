@@ -34,8 +34,8 @@ class Adapters:
 
     names: tuple[str, ...]  # peft's
     values: Tensor  # [K, weights of an adapter with the largest rank], fp32
-    gradients: Tensor  # the same
-    parameters: tuple[torch.nn.Parameter, ...]  # of the modules: parts of `values`; their gradients are in `gradients`
+    gradients: Tensor  # as values
+    parameters: tuple[torch.nn.Parameter, ...]  # parts of `values`; their gradients are in `gradients`
     modules: tuple[GroupLora, ...]
 
 
@@ -133,19 +133,21 @@ def stack_adapters(model: PreTrainedModel, names: Sequence[str], dtype: torch.dt
     """Put the weights of a model's adapters into one tensor, and replace the passes of its LoRA layers.
 
     Args:
-        model: peft's model, with these adapters on the same linear layers.
-        names: of the adapters.
-        dtype: in which the base computes.
+        model: peft's model, with all adapters on the same linear layers.
+        names: the adapters' names.
+        dtype: the dtype in which the base computes.
 
     Returns:
         the adapters; None if a trained parameter is not one of plain LoRA on a linear layer in this dtype.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     frozen = {name: frozen_weight(module, dtype) for name, module in found.items()}
-    mine = {id(p) for module in found.values() for p in [*module.lora_A.parameters(), *module.lora_B.parameters()]}
-    if any(id(p) not in mine for p in model.parameters() if p.requires_grad):
+    adapter_ids = {
+        id(p) for module in found.values() for p in [*module.lora_A.parameters(), *module.lora_B.parameters()]
+    }
+    if any(id(p) not in adapter_ids for p in model.parameters() if p.requires_grad):
         return None
-    if any(one is None or one.kind != "dense" for one in frozen.values()) or not all(
+    if any(weight is None or weight.format != "dense" for weight in frozen.values()) or not all(
         name in module.lora_A for module in found.values() for name in names
     ):
         return None
@@ -203,15 +205,3 @@ def _replace(
     limits = torch.tensor(below, dtype=torch.int32, device=device)
     module.register_buffer("dropped_below", limits.view(-1, 1, 1), persistent=False)
     return module
-
-
-def adapter_weights(adapters: Adapters) -> list[dict[str, Tensor]]:
-    """Return the weights of each adapter: `N.A` [rank, in] and `N.B` [rank, out] of the N-th module, with padded ranks."""
-    return [
-        {
-            f"{number}.{letter}": part[k].detach().cpu()
-            for number, module in enumerate(adapters.modules)
-            for letter, part in (("A", module.downs), ("B", module.ups))
-        }
-        for k in range(len(adapters.names))
-    ]

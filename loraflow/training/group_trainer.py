@@ -46,10 +46,10 @@ class GroupModel:
     """The passes of a model with stacked adapters.
 
     Args:
-        model: peft's.
-        adapters: of it, stacked.
+        model: peft's model.
+        adapters: the model's adapters, stacked.
         logit_factor: what the model multiplies the head's product by.
-        device: where it computes.
+        device: the device to compute on.
     """
 
     def __init__(self, model: PreTrainedModel, adapters: Adapters, logit_factor: float, device: str):
@@ -119,8 +119,8 @@ def build_member(arguments: SFTConfig, values: Tensor, gradients: Tensor) -> Mem
     """Return an adapter's optimizer and schedule, which are those of transformers' Trainer.
 
     Args:
-        arguments: of its training.
-        values: the adapter's weights, one vector.
+        arguments: the arguments of this adapter's training.
+        values: the adapter's weights, as one vector.
         gradients: where their gradient is added up.
     """
     from transformers import Trainer, get_scheduler
@@ -143,7 +143,7 @@ class GroupTrainer:
     """The training loop of a group.
 
     Args:
-        model: with the adapters.
+        model: the model with the adapters.
         members: the adapters' optimizers and schedules.
         steps: the optimizer steps.
         validation: the validation rows, as one step; None without any.

@@ -58,9 +58,9 @@ class FastLora(_Layer):
         up = (self.lora_B[self.adapter].weight * self.scaling[self.adapter]).to(dtype)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         keys = (self.token_keys, self.module_key) if self.keep_from and self.training else (None, None)
-        tensors = (self.base_layer.weight,) if self.frozen.kind == "dense" else self.frozen.tensors
+        tensors = (self.base_layer.weight,) if self.frozen.format == "dense" else self.frozen.tensors
         y: Tensor = LoraProduct.apply(  # type: ignore[no-untyped-call]
-            rows, down, up, *keys, self.keep_from, self.frozen.kind, *tensors
+            rows, down, up, *keys, self.keep_from, self.frozen.format, *tensors
         )
         if self.frozen.bias is not None:
             y = y + self.frozen.bias
@@ -69,7 +69,7 @@ class FastLora(_Layer):
 
 class _Context(FunctionCtx):
     keep_from: int
-    kind: str
+    weight_format: str
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 
@@ -86,7 +86,7 @@ class LoraProduct(torch.autograd.Function):
         token_keys: Tensor | None,
         module_key: Tensor | None,
         keep_from: int,
-        kind: str,
+        weight_format: str,
         *frozen: Tensor,
     ) -> Tensor:
         """Return the product [tokens, out]."""
@@ -95,8 +95,8 @@ class LoraProduct(torch.autograd.Function):
             dropped = dropout(x, keep_mask(token_keys, module_key, x.shape[1], keep_from), keep_from)
         h = dropped @ down.t()
         ctx.save_for_backward(x, h, down, up, token_keys, module_key, *frozen)  # type: ignore[arg-type]
-        ctx.keep_from, ctx.kind = keep_from, kind
-        return frozen_linear.forward_product(kind, frozen, x, h, up.t())
+        ctx.keep_from, ctx.weight_format = keep_from, weight_format
+        return frozen_linear.forward_product(weight_format, frozen, x, h, up.t())
 
     @staticmethod
     def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -106,13 +106,13 @@ class LoraProduct(torch.autograd.Function):
         if token_keys is None:
             dropped = x
             if ctx.needs_input_grad[0]:
-                dx = frozen_linear.backward_product(ctx.kind, frozen, dy, dh, down)
+                dx = frozen_linear.backward_product(ctx.weight_format, frozen, dy, dh, down)
         else:
             keep = keep_mask(token_keys, module_key, x.shape[1], ctx.keep_from)
             dropped = dropout(x, keep, ctx.keep_from)
             if ctx.needs_input_grad[0]:
                 update = dropout(dh @ down, keep, ctx.keep_from)
-                dx = frozen_linear.backward_product_onto(update, ctx.kind, frozen, dy)
+                dx = frozen_linear.backward_product_onto(update, ctx.weight_format, frozen, dy)
         return (dx, dh.t() @ dropped, dy.t() @ h, None, None, None, None, *[None] * len(frozen))
 
 
@@ -142,7 +142,7 @@ def accelerate_loras(model: torch.nn.Module, dtype: torch.dtype) -> list[FastLor
 
     Args:
         model: peft's model.
-        dtype: in which the base computes. A base in another dtype needs autocast, and is left alone.
+        dtype: the dtype in which the base computes. A base in another dtype needs autocast, and is left alone.
 
     Returns:
         the layers that were changed.
@@ -174,7 +174,7 @@ def _fast_class(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
 def to_fp8(loras: Sequence[FastLora]) -> None:
     """Put the frozen weights of dense layers into e4m3, and free the originals one by one."""
     for module in loras:
-        if module.frozen.kind == "dense":
+        if module.frozen.format == "dense":
             module.frozen = frozen_linear.fp8(module.base_layer)
             shape = module.base_layer.weight.shape
             module.base_layer.weight = torch.nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)

@@ -160,10 +160,10 @@ def head_loss(
 
     Args:
         head: the output embeddings.
-        hidden: states at the supervised positions.
+        hidden: the hidden states at the supervised positions.
         targets: the next tokens.
         factor: what the model multiplies the head's product by.
-        weights: of each target's -log p [n], fp32; None: 1.
+        weights: the weight of each target's -log p [n], fp32; None is 1.
     """
     learning = torch.is_grad_enabled() and hidden.requires_grad
     if learning and is_frozen_linear(head, hidden.dtype) and not torch.is_autocast_enabled(hidden.device.type):

@@ -49,7 +49,7 @@ def nll_and_slope_in_place(logits: Tensor, targets: Tensor, weights: Tensor | No
     Args:
         logits: [n, vocabulary] on a GPU, rows contiguous.
         targets: [n], int64.
-        weights: of each target [n], fp32; None: 1.
+        weights: the weight of each target [n], fp32; None is 1.
     """
     chosen = logits.gather(1, targets[:, None]).float().squeeze(1)  # before the kernel overwrites them
     sums = torch.empty(len(logits), dtype=torch.float32, device=logits.device)

@@ -15,15 +15,18 @@ from pydantic import JsonValue
 Recompute = Literal["none", "elementwise", "selective", "full", "offload"]
 GIB = 2**30
 RESERVE = 2.5 * GIB  # workspaces of kernels, logits of the head, fragmentation
-USABLE = 0.92  # of the free memory
+USABLE = 0.92  # share of the free memory
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 2.0, "nf4": 0.57}
-ADAPTER_BYTES, OPTIMIZER_BYTES = 8, 8  # of a trained weight in fp32: itself and its gradient; AdamW's two moments
+ADAPTER_BYTES, OPTIMIZER_BYTES = (
+    8,
+    8,
+)  # for each trained weight in fp32: the weight and its gradient; AdamW's two moments
 # Micro-batches of this size use the GPU fully. Smaller ones cost little speed; recomputation costs a third.
 ENOUGH_TOKENS = 4096
 # Architectures of transformers whose layers have one module qkv_proj, or one gate_up_proj.
 _FUSED_ATTENTION = frozenset({"phi3", "phi4_multimodal"})
 _FUSED_MLP = frozenset({"phi3", "phi4_multimodal", "glm", "glm4", "glm4v_text", "glm_ocr_text"})
-MAX_TOKENS = 16384  # of a micro-batch; larger ones were not faster
+MAX_TOKENS = 16384  # tokens of a micro-batch; larger ones were not faster
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,9 @@ def fixed_bytes(shape: ModelShape, weights: str, rank: float, devices: int = 1) 
     """Return the bytes that do not depend on the number of tokens: weights, adapter, gradients, AdamW's two moments.
 
     Args:
-        shape: the model's.
+        shape: the model's sizes.
         weights: dtype of the frozen weights, or fp8, or nf4.
-        rank: of the adapters; see `lora_weights`.
+        rank: the adapters' rank; see `lora_weights`.
         devices: over how many devices the frozen weights are sharded; 1 if each holds all of them.
     """
     adapters = lora_weights(shape, rank) * (ADAPTER_BYTES + OPTIMIZER_BYTES)
@@ -140,7 +143,7 @@ def token_bytes(
     """Return the bytes of a token's activations.
 
     Args:
-        shape: the model's.
+        shape: the model's sizes.
         recompute: none keeps the activations of all layers; elementwise keeps those of matrix products and attention;
             full keeps the input of each layer, and the activations of one layer at a time.
         width: bytes of a number.
@@ -160,9 +163,9 @@ def needed(shape: ModelShape, weights: str, rank: float, longest: int, width: in
     """Return the bytes that training needs at least, and those that it needs at full speed.
 
     Args:
-        shape: the model's.
+        shape: the model's sizes.
         weights: see `fixed_bytes`.
-        rank: of the adapters.
+        rank: the adapters' rank; see `lora_weights`.
         longest: tokens of the longest row: the smallest micro-batch has as many, with all layers recomputed.
         width: bytes of a number.
     """
@@ -177,7 +180,7 @@ class MemoryFit:
 
     tokens: int
     recompute: Recompute
-    share: float  # of the layers that are recomputed
+    share: float  # share of the layers that are recomputed
     why: str
     elementwise: bool = False  # the other layers recompute their elementwise operations, for which they are compiled
 
@@ -189,7 +192,7 @@ def fit_memory(
     rank: float,
     *,
     least: int,
-    wanted: int,
+    step_tokens: int,
     recompute: Recompute | None = None,
     width: int = 2,
     devices: int = 1,
@@ -199,20 +202,20 @@ def fit_memory(
     """Choose the tokens of a micro-batch, and how many layers are recomputed.
 
     Args:
-        shape: the model's.
+        shape: the model's sizes.
         free: bytes of memory, including what the model itself takes.
         weights: see `fixed_bytes`.
-        rank: of the adapters.
+        rank: the adapters' rank; see `lora_weights`.
         least: tokens of the longest document, or of a packed row: a micro-batch cannot have fewer.
-        wanted: tokens of an optimizer step: a micro-batch does not need more.
+        step_tokens: the tokens of an optimizer step: a micro-batch does not need more.
         recompute: what to recompute, if the recipe or the runtime asks for it.
         width: bytes of a number.
         devices: see `fixed_bytes`.
-        compiled: the layers can be compiled, so that they can recompute their elementwise operations only.
+        compiled: whether the layers can be compiled. Only compiled layers can recompute elementwise operations alone.
         enough: tokens of a micro-batch for which activations are recomputed if they do not fit.
     """
     room = max(0.0, free * USABLE - fixed_bytes(shape, weights, rank, devices))
-    useful = max(least, min(wanted, MAX_TOKENS))
+    useful = max(least, min(step_tokens, MAX_TOKENS))
 
     def most(how: Recompute, share: float | None = None) -> int:
         return int(room / token_bytes(shape, how, width, share, elementwise=compiled and how == "selective"))

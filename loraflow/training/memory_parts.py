@@ -24,7 +24,7 @@ class MemoryParts:
 
     program: float  # CPU: Python and its libraries. GPU: workspaces of kernels, fragmentation
     weights: float  # frozen
-    adapters: float = 0.0  # with their gradients
+    adapters: float = 0.0  # weights and gradients
     optimizer: float = 0.0
     activations: float = 0.0
     logits: float = 0.0
@@ -44,7 +44,7 @@ class MemoryParts:
 class MicroBatch:
     """What a training step has in memory at a time."""
 
-    tokens: int  # with padding
+    tokens: int  # tokens, padding included
     learned: float = 1.0  # share of the tokens that count in the loss
     recompute: Recompute = "none"
     recomputed: float | None = None  # share of the layers, if recompute is selective
@@ -64,10 +64,10 @@ def training_parts(
     """Return the memory of a training process.
 
     Args:
-        shape: the base's.
+        shape: the base's sizes.
         device: cpu or cuda.
         weights: dtype of the frozen weights, or fp8, or nf4.
-        rank: of the adapters; see `memory.lora_weights`.
+        rank: the adapters' rank; see `memory.lora_weights`.
         batch: what is computed at a time.
         width: bytes of a number of the activations.
         devices: over how many devices the frozen weights are sharded; 1 if each holds all of them.
@@ -91,7 +91,7 @@ def generation_parts(
     """Return the memory of a process that generates answers.
 
     Args:
-        shape: the model's.
+        shape: the model's sizes.
         device: cpu or cuda.
         weights: the dtype.
         rows: answers at a time.

@@ -24,7 +24,7 @@ from loraflow.training.memory import ModelShape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MAX_COST = 0.95  # of the arithmetic of padded rows
+MAX_COST = 0.95  # as a share of the arithmetic of padded rows
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def share_prefix(documents: Sequence[Document], prefix: int, weights: Weights | 
 
     Args:
         documents: ids and labels of each; all begin with the same ids.
-        prefix: number of the common ids.
-        weights: of the documents' tokens, a document a row.
+        prefix: the number of common ids.
+        weights: the weights of the documents' tokens, one row for each document.
     """
     rests = [len(ids) - prefix for ids, _ in documents]
     begins = prefix + np.cumsum([0, *rests])[:-1]

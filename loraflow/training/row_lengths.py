@@ -12,8 +12,8 @@ def choose_lengths(used: NDArray[np.integer], cost: float) -> tuple[int, ...]:
     """Return the lengths for which padding and the cost of the lengths are least, together.
 
     Args:
-        used: tokens of each micro-batch; the largest is always one of the lengths.
-        cost: of one more length, in tokens of padding: compiling for it, or recording it, takes as long.
+        used: tokens of each micro-batch; the largest number is always one of the lengths.
+        cost: the cost of one more length, in tokens of padding. Compiling or recording for a length takes as long.
 
     Returns:
         at most `MAX_LENGTHS` of the values of `used`, ascending.

@@ -27,12 +27,12 @@ def count_steps(rows: int, global_batch: int, epochs: float, max_steps: int) -> 
     return StepCount(max_steps if max_steps > 0 else max(1, math.ceil(epochs * rows / global_batch)), per_epoch)
 
 
-def row_order(rows: int, wanted: int, seed: int) -> NDArray[np.int64]:
-    """Return the first `wanted` rows of the run, epoch after epoch, each a permutation from (seed, epoch)."""
-    epochs = math.ceil(wanted / rows)
-    return np.concatenate([np.random.default_rng([seed, epoch]).permutation(rows) for epoch in range(epochs)])[:wanted]
+def row_order(rows: int, count: int, seed: int) -> NDArray[np.int64]:
+    """Return the first `count` rows of the run, epoch after epoch, each a permutation from (seed, epoch)."""
+    epochs = math.ceil(count / rows)
+    return np.concatenate([np.random.default_rng([seed, epoch]).permutation(rows) for epoch in range(epochs)])[:count]
 
 
-def micro_batch_rows(global_batch: int, wanted: int) -> int:
-    """Return the largest number of rows up to `wanted` that divides the global batch."""
-    return max(n for n in range(1, min(wanted, global_batch) + 1) if global_batch % n == 0)
+def micro_batch_rows(global_batch: int, most: int) -> int:
+    """Return the largest number of rows up to `most` that divides the global batch."""
+    return max(n for n in range(1, min(most, global_batch) + 1) if global_batch % n == 0)

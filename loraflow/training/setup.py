@@ -48,7 +48,7 @@ class TrainingSetup:
     rows: TokenRows
     validation: TokenRows | None
     steps: StepCount
-    learned_share: float  # of the training tokens: those that count in the loss
+    learned_share: float  # share of the training tokens that count in the loss
     order: NDArray[np.int64]  # row numbers, one after another over all steps
     device: Device
     group: ProcessGroup

@@ -38,7 +38,7 @@ def use_own_logits_where_trl_is_wrong(model: PreTrainedModel, compute_dtype: tor
 
     Args:
         model: transformers' model after trl has patched it (`add_fused_lm_head`). Changed in place.
-        compute_dtype: of matrix products.
+        compute_dtype: the dtype of matrix products.
 
     Returns:
         whether trl's were replaced. The model's own logits take more memory.

@@ -87,7 +87,7 @@ def run(job: Job[TrainGroupConfig], inputs: Inputs, out: Path, progress: Progres
 
 def _warn_of_untrained(trainer: GroupTrainer) -> None:
     """Log a warning for each trial that has modules that were not trained, unless it ended with a problem."""
-    modules = [(name, one) for name, one in trainer.model.model.named_modules() if isinstance(one, GroupLora)]
+    modules = [(name, module) for name, module in trainer.model.model.named_modules() if isinstance(module, GroupLora)]
     for number, member in enumerate(trainer.members):
         if not member.problem:
             trained = {name: bool(module.ups[number].detach().any()) for name, module in modules}
@@ -149,8 +149,8 @@ def build_group(setups: list[TrainingSetup], progress: Progress) -> tuple[GroupT
     choices = _prepare_passes(group, setups, attention, fit)
     steps, validation = _steps(setups, attention, fit, is_compiling=bool(group.compiled_layers))
     members = [
-        build_member(_arguments(one), values, gradients)
-        for one, values, gradients in zip(setups, adapters.values, adapters.gradients, strict=True)
+        build_member(_arguments(setup), values, gradients)
+        for setup, values, gradients in zip(setups, adapters.values, adapters.gradients, strict=True)
     ]
     trainer = GroupTrainer(
         group,
@@ -171,7 +171,7 @@ def _add_adapters(setups: list[TrainingSetup], attention: Attention) -> tuple[Pr
     from peft import get_peft_model
     from transformers import set_seed
 
-    base = load_base(setups[0], attention, sharded=False)  # it checks the first adapter
+    base = load_base(setups[0], attention, sharded=False)  # this also checks the first adapter
     for setup in setups[1:]:
         check_adapter(base, setup.config.peft_config)
     module: torch.nn.Module = base  # transformers' own `to` has no usable type
@@ -180,9 +180,9 @@ def _add_adapters(setups: list[TrainingSetup], attention: Attention) -> tuple[Pr
     settings = [lora_config(setup.config.peft_config, base) for setup in setups]
     set_seed(setups[0].settings.seed)
     model = get_peft_model(base, settings[0], adapter_name=names[0])
-    for setup, name, one in zip(setups[1:], names[1:], settings[1:], strict=True):
+    for setup, name, config in zip(setups[1:], names[1:], settings[1:], strict=True):
         set_seed(setup.settings.seed)
-        model.add_adapter(name, one)
+        model.add_adapter(name, config)
     return model, names
 
 
@@ -211,7 +211,7 @@ def _prepare_passes(
     tokens, passes = passes_of(setup, fit.tokens)
     whole = replace(fit, tokens=fit.tokens * count)
     is_graphed, graphs_why = choose_graphs(setup, attention, whole, group, sharded=False, passes=passes)
-    dropping = max(setups, key=lambda one: one.config.peft_config.lora_dropout)  # masks are computed for all rows
+    dropping = max(setups, key=lambda setup: setup.config.peft_config.lora_dropout)  # masks are computed for all rows
     is_compiled, compiled_why = choose_compile(dropping, attention, tokens * count, passes, graphed=is_graphed)
     if is_graphed:
         sums = [parameter.grad for parameter in group.adapters.parameters]
@@ -241,18 +241,18 @@ def _steps(
     if attention.concatenated:
         tokens, _ = passes_of(setup, fit.tokens)
         cost = cost_of_length(setup, tokens, is_compiling)
-        step_rows = np.concatenate([one.step_rows for one in setups])
+        step_rows = np.concatenate([trial.step_rows for trial in setups])
         layout = concatenated_layout(setup.rows, step_rows, fit.tokens, 1, cost)
     else:
-        wanted = setup.runtime.micro_batch or settings.per_device_train_batch_size
-        layout = GridRows(min(wanted, setup.rows_per_device))
+        rows = setup.runtime.micro_batch or settings.per_device_train_batch_size
+        layout = GridRows(min(rows, setup.rows_per_device))
     pad_id = setup.tokenizer.pad_token_id
     members = [
         StepDataset(
-            one.rows, one.step_rows, layout, pad_id,
-            seed=one.settings.seed, dropout=one.config.peft_config.lora_dropout > 0,
+            trial.rows, trial.step_rows, layout, pad_id,
+            seed=trial.settings.seed, dropout=trial.config.peft_config.lora_dropout > 0,
         )
-        for one in setups
+        for trial in setups
     ]  # fmt: skip
     if setup.validation is None:
         return GroupSteps(members), None

@@ -49,7 +49,7 @@ T = TypeVar("T")
 class _Outputs(Protocol):
     """The outputs of a model with trl's fused head."""
 
-    log_probs: Tensor  # of the labels but the first [rows, tokens - 1]
+    log_probs: Tensor  # log p of all labels but the first [rows, tokens - 1]
 
 
 class LoraPlusTrainer(SFTTrainer):  # type: ignore[misc]
@@ -87,11 +87,11 @@ class StockTrainer(LoraPlusTrainer):
         train_rows: row numbers in the order of training.
         validation_rows: how many validation rows there are.
         collator: turns row numbers into a batch.
-        model: transformers' or loralib's, without peft's adapter.
+        model: a model of transformers, or with loralib's layers; without peft's adapter.
         args: see SFTTrainer, down to `callbacks`.
         processing_class: the tokenizer.
-        peft_config: of the adapter; None if the model has its own.
-        callbacks: of the trainer.
+        peft_config: peft's config of the adapter; None if the model has its own.
+        callbacks: the trainer's callbacks.
     """
 
     def __init__(
@@ -214,10 +214,10 @@ class FastTrainer(LoraPlusTrainer):
         preemption: tells whether this process was asked to stop.
         autocast: dtype of autocast; None computes in the base's dtype.
         model: see StockTrainer, down to `callbacks`.
-        args: of the trainer.
+        args: the trainer's arguments.
         processing_class: the tokenizer.
-        peft_config: of the adapter.
-        callbacks: of the trainer.
+        peft_config: peft's config of the adapter.
+        callbacks: the trainer's callbacks.
     """
 
     def __init__(
@@ -337,7 +337,7 @@ class FastTrainer(LoraPlusTrainer):
         """Return the decoder's last hidden states [rows, tokens, width].
 
         Args:
-            tensors: of a micro-batch, on the device: ids, positions, borders, keys for dropout.
+            tensors: the micro-batch's tensors on the device: ids, positions, document borders, keys for dropout.
             lengths: the micro-batch's constants.
         """
         inputs = dict(tensors)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from loraflow.config.stage_configs import FingerprintedTraining
 
-GROUP_PROBLEMS = "trials.json"  # of an artifact of train_group: why each trial failed; empty if it did not
+GROUP_PROBLEMS = "trials.json"  # a file of train_group's artifact: why each trial failed; empty if it did not
 
 
 @dataclass(frozen=True)

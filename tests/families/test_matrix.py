@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from loraflow.adapters.accept import check_adapter
+from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.merge_folders import merge
 from loraflow.store.checkpoints import FOLDER
 from tests.families.tiny import FAMILIES, family_config

@@ -17,9 +17,9 @@ from loraflow.registry import PromotionLog
 from loraflow.stages import STAGES
 from loraflow.store import LocalStore, Summary
 from tests.crash import Crash, crash_at
+from tests.fake_jobs import FAKE, job
 from tests.fake_worker import FAKE_STAGE
 from tests.job_factory import make_job
-from tests.unit.test_launcher import FAKE, job
 from tests.unit.test_training import REF, recipe
 
 PAYLOAD = identity.payload("tokenize", 1, {}, {"x": 1})

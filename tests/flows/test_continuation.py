@@ -42,8 +42,8 @@ def test_a_run_without_time_goes_on_in_a_new_run_of_its_deployment_and_only_in_o
         client.set_flow_run_state(first.id, state)
     monkeypatch.setattr(continuation, "flow_run", SimpleNamespace(id=str(first.id)))
     spent = BudgetSpent("The run reached its time limit.", saved=True)
-    continuation.go_on_in_another_run(spent, ["tokenize", "evaluate base"])
-    continuation.go_on_in_another_run(BudgetSpent("The run reached its time limit.", saved=True), ["tokenize"])
+    continuation.schedule_continuation(spent, ["tokenize", "evaluate base"])
+    continuation.schedule_continuation(BudgetSpent("The run reached its time limit.", saved=True), ["tokenize"])
     runs = [run for run in client.read_flow_runs() if run.deployment_id == deployed.id and run.id != first.id]
     [following] = [run for run in runs if not run.auto_scheduled]
     assert following.state.type == StateType.SCHEDULED and following.work_queue_name == first.work_queue_name
@@ -57,7 +57,7 @@ def test_a_run_without_progress_is_not_followed_by_another(monkeypatch):
     monkeypatch.setattr(continuation, "get_client", lambda **_: pytest.fail("the server was asked"))
     for details in ({}, {"saved": False}):
         spent = BudgetSpent("The run reached its time limit.", **details)
-        continuation.go_on_in_another_run(spent, [])
+        continuation.schedule_continuation(spent, [])
         assert "runtime.max_hours" in spent.next_step and "no other run was scheduled" in spent.next_step
 
 
@@ -68,7 +68,7 @@ def test_a_server_that_is_gone_leaves_the_failure_as_it_was(monkeypatch, caplog)
     monkeypatch.setattr(continuation, "get_client", gone)
     spent = BudgetSpent("The run reached its time limit.", next_step="run again", saved=True)
     with caplog.at_level("WARNING", logger="loraflow"):
-        continuation.go_on_in_another_run(spent, ["train"])
+        continuation.schedule_continuation(spent, ["train"])
     assert spent.next_step == "run again" and "no route" in caplog.text
 
 
@@ -78,7 +78,7 @@ def test_only_a_deployed_run_goes_on_by_itself(tmp_path, monkeypatch, is_deploye
     monkeypatch.setattr(running, "deployment", SimpleNamespace(id="d" if is_deployed else None))
     for name in ("end_with_parent", "mask_parameters"):
         monkeypatch.setattr(running, name, lambda *_: None)
-    monkeypatch.setattr(running, "go_on_in_another_run", lambda spent, computed: asked.append((spent, computed)))
+    monkeypatch.setattr(running, "schedule_continuation", lambda spent, computed: asked.append((spent, computed)))
     (tmp_path / "r.yaml").write_text(
         f"name: r\ndata: {{source: {tmp_path}}}\nbase: {{model: {tmp_path}}}\nruntime: {{store: {tmp_path}/store}}\n"
     )
@@ -99,7 +99,7 @@ def test_a_run_whose_credentials_are_masked_on_the_server_is_not_started_with_th
 ):
     first = client.create_flow_run_from_deployment(deployed.id, parameters={"recipe": "https://user:***@host/x"})
     monkeypatch.setattr(continuation, "flow_run", SimpleNamespace(id=str(first.id)))
-    continuation.go_on_in_another_run(BudgetSpent("The run reached its time limit.", saved=True), ["tokenize"])
+    continuation.schedule_continuation(BudgetSpent("The run reached its time limit.", saved=True), ["tokenize"])
     runs = [run for run in client.read_flow_runs() if run.deployment_id == deployed.id and run.id != first.id]
     assert [run for run in runs if not run.auto_scheduled] == []
     assert "without their credentials" in caplog.text
@@ -133,7 +133,7 @@ def test_a_run_that_gets_sigterm_goes_on_unless_the_server_says_that_it_is_cance
 
     monkeypatch.setattr(continuation, "get_client", lambda **_: Client())
     monkeypatch.setattr(continuation, "flow_run", SimpleNamespace(id="r"))
-    continuation.go_on_after_signal(["train"])
+    continuation.schedule_continuation_after_signal(["train"])
     assert created == ([("d", ["merge"], "goes-on-r-1")] if follows else [])
 
 
@@ -142,7 +142,7 @@ def test_a_run_whose_server_does_not_answer_after_sigterm_is_not_followed_by_ano
         raise ConnectionError("no route")
 
     monkeypatch.setattr(continuation, "get_client", gone)
-    continuation.go_on_after_signal(["train"])
+    continuation.schedule_continuation_after_signal(["train"])
     assert "no other run was scheduled: no route" in caplog.text
 
 
@@ -154,7 +154,7 @@ def test_only_a_deployed_run_that_is_preemptible_goes_on_after_sigterm(tmp_path,
         monkeypatch.setattr(running, name, lambda *_: None)
     monkeypatch.setattr(running, "write_record", lambda *_: None)
     monkeypatch.setattr(running, "mirror_run", lambda *_: None)
-    monkeypatch.setattr(running, "go_on_after_signal", asked.append)
+    monkeypatch.setattr(running, "schedule_continuation_after_signal", asked.append)
     (tmp_path / "r.yaml").write_text(
         f"name: r\ndata: {{source: {tmp_path}}}\nbase: {{model: {tmp_path}}}\n"
         f"runtime: {{store: {tmp_path}/store, preemptible: {str(preemptible).lower()}}}\n"

@@ -144,12 +144,12 @@ def test_a_stage_that_waits_for_the_gpu_says_so(put, client, caplog, monkeypatch
     put()
     caplog.set_level("INFO", "loraflow")
     name = gpu_lease.limit_name()
-    gpu_lease._say_if_it_waits(client)
+    gpu_lease._log_waiting(client)
     assert not caplog.records
     client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(active_slots=1))
-    gpu_lease._say_if_it_waits(client)
+    gpu_lease._log_waiting(client)
     client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(limit=0, active_slots=0))
-    gpu_lease._say_if_it_waits(client)
+    gpu_lease._log_waiting(client)
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
     assert f"prefect gcl update {name} --limit 1" in caplog.text
     client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(limit=1))

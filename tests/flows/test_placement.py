@@ -167,7 +167,7 @@ def test_a_sub_run_that_waits_for_a_busy_worker_says_what_it_waits_for(monkeypat
         threading.Timer(3, lambda: client.set_flow_run_state(run.id, Cancelled(), force=True)).start()
         assert placing._watch(client, run, "busy-pool", "train").state.is_cancelled()
         client.update_work_pool("busy-pool", WorkPoolUpdate(is_paused=True))
-        assert "prefect work-pool resume busy-pool" in placing._what_it_waits_for(client, run, "busy-pool")
+        assert "prefect work-pool resume busy-pool" in placing._waiting_reason(client, run, "busy-pool")
     [warning] = [record.getMessage() for record in caplog.records if "has waited" in record.getMessage()]
     assert "every worker of the pool busy-pool is busy" in warning
 
@@ -189,17 +189,17 @@ def test_a_placement_without_a_deployment_is_reported(started_project):
 
 def test_a_worker_with_other_code_refuses_the_job(started_project):
     sent = job_of(started_project).model_dump(mode="json")
-    job, store = placing.accept(sent, str(started_project.store))
+    job, store = placing.accept_job(sent, str(started_project.store))
     assert job == job_of(started_project) and isinstance(store, LocalStore)
     for change in ({"version": 99}, {"stage": "distil"}, {"something": "new"}):
         with pytest.raises(BadConfig, match="another version of loraflow") as caught:
-            placing.accept({**sent, **change}, str(started_project.store))
+            placing.accept_job({**sent, **change}, str(started_project.store))
         assert "same version of loraflow" in str(caught.value)
 
 
 def test_a_worker_without_access_to_the_store_reports_it(started_project, tmp_path):
     with pytest.raises(BadConfig, match="do not share a store") as caught:
-        placing.accept(job_of(started_project).model_dump(mode="json"), str(tmp_path / "elsewhere"))
+        placing.accept_job(job_of(started_project).model_dump(mode="json"), str(tmp_path / "elsewhere"))
     assert "s3://" in str(caught.value)
 
 

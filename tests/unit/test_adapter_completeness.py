@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraflow.adapters.accept import check_adapter
+from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.convert import convert
 from loraflow.adapters.merge_folders import merge
 from loraflow.failures import BadModel
@@ -16,7 +16,7 @@ from loraflow.serving.publish import package
 from loraflow.store import open_store
 from tests.conftest import build_phi3
 from tests.families.tiny import save_tiny
-from tests.unit.test_merge import TARGETS, by_peft, change_tensors, configured, make_adapter, read
+from tests.tiny_adapters import TARGETS, by_peft, change_tensors, configured, make_adapter, read
 
 FULL = {
     "plain": {},

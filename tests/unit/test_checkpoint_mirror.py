@@ -317,7 +317,7 @@ def test_another_machine_finishes_the_training_of_a_dead_one_bit_for_bit(
     machine, base, shards, tmp_path, monkeypatch  # noqa: F811
 ):  # fmt: skip
     alone, job = store_of(tmp_path, base, shards), job_of(**LONG)
-    wanted = result(alone, launch.run_job(job, alone))
+    expected = result(alone, launch.run_job(job, alone))
 
     for name, folder in {"TOKENS": shards, "BASE": base}.items():
         monkeypatch.setenv(f"TEST_{name}", str(folder))
@@ -336,6 +336,6 @@ def test_another_machine_finishes_the_training_of_a_dead_one_bit_for_bit(
     ref = launch.run_job(job, two)
     assert 2 <= two.manifest(ref).figures["resumed_at"] < 20, (tmp_path / "log").read_text()
     found = result(two, ref)
-    assert same(wanted[0], found[0]), "bit for bit"
-    assert wanted[1] == found[1], "the curve has every step once"
+    assert same(expected[0], found[0]), "bit for bit"
+    assert expected[1] == found[1], "the curve has every step once"
     assert list(two.bucket.listing("work/")) == []

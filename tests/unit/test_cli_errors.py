@@ -88,12 +88,12 @@ def test_a_working_directory_that_is_gone_is_named(tmp_path):
 
 
 def test_a_failure_on_the_terminal_has_at_most_ten_lines_with_its_next_step():
-    from loraflow.cli import shown
+    from loraflow.cli import short_message
     from loraflow.failures import BadData
 
     long = BadData(
         "dvc add failed.", where="data", got="\n".join(f"line {n}" for n in range(90)), next_step="look at it"
     )
-    lines = shown(long).splitlines()
+    lines = short_message(long).splitlines()
     assert len(lines) == 10 and lines[0] == "dvc add failed." and lines[-1] == "  next:     look at it"
-    assert shown(BadData("a", got="b")) == "a\n  got:      b"
+    assert short_message(BadData("a", got="b")) == "a\n  got:      b"

@@ -150,9 +150,11 @@ def test_a_range_that_a_recorded_recipe_has_wrong_is_not_used_and_is_named(tmp_p
     assert "brevity has values outside of gate.ranges" in done.output
     sure = 1 if order == (A, B) else -1
     [found] = [
-        one
-        for one in json.loads(compare(store, *order, "--json").output)["against_first"][0]["scores"]["differences"]
-        if one["metric"] == "brevity"
+        difference
+        for difference in json.loads(compare(store, *order, "--json").output)["against_first"][0]["scores"][
+            "differences"
+        ]
+        if difference["metric"] == "brevity"
     ]
     assert found["bounds"] == pytest.approx([sure] * 3), "of the differences that were seen"
 
@@ -167,14 +169,16 @@ def test_ranges_and_directions_of_both_recipes_count(tmp_path):
         done = compare(store, *order, "--json")
         scores = json.loads(done.output)["against_first"][0]["scores"]
         assert scores["out_of_range"] == []
-        bounds.append(next(one["bounds"] for one in scores["differences"] if one["metric"] == "brevity"))
+        bounds.append(
+            next(difference["bounds"] for difference in scores["differences"] if difference["metric"] == "brevity")
+        )
     (gain, low, high), reversed_order = bounds
     assert gain == pytest.approx(-1) and reversed_order == pytest.approx([-gain, -high, -low])
     tables = table([True] * 100, brevity=values), table([True] * 100, brevity=values + 1)
     expected = compare_tables(*tables, lower_is_better=["brevity"], ranges={"brevity": (0, 20)})
-    assert next(one.bounds for one in expected.differences if one.metric == "brevity") == pytest.approx(
-        (gain, low, high)
-    )
+    assert next(
+        difference.bounds for difference in expected.differences if difference.metric == "brevity"
+    ) == pytest.approx((gain, low, high))
 
 
 def test_a_row_with_the_same_id_and_another_prompt_is_not_compared():

@@ -117,13 +117,13 @@ def test_a_loralib_checkpoint_becomes_a_peft_adapter(twins, tmp_path, suffix):
         torch.save({"model_state_dict": state} if "nested" in suffix else state, file)
     convert(file, fused, tmp_path / "b", lora_alpha=7, enable_lora={"qkv_proj": ["q", "v"]})
     with torch.no_grad():
-        wanted = model.eval()(IDS).logits
-    assert torch.allclose(wanted, logits(fused, tmp_path / "b"), atol=1e-5)
+        expected = model.eval()(IDS).logits
+    assert torch.allclose(expected, logits(fused, tmp_path / "b"), atol=1e-5)
     with pytest.raises(BadModel, match="does not say which"):
         convert(file, fused, tmp_path / "c", lora_alpha=7)
     if not also:  # and from there to the split base
         convert(tmp_path / "b", split, tmp_path / "d")
-        assert torch.allclose(wanted, logits(split, tmp_path / "d"), atol=1e-5)
+        assert torch.allclose(expected, logits(split, tmp_path / "d"), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from loraflow.base import weight_checks
 from loraflow.base.base_checks import describe_files
 from loraflow.failures import BadModel
 from tests.conftest import build_tokenizer
+from tests.tiny_adapters import make_adapter
 from tests.unit.test_base import build_llama, change_weights, resolve_base
-from tests.unit.test_merge import make_adapter
 
 MASKED_BIAS = "gpt_neox.layers.0.attention.masked_bias"
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -79,6 +80,11 @@ def test_every_stage_that_runs_in_a_worker_has_its_modules_listed():
     assert set(MODULES) == {name for name, stage in STAGES.items() if stage.in_worker}
     for name, modules in MODULES.items():
         assert STAGES[name].module in modules
+
+
+def test_every_listed_module_exists():
+    """The server ignores a module that cannot be imported, so a wrong name would only cost time."""
+    assert [name for names in MODULES.values() for name in names if find_spec(name) is None] == []
 
 
 def test_artifacts_of_forked_workers_equal_those_of_new_processes(parts, tmp_path, monkeypatch):

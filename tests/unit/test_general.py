@@ -332,7 +332,7 @@ MARGINS = {"loss": 0.05, "accuracy": 0.02, "accuracy_norm": 0.02}
 def test_a_model_that_forgets_nothing_is_promoted():
     decision = gate(MARGINS, rows(), base=rows())
     assert decision.verdict == "promote", decision.reasons
-    assert [one.metric for one in decision.comparisons] == [
+    assert [comparison.metric for comparison in decision.comparisons] == [
         "exact_match", "general_loss", "general_accuracy", "general_accuracy_norm",
     ]  # fmt: skip
 

@@ -7,12 +7,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraflow.adapters.accept import check_adapter
+from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.merge_folders import merge
 from loraflow.failures import BadConfig
 from tests.conftest import build_phi3
+from tests.tiny_adapters import by_peft, read
 from tests.unit import test_training
-from tests.unit.test_merge import by_peft, read
 from tests.unit.test_training import run, tokenize
 
 ADDED = ["ZZZ", "QQQ"]

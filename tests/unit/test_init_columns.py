@@ -31,8 +31,8 @@ def test_a_text_and_its_class_are_recognised_by_their_names(row, columns):
 def test_columns_can_be_named_and_wrong_ones_are_refused_with_those_there_are(tmp_path):
     file = tmp_path / "t.csv"
     file.write_text("frage,antwort\na,b\n")
-    wanted = {"prompt": "frage", "completion": "antwort"}
-    assert choose_columns(file, "t.csv", "prompt=frage,completion=antwort") == wanted
+    expected = {"prompt": "frage", "completion": "antwort"}
+    assert choose_columns(file, "t.csv", "prompt=frage,completion=antwort") == expected
     for given in ("prompt=x,completion=antwort", "question=frage", "frage", ""):
         with pytest.raises(BadConfig):
             choose_columns(file, "t.csv", given)
@@ -75,8 +75,8 @@ def test_init_that_finds_no_chat_says_how_to_name_the_columns(tmp_path, monkeypa
 def test_columns_may_be_keys_that_the_first_row_leaves_out(tmp_path):
     file = tmp_path / "t.jsonl"
     file.write_text('{"frage": "a"}\n[1]\n{"frage": "b", "antwort": "c"}\n')
-    wanted = {"prompt": "frage", "completion": "antwort"}
-    assert choose_columns(file, "t.jsonl", "frage,antwort") == wanted
+    expected = {"prompt": "frage", "completion": "antwort"}
+    assert choose_columns(file, "t.jsonl", "frage,antwort") == expected
     with pytest.raises(BadConfig, match="of frage, antwort"):
         choose_columns(file, "t.jsonl", "frage,other")
 

@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from loraflow.cli.gitignore import extend_dvcignore, extend_gitignore
-from loraflow.cli.init import _held_out_line, init
+from loraflow.cli.init import init
+from loraflow.cli.init_report import _held_out_line
 from loraflow.cli.init_settings import choose_heldout_fraction, choose_settings
 from loraflow.cli.project_lock import FILE, project_lock
 from loraflow.failures import BadConfig
@@ -41,7 +42,9 @@ def chat(prompt: str) -> list:
 
 def test_init_says_how_many_rows_are_held_out():
     assert _held_out_line([chat(f"q{n}") for n in range(300)], 0.1).startswith("held out: ")
-    assert "held out: 1 of 8 rows, the one that comes first" in _held_out_line([chat(f"q{n}") for n in range(8)], 0.001)
+    assert "held out: 1 of 8 rows, because the seeded hash takes none" in _held_out_line(
+        [chat(f"q{n}") for n in range(8)], 0.001
+    )
     assert "every row has the same prompt" in _held_out_line([chat("q")] * 8, 0.2)
 
 

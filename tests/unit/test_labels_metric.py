@@ -51,7 +51,10 @@ def test_accuracy_counts_rows_without_differences_of_case_and_white_space():
 
 def test_the_worst_labels_are_listed_with_what_they_are_taken_for():
     found = confusions(ANSWERS, REFERENCES)
-    assert [(one.label, one.rows, one.wrong, one.as_label, one.as_count) for one in found] == [
+    assert [
+        (confusion.label, confusion.rows, confusion.wrong, confusion.as_label, confusion.as_count)
+        for confusion in found
+    ] == [
         ("ham", 2, 1, OTHER, 1),
         ("spam", 3, 1, "ham", 1),
     ]

@@ -28,7 +28,7 @@ def test_the_memory_estimate_is_near_the_measurement():
 def test_tokens_and_checkpointing_follow_the_available_memory():
     def fit(gib, **options):
         return memory.fit_memory(
-            PHI3, gib * memory.GIB, options.pop("weights", "bfloat16"), 16, least=512, wanted=40_000, **options
+            PHI3, gib * memory.GIB, options.pop("weights", "bfloat16"), 16, least=512, step_tokens=40_000, **options
         )
 
     big, small, tiny = fit(78), fit(20), fit(12)
@@ -42,7 +42,7 @@ def test_tokens_and_checkpointing_follow_the_available_memory():
 
 def test_elementwise_operations_are_recomputed_before_whole_layers_where_layers_are_compiled():
     def fit(gib, **options):
-        return memory.fit_memory(PHI3, gib * memory.GIB, "bfloat16", 16, least=512, wanted=40_000, **options)
+        return memory.fit_memory(PHI3, gib * memory.GIB, "bfloat16", 16, least=512, step_tokens=40_000, **options)
 
     assert fit(78, compiled=True).recompute == "none"
     medium = fit(22, compiled=True)

@@ -14,7 +14,7 @@ from loraflow.failures import MissingExtra
 from loraflow.job import Inputs, Progress
 from tests.conftest import build_phi3, chat
 from tests.job_factory import make_job
-from tests.unit.test_merge import assert_same, make_adapter, read
+from tests.tiny_adapters import assert_same, make_adapter, read
 from tests.unit.test_training import REF, recipe, tokenize
 
 pytest.importorskip("bitsandbytes")
@@ -123,9 +123,9 @@ def test_the_merge_closer_to_the_trained_model_is_chosen(parts, tmp_path):
     probes = merge_nf4.comparison_rows(shards / "train")
     trained = PeftModel.from_pretrained(by_bitsandbytes(base, True, torch.float32), str(adapter)).eval()
     with torch.inference_mode():
-        wanted = [trained(input_ids=row).logits[0] for row in probes]
+        expected = [trained(input_ids=row).logits[0] for row in probes]
     theirs = logits.compare_logits(
-        wanted, logits.model_logits(tmp_path / "base" / "merged", probes, Runtime(), trust=False)
+        expected, logits.model_logits(tmp_path / "base" / "merged", probes, Runtime(), trust=False)
     ).mean_kl
     assert theirs == pytest.approx(figures["kl_base"], rel=0.02)
 

@@ -11,7 +11,7 @@ from loraflow.cli.upgrade import _write
 from loraflow.failures import BadConfig
 from loraflow.registry import PromotionLog, signature
 from loraflow.registry.backup import back_up
-from loraflow.registry.deals import DealRecord, Wanted
+from loraflow.registry.deals import DealRecord, DealRequest
 from loraflow.registry.log import HeadChanged
 from loraflow.registry.looks import LookRecord
 from loraflow.registry.reserve import ReserveRow
@@ -72,7 +72,7 @@ def test_two_models_are_never_dealt_the_same_fresh_rows_in_whatever_order_they_a
     def take(store, number):
         scored = LookRecord(store, "tickets").scored_keys
         DealRecord(store, "tickets").take(
-            f"{number:064x}", rows, scored, Wanted(reserve=20, max_rows=None, seed=0), actor="me"
+            f"{number:064x}", rows, scored, DealRequest(reserve=20, max_rows=None, seed=0), actor="me"
         )
 
     for store in each_preemption(tmp_path, lambda store: take(store, 1), lambda store: take(store, 2)):

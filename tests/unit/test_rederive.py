@@ -21,7 +21,7 @@ from loraflow.registry.runs import RunRecord, StageRun
 from loraflow.stages import CHECK_DATASET, MERGE, VERSION_DATASET
 from loraflow.store import LocalStore, Summary
 from tests.conftest import build_phi3
-from tests.unit.test_merge import make_adapter
+from tests.tiny_adapters import make_adapter
 
 
 def commit(store, stage, folder, inputs, facets=None):

@@ -36,9 +36,9 @@ def test_quarters_by_length_have_their_own_scores_with_wilsons_interval():
     found = slices(
         {"base": table(np.zeros(40), tokens=np.arange(40)), "tuned": table(hits, tokens=np.arange(40))}, ["length"]
     )
-    assert [(one.name, one.rows) for one in found] == [(name, 10) for name in QUARTERS]
-    assert [one.values["tuned"]["exact_match"].value for one in found] == [1.0, 0.0, 0.5, 0.9]
-    assert {one.values["base"]["exact_match"].value for one in found} == {0.0}
+    assert [(part.name, part.rows) for part in found] == [(name, 10) for name in QUARTERS]
+    assert [part.values["tuned"]["exact_match"].value for part in found] == [1.0, 0.0, 0.5, 0.9]
+    assert {part.values["base"]["exact_match"].value for part in found} == {0.0}
     wilson = stats.binomtest(9, 10).proportion_ci(0.95, method="wilson")
     assert found[3].values["tuned"]["exact_match"].low == pytest.approx(wilson.low)
 
@@ -48,16 +48,16 @@ def test_rows_are_found_by_their_ids_and_every_row_is_in_one_slice():
     tokens, hits = rng.integers(1, 5, 50), rng.integers(0, 2, 50)
     ours = table(hits, tokens=tokens)
     found = slices({"base": ours, "tuned": ours.sample(frac=1, random_state=1)}, ["length"])
-    assert sum(one.rows for one in found) == 50
-    for one in found:
-        assert one.values["base"] == one.values["tuned"]
-    assert sum(one.rows * one.values["tuned"]["exact_match"].value for one in found) == pytest.approx(hits.sum())
+    assert sum(part.rows for part in found) == 50
+    for part in found:
+        assert part.values["base"] == part.values["tuned"]
+    assert sum(part.rows * part.values["tuned"]["exact_match"].value for part in found) == pytest.approx(hits.sum())
 
 
 def test_rows_of_equal_length_are_one_slice_and_characters_count_without_tokens():
-    assert [(one.name, one.rows) for one in slices({"tuned": table([1] * 8)}, ["length"])] == [(QUARTERS[0], 8)]
+    assert [(part.name, part.rows) for part in slices({"tuned": table([1] * 8)}, ["length"])] == [(QUARTERS[0], 8)]
     sized = table([1] * 8, reference=["x" * size for size in range(1, 9)])
-    assert [one.rows for one in slices({"tuned": sized}, ["length"])] == [2, 2, 2, 2]
+    assert [part.rows for part in slices({"tuned": sized}, ["length"])] == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize(

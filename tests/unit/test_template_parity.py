@@ -19,7 +19,7 @@ from loraflow.serving.chat import Chat, Sampling
 from loraflow.serving.models import Model, load
 from tests.conftest import PHI3_TEMPLATE, build_phi3, build_tokenizer
 from tests.job_factory import make_job
-from tests.unit.test_merge import make_adapter
+from tests.tiny_adapters import make_adapter
 from tests.unit.test_training import REF, recipe
 
 CHATML = (

@@ -11,7 +11,6 @@ from loraflow.config.stage_configs import TrainConfig
 from loraflow.failures import BadConfig, CannotGroup, OutOfMemory, Preempted
 from loraflow.job import Inputs, Progress
 from loraflow.training import fast_engine, train_group
-from loraflow.training.group_lora import adapter_weights
 from loraflow.training.memory import MemoryFit, lora_weights
 from tests.job_factory import Outside, make_job
 from tests.unit.test_training import REF, StopAt, base, recipe, run, tokenize  # noqa: F401  (base is a fixture)
@@ -86,18 +85,17 @@ def test_each_adapter_of_a_group_equals_the_one_trained_alone(base, tmp_path, pa
             mine, other = points(curves[k], key), points(expected, key)
             assert mine.keys() == other.keys() and len(mine) >= 1
             assert mine == pytest.approx(other, rel=1e-3, abs=2e-4), (k, key)
-        weights = adapter_weights(trainer.model.adapters)[k]
-        names = [name for name in adapter if "lora_A" in name]
-        assert len(weights) == len(adapter) == 2 * len(names)
+        modules = trainer.model.adapters.modules
+        assert len(adapter) == 2 * len(modules)
         stacked = [name for name, module in trainer.model.model.named_modules() if hasattr(module, "downs")]
-        for number, name in enumerate(stacked):
+        for name, module in zip(stacked, modules, strict=True):
             path = name.removeprefix("base_model.model.")
             (of_a,) = [tensor for key, tensor in adapter.items() if f"{path}.lora_A" in key]
             (of_b,) = [tensor for key, tensor in adapter.items() if f"{path}.lora_B" in key]
-            rank = len(of_a)
-            assert torch.allclose(weights[f"{number}.A"][:rank], of_a, rtol=0, atol=5e-5), name
-            assert torch.allclose(weights[f"{number}.B"][:rank], of_b.t(), rtol=0, atol=5e-5), name
-            assert not weights[f"{number}.A"][rank:].any() and not weights[f"{number}.B"][rank:].any()
+            rank, down, up = len(of_a), module.downs[k].detach(), module.ups[k].detach()
+            assert torch.allclose(down[:rank], of_a, rtol=0, atol=5e-5), name
+            assert torch.allclose(up[:rank], of_b.t(), rtol=0, atol=5e-5), name
+            assert not down[rank:].any() and not up[rank:].any()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from loraflow.job import Inputs, Progress
 from loraflow.stages import STAGES
 from tests.conftest import build_phi3, chat
 from tests.job_factory import make_job
-from tests.unit.test_merge import make_adapter
+from tests.tiny_adapters import make_adapter
 from tests.unit.test_training import REF, recipe
 
 

@@ -59,6 +59,7 @@ def load(model: nn.Module, state: Mapping[str, torch.Tensor], bias: Bias = "none
                 where=name,
                 expected=f"{list(own[name].shape)}, finite",
                 got=f"{list(tensor.shape)}, {int((~tensor.isfinite()).sum())} not finite",
+                next_step="give the rank, targets and enable_lora with which it was trained",
             )
     nn.Module.load_state_dict(model, dict(state), strict=False)
 

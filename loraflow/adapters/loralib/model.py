@@ -58,7 +58,7 @@ def prepare(model: PreTrainedModel, settings: Settings, seed: int, *, checkpoint
     Args:
         model: transformers'; it is changed in place and returned.
         settings: which layers, and how.
-        seed: of A.
+        seed: the seed of A's initial values.
         checkpointing: activations are recomputed; then the input needs gradients, if nothing before it is trained.
     """
     torch.manual_seed(seed)

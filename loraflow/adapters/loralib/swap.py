@@ -74,6 +74,7 @@ def swap(model: nn.Module, settings: Settings) -> dict[str, MergeableLayer]:
             where="loralib_config.enable_lora",
             expected=f"among {', '.join(sorted({name.rsplit('.', 1)[-1] for name in modules}))}",
             got=unused[0],
+            next_step="correct the name, or add the module to peft_config.target_modules",
         )
     layers: dict[str, MergeableLayer] = {}
     for name, module in modules.items():
@@ -145,6 +146,7 @@ def _enabled_blocks(
                 where=where,
                 expected=f"among {', '.join(blocks)}" if blocks else "true or false for each of its equal blocks",
                 got=str(asked),
+                next_step="correct the names of the blocks",
             )
         flags = [block in asked for block in blocks]
     sizes: list[int] | None = None
@@ -158,5 +160,6 @@ def _enabled_blocks(
             where=where,
             expected=f"at least one enabled block, and blocks whose rows add up to {rows}",
             got=str(asked),
+            next_step="list true or false for equal blocks, or leave the module out of enable_lora",
         )
     return sizes, flags

@@ -30,7 +30,7 @@ def check_adapter(
     Args:
         adapter: PEFT's folder.
         base: the model's folder; its weights are not read.
-        base_digest: digest of the base's artifact, compared with the one that the adapter records.
+        base_digest: digest of the base's artifact, compared with the digest that the adapter records.
         trust: run code that comes with the base.
         convertible: compare with the base as if it had the adapter's projections, fused or split.
 

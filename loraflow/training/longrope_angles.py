@@ -21,7 +21,7 @@ def separate_angles(model: PreTrainedModel, setup: TrainingSetup) -> None:
 
     Args:
         model: the base, changed in place.
-        setup: of the training.
+        setup: the training.
 
     Raises:
         BadModel: the angles are computed by code that comes with the model.
