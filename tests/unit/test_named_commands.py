@@ -8,13 +8,13 @@ import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import click
 import pytest
 from pydantic import BaseModel
 
 from loraflow.cli import cli
+from loraflow.config.load import section_model
 from loraflow.config.recipe import Recipe
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -115,19 +115,14 @@ def wrong_words(command: click.Command, words: list[str]) -> str | None:
 
 def is_recipe_key(key: str) -> bool:
     """Say whether a dotted key of capitals (a placeholder) or of the recipe's sections exists."""
-    section: object = Recipe
+    section: type[BaseModel] | None = Recipe
     for part in key.split("."):
-        if part.isupper():
+        if part.isupper() or section is None:  # None: a mapping with names of the user's
             return True
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            return True  # a mapping with names of the user's
-        names = {field.alias or name: field for name, field in section.model_fields.items()}
-        if part not in names:
+        fields = {field.alias or name: field for name, field in section.model_fields.items()}
+        if part not in fields:
             return False
-        kinds = [
-            kind for kind in (get_args(names[part].annotation) or (names[part].annotation,)) if kind is not type(None)
-        ]
-        section = kinds[0] if len(kinds) == 1 else None
+        section = section_model(fields[part])
     return True
 
 
