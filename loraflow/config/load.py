@@ -124,7 +124,7 @@ def parse_recipe(
         found = error.errors(include_url=False)
         problems += [
             Problem(
-                _line(lines, problem["loc"]),
+                _line(lines, problem["loc"] or _first_key(problem["msg"])),
                 _message(problem, document),
                 _find_override(overrides, problem["loc"], problem["msg"], lines),
             )
@@ -273,7 +273,7 @@ def _message(error: ErrorDetails, document: Mapping[str, JsonValue]) -> str:
     loc = [part for part in error["loc"] if not _is_branch(part)]
     if error["type"] == "extra_forbidden":  # the key is the user's, and may look like a branch
         loc = list(error["loc"])
-    dotted = shorten(_dotted(loc, document)) or "recipe"
+    dotted = shorten(_dotted(loc, document))
     if error["type"] == "extra_forbidden":
         # the same name in another place is more likely meant than a similar one here: seed is not base
         elsewhere = [".".join(path) for path in _all_paths(Recipe) if path[-1] == loc[-1]]
@@ -282,7 +282,18 @@ def _message(error: ErrorDetails, document: Mapping[str, JsonValue]) -> str:
         return f"{dotted} is not a key of a recipe{hint}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     got = "" if error["type"] in ("missing", "value_error") else f", not {shorten(repr(error['input']))}"
-    return f"{dotted}: {message}{got}"
+    return f"{dotted}: {message}{got}" if dotted else message
+
+
+def _first_key(message: str) -> tuple[str, ...]:
+    """Return the first key of a recipe that a message names, such as gate.primary; empty if it names none.
+
+    A problem of keys that do not fit together has no location: its message names them.
+    """
+    for found in re.finditer(r"\b([a-z_]+)\.[a-z_.]*[a-z_]|\b[a-z_]+_config\b", message):
+        if (found[1] or found[0]) in _names([]):
+            return tuple(found[0].split("."))
+    return ()
 
 
 def _dotted(loc: Sequence[str | int], document: Mapping[str, JsonValue]) -> str:
