@@ -223,14 +223,23 @@ def _find_override(
     """
     outside_file = lines is not None and loc[:1] not in lines
     path = [str(part) for part in loc]
-    for dotted in overrides:
-        section, _, key = dotted.partition(".")
-        keys = f"{section}.{TRANSLATED.get(section, {}).get(key, key)}".split(".") if key else [section]
+    keys_of = {dotted: _current_keys(dotted) for dotted in overrides}
+    if not path and (named := list(_first_key(message))):
+        for dotted, keys in keys_of.items():
+            if named[: len(keys)] == keys or (len(named) == 1 and keys[:1] == named):  # a whole section is named
+                return dotted
+    for dotted, keys in keys_of.items():
         if path[: len(keys)] == keys or path == dotted.split("."):
             return dotted
         if path == keys[: len(path)] and (outside_file or re.search(rf"\b{re.escape(keys[-1])}\b", message)):
             return dotted
     return ""
+
+
+def _current_keys(dotted: str) -> list[str]:
+    """Return the parts of an override's key, with the current name of a renamed one."""
+    section, _, key = dotted.partition(".")
+    return f"{section}.{TRANSLATED.get(section, {}).get(key, key)}".split(".") if key else [section]
 
 
 def _move_attention_to_runtime(document: dict[str, JsonValue]) -> None:
