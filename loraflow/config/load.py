@@ -12,6 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 from pydantic import BaseModel, JsonValue, ValidationError
@@ -156,7 +157,7 @@ def _problems_of(name: str, problems: list[Problem], unlisted: int) -> BadConfig
     keys = sorted({shorten(problem.override) for problem in problems if problem.override})
     if not keys:
         return BadConfig(
-            f"The recipe has {count}:\n{listing}", next_step=f"correct {name}, then `loraflow plan {name}`"
+            f"The recipe has {count}:\n{listing}", next_step=f"correct {name}, then `loraflow plan {quote(name)}`"
         )
     step = f"correct --set {', '.join(keys[:5])} (in Prefect's form: the field, or `settings`)"
     if any(not problem.override for problem in problems):
