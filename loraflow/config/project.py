@@ -22,7 +22,9 @@ def project_name(folder: Path) -> str | None:
         document = yaml.load_plain((folder / FILE).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, yaml.Syntax) as error:
+    except yaml.Syntax as error:
+        raise BadConfig(f"{FILE} is not plain YAML.", where=f"{folder / FILE}:{error.line}", got=str(error)) from None
+    except (OSError, UnicodeDecodeError) as error:
         raise BadConfig(f"{FILE} cannot be read.", where=str(folder / FILE), got=str(error)) from error
     name = document.get("name") if isinstance(document, dict) else None
     return str(name) if name is not None else None

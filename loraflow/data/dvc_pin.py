@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -10,13 +9,13 @@ from shlex import quote
 
 import yaml
 
+from loraflow.config.yaml import CONFLICT
 from loraflow.data.git import GitError, git, is_url
 from loraflow.data.listing import is_md5, wrong_name
 from loraflow.failures import BadData
 
 MAX_BYTES = 256 * 2**10  # of a .dvc file; DVC writes about 100
 MAX_DEPTH = 12  # of its YAML; DVC writes 3
-_CONFLICT = re.compile(r"^(<{7}|>{7})( |$)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def parse_pin(text: str, dvc_file: str, where: str, key: str = "data.source") ->
     Raises:
         BadData: it does not pin exactly one output by md5, inside its repository.
     """
-    if _CONFLICT.search(text):
+    if CONFLICT.search(text):
         raise BadData(
             "The .dvc file has conflict markers of git.",
             where=where,
@@ -204,5 +203,5 @@ def show_git(arguments: list[str], folder: str | None, where: str) -> str:
             "Git cannot show the dataset's .dvc file.",
             where=where,
             got=str(error),
-            next_step="`git log --oneline --all -- data.dvc` lists the revisions that have one",
+            next_step=error.next_step or "`git log --oneline --all -- data.dvc` lists the revisions that have one",
         ) from error
