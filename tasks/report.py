@@ -17,17 +17,20 @@ from loraflow.evaluation.values import Decision, scores_to_dict
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.trial_loss import CURVES, read_curves
 from loraflow.failures import CorruptArtifact
-from loraflow.registry.runs import RunSummary, write_report
+from loraflow.registry.runs import RunRecord, RunSummary, read_run, run_ids, write_report
 from loraflow.reporting.drift import drift_lines
+from loraflow.reporting.history import History
 from loraflow.reporting.learned import Learned
 from loraflow.reporting.markdown import RunReport, run_report, scores_report
 from loraflow.reporting.sweep import TrialCurves
 from loraflow.stages import TRAIN, TRAIN_GROUP
 from loraflow.store import Ref
 from loraflow.tasks.run import Run
-from loraflow.tasks.run_record import evaluation_report, model_scores
+from loraflow.tasks.run_record import as_record, evaluation_report, model_scores
 
 log = logging.getLogger("loraflow")
+EARLIER_RUNS = 5  # that the report shows
+READ_RUNS = 50  # the newest records, among which they are looked for: a bucket reads each by itself
 
 
 @task(name="report", task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
@@ -55,6 +58,7 @@ def publish_report(run: Run, result: PipelineResult, decision: Decision, summary
         learned=_learned(run, result.tokens),
         sweep=run.sweep,
         trial_curves=_trial_curves(run),
+        history=_history(run, result),
         store=run.workspace.store.uri,
         adapter=summary.adapter,
         merged=summary.merged,
@@ -89,6 +93,27 @@ def publish_scores(run: Run, model: str, folder: Path, scores: Ref) -> dict[str,
     )
     _publish(run, text, text, "scores")
     return {"model": str(folder), "metrics": scores_to_dict(metrics), "uri": str(table.parent)}
+
+
+def _history(run: Run, result: PipelineResult) -> History:
+    """Return this run's record and those of the newest earlier runs of its recipe that had something to decide."""
+    store, this = run.workspace.store, as_record(run, "done")
+    earlier: list[RunRecord] = []
+    for name in reversed(run_ids(store)[-READ_RUNS:]):
+        try:
+            record = read_run(store, name) if name != run.id else None
+        except CorruptArtifact as failure:  # `loraflow verify` names it
+            log.warning("the report leaves out a run. %s", failure)
+            continue
+        if record is None or record.summary is None or record.summary.decision is None:
+            continue
+        is_of_recipe = (record.recipe, record.model) == (this.recipe, this.model) and record.started <= this.started
+        if is_of_recipe and record.summary.decision.verdict != "unchanged":
+            earlier.append(record)
+        if len(earlier) == EARLIER_RUNS:
+            break
+    source, md5 = run.workspace.recipe.data.source, store.manifest(result.dataset).figures.get("md5")
+    return History(this, earlier, f"{source or 'data.sources'}, md5 {str(md5)[:12]}")
 
 
 def _learned(run: Run, tokens: Ref) -> Learned:

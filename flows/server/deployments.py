@@ -145,7 +145,7 @@ class Deployer:
             self._deploy_automation(automation, self._find_trigger(automation.name, deployment_id))
         names = {automation.name for automation in automations}
         for found in self.client.read_resource_related_automations(f"prefect.deployment.{deployment_id}"):
-            if is_trigger_of(found, deployment_id) and found.name not in names:
+            if is_trigger_of(found, name, deployment_id) and found.name not in names:
                 self.client.delete_automation(found.id)
                 self.changes.append(f"automation {found.name!r} removed")
 

@@ -6,6 +6,7 @@ events of that run start the next ones.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TypeGuard
 from uuid import UUID
@@ -57,9 +58,14 @@ def starts(automation: AutomationCore, deployment_id: UUID) -> bool:
     return any(getattr(action, "deployment_id", None) == deployment_id for action in automation.actions)
 
 
-def is_trigger_of(automation: AutomationCore, deployment_id: UUID) -> bool:
-    """Tell whether `loraflow deploy` made an automation for a trigger of a deployment."""
-    return TAG in automation.tags and starts(automation, deployment_id)
+def is_trigger_of(automation: AutomationCore, deployment: str, deployment_id: UUID) -> bool:
+    """Tell whether a deploy made an automation for a trigger of a deployment.
+
+    It has the tag, or one of the names that `prefect deploy` and earlier versions of loraflow give a trigger without a name.
+    """
+    given = rf"{re.escape(deployment)}__automation_\d+|Automation for deployment {deployment_id}"
+    is_made = TAG in automation.tags or re.fullmatch(given, automation.name) is not None
+    return is_made and starts(automation, deployment_id)
 
 
 def _problems(value: object, trigger: BaseModel, path: str) -> Iterator[str]:

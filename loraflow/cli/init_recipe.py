@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraflow.cli.init_dataset import UserDataset, tokens_of
+from loraflow.cli.init_dataset import UserDataset, estimated_tokens, tokens_of
 from loraflow.cli.init_settings import SizeSettings
 from loraflow.data.rendered_calls import call_text
 from loraflow.data.sampling import label_values
@@ -148,7 +148,7 @@ def _training_values(chats: list[list[Message]], size: SizeSettings) -> dict[str
 def _scoring_values(chats: list[list[Message]]) -> dict[str, object]:
     """Return the settings of evaluation and gate for answers that are JSON, labels, or other texts."""
     answers = [chat[-1]["content"] for chat in chats]
-    longest_answer = max(len(chat[-1]["content"] + call_text(chat[-1])) for chat in chats) // 3 + 8
+    longest_answer = max(estimated_tokens(chat[-1]["content"] + call_text(chat[-1])) for chat in chats) + 8
     primary = "token_loss"
     if all(map(_is_object, answers)):
         metrics, primary = "token_loss, exact_match, json_fields", "field_f1"

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 from pydantic import BaseModel, JsonValue, ValidationError
@@ -130,7 +131,7 @@ def parse_recipe(
         found = error.errors(include_url=False)
         problems += [
             Problem(
-                _line(lines, problem["loc"]),
+                _line(lines, problem["loc"] or _first_key(problem["msg"])),
                 _message(problem, document),
                 _find_override(overrides, problem["loc"], problem["msg"], lines),
             )
@@ -162,7 +163,7 @@ def _problems_of(name: str, problems: list[Problem], unlisted: int) -> BadConfig
     keys = sorted({shorten(problem.override) for problem in problems if problem.override})
     if not keys:
         return BadConfig(
-            f"The recipe has {count}:\n{listing}", next_step=f"correct {name}, then `loraflow plan {name}`"
+            f"The recipe has {count}:\n{listing}", next_step=f"correct {name}, then `loraflow plan {quote(name)}`"
         )
     step = f"correct --set {', '.join(keys[:5])} (in Prefect's form: the field, or `settings`)"
     if any(not problem.override for problem in problems):
@@ -229,14 +230,23 @@ def _find_override(
     """
     outside_file = lines is not None and loc[:1] not in lines
     path = [str(part) for part in loc]
-    for dotted in overrides:
-        section, _, key = dotted.partition(".")
-        keys = f"{section}.{TRANSLATED.get(section, {}).get(key, key)}".split(".") if key else [section]
+    keys_of = {dotted: _current_keys(dotted) for dotted in overrides}
+    if not path and (named := list(_first_key(message))):
+        for dotted, keys in keys_of.items():
+            if named[: len(keys)] == keys or (len(named) == 1 and keys[:1] == named):  # a whole section is named
+                return dotted
+    for dotted, keys in keys_of.items():
         if path[: len(keys)] == keys or path == dotted.split("."):
             return dotted
         if path == keys[: len(path)] and (outside_file or re.search(rf"\b{re.escape(keys[-1])}\b", message)):
             return dotted
     return ""
+
+
+def _current_keys(dotted: str) -> list[str]:
+    """Return the parts of an override's key, with the current name of a renamed one."""
+    section, _, key = dotted.partition(".")
+    return f"{section}.{TRANSLATED.get(section, {}).get(key, key)}".split(".") if key else [section]
 
 
 def _move_attention_to_runtime(document: dict[str, JsonValue]) -> None:
@@ -279,7 +289,7 @@ def _message(error: ErrorDetails, document: Mapping[str, JsonValue]) -> str:
     loc = [part for part in error["loc"] if not _is_branch(part)]
     if error["type"] == "extra_forbidden":  # the key is the user's, and may look like a branch
         loc = list(error["loc"])
-    dotted = shorten(_dotted(loc, document)) or "recipe"
+    dotted = shorten(_dotted(loc, document))
     if error["type"] == "extra_forbidden":
         # the same name in another place is more likely meant than a similar one here: seed is not base
         elsewhere = [".".join(path) for path in _all_paths(Recipe) if path[-1] == loc[-1]]
@@ -288,7 +298,18 @@ def _message(error: ErrorDetails, document: Mapping[str, JsonValue]) -> str:
         return f"{dotted} is not a key of a recipe{hint}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     got = "" if error["type"] in ("missing", "value_error") else f", not {shorten(repr(error['input']))}"
-    return f"{dotted}: {message}{got}"
+    return f"{dotted}: {message}{got}" if dotted else message
+
+
+def _first_key(message: str) -> tuple[str, ...]:
+    """Return the first key of a recipe that a message names, such as gate.primary; empty if it names none.
+
+    A problem of keys that do not fit together has no location: its message names them.
+    """
+    for found in re.finditer(r"\b([a-z_]+)\.[a-z_.]*[a-z_]|\b[a-z_]+_config\b", message):
+        if (found[1] or found[0]) in _names([]):
+            return tuple(found[0].split("."))
+    return ()
 
 
 def _dotted(loc: Sequence[str | int], document: Mapping[str, JsonValue]) -> str:

@@ -22,7 +22,14 @@ def project_name(folder: Path) -> str | None:
         document = yaml.load_plain((folder / FILE).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, yaml.Syntax) as error:
+    except yaml.Syntax as error:
+        raise BadConfig(
+            f"{FILE} is not plain YAML.",
+            where=f"{folder / FILE}:{error.line}",
+            got=str(error),
+            next_step=f"correct {FILE}",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
         raise BadConfig(
             f"{FILE} cannot be read.", where=str(folder / FILE), got=str(error), next_step=f"correct {FILE}"
         ) from error

@@ -122,20 +122,7 @@ class Recipe(FrozenModel):
             raise ValueError(
                 "training_config.eval_strategy needs data.validation_fraction: held-out rows are for the gate only"
             )
-        if all(name in SCORES for name in self.evaluation.metrics):
-            scored = {"stops"}.union(*(SCORES[name] for name in self.evaluation.metrics))
-            parts = [name for guards in self.gate.slices.values() for name in guards]
-            for name in (self.gate.primary, *self.gate.guards, *self.gate.worst, *parts):
-                if name == "macro_f1":
-                    raise ValueError(
-                        "the gate names macro_f1, which is no mean over rows, so models cannot be compared by it row by "
-                        "row; use accuracy"
-                    )
-                if name not in scored:
-                    raise ValueError(
-                        f"the gate names {name}, which is not a score of evaluation.metrics; its scores are "
-                        f"{', '.join(sorted(scored))}"
-                    )
+        self._check_scores_of_the_gate()
         if self.gate.forgetting and self.evaluation.general is None:
             raise ValueError("gate.forgetting needs evaluation.general, a file with general rows")
         if self.base.quantization == "nf4" and self.base.dtype == "float32":
@@ -144,6 +131,27 @@ class Recipe(FrozenModel):
             raise ValueError("merge.onto dequantized needs base.quantization: nf4; no other weights are dequantized")
         self._check_method()
         return self
+
+    def _check_scores_of_the_gate(self) -> None:
+        """Check that the gate's scores are computed. Scores of the user's metrics are known once they have run."""
+        if any(name not in SCORES for name in self.evaluation.metrics):
+            return
+        scored = {"stops"}.union(*(SCORES[name] for name in self.evaluation.metrics))
+        gate = self.gate
+        named = [("primary", gate.primary), *(("guards", name) for name in gate.guards)]
+        named += [("worst", name) for name in gate.worst]
+        named += [(f"slices.{part}", name) for part, margins in gate.slices.items() for name in margins]
+        for key, name in named:
+            if name == "macro_f1":
+                raise ValueError(
+                    f"gate.{key} names macro_f1, which is no mean over rows, so models cannot be compared by it row by "
+                    "row; use accuracy"
+                )
+            if name not in scored:
+                raise ValueError(
+                    f"gate.{key} names {name}, which is not a score of evaluation.metrics; its scores are "
+                    f"{', '.join(sorted(scored))}"
+                )
 
     @property
     def seeds(self) -> tuple[int, ...]:

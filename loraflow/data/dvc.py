@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 from pathlib import Path, PurePosixPath
+from shlex import quote
 
 from loraflow.data.dataset_files import cache_folder, dataset_file, dataset_files
 from loraflow.data.dvc_command import check_remote, remotes, run_dvc
@@ -82,7 +83,8 @@ def refuse_modified(repo: str, pin: Pin, memo: HashMemo) -> None:
             where=str(output),
             expected=f"md5 {pin.md5}",
             got=f"md5 {got}",
-            next_step=f"`dvc add {pin.path}` to version the change, or `dvc checkout --force {pin.dvc_file}` to discard it",
+            next_step=f"`loraflow data add {quote(pin.path)}` to version the change, or "
+            f"`dvc checkout --force {quote(pin.dvc_file)}` to discard it",
         )
 
 

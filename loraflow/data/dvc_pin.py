@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from shlex import quote
 
 import yaml
 
+from loraflow.config.yaml import CONFLICT
 from loraflow.data.git import GitError, git, is_url
 from loraflow.data.listing import is_md5, wrong_name
 from loraflow.failures import BadData
 
 MAX_BYTES = 256 * 2**10  # of a .dvc file; DVC writes about 100
 MAX_DEPTH = 12  # of its YAML; DVC writes 3
-_CONFLICT = re.compile(r"^(<{7}|>{7})( |$)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,14 @@ def parse_pin(text: str, dvc_file: str, where: str, key: str = "data.source") ->
     Raises:
         BadData: it does not pin exactly one output by md5, inside its repository.
     """
-    if _CONFLICT.search(text):
+    if CONFLICT.search(text):
         raise BadData(
             "The .dvc file has conflict markers of git.",
             where=where,
             expected="one version of the file",
             got="lines such as `<<<<<<<` and `>>>>>>>`",
-            next_step=f"choose a side: `git checkout --ours {dvc_file}` or `--theirs`, then `git add {dvc_file}`",
+            next_step=f"choose a side: `git checkout --ours {quote(dvc_file)}` or `--theirs`, then "
+            f"`git add {quote(dvc_file)}`",
         )
     md5, path, algorithm, wdir = _only_output(text, dvc_file, where, key)
     if algorithm != "md5":
@@ -77,7 +78,7 @@ def parse_pin(text: str, dvc_file: str, where: str, key: str = "data.source") ->
             where=where,
             expected="hash: md5",
             got=f"hash: {algorithm}"[:100],
-            next_step=f"dvc add {path}   (rewrites the .dvc file)",
+            next_step=f"loraflow data add {quote(str(path))}   (rewrites the .dvc file)",
         )
     output = _output_path(path, wdir, dvc_file, where)
     if not is_md5(md5):
@@ -86,7 +87,7 @@ def parse_pin(text: str, dvc_file: str, where: str, key: str = "data.source") ->
             where=where,
             expected="md5: 32 hex digits, and `.dir` for a folder",
             got=f"md5: {md5[:100]!a}",
-            next_step="version the folder with `dvc add`",
+            next_step="version the folder with `loraflow data add`",
         )
     return Pin(dvc_file, output, md5)
 
@@ -118,7 +119,7 @@ def _only_output(text: str, dvc_file: str, where: str, key: str) -> tuple[str, s
             where=where,
             expected="one entry under `outs` with `md5`, `hash: md5` and `path`",
             got=(str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}")[:300],
-            next_step=f"version the folder with `dvc add`; {key} names the .dvc file that it writes",
+            next_step=f"version the folder with `loraflow data add`; {key} names the .dvc file that it writes",
         ) from error
     return md5, path, algorithm, wdir
 
@@ -139,7 +140,7 @@ def _output_path(path: str, wdir: object, dvc_file: str, where: str) -> str:
             where=where,
             expected="a relative path below the folder of the .dvc file",
             got=f"{output[:200]}: {reason}",
-            next_step="`git log` shows who wrote it; version the folder with `dvc add`",
+            next_step="`git log` shows who wrote it; version the folder with `loraflow data add`",
         )
     return output
 
@@ -166,7 +167,7 @@ def _cloud_versioned(where: str, path: str) -> BadData:
         where=where,
         expected="one md5 for the whole output, as for a remote without cloud versioning",
         got="a list of `files` or `cloud` versions in the .dvc file",
-        next_step=f"dvc remote modify NAME version_aware false; dvc add {path[:200]}; dvc push",
+        next_step=f"dvc remote modify NAME version_aware false; loraflow data add {quote(path[:200])}",
     )
 
 
@@ -176,7 +177,7 @@ def _not_downloaded(where: str, dvc_file: str) -> BadData:
         where=where,
         expected="an md5 of the output",
         got="an output without md5",
-        next_step=f"dvc update {dvc_file}   (downloads it and writes the md5)",
+        next_step=f"dvc update {quote(dvc_file)}   (downloads it and writes the md5)",
     )
 
 
@@ -202,5 +203,5 @@ def show_git(arguments: list[str], folder: str | None, where: str) -> str:
             "Git cannot show the dataset's .dvc file.",
             where=where,
             got=str(error),
-            next_step="`git log --oneline --all -- data.dvc` lists the revisions that have one",
+            next_step=error.next_step or "`git log --oneline --all -- data.dvc` lists the revisions that have one",
         ) from error

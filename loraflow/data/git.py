@@ -12,10 +12,11 @@ from loraflow.credentials import git_environment
 
 
 class GitError(Exception):
-    """A git command failed. The message is the last line of git's error output."""
+    """A git command failed. The message is git's own; `next_step` is what to do, where that is known."""
 
-    def __init__(self, arguments: Sequence[str], message: str):
+    def __init__(self, arguments: Sequence[str], message: str, next_step: str | None = None):
         self.command = f"git {' '.join(arguments)}"
+        self.next_step = next_step
         super().__init__(message)
 
 
@@ -44,12 +45,22 @@ def git(
             stdin=subprocess.DEVNULL,
             env={**git_environment(os.environ), **variables},
         )
+    except FileNotFoundError as error:
+        if error.filename != command[0]:  # the folder
+            raise GitError(arguments, str(error)) from error
+        raise GitError(arguments, "git is not installed, or not on PATH", "install git") from error
     except (OSError, ValueError) as error:  # ValueError: an argument has a NUL
         raise GitError(arguments, str(error)) from error
     if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise GitError(arguments, lines[-1] if lines else f"exit status {done.returncode}")
+        raise _error_of(arguments, done)
     return done.stdout
+
+
+def _error_of(arguments: Sequence[str], done: subprocess.CompletedProcess[str]) -> GitError:
+    """Return git's first line that says what failed. Hints may follow it; a repository of another user's has a command."""
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    message = next((line for line in lines if line.startswith(("fatal: ", "error: "))), lines[-1])
+    return GitError(arguments, message, lines[-1].strip() if "dubious ownership" in message else None)
 
 
 def git_or_none(arguments: Sequence[str], folder: str | Path | None = None) -> str | None:

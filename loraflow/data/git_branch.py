@@ -204,7 +204,7 @@ def _git(arguments: list[str], folder: str | None) -> str:
             CANNOT.get(arguments[0], "Git cannot look at the branch."),
             where=error.command,
             got=str(error),
-            next_step=_next_step(str(error)),
+            next_step=error.next_step or _next_step(str(error)),
         ) from error
 
 

@@ -25,6 +25,7 @@ from loraflow.registry.runs import RowsSummary
 from loraflow.registry.sweeps import SweepRecord
 from loraflow.reporting import chart
 from loraflow.reporting.drift import drift_lines
+from loraflow.reporting.history import History, history_lines
 from loraflow.reporting.learned import Learned, learned_lines
 from loraflow.reporting.seeds import seed_lines
 from loraflow.reporting.slices import slice_lines
@@ -104,6 +105,7 @@ class RunReport:
     sweep: SweepRecord | None = None  # the trials among which the model was chosen
     trial_curves: Mapping[str, TrialCurves] | None = None  # by the trials' labels
     base_answers: Mapping[str, str] = field(default_factory=dict)  # the base's answers, by a sample's id
+    history: History | None = None  # settings, and earlier runs of the recipe
 
 
 def run_report(report: RunReport, *, image: bool = False) -> str:
@@ -127,6 +129,7 @@ def run_report(report: RunReport, *, image: bool = False) -> str:
     lines += slice_lines(report.slices)
     lines += _worse(decision)
     lines += _behaviour(decision)
+    lines += history_lines(report.history) if report.history else []
     lines += _rows(report.rows)
     lines += drift_lines(report.drift)
     lines += learned_lines(report.learned, sparkline, image=image) if report.learned else []

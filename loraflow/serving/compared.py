@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
-from pydantic import JsonValue
 
-from loraflow import identity
 from loraflow.evaluation.compare import TableComparison, compare_tables
 from loraflow.evaluation.gate import heldout_rows
 from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.frozen import StoredModel
+from loraflow.registry.changes import changes
 from loraflow.registry.runs import RunRecord, find_named_run, find_run
 from loraflow.serving.models import champion_entry, only_model
 from loraflow.store import Ref, Store, read_intact
-
-_NOT_ABOUT_THE_MODEL = {"runtime", "publish", "name"}  # sections of a recipe
 
 
 class _Rules(StoredModel):
@@ -83,7 +79,7 @@ def compare_models(store: Store, names: tuple[str, ...], confidence: float = 0.9
             Pairing(
                 other.name,
                 compare_tables(first.table, other.table, confidence=confidence, **gate.model_dump()),
-                tuple(_changed(first.record, other.record)),
+                tuple(changes(first.record, other.record)),
                 _digest(first.record) == _digest(other.record),
             )
         )
@@ -121,22 +117,6 @@ def _losses(store: Store, record: RunRecord) -> tuple[tuple[float, float], ...]:
     except CorruptArtifact:  # cleanup removes adapters before scores
         return ()
     return tuple((row["step"], row["loss"]) for row in map(json.loads, lines) if "loss" in row)
-
-
-def _changed(first: RunRecord, second: RunRecord) -> Iterator[str]:
-    yield from identity.explain(_settings(first), _settings(second))
-    for label in ("version_dataset", "resolve_base"):
-        before, after = first.stage(label), second.stage(label)
-        if before and after and before.digest != after.digest:
-            yield f"{label} {identity.short(before.digest)} → {identity.short(after.digest)}"
-    if first.loraflow != second.loraflow:
-        yield f"loraflow {first.loraflow} → {second.loraflow}"
-    if first.commit != second.commit:
-        yield f"git commit {(first.commit or 'none')[:12]} → {(second.commit or 'none')[:12]}"
-
-
-def _settings(record: RunRecord) -> Mapping[str, JsonValue]:
-    return {section: values for section, values in record.resolved.items() if section not in _NOT_ABOUT_THE_MODEL}
 
 
 def _digest(record: RunRecord) -> str | None:

@@ -66,7 +66,7 @@ def read_questions(
         tools: the tools of rows that have none of their own.
 
     Raises:
-        BadData: the file cannot be read, or has no rows.
+        BadData: the file cannot be read, has no rows, or none of them is a question.
         BadConfig: it lacks `column`, or has a column with the name of one that is added.
     """
     questions: list[Question] = []
@@ -86,7 +86,17 @@ def read_questions(
         questions.append(Question(columns, messages))
     if not questions:
         raise BadData("The file has no rows.", where=str(path), next_step="name a file with at least one row")
-    _check_columns(_names(questions), added_columns(questions), column, path)
+    names = _names(questions)
+    _check_columns(names, added_columns(questions), column, path)
+    if all(question.messages is None for question in questions):
+        first = questions[0].error or ""
+        raise BadData(
+            "No row of the input is a question for the model.",
+            where=str(path),
+            expected="chats, or rows with a question in the column that --column names",
+            got=f"{first}; the columns are {', '.join(names[:10])}{', …' if len(names) > 10 else ''}",
+            next_step="correct the rows" if column else "--column NAME names the column with the question",
+        )
     return questions
 
 

@@ -210,6 +210,15 @@ def test_loftq_needs_nf4_and_its_compensation_is_never_counted_twice():
         ("training_config.fp16", True, "bf16 and fp16 exclude each other"),
         ("training_config.max_seq_length", 0, "training_config.max_length: should be greater"),
         ("name.x", 1, "name is not a section"),
+        ("gate.primary", "rougeQ", "gate.primary names rougeQ, which is not a score of evaluation.metrics"),
+        ("gate.guards", {"rougeQ": 0.1}, "gate.guards names rougeQ"),
+        ("gate.worst.rougeQ", {"drop": 0.1, "rows": 0}, "gate.worst names rougeQ"),
+        ("gate.slices.length.rougeQ", 0.1, "gate.slices.length names rougeQ"),
+        ("gate.primary", "macro_f1", "use accuracy"),
+        ("gate.forgetting", {"loss": 0.1}, "gate.forgetting needs evaluation.general"),
+        ("base", {"model": "b", "quantization": "nf4", "dtype": "float32"}, "set base.dtype to bfloat16"),
+        ("merge.onto", "dequantized", "needs base.quantization: nf4"),
+        ("loralib_config.merge_weights", True, "loralib_config needs method: loralib"),
     ],
 )
 def test_problem_of_an_override_names_the_override_and_not_a_line_of_the_file(key, value, message):
@@ -219,6 +228,23 @@ def test_problem_of_an_override_names_the_override_and_not_a_line_of_the_file(ke
     assert f"--set {key}: " in caught.value.what and message in caught.value.what
     assert "r.yaml:" not in caught.value.what
     assert caught.value.next_step.startswith(f"correct --set {key} ")
+
+
+@pytest.mark.parametrize(
+    ("lines", "line", "message"),
+    [
+        ("gate:\n  seeds: 2\n  primary: rougeQ\n", 3, "gate.primary names rougeQ"),
+        ("gate:\n  guards:\n    rougeQ: 0.1\n", 2, "gate.guards names rougeQ"),
+        ("training_config:\n  seed: 1\n  eval_strategy: steps\n", 3, "training_config.eval_strategy needs"),
+        ("merge:\n  onto: dequantized\n", 2, "merge.onto dequantized needs"),
+        ("loralib_config:\n  merge_weights: true\n", 1, "loralib_config needs method: loralib"),
+    ],
+)
+def test_a_problem_of_two_keys_has_the_line_of_the_key_that_it_names(lines, line, message):
+    with pytest.raises(BadConfig) as caught:
+        parse_recipe(MINIMAL + lines, "r.yaml")
+    start = MINIMAL.count("\n")
+    assert re.search(rf"r\.yaml:{start + line}: {message}", caught.value.what)
 
 
 def test_problems_of_the_file_and_of_overrides_are_reported_together():

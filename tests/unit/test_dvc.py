@@ -99,7 +99,7 @@ def test_one_changed_byte_is_refused_with_the_command_to_run(clone, repository):
     file.write_bytes(raw)
     with pytest.raises(DirtyData) as caught:
         version.locate(data, HashMemo(None))
-    assert "dvc add data" in str(caught.value) and "dvc checkout" in str(caught.value)
+    assert "`loraflow data add data`" in str(caught.value) and "dvc checkout" in str(caught.value)
 
 
 def test_hashes_are_cached_by_stat_and_a_change_is_detected(tmp_path):

@@ -1,5 +1,6 @@
 """The settings that `loraflow init` chooses by the size of a dataset, and the files that it keeps out of git."""
 
+import json
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,9 +11,12 @@ from click.testing import CliRunner
 
 from loraflow.cli.gitignore import extend_dvcignore, extend_gitignore
 from loraflow.cli.init import init
+from loraflow.cli.init_dataset import estimated_tokens, read_dataset
+from loraflow.cli.init_recipe import recipe_text
 from loraflow.cli.init_report import _held_out_line
 from loraflow.cli.init_settings import choose_heldout_fraction, choose_settings
 from loraflow.cli.project_lock import FILE, project_lock
+from loraflow.config import parse_recipe
 from loraflow.failures import BadConfig
 from loraflow.store.lock import flock
 
@@ -34,6 +38,40 @@ def test_many_rows_keep_the_usual_settings(rows, tokens):
     settings = choose_settings(rows, choose_heldout_fraction(rows), tokens, 2048, may_pack=True)
     assert (settings.batch, settings.epochs, settings.packing) == (16, 1, True)
     assert (settings.warmup_steps, settings.logging_steps, settings.heldout_fraction) == (0.1, 10, 0.1)
+
+
+# What SmolLM2's tokenizer makes of the same sentence in several languages, and of other texts (tokenizers 0.23)
+COUNTED = [
+    (26, "My parcel has not arrived yet and I would like to know when it will come. Please tell me what I should do now."),
+    (49, "Mein Paket ist noch nicht angekommen, und ich möchte wissen, wann es kommt. Können Sie mir bitte sagen, was ich tun muss?"),
+    (88, "Моя посылка ещё не пришла, и я хотел бы узнать, когда она будет доставлена. Подскажите, пожалуйста, что мне делать."),
+    (82, "Το δέμα μου δεν έχει φτάσει ακόμα και θα ήθελα να μάθω πότε θα έρθει. Πείτε μου τι πρέπει να κάνω."),
+    (57, "我的包裹还没有到,我想知道什么时候能到。请告诉我现在应该怎么办。"),
+    (69, "荷物がまだ届いていません。いつ届くか教えてください。どうすればよいでしょうか。"),
+    (79, "제 소포가 아직 도착하지 않았습니다. 언제 도착하는지 알려 주세요."),
+    (119, "मेरा पार्सल अभी तक नहीं आया है और मैं जानना चाहता हूँ कि वह कब आएगा। कृपया बताएं कि मुझे क्या करना चाहिए।"),
+    (70, "لم يصل طردي بعد وأود أن أعرف متى سيصل. من فضلك أخبرني ماذا أفعل الآن."),
+    (94, "พัสดุของฉันยังไม่มาถึง ฉันอยากทราบว่าจะมาถึงเมื่อไร"),
+    (37, '{"intent": "refund", "order": "AB-12345", "items": [1, 2, 3], "ok": true}'),
+    (37, "4711 0815 1234567890 2026-11-27 20:15"),
+    (15, "😀🎉👍🏽🙏"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tokens", "text"), COUNTED)
+def test_the_guess_of_tokens_is_near_in_every_script(tokens, text):
+    assert 0.7 * tokens < estimated_tokens(text) < 2 * tokens, (
+        "by characters alone, a Chinese chat was 5.7 times as long"
+    )
+
+
+def test_chats_in_chinese_fit_into_the_recipes_max_length_and_new_tokens(tmp_path):
+    answer = COUNTED[4][1] * 4
+    rows = [{"prompt": f"{COUNTED[4][1]}{n}", "completion": answer} for n in range(40)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = read_dataset(tmp_path / "chats.jsonl", None, "bundled:smollm2")
+    recipe = parse_recipe(recipe_text("x", Path("x.yaml"), "data.dvc", "bundled:smollm2", dataset))
+    assert recipe.training_config.max_length >= 5 * 57 + 20 and recipe.evaluation.max_new_tokens >= 4 * 57
 
 
 def chat(prompt: str) -> list:

@@ -228,6 +228,20 @@ def test_a_row_without_a_question_is_refused(row):
         to_prompt(row)
 
 
+def test_a_table_without_questions_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch):
+    (tmp_path / "in.csv").write_text("id,text\n1,Where is my kettle?\n2,It broke.\n")
+    monkeypatch.setattr("loraflow.serving.predict.load", None)
+    model = SimpleNamespace(digest=lambda memo: "d")
+    for column, says, step in ((None, "the columns are id, text", "--column NAME"), ("id", "in.csv:row 1", "correct")):
+        if column:
+            (tmp_path / "in.csv").write_text("id,text\n,Where is my kettle?\n,It broke.\n")
+        with pytest.raises(BadData) as caught:
+            options = PredictOptions(sampling=Sampling(), column=column)
+            predict(model, tmp_path / "in.csv", tmp_path / "out.csv", options)
+        assert says in caught.value.got and step in caught.value.next_step
+        assert not (tmp_path / "out.csv.partial").exists()
+
+
 def test_a_column_and_a_system_message_can_be_given(tmp_path):
     (tmp_path / "x.csv").write_text("text,label\nhello,a\n")
     (question,) = read_questions(tmp_path / "x.csv", "auto", "text", "be brief")

@@ -125,6 +125,16 @@ def test_a_trigger_that_is_removed_from_the_file_starts_no_more_runs(server):
     assert left == [("first", ONE), ("second", TWO), ("of a person", ONE)]
 
 
+def test_a_removed_trigger_without_a_name_of_an_earlier_version_starts_no_more_runs(server):
+    for name in (None, f"Automation for deployment {ONE}", "nightly__automation_3", "on new data"):
+        [trigger] = read({"expect": ["a"]})
+        trigger.set_deployment_id(ONE)
+        made = trigger.as_automation()
+        server.create_automation(made.model_copy(update={"name": name or made.name}))
+    assert len(deploy(server, ONE)) == 3
+    assert [one.name for one in server.automations] == ["on new data"], "a person may have made it"
+
+
 def test_the_automation_of_a_deleted_deployment_is_taken_over(server):
     deploy(server, UUID(int=3), {"name": "on new data", "expect": ["a"]})
     assert deploy(server, ONE, {"name": "on new data", "expect": ["a"]}) == ["automation 'on new data' updated"]

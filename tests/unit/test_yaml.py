@@ -5,6 +5,7 @@ import time
 import pytest
 
 from loraflow.config import load_recipe, parse_recipe, yaml
+from loraflow.config.project import project_name
 from loraflow.failures import BadConfig
 from tests.unit.test_config import MINIMAL
 
@@ -51,6 +52,20 @@ def test_a_broken_or_hostile_text_gives_one_sentence_within_a_second(read, name)
     message = str(caught.value)
     assert words in message and "\n" not in message and len(message) < 300
     assert caught.value.line == line or "alias" in message
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_conflict_markers_of_git_are_named_with_their_line(end, tmp_path):
+    text = end.join(["name: x", "<<<<<<< HEAD", "a: 1", "=======", "a: 2", ">>>>>>> theirs", ""])
+    for read in (yaml.parse, yaml.load_plain):
+        with pytest.raises(yaml.Syntax, match="conflict markers of git") as caught:
+            read(text)
+        assert caught.value.line == 2
+    (tmp_path / "prefect.yaml").write_bytes(text.encode())
+    with pytest.raises(BadConfig) as refused:
+        project_name(tmp_path)
+    assert refused.value.where.endswith("prefect.yaml:2") and "conflict markers" in refused.value.got
+    assert yaml.load_plain("text: |\n  <<<<<<< no marker\n") == {"text": "<<<<<<< no marker\n"}
 
 
 def test_a_duplicated_key_and_a_number_beyond_a_double_are_refused_in_a_recipe():
