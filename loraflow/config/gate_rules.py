@@ -35,6 +35,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     knows_all = all(name in SCORES for name in metrics)  # scores of other metrics are known once they have run
     if not knows_all:
         yield from _names_that_no_score_has(gate)
+        yield from _scores_without_range(gate, scored)
     for name in gate.lower_is_better:
         path = ("gate", "lower_is_better")
         if name in scored and name not in _NO_RANGE:
@@ -83,11 +84,11 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def _names_that_no_score_has(gate: Gate) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield the names that a score of the user's metrics cannot have, either: the gate would fail after the training."""
-    named: list[tuple[tuple[str, ...], str]] = [(("gate", "primary"), gate.primary)]
+    named = [(path, name) for path, name, _ in _margins(gate)]
+    named[0] = ("gate", "primary"), gate.primary
     named += [(("gate", "lower_is_better"), name) for name in gate.lower_is_better]
-    for key, names in (("guards", gate.guards), ("worst", gate.worst), ("ranges", gate.ranges)):
+    for key, names in (("worst", gate.worst), ("ranges", gate.ranges)):
         named += [(("gate", key, name), name) for name in names]
-    named += [(("gate", "slices", part, name), name) for part, margins in gate.slices.items() for name in margins]
     for path, name in named:
         if name in NOT_SCORES:
             yield (
@@ -95,6 +96,24 @@ def _names_that_no_score_has(gate: Gate) -> Iterator[tuple[tuple[str, ...], str]
                 f"{'.'.join(path[:-1] if path[-1] == name else path)} names {name}, which the gate cannot compare row by "
                 "row: it is no score of a metric",
             )
+
+
+def _scores_without_range(gate: Gate, scored: Set[str]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the compared scores of the user's metrics without a range: no scores of them confirm a claim.
+
+    A mean has no valid bound if a row can be of any value (Bahadur and Savage 1956): docs/trust.md has what happens without.
+    """
+    known = scored.union(gate.ranges, NOT_SCORES, *SCORES.values())
+    unknown: dict[str, tuple[str, ...]] = {}
+    for path, name, _ in _margins(gate):
+        if name not in known:
+            unknown.setdefault(name, ("gate", "primary") if path[-1] == "min_gain" else path)
+    for name, path in unknown.items():
+        yield (
+            path,
+            f"{'.'.join(path)}: no model can be promoted by {name} without its range, because a failure that no row shows "
+            f"could be of any size. Say between which numbers it is, such as gate.ranges: {{{name}: [0, 1]}}",
+        )
 
 
 def _largest(gate: Gate, score: str, scored: Set[str]) -> float | None:

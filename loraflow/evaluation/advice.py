@@ -55,6 +55,8 @@ def _step(one: Comparison, rows: HeldoutRows) -> str:
         return f"add rows to the file of evaluation.general{_about(one)}, {margin}"
     if one.level == 0:
         return "add held-out rows that were never scored: after the last look they get a new budget of error"
+    if not one.has_known_range:
+        return f"say between which numbers {one.metric} is: gate.ranges (the training stays cached)"
     if independent < MINIMUM_ROWS <= one.n:
         return f"add held-out rows of other groups: these are of {independent}, and {MINIMUM_ROWS} are the least"
     if one.rows_needed is None and independent >= MINIMUM_ROWS:

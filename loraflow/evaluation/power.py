@@ -97,19 +97,18 @@ class GatePower:
     level: float
     primary: str
     min_gain: float
-    gain: float | None  # that can be shown; None if nothing can be, or if the primary has no known range
+    gain: float | None  # that can be shown; None if nothing can be
     guards: Mapping[str, tuple[float, float | None, int | None]]  # margin, margin of unchanged outputs, rows needed
-    has_range: bool = True  # the primary
+    unknown: tuple[str, ...] = ()  # compared scores without a known range: no claim about them is confirmed
 
     def lines(self) -> list[str]:
         """Return what people read in a plan."""
         found = [f"gate: {self.rows} held-out rows, {self.look}, level {self.level:.2g}"]
         if self.rows < MINIMUM_ROWS:
             found.append(f"  no model can be promoted: at least {MINIMUM_ROWS} independent rows are needed")
-        elif self.level > 0 and not self.has_range:
+        elif self.unknown:
             found.append(
-                f"  {self.primary}: what gain can be shown is not known without its range: see gate.ranges, unless it is "
-                "0 or 1 in each row"
+                f"  no model can be promoted: the range of {', '.join(self.unknown)} is not known: set gate.ranges"
             )
         elif self.level > 0 and self.gain is None:
             found.append(f"  no model can be promoted: so few rows show no gain over {self.min_gain:g} at this level")
@@ -147,8 +146,7 @@ class GatePower:
         """Tell whether the gate can never promote, or an unchanged model does not pass a guard."""
         missing = any(needed is not None and needed > self.rows for _, _, needed in self.guards.values())
         no_margin = any(not margin for margin, _, _ in self.guards.values())
-        cannot = self.level <= 0 or (self.gain is None and self.has_range)
-        return self.rows < MINIMUM_ROWS or cannot or missing or no_margin
+        return self.rows < MINIMUM_ROWS or self.gain is None or bool(self.unknown) or missing or no_margin
 
 
 def gate_power(
@@ -186,7 +184,7 @@ def gate_power(
         primary=primary,
         min_gain=min_gain,
         gain=gain if gain is not None and reach is not None and gain < reach else None,
-        has_range=reach is not None,
+        unknown=tuple(dict.fromkeys(name for name in (primary, *guards) if name not in reaches)),
         guards={
             metric: (
                 margin,

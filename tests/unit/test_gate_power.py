@@ -45,7 +45,7 @@ def test_the_plan_knows_what_a_score_of_the_users_can_show_once_its_range_is_kno
     fixed = {"look": "look 1 of 365", "level": 0.025, "confidence": 0.95, "largest_loss": 10.4, "primary": "brevity"}
     rules = {"min_gain": 20.0, "guards": {"brevity": 3.0}}
     unknown = power_of(100, **fixed, **rules)
-    assert "is not known without its range" in unknown.lines()[1] and not unknown.is_warning()
+    assert "the range of brevity is not known: set gate.ranges" in unknown.lines()[1] and unknown.is_warning()
     known = power_of(100, **fixed, **rules, ranges={"brevity": (0.0, 100.0)})
     assert known.gain == pytest.approx(20 + 120 * (0.025 ** (-1 / 100) - 1))
     assert "no gain below" in known.lines()[1] and "unchanged outputs pass" in known.lines()[2]
@@ -58,7 +58,7 @@ def test_the_plan_knows_what_a_score_of_the_users_can_show_once_its_range_is_kno
         assert found.comparisons[1].state == state, "as the plan says: 100·(1 − 0.05^(1/100)) = 2.95"
     few = power_of(20, **fixed, min_gain=90.0, guards={}, ranges={"brevity": (0.0, 100.0)})
     assert "so few rows show no gain over 90" in few.lines()[1] and few.is_warning()
-    spent = power_of(100, **{**fixed, "level": 0.0}, min_gain=0.0, guards={})
+    spent = power_of(100, **{**fixed, "level": 0.0}, min_gain=0.0, guards={}, ranges={"brevity": (0.0, 100.0)})
     assert "gate.error is used up" in spent.lines()[1] and spent.is_warning()
 
 

@@ -112,9 +112,25 @@ def test_rules_that_can_decide_are_accepted(gate):
 
 
 def test_scores_of_own_metrics_have_any_range_and_direction():
-    recipe(
-        ["exact_match", "./metrics/brevity"], primary="exact_match", guards={"brevity": 20}, lower_is_better=["brevity"]
-    )
+    own = {"guards": {"brevity": 20}, "lower_is_better": ["brevity"], "ranges": {"brevity": [0, 2000]}}
+    recipe(["exact_match", "./metrics/brevity"], primary="exact_match", **own)
+
+
+@pytest.mark.parametrize(
+    ("gate", "where"),
+    [
+        ({"primary": "brevity"}, "gate.primary"),
+        ({"guards": {"brevity": 20}}, "gate.guards.brevity"),
+        ({"slices": {"length": {"brevity": 20}}}, "gate.slices.length.brevity"),
+    ],
+)
+def test_a_score_of_ones_own_that_is_compared_without_its_range_is_refused_before_the_training(gate, where):
+    gate = {"primary": "exact_match", **gate}
+    with pytest.raises(BadConfig, match=rf"{where}: no model can be promoted by brevity(.|\n)*gate.ranges: \{{brevity"):
+        recipe(["exact_match", "./metrics/brevity"], **gate)
+    recipe(["exact_match", "./metrics/brevity"], is_recorded=True, **gate)
+    recipe(["exact_match", "./metrics/brevity"], **gate, ranges={"brevity": [0, 2000]})
+    recipe(["exact_match", "./metrics/brevity"], primary="exact_match", worst={"brevity": {"drop": 9, "rows": 0}})
 
 
 @pytest.mark.parametrize(
