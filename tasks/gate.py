@@ -21,6 +21,7 @@ from loraflow.registry.budget import error_of_period
 from loraflow.registry.champions import require_champion_intact
 from loraflow.registry.log import actor
 from loraflow.registry.looks import Look, row_key
+from loraflow.registry.near_gains import near_gains
 from loraflow.store import Ref, read_intact, require_unchanged
 from loraflow.tasks.forgetting import read_general_guards, require_general_comparable
 from loraflow.tasks.slices import read_field_values, read_unscored_parts
@@ -289,10 +290,11 @@ def _check_behaviour(workspace: Workspace, result: PipelineResult) -> tuple[Beha
 def _budget(look: Look, rows: int, error: float) -> str:
     """Return for people which look it was, what is left, how many of the rows were new, and the error of all looks."""
     fresh = "" if look.fresh is None else f", of which {look.fresh} were never scored before"
+    near = f" {look.following:.2g} of its level are for a gain that was nearly shown before." if look.following else ""
     lowered = f" An earlier look had gate.error {error:g}; now it is {look.error:g}." if error > look.error else ""
     return (
         f"{str(look).capitalize()}, {look.left} left, at {rows} held-out rows{fresh}: at most {100 * error:.4g}% for any "
-        f"false promotion in {look.horizon} looks of this model, whatever its held-out rows.{lowered}"
+        f"false promotion in {look.horizon} looks of this model, whatever its held-out rows.{near}{lowered}"
     )
 
 
@@ -309,6 +311,7 @@ def _take_look(workspace: Workspace, result: PipelineResult, protocol: str, tabl
         horizon=rules.looks,
         promotions=workspace.log.entries(),
         actor=actor(),
+        nearly=near_gains(workspace.log, workspace.looks.entries()),
     )
 
 

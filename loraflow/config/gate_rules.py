@@ -103,7 +103,7 @@ def _scores_without_range(gate: Gate, scored: Set[str]) -> Iterator[tuple[tuple[
 
     A mean has no valid bound if a row can be of any value (Bahadur and Savage 1956): docs/trust.md has what happens without.
     """
-    known = scored.union(gate.ranges, NOT_SCORES, *SCORES.values())
+    known = {*scored, *gate.ranges, *NOT_SCORES}.union(*SCORES.values())
     unknown: dict[str, tuple[str, ...]] = {}
     for path, name, _ in _margins(gate):
         if name not in known:

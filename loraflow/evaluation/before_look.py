@@ -1,7 +1,8 @@
 """What is known before a look at the held-out rows: a comparison that cannot promote, whatever the scores are.
 
-Only numbers of rows, and ranges that are not known, count here. A reason that depends on scores or answers, such as a check of behaviour that fails, uses a
-look: if only comparisons that may still promote did, their promotions would be wrong more often than `gate.error` says.
+Only numbers of rows, and ranges that are not known, count here. A reason that depends on scores or answers, such as a check
+of behaviour that fails, uses a look: if only comparisons that may still promote did, their promotions would be wrong more
+often than `gate.error` says.
 """
 
 from __future__ import annotations
