@@ -33,19 +33,17 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     gate, metrics = recipe.gate, recipe.evaluation.metrics
     scored = {"stops"}.union(*(SCORES.get(name, ()) for name in metrics))
     knows_all = all(name in SCORES for name in metrics)  # scores of other metrics are known once they have run
-    if not knows_all:
+    if knows_all:
+        yield from _names_of_no_score(gate, scored)
+    else:
         yield from _names_that_no_score_has(gate)
         yield from _scores_without_range(gate, scored)
     for name in gate.lower_is_better:
-        path = ("gate", "lower_is_better")
         if name in scored and name not in _NO_RANGE:
             yield (
-                path,
+                ("gate", "lower_is_better"),
                 f"gate.lower_is_better names {name}, where higher is better: the gate would promote the worse model",
             )
-        elif name not in scored and knows_all:
-            known = ", ".join(sorted(scored))
-            yield path, f"the gate names {name}, which is not a score of evaluation.metrics; its scores are {known}"
     for name in gate.ranges:
         if name in scored:
             yield (
@@ -82,19 +80,43 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             yield ("gate", "behaviour", name), f"gate.behaviour.{name}: {problem}"
 
 
+def _named(gate: Gate) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the scores that the gate names, with the paths of their keys, apart from those of gate.ranges."""
+    for path, name, _ in _margins(gate):
+        yield ("gate", "primary") if path[-1] == "min_gain" else path, name
+    yield from ((("gate", "worst", name), name) for name in gate.worst)
+    yield from ((("gate", "lower_is_better"), name) for name in gate.lower_is_better)
+
+
+def _key(path: tuple[str, ...], name: str) -> str:
+    return ".".join(path[:-1] if path[-1] == name else path)
+
+
+def _names_of_no_score(gate: Gate, scored: Set[str]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the names of scores that the evaluation does not compute."""
+    for path, name in _named(gate):
+        if name == "macro_f1":
+            yield (
+                path,
+                f"{_key(path, name)} names macro_f1, which is no mean over rows, so models cannot be compared by it "
+                "row by row; use accuracy",
+            )
+        elif name not in scored:
+            known = ", ".join(sorted(scored))
+            yield (
+                path,
+                f"{_key(path, name)} names {name}, which is not a score of evaluation.metrics; its scores are {known}",
+            )
+
+
 def _names_that_no_score_has(gate: Gate) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield the names that a score of the user's metrics cannot have, either: the gate would fail after the training."""
-    named = [(path, name) for path, name, _ in _margins(gate)]
-    named[0] = ("gate", "primary"), gate.primary
-    named += [(("gate", "lower_is_better"), name) for name in gate.lower_is_better]
-    for key, names in (("worst", gate.worst), ("ranges", gate.ranges)):
-        named += [(("gate", key, name), name) for name in names]
-    for path, name in named:
+    ranges = ((("gate", "ranges", name), name) for name in gate.ranges)
+    for path, name in (*_named(gate), *ranges):
         if name in NOT_SCORES:
             yield (
                 path,
-                f"{'.'.join(path[:-1] if path[-1] == name else path)} names {name}, which the gate cannot compare row by "
-                "row: it is no score of a metric",
+                f"{_key(path, name)} names {name}, which the gate cannot compare row by row: it is no score of a metric",
             )
 
 
@@ -105,9 +127,10 @@ def _scores_without_range(gate: Gate, scored: Set[str]) -> Iterator[tuple[tuple[
     """
     known = {*scored, *gate.ranges, *NOT_SCORES}.union(*SCORES.values())
     unknown: dict[str, tuple[str, ...]] = {}
-    for path, name, _ in _margins(gate):
-        if name not in known:
-            unknown.setdefault(name, ("gate", "primary") if path[-1] == "min_gain" else path)
+    compared = {"primary", "guards", "slices"}  # the others only count rows
+    for path, name in _named(gate):
+        if name not in known and path[1] in compared:
+            unknown.setdefault(name, path)
     for name, path in unknown.items():
         yield (
             path,

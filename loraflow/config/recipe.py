@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from loraflow.config.data import Data
-from loraflow.config.evaluation import BUILT_IN_SLICES, SCORES, Evaluation
+from loraflow.config.evaluation import BUILT_IN_SLICES, Evaluation
 from loraflow.config.field_types import Dtype, Positive
 from loraflow.config.gate import Gate
 from loraflow.config.lora import LoralibConfig, PeftConfig
@@ -122,20 +122,6 @@ class Recipe(FrozenModel):
             raise ValueError(
                 "training_config.eval_strategy needs data.validation_fraction: held-out rows are for the gate only"
             )
-        if all(name in SCORES for name in self.evaluation.metrics):
-            scored = {"stops"}.union(*(SCORES[name] for name in self.evaluation.metrics))
-            parts = [name for guards in self.gate.slices.values() for name in guards]
-            for name in (self.gate.primary, *self.gate.guards, *self.gate.worst, *parts):
-                if name == "macro_f1":
-                    raise ValueError(
-                        "the gate names macro_f1, which is no mean over rows, so models cannot be compared by it row by "
-                        "row; use accuracy"
-                    )
-                if name not in scored:
-                    raise ValueError(
-                        f"the gate names {name}, which is not a score of evaluation.metrics; its scores are "
-                        f"{', '.join(sorted(scored))}"
-                    )
         if self.gate.forgetting and self.evaluation.general is None:
             raise ValueError("gate.forgetting needs evaluation.general, a file with general rows")
         if self.base.quantization == "nf4" and self.base.dtype == "float32":
