@@ -94,19 +94,13 @@ def _key(path: tuple[str, ...], name: str) -> str:
 
 def _names_of_no_score(gate: Gate, scored: Set[str]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield the names of scores that the evaluation does not compute."""
+    known = ", ".join(sorted(scored))
     for path, name in _named(gate):
+        what = f"{_key(path, name)} names {name}, which is"
         if name == "macro_f1":
-            yield (
-                path,
-                f"{_key(path, name)} names macro_f1, which is no mean over rows, so models cannot be compared by it "
-                "row by row; use accuracy",
-            )
+            yield path, f"{what} no mean over rows, so models cannot be compared by it row by row; use accuracy"
         elif name not in scored:
-            known = ", ".join(sorted(scored))
-            yield (
-                path,
-                f"{_key(path, name)} names {name}, which is not a score of evaluation.metrics; its scores are {known}",
-            )
+            yield path, f"{what} not a score of evaluation.metrics; its scores are {known}"
 
 
 def _names_that_no_score_has(gate: Gate) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -114,10 +108,8 @@ def _names_that_no_score_has(gate: Gate) -> Iterator[tuple[tuple[str, ...], str]
     ranges = ((("gate", "ranges", name), name) for name in gate.ranges)
     for path, name in (*_named(gate), *ranges):
         if name in NOT_SCORES:
-            yield (
-                path,
-                f"{_key(path, name)} names {name}, which the gate cannot compare row by row: it is no score of a metric",
-            )
+            key = _key(path, name)
+            yield path, f"{key} names {name}, which the gate cannot compare row by row: it is no score of a metric"
 
 
 def _scores_without_range(gate: Gate, scored: Set[str]) -> Iterator[tuple[tuple[str, ...], str]]:
