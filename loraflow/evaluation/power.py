@@ -23,7 +23,7 @@ def margin_of_unchanged(rows: int, confidence: float, metric: str, reach: float 
         rows: independent rows.
         confidence: of the guard.
         metric: its name.
-        reach: the largest difference of a metric of the user's own.
+        reach: the largest difference of a metric of the user's own, or of `token_loss`: then the rows are equally long.
     """
     if metric in BINARY:  # where Tango's bound of no differences is
         z2 = _NORMAL.inv_cdf(confidence) ** 2
@@ -53,6 +53,21 @@ def rows_for_margin(margin: float, confidence: float, metric: str, reach: float 
         else:
             high = middle
     return high
+
+
+def largest_differences(largest_loss: float, ranges: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Return the largest difference of each score that has one.
+
+    Args:
+        largest_loss: the logarithm of the vocabulary.
+        ranges: the smallest and the largest value of scores of the user's metrics.
+    """
+    return {"token_loss": largest_loss, **RANGES, **{name: high - low for name, (low, high) in ranges.items()}}
+
+
+def equally_long(metric: str) -> str:
+    """Return the condition under which a number of rows is right, for a sentence about them."""
+    return " of equal length" if metric == "token_loss" else ""
 
 
 def rows_that_rule_out(margin: float, confidence: float, reach: float) -> int:
@@ -131,14 +146,15 @@ class GatePower:
                 found.append(f"  {metric}: a margin of 0 passes only better outputs, never unchanged ones")
             if needed is None:
                 continue
+            equal = equally_long(metric)
             if needed > self.rows:
                 found.append(
-                    f"  {metric}: even unchanged outputs do not pass: a margin of {margin:g} needs {needed} rows, you have "
-                    f"{self.rows}, which can rule out a drop of {unchanged:.2g}"
+                    f"  {metric}: even unchanged outputs do not pass: a margin of {margin:g} needs {needed} rows{equal}, "
+                    f"you have {self.rows}, which can rule out a drop of {unchanged:.2g}"
                 )
             else:
                 found.append(
-                    f"  {metric}: unchanged outputs pass; {self.rows} rows can rule out a drop of {unchanged:.2g}"
+                    f"  {metric}: unchanged outputs pass; {self.rows} rows{equal} can rule out a drop of {unchanged:.2g}"
                 )
         return found
 
@@ -174,7 +190,7 @@ def gate_power(
         largest_loss: the logarithm of the vocabulary.
         ranges: the smallest and the largest value of scores of the user's metrics.
     """
-    reaches = {"token_loss": largest_loss, **RANGES, **{name: high - low for name, (low, high) in ranges.items()}}
+    reaches = largest_differences(largest_loss, ranges)
     reach = reaches.get(primary)
     gain = smallest_gain(rows, level, min_gain, primary, reach) if level > 0 and rows and reach is not None else None
     return GatePower(
@@ -188,13 +204,9 @@ def gate_power(
         guards={
             metric: (
                 margin,
-                margin_of_unchanged(rows, confidence, metric, _reach(metric, ranges)),
-                rows_for_margin(margin, confidence, metric, _reach(metric, ranges)),
+                margin_of_unchanged(rows, confidence, metric, reaches.get(metric)),
+                rows_for_margin(margin, confidence, metric, reaches.get(metric)),
             )
             for metric, margin in guards.items()
         },
     )
-
-
-def _reach(metric: str, ranges: Mapping[str, tuple[float, float]]) -> float | None:
-    return ranges[metric][1] - ranges[metric][0] if metric in ranges else None

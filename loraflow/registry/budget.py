@@ -152,7 +152,7 @@ def next_look(
         period, counted, number = period + 1, [], 1
     kept = _kept_for_following(counted, error, horizon)
     spent, following = _own_level(counted, number, assumed, error, horizon, kept), 0.0
-    if fresh == len(rows) and not assumed and nearly.intersection(look.seq for look in looks[-FOLLOWERS:]):
+    if fresh == len(rows) and not assumed and nearly & {look.seq for look in looks[-FOLLOWERS:]}:
         following = _following(looks, kept, number, error, horizon)
     passed = _recycled(counted, number, promotions)
     level = min(spent + following + passed, error)  # the recipe may have lowered the error

@@ -1,6 +1,7 @@
 """`plan` says what the held-out rows can show, once they are checked; rows have the groups that the dataset names."""
 
 import json
+import math
 import shutil
 
 import pandas as pd
@@ -11,7 +12,10 @@ from loraflow.evaluation.gate import decide
 from loraflow.evaluation.generation import GeneratedAnswer
 from loraflow.evaluation.groups import group_labels
 from loraflow.evaluation.power import gate_power as power_of
+from loraflow.evaluation.power import largest_differences, rows_for_margin
 from loraflow.evaluation.score import _Computed, _table, read_rows
+from loraflow.evaluation.slice_guards import SliceGuard, power_lines
+from loraflow.evaluation.slices import Part
 from loraflow.execution.launcher import run_job
 from loraflow.execution.plan import base_config, gate_power, vocabulary_of
 from loraflow.execution.workspace import Workspace
@@ -60,6 +64,35 @@ def test_the_plan_knows_what_a_score_of_the_users_can_show_once_its_range_is_kno
     assert "so few rows show no gain over 90" in few.lines()[1] and few.is_warning()
     spent = power_of(100, **{**fixed, "level": 0.0}, min_gain=0.0, guards={}, ranges={"brevity": (0.0, 100.0)})
     assert "gate.error is used up" in spent.lines()[1] and spent.is_warning()
+
+
+def test_a_guard_of_the_loss_or_of_an_own_score_on_a_part_is_passed_from_the_rows_that_the_plan_names():
+    """Equal outputs, all rows of one length: one row fewer than the plan names leaves the gate undecided."""
+    reaches, margins = (
+        largest_differences(math.log(400), {"brevity": (0.0, 100.0)}),
+        {"token_loss": 0.3, "brevity": 5.0},
+    )
+    for metric, margin in margins.items():
+        needed = rows_for_margin(margin, 0.95, metric, reaches[metric])
+        assert not power_lines({"language de": needed}, {metric: margin}, 0.95, reaches)
+        (line,) = power_lines({"language de": needed - 1}, {metric: margin}, 0.95, reaches)
+        assert f"a margin of {margin:g} needs {needed} rows" in line and (" of equal length" in line) == (
+            metric == "token_loss"
+        )
+        for rows, state in ((needed, "passed"), (needed - 1, "open")):
+            ids = [f"r{i}" for i in range(rows)]
+            table = pd.DataFrame(
+                {"id": ids, "brevity": 50.0, "token_loss": 1.0, "reference_tokens": 7, "exact_match": 1.0}
+            )
+            parts = [SliceGuard(Part("language", "de", frozenset(ids)), metric, margin)]
+            rules = {"primary": "exact_match", "min_gain": 0, "guards": {}, "confidence": 0.95, "vocabulary": 400}
+            found = decide(table, {"base": table}, **rules, parts=parts, ranges={"brevity": (0.0, 100.0)})
+            assert found.comparisons[1].state == state, (metric, rows)
+        power = power_of(
+            needed - 1, look="", level=0.025, confidence=0.95, largest_loss=math.log(400), primary="exact_match", min_gain=0.0,
+            guards={metric: margin}, ranges={"brevity": (0.0, 100.0)},
+        )  # fmt: skip
+        assert power.is_warning() and f"needs {needed} rows" in "\n".join(power.lines())
 
 
 def test_a_damaged_config_of_the_base_in_the_store_is_not_used(recipe, phi3, caplog):
