@@ -15,7 +15,7 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,10 +25,11 @@ from scipy import stats
 from loraflow.evaluation.evidence import Evidence, exact_p_value
 from loraflow.evaluation.gate import decide
 from loraflow.evaluation.intervals import mean_interval
-from loraflow.registry.budget import passed_on, share_of_error
+from loraflow.registry.budget import FOLLOWERS, passed_on, share_of_error, share_of_following
 from loraflow.registry.reserve import ReserveRow, deal, rows_of_a_look
 
 ERROR, LOOKS = 0.05, 365
+FURTHER, MOST = ERROR * share_of_following(LOOKS), 6  # of a look that follows a nearly shown gain; such looks in a year
 Row = tuple[str, float, float]  # what, share, upper 95 % limit of the share
 
 
@@ -42,12 +43,17 @@ def level_of(number: int) -> float:
     return ERROR * share_of_error(number, LOOKS)
 
 
+def p_values(wins: np.ndarray, losses: np.ndarray, n: int, levels: np.ndarray) -> np.ndarray:
+    """Return the p-value of the gain of each pair of counts, for a test at its level; 1 where it is far above all levels."""
+    found = np.ones(len(wins))
+    for i in np.flatnonzero(wins - losses > 1.5 * np.sqrt(wins + losses)):  # below, p is above 0.06
+        found[i] = exact_p_value(int(wins[i]), int(losses[i]), n, 0.0, float(levels[i]))
+    return found
+
+
 def confirmed(wins: np.ndarray, losses: np.ndarray, n: int, level: float) -> np.ndarray:
     """Return for each pair of counts whether the gain is confirmed at a level [streams]."""
-    found = np.zeros(len(wins), dtype=bool)
-    likely = wins - losses > (1.5 if level > 0.001 else 2.5) * np.sqrt(wins + losses)  # below, p is above 0.06 or 0.005
-    for i in np.flatnonzero(likely):
-        found[i] = exact_p_value(int(wins[i]), int(losses[i]), n, 0.0, level) <= level
+    found: np.ndarray = p_values(wins, losses, n, np.full(len(wins), level)) <= level
     return found
 
 
@@ -58,6 +64,10 @@ class HeldOut(NamedTuple):
     first: int
     new: int = 0  # each night
     keep: bool = True  # rows of the nights before
+
+    def is_fresh(self, night: int, nights: int) -> bool:
+        """Tell whether no row of a night was scored before it."""
+        return night == 1 or (not self.keep and self.new >= self.first)
 
     def drawn(self, rng: np.random.Generator, streams: int, nights: int, right: float = 0.5) -> Iterator[np.ndarray]:
         """Yield for each night [streams, 2] how many of its rows the base answers wrong and right.
@@ -113,6 +123,10 @@ class Reserve(NamedTuple):
             rows += [ReserveRow(str(i)) for i in range(len(rows), len(rows) + self.new)]
         return tuple(nightly)
 
+    def is_fresh(self, night: int, nights: int) -> bool:
+        """Tell whether no row of a night was dealt before it."""
+        return self.dealt(nights)[night - 1].keys() == {night - 1}
+
     def drawn(self, rng: np.random.Generator, streams: int, nights: int, right: float = 0.5) -> Iterator[np.ndarray]:
         """Yield for each night [streams, 2] how many of its rows the base answers wrong and right."""
         batches: dict[int, np.ndarray] = {}
@@ -149,10 +163,15 @@ def false_promotions(
 
     Base and challenger disagree on a tenth of the rows, the base answers half of them right.
     """
-    promoted = np.zeros(streams, dtype=bool)
+    promoted, since, used = np.zeros(streams, dtype=bool), np.full(streams, FOLLOWERS), np.zeros(streams, dtype=int)
     for night, counts in enumerate(held_out.drawn(rng, streams, nights), 1):
         wins, losses = rng.binomial(counts[:, 0], 0.1 + gain), rng.binomial(counts[:, 1], 0.1 - gain)
-        promoted |= confirmed(wins, losses, int(counts[0].sum()), level_of(night))
+        follows = (since < FOLLOWERS) & (used < MOST) & held_out.is_fresh(night, nights)
+        levels = level_of(night) + follows * FURTHER
+        p = p_values(wins, losses, int(counts[0].sum()), levels)
+        promoted |= p <= levels
+        used += follows
+        since = np.where((p > levels) & (p <= 1 / LOOKS), 0, since + 1)
     count = int(promoted.sum())
     return f"{held_out.name}, true gain {100 * gain:+.0f} points", count / streams, upper(count, streams)
 
@@ -163,12 +182,15 @@ def level_after_promotion(number: int) -> float:
 
 
 @functools.cache
-def chance(n: int, win: float, lose: float, level: float) -> float:
-    """Return the exact probability that a challenger with these rates of wins and losses is promoted on n rows."""
+def chance(n: int, win: float, lose: float, level: float, limit: float | None = None) -> float:
+    """Return the exact probability that a challenger with these rates of wins and losses is promoted on n rows.
+
+    With `limit`, it is the probability that its p-value at this level is at most the limit.
+    """
     total, enough = 0.0, 0
     for losses in range(int(stats.binom.isf(1e-12, n, lose)) + 1):
         enough = max(enough, losses)
-        while enough <= n - losses and exact_p_value(enough, losses, n, 0.0, level) > level:
+        while enough <= n - losses and exact_p_value(enough, losses, n, 0.0, level) > (limit or level):
             enough += 1  # with more losses, more wins are needed
         total += float(stats.binom.pmf(losses, n, lose) * stats.binom.sf(enough - 1, n - losses, win / (1 - lose)))
     return total
@@ -179,6 +201,34 @@ def any_of(chances: Iterable[float]) -> float:
     return 1 - math.prod(1 - one for one in chances)
 
 
+def none_promoted(n: int, levels: Sequence[float], rates: Sequence[tuple[float, float]]) -> list[float]:
+    """Return for each night the exact probability that no challenger was promoted until then, on n new rows every night.
+
+    Args:
+        n: rows of a night.
+        levels: of the nights, without what looks have that follow a nearly shown gain.
+        rates: of wins and losses of each night's challenger.
+    """
+    states = {(FOLLOWERS, 0): 1.0}  # (looks since the last that nearly showed a gain, looks that had more for one)
+    found = []
+    for level, (win, lose) in zip(levels, rates, strict=True):
+        following: dict[tuple[int, int], float] = {}
+        for (since, used), share in states.items():
+            follows = since < FOLLOWERS and used < MOST
+            allowed = level + FURTHER * follows
+            promoted = chance(n, win, lose, allowed)
+            near = max(chance(n, win, lose, allowed, 1 / LOOKS) - promoted, 0.0)
+            for after, part in ((0, near), (min(since + 1, FOLLOWERS), 1 - promoted - near)):
+                state = after, used + follows
+                following[state] = following.get(state, 0.0) + share * part
+        states = following
+        found.append(sum(states.values()))
+    return found
+
+
+EQUAL, BETTER = (0.05, 0.05), (0.075, 0.025)  # rates of wins and losses at a disagreement of 0.1
+
+
 def exact_false_promotions(n: int, nights: int) -> Iterator[tuple[str, float]]:
     """Yield the probability of any false promotion on n new rows every night: such nights are independent.
 
@@ -186,24 +236,33 @@ def exact_false_promotions(n: int, nights: int) -> Iterator[tuple[str, float]]:
     each later one is as good as the champion, so whatever the promotion passes on can be lost.
     """
     levels = [level_of(night) for night in range(1, nights + 1)]
-    yield f"{n} new rows every night, exact", any_of(chance(n, 0.05, 0.05, level) for level in levels)
+    yield f"{n} new rows every night, exact", 1 - none_promoted(n, levels, [EQUAL] * nights)[-1]
     levels = [level_after_promotion(night) for night in range(2, nights + 1)]
-    yield "the same, after a right promotion at look 1, exact", any_of(chance(n, 0.05, 0.05, level) for level in levels)
+    yield "the same, after a right promotion at look 1, exact", 1 - none_promoted(n, levels, [EQUAL] * (nights - 1))[-1]
+
+
+def found_in_three(n: int, first: int, level: Callable[[int], float], start: int = 1) -> float:
+    """Return the exact probability that +5 points are promoted in nights `first` to `first + 2` on n new rows every night.
+
+    Models of the nights before are as good as the base, and none of them since `start` was promoted.
+    """
+    nights = range(start, first + 3)
+    rates = [EQUAL] * (first - start) + [BETTER] * 3
+    none = none_promoted(n, [level(night) for night in nights], rates)
+    return 1 - none[-1] / (none[-4] if len(none) > 3 else 1.0)
 
 
 def power_in_three_nights() -> Iterator[tuple[str, float]]:
     """Yield the exact probability that +5 points are promoted within three nights, at disagreement 0.1."""
-    late, after = level_of(100), level_after_promotion
-
-    def found(*nights: tuple[int, float]) -> float:
-        return any_of(chance(rows, 0.075, 0.025, level) for rows, level in nights)
-
-    yield "500 new rows every night, nights 1 to 3", found((500, level_of(1)), (500, late), (500, late))
+    late = level_of(100)
+    yield "500 new rows every night, nights 1 to 3", found_in_three(500, 1, level_of)
     for first in (2, 40, 72):
         name = f"the same, nights {first} to {first + 2}, a promotion at look 1"
-        yield name, found(*((500, after(night)) for night in range(first, first + 3)))
-    yield "the same, at any night, no promotion in the 74 looks before", found(*[(500, late)] * 3)
-    yield "rows of three nights kept: 500, 1,000, 1,500, at any night", found((500, late), (1000, late), (1500, late))
+        yield name, found_in_three(500, first, level_after_promotion, start=2)
+    for first in (100, 200, 300, 363):
+        yield f"the same, nights {first} to {first + 2}, no promotion before", found_in_three(500, first, level_of)
+    kept = any_of(chance(rows, *BETTER, late) for rows in (500, 1000, 1500))
+    yield "rows of three nights kept: 500, 1,000, 1,500, at any night", kept
 
 
 def power(rng: np.random.Generator, n: int, differ: float, gain: float, level: float, times: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from prefect import task
@@ -21,6 +21,7 @@ from loraflow.registry.budget import error_of_period
 from loraflow.registry.champions import require_champion_intact
 from loraflow.registry.log import actor
 from loraflow.registry.looks import Look, row_key
+from loraflow.registry.near_gains import near_gains
 from loraflow.store import Ref, read_intact, require_unchanged
 from loraflow.tasks.forgetting import read_general_guards, require_general_comparable
 from loraflow.tasks.slices import read_field_values, read_unscored_parts
@@ -28,6 +29,7 @@ from loraflow.tasks.slices import read_field_values, read_unscored_parts
 if TYPE_CHECKING:
     import pandas as pd
 
+    from loraflow.evaluation.forgetting import GeneralGuard
     from loraflow.evaluation.slice_guards import SliceGuard
 
 
@@ -118,20 +120,46 @@ def _unscored_parts(workspace: Workspace, result: PipelineResult) -> list[str]:
     return read_unscored_parts(workspace, result, set(_heldout_scores(workspace, result.tuned_scores)["id"]))
 
 
+@dataclass(frozen=True)
+class _Tables:
+    """The score tables of a comparison, with the rules that need rows."""
+
+    own: pd.DataFrame  # of the model that would be registered
+    ours: pd.DataFrame  # the mean over gate.seeds
+    others: dict[str, pd.DataFrame]  # of the base and the champion
+    parts: list[SliceGuard]
+    general: list[GeneralGuard]
+    behaviour: tuple[BehaviourResult, ...]
+    unscored: list[str]
+
+
 def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Decision:
     """Spend a look at the held-out rows, then compare. A crash in between loses the look, and grants none.
 
-    A comparison that cannot promote, because of its numbers of rows, spends none.
+    A comparison that cannot promote, because of its numbers of rows or of an unknown range, spends none.
     """
-    from loraflow.evaluation.before_look import why_not_promoted
-    from loraflow.evaluation.behaviour import with_behaviour
-    from loraflow.evaluation.gate import decide, require_comparable
-    from loraflow.evaluation.seeds import with_seeds
-    from loraflow.evaluation.worst import WorseLimit, find_worse, with_worse_rows
+    from loraflow.evaluation.before_look import scores_without_range, why_not_promoted
+
+    rules = workspace.recipe.gate
+    tables = _comparable_tables(workspace, result)
+    compared = {rules.primary, *rules.guards, *(guard.metric for guard in tables.parts)}
+    unknown = scores_without_range(compared, rules.score_ranges)
+    hopeless = why_not_promoted(tables.ours, tables.parts, tables.general, tables.unscored, unknown)
+    look = None if hopeless else _take_look(workspace, result, protocol, tables.ours)
+    decision = _decide(workspace, result, tables, look)
+    if look is None:
+        return replace(decision, budget=f"No look was used: it could not promote ({'; '.join(hopeless)}).")
+    error = error_of_period(workspace.looks.entries(), look)
+    return replace(decision, look=look.seq, budget=_budget(look, len(tables.ours), error))
+
+
+def _comparable_tables(workspace: Workspace, result: PipelineResult) -> _Tables:
+    """Read all tables, and refuse those that cannot be compared, before a look is spent."""
+    from loraflow.evaluation.gate import require_comparable
 
     rules = workspace.recipe.gate
     _require_one_protocol(workspace, result)
-    own = _heldout_scores(workspace, result.tuned_scores)  # the scores of the model that would be registered
+    own = _heldout_scores(workspace, result.tuned_scores)
     ours = _mean_over_seeds(workspace, result, own)
     others = {"base": _heldout_scores(workspace, result.base_scores)}
     if result.champion_scores is not None:
@@ -141,13 +169,21 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
     require_comparable(ours, others, named | rules.ranges.keys(), rules.score_ranges)
     general = read_general_guards(workspace, result)
     require_general_comparable(general)
-    behaviour = _check_behaviour(workspace, result)  # refuses a set without rows before a look is spent
-    unscored = _unscored_parts(workspace, result)
-    hopeless = why_not_promoted(ours, parts, general, unscored)
-    look = None if hopeless else _take_look(workspace, result, protocol, ours)
+    behaviour = _check_behaviour(workspace, result)  # refuses a set without rows
+    return _Tables(own, ours, others, parts, general, behaviour, _unscored_parts(workspace, result))
+
+
+def _decide(workspace: Workspace, result: PipelineResult, tables: _Tables, look: Look | None) -> Decision:
+    """Compare the means of scores, then apply the rules that can only prevent a promotion."""
+    from loraflow.evaluation.behaviour import with_behaviour
+    from loraflow.evaluation.gate import decide
+    from loraflow.evaluation.seeds import with_seeds
+    from loraflow.evaluation.worst import WorseLimit, find_worse, with_worse_rows
+
+    rules = workspace.recipe.gate
     decision = decide(
-        ours,
-        others,
+        tables.ours,
+        tables.others,
         primary=rules.primary,
         min_gain=rules.min_gain,
         guards=rules.guards,
@@ -157,29 +193,25 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
         look="" if look is None else str(look),
         vocabulary=_vocabulary(workspace, result.base_scores),
         ranges=rules.score_ranges,
-        parts=parts,
-        general=general,
+        parts=tables.parts,
+        general=tables.general,
     )
     if result.further_seeds:
         decision = with_seeds(
             decision,
-            own,
-            others,
+            tables.own,
+            tables.others,
             seeds=workspace.recipe.seeds,
             primary=rules.primary,
             min_gain=rules.min_gain,
             guards=rules.guards,
             lower_is_better=rules.lower_is_better,
-            parts=parts,
+            parts=tables.parts,
         )
-    decision = decision.with_unscored(unscored)
+    decision = decision.with_unscored(tables.unscored)
     limits = {metric: WorseLimit(rule.drop, rule.rows, rule.share) for metric, rule in rules.worst.items()}
-    decision = with_worse_rows(decision, find_worse(own, others, limits, rules.lower_is_better))
-    decision = with_behaviour(decision, behaviour)
-    if look is None:
-        return replace(decision, budget=f"No look was used: it could not promote ({'; '.join(hopeless)}).")
-    error = error_of_period(workspace.looks.entries(), look)
-    return replace(decision, look=look.seq, budget=_budget(look, len(ours), error))
+    worse = find_worse(tables.own, tables.others, limits, rules.lower_is_better)
+    return with_behaviour(with_worse_rows(decision, worse), tables.behaviour)
 
 
 def _require_one_protocol(workspace: Workspace, result: PipelineResult) -> None:
@@ -258,10 +290,11 @@ def _check_behaviour(workspace: Workspace, result: PipelineResult) -> tuple[Beha
 def _budget(look: Look, rows: int, error: float) -> str:
     """Return for people which look it was, what is left, how many of the rows were new, and the error of all looks."""
     fresh = "" if look.fresh is None else f", of which {look.fresh} were never scored before"
+    near = f" {look.following:.2g} of its level are for a gain that was nearly shown before." if look.following else ""
     lowered = f" An earlier look had gate.error {error:g}; now it is {look.error:g}." if error > look.error else ""
     return (
         f"{str(look).capitalize()}, {look.left} left, at {rows} held-out rows{fresh}: at most {100 * error:.4g}% for any "
-        f"false promotion in {look.horizon} looks of this model, whatever its held-out rows.{lowered}"
+        f"false promotion in {look.horizon} looks of this model, whatever its held-out rows.{near}{lowered}"
     )
 
 
@@ -278,6 +311,7 @@ def _take_look(workspace: Workspace, result: PipelineResult, protocol: str, tabl
         horizon=rules.looks,
         promotions=workspace.log.entries(),
         actor=actor(),
+        nearly=near_gains(workspace.log, workspace.looks.entries()),
     )
 
 

@@ -93,7 +93,7 @@ def _artifact_lines(store: Store, ref: Ref, manifest: Manifest) -> Iterator[str]
 
 
 def _show_champion(store: Store, named: str | None, model: str | None, as_json: bool) -> None:
-    from loraflow.registry.rebuild import how_to_rebuild
+    from loraflow.registry.rebuild import how_to_restore_champion
     from loraflow.serving.champion import describe_champion
     from loraflow.serving.models import champion_entry, only_model
 
@@ -106,12 +106,11 @@ def _show_champion(store: Store, named: str | None, model: str | None, as_json: 
         for line in _champion_lines(champion):
             click.echo(line)
     if champion.merged.problems:
-        rebuild = how_to_rebuild(store, champion_entry(store, champion.model).merged)
         raise CorruptArtifact(
             "The champion's merged model is gone or incomplete.",
             where=champion.merged.uri,
             got="; ".join(champion.merged.problems[:3]),
-            next_step=f"{rebuild}; or go back to the model before it: loraflow rollback --reason …",
+            next_step=how_to_restore_champion(store, champion_entry(store, champion.model).merged),
         )
 
 

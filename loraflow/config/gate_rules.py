@@ -33,18 +33,17 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     gate, metrics = recipe.gate, recipe.evaluation.metrics
     scored = {"stops"}.union(*(SCORES.get(name, ()) for name in metrics))
     knows_all = all(name in SCORES for name in metrics)  # scores of other metrics are known once they have run
-    if not knows_all:
+    if knows_all:
+        yield from _names_of_no_score(gate, scored)
+    else:
         yield from _names_that_no_score_has(gate)
+        yield from _scores_without_range(gate, scored)
     for name in gate.lower_is_better:
-        path = ("gate", "lower_is_better")
         if name in scored and name not in _NO_RANGE:
             yield (
-                path,
+                ("gate", "lower_is_better"),
                 f"gate.lower_is_better names {name}, where higher is better: the gate would promote the worse model",
             )
-        elif name not in scored and knows_all:
-            known = ", ".join(sorted(scored))
-            yield path, f"the gate names {name}, which is not a score of evaluation.metrics; its scores are {known}"
     for name in gate.ranges:
         if name in scored:
             yield (
@@ -81,20 +80,55 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             yield ("gate", "behaviour", name), f"gate.behaviour.{name}: {problem}"
 
 
+def _named(gate: Gate) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the scores that the gate names, with the paths of their keys, apart from those of gate.ranges."""
+    for path, name, _ in _margins(gate):
+        yield ("gate", "primary") if path[-1] == "min_gain" else path, name
+    yield from ((("gate", "worst", name), name) for name in gate.worst)
+    yield from ((("gate", "lower_is_better"), name) for name in gate.lower_is_better)
+
+
+def _key(path: tuple[str, ...], name: str) -> str:
+    return ".".join(path[:-1] if path[-1] == name else path)
+
+
+def _names_of_no_score(gate: Gate, scored: Set[str]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the names of scores that the evaluation does not compute."""
+    known = ", ".join(sorted(scored))
+    for path, name in _named(gate):
+        what = f"{_key(path, name)} names {name}, which is"
+        if name == "macro_f1":
+            yield path, f"{what} no mean over rows, so models cannot be compared by it row by row; use accuracy"
+        elif name not in scored:
+            yield path, f"{what} not a score of evaluation.metrics; its scores are {known}"
+
+
 def _names_that_no_score_has(gate: Gate) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield the names that a score of the user's metrics cannot have, either: the gate would fail after the training."""
-    named: list[tuple[tuple[str, ...], str]] = [(("gate", "primary"), gate.primary)]
-    named += [(("gate", "lower_is_better"), name) for name in gate.lower_is_better]
-    for key, names in (("guards", gate.guards), ("worst", gate.worst), ("ranges", gate.ranges)):
-        named += [(("gate", key, name), name) for name in names]
-    named += [(("gate", "slices", part, name), name) for part, margins in gate.slices.items() for name in margins]
-    for path, name in named:
+    ranges = ((("gate", "ranges", name), name) for name in gate.ranges)
+    for path, name in (*_named(gate), *ranges):
         if name in NOT_SCORES:
-            yield (
-                path,
-                f"{'.'.join(path[:-1] if path[-1] == name else path)} names {name}, which the gate cannot compare row by "
-                "row: it is no score of a metric",
-            )
+            key = _key(path, name)
+            yield path, f"{key} names {name}, which the gate cannot compare row by row: it is no score of a metric"
+
+
+def _scores_without_range(gate: Gate, scored: Set[str]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the compared scores of the user's metrics without a range: no scores of them confirm a claim.
+
+    A mean has no valid bound if a row can be of any value (Bahadur and Savage 1956): docs/trust.md has what happens without.
+    """
+    known = {*scored, *gate.ranges, *NOT_SCORES}.union(*SCORES.values())
+    unknown: dict[str, tuple[str, ...]] = {}
+    compared = {"primary", "guards", "slices"}  # the others only count rows
+    for path, name in _named(gate):
+        if name not in known and path[1] in compared:
+            unknown.setdefault(name, path)
+    for name, path in unknown.items():
+        yield (
+            path,
+            f"{'.'.join(path)}: no model can be promoted by {name} without its range, because a failure that no row shows "
+            f"could be of any size. Say between which numbers it is, such as gate.ranges: {{{name}: [0, 1]}}",
+        )
 
 
 def _largest(gate: Gate, score: str, scored: Set[str]) -> float | None:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from loraflow.config.data import Data
-from loraflow.config.evaluation import BUILT_IN_SLICES, SCORES, Evaluation
+from loraflow.config.evaluation import BUILT_IN_SLICES, Evaluation
 from loraflow.config.field_types import Dtype, Positive
 from loraflow.config.gate import Gate
 from loraflow.config.lora import LoralibConfig, PeftConfig
@@ -122,7 +122,6 @@ class Recipe(FrozenModel):
             raise ValueError(
                 "training_config.eval_strategy needs data.validation_fraction: held-out rows are for the gate only"
             )
-        self._check_scores_of_the_gate()
         if self.gate.forgetting and self.evaluation.general is None:
             raise ValueError("gate.forgetting needs evaluation.general, a file with general rows")
         if self.base.quantization == "nf4" and self.base.dtype == "float32":
@@ -131,27 +130,6 @@ class Recipe(FrozenModel):
             raise ValueError("merge.onto dequantized needs base.quantization: nf4; no other weights are dequantized")
         self._check_method()
         return self
-
-    def _check_scores_of_the_gate(self) -> None:
-        """Check that the gate's scores are computed. Scores of the user's metrics are known once they have run."""
-        if any(name not in SCORES for name in self.evaluation.metrics):
-            return
-        scored = {"stops"}.union(*(SCORES[name] for name in self.evaluation.metrics))
-        gate = self.gate
-        named = [("primary", gate.primary), *(("guards", name) for name in gate.guards)]
-        named += [("worst", name) for name in gate.worst]
-        named += [(f"slices.{part}", name) for part, margins in gate.slices.items() for name in margins]
-        for key, name in named:
-            if name == "macro_f1":
-                raise ValueError(
-                    f"gate.{key} names macro_f1, which is no mean over rows, so models cannot be compared by it row by "
-                    "row; use accuracy"
-                )
-            if name not in scored:
-                raise ValueError(
-                    f"gate.{key} names {name}, which is not a score of evaluation.metrics; its scores are "
-                    f"{', '.join(sorted(scored))}"
-                )
 
     @property
     def seeds(self) -> tuple[int, ...]:

@@ -55,6 +55,8 @@ def _step(comparison: Comparison, rows: HeldoutRows) -> str:
         return f"add rows to the file of evaluation.general{_about(comparison)}, {margin}"
     if comparison.level == 0:
         return "add held-out rows that were never scored: after the last look they get a new budget of error"
+    if not comparison.has_known_range:
+        return f"say between which numbers {comparison.metric} is: gate.ranges (the training stays cached)"
     if independent < MINIMUM_ROWS <= comparison.n:
         return f"add held-out rows of other groups: these are of {independent}, and {MINIMUM_ROWS} are the least"
     if comparison.rows_needed is None and independent >= MINIMUM_ROWS:

@@ -48,6 +48,11 @@ class Evidence:
         return float(self.gains.sum() / self.weights.sum())
 
     @property
+    def has_known_range(self) -> bool:
+        """Whether the largest possible difference is known. Otherwise bounds only allow for differences that were seen."""
+        return self.reach is not None and not self.is_assumed
+
+    @property
     def groups(self) -> int:
         """The number of independent groups."""
         return len(self.gains)

@@ -71,6 +71,8 @@ class _Test:
 
     def is_confirmed(self, times: int = 1) -> bool:
         """Tell whether the claim is shown; with `times`, whether it would be if each row were there that often."""
+        if not self.evidence.has_known_range:
+            return False  # no bound is valid: a failure that no row shows can be of any size
         if self.evidence.groups * times < MINIMUM_ROWS or self.reported <= self.rule.bound:
             return False  # whatever is capped or weighted, a model that the report shows as worse is not promoted
         if self.rule.kind == "gain":
@@ -126,7 +128,7 @@ def decide(
         level: largest p-value of the gain; by default 1 - confidence. 0 promotes nothing.
         look: which look at these rows it is, for the reasons.
         vocabulary: number of tokens of the models, which limits a loss.
-        ranges: {metric: (smallest, largest value)} of the user's metrics. Without one, the range that was seen counts.
+        ranges: {metric: (smallest, largest value)} of the user's metrics. Without one, nothing is confirmed.
         parts: guards for parts of the rows.
         general: guards on tables of other rows (gate.forgetting).
 
@@ -135,14 +137,12 @@ def decide(
             number. Such scores are never compared in part.
         BadConfig: there is no score of this name, or it is a loss per token of different tokens.
     """
-    rules = [_Rule(primary, min_gain, "gain"), *(_Rule(metric, -margin, "guard") for metric, margin in guards.items())]
-    rules += [_Rule(guard.metric, -guard.margin, "guard", guard.part) for guard in parts]
     ours, tests = _by_id(challenger, "challenger"), []
     allowed = 1 - confidence if level is None else level
     for name, other in others.items():
         theirs = _by_id(other, name)
         _require_same_rows(ours, theirs, name)
-        for rule in rules:
+        for rule in _rules(primary, min_gain, guards, parts):
             evidence, reported = pair(
                 rule.rows_of(ours),
                 rule.rows_of(theirs),
@@ -152,10 +152,22 @@ def decide(
                 vocabulary=vocabulary,
                 ranges=ranges,
             )
-            bounds = evidence.bounds(confidence)
-            tests.append(_Test(rule, name, evidence, reported, bounds, confidence, allowed))
+            tests.append(_Test(rule, name, evidence, reported, evidence.bounds(confidence), confidence, allowed))
     tests += [test for guard in general for test in _general_tests(guard, confidence, allowed, vocabulary)]
-    refuted = _refuted(tests, 1 - confidence)
+    return _decision(tests, 1 - confidence, look)
+
+
+def _rules(primary: str, min_gain: float, guards: Mapping[str, float], parts: Sequence[SliceGuard]) -> Iterator[_Rule]:
+    yield _Rule(primary, min_gain, "gain")
+    for metric, margin in guards.items():
+        yield _Rule(metric, -margin, "guard")
+    for guard in parts:
+        yield _Rule(guard.metric, -guard.margin, "guard", guard.part)
+
+
+def _decision(tests: Sequence[_Test], error: float, look: str) -> Decision:
+    """Return the verdict of all tests, with the reasons that are decisive for it."""
+    refuted = _refuted(tests, error)
     comparisons = [_comparison(test, number in refuted, look) for number, test in enumerate(tests)]
     states = {comparison.state for comparison in comparisons}
     decisive = [comparison for comparison in comparisons if comparison.state != "passed"] or comparisons
@@ -310,6 +322,7 @@ def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:
         effective_rows=evidence.effective_rows,
         part=None if rule.part is None else str(rule.part),
         rows_needed=needed,
+        has_known_range=evidence.has_known_range,
     )
 
 
@@ -337,16 +350,18 @@ def _outcome(test: _Test, state: str, look: str, needed: int | None) -> str:
             parts.append(f"p {test.p_value():.2g}, {test.level:.2g} allowed{f' at {look}' if look else ''}")
     if test.reported != test.bounds.mean and abs(test.reported - test.bounds.mean) > 1e-9:
         parts.append(f"losses capped; uncapped {test.reported:+.4f}")
-    if evidence.reach is None and state != "failed":
-        parts.append("range not known: rare failures that no row shows are not allowed for; see gate.ranges")
-    if evidence.is_assumed and state != "failed":
-        parts.append("taken as 0 or 1 in every row, as in these; see gate.ranges")
+    if not evidence.has_known_range and state != "failed":
+        parts.append(
+            f"the range of {test.rule.metric} is not known, so no claim about it is confirmed: set gate.ranges"
+        )
+    if not math.isfinite(test.bounds.lower) or not math.isfinite(test.bounds.upper):
+        parts.append(f"no bound from {evidence.groups} independent rows without a range")
     if state == "open":
         if not test.has_enough_rows:
             parts.append(f"at least {MINIMUM_ROWS} independent rows are needed")
         if needed is not None:
             parts.append(f"about {needed:,} such rows would be enough")
-        elif test.reported <= test.rule.bound:
+        elif test.reported <= test.rule.bound and evidence.has_known_range:
             parts.append("more rows like these would not confirm it")
     word = {"passed": "confirmed", "failed": "refuted", "open": f"inconclusive with {rows}"}[state]
     if state != "open" and evidence.groups < evidence.rows:

@@ -23,7 +23,7 @@ def margin_of_unchanged(rows: int, confidence: float, metric: str, reach: float 
         rows: independent rows.
         confidence: of the guard.
         metric: its name.
-        reach: the largest difference of a metric of the user's own.
+        reach: the largest difference of a metric of the user's own, or of `token_loss`: then the rows are equally long.
     """
     if metric in BINARY:  # where Tango's bound of no differences is
         z2 = _NORMAL.inv_cdf(confidence) ** 2
@@ -53,6 +53,21 @@ def rows_for_margin(margin: float, confidence: float, metric: str, reach: float 
         else:
             high = middle
     return high
+
+
+def largest_differences(largest_loss: float, ranges: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Return the largest difference of each score that has one.
+
+    Args:
+        largest_loss: the logarithm of the vocabulary.
+        ranges: the smallest and the largest value of scores of the user's metrics.
+    """
+    return {"token_loss": largest_loss, **RANGES, **{name: high - low for name, (low, high) in ranges.items()}}
+
+
+def equally_long(metric: str) -> str:
+    """Return the condition under which a number of rows is right, for a sentence about them."""
+    return " of equal length" if metric == "token_loss" else ""
 
 
 def rows_that_rule_out(margin: float, confidence: float, reach: float) -> int:
@@ -97,19 +112,18 @@ class GatePower:
     level: float
     primary: str
     min_gain: float
-    gain: float | None  # the smallest gain that can be shown; None if none can be, or if the primary has no known range
+    gain: float | None  # the smallest gain that can be shown; None if none can be
     guards: Mapping[str, tuple[float, float | None, int | None]]  # margin, margin of unchanged outputs, rows needed
-    has_range: bool = True  # the primary
+    unknown: tuple[str, ...] = ()  # compared scores without a known range: no claim about them is confirmed
 
     def lines(self) -> list[str]:
         """Return what people read in a plan."""
         found = [f"gate: {self.rows} held-out rows, {self.look}, level {self.level:.2g}"]
         if self.rows < MINIMUM_ROWS:
             found.append(f"  no model can be promoted: at least {MINIMUM_ROWS} independent rows are needed")
-        elif self.level > 0 and not self.has_range:
+        elif self.unknown:
             found.append(
-                f"  {self.primary}: what gain can be shown is not known without its range: see gate.ranges, unless it is "
-                "0 or 1 in each row"
+                f"  no model can be promoted: the range of {', '.join(self.unknown)} is not known: set gate.ranges"
             )
         elif self.level > 0 and self.gain is None:
             found.append(f"  no model can be promoted: so few rows show no gain over {self.min_gain:g} at this level")
@@ -132,14 +146,15 @@ class GatePower:
                 found.append(f"  {metric}: a margin of 0 passes only better outputs, never unchanged ones")
             if needed is None:
                 continue
+            equal = equally_long(metric)
             if needed > self.rows:
                 found.append(
-                    f"  {metric}: even unchanged outputs do not pass: a margin of {margin:g} needs {needed} rows, you have "
-                    f"{self.rows}, which can rule out a drop of {unchanged:.2g}"
+                    f"  {metric}: even unchanged outputs do not pass: a margin of {margin:g} needs {needed} rows{equal}, "
+                    f"you have {self.rows}, which can rule out a drop of {unchanged:.2g}"
                 )
             else:
                 found.append(
-                    f"  {metric}: unchanged outputs pass; {self.rows} rows can rule out a drop of {unchanged:.2g}"
+                    f"  {metric}: unchanged outputs pass; {self.rows} rows{equal} can rule out a drop of {unchanged:.2g}"
                 )
         return found
 
@@ -147,8 +162,7 @@ class GatePower:
         """Tell whether the gate can never promote, or an unchanged model does not pass a guard."""
         missing = any(needed is not None and needed > self.rows for _, _, needed in self.guards.values())
         no_margin = any(not margin for margin, _, _ in self.guards.values())
-        cannot = self.level <= 0 or (self.gain is None and self.has_range)
-        return self.rows < MINIMUM_ROWS or cannot or missing or no_margin
+        return self.rows < MINIMUM_ROWS or self.gain is None or bool(self.unknown) or missing or no_margin
 
 
 def gate_power(
@@ -176,7 +190,7 @@ def gate_power(
         largest_loss: the logarithm of the vocabulary.
         ranges: the smallest and the largest value of scores of the user's metrics.
     """
-    reaches = {"token_loss": largest_loss, **RANGES, **{name: high - low for name, (low, high) in ranges.items()}}
+    reaches = largest_differences(largest_loss, ranges)
     reach = reaches.get(primary)
     gain = smallest_gain(rows, level, min_gain, primary, reach) if level > 0 and rows and reach is not None else None
     return GatePower(
@@ -186,17 +200,13 @@ def gate_power(
         primary=primary,
         min_gain=min_gain,
         gain=gain if gain is not None and reach is not None and gain < reach else None,
-        has_range=reach is not None,
+        unknown=tuple(dict.fromkeys(name for name in (primary, *guards) if name not in reaches)),
         guards={
             metric: (
                 margin,
-                margin_of_unchanged(rows, confidence, metric, _reach(metric, ranges)),
-                rows_for_margin(margin, confidence, metric, _reach(metric, ranges)),
+                margin_of_unchanged(rows, confidence, metric, reaches.get(metric)),
+                rows_for_margin(margin, confidence, metric, reaches.get(metric)),
             )
             for metric, margin in guards.items()
         },
     )
-
-
-def _reach(metric: str, ranges: Mapping[str, tuple[float, float]]) -> float | None:
-    return ranges[metric][1] - ranges[metric][0] if metric in ranges else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Set
 from typing import TYPE_CHECKING, NamedTuple
 
-from loraflow.evaluation.power import MINIMUM_ROWS, margin_of_unchanged, rows_for_margin
+from loraflow.evaluation.power import MINIMUM_ROWS, equally_long, margin_of_unchanged, rows_for_margin
 from loraflow.evaluation.slices import NO_FIELDS, Part, divide
 
 if TYPE_CHECKING:
@@ -70,13 +70,16 @@ def partition_of(guards: Iterable[SliceGuard]) -> list[list[str]]:
     return [[by, name, *sorted(ids)] for (by, name), ids in sorted(parts.items())]
 
 
-def power_lines(parts: Mapping[str, int], margins: Mapping[str, float], confidence: float) -> list[str]:
+def power_lines(
+    parts: Mapping[str, int], margins: Mapping[str, float], confidence: float, reaches: Mapping[str, float]
+) -> list[str]:
     """Return for people which guards even unchanged outputs do not pass, before anything is trained.
 
     Args:
         parts: {name of a part: its independent rows}.
         margins: the margin of each metric.
         confidence: the level of the guards.
+        reaches: the largest difference of each score that has one.
     """
     lines = []
     for name, rows in parts.items():
@@ -84,12 +87,12 @@ def power_lines(parts: Mapping[str, int], margins: Mapping[str, float], confiden
             if not margin:
                 lines.append(f"  {metric} on {name}: a margin of 0 passes only better outputs, never unchanged ones")
                 continue
-            needed = max(rows_for_margin(margin, confidence, metric) or 0, MINIMUM_ROWS)
+            needed = max(rows_for_margin(margin, confidence, metric, reaches.get(metric)) or 0, MINIMUM_ROWS)
             if rows < needed:
-                unchanged = margin_of_unchanged(rows, confidence, metric)
+                unchanged = margin_of_unchanged(rows, confidence, metric, reaches.get(metric))
                 out = "" if unchanged is None else f", which can rule out a drop of {unchanged:.2g}"
                 lines.append(
                     f"  {metric} on {name}: even unchanged outputs do not pass: a margin of {margin:g} needs {needed} "
-                    f"rows, you have {rows}{out}"
+                    f"rows{equally_long(metric)}, you have {rows}{out}"
                 )
     return lines

@@ -7,10 +7,11 @@ readable.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, Self, TypeAlias
+from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import JsonValue, TypeAdapter
+from pydantic import BeforeValidator, JsonValue, TypeAdapter, field_serializer
 from pydantic.dataclasses import dataclass
 
 from loraflow.frozen import StoredModel
@@ -36,13 +37,22 @@ LARGEST_VOCABULARY = 2**18  # assumed if the base's config does not say how many
 Verdict = Literal["promote", "reject", "undecided", "unchanged"]
 
 
-class MetricValue(StoredModel):
-    """A metric's value on a set of rows, with its two-sided interval."""
+# JSON has no infinite numbers: a bound that does not exist is null there. Earlier versions wrote Infinity.
+_Lower = Annotated[float, BeforeValidator(lambda value: -math.inf if value is None else value)]
+_Upper = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
 
-    value: float
-    low: float
-    high: float
+
+class MetricValue(StoredModel):
+    """A metric's value on a set of rows, with its two-sided interval; its ends are infinite for one row, or one group."""
+
+    value: _Upper  # infinite only as the perplexity of an enormous loss
+    low: _Lower
+    high: _Upper
     n: int  # rows
+
+    @field_serializer("value", "low", "high")
+    def _without_infinity(self, number: float) -> float | None:
+        return number if math.isfinite(number) else None
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -150,15 +160,16 @@ class Comparison:
     """The challenger against another model by one metric.
 
     `difference`, `lower` and `upper` are the mean of the paired differences and its one-sided bounds. They are positive
-    where the challenger is better, for metrics where lower is better, too.
+    where the challenger is better, for metrics where lower is better, too. A bound is infinite if there is none; the reason
+    says why.
     """
 
     against: str  # base or champion
     metric: str
     kind: Literal["gain", "guard"]
     difference: float
-    lower: float
-    upper: float
+    lower: _Lower
+    upper: _Upper
     n: int  # rows
     state: Literal["passed", "failed", "open"]
     reason: str
@@ -168,6 +179,15 @@ class Comparison:
     effective_rows: float | None = None  # independent rows with the same standard error
     part: str | None = None  # a part of the rows, by gate.slices; None: all rows
     rows_needed: int | None = None  # rows that would confirm an inconclusive claim; None: no number would
+    has_known_range: bool = True  # the score; otherwise nothing is confirmed
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        """Return the comparison as JSON values: without values that are not set, and with null for an infinite bound."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        if self.has_known_range:
+            del values["has_known_range"]
+        ends = {name: values[name] for name in ("lower", "upper")}
+        return values | {name: end if math.isfinite(end) else None for name, end in ends.items()}
 
 
 @dataclass(frozen=True)
@@ -253,10 +273,7 @@ class Decision:
         values: dict[str, JsonValue] = {
             "verdict": self.verdict,
             "reasons": [*self.reasons],
-            "comparisons": [
-                {name: value for name, value in dataclasses.asdict(comparison).items() if value is not None}
-                for comparison in self.comparisons
-            ],
+            "comparisons": [comparison.to_dict() for comparison in self.comparisons],
         }
         if self.unscored:
             values["unscored"] = [*self.unscored]

@@ -23,6 +23,7 @@ from loraflow.execution.deal import preview_heldout
 from loraflow.execution.look_rows import checked_rows, rows_of_a_look
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import CorruptArtifact, Failure
+from loraflow.registry.near_gains import near_gains
 from loraflow.stages import (
     CHECK_DATASET,
     CHECK_GENERAL,
@@ -281,7 +282,11 @@ def gate_power(workspace: Workspace) -> GatePower | None:
         return None
     gate = recipe.gate
     number, level = workspace.looks.preview(
-        keys, error=gate.error, horizon=gate.looks, promotions=workspace.log.entries()
+        keys,
+        error=gate.error,
+        horizon=gate.looks,
+        promotions=workspace.log.entries(),
+        nearly=near_gains(workspace.log, workspace.looks.entries()),
     )
     return power_of(
         len(keys),

@@ -13,7 +13,7 @@ from loraflow.failures import Failure
 from loraflow.job import Job
 from loraflow.registry import Entry, PromotionLog
 from loraflow.registry.looks import LookRecord
-from loraflow.registry.rebuild import how_to_rebuild
+from loraflow.registry.rebuild import how_to_restore_champion
 from loraflow.registry.reserve import ReserveState
 from loraflow.stages import MERGE, Stage
 from loraflow.store import Ref, open_store
@@ -106,7 +106,7 @@ class Workspace:
             raise Failure(
                 "The champion's model is missing or damaged, so nothing can be compared with it.",
                 where=self.store.location(merged),
-                next_step=f"{how_to_rebuild(self.store, merged)}; or `loraflow rollback --reason …`",
+                next_step=how_to_restore_champion(self.store, merged),
             )
         return merged
 

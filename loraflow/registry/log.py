@@ -348,7 +348,15 @@ class PromotionLog:
 
         A damaged one, or that of another comparison, counts as missing: the models are compared again, in the same look.
         """
-        name = self._decision_name(head, digest, protocol)
+        return self._read_decision(self._decision_name(head, digest, protocol))
+
+    def decisions_about(self, digest: str) -> list[dict[str, JsonValue]]:
+        """Return all stored decisions about a model, without damaged ones."""
+        names = self.store.documents(f"{self.folder}/decisions/")
+        about = [name for name in names if name.rsplit("/", 1)[1].split("-")[1:2] == [short(digest)]]
+        return [found for name in about if (found := self._read_decision(name)) is not None]
+
+    def _read_decision(self, name: str) -> dict[str, JsonValue] | None:
         document = self.store.read_document(name)
         if document is None:
             return None

@@ -90,6 +90,7 @@ class LookRecord:
         horizon: int,
         promotions: Sequence[Entry],
         actor: str,
+        nearly: Set[int] = frozenset(),
     ) -> Look:
         """Record a look and return it, with the level at which its challenger may be tested.
 
@@ -104,6 +105,7 @@ class LookRecord:
             horizon: gate.looks.
             promotions: the entries of the promotion log.
             actor: who runs this.
+            nearly: numbers (seq) of looks that nearly showed a gain (`near_gains.py`).
 
         Raises:
             DamagedLog: a look is missing or was changed.
@@ -114,16 +116,10 @@ class LookRecord:
             known = next((look for look in looks if look.key == key), None)
             if known is not None:
                 return known
-            named = self._named(looks)
             digest, is_created = self.scored.add(rows)
             is_new = is_new or is_created
-            stored = self.scored.read()
-            sets = self._sets(named, stored, rows)
-            self.scored.write_copies(stored)  # a store of an earlier version has none
-            known_rows = (sets.keys() | named | {digest}) - {""}
-            if is_new and digest not in named:
-                sets.pop(digest, None)  # this look is the first at these rows
-            following = self._next(looks, sets, rows, error, horizon, promotions)
+            sets, known_rows = self._sets_before(looks, rows, digest, is_new=is_new)
+            following = self._next(looks, sets, rows, error, horizon, promotions, nearly)
             look = Look(
                 seq=len(looks) + 1,
                 before=looks[-1].hash if looks else None,
@@ -131,24 +127,37 @@ class LookRecord:
                 key=key,
                 challenger=challenger,
                 rows=digest,
-                number=following.number,
                 horizon=horizon,
                 error=error,
-                spent=following.spent,
-                level=following.level,
-                assumed=following.assumed,
                 actor=actor,
                 time=_now(),
-                period=following.period,
-                fresh=following.fresh,
+                **following._asdict(),
             )
             if self.store.create_document(self._name(look.seq), json_bytes({**look.stored(), "hash": look.hash})):
                 self.last_seen = LogHead(seq=look.seq, hash=look.hash)
                 self._anchor(self.last_seen, known_rows)
                 return look
 
+    def _sets_before(
+        self, looks: Sequence[Look], rows: Collection[str], digest: str, *, is_new: bool
+    ) -> tuple[dict[str, set[str]], set[str]]:
+        """Return the sets of rows of the looks before this one, and the digests of all sets that the anchor must know."""
+        named, stored = self._named(looks), self.scored.read()
+        sets = self._sets(named, stored, rows)
+        self.scored.write_copies(stored)  # a store of an earlier version has none
+        known_rows = (sets.keys() | named | {digest}) - {""}
+        if is_new and digest not in named:
+            sets.pop(digest, None)  # this look is the first at these rows
+        return sets, known_rows
+
     def preview(
-        self, rows: Collection[str], *, error: float, horizon: int, promotions: Sequence[Entry]
+        self,
+        rows: Collection[str],
+        *,
+        error: float,
+        horizon: int,
+        promotions: Sequence[Entry],
+        nearly: Set[int] = frozenset(),
     ) -> tuple[int, float]:
         """Return number and level of the next look at these rows, without taking it.
 
@@ -157,7 +166,7 @@ class LookRecord:
         """
         looks = self.entries()
         sets = self._sets(self._named(looks), self.scored.read(), rows)
-        following = self._next(looks, sets, rows, error, horizon, promotions)
+        following = self._next(looks, sets, rows, error, horizon, promotions, nearly)
         return following.number, following.level
 
     def scored_keys(self, rows: Set[str]) -> set[str]:
@@ -177,9 +186,12 @@ class LookRecord:
         error: float,
         horizon: int,
         promotions: Sequence[Entry],
+        nearly: Set[int],
     ) -> NextLook:
-        assumed = self._assumed(len(looks), promotions)
-        return next_look(looks, sets, set(rows), error=error, horizon=horizon, assumed=assumed, promotions=promotions)
+        assumed, given = self._assumed(len(looks), promotions), set(rows)
+        return next_look(
+            looks, sets, given, error=error, horizon=horizon, assumed=assumed, promotions=promotions, nearly=nearly
+        )
 
     def _named(self, looks: Sequence[Look]) -> set[str]:
         """Return the digests of the sets of rows that must be there: looks or the anchor name them."""

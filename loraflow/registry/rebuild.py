@@ -41,6 +41,12 @@ def how_to_rebuild(store: Store, ref: Ref) -> str:
     )
 
 
+def how_to_restore_champion(store: Store, ref: Ref) -> str:
+    """Return the next steps after the champion's model was lost or damaged: rebuild it, or go back to the one before."""
+    rebuild = how_to_rebuild(store, ref)
+    return rebuild if rebuild == UNKNOWN else f"{rebuild}; or `loraflow rollback --reason …`"
+
+
 def made_by(store: Store, ref: Ref) -> RunRecord | None:
     """Return the run that computed an artifact, else the newest that found it in the cache."""
     runs = [

@@ -91,11 +91,18 @@ def _rules(model: Compared) -> _Rules:
 
 
 def _find(store: Store, name: str) -> Compared:
-    if name.split(":")[0] == "champion":
+    is_champion = name.split(":")[0] == "champion"
+    if is_champion:
         entry = champion_entry(store, name.partition(":")[2] or only_model(store))
         record = find_run(store, entry.merged)
     else:
         record = find_named_run(store, name)
+    if record is None and is_champion:
+        raise BadConfig(
+            "The run that made the champion has no record in this store, so its scores are not known.",
+            where=name,
+            next_step="compare runs that `loraflow runs` lists; `loraflow show champion` shows what is known",
+        )
     if record is None:
         raise BadConfig("There is no such run or champion.", where=name, next_step="`loraflow runs` lists the runs")
     stage = record.stage("evaluate tuned")

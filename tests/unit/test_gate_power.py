@@ -1,6 +1,7 @@
 """`plan` says what the held-out rows can show, once they are checked; rows have the groups that the dataset names."""
 
 import json
+import math
 import shutil
 
 import pandas as pd
@@ -11,7 +12,10 @@ from loraflow.evaluation.gate import decide
 from loraflow.evaluation.generation import GeneratedAnswer
 from loraflow.evaluation.groups import group_labels
 from loraflow.evaluation.power import gate_power as power_of
+from loraflow.evaluation.power import largest_differences, rows_for_margin
 from loraflow.evaluation.score import _Computed, _table, read_rows
+from loraflow.evaluation.slice_guards import SliceGuard, power_lines
+from loraflow.evaluation.slices import Part
 from loraflow.execution.launcher import run_job
 from loraflow.execution.plan import base_config, gate_power, vocabulary_of
 from loraflow.execution.workspace import Workspace
@@ -37,7 +41,7 @@ def test_the_plan_counts_rows_and_looks_and_warns_of_a_gate_that_cannot_promote(
     keys = {row_key(json.dumps(json.loads(line)["messages"][:-1])) for line in lines}
     workspace.looks.take("k", challenger="c", rows=keys, error=0.05, horizon=365, promotions=(), actor="me")
     more = gate_power(Workspace(load_recipe(recipe, {"evaluation.max_rows": 20, "gate.guards": {"field_f1": 0.01}})))
-    assert (more.rows, more.look) == (20, "look 2 of 365") and more.level == pytest.approx(0.025 / 364)
+    assert (more.rows, more.look) == (20, "look 2 of 365") and more.level == pytest.approx(0.019 / 364)
     assert "a margin of 0.01 needs 299 rows, you have 20" in "\n".join(more.lines())
 
 
@@ -45,7 +49,7 @@ def test_the_plan_knows_what_a_score_of_the_users_can_show_once_its_range_is_kno
     fixed = {"look": "look 1 of 365", "level": 0.025, "confidence": 0.95, "largest_loss": 10.4, "primary": "brevity"}
     rules = {"min_gain": 20.0, "guards": {"brevity": 3.0}}
     unknown = power_of(100, **fixed, **rules)
-    assert "is not known without its range" in unknown.lines()[1] and not unknown.is_warning()
+    assert "the range of brevity is not known: set gate.ranges" in unknown.lines()[1] and unknown.is_warning()
     known = power_of(100, **fixed, **rules, ranges={"brevity": (0.0, 100.0)})
     assert known.gain == pytest.approx(20 + 120 * (0.025 ** (-1 / 100) - 1))
     assert "no gain below" in known.lines()[1] and "unchanged outputs pass" in known.lines()[2]
@@ -58,8 +62,37 @@ def test_the_plan_knows_what_a_score_of_the_users_can_show_once_its_range_is_kno
         assert found.comparisons[1].state == state, "as the plan says: 100·(1 − 0.05^(1/100)) = 2.95"
     few = power_of(20, **fixed, min_gain=90.0, guards={}, ranges={"brevity": (0.0, 100.0)})
     assert "so few rows show no gain over 90" in few.lines()[1] and few.is_warning()
-    spent = power_of(100, **{**fixed, "level": 0.0}, min_gain=0.0, guards={})
+    spent = power_of(100, **{**fixed, "level": 0.0}, min_gain=0.0, guards={}, ranges={"brevity": (0.0, 100.0)})
     assert "gate.error is used up" in spent.lines()[1] and spent.is_warning()
+
+
+def test_a_guard_of_the_loss_or_of_an_own_score_on_a_part_is_passed_from_the_rows_that_the_plan_names():
+    """Equal outputs, all rows of one length: one row fewer than the plan names leaves the gate undecided."""
+    reaches, margins = (
+        largest_differences(math.log(400), {"brevity": (0.0, 100.0)}),
+        {"token_loss": 0.3, "brevity": 5.0},
+    )
+    for metric, margin in margins.items():
+        needed = rows_for_margin(margin, 0.95, metric, reaches[metric])
+        assert not power_lines({"language de": needed}, {metric: margin}, 0.95, reaches)
+        (line,) = power_lines({"language de": needed - 1}, {metric: margin}, 0.95, reaches)
+        assert f"a margin of {margin:g} needs {needed} rows" in line and (" of equal length" in line) == (
+            metric == "token_loss"
+        )
+        for rows, state in ((needed, "passed"), (needed - 1, "open")):
+            ids = [f"r{i}" for i in range(rows)]
+            table = pd.DataFrame(
+                {"id": ids, "brevity": 50.0, "token_loss": 1.0, "reference_tokens": 7, "exact_match": 1.0}
+            )
+            parts = [SliceGuard(Part("language", "de", frozenset(ids)), metric, margin)]
+            rules = {"primary": "exact_match", "min_gain": 0, "guards": {}, "confidence": 0.95, "vocabulary": 400}
+            found = decide(table, {"base": table}, **rules, parts=parts, ranges={"brevity": (0.0, 100.0)})
+            assert found.comparisons[1].state == state, (metric, rows)
+        power = power_of(
+            needed - 1, look="", level=0.025, confidence=0.95, largest_loss=math.log(400), primary="exact_match", min_gain=0.0,
+            guards={metric: margin}, ranges={"brevity": (0.0, 100.0)},
+        )  # fmt: skip
+        assert power.is_warning() and f"needs {needed} rows" in "\n".join(power.lines())
 
 
 def test_a_damaged_config_of_the_base_in_the_store_is_not_used(recipe, phi3, caplog):

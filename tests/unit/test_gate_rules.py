@@ -37,7 +37,7 @@ def recipe(metrics=METRICS, *, is_recorded=False, **gate):
     ("gate", "said"),
     [
         ({"primary": "exact_match", "lower_is_better": ["exact_match"]}, "would promote the worse model"),
-        ({"lower_is_better": ["brevty"]}, "the gate names brevty"),
+        ({"lower_is_better": ["brevty"]}, "gate.lower_is_better names brevty"),
         ({"ranges": {"exact_match": [0, 2]}}, "exact_match, whose range is known"),
         ({"ranges": {"brevity": [0, 2]}}, "brevity, which is not a score"),
         ({"guards": {"exact_match": 5}}, "a margin of 5 guards nothing"),
@@ -98,6 +98,58 @@ def test_all_rules_without_effect_are_named_at_once_each_with_its_line_or_overri
     assert "--set gate.min_gain: gate.min_gain: exact_match is between 0 and 1" in said
 
 
+NAN = float("nan")
+WRONG = {
+    "primary": [None, 1, True, [], {}, "", " ", ["exact_match"], "exact_match "],
+    "min_gain": [None, "0.1", -0.1, NAN, INF, True, [0], {}],
+    "guards": [
+        None, "x", ["exact_match"], {"": 0.1}, {"nope": 0.1},
+        *({"exact_match": margin} for margin in (None, "0.1", -1, NAN, INF, True)),
+    ],
+    "worst": [
+        None, 3, {"exact_match": 1}, {"nope": {"drop": 1, "rows": 1}}, {"exact_match": {"drop": 1, "rows": 1, "share": 0.1}},
+        *({"exact_match": {"rows": 1, "drop": drop}} for drop in (None, 0, "1", NAN, INF, True)),
+        *({"exact_match": {"drop": 1, "rows": rows}} for rows in (None, -1, 1.5, True, "1")),
+        *({"exact_match": {"drop": 1, "share": share}} for share in (1, -0.1, NAN, "0.1")),
+    ],
+    "slices": [
+        None, [], {"length": {}}, {"length": None}, {"length": 0.1}, {"": {"exact_match": 0.1}}, {"length": {"nope": 0.1}},
+        *({"length": {"exact_match": margin}} for margin in (None, "0.1", -1, NAN, INF, True)),
+    ],
+    "behaviour": [
+        None, [], {"x": None}, {"x": {"set": "nope", "refuses": True}}, {"x": {"set": "", "refuses": True}},
+        *({"x": {"refuses": True, "share": share}} for share in (0, 1.5, NAN, "0.5", None)),
+        *({"x": {name: value}} for name, value in [
+            ("refuses", "yes"), ("contains", "a"), ("contains", [1]), ("json_fields", [None]), ("matches", 3), ("matches", "("),
+            ("consistent", False), ("mathces", "a"),
+        ]),
+    ],
+    "forgetting": [
+        None, ["loss"], {"accuracy": 1}, {"perplexity": 1}, *({"loss": margin} for margin in (None, 0, -1, NAN, INF, True, "1")),
+    ],
+    "lower_is_better": [None, "exact_match", [1], [None], ["exact_match"], ["nope"], {}],
+    "ranges": [
+        None, [], {"exact_match": [0, 1]},
+        *({"x": ends} for ends in (None, 1, [0], [0, 1, 2], [1, 0], [1, 1], [0, NAN], [0, INF], ["0", "1"], [False, True])),
+    ],
+    "error": [None, 0, -0.1, 0.5, 1, 5, NAN, INF, "0.05", True, [0.05]],
+    "looks": [None, 0, -1, 1.5, "365", True, NAN, INF],
+    "seeds": [None, 0, -1, 21, 1.5, "3", True, NAN],
+    "confidence": [None, 0.5, 1, 0, -1, 95, NAN, "0.95", True],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", Gate.model_fields)
+def test_each_wrong_type_or_value_of_a_key_is_refused_with_its_line(key):
+    for value in WRONG[key]:
+        written = json.dumps(value).replace("NaN", ".nan").replace("Infinity", ".inf")
+        primary = "" if key == "primary" else "primary: exact_match"
+        text = f"name: r\nbase: {{model: b}}\nevaluation: {{metrics: [exact_match], general: g.jsonl}}\ngate:\n  {primary}\n"
+        with pytest.raises(BadConfig) as caught:
+            parse_recipe(f"{text}  {key}: {written}\n", "r.yaml")
+        assert f"r.yaml:6: gate.{key}" in str(caught.value), (value, str(caught.value))
+
+
 @pytest.mark.parametrize(
     "gate",
     [
@@ -112,9 +164,25 @@ def test_rules_that_can_decide_are_accepted(gate):
 
 
 def test_scores_of_own_metrics_have_any_range_and_direction():
-    recipe(
-        ["exact_match", "./metrics/brevity"], primary="exact_match", guards={"brevity": 20}, lower_is_better=["brevity"]
-    )
+    own = {"guards": {"brevity": 20}, "lower_is_better": ["brevity"], "ranges": {"brevity": [0, 2000]}}
+    recipe(["exact_match", "./metrics/brevity"], primary="exact_match", **own)
+
+
+@pytest.mark.parametrize(
+    ("gate", "where"),
+    [
+        ({"primary": "brevity"}, "gate.primary"),
+        ({"guards": {"brevity": 20}}, "gate.guards.brevity"),
+        ({"slices": {"length": {"brevity": 20}}}, "gate.slices.length.brevity"),
+    ],
+)
+def test_a_score_of_ones_own_that_is_compared_without_its_range_is_refused_before_the_training(gate, where):
+    gate = {"primary": "exact_match", **gate}
+    with pytest.raises(BadConfig, match=rf"{where}: no model can be promoted by brevity(.|\n)*gate.ranges: \{{brevity"):
+        recipe(["exact_match", "./metrics/brevity"], **gate)
+    recipe(["exact_match", "./metrics/brevity"], is_recorded=True, **gate)
+    recipe(["exact_match", "./metrics/brevity"], **gate, ranges={"brevity": [0, 2000]})
+    recipe(["exact_match", "./metrics/brevity"], primary="exact_match", worst={"brevity": {"drop": 9, "rows": 0}})
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_a_part_of_which_no_row_was_scored_is_not_known_to_be_as_good_as_before(
 
 
 def test_a_plan_names_the_parts_that_even_an_unchanged_model_does_not_pass():
-    lines = power_lines({"language de": 400, "language en": 5}, {"exact_match": 0.05}, 0.95)
+    lines = power_lines({"language de": 400, "language en": 5}, {"exact_match": 0.05}, 0.95, {})
     assert len(lines) == 1 and "on language en" in lines[0] and "needs 52 rows, you have 5" in lines[0]
     same = np.ones(52)
     guards = slice_guards(table(same), {"language": {"exact_match": 0.05}})
