@@ -188,13 +188,14 @@ class LocalStore(LocalDocuments):
 
     def staging(self, stage: str, fingerprint: str) -> Path:
         """Return a new empty folder for a job to write into."""
-        with translate_os_errors(self.uri):
-            return staging.create(self.root / "staging", f"{stage}-{identity.short(fingerprint)}")
+        root, name = self.root / "staging", f"{stage}-{identity.short(fingerprint)}"
+        with translate_os_errors(str(root / name)):  # an error of a write has no file name
+            return staging.create(root, name)
 
     def work_folder(self, stage: str, fingerprint: str, recompute_of: Ref | None = None) -> Path:
         """Return the folder in which an unfinished job stores what a retry resumes from."""
-        with translate_os_errors(self.uri):
-            folder = self.root / "work" / stage / fingerprint
+        folder = self.root / "work" / stage / fingerprint
+        with translate_os_errors(str(folder)):
             folder.mkdir(parents=True, exist_ok=True)
             if recompute_of is not None and recompute_digest(folder) != recompute_of.digest:
                 reset_work_folder(folder, recompute_of.digest)
@@ -211,9 +212,10 @@ class LocalStore(LocalDocuments):
     @contextmanager
     def lock(self, stage: str, fingerprint: str) -> Iterator[None]:
         """Hold a job's lock; wait until it is free."""
+        path = self.root / "locks" / f"{stage}-{identity.short(fingerprint)}.lock"
         with ExitStack() as locks:
-            with translate_os_errors(self.uri):
-                locks.enter_context(flock(self.root / "locks" / f"{stage}-{identity.short(fingerprint)}.lock"))
+            with translate_os_errors(str(path)):
+                locks.enter_context(flock(path))
             yield
 
     @contextmanager
