@@ -25,6 +25,7 @@ from pydantic.config import JsonDict
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
+from loraflow.credentials import HAS_CREDENTIALS
 from loraflow.stages import STAGES
 
 
@@ -46,12 +47,33 @@ class StageChoice:
         return core_schema.literal_schema(list(STAGES))
 
 
+NO_CREDENTIALS = (
+    "a text without a password or token, which the server would store: git's credential helper of the worker"
+)
+
+
 class AnyObject:
     """Show an object as a JSON editor; the schema of JsonValue itself would show no field at all."""
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Return the schema of an object with any keys and values."""
-        return {"type": "object", "additionalProperties": True}
+        """Return the schema of an object with any keys and values, but without credentials.
+
+        Prefect's server stores the parameters of a deployment's run before the flow can mask them. So it has to refuse them:
+        "'a text without a password …' was expected", an answer that does not repeat the value.
+        """
+        return {
+            "type": "object",
+            "additionalProperties": True,
+            "patternProperties": {"": _without_credentials(depth=4)},
+        }
+
+
+def _without_credentials(depth: int) -> JsonDict:
+    """Return the schema of a JSON value without credentials in its texts, down to a depth: sources of data are in a list."""
+    schema: JsonDict = {"if": {"type": "string", "pattern": HAS_CREDENTIALS}, "then": {"const": NO_CREDENTIALS}}
+    if depth > 1:
+        schema |= {"items": _without_credentials(depth - 1), "patternProperties": {"": _without_credentials(depth - 1)}}
+    return schema
 
 
 class OptionalField:

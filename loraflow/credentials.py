@@ -41,8 +41,16 @@ _HEADER = re.compile(
     r"(authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)\s+|\bbearer\s+)[^\s'\",;]{8,}", re.IGNORECASE
 )
 # Tokens of the services that this program talks to, by their published prefixes.
-_TOKEN = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16})\b"
+_TOKENS = (
+    r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
+    r"|(?:AKIA|ASIA)[A-Z0-9]{16})\b"
+)
+_TOKEN = re.compile(_TOKENS)
+# A URL with credentials, or a token, as a pattern of JSON schema, for Python and browsers. Allowed are a masked
+# URL and a user of ssh.
+HAS_CREDENTIALS = (
+    r"^(?![A-Za-z0-9+.-]*[Ss][Ss][Hh][A-Za-z0-9+.-]*://[^\s/?#'\"<>:]+@[^@]*$)"
+    rf"{_SCHEME}(?!\*\*\*@)[^\s/?#'\"<>]+@|{_TOKENS}"
 )
 _SECRET_NAME = re.compile(
     r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|PRIVATE_KEY|AUTH_STRING|CREDENTIAL", re.IGNORECASE

@@ -57,6 +57,31 @@ class NoRepeatedFailure(logging.Filter):
         return not message.startswith("Stopping temporary server")
 
 
+class EventsInOneSentence(logging.Filter):
+    """Say once that the server takes no events, instead of a line, or the whole event, for each of them.
+
+    So it is where a server is lost during a run, and behind a proxy without websockets. The run goes on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the record is shown."""
+        if not _NO_EVENTS.match(record.getMessage()):
+            return True
+        if self.has_told:
+            return False
+        self.has_told = True
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+        record.msg = "Prefect's server does not take the run's events, so its UI may not show all of the run"
+        record.args, record.exc_info, record.exc_text = (), None, None
+        return True
+
+
+_EVENT_LOGS = ("prefect.events.clients", "prefect._internal.concurrency")
+_NO_EVENTS = re.compile(r"Unable to connect to '?wss?:|Service '(EventsWorker|APILogWorker)' failed to process item")
 _KINDS = re.compile(rf"run encountered an exception:? (?:{'|'.join(failure_names())}): ")
 
 
@@ -73,6 +98,12 @@ def show_failures_once() -> None:
     shorten_failures()
     for handler in logging.getLogger().handlers:
         handler.addFilter(NoRepeatedFailure())
+    once = EventsInOneSentence()
+    for name in _EVENT_LOGS:
+        logging.getLogger(name).addFilter(once)
+    # As Python's documentation advises for production: otherwise Prefect writes "Error logging to API" for each batch of
+    # log records that a lost server does not take.
+    logging.raiseExceptions = False
 
 
 def server_lost(error: Exception) -> Network:

@@ -102,10 +102,14 @@ def verify(what: str | None, deep: bool, rederive: bool, signers: Path | None, m
 
 
 def _check_signature(log: PromotionLog, signers: Path) -> None:
+    from loraflow.registry.runs import LogHead
     from loraflow.registry.signature import check_signature
+    from loraflow.registry.verified_heads import remember_verified, require_not_older
 
     hashes = [entry.hash for entry in log.entries()]
+    require_not_older(log.store, log.model, hashes, signers)
     signed = check_signature(log.store, log.model, hashes, signers)
+    remember_verified(log.store, log.model, LogHead(seq=signed.entries, hash=hashes[signed.entries - 1]), signers)
     if signed.entries < len(hashes):
         raise DamagedLog(
             "Entries of the promotion log are not signed.",
@@ -124,9 +128,10 @@ def _missing_champions(store: Store, signers: Path | None) -> str:
     from loraflow.registry.rebuild import how_to_rebuild
     from loraflow.registry.runs import damaged_runs
     from loraflow.registry.signature import signed_models
+    from loraflow.registry.verified_heads import verified_models
 
     steps = []
-    signed = signed_models(store) if signers is not None else set()
+    signed = signed_models(store) | verified_models(store, signers) if signers is not None else set()
     found_models = sorted({*models(store, of_runs=True), *signed})
     if signers is not None and not found_models:
         click.echo("damaged  there is no promotion log, and no signature of one", err=True)

@@ -40,6 +40,7 @@ from loraflow.store import Summary
 
 if TYPE_CHECKING:
     import pandas as pd
+    from transformers import PreTrainedModel
 
     from loraflow.evaluation.generation import GeneratedAnswer
 
@@ -163,7 +164,7 @@ def _ask_model(
     if encoded:  # a forward pass of its own over all rows
         losses = answer_losses(model, encoded, tokenizer.pad_token_id, batch_size, group)
     if group.is_main:
-        _expect_memory(job, folder, max(map(len, prompts)), min(len(rows), batch_size), progress)
+        _expect_memory(job, folder, prompts, _shared_tokens(model, prompts, config.max_new_tokens), progress)
         progress(done=0, total=len(rows))
     answers = generate_answers(
         model,
@@ -187,8 +188,22 @@ def _ask_model(
     )
 
 
-def _expect_memory(job: Job[EvaluateConfig], folder: Path, longest: int, rows: int, progress: Progress) -> None:
-    """Estimate this process's memory, for the manifest."""
+def _shared_tokens(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> int:
+    """Return how many tokens of the prompts are computed once for all of them."""
+    from loraflow.data.common_prefix import common_prefix_length
+    from loraflow.evaluation.prefix_cache import MIN_ROWS, MIN_TOKENS, has_plain_cache
+
+    lengths = [len(prompt) for prompt in prompts]
+    if len(prompts) < MIN_ROWS or not has_plain_cache(model, max(lengths) + max_new_tokens):
+        return 0
+    shared = common_prefix_length(prompts, min(lengths) - 1)
+    return shared if shared >= MIN_TOKENS else 0
+
+
+def _expect_memory(
+    job: Job[EvaluateConfig], folder: Path, prompts: Sequence[list[int]], shared: int, progress: Progress
+) -> None:
+    """Estimate this process's memory, for the manifest. The first `shared` tokens of all prompts are computed once."""
     from loraflow.training.memory import shape_of
     from loraflow.training.memory_parts import generation_parts
 
@@ -196,7 +211,10 @@ def _expect_memory(job: Job[EvaluateConfig], folder: Path, longest: int, rows: i
     if shape is not None:
         config, width = job.config, 4 if job.config.dtype == "float32" else 2
         device = pick_device(job.runtime)
-        parts = generation_parts(shape, device, config.dtype, rows, longest, config.max_new_tokens, width=width)
+        rows, longest = min(len(prompts), job.runtime.eval_batch_size), max(map(len, prompts))
+        parts = generation_parts(
+            shape, device, config.dtype, rows, longest, config.max_new_tokens, width=width, shared=shared
+        )
         progress.expect_memory(parts.as_bytes())
 
 

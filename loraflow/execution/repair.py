@@ -7,6 +7,7 @@ settings: the same steps compute the same artifact again. Nothing is decided or 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -25,7 +26,9 @@ from loraflow.registry.runs import RunRecord, StageRun
 from loraflow.stages import DEAL_ROWS, MERGE
 from loraflow.store import Ref, Store
 from loraflow.store.artifact import MANIFEST, QUARANTINE, Manifest
+from loraflow.store.checksum import check_document
 
+log = logging.getLogger("loraflow")
 _ORDER = [step.label for step in ALL_STEPS]
 
 
@@ -95,23 +98,35 @@ def _quarantined(store: Store) -> Iterator[Lost]:
     for name in store.documents(f"{QUARANTINE}/"):
         if name.count("/") != 1 or not name.endswith(".json"):
             continue
-        try:
-            record = json.loads(store.read_document(name) or b"")
-            stage, fingerprint, digest = PurePosixPath(record["was"]).parts[-3:]
-            problems = record["problems"]
-        except (ValueError, KeyError, TypeError):  # a document that does not describe an artifact
+        manifest = _manifest(store.read_document(f"{name.removesuffix('.json')}/{MANIFEST}"))
+        ref, problem = _name_quarantined(store, name, manifest)
+        if ref is None:
+            log.warning("%s: it is not known what to recompute; run the recipe again", problem)
             continue
-        ref = Ref(stage=stage, fingerprint=fingerprint, digest=digest, uri=store.uri)
-        if (stage, fingerprint) not in seen and store.find(stage, fingerprint) is None:
-            seen.add((stage, fingerprint))
-            manifest = _manifest(store.read_document(f"{name.removesuffix('.json')}/{MANIFEST}"))
+        job = (ref.stage, ref.fingerprint)
+        if job not in seen and store.find(*job) is None:
+            seen.add(job)
             seconds, inputs = (manifest.seconds, manifest.input_refs(store.uri)) if manifest else (None, {})
-            yield Lost(ref, "; ".join(map(str, problems[:3])), seconds, model=inputs.get("model"))
+            yield Lost(ref, problem, seconds, model=inputs.get("model"))
+
+
+def _name_quarantined(store: Store, name: str, manifest: Manifest | None) -> tuple[Ref | None, str]:
+    """Return which artifact a record of the quarantine is about, and why it is there; None if nothing says which.
+
+    If the record is damaged, the manifest beside it says which, if that is intact.
+    """
+    try:
+        record = json.loads(check_document(name, store.read_document(name) or b""))
+        stage, fingerprint, digest = PurePosixPath(record["was"]).parts[-3:]
+        ref = Ref(stage=stage, fingerprint=fingerprint, digest=digest, uri=store.uri)
+        return ref, "; ".join(map(str, record["problems"][:3]))
+    except (ValueError, KeyError, TypeError) as error:
+        return (manifest.ref(store.uri) if manifest else None), f"{name} cannot be read: {error}"
 
 
 def _manifest(content: bytes | None) -> Manifest | None:
     try:
-        return Manifest.model_validate_json(content) if content else None
+        return Manifest.parse(content) if content else None
     except ValueError:  # the manifest itself was damaged
         return None
 

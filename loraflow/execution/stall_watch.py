@@ -1,7 +1,9 @@
 """Notice that a worker process makes no progress: first warn, with the stacks of its threads, then fail.
 
 Any of these is progress: a line of progress or log, a new or ended process, processor time, reads and writes. A process
-that waits in a loop for another one takes processor time, so it is not noticed; NCCL has a watchdog of its own for that.
+that waits in a loop for another one takes processor time. So a worker that shows nothing but processor time is warned about,
+with its stacks, and not ended: a validation or a metric may compute for long without a line, and would be ended in each
+attempt. `runtime.deadline_minutes` ends such a worker; NCCL has a watchdog of its own.
 """
 
 from __future__ import annotations
@@ -73,6 +75,9 @@ class StallWatch:
         self._last: _Sample | None = None  # at the last sign of progress
         self._progress_at = self._next_check = 0.0
         self._has_warned = False
+        self._last_output: _Sample | None = None  # at the last sign other than processor time
+        self._output_at = 0.0
+        self._has_warned_of_loop = False
 
     def check(self, now: float) -> None:
         """Look for progress. `now` is the time of an `AwakeClock`.
@@ -84,6 +89,7 @@ class StallWatch:
             return
         self._next_check = now + min(10.0, self.limit / 20)
         sample = self._sample()
+        self._watch_output(sample, now)
         idle = now - self._progress_at
         if self._last is None or _is_progress(self._last, sample, idle):
             self._last, self._progress_at, self._has_warned = sample, now, False
@@ -102,6 +108,24 @@ class StallWatch:
                 idle / 60,
                 self.limit / 60,
                 _describe(sample) or self._dump_stacks(sample.pids),
+            )
+
+    def _watch_output(self, sample: _Sample, now: float) -> None:
+        """Warn once if there was nothing but processor time for as long as a worker may be idle."""
+        assert self.limit is not None
+        if self._last_output is None or _is_output(self._last_output, sample):
+            self._last_output, self._output_at, self._has_warned_of_loop = sample, now, False
+            return
+        seconds = now - self._output_at
+        is_busy = now - self._progress_at < self.limit / 3
+        if seconds >= self.limit and is_busy and not self._has_warned_of_loop:
+            self._has_warned_of_loop = True
+            log.warning(
+                "worker %d has used the processor for %.3g minutes without progress, log, reads or writes: it computes, or "
+                "waits in a loop. It is not ended (runtime.deadline_minutes does that). %s",
+                self.pid,
+                seconds / 60,
+                self._dump_stacks(sample.pids),
             )
 
     def _sample(self) -> _Sample:
@@ -157,11 +181,12 @@ def _is_progress(before: _Sample, now: _Sample, seconds: float) -> bool:
         return True
     if now.stopped:  # the others may take processor time while they wait for it
         return False
-    return (
-        now.pids != before.pids
-        or now.cpu_seconds - before.cpu_seconds > _CPU_SHARE * seconds + 0.05
-        or now.io_bytes - before.io_bytes > _IO_BYTES
-    )
+    return _is_output(before, now) or now.cpu_seconds - before.cpu_seconds > _CPU_SHARE * seconds + 0.05
+
+
+def _is_output(before: _Sample, now: _Sample) -> bool:
+    """Tell whether there was a sign of progress other than processor time."""
+    return now.files != before.files or now.pids != before.pids or now.io_bytes - before.io_bytes > _IO_BYTES
 
 
 def _describe(sample: _Sample) -> str:

@@ -29,6 +29,7 @@ from loraflow.store import Summary
 log = logging.getLogger(__name__)
 
 Figures = dict[str, JsonValue]
+_PAUSE = 60.0  # seconds without progress on the display, after it failed
 _READS = 16  # reads of the progress file between two checks of the worker
 OnProgress = Callable[[Figures], None]
 
@@ -93,12 +94,13 @@ def _follow(process: WorkerProcess, file: JobFile, on_progress: OnProgress | Non
     """Wait for the worker to end, and pass each new line of its progress file to `on_progress`; return its exit status."""
     progress, clock, runtime = ProgressReader(file.work / "progress.jsonl"), AwakeClock(), file.job.runtime
     stall = StallWatch(process.pid, file.work, _stall_minutes(file))
+    display = _Display(on_progress)
     while True:
         code = process.poll()
         for _ in range(_READS):
             if not (lines := progress.new_lines()):
                 break
-            _show(lines, on_progress)
+            display.show(lines)
         limit_log(file.work / "log.txt")
         if code is not None:
             return code
@@ -136,13 +138,27 @@ def check_budget(job: Job[StageConfig], ends: float | None) -> None:
         )
 
 
-def _show(lines: list[bytes], on_progress: OnProgress | None) -> None:
-    for line in lines if on_progress is not None else ():
-        try:
-            assert on_progress is not None
-            on_progress(json.loads(line))
-        except Exception as error:  # a failed progress display must not end the stage
-            log.warning("progress is not shown: %s", error)
+class _Display:
+    """Pass lines of progress to a function. If it fails, that must not end the stage: it is logged once.
+
+    Prefect's client repeats a call to a lost server for half a minute, in which nobody looks at the worker. So the lines of
+    the next minute are left out.
+    """
+
+    def __init__(self, on_progress: OnProgress | None):
+        self._on_progress, self._has_failed, self._pauses_until = on_progress, False, 0.0
+
+    def show(self, lines: list[bytes]) -> None:
+        """Show lines of JSON."""
+        for line in lines:
+            if self._on_progress is None or time.monotonic() < self._pauses_until:
+                return
+            try:
+                self._on_progress(json.loads(line))
+            except Exception as error:
+                if not self._has_failed:
+                    log.warning("progress is not shown: %s", error)
+                self._has_failed, self._pauses_until = True, time.monotonic() + _PAUSE
 
 
 def _end_group(process: WorkerProcess, grace: float) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from loraflow.failures import DamagedLog
 from loraflow.frozen import StoredModel
@@ -24,7 +24,7 @@ from loraflow.identity import short
 from loraflow.registry.runs import FOLDER as RUNS
 from loraflow.registry.runs import LogHead, run_ids
 from loraflow.store import Store
-from loraflow.store.checksum import check_document
+from loraflow.store.checksum import add_checksum, check_document, first_problem
 from loraflow.store.files import json_bytes
 
 log = logging.getLogger("loraflow")
@@ -85,15 +85,15 @@ def read_known(store: Store, model: str, *, all_runs: bool) -> Known:
     for name, data in store.read_documents(f"{FOLDER}/{model}/", ".json").items():
         try:
             if name == _anchor_name(model):
-                anchor = Claim(LogHead.model_validate_json(data), name)
+                anchor = Claim(LogHead.model_validate_json(check_document(name, data)), name)
             elif name.startswith(f"{FOLDER}/{model}/accepted-"):
-                accepted.append(Acceptance.model_validate_json(data))
-        except ValidationError as error:
-            first = error.errors()[0]
-            if name != _anchor_name(model):  # without this decision, the loss has to be accepted again
-                log.warning("%s cannot be read: %s", name, first["msg"])
-                continue
-            problem = f"{name} cannot be read: {'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}"
+                accepted.append(Acceptance.model_validate_json(check_document(name, data)))
+        except ValueError as error:  # pydantic's error is one, too
+            text = f"{name} cannot be read: {first_problem(error)}"
+            if name == _anchor_name(model):
+                problem = text
+            else:  # without this decision, the loss has to be accepted again
+                log.warning("%s", text)
     from_runs: list[Claim] = []
     if all_runs:
         from_runs = list(_claims_of_runs(model, store.read_documents(RUNS, ".json").items()))
@@ -105,15 +105,19 @@ def read_known(store: Store, model: str, *, all_runs: bool) -> Known:
 def write_anchor(store: Store, model: str, head: LogHead) -> None:
     """Name the last entry of a model's log."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    store.write_document(_anchor_name(model), json_bytes({**head.model_dump(), "model": model, "time": now}))
+    name, document = _anchor_name(model), json_bytes({**head.model_dump(), "model": model, "time": now})
+    store.write_document(name, add_checksum(name, document))
 
 
 def write_acceptance(store: Store, model: str, acceptance: Acceptance) -> None:
     """Store a person's decision under the next free number."""
+    create_numbered(store, f"{FOLDER}/{model}/accepted-", json_bytes(acceptance.model_dump()))
+
+
+def create_numbered(store: Store, prefix: str, document: bytes) -> None:
+    """Write a document of `json_bytes`, with a checksum, under the next free number."""
     number = 1
-    while not store.create_document(
-        f"{FOLDER}/{model}/accepted-{number:06d}.json", json_bytes(acceptance.model_dump())
-    ):
+    while not store.create_document(name := f"{prefix}{number:06d}.json", add_checksum(name, document)):
         number += 1
 
 

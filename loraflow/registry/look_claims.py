@@ -13,11 +13,11 @@ from pydantic import Field
 
 from loraflow.frozen import StoredModel
 from loraflow.registry.anchor import FOLDER as ANCHORS
-from loraflow.registry.anchor import Claim
+from loraflow.registry.anchor import Claim, create_numbered
 from loraflow.registry.runs import FOLDER as RUNS
 from loraflow.registry.runs import LogHead, run_ids
 from loraflow.store import Store
-from loraflow.store.checksum import add_checksum, check_document
+from loraflow.store.checksum import check_document
 from loraflow.store.files import json_bytes
 
 _NEWEST_RUNS = 50  # run records to read if there is no anchor: stores of earlier versions have none
@@ -65,12 +65,7 @@ def read_losses(store: Store, model: str) -> AcceptedLosses:
 
 def write_loss(store: Store, model: str, loss: LostLooks) -> None:
     """Store a person's decision under the next free number."""
-    number, document = 1, json_bytes(loss.model_dump())
-    while True:
-        name = f"{ANCHORS}/{model}/looks-accepted-{number:06d}.json"
-        if store.create_document(name, add_checksum(name, document)):
-            return
-        number += 1
+    create_numbered(store, f"{ANCHORS}/{model}/looks-accepted-", json_bytes(loss.model_dump()))
 
 
 class _Register(StoredModel):

@@ -17,8 +17,6 @@ from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import ValidationError
-
 from loraflow.failures import DamagedLog
 from loraflow.registry.anchor import FOLDER as ANCHORS
 from loraflow.registry.anchor import Claim
@@ -31,6 +29,7 @@ from loraflow.registry.runs import LogHead
 from loraflow.registry.scored_rows import ScoredRows, Sets
 from loraflow.registry.scored_rows import row_key as row_key
 from loraflow.store import LocalStore, Store
+from loraflow.store.checksum import add_checksum, check_document, first_problem
 from loraflow.store.files import json_bytes
 
 
@@ -319,9 +318,9 @@ class LookRecord:
         if data is None:
             return self._head_of_runs()
         try:
-            return _Anchor.model_validate_json(data)
-        except ValidationError as error:
-            raise self._damaged(self._anchor_name, "number and hash of a look", error.errors()[0]["msg"]) from error
+            return _Anchor.model_validate_json(check_document(self._anchor_name, data))
+        except ValueError as error:  # pydantic's error is one, too
+            raise self._damaged(self._anchor_name, "number and hash of a look", first_problem(error)) from error
 
     def _head_of_runs(self) -> _Anchor | None:
         claim = newest_claim(self.store, self.model)
@@ -347,7 +346,7 @@ class LookRecord:
     def _write_anchor(self, head: LogHead, digests: Collection[str]) -> None:
         accepted = len(read_losses(self.store, self.model).intact)
         values = {**head.model_dump(), "digests": sorted(digests), "accepted": accepted, "time": _now()}
-        self.store.write_document(self._anchor_name, json_bytes(values))
+        self.store.write_document(self._anchor_name, add_checksum(self._anchor_name, json_bytes(values)))
 
     def _damaged(self, where: str, expected: str, got: str) -> DamagedLog:
         return DamagedLog(

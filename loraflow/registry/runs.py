@@ -13,7 +13,6 @@ from typing import Literal
 from pydantic import (
     JsonValue,
     SerializerFunctionWrapHandler,
-    ValidationError,
     model_serializer,
 )
 
@@ -24,7 +23,7 @@ from loraflow.frozen import StoredModel
 from loraflow.registry.reserve import ReserveState
 from loraflow.registry.sweeps import SweepRecord
 from loraflow.store import Ref, Store
-from loraflow.store.checksum import ChangedDocument, add_checksum, check_document, checksum
+from loraflow.store.checksum import ChangedDocument, add_checksum, check_document, checksum, first_problem
 from loraflow.store.files import json_bytes
 
 log = logging.getLogger("loraflow")
@@ -308,13 +307,9 @@ def _parse(store: Store, name: str, data: bytes) -> RunRecord:
             raise ChangedDocument(f"it is the record of run {record.run}")
         return record
     except ValueError as error:  # pydantic's error is one, too
-        got = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            got = f"{'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}"
         raise CorruptArtifact(
             "A run's record cannot be read.",
             where=f"{store.uri}/{name}",
-            got=got,
+            got=first_problem(error),
             next_step="restore the file from a backup, or remove it; artifacts and promotion log do not depend on it",
         ) from error

@@ -3,7 +3,8 @@
     anchors/<model>/signed.json   number and hash of the last entry that was signed, and the signature
 
 The chain of hashes ties all earlier entries to the signed one. Who changes log, anchor and run records together cannot sign
-the result. A signature does not tell that newer signed entries were taken away together with their signature.
+the result. A signature does not tell that newer signed entries were taken away together with their signature:
+`verified_heads.py` does, from the second check on.
 """
 
 from __future__ import annotations

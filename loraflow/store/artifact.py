@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NotRequired, TypeAlias
+from typing import Annotated, Literal, NotRequired, Self, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, ValidationError
 from typing_extensions import TypedDict  # before Python 3.12, pydantic refuses that of typing
@@ -14,7 +15,8 @@ from loraflow import identity
 from loraflow.failures import CorruptArtifact
 from loraflow.frozen import StoredModel
 from loraflow.identity import short
-from loraflow.store.files import files_below, hash_file
+from loraflow.store.checksum import ChangedDocument, add_checksum, check_document
+from loraflow.store.files import files_below, hash_file, json_bytes
 
 MANIFEST = "manifest.json"
 POINTER = "current.json"
@@ -110,6 +112,23 @@ class Manifest(BaseModel):
     report: dict[str, JsonValue]
     provenance: dict[str, JsonValue]
 
+    @classmethod
+    def parse(cls, content: bytes) -> Self:
+        """Parse the bytes of `manifest.json`. Manifests of earlier versions have no checksum.
+
+        Raises:
+            ValueError: it cannot be parsed, or it was changed after it was written (`ChangedManifest`).
+        """
+        try:
+            return cls.model_validate_json(check_document(MANIFEST, content))
+        except ChangedDocument as error:
+            raise ChangedManifest(content_problem(MANIFEST)) from error
+
+    @property
+    def document(self) -> bytes:
+        """The manifest as the bytes of its file, with a checksum."""
+        return add_checksum(MANIFEST, json_bytes(self.model_dump()))
+
     @property
     def size(self) -> int:
         """Return the artifact's size in bytes."""
@@ -150,9 +169,12 @@ class Pointer(StoredModel):
             raise DamagedPointer(f"{POINTER}: the hash of the current manifest is missing")
         return self.manifests.get(digest)
 
-    def pointing_to(self, digest: str, manifest: bytes) -> dict[str, str | dict[str, str]]:
-        """Return the JSON value of the pointer after a commit; what it knows of other digests stays."""
-        return {"digest": digest, "manifests": {**self.manifests, digest: hashlib.sha256(manifest).hexdigest()}}
+    def pointing_to(self, ref: Ref, manifest: bytes) -> bytes:
+        """Return the bytes of the pointer after a commit, with a checksum; what it knows of other digests stays."""
+        manifests = {**self.manifests, ref.digest: hashlib.sha256(manifest).hexdigest()}
+        return add_checksum(
+            _pointer_name(ref.stage, ref.fingerprint), json_bytes({"digest": ref.digest, "manifests": manifests})
+        )
 
 
 class ChangedManifest(ValueError):
@@ -163,16 +185,22 @@ class DamagedPointer(ChangedManifest):
     """The pointer, which has the hash of the manifest, was changed or cannot be read."""
 
 
-def parse_pointer(content: bytes) -> Pointer:
-    """Parse `current.json`.
+def parse_pointer(content: bytes, stage: str, fingerprint: str) -> Pointer:
+    """Parse the `current.json` of a fingerprint.
 
     Raises:
-        DamagedPointer: it cannot be parsed.
+        DamagedPointer: it cannot be parsed, was changed, or is the pointer of another fingerprint.
     """
     try:
-        return Pointer.model_validate_json(content)
+        return Pointer.model_validate_json(check_document(_pointer_name(stage, fingerprint), content))
+    except ChangedDocument as error:
+        raise DamagedPointer(f"{POINTER}: hash mismatch") from error
     except ValidationError as error:
         raise DamagedPointer(f"{POINTER}: cannot be read") from error
+
+
+def _pointer_name(stage: str, fingerprint: str) -> str:
+    return f"{stage}/{fingerprint}/{POINTER}"
 
 
 def parse_manifest(content: bytes, ref: Ref, pointer: Pointer | None) -> Manifest:
@@ -181,12 +209,12 @@ def parse_manifest(content: bytes, ref: Ref, pointer: Pointer | None) -> Manifes
     Args:
         content: the bytes of `manifest.json`.
         ref: the artifact.
-        pointer: the pointer of its fingerprint; None if there is none: then only the address is compared.
+        pointer: the pointer of its fingerprint; None if there is none: then address and checksum are compared.
 
     Raises:
         ValueError: it cannot be parsed, or it was changed after its commit (`ChangedManifest`), or the pointer was.
     """
-    manifest = Manifest.model_validate_json(content)
+    manifest = Manifest.parse(content)
     problems = check_consistency(manifest, ref)
     committed = pointer.committed_hash(ref.digest) if pointer else None
     if not problems and committed not in (None, hashlib.sha256(content).hexdigest()):
@@ -288,6 +316,12 @@ def check_content(manifest: Manifest, name: str, content: bytes | None) -> list[
 def manifest_problem(error: Exception) -> str:
     """Return the line that reports a manifest that is missing, unreadable or changed."""
     return str(error) if isinstance(error, ChangedManifest) else f"{MANIFEST}: {type(error).__name__}"
+
+
+def quarantine_record(folder: str, was: str, problems: list[str]) -> tuple[str, bytes]:
+    """Return name and bytes of the document that says where a quarantined artifact was, and why it is there."""
+    name = f"{QUARANTINE}/{folder}.json"
+    return name, add_checksum(name, json_bytes({"was": was, "problems": [*problems], "time": time.time()}))
 
 
 def check_consistency(manifest: Manifest, ref: Ref) -> list[str]:

@@ -11,6 +11,8 @@ import hashlib
 import json
 import re
 
+from pydantic import ValidationError
+
 _START = b"{\n"
 _LINE = re.compile(rb'\{\n "checksum": "([0-9a-f]{64})",\n')
 
@@ -59,6 +61,14 @@ def _has_checksum(document: bytes) -> bool:
     except (ValueError, RecursionError):  # its reader says what is wrong
         return False
     return isinstance(value, dict) and "checksum" in value
+
+
+def first_problem(error: ValueError) -> str:
+    """Return what is wrong with a document, in a line: of pydantic's problems the first, with its place."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}"
+    return str(error)
 
 
 def lost_checksum(name: str, before: bytes, now: bytes) -> bool:

@@ -37,6 +37,7 @@ from loraflow.store.artifact import (
     manifest_problem,
     parse_manifest,
     parse_pointer,
+    quarantine_record,
     unreadable_manifest,
 )
 from loraflow.store.checkpoints import recompute_digest, reset_work_folder
@@ -52,7 +53,7 @@ from loraflow.store.files import (
     stale_drafts,
     stale_folders,
     translate_os_errors,
-    write_json,
+    write_atomic,
 )
 from loraflow.store.local_documents import LocalDocuments
 from loraflow.store.lock import flock
@@ -159,7 +160,7 @@ class LocalStore(LocalDocuments):
         payload = None
         for path in (self.root / stage).glob(f"*/*/{MANIFEST}"):
             try:
-                candidate = Manifest.model_validate_json(path.read_bytes()).payload
+                candidate = Manifest.parse(path.read_bytes()).payload
             except (OSError, ValueError):
                 continue
             rank = (len(identity.explain(candidate, like)), -path.stat().st_mtime)
@@ -172,7 +173,7 @@ class LocalStore(LocalDocuments):
         paths = (self.root / stage).glob(f"*/*/{MANIFEST}")
         path = max(paths, key=lambda path: path.stat().st_mtime, default=None)
         try:
-            return Manifest.model_validate_json(path.read_bytes()) if path else None
+            return Manifest.parse(path.read_bytes()) if path else None
         except (OSError, ValueError):
             return None
 
@@ -187,13 +188,14 @@ class LocalStore(LocalDocuments):
 
     def staging(self, stage: str, fingerprint: str) -> Path:
         """Return a new empty folder for a job to write into."""
-        with translate_os_errors(self.uri):
-            return staging.create(self.root / "staging", f"{stage}-{identity.short(fingerprint)}")
+        root, name = self.root / "staging", f"{stage}-{identity.short(fingerprint)}"
+        with translate_os_errors(str(root / name)):  # an error of a write has no file name
+            return staging.create(root, name)
 
     def work_folder(self, stage: str, fingerprint: str, recompute_of: Ref | None = None) -> Path:
         """Return the folder in which an unfinished job stores what a retry resumes from."""
-        with translate_os_errors(self.uri):
-            folder = self.root / "work" / stage / fingerprint
+        folder = self.root / "work" / stage / fingerprint
+        with translate_os_errors(str(folder)):
             folder.mkdir(parents=True, exist_ok=True)
             if recompute_of is not None and recompute_digest(folder) != recompute_of.digest:
                 reset_work_folder(folder, recompute_of.digest)
@@ -210,9 +212,10 @@ class LocalStore(LocalDocuments):
     @contextmanager
     def lock(self, stage: str, fingerprint: str) -> Iterator[None]:
         """Hold a job's lock; wait until it is free."""
+        path = self.root / "locks" / f"{stage}-{identity.short(fingerprint)}.lock"
         with ExitStack() as locks:
-            with translate_os_errors(self.uri):
-                locks.enter_context(flock(self.root / "locks" / f"{stage}-{identity.short(fingerprint)}.lock"))
+            with translate_os_errors(str(path)):
+                locks.enter_context(flock(path))
             yield
 
     @contextmanager
@@ -248,7 +251,7 @@ class LocalStore(LocalDocuments):
             set_default_modes(staged)
             manifest = build_manifest(staged, payload, inputs, summary, provenance)
             fsync_tree(staged)
-            write_json(staged / MANIFEST, manifest.model_dump())
+            write_atomic(staged / MANIFEST, manifest.document)
             home = self.root / manifest.stage / manifest.fingerprint
             home.mkdir(parents=True, exist_ok=True)
             fsync_path(home.parent)
@@ -292,7 +295,7 @@ class LocalStore(LocalDocuments):
             shutil.copytree(folder, staged, dirs_exist_ok=True)
             set_default_modes(staged)
             if not (staged / MANIFEST).exists():  # the copy from a bucket may lack it
-                write_json(staged / MANIFEST, manifest.model_dump())
+                write_atomic(staged / MANIFEST, manifest.document)
             ref = manifest.ref(self.uri)
             problems = check_folder(staged, manifest, contents=True) or check_consistency(manifest, ref)
             if problems:
@@ -316,7 +319,7 @@ class LocalStore(LocalDocuments):
             except DamagedPointer:
                 pointer = Pointer(digest=ref.digest)
             content = self._manifest_file(ref).read_bytes()
-            write_json(self.root / ref.stage / ref.fingerprint / POINTER, pointer.pointing_to(ref.digest, content))
+            write_atomic(self.root / ref.stage / ref.fingerprint / POINTER, pointer.pointing_to(ref, content))
 
     def resume_commit(self, stage: str, fingerprint: str) -> Ref | None:
         """Return None: a commit in a folder is a rename, which leaves nothing to finish."""
@@ -340,7 +343,8 @@ class LocalStore(LocalDocuments):
             os.rename(folder, target)
         except FileNotFoundError:
             return target  # another process was faster, or it was deleted by hand
-        write_json(target.with_suffix(".json"), {"was": str(folder), "problems": problems, "time": time.time()})
+        name, document = quarantine_record(target.name, str(folder), problems)
+        write_atomic(self.root / name, document)
         return target
 
     # cleanup
@@ -419,7 +423,7 @@ class LocalStore(LocalDocuments):
             DamagedPointer: it cannot be read.
         """
         try:
-            return parse_pointer((self.root / stage / fingerprint / POINTER).read_bytes())
+            return parse_pointer((self.root / stage / fingerprint / POINTER).read_bytes(), stage, fingerprint)
         except FileNotFoundError:
             return None
         except OSError as error:

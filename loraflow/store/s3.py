@@ -37,7 +37,7 @@ from loraflow.store.files import (
     raise_machine_fault,
     set_default_modes,
     translate_os_errors,
-    write_json,
+    write_atomic,
 )
 from loraflow.store.lock import flock
 from loraflow.store.s3_artifacts import S3Artifacts
@@ -250,7 +250,7 @@ class S3Store:
             set_default_modes(staged)
             manifest = build_manifest(staged, payload, inputs, summary, provenance)
             fsync_tree(staged)
-            write_json(staged / MANIFEST, manifest.model_dump())
+            write_atomic(staged / MANIFEST, manifest.document)
             pending = self.cache.local_folder("pending", manifest.stage) / manifest.fingerprint
             shutil.rmtree(pending, ignore_errors=True)
             staged.rename(pending)
@@ -261,7 +261,7 @@ class S3Store:
         """Finish an interrupted commit of this machine, whose files are still here; None if there is none."""
         pending = self.scratch / "pending" / stage / fingerprint
         try:
-            manifest = Manifest.model_validate_json((pending / MANIFEST).read_bytes())
+            manifest = Manifest.parse((pending / MANIFEST).read_bytes())
             ref = manifest.ref(self.uri).model_copy(update={"fingerprint": fingerprint})
             is_intact = not check_folder(pending, manifest, contents=True) and not check_consistency(manifest, ref)
         except (OSError, ValueError) as error:

@@ -89,7 +89,7 @@ class S3Artifacts:
             DamagedPointer: it cannot be read.
         """
         found = self.bucket.get(pointer_key(stage, fingerprint))
-        return parse_pointer(found.data) if found else None
+        return parse_pointer(found.data, stage, fingerprint) if found else None
 
     def forget(self, ref: Ref) -> None:
         """Forget an artifact's manifest, because it is removed or written again."""
@@ -184,7 +184,7 @@ class S3Artifacts:
         found = {}
         for key, data in self.bucket.read(listed).items():
             with suppress(ValueError):
-                found[key] = Manifest.model_validate_json(data)
+                found[key] = Manifest.parse(data)
         return found
 
     def _listed_manifest(self, ref: Ref, listed: list[ObjectInfo], pointer: Pointer | None) -> Manifest:

@@ -13,7 +13,7 @@ from loraflow import identity
 from loraflow.store import staging
 from loraflow.store.artifact import MANIFEST, HasHash, Manifest, Ref, check_consistency, check_folder, has_hash
 from loraflow.store.bucket import CONCURRENCY, retry_network
-from loraflow.store.files import fsync_tree, is_inside, raise_machine_fault, translate_os_errors, write_json
+from loraflow.store.files import fsync_tree, is_inside, raise_machine_fault, translate_os_errors, write_atomic
 from loraflow.store.lock import flock
 from loraflow.store.object_memo import ObjectMemo
 from loraflow.store.s3_artifacts import S3Artifacts
@@ -57,7 +57,7 @@ class ArtifactCache:
         """Hash a copy; tell whether it matches its manifest."""
         folder = self.folder(ref)
         try:
-            manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+            manifest = Manifest.parse((folder / MANIFEST).read_bytes())
             problems = check_folder(folder, manifest, contents=True, has_hash=has_hash)
             return not problems and not check_consistency(manifest, ref)
         except (OSError, ValueError) as error:
@@ -119,7 +119,7 @@ class ArtifactCache:
                 list(pool.map(lambda name: retry_network(lambda: download(name)), manifest.files))
             problems = check_folder(folder, manifest, contents=True)
             if not problems:
-                write_json(folder / MANIFEST, manifest.model_dump())
+                write_atomic(folder / MANIFEST, manifest.document)
                 fsync_tree(folder)
                 self.add(folder, ref)
             return problems

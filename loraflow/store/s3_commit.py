@@ -6,7 +6,6 @@ either completely or not at all, so a crash at any moment leaves the old state o
 
 from __future__ import annotations
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,6 @@ from pathlib import Path
 from loraflow.failures import Network
 from loraflow.store.artifact import REPLACED, DamagedPointer, Manifest, Pointer, Ref, parse_pointer
 from loraflow.store.bucket import CONCURRENCY, StoredObject
-from loraflow.store.files import json_bytes
 from loraflow.store.s3_artifacts import S3Artifacts
 from loraflow.store.s3_cache import ArtifactCache
 from loraflow.store.s3_layout import file_key, is_telemetry, manifest_key, pointer_key
@@ -36,7 +34,7 @@ def commit_artifact(
         Network: the store did not answer, or other workers kept changing the artifact.
     """
     bucket, ref = artifacts.bucket, manifest.ref(artifacts.uri)
-    key, ours = pointer_key(ref.stage, ref.fingerprint), _manifest_bytes(manifest)
+    key, ours = pointer_key(ref.stage, ref.fingerprint), manifest.document
     for _ in range(ATTEMPTS):
         seen = bucket.get(key)
         current = artifacts.find(ref.stage, ref.fingerprint)
@@ -51,7 +49,7 @@ def commit_artifact(
         stored = _write_manifest(artifacts, ref, ours)
         if stored is None:
             continue  # another machine removed it meanwhile
-        content = json_bytes(_pointer(seen, ref).pointing_to(ref.digest, stored))
+        content = _pointer(seen, ref).pointing_to(ref, stored)
         written = bucket.replace(key, content, seen.etag) if seen else bucket.create(key, content)
         if written is None:
             continue  # another machine committed meanwhile
@@ -93,13 +91,9 @@ def _write_manifest(artifacts: S3Artifacts, ref: Ref, ours: bytes) -> bytes | No
     return ours if written is not None else None
 
 
-def _manifest_bytes(manifest: Manifest) -> bytes:
-    return json.dumps(manifest.model_dump(), indent=1, sort_keys=True, ensure_ascii=False).encode()
-
-
 def _pointer(seen: StoredObject | None, ref: Ref) -> Pointer:
     """Return the pointer that a commit replaces; an empty one if there is none that can be read."""
     try:
-        return parse_pointer(seen.data) if seen else Pointer(digest=ref.digest)
+        return parse_pointer(seen.data, ref.stage, ref.fingerprint) if seen else Pointer(digest=ref.digest)
     except DamagedPointer:
         return Pointer(digest=ref.digest)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import time
 import uuid
 
 from loraflow import identity
-from loraflow.store.artifact import QUARANTINE, Ref
+from loraflow.store.artifact import QUARANTINE, Ref, quarantine_record
 from loraflow.store.s3_artifacts import S3Artifacts
 from loraflow.store.s3_cache import ArtifactCache
 from loraflow.store.s3_layout import artifact_prefix, manifest_key
@@ -22,8 +20,7 @@ def move_to_quarantine(artifacts: S3Artifacts, cache: ArtifactCache, ref: Ref, p
     target = f"{QUARANTINE}/{ref.stage}-{identity.short(ref.digest)}-{uuid.uuid4().hex[:6]}"
     for key in artifacts.keys(ref):
         bucket.copy(key, target + key.removeprefix(artifact_prefix(ref)))
-    record = {"was": artifacts.location(ref), "problems": problems, "time": time.time()}
-    bucket.put(f"{target}.json", json.dumps(record, indent=1).encode())
+    bucket.put(*quarantine_record(target.removeprefix(f"{QUARANTINE}/"), artifacts.location(ref), problems))
     remove_artifact(artifacts, cache, ref)
     return f"{artifacts.uri}/{target}"
 

@@ -86,7 +86,15 @@ def training_parts(
 
 
 def generation_parts(
-    shape: ModelShape, device: Literal["cpu", "cuda"], weights: str, rows: int, prompt: int, answer: int, *, width: int
+    shape: ModelShape,
+    device: Literal["cpu", "cuda"],
+    weights: str,
+    rows: int,
+    prompt: int,
+    answer: int,
+    *,
+    width: int,
+    shared: int = 0,
 ) -> MemoryParts:
     """Return the memory of a process that generates answers.
 
@@ -98,13 +106,14 @@ def generation_parts(
         prompt: tokens of the longest prompt.
         answer: tokens of the longest answer.
         width: bytes of a number of keys and values.
+        shared: tokens that all prompts begin with, and that are computed once.
     """
     logits = 2 * rows * shape.vocabulary * 4
     return MemoryParts(
         program=_program(device, logits),
         weights=memory.weight_bytes(shape, weights),
         # The layer that computes keeps nothing for a backward pass: residual, its norm, gate, up and their product.
-        activations=rows * prompt * (2 * shape.hidden + 3 * shape.intermediate) * width,
+        activations=rows * (prompt - shared) * (2 * shape.hidden + 3 * shape.intermediate) * width,
         logits=logits,
         generation=rows * (prompt + answer) * shape.layers * 2 * shape.kv_heads * shape.head_dim * width,
     )

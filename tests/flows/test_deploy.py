@@ -204,6 +204,18 @@ def test_an_invalid_parameter_is_refused_before_the_run_starts(put, client):
         client.create_flow_run_from_deployment(deployment.id, parameters={"overrides": {"rank": 0}})
 
 
+def test_credentials_in_a_setting_are_refused_before_the_server_stores_them(put, client):
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    put()
+    deployment = client.read_deployment_by_name("finetune/local")
+    settings = {"data.repo": "https://someone:c4nary-0f-16-token@host/data.git"}
+    with pytest.raises(PrefectHTTPStatusError, match="a text without a password or token") as caught:
+        client.create_flow_run_from_deployment(deployment.id, parameters={"settings": settings})
+    assert "c4nary" not in caught.value.response.text
+    assert "c4nary" not in client.request("POST", "/flow_runs/filter", json={}).text
+
+
 def test_notifications_use_existing_blocks(put, client, caplog):
     from prefect.blocks.webhook import Webhook
 

@@ -8,7 +8,13 @@ import httpx
 import pytest
 
 from loraflow.failures import BadData, Crashed
-from loraflow.tasks.failure_log import MessageWithoutTraceback, NoRepeatedFailure, is_server_error
+from loraflow.tasks.failure_log import (
+    _EVENT_LOGS,
+    EventsInOneSentence,
+    MessageWithoutTraceback,
+    NoRepeatedFailure,
+    is_server_error,
+)
 
 ENGINE = "prefect.flow_runs"
 
@@ -48,6 +54,36 @@ def test_an_interrupt_is_reported_by_the_command_alone():
     ):
         assert not NoRepeatedFailure().filter(record_of(message))
     assert NoRepeatedFailure().filter(record_of("train 3/6", name="loraflow"))
+
+
+EVENT = "Event(occurred=DateTime(2026, 1, 1), event='prefect.task-run.Running')"
+UNTAKEN = (
+    ("prefect.events.clients", "Unable to connect to 'ws://127.0.0.1:4200/api/events/in'. Please check …"),
+    ("prefect._internal.concurrency", f"Service 'EventsWorker' failed to process item {EVENT}"),
+    ("prefect._internal.concurrency", f"Service 'EventsWorker' failed to process item {EVENT}"),
+)
+
+
+def test_events_that_a_lost_server_does_not_take_are_one_sentence():
+    once = EventsInOneSentence()
+    records = [record_of(message, name=name) for name, message in UNTAKEN]
+    assert [record for record in records if once.filter(record)] == records[:1]
+    assert records[0].getMessage().startswith("Prefect's server does not take the run's events")
+    assert once.filter(record_of("Service 'Other' stopped", name="prefect._internal.concurrency"))
+
+
+def test_the_words_of_those_lines_are_prefects_own():
+    """Another version of Prefect may use others: then they are shown again."""
+    import inspect
+
+    from prefect._internal.concurrency import services
+    from prefect.events import clients
+    from prefect.logging import handlers
+
+    assert '"Service %r failed to process item %r"' in inspect.getsource(services)
+    assert '"Unable to connect to %r. "' in inspect.getsource(clients)
+    assert "if logging.raiseExceptions and sys.stderr:" in inspect.getsource(handlers.APILogWorker)
+    assert {services.logger.name, clients.logger.name} == set(_EVENT_LOGS)
 
 
 def test_a_lost_server_is_told_from_another_host_and_from_a_failing_stage():

@@ -10,6 +10,7 @@ import pytest
 
 from loraflow import failures
 from loraflow.execution import launcher as launch
+from loraflow.execution.worker_process import _Display
 from loraflow.stages import STAGES
 from loraflow.store import LocalStore
 from tests.fake_jobs import FAKE, alive_in_group, job, wait_for, work_of
@@ -172,11 +173,19 @@ def test_a_forced_computation_resumes(store):
     assert launch.run_job(submitted, store, force=True) == first, "the retry resumes the forced attempt"
 
 
-def test_an_error_in_the_progress_callback_does_not_end_the_job(store):
+def test_an_error_in_the_progress_callback_does_not_end_the_job_and_is_logged_once(store, caplog, monkeypatch):
     def broken(figures):
         raise ConnectionError("the server is unavailable")
 
     assert launch.run_job(job("fine"), store, broken)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    display, now, calls = _Display(lambda figures: (calls.append(figures), broken(figures))), 100.0, []
+    caplog.clear()
+    display.show([b'{"step": 1}', b'{"step": 2}'])
+    now = 161.0
+    display.show([b'{"step": 3}'])
+    assert calls == [{"step": 1}, {"step": 3}], "a call may take half a minute, so there is none for a minute"
+    assert [record.getMessage() for record in caplog.records] == ["progress is not shown: the server is unavailable"]
 
 
 def test_the_time_of_a_run_ends_in_a_failure_that_is_not_retried_and_resumes(store):

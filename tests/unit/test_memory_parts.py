@@ -29,6 +29,14 @@ def test_the_estimate_of_the_quickstarts_training_is_within_a_tenth_of_the_measu
     assert parts.optimizer == parts.adapters == memory.lora_weights(SMOLLM2, 16) * 8
 
 
+def test_the_common_prefix_of_prompts_is_computed_once_and_kept_in_each_row():
+    whole, shared = (
+        generation_parts(PHI3, "cpu", "float32", 8, 120, 40, width=4, shared=shared) for shared in (0, 100)
+    )
+    assert whole.activations == pytest.approx(shared.activations * 120 / 20)
+    assert whole.generation == shared.generation and whole.weights == shared.weights
+
+
 def test_the_parts_add_up_to_the_estimate_by_which_a_gpus_micro_batch_is_chosen():
     for tokens, recompute in ((8192, "none"), (32768, "full")):
         parts = training_parts(PHI3, "cuda", "bfloat16", 16, MicroBatch(tokens, 1.0, recompute), width=2)

@@ -45,6 +45,38 @@ def test_recipes_are_a_choice_or_a_path_and_only_a_path_without_recipes(two_reci
     assert schema()["properties"]["recipe"]["type"] == "string"
 
 
+SECRET = "c4nary-0f-16-token"
+CREDENTIALS = {
+    "a password": {"data.repo": f"https://someone:{SECRET}@host/data.git"},
+    "a token as the user": {"data.repo": f"https://{SECRET}@host/data.git"},
+    "a password with ssh": {"data.repo": f"ssh://git:{SECRET}@host/data.git"},
+    "a password with an @": {"data.repo": f"https://someone:{SECRET}@x@host/data.git"},
+    "a token of the hub": {"register.push_to_hub": "hf_" + SECRET.replace("-", "") * 2},
+    "in a list of sources": {"data.sources": [{"repo": f"https://someone:{SECRET}@host/data.git"}]},
+}
+NO_CREDENTIALS_THERE = (
+    "https://host/data.git", "ssh://git@host/data.git", "git+ssh://git@host/a/b", "git@host:data.git", "https://***@host/x.git",
+    "https://host/a@b", "me@acme.example", "s3://bucket/store", 3, None, [1, 2e-4], {"a": [{"b": True}]},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CREDENTIALS)
+def test_the_schema_refuses_credentials_without_repeating_them(case):
+    from jsonschema import ValidationError as Refused
+    from jsonschema import validate
+
+    with pytest.raises(Refused, match="a text without a password or token") as caught:
+        validate({"settings": CREDENTIALS[case]}, schema())
+    assert SECRET not in caught.value.message
+
+
+@pytest.mark.parametrize("value", NO_CREDENTIALS_THERE, ids=str)
+def test_the_schema_accepts_settings_without_credentials(value):
+    from jsonschema import validate
+
+    validate({"settings": {"data.repo": value}}, schema())
+
+
 def test_every_stage_can_be_forced():
     assert schema()["properties"]["force"]["items"]["enum"] == list(STAGES)
 

@@ -400,7 +400,7 @@ def test_entries_of_the_promotion_log_are_downloaded_once(bucket_uri, proxy):
     assert [entry.reasons for entry in again.entries()] == [["0"], ["1"], ["2"]]
     assert again.head() == head and len(again.active_promotions()) == 1
     assert proxy.operations().count("GetObject") == 4, "three entries and the anchor"
-    assert proxy.operations().count("ListObjectsV2") == 6, "anchors and log, three times"
+    assert proxy.operations().count("ListObjectsV2") == 9, "anchors, runs and log, three times"
 
 
 def test_a_bucket_is_opened_once_for_the_same_settings(bucket_uri, monkeypatch, proxy):

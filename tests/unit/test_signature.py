@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from loraflow.cli import cli
 from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.registry import PromotionLog
+from loraflow.registry.verified_heads import heads_file
 from loraflow.store import LocalStore
 from tests.promoted_models import add_model, promote
 
@@ -24,6 +25,12 @@ def keys(tmp_path_factory):
     kind, key, *_ = (folder / "mine.pub").read_text().split()
     (folder / "signers").write_text(f"ada@acme.example {kind} {key}\n")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def forget_verified(keys):
+    yield
+    heads_file(keys / "signers").unlink(missing_ok=True)
 
 
 @pytest.fixture
@@ -74,6 +81,37 @@ def test_whoever_rewrites_log_anchor_and_run_records_together_is_noticed(store, 
     assert "without entry 2, which ada@acme.example signed" in verify(store, keys, fails=CorruptArtifact)
     loraflow(store, "registry", "sign", "--key", keys / "other")
     verify(store, keys, fails=CorruptArtifact)
+
+
+@pytest.mark.parametrize("left", ["the older log", "nothing"])
+def test_an_older_log_with_its_own_older_signature_is_refused_after_the_newer_one_was_verified(
+    store, keys, tmp_path, left
+):
+    loraflow(store, "registry", "sign", "--key", keys / "mine")
+    shutil.copytree(store.root, tmp_path / "older")
+    promote(PromotionLog(store, "tickets"), add_model(store, "c"))
+    loraflow(store, "registry", "sign", "--key", keys / "mine")
+    assert "3 entries of tickets are signed" in verify(store, keys)
+    for folder in ("registry", "anchors"):
+        shutil.rmtree(store.root / folder)
+        if left == "the older log":
+            shutil.copytree(tmp_path / "older" / folder, store.root / folder)
+    loraflow(store, "verify")
+    assert "entries without it" in verify(store, keys, fails=CorruptArtifact)
+    heads_file(keys / "signers").write_text("{")
+    verify(store, keys, fails=BadConfig)
+    heads_file(keys / "signers").unlink()
+    verify(store, keys, fails=None if left == "the older log" else CorruptArtifact)
+
+
+def test_a_list_of_signers_in_a_read_only_folder_is_used_with_a_warning(store, keys, monkeypatch, caplog):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    loraflow(store, "registry", "sign", "--key", keys / "mine")
+    monkeypatch.setattr("loraflow.registry.verified_heads.write_atomic", refuse)
+    assert "2 entries of tickets are signed" in verify(store, keys)
+    assert "will not be noticed" in caplog.text
 
 
 @pytest.mark.parametrize("change", [(b'"seq": 2', b'"seq": 1'), (b"AAAA", b"AAAB"), (b'"signature"', b'"signatur"')])

@@ -11,6 +11,7 @@ from loraflow.failures import CorruptArtifact, DiskFull, Failure, ReadOnlyStore,
 from loraflow.registry.cleanup import remove_unused
 from loraflow.store import (
     LocalStore,
+    Ref,
     Summary,
     open_store,
     require_intact,
@@ -28,11 +29,32 @@ def test_a_full_disk_is_a_failure_with_a_next_step_and_leaves_nothing(tmp_path, 
     def full(path, value):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(local, "write_json", full)
+    monkeypatch.setattr(local, "write_atomic", full)
     with pytest.raises(DiskFull) as caught:
         put(store)
     assert "loraflow gc" in str(caught.value)
     assert list(store.artifacts()) == []
+
+
+def test_a_disk_that_is_full_before_the_job_starts_is_named_by_a_folder_of_the_stage(tmp_path, monkeypatch):
+    """An error of a write has no file name, unlike one of an open."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    store = LocalStore(tmp_path / "store")
+    monkeypatch.setattr("loraflow.store.staging.claim", full)
+    monkeypatch.setattr("loraflow.store.local.flock", full)
+    monkeypatch.setattr("loraflow.store.local.recompute_digest", full)
+    ref = Ref(stage="tokenize", fingerprint=FP, digest="d" * 64, uri=store.uri)
+    for start in (
+        lambda: store.staging("tokenize", FP),
+        lambda: store.lock("tokenize", FP).__enter__(),
+        lambda: store.work_folder("tokenize", FP, ref),
+    ):
+        with pytest.raises(DiskFull) as caught:
+            start()
+        assert "tokenize" in Path(caught.value.where).relative_to(store.root).as_posix()
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not Path("/usr/bin/unshare").exists(), reason="root writes everywhere")

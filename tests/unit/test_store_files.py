@@ -15,6 +15,7 @@ from loraflow.store import (
     Summary,
 )
 from loraflow.store.checkpoints import finalize_checkpoint
+from loraflow.store.checksum import check_document
 from loraflow.store.files import HashMemo, json_bytes
 from tests.stored_artifacts import FP, PAYLOAD
 
@@ -118,12 +119,13 @@ def test_a_manifest_is_serialized_to_the_bytes_of_existing_stores(tmp_path):
             "name": "späce",
         },
     )
-    assert (store.path(ref) / "manifest.json").read_text() == MANIFEST_ON_DISK
+    document = (store.path(ref) / "manifest.json").read_bytes()
+    assert check_document("manifest.json", document).decode() == MANIFEST_ON_DISK and b"checksum" in document
     assert store.manifest(ref).input_refs(store.uri) == {"base": base.model_copy(update={"uri": store.uri})}
 
 
 def test_a_manifest_of_an_older_release_is_read_and_written_unchanged():
-    manifest = Manifest.model_validate_json(MANIFEST_ON_DISK)
+    manifest = Manifest.parse(MANIFEST_ON_DISK.encode())
     assert manifest.size == 10 and manifest.files["adapter/weights.bin"].size == 7
     assert manifest.payload["config"]["lr"] == 2e-4 and manifest.provenance["versions"] == {"torch": "2.13.0"}
     assert json_bytes(manifest.model_dump()).decode() == MANIFEST_ON_DISK

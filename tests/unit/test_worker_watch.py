@@ -46,6 +46,12 @@ def test_a_stopped_worker_is_named_as_such_and_a_retry_resumes(store, caplog):
     assert launch.run_job(submitted.with_runtime(stall_minutes=None), store)
 
 
+def test_a_worker_that_only_uses_the_processor_is_warned_about_with_its_stacks_and_not_ended(store, caplog):
+    assert launch.run_job(job("spin", stall_minutes=0.03), store)
+    (warning,) = (record.getMessage() for record in caplog.records if "used the processor" in record.getMessage())
+    assert "runtime.deadline_minutes" in warning and "fake_worker.py" in warning and " in run" in warning, warning
+
+
 def test_a_suspended_machine_is_not_taken_for_a_stalled_worker(tmp_path):
     times = iter([0.0, 1.0, 100_000.0, 100_001.0])
     clock = AwakeClock(lambda: next(times))
