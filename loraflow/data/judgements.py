@@ -124,7 +124,7 @@ def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
     return Said(
         None,
         f"{'.'.join(here)} {got} may mark the answer as wrong, or be a class of the row: if it is a class, "
-        f"rename the column or name {here[0]} in data.ignore; if it is a mark, write it as is_correct, train or weight, "
+        f"rename the column or name {'.'.join(here)} in data.ignore; if it is a mark, write it as is_correct, train or weight, "
         "whose false or 0 leaves the answer out",
     )
 

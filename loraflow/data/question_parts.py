@@ -16,8 +16,14 @@ from loraflow.data.labels import plain
 # Of these, a text is a part as well; an object must have texts, because `options` may be settings.
 _CHOICES = frozenset({"choices", "options", "candidates", "endings"})
 _PARTS = frozenset({
-    "documents", "contexts", "passages", "paragraphs", "table", "image", "images", "audio", "video", "schema",
+    "documents", "context", "contexts", "passages", "paragraphs", "table", "image", "images", "audio", "video", "schema",
 })  # fmt: skip
+# Usual names of a text that a question is about, or of the question itself beside a rendered prompt.
+TEXT_PARTS = (
+    "context", "input", "passage", "paragraph", "document", "article", "story", "premise", "question", "query", "problem",
+    "definition", "hypothesis", "transcript", "dialogue", "contract", "clause", "background", "facts", "schema", "table",
+)  # fmt: skip
+_LISTED_PARTS = ("contexts", "documents", "passages", "paragraphs", "retrieved_contexts", *TEXT_PARTS)
 _LETTERS = frozenset("abcd")
 _ONE_CHOICE = re.compile(r"op[a-d]|options?_?[a-e1-5]|choices?_?[a-e1-5]|ending_?[0-4]")
 
@@ -60,6 +66,48 @@ def refuse_answers_by_letter(row: Mapping[str, JsonValue], messages: list[Messag
             f"the answer {answer!r} is the label of a choice, and {keys[0]} is not read: write a prompt that has "
             f"the choices, or name {keys[0]} in data.ignore"
         )
+
+
+def refuse_lost_parts(row: Mapping[str, JsonValue], messages: list[Message], used: Mapping[str, str]) -> None:
+    """Refuse a row whose question has a part that is neither read nor written in the chat, such as the text `context`.
+
+    Args:
+        row: the row.
+        messages: its chat.
+        used: the keys that were read: loraflow's name → the row's column. Chats of messages have their parts.
+
+    Raises:
+        BadRow: it has. The answer would be learned without it.
+    """
+    ours = next((key for key in ("prompt", "instruction") if key in used), None)
+    answer = next((key for key in ("completion", "output", "response") if key in used), None)
+    if ours is None or answer is None:
+        return
+    names = {str(key).lower(): str(key) for key in row}
+    read = {*used, *used.values()}
+    asked = None
+    for name in dict.fromkeys((*TEXT_PARTS, *_LISTED_PARTS)):
+        key = names.get(name)
+        if key is None or key in read:
+            continue
+        texts = [text for text in map(plain, _plain_texts(row[key])) if text not in ("", "nan", "none", "null")]
+        if isinstance(row[key], str) and name != "input" and not any(" " in text for text in texts):
+            continue  # the name of a document, or a category
+        if not texts:
+            continue
+        asked = asked or plain(" ".join(message["content"] for message in messages))
+        if not any(text in asked for text in texts):
+            columns = f"{{instruction: {used[ours]}, input: {key}, output: {used[answer]}}}"
+            way = f"set data.columns: {columns}" if isinstance(row[key], str) and "input" not in used else "write it there"
+            raise BadRow(f"{key} has a text that the prompt lacks: {way}, or name {key} in data.ignore if no answer needs it")
+
+
+def _plain_texts(value: JsonValue) -> Iterable[str]:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _plain_texts(item)
+    elif isinstance(value, str):
+        yield value
 
 
 def _texts_of(value: JsonValue) -> Iterable[str]:

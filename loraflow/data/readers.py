@@ -19,6 +19,7 @@ from loraflow.data.chat_formats import RawRow, read_chat
 from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.csv_reader import read_table
 from loraflow.data.hidden_files import is_hidden
+from loraflow.data.ignored_keys import without_ignored
 from loraflow.data.json_reader import RawValue, read_json, read_json_lines, row_text
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MarkedFalse
@@ -106,7 +107,7 @@ def _rows_of(
 ) -> Iterator[JsonValue]:
     for row in read_values(path, name, query):
         if isinstance(row.value, dict):
-            kept = {key: value for key, value in row.value.items() if key not in ignore} if ignore else row.value
+            kept = without_ignored(row.value, ignore) if ignore else row.value
             yield {**kept, **{ours: row.value[theirs] for ours, theirs in columns.items() if theirs in row.value}}
 
 
