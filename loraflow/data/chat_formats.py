@@ -21,7 +21,7 @@ from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
 from loraflow.data.message_checks import checked_messages
 from loraflow.data.preference_pairs import refuse_corrected, refuse_rejected
 from loraflow.data.question_parts import question_parts, refuse_answers_by_letter, refuse_lost_parts
-from loraflow.data.published_formats import is_tree, is_xlam, read_gemini, read_pairs, read_tree, read_xlam
+from loraflow.data.published_formats import is_tree, is_xlam, read_gemini, read_pairs, read_tree, read_xlam, template_arguments
 from loraflow.data.roles import ASSISTANT, FUNCTION_CALL, ROLES, normal_role
 from loraflow.data.row_fields import RawRow, RowFields, Turn, has_value, objects
 from loraflow.data.tools import read_calls, read_tools
@@ -104,7 +104,7 @@ def read_chat(
         read = {*used, *used.values()}
         refuse_media(fields.row, [turn.content for turn in turns], fields.media or media_key(fields.row, read))
         refuse_answers_by_letter(fields.row, messages, read)
-        refuse_lost_parts(fields.row, messages, used)
+        refuse_lost_parts(fields.row, messages, used, columns)
         refuse_rejected(fields.row, messages, fields.chosen_answers())
         refuse_corrected(fields.row, messages, used)
     return ReadChat(messages, learned, weights, fields.unread())
@@ -204,7 +204,12 @@ def _turns(fields: RowFields, format_name: str) -> list[Turn]:
         format_name = detect_format(fields.row)
         if format_name == "messages" and has_value(fields.row.get("conversations")):
             _refuse_two_chats(fields)
-    return _with_system(fields, FORMATS[format_name].read(fields))
+    turns = _with_system(fields, FORMATS[format_name].read(fields))
+    if "chat_template_kwargs" in fields.row:
+        system, tools = template_arguments(fields, bool(turns) and turns[0].role == "system")
+        fields.tools = fields.tools if tools is None else tools
+        turns = turns if system is None else [Turn("system", system), *turns]
+    return turns
 
 
 def _refuse_two_chats(fields: RowFields) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from loraflow.data.chat_formats import has_known_keys, read_chat, to_messages
+from loraflow.data.chat_formats import has_known_keys, to_messages
 from loraflow.data.chats import BadRow
-from loraflow.data.question_parts import question_parts
+from loraflow.data.preference_pairs import refuse_corrected
+from loraflow.data.question_parts import LostPart, question_parts
 from loraflow.data.readers import read_values
 
 # usual names of (question, answer), in lower case
@@ -77,9 +78,9 @@ _TEXTS = (
     "comment",
 )
 _CLASSES = ("category", "label", "class", "intent", "topic", "sentiment", "label_text", "target", "department")
-# Names of one of several chats about the same prompt: the better, the worse, those of two models
 # Names of a list of pairs that are one chat, not examples of a task
 _CHAT_NAMES = re.compile(r"conversation|dialog|chat|messages|turns", re.IGNORECASE)
+# Names of one of several chats about the same prompt: the better, the worse, those of two models
 _COMPARED = re.compile(r"chosen|reject|prefer|winn|loser|\b(good|bad|positive|negative)\b|[-_. ](a|b|w|l|[1-9])$")
 MAX_CLASS = 60  # characters of the name of a class
 
@@ -101,29 +102,33 @@ def columns_of(path: Path, name: str) -> dict[str, str]:
             return {}
         try:
             to_messages(value)
-        except BadRow:
+        except LostPart:
             columns = guess_columns(value)
-            is_known = isinstance(value, dict) and has_known_keys(value)
-            return columns if not is_known or _adds_a_passage(value, columns) else {}
+            return columns if columns.get("instruction") in ("prompt", "instruction") else {}
+        except BadRow:
+            return {} if isinstance(value, dict) and has_known_keys(value) else guess_columns(value)
         return {}
     return {}
 
 
-def _adds_a_passage(row: JsonValue, columns: dict[str, str]) -> bool:
-    """Tell whether a row with the keys of a format is refused without these columns, and read with them."""
-    if columns.get("instruction") not in ("prompt", "instruction"):
-        return False
-    try:
-        read_chat(row, columns=columns)
-    except BadRow:
-        return False
-    return True
-
-
 def guess_columns(row: JsonValue) -> dict[str, str]:
-    """Guess `data.columns` from a row: {loraflow's column: the row's column}; empty if no guess fits."""
+    """Guess `data.columns` from a row: {loraflow's column: the row's column}; empty if no guess fits.
+
+    The answer of a recipe's columns is taken as it is. So nothing is guessed beside an answer that was corrected.
+    """
     if not isinstance(row, dict):
         return {}
+    columns = _columns_of(row)
+    answer = row.get(columns.get("output", columns.get("completion", "")))
+    try:
+        if isinstance(answer, str):
+            refuse_corrected(row, [{"role": "assistant", "content": answer}], {})
+    except BadRow:
+        return {}
+    return columns
+
+
+def _columns_of(row: dict[str, JsonValue]) -> dict[str, str]:
     names = {name.lower(): name for name in row}
     if question_parts(row):  # an answer without them cannot be learned; a chat has them in its messages
         return _column_of_turns(row)

@@ -130,3 +130,24 @@ def _parts(message: RawRow, where: str) -> str:
     if not texts or any([key for key, item in part.items() if item is not None] != ["text"] for part in parts or []):
         raise BadRow(f"{where}.parts: expected a list of {{text}}; only text is supported")
     return "".join(str(text) for text in texts)
+
+
+def template_arguments(fields: RowFields, has_system: bool) -> tuple[JsonValue, JsonValue]:
+    """Return the system message and the tools that smoltalk2 has in `chat_template_kwargs`.
+
+    Args:
+        fields: the row.
+        has_system: the chat has a system message of its own.
+
+    Raises:
+        BadRow: there are instructions beside a system message, or tools as Python code.
+    """
+    arguments = fields.row.get("chat_template_kwargs")
+    if not isinstance(arguments, dict):
+        return None, None
+    system, tools = arguments.get("custom_instructions"), arguments.get("xml_tools")
+    if has_value(arguments.get("python_tools")):
+        raise BadRow("chat_template_kwargs.python_tools are not read: write them as tools with JSON schemas, or remove them")
+    if has_value(system) and has_system:
+        raise BadRow("two system messages: one in the chat, one in chat_template_kwargs.custom_instructions")
+    return (system if has_value(system) else None), (tools if has_value(tools) else None)

@@ -32,6 +32,10 @@ _QUOTED = re.compile(r"""(?<=['"])[^'"]+(?=['"])""")
 _NUMBERING = re.compile(r"^\s*\(?(?:[A-Ha-h]|[0-9])[.):]\s*")
 
 
+class LostPart(BadRow):
+    """A row whose question has a part that is not in its prompt."""
+
+
 def question_parts(row: Mapping[str, JsonValue]) -> list[str]:
     """Return the keys of a row that hold parts of its question beside the question itself."""
     names = {str(key).lower(): str(key) for key in row}
@@ -68,16 +72,19 @@ def refuse_answers_by_letter(row: Mapping[str, JsonValue], messages: list[Messag
         )
 
 
-def refuse_lost_parts(row: Mapping[str, JsonValue], messages: list[Message], used: Mapping[str, str]) -> None:
+def refuse_lost_parts(
+    row: Mapping[str, JsonValue], messages: list[Message], used: Mapping[str, str], columns: Mapping[str, str]
+) -> None:
     """Refuse a row whose question has a part that is neither read nor written in the chat, such as the text `context`.
 
     Args:
         row: the row.
         messages: its chat.
         used: the keys that were read: loraflow's name → the row's column. Chats of messages have their parts.
+        columns: data.columns.
 
     Raises:
-        BadRow: it has. The answer would be learned without it.
+        LostPart: it has. The answer would be learned without it.
     """
     ours = next((key for key in ("prompt", "instruction") if key in used), None)
     answer = next((key for key in ("completion", "output", "response") if key in used), None)
@@ -97,9 +104,19 @@ def refuse_lost_parts(row: Mapping[str, JsonValue], messages: list[Message], use
             continue
         asked = asked or plain(" ".join(message["content"] for message in messages))
         if not any(text in asked for text in texts):
-            columns = f"{{instruction: {used[ours]}, input: {key}, output: {used[answer]}}}"
-            way = f"set data.columns: {columns}" if isinstance(row[key], str) and "input" not in used else "write it there"
-            raise BadRow(f"{key} has a text that the prompt lacks: {way}, or name {key} in data.ignore if no answer needs it")
+            raise LostPart(f"{key} has a text that the prompt lacks: {_way_out(key, row, (ours, answer), used, columns)}")
+
+
+def _way_out(
+    key: str, row: Mapping[str, JsonValue], ours: tuple[str, str], used: Mapping[str, str], columns: Mapping[str, str]
+) -> str:
+    """Return what to do about a part that is not in the prompt."""
+    if key in columns:
+        return f"in data.columns, {key} goes with instruction and output, not with {ours[0]} and {ours[1]}"
+    way = "write it there"
+    if isinstance(row[key], str) and "input" not in used:
+        way = f"set data.columns: {{instruction: {used[ours[0]]}, input: {key}, output: {used[ours[1]]}}}"
+    return f"{way}, or name {key} in data.ignore if no answer needs it"
 
 
 def _plain_texts(value: JsonValue) -> Iterable[str]:
