@@ -20,8 +20,16 @@ from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
 from loraflow.data.message_checks import checked_messages
 from loraflow.data.preference_pairs import refuse_corrected, refuse_rejected
+from loraflow.data.published_formats import (
+    is_tree,
+    is_xlam,
+    read_gemini,
+    read_pairs,
+    read_tree,
+    read_xlam,
+    template_arguments,
+)
 from loraflow.data.question_parts import question_parts, refuse_answers_by_letter, refuse_lost_parts
-from loraflow.data.published_formats import is_tree, is_xlam, read_gemini, read_pairs, read_tree, read_xlam, template_arguments
 from loraflow.data.roles import ASSISTANT, FUNCTION_CALL, ROLES, normal_role
 from loraflow.data.row_fields import RawRow, RowFields, Turn, has_value, objects
 from loraflow.data.tools import read_calls, read_tools
@@ -390,7 +398,9 @@ class ChatFormat:
 
     read: Callable[[RowFields], list[Turn]]
     needs: tuple[frozenset[str], ...]
-    fits: Callable[[RawRow], bool] = lambda row: True  # tells it of a row with these keys, which may have other meanings
+    fits: Callable[[RawRow], bool] = lambda row: (
+        True
+    )  # tells it of a row with these keys, which may have other meanings
 
 
 FORMATS = {

@@ -10,7 +10,9 @@ from loraflow.data.beside import Said, shown
 from loraflow.data.mark_names import FALSE_IS_WRONG, JUDGEMENTS, normal_name
 
 _GENERATIONS = ("generations", "responses", "completions", "candidates", "samples", "solutions", "answers")
-_COMPLETE = frozenset({"is_reasoning_complete", "reasoning_complete", "is_complete", "complete", "is_finished", "finished"})
+_COMPLETE = frozenset(
+    {"is_reasoning_complete", "reasoning_complete", "is_complete", "complete", "is_finished", "finished"}
+)
 
 
 def judged_generation(row: Mapping[str, JsonValue], answers: Collection[str]) -> Said | None:

@@ -188,7 +188,9 @@ def _column_of_turns(row: dict[str, JsonValue]) -> dict[str, str]:
 
 
 def _is_pairs(turns: JsonValue) -> bool:
-    return isinstance(turns, list) and any(isinstance(turn, dict) and turn.keys() >= {"input", "output"} for turn in turns)
+    return isinstance(turns, list) and any(
+        isinstance(turn, dict) and turn.keys() >= {"input", "output"} for turn in turns
+    )
 
 
 def _is_chat(column: str, turns: JsonValue) -> bool:

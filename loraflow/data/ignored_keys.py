@@ -15,8 +15,8 @@ def without_ignored(row: Mapping[str, JsonValue], ignore: Collection[str]) -> di
 
     Args:
         row: the row or message.
-        ignore: the keys. `metadata.quality` is the key `quality` of the object, list of objects or JSON text `metadata`, unless
-            a key has this whole name.
+        ignore: the keys. `metadata.quality` is the key `quality` of the object, list of objects or JSON text `metadata`,
+            unless a key has this whole name.
     """
     kept = {key: value for key, value in row.items() if key not in ignore}
     for name in ignore:

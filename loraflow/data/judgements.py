@@ -100,6 +100,12 @@ def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
     return side is (name in GOOD)
 
 
+def is_bad_word(text: str) -> bool:
+    """Tell whether a short text says that something is wrong or poor."""
+    word = plain(text)
+    return word in _WRONG | _LOW | _NOT_DONE | {"unsafe", "low"} or judges_badly(word)
+
+
 def unclear_verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> str | None:
     """Return the problem of a judgement with a third value, such as `is_correct: falsch` or `solution_is_valid: Incomplete`.
 
@@ -123,14 +129,16 @@ def _unclear(here: tuple[str, ...], value: JsonValue) -> str:
 
 
 def label_inside(here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:
-    """Return what a `label` inside an object such as `metadata` says: a word what an opinion says, and 0 beside 1 is unclear.
+    """Return what a `label` inside an object such as `metadata` says: a word says what an opinion does.
 
-    Other numbers are classes, and so are 0 and 1 if each stands beside an answer of its own.
+    0 is unclear in a column of 0 and 1, unless each of the two stands beside an answer of its own. Other numbers are classes.
     """
     number, labels = as_number(value), beside.labels
     if isinstance(value, str | bool) or number != 0 or labels is None:
         return opinion("human_label", here, value, beside)
-    if not _is_flag(number, here, value, beside) or labels.are_classes(".".join(here), lambda row: values_at(row, here)):
+    if not _is_flag(number, here, value, beside) or labels.are_classes(
+        ".".join(here), lambda row: values_at(row, here)
+    ):
         return None
     return Said(None, _unclear(here, value))
 

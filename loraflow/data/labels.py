@@ -242,7 +242,7 @@ def answers_of(row: Mapping[str, JsonValue]) -> Iterable[str]:
 
 def class_of(row: Mapping[str, JsonValue]) -> str:
     """Return the only answer of a row, or the name of its class in a set for classification; empty if there is none."""
-    found = {value for value in answers_of(row)} or {
+    found = set(answers_of(row)) or {
         value for key in ("label_text", "label_name") if isinstance(value := row.get(key), str)
     }
     return found.pop() if len(found) == 1 else ""
@@ -350,9 +350,7 @@ class Labels:
         ways = "write true (the answer is learned) or false (it is not)"
         return f"{why}: {ways}; if it is a class, rename the column or name it in data.ignore"
 
-    def _column(
-        self, key: str, values_of: Callable[[dict[str, JsonValue]], list[JsonValue]] | None = None
-    ) -> _Column:
+    def _column(self, key: str, values_of: Callable[[dict[str, JsonValue]], list[JsonValue]] | None = None) -> _Column:
         if key not in self._found:
             assert self._rows is not None
             values = _Values()

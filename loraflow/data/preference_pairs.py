@@ -194,9 +194,7 @@ def refuse_corrected(row: Mapping[str, JsonValue], messages: list[Message], used
     _refuse_corrections({key: value for key, value in row.items() if key not in used}, answer, used)
 
 
-def _refuse_corrections(
-    values: Mapping[str, JsonValue], answer: str, used: Mapping[str, str], where: str = ""
-) -> None:
+def _refuse_corrections(values: Mapping[str, JsonValue], answer: str, used: Mapping[str, str], where: str = "") -> None:
     for key, value in values.items():
         found = _correction(normal_name(key)) if answer and isinstance(key, str) else None
         if found is None or (found["bare"] and not (isinstance(value, str) and " " in value.strip())):

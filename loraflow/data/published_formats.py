@@ -147,7 +147,9 @@ def template_arguments(fields: RowFields, has_system: bool) -> tuple[JsonValue, 
         return None, None
     system, tools = arguments.get("custom_instructions"), arguments.get("xml_tools")
     if has_value(arguments.get("python_tools")):
-        raise BadRow("chat_template_kwargs.python_tools are not read: write them as tools with JSON schemas, or remove them")
+        raise BadRow(
+            "chat_template_kwargs.python_tools are not read: write them as tools with JSON schemas, or remove them"
+        )
     if has_value(system) and has_system:
         raise BadRow("two system messages: one in the chat, one in chat_template_kwargs.custom_instructions")
     return (system if has_value(system) else None), (tools if has_value(tools) else None)

@@ -104,7 +104,9 @@ def refuse_lost_parts(
             continue
         asked = asked or plain(" ".join(message["content"] for message in messages))
         if not any(text in asked for text in texts):
-            raise LostPart(f"{key} has a text that the prompt lacks: {_way_out(key, row, (ours, answer), used, columns)}")
+            raise LostPart(
+                f"{key} has a text that the prompt lacks: {_way_out(key, row, (ours, answer), used, columns)}"
+            )
 
 
 def _way_out(

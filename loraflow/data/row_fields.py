@@ -17,6 +17,7 @@ from loraflow.data.roles import ASSISTANT, FUNCTION_CALL, TOOL, normal_role
 from loraflow.data.tools import read_calls
 
 RawRow = dict[str, JsonValue]  # a row as its file has it
+MARKS = ("train", "exclude")  # of data.columns: the column says which rows are learned; not every row must have it
 # Cells of CSV that need not be named as not read. As a text that is read, "{}" is a value: a JSON answer.
 _EMPTY_TEXTS = ("[]", "{}", "null")
 
@@ -104,7 +105,12 @@ class RowFields:
         read = {*self._used, *self._columns.values()}
         others = {key: value for key, value in self.row.items() if key not in read}
         answers = [theirs for ours, theirs in self._columns.items() if ours in ANSWERS]
-        return answer_weight(others, "", self._used, self.labels, answers, tuple(answers_of(self.row)), self.row)
+        said = tuple(answers_of(self.row))
+        weight = answer_weight(others, "", self._used, self.labels, answers, said, self.row)
+        mark, found, value = weight.excluded_by.partition(": ")
+        if found and mark in self._columns:
+            weight = weight._replace(excluded_by=f"{self._columns[mark]}: {value}")
+        return weight
 
     def turns(
         self, column: str, items: list[RawRow], roles: tuple[str, ...], contents: tuple[str, ...], first: int = 1
@@ -210,9 +216,9 @@ def _reasoning(message: RowFields) -> str:
 
 def _renamed(row: RawRow, columns: Mapping[str, str]) -> RawRow:
     for ours, theirs in columns.items():
-        if theirs not in row:
+        if theirs not in row and ours not in MARKS:
             raise BadRow(f"expected the column {theirs} ({ours}); got {', '.join(map(str, list(row)[:8]))}")
-    return {**row, **{ours: row[theirs] for ours, theirs in columns.items()}}
+    return {**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
 
 
 def has_value(value: JsonValue) -> bool:

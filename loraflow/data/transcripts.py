@@ -5,6 +5,7 @@ Only texts that begin with a question's label are read so: a label somewhere in 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import NamedTuple
@@ -45,7 +46,9 @@ _DIALECTS = (
 _GLAIVE = re.compile(r"(?:\A|\n\n\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
 _GLAIVE_ROLES = {"USER": "user", "ASSISTANT": ASSISTANT, "FUNCTION RESPONSE": TOOL}
 _CALL = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*(?:,\s*"arguments"\s*:\s*(.*?)\s*)?\}\s*', re.DOTALL)
-_HAS_FUNCTIONS = re.compile(r"You are a helpful assistant with access to the following functions\. Use them if required\s*-?")
+_HAS_FUNCTIONS = re.compile(
+    r"You are a helpful assistant with access to the following functions\. Use them if required\s*-?"
+)
 
 
 def is_transcript(value: JsonValue) -> bool:
@@ -113,7 +116,7 @@ def alternating(turns: list[Turn]) -> list[Turn]:
     Raises:
         BadRow: they do.
     """
-    for number, (turn, following) in enumerate(zip(turns, turns[1:], strict=False), 1):
+    for number, (turn, following) in enumerate(itertools.pairwise(turns), 1):
         if turn.role == following.role == ASSISTANT:
             raise BadRow(f"two answers in a row (turns {number} and {number + 1}): a label in an answer cuts it")
     return turns
