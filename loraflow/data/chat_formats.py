@@ -16,6 +16,7 @@ from pydantic import JsonValue
 
 from loraflow.data.cell_values import is_chat_as_text, is_missing, media_key, parsed_list, refuse_media
 from loraflow.data.chats import BadRow, Message, Tool
+from loraflow.data.conversion_hints import conversion_hint
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
 from loraflow.data.message_checks import checked_messages
@@ -29,7 +30,7 @@ from loraflow.data.published_formats import (
     read_xlam,
     template_arguments,
 )
-from loraflow.data.question_parts import question_parts, refuse_answers_by_letter, refuse_lost_parts
+from loraflow.data.question_parts import refuse_answers_by_letter, refuse_lost_parts
 from loraflow.data.roles import ASSISTANT, FUNCTION_CALL, ROLES, normal_role
 from loraflow.data.row_fields import RawRow, RowFields, Turn, has_value, objects
 from loraflow.data.tools import read_calls, read_tools
@@ -280,16 +281,9 @@ def detect_format(row: RawRow) -> str:
         for name, needed in _NEEDS:
             if needed <= keys and FORMATS[name].fits(row):
                 return name
-    hint = ""
-    if "chosen" in row:
-        hint = (
-            "; for the chosen answers of preference pairs, set data.columns: {completion: chosen} or {messages: chosen}"
-        )
-    elif (parts := question_parts(row)) and not row.keys().isdisjoint(("question", "problem", "query")):
-        hint = f"; {parts[0]} is a part of the question: write a prompt that has it"
     raise BadRow(
         "expected messages, conversations, instruction/output or prompt/completion; "
-        f"got the keys {', '.join(map(str, list(row)[:8])) or '(none)'}{hint}"
+        f"got the keys {', '.join(map(str, list(row)[:8])) or '(none)'}{conversion_hint(row)}"
     )
 
 

@@ -131,7 +131,7 @@ def _unclear(here: tuple[str, ...], value: JsonValue) -> str:
 def label_inside(here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:
     """Return what a `label` inside an object such as `metadata` says: a word says what an opinion does.
 
-    0 is unclear in a column of 0 and 1, unless each of the two stands beside an answer of its own. Other numbers are classes.
+    0 is unclear in a column of 0 and 1, unless each of them stands beside an answer of its own. Other numbers are classes.
     """
     number, labels = as_number(value), beside.labels
     if isinstance(value, str | bool) or number != 0 or labels is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -66,6 +67,7 @@ _MISSPELT_FALSE = ("false", "wrong", "incorrect", "rejected", "undesirable")
 _MISSPELT_TRUE = ("true", "correct", "chosen", "desirable")
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:[eE][-+]?\d+)?")
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2},\d{3}")  # 1,000 is one or a thousand
+_MAX_CLASS = 60  # characters of an answer that is a class
 ENOUGH = 8  # other values beside true and false that make them classes, such as the 150 intents of CLINC
 # The keys of an answer: a label that is the answer, or is named by it, is its class.
 ANSWERS = ("completion", "response", "output", "answer", "messages", "conversations")
@@ -178,7 +180,7 @@ class _Values:
     are_named: bool = True  # each of `others` is a part of its row's answer
     answers: dict[str, str] = field(default_factory=dict)  # label → the answer that all its rows have
     are_numbers_of_answers: bool = True  # rows with one label have one answer
-    rows: int = 0
+    rows: Counter[str] = field(default_factory=Counter)  # of each label
 
     def add(self, value: JsonValue, row: dict[str, JsonValue]) -> None:
         """Take a row's label into account."""
@@ -199,9 +201,10 @@ class _Values:
                 self.are_named = any(text in plain(answer) for answer in answers_of(row))
 
     def _add_answer(self, label: str, row: dict[str, JsonValue]) -> None:
-        self.rows += 1
         if self.are_numbers_of_answers:
-            answer = plain(class_of(row))
+            answer = class_of(row)
+            answer = plain(answer) if len(answer) <= _MAX_CLASS else ""
+            self.rows[label] += 1
             self.are_numbers_of_answers = bool(answer) and self.answers.setdefault(label, answer) == answer
 
     def are_classes(self) -> bool:
@@ -209,9 +212,8 @@ class _Values:
         kinds, others = self.kinds, len(self.others)
         if not kinds or self.are_answers or others >= ENOUGH:
             return True
-        answers = set(self.answers.values())
-        is_said = self.are_numbers_of_answers and len(answers) == len(self.answers)
-        if is_said and 1 < len(answers) <= self.rows // 2:  # label 0 beside each answer "negative", 1 beside "positive"
+        is_said = self.are_numbers_of_answers and len(set(self.answers.values())) == len(self.answers) > 1
+        if is_said and min(self.rows.values()) > 1:  # label 0 beside each answer "negative", 1 beside "positive"
             return True
         if not others or "score" in kinds:
             return False

@@ -115,7 +115,7 @@ def test_alpacas_input_follows_the_instruction():
         ),
         ({"text": "x"}, "got the keys text"),
         ({"messages": []}, "has no messages"),
-        ({"messages": [{"role": "bot", "content": "x"}]}, "unknown role 'bot'"),
+        ({"messages": [{"role": "alien", "content": "x"}]}, "unknown role 'alien'"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown role 'alien'"),
         ({"messages": [WANTED[0], {"role": "assistant", "content": " "}]}, "empty assistant message"),
         ({"messages": [WANTED[0], {"role": "assistant", "content": None}]}, "content is NoneType"),
