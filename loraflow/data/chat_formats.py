@@ -24,6 +24,7 @@ from loraflow.data.preference_pairs import refuse_corrected, refuse_rejected
 from loraflow.data.published_formats import (
     is_tree,
     is_xlam,
+    pairs_with_answer,
     read_gemini,
     read_pairs,
     read_tree,
@@ -108,7 +109,8 @@ def read_chat(
     if not row_weight:
         raise MarkedFalse("the row is marked as not to be learned", excluded_by)
     learned, weights = _marked(turns, row_weight, messages)
-    if has_others or fields.media:  # only of what is learned
+    unread = fields.unread()
+    if has_others or fields.media or unread:  # only of what is learned
         used = fields.used
         read = {*used, *used.values()}
         refuse_media(fields.row, [turn.content for turn in turns], fields.media or media_key(fields.row, read))
@@ -116,7 +118,7 @@ def read_chat(
         refuse_lost_parts(fields.row, messages, used, columns)
         refuse_rejected(fields.row, messages, fields.chosen_answers())
         refuse_corrected(fields.row, messages, used)
-    return ReadChat(messages, learned, weights, fields.unread())
+    return ReadChat(messages, learned, weights, unread)
 
 
 def _plain_messages(turns: JsonValue) -> list[Message] | None:
@@ -257,13 +259,20 @@ def _with_system(fields: RowFields, chat: list[Turn]) -> list[Turn]:
 def _with_dummy_answer(row: RawRow) -> RawRow:
     """Put a dummy answer where the answer belongs, so that a prompt passes the checks of a whole chat."""
     out = dict(row)
-    for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
-        turns = objects(parsed_list(out.get(key), key))
-        if turns:
+    for key, role, content in (
+        ("messages", "role", "content"),
+        ("conversations", "from", "value"),
+        ("contents", "role", "parts"),
+    ):
+        value = parsed_list(out.get(key), key)
+        turns = objects(value)
+        if (pairs := pairs_with_answer(value)) is not None:
+            out[key] = pairs
+        elif turns:
             answered = normal_role(turns[-1].get(role)) in (ASSISTANT, FUNCTION_CALL)
             out[key] = [*(turns[:-1] if answered else turns), {role: "assistant", content: "."}]
     for question, answer in (("instruction", "output"), ("prompt", "completion")):
-        if question in out:
+        if question in out and not isinstance(out[question], dict):  # a tree has its own answers
             if is_chat_as_text(out[question]):
                 out[question] = parsed_list(out[question], question)
             out.pop("response", None)

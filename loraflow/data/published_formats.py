@@ -38,6 +38,18 @@ def read_pairs(fields: RowFields, column: str, value: JsonValue) -> list[Turn] |
     return fields.turns(column, items, *_MESSAGE)
 
 
+def pairs_with_answer(value: JsonValue) -> list[JsonValue] | None:
+    """Return pairs, or texts in turn, with a dummy for the last answer, whether it is there or not; else None."""
+    if not isinstance(value, list) or not value:
+        return None
+    if all(isinstance(item, str) for item in value):
+        return [*(value if len(value) % 2 else value[:-1]), "."]
+    last = value[-1]
+    if not isinstance(last, dict) or "input" not in last or "role" in last or "from" in last:
+        return None
+    return [*value[:-1], {**last, "output": "."}]
+
+
 def is_tree(row: Mapping[str, JsonValue]) -> bool:
     """Tell whether a row is a tree of messages: its prompt is a message with replies."""
     prompt = row.get("prompt")

@@ -43,6 +43,7 @@ _DIALECTS = (
         "<|im_end|>",
     ),
 )
+_NEMO = re.compile(r"\n<extra_id_1>(User|Assistant)\n")  # HelpSteer's, after the first question
 _GLAIVE = re.compile(r"(?:\A|\n\n\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
 _GLAIVE_ROLES = {"USER": "user", "ASSISTANT": ASSISTANT, "FUNCTION RESPONSE": TOOL}
 _CALL = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*(?:,\s*"arguments"\s*:\s*(.*?)\s*)?\}\s*', re.DOTALL)
@@ -79,8 +80,14 @@ def prompt_turns(prompt: str, answer: JsonValue) -> list[Turn] | None:
     Raises:
         BadRow: two answers follow each other.
     """
+    if not isinstance(answer, str):
+        return None
+    if _NEMO.search(prompt):
+        first, *rest = _NEMO.split(prompt)
+        turns = [Turn("user", first), *map(Turn, map(normal_role, rest[::2]), rest[1::2])]
+        return alternating([*turns, Turn(ASSISTANT, answer)])
     dialect = _dialect(prompt)
-    if dialect is None or not isinstance(answer, str):
+    if dialect is None:
         return None
     labels = list(dialect.label.finditer(prompt))
     if labels[-1].end() < len(prompt.rstrip()) or normal_role(labels[-1][1]) != ASSISTANT:
