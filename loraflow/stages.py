@@ -204,7 +204,7 @@ EVALUATE = Stage(
 
 CHECK_GENERAL = Stage(
     name="check_general",
-    version=1,
+    version=2,  # 2: line ends in the cells of a table
     module="loraflow.data.general",
     config=configs.CheckGeneralConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train")},

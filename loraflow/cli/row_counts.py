@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from loraflow.data.broken_text import has_carriage_return
 from loraflow.data.chat_table import source_of
-from loraflow.data.chats import has_carriage_return
 from loraflow.data.readers import is_answer_learned, is_partly_learned
 from loraflow.data.split import prompt_key
 from loraflow.data.unread_values import doubtful
@@ -44,7 +44,7 @@ class RowCounts:
         elif row.messages is None:
             self.problems.append({"place": row.place, "problem": row.problem or ""})
         else:
-            self.returns += has_carriage_return(row.messages)
+            self.returns += has_carriage_return(message["content"] for message in row.messages)
             detector.add(row.place, set_name, row.messages, is_learned=is_answer_learned(row))
             self.partly += is_partly_learned(row)
             self.weighted += row.weights is not None

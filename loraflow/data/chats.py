@@ -86,8 +86,3 @@ class ChatRecord(TypedDict):
     learned: NotRequired[list[int]]  # numbers of the answers that are learned, from 0; absent: all of them
     weights: NotRequired[list[float]]  # of each of `learned` in the loss; absent: 1 for all
     group: NotRequired[str]  # the value of data.group
-
-
-def has_carriage_return(chat: Chat) -> bool:
-    """Tell whether a message has a carriage return, as texts from Windows have at the end of each line."""
-    return any("\r" in message["content"] for message in chat)

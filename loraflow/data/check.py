@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from loraflow.config.stage_configs import CheckDatasetConfig
+from loraflow.data.broken_text import has_carriage_return
 from loraflow.data.chat_profile import profile
 from loraflow.data.chat_table import (
     LAST_LEARNED,
@@ -28,7 +29,7 @@ from loraflow.data.chat_table import (
     Columns,
     Rows,
 )
-from loraflow.data.chats import GATE_SET, Tool, has_carriage_return
+from loraflow.data.chats import GATE_SET, Tool
 from loraflow.data.check_report import CheckReport, Finding, NearDuplicates, SplitCounts
 from loraflow.data.findings import leave_out_findings
 from loraflow.data.group_leaks import drop_group_leaks, heldout_groups
@@ -204,7 +205,7 @@ def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> I
                 reading.marks[row.marked_by] += 1
             quarantine.add(reason, row.place, set_name, row.problem or "", row.raw, first=first)
             continue
-        if has_carriage_return(row.messages):
+        if has_carriage_return(message["content"] for message in row.messages):
             counts["carriage_returns"] += 1
         yield reading.table.add(row, row.messages, set_name)
 
