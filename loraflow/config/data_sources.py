@@ -84,7 +84,7 @@ class DataSource(FrozenModel):
     format: RowFormat = Field("auto", description="Format of the rows.")
     columns: dict[str, str] = Field({}, description="Columns with other names: {prompt: question, completion: answer}.")
     ignore: list[str] = Field(
-        [], description="Keys of rows and messages that are not looked at: neither marks nor parts of the chat."
+        [], description="Keys of rows and messages that are not looked at, such as quality or metadata.quality."
     )
     split: Literal["train", "heldout"] | None = Field(
         None,
