@@ -25,6 +25,8 @@ def judged_generation(row: Mapping[str, JsonValue], answers: Collection[str]) ->
         row: the row.
         answers: its answers.
     """
+    if row.keys().isdisjoint(_GENERATIONS):
+        return None
     said = {answer.strip() for answer in answers}
     for key in _GENERATIONS:
         texts = row.get(key)

@@ -186,22 +186,28 @@ def refuse_corrected(row: Mapping[str, JsonValue], messages: list[Message], used
             continue
         if key in ("messages", "conversations") and isinstance(value, list):
             for turn in value:
-                content = turn.get("content", turn.get("value")) if isinstance(turn, dict) and len(turn) > 2 else None
-                if isinstance(turn, dict) and isinstance(content, str):
-                    _refuse_corrections(turn, content.strip(), used, f"{key}.")
+                if isinstance(turn, dict) and len(turn) > 2:
+                    content = turn.get("content", turn.get("value"))
+                    _refuse_members(turn, content.strip() if isinstance(content, str) else "", key)
         elif isinstance(value, dict) and normal_name(key) in CONTAINERS:
-            _refuse_corrections(value, answer, used, f"{key}.")
-    _refuse_corrections({key: value for key, value in row.items() if key not in used}, answer, used)
+            _refuse_members(value, answer, key)
+        elif key not in used and _is_correction(key, value, answer):
+            raise BadRow(f"{key} has another text than the answer; {_way_out(key, used)}")
 
 
-def _refuse_corrections(values: Mapping[str, JsonValue], answer: str, used: Mapping[str, str], where: str = "") -> None:
-    for key, value in values.items():
-        found = _correction(normal_name(key)) if answer and isinstance(key, str) else None
-        if found is None or (found["bare"] and not (isinstance(value, str) and " " in value.strip())):
-            continue  # an editor's name, or a flag
-        if _corrects(value, answer, is_flag=bool(found["flag"] or found["bare"])):
-            way = f"write it into the chat, or name {where}{key} in data.ignore" if where else _way_out(key, used)
-            raise BadRow(f"{where}{key} has another text than the answer; {way}")
+def _refuse_members(members: Mapping[str, JsonValue], answer: str, where: str) -> None:
+    for key, value in members.items():
+        if isinstance(key, str) and _is_correction(key, value, answer):
+            way = f"write it into the chat, or name {where}.{key} in data.ignore"
+            raise BadRow(f"{where}.{key} has another text than the answer; {way}")
+
+
+def _is_correction(key: str, value: JsonValue, answer: str) -> bool:
+    """Tell whether a key holds another text that replaces an answer."""
+    found = _correction(normal_name(key))
+    if found is None or not answer or (found["bare"] and not (isinstance(value, str) and " " in value.strip())):
+        return False  # not even an editor's name, or a flag
+    return _corrects(value, answer, is_flag=bool(found["flag"] or found["bare"]))
 
 
 def _corrects(value: JsonValue, answer: str, *, is_flag: bool) -> bool:

@@ -19,11 +19,11 @@ _PARTS = frozenset({
     "documents", "context", "contexts", "passages", "paragraphs", "table", "image", "images", "audio", "video", "schema",
 })  # fmt: skip
 # Usual names of a text that a question is about, or of the question itself beside a rendered prompt.
-TEXT_PARTS = (
+_TEXT_PARTS = (
     "context", "input", "passage", "paragraph", "document", "article", "story", "premise", "question", "query", "problem",
     "definition", "hypothesis", "transcript", "dialogue", "contract", "clause", "background", "facts", "schema", "table",
 )  # fmt: skip
-_LISTED_PARTS = ("contexts", "documents", "passages", "paragraphs", "retrieved_contexts", *TEXT_PARTS)
+_TEXT_OR_LISTED = frozenset({*_TEXT_PARTS, "contexts", "documents", "passages", "paragraphs", "retrieved_contexts"})
 _LETTERS = frozenset("abcd")
 _ONE_CHOICE = re.compile(r"op[a-d]|options?_?[a-e1-5]|choices?_?[a-e1-5]|ending_?[0-4]")
 
@@ -90,15 +90,11 @@ def refuse_lost_parts(
     answer = next((key for key in ("completion", "output", "response") if key in used), None)
     if ours is None or answer is None:
         return
-    names = {str(key).lower(): str(key) for key in row}
-    read = {*used, *used.values()}
+    keys = [key for key in row if key.lower() in _TEXT_OR_LISTED and key not in used and key not in used.values()]
     asked = None
-    for name in dict.fromkeys((*TEXT_PARTS, *_LISTED_PARTS)):
-        key = names.get(name)
-        if key is None or key in read:
-            continue
+    for key in keys:
         texts = [text for text in map(plain, _plain_texts(row[key])) if text not in ("", "nan", "none", "null")]
-        if isinstance(row[key], str) and name != "input" and not any(" " in text for text in texts):
+        if isinstance(row[key], str) and key.lower() != "input" and not any(" " in text for text in texts):
             continue  # the name of a document, or a category
         if not texts:
             continue

@@ -7,7 +7,8 @@ Such a column is a question to the user, and no row is left out by it.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from pydantic import JsonValue
 
@@ -29,23 +30,28 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str]) -> Told:
         row: the row.
         unread: its keys that are not read.
     """
-    return tuple((key, word) for name in unread if name in row for key, word in _words(name, row[name]))
-
-
-def _words(key: str, value: JsonValue) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict) and normal_name(key) in CONTAINERS:
-        for inner, item in value.items():
-            if not isinstance(item, dict | list) and not is_absent(item):
-                yield f"{key}.{inner}", _word(item)
-    elif word := _word(value):
-        yield key, word
+    found: list[tuple[str, str]] = []
+    for key in unread:
+        value = row.get(key)
+        if isinstance(value, dict):
+            if normal_name(key) in CONTAINERS:
+                members = ((inner, item) for inner, item in value.items() if not isinstance(item, dict | list))
+                found += [(f"{key}.{inner}", _word(item)) for inner, item in members if not is_absent(item)]
+        elif word := _word(value):
+            found.append((key, word))
+    return tuple(found)
 
 
 def _word(value: JsonValue) -> str:
-    if isinstance(value, bool | int | float):
-        return ("true" if value else "false") if value in (0, 1) else _OTHER
-    if not isinstance(value, str) or len(value) > _MAX_WORD:
-        return _OTHER
+    if isinstance(value, str):
+        return _word_of_text(value) if len(value) <= _MAX_WORD else _OTHER
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return "true" if value else "false"
+    return _OTHER
+
+
+@lru_cache(4096)
+def _word_of_text(value: str) -> str:
     text = value.strip().lower()
     if text in TRUE or text in FALSE or text in ("0", "1"):
         return "true" if text in TRUE or text == "1" else "false"
