@@ -55,6 +55,9 @@ def test_a_key_of_metadata_is_asked_about_and_one_that_is_read_is_not(tmp_path):
     rows = read(tmp_path, [{"metadata": {"checked": n % 2 == 0, "id": n}, "is_correct": n > 0} for n in range(4)])
     columns = doubtful(counted([row.told for row in rows]), {"metadata": 3})
     assert columns == {"metadata.checked": {"false": 2, "true": 1}}
+    (tmp_path / "t.jsonl").write_text(json.dumps({**PAIR, "metadata": {"checked": True, "kept": False}}))
+    (row,) = read_rows(tmp_path, ["t.jsonl"], "auto", ignore=["metadata.checked"])
+    assert row.told == (("metadata.kept", "false"),)
     (line,) = questions(columns)
     assert line.startswith("does metadata.checked mark wrong answers? (false in 2 rows, true in 1 rows)")
     assert "data.ignore" in line and "data.columns" not in line
