@@ -83,7 +83,10 @@ CHECK_DATASET = Stage(
     # such as `quality: bad`; data.profile looks at the rows that sources use
     # 9: rows that a column `split` keeps for tests are left out of training; false, -1, grades and a label in `metadata` are
     # opinions; images, corrected answers and choices are refused; systemPrompt and its like are system messages
-    version=9,
+    # 10: parts of a question beside its prompt are refused, and earlier turns beside it are read; judgements of generations,
+    # of problems and of unfinished answers; labels that are numbers of the answers are classes; tools as JSON texts; pairs,
+    # trees, transcripts, xLAM's and Glaive's calls, Gemini's contents; line ends in cells
+    version=10,
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},
@@ -201,7 +204,7 @@ EVALUATE = Stage(
 
 CHECK_GENERAL = Stage(
     name="check_general",
-    version=1,
+    version=2,  # 2: line ends in the cells of a table
     module="loraflow.data.general",
     config=configs.CheckGeneralConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train")},

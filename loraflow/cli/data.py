@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loraflow.cli import json_option, parse_overrides, quiet_logging, set_option, store_option
+from loraflow.config.data_sources import FORMATS
 
 if TYPE_CHECKING:
     from loraflow.data.readers import Row
@@ -79,13 +80,16 @@ def pull(dvc_file: str, remote: str | None) -> None:
 @data.command()
 @click.argument("source", metavar="RECIPE|FILE|FOLDER")
 @click.option(
-    "--format", "form", help="messages, sharegpt, alpaca, prompt_completion or auto (default). Not with a recipe."
+    "--format", "form", type=click.Choice(FORMATS), help="Format of the rows; auto by default. Not with a recipe."
+)
+@click.option(
+    "--ignore", multiple=True, metavar="KEY", help="A key that is not looked at: data.ignore. Not with a recipe."
 )
 @click.option(
     "--personal", is_flag=True, help="Look for personal data too: emails, phone and card numbers, IBANs, IPs."
 )
 @json_option
-def check(source: str, form: str | None, personal: bool, as_json: bool) -> None:
+def check(source: str, form: str | None, ignore: tuple[str, ...], personal: bool, as_json: bool) -> None:
     """Check the rows of a recipe's dataset, or of a file or folder of chats, and say what is striking about them.
 
     Exit status 1 if a row is malformed, there are no rows, or a check of data.profile with `fail` found too many rows.
@@ -95,8 +99,9 @@ def check(source: str, form: str | None, personal: bool, as_json: bool) -> None:
     from loraflow.data.findings import Detector
     from loraflow.data.marked_rows import without_marks
     from loraflow.data.readers import match_nothing
+    from loraflow.data.unread_values import doubtful, questions
 
-    read = checked_source(source, form, personal=personal)
+    read = checked_source(source, form, ignore, personal=personal)
     detector, counts = Detector(read.rules), RowCounts()
     for set_name, row in read.rows():
         counts.add(row, set_name, detector, by_source=read.config is not None)
@@ -113,6 +118,10 @@ def check(source: str, form: str | None, personal: bool, as_json: bool) -> None:
         _print_check(counts.rows, counts.problems, read.columns, unread)
         for name, count in counts.sources.items():
             click.echo(f"source {name}: {count} rows")
+        for line in questions(doubtful(counts.told, unread)):
+            click.echo(f"question  {line}", err=True)
+        if counts.returns:
+            click.echo(f"{counts.returns} rows have carriage returns in their texts, which are learned as they are")
         for line in marked_lines(counts.marks, counts.partly, counts.weighted):
             click.echo(line)
         print_findings(findings, detector.scripts)
@@ -185,11 +194,15 @@ def _print_check(rows: int, problems: list[dict[str, str]], columns: dict[str, s
 def unread_keys(rows: Iterable[Row]) -> str:
     """Return a line that names the keys of the rows that are not read although they have values; empty if there are none."""
     from loraflow.data.marked_rows import without_marks
+    from loraflow.data.unread_values import counted, doubtful, questions
 
     read = list(rows)
     marks = Counter(row.marked_by for row in read if row.is_marked_false)
     counts = Counter(without_marks(Counter(key for row in read for key in row.unused_keys), marks))
-    return _unread_line(counts) if counts else ""
+    if not counts:
+        return ""
+    asked = questions(doubtful(counted([row.told for row in read]), counts))
+    return "\n".join([_unread_line(counts), *(f"question  {line}" for line in asked)])
 
 
 def _unread_line(counts: Counter[str]) -> str:

@@ -59,16 +59,17 @@ class CheckedSource:
                 yield name, self.convert(row)
 
 
-def checked_source(source: str, form: str | None, *, personal: bool) -> CheckedSource:
+def checked_source(source: str, form: str | None, ignore: Collection[str] = (), *, personal: bool) -> CheckedSource:
     """Return what to check: the dataset of a recipe, or a file or folder.
 
     Args:
         source: a recipe, file or folder.
         form: the rows' format, or auto; None if it is not named. A recipe has its own.
+        ignore: keys that are not looked at. A recipe has its own.
         personal: whether to look for personal data.
 
     Raises:
-        BadConfig: a format is named for a recipe.
+        BadConfig: a format or keys are named for a recipe.
     """
     from loraflow.data.guess_columns import columns_of
     from loraflow.data.readers import match_files
@@ -77,19 +78,21 @@ def checked_source(source: str, form: str | None, *, personal: bool) -> CheckedS
     if not path.exists():
         raise click.BadParameter(f"{source} does not exist")
     if path.suffix in (".yaml", ".yml"):
-        if form is not None:
-            raise BadConfig(
-                "--format and a recipe exclude each other.",
-                where=f"data check {source}",
-                got=f"--format {form}",
-                next_step="leave --format out, and set data.format in the recipe",
-            )
+        for option, value in (("format", form), ("ignore", ", ".join(ignore))):
+            if value:
+                raise BadConfig(
+                    f"--{option} and a recipe exclude each other.",
+                    where=f"data check {source}",
+                    got=f"--{option} {value}",
+                    next_step=f"leave --{option} out, and set data.{option} in the recipe",
+                )
         return _of_recipe(source, personal=personal)
     form = form or "auto"
     folder, patterns = (path, ["*"]) if path.is_dir() else (path.parent, [path.name])
     names = match_files(folder, patterns)
     columns = columns_of(folder / names[0], names[0]) if names and form == "auto" else {}
-    return CheckedSource(folder, {name: [name] for name in names}, form, columns, default_rules(personal=personal))
+    rules = default_rules(personal=personal)
+    return CheckedSource(folder, {name: [name] for name in names}, form, columns, rules, ignore=ignore)
 
 
 def _of_recipe(recipe: str, *, personal: bool) -> CheckedSource:

@@ -14,6 +14,7 @@ import click
 
 from loraflow.cli import json_option, quiet_logging, store_option
 from loraflow.cli.model_options import DTYPES, base_option, device_option, quiet_transformers, sampling_options
+from loraflow.config.data_sources import FORMATS
 from loraflow.failures import Failure
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     "format_name",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "messages", "sharegpt", "alpaca", "prompt_completion"]),
+    type=click.Choice(FORMATS),
     help="Chat format of the rows; auto detects it by their keys.",
 )
 @click.option("--column", help="The column that holds the question, such as text.")

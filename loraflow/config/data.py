@@ -36,9 +36,13 @@ class Data(FrozenModel):
         description="A mixture of several sources, each with its own files, format, columns and weight; instead of source.",
     )
     format: RowFormat = Field("auto", description="Format of the rows; auto detects it for each row by its keys.")
-    columns: dict[str, str] = Field({}, description="Columns with other names: {prompt: question, completion: answer}.")
+    columns: dict[str, str] = Field(
+        {},
+        description="Columns with other names: {prompt: question, completion: answer}. {train: checked} or {exclude: toxic} "
+        "marks rows.",
+    )
     ignore: list[str] = Field(
-        [], description="Keys of rows and messages that are not looked at: neither marks nor parts of the chat."
+        [], description="Keys of rows and messages that are not looked at, such as quality or metadata.quality."
     )
     tools: str | None = Field(
         None,

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from loraflow.frozen import FrozenModel
 
-RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"]
-COLUMNS = ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "system")
+RowFormat = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "gemini", "xlam", "glaive", "tree", "transcript"
+]
+FORMATS: tuple[str, ...] = get_args(RowFormat)
+COLUMNS = (
+    "messages", "conversations", "instruction", "input", "output", "prompt", "completion", "system", "text", "train",
+    "exclude",
+)  # fmt: skip
 MAX_WEIGHT = 100
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Settings of `data` that each source has for itself.
@@ -78,7 +84,7 @@ class DataSource(FrozenModel):
     format: RowFormat = Field("auto", description="Format of the rows.")
     columns: dict[str, str] = Field({}, description="Columns with other names: {prompt: question, completion: answer}.")
     ignore: list[str] = Field(
-        [], description="Keys of rows and messages that are not looked at: neither marks nor parts of the chat."
+        [], description="Keys of rows and messages that are not looked at, such as quality or metadata.quality."
     )
     split: Literal["train", "heldout"] | None = Field(
         None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from functools import lru_cache
 
 
@@ -75,3 +76,8 @@ def _script_of(character: str) -> str:
 
 def _around(text: str, at: int) -> str:
     return repr(text[max(0, at - 12) : at + 20])
+
+
+def has_carriage_return(texts: Iterable[str]) -> bool:
+    """Tell whether a text has a carriage return, as texts from Windows have at the end of each line."""
+    return any("\r" in text for text in texts)

@@ -16,13 +16,26 @@ from pydantic import JsonValue
 
 from loraflow.data.cell_values import is_chat_as_text, is_missing, media_key, parsed_list, refuse_media
 from loraflow.data.chats import BadRow, Message, Tool
+from loraflow.data.conversion_hints import conversion_hint
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
-from loraflow.data.message_checks import ROLES, checked_messages
+from loraflow.data.message_checks import checked_messages
 from loraflow.data.preference_pairs import refuse_corrected, refuse_rejected
-from loraflow.data.question_parts import question_parts, refuse_answers_by_letter
-from loraflow.data.row_fields import ASSISTANT, FUNCTION_CALL, RawRow, RowFields, Turn, has_value, objects
+from loraflow.data.published_formats import (
+    is_tree,
+    is_xlam,
+    pairs_with_answer,
+    read_gemini,
+    read_pairs,
+    read_tree,
+    read_xlam,
+    template_arguments,
+)
+from loraflow.data.question_parts import refuse_answers_by_letter, refuse_lost_parts
+from loraflow.data.roles import ASSISTANT, FUNCTION_CALL, ROLES, normal_role
+from loraflow.data.row_fields import RawRow, RowFields, Turn, has_value, objects
 from loraflow.data.tools import read_calls, read_tools
+from loraflow.data.transcripts import is_glaive, is_transcript, prompt_turns, read_glaive, read_transcript
 
 __all__ = [
     "FORMATS",
@@ -35,16 +48,6 @@ __all__ = [
     "to_messages",
     "to_prompt",
 ]
-_SHAREGPT_ROLES = {
-    **dict.fromkeys(ASSISTANT, "assistant"),
-    "human": "user",
-    "user": "user",
-    "system": "system",
-    "developer": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-}
 # Anthropic's and Alpaca's; OpenOrca's
 _SYSTEM_KEYS = ("system", "system_prompt")
 # Read only if they are texts and none of the former has a value: they may be flags, events or Gemini's objects.
@@ -106,14 +109,16 @@ def read_chat(
     if not row_weight:
         raise MarkedFalse("the row is marked as not to be learned", excluded_by)
     learned, weights = _marked(turns, row_weight, messages)
-    if has_others or fields.media:  # only of what is learned
+    unread = fields.unread()
+    if has_others or fields.media or unread:  # only of what is learned
         used = fields.used
         read = {*used, *used.values()}
         refuse_media(fields.row, [turn.content for turn in turns], fields.media or media_key(fields.row, read))
         refuse_answers_by_letter(fields.row, messages, read)
+        refuse_lost_parts(fields.row, messages, used, columns)
         refuse_rejected(fields.row, messages, fields.chosen_answers())
         refuse_corrected(fields.row, messages, used)
-    return ReadChat(messages, learned, weights, fields.unread())
+    return ReadChat(messages, learned, weights, unread)
 
 
 def _plain_messages(turns: JsonValue) -> list[Message] | None:
@@ -210,7 +215,12 @@ def _turns(fields: RowFields, format_name: str) -> list[Turn]:
         format_name = detect_format(fields.row)
         if format_name == "messages" and has_value(fields.row.get("conversations")):
             _refuse_two_chats(fields)
-    return _with_system(fields, FORMATS[format_name].read(fields))
+    turns = _with_system(fields, FORMATS[format_name].read(fields))
+    if "chat_template_kwargs" in fields.row:
+        system, tools = template_arguments(fields, bool(turns) and turns[0].role == "system")
+        fields.tools = fields.tools if tools is None else tools
+        turns = turns if system is None else [Turn("system", system), *turns]
+    return turns
 
 
 def _refuse_two_chats(fields: RowFields) -> None:
@@ -223,6 +233,8 @@ def _refuse_two_chats(fields: RowFields) -> None:
 
 def _with_system(fields: RowFields, chat: list[Turn]) -> list[Turn]:
     """Put the system message of a row's own column before the chat."""
+    if not fields.used.keys().isdisjoint(_SYSTEM_KEYS):  # the format has read it
+        return chat
     texts = {
         key: text for key in _SYSTEM_TEXTS if isinstance(text := fields.row.get(key), str) and not is_missing(text)
     }
@@ -237,7 +249,7 @@ def _with_system(fields: RowFields, chat: list[Turn]) -> list[Turn]:
     if not isinstance(system, str):
         key = next(key for key in _SYSTEM_KEYS if has_value(fields.row.get(key)))
         raise BadRow(f"the system column {key} is {type(system).__name__}; expected text")
-    if chat and chat[0].role in ("system", "developer"):
+    if chat and chat[0].role == "system":
         if chat[0].content == system:
             return chat
         raise BadRow("two different system messages: one in the chat, one in the system column")
@@ -247,14 +259,20 @@ def _with_system(fields: RowFields, chat: list[Turn]) -> list[Turn]:
 def _with_dummy_answer(row: RawRow) -> RawRow:
     """Put a dummy answer where the answer belongs, so that a prompt passes the checks of a whole chat."""
     out = dict(row)
-    for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
-        turns = objects(parsed_list(out.get(key), key))
-        if turns:
-            last = turns[-1].get(role)
-            answered = isinstance(last, str) and (last in ASSISTANT or last == FUNCTION_CALL)
+    for key, role, content in (
+        ("messages", "role", "content"),
+        ("conversations", "from", "value"),
+        ("contents", "role", "parts"),
+    ):
+        value = parsed_list(out.get(key), key)
+        turns = objects(value)
+        if (pairs := pairs_with_answer(value)) is not None:
+            out[key] = pairs
+        elif turns:
+            answered = normal_role(turns[-1].get(role)) in (ASSISTANT, FUNCTION_CALL)
             out[key] = [*(turns[:-1] if answered else turns), {role: "assistant", content: "."}]
     for question, answer in (("instruction", "output"), ("prompt", "completion")):
-        if question in out:
+        if question in out and not isinstance(out[question], dict):  # a tree has its own answers
             if is_chat_as_text(out[question]):
                 out[question] = parsed_list(out[question], question)
             out.pop("response", None)
@@ -270,18 +288,11 @@ def detect_format(row: RawRow) -> str:
     """
     for keys in ({key for key, value in row.items() if has_value(value)}, row.keys()):
         for name, needed in _NEEDS:
-            if needed <= keys:
+            if needed <= keys and FORMATS[name].fits(row):
                 return name
-    hint = ""
-    if "chosen" in row:
-        hint = (
-            "; for the chosen answers of preference pairs, set data.columns: {completion: chosen} or {messages: chosen}"
-        )
-    elif (parts := question_parts(row)) and not row.keys().isdisjoint(("question", "problem", "query")):
-        hint = f"; {parts[0]} is a part of the question: write a prompt that has it"
     raise BadRow(
         "expected messages, conversations, instruction/output or prompt/completion; "
-        f"got the keys {', '.join(map(str, list(row)[:8])) or '(none)'}{hint}"
+        f"got the keys {', '.join(map(str, list(row)[:8])) or '(none)'}{conversion_hint(row)}"
     )
 
 
@@ -305,7 +316,10 @@ def _messages(fields: RowFields) -> list[Turn]:
 
 
 def _sharegpt(fields: RowFields) -> list[Turn]:
-    turns = objects(parsed_list(fields.value("conversations"), "conversations"))
+    value = parsed_list(fields.value("conversations"), "conversations")
+    if (pairs := read_pairs(fields, "conversations", value)) is not None:
+        return pairs
+    turns = objects(value)
     if turns is None:
         raise BadRow("conversations: expected a list of {from, value}")
     out: list[Turn] = []
@@ -317,9 +331,9 @@ def _sharegpt(fields: RowFields) -> list[Turn]:
                 raise BadRow(f"turn {number}: a function_call without a call")
             out.append(turn._replace(role="assistant", content="", calls=calls))
             continue
-        if not isinstance(who, str) or who not in _SHAREGPT_ROLES:
-            raise BadRow(f"turn {number}: unknown role {who!r}; expected one of {', '.join(sorted(_SHAREGPT_ROLES))}")
-        out.append(turn._replace(role=_SHAREGPT_ROLES[who]))
+        if not isinstance(who, str) or who not in ROLES:
+            raise BadRow(f"turn {number}: unknown role {who!r}; expected one of {', '.join(sorted(ROLES))}")
+        out.append(turn)
     return out
 
 
@@ -333,16 +347,23 @@ def _alpaca(fields: RowFields) -> list[Turn]:
     user = instruction
     if context is not None and context.strip() and not is_missing(context):
         user = f"{instruction}\n\n{context}" if instruction.strip() else context
+    answer = fields.value("output", "response")
+    if user == instruction and (turns := prompt_turns(instruction, answer)) is not None:
+        return [*_history(fields), *turns]
+    return [*_history(fields), Turn("user", user), Turn("assistant", answer)]
+
+
+def _history(fields: RowFields) -> list[Turn]:
+    """Return LLaMA-Factory's and ms-swift's earlier questions and answers."""
+    history = parsed_list(fields.optional("history"), "history")
+    if not has_value(history) or is_missing(history):
+        return []
     out: list[Turn] = []
-    history = parsed_list(fields.optional("history"), "history")  # LLaMA-Factory's: earlier questions and answers
-    if has_value(history) and not is_missing(history):
-        if not isinstance(history, list):
-            raise BadRow("history: expected a list of [question, answer]")
-        for pair in history:
-            if not isinstance(pair, list) or len(pair) != 2:
-                raise BadRow("history: expected a list of [question, answer]")
-            out += [Turn("user", pair[0]), Turn("assistant", pair[1])]
-    return [*out, Turn("user", user), Turn("assistant", fields.value("output", "response"))]
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRow("history: expected a list of [question, answer]; if it is none, name history in data.ignore")
+        out += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+    return out
 
 
 def _prompt_completion(fields: RowFields) -> list[Turn]:
@@ -361,7 +382,9 @@ def _prompt_completion(fields: RowFields) -> list[Turn]:
             *fields.turns("prompt", asked, *keys),
             *fields.turns("completion", answered, *keys, first=len(asked) + 1),
         ]
-    return [Turn("user", prompt), Turn("assistant", completion)]
+    if isinstance(prompt, str) and (turns := prompt_turns(prompt, completion)) is not None:
+        return [*_history(fields), *turns]
+    return [*_history(fields), Turn("user", prompt), Turn("assistant", completion)]
 
 
 def _refuse_chat_as_text(key: str, value: JsonValue) -> None:
@@ -378,6 +401,9 @@ class ChatFormat:
 
     read: Callable[[RowFields], list[Turn]]
     needs: tuple[frozenset[str], ...]
+    fits: Callable[[RawRow], bool] = lambda row: (
+        True
+    )  # tells it of a row with these keys, which may have other meanings
 
 
 FORMATS = {
@@ -387,10 +413,17 @@ FORMATS = {
     "prompt_completion": ChatFormat(
         _prompt_completion, (frozenset({"prompt", "completion"}), frozenset({"prompt", "response"}))
     ),
+    "gemini": ChatFormat(read_gemini, (frozenset({"contents"}),), lambda row: not isinstance(row["contents"], str)),
+    "xlam": ChatFormat(read_xlam, (frozenset({"query", "answers", "tools"}),), is_xlam),
+    "glaive": ChatFormat(read_glaive, (frozenset({"system", "chat"}),), is_glaive),
+    "tree": ChatFormat(read_tree, (frozenset({"prompt"}),), is_tree),
+    "transcript": ChatFormat(read_transcript, (frozenset({"text"}),), lambda row: is_transcript(row["text"])),
 }
 _NEEDS = [(name, needed) for name, chat_format in FORMATS.items() for needed in chat_format.needs]
-# A row with only these has no mark.
-_FORMAT_KEYS = {*_SYSTEM_KEYS, *_SYSTEM_TEXTS, "input", "context", "history"}.union(*(needed for _, needed in _NEEDS))
+# A row with only these has no mark, and no part of its question beside it.
+_FORMAT_KEYS = {*_SYSTEM_KEYS, *_SYSTEM_TEXTS}.union(
+    *(needed for name in ("messages", "sharegpt", "alpaca", "prompt_completion") for needed in FORMATS[name].needs)
+)
 
 
 def _tools(
@@ -402,7 +435,10 @@ def _tools(
     write them: they are not written twice.
     """
     tools, key_of_tools = of_dataset, None
-    for key in ("tools", "functions"):
+    if fields.tools is not None:
+        tools = read_tools(fields.tools, "system")
+        return tools, tools
+    for key in ("tools", "functions", "available_tools"):
         if has_value(fields.row.get(key)) and (found := read_tools(fields.row[key], key)) is not None:
             tools, key_of_tools = found, key
             break

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from loraflow.config.stage_configs import CheckDatasetConfig
+from loraflow.data.broken_text import has_carriage_return
 from loraflow.data.chat_profile import profile
 from loraflow.data.chat_table import (
     LAST_LEARNED,
@@ -46,6 +47,7 @@ from loraflow.data.sources import SourceCounts, count_read, count_sources, drawn
 from loraflow.data.split import CLUSTER, draw, to_json
 from loraflow.data.thinking import with_thinking
 from loraflow.data.tools import dataset_tools
+from loraflow.data.unread_values import doubtful
 from loraflow.failures import BadData
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
@@ -61,6 +63,7 @@ class _Reading:
     table: ChatTable
     quarantine: Quarantine
     unread: Counter[str] = field(default_factory=Counter)  # keys that have values and were not read
+    told: Counter[tuple[str, str]] = field(default_factory=Counter)  # what they say
     marks: Counter[str] = field(default_factory=Counter)  # keys and values that left rows out
     findings: list[Finding] = field(default_factory=list)  # of data.profile
     sources: SourceCounts = field(default_factory=dict)  # of data.sources
@@ -134,6 +137,7 @@ def _check(files: Path, config: CheckDatasetConfig, reading: _Reading, out: Path
         first_problems=reading.quarantine.first_problems(),
         unread=without_marks(dict(reading.unread.most_common(MAX_UNREAD)), reading.marks),
         marks=dict(reading.marks.most_common(MAX_UNREAD)),
+        doubtful=doubtful(reading.told, reading.unread),
         similar=similar,
         findings=reading.findings,
         sources=count_sources(columns, splits, config, reading.sources),
@@ -193,6 +197,7 @@ def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> I
             count_read(reading.sources, row.place, malformed=row.messages is None and not row.is_marked_false)
         if row.unused_keys:
             reading.unread.update(key for key in row.unused_keys if key not in config.heldout_fields)
+            reading.told.update(item for item in row.told if item[0] not in config.heldout_fields)
         if row.messages is None:
             reason = "marked_false" if row.is_marked_false else "malformed"
             first = not row.is_marked_false
@@ -200,6 +205,8 @@ def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> I
                 reading.marks[row.marked_by] += 1
             quarantine.add(reason, row.place, set_name, row.problem or "", row.raw, first=first)
             continue
+        if has_carriage_return(message["content"] for message in row.messages):
+            counts["carriage_returns"] += 1
         yield reading.table.add(row, row.messages, set_name)
 
 

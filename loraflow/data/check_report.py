@@ -82,13 +82,16 @@ class CheckReport(StoredModel):
     sets: dict[str, int]  # held-out rows of each set
     # rows read, malformed, marked_false, duplicate, leak, near_leak (near to a row of a held-out file),
     # near_both (near to rows of two splits), group_leak (its data.group is held out), over_limit. Not left out are
-    # partly_marked (some answers are learned), weighted (an answer's weight in the loss is not 0 or 1) and
-    # held_out_of_few (the hash had held out none)
+    # carriage_returns (they are learned), partly_marked (some answers are learned), weighted (an answer's weight in the loss
+    # is not 0 or 1) and held_out_of_few (the hash had held out none)
     counts: dict[str, int]
     malformed_share: float
     first_problems: list[str]  # place and problem of the first rows in quarantine
     unread: dict[str, int] = {}  # keys that have values and were not read → rows
     marks: dict[str, int] = {}  # key and value of a mark → rows that it left out; left out of the JSON without any
+    doubtful: dict[
+        str, dict[str, int]
+    ] = {}  # columns that may mark answers: {column: {value: rows}}; left out without any
     similar: Similar = Similar()
     findings: list[Finding] = []  # left out of the JSON without data.profile
     # of each of data.sources, its rows: read, malformed, over_limit, not_drawn (by its weight), train, validation, heldout,
@@ -104,6 +107,6 @@ class CheckReport(StoredModel):
 
     def as_json(self) -> dict[str, JsonValue]:
         """Return the report as JSON values."""
-        absent = {name for name in ("near", "findings", "sources", "marks") if not getattr(self, name)}
+        absent = {name for name in ("near", "findings", "sources", "marks", "doubtful") if not getattr(self, name)}
         values: dict[str, JsonValue] = self.model_dump(mode="json", exclude=absent)
         return values

@@ -10,7 +10,7 @@ from pydantic import JsonValue
 from loraflow.data.beside import Beside, Said, is_object_text, objects_of, shown
 from loraflow.data.chats import BadRow
 from loraflow.data.container_text import Unreadable, parsed_text
-from loraflow.data.judgements import opinion, part_of_dataset, verdict
+from loraflow.data.judgements import label_inside, opinion, part_of_dataset, verdict
 from loraflow.data.labels import as_number, judges_badly, label_side
 from loraflow.data.mark_names import (
     CONTAINERS,
@@ -93,7 +93,7 @@ def _of_member(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside
         number = as_number(value)
         return Said((number == 1) is (name in WEIGHTS), text) if number in (0, 1) else None
     if name == "label":
-        return opinion("human_label", here, value, beside)
+        return label_inside(here, value, beside)
     if name in LABELS:
         side = label_side(value)
         if isinstance(side, bool):

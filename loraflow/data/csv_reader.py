@@ -141,9 +141,14 @@ def _header(cells: list[str], name: str) -> list[str]:
     return names
 
 
+def _with_line_feeds(cell: str) -> str:
+    """Return a cell whose lines end as they do everywhere else: Windows and old Macs write carriage returns."""
+    return cell.replace("\r\n", "\n").replace("\r", "\n") if "\r" in cell else cell
+
+
 def _row(header: list[str], cells: list[str], separator: str) -> dict[str, str] | str:
     if len(cells) < len(header) or any(cells[len(header) :]):
         hint = "" if len(cells) < len(header) else f"; put a cell that contains {separator!r} in quotes"
         return f"{len(cells)} cells, but the header has {len(header)} columns{hint}"
-    cells = ["" if is_null(cell) else cell for cell in cells]
+    cells = ["" if is_null(cell) else _with_line_feeds(cell) for cell in cells]
     return dict(zip(header, cells, strict=False))  # surplus cells are empty: separators at the line's end

@@ -9,7 +9,8 @@ from pydantic import JsonValue
 
 from loraflow.data.chat_formats import has_known_keys, to_messages
 from loraflow.data.chats import BadRow
-from loraflow.data.question_parts import question_parts
+from loraflow.data.preference_pairs import refuse_corrected
+from loraflow.data.question_parts import LostPart, question_parts
 from loraflow.data.readers import read_values
 
 # usual names of (question, answer), in lower case
@@ -23,8 +24,24 @@ _PAIRS = (
     ("prompt", "output"),
     ("problem", "solution"),
     ("user", "assistant"),
+    ("human", "assistant"),
     ("prompt", "completion"),
+    ("prompt", "response"),
     ("instruction", "output"),
+    ("instruction", "response"),
+    ("inputs", "targets"),  # FLAN, Aya, xP3
+    ("inputs_pretokenized", "targets_pretokenized"),  # P3
+    ("input", "target"),
+    ("input_text", "target_text"),
+    ("input_text", "output_text"),
+    ("text_input", "output"),
+    ("problem", "generated_solution"),
+    ("question", "generated_solution"),
+    ("document", "summary"),
+    ("article", "summary"),
+    ("article", "highlights"),
+    ("dialogue", "summary"),
+    ("text", "summary"),
 )
 
 # usual names of a text that a question is about, in lower case
@@ -37,7 +54,15 @@ _PASSAGES = (
     "article",
     "story",
     "premise",
+    "contract",
+    "clause",
+    "transcript",
+    "dialogue",
+    "background",
+    "facts",
+    "body",
 )
+_TASKS = ("instruction", "definition")  # what is to be done with a question or text
 # usual names of (text, class) in sets for classification
 _TEXTS = (
     "text",
@@ -53,6 +78,8 @@ _TEXTS = (
     "comment",
 )
 _CLASSES = ("category", "label", "class", "intent", "topic", "sentiment", "label_text", "target", "department")
+# Names of a list of pairs that are one chat, not examples of a task
+_CHAT_NAMES = re.compile(r"conversation|dialog|chat|messages|turns", re.IGNORECASE)
 # Names of one of several chats about the same prompt: the better, the worse, those of two models
 _COMPARED = re.compile(r"chosen|reject|prefer|winn|loser|\b(good|bad|positive|negative)\b|[-_. ](a|b|w|l|[1-9])$")
 MAX_CLASS = 60  # characters of the name of a class
@@ -75,6 +102,9 @@ def columns_of(path: Path, name: str) -> dict[str, str]:
             return {}
         try:
             to_messages(value)
+        except LostPart:
+            columns = guess_columns(value)
+            return columns if columns.get("instruction") in ("prompt", "instruction") else {}
         except BadRow:
             return {} if isinstance(value, dict) and has_known_keys(value) else guess_columns(value)
         return {}
@@ -82,22 +112,47 @@ def columns_of(path: Path, name: str) -> dict[str, str]:
 
 
 def guess_columns(row: JsonValue) -> dict[str, str]:
-    """Guess `data.columns` from a row: {loraflow's column: the row's column}; empty if no guess fits."""
+    """Guess `data.columns` from a row: {loraflow's column: the row's column}; empty if no guess fits.
+
+    The answer of a recipe's columns is taken as it is. So nothing is guessed beside an answer that was corrected.
+    """
     if not isinstance(row, dict):
         return {}
+    columns = _columns_of(row)
+    answer = row.get(columns.get("output", columns.get("completion", "")))
+    try:
+        if isinstance(answer, str):
+            refuse_corrected(row, [{"role": "assistant", "content": answer}], {})
+    except BadRow:
+        return {}
+    return columns
+
+
+def _columns_of(row: dict[str, JsonValue]) -> dict[str, str]:
     names = {name.lower(): name for name in row}
     if question_parts(row):  # an answer without them cannot be learned; a chat has them in its messages
         return _column_of_turns(row)
     for question, answer in _PAIRS:
         asked, answered = names.get(question), names.get(answer)
         if asked and answered and isinstance(row[asked], str) and isinstance(row[answered], str):
+            answered = _worked_answer(row, names, answered)
+            if answered is None:
+                return {}
             return {**_question_and_answer(names, asked, answered), **_system(row, names)}
     return _column_of_turns(row) or _columns_of_classes(row, names)
 
 
+def _worked_answer(row: dict[str, JsonValue], names: dict[str, str], answered: str) -> str | None:
+    """Return the column of the answer: `solution`, if `answer` is only its result. None if they are different answers."""
+    solution, result = names.get("solution"), row[answered]
+    if answered.lower() != "answer" or solution is None or not isinstance(worked := row[solution], str):
+        return answered
+    return solution if isinstance(result, str) and result.strip() in worked else None
+
+
 def _question_and_answer(names: dict[str, str], asked: str, answered: str) -> dict[str, str]:
     """Return the columns of a question and its answer. A task or context beside it is a part of the prompt: Alpaca's."""
-    if (task := names.get("instruction", asked)) != asked:
+    if (task := next((names[name] for name in _TASKS if name in names), asked)) != asked:
         return {"instruction": task, "input": asked, "output": answered}
     beside = next((names[name] for name in _PASSAGES if name in names and names[name] != asked), None)
     if beside is None and asked.lower() != "instruction":
@@ -125,10 +180,17 @@ def _column_of_turns(row: dict[str, JsonValue]) -> dict[str, str]:
     """Return the column that holds a valid list of turns. Preference pairs, and chats to compare, are left to the user."""
     found: dict[str, str] = {}  # column of the row → loraflow's
     for name, turns in row.items():
-        if isinstance(turns, list) and not _COMPARED.search(name.lower()):
+        is_chat = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
+        if is_chat and not _COMPARED.search(name.lower()) and (_CHAT_NAMES.search(name) or not _is_pairs(turns)):
             ours = next((column for column in ("messages", "conversations") if _is_chat(column, turns)), None)
             found |= {} if ours is None else {name: ours}
     return {ours: name for name, ours in found.items()} if len(found) == 1 else {}
+
+
+def _is_pairs(turns: JsonValue) -> bool:
+    return isinstance(turns, list) and any(
+        isinstance(turn, dict) and turn.keys() >= {"input", "output"} for turn in turns
+    )
 
 
 def _is_chat(column: str, turns: JsonValue) -> bool:

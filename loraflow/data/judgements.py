@@ -67,6 +67,11 @@ _BETWEEN = frozenset({
 _LOW = frozenset(
     {"low", "very low", "very bad", "very poor", "terrible", "unsatisfactory"}
 )  # wrong in a column of grades
+# What a column of verdicts says of an answer that is not finished.
+_NOT_DONE = frozenset({
+    "incomplete", "not complete", "unfinished", "not finished", "not solved", "problem not solved", "unsolved", "truncated",
+    "partial", "partly", "partly correct", "partially correct", "half",
+})  # fmt: skip
 _HELD_OUT = frozenset({
     "test", "testing", "tests", "validation", "valid", "val", "dev", "development", "eval", "evaluation", "held out",
     "heldout", "holdout", "hold out",
@@ -95,6 +100,49 @@ def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
     return side is (name in GOOD)
 
 
+def is_bad_word(text: str) -> bool:
+    """Tell whether a short text says that something is wrong or poor."""
+    word = plain(text)
+    return word in _WRONG | _LOW | _NOT_DONE | {"unsafe", "low"} or judges_badly(word)
+
+
+def unclear_verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> str | None:
+    """Return the problem of a judgement with a third value, such as `is_correct: falsch` or `solution_is_valid: Incomplete`.
+
+    None if there is none. The column must have true or false in another row: otherwise it may hold texts.
+    """
+    if not isinstance(value, str) or not (judges_badly(value) or plain(value) in _NOT_DONE):
+        return None
+    if name not in GOOD or is_answer(value, beside.said) or beside.labels is None:
+        return None
+    has_sides = beside.labels.some_row(("sides", *here), lambda row: isinstance(label_side(row.get(here[0])), bool))
+    return _unclear(here, value) if has_sides else None
+
+
+def _unclear(here: tuple[str, ...], value: JsonValue) -> str:
+    got = repr(value[:60]) if isinstance(value, str) else repr(value)
+    return (
+        f"{'.'.join(here)} {got} may mark the answer as wrong, or be a class of the row: if it is a class, "
+        f"rename the column or name {'.'.join(here)} in data.ignore; if it is a mark, write it as is_correct, train or "
+        "weight, whose false or 0 leaves the answer out"
+    )
+
+
+def label_inside(here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:
+    """Return what a `label` inside an object such as `metadata` says: a word says what an opinion does.
+
+    0 is unclear in a column of 0 and 1, unless each of them stands beside an answer of its own. Other numbers are classes.
+    """
+    number, labels = as_number(value), beside.labels
+    if isinstance(value, str | bool) or number != 0 or labels is None:
+        return opinion("human_label", here, value, beside)
+    if not _is_flag(number, here, value, beside) or labels.are_classes(
+        ".".join(here), lambda row: values_at(row, here)
+    ):
+        return None
+    return Said(None, _unclear(here, value))
+
+
 def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:
     """Return what an opinion or a state such as `quality: bad` says about an answer; None if it says nothing.
 
@@ -120,13 +168,7 @@ def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
         return Said(False, shown(here, value))
     if not is_direct and _is_class(name, here, text, beside):
         return None
-    got = repr(value[:60]) if isinstance(value, str) else repr(value)
-    return Said(
-        None,
-        f"{'.'.join(here)} {got} may mark the answer as wrong, or be a class of the row: if it is a class, "
-        f"rename the column or name {here[0]} in data.ignore; if it is a mark, write it as is_correct, train or weight, "
-        "whose false or 0 leaves the answer out",
-    )
+    return Said(None, _unclear(here, value))
 
 
 def _is_unclear(name: str, text: str) -> bool:

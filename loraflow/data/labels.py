@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -66,6 +67,7 @@ _MISSPELT_FALSE = ("false", "wrong", "incorrect", "rejected", "undesirable")
 _MISSPELT_TRUE = ("true", "correct", "chosen", "desirable")
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:[eE][-+]?\d+)?")
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2},\d{3}")  # 1,000 is one or a thousand
+_MAX_CLASS = 60  # characters of an answer that is a class
 ENOUGH = 8  # other values beside true and false that make them classes, such as the 150 intents of CLINC
 # The keys of an answer: a label that is the answer, or is named by it, is its class.
 ANSWERS = ("completion", "response", "output", "answer", "messages", "conversations")
@@ -176,6 +178,9 @@ class _Values:
     numbers: set[float] = field(default_factory=set)
     are_answers: bool = True  # each label is its row's answer
     are_named: bool = True  # each of `others` is a part of its row's answer
+    answers: dict[str, str] = field(default_factory=dict)  # label → the answer that all its rows have
+    are_numbers_of_answers: bool = True  # rows with one label have one answer
+    rows: Counter[str] = field(default_factory=Counter)  # of each label
 
     def add(self, value: JsonValue, row: dict[str, JsonValue]) -> None:
         """Take a row's label into account."""
@@ -184,6 +189,7 @@ class _Values:
         kind = _kind(value)
         self.kinds.add(kind)
         text = plain(str(value))
+        self._add_answer(text, row)
         self.are_answers = self.are_answers and any(text == plain(answer) for answer in answers_of(row))
         if kind in ("number", "binary"):
             number = as_number(value)
@@ -194,10 +200,20 @@ class _Values:
             if self.are_named:
                 self.are_named = any(text in plain(answer) for answer in answers_of(row))
 
+    def _add_answer(self, label: str, row: dict[str, JsonValue]) -> None:
+        if self.are_numbers_of_answers:
+            answer = class_of(row)
+            answer = plain(answer) if len(answer) <= _MAX_CLASS else ""
+            self.rows[label] += 1
+            self.are_numbers_of_answers = bool(answer) and self.answers.setdefault(label, answer) == answer
+
     def are_classes(self) -> bool:
         """Return whether the labels are classes."""
         kinds, others = self.kinds, len(self.others)
         if not kinds or self.are_answers or others >= ENOUGH:
+            return True
+        is_said = self.are_numbers_of_answers and len(set(self.answers.values())) == len(self.answers) > 1
+        if is_said and min(self.rows.values()) > 1:  # label 0 beside each answer "negative", 1 beside "positive"
             return True
         if not others or "score" in kinds:
             return False
@@ -224,6 +240,14 @@ def answers_of(row: Mapping[str, JsonValue]) -> Iterable[str]:
             value = last.get("content", last.get("value"))
         if isinstance(value, str):
             yield value
+
+
+def class_of(row: Mapping[str, JsonValue]) -> str:
+    """Return the only answer of a row, or the name of its class in a set for classification; empty if there is none."""
+    found = set(answers_of(row)) or {
+        value for key in ("label_text", "label_name") if isinstance(value := row.get(key), str)
+    }
+    return found.pop() if len(found) == 1 else ""
 
 
 def questions_of(row: Mapping[str, JsonValue]) -> Iterable[str]:
@@ -271,6 +295,7 @@ class Labels:
     Labels are classes if
 
     - each is its row's answer, or none has a value;
+    - each stands beside one answer, and each answer beside one label, in two rows or more;
     - they are whole numbers from 0, and three of them differ or one is above 2;
     - they are texts that say neither right nor wrong: one, three or more, or two of several words each or that the
       answers name;
@@ -309,9 +334,14 @@ class Labels:
             self._pairs[better, worse] = pair_meaning(better, worse, rows) if rows else "marks"
         return self._pairs[better, worse]
 
-    def are_classes(self, key: str) -> bool:
-        """Return whether the labels of a key are classes. Without rows, they are marks."""
-        return self._rows is not None and self._column(key).is_class
+    def are_classes(self, key: str, values: Callable[[dict[str, JsonValue]], list[JsonValue]] | None = None) -> bool:
+        """Return whether the labels of a key are classes. Without rows, they are marks.
+
+        Args:
+            key: the key.
+            values: returns its values in a row, for a key inside an object.
+        """
+        return self._rows is not None and self._column(key, values).is_class
 
     def problem(self, key: str, value: JsonValue) -> str:
         """Return why a label that is neither true nor false is refused."""
@@ -322,14 +352,16 @@ class Labels:
         ways = "write true (the answer is learned) or false (it is not)"
         return f"{why}: {ways}; if it is a class, rename the column or name it in data.ignore"
 
-    def _column(self, key: str) -> _Column:
+    def _column(self, key: str, values_of: Callable[[dict[str, JsonValue]], list[JsonValue]] | None = None) -> _Column:
         if key not in self._found:
             assert self._rows is not None
             values = _Values()
             for row in self._rows():
-                if isinstance(row, dict) and key in row:
-                    values.add(row[key], row)
-                    if len(values.others) >= ENOUGH:
-                        break
+                if not isinstance(row, dict):
+                    continue
+                for value in [row.get(key)] if values_of is None else values_of(row):
+                    values.add(value, row)
+                if len(values.others) >= ENOUGH:
+                    break
             self._found[key] = _Column(values.are_classes(), tuple(values.others.values()))
         return self._found[key]

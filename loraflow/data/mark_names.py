@@ -11,7 +11,7 @@ WEIGHTS = frozenset({
     "trainable", "is_trainable", "train_on", "train_on_turn", "learn", "learned", "learnable", "supervised", "loss_scale",
     "loss_multiplier", "example_weight", "message_weight", "turn_weight", "calculate_loss", "use_loss", "with_loss",
     "has_loss", "requires_loss", "is_train", "to_train", "to_learn", "for_training", "use_for_training",
-    "include_in_training", "include_in_loss",
+    "include_in_training", "include_in_loss", "output_with_loss",
 })  # fmt: skip
 # Of these, 1 and true exclude an answer.
 EXCLUSIONS = frozenset({
@@ -135,7 +135,8 @@ _SEPARATORS = re.compile(
 # is_answer_correct and response_is_valid judge an answer; correct_answer may be its text
 _OF_ANSWER = re.compile(
     r"(?:is_|was_)?(?:the_)?(?:answer|response|completion|output|reply|solution|label|human|annotator|row|sample|example)_(?:is_|was_)?(\w+)"
-    r"|(?:is|was)_(\w+)_(?:answer|response|completion|output|reply)"
+    r"|(?:question|problem|prompt|instruction|conversation|chat|dialogue)_(?:is|was)_(\w+)"
+    r"|(?:is|was)_(\w+)_(?:answer|response|completion|output|reply|question|problem|prompt|instruction|conversation)"
 )
 _OPINION_OF_ANSWER = re.compile(
     r"(?:is_)?(?:answer|response|completion|reply)_(\w+)"
@@ -165,6 +166,6 @@ def normal_name(key: str) -> str:
     """Return a key's name: `is_correct` for isCorrect and "Is correct?", `correct` for is_answer_correct."""
     name = _SEPARATORS.sub("_", key.strip().rstrip("?")).lower()
     if name not in KEYS and (found := _OF_ANSWER.fullmatch(name)):
-        inner = found[1] or found[2]
+        inner = found[1] or found[2] or found[3]
         return inner if inner in JUDGEMENTS else name
     return name

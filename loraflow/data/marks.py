@@ -15,7 +15,8 @@ from pydantic import JsonValue
 from loraflow.data.beside import Beside, shown
 from loraflow.data.chats import BadRow
 from loraflow.data.containers import contained
-from loraflow.data.judgements import opinion, part_of_dataset, rejected_of_pair, verdict
+from loraflow.data.generations import judged_generation
+from loraflow.data.judgements import opinion, part_of_dataset, rejected_of_pair, unclear_verdict, verdict
 from loraflow.data.labels import Labels, as_number, is_absent, label_side, reads_like_a_judgement
 from loraflow.data.mark_names import (
     CONTAINERS,
@@ -99,6 +100,8 @@ def answer_weight(
             used.add(key)
             weight *= mark.value
             excluded_by = excluded_by or mark.excluded_by
+    if row is not None and weight and (generation := judged_generation(row, said)) is not None:
+        weight, excluded_by = 0.0, generation.text
     if weight > MAX_WEIGHT:
         raise BadRow(f"{where}the product of its weights is {weight:g}; expected at most {MAX_WEIGHT}")
     return Weight(weight, excluded_by)
@@ -165,6 +168,8 @@ def _mark(key: str, name: str, value: JsonValue, where: str, labels: Labels, bes
             raise BadRow(where + labels.problem(key, value))
         return float(side)
     if name in JUDGEMENTS:
+        if problem := unclear_verdict(name, (key,), value, beside):
+            raise BadRow(where + problem)
         is_learned = verdict(name, (key,), value, beside)
         return None if is_learned is None else float(is_learned)
     if name in UNCLEAR:

@@ -11,7 +11,6 @@ from loraflow.data.row_fields import Turn
 from loraflow.data.tools import fitting_calls
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")}  # a role's own text, which all rows share
-_OTHER_ROLES = {"developer": "system", "function": "tool"}  # OpenAI's newer name, and its older one
 
 
 def checked_messages(turns: list[Turn], tools: list[Tool] | None = None) -> list[Message]:
@@ -51,7 +50,6 @@ def checked_messages(turns: list[Turn], tools: list[Tool] | None = None) -> list
 
 def _message(turn: Turn, number: int, *, has_calls: bool) -> Message:
     role, content = turn.role, turn.content
-    role = _OTHER_ROLES.get(role, role) if isinstance(role, str) else role
     if not isinstance(role, str) or role not in ROLES:
         raise BadRow(f"message {number}: unknown role {role!r}; expected one of {', '.join(ROLES)}")
     may_be_empty = role == "system" or bool(turn.calls) or (role == "tool" and has_calls)

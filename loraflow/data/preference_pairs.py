@@ -20,7 +20,7 @@ from loraflow.data.labels import (
     plain,
     reads_like_a_judgement,
 )
-from loraflow.data.mark_names import BAD_VERDICTS, normal_name
+from loraflow.data.mark_names import BAD_VERDICTS, CONTAINERS, normal_name
 
 # Two answers of a pair, or two judgements of one answer: better → worse.
 _PAIRS = {
@@ -55,8 +55,10 @@ _BETTER = frozenset(
     {"chosen", "preferred", "accepted", "good", "correct", "best", "better", "right", "winner", "winning"}
 )
 _CORRECTED = re.compile(
-    r"(?:corrected|edited|revised|fixed|improved|rewritten)_(?:answer|response|output|completion|reply)"
-    r"|(?:answer|response|output|completion|reply)_(?:(?P<flag>corrected|edited|revised|fixed|improved|rewritten)|correction)"
+    r"(?:corrected|edited|revised|fixed|improved|rewritten|revision)_(?:answer|response|output|completion|reply|content)"
+    r"|(?:answer|response|output|completion|reply|content)"
+    r"_(?:(?P<flag>corrected|edited|revised|fixed|improved|rewritten)|correction)"
+    r"|(?P<bare>corrected|correction|edited|revised|improved|rewritten)"
 )
 _UNCHANGED = frozenset({
     "n/a", "na", "same", "same as above", "same as answer", "same as original", "as is", "unchanged", "no change",
@@ -176,15 +178,36 @@ def refuse_corrected(row: Mapping[str, JsonValue], messages: list[Message], used
     Raises:
         BadRow: the column has another text than the answer.
     """
-    answer = messages[-1]["content"].strip()
-    if not answer or any(ours != theirs for ours, theirs in used.items() if ours in ANSWERS):
+    if any(ours != theirs for ours, theirs in used.items() if ours in ANSWERS):
         return
+    answer = messages[-1]["content"].strip()
     for key, value in row.items():
-        if not isinstance(key, str) or key in used:
+        if not isinstance(key, str):
             continue
-        found = _correction(normal_name(key))
-        if found and _corrects(value, answer, is_flag=found["flag"] is not None):
+        if key in ("messages", "conversations") and isinstance(value, list):
+            for turn in value:
+                if isinstance(turn, dict) and len(turn) > 2:
+                    content = turn.get("content", turn.get("value"))
+                    _refuse_members(turn, content.strip() if isinstance(content, str) else "", key)
+        elif isinstance(value, dict) and normal_name(key) in CONTAINERS:
+            _refuse_members(value, answer, key)
+        elif key not in used and _is_correction(key, value, answer):
             raise BadRow(f"{key} has another text than the answer; {_way_out(key, used)}")
+
+
+def _refuse_members(members: Mapping[str, JsonValue], answer: str, where: str) -> None:
+    for key, value in members.items():
+        if isinstance(key, str) and _is_correction(key, value, answer):
+            way = f"write it into the chat, or name {where}.{key} in data.ignore"
+            raise BadRow(f"{where}.{key} has another text than the answer; {way}")
+
+
+def _is_correction(key: str, value: JsonValue, answer: str) -> bool:
+    """Tell whether a key holds another text that replaces an answer."""
+    found = _correction(normal_name(key))
+    if found is None or not answer or (found["bare"] and not (isinstance(value, str) and " " in value.strip())):
+        return False  # not even an editor's name, or a flag
+    return _corrects(value, answer, is_flag=bool(found["flag"] or found["bare"]))
 
 
 def _corrects(value: JsonValue, answer: str, *, is_flag: bool) -> bool:

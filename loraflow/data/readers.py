@@ -19,10 +19,12 @@ from loraflow.data.chat_formats import RawRow, read_chat
 from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.csv_reader import read_table
 from loraflow.data.hidden_files import is_hidden
+from loraflow.data.ignored_keys import without_ignored
 from loraflow.data.json_reader import RawValue, read_json, read_json_lines, row_text
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MarkedFalse
 from loraflow.data.sqlite_reader import SUFFIXES, read_sqlite
+from loraflow.data.unread_values import Told, told_by
 from loraflow.failures import BadData
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Row:
     weights: tuple[float, ...] | None = None  # of each of `learned` in the loss; None: 1 for all
     is_marked_false: bool = False  # it has no chat, because its marks exclude every answer
     group: str | None = None  # the value of the field that names the row's group
+    told: Told = ()  # what keys say that are not read
     marked_by: str = ""  # of a row that is marked false: keys and values of its marks, such as `is_correct: False`
 
 
@@ -94,7 +97,11 @@ def read_rows(
                 chat = read_chat(value, format_name, columns, labels, tools, ignore)
                 unread = chat.unread if group is None else tuple(key for key in chat.unread if key != group)
                 learned, weights = chat.learned, chat.weights
-                yield Row(place, chat.messages, None, text, unread, learned, weights, group=_group(value, group))
+                told = ()
+                if unread and isinstance(value, dict):
+                    told = told_by(without_ignored(value, ignore) if ignore else value, unread)
+                named = _group(value, group)
+                yield Row(place, chat.messages, None, text, unread, learned, weights, group=named, told=told)
             except MarkedFalse as marked:
                 yield Row(place, None, str(marked), text, is_marked_false=True, marked_by=marked.by)
             except BadRow as problem:
@@ -106,7 +113,7 @@ def _rows_of(
 ) -> Iterator[JsonValue]:
     for row in read_values(path, name, query):
         if isinstance(row.value, dict):
-            kept = {key: value for key, value in row.value.items() if key not in ignore} if ignore else row.value
+            kept = without_ignored(row.value, ignore) if ignore else row.value
             yield {**kept, **{ours: row.value[theirs] for ours, theirs in columns.items() if theirs in row.value}}
 
 

@@ -9,15 +9,15 @@ from pydantic import JsonValue
 
 from loraflow.data.cell_values import media_key
 from loraflow.data.chats import BadRow, ToolCall
+from loraflow.data.ignored_keys import without_ignored
 from loraflow.data.labels import ANSWERS, Labels, answers_of
 from loraflow.data.marks import Weight, answer_weight, excludes, is_mark
 from loraflow.data.reasoning import KEYS
+from loraflow.data.roles import ASSISTANT, FUNCTION_CALL, TOOL, normal_role
 from loraflow.data.tools import read_calls
 
 RawRow = dict[str, JsonValue]  # a row as its file has it
-ASSISTANT = frozenset({"gpt", "assistant", "chatgpt", "bard", "model", "bing"})  # names of the role
-FUNCTION_CALL = "function_call"  # ShareGPT's role of an answer that is a call
-TOOL_ROLES = frozenset({"tool", "function", "observation"})  # roles of a tool's result
+MARKS = ("train", "exclude")  # of data.columns: the column says which rows are learned; not every row must have it
 # Cells of CSV that need not be named as not read. As a text that is read, "{}" is a value: a JSON answer.
 _EMPTY_TEXTS = ("[]", "{}", "null")
 
@@ -48,16 +48,17 @@ class RowFields:
         BadRow: the row lacks a column of `columns`.
     """
 
-    __slots__ = ("_columns", "_inner_unread", "_own", "_used", "ignore", "labels", "media", "row")
+    __slots__ = ("_columns", "_inner_unread", "_own", "_used", "ignore", "labels", "media", "row", "tools")
 
     def __init__(self, row: RawRow, columns: Mapping[str, str], labels: Labels | None, ignore: Collection[str] = ()):
         if ignore:
-            row = {key: value for key, value in row.items() if key not in ignore}
+            row = without_ignored(row, ignore)
         self._own, self._columns, self.labels, self.ignore = row, columns, labels, ignore
         self.row = _renamed(row, columns) if columns else row
         self._used: set[str] = set()
         self._inner_unread: dict[str, None] = {}
         self.media: str | None = None  # the key of a message that has an image, such as messages.images
+        self.tools: JsonValue = None  # that a format has in a text, not in a key of their own
 
     def value(self, *names: str) -> JsonValue:
         """Return the value of the first key that has one.
@@ -104,7 +105,12 @@ class RowFields:
         read = {*self._used, *self._columns.values()}
         others = {key: value for key, value in self.row.items() if key not in read}
         answers = [theirs for ours, theirs in self._columns.items() if ours in ANSWERS]
-        return answer_weight(others, "", self._used, self.labels, answers, tuple(answers_of(self.row)), self.row)
+        said = tuple(answers_of(self.row))
+        weight = answer_weight(others, "", self._used, self.labels, answers, said, self.row)
+        mark, found, value = weight.excluded_by.partition(": ")
+        if found and mark in self._columns:
+            weight = weight._replace(excluded_by=f"{self._columns[mark]}: {value}")
+        return weight
 
     def turns(
         self, column: str, items: list[RawRow], roles: tuple[str, ...], contents: tuple[str, ...], first: int = 1
@@ -125,7 +131,7 @@ class RowFields:
         out: list[Turn] = []
         for number, item in enumerate(items, first):
             if len(item) == 2 and role_key in item and content_key in item:
-                turn = Turn(item[role_key], item[content_key])
+                turn = Turn(normal_role(item[role_key]), item[content_key])
             else:
                 turn = self._turn(column, item, roles, contents, number)
             if isinstance(turn.content, list) and turn.role != FUNCTION_CALL:
@@ -135,20 +141,20 @@ class RowFields:
 
     def _turn(self, column: str, item: RawRow, roles: tuple[str, ...], contents: tuple[str, ...], number: int) -> Turn:
         if self.ignore:
-            item = {key: value for key, value in item.items() if key not in self.ignore}
+            item = without_ignored(item, self.ignore)
         calls = [
             call
             for key in ("tool_calls", "function_call")
             for call in read_calls(item.get(key), f"message {number}: {key}")
         ]
         fields = RowFields(item, {}, self.labels)
-        role, content = fields.optional(*roles), fields.optional(*contents)
-        is_answer = isinstance(role, str) and (role in ASSISTANT or role == FUNCTION_CALL)
+        role, content = normal_role(fields.optional(*roles)), fields.optional(*contents)
+        is_answer = role in (ASSISTANT, FUNCTION_CALL)
         reasoning = _reasoning(fields) if is_answer else ""
         weight, used = Weight(1.0), fields._used | {*roles, *contents, "tool_calls", "function_call"}
         if calls and not is_answer:
             raise BadRow(f"message {number}: a tool call in a {role} message; only an assistant calls tools")
-        if isinstance(role, str) and role in TOOL_ROLES:
+        if role == TOOL:
             used |= {"tool_call_id", "name"}
         if is_answer and self.labels is not None:
             said = [content] if isinstance(content, str) else []
@@ -173,7 +179,7 @@ class RowFields:
         texts: list[str] = []
         for part in parts:
             text = part.get("text")
-            if part.get("type") != "text" or not isinstance(text, str):
+            if part.get("type", "text") != "text" or not isinstance(text, str):  # Bedrock's parts have no type
                 raise BadRow(f"message {number}: a part of type {part.get('type')}; only text is supported")
             texts.append(text)
             self._note_unread(f"{column}.content", part, {"type", "text"})
@@ -210,9 +216,9 @@ def _reasoning(message: RowFields) -> str:
 
 def _renamed(row: RawRow, columns: Mapping[str, str]) -> RawRow:
     for ours, theirs in columns.items():
-        if theirs not in row:
+        if theirs not in row and ours not in MARKS:
             raise BadRow(f"expected the column {theirs} ({ours}); got {', '.join(map(str, list(row)[:8]))}")
-    return {**row, **{ours: row[theirs] for ours, theirs in columns.items()}}
+    return {**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
 
 
 def has_value(value: JsonValue) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from pydantic import JsonValue
 
+from loraflow.data.bare_parameters import is_bare_parameters, schema_of
 from loraflow.data.chats import BadRow, Function, Tool, ToolCall
 from loraflow.data.json_text import strict_json
 from loraflow.failures import BadData
@@ -24,7 +25,7 @@ _MAX_SHOWN = 120  # characters of a schema's complaint
 
 
 def read_tools(value: JsonValue, where: str = "tools") -> list[Tool] | None:
-    """Return the tools of a row, or of a file: a list of functions, or its JSON text.
+    """Return the tools of a row, or of a file: a list of functions, its JSON text, or a list of their JSON texts.
 
     None if there are none, or if the value is a list of names: without descriptions they are no part of a prompt.
 
@@ -44,7 +45,9 @@ def read_tools(value: JsonValue, where: str = "tools") -> list[Tool] | None:
     if _is_deep(value):
         raise BadRow(f"{where} are nested too deeply; at most {MAX_DEPTH} levels")
     if all(isinstance(item, str) for item in value):
-        return None
+        if not all(isinstance(item, str) and item.lstrip().startswith("{") for item in value):
+            return None
+        value = [_parsed(str(item), f"{where}[{number}]") for number, item in enumerate(value)]
     return _checked_tools(json.dumps(value, ensure_ascii=False, default=str), where)
 
 
@@ -64,12 +67,16 @@ def _checked_tools(text: str, where: str) -> list[Tool]:
             raise BadRow(f"{field}.function.name is {name!r}; expected the function's name")
         if any(tool["function"]["name"] == name for tool in tools):
             raise BadRow(f"{field}.function.name {name!r} is duplicated")
+        if "parameters" not in function and "input_schema" in function:  # Anthropic's name
+            function["parameters"] = function.pop("input_schema")
         parameters = function.get("parameters", {})
         if isinstance(parameters, str):
             parameters = _parsed(parameters, f"{field}.function.parameters")
             if _is_deep(parameters):
                 raise BadRow(f"{field}.function.parameters are nested too deeply; at most {MAX_DEPTH} levels")
             function["parameters"] = parameters
+        if is_bare_parameters(parameters):
+            parameters = function["parameters"] = schema_of(parameters)
         _validator(json.dumps(parameters), f"{field}.function.parameters")
         tools.append({"type": "function", "function": cast(Function, function)})
     return tools

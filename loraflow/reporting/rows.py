@@ -13,6 +13,7 @@ from loraflow.data.check_report import CheckReport, NearDuplicates
 from loraflow.data.findings import WHAT, finding_lines
 from loraflow.data.marked_rows import named_marks, split_hint
 from loraflow.data.source_limits import source_lines
+from loraflow.data.unread_values import questions
 from loraflow.evaluation.values import EvaluationReport
 from loraflow.registry.runs import RowCount, RowsSummary
 
@@ -106,6 +107,9 @@ def check_notes(check: CheckReport) -> list[str]:
         keys = [f"{key} ({count} rows)" for key, count in check.unread.items()]
         more = f" and {len(keys) - MAX_KEYS} more keys" if len(keys) > MAX_KEYS else ""
         notes.append(f"not read: {', '.join(keys[:MAX_KEYS])}{more}")
+    notes += questions(check.doubtful)
+    if returns := check.counts.get("carriage_returns", 0):
+        notes.append(f"{returns} rows have carriage returns in their texts, which are learned as they are")
     if marked := check.counts.get("marked_false", 0):
         by = f": {named_marks(check.marks)}{split_hint(check.marks)}" if check.marks else ""
         notes.append(f"{marked} rows are left out, because their answers are marked as not to be learned{by}")

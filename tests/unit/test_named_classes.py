@@ -115,7 +115,7 @@ JUDGED = [
     ("status", ["Wrong Answer", "Accepted"], [REFUSED, LEARNED]),
     ("execution_status", ["failed", "timeout", "error", "success"], [REFUSED, REFUSED, REFUSED, LEARNED]),
     ("status", ["rejected", "timeout", "error"], [LEARNED] * 3),
-    ("solution_is_valid", ["No", False, "Yes", "Incomplete"], [OUT, OUT, LEARNED, LEARNED]),
+    ("solution_is_valid", ["No", False, "Yes", "Incomplete"], [OUT, OUT, LEARNED, REFUSED]),
     ("answer_correctness", [0, 1], [OUT, LEARNED]),
     ("answer_correctness", [0, 1, 4], [LEARNED] * 3),
 ]

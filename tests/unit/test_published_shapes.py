@@ -53,8 +53,6 @@ def outcome(row):
 QA = ["u: q", "a: a"]
 FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
 SHAPES = {
-    "OpenAssistant tree": ([{"message_tree_id": "t", "prompt": {"text": "q", "role": "prompter", "replies": []}}], [REFUSED]),
-    "OpenAssistant flat": ([{"message_id": "m", "parent_id": None, "text": "q", "role": "prompter", "deleted": False}], [REFUSED]),
     "OpenAssistant pairs": (
         [{"prompt": "q", "completion": "a", "review_result": value, "deleted": False} for value in (True, False, None)],
         [QA, OUT, QA]),
@@ -93,8 +91,6 @@ SHAPES = {
     "GSM8K": ([{"question": "q", "answer": "48/2 = 24\n#### 24"}], [["u: q", "a: 48/2 = 24\n#### 24"]]),
     "MATH": ([{"problem": "q", "level": "Level 5", "solution": "a"}], [QA]),
     "OpenR1-Math": ([{"problem": "p", "answer": "1", "correctness_math_verify": [True, False], "messages": [user("q"), answer("a")]}], [QA]),
-    "xLAM": ([{"query": "q", "answers": '[{"name": "f", "arguments": {}}]', "tools": json.dumps([FUNCTION])}], [REFUSED]),
-    "Glaive v2": ([{"system": "SYSTEM: s", "chat": "USER: q\n\n\nASSISTANT: a <|endoftext|>"}], [REFUSED]),
     "APIGen-MT": (
         [{"system": "s", "tools": json.dumps([FUNCTION]), "conversations": [human("q"), {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
           {"from": "observation", "value": "1"}, gpt("a")]}], [["s: s", "u: q", "a: ", "t: 1", "a: a"]]),
@@ -155,7 +151,7 @@ SHAPES = {
     "results of tests": ([{"prompt": "q", "completion": "a", "execution_status": status} for status in ("failed", "success")], [REFUSED, QA]),
     "tests_passed": ([{"prompt": "q", "completion": "a", "tests_passed": passed} for passed in (False, True, 0)], [OUT, QA, QA]),
     "a label in metadata": ([{"prompt": "q", "completion": "a", "metadata": {"label": label}} for label in (False, True, "rejected", 0)],
-                            [REFUSED, QA, REFUSED, QA]),
+                            [REFUSED, QA, REFUSED, REFUSED]),
     "a verdict about a claim": ([{"prompt": "q", "completion": f"It is {said}.", "verdict": said} for said in (False, True)],
                                 [["u: q", "a: It is False."], ["u: q", "a: It is True."]]),
     "spam and ham": ([{"prompt": "q", "completion": "a", "label": label} for label in ("spam", "ham")], [QA, QA]),
@@ -300,9 +296,11 @@ def test_a_key_that_the_recipe_ignores_is_not_looked_at(tmp_path, extra, key):
 
 
 def test_refusals_name_the_key_to_ignore(tmp_path):
-    for extra in ({"quality": "bad"}, {"metadata": {"quality": "bad"}}):
+    for extra, key in (({"quality": "bad"}, "quality"), ({"metadata": {"quality": "bad"}}, "metadata.quality")):
         (row,) = read(tmp_path, [{"prompt": "q", "completion": "a", **extra}])
-        assert f"name {next(iter(extra))} in data.ignore" in row.problem
+        assert f"name {key} in data.ignore" in row.problem
+        (row,) = read_rows(tmp_path, ["t.jsonl"], "auto", ignore=[key])
+        assert outcome(row) == QA
 
 
 def test_a_key_of_a_message_is_ignored_and_rows_without_it_are_left_out_as_before(tmp_path):

@@ -115,7 +115,7 @@ def test_alpacas_input_follows_the_instruction():
         ),
         ({"text": "x"}, "got the keys text"),
         ({"messages": []}, "has no messages"),
-        ({"messages": [{"role": "bot", "content": "x"}]}, "unknown role 'bot'"),
+        ({"messages": [{"role": "alien", "content": "x"}]}, "unknown role 'alien'"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown role 'alien'"),
         ({"messages": [WANTED[0], {"role": "assistant", "content": " "}]}, "empty assistant message"),
         ({"messages": [WANTED[0], {"role": "assistant", "content": None}]}, "content is NoneType"),
@@ -228,7 +228,7 @@ def test_a_row_with_a_wrong_number_of_cells_is_named_and_never_shifted(tmp_path)
     assert "1 cells" in rows[1].problem
     long = "x" * 200_000
     (row,) = write(tmp_path, "x.csv", f'prompt,completion\n"{long}\r\n""two""",a\n'.encode())
-    assert row.messages[0]["content"] == long + '\r\n"two"'
+    assert row.messages[0]["content"] == long + '\n"two"'
 
 
 def test_json_lines_are_read_with_any_suffix(tmp_path):

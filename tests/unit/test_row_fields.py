@@ -64,7 +64,7 @@ def test_two_keys_for_one_thing_with_different_texts_are_refused(row, keys):
         ({"prompt": [QUESTION], "completion": [{**ANSWER, "thinking": ["T"]}]}, ("completion.thinking",)),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q", "citation": "C"}]}, ANSWER]},
          ("messages.content.citation",)),
-        ({"prompt": "q", "completion": "a", "input": "TEXT", "history": [["A", "B"]]}, ("input", "history")),
+        ({"prompt": "q", "completion": "a", "input": " ", "history": [], "context": "a"}, ("context",)),
     ],
 )  # fmt: skip
 def test_a_text_is_used_or_named(row, unread):
@@ -102,8 +102,10 @@ def test_every_text_of_a_row_is_in_the_chat_or_named(row, format_name):
 
 def test_a_renamed_column_does_not_hide_a_column_of_its_name():
     row = {"prompt": "OTHER", "question": "q", "answer": "a", "ctx": "TEXT"}
-    chat = read_chat(row, "auto", {"prompt": "question", "completion": "answer", "input": "ctx"})
+    chat = read_chat(row, "auto", {"prompt": "question", "completion": "answer"})
     assert chat.messages == [QUESTION, ANSWER] and chat.unread == ("prompt", "ctx")
+    with pytest.raises(BadRow, match="in data.columns, input goes with instruction and output"):
+        read_chat(row, "auto", {"prompt": "question", "completion": "answer", "input": "ctx"})
 
 
 def test_a_system_column_that_is_no_text_is_refused():

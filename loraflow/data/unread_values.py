@@ -1,0 +1,109 @@
+"""Columns that are not read and may say which answers are wrong: `human_verified: false`, `input_quality: very poor`.
+
+No list of names is complete, so the values are looked at: a column has nothing but true and false, or a word that judges.
+Such a column is a question to the user, and no row is left out by it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from pydantic import JsonValue
+
+from loraflow.data.judgements import is_bad_word
+from loraflow.data.labels import FALSE, TRUE, is_absent
+from loraflow.data.mark_names import CONTAINERS, normal_name
+
+MAX_QUESTIONS = 5
+_MAX_WORD = 30  # characters of a value that is a word
+_OTHER = ""  # any other value
+
+Told = tuple[tuple[str, str], ...]  # keys, and what their values say: true, false, a word that judges, or nothing
+
+
+def told_by(row: Mapping[str, JsonValue], unread: Sequence[str]) -> Told:
+    """Return what the keys of a row that are not read say.
+
+    Args:
+        row: the row.
+        unread: its keys that are not read.
+    """
+    found: list[tuple[str, str]] = []
+    for key in unread:
+        value = row.get(key)
+        if isinstance(value, dict):
+            if normal_name(key) in CONTAINERS:
+                members = ((inner, item) for inner, item in value.items() if not isinstance(item, dict | list))
+                found += [(f"{key}.{inner}", _word(item)) for inner, item in members if not is_absent(item)]
+        elif word := _word(value):
+            found.append((key, word))
+    return tuple(found)
+
+
+def _word(value: JsonValue) -> str:
+    if isinstance(value, str):
+        return _word_of_text(value) if len(value) <= _MAX_WORD else _OTHER
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return "true" if value else "false"
+    return _OTHER
+
+
+@lru_cache(4096)
+def _word_of_text(value: str) -> str:
+    text = value.strip().lower()
+    if text in TRUE or text in FALSE or text in ("0", "1"):
+        return "true" if text in TRUE or text == "1" else "false"
+    return text if is_bad_word(text) else _OTHER
+
+
+def doubtful(told: Mapping[tuple[str, str], int], unread: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Return the columns that may mark answers: {column: {value: rows}}.
+
+    Args:
+        told: how often a key said something.
+        unread: in how many rows each key was not read.
+    """
+    columns: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for (key, word), rows in told.items():
+        columns[key][word] = rows
+    return {
+        key: {word: rows for word, rows in words.items() if word != _OTHER}
+        for key, words in columns.items()
+        if _is_doubtful(words, unread.get(key, sum(words.values())))
+    }
+
+
+def _is_doubtful(words: Mapping[str, int], rows: int) -> bool:
+    if words.keys() - {"true", "false", _OTHER}:
+        return True
+    return "true" in words and "false" in words and words["true"] + words["false"] == rows
+
+
+def questions(columns: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Return a question for each column of `doubtful`."""
+    lines = []
+    for key, words in list(columns.items())[:MAX_QUESTIONS]:
+        said = ", ".join(
+            f"{word} in {rows} rows" for word, rows in sorted(words.items(), key=lambda item: -item[1])[:4]
+        )
+        is_flag = words.keys() <= {"true", "false"} and "." not in key
+        way = "write it as is_correct (true or false)"
+        if is_flag:
+            way = (
+                f"set data.columns: {{train: {key}}} to learn where it is true, or {{exclude: {key}}} where it is false"
+            )
+        lines.append(
+            f"does {key} mark wrong answers? ({said}) It is not read. If so, {way}; else name {key} in data.ignore"
+        )
+    if len(columns) > MAX_QUESTIONS:
+        lines.append(
+            f"{len(columns) - MAX_QUESTIONS} more columns like these: {', '.join(list(columns)[MAX_QUESTIONS:])}"
+        )
+    return lines
+
+
+def counted(told: Sequence[Told]) -> Counter[tuple[str, str]]:
+    """Return how often keys said something in several rows."""
+    return Counter(item for row in told for item in row)

@@ -1,0 +1,262 @@
+"""Rows of public datasets in formats of their own: what is asked, what is learned, and what is left out or refused.
+
+The keys are those of the datasets' own pages; the expected chats are written by hand.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from loraflow.data.chat_formats import to_prompt
+from loraflow.data.guess_columns import columns_of
+from loraflow.data.readers import read_rows
+from tests.unit.test_published_shapes import FUNCTION, OUT, QA, REFUSED, answer, human, outcome, read, user
+
+CALL = {"name": "f", "arguments": {"x": 1}}
+TWO = ["u: q", "a: a", "u: r", "a: b"]
+
+
+def reply(text, rank=None, role="assistant", replies=(), **marks):
+    return {"text": text, "role": role, "rank": rank, "replies": list(replies), "deleted": False, **marks}
+
+
+def tree(*replies, **keys):
+    return {
+        "message_tree_id": "t",
+        "tree_state": "ready_for_export",
+        "prompt": reply("q", None, "prompter", replies),
+        **keys,
+    }
+
+
+def numina(problem, solution):
+    return {"problem": "q", "solution": "a", "answer": "1", "problem_is_valid": problem, "solution_is_valid": solution}
+
+
+def r1(answer_number, verified, complete=(True, True), llama=None):
+    judged = {"correctness_math_verify": verified, "is_reasoning_complete": list(complete), "correctness_llama": llama}
+    return {"problem": "q", "generations": ["a", "b"], **judged, "messages": [user("q"), answer("ab"[answer_number])]}
+
+
+GLAIVE = (
+    "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n"
+    + json.dumps(FUNCTION, indent=4)
+)
+SHAPES = {
+    # trees and transcripts
+    "OpenAssistant tree": (
+        [tree(reply("worse", 1), reply("a", 0, replies=[reply("r", None, "prompter", [reply("b", 0)])]), reply("best", -1, deleted=True)),
+         tree(reply("open", 0, replies=[reply("r", 0, "prompter")])), tree(), tree(reply("a", 0), tree_state="aborted_low_grade"),
+         {"message_tree_id": "t", "prompt": {**reply("q", role="prompter", replies=[reply("a", 0)]), "review_result": False}}],
+        [TWO, ["u: q", "a: open"], REFUSED, OUT, OUT]),
+    "OpenAssistant question that nobody answered": (
+        [tree(reply("a", 0, replies=[reply("none", 0, "prompter"), reply("r", 1, "prompter", [reply("b", 0)])]))], [TWO]),
+    "OpenAssistant flat": ([{"message_id": "m", "parent_id": "n", "text": "a", "role": "assistant"}], [REFUSED]),
+    "openassistant-guanaco": ([{"text": "### Human: q### Assistant: a### Human: r### Assistant: b"}], [TWO]),
+    "ChatML": ([{"text": "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"}], [["s: s", *QA]]),
+    "HH as text": ([{"text": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: b"}], [TWO]),
+    "HH that ends with a question": ([{"text": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r"}], [REFUSED]),
+    "a label in an answer": ([{"text": "\n\nHuman: q\n\nAssistant: a\n\nAssistant: b"}], [REFUSED]),
+    "a text about labels": ([{"text": "It begins with Human: and Assistant: follows."}], [REFUSED]),
+    "Nectar's prompt": ([{"prompt": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: ", "response": " b"}], [TWO]),
+    "BELLE": ([{"instruction": "Human:q\nAssistant:a\nHuman:r\nAssistant:", "input": "", "output": "b"}], [TWO]),
+    "HelpSteer2 with earlier turns": ([{"prompt": "q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nr", "response": "b"}], [TWO]),
+    "a prompt about a dialogue": ([{"prompt": "Human: hi\n\nAssistant: hello\n\nWho spoke first?", "completion": "a"}],
+                                  [["u: Human: hi\n\nAssistant: hello\n\nWho spoke first?", "a: a"]]),
+    "rendered by Llama 2": ([{"text": "<s>[INST] q [/INST] a </s>"}], [REFUSED]),
+    # lists of pairs and texts
+    "Capybara": ([{"source": "x", "conversation": [{"input": "q", "output": "a"}, {"input": "r", "output": "b"}]}], [TWO]),
+    "xtuner": ([{"conversation": [{"system": "s", "input": "q", "output": "a", "output_with_loss": False}, {"input": "r", "output": "b"}]}],
+               [["s: s", "u: q", "a-: a", "u: r", "a: b"]]),
+    "LIMA": ([{"conversations": texts, "source": "x"} for texts in (["q", "a"], ["q"])], [QA, REFUSED]),
+    "examples of a task": ([{"instruction": "i", "instances": [{"input": "q", "output": "a"}]}], [REFUSED]),
+    "DailyDialog": ([{"dialog": ["hi", "hello"], "act": [1, 2]}], [REFUSED]),
+    "answers of a quiz": ([{"question": "q", "candidates": ["w", "x"]}], [REFUSED]),
+    # other vendors
+    "Gemini": (
+        [{"systemInstruction": {"role": "system", "parts": [{"text": "s"}]},
+          "contents": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}]},
+         {"contents": [{"role": "user", "parts": [{"inlineData": {}}]}, {"role": "model", "parts": [{"text": "a"}]}]}],
+        [["s: s", *QA], REFUSED]),
+    "Bedrock": ([{"schemaVersion": "v", "system": [{"text": "s"}],
+                  "messages": [{"role": "user", "content": [{"text": "q"}]}, {"role": "assistant", "content": [{"text": "a"}]}]}], [["s: s", *QA]]),
+    "Cohere": ([{"messages": [{"role": "System", "content": "s"}, {"role": "User", "content": "q"}, {"role": "Chatbot", "content": "a"}]}],
+               [["s: s", *QA]]),
+    "roles in capitals with weights": ([{"messages": [user("q"), {"role": "Assistant", "content": "a", "weight": 0}, user("r"),
+                                                      {"role": "ASSISTANT", "content": "b"}]}], [["u: q", "a-: a", "u: r", "a: b"]]),
+    "ShareGPT with a bot": ([{"conversations": [human("q"), {"from": "bot", "value": "a"}]}], [QA]),
+    "Llama's role of results": ([{"messages": [user("q"), answer("a"), {"role": "ipython", "content": "1"}, answer("b")]}],
+                                [["u: q", "a: a", "t: 1", "a: b"]]),
+    # tools
+    "xLAM": ([{"id": 0, "query": "q", "answers": json.dumps([CALL]), "tools": json.dumps([FUNCTION])},
+              {"query": "q", "answers": "[]", "tools": json.dumps([FUNCTION])},
+              {"query": "q", "answers": json.dumps([{"name": "g", "arguments": {}}]), "tools": json.dumps([FUNCTION])}],
+             [["u: q", "a: "], REFUSED, REFUSED]),
+    "Glaive v2": (
+        [{"system": GLAIVE, "chat": "USER: q\n\n\nASSISTANT: <functioncall> {\"name\": \"f\", \"arguments\": '{\"x\": 1}'} <|endoftext|>"
+                                    "\n\n\nFUNCTION RESPONSE: 1\n\n\nASSISTANT: a <|endoftext|>\n\n\n"},
+         {"system": GLAIVE, "chat": "USER: q\n\n\nASSISTANT: <functioncall> {\"name\": \"f\"} <|endoftext|>\n\n\nFUNCTION RESPONSE: 1\n\n\nASSISTANT: a"},
+         {"system": "SYSTEM: s", "chat": "USER: q\n\n\nASSISTANT: a <|endoftext|>\n\n\n"},
+         {"system": GLAIVE, "chat": "USER: q\n\n\nASSISTANT: <functioncall> {\"name\": \"f\", \"arguments\": '{x}'} <|endoftext|>"}],
+        [["u: q", "a: ", "t: 1", "a: a"], ["u: q", "a: ", "t: 1", "a: a"], ["s: s", *QA], REFUSED]),
+    "smoltalk2": ([{"messages": [user("q"), answer("a")], "chat_template_kwargs": {"custom_instructions": said, **more}}
+                   for said, more in (("s", {}), ("", {"enable_thinking": True}), ("", {"python_tools": ["def f(): pass"]}))],
+                  [["s: s", *QA], QA, REFUSED]),
+    # what belongs to the question
+    "earlier turns beside a question": ([{"query": "r", "response": "b", "history": [["q", "a"]]}], [TWO]),
+    "earlier turns that are no pairs": ([{"prompt": "r", "completion": "b", "history": ["q", "a"]}], [REFUSED]),
+    "a task beside a question": ([{"task_name": "t", "definition": "d", "inputs": "q", "targets": "a"}], [["u: d\n\nq", "a: a"]]),
+    "LegalBench": ([{"index": "0", "contract": "c c", "question": "q", "answer": "Yes"}], [["u: q\n\nc c", "a: Yes"]]),
+    "HotpotQA": ([{"question": "q", "answer": "a", "context": {"title": ["t"], "sentences": [["s"]]}}], [REFUSED]),
+    "a passage in the prompt": ([{"prompt": "The text  it says. q", "context": "the text it says.", "completion": "a"}],
+                                [["u: The text  it says. q", "a: a"]]),
+    "a passage beside the prompt": ([{"prompt": "q", "context": "the text", "completion": "a"}], [["u: q\n\nthe text", "a: a"]]),
+    "solutions beside results": ([{"question": "q", "solution": "2 + 2 is 4.", "answer": "4"}], [["u: q", "a: 2 + 2 is 4."]]),
+    "two answers": ([{"question": "q", "solution": "three", "answer": "4"}], [REFUSED]),
+    "a guess beside a corrected answer": ([{"question": "q", "answer": "a", "corrected_answer": "b"}], [REFUSED]),
+    # names of question and answer
+    **{f"{question}, {said}": ([{question: "q", said: "a"}], [QA]) for question, said in (
+        ("inputs", "targets"), ("input", "target"), ("input_text", "output_text"), ("text_input", "output"), ("document", "summary"),
+        ("article", "highlights"), ("dialogue", "summary"), ("problem", "generated_solution"), ("Human", "Assistant"))},
+    # judgements
+    "OpenR1-Math": ([r1(0, [True, False]), r1(1, [True, False]), r1(1, [True, False], llama=[False, True]), r1(1, [True, True], (True, False)),
+                     r1(0, [None, None])], [QA, OUT, ["u: q", "a: b"], OUT, QA]),
+    "NuminaMath 1.5": ([numina(*valid) for valid in (("Yes", "Yes"), ("Incomplete", "Yes"), ("Yes", "No"), ("Yes", "Incomplete"), ("No", "Yes"))],
+                       [QA, REFUSED, OUT, REFUSED, OUT]),
+    "a third value of a judgement": ([{"prompt": "q", "completion": "a", "is_correct": value} for value in (True, "falsch", "unsure")],
+                                     [QA, REFUSED, QA]),
+    "SST2 of SetFit": ([{"text": f"t{n}", "label": n % 2, "label_text": ("negative", "positive")[n % 2]} for n in range(4)],
+                       [[f"u: t{n}", f"a: {('negative', 'positive')[n % 2]}"] for n in range(4)]),
+    "numbers of the answers": ([{"prompt": f"t{n}", "completion": ("bad", "good")[n % 2], "label": n % 2} for n in range(4)],
+                               [[f"u: t{n}", f"a: {('bad', 'good')[n % 2]}"] for n in range(4)]),
+    "KTO with other answers": ([{"prompt": "q", "completion": f"a{n}", "label": n % 2} for n in range(4)], [OUT, ["u: q", "a: a1"], OUT, ["u: q", "a: a3"]]),
+    "a label in metadata": ([{"prompt": f"q{n}", "completion": "a", "metadata": {"label": n}} for n in (0, 1)], [REFUSED, ["u: q1", "a: a"]]),
+    "a class in metadata": ([{"prompt": f"q{n}", "completion": "a", "metadata": {"label": n}} for n in (0, 1, 2)], [[f"u: q{n}", "a: a"] for n in (0, 1, 2)]),
+    "a corrected answer in metadata": ([{"prompt": "q", "completion": "a", "metadata": {"corrected_answer": text}} for text in ("b", "a", None)],
+                                       [REFUSED, QA, QA]),
+    "a corrected message": ([{"messages": [user("q"), answer("a", corrected_content=text)]} for text in ("b", "a", "")], [REFUSED, QA, QA]),
+    "corrected": ([{"instruction": "q", "output": "a", "corrected": text} for text in ("a better text", True, "Ann")], [REFUSED, QA, QA]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_of_a_public_dataset_is_read_as_its_authors_meant_it_or_refused(tmp_path, shape):
+    rows, expected = SHAPES[shape]
+    assert [outcome(row) for row in read(tmp_path, rows)] == expected
+
+
+LOST = ["context", "input", "passage", "article", "document", "question", "premise", "contract", "schema"]
+
+
+@pytest.mark.parametrize("key", LOST)
+@pytest.mark.parametrize("keys", [("prompt", "completion"), ("prompt", "response"), ("instruction", "output")])
+def test_a_text_that_the_prompt_lacks_is_refused_with_the_columns_that_read_it(tmp_path, key, keys):
+    row = {keys[0]: "q", keys[1]: "a", key: "some words"}
+    if keys[0] == "instruction" and key in ("context", "input"):
+        return  # Alpaca's own
+    read(tmp_path, [row])
+    (refused,) = read_rows(tmp_path, ["t.jsonl"], "auto")
+    assert refused.problem.startswith(f"{key} has a text that the prompt lacks")
+    columns = dict(re.findall(r"(\w+): (\w+)", refused.problem.partition("{")[2].partition("}")[0]))
+    (found,) = read_rows(tmp_path, ["t.jsonl"], "auto", columns)
+    assert outcome(found) == ["u: q\n\nsome words", "a: a"]
+    (found,) = read_rows(tmp_path, ["t.jsonl"], "auto", ignore=[key])
+    assert outcome(found) == QA
+    for prompt in ("q: Some  words?", "q"):  # the prompt has it, or the answer
+        (tmp_path / "t.jsonl").write_text(
+            json.dumps({**row, keys[0]: prompt, keys[1]: "Some words" if prompt == "q" else "a"})
+        )
+        (found,) = read_rows(tmp_path, ["t.jsonl"], "auto")
+        assert found.messages
+
+
+@pytest.mark.parametrize(
+    "extra", [{"document": "report.pdf"}, {"context": "sad"}, {"input": "<noinput>"}, {"contexts": []}, {"table": None}]
+)
+def test_names_and_blanks_are_no_part_of_a_question(tmp_path, extra):
+    assert [outcome(row) for row in read(tmp_path, [{"prompt": "q", "completion": "a", **extra}])] == [QA]
+
+
+def test_passages_in_a_list_must_be_in_the_prompt(tmp_path):
+    rows = [{"prompt": said, "completion": "a", "contexts": ["one text", "two"]} for said in ("q", "q: one text")]
+    assert [outcome(row) for row in read(tmp_path, rows)] == [REFUSED, ["u: q: one text", "a: a"]]
+
+
+def test_the_parameters_of_xlam_become_a_json_schema(tmp_path):
+    kinds = {"a": "str", "b": "int, optional", "c": "List[int]", "d": "Union[int, str]", "e": "float"}
+    bare = {name: {"description": name, "type": kind} for name, kind in kinds.items()}
+    bare["e"]["default"] = 1.5
+    call = {"name": "f", "arguments": {"a": "x", "c": [1], "d": 2}}
+    row = {"query": "q", "answers": json.dumps([call]), "tools": json.dumps([{"name": "f", "parameters": bare}])}
+    wrong = {**row, "answers": json.dumps([{"name": "f", "arguments": {"a": 1, "c": [], "d": 1}}])}
+    found, refused = read(tmp_path, [row, wrong])
+    schema = found.messages[0]["tools"][0]["function"]["parameters"]
+    types = {name: value.get("type") for name, value in schema["properties"].items()}
+    assert types == {"a": "string", "b": "integer", "c": "array", "d": None, "e": "number"}
+    assert schema["required"] == ["a", "c", "d"] and schema["properties"]["e"]["default"] == 1.5
+    assert found.messages[-1]["tool_calls"][0]["function"] == call
+    assert "arguments.a: 1 is not of type 'string'" in refused.problem
+
+
+@pytest.mark.parametrize("key", ["tools", "available_tools"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_are_read_as_a_list_of_json_texts_and_with_an_input_schema(tmp_path, key, as_text):
+    anthropic = {"name": "f", "input_schema": FUNCTION["parameters"]}
+    for tool in (FUNCTION, anthropic):
+        value = [json.dumps(tool)] if as_text else [tool]
+        (row,) = read(tmp_path, [{key: value, "messages": [user("q"), answer("a")]}])
+        (found,) = row.messages[0]["tools"]
+        assert found["function"]["parameters"] == FUNCTION["parameters"] and row.unused_keys == ()
+
+
+def test_glaives_tools_are_the_rows_tools(tmp_path):
+    (row,) = read(tmp_path, SHAPES["Glaive v2"][0][:1])
+    assert row.messages[0]["tools"] == [{"type": "function", "function": FUNCTION}]
+    assert row.messages[1]["tool_calls"][0]["function"] == CALL and row.unused_keys == ()
+
+
+@pytest.mark.parametrize("name", ["Capybara", "LIMA", "Gemini", "OpenAssistant tree", "HH as text", "Glaive v2"])
+def test_the_prompt_of_a_row_is_its_chat_without_the_last_answer(tmp_path, name):
+    rows, (expected, *_) = SHAPES[name]
+    read(tmp_path, rows[:1])
+    columns = columns_of(tmp_path / "t.jsonl", "t.jsonl")
+    row = {**rows[0], **{ours: rows[0][theirs] for ours, theirs in columns.items()}}
+    assert [f"{message['role'][0]}: {message['content']}" for message in to_prompt(row)] == expected[:-1]
+
+
+def test_the_chosen_text_of_a_preference_pair_is_read_by_the_columns_that_its_refusal_names(tmp_path):
+    pair = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
+    (refused,) = read(tmp_path, [pair])
+    assert "set data.columns: {text: chosen}" in refused.problem
+    (row,) = read_rows(tmp_path, ["t.jsonl"], "auto", {"text": "chosen"})
+    assert outcome(row) == QA
+
+
+CONVERTED = [
+    ({"translation": {"en": "Hi", "de": "Hallo"}}, ["u: Translate to de.\n\nHi", "a: Hallo"]),
+    ({"context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [1]}}, ["u: q\n\nc", "a: a"]),
+    ({"input": {"messages": [user("q")]}, "preferred_output": [answer("a")], "non_preferred_output": [answer("b")]}, QA),
+    ({"custom_id": "x", "body": {"messages": [user("q"), answer("a")]}}, QA),
+    ({"winner": "model_b", "conversation_a": [user("q"), answer("b")], "conversation_b": [user("q"), answer("a")]}, QA),
+    ({"prompt": "q", "response_0": "b", "response_1": "a", "better_response_id": 1}, QA),
+    ({"problem": "q", "deepseek_reasoning": "r", "deepseek_solution": "a"}, ["u: q", "a: <think>\nr\n</think>\n\na"]),
+    ({"question": "q", "solutions": json.dumps(["a", "b"])}, QA),
+    ({"question": "q", "solutions": ["a", "b"]}, QA),
+    ({"instruction": "i", "instances": [{"input": "q", "output": "a"}]}, ["u: i\n\nq", "a: a"]),
+    ({"message": "r", "chat_history": [{"role": "USER", "message": "q"}, {"role": "CHATBOT", "message": "a"}], "response": "b"}, TWO),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+@pytest.mark.parametrize(("row", "expected"), CONVERTED, ids=lambda value: str(value)[:40])
+def test_the_command_that_a_refusal_names_makes_a_chat(tmp_path, row, expected):
+    (refused,) = read(tmp_path, [row])
+    command = re.search(r"jq -c '(.*)' IN", refused.problem)[1]
+    made = subprocess.run(
+        ["jq", "-c", command], input=json.dumps(row), capture_output=True, text=True, check=True
+    ).stdout
+    (tmp_path / "made.jsonl").write_text(made)
+    assert [outcome(found) for found in read_rows(tmp_path, ["made.jsonl"], "auto")] == [expected]
