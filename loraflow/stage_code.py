@@ -265,6 +265,7 @@ EVALUATE = (
     "loraflow.evaluation.groups",
     "loraflow.evaluation.label_scores",
     "loraflow.evaluation.metric_modules",
+    "loraflow.evaluation.metric_files",
     "loraflow.evaluation.values",
     "loraflow.hardware.process_group",
     "loraflow.base.architecture",

@@ -101,6 +101,8 @@ class TrainerSettings(UnfingerprintedTraining, BestCheckpoint, TrainingMath):
                 raise ValueError(f"load_best_model_at_end needs save_steps to be a multiple of eval_steps ({every})")
         if self.load_best_model_at_end and self.metric_for_best_model not in ("eval_loss", "loss"):
             raise ValueError("metric_for_best_model should be eval_loss: validation rows have no other metric")
+        if self.load_best_model_at_end and self.greater_is_better:
+            raise ValueError("greater_is_better: true would keep the checkpoint with the largest loss; leave it out")
         if self.early_stopping_patience and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end: true")
         return self

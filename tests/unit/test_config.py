@@ -332,7 +332,11 @@ def test_every_key_reaches_a_stage(path):
         base["training_config.bf16"] = False
     if path == "base.dtype":
         base.pop("base.quantization")
-    if path in ("training_config.eval_strategy", "training_config.save_strategy"):
+    if path in (
+        "training_config.eval_strategy",
+        "training_config.save_strategy",
+        "training_config.greater_is_better",
+    ):
         base.pop("training_config.load_best_model_at_end")
     if path == "method" or path.startswith("loralib_config."):
         base.pop("base.quantization")
