@@ -154,6 +154,7 @@ TRAIN = (
     "loraflow.training.angles",
     "loraflow.training.flash4",
     "loraflow.training.lora_kernels",
+    "loraflow.training.neftune",
     "loraflow.training.frozen_linear",
     "loraflow.training.loss_head",
     "loraflow.training.loss_kernel",
