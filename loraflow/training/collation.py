@@ -41,7 +41,9 @@ class MicroBatch(TypedDict):
     targets: Tensor  # [supervised tokens]
     loss_weights: NotRequired[Tensor]  # [supervised tokens] float32; absent: 1 for all
     token_keys: NotRequired[Tensor]  # [rows · tokens] int32, for dropout and noise
-    document_lengths: NotRequired[Tensor]  # [rows · tokens] int32, tokens of each token's document, for noise; 0: padding
+    document_lengths: NotRequired[
+        Tensor
+    ]  # [rows · tokens] int32, tokens of each token's document, for noise; 0: padding
     attention_mask: NotRequired[Tensor]
     position_ids: NotRequired[Tensor]
     cu_seq_lens_q: NotRequired[Tensor]  # where documents begin, [entries] int32
