@@ -43,8 +43,8 @@ class TrainingMath(FrozenModel):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="NEFTune: noise on the embeddings of training tokens, uniform up to alpha / sqrt(tokens of the document · "
-        "width). Of a padded batch, transformers and runtime.engine: stock take the batch's length instead.",
+        description="NEFTune: noise on the embeddings of training tokens, uniform up to alpha / sqrt(tokens of the document "
+        "· width). Of a padded batch, transformers and runtime.engine: stock take the batch's length instead.",
     )
     seed: int = 0
     bf16: bool = True
