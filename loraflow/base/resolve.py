@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from loraflow.base import hub
 from loraflow.base.base_checks import prepare_tokenizer
 from loraflow.base.model_files import copy_model, model_files
-from loraflow.base.usable import refuse_unusable_folder, require_base_name
+from loraflow.base.usable import refuse_code_elsewhere, refuse_unusable_folder, require_base_name
 from loraflow.base.weight_checks import check_fits_config, check_weights, refuse_non_finite_weights
 from loraflow.config.locations import BaseLocation, FolderOrigin, GgufOrigin, HubOrigin
 from loraflow.config.recipe import Base
@@ -60,7 +60,10 @@ def require_base(base: Base) -> None:
     if base.model.startswith("bundled:"):
         _bundled(base.model)
         return
-    refuse_unusable_folder(Path(base.model).expanduser(), trust=base.trust_remote_code)
+    folder = Path(base.model).expanduser()
+    refuse_unusable_folder(folder, trust=base.trust_remote_code)
+    if base.trust_remote_code:
+        refuse_code_elsewhere(folder)
     require_base_name(base.model)
 
 
@@ -135,9 +138,13 @@ def _content(folder: Path, trust: bool, memo: HashMemo) -> dict[str, str]:
 def _folder_of(origin: FolderOrigin | HubOrigin, trust: bool) -> Path:
     if isinstance(origin, FolderOrigin):
         refuse_unusable_folder(Path(origin.folder), trust=trust, known_to_transformers=True)
-        return Path(origin.folder)
-    refuse_unusable_folder(hub.download_config(origin.hub, origin.commit), trust=trust, known_to_transformers=True)
-    return hub.download(origin.hub, origin.commit, trust=trust)
+        folder = Path(origin.folder)
+    else:
+        refuse_unusable_folder(hub.download_config(origin.hub, origin.commit), trust=trust, known_to_transformers=True)
+        folder = hub.download(origin.hub, origin.commit, trust=trust)
+    if trust:
+        refuse_code_elsewhere(folder)
+    return folder
 
 
 def _bundled(model: str) -> Path:

@@ -106,6 +106,42 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
             raise _encoder_decoder(config)
 
 
+def refuse_code_elsewhere(folder: Path) -> None:
+    """Refuse a base whose own code is in another repository of the hub: transformers runs its newest version each time.
+
+    Such a base is often a fine-tuned copy, whose config.json says `OWNER/NAME--modeling.Class`.
+
+    Args:
+        folder: of a base whose code the recipe allows.
+
+    Raises:
+        BadModel: it is.
+    """
+    for name in ("config.json", "tokenizer_config.json"):
+        elsewhere = [reference for reference in _code_references(folder / name) if "--" in reference]
+        if elsewhere:
+            raise BadModel(
+                "The base's code is in another repository, of which no version is pinned: it can change the model at any "
+                "time.",
+                where=f"auto_map in {name} of the base",
+                expected="code in files of the base itself, such as modeling.Class",
+                got=elsewhere[0],
+                next_step="base.trust_remote_code: false, if transformers has the architecture; or copy the repository's "
+                ".py files into the model's folder, and remove the part up to -- from auto_map",
+            )
+
+
+def _code_references(file: Path) -> list[str]:
+    """Return the classes that a JSON file's `auto_map` names; none if it cannot be read, which others refuse."""
+    try:
+        mapped = json.loads(file.read_text(encoding="utf-8"))["auto_map"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return []
+    values = mapped.values() if isinstance(mapped, dict) else [mapped]
+    named = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    return [name for name in named if isinstance(name, str)]
+
+
 def refuse_unusable(config: Mapping[str, JsonValue], *, trust: bool) -> None:
     """Refuse a base by the content of its config.json.
 

@@ -247,6 +247,8 @@ class TrainConfig(StageConfig):
     base: FrozenBaseConfig
     # How validation losses are computed; set only with load_best_model_at_end, where they choose the checkpoint.
     validation_loss: Literal["mean over tokens"] | None = None
+    # How large NEFTune's noise is; set only with neftune_noise_alpha. Earlier results depended on the micro-batch.
+    noise: Literal["by document"] | None = None
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:
@@ -270,6 +272,8 @@ class TrainConfig(StageConfig):
         }
         if training.load_best_model_at_end:
             values["validation_loss"] = "mean over tokens"
+        if training.neftune_noise_alpha is not None:
+            values["noise"] = "by document"
         if recipe.method == "loralib":
             values["loralib_config"] = recipe.loralib_config.model_dump()
         return cls.of(values)

@@ -41,7 +41,11 @@ class TrainingMath(FrozenModel):
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="NEFTune: noise on the embeddings of training tokens, uniform up to alpha / sqrt(tokens of the document "
+        "· width). Of a padded batch, transformers and runtime.engine: stock take the batch's length instead.",
+    )
     seed: int = 0
     bf16: bool = True
     fp16: bool = False
@@ -54,7 +58,9 @@ class BestCheckpoint(FrozenModel):
     eval_steps: Positive | None = None
     load_best_model_at_end: bool = False
     metric_for_best_model: str = "eval_loss"
-    greater_is_better: bool = False
+    greater_is_better: bool = Field(
+        False, description="Must be false with load_best_model_at_end: a lower loss is better."
+    )
     early_stopping_patience: Positive | None = None
 
 
@@ -101,6 +107,8 @@ class TrainerSettings(UnfingerprintedTraining, BestCheckpoint, TrainingMath):
                 raise ValueError(f"load_best_model_at_end needs save_steps to be a multiple of eval_steps ({every})")
         if self.load_best_model_at_end and self.metric_for_best_model not in ("eval_loss", "loss"):
             raise ValueError("metric_for_best_model should be eval_loss: validation rows have no other metric")
+        if self.load_best_model_at_end and self.greater_is_better:
+            raise ValueError("greater_is_better: true would keep the checkpoint with the largest loss; leave it out")
         if self.early_stopping_patience and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end: true")
         return self

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from loraflow.evaluation.metric_files import metric_files, metric_hash
 from loraflow.failures import BadConfig
-from loraflow.store.files import HashMemo, hash_file
+from loraflow.store.files import HashMemo
 
 BUILT_IN = Path(__file__).parent / "metrics"
 LOWER_IS_BETTER = frozenset({"token_loss", "perplexity"})
@@ -49,20 +50,24 @@ def find_module(name: str) -> Path:
 
 def module_hashes(names: Sequence[str], memo: HashMemo) -> dict[str, str]:
     """Return the hashes of metric modules' files, which are part of an evaluation's fingerprint."""
-    return {name: memo.hash(find_module(name)) for name in names}
+    return {name: _hash(name, memo) for name in names}
+
+
+def _hash(name: str, memo: HashMemo) -> str:
+    script = find_module(name)
+    return memo.hash(script) if BUILT_IN in script.parents else metric_hash(script, memo)
 
 
 def require_unchanged(name: str, expected: str) -> None:
     """Check that a metric's module is still the one that the evaluation's fingerprint names.
 
     Raises:
-        BadConfig: its script was edited or replaced since the run started.
+        BadConfig: its script, or another of its files, was edited or replaced since the run started.
     """
-    script = find_module(name)
-    if hash_file(script) != expected:
+    if _hash(name, HashMemo(None)) != expected:
         raise BadConfig(
             f"The metric {name} was edited during the run, so its scores cannot be kept.",
-            where=str(script),
+            where=", ".join(map(str, metric_files(find_module(name)))),
             next_step="run again: the finished stages are cached",
         )
 

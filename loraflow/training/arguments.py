@@ -78,7 +78,7 @@ def trainer_arguments(
         checkpoints: folder for checkpoints.
 
     Raises:
-        BadConfig: fp16 on a CPU.
+        BadConfig: fp16 on a CPU, or a schedule that has no step left after its warm-up and needs one.
         MissingExtra: the optimizer needs bitsandbytes.
     """
     import torch
@@ -89,7 +89,17 @@ def trainer_arguments(
     values = settings.model_dump(exclude=_TRANSLATED)
     if values["optim"] == "adamw_torch" and device == "cuda" and engine == "fast":
         values["optim"] = "adamw_torch_fused"  # the same sums in one kernel
-    warmup = settings.warmup_steps
+    warmup = int(settings.warmup_steps)
+    if settings.warmup_steps < 1:
+        warmup = math.ceil(settings.warmup_steps * steps.total)
+    if settings.lr_scheduler_type == "polynomial" and warmup >= steps.total:
+        raise BadConfig(
+            "The warm-up takes all steps, and the schedule polynomial needs one after it.",
+            where="training_config.warmup_steps",
+            expected=f"less than the {steps.total} steps of the training",
+            got=f"{settings.warmup_steps:g}: {warmup} steps",
+            next_step="lower warmup_steps, or choose another lr_scheduler_type",
+        )
     checkpointing = batch_settings.gradient_checkpointing_kwargs
     return SFTConfig(
         **values,
@@ -103,7 +113,7 @@ def trainer_arguments(
         activation_offloading=batch_settings.activation_offloading,
         output_dir=str(checkpoints),
         max_steps=steps.total,
-        warmup_steps=int(warmup) if warmup >= 1 else math.ceil(warmup * steps.total),
+        warmup_steps=warmup,
         logging_nan_inf_filter=False,  # a NaN must be reported, not averaged away
         use_cpu=device == "cpu",
         dataloader_pin_memory=device == "cuda" and torch.cuda.is_available(),

@@ -137,8 +137,9 @@ class StepDataset(Dataset[StepItem]):
         steps: row numbers of each step, [steps, global batch].
         layout: the layout of the micro-batches.
         pad_id: token id of the padding.
-        seed: the seed of dropout.
+        seed: the seed of dropout and noise.
         dropout: whether to give every token a key, from which its dropout mask is computed.
+        noise: whether to give every token a key and the length of its document, from which NEFTune's noise is computed.
         group: the processes that share the micro-batches.
         sharing: when to compute the common prefix of a grid's rows only once; None is never.
         equal_count: whether all processes get the same number of micro-batches, as a sharded base needs. A process that has
@@ -155,15 +156,16 @@ class StepDataset(Dataset[StepItem]):
         *,
         seed: int = 0,
         dropout: bool = False,
+        noise: bool = False,
         group: ProcessGroup | None = None,
         sharing: PrefixSharing | None = None,
         equal_count: bool = False,
         with_positions: bool = False,
     ):
         self.rows, self.steps, self.layout, self.pad_id = rows, steps, layout, pad_id
-        self.sharing = None if dropout or rows.row_length else sharing
-        self.seed, self.dropout, self.group, self.equal_count = seed, dropout, group or ProcessGroup(), equal_count
-        self.with_positions = with_positions
+        self.sharing = None if dropout or noise or rows.row_length else sharing
+        self.seed, self.dropout, self.noise = seed, dropout, noise
+        self.group, self.equal_count, self.with_positions = group or ProcessGroup(), equal_count, with_positions
         # Length of a micro-batch → largest number of documents in it, over all steps.
         self.entries = self._most_documents(layout) if isinstance(layout, Concatenated) else {}
 
@@ -203,7 +205,7 @@ class StepDataset(Dataset[StepItem]):
             documents = [self.rows[int(chosen[index])] for index in indices]
             weights = [self.rows.weights(int(chosen[index])) for index in indices]
             keys = [self.token_keys(step, index, int(self.rows.tokens[chosen[index]])) for index in indices]
-            micro_batches.append(self._micro_batch(documents, weights, keys if self.dropout else None))
+            micro_batches.append(self._micro_batch(documents, weights, keys if self.dropout or self.noise else None))
         for batch in micro_batches[len(local) :]:  # without targets, so without a loss
             batch["loss_index"], batch["targets"] = batch["loss_index"][:0], batch["targets"][:0]
             if "loss_weights" in batch:
@@ -239,14 +241,12 @@ class StepDataset(Dataset[StepItem]):
             tokens = self.layout.fit(sum(len(ids) for row in rows for ids, _ in row))
             batch = concatenated(rows, tokens, self.entries[tokens] + 1, self.layout.longest, self.pad_id, weights)
             keys = None if keys is None else [np.concatenate(keys)]
-            row_width = tokens
+            rows = [[document for row in rows for document in row]]
         elif self.sharing and (prefix := self.sharing.shared_length([row[0][0] for row in rows])):
             return share_prefix([row[0] for row in rows], prefix, weights)
         else:
             return self.grid(rows, weights, keys)
-        if keys is not None:
-            batch["token_keys"] = _spread(keys, row_width, batch["input_ids"].numel())
-        return batch
+        return self._with_keys(batch, rows, keys)
 
     def grid(self, rows: list[list[Document]], weights: Weights, keys: list[NDArray[np.int32]] | None) -> MicroBatch:
         """Return rows as a grid. `keys` are those of each row's tokens, for dropout."""
@@ -256,8 +256,18 @@ class StepDataset(Dataset[StepItem]):
             if length
             else padded(rows, self.pad_id, weights, with_positions=self.with_positions)
         )
+        return self._with_keys(batch, rows, keys)
+
+    def _with_keys(
+        self, batch: MicroBatch, rows: list[list[Document]], keys: list[NDArray[np.int32]] | None
+    ) -> MicroBatch:
+        """Add what dropout and noise need. `rows` are those of the batch's ids, and `keys` those of each row's tokens."""
         if keys is not None:
-            batch["token_keys"] = _spread(keys, batch["input_ids"].shape[1], batch["input_ids"].numel())
+            width, size = batch["input_ids"].shape[1], batch["input_ids"].numel()
+            batch["token_keys"] = _spread(keys, width, size)
+            if self.noise:
+                lengths = [[len(ids) for ids, _ in row] for row in rows]
+                batch["document_lengths"] = _spread([np.repeat(n, n).astype(np.int32) for n in lengths], width, size)
         return batch
 
     def token_keys(self, step: int, index: int, tokens: int) -> NDArray[np.int32]:

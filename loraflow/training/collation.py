@@ -40,7 +40,10 @@ class MicroBatch(TypedDict):
     loss_index: Tensor  # [supervised tokens]
     targets: Tensor  # [supervised tokens]
     loss_weights: NotRequired[Tensor]  # [supervised tokens] float32; absent: 1 for all
-    token_keys: NotRequired[Tensor]  # [rows · tokens] int32, for dropout
+    token_keys: NotRequired[Tensor]  # [rows · tokens] int32, for dropout and noise
+    document_lengths: NotRequired[
+        Tensor
+    ]  # [rows · tokens] int32, tokens of each token's document, for noise; 0: padding
     attention_mask: NotRequired[Tensor]
     position_ids: NotRequired[Tensor]
     cu_seq_lens_q: NotRequired[Tensor]  # where documents begin, [entries] int32

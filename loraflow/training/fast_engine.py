@@ -81,6 +81,7 @@ def build_fast_trainer(
         group=setup.group,
         preemption=setup.preemption,
         autocast=compute_dtype if compute_dtype != base_dtype else None,
+        noise_alpha=setup.settings.neftune_noise_alpha,
         processing_class=setup.tokenizer,
         peft_config=adapter_config(setup, model),
         callbacks=setup.callbacks,
@@ -127,7 +128,9 @@ def _arguments(setup: TrainingSetup, fit: MemoryFit) -> SFTConfig:
     batch_settings = BatchSettings(
         rows=1, accumulation=1, gradient_checkpointing=False, activation_offloading=fit.recompute == "offload"
     )
-    return setup.trainer_arguments(batch_settings, setup.runtime.engine)
+    arguments = setup.trainer_arguments(batch_settings, setup.runtime.engine)
+    arguments.neftune_noise_alpha = None  # not transformers' noise, but that of `neftune`
+    return arguments
 
 
 def _accelerate(
@@ -213,6 +216,8 @@ def choose_prefix_sharing(
         return None, None
     if setup.config.peft_config.lora_dropout > 0:
         return None, "dropout differs from row to row"
+    if setup.settings.neftune_noise_alpha is not None:
+        return None, "noise differs from row to row"
     if setup.longrope_switch is not None:
         return None, "long documents have other rotary angles"
     sets = [rows for rows in (setup.rows, setup.validation) if rows is not None]
@@ -242,7 +247,10 @@ def _training_steps(
         else GridRows(micro_batch_rows)
     )
     dropout = setup.config.peft_config.lora_dropout > 0
-    return _step_dataset(setup, setup.rows, setup.step_rows, layout, sharing, dropout=dropout, equal_count=sharded)
+    noise = setup.settings.neftune_noise_alpha is not None
+    return _step_dataset(
+        setup, setup.rows, setup.step_rows, layout, sharing, dropout=dropout, noise=noise, equal_count=sharded
+    )
 
 
 def _validation_steps(
@@ -257,7 +265,9 @@ def _validation_steps(
         if attention.concatenated
         else GridRows(setup.settings.per_device_eval_batch_size)
     )
-    return _step_dataset(setup, setup.validation, step, layout, sharing, dropout=False, equal_count=sharded)
+    return _step_dataset(
+        setup, setup.validation, step, layout, sharing, dropout=False, noise=False, equal_count=sharded
+    )
 
 
 def _step_dataset(
@@ -268,6 +278,7 @@ def _step_dataset(
     sharing: PrefixSharing | None,
     *,
     dropout: bool,
+    noise: bool,
     equal_count: bool,
 ) -> StepDataset:
     return StepDataset(
@@ -277,6 +288,7 @@ def _step_dataset(
         setup.tokenizer.pad_token_id,
         seed=setup.settings.seed,
         dropout=dropout,
+        noise=noise,
         group=setup.group,
         sharing=sharing,
         equal_count=equal_count,

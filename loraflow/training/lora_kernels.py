@@ -119,17 +119,19 @@ class LoraProduct(torch.autograd.Function):
 def keep_mask(token_keys: Tensor, module_key: Tensor | None, features: int, keep_from: int | Tensor) -> Tensor:
     """Return which elements dropout keeps, bool [tokens, features]: a hash of token, module and feature.
 
-    `keep_from` may differ from token to token [tokens, 1].
-
-    The hash is the finalizer of MurmurHash3 (Appleby 2011) over 32 bits, of which 16 decide.
+    `keep_from` may differ from token to token [tokens, 1]. 16 bits of the hash decide.
     """
     assert module_key is not None
+    return (hash_features(token_keys, module_key, features) & 0xFFFF) >= keep_from
+
+
+def hash_features(token_keys: Tensor, module_key: Tensor, features: int) -> Tensor:
+    """Return a hash of token, module and feature, int32 [tokens, features]: the finalizer of MurmurHash3 (Appleby 2011)."""
     feature = torch.arange(features, dtype=torch.int32, device=token_keys.device) * -1640531527
     z = (token_keys[:, None] ^ module_key) + feature
     z = (z ^ ((z >> 16) & 0xFFFF)) * -2048144789
     z = (z ^ ((z >> 13) & 0x7FFFF)) * -1028477387
-    z = z ^ ((z >> 16) & 0xFFFF)
-    return (z & 0xFFFF) >= keep_from
+    return z ^ ((z >> 16) & 0xFFFF)
 
 
 def dropout(x: Tensor, keep: Tensor, keep_from: int) -> Tensor:

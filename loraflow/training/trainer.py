@@ -30,6 +30,7 @@ from loraflow.training.cuda_graphs import GraphedPass
 from loraflow.training.layers import CompiledLayer
 from loraflow.training.lora_kernels import FastLora, set_token_keys
 from loraflow.training.loss_head import head_loss
+from loraflow.training.neftune import add_noise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -213,6 +214,7 @@ class FastTrainer(LoraPlusTrainer):
         group: the processes that train together.
         preemption: tells whether this process was asked to stop.
         autocast: dtype of autocast; None computes in the base's dtype.
+        noise_alpha: the scale of NEFTune's noise; None trains without it.
         model: see StockTrainer, down to `callbacks`.
         args: the trainer's arguments.
         processing_class: the tokenizer.
@@ -228,6 +230,7 @@ class FastTrainer(LoraPlusTrainer):
         group: ProcessGroup,
         preemption: PreemptionHandler,
         autocast: torch.dtype | None,
+        noise_alpha: float | None = None,
         model: PreTrainedModel,
         args: SFTConfig,
         processing_class: PreTrainedTokenizerBase,
@@ -245,7 +248,7 @@ class FastTrainer(LoraPlusTrainer):
             callbacks=callbacks,
         )
         self.steps, self.validation, self.group, self.preemption = steps, validation, group, preemption
-        self.autocast_dtype = autocast
+        self.autocast_dtype, self.noise_alpha = autocast, noise_alpha
         get_base_model = getattr(self.model, "get_base_model", None)
         causal: PreTrainedModel = self.model if get_base_model is None else get_base_model()
         self.decoder: PreTrainedModel = causal.get_decoder()  # type: ignore[no-untyped-call]
@@ -337,13 +340,17 @@ class FastTrainer(LoraPlusTrainer):
         """Return the decoder's last hidden states [rows, tokens, width].
 
         Args:
-            tensors: the micro-batch's tensors on the device: ids, positions, document borders, keys for dropout.
+            tensors: the micro-batch's tensors on the device: ids, positions, document borders, keys for dropout and noise.
             lengths: the micro-batch's constants.
         """
         inputs = dict(tensors)
-        set_token_keys(self.loras, inputs.pop("token_keys", None))
+        keys, document_lengths = inputs.pop("token_keys", None), inputs.pop("document_lengths", None)
+        set_token_keys(self.loras, keys)
         with self._autocast():
             embedded = self.embed(inputs.pop("input_ids"))
+            if self.noise_alpha is not None and self.decoder.training and keys is not None:
+                assert document_lengths is not None
+                embedded = add_noise(embedded, keys, document_lengths, self.noise_alpha)
             if self.compiled_layers and self.decoder.training and not embedded.requires_grad:
                 embedded.requires_grad_()  # so that the first layer uses the same compiled code as the others
             outputs = self.decoder(

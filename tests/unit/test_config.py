@@ -110,6 +110,10 @@ def test_every_problem_is_reported_at_once_with_its_line():
         ("training_config: {assistant_only_loss: true}", "data.loss_on"),
         ("training_config: {dataset_text_field: text}", "data.format"),
         ("training_config: {bf16: true, fp16: true}", "exclude each other"),
+        (
+            "training_config: {eval_strategy: steps, load_best_model_at_end: true, greater_is_better: true}",
+            "largest loss",
+        ),
         ("training_config: {warmup_steps: 1.5}", "whole number"),
         ("training_config: {eval_strategy: steps}", "validation_fraction"),
         ("training_config: {load_best_model_at_end: true}", "needs eval_strategy"),
@@ -358,7 +362,11 @@ def test_every_key_reaches_a_stage(path):
         base["training_config.bf16"] = False
     if path == "base.dtype":
         base.pop("base.quantization")
-    if path in ("training_config.eval_strategy", "training_config.save_strategy"):
+    if path in (
+        "training_config.eval_strategy",
+        "training_config.save_strategy",
+        "training_config.greater_is_better",
+    ):
         base.pop("training_config.load_best_model_at_end")
     if path == "method" or path.startswith("loralib_config."):
         base.pop("base.quantization")

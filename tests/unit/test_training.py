@@ -323,6 +323,25 @@ def test_an_unmatched_target_is_an_error_that_suggests_the_right_name(base, stra
     assert "name qkv_proj" in str(caught.value)
 
 
+def test_a_polynomial_schedule_without_a_step_after_its_warm_up_is_refused(base, straight, tmp_path):
+    """transformers divides by the number of these steps."""
+    from transformers import get_scheduler
+
+    with pytest.raises(ZeroDivisionError):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+        scheduler = get_scheduler("polynomial", optimizer, 6, 6)
+        for _ in range(6):
+            scheduler.step()
+    with pytest.raises(BadConfig, match="takes all steps"):
+        run(
+            base,
+            straight[0],
+            tmp_path,
+            training_config__lr_scheduler_type="polynomial",
+            training_config__warmup_steps=6.0,
+        )
+
+
 def test_nf4_without_cuda_reports_what_is_missing(base, straight, tmp_path):
     from loraflow.failures import MissingExtra
 

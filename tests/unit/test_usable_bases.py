@@ -6,7 +6,7 @@ import pytest
 
 from loraflow.base import hub, resolve
 from loraflow.base.usable import refuse_unusable
-from loraflow.config.locations import HubOrigin
+from loraflow.config.locations import FolderOrigin, HubOrigin
 from loraflow.config.recipe import Base
 from loraflow.failures import BadModel
 from loraflow.store.files import HashMemo
@@ -116,3 +116,29 @@ def test_a_models_own_code_is_accepted_where_it_is_trusted():
     refuse_unusable(config, trust=True)
     with pytest.raises(BadModel):
         refuse_unusable(config, trust=False)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("reference", ["org/other--m.M", [None, "org/other--m.M"]])
+def test_code_of_another_repository_is_refused_if_the_recipe_would_run_it(name, reference, tmp_path, monkeypatch):
+    """transformers reads org/other at its newest commit, so the base's own commit or content does not pin it."""
+    from transformers import dynamic_module_utils
+
+    folder = folder_with(LLAMA, tmp_path)
+    (folder / "model.safetensors").write_bytes(b"")
+    values = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    (folder / name).write_text(json.dumps({**values, "auto_map": {"AutoTokenizer": reference}}))
+    for call in (
+        lambda: resolve.locate(Base(model=str(folder), trust_remote_code=True), HashMemo(None)),
+        lambda: resolve._folder_of(FolderOrigin(folder=str(folder)), trust=True),
+    ):
+        with pytest.raises(BadModel, match="no version is pinned(.|\n)*org/other--m.M"):
+            call()
+    resolve.locate(Base(model=str(folder)), HashMemo(None))  # transformers has the architecture
+    asked = []
+    monkeypatch.setattr(
+        dynamic_module_utils, "cached_file", lambda repo, file, **more: asked.append((repo, more["revision"]))
+    )
+    with pytest.raises(TypeError):  # there is no file
+        dynamic_module_utils.get_class_from_dynamic_module("org/other--m.M", str(folder), revision="0" * 40)
+    assert asked == [("org/other", None)]  # the newest commit, whatever the revision of the base

@@ -1,0 +1,107 @@
+"""A metric of the user's own is its script and what it imports and names: an edit of any of them evaluates again."""
+
+import importlib
+import sys
+
+import pytest
+
+from loraflow.evaluation.metric_modules import BUILT_IN, compute, module_hashes, require_unchanged
+from loraflow.failures import BadConfig
+from loraflow.store.files import HashMemo, hash_file
+
+METRIC = """import datasets
+import evaluate
+from .rules import score
+from metrics.common import FACTOR
+
+
+class Mine(evaluate.Metric):
+    def _info(self):
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(description="", citation="", inputs_description="",
+                                   features=datasets.Features({"predictions": text, "references": text}))
+
+    def _compute(self, predictions, references):
+        words = open("metrics/words.txt").read().split()
+        scores = [FACTOR * score(p, words) for p in predictions]
+        return {"mine": sum(scores) / len(scores), "mine_scores": scores}
+"""
+EDITS = {
+    "metrics/mine/mine.py": METRIC.replace("FACTOR *", "2 * FACTOR *"),
+    "metrics/mine/rules.py": "def score(text, words):\n    return float(text not in words)\n",
+    "metrics/common.py": "from metrics.more import HALF\nFACTOR = HALF\n",
+    "metrics/more.py": "HALF = 0.25\n",
+    "metrics/words.txt": "no\n",
+}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "metrics" / "mine").mkdir(parents=True)
+    for name, text in {
+        "metrics/mine/mine.py": METRIC,
+        "metrics/mine/rules.py": "def score(text, words):\n    return float(text in words)\n",
+        "metrics/common.py": "from metrics.more import HALF\nFACTOR = HALF * 2\n",
+        "metrics/more.py": "HALF = 0.5\n",
+        "metrics/words.txt": "yes\n",
+        "metrics/other.py": "",
+    }.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def hash_now() -> str:
+    return module_hashes(["./metrics/mine"], HashMemo(None))["./metrics/mine"]
+
+
+@pytest.mark.parametrize("edited", EDITS)
+def test_an_edit_of_any_file_of_a_metric_changes_its_hash(project, edited):
+    before = hash_now()
+    require_unchanged("./metrics/mine", before)
+    (project / edited).write_text(EDITS[edited])
+    assert hash_now() != before
+    with pytest.raises(BadConfig, match="was edited during the run"):
+        require_unchanged("./metrics/mine", before)
+
+
+def test_the_edits_change_the_scores(project, monkeypatch):
+    """What the hash must follow, by evaluate itself, with the working directory in Python's path as a worker has it."""
+    monkeypatch.syspath_prepend(str(project))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a file of the same size and second would not be read again
+
+    def score() -> float:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("metrics", "evaluate_modules")]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        return compute("./metrics/mine", ["yes"], ["yes"]).values["mine"]
+
+    assert score() == 1.0
+    for name, expected in (("metrics/more.py", 0.5), ("metrics/common.py", 0.25), ("metrics/words.txt", 0.0),
+                           ("metrics/mine/rules.py", 0.25), ("metrics/mine/mine.py", 0.5)):  # fmt: skip
+        (project / name).write_text(EDITS[name])
+        assert score() == expected, name
+
+
+def test_other_files_do_not_change_the_hash_of_a_metric(project):
+    before = hash_now()
+    (project / "metrics/other.py").write_text("changed = True\n")
+    (project / "metrics/mine/README.md").write_text("changed\n")
+    assert hash_now() == before
+
+
+def test_a_metric_of_one_file_has_the_hash_of_the_file(project):
+    """So that scores which were computed before this rule stay in use."""
+    script = project / "metrics/mine/mine.py"
+    script.write_text(
+        "import os\nimport evaluate\nfrom . import nothing\nNAMES = ['', '.', 'a' * 9999, '\\0', '\\ud800']\n"
+    )
+    assert hash_now() == hash_file(script)
+    script.write_text("this is no Python\n")
+    assert hash_now() == hash_file(script)
+
+
+def test_a_built_in_metric_is_its_script_whatever_the_working_directory_has(project, monkeypatch):
+    (project / "loraflow/evaluation").mkdir(parents=True)
+    (project / "loraflow/evaluation/label_scores.py").write_text("")
+    assert module_hashes(["labels"], HashMemo(None)) == {"labels": hash_file(BUILT_IN / "labels" / "labels.py")}
