@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -20,7 +21,7 @@ import click
 from loraflow import __version__
 from loraflow.cli.streams import can_flush, drop_output, prepare_streams
 from loraflow.credentials import protect_output
-from loraflow.failures import Failure
+from loraflow.failures import BadConfig, Failure
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -102,6 +103,18 @@ def cli() -> None:
     """
 
 
+def _check_folder() -> None:
+    """Refuse a current folder that was removed, before Python 3.13.0's imports fail there with an error of its own.
+
+    Raises:
+        BadConfig: it was removed.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise BadConfig("The current folder does not exist any more.", next_step="go to the project's folder") from None
+
+
 def main() -> None:
     """Run the command. Turn a failure into a message and an exit status."""
     if sys.platform == "win32":
@@ -111,6 +124,7 @@ def main() -> None:
     protect_output()
     signal.signal(signal.SIGTERM, _terminated)
     try:
+        _check_folder()
         code = cli.main(standalone_mode=False)  # returns the exit status of click.exceptions.Exit
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)

@@ -20,7 +20,7 @@ MAX_VALUES = (
 MAX_DEPTH = 40  # sections and lists inside each other
 MAX_DIGITS = 300  # digits of a number
 TOO_DEEP = f"values are nested more than {MAX_DEPTH} deep"
-CONFLICT = re.compile(r"^(<{7}|>{7})( |\r?$)", re.MULTILINE)  # a marker of git's
+_CONFLICT = re.compile(r"^(<{7}|>{7})( |\r?$)", re.MULTILINE)  # a marker of git's
 Path = tuple[str | int, ...]  # keys and indices that lead to a value
 
 
@@ -136,7 +136,7 @@ def load_plain(text: str) -> JsonValue:
 def _compose(text: str, kind: type[_BoundedLoader]) -> yaml.Node | None:
     if len(text) > MAX_CHARACTERS:
         raise Syntax(1, f"at most {MAX_CHARACTERS:,} characters are read, this text has {len(text):,}")
-    if marker := CONFLICT.search(text):
+    if marker := _CONFLICT.search(text):
         line = text.count("\n", 0, marker.start()) + 1
         raise Syntax(
             line, "conflict markers of git: keep one of the two versions, and remove the lines with <<<, === and >>>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -9,13 +10,13 @@ from shlex import quote
 
 import yaml
 
-from loraflow.config.yaml import CONFLICT
 from loraflow.data.git import GitError, git, is_url
 from loraflow.data.listing import is_md5, wrong_name
 from loraflow.failures import BadData
 
 MAX_BYTES = 256 * 2**10  # of a .dvc file; DVC writes about 100
 MAX_DEPTH = 12  # of its YAML; DVC writes 3
+_CONFLICT = re.compile(r"^(<{7}|>{7})( |$)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def parse_pin(text: str, dvc_file: str, where: str, key: str = "data.source") ->
     Raises:
         BadData: it does not pin exactly one output by md5, inside its repository.
     """
-    if CONFLICT.search(text):
+    if _CONFLICT.search(text):
         raise BadData(
             "The .dvc file has conflict markers of git.",
             where=where,

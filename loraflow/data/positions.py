@@ -49,20 +49,32 @@ class Positions:
         file = folder / "config.json"
         return cls.of(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else cls(None)
 
-    def check(self, lengths: Sequence[int], where: str) -> None:
+    def check(self, lengths: Sequence[int], where: str, scored: Sequence[str] = ()) -> None:
         """Check the lengths of documents that are computed together.
+
+        Args:
+            lengths: of the documents, in tokens.
+            where: what they are.
+            scored: the place of each document, if they are scored: max_length does not apply to them then.
 
         Raises:
             BadData: a document has more tokens than the model has positions.
         """
         longest = max(lengths, default=0)
         if self.limit is not None and longest > self.limit:
+            next_step = f"set training_config.max_length to {self.limit}, and data.too_long to drop or truncate"
+            if scored:
+                beyond = sum(length > self.limit for length in lengths)
+                where = f"{where}: {scored[list(lengths).index(longest)]}" + (
+                    f", and {beyond - 1} more" if beyond > 1 else ""
+                )
+                next_step = "shorten or remove these rows: rows are scored whole, whatever max_length is"
             raise BadData(
                 "A row has more tokens than the model has positions.",
                 where=where,
                 expected=f"at most {self.limit} tokens (max_position_embeddings of the base)",
                 got=f"{longest} tokens",
-                next_step=f"set training_config.max_length to {self.limit}, and data.too_long to drop or truncate",
+                next_step=next_step,
             )
 
     def switched_angles(self, lengths: Sequence[int], row_length: int | None) -> int | None:

@@ -93,7 +93,8 @@ def _losses(
                     next_step="change or remove the row",
                 ) from None
     lengths = [len(row.ids) for row in (*encoded, *choices)]
-    Positions(Positions.of_folder(folder).limit).check(lengths, "general rows")
+    places = [row["place"] for row in chats] + [row["place"] for row in questions for _ in row["choices"]]
+    Positions(Positions.of_folder(folder).limit).check(lengths, "general rows", places)
     model = load_model(folder, job.config.dtype, job.runtime, trust=job.config.trust_remote_code)
     pad, size = tokenizer.pad_token_id, job.runtime.eval_batch_size
     return (

@@ -155,10 +155,11 @@ def _ask_model(
     config, batch_size = job.config, job.runtime.eval_batch_size
     chats = [row.messages for row in rows]
     template, tokenizer = ChatTemplate(folder), load_tokenizer(folder)
-    with name_row([f"{row.place} ({row.set})" for row in rows]):  # before the model is loaded
+    places = [f"{row.place} ({row.set})" for row in rows]
+    with name_row(places):  # before the model is loaded
         prompts = template.prompt_ids(chats)
         encoded = template.encode(chats, "last_assistant") if "token_loss" in config.metrics else []
-    Positions(Positions.of_folder(folder).limit).check([len(row.ids) for row in encoded], "held-out rows")
+    Positions(Positions.of_folder(folder).limit).check([len(row.ids) for row in encoded], "held-out rows", places)
     model = load_model(folder, config.dtype, job.runtime, trust=config.trust_remote_code)
     losses = [(0.0, 0)] * len(rows)
     if encoded:  # a forward pass of its own over all rows

@@ -68,6 +68,14 @@ def test_a_row_beyond_the_positions_is_what_fails_in_gpt2():
         positions_of(config).check([3, 9], "rows")
 
 
+def test_a_scored_row_beyond_the_positions_is_named_without_advice_that_does_not_apply_to_it():
+    with pytest.raises(BadData) as caught:
+        Positions(8).check([3, 9, 11], "held-out rows", ["a.jsonl:1", "a.jsonl:2", "a.jsonl:7"])
+    assert (
+        caught.value.where == "held-out rows: a.jsonl:7, and 1 more" and "max_length to" not in caught.value.next_step
+    )
+
+
 def test_tokenize_refuses_rows_beyond_the_positions(tmp_path, phi3):
     import shutil
 
