@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from loraflow.cli.data import unread_keys
+from loraflow.cli.init_recipe import split_by_name, tokens_of
 from loraflow.cli.init_settings import SizeSettings, choose_heldout_fraction, choose_settings
 from loraflow.data.near_split import near_policy
-from loraflow.data.rendered_calls import call_text, tools_text
 from loraflow.failures import BadData
 
 if TYPE_CHECKING:
@@ -79,26 +78,6 @@ def read_dataset(source: Path, columns: str | None, base: str) -> UserDataset:
         size=_size_settings(chats, base, has_heldout=bool(heldout)),
         near_duplicates=near_policy(chats),
     )
-
-
-def split_by_name(names: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Return the files to train on, to hold out, and to leave out, by the usual names of splits.
-
-    Test files are held out. Validation files are held out if there are no test files, and left out otherwise.
-    """
-    splits: dict[str, list[str]] = {"train": [], "test": [], "validation": []}
-    for name in names:
-        found = re.match(r"(?:(tests?|held-?out)|(valid(?:ation)?|val|dev|eval))(?![a-z])", Path(name).stem.lower())
-        splits["train" if found is None else "test" if found[1] else "validation"].append(name)
-    train, test, validation = splits.values()
-    if not train:
-        return names, [], []
-    return (train, test, validation) if test else (train, validation, [])
-
-
-def tokens_of(chat: list[Message]) -> int:
-    """Return the tokens of a chat, at about three characters a token: a safe guess."""
-    return sum(len(message["content"] + call_text(message) + tools_text(message)) for message in chat) // 3 + 40
 
 
 def _chats(rows: list[Row], data_file: Path) -> list[list[Message]]:

@@ -8,12 +8,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraflow.cli.init_dataset import UserDataset, tokens_of
 from loraflow.cli.init_settings import SizeSettings
-from loraflow.data.rendered_calls import call_text
+from loraflow.data.rendered_calls import call_text, tools_text
 from loraflow.data.sampling import label_values
 
 if TYPE_CHECKING:
+    from loraflow.cli.init_dataset import UserDataset
     from loraflow.data.chats import Message
 
 RECIPE = """\
@@ -184,6 +184,26 @@ def _margin(chats: int, least: float) -> float:
 
     of_unchanged = margin_of_unchanged(max(chats // 10, 1), 0.95, "rougeL") or least
     return min(max(least, math.ceil(100 * of_unchanged + 0.5) / 100), 0.5)
+
+
+def tokens_of(chat: list[Message]) -> int:
+    """Return the tokens of a chat, at about three characters a token: a safe guess."""
+    return sum(len(message["content"] + call_text(message) + tools_text(message)) for message in chat) // 3 + 40
+
+
+def split_by_name(names: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Return the files to train on, to hold out, and to leave out, by the usual names of splits.
+
+    Test files are held out. Validation files are held out if there are no test files, and left out otherwise.
+    """
+    splits: dict[str, list[str]] = {"train": [], "test": [], "validation": []}
+    for name in names:
+        found = re.match(r"(?:(tests?|held-?out)|(valid(?:ation)?|val|dev|eval))(?![a-z])", Path(name).stem.lower())
+        splits["train" if found is None else "test" if found[1] else "validation"].append(name)
+    train, test, validation = splits.values()
+    if not train:
+        return names, [], []
+    return (train, test, validation) if test else (train, validation, [])
 
 
 def _plain(text: str) -> str:

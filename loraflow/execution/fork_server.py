@@ -33,7 +33,7 @@ from loraflow.execution.outcome import PIPE
 
 # Environment: torch counts GPUs without starting CUDA. A process that has started it cannot be forked.
 NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
-# What each stage imports, in the order of a run. The server imports it before it forks the worker, or earlier while idle.
+# What each stage imports, before its worker is forked or earlier while nothing is asked; in the order of a run.
 MODULES: dict[str, tuple[str, ...]] = {
     "resolve_base": ("loraflow.base.resolve", "transformers.modeling_utils"),
     "tokenize": ("loraflow.data.tokenization",),

@@ -125,7 +125,7 @@ def test_a_base_that_is_not_there_is_refused_before_a_server_starts(tmp_path, mo
 
 
 def test_init_does_not_train_on_files_named_test(tmp_path, phi3, quick_dvc):
-    from loraflow.cli.init_dataset import split_by_name
+    from loraflow.cli.init_recipe import split_by_name
     from loraflow.config import load_recipe
 
     folder = tmp_path / "splits"
