@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -83,6 +82,8 @@ def test_every_stage_that_runs_in_a_worker_has_its_modules_listed():
 
 def test_every_listed_module_exists():
     """The server ignores a module that cannot be imported, so a wrong name would only cost time."""
+    from importlib.util import find_spec
+
     assert [name for names in MODULES.values() for name in names if find_spec(name) is None] == []
 
 
