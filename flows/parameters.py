@@ -46,7 +46,7 @@ class StageChoice:
         return core_schema.literal_schema(list(STAGES))
 
 
-class AnyObject:
+class FreeForm:
     """Show an object as a JSON editor; the schema of JsonValue itself would show no field at all."""
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -102,7 +102,7 @@ def _decimal_point(value: object) -> object:
 RecipeName = Annotated[str, BeforeValidator(_as_text), RecipeChoice()]
 StageName = Annotated[str, StageChoice()]
 NO_STAGES: list[StageName] = []
-JsonObject = Annotated[dict[str, JsonValue], AnyObject()]
+JsonObject = Annotated[dict[str, JsonValue], FreeForm()]
 Settings = JsonObject  # {dotted key of the recipe: value}
 NO_SETTINGS: Settings = {}
 OptionalInt = Annotated[int | None, OptionalField()]

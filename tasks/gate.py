@@ -131,7 +131,7 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
 
     rules = workspace.recipe.gate
     _require_one_protocol(workspace, result)
-    own = _heldout_scores(workspace, result.tuned_scores)  # the scores of the model that would be registered
+    own = _heldout_scores(workspace, result.tuned_scores)  # of the model that would be registered
     ours = _mean_over_seeds(workspace, result, own)
     others = {"base": _heldout_scores(workspace, result.base_scores)}
     if result.champion_scores is not None:

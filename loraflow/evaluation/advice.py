@@ -26,14 +26,14 @@ def advice(decision: Decision, rows: HeldoutRows) -> list[str]:
 
 
 def _steps(decision: Decision, rows: HeldoutRows) -> Iterator[str]:
-    unsure = [comparison for comparison in decision.comparisons if comparison.state == "open"]
+    unsure = [one for one in decision.comparisons if one.state == "open"]
     most: dict[str, Comparison] = {}  # the same step for two claims: the one that needs more rows
-    for comparison in unsure:
-        step = _step(comparison, rows).replace(_about(comparison), "").replace(MORE, "")
-        if step not in most or (comparison.rows_needed or 0) > (most[step].rows_needed or 0):
-            most[step] = comparison
-    for comparison in most.values():
-        yield _step(comparison, rows)
+    for one in unsure:
+        step = _step(one, rows).replace(_about(one), "").replace(MORE, "")
+        if step not in most or (one.rows_needed or 0) > (most[step].rows_needed or 0):
+            most[step] = one
+    for one in most.values():
+        yield _step(one, rows)
     if decision.unscored:
         how = "a smaller data.heldout_reserve" if rows.deals_rows else "a larger evaluation.max_rows"
         yield f"score rows of {', '.join(decision.unscored)}: {how}, or more such rows"
@@ -46,32 +46,30 @@ def _steps(decision: Decision, rows: HeldoutRows) -> Iterator[str]:
         yield "run again: the stages are cached, and the gate compares with the new champion"
 
 
-def _step(comparison: Comparison, rows: HeldoutRows) -> str:
-    independent = comparison.n if comparison.groups is None else comparison.groups
-    if comparison.metric.startswith(PREFIX):
-        margin = f"or raise its margin in gate.forgetting, {comparison.metric.removeprefix(PREFIX)}"
-        if comparison.rows_needed is None and independent >= MINIMUM_ROWS:
-            return f"more rows would not confirm {comparison.metric}: train a model that forgets less, {margin}"
-        return f"add rows to the file of evaluation.general{_about(comparison)}, {margin}"
-    if comparison.level == 0:
+def _step(one: Comparison, rows: HeldoutRows) -> str:
+    independent = one.n if one.groups is None else one.groups
+    if one.metric.startswith(PREFIX):
+        margin = f"or raise its margin in gate.forgetting, {one.metric.removeprefix(PREFIX)}"
+        if one.rows_needed is None and independent >= MINIMUM_ROWS:
+            return f"more rows would not confirm {one.metric}: train a model that forgets less, {margin}"
+        return f"add rows to the file of evaluation.general{_about(one)}, {margin}"
+    if one.level == 0:
         return "add held-out rows that were never scored: after the last look they get a new budget of error"
-    if independent < MINIMUM_ROWS <= comparison.n:
+    if independent < MINIMUM_ROWS <= one.n:
         return f"add held-out rows of other groups: these are of {independent}, and {MINIMUM_ROWS} are the least"
-    if comparison.rows_needed is None and independent >= MINIMUM_ROWS:
-        rule = "a smaller gate.min_gain" if comparison.kind == "gain" else f"a larger margin of {comparison.metric}"
-        return f"more rows like these would not confirm {comparison.metric}: train a better model, or set {rule}"
-    if comparison.part is not None:
-        return f"add held-out rows of {comparison.part}{_about(comparison)}"
+    if one.rows_needed is None and independent >= MINIMUM_ROWS:
+        rule = "a smaller gate.min_gain" if one.kind == "gain" else f"a larger margin of {one.metric}"
+        return f"more rows like these would not confirm {one.metric}: train a better model, or set {rule}"
+    if one.part is not None:
+        return f"add held-out rows of {one.part}{_about(one)}"
     if rows.deals_rows:
-        return (
-            f"score more rows in each look{_about(comparison)}: a smaller data.heldout_reserve, or more held-out rows"
-        )
-    if rows.available > comparison.n:
-        more = "" if rows.available >= (comparison.rows_needed or 0) else MORE
-        return f"raise evaluation.max_rows{more}{_about(comparison)}: there are {rows.available:,} held-out rows"
-    return f"add held-out rows{_about(comparison)}"
+        return f"score more rows in each look{_about(one)}: a smaller data.heldout_reserve, or more held-out rows"
+    if rows.available > one.n:
+        more = "" if rows.available >= (one.rows_needed or 0) else MORE
+        return f"raise evaluation.max_rows{more}{_about(one)}: there are {rows.available:,} held-out rows"
+    return f"add held-out rows{_about(one)}"
 
 
-def _about(comparison: Comparison) -> str:
-    needed = max(comparison.rows_needed or 0, MINIMUM_ROWS)
-    return f" (about {needed:,} are needed, {comparison.n:,} were scored)" if needed > comparison.n else ""
+def _about(one: Comparison) -> str:
+    needed = max(one.rows_needed or 0, MINIMUM_ROWS)
+    return f" (about {needed:,} are needed, {one.n:,} were scored)" if needed > one.n else ""

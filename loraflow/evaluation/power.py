@@ -97,7 +97,7 @@ class GatePower:
     level: float
     primary: str
     min_gain: float
-    gain: float | None  # the smallest gain that can be shown; None if none can be, or if the primary has no known range
+    gain: float | None  # that can be shown; None if nothing can be, or if the primary has no known range
     guards: Mapping[str, tuple[float, float | None, int | None]]  # margin, margin of unchanged outputs, rows needed
     has_range: bool = True  # the primary
 

@@ -75,8 +75,8 @@ def power_lines(parts: Mapping[str, int], margins: Mapping[str, float], confiden
 
     Args:
         parts: {name of a part: its independent rows}.
-        margins: the margin of each metric.
-        confidence: the level of the guards.
+        margins: of each metric.
+        confidence: of the guards.
     """
     lines = []
     for name, rows in parts.items():

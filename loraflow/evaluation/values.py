@@ -166,8 +166,8 @@ class Comparison:
     level: float | None = None  # the largest p-value that confirms the gain
     groups: int | None = None  # groups of rows that are independent of each other
     effective_rows: float | None = None  # independent rows with the same standard error
-    part: str | None = None  # a part of the rows, by gate.slices; None: all rows
-    rows_needed: int | None = None  # rows that would confirm an inconclusive claim; None: no number would
+    part: str | None = None  # of the rows, by gate.slices; None: all of them
+    rows_needed: int | None = None  # of an inconclusive claim: such rows that would confirm it; None: no number would
 
 
 @dataclass(frozen=True)

@@ -137,8 +137,8 @@ class StepDataset(Dataset[StepItem]):
         steps: row numbers of each step, [steps, global batch].
         layout: the layout of the micro-batches.
         pad_id: token id of the padding.
-        seed: the seed of dropout.
-        dropout: whether to give every token a key, from which its dropout mask is computed.
+        seed: of dropout.
+        dropout: give every token a key, from which its dropout mask is computed.
         group: the processes that share the micro-batches.
         sharing: when to compute the common prefix of a grid's rows only once; None is never.
         equal_count: whether all processes get the same number of micro-batches, as a sharded base needs. A process that has

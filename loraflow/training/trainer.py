@@ -337,7 +337,7 @@ class FastTrainer(LoraPlusTrainer):
         """Return the decoder's last hidden states [rows, tokens, width].
 
         Args:
-            tensors: the micro-batch's tensors on the device: ids, positions, document borders, keys for dropout.
+            tensors: of a micro-batch, on the device: ids, positions, borders, keys for dropout.
             lengths: the micro-batch's constants.
         """
         inputs = dict(tensors)

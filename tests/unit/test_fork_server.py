@@ -80,13 +80,6 @@ def test_every_stage_that_runs_in_a_worker_has_its_modules_listed():
         assert STAGES[name].module in modules
 
 
-def test_every_listed_module_exists():
-    """The server ignores a module that cannot be imported, so a wrong name would only cost time."""
-    from importlib.util import find_spec
-
-    assert [name for names in MODULES.values() for name in names if find_spec(name) is None] == []
-
-
 def test_artifacts_of_forked_workers_equal_those_of_new_processes(parts, tmp_path):
     forked = walk(workspace(parts, tmp_path / "forked"))
     again = walk(workspace(parts, tmp_path / "again"))  # by the same server, after all other stages
@@ -200,3 +193,10 @@ def test_a_request_to_end_that_reaches_all_processes_leaves_the_worker_time_to_s
     _, errors = launcher_process.communicate(timeout=60)
     assert "Preempted: " in errors, "not Killed"
     assert "Training was asked to end." in next((tmp_path / "store" / "work" / "train").glob("*/log.txt")).read_text()
+
+
+def test_every_listed_module_exists():
+    """The server ignores a module that cannot be imported, so a wrong name would only cost time."""
+    from importlib.util import find_spec
+
+    assert [name for names in MODULES.values() for name in names if find_spec(name) is None] == []
