@@ -23,7 +23,7 @@ _INTERRUPTED = re.compile(
 _FINISHED = re.compile(r"Finished in state (Failed|Crashed|TimedOut)\((.*)\)", re.DOTALL)
 
 
-class MessageWithoutTraceback(logging.Filter):
+class SentenceInsteadOfTraceback(logging.Filter):
     """Give a record about a failure its sentence, and mark it; leave other records alone."""
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -40,7 +40,7 @@ class MessageWithoutTraceback(logging.Filter):
         return True
 
 
-class NoRepeatedFailure(logging.Filter):
+class OnceOnTheTerminal(logging.Filter):
     """Leave out what the command says itself when it ends: the failure's sentence, and that it was interrupted."""
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -64,15 +64,15 @@ def shorten_failures() -> None:
     """Make Prefect's engine log failures without traceback, in this process. A second call changes nothing."""
     for name in ENGINE_LOGS:
         logger = logging.getLogger(name)
-        if not any(isinstance(entry, MessageWithoutTraceback) for entry in logger.filters):
-            logger.addFilter(MessageWithoutTraceback())
+        if not any(isinstance(one, SentenceInsteadOfTraceback) for one in logger.filters):
+            logger.addFilter(SentenceInsteadOfTraceback())
 
 
 def show_failures_once() -> None:
     """Leave failures out of the terminal's log, for a command that prints them when it ends."""
     shorten_failures()
     for handler in logging.getLogger().handlers:
-        handler.addFilter(NoRepeatedFailure())
+        handler.addFilter(OnceOnTheTerminal())
 
 
 def server_lost(error: Exception) -> Network:
@@ -96,7 +96,7 @@ def is_server_error(error: BaseException) -> bool:
         return False
     try:
         host = error.request.url
-    except RuntimeError:  # a record without a run
+    except RuntimeError:  # it has none
         return False
     configured = get_current_settings().api.url
     if configured:

@@ -63,13 +63,7 @@ def plan_merge(config: AdapterConfig, adapter: Path) -> MergePlan | None:
         BadModel: the adapter is not a LoRA adapter, or it is damaged.
     """
     if config.peft_type != "LORA":
-        raise BadModel(
-            "This is not a LoRA adapter.",
-            where=str(adapter),
-            expected="LORA",
-            got=str(config.peft_type),
-            next_step="merge it with peft's merge_and_unload, and name the merged model as base.model",
-        )
+        raise BadModel("This is not a LoRA adapter.", where=str(adapter), expected="LORA", got=str(config.peft_type))
     entries = {entry.name: entry for entry in files.read_entries(adapter / "adapter_model.safetensors")}
     if config.enabled(_NEEDS_PEFT) or config.base_was_modified:
         return None

@@ -27,7 +27,7 @@ class _HeaderEntry(TypedDict):
 
     dtype: str
     shape: list[int]
-    data_offsets: list[int]  # begin and end of the data, counted from the end of the header
+    data_offsets: list[int]  # of the first byte and after the last one, counted from the end of the header
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TensorEntry:
     file: Path
     dtype: str
     shape: tuple[int, ...]
-    offset: int  # position of the first byte in the file
+    offset: int  # of the first byte, from the start of the file
     size: int  # bytes
 
 
@@ -66,9 +66,7 @@ def read_entries(file: Path) -> list[TensorEntry]:
                 TensorEntry(name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
             )
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise BadModel(
-            "A safetensors file is damaged.", where=str(file.name), got=str(error)[:200], next_step="fetch it again"
-        ) from error
+        raise BadModel("A safetensors file is damaged.", where=str(file.name), got=str(error)[:200]) from error
     return sorted(found, key=lambda entry: entry.offset)
 
 
@@ -87,12 +85,7 @@ def model_entries(folder: Path) -> list[TensorEntry]:
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise BadModel(
-            "The base has no safetensors.",
-            where=str(folder),
-            expected="model.safetensors",
-            next_step="fetch the base again, or save it with save_pretrained",
-        )
+        raise BadModel("The base has no safetensors.", where=str(folder), expected="model.safetensors")
     entries = [entry for file in files for entry in read_entries(file)]
     if index.exists() and not single.exists():
         held = {entry.name: entry.file.name for entry in entries}
@@ -116,9 +109,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = {str(name): str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadModel(
-            "The index of the weights is damaged.", where=str(index), got=str(error)[:200], next_step="fetch it again"
-        ) from error
+        raise BadModel("The index of the weights is damaged.", where=str(index), got=str(error)[:200]) from error
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise BadModel(
@@ -149,7 +140,7 @@ def plan_files(entries: Iterable[TensorEntry], dtype: str | None, max_bytes: int
     Args:
         entries: the tensors.
         dtype: BF16, F16 or F32, which floating-point tensors are cast to; None leaves their dtypes unchanged.
-        max_bytes: the largest size of a file; a larger tensor has a file of its own.
+        max_bytes: of one file; a larger tensor has a file of its own.
     """
     files: list[list[PlannedTensor]] = []
     offset = 0

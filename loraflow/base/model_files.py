@@ -30,13 +30,7 @@ def model_files(folder: Path, trust: bool) -> list[str]:
     """
     names = _names(folder, trust=trust)
     if "config.json" not in names:
-        raise BadModel(
-            "The folder does not contain a model.",
-            where=str(folder),
-            expected="config.json",
-            got="none",
-            next_step="name the folder that holds config.json and the weights",
-        )
+        raise BadModel("The folder does not contain a model.", where=str(folder), expected="config.json", got="none")
     refuse_pickles(folder)
     return names
 
@@ -89,7 +83,6 @@ def copy_model(folder: Path, out: Path, *, trust: bool, with_weights: bool = Tru
                 where=str(folder),
                 expected="tokenizer.json and tokenizer_config.json",
                 got=str(error).splitlines()[0][:200],
-                next_step="fetch the base again, or save its tokenizer there with save_pretrained",
             ) from error
         tokenizer.save_pretrained(out)
 
@@ -100,10 +93,5 @@ def _copy_without_auto_map(source: Path, target: Path) -> None:
         values = json.loads(source.read_text(encoding="utf-8"))
         values.pop("auto_map", None)
     except (ValueError, AttributeError) as error:
-        raise BadModel(
-            "A file of the base is not a JSON object.",
-            where=str(source),
-            got=str(error)[:200],
-            next_step="fetch the base again",
-        ) from error
+        raise BadModel("A file of the base is not a JSON object.", where=str(source), got=str(error)[:200]) from error
     target.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -36,7 +36,7 @@ def is_hub_id(model: str) -> bool:
 
 
 def require_base_name(model: str, where: str = _WHERE) -> None:
-    """Check the name of a base, without the network.
+    """Check the name of a base as far as that needs no network.
 
     Args:
         model: what the recipe or the command names.
@@ -84,19 +84,9 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise BadModel(
-            "The base's config.json is not a JSON object.",
-            where=_WHERE,
-            got=str(error)[:200],
-            next_step="fetch the base again",
-        ) from error
+        raise BadModel("The base's config.json is not a JSON object.", where=_WHERE, got=str(error)[:200]) from error
     if not isinstance(config, dict):
-        raise BadModel(
-            "The base's config.json is not a JSON object.",
-            where=_WHERE,
-            got=type(config).__name__,
-            next_step="fetch the base again",
-        )
+        raise BadModel("The base's config.json is not a JSON object.", where=_WHERE, got=type(config).__name__)
     if "quantization_config" not in config and (folder / "hf_quant_config.json").exists():
         config = {**config, "quantization_config": {"quant_method": "modelopt (hf_quant_config.json)"}}
     refuse_unusable(config, trust=trust)

@@ -25,7 +25,7 @@ BLOCK_VALUES = 2**22  # of a weight, at a time
 
 
 class _LoadReport(TypedDict):
-    """What transformers reports about the weights that it loaded."""
+    """What transformers says of the weights that it loaded."""
 
     missing_keys: set[str]
     unexpected_keys: set[str]
@@ -45,19 +45,12 @@ def check_weights(folder: Path) -> None:
             with safe_open(file, "np") as tensors:
                 tensors.keys()
         except (SafetensorError, OSError) as error:
-            raise BadModel(
-                "A file of weights is damaged.", where=file.name, got=str(error)[:200], next_step="fetch the base again"
-            ) from error
+            raise BadModel("A file of weights is damaged.", where=file.name, got=str(error)[:200]) from error
     index = folder / "model.safetensors.index.json"
     if index.exists():
         missing = set(json.loads(index.read_text())["weight_map"].values()) - {p.name for p in folder.iterdir()}
         if missing:
-            raise BadModel(
-                "Files of weights are missing.",
-                where="base.model",
-                got=", ".join(sorted(missing)),
-                next_step="fetch the base again",
-            )
+            raise BadModel("Files of weights are missing.", where="base.model", got=", ".join(sorted(missing)))
 
 
 def check_fits_config(folder: Path) -> None:
@@ -88,7 +81,7 @@ def check_fits_config(folder: Path) -> None:
 
 
 def _open_without_weights(folder: Path) -> tuple[PreTrainedModel, _LoadReport]:
-    """Open a model on torch's meta device, and return what transformers reports about its files' weights.
+    """Open a model on torch's meta device, and return what transformers says of its files' weights.
 
     Raises:
         BadModel: transformers cannot open it.

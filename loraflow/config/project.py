@@ -23,9 +23,7 @@ def project_name(folder: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError, yaml.Syntax) as error:
-        raise BadConfig(
-            f"{FILE} cannot be read.", where=str(folder / FILE), got=str(error), next_step=f"correct {FILE}"
-        ) from error
+        raise BadConfig(f"{FILE} cannot be read.", where=str(folder / FILE), got=str(error)) from error
     name = document.get("name") if isinstance(document, dict) else None
     return str(name) if name is not None else None
 

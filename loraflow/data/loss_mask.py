@@ -359,11 +359,6 @@ def eos_ids(folder: Path) -> set[int]:
         try:
             eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         except (ValueError, AttributeError) as error:
-            raise BadModel(
-                "The file is not a JSON object.",
-                where=str(file),
-                got=str(error)[:200],
-                next_step="fetch the base again",
-            ) from error
+            raise BadModel("The file is not a JSON object.", where=str(file), got=str(error)[:200]) from error
         found |= {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)}
     return found

@@ -35,9 +35,9 @@ class Lost:
 
     ref: Ref
     problem: str
-    seconds: float | None = None  # duration of its stage
-    record: RunRecord | None = None  # a run that computed it
-    label: str = ""  # label of the step in that run
+    seconds: float | None = None  # that its stage took
+    record: RunRecord | None = None  # of a run that computed it
+    label: str = ""  # of the step in that run
     model: Ref | None = None  # the model that was scored, if it is a score
     why_not: str = ""  # why it cannot be recomputed; the next step of a person
 
@@ -99,7 +99,7 @@ def _quarantined(store: Store) -> Iterator[Lost]:
             record = json.loads(store.read_document(name) or b"")
             stage, fingerprint, digest = PurePosixPath(record["was"]).parts[-3:]
             problems = record["problems"]
-        except (ValueError, KeyError, TypeError):  # a document that does not describe an artifact
+        except (ValueError, KeyError, TypeError):  # it does not describe an artifact
             continue
         ref = Ref(stage=stage, fingerprint=fingerprint, digest=digest, uri=store.uri)
         if (stage, fingerprint) not in seen and store.find(stage, fingerprint) is None:
@@ -112,7 +112,7 @@ def _quarantined(store: Store) -> Iterator[Lost]:
 def _manifest(content: bytes | None) -> Manifest | None:
     try:
         return Manifest.model_validate_json(content) if content else None
-    except ValueError:  # the manifest itself was damaged
+    except ValueError:  # it is what was damaged
         return None
 
 

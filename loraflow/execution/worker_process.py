@@ -29,7 +29,7 @@ from loraflow.store import Summary
 log = logging.getLogger(__name__)
 
 Figures = dict[str, JsonValue]
-_READS = 16  # reads of the progress file between two checks of the worker
+_READS = 16  # of the progress file between two looks at the worker
 OnProgress = Callable[[Figures], None]
 
 

@@ -29,7 +29,7 @@ class _Rules(StoredModel):
     ranges: dict[str, tuple[float, float]] = {}
 
     def joined(self, other: _Rules) -> _Rules:
-        """Return the rules of two runs. If both give a score a range, return a range that includes both."""
+        """Return the rules of two runs: what one of them says of a score, or the range that both of its ranges are in."""
         ranges = self.ranges | other.ranges
         for name in self.ranges.keys() & other.ranges.keys():
             (low, high), (other_low, other_high) = self.ranges[name], other.ranges[name]
@@ -53,7 +53,7 @@ class Pairing:
 
     name: str
     scores: TableComparison
-    settings: tuple[str, ...]  # the settings that differ
+    settings: tuple[str, ...]  # that differ
     same_model: bool
 
 
@@ -126,9 +126,9 @@ def _losses(store: Store, record: RunRecord) -> tuple[tuple[float, float], ...]:
 def _changed(first: RunRecord, second: RunRecord) -> Iterator[str]:
     yield from identity.explain(_settings(first), _settings(second))
     for label in ("version_dataset", "resolve_base"):
-        before, after = first.stage(label), second.stage(label)
-        if before and after and before.digest != after.digest:
-            yield f"{label} {identity.short(before.digest)} → {identity.short(after.digest)}"
+        one, two = first.stage(label), second.stage(label)
+        if one and two and one.digest != two.digest:
+            yield f"{label} {identity.short(one.digest)} → {identity.short(two.digest)}"
     if first.loraflow != second.loraflow:
         yield f"loraflow {first.loraflow} → {second.loraflow}"
     if first.commit != second.commit:

@@ -25,7 +25,7 @@ from loraflow.store.files import fsync_path
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Cell = JsonValue | date | time | timedelta | Decimal | bytes  # a value in a JSON file or a Parquet column
+Cell = JsonValue | date | time | timedelta | Decimal | bytes  # of a JSON file, or of a Parquet column
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def read_questions(
         format_name: messages, sharegpt, alpaca, prompt_completion or auto.
         column: the column that holds the question, instead of a chat format.
         system: a message to put before chats that have none.
-        tools: the tools of rows that have none of their own.
+        tools: of rows that have none of their own.
 
     Raises:
         BadData: the file cannot be read, or has no rows.
@@ -85,7 +85,7 @@ def read_questions(
             messages = with_system(messages, system)
         questions.append(Question(columns, messages))
     if not questions:
-        raise BadData("The file has no rows.", where=str(path), next_step="name a file with at least one row")
+        raise BadData("The file has no rows.", where=str(path))
     _check_columns(_names(questions), added_columns(questions), column, path)
     return questions
 
@@ -98,12 +98,7 @@ def added_columns(questions: Sequence[Question]) -> tuple[str, ...]:
 
 def _check_columns(names: list[str], added: Sequence[str], column: str | None, path: Path) -> None:
     if column and column not in names:
-        raise BadConfig(
-            "The input has no such column.",
-            where=column,
-            expected=f"one of {', '.join(names)}",
-            next_step="correct --column",
-        )
+        raise BadConfig("The input has no such column.", where=column, expected=f"one of {', '.join(names)}")
     taken = sorted(set(names) & set(added))
     if taken:
         raise BadConfig(

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from loraflow.failures import BadData, Crashed
-from loraflow.tasks.failure_log import MessageWithoutTraceback, NoRepeatedFailure, is_server_error
+from loraflow.tasks.failure_log import OnceOnTheTerminal, SentenceInsteadOfTraceback, is_server_error
 
 ENGINE = "prefect.flow_runs"
 
@@ -20,24 +20,24 @@ def record_of(message: str, error: BaseException | None = None, name: str = ENGI
 
 def test_a_failure_is_logged_as_its_sentence_and_left_out_of_the_terminal():
     record = record_of("Encountered exception during execution", BadData("No rows.", next_step="add rows"))
-    assert MessageWithoutTraceback().filter(record)
+    assert SentenceInsteadOfTraceback().filter(record)
     assert record.getMessage() == "No rows.\n  next:     add rows" and record.exc_info is None
-    assert not NoRepeatedFailure().filter(record)
+    assert not OnceOnTheTerminal().filter(record)
 
 
 def test_an_unexpected_exception_keeps_its_traceback():
     record = record_of("Encountered exception during execution", KeyError("x"))
-    assert MessageWithoutTraceback().filter(record) and NoRepeatedFailure().filter(record)
+    assert SentenceInsteadOfTraceback().filter(record) and OnceOnTheTerminal().filter(record)
     assert record.exc_info is not None
     finished = record_of("Finished in state Failed(\"Task run encountered an exception KeyError: 'x'\")")
-    NoRepeatedFailure().filter(finished)
+    OnceOnTheTerminal().filter(finished)
     assert "KeyError" in finished.getMessage()
 
 
 @pytest.mark.parametrize("words", ["Task run encountered an exception", "Flow run encountered an exception:"])
 def test_a_final_state_does_not_repeat_a_failure(words):
     record = record_of(f"Finished in state Failed('{words} BadData: No rows.\\n  next: add rows')")
-    assert NoRepeatedFailure().filter(record)
+    assert OnceOnTheTerminal().filter(record)
     assert record.getMessage() == "Finished in state Failed"
 
 
@@ -46,8 +46,8 @@ def test_an_interrupt_is_reported_by_the_command_alone():
         "Crash detected! Execution was aborted by an interrupt signal.",
         "Finished in state Crashed('Execution was aborted by an interrupt signal.')",
     ):
-        assert not NoRepeatedFailure().filter(record_of(message))
-    assert NoRepeatedFailure().filter(record_of("train 3/6", name="loraflow"))
+        assert not OnceOnTheTerminal().filter(record_of(message))
+    assert OnceOnTheTerminal().filter(record_of("train 3/6", name="loraflow"))
 
 
 def test_a_lost_server_is_told_from_another_host_and_from_a_failing_stage():
