@@ -97,7 +97,7 @@ def read_rows(
                 chat = read_chat(value, format_name, columns, labels, tools, ignore)
                 unread = chat.unread if group is None else tuple(key for key in chat.unread if key != group)
                 learned, weights = chat.learned, chat.weights
-                told = ()
+                told: Told = ()
                 if unread and isinstance(value, dict):
                     told = told_by(without_ignored(value, ignore) if ignore else value, unread)
                 named = _group(value, group)
