@@ -194,6 +194,7 @@ def harm(folder: Path, what: str) -> None:
         (folder / "chat_template.jinja").unlink()
     elif what == "missing shard":
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from loraflow.adapters import merge_folders, origin
-from loraflow.adapters import safetensors_files as tensors
 from loraflow.adapters.merge_folders import merge
 from loraflow.adapters.streaming_merge import _add_update, _cut, _Factors, _Scratch
+from loraflow.base import stored_weights
 from loraflow.failures import BadModel
 from loraflow.job import Progress
 from tests.conftest import build_phi3
@@ -312,7 +312,7 @@ def test_a_killed_merge_resumes_from_its_finished_shards(tmp_path, phi3):
 def test_an_index_that_points_outside_its_folder_is_refused(tmp_path, phi3, name):
     base = tmp_path / "base"
     shutil.copytree(phi3, base)
-    index = {"weight_map": dict.fromkeys((e.name for e in tensors.model_entries(base)), name)}
+    index = {"weight_map": dict.fromkeys((e.name for e in stored_weights.model_entries(base)), name)}
     (base / "model.safetensors").rename(tmp_path / "outside.safetensors")
     (base / "other.safetensors").write_bytes(b"")
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
