@@ -181,6 +181,7 @@ TRAIN = (
     "loraflow.adapters.variants",
     "loraflow.adapters.vocabulary",
     "loraflow.adapters.safetensors_files",
+    "loraflow.base.stored_weights",
     "loraflow.adapters.loralib",
     "loraflow.adapters.loralib.mergeable_layer",
     "loraflow.adapters.loralib.layers",

@@ -206,7 +206,7 @@ def harm(folder: Path, what: str) -> None:
         ("no json", "JSON object"),
         ("damaged", "damaged"),
         ("no template", "no chat template"),
-        ("missing shard", "weights are missing"),
+        ("missing shard", "file of weights is missing"),
     ],
 )
 def test_an_unusable_model_folder_is_refused(tmp_path, phi3, what, says):
