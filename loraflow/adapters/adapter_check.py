@@ -6,16 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraflow.adapters import safetensors_files as files
 from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.adapters.completeness import WEIGHTS, check_complete, give_projections_of, module_of
 from loraflow.adapters.lora_updates import PREFIX
 from loraflow.adapters.origin import check_origin
-from loraflow.adapters.safetensors_files import TensorEntry
 from loraflow.adapters.tokenizer_files import check_tokenizer_files, refuse_other_ids
 from loraflow.adapters.validation import check_initialisation, check_tensors, check_vocabulary
 from loraflow.adapters.vocabulary import embedding_names, fit_vocabulary
 from loraflow.base.meta import model_without_weights
+from loraflow.base.stored_weights import TensorEntry, read_entries
 from loraflow.base.weight_files import refuse_pickles
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def check_adapter(
     check_tokenizer_files(adapter)
     check_origin(adapter, base, base_digest)
     model = model_without_weights(base, trust=trust)
-    entries = files.read_entries(adapter / WEIGHTS)
+    entries = read_entries(adapter / WEIGHTS)
     names = [entry.name for entry in entries]
     if convertible:
         give_projections_of({module_of(name) for name in names}, model)

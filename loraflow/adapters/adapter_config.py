@@ -90,6 +90,8 @@ class AdapterConfig(BaseModel):
         return config
 
     def _check_patterns(self, file: Path) -> None:
+        if self.peft_type != "LORA":  # AdaLoRA's rank_pattern is another thing
+            return
         for setting in ("rank_pattern", "alpha_pattern"):
             if (
                 setting in self.model_fields_set and getattr(self, setting) is None

@@ -16,11 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraflow.adapters import safetensors_files as files
 from loraflow.adapters.adapter_config import FILE, AdapterConfig
 from loraflow.adapters.fused_projections import SPLIT, AttentionHeads, block_sizes
 from loraflow.adapters.lora_updates import PREFIX
 from loraflow.adapters.vocabulary import embedding_names
+from loraflow.base.stored_weights import read_entries
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ _SAVED_WITH_EMBEDDINGS = (
     "modules_to_save.weight", "modules_to_save.bias", "token_adapter.base_layer.weight",
     "token_adapter.trainable_tokens_delta",
 )  # fmt: skip
+# What programs leave in the names of tensors that were saved without unwrapping the model first.
+_WRAPPERS = (PREFIX, "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.", "language_model.")
 _FUSED = {part: whole for whole, parts in SPLIT.items() for part in parts}  # q_proj → qkv_proj
 
 
@@ -57,7 +59,7 @@ def check_complete(adapter: Path, config: AdapterConfig, model: PreTrainedModel)
         BadModel: a tensor is missing, unexpected or of another shape; there is none; or peft cannot apply the
             configuration to this base.
     """
-    found = {entry.name: entry.shape for entry in files.read_entries(adapter / WEIGHTS)}
+    found = {entry.name: entry.shape for entry in read_entries(adapter / WEIGHTS)}
     if not found:
         raise BadModel(
             "The adapter does not fit the base.",
@@ -78,6 +80,7 @@ def check_complete(adapter: Path, config: AdapterConfig, model: PreTrainedModel)
     other = sorted(name for name, shape in found.items() if name in known and shape != known[name])
     if not (missing or unexpected or other):
         return
+    _refuse_other_prefix(adapter, missing, unexpected)
     raise BadModel(
         "The adapter does not fit the base.",
         where=str(adapter),
@@ -87,6 +90,30 @@ def check_complete(adapter: Path, config: AdapterConfig, model: PreTrainedModel)
         if missing and not unexpected and not other
         else "name the base that it was trained on",
     )
+
+
+def _refuse_other_prefix(adapter: Path, missing: list[str], unexpected: list[str]) -> None:
+    """Refuse an adapter whose tensors have the right names but for what a wrapper or a script put into them.
+
+    peft ignores such tensors, so that base and adapter answer as the base.
+
+    Raises:
+        BadModel: without one part of their names, they are the missing ones.
+    """
+    corrections = {
+        f"remove {part!r} from their names": [one.replace(part, "", 1) for one in unexpected] for part in _WRAPPERS
+    }
+    corrections[f"put {PREFIX!r} before their names"] = [PREFIX + one for one in unexpected]
+    corrections[f"put 'model.' behind {PREFIX!r}"] = [one.replace(PREFIX, f"{PREFIX}model.", 1) for one in unexpected]
+    for correction, names in corrections.items():
+        if missing and sorted(names) == missing:
+            raise BadModel(
+                "The adapter's tensors have names that peft does not read.",
+                where=str(adapter / WEIGHTS),
+                expected=f"{len(missing)} tensors, such as {missing[0]}",
+                got=unexpected[0],
+                next_step=f"{correction}, with load_file and save_file of safetensors.torch",
+            )
 
 
 def _name_unknown_settings(adapter: Path, config: AdapterConfig) -> None:
@@ -160,6 +187,14 @@ def _apply(adapter: Path, model: PreTrainedModel) -> PeftModel:
             got=_first_line(error),
             next_step="save or fetch the adapter again, or correct this file",
         ) from error
+    if settings.is_prompt_learning:
+        raise BadModel(
+            "This adapter puts tokens of its own before each prompt, which loraflow does not do.",
+            where=str(adapter / FILE),
+            expected="an adapter of the model's weights, such as LORA",
+            got=str(settings.peft_type.value),
+            next_step="serve base and adapter together, with peft",
+        )
     try:
         settings.init_lora_weights = False  # an initialisation from the base's weights needs weights
         return PeftModel(model, settings, low_cpu_mem_usage=True)

@@ -16,7 +16,6 @@ from typing import Literal, NotRequired, TypedDict
 
 from pydantic import JsonValue
 
-from loraflow.adapters import safetensors_files as files
 from loraflow.adapters import validation
 from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.adapter_config import AdapterConfig
@@ -28,6 +27,7 @@ from loraflow.adapters.streaming_merge import merge_streaming
 from loraflow.adapters.tokenizer_files import has_own, tokenizer_files, write_tokenizer
 from loraflow.adapters.vocabulary import embedding_names, is_tied
 from loraflow.base.meta import model_without_weights
+from loraflow.base.stored_weights import TensorEntry, model_entries
 from loraflow.base.weight_checks import check_fits_config
 from loraflow.base.weight_files import refuse_pickles
 from loraflow.failures import BadModel
@@ -112,13 +112,13 @@ def merge(
 
 def _check_inputs(
     base: Path, adapter: Path, base_digest: str | None, *, trust: bool, checked: bool
-) -> tuple[AdapterConfig, list[files.TensorEntry]]:
+) -> tuple[AdapterConfig, list[TensorEntry]]:
     """Check both folders before anything is written; return the adapter's config and the base's tensors."""
     refuse_pickles(adapter)
     refuse_pickles(base)
     config = AdapterConfig.read(adapter)
     validation.check_config(config, adapter)
-    entries = files.model_entries(base)
+    entries = model_entries(base)
     if checked:
         validation.check_tensors(adapter)
         check_origin(adapter, base, base_digest)
@@ -134,7 +134,7 @@ def _plan(
     config: AdapterConfig,
     base: Path,
     adapter: Path,
-    entries: list[files.TensorEntry],
+    entries: list[TensorEntry],
     nf4: Nf4 | None,
     *,
     trust: bool,
@@ -155,13 +155,13 @@ def _module_of(tensor: str) -> str:
     return tensor.rpartition(".")[0].rpartition(".")[2]
 
 
-def _check_vocabulary(base: Path, adapter: Path, entries: list[files.TensorEntry]) -> None:
+def _check_vocabulary(base: Path, adapter: Path, entries: list[TensorEntry]) -> None:
     rows = [entry.shape[0] for entry in entries if _module_of(entry.name) in _EMBEDDINGS]
     if rows:
         validation.check_vocabulary(base, adapter, rows[0])
 
 
-def _unties(base: Path, entries: list[files.TensorEntry], plan: MergePlan, *, trust: bool) -> bool:
+def _unties(base: Path, entries: list[TensorEntry], plan: MergePlan, *, trust: bool) -> bool:
     """Tell whether an adapter of embeddings or head gives a tied base two weights instead of one.
 
     Any architecture may have its own names for both, so the model is asked.
@@ -175,7 +175,7 @@ def _unties(base: Path, entries: list[files.TensorEntry], plan: MergePlan, *, tr
     return not trained.isdisjoint(names) and (is_tied(model) or _is_tied(base, entries))
 
 
-def _is_tied(base: Path, entries: list[files.TensorEntry]) -> bool:
+def _is_tied(base: Path, entries: list[TensorEntry]) -> bool:
     """Tell whether embeddings and head are one weight: by the config, or else by whether the head is stored."""
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     tied = config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings"))
@@ -218,7 +218,7 @@ def _changed_settings(base: Path, merged: Path) -> dict[str, dict[str, JsonValue
         new values by section of the file; the section "" is the file itself.
     """
     before, after = (json.loads(file.read_text(encoding="utf-8")) for file in (base / "config.json", merged))
-    unties = after.get("tie_word_embeddings") is False and _is_tied(base, files.model_entries(base))
+    unties = after.get("tie_word_embeddings") is False and _is_tied(base, model_entries(base))
     changed: dict[str, dict[str, JsonValue]] = {"": {"tie_word_embeddings": False}} if unties else {}
     for section in ("", "text_config"):
         old, new = ((values.get(section) or {} if section else values) for values in (before, after))
@@ -243,7 +243,7 @@ def _write_stop_ids(out: Path) -> None:
     file = out / "generation_config.json"
     values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     eos = values.get("eos_token_id")
-    known = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    known = {one for one in (eos if isinstance(eos, list) else [eos]) if isinstance(one, int) and one >= 0}
     if not needed <= known:
         values["eos_token_id"] = sorted(known | needed)
         file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.adapters.fused_projections import SPLIT
 from loraflow.adapters.lora_updates import PREFIX
 from loraflow.adapters.nf4 import Nf4
-from loraflow.adapters.safetensors_files import TensorEntry
+from loraflow.base.stored_weights import TensorEntry, read_entries
 from loraflow.failures import BadModel
 
 # Settings that the merge from disk to disk does not support; adapters with one of them are merged by peft.
@@ -70,7 +70,7 @@ def plan_merge(config: AdapterConfig, adapter: Path) -> MergePlan | None:
             got=str(config.peft_type),
             next_step="merge it with peft's merge_and_unload, and name the merged model as base.model",
         )
-    entries = {entry.name: entry for entry in files.read_entries(adapter / "adapter_model.safetensors")}
+    entries = {entry.name: entry for entry in read_entries(adapter / "adapter_model.safetensors")}
     if config.enabled(_NEEDS_PEFT) or config.base_was_modified:
         return None
     updates: dict[str, MatrixUpdate] = {}

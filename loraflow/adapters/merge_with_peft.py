@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from loraflow.adapters.adapter_config import AdapterConfig
+from loraflow.adapters.lora_updates import PREFIX
 from loraflow.adapters.nf4 import Nf4
 from loraflow.adapters.streaming_merge import require_finite
-from loraflow.adapters.vocabulary import fit_vocabulary
+from loraflow.adapters.vocabulary import embedding_names, fit_vocabulary
 from loraflow.base.load import refuse_missing_weights
 from loraflow.failures import BadModel
 
@@ -37,14 +38,17 @@ def merge_with_peft(
     import torch
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True, output_loading_info=True)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        base, dtype="auto", use_safetensors=True, output_loading_info=True, attn_implementation="eager"
+    )
     model, report = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
     refuse_missing_weights(base, report)
     fit_vocabulary(model, adapter, AdapterConfig.read(adapter))
+    embeddings = {f"{PREFIX}{name}.weight" for name in embedding_names(model)}
     if nf4 is not None:
         nf4.apply(model)
     wrapped = _load_adapter(model, adapter)
-    adapted = _check_all_loaded(wrapped, adapter)
+    adapted = _check_all_loaded(wrapped, adapter, embeddings)
     _untie(model)
     try:
         merged = wrapped.merge_and_unload(safe_merge=False)
@@ -147,10 +151,15 @@ def _out_of_memory(error: Exception) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error).lower()
 
 
-def _check_all_loaded(wrapped: PeftModel, adapter: Path) -> int:
+def _check_all_loaded(wrapped: PeftModel, adapter: Path, embeddings: set[str]) -> int:
     """Check that every tensor of the adapter was loaded, and return the number of adapted modules.
 
     peft neither reports a tensor that the file lacks, which keeps its initial value, nor an entry that fits no tensor.
+
+    Args:
+        wrapped: peft's model.
+        adapter: its folder.
+        embeddings: names of the embeddings and the head, which peft loads, too, and saves only if it is asked to.
 
     Raises:
         BadModel: a tensor has no counterpart, or nothing is adapted.
@@ -160,7 +169,7 @@ def _check_all_loaded(wrapped: PeftModel, adapter: Path) -> int:
 
     stored = {name.replace(".default.", ".") for name in load_peft_weights(str(adapter), device="cpu")}
     loaded = {name.replace(".default.", ".") for name in get_peft_model_state_dict(wrapped)}
-    unmatched = sorted(stored - loaded) + sorted(name for name in loaded - stored if "lora_" in name)
+    unmatched = sorted(stored - loaded - embeddings) + sorted(name for name in loaded - stored if "lora_" in name)
     if unmatched:
         raise BadModel(
             "The adapter's tensors do not fit the base.",

@@ -76,18 +76,18 @@ def refuse_unconvertible(folder: Path) -> AdapterConfig:
     """
     refuse_pickles(folder)
     config = AdapterConfig.read(folder)
-    _refuse_more_than_lora(config, folder)
     check_config(config, folder)
+    _refuse_more_than_lora(config, folder)
     return config
 
 
 def _refuse_more_than_lora(config: AdapterConfig, folder: Path) -> None:
     more = config.enabled(_NOT_CONVERTED)
-    if config.peft_type != "LORA" or more or config.bias != "none":
+    if more or config.bias != "none":
         raise BadModel(
             "Only LoRA, rsLoRA and DoRA adapters without biases are converted.",
             where=str(folder),
-            got=", ".join(more) or f"{config.peft_type}, bias {config.bias}",
+            got=", ".join(more) or f"bias {config.bias}",
             next_step="merge it into its own base instead: loraflow merge",
         )
     if config.base_was_modified:

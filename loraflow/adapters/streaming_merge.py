@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 from loraflow.adapters import safetensors_files as files
 from loraflow.adapters.merge_plan import MatrixUpdate, MergePlan, check_fit
-from loraflow.adapters.safetensors_files import PlannedTensor, TensorEntry
+from loraflow.adapters.safetensors_files import PlannedTensor
+from loraflow.base.stored_weights import TensorEntry, model_entries
 from loraflow.base.weight_checks import is_finite, unused_weights
 from loraflow.failures import BadModel
 from loraflow.job import Progress
@@ -56,7 +57,7 @@ def merge_streaming(
     """
     import torch
 
-    entries = files.model_entries(base)
+    entries = model_entries(base)
     check_fit(entries, plan)
     shards = _name_shards(files.plan_files(entries, files.DTYPES[dtype] if dtype else None, max_bytes))
     folder = out if progress.work is None else progress.work / "shards"

@@ -43,17 +43,6 @@ def check_config(config: AdapterConfig, adapter: Path) -> None:
             "merged model as base.model",
         )
     check_initialisation(config, adapter)
-    if config.initialisation.startswith(NOT_RECOMPUTED):
-        raise BadModel(
-            "The adapter's initialisation changed the base's weights, and the adapter does not contain the changed weights.",
-            where=where,
-            expected="init_lora_weights: true",
-            got=config.initialisation,
-            next_step="merge it where it was trained"
-            if config.initialisation == "loftq"
-            else "save it again where it was trained, with peft's path_initial_model_for_weight_conversion: that makes "
-            "it LoRA on the base itself",
-        )
     for setting in config.enabled(_NOT_MERGEABLE):
         raise BadModel(
             f"This adapter cannot be merged: {_NOT_MERGEABLE[setting]}.",
@@ -64,10 +53,13 @@ def check_config(config: AdapterConfig, adapter: Path) -> None:
 
 
 def check_initialisation(config: AdapterConfig, adapter: Path) -> None:
-    """Refuse an adapter of an unknown initialisation: some, as MiLoRA's, change the base's weights before training.
+    """Refuse an adapter of weights that the initialisation changed and that nothing can compute again.
+
+    peft loads some of them without a word, and adds them to the base's own weights.
 
     Raises:
-        BadModel: peft has no such initialisation.
+        BadModel: the initialisation changed the base's weights by data, gradients or a random state; or peft has no such
+            initialisation, as MiLoRA's, which changes them too.
     """
     if not config.initialisation_is_known:
         value = config.init_lora_weights
@@ -80,6 +72,17 @@ def check_initialisation(config: AdapterConfig, adapter: Path) -> None:
             next_step="write it without quotation marks: true, false or null"
             if is_quoted
             else "save it again where it was trained, as LoRA on the published base with init_lora_weights: true",
+        )
+    if config.initialisation.startswith(NOT_RECOMPUTED):
+        raise BadModel(
+            "The adapter's initialisation changed the base's weights, and the adapter does not contain the changed weights.",
+            where=str(adapter / FILE),
+            expected="init_lora_weights: true",
+            got=config.initialisation,
+            next_step="merge it where it was trained"
+            if config.initialisation == "loftq"
+            else "save it again where it was trained, with peft's path_initial_model_for_weight_conversion: that makes "
+            "it LoRA on the base itself",
         )
 
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraflow.adapters import safetensors_files as files
 from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.adapters.lora_updates import PREFIX
+from loraflow.base.stored_weights import read_entries
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def fit_vocabulary(model: PreTrainedModel, adapter: Path, config: AdapterConfig)
     Raises:
         BadModel: the adapter does not contain the new rows, so they would be random.
     """
-    found = {entry.name: entry.shape for entry in files.read_entries(adapter / "adapter_model.safetensors")}
+    found = {entry.name: entry.shape for entry in read_entries(adapter / "adapter_model.safetensors")}
     rows = _rows(model, found, config)
     before = _vocabulary(model)
     if rows is None or rows == before:

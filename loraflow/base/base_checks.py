@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from loraflow.base.model_files import copy_model
+from loraflow.base.stored_weights import INDEX
 from loraflow.base.template_check import check_template, conversations
 from loraflow.base.weight_checks import check_fits_config, check_weights, refuse_non_finite_weights
+from loraflow.base.weight_files import PICKLES, refuse_pickles
 from loraflow.data.loss_mask import ChatTemplate, eos_ids
 from loraflow.data.served_template import write_served_template
 from loraflow.data.tokenizer_config import FILE
+from loraflow.failures import BadModel
+
+
+@contextmanager
+def named_in_failures(copy: Path, original: str) -> Iterator[None]:
+    """Name the base as its user does in failures of a block that reads a copy of it."""
+    try:
+        yield
+    except BadModel as failure:
+        failure.where, failure.got = (text.replace(str(copy), original) for text in (failure.where, failure.got))
+        raise
 
 
 def prepare_tokenizer(out: Path, chosen: str | None = None, *, no_thinking: bool, trust: bool) -> str | None:
@@ -44,17 +59,20 @@ def describe_files(folder: Path) -> list[str]:
     Raises:
         BadModel: resolve_base would refuse the base, for the same reason.
     """
-    check_weights(folder)
-    if any(folder.glob("*.safetensors")):
+    files = [path.name for path in folder.iterdir()]
+    if any(name.endswith((".safetensors", *PICKLES)) for name in files) or INDEX in files:
+        refuse_pickles(folder)
+        check_weights(folder)
         check_fits_config(folder)
         refuse_non_finite_weights(folder)
-    with TemporaryDirectory() as copy:
-        out = Path(copy)
+    with TemporaryDirectory() as copy, named_in_failures(out := Path(copy), str(folder)):
         copy_model(folder, out, trust=False, with_weights=False)
         date = prepare_tokenizer(out, no_thinking=False, trust=False)
         template = ChatTemplate(out)
         stops = sorted(template.stop_ids() | eos_ids(out))
-        names = ", ".join(f"{template.tokenizer.id_to_token(stop)} ({stop})" for stop in stops)
+        names = ", ".join(
+            f"{template.tokenizer.id_to_token(stop) or 'an id without a token'} ({stop})" for stop in stops
+        )
         inserted = template.inserted()
     lines = [
         f"  template: {len(conversations())} conversations are rendered and tokenized as transformers does it",

@@ -16,6 +16,8 @@ from loraflow.store.files import hash_file, write_json
 LOCK = Path("loraflow.lock")  # in the working folder: {"model@revision": commit}
 # A file of the hub's cache is named by its content: git's id of a blob, or the sha256 of a large file.
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+# The same weights once more, as Mistral, Meta and others publish them for their own programs.
+_NOT_LOADED = ["consolidated*.safetensors", "*/*.safetensors"]
 _LOCKED = TypeAdapter(dict[str, Annotated[str, StringConstraints(pattern="^[0-9a-f]{40}$")]])
 
 
@@ -118,18 +120,22 @@ def download(model: str, commit: str, *, trust: bool, with_weights: bool = True)
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
     from huggingface_hub.utils import filter_repo_objects
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges*"]
-    if not with_weights:
-        patterns = ["[!m]*.json", "*.jinja", "tokenizer*", "vocab*", "merges*"]  # without model.safetensors.index.json
+    patterns = ["*.json", "*.jinja", "tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken"]
+    if with_weights:
+        patterns.append("*.safetensors")
+    else:
+        patterns[0] = "[!m]*.json"  # without model.safetensors.index.json
     patterns += ["*.py"] * trust
     try:
-        folder = Path(snapshot_download(model, revision=commit, allow_patterns=patterns))
+        folder = Path(snapshot_download(model, revision=commit, allow_patterns=patterns, ignore_patterns=_NOT_LOADED))
     except (OSError, HTTPError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename:
             raise  # the local disk's failure, not the network's
         raise _not_delivered(model, commit, error) from error
     links = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_symlink()]
-    for name in filter_repo_objects(links, allow_patterns=patterns):  # the cache may have other files, in any state
+    for name in filter_repo_objects(
+        links, allow_patterns=patterns, ignore_patterns=_NOT_LOADED
+    ):  # the cache may have other files, in any state
         if not (folder / name).exists():
             gone = FileNotFoundError(f"{name} was removed from the hub's cache on this machine")
             raise _not_delivered(model, commit, gone)

@@ -186,13 +186,52 @@ def sees_all_before(model: PreTrainedModel, positions: int) -> bool:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer. Its pad token is not its stop token, unless the vocabulary has no other token for it."""
+    """Load a tokenizer. Its pad token is not its stop token, unless the vocabulary has no other token for it.
+
+    Raises:
+        BadModel: see `choose_pad_token`.
+    """
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    choose_pad_token(tokenizer, folder)
     return tokenizer
+
+
+def choose_pad_token(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Give a tokenizer a pad token that the embeddings have a row for; another one than the stop token, if there is one.
+
+    Many people add a token such as [PAD] to a tokenizer, and not to the model.
+
+    Args:
+        tokenizer: is changed.
+        folder: with the model's config.json.
+
+    Raises:
+        BadModel: the tokenizer names neither a pad token nor an unknown token nor a stop token with a row, and the model's
+            configuration no stop token.
+    """
+    from loraflow.data.loss_mask import eos_ids, vocabulary_of
+
+    rows = vocabulary_of(folder)
+    ids = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, *sorted(eos_ids(folder))]
+    if ids[0] == ids[2]:
+        del ids[0]
+    usable = [
+        one
+        for one in ids
+        if one is not None and (rows is None or one < rows) and tokenizer.convert_ids_to_tokens(one) is not None
+    ]
+    if not usable:
+        raise BadModel(
+            "The tokenizer has no token for padding.",
+            where=str(folder / "tokenizer_config.json"),
+            expected="pad_token, unk_token or eos_token" + ("" if rows is None else f", with an id below {rows}"),
+            got=str(tokenizer.pad_token) if tokenizer.pad_token else "none of them",
+            next_step="name the token that ends an answer as eos_token in tokenizer_config.json",
+        )
+    if usable[0] != tokenizer.pad_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(usable[0])
 
 
 def stop_ids(folder: Path) -> list[int]:

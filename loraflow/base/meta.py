@@ -28,7 +28,11 @@ def model_without_weights(base: Path, *, trust: bool = False) -> PreTrainedModel
     config = read_config(base, trust=trust)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config,
+                trust_remote_code=trust,
+                attn_implementation="eager",  # the config's kernel may not be installed
+            )
     except config_errors() as error:
         raise BadModel(
             "The base's model cannot be built from its configuration.",

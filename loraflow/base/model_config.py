@@ -17,7 +17,10 @@ def config_errors() -> tuple[type[Exception], ...]:
         StrictDataclassError,
     )  # of values with a wrong type, or that contradict each other
 
-    return OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, StrictDataclassError
+    return (
+        OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, IndexError, AssertionError,
+        ZeroDivisionError, StrictDataclassError,
+    )  # fmt: skip
 
 
 def read_config(folder: Path, *, trust: bool = False) -> PreTrainedConfig:

@@ -16,6 +16,8 @@ from loraflow.failures import BadModel
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Packages with which transformers converts a tokenizer to tokenizer.json, by the end of its file's name.
+_CONVERTERS = {"tekken.json": "mistral-common", ".model": "sentencepiece protobuf", ".tiktoken": "tiktoken"}
 _MODEL_FILES = re.compile(
     r"^(config|generation_config)\.json$|^(tokenizer|special_tokens_map|added_tokens|vocab|merges|chat_template).*"
     r"|^.*\.safetensors(\.index\.json)?$"
@@ -47,7 +49,14 @@ def _names(folder: Path, *, trust: bool) -> list[str]:
         for path in folder.iterdir()
         if path.is_file() and (_MODEL_FILES.match(path.name) or (trust and path.suffix == ".py"))
     ]
-    return sorted(found + [TOOL_TEMPLATE] * (folder / TOOL_TEMPLATE).is_file())
+    if "tokenizer.json" not in found:  # it is made from these files then
+        found += _tokenizer_sources(folder)
+    return sorted({*found, *[TOOL_TEMPLATE] * (folder / TOOL_TEMPLATE).is_file()})
+
+
+def _tokenizer_sources(folder: Path) -> list[str]:
+    """Return the names of files that are a tokenizer in another form: of sentencepiece, tiktoken or mistral-common."""
+    return sorted(path.name for path in folder.iterdir() if path.name.endswith(tuple(_CONVERTERS)))
 
 
 def copy_model(folder: Path, out: Path, *, trust: bool, with_weights: bool = True) -> None:
@@ -79,19 +88,41 @@ def copy_model(folder: Path, out: Path, *, trust: bool, with_weights: bool = Tru
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(source, target)
     if not (out / "tokenizer.json").exists() or not (out / "tokenizer_config.json").exists():
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-        except (ValueError, OSError) as error:
+        open_tokenizer(folder, trust=trust).save_pretrained(out)
+        if not (out / "tokenizer.json").exists():
             raise BadModel(
-                "The base's tokenizer cannot be read.",
+                "The base's tokenizer has no form that training reads.",
                 where=str(folder),
-                expected="tokenizer.json and tokenizer_config.json",
-                got=str(error).splitlines()[0][:200],
-                next_step="fetch the base again, or save its tokenizer there with save_pretrained",
-            ) from error
-        tokenizer.save_pretrained(out)
+                expected="tokenizer.json, or files that transformers converts to it",
+                got=", ".join(_tokenizer_sources(folder)) or "none",
+                next_step="choose a copy of the model with tokenizer.json",
+            )
+
+
+def open_tokenizer(folder: Path, *, trust: bool) -> PreTrainedTokenizerBase:
+    """Open a tokenizer with transformers.
+
+    Raises:
+        BadModel: transformers cannot open it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    except Exception as error:  # tokenizers and the model's own code raise anything
+        sources = [] if (folder / "tokenizer.json").exists() else _tokenizer_sources(folder)
+        needed = next((package for end, package in _CONVERTERS.items() for name in sources if name.endswith(end)), None)
+        raise BadModel(
+            "transformers cannot open the base's tokenizer.",
+            where=str(folder),
+            expected="tokenizer.json and tokenizer_config.json",
+            got=(str(error).strip().splitlines() or [type(error).__name__])[0][:200],
+            next_step=f"pip install {needed}; or open the tokenizer where that is installed, and save it "
+            "(save_pretrained) into the base's folder"
+            if needed
+            else "download the base model again, or choose another base",
+        ) from error
+    return tokenizer
 
 
 def _copy_without_auto_map(source: Path, target: Path) -> None:

@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraflow.base import hub
-from loraflow.base.base_checks import prepare_tokenizer
+from loraflow.base.base_checks import named_in_failures, prepare_tokenizer
 from loraflow.base.model_files import copy_model, model_files
-from loraflow.base.usable import refuse_code_elsewhere, refuse_unusable_folder, require_base_name
+from loraflow.base.usable import (
+    refuse_adapter_folder,
+    refuse_code_elsewhere,
+    refuse_unusable_folder,
+    require_base_name,
+)
 from loraflow.base.weight_checks import check_fits_config, check_weights, refuse_non_finite_weights
 from loraflow.config.locations import BaseLocation, FolderOrigin, GgufOrigin, HubOrigin
 from loraflow.config.recipe import Base
@@ -98,16 +103,22 @@ def run(job: Job[ResolveBaseConfig], inputs: Inputs, out: Path, progress: Progre
         raise TypeError(f"a base model has no origin such as {origin!r}")
     _require_unchanged(origin, config)
     no_thinking, trust = config.thinking == "empty", config.trust_remote_code
-    check_weights(out)
-    if not trust:  # code that comes with a model may not run without memory for weights: the training notices it then
-        check_fits_config(out)
-    refuse_non_finite_weights(out)
-    date = prepare_tokenizer(out, job.runtime.chat_template, no_thinking=no_thinking, trust=trust)
+    with named_in_failures(out, _name_of(origin)):
+        check_weights(out)
+        check_fits_config(out, trust=trust)
+        refuse_non_finite_weights(out)
+        date = prepare_tokenizer(out, job.runtime.chat_template, no_thinking=no_thinking, trust=trust)
     if date is not None:
         log.info("The chat template prints a date: it is fixed to %s, in training and in the served model.", date)
         figures["template_date"] = date
     progress(done=1)
     return Summary(figures=figures, facets={"tokenizer": [n for n in TOKENIZER_FILES if list(out.glob(f"{n}*"))]})
+
+
+def _name_of(origin: FolderOrigin | GgufOrigin | HubOrigin) -> str:
+    if isinstance(origin, FolderOrigin):
+        return origin.folder
+    return origin.gguf if isinstance(origin, GgufOrigin) else origin.hub
 
 
 def _require_unchanged(origin: FolderOrigin | GgufOrigin | HubOrigin, config: ResolveBaseConfig) -> None:
@@ -142,6 +153,7 @@ def _folder_of(origin: FolderOrigin | HubOrigin, trust: bool) -> Path:
     else:
         refuse_unusable_folder(hub.download_config(origin.hub, origin.commit), trust=trust, known_to_transformers=True)
         folder = hub.download(origin.hub, origin.commit, trust=trust)
+        refuse_adapter_folder(folder)
     if trust:
         refuse_code_elsewhere(folder)
     return folder

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from loraflow.base.load import choose_pad_token
 from loraflow.base.mask_check import check_mask
+from loraflow.base.model_files import open_tokenizer
 from loraflow.data.chats import Chat, Message
 from loraflow.data.loss_mask import ChatTemplate
 from loraflow.data.rendered_calls import without_tools
@@ -92,37 +94,23 @@ def check_template(folder: Path, *, trust: bool = False) -> None:
     Raises:
         BadModel: transformers cannot open the tokenizer, or the two differ; or the template has no chat that can be learned.
     """
-    tokenizer = _open(folder, trust=trust)
+    tokenizer = open_tokenizer(folder, trust=trust)
     expected = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     if special_tokens(folder) != expected:
         (folder / RECORD).write_text(
             json.dumps(expected, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+    choose_pad_token(open_tokenizer(folder, trust=trust), folder)  # refuses a tokenizer without one
     template = ChatTemplate(folder)
     chats = _accepted(template, tokenizer)
     if _first_difference(template, tokenizer, chats) is not None:
         log.warning("The tokenizer's class changes tokenizer.json: the tokenizer is saved as transformers uses it.")
         tokenizer.save_pretrained(folder)
-        template, tokenizer = ChatTemplate(folder), _open(folder, trust=trust)
+        template, tokenizer = ChatTemplate(folder), open_tokenizer(folder, trust=trust)
         if (difference := _first_difference(template, tokenizer, chats)) is not None:
             raise difference
     check_mask(folder, template, tokenizer, [chat for chat, prompt in chats if not prompt and "tools" not in chat[0]])
     template.stop_ids()  # refuses a template whose answers cannot be found
-
-
-def _open(folder: Path, *, trust: bool) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    except Exception as error:  # tokenizers and the model's own code raise anything
-        raise BadModel(
-            "transformers cannot open the base's tokenizer.",
-            where=str(folder),
-            got=(str(error).splitlines() or [type(error).__name__])[0][:200],
-            next_step="download the base model again, or choose another base",
-        ) from error
-    return tokenizer
 
 
 def _rendered_by_transformers(

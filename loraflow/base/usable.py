@@ -79,16 +79,17 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
             got=str(ggufs[0]),
             next_step="name the model that the GGUF was made from",
         )
+    refuse_adapter_folder(folder)
     if not (folder / "config.json").is_file():
         return  # the caller says that there is no model
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"), parse_constant=_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise BadModel(
             "The base's config.json is not a JSON object.",
             where=_WHERE,
             got=str(error)[:200],
-            next_step="fetch the base again",
+            next_step="fetch config.json again",
         ) from error
     if not isinstance(config, dict):
         raise BadModel(
@@ -142,11 +143,43 @@ def _code_references(file: Path) -> list[str]:
     return [name for name in named if isinstance(name, str)]
 
 
+def refuse_adapter_folder(folder: Path) -> None:
+    """Refuse an adapter, alone or beside a model: transformers would apply it to its base when it opens the folder.
+
+    Raises:
+        BadModel: the folder has adapter_config.json.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        return
+    has_model = (folder / "config.json").is_file()
+    raise BadModel(
+        "The base's folder has an adapter beside the model, which transformers would apply to it."
+        if has_model
+        else "The base is an adapter without its model.",
+        where=f"{_WHERE}: {folder / 'adapter_config.json'}",
+        expected="a folder with a model only",
+        next_step="loraflow merge ADAPTER BASE OUT makes one model of both; name OUT as base.model"
+        + ("; or move the adapter's files elsewhere" if has_model else ""),
+    )
+
+
+def _constant(name: str) -> float:
+    """Return the value of a constant that JSON does not have; Mamba-2's configs have Infinity.
+
+    Raises:
+        ValueError: it is NaN, with which a model computes NaN only.
+    """
+    if name == "NaN":
+        raise ValueError("a value is NaN")
+    return float(name)
+
+
 def refuse_unusable(config: Mapping[str, JsonValue], *, trust: bool) -> None:
     """Refuse a base by the content of its config.json.
 
     Raises:
-        BadModel: the model does not generate text, is quantized already, or does not name its architecture.
+        BadModel: the model does not generate text, is quantized already, does not name its architecture, or returns its
+            results in another form.
     """
     quantization = config.get("quantization_config") or config.get("compression_config")
     if quantization:
@@ -169,6 +202,15 @@ def refuse_unusable(config: Mapping[str, JsonValue], *, trust: bool) -> None:
         )
     if config.get("is_encoder_decoder") is True:
         raise _encoder_decoder(config)
+    for key, wrong in (("return_dict", False), ("output_attentions", True)):
+        if config.get(key) is wrong:
+            raise BadModel(
+                "The base's config.json changes what the model returns, and training cannot read it then.",
+                where=_WHERE,
+                expected=f"no {key} in config.json",
+                got=f"{key}: {str(wrong).lower()}",
+                next_step=f"remove {key} from config.json",
+            )
     if any(name.endswith(_GENERATES) for name in architectures):
         return
     mapped = config.get("auto_map")

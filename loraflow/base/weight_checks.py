@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 
 from loraflow.base.load import refuse_missing_weights
 from loraflow.base.model_config import config_errors, reason_of
+from loraflow.base.stored_weights import TensorEntry, model_entries
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FLOATS = ("BF16", "F16", "F32", "F64")  # in the names of safetensors; other types are not read
+_QUANTIZED = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8"})
 BLOCK_VALUES = 2**22  # of a weight, at a time
 
 
@@ -33,10 +34,10 @@ class _LoadReport(TypedDict):
 
 
 def check_weights(folder: Path) -> None:
-    """Check that a folder's files of weights can be opened, and that none is missing.
+    """Check that a folder's files of weights can be opened, and that they hold what their index says.
 
     Raises:
-        BadModel: one is damaged or missing.
+        BadModel: one is damaged or missing, or the index is; a merge would not read them.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -46,33 +47,32 @@ def check_weights(folder: Path) -> None:
                 tensors.keys()
         except (SafetensorError, OSError) as error:
             raise BadModel(
-                "A file of weights is damaged.", where=file.name, got=str(error)[:200], next_step="fetch the base again"
+                "A file of weights is damaged.", where=str(file), got=str(error)[:200], next_step="fetch the base again"
             ) from error
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        missing = set(json.loads(index.read_text())["weight_map"].values()) - {p.name for p in folder.iterdir()}
-        if missing:
-            raise BadModel(
-                "Files of weights are missing.",
-                where="base.model",
-                got=", ".join(sorted(missing)),
-                next_step="fetch the base again",
-            )
+    model_entries(folder)
 
 
-def check_fits_config(folder: Path) -> None:
+def check_fits_config(folder: Path, *, trust: bool = False) -> None:
     """Check that a folder's files have every weight of the model that its config.json describes, in the right shape.
 
     transformers opens the model on torch's meta device: it reads names and shapes only, and converts names of older files.
 
     Args:
-        folder: the model's; its architecture is transformers' own.
+        folder: the model's.
+        trust: run Python code that comes with the model. Such code may not run without memory for weights; then the
+            training checks the weights, when it loads them.
 
     Raises:
-        BadModel: a weight is missing, which transformers would fill with random numbers, or has another shape; or the
-            config says that two weights are one, and the files have them with different values.
+        BadModel: a weight is missing, which transformers would fill with random numbers, or has another shape, or is
+            quantized; or the config says that two weights are one, and the files have them with different values.
     """
-    model, report = _open_without_weights(folder)
+    try:
+        model, report = _open_without_weights(folder, trust=trust)
+    except BadModel as failure:
+        if not trust:
+            raise
+        log.info("The model's own code does not run without weights, so the training checks them: %s", failure.got)
+        return
     refuse_missing_weights(folder, {"missing_keys": report["missing_keys"]})
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise BadModel(
@@ -82,12 +82,13 @@ def check_fits_config(folder: Path) -> None:
             got=str(list(found)),
             next_step="fetch the base again: config.json and weights are of two models",
         )
+    _refuse_quantized(folder, model, report)
     _refuse_two_values(folder, getattr(model, "all_tied_weights_keys", {}))
     if unused := sorted(report["unexpected_keys"]):
         log.warning("The base's files have %d weights that its model does not use, such as %s.", len(unused), unused[0])
 
 
-def _open_without_weights(folder: Path) -> tuple[PreTrainedModel, _LoadReport]:
+def _open_without_weights(folder: Path, *, trust: bool = False) -> tuple[PreTrainedModel, _LoadReport]:
     """Open a model on torch's meta device, and return what transformers reports about its files' weights.
 
     Raises:
@@ -96,6 +97,7 @@ def _open_without_weights(folder: Path) -> tuple[PreTrainedModel, _LoadReport]:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as their_logging
 
+    errors = (Exception,) if trust else config_errors()  # a model's own code raises anything
     verbosity = their_logging.get_verbosity()
     their_logging.set_verbosity_error()  # its table of names says the same in many lines
     try:
@@ -105,9 +107,10 @@ def _open_without_weights(folder: Path) -> tuple[PreTrainedModel, _LoadReport]:
             output_loading_info=True,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
-            trust_remote_code=False,
+            trust_remote_code=trust,
+            attn_implementation="eager",  # a config may ask for a kernel that is not installed; nothing is computed here
         )
-    except config_errors() as error:
+    except errors as error:
         raise BadModel(
             "transformers cannot open the base's weights.",
             where=str(folder),
@@ -129,6 +132,10 @@ def unused_weights(folder: Path) -> frozenset[str]:
         model, report = _open_without_weights(folder)
     except BadModel:
         return frozenset()
+    return _unused(folder, model, report)
+
+
+def _unused(folder: Path, model: PreTrainedModel, report: _LoadReport) -> frozenset[str]:
     # transformers leaves the weights that match these expressions out of its report. A weight that the model has is loaded.
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq$"]
     expression = re.compile("|".join(f"(?:{one})" for one in ignored))
@@ -141,6 +148,27 @@ def unused_weights(folder: Path) -> frozenset[str]:
     return frozenset(name for name in _stored(folder) if is_unused(name))
 
 
+def _refuse_quantized(folder: Path, model: PreTrainedModel, report: _LoadReport) -> None:
+    """Refuse weights of 8 bits or less. Without a quantization_config, transformers takes them for the weights themselves.
+
+    Raises:
+        BadModel: the model loads such a weight.
+    """
+    small = {name: entry for name, entry in _stored(folder).items() if entry.dtype in _QUANTIZED}
+    if not small:
+        return
+    unused = _unused(folder, model, report)  # masks of older transformers have a byte for each value
+    for name, entry in sorted(small.items()):
+        if name not in unused:
+            raise BadModel(
+                "The base's weights are quantized, and config.json does not say how.",
+                where=f"{entry.file}: {name}",
+                expected="weights in bfloat16, float16 or float32",
+                got=entry.dtype,
+                next_step="name the original model; base.quantization: nf4 or fp8 quantizes it for the training only",
+            )
+
+
 def refuse_non_finite_weights(folder: Path) -> None:
     """Refuse a model with NaN or infinity in a weight that it loads. All weights are read, in blocks.
 
@@ -150,7 +178,7 @@ def refuse_non_finite_weights(folder: Path) -> None:
     from safetensors import safe_open
 
     unused: frozenset[str] | None = None
-    for file in _loaded_files(folder):
+    for file in sorted({entry.file for entry in model_entries(folder)}):
         with safe_open(file, "pt") as tensors:
             for name in sorted(tensors.keys()):
                 if all(is_finite(block) for block in _blocks(tensors, name)):
@@ -174,25 +202,9 @@ def is_finite(values: Tensor) -> bool:
     return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
-def _loaded_files(folder: Path) -> list[Path]:
-    """Return the files of weights that transformers loads."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if index.exists():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(folder.glob("*.safetensors"))
-
-
-def _stored(folder: Path) -> dict[str, Path]:
-    """Return the names of the weights that transformers finds, each with its file."""
-    from safetensors import safe_open
-
-    stored: dict[str, Path] = {}
-    for file in _loaded_files(folder):
-        with safe_open(file, "pt") as tensors:
-            stored |= dict.fromkeys(tensors.keys(), file)
-    return stored
+def _stored(folder: Path) -> dict[str, TensorEntry]:
+    """Return the weights that transformers finds, by name."""
+    return {entry.name: entry for entry in model_entries(folder)}
 
 
 def _blocks(tensors: safe_open, name: str) -> Iterator[Tensor]:
@@ -227,7 +239,7 @@ def _refuse_two_values(folder: Path, tied: Mapping[str, str]) -> None:
     for pair in tied.items():
         if not all(name in stored for name in pair):
             continue
-        first, second = (_read(stored[name], name) for name in pair)
+        first, second = (_read(stored[name].file, name) for name in pair)
         if not torch.equal(first, second):
             raise BadModel(
                 "config.json says that two weights are one, but the base's files have them with different values.",

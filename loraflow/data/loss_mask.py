@@ -349,8 +349,10 @@ def name_row(places: Sequence[str]) -> Iterator[None]:
 def eos_ids(folder: Path) -> set[int]:
     """Return the ids at which a model's own configuration ends an answer.
 
+    Negative ids, as old configurations have them, mean that there is none.
+
     Raises:
-        BadModel: a configuration is not a JSON object.
+        BadModel: a configuration is not a JSON object, or does not name ids.
     """
     found: set[int] = set()
     for file in (folder / "generation_config.json", folder / "config.json"):
@@ -365,5 +367,23 @@ def eos_ids(folder: Path) -> set[int]:
                 got=str(error)[:200],
                 next_step="fetch the base again",
             ) from error
-        found |= {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)}
+        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        for token_id in ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
+                raise BadModel(
+                    "A stop token is not named by its id.",
+                    where=f"{file}: eos_token_id",
+                    expected="an id, or a list of ids",
+                    got=json.dumps(eos)[:200],
+                    next_step="write the token's id, which tokenizer.json has",
+                )
+        found |= {token_id for token_id in ids if token_id >= 0}
     return found
+
+
+def vocabulary_of(base: Path) -> int | None:
+    """Return the number of rows of a base's embeddings, from its config.json; None if it does not say."""
+    file = base / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return None if size is None else int(size)

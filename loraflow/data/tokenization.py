@@ -18,7 +18,7 @@ from pydantic import JsonValue
 
 from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.chunk_encoder import Chunk, Problem, Problems, encoded_chunks, has_weights
-from loraflow.data.loss_mask import ChatTemplate
+from loraflow.data.loss_mask import ChatTemplate, vocabulary_of
 from loraflow.data.mask_view import sample_rows
 from loraflow.data.packing import best_fit_decreasing
 from loraflow.data.positions import Positions
@@ -197,14 +197,6 @@ def _refuse(problems: Problems, config: TokenizeConfig) -> None:
             where=problems.first["special_tokens"],
             next_step="correct the row, or set data.special_tokens to drop (or to allow, if the token is intended)",
         )
-
-
-def vocabulary_of(base: Path) -> int | None:
-    """Return the number of rows of a base's embeddings, from its config.json; None if it does not say."""
-    file = base / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    return None if size is None else int(size)
 
 
 def refuse_ids_beyond(largest: int, rows: int | None, template: ChatTemplate) -> None:

@@ -211,6 +211,6 @@ def read_template(folder: Path) -> str:
             "The base model has no chat template.",
             where=str(folder),
             expected="chat_template.jinja, or chat_template in tokenizer_config.json",
-            next_step="choose an instruct model, or put a chat_template.jinja next to the tokenizer",
+            next_step="choose an instruct model, or name a template: base.chat_template",
         )
     return template

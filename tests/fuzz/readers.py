@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from loraflow.adapters.adapter_config import AdapterConfig
-from loraflow.adapters.safetensors_files import read_entries
+from loraflow.base.stored_weights import read_entries
 from loraflow.config import load_recipe
 from loraflow.data import dvc
 from loraflow.data.listing import parse_listing

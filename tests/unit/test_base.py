@@ -194,6 +194,7 @@ def harm(folder: Path, what: str) -> None:
         (folder / "chat_template.jinja").unlink()
     elif what == "missing shard":
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def harm(folder: Path, what: str) -> None:
         ("no json", "JSON object"),
         ("damaged", "damaged"),
         ("no template", "no chat template"),
-        ("missing shard", "weights are missing"),
+        ("missing shard", "file of weights is missing"),
     ],
 )
 def test_an_unusable_model_folder_is_refused(tmp_path, phi3, what, says):

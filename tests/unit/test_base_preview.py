@@ -113,6 +113,7 @@ def damaged_weights(folder):
 def missing_weights(folder):
     index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").rename(folder / "model-00002-of-00002.safetensors")
 
 
 def no_tokenizer(folder):

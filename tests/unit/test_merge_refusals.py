@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from loraflow.adapters import merge_folders, origin
-from loraflow.adapters import safetensors_files as tensors
 from loraflow.adapters.merge_folders import merge
+from loraflow.base import stored_weights
 from loraflow.failures import BadModel
 from tests.conftest import build_phi3
 from tests.tiny_adapters import change_tensors, configured, make_adapter
@@ -97,7 +97,7 @@ def test_a_refused_adapter_is_reported_with_the_command_that_accepts_it(tmp_path
 def test_an_index_that_points_outside_its_folder_is_refused(tmp_path, phi3, name):
     base = tmp_path / "base"
     shutil.copytree(phi3, base)
-    index = {"weight_map": dict.fromkeys((e.name for e in tensors.model_entries(base)), name)}
+    index = {"weight_map": dict.fromkeys((e.name for e in stored_weights.model_entries(base)), name)}
     (base / "model.safetensors").rename(tmp_path / "outside.safetensors")
     (base / "other.safetensors").write_bytes(b"")
     (base / "model.safetensors.index.json").write_text(json.dumps(index))

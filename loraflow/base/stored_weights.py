@@ -1,0 +1,132 @@
+"""The tensors of safetensors files by their headers, and which files hold a model's weights; the contents stay on the disk.
+
+Format: 8 bytes little-endian length of the header, the header (JSON), the tensors' bytes one after another.
+https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from loraflow.failures import BadModel
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+
+
+class HeaderEntry(TypedDict):
+    """A tensor in a file's header, whose keys are the tensors' names."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]  # of the first byte and after the last one, counted from the end of the header
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor in a file, by the position of its bytes."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # of the first byte, from the start of the file
+    size: int  # bytes
+
+
+def read_entries(file: Path) -> list[TensorEntry]:
+    """Return a file's tensors, in the order of their bytes.
+
+    Raises:
+        BadModel: the header cannot be read, or its offsets are outside the file.
+    """
+    total = file.stat().st_size
+    try:
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > min(total - 8, _MAX_HEADER):
+                raise ValueError(f"a header of {length} bytes in a file of {total}")
+            header: dict[str, HeaderEntry] = json.loads(handle.read(length))
+        found = []
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            if not 0 <= start <= end <= total - 8 - length:
+                raise ValueError(f"{name} lies outside of the file")
+            found.append(
+                TensorEntry(name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+            )
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise BadModel(
+            "A safetensors file is damaged.", where=str(file.name), got=str(error)[:200], next_step="fetch it again"
+        ) from error
+    return sorted(found, key=lambda entry: entry.offset)
+
+
+def model_entries(folder: Path) -> list[TensorEntry]:
+    """Return the tensors of the files that transformers would load from a model's folder, file by file.
+
+    Raises:
+        BadModel: there are no such files, or they do not hold what their index says.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists():
+        return read_entries(single)  # transformers does not read an index beside it
+    if not index.exists():
+        raise BadModel(
+            "transformers finds no weights in the folder.",
+            where=str(folder),
+            expected=f"{SINGLE}, or {INDEX} and the files that it names",
+            got=", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3]) or "no safetensors",
+            next_step="fetch the base again: a file is missing, or these are in another program's format",
+        )
+    weight_map = _weight_map(index)
+    entries = [entry for name in sorted(set(weight_map.values())) for entry in read_entries(folder / name)]
+    held = {entry.name: entry.file.name for entry in entries}
+    if held != weight_map or len(held) < len(entries):
+        wrong = sorted(name for name in held.keys() | weight_map.keys() if held.get(name) != weight_map.get(name))
+        raise BadModel(
+            "The index does not match the tensors in the files.",
+            where=str(index),
+            got=f"{len(wrong)} tensors, such as {wrong[0]}" if wrong else "a tensor in two files",
+            next_step="fetch the base again, or open it with transformers and save it (save_pretrained)",
+        )
+    return entries
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Read which file holds which tensor, and refuse paths outside of the folder before any file is opened.
+
+    Raises:
+        BadModel: the index is damaged, names a file that is missing, or one elsewhere.
+    """
+    try:
+        weight_map = {str(name): str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+        if not weight_map:
+            raise ValueError("no tensors")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadModel(
+            "The index of the weights is damaged.",
+            where=str(index),
+            expected='"weight_map": {name of a tensor: name of its file}',
+            got=f"{type(error).__name__}: {error}"[:200],
+            next_step="fetch it again",
+        ) from error
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise BadModel(
+                "The index of the weights names a file outside of its folder.",
+                where=str(index),
+                expected="the name of a .safetensors file beside it",
+                got=file[:200],
+                next_step="do not use this checkpoint",
+            )
+        if not (index.parent / file).exists():
+            raise BadModel("A file of weights is missing.", where=str(index), expected=file, next_step="fetch it again")
+    return weight_map

@@ -1,0 +1,137 @@
+"""Adapters as other programs save them: what peft would load in part, or onto other weights, is refused by every command."""
+
+import json
+
+import pytest
+import torch
+from loraflow.adapters.accept import check_adapter
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from loraflow.adapters.convert import convert
+from loraflow.adapters.merge_folders import merge
+from loraflow.evaluation.generation import generate_answers
+from loraflow.failures import BadModel
+from loraflow.serving.models import Model, load
+from tests.conftest import build_phi3
+from tests.unit.test_merge import configured, make_adapter, read
+
+
+def load_plain(base):
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
+def saved(config, base, folder):
+    torch.manual_seed(1)
+    model = get_peft_model(load_plain(base), config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+NAMES = {
+    "doubled": (lambda name: f"base_model.model.{name}", "remove 'base_model.model.'"),
+    "none": (lambda name: name.removeprefix("base_model.model."), "put 'base_model.model.' before"),
+    "torch.compile": (lambda name: name.replace(".model.model.", ".model._orig_mod.model."), "remove '_orig_mod.'"),
+    "DistributedDataParallel": (lambda name: f"module.{name}", "remove 'module.'"),
+    "FSDP": (lambda name: name.replace(".layers.1.", ".layers.1._fsdp_wrapped_module."), "remove '_fsdp_wrapped_module.'"),
+    "vision": (lambda name: name.replace(".layers.", ".language_model.layers."), "remove 'language_model.'"),
+    "bare decoder": (lambda name: name.replace(".model.model.", ".model."), "put 'model.' behind"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", NAMES)
+def test_names_that_peft_does_not_read_are_refused_with_their_correction(program, tmp_path, quick_phi3):
+    """peft loads such a file with a warning, and answers as the base."""
+    rename, correction = NAMES[program]
+    adapter = make_adapter(quick_phi3, tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    save_file({rename(name): tensor.clone() for name, tensor in load_file(file).items()}, file)
+    (tmp_path / "out").mkdir()
+    for command in (
+        lambda: merge(quick_phi3, adapter, tmp_path / "out"),
+        lambda: load(Model("x", quick_phi3, unmerged_adapter=adapter, base=quick_phi3), "float32"),
+    ):
+        with pytest.raises(BadModel, match="names that peft does not read") as caught:
+            command()
+        assert correction in caught.value.next_step
+
+
+@pytest.mark.parametrize("how", ["lora_ga", "pissa_niter_4", "corda", "loftq"])
+def test_an_adapter_of_changed_weights_that_nothing_can_compute_again_is_refused_by_every_command(
+    how, tmp_path, quick_phi3
+):
+    """peft adds a LoRA-GA adapter to the original weights without a word, which is another model than the trained one."""
+    adapter = configured(make_adapter(quick_phi3, tmp_path / "adapter"), init_lora_weights=how)
+    (tmp_path / "out").mkdir()
+    for command in (
+        lambda: merge(quick_phi3, adapter, tmp_path / "out"),
+        lambda: convert(adapter, quick_phi3, tmp_path / "converted"),
+        lambda: load(Model("x", quick_phi3, unmerged_adapter=adapter, base=quick_phi3), "float32"),
+    ):
+        with pytest.raises(BadModel, match="changed the base's weights, and the adapter does not contain"):
+            command()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)],
+    ids=["prompt", "prefix"],
+)  # fmt: skip
+def test_adapters_that_put_tokens_before_a_prompt_are_refused(config, tmp_path, quick_phi3):
+    """Answers would be those of another prompt, or end in an error of the cache."""
+    adapter = saved(config, quick_phi3, tmp_path / "adapter")
+    with pytest.raises(BadModel, match="tokens of its own before each prompt"):
+        load(Model("x", quick_phi3, unmerged_adapter=adapter, base=quick_phi3), "float32")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [IA3Config(target_modules=["qkv_proj", "down_proj"], feedforward_modules=["down_proj"]),
+     AdaLoraConfig(r=4, target_modules=["o_proj"], total_step=10)],
+    ids=["ia3", "adalora"],
+)  # fmt: skip
+def test_adapters_that_are_not_lora_answer_as_in_peft_and_are_not_merged_or_converted(config, tmp_path, quick_phi3):
+    adapter = saved(config, quick_phi3, tmp_path / "adapter")
+    (tmp_path / "out").mkdir()
+    for command in (
+        lambda: merge(quick_phi3, adapter, tmp_path / "out"),
+        lambda: convert(adapter, quick_phi3, tmp_path / "converted"),
+    ):
+        with pytest.raises(BadModel, match="not a LoRA adapter") as caught:
+            command()
+        assert caught.value.got == config.peft_type.value
+
+    loaded = load(Model("x", quick_phi3, unmerged_adapter=adapter, base=quick_phi3), "float32")
+    prompts = [[*range(3, 30), 40], [*range(3, 30), 50, 60]]
+    found = generate_answers(loaded.model, loaded.tokenizer, prompts, stop_ids=[499], max_new_tokens=6, batch_size=2)
+    theirs = PeftModel.from_pretrained(load_plain(quick_phi3), str(adapter)).eval()
+    theirs.get_base_model().generation_config = GenerationConfig()
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        out = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
+                              eos_token_id=499, pad_token_id=0)  # fmt: skip
+        assert answer["text"] == loaded.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+
+
+def test_embeddings_saved_beside_an_adapter_of_a_tied_base_are_merged_as_in_peft(tmp_path):
+    """`save_embedding_layers=True`: the file has the head too, which the base's files do not have."""
+    base = build_phi3(tmp_path / "base", dtype="float32", tie_word_embeddings=True)
+    model = get_peft_model(load_plain(base), LoraConfig(r=4, target_modules=["o_proj"]))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.add_(torch.randn_like(weight) * 0.1)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert {"base_model.model.lm_head.weight"} < load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    check_adapter(tmp_path / "adapter", base)
+    (tmp_path / "out").mkdir()
+    merge(base, tmp_path / "adapter", tmp_path / "out")
+    expected = PeftModel.from_pretrained(load_plain(base), str(tmp_path / "adapter")).merge_and_unload().state_dict()
+    found = read(tmp_path / "out")
+    assert found and all(torch.equal(found[name], expected[name]) for name in found)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
