@@ -99,6 +99,9 @@ STREAMS = (
 )
 
 
+EQUAL, BETTER = (0.05, 0.05), (0.075, 0.025)  # rates of wins and losses at a disagreement of 0.1
+
+
 class Reserve(NamedTuple):
     """Held-out rows that `loraflow.registry.reserve` deals, night by night (data.heldout_reserve)."""
 
@@ -152,7 +155,10 @@ def power_of_reserve(reserve: Reserve) -> Iterator[tuple[str, float]]:
     rows = [dealt.total() for dealt in reserve.dealt(60)]
     for first in (1, 6, 57):
         nights = range(first, first + 3)
-        share = any_of(chance(rows[night - 1], 0.075, 0.025, level_of(night)) for night in nights)
+        if all(reserve.is_fresh(night, 60) and rows[night - 1] == rows[0] for night in range(1, first + 3)):
+            share = found_in_three(rows[0], first, level_of)
+        else:
+            share = any_of(chance(rows[night - 1], *BETTER, level_of(night)) for night in nights)
         yield f"{reserve.name}, nights {first} to {first + 2} ({rows[first - 1]:,} rows)", share
 
 
@@ -224,9 +230,6 @@ def none_promoted(n: int, levels: Sequence[float], rates: Sequence[tuple[float, 
         states = following
         found.append(sum(states.values()))
     return found
-
-
-EQUAL, BETTER = (0.05, 0.05), (0.075, 0.025)  # rates of wins and losses at a disagreement of 0.1
 
 
 def exact_false_promotions(n: int, nights: int) -> Iterator[tuple[str, float]]:

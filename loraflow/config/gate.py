@@ -108,8 +108,8 @@ class Gate(FrozenModel):
     lower_is_better: list[str] = Field([], description="Scores of your own metrics for which lower is better.")
     ranges: dict[str, ScoreRange] = Field(
         {},
-        description="{score: [smallest, largest]}: the possible values of scores of your own metrics that are not only 0 "
-        "and 1. Without it, a rare failure that no held-out row shows is not allowed for.",
+        description="{score: [smallest, largest]}: the possible values of scores of your own metrics. The gate "
+        "compares such a score only with its range.",
     )
     error: Annotated[float, Field(gt=0, lt=0.5)] = Field(
         0.05, description="Probability of any false promotion in all looks of the model, whatever its held-out rows."
