@@ -73,7 +73,7 @@ def _settings(history: History) -> Iterator[tuple[str, str]]:
 def _runs(history: History) -> Iterator[str]:
     """Yield a table of this run and the earlier ones, with the score that decides."""
     primary = history.run.section("gate").get("primary")
-    yield from ("### Earlier runs", "", f"| run | started | verdict | {primary} | entry in the registry |")
+    yield from ("### Runs of this recipe", "", f"| run | started | verdict | {primary} | entry in the registry |")
     yield "|---|---|---|---:|---:|"
     for record in (history.run, *history.earlier):
         summary = record.summary

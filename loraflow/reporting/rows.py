@@ -35,6 +35,9 @@ _OF_SOURCES = {
 }
 
 
+MANY_TOO_LONG = 0.05  # share of the training rows
+
+
 @dataclass(frozen=True)
 class RowPolicy:
     """What a recipe says about long rows and held-out rows."""
@@ -56,7 +59,8 @@ def summarise_rows(
         policy: what the recipe says about long rows and held-out rows.
     """
     rows = list(_counts(check, tokens, evaluation, policy))
-    return RowsSummary(counts=rows, notes=[*check_notes(check), *_heldout_notes(evaluation, policy)])
+    notes = [*_too_long_notes(tokens, policy), *check_notes(check), *_heldout_notes(evaluation, policy)]
+    return RowsSummary(counts=rows, notes=notes)
 
 
 def _counts(
@@ -159,6 +163,20 @@ def near_notes(near: NearDuplicates) -> list[str]:
             f"{near.unproposed} pairs of rows that share a part of their text were not compared: very many rows share it"
         )
     return notes
+
+
+def _too_long_notes(tokens: Mapping[str, JsonValue], policy: RowPolicy) -> Iterator[str]:
+    """Yield a sentence if so many training rows are too long that max_length does not fit the dataset."""
+    long, kept = tokens.get("rows_too_long"), tokens.get("train_rows")
+    if not isinstance(long, int) or not isinstance(kept, int):
+        return
+    rows = kept if policy.too_long == "truncate" else kept + long
+    if long > MANY_TOO_LONG * rows:
+        fate = "cut" if policy.too_long == "truncate" else "left out"
+        yield (
+            f"{long} of {rows} training rows ({long / rows:.0%}) are longer than max_length ({policy.max_length} tokens) "
+            f"and {fate}: raise training_config.max_length, or shorten them"
+        )
 
 
 def _heldout_notes(evaluation: EvaluationReport, policy: RowPolicy) -> Iterator[str]:

@@ -72,13 +72,16 @@ def test_the_report_and_the_closing_table_say_what_was_left_out(capsys):
         assert said in text
         assert said.split("|")[1].strip() in shown
     for note in ("not read: note (3 rows)", "2 training rows have a held-out prompt", "1 training prompts have different answers",
-                 "1 held-out rows have a control token", "the longest held-out row has 200 tokens"):  # fmt: skip
+                 "1 held-out rows have a control token", "the longest held-out row has 200 tokens",
+                 "18 of 37 training rows (49%) are longer than max_length (128 tokens) and left out: raise training_config"):  # fmt: skip
         assert note in text and note in shown
     dealt = summarise_rows(check, tokens, scores, RowPolicy(128, "drop", deals_rows=True))
     counts = {count.what: count.rows for count in dealt.counts}
     assert counts["scored, heldout: the rows of 4 that were dealt to this model (data.heldout_reserve)"] == 2
     cut = summarise_rows(check, tokens, scores, RowPolicy(128, "truncate"))
     assert "cut: longer than max_length, 128 tokens" in [count.what for count in cut.counts]
+    few = summarise_rows(check, {**tokens, "train_rows": 400}, scores, RowPolicy(128, "drop"))
+    assert not any("raise training_config.max_length" in note for note in few.notes)
 
 
 def report(**changes):

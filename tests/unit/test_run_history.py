@@ -33,7 +33,7 @@ def test_the_first_run_shows_its_settings_and_no_history():
     assert rows["dataset"] == "data.dvc, md5 0123" and rows["base"] == r"a\|b"
     assert (rows["learning_rate"], rows["max_steps"], rows["target_modules"]) == ("5e-05", "40", "q, v")
     assert rows["loraflow"] == "0.1.0" and rows["git commit"] == "c" * 12
-    assert "num_train_epochs" not in rows and "Earlier runs" not in text and "hanged" not in text
+    assert "num_train_epochs" not in rows and "Runs of this recipe" not in text and "hanged" not in text
 
 
 def test_epochs_are_shown_where_they_decide_the_length():
@@ -44,7 +44,7 @@ def test_epochs_are_shown_where_they_decide_the_length():
 def test_changes_since_the_last_run_and_earlier_runs_are_shown():
     last = record(2, "undecided", 1.25)
     text = text_of(record(3, loss=0.5, data="b", entry=2, **{"peft_config.r": 4}), last, record(1, entry=1))
-    changes = text[text.index("Changed since run 20260102-000000-abcdef:") : text.index("### Earlier runs")]
+    changes = text[text.index("Changed since run 20260102-000000-abcdef:") : text.index("### Runs of this recipe")]
     assert [line for line in changes.splitlines() if line.startswith("- ")] == [
         "- `peft_config.r 16 → 4`", f"- `version_dataset {'a' * 12} → {'b' * 12}`",
     ]  # fmt: skip
