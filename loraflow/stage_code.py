@@ -92,9 +92,11 @@ CHECK_DATASET = (
     "loraflow.data.near",
     "loraflow.data.shingles",
     "loraflow.data.row_segment",
+    "loraflow.data.rows_file",
     "loraflow.data.segments",
     "loraflow.data.segment_reader",
     "loraflow.data.segment_process",
+    "loraflow.store.chunk_cache",
 )
 
 RESOLVE_BASE = (

@@ -18,7 +18,8 @@ from loraflow.failures import MissingExtra
 GRAM = 5  # characters
 HASHES = 80  # MinHash values of a text; a byte of each is kept
 _SEED = 1
-_BATCH_CHARACTERS = 50_000  # of texts that are sketched together: their hashes, 8 bytes a gram, stay in a core's cache
+# Of texts that are sketched together: their arrays stay in a core's cache, which is twice as fast as 1,000,000.
+_BATCH_CHARACTERS = 12_000
 # Odd numbers with mixed bits (from the golden ratio and from MurmurHash3): a gram's hash only decides what is proposed.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xFF51AFD7ED558CCD)
