@@ -139,6 +139,8 @@ def main() -> None:
     An empty answer says that an exception was raised: whoever asked reads the segment itself, and so raises it where it is
     handled.
     """
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not get between the answers
     config_message = _read_frame(sys.stdin.buffer)
     if config_message is None:
         return
@@ -153,8 +155,8 @@ def main() -> None:
         except Exception as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             answer, known = b"", None
-        sys.stdout.buffer.write(_framed(answer))
-        sys.stdout.buffer.flush()
+        answers.write(_framed(answer))
+        answers.flush()
 
 
 if __name__ == "__main__":
