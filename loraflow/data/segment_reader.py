@@ -32,7 +32,7 @@ from loraflow.store.chunk_cache import ChunkCache
 
 FORMAT = 1  # of the entries
 MAX_BYTES = 500_000  # of a segment, but for its last row
-ALONE_ROWS = 20_000  # that are read before processes are started: each takes half a second
+ALONE_ROWS = 20_000  # that are read before processes are started: each takes 0.6 s of processor time
 ALONE_BYTES = 20_000_000
 # Settings of the stage that do not decide how a row is read, or that each file has in its own settings
 _OF_THE_WHOLE = {
