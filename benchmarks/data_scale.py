@@ -1,6 +1,6 @@
 """Memory and time of the data stages by the number of rows: check_dataset without and with near-duplicates, tokenize.
 
-    python benchmarks/data_scale.py [ROWS ...]          default: 20000 200000
+    python benchmarks/data_scale.py [--words N] [ROWS ...]          default: 22 words a chat, 20000 200000 rows
 
 Each stage runs in its own process. CPU seconds are of all its processes, and of the process that runs the stage alone: with
 an idle core for each process, check_dataset takes about that long. Memory is the largest sum over its processes of their own
@@ -29,14 +29,15 @@ from tokenize_chats import PLAIN_TEMPLATE
 STAGES = ("check", "check, near-duplicates", "tokenize")
 
 
-def write_chats(file: Path, rows: int) -> None:
-    """Write random chats of about 22 words, in a fortieth of them a near copy of an earlier one."""
+def write_chats(file: Path, rows: int, count: int = 22) -> None:
+    """Write random chats of `count` words, in a fortieth of them a near copy of an earlier one."""
     rng = random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlucmfwypvbgkjqxz", k=rng.randint(2, 9))) for _ in range(20_000)]
     recent: list[tuple[list[str], str]] = []
     with file.open("w") as out:
         for _ in range(rows):
-            question, answer = rng.choices(words, k=12), " ".join(rng.choices(words, k=10))
+            asked = (count + 2) // 2
+            question, answer = rng.choices(words, k=asked), " ".join(rng.choices(words, k=count - asked))
             if recent and rng.random() < 0.025:
                 question, answer = rng.choice(recent)
                 question = [*question[:5], rng.choice(words), *question[6:]]
@@ -147,7 +148,10 @@ def main() -> None:
     if sys.argv[1:2] == ["--stage"]:
         run_stage(sys.argv[2], Path(sys.argv[3]))
         return
-    sizes = sorted(int(text) for text in sys.argv[1:] or ("20000", "200000"))
+    arguments, words = sys.argv[1:], 22
+    if arguments[:1] == ["--words"]:
+        words, arguments = int(arguments[1]), arguments[2:]
+    sizes = sorted(int(text) for text in arguments or ("20000", "200000"))
     found: dict[tuple[str, int], tuple[float, float, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         write_base(Path(name, "base"))
@@ -155,7 +159,7 @@ def main() -> None:
         for rows in sizes:
             folder = Path(name, str(rows))
             (folder / "files").mkdir(parents=True)
-            write_chats(folder / "files" / "train.jsonl", rows)
+            write_chats(folder / "files" / "train.jsonl", rows, words)
             for stage in STAGES:
                 found[stage, rows] = seconds, own, mib = measure(stage, folder)
                 print_row(stage, rows, f"{rows / seconds:,.0f}", f"{rows / own:,.0f}", f"{mib:,.0f}")

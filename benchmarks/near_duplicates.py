@@ -89,8 +89,7 @@ def all_pairs(texts: list[str]) -> set[tuple[int, int]]:
 def found_pairs(texts: list[str]) -> set[tuple[int, int]]:
     """Return the pairs that the search finds."""
     sketches = Sketches()
-    for text in texts:
-        sketches.add(text)
+    sketches.add(texts)
     candidates, comparison = sketches.candidates(), Comparison(texts.__getitem__)
     equal = {(int(first), row) for row, first in enumerate(candidates.first) if first != row}
     return equal | {(a, b) for b in range(len(texts)) for a in candidates.before(b) if comparison.is_near(a, b)}

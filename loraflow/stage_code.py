@@ -6,6 +6,11 @@ that a stage's modules import is missing here.
 
 from __future__ import annotations
 
+import hashlib
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
 _HARDWARE = ("loraflow.hardware.device", "loraflow.hardware.attention")
 _TEMPLATE = (
     "loraflow.data.loss_mask",
@@ -94,7 +99,12 @@ CHECK_DATASET = (
     "loraflow.data.placement",
     "loraflow.data.near",
     "loraflow.data.shingles",
-    "loraflow.data.sketch_process",
+    "loraflow.data.row_segment",
+    "loraflow.data.rows_file",
+    "loraflow.data.segments",
+    "loraflow.data.segment_reader",
+    "loraflow.data.segment_process",
+    "loraflow.store.chunk_cache",
 )
 
 RESOLVE_BASE = (
@@ -123,6 +133,7 @@ TOKENIZE = (
     "loraflow.data.chunk_encoder",
     "loraflow.data.positions",
     "loraflow.data.token_cache",
+    "loraflow.data.segments",
     "loraflow.store.chunk_cache",
     "loraflow.data.token_files",
     "loraflow.data.token_report",
@@ -351,3 +362,21 @@ SCORE_GENERAL = (
     *_HARDWARE,
     *_TEMPLATE,
 )
+
+
+def source_hash(modules: tuple[str, ...]) -> str:
+    """Return the sha256 of modules' names and source files."""
+    total = hashlib.sha256()
+    for name in modules:
+        total.update(name.encode())
+        total.update(module_source(name))
+    return total.hexdigest()
+
+
+@cache
+def module_source(module: str) -> bytes:
+    """Return a module's source. Only its parent package is imported."""
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(module)
+    return Path(spec.origin).read_bytes()

@@ -39,11 +39,12 @@ class CheckedSource:
     def rows(self) -> Iterator[tuple[str, Row]]:
         """Yield each row with its set."""
         from loraflow.data.readers import read_rows
-        from loraflow.data.sources import source_rows
+        from loraflow.data.sources import files_of_sources
 
         if self.config is not None:
-            for name, row in source_rows(self.folder, self.config, self.tools):
-                yield name, self.convert(row)
+            for file in files_of_sources(self.folder, self.config, self.tools):
+                for row in file.rows():
+                    yield file.set_name, self.convert(row)
         for name, files in self.sets.items():
             is_training = name not in self.heldout
             for row in read_rows(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from loraflow.credentials import mask
 from loraflow.frozen import FrozenModel
 
 RowFormat = Literal[
@@ -96,15 +98,13 @@ class DataSource(FrozenModel):
     @field_validator("source")
     @classmethod
     def _is_local(cls, value: str) -> str:
-        scheme = re.match(r"([a-z0-9]+)://", value)
-        if scheme:
-            download = {
-                "hf": "`hf download --repo-type dataset --revision COMMIT NAME --local-dir FOLDER`",
-                "s3": "`aws s3 sync URL FOLDER`",
-            }.get(scheme[1], "download it")
-            raise ValueError(
-                f"{scheme[0]} is not read; {download}, pin it with `loraflow data add FOLDER`, and name FOLDER.dvc"
-            )
+        if scheme := re.match(r"([a-z0-9]+)://", value):
+            # DVC reads buckets and web servers itself, and pins their content.
+            way = f"pin it with `dvc import-url {shlex.quote(mask(value))} NAME`, and name NAME.dvc"
+            if scheme[1] == "hf":
+                download = "hf download --repo-type dataset --revision COMMIT OWNER/NAME --local-dir FOLDER"
+                way = f"`{download}`, pin it with `loraflow data add FOLDER`, and name FOLDER.dvc"
+            raise ValueError(f"{scheme[0]} is not read; {way}")
         if not value.strip():
             raise ValueError("should be a .dvc file, a folder, a file or a pattern")
         return value

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from loraflow.data.chat_table import HAS_SYSTEM, Columns, Rows
+from loraflow.data.chat_table import Columns, Rows
 from loraflow.data.check_report import Profile, Spread
+from loraflow.data.row_segment import HAS_SYSTEM
 
 
 def profile(columns: Columns, rows: Rows) -> Profile | None:

@@ -7,9 +7,11 @@ report with the recipe's limits, and stops the run if a limit is exceeded.
 from __future__ import annotations
 
 import json
+import logging
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,18 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.broken_text import has_carriage_return
 from loraflow.data.chat_profile import profile
-from loraflow.data.chat_table import (
-    LAST_LEARNED,
-    PARTLY_LEARNED,
-    PINNED_TO_TRAIN,
-    TRAIN,
-    WEIGHTED,
-    ChatTable,
-    Columns,
-    Rows,
-)
+from loraflow.data.chat_table import TRAIN, ChatTable, Columns, Rows
 from loraflow.data.chats import GATE_SET, Tool
 from loraflow.data.check_report import CheckReport, Finding, NearDuplicates, SplitCounts
 from loraflow.data.findings import leave_out_findings
@@ -39,21 +31,25 @@ from loraflow.data.near_prompts import with_near_prompts
 from loraflow.data.near_split import Clusters, place_near
 from loraflow.data.placement import SPLITS, Split
 from loraflow.data.quarantine import Quarantine
-from loraflow.data.readers import Row, match_files, read_rows
+from loraflow.data.readers import RowSettings, match_files
 from loraflow.data.row_drops import drop_duplicates, drop_leaks
+from loraflow.data.row_segment import LAST_LEARNED, PARTLY_LEARNED, PINNED_TO_TRAIN, WEIGHTED, LeftOut
+from loraflow.data.rows_file import RowsFile
 from loraflow.data.sampling import spread_sample, spread_values
+from loraflow.data.segment_reader import SegmentReader, key_of_job
 from loraflow.data.similar import find_similar
-from loraflow.data.sources import SourceCounts, count_read, count_sources, drawn_rows, repeated, source_rows
+from loraflow.data.sources import SourceCounts, count_read, count_sources, drawn_rows, files_of_sources, repeated
 from loraflow.data.split import CLUSTER, draw, to_json
-from loraflow.data.thinking import with_thinking
 from loraflow.data.tools import dataset_tools
 from loraflow.data.unread_values import doubtful
 from loraflow.failures import BadData
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
+from loraflow.store.chunk_cache import ChunkCache
 
 DROPPED = ("duplicate", "leak", "marked_false", "near_leak", "near_both", "group_leak")
 MAX_UNREAD = 50  # keys in the report
+log = logging.getLogger("loraflow")
 
 
 @dataclass
@@ -62,6 +58,7 @@ class _Reading:
 
     table: ChatTable
     quarantine: Quarantine
+    reader: SegmentReader
     unread: Counter[str] = field(default_factory=Counter)  # keys that have values and were not read
     told: Counter[tuple[str, str]] = field(default_factory=Counter)  # what they say
     marks: Counter[str] = field(default_factory=Counter)  # keys and values that left rows out
@@ -88,8 +85,17 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
     Raises:
         BadData: a file is missing or cannot be read, or rows cannot be divided by a field of `slices`.
     """
-    with (out / "quarantine.jsonl").open("w", encoding="utf-8") as file, ChatTable(out, job.config) as table:
-        report = _check(inputs["dataset"] / "files", job.config, _Reading(table, Quarantine(file)), out)
+    cache = ChunkCache.beside(progress.work, job.stage)
+    reader = SegmentReader(job.config, cache, b"" if cache is None else key_of_job(job))
+    with (
+        (out / "quarantine.jsonl").open("w", encoding="utf-8") as file,
+        ChatTable(out, job.config) as table,
+        closing(reader),
+    ):
+        report = _check(inputs["dataset"] / "files", job.config, _Reading(table, Quarantine(file), reader), out)
+    read = report.counts.get("read", 0)
+    if reader.computed < read:
+        log.info("%d of %d rows were read before", read - reader.computed, read)
     values = report.as_json()
     text = json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False)
     (out / "report.json").write_text(text + "\n", encoding="utf-8")
@@ -189,49 +195,68 @@ def _may_be_learned(number: int, table: ChatTable, config: CheckDatasetConfig) -
 
 def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Iterator[int]:
     """Yield the numbers of the rows that have a chat; the others go to the quarantine."""
-    counts, quarantine = reading.counts, reading.quarantine
-    for set_name, as_read in rows_of_sets(files, config, dataset_tools(config.tools, "data.tools")):
-        row = with_thinking(as_read, config.thinking)
-        counts["read"] += 1
-        if config.sources:
-            count_read(reading.sources, row.place, malformed=row.messages is None and not row.is_marked_false)
-        if row.unused_keys:
-            reading.unread.update(key for key in row.unused_keys if key not in config.heldout_fields)
-            reading.told.update(item for item in row.told if item[0] not in config.heldout_fields)
-        if row.messages is None:
-            reason = "marked_false" if row.is_marked_false else "malformed"
-            first = not row.is_marked_false
-            if row.is_marked_false:
-                reading.marks[row.marked_by] += 1
-            quarantine.add(reason, row.place, set_name, row.problem or "", row.raw, first=first)
-            continue
-        if has_carriage_return(message["content"] for message in row.messages):
-            counts["carriage_returns"] += 1
-        yield reading.table.add(row, row.messages, set_name)
+    for file in files_of_sets(files, config, dataset_tools(config.tools, "data.tools")):
+        for segment, place, first in reading.reader.read(file):
+            numbers = reading.table.extend(segment, place, first, file.set_name, file.source)
+            reading.counts["read"] += len(segment) + len(segment.left_out)
+            if file.source is not None:
+                malformed = sum(row.marked_by is None for row in segment.left_out)
+                count_read(reading.sources, file.source, len(segment) + len(segment.left_out), malformed)
+            for key, count in segment.unread.items():
+                if key not in config.heldout_fields:
+                    reading.unread[key] += count
+            for item, count in segment.told.items():
+                if item[0] not in config.heldout_fields:
+                    reading.told[item] += count
+            reading.counts["carriage_returns"] += segment.carriage_returns
+            if not segment.left_out:
+                yield from numbers
+                continue
+            # In the order of the file: a row that cannot be held out gets into the quarantine after it was yielded.
+            left_out = deque(segment.left_out)
+            for in_segment, number in zip(segment.arrays["numbers"].tolist(), numbers, strict=True):
+                while left_out and left_out[0].number < in_segment:
+                    _leave_out(left_out.popleft(), place, first, file.set_name, reading)
+                yield number
+            for row in left_out:
+                _leave_out(row, place, first, file.set_name, reading)
 
 
-def rows_of_sets(files: Path, config: CheckDatasetConfig, tools: list[Tool] | None) -> Iterator[tuple[str, Row]]:
-    """Yield (set, row) for the rows of a dataset, as they are read.
+def _leave_out(row: LeftOut, place: str, first: int, set_name: str, reading: _Reading) -> None:
+    """Count a row without a chat, and put it into the quarantine."""
+    is_malformed = row.marked_by is None
+    if row.marked_by is not None:
+        reading.marks[row.marked_by] += 1
+    reading.quarantine.add(
+        "malformed" if is_malformed else "marked_false",
+        f"{place}{first + row.number}",
+        set_name,
+        row.problem,
+        row.raw,
+        first=is_malformed,
+    )
+
+
+def files_of_sets(files: Path, config: CheckDatasetConfig, tools: list[Tool] | None) -> Iterator[RowsFile]:
+    """Yield the files of a dataset in the order in which they are read: those that are held out first.
 
     Raises:
-        BadData: a file is missing or cannot be read.
+        BadData: a file is missing, or two sources have the same file.
     """
     if config.sources:
-        yield from source_rows(files, config, tools)
+        yield from files_of_sources(files, config, tools)
         return
-    for set_name, set_files in assign_files(files, config).items():
-        is_training = set_name == TRAIN
-        for row in read_rows(
-            files,
-            set_files,
+    for set_name, names in assign_files(files, config).items():
+        settings = RowSettings(
             config.format,
             config.columns,
             config.group,
             tools,
             ignore=config.ignore,
-            is_training=is_training,
-        ):
-            yield set_name, row
+            is_training=set_name == TRAIN,
+        )
+        for name in names:
+            yield RowsFile(files, name, settings, set_name)
 
 
 def _place(

@@ -10,12 +10,13 @@ from pydantic import JsonValue
 
 from loraflow.config.data_profile import ProfileCheckName, ProfileRule
 from loraflow.data.broken_text import broken_text, control_token, script
-from loraflow.data.chat_table import LAST_LEARNED, ChatTable
+from loraflow.data.chat_table import ChatTable
 from loraflow.data.chats import Chat
 from loraflow.data.check_report import CheckReport, Finding
 from loraflow.data.personal_data import personal_data
 from loraflow.data.placeholders import Placeholders
 from loraflow.data.refusals import refuses
+from loraflow.data.row_segment import LAST_LEARNED
 from loraflow.data.split import normalize, normalized_key
 from loraflow.failures import LimitExceeded
 

@@ -37,20 +37,29 @@ def read_json_lines(path: Path, name: str) -> Iterator[RawValue]:
     Raises:
         BadData: the rows are spread over several lines, or end with the line breaks of old Macs.
     """
+    for number, line in read_lines(path, name):
+        place = f"{name}:{number}"
+        if isinstance(line, BadRow):
+            yield RawValue(place, line, "")
+        elif not line.isspace():
+            yield json_line(line, place)
+
+
+def read_lines(path: Path, name: str) -> Iterator[tuple[int, bytes | BadRow]]:
+    """Yield number and content of each line, with blank ones; a line that is too long is a `BadRow`. Raises as above."""
     _refuse_spread_rows(path, name)
     with path.open("rb") as file:
         for number in itertools.count(1):
             line = file.readline(MAX_ROW_BYTES + 1)
             if not line:
                 return
-            place = f"{name}:{number}"
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
                 size = len(line) + _skip_line(file)
-                yield RawValue(place, BadRow(f"a row of {size:,} bytes; at most {MAX_ROW_BYTES:,}"), "")
-            elif not line.isspace():
-                yield _json_line(line, place)
+                yield number, BadRow(f"a row of {size:,} bytes; at most {MAX_ROW_BYTES:,}")
+            else:
+                yield number, line
 
 
 def _refuse_spread_rows(path: Path, name: str) -> None:
@@ -88,7 +97,8 @@ def _skip_line(file: IO[bytes]) -> int:
     return size
 
 
-def _json_line(line: bytes, place: str) -> RawValue:
+def json_line(line: bytes, place: str) -> RawValue:
+    """Return the row of a line; a malformed one is a `BadRow`."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -74,6 +74,8 @@ ANSWERS = ("completion", "response", "output", "answer", "messages", "conversati
 
 PairMeaning = Literal["answers", "marks", "unclear"]
 Side = Literal[True, False, "other"] | None  # what a label says; None: there is no value
+Question = tuple[str, ...]  # about a file
+Answer = bool | str | list[str]
 _Kind = Literal["binary", "true", "false", "like_true", "like_false", "weak", "number", "score", "other"]
 
 
@@ -306,6 +308,10 @@ class Labels:
     Args:
         rows: reads the file.
         is_training: the file's rows may be learned; they are not all held out.
+
+    Attributes:
+        asked: what was asked of the file since this was last emptied, with the answers. Rows that are read depend on other
+            rows of their file by these answers only.
     """
 
     def __init__(self, rows: Callable[[], Iterable[JsonValue]] | None = None, *, is_training: bool = False):
@@ -314,6 +320,7 @@ class Labels:
         self._found: dict[str, _Column] = {}
         self._pairs: dict[tuple[str, str], PairMeaning] = {}
         self._facts: dict[tuple[str, ...], bool] = {}
+        self.asked: dict[Question, Answer] = {}
 
     def some_row(self, question: tuple[str, ...], holds: Callable[[dict[str, JsonValue]], bool]) -> bool:
         """Tell whether something holds for a row of the file. Without rows, it does not.
@@ -325,6 +332,7 @@ class Labels:
         if question not in self._facts:
             rows = () if self._rows is None else self._rows()
             self._facts[question] = any(holds(row) for row in rows if isinstance(row, dict))
+        self.asked["row", *question] = self._facts[question]
         return self._facts[question]
 
     def of_pair(self, better: str, worse: str) -> PairMeaning:
@@ -332,6 +340,7 @@ class Labels:
         if (better, worse) not in self._pairs:
             rows = () if self._rows is None else self._rows()
             self._pairs[better, worse] = pair_meaning(better, worse, rows) if rows else "marks"
+        self.asked["pair", better, worse] = self._pairs[better, worse]
         return self._pairs[better, worse]
 
     def are_classes(self, key: str, values: Callable[[dict[str, JsonValue]], list[JsonValue]] | None = None) -> bool:
@@ -341,11 +350,14 @@ class Labels:
             key: the key.
             values: returns its values in a row, for a key inside an object.
         """
-        return self._rows is not None and self._column(key, values).is_class
+        are_classes = self._rows is not None and self._column(key, values).is_class
+        self.asked["classes", key] = are_classes
+        return are_classes
 
     def problem(self, key: str, value: JsonValue) -> str:
         """Return why a label that is neither true nor false is refused."""
         others = self._column(key).others if self._rows is not None else ()
+        self.asked["others", key] = list(others)
         why = f"{key} {repr(value)[:60]} is neither true nor false, as other rows' are"
         if len(others) == 2 or (others and reads_like_a_judgement(value)):
             why = f"{key} {repr(value)[:60]} may mark an answer as wrong, but is neither true nor false"

@@ -6,9 +6,8 @@ is proposed with a probability of 0.998, and one of 0.9 practically always.
 
 from __future__ import annotations
 
-import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -19,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraflow.data.shingles import HASHES, grams, jaccard, sketch
-from loraflow.data.sketch_process import SketchProcess
 from loraflow.data.split import text_key
 
 THRESHOLD = 0.8  # Jaccard index from which two rows are near-duplicates
@@ -27,54 +25,31 @@ BAND = 5  # MinHash values of a band
 # Equal values of two sketches below which a pair is not compared: four standard deviations below 0.8, that is 0.62.
 MIN_EQUAL = 50
 WINDOW = 64  # rows before a row that are proposed to it in a band: keeps time linear if thousands of rows share a text
-_BATCH = 2000  # texts that are sketched together
-_BATCH_CHARACTERS = 1_000_000  # of these texts, about: each takes 30 bytes for a moment
-_ALONE = 10  # batches before a process is started that sketches the others: it takes half a second
 _CHUNK = 100_000  # pairs whose sketches are compared together
 
 
 class Sketches:
-    """The sketches of rows, which are added one after another.
-
-    They take 88 bytes a row: in a temporary file, or in memory. With a file and another core, a process sketches most rows.
+    """The sketches of rows, which are added one after another. They take 88 bytes a row: in a temporary file, or in memory.
 
     Args:
         folder: where the file is; None for memory.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._waiting: list[str] = []
-        self._characters = 0
         self._file: IO[bytes] = BytesIO() if folder is None else TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
         self._keys = array("Q")
-        self._batches_alone = _ALONE if folder is not None and (os.cpu_count() or 1) > 1 else None
-        self._process: SketchProcess | None = None
 
-    def add(self, text: str, key: int | None = None) -> None:
-        """Add a row's comparable text. `key` is its `text_key`, if it is known."""
-        self._waiting.append(text)
-        self._keys.append(text_key(text) if key is None else key)
-        self._characters += len(text)
-        if len(self._waiting) >= _BATCH or self._characters >= _BATCH_CHARACTERS:
-            self._flush()
+    def add(self, texts: Sequence[str]) -> None:
+        """Add rows by their comparable texts."""
+        self.append(sketch(texts), np.fromiter(map(text_key, texts), np.uint64, len(texts)))
 
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        if self._process is None and self._batches_alone == 0:
-            self._file.flush()
-            self._process = SketchProcess(self._file)
-        if self._process is not None:
-            self._process.send(self._waiting)
-        else:
-            self._file.write(sketch(self._waiting).data)
-            self._batches_alone = None if self._batches_alone is None else self._batches_alone - 1
-        self._waiting, self._characters = [], 0
+    def append(self, sketches: NDArray[np.uint8], keys: NDArray[np.uint64]) -> None:
+        """Add rows by what `sketch` and `text_key` return for their texts."""
+        self._file.write(sketches.tobytes())
+        self._keys.frombytes(keys.tobytes())
 
     def close(self) -> None:
         """Delete the sketches."""
-        if self._process is not None:
-            self._process.close()
         self._file.close()
 
     def candidates(self, order: NDArray[np.int64] | None = None) -> Candidates:
@@ -83,10 +58,6 @@ class Sketches:
         Args:
             order: some or all rows, in another order; the pairs have the positions in it.
         """
-        self._flush()
-        if self._process is not None:
-            self._process.finish()
-            self._process = None
         self._file.seek(0)
         sketches = np.frombuffer(self._file.read(), np.uint8).reshape(-1, HASHES)
         keys = np.frombuffer(self._keys, np.uint64)

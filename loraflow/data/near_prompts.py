@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from loraflow.data.chat_table import LAST_LEARNED, ChatTable, Columns, Rows
+from loraflow.data.chat_table import ChatTable, Columns, Rows
 from loraflow.data.check_report import Similar
 from loraflow.data.near import Comparison
+from loraflow.data.row_segment import LAST_LEARNED
 from loraflow.data.shingles import comparable_text
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.chat_table import LAST_LEARNED, PINNED_TO_TRAIN, ChatTable, Columns, Keys, Rows
+from loraflow.data.chat_table import ChatTable, Columns, Rows
 from loraflow.data.chats import Chat
 from loraflow.data.check_report import NearDuplicates
 from loraflow.data.near import Comparison, Sketches
@@ -25,6 +25,7 @@ from loraflow.data.placement import (
     Split,
     Unplaced,
 )
+from loraflow.data.row_segment import LAST_LEARNED, PINNED_TO_TRAIN, Keys
 from loraflow.data.shingles import comparable_text
 from loraflow.data.split import draw, normalized_key
 
@@ -187,8 +188,7 @@ def near_policy(chats: Sequence[Chat]) -> Literal["report", "drop"]:
         MissingExtra: rensa is not installed.
     """
     sketches = Sketches()
-    for chat in chats:
-        sketches.add(comparable_text(chat))
+    sketches.add([comparable_text(chat) for chat in chats])
     comparison = Comparison(lambda number: comparable_text(chats[number]))
     count = len(chats)
     rows = Unplaced(

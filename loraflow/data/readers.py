@@ -6,7 +6,7 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -58,6 +58,19 @@ def is_answer_learned(row: Row) -> bool:
     return row.learned is None or len(row.messages or ()) - 1 in row.learned
 
 
+@dataclass(frozen=True)
+class RowSettings:
+    """How the rows of a file become chats. See `read_rows`."""
+
+    format_name: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+    group: str | None = None
+    tools: list[Tool] | None = None
+    query: str | None = None
+    ignore: Collection[str] = ()
+    is_training: bool = False
+
+
 def read_rows(
     folder: Path,
     names: list[str],
@@ -86,26 +99,40 @@ def read_rows(
     Raises:
         BadData: a file cannot be read, or its kind is unknown.
     """
+    settings = RowSettings(format_name, columns, group, tools, query, ignore, is_training)
     for name in names:
-        path = folder / name
-        labels = Labels(partial(_rows_of, path, name, query, columns, ignore), is_training=is_training)
-        for place, value, text in read_values(path, name, query):
-            if isinstance(value, BadRow):
-                yield Row(place, None, str(value), text)
-                continue
-            try:
-                chat = read_chat(value, format_name, columns, labels, tools, ignore)
-                unread = chat.unread if group is None else tuple(key for key in chat.unread if key != group)
-                learned, weights = chat.learned, chat.weights
-                told: Told = ()
-                if unread and isinstance(value, dict):
-                    told = told_by(without_ignored(value, ignore) if ignore else value, unread)
-                named = _group(value, group)
-                yield Row(place, chat.messages, None, text, unread, learned, weights, group=named, told=told)
-            except MarkedFalse as marked:
-                yield Row(place, None, str(marked), text, is_marked_false=True, marked_by=marked.by)
-            except BadRow as problem:
-                yield Row(place, None, str(problem), text)
+        labels = labels_of(folder / name, name, settings)
+        for value in read_values(folder / name, name, query):
+            yield read_row(value, settings, labels)
+
+
+def labels_of(path: Path, name: str, settings: RowSettings) -> Labels:
+    """Return what knows the labels of a file."""
+    return Labels(
+        partial(_rows_of, path, name, settings.query, settings.columns, settings.ignore),
+        is_training=settings.is_training,
+    )
+
+
+def read_row(raw: RawValue, settings: RowSettings, labels: Labels) -> Row:
+    """Convert a row to a chat. A malformed row has its problem instead."""
+    place, value, text = raw
+    if isinstance(value, BadRow):
+        return Row(place, None, str(value), text)
+    try:
+        chat = read_chat(value, settings.format_name, settings.columns, labels, settings.tools, settings.ignore)
+        group = settings.group
+        unread = chat.unread if group is None else tuple(key for key in chat.unread if key != group)
+        learned, weights = chat.learned, chat.weights
+        told: Told = ()
+        if unread and isinstance(value, dict):
+            told = told_by(without_ignored(value, settings.ignore) if settings.ignore else value, unread)
+        named = _group(value, group)
+        return Row(place, chat.messages, None, text, unread, learned, weights, group=named, told=told)
+    except MarkedFalse as marked:
+        return Row(place, None, str(marked), text, is_marked_false=True, marked_by=marked.by)
+    except BadRow as problem:
+        return Row(place, None, str(problem), text)
 
 
 def _rows_of(
@@ -140,6 +167,22 @@ def read_values(path: Path, name: str, query: str | None = None) -> Iterator[Raw
     Raises:
         BadData: the file cannot be read, or its kind is unknown.
     """
+    suffix = checked_suffix(path, name)
+    if suffix in SUFFIXES:
+        yield from _read_database(path, name, query)
+        return
+    try:
+        yield from _READERS[suffix](path, name)
+    except UnicodeDecodeError:
+        raise _first_line_not_utf8(path, name) from None
+
+
+def checked_suffix(path: Path, name: str) -> str:
+    """Return a file's suffix, in lower case.
+
+    Raises:
+        BadData: the file cannot be read, or its kind is unknown, or its first bytes are those of another kind.
+    """
     try:
         with path.open("rb") as file:
             begin = file.read(6)
@@ -148,18 +191,11 @@ def read_values(path: Path, name: str, query: str | None = None) -> Iterator[Raw
             "The file cannot be opened.", where=str(path), got=str(error.strerror), next_step="correct its permissions"
         ) from error
     suffix = path.suffix.lower()
-    reader = _READERS.get(suffix)
-    if reader is None:
+    if suffix not in _READERS:
         raise _unknown_kind(name)
-    if suffix in SUFFIXES:
-        yield from _read_database(path, name, query)
-        return
-    if suffix != ".parquet":
+    if suffix not in SUFFIXES and suffix != ".parquet":
         _refuse_binary(begin, name)
-    try:
-        yield from reader(path, name)
-    except UnicodeDecodeError:
-        raise _first_line_not_utf8(path, name) from None
+    return suffix
 
 
 def _matches(pattern: str, names: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ The exact index decides. A sketch only says which pairs are worth comparing, so 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from loraflow.failures import MissingExtra
 GRAM = 5  # characters
 HASHES = 80  # MinHash values of a text; a byte of each is kept
 _SEED = 1
+# Of texts that are sketched together: their arrays stay in a core's cache, which is twice as fast as 1,000,000.
+_BATCH_CHARACTERS = 12_000
 # Odd numbers with mixed bits (from the golden ratio and from MurmurHash3): a gram's hash only decides what is proposed.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xFF51AFD7ED558CCD)
@@ -54,9 +57,22 @@ def sketch(texts: Sequence[str]) -> np.ndarray:
     Raises:
         MissingExtra: rensa is not installed.
     """
+    parts = [np.empty((0, HASHES), np.uint8)]
+    begin = characters = 0
+    for end, text in enumerate(texts, 1):
+        characters += max(len(text), GRAM)
+        if characters >= _BATCH_CHARACTERS or end == len(texts):
+            parts.append(_sketch(texts[begin:end]))
+            begin, characters = end, 0
+    return np.concatenate(parts)
+
+
+def _sketch(texts: Sequence[str]) -> np.ndarray:
     hashes, offsets = _hashed_grams(texts)
     matrix = _rensa().RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, HASHES, _SEED)
-    return np.array(matrix.to_rows(), np.uint32).astype(np.uint8)
+    # An array of each row takes a fifth of the time of one numpy array of the lists.
+    values = b"".join([array("I", row).tobytes() for row in matrix.to_rows()])
+    return np.frombuffer(values, np.uint32).astype(np.uint8).reshape(-1, HASHES)
 
 
 def _hashed_grams(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from loraflow.data.chat_table import LAST_LEARNED, ChatTable, Columns, Rows
+from loraflow.data.chat_table import ChatTable, Columns, Rows
 from loraflow.data.check_report import Similar
+from loraflow.data.row_segment import LAST_LEARNED
 
 
 def find_similar(table: ChatTable, columns: Columns, train: Rows, heldout: Rows) -> Similar:

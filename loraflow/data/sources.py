@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from loraflow.config.stage_configs import CheckDatasetConfig, SourceConfig
-from loraflow.data.chat_table import TRAIN, ChatTable, Columns, Rows, source_of
+from loraflow.data.chat_table import TRAIN, ChatTable, Columns, Rows
 from loraflow.data.chats import GATE_SET, Tool
 from loraflow.data.placement import Split
-from loraflow.data.readers import Row, match_files, read_rows
+from loraflow.data.readers import RowSettings, match_files
+from loraflow.data.rows_file import RowsFile
 from loraflow.data.split import draw, in_share
 from loraflow.data.sqlite_reader import plain_query
 from loraflow.failures import BadData
@@ -25,18 +26,16 @@ from loraflow.failures import BadData
 SourceCounts = dict[str, dict[str, int]]  # source → what is counted → rows
 
 
-def source_rows(files: Path, config: CheckDatasetConfig, tools: list[Tool] | None) -> Iterator[tuple[str, Row]]:
-    """Yield (set, row) for the rows of all sources: those that are held out first.
+def files_of_sources(files: Path, config: CheckDatasetConfig, tools: list[Tool] | None) -> Iterator[RowsFile]:
+    """Yield the files of all sources: those that are held out first.
 
     Raises:
-        BadData: a file cannot be read, a pattern matches no file, or two sources have the same file.
+        BadData: a pattern matches no file, or two sources have the same file.
     """
     names = _names(files, config.sources)
     for source in sorted(config.sources, key=lambda source: source.split != "heldout"):
         is_training = source.split != "heldout"
-        read = read_rows(
-            files,
-            names[source.name],
+        settings = RowSettings(
             source.format,
             source.columns,
             config.group,
@@ -45,8 +44,9 @@ def source_rows(files: Path, config: CheckDatasetConfig, tools: list[Tool] | Non
             ignore=source.ignore,
             is_training=is_training,
         )
-        for row in read:
-            yield TRAIN if is_training else GATE_SET, row
+        for name in names[source.name]:
+            set_name = TRAIN if is_training else GATE_SET
+            yield RowsFile(files, name, settings, set_name, source.name, is_pinned=source.split == TRAIN)
 
 
 def _names(files: Path, sources: Sequence[SourceConfig]) -> dict[str, list[str]]:
@@ -156,8 +156,8 @@ def _count(counts: dict[str, int], what: str, number: int) -> None:
         counts[what] = counts.get(what, 0) + number
 
 
-def count_read(counts: SourceCounts, place: str, *, malformed: bool) -> None:
-    """Count a row that was read."""
-    of_source = counts.setdefault(source_of(place), {})
-    _count(of_source, "read", 1)
-    _count(of_source, "malformed", int(malformed))
+def count_read(counts: SourceCounts, source: str, read: int, malformed: int) -> None:
+    """Count rows of a source that were read."""
+    of_source = counts.setdefault(source, {})
+    _count(of_source, "read", read)
+    _count(of_source, "malformed", malformed)

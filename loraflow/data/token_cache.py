@@ -1,15 +1,13 @@
 """Encoded rows as entries of a cache, so that appended rows alone are tokenized.
 
-Rows are cut into segments by their content: a segment ends at a row whose checksum says so. So rows that are added, removed
-or changed change the segments around them alone, wherever they are. An entry depends on the chats and marks of its rows, the
-base's tokenizer and template, and `data.loss_on`; not on places, `max_length`, packing, or what happens to long rows.
+An entry is a segment of rows (`loraflow/data/segments.py`). It depends on the chats and marks of its rows, the base's
+tokenizer and template, and `data.loss_on`; not on places, `max_length`, packing, or what happens to long rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,13 +18,12 @@ from pydantic import JsonValue
 
 from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.loss_mask import Encoded
+from loraflow.data.segments import segments as cut
 from loraflow.data.token_labels import IGNORED
 from loraflow.job import Job
 
 FORMAT = 2  # of the entries; those of version 1 had no key in their hash
-MEAN_ROWS = 256  # of a segment
-MAX_ROWS = 1024
-MAX_CHARACTERS = 4_000_000  # of a segment, but for its last row: the arrays of long documents must fit into memory
+MAX_BYTES = 4_000_000  # of a segment, but for its last row: the arrays of long documents must fit into memory
 _CONTENT = ', "messages": '  # of a row begins here; what stands before it is its id, set and place
 
 
@@ -118,18 +115,8 @@ def key_of_rows(of_job: bytes, lines: Iterable[str]) -> str:
 
 def segments(source: Path) -> Iterator[list[str]]:
     """Yield the lines of a file of checked rows, cut into segments by their content."""
-    lines: list[str] = []
-    characters = 0
     with source.open(encoding="utf-8") as file:
-        for line in file:
-            lines.append(line)
-            characters += len(line)
-            is_full = len(lines) == MAX_ROWS or characters >= MAX_CHARACTERS
-            if is_full or zlib.crc32(_content(line)) % MEAN_ROWS == 0:
-                yield lines
-                lines, characters = [], 0
-    if lines:
-        yield lines
+        yield from cut(file, _content, MAX_BYTES)
 
 
 def _content(line: str) -> bytes:

@@ -13,11 +13,10 @@ import threading
 from contextlib import suppress
 from functools import cache
 from importlib.resources import files
-from importlib.util import find_spec
-from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
+from loraflow.stage_code import module_source, source_hash
 from loraflow.stages import Stage
 
 # CPython before 3.11.8 fails in ast.parse when two threads parse at once (bug 106905); Prefect has threads.
@@ -64,22 +63,13 @@ def _code_digest(stage: str, modules: tuple[str, ...]) -> str:
     return parsed_digest(modules)
 
 
-def source_hash(modules: tuple[str, ...]) -> str:
-    """Return the sha256 of modules' names and source files."""
-    total = hashlib.sha256()
-    for name in modules:
-        total.update(name.encode())
-        total.update(_source(name))
-    return total.hexdigest()
-
-
 def parsed_digest(modules: tuple[str, ...]) -> str:
     """Return a digest of modules' names and code, without comments and docstrings."""
     total = hashlib.sha256()
     with _PARSING:
         for name in modules:
             total.update(name.encode())
-            total.update(normalized(_source(name).decode()))
+            total.update(normalized(module_source(name).decode()))
     return total.hexdigest()
 
 
@@ -105,12 +95,3 @@ def _parse(source: str) -> ast.Module:
         with suppress(SystemError):
             return ast.parse(source)
     return ast.parse(source)
-
-
-@cache
-def _source(module: str) -> bytes:
-    """Return a module's source. Only its parent package is imported."""
-    spec = find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(module)
-    return Path(spec.origin).read_bytes()

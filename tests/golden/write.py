@@ -8,7 +8,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from loraflow.execution.code_digest import parsed_digest, recorded, source_hash
+from loraflow.execution.code_digest import parsed_digest, recorded
+from loraflow.stage_code import source_hash
 from loraflow.stages import STAGES
 
 REPOSITORY = Path(__file__).absolute().parent.parent.parent

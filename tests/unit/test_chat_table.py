@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from loraflow.config.recipe import Recipe
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data import check
-from loraflow.data.chat_table import _message_json
 from loraflow.data.chats import with_system, without_system
 from loraflow.data.row_drops import _first
+from loraflow.data.row_segment import message_json
 from loraflow.data.split import to_json
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
@@ -63,7 +63,7 @@ def test_no_temporary_file_is_left_in_the_artifact(tmp_path):
 @pytest.mark.parametrize("content", ["", "plain", 'a "quoted" \\ text', "\x00\x1f\t\n\x7f", "é \u2028 日本 😀"])
 def test_a_message_is_written_as_the_json_module_writes_it(content):
     message = {"role": "user", "content": content}
-    assert _message_json(message) == to_json(message) == json.dumps(message, ensure_ascii=False)
+    assert message_json(message) == to_json(message) == json.dumps(message, ensure_ascii=False)
 
 
 def test_a_chat_without_its_added_system_message_is_the_chat_with_its_tools():

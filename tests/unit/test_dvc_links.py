@@ -1,5 +1,6 @@
 """Datasets that DVC links into its cache (`dvc config cache.type`), and links that are refused."""
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from loraflow.config.data import Data
+from loraflow.config.locations import SourcesOrigin
 from loraflow.data import dataset_files, dvc, version
 from loraflow.failures import BadData, DirtyData
 from loraflow.store.files import HashMemo
@@ -145,3 +147,17 @@ def test_a_link_in_a_folder_outside_of_dvc_is_refused(tmp_path):
         dvc.work_tree_md5(tmp_path / "plain")
     with pytest.raises(BadData, match="neither a folder nor a regular file"):
         dvc.dvc_md5(tmp_path / "pipe")
+
+
+def test_what_dvc_imported_from_a_url_is_the_pinned_content_when_the_url_has_other_rows(root, tmp_path):
+    """As from a bucket: `dvc import-url` is how a source outside of the repository is pinned."""
+    outside = tmp_path / "bucket" / "chats.jsonl"
+    write_chats(outside, range(5))
+    pinned = outside.read_bytes()
+    run_dvc("import-url", str(outside), "imported.jsonl", cwd=root)
+    write_chats(outside, range(9))
+    data = Data.model_validate({"sources": [{"source": "imported.jsonl.dvc"}]})
+    origin = version.locate(data, HashMemo(None)).origin
+    assert isinstance(origin, SourcesOrigin)
+    assert origin.sources["imported.jsonl"][0].md5 == hashlib.md5(pinned).hexdigest()
+    assert (fetch(Data(source="imported.jsonl.dvc"), tmp_path / "out") / "imported.jsonl").read_bytes() == pinned

@@ -93,8 +93,7 @@ def test_thousands_of_rows_with_one_template_take_linear_work_and_are_counted():
     shared = text(1, 40)
     texts = [f"{shared} {text(n + 10, 12)}" for n in range(1500)]
     sketches = Sketches()
-    for one in texts:
-        sketches.add(one)
+    sketches.add(texts)
     candidates = sketches.candidates()
     proposed = sum(len(candidates.before(row)) for row in range(len(texts)))
     assert proposed <= 1500 * 64 * 16
@@ -238,8 +237,7 @@ def test_without_the_search_a_recipe_has_the_payload_of_before():
 def test_clusters_of_a_row_with_the_same_text_are_those_of_its_first():
     one = text(1)
     sketches = Sketches()
-    for row in (one, text(2), one, near(one)):
-        sketches.add(row)
+    sketches.add([one, text(2), one, near(one)])
     candidates = sketches.candidates()
     assert candidates.first.tolist() == [0, 1, 0, 3] and candidates.before(3) == [0]
     assert np.array_equal(candidates.before(2), [])

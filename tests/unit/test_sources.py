@@ -231,7 +231,7 @@ def test_a_database_whose_last_changes_are_not_in_its_file_is_refused(here):
         ([{"source": "faq", "split": "test"}], {}, "split"),
         ([{"source": "faq", "name": "../x"}], {}, "letters, digits"),
         ([{"source": "hf://datasets/x/y"}], {}, "hf:// is not read; `hf download --repo-type dataset"),
-        ([{"source": "s3://bucket/x"}], {}, "s3:// is not read; `aws s3 sync"),
+        ([{"source": "s3://bucket/x"}], {}, "s3:// is not read; pin it with `dvc import-url s3://bucket/x NAME`"),
         ([{"source": "faq"}], {"train": ["a*"], "columns": {"prompt": "q"}}, "columns, train: with sources, each source has its own"),
         ([{"source": "faq", "columns": {"question": "q"}}], {}, "question: should be one of messages"),
     ],
@@ -241,6 +241,14 @@ def test_a_wrong_source_is_named_before_anything_runs(sources, data, problem):
     with pytest.raises(BadConfig) as caught:
         parse_recipe(text, name="r.yaml")
     assert problem in str(caught.value)
+
+
+def test_a_refused_url_is_shown_without_its_password():
+    source = {"source": "https://me:secret-word@host/chats.jsonl"}
+    with pytest.raises(BadConfig) as caught:
+        parse_recipe(json.dumps({"name": "r", "base": {"model": "m"}, "data": {"sources": [source]}}), name="r.yaml")
+    assert "dvc import-url 'https://***@host/chats.jsonl' NAME" in str(caught.value)
+    assert "secret-word" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from loraflow.config import Recipe
 from loraflow.data import chunk_encoder, token_cache
 from loraflow.data.loss_mask import Encoded
+from loraflow.data.segments import MAX_ROWS, MEAN_ROWS
 from loraflow.data.token_cache import EncodedRows, key_of_rows, segments
 from loraflow.data.token_files import BATCH_ROWS, TokenBatch, batches_of
 from loraflow.data.token_labels import IGNORED
@@ -42,13 +43,14 @@ def test_rows_that_are_added_anywhere_change_few_segments(tmp_path):
     for at in (0, 10_000, 20_000):
         after = cut(tmp_path, [*rows[:at], *more, *rows[at:]])
         new = sum(len(segment) for segment in after if key_of_rows(b"", segment) not in before)
-        assert new <= 0.03 * len(rows) + token_cache.MEAN_ROWS and max(map(len, after)) <= token_cache.MAX_ROWS
+        assert new <= 0.03 * len(rows) + MEAN_ROWS and max(map(len, after)) <= MAX_ROWS
 
 
 def test_segments_of_long_rows_are_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "MAX_CHARACTERS", 1000)
+    monkeypatch.setattr(token_cache, "MAX_BYTES", 1000)
     rows = lines(range(500))
-    assert max(len("".join(segment[:-1])) for segment in cut(tmp_path, rows)) < 1000
+    sizes = [sum(len(token_cache._content(line)) for line in segment[:-1]) for segment in cut(tmp_path, rows)]
+    assert len(sizes) > 10 and max(sizes) < 1000
 
 
 def test_the_key_of_rows_is_their_content_and_not_their_place():
@@ -125,7 +127,7 @@ def test_appended_rows_alone_are_encoded_and_the_result_is_that_without_a_cache(
     first = tokenized(tmp_path, range(3000), cache)
     assert first[0] == 3000 and tokenized(tmp_path, range(3000), cache) == (0, first[1])
     count, batches = tokenized(tmp_path, range(3030), cache)
-    assert count <= 30 + token_cache.MAX_ROWS and batches == tokenized(tmp_path, range(3030), None)[1]
+    assert count <= 30 + MAX_ROWS and batches == tokenized(tmp_path, range(3030), None)[1]
     shorter = tokenized(tmp_path, range(3000), cache, max_length=75)
     assert shorter[0] == 0 and shorter[1] == tokenized(tmp_path, range(3000), None, max_length=75)[1] != first[1]
 

@@ -1,0 +1,163 @@
+"""Read segments of rows in processes of their own, so that all cores read a large dataset.
+
+A process is a new Python, not a fork: the flow's process has threads. It gets pickled segments through a pipe, and returns
+each as the content of a cache's entry.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from queue import SimpleQueue
+from tempfile import TemporaryFile
+from typing import IO
+
+from loraflow.config.stage_configs import CheckDatasetConfig
+from loraflow.data.labels import Labels
+from loraflow.data.rows_file import RowItem, RowsFile, read_segment
+from loraflow.failures import Killed
+
+MAX_PROCESSES = 4
+_SIZE = 8  # bytes of the number before each message
+
+
+class SegmentProcesses:
+    """Processes that read segments.
+
+    Args:
+        config: the stage's config.
+    """
+
+    def __init__(self, config: CheckDatasetConfig):
+        self.count = min(os.cpu_count() or 1, MAX_PROCESSES)
+        self._children = [_Child(config) for _ in range(self.count)]
+        self._free: SimpleQueue[_Child] = SimpleQueue()
+        for child in self._children:
+            self._free.put(child)
+        self._threads = ThreadPoolExecutor(self.count, "segments")  # each waits for a process
+
+    def submit(self, items: Sequence[RowItem], file: RowsFile) -> Future[bytes | None]:
+        """Read a segment; the result is its content, or None if the process raised an exception.
+
+        The result raises `Killed` if the process has ended.
+        """
+        return self._threads.submit(self._read, pickle.dumps((file, items)))
+
+    def _read(self, message: bytes) -> bytes | None:
+        child = self._free.get()
+        try:
+            return child.ask(message)
+        finally:
+            self._free.put(child)
+
+    def close(self) -> None:
+        """End the processes, whether they are done or not."""
+        for child in self._children:
+            child.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for child in self._children:
+            child.close()
+
+
+class _Child:
+    def __init__(self, config: CheckDatasetConfig):
+        self._errors = TemporaryFile()  # noqa: SIM115 - closed with the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "loraflow.data.segment_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},  # noqa: PTH109
+        )
+        self._config: bytes | None = pickle.dumps(config)
+
+    def ask(self, message: bytes) -> bytes | None:
+        """Send a message and return the answer; None if the process raised an exception."""
+        to, answers = self._process.stdin, self._process.stdout
+        assert to is not None and answers is not None
+        try:
+            if self._config is not None:
+                to.write(_framed(self._config))
+                self._config = None
+            to.write(_framed(message))
+            to.flush()
+        except BrokenPipeError:
+            raise self._ended() from None
+        answer = _read_frame(answers)
+        if answer is None:
+            raise self._ended()
+        return answer or None
+
+    def kill(self) -> None:
+        """End the process."""
+        if self._process.poll() is None:
+            self._process.kill()
+
+    def close(self) -> None:
+        """Close the pipes of a process that was ended."""
+        self._process.wait()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._errors.close()
+
+    def _ended(self) -> Killed:
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return Killed(
+            "A process that reads rows ended early.",
+            where="check_dataset",
+            got=f"exit status {code}" + (f": {lines[-1][:200]}" if lines else ""),
+            next_step="run it again with more free memory",
+        )
+
+
+def _framed(message: bytes) -> bytes:
+    return len(message).to_bytes(_SIZE) + message
+
+
+def _read_frame(file: IO[bytes]) -> bytes | None:
+    """Return the next message of a pipe; None if it has ended."""
+    head = file.read(_SIZE)
+    if len(head) < _SIZE:
+        return None
+    size = int.from_bytes(head)
+    message = file.read(size)
+    return message if len(message) == size else None
+
+
+def main() -> None:
+    """Read segments from standard input, and write their contents to standard output.
+
+    An empty answer says that an exception was raised: whoever asked reads the segment itself, and so raises it where it is
+    handled.
+    """
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not get between the answers
+    config_message = _read_frame(sys.stdin.buffer)
+    if config_message is None:
+        return
+    config: CheckDatasetConfig = pickle.loads(config_message)
+    known: tuple[RowsFile, Labels] | None = None
+    while (message := _read_frame(sys.stdin.buffer)) is not None:
+        file, items = pickle.loads(message)
+        if known is None or known[0] != file:
+            known = file, file.labels()
+        try:
+            answer = read_segment(items, file, config, known[1]).as_bytes()
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            answer, known = b"", None
+        answers.write(_framed(answer))
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

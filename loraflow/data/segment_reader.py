@@ -1,0 +1,176 @@
+"""Read files in segments of rows: those that a cache has, and the others on all cores.
+
+An entry depends on the rows of its segment, the settings by which they are read, this code, and the answers to questions
+about the whole file, such as whether its labels are classes (`loraflow/data/labels.py`). An entry whose answers are not
+those of the file is not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import unicodedata
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+import numpy as np
+
+from loraflow import stage_code
+from loraflow.config.stage_configs import CheckDatasetConfig
+from loraflow.data.labels import Answer, Labels, Question
+from loraflow.data.row_segment import RowSegment
+from loraflow.data.rows_file import RowItem, RowsFile, read_segment
+from loraflow.data.segment_process import SegmentProcesses
+from loraflow.data.segments import segments
+from loraflow.job import Job
+from loraflow.store.chunk_cache import ChunkCache
+
+FORMAT = 1  # of the entries
+MAX_BYTES = 500_000  # of a segment, but for its last row
+ALONE_ROWS = 20_000  # that are read before processes are started: each takes 0.6 s of processor time
+ALONE_BYTES = 20_000_000
+# Settings of the stage that do not decide how a row is read, or that each file has in its own settings
+_OF_THE_WHOLE = {
+    "format", "columns", "ignore", "tools", "sources", "train", "heldout", "extra_heldout", "heldout_fields", "duplicates",
+    "limit", "profile", "near_duplicates",
+}  # fmt: skip
+
+
+class PlacedSegment(NamedTuple):
+    """A segment, and where its rows are."""
+
+    segment: RowSegment
+    place: str  # what places begin with
+    first: int  # number of the first row in its file
+
+
+@dataclass(frozen=True)
+class _Pending:
+    items: Sequence[RowItem]
+    key: str
+    found: RowSegment | Future[bytes | None]
+    is_cached: bool
+
+
+class SegmentReader:
+    """Read files one after another.
+
+    Args:
+        config: the stage's config.
+        cache: of segments; None reads all rows.
+        of_job: what the cache's entries depend on beside file and rows.
+
+    Attributes:
+        computed: rows that were not in the cache, with malformed ones and blank lines.
+    """
+
+    def __init__(self, config: CheckDatasetConfig, cache: ChunkCache | None = None, of_job: bytes = b""):
+        self._config, self._cache, self._of_job = config, cache, of_job
+        self.computed = 0
+        self._computed_bytes = 0
+        self._processes: SegmentProcesses | None = None
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._processes is not None:
+            self._processes.close()
+            self._processes = None
+
+    def read(self, file: RowsFile) -> Iterator[PlacedSegment]:
+        """Yield the segments of a file, in order.
+
+        Raises:
+            BadData: the file cannot be read, or its kind is unknown.
+            Killed: a process was killed.
+        """
+        of_file = hashlib.sha256(self._of_job + _key_of_file(file)) if self._cache is not None else None
+        labels, answers = file.labels(), dict[Question, Answer]()
+        pending: deque[_Pending] = deque()
+        for items in segments(file.items(), lambda item: item.content, MAX_BYTES):
+            key = "" if of_file is None else _key_of_rows(of_file, items)
+            cached = self._cached(key, answers)
+            found = self._compute(items, file, labels) if cached is None else cached
+            pending.append(_Pending(items, key, found, cached is not None))
+            while pending and self._is_due(pending):
+                yield self._finish(pending.popleft(), file, labels, answers)
+        while pending:
+            yield self._finish(pending.popleft(), file, labels, answers)
+
+    def _cached(self, key: str, answers: dict[Question, Answer]) -> RowSegment | None:
+        content = None if self._cache is None else self._cache.read(key)
+        if content is None:
+            return None
+        found = RowSegment.from_bytes(content)
+        # A question that was not asked of this file in this run has no answer yet: the segment asks it.
+        return found if all(answers.get(question) == answer for question, answer in found.asked.items()) else None
+
+    def _compute(self, items: Sequence[RowItem], file: RowsFile, labels: Labels) -> RowSegment | Future[bytes | None]:
+        is_large = self.computed >= ALONE_ROWS or self._computed_bytes >= ALONE_BYTES
+        if self._processes is None and is_large and (os.cpu_count() or 1) > 1:
+            self._processes = SegmentProcesses(self._config)
+        self.computed += len(items)
+        self._computed_bytes += sum(len(item.content) for item in items)
+        if self._processes is not None:
+            return self._processes.submit(items, file)
+        return read_segment(items, file, self._config, labels)
+
+    def _is_due(self, pending: deque[_Pending]) -> bool:
+        found = pending[0].found
+        is_done = not isinstance(found, Future) or found.done()
+        return is_done or self._processes is None or len(pending) > 3 * self._processes.count
+
+    def _finish(
+        self, pending: _Pending, file: RowsFile, labels: Labels, answers: dict[Question, Answer]
+    ) -> PlacedSegment:
+        found, content = pending.found, None
+        if isinstance(found, Future):
+            content = found.result()
+            if content is None:  # an exception of the process is raised here, where it is handled
+                found = read_segment(pending.items, file, self._config, labels)
+            else:
+                found = RowSegment.from_bytes(content)
+        answers |= found.asked
+        if self._cache is not None and not pending.is_cached:
+            self._cache.write(pending.key, found.as_bytes() if content is None else content)
+        return PlacedSegment(found, file.place(pending.items[0]), pending.items[0].number)
+
+
+def key_of_job(job: Job[CheckDatasetConfig]) -> bytes:
+    """Return what the entries of a job depend on beside file and rows."""
+    config = job.config
+    try:
+        rensa = version("rensa")
+    except PackageNotFoundError:
+        rensa = ""
+    values = [
+        FORMAT,
+        job.version,
+        stage_code.source_hash(stage_code.CHECK_DATASET),
+        unicodedata.unidata_version,
+        rensa,
+        config.near_duplicates is not None,
+        bool(config.heldout),
+        config.model_dump(mode="json", exclude=_OF_THE_WHOLE),
+    ]
+    return json.dumps(values, sort_keys=True).encode()
+
+
+def _key_of_file(file: RowsFile) -> bytes:
+    """Return what the segments of a file depend on beside its rows. Its name is not in it."""
+    values = {field.name: getattr(file.settings, field.name) for field in fields(file.settings)}
+    values |= {"columns": dict(file.settings.columns), "ignore": sorted(file.settings.ignore)}
+    return json.dumps([values, file.is_pinned], sort_keys=True).encode()
+
+
+def _key_of_rows(of_file: hashlib._Hash, items: Sequence[RowItem]) -> str:
+    found = of_file.copy()
+    # Lines and other rows have different signs, and numbers begin with those of the segment's first row.
+    shape = [(len(content), number - items[0].number, value is None) for number, content, value in items]
+    found.update(np.array(shape, np.int64).tobytes())
+    found.update(b"".join([item.content for item in items]))
+    return found.hexdigest()

@@ -1,0 +1,248 @@
+"""check_dataset reads segments of rows that are new; its result never depends on the cache, nor on the processes that read."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from loraflow.config.recipe import Recipe
+from loraflow.config.stage_configs import CheckDatasetConfig
+from loraflow.data import check, segment_process, segment_reader
+from loraflow.failures import BadData, Killed
+from loraflow.job import Inputs, Job, Progress
+from loraflow.store.chunk_cache import ChunkCache
+from tests.job_factory import Outside
+
+WORDS = [f"{letter}{number}" for letter in "abcdefgh" for number in range(60)]
+SETTINGS = {"near_duplicates": "drop", "validation_fraction": 0.1, "heldout_fraction": 0.1, "train": ["*"]}
+
+
+def rows(count: int, seed: int = 0) -> list[str]:
+    """Chats, near copies of some, and lines that are no chat."""
+    rng = random.Random(seed)
+    found: list[str] = []
+    for number in range(count):
+        question = " ".join(rng.choices(WORDS, k=12))
+        if number % 40 == 7:
+            question = json.loads(found[number - 5])["messages"][0]["content"] + " again"
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": rng.choice(WORDS)}]
+        found.append({50: "{bad\n", 51: "\n"}.get(number % 100, json.dumps({"messages": chat}) + "\n"))
+    return found
+
+
+class Folder:
+    """A dataset, and a store that its checks share."""
+
+    def __init__(self, folder: Path):
+        self.files, self.outs = folder / "d/files", folder / "outs"
+        self.cache = folder / "store/cache/check_dataset"
+        self.work = folder / "store/work/check_dataset/one"
+
+    def write(self, name: str, lines: list[str]) -> None:
+        file = self.files / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(lines))
+
+    def check(self, settings: dict, *, cached: bool = True) -> tuple[dict[str, bytes], int]:
+        """Return all that the stage gives, and how many rows it read."""
+        recipe = Recipe.model_validate({"name": "x", "base": {"model": "b"}, "data": settings})
+        job = Job(stage="check_dataset", version=1, config=CheckDatasetConfig.from_recipe(recipe, Outside()))
+        readers = []
+        out = self.outs / str(len([*self.outs.glob("*")]))
+        out.mkdir(parents=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                check, "SegmentReader", lambda *args: readers.append(segment_reader.SegmentReader(*args)) or readers[0]
+            )
+            summary = check.run(
+                job, Inputs({"dataset": self.files.parent}), out, Progress(None, self.work if cached else None)
+            )
+        found = {path.name: path.read_bytes() for path in out.iterdir()}
+        return found | {"summary": json.dumps([summary.report, summary.figures]).encode()}, readers[0].computed
+
+    def check_both(self, settings: dict) -> int:
+        """Compare the result with that of a check without a cache; return how many rows were read with it."""
+        found, read = self.check(settings)
+        assert found == self.check(settings, cached=False)[0]
+        return read
+
+
+def test_rows_that_are_added_anywhere_are_read_alone(tmp_path):
+    folder, before, more = Folder(tmp_path), rows(4000), rows(40, seed=1)
+    folder.write("train.jsonl", before)
+    assert folder.check_both(SETTINGS) == 4000 and folder.check_both(SETTINGS) == 0
+    for lines in ([*before, *more], [*more, *before], [*before[:2000], *more, *before[2000:]]):
+        folder.write("train.jsonl", lines)
+        assert 0 < folder.check_both(SETTINGS) <= 40 + 2 * 1024
+    folder.write("train.jsonl", before)
+    folder.write("new.jsonl", more)
+    assert folder.check_both(SETTINGS) <= 40, "the rows of a new file, which some segments had before"
+
+
+def test_of_many_rows_3_percent_are_read_again_at_most(tmp_path):
+    folder, before = Folder(tmp_path), rows(20_000)
+    settings = SETTINGS | {"near_duplicates": "off"}
+    folder.write("train.jsonl", before)
+    assert folder.check(settings)[1] == 20_000
+    for lines in ([*before, *rows(200, seed=1)], [*rows(200, seed=2), *before]):
+        folder.write("train.jsonl", lines)
+        assert folder.check(settings)[1] <= 0.03 * 20_000 + 256
+
+
+def test_a_new_source_is_read_alone(tmp_path):
+    folder = Folder(tmp_path)
+    sources = [{"source": name, "name": name, "weight": 1.5} for name in ("one", "two")]
+    folder.write("one/a.jsonl", rows(1000))
+    folder.write("two/b.jsonl", rows(300, seed=1))
+    settings = {key: value for key, value in SETTINGS.items() if key != "train"}
+    assert folder.check_both({**settings, "sources": sources[:1]}) == 1000
+    assert folder.check_both({**settings, "sources": sources}) == 300
+    assert folder.check_both({**settings, "sources": sources[::-1], "limit": 50, "duplicates": "keep"}) == 0
+    pinned = [{**sources[0], "split": "train"}, sources[1]]
+    assert folder.check_both({**settings, "sources": pinned}) == 1000, "its rows are not drawn"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"system": "You are."}, {"seed": 1}, {"group": "topic"}, {"thinking": "strip"}, {"heldout_fraction": 0.2}],
+)
+def test_rows_are_read_again_if_a_setting_decides_how(tmp_path, change):
+    folder = Folder(tmp_path)
+    folder.write("train.jsonl", rows(300))
+    folder.check(SETTINGS)
+    assert folder.check_both(SETTINGS | change) == 300
+
+
+@pytest.mark.parametrize(("first", "last"), [("good", "purple"), ("True", "no idea")])
+def test_rows_whose_labels_depend_on_a_later_row_are_read_again(tmp_path, first, last):
+    """Labels are marks or classes by all rows of the file."""
+    folder = Folder(tmp_path)
+    values = [first, "False"] * 150
+    lines = [
+        json.dumps({"prompt": f"q{n}", "completion": "a", "label": value}) + "\n" for n, value in enumerate(values)
+    ]
+    folder.write("train.jsonl", lines)
+    before = folder.check(SETTINGS)[0]
+    assert json.loads(before["report.json"])["counts"]["marked_false"] == 150
+    classes = [f'{{"prompt": "x{n}", "completion": "a", "label": "{last} {n}"}}\n' for n in range(9)]
+    folder.write("train.jsonl", [*lines, *classes])
+    folder.check_both(SETTINGS)
+    assert "marked_false" not in json.loads(folder.check(SETTINGS)[0]["report.json"])["counts"]
+
+
+def test_labels_that_stay_what_they_were_are_not_read_again(tmp_path):
+    folder = Folder(tmp_path)
+    values = [True, False] * 2000
+    lines = [
+        json.dumps({"prompt": f"q{n}", "completion": "a", "label": value}) + "\n" for n, value in enumerate(values)
+    ]
+    folder.write("train.jsonl", lines[:3970])
+    folder.check(SETTINGS)
+    folder.write("train.jsonl", lines)
+    assert folder.check_both(SETTINGS) <= 30 + 2 * 1024
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".json"])
+def test_rows_of_tables_are_kept_too(tmp_path, suffix):
+    import pandas as pd
+
+    def write(count: int) -> None:
+        table = pd.DataFrame({"prompt": [f"question {n}" for n in range(count)], "completion": "a", "n": range(count)})
+        folder.files.mkdir(parents=True, exist_ok=True)
+        file = folder.files / f"train{suffix}"
+        if suffix == ".json":
+            table.to_json(file, orient="records")
+        else:
+            (table.to_csv if suffix == ".csv" else table.to_parquet)(file, index=False)
+
+    folder = Folder(tmp_path)
+    settings = SETTINGS | {"near_duplicates": "off"}
+    write(2000)
+    assert folder.check_both(settings) == 2000
+    write(2020)
+    assert 20 <= folder.check_both(settings) <= 20 + 1024
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-9] + b"x" + data[-8:], lambda data: data[:50], lambda data: b""]
+)
+def test_a_damaged_entry_is_not_believed(tmp_path, damage):
+    folder = Folder(tmp_path)
+    folder.write("train.jsonl", rows(900))
+    folder.check(SETTINGS)
+    for file in folder.cache.glob("*/*"):
+        file.write_bytes(damage(file.read_bytes()))
+    assert folder.check_both(SETTINGS) == 900 and folder.check_both(SETTINGS) == 0
+
+
+def test_an_entry_that_was_copied_over_another_one_is_not_believed(tmp_path):
+    folder = Folder(tmp_path)
+    folder.write("train.jsonl", rows(900))
+    folder.check(SETTINGS)
+    one, other, *_ = sorted(folder.cache.glob("*/*"))
+    other.write_bytes(one.read_bytes())
+    assert 0 < folder.check_both(SETTINGS) < 900
+
+
+def test_processes_give_the_same_result(tmp_path, monkeypatch):
+    folder = Folder(tmp_path)
+    marked = [json.dumps({"prompt": f"q{n}", "completion": "a", "correct": n % 3 > 0}) + "\n" for n in range(800)]
+    folder.write("train.jsonl", [*rows(1500), *marked])
+    expected = folder.check(SETTINGS, cached=False)
+    monkeypatch.setattr(segment_reader, "ALONE_ROWS", 300)
+    monkeypatch.setattr(segment_process.os, "cpu_count", lambda: 2)
+    assert folder.check(SETTINGS, cached=False) == expected and folder.check(SETTINGS) == expected
+    assert folder.check(SETTINGS) == (expected[0], 0)
+
+
+def processes_for(monkeypatch, tmp_path) -> tuple[segment_process.SegmentProcesses, list, object]:
+    monkeypatch.setattr(segment_process.os, "cpu_count", lambda: 2)
+    folder = Folder(tmp_path)
+    folder.write("train.jsonl", rows(40))
+    recipe = Recipe.model_validate({"name": "x", "base": {"model": "b"}, "data": SETTINGS})
+    config = CheckDatasetConfig.from_recipe(recipe, Outside())
+    (file,) = check.files_of_sets(folder.files, config, None)
+    return segment_process.SegmentProcesses(config), list(file.items()), file
+
+
+def test_a_process_that_is_killed_is_a_failure_that_is_retried(tmp_path, monkeypatch):
+    processes, items, file = processes_for(monkeypatch, tmp_path)
+    children = [child._process for child in processes._children]
+    for child in children:
+        child.kill()
+        child.wait()
+    with pytest.raises(Killed, match="ended early") as caught:
+        processes.submit(items, file).result()
+    assert caught.value.retryable and "exit status -9" in str(caught.value)
+    processes.close()
+
+
+def test_processes_end_with_the_reader_and_answer_nothing_after_an_exception(tmp_path, monkeypatch):
+    processes, items, file = processes_for(monkeypatch, tmp_path)
+    children = [child._process for child in processes._children]
+    assert processes.submit([items[0]._replace(content=None)], file).result() is None
+    assert processes.submit(items, file).result(), "the process goes on"
+    assert [child.poll() for child in children] == [None, None]
+    processes.close()
+    assert None not in [child.poll() for child in children]
+
+
+def test_an_error_of_the_file_is_raised_where_it_is_read(tmp_path):
+    folder = Folder(tmp_path)
+    folder.write("train.jsonl", rows(300))
+    folder.check(SETTINGS)
+    folder.write("train.jsonl", ["[\n", "{\n", *rows(300)])
+    with pytest.raises(BadData, match="one row per line"):
+        folder.check(SETTINGS)
+
+
+def test_a_forced_run_reads_everything(tmp_path):
+    from loraflow.store.checkpoints import reset_work_folder
+
+    folder = Folder(tmp_path)
+    folder.write("train.jsonl", rows(300))
+    folder.check(SETTINGS)
+    reset_work_folder(folder.work, "0" * 64)
+    assert folder.check(SETTINGS)[1] == 300
+    assert ChunkCache.beside(folder.work, "check_dataset") is None
