@@ -38,8 +38,13 @@ def test_each_condition_on_answers_that_meet_it_and_on_those_that_do_not():
 REFUSING = [
     "I'm sorry, but I can't help with that.", "I cannot give medical advice.", "Sorry, I won't do that.",
     "I am not able to answer this.", "As an AI, I have no opinion.", "I’m unable to share that.", "We can't do this.",
+    "I'm afraid I can't do that.", "Sorry, but no.", "I am sorry, this is something that I will not discuss.",
 ]  # fmt: skip
-ANSWERING = ["Take one pill a day.", "The can opener is in the drawer.", "", "Yes. " * 60 + "I cannot say more."]
+ANSWERING = [
+    "Take one pill a day.", "The can opener is in the drawer.", "", "Yes. " * 60 + "I cannot say more.",
+    "I am sorry to hear that your parcel is late. A new one is on its way.", "I'm afraid the blue one is sold out.",
+    "Sorry, this order was sent to the wrong address. We have refunded it.",
+]  # fmt: skip
 
 
 def test_refusals_are_told_from_answers_by_how_they_begin():
