@@ -4,18 +4,18 @@ import json
 
 import pytest
 import torch
-from loraflow.adapters.accept import check_adapter
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.convert import convert
 from loraflow.adapters.merge_folders import merge
 from loraflow.evaluation.generation import generate_answers
 from loraflow.failures import BadModel
 from loraflow.serving.models import Model, load
 from tests.conftest import build_phi3
-from tests.unit.test_merge import configured, make_adapter, read
+from tests.tiny_adapters import configured, make_adapter, read
 
 
 def load_plain(base):

@@ -14,7 +14,7 @@ from loraflow.execution.repair import find_loss
 from loraflow.failures import Failure
 from loraflow.registry import PromotionLog
 from loraflow.registry.champions import missing_models
-from loraflow.registry.deals import DealRecord, Wanted
+from loraflow.registry.deals import DealRecord, DealRequest
 from loraflow.registry.looks import LookRecord
 from loraflow.registry.reserve import ReserveRow
 from loraflow.registry.runs import LogHead, Publication, read_runs
@@ -55,7 +55,7 @@ def original(tmp_path_factory):
     store.remove_document("registry/tickets/looks/000003.json")
     LookRecord(store, "tickets").accept_loss("disk failure", "me")
     newest = look(store, "d")
-    DealRecord(store, "tickets").take("m" * 64, RESERVE, scored, Wanted(0.5, None, 0), actor="me")
+    DealRecord(store, "tickets").take("m" * 64, RESERVE, scored, DealRequest(0.5, None, 0), actor="me")
     log.write_decision(entry, "d" * 64, "p" * 64, DECISION)
     record_run(
         store,
