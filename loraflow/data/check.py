@@ -208,7 +208,8 @@ def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> I
             for item, count in segment.told.items():
                 if item[0] not in config.heldout_fields:
                     reading.told[item] += count
-            reading.counts["carriage_returns"] += segment.carriage_returns
+            if segment.carriage_returns:
+                reading.counts["carriage_returns"] += segment.carriage_returns
             if not segment.left_out:
                 yield from numbers
                 continue

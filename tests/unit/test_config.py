@@ -238,7 +238,7 @@ def test_problem_of_an_override_names_the_override_and_not_a_line_of_the_file(ke
     ("lines", "line", "message"),
     [
         ("gate:\n  seeds: 2\n  primary: rougeQ\n", 3, "gate.primary names rougeQ"),
-        ("gate:\n  guards:\n    rougeQ: 0.1\n", 2, "gate.guards names rougeQ"),
+        ("gate:\n  guards:\n    rougeQ: 0.1\n", 3, "gate.guards names rougeQ"),
         ("training_config:\n  seed: 1\n  eval_strategy: steps\n", 3, "training_config.eval_strategy needs"),
         ("merge:\n  onto: dequantized\n", 2, "merge.onto dequantized needs"),
         ("loralib_config:\n  merge_weights: true\n", 1, "loralib_config needs method: loralib"),

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from loraflow.data import chunk_encoder, token_cache
+from loraflow.data import chunk_encoder, segments
 from loraflow.data import tokenization as tokens
 from loraflow.data.token_report import LONGEST, Lengths, LongRow, SampleRow, TokenReport, long_rows, longest_of
 from loraflow.job import Inputs, Progress
@@ -119,7 +119,7 @@ def test_tokenize_reports_the_lengths_that_transformers_counts_with_the_rows_tha
 ):  # fmt: skip
     from transformers import AutoTokenizer
 
-    monkeypatch.setattr(token_cache, "MAX_ROWS", 8)
+    monkeypatch.setattr(segments, "MAX_ROWS", 8)
     monkeypatch.setattr(chunk_encoder, "ONE_PROCESS_BYTES", 1)
     chats = [chat(n)["messages"] for n in range(30)]
     chats[17] = [{"role": "user", "content": "so long " * 80}, {"role": "assistant", "content": "yes"}]
