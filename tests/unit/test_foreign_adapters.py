@@ -4,18 +4,18 @@ import json
 
 import pytest
 import torch
-from loraflow.adapters.accept import check_adapter
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.convert import convert
 from loraflow.adapters.merge_folders import merge
 from loraflow.evaluation.generation import generate_answers
 from loraflow.failures import BadModel
 from loraflow.serving.models import Model, load
 from tests.conftest import build_phi3
-from tests.unit.test_merge import configured, make_adapter, read
+from tests.tiny_adapters import configured, make_adapter, read
 
 
 def load_plain(base):
@@ -40,6 +40,7 @@ NAMES = {
     "DistributedDataParallel": (lambda name: f"module.{name}", "remove 'module.'"),
     "FSDP": (lambda name: name.replace(".layers.1.", ".layers.1._fsdp_wrapped_module."), "remove '_fsdp_wrapped_module.'"),
     "vision": (lambda name: name.replace(".layers.", ".language_model.layers."), "remove 'language_model.'"),
+    "another adapter's name": (lambda name: name.replace(".weight", ".sft.weight"), "remove '.sft', the adapter's name"),
     "bare decoder": (lambda name: name.replace(".model.model.", ".model."), "put 'model.' behind"),
 }  # fmt: skip
 
