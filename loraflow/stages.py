@@ -96,7 +96,9 @@ CHECK_DATASET = Stage(
 
 RESOLVE_BASE = Stage(
     name="resolve_base",
-    version=2,  # 2: a date is fixed in the template; special tokens as transformers reads them
+    # 2: a date is fixed in the template; special tokens as transformers reads them
+    # 3: the template in additional_chat_templates/default.jinja; old Llama tokenizers in sentencepiece's form only
+    version=3,
     module="loraflow.base.resolve",
     config=configs.ResolveBaseConfig,
     runtime=JobRuntime.of_base,

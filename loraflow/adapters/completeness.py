@@ -44,6 +44,7 @@ _SAVED_WITH_EMBEDDINGS = (
 )  # fmt: skip
 # What programs leave in the names of tensors that were saved without unwrapping the model first.
 _WRAPPERS = (PREFIX, "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.", "language_model.")
+_ADAPTER_NAME = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 _FUSED = {part: whole for whole, parts in SPLIT.items() for part in parts}  # q_proj → qkv_proj
 
 
@@ -105,6 +106,13 @@ def _refuse_other_prefix(adapter: Path, missing: list[str], unexpected: list[str
     }
     corrections[f"put {PREFIX!r} before their names"] = [PREFIX + one for one in unexpected]
     corrections[f"put 'model.' behind {PREFIX!r}"] = [one.replace(PREFIX, f"{PREFIX}model.", 1) for one in unexpected]
+    of_adapters = {match[1] for one in unexpected if (match := _ADAPTER_NAME.search(one))}
+    corrections |= {
+        f"remove {f'.{name}'!r}, the adapter's name, from their names": [
+            one.replace(f".{name}.", ".") for one in unexpected
+        ]
+        for name in of_adapters
+    }
     for correction, names in corrections.items():
         if missing and sorted(names) == missing:
             raise BadModel(

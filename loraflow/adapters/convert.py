@@ -5,7 +5,6 @@ An adapter for q_proj, k_proj and v_proj is converted for a base with qkv_proj, 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
@@ -15,7 +14,7 @@ from loraflow.adapters.base_shapes import BaseShapes
 from loraflow.adapters.fit_to_base import fit
 from loraflow.adapters.loralib_checkpoint import LoralibSettings, from_loralib, read_tensors
 from loraflow.adapters.peft_folder import read_peft, refuse_unconvertible, write_peft
-from loraflow.adapters.tokenizer_files import tokenizer_files
+from loraflow.adapters.tokenizer_files import copy_tokenizer_files
 from loraflow.failures import BadModel
 
 
@@ -62,8 +61,8 @@ def convert(
         adapter = from_loralib(read_tensors(source), shapes, LoralibSettings(lora_alpha, enable_lora or {}))
     fitted, done = fit(adapter, shapes)
     write_peft(fitted, out)
-    for file in tokenizer_files(source) if source.is_dir() else ():
-        shutil.copyfile(file, out / file.name)
+    if source.is_dir():
+        copy_tokenizer_files(source, out)
     ranks = sorted({update.rank for update in fitted.updates.values()})
     return {"kept": done.kept, "split": done.split, "fused": done.fused, "ranks": ranks}
 

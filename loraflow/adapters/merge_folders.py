@@ -24,7 +24,7 @@ from loraflow.adapters.merge_with_peft import merge_with_peft
 from loraflow.adapters.nf4 import Nf4, quantized_names
 from loraflow.adapters.origin import ORIGIN, check_origin, template_hash, write_origin
 from loraflow.adapters.streaming_merge import merge_streaming
-from loraflow.adapters.tokenizer_files import has_own, tokenizer_files, write_tokenizer
+from loraflow.adapters.tokenizer_files import copy_tokenizer_files, has_own, tokenizer_files, write_tokenizer
 from loraflow.adapters.vocabulary import embedding_names, is_tied
 from loraflow.base.meta import model_without_weights
 from loraflow.base.stored_weights import TensorEntry, model_entries
@@ -189,14 +189,15 @@ def _copy_other_files(base: Path, adapter: Path, out: Path, dtype: str | None) -
     """
     merged = out / "config.json"  # there already, if peft merged
     changed = _changed_settings(base, merged) if merged.exists() else {}
-    own = has_own(adapter)
+    tokenizer = tokenizer_files(base)
     for path in sorted(base.iterdir()):
-        if path.is_dir() or path.name in ("manifest.json", ORIGIN) or ".safetensors" in path.name:
+        if path.is_dir() or path.name in ("manifest.json", ORIGIN, *tokenizer) or ".safetensors" in path.name:
             continue
-        if not own or path not in tokenizer_files(base):
-            shutil.copyfile(path, out / path.name)
-    if own:
+        shutil.copyfile(path, out / path.name)
+    if has_own(adapter):
         write_tokenizer(base, adapter, out)
+    else:
+        copy_tokenizer_files(base, out)
     if dtype is not None or changed:
         values = json.loads(merged.read_text(encoding="utf-8"))
         if dtype is not None:

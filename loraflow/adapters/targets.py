@@ -42,7 +42,9 @@ class Targets:
         for reason in sorted(set(self.left_out.values())):
             parts.append(f"left out ({reason}): {_counted([n for n, why in self.left_out.items() if why == reason])}")
         if self.experts:
-            parts.append(f"experts without an adapter: {_counted(self.experts)}")
+            parts.append(
+                f"experts without an adapter: {_counted(self.experts)}; peft_config.target_parameters adapts what it names"
+            )
         return "; ".join(parts)
 
 

@@ -12,17 +12,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loraflow.data.tokenizer_config import FILE, find_template
+from loraflow.data.tokenizer_config import (
+    DEFAULT_TEMPLATE,
+    FILE,
+    TEMPLATE,
+    TOOL_TEMPLATE,
+    find_template,
+    find_tool_template,
+    further_templates,
+)
 from loraflow.failures import BadModel
 
 VOCABULARY = "tokenizer.json"
-TEMPLATE = "chat_template.jinja"
+_OF_CHATS = (TEMPLATE, DEFAULT_TEMPLATE)
+_TEMPLATES = (*_OF_CHATS, TOOL_TEMPLATE)
 _PREFIXES = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges", "spiece")
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """Return a folder's files of tokenizer and template, sorted."""
-    return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.startswith(_PREFIXES)]
+def tokenizer_files(folder: Path) -> list[str]:
+    """Return the names of a folder's files of tokenizer and templates, sorted."""
+    found = [path.name for path in folder.iterdir() if path.is_file() and path.name.startswith(_PREFIXES)]
+    return sorted([*found, *further_templates(folder)])
+
+
+def copy_tokenizer_files(folder: Path, out: Path, *, templates: bool = True) -> None:
+    """Copy a folder's files of tokenizer and templates.
+
+    Args:
+        folder: of a model or an adapter.
+        out: the folder to write to.
+        templates: otherwise the files of templates are left out.
+    """
+    for name in tokenizer_files(folder):
+        if templates or name not in _TEMPLATES:
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, out / name)
 
 
 def has_own(adapter: Path) -> bool:
@@ -36,7 +60,7 @@ def check_tokenizer_files(adapter: Path) -> None:
     Raises:
         BadModel: the folder has files of a tokenizer, but not all that are needed.
     """
-    names = {path.name for path in tokenizer_files(adapter)} - {TEMPLATE}
+    names = set(tokenizer_files(adapter)) - {*_TEMPLATES}
     missing = sorted({VOCABULARY, FILE} - names)
     if names and missing:
         raise BadModel(
@@ -54,9 +78,7 @@ def own_template(adapter: Path) -> str | None:
     Raises:
         BadModel: it is damaged.
     """
-    if (adapter / TEMPLATE).exists() or (adapter / FILE).exists():
-        return find_template(adapter)
-    return None
+    return find_template(adapter) if any((adapter / name).exists() for name in (*_OF_CHATS, FILE)) else None
 
 
 def write_tokenizer(base: Path, adapter: Path, out: Path) -> None:
@@ -70,16 +92,23 @@ def write_tokenizer(base: Path, adapter: Path, out: Path) -> None:
     Raises:
         BadModel: a file is damaged.
     """
-    own = tokenizer_files(adapter)
     has_tokenizer = (adapter / VOCABULARY).exists()
-    for path in own if has_tokenizer else tokenizer_files(base):
-        shutil.copyfile(path, out / path.name)
-    if not has_tokenizer and (adapter / TEMPLATE).exists():
-        shutil.copyfile(adapter / TEMPLATE, out / TEMPLATE)
-    elif has_tokenizer and find_template(out) is None and (base / FILE).exists():
-        template = find_template(base)
+    if has_tokenizer:
+        copy_tokenizer_files(adapter, out)
+        if find_template(out) is None and (base / FILE).exists():
+            _write_templates(base, out)
+        return
+    has_template = any((adapter / name).exists() for name in _OF_CHATS)
+    copy_tokenizer_files(base, out, templates=not has_template)
+    if has_template:
+        copy_tokenizer_files(adapter, out)
+
+
+def _write_templates(base: Path, out: Path) -> None:
+    for name, template in ((TEMPLATE, find_template(base)), (TOOL_TEMPLATE, find_tool_template(base))):
         if template is not None:
-            (out / TEMPLATE).write_text(template, encoding="utf-8")
+            (out / name).parent.mkdir(exist_ok=True)
+            (out / name).write_text(template, encoding="utf-8")
 
 
 @contextmanager

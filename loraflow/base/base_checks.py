@@ -12,7 +12,7 @@ from loraflow.base.stored_weights import INDEX
 from loraflow.base.template_check import check_template, conversations
 from loraflow.base.weight_checks import check_fits_config, check_weights, refuse_non_finite_weights
 from loraflow.base.weight_files import PICKLES, refuse_pickles
-from loraflow.data.loss_mask import ChatTemplate, eos_ids
+from loraflow.data.loss_mask import ChatTemplate, eos_ids, vocabulary_of
 from loraflow.data.served_template import write_served_template
 from loraflow.data.tokenizer_config import FILE
 from loraflow.failures import BadModel
@@ -59,25 +59,36 @@ def describe_files(folder: Path) -> list[str]:
     Raises:
         BadModel: resolve_base would refuse the base, for the same reason.
     """
-    files = [path.name for path in folder.iterdir()]
+    files, lines = [path.name for path in folder.iterdir()], []
     if any(name.endswith((".safetensors", *PICKLES)) for name in files) or INDEX in files:
         refuse_pickles(folder)
         check_weights(folder)
-        check_fits_config(folder)
+        unused = check_fits_config(folder)
         refuse_non_finite_weights(folder)
+        lines.append("  weights: complete, finite, and of the shapes in config.json")
+        if unused:
+            lines.append(f"  weights that the model does not use: {len(unused)}, such as {unused[0]}")
+    else:
+        lines.append("  not checked: the weights, which are not in the folder")
     with TemporaryDirectory() as copy, named_in_failures(out := Path(copy), str(folder)):
         copy_model(folder, out, trust=False, with_weights=False)
         date = prepare_tokenizer(out, no_thinking=False, trust=False)
         template = ChatTemplate(out)
         stops = sorted(template.stop_ids() | eos_ids(out))
+        rows = vocabulary_of(out)
+        beyond = [] if rows is None else [stop for stop in stops if stop >= rows]
         names = ", ".join(
-            f"{template.tokenizer.id_to_token(stop) or 'an id without a token'} ({stop})" for stop in stops
+            f"{template.tokenizer.id_to_token(stop) or 'an id without a token'} ({stop})"
+            for stop in stops
+            if stop not in beyond
         )
         inserted = template.inserted()
-    lines = [
+    lines += [
         f"  template: {len(conversations())} conversations are rendered and tokenized as transformers does it",
         f"  answers end at {names}",
     ]
+    if beyond:
+        lines.append(f"  no answer ends at {', '.join(map(str, beyond))}: eos_token_id is beyond the {rows} embeddings")
     if inserted:
         lines.append(f"  the template writes {inserted!r} before each answer")
     if date is not None:

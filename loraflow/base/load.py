@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 
 from loraflow.base.architecture import is_tested, scales_logits, stateful_layers
 from loraflow.base.model_config import read_config
+from loraflow.base.usable import code_references
 from loraflow.config import Runtime
 from loraflow.failures import BadConfig, BadModel, MissingExtra
 from loraflow.hardware.attention import attention_with_mask, choose_for_loading
@@ -188,12 +189,16 @@ def sees_all_before(model: PreTrainedModel, positions: int) -> bool:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer. Its pad token is not its stop token, unless the vocabulary has no other token for it.
 
+    A tokenizer with a class of its own is read from tokenizer.json without it: resolve_base proved that both give equal ids.
+
     Raises:
         BadModel: see `choose_pad_token`.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    has_code = bool(code_references(folder / "tokenizer_config.json"))
+    reader = PreTrainedTokenizerFast if has_code else AutoTokenizer
+    tokenizer: PreTrainedTokenizerBase = reader.from_pretrained(folder)
     choose_pad_token(tokenizer, folder)
     return tokenizer
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraflow.base.weight_files import refuse_pickles
-from loraflow.data.tokenizer_config import TOOL_TEMPLATE
+from loraflow.data.tokenizer_config import further_templates
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 # Packages with which transformers converts a tokenizer to tokenizer.json, by the end of its file's name.
 _CONVERTERS = {"tekken.json": "mistral-common", ".model": "sentencepiece protobuf", ".tiktoken": "tiktoken"}
+_SAMPLES = (
+    "two  words\n\n\tand 12345 more.",
+    " It's naïve, 你好 😀",
+    '{"a": [1, 2]}',
+    "def f(x):\n    return x  # two",
+)
 _MODEL_FILES = re.compile(
     r"^(config|generation_config)\.json$|^(tokenizer|special_tokens_map|added_tokens|vocab|merges|chat_template).*"
     r"|^.*\.safetensors(\.index\.json)?$"
@@ -51,7 +57,7 @@ def _names(folder: Path, *, trust: bool) -> list[str]:
     ]
     if "tokenizer.json" not in found:  # it is made from these files then
         found += _tokenizer_sources(folder)
-    return sorted({*found, *[TOOL_TEMPLATE] * (folder / TOOL_TEMPLATE).is_file()})
+    return sorted({*found, *further_templates(folder)})
 
 
 def _tokenizer_sources(folder: Path) -> list[str]:
@@ -88,7 +94,7 @@ def copy_model(folder: Path, out: Path, *, trust: bool, with_weights: bool = Tru
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(source, target)
     if not (out / "tokenizer.json").exists() or not (out / "tokenizer_config.json").exists():
-        open_tokenizer(folder, trust=trust).save_pretrained(out)
+        save_tokenizer(open_tokenizer(folder, trust=trust), out, trust=trust)
         if not (out / "tokenizer.json").exists():
             raise BadModel(
                 "The base's tokenizer has no form that training reads.",
@@ -123,6 +129,39 @@ def open_tokenizer(folder: Path, *, trust: bool) -> PreTrainedTokenizerBase:
             else "download the base model again, or choose another base",
         ) from error
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path, *, trust: bool) -> None:
+    """Save a tokenizer so that, opened again, it gives the same ids.
+
+    transformers does not save `legacy`, which old Llama tokenizers need: without it, no space is put behind special tokens.
+
+    Args:
+        tokenizer: as transformers opens it.
+        out: the folder to write to, which may be its own.
+        trust: run Python code that comes with the model.
+
+    Raises:
+        BadModel: what was saved gives other ids.
+    """
+    special = sorted(map(str, tokenizer.all_special_tokens))[:50]
+    texts = [*_SAMPLES, *(f"{one}a word{one} a word\n{one}\n  {one}" for one in special)]
+    before = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    tokenizer.save_pretrained(out)
+    if legacy := getattr(tokenizer, "legacy", False):
+        file = out / "tokenizer_config.json"
+        values = {**json.loads(file.read_text(encoding="utf-8")), "legacy": legacy}
+        file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    saved = open_tokenizer(out, trust=trust)
+    for text, expected in zip(texts, before, strict=True):
+        if (found := list(saved(text, add_special_tokens=False)["input_ids"])) != expected:
+            raise BadModel(
+                "The base's tokenizer gives other ids after transformers has saved it.",
+                where=f"{out}: {text!r}",
+                expected=str(tokenizer.convert_ids_to_tokens(expected)[:20]),
+                got=str(saved.convert_ids_to_tokens(found)[:20]),
+                next_step="choose a copy of the model with tokenizer.json",
+            )
 
 
 def _copy_without_auto_map(source: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from loraflow.base import hub
 from loraflow.base.base_checks import named_in_failures, prepare_tokenizer
-from loraflow.base.model_files import copy_model, model_files
+from loraflow.base.model_files import copy_model, model_files, save_tokenizer
 from loraflow.base.usable import (
     refuse_adapter_folder,
     refuse_code_elsewhere,
@@ -259,5 +259,5 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path,
         pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out, trust=config.trust_remote_code)
     return figures

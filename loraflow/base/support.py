@@ -41,7 +41,7 @@ class Support:
                 reasons.setdefault(why, []).append(kind)
         refused = [f"{', '.join(kinds)}: {why}" for why, kinds in reasons.items()]
         if config.get_text_config() is not config:
-            refused.append("images and sound: rows are text")
+            refused.append("rows with images or sound: loraflow trains on text")
         return cls(
             config.model_type,
             "stock" if slow else "fast",
@@ -55,11 +55,11 @@ class Support:
 
     def lines(self) -> list[str]:
         """Return the facts for a person, a line each."""
-        because = f": {self.engine_why}" if self.engine_why else ""
+        because = f" (trl and peft), because {self.engine_why}" if self.engine_why else ""
         rows = f" ({self.rows_why})" if self.rows_why else ""
         lines = [
             f"base {self.architecture}: {self.engine} engine{because}",
-            f"  rows {self.rows}{rows}; attention of padded rows {self.attention}",
-            f"  possible quantizations: {', '.join(self.quantizations) or 'none'}",
+            f"  rows: {self.rows}{rows}; attention of padded rows: {self.attention}",
+            f"  base.quantization: {' or '.join(self.quantizations) + ', on a GPU' if self.quantizations else 'none'}",
         ]
         return lines + [f"  refused: {what}" for what in self.refused]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 from loraflow.base.load import choose_pad_token
 from loraflow.base.mask_check import check_mask
-from loraflow.base.model_files import open_tokenizer
+from loraflow.base.model_files import open_tokenizer, save_tokenizer
 from loraflow.data.chats import Chat, Message
 from loraflow.data.loss_mask import ChatTemplate
 from loraflow.data.rendered_calls import without_tools
@@ -105,7 +105,7 @@ def check_template(folder: Path, *, trust: bool = False) -> None:
     chats = _accepted(template, tokenizer)
     if _first_difference(template, tokenizer, chats) is not None:
         log.warning("The tokenizer's class changes tokenizer.json: the tokenizer is saved as transformers uses it.")
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder, trust=trust)
         template, tokenizer = ChatTemplate(folder), open_tokenizer(folder, trust=trust)
         if (difference := _first_difference(template, tokenizer, chats)) is not None:
             raise difference

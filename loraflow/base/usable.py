@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from loraflow.base.model_config import read_config
+from loraflow.base.weight_files import PICKLES
 from loraflow.failures import BadModel
 
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -66,11 +67,11 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
         known_to_transformers: check also that the installed transformers has the architecture. This imports it.
 
     Raises:
-        BadModel: see `refuse_unusable`, `refuse_unknown_architecture` and `read_config`; or there are only GGUF files.
+        BadModel: see `refuse_unusable`, `refuse_unknown_architecture` and `read_config`; or all weights are GGUF files.
     """
     ggufs = [folder] if folder.suffix == ".gguf" and folder.is_file() else []
-    if folder.is_dir() and not (folder / "config.json").exists():
-        ggufs = sorted(folder.glob("*.gguf"))
+    if folder.is_dir() and not any(path.name.endswith((".safetensors", *PICKLES)) for path in folder.iterdir()):
+        ggufs = sorted(folder.glob("*.gguf"))  # some publishers put config.json beside them
     if ggufs:
         raise BadModel(
             "A GGUF file cannot be trained: it is quantized for inference, and transformers reads few of its architectures.",
@@ -119,7 +120,7 @@ def refuse_code_elsewhere(folder: Path) -> None:
         BadModel: it is.
     """
     for name in ("config.json", "tokenizer_config.json"):
-        elsewhere = [reference for reference in _code_references(folder / name) if "--" in reference]
+        elsewhere = [reference for reference in code_references(folder / name) if "--" in reference]
         if elsewhere:
             raise BadModel(
                 "The base's code is in another repository, of which no version is pinned: it can change the model at any "
@@ -132,8 +133,8 @@ def refuse_code_elsewhere(folder: Path) -> None:
             )
 
 
-def _code_references(file: Path) -> list[str]:
-    """Return the classes that a JSON file's `auto_map` names; none if it cannot be read, which others refuse."""
+def code_references(file: Path) -> list[str]:
+    """Return the classes of own code that a JSON file's `auto_map` names; none if it cannot be read, which others refuse."""
     try:
         mapped = json.loads(file.read_text(encoding="utf-8"))["auto_map"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):

@@ -52,7 +52,7 @@ def check_weights(folder: Path) -> None:
     model_entries(folder)
 
 
-def check_fits_config(folder: Path, *, trust: bool = False) -> None:
+def check_fits_config(folder: Path, *, trust: bool = False) -> list[str]:
     """Check that a folder's files have every weight of the model that its config.json describes, in the right shape.
 
     transformers opens the model on torch's meta device: it reads names and shapes only, and converts names of older files.
@@ -61,6 +61,9 @@ def check_fits_config(folder: Path, *, trust: bool = False) -> None:
         folder: the model's.
         trust: run Python code that comes with the model. Such code may not run without memory for weights; then the
             training checks the weights, when it loads them.
+
+    Returns:
+        the names of weights that the model does not use, sorted, such as those of layers beyond `num_hidden_layers`.
 
     Raises:
         BadModel: a weight is missing, which transformers would fill with random numbers, or has another shape, or is
@@ -72,7 +75,7 @@ def check_fits_config(folder: Path, *, trust: bool = False) -> None:
         if not trust:
             raise
         log.info("The model's own code does not run without weights, so the training checks them: %s", failure.got)
-        return
+        return []
     refuse_missing_weights(folder, {"missing_keys": report["missing_keys"]})
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise BadModel(
@@ -86,6 +89,7 @@ def check_fits_config(folder: Path, *, trust: bool = False) -> None:
     _refuse_two_values(folder, getattr(model, "all_tied_weights_keys", {}))
     if unused := sorted(report["unexpected_keys"]):
         log.warning("The base's files have %d weights that its model does not use, such as %s.", len(unused), unused[0])
+    return unused
 
 
 def _open_without_weights(folder: Path, *, trust: bool = False) -> tuple[PreTrainedModel, _LoadReport]:
@@ -97,6 +101,8 @@ def _open_without_weights(folder: Path, *, trust: bool = False) -> tuple[PreTrai
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as their_logging
 
+    has_progress_bar = their_logging.is_progress_bar_enabled()
+    their_logging.disable_progress_bar()
     errors = (Exception,) if trust else config_errors()  # a model's own code raises anything
     verbosity = their_logging.get_verbosity()
     their_logging.set_verbosity_error()  # its table of names says the same in many lines
@@ -120,6 +126,8 @@ def _open_without_weights(folder: Path, *, trust: bool = False) -> tuple[PreTrai
         ) from error
     finally:
         their_logging.set_verbosity(verbosity)
+        if has_progress_bar:
+            their_logging.enable_progress_bar()
     return cast("tuple[PreTrainedModel, _LoadReport]", loaded)
 
 

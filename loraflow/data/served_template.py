@@ -18,10 +18,11 @@ from loraflow.data.tokenizer_config import (
     MAX_BYTES,
     MAX_TEMPLATE,
     TEMPLATE,
-    TOOL_TEMPLATE,
     TRAINING_TEMPLATE,
     find_template,
     find_tool_template,
+    further_templates,
+    joined,
 )
 from loraflow.failures import BadConfig, BadModel
 
@@ -99,11 +100,11 @@ def write_served_template(folder: Path, chosen: str | None, *, no_thinking: bool
         return None
     with_tools = find_tool_template(folder)
     if with_tools is not None and source is own:
-        source = _joined(with_tools, source)
+        source = joined(with_tools, source)
     served = pinned(source, no_thinking=no_thinking)
     if marks_only and chosen is not None:
         (folder / TRAINING_TEMPLATE).write_text(pinned(chosen, no_thinking=no_thinking), encoding="utf-8")
-    if served != own or with_tools is not None:
+    if served != own or with_tools is not None or further_templates(folder):
         _write(folder, served)
     return pinned_date(served)
 
@@ -111,8 +112,8 @@ def write_served_template(folder: Path, chosen: str | None, *, no_thinking: bool
 def _write(folder: Path, template: str) -> None:
     """Write a model's template. Others beside it and in tokenizer_config.json, which programs may read, are removed."""
     (folder / TEMPLATE).write_text(template, encoding="utf-8")
-    if (folder / TOOL_TEMPLATE).exists():
-        (folder / TOOL_TEMPLATE).unlink()
+    for name in further_templates(folder):
+        (folder / name).unlink()
     file = folder / FILE
     with file.open("rb") as opened:
         values = json.loads(opened.read(MAX_BYTES))
@@ -144,15 +145,6 @@ def pinned(source: str, *, no_thinking: bool = False) -> str:
             next_step="name a template with a fixed date: base.chat_template",
         )
     return source
-
-
-def _joined(with_tools: str, without: str) -> str:
-    """Return one template that renders chats with tools by one source and others by another, as transformers chooses.
-
-    The merged model has one template then, and all servers choose alike.
-    """
-    first, second = (source.removesuffix("\n") for source in (with_tools, without))
-    return f"{{% if tools is defined and tools is not none +%}}{first}{{%+ else +%}}{second}{{%+ endif %}}"
 
 
 def _without_open_block(source: str) -> str:

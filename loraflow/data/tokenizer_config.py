@@ -12,8 +12,9 @@ from loraflow.failures import BadModel
 
 FILE = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
+DEFAULT_TEMPLATE = "additional_chat_templates/default.jinja"  # transformers prefers it to TEMPLATE
 TOOL_TEMPLATE = (
-    "additional_chat_templates/tool_use.jinja"  # for chats with tools, if there is a TEMPLATE for the others
+    "additional_chat_templates/tool_use.jinja"  # for chats with tools, if there is another one for the others
 )
 TRAINING_TEMPLATE = "chat_template_training.jinja"  # renders the same text, and marks the answers
 SPECIAL_TOKENS = "special_tokens_map.json"  # of older models; newer ones have everything in FILE
@@ -41,7 +42,7 @@ class TokenizerConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    chat_template: str | list[_NamedTemplate] | None = None
+    chat_template: str | dict[str, str] | list[_NamedTemplate] | None = None
     bos_token: str | _SpecialToken | None = None
     eos_token: str | _SpecialToken | None = None
     unk_token: str | _SpecialToken | None = None
@@ -69,6 +70,14 @@ class TokenizerConfig(BaseModel):
                 got=got[:300],
                 next_step="download the base model again",
             ) from error
+
+    def named_template(self, name: str) -> str | None:
+        """Return the template with a name, such as default or tool_use; None if the file has none of this name."""
+        if isinstance(self.chat_template, str | None):
+            return self.chat_template if name == "default" else None
+        if isinstance(self.chat_template, dict):
+            return self.chat_template.get(name)
+        return next((item.template for item in self.chat_template if item.name == name), None)
 
     def variables(self) -> dict[str, str]:
         """Return the special tokens of this file by the names that a template has for them."""
@@ -136,35 +145,21 @@ def _named_extra(value: JsonValue) -> dict[str, str]:
     return _texts(value) if isinstance(value, dict) else {}
 
 
+def further_templates(folder: Path) -> list[str]:
+    """Return the names of a folder's templates beside TEMPLATE that transformers reads, in a folder of their own."""
+    return [name for name in (DEFAULT_TEMPLATE, TOOL_TEMPLATE) if (folder / name).is_file()]
+
+
 def find_template(folder: Path) -> str | None:
-    """Return a model's chat template, from chat_template.jinja or from tokenizer_config.json; None if it has none.
+    """Return a model's chat template, from the file that transformers prefers; None if it has none.
 
     Raises:
         BadModel: the file is damaged, or the template is longer than any template is.
     """
-    file = folder / TEMPLATE
-    template: str | None
-    if file.exists():
-        try:
-            with file.open(encoding="utf-8") as opened:
-                template = opened.read(MAX_TEMPLATE + 1)
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadModel(
-                "The chat template cannot be read.", where=str(file), got=str(error), next_step="fetch the base again"
-            ) from error
-    else:
-        found = TokenizerConfig.read(folder).chat_template
-        if isinstance(found, list):
-            found = next((item.template for item in found if item.name == "default"), None)
-        template = found
-    if template is not None and len(template) > MAX_TEMPLATE:
-        raise BadModel(
-            "The chat template is too long.",
-            where=str(folder),
-            expected=f"at most {MAX_TEMPLATE:,} characters",
-            next_step="choose another base, or shorten the template",
-        )
-    return template or None
+    for name in (DEFAULT_TEMPLATE, TEMPLATE):
+        if (folder / name).exists():
+            return _text_of(folder / name)
+    return _checked(TokenizerConfig.read(folder).named_template("default"), folder)
 
 
 def find_tool_template(folder: Path) -> str | None:
@@ -173,34 +168,50 @@ def find_tool_template(folder: Path) -> str | None:
     Raises:
         BadModel: the file is damaged, or the template is longer than any template is.
     """
-    template: str | None = None
     if (folder / TOOL_TEMPLATE).exists():
-        try:
-            with (folder / TOOL_TEMPLATE).open(encoding="utf-8") as opened:
-                template = opened.read(MAX_TEMPLATE + 1)
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadModel(
-                "The chat template cannot be read.",
-                where=TOOL_TEMPLATE,
-                got=str(error),
-                next_step="fetch the base again",
-            ) from error
-    elif not (folder / TEMPLATE).exists():
-        found = TokenizerConfig.read(folder).chat_template
-        items = found if isinstance(found, list) else []
-        template = next((item.template for item in items if item.name == "tool_use"), None)
+        return _text_of(folder / TOOL_TEMPLATE)
+    if (folder / DEFAULT_TEMPLATE).exists() or (folder / TEMPLATE).exists():
+        return None
+    return _checked(TokenizerConfig.read(folder).named_template("tool_use"), folder)
+
+
+def _text_of(file: Path) -> str | None:
+    try:
+        with file.open(encoding="utf-8") as opened:
+            return _checked(opened.read(MAX_TEMPLATE + 1), file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadModel(
+            "The chat template cannot be read.", where=str(file), got=str(error), next_step="fetch the base again"
+        ) from error
+
+
+def _checked(template: str | None, where: Path) -> str | None:
+    """Return a template, None for an empty one.
+
+    Raises:
+        BadModel: it is longer than any template is.
+    """
     if template is not None and len(template) > MAX_TEMPLATE:
         raise BadModel(
             "The chat template is too long.",
-            where=str(folder),
+            where=str(where),
             expected=f"at most {MAX_TEMPLATE:,} characters",
             next_step="choose another base, or shorten the template",
         )
     return template or None
 
 
+def joined(with_tools: str, without: str) -> str:
+    """Return one template that renders chats with tools by one source and others by another, as transformers chooses.
+
+    The merged model has one template then, and all servers choose alike.
+    """
+    first, second = (source.removesuffix("\n") for source in (with_tools, without))
+    return f"{{% if tools is defined and tools is not none +%}}{first}{{%+ else +%}}{second}{{%+ endif %}}"
+
+
 def read_template(folder: Path) -> str:
-    """Return a model's chat template.
+    """Return a model's chat template; if chats with tools have another one, one template of both.
 
     Raises:
         BadModel: the model has no chat template; it may be a base model that was never tuned for chats.
@@ -213,4 +224,5 @@ def read_template(folder: Path) -> str:
             expected="chat_template.jinja, or chat_template in tokenizer_config.json",
             next_step="choose an instruct model, or name a template: base.chat_template",
         )
-    return template
+    with_tools = find_tool_template(folder)
+    return template if with_tools is None else joined(with_tools, template)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from loraflow import identity
 from loraflow.adapters.tokenizer_files import served_folder, tokenizer_files
 from loraflow.config import Runtime
+from loraflow.data.tokenizer_config import further_templates
 from loraflow.failures import BadConfig, BadModel
 from loraflow.registry.log import Entry, PromotionLog, models
 from loraflow.registry.runs import RUN_ID, RunRecord, find_run, read_run
@@ -61,10 +62,11 @@ class Model:
             if path.suffix in MODEL_FILE_SUFFIXES and path.name != MANIFEST
         ]
         hashes = {path.name: memo.hash(path) for path in files}
+        hashes |= {name: memo.hash(self.folder / name) for name in further_templates(self.folder)}
         if self.unmerged_adapter is not None:
             adapter = self.unmerged_adapter
-            files = [adapter / "adapter_config.json", adapter / "adapter_model.safetensors", *tokenizer_files(adapter)]
-            hashes |= {f"adapter/{path.name}": memo.hash(path) for path in files}
+            names = ["adapter_config.json", "adapter_model.safetensors", *tokenizer_files(adapter)]
+            hashes |= {f"adapter/{name}": memo.hash(adapter / name) for name in names}
         return identity.digest(hashes)
 
     def intact_base(self) -> Path | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraflow.adapters.tokenizer_files import VOCABULARY, tokenizer_files
+from loraflow.data.tokenizer_config import further_templates
 from loraflow.failures import BadConfig, BadModel, Failure, Network
 from loraflow.identity import short
 from loraflow.registry.runs import Publication
@@ -60,6 +61,7 @@ def package(
             if target in ("config.json", "tokenizer_config.json", "adapter_config.json"):
                 (folder / target).write_text(_without_paths(file, facts), encoding="utf-8")
             else:
+                (folder / target).parent.mkdir(exist_ok=True)
                 (folder / target).symlink_to(file)
         (folder / "README.md").write_text(write_card(facts, what, repo), encoding="utf-8")
         _refuse_leaks(folder, [store.uri, str(Path.home()), _token() or ""])
@@ -119,7 +121,7 @@ def _operations(api: HfApi, repo: str, folder: Path) -> list[CommitOperationAdd 
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    files = {path.name: path for path in sorted(folder.iterdir())}
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     stale = [name for name in api.list_repo_files(repo) if name.endswith(WEIGHT_SUFFIXES) and name not in files]
     return [
         *[CommitOperationDelete(path_in_repo=name) for name in stale],
@@ -181,18 +183,17 @@ def _hub_files(model: Model, what: PublishedForm) -> dict[str, Path]:
 
     if what == "merged":
         paths = [path for path in sorted(model.folder.iterdir()) if path.is_file() and path.name != MANIFEST]
-        return {path.name: path for path in paths if path.suffix in MODEL_FILE_SUFFIXES}
+        files = {path.name: path for path in paths if path.suffix in MODEL_FILE_SUFFIXES}
+        return files | {name: model.folder / name for name in further_templates(model.folder)}
     assert model.unmerged_adapter is not None and model.base is not None
     files = {name: model.unmerged_adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")}
     if model.adapter_ref is None:  # an intact artifact of the train stage is complete
         check_unmerged(model)
     # An adapter that has only a template goes with the base's tokenizer.
     own = tokenizer_files(model.unmerged_adapter)
-    whole = any(path.name == VOCABULARY for path in own)
-    tokenizer = (
-        [] if whole else [path for path in sorted(model.base.iterdir()) if path.name.startswith(TOKENIZER_FILES)]
-    )
-    return files | {path.name: path for path in (*tokenizer, *own)}
+    if VOCABULARY not in own:
+        files |= {path.name: path for path in sorted(model.base.iterdir()) if path.name.startswith(TOKENIZER_FILES)}
+    return files | {name: model.unmerged_adapter / name for name in own}
 
 
 def _without_paths(file: Path, facts: Facts) -> str:
@@ -207,7 +208,7 @@ def _without_paths(file: Path, facts: Facts) -> str:
 
 
 def _refuse_leaks(folder: Path, secrets: list[str]) -> None:
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.rglob("*")):
         if path.suffix not in (".json", ".md", ".jinja") or path.name == "tokenizer.json":
             continue
         text = path.read_text(encoding="utf-8")

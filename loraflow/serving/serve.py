@@ -21,7 +21,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from loraflow.data.served_template import served_date
-from loraflow.data.tokenizer_config import find_template
+from loraflow.data.tokenizer_config import find_template, further_templates
 from loraflow.failures import BadConfig, MissingExtra
 from loraflow.identity import fingerprint, short
 from loraflow.serving.models import Model
@@ -159,7 +159,8 @@ def _hub_cache(folder: Path, name: str) -> Path:
     file = folder / "generation_config.json"
     settings: dict[str, JsonValue] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     settings["eos_token_id"] = [*stop_ids(folder)]
-    key = fingerprint({"files": [str(path) for path in files], "settings": settings, "name": name})
+    files_of_templates = [str(folder / template) for template in further_templates(folder)]
+    key = fingerprint({"files": [*map(str, files), *files_of_templates], "settings": settings, "name": name})
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraflow" / "serve"
     cache = caches / short(key)
     if cache.exists():
@@ -171,6 +172,9 @@ def _hub_cache(folder: Path, name: str) -> Path:
     for path in files:
         if path != file:
             (snapshot / path.name).symlink_to(path)
+    for template in further_templates(folder):
+        (snapshot / template).parent.mkdir(exist_ok=True)
+        (snapshot / template).symlink_to(folder / template)
     (snapshot / file.name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (repo / "blobs").mkdir()
     (repo / "refs").mkdir()

@@ -150,11 +150,16 @@ def test_answers_in_batches_are_those_of_plain_transformers_one_by_one(family, s
     assert [(answer["text"], answer["tokens"], answer["finish"]) for answer in found] == expected
 
 
-def test_micro_batches_give_the_same_losses_and_the_merged_model_stops_where_it_was_trained(family, prepared, tmp_path):
+def test_both_engines_and_micro_batches_give_the_same_losses_and_the_merged_model_stops_where_it_was_trained(
+    family, prepared, tmp_path
+):
     settings = {**SETTINGS, **(EXPERTS if "experts adapted" in family else {})}
     base = build(family, prepared, tmp_path / "base")
-    _, losses = run(base, prepared.shards, tmp_path / "4", **settings)
-    _, one = run(base, prepared.shards, tmp_path / "1", **settings, runtime__micro_batch=1)
+    engine = Support.of(family_config(family)).engine
+    _, losses = run(base, prepared.shards, tmp_path / "4", **settings, runtime__engine="stock")
+    _, one = run(base, prepared.shards, tmp_path / "1", **settings, runtime__engine=engine, runtime__micro_batch=1)
+    chosen = json.loads((tmp_path / "1" / "out" / "telemetry" / "engine.json").read_text())
+    assert chosen["engine"] == engine
     # The router's loss of a mixture is not a sum over rows; trl adds it with a factor of 0.001.
     assert one == pytest.approx(losses, abs=1e-4)
 

@@ -56,6 +56,9 @@ def test_a_resolved_base_keeps_its_names_on_the_disk_and_merges_bit_for_bit(fami
     (tmp_path / "merged").mkdir()
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert names_on_disk(tmp_path / "merged") == names
+    resolve_base(tmp_path / "merged", tmp_path / "next")  # a fine-tune of the fine-tune
+    for file in (tmp_path / "next").iterdir():
+        assert file.read_bytes() == (tmp_path / "merged" / file.name).read_bytes(), file.name
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     by_peft = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload().state_dict()
     merged, report = AutoModelForCausalLM.from_pretrained(

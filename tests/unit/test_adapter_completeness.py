@@ -201,13 +201,19 @@ def own_tokenizer(base, adapter, *tokens, template=MARKED):
     return tokenizer
 
 
-@pytest.mark.parametrize("how", ["template", "tokenizer"])
+@pytest.mark.parametrize("how", ["template", "tokenizer", "folder of templates"])
 def test_an_adapters_own_template_is_used_by_every_command(how, tmp_path, quick_phi3):
     from transformers import AutoTokenizer
 
     adapter = make_adapter(quick_phi3, tmp_path / "adapter")
+    file = "chat_template.jinja"
     if how == "template":
-        (adapter / "chat_template.jinja").write_text(MARKED)
+        (adapter / file).write_text(MARKED)
+    elif how == "folder of templates":
+        file = "additional_chat_templates/default.jinja"
+        (adapter / file).parent.mkdir()
+        (adapter / file).write_text(MARKED)
+        (adapter / file).with_name("tool_use.jinja").write_text("tools" + MARKED)
     else:
         own_tokenizer(quick_phi3, adapter)
     (tmp_path / "out").mkdir()
@@ -219,9 +225,12 @@ def test_an_adapters_own_template_is_used_by_every_command(how, tmp_path, quick_
     assert load(model, "float32").template.render([chat], prompt=True) == [expected]
     merged = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert merged.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == expected
-    assert (tmp_path / "converted" / "chat_template.jinja").read_text() == MARKED
+    assert (tmp_path / "converted" / file).read_text() == MARKED
     with package(open_store(str(tmp_path / "store")), model, "org/name", "adapter", "mit") as (folder, _):
-        assert (folder / "chat_template.jinja").read_text() == MARKED
+        assert (folder / file).read_text() == MARKED
+    if how == "folder of templates":
+        assert merged.apply_chat_template(chat, tools=[{}], tokenize=False).startswith("tools<|user|>[own]red")
+        assert (tmp_path / "converted" / file).with_name("tool_use.jinja").read_text() == "tools" + MARKED
 
 
 def test_an_adapters_tokenizer_without_a_template_is_used_with_the_bases_template(tmp_path, quick_phi3):

@@ -318,3 +318,30 @@ def test_an_unknown_model_is_refused(tmp_path, monkeypatch):
 def test_the_pad_token_is_not_the_stop_token(phi3):
     tokenizer = load_tokenizer(phi3)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("repack", [None, "phi3"])
+def test_an_old_llama_tokenizer_keeps_its_spaces_behind_special_tokens(tmp_path, repack):
+    """transformers' save_pretrained leaves out `legacy`, and so gives chats other ids than the base has."""
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    llama = build_llama(tmp_path / "llama")
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a"]
+    tokenizer = LlamaTokenizer(vocab={word: at for at, word in enumerate(words)}, merges=[("▁", "a")])
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True)])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ bos_token + m['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ bos_token }}{% endif %}"
+    )
+    tokenizer.save_pretrained(llama)
+    values = json.loads((llama / "tokenizer_config.json").read_text())
+    (llama / "tokenizer_config.json").write_text(json.dumps({**values, "legacy": True}))
+    chat = [{"role": "user", "content": "a a"}, {"role": "assistant", "content": "a"}]
+    expected = AutoTokenizer.from_pretrained(llama).apply_chat_template(chat, return_dict=True)["input_ids"]
+    assert expected != tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"], "legacy makes a difference"
+    resolve_base(llama, tmp_path / "out", repack=repack, dtype="float32")
+    served = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert served.apply_chat_template(chat, return_dict=True)["input_ids"] == expected
+    (encoded,) = ChatTemplate(tmp_path / "out").encode([chat], "assistant")
+    assert encoded.ids.tolist() == expected

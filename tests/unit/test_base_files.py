@@ -7,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraflow.adapters.merge_folders import merge
 from loraflow.base import hub
@@ -278,3 +278,29 @@ def test_doctor_names_the_bases_own_folder(llama):
     (llama / "chat_template.jinja").unlink()
     caught = CliRunner().invoke(cli, ["doctor", "--base", str(llama)]).exception
     assert isinstance(caught, BadModel) and caught.where == str(llama) and "base.chat_template" in caught.next_step
+
+
+def test_a_tokenizer_with_a_class_of_its_own_is_loaded_after_resolve_base_without_its_code(llama, tmp_path):
+    """Training, evaluation and serving failed with a ValueError, and asked a question on a terminal."""
+    (llama / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    file = llama / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
+    resolve_base(llama, tmp_path / "out", trust_remote_code=True)
+    text = "<|user|>\nred 你好<|end|>"
+    loaded, theirs = load_tokenizer(tmp_path / "out"), AutoTokenizer.from_pretrained(llama, trust_remote_code=True)
+    assert type(theirs).__name__ == "Own" and loaded(text)["input_ids"] == theirs(text)["input_ids"]
+    assert (loaded.eos_token, loaded.pad_token) == (theirs.eos_token, theirs.pad_token)
+
+
+def test_doctor_names_what_is_not_used_and_stop_tokens_without_an_embedding(llama):
+    for name, change in (("config.json", {"num_hidden_layers": 1}), ("generation_config.json", {"eos_token_id": 9999})):
+        values = json.loads((llama / name).read_text())
+        (llama / name).write_text(json.dumps({**values, **change}))
+    text = "\n".join(describe_files(llama))
+    assert "the model does not use: 9, such as model.layers.1." in text and "complete, finite" in text
+    assert "no answer ends at 9999: eos_token_id is beyond the 507 embeddings" in text and "(9999)" not in text
+    (llama / "model.safetensors").unlink()
+    assert "not checked: the weights, which are not in the folder" in "\n".join(describe_files(llama))

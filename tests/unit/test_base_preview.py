@@ -24,7 +24,7 @@ def planned(recipe, *sets):
 def test_plan_lists_what_is_adapted_and_how_the_base_is_trained(recipe):
     result = planned(recipe, "peft_config.target_modules=all-linear")
     assert result.exit_code == 0, result.exception
-    assert "base phi3: fast engine" in result.output and "rows packed or padded" in result.output
+    assert "base phi3: fast engine" in result.output and "rows: packed or padded; " in result.output
     assert "adapted: 2 mlp.down_proj, 2 mlp.gate_up_proj, 2 self_attn.o_proj, 2 self_attn.qkv_proj" in result.output
     as_json = CliRunner().invoke(cli, ["plan", str(recipe), "--json"])
     assert json.loads(as_json.output)["base"][0] == "base phi3: fast engine"
@@ -66,8 +66,8 @@ def test_doctor_describes_a_base_from_its_config_alone(tmp_path):
     (base / "model.safetensors").unlink()
     result = CliRunner().invoke(cli, ["doctor", "--base", str(base)])
     assert result.exit_code == 0, result.exception
-    assert "base granitemoehybrid: stock engine: the model has layers of type" in result.output
-    assert "rows padded" in result.output and "refused: nf4" in result.output
+    assert "base granitemoehybrid: stock engine (trl and peft), because the model has layers of type" in result.output
+    assert "rows: padded; " in result.output and "refused: nf4" in result.output
 
 
 def test_doctor_refuses_a_base_that_cannot_be_trained(tmp_path):

@@ -40,6 +40,7 @@ NAMES = {
     "DistributedDataParallel": (lambda name: f"module.{name}", "remove 'module.'"),
     "FSDP": (lambda name: name.replace(".layers.1.", ".layers.1._fsdp_wrapped_module."), "remove '_fsdp_wrapped_module.'"),
     "vision": (lambda name: name.replace(".layers.", ".language_model.layers."), "remove 'language_model.'"),
+    "another adapter's name": (lambda name: name.replace(".weight", ".sft.weight"), "remove '.sft', the adapter's name"),
     "bare decoder": (lambda name: name.replace(".model.model.", ".model."), "put 'model.' behind"),
 }  # fmt: skip
 

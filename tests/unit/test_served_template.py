@@ -116,30 +116,35 @@ def test_the_recipes_template_replaces_the_models(tmp_path):
     assert "26 Jul 2024" in served.decode(encoded.ids)
 
 
-@pytest.mark.parametrize("in_config", [False, True])
-def test_a_second_template_renders_the_chats_with_tools_as_in_transformers(tmp_path, in_config):
+@pytest.mark.parametrize("where", ["files", "two defaults", "list", "object"])
+def test_a_second_template_renders_the_chats_with_tools_as_in_transformers(tmp_path, where):
     tool_use = "  {%- for t in tools %}{{ t['function']['name'] }}{% endfor %}\n" + PHI3_TEMPLATE + "  \n  \n"
     plain = "\n  " + PHI3_TEMPLATE + "\n"
     build_tokenizer(tmp_path, plain)
-    if in_config:
+    named = {"default": plain, "tool_use": tool_use}
+    if where in ("list", "object"):
         config = json.loads((tmp_path / "tokenizer_config.json").read_text())
         (tmp_path / "chat_template.jinja").unlink()
-        named = [{"name": "default", "template": plain}, {"name": "tool_use", "template": tool_use}]
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named}))
+        listed = named if where == "object" else [{"name": n, "template": text} for n, text in named.items()]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": listed}))
     else:
-        (tmp_path / "chat_template.jinja").write_text(plain)
+        (tmp_path / "chat_template.jinja").write_text(plain if where == "files" else "not the template {{ messages }}")
         (tmp_path / "additional_chat_templates").mkdir()
         (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(tool_use)
+        if where == "two defaults":
+            (tmp_path / "additional_chat_templates" / "default.jinja").write_text(plain)
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
     own = AutoTokenizer.from_pretrained(tmp_path)
     expected = [own.apply_chat_template(ONE, tools=given, tokenize=False) for given in (None, tools)]
-    assert expected[1].lstrip().startswith("weather") and "weather" not in expected[0]
+    assert expected[1].lstrip().startswith("weather") and "weather" not in expected[0] and "not the" not in expected[0]
+    chats = [ONE, [{**ONE[0], "tools": tools}, ONE[1]]]
+    assert ChatTemplate(tmp_path).render(chats) == expected, "a merged model that other programs saved"
 
     write_served_template(tmp_path, None, no_thinking=False)
     served, template = AutoTokenizer.from_pretrained(tmp_path), ChatTemplate(tmp_path)
     assert isinstance(served.chat_template, str)
     assert [served.apply_chat_template(ONE, tools=given, tokenize=False) for given in (None, tools)] == expected
-    assert template.render([ONE, [{**ONE[0], "tools": tools}, ONE[1]]]) == expected
+    assert template.render(chats) == expected
 
 
 @pytest.mark.parametrize("in_config", [False, True])

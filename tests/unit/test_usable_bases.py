@@ -83,10 +83,12 @@ def test_an_architecture_that_transformers_does_not_have_is_refused_before_it_is
         resolve._folder_of(origin, trust=True)
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("kind", ["file", "folder", "folder with config.json"])
 def test_a_gguf_is_refused_with_what_to_name_instead(kind, tmp_path):
     file = tmp_path / "model.Q4_K_M.gguf"
     file.write_bytes(b"GGUF")
+    if kind == "folder with config.json":
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     with pytest.raises(BadModel, match="GGUF file cannot be trained") as caught:
         resolve.locate(Base(model=str(file if kind == "file" else tmp_path)), HashMemo(None))
     assert "made from" in caught.value.next_step
