@@ -12,7 +12,7 @@ A row is one document; a packed row has several. A micro-batch has one of two la
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypedDict
 
