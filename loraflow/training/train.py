@@ -85,7 +85,8 @@ def _train(setup: TrainingSetup, built: BuiltTrainer) -> float | None:
     try:
         result = trainer.train(resume_from_checkpoint=str(setup.resumed_from) if setup.resumed_from else None)
     except StoppedEarly:
-        trainer._load_best_model()  # as transformers does after the last step
+        if trainer.state.best_model_checkpoint is not None:  # as transformers does after the last step
+            trainer._load_best_model()
         return None
     return float(result.training_loss)
 

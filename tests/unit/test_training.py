@@ -234,11 +234,12 @@ def test_the_validation_loss_selects_the_best_checkpoint(base, tmp_path):
     assert [row["step"] for row in curve if "eval_loss" in row] == [2, 4, 6]
 
 
-def test_a_training_that_stopped_early_is_not_continued_after_an_interruption(base, straight, tmp_path):
-    """The reference is transformers: the uninterrupted training."""
+@pytest.mark.parametrize("save_steps", [1, 2])
+def test_a_training_that_stopped_early_is_not_continued_after_an_interruption(base, straight, tmp_path, save_steps):
+    """The reference is transformers: the uninterrupted training. With two steps, the best loss has no checkpoint."""
     settings = {
         "data__validation_fraction": 0.1, "training_config__eval_strategy": "steps", "training_config__eval_steps": 1,
-        "training_config__save_steps": 1, "training_config__load_best_model_at_end": True, "training_config__max_steps": 6,
+        "training_config__save_steps": save_steps, "training_config__load_best_model_at_end": True, "training_config__max_steps": 6,
         "training_config__early_stopping_patience": 1, "training_config__learning_rate": 30.0, "training_config__warmup_steps": 0,
     }  # fmt: skip
 
