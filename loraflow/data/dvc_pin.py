@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import tempfile
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from shlex import quote
 
 import yaml
 
-from loraflow.data.git import GitError, git, is_url
+from loraflow.data.git import GitError, folder_in_repository, git, is_url
 from loraflow.data.listing import is_md5, wrong_name
 from loraflow.failures import BadData
 
@@ -183,12 +184,16 @@ def _not_downloaded(where: str, dvc_file: str) -> BadData:
 
 
 def _git_show(repo: str, rev: str, name: str, where: str) -> str:
-    """Return a file's text at a revision. A repository given by URL is cloned without its files first."""
+    """Return a file's text at a revision. A repository given by URL is cloned without its files first.
+
+    git takes `REVISION:PATH` from the top of the repository. A project may be a folder below it, where paths start.
+    """
     if is_url(repo):
         with tempfile.TemporaryDirectory() as folder:
             show_git(["clone", "--quiet", "--bare", "--filter=blob:none", "--", repo, folder], None, where)
             return show_git(["show", "--end-of-options", f"{rev}:{name}"], folder, where)
-    return show_git(["show", "--end-of-options", f"{rev}:{name}"], repo, where)
+    path = posixpath.normpath(folder_in_repository(repo) + name)
+    return show_git(["show", "--end-of-options", f"{rev}:{path}"], repo, where)
 
 
 def show_git(arguments: list[str], folder: str | None, where: str) -> str:

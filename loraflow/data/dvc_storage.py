@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import posixpath
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from loraflow.credentials import reveal
 from loraflow.data.dvc_command import check_remote, run_dvc
 from loraflow.data.dvc_pin import Pin
-from loraflow.data.git import is_url
+from loraflow.data.git import folder_in_repository, is_url
 from loraflow.data.listing import MAX_BYTES, ListedFile, check_names, parse_listing
 from loraflow.failures import BadData, Failure, MissingData, Network
 
@@ -38,19 +39,31 @@ def copy_from_storage(repo: str, pin: Pin, rev: str | None, target: Path, remote
 
     with _translate_errors(repo, pin, rev, remote) as where:
         fs = DVCFileSystem(reveal(repo), rev=rev, remote=remote)
+        path = _path_in(fs.repo, repo, pin, rev)
         if not pin.is_folder:
-            fs.get_file(pin.path, str(target / PurePosixPath(pin.path).name))
+            fs.get_file(path, str(target / PurePosixPath(path).name))
             return
         listing = _find_listing(fs.repo, pin, remote)
         if listing is None:  # `dvc import`: the list is in the other repository, and DVC builds it while it reads
-            found = [str(PurePosixPath(name).relative_to(pin.path)) for name in fs.find(pin.path)]
+            found = [str(PurePosixPath(name).relative_to(path)) for name in fs.find(path)]
             check_names(found, where, "add the dataset again from its source")
         else:
             found = [file.name for file in listing[0]]
         for name in found:
             file = target / name
             file.parent.mkdir(parents=True, exist_ok=True)
-            fs.get_file(f"{pin.path}/{name}", str(file))
+            fs.get_file(f"{path}/{name}", str(file))
+
+
+def _path_in(opened: Repo, repo: str, pin: Pin, rev: str | None) -> str:
+    """Return the path of a pin's output from the top of DVC's repository, which may be above the project's folder.
+
+    DVC takes the top of git's repository for that of a revision.
+    """
+    if is_url(repo):
+        return pin.path
+    folder = folder_in_repository(repo) if rev is not None else os.path.relpath(Path(repo).resolve(), opened.root_dir)
+    return posixpath.normpath(f"/{Path(folder).as_posix()}/{pin.path}")
 
 
 def prepare_pull(repo: str, pin: Pin, remote: str | None) -> None:

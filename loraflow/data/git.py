@@ -76,6 +76,11 @@ def head_commit(folder: str | Path) -> str | None:
     return git_or_none(["rev-parse", "--verify", "--quiet", "HEAD"], folder)
 
 
+def folder_in_repository(folder: str | Path) -> str:
+    """Return a folder's path below the top of its repository, with a slash at its end; empty for the top itself."""
+    return git_or_none(["rev-parse", "--show-prefix"], folder) or ""
+
+
 def has_uncommitted_changes(folder: str | Path) -> bool | None:
     """Return whether tracked files differ from the commit that is checked out; None outside a repository, or without git."""
     changed = git_or_none(["status", "--porcelain", "--untracked-files=no"], folder)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from loraflow.data.dvc import Pin
-from loraflow.data.git import GitError, git, git_or_none, head_commit, is_url
+from loraflow.data.git import GitError, folder_in_repository, git, git_or_none, head_commit, is_url
 from loraflow.failures import BadConfig, Network
 from loraflow.store.lock import flock
 
@@ -151,9 +151,9 @@ def is_unpushed(commit: str) -> bool:
 def _checkout_with_data(repo: str, commit: str) -> str:
     """Return a checkout of the commit if the repository contains its own DVC remote, which DVC reads from disk only.
 
-    Otherwise return the repository itself.
+    Otherwise return the repository itself. A project in a folder of the repository is in the same folder of the checkout.
     """
-    if "/files/md5/" not in _git(["ls-tree", "-r", "--name-only", commit], repo):
+    if "/files/md5/" not in _git(["ls-tree", "-r", "--full-tree", "--name-only", commit], repo):
         return repo
     checkout = Path(repo, FOLDER, commit[:12])
     with flock(Path(repo, FOLDER, "lock")):
@@ -162,7 +162,7 @@ def _checkout_with_data(repo: str, commit: str) -> str:
         for old in checkout.parent.iterdir():
             if old.is_dir() and old != checkout and time.time() - old.stat().st_mtime > DAY:
                 _git(["worktree", "remove", "--force", str(old.absolute())], repo)
-    return str(checkout)
+    return str(checkout / folder_in_repository(repo))
 
 
 def branch_for_retraining(folder: str | Path) -> str:

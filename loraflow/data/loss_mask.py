@@ -62,9 +62,14 @@ class Encoded:
 
 
 class ChatTemplate:
-    """A model's tokenizer and chat template, read from its folder without transformers' model code."""
+    """A model's tokenizer and chat template, read from its folder without transformers' model code.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: the model's folder.
+        eos: the ids at which the model ends an answer; None reads them from its configuration.
+    """
+
+    def __init__(self, folder: Path, eos: set[int] | None = None):
         from tokenizers import Tokenizer
 
         try:
@@ -99,7 +104,7 @@ class ChatTemplate:
             marking = (folder / TRAINING_TEMPLATE).read_text(encoding="utf-8")
             self._marking = template_process(marking, special_tokens(folder))
         self._answers = AnswerFinder(self._renderer, self.template, self.special, self._marking)
-        self._eos = eos_ids(folder)
+        self._eos = eos_ids(folder) if eos is None else eos
         self._ends: set[str] | None = None  # tokens at which generation stops
         self._probed: Answer | None = None  # how an answer is rendered
         self._opening: str | None = None  # of a user's message: the token that ends the answer before it
@@ -193,6 +198,10 @@ class ChatTemplate:
             text = self.tokenizer.decode(row.ids[row.labels != IGNORED].tolist(), skip_special_tokens=True)
             texts[number] = text.removeprefix(inserted).strip()
         return texts
+
+    def special_ids(self) -> set[int]:
+        """Return the ids of the tokenizer's control tokens."""
+        return {i for token in self.special if (i := self.tokenizer.token_to_id(token)) is not None}
 
     def inserted(self) -> str:
         """Return the text that the template writes between a served prompt and an answer, such as an empty think block.

@@ -14,7 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from loraflow.data.refusals import refuses
 from loraflow.data.split import CLUSTER
@@ -169,9 +169,13 @@ def _prompts(rows: pd.DataFrame) -> list[str]:
     return [str(prompt) for prompt in rows["prompt"]] if "prompt" in rows else [""] * len(rows)
 
 
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(constant)  # NaN or Infinity, which Python reads and other parsers of JSON do not
+
+
 def _has_fields(answer: str, fields: tuple[str, ...]) -> bool:
     try:
-        value = json.loads(answer)
+        value = json.loads(answer, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and all(field in value for field in fields)

@@ -176,12 +176,34 @@ class PreemptionHandler(TrainerCallback):
             raise Preempted("Training was asked to end.", where=f"step {step}", next_step="run again: it resumes")
 
 
-def early_stopping(patience: int, checkpoint: Path | None) -> EarlyStoppingCallback:
-    """Return transformers' callback, with the counter of the checkpoint, which the trainer does not restore."""
-    callback = EarlyStoppingCallback(patience)
+class StoppedEarly(Exception):
+    """The training had stopped early before it was interrupted: only its best checkpoint is left to load."""
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' callback. After the checkpoint at which a training stopped early, no step follows.
+
+    transformers would do one more step, and go on if its loss is better: to another model than without the interruption.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Check the checkpoint's counter.
+
+        Raises:
+            StoppedEarly: it has reached the patience.
+        """
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            raise StoppedEarly
+
+
+def early_stopping(patience: int, checkpoint: Path | None) -> EarlyStopping:
+    """Return the callback, with the counter of the checkpoint, which the trainer does not restore."""
+    callback = EarlyStopping(patience)
     if checkpoint is not None:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        saved = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+        by_class = state.get("stateful_callbacks", {})
+        # Checkpoints of earlier versions have the name of transformers' class.
+        saved = by_class.get(EarlyStopping.__name__) or by_class.get(EarlyStoppingCallback.__name__) or {}
         saved = saved[0] if isinstance(saved, list) else saved
         callback.early_stopping_patience_counter = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
     return callback

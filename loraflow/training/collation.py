@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NotRequired, TypedDict, TypeGuard
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from loraflow.data.token_labels import IGNORED
 from loraflow.data.token_rows import Document, TokenRows
+from loraflow.training.token_keys import lengths_of_documents, spread, token_keys
 
 
 class Grid(TypedDict):
@@ -26,6 +28,8 @@ class Grid(TypedDict):
     attention_mask: NotRequired[Tensor]
     position_ids: NotRequired[Tensor]
     loss_weights: NotRequired[Tensor]  # float32, of the labels; absent: 1 for all
+    token_keys: NotRequired[Tensor]  # see MicroBatch
+    document_lengths: NotRequired[Tensor]
 
 
 Weights = Sequence[
@@ -56,6 +60,7 @@ class RowNumber(TypedDict):
     """An item of the stock trainer's dataset: the number of a training or validation row."""
 
     row: int
+    position: NotRequired[int]  # in the order of training
     validation: NotRequired[bool]
 
 
@@ -218,11 +223,36 @@ def learned_weights(rows: Sequence[list[Document]], weights: Weights) -> Tensor:
     return torch.from_numpy(np.concatenate(found))
 
 
-class RowCollator:
-    """Data collator of the stock trainer: turns row numbers into padded or packed grids. Validation rows are not packed."""
+@dataclass(frozen=True)
+class NoiseKeys:
+    """What the keys of the training tokens are computed from, for NEFTune's noise."""
 
-    def __init__(self, train: TokenRows, validation: TokenRows | None, pad_id: int, *, with_positions: bool = False):
+    seed: int
+    global_batch: int  # rows of an optimizer step
+
+
+class RowCollator:
+    """Data collator of the stock trainer: turns row numbers into padded or packed grids. Validation rows are not packed.
+
+    Args:
+        train: the training rows.
+        validation: the validation rows, or None.
+        pad_id: the token id of the padding.
+        with_positions: whether padded rows get position ids that show where a document ends.
+        noise: add to training rows what NEFTune's noise is computed from; None adds nothing.
+    """
+
+    def __init__(
+        self,
+        train: TokenRows,
+        validation: TokenRows | None,
+        pad_id: int,
+        *,
+        with_positions: bool = False,
+        noise: NoiseKeys | None = None,
+    ):
         self.train, self.validation, self.pad_id, self.with_positions = train, validation, pad_id, with_positions
+        self.noise = noise
 
     def __call__(self, examples: list[RowNumber]) -> Grid:
         """Return the grid of the rows."""
@@ -231,8 +261,21 @@ class RowCollator:
         rows = [source[int(example["row"])] for example in examples]
         weights = [source.weights(int(example["row"])) for example in examples]
         if source.row_length:
-            return packed(rows, source.row_length, self.pad_id, weights)
-        return padded(rows, self.pad_id, weights, with_positions=self.with_positions)
+            grid = packed(rows, source.row_length, self.pad_id, weights)
+        else:
+            grid = padded(rows, self.pad_id, weights, with_positions=self.with_positions)
+        if self.noise is not None and source is self.train:
+            width, size = grid["input_ids"].shape[1], grid["input_ids"].numel()
+            lengths = lengths_of_documents(rows)
+            keys = [self._keys(example, len(of_row)) for example, of_row in zip(examples, lengths, strict=True)]
+            grid["token_keys"], grid["document_lengths"] = spread(keys, width, size), spread(lengths, width, size)
+        return grid
+
+    def _keys(self, example: RowNumber, tokens: int) -> NDArray[np.int32]:
+        """Return the keys of a training row's tokens."""
+        assert self.noise is not None
+        step, index = divmod(int(example["position"]), self.noise.global_batch)
+        return token_keys(self.noise.seed, step, index, tokens)
 
 
 EVA_BATCH = 16  # documents per batch: EVA needs more supervised tokens than ranks in each batch

@@ -2,8 +2,8 @@
 
 Each number of a token's embedding gets noise that is uniform in ±alpha / sqrt(L · d), for a document of L tokens and
 embeddings of width d. transformers takes L from the batch: there, noise becomes weaker where rows are padded or several
-documents are in one row, and is drawn anew for another size of the micro-batch. Here L is the document's own length, as in
-the paper, and the noise is a function of (seed, step, token, feature), as dropout's masks are.
+documents are in one row, and is drawn anew for another size of the micro-batch. Here, with both engines, L is the document's
+own length, as in the paper, and the noise is a function of (seed, step, token, feature), as dropout's masks are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def add_noise(embedded: Tensor, token_keys: Tensor, document_lengths: Tensor, al
 
     Args:
         embedded: of the tokens [rows, tokens, width].
-        token_keys: of each token [rows · tokens], int32; see `StepDataset.token_keys`.
+        token_keys: of each token [rows · tokens], int32; see `token_keys`.
         document_lengths: the number of tokens of each token's document [rows · tokens]; 0 for padding, which has no noise.
         alpha: `training_config.neftune_noise_alpha`.
     """

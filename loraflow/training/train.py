@@ -19,7 +19,7 @@ from loraflow.config.stage_configs import TrainConfig
 from loraflow.hardware.device import peak_gpu_gib
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
-from loraflow.training.callbacks import refuse_non_finite, warn_of_untrained
+from loraflow.training.callbacks import StoppedEarly, refuse_non_finite, warn_of_untrained
 from loraflow.training.engine import build_trainer
 from loraflow.training.memory_parts import MemoryParts, MicroBatch, training_parts
 from loraflow.training.out_of_memory import explain_out_of_memory
@@ -53,9 +53,9 @@ def run(job: Job[TrainConfig], inputs: Inputs, out: Path, progress: Progress) ->
     if setup.group.is_main and setup.shape is not None:
         progress.expect_memory(_expected_memory(setup, setup.shape, built.choices).as_bytes())
     with explain_out_of_memory(json.dumps(choices), retry_with=built.micro_batch.retry_with()):
-        result = trainer.train(resume_from_checkpoint=str(setup.resumed_from) if setup.resumed_from else None)
+        mean_loss = _train(setup, built)
     setup.preemption.raise_if_requested(trainer.state.global_step)
-    refuse_non_finite(trainer.model, setup.steps.total)
+    refuse_non_finite(trainer.model, trainer.state.global_step)
     setup.group.barrier()
     if not setup.group.is_main:
         return Summary()
@@ -67,16 +67,28 @@ def run(job: Job[TrainConfig], inputs: Inputs, out: Path, progress: Progress) ->
     losses = _logged_losses(setup.work)
     return Summary(
         figures={
-            "steps": setup.steps.total,
-            "epochs": round(setup.steps.total / setup.steps.per_epoch, 3),
+            "steps": trainer.state.global_step,  # fewer than planned after early stopping
+            "epochs": round(trainer.state.global_step / setup.steps.per_epoch, 3),
             "trainable_parameters": trainable,
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
-            "mean_loss_of_last_attempt": result.training_loss,
+            "mean_loss_of_last_attempt": mean_loss,
             "resumed_at": setup.resumed_step,
         },
         facets={"adapter": ["adapter/"]},
     )
+
+
+def _train(setup: TrainingSetup, built: BuiltTrainer) -> float | None:
+    """Train from the checkpoint, if there is one; return the mean loss of the steps, or None if none was left."""
+    trainer = built.trainer
+    try:
+        result = trainer.train(resume_from_checkpoint=str(setup.resumed_from) if setup.resumed_from else None)
+    except StoppedEarly:
+        if trainer.state.best_model_checkpoint is not None:  # as transformers does after the last step
+            trainer._load_best_model()
+        return None
+    return float(result.training_loss)
 
 
 def _log_start(setup: TrainingSetup, trainable: int, parameters: int, choices: dict[str, JsonValue]) -> None:

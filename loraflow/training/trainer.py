@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -88,6 +89,7 @@ class StockTrainer(LoraPlusTrainer):
         train_rows: row numbers in the order of training.
         validation_rows: how many validation rows there are.
         collator: turns row numbers into a batch.
+        noise_alpha: the scale of NEFTune's noise; None trains without it.
         model: a model of transformers, or with loralib's layers; without peft's adapter.
         args: see SFTTrainer, down to `callbacks`.
         processing_class: the tokenizer.
@@ -101,6 +103,7 @@ class StockTrainer(LoraPlusTrainer):
         train_rows: NDArray[np.int64],
         validation_rows: int,
         collator: RowCollator,
+        noise_alpha: float | None = None,
         model: PreTrainedModel,
         args: SFTConfig,
         processing_class: PreTrainedTokenizerBase,
@@ -109,7 +112,7 @@ class StockTrainer(LoraPlusTrainer):
     ):
         validation = list(range(validation_rows))
         super().__init__(
-            train_dataset=_dataset({"row": train_rows.tolist()}),
+            train_dataset=_dataset({"row": train_rows.tolist(), "position": list(range(len(train_rows)))}),
             eval_dataset=_dataset({"row": validation, "validation": [True] * validation_rows}),
             data_collator=collator,
             model=model,
@@ -118,6 +121,20 @@ class StockTrainer(LoraPlusTrainer):
             peft_config=peft_config,
             callbacks=callbacks,
         )
+        self._noise: tuple[Tensor, Tensor] | None = None  # keys and documents' lengths of the next batch's tokens
+        if noise_alpha is not None:
+            get_base_model = getattr(self.model, "get_base_model", None)
+            causal: PreTrainedModel = self.model if get_base_model is None else get_base_model()
+            causal.get_input_embeddings().register_forward_hook(partial(self._with_noise, noise_alpha))
+
+    def _with_noise(
+        self, alpha: float, module: torch.nn.Module, inputs: tuple[Tensor, ...], embedded: Tensor
+    ) -> Tensor:
+        """Return the embeddings of a training batch with NEFTune's noise. A forward hook."""
+        if self._noise is None or not module.training:
+            return embedded
+        keys, document_lengths = self._noise
+        return add_noise(embedded, keys, document_lengths, alpha)
 
     def _get_num_items_in_batch(self, batch_samples: list[Grid], device: torch.device) -> Tensor | int | None:
         """Return the number of supervised tokens of an optimizer step on all devices; with weights, their sum."""
@@ -138,6 +155,8 @@ class StockTrainer(LoraPlusTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, _Outputs]:
         """Return trl's loss. With weights, it is the weighted mean over the tokens of the optimizer step."""
+        keys, document_lengths = inputs.pop("token_keys", None), inputs.pop("document_lengths", None)
+        self._noise = None if keys is None or document_lengths is None else (keys, document_lengths)
         if "loss_weights" in inputs:
             weights = label_weights(inputs)
             count = (inputs["labels"][:, 1:] != IGNORED).sum()

@@ -178,6 +178,36 @@ def test_special_tokens_of_a_tokenizers_class_are_recorded_in_the_base(tmp_path,
     assert any(RECORD.startswith(prefix) for prefix in summary.facets["tokenizer"]), "part of tokenize's fingerprint"
 
 
+OTHER_ENDS = (  # earlier answers are closed by another token than the last one, as gpt-oss's
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{{ '<|endoftext|>' if loop.last and m['role'] == 'assistant' else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "is_other"), [(OTHER_ENDS, True), (PHI3_TEMPLATE, False)])
+def test_tokenize_depends_on_the_stop_ids_where_the_template_makes_chats_depend_on_them(
+    tmp_path, phi3, template, is_other
+):
+    """Two-turn chats are refused if generation would not stop at the end of the first answer."""
+    facets, refused = [], []
+    for name, tokens in (("one", ["<|endoftext|>"]), ("two", ["<|endoftext|>", "<|end|>"])):
+        base = shutil.copytree(phi3, tmp_path / name)
+        (base / "chat_template.jinja").write_text(template)
+        ids = [ChatTemplate(base).tokenizer.token_to_id(token) for token in tokens]
+        for file in ("generation_config.json", "config.json"):
+            values = json.loads((base / file).read_text())
+            (base / file).write_text(json.dumps({**values, "eos_token_id": ids}))
+        facets.append(resolve_base(base, tmp_path / f"{name}-out").facets["tokenizer"])
+        chat = [{"role": role, "content": "one"} for role in ("user", "assistant") * 2]
+        try:
+            ChatTemplate(tmp_path / f"{name}-out").encode([chat], "assistant")
+        except BadModel:
+            refused.append(name)
+    assert refused == (["one"] if is_other else [])
+    assert all(("generation_config.json" in facet) == is_other for facet in facets)
+
+
 def harm(folder: Path, what: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     if what == "pickle":

@@ -32,6 +32,7 @@ def test_each_condition_on_answers_that_meet_it_and_on_those_that_do_not():
     assert (
         passed(['{"a": 1, "b": null}', '{"a": 1}', "[1]", "{", "", "null", "[" * 100_000], json_fields=("a", "b")) == 1
     )
+    assert passed(['{"a": NaN}', '{"a": -Infinity}', '{"a": "NaN"}'], json_fields=("a",)) == 1, "no JSON"
     assert passed(['{"a": 1}', "{}", "[]"], json_fields=()) == 2
 
 

@@ -1,6 +1,7 @@
 """The newest dataset of a branch, of real repositories."""
 
 import json
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -166,3 +167,32 @@ def test_a_missing_branch_is_refused_with_those_that_exist(repos):
     with pytest.raises(BadConfig, match="no such branch") as error:
         branch.find_newest_commit(str(worker), "master")
     assert error.value.expected == "one of main, next" and "branch: main" in error.value.next_step
+
+
+def test_a_project_in_a_folder_of_a_repository_reads_its_own_pin_of_a_revision(tmp_path, monkeypatch):
+    """git takes REVISION:PATH from the top of the repository, where another project has a dataset of the same name."""
+    repository, project = tmp_path / "repository", tmp_path / "repository" / "project"
+    project.mkdir(parents=True)
+    git(repository, "init", "-q", "-b", "main")
+    for key, value in (("user.name", "a"), ("user.email", "a@b.c")):
+        git(repository, "config", key, value)
+    run_dvc("init", cwd=repository)
+    for folder, rows in ((repository, 1), (project, 2)):
+        (folder / "data").mkdir()
+        (folder / "data" / "train.jsonl").write_text('{"text": "a"}\n' * rows)
+        run_dvc("add", "data", cwd=folder)
+    git(repository, "add", "-A")
+    git(repository, "commit", "-qm", "two projects")
+    expected = dvc.work_tree_md5(project / "data")
+    monkeypatch.chdir(project)
+    settings = branch.newest_settings(parse_recipe("name: t\nbase: {model: x}", name="t").data, "main")
+    newest = (settings["data.repo"], settings["data.rev"])
+    for repo, rev in ((".", None), (".", "main"), (str(project), "HEAD"), newest):
+        assert dvc.read_pin(repo, "data.dvc", rev).md5 == expected
+    assert dvc.read_pin(str(repository), "project/data.dvc", "main").md5 == expected
+    shutil.rmtree(project / "data")
+    for number, (repo, rev) in enumerate([(".", None), newest]):
+        out = tmp_path / str(number)
+        out.mkdir()
+        dvc.fetch(repo, dvc.read_pin(repo, "data.dvc", rev), rev, out, HashMemo(None))
+        assert (out / "train.jsonl").read_text().count("\n") == 2

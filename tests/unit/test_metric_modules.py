@@ -84,6 +84,22 @@ def test_json_fields_scores_validity_and_field_f1(prediction, valid, f1):
     assert rows["field_f1"] == [pytest.approx(f1)]
 
 
+@pytest.mark.parametrize(
+    ("prediction", "reference", "valid", "f1"),
+    [
+        ('{"a.b": 1}', '{"a": {"b": 1}}', 1.0, 0.0),
+        ('{"a[]": 1}', '{"a": [1]}', 1.0, 0.0),
+        ('{"a": {"b": 1}}', '{"a": {"b": 1}}', 1.0, 1.0),
+        ('{"a": NaN}', '{"a": null}', 0.0, 0.0),
+        ('{"a": 1, "b": -Infinity}', '{"a": 1}', 0.0, 0.0),
+    ],
+)
+def test_json_fields_are_those_of_json(prediction, reference, valid, f1):
+    """A key with a point is not a path; NaN and Infinity are not in https://www.rfc-editor.org/rfc/rfc8259#section-6."""
+    _, rows = compute("json_fields", [prediction], [reference])
+    assert (rows["json_valid"], rows["field_f1"]) == ([valid], [f1])
+
+
 def test_token_loss_is_weighted_by_tokens():
     values, rows = compute("token_loss", [2.0, 30.0], [2, 10])
     assert values["token_loss"] == pytest.approx(32 / 12)

@@ -64,3 +64,17 @@ def test_the_micro_batch_does_not_change_a_training_with_noise(base, straight, t
     apart, _ = run(base, shards, tmp_path / "b", runtime__micro_batch=1, **noisy)
     assert same(together, apart, 2e-5)
     assert not same(together, plain, 1e-3)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_stock_engine_has_the_same_noise(base, straight, tmp_path, packing):  # noqa: F811
+    """The fingerprint does not contain the engine. transformers' noise is as weak as the batch is long."""
+    shards = tokenize(base, tmp_path / "packed", training_config__packing=True) if packing else straight[0]
+    noisy = {
+        "training_config__neftune_noise_alpha": ALPHA,
+        "training_config__packing": packing,
+        "training_config__max_steps": 3,
+    }
+    fast, _ = run(base, shards, tmp_path / "fast", **noisy)
+    stock, _ = run(base, shards, tmp_path / "stock", runtime__engine="stock", runtime__micro_batch=2, **noisy)
+    assert same(fast, stock, 1e-4)

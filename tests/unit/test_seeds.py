@@ -103,7 +103,10 @@ def test_deviation_is_that_of_the_reported_values_and_shown_for_each_seed():
     [found] = seed_scores(values)
     assert (found.mean, found.deviation) == (pytest.approx(0.7), pytest.approx(statistics.stdev([0.5, 0.7, 0.9])))
     lines = list(seed_lines([found]))
-    assert "| exact_match | 0.500 | 0.700 | 0.900 | 0.700 | 0.200 |" in lines and "The model of seed 42 is registered" in lines[2]
+    assert (
+        "| exact_match | 0.500 | 0.700 | 0.900 | 0.700 | 0.200 |" in lines
+        and "The model of seed 42 is registered" in lines[2]
+    )
     assert not list(seed_lines([]))
 
 

@@ -302,12 +302,13 @@ def test_scores_of_calls_are_the_name_the_arguments_and_the_schema():
         text(call("Rom", days="x")),
         "Rain.",
         "<tool_call>{",
+        text(call("Rom", days=float("nan"))),
     ]
-    scores = compute("tool_calls", [*answers, "Rain."], [expected] * 5 + [reference()])
-    assert scores.rows["tool_name"] == [1, 1, 1, 0, 0, 1]
-    assert scores.rows["tool_arguments_f1"] == [1, 0.5, 0.5, 0, 0, 1]
-    assert scores.rows["valid_call_rate"] == [1, 1, 0, 0, 0, 1]
-    assert scores.values["tool_name"] == pytest.approx(4 / 6)
+    scores = compute("tool_calls", [*answers, "Rain."], [expected] * 6 + [reference()])
+    assert scores.rows["tool_name"] == [1, 1, 1, 0, 0, 1, 1]
+    assert scores.rows["tool_arguments_f1"] == [1, 0.5, 0.5, 0, 0, 0.5, 1]
+    assert scores.rows["valid_call_rate"] == [1, 1, 0, 0, 0, 0, 1]
+    assert scores.values["tool_name"] == pytest.approx(5 / 7)
 
 
 def test_the_reference_of_a_call_is_its_text_as_the_model_generates_it(template_of):  # noqa: F811

@@ -234,6 +234,34 @@ def test_the_validation_loss_selects_the_best_checkpoint(base, tmp_path):
     assert [row["step"] for row in curve if "eval_loss" in row] == [2, 4, 6]
 
 
+@pytest.mark.parametrize("save_steps", [1, 2])
+def test_a_training_that_stopped_early_is_not_continued_after_an_interruption(base, straight, tmp_path, save_steps):
+    """The reference is transformers: the uninterrupted training. With two steps, the best loss has no checkpoint."""
+    settings = {
+        "data__validation_fraction": 0.1, "training_config__eval_strategy": "steps", "training_config__eval_steps": 1,
+        "training_config__save_steps": save_steps, "training_config__load_best_model_at_end": True, "training_config__max_steps": 6,
+        "training_config__early_stopping_patience": 1, "training_config__learning_rate": 30.0, "training_config__warmup_steps": 0,
+    }  # fmt: skip
+
+    def measured(folder: Path) -> dict[int, float]:
+        curve = [json.loads(line) for line in (folder / "out" / "telemetry" / "curves.jsonl").read_text().splitlines()]
+        return {row["step"]: row["eval_loss"] for row in curve if "eval_loss" in row}
+
+    uninterrupted, _ = run(base, straight[0], tmp_path / "a", **settings)
+    losses = measured(tmp_path / "a")
+    stopped = max(losses)
+    assert 1 < stopped < 6 and losses[stopped] > min(losses.values())
+    with pytest.raises(Preempted):
+        run(base, straight[0], tmp_path / "b", StopAt(stopped, tmp_path / "b" / "work"), **settings)
+    job = make_job("train", recipe(**settings), {"tokens": REF, "base": REF})
+    out, work = tmp_path / "b" / "out", tmp_path / "b" / "work"
+    summary = train.run(
+        job, Inputs({"tokens": straight[0], "base": base}), out, Progress(work / "progress.jsonl", work)
+    )
+    assert same(uninterrupted, load_file(out / "adapter" / "adapter_model.safetensors"))
+    assert measured(tmp_path / "b") == losses and summary.figures["steps"] == stopped
+
+
 BEST = {
     "data__validation_fraction": 0.1, "training_config__eval_strategy": "steps", "training_config__eval_steps": 2,
     "training_config__load_best_model_at_end": True, "training_config__learning_rate": 3.0,

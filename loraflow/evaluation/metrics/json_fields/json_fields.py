@@ -11,21 +11,26 @@ import datasets
 import evaluate
 
 
+def refuse(constant):
+    """Refuse NaN and Infinity, which Python reads and other parsers of JSON do not."""
+    raise ValueError(constant)
+
+
 def parse(text):
     """Return the object, or None if the text is no JSON object."""
     try:
-        value = json.loads(text.strip())
+        value = json.loads(text.strip(), parse_constant=refuse)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
-def fields(value, path=""):
-    """Return an object's fields as a multiset of (path, value)."""
+def fields(value, path=()):
+    """Return an object's fields as a multiset of (path, value). In a path, 0 stands for a list's items."""
     if isinstance(value, dict) and value:
-        return sum((fields(item, path + "." + key) for key, item in value.items()), collections.Counter())
+        return sum((fields(item, (*path, key)) for key, item in value.items()), collections.Counter())
     if isinstance(value, list) and value:
-        return sum((fields(item, path + "[]") for item in value), collections.Counter())
+        return sum((fields(item, (*path, 0)) for item in value), collections.Counter())
     return collections.Counter([(path, json.dumps(value, sort_keys=True))])
 
 

@@ -25,10 +25,11 @@ def fields(calls):
 
 
 def fits(calls, tools):
-    """Tell whether calls fit the schemas of their tools."""
+    """Tell whether calls are JSON, which has no NaN and Infinity, and fit the schemas of their tools."""
     try:
+        json.dumps(calls, allow_nan=False)
         fitting_calls([{"type": "function", "function": call} for call in calls], tools, "")
-    except BadRow:
+    except (BadRow, ValueError):
         return False
     return True
 
