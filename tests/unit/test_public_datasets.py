@@ -41,6 +41,7 @@ def r1(answer_number, verified, complete=(True, True), llama=None):
     return {"problem": "q", "generations": ["a", "b"], **judged, "messages": [user("q"), answer("ab"[answer_number])]}
 
 
+PASSAGE = "The contract runs for two years. Either party may end it with a notice of three months."
 GLAIVE = (
     "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n"
     + json.dumps(FUNCTION, indent=4)
@@ -108,12 +109,20 @@ SHAPES = {
     # what belongs to the question
     "earlier turns beside a question": ([{"query": "r", "response": "b", "history": [["q", "a"]]}], [TWO]),
     "earlier turns that are no pairs": ([{"prompt": "r", "completion": "b", "history": ["q", "a"]}], [REFUSED]),
-    "a task beside a question": ([{"task_name": "t", "definition": "d", "inputs": "q", "targets": "a"}], [["u: d\n\nq", "a: a"]]),
-    "LegalBench": ([{"index": "0", "contract": "c c", "question": "q", "answer": "Yes"}], [["u: q\n\nc c", "a: Yes"]]),
+    "a task beside a question": ([{"task_name": "t", "definition": said, "inputs": "q", "targets": "a"} for said in (PASSAGE, PASSAGE, "d")],
+                                [*[[f"u: {PASSAGE}\n\nq", "a: a"]] * 2, ["u: d\n\nq", "a: a"]]),
+    "LegalBench": ([{"index": "0", "contract": PASSAGE, "question": "q", "answer": "Yes"}], [[f"u: q\n\n{PASSAGE}", "a: Yes"]]),
     "HotpotQA": ([{"question": "q", "answer": "a", "context": {"title": ["t"], "sentences": [["s"]]}}], [REFUSED]),
     "a passage in the prompt": ([{"prompt": "The text  it says. q", "context": "the text it says.", "completion": "a"}],
                                 [["u: The text  it says. q", "a: a"]]),
-    "a passage beside the prompt": ([{"prompt": "q", "context": "the text", "completion": "a"}], [["u: q\n\nthe text", "a: a"]]),
+    "a passage beside the prompt": ([{"prompt": "q", "context": PASSAGE, "completion": "a"}], [[f"u: q\n\n{PASSAGE}", "a: a"]]),
+    "a passage that some rows have": ([{"prompt": "q", "context": text, "completion": "a"} for text in (PASSAGE, "x", "y")],
+                                      [REFUSED, QA, QA]),
+    "an empty input beside a passage": ([{"instruction": "q", "input": "", "document": PASSAGE, "output": "a"}], [REFUSED]),
+    "an input beside a context": ([{"input": "q", "output": "a", "context": PASSAGE}], [[f"u: q\n\n{PASSAGE}", "a: a"]]),
+    "a question beside input and context": ([{"query": "q", "response": "a", "context": PASSAGE, "input": "7"}], [[f"u: q\n\n{PASSAGE}", "a: a"]]),
+    "SQL": ([{"question": "q", "context": "CREATE TABLE head (age INTEGER)", "answer": "a"}], [["u: q\n\nCREATE TABLE head (age INTEGER)", "a: a"]]),
+    "a copy of the answer": ([{"prompt": "q", "completion": PASSAGE, "story": PASSAGE}], [["u: q", f"a: {PASSAGE}"]]),
     "solutions beside results": ([{"question": "q", "solution": "2 + 2 is 4.", "answer": "4"}], [["u: q", "a: 2 + 2 is 4."]]),
     "two answers": ([{"question": "q", "solution": "three", "answer": "4"}], [REFUSED]),
     "a guess beside a corrected answer": ([{"question": "q", "answer": "a", "corrected_answer": "b"}], [REFUSED]),
@@ -154,7 +163,7 @@ LOST = ["context", "input", "passage", "article", "document", "question", "premi
 @pytest.mark.parametrize("key", LOST)
 @pytest.mark.parametrize("keys", [("prompt", "completion"), ("prompt", "response"), ("instruction", "output")])
 def test_a_text_that_the_prompt_lacks_is_refused_with_the_columns_that_read_it(tmp_path, key, keys):
-    row = {keys[0]: "q", keys[1]: "a", key: "some words"}
+    row = {keys[0]: "q", keys[1]: "a", key: PASSAGE}
     if keys[0] == "instruction" and key in ("context", "input"):
         return  # Alpaca's own
     read(tmp_path, [row])
@@ -162,27 +171,74 @@ def test_a_text_that_the_prompt_lacks_is_refused_with_the_columns_that_read_it(t
     assert refused.problem.startswith(f"{key} has a text that the prompt lacks")
     columns = dict(re.findall(r"(\w+): (\w+)", refused.problem.partition("{")[2].partition("}")[0]))
     (found,) = read_rows(tmp_path, ["t.jsonl"], "auto", columns)
-    assert outcome(found) == ["u: q\n\nsome words", "a: a"]
+    assert outcome(found) == [f"u: q\n\n{PASSAGE}", "a: a"]
     (found,) = read_rows(tmp_path, ["t.jsonl"], "auto", ignore=[key])
     assert outcome(found) == QA
-    for prompt in ("q: Some  words?", "q"):  # the prompt has it, or the answer
-        (tmp_path / "t.jsonl").write_text(
-            json.dumps({**row, keys[0]: prompt, keys[1]: "Some words" if prompt == "q" else "a"})
-        )
+    for prompt, said, is_read in (
+        (f"q: {PASSAGE.upper()}?", "a", True),
+        ("q", f"It says: {PASSAGE}", False),  # an answer that quotes it needs it
+    ):
+        (tmp_path / "t.jsonl").write_text(json.dumps({**row, keys[0]: prompt, keys[1]: said}))
         (found,) = read_rows(tmp_path, ["t.jsonl"], "auto")
-        assert found.messages
+        assert (found.messages is not None) is is_read
 
 
-@pytest.mark.parametrize(
-    "extra", [{"document": "report.pdf"}, {"context": "sad"}, {"input": "<noinput>"}, {"contexts": []}, {"table": None}]
-)
-def test_names_and_blanks_are_no_part_of_a_question(tmp_path, extra):
-    assert [outcome(row) for row in read(tmp_path, [{"prompt": "q", "completion": "a", **extra}])] == [QA]
+METADATA = [
+    ("document", "169e7c22-0f1b-4a6e-9a51-4f0f8a3b7c11"), ("document", "annual_report_1.pdf"), ("document", "Annual Report 2023.pdf"),
+    ("context", "customer-support"), ("context", "sad"), ("table", "user_accounts"), ("schema", "chat_v2"), ("definition", "gen-2"),
+    ("story", "ABC-1"), ("story", "Chapter 1"), ("article", "https://en.wikipedia.org/wiki/A_1"), ("documents", ["doc1.pdf", "doc2.pdf"]),
+    ("contexts", ["https://x.y/z"]), ("passages", {"id": "17"}), ("problem", "word problem"), ("transcript", "calls/2024/call_0.wav"),
+    ("background", "Software engineer, 5 years"), ("body", "mail-0"), ("facts", "politics, economy, europe, elections, parliament, budget, taxes, law,"),
+    ("input", "<noinput>"), ("contexts", []), ("table", None), ("documents", [f"report {n} of 2023.pdf" for n in range(20)]),
+    ("document", " ".join(f"/data/2024/report_{n}.pdf" for n in range(20))), ("document", "d41d8cd9 8f00b204 e9800998 ecf8427e " * 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), METADATA, ids=lambda value: str(value)[:30])
+def test_ids_names_and_categories_are_no_part_of_a_question(tmp_path, key, value):
+    for asked, said in (("prompt", "completion"), ("instruction", "output"), ("question", "answer")):
+        if isinstance(value, list | dict) and value and asked == "question":
+            continue  # nothing is guessed beside them
+        if (asked, key) in (("instruction", "context"), ("instruction", "input"), ("question", "input")):
+            continue  # Alpaca's own
+        (row,) = read(tmp_path, [{asked: "q", said: "a", key: value}])
+        assert outcome(row) == QA and row.unused_keys == ((key,) if value else ())
+
+
+def test_an_input_that_is_a_number_and_a_question_in_other_words_are_named_as_not_read(tmp_path):
+    (tmp_path / "t.csv").write_text("prompt,completion,input\nq,a,1000\n")
+    (row,) = read_rows(tmp_path, ["t.csv"], "auto")
+    assert outcome(row) == QA and row.unused_keys == ("input",)
+    question = "Which city is the capital of France, the country that has a flag of blue, white and red?"
+    prompt = "Tell me the capital of the country France, whose flag has three colours."
+    (row,) = read(tmp_path, [{"prompt": prompt, "completion": "a", "question": question}])
+    assert row.messages and row.unused_keys == ("question",)
 
 
 def test_passages_in_a_list_must_be_in_the_prompt(tmp_path):
-    rows = [{"prompt": said, "completion": "a", "contexts": ["one text", "two"]} for said in ("q", "q: one text")]
-    assert [outcome(row) for row in read(tmp_path, rows)] == [REFUSED, ["u: q: one text", "a: a"]]
+    other = "Nobody knows whether the old lighthouse still stands on that island."
+    passages = (
+        [PASSAGE, other],
+        [{"title": "notice", "text": PASSAGE}],
+        {"title": ["notice"], "sentences": [[PASSAGE]]},
+    )
+    for contexts in passages:
+        rows = [{"prompt": said, "completion": "a", "contexts": contexts} for said in ("a notice?", f"q: {PASSAGE}")]
+        assert [outcome(row) for row in read(tmp_path, rows)] == [REFUSED, [f"u: q: {PASSAGE}", "a: a"]]
+
+
+def test_the_columns_of_a_passage_are_named_only_if_each_row_can_be_read_by_them(tmp_path):
+    rows = [{"prompt": "q", "contract": PASSAGE, "completion": "a"}] * 3
+    assert [outcome(row)[0] for row in read(tmp_path, rows)] == [f"u: q\n\n{PASSAGE}"] * 3
+    assert [outcome(row) for row in read(tmp_path, [*rows, {"prompt": "q", "completion": "a"}])] == [REFUSED] * 3 + [QA]
+
+
+def test_a_column_that_the_recipe_reads_as_the_input_does_not_hide_the_column_input(tmp_path):
+    row = {"instruction": "q", "input": PASSAGE, "document": "another text", "output": "a"}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    columns = {"instruction": "instruction", "input": "document", "output": "output"}
+    (found,) = read_rows(tmp_path, ["t.jsonl"], "auto", columns)
+    assert found.problem.startswith("input has a text that the prompt lacks: write it there")
 
 
 def test_the_parameters_of_xlam_become_a_json_schema(tmp_path):
