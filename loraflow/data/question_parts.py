@@ -158,6 +158,8 @@ def _way_out(
 
 def is_passage(text: str) -> bool:
     """Tell whether a text is a passage: several words in sentences or of some length; no id, name, path, or list of tags."""
+    if len(text) < 2 * MIN_WORDS:
+        return False
     shape = _shape(text)
     is_long = len(text.strip()) + 2 * shape.wide >= MIN_LENGTH or shape.sentences >= 2
     return shape.words >= MIN_WORDS and is_long and 2 * shape.words >= shape.tokens and not shape.is_listed

@@ -3,14 +3,17 @@
 The keys are those of the datasets' own pages; the expected chats are written by hand.
 """
 
+import contextlib
 import json
 import re
 import shutil
 import subprocess
+import time
 
 import pytest
 
-from loraflow.data.chat_formats import to_prompt
+from loraflow.data.chat_formats import read_chat, to_prompt
+from loraflow.data.chats import BadRow
 from loraflow.data.guess_columns import columns_of
 from loraflow.data.readers import read_rows
 from tests.unit.test_published_shapes import FUNCTION, OUT, QA, REFUSED, answer, human, outcome, read, user
@@ -62,9 +65,24 @@ SHAPES = {
     "HH that ends with a question": ([{"text": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r"}], [REFUSED]),
     "a label in an answer": ([{"text": "\n\nHuman: q\n\nAssistant: a\n\nAssistant: b"}], [REFUSED]),
     "a text about labels": ([{"text": "It begins with Human: and Assistant: follows."}], [REFUSED]),
-    "Nectar's prompt": ([{"prompt": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: ", "response": " b"}], [TWO]),
+    "Nectar's prompt": ([{"prompt": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: ", "response": " b"}], [[*TWO[:3], "a:  b"]]),
     "BELLE": ([{"instruction": "Human:q\nAssistant:a\nHuman:r\nAssistant:", "input": "", "output": "b"}], [TWO]),
     "HelpSteer2 with earlier turns": ([{"prompt": "q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nr", "response": "b"}], [TWO]),
+    "HelpSteer2 with the label of the answer": (
+        [{"prompt": f"q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nr\n<extra_id_1>Assistant{end}", "response": "b"} for end in ("\n", "")], [TWO, TWO]),
+    "a prompt about ChatML": ([{"prompt": "<|im_start|> is a token of ChatML. Why?", "completion": "a"}], [["u: <|im_start|> is a token of ChatML. Why?", "a: a"]]),
+    "an answer with labels and white space": (
+        [{"prompt": f"{begin}Human: q{between}Assistant:", "completion": said}
+         for begin, between in (("", "\n\n"), ("### ", "### ")) for said in ("  x:\n\nHuman: h\n\nAssistant: i", "### Human: h### Assistant: i")],
+        [["u: q", f"a: {said}"] for _ in range(2) for said in ("  x:\n\nHuman: h\n\nAssistant: i", "### Human: h### Assistant: i")]),
+    "an answer of ChatML": (
+        [{"prompt": f"<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant{line}", "completion": said}
+         for line in ("\n", "") for said in ("  a<|im_end|>\n", "a<|im_end|>\n<|im_start|>user\nr")],
+        [["u: q", "a:   a"], REFUSED] * 2),
+    "ChatML with names": ([{"text": text.replace("Q", "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n")} for text in (
+        "<|im_start|>system name=x\nThe rules.<|im_end|>\nQ", "Q<|im_start|>tool name=x\n1<|im_end|>\n", "<|im_start|>user name=x\nq<|im_end|>\nQ", " \nQ")],
+        [REFUSED, REFUSED, REFUSED, QA]),
+    "ChatML with line ends of Windows": ([{"text": "<|im_start|>user\r\nq<|im_end|>\r\n<|im_start|>assistant\r\na<|im_end|>\r\n"}], [QA]),
     "a prompt about a dialogue": ([{"prompt": "Human: hi\n\nAssistant: hello\n\nWho spoke first?", "completion": "a"}],
                                   [["u: Human: hi\n\nAssistant: hello\n\nWho spoke first?", "a: a"]]),
     "rendered by Llama 2": ([{"text": "<s>[INST] q [/INST] a </s>"}], [REFUSED]),
@@ -100,9 +118,9 @@ SHAPES = {
         [{"system": GLAIVE, "chat": "USER: q\n\n\nASSISTANT: <functioncall> {\"name\": \"f\", \"arguments\": '{\"x\": 1}'} <|endoftext|>"
                                     "\n\n\nFUNCTION RESPONSE: 1\n\n\nASSISTANT: a <|endoftext|>\n\n\n"},
          {"system": GLAIVE, "chat": "USER: q\n\n\nASSISTANT: <functioncall> {\"name\": \"f\"} <|endoftext|>\n\n\nFUNCTION RESPONSE: 1\n\n\nASSISTANT: a"},
-         {"system": "SYSTEM: s", "chat": "USER: q\n\n\nASSISTANT: a <|endoftext|>\n\n\n"},
+         {"system": "SYSTEM: s", "chat": "USER: q <|endoftext|> is?\n\n\nASSISTANT: a <|endoftext|>\n\n\n"},
          {"system": GLAIVE, "chat": "USER: q\n\n\nASSISTANT: <functioncall> {\"name\": \"f\", \"arguments\": '{x}'} <|endoftext|>"}],
-        [["u: q", "a: ", "t: 1", "a: a"], ["u: q", "a: ", "t: 1", "a: a"], ["s: s", *QA], REFUSED]),
+        [["u: q", "a: ", "t: 1", "a: a"], ["u: q", "a: ", "t: 1", "a: a"], ["s: s", "u: q <|endoftext|> is?", "a: a"], REFUSED]),
     "smoltalk2": ([{"messages": [user("q"), answer("a")], "chat_template_kwargs": {"custom_instructions": said, **more}}
                    for said, more in (("s", {}), ("", {"enable_thinking": True}), ("", {"python_tools": ["def f(): pass"]}))],
                   [["s: s", *QA], QA, REFUSED]),
@@ -266,6 +284,35 @@ def test_tools_are_read_as_a_list_of_json_texts_and_with_an_input_schema(tmp_pat
         (row,) = read(tmp_path, [{key: value, "messages": [user("q"), answer("a")]}])
         (found,) = row.messages[0]["tools"]
         assert found["function"]["parameters"] == FUNCTION["parameters"] and row.unused_keys == ()
+
+
+def test_quotes_in_the_arguments_of_a_glaive_call_are_read(tmp_path):
+    for written, said in (
+        (r"""'{"t": "it\'s"}'""", "it's"), (r"""'{"t": "a\nb"}'""", "a\nb"), (r"""'{"t": "\\'"}'""", "\\'"), ('{"t": "it\'s"}', "it's"),
+    ):  # fmt: skip
+        chat = f'USER: q\n\n\nASSISTANT: <functioncall> {{"name": "f", "arguments": {written}}} <|endoftext|>'
+        (row,) = read(tmp_path, [{"system": "s", "chat": chat}])
+        assert row.messages[-1]["tool_calls"][0]["function"]["arguments"] == {"t": said}
+
+
+LONG = 100_000
+SLOW = [
+    {"text": f"Human: hi\n\nAssistant: a{chr(10) * LONG}b"}, {"text": f"### Human: hi### Assistant: a{' ' * LONG}b"},
+    {"text": f"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\na{chr(10) * LONG}b<|im_end|>"}, {"text": f"Human: q{chr(10) * LONG}"},
+    {"prompt": f"### Human: hi{chr(10) * LONG}x", "completion": "a"}, {"system": "s", "chat": f"USER: q{chr(10) * LONG}x"},
+    {"system": "s", "chat": 'USER: q\n\n\nASSISTANT: <functioncall> {"name": "f", "arguments": ' + " " * LONG + "x"},
+    {"system": "{}" * LONG, "chat": "USER: q\n\n\nASSISTANT: a"}, {"prompt": "q", "completion": "a", "context": "a." * LONG},
+    {"prompt": "q", "completion": "a", "context": ". " * LONG}, {"prompt": "q", "completion": "a", "context": "." * LONG},
+    {"prompt": "q", "completion": "a", "contexts": [["x"] * LONG]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", SLOW, ids=lambda row: str(row)[:40])
+def test_long_runs_of_white_space_and_signs_are_read_in_linear_time(row):
+    begin = time.process_time()
+    with contextlib.suppress(BadRow):
+        read_chat(row)
+    assert time.process_time() - begin < 2, "quadratic: more than a minute"
 
 
 def test_glaives_tools_are_the_rows_tools(tmp_path):
