@@ -115,7 +115,7 @@ def read_chat(
         read = {*used, *used.values()}
         refuse_media(fields.row, [turn.content for turn in turns], fields.media or media_key(fields.row, read))
         refuse_answers_by_letter(fields.row, messages, read)
-        refuse_lost_parts(fields.row, messages, used, columns)
+        refuse_lost_parts(fields.own, messages, used, columns)
         refuse_rejected(fields.row, messages, fields.chosen_answers())
         refuse_corrected(fields.row, messages, used)
     return ReadChat(messages, learned, weights, unread)

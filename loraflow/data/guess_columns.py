@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from pydantic import JsonValue
 
-from loraflow.data.chat_formats import has_known_keys, to_messages
+from loraflow.data.chat_formats import has_known_keys, read_chat, to_messages
 from loraflow.data.chats import BadRow
+from loraflow.data.marks import MarkedFalse
 from loraflow.data.preference_pairs import refuse_corrected
-from loraflow.data.question_parts import LostPart, question_parts
+from loraflow.data.question_parts import LostPart, is_passage, is_phrase, question_parts
 from loraflow.data.readers import read_values
 
 # usual names of (question, answer), in lower case
@@ -44,25 +47,16 @@ _PAIRS = (
     ("text", "summary"),
 )
 
-# usual names of a text that a question is about, in lower case
-_PASSAGES = (
-    "context",
-    "input",
-    "passage",
-    "paragraph",
-    "document",
-    "article",
-    "story",
-    "premise",
-    "contract",
-    "clause",
-    "transcript",
-    "dialogue",
-    "background",
-    "facts",
-    "body",
-)
-_TASKS = ("instruction", "definition")  # what is to be done with a question or text
+# Usual names of a text that a question is about, in lower case, and what such a text must be. The others of these columns
+# hold ids, file names, categories or metadata.
+_PASSAGES: Mapping[str, Callable[[str], bool]] = {
+    **dict.fromkeys(("context", "input", "passage", "paragraph", "document", "article", "story", "premise"), is_phrase),
+    **dict.fromkeys(("contract", "clause", "transcript", "dialogue", "background", "facts", "body"), is_passage),
+    "input": bool,  # Alpaca's
+}
+# What is to be done with a question or text, and what it must be
+_TASKS: Mapping[str, Callable[[str], bool]] = {"instruction": bool, "definition": is_passage}
+FIRST_ROWS = 50  # that a guess is tested on
 # usual names of (text, class) in sets for classification
 _TEXTS = (
     "text",
@@ -92,33 +86,67 @@ def is_classification(columns: dict[str, str]) -> bool:
 
 
 def columns_of(path: Path, name: str) -> dict[str, str]:
-    """Guess `data.columns` from a file's first row; empty if the row is a chat as it is.
+    """Guess `data.columns` from a file's first rows; empty if its first row is a chat as it is.
 
     Raises:
         BadData: the file cannot be read.
     """
-    for _, value, _ in read_values(path, name):
-        if isinstance(value, BadRow):
-            return {}
-        try:
-            to_messages(value)
-        except LostPart:
-            columns = guess_columns(value)
-            return columns if columns.get("instruction") in ("prompt", "instruction") else {}
-        except BadRow:
-            return {} if isinstance(value, dict) and has_known_keys(value) else guess_columns(value)
+    rows = [value for _, value, _ in islice(read_values(path, name), FIRST_ROWS)]
+    if not rows or not isinstance(rows[0], dict):
         return {}
+    try:
+        to_messages(rows[0])
+    except LostPart:
+        columns = guess_columns(rows[0], rows[1:])
+        return columns if _reads_the_lost_part(columns, rows) else {}
+    except BadRow:
+        columns = {} if has_known_keys(rows[0]) else guess_columns(rows[0], rows[1:])
+        return columns if any(_is_read(_concerned(row, columns), columns, LostPart) for row in rows) else {}
     return {}
 
 
-def guess_columns(row: JsonValue) -> dict[str, str]:
+def _reads_the_lost_part(columns: dict[str, str], rows: Sequence[JsonValue | BadRow]) -> bool:
+    """Tell whether columns add a passage to most prompts, and whether no row lacks one of the columns."""
+    if columns.get("instruction") not in ("prompt", "instruction"):
+        return False
+    objects = [row for row in rows if isinstance(row, dict)]
+    if not all(row.keys() >= set(columns.values()) for row in objects):
+        return False
+    beside = [columns["input"]] if "input" in columns else ["input", "context"]
+    passages = sum(any(isinstance(text := row.get(key), str) and is_passage(text) for key in beside) for row in objects)
+    return 2 * passages > len(objects) and _is_read(rows[0], columns)
+
+
+def _concerned(row: JsonValue | BadRow, columns: dict[str, str]) -> JsonValue | BadRow:
+    """Return a row without the keys that a guess does not concern: marks are judged by the whole file."""
+    if not isinstance(row, dict):
+        return row
+    return {key: value for key, value in row.items() if key in columns.values() or key in ("input", "context")}
+
+
+def _is_read(row: JsonValue | BadRow, columns: dict[str, str], but: type[BadRow] = MarkedFalse) -> bool:
+    """Tell whether a row is read with columns, left out by its marks, or refused for a reason of the type `but`."""
+    if isinstance(row, BadRow):
+        return False
+    try:
+        read_chat(row, "auto", columns)
+    except BadRow as problem:
+        return isinstance(problem, MarkedFalse | but)
+    return True
+
+
+def guess_columns(row: JsonValue, others: Sequence[JsonValue | BadRow] = ()) -> dict[str, str]:
     """Guess `data.columns` from a row: {loraflow's column: the row's column}; empty if no guess fits.
 
     The answer of a recipe's columns is taken as it is. So nothing is guessed beside an answer that was corrected.
+
+    Args:
+        row: the row.
+        others: the rows that follow. A passage must be one in most rows that have the column.
     """
     if not isinstance(row, dict):
         return {}
-    columns = _columns_of(row)
+    columns = _columns_of(row, [row, *(other for other in others if isinstance(other, dict))])
     answer = row.get(columns.get("output", columns.get("completion", "")))
     try:
         if isinstance(answer, str):
@@ -128,7 +156,7 @@ def guess_columns(row: JsonValue) -> dict[str, str]:
     return columns
 
 
-def _columns_of(row: dict[str, JsonValue]) -> dict[str, str]:
+def _columns_of(row: dict[str, JsonValue], rows: Sequence[dict[str, JsonValue]]) -> dict[str, str]:
     names = {name.lower(): name for name in row}
     if question_parts(row):  # an answer without them cannot be learned; a chat has them in its messages
         return _column_of_turns(row)
@@ -138,7 +166,7 @@ def _columns_of(row: dict[str, JsonValue]) -> dict[str, str]:
             answered = _worked_answer(row, names, answered)
             if answered is None:
                 return {}
-            return {**_question_and_answer(names, asked, answered), **_system(row, names)}
+            return {**_question_and_answer(names, asked, answered, rows), **_system(row, names)}
     return _column_of_turns(row) or _columns_of_classes(row, names)
 
 
@@ -150,15 +178,38 @@ def _worked_answer(row: dict[str, JsonValue], names: dict[str, str], answered: s
     return solution if isinstance(result, str) and result.strip() in worked else None
 
 
-def _question_and_answer(names: dict[str, str], asked: str, answered: str) -> dict[str, str]:
+def _question_and_answer(
+    names: dict[str, str], asked: str, answered: str, rows: Sequence[dict[str, JsonValue]]
+) -> dict[str, str]:
     """Return the columns of a question and its answer. A task or context beside it is a part of the prompt: Alpaca's."""
-    if (task := next((names[name] for name in _TASKS if name in names), asked)) != asked:
+    task = _first(_TASKS, names, rows, but=(answered,))
+    if task is not None and task != asked:
         return {"instruction": task, "input": asked, "output": answered}
-    beside = next((names[name] for name in _PASSAGES if name in names and names[name] != asked), None)
+    beside = _first(_PASSAGES, names, rows, but=(asked, answered))
     if beside is None and asked.lower() != "instruction":
         return {"prompt": asked, "completion": answered}
     columns = {"instruction": asked, "output": answered}
-    return columns if beside in (None, "context", "input") else {**columns, "input": beside}
+    is_clear = beside in (None, "context", "input") and not names.keys() >= {"context", "input"}
+    return columns if beside is None or is_clear else {**columns, "input": beside}
+
+
+def _first(
+    kinds: Mapping[str, Callable[[str], bool]],
+    names: dict[str, str],
+    rows: Sequence[dict[str, JsonValue]],
+    but: tuple[str, ...],
+) -> str | None:
+    """Return the first column of a kind whose texts are of that kind in most rows that have a value; None without."""
+    for name, is_kind in kinds.items():
+        column = names.get(name)
+        if column is None or column in but:
+            continue
+        if is_kind is bool:
+            return column
+        texts = [text for row in rows if isinstance(text := row.get(column), str) and text.strip()]
+        if texts and 2 * sum(map(is_kind, texts)) > len(texts):
+            return column
+    return None
 
 
 def _system(row: dict[str, JsonValue], names: dict[str, str]) -> dict[str, str]:

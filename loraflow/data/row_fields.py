@@ -86,6 +86,11 @@ class RowFields:
         return self.value(*names) if any(name in self.row for name in names) else None
 
     @property
+    def own(self) -> RawRow:
+        """The row with its own names, as its file has it, without ignored keys."""
+        return self._own
+
+    @property
     def used(self) -> Mapping[str, str]:
         """The keys that were read: loraflow's name → the row's own; the same unless a recipe names the column."""
         return {key: self._columns.get(key, key) for key in self._used}

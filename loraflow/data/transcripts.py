@@ -23,30 +23,37 @@ class _Dialect(NamedTuple):
     begin: re.Pattern[str]  # of a text
     label: re.Pattern[str]  # before each message; its group is the role
     answer: re.Pattern[str]  # the label of an answer
+    begin_mark: str = ""  # with which each label begins, and nothing else
     end: str = ""  # after each message
 
 
+# No pattern that is searched for begins with white space: a long run of it would be scanned once from each of its places.
 _DIALECTS = (
     # Anthropic's; BELLE has no blank lines
     _Dialect(
-        re.compile(r"\s*Human:"), re.compile(r"(?:\A\s*|\n+)(Human|Assistant):[ \t]?"), re.compile(r"\n+Assistant:")
+        re.compile(r"\s*Human:"),
+        re.compile(r"^(Human|Assistant):[ \t]?", re.MULTILINE),
+        re.compile(r"\nAssistant:"),
     ),
     # openassistant-guanaco
-    _Dialect(
-        re.compile(r"\s*### Human:"), re.compile(r"\s*### (Human|Assistant):[ \t]?"), re.compile(r"### Assistant:")
-    ),
+    _Dialect(re.compile(r"\s*### Human:"), re.compile(r"### (Human|Assistant):[ \t]?"), re.compile(r"### Assistant:")),
     # ChatML
     _Dialect(
         re.compile(r"\s*<\|im_start\|>"),
-        re.compile(r"\s*<\|im_start\|>(\w+)\n"),
-        re.compile(r"<\|im_start\|>assistant\n"),
+        re.compile(r"<\|im_start\|>(\w+)(?:\r?\n|\Z)"),
+        re.compile(r"<\|im_start\|>assistant\r?\n"),
+        "<|im_start|>",
         "<|im_end|>",
     ),
 )
-_NEMO = re.compile(r"\n<extra_id_1>(User|Assistant)\n")  # HelpSteer's, after the first question
-_GLAIVE = re.compile(r"(?:\A|\n\n\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
+_NEMO = re.compile(r"\n<extra_id_1>(User|Assistant)(?:\n|\Z)")  # HelpSteer's, after the first question
+_GLAIVE = re.compile(r"(?:\A|(?<=\n\n\n))[ \t]{0,4}(USER|ASSISTANT|FUNCTION RESPONSE):")
 _GLAIVE_ROLES = {"USER": "user", "ASSISTANT": ASSISTANT, "FUNCTION RESPONSE": TOOL}
-_CALL = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*(?:,\s*"arguments"\s*:\s*(.*?)\s*)?\}\s*', re.DOTALL)
+_GLAIVE_END = "<|endoftext|>"
+# Glaive's call whose arguments are in single quotes
+_QUOTED_CALL = re.compile(r"""\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*'""", re.DOTALL)
+_ESCAPED = re.compile(r"\\(.)", re.DOTALL)
+_WHITE = re.compile(r"\s*")
 _HAS_FUNCTIONS = re.compile(
     r"You are a helpful assistant with access to the following functions\. Use them if required\s*-?"
 )
@@ -62,12 +69,14 @@ def read_transcript(fields: RowFields) -> list[Turn]:
     """Read a row whose `text` has a chat.
 
     Raises:
-        BadRow: the text has no chat, or two answers follow each other.
+        BadRow: the text has no chat, a part of it belongs to no message, or two answers follow each other.
     """
     text = fields.value("text")
     if not isinstance(text, str) or not is_transcript(text):
         raise BadRow("text: expected a chat with the labels Human: and Assistant:, ### Human:, or <|im_start|>")
-    return _turns(text)
+    dialect = _dialect(text)
+    assert dialect is not None
+    return _turns(text.lstrip(), dialect)
 
 
 def prompt_turns(prompt: str, answer: JsonValue) -> list[Turn] | None:
@@ -75,24 +84,31 @@ def prompt_turns(prompt: str, answer: JsonValue) -> list[Turn] | None:
 
     Args:
         prompt: such as "Human: q Assistant:", with line breaks before the labels.
-        answer: the text that follows it.
+        answer: the text that follows it. It is the last message unchanged, whatever labels it has.
 
     Raises:
-        BadRow: two answers follow each other.
+        BadRow: a text belongs to no message, or two answers follow each other.
     """
     if not isinstance(answer, str):
         return None
     if _NEMO.search(prompt):
         first, *rest = _NEMO.split(prompt)
         turns = [Turn("user", first), *map(Turn, map(normal_role, rest[::2]), rest[1::2])]
+        if turns[-1].role == ASSISTANT and not str(turns[-1].content).strip():
+            turns.pop()  # the label of the answer
         return alternating([*turns, Turn(ASSISTANT, answer)])
+    prompt = prompt.lstrip()
     dialect = _dialect(prompt)
-    if dialect is None:
+    labels = list(dialect.label.finditer(prompt)) if dialect is not None else []
+    if dialect is None or not labels:
         return None
-    labels = list(dialect.label.finditer(prompt))
     if labels[-1].end() < len(prompt.rstrip()) or normal_role(labels[-1][1]) != ASSISTANT:
         return None
-    return _turns(prompt[: labels[-1].start()] + labels[-1][0].rstrip(" ") + answer)
+    if dialect.end:
+        answer = answer.rstrip().removesuffix(dialect.end) if answer.rstrip().endswith(dialect.end) else answer
+        if dialect.end in answer:
+            raise BadRow(f"the answer has more than one message: {dialect.end} is not at its end")
+    return alternating([*_turns(prompt[: labels[-1].start()], dialect), Turn(ASSISTANT, answer)])
 
 
 def _dialect(text: JsonValue) -> _Dialect | None:
@@ -101,10 +117,18 @@ def _dialect(text: JsonValue) -> _Dialect | None:
     return next((dialect for dialect in _DIALECTS if dialect.begin.match(text)), None)
 
 
-def _turns(text: str) -> list[Turn]:
-    dialect = _dialect(text)
-    assert dialect is not None
+def _turns(text: str, dialect: _Dialect) -> list[Turn]:
+    """Return the messages of a text.
+
+    Raises:
+        BadRow: a text belongs to no message, or two answers follow each other.
+    """
     labels = list(dialect.label.finditer(text))
+    before = text[: labels[0].start()] if labels else text
+    if before.strip():
+        raise BadRow(f"a text before the first message: {before.strip()[:40]!r}")
+    if dialect.begin_mark and text.count(dialect.begin_mark) != len(labels):
+        raise BadRow(f"expected a role and a line break after each {dialect.begin_mark}")
     ends = [label.start() for label in labels[1:]] + [len(text)]
     turns: list[Turn] = []
     for label, end in zip(labels, ends, strict=True):
@@ -132,7 +156,7 @@ def alternating(turns: list[Turn]) -> list[Turn]:
 def is_glaive(row: dict[str, JsonValue]) -> bool:
     """Tell whether a row has the texts `system` and `chat` of Glaive's function calls."""
     chat = row.get("chat")
-    return isinstance(row.get("system"), str) and isinstance(chat, str) and _GLAIVE.match(chat) is not None
+    return isinstance(row.get("system"), str) and isinstance(chat, str) and _GLAIVE.match(chat.lstrip()) is not None
 
 
 def read_glaive(fields: RowFields) -> list[Turn]:
@@ -142,14 +166,15 @@ def read_glaive(fields: RowFields) -> list[Turn]:
         BadRow: a tool or a call is no JSON.
     """
     system, chat = fields.value("system"), fields.value("chat")
-    if not isinstance(system, str) or not isinstance(chat, str) or not _GLAIVE.match(chat):
+    if not is_glaive(fields.row) or not isinstance(system, str) or not isinstance(chat, str):
         raise BadRow("expected the texts system and chat, with the labels USER: and ASSISTANT:")
     text, fields.tools = _functions(system.removeprefix("SYSTEM:").strip())
+    chat = chat.lstrip()
     labels = list(_GLAIVE.finditer(chat))
     ends = [label.start() for label in labels[1:]] + [len(chat)]
     turns = [Turn("system", text)] if text else []
     for label, end in zip(labels, ends, strict=True):
-        content = chat[label.end() : end].replace("<|endoftext|>", "").strip()
+        content = chat[label.end() : end].strip().removesuffix(_GLAIVE_END).strip()
         turn = Turn(_GLAIVE_ROLES[label[1]], content)
         if turn.role == ASSISTANT and "<functioncall>" in content:
             said, _, call = content.partition("<functioncall>")
@@ -163,27 +188,32 @@ def _functions(system: str) -> tuple[str, JsonValue]:
     begin = re.search(r"^\{", system, re.MULTILINE)
     if begin is None:
         return system, None
-    text, rest = system[: begin.start()].strip(), system[begin.start() :].strip()
+    text, at = system[: begin.start()].strip(), begin.start()
     decoder, tools = json.JSONDecoder(), list[JsonValue]()
-    while rest:
+    while at < len(system):
         try:
-            tool, end = decoder.raw_decode(rest)
-        except ValueError as error:
+            tool, end = decoder.raw_decode(system, at)
+        except (ValueError, RecursionError) as error:
             raise BadRow(f"system: a function is no JSON: {error}") from None
         tools.append(tool)
-        rest = rest[end:].strip()
+        white = _WHITE.match(system, end)
+        at = end if white is None else white.end()
     return _HAS_FUNCTIONS.sub("", text).strip(), tools
 
 
 def _call(text: str) -> JsonValue:
     """Return a call whose arguments are JSON, or JSON in single quotes as Glaive writes them."""
-    found = _CALL.fullmatch(text)
-    if found is None:
-        raise BadRow(f"expected <functioncall> with name and arguments; got {text[:60]!r}")
-    arguments = (found[2] or "{}").strip()
-    if len(arguments) > 1 and arguments[0] == arguments[-1] == "'":
-        arguments = arguments[1:-1]
     try:
-        return {"name": strict_json(found[1]), "arguments": strict_json(arguments)}
+        if (found := _QUOTED_CALL.match(text)) is None:
+            call = strict_json(text)
+        else:
+            arguments = text[found.end() :].removesuffix("}").rstrip()
+            if not text.endswith("}") or not arguments.endswith("'"):
+                raise ValueError("a quote or brace is not closed")
+            arguments = _ESCAPED.sub(lambda sign: "'" if sign[1] == "'" else sign[0], arguments[:-1])
+            call = {"name": strict_json(found[1]), "arguments": strict_json(arguments)}
     except ValueError as error:
-        raise BadRow(f"the arguments of a call are no JSON: {error}") from None
+        raise BadRow(f"<functioncall> {text[:60]!r}: the call or its arguments are no JSON: {error}") from None
+    if not isinstance(call, dict) or "name" not in call or not call.keys() <= {"name", "arguments"}:
+        raise BadRow(f"expected <functioncall> with name and arguments; got {text[:60]!r}")
+    return call

@@ -3,14 +3,17 @@
 The keys are those of the datasets' own pages; the expected chats are written by hand.
 """
 
+import contextlib
 import json
 import re
 import shutil
 import subprocess
+import time
 
 import pytest
 
-from loraflow.data.chat_formats import to_prompt
+from loraflow.data.chat_formats import read_chat, to_prompt
+from loraflow.data.chats import BadRow
 from loraflow.data.guess_columns import columns_of
 from loraflow.data.readers import read_rows
 from tests.unit.test_published_shapes import FUNCTION, OUT, QA, REFUSED, answer, human, outcome, read, user
@@ -41,6 +44,7 @@ def r1(answer_number, verified, complete=(True, True), llama=None):
     return {"problem": "q", "generations": ["a", "b"], **judged, "messages": [user("q"), answer("ab"[answer_number])]}
 
 
+PASSAGE = "The contract runs for two years. Either party may end it with a notice of three months."
 GLAIVE = (
     "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n"
     + json.dumps(FUNCTION, indent=4)
@@ -61,9 +65,24 @@ SHAPES = {
     "HH that ends with a question": ([{"text": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r"}], [REFUSED]),
     "a label in an answer": ([{"text": "\n\nHuman: q\n\nAssistant: a\n\nAssistant: b"}], [REFUSED]),
     "a text about labels": ([{"text": "It begins with Human: and Assistant: follows."}], [REFUSED]),
-    "Nectar's prompt": ([{"prompt": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: ", "response": " b"}], [TWO]),
+    "Nectar's prompt": ([{"prompt": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: ", "response": " b"}], [[*TWO[:3], "a:  b"]]),
     "BELLE": ([{"instruction": "Human:q\nAssistant:a\nHuman:r\nAssistant:", "input": "", "output": "b"}], [TWO]),
     "HelpSteer2 with earlier turns": ([{"prompt": "q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nr", "response": "b"}], [TWO]),
+    "HelpSteer2 with the label of the answer": (
+        [{"prompt": f"q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nr\n<extra_id_1>Assistant{end}", "response": "b"} for end in ("\n", "")], [TWO, TWO]),
+    "a prompt about ChatML": ([{"prompt": "<|im_start|> is a token of ChatML. Why?", "completion": "a"}], [["u: <|im_start|> is a token of ChatML. Why?", "a: a"]]),
+    "an answer with labels and white space": (
+        [{"prompt": f"{begin}Human: q{between}Assistant:", "completion": said}
+         for begin, between in (("", "\n\n"), ("### ", "### ")) for said in ("  x:\n\nHuman: h\n\nAssistant: i", "### Human: h### Assistant: i")],
+        [["u: q", f"a: {said}"] for _ in range(2) for said in ("  x:\n\nHuman: h\n\nAssistant: i", "### Human: h### Assistant: i")]),
+    "an answer of ChatML": (
+        [{"prompt": f"<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant{line}", "completion": said}
+         for line in ("\n", "") for said in ("  a<|im_end|>\n", "a<|im_end|>\n<|im_start|>user\nr")],
+        [["u: q", "a:   a"], REFUSED] * 2),
+    "ChatML with names": ([{"text": text.replace("Q", "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n")} for text in (
+        "<|im_start|>system name=x\nThe rules.<|im_end|>\nQ", "Q<|im_start|>tool name=x\n1<|im_end|>\n", "<|im_start|>user name=x\nq<|im_end|>\nQ", " \nQ")],
+        [REFUSED, REFUSED, REFUSED, QA]),
+    "ChatML with line ends of Windows": ([{"text": "<|im_start|>user\r\nq<|im_end|>\r\n<|im_start|>assistant\r\na<|im_end|>\r\n"}], [QA]),
     "a prompt about a dialogue": ([{"prompt": "Human: hi\n\nAssistant: hello\n\nWho spoke first?", "completion": "a"}],
                                   [["u: Human: hi\n\nAssistant: hello\n\nWho spoke first?", "a: a"]]),
     "rendered by Llama 2": ([{"text": "<s>[INST] q [/INST] a </s>"}], [REFUSED]),
@@ -99,21 +118,29 @@ SHAPES = {
         [{"system": GLAIVE, "chat": "USER: q\n\n\nASSISTANT: <functioncall> {\"name\": \"f\", \"arguments\": '{\"x\": 1}'} <|endoftext|>"
                                     "\n\n\nFUNCTION RESPONSE: 1\n\n\nASSISTANT: a <|endoftext|>\n\n\n"},
          {"system": GLAIVE, "chat": "USER: q\n\n\nASSISTANT: <functioncall> {\"name\": \"f\"} <|endoftext|>\n\n\nFUNCTION RESPONSE: 1\n\n\nASSISTANT: a"},
-         {"system": "SYSTEM: s", "chat": "USER: q\n\n\nASSISTANT: a <|endoftext|>\n\n\n"},
+         {"system": "SYSTEM: s", "chat": "USER: q <|endoftext|> is?\n\n\nASSISTANT: a <|endoftext|>\n\n\n"},
          {"system": GLAIVE, "chat": "USER: q\n\n\nASSISTANT: <functioncall> {\"name\": \"f\", \"arguments\": '{x}'} <|endoftext|>"}],
-        [["u: q", "a: ", "t: 1", "a: a"], ["u: q", "a: ", "t: 1", "a: a"], ["s: s", *QA], REFUSED]),
+        [["u: q", "a: ", "t: 1", "a: a"], ["u: q", "a: ", "t: 1", "a: a"], ["s: s", "u: q <|endoftext|> is?", "a: a"], REFUSED]),
     "smoltalk2": ([{"messages": [user("q"), answer("a")], "chat_template_kwargs": {"custom_instructions": said, **more}}
                    for said, more in (("s", {}), ("", {"enable_thinking": True}), ("", {"python_tools": ["def f(): pass"]}))],
                   [["s: s", *QA], QA, REFUSED]),
     # what belongs to the question
     "earlier turns beside a question": ([{"query": "r", "response": "b", "history": [["q", "a"]]}], [TWO]),
     "earlier turns that are no pairs": ([{"prompt": "r", "completion": "b", "history": ["q", "a"]}], [REFUSED]),
-    "a task beside a question": ([{"task_name": "t", "definition": "d", "inputs": "q", "targets": "a"}], [["u: d\n\nq", "a: a"]]),
-    "LegalBench": ([{"index": "0", "contract": "c c", "question": "q", "answer": "Yes"}], [["u: q\n\nc c", "a: Yes"]]),
+    "a task beside a question": ([{"task_name": "t", "definition": said, "inputs": "q", "targets": "a"} for said in (PASSAGE, PASSAGE, "d")],
+                                [*[[f"u: {PASSAGE}\n\nq", "a: a"]] * 2, ["u: d\n\nq", "a: a"]]),
+    "LegalBench": ([{"index": "0", "contract": PASSAGE, "question": "q", "answer": "Yes"}], [[f"u: q\n\n{PASSAGE}", "a: Yes"]]),
     "HotpotQA": ([{"question": "q", "answer": "a", "context": {"title": ["t"], "sentences": [["s"]]}}], [REFUSED]),
     "a passage in the prompt": ([{"prompt": "The text  it says. q", "context": "the text it says.", "completion": "a"}],
                                 [["u: The text  it says. q", "a: a"]]),
-    "a passage beside the prompt": ([{"prompt": "q", "context": "the text", "completion": "a"}], [["u: q\n\nthe text", "a: a"]]),
+    "a passage beside the prompt": ([{"prompt": "q", "context": PASSAGE, "completion": "a"}], [[f"u: q\n\n{PASSAGE}", "a: a"]]),
+    "a passage that some rows have": ([{"prompt": "q", "context": text, "completion": "a"} for text in (PASSAGE, "x", "y")],
+                                      [REFUSED, QA, QA]),
+    "an empty input beside a passage": ([{"instruction": "q", "input": "", "document": PASSAGE, "output": "a"}], [REFUSED]),
+    "an input beside a context": ([{"input": "q", "output": "a", "context": PASSAGE}], [[f"u: q\n\n{PASSAGE}", "a: a"]]),
+    "a question beside input and context": ([{"query": "q", "response": "a", "context": PASSAGE, "input": "7"}], [[f"u: q\n\n{PASSAGE}", "a: a"]]),
+    "SQL": ([{"question": "q", "context": "CREATE TABLE head (age INTEGER)", "answer": "a"}], [["u: q\n\nCREATE TABLE head (age INTEGER)", "a: a"]]),
+    "a copy of the answer": ([{"prompt": "q", "completion": PASSAGE, "story": PASSAGE}], [["u: q", f"a: {PASSAGE}"]]),
     "solutions beside results": ([{"question": "q", "solution": "2 + 2 is 4.", "answer": "4"}], [["u: q", "a: 2 + 2 is 4."]]),
     "two answers": ([{"question": "q", "solution": "three", "answer": "4"}], [REFUSED]),
     "a guess beside a corrected answer": ([{"question": "q", "answer": "a", "corrected_answer": "b"}], [REFUSED]),
@@ -154,7 +181,7 @@ LOST = ["context", "input", "passage", "article", "document", "question", "premi
 @pytest.mark.parametrize("key", LOST)
 @pytest.mark.parametrize("keys", [("prompt", "completion"), ("prompt", "response"), ("instruction", "output")])
 def test_a_text_that_the_prompt_lacks_is_refused_with_the_columns_that_read_it(tmp_path, key, keys):
-    row = {keys[0]: "q", keys[1]: "a", key: "some words"}
+    row = {keys[0]: "q", keys[1]: "a", key: PASSAGE}
     if keys[0] == "instruction" and key in ("context", "input"):
         return  # Alpaca's own
     read(tmp_path, [row])
@@ -162,27 +189,74 @@ def test_a_text_that_the_prompt_lacks_is_refused_with_the_columns_that_read_it(t
     assert refused.problem.startswith(f"{key} has a text that the prompt lacks")
     columns = dict(re.findall(r"(\w+): (\w+)", refused.problem.partition("{")[2].partition("}")[0]))
     (found,) = read_rows(tmp_path, ["t.jsonl"], "auto", columns)
-    assert outcome(found) == ["u: q\n\nsome words", "a: a"]
+    assert outcome(found) == [f"u: q\n\n{PASSAGE}", "a: a"]
     (found,) = read_rows(tmp_path, ["t.jsonl"], "auto", ignore=[key])
     assert outcome(found) == QA
-    for prompt in ("q: Some  words?", "q"):  # the prompt has it, or the answer
-        (tmp_path / "t.jsonl").write_text(
-            json.dumps({**row, keys[0]: prompt, keys[1]: "Some words" if prompt == "q" else "a"})
-        )
+    for prompt, said, is_read in (
+        (f"q: {PASSAGE.upper()}?", "a", True),
+        ("q", f"It says: {PASSAGE}", False),  # an answer that quotes it needs it
+    ):
+        (tmp_path / "t.jsonl").write_text(json.dumps({**row, keys[0]: prompt, keys[1]: said}))
         (found,) = read_rows(tmp_path, ["t.jsonl"], "auto")
-        assert found.messages
+        assert (found.messages is not None) is is_read
 
 
-@pytest.mark.parametrize(
-    "extra", [{"document": "report.pdf"}, {"context": "sad"}, {"input": "<noinput>"}, {"contexts": []}, {"table": None}]
-)
-def test_names_and_blanks_are_no_part_of_a_question(tmp_path, extra):
-    assert [outcome(row) for row in read(tmp_path, [{"prompt": "q", "completion": "a", **extra}])] == [QA]
+METADATA = [
+    ("document", "169e7c22-0f1b-4a6e-9a51-4f0f8a3b7c11"), ("document", "annual_report_1.pdf"), ("document", "Annual Report 2023.pdf"),
+    ("context", "customer-support"), ("context", "sad"), ("table", "user_accounts"), ("schema", "chat_v2"), ("definition", "gen-2"),
+    ("story", "ABC-1"), ("story", "Chapter 1"), ("article", "https://en.wikipedia.org/wiki/A_1"), ("documents", ["doc1.pdf", "doc2.pdf"]),
+    ("contexts", ["https://x.y/z"]), ("passages", {"id": "17"}), ("problem", "word problem"), ("transcript", "calls/2024/call_0.wav"),
+    ("background", "Software engineer, 5 years"), ("body", "mail-0"), ("facts", "politics, economy, europe, elections, parliament, budget, taxes, law,"),
+    ("input", "<noinput>"), ("contexts", []), ("table", None), ("documents", [f"report {n} of 2023.pdf" for n in range(20)]),
+    ("document", " ".join(f"/data/2024/report_{n}.pdf" for n in range(20))), ("document", "d41d8cd9 8f00b204 e9800998 ecf8427e " * 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), METADATA, ids=lambda value: str(value)[:30])
+def test_ids_names_and_categories_are_no_part_of_a_question(tmp_path, key, value):
+    for asked, said in (("prompt", "completion"), ("instruction", "output"), ("question", "answer")):
+        if isinstance(value, list | dict) and value and asked == "question":
+            continue  # nothing is guessed beside them
+        if (asked, key) in (("instruction", "context"), ("instruction", "input"), ("question", "input")):
+            continue  # Alpaca's own
+        (row,) = read(tmp_path, [{asked: "q", said: "a", key: value}])
+        assert outcome(row) == QA and row.unused_keys == ((key,) if value else ())
+
+
+def test_an_input_that_is_a_number_and_a_question_in_other_words_are_named_as_not_read(tmp_path):
+    (tmp_path / "t.csv").write_text("prompt,completion,input\nq,a,1000\n")
+    (row,) = read_rows(tmp_path, ["t.csv"], "auto")
+    assert outcome(row) == QA and row.unused_keys == ("input",)
+    question = "Which city is the capital of France, the country that has a flag of blue, white and red?"
+    prompt = "Tell me the capital of the country France, whose flag has three colours."
+    (row,) = read(tmp_path, [{"prompt": prompt, "completion": "a", "question": question}])
+    assert row.messages and row.unused_keys == ("question",)
 
 
 def test_passages_in_a_list_must_be_in_the_prompt(tmp_path):
-    rows = [{"prompt": said, "completion": "a", "contexts": ["one text", "two"]} for said in ("q", "q: one text")]
-    assert [outcome(row) for row in read(tmp_path, rows)] == [REFUSED, ["u: q: one text", "a: a"]]
+    other = "Nobody knows whether the old lighthouse still stands on that island."
+    passages = (
+        [PASSAGE, other],
+        [{"title": "notice", "text": PASSAGE}],
+        {"title": ["notice"], "sentences": [[PASSAGE]]},
+    )
+    for contexts in passages:
+        rows = [{"prompt": said, "completion": "a", "contexts": contexts} for said in ("a notice?", f"q: {PASSAGE}")]
+        assert [outcome(row) for row in read(tmp_path, rows)] == [REFUSED, [f"u: q: {PASSAGE}", "a: a"]]
+
+
+def test_the_columns_of_a_passage_are_named_only_if_each_row_can_be_read_by_them(tmp_path):
+    rows = [{"prompt": "q", "contract": PASSAGE, "completion": "a"}] * 3
+    assert [outcome(row)[0] for row in read(tmp_path, rows)] == [f"u: q\n\n{PASSAGE}"] * 3
+    assert [outcome(row) for row in read(tmp_path, [*rows, {"prompt": "q", "completion": "a"}])] == [REFUSED] * 3 + [QA]
+
+
+def test_a_column_that_the_recipe_reads_as_the_input_does_not_hide_the_column_input(tmp_path):
+    row = {"instruction": "q", "input": PASSAGE, "document": "another text", "output": "a"}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    columns = {"instruction": "instruction", "input": "document", "output": "output"}
+    (found,) = read_rows(tmp_path, ["t.jsonl"], "auto", columns)
+    assert found.problem.startswith("input has a text that the prompt lacks: write it there")
 
 
 def test_the_parameters_of_xlam_become_a_json_schema(tmp_path):
@@ -210,6 +284,35 @@ def test_tools_are_read_as_a_list_of_json_texts_and_with_an_input_schema(tmp_pat
         (row,) = read(tmp_path, [{key: value, "messages": [user("q"), answer("a")]}])
         (found,) = row.messages[0]["tools"]
         assert found["function"]["parameters"] == FUNCTION["parameters"] and row.unused_keys == ()
+
+
+def test_quotes_in_the_arguments_of_a_glaive_call_are_read(tmp_path):
+    for written, said in (
+        (r"""'{"t": "it\'s"}'""", "it's"), (r"""'{"t": "a\nb"}'""", "a\nb"), (r"""'{"t": "\\'"}'""", "\\'"), ('{"t": "it\'s"}', "it's"),
+    ):  # fmt: skip
+        chat = f'USER: q\n\n\nASSISTANT: <functioncall> {{"name": "f", "arguments": {written}}} <|endoftext|>'
+        (row,) = read(tmp_path, [{"system": "s", "chat": chat}])
+        assert row.messages[-1]["tool_calls"][0]["function"]["arguments"] == {"t": said}
+
+
+LONG = 100_000
+SLOW = [
+    {"text": f"Human: hi\n\nAssistant: a{chr(10) * LONG}b"}, {"text": f"### Human: hi### Assistant: a{' ' * LONG}b"},
+    {"text": f"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\na{chr(10) * LONG}b<|im_end|>"}, {"text": f"Human: q{chr(10) * LONG}"},
+    {"prompt": f"### Human: hi{chr(10) * LONG}x", "completion": "a"}, {"system": "s", "chat": f"USER: q{chr(10) * LONG}x"},
+    {"system": "s", "chat": 'USER: q\n\n\nASSISTANT: <functioncall> {"name": "f", "arguments": ' + " " * LONG + "x"},
+    {"system": "{}" * LONG, "chat": "USER: q\n\n\nASSISTANT: a"}, {"prompt": "q", "completion": "a", "context": "a." * LONG},
+    {"prompt": "q", "completion": "a", "context": ". " * LONG}, {"prompt": "q", "completion": "a", "context": "." * LONG},
+    {"prompt": "q", "completion": "a", "contexts": [["x"] * LONG]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", SLOW, ids=lambda row: str(row)[:40])
+def test_long_runs_of_white_space_and_signs_are_read_in_linear_time(row):
+    begin = time.process_time()
+    with contextlib.suppress(BadRow):
+        read_chat(row)
+    assert time.process_time() - begin < 2, "quadratic: more than a minute"
 
 
 def test_glaives_tools_are_the_rows_tools(tmp_path):

@@ -96,7 +96,7 @@ SHAPES = {
           {"from": "observation", "value": "1"}, gpt("a")]}], [["s: s", "u: q", "a: ", "t: 1", "a: a"]]),
     "Bespoke": ([{"system": "s", "conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]}], [["s: s", *QA]]),
     "SQuAD": ([{"context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [1]}}], [REFUSED]),
-    "a question about a passage": ([{"question": "q", "passage": "p", "answer": "a"}], [["u: q\n\np", "a: a"]]),
+    "a question about a passage": ([{"question": "q", "passage": "the text", "answer": "a"}], [["u: q\n\nthe text", "a: a"]]),
     "RAG": ([{"question": "q", "contexts": ["c", "d"], "answer": "a"}], [REFUSED]),
     "MMLU": ([{"question": "q", "choices": ["w", "x"], "answer": 1}], [REFUSED]),
     "multiple choice by letter": ([{"question": "q", "options": {"A": "w", "B": "x"}, "answer": "B"}], [REFUSED]),
